@@ -1,0 +1,181 @@
+"""ALIF as functions of explicit state: validate, resolve the backend, call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import Tensor
+
+from .ops import backends
+from .ops.alif.reference import state_dtype
+
+__all__ = ["alif_multi_step", "alif_step", "lower_bound"]
+
+
+def alif_multi_step(
+    x_seq: Tensor,
+    v: Tensor | float,
+    w: Tensor,
+    v_threshold: Tensor,
+    *,
+    decay_input: bool = True,
+    v_reset: float | None = 0.0,
+    surrogate_function: Callable[[Tensor], Tensor] = surrogate.Sigmoid(),
+    detach_reset: bool = False,
+    store_v_seq: bool = False,
+    backend: str = backends.AUTO,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    r"""Run an ALIF neuron over a sequence.
+
+    .. math::
+        q &= \mathrm{sigmoid}(w) = 1/\tau \\
+        H[t] &= V[t-1] + q\,(X[t] - (V[t-1] - V_{reset})) \quad\text{(decay\_input)} \\
+        H[t] &= V[t-1] - q\,(V[t-1] - V_{reset}) + X[t] \quad\text{(otherwise)} \\
+        S[t] &= \Theta(H[t] - V_{th}) \\
+        V[t] &= (1 - S[t])\,H[t] + S[t]\,V_{reset} \quad\text{(hard)},\qquad
+        V[t] = H[t] - S[t]\,V_{th} \quad\text{(soft)}
+
+    Args:
+        x_seq: input current ``[T, N, *]``, any floating dtype. Half precision is computed in
+            float32.
+        v: membrane potential before the first step, ``[N, *]``, or a float for all neurons.
+        w: ``-log(tau - 1)``, tau in time steps; a scalar, or ``[C]`` for axis 2 of ``x_seq``.
+        v_threshold: threshold voltage; a scalar, or ``[C]``.
+        decay_input: whether the input is scaled by ``1/tau`` too.
+        v_reset: the voltage after a spike; ``None`` subtracts the threshold instead.
+        surrogate_function: the Heaviside step forward, its surrogate derivative backward.
+        detach_reset: leave the reset out of the gradient.
+        store_v_seq: also return the voltage of every step.
+        backend: one of :func:`sj_taid.ops.backends.names`.
+
+    Returns:
+        Spikes ``[T, N, *]`` in ``x_seq``'s dtype; the last voltage ``[N, *]``; the voltages
+        ``[T, N, *]`` or ``None``. Voltages are float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: ``x_seq`` is not a floating tensor.
+        ValueError: shapes, devices or the backend's name do not fit.
+        BackendUnavailableError: the backend named cannot run here.
+
+    Source: Qiu et al. 2023 (arXiv 2406.03046); the charge equations are PLIF's (Fang et al. 2021,
+    arXiv 2007.05785, eqs. 9-10).
+
+    >>> x = torch.tensor([[1.0], [1.0], [1.0]])
+    >>> spikes, v, _ = alif_multi_step(x, 0.0, torch.tensor(0.0), torch.tensor(0.7))
+    >>> spikes.flatten().tolist(), v.tolist()  # H = 0.5, 0.75 (fires), 0.5
+    ([0.0, 1.0, 0.0], [0.5])
+    """
+    _check_floating("x_seq", x_seq)
+    if x_seq.dim() < 2 or x_seq.shape[0] == 0:
+        raise ValueError(
+            f"x_seq must be [T, N, *] with T >= 1, but its shape is {list(x_seq.shape)}; "
+            "for one time step [N, *] use alif_step, or step_mode='s' on the node"
+        )
+    v = _check_state(v, x_seq)
+    for name, parameter in (("w", w), ("v_threshold", v_threshold)):
+        _check_parameter(name, parameter, x_seq)
+    return backends.resolve(backend, x_seq, surrogate_function).multi_step(
+        x_seq,
+        v,
+        w,
+        v_threshold,
+        decay_input=decay_input,
+        v_reset=v_reset,
+        surrogate_function=surrogate_function,
+        detach_reset=detach_reset,
+        store_v_seq=store_v_seq,
+    )
+
+
+def alif_step(
+    x: Tensor, v: Tensor | float, w: Tensor, v_threshold: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """One time step of :func:`alif_multi_step`, bit for bit: ``x`` ``[N, *]`` -> spikes, voltage.
+
+    Takes the same options but ``store_v_seq``.
+
+    >>> spike, v = alif_step(torch.tensor([1.0]), 0.0, torch.tensor(0.0), torch.tensor(0.4))
+    >>> spike.item(), v.item()  # H = 0.5 fires and resets to 0
+    (1.0, 0.0)
+    """
+    _check_floating("x", x)
+    if x.dim() < 1:
+        raise ValueError("x must be [N, *], but it is a scalar; add a batch axis: x.unsqueeze(0)")
+    spike_seq, v, _ = alif_multi_step(x.unsqueeze(0), v, w, v_threshold, **options)
+    return spike_seq[0], v
+
+
+def lower_bound(x: Tensor, bound: float) -> Tensor:
+    """``max(x, bound)`` whose gradient also passes below the bound where it leads back up.
+
+    With ``clamp`` a parameter that fell below the bound would never learn again.
+
+    >>> p = torch.tensor(-1.0, requires_grad=True)
+    >>> lower_bound(p, 0.1).backward(torch.tensor(-1.0))  # descent would raise p: passes
+    >>> p.grad
+    tensor(-1.)
+    """
+    return _LowerBound.apply(x, bound)
+
+
+class _LowerBound(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bound: float) -> Tensor:
+        return x.clamp(min=bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        x, ctx.bound = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad * ((x >= ctx.bound) | (grad < 0)), None
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"{name} must be a floating-point tensor, but it is {got}; convert it: {name}.float()"
+        )
+
+
+def _check_state(v: Tensor | float, x_seq: Tensor) -> Tensor | float:
+    if not isinstance(v, Tensor):
+        return v
+    if v.shape != x_seq.shape[1:]:
+        raise ValueError(
+            f"the membrane potential has shape {list(v.shape)}, but one step of the input has "
+            f"{list(x_seq.shape[1:])}; reset between sequences: functional.reset_net(net)"
+        )
+    _check_device("the membrane potential", v, x_seq)
+    return v.to(state_dtype(x_seq.dtype))
+
+
+def _check_parameter(name: str, parameter: Tensor, x_seq: Tensor) -> None:
+    if parameter.dim() > 1:
+        raise ValueError(
+            f"{name} must be a scalar or one value per channel [C], but its shape is "
+            f"{list(parameter.shape)}"
+        )
+    if parameter.dim() == 1 and (x_seq.dim() < 3 or x_seq.shape[2] != len(parameter)):
+        raise ValueError(
+            f"{name} has {len(parameter)} channels, so one step of the input must be "
+            f"[N, {len(parameter)}, *], but it is {list(x_seq.shape[1:])}"
+        )
+    _check_device(name, parameter, x_seq)
+
+
+def _check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:
+    if tensor.device != x_seq.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but the input on {x_seq.device}; "
+            "move them to one device: net.to(device)"
+        )

@@ -1,0 +1,159 @@
+"""Layers that turn the output of T time steps into one image."""
+
+from __future__ import annotations
+
+import torch
+from spikingjelly.activation_based import base
+from torch import Tensor, nn
+
+__all__ = ["TAID", "FixedDecoder"]
+
+
+class _ImageDecoder(nn.Module, base.MultiStepModule):
+    """``X = sum_t a[t] S[t]``; the subclasses say where the weights ``a`` come from."""
+
+    def __init__(self, T: int, reduce: str) -> None:
+        super().__init__()
+        if not (isinstance(T, int) and T >= 1):
+            raise ValueError(f"T must be an integer number of time steps >= 1, but it is {T!r}")
+        if reduce not in ("sum", "mean"):
+            raise ValueError(f"reduce must be 'sum' or 'mean', but it is {reduce!r}")
+        self.T = T
+        self.reduce = reduce
+        self.step_mode = "m"
+
+    def attention(self, x_seq: Tensor) -> Tensor:
+        """The weight of each step, ``[T, N, C]`` or broadcastable to it."""
+        raise NotImplementedError
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        """Decode ``[T, N, C, H, W]`` to ``[N, C, H, W]``, or ``[T, N, C]`` to ``[N, C]``."""
+        weights = self.attention(x_seq).to(x_seq.dtype)
+        if self.reduce == "mean":
+            weights = weights / self.T
+        trailing = (1,) * (x_seq.dim() - weights.dim())
+        return (weights.view(*weights.shape, *trailing) * x_seq).sum(0)
+
+    def _check(self, x_seq: Tensor) -> None:
+        name = type(self).__name__
+        if not x_seq.is_floating_point():
+            raise TypeError(
+                f"{name} needs a floating-point tensor, but got {x_seq.dtype}; "
+                "convert it: x_seq.float()"
+            )
+        if x_seq.dim() not in (3, 5):
+            raise ValueError(
+                f"{name} needs [T, N, C, H, W] or [T, N, C], but got {list(x_seq.shape)}"
+            )
+        if x_seq.shape[0] != self.T:
+            raise ValueError(
+                f"{name} was made for T={self.T} time steps, but got T={x_seq.shape[0]}; "
+                f"run {self.T} steps or make a layer with T={x_seq.shape[0]}"
+            )
+
+
+class TAID(_ImageDecoder):
+    r"""Temporal attention image decoding: a learned, input-dependent weight for each time step.
+
+    .. math::
+        z &= \mathrm{mean}_{H,W}(S) \in [N, T, C] \quad\text{(spatial)},\qquad
+        z = \mathrm{mean}_{C,H,W}(S) \in [N, T] \quad\text{(all)} \\
+        a &= \mathrm{sigmoid}(\mathrm{Conv1d}_{T \to T}(z)) \quad\text{(spatial)},\qquad
+        a = \mathrm{sigmoid}(\mathrm{MLP}_{T \to T/r \to T}(z)) \quad\text{(all)} \\
+        X &= \sum_t a[t]\,S[t] \quad\text{or the mean over } t
+
+    A drop-in for a fixed weighting of ``[T, N, C, H, W]`` or ``[T, N, C]``.
+
+    Args:
+        T: number of time steps; part of the layer, as its weights mix them.
+        kernel_size: odd width of the convolution along the channel axis (``spatial`` only);
+            1 mixes time only.
+        squeeze: ``"spatial"``, a weight for each step and channel, or ``"all"``, one for each
+            step.
+        reduce: ``"sum"`` or ``"mean"`` over time.
+        reduction: the factor r by which the MLP's hidden layer is narrower (``all`` only).
+
+    Raises:
+        ValueError: a bad argument; at a call, a wrong rank or another T.
+        TypeError: at a call, an input that is not floating point.
+
+    Source: Qiu et al. 2023, arXiv 2406.03046: ``all`` is the paper's figure, ``spatial`` the form
+    its experiments use.
+
+    >>> taid = TAID(T=4)
+    >>> taid(torch.rand(4, 2, 3, 8, 8)).shape, taid.attention(torch.rand(4, 2, 3, 8, 8)).shape
+    (torch.Size([2, 3, 8, 8]), torch.Size([4, 2, 3]))
+    """
+
+    def __init__(
+        self,
+        T: int,
+        kernel_size: int = 1,
+        squeeze: str = "spatial",
+        reduce: str = "sum",
+        reduction: int = 4,
+    ) -> None:
+        super().__init__(T, reduce)
+        if squeeze not in ("spatial", "all"):
+            raise ValueError(f"squeeze must be 'spatial' or 'all', but it is {squeeze!r}")
+        if not (isinstance(kernel_size, int) and kernel_size >= 1 and kernel_size % 2 == 1):
+            raise ValueError(f"kernel_size must be an odd integer >= 1, but it is {kernel_size!r}")
+        if squeeze == "all" and kernel_size != 1:
+            raise ValueError(
+                f"kernel_size={kernel_size} slides along the channels, which squeeze='all' "
+                "averages away; use squeeze='spatial' or kernel_size=1"
+            )
+        if not (isinstance(reduction, int) and reduction >= 1):
+            raise ValueError(f"reduction must be an integer >= 1, but it is {reduction!r}")
+        self.squeeze = squeeze
+        self.kernel_size = kernel_size
+        self.excite: nn.Module
+        if squeeze == "spatial":
+            self.excite = nn.Conv1d(T, T, kernel_size, padding=kernel_size // 2, bias=False)
+        else:
+            hidden = max(T // reduction, 1)
+            self.excite = nn.Sequential(nn.Linear(T, hidden), nn.ReLU(), nn.Linear(hidden, T))
+
+    def attention(self, x_seq: Tensor) -> Tensor:
+        """The weights in (0, 1): ``[T, N, C]`` (``spatial``) or ``[T, N, 1]`` (``all``)."""
+        self._check(x_seq)
+        z = x_seq.flatten(3).mean(3) if x_seq.dim() == 5 else x_seq
+        if self.squeeze == "all":
+            return self.excite(z.mean(2).t()).sigmoid().t().unsqueeze(2)
+        return self.excite(z.transpose(0, 1)).sigmoid().transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"T={self.T}, squeeze={self.squeeze}, reduce={self.reduce}, step_mode=m"
+
+
+class FixedDecoder(_ImageDecoder):
+    r"""The weighting that TAID replaces: :math:`X = \sum_t d^{T-1-t} S[t]`, later steps weigh more.
+
+    Args:
+        T: number of time steps.
+        decay: the factor d per time step, in (0, 1].
+        reduce: ``"sum"`` or ``"mean"`` over time.
+
+    Source: Kamata et al. 2022, arXiv 2110.00375 (the read-out of FSVAE, with d = 0.8).
+
+    >>> FixedDecoder(T=3, decay=0.5)(torch.ones(3, 1, 1))
+    tensor([[1.7500]])
+    """
+
+    weights: Tensor
+
+    def __init__(self, T: int, decay: float = 0.8, reduce: str = "sum") -> None:
+        super().__init__(T, reduce)
+        if not 0.0 < decay <= 1.0:
+            raise ValueError(f"decay must be in (0, 1], but it is {decay!r}")
+        self.decay = decay
+        weights = decay ** torch.arange(T - 1, -1, -1, dtype=torch.float32)
+        self.register_buffer("weights", weights, persistent=False)
+
+    def attention(self, x_seq: Tensor) -> Tensor:
+        """The weights ``[T, 1, 1]``, the same for every input."""
+        self._check(x_seq)
+        return self.weights.view(self.T, 1, 1)
+
+    def extra_repr(self) -> str:
+        return f"T={self.T}, decay={self.decay}, reduce={self.reduce}, step_mode=m"

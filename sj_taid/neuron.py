@@ -1,0 +1,232 @@
+"""ALIFNode: the parameters, the state and the step modes. The arithmetic is in ``functional``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import Tensor, nn
+
+from . import _compat, functional
+from .ops import backends
+
+__all__ = ["ALIFNode"]
+
+
+class ALIFNode(_compat.BaseNode):
+    r"""Leaky integrate-and-fire neuron that learns its time constant *and* its threshold.
+
+    "Adaptive" means adapted by learning; elsewhere ALIF often names a neuron whose threshold
+    rises with each spike, and this is not that one.
+
+    .. math::
+        q &= \mathrm{sigmoid}(w) = 1/\tau \\
+        H[t] &= V[t-1] + q\,(X[t] - (V[t-1] - V_{reset})) \quad\text{(decay\_input)} \\
+        H[t] &= V[t-1] - q\,(V[t-1] - V_{reset}) + X[t] \quad\text{(otherwise)} \\
+        S[t] &= \Theta(H[t] - V_{th}) \\
+        V[t] &= (1 - S[t])\,H[t] + S[t]\,V_{reset} \quad\text{(hard)},\qquad
+        V[t] = H[t] - S[t]\,V_{th} \quad\text{(soft)}
+
+    A drop-in for SpikingJelly's ``ParametricLIFNode``: the same arguments with the same defaults,
+    and its checkpoints' ``w`` loads. Input ``[N, *]`` in step mode ``"s"``, ``[T, N, *]`` in
+    ``"m"``; spikes of the same shape and dtype.
+
+    Args:
+        init_tau: initial membrane time constant in time steps, > 1.
+        decay_input: whether the input is scaled by ``1/tau`` too.
+        v_threshold: initial threshold voltage, dimensionless.
+        v_reset: the voltage after a spike; ``None`` subtracts the threshold instead (soft reset).
+        surrogate_function: SpikingJelly surrogate that stands for the step's derivative.
+        detach_reset: leave the reset out of the gradient.
+        step_mode: ``"s"`` (one step a call) or ``"m"`` (a sequence a call).
+        store_v_seq: keep the voltage of every step in ``v_seq``.
+        backend: one of :func:`sj_taid.ops.backends.names`; ``"auto"`` takes the fastest that
+            works here, any other name runs or raises.
+        channels: ``None`` for one tau and one threshold a layer (the paper), or the number of
+            channels ``C`` for one pair per channel of ``[T, N, C, *]``.
+        learn_tau: whether ``w`` receives a gradient.
+        learn_threshold: whether ``v_threshold`` receives a gradient.
+        min_v_threshold: keep the threshold used at or above this; ``None`` leaves it free (the
+            paper).
+
+    Attributes:
+        w: ``-log(tau - 1)``, float32, a scalar or ``[C]``.
+        v_threshold: float32, a scalar or ``[C]``.
+
+    Both stay float32 under ``.half()`` and ``.bfloat16()``, since a learning rate's step would be
+    lost in a half-precision scalar; the state ``v`` is float32 as well.
+
+    Raises:
+        ValueError: ``init_tau <= 1``, an unknown backend or step mode, a threshold below its
+            bound, a bad ``channels``; at a call, shapes or devices that do not fit.
+        TypeError: at a call, an input that is not floating point.
+
+    Source: Qiu et al., *When Spiking neural networks meet temporal attention image decoding and
+    adaptive spiking neuron*, ICLR Tiny Papers 2023, arXiv 2406.03046.
+
+    >>> node = ALIFNode(init_tau=2.0, v_threshold=0.7, step_mode="m")
+    >>> node(torch.ones(3, 1)).flatten().tolist()  # H = 0.5, 0.75 (fires), 0.5
+    [0.0, 1.0, 0.0]
+    >>> sorted(node.state_dict())
+    ['v_threshold', 'w']
+    """
+
+    def __init__(
+        self,
+        init_tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] = surrogate.Sigmoid(),
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool = False,
+        *,
+        backend: str = backends.AUTO,
+        channels: int | None = None,
+        learn_tau: bool = True,
+        learn_threshold: bool = True,
+        min_v_threshold: float | None = None,
+    ) -> None:
+        if not (isinstance(init_tau, int | float) and 1.0 < init_tau < math.inf):
+            raise ValueError(
+                f"init_tau must be a number of time steps greater than 1, but it is {init_tau!r}"
+            )
+        if channels is not None and not (isinstance(channels, int) and channels >= 1):
+            raise ValueError(f"channels must be None or an integer >= 1, but it is {channels!r}")
+        if min_v_threshold is not None and v_threshold < min_v_threshold:
+            raise ValueError(
+                f"v_threshold={v_threshold} is below min_v_threshold={min_v_threshold}; "
+                "start at or above the bound"
+            )
+        super().__init__(
+            float(v_threshold),
+            None if v_reset is None else float(v_reset),
+            surrogate_function,
+            detach_reset,
+            step_mode=step_mode,
+            store_v_seq=store_v_seq,
+        )
+        self.backend = backend
+        self.decay_input = decay_input
+        self.channels = channels
+        self.min_v_threshold = min_v_threshold
+        shape = () if channels is None else (channels,)
+        init_w = -math.log(init_tau - 1.0)
+        self.w = nn.Parameter(torch.full(shape, init_w), requires_grad=learn_tau)
+        # SpikingJelly's BaseNode insists on a float; the parameter takes its place.
+        self.v_threshold = nn.Parameter(
+            torch.full(shape, float(v_threshold)), requires_grad=learn_threshold
+        )
+
+    @property
+    def backend(self) -> str:
+        """The backend asked for, one of ``supported_backends``."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        self._backend = backends.check_name(value)
+
+    @property
+    def supported_backends(self) -> tuple[str, ...]:
+        """The names that ``backend`` takes."""
+        return backends.names()
+
+    @property
+    def tau(self) -> Tensor:
+        """The membrane time constant ``1/sigmoid(w)`` in time steps, a scalar or ``[C]``.
+
+        >>> round(ALIFNode(init_tau=4.0).tau.item(), 4)
+        4.0
+        """
+        return 1.0 / self.w.sigmoid()
+
+    def effective_v_threshold(self) -> Tensor:
+        """The threshold used: ``v_threshold``, kept at or above ``min_v_threshold``."""
+        if self.min_v_threshold is None:
+            return self.v_threshold
+        return functional.lower_bound(self.v_threshold, self.min_v_threshold)
+
+    def materialize_states(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
+    ) -> tuple[Any, ...]:
+        """Return the states as they are: a float is a valid start and saves reading a tensor."""
+        return states
+
+    def single_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """One step ``[N, *]`` with explicit state; nothing on the module changes."""
+        spike, v = functional.alif_step(
+            inputs[0], states[0], self.w, self.effective_v_threshold(), **self._options()
+        )
+        return (spike,), (v,)
+
+    def multi_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """A sequence ``[T, N, *]`` with explicit state; nothing on the module changes."""
+        spike_seq, v, _ = self._multi_step(inputs[0], states[0], store_v_seq=False)
+        return (spike_seq,), (v,)
+
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        """A sequence ``[T, N, *]`` from the state ``v``, which is updated."""
+        spike_seq, self.v, v_seq = self._multi_step(x_seq, self.v, self.store_v_seq)
+        if self.store_v_seq:
+            self.v_seq = v_seq
+        return spike_seq
+
+    def extra_repr(self) -> str:
+        with torch.no_grad():
+            tau, threshold = (
+                f"{p.item():.4g}" if p.dim() == 0 else f"{p.min():.4g}..{p.max():.4g}"
+                for p in (self.tau, self.v_threshold)
+            )
+        return (
+            f"tau={tau}, v_threshold={threshold}, v_reset={self.v_reset}, "
+            f"decay_input={self.decay_input}, detach_reset={self.detach_reset}, "
+            f"channels={self.channels}, step_mode={self.step_mode}, backend={self.backend}"
+        )
+
+    def _multi_step(
+        self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return functional.alif_multi_step(
+            x_seq,
+            v,
+            self.w,
+            self.effective_v_threshold(),
+            store_v_seq=store_v_seq,
+            **self._options(),
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "decay_input": self.decay_input,
+            "v_reset": self.v_reset,
+            "surrogate_function": self.surrogate_function,
+            "detach_reset": self.detach_reset,
+            "backend": self.backend,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle takes the voltages along, not the graph that made them.
+        state = {name: _detached(value) for name, value in self.__dict__.items()}
+        state["_memories"] = {name: _detached(v) for name, v in self._memories.items()}
+        return state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> nn.Module:
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            lowered = moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(moved.device) if lowered and tensor.dtype == torch.float32 else moved
+
+        return super()._apply(keep_float32)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

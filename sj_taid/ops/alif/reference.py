@@ -1,0 +1,83 @@
+"""The definition of the ALIF neuron in plain torch.
+
+Every faster path is tested against this file. It is written to be read: one line for each
+equation, differentiated by autograd.
+
+Symbols: ``q = sigmoid(w) = 1/tau`` with tau in time steps; ``X`` input current, ``V`` membrane
+potential after the reset, ``H`` before it, ``S`` spikes, all dimensionless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic and state for an input of ``dtype``: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def charge(x: Tensor, v: Tensor, q: Tensor, decay_input: bool, v_reset: float | None) -> Tensor:
+    """``H = V + q (X - (V - V_reset))``, or ``H = V - q (V - V_reset) + X`` without ``decay_input``.
+
+    The order of operations is SpikingJelly's, and the fused kernels repeat it unfused: then the
+    same float32 inputs give the same spikes on every path.
+    """
+    v_rest = 0.0 if v_reset is None else v_reset
+    if decay_input:
+        return v + (x - (v - v_rest)) * q
+    return v - (v - v_rest) * q + x
+
+
+def reset(
+    h: Tensor, spike: Tensor, v_threshold: Tensor, v_reset: float | None, detach_reset: bool
+) -> Tensor:
+    """Hard: ``V = (1 - S) H + S V_reset``. Soft (``v_reset=None``): ``V = H - S V_th``."""
+    if detach_reset:
+        spike = spike.detach()
+    if v_reset is None:
+        return h - spike * v_threshold
+    return (1.0 - spike) * h + spike * v_reset
+
+
+def multi_step(
+    x_seq: Tensor,
+    v: Tensor | float,
+    w: Tensor,
+    v_threshold: Tensor,
+    *,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate_function: Callable[[Tensor], Tensor],
+    detach_reset: bool,
+    store_v_seq: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run ``x_seq`` ``[T, N, *]`` from ``v`` ``[N, *]``.
+
+    ``w`` and ``v_threshold`` are scalars or per channel, ``[C]`` on axis 2 of ``x_seq``.
+
+    Returns spikes ``[T, N, *]`` in ``x_seq``'s dtype, the last ``V`` ``[N, *]`` and, if
+    ``store_v_seq``, every ``V`` ``[T, N, *]``, both in :func:`state_dtype`.
+    """
+    dtype = state_dtype(x_seq.dtype)
+    if not isinstance(v, Tensor):
+        v = torch.full_like(x_seq[0], v, dtype=dtype, requires_grad=False)
+    q = _per_channel(w.to(dtype).sigmoid(), x_seq)
+    threshold = _per_channel(v_threshold.to(dtype), x_seq)
+    spike_seq, v_seq = [], []
+    for x in x_seq:
+        h = charge(x.to(dtype), v, q, decay_input, v_reset)
+        spike = surrogate_function(h - threshold)
+        v = reset(h, spike, threshold, v_reset, detach_reset)
+        spike_seq.append(spike.to(x_seq.dtype))
+        if store_v_seq:
+            v_seq.append(v)
+    return torch.stack(spike_seq), v, torch.stack(v_seq) if store_v_seq else None
+
+
+def _per_channel(parameter: Tensor, x_seq: Tensor) -> Tensor:
+    """Shape a ``[C]`` parameter to broadcast against ``[N, C, *]``; a scalar stays one."""
+    return parameter.view(-1, *[1] * (x_seq.dim() - 3)) if parameter.dim() else parameter

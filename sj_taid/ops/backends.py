@@ -1,0 +1,120 @@
+"""The backends: their names, whether they work here and why not, and which one runs a call.
+
+A backend is a module with two functions:
+
+* ``multi_step(x_seq, v, w, v_threshold, *, ...)`` with the signature and the results of
+  :func:`sj_taid.ops.alif.reference.multi_step`;
+* ``unsupported(x_seq, surrogate_function)``: why it cannot take this call, or ``None``.
+
+It is entered in :data:`BACKENDS` as a function that imports the module, so that a backend costs
+nothing until it is asked for and may fail to import without breaking the others.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .alif import reference
+
+AUTO = "auto"
+ENVIRONMENT_VARIABLE = "SJ_TAID_BACKEND"
+
+
+class Backend(NamedTuple):
+    """How to run ALIF in one way."""
+
+    multi_step: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    unsupported: Callable[[Tensor, Any], str | None]
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend asked for by name cannot run here, or cannot run this call."""
+
+
+def _torch() -> Backend:
+    return Backend(reference.multi_step, lambda x_seq, surrogate_function: None)
+
+
+#: name -> a function that imports the backend. It raises the original exception if it cannot.
+BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch}
+
+#: device type -> the names "auto" tries, best first. Devices not named here take torch.
+PREFERENCE: dict[str, tuple[str, ...]] = {}
+
+_warned: set[str] = set()
+
+
+def names() -> tuple[str, ...]:
+    """Every name that ``backend=`` takes.
+
+    >>> "auto" in names() and "torch" in names()
+    True
+    """
+    return (AUTO, *BACKENDS)
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it is a backend's, or raise a ``ValueError`` that lists them."""
+    if name not in names():
+        raise ValueError(
+            f"backend={name!r} is unknown: expected one of {', '.join(map(repr, names()))}"
+        )
+    return name
+
+
+def why_not(name: str) -> Exception | None:
+    """Why the backend ``name`` does not work on this machine: the original exception, or ``None``.
+
+    >>> why_not("torch") is None
+    True
+    """
+    try:
+        BACKENDS[check_name(name)]()
+    except Exception as error:  # any failure of an optional dependency is the answer here
+        return error
+    return None
+
+
+def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
+    """The backend that runs this call.
+
+    An explicit ``name`` is a contract: it runs or raises :class:`BackendUnavailableError`, with
+    the original exception as its cause. ``"auto"`` takes the value of the environment variable
+    ``SJ_TAID_BACKEND`` if set (then a contract too), else the best backend for the tensor's device
+    that works; if a better one does not, it says why, once.
+    """
+    if name == AUTO:
+        name = os.environ.get(ENVIRONMENT_VARIABLE, AUTO)
+    check_name(name)
+    if name != AUTO:
+        return _load(name, x_seq, surrogate_function)
+    for candidate in PREFERENCE.get(x_seq.device.type, ()):
+        try:
+            return _load(candidate, x_seq, surrogate_function)
+        except BackendUnavailableError as error:
+            _warn_once(f"{error} Falling back from {candidate!r}; say backend=... to choose.")
+    return BACKENDS["torch"]()
+
+
+def _load(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
+    try:
+        backend = BACKENDS[name]()
+    except Exception as error:
+        raise BackendUnavailableError(
+            f"backend {name!r} is not available here: {type(error).__name__}: {error}"
+        ) from error
+    reason = backend.unsupported(x_seq, surrogate_function)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {name!r} cannot take this call: {reason}")
+    return backend
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
