@@ -40,8 +40,14 @@ def _torch() -> Backend:
     return Backend(reference.multi_step, lambda x_seq, surrogate_function: None)
 
 
+def _numba() -> Backend:
+    from .alif import cpu
+
+    return Backend(cpu.multi_step, cpu.unsupported)
+
+
 #: name -> a function that imports the backend. It raises the original exception if it cannot.
-BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch}
+BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch, "numba": _numba}
 
 #: device type -> the names "auto" tries, best first. Devices not named here take torch.
 PREFERENCE: dict[str, tuple[str, ...]] = {}
