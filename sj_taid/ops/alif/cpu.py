@@ -47,6 +47,7 @@ _Q, _THRESHOLD, _ZERO, _UNUSED, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _VOLTAGES = r
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
 _part = register_jitable(error_model="numpy")
+_smooth = register_jitable(error_model="numpy", fastmath={"contract"})
 _sum = register_jitable(error_model="numpy", fastmath={"reassoc"})
 _kernel = njit(error_model="numpy", nogil=True, cache=True)
 
@@ -82,7 +83,7 @@ def _reset(h, spike, threshold, v_rest, soft):
     return (np.float32(1) - spike) * h + spike * v_rest
 
 
-@_part
+@_smooth
 def exp(x):
     """``e**x`` in float32 to 2 ulp, for ``x <= 88``, in operations that vectorise; libm's do not."""
     x = max(x, np.float32(-87))
@@ -159,20 +160,22 @@ def _gather(sums, values, first, n, inner, channels):
 
 
 @_part
+def _step(x, v, q, threshold, v_rest, decay_input, soft):
+    h = _charge(x, v, q, v_rest, decay_input)
+    fired = np.float32(h - threshold >= np.float32(0))
+    return fired, _reset(h, fired, threshold, v_rest, soft)
+
+
+@_part
 def _forward_row(x, v, spike, v_next, q, threshold, v_rest, decay_input, soft, n):
     for i in range(n):
-        h = _charge(x[i], v[i], q[i], v_rest, decay_input)
-        fired = np.float32(h - threshold[i] >= np.float32(0))
-        spike[i] = fired
-        v_next[i] = _reset(h, fired, threshold[i], v_rest, soft)
+        spike[i], v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
 
 
 @_part
 def _recompute_row(x, v, v_next, q, threshold, v_rest, decay_input, soft, n):
     for i in range(n):
-        h = _charge(x[i], v[i], q[i], v_rest, decay_input)
-        fired = np.float32(h - threshold[i] >= np.float32(0))
-        v_next[i] = _reset(h, fired, threshold[i], v_rest, soft)
+        _, v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
 
 
 @_kernel
@@ -209,18 +212,25 @@ def _in_float32(function: Callable[..., float]) -> Callable[..., float]:
 
 
 @lru_cache(maxsize=None)
-def _backward(name: str, learn_w: bool, learn_threshold: bool) -> Callable[..., None]:
-    """The backward kernel for a surrogate; a frozen parameter costs it nothing.
+def _backward(
+    name: str,
+    decay_input: bool,
+    soft: bool,
+    detach_reset: bool,
+    learn_w: bool,
+    learn_threshold: bool,
+) -> Callable[..., None]:
+    """The backward kernel for a surrogate and a set of options; what is not asked for costs nothing.
 
     What a kernel encloses is pickled into its key in the cache on disk, so these are plain
     functions and numbers: numba's dispatchers pickle differently in every process.
     """
-    derivative = _part(_in_float32(surrogate.DERIVATIVES[name].python))
+    derivative = _smooth(_in_float32(surrogate.DERIVATIVES[name].python))
 
     @_part
     def row(
         x, v, grad_spike, grad_v, grad_x, grad_q, grad_threshold,
-        q, threshold, v_rest, a, b, decay_input, soft, detach_reset, n,
+        q, threshold, v_rest, a, b, n,
     ):  # fmt: skip
         for i in range(n):
             h = _charge(x[i], v[i], q[i], v_rest, decay_input)
@@ -240,7 +250,7 @@ def _backward(name: str, learn_w: bool, learn_threshold: bool) -> Callable[..., 
     def backward(
         scratch, first_part, last_part, part_size, block,
         grad_spike, grad_v, grad_v_seq, x, v0, v_init, q, threshold, grad_x, grad_v0, sums,
-        steps, neurons, inner, channels, v_rest, decay_input, soft, detach_reset, a, b,
+        steps, neurons, inner, channels, v_rest, a, b,
     ):  # fmt: skip
         q_row, threshold_row = _at(scratch, _Q * block), _at(scratch, _THRESHOLD * block)
         grad_q, grad_threshold = _at(scratch, _GRAD_Q * block), _at(scratch, _GRAD_THRESHOLD * block)
@@ -272,7 +282,7 @@ def _backward(name: str, learn_w: bool, learn_threshold: bool) -> Callable[..., 
                         grad_now,
                         _at(grad_x, here) if grad_x else _at(scratch, _UNUSED * block),
                         grad_q, grad_threshold, q_row, threshold_row,
-                        v_rest, a, b, decay_input, soft, detach_reset, n,
+                        v_rest, a, b, n,
                     )  # fmt: skip
                 if grad_v0:
                     _copy(_at(grad_v0, first), grad_now, n)
@@ -305,8 +315,8 @@ class _Partition(NamedTuple):
     @classmethod
     def of(cls, steps: int, neurons: int) -> _Partition:
         rows = _VOLTAGES + max(steps, 2)
-        block = min(max(SCRATCH // rows, BLOCK[0]), BLOCK[1])
-        block = 1 << (block.bit_length() - 1)
+        # An odd number of cache lines, or all rows would compete for the same cache sets.
+        block = min(max(SCRATCH // rows, BLOCK[0]), BLOCK[1]) // 32 * 32 + 16
         part_size = block * -(-neurons // (block * PARTS))
         return cls(-(-neurons // max(part_size, 1)), part_size, block, rows * block)
 
@@ -394,7 +404,7 @@ def _backward_operator(
     shape = _Partition.of(x.shape[0], x[0].numel())
     sums = np.zeros((shape.parts, 2, w.numel()))
     _run(
-        _backward(name, need_w, need_v_threshold),
+        _backward(name, decay_input, v_reset is None, detach_reset, need_w, need_v_threshold),
         shape,
         x.numel(),
         _address(grad_spike_seq),
@@ -410,9 +420,6 @@ def _backward_operator(
         sums,
         *_geometry(x, w),
         np.float32(v_reset or 0.0),
-        decay_input,
-        v_reset is None,
-        detach_reset,
         np.float32(a),
         np.float32(b),
     )
