@@ -116,7 +116,12 @@ def derived_gradients(case, leaves, cotangents):
         gw += q * (1 - q) * gh * ((x[t] if case.decay_input else 0.0) - (v - rest))
         carry = gh * (1 - q)
     axes = (0, 1, 2) if case.channels is None else (0, 2)
-    return {"grad_x": gx, "grad_v0": carry, "grad_w": gw.sum(axes), "grad_v_threshold": gth.sum(axes)}
+    return {
+        "grad_x": gx,
+        "grad_v0": carry,
+        "grad_w": gw.sum(axes),
+        "grad_v_threshold": gth.sum(axes),
+    }
 
 
 @pytest.mark.parametrize("case", grid(dtypes=(F64,)), ids=str)
