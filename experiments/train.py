@@ -1,4 +1,7 @@
-"""Train a model: ``python experiments/train.py [group=option] [key=value]``; see conf/train.yaml."""
+"""Train a model: ``python experiments/train.py [group=option] [key=value]``.
+
+conf/train.yaml lists the groups.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 def train(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any]:
     """Train, test, measure and draw; everything is left in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
+    run.reuse_freed_memory()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run.save_config(cfg, folder)
     data = instantiate(cfg.dataset)
