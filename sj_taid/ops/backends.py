@@ -50,7 +50,7 @@ def _numba() -> Backend:
 BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch, "numba": _numba}
 
 #: device type -> the names "auto" tries, best first. Devices not named here take torch.
-PREFERENCE: dict[str, tuple[str, ...]] = {}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("numba",)}
 
 _warned: set[str] = set()
 
@@ -103,6 +103,8 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
         try:
             return _load(candidate, x_seq, surrogate_function)
         except BackendUnavailableError as error:
+            if candidate == "numba" and isinstance(error.__cause__, ModuleNotFoundError):
+                continue  # not installed, and torch is a sound answer on a CPU: no news
             _warn_once(f"{error} Falling back from {candidate!r}; say backend=... to choose.")
     return BACKENDS["torch"]()
 

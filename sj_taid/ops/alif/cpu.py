@@ -14,13 +14,15 @@ Threads are this module's own, over kernels that release the GIL: numba's thread
 the process when two Python threads enter them or break in a forked child.
 """
 
+# numba infers the types of the functions that it compiles.
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -85,7 +87,7 @@ def _reset(h, spike, threshold, v_rest, soft):
 
 @_smooth
 def exp(x):
-    """``e**x`` in float32 to 2 ulp, for ``x <= 88``, in operations that vectorise; libm's do not."""
+    """``e**x`` in float32 for ``x <= 88``, to 2 ulp. It vectorises, which libm's does not."""
     x = max(x, np.float32(-87))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     # ln 2 in two parts, the first short enough for n times it to be exact
@@ -204,14 +206,17 @@ def _forward(
 
 
 def _in_float32(function: Callable[..., float]) -> Callable[..., float]:
-    """``function`` with float32 constants and this module's ``exp``: numba would compute in float64."""
+    """``function`` with float32 constants and this module's ``exp``.
+
+    As it stands, numba would compute it in float64, and its exponential a number at a time.
+    """
     code = function.__code__
     constants = tuple(np.float32(c) if isinstance(c, float) else c for c in code.co_consts)
     scope = {**function.__globals__, "math": sys.modules[__name__]}
     return FunctionType(code.replace(co_consts=constants), scope, function.__name__)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _backward(
     name: str,
     decay_input: bool,
@@ -220,7 +225,7 @@ def _backward(
     learn_w: bool,
     learn_threshold: bool,
 ) -> Callable[..., None]:
-    """The backward kernel for a surrogate and a set of options; what is not asked for costs nothing.
+    """The backward kernel for a surrogate and options; what is not asked for costs nothing.
 
     What a kernel encloses is pickled into its key in the cache on disk, so these are plain
     functions and numbers: numba's dispatchers pickle differently in every process.
@@ -253,7 +258,8 @@ def _backward(
         steps, neurons, inner, channels, v_rest, a, b,
     ):  # fmt: skip
         q_row, threshold_row = _at(scratch, _Q * block), _at(scratch, _THRESHOLD * block)
-        grad_q, grad_threshold = _at(scratch, _GRAD_Q * block), _at(scratch, _GRAD_THRESHOLD * block)
+        grad_q = _at(scratch, _GRAD_Q * block)
+        grad_threshold = _at(scratch, _GRAD_THRESHOLD * block)
         zero, grad_now = _at(scratch, _ZERO * block), _at(scratch, _GRAD_V * block)
         for part in range(first_part, last_part):
             for first in range(part * part_size, min((part + 1) * part_size, neurons), block):
@@ -294,14 +300,14 @@ def _backward(
     return backward
 
 
-@lru_cache(maxsize=None)
-def _threads() -> ThreadPoolExecutor:
+@cache
+def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sj_taid")
 
 
 # A forked child inherits the pool but not its threads.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 class _Partition(NamedTuple):
@@ -311,19 +317,22 @@ class _Partition(NamedTuple):
     part_size: int
     block: int
     scratch: int
+    work: int
 
     @classmethod
+    @cache
     def of(cls, steps: int, neurons: int) -> _Partition:
         rows = _VOLTAGES + max(steps, 2)
         # An odd number of cache lines, or all rows would compete for the same cache sets.
         block = min(max(SCRATCH // rows, BLOCK[0]), BLOCK[1]) // 32 * 32 + 16
-        part_size = block * -(-neurons // (block * PARTS))
-        return cls(-(-neurons // max(part_size, 1)), part_size, block, rows * block)
+        part_size = block * max(1, -(-neurons // (block * PARTS)))
+        parts = -(-neurons // part_size)
+        return cls(parts, part_size, block, rows * block, steps * neurons)
 
 
-def _run(kernel: Callable[..., None], shape: _Partition, work: int, *arguments: Any) -> None:
+def _run(kernel: Callable[..., None], shape: _Partition, *arguments: Any) -> None:
     """Call the kernel for all parts, on as many threads as torch may use and the work is worth."""
-    threads = max(1, min(torch.get_num_threads(), shape.parts, work // GRAIN))
+    threads = max(1, min(torch.get_num_pool(), shape.parts, shape.work // GRAIN))
     scratch = torch.empty(threads * shape.scratch)
 
     def share(k: int) -> tuple[Any, ...]:
@@ -331,7 +340,7 @@ def _run(kernel: Callable[..., None], shape: _Partition, work: int, *arguments: 
         own = scratch.data_ptr() + k * shape.scratch * scratch.itemsize
         return own, first, last, shape.part_size, shape.block, *arguments
 
-    waiting = [_threads().submit(kernel, *share(k)) for k in range(1, threads)]
+    waiting = [_pool().submit(kernel, *share(k)) for k in range(1, threads)]
     kernel(*share(0))
     for future in waiting:
         future.result()
@@ -354,11 +363,10 @@ def _forward_operator(
     )
     spike_seq, v, v_seq, checkpoint = outputs
     q = w.sigmoid()
-    steps, neurons = x.shape[0], v.numel()
+    geometry = _geometry(x, w)
     _run(
         _forward,
-        _Partition.of(steps, neurons),
-        x.numel(),
+        _Partition.of(*geometry[:2]),
         x.data_ptr(),
         _address(v0),
         np.float32(v_init),
@@ -367,7 +375,7 @@ def _forward_operator(
         spike_seq.data_ptr(),
         v.data_ptr(),
         v_seq.data_ptr(),
-        *_geometry(x, w),
+        *geometry,
         np.float32(v_reset or 0.0),
         decay_input,
         v_reset is None,
@@ -401,12 +409,12 @@ def _backward_operator(
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     grad_v0 = torch.empty_like(x[0]) if need_v0 else x.new_empty(0)
     q = w.sigmoid()
-    shape = _Partition.of(x.shape[0], x[0].numel())
+    geometry = _geometry(x, w)
+    shape = _Partition.of(*geometry[:2])
     sums = np.zeros((shape.parts, 2, w.numel()))
     _run(
         _backward(name, decay_input, v_reset is None, detach_reset, need_w, need_v_threshold),
         shape,
-        x.numel(),
         _address(grad_spike_seq),
         _address(grad_v),
         _address(grad_v_seq),
@@ -418,7 +426,7 @@ def _backward_operator(
         grad_x.data_ptr(),
         grad_v0.data_ptr(),
         sums,
-        *_geometry(x, w),
+        *geometry,
         np.float32(v_reset or 0.0),
         np.float32(a),
         np.float32(b),
@@ -436,7 +444,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _geometry(x: Tensor, w: Tensor) -> tuple[int, int, int, int]:
     """Steps, neurons, and how the channels lie: neuron i has channel ``i // inner % channels``."""
-    neurons = x[0].numel()
+    neurons = x.numel() // x.shape[0]
     inner = x.stride(2) if w.numel() > 1 else max(neurons, 1)
     return x.shape[0], neurons, inner, w.numel()
 
