@@ -5,10 +5,10 @@ voltages in the cache: it reads the input once and writes the spikes once. Backw
 block's voltages from the input in the same way and then walks back. Every loop over the neurons of
 a block is a function of its own, so that LLVM vectorises each of them.
 
-Spikes and voltages equal the reference's bit for bit: the operations are the same, in the same
-order, and numba leaves them unfused and unordered nowhere (``fastmath`` is used in one sum only).
-A parameter's gradient is summed in float32 over time, in float64 over neurons, by parts whose
-bounds depend on the shape alone: the number of threads changes no bit.
+Spikes and voltages equal the reference's bit for bit: the same operations in the same order, which
+LLVM neither fuses nor reorders. It may do so in the surrogates' derivatives and in the sums over
+neurons alone. A parameter's gradient is summed in float32 over time and in float64 over neurons,
+in parts whose bounds depend on the shape alone: the number of threads changes no bit.
 
 Threads are this module's own, over kernels that release the GIL: numba's thread pools either abort
 the process when two Python threads enter them or break in a forked child.
@@ -332,7 +332,7 @@ class _Partition(NamedTuple):
 
 def _run(kernel: Callable[..., None], shape: _Partition, *arguments: Any) -> None:
     """Call the kernel for all parts, on as many threads as torch may use and the work is worth."""
-    threads = max(1, min(torch.get_num_pool(), shape.parts, shape.work // GRAIN))
+    threads = max(1, min(torch.get_num_threads(), shape.parts, shape.work // GRAIN))
     scratch = torch.empty(threads * shape.scratch)
 
     def share(k: int) -> tuple[Any, ...]:
