@@ -9,6 +9,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import surrogate
 
+from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
 from sj_taid.ops.surrogate import DERIVATIVES
@@ -50,7 +51,13 @@ def test_conforms(case):
     assert_conforms(case)
 
 
-@pytest.mark.parametrize("name", [name for name in DERIVATIVES if hasattr(surrogate, name)])
+# 0.0.0.0.14 lacks some, and its NonzeroSignLogAbs raises in its own backward.
+SURROGATES = set(DERIVATIVES) & set(dir(surrogate))
+if not FUNCTIONAL_STATES:
+    SURROGATES.remove("NonzeroSignLogAbs")
+
+
+@pytest.mark.parametrize("name", sorted(SURROGATES))
 def test_every_surrogate(name):
     # Thousands of values of H - V_th, on both sides of every edge.
     assert_conforms(Case(surrogate_function=getattr(surrogate, name)(), shape=(4, 50, 20)))

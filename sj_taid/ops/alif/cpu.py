@@ -39,7 +39,7 @@ from . import autograd
 SCRATCH = 48 * 1024
 #: neurons a block, at least (long sequences) and at most
 BLOCK = (64, 4096)
-#: element-steps that are worth a thread
+#: element-steps that are worth a thread: they take 45 us forward, and waking it takes 20 to 30
 GRAIN = 1 << 16
 #: shares of the work, at most: a parameter's gradient is summed in each, then over them
 PARTS = 64
