@@ -175,7 +175,7 @@ DERIVATIVES: dict[str, Derivative] = {
     "S2NN": Derivative(
         ("alpha", "beta"),
         lambda alpha, beta: (alpha, beta),
-        "float e = expf(-fabsf(a * x)); float r = reciprocal(x < 0.0f ? 1.0f + e : 1.0f + x);"
+        "float e = expf(-fabsf(a * x)); float r = reciprocal(1.0f + (x < 0.0f ? e : x));"
         " return x < 0.0f ? a * e * r * r : b * r;",
         _s2nn,
     ),

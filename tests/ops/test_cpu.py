@@ -268,3 +268,9 @@ def test_auto_takes_torch_in_silence_where_numba_is_not_installed(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "numba", load)
     backend = backends.resolve("auto", torch.zeros(2, 3), surrogate.ATan())
     assert backend.multi_step is reference.multi_step
+
+
+@pytest.mark.filterwarnings("error")
+def test_auto_takes_torch_in_silence_for_float64():
+    backend = backends.resolve("auto", torch.zeros(2, 3, dtype=torch.float64), surrogate.ATan())
+    assert backend.multi_step is reference.multi_step
