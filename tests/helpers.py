@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,19 +66,21 @@ class Case:
 def grid(
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16),
     base: Case | None = None,
-) -> Iterator[Case]:
+) -> list[Case]:
     """reset x detach x decay x granularity x dtype."""
     base = base or Case()
-    for v_reset, detach, decay, per_channel, dtype in itertools.product(
-        (0.0, -0.25, None), (False, True), (False, True), (False, True), dtypes
-    ):
-        yield base.with_(
+    return [
+        base.with_(
             v_reset=v_reset,
             detach_reset=detach,
             decay_input=decay,
             channels=base.shape[2] if per_channel else None,
             dtype=dtype,
         )
+        for v_reset, detach, decay, per_channel, dtype in itertools.product(
+            (0.0, -0.25, None), (False, True), (False, True), (False, True), dtypes
+        )
+    ]
 
 
 def tensors(case: Case, device: str = "cpu") -> dict[str, Tensor]:

@@ -1,0 +1,151 @@
+"""Still images, kept in memory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class ImageData(L.LightningDataModule):
+    """Images in memory as uint8-sized tensors; a subclass says where they come from.
+
+    Args:
+        name: what the run is called after.
+        channels: image channels.
+        image_size: images are resized to this height and width.
+        batch_size: images a batch.
+        num_workers: loader processes; 0 is right for images in memory.
+    """
+
+    def __init__(
+        self, name: str, channels: int, image_size: int, batch_size: int, num_workers: int = 0
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.channels = channels
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.train_set: TensorDataset | None = None
+        self.test_set: TensorDataset | None = None
+
+    def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Training images and labels, test images and labels; images ``[n, C, H, W]`` in [0, 1]."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set is None:
+            train_x, train_y, test_x, test_y = self.load()
+            self.train_set = TensorDataset(self._prepare(train_x), train_y)
+            self.test_set = TensorDataset(self._prepare(test_x), test_y)
+
+    def train_dataloader(self) -> DataLoader:
+        # A last small batch would make noisy batch-norm statistics.
+        drop_last = len(self.train_set) >= self.batch_size
+        return self._loader(self.train_set, shuffle=True, drop_last=drop_last)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.test_set)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(self.test_set)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        return images * 2 - 1
+
+    def _loader(self, dataset: TensorDataset, **options: bool) -> DataLoader:
+        return DataLoader(
+            dataset,
+            self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            **options,
+        )
+
+
+class Digits(ImageData):
+    """scikit-learn's handwritten digits: 1797 images of 8x8, shipped in its wheel.
+
+    Every fifth image is for testing. Source: E. Alpaydin and C. Kaynak, UCI 1998, CC BY 4.0.
+    """
+
+    def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+        labels = torch.tensor(digits.target)
+        test = torch.arange(len(images)) % 5 == 4
+        return images[~test], labels[~test], images[test], labels[test]
+
+
+class MNIST(ImageData):
+    """MNIST through torchvision: 60000 training and 10000 test images of 28x28.
+
+    Args:
+        root: the folder that holds ``MNIST/raw``.
+        download: fetch the files if they are not there.
+        limit: use only the first images of each set, for a quick look.
+
+    Raises:
+        FileNotFoundError: no data at ``root`` and ``download`` is off.
+        RuntimeError: files that are there but damaged.
+
+    Source: Y. LeCun, C. Cortes and C. Burges, 1998.
+    """
+
+    TRAIN, TEST = 60_000, 10_000
+
+    def __init__(
+        self, root: str, download: bool = False, limit: int | None = None, **options: int | str
+    ) -> None:
+        super().__init__(**options)
+        self.root = Path(root).expanduser()
+        self.download = download
+        self.limit = limit
+
+    def prepare_data(self) -> None:
+        if self.download:
+            self._dataset(train=True, download=True)
+
+    def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (*self._images(train=True), *self._images(train=False))
+
+    def _images(self, train: bool) -> tuple[Tensor, Tensor]:
+        dataset = self._dataset(train)
+        expected = self.TRAIN if train else self.TEST
+        shape = (expected, 28, 28)
+        if dataset.data.shape != shape or len(dataset.targets) != expected:
+            raise RuntimeError(
+                f"MNIST in {self.root} is damaged: expected {list(shape)} images and {expected} "
+                f"labels, found {list(dataset.data.shape)} and {len(dataset.targets)}; delete "
+                f"{self.root / 'MNIST'} and run again with dataset.download=true"
+            )
+        limit = math.inf if self.limit is None else self.limit
+        keep = slice(None, min(limit, expected))
+        return dataset.data[keep].unsqueeze(1) / 255, dataset.targets[keep]
+
+    def _dataset(self, train: bool, download: bool = False):
+        from torchvision import datasets
+
+        try:
+            return datasets.MNIST(self.root, train=train, download=download)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"no MNIST at dataset.root={self.root}: expected {self.root / 'MNIST' / 'raw'} "
+                "with its four idx files; point dataset.root to them or add dataset.download=true"
+            ) from error
+        except (ValueError, EOFError, OSError) as error:
+            raise RuntimeError(
+                f"MNIST in {self.root} cannot be read ({error}); delete {self.root / 'MNIST'} and "
+                "run again with dataset.download=true"
+            ) from error

@@ -1,0 +1,161 @@
+"""The pictures a run leaves: samples, reconstructions, learned parameters, attention over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import matplotlib
+import numpy as np
+import torch
+from spikingjelly.activation_based.neuron import BaseNode
+from torch import Tensor, nn
+
+from sj_taid import FixedDecoder
+from sj_taid.model import FSVAE
+
+matplotlib.use("agg")  # draws without a display
+from matplotlib import pyplot as plt
+
+SAMPLES = "samples.png"
+RECONSTRUCTIONS = "reconstructions.png"
+PARAMETERS = "parameters.png"
+ATTENTION = "attention.png"
+
+
+def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
+    """The name, tau and V_th (their means, where a layer has many) of every neuron in ``net``."""
+    found = {}
+    for name, node in net.named_modules():
+        if isinstance(node, BaseNode):
+            tau = 1 / node.w.sigmoid() if hasattr(node, "w") else getattr(node, "tau", np.inf)
+            threshold = torch.as_tensor(node.v_threshold, dtype=torch.float32)
+            found[name] = {
+                "tau": float(torch.as_tensor(tau).detach().mean()),
+                "v_threshold": float(threshold.detach().mean()),
+            }
+    return found
+
+
+def draw_grid(images: Tensor, path: Path, columns: int, title: str, row_labels=()) -> None:
+    """A grid of images ``[n, C, H, W]`` in [-1, 1], row by row."""
+    rows = -(-len(images) // columns)
+    array = ((images.detach().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * 0.62 + 0.9, rows * 0.62 + 0.5), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_visible(False)
+    for axis, image in zip(axes.flat, array, strict=False):
+        axis.set_visible(True)
+        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
+    for row, label in enumerate(row_labels):
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 0.98))
+    _save(figure, path)
+
+
+def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path) -> None:
+    """Rows of test images, each above its reconstructions."""
+    columns = min(16, len(images))
+    pairs, labels = [], []
+    for start in range(0, len(images) - columns + 1, columns):
+        pairs += [images[start : start + columns], reconstructions[start : start + columns]]
+        labels += ["test", "model"]
+    draw_grid(torch.cat(pairs), path, columns, "Test images and their reconstructions", labels)
+
+
+def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> None:
+    """tau and V_th of every layer over the epochs; entry 0 is the start."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    names = list(history[0])
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(names)))
+    for axis, key, label in (
+        (axes[0], "tau", r"membrane time constant $\tau$ (time steps)"),
+        (axes[1], "v_threshold", r"threshold $V_{th}$ (dimensionless)"),
+    ):
+        for name, color in zip(names, colors, strict=True):
+            values = [epoch[name][key] for epoch in history]
+            axis.plot(range(len(history)), values, color=color, label=name.removesuffix(".1"))
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].legend(
+        fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), title="layer", frameon=False
+    )
+    figure.suptitle("What the neurons learned")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def draw_attention(attention: Tensor, path: Path) -> None:
+    """The image decoder's weights ``[T, N, C]`` over time, beside the fixed decoder's."""
+    T, _, channels = attention.shape
+    steps = np.arange(1, T + 1)
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    for channel in range(channels):
+        weights = attention[:, :, channel].detach().cpu().numpy()
+        label = "this decoder" + (f", channel {channel}" if channels > 1 else "")
+        (line,) = axis.plot(steps, weights.mean(1), marker="o", markersize=3, label=label)
+        low, high = np.quantile(weights, [0.1, 0.9], axis=1)
+        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
+    fixed = FixedDecoder(T).weights.numpy()
+    axis.plot(steps, fixed, "k--", linewidth=1, label=r"fixed: $0.8^{T-t}$")
+    axis.set_xlabel("time step t")
+    axis.set_ylabel("weight a[t]")
+    axis.set_ylim(0, 1.05)
+    axis.set_title("Weight of each time step (mean and 10-90 % of test images)", fontsize=10)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+class Pictures(L.Callback):
+    """Follows the neurons' parameters over training and draws everything at its end."""
+
+    def __init__(self, folder: Path, samples: int = 64) -> None:
+        self.folder = folder
+        self.samples = samples
+        self.history: list[dict[str, dict[str, float]]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        if not self.history:  # not so when a run is resumed
+            self.history.append(neuron_parameters(task.model))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.history.append(neuron_parameters(task.model))
+
+    def on_test_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        images, _ = next(iter(trainer.test_dataloaders))
+        self.draw(task.model, images[:32].to(task.device))
+        if len(self.history) > 1:
+            draw_parameters(self.history, self.folder / PARAMETERS)
+
+    @torch.no_grad()
+    def draw(self, model: FSVAE, images: Tensor) -> None:
+        draw_grid(model.sample(self.samples), self.folder / SAMPLES, 16, "Samples from the prior")
+        output = model(images)
+        draw_reconstructions(images, output.image, self.folder / RECONSTRUCTIONS)
+        z_seq = model.posterior(model.encode(images), model._picks(len(images)))[0]
+        sequence = model.decode_sequence(z_seq)
+        draw_attention(model.image_decoder.attention(sequence), self.folder / ATTENTION)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = state["history"]
+
+
+def _save(figure, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)
+    temporary.replace(path)

@@ -1,0 +1,116 @@
+"""A run and its folder: what is written there, and how a checkpoint becomes a model again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import sj_taid
+
+CONFIG = "config.yaml"
+METRICS = "metrics.json"
+CHECKPOINTS = "checkpoints"
+
+#: A checkpoint's config names the classes of its model; nothing else is ever called.
+TRUSTED_TARGETS = ("sj_taid.", "spikingjelly.activation_based.")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def save_config(cfg: DictConfig, folder: Path) -> None:
+    write(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def save_metrics(metrics: dict[str, Any], folder: Path) -> None:
+    write(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+
+
+def provenance() -> dict[str, Any]:
+    """What a figure needs beside it: versions, commit, machine."""
+    packages = ("spikingjelly", "torch", "lightning")
+    return {
+        "versions": {"sj-taid": sj_taid.__version__, **{name: version(name) for name in packages}},
+        "commit": _commit(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+    }
+
+
+def load_model(checkpoint: str | Path) -> tuple[nn.Module, DictConfig]:
+    """The model of a checkpoint, in eval mode, and the config of its run.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or no config beside it.
+        ValueError: not a checkpoint, damaged, of another model, or a config that names foreign
+            classes.
+    """
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; a run leaves them in <run folder>/{CHECKPOINTS}/"
+        )
+    config = path.parent.parent / CONFIG
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"no {CONFIG} at {config}; keep a checkpoint in its run's folder, "
+            f"<run folder>/{CHECKPOINTS}/"
+        )
+    cfg = OmegaConf.load(config)
+    _check_targets(OmegaConf.to_container(cfg.model))
+    model = instantiate(cfg.model)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a whole checkpoint of this run's model "
+            f"({type(error).__name__}: {error}); use another one of {path.parent}, "
+            "or train again"
+        ) from error
+    return model.eval(), cfg
+
+
+def _check_targets(node: Any) -> None:
+    if isinstance(node, dict):
+        target = node.get("_target_", TRUSTED_TARGETS[0])
+        if not str(target).startswith(TRUSTED_TARGETS):
+            raise ValueError(
+                f"the run's config names {target!r}, but a model is built only from "
+                f"{' and '.join(TRUSTED_TARGETS)}*; is this checkpoint from a trusted source?"
+            )
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            _check_targets(child)
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with ``+`` where files differ from it."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a checkout
+    return run.stdout.strip()

@@ -1,0 +1,34 @@
+"""Draw samples from a trained model: ``python experiments/sample.py checkpoint=.../last.ckpt``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+# The checkout's root, so that this file runs as a script from anywhere.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments import run
+from experiments.pictures import draw_grid
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="sample")
+def main(cfg: DictConfig) -> None:
+    model, _ = run.load_model(cfg.checkpoint)
+    torch.manual_seed(cfg.seed)
+    images = model.sample(cfg.n)
+    path = Path(cfg.output or Path(cfg.checkpoint).parent.parent / f"samples-seed{cfg.seed}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(images, path, cfg.columns, "Samples from the prior")
+    log.info("%d samples are in %s", cfg.n, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Train a model: ``python experiments/train.py [group=option] [key=value]``; see conf/train.yaml."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig
+
+# The checkout's root, so that this file runs as a script from anywhere.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments import run
+from experiments.fad import fad_metric, fad_of
+from experiments.pictures import Pictures
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig, folder: Path) -> dict[str, object]:
+    """Train, test, measure and draw; everything is left in ``folder``."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    run.save_config(cfg, folder)
+    data = instantiate(cfg.dataset)
+    model = instantiate(cfg.model)
+    task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
+
+    metric = fad_metric(cfg.fad, data, Path(cfg.cache_dir), cfg.trainer.accelerator)
+    untrained = fad_of(model, metric, cfg.fad.samples, cfg.seed)
+
+    checkpoints = ModelCheckpoint(folder / run.CHECKPOINTS, save_last=True, save_top_k=0)
+    trainer = instantiate(
+        cfg.trainer,
+        default_root_dir=folder,
+        logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
+        callbacks=[checkpoints, Pictures(folder), *map(instantiate, cfg.callbacks.values())],
+    )
+    start = time.perf_counter()
+    trainer.fit(task, data, ckpt_path=cfg.resume, weights_only=True)
+    seconds = time.perf_counter() - start
+    (tested,) = trainer.test(task, data, verbose=False)
+
+    metrics = {
+        "reconstruction": tested["test/reconstruction"],
+        "fad": fad_of(model, metric, cfg.fad.samples, cfg.seed),
+        "fad_untrained": untrained,
+        "fad_protocol": f"{cfg.fad.samples} samples against the test set, own autoencoder",
+        "epochs": trainer.current_epoch,
+        "training_seconds": round(seconds, 1),
+        "command": " ".join(["experiments/train.py", *HydraConfig.get().overrides.task]),
+        **run.provenance(),
+    }
+    run.save_metrics(metrics, folder)
+    return metrics
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(cfg: DictConfig) -> float:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    metrics = train(cfg, folder)
+    log.info("Test reconstruction error (MSE): %.4f", metrics["reconstruction"])
+    log.info(
+        "FAD of the samples: %.3f (before training: %.3f)",
+        metrics["fad"],
+        metrics["fad_untrained"],
+    )
+    log.info("Pictures, metrics and checkpoints are in %s", folder)
+    return metrics["fad"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Models built from the neuron and the layers: import what you need from here."""
+
+from .fsvae import FSVAE, FSVAEOutput
+
+__all__ = ["FSVAE", "FSVAEOutput"]

@@ -1,0 +1,47 @@
+"""The building blocks of the spiking models: a layer, tdBN and a neuron, on ``[T, N, *]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from spikingjelly.activation_based import layer
+from torch import nn
+
+Neuron = Callable[[], nn.Module]
+"""Makes one SpikingJelly neuron in step mode ``"m"`` each time it is called."""
+
+
+def conv_block(in_channels: int, out_channels: int, neuron: Neuron) -> nn.Sequential:
+    """Convolution 3x3 with stride 2, tdBN, neuron: halves height and width."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+    return _block(conv, nn.BatchNorm2d(out_channels), neuron)
+
+
+def conv_transpose_block(in_channels: int, out_channels: int, neuron: Neuron) -> nn.Sequential:
+    """Transposed convolution 3x3 with stride 2, tdBN, neuron: doubles height and width."""
+    conv = nn.ConvTranspose2d(
+        in_channels, out_channels, 3, stride=2, padding=1, output_padding=1
+    )
+    return _block(conv, nn.BatchNorm2d(out_channels), neuron)
+
+
+def linear_block(
+    in_features: int, out_features: int, neuron: Neuron, alpha: float = 1.0
+) -> nn.Sequential:
+    """Linear, tdBN, neuron, on ``[T, N, C]``."""
+    linear = nn.Linear(in_features, out_features)
+    return _block(linear, nn.BatchNorm1d(out_features), neuron, alpha)
+
+
+def _block(
+    synapse: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d, neuron: Neuron, alpha: float = 1.0
+) -> nn.Sequential:
+    """Threshold-dependent batch norm (Zheng et al. 2021, arXiv 2011.05280): statistics over time
+    and batch together, scale ``alpha * V_th``, so that currents reach the neuron at the height of
+    its threshold."""
+    node = neuron()
+    with torch.no_grad():
+        norm.weight.fill_(alpha * float(torch.as_tensor(node.v_threshold).mean()))
+    # The container folds time into the batch once for both layers.
+    return nn.Sequential(layer.SeqToANNContainer(synapse, norm), node)

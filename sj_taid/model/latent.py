@@ -1,0 +1,179 @@
+"""FSVAE's latent space: Bernoulli spike trains from autoregressive spiking networks.
+
+Sequences are ``[T, N, C]``; each network gives ``k`` candidate spikes for every channel,
+``[T, N, C, k]``, of which one is picked uniformly, so that the mean over ``k`` is the probability
+of a spike. Source: Kamata et al. 2022, arXiv 2110.00375, sections 4.2-4.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+
+from .block import Neuron, linear_block
+
+PRESAMPLING = ("step", "prefix")
+
+
+class LatentNetwork(nn.Module):
+    """Three spiking linear layers that give ``k`` candidate spikes a channel.
+
+    Each is followed by tdBN at twice the threshold.
+    """
+
+    def __init__(self, in_channels: int, hidden: tuple[int, int], channels: int, k: int,
+                 neuron: Neuron) -> None:  # fmt: skip
+        super().__init__()
+        self.channels = channels
+        self.k = k
+        widths = (in_channels, *hidden, k * channels)
+        self.net = nn.Sequential(
+            *(linear_block(a, b, neuron, alpha=2.0) for a, b in zip(widths, widths[1:]))
+        )
+
+    def run(self, x_seq: Tensor) -> Tensor:
+        """From rest over a whole sequence: ``[T, N, in_channels]`` -> ``[T, N, C, k]``."""
+        functional.reset_net(self.net)
+        return self.net(x_seq).unflatten(2, (self.channels, self.k))
+
+    def step(self, x: Tensor) -> Tensor:
+        """One more time step, the neurons going on from where they are: -> ``[N, C, k]``."""
+        return self.net(x.unsqueeze(0))[0].unflatten(1, (self.channels, self.k))
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """From rest, with the running BN statistics: then the network is causal, and stepping it
+        equals running every prefix anew, at O(T) instead of O(T^2)."""
+        was_training = self.net.training
+        self.net.eval()
+        functional.reset_net(self.net)
+        try:
+            yield
+        finally:
+            self.net.train(was_training)
+
+
+class Posterior(LatentNetwork):
+    """``q(z_t | x_<=t, z_<t)`` on ``[x_t ; z_(t-1)]``, ``z_0 = 0``.
+
+    Before the pass with gradient the samples ``z`` are drawn without gradient. ``presampling``
+    says how: ``"step"`` runs the network step by step with the running BN statistics, as at test
+    time, in O(T); ``"prefix"`` runs each prefix anew with batch statistics, as the original code
+    does, in O(T^2). In eval mode both give the same.
+    """
+
+    def __init__(self, channels: int, k: int, neuron: Neuron, presampling: str = "step") -> None:
+        super().__init__(2 * channels, (2 * channels, 4 * channels), channels, k, neuron)
+        if presampling not in PRESAMPLING:
+            raise ValueError(f"presampling must be one of {PRESAMPLING}, but it is {presampling!r}")
+        self.presampling = presampling
+
+    def forward(self, x_seq: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample ``z`` ``[T, N, C]`` at ``picks`` ``[T, N, C]``; also return ``q`` ``[T, N, C, k]``."""
+        presample = self._by_step if self.presampling == "step" else self._by_prefix
+        with torch.no_grad():
+            z_previous = presample(x_seq, picks)
+        q = self.run(torch.cat([x_seq, z_previous], 2))
+        return pick(q, picks), q
+
+    def _by_step(self, x_seq: Tensor, picks: Tensor) -> Tensor:
+        z_previous = torch.zeros_like(x_seq)
+        with self.stepping():
+            for t in range(len(x_seq) - 1):
+                q = self.step(torch.cat([x_seq[t], z_previous[t]], 1))
+                z_previous[t + 1] = pick(q, picks[t])
+        return z_previous
+
+    def _by_prefix(self, x_seq: Tensor, picks: Tensor) -> Tensor:
+        z_previous = torch.zeros_like(x_seq)
+        for t in range(len(x_seq) - 1):
+            q = self.run(torch.cat([x_seq[: t + 1], z_previous[: t + 1]], 2))
+            z_previous[t + 1] = pick(q[-1], picks[t])
+        return z_previous
+
+
+class Prior(LatentNetwork):
+    """``p(z_t | z_<t)`` on ``z_(t-1)``, ``z_0 = 0``."""
+
+    #: The first steps are always the posterior's: the prior has nothing to go by yet.
+    FIRST_OWN_SAMPLE = 5
+
+    def __init__(self, channels: int, k: int, neuron: Neuron) -> None:
+        super().__init__(channels, (2 * channels, 4 * channels), channels, k, neuron)
+
+    def forward(self, z_seq: Tensor, own_sample_probability: float = 0.0) -> Tensor:
+        """``p`` ``[T, N, C, k]`` for the posterior's ``z_seq`` ``[T, N, C]``, taken as constants.
+
+        With ``own_sample_probability`` (scheduled sampling) a step's input is replaced, with that
+        probability, by the prior's own sample ``1[mean_k p + 1e-3 noise > 0.5]``.
+        """
+        z_previous = torch.cat([torch.zeros_like(z_seq[:1]), z_seq[:-1]]).detach()
+        own = torch.rand(len(z_seq) - 1) < own_sample_probability
+        own[: self.FIRST_OWN_SAMPLE] = False
+        if own.any():
+            self._insert_own_samples(z_previous, own.tolist())
+        return self.run(z_previous)
+
+    @torch.no_grad()
+    def _insert_own_samples(self, z_previous: Tensor, own: list[bool]) -> None:
+        last = max(t for t, replace in enumerate(own) if replace)
+        with self.stepping():
+            for t in range(last + 1):
+                p = self.step(z_previous[t])
+                if own[t]:
+                    rate = p.mean(-1)
+                    rate = rate + 1e-3 * torch.randn_like(rate)
+                    z_previous[t + 1] = (rate > 0.5).to(z_previous.dtype)
+
+    @torch.no_grad()
+    def sample(self, picks: Tensor) -> Tensor:
+        """Draw ``z`` ``[T, N, C]`` step by step at ``picks`` ``[T, N, C]``."""
+        parameter = next(self.parameters())
+        z = torch.zeros(picks.shape[1:], dtype=parameter.dtype, device=parameter.device)
+        z_seq = []
+        with self.stepping():
+            for index in picks:
+                z = pick(self.step(z), index)
+                z_seq.append(z)
+        return torch.stack(z_seq)
+
+
+def pick(candidates: Tensor, picks: Tensor) -> Tensor:
+    """Take one of the ``k`` candidates of each channel: ``[*, C, k]`` at ``[*, C]`` -> ``[*, C]``."""
+    return candidates.gather(-1, picks.unsqueeze(-1)).squeeze(-1)
+
+
+def postsynaptic_potential(x_seq: Tensor) -> Tensor:
+    """``PSP[t] = PSP[t-1] + (x[t] - PSP[t-1]) / 2`` along axis 0, as one product with a matrix.
+
+    >>> postsynaptic_potential(torch.tensor([1.0, 0.0, 1.0]))
+    tensor([0.5000, 0.2500, 0.6250])
+    """
+    t = torch.arange(len(x_seq), device=x_seq.device)
+    age = t.unsqueeze(1) - t
+    kernel = torch.where(age >= 0, 0.5 ** (age + 1.0), 0.0).to(x_seq.dtype)
+    return torch.tensordot(kernel, x_seq, dims=1)
+
+
+def mmd_loss(q: Tensor, p: Tensor) -> Tensor:
+    """Maximum mean discrepancy of the spike trains, kernel PSP: ``mean (PSP(q) - PSP(p))^2``.
+
+    ``q`` and ``p`` are ``[T, N, C, k]``, averaged over ``k`` first (arXiv 2110.00375, eq. 16).
+    """
+    return postsynaptic_potential(q.mean(-1) - p.mean(-1)).square().mean()
+
+
+def kl_loss(q: Tensor, p: Tensor, eps: float = 1e-2) -> Tensor:
+    """KL divergence of the Bernoulli variables, summed over C and T, averaged over the batch."""
+    q, p = q.mean(-1), p.mean(-1)
+    spike = q * ((q + eps) / (p + eps)).log()
+    silence = (1 - q) * ((1 - q + eps) / (1 - p + eps)).log()
+    return (spike + silence).sum((0, 2)).mean()
+
+
+LATENT_LOSSES = {"mmd": (mmd_loss, 1.0), "kl": (kl_loss, 1e-4)}
+"""name -> (loss, its weight beside the reconstruction error)."""

@@ -1,0 +1,73 @@
+"""FAD against the closed form and against scipy's matrix root."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+
+from sj_taid.metric import FrechetAutoencoderDistance
+from sj_taid.model.autoencoder import Autoencoder
+
+
+class Identity(Autoencoder):
+    """The pixels are the code: 4 features from 2x2 images."""
+
+    def __init__(self):
+        super().__init__(1, 2, (2,), 4)
+
+    def encode(self, image):
+        return image.flatten(1)
+
+
+def codes(n, scale, shift, seed):
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.tensor([[1.0, 0.3, 0, 0], [0, 1, 0.2, 0], [0, 0, 1, 0.5], [0.1, 0, 0, 1]])
+    return (torch.randn(n, 4, generator=g, dtype=torch.float64) @ mix.double()) * scale + shift
+
+
+def distance(real, generated, batch=100):
+    metric = FrechetAutoencoderDistance(Identity())
+    for name, x in ((True, real), (False, generated)):
+        for part in x.split(batch):
+            metric.update(part.view(-1, 1, 2, 2), real=name)
+    return float(metric.compute())
+
+
+def test_equals_scipys_matrix_root():
+    real, generated = codes(400, 1.0, 0.0, 0), codes(300, 1.4, 0.5, 1)
+    mu_r, mu_g = real.mean(0).numpy(), generated.mean(0).numpy()
+    s_r, s_g = np.cov(real.T.numpy()), np.cov(generated.T.numpy())
+    root = linalg.sqrtm(s_r @ s_g).real
+    expected = ((mu_r - mu_g) ** 2).sum() + np.trace(s_r + s_g - 2 * root)
+    assert distance(real, generated) == pytest.approx(expected, rel=1e-6)
+
+
+def test_equals_the_closed_form_of_scaled_and_shifted_gaussians():
+    real = codes(500, 1.0, 0.0, 0)
+    generated = real * 2 + 3  # the same samples, so that the closed form holds exactly
+    covariance = np.cov(real.T.numpy())
+    mean = real.mean(0).numpy()
+    expected = ((mean * 2 + 3 - mean) ** 2).sum() + np.trace(covariance)  # (2 - 1)^2 tr(S)
+    assert distance(real, generated) == pytest.approx(expected, rel=1e-6)
+
+
+def test_does_not_depend_on_the_batches_or_on_training_mode():
+    real, generated = codes(60, 1.0, 0.0, 0), codes(60, 1.0, 1.0, 1)
+    assert distance(real, generated, 60) == pytest.approx(distance(real, generated, 7))
+    metric = FrechetAutoencoderDistance(Autoencoder(1, 8, (4,), 2))
+    metric.train()
+    assert not metric.inception.autoencoder.training
+
+
+def test_refuses_too_few_images():
+    metric = FrechetAutoencoderDistance(Identity())
+    metric.update(torch.rand(50, 1, 2, 2), real=True)
+    metric.update(torch.rand(4, 1, 2, 2), real=False)
+    with pytest.raises(ValueError, match="4 generated images; a covariance of 4 .* at least 5"):
+        metric.compute()
+
+
+def test_refuses_other_shapes():
+    metric = FrechetAutoencoderDistance(Identity())
+    with pytest.raises(ValueError, match=r"made for images \[N, 1, 2, 2\], but got \[5, 3, 2, 2\]"):
+        metric.update(torch.rand(5, 3, 2, 2), real=True)

@@ -1,0 +1,182 @@
+"""FSVAE: shapes, state, gradients, the neurons it takes, errors."""
+
+from functools import partial
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+from torch import nn
+
+from sj_taid import TAID, ALIFNode, FixedDecoder
+from sj_taid.model import FSVAE
+
+SMALL = {"image_size": 8, "T": 8, "hidden_channels": (6, 12), "latent_channels": 10, "k": 4}
+
+lif = partial(
+    neuron.LIFNode,
+    tau=4 / 3,
+    decay_input=False,
+    v_threshold=0.2,
+    v_reset=0.0,
+    surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
+    step_mode="m",
+)
+plif = partial(
+    neuron.ParametricLIFNode,
+    init_tau=4 / 3,
+    decay_input=False,
+    v_threshold=0.2,
+    surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
+    step_mode="m",
+)
+frozen_alif = partial(
+    ALIFNode,
+    init_tau=4 / 3,
+    decay_input=False,
+    v_threshold=0.2,
+    surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
+    step_mode="m",
+    learn_tau=False,
+    learn_threshold=False,
+)
+
+
+def images(n=3, channels=1, size=8):
+    return torch.rand(n, channels, size, size) * 2 - 1
+
+
+def run(model, image, seed=0):
+    torch.manual_seed(seed)
+    return model(image, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"), [({"image_size": 32}, 32), ({"image_size": 64, "in_channels": 3}, 64)]
+)
+def test_the_originals_sizes(options, size):
+    model = FSVAE(T=2, **options).eval()
+    channels = options.get("in_channels", 1)
+    with torch.no_grad():
+        output = model(images(1, channels, size))
+    assert output.image.shape == (1, channels, size, size)
+    assert output.q.shape == output.p.shape == (2, 1, 128, 20)
+    assert model.encoder[-1][0][0].out_channels == (256 if size == 32 else 512)
+    assert output.image.abs().max() <= 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_two_calls_in_a_row_never_mix(training):
+    model = FSVAE(**SMALL).train(training)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            norm.momentum = 0.0  # the only state that training is meant to carry over
+    image = images()
+    first = run(model, image)
+    run(model, images(5))
+    again = run(model, image)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("latent_loss", ["mmd", "kl"])
+@pytest.mark.parametrize("make_decoder", [TAID, partial(TAID, squeeze="all"), FixedDecoder])
+def test_every_parameter_learns(make_decoder, latent_loss):
+    model = FSVAE(**SMALL, decoder=make_decoder(SMALL["T"]))
+    image = images(8)
+    losses = model.loss(image, model(image, 0.3), latent_loss)
+    assert losses["loss"] == losses["reconstruction"] + losses["latent"]
+    losses["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        # A norm right after it takes away what a bias adds.
+        if not name.endswith(".0.0.bias"):
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_alif_at_the_originals_values_equals_lif(training):
+    alif = FSVAE(**SMALL, neuron=frozen_alif).double().train(training)
+    original = FSVAE(**SMALL, neuron=lif).double().train(training)
+    original.load_state_dict(
+        {k: v for k, v in alif.state_dict().items() if not k.endswith((".w", ".v_threshold"))}
+    )
+    image = images(8).double()
+    for a, b in zip(run(alif, image), run(original, image), strict=True):
+        assert torch.equal(a, b)
+    torch.manual_seed(1)
+    sampled = alif.sample(4)
+    torch.manual_seed(1)
+    assert torch.equal(sampled, original.sample(4))
+
+
+@pytest.mark.parametrize("make", [lif, plif, frozen_alif])
+def test_takes_any_spikingjelly_neuron(make):
+    model = FSVAE(**SMALL, neuron=make)
+    image = images()
+    model.loss(image, model(image))["loss"].backward()
+    assert model.sample(2).shape == (2, 1, 8, 8)
+
+
+def test_static_first_layer_equals_repeating_the_image():
+    model = FSVAE(**SMALL).double().eval()
+    image = images().double()
+    expected = model.encode(image)
+    x_seq = image.expand(SMALL["T"], *image.shape)
+    for block in model.encoder:
+        for m in block.modules():
+            if hasattr(m, "reset"):
+                m.reset()
+    model.to_latent[1].reset()
+    assert torch.equal(model.to_latent(model.encoder(x_seq).flatten(2)), expected)
+
+
+def test_sample_needs_no_mode_and_changes_nothing():
+    model = FSVAE(**SMALL)
+    model(images())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    drawn = model.sample(5)
+    assert drawn.shape == (5, 1, 8, 8) and not drawn.requires_grad
+    assert model.training and model.prior.net.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_learns_to_reconstruct():
+    torch.manual_seed(0)
+    model = FSVAE(**SMALL)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    image = images(4)
+    errors = []
+    for _ in range(40):
+        losses = model.loss(image, model(image))
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        errors.append(losses["reconstruction"].item())
+    assert errors[-1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 48}, "no default widths.*pass hidden_channels"),
+        ({"image_size": 12, "hidden_channels": (4, 4, 4)}, "cannot be halved 3 times"),
+        ({"image_size": 8, "hidden_channels": ()}, "cannot be halved 0 times"),
+        ({"T": 4, "decoder": TAID(8)}, "the image decoder was made for T=8, the model for T=4"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        FSVAE(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8), (2, 3, 8, 8), (2, 1, 16, 16)])
+def test_bad_images(shape):
+    with pytest.raises(ValueError, match=r"FSVAE expects images \[N, 1, 8, 8\], but got"):
+        FSVAE(**SMALL)(torch.zeros(shape))
+
+
+def test_unknown_latent_loss():
+    model = FSVAE(**SMALL)
+    image = images()
+    with pytest.raises(ValueError, match="latent_loss must be one of mmd, kl"):
+        model.loss(image, model(image), "wasserstein")

@@ -1,0 +1,155 @@
+"""Posterior, prior and the latent losses."""
+
+import pytest
+import torch
+from torch import nn
+
+from sj_taid.model.fsvae import original_neuron
+from sj_taid.model.latent import Posterior, Prior, kl_loss, mmd_loss, pick, postsynaptic_potential
+from tests.helpers import TOLERANCE
+
+T, N, C, K = 9, 4, 6, 5
+F64 = torch.float64
+
+
+def settled(network: nn.Module) -> nn.Module:
+    """In float64 and eval mode, with batch-norm statistics that are not the initial ones."""
+    network = network.double()
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.2)
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.1)
+    return network.eval()
+
+
+def picks():
+    return torch.randint(K, (T, N, C))
+
+
+def spikes():
+    return (torch.rand(T, N, C, dtype=F64) < 0.5).to(F64)
+
+
+def test_posterior_stepping_equals_running_every_prefix_anew():
+    posterior = settled(Posterior(C, K, original_neuron))
+    x_seq, index = spikes(), picks()
+    z_step, q_step = posterior(x_seq, index)
+    posterior.presampling = "prefix"
+    z_prefix, q_prefix = posterior(x_seq, index)
+    assert 0.02 < q_step.mean() < 0.98
+    assert torch.equal(z_step, z_prefix)
+    assert torch.equal(q_step, q_prefix)
+
+
+def test_posteriors_samples_are_those_it_was_conditioned_on():
+    """In eval mode z[t] of the whole pass is the z[t] that the next step saw."""
+    posterior = settled(Posterior(C, K, original_neuron))
+    x_seq, index = spikes(), picks()
+    z, q = posterior(x_seq, index)
+    previous = torch.cat([torch.zeros_like(z[:1]), z[:-1]])
+    assert torch.equal(q, posterior.run(torch.cat([x_seq, previous], 2)))
+
+
+def test_prior_sampling_equals_running_every_prefix_anew():
+    prior = settled(Prior(C, K, original_neuron))
+    index = picks()
+    z = prior.sample(index)
+    previous = torch.zeros(1, N, C, dtype=F64)
+    for t in range(T):
+        z_t = pick(prior.run(previous)[-1], index[t])
+        assert torch.equal(z_t, z[t])
+        previous = torch.cat([previous, z_t.unsqueeze(0)])
+    assert 0 < z.mean() < 1
+
+
+@pytest.mark.parametrize("presampling", ["step", "prefix"])
+def test_training_gives_gradients_to_every_parameter_and_to_the_input(presampling):
+    posterior = Posterior(C, K, original_neuron, presampling).double()
+    x_seq = spikes().requires_grad_()
+    z, q = posterior(x_seq, picks())
+    (z.sum() + q.sum()).backward()
+    assert x_seq.grad.abs().sum() > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in posterior.parameters())
+
+
+def test_presampling_by_step_leaves_batch_norm_alone():
+    posterior = Posterior(C, K, original_neuron).double()
+    before = posterior.net[0][0][1].running_mean.clone()
+    with torch.no_grad():
+        posterior._by_step(spikes(), picks())
+    assert torch.equal(posterior.net[0][0][1].running_mean, before)
+    assert posterior.training and posterior.net.training
+
+
+def test_prior_does_not_pass_gradient_to_the_posteriors_samples():
+    prior = Prior(C, K, original_neuron).double()
+    z_seq = spikes().requires_grad_()
+    prior(z_seq).sum().backward()
+    assert z_seq.grad is None
+
+
+def test_scheduled_sampling_replaces_inputs_only_from_the_sixth_step_on():
+    prior = settled(Prior(C, K, original_neuron))
+    seen = []
+    run = prior.run
+    prior.run = lambda x_seq: seen.append(x_seq.clone()) or run(x_seq)
+    z_seq = spikes()
+    prior(z_seq, own_sample_probability=1.0)
+    prior(z_seq, own_sample_probability=0.0)
+    replaced, untouched = seen
+    assert torch.equal(untouched[1:], z_seq[:-1])
+    assert torch.equal(replaced[:6], untouched[:6])
+    assert all(not torch.equal(a, b) for a, b in zip(replaced[6:], untouched[6:]))
+    assert set(replaced.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_own_samples_are_the_thresholded_mean_of_the_prior():
+    prior = settled(Prior(C, K, original_neuron))
+    z_previous = spikes()
+    expected = z_previous.clone()
+    own = [False] * 5 + [True, False, True]
+    torch.manual_seed(3)
+    prior._insert_own_samples(z_previous, own)
+    torch.manual_seed(3)
+    for t, replace in enumerate(own):
+        if replace:
+            rate = prior.run(expected[: t + 1])[-1].mean(-1)
+            expected[t + 1] = (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(F64)
+    assert torch.equal(z_previous, expected)
+
+
+def test_postsynaptic_potential_equals_the_recursion():
+    x_seq = torch.rand(T, N, C, dtype=F64)
+    psp, expected = torch.zeros(N, C, dtype=F64), []
+    for x in x_seq:
+        psp = psp + (x - psp) / 2
+        expected.append(psp)
+    error = (postsynaptic_potential(x_seq) - torch.stack(expected)).abs().max()
+    assert error <= TOLERANCE[F64]["value"]
+
+
+def test_mmd_loss():
+    q, p = torch.rand(2, T, N, C, K, dtype=F64)
+    expected = (postsynaptic_potential(q.mean(3)) - postsynaptic_potential(p.mean(3))).square()
+    torch.testing.assert_close(mmd_loss(q, p), expected.mean())
+    assert mmd_loss(q, q) == 0
+
+
+def test_kl_loss():
+    q, p = torch.rand(2, T, N, C, K, dtype=F64)
+    a, b = q.mean(3), p.mean(3)
+    eps = 1e-2
+    expected = 0.0
+    for t in range(T):
+        for c in range(C):
+            on = a[t, :, c] * torch.log((a[t, :, c] + eps) / (b[t, :, c] + eps))
+            off = (1 - a[t, :, c]) * torch.log((1 - a[t, :, c] + eps) / (1 - b[t, :, c] + eps))
+            expected = expected + on + off
+    torch.testing.assert_close(kl_loss(q, p), expected.mean())
+    assert kl_loss(q, q) == 0 and kl_loss(q, p) > 0
+
+
+def test_unknown_presampling():
+    with pytest.raises(ValueError, match=r"presampling must be one of \('step', 'prefix'\)"):
+        Posterior(C, K, original_neuron, "fast")

@@ -1,0 +1,169 @@
+"""The definition of ALIF: a trace worked by hand, gradcheck, and gradients derived on paper."""
+
+import numpy as np
+import pytest
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+
+from sj_taid.functional import alif_multi_step
+from sj_taid.ops.alif import reference
+from tests.helpers import HALF, TOLERANCE, Case, grid, results, tensors
+
+F64 = torch.float64
+
+
+def trace(x, v0, v_reset, decay_input):
+    x_seq = torch.tensor(x, dtype=F64).view(-1, 1)
+    spikes, v, v_seq = reference.multi_step(
+        x_seq,
+        v0,
+        torch.zeros((), dtype=F64),  # w = 0: tau = 2, q = 1/2
+        torch.tensor(0.7, dtype=F64),
+        decay_input=decay_input,
+        v_reset=v_reset,
+        surrogate_function=surrogate.ATan(),
+        detach_reset=False,
+        store_v_seq=True,
+    )
+    assert torch.equal(v, v_seq[-1])
+    return spikes.flatten().tolist(), v_seq.flatten().tolist()
+
+
+def test_trace_hard_reset():
+    # H = 0.5 | 0.5 + (1 - 0.5)/2 = 0.75 fires | 0.25 | 0.25 + (2 - 0.25)/2 = 1.125 fires
+    spikes, v = trace([1.0, 1.0, 0.5, 2.0], 0.0, 0.0, decay_input=True)
+    assert spikes == [0, 1, 0, 1]
+    assert v == pytest.approx([0.5, 0.0, 0.25, 0.0])
+
+
+def test_trace_soft_reset():
+    # H = 0.5 | 0.75 fires, V = 0.05 | 0.05 + 0.45/2 = 0.275 | 0.275 + 1.725/2 = 1.1375 fires
+    spikes, v = trace([1.0, 1.0, 0.5, 2.0], 0.0, None, decay_input=True)
+    assert spikes == [0, 1, 0, 1]
+    assert v == pytest.approx([0.5, 0.05, 0.275, 0.4375])
+
+
+def test_trace_without_decay_input_and_with_another_reset_voltage():
+    # From V = -0.25, whose distance to the reset voltage decays:
+    # H = 0.25 | 0.25 - 0.5/2 + 0.5 = 0.5 | 0.5 - 0.75/2 + 0.6 = 0.725 fires | 0.25
+    spikes, v = trace([0.5, 0.5, 0.6, 0.5], -0.25, -0.25, decay_input=False)
+    assert spikes == [0, 0, 1, 0]
+    assert v == pytest.approx([0.25, 0.5, -0.25, 0.25])
+
+
+def test_fires_at_the_threshold():
+    spikes, _ = trace([1.4], 0.0, 0.0, decay_input=True)
+    assert spikes == [1]
+
+
+# A detached reset is left out: its gradient is not the derivative of the forward pass, by design.
+@pytest.mark.parametrize("case", [c for c in grid(dtypes=(F64,)) if not c.detach_reset], ids=str)
+@pytest.mark.parametrize(
+    "smooth", [surrogate.Sigmoid(spiking=False), surrogate.ATan(spiking=False)], ids=["sig", "atan"]
+)
+def test_gradcheck_with_smooth_surrogates(case, smooth):
+    case = case.with_(surrogate_function=smooth, shape=(4, 2, 3), channels=case.channels and 3)
+    leaves = tensors(case)
+
+    def run(x, v0, w, v_threshold):
+        return reference.multi_step(x, v0, w, v_threshold, store_v_seq=True, **case.options())
+
+    assert torch.autograd.gradcheck(run, tuple(leaves.values()))
+
+
+def derived_gradients(case, leaves, cotangents):
+    """The backward recursion derived on paper, in numpy.
+
+    With upstream gradients ``gs[t]`` of spikes and ``gv[t]`` of voltages, going back in time::
+
+        dL/dH    = gs g + Gv dV/dH
+        dV/dH    = hard: (1 - S) + (V_reset - H) g      soft: 1 - V_th g       (g terms: attached)
+        dL/dV_th = -gs g + hard: -Gv (V_reset - H) g    soft: Gv (-S + V_th g)
+        dL/dw    = q (1 - q) dL/dH * (decay_input ? X - (V - V_reset) : -(V - V_reset))
+        Gv[t-1]  = gv[t-1] + dL/dH (1 - q)
+    """
+    x, v0, w, v_th = (leaves[n].detach().numpy() for n in ("x", "v0", "w", "v_threshold"))
+    if case.channels is not None:
+        w, v_th = w[:, None], v_th[:, None]
+    alpha = 2.0  # ATan's: g(u) = alpha/2 / (1 + (pi/2 alpha u)^2)
+    q = 1 / (1 + np.exp(-w))
+    rest = case.v_reset or 0.0
+    v, before, charged, spikes = v0, [], [], []
+    for x_t in x:
+        before.append(v)
+        h = v + (x_t - (v - rest)) * q if case.decay_input else v - (v - rest) * q + x_t
+        s = (h >= v_th).astype(float)
+        v = h - s * v_th if case.v_reset is None else (1 - s) * h + s * rest
+        charged.append(h)
+        spikes.append(s)
+
+    gs_seq, gv_last, gv_seq = cotangents
+    carry = gv_last
+    gx, gw, gth = np.zeros_like(x), np.zeros_like(v0), np.zeros_like(v0)
+    for t in reversed(range(len(x))):
+        gv = carry + gv_seq[t]
+        h, s, v, gs = charged[t], spikes[t], before[t], gs_seq[t]
+        g = alpha / 2 / (1 + (np.pi / 2 * alpha * (h - v_th)) ** 2)
+        attached = 0.0 if case.detach_reset else 1.0
+        if case.v_reset is None:
+            dv_dh = 1 - attached * v_th * g
+            gth += -gs * g + gv * (-s + attached * v_th * g)
+        else:
+            dv_dh = (1 - s) + attached * (rest - h) * g
+            gth += -gs * g - attached * gv * (rest - h) * g
+        gh = gs * g + gv * dv_dh
+        gx[t] = gh * (q if case.decay_input else 1.0)
+        gw += q * (1 - q) * gh * ((x[t] if case.decay_input else 0.0) - (v - rest))
+        carry = gh * (1 - q)
+    axes = (0, 1, 2) if case.channels is None else (0, 2)
+    return {"grad_x": gx, "grad_v0": carry, "grad_w": gw.sum(axes), "grad_v_threshold": gth.sum(axes)}
+
+
+@pytest.mark.parametrize("case", grid(dtypes=(F64,)), ids=str)
+def test_every_gradient_equals_the_derivation(case):
+    case = case.with_(shape=(6, 3, 5, 4))
+    leaves = tensors(case)
+    got = results(reference.multi_step, case, leaves)
+    g = torch.Generator().manual_seed(case.seed + 1)
+    cotangents = [
+        torch.randn(got[name].shape, generator=g, dtype=F64).numpy()
+        for name in ("spike_seq", "v", "v_seq")
+    ]
+    assert 0.05 < got["spike_seq"].mean() < 0.95
+    for name, want in derived_gradients(case, leaves, cotangents).items():
+        error = np.abs(got[name].numpy() - want).max()
+        assert error <= TOLERANCE[F64]["value"] * max(1.0, np.abs(want).max()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
+@pytest.mark.parametrize("decay_input", [False, True])
+def test_equals_spikingjellys_plif_to_the_bit(dtype, v_reset, decay_input):
+    plif = neuron.ParametricLIFNode(
+        init_tau=3.0, decay_input=decay_input, v_threshold=0.8, v_reset=v_reset, step_mode="m"
+    ).to(dtype)
+    x_seq = torch.randn(8, 4, 33, dtype=dtype) + 0.5
+    got, v, _ = alif_multi_step(
+        x_seq,
+        v_reset or 0.0,
+        plif.w,
+        torch.tensor(0.8, dtype=dtype),
+        decay_input=decay_input,
+        v_reset=v_reset,
+        backend="torch",
+    )
+    assert torch.equal(got, plif(x_seq))
+    assert torch.equal(v, plif.v)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_input_is_computed_in_float32(dtype):
+    case = Case(dtype=dtype, shape=(5, 2, 3))
+    got = results(reference.multi_step, case)
+    leaves = tensors(case)
+    leaves["x"] = leaves["x"].detach().float().requires_grad_()
+    exact = results(reference.multi_step, case.with_(dtype=torch.float32), leaves)
+    assert got["spike_seq"].dtype == got["grad_x"].dtype == dtype
+    assert got["v"].dtype == got["grad_w"].dtype == torch.float32
+    assert torch.equal(got["spike_seq"].float(), exact["spike_seq"])
+    assert torch.equal(got["v"], exact["v"])

@@ -1,0 +1,129 @@
+"""TAID and the fixed decoder."""
+
+import copy
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional
+from torch import nn
+
+from sj_taid import TAID, FixedDecoder
+from tests.helpers import TOLERANCE
+
+F64 = torch.float64
+
+
+def sequence(*shape):
+    return torch.randn(*shape, dtype=F64)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("shape", [(4, 2, 5, 3, 6), (4, 2, 5)])
+def test_spatial_equals_the_equations(shape, kernel_size, reduce):
+    taid = TAID(4, kernel_size, reduce=reduce).double()
+    s = sequence(*shape)
+    weight = taid.excite.weight
+    assert weight.shape == (4, 4, kernel_size) and [*taid.parameters()] == [weight]
+    z = s.mean((3, 4)) if s.dim() == 5 else s
+    half = kernel_size // 2
+    expected = torch.zeros_like(s[0])
+    for t in range(4):
+        for c in range(5):
+            y = torch.zeros(2, dtype=F64)
+            for source in range(4):
+                for k in range(kernel_size):
+                    if 0 <= c + k - half < 5:
+                        y = y + weight[t, source, k] * z[source, :, c + k - half]
+            a = y.sigmoid().view(-1, *[1] * (s.dim() - 3))
+            expected[:, c] += a * s[t, :, c]
+    if reduce == "mean":
+        expected = expected / 4
+    error = (taid(s) - expected).abs().max()
+    assert error <= TOLERANCE[F64]["value"] * expected.abs().max()
+
+
+def test_all_equals_the_equations():
+    taid = TAID(8, squeeze="all", reduction=4).double()
+    first, _, last = taid.excite
+    assert first.weight.shape == (2, 8) and last.weight.shape == (8, 2)
+    s = sequence(8, 3, 2, 4, 4)
+    z = s.mean((2, 3, 4)).t()
+    a = last(first(z).relu()).sigmoid()
+    expected = torch.einsum("nt,tnchw->nchw", a, s)
+    error = (taid(s) - expected).abs().max()
+    assert error <= TOLERANCE[F64]["value"] * expected.abs().max()
+
+
+@pytest.mark.parametrize("squeeze", ["spatial", "all"])
+def test_attention_is_what_decodes(squeeze):
+    taid = TAID(4, squeeze=squeeze).double()
+    s = sequence(4, 2, 3, 5, 5)
+    a = taid.attention(s)
+    assert a.shape == (4, 2, 3 if squeeze == "spatial" else 1)
+    assert ((a > 0) & (a < 1)).all()
+    torch.testing.assert_close(taid(s), (a[..., None, None] * s).sum(0))
+
+
+@pytest.mark.parametrize("squeeze", ["spatial", "all"])
+def test_gradcheck(squeeze):
+    taid = TAID(4, squeeze=squeeze).double()
+    assert torch.autograd.gradcheck(taid, sequence(4, 2, 3, 2, 2).requires_grad_())
+
+
+def test_fixed_decoder_weighs_later_steps_more():
+    s = sequence(5, 2, 3, 4, 4)
+    expected = sum(0.8 ** (4 - t) * s[t] for t in range(5))
+    decoder = FixedDecoder(5).double()
+    torch.testing.assert_close(decoder(s), expected)
+    torch.testing.assert_close(FixedDecoder(5, reduce="mean").double()(s), expected / 5)
+    assert not decoder.state_dict() and decoder.attention(s).shape == (5, 1, 1)
+
+
+@pytest.mark.parametrize("make", [TAID, FixedDecoder])
+def test_is_a_multi_step_module(make):
+    net = nn.Sequential(make(4))
+    functional.set_step_mode(net, "m")
+    functional.reset_net(net)
+    with pytest.raises(ValueError, match="step_mode"):
+        net[0].step_mode = "s"
+    assert torch.equal(copy.deepcopy(net)(torch.ones(4, 1, 1)), net(torch.ones(4, 1, 1)))
+
+
+@pytest.mark.parametrize("make", [TAID, FixedDecoder])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(make, dtype):
+    assert make(4).to(dtype)(torch.rand(4, 2, 3, 4, 4, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("make", [TAID, FixedDecoder])
+def test_bad_input(make):
+    name = make.__name__
+    with pytest.raises(ValueError, match=rf"{name} was made for T=4 time steps, but got T=5"):
+        make(4)(torch.ones(5, 2, 3, 4, 4))
+    with pytest.raises(ValueError, match=rf"{name} needs \[T, N, C, H, W\] or \[T, N, C\]"):
+        make(4)(torch.ones(4, 2, 3, 4))
+    with pytest.raises(TypeError, match="floating-point"):
+        make(4)(torch.ones(4, 2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"T": 0}, "T must be"),
+        ({"T": 4, "squeeze": "time"}, "squeeze must be 'spatial' or 'all'"),
+        ({"T": 4, "reduce": "max"}, "reduce must be 'sum' or 'mean'"),
+        ({"T": 4, "kernel_size": 2}, "odd"),
+        ({"T": 4, "kernel_size": 3, "squeeze": "all"}, "averages away"),
+        ({"T": 4, "reduction": 0}, "reduction must be"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        TAID(**options)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.5])
+def test_fixed_decay_range(decay):
+    with pytest.raises(ValueError, match=r"decay must be in \(0, 1\]"):
+        FixedDecoder(4, decay)

@@ -1,0 +1,269 @@
+"""ALIFNode as a SpikingJelly neuron: modes, state, parameters, precision, errors."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from torch import nn
+
+from sj_taid import ALIFNode
+from sj_taid.functional import alif_multi_step, alif_step, lower_bound
+from tests.helpers import HALF
+
+OPTIONS = [
+    {},
+    {"v_reset": None, "detach_reset": True},
+    {"v_reset": -0.25, "decay_input": False},
+    {"channels": 5},
+]
+
+
+def inputs(T=6):
+    return torch.randn(T, 3, 5, 4) + 0.6
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_single_multi_and_functional_forward_agree_to_the_bit(options):
+    node = ALIFNode(init_tau=1.7, v_threshold=0.6, backend="torch", **options)
+    x_seq = inputs()
+
+    steps = torch.stack([node(x) for x in x_seq])
+    v_steps = node.v
+    functional.reset_net(node)
+
+    functional.set_step_mode(node, "m")
+    sequence = node(x_seq)
+    v_sequence = node.v
+
+    start = node.v_reset or 0.0
+    (explicit,), (v_explicit,) = node.multi_step_functional_forward((x_seq,), (start,))
+    spikes, states = [], (start,)
+    for x in x_seq:
+        (spike,), states = node.single_step_functional_forward((x,), states)
+        spikes.append(spike)
+
+    assert 0.05 < sequence.mean() < 0.95
+    for other, v in ((steps, v_steps), (explicit, v_explicit), (torch.stack(spikes), states[0])):
+        assert torch.equal(sequence, other)
+        assert torch.equal(v_sequence, v)
+
+
+def test_state_carries_over_between_sequences_until_reset():
+    node = ALIFNode(step_mode="m")
+    x_seq = inputs()
+    whole = node(x_seq)
+    functional.reset_net(node)
+    assert torch.equal(torch.cat([node(x_seq[:2]), node(x_seq[2:])]), whole)
+
+
+def test_store_v_seq():
+    node = ALIFNode(step_mode="m", store_v_seq=True)
+    x_seq = inputs()
+    node(x_seq)
+    assert node.v_seq.shape == x_seq.shape
+    assert torch.equal(node.v_seq[-1], node.v)
+
+
+def test_to_functional_forward():
+    base = pytest.importorskip("spikingjelly.activation_based.base")
+    if not hasattr(base, "to_functional_forward"):
+        pytest.skip("this SpikingJelly has no to_functional_forward")
+    node = ALIFNode(step_mode="m")
+    net = nn.Sequential(nn.Linear(4, 4), node)
+    x_seq = inputs()
+    expected = net(x_seq)
+    v = node.v
+    functional.reset_net(net)
+    (got,), (v_got,) = base.to_functional_forward(net)((x_seq,), (0.0,))
+    assert torch.equal(got, expected)
+    assert torch.equal(v_got, v)
+    assert node.v == 0.0
+
+
+def test_detach_net_cuts_the_graph():
+    node = ALIFNode()
+    node(inputs()[0])
+    assert node.v.requires_grad
+    functional.detach_net(node)
+    assert not node.v.requires_grad
+
+
+def test_batch_size_may_change_after_a_reset_only():
+    node = ALIFNode(step_mode="m")
+    node(inputs())
+    with pytest.raises(ValueError, match=r"\[3, 5, 4\].*\[2, 5, 4\].*reset_net"):
+        node(inputs()[:, :2])
+    functional.reset_net(node)
+    assert node(inputs()[:, :2]).shape == (6, 2, 5, 4)
+
+
+def test_state_dict_holds_the_parameters_only_and_plifs_w_loads():
+    plif = neuron.ParametricLIFNode(init_tau=3.5)
+    node = ALIFNode()
+    node(inputs()[0])
+    assert set(node.state_dict()) == {"w", "v_threshold"}
+    missing = node.load_state_dict(plif.state_dict(), strict=False).missing_keys
+    assert missing == ["v_threshold"]
+    assert node.tau.item() == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize("channels", [None, 5])
+def test_parameters(channels):
+    node = ALIFNode(init_tau=4.0, v_threshold=0.7, channels=channels)
+    assert node.w.shape == node.v_threshold.shape == (() if channels is None else (5,))
+    torch.testing.assert_close(node.tau, torch.full_like(node.w, 4.0))
+    torch.testing.assert_close(node.w, torch.full_like(node.w, -math.log(3.0)))
+    node(inputs()[0]).sum().backward()
+    assert torch.isfinite(node.w.grad).all() and node.w.grad.abs().sum() > 0
+    assert torch.isfinite(node.v_threshold.grad).all() and node.v_threshold.grad.abs().sum() > 0
+
+
+def test_frozen_parameters_get_no_gradient():
+    node = ALIFNode(learn_tau=False, learn_threshold=False)
+    x = inputs()[0].requires_grad_()
+    node(x).sum().backward()
+    assert node.w.grad is None and node.v_threshold.grad is None
+    assert x.grad.abs().sum() > 0
+
+
+def test_min_v_threshold_bounds_the_threshold_and_lets_it_recover():
+    node = ALIFNode(v_threshold=0.3, min_v_threshold=0.1)
+    with torch.no_grad():
+        node.v_threshold.fill_(-1.0)
+    assert node.effective_v_threshold().item() == pytest.approx(0.1)
+    # At the bound a silent input must not fire, and a loss that wants fewer spikes raises V_th.
+    spikes = node(torch.zeros(4, 3))
+    assert spikes.sum() == 0
+    spikes.sum().backward()
+    assert node.v_threshold.grad < 0
+
+
+def test_lower_bound_blocks_only_the_gradient_that_leads_further_down():
+    p = torch.tensor([-1.0, -1.0, 1.0, 1.0], requires_grad=True)
+    lower_bound(p, 0.0).backward(torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    assert p.grad.tolist() == [0.0, -1.0, 1.0, -1.0]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_module_keeps_float32_parameters_and_state(dtype):
+    net = nn.Sequential(nn.Linear(4, 4), ALIFNode(step_mode="m")).to(dtype)
+    spikes = net(inputs().to(dtype))
+    assert spikes.dtype == dtype
+    node = net[1]
+    assert node.w.dtype == node.v_threshold.dtype == node.v.dtype == torch.float32
+    net.to(dtype)  # with a live state
+    assert node.v.dtype == torch.float32
+    assert net.double()[1].w.dtype == torch.float64
+
+
+def test_autocast_feeds_half_and_gets_half():
+    net = nn.Sequential(nn.Linear(4, 4), ALIFNode(step_mode="m"))
+    with torch.autocast("cpu", torch.bfloat16):
+        spikes = net(inputs())
+    assert spikes.dtype == torch.bfloat16
+    spikes.float().sum().backward()
+    assert net[1].w.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
+def test_copies_in_the_middle_of_a_graph_are_independent(duplicate):
+    node = ALIFNode(step_mode="m")
+    x_seq = inputs()
+    node(x_seq)
+    twin = duplicate(node)
+    assert not twin.v.requires_grad and torch.equal(twin.v, node.v)
+    assert torch.equal(twin(x_seq), node(x_seq))
+    assert twin.w is not node.w
+
+
+def test_v_reset_and_thresholds_may_be_integers():
+    node = ALIFNode(init_tau=2, v_threshold=1, v_reset=0, step_mode="m")
+    plif = neuron.ParametricLIFNode(init_tau=2.0, step_mode="m")
+    x_seq = inputs()
+    assert torch.equal(node(x_seq), plif(x_seq))
+
+
+def test_repr_names_what_a_person_looks_for():
+    text = repr(ALIFNode(init_tau=3.0, v_threshold=0.5, channels=2))
+    for part in ("tau=3..3", "v_threshold=0.5..0.5", "backend=auto", "channels=2"):
+        assert part in text
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5, -2, math.inf, math.nan, "2"])
+def test_init_tau_must_exceed_one(tau):
+    with pytest.raises(ValueError, match="init_tau must be a number of time steps greater than 1"):
+        ALIFNode(init_tau=tau)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "cudnn"}, "'cudnn' is unknown: expected one of 'auto', 'torch'"),
+        ({"step_mode": "x"}, "step_mode"),
+        ({"channels": 0}, "channels must be None or an integer >= 1"),
+        ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "below min_v_threshold=0.2"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        ALIFNode(**options)
+
+
+@pytest.mark.parametrize("x", [torch.ones(4, 2, dtype=torch.long), torch.ones(4, 2).bool(), [1.0]])
+def test_input_must_be_floating_point(x):
+    with pytest.raises(TypeError, match=r"must be a floating-point tensor.*\.float\(\)"):
+        ALIFNode(step_mode="m")(x)
+
+
+@pytest.mark.parametrize("x", [torch.ones(3), torch.ones(()), torch.ones(0, 3)])
+def test_multi_step_needs_time_and_batch(x):
+    with pytest.raises(ValueError, match=r"must be \[T, N, \*\] with T >= 1"):
+        ALIFNode(step_mode="m")(x)
+
+
+def test_single_step_needs_a_batch():
+    with pytest.raises(ValueError, match="scalar"):
+        ALIFNode()(torch.tensor(1.0))
+
+
+def test_channels_must_match():
+    with pytest.raises(ValueError, match=r"v?w? ?.*7 channels.*\[N, 7, \*\].*\[3, 5, 4\]"):
+        ALIFNode(channels=7, step_mode="m")(inputs())
+
+
+def test_functional_rejects_a_matrix_of_parameters():
+    with pytest.raises(ValueError, match="scalar or one value per channel"):
+        alif_multi_step(inputs(), 0.0, torch.zeros(5, 4), torch.tensor(1.0))
+
+
+def test_devices_must_agree():
+    with pytest.raises(ValueError, match=r"w is on meta but the input on cpu.*net\.to\(device\)"):
+        alif_step(inputs()[0], 0.0, torch.zeros((), device="meta"), torch.tensor(1.0))
+
+
+def test_empty_batch():
+    node = ALIFNode(step_mode="m")
+    x_seq = torch.ones(3, 0, 5, requires_grad=True)
+    node(x_seq).sum().backward()
+    assert x_seq.grad.shape == (3, 0, 5)
+    assert node.w.grad == 0
+
+
+def test_learns_time_constant_and_threshold():
+    """A neuron that fires too much raises its threshold and its time constant."""
+    node = ALIFNode(init_tau=2.0, v_threshold=0.4, step_mode="m", surrogate_function=surrogate.ATan())
+    optimizer = torch.optim.SGD(node.parameters(), lr=1.0)
+    x_seq = torch.rand(10, 64)
+    before = node(x_seq).mean().item()
+    for _ in range(30):
+        functional.reset_net(node)
+        loss = (node(x_seq).mean() - 0.1) ** 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    functional.reset_net(node)
+    assert node(x_seq).mean().item() < before - 0.1
+    assert node.v_threshold > 0.4 and node.tau > 2.0
