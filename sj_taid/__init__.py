@@ -6,7 +6,7 @@
 from . import functional
 from .convert import swap_neurons, to_lif
 from .layer import TAID, FixedDecoder
-from .monitor import monitor
+from .monitoring import monitor
 from .neuron import ALIFNode
 from .optim import parameter_groups
 from .state import fresh_state, name_neurons
