@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
+from torchvision.utils import make_grid
 
 from sj_taid import FixedDecoder
 from sj_taid.model import FSVAE
@@ -38,24 +40,24 @@ def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
     return found
 
 
-def draw_grid(images: Tensor, path: Path, columns: int, title: str, row_labels=()) -> None:
+def draw_grid(
+    images: Tensor, path: Path, columns: int, title: str, row_labels: Sequence[str] = ()
+) -> None:
     """A grid of images ``[n, C, H, W]`` in [-1, 1], row by row."""
+    columns = min(columns, len(images))
+    images = (images.detach().cpu().clamp(-1, 1) + 1) / 2
+    grid = make_grid(images, columns, padding=1, pad_value=1.0).permute(1, 2, 0).numpy()
+    height, width = grid.shape[:2]
+    figure, axis = plt.subplots(figsize=(11, 11 * height / width + 0.45))
+    axis.imshow(grid, interpolation="nearest")
     rows = -(-len(images) // columns)
-    array = ((images.detach().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * 0.62 + 0.9, rows * 0.62 + 0.5), squeeze=False
-    )
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_visible(False)
-    for axis, image in zip(axes.flat, array, strict=False):
-        axis.set_visible(True)
-        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
-    for row, label in enumerate(row_labels):
-        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 0.98))
+    axis.set_xticks([])
+    axis.set_yticks((np.arange(len(row_labels)) + 0.5) * height / rows, row_labels, fontsize=8)
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    axis.set_title(title, fontsize=10)
+    figure.tight_layout(pad=0.3)
     _save(figure, path)
 
 
@@ -93,22 +95,27 @@ def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> N
 
 
 def draw_attention(attention: Tensor, path: Path) -> None:
-    """The image decoder's weights ``[T, N, C]`` over time, beside the fixed decoder's."""
+    """The share of each time step, ``a[t] / sum a``, for weights ``[T, N, C]``.
+
+    Shares, not weights: the layer before the decoder sets the scale, and only shares compare with
+    the fixed decoder's.
+    """
     T, _, channels = attention.shape
     steps = np.arange(1, T + 1)
+    shares = (attention / attention.sum(0)).detach().cpu().numpy()
     figure, axis = plt.subplots(figsize=(6.4, 4))
     for channel in range(channels):
-        weights = attention[:, :, channel].detach().cpu().numpy()
         label = "this decoder" + (f", channel {channel}" if channels > 1 else "")
-        (line,) = axis.plot(steps, weights.mean(1), marker="o", markersize=3, label=label)
-        low, high = np.quantile(weights, [0.1, 0.9], axis=1)
+        share = shares[:, :, channel]
+        (line,) = axis.plot(steps, share.mean(1), marker="o", markersize=3, label=label)
+        low, high = np.quantile(share, [0.1, 0.9], axis=1)
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
     fixed = FixedDecoder(T).weights.numpy()
-    axis.plot(steps, fixed, "k--", linewidth=1, label=r"fixed: $0.8^{T-t}$")
+    axis.plot(steps, fixed / fixed.sum(), "k--", linewidth=1, label=r"fixed, $0.8^{T-t}$")
     axis.set_xlabel("time step t")
-    axis.set_ylabel("weight a[t]")
-    axis.set_ylim(0, 1.05)
-    axis.set_title("Weight of each time step (mean and 10-90 % of test images)", fontsize=10)
+    axis.set_ylabel(r"share of the image, $a[t] / \sum a$")
+    axis.set_ylim(bottom=0)
+    axis.set_title("What each time step adds (mean and 10-90 % of test images)", fontsize=10)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     figure.tight_layout()

@@ -1,4 +1,7 @@
-"""Train a model: ``python experiments/train.py [group=option] [key=value]``; see conf/train.yaml."""
+"""Train a model: ``python experiments/train.py [group=option] [key=value]``.
+
+conf/train.yaml lists the groups.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning as L
@@ -23,10 +27,14 @@ from experiments.fad import fad_metric, fad_of
 from experiments.pictures import Pictures
 
 log = logging.getLogger(__name__)
+# Lightning's notes on devices and services; its warnings stay.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
-def train(cfg: DictConfig, folder: Path) -> dict[str, object]:
+def train(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any]:
     """Train, test, measure and draw; everything is left in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run.reuse_freed_memory()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run.save_config(cfg, folder)
     data = instantiate(cfg.dataset)
@@ -36,7 +44,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, object]:
     metric = fad_metric(cfg.fad, data, Path(cfg.cache_dir), cfg.trainer.accelerator)
     untrained = fad_of(model, metric, cfg.fad.samples, cfg.seed)
 
-    checkpoints = ModelCheckpoint(folder / run.CHECKPOINTS, save_last=True, save_top_k=0)
+    # One file, replaced whole after every epoch.
+    checkpoints = ModelCheckpoint(
+        folder / run.CHECKPOINTS, filename="last", enable_version_counter=False
+    )
     trainer = instantiate(
         cfg.trainer,
         default_root_dir=folder,
@@ -49,13 +60,13 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, object]:
     (tested,) = trainer.test(task, data, verbose=False)
 
     metrics = {
-        "reconstruction": tested["test/reconstruction"],
+        "reconstruction": tested["test/mse"],
         "fad": fad_of(model, metric, cfg.fad.samples, cfg.seed),
         "fad_untrained": untrained,
         "fad_protocol": f"{cfg.fad.samples} samples against the test set, own autoencoder",
         "epochs": trainer.current_epoch,
         "training_seconds": round(seconds, 1),
-        "command": " ".join(["experiments/train.py", *HydraConfig.get().overrides.task]),
+        "command": command,
         **run.provenance(),
     }
     run.save_metrics(metrics, folder)
@@ -64,15 +75,17 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, object]:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float:
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    metrics = train(cfg, folder)
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    command = " ".join(["python experiments/train.py", *hydra_cfg.overrides.task])
+    metrics = train(cfg, folder, command)
     log.info("Test reconstruction error (MSE): %.4f", metrics["reconstruction"])
     log.info(
         "FAD of the samples: %.3f (before training: %.3f)",
         metrics["fad"],
         metrics["fad_untrained"],
     )
-    log.info("Pictures, metrics and checkpoints are in %s", folder)
+    log.info("Metrics, checkpoints and TensorBoard logs are there too. Pictures: %s", folder)
     return metrics["fad"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Case:
     channels: int | None = None
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = (6, 3, 5)
-    surrogate_function: Any = surrogate.ATan()
+    surrogate_function: Any = field(default_factory=surrogate.ATan)
     v_init: bool = True
     seed: int = 0
 

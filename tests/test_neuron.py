@@ -254,7 +254,9 @@ def test_empty_batch():
 
 def test_learns_time_constant_and_threshold():
     """A neuron that fires too much raises its threshold and its time constant."""
-    node = ALIFNode(init_tau=2.0, v_threshold=0.4, step_mode="m", surrogate_function=surrogate.ATan())
+    node = ALIFNode(
+        init_tau=2.0, v_threshold=0.4, step_mode="m", surrogate_function=surrogate.ATan()
+    )
     optimizer = torch.optim.SGD(node.parameters(), lr=1.0)
     x_seq = torch.rand(10, 64)
     before = node(x_seq).mean().item()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class ImageData(L.LightningDataModule):
-    """Images in memory as uint8-sized tensors; a subclass says where they come from.
+    """Images in memory; a subclass says where they come from.
 
     Args:
         name: what the run is called after.
@@ -104,6 +104,12 @@ class MNIST(ImageData):
     """
 
     TRAIN, TEST = 60_000, 10_000
+    FILES = (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    )
 
     def __init__(
         self, root: str, download: bool = False, limit: int | None = None, **options: int | str
@@ -137,14 +143,16 @@ class MNIST(ImageData):
     def _dataset(self, train: bool, download: bool = False):
         from torchvision import datasets
 
+        raw = self.root / "MNIST" / "raw"
+        missing = [name for name in self.FILES if not (raw / name).is_file()]
+        if missing and not download:
+            raise FileNotFoundError(
+                f"no MNIST at dataset.root={self.root}: {raw} lacks {', '.join(missing)}; point "
+                "dataset.root to the folder that holds MNIST/raw or add dataset.download=true"
+            )
         try:
             return datasets.MNIST(self.root, train=train, download=download)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"no MNIST at dataset.root={self.root}: expected {self.root / 'MNIST' / 'raw'} "
-                "with its four idx files; point dataset.root to them or add dataset.download=true"
-            ) from error
-        except (ValueError, EOFError, OSError) as error:
+        except (RuntimeError, ValueError, EOFError) as error:
             raise RuntimeError(
                 f"MNIST in {self.root} cannot be read ({error}); delete {self.root / 'MNIST'} and "
                 "run again with dataset.download=true"

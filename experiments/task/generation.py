@@ -49,8 +49,8 @@ class Generation(L.LightningModule):
         image, _ = batch
         output = self.model(image, self._probability())
         losses = self.model.loss(image, output, self.latent_loss)
-        for name, value in losses.items():
-            self.log(f"train/{name}", value, prog_bar=name != "loss", on_step=False, on_epoch=True)
+        self._log("train/mse", losses["reconstruction"])
+        self._log("train/latent", losses["latent"])
         return losses["loss"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
@@ -61,8 +61,10 @@ class Generation(L.LightningModule):
 
     def _log_reconstruction(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         image, _ = batch
-        error = F.mse_loss(self.model(image).image, image)
-        self.log(f"{stage}/reconstruction", error, prog_bar=True, sync_dist=True)
+        self._log(f"{stage}/mse", F.mse_loss(self.model(image).image, image))
+
+    def _log(self, name: str, value: Tensor) -> None:
+        self.log(name, value, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
 
     def _probability(self) -> float:
         """Linear over the epochs."""

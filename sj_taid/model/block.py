@@ -20,9 +20,7 @@ def conv_block(in_channels: int, out_channels: int, neuron: Neuron) -> nn.Sequen
 
 def conv_transpose_block(in_channels: int, out_channels: int, neuron: Neuron) -> nn.Sequential:
     """Transposed convolution 3x3 with stride 2, tdBN, neuron: doubles height and width."""
-    conv = nn.ConvTranspose2d(
-        in_channels, out_channels, 3, stride=2, padding=1, output_padding=1
-    )
+    conv = nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
     return _block(conv, nn.BatchNorm2d(out_channels), neuron)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -102,16 +103,17 @@ class FSVAE(nn.Module):
         side = image_size // 2 ** len(widths)
         self._code_shape = (widths[-1], side, side)
         code = widths[-1] * side * side
-        self.encoder = nn.Sequential(
-            *(conv_block(a, b, neuron) for a, b in zip((in_channels, *widths), widths))
+        (self.stem, first_neuron), *blocks = (
+            conv_block(a, b, neuron) for a, b in pairwise((in_channels, *widths))
         )
+        self.encoder = nn.Sequential(first_neuron, *blocks)
         self.to_latent = linear_block(code, latent_channels, neuron)
         self.posterior = Posterior(latent_channels, k, neuron, presampling)
         self.prior = Prior(latent_channels, k, neuron)
         self.from_latent = linear_block(latent_channels, code, neuron)
         reverse = (*reversed(widths), widths[0])
         self.decoder = nn.Sequential(
-            *(conv_transpose_block(a, b, neuron) for a, b in zip(reverse, reverse[1:]))
+            *(conv_transpose_block(a, b, neuron) for a, b in pairwise(reverse))
         )
         self.to_image = layer.SeqToANNContainer(
             nn.ConvTranspose2d(widths[0], in_channels, 3, padding=1)
@@ -138,13 +140,9 @@ class FSVAE(nn.Module):
             )
         functional.reset_net(self.encoder)
         functional.reset_net(self.to_latent)
-        (synapse, first_neuron), *blocks = self.encoder
         # The image is the same at every step, so its first convolution and norm are too.
-        current = synapse(image.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
-        x_seq = first_neuron(current)
-        for block in blocks:
-            x_seq = block(x_seq)
-        return self.to_latent(x_seq.flatten(2))
+        x_seq = self.stem(image.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
+        return self.to_latent(self.encoder(x_seq).flatten(2))
 
     def decode(self, z_seq: Tensor) -> Tensor:
         """The image ``[N, C, H, W]`` in [-1, 1] for latent spikes ``[T, N, latent]``."""
@@ -158,7 +156,10 @@ class FSVAE(nn.Module):
         return self.to_image(self.decoder(x_seq))
 
     def sample(self, n: int) -> Tensor:
-        """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior, in eval mode, no gradient."""
+        """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior.
+
+        Without gradient and in eval mode, whatever the mode before, which comes back after.
+        """
         was_training = self.training
         self.eval()
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from spikingjelly.activation_based import functional
@@ -25,14 +26,20 @@ class LatentNetwork(nn.Module):
     Each is followed by tdBN at twice the threshold.
     """
 
-    def __init__(self, in_channels: int, hidden: tuple[int, int], channels: int, k: int,
-                 neuron: Neuron) -> None:  # fmt: skip
+    def __init__(
+        self,
+        in_channels: int,
+        hidden: tuple[int, int],
+        channels: int,
+        k: int,
+        neuron: Neuron,
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.k = k
         widths = (in_channels, *hidden, k * channels)
         self.net = nn.Sequential(
-            *(linear_block(a, b, neuron, alpha=2.0) for a, b in zip(widths, widths[1:]))
+            *(linear_block(a, b, neuron, alpha=2.0) for a, b in pairwise(widths))
         )
 
     def run(self, x_seq: Tensor) -> Tensor:
@@ -73,7 +80,10 @@ class Posterior(LatentNetwork):
         self.presampling = presampling
 
     def forward(self, x_seq: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample ``z`` ``[T, N, C]`` at ``picks`` ``[T, N, C]``; also return ``q`` ``[T, N, C, k]``."""
+        """Sample ``z`` ``[T, N, C]`` at ``picks`` ``[T, N, C]``.
+
+        Returns ``z`` and the candidates ``q`` ``[T, N, C, k]``.
+        """
         presample = self._by_step if self.presampling == "step" else self._by_prefix
         with torch.no_grad():
             z_previous = presample(x_seq, picks)
@@ -143,7 +153,7 @@ class Prior(LatentNetwork):
 
 
 def pick(candidates: Tensor, picks: Tensor) -> Tensor:
-    """Take one of the ``k`` candidates of each channel: ``[*, C, k]`` at ``[*, C]`` -> ``[*, C]``."""
+    """One of each channel's ``k`` candidates: ``[*, C, k]`` at ``[*, C]`` -> ``[*, C]``."""
     return candidates.gather(-1, picks.unsqueeze(-1)).squeeze(-1)
 
 

@@ -1,1 +1,1 @@
-"""The operations behind the modules: one folder an operation, the definition beside the fast paths."""
+"""The operations behind the modules: a folder each, the definition beside the fast paths."""

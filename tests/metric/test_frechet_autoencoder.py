@@ -63,7 +63,7 @@ def test_refuses_too_few_images():
     metric = FrechetAutoencoderDistance(Identity())
     metric.update(torch.rand(50, 1, 2, 2), real=True)
     metric.update(torch.rand(4, 1, 2, 2), real=False)
-    with pytest.raises(ValueError, match="4 generated images; a covariance of 4 .* at least 5"):
+    with pytest.raises(ValueError, match=r"4 generated images; a covariance of 4 .* at least 5"):
         metric.compute()
 
 

@@ -100,7 +100,7 @@ def test_scheduled_sampling_replaces_inputs_only_from_the_sixth_step_on():
     replaced, untouched = seen
     assert torch.equal(untouched[1:], z_seq[:-1])
     assert torch.equal(replaced[:6], untouched[:6])
-    assert all(not torch.equal(a, b) for a, b in zip(replaced[6:], untouched[6:]))
+    assert all(not torch.equal(a, b) for a, b in zip(replaced[6:], untouched[6:], strict=True))
     assert set(replaced.unique().tolist()) <= {0.0, 1.0}
 
 

@@ -39,7 +39,7 @@ def test_unknown_name_lists_the_known():
 
 @pytest.mark.usefixtures("broken")
 def test_explicit_backend_raises_and_keeps_the_original_exception():
-    with pytest.raises(backends.BackendUnavailableError, match="ImportError.*fastlib") as info:
+    with pytest.raises(backends.BackendUnavailableError, match=r"ImportError.*fastlib") as info:
         resolve("broken")
     assert isinstance(info.value.__cause__, ImportError)
     assert isinstance(backends.why_not("broken"), ImportError)

@@ -1,1 +1,1 @@
-"""ALIF. ``reference.py`` is the definition; every other file is a faster way to the same numbers."""
+"""ALIF: ``reference.py`` is the definition, every other file a faster way to the same numbers."""

@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic and state for an input of ``dtype``: float32, or float64 for float64."""
+    """The dtype of arithmetic and state for an input: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def charge(x: Tensor, v: Tensor, q: Tensor, decay_input: bool, v_reset: float | None) -> Tensor:
-    """``H = V + q (X - (V - V_reset))``, or ``H = V - q (V - V_reset) + X`` without ``decay_input``.
+    """``H = V + q (X - (V - V_reset))``; without ``decay_input`` ``H = V - q (V - V_reset) + X``.
 
     The order of operations is SpikingJelly's, and the fused kernels repeat it unfused: then the
     same float32 inputs give the same spikes on every path.

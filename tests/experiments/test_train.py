@@ -1,0 +1,215 @@
+"""Runs from the configs to the pictures: what is left, resumed, refused."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import instantiate
+from matplotlib import image as mpimg
+from omegaconf import OmegaConf
+
+from experiments import run
+from experiments.train import train
+from tests.experiments.conftest import CONF, TINY
+
+ROOT = CONF.parent
+PICTURES = ("samples.png", "reconstructions.png", "parameters.png", "attention.png")
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def script(name, *arguments):
+    return [sys.executable, str(ROOT / "experiments" / name), *arguments]
+
+
+def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(tmp_path, cache):
+    folder = tmp_path / "run"
+    command = script("train.py", *TINY, f"hydra.run.dir={folder}", f"cache_dir={cache}")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().splitlines()[-1].endswith(f"Pictures: {folder}")
+
+    for name in PICTURES:
+        assert mpimg.imread(folder / name).std() > 0, name
+    metrics = json.loads((folder / run.METRICS).read_text())
+    assert metrics["fad"] > 0 and metrics["fad_untrained"] > 0 and metrics["reconstruction"] > 0
+    assert metrics["epochs"] == 1 and "train.py" in metrics["command"]
+    assert OmegaConf.load(folder / run.CONFIG).model.neuron.init_tau == pytest.approx(4 / 3)
+    assert list((folder / "tensorboard").glob("events*"))
+
+    checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
+    again = subprocess.run(
+        script("sample.py", f"checkpoint={checkpoint}", "n=6", "seed=3"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert mpimg.imread(folder / "samples-seed3.png").std() > 0
+    assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
+
+
+@pytest.mark.parametrize("decoder", options("decoder"))
+@pytest.mark.parametrize("neuron", options("neuron"))
+def test_every_neuron_with_every_decoder(tiny, tmp_path, neuron, decoder):
+    cfg = tiny(f"neuron={neuron}", f"decoder={decoder}", "trainer.limit_train_batches=1")
+    metrics = train(cfg, tmp_path)
+    assert metrics["fad"] > 0
+    for name in PICTURES:
+        assert (tmp_path / name).is_file()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task.latent_loss=kl"],
+        ["model.presampling=prefix"],
+        ["surrogate=atan", "neuron.min_v_threshold=0.05"],
+        ["neuron.learn_tau=false", "trainer.precision=bf16-mixed"],
+    ],
+    ids=str,
+)
+def test_options(tiny, tmp_path, overrides):
+    assert train(tiny(*overrides), tmp_path)["reconstruction"] > 0
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_model_composes(tiny, name):
+    size = 64 if name == "fsvae_large" else 32
+    cfg = tiny(f"model={name}", f"dataset.image_size={size}", tiny=False)
+    model = instantiate(cfg.model)
+    assert model.image_size == size
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes(tiny, name):
+    cfg = tiny(f"experiment={name}", tiny=False)
+    instantiate(cfg.dataset)
+    instantiate(cfg.optimizer)
+    instantiate(cfg.trainer)
+    assert sum(p.numel() for p in instantiate(cfg.model).parameters()) > 0
+
+
+def test_the_same_seed_gives_the_same_figures(tiny, tmp_path):
+    first = train(tiny(), tmp_path / "a")
+    second = train(tiny(), tmp_path / "b")
+    other = train(tiny("seed=1"), tmp_path / "c")
+    for key in ("fad", "fad_untrained", "reconstruction"):
+        assert first[key] == second[key]
+        assert first[key] != other[key]
+
+
+def test_a_killed_run_resumes_where_its_last_epoch_ended(tiny, tmp_path, cache):
+    folder = tmp_path / "killed"
+    checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
+    command = script(
+        "train.py", *TINY, "trainer.max_epochs=500", f"hydra.run.dir={folder}", f"cache_dir={cache}"
+    )
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoint.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    epoch = torch.load(checkpoint, weights_only=True)["epoch"]
+
+    cfg = tiny(f"resume={checkpoint}", f"trainer.max_epochs={epoch + 3}")
+    metrics = train(cfg, tmp_path / "resumed")
+    assert metrics["epochs"] == epoch + 3
+    resumed = torch.load(tmp_path / "resumed" / run.CHECKPOINTS / "last.ckpt", weights_only=True)
+    assert len(resumed["callbacks"]["Pictures"]["history"]) == epoch + 4
+    assert resumed["global_step"] == 2 * (epoch + 3)
+
+
+def test_a_checkpoint_gives_the_trained_model(tiny, tmp_path):
+    train(tiny(), tmp_path)
+    checkpoint = tmp_path / run.CHECKPOINTS / "last.ckpt"
+    model, cfg = run.load_model(checkpoint)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert not model.training and cfg.seed == 0
+    assert all(torch.equal(v, saved[f"model.{k}"]) for k, v in model.state_dict().items())
+
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone\.ckpt"):
+        run.load_model(tmp_path / "gone.ckpt")
+
+    whole = checkpoint.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"not a checkpoint", b""):
+        checkpoint.write_bytes(damage)
+        with pytest.raises(ValueError, match="not a whole checkpoint") as info:
+            run.load_model(checkpoint)
+        assert info.value.__cause__ is not None
+
+    checkpoint.write_bytes(whole)
+    config = tmp_path / run.CONFIG
+    text = config.read_text()
+    config.write_text(text.replace("sj_taid.TAID", "os.system"))
+    with pytest.raises(ValueError, match=r"names 'os\.system'.*trusted source"):
+        run.load_model(checkpoint)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config\.yaml at"):
+        run.load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("neuron=izhikevich", MissingConfigException, r"(?s)izhikevich.*alif.*lif.*plif"),
+        ("dataset=imagenet", MissingConfigException, r"(?s)imagenet.*digits.*mnist"),
+        ("trainer.max_epoch=3", ConfigCompositionException, "max_epoch"),
+    ],
+)
+def test_unknown_choices_and_keys_list_what_there_is(tiny, override, error, message):
+    with pytest.raises(error) as info:
+        tiny(override)
+    import re
+
+    assert re.search(message, str(info.value) + str(info.value.__cause__))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("decoder.squeeze=time", "squeeze must be 'spatial' or 'all'"),
+        ("neuron.backend=fpga", "'fpga' is unknown"),
+        ("neuron.init_tau=1.0", "init_tau must be a number of time steps greater than 1"),
+        ("task.latent_loss=l1", "task.latent_loss must be one of mmd, kl"),
+        ("model.presampling=fast", "presampling must be one of"),
+        ("dataset.image_size=9", "cannot be halved"),
+    ],
+)
+def test_bad_values_name_what_is_expected(tiny, tmp_path, override, message):
+    with pytest.raises(Exception, match=message):
+        train(tiny(override), tmp_path)
+
+
+def test_runs_of_a_sweep_have_folders_of_their_own(tmp_path, cache):
+    command = script(
+        "train.py",
+        "-m",
+        "seed=0,1",
+        *[o for o in TINY if not o.startswith("fad.")],
+        "fad=digits",
+        "fad.samples=20",
+        "fad.epochs=1",
+        "fad.hidden_channels=[4]",
+        f"cache_dir={cache}",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        "hydra.job.config.override_dirname.exclude_keys=" + str(SWEPT_OUT).replace(" ", ""),
+    )
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in Path(tmp_path / "sweep").iterdir() if p.is_dir())
+    assert names == ["seed=0", "seed=1"]
+    for name in names:
+        assert (tmp_path / "sweep" / name / run.METRICS).is_file()
+
+
+SWEPT_OUT = [o.split("=")[0] for o in TINY] + ["cache_dir", "fad"]
