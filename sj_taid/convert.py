@@ -99,7 +99,8 @@ def swap_neurons(
     so that an optimiser made before the swap still holds it. A module used in several places stays
     one module. The outputs at the swap are
 
-    * bit for bit equal for PLIF, for IF, and for LIF with a tau that is a power of two;
+    * bit for bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a
+      tau that is a power of two;
     * equal to rounding otherwise: LIF divides by tau and ALIF multiplies by
       :math:`\mathrm{sigmoid}(w)`, whose ``w`` is the float32 that brings it nearest to
       :math:`1/\tau`. A spike can differ where the voltage meets the threshold to the last bits.
