@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -45,9 +45,14 @@ class FrechetAutoencoderDistance(FrechetInceptionDistance):
     def __init__(self, autoencoder: Autoencoder, **kwargs: Any) -> None:
         super().__init__(feature=_Codes(autoencoder), **kwargs)
 
+    @property
+    def codes(self) -> _Codes:
+        """What torchmetrics calls the inception network."""
+        return cast(_Codes, self.inception)
+
     def update(self, imgs: Tensor, real: bool) -> None:
         """Add images ``[N, C, H, W]`` in [-1, 1] to the real or to the generated ones."""
-        autoencoder = self.inception.autoencoder
+        autoencoder = self.codes.autoencoder
         expected = (autoencoder.in_channels, autoencoder.image_size, autoencoder.image_size)
         if imgs.dim() != 4 or imgs.shape[1:] != expected:
             raise ValueError(
@@ -58,7 +63,7 @@ class FrechetAutoencoderDistance(FrechetInceptionDistance):
 
     def compute(self) -> Tensor:
         """The distance of all images so far."""
-        needed = self.inception.num_features + 1
+        needed = self.codes.num_features + 1
         counts = {
             "real": int(self.real_features_num_samples),
             "generated": int(self.fake_features_num_samples),
@@ -67,14 +72,14 @@ class FrechetAutoencoderDistance(FrechetInceptionDistance):
             if count < needed:
                 raise ValueError(
                     f"FAD got {count} {kind} images; a covariance of "
-                    f"{self.inception.num_features} features needs at least {needed}, and the "
+                    f"{self.codes.num_features} features needs at least {needed}, and the "
                     "papers use 5000: add images"
                 )
         return super().compute()
 
 
 class _Codes(nn.Module):
-    """What torchmetrics calls: images to features, never in training mode."""
+    """From images to features, never in training mode."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
