@@ -1,6 +1,6 @@
 """Eager against torch.compile, forward and backward, in the reference backend.
 
-    python experiments/benchmark/compile.py --shape 8 16 64 16 16
+python experiments/benchmark/compile.py --shape 8 16 64 16 16
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 
 import torch
 from spikingjelly.activation_based import layer, surrogate
-from torch import nn
+from torch import Tensor, nn
 
 from sj_taid import ALIFNode, fresh_state
 
@@ -33,16 +34,13 @@ def net(channels: int) -> nn.Module:
     )
 
 
-def milliseconds(module: nn.Module, forward: nn.Module, x_seq: torch.Tensor, repeats: int) -> list:
-    times = []
-    for _ in range(repeats + 3):
-        start = time.perf_counter()
-        with fresh_state(module):
-            forward(x_seq).sum().backward()
-        if x_seq.is_cuda:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return times[3:]
+def milliseconds(module: nn.Module, forward: Callable[..., Tensor], x_seq: Tensor) -> float:
+    start = time.perf_counter()
+    with fresh_state(module):
+        forward(x_seq).sum().backward()
+    if x_seq.is_cuda:
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -62,15 +60,19 @@ def main() -> None:
         torch.manual_seed(0)
         module = make(arguments.shape[2]).to(arguments.device)
         x_seq = torch.rand(arguments.shape, device=arguments.device, requires_grad=True)
-        medians = {}
-        for mode in ("eager", "compiled"):
-            torch._dynamo.reset()
-            forward = torch.compile(module, fullgraph=True) if mode == "compiled" else module
-            times = milliseconds(module, forward, x_seq, arguments.repeats)
-            low, median, high = statistics.quantiles(times, n=4)
-            medians[mode] = median
+        forwards = {"eager": module, "compiled": torch.compile(module, fullgraph=True)}
+        times: dict[str, list[float]] = {mode: [] for mode in forwards}
+        # In turns, so that a machine that slows down slows both; the first three warm up.
+        for repeat in range(arguments.repeats + 3):
+            for mode, forward in forwards.items():
+                time_taken = milliseconds(module, forward, x_seq)
+                if repeat >= 3:
+                    times[mode].append(time_taken)
+        quartiles = {mode: statistics.quantiles(taken, n=4) for mode, taken in times.items()}
+        for mode, (low, median, high) in quartiles.items():
             print(f"{name:18} {mode:9} {median:8.2f} ms  (quartiles {low:.2f}..{high:.2f})")
-        print(f"{name:18} eager / compiled = {medians['eager'] / medians['compiled']:.2f}")
+        ratio = quartiles["eager"][1] / quartiles["compiled"][1]
+        print(f"{name:18} eager / compiled = {ratio:.2f}")
 
 
 if __name__ == "__main__":
