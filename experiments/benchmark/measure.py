@@ -1,0 +1,59 @@
+"""What the benchmarks share: interleaved timing, quantiles, fitted slopes, CSV with provenance."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import run
+
+
+class Timing(NamedTuple):
+    """Milliseconds: the median and the 20 % and 80 % quantiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
+    """Time CPU functions in turn, round by round, so that a slow moment hits them all alike."""
+    for function in functions.values():
+        function()  # compilation, caches, allocator
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: quantiles(values) for name, values in times.items()}
+
+
+def quantiles(milliseconds: Iterable[float]) -> Timing:
+    low, median, high = np.quantile(list(milliseconds), [0.2, 0.5, 0.8])
+    return Timing(float(median), float(low), float(high))
+
+
+def slope(sizes: Iterable[float], times: Iterable[float]) -> float:
+    """The exponent of a power law through the points: 1 is linear."""
+    return float(np.polyfit(np.log(list(sizes)), np.log(list(times)), 1)[0])
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    """Every row carries versions, commit and machine, so that none is ever without them."""
+    provenance = run.provenance()
+    shared = {"commit": provenance["commit"], "machine": provenance["machine"]}
+    shared |= {f"{name}_version": number for name, number in provenance["versions"].items()}
+    names = list(dict.fromkeys(key for row in rows for key in row)) + list(shared)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(row | shared for row in rows)
+    temporary.replace(path)
