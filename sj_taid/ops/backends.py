@@ -111,7 +111,7 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
         except BackendUnavailableError as error:
             if candidate == "numba" and isinstance(error.__cause__, ModuleNotFoundError):
                 continue
-            _warn_once(f"{error} Falling back from {candidate!r}; say backend=... to choose.")
+            _warn_once(f"{error}. Falling back from {candidate!r}; say backend=... to choose.")
     return BACKENDS["torch"]()
 
 

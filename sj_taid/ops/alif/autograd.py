@@ -133,17 +133,19 @@ class _Options(NamedTuple):
 
 
 class _FusedALIF(torch.autograd.Function):
+    # forward and setup_context apart, as torch.func's transforms ask for
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         x_seq: Tensor,
         v0: Tensor | None,
         w: Tensor,
         v_threshold: Tensor,
         engine: Engine,
         options: _Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        spike_seq, v, v_seq, checkpoint = engine.forward(
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return engine.forward(
             x_seq,
             v0,
             options.v_init,
@@ -154,16 +156,26 @@ class _FusedALIF(torch.autograd.Function):
             options.store_v_seq,
             engine.checkpoints(x_seq.shape[0]),
         )
-        ctx.save_for_backward(x_seq, v0, w, v_threshold, checkpoint)
-        ctx.engine, ctx.options = engine, options
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> None:
+        *leaves, ctx.engine, ctx.options = inputs
+        checkpoint = output[3]
+        ctx.save_for_backward(*leaves, checkpoint)
+        ctx.mark_non_differentiable(checkpoint)
         # An output that nobody used has no gradient to read.
         ctx.set_materialize_grads(False)
-        return spike_seq, v, v_seq
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_spike_seq: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None
+        ctx: Any,
+        grad_spike_seq: Tensor | None,
+        grad_v: Tensor | None,
+        grad_v_seq: Tensor | None,
+        grad_checkpoint: None,
     ) -> tuple[Tensor | None, ...]:
         x_seq, v0, w, v_threshold, checkpoint = ctx.saved_tensors
         options = ctx.options
@@ -237,7 +249,7 @@ def multi_step(
     )
     leaves = (x_seq, v0, w, v_threshold)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-        spike_seq, v_last, v_seq = _FusedALIF.apply(*leaves, engine, options)
+        spike_seq, v_last, v_seq, _ = _FusedALIF.apply(*leaves, engine, options)
     else:
         spike_seq, v_last, v_seq, _ = engine.forward(
             x_seq, v0, options.v_init, w, v_threshold, decay_input, v_reset, store_v_seq, 0
