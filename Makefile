@@ -2,14 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LEGACY := .venv-legacy
 
-.PHONY: demo test lint format install build clean
+.PHONY: demo test test-legacy docs lint format install build clean
 
 demo: install ## Train a small FSVAE on handwritten digits and draw its pictures
 	$(BIN)/python experiments/train.py
 
 test: install lint ## Lint, type check and test
 	$(BIN)/python -m pytest
+
+test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
+	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore=tests/experiments
+
+docs: install ## HTML in build/docs
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/sphinx-build -W --keep-going docs build/docs
 
 lint: install
 	$(BIN)/ruff check .
@@ -31,5 +39,10 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(LEGACY)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(LEGACY)
+	$(LEGACY)/bin/python -m pip install --quiet --editable ".[test-legacy]" "spikingjelly==0.0.0.0.14"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LEGACY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

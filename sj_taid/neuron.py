@@ -11,6 +11,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 
 from . import _compat, functional
+from ._graph import graph_is_freed
 from .ops import backends
 
 __all__ = ["ALIFNode"]
@@ -55,14 +56,16 @@ class ALIFNode(_compat.BaseNode):
     Attributes:
         w: ``-log(tau - 1)``, float32, a scalar or ``[C]``.
         v_threshold: float32, a scalar or ``[C]``.
+        name: the path in the net, for messages; :func:`sj_taid.name_neurons` fills it in.
 
-    Both stay float32 under ``.half()`` and ``.bfloat16()``, since a learning rate's step would be
-    lost in a half-precision scalar; the state ``v`` is float32 as well.
+    Both parameters stay float32 under ``.half()`` and ``.bfloat16()``, since a learning rate's step
+    would be lost in a half-precision scalar; the state ``v`` is float32 as well.
 
     Raises:
         ValueError: ``init_tau <= 1``, an unknown backend or step mode, a threshold below its
             bound, a bad ``channels``; at a call, shapes or devices that do not fit.
         TypeError: at a call, an input that is not floating point.
+        RuntimeError: at a call with gradients, a state whose graph an earlier backward has freed.
 
     Source: Qiu et al., *When Spiking neural networks meet temporal attention image decoding and
     adaptive spiking neuron*, ICLR Tiny Papers 2023, arXiv 2406.03046.
@@ -73,6 +76,8 @@ class ALIFNode(_compat.BaseNode):
     >>> sorted(node.state_dict())
     ['v_threshold', 'w']
     """
+
+    v: Tensor | float
 
     def __init__(
         self,
@@ -110,6 +115,7 @@ class ALIFNode(_compat.BaseNode):
             step_mode=step_mode,
             store_v_seq=store_v_seq,
         )
+        self.name = ""
         self.backend = backend
         self.decay_input = decay_input
         self.channels = channels
@@ -154,7 +160,10 @@ class ALIFNode(_compat.BaseNode):
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
     ) -> tuple[Any, ...]:
-        """Return the states as they are: a float is a valid start and saves reading a tensor."""
+        """Check the state and return it as it is: a float is a valid start, and saves a read."""
+        v = states[0]
+        if isinstance(v, Tensor):
+            self._check_state(v, inputs[0].shape[1:] if step_mode == "m" else inputs[0].shape)
         return states
 
     def single_step_functional_forward(
@@ -175,7 +184,8 @@ class ALIFNode(_compat.BaseNode):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """A sequence ``[T, N, *]`` from the state ``v``, which is updated."""
-        spike_seq, self.v, v_seq = self._multi_step(x_seq, self.v, self.store_v_seq)
+        (v,) = self.materialize_states((x_seq,), (self.v,), "m")
+        spike_seq, self.v, v_seq = self._multi_step(x_seq, v, self.store_v_seq)
         if self.store_v_seq:
             self.v_seq = v_seq
         return spike_seq
@@ -204,6 +214,22 @@ class ALIFNode(_compat.BaseNode):
             **self._options(),
         )
 
+    def _check_state(self, v: Tensor, step_shape: torch.Size) -> None:
+        if v.shape != step_shape:
+            raise ValueError(
+                f"{self._label()} kept a membrane potential of shape {list(v.shape)} from an "
+                f"earlier input, but one step of this input has {list(step_shape)}; {_REMEDY}"
+            )
+        if graph_is_freed(v):
+            raise RuntimeError(
+                f"{self._label()} kept a membrane potential whose graph was freed by an earlier "
+                f"backward, so no backward can pass through it again; {_REMEDY}, or "
+                "functional.detach_net(net) to carry the voltages on (truncated BPTT)"
+            )
+
+    def _label(self) -> str:
+        return f"the neuron {self.name!r}" if self.name else repr(self)
+
     def _options(self) -> dict[str, Any]:
         return {
             "decay_input": self.decay_input,
@@ -226,6 +252,12 @@ class ALIFNode(_compat.BaseNode):
             return tensor.to(moved.device) if lowered and tensor.dtype == torch.float32 else moved
 
         return super()._apply(keep_float32)
+
+
+_REMEDY = (
+    "reset between sequences: functional.reset_net(net), or run each in "
+    "'with sj_taid.fresh_state(net):'"
+)
 
 
 def _detached(value: Any) -> Any:

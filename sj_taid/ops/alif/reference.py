@@ -65,8 +65,8 @@ def multi_step(
     dtype = state_dtype(x_seq.dtype)
     if not isinstance(v, Tensor):
         v = torch.full_like(x_seq[0], v, dtype=dtype, requires_grad=False)
-    q = _per_channel(w.to(dtype).sigmoid(), x_seq)
-    threshold = _per_channel(v_threshold.to(dtype), x_seq)
+    q = per_channel(w.to(dtype).sigmoid(), x_seq)
+    threshold = per_channel(v_threshold.to(dtype), x_seq)
     spike_seq, v_seq = [], []
     for x in x_seq:
         h = charge(x.to(dtype), v, q, decay_input, v_reset)
@@ -78,6 +78,6 @@ def multi_step(
     return torch.stack(spike_seq), v, torch.stack(v_seq) if store_v_seq else None
 
 
-def _per_channel(parameter: Tensor, x_seq: Tensor) -> Tensor:
+def per_channel(parameter: Tensor, x_seq: Tensor) -> Tensor:
     """Shape a ``[C]`` parameter to broadcast against ``[N, C, *]``; a scalar stays one."""
     return parameter.view(-1, *[1] * (x_seq.dim() - 3)) if parameter.dim() else parameter

@@ -1,0 +1,20 @@
+"""Sphinx: the pages are Markdown (MyST), the API pages come from the docstrings."""
+
+from importlib import metadata
+
+project = "sj-taid"
+author = "sj-taid developers"
+version = release = metadata.version("sj-taid")
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+]
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = "sj-taid"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+napoleon_use_rtype = False

@@ -1,0 +1,440 @@
+"""From SpikingJelly's neurons to ALIF, and back: the same outputs at the moment of the swap."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+from . import _compat
+from .neuron import ALIFNode
+from .ops import backends
+from .state import name_neurons
+
+__all__ = ["Swap", "SwapReport", "swap_neurons", "to_lif"]
+
+#: The neurons with an ALIF that has the same outputs.
+_KINDS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
+
+#: sigmoid(-128) is 0 in float32: no leak, the IF neuron. Finite, so that averaging keeps it.
+NO_LEAK_W = -128.0
+
+#: Where torch keeps a module's hooks. The dictionaries move, so handles to remove them still work.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+Channels = str | Mapping[str, int] | Callable[[str, nn.Module], int | None] | None
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What happened to one neuron.
+
+    Attributes:
+        names: every path in the net; several for a module used in several places.
+        kind: the class it had.
+        swapped: whether it was replaced.
+        note: how equal the outputs are, or why it was left alone.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    swapped: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What :func:`swap_neurons` did, one :class:`Swap` a neuron; ``print`` it for a table."""
+
+    rows: tuple[Swap, ...]
+
+    @property
+    def swapped(self) -> tuple[Swap, ...]:
+        """The neurons that were replaced."""
+        return tuple(row for row in self.rows if row.swapped)
+
+    @property
+    def kept(self) -> tuple[Swap, ...]:
+        """The neurons that were left alone, with the reason in ``note``."""
+        return tuple(row for row in self.rows if not row.swapped)
+
+    def __str__(self) -> str:
+        head = f"{len(self.swapped)} neurons swapped, {len(self.kept)} kept"
+        return f"{head}\n{_table(self.rows)}" if self.rows else head
+
+
+def swap_neurons(
+    net: nn.Module,
+    *,
+    channels: Channels = None,
+    example_input: Any = None,
+    learn_tau: bool = True,
+    learn_threshold: bool = True,
+    min_v_threshold: float | None = None,
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    backend: str = backends.AUTO,
+) -> SwapReport:
+    r"""Replace the LIF, PLIF and IF nodes of ``net`` by :class:`~sj_taid.ALIFNode`, in place.
+
+    Kept from each node: tau, threshold, reset, ``decay_input``, surrogate (the same object),
+    ``detach_reset``, step mode, ``store_v_seq``, ``training``, device, hooks, the voltage and its
+    reset value, and PLIF's ``w`` itself (the same parameter, unless ``channels`` makes it ``[C]``),
+    so that an optimiser made before the swap still holds it. A module used in several places stays
+    one module. The outputs at the swap are
+
+    * bit for bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a
+      tau that is a power of two;
+    * equal to rounding otherwise: LIF divides by tau and ALIF multiplies by
+      :math:`\mathrm{sigmoid}(w)`, whose ``w`` is the float32 that brings it nearest to
+      :math:`1/\tau`. A spike can differ where the voltage meets the threshold to the last bits.
+
+    IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is exactly 0. No
+    gradient leads away from there, so its ``w`` is frozen and its threshold alone learns.
+
+    Left alone and reported: subclasses of these nodes, which may do something else; other neurons;
+    nodes that ``filter`` declines, whose threshold is a tensor, whose tau is 1, or that have a
+    precision policy of their own; and ``net`` itself, for which there is no place to put another.
+
+    Args:
+        net: any module with SpikingJelly neurons.
+        channels: ``None`` for one tau and threshold a layer; ``"infer"`` for one a channel,
+            counted by running ``example_input`` through a copy of ``net``; or a mapping from paths
+            to C, or a function of path and node that returns C or ``None``.
+        example_input: an input of ``net`` (a tuple for several), for ``channels="infer"``.
+        learn_tau: whether ``w`` receives a gradient; a frozen PLIF ``w`` stays frozen.
+        learn_threshold: whether ``v_threshold`` receives a gradient.
+        min_v_threshold: a lower bound that keeps the learned thresholds positive.
+        filter: ``filter(path, node)`` says whether to swap the node.
+        backend: one of :func:`sj_taid.ops.backends.names`.
+
+    Returns:
+        The report: ``print`` it.
+
+    Raises:
+        ValueError: ``channels`` is unknown, names no neuron, or is ``"infer"`` without
+            ``example_input``; ``min_v_threshold`` is above a threshold.
+
+    >>> from spikingjelly.activation_based import layer, neuron
+    >>> net = nn.Sequential(layer.Linear(4, 3), neuron.LIFNode(tau=2.0))
+    >>> print(swap_neurons(net))
+    1 neurons swapped, 0 kept
+    name  was      now   note
+    1     LIFNode  ALIF  equal outputs
+    >>> net[1].tau.item(), net[1].v_threshold.requires_grad
+    (2.0, True)
+    """
+    backends.check_name(backend)
+    sites = _sites(net)
+    counts = _channel_counts(net, sites, channels, example_input)
+    rows, swaps = [], []
+    for site in sites:
+        count = counts.get(site.path)
+        note = _why_keep(site, filter) or (count if isinstance(count, str) else None)
+        if note is None:
+            node = _to_alif(
+                site,
+                channels=count,
+                learn_tau=learn_tau,
+                learn_threshold=learn_threshold,
+                min_v_threshold=min_v_threshold,
+                backend=backend,
+            )
+            swaps.append((site, node))
+        rows.append(
+            Swap(site.paths, type(site.node).__name__, note is None, note or _equality(site))
+        )
+    # Only now, so that an error above leaves the net as it was.
+    for site, node in swaps:
+        site.replace(node)
+    name_neurons(net)
+    _compat.forget_reset_cache(net)
+    return SwapReport(tuple(rows))
+
+
+def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
+    r"""A copy of ``net`` with plain ``LIFNode`` s of the learned tau and threshold.
+
+    Everything SpikingJelly does with LIF works on the copy: NIR export, operation counters, energy
+    estimates, its own kernels. The outputs are equal bit for bit where tau is a power of two, and
+    otherwise to rounding (LIF divides by tau). An ALIF without leak becomes an ``IFNode``.
+
+    A LIF node has one tau and one threshold, so per-channel parameters are expressible only where
+    all channels have the same.
+
+    Args:
+        net: any module with :class:`~sj_taid.ALIFNode` s, reset or without a graph on its state.
+        strict: raise if a neuron is not expressible; otherwise warn and leave it as ALIF.
+
+    Returns:
+        The copy; ``net`` is unchanged.
+
+    Raises:
+        ValueError: a neuron is not expressible and ``strict``; the message says which and why.
+
+    >>> to_lif(nn.Sequential(ALIFNode(init_tau=2.0, v_threshold=0.5)))[0].v_threshold
+    0.5
+    """
+    # A net that is one neuron has no parent to hold the new node.
+    holder = nn.ModuleList([copy.deepcopy(net)])
+    refused = []
+    for site in _sites(holder, ALIFNode):
+        node = site.node
+        paths = tuple(path.removeprefix("0").removeprefix(".") or "net" for path in site.paths)
+        tau, threshold = _distinct(node.tau), _distinct(node.effective_v_threshold())
+        if len(tau) > 1 or len(threshold) > 1:
+            note = f"its channels have {len(tau)} taus and {len(threshold)} thresholds; LIF has one"
+        elif tau[0] == 1.0:
+            note = "its tau is 1 to float32's precision; LIF needs more"
+        elif tau[0] == math.inf and node.decay_input:
+            note = "its tau is infinite, so that its input has no effect"
+        else:
+            site.replace(_to_plain(node, tau[0], threshold[0]))
+            continue
+        refused.append(Swap(paths, type(node).__name__, False, note))
+    if refused:
+        message = f"LIFNode cannot express {len(refused)} of the neurons:\n{_table(refused)}"
+        if strict:
+            raise ValueError(f"{message}\nstrict=False leaves them as they are")
+        warnings.warn(message, stacklevel=2)
+    _compat.forget_reset_cache(holder)
+    return holder[0]
+
+
+@dataclass
+class _Site:
+    """A neuron and every place that holds it."""
+
+    node: Any
+    places: list[tuple[nn.Module, str]]
+    paths: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+    def replace(self, node: nn.Module) -> None:
+        node.train(self.node.training)
+        for hooks in _HOOKS:
+            setattr(node, hooks, getattr(self.node, hooks))
+        for parent, name in self.places:
+            setattr(parent, name, node)
+
+
+def _sites(net: nn.Module, kind: type = neuron.BaseNode) -> list[_Site]:
+    """Every neuron of ``kind`` in the tree, once, with the device and dtype of its surroundings."""
+    places = defaultdict(list)
+    paths = defaultdict(list)
+    for path, module in net.named_modules(remove_duplicate=False):
+        if path:
+            parent, _, name = path.rpartition(".")
+            places[module].append((net.get_submodule(parent), name))
+            paths[module].append(path)
+    sites = []
+    # A neuron without parameters lives where the parameter before it does.
+    near = _parameter(net.parameters(), torch.empty(0))
+    for module in net.modules():
+        near = _parameter(module.parameters(recurse=False), near)
+        if isinstance(module, kind):
+            names = tuple(paths[module]) or ("",)
+            sites.append(_Site(module, places[module], names, near.device, near.dtype))
+    return sites
+
+
+def _parameter(parameters: Iterator[nn.Parameter], default: Tensor) -> Tensor:
+    return next((p for p in parameters if p.is_floating_point()), default)
+
+
+def _why_keep(site: _Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
+    """Why a neuron is not swapped, or ``None``."""
+    node = site.node
+    if isinstance(node, ALIFNode):
+        return "already ALIF"
+    if type(node) not in _KINDS:
+        base = next((kind for kind in _KINDS if isinstance(node, kind)), None)
+        if base is None:
+            return "not a LIF, PLIF or IF neuron"
+        return f"a subclass of {base.__name__}, which may behave differently"
+    if not site.places:
+        return "it is the net itself; put it in a module: nn.Sequential(net)"
+    if filter is not None and not filter(site.path, node):
+        return "declined by filter"
+    if isinstance(node.v_threshold, Tensor):
+        return "its threshold is a tensor; ALIF starts from a number"
+    if not _compat.in_default_precision(node):
+        return "it has a precision policy of its own"
+    if getattr(node, "tau", 2.0) <= 1.0:
+        return f"its tau is {node.tau}, and sigmoid(w) = 1/tau needs more than 1"
+    return None
+
+
+def _to_alif(site: _Site, channels: int | None, learn_tau: bool, **options: Any) -> ALIFNode:
+    node = site.node
+    alif = ALIFNode(
+        decay_input=getattr(node, "decay_input", False),  # an IF node does not scale its input
+        v_threshold=node.v_threshold,
+        v_reset=node.v_reset,
+        surrogate_function=node.surrogate_function,
+        detach_reset=node.detach_reset,
+        step_mode=node.step_mode,
+        store_v_seq=node.store_v_seq,
+        channels=channels,
+        learn_tau=learn_tau,
+        **options,
+    )
+    if site.dtype == torch.float64:
+        alif.double()
+    alif.to(site.device)
+    if isinstance(node, neuron.ParametricLIFNode):
+        if channels is None and node.w.dtype == alif.w.dtype:
+            alif.w = node.w
+        else:
+            alif.w.data.copy_(node.w.detach())
+        alif.w.requires_grad_(learn_tau and node.w.requires_grad)
+    elif isinstance(node, neuron.LIFNode):
+        alif.w.data.fill_(_w_of(node.tau, alif.w.dtype))
+    else:
+        alif.w.data.fill_(NO_LEAK_W)
+        alif.w.requires_grad_(False)
+    alif.set_reset_value("v", _compat.reset_value(node, "v"))
+    alif.v = node.v
+    return alif
+
+
+def _w_of(tau: float, dtype: torch.dtype) -> float:
+    """The ``w`` of ``dtype`` whose sigmoid is nearest to ``1/tau``.
+
+    ``-log(tau - 1)`` rounded to ``dtype`` can be a few units in the last place off; a neighbour
+    is often exact.
+    """
+    w = torch.tensor(-math.log(tau - 1.0), dtype=dtype)
+    candidates = [w]
+    for direction in (-math.inf, math.inf):
+        neighbour = w
+        for _ in range(16):
+            neighbour = torch.nextafter(neighbour, torch.full_like(w, direction))
+            candidates.append(neighbour)
+    return min(candidates, key=lambda c: abs(c.sigmoid().item() - 1.0 / tau)).item()
+
+
+def _equality(site: _Site) -> str:
+    """How equal the outputs of a swapped neuron are to those it had."""
+    node = site.node
+    notes = []
+    if isinstance(node, neuron.ParametricLIFNode):
+        equal = _compat.FUNCTIONAL_STATES or node.decay_input
+    elif isinstance(node, neuron.LIFNode):
+        equal = math.frexp(node.tau)[0] == 0.5
+    else:
+        equal = True
+        notes.append("w frozen: no leak")
+    if site.dtype.itemsize < 4:
+        equal = False
+        notes.append(f"computes in float32, not {site.dtype}")
+    return ", ".join([f"equal outputs{'' if equal else ' to rounding'}", *notes])
+
+
+def _distinct(parameter: Tensor) -> list[float]:
+    return parameter.detach().unique().tolist()
+
+
+def _to_plain(node: ALIFNode, tau: float, v_threshold: float) -> neuron.BaseNode:
+    options = {
+        "v_threshold": v_threshold,
+        "v_reset": node.v_reset,
+        "surrogate_function": node.surrogate_function,
+        "detach_reset": node.detach_reset,
+        "step_mode": node.step_mode,
+        "store_v_seq": node.store_v_seq,
+    }
+    if tau == math.inf:
+        plain = neuron.IFNode(**options)
+    else:
+        plain = neuron.LIFNode(tau=tau, decay_input=node.decay_input, **options)
+    plain.set_reset_value("v", _compat.reset_value(node, "v"))
+    plain.v = node.v
+    return plain
+
+
+def _channel_counts(
+    net: nn.Module, sites: list[_Site], channels: Channels, example_input: Any
+) -> dict[str, Any]:
+    """Path -> C or ``None``; a string says why it is unknown."""
+    if channels is None:
+        return {}
+    if channels == "infer":
+        if example_input is None:
+            raise ValueError("channels='infer' needs example_input, an input that net accepts")
+        return _inferred_channels(net, sites, example_input)
+    if isinstance(channels, Mapping):
+        unknown = set(channels) - {path for site in sites for path in site.paths}
+        if unknown:
+            raise ValueError(
+                f"channels names {sorted(unknown)}, where net has no neuron; "
+                f"its neurons are {[site.path for site in sites]}"
+            )
+        return {
+            site.path: next((channels[path] for path in site.paths if path in channels), None)
+            for site in sites
+        }
+    if callable(channels):
+        return {site.path: channels(site.path, site.node) for site in sites}
+    raise ValueError(
+        "channels must be None, 'infer', a mapping from paths to numbers of channels, or a "
+        f"function of path and node, but it is {channels!r}"
+    )
+
+
+def _inferred_channels(net: nn.Module, sites: list[_Site], example_input: Any) -> dict[str, Any]:
+    # On a copy, so that statistics, states and training flags of the net stay as they are.
+    trial = copy.deepcopy(net).eval()
+    seen: dict[str, set[int | None]] = {site.path: set() for site in sites}
+
+    def record(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(node: Any, inputs: tuple[Any, ...]) -> None:
+            axis = 2 if node.step_mode == "m" else 1
+            shape = inputs[0].shape
+            seen[path].add(shape[axis] if len(shape) > axis else None)
+
+        return hook
+
+    for site in sites:
+        trial.get_submodule(site.path).register_forward_pre_hook(record(site.path))
+    with torch.no_grad():
+        trial(*example_input) if isinstance(example_input, tuple) else trial(example_input)
+    why = {0: "it does not run on example_input, so its channels are unknown"}
+    several = "it runs on several numbers of channels"
+    return {
+        path: next(iter(counts)) if len(counts) == 1 else why.get(len(counts), several)
+        for path, counts in seen.items()
+    }
+
+
+def _table(rows: list[Swap] | tuple[Swap, ...]) -> str:
+    cells = [("name", "was", "now", "note")]
+    for row in rows:
+        now = "ALIF" if row.swapped else "-"
+        cells.append((" = ".join(row.names), row.kind, now, row.note))
+    widths = [max(len(line[i]) for line in cells) for i in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), note])
+        for *line, note in cells
+    )

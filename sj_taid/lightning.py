@@ -1,0 +1,31 @@
+"""For PyTorch Lightning; ``import sj_taid`` does not import this module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from spikingjelly.activation_based import functional
+
+from .state import name_neurons
+
+__all__ = ["ResetState"]
+
+
+class ResetState(Callback):
+    """Reset every neuron before each batch of training, validation, test and prediction.
+
+    ``Trainer(callbacks=[ResetState()])``
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        name_neurons(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        functional.reset_net(pl_module)
+
+    on_validation_batch_start = on_train_batch_start
+    on_test_batch_start = on_train_batch_start
+    on_predict_batch_start = on_train_batch_start

@@ -1,0 +1,157 @@
+"""How much each neuron layer fires, and what it has learned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+__all__ = ["LayerState", "Monitor", "monitor"]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One layer of neurons.
+
+    Attributes:
+        firing_rate: spikes per neuron and time step, in [0, 1]; ``None`` before the first input.
+        tau: membrane time constant in time steps, the mean over channels; ``None`` for a neuron
+            that has none.
+        v_threshold: threshold voltage, the mean over channels.
+    """
+
+    firing_rate: float | None
+    tau: float | None
+    v_threshold: float
+
+
+def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Monitor:
+    """Watch the neurons of ``net``, SpikingJelly's own too, with forward hooks.
+
+    Args:
+        net: a module with neurons.
+        dead: a layer that fires less than this, spikes per neuron and step, is called dead: it
+            passes nothing on, and may receive no gradient. A rule of thumb, as is the next.
+        saturated: a layer that fires more than this passes hardly any information on.
+
+    Returns:
+        A :class:`Monitor`. It counts on the neurons' device and adds no synchronisation until it
+        is read.
+
+    Raises:
+        ValueError: not ``0 <= dead <= saturated <= 1``, or ``net`` has no neurons.
+
+    >>> from sj_taid import ALIFNode
+    >>> net = nn.Sequential(nn.Identity(), ALIFNode(v_threshold=0.5))
+    >>> with monitor(net) as watch:
+    ...     spikes = net(torch.tensor([[2.0, 0.0]]))
+    >>> watch.state()["1"]
+    LayerState(firing_rate=0.5, tau=2.0, v_threshold=0.5)
+    """
+    return Monitor(net, dead, saturated)
+
+
+class Monitor:
+    """What :func:`monitor` returns. Hooks stay until :meth:`remove` or the end of ``with``."""
+
+    def __init__(self, net: nn.Module, dead: float, saturated: float) -> None:
+        if not 0.0 <= dead <= saturated <= 1.0:
+            raise ValueError(
+                f"expected 0 <= dead <= saturated <= 1, but dead={dead}, saturated={saturated}"
+            )
+        self._nodes = {
+            path: module
+            for path, module in net.named_modules()
+            if isinstance(module, neuron.BaseNode)
+        }
+        if not self._nodes:
+            raise ValueError(f"{type(net).__name__} has no SpikingJelly neurons to watch")
+        self._dead = dead
+        self._saturated = saturated
+        self.clear()
+        self._hooks = [
+            node.register_forward_hook(self._count(path)) for path, node in self._nodes.items()
+        ]
+
+    def clear(self) -> None:
+        """Forget the spikes counted so far."""
+        self._spikes: dict[str, Tensor] = {}
+        self._steps: dict[str, int] = {}
+
+    def remove(self) -> None:
+        """Stop counting; what was counted stays readable."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state(self) -> dict[str, LayerState]:
+        """Path -> :class:`LayerState`, over all inputs since the start or :meth:`clear`.
+
+        Warns of dead and saturated layers.
+        """
+        states = {path: self._state(path, node) for path, node in self._nodes.items()}
+        rates = {path: state.firing_rate for path, state in states.items()}
+        self._warn("dead", {p: r for p, r in rates.items() if r is not None and r < self._dead})
+        self._warn(
+            "saturated", {p: r for p, r in rates.items() if r is not None and r > self._saturated}
+        )
+        return states
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':24}{'rate':>10}{'tau':>10}{'threshold':>12}"]
+        for path, node in self._nodes.items():
+            state = self._state(path, node)
+            rate, tau = (
+                "-" if value is None else f"{value:.4g}" for value in (state.firing_rate, state.tau)
+            )
+            lines.append(f"{path:24}{rate:>10}{tau:>10}{state.v_threshold:>12.4g}")
+        return "\n".join(lines)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _count(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(node: nn.Module, inputs: Any, spikes: Tensor) -> None:
+            total = spikes.detach().sum(dtype=torch.float64)
+            self._spikes[path] = self._spikes.get(path, 0) + total
+            self._steps[path] = self._steps.get(path, 0) + spikes.numel()
+
+        return hook
+
+    def _state(self, path: str, node: Any) -> LayerState:
+        steps = self._steps.get(path, 0)
+        if isinstance(node, neuron.ParametricLIFNode):
+            tau = 1.0 / node.w.sigmoid()
+        else:
+            tau = getattr(node, "tau", None)
+        return LayerState(
+            firing_rate=self._spikes[path].item() / steps if steps else None,
+            tau=None if tau is None else _mean(tau),
+            v_threshold=_mean(node.v_threshold),
+        )
+
+    def _warn(self, what: str, rates: dict[str, float]) -> None:
+        if rates:
+            listed = ", ".join(f"{path} ({rate:.2g})" for path, rate in rates.items())
+            warnings.warn(
+                f"{what} layers, spikes per neuron and step: {listed}. Lower or raise their "
+                "v_threshold, or scale what comes in (tdBN, learning rate).",
+                stacklevel=3,
+            )
+
+
+def _mean(value: Tensor | float) -> float:
+    return torch.as_tensor(value).detach().mean().item()

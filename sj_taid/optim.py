@@ -1,0 +1,59 @@
+"""Parameter groups: a learning rate of their own for the time constants and thresholds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+from .neuron import ALIFNode
+
+__all__ = ["parameter_groups"]
+
+
+def parameter_groups(
+    net: nn.Module, lr: float, *, lr_scale: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Groups for any torch optimiser: the neurons' parameters apart from all others.
+
+    Args:
+        net: a module with :class:`~sj_taid.ALIFNode` s; PLIF's ``w`` counts too.
+        lr: the learning rate of everything else.
+        lr_scale: the neurons learn at ``lr * lr_scale``.
+        weight_decay: of the neurons. It pulls ``w`` to 0, which is tau to 2, and thresholds to 0,
+            hence the default. The others take the optimiser's own.
+
+    Returns:
+        The groups ``"weights"`` and ``"neurons"``, without frozen parameters; a group with none
+        is left out.
+
+    Raises:
+        ValueError: ``lr`` or ``lr_scale`` is negative.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(2, 2), ALIFNode())
+    >>> groups = parameter_groups(net, lr=1e-3, lr_scale=10.0)
+    >>> optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
+    >>> [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    [('weights', 2, 0.001, 0.01), ('neurons', 2, 0.01, 0.0)]
+    """
+    if lr < 0 or lr_scale < 0:
+        raise ValueError(f"lr and lr_scale must be >= 0, but they are {lr} and {lr_scale}")
+    neurons = {
+        parameter
+        for module in net.modules()
+        if isinstance(module, ALIFNode | neuron.ParametricLIFNode)
+        for parameter in module.parameters(recurse=False)
+    }
+    learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    groups = [
+        {"name": "weights", "params": [p for p in learned if p not in neurons], "lr": lr},
+        {
+            "name": "neurons",
+            "params": [p for p in learned if p in neurons],
+            "lr": lr * lr_scale,
+            "weight_decay": weight_decay,
+        },
+    ]
+    return [group for group in groups if group["params"]]

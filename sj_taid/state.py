@@ -1,0 +1,48 @@
+"""Resetting a net's neurons so that it cannot be forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from spikingjelly.activation_based import functional
+from torch import nn
+
+from .neuron import ALIFNode
+
+__all__ = ["fresh_state", "name_neurons"]
+
+
+def name_neurons(net: nn.Module) -> None:
+    """Tell every ALIF neuron its path in ``net``, so that its errors name it.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), ALIFNode())
+    >>> name_neurons(net)
+    >>> net[1].name
+    '1'
+    """
+    for path, module in net.named_modules():
+        if isinstance(module, ALIFNode):
+            module.name = path
+
+
+@contextmanager
+def fresh_state(net: nn.Module) -> Iterator[nn.Module]:
+    """Run one sequence from rest: reset every state of ``net`` before and after.
+
+    Put forward, backward and the optimiser's step inside. Works on SpikingJelly's own neurons too.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(2, 2), ALIFNode())
+    >>> for x in torch.rand(3, 4, 2):
+    ...     with fresh_state(net):
+    ...         net(x).sum().backward()
+    >>> net[1].v
+    0.0
+    """
+    name_neurons(net)
+    functional.reset_net(net)
+    try:
+        yield net
+    finally:
+        functional.reset_net(net)

@@ -1,0 +1,170 @@
+"""torch.compile without graph breaks, autocast under it, and torch.func."""
+
+import shutil
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, surrogate
+from torch import nn
+
+from sj_taid import TAID, ALIFNode, _compat, fresh_state
+from tests.helpers import TOLERANCE
+
+OPTIONS = {
+    "hard": {},
+    "soft": {"v_reset": None, "decay_input": False},
+    "channels": {"channels": 5, "detach_reset": True},
+    "bounded": {"min_v_threshold": 0.1},
+    "v_seq": {"store_v_seq": True},
+}
+
+
+def make_net(step_mode="m", surrogate_function=surrogate.ATan(), **options):
+    shared = {"v_threshold": 0.2, "surrogate_function": surrogate_function}
+    net = nn.Sequential(
+        layer.Linear(4, 5), ALIFNode(**shared, **options), layer.Linear(5, 3), ALIFNode(**shared)
+    )
+    functional.set_step_mode(net, step_mode)
+    return net
+
+
+def inputs(step_mode="m"):
+    return 4.0 * torch.randn((3, 8, 4) if step_mode == "m" else (8, 4))
+
+
+def outputs_and_gradients(net, forward, x):
+    with fresh_state(net):
+        net.zero_grad()
+        spikes = forward(x)
+        spikes.square().sum().backward()
+        v = net[1].v.detach()
+    return {
+        "spikes": spikes.detach(),
+        "v": v,
+        **{name: parameter.grad.clone() for name, parameter in net.named_parameters()},
+    }
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_whole_graph_gives_the_same_outputs_and_gradients(options, step_mode):
+    net, x = make_net(step_mode, **options), inputs(step_mode)
+    expected = outputs_and_gradients(net, net, x)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    got = outputs_and_gradients(net, compiled, x)
+    assert expected["spikes"].sum() > 0
+    for name, want in expected.items():
+        assert torch.equal(got[name], want), name
+
+
+def test_no_graph_breaks_from_step_to_step_and_into_an_image():
+    net = nn.Sequential(make_net(), TAID(T=3))
+    assert torch._dynamo.explain(net)(inputs()).graph_break_count == 0
+    functional.reset_net(net)
+    step = make_net("s")
+    for _ in range(2):  # from the float the state starts as, then from a tensor
+        assert torch._dynamo.explain(step)(inputs("s")).graph_break_count == 0
+
+
+def test_resetting_before_each_sequence_compiles_once():
+    net, x = make_net(), inputs()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    for _ in range(3):
+        with fresh_state(net):
+            compiled(x).sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_autocast_under_compile():
+    net, x = make_net(), inputs()
+
+    def forward(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x)
+
+    expected = outputs_and_gradients(net, forward, x)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    got = outputs_and_gradients(net, compiled, x)
+    assert got["spikes"].dtype == torch.bfloat16 and got["v"].dtype == torch.float32
+    for name, want in expected.items():
+        assert torch.equal(got[name], want), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for the CPU with g++")
+def test_inductor():
+    net, x = make_net("s"), inputs("s")
+    expected = outputs_and_gradients(net, net, x)
+    got = outputs_and_gradients(net, torch.compile(net, fullgraph=True), x)
+    assert torch.equal(got.pop("spikes"), expected.pop("spikes"))
+    for name, want in expected.items():
+        bound = TOLERANCE[torch.float32]["value"] * max(1.0, want.abs().max().item())
+        assert (got[name] - want).abs().max() <= bound, name
+
+
+class Triangle(torch.autograd.Function):
+    """A surrogate that torch.func can take apart; SpikingJelly's own have no vmap rule."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (1.0 - x.abs()).clamp(min=0.0)
+
+
+def loss_of(net):
+    def loss(parameters, x):
+        functional.reset_net(net)
+        return torch.func.functional_call(net, parameters, (x,)).square().sum()
+
+    return loss, {name: p.detach() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "surrogate_function",
+    [
+        Triangle.apply,
+        pytest.param(
+            surrogate.ATan(),
+            marks=pytest.mark.skipif(
+                not _compat.FUNCTIONAL_STATES,
+                reason="0.0.0.0.14's surrogates are autograd.Functions without setup_context",
+            ),
+        ),
+    ],
+    ids=["Triangle", "ATan"],
+)
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_functional_call_and_grad(step_mode, surrogate_function):
+    net = make_net(step_mode, surrogate_function)
+    x = inputs(step_mode)
+    loss, parameters = loss_of(net)
+    got = torch.func.grad(loss)(parameters, x)
+    expected = outputs_and_gradients(net, net, x)
+    for name, gradient in got.items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_vmap_gives_the_gradients_of_each_sample():
+    net, x = make_net(surrogate_function=Triangle.apply), inputs()
+    loss, parameters = loss_of(net)
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 1))(parameters, x.unsqueeze(2))
+    functional.reset_net(net)
+    for i in range(x.shape[1]):
+        expected = torch.func.grad(loss)(parameters, x[:, i : i + 1])
+        for name, gradient in per_sample.items():
+            torch.testing.assert_close(gradient[i], expected[name])

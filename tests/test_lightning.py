@@ -1,0 +1,70 @@
+"""The Lightning callback, and that importing the package stays light."""
+
+import subprocess
+import sys
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from sj_taid import ALIFNode
+
+
+def test_import_stays_light():
+    code = (
+        "import sys, sj_taid; "
+        "print([name for name in ('lightning', 'cupy', 'numba', 'hydra') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_batch_starts_from_rest(tmp_path):
+    from lightning.pytorch import LightningModule, Trainer
+
+    from sj_taid.lightning import ResetState
+
+    class Task(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 2), ALIFNode(v_threshold=0.1))
+            self.starts = []
+
+        def step(self, x):
+            self.starts.append(self.net[1].v)
+            return self.net(x).mean()
+
+        def training_step(self, x, i):
+            return self.step(x)
+
+        def validation_step(self, x, i):
+            self.step(x)
+
+        def test_step(self, x, i):
+            self.step(x)
+
+        def predict_step(self, x, i):
+            return self.step(x)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    task = Task()
+    # The last batch is smaller: without a reset the batch size would not fit either.
+    data = DataLoader(torch.rand(5, 3), batch_size=2)
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[ResetState()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(task, data, data)
+    trainer.test(task, data, verbose=False)
+    trainer.predict(task, data)
+    assert task.net[1].name == "net.1"
+    # Two batches of the sanity check, two epochs of training and validation, test, predict.
+    assert task.starts == [0.0] * (2 + 2 * 2 * 3 + 3 + 3)

@@ -1,0 +1,75 @@
+"""Firing rates, learned parameters, and the warnings of dead and saturated layers."""
+
+import warnings
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, neuron
+from torch import nn
+
+from sj_taid import ALIFNode, monitor
+
+
+def make_net():
+    net = nn.Sequential(
+        ALIFNode(init_tau=4.0, v_threshold=0.5, channels=2, decay_input=False),
+        neuron.LIFNode(tau=3.0, v_threshold=0.3),
+        neuron.ParametricLIFNode(init_tau=2.0, v_threshold=0.4),
+        neuron.IFNode(),
+    )
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def test_rates_are_counted_over_calls_and_parameters_are_current():
+    net = make_net()
+    watch = monitor(net, dead=0.0, saturated=1.0)
+    x_seq = torch.rand(5, 3, 2)
+    first = net[0](x_seq)
+    functional.reset_net(net)
+    second = net[0](x_seq[:2])
+    expected = (first.sum() + second.sum()).item() / (first.numel() + second.numel())
+    with torch.no_grad():
+        net[0].v_threshold.copy_(torch.tensor([0.6, 0.8]))
+    state = watch.state()
+    assert 0.0 < expected < 1.0
+    assert state["0"].firing_rate == pytest.approx(expected)
+    assert state["0"].tau == pytest.approx(4.0)
+    assert state["0"].v_threshold == pytest.approx(0.7)
+    assert (state["1"].tau, state["2"].tau, state["3"].tau) == (3.0, pytest.approx(2.0), None)
+    assert state["1"].firing_rate is None
+    table = str(watch)
+    assert all(text in table for text in ("rate", "threshold", "0.7", f"{expected:.4g}", "-"))
+    watch.clear()
+    assert watch.state()["0"].firing_rate is None
+
+
+def test_dead_and_saturated_layers_are_named():
+    net = nn.ModuleDict({"dead": ALIFNode(), "busy": ALIFNode(v_threshold=0.1), "fine": ALIFNode()})
+    with monitor(net) as watch:
+        net["dead"](torch.zeros(4, 3))
+        net["busy"](torch.ones(4, 3))
+        net["fine"](torch.tensor([[0.0, 3.0]]))
+    with pytest.warns(UserWarning) as caught:
+        watch.state()
+    messages = sorted(str(warning.message) for warning in caught)
+    assert len(messages) == 2
+    assert messages[0].startswith("dead layers, spikes per neuron and step: dead (0).")
+    assert messages[1].startswith("saturated layers, spikes per neuron and step: busy (1).")
+
+
+def test_hooks_go_and_healthy_layers_are_silent():
+    net = nn.Sequential(ALIFNode())
+    with monitor(net) as watch:
+        net(torch.tensor([[0.0, 3.0]]))
+    net(torch.zeros(1, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert watch.state()["0"].firing_rate == 0.5
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="no SpikingJelly neurons"):
+        monitor(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"dead=0\.5, saturated=0\.1"):
+        monitor(make_net(), dead=0.5, saturated=0.1)

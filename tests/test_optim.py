@@ -1,0 +1,51 @@
+"""Parameter groups."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+from sj_taid import ALIFNode, parameter_groups
+
+
+def test_every_learned_parameter_is_in_one_group():
+    shared = ALIFNode()
+    net = nn.Sequential(
+        nn.Linear(2, 2),
+        shared,
+        nn.BatchNorm1d(2),
+        shared,
+        ALIFNode(learn_tau=False, channels=2),
+        neuron.ParametricLIFNode(),
+    )
+    weights, neurons = parameter_groups(net, lr=0.1, lr_scale=0.5, weight_decay=0.2)
+    assert weights["params"] == [*net[0].parameters(), *net[2].parameters()]
+    assert neurons["params"] == [shared.w, shared.v_threshold, net[4].v_threshold, net[5].w]
+    assert (weights["lr"], neurons["lr"], neurons["weight_decay"]) == (0.1, 0.05, 0.2)
+    assert "weight_decay" not in weights
+
+
+def test_neurons_learn_at_their_own_rate_and_schedulers_keep_the_ratio():
+    net = nn.Sequential(nn.Linear(2, 2), ALIFNode(v_threshold=0.3))
+    optimizer = torch.optim.SGD(parameter_groups(net, lr=0.1, lr_scale=10.0), weight_decay=0.5)
+    before = net[1].v_threshold.item()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+    net(torch.rand(4, 2)).sum().backward()
+    optimizer.step()
+    step = before - net[1].v_threshold.item()
+    assert step == pytest.approx(1.0 * net[1].v_threshold.grad.item(), rel=1e-5)  # no weight decay
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.1])
+
+
+def test_empty_groups_are_left_out():
+    frozen = ALIFNode(learn_tau=False, learn_threshold=False)
+    names = [group["name"] for group in parameter_groups(nn.Sequential(nn.Linear(1, 1)), lr=1)]
+    assert names == ["weights"]
+    assert parameter_groups(frozen, lr=1.0) == []
+
+
+@pytest.mark.parametrize("rates", [{"lr": -1.0}, {"lr": 1.0, "lr_scale": -1.0}])
+def test_rates_must_not_be_negative(rates):
+    with pytest.raises(ValueError, match="must be >= 0"):
+        parameter_groups(ALIFNode(), **rates)
