@@ -227,9 +227,13 @@ def _backward(
 ) -> Callable[..., None]:
     """The backward kernel for a surrogate and options; what is not asked for costs nothing.
 
-    What a kernel encloses is pickled into its key in the cache on disk, so these are plain
-    functions and numbers: numba's dispatchers pickle differently in every process.
+    For numba's cache on disk, what a kernel encloses is plain functions and numbers: it is pickled
+    into the key, and numba's dispatchers pickle differently in every process. And each variant has
+    a name of its own: a kernel loaded from the cache and one compiled in this process may hold
+    functions of one name, of which the linker keeps one.
     """
+    options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
+    variant = "_".join(map(str, (name, *map(int, options))))
     derivative = _smooth(_in_float32(surrogate.DERIVATIVES[name].python))
 
     @_part
@@ -251,7 +255,6 @@ def _backward(
             grad_x[i] = grad_h * q[i] if decay_input else grad_h
             grad_v[i] = grad_h - grad_h * q[i]
 
-    @_kernel
     def backward(
         scratch, first_part, last_part, part_size, block,
         grad_spike, grad_v, grad_v_seq, x, v0, v_init, q, threshold, grad_x, grad_v0, sums,
@@ -297,7 +300,9 @@ def _backward(
                 if learn_threshold:
                     _gather(sums[part, 1], grad_threshold, first, n, inner, channels)
 
-    return backward
+    row.__qualname__ = f"row_{variant}"
+    backward.__qualname__ = f"backward_{variant}"
+    return _kernel(backward)
 
 
 @cache
