@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .alif import reference
@@ -40,11 +41,19 @@ def _torch() -> Backend:
     return Backend(reference.multi_step, lambda x_seq, surrogate_function: None)
 
 
+def _numba() -> Backend:
+    from .alif import cpu
+
+    return Backend(cpu.multi_step, cpu.unsupported)
+
+
 #: name -> a function that imports the backend. It raises the original exception if it cannot.
-BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch}
+BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch, "numba": _numba}
 
 #: device type -> the names "auto" tries, best first. Devices not named here take torch.
-PREFERENCE: dict[str, tuple[str, ...]] = {}
+#: numba has no least size: at one step of 8 neurons it takes half of torch's time without gradients
+#: and as much with them, and from there on less.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("numba",)}
 
 _warned: set[str] = set()
 
@@ -86,17 +95,22 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
     An explicit ``name`` is a contract: it runs or raises :class:`BackendUnavailableError`, with
     the original exception as its cause. ``"auto"`` takes the value of the environment variable
     ``SJ_TAID_BACKEND`` if set (then a contract too), else the best backend for the tensor's device
-    that works; if a better one does not, it says why, once.
+    that works; if a better one does not, it says why, once. It takes torch in silence for float64,
+    and on a CPU where numba is not installed.
     """
     if name == AUTO:
         name = os.environ.get(ENVIRONMENT_VARIABLE, AUTO)
     check_name(name)
     if name != AUTO:
         return _load(name, x_seq, surrogate_function)
-    for candidate in PREFERENCE.get(x_seq.device.type, ()):
+    # float64 is asked for where exactness counts, and only torch computes in it.
+    candidates = () if x_seq.dtype == torch.float64 else PREFERENCE.get(x_seq.device.type, ())
+    for candidate in candidates:
         try:
             return _load(candidate, x_seq, surrogate_function)
         except BackendUnavailableError as error:
+            if candidate == "numba" and isinstance(error.__cause__, ModuleNotFoundError):
+                continue
             _warn_once(f"{error} Falling back from {candidate!r}; say backend=... to choose.")
     return BACKENDS["torch"]()
 

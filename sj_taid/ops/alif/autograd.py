@@ -1,0 +1,272 @@
+"""Autograd over a fused forward and backward: what every fused backend shares.
+
+A backend brings an :class:`Engine`, two plain functions over flat arguments; :func:`register`
+makes them operators that ``torch.compile`` takes into its graph; :func:`multi_step` is then the
+backend's. The ``autograd.Function`` stays outside the operators: it costs less per call than an
+autograd formula registered on them.
+
+Nothing is saved for backward but the input, the parameters, the initial voltage where it is a
+tensor, and the engine's checkpoints; the rest is recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import surrogate
+from .reference import state_dtype
+
+
+class Engine(NamedTuple):
+    """A fused ALIF: two functions with the arguments of :data:`FORWARD` and :data:`BACKWARD`.
+
+    They may rely on this: ``x_seq`` is dense with time outermost, in any order of the other axes;
+    ``v0`` and the gradients, where given, have its layout, and ``v0``, ``w``, ``v_threshold`` and
+    voltages are in :func:`state_dtype`; ``w`` and ``v_threshold`` have one shape, ``[]`` or
+    ``[C]``, and are contiguous. Without ``v0`` every neuron starts at ``v_init``.
+
+    Operators cannot return ``None``, so what was not asked for is a tensor of no elements.
+    ``grad_parameters`` stacks the gradients of those of ``w`` and ``v_threshold`` that need one.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    #: T -> how many voltages a neuron forward keeps for backward's recomputation
+    checkpoints: Callable[[int], int]
+
+
+FORWARD = (
+    "(Tensor x_seq, Tensor? v0, float v_init, Tensor w, Tensor v_threshold,"
+    " bool decay_input, float? v_reset, bool store_v_seq, int checkpoints)"
+    " -> (Tensor spike_seq, Tensor v, Tensor v_seq, Tensor checkpoint)"
+)
+BACKWARD = (
+    "(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq,"
+    " Tensor x_seq, Tensor? v0, float v_init, Tensor w, Tensor v_threshold, Tensor checkpoint,"
+    " bool decay_input, float? v_reset, bool detach_reset, str surrogate, float a, float b,"
+    " bool need_x, bool need_v0, bool need_w, bool need_v_threshold)"
+    " -> (Tensor grad_x_seq, Tensor grad_v0, Tensor grad_parameters)"
+)
+
+_library = torch.library.Library("sj_taid", "FRAGMENT")
+
+
+def register(name: str, dispatch_key: str, engine: Engine) -> Engine:
+    """Make ``engine``'s functions the operators ``sj_taid::{name}_forward`` and ``_backward``."""
+    operators = []
+    for direction, schema, function, fake in (
+        ("forward", FORWARD, engine.forward, empty_outputs),
+        ("backward", BACKWARD, engine.backward, empty_gradients),
+    ):
+        _library.define(f"{name}_{direction}{schema}")
+        _library.impl(f"{name}_{direction}", function, dispatch_key)
+        torch.library.register_fake(f"sj_taid::{name}_{direction}", fake, lib=_library)
+        operators.append(getattr(torch.ops.sj_taid, f"{name}_{direction}").default)
+    return Engine(operators[0], operators[1], engine.checkpoints)
+
+
+def empty_outputs(
+    x_seq: Tensor,
+    v0: Tensor | None,
+    v_init: float,
+    w: Tensor,
+    v_threshold: Tensor,
+    decay_input: bool,
+    v_reset: float | None,
+    store_v_seq: bool,
+    checkpoints: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Forward's results, allocated: spikes and voltages in ``x_seq``'s layout."""
+    dtype = state_dtype(x_seq.dtype)
+    return (
+        torch.empty_like(x_seq),
+        torch.empty_like(x_seq[0], dtype=dtype),
+        torch.empty_like(x_seq, dtype=dtype) if store_v_seq else x_seq.new_empty(0, dtype=dtype),
+        x_seq.new_empty((checkpoints, x_seq[0].numel()), dtype=dtype),
+    )
+
+
+def empty_gradients(
+    grad_spike_seq: Tensor | None,
+    grad_v: Tensor | None,
+    grad_v_seq: Tensor | None,
+    x_seq: Tensor,
+    v0: Tensor | None,
+    v_init: float,
+    w: Tensor,
+    v_threshold: Tensor,
+    checkpoint: Tensor,
+    decay_input: bool,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate: str,
+    a: float,
+    b: float,
+    need_x: bool,
+    need_v0: bool,
+    need_w: bool,
+    need_v_threshold: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward's results, allocated, in ``x_seq``'s layout."""
+    dtype = state_dtype(x_seq.dtype)
+    return (
+        torch.empty_like(x_seq) if need_x else x_seq.new_empty(0),
+        torch.empty_like(x_seq[0], dtype=dtype) if need_v0 else x_seq.new_empty(0, dtype=dtype),
+        w.new_empty((need_w + need_v_threshold, *w.shape)),
+    )
+
+
+class _Options(NamedTuple):
+    v_init: float
+    decay_input: bool
+    v_reset: float | None
+    detach_reset: bool
+    surrogate: str
+    a: float
+    b: float
+    store_v_seq: bool
+
+
+class _FusedALIF(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_seq: Tensor,
+        v0: Tensor | None,
+        w: Tensor,
+        v_threshold: Tensor,
+        engine: Engine,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        spike_seq, v, v_seq, checkpoint = engine.forward(
+            x_seq,
+            v0,
+            options.v_init,
+            w,
+            v_threshold,
+            options.decay_input,
+            options.v_reset,
+            options.store_v_seq,
+            engine.checkpoints(x_seq.shape[0]),
+        )
+        ctx.save_for_backward(x_seq, v0, w, v_threshold, checkpoint)
+        ctx.engine, ctx.options = engine, options
+        # An output that nobody used has no gradient to read.
+        ctx.set_materialize_grads(False)
+        return spike_seq, v, v_seq
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_spike_seq: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x_seq, v0, w, v_threshold, checkpoint = ctx.saved_tensors
+        options = ctx.options
+        need_x, need_v0, need_w, need_v_threshold = ctx.needs_input_grad[:4]
+        grad_x_seq, grad_v0, grad_parameters = ctx.engine.backward(
+            _arranged(grad_spike_seq, x_seq),
+            _arranged(grad_v, x_seq[0]),
+            _arranged(grad_v_seq, x_seq) if options.store_v_seq else None,
+            x_seq,
+            v0,
+            options.v_init,
+            w,
+            v_threshold,
+            checkpoint,
+            options.decay_input,
+            options.v_reset,
+            options.detach_reset,
+            options.surrogate,
+            options.a,
+            options.b,
+            need_x,
+            need_v0,
+            need_w,
+            need_v_threshold,
+        )
+        return (
+            grad_x_seq if need_x else None,
+            grad_v0 if need_v0 else None,
+            grad_parameters[0] if need_w else None,
+            grad_parameters[-1] if need_v_threshold else None,
+            None,
+            None,
+        )
+
+
+def multi_step(
+    engine: Engine,
+    x_seq: Tensor,
+    v: Tensor | float,
+    w: Tensor,
+    v_threshold: Tensor,
+    *,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate_function: Any,
+    detach_reset: bool,
+    store_v_seq: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`sj_taid.ops.alif.reference.multi_step` by a fused engine.
+
+    A dense ``x_seq`` with time outermost is taken in its own layout (contiguous, channels-last);
+    any other is made contiguous once.
+    """
+    x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
+    dtype = state_dtype(x_seq.dtype)
+    v0 = _arranged(v, x_seq[0]) if isinstance(v, Tensor) else None
+    w, v_threshold = w.to(dtype), v_threshold.to(dtype)
+    if w.shape != v_threshold.shape:
+        w, v_threshold = torch.broadcast_tensors(w, v_threshold)
+    w, v_threshold = w.contiguous(), v_threshold.contiguous()
+    name, a, b = surrogate.derivative_of(surrogate_function)
+    options = _Options(
+        v_init=0.0 if isinstance(v, Tensor) else v,
+        decay_input=decay_input,
+        v_reset=v_reset,
+        detach_reset=detach_reset,
+        surrogate=name,
+        a=a,
+        b=b,
+        store_v_seq=store_v_seq,
+    )
+    leaves = (x_seq, v0, w, v_threshold)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        spike_seq, v_last, v_seq = _FusedALIF.apply(*leaves, engine, options)
+    else:
+        spike_seq, v_last, v_seq, _ = engine.forward(
+            x_seq, v0, options.v_init, w, v_threshold, decay_input, v_reset, store_v_seq, 0
+        )
+    return spike_seq, v_last, v_seq if store_v_seq else None
+
+
+def is_dense(x_seq: Tensor) -> bool:
+    """Whether ``x_seq`` fills its memory without gaps or overlaps, time outermost.
+
+    >>> x_seq = torch.zeros(2, 3, 4, 5)
+    >>> is_dense(x_seq), is_dense(x_seq.transpose(1, 3)), is_dense(x_seq.transpose(0, 1))
+    (True, True, False)
+    """
+    if x_seq.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x_seq.stride()[1:], x_seq.shape[1:], strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return x_seq.shape[0] == 1 or x_seq.stride(0) == expected
+
+
+def _arranged(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """``tensor`` in the memory layout of the dense ``like``; a copy only where it differs."""
+    if tensor is None:
+        return None
+    axes = zip(tensor.stride(), like.stride(), like.shape, strict=True)
+    if all(stride == wanted for stride, wanted, size in axes if size != 1):
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)

@@ -1,0 +1,249 @@
+"""The surrogate derivatives of SpikingJelly in closed form, for the fused backends.
+
+The torch backend calls the surrogate module itself. A fused kernel cannot, so :data:`DERIVATIVES`
+holds each derivative twice, as CUDA C and as a plain Python function for numba, beside each other
+so that they can be read against each other. Both are tested against SpikingJelly's own backward.
+
+A derivative is a function of ``x = H - V_th`` and of two constants ``a`` and ``b`` that are made
+from the module's parameters in double precision, as SpikingJelly makes them: then a step in the
+derivative (``Rect``'s edge, say) lies at the same float32 number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from spikingjelly.activation_based import surrogate
+
+# The two SpikingJelly lines differ by a factor 2 in PiecewiseLeakyReLU's inner slope, area / w.
+_LEAKY_AREA = float(
+    surrogate.PiecewiseLeakyReLU.backward(torch.ones(()), torch.zeros(()), w=1.0, c=0.0)
+)
+
+
+class Derivative(NamedTuple):
+    """One surrogate's derivative.
+
+    ``parameters`` are the attributes of the module it depends on, ``constants`` makes ``(a, b)``
+    from them, ``cuda`` is the body of ``float f(float x, float a, float b)``, in which
+    ``reciprocal`` is the kernels' ``1 / x``, and ``python`` the same function of three floats,
+    fit for ``numba.njit``.
+    """
+
+    parameters: tuple[str, ...]
+    constants: Callable[..., tuple[float, float]]
+    cuda: str
+    python: Callable[[float, float, float], float]
+
+
+def _sigmoid(x: float, a: float, b: float) -> float:
+    e = math.exp(-abs(a * x))
+    return a * e / ((1.0 + e) * (1.0 + e))
+
+
+def _atan(x: float, a: float, b: float) -> float:
+    return a / (1.0 + (b * x) * (b * x))
+
+
+def _piecewise_quadratic(x: float, a: float, b: float) -> float:
+    return 0.0 if abs(x) > b else a - a * a * abs(x)
+
+
+def _piecewise_exp(x: float, a: float, b: float) -> float:
+    return a * math.exp(-b * abs(x))
+
+
+def _soft_sign(x: float, a: float, b: float) -> float:
+    return b / ((a + abs(x)) * (a + abs(x)))
+
+
+def _super_spike(x: float, a: float, b: float) -> float:
+    return a / ((1.0 + abs(x)) * (1.0 + abs(x)))
+
+
+def _erf(x: float, a: float, b: float) -> float:
+    return b * math.exp(-(a * x) * (a * x))
+
+
+def _piecewise_leaky_relu(x: float, a: float, b: float) -> float:
+    return _LEAKY_AREA / a if abs(x) < a else b
+
+
+def _leaky_k_relu(x: float, a: float, b: float) -> float:
+    return b if x >= 0.0 else a
+
+
+def _rect(x: float, a: float, b: float) -> float:
+    return a if abs(x) < b else 0.0
+
+
+def _s2nn(x: float, a: float, b: float) -> float:
+    if x >= 0.0:
+        return b / (1.0 + x)
+    e = math.exp(-abs(a * x))
+    return a * e / ((1.0 + e) * (1.0 + e))
+
+
+def _q_pseudo_spike(x: float, a: float, b: float) -> float:
+    return (1.0 + a * abs(x)) ** b
+
+
+def _nonzero_sign_log_abs(x: float, a: float, b: float) -> float:
+    return 1.0 / (a + abs(x))
+
+
+def _log_tailed_relu(x: float, a: float, b: float) -> float:
+    if x <= 0.0:
+        return a
+    return 1.0 / x if x > 1.0 else 1.0
+
+
+def _fake_numerical_gradient(x: float, a: float, b: float) -> float:
+    return a if abs(x) < b else 1.0 / abs(x)
+
+
+def _deterministic_pass(x: float, a: float, b: float) -> float:
+    return 1.0
+
+
+#: Class name in ``spikingjelly.activation_based.surrogate`` -> its derivative. A class that the
+#: installed line lacks (``Rect`` on 0.0.0.0.14, for one) is never looked up.
+DERIVATIVES: dict[str, Derivative] = {
+    "Sigmoid": Derivative(
+        ("alpha",),
+        lambda alpha: (alpha, 0.0),
+        "float e = expf(-fabsf(a * x)); float r = reciprocal(1.0f + e); return a * e * r * r;",
+        _sigmoid,
+    ),
+    "ATan": Derivative(
+        ("alpha",),
+        lambda alpha: (alpha / 2, math.pi / 2 * alpha),
+        "return a * reciprocal(1.0f + (b * x) * (b * x));",
+        _atan,
+    ),
+    "PiecewiseQuadratic": Derivative(
+        ("alpha",),
+        lambda alpha: (alpha, 1 / alpha),
+        "return fabsf(x) > b ? 0.0f : a - a * a * fabsf(x);",
+        _piecewise_quadratic,
+    ),
+    "PiecewiseExp": Derivative(
+        ("alpha",),
+        lambda alpha: (alpha / 2, alpha),
+        "return a * expf(-b * fabsf(x));",
+        _piecewise_exp,
+    ),
+    "SoftSign": Derivative(
+        ("alpha",),
+        lambda alpha: (1 / alpha, 1 / (2 * alpha)),
+        "float r = reciprocal(a + fabsf(x)); return b * r * r;",
+        _soft_sign,
+    ),
+    "SuperSpike": Derivative(
+        ("alpha",),
+        lambda alpha: (alpha, 0.0),
+        "float r = reciprocal(1.0f + fabsf(x)); return a * r * r;",
+        _super_spike,
+    ),
+    "Erf": Derivative(
+        ("alpha",),
+        lambda alpha: (alpha, alpha / math.sqrt(math.pi)),
+        "return b * expf(-(a * x) * (a * x));",
+        _erf,
+    ),
+    "PiecewiseLeakyReLU": Derivative(
+        ("w", "c"),
+        lambda w, c: (w, c),
+        f"return fabsf(x) < a ? {_LEAKY_AREA}f * reciprocal(a) : b;",
+        _piecewise_leaky_relu,
+    ),
+    "LeakyKReLU": Derivative(
+        ("leak", "k"),
+        lambda leak, k: (leak, k),
+        "return x >= 0.0f ? b : a;",
+        _leaky_k_relu,
+    ),
+    "Rect": Derivative(
+        ("alpha",),
+        lambda alpha: (alpha, 0.5 / alpha),
+        "return fabsf(x) < b ? a : 0.0f;",
+        _rect,
+    ),
+    "S2NN": Derivative(
+        ("alpha", "beta"),
+        lambda alpha, beta: (alpha, beta),
+        "float e = expf(-fabsf(a * x)); float r = reciprocal(1.0f + (x < 0.0f ? e : x));"
+        " return x < 0.0f ? a * e * r * r : b * r;",
+        _s2nn,
+    ),
+    "QPseudoSpike": Derivative(
+        ("alpha",),
+        lambda alpha: (2 / (alpha - 1), -alpha),
+        "return powf(1.0f + a * fabsf(x), b);",
+        _q_pseudo_spike,
+    ),
+    "NonzeroSignLogAbs": Derivative(
+        ("alpha",),
+        lambda alpha: (1 / alpha, 0.0),
+        "return reciprocal(a + fabsf(x));",
+        _nonzero_sign_log_abs,
+    ),
+    "LogTailedReLU": Derivative(
+        ("alpha",),
+        lambda alpha: (alpha, 0.0),
+        "return x <= 0.0f ? a : x > 1.0f ? reciprocal(x) : 1.0f;",
+        _log_tailed_relu,
+    ),
+    "FakeNumericalGradient": Derivative(
+        ("alpha",),
+        lambda alpha: (alpha, 1 / alpha if alpha > 0 else math.inf),
+        "return fabsf(x) < b ? a : reciprocal(fabsf(x));",
+        _fake_numerical_gradient,
+    ),
+    "DeterministicPass": Derivative(
+        (),
+        lambda: (0.0, 0.0),
+        "return 1.0f;",
+        _deterministic_pass,
+    ),
+}
+
+
+def unsupported(surrogate_function: Any) -> str | None:
+    """Why the table has no derivative for this surrogate, or ``None`` if it has one.
+
+    >>> unsupported(surrogate.ATan()) is None
+    True
+    >>> unsupported(surrogate.ATan(spiking=False))
+    'the surrogate ATan has spiking=False, which is no step function'
+    """
+    kind = type(surrogate_function)
+    name = kind.__name__
+    # A subclass may override the derivative, so only SpikingJelly's own classes are known.
+    if name not in DERIVATIVES or kind is not getattr(surrogate, name, None):
+        return f"the derivative of the surrogate {name} is not in sj_taid.ops.surrogate.DERIVATIVES"
+    if not surrogate_function.spiking:
+        return f"the surrogate {name} has spiking=False, which is no step function"
+    for parameter in DERIVATIVES[name].parameters:
+        value = getattr(surrogate_function, parameter)
+        if not isinstance(value, int | float):
+            return (
+                f"{parameter} of the surrogate {name} is a {type(value).__name__} and may learn; "
+                "only a plain number is taken"
+            )
+    return None
+
+
+def derivative_of(surrogate_function: Any) -> tuple[str, float, float]:
+    """The key in :data:`DERIVATIVES` and the constants ``(a, b)`` of a supported surrogate.
+
+    >>> derivative_of(surrogate.PiecewiseQuadratic(alpha=4.0))
+    ('PiecewiseQuadratic', 4.0, 0.25)
+    """
+    name = type(surrogate_function).__name__
+    derivative = DERIVATIVES[name]
+    a, b = derivative.constants(*(getattr(surrogate_function, p) for p in derivative.parameters))
+    return name, float(a), float(b)

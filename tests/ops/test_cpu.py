@@ -1,0 +1,276 @@
+"""The fused CPU loops against the definition: spikes and voltages equal, every gradient by name."""
+
+import multiprocessing
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from spikingjelly.activation_based import surrogate
+
+from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid.ops import backends
+from sj_taid.ops.alif import reference
+from sj_taid.ops.surrogate import DERIVATIVES
+from tests.helpers import Case, assert_close, grid, results, tensors
+
+pytest.importorskip("numba", reason="needs numba: pip install sj-taid[cpu]")
+from sj_taid.ops.alif import cpu
+
+# Two parts at least, and cheap: with GRAIN lowered to 1 it is worth any number of threads.
+WIDE = Case(shape=(2, 9001, 3), channels=3)
+
+
+@pytest.fixture
+def eager_threads(monkeypatch):
+    """Threads even for little work."""
+    monkeypatch.setattr(cpu, "GRAIN", 1)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_conforms(case, leaves=None, **options):
+    leaves = leaves or tensors(case)
+    got = results(cpu.multi_step, case, leaves, **options)
+    expected = results(reference.multi_step, case, leaves, **options)
+    assert_close(got, expected, case.dtype, scale=expected["spike_seq"].numel())
+    for name in {"v", "v_seq"} & expected.keys():
+        assert torch.equal(got[name], expected[name]), name
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("case", list(grid()), ids=str)
+def test_conforms(case):
+    assert_conforms(case)
+
+
+# 0.0.0.0.14 lacks some, and its NonzeroSignLogAbs raises in its own backward.
+SURROGATES = set(DERIVATIVES) & set(dir(surrogate))
+if not FUNCTIONAL_STATES:
+    SURROGATES.remove("NonzeroSignLogAbs")
+
+
+@pytest.mark.parametrize("name", sorted(SURROGATES))
+def test_every_surrogate(name):
+    # Thousands of values of H - V_th, on both sides of every edge.
+    assert_conforms(Case(surrogate_function=getattr(surrogate, name)(), shape=(4, 50, 20)))
+
+
+SHAPES = [
+    (1, 1),  # one step of one neuron
+    (5, 3),  # no channel axis
+    (1, 3, 5),
+    (3, 0, 5),  # an empty batch
+    (3, 2, 1, 7),  # one channel
+    (4, 3, 5, 7, 3),  # nothing divides a vector
+    (300, 2, 3),  # long: the narrowest blocks
+    (2, 70, 131),  # several blocks, cut inside a channel
+    (2, 3, 5, 33, 67),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape):
+    assert_conforms(Case(shape=shape))
+    assert_conforms(Case(shape=shape, v_init=False), store_v_seq=False)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) > 2], ids=str)
+def test_shapes_per_channel(shape):
+    assert_conforms(Case(shape=shape, channels=shape[2]))
+
+
+LAYOUTS = {
+    "channels_last": lambda x: x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
+    "neurons_transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "time_inside": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "slice": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+    "every_other_step": lambda x: x.repeat_interleave(2, 0)[::2],
+    "expanded_over_time": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [None, 5], ids=["scalar", "channels"])
+def test_layouts(layout, channels):
+    case = Case(shape=(4, 3, 5, 7, 3), channels=channels)
+    leaves = tensors(case)
+    leaves["x"] = LAYOUTS[layout](leaves["x"].detach()).requires_grad_()
+    assert_conforms(case, leaves)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "neurons_transposed"])
+def test_a_dense_layout_is_kept(layout):
+    case = Case(shape=(4, 3, 5, 7, 3))
+    leaves = tensors(case)
+    leaves["x"] = LAYOUTS[layout](leaves["x"].detach()).requires_grad_()
+    got = results(cpu.multi_step, case, leaves)
+    for name in ("spike_seq", "v_seq", "grad_x"):
+        assert got[name].stride() == leaves["x"].stride(), name
+
+
+@pytest.mark.parametrize("frozen", [("w",), ("v_threshold",), ("w", "v_threshold"), ("x", "v0")])
+def test_frozen(frozen):
+    leaves = tensors(Case())
+    for name in frozen:
+        leaves[name].requires_grad_(False)
+    assert_conforms(Case(), leaves)
+
+
+def test_no_grad():
+    with torch.no_grad():
+        leaves = tensors(Case())
+        spike_seq, v, v_seq = cpu.multi_step(
+            *leaves.values(), store_v_seq=False, **Case().options()
+        )
+    assert not spike_seq.requires_grad and not v.requires_grad and v_seq is None
+
+
+@pytest.mark.parametrize("output", [0, 1, 2], ids=["spike_seq", "v", "v_seq"])
+def test_gradient_through_one_output(output):
+    case, grads = Case(), []
+    for multi_step in (cpu.multi_step, reference.multi_step):
+        leaves = tensors(case)
+        multi_step(*leaves.values(), store_v_seq=True, **case.options())[output].sum().backward()
+        grads.append({f"grad_{name}": leaf.grad for name, leaf in leaves.items()})
+    assert_close(*grads, case.dtype, scale=90.0)
+
+
+@pytest.mark.usefixtures("eager_threads")
+@pytest.mark.parametrize("case", [WIDE, WIDE.with_(channels=None)], ids=str)
+def test_threads_change_no_bit(case):
+    torch.set_num_threads(1)
+    expected = results(cpu.multi_step, case)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert_equal(results(cpu.multi_step, case), expected)
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_python_threads_call_at_once():
+    torch.set_num_threads(2)
+    cases = [WIDE.with_(seed=seed) for seed in range(4)]
+    expected = [results(cpu.multi_step, case) for case in cases]
+    got = [[] for _ in cases]
+
+    def work(k):
+        torch.set_num_threads(2)
+        got[k] = [results(cpu.multi_step, cases[k]) for _ in range(10)]
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for several, one in zip(got, expected, strict=True):
+        assert len(several) == 10
+        for result in several:
+            assert_equal(result, one)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+@pytest.mark.usefixtures("eager_threads")
+def test_a_forked_child_makes_its_own_threads():
+    torch.set_num_threads(2)
+    leaves = {name: leaf.detach() for name, leaf in tensors(WIDE).items()}
+
+    def call():
+        return cpu.multi_step(*leaves.values(), store_v_seq=False, **WIDE.options())[0]
+
+    expected = call()
+    pool = cpu._pool()
+    assert pool._threads, "the parent used its pool"
+
+    def child():
+        assert cpu._pool() is not pool
+        # numpy compares: torch's own threads do not survive a fork
+        assert (call().numpy() == expected.numpy()).all()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(timeout=60)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode == 0
+
+
+def test_a_second_process_does_not_compile():
+    assert_conforms(Case())
+    script = """
+from sj_taid.ops.alif import cpu
+from tests.helpers import Case, results
+results(cpu.multi_step, Case())
+for kernel in (cpu._forward, cpu._backward("ATan", True, False, False, True, True)):
+    assert kernel.stats.cache_hits and not kernel.stats.cache_misses, kernel.stats
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("case", [WIDE, Case(dtype=torch.bfloat16, v_reset=None)], ids=str)
+def test_operators(case):
+    """Schema, no aliasing, and fake outputs of the right shapes, dtypes and strides."""
+    leaves = {name: leaf.detach() for name, leaf in tensors(case).items()}
+    x_seq, v0, w, v_threshold = leaves.values()
+    checks = ("test_schema", "test_faketensor")
+    options = (case.decay_input, case.v_reset)
+    torch.library.opcheck(
+        torch.ops.sj_taid.cpu_forward,
+        (x_seq, v0, 0.0, w, v_threshold, *options, True, 0),
+        test_utils=checks,
+    )
+    for needs in ([True] * 4, [False, False, False, True]):
+        torch.library.opcheck(
+            torch.ops.sj_taid.cpu_backward,
+            (
+                *(torch.ones_like(x_seq), None, None),
+                *(x_seq, v0, 0.0, w, v_threshold, x_seq.new_empty(0)),
+                *(*options, False, "ATan", 1.0, 3.0),
+                *needs,
+            ),
+            test_utils=checks,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_without_graph_breaks(dtype):
+    case = Case(dtype=dtype)
+    compiled = torch.compile(cpu.multi_step, fullgraph=True, backend="aot_eager")
+    assert_equal(results(compiled, case), results(cpu.multi_step, case))
+
+
+def test_what_it_cannot_take_is_refused_with_the_reason():
+    for x, reason in (
+        (torch.zeros(2, 3, dtype=torch.float64), "float64"),
+        (torch.zeros(2, 3, device="meta"), "on meta"),
+    ):
+        with pytest.raises(backends.BackendUnavailableError, match=reason):
+            backends.resolve("numba", x, surrogate.ATan())
+
+
+def test_auto_takes_it_on_a_cpu():
+    backend = backends.resolve("auto", torch.zeros(2, 3), surrogate.ATan())
+    assert backend.multi_step is cpu.multi_step
+
+
+@pytest.mark.filterwarnings("error")
+def test_auto_takes_torch_in_silence_where_numba_is_not_installed(monkeypatch):
+    def load():
+        raise ModuleNotFoundError("No module named 'numba'")
+
+    monkeypatch.setitem(backends.BACKENDS, "numba", load)
+    backend = backends.resolve("auto", torch.zeros(2, 3), surrogate.ATan())
+    assert backend.multi_step is reference.multi_step
+
+
+@pytest.mark.filterwarnings("error")
+def test_auto_takes_torch_in_silence_for_float64():
+    backend = backends.resolve("auto", torch.zeros(2, 3, dtype=torch.float64), surrogate.ATan())
+    assert backend.multi_step is reference.multi_step
