@@ -19,8 +19,12 @@ OPTIONS = {
 }
 
 
-def make_net(step_mode="m", surrogate_function=surrogate.ATan(), **options):
-    shared = {"v_threshold": 0.2, "surrogate_function": surrogate_function}
+def make_net(step_mode="m", surrogate_function=surrogate.ATan(), backend="auto", **options):
+    shared = {
+        "v_threshold": 0.2,
+        "surrogate_function": surrogate_function,
+        "backend": backend,
+    }
     net = nn.Sequential(
         layer.Linear(4, 5), ALIFNode(**shared, **options), layer.Linear(5, 3), ALIFNode(**shared)
     )
@@ -155,7 +159,7 @@ def loss_of(net):
 )
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 def test_functional_call_and_grad(step_mode, surrogate_function):
-    net = make_net(step_mode, surrogate_function)
+    net = make_net(step_mode, surrogate_function, backend="torch")
     x = inputs(step_mode)
     loss, parameters = loss_of(net)
     got = torch.func.grad(loss)(parameters, x)
@@ -166,7 +170,7 @@ def test_functional_call_and_grad(step_mode, surrogate_function):
 
 @unknown_surrogate
 def test_vmap_gives_the_gradients_of_each_sample():
-    net, x = make_net(surrogate_function=Triangle.apply), inputs()
+    net, x = make_net(surrogate_function=Triangle.apply, backend="torch"), inputs()
     loss, parameters = loss_of(net)
     per_sample = torch.func.vmap(torch.func.grad(loss), (None, 1))(parameters, x.unsqueeze(2))
     functional.reset_net(net)

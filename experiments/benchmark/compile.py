@@ -1,78 +1,84 @@
-"""Eager against torch.compile, forward and backward, in the reference backend.
+"""A training step eager and under torch.compile, CPU.
 
-python experiments/benchmark/compile.py --shape 8 16 64 16 16
+python experiments/benchmark/compile.py --out results/
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import subprocess
-import time
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
+# The checkout's root, so that this file runs as a script from anywhere.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.benchmark.measure import interleaved, write_csv
 from sj_taid import ALIFNode, fresh_state
 
 
-def neuron(channels: int) -> nn.Module:
-    return ALIFNode(step_mode="m", backend="torch", surrogate_function=surrogate.ATan())
+def node(channels: int, backend: str) -> nn.Module:
+    return ALIFNode(step_mode="m", backend=backend, surrogate_function=surrogate.ATan())
 
 
-def net(channels: int) -> nn.Module:
-    return nn.Sequential(
-        layer.Conv2d(channels, channels, 3, padding=1, bias=False, step_mode="m"),
-        layer.BatchNorm2d(channels, step_mode="m"),
-        neuron(channels),
-        layer.Conv2d(channels, channels, 3, padding=1, bias=False, step_mode="m"),
-        layer.BatchNorm2d(channels, step_mode="m"),
-        neuron(channels),
-    )
+def net(channels: int, backend: str) -> nn.Module:
+    blocks = [
+        module
+        for _ in range(2)
+        for module in (
+            layer.Conv2d(channels, channels, 3, padding=1, bias=False, step_mode="m"),
+            layer.BatchNorm2d(channels, step_mode="m"),
+            node(channels, backend),
+        )
+    ]
+    return nn.Sequential(*blocks)
 
 
-def milliseconds(module: nn.Module, forward: Callable[..., Tensor], x_seq: Tensor) -> float:
-    start = time.perf_counter()
-    with fresh_state(module):
-        forward(x_seq).sum().backward()
-    if x_seq.is_cuda:
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+def step(
+    module: nn.Module, forward: Callable[[Tensor], Tensor], x_seq: Tensor
+) -> Callable[[], None]:
+    def run() -> None:
+        with fresh_state(module):
+            forward(x_seq).sum().backward()
+
+    return run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", type=int, nargs=5, default=(8, 16, 64, 16, 16))
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, "
-        f"{arguments.device}, commit {commit}, shape {tuple(arguments.shape)}"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, make in (("ALIFNode", neuron), ("conv-bn-ALIF x 2", net)):
-        torch.manual_seed(0)
-        module = make(arguments.shape[2]).to(arguments.device)
-        x_seq = torch.rand(arguments.shape, device=arguments.device, requires_grad=True)
-        forwards = {"eager": module, "compiled": torch.compile(module, fullgraph=True)}
-        times: dict[str, list[float]] = {mode: [] for mode in forwards}
-        # In turns, so that a machine that slows down slows both; the first three warm up.
-        for repeat in range(arguments.repeats + 3):
-            for mode, forward in forwards.items():
-                time_taken = milliseconds(module, forward, x_seq)
-                if repeat >= 3:
-                    times[mode].append(time_taken)
-        quartiles = {mode: statistics.quantiles(taken, n=4) for mode, taken in times.items()}
-        for mode, (low, median, high) in quartiles.items():
-            print(f"{name:18} {mode:9} {median:8.2f} ms  (quartiles {low:.2f}..{high:.2f})")
-        ratio = quartiles["eager"][1] / quartiles["compiled"][1]
-        print(f"{name:18} eager / compiled = {ratio:.2f}")
+    parser.add_argument("--shape", type=int, nargs=5, default=(8, 8, 32, 16, 16))
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    rows = []
+    for name, make in (("ALIF", node), ("2 x (conv, bn, ALIF)", net)):
+        module = make(options.shape[2], options.backend)
+        x_seq = torch.rand(options.shape, requires_grad=True)
+        compiled = torch.compile(module, fullgraph=True)
+        timings = interleaved(
+            {"eager": step(module, module, x_seq), "compiled": step(module, compiled, x_seq)},
+            options.repeats,
+        )
+        for mode, timing in timings.items():
+            print(
+                f"{name:22} {mode:9} {timing.median:8.2f} ms ({timing.low:.2f}..{timing.high:.2f})"
+            )
+            rows.append({"net": name, "mode": mode, "median_ms": timing.median})
+            rows[-1] |= {"q20_ms": timing.low, "q80_ms": timing.high}
+    command = "python experiments/benchmark/compile.py " + " ".join(sys.argv[1:])
+    shared = {"shape": "x".join(map(str, options.shape)), "backend": options.backend}
+    shared |= {"threads": options.threads, "command": command.strip()}
+    write_csv([row | shared for row in rows], options.out / "compile.csv")
 
 
 if __name__ == "__main__":
