@@ -106,8 +106,12 @@ def results(
     case: Case,
     leaves: dict[str, Tensor] | None = None,
     store_v_seq: bool = True,
+    through: tuple[str, ...] = ("spike_seq", "v", "v_seq"),
 ) -> dict[str, Tensor]:
-    """Outputs and every gradient by name, under random cotangents for spikes, state and v_seq."""
+    """Outputs and every gradient by name, under random cotangents for the outputs ``through``.
+
+    The cotangents are rounded to the case's dtypes, so that leaves in float64 get the same ones.
+    """
     leaves = leaves or tensors(case)
     v = leaves["v0"] if case.v_init else (case.v_reset or 0.0)
     spike_seq, v_last, v_seq = multi_step(
@@ -122,11 +126,21 @@ def results(
     if v_seq is not None:
         outputs["v_seq"] = v_seq
     g = torch.Generator().manual_seed(case.seed + 1)
-    cotangents = [
-        torch.randn(o.shape, generator=g, dtype=torch.float64).to(o) for o in outputs.values()
-    ]
+    dtypes = {"spike_seq": case.dtype}
+    cotangents = {
+        n: torch.randn(o.shape, generator=g, dtype=torch.float64)
+        .to(dtypes.get(n, torch.promote_types(case.dtype, torch.float32)))
+        .to(o)
+        for n, o in outputs.items()
+        if n in through
+    }
     wanted = {n: t for n, t in leaves.items() if t.requires_grad and (n != "v0" or case.v_init)}
-    grads = torch.autograd.grad(list(outputs.values()), list(wanted.values()), cotangents)
+    grads = torch.autograd.grad(
+        [outputs[n] for n in cotangents],
+        list(wanted.values()),
+        list(cotangents.values()),
+        materialize_grads=True,
+    )
     named = {f"grad_{n}": g for n, g in zip(wanted, grads, strict=True)}
     return {n: o.detach() for n, o in outputs.items()} | named
 

@@ -55,5 +55,6 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows(row | shared for row in rows)
+        # Rows of an earlier run that are written again keep their own.
+        writer.writerows(shared | row for row in rows)
     temporary.replace(path)

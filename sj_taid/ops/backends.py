@@ -47,13 +47,27 @@ def _numba() -> Backend:
     return Backend(cpu.multi_step, cpu.unsupported)
 
 
+def _cupy() -> Backend:
+    from .alif import cuda
+
+    return Backend(cuda.multi_step, cuda.unsupported)
+
+
 #: name -> a function that imports the backend. It raises the original exception if it cannot.
-BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch, "numba": _numba}
+BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch, "numba": _numba, "cupy": _cupy}
+
+#: name -> what it needs, for messages.
+NEEDS: dict[str, str] = {
+    "numba": 'pip install "sj-taid[cpu]"',
+    "cupy": "an NVIDIA driver and, to match torch.version.cuda, "
+    'pip install "sj-taid[cuda12]" or "sj-taid[cuda13]"',
+}
 
 #: device type -> the names "auto" tries, best first. Devices not named here take torch.
 #: numba has no least size: at one step of 8 neurons it takes half of torch's time without gradients
-#: and as much with them, and from there on less.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("numba",)}
+#: and as much with them, and from there on less. cupy has none yet: one belongs here once
+#: experiments/benchmark/neuron.py has measured it on a GPU.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("numba",), "cuda": ("cupy",)}
 
 _warned: set[str] = set()
 
@@ -120,7 +134,8 @@ def _load(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
         backend = BACKENDS[name]()
     except Exception as error:
         raise BackendUnavailableError(
-            f"backend {name!r} is not available here: {type(error).__name__}: {error}"
+            f"backend {name!r} is not available here: {type(error).__name__}: {error}. "
+            f"It needs {NEEDS.get(name, 'what its import says')}."
         ) from error
     reason = backend.unsupported(x_seq, surrogate_function)
     if reason is not None:

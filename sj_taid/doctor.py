@@ -1,0 +1,146 @@
+"""``python -m sj_taid.doctor``: what works on this machine, why the rest does not, and the remedy.
+
+With ``--kernels`` also what NVIDIA's compiler says of the CUDA kernels; no GPU is needed for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from spikingjelly.activation_based import surrogate
+
+from . import __version__
+from .functional import alif_multi_step
+from .ops import backends
+from .ops.alif import kernels, nvrtc
+
+PACKAGES = ("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cuda13x")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; 1 if a backend that should work gives other results than torch."""
+    parser = argparse.ArgumentParser(prog="python -m sj_taid.doctor", description=__doc__)
+    parser.add_argument("--kernels", action="store_true", help="registers, spills, bytes moved")
+    parser.add_argument("--arch", help="the GPU to compile for, such as sm_90; default: this one's")
+    options = parser.parse_args(arguments)
+    for line in (*versions(), *devices(), *availability()):
+        print(line)
+    healthy = True
+    if torch.cuda.is_available() and backends.why_not("cupy") is None:
+        healthy, line = self_test()
+        print(line)
+    if options.kernels:
+        for line in kernel_table(options.arch or this_arch()):
+            print(line)
+    return 0 if healthy else 1
+
+
+def versions() -> Iterator[str]:
+    """The versions of what matters here."""
+    yield f"sj-taid {__version__}"
+    yield f"Python {platform.python_version()} on {platform.platform()}"
+    for package in PACKAGES:
+        try:
+            yield f"{package} {version(package)}"
+        except PackageNotFoundError:
+            yield f"{package}: not installed"
+
+
+def devices() -> Iterator[str]:
+    """The GPUs that torch sees, or why there are none."""
+    if torch.version.cuda is None:
+        yield "GPU: none for torch, which is a CPU build"
+    elif not torch.cuda.is_available():
+        yield f"GPU: none; torch is built for CUDA {torch.version.cuda}, but no driver answers"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield (
+            f"GPU {index}: {properties.name}, compute capability "
+            f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+
+
+def availability() -> Iterator[str]:
+    """Each backend: works, or the original reason why not and what it needs."""
+    for name in backends.BACKENDS:
+        reason = backends.why_not(name)
+        if reason is None:
+            yield f"backend {name}: works"
+        else:
+            first_line = str(reason).strip().splitlines()[0]
+            yield f"backend {name}: no; {type(reason).__name__}: {first_line}"
+            yield f"    it needs {backends.NEEDS[name]}"
+
+
+def self_test() -> tuple[bool, str]:
+    """Run one kernel on the GPU and compare it with torch; the first call compiles it."""
+    x_seq = torch.randn(4, 32, 64, device="cuda")
+    w, v_threshold = torch.zeros((), device="cuda"), torch.ones((), device="cuda")
+    spikes = {}
+    for name in ("torch", "cupy"):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        spikes[name], _, _ = alif_multi_step(
+            x_seq, 0.0, w, v_threshold, surrogate_function=surrogate.ATan(), backend=name
+        )
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    if not torch.equal(spikes["torch"], spikes["cupy"]):
+        return False, "self test: FAILED, the kernel's spikes differ from torch's; please report it"
+    return (
+        True,
+        f"self test: the kernel's spikes equal torch's; its first call took {seconds:.2f} s",
+    )
+
+
+def this_arch() -> str:
+    """The architecture of the GPU here, sm_90 where there is none."""
+    if not torch.cuda.is_available():
+        return "sm_90"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def kernel_table(arch: str) -> Iterator[str]:
+    """Registers and spills as compiled for ``arch``, bytes as counted, of the common kernels."""
+    options = [
+        kernels.Options(dtype, steps, 0.0, True, False)
+        for dtype in kernels.SCALARS
+        for steps in (1, 2, 4, 8, 16, 24)
+    ]
+    needs = kernels.NEED_X | kernels.NEED_W | kernels.NEED_V_THRESHOLD
+    names = [
+        (
+            o.forward_name(o.forward_vec(), 1),
+            o.backward_name(o.backward_vec(), 1, False, needs, "Sigmoid"),
+        )
+        for o in options
+    ]
+    start = time.perf_counter()
+    try:
+        report = nvrtc.resources(kernels.source(), tuple(n for pair in names for n in pair), arch)
+    except OSError as error:
+        yield f"kernels: {error}"
+        return
+    seconds = time.perf_counter() - start
+    yield f"kernels for {arch}: hard reset to 0, decay_input, Sigmoid surrogate, one tau a layer"
+    yield f"{len(report)} kernels compiled in {seconds:.1f} s"
+    yield "dtype     T  direction  neurons/thread  registers  spilled B  bytes/neuron/step"
+    for o, pair in zip(options, names, strict=True):
+        vecs = (o.forward_vec(), o.backward_vec())
+        for direction, name, vec, moved in zip(
+            ("forward", "backward"), pair, vecs, kernels.traffic(o), strict=True
+        ):
+            r = report[name]
+            yield (
+                f"{kernels.SCALARS[o.dtype]:8} {o.steps:2}  {direction:9}  {vec:14}  "
+                f"{r.registers:9}  {r.spill_stores:9}  {moved:17.2f}"
+            )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,134 @@
+"""NVRTC, NVIDIA's run-time compiler, called from Python: compiles the kernels with no GPU at hand.
+
+Launching goes through CuPy; this is for reports of registers and spills, in the tests and in
+``python -m sj_taid.doctor --kernels``. The library comes with CUDA, with CUDA builds of PyTorch and
+with the ``nvidia-cuda-nvrtc`` wheel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from ctypes.util import find_library
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+#: Options of every compilation, here and through CuPy, which adds ``--ftz=true`` of its own accord:
+#: a voltage below 1.2e-38 is flushed to zero.
+OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=true")
+
+
+class Resources(NamedTuple):
+    """What ptxas reports of one kernel; bytes are per thread."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    stack: int
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The NVRTC library: the newest wheel's on ``sys.path``, else the system's.
+
+    Raises:
+        OSError: there is none; the message says how to install one.
+    """
+    wheels = [
+        str(path)
+        for entry in sys.path
+        for path in sorted(Path(entry).glob("nvidia/*/lib/libnvrtc.so.*"), reverse=True)
+        if "builtins" not in path.name
+    ]
+    for name in (*wheels, find_library("nvrtc")):
+        if name:
+            return ctypes.CDLL(name)
+    raise OSError(
+        "NVRTC (libnvrtc.so) was not found on sys.path or in the system; "
+        "pip install nvidia-cuda-nvrtc"
+    )
+
+
+def resources(source: str, names: tuple[str, ...], arch: str) -> dict[str, Resources]:
+    """Compile the kernels ``names`` (C++ name expressions) for ``arch``, such as ``"sm_90"``.
+
+    Raises:
+        RuntimeError: the source does not compile; the message is the compiler's log.
+    """
+    with _Program(source, names, (f"--gpu-architecture={arch}", "--ptxas-options=-v")) as program:
+        log = program.log()
+        mangled = {program.lowered_name(name): name for name in names}
+    return {
+        mangled[entry[: entry.index("'")]]: Resources(
+            registers=_figure(r"Used (\d+) registers", entry),
+            spill_stores=_figure(r"(\d+) bytes spill stores", entry),
+            spill_loads=_figure(r"(\d+) bytes spill loads", entry),
+            stack=_figure(r"(\d+) bytes stack frame", entry),
+        )
+        for entry in re.split(r"Compiling entry function '", log)[1:]
+    }
+
+
+def ptx(source: str, names: tuple[str, ...], arch: str) -> dict[str, str]:
+    """The PTX of each kernel for a virtual ``arch``, such as ``"compute_90"``."""
+    with _Program(source, names, (f"--gpu-architecture={arch}",)) as program:
+        text = program.ptx()
+        mangled = {program.lowered_name(name): name for name in names}
+    bodies = re.split(r"\.weak \.entry ", text)[1:]
+    return {mangled[body[: body.index("(")]]: body for body in bodies}
+
+
+def _figure(pattern: str, entry: str) -> int:
+    match = re.search(pattern, entry)
+    if match is None:
+        raise RuntimeError(f"expected {pattern!r} in ptxas's report, but it says:\n{entry}")
+    return int(match.group(1))
+
+
+class _Program:
+    def __init__(self, source: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
+        self._library = library()
+        self._program = ctypes.c_void_p()
+        self._call("CreateProgram", source.encode(), b"kernels.cu", 0, None, None, create=True)
+        for name in names:
+            self._call("AddNameExpression", name.encode())
+        encoded = [option.encode() for option in (*OPTIONS, *options)]
+        array = (ctypes.c_char_p * len(encoded))(*encoded)
+        try:
+            self._call("CompileProgram", len(encoded), array)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{self.log()}") from error
+
+    def __enter__(self) -> _Program:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._library.nvrtcDestroyProgram(ctypes.byref(self._program))
+
+    def log(self) -> str:
+        return self._text("ProgramLog")
+
+    def ptx(self) -> str:
+        return self._text("PTX")
+
+    def lowered_name(self, name: str) -> str:
+        lowered = ctypes.c_char_p()
+        self._call("GetLoweredName", name.encode(), ctypes.byref(lowered))
+        return (lowered.value or b"").decode()
+
+    def _text(self, what: str) -> str:
+        size = ctypes.c_size_t()
+        self._call(f"Get{what}Size", ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        self._call(f"Get{what}", buffer)
+        return buffer.value.decode()
+
+    def _call(self, function: str, *arguments: object, create: bool = False) -> None:
+        program = ctypes.byref(self._program) if create else self._program
+        status = getattr(self._library, f"nvrtc{function}")(program, *arguments)
+        if status:
+            self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
+            reason = self._library.nvrtcGetErrorString(status).decode()
+            raise RuntimeError(f"nvrtc{function}: {reason}")

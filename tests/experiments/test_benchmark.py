@@ -1,0 +1,60 @@
+"""The neuron's benchmarks, on a grid too small to mean anything."""
+
+import csv
+
+import pytest
+import torch
+
+from experiments.benchmark import memory, neuron
+from experiments.benchmark.contestants import contestants
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def modules():
+    return contestants(CPU)
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_time(tmp_path):
+    small = ["--device", "cpu", "--steps", "2", "--neurons", "64", "128", "--repeats", "2"]
+    neuron.main([*small, "--only", "ALIF torch", "PLIF", "--out", str(tmp_path)])
+    neuron.main([*small, "--only", "SpikingJelly LIF", "--append", "--out", str(tmp_path)])
+    table = rows(tmp_path / "neuron.csv")
+    assert [(row["neuron"], row["N"]) for row in table] == [
+        ("ALIF torch", "64"),
+        ("SpikingJelly PLIF", "64"),
+        ("ALIF torch", "128"),
+        ("SpikingJelly PLIF", "128"),
+        ("SpikingJelly LIF", "64"),
+        ("SpikingJelly LIF", "128"),
+    ]
+    for row in table:
+        assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+        assert row["device"] and row["commit"] and row["torch_version"]
+    assert (tmp_path / "neuron.png").stat().st_size > 0
+
+
+def test_nothing_is_measured_unless_all_compute_the_same(modules):
+    neuron.gate(modules, CPU)
+    broken = dict(modules)
+    broken["ALIF broken"] = torch.nn.Threshold(0.5, 0.0)
+    with pytest.raises(SystemExit, match="ALIF broken differs"):
+        neuron.gate(broken, CPU)
+
+
+def test_memory(tmp_path, modules):
+    memory.main(["--device", "cpu", "--steps", "4", "24", "--out", str(tmp_path)])
+    kept = {
+        (row["neuron"], row["dtype"], row["T"]): float(row["bytes_a_neuron_and_step"])
+        for row in rows(tmp_path / "memory.csv")
+    }
+    assert kept["ALIF cupy (counted)", "float32", "4"] == 4
+    assert kept["ALIF cupy (counted)", "bfloat16", "4"] == 2
+    assert kept["ALIF cupy (counted)", "float32", "24"] == pytest.approx(4 + 2 * 4 / 24, abs=1e-3)
+    assert kept["SpikingJelly PLIF", "float32", "4"] > 4

@@ -1,0 +1,38 @@
+"""Run the kernels under the address and undefined-behaviour sanitizers.
+
+    LD_PRELOAD="libasan.so libubsan.so" python -m tests.ops.alif.sanitized DIRECTORY [--broken]
+
+Tensors come from malloc, whose blocks the sanitizer fences in at their exact size. The cases cover
+every pair of the options that decide which memory a kernel touches. ``--broken`` lets one thread
+too many work, to show that it would be seen.
+"""
+
+import sys
+from pathlib import Path
+
+from sj_taid.ops.alif import kernels
+from tests.ops.alif.cases import OPTIONS, Conformance, pairwise
+from tests.ops.alif.host import Host
+
+MEMORY = ("T", "dtype", "layout", "per_channel", "v_init", "through", "frozen")
+
+
+def main(directory, broken=None):
+    source = kernels.source()
+    if broken:
+        source = source.replace("thread >= threads", "thread > threads").replace(
+            "at < size", "at <= size"
+        )
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    host = Host(Path(directory), source, flags)
+    options = {name: OPTIONS[name] if name in MEMORY else OPTIONS[name][:1] for name in OPTIONS}
+    cases = [Conformance(row) for row in pairwise(options)][: 1 if broken else None]
+    with host.patched():
+        host.build({name for case in cases for name in case.kernels(host)})
+        for case in cases:
+            case.results(host.cuda.multi_step, case.leaves())
+    print(len(cases), "cases,", len(host.launches), "launches")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

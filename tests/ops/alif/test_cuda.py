@@ -1,0 +1,386 @@
+"""The launcher's logic, with the driver's calls replaced: see host.py."""
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from spikingjelly.activation_based import surrogate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sj_taid.ops import backends
+from sj_taid.ops.alif import autograd, kernels, reference
+from sj_taid.ops.alif.kernels import BLOCK, Options
+from tests.helpers import Case, assert_close, results, tensors
+from tests.ops.alif.host import CompileError, needs_gxx
+
+CASE = Case(shape=(4, 3, 8, 2))
+
+
+def run(launcher, case=CASE, leaves=None):
+    return results(launcher.cuda.multi_step, case, leaves or tensors(case))
+
+
+# ---- what is launched ----
+
+
+@needs_gxx
+def test_one_launch_forward_and_one_kernel_backward(launcher):
+    run(launcher)
+    assert launcher.cuda.launches == {"forward": 1, "backward": 1}
+    assert [launch.name.split("<")[0] for launch in launcher.launches] == [
+        "alif_forward",
+        "alif_backward",
+    ]
+
+
+def test_the_second_launch_of_backward_is_one_reduction():
+    class Computing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if not function.is_view:
+                computing.append(str(function))
+            return function(*args, **kwargs or {})
+
+    computing = []
+    grid = kernels.grid(torch.zeros(4, 3, 8, 4), torch.zeros(8), 4, True, 64)
+    partial_sums = torch.rand(2, grid.threads * grid.lanes)
+    with Computing():
+        grid.reduce(partial_sums, torch.Size([8]))
+    assert computing == ["aten.sum.dim_IntList"]
+
+
+@needs_gxx
+def test_on_the_tensors_device_and_the_current_stream(launcher):
+    run(launcher)
+    assert {launch.stream for launch in launcher.launches} == {(0, 0x5EED)}
+    assert {launch.device for launch in launcher.launches} == {torch.device("cpu")}
+
+
+@needs_gxx
+def test_the_stream_is_read_at_every_launch_in_backwards_thread_too(launcher, monkeypatch):
+    """PyTorch runs backward in a thread of its own, with the stream of the forward made current."""
+    stream = threading.local()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    leaves = tensors(CASE)
+
+    stream.cuda_stream = 1
+    spikes, *_ = launcher.cuda.multi_step(
+        leaves["x"], 0.0, leaves["w"], leaves["v_threshold"], store_v_seq=False, **CASE.options()
+    )
+
+    def in_another_thread():
+        stream.cuda_stream = 2
+        spikes.sum().backward()
+
+    thread = threading.Thread(target=in_another_thread)
+    thread.start()
+    thread.join()
+    assert [launch.stream for launch in launcher.launches] == [(0, 1), (0, 2)]
+
+
+@needs_gxx
+def test_each_device_and_kernel_is_loaded_once(launcher, monkeypatch):
+    loaded = []
+    module = launcher.cuda.cupy.RawModule
+    monkeypatch.setattr(
+        launcher.cuda.cupy,
+        "RawModule",
+        lambda **arguments: loaded.append(arguments) or module(**arguments),
+    )
+    function = launcher.cuda._function
+    assert function(0, "a") is function(0, "a")
+    assert function(0, "a") is not function(1, "a") and function(0, "b") is not function(0, "a")
+    assert [arguments["name_expressions"] for arguments in loaded] == [("a",), ("a",), ("b",)]
+    assert all(arguments["code"] == kernels.source() for arguments in loaded)
+    assert all("--fmad=false" in arguments["options"] for arguments in loaded)
+
+
+@needs_gxx
+@pytest.mark.parametrize("argument", [0.5, True, torch.zeros(())])
+def test_an_argument_of_another_width_would_be_noticed(launcher, monkeypatch, argument):
+    """CuPy passes a float in 64 bits where the kernels take 32, and says nothing."""
+    monkeypatch.setattr(launcher.cuda, "_pointer", lambda tensor: argument)
+    with pytest.raises(TypeError, match="width"):
+        run(launcher)
+
+
+# ---- what is saved, computed and copied ----
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
+@pytest.mark.parametrize("T", [4, 16, 24])
+@pytest.mark.parametrize("v_init", [False, True])
+def test_saves_the_input_the_parameters_and_what_the_length_asks(launcher, dtype, T, v_init):
+    case = CASE.with_(shape=(T, 3, 8, 2), dtype=dtype, v_init=v_init)
+    leaves = tensors(case)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        launcher.cuda.multi_step(
+            leaves["x"],
+            leaves["v0"] if v_init else 0.0,
+            leaves["w"],
+            leaves["v_threshold"],
+            store_v_seq=False,
+            **case.options(),
+        )
+    neurons = 3 * 8 * 2
+    expected = T * neurons * dtype.itemsize + 2 * 4  # x, w, v_threshold
+    expected += neurons * 4 * (v_init + kernels.checkpoints(T))
+    assert sum(t.nbytes for t in saved) == expected
+
+
+def test_a_fixed_start_allocates_nothing(launcher):
+    """A float for v is an argument of the kernel: no tensor of it is made."""
+    x_seq, w, v_threshold = torch.rand(4, 3, 8), torch.zeros(()), torch.ones(())
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        launcher.collect(
+            lambda: launcher.cuda.multi_step(
+                x_seq, 0.5, w, v_threshold, store_v_seq=False, **CASE.options()
+            )
+        )
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert allocated == x_seq.nbytes + x_seq[0].nbytes  # the spikes and the last voltage
+
+
+@needs_gxx
+@pytest.mark.parametrize("frozen", [("w",), ("v_threshold",), ("x",), ("w", "v_threshold", "v0")])
+def test_gradients_nobody_asked_for_are_not_computed(launcher, frozen):
+    leaves = tensors(CASE)
+    for name in frozen:
+        leaves[name].requires_grad_(False)
+    got = run(launcher, CASE, leaves)
+    assert {f"grad_{name}" for name in frozen}.isdisjoint(got)
+    needs = int(launcher.launches[-1].name.split(",")[-2])
+    bits = {"x": kernels.NEED_X, "w": kernels.NEED_W, "v_threshold": kernels.NEED_V_THRESHOLD}
+    assert needs == sum(bit for name, bit in bits.items() if name not in frozen)
+
+
+@needs_gxx
+def test_without_any_gradient_nothing_is_kept(launcher):
+    case = CASE.with_(shape=(24, 3, 8, 2))
+    leaves = {name: leaf.detach() for name, leaf in tensors(case).items()}
+    spikes, v, _ = launcher.cuda.multi_step(
+        leaves["x"], 0.0, leaves["w"], leaves["v_threshold"], store_v_seq=False, **case.options()
+    )
+    assert spikes.grad_fn is None and v.grad_fn is None
+    assert launcher.cuda.launches == {"forward": 1}
+
+
+@needs_gxx
+@pytest.mark.parametrize("axes", [(0, 1, 3, 2), (0, 3, 2, 1)])
+def test_a_dense_layout_is_taken_as_it_is(launcher, axes):
+    x = torch.rand(4, 3, 8, 2).permute(axes)
+    spikes, v, v_seq = launcher.cuda.multi_step(
+        x, 0.0, torch.zeros(()), torch.ones(()), store_v_seq=True, **CASE.options()
+    )
+    assert spikes.stride() == x.stride() == v_seq.stride()
+    assert v.stride() == x[0].stride()
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    "view", [lambda x: x[:, ::2], lambda x: x.transpose(0, 1), lambda x: x[:, :1].expand(-1, 3, -1)]
+)
+def test_any_other_layout_is_made_contiguous_once(launcher, view):
+    x_seq = view(torch.rand(4, 4, 8))
+    with torch.profiler.profile() as profile:
+        got = launcher.cuda.multi_step(
+            x_seq, 0.0, torch.zeros(()), torch.ones(()), store_v_seq=True, **CASE.options()
+        )
+    copies = [event for event in profile.key_averages() if event.key == "aten::copy_"]
+    assert sum(event.count for event in copies) == 1
+    expected = reference.multi_step(
+        x_seq, 0.0, torch.zeros(()), torch.ones(()), store_v_seq=True, **CASE.options()
+    )
+    names = ("spike_seq", "v", "v_seq")
+    assert_close(
+        dict(zip(names, got, strict=True)), dict(zip(names, expected, strict=True)), torch.float32
+    )
+
+
+@needs_gxx
+def test_gradients_in_another_layout_than_the_input(launcher):
+    x_seq = torch.rand(4, 3, 2, 8).transpose(2, 3).requires_grad_()
+    grad = torch.rand(4, 3, 8, 2)
+    gradients = []
+    for multi_step in (launcher.cuda.multi_step, reference.multi_step):
+        spikes, *_ = multi_step(
+            x_seq, 0.0, torch.zeros(()), torch.ones(()), store_v_seq=False, **CASE.options()
+        )
+        gradients += torch.autograd.grad(spikes, x_seq, grad)
+    torch.testing.assert_close(*gradients)
+
+
+@needs_gxx
+def test_one_parameter_a_layer_and_the_other_per_channel(launcher):
+    leaves = tensors(CASE)
+    leaves["v_threshold"] = torch.linspace(0.6, 1.3, 8).requires_grad_()
+    got = run(launcher, CASE, leaves)
+    assert_close(got, results(reference.multi_step, CASE, leaves), torch.float32, scale=200)
+
+
+@pytest.mark.parametrize("shape", [(4, 0, 8), (4, 3, 0)])
+def test_no_neurons_no_launch(launcher, shape):
+    case = CASE.with_(shape=shape)
+    got = run(launcher, case)
+    assert got["grad_w"] == 0 and not launcher.cuda.launches
+
+
+@needs_gxx
+def test_same_numbers_every_time(launcher):
+    case = CASE.with_(shape=(8, 16, 8, 9))
+    leaves = tensors(case)
+    first, *others = (run(launcher, case, leaves) for _ in range(5))
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@needs_gxx
+def test_second_derivatives_are_refused(launcher):
+    leaves = tensors(CASE)
+    spikes, *_ = launcher.cuda.multi_step(
+        leaves["x"], 0.0, leaves["w"], leaves["v_threshold"], store_v_seq=False, **CASE.options()
+    )
+    (grad,) = torch.autograd.grad(spikes.square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# ---- the grid ----
+
+
+def grid(shape, channels=None, vec=4, aligned=True, capacity=64, order=None):
+    x_seq = torch.zeros(shape)
+    parameter = torch.zeros(()) if channels is None else torch.zeros(channels)
+    return kernels.grid(x_seq.permute(order) if order else x_seq, parameter, vec, aligned, capacity)
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 64, 10**6])
+@pytest.mark.parametrize(
+    ("shape", "channels", "order"),
+    [
+        ((2, 3, 8), None, None),
+        ((2, 3, 8), 8, None),
+        ((2, 5, 3), 3, None),
+        ((2, 4, 6, 8), 6, None),
+        ((2, 4, 6, 7), 6, None),
+        ((2, 4, 3, 8), 8, (0, 1, 3, 2)),
+        ((2, 1, 1, 1), 1, None),
+    ],
+)
+def test_every_neuron_once_and_every_thread_in_its_channel(shape, channels, order, capacity):
+    g = grid(shape, channels, capacity=capacity, order=order)
+    seen = []
+    for thread in range(g.threads):
+        own = set()
+        for at in range(thread * g.vec, g.size, g.threads * g.vec):
+            seen += range(at, at + g.vec)
+            own.add(tuple((at + i) // g.inner % g.channels for i in range(g.vec)))
+        assert len(own) == 1
+        assert g.lanes == g.vec or len(set(*own)) == 1
+    assert sorted(seen) == list(range(g.size))
+    assert (g.blocks - 1) * BLOCK < g.threads <= g.blocks * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("arguments", "vec", "lanes"),
+    [
+        ({"shape": (2, 64, 8)}, 4, 1),
+        ({"shape": (2, 64, 8), "aligned": False}, 1, 1),
+        ({"shape": (2, 63, 2)}, 2, 1),
+        ({"shape": (2, 64, 8), "channels": 8}, 4, 4),
+        ({"shape": (2, 64, 6), "channels": 6}, 2, 2),
+        ({"shape": (2, 64, 3, 4), "channels": 3}, 4, 1),
+        ({"shape": (2, 64, 3, 2), "channels": 3}, 2, 1),
+        # A thread each for as many neurons as the GPU would otherwise stand half idle.
+        ({"shape": (2, 8, 8), "capacity": 256}, 1, 1),
+        ({"shape": (2, 8, 8), "capacity": 64}, 4, 1),
+    ],
+)
+def test_neurons_a_thread(arguments, vec, lanes):
+    assert grid(**arguments)[3:5] == (vec, lanes)
+
+
+def test_a_slice_that_starts_off_the_grid_of_16_bytes_is_not_read_in_packs():
+    x_seq = torch.zeros(1 + 2 * 64)[1:].view(2, 64)
+    assert not kernels.is_aligned(x_seq) and kernels.is_aligned(torch.zeros(64), None)
+
+
+def test_positions_beyond_32_bits():
+    """Sizes reach the kernel as Python ints, which CuPy passes in 64 bits."""
+    x_seq = torch.empty(1, device="meta").expand(2, 2**32)
+    g = kernels.grid(x_seq, torch.zeros(()), 4, True, 2**17)
+    assert g.size == 2**32 and type(g.size) is int and g.vec == 4
+
+
+def test_registers_bound_the_neurons_of_backwards_threads():
+    for dtype in kernels.SCALARS:
+        for T in range(1, 129):
+            options = Options(dtype, T, 0.0, True, False)
+            values = options.backward_vec() * (T if T <= 16 else kernels.SEGMENT)
+            assert values <= (16 if dtype == torch.float32 else 32)
+
+
+# ---- what is refused ----
+
+
+def test_says_why_not(launcher):
+    unsupported = launcher.cuda.unsupported
+    x_seq = torch.zeros(2, 3)
+    assert "on cpu" in unsupported(x_seq, surrogate.ATan())
+
+    class OnCuda:
+        device = torch.device("cuda:0")
+        dtype = torch.float64
+
+    assert "torch.float64" in unsupported(OnCuda, surrogate.ATan())
+    OnCuda.dtype = torch.float16
+    assert "spiking=False" in unsupported(OnCuda, surrogate.ATan(spiking=False))
+    assert unsupported(OnCuda, surrogate.ATan()) is None
+
+
+def test_a_failed_compilation_shows_the_compilers_log(launcher, monkeypatch):
+    def fail(**_):
+        def get_function(name):
+            raise CompileError("kernels.cu(7): error: expected a ';'")
+
+        return type("Module", (), {"get_function": staticmethod(get_function)})
+
+    monkeypatch.setattr(launcher.cuda.cupy, "RawModule", fail)
+    with pytest.raises(RuntimeError, match=r"(?s)alif_forward.*expected a ';'") as info:
+        launcher.cuda._function(0, "alif_forward<...>")
+    assert isinstance(info.value.__cause__, CompileError)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend may be available here")
+def test_unavailable_with_the_original_reason_and_the_remedy():
+    x_seq = torch.zeros(2, 3)
+    with pytest.raises(backends.BackendUnavailableError, match=r"sj-taid\[cuda12\]") as info:
+        backends.resolve("cupy", x_seq, surrogate.ATan())
+    assert isinstance(info.value.__cause__, ImportError | RuntimeError)
+
+
+# ---- torch.compile and the operators ----
+
+
+@needs_gxx
+def test_operators_pass_opcheck_and_compile_without_graph_breaks(launcher):
+    engine = launcher.cuda.ENGINE
+    on_cpu = autograd.register("cupy_on_host", "CPU", engine)
+    case = CASE.with_(shape=(24, 3, 8, 2), channels=8)
+    leaves = tensors(case)
+    x_seq, v0, w, threshold = (leaves[n].detach() for n in ("x", "v0", "w", "v_threshold"))
+    forward_arguments = (x_seq, v0, 0.0, w, threshold, True, None, True, 2)
+    torch.library.opcheck(on_cpu.forward, forward_arguments)
+    spikes, v, v_seq, checkpoint = on_cpu.forward(*forward_arguments)
+    gradients = (torch.rand_like(spikes), torch.rand_like(v), torch.rand_like(v_seq))
+    rest = (True, None, False, "ATan", 1.0, 3.14, True, True, True, True)
+    torch.library.opcheck(
+        on_cpu.backward, (*gradients, x_seq, v0, 0.0, w, threshold, checkpoint, *rest)
+    )
+
+    run_eager = partial(autograd.multi_step, on_cpu)
+    compiled = torch.compile(run_eager, fullgraph=True, backend="aot_eager")
+    got, expected = results(compiled, case), results(run_eager, case)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)

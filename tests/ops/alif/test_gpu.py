@@ -1,0 +1,205 @@
+"""The cupy backend on a GPU: all that the build for the host cannot show."""
+
+from functools import partial
+
+import pytest
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import nn
+
+from sj_taid import ALIFNode
+from sj_taid.functional import alif_multi_step
+from sj_taid.ops.alif import reference
+from tests.helpers import Case, assert_close, results, tensors
+from tests.ops.alif.cases import OPTIONS, Conformance, pairwise
+
+pytestmark = pytest.mark.gpu
+
+CASE = Case(shape=(8, 16, 32, 6))
+on_gpu = partial(alif_multi_step, backend="cupy")
+
+
+@pytest.fixture
+def cuda():
+    from sj_taid.ops.alif import cuda
+
+    cuda.launches.clear()
+    return cuda
+
+
+def check(case, leaves):
+    expected = results(reference.multi_step, case, leaves)
+    assert_close(results(on_gpu, case, leaves), expected, case.dtype, scale=case_terms(case))
+
+
+def case_terms(case):
+    return torch.Size(case.shape).numel() / (case.channels or 1)
+
+
+@pytest.mark.parametrize("conformance", [Conformance(row) for row in pairwise(OPTIONS)], ids=str)
+def test_conformance(cuda, conformance):
+    leaves = conformance.leaves()
+    expected = conformance.expected(leaves)
+    moved = {n: t.detach().cuda().requires_grad_(t.requires_grad) for n, t in leaves.items()}
+    got = {name: t.cpu() for name, t in conformance.results(on_gpu, moved).items()}
+    rounded = {name: tensor.to(got[name].dtype) for name, tensor in expected.items()}
+    assert_close(got, rounded, conformance.case.dtype, scale=conformance.terms)
+    assert cuda.launches == {"forward": 1, "backward": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_length(dtype):
+    for T in range(1, 129):
+        case = CASE.with_(shape=(T, 4, 8, 4), dtype=dtype)
+        # By the torch loop in float32: the same spikes bit for bit, near the threshold too.
+        check(case, tensors(case, "cuda"))
+
+
+def test_equals_the_torch_loop_bit_for_bit():
+    case = CASE.with_(shape=(8, 100003, 8))
+    leaves = {name: t.detach() for name, t in tensors(case, "cuda").items()}
+    arguments = (leaves["x"], leaves["v0"], leaves["w"], leaves["v_threshold"])
+    got = on_gpu(*arguments, store_v_seq=True, **case.options())
+    expected = reference.multi_step(*arguments, store_v_seq=True, **case.options())
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+def test_on_a_side_stream():
+    """The work is queued behind what the side stream is still busy with."""
+    leaves = tensors(CASE, "cuda")
+    expected = results(reference.multi_step, CASE, leaves)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = {name: torch.full_like(t, torch.nan) for name, t in leaves.items()}
+        torch.cuda._sleep(100_000_000)
+        late = {n: late[n].copy_(t.detach()).requires_grad_() for n, t in leaves.items()}
+        got = results(on_gpu, CASE, late)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_close(got, expected, CASE.dtype, scale=case_terms(CASE))
+
+
+def test_backwards_thread_launches_on_the_forwards_stream():
+    leaves = tensors(CASE, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        spikes, *_ = on_gpu(leaves["x"], 0.0, leaves["w"], leaves["v_threshold"], **CASE.options())
+        grad = torch.full_like(spikes, torch.nan)
+        torch.cuda._sleep(100_000_000)
+        grad.fill_(1.0)
+        spikes.backward(grad)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert leaves["x"].grad.isfinite().all() and leaves["w"].grad.isfinite()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_second_device_while_the_first_is_current():
+    with torch.cuda.device(0):
+        check(CASE, tensors(CASE, "cuda:1"))
+
+
+def test_cuda_graph_replays_with_the_parameters_of_the_day():
+    leaves = tensors(CASE, "cuda")
+    x_seq, w, threshold = (leaves[n] for n in ("x", "w", "v_threshold"))
+
+    def step():
+        spikes, *_ = on_gpu(x_seq, 0.0, w, threshold, **CASE.options())
+        return (spikes.detach(), *torch.autograd.grad(spikes.sum(), (x_seq, w, threshold)))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiles and loads
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x_seq.copy_(torch.randn_like(x_seq))
+        w.add_(0.3)
+        threshold.mul_(0.8)
+    graph.replay()
+    expected = step()
+    assert all(torch.equal(c, e) for c, e in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_under_autocast(cuda, dtype):
+    net = nn.Sequential(
+        nn.Linear(16, 32), ALIFNode(step_mode="m", backend="cupy"), nn.Linear(32, 4)
+    ).cuda()
+    with torch.autocast("cuda", dtype):
+        out = net(torch.randn(8, 4, 16, device="cuda"))
+    assert out.dtype == dtype and net[1].v.dtype == torch.float32
+    out.float().square().sum().backward()
+    assert net[1].w.grad.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    assert cuda.launches == {"forward": 1, "backward": 1}
+
+
+def test_operators_pass_opcheck(cuda):
+    leaves = {name: t.detach() for name, t in tensors(CASE, "cuda").items()}
+    x_seq, v0, w, threshold = (leaves[n] for n in ("x", "v0", "w", "v_threshold"))
+    arguments = (x_seq, v0, 0.0, w, threshold, True, None, True, 0)
+    torch.library.opcheck(cuda.ENGINE.forward, arguments)
+    spikes, v, v_seq, checkpoint = cuda.ENGINE.forward(*arguments)
+    gradients = (torch.rand_like(spikes), torch.rand_like(v), torch.rand_like(v_seq))
+    rest = (True, None, False, "ATan", 1.0, 3.14, True, True, True, True)
+    torch.library.opcheck(
+        cuda.ENGINE.backward, (*gradients, x_seq, v0, 0.0, w, threshold, checkpoint, *rest)
+    )
+
+
+@pytest.mark.parametrize("T", [4, 24])
+def test_compiles_without_graph_breaks(T):
+    case = CASE.with_(shape=(T, 4, 8, 4))
+    leaves = tensors(case, "cuda")
+    compiled = torch.compile(on_gpu, fullgraph=True)
+    assert_close(
+        results(compiled, case, leaves),
+        results(on_gpu, case, leaves),
+        case.dtype,
+        scale=case_terms(case),
+    )
+
+
+@pytest.mark.parametrize("channels", [None, 32])
+def test_same_numbers_in_five_runs(channels):
+    case = CASE.with_(shape=(8, 256, 32, 49), channels=channels)
+    leaves = tensors(case, "cuda")
+    first, *others = (results(on_gpu, case, leaves) for _ in range(5))
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_more_than_2_to_the_31_elements():
+    T, neurons = 4, 2**29 + 64
+    needed = T * neurons * 2 * 2 + neurons * 4
+    free, _ = torch.cuda.mem_get_info()
+    if free < 1.2 * needed:
+        pytest.skip(f"needs {1.2 * needed / 2**30:.0f} GiB free, there are {free / 2**30:.0f}")
+    x_seq = torch.zeros(T, neurons, dtype=torch.float16, device="cuda")
+    x_seq[:, -64:] = 4.0
+    w, threshold = torch.zeros((), device="cuda"), torch.ones((), device="cuda")
+    spikes, v, _ = on_gpu(x_seq, 0.0, w, threshold)
+    assert spikes[:, -64:].all() and spikes.count_nonzero() == T * 64
+    assert v.count_nonzero() == 0
+
+
+def test_auto_takes_the_kernels(cuda):
+    alif_multi_step(torch.randn(4, 8, device="cuda"), 0.0, *torch.ones(2, device="cuda"))
+    assert cuda.launches == {"forward": 1}
+
+
+def test_auto_says_once_why_it_takes_torch(recwarn):
+    node = ALIFNode(surrogate_function=surrogate.Sigmoid(spiking=False), step_mode="m").cuda()
+    for _ in range(2):
+        node(torch.randn(4, 8, device="cuda"))
+        node.reset()
+    assert len([w for w in recwarn if "spiking=False" in str(w.message)]) == 1
+
+
+def test_tensors_on_different_devices():
+    with pytest.raises(ValueError, match=r"w is on cpu but the input on cuda:0.*net\.to"):
+        on_gpu(torch.zeros(2, 3, device="cuda"), 0.0, torch.zeros(()), torch.ones(()))

@@ -1,0 +1,144 @@
+"""The kernels' own text, compiled as C++, against the definition in float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sj_taid.ops.alif import kernels
+from tests.helpers import assert_close
+from tests.ops.alif.cases import OPTIONS, Conformance, every, pairwise
+from tests.ops.alif.host import GXX, Host, needs_gxx
+
+pytestmark = needs_gxx
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    # PyTorch then fills what it allocates with NaN: a value that a kernel leaves out shows.
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(host, conformance):
+    leaves = conformance.leaves()
+    got = conformance.results(host.cuda.multi_step, leaves)
+    expected = conformance.expected(leaves)
+    rounded = {name: tensor.to(got[name].dtype) for name, tensor in expected.items()}
+    assert_close(got, rounded, conformance.case.dtype, scale=conformance.terms)
+
+
+@pytest.fixture(scope="module")
+def built(request, host):
+    """``host`` with the kernels of all selected cases, compiled together: faster than singly."""
+    with host.patched():
+        host.build(
+            {
+                name
+                for item in request.session.items
+                if (case := getattr(item, "callspec", None)) and "conformance" in case.params
+                for name in case.params["conformance"].kernels(host)
+            }
+        )
+
+
+@pytest.mark.parametrize("conformance", [Conformance(row) for row in pairwise(OPTIONS)], ids=str)
+def test_every_pair_of_options(built, launcher, conformance):
+    check(launcher, conformance)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("T", OPTIONS["T"])
+def test_every_combination(launcher, T):
+    conformances = [Conformance(row) for row in every(OPTIONS, T)]
+    launcher.build({name for case in conformances for name in case.kernels(launcher)})
+    for conformance in conformances:
+        try:
+            check(launcher, conformance)
+        except AssertionError as error:
+            raise AssertionError(f"{conformance}: {error}") from error
+
+
+# One line of the kernels broken at a time, and a case that runs it. Each still trains.
+SOFT, HARD = {"v_reset": None}, {"v_reset": -0.25}
+MUTATIONS = {
+    "no gradient through the soft reset's threshold": (
+        SOFT | {"detach_reset": True},
+        "through_spike + (RESET == SOFT && fired ? grad_v[i] : 0.0f);",
+        "through_spike;",
+    ),
+    "no gradient through the reset": (
+        HARD,
+        "fmaf(grad_v[i], reset_by_spike, grad_s[i])",
+        "grad_s[i]",
+    ),
+    "gradient passes a hard reset": (
+        HARD,
+        "(RESET == SOFT || !fired ? grad_v[i] : 0.0f)",
+        "grad_v[i]",
+    ),
+    "no decay of the carried gradient": (HARD, "fmaf(-q, grad_h, grad_h)", "grad_h"),
+    "rounding of the charge": (HARD, "v + (x - above_reset) * q[lane(i)]", "v + x * q[lane(i)]"),
+    "a step's gradient of v_seq left out": (SOFT, "if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];", ""),
+    "the last voltage not written": (HARD, "    store(v, v_last + at);", ""),
+    "a segment from another's checkpoint": (
+        HARD | {"T": 24},
+        "load(checkpoint + (segment - 1) * size + at, v);",
+        "load(checkpoint + at, v);",
+    ),
+    "the channel of another neuron": (
+        HARD | {"per_channel": True},
+        "(at + i) / inner",
+        "at / inner",
+    ),
+    "only the first of a thread's neurons": (
+        HARD | {"layout": "images"},
+        "at += threads * VEC",
+        "at += size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_breaking_one_line_turns_conformance_red(tmp_path, name):
+    options, line, broken = MUTATIONS[name]
+    source = kernels.source()
+    assert line in source
+    row = {option: values[0] for option, values in OPTIONS.items()}
+    row |= {"T": 4, "layout": "features", "decay_input": True, "v_init": True} | options
+    with (
+        Host(tmp_path, source.replace(line, broken)).patched() as host,
+        pytest.raises(AssertionError),
+    ):
+        check(host, Conformance(row))
+
+
+def test_the_case_of_the_mutations_is_green_unbroken(launcher):
+    row = {option: values[0] for option, values in OPTIONS.items()}
+    row |= {"T": 4, "layout": "features", "decay_input": True, "v_init": True}
+    for options, _, _ in MUTATIONS.values():
+        check(launcher, Conformance(row | options))
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["as it is", "one neuron too far"])
+def test_no_address_or_undefined_behaviour_error(tmp_path, broken):
+    """In a process that watches every access to memory: see sanitized.py."""
+    libraries = [
+        subprocess.check_output([GXX, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.ops.alif.sanitized", tmp_path, *["--broken"] * broken],
+        env=os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+    )
+    if broken:
+        assert "heap-buffer-overflow" in result.stderr
+    else:
+        assert result.returncode == 0, result.stdout + result.stderr

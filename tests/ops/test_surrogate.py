@@ -1,0 +1,90 @@
+"""The closed-form derivatives against SpikingJelly's own backward, on the line installed."""
+
+import inspect
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import nn
+
+from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid.ops.surrogate import DERIVATIVES, derivative_of, unsupported
+from tests.helpers import TOLERANCE
+
+# Parameters other than the defaults, by the name of the constructor's argument. alpha is a float32
+# number, to which 0.0.0.0.14's LogTailedReLU rounds it.
+OTHER = {"alpha": 2.75, "beta": 0.4, "w": 0.75, "c": 0.2, "leak": 0.1, "k": 1.5}
+AVAILABLE = [name for name in DERIVATIVES if hasattr(surrogate, name)]
+
+
+def modules():
+    for name, changed in itertools.product(AVAILABLE, (False, True)):
+        kind = getattr(surrogate, name)
+        arguments = {k: v for k, v in OTHER.items() if k in inspect.signature(kind).parameters}
+        yield kind(**arguments) if changed else kind()
+
+
+def points(module, dtype):
+    """A grid that holds zero, every edge of a piecewise derivative and its two neighbours."""
+    numbers = [getattr(module, p) for p in DERIVATIVES[type(module).__name__].parameters]
+    edges = [0.0, 1.0, *numbers, *(f / n for f, n in itertools.product((0.5, 1), numbers) if n)]
+    edges = torch.tensor(edges, dtype=dtype)
+    edges = torch.cat([edges, 0.0 - edges])  # never -0.0, which no H - V_th is
+    inf = torch.tensor(math.inf, dtype=dtype)
+    near = [edges, torch.nextafter(edges, inf), torch.nextafter(edges, -inf)]
+    return torch.cat([torch.linspace(-4, 4, 801, dtype=dtype), *near])
+
+
+def spikingjelly_derivative(module, x):
+    if isinstance(module, surrogate.NonzeroSignLogAbs):
+        # 0.0.0.0.14 passes its arguments as one tuple and raises, but the formula is public.
+        return module.backward(torch.ones_like(x), x, module.alpha)
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(module(x).sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    "module", list(modules()), ids=lambda m: f"{type(m).__name__}({m.extra_repr()})"
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_equals_spikingjelly(module, dtype):
+    x = points(module, dtype)
+    expected = spikingjelly_derivative(module, x)
+    name, a, b = derivative_of(module)
+    if dtype == torch.float32:
+        # The kernels hold the constants in float32: the edges must not move by it.
+        a, b = torch.tensor([a, b], dtype=dtype).tolist()
+    got = torch.tensor([DERIVATIVES[name].python(v, a, b) for v in x.tolist()], dtype=dtype)
+    tolerance = TOLERANCE[dtype]["value"]
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_every_derivative_is_of_a_class_of_one_of_the_two_lines():
+    only_in_2 = {"Rect", "SuperSpike", "DeterministicPass"}
+    assert set(DERIVATIVES) - set(AVAILABLE) == (set() if FUNCTIONAL_STATES else only_in_2)
+
+
+class Steeper(surrogate.ATan):
+    """A subclass, whose backward may be anything."""
+
+
+def test_the_default_of_the_neuron_is_supported():
+    assert unsupported(surrogate.Sigmoid()) is None
+
+
+@pytest.mark.parametrize(
+    ("surrogate_function", "reason"),
+    [
+        (Steeper(), "the surrogate Steeper is not in"),
+        (surrogate.SquarewaveFourierSeries(), "the surrogate SquarewaveFourierSeries is not in"),
+        (torch.relu, "is not in"),
+        (surrogate.Sigmoid(spiking=False), "spiking=False"),
+        (surrogate.Sigmoid(alpha=nn.Parameter(torch.tensor(4.0))), "alpha .* Parameter"),
+        (surrogate.Sigmoid(alpha=torch.tensor(4.0)), "alpha .* Tensor"),
+    ],
+)
+def test_says_why_not(surrogate_function, reason):
+    assert re.search(reason, unsupported(surrogate_function))

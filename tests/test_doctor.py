@@ -1,0 +1,58 @@
+"""python -m sj_taid.doctor: what works, why the rest does not, the remedy."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sj_taid import doctor
+from sj_taid.ops import backends
+from tests.ops.alif.test_nvrtc import WHY_NOT
+
+
+def test_runs_as_a_module():
+    output = subprocess.check_output([sys.executable, "-m", "sj_taid.doctor"], text=True)
+    assert f"torch {torch.__version__.split('+')[0]}" in output
+    assert "backend torch: works" in output
+
+
+def test_gives_the_original_reason_and_the_remedy(monkeypatch):
+    def load():
+        raise ImportError("libfast.so: cannot open\nsecond line")
+
+    monkeypatch.setattr(backends, "BACKENDS", {"cupy": load})
+    assert list(doctor.availability()) == [
+        "backend cupy: no; ImportError: libfast.so: cannot open",
+        f"    it needs {backends.NEEDS['cupy']}",
+    ]
+
+
+def test_every_backend_but_torch_says_what_it_needs():
+    assert backends.NEEDS.keys() == backends.BACKENDS.keys() - {"torch"}
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=f"needs NVRTC: {WHY_NOT}")
+def test_table_of_the_kernels():
+    title, effort, head, *rows = doctor.kernel_table("sm_90")
+    assert "sm_90" in title and effort.startswith("36 kernels compiled in")
+    assert len(rows) == 3 * 6 * 2
+    cells = dict(zip(head.split(), rows[4].split(), strict=False))
+    assert cells["dtype"] == "float" and cells["T"] == "4" and cells["neurons/thread"] == "4"
+    assert rows[4].split()[-1] == "9.00"  # reads x, writes spikes, and the last voltage once in 4
+
+
+def test_without_nvrtc_the_table_says_so(monkeypatch):
+    def missing(*_):
+        raise OSError("NVRTC was not found; pip install nvidia-cuda-nvrtc")
+
+    monkeypatch.setattr(doctor.nvrtc, "resources", missing)
+    assert list(doctor.kernel_table("sm_90")) == [
+        "kernels: NVRTC was not found; pip install nvidia-cuda-nvrtc"
+    ]
+
+
+@pytest.mark.gpu
+def test_self_test():
+    healthy, line = doctor.self_test()
+    assert healthy, line
