@@ -54,6 +54,9 @@ MODELS = {
     RIVAL: (plif, "prefix"),
 }
 
+#: T and batch for the fitted growth
+SIZES = (4, 8, 16, 32)
+
 #: kind of work -> what the profiler calls its operators
 KINDS = {
     "convolution": ("convolution",),
@@ -138,9 +141,9 @@ def breakdown(options: argparse.Namespace) -> list[dict[str, object]]:
 def scaling(options: argparse.Namespace) -> list[dict[str, object]]:
     rows = []
     for name in (OURS, RIVAL):
-        for axis, sizes in (("T", (4, 8, 16, 32)), ("batch", (4, 8, 16, 32))):
+        for axis in ("T", "batch"):
             steps, medians = {}, []
-            for size in sizes:
+            for size in SIZES:
                 T, batch = (size, options.batch) if axis == "T" else (options.T, size)
                 model, image = make(name, options, T), images(options, batch)
                 steps[str(size)] = partial(train_step, model, image)
@@ -148,7 +151,7 @@ def scaling(options: argparse.Namespace) -> list[dict[str, object]]:
                 T, batch = (int(size), options.batch) if axis == "T" else (options.T, int(size))
                 rows.append(_row(f"scaling in {axis}", name, T, batch, timing))
                 medians.append(timing.median)
-            exponent = slope(sizes, medians)
+            exponent = slope(SIZES, medians)
             rows.append({"work": f"exponent in {axis}", "model": name, "exponent": exponent})
             print(f"{name:34} cost ~ {axis}^{exponent:.2f}")
     return rows
@@ -191,11 +194,13 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
             label = f"{'ours' if name == OURS else 'rival'}: {work}^{exponent:.2f}"
             xs, ys = [p[key] for p in points], [p["median_ms"] for p in points]
             axes[3].loglog(xs, ys, style, color=color, label=label, markersize=4)
+    axes[3].set_xticks(SIZES, SIZES)
+    axes[3].minorticks_off()
     axes[3].set_xlabel("T, or batch")
     axes[3].set_ylabel("ms a training step")
     axes[3].set_title("growth")
     axes[3].legend(fontsize=7)
-    axes[3].grid(alpha=0.3, which="both")
+    axes[3].grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
