@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LEGACY := .venv-legacy
 
-.PHONY: demo test test-legacy docs lint format install build clean
+.PHONY: demo test test-legacy kernels docs lint format install build clean
 
 demo: install ## Train a small FSVAE on handwritten digits and draw its pictures
 	$(BIN)/python experiments/train.py
@@ -14,6 +14,9 @@ test: install lint ## Lint, type check and test
 
 test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
 	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore=tests/experiments
+
+kernels: install ## Test every combination of the CUDA kernels' options; minutes
+	$(BIN)/python -m pytest -m kernels
 
 docs: install ## HTML in build/docs
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
