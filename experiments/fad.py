@@ -39,13 +39,16 @@ def fad_metric(
     ).hexdigest()[:16]
     path = cache.expanduser() / f"autoencoder-{data.name}-{fingerprint}.pt"
 
-    autoencoder = Autoencoder(
-        data.channels, data.image_size, tuple(cfg.hidden_channels), cfg.latent_channels
-    )
-    if not _load(autoencoder, path):
-        log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
-        _train(autoencoder, cfg, data, accelerator)
-        _save(autoencoder, path)
+    # From its own seed, weights and batches, so that every run looks through the same one.
+    with torch.random.fork_rng():
+        torch.manual_seed(cfg.seed)
+        autoencoder = Autoencoder(
+            data.channels, data.image_size, tuple(cfg.hidden_channels), cfg.latent_channels
+        )
+        if not _load(autoencoder, path):
+            log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
+            _train(autoencoder, cfg, data, accelerator)
+            _save(autoencoder, path)
 
     metric = FrechetAutoencoderDistance(autoencoder, reset_real_features=False)
     for image, _ in data.test_dataloader():
@@ -76,9 +79,7 @@ def _train(autoencoder: Autoencoder, cfg: DictConfig, data: ImageData, accelerat
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)
-        trainer.fit(Autoencoding(autoencoder), data.train_dataloader())
+    trainer.fit(Autoencoding(autoencoder), data.train_dataloader())
     autoencoder.eval()
 
 

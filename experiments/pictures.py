@@ -14,11 +14,12 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from sj_taid import FixedDecoder
+from sj_taid import ALIFNode, FixedDecoder
 from sj_taid.model import FSVAE
 
 matplotlib.use("agg")  # draws without a display
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 SAMPLES = "samples.png"
 RECONSTRUCTIONS = "reconstructions.png"
@@ -32,7 +33,8 @@ def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
     for name, node in net.named_modules():
         if isinstance(node, BaseNode):
             tau = 1 / node.w.sigmoid() if hasattr(node, "w") else getattr(node, "tau", np.inf)
-            threshold = torch.as_tensor(node.v_threshold, dtype=torch.float32)
+            used = node.effective_v_threshold() if isinstance(node, ALIFNode) else node.v_threshold
+            threshold = torch.as_tensor(used, dtype=torch.float32)
             found[name] = {
                 "tau": float(torch.as_tensor(tau).detach().mean()),
                 "v_threshold": float(threshold.detach().mean()),
@@ -84,6 +86,7 @@ def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> N
             values = [epoch[name][key] for epoch in history]
             axis.plot(range(len(history)), values, color=color, label=name.removesuffix(".1"))
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[1].legend(
@@ -113,6 +116,7 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     fixed = FixedDecoder(T).weights.numpy()
     axis.plot(steps, fixed / fixed.sum(), "k--", linewidth=1, label=r"fixed, $0.8^{T-t}$")
     axis.set_xlabel("time step t")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel(r"share of the image, $a[t] / \sum a$")
     axis.set_ylim(bottom=0)
     axis.set_title("What each time step adds (mean and 10-90 % of test images)", fontsize=10)

@@ -17,13 +17,22 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import sj_taid
+from sj_taid.ops.surrogate import DERIVATIVES
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
 
 #: A checkpoint's config names the classes of its model; nothing else is ever called.
-TRUSTED_TARGETS = ("sj_taid.", "spikingjelly.activation_based.")
+TRUSTED_TARGETS = {
+    "sj_taid.model.FSVAE",
+    "sj_taid.ALIFNode",
+    "sj_taid.TAID",
+    "sj_taid.FixedDecoder",
+    "spikingjelly.activation_based.neuron.LIFNode",
+    "spikingjelly.activation_based.neuron.ParametricLIFNode",
+    *(f"spikingjelly.activation_based.surrogate.{name}" for name in DERIVATIVES),
+}
 
 
 def write(path: Path, text: str) -> None:
@@ -86,8 +95,10 @@ def load_model(checkpoint: str | Path) -> tuple[nn.Module, DictConfig]:
             f"<run folder>/{CHECKPOINTS}/"
         )
     cfg = OmegaConf.load(config)
-    _check_targets(OmegaConf.to_container(cfg.model))
-    model = instantiate(cfg.model)
+    # Resolved first, so that what is checked is what is built.
+    model_config = OmegaConf.to_container(cfg.model, resolve=True)
+    _check_targets(model_config)
+    model = instantiate(model_config)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         model.load_state_dict(
@@ -104,11 +115,11 @@ def load_model(checkpoint: str | Path) -> tuple[nn.Module, DictConfig]:
 
 def _check_targets(node: Any) -> None:
     if isinstance(node, dict):
-        target = node.get("_target_", TRUSTED_TARGETS[0])
-        if not str(target).startswith(TRUSTED_TARGETS):
+        target = node.get("_target_")
+        if target is not None and target not in TRUSTED_TARGETS:
             raise ValueError(
                 f"the run's config names {target!r}, but a model is built only from "
-                f"{' and '.join(TRUSTED_TARGETS)}*; is this checkpoint from a trusted source?"
+                f"{', '.join(sorted(TRUSTED_TARGETS))}; is this checkpoint from a trusted source?"
             )
         node = list(node.values())
     if isinstance(node, list):

@@ -35,6 +35,11 @@ def train(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any]:
     """Train, test, measure and draw; everything is left in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     run.reuse_freed_memory()
+    if cfg.resume and not Path(cfg.resume).is_file():
+        raise FileNotFoundError(
+            f"no checkpoint to resume at {cfg.resume}; a run leaves it in "
+            f"<run folder>/{run.CHECKPOINTS}/"
+        )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run.save_config(cfg, folder)
     data = instantiate(cfg.dataset)

@@ -198,7 +198,9 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
         node = site.node
         paths = tuple(path.removeprefix("0").removeprefix(".") or "net" for path in site.paths)
         tau, threshold = _distinct(node.tau), _distinct(node.effective_v_threshold())
-        if len(tau) > 1 or len(threshold) > 1:
+        if type(node) is not ALIFNode:
+            note = "a subclass of ALIFNode, whose own behaviour LIF would lose"
+        elif len(tau) > 1 or len(threshold) > 1:
             note = f"its channels have {len(tau)} taus and {len(threshold)} thresholds; LIF has one"
         elif tau[0] == 1.0:
             note = "its tau is 1 to float32's precision; LIF needs more"

@@ -12,6 +12,8 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
+from .neuron import ALIFNode
+
 __all__ = ["LayerState", "Monitor", "monitor"]
 
 
@@ -140,7 +142,9 @@ class Monitor:
         return LayerState(
             firing_rate=self._spikes[path].item() / steps if steps else None,
             tau=None if tau is None else _mean(tau),
-            v_threshold=_mean(node.v_threshold),
+            v_threshold=_mean(
+                node.effective_v_threshold() if isinstance(node, ALIFNode) else node.v_threshold
+            ),
         )
 
     def _warn(self, what: str, rates: dict[str, float]) -> None:

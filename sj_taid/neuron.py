@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import _compat, functional
 from ._graph import graph_is_freed
 from .ops import backends
+from .ops.alif.reference import state_dtype
 
 __all__ = ["ALIFNode"]
 
@@ -32,8 +33,8 @@ class ALIFNode(_compat.BaseNode):
         V[t] = H[t] - S[t]\,V_{th} \quad\text{(soft)}
 
     A drop-in for SpikingJelly's ``ParametricLIFNode``: the same arguments with the same defaults,
-    and its checkpoints' ``w`` loads. Input ``[N, *]`` in step mode ``"s"``, ``[T, N, *]`` in
-    ``"m"``; spikes of the same shape and dtype.
+    and its checkpoints' ``w`` loads (``strict=False``: they have no ``v_threshold``). Input
+    ``[N, *]`` in step mode ``"s"``, ``[T, N, *]`` in ``"m"``; spikes of the same shape and dtype.
 
     Args:
         init_tau: initial membrane time constant in time steps, > 1.
@@ -122,10 +123,11 @@ class ALIFNode(_compat.BaseNode):
         self.min_v_threshold = min_v_threshold
         shape = () if channels is None else (channels,)
         init_w = -math.log(init_tau - 1.0)
-        self.w = nn.Parameter(torch.full(shape, init_w), requires_grad=learn_tau)
+        dtype = state_dtype(torch.get_default_dtype())
+        self.w = nn.Parameter(torch.full(shape, init_w, dtype=dtype), requires_grad=learn_tau)
         # SpikingJelly's BaseNode insists on a float; the parameter takes its place.
         self.v_threshold = nn.Parameter(
-            torch.full(shape, float(v_threshold)), requires_grad=learn_threshold
+            torch.full(shape, float(v_threshold), dtype=dtype), requires_grad=learn_threshold
         )
 
     @property
@@ -194,7 +196,7 @@ class ALIFNode(_compat.BaseNode):
         with torch.no_grad():
             tau, threshold = (
                 f"{p.item():.4g}" if p.dim() == 0 else f"{p.min():.4g}..{p.max():.4g}"
-                for p in (self.tau, self.v_threshold)
+                for p in (self.tau, self.effective_v_threshold())
             )
         return (
             f"tau={tau}, v_threshold={threshold}, v_reset={self.v_reset}, "

@@ -533,3 +533,11 @@ def test_operation_counters_and_energy_run_on_the_copy():
         counts.append((counter.get_total(), energy))
     assert counts[0] == counts[1]
     assert min(counts[0]) > 0
+
+
+def test_to_lif_refuses_a_subclass_of_alif():
+    class Other(ALIFNode):
+        pass
+
+    with pytest.raises(ValueError, match="subclass of ALIFNode"):
+        to_lif(torch.nn.Sequential(Other()))

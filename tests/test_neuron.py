@@ -269,3 +269,12 @@ def test_learns_time_constant_and_threshold():
     functional.reset_net(node)
     assert node(x_seq).mean().item() < before - 0.1
     assert node.v_threshold > 0.4 and node.tau > 2.0
+
+
+def test_parameters_are_float32_under_a_half_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        node = ALIFNode()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert node.w.dtype == node.v_threshold.dtype == torch.float32

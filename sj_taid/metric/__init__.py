@@ -1,4 +1,4 @@
-"""Metrics of generated images. Needs the extra ``[metrics]`` (torchmetrics)."""
+"""Metrics of generated images. Needs torchmetrics, in the extra ``[experiments]``."""
 
 from .frechet_autoencoder import FrechetAutoencoderDistance
 

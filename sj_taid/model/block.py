@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from spikingjelly.activation_based import layer
@@ -10,6 +11,18 @@ from torch import nn
 
 Neuron = Callable[[], nn.Module]
 """Makes one SpikingJelly neuron in step mode ``"m"`` each time it is called."""
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """In eval mode inside; after, every module is back in the mode it was in."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def conv_block(in_channels: int, out_channels: int, neuron: Neuron) -> nn.Sequential:

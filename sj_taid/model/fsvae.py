@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..layer import TAID
 from ..neuron import ALIFNode
-from .block import Neuron, conv_block, conv_transpose_block, linear_block
+from .block import Neuron, conv_block, conv_transpose_block, evaluating, linear_block
 from .latent import LATENT_LOSSES, Posterior, Prior
 
 __all__ = ["FSVAE", "FSVAEOutput", "original_neuron"]
@@ -158,15 +158,10 @@ class FSVAE(nn.Module):
     def sample(self, n: int) -> Tensor:
         """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior.
 
-        Without gradient and in eval mode, whatever the mode before, which comes back after.
+        Without gradient and in eval mode; after, every module is back in the mode it was in.
         """
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                return self.decode(self.prior.sample(self._picks(n)))
-        finally:
-            self.train(was_training)
+        with evaluating(self), torch.no_grad():
+            return self.decode(self.prior.sample(self._picks(n)))
 
     def loss(
         self, image: Tensor, output: FSVAEOutput, latent_loss: str = "mmd"

@@ -15,7 +15,7 @@ import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
-from .block import Neuron, linear_block
+from .block import Neuron, evaluating, linear_block
 
 PRESAMPLING = ("step", "prefix")
 
@@ -55,13 +55,9 @@ class LatentNetwork(nn.Module):
     def stepping(self) -> Iterator[None]:
         """From rest, with the running BN statistics: then the network is causal, and stepping it
         equals running every prefix anew, at O(T) instead of O(T^2)."""
-        was_training = self.net.training
-        self.net.eval()
         functional.reset_net(self.net)
-        try:
+        with evaluating(self.net):
             yield
-        finally:
-            self.net.train(was_training)
 
 
 class Posterior(LatentNetwork):

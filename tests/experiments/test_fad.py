@@ -37,6 +37,16 @@ def test_autoencoder_is_trained_once_and_cached(tiny, tmp_path, monkeypatch):
     assert len(trained) == 2 and len(list(tmp_path.glob("*.pt"))) == 2
 
 
+def test_the_autoencoder_does_not_depend_on_the_run(tiny, tmp_path):
+    cfg = tiny()
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        metric = fad.fad_metric(cfg.fad, instantiate(cfg.dataset), tmp_path / str(seed), "cpu")
+        states.append(metric.inception.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_a_damaged_cache_is_made_anew(tiny, tmp_path, caplog):
     cfg = tiny()
     data = instantiate(cfg.dataset)

@@ -153,6 +153,17 @@ def test_a_checkpoint_gives_the_trained_model(tiny, tmp_path):
     config.write_text(text.replace("sj_taid.TAID", "os.system"))
     with pytest.raises(ValueError, match=r"names 'os\.system'.*trusted source"):
         run.load_model(checkpoint)
+    # Neither what a trusted module imports nor what stands outside the model's config passes.
+    foreign = f"{{_target_: pathlib.Path.touch, self: {tmp_path / 'touched'}}}"
+    for evil in (
+        text.replace("sj_taid.TAID", "sj_taid.ops.alif.kernels.Path.touch"),
+        text.replace("\n  decoder:\n", "\n  decoder: ${evil}\n  ignored:\n") + f"evil: {foreign}\n",
+    ):
+        assert evil != text
+        config.write_text(evil)
+        with pytest.raises(ValueError, match="trusted source"):
+            run.load_model(checkpoint)
+    assert not (tmp_path / "touched").exists()
     config.unlink()
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml at"):
         run.load_model(checkpoint)

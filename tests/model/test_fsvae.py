@@ -130,10 +130,11 @@ def test_static_first_layer_equals_repeating_the_image():
 def test_sample_needs_no_mode_and_changes_nothing():
     model = FSVAE(**SMALL)
     model(images())
+    frozen = model.decoder[0][0][1].eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     drawn = model.sample(5)
     assert drawn.shape == (5, 1, 8, 8) and not drawn.requires_grad
-    assert model.training and model.prior.net.training
+    assert model.training and model.prior.net.training and not frozen.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

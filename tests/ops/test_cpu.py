@@ -299,3 +299,16 @@ def test_auto_takes_torch_in_silence_where_numba_is_not_installed(monkeypatch):
 def test_auto_takes_torch_in_silence_for_float64():
     backend = backends.resolve("auto", torch.zeros(2, 3, dtype=torch.float64), surrogate.ATan())
     assert backend.multi_step is reference.multi_step
+
+
+def test_scratch_memory_does_not_follow_the_default_dtype():
+    """A half default dtype once gave the kernels half the memory they write."""
+    script = """
+import torch
+from tests.helpers import Case, results
+from sj_taid.ops.alif import cpu
+torch.set_default_dtype(torch.bfloat16)
+for _ in range(5):
+    results(cpu.multi_step, Case(shape=(16, 4, 25_000)))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -338,7 +338,7 @@ class _Partition(NamedTuple):
 def _run(kernel: Callable[..., None], shape: _Partition, *arguments: Any) -> None:
     """Call the kernel for all parts, on as many threads as torch may use and the work is worth."""
     threads = max(1, min(torch.get_num_threads(), shape.parts, shape.work // GRAIN))
-    scratch = torch.empty(threads * shape.scratch)
+    scratch = torch.empty(threads * shape.scratch, dtype=torch.float32, device="cpu")
 
     def share(k: int) -> tuple[Any, ...]:
         first, last = shape.parts * k // threads, shape.parts * (k + 1) // threads
