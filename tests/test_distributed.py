@@ -58,6 +58,9 @@ def worker(rank, folder):
     half = batches().shape[2] // WORLD
     history = train(net, module, batches()[:, :, rank * half : (rank + 1) * half])
     torch.save(history, f"{folder}/{rank}.pt")
+    # No rank may leave while the other still talks to it: gloo's threads abort the process.
+    dist.barrier()
+    del module
     dist.destroy_process_group()
 
 
