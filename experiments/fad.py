@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from experiments import run
 from experiments.data import ImageData
 from experiments.task import Autoencoding
 from sj_taid.metric import FrechetAutoencoderDistance
@@ -48,7 +49,8 @@ def fad_metric(
         if not _load(autoencoder, path):
             log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
             _train(autoencoder, cfg, data, accelerator)
-            _save(autoencoder, path)
+            with run.replacing(path) as whole:
+                torch.save(autoencoder.state_dict(), whole)
 
     metric = FrechetAutoencoderDistance(autoencoder, reset_real_features=False)
     for image, _ in data.test_dataloader():
@@ -92,10 +94,3 @@ def _load(autoencoder: Autoencoder, path: Path) -> bool:
         log.warning("%s cannot be read (%s); training it anew", path, error)
         return False
     return True
-
-
-def _save(autoencoder: Autoencoder, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(autoencoder.state_dict(), temporary)
-    temporary.replace(path)

@@ -14,8 +14,10 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from sj_taid import ALIFNode, FixedDecoder
+from experiments import run
+from sj_taid import FixedDecoder
 from sj_taid.model import FSVAE
+from sj_taid.monitoring import tau_and_threshold
 
 matplotlib.use("agg")  # draws without a display
 from matplotlib import pyplot as plt
@@ -32,13 +34,8 @@ def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
     found = {}
     for name, node in net.named_modules():
         if isinstance(node, BaseNode):
-            tau = 1 / node.w.sigmoid() if hasattr(node, "w") else getattr(node, "tau", np.inf)
-            used = node.effective_v_threshold() if isinstance(node, ALIFNode) else node.v_threshold
-            threshold = torch.as_tensor(used, dtype=torch.float32)
-            found[name] = {
-                "tau": float(torch.as_tensor(tau).detach().mean()),
-                "v_threshold": float(threshold.detach().mean()),
-            }
+            tau, threshold = tau_and_threshold(node)
+            found[name] = {"tau": np.inf if tau is None else tau, "v_threshold": threshold}
     return found
 
 
@@ -166,7 +163,6 @@ class Pictures(L.Callback):
 
 
 def _save(figure, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, dpi=130, format="png")
+    with run.replacing(path) as whole:
+        figure.savefig(whole, dpi=130, format="png")
     plt.close(figure)
-    temporary.replace(path)

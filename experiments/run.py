@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,19 +37,29 @@ TRUSTED_TARGETS = {
 }
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` when the block is through.
+
+    So ``path`` is written whole or not at all, by any number of processes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    write(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+    with replacing(folder / CONFIG) as path:
+        path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
 
 
 def save_metrics(metrics: dict[str, Any], folder: Path) -> None:
-    write(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+    with replacing(folder / METRICS) as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def reuse_freed_memory() -> None:

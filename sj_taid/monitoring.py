@@ -135,17 +135,8 @@ class Monitor:
 
     def _state(self, path: str, node: Any) -> LayerState:
         steps = self._steps.get(path, 0)
-        if isinstance(node, neuron.ParametricLIFNode):
-            tau = 1.0 / node.w.sigmoid()
-        else:
-            tau = getattr(node, "tau", None)
-        return LayerState(
-            firing_rate=self._spikes[path].item() / steps if steps else None,
-            tau=None if tau is None else _mean(tau),
-            v_threshold=_mean(
-                node.effective_v_threshold() if isinstance(node, ALIFNode) else node.v_threshold
-            ),
-        )
+        firing_rate = self._spikes[path].item() / steps if steps else None
+        return LayerState(firing_rate, *tau_and_threshold(node))
 
     def _warn(self, what: str, rates: dict[str, float]) -> None:
         if rates:
@@ -155,6 +146,22 @@ class Monitor:
                 "v_threshold, or scale what comes in (tdBN, learning rate).",
                 stacklevel=3,
             )
+
+
+def tau_and_threshold(node: Any) -> tuple[float | None, float]:
+    """The tau and the threshold a SpikingJelly neuron uses, or their means over its channels.
+
+    tau is ``None`` for a neuron that has none.
+
+    >>> tau_and_threshold(neuron.IFNode(v_threshold=0.5))
+    (None, 0.5)
+    """
+    if isinstance(node, neuron.ParametricLIFNode):
+        tau = 1.0 / node.w.sigmoid()
+    else:
+        tau = getattr(node, "tau", None)
+    threshold = node.effective_v_threshold() if isinstance(node, ALIFNode) else node.v_threshold
+    return None if tau is None else _mean(tau), _mean(threshold)
 
 
 def _mean(value: Tensor | float) -> float:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-PAGES = sorted(Path(__file__).parents[1].joinpath("docs").glob("*.md"))
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.joinpath("docs").glob("*.md"))]
 
 
 def python_of(page):
@@ -18,4 +19,5 @@ def test_page_runs(page):
 
 
 def test_most_pages_have_python():
-    assert len([page for page in PAGES if python_of(page)]) >= 6
+    assert len([page for page in PAGES if python_of(page)]) >= 7
+    assert python_of(ROOT / "README.md")

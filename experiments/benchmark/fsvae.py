@@ -17,7 +17,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based import neuron
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -35,15 +35,7 @@ from matplotlib import pyplot as plt
 
 OURS, RIVAL = "ours", "SpikingJelly PLIF, prefixes"
 
-plif = partial(
-    neuron.ParametricLIFNode,
-    init_tau=4 / 3,
-    decay_input=False,
-    v_threshold=0.2,
-    v_reset=0.0,
-    surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
-    step_mode="m",
-)
+plif = partial(neuron.ParametricLIFNode, **original_neuron.keywords)
 
 #: name -> neuron, presampling
 MODELS = {
@@ -195,15 +187,15 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
             xs, ys = [p[key] for p in points], [p["median_ms"] for p in points]
             axes[3].loglog(xs, ys, style, color=color, label=label, markersize=4)
     axes[3].set_xticks(SIZES, SIZES)
-    axes[3].minorticks_off()
+    axes[3].tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes[3].set_xlabel("T, or batch")
     axes[3].set_ylabel("ms a training step")
     axes[3].set_title("growth")
     axes[3].legend(fontsize=7)
     axes[3].grid(alpha=0.3)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with run.replacing(path) as whole:
+        figure.savefig(whole, dpi=120, format="png")
     plt.close(figure)
 
 

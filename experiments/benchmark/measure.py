@@ -50,11 +50,8 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     shared = {"commit": provenance["commit"], "machine": provenance["machine"]}
     shared |= {f"{name}_version": number for name, number in provenance["versions"].items()}
     names = list(dict.fromkeys(key for row in rows for key in row)) + list(shared)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with run.replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         # Rows of an earlier run that are written again keep their own.
         writer.writerows(shared | row for row in rows)
-    temporary.replace(path)

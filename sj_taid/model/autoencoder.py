@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from .block import halved
+
 __all__ = ["Autoencoder"]
 
 
@@ -37,12 +39,7 @@ class Autoencoder(nn.Module):
     ) -> None:
         super().__init__()
         widths = tuple(hidden_channels)
-        if not widths or image_size % 2 ** len(widths):
-            raise ValueError(
-                f"image_size={image_size} cannot be halved {len(widths)} times, once for each of "
-                f"hidden_channels={widths}; choose a multiple of {2 ** len(widths)}"
-            )
-        side = image_size // 2 ** len(widths)
+        side = halved(image_size, widths)
         code = widths[-1] * side * side
         self.in_channels = in_channels
         self.image_size = image_size

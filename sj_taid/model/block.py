@@ -13,6 +13,21 @@ Neuron = Callable[[], nn.Module]
 """Makes one SpikingJelly neuron in step mode ``"m"`` each time it is called."""
 
 
+def halved(image_size: int, widths: tuple[int, ...]) -> int:
+    """The side that is left of an image after a block of stride 2 for each of ``widths``.
+
+    >>> halved(32, (8, 16, 32))
+    4
+    """
+    side, rest = divmod(image_size, 2 ** len(widths))
+    if not widths or rest or side < 1:
+        raise ValueError(
+            f"image_size={image_size} cannot be halved {len(widths)} times, once for each of "
+            f"hidden_channels={widths}; choose a multiple of {2 ** len(widths)}"
+        )
+    return side
+
+
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
     """In eval mode inside; after, every module is back in the mode it was in."""

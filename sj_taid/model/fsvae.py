@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..layer import TAID
 from ..neuron import ALIFNode
-from .block import Neuron, conv_block, conv_transpose_block, evaluating, linear_block
+from .block import Neuron, conv_block, conv_transpose_block, evaluating, halved, linear_block
 from .latent import LATENT_LOSSES, Posterior, Prior
 
 __all__ = ["FSVAE", "FSVAEOutput", "original_neuron"]
@@ -23,7 +23,7 @@ HIDDEN_CHANNELS = {32: (32, 64, 128, 256), 64: (32, 64, 128, 256, 512)}
 
 #: ALIF that starts as the original's neuron: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
 #: rectangular surrogate of width 1 (SpikingJelly's two lines share this spelling of it).
-original_neuron: Neuron = partial(
+original_neuron = partial(
     ALIFNode,
     init_tau=4 / 3,
     decay_input=False,
@@ -100,7 +100,7 @@ class FSVAE(nn.Module):
         self.latent_channels = latent_channels
         self.k = k
 
-        side = image_size // 2 ** len(widths)
+        side = halved(image_size, widths)
         self._code_shape = (widths[-1], side, side)
         code = widths[-1] * side * side
         (self.stem, first_neuron), *blocks = (
@@ -182,17 +182,11 @@ class FSVAE(nn.Module):
 
 
 def _widths(hidden_channels: tuple[int, ...] | None, image_size: int) -> tuple[int, ...]:
-    if hidden_channels is None:
-        if image_size not in HIDDEN_CHANNELS:
-            raise ValueError(
-                f"image_size={image_size} has no default widths (only "
-                f"{', '.join(map(str, HIDDEN_CHANNELS))} have); pass hidden_channels=(...)"
-            )
-        return HIDDEN_CHANNELS[image_size]
-    widths = tuple(hidden_channels)
-    if not widths or image_size % 2 ** len(widths) or image_size < 2 ** len(widths):
+    if hidden_channels is not None:
+        return tuple(hidden_channels)
+    if image_size not in HIDDEN_CHANNELS:
         raise ValueError(
-            f"image_size={image_size} cannot be halved {len(widths)} times, once for each of "
-            f"hidden_channels={widths}; choose a multiple of {2 ** len(widths)}"
+            f"image_size={image_size} has no default widths (only "
+            f"{', '.join(map(str, HIDDEN_CHANNELS))} have); pass hidden_channels=(...)"
         )
-    return widths
+    return HIDDEN_CHANNELS[image_size]

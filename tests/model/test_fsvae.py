@@ -7,8 +7,9 @@ import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
-from sj_taid import TAID, ALIFNode, FixedDecoder
+from sj_taid import TAID, FixedDecoder
 from sj_taid.model import FSVAE
+from sj_taid.model.fsvae import original_neuron
 
 SMALL = {"image_size": 8, "T": 8, "hidden_channels": (6, 12), "latent_channels": 10, "k": 4}
 
@@ -21,24 +22,8 @@ lif = partial(
     surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
     step_mode="m",
 )
-plif = partial(
-    neuron.ParametricLIFNode,
-    init_tau=4 / 3,
-    decay_input=False,
-    v_threshold=0.2,
-    surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
-    step_mode="m",
-)
-frozen_alif = partial(
-    ALIFNode,
-    init_tau=4 / 3,
-    decay_input=False,
-    v_threshold=0.2,
-    surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
-    step_mode="m",
-    learn_tau=False,
-    learn_threshold=False,
-)
+plif = partial(neuron.ParametricLIFNode, **original_neuron.keywords)
+frozen_alif = partial(original_neuron, learn_tau=False, learn_threshold=False)
 
 
 def images(n=3, channels=1, size=8):
