@@ -8,42 +8,82 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
+
+from .augment import AUGMENTATIONS
+
+
+class Batches(TensorDataset):
+    """Images ``[n, C, H, W]`` in uint8 and their labels; fetched and transformed batch by batch."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: v2.Transform) -> None:
+        super().__init__(images, labels)
+        self.transform = transform
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        images, labels = self[indices]
+        return self.transform(images), labels
+
+
+def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Collate nothing: the batch is one already."""
+    return batch
 
 
 class ImageData(L.LightningDataModule):
     """Images in memory; a subclass says where they come from.
+
+    A batch is images ``[N, C, H, W]`` in [-1, 1] and labels ``[N]``.
 
     Args:
         name: what the run is called after.
         channels: image channels.
         image_size: images are resized to this height and width.
         batch_size: images a batch.
+        classes: how many there are; None without labels.
         num_workers: loader processes; 0 is right for images in memory.
+        augment: how training images vary: None, "affine", "crop_flip" or "flip".
     """
 
     def __init__(
-        self, name: str, channels: int, image_size: int, batch_size: int, num_workers: int = 0
+        self,
+        name: str,
+        channels: int,
+        image_size: int,
+        batch_size: int,
+        classes: int | None = None,
+        num_workers: int = 0,
+        augment: str | None = None,
     ) -> None:
         super().__init__()
+        if augment is not None and augment not in AUGMENTATIONS:
+            raise ValueError(
+                f"dataset.augment must be null or one of {', '.join(AUGMENTATIONS)}, "
+                f"but it is {augment!r}"
+            )
         self.name = name
         self.channels = channels
         self.image_size = image_size
         self.batch_size = batch_size
+        self.classes = classes
         self.num_workers = num_workers
-        self.train_set: TensorDataset | None = None
-        self.test_set: TensorDataset | None = None
+        self.augment = augment
+        self.train_set: Batches | None = None
+        self.test_set: Batches | None = None
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Training images and labels, test images and labels; images ``[n, C, H, W]`` in [0, 1]."""
+        """Training images and labels, test images and labels; images ``[n, C, H, W]`` in uint8."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set is None:
             train_x, train_y, test_x, test_y = self.load()
-            self.train_set = TensorDataset(self._prepare(train_x), train_y)
-            self.test_set = TensorDataset(self._prepare(test_x), test_y)
+            finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+            augment = [AUGMENTATIONS[self.augment]] if self.augment else []
+            resize = v2.Resize((self.image_size, self.image_size))
+            self.train_set = Batches(resize(train_x), train_y, v2.Compose([*augment, *finish]))
+            self.test_set = Batches(resize(test_x), test_y, v2.Compose(finish))
 
     def train_dataloader(self) -> DataLoader:
         # A last small batch would make noisy batch-norm statistics.
@@ -56,17 +96,12 @@ class ImageData(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader(self.test_set)
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        size = (self.image_size, self.image_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        return images * 2 - 1
-
-    def _loader(self, dataset: TensorDataset, **options: bool) -> DataLoader:
+    def _loader(self, dataset: Batches, **options: bool) -> DataLoader:
         return DataLoader(
             dataset,
             self.batch_size,
             num_workers=self.num_workers,
+            collate_fn=as_it_is,
             persistent_workers=self.num_workers > 0,
             **options,
         )
@@ -82,7 +117,7 @@ class Digits(ImageData):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+        images = torch.tensor(digits.images).unsqueeze(1).mul(255 / 16).round().to(torch.uint8)
         labels = torch.tensor(digits.target)
         test = torch.arange(len(images)) % 5 == 4
         return images[~test], labels[~test], images[test], labels[test]
@@ -138,7 +173,7 @@ class MNIST(ImageData):
             )
         limit = math.inf if self.limit is None else self.limit
         keep = slice(None, min(limit, expected))
-        return dataset.data[keep].unsqueeze(1) / 255, dataset.targets[keep]
+        return dataset.data[keep].unsqueeze(1), dataset.targets[keep]
 
     def _dataset(self, train: bool, download: bool = False):
         from torchvision import datasets

@@ -7,7 +7,7 @@ import torch
 
 from experiments.data import MNIST, Digits
 
-SHARED = {"channels": 1, "image_size": 16, "batch_size": 50}
+SHARED = {"channels": 1, "image_size": 16, "batch_size": 50, "classes": 10}
 
 
 def test_digits():
@@ -16,7 +16,8 @@ def test_digits():
     assert len(data.train_set) == 1438 and len(data.test_set) == 359
     images, labels = next(iter(data.train_dataloader()))
     assert images.shape == (50, 1, 16, 16) and labels.shape == (50,)
-    everything = data.train_set.tensors[0]
+    assert data.classes == 10
+    everything = torch.cat([x for x, _ in data.test_dataloader()])
     assert everything.min() == -1 and everything.max() == 1
     assert set(data.test_set.tensors[1].tolist()) == set(range(10))
     assert all(len(x) == 50 for x, _ in data.train_dataloader())

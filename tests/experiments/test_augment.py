@@ -1,0 +1,108 @@
+"""Augmentation: what it does to an image, and that no draw is made twice."""
+
+import math
+
+import pytest
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from experiments.data import Digits
+from experiments.data.augment import AUGMENTATIONS, _warp
+
+
+def digits(**options):
+    shared = {"name": "digits", "channels": 1, "image_size": 16, "batch_size": 40}
+    data = Digits(**shared | options)
+    data.setup()
+    return data
+
+
+def images(loader):
+    return torch.cat([x for x, _ in loader])
+
+
+def photographs(n=64, channels=3, size=16):
+    return torch.randint(1, 256, (n, channels, size, size), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmented_images_are_of_the_same_kind(name):
+    x = photographs()
+    y = AUGMENTATIONS[name](x)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    assert (y != x).flatten(1).any(1).float().mean() > 0.25  # a flip leaves half as they are
+    assert len(torch.unique(AUGMENTATIONS[name](x[:1].expand(64, -1, -1, -1)), dim=0)) >= 2
+
+
+@pytest.mark.parametrize("name", ["affine", "crop_flip"])
+def test_the_border_is_black(name):
+    data = digits(augment=name)
+    transform = data.train_set.transform
+    black, white = torch.zeros(200, 1, 16, 16).byte(), torch.full((200, 1, 16, 16), 255).byte()
+    assert (transform(black) == -1).all()
+    moved = transform(white)
+    assert moved.min() == -1 and moved.max() == 1
+    assert (moved[..., 0, 0] == -1).any() and (moved[..., -1, -1] == -1).any()
+    if name == "crop_flip":
+        assert set(moved.unique().tolist()) == {-1.0, 1.0}
+
+
+def test_a_map_is_what_torchvision_does_with_it():
+    x = photographs(n=1)
+    angle, scale, pixels = 25.0, 0.9, (2, -1)
+    expected = functional.affine(
+        x, angle, pixels, scale, [0.0], interpolation=v2.InterpolationMode.BILINEAR
+    )
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    inverse = torch.tensor([[[cos, sin], [-sin, cos]]]) / scale
+    moved = _warp(x, inverse, -torch.tensor([pixels]) / 16, "bilinear")
+    assert (moved.int() - expected.int()).abs().max() <= 1  # rounding
+
+
+def test_a_crop_is_cut_from_the_image_with_a_black_border():
+    x = photographs(n=40, size=16)
+    y = AUGMENTATIONS["crop_flip"](x)
+    border = 2
+    padded = functional.pad(x, [border] * 4)
+    for i in range(len(x)):
+        crops = padded[i].unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        assert (torch.cat([crops, crops.flip(-1)]) == y[i]).flatten(1).all(1).any()
+
+
+def test_the_frames_of_a_sequence_share_one_map():
+    frame = torch.rand(5, 1, 2, 16, 16)
+    y = AUGMENTATIONS["affine"](frame.expand(-1, 3, -1, -1, -1))
+    assert y.shape == (5, 3, 2, 16, 16)
+    assert torch.equal(y[:, 0], y[:, 1]) and torch.equal(y[:, 0], y[:, 2])
+    assert not torch.equal(y[0, 0], frame[0, 0])
+
+
+def test_only_training_images_vary():
+    plain, varied = digits(), digits(augment="affine")
+    assert torch.equal(images(plain.test_dataloader()), images(varied.test_dataloader()))
+    assert torch.equal(images(plain.val_dataloader()), images(varied.val_dataloader()))
+    torch.manual_seed(0)
+    expected = images(plain.train_dataloader())
+    torch.manual_seed(0)
+    assert not torch.equal(images(varied.train_dataloader()), expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_draws_follow_the_seed_and_no_two_batches_share_them(num_workers):
+    data = digits(augment="affine", num_workers=num_workers)
+    data.train_set.tensors[0][:] = data.train_set.tensors[0][0].clone()
+
+    def epoch(seed):
+        torch.manual_seed(seed)
+        return images(data.train_dataloader())
+
+    first = epoch(seed=0)
+    assert torch.equal(first, epoch(seed=0))
+    assert not torch.equal(first, epoch(seed=1))
+    assert len(torch.unique(first, dim=0)) == len(first)
+
+
+def test_unknown_augmentation():
+    with pytest.raises(ValueError, match=r"dataset\.augment must be null or one of affine.*'cutout'"):
+        digits(augment="cutout")
