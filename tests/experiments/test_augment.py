@@ -104,5 +104,5 @@ def test_draws_follow_the_seed_and_no_two_batches_share_them(num_workers):
 
 
 def test_unknown_augmentation():
-    with pytest.raises(ValueError, match=r"dataset\.augment must be null or one of affine.*'cutout'"):
+    with pytest.raises(ValueError, match=r"dataset\.augment must be null or one of affine.*cutout"):
         digits(augment="cutout")
