@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import run
 from experiments.data import ImageData
-from experiments.task import Autoencoding
+from experiments.task.autoencoding import Autoencoding
 from sj_taid.metric import FrechetAutoencoderDistance
 from sj_taid.model import FSVAE
 from sj_taid.model.autoencoder import Autoencoder

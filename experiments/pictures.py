@@ -1,4 +1,4 @@
-"""The pictures a run leaves: samples, reconstructions, learned parameters, attention over time."""
+"""The pictures a run leaves; which of them, the task says."""
 
 from __future__ import annotations
 
@@ -16,17 +16,12 @@ from torchvision.utils import make_grid
 
 from experiments import run
 from sj_taid import FixedDecoder
-from sj_taid.model import FSVAE
 from sj_taid.monitoring import tau_and_threshold
 
 matplotlib.use("agg")  # draws without a display
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-
-SAMPLES = "samples.png"
-RECONSTRUCTIONS = "reconstructions.png"
-PARAMETERS = "parameters.png"
-ATTENTION = "attention.png"
 
 
 def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
@@ -57,7 +52,7 @@ def draw_grid(
         spine.set_visible(False)
     axis.set_title(title, fontsize=10)
     figure.tight_layout(pad=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path) -> None:
@@ -91,7 +86,7 @@ def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> N
     )
     figure.suptitle("What the neurons learned")
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_attention(attention: Tensor, path: Path) -> None:
@@ -120,16 +115,35 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
+
+
+def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
+    """What was logged over the epochs, ``train/<name>`` and ``val/<name>`` in one plot a name."""
+    names = list(dict.fromkeys(key.split("/")[1] for key in epochs[-1]))
+    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for stage, label in (("train", "training"), ("val", "test set")):
+            key = f"{stage}/{name}"
+            points = [(n, epoch[key]) for n, epoch in enumerate(epochs, 1) if key in epoch]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylabel(name)
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    save(figure, path)
 
 
 class Pictures(L.Callback):
-    """Follows the neurons' parameters over training and draws everything at its end."""
+    """Follows figures and neurons' parameters over training, and draws everything at its end."""
 
-    def __init__(self, folder: Path, samples: int = 64) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.samples = samples
         self.history: list[dict[str, dict[str, float]]] = []
+        self.epochs: list[dict[str, float]] = []
 
     def on_fit_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         if not self.history:  # not so when a run is resumed
@@ -137,32 +151,27 @@ class Pictures(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self.history.append(neuron_parameters(task.model))
+        self.epochs.append({name: float(x) for name, x in trainer.callback_metrics.items()})
 
     def on_test_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         images, _ = next(iter(trainer.test_dataloaders))
-        self.draw(task.model, images[:32].to(task.device))
-        if len(self.history) > 1:
-            draw_parameters(self.history, self.folder / PARAMETERS)
-
-    @torch.no_grad()
-    def draw(self, model: FSVAE, images: Tensor) -> None:
-        draw_grid(model.sample(self.samples), self.folder / SAMPLES, 16, "Samples from the prior")
-        output = model(images)
-        draw_reconstructions(images, output.image, self.folder / RECONSTRUCTIONS)
-        z_seq = model.posterior(model.encode(images), model._picks(len(images)))[0]
-        sequence = model.decode_sequence(z_seq)
-        draw_attention(model.image_decoder.attention(sequence), self.folder / ATTENTION)
+        task.draw(images[:32].to(task.device), self.folder)
+        if self.epochs:
+            draw_curves(self.epochs, self.folder / "curves.png")
+            if self.history[0]:
+                draw_parameters(self.history, self.folder / "parameters.png")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": self.history, "epochs": self.epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = state["history"]
+        self.history, self.epochs = state["history"], state["epochs"]
 
 
-def _save(figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure whole or not at all, and forget it."""
     with run.replacing(path) as whole:
         figure.savefig(whole, dpi=130, format="png")
     plt.close(figure)

@@ -27,6 +27,7 @@ CHECKPOINTS = "checkpoints"
 
 #: A checkpoint's config names the classes of its model; nothing else is ever called.
 TRUSTED_TARGETS = {
+    "sj_taid.model.Classifier",
     "sj_taid.model.FSVAE",
     "sj_taid.ALIFNode",
     "sj_taid.TAID",

@@ -23,7 +23,6 @@ from omegaconf import DictConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import run
-from experiments.fad import fad_metric, fad_of
 from experiments.pictures import Pictures
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def train(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any]:
-    """Train, test, measure and draw; everything is left in ``folder``."""
+    """Train, test, measure and draw what the task asks for; all is left in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     run.reuse_freed_memory()
     if cfg.resume and not Path(cfg.resume).is_file():
@@ -43,11 +42,11 @@ def train(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any]:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run.save_config(cfg, folder)
     data = instantiate(cfg.dataset)
+    data.prepare_data()
+    data.setup()
     model = instantiate(cfg.model)
     task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
-
-    metric = fad_metric(cfg.fad, data, Path(cfg.cache_dir), cfg.trainer.accelerator)
-    untrained = fad_of(model, metric, cfg.fad.samples, cfg.seed)
+    before = task.before_training(data, cfg)
 
     # One file, replaced whole after every epoch.
     checkpoints = ModelCheckpoint(
@@ -65,16 +64,18 @@ def train(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any]:
     (tested,) = trainer.test(task, data, verbose=False)
 
     metrics = {
-        "reconstruction": tested["test/mse"],
-        "fad": fad_of(model, metric, cfg.fad.samples, cfg.seed),
-        "fad_untrained": untrained,
-        "fad_protocol": f"{cfg.fad.samples} samples against the test set, own autoencoder",
+        **{name.removeprefix("test/"): value for name, value in tested.items()},
+        **task.after_training(data, cfg),
+        **before,
         "epochs": trainer.current_epoch,
         "training_seconds": round(seconds, 1),
+        "seed": cfg.seed,
         "command": command,
         **run.provenance(),
     }
     run.save_metrics(metrics, folder)
+    for line in task.report(metrics):
+        log.info(line)
     return metrics
 
 
@@ -84,14 +85,8 @@ def main(cfg: DictConfig) -> float:
     folder = Path(hydra_cfg.runtime.output_dir)
     command = " ".join(["python experiments/train.py", *hydra_cfg.overrides.task])
     metrics = train(cfg, folder, command)
-    log.info("Test reconstruction error (MSE): %.4f", metrics["reconstruction"])
-    log.info(
-        "FAD of the samples: %.3f (before training: %.3f)",
-        metrics["fad"],
-        metrics["fad_untrained"],
-    )
     log.info("Metrics, checkpoints and TensorBoard logs are there too. Pictures: %s", folder)
-    return metrics["fad"]
+    return metrics[cfg.objective]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,1 @@
-"""LightningModules: what is learned, from which loss, with which figures logged."""
-
-from .autoencoding import Autoencoding
-from .generation import Generation
-
-__all__ = ["Autoencoding", "Generation"]
+"""LightningModules: what is learned from which loss, and the figures and pictures of a run."""

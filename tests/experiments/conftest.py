@@ -7,6 +7,14 @@ from hydra import compose, initialize_config_dir
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
+TINY_TRAINER = [
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=1",
+    "trainer.limit_test_batches=1",
+    "trainer.accelerator=cpu",
+]
+
 TINY = [
     "model.T=3",
     "model.hidden_channels=[4,6]",
@@ -17,11 +25,16 @@ TINY = [
     "fad.latent_channels=3",
     "fad.epochs=1",
     "fad.samples=8",
-    "trainer.max_epochs=1",
-    "trainer.limit_train_batches=2",
-    "trainer.limit_val_batches=1",
-    "trainer.limit_test_batches=1",
-    "trainer.accelerator=cpu",
+    *TINY_TRAINER,
+]
+
+TINY_CLASSIFICATION = [
+    "task=classification",
+    "model.T=2",
+    "model.stages=[[4],[6]]",
+    "model.hidden=8",
+    "dataset.image_size=8",
+    *TINY_TRAINER,
 ]
 
 

@@ -15,11 +15,18 @@ from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
 from experiments import run
+from experiments.data import Digits
 from experiments.train import train
 from tests.experiments.conftest import CONF, TINY
 
 ROOT = CONF.parent
-PICTURES = ("samples.png", "reconstructions.png", "parameters.png", "attention.png")
+PICTURES = (
+    "samples.png",
+    "reconstructions.png",
+    "parameters.png",
+    "attention.png",
+    "curves.png",
+)
 
 
 def options(group):
@@ -99,6 +106,23 @@ def test_every_experiment_composes(tiny, name):
     assert sum(p.numel() for p in instantiate(cfg.model).parameters()) > 0
 
 
+def test_the_originals_neuron_is_where_fsvae_starts(tiny):
+    cfg = tiny(tiny=False)
+    assert cfg.neuron.init_tau == pytest.approx(4 / 3) and cfg.neuron.v_threshold == 0.2
+    assert cfg.neuron.v_reset == 0.0
+    assert not cfg.neuron.decay_input and not cfg.neuron.detach_reset
+    assert cfg.neuron.surrogate_function._target_.endswith("PiecewiseLeakyReLU")
+
+
+def test_data_is_fetched_before_it_is_read(tiny, tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(Digits, "prepare_data", lambda self: order.append("prepared"))
+    load = Digits.load
+    monkeypatch.setattr(Digits, "load", lambda self: order.append("loaded") or load(self))
+    train(tiny(), tmp_path)
+    assert order[:2] == ["prepared", "loaded"] and order.count("loaded") == 1
+
+
 def test_the_same_seed_gives_the_same_figures(tiny, tmp_path):
     first = train(tiny(), tmp_path / "a")
     second = train(tiny(), tmp_path / "b")
@@ -126,6 +150,7 @@ def test_a_killed_run_resumes_where_its_last_epoch_ended(tiny, tmp_path, cache):
     assert metrics["epochs"] == epoch + 3
     resumed = torch.load(tmp_path / "resumed" / run.CHECKPOINTS / "last.ckpt", weights_only=True)
     assert len(resumed["callbacks"]["Pictures"]["history"]) == epoch + 4
+    assert len(resumed["callbacks"]["Pictures"]["epochs"]) == epoch + 3
     assert resumed["global_step"] == 2 * (epoch + 3)
 
 

@@ -1,0 +1,75 @@
+"""Training of a classifier, on still images or on frames of events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from experiments.pictures import save
+from experiments.task.task import Task
+from sj_taid.model import Classifier
+
+
+class Classification(Task):
+    """Mean squared error between the rates and the one-hot label.
+
+    Args:
+        model: the classifier.
+        optimizer: makes the optimizer from the parameters.
+        scheduler: makes the learning rate's schedule from the optimizer; a step is an epoch.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler],
+    ) -> None:
+        super().__init__(model, optimizer)
+        self.scheduler = scheduler
+        self.confusion = MulticlassConfusionMatrix(model.classes)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        loss, _ = self._step("train", batch)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self._step("val", batch)
+
+    def on_test_epoch_start(self) -> None:
+        self.confusion.reset()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        _, rates = self._step("test", batch)
+        self.confusion.update(rates, batch[1])
+
+    def on_test_epoch_end(self) -> None:
+        # Every rank takes part in the sum; the first then draws what is kept of it.
+        self.confusion.compute()
+
+    def report(self, metrics: dict[str, Any]) -> list[str]:
+        return [f"Test accuracy: {metrics['accuracy']:.2%}, loss: {metrics['loss']:.4f}"]
+
+    def draw(self, images: Tensor, folder: Path) -> None:
+        figure, _ = self.confusion.plot(cmap="Blues")
+        save(figure, folder / "confusion.png")
+
+    def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, label = batch
+        # Frames of events are loaded as [N, T, C, H, W]; the model's time comes first.
+        rates = self.model(x.transpose(0, 1) if x.dim() == 5 else x)
+        loss = F.mse_loss(rates, F.one_hot(label, self.model.classes).to(rates))
+        self.log_mean(f"{stage}/loss", loss)
+        self.log_mean(f"{stage}/accuracy", (rates.argmax(1) == label).float().mean())
+        return loss, rates

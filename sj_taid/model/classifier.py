@@ -1,0 +1,141 @@
+"""Spiking image classifier: convolutions, two linear layers, each class a group of neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from spikingjelly.activation_based import functional, layer, surrogate
+from torch import Tensor, nn
+
+from ..neuron import ALIFNode
+from .block import Neuron
+
+__all__ = ["Classifier", "paper_neuron"]
+
+#: ALIF as the paper's classifiers start it.
+paper_neuron = partial(
+    ALIFNode,
+    init_tau=2.0,
+    decay_input=True,
+    v_threshold=0.5,
+    v_reset=0.0,
+    surrogate_function=surrogate.ATan(),
+    detach_reset=True,
+    step_mode="m",
+)
+
+
+class Classifier(nn.Module):
+    """PLIF-net, for still images and for frames of events.
+
+    Each stage is {convolution 3x3, batch norm, neuron} for each of its widths, then max pooling
+    by 2. The head is {dropout, linear, neuron} twice; the mean over time and over the neurons of a
+    class is that class's rate. A dropout mask holds for all time steps.
+
+    A still image is the input current of every step, so its first convolution and norm are
+    computed once. Every pass starts from rest, so that two calls in a row never mix.
+
+    Args:
+        in_channels: channels C of the input.
+        image_size: its height and width H = W.
+        classes: number of classes.
+        T: number of time steps for a still image; frames bring their own.
+        stages: the widths of the convolutions, stage by stage: ``[[128], [128]]`` pools after
+            each convolution, ``[[256] * 3, [256] * 3]`` after the third and the sixth.
+        hidden: width of the hidden linear layer.
+        neurons_per_class: output neurons of a class.
+        dropout: probabilities before the hidden and before the last layer.
+        neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
+
+    Raises:
+        ValueError: sizes that do not fit, or input of another shape.
+
+    Source: Fang et al., ICCV 2021, arXiv 2007.05785 (the net); Qiu et al. 2023, arXiv 2406.03046
+    (with ALIF).
+
+    >>> import torch
+    >>> model = Classifier(image_size=8, T=4, stages=[[4], [6]], hidden=16)
+    >>> model(torch.rand(2, 1, 8, 8)).shape, model(torch.rand(5, 2, 1, 8, 8)).shape
+    (torch.Size([2, 10]), torch.Size([2, 10]))
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        image_size: int = 28,
+        classes: int = 10,
+        T: int = 8,
+        stages: Sequence[Sequence[int]] = ((128,), (128,)),
+        hidden: int = 2048,
+        neurons_per_class: int = 10,
+        dropout: tuple[float, float] = (0.5, 0.5),
+        neuron: Neuron = paper_neuron,
+    ) -> None:
+        super().__init__()
+        if not isinstance(classes, int) or classes < 2:
+            raise ValueError(
+                f"classes must be an integer >= 2, but it is {classes!r}; "
+                "a data set without labels cannot be classified"
+            )
+        if not stages or not all(stages):
+            raise ValueError(
+                "stages must hold the widths of at least one stage, each of at least one "
+                f"convolution, such as [[128], [128]], but it is {stages!r}"
+            )
+        side = image_size // 2 ** len(stages)
+        if side < 1:
+            raise ValueError(
+                f"image_size={image_size} cannot be pooled {len(stages)} times, once after each "
+                f"of stages={stages!r}; at least {2 ** len(stages)} is needed"
+            )
+        if len(dropout) != 2 or not all(0 <= p < 1 for p in dropout):
+            raise ValueError(f"dropout must be two probabilities in [0, 1), but it is {dropout!r}")
+        self.in_channels = in_channels
+        self.image_size = image_size
+        self.classes = classes
+        self.T = T
+
+        features: list[nn.Module] = []
+        channels = in_channels
+        for widths in stages:
+            for width in widths:
+                features += [_convolution(channels, width), neuron()]
+                channels = width
+            features.append(layer.SeqToANNContainer(nn.MaxPool2d(2)))
+        self.stem, *features = features
+        self.features = nn.Sequential(*features, nn.Flatten(2))
+        self.head = nn.Sequential(
+            layer.Dropout(dropout[0], step_mode="m"),
+            nn.Linear(channels * side * side, hidden, bias=False),
+            neuron(),
+            layer.Dropout(dropout[1], step_mode="m"),
+            nn.Linear(hidden, classes * neurons_per_class, bias=False),
+            neuron(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Firing rates ``[N, classes]`` in [0, 1].
+
+        ``x`` is images ``[N, C, H, W]`` or frames ``[T, N, C, H, W]``.
+        """
+        expected = (self.in_channels, self.image_size, self.image_size)
+        if x.dim() not in (4, 5) or x.shape[-3:] != expected:
+            shape = ", ".join(map(str, expected))
+            raise ValueError(
+                f"Classifier expects images [N, {shape}] or frames [T, N, {shape}], "
+                f"but got {list(x.shape)}"
+            )
+        functional.reset_net(self)
+        if x.dim() == 5:
+            x_seq = self.stem(x)
+        else:
+            x_seq = self.stem(x.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
+        spikes = self.head(self.features(x_seq))
+        return spikes.mean(0).unflatten(1, (self.classes, -1)).mean(2)
+
+
+def _convolution(in_channels: int, out_channels: int) -> nn.Module:
+    """Convolution 3x3 and batch norm over time and batch together, on ``[T, N, C, H, W]``."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return layer.SeqToANNContainer(conv, nn.BatchNorm2d(out_channels))

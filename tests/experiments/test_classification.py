@@ -1,0 +1,111 @@
+"""Classification from the configs to the pictures."""
+
+import json
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from matplotlib import image as mpimg
+from torch import nn
+
+from experiments import run
+from experiments.task.classification import Classification
+from experiments.train import train
+from sj_taid.model import Classifier
+from sj_taid.monitoring import tau_and_threshold
+from tests.experiments.conftest import TINY_CLASSIFICATION
+
+NEURONS = ("alif", "plif", "lif")
+
+
+@pytest.fixture
+def classify(tiny):
+    return lambda *overrides: tiny(*TINY_CLASSIFICATION, *overrides, tiny=False)
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_a_run_leaves_everything(classify, tmp_path, neuron):
+    cfg = classify(f"neuron={neuron}")
+    train(cfg, tmp_path)
+    metrics = json.loads((tmp_path / run.METRICS).read_text())
+    assert 0 <= metrics["accuracy"] <= 1 and metrics["loss"] > 0
+    assert metrics["epochs"] == 1 and metrics["seed"] == 0
+    assert cfg.objective in metrics
+    for name in ("curves.png", "confusion.png", "parameters.png"):
+        assert mpimg.imread(tmp_path / name).std() > 0, name
+    model, _ = run.load_model(tmp_path / run.CHECKPOINTS / "last.ckpt")
+    assert isinstance(model, Classifier)
+
+
+def test_learns_digits_under_its_schedule(tiny, tmp_path):
+    cfg = tiny(
+        "task=classification", "dataset.image_size=8", "trainer.max_epochs=3",
+        "trainer.accelerator=cpu", tiny=False,
+    )  # fmt: skip
+    metrics = train(cfg, tmp_path)
+    assert metrics["accuracy"] > 0.6
+    checkpoint = torch.load(tmp_path / run.CHECKPOINTS / "last.ckpt", weights_only=True)
+    epochs = checkpoint["callbacks"]["Pictures"]["epochs"]
+    assert epochs[-1]["train/loss"] < epochs[0]["train/loss"]
+    assert set(epochs[-1]) == {f"{stage}/{x}" for stage in ("train", "val") for x in METRICS}
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+METRICS = ("accuracy", "loss")
+
+
+def test_all_neurons_start_alike(tiny):
+    values = []
+    for name in NEURONS:
+        node = instantiate(tiny("task=classification", f"neuron={name}", tiny=False).neuron)()
+        values.append((*tau_and_threshold(node), node.v_reset, node.decay_input))
+        assert node.detach_reset and type(node.surrogate_function).__name__ == "ATan"
+    assert values == [(2.0, 0.5, 0.0, True)] * 3
+
+
+def test_a_choice_of_ones_own_wins(tiny):
+    cfg = tiny(
+        "task=classification", "model=classifier_mnist", "optimizer=adamw", "surrogate=rectangle",
+        tiny=False,
+    )  # fmt: skip
+    assert cfg.model.hidden == 2048
+    assert cfg.optimizer._target_ == "torch.optim.AdamW"
+    assert cfg.neuron.surrogate_function._target_.endswith("PiecewiseLeakyReLU")
+
+
+class Rates(nn.Module):
+    """Says class 1 whatever comes, and keeps what came."""
+
+    classes = 3
+
+    def forward(self, x):
+        self.seen = x
+        return torch.tensor([[0.0, 0.5, 0.0]]).expand(x.shape[-4], -1)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 5, 2, 8, 8)])
+def test_loss_accuracy_and_the_order_of_time(monkeypatch, shape):
+    logged = {}
+    monkeypatch.setattr(Classification, "log_mean", lambda self, k, v: logged.update({k: float(v)}))
+    task = Classification(Rates(), torch.optim.Adam, scheduler=None)
+    x, label = torch.rand(shape), torch.tensor([1, 1, 1, 2])
+    loss = task.training_step((x, label), 0)
+    # Three of four: (0.5^2) / 3 classes; the last: (0.5^2 + 1^2) / 3.
+    assert float(loss) == pytest.approx((3 * 0.25 + 1.25) / 12)
+    assert logged == {"train/loss": float(loss), "train/accuracy": 0.75}
+    assert torch.equal(task.model.seen, x if x.dim() == 4 else x.transpose(0, 1))
+
+
+def test_the_confusion_counts_one_pass_of_the_test_set(monkeypatch):
+    monkeypatch.setattr(Classification, "log_mean", lambda *_: None)
+    task = Classification(Rates(), torch.optim.Adam, scheduler=None)
+    for _ in range(2):
+        task.on_test_epoch_start()
+        task.test_step((torch.rand(4, 1, 8, 8), torch.tensor([1, 1, 0, 2])), 0)
+        task.on_test_epoch_end()
+        assert task.confusion.compute().tolist() == [[0, 1, 0], [0, 2, 0], [0, 1, 0]]
+
+
+def test_data_without_labels_cannot_be_classified(classify, tmp_path):
+    with pytest.raises(Exception, match="classes must be an integer >= 2, but it is None"):
+        train(classify("dataset.classes=null"), tmp_path)

@@ -1,0 +1,146 @@
+"""The classifier: shapes, state, gradients, the neurons and inputs it takes, errors."""
+
+from functools import partial
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+
+from sj_taid import ALIFNode
+from sj_taid.model import Classifier
+from sj_taid.model.classifier import paper_neuron
+
+SMALL = {"image_size": 8, "T": 4, "stages": [[6, 6], [8]], "hidden": 20, "neurons_per_class": 3}
+
+options = {k: v for k, v in paper_neuron.keywords.items() if k != "init_tau"}
+NEURONS = {
+    "alif": paper_neuron,
+    "plif": partial(neuron.ParametricLIFNode, init_tau=2.0, **options),
+    "lif": partial(neuron.LIFNode, tau=2.0, **options),
+}
+
+
+def images(n=6):
+    return torch.rand(n, 1, 8, 8) * 2 - 1
+
+
+def frames(T=3, n=6):
+    return torch.rand(T, n, 1, 8, 8).round()
+
+
+@pytest.mark.parametrize("make_input", [images, frames])
+@pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
+def test_every_parameter_learns(make, make_input):
+    model = Classifier(**SMALL, neuron=make)
+    x = make_input()
+    rates = model(x)
+    assert rates.shape == (6, 10) and rates.min() >= 0 and rates.max() <= 1
+    nn.functional.mse_loss(rates, torch.eye(10)[:6]).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_the_papers_nets():
+    mnist = Classifier()
+    assert [m.out_channels for m in mnist.modules() if isinstance(m, nn.Conv2d)] == [128, 128]
+    assert [m.weight.shape for m in mnist.modules() if isinstance(m, nn.Linear)] == [
+        (2048, 128 * 7 * 7),
+        (100, 2048),
+    ]
+    assert sum(isinstance(m, ALIFNode) for m in mnist.modules()) == 4
+    cifar10 = Classifier(3, 32, stages=[[256] * 3, [256] * 3], dropout=(0.5, 0.0), T=1)
+    kinds = [type(m) for m in cifar10.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
+    assert kinds == ([nn.Conv2d] * 3 + [nn.MaxPool2d]) * 2
+    assert cifar10.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_an_odd_side_is_pooled_as_n_mnists_34():
+    model = Classifier(2, 34, stages=[[3], [3], [3]], hidden=5)
+    assert model(torch.zeros(2, 2, 2, 34, 34)).shape == (2, 10)
+
+
+def test_the_static_convolution_is_computed_once():
+    model = Classifier(**SMALL)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    model(images(6))
+    # Convolution and norm: the stem on 6 images, the others on 6 at each of 4 steps.
+    assert seen == [6, 6, 24, 24, 24, 24]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_image_is_the_same_current_at_every_step(training):
+    model = Classifier(**SMALL | {"dropout": (0.0, 0.0)}).double().train(training)
+    image = images().double()
+    repeated = image.expand(SMALL["T"], *image.shape)
+    assert torch.equal(model(image), model(repeated))
+
+
+def test_two_calls_in_a_row_never_mix():
+    model = Classifier(**SMALL).eval()
+    image = images()
+    first = model(image)
+    model(images(5))
+    assert torch.equal(model(image), first)
+
+
+def test_a_dropout_mask_holds_for_all_steps_of_one_pass():
+    model = Classifier(**SMALL)
+    hidden = model.head[:1]
+    assert isinstance(hidden[0], layer.Dropout)
+    functional.reset_net(model)
+    dropped = hidden(torch.ones(5, 2, 400))
+    assert 0.4 < (dropped == 0).double().mean() < 0.6
+    assert torch.equal(dropped, dropped[:1].expand_as(dropped))
+    model(images())
+    functional.reset_net(model)
+    assert not torch.equal(hidden(torch.ones(5, 2, 400)), dropped)
+
+
+def test_a_rate_is_the_mean_over_time_and_a_class():
+    model = Classifier(**SMALL)
+    spikes = torch.zeros(4, 1, 30)
+    spikes[0, 0, 3:6] = 1  # all three neurons of class 1, once in four steps
+    spikes[:, 0, 6] = 1  # one neuron of class 2, always
+    model.head.register_forward_hook(lambda *_: spikes)
+    assert model(images(1)).tolist() == [[0, 0.25, pytest.approx(1 / 3), 0, 0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
+def test_learns_to_tell_images_apart(make):
+    model = Classifier(**SMALL | {"dropout": (0.0, 0.0)}, neuron=make)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    image, target = images(), torch.eye(10)[:6]
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(image), target).backward()
+        optimizer.step()
+    assert model(image).argmax(1).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": None}, "classes must be an integer >= 2, but it is None"),
+        ({"classes": 1}, "classes must be an integer >= 2, but it is 1"),
+        ({"stages": []}, "stages must hold the widths of at least one stage"),
+        ({"stages": [[4], []]}, "each of at least one convolution"),
+        ({"stages": [[4]] * 4}, "image_size=8 cannot be pooled 4 times.*at least 16"),
+        ({"dropout": (0.5,)}, r"dropout must be two probabilities in \[0, 1\)"),
+        ({"dropout": (0.5, 1.0)}, r"dropout must be two probabilities in \[0, 1\)"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        Classifier(**SMALL | change)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 3, 8, 8), (4, 2, 1, 8, 9), (2, 1, 16, 16)])
+def test_bad_input(shape):
+    expected = r"images \[N, 1, 8, 8\] or frames \[T, N, 1, 8, 8\], but got"
+    with pytest.raises(ValueError, match=expected):
+        Classifier(**SMALL)(torch.zeros(shape))
