@@ -1,0 +1,91 @@
+"""The Frechet distance of two sets of images, seen through features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torchmetrics
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+__all__ = ["Features", "FrechetDistance"]
+
+
+class Features(nn.Module):
+    """What a distance sees of images ``[N, C, H, W]`` in [-1, 1]: ``[N, num_features]``.
+
+    A subclass sets both attributes and calls ``freeze()`` at the end of its constructor.
+    """
+
+    num_features: int
+    description: str  #: stands in the protocol beside each figure
+
+    def freeze(self) -> None:
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Features:
+        """Stays in eval mode: a metric must not learn."""
+        return super().train(False)
+
+
+class FrechetDistance(FrechetInceptionDistance):
+    r"""Frechet distance of real and generated images, as if their features were Gaussian.
+
+    .. math::
+        d^2 = |\mu_r - \mu_g|^2
+              + \mathrm{tr}(\Sigma_r + \Sigma_g - 2 (\Sigma_r \Sigma_g)^{1/2})
+
+    with mean and covariance of the features of real and generated images, in float64. Lower is
+    better. With :class:`~sj_taid.metric.Inception` it is FID.
+
+    A torchmetrics metric: states are sums, so results are right under DDP and independent of the
+    batches. It draws no random numbers.
+
+    Args:
+        features: what the images are seen through.
+        kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
+
+    Raises:
+        ValueError: at ``compute``, too few images for a covariance.
+
+    Source: Heusel et al. 2017, arXiv 1706.08500, equation 6.
+
+    >>> import torch
+    >>> class Pixels(Features):
+    ...     num_features, description = 4, "pixels"
+    ...
+    ...     def forward(self, image):
+    ...         return image.flatten(1)
+    >>> distance = FrechetDistance(Pixels())
+    >>> images = torch.rand(16, 1, 2, 2)
+    >>> distance.update(images, real=True)
+    >>> distance.update(images + 0.5, real=False)  # four means differ by 0.5
+    >>> round(distance.compute().item(), 4)
+    1.0
+    >>> distance.protocol
+    'Frechet distance of 4 features of pixels, torchmetrics ...'
+    """
+
+    def __init__(self, features: Features, **kwargs: Any) -> None:
+        super().__init__(feature=features, **kwargs)
+        self.num_features = features.num_features
+        self.protocol = (
+            f"Frechet distance of {features.num_features} features of {features.description}, "
+            f"torchmetrics {torchmetrics.__version__}"
+        )
+
+    def compute(self) -> Tensor:
+        """The distance of all images so far."""
+        needed = self.num_features + 1
+        counts = {
+            "real": int(self.real_features_num_samples),
+            "generated": int(self.fake_features_num_samples),
+        }
+        for kind, count in counts.items():
+            if count < needed:
+                raise ValueError(
+                    f"the Frechet distance got {count} {kind} images; a covariance of "
+                    f"{self.num_features} features needs at least {needed}, and the papers use "
+                    "5000: add images"
+                )
+        return super().compute()

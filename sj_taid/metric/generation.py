@@ -1,0 +1,181 @@
+"""Inception, the network behind FID and the Inception score, and that score."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.image.fid import NoTrainInceptionV3
+
+from .frechet import Features
+
+__all__ = ["DOWNLOAD", "Inception", "InceptionScore", "to_uint8"]
+
+#: In place of a file of weights: fetch them to where torchmetrics keeps its copy.
+DOWNLOAD = "download"
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images ``[N, C, H, W]`` in [-1, 1] as Inception takes them: ``[N, 3, H, W]``, uint8.
+
+    Clamped and rounded; grey is repeated to three channels.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+
+    >>> to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0]).view(1, 1, 2, 2))[0, 2]
+    tensor([[  0,   0],
+            [128, 255]], dtype=torch.uint8)
+    """
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"Inception takes images [N, C, H, W] with C = 1 or 3, but got {list(images.shape)}"
+        )
+    if not images.isfinite().all():
+        raise ValueError("the images hold NaN or infinity: has the model's training diverged?")
+    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+class Inception(Features):
+    """torchmetrics' InceptionV3 on images in [-1, 1]: the 2048 features of FID.
+
+    ``classifier`` goes on from them to the 1008 logits of the Inception score.
+
+    Args:
+        weights: a file of torch-fidelity's weights, or ``"download"``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ModuleNotFoundError: torch-fidelity, which builds the network, is not installed.
+        RuntimeError: the download failed.
+        ValueError: the file is damaged or of something else.
+    """
+
+    num_features = 2048
+
+    def __init__(self, weights: str | Path) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "FID and the Inception score need torch-fidelity: "
+                'pip install "sj-taid[experiments]"'
+            ) from error
+        path = _downloaded(url) if weights == DOWNLOAD else Path(weights).expanduser()
+        remedy = f"get {url} and give its path, or give {DOWNLOAD!r} where there is internet"
+        if not path.is_file():
+            raise FileNotFoundError(f"no Inception weights at {path}; {remedy}")
+        try:
+            # torch-fidelity unpickles whatever it is given: let only tensors come that far.
+            torch.load(path, map_location="cpu", weights_only=True)
+            with torch.random.fork_rng(devices=[]):  # layers draw weights before they are loaded
+                self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+        except Exception as error:
+            raise ValueError(
+                f"{path} does not hold all of the Inception weights ({type(error).__name__}); "
+                f"{remedy}"
+            ) from error
+        last = self.network.fc
+        self.classifier = nn.Linear(last.in_features, last.out_features, False, device="meta")
+        self.classifier.weight = last.weight
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.description = f"InceptionV3 (weights {digest[:8]})"
+        self.freeze()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(to_uint8(images))
+
+
+class InceptionScore(torchmetrics.Metric):
+    r"""Inception score: is each generated image of one class, and are there all classes?
+
+    .. math::
+        \mathrm{IS} = \exp\, \mathbb{E}_x\, \mathrm{KL}(p(y|x)\,|\,p(y))
+
+    the mean over ``splits`` parts of the images; from 1 to the number of classes, higher is better.
+
+    torchmetrics' own draws the parts from the global random generator, and waits for ever where
+    processes have seen unequal numbers of batches. Here the images are dealt to the parts in turn
+    and the states are float64 sums: nothing is drawn, and results are right under DDP and
+    independent of the batches. With one part both agree.
+
+    Args:
+        features: what the images are seen through, :class:`~sj_taid.metric.Inception`.
+        classifier: from features to logits, its ``classifier``.
+        splits: number of parts.
+        kwargs: those of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: at ``compute``, fewer images than classes, which would cap the score.
+
+    Source: Salimans et al. 2016, arXiv 1606.03498, section 4.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    feature_network = "features"  # torchmetrics' FeatureShare looks here
+
+    probability: Tensor
+    entropy: Tensor
+    count: Tensor
+
+    def __init__(
+        self, features: Features, classifier: nn.Linear, splits: int = 10, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.features = features
+        self.classifier = classifier
+        self.splits = splits
+        self.protocol = (
+            f"Inception score of {features.description}, mean of {splits} splits, "
+            f"torchmetrics {torchmetrics.__version__}"
+        )
+        sums = {"probability": (splits, classifier.out_features), "entropy": (splits,)}
+        for name, shape in sums.items():
+            zeros = torch.zeros(shape, dtype=torch.float64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(splits, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, imgs: Tensor) -> None:
+        """Add images ``[N, C, H, W]`` in [-1, 1]."""
+        p = self.classifier(self.features(imgs)).double().softmax(1)
+        turn = (self.count.sum() + torch.arange(len(p), device=p.device)) % self.splits
+        dealt = F.one_hot(turn, self.splits)
+        self.probability += dealt.double().t() @ p
+        self.entropy += dealt.double().t() @ torch.special.entr(p).sum(1)
+        self.count += dealt.sum(0)
+
+    def compute(self) -> Tensor:
+        """The score of all images so far."""
+        count, needed = int(self.count.sum()), max(self.probability.shape)
+        if count < needed:
+            raise ValueError(
+                f"the Inception score got {count} images; {self.splits} splits and "
+                f"{self.classifier.out_features} classes need at least {needed}, and the papers "
+                "use 5000: add images"
+            )
+        marginal = self.probability / self.count.unsqueeze(1)
+        divergence = torch.special.entr(marginal).sum(1) - self.entropy / self.count
+        return divergence.exp().mean()
+
+
+def _downloaded(url: str) -> Path:
+    """The weights where torch-fidelity keeps them, fetched if they are not there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # The name ends with the first digits of the file's hash.
+            torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[1])
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(f"{url} cannot be fetched ({error}); put it at {path}") from error
+    return path

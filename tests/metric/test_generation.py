@@ -1,0 +1,229 @@
+"""Inception and its score: closed forms, torchmetrics' own, two processes, wrong weights."""
+
+import math
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torchmetrics.image.inception import InceptionScore as TorchmetricsInceptionScore
+from torchmetrics.wrappers import FeatureShare
+
+from sj_taid.metric import Features, FrechetDistance, Inception, InceptionScore
+from sj_taid.metric.generation import DOWNLOAD, to_uint8
+
+CLASSES = 4
+
+
+class Pixels(Features):
+    """2x2 images are their own four features."""
+
+    num_features, description = CLASSES, "pixels"
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, image):
+        self.calls += 1
+        return image.flatten(1)
+
+
+def classifier():
+    """Logits are the features."""
+    layer = nn.Linear(CLASSES, CLASSES, bias=False)
+    nn.init.eye_(layer.weight)
+    return layer
+
+
+def score(images, splits=1, batch=7):
+    metric = InceptionScore(Pixels(), classifier(), splits)
+    for part in images.split(batch):
+        metric.update(part)
+    return float(metric.compute())
+
+
+def of_class(labels, confidence=1.0):
+    """Images that the classifier finds to be ``labels`` with probability ``confidence``."""
+    p = torch.full((len(labels), CLASSES), (1 - confidence) / (CLASSES - 1))
+    p[torch.arange(len(labels)), labels] = confidence
+    return p.log().clamp_min(-1e4).view(-1, 1, 2, 2)
+
+
+def random_images(n=60, seed=0):
+    return torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def test_score_of_hand_made_classes():
+    even = torch.arange(40) % CLASSES
+    assert score(of_class(even)) == pytest.approx(CLASSES, rel=1e-6)
+    assert score(of_class(even * 0)) == pytest.approx(1, rel=1e-6)
+    assert score(of_class(even % 2)) == pytest.approx(2, rel=1e-6)
+    # KL of every image to the even marginal is log 4 minus its entropy.
+    p, rest = 0.7, 0.1
+    entropy = -(p * math.log(p) + 3 * rest * math.log(rest))
+    expected = math.exp(math.log(CLASSES) - entropy)
+    assert score(of_class(even, p)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_score_equals_torchmetrics_own():
+    images = random_images()
+    theirs = TorchmetricsInceptionScore(Pixels(), splits=1)
+    theirs.update(images)
+    assert score(images) == pytest.approx(float(theirs.compute()[0]), rel=1e-5)
+
+
+def test_splits_deal_the_images_in_turn():
+    images = random_images()
+    expected = sum(score(images[i::3]) for i in range(3)) / 3
+    assert score(images, splits=3) == pytest.approx(expected)
+
+
+def test_score_draws_nothing_and_does_not_depend_on_the_batches():
+    images = random_images()
+    features, layer = Pixels(), classifier()
+    state = torch.random.get_rng_state()
+    scores = []
+    for batch in (60, 7):
+        metric = InceptionScore(features, layer, splits=3)
+        for part in images.split(batch):
+            metric.update(part)
+        scores.append(float(metric.compute()))
+    assert scores[0] == pytest.approx(scores[1], rel=1e-12)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_score_refuses_too_few_images():
+    with pytest.raises(ValueError, match=r"got 3 images; 1 splits and 4 classes need at least 4"):
+        score(random_images(3))
+    with pytest.raises(ValueError, match=r"got 9 images; 10 splits .* at least 10"):
+        score(random_images(9), splits=10)
+
+
+def metrics():
+    features = Pixels()
+    return FeatureShare(
+        {"fid": FrechetDistance(features), "score": InceptionScore(features, classifier(), 1)}
+    )
+
+
+def test_one_pass_serves_both():
+    both = metrics()
+    both["fid"].update(random_images(), real=True)
+    both.update(random_images(seed=1), real=False)
+    (features,) = (m for m in both["fid"].modules() if isinstance(m, Pixels))
+    assert features.calls == 2
+    assert set(both.compute()) == {"fid", "score"}
+
+
+def one_of_two(rank, folder):
+    """The figures of both processes' images, of which each has seen its share."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    try:
+        both = metrics()
+        # Unequal shares in unequal numbers of batches.
+        for part in random_images().split([10, 10, 40])[rank::2]:
+            both["fid"].update(part, real=True)
+        for part in random_images(seed=1).split([10, 20, 30])[rank::2]:
+            both.update(part, real=False)
+        figures = both.compute()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return figures
+
+
+def other_process(index, folder):
+    torch.save(one_of_two(1, folder), f"{folder}/other.pt")
+
+
+def test_two_processes_equal_one(tmp_path):
+    both = metrics()
+    both["fid"].update(random_images(), real=True)
+    both.update(random_images(seed=1), real=False)
+    other = mp.spawn(other_process, args=(tmp_path,), join=False)
+    first = one_of_two(0, tmp_path)
+    other.join()
+    second = torch.load(tmp_path / "other.pt")
+    for name, value in both.compute().items():
+        assert float(first[name]) == float(second[name]) == pytest.approx(float(value), rel=1e-6)
+
+
+def test_images_become_uint8_colour():
+    grey = torch.linspace(-1.2, 1.2, 12).view(1, 1, 3, 4)
+    got = to_uint8(grey)
+    assert got.shape == (1, 3, 3, 4) and got.dtype == torch.uint8
+    assert torch.equal(got[0, 0], got[0, 2])
+    back = got[:, :1].float() / 127.5 - 1
+    assert (back - grey.clamp(-1, 1)).abs().max() <= 0.5 / 127.5 + 1e-6
+    with pytest.raises(ValueError, match=r"C = 1 or 3, but got \[2, 2, 4, 4\]"):
+        to_uint8(torch.zeros(2, 2, 4, 4))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        to_uint8(torch.tensor(float("nan")).expand(1, 1, 2, 2))
+
+
+def test_inception_without_torch_fidelity(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "sj-taid\[experiments\]"'):
+        Inception("weights.pth")
+
+
+@pytest.fixture
+def fidelity():
+    return pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def test_inception_says_where_weights_go(fidelity, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "weights.pth"
+    with pytest.raises(FileNotFoundError, match=r"no Inception weights at .*get https://.*\.pth"):
+        Inception(path)
+    torch.save({"fc.weight": torch.zeros(2, 2)}, path)
+    whole = path.read_bytes()
+    for content in (whole, whole[:100], b"", pickle.dumps(Evil())):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"does not hold all of .*get https://") as info:
+            Inception(path)
+        assert info.value.__cause__ is not None
+    assert not Path("touched").exists()
+
+
+def test_inception_download_that_fails_says_where_weights_go(fidelity, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"no route to host\); put it at .*checkpoints"):
+        Inception(DOWNLOAD)
+
+
+def test_inception_with_made_up_weights(fidelity, tmp_path, monkeypatch):
+    network = fidelity.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(network, "load_state_dict", lambda *a: None)
+        state = network("inception-v3-compat", ["2048"]).state_dict()
+    path = tmp_path / "weights-inception-0123.pth"
+    torch.save(state, path)
+    random_state = torch.random.get_rng_state()
+    inception = Inception(path).train()
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert not any(m.training for m in inception.modules())
+    features = inception(random_images(2).expand(2, 1, 2, 2))
+    assert features.shape == (2, 2048) and features.isfinite().all()
+    expected = state["fc.weight"] @ features[0]
+    torch.testing.assert_close(inception.classifier(features)[0], expected)
+    assert InceptionScore(inception, inception.classifier).probability.shape == (10, 1008)
+    assert "InceptionV3 (weights " in FrechetDistance(inception).protocol
