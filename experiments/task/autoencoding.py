@@ -5,7 +5,6 @@ from __future__ import annotations
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from sj_taid.model.autoencoder import Autoencoder
@@ -24,4 +23,4 @@ class Autoencoding(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         image, _ = batch
-        return F.mse_loss(self.model(image), image)
+        return self.model.training_loss(image)["loss"]

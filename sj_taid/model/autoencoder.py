@@ -1,34 +1,38 @@
-"""A plain (non-spiking) autoencoder of FSVAE's shape: the feature extractor of the FAD metric."""
+"""Plain (non-spiking) networks of FSVAE's shape: FAD's autoencoder, and the VAE to compare with."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .block import halved
+from .block import evaluating, halved
 
-__all__ = ["Autoencoder"]
+__all__ = ["VAE", "Autoencoder", "AutoencoderOutput", "VAEOutput"]
 
 
-class Autoencoder(nn.Module):
-    """Convolutions of stride 2 with batch norm and ReLU down to a linear code, mirrored back.
+class AutoencoderOutput(NamedTuple):
+    """What a pass through the autoencoder gives."""
 
-    Args:
-        in_channels: image channels C.
-        image_size: height and width, divisible by two once for each hidden width.
-        hidden_channels: widths of the encoder.
-        latent_channels: width of the code.
+    image: Tensor  #: ``[N, C, H, W]`` in [-1, 1]
+    code: Tensor  #: ``[N, latent]``
 
-    Source: the evaluation of Kamata et al. 2022, arXiv 2110.00375 (latent 64 for MNIST and
-    FashionMNIST, 128 for CIFAR10 and CelebA).
 
-    >>> import torch
-    >>> autoencoder = Autoencoder(1, 16, (8, 16), 10)
-    >>> image = torch.rand(3, 1, 16, 16)
-    >>> autoencoder.encode(image).shape, autoencoder(image).shape
-    (torch.Size([3, 10]), torch.Size([3, 1, 16, 16]))
-    """
+class VAEOutput(NamedTuple):
+    """What a pass through the VAE gives: the reconstruction and the posterior, a Gaussian."""
+
+    image: Tensor  #: ``[N, C, H, W]`` in [-1, 1]
+    mean: Tensor  #: ``[N, latent]``
+    log_variance: Tensor  #: ``[N, latent]``
+
+
+class _Convolutional(nn.Module):
+    """Convolutions of stride 2 with batch norm and ReLU down to a linear layer, mirrored back."""
+
+    code_vectors = 1  # of the latent width, that the encoder gives
 
     def __init__(
         self,
@@ -40,7 +44,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         widths = tuple(hidden_channels)
         side = halved(image_size, widths)
-        code = widths[-1] * side * side
+        flat = widths[-1] * side * side
         self.in_channels = in_channels
         self.image_size = image_size
         self.latent_channels = latent_channels
@@ -49,10 +53,11 @@ class Autoencoder(nn.Module):
         for a, b in pairwise((in_channels, *widths)):
             conv = nn.Conv2d(a, b, 3, stride=2, padding=1)
             down += [conv, nn.BatchNorm2d(b), nn.ReLU()]
-        self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(code, latent_channels))
+        to_code = nn.Linear(flat, self.code_vectors * latent_channels)
+        self.encoder = nn.Sequential(*down, nn.Flatten(), to_code)
 
         up: list[nn.Module] = [
-            nn.Linear(latent_channels, code),
+            nn.Linear(latent_channels, flat),
             nn.Unflatten(1, (widths[-1], side, side)),
         ]
         for a, b in pairwise((*reversed(widths), widths[0])):
@@ -62,9 +67,104 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(*up, to_image, nn.Tanh())
 
     def encode(self, image: Tensor) -> Tensor:
-        """The code ``[N, latent]`` of ``image`` ``[N, C, H, W]`` in [-1, 1]."""
+        """The code ``[N, code_vectors * latent]`` of ``image`` ``[N, C, H, W]`` in [-1, 1]."""
         return self.encoder(image)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """The reconstruction of ``image``, ``[N, C, H, W]`` in [-1, 1]."""
-        return self.decoder(self.encode(image))
+    def decode(self, code: Tensor) -> Tensor:
+        """The image ``[N, C, H, W]`` in [-1, 1] for a code ``[N, latent]``."""
+        return self.decoder(code)
+
+
+class Autoencoder(_Convolutional):
+    """The autoencoder that FAD looks through.
+
+    Convolutions 3x3 of stride 2 with batch norm and ReLU down to a linear code, mirrored back to
+    an image; tanh.
+
+    Args:
+        in_channels: image channels C.
+        image_size: height and width, divisible by two once for each hidden width.
+        hidden_channels: widths of the encoder.
+        latent_channels: width of the code.
+
+    Source: the evaluation of Kamata et al. 2022, arXiv 2110.00375 (latent 64 for MNIST and
+    FashionMNIST, 128 for CIFAR10 and CelebA).
+
+    >>> autoencoder = Autoencoder(1, 16, (8, 16), 10)
+    >>> output = autoencoder(torch.rand(3, 1, 16, 16))
+    >>> output.image.shape, output.code.shape
+    (torch.Size([3, 1, 16, 16]), torch.Size([3, 10]))
+    """
+
+    def forward(self, image: Tensor) -> AutoencoderOutput:
+        """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1]."""
+        code = self.encode(image)
+        return AutoencoderOutput(self.decode(code), code)
+
+    def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
+        """The squared error of a pass; the same at all times, whatever the ``progress``."""
+        reconstruction = F.mse_loss(self(image).image, image)
+        return {"loss": reconstruction, "reconstruction": reconstruction}
+
+
+class VAE(_Convolutional):
+    r"""The VAE that FSVAE is compared with: :class:`Autoencoder` with a Gaussian code.
+
+    .. math::
+        L = \mathrm{mean}\,(\hat x - x)^2 + \beta \, \mathrm{KL}(N(\mu, \sigma^2) \,|\, N(0, 1))
+
+    KL is summed over the code. With the default :math:`\beta = 2 / CHW`, our choice, :math:`-L` is
+    the evidence lower bound of a Gaussian decoder of variance 1, up to a factor and a constant.
+
+    Args:
+        in_channels: image channels C.
+        image_size: height and width, divisible by two once for each hidden width.
+        hidden_channels: widths of the encoder.
+        latent_channels: width of the code.
+        kl_weight: :math:`\beta`.
+
+    Source: D. P. Kingma and M. Welling 2014, arXiv 1312.6114; the shape and the role from Kamata et
+    al. 2022, arXiv 2110.00375, Table 1.
+
+    >>> model = VAE(1, 16, (8, 16), 10)
+    >>> output = model(torch.rand(3, 1, 16, 16))
+    >>> output.image.shape, output.mean.shape, model.sample(5).shape
+    (torch.Size([3, 1, 16, 16]), torch.Size([3, 10]), torch.Size([5, 1, 16, 16]))
+    """
+
+    code_vectors = 2
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        hidden_channels: tuple[int, ...],
+        latent_channels: int,
+        kl_weight: float | None = None,
+    ) -> None:
+        super().__init__(in_channels, image_size, hidden_channels, latent_channels)
+        self.kl_weight = 2 / (in_channels * image_size**2) if kl_weight is None else kl_weight
+
+    def forward(self, image: Tensor) -> VAEOutput:
+        """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1] from a draw of its code."""
+        mean, log_variance = self.encode(image).chunk(2, dim=1)
+        code = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        return VAEOutput(self.decode(code), mean, log_variance)
+
+    def sample(self, n: int) -> Tensor:
+        """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1], without gradient and in eval mode."""
+        with evaluating(self), torch.no_grad():
+            device = next(self.parameters()).device
+            return self.decode(torch.randn(n, self.latent_channels, device=device))
+
+    def loss(self, image: Tensor, output: VAEOutput) -> dict[str, Tensor]:
+        """``loss = reconstruction + latent``."""
+        reconstruction = F.mse_loss(output.image, image)
+        mean, log_variance = output.mean, output.log_variance
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
+        latent = self.kl_weight * divergence
+        return {"loss": reconstruction + latent, "reconstruction": reconstruction, "latent": latent}
+
+    def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
+        """The loss of a pass; the same at all times, whatever the ``progress``."""
+        return self.loss(image, self(image))

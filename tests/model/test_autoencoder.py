@@ -1,25 +1,76 @@
-"""The plain autoencoder."""
+"""The plain autoencoder and the VAE."""
+
+import math
 
 import pytest
 import torch
+from torch.distributions import Independent, Normal, kl_divergence
 
-from sj_taid.model.autoencoder import Autoencoder
+from sj_taid.model import VAE, Autoencoder
+from sj_taid.model.autoencoder import VAEOutput
+
+SMALL = {"in_channels": 1, "image_size": 8, "hidden_channels": (8, 16), "latent_channels": 12}
 
 
-def test_learns_to_reconstruct():
-    autoencoder = Autoencoder(1, 8, (8, 16), 12)
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), 1e-2)
-    image = torch.rand(8, 1, 8, 8) * 2 - 1
+def images(n=8):
+    return torch.rand(n, 1, 8, 8) * 2 - 1
+
+
+@pytest.mark.parametrize("kind", [Autoencoder, VAE])
+def test_learns_to_reconstruct(kind):
+    model = kind(**SMALL)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    image = images()
     errors = []
-    for _ in range(30):
-        error = (autoencoder(image) - image).square().mean()
+    for _ in range(40):
+        losses = model.training_loss(image)
         optimizer.zero_grad()
-        error.backward()
+        losses["loss"].backward()
         optimizer.step()
-        errors.append(error.item())
-    assert errors[-1] < 0.5 * errors[0]
+        errors.append(losses["reconstruction"].item())
+    assert errors[-1] < 0.6 * errors[0]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-def test_bad_size():
+def test_loss_of_the_vae_is_the_evidence_lower_bound():
+    model = VAE(**SMALL)
+    image = images()
+    output = VAEOutput(images(), torch.randn(8, 12), torch.randn(8, 12))
+    pixels = image[0].numel()
+    log_likelihood = Independent(Normal(output.image, 1.0), 3).log_prob(image)
+    posterior = Independent(Normal(output.mean, (output.log_variance / 2).exp()), 1)
+    prior = Independent(Normal(torch.zeros(8, 12), 1.0), 1)
+    bound = (log_likelihood - kl_divergence(posterior, prior)).mean()
+    expected = -2 / pixels * bound - math.log(2 * math.pi)
+    losses = model.loss(image, output)
+    torch.testing.assert_close(losses["loss"], expected)
+    assert losses["loss"] == losses["reconstruction"] + losses["latent"]
+    heavier = VAE(**SMALL, kl_weight=1.0).loss(image, output)
+    torch.testing.assert_close(heavier["latent"], losses["latent"] * pixels / 2)
+
+
+def test_vae_draws_codes_around_their_mean():
+    model = VAE(**SMALL).eval()
+    image = images(1).expand(64, -1, -1, -1)
+    assert model(image).image.std(0).max() > 0
+    with torch.no_grad():
+        model.encoder[-1].bias[12:] = -100  # no variance: the mean itself
+    output = model(image)
+    torch.testing.assert_close(output.image, model.decode(output.mean))
+
+
+def test_vae_samples_in_eval_mode_and_leaves_the_modes():
+    model = VAE(**SMALL)
+    statistics = model.decoder[3].running_mean.clone()
+    samples = model.sample(5)
+    assert samples.shape == (5, 1, 8, 8) and samples.abs().max() <= 1
+    assert not samples.requires_grad and model.training
+    assert torch.equal(model.decoder[3].running_mean, statistics)
+    assert samples.std(0).max() > 0
+
+
+@pytest.mark.parametrize("kind", [Autoencoder, VAE])
+def test_bad_size(kind):
     with pytest.raises(ValueError, match="image_size=12 cannot be halved 3 times"):
-        Autoencoder(1, 12, (4, 4, 4), 2)
+        kind(1, 12, (4, 4, 4), 2)
