@@ -144,7 +144,20 @@ def test_gradient_through_one_output(output):
     assert_close(*grads, case.dtype, scale=90.0)
 
 
-@pytest.mark.usefixtures("eager_threads")
+def test_tensors_large_enough_for_huge_pages():
+    assert_conforms(Case(shape=(2, 1, cpu.HUGE // 4 + 5)), store_v_seq=True)
+
+
+@pytest.fixture(params=["torch's", "own"])
+def team(request, monkeypatch):
+    """Both kinds of threads: of torch's OpenMP team, where there is one, and of a pool."""
+    if request.param == "own":
+        monkeypatch.setattr(cpu, "_gomp", lambda: None)
+    elif cpu._gomp() is None:
+        pytest.skip("this torch brings no GNU OpenMP along")
+
+
+@pytest.mark.usefixtures("eager_threads", "team")
 @pytest.mark.parametrize("case", [WIDE, WIDE.with_(channels=None)], ids=str)
 def test_threads_change_no_bit(case):
     torch.set_num_threads(1)
@@ -154,7 +167,19 @@ def test_threads_change_no_bit(case):
         assert_equal(results(cpu.multi_step, case), expected)
 
 
-@pytest.mark.usefixtures("eager_threads")
+@pytest.mark.usefixtures("eager_threads", "team")
+def test_an_error_in_any_thread_is_raised(monkeypatch):
+    torch.set_num_threads(2)
+
+    def fails(*arguments):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(cpu, "_forward", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        results(cpu.multi_step, WIDE)
+
+
+@pytest.mark.usefixtures("eager_threads", "team")
 def test_python_threads_call_at_once():
     torch.set_num_threads(2)
     cases = [WIDE.with_(seed=seed) for seed in range(4)]
@@ -177,7 +202,7 @@ def test_python_threads_call_at_once():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
-@pytest.mark.usefixtures("eager_threads")
+@pytest.mark.usefixtures("eager_threads", "team")
 def test_a_forked_child_makes_its_own_threads():
     torch.set_num_threads(2)
     leaves = {name: leaf.detach() for name, leaf in tensors(WIDE).items()}
@@ -187,7 +212,7 @@ def test_a_forked_child_makes_its_own_threads():
 
     expected = call()
     pool = cpu._pool()
-    assert pool._threads, "the parent used its pool"
+    assert pool._threads or cpu._gomp(), "the parent used its threads"
 
     def child():
         assert cpu._pool() is not pool

@@ -10,25 +10,36 @@ LLVM neither fuses nor reorders. It may do so in the surrogates' derivatives and
 neurons alone. A parameter's gradient is summed in float32 over time and in float64 over neurons,
 in parts whose bounds depend on the shape alone: the number of threads changes no bit.
 
-Threads are this module's own, over kernels that release the GIL: numba's thread pools either abort
-the process when two Python threads enter them or break in a forked child.
+What waits for memory is helped along: rows of the next step are fetched while this one is worked
+on, and large results ask for huge pages, since a fresh page costs more than the arithmetic on it.
+
+Threads are torch's own OpenMP team where that is GNU's, as on Linux: after each of torch's
+operators its members spin for the next piece of work, and other threads would have to wait for
+their cores. Elsewhere, and in a forked child, where the team is gone, they are this module's own
+over kernels that release the GIL: numba's thread pools either abort the process when two Python
+threads enter them or break in a forked child.
 """
 
 # numba infers the types of the functions that it compiles.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 from torch import Tensor
 
@@ -36,11 +47,17 @@ from .. import surrogate
 from . import autograd
 
 #: floats of scratch memory a thread: a block's rows stay in the second-level cache
-SCRATCH = 48 * 1024
+SCRATCH = 24 * 1024
 #: neurons a block, at least (long sequences) and at most
 BLOCK = (64, 4096)
 #: element-steps that are worth a thread: two threads break even with one at twice as many
 GRAIN = 1 << 19
+#: floats of a row that are worked on while as many of the next row are fetched
+CHUNK = 128
+#: floats a cache line
+LINE = 16
+#: bytes from which a tensor is worth huge pages, and the size of one
+HUGE = 1 << 21
 #: shares of the work, at most: a parameter's gradient is summed in each, then over them
 PARTS = 64
 
@@ -62,6 +79,23 @@ def _at(typing_context: Any, address: Any, offset: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer_type = context.get_value_type(signature.return_type)
         return builder.gep(builder.inttoptr(arguments[0], pointer_type), [arguments[1]])
+
+    return signature, generate
+
+
+@intrinsic
+def _prefetch(typing_context: Any, pointer: Any, offset: Any) -> Any:
+    """Begin to fetch the cache line of ``pointer[offset]``, which may lie outside the tensor."""
+    signature = types.void(types.CPointer(types.float32), types.intp)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line = builder.gep(arguments[0], [arguments[1]])
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [line.type, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        to_read, into_every_level, data = number(0), number(3), number(1)
+        builder.call(prefetch, [line, to_read, into_every_level, data])
+        return context.get_dummy_value()
 
     return signature, generate
 
@@ -169,15 +203,28 @@ def _step(x, v, q, threshold, v_rest, decay_input, soft):
 
 
 @_part
-def _forward_row(x, v, spike, v_next, q, threshold, v_rest, decay_input, soft, n):
-    for i in range(n):
-        spike[i], v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
+def _fetch(row, first, last):
+    for i in range(first, last, LINE):
+        _prefetch(row, i)
 
 
 @_part
-def _recompute_row(x, v, v_next, q, threshold, v_rest, decay_input, soft, n):
-    for i in range(n):
-        _, v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
+def _forward_row(x, v, spike, v_next, q, threshold, v_rest, decay_input, soft, n, to_next):
+    for first in range(0, n, CHUNK):
+        last = min(first + CHUNK, n)
+        _fetch(x, first + to_next, last + to_next)
+        _fetch(spike, first + to_next, last + to_next)
+        for i in range(first, last):
+            spike[i], v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
+
+
+@_part
+def _recompute_row(x, v, v_next, q, threshold, v_rest, decay_input, soft, n, to_next):
+    for first in range(0, n, CHUNK):
+        last = min(first + CHUNK, n)
+        _fetch(x, first + to_next, last + to_next)
+        for i in range(first, last):
+            _, v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
 
 
 @_kernel
@@ -199,7 +246,7 @@ def _forward(
             after = _at(v_seq, here) if v_seq else _at(scratch, (_VOLTAGES + (t + 1) % 2) * block)
             _forward_row(
                 _at(x, here), now, _at(spike, here), after,
-                q_row, threshold_row, v_rest, decay_input, soft, n,
+                q_row, threshold_row, v_rest, decay_input, soft, n, neurons,
             )  # fmt: skip
             now = after
         _copy(_at(v, first), now, n)
@@ -239,21 +286,27 @@ def _backward(
     @_part
     def row(
         x, v, grad_spike, grad_v, grad_x, grad_q, grad_threshold,
-        q, threshold, v_rest, a, b, n,
+        q, threshold, v_rest, a, b, n, to_next,
     ):  # fmt: skip
-        for i in range(n):
-            h = _charge(x[i], v[i], q[i], v_rest, decay_input)
-            over = h - threshold[i]
-            kept = np.float32(0) if over >= np.float32(0) else grad_v[i]
-            by_spike = np.float32(0) if detach_reset else -threshold[i] if soft else v_rest - h
-            through = (grad_spike[i] + grad_v[i] * by_spike) * np.float32(derivative(over, a, b))
-            grad_h = through + (grad_v[i] if soft else kept)
-            if learn_threshold:
-                grad_threshold[i] -= through + (grad_v[i] - kept if soft else np.float32(0))
-            if learn_w:
-                grad_q[i] += grad_h * _charge_by_q(x[i], v[i], v_rest, decay_input)
-            grad_x[i] = grad_h * q[i] if decay_input else grad_h
-            grad_v[i] = grad_h - grad_h * q[i]
+        for first in range(0, n, CHUNK):
+            last = min(first + CHUNK, n)
+            _fetch(grad_spike, first + to_next, last + to_next)
+            _fetch(grad_x, first + to_next, last + to_next)
+            for i in range(first, last):
+                h = _charge(x[i], v[i], q[i], v_rest, decay_input)
+                over = h - threshold[i]
+                kept = np.float32(0) if over >= np.float32(0) else grad_v[i]
+                by_spike = np.float32(0) if detach_reset else -threshold[i] if soft else v_rest - h
+                through = (grad_spike[i] + grad_v[i] * by_spike) * np.float32(
+                    derivative(over, a, b)
+                )
+                grad_h = through + (grad_v[i] if soft else kept)
+                if learn_threshold:
+                    grad_threshold[i] -= through + (grad_v[i] - kept if soft else np.float32(0))
+                if learn_w:
+                    grad_q[i] += grad_h * _charge_by_q(x[i], v[i], v_rest, decay_input)
+                grad_x[i] = grad_h * q[i] if decay_input else grad_h
+                grad_v[i] = grad_h - grad_h * q[i]
 
     def backward(
         scratch, first_part, last_part, part_size, block,
@@ -275,7 +328,7 @@ def _backward(
                     _recompute_row(
                         _at(x, t * neurons + first), _at(voltages, t * block),
                         _at(voltages, (t + 1) * block),
-                        q_row, threshold_row, v_rest, decay_input, soft, n,
+                        q_row, threshold_row, v_rest, decay_input, soft, n, neurons,
                     )  # fmt: skip
                 _start(grad_now, grad_v, np.float32(0), first, n)
                 _fill(grad_q, np.float32(0), n)
@@ -291,7 +344,7 @@ def _backward(
                         grad_now,
                         _at(grad_x, here) if grad_x else _at(scratch, _UNUSED * block),
                         grad_q, grad_threshold, q_row, threshold_row,
-                        v_rest, a, b, n,
+                        v_rest, a, b, n, -neurons,
                     )  # fmt: skip
                 if grad_v0:
                     _copy(_at(grad_v0, first), grad_now, n)
@@ -309,6 +362,16 @@ def _backward(
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sj_taid")
 
+
+@cache
+def _gomp() -> Any:
+    """GNU's OpenMP, if torch brings it along, as its wheels for Linux do."""
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return ctypes.CDLL(str(libraries[0])) if libraries else None
+
+
+_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_PARENT = os.getpid()
 
 # A forked child inherits the pool but not its threads.
 if hasattr(os, "register_at_fork"):
@@ -345,10 +408,44 @@ def _run(kernel: Callable[..., None], shape: _Partition, *arguments: Any) -> Non
         own = scratch.data_ptr() + k * shape.scratch * scratch.itemsize
         return own, first, last, shape.part_size, shape.block, *arguments
 
-    waiting = [_pool().submit(kernel, *share(k)) for k in range(1, threads)]
-    kernel(*share(0))
-    for future in waiting:
-        future.result()
+    shares = iter(range(threads))
+    errors = []
+
+    def work(_: Any = None) -> None:
+        try:
+            for k in shares:
+                kernel(*share(k))
+        except BaseException as error:  # raised below: it cannot pass through C
+            errors.append(error)
+
+    _together(work, threads)
+    if errors:
+        raise errors[0]
+
+
+def _together(work: Callable[..., None], threads: int) -> None:
+    """Call ``work`` on ``threads`` threads at once."""
+    if threads == 1:
+        work()
+    elif os.getpid() == _PARENT and (gomp := _gomp()):
+        gomp.GOMP_parallel(_MEMBER(work), None, threads, 0)
+    else:
+        others = [_pool().submit(work) for _ in range(threads - 1)]
+        work()
+        for other in others:
+            other.result()
+
+
+def _ask_for_huge_pages(*tensors: Tensor) -> None:
+    """Let Linux back large new tensors by huge pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    for tensor in tensors:
+        if tensor.nbytes >= 2 * HUGE:  # so that one lies within it, wherever it begins
+            first = -(-tensor.data_ptr() // HUGE) * HUGE
+            last = (tensor.data_ptr() + tensor.nbytes) // HUGE * HUGE
+            madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
 
 
 def _forward_operator(
@@ -367,6 +464,7 @@ def _forward_operator(
         x, v0, v_init, w, v_threshold, decay_input, v_reset, store_v_seq, checkpoints
     )
     spike_seq, v, v_seq, checkpoint = outputs
+    _ask_for_huge_pages(spike_seq, v_seq)
     q = w.sigmoid()
     geometry = _geometry(x, w)
     _run(
@@ -413,6 +511,7 @@ def _backward_operator(
     grad_spike_seq = None if grad_spike_seq is None else grad_spike_seq.float()
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     grad_v0 = torch.empty_like(x[0]) if need_v0 else x.new_empty(0)
+    _ask_for_huge_pages(grad_x)
     q = w.sigmoid()
     geometry = _geometry(x, w)
     shape = _Partition.of(*geometry[:2])
