@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -24,6 +27,7 @@ from sj_taid.ops.surrogate import DERIVATIVES
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 
 #: A checkpoint's config names the classes of its model; nothing else is ever called.
 TRUSTED_TARGETS = {
@@ -63,6 +67,85 @@ def save_metrics(metrics: dict[str, Any], folder: Path) -> None:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder, until the block or this process ends.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    if rank_zero_only.rank != 0:  # the first process of a distributed run holds it for all
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout as error:
+        raise RuntimeError(
+            f"another process is running in {folder}; wait until it ends, or choose another folder "
+            "with hydra.run.dir=... (for a sweep hydra.sweep.dir=...)"
+        ) from error
+    with lock:
+        yield
+
+
+def finished(cfg: DictConfig, folder: Path, places: Container[str]) -> dict[str, Any] | None:
+    """The metrics of the run in ``folder``; None where there is none yet or it is half done.
+
+    Args:
+        cfg: the run's config.
+        folder: the run's folder.
+        places: keys that may differ, since they say where things lie.
+
+    Raises:
+        FileExistsError: ``folder`` holds a run with another config.
+    """
+    if (folder / CONFIG).is_file():
+        there = _flat(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+        here = _flat(OmegaConf.to_container(cfg, resolve=True))
+        differing = [
+            f"{key} ({there.get(key)}, now {here.get(key)})"
+            for key in sorted(there.keys() | here.keys())
+            if key not in places and there.get(key) != here.get(key)
+        ]
+        if differing:
+            raise FileExistsError(
+                f"{folder} holds a run that differs in {', '.join(differing)}; go on with its own "
+                "config, choose another folder with hydra.run.dir=... (for a sweep "
+                "hydra.sweep.dir=...), or delete this one"
+            )
+    metrics = folder / METRICS
+    return json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Where a half-done run goes on."""
+    path = folder / CHECKPOINTS / "last.ckpt"
+    return path if path.is_file() else None
+
+
+def folder_name(overrides: str) -> str:
+    """A job's folder: named by its overrides, cut where a file system takes no longer name."""
+    if len(overrides) <= 200:
+        return overrides
+    return f"{overrides[:180]}...{hashlib.sha256(overrides.encode()).hexdigest()[:16]}"
+
+
+# Here, where the processes of a parallel sweep pass too: they never see train.py as a module.
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def _flat(node: Any, key: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries, by their dotted keys."""
+    if not isinstance(node, dict):
+        return {key: node}
+    return {
+        name: leaf
+        for child, value in node.items()
+        for name, leaf in _flat(value, f"{key}.{child}" if key else str(child)).items()
+    }
+
+
 def reuse_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones.
 
@@ -83,6 +166,7 @@ def provenance() -> dict[str, Any]:
     return {
         "versions": {"sj-taid": sj_taid.__version__, **{name: version(name) for name in packages}},
         "commit": _commit(),
+        "threads": torch.get_num_threads(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
     }

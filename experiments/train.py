@@ -6,8 +6,8 @@ conf/train.yaml lists the groups.
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 
@@ -26,13 +26,21 @@ from experiments import run
 from experiments.pictures import Pictures
 
 log = logging.getLogger(__name__)
-# Lightning's notes on devices and services; its warnings stay.
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
-def train(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any]:
-    """Train, test, measure and draw what the task asks for; all is left in ``folder``."""
+def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
+    """Train, test, measure and draw what the task asks for; all is left in ``folder``.
+
+    A half-done run in ``folder`` goes on from its last epoch.
+
+    Args:
+        cfg: the run's config.
+        folder: the run's folder.
+        origin: what ``metrics.json`` says of the run beside its figures, as the command.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    # Lightning's notes on devices and services are left out; its warnings stay.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     run.reuse_freed_memory()
     if cfg.resume and not Path(cfg.resume).is_file():
         raise FileNotFoundError(
@@ -52,15 +60,15 @@ def train(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any]:
     checkpoints = ModelCheckpoint(
         folder / run.CHECKPOINTS, filename="last", enable_version_counter=False
     )
+    timer = Timer()  # kept in the checkpoint: the seconds before a kill count
     trainer = instantiate(
         cfg.trainer,
         default_root_dir=folder,
         logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
-        callbacks=[checkpoints, Pictures(folder), *map(instantiate, cfg.callbacks.values())],
+        callbacks=[checkpoints, timer, Pictures(folder), *map(instantiate, cfg.callbacks.values())],
     )
-    start = time.perf_counter()
-    trainer.fit(task, data, ckpt_path=cfg.resume, weights_only=True)
-    seconds = time.perf_counter() - start
+    resume = run.last_checkpoint(folder) or cfg.resume
+    trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     (tested,) = trainer.test(task, data, verbose=False)
 
     metrics = {
@@ -68,9 +76,10 @@ def train(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any]:
         **task.after_training(data, cfg),
         **before,
         "epochs": trainer.current_epoch,
-        "training_seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_seconds": round(timer.time_elapsed(), 1),
         "seed": cfg.seed,
-        "command": command,
+        **origin,
         **run.provenance(),
     }
     run.save_metrics(metrics, folder)
@@ -83,8 +92,20 @@ def train(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any]:
 def main(cfg: DictConfig) -> float:
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
-    command = " ".join(["python experiments/train.py", *hydra_cfg.overrides.task])
-    metrics = train(cfg, folder, command)
+    places = hydra_cfg.job.config.override_dirname.exclude_keys
+    overrides = [o for o in hydra_cfg.overrides.task if o.partition("=")[0] not in places]
+    choices = {k: v for k, v in hydra_cfg.runtime.choices.items() if not k.startswith("hydra/")}
+    with run.held(folder):
+        metrics = run.finished(cfg, folder, places)
+        if metrics is None:
+            metrics = train(
+                cfg,
+                folder,
+                command=shlex.join(["python", "experiments/train.py", *overrides]),
+                choices=choices,
+            )
+        else:
+            log.info("This run is finished already and is not run again.")
     log.info("Metrics, checkpoints and TensorBoard logs are there too. Pictures: %s", folder)
     return metrics[cfg.objective]
 

@@ -1,9 +1,13 @@
 """A run small enough for a test, through the real configs."""
 
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+
+from experiments import run
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -38,6 +42,10 @@ TINY_CLASSIFICATION = [
 ]
 
 
+def script(name, *arguments):
+    return [sys.executable, str(CONF.parent / "experiments" / name), *arguments]
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """FAD's autoencoder is trained once for all tests."""
@@ -53,3 +61,42 @@ def tiny(cache):
             return compose("train", [*(TINY if tiny else []), f"cache_dir={cache}", *overrides])
 
     return make
+
+
+ALIF, LIF = {"neuron": "alif", "decoder": "taid"}, {"neuron": "lif", "decoder": "taid"}
+
+
+def metrics(command, choices=ALIF, seed=0, **figures):
+    return {
+        **figures,
+        "epochs": 2,
+        "parameters": 830_000,
+        "training_seconds": 90.0,
+        "seed": seed,
+        "choices": choices,
+        "command": shlex.join(["python", "experiments/train.py", *command]),
+        "commit": "0123456789ab",
+        "machine": "a laptop",
+        "versions": {"torch": "2.0"},
+    }
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """LIF and ALIF (the default) with two seeds each; one run unfinished, one broken."""
+    written = [
+        metrics(["experiment=small_cpu", "neuron=lif", "seed=0"], LIF, 0, fad=10.0),
+        metrics(["experiment=small_cpu", "neuron=lif", "seed=1"], LIF, 1, fad=12.0),
+        metrics(["experiment=small_cpu"], ALIF, 0, fad=7.0, accuracy=0.9978),
+        metrics(["experiment=small_cpu", "seed=1"], ALIF, 1, fad=8.0, accuracy=0.9968),
+    ]
+    folder = tmp_path / "sweep"
+    for number, content in enumerate(written):
+        run.save_metrics(content, folder / str(number))
+    (folder / "unfinished").mkdir()
+    (folder / "broken").mkdir()
+    (folder / "broken" / run.METRICS).write_text('{"fad": 3')
+    (folder / "0" / ".hydra").mkdir()
+    for place in ("0", "1", "2", "3", "unfinished", "broken", "0/.hydra"):
+        (folder / place / run.CONFIG).write_text("seed: 0\n")
+    return folder

@@ -3,9 +3,7 @@
 import json
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +15,8 @@ from omegaconf import OmegaConf
 from experiments import run
 from experiments.data import Digits
 from experiments.train import train
-from tests.experiments.conftest import CONF, TINY
+from tests.experiments.conftest import CONF, TINY, script
 
-ROOT = CONF.parent
 PICTURES = (
     "samples.png",
     "reconstructions.png",
@@ -31,10 +28,6 @@ PICTURES = (
 
 def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def script(name, *arguments):
-    return [sys.executable, str(ROOT / "experiments" / name), *arguments]
 
 
 def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(tmp_path, cache):
@@ -224,28 +217,3 @@ def test_unknown_choices_and_keys_list_what_there_is(tiny, override, error, mess
 def test_bad_values_name_what_is_expected(tiny, tmp_path, override, message):
     with pytest.raises(Exception, match=message):
         train(tiny(override), tmp_path)
-
-
-def test_runs_of_a_sweep_have_folders_of_their_own(tmp_path, cache):
-    command = script(
-        "train.py",
-        "-m",
-        "seed=0,1",
-        *[o for o in TINY if not o.startswith("fad.")],
-        "fad=digits",
-        "fad.samples=20",
-        "fad.epochs=1",
-        "fad.hidden_channels=[4]",
-        f"cache_dir={cache}",
-        f"hydra.sweep.dir={tmp_path / 'sweep'}",
-        "hydra.job.config.override_dirname.exclude_keys=" + str(SWEPT_OUT).replace(" ", ""),
-    )
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    names = sorted(p.name for p in Path(tmp_path / "sweep").iterdir() if p.is_dir())
-    assert names == ["seed=0", "seed=1"]
-    for name in names:
-        assert (tmp_path / "sweep" / name / run.METRICS).is_file()
-
-
-SWEPT_OUT = [o.split("=")[0] for o in TINY] + ["cache_dir", "fad"]

@@ -1,0 +1,123 @@
+"""Many runs: a folder for each, none overwritten, and a killed sweep goes on."""
+
+import json
+import subprocess
+
+import lightning as L
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from experiments import run
+from experiments.train import train
+from tests.experiments.conftest import CONF, TINY, script
+
+
+def test_a_parallel_sweep_and_its_continuation(tmp_path, cache):
+    """Side by side first; then one job has lost its end, and the sweep goes on one by one."""
+
+    def sweep(*overrides):
+        command = script(
+            "train.py", "-m", "seed=0,1", *TINY, "callbacks=quiet", f"cache_dir={cache}",
+            f"hydra.sweep.dir={tmp_path}", *overrides,
+        )  # fmt: skip
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    sweep("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    folders = {json.loads(path.read_text())["seed"]: path.parent for path in find(tmp_path)}
+    assert folders.keys() == {0, 1}
+    figures = {
+        seed: json.loads((folder / run.METRICS).read_text()) for seed, folder in folders.items()
+    }
+    assert figures[0]["fad"] != figures[1]["fad"]
+    assert figures[0]["choices"]["neuron"] == "alif" and "seed=0" in figures[0]["command"]
+    assert str(tmp_path) not in figures[0]["command"]
+
+    before = (folders[0] / run.METRICS).stat().st_mtime_ns
+    (folders[1] / run.METRICS).unlink()
+    said = sweep()
+    assert said.count("is finished already") == 1
+    assert (folders[0] / run.METRICS).stat().st_mtime_ns == before
+    assert len(find(tmp_path)) == 2
+    again = json.loads((folders[1] / run.METRICS).read_text())
+    assert again["reconstruction"] == figures[1]["reconstruction"]
+
+
+def find(folder):
+    return sorted(folder.glob(f"*/{run.METRICS}"))
+
+
+class Kill(L.Callback):
+    """Ends the run in its third epoch."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.current_epoch == 2:
+            raise SystemExit("killed")
+
+
+def test_a_half_done_run_goes_on_from_its_last_epoch(tiny, tmp_path):
+    killer = f"+callbacks.kill._target_={__name__}.Kill"
+    with pytest.raises(SystemExit, match="killed"):
+        train(tiny("trainer.max_epochs=4", killer), tmp_path)
+    half = torch.load(run.last_checkpoint(tmp_path), weights_only=True)
+    assert half["epoch"] == 1 and not (tmp_path / run.METRICS).exists()
+
+    metrics = train(tiny("trainer.max_epochs=4"), tmp_path)
+    whole = torch.load(run.last_checkpoint(tmp_path), weights_only=True)
+    assert metrics["epochs"] == 4 and whole["global_step"] == 4 * 2
+    assert whole["callbacks"]["Pictures"]["epochs"][:2] == half["callbacks"]["Pictures"]["epochs"]
+    assert metrics["training_seconds"] > half["callbacks"]["Timer"]["time_elapsed"]["train"]
+
+
+def test_one_process_at_a_time_in_a_folder(tmp_path):
+    with run.held(tmp_path / "run"):
+        message = r"another process .*/run; wait .*hydra\.run\.dir"
+        with pytest.raises(RuntimeError, match=message), run.held(tmp_path / "run"):
+            pytest.fail("held twice")
+        with run.held(tmp_path / "other"):
+            pass
+    with run.held(tmp_path / "run"):
+        pass
+
+
+def test_the_other_processes_of_a_distributed_run_do_not_wait_for_its_first(tmp_path, monkeypatch):
+    with run.held(tmp_path):
+        monkeypatch.setattr(run.rank_zero_only, "rank", 1)
+        with run.held(tmp_path):
+            pass
+
+
+def test_a_folder_keeps_its_run(tmp_path):
+    cfg = OmegaConf.create({"seed": 0, "dataset": {"root": "a", "size": "${seed}"}})
+    places = ["dataset.root"]
+    assert run.finished(cfg, tmp_path, places) is None
+    run.save_config(cfg, tmp_path)
+    assert run.finished(cfg, tmp_path, places) is None
+    run.save_metrics({"fad": 3.0}, tmp_path)
+    assert run.finished(cfg, tmp_path, places) == {"fad": 3.0}
+
+    cfg.dataset.root = "b"
+    assert run.finished(cfg, tmp_path, places) == {"fad": 3.0}
+    cfg.seed = 1
+    with pytest.raises(
+        FileExistsError, match=r"differs in dataset\.size \(0, now 1\), seed \(0, now 1\)"
+    ):
+        run.finished(cfg, tmp_path, places)
+
+
+def test_a_folder_is_named_by_the_overrides_however_many():
+    assert run.folder_name("neuron=lif,seed=0") == "neuron=lif,seed=0"
+    long = [run.folder_name("x" * 300 + f",seed={seed}") for seed in range(2)]
+    assert long[0] != long[1] and all(len(name) < 255 for name in long)
+
+
+def test_sweeps_of_one_second_have_folders_of_their_own():
+    folders = set()
+    for _ in range(2):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("train", return_hydra_config=True)
+        folders |= {cfg.hydra.sweep.dir, cfg.hydra.run.dir}
+    assert len(folders) == 4
