@@ -32,11 +32,9 @@ def fad_metric(
     images; else it is trained on the training images and put there.
     """
     data.setup()
-    images = data.train_set.tensors[0]
     settings = OmegaConf.to_container(cfg, resolve=True)
     fingerprint = hashlib.sha256(
-        json.dumps([settings, list(images.shape)], sort_keys=True).encode()
-        + images.numpy().tobytes()
+        json.dumps([settings, data.fingerprint()], sort_keys=True).encode()
     ).hexdigest()[:16]
     path = cache.expanduser() / f"autoencoder-{data.name}-{fingerprint}.pt"
 

@@ -1,5 +1,20 @@
-"""Lightning datamodules. Images are ``[C, H, W]`` in [-1, 1]."""
+"""Lightning datamodules: batches of images or of event frames, and labels."""
 
-from .image import MNIST, Digits, ImageData
+from .base import Data
+from .event import CIFAR10DVS, NMNIST, DVS128Gesture
+from .folder import CelebA, ImageFolder
+from .image import CIFAR10, MNIST, Digits, FashionMNIST, ImageData
 
-__all__ = ["MNIST", "Digits", "ImageData"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR10DVS",
+    "MNIST",
+    "NMNIST",
+    "CelebA",
+    "DVS128Gesture",
+    "Data",
+    "Digits",
+    "FashionMNIST",
+    "ImageData",
+    "ImageFolder",
+]

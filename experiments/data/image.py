@@ -1,110 +1,26 @@
-"""Still images, kept in memory."""
+"""Still images, kept in memory: scikit-learn's digits, and MNIST, FashionMNIST and CIFAR10."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
+from typing import ClassVar
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torchvision import datasets
+from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms import v2
 
-from .augment import AUGMENTATIONS
+from .base import Data, InMemory
 
 
-class Batches(TensorDataset):
-    """Images ``[n, C, H, W]`` in uint8 and their labels; fetched and transformed batch by batch."""
+class ImageData(Data):
+    """Images, in uint8 until they are in a batch, where they run from -1 to 1."""
 
-    def __init__(self, images: Tensor, labels: Tensor, transform: v2.Transform) -> None:
-        super().__init__(images, labels)
-        self.transform = transform
+    finish = (v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5]))
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        images, labels = self[indices]
-        return self.transform(images), labels
-
-
-def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Collate nothing: the batch is one already."""
-    return batch
-
-
-class ImageData(L.LightningDataModule):
-    """Images in memory; a subclass says where they come from.
-
-    A batch is images ``[N, C, H, W]`` in [-1, 1] and labels ``[N]``.
-
-    Args:
-        name: what the run is called after.
-        channels: image channels.
-        image_size: images are resized to this height and width.
-        batch_size: images a batch.
-        classes: how many there are; None without labels.
-        num_workers: loader processes; 0 is right for images in memory.
-        augment: how training images vary: None, "affine", "crop_flip" or "flip".
-    """
-
-    def __init__(
-        self,
-        name: str,
-        channels: int,
-        image_size: int,
-        batch_size: int,
-        classes: int | None = None,
-        num_workers: int = 0,
-        augment: str | None = None,
-    ) -> None:
-        super().__init__()
-        if augment is not None and augment not in AUGMENTATIONS:
-            raise ValueError(
-                f"dataset.augment must be null or one of {', '.join(AUGMENTATIONS)}, "
-                f"but it is {augment!r}"
-            )
-        self.name = name
-        self.channels = channels
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.classes = classes
-        self.num_workers = num_workers
-        self.augment = augment
-        self.train_set: Batches | None = None
-        self.test_set: Batches | None = None
-
-    def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Training images and labels, test images and labels; images ``[n, C, H, W]`` in uint8."""
-        raise NotImplementedError
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.train_set is None:
-            train_x, train_y, test_x, test_y = self.load()
-            finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
-            augment = [AUGMENTATIONS[self.augment]] if self.augment else []
-            resize = v2.Resize((self.image_size, self.image_size))
-            self.train_set = Batches(resize(train_x), train_y, v2.Compose([*augment, *finish]))
-            self.test_set = Batches(resize(test_x), test_y, v2.Compose(finish))
-
-    def train_dataloader(self) -> DataLoader:
-        # A last small batch would make noisy batch-norm statistics.
-        drop_last = len(self.train_set) >= self.batch_size
-        return self._loader(self.train_set, shuffle=True, drop_last=drop_last)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)
-
-    def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)
-
-    def _loader(self, dataset: Batches, **options: bool) -> DataLoader:
-        return DataLoader(
-            dataset,
-            self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=as_it_is,
-            persistent_workers=self.num_workers > 0,
-            **options,
-        )
+    def _in_memory(self, images: Tensor, labels: Tensor) -> InMemory:
+        return InMemory(v2.functional.resize(images, [self.image_size] * 2), labels)
 
 
 class Digits(ImageData):
@@ -113,82 +29,145 @@ class Digits(ImageData):
     Every fifth image is for testing. Source: E. Alpaydin and C. Kaynak, UCI 1998, CC BY 4.0.
     """
 
-    def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def load(self) -> tuple[InMemory, InMemory]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         images = torch.tensor(digits.images).unsqueeze(1).mul(255 / 16).round().to(torch.uint8)
-        labels = torch.tensor(digits.target)
-        test = torch.arange(len(images)) % 5 == 4
-        return images[~test], labels[~test], images[test], labels[test]
+        samples = self._in_memory(images, torch.tensor(digits.target))
+        train = [i for i in range(len(samples)) if i % 5 != 4]
+        return samples.subset(train), samples.subset(range(4, len(samples), 5))
 
 
-class MNIST(ImageData):
-    """MNIST through torchvision: 60000 training and 10000 test images of 28x28.
+class Torchvision(ImageData):
+    """A data set that torchvision can fetch.
 
     Args:
-        root: the folder that holds ``MNIST/raw``.
-        download: fetch the files if they are not there.
-        limit: use only the first images of each set, for a quick look.
+        root: the folder that holds the data set's own folder.
+        download: fetch it if files are missing.
 
     Raises:
-        FileNotFoundError: no data at ``root`` and ``download`` is off.
-        RuntimeError: files that are there but damaged.
+        FileNotFoundError: files are missing and ``download`` is off.
+        RuntimeError: files that are there but damaged, or a download that failed.
+    """
+
+    source: type[datasets.VisionDataset]
+    folder: str  # the data set's own, below root
+    files: tuple[str, ...]
+
+    def __init__(self, root: str, download: bool = False, **options: int | str | None) -> None:
+        super().__init__(**options)
+        self.root = Path(root).expanduser()
+        self.download = download
+        self.place = self.root / self.folder
+
+    def prepare_data(self) -> None:
+        if not (self.download and self._missing()):
+            return
+        try:
+            self.source(self.root, download=True)
+        except Exception as error:  # of the network, the disk or the archive
+            raise RuntimeError(
+                f"{self.source.__name__} cannot be downloaded ({type(error).__name__}: {error}); "
+                f"try again, or put into {self.place} by hand: {', '.join(self.files)}"
+            ) from error
+
+    def _missing(self) -> list[str]:
+        return [name for name in self.files if not (self.place / name).exists()]
+
+    def _require_files(self) -> None:
+        missing = self._missing()
+        if missing:
+            raise FileNotFoundError(
+                f"no {self.source.__name__} at dataset.root={self.root}: {self.place} lacks "
+                f"{', '.join(missing)}; point dataset.root to the folder that holds "
+                f"{self.folder} or add dataset.download=true"
+            )
+
+    def _damaged(self, name: str, how: str) -> RuntimeError:
+        return RuntimeError(
+            f"{self.place / name} is damaged: {how}; delete it and run again with "
+            "dataset.download=true"
+        )
+
+    def _require_md5(self, name: str, expected: str) -> None:
+        found = calculate_md5(self.place / name)
+        if found != expected:
+            raise self._damaged(name, f"its MD5 is {found} and should be {expected}")
+
+
+class TorchvisionInMemory(Torchvision):
+    """One that fits in memory."""
+
+    def load(self) -> tuple[InMemory, InMemory]:
+        self._require_files()
+        for name in self.files:
+            self._require_whole(name)
+        return self._part(train=True), self._part(train=False)
+
+    def _require_whole(self, name: str) -> None:
+        """Raise if the file is damaged."""
+        raise NotImplementedError
+
+    def _part(self, train: bool) -> InMemory:
+        try:
+            source = self.source(self.root, train=train)
+        except Exception as error:  # whatever the reader trips over
+            raise self._damaged("", f"{type(error).__name__}: {error}") from error
+        pixels = torch.as_tensor(source.data)  # [n, H, W] or [n, H, W, C]
+        images = pixels.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
+        return self._in_memory(images, torch.as_tensor(source.targets))
+
+
+class MNIST(TorchvisionInMemory):
+    """MNIST: 60000 training and 10000 test images of 28x28.
 
     Source: Y. LeCun, C. Cortes and C. Burges, 1998.
     """
 
-    TRAIN, TEST = 60_000, 10_000
-    FILES = (
+    source = datasets.MNIST
+    folder = "MNIST/raw"
+    files = (
         "train-images-idx3-ubyte",
         "train-labels-idx1-ubyte",
         "t10k-images-idx3-ubyte",
         "t10k-labels-idx1-ubyte",
     )
 
-    def __init__(
-        self, root: str, download: bool = False, limit: int | None = None, **options: int | str
-    ) -> None:
-        super().__init__(**options)
-        self.root = Path(root).expanduser()
-        self.download = download
-        self.limit = limit
+    counts = (60_000, 10_000)  # of images for training and for testing
 
-    def prepare_data(self) -> None:
-        if self.download:
-            self._dataset(train=True, download=True)
+    def _require_whole(self, name: str) -> None:
+        count = self.counts[0 if name.startswith("train") else 1]
+        expected = 16 + count * 28 * 28 if "images" in name else 8 + count
+        found = (self.place / name).stat().st_size
+        if found != expected:
+            raise self._damaged(name, f"it has {found} bytes and should have {expected}")
 
-    def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (*self._images(train=True), *self._images(train=False))
 
-    def _images(self, train: bool) -> tuple[Tensor, Tensor]:
-        dataset = self._dataset(train)
-        expected = self.TRAIN if train else self.TEST
-        shape = (expected, 28, 28)
-        if dataset.data.shape != shape or len(dataset.targets) != expected:
-            raise RuntimeError(
-                f"MNIST in {self.root} is damaged: expected {list(shape)} images and {expected} "
-                f"labels, found {list(dataset.data.shape)} and {len(dataset.targets)}; delete "
-                f"{self.root / 'MNIST'} and run again with dataset.download=true"
-            )
-        limit = math.inf if self.limit is None else self.limit
-        keep = slice(None, min(limit, expected))
-        return dataset.data[keep].unsqueeze(1), dataset.targets[keep]
+class FashionMNIST(MNIST):
+    """FashionMNIST: clothes, in MNIST's format and numbers.
 
-    def _dataset(self, train: bool, download: bool = False):
-        from torchvision import datasets
+    Source: H. Xiao, K. Rasul and R. Vollgraf, arXiv 1708.07747.
+    """
 
-        raw = self.root / "MNIST" / "raw"
-        missing = [name for name in self.FILES if not (raw / name).is_file()]
-        if missing and not download:
-            raise FileNotFoundError(
-                f"no MNIST at dataset.root={self.root}: {raw} lacks {', '.join(missing)}; point "
-                "dataset.root to the folder that holds MNIST/raw or add dataset.download=true"
-            )
-        try:
-            return datasets.MNIST(self.root, train=train, download=download)
-        except (RuntimeError, ValueError, EOFError) as error:
-            raise RuntimeError(
-                f"MNIST in {self.root} cannot be read ({error}); delete {self.root / 'MNIST'} and "
-                "run again with dataset.download=true"
-            ) from error
+    source = datasets.FashionMNIST
+    folder = "FashionMNIST/raw"
+
+
+class CIFAR10(TorchvisionInMemory):
+    """CIFAR10: 50000 training and 10000 test images of 3x32x32.
+
+    Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+    """
+
+    source = datasets.CIFAR10
+    folder = source.base_folder
+    MD5: ClassVar[dict[str, str]] = {
+        **dict(source.train_list),
+        **dict(source.test_list),
+        source.meta["filename"]: source.meta["md5"],
+    }
+    files = tuple(MD5)
+
+    def _require_whole(self, name: str) -> None:
+        self._require_md5(name, self.MD5[name])

@@ -37,8 +37,11 @@ def test_augmented_images_are_of_the_same_kind(name):
 
 @pytest.mark.parametrize("name", ["affine", "crop_flip"])
 def test_the_border_is_black(name):
-    data = digits(augment=name)
-    transform = data.train_set.transform
+    loader = digits(augment=name).train_dataloader()
+
+    def transform(x):
+        return loader.collate_fn((x, None))[0]
+
     black, white = torch.zeros(200, 1, 16, 16).byte(), torch.full((200, 1, 16, 16), 255).byte()
     assert (transform(black) == -1).all()
     moved = transform(white)

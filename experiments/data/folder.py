@@ -1,0 +1,149 @@
+"""Still images that are read from their files when they are asked for: any folder, and CelebA."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from .base import Files, hold_out
+from .image import ImageData, Torchvision
+
+UNLABELLED = -1
+
+
+def image_files(
+    paths: list[str],
+    labels: list[int],
+    data: ImageData,
+    remedy: str,
+    crop: tuple[v2.Transform, ...] = (),
+) -> Files:
+    """Images of any size; of each, after ``crop``, the largest square in the middle is resized."""
+    size = data.image_size
+    prepare = v2.Compose([*crop, v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+    mode = "L" if data.channels == 1 else "RGB"
+    return Files(paths, labels, partial(read_image, mode=mode, prepare=prepare), remedy)
+
+
+def read_image(path: str, mode: str, prepare: v2.Transform) -> Tensor:
+    with Image.open(path) as image:
+        return prepare(image.convert(mode))
+
+
+class ImageFolder(ImageData):
+    """The images of a folder of your own.
+
+    Each folder in ``root`` is a class, in the order of their names; without any, the images are
+    unlabelled.
+
+    Args:
+        root: the folder, for training.
+        test_root: a second one like it, for testing.
+        test_share: without ``test_root``, this share of each class is for testing: the last ones
+            in the order of their names.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+        ValueError: other classes than ``classes`` says, or than those of ``root``.
+        RuntimeError: an image that cannot be read, when its turn comes.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        test_root: str | None = None,
+        test_share: float = 0.1,
+        **options: int | str | None,
+    ) -> None:
+        super().__init__(**options)
+        self.root = Path(root).expanduser()
+        self.test_root = None if test_root is None else Path(test_root).expanduser()
+        self.test_share = test_share
+
+    def load(self) -> tuple[Files, Files]:
+        names = _class_names(self.root, "dataset.root")
+        if self.classes not in (None, len(names)):
+            raise ValueError(
+                f"dataset.classes={self.classes}, but {self.root} holds {len(names)} folders of "
+                f"classes ({', '.join(names)}); set dataset.classes={len(names) or 'null'}"
+            )
+        self.classes = len(names) or None
+        files = self._scan(self.root, names)
+        if self.test_root is None:
+            train, test = hold_out(files, self.test_share)
+            if not (0 < self.test_share < 1 and len(train) and len(test)):
+                raise ValueError(
+                    f"dataset.test_share={self.test_share} of the {len(files)} images in "
+                    f"{self.root} leaves {len(train)} for training and {len(test)} for testing; "
+                    "choose another share, or give a folder for testing as dataset.test_root"
+                )
+            return train, test
+        test_names = _class_names(self.test_root, "dataset.test_root")
+        if test_names != names:
+            raise ValueError(
+                f"dataset.test_root={self.test_root} must hold the same folders of classes as "
+                f"dataset.root ({', '.join(names)}), but holds {', '.join(test_names)}"
+            )
+        return files, self._scan(self.test_root, names)
+
+    def _scan(self, root: Path, names: list[str]) -> Files:
+        paths, labels = [], []
+        classes = [(label, root / name) for label, name in enumerate(names)]
+        for label, folder in classes or [(UNLABELLED, root)]:
+            found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            if not found:
+                raise FileNotFoundError(
+                    f"no image in {folder}: expected files that end in {', '.join(IMG_EXTENSIONS)}"
+                    "; point dataset.root to a folder of images, or of one such folder a class"
+                )
+            paths += found
+            labels += [label] * len(found)
+        return image_files(paths, labels, self, "delete or replace it")
+
+
+def _class_names(root: Path, option: str) -> list[str]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder at {option}={root}; point it to a folder of images")
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+class CelebA(Torchvision):
+    """CelebA's aligned faces, 218x178: the 148 pixels in the middle, resized.
+
+    162770 images are for training, 19962 for testing; the 19867 for validation are not used. There
+    are no labels.
+
+    Source: Z. Liu, P. Luo, X. Wang and X. Tang, ICCV 2015.
+    """
+
+    source = datasets.CelebA
+    folder = source.base_folder
+    files = PARTITION, IMAGES = "list_eval_partition.txt", "img_align_celeba"
+    TRAIN, TEST = "0", "2"  # in the partition
+
+    def load(self) -> tuple[Files, Files]:
+        self._require_files()
+        md5 = next(md5 for _, md5, name in self.source.file_list if name == self.PARTITION)
+        self._require_md5(self.PARTITION, md5)
+        text = (self.place / self.PARTITION).read_text(encoding="utf-8")
+        rows = [line.split() for line in text.splitlines()]
+        unpacked = {path.name for path in (self.place / self.IMAGES).iterdir()}
+        lost = [name for name, _ in rows if name not in unpacked]
+        if lost:
+            raise self._damaged(
+                self.IMAGES, f"it lacks {len(lost)} of {len(rows)} images, {lost[0]} first"
+            )
+        return self._part(rows, self.TRAIN), self._part(rows, self.TEST)
+
+    def _part(self, rows: list[list[str]], part: str) -> Files:
+        images = self.place / self.IMAGES
+        paths = [str(images / name) for name, of in rows if of == part]
+        remedy = f"delete {images} and run again with dataset.download=true"
+        labels = [UNLABELLED] * len(paths)
+        return image_files(paths, labels, self, remedy, crop=(v2.CenterCrop(148),))
