@@ -77,6 +77,7 @@ def metrics(command, choices=ALIF, seed=0, **figures):
         "command": shlex.join(["python", "experiments/train.py", *command]),
         "commit": "0123456789ab",
         "machine": "a laptop",
+        "threads": 1,
         "versions": {"torch": "2.0"},
     }
 

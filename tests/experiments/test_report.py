@@ -1,0 +1,56 @@
+"""The figures that are kept, and RESULTS.md, which is made of them."""
+
+import pytest
+
+from experiments import report, results, run
+from tests.experiments.conftest import metrics
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """results/ and RESULTS.md in a place of their own."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "REPORT", tmp_path / "RESULTS.md")
+    return tmp_path
+
+
+def test_experiments_are_kept_by_their_choices(runs, kept, capsys):
+    run.save_metrics(metrics(["neuron=lif"], fad=1.0), runs / "no experiment")
+    (runs / "no experiment" / run.CONFIG).write_text("seed: 0\n")
+    report.main([str(runs)])
+    assert "has no experiment=..., so it is in no table" in capsys.readouterr().out
+    assert sorted(path.name for path in (kept / "results" / "small_cpu").iterdir()) == [
+        "neuron=lif,seed=0.json",
+        "neuron=lif,seed=1.json",
+        "seed=0.json",
+        "seed=1.json",
+    ]
+    assert (kept / "RESULTS.md").read_text() == report.text()
+
+
+def test_what_a_choice_changes(runs):
+    finished, _ = results.gather([runs])
+    # Pairs of equal seed: 7 - 10 and 8 - 12. LIF has no accuracy to compare with.
+    assert report.changes(list(finished.values()))[1:] == [
+        ["`alif` instead of `lif`", "", "-3.50 ± 0.71", "2"]
+    ]
+
+
+def test_ours_stand_below_the_published_figures(kept, tiny):
+    cfg = tiny("+published={source: a paper, fad: 35.54, accuracy: 0.9978}")
+    before = report.paper_section("mnist", "generation", {"row": cfg})
+    assert "| `row` | a paper | 99.78 |  |  |  | 35.54 |  |  |  |  |\n" in before
+    assert "|  | ours: not run |" in before
+
+    report.keep(metrics(["experiment=row"], fad=40.0))
+    after = report.paper_section("mnist", "generation", {"row": cfg})
+    assert (
+        "|  | ours |  |  |  |  | 40.00 | 2 | 0.83 | 1.5 | 1 |" in after and "not run" not in after
+    )
+    assert "| ESVAE, not in this project | " in after and " | 10.99 | " in after
+
+
+def test_the_report_is_what_the_script_makes_of_the_committed_figures():
+    assert report.REPORT.read_text(encoding="utf-8") == report.text(), (
+        "run python experiments/report.py and commit RESULTS.md"
+    )
