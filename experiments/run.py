@@ -167,9 +167,16 @@ def provenance() -> dict[str, Any]:
         "versions": {"sj-taid": sj_taid.__version__, **{name: version(name) for name in packages}},
         "commit": _commit(),
         "threads": torch.get_num_threads(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
     }
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def load_model(checkpoint: str | Path) -> tuple[nn.Module, DictConfig]:

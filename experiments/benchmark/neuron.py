@@ -18,7 +18,6 @@ import argparse
 import csv
 import itertools
 import os
-import platform
 import shlex
 import sys
 import time
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 # The checkout's root, so that this file runs as a script from anywhere.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from experiments import run
 from experiments.benchmark.contestants import contestants
 from experiments.benchmark.measure import quantiles, write_csv
 from sj_taid.ops.alif.kernels import Options, traffic
@@ -183,18 +183,11 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
 def conditions(device: torch.device) -> dict[str, object]:
     """What a row depends on beyond versions, commit and machine."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else run.cpu_name(),
         "threads": torch.get_num_threads(),
         "plif_implementation": os.environ.get("SJ_PLIF_CUDA_IMPLEMENTATION", "auto"),
         "command": shlex.join(["python", *sys.argv]),
     }
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ---- the files ----
