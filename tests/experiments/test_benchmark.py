@@ -1,11 +1,12 @@
 """The neuron's benchmarks, on a grid too small to mean anything."""
 
 import csv
+from functools import partial
 
 import pytest
 import torch
 
-from experiments.benchmark import memory, neuron
+from experiments.benchmark import loading, memory, neuron
 from experiments.benchmark.contestants import contestants
 
 CPU = torch.device("cpu")
@@ -58,3 +59,34 @@ def test_memory(tmp_path, modules):
     assert kept["ALIF cupy (counted)", "bfloat16", "4"] == 2
     assert kept["ALIF cupy (counted)", "float32", "24"] == pytest.approx(4 + 2 * 4 / 24, abs=1e-3)
     assert kept["SpikingJelly PLIF", "float32", "4"] > 4
+
+
+def test_loading(tmp_path, monkeypatch):
+    net = loading.plif([[4], [4]], batch=2)
+    events = partial(loading.Recordings, events=50)
+    cases = {
+        "memory": loading.Case(loading.Memory, 8, 1, 32, "affine", loading.FSVAE_STEP | net),
+        "photographs": loading.Case(loading.Photographs, 8, 3, 32, "flip", {}),
+        "recordings": loading.Case(events, 8, 2, 8, "affine", net),
+    }
+    monkeypatch.setattr(loading, "CASES", cases)
+    loading.main(["--device", "cpu", "--batch", "4", "--repeats", "2", "--out", str(tmp_path)])
+    table = rows(tmp_path / "loading.csv")
+    loaders = [row for row in table if row["work"] == "loader"]
+    assert {(row["data"], row["augment"], row["processes"]) for row in loaders} == {
+        (name, augment, processes)
+        for name, case in cases.items()
+        for augment in ("", case.augment)
+        for processes in ("0", "2")
+    }
+    steps = [row for row in table if row["work"] == "training step"]
+    assert [(row["data"], row["net"]) for row in steps] == [
+        ("memory", "FSVAE"),
+        ("memory", "PLIF-net"),
+        ("recordings", "PLIF-net"),
+    ]
+    for row in table:
+        low, median, high = (float(row[f"{q}samples_a_second"]) for q in ("q20_", "", "q80_"))
+        assert 0 < low <= median <= high
+        assert row["cores"] and row["commit"]
+    assert (tmp_path / "loading.png").stat().st_size > 0
