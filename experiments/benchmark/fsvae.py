@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -93,14 +94,19 @@ def images(options: argparse.Namespace, batch: int | None = None) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+def works(options: argparse.Namespace) -> dict[str, Callable[[FSVAE], object]]:
+    """What is timed, by name."""
+    image = images(options)
+    return {
+        "training step": lambda model: train_step(model, image),
+        "sampling": lambda model: sample(model, options.batch),
+    }
+
+
 def compare(options: argparse.Namespace) -> list[dict[str, object]]:
     models = {name: make(name, options) for name in MODELS}
-    image = images(options)
     rows = []
-    for work, function in (
-        ("training step", lambda model: train_step(model, image)),
-        ("sampling", lambda model: sample(model, options.batch)),
-    ):
+    for work, function in works(options).items():
         timings = interleaved(
             {name: partial(function, model) for name, model in models.items()}, options.repeats
         )
@@ -112,21 +118,22 @@ def compare(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def breakdown(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Milliseconds of one training step by kind of work, by the profiler."""
+    """Milliseconds of each work by kind of operator, by the profiler."""
     rows = []
-    for name in (OURS, RIVAL):
-        model, image = make(name, options), images(options)
-        train_step(model, image)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            train_step(model, image)
-        spent = dict.fromkeys((*KINDS, "other"), 0.0)
-        for event in profiler.key_averages():
-            kind = next((k for k, keys in KINDS.items() if any(s in event.key for s in keys)), None)
-            spent[kind or "other"] += event.self_cpu_time_total / 1e3
-        for kind, milliseconds in spent.items():
-            share = milliseconds / sum(spent.values())
-            rows.append({"work": f"breakdown: {kind}", "model": name, "median_ms": milliseconds})
-            print(f"{name:34} {kind:14} {milliseconds:8.1f} ms   {share:5.0%}")
+    for work, function in works(options).items():
+        for name in (OURS, RIVAL):
+            model = make(name, options)
+            function(model)
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                function(model)
+            spent = dict.fromkeys((*KINDS, "other"), 0.0)
+            for event in profiler.key_averages():
+                names = (k for k, keys in KINDS.items() if any(s in event.key for s in keys))
+                spent[next(names, "other")] += event.self_cpu_time_total / 1e3
+            for kind, milliseconds in spent.items():
+                share = milliseconds / sum(spent.values())
+                rows.append({"work": f"{work}: {kind}", "model": name, "median_ms": milliseconds})
+                print(f"{work:14} {name:34} {kind:14} {milliseconds:8.1f} ms   {share:5.0%}")
     return rows
 
 
@@ -164,7 +171,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
     axes[1].set_yticklabels([])
     left = dict.fromkeys((OURS, RIVAL), 0.0)
     for kind in (*KINDS, "other"):
-        chosen = [row for row in rows if row["work"] == f"breakdown: {kind}"]
+        chosen = [row for row in rows if row["work"] == f"training step: {kind}"]
         names = [row["model"] for row in chosen]
         widths = [row["median_ms"] for row in chosen]
         axes[2].barh(names, widths, left=[left[name] for name in names], label=kind)
