@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from spikingjelly.activation_based import surrogate
+from torch import Tensor
 
 from . import __version__
 from .functional import alif_multi_step
@@ -31,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in (*versions(), *devices(), *availability()):
         print(line)
     healthy = True
-    if torch.cuda.is_available() and backends.why_not("cupy") is None:
-        healthy, line = self_test()
+    for name, device in fused():
+        equal, line = self_test(name, device)
         print(line)
+        healthy &= equal
     if options.kernels:
         for line in kernel_table(options.arch or this_arch()):
             print(line)
@@ -77,24 +79,31 @@ def availability() -> Iterator[str]:
             yield f"    it needs {backends.NEEDS[name]}"
 
 
-def self_test() -> tuple[bool, str]:
-    """Run one kernel on the GPU and compare it with torch; the first call compiles it."""
-    x_seq = torch.randn(4, 32, 64, device="cuda")
-    w, v_threshold = torch.zeros((), device="cuda"), torch.ones((), device="cuda")
-    spikes = {}
-    for name in ("torch", "cupy"):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        spikes[name], _, _ = alif_multi_step(
-            x_seq, 0.0, w, v_threshold, surrogate_function=surrogate.ATan(), backend=name
-        )
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    if not torch.equal(spikes["torch"], spikes["cupy"]):
-        return False, "self test: FAILED, the kernel's spikes differ from torch's; please report it"
+def fused() -> Iterator[tuple[str, str]]:
+    """The backends that work here beside torch, each with its device."""
+    for device, names in backends.PREFERENCE.items():
+        if device == "cpu" or torch.cuda.is_available():
+            yield from ((name, device) for name in names if backends.why_not(name) is None)
+
+
+def self_test(name: str, device: str) -> tuple[bool, str]:
+    """Run a backend once and compare its spikes with torch's; the first call compiles it."""
+    x_seq = torch.randn(4, 32, 64, device=device)
+    w, v_threshold = torch.zeros((), device=device), torch.ones((), device=device)
+
+    def spikes(backend: str) -> Tensor:
+        options = {"surrogate_function": surrogate.ATan(), "backend": backend}
+        return alif_multi_step(x_seq, 0.0, w, v_threshold, **options)[0].cpu()
+
+    expected = spikes("torch")
+    start = time.perf_counter()
+    got = spikes(name)
+    seconds = time.perf_counter() - start
+    if not torch.equal(got, expected):
+        return False, f"self test of {name}: FAILED, other spikes than torch's; please report it"
     return (
         True,
-        f"self test: the kernel's spikes equal torch's; its first call took {seconds:.2f} s",
+        f"self test of {name}: the same spikes as torch; its first call took {seconds:.2f} s",
     )
 
 

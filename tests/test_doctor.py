@@ -52,7 +52,22 @@ def test_without_nvrtc_the_table_says_so(monkeypatch):
     ]
 
 
+def test_every_fused_backend_is_tried():
+    for name, device in doctor.fused():
+        healthy, line = doctor.self_test(name, device)
+        assert healthy, line
+
+
+def test_other_spikes_than_torchs_are_reported(monkeypatch, capsys):
+    def wrong(x_seq, *_, backend, **__):
+        return (torch.full_like(x_seq, backend == "numba"),)
+
+    monkeypatch.setattr(doctor, "alif_multi_step", wrong)
+    monkeypatch.setattr(doctor, "fused", lambda: [("numba", "cpu")])
+    assert doctor.main([]) == 1
+    assert "self test of numba: FAILED" in capsys.readouterr().out
+
+
 @pytest.mark.gpu
-def test_self_test():
-    healthy, line = doctor.self_test()
-    assert healthy, line
+def test_the_gpu_is_tried():
+    assert ("cupy", "cuda") in list(doctor.fused())
