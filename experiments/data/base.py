@@ -18,6 +18,10 @@ from .augment import AUGMENTATIONS
 
 Batch = tuple[Tensor, Tensor]
 
+#: In a data set's folder: of the processes of one run or of a sweep, one fetches and converts, and
+#: the others wait for it.
+LOCK = ".lock"
+
 
 class InMemory(TensorDataset):
     """Samples ``[n, ...]`` and labels ``[n]``; a batch is fetched by one indexing."""

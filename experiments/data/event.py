@@ -8,11 +8,12 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
-from .base import Data, Files, hold_out
+from .base import LOCK, Data, Files, hold_out
 
 
 class EventData(Data):
@@ -46,9 +47,15 @@ class EventData(Data):
         self.finish = (v2.Resize([self.image_size] * 2), v2.ToDtype(torch.float32))
 
     def prepare_data(self) -> None:
-        self._sets()
+        frames = self.root / f"frames_number_{self.T}_split_by_number"  # SpikingJelly's names
+        if frames.is_dir() and not frames.with_name(f"{frames.name}.building").exists():
+            return
+        self._check()
+        with FileLock(self.root / LOCK):
+            self._sets()
 
     def load(self) -> tuple[Files, Files]:
+        self._check()
         train, test = self._sets()
         found = (len(train), len(test))
         if found != self.counts:
@@ -63,7 +70,6 @@ class EventData(Data):
         return self._files(train=True), self._files(train=False)
 
     def _files(self, **split: bool) -> Files:
-        self._check()
         try:
             frames = self._class(
                 self.root, data_type="frame", frames_number=self.T, split_by="number", **split

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms import v2
 
-from .base import Data, InMemory
+from .base import LOCK, Data, InMemory
 
 
 class ImageData(Data):
@@ -62,8 +63,14 @@ class Torchvision(ImageData):
         self.place = self.root / self.folder
 
     def prepare_data(self) -> None:
-        if not (self.download and self._missing()):
+        if not self.download:
             return
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / LOCK):
+            if self._missing():
+                self._fetch()
+
+    def _fetch(self) -> None:
         try:
             self.source(self.root, download=True)
         except Exception as error:  # of the network, the disk or the archive

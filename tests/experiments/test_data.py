@@ -13,6 +13,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
@@ -21,6 +22,7 @@ from torchvision.datasets.utils import calculate_md5
 
 from experiments import data
 from experiments.data import event
+from experiments.data.base import LOCK
 from tests.experiments.conftest import CONF
 
 
@@ -44,6 +46,14 @@ def cut(path, share=0.5):
     """What a download that was killed leaves."""
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
+
+
+def is_locked(folder):
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "dataset").glob("*.yaml")))
@@ -157,12 +167,13 @@ def test_download(tmp_path, few, monkeypatch):
 
     def download(self):
         calls.append(self.root)
-        write_idx(tmp_path)
+        assert is_locked(tmp_path / "new")
+        write_idx(tmp_path / "new")
 
     monkeypatch.setattr(datasets.MNIST, "download", download)
-    assert len(ready(data.MNIST, tmp_path, download=True, limit=5).train_set) == 5
+    assert len(ready(data.MNIST, tmp_path / "new", download=True, limit=5).train_set) == 5
     assert len(calls) == 1
-    ready(data.MNIST, tmp_path, download=True, limit=5)
+    ready(data.MNIST, tmp_path / "new", download=True, limit=5)
     assert len(calls) == 1  # it is there
 
 
@@ -388,6 +399,7 @@ def test_nmnist_missing_or_half_downloaded(nmnist):
 
 def test_events_whose_preparation_was_killed(nmnist, monkeypatch):
     def killed(*arguments):
+        assert is_locked(nmnist)
         raise KeyboardInterrupt
 
     source = event._datasets().NMNIST
