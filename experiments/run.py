@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import sj_taid
+from experiments import data
 from sj_taid.ops.surrogate import DERIVATIVES
 
 CONFIG = "config.yaml"
@@ -29,10 +30,17 @@ METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 
-#: A checkpoint's config names the classes of its model; nothing else is ever called.
+#: A run's config names classes; when a checkpoint is loaded, no others are ever called.
 TRUSTED_TARGETS = {
+    "experiments.task.autoencoding.Autoencoding",
+    "experiments.task.classification.Classification",
+    "experiments.task.generation.Generation",
+    *(f"experiments.data.{name}" for name in data.__all__),
+    "torch.optim.lr_scheduler.CosineAnnealingLR",
+    "sj_taid.model.Autoencoder",
     "sj_taid.model.Classifier",
     "sj_taid.model.FSVAE",
+    "sj_taid.model.VAE",
     "sj_taid.ALIFNode",
     "sj_taid.TAID",
     "sj_taid.FixedDecoder",
@@ -65,6 +73,18 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
 def save_metrics(metrics: dict[str, Any], folder: Path) -> None:
     with replacing(folder / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def load_metrics(folder: Path) -> dict[str, Any]:
+    """What a finished run left.
+
+    Raises:
+        FileNotFoundError: the run is not finished.
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        raise FileNotFoundError(f"no {METRICS} in {folder}: finish the run first")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -114,8 +134,7 @@ def finished(cfg: DictConfig, folder: Path, places: Container[str]) -> dict[str,
                 "config, choose another folder with hydra.run.dir=... (for a sweep "
                 "hydra.sweep.dir=...), or delete this one"
             )
-    metrics = folder / METRICS
-    return json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
+    return load_metrics(folder) if (folder / METRICS).is_file() else None
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -199,10 +218,7 @@ def load_model(checkpoint: str | Path) -> tuple[nn.Module, DictConfig]:
             f"<run folder>/{CHECKPOINTS}/"
         )
     cfg = OmegaConf.load(config)
-    # Resolved first, so that what is checked is what is built.
-    model_config = OmegaConf.to_container(cfg.model, resolve=True)
-    _check_targets(model_config)
-    model = instantiate(model_config)
+    model = build(cfg.model)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         model.load_state_dict(
@@ -217,12 +233,24 @@ def load_model(checkpoint: str | Path) -> tuple[nn.Module, DictConfig]:
     return model.eval(), cfg
 
 
+def build(node: DictConfig, **arguments: Any) -> Any:
+    """Instantiate a part of a run's config.
+
+    Raises:
+        ValueError: it names foreign classes.
+    """
+    # Resolved first, so that what is checked is what is built.
+    config = OmegaConf.to_container(node, resolve=True)
+    _check_targets(config)
+    return instantiate(config, **arguments)
+
+
 def _check_targets(node: Any) -> None:
     if isinstance(node, dict):
         target = node.get("_target_")
         if target is not None and target not in TRUSTED_TARGETS:
             raise ValueError(
-                f"the run's config names {target!r}, but a model is built only from "
+                f"the run's config names {target!r}, but a checkpoint may use only "
                 f"{', '.join(sorted(TRUSTED_TARGETS))}; is this checkpoint from a trusted source?"
             )
         node = list(node.values())

@@ -69,11 +69,9 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     )
     resume = run.last_checkpoint(folder) or cfg.resume
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
-    (tested,) = trainer.test(task, data, verbose=False)
 
     metrics = {
-        **{name.removeprefix("test/"): value for name, value in tested.items()},
-        **task.after_training(data, cfg),
+        **task.figures(trainer, data, cfg),
         **before,
         "epochs": trainer.current_epoch,
         "parameters": sum(p.numel() for p in model.parameters()),

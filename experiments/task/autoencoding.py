@@ -1,26 +1,53 @@
-"""Training of the plain autoencoder that FAD looks through."""
+"""Training of a model that gives images back."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import lightning as L
-import torch
+from omegaconf import DictConfig
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.nn import functional as F
 
-from sj_taid.model.autoencoder import Autoencoder
+from experiments.pictures import draw_reconstructions
+from experiments.task.task import Task
 
 
-class Autoencoding(L.LightningModule):
-    """Mean squared error of the reconstruction, AdamW."""
+class Autoencoding(Task):
+    """A model learns from its own ``training_loss(image, progress)``.
 
-    def __init__(self, model: Autoencoder, lr: float = 1e-3) -> None:
-        super().__init__()
-        self.model = model
-        self.lr = lr
-
-    def configure_optimizers(self) -> Optimizer:
-        return torch.optim.AdamW(self.parameters(), self.lr)
+    Called on images it gives an object with ``image``, their reconstruction.
+    """
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         image, _ = batch
-        return self.model.training_loss(image)["loss"]
+        losses = self.model.training_loss(image, self._progress())
+        loss = losses.pop("loss")
+        for name, part in losses.items():
+            self.log_mean(f"train/{name}", part)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self._log_reconstruction("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self._log_reconstruction("test", batch)
+
+    def after_training(self, data: L.LightningDataModule, cfg: DictConfig) -> dict[str, Any]:
+        return {"protocol": {"reconstruction": "mean squared error, images in [-1, 1], test set"}}
+
+    def report(self, metrics: dict[str, Any]) -> list[str]:
+        return [f"Test reconstruction error (MSE): {metrics['reconstruction']:.4f}"]
+
+    def draw(self, images: Tensor, folder: Path) -> None:
+        draw_reconstructions(images, self.model(images).image, folder / "reconstructions.png")
+
+    def _log_reconstruction(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        image, _ = batch
+        self.log_mean(f"{stage}/reconstruction", F.mse_loss(self.model(image).image, image))
+
+    def _progress(self) -> float:
+        """From 0 in the first epoch to 1 in the last."""
+        epochs = max((self.trainer.max_epochs or 1) - 1, 1)
+        return min(self.current_epoch / epochs, 1.0)

@@ -30,6 +30,14 @@ class Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
 
+    def figures(
+        self, trainer: L.Trainer, data: L.LightningDataModule, cfg: DictConfig
+    ) -> dict[str, Any]:
+        """Every figure of the trained model."""
+        (tested,) = trainer.test(self, data, verbose=False)
+        logged = {name.removeprefix("test/"): value for name, value in tested.items()}
+        return logged | self.after_training(data, cfg)
+
     def before_training(self, data: L.LightningDataModule, cfg: DictConfig) -> dict[str, Any]:
         """Figures of the untrained model, for ``metrics.json``."""
         return {}

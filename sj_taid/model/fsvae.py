@@ -64,6 +64,9 @@ class FSVAE(nn.Module):
         decoder: the image decoder, :class:`~sj_taid.TAID` (default) or
             :class:`~sj_taid.FixedDecoder`, made for the same T.
         presampling: see :class:`~sj_taid.model.latent.Posterior`.
+        latent_loss: the distance of posterior and prior, ``"mmd"`` or ``"kl"``.
+        own_sample_probability: the prior's scheduled sampling at the start and at the end of
+            training.
 
     Raises:
         ValueError: sizes that do not fit, or images of another shape.
@@ -88,8 +91,14 @@ class FSVAE(nn.Module):
         neuron: Neuron = original_neuron,
         decoder: nn.Module | None = None,
         presampling: str = "step",
+        latent_loss: str = "mmd",
+        own_sample_probability: tuple[float, float] = (0.1, 0.3),
     ) -> None:
         super().__init__()
+        if latent_loss not in LATENT_LOSSES:
+            raise ValueError(
+                f"latent_loss must be one of {', '.join(LATENT_LOSSES)}, but it is {latent_loss!r}"
+            )
         widths = _widths(hidden_channels, image_size)
         decoder = TAID(T) if decoder is None else decoder
         if decoder.T != T:
@@ -99,6 +108,8 @@ class FSVAE(nn.Module):
         self.T = T
         self.latent_channels = latent_channels
         self.k = k
+        self.latent_loss = latent_loss
+        self.own_sample_probability = tuple(own_sample_probability)
 
         side = halved(image_size, widths)
         self._code_shape = (widths[-1], side, side)
@@ -163,18 +174,17 @@ class FSVAE(nn.Module):
         with evaluating(self), torch.no_grad():
             return self.decode(self.prior.sample(self._picks(n)))
 
-    def loss(
-        self, image: Tensor, output: FSVAEOutput, latent_loss: str = "mmd"
-    ) -> dict[str, Tensor]:
+    def loss(self, image: Tensor, output: FSVAEOutput) -> dict[str, Tensor]:
         """``loss = reconstruction + latent``: squared error, and MMD or 1e-4 KL of q and p."""
-        if latent_loss not in LATENT_LOSSES:
-            raise ValueError(
-                f"latent_loss must be one of {', '.join(LATENT_LOSSES)}, but it is {latent_loss!r}"
-            )
-        distance, weight = LATENT_LOSSES[latent_loss]
+        distance, weight = LATENT_LOSSES[self.latent_loss]
         reconstruction = F.mse_loss(output.image, image)
         latent = weight * distance(output.q, output.p)
         return {"loss": reconstruction + latent, "reconstruction": reconstruction, "latent": latent}
+
+    def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
+        """The loss of a pass; ``progress`` of the training, 0 to 1, sets the scheduled sampling."""
+        first, last = self.own_sample_probability
+        return self.loss(image, self(image, first + (last - first) * progress))
 
     def _picks(self, n: int) -> Tensor:
         device = next(self.parameters()).device

@@ -25,12 +25,16 @@ TINY = [
     "model.latent_channels=5",
     "model.k=3",
     "dataset.image_size=8",
-    "fad.hidden_channels=[4]",
-    "fad.latent_channels=3",
-    "fad.epochs=1",
-    "fad.samples=8",
+    "metric.samples=8",
+    "metric.autoencoder.hidden_channels=[4]",
+    "metric.autoencoder.latent_channels=3",
+    "metric.autoencoder.epochs=1",
     *TINY_TRAINER,
 ]
+
+TINY_VAE = ["model=vae", *(o for o in TINY if not o.startswith(("model.T", "model.k")))]
+
+TINY_AUTOENCODING = ["task=autoencoding", *(o for o in TINY_VAE[1:] if not o.startswith("metric"))]
 
 TINY_CLASSIFICATION = [
     "task=classification",
@@ -52,7 +56,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(cache):
     """Compose conf/train.yaml with overrides, at a size for tests."""
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from experiments import run
 from experiments.data import Digits
 from experiments.train import train
-from tests.experiments.conftest import CONF, TINY, script
+from tests.experiments.conftest import CONF, TINY, TINY_AUTOENCODING, TINY_VAE, script
 
 PICTURES = (
     "samples.png",
@@ -71,7 +71,7 @@ def test_every_neuron_with_every_decoder(tiny, tmp_path, neuron, decoder):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["task.latent_loss=kl"],
+        ["model.latent_loss=kl"],
         ["model.presampling=prefix"],
         ["surrogate=atan", "neuron.min_v_threshold=0.05"],
         ["neuron.learn_tau=false", "trainer.precision=bf16-mixed"],
@@ -80,6 +80,23 @@ def test_every_neuron_with_every_decoder(tiny, tmp_path, neuron, decoder):
 )
 def test_options(tiny, tmp_path, overrides):
     assert train(tiny(*overrides), tmp_path)["reconstruction"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pictures"),
+    [
+        (TINY_VAE, {"samples.png", "reconstructions.png", "curves.png"}),
+        (TINY_AUTOENCODING, {"reconstructions.png", "curves.png"}),
+    ],
+    ids=["vae", "autoencoder"],
+)
+def test_plain_models(tiny, tmp_path, overrides, pictures):
+    metrics = train(tiny(*overrides, tiny=False), tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == pictures
+    assert metrics["reconstruction"] > 0 and ("fad" in metrics) == ("samples.png" in pictures)
+    assert metrics["protocol"].keys() == metrics.keys() & {"reconstruction", "fad"}
+    model, _ = run.load_model(tmp_path / run.CHECKPOINTS / "last.ckpt")
+    assert model(torch.zeros(2, 1, 8, 8)).image.shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize("name", options("model"))
@@ -209,7 +226,7 @@ def test_unknown_choices_and_keys_list_what_there_is(tiny, override, error, mess
         ("decoder.squeeze=time", "squeeze must be 'spatial' or 'all'"),
         ("neuron.backend=fpga", "'fpga' is unknown"),
         ("neuron.init_tau=1.0", "init_tau must be a number of time steps greater than 1"),
-        ("task.latent_loss=l1", "task.latent_loss must be one of mmd, kl"),
+        ("model.latent_loss=l1", "latent_loss must be one of mmd, kl"),
         ("model.presampling=fast", "presampling must be one of"),
         ("dataset.image_size=9", "cannot be halved"),
     ],

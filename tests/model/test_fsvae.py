@@ -66,9 +66,8 @@ def test_two_calls_in_a_row_never_mix(training):
 @pytest.mark.parametrize("latent_loss", ["mmd", "kl"])
 @pytest.mark.parametrize("make_decoder", [TAID, partial(TAID, squeeze="all"), FixedDecoder])
 def test_every_parameter_learns(make_decoder, latent_loss):
-    model = FSVAE(**SMALL, decoder=make_decoder(SMALL["T"]))
-    image = images(8)
-    losses = model.loss(image, model(image, 0.3), latent_loss)
+    model = FSVAE(**SMALL, decoder=make_decoder(SMALL["T"]), latent_loss=latent_loss)
+    losses = model.training_loss(images(8), progress=1.0)
     assert losses["loss"] == losses["reconstruction"] + losses["latent"]
     losses["loss"].backward()
     for name, parameter in model.named_parameters():
@@ -159,7 +158,15 @@ def test_bad_images(shape):
 
 
 def test_unknown_latent_loss():
-    model = FSVAE(**SMALL)
-    image = images()
     with pytest.raises(ValueError, match="latent_loss must be one of mmd, kl"):
-        model.loss(image, model(image), "wasserstein")
+        FSVAE(**SMALL, latent_loss="wasserstein")
+
+
+def test_scheduled_sampling_follows_the_progress(monkeypatch):
+    model = FSVAE(**SMALL, own_sample_probability=(0.1, 0.3))
+    used = []
+    original = model.prior.forward
+    monkeypatch.setattr(model.prior, "forward", lambda z, p: used.append(p) or original(z, p))
+    for progress in (0.0, 0.5, 1.0):
+        model.training_loss(images(), progress)
+    assert used == pytest.approx([0.1, 0.2, 0.3])
