@@ -1,0 +1,83 @@
+"""Measure a trained model: ``python experiments/evaluate.py checkpoint=.../last.ckpt``.
+
+The figures and their protocols take their places in the run's ``metrics.json``.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+# The checkout's root, so that this file runs as a script from anywhere.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments import run
+from experiments.measure import seeded
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(cfg: DictConfig, command: str = "") -> dict[str, Any]:
+    """Measure ``cfg.checkpoint`` and update its run's metrics, which are given back."""
+    # Lightning's notes on devices and services are left out; its warnings stay.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    model, of_run = run.load_model(cfg.checkpoint)
+    folder = Path(cfg.checkpoint).expanduser().parent.parent
+    cfg = OmegaConf.merge(of_run, _given(OmegaConf.to_container(cfg, resolve=True)))
+    with run.held(folder):
+        metrics = run.load_metrics(folder)
+        data = run.build(cfg.dataset)
+        data.prepare_data()
+        data.setup()
+        task = run.build(cfg.task, model=model, optimizer=None)
+        trainer = L.Trainer(
+            accelerator=cfg.trainer.accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        with seeded(cfg.seed):
+            figures = task.figures(trainer, data, cfg)
+        protocol = metrics.get("protocol", {}) | figures.pop("protocol", {})
+        evaluation = {"seed": cfg.seed, "command": command, **run.provenance()}
+        metrics |= {**figures, "protocol": protocol, "evaluation": evaluation}
+        run.save_metrics(metrics, folder)
+    for line in task.report(metrics):
+        log.info(line)
+    if "metric" in cfg and not cfg.metric.inception_weights:
+        log.info(
+            "FID and the Inception score are left out for want of weights: add "
+            "metric.inception_weights=FILE, or =download where there is internet."
+        )
+    return metrics
+
+
+def _given(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not null."""
+    given = {}
+    for key, value in config.items():
+        value = _given(value) if isinstance(value, dict) else value
+        if value not in (None, {}):
+            given[key] = value
+    return given
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    overrides = HydraConfig.get().overrides.task
+    evaluate(cfg, shlex.join(["python", "experiments/evaluate.py", *overrides]))
+    log.info("All figures are in %s", Path(cfg.checkpoint).parent.parent / run.METRICS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Measuring a run again: its metrics are updated, each figure with its protocol."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from experiments import measure, run
+from experiments.evaluate import evaluate
+from experiments.train import train
+from sj_taid.metric import FrechetDistance
+from tests.experiments.conftest import CONF, TINY_CLASSIFICATION, TINY_VAE
+from tests.metric.test_generation import Pixels, classifier
+
+
+def composed(folder, *overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        checkpoint = f"checkpoint={folder}/{run.CHECKPOINTS}/last.ckpt"
+        return compose("evaluate", [checkpoint, "trainer.accelerator=cpu", *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny):
+    """A finished run, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(tiny(*TINY_VAE, tiny=False), folder, command="python experiments/train.py")
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def metrics_of(folder):
+    return json.loads((folder / run.METRICS).read_text())
+
+
+def test_from_the_command_line(folder, tmp_path):
+    before = metrics_of(folder)
+    checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
+    script = CONF.parent / "experiments" / "evaluate.py"
+    done = subprocess.run(
+        [sys.executable, script, f"checkpoint={checkpoint}", "metric.samples=12"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "metric.inception_weights=FILE" in done.stdout
+    assert done.stdout.rstrip().endswith(str(folder / run.METRICS))
+    after = metrics_of(folder)
+    assert after["fad"] > 0 and after["fad"] != before["fad"]
+    assert "12 samples" in after["protocol"]["fad"] and after["protocol"]["reconstruction"]
+    assert "metric.samples=12" in after["evaluation"]["command"]
+    assert after["evaluation"]["versions"] and after["command"] == before["command"]
+    assert after["epochs"] == before["epochs"]
+    assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
+
+
+def test_a_seed_gives_the_figures_of_training_again(folder):
+    before = metrics_of(folder)
+    after = evaluate(composed(folder))
+    assert after["fad"] == before["fad"]
+    assert evaluate(composed(folder)) == after == metrics_of(folder)
+    other = evaluate(composed(folder, "seed=1"))
+    assert other["fad"] != before["fad"] and other["evaluation"]["seed"] == 1
+
+
+class Network(Pixels):
+    """What stands in for Inception: 8x8 images seen as four features and four classes."""
+
+    def __init__(self, weights):
+        super().__init__()
+        assert weights == "weights.pth"
+        self.classifier = classifier()
+
+    def forward(self, image):
+        return super().forward(image.unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5)))
+
+
+def test_fid_and_inception_score_where_there_are_weights(folder, monkeypatch):
+    monkeypatch.setattr(measure, "Inception", Network)
+    after = evaluate(composed(folder, "metric.inception_weights=weights.pth", "metric.samples=20"))
+    assert after["fid"] > 0 and 1 <= after["inception_score"] <= 4
+    assert after["protocol"]["fid"].startswith(FrechetDistance(Network("weights.pth")).protocol)
+    assert after["protocol"]["fid"].endswith("20 samples against the test set")
+    assert after["protocol"]["inception_score"].endswith("20 samples")
+    # A later evaluation without weights leaves them.
+    again = evaluate(composed(folder))
+    assert again["fid"] == after["fid"] and again["protocol"]["fid"] == after["protocol"]["fid"]
+
+
+def test_a_classifier(tiny, tmp_path):
+    train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path)
+    after = evaluate(composed(tmp_path))
+    assert 0 <= after["accuracy"] <= 1 and "fad" not in after
+
+
+def test_errors_say_what_to_do(folder):
+    (folder / run.METRICS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.json in .*finish the run"):
+        evaluate(composed(folder))
+    config = OmegaConf.load(folder / run.CONFIG)
+    for part in ("dataset", "task"):
+        evil = OmegaConf.merge(config, {part: {"_target_": "os.system"}})
+        OmegaConf.save(evil, folder / run.CONFIG)
+        (folder / run.METRICS).write_text("{}")
+        with pytest.raises(ValueError, match=r"names 'os\.system'.*trusted source"):
+            evaluate(composed(folder))
