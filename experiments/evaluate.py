@@ -6,7 +6,6 @@ The figures and their protocols take their places in the run's ``metrics.json``.
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,8 +73,7 @@ def _given(config: dict[str, Any]) -> dict[str, Any]:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    overrides = HydraConfig.get().overrides.task
-    evaluate(cfg, shlex.join(["python", "experiments/evaluate.py", *overrides]))
+    evaluate(cfg, run.command("evaluate.py", HydraConfig.get()))
     log.info("All figures are in %s", Path(cfg.checkpoint).parent.parent / run.METRICS)
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -51,7 +52,7 @@ published figures in [conf/experiment](conf/experiment); not edited by hand.
 Reconstruction is the mean squared error on the test set, of images in [-1, 1]. FAD compares samples
 with the test set in the latent space of an autoencoder that this project trains, so its values
 compare only with each other, on one data set. ↓ means that lower is better; ± is the standard
-deviation over seeds. How each was measured:
+deviation over seeds. The protocols are at the end.
 """
 LAPTOP_TITLE = """\
 ## What ALIF and TAID buy
@@ -72,7 +73,7 @@ not a comparison. What is blank was not published or not measured.
 RUNS_TITLE = """\
 ## Every run
 
-What each figure of ours comes from. The commands leave out where the data lie.
+How our figures were measured, and the run of each. The commands leave out where the data lie.
 """
 
 
@@ -84,8 +85,8 @@ def keep(metrics: Metrics) -> Path:
     """
     choices = overrides(metrics)
     experiment = choices.pop("experiment", None)
-    if experiment is None:
-        raise ValueError(f"{metrics['command']!r} has no experiment=..., so it is in no table")
+    if experiment not in experiments():
+        raise ValueError(f"{metrics['command']!r} is no run of an experiment in conf/experiment")
     choices["seed"] = metrics["seed"]
     name = ",".join(sorted(f"{key}={value}" for key, value in choices.items()))
     path = RESULTS / experiment / f"{name}.json"
@@ -98,6 +99,7 @@ def kept(experiment: str) -> list[Metrics]:
     return [read(path) for path in sorted((RESULTS / experiment).glob("*.json"))]
 
 
+@cache
 def experiments() -> dict[str, DictConfig]:
     """Every ``conf/experiment/*.yaml``, composed."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -195,13 +197,13 @@ def text() -> str:
     ]
     sections = [
         INTRODUCTION,
-        "".join(sorted(f"- {name}: {how}\n" for name, how in protocols)),
         LAPTOP_TITLE,
         *(laptop_section(name, runs[name]) for name in laptop if runs[name]),
         f"Not run: {not_run}.\n",
         PAPER_TITLE,
         *(paper_section(*table, rows) for table, rows in papers.items()),
         RUNS_TITLE,
+        "".join(sorted(f"- {name}: {how}\n" for name, how in protocols)),
         markdown([["command", "commit", "machine", "threads"], *origins]),
     ]
     return "\n".join(sections)

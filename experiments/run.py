@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -109,13 +110,25 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def finished(cfg: DictConfig, folder: Path, places: Container[str]) -> dict[str, Any] | None:
+def places(hydra_cfg: DictConfig) -> list[str]:
+    """The keys that are no choices: where things lie, and how it looks."""
+    return list(hydra_cfg.job.config.override_dirname.exclude_keys)
+
+
+def command(script: str, hydra_cfg: DictConfig) -> str:
+    """The command line, for another machine: without where things lie here."""
+    apart = places(hydra_cfg)
+    chosen = [o for o in hydra_cfg.overrides.task if o.partition("=")[0] not in apart]
+    return shlex.join(["python", f"experiments/{script}", *chosen])
+
+
+def finished(cfg: DictConfig, folder: Path, apart: Iterable[str]) -> dict[str, Any] | None:
     """The metrics of the run in ``folder``; None where there is none yet or it is half done.
 
     Args:
         cfg: the run's config.
         folder: the run's folder.
-        places: keys that may differ, since they say where things lie.
+        apart: keys that may differ, with all below them.
 
     Raises:
         FileExistsError: ``folder`` holds a run with another config.
@@ -126,7 +139,8 @@ def finished(cfg: DictConfig, folder: Path, places: Container[str]) -> dict[str,
         differing = [
             f"{key} ({there.get(key)}, now {here.get(key)})"
             for key in sorted(there.keys() | here.keys())
-            if key not in places and there.get(key) != here.get(key)
+            if there.get(key) != here.get(key)
+            and not any(f"{key}.".startswith(f"{other}.") for other in apart)
         ]
         if differing:
             raise FileExistsError(

@@ -6,7 +6,6 @@ conf/train.yaml lists the groups.
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,18 +89,12 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
 def main(cfg: DictConfig) -> float:
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
-    places = hydra_cfg.job.config.override_dirname.exclude_keys
-    overrides = [o for o in hydra_cfg.overrides.task if o.partition("=")[0] not in places]
     choices = {k: v for k, v in hydra_cfg.runtime.choices.items() if not k.startswith("hydra/")}
     with run.held(folder):
-        metrics = run.finished(cfg, folder, places)
+        metrics = run.finished(cfg, folder, run.places(hydra_cfg))
         if metrics is None:
-            metrics = train(
-                cfg,
-                folder,
-                command=shlex.join(["python", "experiments/train.py", *overrides]),
-                choices=choices,
-            )
+            command = run.command("train.py", hydra_cfg)
+            metrics = train(cfg, folder, command=command, choices=choices)
         else:
             log.info("This run is finished already and is not run again.")
     log.info("Metrics, checkpoints and TensorBoard logs are there too. Pictures: %s", folder)

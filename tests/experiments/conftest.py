@@ -83,6 +83,7 @@ def metrics(command, choices=ALIF, seed=0, **figures):
         "machine": "a laptop",
         "threads": 1,
         "versions": {"torch": "2.0"},
+        "protocol": {"fad": "by hand"},
     }
 
 
@@ -90,10 +91,10 @@ def metrics(command, choices=ALIF, seed=0, **figures):
 def runs(tmp_path):
     """LIF and ALIF (the default) with two seeds each; one run unfinished, one broken."""
     written = [
-        metrics(["experiment=small_cpu", "neuron=lif", "seed=0"], LIF, 0, fad=10.0),
-        metrics(["experiment=small_cpu", "neuron=lif", "seed=1"], LIF, 1, fad=12.0),
-        metrics(["experiment=small_cpu"], ALIF, 0, fad=7.0, accuracy=0.9978),
-        metrics(["experiment=small_cpu", "seed=1"], ALIF, 1, fad=8.0, accuracy=0.9968),
+        metrics(["experiment=mnist_small_cpu", "neuron=lif", "seed=0"], LIF, 0, fad=10.0),
+        metrics(["experiment=mnist_small_cpu", "neuron=lif", "seed=1"], LIF, 1, fad=12.0),
+        metrics(["experiment=mnist_small_cpu"], ALIF, 0, fad=7.0, accuracy=0.9978),
+        metrics(["experiment=mnist_small_cpu", "seed=1"], ALIF, 1, fad=8.0, accuracy=0.9968),
     ]
     folder = tmp_path / "sweep"
     for number, content in enumerate(written):

@@ -58,6 +58,7 @@ def test_from_the_command_line(folder, tmp_path):
     assert after["fad"] > 0 and after["fad"] != before["fad"]
     assert "12 samples" in after["protocol"]["fad"] and after["protocol"]["reconstruction"]
     assert "metric.samples=12" in after["evaluation"]["command"]
+    assert str(tmp_path) not in after["evaluation"]["command"]
     assert after["evaluation"]["versions"] and after["command"] == before["command"]
     assert after["epochs"] == before["epochs"]
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))

@@ -91,15 +91,17 @@ def test_the_other_processes_of_a_distributed_run_do_not_wait_for_its_first(tmp_
 
 
 def test_a_folder_keeps_its_run(tmp_path):
-    cfg = OmegaConf.create({"seed": 0, "dataset": {"root": "a", "size": "${seed}"}})
-    places = ["dataset.root"]
+    cfg = OmegaConf.create(
+        {"seed": 0, "dataset": {"root": "a", "size": "${seed}"}, "callbacks": {}}
+    )
+    places = ["dataset.root", "callbacks"]
     assert run.finished(cfg, tmp_path, places) is None
     run.save_config(cfg, tmp_path)
     assert run.finished(cfg, tmp_path, places) is None
     run.save_metrics({"fad": 3.0}, tmp_path)
     assert run.finished(cfg, tmp_path, places) == {"fad": 3.0}
 
-    cfg.dataset.root = "b"
+    cfg.dataset.root, cfg.callbacks = "b", {"bar": "wide"}
     assert run.finished(cfg, tmp_path, places) == {"fad": 3.0}
     cfg.seed = 1
     with pytest.raises(
