@@ -30,11 +30,12 @@ Metrics = dict[str, Any]
 
 
 class Figure(NamedTuple):
-    """A measured quantity: its heading, the unit it is shown in and with how many decimals."""
+    """A quantity: its heading, its unit and decimals, and whether its spread is of interest."""
 
     title: str
     unit: float
     decimals: int
+    spread: bool = True
 
     def of(self, values: Sequence[float], sign: str = "-") -> str:
         """Mean and standard deviation; nothing where there is no value. ``sign="+"`` shows both."""
@@ -42,7 +43,7 @@ class Figure(NamedTuple):
             return ""
         mean, spread = mean_and_spread([value / self.unit for value in values])
         text = f"{mean:{sign}.{self.decimals}f}"
-        return f"{text} ± {spread:.{self.decimals}f}" if len(set(values)) > 1 else text
+        return f"{text} ± {spread:.{self.decimals}f}" if self.spread and len(values) > 1 else text
 
 
 #: What is measured (the arrow says which way is better), and what it cost.
@@ -54,9 +55,9 @@ FIGURES = {
     "fad": Figure("FAD ↓", 1, 2),
 }
 COSTS = {
-    "epochs": Figure("epochs", 1, 0),
-    "parameters": Figure("parameters, M", 1e6, 2),
-    "training_seconds": Figure("training, min", 60, 1),
+    "epochs": Figure("epochs", 1, 0, spread=False),
+    "parameters": Figure("parameters, M", 1e6, 2, spread=False),
+    "training_seconds": Figure("training, min", 60, 1, spread=False),
 }
 
 
