@@ -89,7 +89,7 @@ def keep(metrics: Metrics) -> Path:
         raise ValueError(f"{metrics['command']!r} is no run of an experiment in conf/experiment")
     choices["seed"] = metrics["seed"]
     name = ",".join(sorted(f"{key}={value}" for key, value in choices.items()))
-    path = RESULTS / experiment / f"{name}.json"
+    path = RESULTS / experiment / f"{run.folder_name(name.replace('/', '-'))}.json"
     with run.replacing(path) as whole:
         whole.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return path

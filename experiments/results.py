@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for folder, reason in left_out.items():
         console.print(f"left out: {folder} ({reason})", soft_wrap=True, markup=False)
     if not finished:
-        return
+        parser.error("no finished run; one that is cut off goes on when its command is repeated")
     runs = list(finished.values())
     head, *body = table(runs)
     shown = Table(*head)

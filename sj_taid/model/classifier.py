@@ -73,6 +73,9 @@ class Classifier(nn.Module):
         neuron: Neuron = paper_neuron,
     ) -> None:
         super().__init__()
+        for name, value in (("T", T), ("hidden", hidden), ("neurons_per_class", neurons_per_class)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, but it is {value!r}")
         if not isinstance(classes, int) or classes < 2:
             raise ValueError(
                 f"classes must be an integer >= 2, but it is {classes!r}; "

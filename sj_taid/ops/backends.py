@@ -24,6 +24,8 @@ from .alif import reference
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "SJ_TAID_BACKEND"
+#: the process that imported this; one forked from it has another number, and none of its threads
+PROCESS = os.getpid()
 
 
 class Backend(NamedTuple):

@@ -63,3 +63,10 @@ def test_a_folder_without_runs(tmp_path, capsys, folder, message):
     with pytest.raises(SystemExit):
         results.main([str(tmp_path / folder)])
     assert "error: no" in capsys.readouterr().err
+
+
+def test_without_a_finished_run_there_is_nothing_to_compare(tmp_path, capsys):
+    (tmp_path / run.CONFIG).write_text("seed: 0\n")
+    with pytest.raises(SystemExit):
+        results.main([str(tmp_path)])
+    assert "no finished run" in capsys.readouterr().err

@@ -125,6 +125,8 @@ def test_learns_to_tell_images_apart(make):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"T": 0}, "T must be an integer >= 1, but it is 0"),
+        ({"neurons_per_class": 0}, "neurons_per_class must be an integer >= 1, but it is 0"),
         ({"classes": None}, "classes must be an integer >= 2, but it is None"),
         ({"classes": 1}, "classes must be an integer >= 2, but it is 1"),
         ({"stages": []}, "stages must hold the widths of at least one stage"),

@@ -43,7 +43,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 from torch import Tensor
 
-from .. import surrogate
+from .. import backends, surrogate
 from . import autograd
 
 #: floats of scratch memory a thread: a block's rows stay in the second-level cache
@@ -371,7 +371,6 @@ def _gomp() -> Any:
 
 
 _MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_PARENT = os.getpid()
 
 # A forked child inherits the pool but not its threads.
 if hasattr(os, "register_at_fork"):
@@ -427,7 +426,7 @@ def _together(work: Callable[..., None], threads: int) -> None:
     """Call ``work`` on ``threads`` threads at once."""
     if threads == 1:
         work()
-    elif os.getpid() == _PARENT and (gomp := _gomp()):
+    elif os.getpid() == backends.PROCESS and (gomp := _gomp()):
         gomp.GOMP_parallel(_MEMBER(work), None, threads, 0)
     else:
         others = [_pool().submit(work) for _ in range(threads - 1)]
@@ -436,13 +435,17 @@ def _together(work: Callable[..., None], threads: int) -> None:
             other.result()
 
 
+@cache
+def _madvise() -> Any:
+    """The system call of that name, where it knows of huge pages: on Linux."""
+    return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
+
+
 def _ask_for_huge_pages(*tensors: Tensor) -> None:
-    """Let Linux back large new tensors by huge pages."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    madvise = ctypes.CDLL(None).madvise
+    """Let the system back large new tensors, and what takes their place later, by huge pages."""
     for tensor in tensors:
-        if tensor.nbytes >= 2 * HUGE:  # so that one lies within it, wherever it begins
+        # So large that one lies within, wherever it begins.
+        if tensor.nbytes >= 2 * HUGE and (madvise := _madvise()):
             first = -(-tensor.data_ptr() // HUGE) * HUGE
             last = (tensor.data_ptr() + tensor.nbytes) // HUGE * HUGE
             madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
