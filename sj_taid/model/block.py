@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from spikingjelly.activation_based import layer
+from spikingjelly.activation_based import base, layer
 from torch import nn
 
 Neuron = Callable[[], nn.Module]
@@ -26,6 +26,17 @@ def halved(image_size: int, widths: tuple[int, ...]) -> int:
             f"hidden_channels={widths}; choose a multiple of {2 ** len(widths)}"
         )
     return side
+
+
+def reset(net: nn.Module) -> None:
+    """Bring every neuron of ``net`` to rest.
+
+    SpikingJelly 2.x remembers for all nets what its ``reset_net`` resets; a compiled graph would
+    depend on that, and on which nets are alive. So it is not used inside a model.
+    """
+    for module in net.modules():
+        if isinstance(module, base.MemoryModule):
+            module.reset()
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from spikingjelly.activation_based import functional, layer, surrogate
+from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
 from ..neuron import ALIFNode
-from .block import Neuron
+from .block import Neuron, reset
 
 __all__ = ["Classifier", "paper_neuron"]
 
@@ -129,7 +129,7 @@ class Classifier(nn.Module):
                 f"Classifier expects images [N, {shape}] or frames [T, N, {shape}], "
                 f"but got {list(x.shape)}"
             )
-        functional.reset_net(self)
+        reset(self)
         if x.dim() == 5:
             x_seq = self.stem(x)
         else:

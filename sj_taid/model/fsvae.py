@@ -7,13 +7,13 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from spikingjelly.activation_based import functional, layer, surrogate
+from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layer import TAID
 from ..neuron import ALIFNode
-from .block import Neuron, conv_block, conv_transpose_block, evaluating, halved, linear_block
+from .block import Neuron, conv_block, conv_transpose_block, evaluating, halved, linear_block, reset
 from .latent import LATENT_LOSSES, Posterior, Prior
 
 __all__ = ["FSVAE", "FSVAEOutput", "original_neuron"]
@@ -149,8 +149,8 @@ class FSVAE(nn.Module):
                 f"FSVAE expects images [N, {', '.join(map(str, expected))}], "
                 f"but got {list(image.shape)}"
             )
-        functional.reset_net(self.encoder)
-        functional.reset_net(self.to_latent)
+        reset(self.encoder)
+        reset(self.to_latent)
         # The image is the same at every step, so its first convolution and norm are too.
         x_seq = self.stem(image.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
         return self.to_latent(self.encoder(x_seq).flatten(2))
@@ -161,8 +161,8 @@ class FSVAE(nn.Module):
 
     def decode_sequence(self, z_seq: Tensor) -> Tensor:
         """What the image decoder weighs: ``[T, N, C, H, W]`` for ``[T, N, latent]``."""
-        functional.reset_net(self.from_latent)
-        functional.reset_net(self.decoder)
+        reset(self.from_latent)
+        reset(self.decoder)
         x_seq = self.from_latent(z_seq).unflatten(2, self._code_shape)
         return self.to_image(self.decoder(x_seq))
 

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
-from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
-from .block import Neuron, evaluating, linear_block
+from .block import Neuron, evaluating, linear_block, reset
 
 PRESAMPLING = ("step", "prefix")
 
@@ -44,7 +43,7 @@ class LatentNetwork(nn.Module):
 
     def run(self, x_seq: Tensor) -> Tensor:
         """From rest over a whole sequence: ``[T, N, in_channels]`` -> ``[T, N, C, k]``."""
-        functional.reset_net(self.net)
+        reset(self.net)
         return self.net(x_seq).unflatten(2, (self.channels, self.k))
 
     def step(self, x: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ class LatentNetwork(nn.Module):
     def stepping(self) -> Iterator[None]:
         """From rest, with the running BN statistics: then the network is causal, and stepping it
         equals running every prefix anew, at O(T) instead of O(T^2)."""
-        functional.reset_net(self.net)
+        reset(self.net)
         with evaluating(self.net):
             yield
 
@@ -118,11 +117,15 @@ class Prior(LatentNetwork):
         probability, by the prior's own sample ``1[mean_k p + 1e-3 noise > 0.5]``.
         """
         z_previous = torch.cat([torch.zeros_like(z_seq[:1]), z_seq[:-1]]).detach()
-        own = torch.rand(len(z_seq) - 1) < own_sample_probability
+        self._take_own_samples(z_previous, own_sample_probability)
+        return self.run(z_previous)
+
+    @torch.compiler.disable  # other steps each time: there is no one graph
+    def _take_own_samples(self, z_previous: Tensor, probability: float) -> None:
+        own = torch.rand(len(z_previous) - 1) < probability
         own[: self.FIRST_OWN_SAMPLE] = False
         if own.any():
             self._insert_own_samples(z_previous, own.tolist())
-        return self.run(z_previous)
 
     @torch.no_grad()
     def _insert_own_samples(self, z_previous: Tensor, own: list[bool]) -> None:

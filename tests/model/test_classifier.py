@@ -1,11 +1,13 @@
 """The classifier: shapes, state, gradients, the neurons and inputs it takes, errors."""
 
+import gc
 from functools import partial
 
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sj_taid import ALIFNode
 from sj_taid.model import Classifier
@@ -99,6 +101,22 @@ def test_a_dropout_mask_holds_for_all_steps_of_one_pass():
     model(images())
     functional.reset_net(model)
     assert not torch.equal(hidden(torch.ones(5, 2, 400)), dropped)
+
+
+def test_one_compiled_graph_whatever_other_nets_live():
+    torch.compiler.reset()
+    other = Classifier(**SMALL)
+    functional.reset_net(other)  # SpikingJelly 2.x remembers it as long as it lives
+    model = Classifier(**SMALL).eval()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    image = images()
+    expected = model(image)
+    assert torch.equal(compiled(image), expected)
+    del other
+    gc.collect()
+    assert torch.equal(compiled(image), expected)
+    assert counter.frame_count == 1
 
 
 def test_a_rate_is_the_mean_over_time_and_a_class():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sj_taid.model.fsvae import original_neuron
 from sj_taid.model.latent import Posterior, Prior, kl_loss, mmd_loss, pick, postsynaptic_potential
@@ -153,3 +154,19 @@ def test_kl_loss():
 def test_unknown_presampling():
     with pytest.raises(ValueError, match=r"presampling must be one of \('step', 'prefix'\)"):
         Posterior(C, K, original_neuron, "fast")
+
+
+def test_a_compiled_prior_keeps_its_graphs_whatever_samples_of_its_own_it_takes():
+    torch.compiler.reset()
+    prior = settled(Prior(C, K, original_neuron))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(prior, backend=counter)
+    z_seq, graphs = spikes(), []
+    for probability in (0.1, 0.2, 0.5, 0.9):
+        results = []
+        for network in (prior, compiled):
+            torch.manual_seed(1)
+            results.append(network(z_seq, probability))
+        assert torch.equal(*results)
+        graphs.append(counter.frame_count)
+    assert graphs[-1] == graphs[-2] > 0
