@@ -1,4 +1,4 @@
-"""Measure a trained model: ``python experiments/evaluate.py checkpoint=.../last.ckpt``.
+"""Measure a trained model: ``python experiments/evaluate.py checkpoint=RUN``.
 
 The figures and their protocols take their places in the run's ``metrics.json``.
 """
@@ -29,7 +29,7 @@ def evaluate(cfg: DictConfig, command: str = "") -> dict[str, Any]:
     # Lightning's notes on devices and services are left out; its warnings stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     model, of_run = run.load_model(cfg.checkpoint)
-    folder = Path(cfg.checkpoint).expanduser().parent.parent
+    folder = run.find_checkpoint(cfg.checkpoint).parents[1]
     cfg = OmegaConf.merge(of_run, _given(OmegaConf.to_container(cfg, resolve=True)))
     with run.held(folder):
         metrics = run.load_metrics(folder)
@@ -74,7 +74,8 @@ def _given(config: dict[str, Any]) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     evaluate(cfg, run.command("evaluate.py", HydraConfig.get()))
-    log.info("All figures are in %s", Path(cfg.checkpoint).parent.parent / run.METRICS)
+    folder = run.find_checkpoint(cfg.checkpoint).parents[1]
+    log.info("All figures are in %s", folder / run.METRICS)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@rank_zero_only
 def save_config(cfg: DictConfig, folder: Path) -> None:
     with replacing(folder / CONFIG) as path:
         path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
@@ -157,6 +158,46 @@ def last_checkpoint(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
+def find_checkpoint(place: str | Path) -> Path:
+    """The checkpoint at ``place``: the file itself, or the last one of a run's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(place).expanduser().absolute()
+    checkpoint = last_checkpoint(path) if path.is_dir() else path
+    if checkpoint is None or not checkpoint.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; a run leaves it in <run folder>/{CHECKPOINTS}/"
+        )
+    return checkpoint
+
+
+def resuming(arguments: list[str]) -> list[str]:
+    """The command line that goes on with the run which ``resume=...`` names, in its own folder.
+
+    It repeats what the run was started with. ``arguments`` come after that, so they win.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or Hydra's notes of the command line are gone.
+    """
+    named = [argument for argument in arguments if argument.startswith("resume=")]
+    if not named:
+        return arguments
+    checkpoint = find_checkpoint(named[-1].removeprefix("resume=").strip("'\""))
+    folder = checkpoint.parents[1]
+    notes = folder / ".hydra" / "overrides.yaml"
+    if not notes.is_file():
+        raise FileNotFoundError(
+            f"no {notes}, where Hydra notes what a run was started with; repeat that command "
+            f"with hydra.run.dir={folder} instead, and it goes on"
+        )
+    others = [argument for argument in arguments if argument not in named]
+    # Quoted: a sweep's folders have = and , in their names.
+    places = [f'hydra.run.dir="{folder}"', f'resume="{checkpoint}"']
+    return [*OmegaConf.load(notes), *places, *others]
+
+
 def folder_name(overrides: str) -> str:
     """A job's folder: named by its overrides, cut where a file system takes no longer name."""
     if len(overrides) <= 200:
@@ -213,18 +254,14 @@ def cpu_name() -> str:
 
 
 def load_model(checkpoint: str | Path) -> tuple[nn.Module, DictConfig]:
-    """The model of a checkpoint, in eval mode, and the config of its run.
+    """The model of a checkpoint or of a run's folder, in eval mode, and the config of its run.
 
     Raises:
         FileNotFoundError: no checkpoint there, or no config beside it.
         ValueError: not a checkpoint, damaged, of another model, or a config that names foreign
             classes.
     """
-    path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}; a run leaves them in <run folder>/{CHECKPOINTS}/"
-        )
+    path = find_checkpoint(checkpoint)
     config = path.parent.parent / CONFIG
     if not config.is_file():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Draw samples from a trained model: ``python experiments/sample.py checkpoint=.../last.ckpt``."""
+"""Draw samples from a trained model: ``python experiments/sample.py checkpoint=RUN``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sample")
 def main(cfg: DictConfig) -> None:
+    for name in ("n", "columns"):
+        if cfg[name] < 1:
+            raise ValueError(f"{name} must be at least 1, but it is {cfg[name]}")
     model, _ = run.load_model(cfg.checkpoint)
+    if not hasattr(model, "sample"):
+        raise ValueError(
+            f"{cfg.checkpoint} holds a {type(model).__name__}, which draws nothing; "
+            "give a checkpoint of task=generation"
+        )
     torch.manual_seed(cfg.seed)
     images = model.sample(cfg.n)
-    path = Path(cfg.output or Path(cfg.checkpoint).parent.parent / f"samples-seed{cfg.seed}.png")
+    folder = run.find_checkpoint(cfg.checkpoint).parents[1]
+    path = Path(cfg.output or folder / f"samples-seed{cfg.seed}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(images, path, cfg.columns, "Samples from the prior")
     log.info("%d samples are in %s", cfg.n, path)

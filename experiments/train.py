@@ -41,11 +41,7 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     # Lightning's notes on devices and services are left out; its warnings stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     run.reuse_freed_memory()
-    if cfg.resume and not Path(cfg.resume).is_file():
-        raise FileNotFoundError(
-            f"no checkpoint to resume at {cfg.resume}; a run leaves it in "
-            f"<run folder>/{run.CHECKPOINTS}/"
-        )
+    resume = run.last_checkpoint(folder) or (cfg.resume and run.find_checkpoint(cfg.resume))
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run.save_config(cfg, folder)
     data = instantiate(cfg.dataset)
@@ -66,7 +62,6 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
         callbacks=[checkpoints, timer, Pictures(folder), *map(instantiate, cfg.callbacks.values())],
     )
-    resume = run.last_checkpoint(folder) or cfg.resume
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
 
     metrics = {
@@ -91,7 +86,9 @@ def main(cfg: DictConfig) -> float:
     folder = Path(hydra_cfg.runtime.output_dir)
     choices = {k: v for k, v in hydra_cfg.runtime.choices.items() if not k.startswith("hydra/")}
     with run.held(folder):
-        metrics = run.finished(cfg, folder, run.places(hydra_cfg))
+        # What is resumed in its own folder may go on with other choices.
+        resumed = cfg.resume and folder in Path(cfg.resume).parents
+        metrics = None if resumed else run.finished(cfg, folder, run.places(hydra_cfg))
         if metrics is None:
             command = run.command("train.py", hydra_cfg)
             metrics = train(cfg, folder, command=command, choices=choices)
@@ -102,4 +99,5 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = run.resuming(sys.argv[1:])
     main()

@@ -4,16 +4,17 @@ import json
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from matplotlib import image as mpimg
 from torch import nn
 
-from experiments import run
+from experiments import run, sample
 from experiments.task.classification import Classification
 from experiments.train import train
 from sj_taid.model import Classifier
 from sj_taid.monitoring import tau_and_threshold
-from tests.experiments.conftest import TINY_CLASSIFICATION
+from tests.experiments.conftest import CONF, TINY_CLASSIFICATION
 
 NEURONS = ("alif", "plif", "lif")
 
@@ -33,8 +34,12 @@ def test_a_run_leaves_everything(classify, tmp_path, neuron):
     assert cfg.objective in metrics
     for name in ("curves.png", "confusion.png", "parameters.png"):
         assert mpimg.imread(tmp_path / name).std() > 0, name
-    model, _ = run.load_model(tmp_path / run.CHECKPOINTS / "last.ckpt")
+    model, _ = run.load_model(tmp_path)
     assert isinstance(model, Classifier)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("sample", [f"checkpoint={tmp_path}"])
+    with pytest.raises(ValueError, match=r"holds a Classifier, which draws nothing; .*generation"):
+        sample.main.__wrapped__(cfg)
 
 
 def test_learns_digits_under_its_schedule(tiny, tmp_path):

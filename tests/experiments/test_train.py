@@ -7,12 +7,13 @@ import time
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
-from experiments import run
+from experiments import run, sample
 from experiments.data import Digits
 from experiments.train import train
 from tests.experiments.conftest import CONF, TINY, TINY_AUTOENCODING, TINY_VAE, script
@@ -45,9 +46,8 @@ def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(tmp_pa
     assert OmegaConf.load(folder / run.CONFIG).model.neuron.init_tau == pytest.approx(4 / 3)
     assert list((folder / "tensorboard").glob("events*"))
 
-    checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
     again = subprocess.run(
-        script("sample.py", f"checkpoint={checkpoint}", "n=6", "seed=3"),
+        script("sample.py", f"checkpoint={folder}", "n=6", "seed=3"),
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -56,6 +56,15 @@ def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(tmp_pa
     assert again.returncode == 0, again.stderr
     assert mpimg.imread(folder / "samples-seed3.png").std() > 0
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
+
+
+@pytest.mark.parametrize("override", ["n=0", "columns=0"])
+def test_nothing_to_draw(override):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("sample", ["checkpoint=nowhere", override])
+    name, _, value = override.partition("=")
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, but it is {value}"):
+        sample.main.__wrapped__(cfg)
 
 
 @pytest.mark.parametrize("decoder", options("decoder"))
@@ -142,12 +151,13 @@ def test_the_same_seed_gives_the_same_figures(tiny, tmp_path):
         assert first[key] != other[key]
 
 
-def test_a_killed_run_resumes_where_its_last_epoch_ended(tiny, tmp_path, cache):
-    folder = tmp_path / "killed"
+def test_a_killed_run_goes_on_in_its_folder_with_its_choices(tmp_path, cache):
+    folder = tmp_path / "neuron=lif,seed=0"  # as a sweep names it
     checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
     command = script(
-        "train.py", *TINY, "trainer.max_epochs=500", f"hydra.run.dir={folder}", f"cache_dir={cache}"
-    )
+        "train.py", *TINY, "neuron=lif", "trainer.max_epochs=500", f"cache_dir={cache}",
+        f"hydra.run.dir='{folder}'",
+    )  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not checkpoint.is_file() and time.monotonic() < deadline:
@@ -155,13 +165,47 @@ def test_a_killed_run_resumes_where_its_last_epoch_ended(tiny, tmp_path, cache):
         process.send_signal(signal.SIGKILL)
     epoch = torch.load(checkpoint, weights_only=True)["epoch"]
 
-    cfg = tiny(f"resume={checkpoint}", f"trainer.max_epochs={epoch + 3}")
-    metrics = train(cfg, tmp_path / "resumed")
-    assert metrics["epochs"] == epoch + 3
-    resumed = torch.load(tmp_path / "resumed" / run.CHECKPOINTS / "last.ckpt", weights_only=True)
+    again = script("train.py", f"resume={folder}", f"trainer.max_epochs={epoch + 3}")
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((folder / run.METRICS).read_text())
+    assert metrics["epochs"] == epoch + 3 and metrics["choices"]["neuron"] == "lif"
+    resumed = torch.load(checkpoint, weights_only=True)
     assert len(resumed["callbacks"]["Pictures"]["history"]) == epoch + 4
     assert len(resumed["callbacks"]["Pictures"]["epochs"]) == epoch + 3
     assert resumed["global_step"] == 2 * (epoch + 3)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_the_command_line_of_a_resumed_run(tmp_path):
+    assert run.resuming(["seed=1", "-m"]) == ["seed=1", "-m"]
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*run; a run leaves it in"):
+        run.resuming([f"resume={tmp_path / 'run'}"])
+
+    checkpoint = tmp_path / "run" / run.CHECKPOINTS / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    with pytest.raises(FileNotFoundError, match=r"(?s)overrides\.yaml.*repeat that command"):
+        run.resuming([f"resume={tmp_path / 'run'}"])
+
+    notes = tmp_path / "run" / ".hydra" / "overrides.yaml"
+    notes.parent.mkdir()
+    notes.write_text("- neuron=lif\n- model.stages=[[4],[6]]\n")
+    for place in (tmp_path / "run", checkpoint, f"'{tmp_path / 'run'}'"):
+        assert run.resuming(["seed=1", f"resume={place}", "--cfg", "job"]) == [
+            "neuron=lif",
+            "model.stages=[[4],[6]]",
+            f'hydra.run.dir="{tmp_path / "run"}"',
+            f'resume="{checkpoint}"',
+            "seed=1",
+            "--cfg",
+            "job",
+        ]
+
+
+def test_resuming_needs_a_checkpoint(tiny, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone\.ckpt"):
+        train(tiny(f"resume={tmp_path / 'gone.ckpt'}"), tmp_path / "run")
 
 
 def test_a_checkpoint_gives_the_trained_model(tiny, tmp_path):
