@@ -12,11 +12,14 @@ from typing import Any
 
 import hydra
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from torch import nn
 
 # The checkout's root, so that this file runs as a script from anywhere.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,7 +33,8 @@ log = logging.getLogger(__name__)
 def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     """Train, test, measure and draw what the task asks for; all is left in ``folder``.
 
-    A half-done run in ``folder`` goes on from its last epoch.
+    A half-done run in ``folder`` goes on from its last epoch. In a distributed run every process
+    trains, and the first alone measures, writes and returns the metrics.
 
     Args:
         cfg: the run's config.
@@ -45,11 +49,15 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run.save_config(cfg, folder)
     data = instantiate(cfg.dataset)
-    data.prepare_data()
-    data.setup()
     model = instantiate(cfg.model)
     task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
-    before = task.before_training(data, cfg)
+    first = rank_zero_only.rank == 0
+    if first:  # the others wait for it at the start of the training
+        data.prepare_data()
+        data.setup()
+        before = task.before_training(data, cfg)
+    if cfg.compile:
+        _compile(model, cfg.compile)
 
     # One file, replaced whole after every epoch.
     checkpoints = ModelCheckpoint(
@@ -64,8 +72,12 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     )
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
 
+    figures = task.figures(trainer, data, cfg)
+    if not first:
+        return {}
+
     metrics = {
-        **task.figures(trainer, data, cfg),
+        **figures,
         **before,
         "epochs": trainer.current_epoch,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -80,8 +92,19 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     return metrics
 
 
+def _compile(model: nn.Module, options: bool | DictConfig) -> None:
+    """In place, so that the keys of its checkpoints stay as they are."""
+    if not isinstance(options, bool | DictConfig):
+        raise ValueError(
+            "compile must be true, false or options of torch.compile, such as "
+            f"'compile={{mode: max-autotune}}', but it is {options!r}"
+        )
+    torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit
+    model.compile(**({} if options is True else options))
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | None:
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     choices = {k: v for k, v in hydra_cfg.runtime.choices.items() if not k.startswith("hydra/")}
@@ -95,7 +118,7 @@ def main(cfg: DictConfig) -> float:
         else:
             log.info("This run is finished already and is not run again.")
     log.info("Metrics, checkpoints and TensorBoard logs are there too. Pictures: %s", folder)
-    return metrics[cfg.objective]
+    return metrics.get(cfg.objective)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 
@@ -33,10 +33,16 @@ class Task(L.LightningModule):
     def figures(
         self, trainer: L.Trainer, data: L.LightningDataModule, cfg: DictConfig
     ) -> dict[str, Any]:
-        """Every figure of the trained model."""
+        """Every figure of the trained model.
+
+        In a distributed run every process tests, and the first alone measures the rest.
+        """
         (tested,) = trainer.test(self, data, verbose=False)
         logged = {name.removeprefix("test/"): value for name, value in tested.items()}
-        return logged | self.after_training(data, cfg)
+        if distributed.is_initialized():
+            # A metric sums over all processes, and would wait for the others for ever.
+            distributed.destroy_process_group()
+        return logged | self.after_training(data, cfg) if trainer.is_global_zero else logged
 
     def before_training(self, data: L.LightningDataModule, cfg: DictConfig) -> dict[str, Any]:
         """Figures of the untrained model, for ``metrics.json``."""

@@ -1,0 +1,82 @@
+"""Precision and speed by config: the same figures from a compiled model, and from one process."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from experiments import run
+from experiments.train import train
+from tests.experiments.conftest import TINY, TINY_CLASSIFICATION, script
+
+TASKS = {"generation": TINY, "classification": TINY_CLASSIFICATION}
+
+
+def test_a_compiled_model_learns_the_same_and_saves_the_same(tiny, tmp_path):
+    eager = train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path / "eager")
+    options = [*TINY_CLASSIFICATION, "compile={backend:eager}"]
+    # A run needs two graphs, for training and for the test. So does each further run of a sweep.
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for name in ("compiled", "again"):
+            counters.clear()
+            compiled = train(tiny(*options, tiny=False), tmp_path / name)
+            assert counters["stats"]["unique_graphs"] == 2
+            assert (compiled["loss"], compiled["accuracy"]) == (eager["loss"], eager["accuracy"])
+    states = [
+        torch.load(run.find_checkpoint(tmp_path / name), weights_only=True)["state_dict"]
+        for name in ("eager", "compiled")
+    ]
+    assert states[0].keys() == states[1].keys()
+    run.load_model(tmp_path / "compiled")
+
+
+def test_what_compile_takes(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"compile must be true, false or options of torch\.comp"):
+        train(tiny("compile=fast"), tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
+def test_precision(tiny, tmp_path, precision):
+    cfg = tiny(*TINY_CLASSIFICATION, f"trainer.precision={precision}", tiny=False)
+    assert train(cfg, tmp_path)["loss"] > 0
+    state = torch.load(run.find_checkpoint(tmp_path), weights_only=True)["state_dict"]
+    assert all(v.dtype == torch.float32 for v in state.values() if v.is_floating_point())
+
+
+def test_gradients_accumulate(tiny, tmp_path):
+    options = ("trainer.limit_train_batches=4", "trainer.accumulate_grad_batches=2")
+    train(tiny(*TINY_CLASSIFICATION, *options, tiny=False), tmp_path)
+    assert torch.load(run.find_checkpoint(tmp_path), weights_only=True)["global_step"] == 2
+
+
+def test_the_first_of_two_processes_measures_alone(tmp_path, cache):
+    command = script(
+        "train.py", *TINY, "trainer.devices=2", "callbacks=quiet", f"cache_dir={cache}",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / run.METRICS).read_text())
+    assert metrics["fad"] > 0 and metrics["fad_untrained"] > 0
+    assert done.stdout.count("FAD of the samples") == 1
+    assert "MEMBER: 2/2" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("task", TASKS)
+def test_on_a_gpu(tiny, tmp_path, task, mode):
+    sizes = [o for o in TASKS[task] if o != "trainer.accelerator=cpu"]
+    cfg = tiny(*sizes, "trainer=gpu", f"compile.mode={mode}", "trainer.max_epochs=2", tiny=False)
+    metrics = train(cfg, tmp_path)
+    assert metrics[cfg.objective] >= 0 and metrics["epochs"] == 2
+
+
+def test_the_gpu_config_composes(tiny):
+    cfg = tiny("trainer=gpu", "compile.mode=reduce-overhead")
+    assert cfg.trainer.precision == "bf16-mixed" and cfg.compile == {"mode": "reduce-overhead"}
