@@ -119,8 +119,16 @@ def places(hydra_cfg: DictConfig) -> list[str]:
 def command(script: str, hydra_cfg: DictConfig) -> str:
     """The command line, for another machine: without where things lie here."""
     apart = places(hydra_cfg)
-    chosen = [o for o in hydra_cfg.overrides.task if o.partition("=")[0] not in apart]
+    keys = {
+        override: override.partition("=")[0].lstrip("+~") for override in hydra_cfg.overrides.task
+    }
+    chosen = [override for override, key in keys.items() if not is_below(key, apart)]
     return shlex.join(["python", f"experiments/{script}", *chosen])
+
+
+def is_below(key: str, keys: Iterable[str]) -> bool:
+    """Whether ``key`` is one of ``keys`` or stands below one."""
+    return any(f"{key}.".startswith(f"{other}.") for other in keys)
 
 
 def finished(cfg: DictConfig, folder: Path, apart: Iterable[str]) -> dict[str, Any] | None:
@@ -140,8 +148,7 @@ def finished(cfg: DictConfig, folder: Path, apart: Iterable[str]) -> dict[str, A
         differing = [
             f"{key} ({there.get(key)}, now {here.get(key)})"
             for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key)
-            and not any(f"{key}.".startswith(f"{other}.") for other in apart)
+            if there.get(key) != here.get(key) and not is_below(key, apart)
         ]
         if differing:
             raise FileExistsError(

@@ -63,6 +63,7 @@ class Classification(Task):
 
     def draw(self, images: Tensor, folder: Path) -> None:
         figure, _ = self.confusion.plot(cmap="Blues")
+        figure.set_size_inches(2 + 0.6 * self.model.classes, 2 + 0.6 * self.model.classes)
         save(figure, folder / "confusion.png")
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -123,3 +123,15 @@ def test_sweeps_of_one_second_have_folders_of_their_own():
             cfg = compose("train", return_hydra_config=True)
         folders |= {cfg.hydra.sweep.dir, cfg.hydra.run.dir}
     assert len(folders) == 4
+
+
+def test_a_command_leaves_out_where_things_lie_however_it_is_said():
+    said = ["+dataset.root=/home/me", "++cache_dir=/data", "callbacks.bar.width=3", "seed=1"]
+    apart = ["dataset.root", "cache_dir", "callbacks"]
+    hydra_cfg = OmegaConf.create(
+        {
+            "job": {"config": {"override_dirname": {"exclude_keys": apart}}},
+            "overrides": {"task": said},
+        }
+    )
+    assert run.command("train.py", hydra_cfg) == "python experiments/train.py seed=1"
