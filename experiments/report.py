@@ -52,7 +52,8 @@ published figures in [conf/experiment](conf/experiment); not edited by hand.
 Reconstruction is the mean squared error on the test set, of images in [-1, 1]. FAD compares samples
 with the test set in the latent space of an autoencoder that this project trains, so its values
 compare only with each other, on one data set. ↓ means that lower is better; ± is the standard
-deviation over seeds. The protocols are at the end.
+deviation over seeds. Minutes are by the clock on machines with other work beside, so they are a
+hint, not a comparison. The protocols are at the end.
 """
 LAPTOP_TITLE = """\
 ## What ALIF and TAID buy
