@@ -49,7 +49,8 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run.save_config(cfg, folder)
     data = instantiate(cfg.dataset)
-    model = instantiate(cfg.model)
+    # In this layout convolutions are faster, in bfloat16 above all.
+    model = instantiate(cfg.model).to(memory_format=torch.channels_last)
     task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
     first = rank_zero_only.rank == 0
     if first:  # the others wait for it at the start of the training

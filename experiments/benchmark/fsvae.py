@@ -68,9 +68,11 @@ def make(name: str, options: argparse.Namespace, T: int | None = None) -> FSVAE:
     return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 
-def train_step(model: FSVAE, image: Tensor) -> None:
+def train_step(model: FSVAE, image: Tensor, precision: torch.dtype = torch.float32) -> None:
     model.zero_grad()
-    model.loss(image, model(image, 0.2))["loss"].backward()
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        loss = model.loss(image, model(image, 0.2))["loss"]
+    loss.backward()
 
 
 @torch.no_grad()
@@ -114,6 +116,25 @@ def compare(options: argparse.Namespace) -> list[dict[str, object]]:
             ratio = timing.median / timings[RIVAL].median
             rows.append(_row(work, name, options.T, options.batch, timing) | {"ratio": ratio})
             print(f"{work:14} {name:34} {timing.median:8.1f} ms   {ratio:5.2f} x rival")
+    return rows
+
+
+def formats(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Our training step by the layout of images in memory and by precision."""
+
+    steps = {}
+    for layout, channels_last in (("channels first", False), ("channels last", True)):
+        given = argparse.Namespace(**{**vars(options), "channels_last": channels_last})
+        for precision in (torch.float32, torch.bfloat16):
+            name = f"{layout}, {str(precision).removeprefix('torch.')}"
+            steps[name] = partial(train_step, make(OURS, given), images(options), precision)
+    timings = interleaved(steps, options.repeats)
+    rows = []
+    for name, timing in timings.items():
+        ratio = timing.median / next(iter(timings.values())).median
+        row = _row(f"training step, {name}", OURS, options.T, options.batch, timing)
+        rows.append(row | {"ratio": ratio})
+        print(f"{name:34} {timing.median:8.1f} ms   {ratio:5.2f} x the first")
     return rows
 
 
@@ -235,7 +256,7 @@ def main() -> None:
     run.reuse_freed_memory()
 
     command = "python experiments/benchmark/fsvae.py " + " ".join(sys.argv[1:])
-    rows = [*compare(options), *breakdown(options), *scaling(options)]
+    rows = [*compare(options), *formats(options), *breakdown(options), *scaling(options)]
     shared = {"threads": options.threads, "command": command.strip()}
     write_csv([row | shared for row in rows], options.out / "fsvae.csv")
     draw(rows, options.out / "fsvae.png")
