@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,8 +25,6 @@ log = logging.getLogger(__name__)
 
 def evaluate(cfg: DictConfig, command: str = "") -> dict[str, Any]:
     """Measure ``cfg.checkpoint`` and update its run's metrics, which are given back."""
-    # Lightning's notes on devices and services are left out; its warnings stay.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     model, of_run = run.load_model(cfg.checkpoint)
     folder = run.find_checkpoint(cfg.checkpoint).parents[1]
     cfg = OmegaConf.merge(of_run, _given(OmegaConf.to_container(cfg, resolve=True)))
@@ -37,14 +34,7 @@ def evaluate(cfg: DictConfig, command: str = "") -> dict[str, Any]:
         data.prepare_data()
         data.setup()
         task = run.build(cfg.task, model=model, optimizer=None)
-        trainer = L.Trainer(
-            accelerator=cfg.trainer.accelerator,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
+        trainer = run.bare_trainer(cfg.trainer.accelerator)
         with seeded(cfg.seed):
             figures = task.figures(trainer, data, cfg)
         protocol = metrics.get("protocol", {}) | figures.pop("protocol", {})
@@ -58,6 +48,7 @@ def evaluate(cfg: DictConfig, command: str = "") -> dict[str, Any]:
             "FID and the Inception score are left out for want of weights: add "
             "metric.inception_weights=FILE, or =download where there is internet."
         )
+    log.info("All figures are in %s", folder / run.METRICS)
     return metrics
 
 
@@ -74,8 +65,6 @@ def _given(config: dict[str, Any]) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     evaluate(cfg, run.command("evaluate.py", HydraConfig.get()))
-    folder = run.find_checkpoint(cfg.checkpoint).parents[1]
-    log.info("All figures are in %s", folder / run.METRICS)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
@@ -118,15 +117,8 @@ def _autoencoder(data: ImageData, cfg: DictConfig, cache: Path) -> Autoencoder:
         log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
         its_data = copy.copy(data)
         its_data.batch_size, its_data.augment = settings.batch_size, None
-        trainer = L.Trainer(
-            max_epochs=settings.epochs,
-            accelerator=cfg.trainer.accelerator,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            limit_val_batches=0,
+        trainer = run.bare_trainer(
+            cfg.trainer.accelerator, max_epochs=settings.epochs, limit_val_batches=0
         )
         task = Autoencoding(autoencoder, partial(torch.optim.AdamW, lr=1e-3))
         trainer.fit(task, its_data)

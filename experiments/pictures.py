@@ -170,8 +170,8 @@ class Pictures(L.Callback):
         self.history, self.epochs = state["history"], state["epochs"]
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 130) -> None:
     """Write the figure whole or not at all, and forget it."""
     with run.replacing(path) as whole:
-        figure.savefig(whole, dpi=130, format="png")
+        figure.savefig(whole, dpi=dpi, format="png")
     plt.close(figure)

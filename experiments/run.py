@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import logging
 import os
 import platform
 import shlex
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from filelock import FileLock, Timeout
 from hydra.utils import instantiate
@@ -30,6 +32,10 @@ CONFIG = "config.yaml"
 METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+
+# Lightning's notes on devices and services are left out; its warnings stay. Here, where the
+# processes of a parallel sweep pass too: they never see train.py as a module.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 #: A run's config names classes; when a checkpoint is loaded, no others are ever called.
 TRUSTED_TARGETS = {
@@ -201,8 +207,8 @@ def resuming(arguments: list[str]) -> list[str]:
         )
     others = [argument for argument in arguments if argument not in named]
     # Quoted: a sweep's folders have = and , in their names.
-    places = [f'hydra.run.dir="{folder}"', f'resume="{checkpoint}"']
-    return [*OmegaConf.load(notes), *places, *others]
+    here = [f'hydra.run.dir="{folder}"', f'resume="{checkpoint}"']
+    return [*OmegaConf.load(notes), *here, *others]
 
 
 def folder_name(overrides: str) -> str:
@@ -212,7 +218,7 @@ def folder_name(overrides: str) -> str:
     return f"{overrides[:180]}...{hashlib.sha256(overrides.encode()).hexdigest()[:16]}"
 
 
-# Here, where the processes of a parallel sweep pass too: they never see train.py as a module.
+# Here for the processes of a parallel sweep, as above.
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
@@ -289,6 +295,19 @@ def load_model(checkpoint: str | Path) -> tuple[nn.Module, DictConfig]:
             "or train again"
         ) from error
     return model.eval(), cfg
+
+
+def bare_trainer(accelerator: str, **options: Any) -> L.Trainer:
+    """Lightning's trainer on one device: no logs, no checkpoints, nothing in the terminal."""
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        **options,
+    )
 
 
 def build(node: DictConfig, **arguments: Any) -> Any:

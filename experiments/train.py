@@ -42,8 +42,6 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         origin: what ``metrics.json`` says of the run beside its figures, as the command.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Lightning's notes on devices and services are left out; its warnings stay.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     run.reuse_freed_memory()
     resume = run.last_checkpoint(folder) or (cfg.resume and run.find_checkpoint(cfg.resume))
     L.seed_everything(cfg.seed, workers=True, verbose=False)

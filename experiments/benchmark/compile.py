@@ -75,9 +75,7 @@ def main() -> None:
             )
             rows.append({"net": name, "mode": mode, "median_ms": timing.median})
             rows[-1] |= {"q20_ms": timing.low, "q80_ms": timing.high}
-    command = "python experiments/benchmark/compile.py " + " ".join(sys.argv[1:])
     shared = {"shape": "x".join(map(str, options.shape)), "backend": options.backend}
-    shared |= {"threads": options.threads, "command": command.strip()}
     write_csv([row | shared for row in rows], options.out / "compile.csv")
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor
@@ -27,12 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments import run
 from experiments.benchmark.measure import Timing, interleaved, slope, write_csv
+from experiments.pictures import plt, save
 from sj_taid.model import FSVAE
 from sj_taid.model.fsvae import original_neuron
 from sj_taid.model.latent import pick
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 
 OURS, RIVAL = "ours", "SpikingJelly PLIF, prefixes"
 
@@ -222,9 +219,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
     axes[3].legend(fontsize=7)
     axes[3].grid(alpha=0.3)
     figure.tight_layout()
-    with run.replacing(path) as whole:
-        figure.savefig(whole, dpi=120, format="png")
-    plt.close(figure)
+    save(figure, path, dpi=120)
 
 
 def _row(work: str, model: str, T: int, batch: int, timing: Timing) -> dict[str, object]:
@@ -255,10 +250,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     run.reuse_freed_memory()
 
-    command = "python experiments/benchmark/fsvae.py " + " ".join(sys.argv[1:])
     rows = [*compare(options), *formats(options), *breakdown(options), *scaling(options)]
-    shared = {"threads": options.threads, "command": command.strip()}
-    write_csv([row | shared for row in rows], options.out / "fsvae.csv")
+    write_csv(rows, options.out / "fsvae.csv")
     draw(rows, options.out / "fsvae.png")
     print(f"CSV and picture are in {options.out}")
 

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -38,10 +37,8 @@ from experiments.data.base import Data, Files, InMemory
 from experiments.data.event import EventData, read_frames
 from experiments.data.folder import ImageFolder
 from experiments.data.image import ImageData
+from experiments.pictures import plt, save
 from sj_taid.model import FSVAE, Classifier
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 
 WORKERS = (0, 2)
 T = 20  # frames of a recording
@@ -235,9 +232,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.tight_layout()
-    with run.replacing(path) as whole:
-        figure.savefig(whole, dpi=120, format="png")
-    plt.close(figure)
+    save(figure, path, dpi=120)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -253,9 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     run.reuse_freed_memory()
 
-    command = "python experiments/benchmark/loading.py " + " ".join(sys.argv[1:])
-    shared = {"device": options.device, "threads": options.threads, "batch": options.batch}
-    shared |= {"cores": len(os.sched_getaffinity(0)), "command": command.strip()}
+    cores = len(os.sched_getaffinity(0))
+    shared = {"device": options.device, "batch": options.batch, "cores": cores}
     rows = [row for name, case in CASES.items() for row in measure(name, case, options)]
     write_csv([row | shared for row in rows], options.out / "loading.csv")
     draw(rows, options.out / "loading.png")

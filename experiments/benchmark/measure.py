@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -45,10 +47,11 @@ def slope(sizes: Iterable[float], times: Iterable[float]) -> float:
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    """Every row carries versions, commit and machine, so that none is ever without them."""
+    """Every row carries its command and its provenance, so that none is ever without them."""
     provenance = run.provenance()
-    shared = {"commit": provenance["commit"], "machine": provenance["machine"]}
-    shared |= {f"{name}_version": number for name, number in provenance["versions"].items()}
+    versions = provenance.pop("versions")
+    shared = {"command": shlex.join(["python", *sys.argv]), **provenance}
+    shared |= {f"{name}_version": number for name, number in versions.items()}
     names = list(dict.fromkeys(key for row in rows for key in row)) + list(shared)
     with run.replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)

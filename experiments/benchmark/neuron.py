@@ -18,7 +18,6 @@ import argparse
 import csv
 import itertools
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments import run
 from experiments.benchmark.contestants import contestants
 from experiments.benchmark.measure import quantiles, write_csv
+from experiments.pictures import plt, save
 from sj_taid.ops.alif.kernels import Options, traffic
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -181,12 +181,10 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def conditions(device: torch.device) -> dict[str, object]:
-    """What a row depends on beyond versions, commit and machine."""
+    """What a row depends on beyond what every row carries."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else run.cpu_name(),
-        "threads": torch.get_num_threads(),
         "plif_implementation": os.environ.get("SJ_PLIF_CUDA_IMPLEMENTATION", "auto"),
-        "command": shlex.join(["python", *sys.argv]),
     }
 
 
@@ -202,14 +200,9 @@ def read(path: Path) -> list[dict[str, object]]:
 
 def draw(rows: list[dict[str, object]], path: Path) -> None:
     """Median time over N with its quantiles, a panel for each dtype and T."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     steps = sorted({int(str(row["T"])) for row in rows})
-    figure, axes = pyplot.subplots(
+    figure, axes = plt.subplots(
         len(dtypes),
         len(steps),
         figsize=(1.5 + 2.6 * len(steps), 1.2 + 2.4 * len(dtypes)),
@@ -245,8 +238,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
         handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8
     )
     figure.suptitle(f"{rows[-1]['device']}", fontsize=9)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save(figure, path, dpi=150)
 
 
 if __name__ == "__main__":
