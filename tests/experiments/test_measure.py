@@ -51,7 +51,7 @@ def test_autoencoder_and_statistics_are_made_once_and_kept(setting, tmp_path, mo
     assert {file.name.split("-")[0] for file in files} == {"autoencoder", "statistics"}
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure.L, "Trainer", None)
+        patch.setattr(measure.run, "bare_trainer", None)
         patch.setattr(data, "test_dataloader", None)
         assert_equal(states(cfg, data), first)
 
