@@ -99,7 +99,8 @@ def _compile(model: nn.Module, options: bool | DictConfig) -> None:
             f"'compile={{mode: max-autotune}}', but it is {options!r}"
         )
     torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit
-    model.compile(**({} if options is True else options))
+    # Batches have one size but for the last of a test, so each size may have a graph of its own.
+    model.compile(**{"dynamic": False, **({} if options is True else options)})
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")

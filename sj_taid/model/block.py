@@ -28,15 +28,23 @@ def halved(image_size: int, widths: tuple[int, ...]) -> int:
     return side
 
 
-def reset(net: nn.Module) -> None:
-    """Bring every neuron of ``net`` to rest.
+@contextmanager
+def from_rest(*nets: nn.Module) -> Iterator[None]:
+    """A pass through ``nets``: every neuron is at rest before it, and after it.
 
-    SpikingJelly 2.x remembers for all nets what its ``reset_net`` resets; a compiled graph would
-    depend on that, and on which nets are alive. So it is not used inside a model.
+    After it too, because a compiled graph depends on the state it starts from: so one serves all
+    passes. And not by SpikingJelly's ``reset_net``, since 2.x remembers for all nets what that
+    resets, and a graph would depend on which nets are alive.
     """
-    for module in net.modules():
-        if isinstance(module, base.MemoryModule):
-            module.reset()
+    modules = [module for net in nets for module in net.modules()]
+    neurons = [module for module in modules if isinstance(module, base.MemoryModule)]
+    for neuron in neurons:
+        neuron.reset()
+    try:
+        yield
+    finally:
+        for neuron in neurons:
+            neuron.reset()
 
 
 @contextmanager

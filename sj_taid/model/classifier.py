@@ -9,7 +9,7 @@ from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
 from ..neuron import ALIFNode
-from .block import Neuron, reset
+from .block import Neuron, from_rest
 
 __all__ = ["Classifier", "paper_neuron"]
 
@@ -129,12 +129,12 @@ class Classifier(nn.Module):
                 f"Classifier expects images [N, {shape}] or frames [T, N, {shape}], "
                 f"but got {list(x.shape)}"
             )
-        reset(self)
         if x.dim() == 5:
             x_seq = self.stem(x)
         else:
             x_seq = self.stem(x.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
-        spikes = self.head(self.features(x_seq))
+        with from_rest(self):
+            spikes = self.head(self.features(x_seq))
         return spikes.mean(0).unflatten(1, (self.classes, -1)).mean(2)
 
 

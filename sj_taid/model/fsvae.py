@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 from ..layer import TAID
 from ..neuron import ALIFNode
-from .block import Neuron, conv_block, conv_transpose_block, evaluating, halved, linear_block, reset
+from .block import (
+    Neuron,
+    conv_block,
+    conv_transpose_block,
+    evaluating,
+    from_rest,
+    halved,
+    linear_block,
+)
 from .latent import LATENT_LOSSES, Posterior, Prior
 
 __all__ = ["FSVAE", "FSVAEOutput", "original_neuron"]
@@ -131,7 +139,7 @@ class FSVAE(nn.Module):
         )
         self.image_decoder = decoder
 
-    def forward(self, image: Tensor, own_sample_probability: float = 0.0) -> FSVAEOutput:
+    def forward(self, image: Tensor, own_sample_probability: float | Tensor = 0.0) -> FSVAEOutput:
         """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1].
 
         ``own_sample_probability`` is the prior's scheduled sampling, used in training.
@@ -149,11 +157,10 @@ class FSVAE(nn.Module):
                 f"FSVAE expects images [N, {', '.join(map(str, expected))}], "
                 f"but got {list(image.shape)}"
             )
-        reset(self.encoder)
-        reset(self.to_latent)
         # The image is the same at every step, so its first convolution and norm are too.
         x_seq = self.stem(image.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
-        return self.to_latent(self.encoder(x_seq).flatten(2))
+        with from_rest(self.encoder, self.to_latent):
+            return self.to_latent(self.encoder(x_seq).flatten(2))
 
     def decode(self, z_seq: Tensor) -> Tensor:
         """The image ``[N, C, H, W]`` in [-1, 1] for latent spikes ``[T, N, latent]``."""
@@ -161,10 +168,9 @@ class FSVAE(nn.Module):
 
     def decode_sequence(self, z_seq: Tensor) -> Tensor:
         """What the image decoder weighs: ``[T, N, C, H, W]`` for ``[T, N, latent]``."""
-        reset(self.from_latent)
-        reset(self.decoder)
-        x_seq = self.from_latent(z_seq).unflatten(2, self._code_shape)
-        return self.to_image(self.decoder(x_seq))
+        with from_rest(self.from_latent, self.decoder):
+            x_seq = self.from_latent(z_seq).unflatten(2, self._code_shape)
+            return self.to_image(self.decoder(x_seq))
 
     def sample(self, n: int) -> Tensor:
         """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior.
@@ -184,7 +190,9 @@ class FSVAE(nn.Module):
     def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
         """The loss of a pass; ``progress`` of the training, 0 to 1, sets the scheduled sampling."""
         first, last = self.own_sample_probability
-        return self.loss(image, self(image, first + (last - first) * progress))
+        # A tensor: compiled, each float would be a constant of a graph of its own.
+        probability = torch.tensor(first + (last - first) * progress)
+        return self.loss(image, self(image, probability))
 
     def _picks(self, n: int) -> Tensor:
         device = next(self.parameters()).device

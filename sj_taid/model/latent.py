@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .block import Neuron, evaluating, linear_block, reset
+from .block import Neuron, evaluating, from_rest, linear_block
 
 PRESAMPLING = ("step", "prefix")
 
@@ -43,8 +43,8 @@ class LatentNetwork(nn.Module):
 
     def run(self, x_seq: Tensor) -> Tensor:
         """From rest over a whole sequence: ``[T, N, in_channels]`` -> ``[T, N, C, k]``."""
-        reset(self.net)
-        return self.net(x_seq).unflatten(2, (self.channels, self.k))
+        with from_rest(self.net):
+            return self.net(x_seq).unflatten(2, (self.channels, self.k))
 
     def step(self, x: Tensor) -> Tensor:
         """One more time step, the neurons going on from where they are: -> ``[N, C, k]``."""
@@ -54,8 +54,7 @@ class LatentNetwork(nn.Module):
     def stepping(self) -> Iterator[None]:
         """From rest, with the running BN statistics: then the network is causal, and stepping it
         equals running every prefix anew, at O(T) instead of O(T^2)."""
-        reset(self.net)
-        with evaluating(self.net):
+        with from_rest(self.net), evaluating(self.net):
             yield
 
 
@@ -110,7 +109,7 @@ class Prior(LatentNetwork):
     def __init__(self, channels: int, k: int, neuron: Neuron) -> None:
         super().__init__(channels, (2 * channels, 4 * channels), channels, k, neuron)
 
-    def forward(self, z_seq: Tensor, own_sample_probability: float = 0.0) -> Tensor:
+    def forward(self, z_seq: Tensor, own_sample_probability: float | Tensor = 0.0) -> Tensor:
         """``p`` ``[T, N, C, k]`` for the posterior's ``z_seq`` ``[T, N, C]``, taken as constants.
 
         With ``own_sample_probability`` (scheduled sampling) a step's input is replaced, with that
@@ -121,7 +120,7 @@ class Prior(LatentNetwork):
         return self.run(z_previous)
 
     @torch.compiler.disable  # other steps each time: there is no one graph
-    def _take_own_samples(self, z_previous: Tensor, probability: float) -> None:
+    def _take_own_samples(self, z_previous: Tensor, probability: float | Tensor) -> None:
         own = torch.rand(len(z_previous) - 1) < probability
         own[: self.FIRST_OWN_SAMPLE] = False
         if own.any():

@@ -17,12 +17,12 @@ TASKS = {"generation": TINY, "classification": TINY_CLASSIFICATION}
 def test_a_compiled_model_learns_the_same_and_saves_the_same(tiny, tmp_path):
     eager = train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path / "eager")
     options = [*TINY_CLASSIFICATION, "compile={backend:eager}"]
-    # A run needs two graphs, for training and for the test. So does each further run of a sweep.
-    with torch._dynamo.config.patch(recompile_limit=2):
+    # A run needs three graphs, to train, validate and test; so does each further one of a sweep.
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
         for name in ("compiled", "again"):
             counters.clear()
             compiled = train(tiny(*options, tiny=False), tmp_path / name)
-            assert counters["stats"]["unique_graphs"] == 2
+            assert counters["stats"]["unique_graphs"] == 3
             assert (compiled["loss"], compiled["accuracy"]) == (eager["loss"], eager["accuracy"])
     states = [
         torch.load(run.find_checkpoint(tmp_path / name), weights_only=True)["state_dict"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sj_taid import TAID, FixedDecoder
 from sj_taid.model import FSVAE
@@ -120,6 +121,19 @@ def test_sample_needs_no_mode_and_changes_nothing():
     assert drawn.shape == (5, 1, 8, 8) and not drawn.requires_grad
     assert model.training and model.prior.net.training and not frozen.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_compiled_graphs_serve_all_epochs():
+    torch.compiler.reset()
+    model = FSVAE(image_size=4, T=2, hidden_channels=(2,), latent_channels=2, k=2)
+    counter = CompileCounterWithBackend("eager")
+    model.compile(backend=counter, dynamic=False)
+    graphs = []
+    for progress in (0.0, 0.5, 1.0):
+        losses = model.training_loss(images(2, size=4), progress)
+        losses["loss"].backward()
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0 and graphs == graphs[:1] * 3
 
 
 def test_learns_to_reconstruct():

@@ -156,17 +156,17 @@ def test_unknown_presampling():
         Posterior(C, K, original_neuron, "fast")
 
 
-def test_a_compiled_prior_keeps_its_graphs_whatever_samples_of_its_own_it_takes():
+def test_a_compiled_prior_takes_the_same_samples_of_its_own_from_the_same_graphs():
     torch.compiler.reset()
     prior = settled(Prior(C, K, original_neuron))
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(prior, backend=counter)
+    compiled = torch.compile(prior, backend=counter, dynamic=False)
     z_seq, graphs = spikes(), []
-    for probability in (0.1, 0.2, 0.5, 0.9):
+    for probability in (0.1, 0.5, 0.9):
         results = []
         for network in (prior, compiled):
             torch.manual_seed(1)
-            results.append(network(z_seq, probability))
+            results.append(network(z_seq, torch.tensor(probability)))
         assert torch.equal(*results)
         graphs.append(counter.frame_count)
-    assert graphs[-1] == graphs[-2] > 0
+    assert graphs[0] > 0 and graphs == graphs[:1] * 3
