@@ -43,7 +43,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def measure(
-    model: nn.Module, data: ImageData, cfg: DictConfig, inception: bool = True
+    model: nn.Module, data: ImageData, cfg: DictConfig, only: str | None = None
 ) -> dict[str, Any]:
     """Figures of images that ``model`` draws, each with its protocol.
 
@@ -51,13 +51,20 @@ def measure(
         model: has ``sample(n)``.
         data: the test images to compare with.
         cfg: the run's config; of it ``metric``, ``seed``, ``cache_dir``, ``trainer.accelerator``.
-        inception: FID and the Inception score too, where there are weights for them.
+        only: one figure of them. The others are made ready all the same, so that what they lack
+            shows before a training and not after it.
+
+    Raises:
+        ValueError: too few samples or test images for a figure that ``cfg`` asks for.
     """
     gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     samples = cfg.metric.samples
     with seeded(cfg.seed):  # loading the test images draws numbers too
-        metrics = _metrics(data, cfg, device, inception)
+        metrics = _metrics(data, cfg, device)
+    _check_enough(metrics, samples, len(data.test_set))
+    if only:
+        metrics = MetricCollection({only: metrics[only]})
     model.to(device)
     with seeded(cfg.seed):
         for start in range(0, samples, SAMPLES_AT_ONCE):
@@ -71,15 +78,27 @@ def measure(
     return figures
 
 
-def _metrics(
-    data: ImageData, cfg: DictConfig, device: torch.device, inception: bool
-) -> MetricCollection:
+def _check_enough(metrics: MetricCollection, samples: int, test_images: int) -> None:
+    for name, metric in metrics.items():
+        counts = {"metric.samples": samples}
+        if isinstance(metric, FrechetDistance):
+            counts["the number of test images"] = test_images
+        for what, count in counts.items():
+            if count < metric.needed:
+                raise ValueError(
+                    f"{name} needs at least {metric.needed} images, but {what} is {count}; "
+                    "give more, or leave that figure out (for fid and inception_score: "
+                    "metric.inception_weights=null)"
+                )
+
+
+def _metrics(data: ImageData, cfg: DictConfig, device: torch.device) -> MetricCollection:
     """The metrics, which have seen the test images already."""
     cache = Path(cfg.cache_dir).expanduser()
     # Under DDP each process draws the same samples: there is nothing to sum.
     alone = {"sync_on_compute": False}
     metrics = {"fad": FrechetAutoencoderDistance(_autoencoder(data, cfg, cache), **alone)}
-    if inception and cfg.metric.inception_weights:
+    if cfg.metric.inception_weights:
         network = Inception(cfg.metric.inception_weights)
         by_inception = {
             "fid": FrechetDistance(network, **alone),
@@ -99,8 +118,7 @@ def _see_test_images(metric: FrechetDistance, data: ImageData, cache: Path) -> N
             metric.update(image.to(metric.device), real=True)
         return {name: getattr(metric, name) for name in STATISTICS}
 
-    weights = [value.cpu().numpy().tobytes() for value in metric.inception.state_dict().values()]
-    fingerprint = _fingerprint(metric.protocol.encode(), data.fingerprint().encode(), *weights)
+    fingerprint = _fingerprint(metric.protocol, data.fingerprint())
     statistics = kept(cache / f"statistics-{data.name}-{fingerprint}.pt", see)
     for name, value in statistics.items():
         setattr(metric, name, value.to(metric.device))
@@ -109,9 +127,6 @@ def _see_test_images(metric: FrechetDistance, data: ImageData, cache: Path) -> N
 def _autoencoder(data: ImageData, cfg: DictConfig, cache: Path) -> Autoencoder:
     """The one that FAD looks through."""
     settings = cfg.metric.autoencoder
-    text = json.dumps(OmegaConf.to_container(settings, resolve=True), sort_keys=True)
-    fingerprint = _fingerprint(text.encode(), data.fingerprint().encode())
-    path = cache / f"autoencoder-{data.name}-{fingerprint}.pt"
 
     def train() -> dict[str, torch.Tensor]:
         log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
@@ -129,6 +144,9 @@ def _autoencoder(data: ImageData, cfg: DictConfig, cache: Path) -> Autoencoder:
         autoencoder = Autoencoder(
             data.channels, data.image_size, settings.hidden_channels, settings.latent_channels
         )
+        training = json.dumps(OmegaConf.to_container(settings, resolve=True), sort_keys=True)
+        fingerprint = _fingerprint(training, repr(autoencoder), data.fingerprint())
+        path = cache / f"autoencoder-{data.name}-{fingerprint}.pt"
         autoencoder.load_state_dict(kept(path, train))
     return autoencoder
 
@@ -151,8 +169,5 @@ def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, t
         return made
 
 
-def _fingerprint(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+def _fingerprint(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -75,6 +75,7 @@ RUNS_TITLE = """\
 ## Every run
 
 How our figures were measured, and the run of each. The commands leave out where the data lie.
+Figures of different protocols do not compare.
 """
 
 
@@ -178,6 +179,20 @@ def paper_section(dataset: str, kind: str, rows: Mapping[str, DictConfig]) -> st
     return f"### {dataset}: {kind}\n\n{markdown(lines)}"
 
 
+def runs_section(runs: Sequence[Metrics]) -> str:
+    """The protocols, numbered, and where each run's figures come from."""
+    protocols = [[f"{k}: {how}" for k, how in m.get("protocol", {}).items()] for m in runs]
+    numbers = {how: n for n, how in enumerate(sorted({p for of in protocols for p in of}), 1)}
+    rows = [["command", "protocols", "commit", "machine", "threads"]]
+    for metrics, its_own in zip(runs, protocols, strict=True):
+        measured_by = ", ".join(str(numbers[how]) for how in its_own)
+        # A later evaluation has a command, a commit and a machine of its own.
+        for origin in filter(None, (metrics, metrics.get("evaluation"))):
+            facts = (origin["commit"], origin["machine"], str(origin["threads"]))
+            rows.append([f"`{origin['command']}`", measured_by, *facts])
+    return "".join(f"{n}. {how}\n" for how, n in numbers.items()) + "\n" + markdown(rows)
+
+
 def text() -> str:
     """RESULTS.md."""
     configs = experiments()
@@ -191,11 +206,6 @@ def text() -> str:
         papers.setdefault((cfg.dataset.name, kind), {})[name] = cfg
     not_run = ", ".join(f"`{name}`" for name in laptop if not runs[name]) or "none"
     every_run = [metrics for ours in runs.values() for metrics in ours]
-    protocols = {pair for metrics in every_run for pair in metrics.get("protocol", {}).items()}
-    origins = [
-        [f"`{metrics['command']}`", metrics["commit"], metrics["machine"], str(metrics["threads"])]
-        for metrics in every_run
-    ]
     sections = [
         INTRODUCTION,
         LAPTOP_TITLE,
@@ -204,8 +214,7 @@ def text() -> str:
         PAPER_TITLE,
         *(paper_section(*table, rows) for table, rows in papers.items()),
         RUNS_TITLE,
-        "".join(sorted(f"- {name}: {how}\n" for name, how in protocols)),
-        markdown([["command", "commit", "machine", "threads"], *origins]),
+        runs_section(every_run),
     ]
     return "\n".join(sections)
 

@@ -20,7 +20,7 @@ class Generation(Autoencoding):
     """Autoencoding by a model that has ``sample(n)`` too; the samples are measured and drawn."""
 
     def before_training(self, data: ImageData, cfg: DictConfig) -> dict[str, Any]:
-        return {"fad_untrained": measure(self.model, data, cfg, inception=False)["fad"]}
+        return {"fad_untrained": measure(self.model, data, cfg, only="fad")["fad"]}
 
     def after_training(self, data: ImageData, cfg: DictConfig) -> dict[str, Any]:
         figures = measure(self.model, data, cfg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +35,8 @@ class FrechetAutoencoderDistance(FrechetDistance):
     >>> fad.update(images, real=False)
     >>> abs(fad.compute().item()) < 1e-4
     True
+    >>> fad.protocol
+    "Frechet distance of 2 features of this project's own autoencoder (weights ...), ..."
     """
 
     def __init__(self, autoencoder: Autoencoder, **kwargs: Any) -> None:
@@ -51,12 +54,15 @@ class FrechetAutoencoderDistance(FrechetDistance):
 
 
 class _Codes(Features):
-    description = "this project's own autoencoder"
-
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.num_features = autoencoder.latent_channels
+        digest = hashlib.sha256()
+        for value in autoencoder.state_dict().values():
+            digest.update(value.cpu().double().numpy().tobytes())
+        weights = digest.hexdigest()[:8]
+        self.description = f"this project's own autoencoder (weights {weights})"
         self.freeze()
 
     def forward(self, image: Tensor) -> Tensor:

@@ -135,6 +135,7 @@ class InceptionScore(torchmetrics.Metric):
         self.features = features
         self.classifier = classifier
         self.splits = splits
+        self.needed = max(splits, classifier.out_features)
         self.protocol = (
             f"Inception score of {features.description}, mean of {splits} splits, "
             f"torchmetrics {torchmetrics.__version__}"
@@ -156,12 +157,12 @@ class InceptionScore(torchmetrics.Metric):
 
     def compute(self) -> Tensor:
         """The score of all images so far."""
-        count, needed = int(self.count.sum()), max(self.probability.shape)
-        if count < needed:
+        count = int(self.count.sum())
+        if count < self.needed:
             raise ValueError(
                 f"the Inception score got {count} images; {self.splits} splits and "
-                f"{self.classifier.out_features} classes need at least {needed}, and the papers "
-                "use 5000: add images"
+                f"{self.classifier.out_features} classes need at least {self.needed}, and the "
+                "papers use 5000: add images"
             )
         marginal = self.probability / self.count.unsqueeze(1)
         divergence = torch.special.entr(marginal).sum(1) - self.entropy / self.count

@@ -13,8 +13,8 @@ from experiments import measure, run
 from experiments.evaluate import evaluate
 from experiments.train import train
 from sj_taid.metric import FrechetDistance
-from tests.experiments.conftest import CONF, TINY_CLASSIFICATION, TINY_VAE
-from tests.metric.test_generation import Pixels, classifier
+from tests.experiments.conftest import CONF, TINY_CLASSIFICATION, TINY_VAE, Network
+from tests.experiments.test_data import write_images
 
 
 def composed(folder, *overrides):
@@ -73,18 +73,6 @@ def test_a_seed_gives_the_figures_of_training_again(folder):
     assert other["fad"] != before["fad"] and other["evaluation"]["seed"] == 1
 
 
-class Network(Pixels):
-    """What stands in for Inception: 8x8 images seen as four features and four classes."""
-
-    def __init__(self, weights):
-        super().__init__()
-        assert weights == "weights.pth"
-        self.classifier = classifier()
-
-    def forward(self, image):
-        return super().forward(image.unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5)))
-
-
 def test_fid_and_inception_score_where_there_are_weights(folder, monkeypatch):
     monkeypatch.setattr(measure, "Inception", Network)
     after = evaluate(composed(folder, "metric.inception_weights=weights.pth", "metric.samples=20"))
@@ -101,6 +89,22 @@ def test_a_classifier(tiny, tmp_path):
     train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path)
     after = evaluate(composed(tmp_path))
     assert 0 <= after["accuracy"] <= 1 and "fad" not in after
+
+
+def test_data_that_were_moved(tiny, tmp_path):
+    for name in ("root", "test_root"):
+        write_images(tmp_path / "here" / name / "cat", 4)
+        write_images(tmp_path / "here" / name / "dog", 4)
+    places = {name: tmp_path / "here" / name for name in ("root", "test_root")}
+    images = ["dataset=image_folder", "dataset.classes=2", "dataset.num_workers=0"]
+    given = [f"dataset.{name}={place}" for name, place in places.items()]
+    before = train(tiny(*images, *given, *TINY_CLASSIFICATION, tiny=False), tmp_path / "run")
+
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(FileNotFoundError, match=r"no .*here.*root"):
+        evaluate(composed(tmp_path / "run"))
+    after = evaluate(composed(tmp_path / "run", *(g.replace("here", "there") for g in given)))
+    assert after["accuracy"] == before["accuracy"]
 
 
 def test_errors_say_what_to_do(folder):

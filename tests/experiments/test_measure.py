@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 
 from experiments import measure
 from experiments.measure import kept
+from tests.experiments.conftest import Network
 
 
 class Noise(torch.nn.Module):
@@ -32,7 +33,7 @@ def setting(tiny, tmp_path):
 
 
 def states(cfg, data):
-    fad = measure._metrics(data, cfg, torch.device("cpu"), inception=False)["fad"]
+    fad = measure._metrics(data, cfg, torch.device("cpu"))["fad"]
     names = measure.STATISTICS
     return dict(fad.inception.state_dict()) | {name: getattr(fad, name) for name in names}
 
@@ -85,6 +86,29 @@ def test_the_figures_are_reproducible_and_leave_the_random_state_alone(setting):
     assert measure.measure(model, data, cfg) == first
     cfg.seed = 6
     assert measure.measure(model, data, cfg)["fad"] != first["fad"]
+
+
+def test_the_protocol_names_the_autoencoder(setting):
+    cfg, data = setting
+    protocols = []
+    for seed in (1, 1, 2):
+        cfg.metric.autoencoder.seed = seed
+        protocols.append(measure.measure(Noise(), data, cfg)["protocol"]["fad"])
+    assert protocols[0] == protocols[1] != protocols[2]
+
+
+def test_what_a_figure_lacks_shows_before_a_training(setting, monkeypatch):
+    cfg, data = setting
+    monkeypatch.setattr(measure, "Inception", Network)
+    cfg.metric.inception_weights = "weights.pth"
+    assert set(measure.measure(Noise(), data, cfg, only="fad")) == {"fad", "protocol"}
+    cfg.metric.samples = Network.num_features
+    with pytest.raises(ValueError, match=r"fid needs at least 5 images, but metric\.samples is 4"):
+        measure.measure(Noise(), data, cfg, only="fad")
+    cfg.metric.samples = 40
+    data.test_set = data.test_set.subset(range(4))
+    with pytest.raises(ValueError, match=r"fid .* but the number of test images is 4"):
+        measure.measure(Noise(), data, cfg, only="fad")
 
 
 def test_what_is_damaged_is_made_anew(tmp_path, caplog):

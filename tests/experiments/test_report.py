@@ -28,10 +28,22 @@ def test_experiments_are_kept_by_their_choices(runs, kept, capsys):
     made = (kept / "RESULTS.md").read_text()
     for line in (
         "| alif | 99.73 ± 0.07 | 7.50 ± 0.71 | 2 | 0.83 | 1.5 | 2 |",
-        "- fad: by hand",
-        "mnist_small_cpu seed=1` | 0123456789ab | a laptop | 1 |",
+        "1. fad: by hand",
+        "mnist_small_cpu seed=1` | 1 | 0123456789ab | a laptop | 1 |",
     ):
         assert f"{line}\n" in made
+
+
+def test_each_run_tells_its_protocols_and_its_later_evaluation():
+    other = metrics(["seed=1"]) | {"protocol": {"fad": "by eye", "reconstruction": "by hand"}}
+    evaluation = {"command": "evaluate.py", "commit": "later", "machine": "a desk", "threads": 2}
+    made = report.runs_section([metrics(["seed=0"]), other | {"evaluation": evaluation}])
+    assert made.startswith("1. fad: by eye\n2. fad: by hand\n3. reconstruction: by hand\n\n")
+    assert [line.split("` | ")[1] for line in made.splitlines()[-3:]] == [
+        "2 | 0123456789ab | a laptop | 1 |",
+        "1, 3 | 0123456789ab | a laptop | 1 |",
+        "1, 3 | later | a desk | 2 |",
+    ]
 
 
 def test_what_a_choice_changes(runs):
