@@ -6,6 +6,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, surrogate
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sj_taid import TAID, ALIFNode, _compat, fresh_state
 from tests.helpers import TOLERANCE
@@ -77,12 +78,31 @@ def test_no_graph_breaks_from_step_to_step_and_into_an_image():
 
 def test_resetting_before_each_sequence_compiles_once():
     net, x = make_net(), inputs()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(net, fullgraph=True, backend=counter)
     for _ in range(3):
         with fresh_state(net):
             compiled(x).sum().backward()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_of_all_sizes_share_their_graphs(channels_last):
+    node = ALIFNode(v_threshold=0.2, step_mode="m")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(node, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for n in (2, 3, 5):
+        x = 4.0 * torch.randn(3, n, 4, 6, 5)
+        if channels_last:
+            x = x.movedim(2, 4).contiguous().movedim(4, 2)
+        with fresh_state(node):
+            expected = node(x)
+        with fresh_state(node):
+            got = compiled(x)
+        assert torch.equal(got, expected) and got.stride() == x.stride()
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0 and graphs == graphs[:1] * 3
 
 
 def test_autocast_under_compile():
