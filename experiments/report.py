@@ -151,6 +151,13 @@ def laptop_section(experiment: str, runs: Sequence[Metrics]) -> str:
     return "\n".join([f"### `{experiment}`\n\n{comment(experiment)}\n", *tables])
 
 
+def label(metrics: Metrics) -> str:
+    """Ours, and in what it was run otherwise than the row's config says."""
+    choices = overrides(metrics).items()
+    otherwise = [f"{k}={v}" for k, v in choices if k not in ("experiment", "seed")]
+    return f"ours, with `{' '.join(otherwise)}`" if otherwise else "ours"
+
+
 def paper_section(dataset: str, kind: str, rows: Mapping[str, DictConfig]) -> str:
     """The papers' rows of one data set, each above ours."""
     runs = {name: kept(name) for name in rows}
@@ -168,11 +175,12 @@ def paper_section(dataset: str, kind: str, rows: Mapping[str, DictConfig]) -> st
             cells = (f"{block[n] / c.unit:g}" if n in block else "" for n, c in columns.items())
             lines.append([title, block["source"], *cells, ""])
             title = ""
-        swept, groups = grouped(runs.get(name, []))
-        for label, group in groups.items():
+        groups: dict[str, list[Metrics]] = {}
+        for metrics in runs.get(name, []):
+            groups.setdefault(label(metrics), []).append(metrics)
+        for ours, group in groups.items():
             cells = (column.of(values(group, n)) for n, column in columns.items())
-            choices = (f"{key}={option}" for key, option in zip(swept, label, strict=True))
-            lines.append([title, ", ".join(["ours", *choices]), *cells, str(len(group))])
+            lines.append([title, ours, *cells, str(len(group))])
             title = ""
         if name in rows and not groups:
             lines.append([title, "ours: not run", *[""] * (len(columns) + 1)])

@@ -62,10 +62,12 @@ def test_ours_stand_below_the_published_figures(kept, tiny, monkeypatch):
     assert "|  | ours: not run |" in before
 
     report.keep(metrics(["experiment=row"], fad=40.0))
+    report.keep(metrics(["experiment=row", "neuron=lif", "seed=1"], fad=50.0))
     after = report.paper_section("mnist", "generation", {"row": cfg})
     assert (
         "|  | ours |  |  |  |  | 40.00 | 2 | 0.83 | 1.5 | 1 |" in after and "not run" not in after
     )
+    assert "|  | ours, with `neuron=lif` |  |  |  |  | 50.00 | 2 |" in after
     assert "| ESVAE, not in this project | " in after and " | 10.99 | " in after
 
 
