@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,14 @@ def evaluate(cfg: DictConfig, command: str = "") -> dict[str, Any]:
         with seeded(cfg.seed):
             figures = task.figures(trainer, data, cfg)
         protocol = metrics.get("protocol", {}) | figures.pop("protocol", {})
-        evaluation = {"seed": cfg.seed, "command": command, **run.provenance()}
-        metrics |= {**figures, "protocol": protocol, "evaluation": evaluation}
+        evaluation = {
+            "figures": list(figures),
+            "seed": cfg.seed,
+            "command": command,
+            **run.provenance(),
+        }
+        evaluations = [*_left(metrics.get("evaluations", []), figures), evaluation]
+        metrics |= {**figures, "protocol": protocol, "evaluations": evaluations}
         run.save_metrics(metrics, folder)
     for line in task.report(metrics):
         log.info(line)
@@ -50,6 +57,14 @@ def evaluate(cfg: DictConfig, command: str = "") -> dict[str, Any]:
         )
     log.info("All figures are in %s", folder / run.METRICS)
     return metrics
+
+
+def _left(evaluations: list[dict[str, Any]], anew: Container[str]) -> list[dict[str, Any]]:
+    """The evaluations that some figure still stems from, when others are measured anew."""
+    left = [
+        e | {"figures": [name for name in e["figures"] if name not in anew]} for e in evaluations
+    ]
+    return [evaluation for evaluation in left if evaluation["figures"]]
 
 
 def _given(config: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,6 @@ def measure(
     samples = cfg.metric.samples
     with seeded(cfg.seed):  # loading the test images draws numbers too
         metrics = _metrics(data, cfg, device)
-    _check_enough(metrics, samples, len(data.test_set))
     if only:
         metrics = MetricCollection({only: metrics[only]})
     model.to(device)
@@ -72,44 +71,45 @@ def measure(
     figures: dict[str, Any] = {name: float(x) for name, x in metrics.compute().items()}
     figures["protocol"] = {
         name: f"{metric.protocol}, {samples} samples"
-        + (" against the test set" if isinstance(metric, FrechetDistance) else "")
+        + (f" against {data.test_images()}" if isinstance(metric, FrechetDistance) else "")
         for name, metric in metrics.items()
     }
     return figures
 
 
-def _check_enough(metrics: MetricCollection, samples: int, test_images: int) -> None:
-    for name, metric in metrics.items():
-        counts = {"metric.samples": samples}
-        if isinstance(metric, FrechetDistance):
-            counts["the number of test images"] = test_images
-        for what, count in counts.items():
-            if count < metric.needed:
-                raise ValueError(
-                    f"{name} needs at least {metric.needed} images, but {what} is {count}; "
-                    "give more, or leave that figure out (for fid and inception_score: "
-                    "metric.inception_weights=null)"
-                )
-
-
 def _metrics(data: ImageData, cfg: DictConfig, device: torch.device) -> MetricCollection:
     """The metrics, which have seen the test images already."""
     cache = Path(cfg.cache_dir).expanduser()
+    test_images, samples = len(data.test_set), cfg.metric.samples
     # Under DDP each process draws the same samples: there is nothing to sum.
     alone = {"sync_on_compute": False}
-    metrics = {"fad": FrechetAutoencoderDistance(_autoencoder(data, cfg, cache), **alone)}
+    _check_enough("fad", cfg.metric.autoencoder.latent_channels + 1, samples, test_images)
+    metrics = {}
     if cfg.metric.inception_weights:
         network = Inception(cfg.metric.inception_weights)
         by_inception = {
             "fid": FrechetDistance(network, **alone),
             "inception_score": InceptionScore(network, network.classifier, **alone),
         }
+        _check_enough("fid", by_inception["fid"].needed, samples, test_images)
+        _check_enough("inception_score", by_inception["inception_score"].needed, samples)
         metrics |= FeatureShare(by_inception).items()  # one pass for both
+    metrics["fad"] = FrechetAutoencoderDistance(_autoencoder(data, cfg, cache), **alone)
     for metric in metrics.values():
         metric.to(device)
         if isinstance(metric, FrechetDistance):
             _see_test_images(metric, data, cache)
     return MetricCollection(metrics, compute_groups=False)
+
+
+def _check_enough(name: str, needed: int, samples: int, test_images: int | None = None) -> None:
+    counts = {"metric.samples": samples, "the number of test images": test_images}
+    for what, count in counts.items():
+        if count is not None and count < needed:
+            out = "" if name == "fad" else ", or leave it out with metric.inception_weights=false"
+            raise ValueError(
+                f"{name} needs at least {needed} images, but {what} is {count}; give more{out}"
+            )
 
 
 def _see_test_images(metric: FrechetDistance, data: ImageData, cache: Path) -> None:

@@ -29,6 +29,7 @@ from experiments.results import (
     grouped,
     markdown,
     overrides,
+    protocol,
     read,
     table,
     values,
@@ -51,9 +52,9 @@ published figures in [conf/experiment](conf/experiment); not edited by hand.
 
 Reconstruction is the mean squared error on the test set, of images in [-1, 1]. FAD compares samples
 with the test set in the latent space of an autoencoder that this project trains, so its values
-compare only with each other, on one data set. ↓ means that lower is better; ± is the standard
-deviation over seeds. Minutes are by the clock on machines with other work beside, so they are a
-hint, not a comparison. The protocols are at the end.
+compare only with each other, and only where the protocol, at the end, names the same weights of it.
+↓ means that lower is better; ± is the standard deviation over seeds. Minutes are by the clock on
+machines with other work beside, so they are a hint, not a comparison.
 """
 LAPTOP_TITLE = """\
 ## What ALIF and TAID buy
@@ -136,13 +137,16 @@ def changes(runs: Sequence[Metrics]) -> list[list[str]]:
             if not pairs:
                 continue
             differences = (
-                figure.of(
-                    [a[name] - b[name] for a, b in pairs if a.keys() & b.keys() >= {name}], "+"
-                )
+                figure.of([a[name] - b[name] for a, b in pairs if comparable(name, a, b)], "+")
                 for name, figure in figures.items()
             )
             rows.append([f"`{option}` instead of `{baseline}`", *differences, str(len(pairs))])
     return rows
+
+
+def comparable(name: str, a: Metrics, b: Metrics) -> bool:
+    """Whether both have the figure, by the same protocol."""
+    return a.keys() & b.keys() >= {name} and protocol(name, a) == protocol(name, b)
 
 
 def laptop_section(experiment: str, runs: Sequence[Metrics]) -> str:
@@ -188,16 +192,18 @@ def paper_section(dataset: str, kind: str, rows: Mapping[str, DictConfig]) -> st
 
 
 def runs_section(runs: Sequence[Metrics]) -> str:
-    """The protocols, numbered, and where each run's figures come from."""
-    protocols = [[f"{k}: {how}" for k, how in m.get("protocol", {}).items()] for m in runs]
-    numbers = {how: n for n, how in enumerate(sorted({p for of in protocols for p in of}), 1)}
+    """The protocols, numbered, and what each run and each later evaluation of it measured."""
+    protocols = [f"{name}: {how}" for m in runs for name, how in m.get("protocol", {}).items()]
+    numbers = {how: number for number, how in enumerate(sorted(set(protocols)), 1)}
     rows = [["command", "protocols", "commit", "machine", "threads"]]
-    for metrics, its_own in zip(runs, protocols, strict=True):
-        measured_by = ", ".join(str(numbers[how]) for how in its_own)
-        # A later evaluation has a command, a commit and a machine of its own.
-        for origin in filter(None, (metrics, metrics.get("evaluation"))):
+    for metrics in runs:
+        its_own = metrics.get("protocol", {})
+        evaluations = [(later, later["figures"]) for later in metrics.get("evaluations", [])]
+        at_once = its_own.keys() - {name for _, figures in evaluations for name in figures}
+        for origin, figures in ((metrics, at_once), *evaluations):
+            by = sorted(numbers[f"{name}: {its_own[name]}"] for name in its_own if name in figures)
             facts = (origin["commit"], origin["machine"], str(origin["threads"]))
-            rows.append([f"`{origin['command']}`", measured_by, *facts])
+            rows.append([f"`{origin['command']}`", ", ".join(map(str, by)), *facts])
     return "".join(f"{n}. {how}\n" for how, n in numbers.items()) + "\n" + markdown(rows)
 
 

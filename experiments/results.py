@@ -134,8 +134,19 @@ def grouped(runs: Sequence[Metrics]) -> tuple[list[str], dict[tuple[str, ...], l
     return swept, groups
 
 
+def protocol(name: str, metrics: Metrics) -> str | None:
+    """How a figure was measured; figures of different protocols do not compare."""
+    return metrics.get("protocol", {}).get(name)
+
+
 def values(runs: Iterable[Metrics], name: str) -> list[float]:
     return [metrics[name] for metrics in runs if metrics.get(name) is not None]
+
+
+def heading(name: str, runs: Iterable[Metrics]) -> str:
+    protocols = {protocol(name, metrics) for metrics in runs if metrics.get(name) is not None}
+    mixed = " (of different protocols)" if len(protocols) > 1 else ""
+    return (FIGURES | COSTS)[name].title + mixed
 
 
 def table(runs: Sequence[Metrics]) -> list[list[str]]:
@@ -146,7 +157,7 @@ def table(runs: Sequence[Metrics]) -> list[list[str]]:
         [*label, *(f.of(values(group, name)) for name, f in figures.items()), str(len(group))]
         for label, group in groups.items()
     ]
-    return [[*swept, *(figure.title for figure in figures.values()), "runs"], *rows]
+    return [[*swept, *(heading(name, runs) for name in figures), "runs"], *rows]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -191,7 +202,7 @@ def draw(runs: Sequence[Metrics], path: Path) -> None:
             axis.plot(measured, [row] * len(measured), "o", ms=4, color=f"C{row}", alpha=0.5)
             mean, spread = mean_and_spread(measured)
             axis.errorbar(mean, row, xerr=spread, fmt="|", ms=14, capsize=3, color=f"C{row}")
-        axis.set_xlabel(figure.title)
+        axis.set_xlabel(heading(name, runs))
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(range(len(groups)), [", ".join(label) for label in groups])
     axes[0, 0].set(ylabel=", ".join(swept), ylim=(len(groups) - 0.5, -0.5))

@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import subprocess
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -36,6 +37,8 @@ LOCK = ".lock"
 # Lightning's notes on devices and services are left out; its warnings stay. Here, where the
 # processes of a parallel sweep pass too: they never see train.py as a module.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+# Lightning's own use of torch, at every run: nothing that who runs it can change.
+warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 #: A run's config names classes; when a checkpoint is loaded, no others are ever called.
 TRUSTED_TARGETS = {
@@ -125,10 +128,8 @@ def places(hydra_cfg: DictConfig) -> list[str]:
 def command(script: str, hydra_cfg: DictConfig) -> str:
     """The command line, for another machine: without where things lie here."""
     apart = places(hydra_cfg)
-    keys = {
-        override: override.partition("=")[0].lstrip("+~") for override in hydra_cfg.overrides.task
-    }
-    chosen = [override for override, key in keys.items() if not is_below(key, apart)]
+    overrides = {text.partition("=")[0].lstrip("+~"): text for text in hydra_cfg.overrides.task}
+    chosen = [text for key, text in overrides.items() if not is_below(key, apart)]
     return shlex.join(["python", f"experiments/{script}", *chosen])
 
 
@@ -137,16 +138,19 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
     return any(f"{key}.".startswith(f"{other}.") for other in keys)
 
 
-def finished(cfg: DictConfig, folder: Path, apart: Iterable[str]) -> dict[str, Any] | None:
+def finished(
+    cfg: DictConfig, folder: Path, apart: Iterable[str], may_differ: bool = False
+) -> dict[str, Any] | None:
     """The metrics of the run in ``folder``; None where there is none yet or it is half done.
 
     Args:
         cfg: the run's config.
         folder: the run's folder.
         apart: keys that may differ, with all below them.
+        may_differ: a run with another config goes on with this one, so it is half done.
 
     Raises:
-        FileExistsError: ``folder`` holds a run with another config.
+        FileExistsError: ``folder`` holds a run with another config, and it may not differ.
     """
     if (folder / CONFIG).is_file():
         there = _flat(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
@@ -156,6 +160,8 @@ def finished(cfg: DictConfig, folder: Path, apart: Iterable[str]) -> dict[str, A
             for key in sorted(there.keys() | here.keys())
             if there.get(key) != here.get(key) and not is_below(key, apart)
         ]
+        if differing and may_differ:
+            return None
         if differing:
             raise FileExistsError(
                 f"{folder} holds a run that differs in {', '.join(differing)}; go on with its own "
@@ -283,18 +289,35 @@ def load_model(checkpoint: str | Path) -> tuple[nn.Module, DictConfig]:
         )
     cfg = OmegaConf.load(config)
     model = build(cfg.model)
+    state = read_checkpoint(path)["state_dict"]
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         model.load_state_dict(
             {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         )
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a whole checkpoint of this run's model "
-            f"({type(error).__name__}: {error}); use another one of {path.parent}, "
-            "or train again"
-        ) from error
+    except RuntimeError as error:
+        raise _unusable(path, error) from error
     return model.eval(), cfg
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What Lightning left in a checkpoint.
+
+    Raises:
+        ValueError: not a checkpoint, or damaged.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"]
+    except Exception as error:  # each kind of damage has an error of its own
+        raise _unusable(path, error) from error
+    return checkpoint
+
+
+def _unusable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is not a whole checkpoint of this run's model "
+        f"({type(error).__name__}: {error}); use another one of {path.parent}, or train again"
+    )
 
 
 def bare_trainer(accelerator: str, **options: Any) -> L.Trainer:

@@ -14,12 +14,11 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
-from torch import nn
 
 # The checkout's root, so that this file runs as a script from anywhere.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,12 +40,20 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         folder: the run's folder.
         origin: what ``metrics.json`` says of the run beside its figures, as the command.
     """
+    options = _compile_options(cfg.compile)
     folder.mkdir(parents=True, exist_ok=True)
     run.reuse_freed_memory()
     resume = run.last_checkpoint(folder) or (cfg.resume and run.find_checkpoint(cfg.resume))
+    if resume:
+        run.read_checkpoint(resume)  # a damaged one is an error before hours of work, with a remedy
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run.save_config(cfg, folder)
     data = instantiate(cfg.dataset)
+    if not isinstance(data, get_class(cfg.task._target_).takes):
+        raise ValueError(
+            f"dataset={data.name} holds recordings, which only a classifier takes; "
+            "add task=classification, or choose a data set of images"
+        )
     # In this layout convolutions are faster, in bfloat16 above all.
     model = instantiate(cfg.model).to(memory_format=torch.channels_last)
     task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
@@ -55,8 +62,9 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         data.prepare_data()
         data.setup()
         before = task.before_training(data, cfg)
-    if cfg.compile:
-        _compile(model, cfg.compile)
+    if options is not None:
+        torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit
+        model.compile(**options)  # in place, so that the keys of its checkpoints stay as they are
 
     # One file, replaced whole after every epoch.
     checkpoints = ModelCheckpoint(
@@ -91,16 +99,17 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     return metrics
 
 
-def _compile(model: nn.Module, options: bool | DictConfig) -> None:
-    """In place, so that the keys of its checkpoints stay as they are."""
-    if not isinstance(options, bool | DictConfig):
+def _compile_options(given: bool | DictConfig) -> dict[str, Any] | None:
+    """Those of torch.compile; None where nothing is to be compiled."""
+    if not isinstance(given, bool | DictConfig):
         raise ValueError(
             "compile must be true, false or options of torch.compile, such as "
-            f"'compile={{mode: max-autotune}}', but it is {options!r}"
+            f"'compile={{mode: max-autotune}}', but it is {given!r}"
         )
-    torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit
+    if not given:
+        return None
     # Batches have one size but for the last of a test, so each size may have a graph of its own.
-    model.compile(**{"dynamic": False, **({} if options is True else options)})
+    return {"dynamic": False, **({} if given is True else given)}
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -110,8 +119,8 @@ def main(cfg: DictConfig) -> float | None:
     choices = {k: v for k, v in hydra_cfg.runtime.choices.items() if not k.startswith("hydra/")}
     with run.held(folder):
         # What is resumed in its own folder may go on with other choices.
-        resumed = cfg.resume and folder in Path(cfg.resume).parents
-        metrics = None if resumed else run.finished(cfg, folder, run.places(hydra_cfg))
+        resumed = bool(cfg.resume) and folder in Path(cfg.resume).parents
+        metrics = run.finished(cfg, folder, run.places(hydra_cfg), may_differ=resumed)
         if metrics is None:
             command = run.command("train.py", hydra_cfg)
             metrics = train(cfg, folder, command=command, choices=choices)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from experiments.data import ImageData
 from experiments.pictures import draw_reconstructions
 from experiments.task.task import Task
 
@@ -19,6 +19,8 @@ class Autoencoding(Task):
 
     Called on images it gives an object with ``image``, their reconstruction.
     """
+
+    takes = ImageData
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         image, _ = batch
@@ -34,8 +36,9 @@ class Autoencoding(Task):
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         self._log_reconstruction("test", batch)
 
-    def after_training(self, data: L.LightningDataModule, cfg: DictConfig) -> dict[str, Any]:
-        return {"protocol": {"reconstruction": "mean squared error, images in [-1, 1], test set"}}
+    def after_training(self, data: ImageData, cfg: DictConfig) -> dict[str, Any]:
+        how = f"mean squared error, images in [-1, 1], {data.test_images()}"
+        return {"protocol": {"reconstruction": how}}
 
     def report(self, metrics: dict[str, Any]) -> list[str]:
         return [f"Test reconstruction error (MSE): {metrics['reconstruction']:.4f}"]

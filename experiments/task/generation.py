@@ -28,11 +28,14 @@ class Generation(Autoencoding):
         return figures
 
     def report(self, metrics: dict[str, Any]) -> list[str]:
+        # An evaluation may look through other weights, or at other samples.
+        before = f" (before training: {metrics['fad_untrained']:.3f})"
+        if "evaluations" in metrics:
+            before = ""
         titles = {"fid": "FID of the samples", "inception_score": "Their Inception score"}
         return [
             *super().report(metrics),
-            f"FAD of the samples: {metrics['fad']:.3f} "
-            f"(before training: {metrics['fad_untrained']:.3f})",
+            f"FAD of the samples: {metrics['fad']:.3f}{before}",
             *(f"{title}: {metrics[name]:.3f}" for name, title in titles.items() if name in metrics),
         ]
 

@@ -11,9 +11,13 @@ from omegaconf import DictConfig
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from experiments.data import Data
+
 
 class Task(L.LightningModule):
     """A model and its training.
+
+    ``takes`` says from which data sets it can learn.
 
     What is logged as ``test/<name>`` becomes ``<name>`` in ``metrics.json``.
 
@@ -21,6 +25,8 @@ class Task(L.LightningModule):
         model: what is trained.
         optimizer: makes the optimizer from the parameters.
     """
+
+    takes: type[Data] = Data
 
     def __init__(self, model: nn.Module, optimizer: Callable[[Iterable[Any]], Optimizer]) -> None:
         super().__init__()

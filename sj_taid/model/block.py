@@ -28,23 +28,17 @@ def halved(image_size: int, widths: tuple[int, ...]) -> int:
     return side
 
 
-@contextmanager
-def from_rest(*nets: nn.Module) -> Iterator[None]:
-    """A pass through ``nets``: every neuron is at rest before it, and after it.
+def reset(*nets: nn.Module) -> None:
+    """Bring every neuron of ``nets`` to rest.
 
-    After it too, because a compiled graph depends on the state it starts from: so one serves all
-    passes. And not by SpikingJelly's ``reset_net``, since 2.x remembers for all nets what that
-    resets, and a graph would depend on which nets are alive.
+    A model does it before a pass, and after it too: a compiled graph depends on the state it starts
+    from, so one serves all passes. And not by SpikingJelly's ``reset_net``, since 2.x remembers for
+    all nets what that resets, and a graph would depend on which nets are alive.
     """
-    modules = [module for net in nets for module in net.modules()]
-    neurons = [module for module in modules if isinstance(module, base.MemoryModule)]
-    for neuron in neurons:
-        neuron.reset()
-    try:
-        yield
-    finally:
-        for neuron in neurons:
-            neuron.reset()
+    for net in nets:
+        for module in net.modules():
+            if isinstance(module, base.MemoryModule):
+                module.reset()
 
 
 @contextmanager

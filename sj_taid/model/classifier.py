@@ -9,7 +9,7 @@ from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
 from ..neuron import ALIFNode
-from .block import Neuron, from_rest
+from .block import Neuron, reset
 
 __all__ = ["Classifier", "paper_neuron"]
 
@@ -34,7 +34,8 @@ class Classifier(nn.Module):
     class is that class's rate. A dropout mask holds for all time steps.
 
     A still image is the input current of every step, so its first convolution and norm are
-    computed once. Every pass starts from rest, so that two calls in a row never mix.
+    computed once. Every pass starts from rest, so that two calls in a row never mix, and leaves the
+    neurons at rest: :func:`sj_taid.monitor` or a forward hook sees what they did.
 
     Args:
         in_channels: channels C of the input.
@@ -133,8 +134,9 @@ class Classifier(nn.Module):
             x_seq = self.stem(x)
         else:
             x_seq = self.stem(x.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
-        with from_rest(self):
-            spikes = self.head(self.features(x_seq))
+        reset(self)
+        spikes = self.head(self.features(x_seq))
+        reset(self)
         return spikes.mean(0).unflatten(1, (self.classes, -1)).mean(2)
 
 

@@ -13,15 +13,7 @@ from torch.nn import functional as F
 
 from ..layer import TAID
 from ..neuron import ALIFNode
-from .block import (
-    Neuron,
-    conv_block,
-    conv_transpose_block,
-    evaluating,
-    from_rest,
-    halved,
-    linear_block,
-)
+from .block import Neuron, conv_block, conv_transpose_block, evaluating, halved, linear_block, reset
 from .latent import LATENT_LOSSES, Posterior, Prior
 
 __all__ = ["FSVAE", "FSVAEOutput", "original_neuron"]
@@ -59,7 +51,8 @@ class FSVAE(nn.Module):
     a last 3x3 convolution without neuron, whose sequence ``[T, N, C, H, W]`` the image decoder
     turns into one image; tanh.
 
-    Every pass starts from rest, so that two calls in a row never mix.
+    Every pass starts from rest, so that two calls in a row never mix, and leaves the neurons at
+    rest: :func:`sj_taid.monitor` or a forward hook sees what they did.
 
     Args:
         in_channels: image channels C.
@@ -159,8 +152,10 @@ class FSVAE(nn.Module):
             )
         # The image is the same at every step, so its first convolution and norm are too.
         x_seq = self.stem(image.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
-        with from_rest(self.encoder, self.to_latent):
-            return self.to_latent(self.encoder(x_seq).flatten(2))
+        reset(self.encoder, self.to_latent)
+        latent_seq = self.to_latent(self.encoder(x_seq).flatten(2))
+        reset(self.encoder, self.to_latent)
+        return latent_seq
 
     def decode(self, z_seq: Tensor) -> Tensor:
         """The image ``[N, C, H, W]`` in [-1, 1] for latent spikes ``[T, N, latent]``."""
@@ -168,9 +163,11 @@ class FSVAE(nn.Module):
 
     def decode_sequence(self, z_seq: Tensor) -> Tensor:
         """What the image decoder weighs: ``[T, N, C, H, W]`` for ``[T, N, latent]``."""
-        with from_rest(self.from_latent, self.decoder):
-            x_seq = self.from_latent(z_seq).unflatten(2, self._code_shape)
-            return self.to_image(self.decoder(x_seq))
+        reset(self.from_latent, self.decoder)
+        x_seq = self.from_latent(z_seq).unflatten(2, self._code_shape)
+        image_seq = self.to_image(self.decoder(x_seq))
+        reset(self.from_latent, self.decoder)
+        return image_seq
 
     def sample(self, n: int) -> Tensor:
         """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior.

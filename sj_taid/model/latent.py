@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .block import Neuron, evaluating, from_rest, linear_block
+from .block import Neuron, evaluating, linear_block, reset
 
 PRESAMPLING = ("step", "prefix")
 
@@ -43,8 +43,10 @@ class LatentNetwork(nn.Module):
 
     def run(self, x_seq: Tensor) -> Tensor:
         """From rest over a whole sequence: ``[T, N, in_channels]`` -> ``[T, N, C, k]``."""
-        with from_rest(self.net):
-            return self.net(x_seq).unflatten(2, (self.channels, self.k))
+        reset(self.net)
+        output = self.net(x_seq)
+        reset(self.net)
+        return output.unflatten(2, (self.channels, self.k))
 
     def step(self, x: Tensor) -> Tensor:
         """One more time step, the neurons going on from where they are: -> ``[N, C, k]``."""
@@ -54,8 +56,10 @@ class LatentNetwork(nn.Module):
     def stepping(self) -> Iterator[None]:
         """From rest, with the running BN statistics: then the network is causal, and stepping it
         equals running every prefix anew, at O(T) instead of O(T^2)."""
-        with from_rest(self.net), evaluating(self.net):
+        reset(self.net)
+        with evaluating(self.net):
             yield
+        reset(self.net)
 
 
 class Posterior(LatentNetwork):

@@ -57,9 +57,11 @@ def test_from_the_command_line(folder, tmp_path):
     after = metrics_of(folder)
     assert after["fad"] > 0 and after["fad"] != before["fad"]
     assert "12 samples" in after["protocol"]["fad"] and after["protocol"]["reconstruction"]
-    assert "metric.samples=12" in after["evaluation"]["command"]
-    assert str(tmp_path) not in after["evaluation"]["command"]
-    assert after["evaluation"]["versions"] and after["command"] == before["command"]
+    (evaluation,) = after["evaluations"]
+    assert "metric.samples=12" in evaluation["command"]
+    assert str(tmp_path) not in evaluation["command"]
+    assert evaluation["versions"] and after["command"] == before["command"]
+    assert "before training" not in done.stdout  # that was another number of samples
     assert after["epochs"] == before["epochs"]
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
 
@@ -70,7 +72,8 @@ def test_a_seed_gives_the_figures_of_training_again(folder):
     assert after["fad"] == before["fad"]
     assert evaluate(composed(folder)) == after == metrics_of(folder)
     other = evaluate(composed(folder, "seed=1"))
-    assert other["fad"] != before["fad"] and other["evaluation"]["seed"] == 1
+    assert other["fad"] != before["fad"]
+    assert [evaluation["seed"] for evaluation in other["evaluations"]] == [1]
 
 
 def test_fid_and_inception_score_where_there_are_weights(folder, monkeypatch):
@@ -78,11 +81,21 @@ def test_fid_and_inception_score_where_there_are_weights(folder, monkeypatch):
     after = evaluate(composed(folder, "metric.inception_weights=weights.pth", "metric.samples=20"))
     assert after["fid"] > 0 and 1 <= after["inception_score"] <= 4
     assert after["protocol"]["fid"].startswith(FrechetDistance(Network("weights.pth")).protocol)
-    assert after["protocol"]["fid"].endswith("20 samples against the test set")
+    assert after["protocol"]["fid"].endswith("20 samples against 359 test images at 8x8")
     assert after["protocol"]["inception_score"].endswith("20 samples")
     # A later evaluation without weights leaves them.
     again = evaluate(composed(folder))
     assert again["fid"] == after["fid"] and again["protocol"]["fid"] == after["protocol"]["fid"]
+    first, second = again["evaluations"]
+    assert first["figures"] == ["fid", "inception_score"]
+    assert second["figures"] == ["reconstruction", "fad"]
+
+
+def test_the_weights_of_a_run_can_be_left_out(folder):
+    config = OmegaConf.load(folder / run.CONFIG)
+    config.metric.inception_weights = "gone.pth"
+    OmegaConf.save(config, folder / run.CONFIG)
+    assert evaluate(composed(folder, "metric.inception_weights=false"))["fad"] > 0
 
 
 def test_a_classifier(tiny, tmp_path):
@@ -92,18 +105,18 @@ def test_a_classifier(tiny, tmp_path):
 
 
 def test_data_that_were_moved(tiny, tmp_path):
-    for name in ("root", "test_root"):
-        write_images(tmp_path / "here" / name / "cat", 4)
-        write_images(tmp_path / "here" / name / "dog", 4)
-    places = {name: tmp_path / "here" / name for name in ("root", "test_root")}
-    images = ["dataset=image_folder", "dataset.classes=2", "dataset.num_workers=0"]
-    given = [f"dataset.{name}={place}" for name, place in places.items()]
-    before = train(tiny(*images, *given, *TINY_CLASSIFICATION, tiny=False), tmp_path / "run")
+    def at(place):
+        return [f"dataset.{name}={tmp_path / place / name}" for name in ("root", "test_root")]
+
+    for name in ("root/cat", "root/dog", "test_root/cat", "test_root/dog"):
+        write_images(tmp_path / "here" / name, 4)
+    images = ["dataset=image_folder", "dataset.classes=2", "dataset.num_workers=0", *at("here")]
+    before = train(tiny(*images, *TINY_CLASSIFICATION, tiny=False), tmp_path / "run")
 
     (tmp_path / "here").rename(tmp_path / "there")
     with pytest.raises(FileNotFoundError, match=r"no .*here.*root"):
         evaluate(composed(tmp_path / "run"))
-    after = evaluate(composed(tmp_path / "run", *(g.replace("here", "there") for g in given)))
+    after = evaluate(composed(tmp_path / "run", *at("there")))
     assert after["accuracy"] == before["accuracy"]
 
 

@@ -36,14 +36,24 @@ def test_experiments_are_kept_by_their_choices(runs, kept, capsys):
 
 def test_each_run_tells_its_protocols_and_its_later_evaluation():
     other = metrics(["seed=1"]) | {"protocol": {"fad": "by eye", "reconstruction": "by hand"}}
-    evaluation = {"command": "evaluate.py", "commit": "later", "machine": "a desk", "threads": 2}
-    made = report.runs_section([metrics(["seed=0"]), other | {"evaluation": evaluation}])
+    later = {"command": "evaluate.py", "commit": "later", "machine": "a desk", "threads": 2}
+    other["evaluations"] = [later | {"figures": ["fad"]}]
+    made = report.runs_section([metrics(["seed=0"]), other])
     assert made.startswith("1. fad: by eye\n2. fad: by hand\n3. reconstruction: by hand\n\n")
     assert [line.split("` | ")[1] for line in made.splitlines()[-3:]] == [
         "2 | 0123456789ab | a laptop | 1 |",
-        "1, 3 | 0123456789ab | a laptop | 1 |",
-        "1, 3 | later | a desk | 2 |",
+        "3 | 0123456789ab | a laptop | 1 |",
+        "1 | later | a desk | 2 |",
     ]
+
+
+def test_figures_of_different_protocols_are_not_compared(runs):
+    finished, _ = results.gather([runs])
+    first, *others = finished.values()
+    assert "FAD ↓" in results.table([first, *others])[0]
+    first["protocol"] = {"fad": "by eye"}
+    assert "FAD ↓ (of different protocols)" in results.table([first, *others])[0]
+    assert report.changes([first, *others])[1][2] == "-4.00"  # the pair of seed 1 alone
 
 
 def test_what_a_choice_changes(runs):

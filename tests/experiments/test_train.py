@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from experiments import run, sample
 from experiments.data import Digits
+from experiments.task.generation import Generation
 from experiments.train import train
 from tests.experiments.conftest import CONF, TINY, TINY_AUTOENCODING, TINY_VAE, script
 
@@ -170,11 +171,16 @@ def test_a_killed_run_goes_on_in_its_folder_with_its_choices(tmp_path, cache):
     assert done.returncode == 0, done.stderr
     metrics = json.loads((folder / run.METRICS).read_text())
     assert metrics["epochs"] == epoch + 3 and metrics["choices"]["neuron"] == "lif"
+    assert metrics["command"].count("trainer.max_epochs") == 1
     resumed = torch.load(checkpoint, weights_only=True)
     assert len(resumed["callbacks"]["Pictures"]["history"]) == epoch + 4
     assert len(resumed["callbacks"]["Pictures"]["epochs"]) == epoch + 3
     assert resumed["global_step"] == 2 * (epoch + 3)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+    done = subprocess.run(again[:-1], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "finished already" in done.stdout, done.stderr
+    assert json.loads((folder / run.METRICS).read_text()) == metrics
 
 
 def test_the_command_line_of_a_resumed_run(tmp_path):
@@ -206,6 +212,20 @@ def test_the_command_line_of_a_resumed_run(tmp_path):
 def test_resuming_needs_a_checkpoint(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone\.ckpt"):
         train(tiny(f"resume={tmp_path / 'gone.ckpt'}"), tmp_path / "run")
+
+
+def test_resuming_from_a_damaged_checkpoint(tiny, tmp_path, monkeypatch):
+    checkpoint = tmp_path / run.CHECKPOINTS / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"PK half a checkpoint")
+    monkeypatch.setattr(Generation, "before_training", None)  # not so far
+    with pytest.raises(ValueError, match=r"(?s)last\.ckpt is not a whole checkpoint.*train again"):
+        train(tiny(), tmp_path)
+
+
+def test_recordings_are_for_classifiers(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"dataset=nmnist holds recordings.*task=classification"):
+        train(tiny("dataset=nmnist", tiny=False), tmp_path)
 
 
 def test_a_checkpoint_gives_the_trained_model(tiny, tmp_path):

@@ -8,7 +8,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sj_taid import TAID, FixedDecoder
+from sj_taid import TAID, ALIFNode, FixedDecoder
 from sj_taid.model import FSVAE
 from sj_taid.model.fsvae import original_neuron
 
@@ -125,15 +125,32 @@ def test_sample_needs_no_mode_and_changes_nothing():
 
 def test_compiled_graphs_serve_all_epochs():
     torch.compiler.reset()
-    model = FSVAE(image_size=4, T=2, hidden_channels=(2,), latent_channels=2, k=2)
+    # T and the probability are such that the prior takes samples of its own, if not in each epoch.
+    model = FSVAE(
+        image_size=4,
+        T=8,
+        hidden_channels=(2,),
+        latent_channels=2,
+        k=2,
+        own_sample_probability=(0.0, 1.0),
+    )
     counter = CompileCounterWithBackend("eager")
     model.compile(backend=counter, dynamic=False)
     graphs = []
-    for progress in (0.0, 0.5, 1.0):
-        losses = model.training_loss(images(2, size=4), progress)
-        losses["loss"].backward()
+    for progress in (0.0, 1.0, 1.0):
+        model.train().training_loss(images(2, size=4), progress)["loss"].backward()
+        with torch.no_grad():
+            model.eval()(images(2, size=4))
         graphs.append(counter.frame_count)
     assert graphs[0] > 0 and graphs == graphs[:1] * 3
+
+
+def test_a_pass_leaves_the_neurons_at_rest():
+    model = FSVAE(**SMALL)
+    model(images(2), own_sample_probability=1.0)
+    model.sample(2)
+    neurons = [m for m in model.modules() if isinstance(m, ALIFNode)]
+    assert neurons and all(node.v == node.v_reset for node in neurons)
 
 
 def test_learns_to_reconstruct():
