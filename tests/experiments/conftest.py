@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 from experiments import run
-from tests.metric.test_generation import Pixels, classifier
+from tests.metric.pixels import Pixels, classifier
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -45,6 +46,12 @@ TINY_CLASSIFICATION = [
     "dataset.image_size=8",
     *TINY_TRAINER,
 ]
+
+
+def write_images(folder, n, size=(20, 24), mode="RGB", suffix="png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.new(mode, size, i).save(folder / f"{i:02}.{suffix}")
 
 
 def script(name, *arguments):

@@ -23,7 +23,7 @@ from torchvision.datasets.utils import calculate_md5
 from experiments import data
 from experiments.data import event
 from experiments.data.base import LOCK
-from tests.experiments.conftest import CONF
+from tests.experiments.conftest import CONF, write_images
 
 
 def make(cls, root=None, **options):
@@ -234,12 +234,6 @@ def test_cifar10(cifar10):
 
 
 # Folders of images
-
-
-def write_images(folder, n, size=(20, 24), mode="RGB", suffix="png"):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(n):
-        Image.new(mode, size, i).save(folder / f"{i:02}.{suffix}")
 
 
 def test_folder_without_labels(tmp_path):

@@ -13,8 +13,7 @@ from experiments import measure, run
 from experiments.evaluate import evaluate
 from experiments.train import train
 from sj_taid.metric import FrechetDistance
-from tests.experiments.conftest import CONF, TINY_CLASSIFICATION, TINY_VAE, Network
-from tests.experiments.test_data import write_images
+from tests.experiments.conftest import CONF, TINY_CLASSIFICATION, TINY_VAE, Network, write_images
 
 
 def composed(folder, *overrides):

@@ -9,35 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
 from torchmetrics.image.inception import InceptionScore as TorchmetricsInceptionScore
 from torchmetrics.wrappers import FeatureShare
 
-from sj_taid.metric import Features, FrechetDistance, Inception, InceptionScore
+from sj_taid.metric import FrechetDistance, Inception, InceptionScore
 from sj_taid.metric.generation import DOWNLOAD, to_uint8
-
-CLASSES = 4
-
-
-class Pixels(Features):
-    """2x2 images are their own four features."""
-
-    num_features, description = CLASSES, "pixels"
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, image):
-        self.calls += 1
-        return image.flatten(1)
-
-
-def classifier():
-    """Logits are the features."""
-    layer = nn.Linear(CLASSES, CLASSES, bias=False)
-    nn.init.eye_(layer.weight)
-    return layer
+from tests.metric.pixels import CLASSES, Pixels, classifier
 
 
 def score(images, splits=1, batch=7):
