@@ -258,7 +258,7 @@ def provenance() -> dict[str, Any]:
     packages = ("spikingjelly", "torch", "lightning")
     return {
         "versions": {"sj-taid": sj_taid.__version__, **{name: version(name) for name in packages}},
-        "commit": _commit(),
+        "commit": COMMIT,
         "threads": torch.get_num_threads(),
         "machine": f"{cpu_name()}, {os.cpu_count()} cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
@@ -372,3 +372,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None  # not a checkout
     return run.stdout.strip()
+
+
+#: That of the code which is running: at a run's end the checkout may hold another.
+COMMIT = _commit()
