@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from filelock import FileLock
 from lightning.pytorch.callbacks import LambdaCallback
-from torch import nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
@@ -62,7 +61,7 @@ class Evaluator:
         self,
         samples: int,
         autoencoder: Mapping[str, Any],
-        inception_weights: str | Path | bool | None = None,
+        inception_weights: str | Path | Literal[False] | None = None,
         cache_dir: str | Path = "~/.cache/sj-taid",
         seed: int = 0,
         accelerator: str = "auto",
@@ -75,7 +74,7 @@ class Evaluator:
         self.accelerator = accelerator
 
     def evaluate_samples(
-        self, model: nn.Module, data: ImageData, only: str | None = None
+        self, model: Any, data: ImageData, only: str | None = None
     ) -> dict[str, Any]:
         """``fad``, and where there are weights ``fid`` and ``inception_score``, with ``protocol``.
 
@@ -113,7 +112,7 @@ class Evaluator:
         # Under DDP each process draws the same samples: there is nothing to sum.
         alone = {"sync_on_compute": False}
         self._check_enough("fad", self.autoencoder["latent_channels"] + 1, test_images)
-        metrics: dict[str, Metric] = {}
+        metrics: dict[str, Metric | MetricCollection] = {}
         if self.inception_weights:
             network = Inception(self.inception_weights)
             fid = FrechetDistance(network, **alone)
