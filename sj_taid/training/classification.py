@@ -65,7 +65,7 @@ class Classification(Task):
     def draw(self, images: Tensor, folder: Path) -> None:
         size = 2 + 0.6 * self.model.classes
         figure = Figure((size, size))
-        names = self.trainer.datamodule.class_names or None
+        names = self.trainer.datamodule.class_names or None  # type: ignore[attr-defined]
         self.confusion.plot(ax=figure.subplots(), cmap="Blues", labels=names)
         save(figure, folder / "confusion.png")
 

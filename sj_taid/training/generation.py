@@ -34,7 +34,11 @@ class Generation(Autoencoding):
         before = f" (before training: {metrics['fad_untrained']:.3f})"
         if "evaluations" in metrics:
             before = ""
-        titles = {"fid": "FID of the samples", "inception_score": "Their Inception score"}
+        titles = {
+            "fad_published": "FAD as published",
+            "fid": "FID of the samples",
+            "inception_score": "Their Inception score",
+        }
         return [
             *super().report(metrics),
             f"FAD of the samples: {metrics['fad']:.3f}{before}",
