@@ -30,7 +30,7 @@ from sj_taid.training.compare import (
     table,
     values,
 )
-from sj_taid.training.files import replacing
+from sj_taid.training.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -90,7 +90,7 @@ def keep(metrics: Metrics) -> Path:
     choices["seed"] = metrics["seed"]
     name = ",".join(sorted(f"{key}={value}" for key, value in choices.items()))
     path = RESULTS / experiment / f"{run.folder_name(name.replace('/', '-'))}.json"
-    with replacing(path) as whole:
+    with atomic_write(path) as whole:
         whole.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             left_out[folder] = str(error)
     for folder, reason in left_out.items():
         print(f"left out: {folder} ({reason})")
-    with replacing(REPORT) as whole:
+    with atomic_write(REPORT) as whole:
         whole.write_text(text(), encoding="utf-8")
     print(f"made: {REPORT}")
 

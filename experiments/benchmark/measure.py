@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sj_taid.training.files import replacing
+from sj_taid.training.files import atomic_write
 from sj_taid.training.provenance import provenance
 
 
@@ -54,7 +54,7 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     shared = {"command": shlex.join(["python", *sys.argv]), **facts}
     shared |= {f"{name}_version": number for name, number in versions.items()}
     names = list(dict.fromkeys(key for row in rows for key in row)) + list(shared)
-    with replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         # Rows of an earlier run that are written again keep their own.

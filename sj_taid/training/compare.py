@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import run
-from .files import replacing
+from .files import atomic_write
 from .plot import plt, save
 
 Metrics = dict[str, Any]
@@ -173,7 +173,7 @@ def write_csv(runs: dict[Path, Metrics], path: Path) -> None:
         }
         for folder, metrics in runs.items()
     ]
-    with replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     out = options.out or options.folders[0]
     write_csv(finished, out / "results.csv")
-    with replacing(out / "results.md") as whole:
+    with atomic_write(out / "results.md") as whole:
         whole.write_text(markdown([head, *body]), encoding="utf-8")
     draw(runs, out / "results.png")
     console.print(f"results.csv, results.md and results.png are in {out}", soft_wrap=True)

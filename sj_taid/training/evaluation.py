@@ -27,7 +27,7 @@ from ..data import ImageData
 from ..metric import FrechetAutoencoderDistance, FrechetDistance, Inception, InceptionScore
 from ..model import Autoencoder
 from .autoencoding import Autoencoding
-from .files import replacing
+from .files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, t
             except Exception as error:  # whatever damaged it, making it anew is the remedy
                 log.warning("%s cannot be read (%s); making it anew", path, error)
         made = make()
-        with replacing(path) as whole:
+        with atomic_write(path) as whole:
             torch.save(made, whole)
         return made
 

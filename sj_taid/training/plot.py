@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 
 from ..layer import FixedDecoder
 from ..monitoring import tau_and_threshold
-from .files import replacing
+from .files import atomic_write
 
 matplotlib.use("agg")  # draws without a display
 from matplotlib import pyplot as plt
@@ -137,6 +137,6 @@ def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
 
 def save(figure: Figure, path: Path, dpi: int = 130) -> None:
     """Write the figure whole or not at all, and forget it."""
-    with replacing(path) as whole:
+    with atomic_write(path) as whole:
         figure.savefig(whole, dpi=dpi, format="png")
     plt.close(figure)

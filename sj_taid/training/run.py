@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import data
 from ..ops.surrogate import DERIVATIVES
-from .files import replacing
+from .files import atomic_write
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
@@ -56,12 +56,12 @@ TRUSTED_TARGETS = {
 
 @rank_zero_only
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    with replacing(folder / CONFIG) as path:
+    with atomic_write(folder / CONFIG) as path:
         path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
 
 
 def save_metrics(metrics: dict[str, Any], folder: Path) -> None:
-    with replacing(folder / METRICS) as path:
+    with atomic_write(folder / METRICS) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
