@@ -62,7 +62,9 @@ class Classification(Task):
         return [f"Test accuracy: {metrics['accuracy']:.2%}, loss: {metrics['loss']:.4f}"]
 
     def draw(self, images: Tensor, folder: Path) -> None:
-        figure, _ = self.confusion.plot(cmap="Blues")
+        figure, _ = self.confusion.plot(
+            cmap="Blues", labels=self.trainer.datamodule.class_names or None
+        )
         figure.set_size_inches(2 + 0.6 * self.model.classes, 2 + 0.6 * self.model.classes)
         save(figure, folder / "confusion.png")
 

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 
 from experiments import report
 from sj_taid.data.base import Data, InMemory
-from sj_taid.training import run
+from sj_taid.training import classification, run
 from sj_taid.training.commands import train
-from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION
+from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
@@ -87,3 +87,16 @@ def test_every_experiment_is_what_its_name_says(name):
     assert choices["model"].startswith(model)
     assert (choices["neuron"], choices["decoder"]) == (neuron, decoder)
     assert cfg.get("published", {"source": "none"})["source"]
+
+
+def test_folders_of_classes_are_counted_and_name_the_confusion(tiny, tmp_path, monkeypatch):
+    for name in ("cat", "dog", "emu"):
+        write_images(tmp_path / "images" / name, 10)
+    data = ["dataset=image_folder", f"dataset.root={tmp_path / 'images'}", "dataset.num_workers=0"]
+    drawn = []
+    monkeypatch.setattr(classification, "save", lambda figure, path: drawn.append(figure))
+    train(tiny(*data, *TINY_CLASSIFICATION, tiny=False), tmp_path / "run")
+    (figure,) = drawn
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert names == ["cat", "dog", "emu"]
+    assert run.load_model(tmp_path / "run")[0].classes == 3
