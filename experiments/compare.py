@@ -1,6 +1,6 @@
-"""Compare runs: ``python experiments/compare.py FOLDER... [--out FOLDER]``."""
+"""Compare runs: ``python experiments/compare.py [FOLDER ...] [--out FOLDER] [--keep]``."""
 
-from sj_taid.training.compare import main
+from sj_taid.training.cli import compare
 
 if __name__ == "__main__":
-    main()
+    compare()

@@ -1,6 +1,8 @@
-"""Does loading keep up with training? Samples a second of the loaders and of a training step.
+"""Does loading keep up with training? Samples per second of the loaders and of a training step.
 
-    python experiments/benchmark/loading.py --out results/
+    python experiments/benchmark/loading.py
+
+writes ``loading.csv`` and ``loading.png``.
 
 Each loader is timed with and without augmentation, with no process of its own and with two, on
 made-up data of the true kind: images in memory, photographs of CelebA's size in JPEG files, and
@@ -12,6 +14,7 @@ from the training; processes work beside it, on cores of their own if the machin
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import tempfile
 from collections import deque
@@ -21,25 +24,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from common import interleaved, parser, write_csv
+from fsvae import train_step as fsvae_step
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.nn import functional as F
 
-from experiments.benchmark.fsvae import train_step as fsvae_step
-from experiments.benchmark.measure import interleaved, write_csv
 from sj_taid.data.base import Data, Files, InMemory
 from sj_taid.data.event import EventData, read_frames
 from sj_taid.data.folder import ImageFolder
 from sj_taid.data.image import ImageData
 from sj_taid.model import FSVAE, Classifier
 from sj_taid.training.allocator import reuse_freed_memory
-from sj_taid.training.plot import plt, save
+from sj_taid.training.plot import save
 
-WORKERS = (0, 2)
+MARKERS = {0: "o", 2: "s"}  # by the number of a loader's processes
 T = 20  # frames of a recording
 LOADER, STEP = "loader", "training step"
-RATES = ("samples_a_second", "q80_samples_a_second", "q20_samples_a_second")  # as Timing's times
+RATES = ("samples_per_second", "p80_samples_per_second", "p20_samples_per_second")  # as Timing's
 Step = Callable[[], None]
 
 
@@ -111,7 +116,7 @@ def plif_net(data: Data, batch: int, device: torch.device, stages: Sequence[Sequ
 
 class Case(NamedTuple):
     make: Callable[..., Data]
-    count: int  # samples an epoch
+    samples: int  # per epoch
     channels: int
     image_size: int
     augment: str
@@ -143,77 +148,56 @@ CASES = {
 }
 
 
-def measure(name: str, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+def time_case(name: str, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time the loaders and the training steps of a case in turn."""
-    device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         data = case.make(
             Path(folder),
-            case.count,
+            case.samples,
             name=name,
             channels=case.channels,
             image_size=case.image_size,
             batch_size=options.batch,
         )
         data.setup()
-        rows, work = {}, {}
-        for data.augment in (None, case.augment):
-            for data.num_workers in WORKERS:
-                loader = data.train_dataloader()
-                key = f"{data.augment}, {data.num_workers} processes"
-                rows[key] = {"work": LOADER, "augment": data.augment, "processes": data.num_workers}
-                rows[key]["samples"] = len(loader) * options.batch
-                work[key] = partial(deque, loader, maxlen=0)  # runs through it
+        rows: dict[str, dict[str, Any]] = {}
+        work: dict[str, Callable[[], object]] = {}
+        for data.augment, data.num_workers in itertools.product((None, case.augment), MARKERS):
+            loader = data.train_dataloader()
+            key = f"{data.augment}, {data.num_workers} processes"
+            rows[key] = {"work": LOADER, "augment": data.augment, "processes": data.num_workers}
+            rows[key]["samples"] = len(loader) * options.batch
+            work[key] = partial(deque, loader, maxlen=0)  # runs through it
         for net, (make, batch) in case.nets.items():
             rows[net] = {"work": STEP, "net": net, "samples": batch}
-            work[net] = synchronised(make(data, batch, device), device)
-        timings = interleaved(work, options.repeats)
+            work[net] = make(data, batch, options.device)
+        timings = interleaved(work, options.repeats, options.device)
     for key, row in rows.items():
         row["data"] = name
-        for column, milliseconds in zip(RATES, timings[key], strict=True):
-            row[column] = row["samples"] / milliseconds * 1e3
-        print(f"{name:38} {key:24} {row[RATES[0]]:10.1f} samples a second")
+        row |= zip(RATES, (row["samples"] / ms * 1e3 for ms in timings[key]), strict=True)
+        print(f"{name:38} {key:24} {row[RATES[0]]:10.1f} samples per second")
     return list(rows.values())
 
 
-def synchronised(step: Step, device: torch.device) -> Step:
-    def run_and_wait() -> None:
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return run_and_wait
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    names = list(dict.fromkeys(row["data"] for row in rows))
-    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.8 * len(names)))
-    for processes, marker in zip(WORKERS, "os", strict=True):
-        for augmented, face in ((False, "tab:blue"), (True, "white")):
-            chosen = [
-                row
-                for row in rows
-                if row["work"] == LOADER
-                and row["processes"] == processes
-                and (row["augment"] is not None) == augmented
-            ]
-            axis.plot(
-                [row[RATES[0]] for row in chosen],
-                [names.index(row["data"]) for row in chosen],
-                linestyle="none",
-                marker=marker,
-                color="tab:blue",
-                markerfacecolor=face,
-                label=f"loader, {processes} processes" + (", augmented" if augmented else ""),
-            )
-    steps = [row for row in rows if row["work"] == STEP]
-    x, y = [row[RATES[0]] for row in steps], [names.index(row["data"]) for row in steps]
-    axis.plot(x, y, "x", color="tab:red", label="training step")
-    for row, at in zip(steps, y, strict=True):
-        above = row["net"] == "FSVAE"  # so that two names on one line do not meet
+def draw(table: pd.DataFrame, path: Path) -> None:
+    names = list(table["data"].unique())
+    table = table.assign(y=table["data"].map(names.index), x=table[RATES[0]])
+    figure = Figure((9, 1.2 + 0.8 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    loaders, steps = (table[table["work"] == work] for work in (LOADER, STEP))
+    for (processes, marker), augmented in itertools.product(MARKERS.items(), (False, True)):
+        rows = loaders[
+            (loaders["processes"] == processes) & (loaders["augment"].notna() == augmented)
+        ]
+        face = "white" if augmented else "tab:blue"
+        label = f"loader, {processes} processes" + (", augmented" if augmented else "")
+        axis.plot("x", "y", marker, data=rows, color="tab:blue", mfc=face, label=label)
+    axis.plot(steps["x"], steps["y"], "x", color="tab:red", label="training step")
+    for row in steps.itertuples():
+        above = row.net == "FSVAE"  # so that two names on one line do not meet
         axis.annotate(
-            row["net"],
-            (row[RATES[0]], at),
+            row.net,
+            (row.x, row.y),
             xytext=(0, 6 if above else -6),
             textcoords="offset points",
             ha="center",
@@ -223,33 +207,22 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.margins(x=0.1)
     axis.set_xscale("log")
     axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    axis.set_xlabel("samples a second (median)")
+    axis.set(ylim=(len(names) - 0.4, -0.6), xlabel="samples per second (median)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.tight_layout()
     save(figure, path, dpi=120)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=16, help="of the loaders")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    options = parser.parse_args(arguments)
+    made = parser(__doc__, repeats=5)
+    made.add_argument("--batch", type=int, default=16, help="of the loaders")
+    options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
     reuse_freed_memory()
-
     cores = len(os.sched_getaffinity(0))
-    shared = {"device": options.device, "batch": options.batch, "cores": cores}
-    rows = [row for name, case in CASES.items() for row in measure(name, case, options)]
-    write_csv([row | shared for row in rows], options.out / "loading.csv")
-    draw(rows, options.out / "loading.png")
-    print(f"CSV and picture are in {options.out}")
+    shared = {"device": str(options.device), "batch": options.batch, "cores": cores}
+    rows = [row | shared for name, case in CASES.items() for row in time_case(name, case, options)]
+    draw(write_csv(rows, options.out / "loading.csv"), options.out / "loading.png")
 
 
 if __name__ == "__main__":

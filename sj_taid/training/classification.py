@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -62,10 +63,10 @@ class Classification(Task):
         return [f"Test accuracy: {metrics['accuracy']:.2%}, loss: {metrics['loss']:.4f}"]
 
     def draw(self, images: Tensor, folder: Path) -> None:
-        figure, _ = self.confusion.plot(
-            cmap="Blues", labels=self.trainer.datamodule.class_names or None
-        )
-        figure.set_size_inches(2 + 0.6 * self.model.classes, 2 + 0.6 * self.model.classes)
+        size = 2 + 0.6 * self.model.classes
+        figure = Figure((size, size))
+        labels = self.trainer.datamodule.class_names or None
+        self.confusion.plot(ax=figure.subplots(), cmap="Blues", labels=labels)
         save(figure, folder / "confusion.png")
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,14 @@ def sample() -> None:
     _sample()
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample}
+def compare() -> None:
+    """Compare runs: ``compare [FOLDER ...] [--out FOLDER] [--keep]``."""
+    from .compare import main
+
+    main()
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "compare": compare}
 
 
 def main() -> None:

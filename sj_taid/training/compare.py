@@ -1,66 +1,82 @@
-"""Compare runs: ``python experiments/compare.py FOLDER... [--out FOLDER]``.
+"""Compare runs: ``sj-taid compare [FOLDER ...] [--out FOLDER] [--keep]``.
 
 Every run below the folders counts. The terminal shows each combination of choices with its mean and
 standard deviation over seeds; ``results.md`` and ``results.png`` hold the same, ``results.csv``
-every run.
+every run. With ``--keep`` runs of experiments are copied into ``results/runs`` of the current
+folder, and its ``RESULTS.md`` is made of all that is there, beside ``results/published.csv``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import hashlib
 import json
+import re
 import shlex
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from . import run
+from .cli import CONF
 from .files import atomic_write
-from .plot import plt, save
+from .plot import save
 
 Metrics = dict[str, Any]
 
+EXPERIMENTS = {path.stem: path for path in sorted(Path(CONF, "experiment").glob("*.yaml"))}
+RUNS = Path("results", "runs")
+REPORT = Path("RESULTS.md")
+SMALL_BUDGET = "_cpu"  # ends the name of an experiment for a laptop
+BASELINES = {"neuron": "lif", "decoder": "fixed"}
 
-class Figure(NamedTuple):
-    """A quantity: its heading, its unit and decimals, and whether its spread is of interest."""
+
+class Quantity(NamedTuple):
+    """A column: its heading, its unit and decimals, and whether its spread is of interest."""
 
     title: str
     unit: float
     decimals: int
     spread: bool = True
 
-    def of(self, values: Sequence[float], sign: str = "-") -> str:
+    def text(self, values: pd.Series, sign: str = "-") -> str:
         """Mean and standard deviation; nothing where there is no value. ``sign="+"`` shows both."""
-        if not values:
+        values = values.dropna() / self.unit
+        if values.empty:
             return ""
-        mean, spread = mean_and_spread([value / self.unit for value in values])
-        text = f"{mean:{sign}.{self.decimals}f}"
-        return f"{text} ± {spread:.{self.decimals}f}" if self.spread and len(values) > 1 else text
+        mean = f"{values.mean():{sign}.{self.decimals}f}"
+        several = self.spread and len(values) > 1
+        return f"{mean} ± {values.std():.{self.decimals}f}" if several else mean
 
 
-#: What is measured (the arrow says which way is better), and what it cost.
-FIGURES = {
-    "accuracy": Figure("accuracy, % ↑", 0.01, 2),
-    "reconstruction": Figure("reconstruction ↓", 1, 4),
-    "inception_score": Figure("IS ↑", 1, 3),
-    "fid": Figure("FID ↓", 1, 2),
-    "fad": Figure("FAD ↓", 1, 2),
+#: What is measured (the arrow says which way is better), and what it cost. A published value that
+#: was measured by another protocol than ours has a column of its own.
+METRICS = {
+    "accuracy": Quantity("accuracy, % ↑", 0.01, 2),
+    "reconstruction": Quantity("reconstruction ↓", 1, 4),
+    "inception_score": Quantity("IS ↑", 1, 3),
+    "inception_score_published": Quantity("IS as published ↑", 1, 3),
+    "fid": Quantity("FID ↓", 1, 2),
+    "fid_published": Quantity("FID as published ↓", 1, 2),
+    "fad": Quantity("FAD, own autoencoder ↓", 1, 2),
+    "fad_published": Quantity("FAD as published ↓", 1, 2),
 }
 COSTS = {
-    "epochs": Figure("epochs", 1, 0, spread=False),
-    "parameters": Figure("parameters, M", 1e6, 2, spread=False),
-    "training_seconds": Figure("training, min", 60, 1, spread=False),
+    "epochs": Quantity("epochs", 1, 0, spread=False),
+    "parameters": Quantity("parameters, M", 1e6, 2, spread=False),
+    "training_seconds": Quantity("training, min", 60, 1, spread=False),
 }
+COLUMNS = METRICS | COSTS
 
 
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation, which is 0 for a single value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+# ---- the runs ----
 
 
 def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str]]:
@@ -90,147 +106,309 @@ def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str
 
 
 def read(path: Path) -> Metrics:
-    """One metrics.json.
+    """The metrics of a run, with those of later evaluations in the folder beside over them.
 
     Raises:
-        ValueError: a file that is damaged, or not what experiments/train.py writes.
+        ValueError: a file that is damaged, or not what a run writes.
     """
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from error
-    if not isinstance(metrics, dict) or not {"command", "choices"} <= metrics.keys():
-        raise ValueError(
-            f"{path.name} lacks command and choices, which experiments/train.py writes"
-        )
-    if not FIGURES.keys() & metrics.keys():
-        raise ValueError(f"{path.name} has none of {', '.join(FIGURES)}")
-    for name in FIGURES | COSTS:
+    metrics = _json(path)
+    if not {"command", "choices"} <= metrics.keys():
+        raise ValueError(f"{path.name} lacks command and choices, which a run writes")
+    metrics.setdefault("evaluations", []).extend(
+        map(_json, sorted(path.parent.glob("evaluations/*.json")))
+    )
+    for evaluation in metrics["evaluations"]:
+        if isinstance(evaluation["figures"], dict):  # in older files names of what is there already
+            metrics |= evaluation["figures"]
+            metrics["protocol"] = metrics.get("protocol", {}) | evaluation["protocol"]
+    if not METRICS.keys() & metrics.keys():
+        raise ValueError(f"{path.name} has none of {', '.join(METRICS)}")
+    for name in COLUMNS:
         if not isinstance(metrics.get(name), int | float | None):
             raise ValueError(f"{path.name} has {metrics[name]!r} for {name}, not a number")
     return metrics
 
 
+def _json(path: Path) -> Metrics:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}, so its run diverged")
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
 def overrides(metrics: Metrics) -> dict[str, str]:
     """What was chosen on the command line, by key."""
-    words = shlex.split(metrics["command"])[2:]  # after python experiments/train.py
+    words = metrics.get("overrides") or shlex.split(metrics["command"])[2:]  # older runs have none
     return {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in words)}
 
 
-def grouped(runs: Sequence[Metrics]) -> tuple[list[str], dict[tuple[str, ...], list[Metrics]]]:
-    """The keys in whose choice the runs differ, seeds apart, and the runs of each combination."""
+def keep(metrics: Metrics, root: Path) -> Path:
+    """Copy the metrics of an experiment's run into ``root/results/runs``; returns where.
 
-    def choice(metrics: Metrics, key: str) -> str:
-        return overrides(metrics).get(key) or str(metrics["choices"].get(key, "default"))
-
-    keys = dict.fromkeys(key for metrics in runs for key in overrides(metrics) if key != "seed")
-    swept = [key for key in keys if len({choice(metrics, key) for metrics in runs}) > 1]
-    groups: dict[tuple[str, ...], list[Metrics]] = {}
-    for metrics in runs:
-        groups.setdefault(tuple(choice(metrics, key) for key in swept), []).append(metrics)
-    return swept, groups
-
-
-def protocol(name: str, metrics: Metrics) -> str | None:
-    """How a figure was measured; figures of different protocols do not compare."""
-    return metrics.get("protocol", {}).get(name)
+    Raises:
+        ValueError: a run that is no experiment's.
+    """
+    choices = overrides(metrics)
+    experiment = choices.pop("experiment", None)
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"{metrics['command']!r} is no run of an experiment in conf/experiment")
+    name = short_name(choices | {"seed": str(metrics["seed"])})
+    path = root / RUNS / experiment / f"{name}.json"
+    with atomic_write(path) as whole:
+        whole.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
-def values(runs: Iterable[Metrics], name: str) -> list[float]:
-    return [metrics[name] for metrics in runs if metrics.get(name) is not None]
+def short_name(choices: dict[str, str]) -> str:
+    """A file's name of letters, digits, ``-``, ``_`` and ``.``: choices of groups, others' digest.
+
+    >>> short_name({"seed": "0", "neuron": "alif"})
+    'neuron-alif_seed-0'
+    >>> short_name({"seed": "0", "model.stages": "[[32],[64]]"})
+    'seed-0_3e2e7b97'
+    """
+    words = sorted(f"{key}={value}" for key, value in choices.items())
+    plain = [word for word in words if re.fullmatch(r"\w+=[\w.-]{1,40}", word, re.ASCII)]
+    others = ",".join(word for word in words if word not in plain)
+    digest = [hashlib.sha256(others.encode()).hexdigest()[:8]] if others else []
+    return "_".join([*(word.replace("=", "-") for word in plain), *digest])
 
 
-def heading(name: str, runs: Iterable[Metrics]) -> str:
-    protocols = {protocol(name, metrics) for metrics in runs if metrics.get(name) is not None}
-    mixed = " (of different protocols)" if len(protocols) > 1 else ""
-    return (FIGURES | COSTS)[name].title + mixed
+# ---- tables ----
 
 
-def table(runs: Sequence[Metrics]) -> list[list[str]]:
-    """Headings, then a row for each combination of choices."""
-    swept, groups = grouped(runs)
-    figures = {name: f for name, f in (FIGURES | COSTS).items() if values(runs, name)}
-    rows = [
-        [*label, *(f.of(values(group, name)) for name, f in figures.items()), str(len(group))]
-        for label, group in groups.items()
-    ]
-    return [[*swept, *(heading(name, runs) for name in figures), "runs"], *rows]
+def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
+    """A row for every run, and the columns of the choices in which they differ, seeds apart."""
+    table = pd.DataFrame(
+        metrics["choices"]
+        | overrides(metrics)
+        | {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
+        | {_protocol(name): metrics.get("protocol", {}).get(name, "") for name in METRICS}
+        for metrics in runs
+    )
+    keys = list(dict.fromkeys(key for m in runs for key in overrides(m) if key != "seed"))
+    table[keys] = table[keys].fillna("default")
+    return table, [key for key in keys if table[key].nunique() > 1]
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n"
+def _protocol(name: str) -> str:
+    return f"{name} protocol"
 
 
-def write_csv(runs: dict[Path, Metrics], path: Path) -> None:
-    """A row for every run: its folder, its choices and all single values of its metrics."""
-    rows = [
-        {
-            "folder": folder,
-            **metrics["choices"],
-            **overrides(metrics),
-            **{k: v for k, v in metrics.items() if not isinstance(v, dict | list)},
-        }
-        for folder, metrics in runs.items()
-    ]
-    with atomic_write(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+def measured(table: pd.DataFrame, columns: Iterable[str] = COLUMNS) -> list[str]:
+    return [name for name in columns if name in table and table[name].notna().any()]
+
+
+def heading(name: str, table: pd.DataFrame) -> str:
+    mixed = name in METRICS and table[_protocol(name)][table[name].notna()].nunique() > 1
+    return COLUMNS[name].title + (" (of different protocols)" if mixed else "")
+
+
+def summary(runs: Sequence[Metrics]) -> pd.DataFrame:
+    """A row for each combination of choices, over its seeds."""
+    table, keys = frame(runs)
+    groups = table.groupby(keys or [""] * len(table), sort=False)
+    names = measured(table)
+    cells = groups.agg({name: COLUMNS[name].text for name in names})
+    cells.columns = pd.Index([heading(name, table) for name in names])
+    return cells.assign(runs=groups.size()).reset_index(drop=not keys)
+
+
+def changes(runs: Sequence[Metrics]) -> pd.DataFrame:
+    """What each option changes against its baseline, over pairs of runs that are else equal."""
+    table, keys = frame(runs)
+    rows = []
+    for key, baseline in ((key, BASELINES[key]) for key in keys if key in BASELINES):
+        is_baseline = table[key] == baseline
+        others = [*(other for other in keys if other != key), "seed"]
+        pairs = table[~is_baseline].merge(table[is_baseline], on=others, suffixes=("", " before"))
+        for option, group in pairs.groupby(key, sort=False):
+            row = {"change": f"`{option}` instead of `{baseline}`"}
+            for name in measured(table, METRICS):
+                alike = group[_protocol(name)] == group[f"{_protocol(name)} before"]
+                difference = (group[name] - group[f"{name} before"])[alike]
+                row[METRICS[name].title] = METRICS[name].text(difference, "+")
+            rows.append(row | {"pairs": str(len(group))})
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    return table.to_markdown(index=False, tablefmt="github", disable_numparse=True) + "\n"
 
 
 def draw(runs: Sequence[Metrics], path: Path) -> None:
-    """A panel for each figure: every run a dot, each combination's mean and standard deviation."""
-    swept, groups = grouped(runs)
-    figures = {name: figure for name, figure in FIGURES.items() if values(runs, name)}
-    picture, axes = plt.subplots(
-        1,
-        len(figures),
-        figsize=(1.5 + 3.2 * len(figures), 1.6 + 0.4 * len(groups)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, (name, figure) in zip(axes[0], figures.items(), strict=True):
+    """A panel for each metric: every run a dot, each combination's mean and standard deviation."""
+    table, keys = frame(runs)
+    names = measured(table, METRICS)
+    groups = dict(iter(table.groupby(keys or [""] * len(table), sort=False)))
+    figure = Figure((1.5 + 3.2 * len(names), 1.6 + 0.4 * len(groups)), layout="constrained")
+    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
         for row, group in enumerate(groups.values()):
-            measured = [value / figure.unit for value in values(group, name)]
-            if not measured:
-                continue
-            axis.plot(measured, [row] * len(measured), "o", ms=4, color=f"C{row}", alpha=0.5)
-            mean, spread = mean_and_spread(measured)
-            axis.errorbar(mean, row, xerr=spread, fmt="|", ms=14, capsize=3, color=f"C{row}")
-        axis.set_xlabel(heading(name, runs))
+            values = group[name].dropna() / METRICS[name].unit
+            axis.plot(values, [row] * len(values), "o", ms=4, color=f"C{row}", alpha=0.5)
+            spread = values.std() if len(values) > 1 else 0.0
+            axis.errorbar(
+                values.mean(), row, xerr=spread, fmt="|", ms=14, capsize=3, color=f"C{row}"
+            )
+        axis.set_xlabel(heading(name, table))
         axis.grid(axis="x", alpha=0.3)
-    axes[0, 0].set_yticks(range(len(groups)), [", ".join(label) for label in groups])
-    axes[0, 0].set(ylabel=", ".join(swept), ylim=(len(groups) - 0.5, -0.5))
-    picture.suptitle("Mean and standard deviation over seeds; each dot is a run", fontsize=10)
-    save(picture, path)
+    axes[0].set_yticks(range(len(groups)), [", ".join(label) for label in groups])
+    axes[0].set(ylabel=", ".join(keys), ylim=(len(groups) - 0.5, -0.5))
+    figure.suptitle("Mean and standard deviation over seeds; each dot is a run", fontsize=10)
+    save(figure, path)
+
+
+# ---- RESULTS.md ----
+
+
+def fill(page: str, tables: Mapping[str, str]) -> str:
+    """``page`` with that table in each ``<!-- table: NAME -->`` ... ``<!-- end -->``."""
+    place = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return place.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", page)
+
+
+def kept(root: Path, experiment: str) -> list[Metrics]:
+    return [read(path) for path in sorted((root / RUNS / experiment).glob("*.json"))]
+
+
+def tables(root: Path) -> dict[str, str]:
+    """What RESULTS.md holds of the runs and the published values in ``root/results``."""
+    runs = {name: kept(root, name) for name in EXPERIMENTS}
+    every = [metrics for ours in runs.values() for metrics in ours]
+    small = [name for name in runs if name.endswith(SMALL_BUDGET)]
+    papers = [name for name in runs if name not in small]
+    sections = [small_section(name, runs[name]) for name in small if runs[name]]
+    published = pd.read_csv(root / "results" / "published.csv")
+    return {
+        "small": "\n".join([*sections, not_run(small, runs)]),
+        "papers": "\n".join(
+            [
+                *paper_sections([metrics for name in papers for metrics in runs[name]], published),
+                not_run(papers, runs),
+            ]
+        ),
+        "runs": every_run(every),
+    }
+
+
+def small_section(experiment: str, runs: Sequence[Metrics]) -> str:
+    """One budget for all: the table of its choices, and what they change."""
+    both = [markdown(table) for table in (summary(runs), changes(runs)) if len(table)]
+    return "\n".join([f"### `{experiment}`\n\n{comment(experiment)}\n", *both])
+
+
+def comment(experiment: str) -> str:
+    """What an experiment's file says of itself in its first lines."""
+    lines = EXPERIMENTS[experiment].read_text(encoding="utf-8").splitlines()
+    first = takewhile(lambda line: line.startswith("# "), lines[1:])  # after the package
+    return "\n".join(line.removeprefix("# ") for line in first)
+
+
+def not_run(names: Iterable[str], runs: Mapping[str, Sequence[Metrics]]) -> str:
+    return f"Not run: {', '.join(f'`{name}`' for name in names if not runs[name]) or 'none'}.\n"
+
+
+def label(metrics: Metrics) -> str:
+    """Ours, and in what it was run otherwise than the row's config says."""
+    choices = overrides(metrics).items()
+    otherwise = [f"{k}={v}" for k, v in choices if k not in ("experiment", "seed")]
+    return f"ours, with `{' '.join(otherwise)}`" if otherwise else "ours"
+
+
+def paper_sections(runs: Sequence[Metrics], published: pd.DataFrame) -> Iterator[str]:
+    """A table for each data set and task: ours, then the published values."""
+    index = ["dataset", "task", "row", "from"]
+    parts = []
+    if runs:
+        table = frame(runs)[0].rename(columns={"experiment": "row"})
+        groups = table.assign(**{"from": [*map(label, runs)]}).groupby(index, sort=False)
+        ours = groups.agg({name: COLUMNS[name].text for name in measured(table)})
+        parts = [ours.assign(runs=groups.size().astype(str))]
+    units = published["figure"].map(lambda name: COLUMNS[name].unit)
+    parts.append(
+        published.assign(value=(published["value"] / units).map("{:g}".format))
+        .rename(columns={"source": "from"})
+        .pivot(index=index, columns="figure", values="value")
+    )
+    both = pd.concat(parts).fillna("")
+    for (dataset, task), rows in both.groupby(["dataset", "task"], sort=False):
+        filled = [name for name in (*COLUMNS, "runs") if name in rows and any(rows[name] != "")]
+        shown = rows[filled].rename(columns={name: COLUMNS[name].title for name in COLUMNS})
+        yield f"### {dataset}: {task}\n\n{markdown(shown.droplevel([0, 1]).reset_index())}"
+
+
+def every_run(runs: Sequence[Metrics]) -> str:
+    """The protocols, numbered, and what each run and each later evaluation of it measured."""
+    protocols = {f"{name}: {how}" for m in runs for name, how in m.get("protocol", {}).items()}
+    numbers = {how: str(number) for number, how in enumerate(sorted(protocols), 1)}
+    rows = []
+    for metrics in runs:
+        protocol, later = metrics.get("protocol", {}), metrics["evaluations"]
+        at_once = protocol.keys() - {name for evaluation in later for name in evaluation["figures"]}
+        for origin in (metrics | {"figures": at_once}, *later):
+            names = sorted(name for name in origin["figures"] if name in protocol)
+            facts = origin | origin.get("provenance", {})
+            rows.append(
+                {
+                    "command": f"`{origin['command']}`",
+                    "protocols": ", ".join(numbers[f"{name}: {protocol[name]}"] for name in names),
+                    "commit": facts["commit"],
+                    "machine": facts["machine"],
+                    "threads": str(facts["threads"]),
+                }
+            )
+    listed = "".join(f"{number}. {how}\n" for how, number in numbers.items())
+    return f"{listed}\n{markdown(pd.DataFrame(rows))}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="folders that hold runs")
+    parser = argparse.ArgumentParser(
+        "sj-taid compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", type=Path, help="folders that hold runs")
     parser.add_argument("--out", type=Path, help="where to write; by default the first folder")
+    parser.add_argument("--keep", action="store_true", help="into results/runs and RESULTS.md")
     options = parser.parse_args(arguments)
-    console = Console()
+    if not options.folders and not options.keep:
+        parser.error("give folders that hold runs")
     try:
-        finished, left_out = gather(options.folders)
+        finished, left_out = gather(options.folders) if options.folders else ({}, {})
     except FileNotFoundError as error:
         parser.error(str(error))
     for folder, reason in left_out.items():
-        console.print(f"left out: {folder} ({reason})", soft_wrap=True, markup=False)
-    if not finished:
+        print(f"left out: {folder} ({reason})")
+    if options.folders and not finished:
         parser.error("no finished run; one that is cut off goes on when its command is repeated")
-    runs = list(finished.values())
-    head, *body = table(runs)
-    shown = Table(*head)
-    for row in body:
-        shown.add_row(*row)
-    console.print(shown)
+    if finished:
+        show_and_write(finished, options.out or options.folders[0])
+    if options.keep:
+        for folder, metrics in finished.items():
+            try:
+                print(f"kept: {keep(metrics, Path())}")
+            except ValueError as error:
+                print(f"not kept: {folder} ({error})")
+        with atomic_write(REPORT) as whole:
+            page = REPORT.read_text(encoding="utf-8")
+            whole.write_text(fill(page, tables(Path())), encoding="utf-8")
+        print(f"filled: {REPORT}")
 
-    out = options.out or options.folders[0]
-    write_csv(finished, out / "results.csv")
+
+def show_and_write(finished: dict[Path, Metrics], out: Path) -> None:
+    runs = list(finished.values())
+    table = summary(runs).astype(str)
+    shown = Table(*(Column(str(name), overflow="fold") for name in table))
+    for row in table.itertuples(index=False):
+        shown.add_row(*row)
+    # Rich cuts columns to 80 characters where it knows no width, as in a pipe.
+    Console(width=None if sys.stdout.isatty() else 10_000).print(shown)
+    out.mkdir(parents=True, exist_ok=True)
+    frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(out / "results.csv", index=False)
     with atomic_write(out / "results.md") as whole:
-        whole.write_text(markdown([head, *body]), encoding="utf-8")
+        whole.write_text(markdown(table), encoding="utf-8")
     draw(runs, out / "results.png")
-    console.print(f"results.csv, results.md and results.png are in {out}", soft_wrap=True)
+    print(f"results.csv, results.md and results.png are in {out}")

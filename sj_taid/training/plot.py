@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 from torchvision.utils import make_grid
@@ -15,11 +17,6 @@ from torchvision.utils import make_grid
 from ..layer import FixedDecoder
 from ..monitoring import tau_and_threshold
 from .files import atomic_write
-
-matplotlib.use("agg")  # draws without a display
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 
 def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
@@ -40,7 +37,8 @@ def draw_grid(
     images = (images.detach().cpu().clamp(-1, 1) + 1) / 2
     grid = make_grid(images, columns, padding=1, pad_value=1.0).permute(1, 2, 0).numpy()
     height, width = grid.shape[:2]
-    figure, axis = plt.subplots(figsize=(11, 11 * height / width + 0.45))
+    figure = Figure((11, 11 * height / width + 0.45))
+    axis = figure.subplots()
     axis.imshow(grid, interpolation="nearest")
     rows = -(-len(images) // columns)
     axis.set_xticks([])
@@ -65,9 +63,10 @@ def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path) ->
 
 def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> None:
     """tau and V_th of every layer over the epochs; entry 0 is the start."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure = Figure((11, 4.2))
+    axes = figure.subplots(1, 2)
     names = list(history[0])
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(names)))
+    colors = colormaps["viridis"](np.linspace(0, 0.95, len(names)))
     for axis, key, label in (
         (axes[0], "tau", r"membrane time constant $\tau$ (time steps)"),
         (axes[1], "v_threshold", r"threshold $V_{th}$ (dimensionless)"),
@@ -96,7 +95,8 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     T, _, channels = attention.shape
     steps = np.arange(1, T + 1)
     shares = (attention / attention.sum(0)).detach().cpu().numpy()
-    figure, axis = plt.subplots(figsize=(6.4, 4))
+    figure = Figure((6.4, 4))
+    axis = figure.subplots()
     for channel in range(channels):
         label = "this decoder" + (f", channel {channel}" if channels > 1 else "")
         share = shares[:, :, channel]
@@ -119,7 +119,8 @@ def draw_attention(attention: Tensor, path: Path) -> None:
 def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
     """What was logged over the epochs, ``train/<name>`` and ``val/<name>`` in one plot a name."""
     names = list(dict.fromkeys(key.split("/")[1] for key in epochs[-1]))
-    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4), squeeze=False)
+    figure = Figure((5.2 * len(names), 4))
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for stage, label in (("train", "training"), ("val", "test set")):
             key = f"{stage}/{name}"
@@ -136,7 +137,6 @@ def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
 
 
 def save(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Write the figure whole or not at all, and forget it."""
+    """Write the figure whole or not at all."""
     with atomic_write(path) as whole:
         figure.savefig(whole, dpi=dpi, format="png")
-    plt.close(figure)

@@ -2,19 +2,25 @@
 
 import csv
 from functools import partial
+from pathlib import Path
 
+import common
+import fsvae
+import loading
+import memory
+import neuron
+import pandas as pd
 import pytest
 import torch
-
-from experiments.benchmark import loading, memory, neuron
-from experiments.benchmark.contestants import contestants
+from matplotlib import image as mpimg
 
 CPU = torch.device("cpu")
+RESULTS = Path(common.__file__).parent / "results"
 
 
 @pytest.fixture(scope="module")
 def modules():
-    return contestants(CPU)
+    return common.contestants(CPU)
 
 
 def rows(path):
@@ -41,7 +47,7 @@ def test_time(tmp_path):
     assert (tmp_path / "neuron.png").stat().st_size > 0
 
 
-def test_nothing_is_measured_unless_all_compute_the_same(modules):
+def test_nothing_is_timed_unless_all_compute_the_same(modules):
     neuron.gate(modules, CPU)
     broken = dict(modules)
     broken["ALIF broken"] = torch.nn.Threshold(0.5, 0.0)
@@ -51,14 +57,14 @@ def test_nothing_is_measured_unless_all_compute_the_same(modules):
 
 def test_memory(tmp_path, modules):
     memory.main(["--device", "cpu", "--steps", "4", "24", "--out", str(tmp_path)])
-    kept = {
-        (row["neuron"], row["dtype"], row["T"]): float(row["bytes_a_neuron_and_step"])
+    saved = {
+        (row["neuron"], row["dtype"], row["T"]): float(row["bytes_per_neuron_and_step"])
         for row in rows(tmp_path / "memory.csv")
     }
-    assert kept["ALIF cupy (counted)", "float32", "4"] == 4
-    assert kept["ALIF cupy (counted)", "bfloat16", "4"] == 2
-    assert kept["ALIF cupy (counted)", "float32", "24"] == pytest.approx(4 + 2 * 4 / 24, abs=1e-3)
-    assert kept["SpikingJelly PLIF", "float32", "4"] > 4
+    assert saved["ALIF cupy (counted)", "float32", "4"] == 4
+    assert saved["ALIF cupy (counted)", "bfloat16", "4"] == 2
+    assert saved["ALIF cupy (counted)", "float32", "24"] == pytest.approx(4 + 2 * 4 / 24, abs=1e-3)
+    assert saved["SpikingJelly PLIF", "float32", "4"] > 4
 
 
 def test_loading(tmp_path, monkeypatch):
@@ -86,7 +92,18 @@ def test_loading(tmp_path, monkeypatch):
         ("recordings", "PLIF-net"),
     ]
     for row in table:
-        low, median, high = (float(row[f"{q}samples_a_second"]) for q in ("q20_", "", "q80_"))
+        low, median, high = (float(row[f"{q}samples_per_second"]) for q in ("p20_", "", "p80_"))
         assert 0 < low <= median <= high
         assert row["cores"] and row["commit"]
     assert (tmp_path / "loading.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("script", [fsvae, loading, neuron], ids=lambda script: script.__name__)
+def test_the_committed_rows_can_be_drawn(tmp_path, script):
+    (path,) = RESULTS.glob(f"*/{script.__name__}.csv")
+    script.draw(pd.read_csv(path), tmp_path / "drawn.png")
+    assert mpimg.imread(tmp_path / "drawn.png").std() > 0
+
+
+def test_results_are_not_written_among_the_committed_ones():
+    assert common.parser("").parse_args([]).out == Path("benchmark-results")

@@ -1,29 +1,49 @@
-"""The figures of runs, gathered and compared."""
+"""The metrics of runs: gathered, compared, kept, and filled into RESULTS.md."""
 
 import csv
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from matplotlib import image as mpimg
 
-from sj_taid.training import compare as results
-from sj_taid.training import run
-from tests.training.conftest import metrics
+from sj_taid.training import cli, compare, run
+from tests.training.conftest import CONF, metrics
+
+ROOT = CONF.parent
+PROVENANCE = ["0123456789ab", "a laptop", "1"]
+
+
+def write(content, folder):
+    run.save_metrics(content, folder)
+    (folder / run.CONFIG).write_text("seed: 0\n")
+
+
+def cells(markdown):
+    """The rows of a table, without its padding."""
+    return [re.split(r" *\| *", line.strip("| ")) for line in markdown.splitlines()]
 
 
 def test_mean_and_spread_over_seeds_for_every_choice(runs, capsys):
-    results.main([str(runs)])
+    compare.main([str(runs)])
     shown = capsys.readouterr().out
     assert "broken (metrics.json is damaged" in shown and "unfinished (unfinished)" in shown
 
-    head, _, *rows = (runs / "results.md").read_text().splitlines()
-    assert head == (
-        "| neuron | accuracy, % ↑ | FAD ↓ | epochs | parameters, M | training, min | runs |"
-    )
+    head, _, *rows = cells((runs / "results.md").read_text())
+    assert head[:3] == ["neuron", "accuracy, % ↑", "FAD, own autoencoder ↓"]
+    assert head[3:] == ["epochs", "parameters, M", "training, min", "runs"]
     # By hand: the mean of 10 and 12 is 11, their standard deviation sqrt(2).
     assert rows == [
-        "| lif |  | 11.00 ± 1.41 | 2 | 0.83 | 1.5 | 2 |",
-        "| alif | 99.73 ± 0.07 | 7.50 ± 0.71 | 2 | 0.83 | 1.5 | 2 |",
+        ["lif", "", "11.00 ± 1.41", "2", "0.83", "1.5", "2"],
+        ["alif", "99.73 ± 0.07", "7.50 ± 0.71", "2", "0.83", "1.5", "2"],
     ]
+    # Whole headings and cells, though a pipe has no width.
+    assert all(cell in shown for row in (head, *rows) for cell in row)
+    assert len([line for line in shown.splitlines() if "11.00 ± 1.41" in line]) == 1
     with (runs / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["fad"] for row in table] == ["10.0", "12.0", "7.0", "8.0"]
@@ -31,11 +51,33 @@ def test_mean_and_spread_over_seeds_for_every_choice(runs, capsys):
     assert mpimg.imread(runs / "results.png").std() > 0
 
 
-def test_a_lone_run_and_one_that_diverged(tmp_path):
-    run.save_metrics(metrics([], fad=float("nan")), tmp_path)
-    (tmp_path / run.CONFIG).write_text("seed: 0\n")
-    results.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    assert "| nan | 2 |" in (tmp_path / "out" / "results.md").read_text()
+def test_a_lone_run(tmp_path, monkeypatch):
+    write(metrics([], fad=3.5), tmp_path)
+    line = ["sj-taid", "compare", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", line)
+    cli.main()
+    assert cells((tmp_path / "out" / "results.md").read_text())[2][:2] == ["3.50", "2"]
+
+
+def test_a_later_evaluation_counts(tmp_path):
+    evaluation = {
+        "figures": {"fad": 2.5},
+        "protocol": {"fad": "by eye"},
+        "checkpoint_sha256": "abc",
+        "command": "sj-taid evaluate checkpoint=RUN",
+        "provenance": {"commit": "later", "machine": "a desk", "threads": 2},
+    }
+    write(metrics([], fad=3.5), tmp_path)
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "1.json").write_text(json.dumps(evaluation))
+    read = compare.read(tmp_path / run.METRICS)
+    assert read["fad"] == 2.5 and read["protocol"]["fad"] == "by eye"
+    made = compare.every_run([read])
+    assert made.startswith("1. fad: by eye\n\n")
+    assert cells(made)[-2:] == [
+        ["`python experiments/train.py`", "", *PROVENANCE],
+        ["`sj-taid evaluate checkpoint=RUN`", "1", "later", "a desk", "2"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +86,7 @@ def test_a_lone_run_and_one_that_diverged(tmp_path):
         ("[1, 2]", "lacks command and choices"),
         ('{"fad": 1.0}', "lacks command and choices"),
         ('{"command": "", "choices": {}, "fad": "low"}', "has 'low' for fad, not a number"),
+        ('{"command": "", "choices": {}, "fad": NaN}', "holds NaN, so its run diverged"),
         ('{"command": "", "choices": {}}', "has none of accuracy, reconstruction"),
         ("", "is damaged"),
     ],
@@ -51,7 +94,7 @@ def test_a_lone_run_and_one_that_diverged(tmp_path):
 def test_what_is_no_metrics_file_is_left_out_with_the_reason(tmp_path, content, reason):
     (tmp_path / run.METRICS).write_text(content)
     (tmp_path / run.CONFIG).write_text("seed: 0\n")
-    finished, left_out = results.gather([tmp_path])
+    finished, left_out = compare.gather([tmp_path])
     assert not finished and reason in left_out[tmp_path]
 
 
@@ -60,14 +103,114 @@ def test_what_is_no_metrics_file_is_left_out_with_the_reason(tmp_path, content, 
 )
 def test_a_folder_without_runs(tmp_path, capsys, folder, message):
     with pytest.raises(FileNotFoundError, match=message):
-        results.gather([tmp_path / folder])
+        compare.gather([tmp_path / folder])
     with pytest.raises(SystemExit):
-        results.main([str(tmp_path / folder)])
+        compare.main([str(tmp_path / folder)])
     assert "error: no" in capsys.readouterr().err
 
 
 def test_without_a_finished_run_there_is_nothing_to_compare(tmp_path, capsys):
     (tmp_path / run.CONFIG).write_text("seed: 0\n")
     with pytest.raises(SystemExit):
-        results.main([str(tmp_path)])
+        compare.main([str(tmp_path)])
     assert "no finished run" in capsys.readouterr().err
+
+
+def test_the_overrides_of_a_run_come_from_its_own_list_or_from_its_command():
+    assert compare.overrides(metrics(["neuron=lif", "+x='a b'"])) == {"neuron": "lif", "x": "'a b'"}
+    listed = metrics(["neuron=lif"]) | {"overrides": ["++decoder=taid"]}
+    assert compare.overrides(listed) == {"decoder": "taid"}
+
+
+def test_experiments_are_kept_by_their_choices(runs, tmp_path, monkeypatch, capsys):
+    write(metrics(["neuron=lif"], fad=1.0), runs / "no experiment")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "results", "results", ignore=lambda *_: ["runs"])
+    shutil.copy(ROOT / "RESULTS.md", tmp_path)
+    compare.main([str(runs), "--keep"])
+    assert "is no run of an experiment in conf/experiment" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("results/runs/mnist_small_cpu").iterdir()) == [
+        "neuron-lif_seed-0.json",
+        "neuron-lif_seed-1.json",
+        "seed-0.json",
+        "seed-1.json",
+    ]
+    made = Path("RESULTS.md").read_text()
+    assert made.startswith("# Results\n") and "1. fad: by hand\n" in made
+    for line in (
+        ["alif", "99.73 ± 0.07", "7.50 ± 0.71", "2", "0.83", "1.5", "2"],
+        ["`python experiments/train.py experiment=mnist_small_cpu seed=1`", "1", *PROVENANCE],
+    ):
+        assert line in cells(made)
+
+
+def test_names_of_kept_runs_can_be_given_on_any_command_line():
+    names = {
+        compare.short_name({"seed": "0", "model.stages": stages, "neuron": "alif"})
+        for stages in ("[[32],[64]]", "[32,64]", "x" * 500)
+    }
+    assert len(names) == 3
+    for name in (*names, *(path.stem for path in ROOT.glob("results/**/*.*"))):
+        assert re.fullmatch(r"[A-Za-z0-9._-]{1,120}", name), name
+
+
+def test_values_of_different_protocols_are_not_compared(runs):
+    first, *others = compare.gather([runs])[0].values()
+    assert "FAD, own autoencoder ↓" in compare.summary([first, *others])
+    first["protocol"] = {"fad": "by eye"}
+    mixed = compare.summary([first, *others])
+    assert "FAD, own autoencoder ↓ (of different protocols)" in mixed
+    changes = compare.changes([first, *others])
+    assert changes.iloc[0, 2] == "-4.00"  # the pair of seed 1 alone
+
+
+def test_what_a_choice_changes(runs):
+    finished, _ = compare.gather([runs])
+    # Pairs of equal seed: 7 - 10 and 8 - 12. LIF has no accuracy to compare with.
+    assert compare.changes(list(finished.values())).to_numpy().tolist() == [
+        ["`alif` instead of `lif`", "", "-3.50 ± 0.71", "2"]
+    ]
+
+
+def test_ours_stand_above_the_published_values_and_fad_in_columns_of_its_own():
+    published = pd.read_csv(ROOT / "results" / "published.csv")
+    (nothing_of_ours,) = (s for s in compare.paper_sections([], published) if "### mnist: g" in s)
+    assert "ours" not in nothing_of_ours and "FAD, own" not in nothing_of_ours
+    choices = {"dataset": "mnist", "task": "generation"}
+    ours = [
+        metrics(["experiment=mnist_fsvae"], choices, fad=40.0),
+        metrics(["experiment=mnist_fsvae", "neuron=lif"], choices, 1, fad=50.0),
+    ]
+    section, *others = compare.paper_sections(ours, published)
+    assert section.startswith("### mnist: generation\n") and len(others) >= 4
+    head, _, *rows = cells(section.partition("\n\n")[2])
+    own, as_published = (
+        head.index(f"FAD{which} ↓") for which in (", own autoencoder", " as published")
+    )
+    assert [(row[1], row[own], row[as_published]) for row in rows if row[0] == "mnist_fsvae"] == [
+        ("ours", "40.00", ""),
+        ("ours, with `neuron=lif`", "50.00", ""),
+        ("Kamata et al. 2022, arXiv 2110.00375", "", "35.54"),
+    ]
+    assert next(row for row in rows if row[0] == "ESVAE")[as_published] == "10.99"
+
+
+def test_what_is_not_run_takes_one_line():
+    tables = compare.tables(ROOT)
+    for name in ("small", "papers"):
+        *measured, last = tables[name].splitlines()
+        assert last.startswith("Not run: `celeba_") and not any("ot run" in row for row in measured)
+
+
+def test_every_published_value_has_its_place():
+    published = pd.read_csv(ROOT / "results" / "published.csv")
+    assert set(published["figure"]) <= compare.COLUMNS.keys()
+    others = {"ESVAE", "FSDDIM"}
+    assert set(published["row"]) - others <= compare.EXPERIMENTS.keys()
+    assert published["source"].notna().all() and (published["value"] > 0).all()
+
+
+def test_results_are_what_is_made_of_the_kept_runs():
+    page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    assert page == compare.fill(page, compare.tables(ROOT)), "run sj-taid compare --keep"
+    assert {path.name for path in (ROOT / "results/runs").iterdir()} <= compare.EXPERIMENTS.keys()

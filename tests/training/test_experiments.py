@@ -7,9 +7,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments import report
 from sj_taid.data.base import Data, InMemory
-from sj_taid.training import classification, run
+from sj_taid.training import classification, compare, run
 from sj_taid.training.commands import train
 from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
 
@@ -79,8 +78,8 @@ def test_every_experiment_is_what_its_name_says(name):
     choices = cfg.hydra.runtime.choices
     data, row = cfg.dataset.name, name.removeprefix(f"{cfg.dataset.name}_")
     assert choices["dataset"] == data and name.startswith(data)
-    assert report.comment(name).endswith(".")
-    if name.endswith(report.LAPTOP):
+    assert compare.comment(name).endswith(".")
+    if name.endswith(compare.SMALL_BUDGET):
         assert row in ("small_cpu", "classifier_cpu")
         return
     model, neuron, decoder = ROWS[row]

@@ -1,0 +1,187 @@
+"""What the benchmarks share: the neurons, their options, timing in turn, CSVs with provenance.
+
+The neurons are leaky integrate-and-fire with tau = 2, threshold 1 and an ATan surrogate. LIF learns
+nothing, PLIF tau; ours, FlexSN and snnTorch's Leaky learn tau and the threshold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from torch import Tensor, nn
+
+from sj_taid import ALIFNode
+from sj_taid.ops import backends
+from sj_taid.training.files import atomic_write
+from sj_taid.training.provenance import cpu_name, provenance
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CPU = torch.device("cpu")
+
+
+def parser(description: str | None, repeats: int = 0) -> argparse.ArgumentParser:
+    """With the options of every benchmark."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made.add_argument("--device", type=torch.device, default=device)
+    if repeats:
+        made.add_argument("--repeats", type=int, default=repeats, help="calls timed for each row")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    made.add_argument("--out", type=Path, default=Path("benchmark-results"), help="a folder")
+    return made
+
+
+class Timing(NamedTuple):
+    """Milliseconds: the median and the 20 % and 80 % quantiles."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device = CPU,
+    warm_up: int = 1,
+) -> dict[str, Timing]:
+    """Time functions in turn, round by round, so that a slow moment hits them all alike."""
+    rounds = [
+        {name: milliseconds(function, device) for name, function in functions.items()}
+        for _ in range(warm_up + repeats)
+    ]
+    quantiles = pd.DataFrame(rounds[warm_up:]).quantile([0.5, 0.2, 0.8])
+    return {name: Timing(*quantiles[name]) for name in functions}
+
+
+def milliseconds(function: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes, on a GPU until its work is done."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    function()
+    ended.record()
+    torch.cuda.synchronize(device)
+    return began.elapsed_time(ended)
+
+
+def slope(sizes: Iterable[float], times: Iterable[float]) -> float:
+    """The exponent of a power law through the points: 1 is linear."""
+    return float(np.polyfit(np.log(list(sizes)), np.log(list(times)), 1)[0])
+
+
+def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:
+    """Every row carries its command and its provenance, so that none is ever without them."""
+    facts = provenance()
+    facts |= {f"{name}_version": number for name, number in facts.pop("versions").items()}
+    shared = {"command": shlex.join(["python", *sys.argv]), **facts}
+    # Rows of an earlier run that are written again keep their own.
+    table = pd.DataFrame([row | shared | row for row in rows])
+    with atomic_write(path) as whole:
+        table.to_csv(whole, index=False, float_format="%.6g")
+    print(f"wrote {path}")
+    return table
+
+
+def conditions(device: torch.device) -> dict[str, object]:
+    """What a neuron's row depends on beyond what every row carries."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "plif_implementation": os.environ.get("SJ_PLIF_CUDA_IMPLEMENTATION", "auto"),
+    }
+
+
+# ---- the neurons ----
+
+
+def contestants(device: torch.device) -> dict[str, nn.Module]:
+    """By name, modules from ``[T, N]`` to ``[T, N]`` with fresh state at every call."""
+    return dict(_contestants(device))
+
+
+def _contestants(device: torch.device) -> Iterator[tuple[str, nn.Module]]:
+    options = {"step_mode": "m", "surrogate_function": surrogate.ATan()}
+    for backend in backends.BACKENDS:
+        node = ALIFNode(**options, backend=backend).to(device)
+        try:
+            node(torch.zeros(1, 1, device=device))
+        except backends.BackendUnavailableError as error:
+            print(f"skipped ALIF {backend}: {error}")
+        else:
+            yield f"ALIF {backend}", Fresh(node)
+    yield "SpikingJelly LIF", Fresh(neuron.LIFNode(**options)).to(device)
+    yield "SpikingJelly PLIF", Fresh(neuron.ParametricLIFNode(**options)).to(device)
+    if hasattr(neuron, "FlexSN"):
+        parameters = (nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(())))
+        flex_sn = neuron.FlexSN(alif_step, 1, static_inputs=parameters)
+        yield "SpikingJelly FlexSN", Fresh(flex_sn).to(device)
+    else:
+        print(f"skipped FlexSN: SpikingJelly {version('spikingjelly')} has none")
+    try:
+        yield f"snnTorch Leaky {version('snntorch')}", Leaky().to(device)
+    except PackageNotFoundError:
+        print("skipped snnTorch's Leaky: pip install snntorch")
+
+
+class Fresh(nn.Module):
+    """A SpikingJelly neuron, reset before every call."""
+
+    def __init__(self, node: nn.Module) -> None:
+        super().__init__()
+        self.node = node
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        functional.reset_net(self.node)
+        return self.node(x_seq)
+
+
+# FlexSN takes a function that captures no module, so this one is global.
+FIRE = surrogate.ATan()
+
+
+def alif_step(x: Tensor, v: Tensor, w: Tensor, v_threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """ALIF as a step that SpikingJelly's FlexSN fuses."""
+    h = v + (x - v) * torch.sigmoid(w)
+    spike = FIRE(h - v_threshold)
+    return spike, (1.0 - spike) * h
+
+
+class Leaky(nn.Module):
+    """snnTorch's Leaky in its loop over time: V[t] = beta V[t-1] + X[t], reset to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import snntorch
+
+        self.node = snntorch.Leaky(
+            beta=0.5,
+            spike_grad=snntorch.surrogate.atan(),
+            learn_beta=True,
+            learn_threshold=True,
+            reset_mechanism="zero",
+        )
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        v = self.node.init_leaky()
+        spikes = []
+        for x in x_seq:
+            spike, v = self.node(x, v)
+            spikes.append(spike)
+        return torch.stack(spikes)
