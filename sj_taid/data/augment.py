@@ -53,7 +53,7 @@ def _warp(images: Tensor, inverse: Tensor, shift: Tensor, mode: str) -> Tensor:
     """
     planes = images.flatten(1, -3)  # the frames of a sequence share one map
     shift = inverse @ (2 * shift).unsqueeze(2)  # affine_grid's coordinates run from -1 to 1
-    grid = F.affine_grid(torch.cat([inverse, shift], dim=2), planes.shape, align_corners=False)
+    grid = F.affine_grid(torch.cat([inverse, shift], dim=2), [*planes.shape], align_corners=False)
     warped = F.grid_sample(planes.float(), grid, mode, align_corners=False).view_as(images)
     return warped if images.is_floating_point() else warped.round().to(images.dtype)
 

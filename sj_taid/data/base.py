@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -46,7 +47,7 @@ class Files(Dataset):
         remedy: what to do about a file that cannot be read.
 
     Raises:
-        RuntimeError: a file that ``read`` cannot read, when it is asked for.
+        RuntimeError: a file that ``read`` cannot read, when it is asked for; names all such files.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Files(Dataset):
         self.labels = labels
         self.read = read
         self.remedy = remedy
+        self.checked = paths  # all of these, where one cannot be read
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,35 +67,53 @@ class Files(Dataset):
         try:
             return self.read(path), self.labels[index]
         except Exception as error:  # each format has errors of its own for a damaged file
+            others = [other for other in self.checked if other != path and self._is_broken(other)]
             raise RuntimeError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); {self.remedy}"
+                f"{path} cannot be read ({type(error).__name__}: {error}); "
+                + (f"neither can {', '.join(others)}; " if others else "")
+                + self.remedy
             ) from error
+
+    def _is_broken(self, path: str) -> bool:
+        try:
+            self.read(path)
+        except Exception:
+            return True
+        return False
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return default_collate([self[index] for index in indices])
 
     def subset(self, indices: Sequence[int]) -> Files:
-        paths, labels = ([kept[i] for i in indices] for kept in (self.paths, self.labels))
+        paths, labels = [self.paths[i] for i in indices], [self.labels[i] for i in indices]
         return Files(paths, labels, self.read, self.remedy)
+
+    def mixed(self) -> Files:
+        """In an order of which every part holds the classes in their proportions."""
+        place = {i: (n + 0.5) / len(m) for m in self._classes() for n, i in enumerate(m)}
+        return self.subset(sorted(place, key=lambda i: (place[i], self.labels[i])))
+
+    def hold_out(self, share: float) -> tuple[Files, Files]:
+        """For training and for testing: of each class, the last ``share`` is for testing."""
+        train, test = [], []
+        for members in self._classes():
+            first = len(members) - round(len(members) * share)
+            train += members[:first]
+            test += members[first:]
+        return self.subset(train), self.subset(test)
+
+    def _classes(self) -> Iterable[list[int]]:
+        """The indices of each class."""
+        classes = defaultdict(list)
+        for index, label in enumerate(self.labels):
+            classes[label].append(index)
+        return classes.values()
 
     def identity(self) -> bytes:
         return repr([(path, Path(path).stat().st_size) for path in self.paths]).encode()
 
 
 Samples = InMemory | Files
-
-
-def hold_out(samples: Files, share: float) -> tuple[Files, Files]:
-    """For training and for testing: of each class, the last ``share`` is for testing."""
-    classes = defaultdict(list)
-    for index, label in enumerate(samples.labels):
-        classes[label].append(index)
-    train, test = [], []
-    for members in classes.values():
-        first = len(members) - round(len(members) * share)
-        train += members[:first]
-        test += members[first:]
-    return samples.subset(train), samples.subset(test)
 
 
 class Data(L.LightningDataModule):
@@ -115,6 +135,10 @@ class Data(L.LightningDataModule):
 
     #: what turns a batch of samples into the model's input, after augmentation
     finish: tuple[v2.Transform, ...]
+    #: known once the samples are loaded; empty where the data set has none
+    class_names: Sequence[str] = ()
+    train_set: Samples
+    test_set: Samples
 
     def __init__(
         self,
@@ -143,16 +167,20 @@ class Data(L.LightningDataModule):
         self.num_workers = num_workers
         self.augment = augment
         self.limit = limit
-        self.train_set: Samples | None = None
-        self.test_set: Samples | None = None
 
     def load(self) -> tuple[Samples, Samples]:
         """The training and the test set."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        if self.train_set is None:
-            self.train_set, self.test_set = map(self._limited, self.load())
+        if hasattr(self, "train_set"):
+            return
+        train, test = map(self._limited, self.load())
+        if isinstance(train, Files) and isinstance(test, Files):
+            # In the order of their folders, the first batches and pictures would be of one class.
+            test = test.mixed()
+            train.checked = test.checked = [*train.paths, *test.paths]
+        self.train_set, self.test_set = train, test
 
     def fingerprint(self) -> str:
         """Stands for these samples at this size, so that what was made from them can be kept."""
@@ -177,7 +205,7 @@ class Data(L.LightningDataModule):
             return samples
         return samples.subset([i * len(samples) // self.limit for i in range(self.limit)])
 
-    def _loader(self, samples: Samples, augment: str | None = None, **options: bool) -> DataLoader:
+    def _loader(self, samples: Samples, augment: str | None = None, **options: Any) -> DataLoader:
         augmentation = (AUGMENTATIONS[augment],) if augment else ()
         return DataLoader(
             samples,

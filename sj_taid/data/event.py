@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
-from .base import LOCK, Data, Files, hold_out
+from .base import LOCK, Data, Files
 
 
 class EventData(Data):
@@ -35,9 +36,7 @@ class EventData(Data):
     source: str  # SpikingJelly's class
     counts: tuple[int, int]  # of recordings for training and for testing
 
-    def __init__(
-        self, root: str, T: int, download: bool = False, **options: int | str | None
-    ) -> None:
+    def __init__(self, root: str, T: int, download: bool = False, **options: Any) -> None:
         super().__init__(**options)
         if T < 1:
             raise ValueError(f"dataset.T must be a number of frames >= 1, but it is {T}")
@@ -79,11 +78,12 @@ class EventData(Data):
                 f"{self.source} in {self.root} cannot be made into frames "
                 f"({type(error).__name__}: {error}); {self._remedy}"
             ) from error
+        self.class_names = frames.classes
         paths = [path for path, _ in frames.samples]
         return Files(paths, frames.targets, read_frames, self._remedy)
 
     @property
-    def _class(self) -> type:
+    def _class(self) -> Any:
         return getattr(_datasets(), self.source)
 
     @property
@@ -168,4 +168,4 @@ class CIFAR10DVS(EventData):
     counts = (9000, 1000)
 
     def _sets(self) -> tuple[Files, Files]:
-        return hold_out(self._files(), 0.1)
+        return self._files().hold_out(0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -11,10 +12,11 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from .base import Files, hold_out
+from .base import Files
 from .image import ImageData, Torchvision
 
 UNLABELLED = -1
+SPLIT = {"train", "test", "val", "valid", "validation"}
 
 
 def image_files(
@@ -44,14 +46,16 @@ class ImageFolder(ImageData):
 
     Args:
         root: the folder, for training.
+        classes: how many there are; None counts the folders.
         test_root: a second one like it, for testing.
         test_share: without ``test_root``, this share of each class is for testing: the last ones
             in the order of their names.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
-        ValueError: other classes than ``classes`` says, or than those of ``root``.
-        RuntimeError: an image that cannot be read, when its turn comes.
+        ValueError: other classes than ``classes`` says, or than those of ``root``; folders that are
+            no classes, but the parts of a split.
+        RuntimeError: an image that cannot be read, when its turn comes; names all such images.
     """
 
     def __init__(
@@ -59,10 +63,13 @@ class ImageFolder(ImageData):
         root: str,
         test_root: str | None = None,
         test_share: float = 0.1,
-        **options: int | str | None,
+        classes: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(**options)
         self.root = Path(root).expanduser()
+        if classes is None and self.root.is_dir():
+            classes = len(_class_names(self.root, "dataset.root")) or None
+        super().__init__(classes=classes, **options)
         self.test_root = None if test_root is None else Path(test_root).expanduser()
         self.test_share = test_share
 
@@ -74,9 +81,10 @@ class ImageFolder(ImageData):
                 f"classes ({', '.join(names)}); set dataset.classes={len(names) or 'null'}"
             )
         self.classes = len(names) or None
+        self.class_names = names
         files = self._scan(self.root, names)
         if self.test_root is None:
-            train, test = hold_out(files, self.test_share)
+            train, test = files.hold_out(self.test_share)
             if not (0 < self.test_share < 1 and len(train) and len(test)):
                 raise ValueError(
                     f"dataset.test_share={self.test_share} of the {len(files)} images in "
@@ -110,7 +118,13 @@ class ImageFolder(ImageData):
 def _class_names(root: Path, option: str) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {option}={root}; point it to a folder of images")
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if "train" in names and SPLIT.issuperset(names):
+        raise ValueError(
+            f"{option}={root} holds the parts of a split ({', '.join(names)}), not classes; choose "
+            f"dataset.root={root / 'train'} and dataset.test_root={root / 'test'}"
+        )
+    return names
 
 
 class CelebA(Torchvision):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from filelock import FileLock
@@ -38,6 +38,7 @@ class Digits(ImageData):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
+        self.class_names = [str(name) for name in digits.target_names]
         images = torch.tensor(digits.images).unsqueeze(1).mul(255 / 16).round().to(torch.uint8)
         samples = self._in_memory(images, torch.tensor(digits.target))
         train = [i for i in range(len(samples)) if i % 5 != 4]
@@ -60,7 +61,7 @@ class Torchvision(ImageData):
     folder: str  # the data set's own, below root
     files: tuple[str, ...]
 
-    def __init__(self, root: str, download: bool = False, **options: int | str | None) -> None:
+    def __init__(self, root: str, download: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.root = Path(root).expanduser()
         self.download = download
@@ -125,6 +126,7 @@ class TorchvisionInMemory(Torchvision):
             source = self.source(self.root, train=train)
         except Exception as error:  # whatever the reader trips over
             raise self._damaged("", f"{type(error).__name__}: {error}") from error
+        self.class_names = source.classes
         pixels = torch.as_tensor(source.data)  # [n, H, W] or [n, H, W, C]
         images = pixels.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
         return self._in_memory(images, torch.as_tensor(source.targets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .block import evaluating, halved
+from .block import encoder_widths, evaluating, halved
 
 __all__ = ["VAE", "Autoencoder", "AutoencoderOutput", "VAEOutput"]
 
@@ -38,11 +39,11 @@ class _Convolutional(nn.Module):
         self,
         in_channels: int,
         image_size: int,
-        hidden_channels: tuple[int, ...],
+        hidden_channels: int | Sequence[int],
         latent_channels: int,
     ) -> None:
         super().__init__()
-        widths = tuple(hidden_channels)
+        widths = encoder_widths(hidden_channels, image_size)
         side = halved(image_size, widths)
         flat = widths[-1] * side * side
         self.in_channels = in_channels
@@ -84,7 +85,7 @@ class Autoencoder(_Convolutional):
     Args:
         in_channels: image channels C.
         image_size: height and width, divisible by two once for each hidden width.
-        hidden_channels: widths of the encoder.
+        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels are left.
         latent_channels: width of the code.
 
     Source: the evaluation of Kamata et al. 2022, arXiv 2110.00375 (latent 64 for MNIST and
@@ -119,7 +120,7 @@ class VAE(_Convolutional):
     Args:
         in_channels: image channels C.
         image_size: height and width, divisible by two once for each hidden width.
-        hidden_channels: widths of the encoder.
+        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels are left.
         latent_channels: width of the code.
         kl_weight: :math:`\beta`.
 
@@ -138,7 +139,7 @@ class VAE(_Convolutional):
         self,
         in_channels: int,
         image_size: int,
-        hidden_channels: tuple[int, ...],
+        hidden_channels: int | Sequence[int],
         latent_channels: int,
         kl_weight: float | None = None,
     ) -> None:

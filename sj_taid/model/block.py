@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,23 @@ from torch import nn
 
 Neuron = Callable[[], nn.Module]
 """Makes one SpikingJelly neuron in step mode ``"m"`` each time it is called."""
+
+
+def encoder_widths(hidden_channels: int | Sequence[int], image_size: int) -> tuple[int, ...]:
+    """The widths of blocks of stride 2: those given, or the first and its doubles.
+
+    They double until 2x2 pixels are left, or an odd side.
+
+    >>> encoder_widths(32, 64), encoder_widths(16, 28), encoder_widths([8, 8], 64)
+    ((32, 64, 128, 256, 512), (16, 32), (8, 8))
+    """
+    if not isinstance(hidden_channels, int):
+        return tuple(hidden_channels)
+    widths = [hidden_channels]
+    while image_size > 4 and image_size % 4 == 0:
+        widths.append(2 * widths[-1])
+        image_size //= 2
+    return tuple(widths)
 
 
 def halved(image_size: int, widths: tuple[int, ...]) -> int:

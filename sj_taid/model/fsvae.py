@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -13,13 +14,19 @@ from torch.nn import functional as F
 
 from ..layer import TAID
 from ..neuron import ALIFNode
-from .block import Neuron, conv_block, conv_transpose_block, evaluating, halved, linear_block, reset
+from .block import (
+    Neuron,
+    conv_block,
+    conv_transpose_block,
+    encoder_widths,
+    evaluating,
+    halved,
+    linear_block,
+    reset,
+)
 from .latent import LATENT_LOSSES, Posterior, Prior
 
 __all__ = ["FSVAE", "FSVAEOutput", "original_neuron"]
-
-#: image size -> the widths of the original paper; "large" is the one for 64x64.
-HIDDEN_CHANNELS = {32: (32, 64, 128, 256), 64: (32, 64, 128, 256, 512)}
 
 #: ALIF that starts as the original's neuron: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
 #: rectangular surrogate of width 1 (SpikingJelly's two lines share this spelling of it).
@@ -58,7 +65,8 @@ class FSVAE(nn.Module):
         in_channels: image channels C.
         image_size: height and width H = W, divisible by two once for each hidden width.
         T: number of time steps.
-        hidden_channels: widths of the encoder; ``None`` takes the original's for 32 or 64.
+        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels are left.
+            The default gives the original's for 32x32 and for 64x64.
         latent_channels: width of the latent spike train.
         k: candidate spikes for each latent channel.
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
@@ -86,7 +94,7 @@ class FSVAE(nn.Module):
         in_channels: int = 1,
         image_size: int = 32,
         T: int = 16,
-        hidden_channels: tuple[int, ...] | None = None,
+        hidden_channels: int | Sequence[int] = 32,
         latent_channels: int = 128,
         k: int = 20,
         neuron: Neuron = original_neuron,
@@ -100,7 +108,7 @@ class FSVAE(nn.Module):
             raise ValueError(
                 f"latent_loss must be one of {', '.join(LATENT_LOSSES)}, but it is {latent_loss!r}"
             )
-        widths = _widths(hidden_channels, image_size)
+        widths = encoder_widths(hidden_channels, image_size)
         decoder = TAID(T) if decoder is None else decoder
         if decoder.T != T:
             raise ValueError(f"the image decoder was made for T={decoder.T}, the model for T={T}")
@@ -194,14 +202,3 @@ class FSVAE(nn.Module):
     def _picks(self, n: int) -> Tensor:
         device = next(self.parameters()).device
         return torch.randint(self.k, (self.T, n, self.latent_channels), device=device)
-
-
-def _widths(hidden_channels: tuple[int, ...] | None, image_size: int) -> tuple[int, ...]:
-    if hidden_channels is not None:
-        return tuple(hidden_channels)
-    if image_size not in HIDDEN_CHANNELS:
-        raise ValueError(
-            f"image_size={image_size} has no default widths (only "
-            f"{', '.join(map(str, HIDDEN_CHANNELS))} have); pass hidden_channels=(...)"
-        )
-    return HIDDEN_CHANNELS[image_size]

@@ -38,6 +38,7 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         origin: what ``metrics.json`` says of the run beside its figures, as the command.
     """
     options = _compile_options(cfg.compile)
+    count_classes(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     reuse_freed_memory()
     resume = run.last_checkpoint(folder) or (cfg.resume and run.find_checkpoint(cfg.resume))
@@ -96,6 +97,12 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     return metrics
 
 
+def count_classes(cfg: DictConfig) -> None:
+    """Let the data say how many classes there are, where a classifier was not told."""
+    if cfg.model.get("classes", 0) is None:
+        cfg.dataset.classes = instantiate(cfg.dataset).classes
+
+
 def _compile_options(given: bool | DictConfig) -> dict[str, Any] | None:
     """Those of torch.compile; None where nothing is to be compiled."""
     if not isinstance(given, bool | DictConfig):
@@ -114,6 +121,7 @@ def train_once(cfg: DictConfig) -> float | None:
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     choices = {k: v for k, v in hydra_cfg.runtime.choices.items() if not k.startswith("hydra/")}
+    count_classes(cfg)
     with run.held(folder):
         # What is resumed in its own folder may go on with other choices.
         resumed = bool(cfg.resume) and folder in Path(cfg.resume).parents

@@ -1,4 +1,4 @@
-"""What generated images are measured by.
+"""Metrics of the images that a model draws: FAD, and FID and the Inception score.
 
 FAD's autoencoder and the statistics of the test images are made once and kept in the cache.
 """
@@ -9,18 +9,17 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from filelock import FileLock
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torchmetrics import MetricCollection
+from lightning.pytorch.callbacks import LambdaCallback
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
 from ..data import ImageData
@@ -43,113 +42,159 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def measure(
-    model: nn.Module, data: ImageData, cfg: DictConfig, only: str | None = None
-) -> dict[str, Any]:
-    """Figures of images that ``model`` draws, each with its protocol.
+class Evaluator:
+    """Compares the samples of a model with the test images of a data set.
 
     Args:
-        model: has ``sample(n)``.
-        data: the test images to compare with.
-        cfg: the run's config; of it ``metric``, ``seed``, ``cache_dir``, ``trainer.accelerator``.
-        only: one figure of them. The others are made ready all the same, so that what they lack
-            shows before a training and not after it.
-
-    Raises:
-        ValueError: too few samples or test images for a figure that ``cfg`` asks for.
+        samples: how many images the model draws.
+        autoencoder: of the one that FAD looks through: ``hidden_channels`` and ``latent_channels``
+            of :class:`~sj_taid.model.Autoencoder`; ``epochs``, ``batch_size`` and ``seed`` of its
+            training.
+        inception_weights: a file or ``"download"``, see :class:`~sj_taid.metric.Inception`: adds
+            FID and the Inception score.
+        cache_dir: where the trained autoencoder and the statistics of test images are kept.
+        seed: of the samples; the global random state is left alone.
+        accelerator: Lightning's; all but ``"cpu"`` use a GPU where there is one.
     """
-    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    samples = cfg.metric.samples
-    with seeded(cfg.seed):  # loading the test images draws numbers too
-        metrics = _metrics(data, cfg, device)
-    if only:
-        metrics = MetricCollection({only: metrics[only]})
-    model.to(device)
-    with seeded(cfg.seed):
-        for start in range(0, samples, SAMPLES_AT_ONCE):
-            metrics.update(model.sample(min(SAMPLES_AT_ONCE, samples - start)), real=False)
-    figures: dict[str, Any] = {name: float(x) for name, x in metrics.compute().items()}
-    figures["protocol"] = {
-        name: f"{metric.protocol}, {samples} samples"
-        + (f" against {data.test_images()}" if isinstance(metric, FrechetDistance) else "")
-        for name, metric in metrics.items()
-    }
-    return figures
 
+    def __init__(
+        self,
+        samples: int,
+        autoencoder: Mapping[str, Any],
+        inception_weights: str | Path | Literal[False] | None = None,
+        cache_dir: str | Path = "~/.cache/sj-taid",
+        seed: int = 0,
+        accelerator: str = "auto",
+    ) -> None:
+        self.samples = samples
+        self.autoencoder = autoencoder
+        self.inception_weights = inception_weights
+        self.cache_dir = Path(cache_dir).expanduser()
+        self.seed = seed
+        self.accelerator = accelerator
 
-def _metrics(data: ImageData, cfg: DictConfig, device: torch.device) -> MetricCollection:
-    """The metrics, which have seen the test images already."""
-    cache = Path(cfg.cache_dir).expanduser()
-    test_images, samples = len(data.test_set), cfg.metric.samples
-    # Under DDP each process draws the same samples: there is nothing to sum.
-    alone = {"sync_on_compute": False}
-    _check_enough("fad", cfg.metric.autoencoder.latent_channels + 1, samples, test_images)
-    metrics = {}
-    if cfg.metric.inception_weights:
-        network = Inception(cfg.metric.inception_weights)
-        by_inception = {
-            "fid": FrechetDistance(network, **alone),
-            "inception_score": InceptionScore(network, network.classifier, **alone),
+    def evaluate_samples(
+        self, model: Any, data: ImageData, only: str | None = None
+    ) -> dict[str, Any]:
+        """``fad``, and where there are weights ``fid`` and ``inception_score``, with ``protocol``.
+
+        Args:
+            model: has ``sample(n)``; moved to the metrics' device.
+            data: the test images to compare with.
+            only: one of the metrics. The others are made ready all the same, so that what they lack
+                shows before a training and not after it.
+
+        Raises:
+            ValueError: too few samples or test images for one of the metrics.
+        """
+        gpu = self.accelerator != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda" if gpu else "cpu")
+        with seeded(self.seed):  # loading the test images draws numbers too
+            metrics = self.ready_metrics(data, device)
+        if only:
+            metrics = MetricCollection({only: metrics[only]})
+        model.to(device)
+        with seeded(self.seed):
+            for start in range(0, self.samples, SAMPLES_AT_ONCE):
+                images = model.sample(min(SAMPLES_AT_ONCE, self.samples - start))
+                metrics.update(images, real=False)
+        values: dict[str, Any] = {name: float(value) for name, value in metrics.compute().items()}
+        values["protocol"] = {
+            name: f"{metric.protocol}, {self.samples} samples"
+            + (f" against {data.test_images()}" if isinstance(metric, FrechetDistance) else "")
+            for name, metric in metrics.items()
         }
-        _check_enough("fid", by_inception["fid"].needed, samples, test_images)
-        _check_enough("inception_score", by_inception["inception_score"].needed, samples)
-        metrics |= FeatureShare(by_inception).items()  # one pass for both
-    metrics["fad"] = FrechetAutoencoderDistance(_autoencoder(data, cfg, cache), **alone)
-    for metric in metrics.values():
-        metric.to(device)
-        if isinstance(metric, FrechetDistance):
-            _see_test_images(metric, data, cache)
-    return MetricCollection(metrics, compute_groups=False)
+        return values
 
+    def ready_metrics(self, data: ImageData, device: torch.device) -> MetricCollection:
+        """The metrics, which have seen the test images already."""
+        test_images = len(data.test_set)
+        # Under DDP each process draws the same samples: there is nothing to sum.
+        alone = {"sync_on_compute": False}
+        self._check_enough("fad", self.autoencoder["latent_channels"] + 1, test_images)
+        metrics: dict[str, Metric | MetricCollection] = {}
+        if self.inception_weights:
+            network = Inception(self.inception_weights)
+            fid = FrechetDistance(network, **alone)
+            score = InceptionScore(network, network.classifier, **alone)
+            self._check_enough("fid", fid.needed, test_images)
+            self._check_enough("inception_score", score.needed)
+            # One pass through the network for both.
+            metrics |= FeatureShare({"fid": fid, "inception_score": score}).items()
+        metrics["fad"] = FrechetAutoencoderDistance(self._trained_autoencoder(data), **alone)
+        for metric in metrics.values():
+            metric.to(device)
+            if isinstance(metric, FrechetDistance):
+                self._see_test_images(metric, data)
+        return MetricCollection(metrics, compute_groups=False)
 
-def _check_enough(name: str, needed: int, samples: int, test_images: int | None = None) -> None:
-    counts = {"metric.samples": samples, "the number of test images": test_images}
-    for what, count in counts.items():
-        if count is not None and count < needed:
-            out = "" if name == "fad" else ", or leave it out with metric.inception_weights=false"
-            raise ValueError(
-                f"{name} needs at least {needed} images, but {what} is {count}; give more{out}"
+    def _check_enough(self, name: str, needed: int, test_images: int | None = None) -> None:
+        counts = {"metric.samples": self.samples, "the number of test images": test_images}
+        for what, count in counts.items():
+            if count is not None and count < needed:
+                out = ", or leave it out with metric.inception_weights=false"
+                raise ValueError(
+                    f"{name} needs at least {needed} images, but {what} is {count}; give more"
+                    + ("" if name == "fad" else out)
+                )
+
+    def _see_test_images(self, metric: FrechetDistance, data: ImageData) -> None:
+        def take(statistics: dict[str, torch.Tensor]) -> None:
+            for name in STATISTICS:
+                state = getattr(metric, name)
+                setattr(metric, name, statistics[name].to(state.device).view_as(state))
+
+        def make() -> dict[str, torch.Tensor]:
+            for image, _ in data.test_dataloader():
+                metric.update(image.to(metric.device), real=True)
+            return {name: getattr(metric, name) for name in STATISTICS}
+
+        fingerprint = _fingerprint(metric.protocol, data.fingerprint())
+        take_or_make(self.cache_dir / f"statistics-{data.name}-{fingerprint}.pt", take, make)
+
+    def _trained_autoencoder(self, data: ImageData) -> Autoencoder:
+        """The one that FAD looks through."""
+        settings = dict(self.autoencoder)
+        seed, epochs = settings["seed"], settings["epochs"]
+
+        def untrained() -> Autoencoder:
+            return Autoencoder(
+                data.channels,
+                data.image_size,
+                settings["hidden_channels"],
+                settings["latent_channels"],
             )
 
+        def report(trainer: L.Trainer, task: L.LightningModule) -> None:
+            log.info(
+                "FAD's autoencoder: epoch %d of %d, reconstruction error %.4f",
+                trainer.current_epoch + 1,
+                epochs,
+                trainer.callback_metrics["train/reconstruction"],
+            )
 
-def _see_test_images(metric: FrechetDistance, data: ImageData, cache: Path) -> None:
-    def see() -> dict[str, torch.Tensor]:
-        for image, _ in data.test_dataloader():
-            metric.update(image.to(metric.device), real=True)
-        return {name: getattr(metric, name) for name in STATISTICS}
+        def train() -> dict[str, torch.Tensor]:
+            log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
+            its_data = copy.copy(data)
+            its_data.batch_size, its_data.augment = settings["batch_size"], None
+            trainer = bare_trainer(
+                self.accelerator,
+                max_epochs=epochs,
+                limit_val_batches=0,
+                callbacks=[LambdaCallback(on_train_epoch_end=report)],
+            )
+            # From its own seed, so that every run looks through the same one.
+            with seeded(seed):
+                task = Autoencoding(untrained(), partial(torch.optim.AdamW, lr=1e-3))
+                trainer.fit(task, its_data)
+            return task.model.state_dict()
 
-    fingerprint = _fingerprint(metric.protocol, data.fingerprint())
-    statistics = kept(cache / f"statistics-{data.name}-{fingerprint}.pt", see)
-    for name, value in statistics.items():
-        setattr(metric, name, value.to(metric.device))
-
-
-def _autoencoder(data: ImageData, cfg: DictConfig, cache: Path) -> Autoencoder:
-    """The one that FAD looks through."""
-    settings = cfg.metric.autoencoder
-
-    def train() -> dict[str, torch.Tensor]:
-        log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
-        its_data = copy.copy(data)
-        its_data.batch_size, its_data.augment = settings.batch_size, None
-        trainer = bare_trainer(
-            cfg.trainer.accelerator, max_epochs=settings.epochs, limit_val_batches=0
-        )
-        task = Autoencoding(autoencoder, partial(torch.optim.AdamW, lr=1e-3))
-        trainer.fit(task, its_data)
-        return autoencoder.state_dict()
-
-    # From its own seed, weights and batches, so that every run looks through the same one.
-    with seeded(settings.seed):
-        autoencoder = Autoencoder(
-            data.channels, data.image_size, settings.hidden_channels, settings.latent_channels
-        )
-        training = json.dumps(OmegaConf.to_container(settings, resolve=True), sort_keys=True)
+        autoencoder = untrained()
+        training = json.dumps(settings, sort_keys=True, default=list)
         fingerprint = _fingerprint(training, repr(autoencoder), data.fingerprint())
-        path = cache / f"autoencoder-{data.name}-{fingerprint}.pt"
-        autoencoder.load_state_dict(kept(path, train))
-    return autoencoder
+        path = self.cache_dir / f"autoencoder-{data.name}-{fingerprint}.pt"
+        take_or_make(path, autoencoder.load_state_dict, train)
+        return autoencoder
 
 
 def bare_trainer(accelerator: str, **options: Any) -> L.Trainer:
@@ -165,8 +210,12 @@ def bare_trainer(accelerator: str, **options: Any) -> L.Trainer:
     )
 
 
-def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """What is in ``path``, or else what ``make`` gives, which is put there.
+def take_or_make(
+    path: Path,
+    take: Callable[[dict[str, torch.Tensor]], Any],
+    make: Callable[[], dict[str, torch.Tensor]],
+) -> None:
+    """``take`` what lies in ``path``, or else what ``make`` gives, which is put there.
 
     Of several processes one makes it, while the others wait for it.
     """
@@ -174,13 +223,14 @@ def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, t
     with FileLock(f"{path}.lock"):
         if path.is_file():
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # whatever damaged it, making it anew is the remedy
-                log.warning("%s cannot be read (%s); making it anew", path, error)
+                take(torch.load(path, map_location="cpu", weights_only=True))
+                return
+            except Exception as error:  # whatever is wrong with it, making it anew is the remedy
+                log.warning("%s cannot be used (%s); making it anew", path, error)
         made = make()
         with replacing(path) as whole:
             torch.save(made, whole)
-        return made
+    take(made)
 
 
 def _fingerprint(*parts: str) -> str:

@@ -6,24 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ..data import ImageData
 from ..model import FSVAE
 from .autoencoding import Autoencoding
-from .evaluation import measure
+from .evaluation import Evaluator
 from .plot import draw_attention, draw_grid
+from .run import build
 
 
 class Generation(Autoencoding):
     """Autoencoding by a model that has ``sample(n)`` too; the samples are measured and drawn."""
 
     def before_training(self, data: ImageData, cfg: DictConfig) -> dict[str, Any]:
-        return {"fad_untrained": measure(self.model, data, cfg, only="fad")["fad"]}
+        untrained = _evaluator(cfg).evaluate_samples(self.model, data, only="fad")
+        return {"fad_untrained": untrained["fad"]}
 
     def after_training(self, data: ImageData, cfg: DictConfig) -> dict[str, Any]:
-        figures = measure(self.model, data, cfg)
+        figures = _evaluator(cfg).evaluate_samples(self.model, data)
         figures["protocol"] |= super().after_training(data, cfg)["protocol"]
         return figures
 
@@ -48,3 +50,10 @@ class Generation(Autoencoding):
             z_seq = model.posterior(model.encode(images), model._picks(len(images)))[0]
             sequence = model.decode_sequence(z_seq)
             draw_attention(model.image_decoder.attention(sequence), folder / "attention.png")
+
+
+def _evaluator(cfg: DictConfig) -> Evaluator:
+    # An older run's config names no class.
+    metric = OmegaConf.merge({"_target_": "sj_taid.training.evaluation.Evaluator"}, cfg.metric)
+    accelerator = cfg.trainer.accelerator
+    return build(metric, cache_dir=cfg.cache_dir, seed=cfg.seed, accelerator=accelerator)

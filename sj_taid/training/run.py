@@ -38,6 +38,7 @@ warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprec
 TRUSTED_TARGETS = {
     "sj_taid.training.autoencoding.Autoencoding",
     "sj_taid.training.classification.Classification",
+    "sj_taid.training.evaluation.Evaluator",
     "sj_taid.training.generation.Generation",
     *(f"sj_taid.data.{name}" for name in data.__all__),
     "torch.optim.lr_scheduler.CosineAnnealingLR",

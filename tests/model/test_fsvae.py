@@ -171,7 +171,7 @@ def test_learns_to_reconstruct():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 48}, "no default widths.*pass hidden_channels"),
+        ({"image_size": 9}, "image_size=9 cannot be halved 1 times"),
         ({"image_size": 12, "hidden_channels": (4, 4, 4)}, "cannot be halved 3 times"),
         ({"image_size": 8, "hidden_channels": ()}, "cannot be halved 0 times"),
         ({"T": 4, "decoder": TAID(8)}, "the image decoder was made for T=8, the model for T=4"),

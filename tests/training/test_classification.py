@@ -81,11 +81,21 @@ def test_a_choice_of_ones_own_wins(tiny):
 class Rates(nn.Module):
     """Says class 1 whatever comes, and keeps what came."""
 
-    classes = 3
+    classes, T = 3, 5
 
     def forward(self, x):
         self.seen = x
         return torch.tensor([[0.0, 0.5, 0.0]]).expand(x.shape[-4], -1)
+
+
+def test_the_time_of_recordings_is_the_models(tiny):
+    for model in ("classifier_small", "classifier_mnist"):
+        event = ["task=classification", "dataset=nmnist", f"model={model}"]
+        assert tiny(*event, tiny=False).model.T == 20
+        assert tiny(*event, "dataset.T=6", tiny=False).model.T == 6
+    task = Classification(Rates(), torch.optim.Adam, scheduler=None)
+    with pytest.raises(ValueError, match=r"dataset\.T=4 frames, but model\.T=5; set dataset\.T"):
+        task.training_step((torch.rand(2, 4, 2, 8, 8), torch.tensor([1, 1])), 0)
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 5, 2, 8, 8)])

@@ -1,15 +1,24 @@
-"""Measuring generated images: what is made once, and no disturbance of the global random state."""
+"""Evaluating samples: what is made once, and no disturbance of the global random state."""
 
+import logging
 import multiprocessing
 import time
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
+from sj_taid.data import Digits
 from sj_taid.training import evaluation
-from sj_taid.training.evaluation import kept
+from sj_taid.training.evaluation import Evaluator, take_or_make
 from tests.training.conftest import Network
+
+AUTOENCODER = {
+    "hidden_channels": [4],
+    "latent_channels": 3,
+    "epochs": 1,
+    "batch_size": 32,
+    "seed": 0,
+}
 
 
 class Noise(torch.nn.Module):
@@ -23,17 +32,21 @@ class Noise(torch.nn.Module):
         return self.scale * torch.rand(n, 1, 8, 8)
 
 
-@pytest.fixture
-def setting(tiny, tmp_path):
-    """A config with an empty cache, and its data."""
-    cfg = tiny(f"cache_dir={tmp_path / 'cache'}", "metric.samples=40")
-    data = instantiate(cfg.dataset)
+def digits(**options):
+    shared = {"name": "digits", "channels": 1, "image_size": 8, "batch_size": 32}
+    data = Digits(**shared | options)
     data.setup()
-    return cfg, data
+    return data
 
 
-def states(cfg, data):
-    fad = evaluation._metrics(data, cfg, torch.device("cpu"))["fad"]
+@pytest.fixture
+def evaluator(tmp_path):
+    """With an empty cache."""
+    return Evaluator(40, dict(AUTOENCODER), cache_dir=tmp_path / "cache", accelerator="cpu")
+
+
+def states(evaluator, data):
+    fad = evaluator.ready_metrics(data, torch.device("cpu"))["fad"]
     names = evaluation.STATISTICS
     return dict(fad.inception.state_dict()) | {name: getattr(fad, name) for name in names}
 
@@ -44,83 +57,101 @@ def assert_equal(first, second):
         assert torch.equal(value, second[name]), name
 
 
-def test_autoencoder_and_statistics_are_made_once_and_kept(setting, tmp_path, monkeypatch):
-    cfg, data = setting
-    first = states(cfg, data)
+def test_autoencoder_and_statistics_are_made_once_and_kept(evaluator, monkeypatch, caplog):
+    data = digits()
+    with caplog.at_level(logging.INFO):
+        first = states(evaluator, data)
+    assert "FAD's autoencoder: epoch 1 of 1, reconstruction error 0." in caplog.text
     assert first["real_features_num_samples"] == len(data.test_set)
-    files = set((tmp_path / "cache").glob("*.pt"))
+    files = set(evaluator.cache_dir.glob("*.pt"))
     assert {file.name.split("-")[0] for file in files} == {"autoencoder", "statistics"}
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "bare_trainer", None)
         patch.setattr(data, "test_dataloader", None)
-        assert_equal(states(cfg, data), first)
+        assert_equal(states(evaluator, data), first)
 
-    cfg.metric.autoencoder.latent_channels = 4
-    states(cfg, data)
-    assert len(set((tmp_path / "cache").glob("*.pt"))) == 4
-    cfg.dataset.image_size = 16  # other images
-    other = instantiate(cfg.dataset)
-    other.setup()
-    states(cfg, other)
-    assert len(set((tmp_path / "cache").glob("*.pt"))) == 6
+    evaluator.autoencoder["latent_channels"] = 4
+    states(evaluator, data)
+    assert len(set(evaluator.cache_dir.glob("*.pt"))) == 4
+    states(evaluator, digits(image_size=16))  # other images
+    assert len(set(evaluator.cache_dir.glob("*.pt"))) == 6
 
 
-def test_the_autoencoder_does_not_depend_on_the_run(setting, tmp_path):
-    cfg, data = setting
-    first = states(cfg, data)
-    cfg.cache_dir = str(tmp_path / "other")
+def test_what_the_cache_holds_of_another_architecture_is_made_anew(evaluator, caplog):
+    data = digits()
+    first = states(evaluator, data)
+    evaluator.autoencoder["latent_channels"] = 4
+    states(evaluator, data)
+    for kind in ("autoencoder", "statistics"):
+        one, other = evaluator.cache_dir.glob(f"{kind}-*.pt")
+        contents = one.read_bytes(), other.read_bytes()
+        other.write_bytes(contents[0]), one.write_bytes(contents[1])
+    evaluator.autoencoder["latent_channels"] = 3
+    assert_equal(states(evaluator, data), first)
+    assert caplog.text.count("cannot be used") == 2
+
+
+def test_the_autoencoder_does_not_depend_on_the_run(evaluator, tmp_path):
+    data = digits()
+    first = states(evaluator, data)
+    evaluator.cache_dir = tmp_path / "other"
     data.batch_size, data.augment = 10, "flip"
     torch.manual_seed(1)
-    torch.testing.assert_close(states(cfg, data), first)
+    torch.testing.assert_close(states(evaluator, data), first)
 
 
-def test_the_figures_are_reproducible_and_leave_the_random_state_alone(setting):
-    cfg, data = setting
-    model = Noise()
+def test_the_metrics_are_reproducible_and_leave_the_random_state_alone(evaluator):
+    data, model = digits(), Noise()
     state = torch.random.get_rng_state()
-    first = evaluation.measure(model, data, cfg)
+    first = evaluator.evaluate_samples(model, data)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert set(first) == {"fad", "protocol"}
     assert first["protocol"]["fad"].endswith("40 samples against 359 test images at 8x8")
-    assert evaluation.measure(model, data, cfg) == first
-    cfg.seed = 6
-    assert evaluation.measure(model, data, cfg)["fad"] != first["fad"]
+    assert evaluator.evaluate_samples(model, data) == first
+    evaluator.seed = 6
+    assert evaluator.evaluate_samples(model, data)["fad"] != first["fad"]
 
 
-def test_the_protocol_names_the_autoencoder(setting):
-    cfg, data = setting
+def test_the_protocol_names_the_autoencoder(evaluator):
     protocols = []
     for seed in (1, 1, 2):
-        cfg.metric.autoencoder.seed = seed
-        protocols.append(evaluation.measure(Noise(), data, cfg)["protocol"]["fad"])
+        evaluator.autoencoder["seed"] = seed
+        protocols.append(evaluator.evaluate_samples(Noise(), digits())["protocol"]["fad"])
     assert protocols[0] == protocols[1] != protocols[2]
 
 
-def test_what_a_figure_lacks_shows_before_a_training(setting, monkeypatch):
-    cfg, data = setting
+def test_what_a_metric_lacks_shows_before_a_training(evaluator, monkeypatch):
+    data = digits()
     monkeypatch.setattr(evaluation, "Inception", Network)
-    cfg.metric.inception_weights = "weights.pth"
-    assert set(evaluation.measure(Noise(), data, cfg, only="fad")) == {"fad", "protocol"}
-    cfg.metric.samples = Network.num_features
-    monkeypatch.setattr(evaluation, "_autoencoder", None)  # not so far
+    evaluator.inception_weights = "weights.pth"
+    only_fad = evaluator.evaluate_samples(Noise(), data, only="fad")
+    assert set(only_fad) == {"fad", "protocol"}
+    evaluator.samples = Network.num_features
+    monkeypatch.setattr(evaluator, "_trained_autoencoder", None)  # not so far
     with pytest.raises(ValueError, match=r"fid needs at least 5 images, but metric\.samples is 4"):
-        evaluation.measure(Noise(), data, cfg, only="fad")
-    cfg.metric.samples = 40
+        evaluator.evaluate_samples(Noise(), data, only="fad")
+    evaluator.samples = 40
     data.test_set = data.test_set.subset(range(4))
     with pytest.raises(ValueError, match=r"fid .* but the number of test images is 4"):
-        evaluation.measure(Noise(), data, cfg, only="fad")
+        evaluator.evaluate_samples(Noise(), data, only="fad")
+
+
+def taken(path, make):
+    contents = {}
+    take_or_make(path, contents.update, make)
+    return contents
 
 
 def test_what_is_damaged_is_made_anew(tmp_path, caplog):
-    path = tmp_path / "kept.pt"
+    path = tmp_path / "cached.pt"
     made = {"x": torch.arange(3.0)}
-    assert_equal(kept(path, lambda: made), made)
-    assert_equal(kept(path, lambda: pytest.fail("it is there")), made)
+    assert_equal(taken(path, lambda: made), made)
+    assert_equal(taken(path, lambda: pytest.fail("it is there")), made)
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    assert_equal(kept(path, lambda: made), made)
-    assert "cannot be read" in caplog.text and path.read_bytes() == whole
+    assert_equal(taken(path, lambda: made), made)
+    assert "cannot be used" in caplog.text and path.read_bytes() == whole
 
 
 def make_slowly(path, made):
@@ -129,7 +160,7 @@ def make_slowly(path, made):
         time.sleep(0.3)
         return {"x": torch.ones(2)}
 
-    assert torch.equal(kept(path, make)["x"], torch.ones(2))
+    assert torch.equal(taken(path, make)["x"], torch.ones(2))
 
 
 def test_of_several_processes_one_makes_it(tmp_path):

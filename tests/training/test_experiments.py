@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid.data.base import Data, InMemory
-from sj_taid.training import compare, run
+from sj_taid.training import classification, compare, run
 from sj_taid.training.commands import train
-from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION
+from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
@@ -85,4 +87,49 @@ def test_every_experiment_is_what_its_name_says(name):
     model, neuron, decoder = ROWS[row]
     assert choices["model"].startswith(model)
     assert (choices["neuron"], choices["decoder"]) == (neuron, decoder)
-    assert cfg.get("published", {"source": "none"})["source"]
+
+
+def test_folders_of_classes_are_counted_and_name_the_confusion(tiny, tmp_path, monkeypatch):
+    for name in ("cat", "dog", "emu"):
+        write_images(tmp_path / "images" / name, 10)
+    data = ["dataset=image_folder", f"dataset.root={tmp_path / 'images'}", "dataset.num_workers=0"]
+    drawn = []
+    monkeypatch.setattr(classification, "save", lambda figure, path: drawn.append(figure))
+    train(tiny(*data, *TINY_CLASSIFICATION, tiny=False), tmp_path / "run")
+    (figure,) = drawn
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert names == ["cat", "dog", "emu"]
+    assert run.load_model(tmp_path / "run")[0].classes == 3
+
+
+# One file each, in a folder of one's own.
+OWN = {
+    "dataset": "defaults: [base]\n_target_: sj_taid.data.Digits\nname: own\nchannels: 1\n"
+    "classes: 10\nimage_size: 16\nbatch_size: 8\n",
+    "neuron": "defaults: [lif]\nv_threshold: 0.7\n",
+    "metric": "defaults: [small]\nsamples: 50\n",
+    "experiment": "# @package _global_\ndefaults: [part/small, override /dataset: own,"
+    " override /neuron: own, override /metric: own]\ntrainer: {max_epochs: 2}\n",
+}
+
+
+def test_a_data_set_a_neuron_a_metric_and_a_row_of_ones_own_are_a_file_each(tiny, tmp_path):
+    for group, text in OWN.items():
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "own.yaml").write_text(text)
+    there = f"hydra.searchpath=[file://{tmp_path}]"
+    cfg = tiny(there, "experiment=own", tiny=False)
+    data = instantiate(cfg.dataset)
+    assert (data.name, data.num_workers, cfg.trainer.max_epochs) == ("own", 0, 2)
+    model = instantiate(cfg.model)
+    assert model.image_size == 16
+    assert {node.v_threshold for node in model.modules() if isinstance(node, LIFNode)} == {0.7}
+    evaluator = instantiate(cfg.metric, seed=1)
+    assert (evaluator.samples, evaluator.autoencoder["latent_channels"], evaluator.seed) == (
+        50,
+        16,
+        1,
+    )
+    # Which metric measures a data set is said there, if not grey.
+    assert tiny(there, "dataset=own", tiny=False).metric.samples == 5000
+    assert tiny(there, "dataset=own", "task=classification", tiny=False).get("metric") is None

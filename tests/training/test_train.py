@@ -109,9 +109,9 @@ def test_plain_models(tiny, tmp_path, overrides, pictures):
     assert model(torch.zeros(2, 1, 8, 8)).image.shape == (2, 1, 8, 8)
 
 
+@pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("name", options("model"))
-def test_every_model_composes(tiny, name):
-    size = 64 if name == "fsvae_large" else 32
+def test_every_model_composes(tiny, name, size):
     cfg = tiny(f"model={name}", f"dataset.image_size={size}", tiny=False)
     model = instantiate(cfg.model)
     assert model.image_size == size
@@ -273,6 +273,7 @@ def test_a_checkpoint_gives_the_trained_model(tiny, tmp_path):
     [
         ("neuron=izhikevich", MissingConfigException, r"(?s)izhikevich.*alif.*lif.*plif"),
         ("dataset=imagenet", MissingConfigException, r"(?s)imagenet.*digits.*mnist"),
+        ("metric=typo", MissingConfigException, r"(?s)typo.*colour.*grey.*small"),
         ("trainer.max_epoch=3", ConfigCompositionException, "max_epoch"),
     ],
 )

@@ -1,0 +1,128 @@
+"""Images in files, made up on disk: folders and CelebA, what they give and refuse."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision import datasets
+from torchvision.datasets.utils import calculate_md5
+
+from sj_taid import data
+from tests.data.made_up import cut, first, make, ready
+from tests.training.conftest import write_images
+
+
+def test_folder_without_labels(tmp_path):
+    write_images(tmp_path, 20)
+    (tmp_path / "notes.txt").write_text("not an image")
+    module = ready(data.ImageFolder, tmp_path, channels=3, classes=None, num_workers=2)
+    assert module.classes is None
+    assert len(module.train_set) == 18 and len(module.test_set) == 2
+    images, labels = first(module.test_dataloader())
+    assert images.shape == (2, 3, 16, 16) and labels.tolist() == [-1, -1]
+    assert ((images[:, 0, 8, 8] + 1) * 127.5).round().tolist() == [18, 19]
+
+
+def test_folder_with_a_folder_for_each_class(tmp_path):
+    for name, n in (("cat", 10), ("dog", 20), (".thumbnails", 3)):
+        write_images(tmp_path / "train" / name, n)
+        write_images(tmp_path / "test" / name, 2, mode="L", suffix="jpg")
+    module = ready(data.ImageFolder, tmp_path / "train", classes=2)
+    images, labels = first(module.test_dataloader())
+    assert labels.tolist() == [1, 0, 1] and len(module.train_set) == 27
+    assert images.shape == (3, 1, 16, 16) and module.class_names == ["cat", "dog"]
+
+    apart = {"root": tmp_path / "train", "test_root": str(tmp_path / "test")}
+    module = ready(data.ImageFolder, **apart, classes=None)
+    assert module.classes == make(data.ImageFolder, **apart, classes=None).classes == 2
+    assert len(module.train_set) == 30 and len(module.test_set) == 4
+
+    with pytest.raises(ValueError, match=r"classes=10, but .*2 folders .*cat, dog.*classes=2"):
+        ready(data.ImageFolder, tmp_path / "train")
+    with pytest.raises(ValueError, match=r"holds the parts of a split \(test, train\).*/train and"):
+        ready(data.ImageFolder, tmp_path)
+    shutil.rmtree(tmp_path / "test" / "dog")
+    with pytest.raises(ValueError, match=r"test_root=.*must hold.*\(cat, dog\), but holds cat"):
+        ready(data.ImageFolder, **apart, classes=2)
+
+
+def test_folder_that_is_no_use(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder at dataset\.root=.*nowhere"):
+        ready(data.ImageFolder, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no image in .*\.png"):
+        ready(data.ImageFolder, tmp_path, classes=None)
+    write_images(tmp_path, 4)
+    for share in (0.1, 1.5):
+        message = rf"test_share={share} of the 4 images in .* leaves .*; choose another share"
+        with pytest.raises(ValueError, match=message):
+            ready(data.ImageFolder, tmp_path, classes=None, test_share=share)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for suffix in ("jpg", "png"):
+        Image.fromarray(noise).save(tmp_path / f"a.{suffix}")
+        cut(tmp_path / f"a.{suffix}")
+        write_images(tmp_path, 9)
+        module = ready(data.ImageFolder, tmp_path, classes=None)
+        message = rf"a\.{suffix} cannot be read \(OSError: .*\); delete or replace it"
+        with pytest.raises(RuntimeError, match=message):
+            first(module.train_dataloader()), first(module.test_dataloader())
+        (tmp_path / f"a.{suffix}").unlink()
+
+
+def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path):
+    write_images(tmp_path, 20)
+    for name in ("03.png", "11.png", "19.png"):  # the last one is for testing
+        cut(tmp_path / name)
+    module = ready(data.ImageFolder, tmp_path, classes=None)
+    for loader in (module.train_dataloader(), module.test_dataloader()):
+        with pytest.raises(RuntimeError) as info:
+            first(loader)
+        assert sorted(re.findall(r"\d\d\.png", str(info.value))) == ["03.png", "11.png", "19.png"]
+
+
+# CelebA
+
+
+@pytest.fixture
+def celeba(tmp_path, monkeypatch):
+    """Eight images, black in the middle 148x148 and white around it, and the partition."""
+    folder = tmp_path / "celeba"
+    images = folder / "img_align_celeba"
+    images.mkdir(parents=True)
+    face = np.full((218, 178, 3), 255, dtype=np.uint8)
+    face[35:183, 15:163] = 0
+    lines = []
+    for i, part in enumerate([0, 0, 0, 0, 1, 2, 2, 2], start=1):
+        Image.fromarray(face).save(images / f"{i:06}.jpg", quality=95)
+        lines.append(f"{i:06}.jpg {part}\n")
+    partition = folder / "list_eval_partition.txt"
+    partition.write_text("".join(lines))
+    files = [("id", calculate_md5(partition), partition.name)]
+    monkeypatch.setattr(datasets.CelebA, "file_list", files)
+    return folder
+
+
+def test_celeba(celeba):
+    module = ready(data.CelebA, celeba.parent, channels=3, image_size=64, classes=None)
+    assert len(module.train_set) == 4 and len(module.test_set) == 3
+    images, labels = first(module.train_dataloader())
+    assert images.shape == (4, 3, 64, 64) and labels.tolist() == [-1] * 4
+    assert images[:, :, 2:-2, 2:-2].max() < -0.95  # all but what JPEG blurs
+
+    damaged = celeba / "img_align_celeba" / "000006.jpg"
+    cut(damaged)
+    with pytest.raises(RuntimeError, match=r"000006\.jpg cannot be read .*delete .*img_align"):
+        first(module.test_dataloader())
+    damaged.unlink()
+    with pytest.raises(RuntimeError, match=r"img_align_celeba is damaged.*1 of 8 .*000006\.jpg"):
+        ready(data.CelebA, celeba.parent)
+    cut(celeba / "list_eval_partition.txt")
+    with pytest.raises(RuntimeError, match=r"list_eval_partition\.txt is damaged: its MD5 is"):
+        ready(data.CelebA, celeba.parent)
+    shutil.rmtree(celeba / "img_align_celeba")
+    with pytest.raises(FileNotFoundError, match=r"no CelebA .*lacks img_align_celeba;"):
+        ready(data.CelebA, celeba.parent)
