@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sj_taid.training.compare import fill, kept, markdown, summary, tables
+from sj_taid.training.compare import fill, markdown, stored, summary, tables
 from sj_taid.training.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,8 +22,8 @@ def filled(page: Path) -> str:
     """The text of a page, with its tables as they should be."""
     decoders = ("mnist_fsvae", "mnist_taid_temporal", "mnist_taid")
     made = {
-        "decoders": summary([run for name in decoders for run in kept(ROOT, name)]),
-        "classifiers": summary(kept(ROOT, "mnist_classifier_cpu")),
+        "decoders": summary([run for name in decoders for run in stored(ROOT, name)]),
+        "classifiers": summary(stored(ROOT, "mnist_classifier_cpu")),
         "neurons": neurons(),
         "fsvae": fsvae(),
         "compile": compiled(),

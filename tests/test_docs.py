@@ -131,3 +131,13 @@ def test_make_help_lists_every_command():
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.M)
     assert phony.split() == re.findall(r"^([a-z-]+):.* ## [A-Z.]", makefile, re.M)
+
+
+def test_contributing_names_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = {word for word in re.findall(r"`([\w.]+/[\w./]*)`", text) if "NAME" not in word}
+    assert len(paths) > 15
+    assert not [path for path in paths if "_ROW" not in path and not (ROOT / path).exists()]
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 8 and not [name for name in named if f"def {name}(" not in tests]
