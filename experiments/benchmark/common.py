@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sj_taid import ALIFNode
 from sj_taid.ops import backends
-from sj_taid.training.files import replacing
+from sj_taid.training.files import atomic_write
 from sj_taid.training.provenance import cpu_name, provenance
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -94,7 +94,7 @@ def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:
     shared = {"command": shlex.join(["python", *sys.argv]), **facts}
     # Rows of an earlier run that are written again keep their own.
     table = pd.DataFrame([row | shared | row for row in rows])
-    with replacing(path) as whole:
+    with atomic_write(path) as whole:
         table.to_csv(whole, index=False, float_format="%.6g")
     print(f"wrote {path}")
     return table

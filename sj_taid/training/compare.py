@@ -26,7 +26,7 @@ from rich.table import Column, Table
 
 from . import run
 from .cli import CONF
-from .files import replacing
+from .files import atomic_write
 from .plot import save
 
 Metrics = dict[str, Any]
@@ -158,7 +158,7 @@ def store(metrics: Metrics, root: Path) -> Path:
         raise ValueError(f"{metrics['command']!r} is no run of an experiment in conf/experiment")
     name = short_name(choices | {"seed": str(metrics["seed"])})
     path = root / RUNS / experiment / f"{name}.json"
-    with replacing(path) as whole:
+    with atomic_write(path) as whole:
         whole.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -380,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"kept: {store(metrics, Path())}")
             except ValueError as error:
                 print(f"not kept: {folder} ({error})")
-        with replacing(REPORT) as whole:
+        with atomic_write(REPORT) as whole:
             page = REPORT.read_text(encoding="utf-8")
             whole.write_text(fill(page, tables(Path())), encoding="utf-8")
         print(f"filled: {REPORT}")
@@ -396,7 +396,7 @@ def show_and_write(finished: dict[Path, Metrics], out: Path) -> None:
     Console(width=None if sys.stdout.isatty() else 10_000).print(shown)
     out.mkdir(parents=True, exist_ok=True)
     frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(out / "results.csv", index=False)
-    with replacing(out / "results.md") as whole:
+    with atomic_write(out / "results.md") as whole:
         whole.write_text(markdown(table), encoding="utf-8")
     draw(runs, out / "results.png")
     print(f"results.csv, results.md and results.png are in {out}")

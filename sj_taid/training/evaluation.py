@@ -26,7 +26,7 @@ from ..data import ImageData
 from ..metric import FrechetAutoencoderDistance, FrechetDistance, Inception, InceptionScore
 from ..model import Autoencoder
 from .autoencoding import Autoencoding
-from .files import replacing
+from .files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def take_or_make(
             except Exception as error:  # whatever is wrong with it, making it anew is the remedy
                 log.warning("%s cannot be used (%s); making it anew", path, error)
         made = make()
-        with replacing(path) as whole:
+        with atomic_write(path) as whole:
             torch.save(made, whole)
     take(made)
 

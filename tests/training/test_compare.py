@@ -19,7 +19,7 @@ PROVENANCE = ["0123456789ab", "a laptop", "1"]
 
 
 def write(content, folder):
-    run.save_metrics(content, folder)
+    run.Run(folder).save_metrics(content)
     (folder / run.CONFIG).write_text("seed: 0\n")
 
 

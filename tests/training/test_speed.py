@@ -25,7 +25,7 @@ def test_a_compiled_model_learns_the_same_and_saves_the_same(tiny, tmp_path):
             assert counters["stats"]["unique_graphs"] == 3
             assert (compiled["loss"], compiled["accuracy"]) == (eager["loss"], eager["accuracy"])
     states = [
-        torch.load(run.find_checkpoint(tmp_path / name), weights_only=True)["state_dict"]
+        torch.load(run.Run(tmp_path / name).checkpoint, weights_only=True)["state_dict"]
         for name in ("eager", "compiled")
     ]
     assert states[0].keys() == states[1].keys()
@@ -42,14 +42,14 @@ def test_what_compile_takes(tiny, tmp_path):
 def test_precision(tiny, tmp_path, precision):
     cfg = tiny(*TINY_CLASSIFICATION, f"trainer.precision={precision}", tiny=False)
     assert train(cfg, tmp_path)["loss"] > 0
-    state = torch.load(run.find_checkpoint(tmp_path), weights_only=True)["state_dict"]
+    state = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)["state_dict"]
     assert all(v.dtype == torch.float32 for v in state.values() if v.is_floating_point())
 
 
 def test_gradients_accumulate(tiny, tmp_path):
     options = ("trainer.limit_train_batches=4", "trainer.accumulate_grad_batches=2")
     train(tiny(*TINY_CLASSIFICATION, *options, tiny=False), tmp_path)
-    assert torch.load(run.find_checkpoint(tmp_path), weights_only=True)["global_step"] == 2
+    assert torch.load(run.Run(tmp_path).checkpoint, weights_only=True)["global_step"] == 2
 
 
 def test_the_first_of_two_processes_measures_alone(tmp_path, cache):
