@@ -1,6 +1,6 @@
 """Measure a trained model: ``python experiments/evaluate.py checkpoint=RUN``."""
 
-from sj_taid.training.cli import evaluate
+from sj_taid.training.cli import main
 
 if __name__ == "__main__":
-    evaluate()
+    main("evaluate")

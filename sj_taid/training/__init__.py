@@ -1,1 +1,5 @@
 """Training from configs: LightningModules, a run's folder, its evaluation, the command line."""
+
+from .run import Run, load_model
+
+__all__ = ["Run", "load_model"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,7 +35,7 @@ class Autoencoding(Task):
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         self._log_reconstruction("test", batch)
 
-    def after_training(self, data: ImageData, cfg: DictConfig) -> dict[str, Any]:
+    def after_training(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         how = f"mean squared error, images in [-1, 1], {data.test_images()}"
         return {"protocol": {"reconstruction": how}}
 

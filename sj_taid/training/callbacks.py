@@ -1,4 +1,4 @@
-"""What a run does beside training: the progress bar, and the pictures."""
+"""What a run does beside training: the progress bar, the pictures, and writing checkpoints."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from .files import atomic_write
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
 
@@ -31,18 +34,19 @@ class Pictures(L.Callback):
         self.history: list[dict[str, dict[str, float]]] = []
         self.epochs: list[dict[str, float]] = []
 
-    def on_fit_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
         if not self.history:  # not so when a run is resumed
             self.history.append(neuron_parameters(task.model))
 
-    def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         self.history.append(neuron_parameters(task.model))
         self.epochs.append({name: float(x) for name, x in trainer.callback_metrics.items()})
 
-    def on_test_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
         if not trainer.is_global_zero:
             return
-        images, _ = next(iter(trainer.test_dataloaders))
+        loader: Any = trainer.test_dataloaders
+        images, _ = next(iter(loader))
         task.draw(images[:32].to(task.device), self.folder)
         if self.epochs:
             draw_curves(self.epochs, self.folder / "curves.png")
@@ -54,3 +58,23 @@ class Pictures(L.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.epochs = state["history"], state["epochs"]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the one before, which is there until the new one is whole.
+
+    Lightning's own writes into the temporary folder; where that is another file system, the file is
+    copied over the one before, and a kill or a full disk in that moment leaves half of it.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        try:
+            with atomic_write(Path(path)) as whole:
+                torch.save(checkpoint, whole)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+            raise OSError(
+                f"{path} cannot be written ({error}); if one was there before, it is whole: make "
+                f"room and go on with resume={Path(path).parents[1]}"
+            ) from error

@@ -65,8 +65,9 @@ class Classification(Task):
     def draw(self, images: Tensor, folder: Path) -> None:
         size = 2 + 0.6 * self.model.classes
         figure = Figure((size, size))
-        names = self.trainer.datamodule.class_names or None  # type: ignore[attr-defined]
-        self.confusion.plot(ax=figure.subplots(), cmap="Blues", labels=names)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        labels = data.class_names or None
+        self.confusion.plot(ax=figure.subplots(), cmap="Blues", labels=labels)
         save(figure, folder / "confusion.png")
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -5,69 +5,134 @@ What is heavy is imported by the command that needs it, so that a typo is report
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-#: a link to the checkout's conf/; in a wheel a copy of it
-CONF = str(Path(__file__).parents[1] / "conf")
+from .run import Run
+
+#: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
+#: plain files of links, the checkout's own.
+CONF = next(str(p / "conf") for p in Path(__file__).parents[1:3] if (p / "conf").is_dir())
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
-def _train(cfg: DictConfig) -> float | None:
+def train(cfg: DictConfig) -> float | None:
     from . import commands
 
     return commands.train_once(cfg)
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
-def _evaluate(cfg: DictConfig) -> None:
-    from . import commands, run
+def evaluate(cfg: DictConfig) -> None:
+    from . import commands
 
-    commands.evaluate(cfg, run.command("evaluate.py", HydraConfig.get()))
+    commands.evaluate(cfg, **commands.origin("evaluate", HydraConfig.get()))
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="sample")
-def _sample(cfg: DictConfig) -> None:
+def sample(cfg: DictConfig) -> None:
     from . import commands
 
     commands.sample(cfg)
 
 
-def train() -> None:
-    """Train a model: ``train [group=option] [key=value]``; ``conf/train.yaml`` lists the groups."""
-    from . import run
+def compare(arguments: Sequence[str]) -> None:
+    from . import compare
 
-    sys.argv[1:] = run.resuming(sys.argv[1:])
-    _train()
+    compare.main(arguments)
 
 
-def evaluate() -> None:
-    """Measure a trained model: ``evaluate checkpoint=RUN``."""
-    _evaluate()
+def doctor(arguments: Sequence[str]) -> None:
+    from .. import doctor
+
+    sys.exit(doctor.main(arguments))
 
 
-def sample() -> None:
-    """Draw samples from a trained model: ``sample checkpoint=RUN``."""
-    _sample()
+COMPOSED = {task.__name__: task for task in (train, evaluate, sample)}
+OTHERS = {task.__name__: task for task in (compare, doctor)}
+#: an override that names a folder as it is
+PLAIN = r"[\w.]+=[\w.]*\w"
 
 
-def compare() -> None:
-    """Compare runs: ``compare [FOLDER ...] [--out FOLDER] [--keep]``."""
-    from .compare import main
+def main(command: str | None = None) -> None:
+    """``sj-taid COMMAND [argument ...]``; a script of one command names it."""
+    arguments = sys.argv[1:]
+    if command is None:
+        command = arguments.pop(0) if arguments else ""
+    if command in OTHERS:
+        OTHERS[command](arguments)
+    elif command in COMPOSED:
+        arguments = [quoted_place(argument) for argument in arguments]
+        try:
+            arguments = resuming(arguments) if command == "train" else arguments
+        except FileNotFoundError as error:
+            sys.exit(str(error))
+        sys.argv[1:] = own_configs_first(arguments)
+        hydra.main(version_base="1.3", config_path=CONF, config_name=command)(COMPOSED[command])()
+    else:
+        sys.exit(f"usage: sj-taid {{{','.join([*COMPOSED, *OTHERS])}}} [argument ...]")
 
-    main()
+
+def quoted_place(argument: str) -> str:
+    """A place as the shell gives it, for Hydra's grammar, which takes no ``~``, ``=`` or ``,``."""
+    key, _, value = argument.partition("=")
+    if key not in ("checkpoint", "resume") and value[:1] != "~":
+        return argument
+    place = Path(value.strip("'\"")).expanduser()
+    return "{}='{}'".format(key, str(place).replace("'", "\\'"))
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "compare": compare}
+def own_configs_first(arguments: list[str]) -> list[str]:
+    """Let the folder of ``--config-dir`` come before the package's own, not after it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    given, others = parser.parse_known_args(arguments)
+    if given.config_dir is None:
+        return arguments
+    return [*others, "--config-path", str(Path(given.config_dir).absolute()), "--config-dir", CONF]
 
 
-def main() -> None:
-    """``sj-taid COMMAND [argument ...]``."""
-    command = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if command not in COMMANDS:
-        sys.exit(f"usage: sj-taid {{{','.join(COMMANDS)}}} [argument ...]")
-    COMMANDS[command]()
+def resuming(arguments: list[str]) -> list[str]:
+    """The command line that goes on with the run which ``resume=...`` names, in its own folder.
+
+    It repeats what the run was started with. ``arguments`` come after that, so they win.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or Hydra's notes of the command line are gone.
+    """
+    named = [argument for argument in arguments if argument.startswith("resume=")]
+    if not named:
+        return arguments
+    run = Run.find(named[-1].removeprefix("resume=").strip("'").replace("\\'", "'"))
+    notes = run.folder / ".hydra" / "overrides.yaml"
+    if not notes.is_file():
+        raise FileNotFoundError(
+            f"no {notes}, where Hydra notes what a run was started with; repeat that command "
+            f"with hydra.run.dir={run.folder} instead, and it goes on"
+        )
+    others = [argument for argument in arguments if argument not in named]
+    here = [f'hydra.run.dir="{run.folder}"', f'resume="{run.checkpoint}"']
+    return [*OmegaConf.load(notes), *here, *others]
+
+
+def folder_name(overrides: str) -> str:
+    """A sweep's job's folder, named by its overrides, ``neuron=lif,seed=0`` as neuron-lif-seed-0.
+
+    Letters, digits, ``.``, ``_`` and ``-`` alone, at most 120 of them. Where that leaves something
+    out, a hash tells the jobs apart.
+    """
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", overrides)
+    if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", overrides, re.ASCII):
+        return name
+    digest = hashlib.sha256(overrides.encode()).hexdigest()[:16]
+    return f"{name[:103].strip('-.')}-{digest}".lstrip("-")
+
+
+# Hydra names a job's folder in the process that runs the job. In a parallel sweep that process has
+# imported nothing of this project but the module of the function that it is to call, which is this.
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)

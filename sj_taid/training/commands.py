@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+import shlex
+import warnings
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class, instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from hydra.utils import get_object, instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from . import run
 from .allocator import reuse_freed_memory
-from .callbacks import Pictures
-from .evaluation import bare_trainer, seeded
+from .callbacks import AtomicCheckpointIO, Pictures
+from .evaluation import Evaluator, bare_trainer, seeded
 from .plot import draw_grid
 from .provenance import provenance
+from .run import Run, build, check_targets, is_below, is_first_process, read_checkpoint
 
 log = logging.getLogger(__name__)
+
+#: the parts of a run's config that are built again when its checkpoint is loaded
+REBUILT = ("dataset", "model", "task", "metric")
+#: what a resumed run keeps
+KEPT = ("dataset._target_", "dataset.name", "task._target_")
 
 
 def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
@@ -36,18 +42,42 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         cfg: the run's config.
         folder: the run's folder.
         origin: what ``metrics.json`` says of the run beside its figures, as the command.
+
+    Raises:
+        FloatingPointError: the model has diverged. The checkpoint of the epoch before is kept.
     """
+    _leave_out_notes()
+    origin |= provenance()
     options = _compile_options(cfg.compile)
+    if not isinstance(cfg.trainer.max_epochs, int):
+        raise ValueError(
+            "trainer.max_epochs must be a whole number of epochs, "
+            f"but it is {cfg.trainer.max_epochs!r}"
+        )
     count_classes(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
+    for part in REBUILT:  # or what is trained could not be loaded
+        if cfg.get(part):
+            check_targets(OmegaConf.to_container(cfg[part], resolve=True), cfg.trust or ())
     reuse_freed_memory()
-    resume = run.last_checkpoint(folder) or (cfg.resume and run.find_checkpoint(cfg.resume))
+    run = Run(folder)
+    source = run
+    if cfg.resume and not run.checkpoint.is_file():
+        source = Run.find(cfg.resume)
+    resume = source.checkpoint if source.checkpoint.is_file() else None
     if resume:
-        run.read_checkpoint(resume)  # a damaged one is an error before hours of work, with a remedy
+        read_checkpoint(resume)  # a damaged one is an error before hours of work, with a remedy
+        for key, values in source.differences(cfg).items():
+            if key in KEPT:
+                raise ValueError(
+                    f"{source.folder} was trained with another {key} ({values}); resume= goes on "
+                    "with the same data and task: leave that out, or start a run without resume="
+                )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    run.save_config(cfg, folder)
+    first = is_first_process()
+    if first:
+        run.save_config(cfg)
     data = instantiate(cfg.dataset)
-    if not isinstance(data, get_class(cfg.task._target_).takes):
+    if not isinstance(data, get_object(cfg.task._target_).takes):
         raise ValueError(
             f"dataset={data.name} holds recordings, which only a classifier takes; "
             "add task=classification, or choose a data set of images"
@@ -55,29 +85,35 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     # In this layout convolutions are faster, in bfloat16 above all.
     model = instantiate(cfg.model).to(memory_format=torch.channels_last)
     task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
-    first = rank_zero_only.rank == 0
-    if first:  # the others wait for it at the start of the training
-        data.prepare_data()
-        data.setup()
-        before = task.before_training(data, cfg)
+    evaluator = _evaluator(cfg, cfg.trust or ())
+    data.prepare_data()
+    data.setup()
+    before = task.before_training(data, evaluator)
     if options is not None:
         torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit
         model.compile(**options)  # in place, so that the keys of its checkpoints stay as they are
 
     # One file, replaced whole after every epoch.
     checkpoints = ModelCheckpoint(
-        folder / run.CHECKPOINTS, filename="last", enable_version_counter=False
+        run.checkpoint.parent,
+        filename=run.checkpoint.stem,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
     )
     timer = Timer()  # kept in the checkpoint: the seconds before a kill count
+    others = [instantiate(callback) for callback in cfg.callbacks.values()]
+    if not cfg.trainer.enable_progress_bar:  # Lightning refuses a bar then
+        others = [callback for callback in others if not isinstance(callback, ProgressBar)]
     trainer = instantiate(
         cfg.trainer,
         default_root_dir=folder,
         logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
-        callbacks=[checkpoints, timer, Pictures(folder), *map(instantiate, cfg.callbacks.values())],
+        callbacks=[checkpoints, timer, Pictures(folder), *others],
     )
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
 
-    figures = task.figures(trainer, data, cfg)
+    figures = task.figures(trainer, data, evaluator)
     if not first:
         return {}
 
@@ -89,12 +125,33 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         "training_seconds": round(timer.time_elapsed(), 1),
         "seed": cfg.seed,
         **origin,
-        **provenance(),
     }
-    run.save_metrics(metrics, folder)
+    run.save_metrics(metrics)
     for line in task.report(metrics):
         log.info(line)
     return metrics
+
+
+def _leave_out_notes() -> None:
+    """Others' notes on what is meant so, or what nobody who trains can change."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices and services
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
+    for note in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
+        r".*smaller than the logging interval",  # nothing is logged by the step
+        r".*does not have many workers",  # images in memory are faster without
+    ):
+        warnings.filterwarnings("ignore", note)
+
+
+def _evaluator(cfg: DictConfig, trust: Collection[str]) -> Evaluator | None:
+    """What compares the model's samples with the data; None where the task draws none."""
+    if not cfg.get("metric"):
+        return None
+    # An older run's config names no class.
+    metric = OmegaConf.merge({"_target_": "sj_taid.training.evaluation.Evaluator"}, cfg.metric)
+    accelerator = cfg.trainer.accelerator
+    return build(metric, trust, cache_dir=cfg.cache_dir, seed=cfg.seed, accelerator=accelerator)
 
 
 def count_classes(cfg: DictConfig) -> None:
@@ -119,66 +176,88 @@ def _compile_options(given: bool | DictConfig) -> dict[str, Any] | None:
 def train_once(cfg: DictConfig) -> float | None:
     """Train the job that Hydra composed, unless its folder holds the finished run already."""
     hydra_cfg = HydraConfig.get()
-    folder = Path(hydra_cfg.runtime.output_dir)
+    run = Run(hydra_cfg.runtime.output_dir)
     choices = {k: v for k, v in hydra_cfg.runtime.choices.items() if not k.startswith("hydra/")}
     count_classes(cfg)
-    with run.held(folder):
+    with run.lock():
         # What is resumed in its own folder may go on with other choices.
-        resumed = bool(cfg.resume) and folder in Path(cfg.resume).parents
-        metrics = run.finished(cfg, folder, run.places(hydra_cfg), may_differ=resumed)
+        resumed = bool(cfg.resume) and run.folder in Path(cfg.resume).parents
+        metrics = run.finished(cfg, _places(hydra_cfg), may_differ=resumed)
         if metrics is None:
-            command = run.command("train.py", hydra_cfg)
-            metrics = train(cfg, folder, command=command, choices=choices)
+            try:
+                metrics = train(cfg, run.folder, choices=choices, **origin("train", hydra_cfg))
+            except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes this of Ctrl-C
+                if KeyboardInterrupt in (type(error), type(error.__context__)):
+                    raise SystemExit(_interrupted(run)) from error
+                raise
         else:
             log.info("This run is finished already and is not run again.")
-    log.info("Metrics, checkpoints and TensorBoard logs are there too. Pictures: %s", folder)
+    kinds = "Metrics, checkpoint" if run.checkpoint.is_file() else "Metrics"
+    if is_first_process():
+        log.info("%s and TensorBoard logs are there too. Pictures: %s", kinds, run.folder)
     return metrics.get(cfg.objective)
 
 
-def evaluate(cfg: DictConfig, command: str = "") -> dict[str, Any]:
-    """Measure ``cfg.checkpoint`` and update its run's metrics, which are given back."""
-    model, of_run = run.load_model(cfg.checkpoint)
-    folder = run.find_checkpoint(cfg.checkpoint).parents[1]
-    cfg = OmegaConf.merge(of_run, _given(OmegaConf.to_container(cfg, resolve=True)))
-    with run.held(folder):
-        metrics = run.load_metrics(folder)
-        data = run.build(cfg.dataset)
+def _interrupted(run: Run) -> str:
+    if not run.checkpoint.is_file():
+        return "Interrupted before the end of the first epoch: there is nothing to go on with."
+    return f"Interrupted. Go on with: sj-taid train resume={shlex.quote(str(run.folder))}"
+
+
+def _places(hydra_cfg: Any) -> list[str]:
+    """The keys that are no choices: where things lie, and how it looks."""
+    return list(hydra_cfg.job.config.override_dirname.exclude_keys)
+
+
+def origin(command: str, hydra_cfg: Any) -> dict[str, Any]:
+    """The command line and its overrides, for another machine: without where things lie here."""
+    apart = _places(hydra_cfg)
+    overrides = {text.partition("=")[0].lstrip("+~"): text for text in hydra_cfg.overrides.task}
+    chosen = [text for key, text in overrides.items() if not is_below(key, apart)]
+    return {"overrides": chosen, "command": shlex.join(["sj-taid", command, *chosen])}
+
+
+def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
+    """Measure ``cfg.checkpoint``; what is given back is left in a file among its run's evaluations.
+
+    Args:
+        cfg: what to measure, and what to do otherwise than its run did.
+        origin: what the evaluation says of itself beside its figures, as the command.
+    """
+    _leave_out_notes()
+    run, trust = Run.find(cfg.checkpoint), cfg.trust or ()
+    with run.lock():
+        differing = _given(OmegaConf.to_container(cfg, resolve=True))
+        cfg = cast(DictConfig, OmegaConf.merge(run.config, differing))
+        model = run.model(trust)
+        data = build(cfg.dataset, trust)
         data.prepare_data()
         data.setup()
-        task = run.build(cfg.task, model=model, optimizer=None)
-        trainer = bare_trainer(cfg.trainer.accelerator)
+        task = build(cfg.task, trust, model=model, optimizer=None)
         with seeded(cfg.seed):
-            figures = task.figures(trainer, data, cfg)
-        protocol = metrics.get("protocol", {}) | figures.pop("protocol", {})
+            trainer = bare_trainer(cfg.trainer.accelerator)
+            figures = task.figures(trainer, data, _evaluator(cfg, trust))
         evaluation = {
-            "figures": list(figures),
+            "protocol": figures.pop("protocol", {}),
+            "figures": figures,
+            "checkpoint_sha256": run.checkpoint_sha256(),
             "seed": cfg.seed,
-            "command": command,
+            **origin,
             **provenance(),
         }
-        evaluations = [*_left(metrics.get("evaluations", []), figures), evaluation]
-        metrics |= {**figures, "protocol": protocol, "evaluations": evaluations}
-        run.save_metrics(metrics, folder)
-    for line in task.report(metrics):
+        path = run.save_evaluation(evaluation)
+    for line in task.report(figures):
         log.info(line)
-    if "metric" in cfg and not cfg.metric.inception_weights:
+    if cfg.get("metric") and not cfg.metric.inception_weights:
         log.info(
             "FID and the Inception score are left out for want of weights: add "
             "metric.inception_weights=FILE, or =download where there is internet."
         )
-    log.info("All figures are in %s", folder / run.METRICS)
-    return metrics
+    log.info("All figures are in %s", path)
+    return evaluation
 
 
-def _left(evaluations: list[dict[str, Any]], anew: Container[str]) -> list[dict[str, Any]]:
-    """The evaluations that some figure still stems from, when others are measured anew."""
-    left = [
-        e | {"figures": [name for name in e["figures"] if name not in anew]} for e in evaluations
-    ]
-    return [evaluation for evaluation in left if evaluation["figures"]]
-
-
-def _given(config: dict[str, Any]) -> dict[str, Any]:
+def _given(config: Any) -> dict[str, Any]:
     """The settings that are not null."""
     given = {}
     for key, value in config.items():
@@ -193,7 +272,8 @@ def sample(cfg: DictConfig) -> None:
     for name in ("n", "columns"):
         if cfg[name] < 1:
             raise ValueError(f"{name} must be at least 1, but it is {cfg[name]}")
-    model, _ = run.load_model(cfg.checkpoint)
+    run = Run.find(cfg.checkpoint)
+    model: Any = run.model(cfg.trust or ())
     if not hasattr(model, "sample"):
         raise ValueError(
             f"{cfg.checkpoint} holds a {type(model).__name__}, which draws nothing; "
@@ -201,8 +281,7 @@ def sample(cfg: DictConfig) -> None:
         )
     torch.manual_seed(cfg.seed)
     images = model.sample(cfg.n)
-    folder = run.find_checkpoint(cfg.checkpoint).parents[1]
-    path = Path(cfg.output or folder / f"samples-seed{cfg.seed}.png")
+    path = Path(cfg.output or run.folder / f"samples-seed{cfg.seed}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(images, path, cfg.columns, "Samples from the prior")
     log.info("%d samples are in %s", cfg.n, path)

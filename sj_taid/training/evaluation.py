@@ -32,7 +32,7 @@ from ..metric import (
 )
 from ..model import Autoencoder
 from .autoencoding import Autoencoding
-from .files import replacing
+from .files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Evaluator:
         samples: int,
         autoencoder: Mapping[str, Any],
         inception_weights: str | Path | Literal[False] | None = None,
-        published_autoencoders: str | Path | None = None,
+        published_autoencoders: str | Path | Literal[False] | None = None,
         cache_dir: str | Path = "~/.cache/sj-taid",
         seed: int = 0,
         accelerator: str = "auto",
@@ -136,7 +136,7 @@ class Evaluator:
     def ready_metrics(self, data: ImageData, device: torch.device) -> MetricCollection:
         """The metrics, which have seen the test images already."""
         test_images = len(data.test_set)
-        # Under DDP each process draws the same samples: there is nothing to sum.
+        # Of several processes the first alone measures: there is nothing to sum.
         alone = {"sync_on_compute": False}
         self._check_enough("fad", self.autoencoder["latent_channels"] + 1, test_images)
         metrics: dict[str, Metric | MetricCollection] = {}
@@ -163,7 +163,7 @@ class Evaluator:
             raise ValueError(
                 f"FAD as published is of {' and '.join(PUBLISHED)} at 32x32, but the data set is "
                 f"{data.name} at {data.image_size}x{data.image_size}; leave it out with "
-                "metric.published_autoencoders=null"
+                "metric.published_autoencoders=false"
             )
         folder = self.published_autoencoders
         return PublishedFrechetAutoencoderDistance(folder, name, sync_on_compute=False)
@@ -268,7 +268,7 @@ def take_or_make(
             except Exception as error:  # whatever is wrong with it, making it anew is the remedy
                 log.warning("%s cannot be used (%s); making it anew", path, error)
         made = make()
-        with replacing(path) as whole:
+        with atomic_write(path) as whole:
             torch.save(made, whole)
     take(made)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ..data import ImageData
@@ -14,26 +13,27 @@ from ..model import FSVAE
 from .autoencoding import Autoencoding
 from .evaluation import Evaluator
 from .plot import draw_attention, draw_grid
-from .run import build
 
 
 class Generation(Autoencoding):
     """Autoencoding by a model that has ``sample(n)`` too; the samples are measured and drawn."""
 
-    def before_training(self, data: ImageData, cfg: DictConfig) -> dict[str, Any]:
-        untrained = _evaluator(cfg).evaluate_samples(self.model, data, only="fad")
+    def before_training(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, Any]:
+        if evaluator is None:
+            raise ValueError(
+                "task=generation measures its samples, but metric is null; choose one of "
+                "conf/metric, or task=autoencoding, which draws no samples"
+            )
+        untrained = evaluator.evaluate_samples(self.model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
-    def after_training(self, data: ImageData, cfg: DictConfig) -> dict[str, Any]:
-        figures = _evaluator(cfg).evaluate_samples(self.model, data)
-        figures["protocol"] |= super().after_training(data, cfg)["protocol"]
+    def after_training(self, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
+        figures = evaluator.evaluate_samples(self.model, data)
+        figures["protocol"] |= super().after_training(data, evaluator)["protocol"]
         return figures
 
     def report(self, metrics: dict[str, Any]) -> list[str]:
-        # An evaluation may look through other weights, or at other samples.
-        before = f" (before training: {metrics['fad_untrained']:.3f})"
-        if "evaluations" in metrics:
-            before = ""
+        before = metrics.get("fad_untrained")
         titles = {
             "fad_published": "FAD as published",
             "fid": "FID of the samples",
@@ -41,7 +41,8 @@ class Generation(Autoencoding):
         }
         return [
             *super().report(metrics),
-            f"FAD of the samples: {metrics['fad']:.3f}{before}",
+            f"FAD of the samples: {metrics['fad']:.3f}"
+            + ("" if before is None else f" (before training: {before:.3f})"),
             *(f"{title}: {metrics[name]:.3f}" for name, title in titles.items() if name in metrics),
         ]
 
@@ -53,11 +54,5 @@ class Generation(Autoencoding):
         if isinstance(model, FSVAE):
             z_seq = model.posterior(model.encode(images), model._picks(len(images)))[0]
             sequence = model.decode_sequence(z_seq)
-            draw_attention(model.image_decoder.attention(sequence), folder / "attention.png")
-
-
-def _evaluator(cfg: DictConfig) -> Evaluator:
-    # An older run's config names no class.
-    metric = OmegaConf.merge({"_target_": "sj_taid.training.evaluation.Evaluator"}, cfg.metric)
-    accelerator = cfg.trainer.accelerator
-    return build(metric, cache_dir=cfg.cache_dir, seed=cfg.seed, accelerator=accelerator)
+            decoder: Any = model.image_decoder
+            draw_attention(decoder.attention(sequence), folder / "attention.png")

@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 
 from ..layer import FixedDecoder
 from ..monitoring import tau_and_threshold
-from .files import replacing
+from .files import atomic_write
 
 
 def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
@@ -138,5 +138,5 @@ def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
 
 def save(figure: Figure, path: Path, dpi: int = 130) -> None:
     """Write the figure whole or not at all."""
-    with replacing(path) as whole:
+    with atomic_write(path) as whole:
         figure.savefig(whole, dpi=dpi, format="png")

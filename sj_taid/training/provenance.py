@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def provenance() -> dict[str, Any]:
     packages = ("spikingjelly", "torch", "lightning")
     return {
         "versions": {"sj-taid": __version__, **{name: version(name) for name in packages}},
-        "commit": COMMIT,
+        "commit": commit(),
         "threads": torch.get_num_threads(),
         "machine": f"{cpu_name()}, {os.cpu_count()} cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
@@ -33,8 +34,12 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """The commit of this checkout, with ``+`` where files differ from it."""
+@cache
+def commit() -> str | None:
+    """The commit of this checkout, with ``+`` where files differ from it.
+
+    Asked for when a process starts its first run: at the end the checkout may hold another.
+    """
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
@@ -46,7 +51,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None  # not a checkout
     return run.stdout.strip()
-
-
-#: That of the code which is running: at a run's end the checkout may hold another.
-COMMIT = _commit()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from omegaconf import DictConfig
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..data import Data
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluator
 
 
 class Task(L.LightningModule):
@@ -27,6 +29,7 @@ class Task(L.LightningModule):
     """
 
     takes: type[Data] = Data
+    model: Any
 
     def __init__(self, model: nn.Module, optimizer: Callable[[Iterable[Any]], Optimizer]) -> None:
         super().__init__()
@@ -36,8 +39,24 @@ class Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
 
+    def on_before_backward(self, loss: Tensor) -> None:
+        if not loss.isfinite():
+            raise self._diverged(f"the loss is {loss.item()}")
+
+    def on_train_epoch_end(self) -> None:
+        """Before the checkpoint is written: the last step's gradient no loss has shown yet."""
+        if not all(parameter.isfinite().all() for parameter in self.parameters()):
+            raise self._diverged("a parameter is not finite")
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} in epoch {self.current_epoch + 1}, after step {self.global_step}: the model "
+            "has diverged; train it with a lower optimizer.lr, or go on from the epoch before, "
+            "whose checkpoint is kept, with resume=... trainer.gradient_clip_val=1.0"
+        )
+
     def figures(
-        self, trainer: L.Trainer, data: L.LightningDataModule, cfg: DictConfig
+        self, trainer: L.Trainer, data: L.LightningDataModule, evaluator: Evaluator | None
     ) -> dict[str, Any]:
         """Every figure of the trained model.
 
@@ -48,13 +67,17 @@ class Task(L.LightningModule):
         if distributed.is_initialized():
             # A metric sums over all processes, and would wait for the others for ever.
             distributed.destroy_process_group()
-        return logged | self.after_training(data, cfg) if trainer.is_global_zero else logged
+        return logged | self.after_training(data, evaluator) if trainer.is_global_zero else logged
 
-    def before_training(self, data: L.LightningDataModule, cfg: DictConfig) -> dict[str, Any]:
-        """Figures of the untrained model, for ``metrics.json``."""
+    def before_training(self, data: Any, evaluator: Any) -> dict[str, Any]:
+        """Figures of the untrained model, for ``metrics.json``.
+
+        In a distributed run every process takes them. So all wait for what is made once for the
+        figures before they wait for each other, which they do not do for long.
+        """
         return {}
 
-    def after_training(self, data: L.LightningDataModule, cfg: DictConfig) -> dict[str, Any]:
+    def after_training(self, data: Any, evaluator: Any) -> dict[str, Any]:
         """Figures of the trained model that its test does not log."""
         return {}
 

@@ -118,7 +118,7 @@ def runs(tmp_path):
     ]
     folder = tmp_path / "sweep"
     for number, content in enumerate(written):
-        run.save_metrics(content, folder / str(number))
+        run.Run(folder / str(number)).save_metrics(content)
     (folder / "unfinished").mkdir()
     (folder / "broken").mkdir()
     (folder / "broken" / run.METRICS).write_text('{"fad": 3')

@@ -34,7 +34,7 @@ def test_a_run_leaves_everything(classify, tmp_path, neuron):
     assert cfg.objective in metrics
     for name in ("curves.png", "confusion.png", "parameters.png"):
         assert mpimg.imread(tmp_path / name).std() > 0, name
-    model, _ = run.load_model(tmp_path)
+    model = run.load_model(tmp_path)
     assert isinstance(model, Classifier)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("sample", [f"checkpoint={tmp_path}"])

@@ -19,7 +19,7 @@ PROVENANCE = ["0123456789ab", "a laptop", "1"]
 
 
 def write(content, folder):
-    run.save_metrics(content, folder)
+    run.Run(folder).save_metrics(content)
     (folder / run.CONFIG).write_text("seed: 0\n")
 
 
@@ -65,7 +65,9 @@ def test_a_later_evaluation_counts(tmp_path):
         "protocol": {"fad": "by eye"},
         "checkpoint_sha256": "abc",
         "command": "sj-taid evaluate checkpoint=RUN",
-        "provenance": {"commit": "later", "machine": "a desk", "threads": 2},
+        "commit": "later",
+        "machine": "a desk",
+        "threads": 2,
     }
     write(metrics([], fad=3.5), tmp_path)
     (tmp_path / "evaluations").mkdir()

@@ -1,5 +1,6 @@
-"""Measuring a run again: its metrics are updated, each figure with its protocol."""
+"""Measuring a run again: each evaluation is a file of its own, each figure with its protocol."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -38,6 +39,10 @@ def metrics_of(folder):
     return json.loads((folder / run.METRICS).read_text())
 
 
+def evaluations_of(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("evaluations/*.json"))]
+
+
 def test_from_the_command_line(folder, tmp_path):
     before = metrics_of(folder)
     checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
@@ -50,56 +55,54 @@ def test_from_the_command_line(folder, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert not done.stderr
     assert "metric.inception_weights=FILE" in done.stdout
-    assert done.stdout.rstrip().endswith(str(folder / run.METRICS))
-    after = metrics_of(folder)
-    assert after["fad"] > 0 and after["fad"] != before["fad"]
-    assert "12 samples" in after["protocol"]["fad"] and after["protocol"]["reconstruction"]
-    (evaluation,) = after["evaluations"]
-    assert "metric.samples=12" in evaluation["command"]
-    assert str(tmp_path) not in evaluation["command"]
-    assert evaluation["versions"] and after["command"] == before["command"]
+    (path,) = folder.glob("evaluations/*.json")
+    assert done.stdout.rstrip().endswith(str(path))
+    (evaluation,) = evaluations_of(folder)
+    figures, protocol = evaluation["figures"], evaluation["protocol"]
+    assert figures["fad"] > 0 and figures["fad"] != before["fad"]
+    assert figures.keys() == protocol.keys() == {"fad", "reconstruction"}
+    assert "12 samples" in protocol["fad"]
+    assert evaluation["overrides"] == ["metric.samples=12"]
+    assert evaluation["command"] == "sj-taid evaluate metric.samples=12"
+    assert evaluation["versions"] and metrics_of(folder) == before
+    assert evaluation["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert "before training" not in done.stdout  # that was another number of samples
-    assert after["epochs"] == before["epochs"]
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
 
 
 def test_a_seed_gives_the_figures_of_training_again(folder):
-    before = metrics_of(folder)
-    after = evaluate(composed(folder))
-    assert after["fad"] == before["fad"]
-    assert evaluate(composed(folder)) == after == metrics_of(folder)
+    first = evaluate(composed(folder))
+    assert first["figures"]["fad"] == metrics_of(folder)["fad"]
+    again = evaluate(composed(folder))
+    assert again == first
     other = evaluate(composed(folder, "seed=1"))
-    assert other["fad"] != before["fad"]
-    assert [evaluation["seed"] for evaluation in other["evaluations"]] == [1]
+    assert other["figures"]["fad"] != first["figures"]["fad"] and other["seed"] == 1
+    assert evaluations_of(folder) == [first, again, other]
 
 
 def test_fid_and_inception_score_where_there_are_weights(folder, monkeypatch):
     monkeypatch.setattr(evaluation, "Inception", Network)
     after = evaluate(composed(folder, "metric.inception_weights=weights.pth", "metric.samples=20"))
-    assert after["fid"] > 0 and 1 <= after["inception_score"] <= 4
-    assert after["protocol"]["fid"].startswith(FrechetDistance(Network("weights.pth")).protocol)
-    assert after["protocol"]["fid"].endswith("20 samples against 359 test images at 8x8")
-    assert after["protocol"]["inception_score"].endswith("20 samples")
-    # A later evaluation without weights leaves them.
-    again = evaluate(composed(folder))
-    assert again["fid"] == after["fid"] and again["protocol"]["fid"] == after["protocol"]["fid"]
-    first, second = again["evaluations"]
-    assert first["figures"] == ["fid", "inception_score"]
-    assert second["figures"] == ["reconstruction", "fad"]
+    figures, protocol = after["figures"], after["protocol"]
+    assert figures["fid"] > 0 and 1 <= figures["inception_score"] <= 4
+    assert protocol["fid"].startswith(FrechetDistance(Network("weights.pth")).protocol)
+    assert protocol["fid"].endswith("20 samples against 359 test images at 8x8")
+    assert protocol["inception_score"].endswith("20 samples")
 
 
 def test_the_weights_of_a_run_can_be_left_out(folder):
     config = OmegaConf.load(folder / run.CONFIG)
     config.metric.inception_weights = "gone.pth"
     OmegaConf.save(config, folder / run.CONFIG)
-    assert evaluate(composed(folder, "metric.inception_weights=false"))["fad"] > 0
+    assert evaluate(composed(folder, "metric.inception_weights=false"))["figures"]["fad"] > 0
 
 
 def test_a_classifier(tiny, tmp_path):
     train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path)
     after = evaluate(composed(tmp_path))
-    assert 0 <= after["accuracy"] <= 1 and "fad" not in after
+    assert 0 <= after["figures"]["accuracy"] <= 1 and "fad" not in after["figures"]
 
 
 def test_data_that_were_moved(tiny, tmp_path):
@@ -115,17 +118,20 @@ def test_data_that_were_moved(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no .*here.*root"):
         evaluate(composed(tmp_path / "run"))
     after = evaluate(composed(tmp_path / "run", *at("there")))
-    assert after["accuracy"] == before["accuracy"]
+    assert after["figures"]["accuracy"] == before["accuracy"]
 
 
-def test_errors_say_what_to_do(folder):
-    (folder / run.METRICS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"no metrics\.json in .*finish the run"):
-        evaluate(composed(folder))
+def test_what_a_run_names_is_not_called_unless_it_is_trusted(folder):
     config = OmegaConf.load(folder / run.CONFIG)
-    for part in ("dataset", "task"):
-        evil = OmegaConf.merge(config, {part: {"_target_": "os.system"}})
+    for part in ("dataset", "task", "metric"):
+        evil = OmegaConf.merge(config, {part: {"_target_": "os.system"}, "trust": ["os.system"]})
         OmegaConf.save(evil, folder / run.CONFIG)
-        (folder / run.METRICS).write_text("{}")
         with pytest.raises(ValueError, match=r"names 'os\.system'.*trusted source"):
             evaluate(composed(folder))
+
+
+def test_a_run_of_before_the_metrics_were_classes(folder):
+    config = OmegaConf.load(folder / run.CONFIG)
+    del config.metric._target_
+    OmegaConf.save(config, folder / run.CONFIG)
+    assert evaluate(composed(folder))["figures"]["fad"] == metrics_of(folder)["fad"]

@@ -161,7 +161,7 @@ def test_fad_as_published_is_a_metric_of_its_own(evaluator, monkeypatch, tmp_pat
         "256 samples against the published statistics of the test images"
     )
     for other in (digits(name="fashion_mnist"), digits(image_size=32)):
-        with pytest.raises(ValueError, match=r"mnist and fashion_mnist at 32x32, but .*=null"):
+        with pytest.raises(ValueError, match=r"mnist and fashion_mnist at 32x32, but .*=false"):
             evaluator.evaluate_samples(Noise(), other, only="fad")
 
 

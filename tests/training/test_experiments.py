@@ -60,6 +60,7 @@ def test_every_experiment_runs(small, made_up, tmp_path, name):
     cfg = small(name)
     metrics = train(cfg, tmp_path, command=f"python experiments/train.py experiment={name}")
     assert metrics[cfg.objective] >= 0 and metrics["epochs"] == 1
+    assert {cfg.objective, *metrics.get("protocol", {})} <= compare.METRICS.keys()
     assert json.loads((tmp_path / run.METRICS).read_text())["command"].endswith(name)
 
 
@@ -99,7 +100,7 @@ def test_folders_of_classes_are_counted_and_name_the_confusion(tiny, tmp_path, m
     (figure,) = drawn
     names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert names == ["cat", "dog", "emu"]
-    assert run.load_model(tmp_path / "run")[0].classes == 3
+    assert run.load_model(tmp_path / "run").classes == 3
 
 
 # One file each, in a folder of one's own.

@@ -5,10 +5,12 @@ import subprocess
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch._dynamo.utils import counters
 
 from sj_taid.training import run
 from sj_taid.training.commands import train
+from sj_taid.training.generation import Generation
 from tests.training.conftest import TINY, TINY_CLASSIFICATION, script
 
 TASKS = {"generation": TINY, "classification": TINY_CLASSIFICATION}
@@ -25,7 +27,7 @@ def test_a_compiled_model_learns_the_same_and_saves_the_same(tiny, tmp_path):
             assert counters["stats"]["unique_graphs"] == 3
             assert (compiled["loss"], compiled["accuracy"]) == (eager["loss"], eager["accuracy"])
     states = [
-        torch.load(run.find_checkpoint(tmp_path / name), weights_only=True)["state_dict"]
+        torch.load(run.Run(tmp_path / name).checkpoint, weights_only=True)["state_dict"]
         for name in ("eager", "compiled")
     ]
     assert states[0].keys() == states[1].keys()
@@ -42,14 +44,14 @@ def test_what_compile_takes(tiny, tmp_path):
 def test_precision(tiny, tmp_path, precision):
     cfg = tiny(*TINY_CLASSIFICATION, f"trainer.precision={precision}", tiny=False)
     assert train(cfg, tmp_path)["loss"] > 0
-    state = torch.load(run.find_checkpoint(tmp_path), weights_only=True)["state_dict"]
+    state = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)["state_dict"]
     assert all(v.dtype == torch.float32 for v in state.values() if v.is_floating_point())
 
 
 def test_gradients_accumulate(tiny, tmp_path):
     options = ("trainer.limit_train_batches=4", "trainer.accumulate_grad_batches=2")
     train(tiny(*TINY_CLASSIFICATION, *options, tiny=False), tmp_path)
-    assert torch.load(run.find_checkpoint(tmp_path), weights_only=True)["global_step"] == 2
+    assert torch.load(run.Run(tmp_path).checkpoint, weights_only=True)["global_step"] == 2
 
 
 def test_the_first_of_two_processes_measures_alone(tmp_path, cache):
@@ -65,6 +67,21 @@ def test_the_first_of_two_processes_measures_alone(tmp_path, cache):
     assert metrics["fad"] > 0 and metrics["fad_untrained"] > 0
     assert done.stdout.count("FAD of the samples") == 1
     assert "MEMBER: 2/2" in done.stderr
+
+
+def test_every_process_waits_for_the_figures_before_it_waits_for_the_others(
+    tiny, tmp_path, monkeypatch
+):
+    """Or it gives up while the first trains FAD's autoencoder: for that no time is set."""
+
+    def measured(*_):
+        raise SystemExit("measured")
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.setattr(Generation, "before_training", measured)
+    with pytest.raises(SystemExit, match="measured"):
+        train(tiny(), tmp_path)
+    assert not list(tmp_path.iterdir())  # the first process writes
 
 
 @pytest.mark.gpu

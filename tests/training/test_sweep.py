@@ -7,9 +7,10 @@ import lightning as L
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from sj_taid.training import run
+from sj_taid.training import commands, run
 from sj_taid.training.commands import train
 from tests.training.conftest import CONF, TINY, script
 
@@ -62,31 +63,31 @@ def test_a_half_done_run_goes_on_from_its_last_epoch(tiny, tmp_path):
     killer = f"+callbacks.kill._target_={__name__}.Kill"
     with pytest.raises(SystemExit, match="killed"):
         train(tiny("trainer.max_epochs=4", killer), tmp_path)
-    half = torch.load(run.last_checkpoint(tmp_path), weights_only=True)
+    half = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
     assert half["epoch"] == 1 and not (tmp_path / run.METRICS).exists()
 
     metrics = train(tiny("trainer.max_epochs=4"), tmp_path)
-    whole = torch.load(run.last_checkpoint(tmp_path), weights_only=True)
+    whole = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
     assert metrics["epochs"] == 4 and whole["global_step"] == 4 * 2
     assert whole["callbacks"]["Pictures"]["epochs"][:2] == half["callbacks"]["Pictures"]["epochs"]
     assert metrics["training_seconds"] > half["callbacks"]["Timer"]["time_elapsed"]["train"]
 
 
 def test_one_process_at_a_time_in_a_folder(tmp_path):
-    with run.held(tmp_path / "run"):
+    with run.Run(tmp_path / "run").lock():
         message = r"another process .*/run; wait .*hydra\.run\.dir"
-        with pytest.raises(RuntimeError, match=message), run.held(tmp_path / "run"):
+        with pytest.raises(RuntimeError, match=message), run.Run(tmp_path / "run").lock():
             pytest.fail("held twice")
-        with run.held(tmp_path / "other"):
+        with run.Run(tmp_path / "other").lock():
             pass
-    with run.held(tmp_path / "run"):
+    with run.Run(tmp_path / "run").lock():
         pass
 
 
 def test_the_other_processes_of_a_distributed_run_do_not_wait_for_its_first(tmp_path, monkeypatch):
-    with run.held(tmp_path):
-        monkeypatch.setattr(run.rank_zero_only, "rank", 1)
-        with run.held(tmp_path):
+    with run.Run(tmp_path).lock():
+        monkeypatch.setattr(rank_zero_only, "rank", 1)
+        with run.Run(tmp_path).lock():
             pass
 
 
@@ -94,26 +95,21 @@ def test_a_folder_keeps_its_run(tmp_path):
     cfg = OmegaConf.create(
         {"seed": 0, "dataset": {"root": "a", "size": "${seed}"}, "callbacks": {}}
     )
+    there = run.Run(tmp_path)
     places = ["dataset.root", "callbacks"]
-    assert run.finished(cfg, tmp_path, places) is None
-    run.save_config(cfg, tmp_path)
-    assert run.finished(cfg, tmp_path, places) is None
-    run.save_metrics({"fad": 3.0}, tmp_path)
-    assert run.finished(cfg, tmp_path, places) == {"fad": 3.0}
+    assert there.finished(cfg, places) is None
+    there.save_config(cfg)
+    assert there.finished(cfg, places) is None
+    there.save_metrics({"fad": 3.0})
+    assert there.finished(cfg, places) == {"fad": 3.0}
 
     cfg.dataset.root, cfg.callbacks = "b", {"bar": "wide"}
-    assert run.finished(cfg, tmp_path, places) == {"fad": 3.0}
+    assert there.finished(cfg, places) == {"fad": 3.0}
     cfg.seed = 1
     with pytest.raises(
         FileExistsError, match=r"differs in dataset\.size \(0, now 1\), seed \(0, now 1\)"
     ):
-        run.finished(cfg, tmp_path, places)
-
-
-def test_a_folder_is_named_by_the_overrides_however_many():
-    assert run.folder_name("neuron=lif,seed=0") == "neuron=lif,seed=0"
-    long = [run.folder_name("x" * 300 + f",seed={seed}") for seed in range(2)]
-    assert long[0] != long[1] and all(len(name) < 255 for name in long)
+        there.finished(cfg, places)
 
 
 def test_sweeps_of_one_second_have_folders_of_their_own():
@@ -134,4 +130,7 @@ def test_a_command_leaves_out_where_things_lie_however_it_is_said():
             "overrides": {"task": said},
         }
     )
-    assert run.command("train.py", hydra_cfg) == "python experiments/train.py seed=1"
+    assert commands.origin("train", hydra_cfg) == {
+        "overrides": ["seed=1"],
+        "command": "sj-taid train seed=1",
+    }

@@ -1,0 +1,173 @@
+"""The command line: what is said to the shell reaches Hydra, and errors come at once."""
+
+import importlib
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import lightning as L
+import pytest
+from omegaconf import OmegaConf
+
+from sj_taid.training import cli, provenance, run
+from tests.training.conftest import TINY_AUTOENCODING
+
+
+@pytest.fixture
+def sj_taid(monkeypatch):
+    """Run a command line in this process; Hydra leaves pytest's logging alone."""
+
+    def execute(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sj-taid", *arguments])
+        cli.main()
+
+    interrupt = signal.getsignal(signal.SIGINT)
+    yield execute
+    signal.signal(signal.SIGINT, interrupt)  # which Lightning leaves ignored
+
+
+@pytest.fixture
+def train(sj_taid, tmp_path):
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+    folder = f"hydra.run.dir={tmp_path / 'run'}"
+    return lambda *more: sj_taid("train", *TINY_AUTOENCODING, *quiet, folder, *more)
+
+
+def test_a_typo_is_reported_before_anything_heavy_is_imported():
+    program = """if True:
+        import sys
+        from sj_taid.training.cli import main
+        try:
+            main("train")
+        finally:
+            heavy = {"lightning", "torchvision", "matplotlib", "torchmetrics"} & sys.modules.keys()
+            print("imported", sorted(heavy))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, "neuron=alef"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stdout.strip() == "imported []"
+    assert "alif" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_there_is_to_say(sj_taid, tmp_path, capsys):
+    with pytest.raises(SystemExit, match=f"no checkpoint at {tmp_path}; a run leaves it in"):
+        sj_taid("train", f"resume={tmp_path}")
+    for wrong in ([], ["trian"]):
+        with pytest.raises(SystemExit, match=r"usage: sj-taid \{train,.*doctor\}"):
+            sj_taid(*wrong)
+    with pytest.raises(SystemExit) as ended:
+        sj_taid("doctor")
+    assert ended.value.code == 0 and "backend torch: works" in capsys.readouterr().out
+
+
+def test_a_folder_of_ones_own_configs_comes_first(sj_taid, tmp_path, capsys):
+    own = tmp_path / "my configs"
+    (own / "neuron").mkdir(parents=True)
+    (own / "neuron" / "lif.yaml").write_text("_target_: mypkg.MyLIF\n")
+    for option in (["--config-dir", str(own)], [f"--config-dir={own}"], ["-cd", str(own)]):
+        sj_taid("train", *option, "neuron=lif", "--cfg", "job", "--package", "neuron")
+        assert "mypkg.MyLIF" in capsys.readouterr().out
+    sj_taid("train", "neuron=lif", "--cfg", "job", "--package", "neuron")
+    assert "LIFNode" in capsys.readouterr().out
+
+
+def test_places_as_the_shell_gives_them(monkeypatch, tmp_path, sj_taid, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    said = ["dataset=image_folder", "dataset.root=~/my photographs", "cache_dir=~/it's/a=b,c"]
+    sj_taid("train", *said, "--cfg", "job")
+    composed = OmegaConf.create(capsys.readouterr().out)
+    assert composed.dataset.root == f"{tmp_path}/my photographs"
+    assert composed.cache_dir == f"{tmp_path}/it's/a=b,c"
+    for place in ("neuron=lif,seed=[0]", "'neuron=lif,seed=[0]'", '"neuron=lif,seed=[0]"'):
+        sj_taid("sample", f"checkpoint={place}", "--cfg", "job")
+        composed = OmegaConf.create(capsys.readouterr().out)
+        assert composed.checkpoint == "neuron=lif,seed=[0]"
+
+
+def test_the_command_line_of_a_resumed_run(tmp_path):
+    folder = tmp_path / "it's neuron=lif,seed=0"
+    assert cli.resuming(["seed=1", "-m"]) == ["seed=1", "-m"]
+    said = cli.quoted_place(f"resume={folder}")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*seed=0; a run leaves it in"):
+        cli.resuming([said])
+
+    checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    with pytest.raises(FileNotFoundError, match=r"(?s)overrides\.yaml.*repeat that command"):
+        cli.resuming([said])
+
+    notes = folder / ".hydra" / "overrides.yaml"
+    notes.parent.mkdir()
+    notes.write_text("- neuron=lif\n- model.stages=[[4],[6]]\n")
+    for place in (folder, checkpoint, f'"{folder}"'):
+        assert cli.resuming(["seed=1", cli.quoted_place(f"resume={place}"), "--cfg", "job"]) == [
+            "neuron=lif",
+            "model.stages=[[4],[6]]",
+            f'hydra.run.dir="{folder}"',
+            f'resume="{checkpoint}"',
+            "seed=1",
+            "--cfg",
+            "job",
+        ]
+
+
+def test_a_folder_is_named_by_the_overrides_however_many():
+    assert cli.folder_name("neuron=lif,seed=0") == "neuron-lif-seed-0"
+    assert cli.folder_name("decoder=taid_temporal") == "decoder-taid_temporal"
+    many = [
+        *("", "a=1", "a=b,c=d", "a=b-c=d", "a=b,c.d=1", "a=b,c=d.1", "a=1.", "a=1,", "+a=1"),
+        *("model.stages=[[4],[6]]", "model.stages=[[4,6]]", "lr=1e-3", "lr=1e+3", "x='a b:c'"),
+        *("x=" + "y" * length for length in (118, 119, 300)),
+        *("x=" + "y" * 300 + f",seed={seed}" for seed in range(2)),
+    ]
+    names = [cli.folder_name(overrides) for overrides in many]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,118}[A-Za-z0-9_]", name), name
+
+
+class CtrlC(L.Callback):
+    """Interrupts in a given epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.current_epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("epoch", "message"),
+    [(0, "Interrupted before the end of the first epoch"), (1, "train resume={folder}$")],
+)
+def test_ctrl_c_says_how_to_go_on(train, tmp_path, epoch, message):
+    stop = [f"+callbacks.stop._target_={__name__}.CtrlC", f"+callbacks.stop.epoch={epoch}"]
+    folder = re.escape(shlex.quote(str(tmp_path / "run")))
+    with pytest.raises(SystemExit, match=message.format(folder=folder)):
+        train("trainer.max_epochs=3", *stop)
+
+
+def test_a_run_of_no_epochs_and_no_progress_bar(train, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train("trainer.max_epochs=0", "trainer.enable_progress_bar=false", "seed=3")
+    assert caplog.messages[-1] == (
+        f"Metrics and TensorBoard logs are there too. Pictures: {tmp_path / 'run'}"
+    )
+    metrics = json.loads((tmp_path / "run" / run.METRICS).read_text())
+    assert metrics["epochs"] == 0 and "seed=3" in metrics["overrides"]
+    assert metrics["command"] == shlex.join(["sj-taid", "train", *metrics["overrides"]])
+    assert str(tmp_path) not in metrics["command"]
+
+
+def test_the_commit_is_asked_for_when_a_run_starts(monkeypatch):
+    provenance.commit.cache_clear()
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: asked.append(1) or pytest.fail())
+    importlib.reload(provenance)
+    assert not asked

@@ -1,0 +1,224 @@
+"""A run's folder: nothing in it is lost, and nothing in it is called but what is trusted."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from omegaconf import OmegaConf
+from spikingjelly.activation_based import neuron
+
+from sj_taid.training import Run, load_model
+from sj_taid.training import run as runs
+from sj_taid.training.callbacks import AtomicCheckpointIO
+from sj_taid.training.commands import train
+from tests.training.conftest import TINY_AUTOENCODING, TINY_CLASSIFICATION
+
+
+class MyLIF(neuron.LIFNode):
+    """A neuron of somebody else's."""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("needs root and mount, for a disk that can be filled")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+class FillDisk(L.Callback):
+    """Leaves too little room for the second epoch's checkpoint."""
+
+    def on_train_epoch_start(self, trainer, task):
+        if trainer.current_epoch == 1:
+            disk = os.statvfs(trainer.default_root_dir)
+            size = (disk.f_bavail - 2) * disk.f_frsize
+            Path(trainer.default_root_dir, "full").write_bytes(bytes(size))
+
+
+def files(run):
+    return [path.name for path in run.checkpoint.parent.iterdir()]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tiny, small_disk):
+    fill = f"+callbacks.fill._target_={__name__}.FillDisk"
+    cfg = tiny(*TINY_AUTOENCODING, "trainer.max_epochs=3", fill, tiny=False)
+    with pytest.raises(OSError, match=r"last\.ckpt cannot be written .*make room.*resume="):
+        train(cfg, small_disk)
+    run = Run(small_disk)
+    assert torch.load(run.checkpoint, weights_only=True)["epoch"] == 0
+    assert files(run) == ["last.ckpt"]
+
+
+def die_while_writing(path):
+    def half(checkpoint, path):
+        path.write_bytes(b"half")
+        os._exit(9)
+
+    torch.save = half
+    AtomicCheckpointIO().save_checkpoint({}, path)
+
+
+def test_a_kill_leaves_the_checkpoint_before_and_its_rest_goes(tmp_path):
+    run = Run(tmp_path)
+    AtomicCheckpointIO().save_checkpoint({"epoch": 3}, run.checkpoint)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=die_while_writing, args=(run.checkpoint,))
+    process.start()
+    process.join()
+    assert process.exitcode == 9 and len(files(run)) == 2
+    with run.lock():
+        assert files(run) == ["last.ckpt"]
+    assert torch.load(run.checkpoint, weights_only=True) == {"epoch": 3}
+
+
+class SpoilFirst(L.Callback):
+    """The model diverges in the first step of the second epoch."""
+
+    def on_train_batch_start(self, trainer, task, *_):
+        if trainer.current_epoch == 1:
+            next(task.parameters()).data.fill_(float("nan"))
+
+
+class SpoilLast(L.Callback):
+    """The model diverges in the last step of the second epoch."""
+
+    def on_train_batch_end(self, trainer, task, *_):
+        if trainer.global_step == 4:
+            next(task.parameters()).data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (SpoilFirst, "the loss is nan in epoch 2, after step 2: the model has diverged"),
+        (SpoilLast, "a parameter is not finite in epoch 2, after step 4"),
+    ],
+)
+def test_a_diverged_run_stops_with_the_last_good_checkpoint(tiny, tmp_path, spoil, message):
+    callback = f"+callbacks.spoil._target_={__name__}.{spoil.__name__}"
+    cfg = tiny(*TINY_AUTOENCODING, "trainer.max_epochs=3", callback, tiny=False)
+    with pytest.raises(FloatingPointError, match=message):
+        train(cfg, tmp_path)
+    assert torch.load(Run(tmp_path).checkpoint, weights_only=True)["epoch"] == 0
+    assert not (tmp_path / runs.METRICS).exists()
+
+
+def test_metrics_are_json(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"^fad, figures\.fid: not a finite number"):
+        Run(tmp_path).save_metrics({"fad": float("nan"), "figures": {"fid": float("inf")}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_trains_can_be_loaded(tiny, tmp_path):
+    name = f"{__name__}.MyLIF"
+    foreign = [*TINY_CLASSIFICATION, "neuron=lif", f"neuron._target_={name}"]
+    with pytest.raises(ValueError, match=rf"names '{name}'.*add trust=\[{name}\]"):
+        train(tiny(*foreign, tiny=False), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    train(tiny(*foreign, f"trust=[{name}]", tiny=False), tmp_path)
+    assert Run(tmp_path).config.trust == [name]
+    # What the run says of itself is no reason to trust it.
+    with pytest.raises(ValueError, match=rf"add trust=\[{name}\]"):
+        load_model(tmp_path)
+    assert any(isinstance(module, MyLIF) for module in load_model(tmp_path, [name]).modules())
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x, 2))])
+def test_a_hostile_checkpoint_is_called_what_it_is(tmp_path, monkeypatch, save):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "last.ckpt"
+    save({"state_dict": Hostile()}, path)
+    with pytest.raises(ValueError, match=r"last\.ckpt is not .* names posix\.system, code") as info:
+        runs.read_checkpoint(path)
+    assert "weights_only" not in f"{info.value} {info.value.__cause__}"
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "sj_taid.ALIFNode",
+        "sj_taid.model.FSVAE",
+        "sj_taid.training.generation.Generation",
+        "spikingjelly.activation_based.neuron.IFNode",
+        "spikingjelly.activation_based.surrogate.ATan",
+        "torch.optim.lr_scheduler.CosineAnnealingLR",
+    ],
+)
+def test_public_classes_are_trusted(target):
+    runs.check_targets({"a": [{"_target_": target}]})
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "sj_taid.swap_neurons",
+        "sj_taid.data.base.Path",  # imported there
+        "sj_taid.data.base.torch.load",
+        "sj_taid.data._Secret",
+        "sj_taid.database.Data",
+        "torch.optim.nowhere.Adam",
+        "torch.optim.lr_scheduler.Counter",
+        "torch.load",
+        "",
+        3,
+    ],
+)
+def test_others_are_not(target):
+    with pytest.raises(ValueError, match="no public class of"):
+        runs.check_targets({"a": [{"_target_": target}]})
+
+
+def test_what_would_be_resolved_after_the_check_is_refused(tmp_path):
+    path = f"{{_target_: pathlib.Path, _args_: [{tmp_path}/hacked]}}"
+    evil = f"{{_target_: pathlib.Path.touch, self: {path}}}"
+    node = OmegaConf.create({"_target_": "sj_taid.TAID", "T": f'\\${{oc.create:"{evil}"}}'})
+    with pytest.raises(ValueError, match=r"names .*oc\.create"):
+        runs.build(node)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_runs_of_before_the_package_load(tiny, tmp_path):
+    train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path)
+    run = Run(tmp_path)
+    config, path = run.config, tmp_path / runs.CONFIG
+    text = path.read_text().replace(
+        "sj_taid.training.classification", "experiments.task.classification"
+    )
+    text = text.replace("sj_taid.data", "experiments.data").replace(
+        "sj_taid.training.callbacks", "experiments.progress"
+    )
+    assert text.count("_target_: experiments.") == 3
+    path.write_text(text + "published:\n  accuracy: 0.99\n")
+    assert run.config == config and not run.differences(config)
+    load_model(tmp_path)
+
+
+def test_resuming_keeps_the_data(tiny, tmp_path):
+    train(tiny(*TINY_AUTOENCODING, tiny=False), tmp_path / "run")
+    other = tiny(
+        *TINY_AUTOENCODING, "dataset=mnist", f"resume={tmp_path / 'run'}", tiny=False
+    )  # fmt: skip
+    message = r"another dataset\._target_ \(sj_taid\.data\.Digits, now sj_taid\.data\.MNIST\)"
+    for folder in ("run", "another"):
+        with pytest.raises(ValueError, match=message):
+            train(other, tmp_path / folder)
+    assert json.loads((tmp_path / "run" / runs.METRICS).read_text())["epochs"] == 1
+    assert Run(tmp_path / "run").config.dataset.name == "digits"
