@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from sj_taid.training.compare import fill, markdown, stored, summary, tables
-from sj_taid.training.files import replacing
+from sj_taid.training.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,5 +82,5 @@ def loading() -> pd.DataFrame:
 if __name__ == "__main__":
     for page in PAGES:
         text = filled(page)
-        with replacing(page) as whole:
+        with atomic_write(page) as whole:
             whole.write_text(text, encoding="utf-8")
