@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from torchvision.transforms import v2
 
 from .augment import AUGMENTATIONS
+
+log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -67,6 +70,7 @@ class Files(Dataset):
         try:
             return self.read(path), self.labels[index]
         except Exception as error:  # each format has errors of its own for a damaged file
+            log.warning("%s cannot be read; looking for others, which may take minutes", path)
             others = [other for other in self.checked if other != path and self._is_broken(other)]
             raise RuntimeError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); "
