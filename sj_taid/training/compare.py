@@ -349,6 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.folders and not options.keep:
         parser.error("give folders that hold runs")
+    if options.keep and not REPORT.is_file():
+        parser.error(f"no {REPORT} here, which --keep fills; go to the root of a checkout")
     try:
         finished, left_out = gather(options.folders) if options.folders else ({}, {})
     except FileNotFoundError as error:
