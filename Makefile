@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 LEGACY := .venv-legacy
 
-.PHONY: demo test test-legacy kernels docs lint format install build clean
+.PHONY: help demo test test-legacy kernels docs tables lint format build install clean
+
+help: ## List these commands
+	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: install ## Train a small FSVAE on handwritten digits and draw its pictures
 	$(BIN)/python experiments/train.py
@@ -18,23 +21,26 @@ test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
 	$(BIN)/python -m pytest -m kernels
 
-docs: install ## HTML in build/docs
+docs: install ## Make HTML in build/docs
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/sphinx-build -W --keep-going docs build/docs
 
-lint: install
+tables: install ## Fill the tables of README, RESULTS and docs from the results
+	$(BIN)/python experiments/pages.py
+
+lint: install ## Lint and type check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install
+format: install ## Format, and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-build: install ## Wheel and sdist in dist/
+build: install ## Make wheel and sdist in dist/
 	$(BIN)/python -m build
 
-install: $(VENV)/installed
+install: $(VENV)/installed ## Make .venv with everything
 
 # Made anew when the dependencies change.
 $(VENV)/installed: setup.cfg pyproject.toml
@@ -47,5 +53,5 @@ $(LEGACY)/installed: setup.cfg pyproject.toml
 	$(LEGACY)/bin/python -m pip install --quiet --editable ".[test-legacy]" "spikingjelly==0.0.0.0.14"
 	touch $@
 
-clean:
+clean: ## Remove what these commands made
 	rm -rf $(VENV) $(LEGACY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

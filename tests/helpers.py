@@ -1,4 +1,4 @@
-"""What the numeric tests share: the one tolerance table, the option grid and named gradients."""
+"""What the numeric tests share: a table of tolerances, the option grid and named gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-# The only tolerances of the suite. ``value``: elementwise results, relative to the largest
+# Of what is held against the definition. ``value``: elementwise results, relative to the largest
 # magnitude in the tensor. ``sum``: a parameter's gradient, a sum over all neurons and steps,
 # relative to the sum of magnitudes, where rounding cancels less than the terms do.
 TOLERANCE: dict[torch.dtype, dict[str, float]] = {

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,10 +113,7 @@ def conditions(device: torch.device) -> dict[str, object]:
 
 def contestants(device: torch.device) -> dict[str, nn.Module]:
     """By name, modules from ``[T, N]`` to ``[T, N]`` with fresh state at every call."""
-    return dict(_contestants(device))
-
-
-def _contestants(device: torch.device) -> Iterator[tuple[str, nn.Module]]:
+    made: dict[str, nn.Module] = {}
     options = {"step_mode": "m", "surrogate_function": surrogate.ATan()}
     for backend in backends.BACKENDS:
         node = ALIFNode(**options, backend=backend).to(device)
@@ -125,19 +122,21 @@ def _contestants(device: torch.device) -> Iterator[tuple[str, nn.Module]]:
         except backends.BackendUnavailableError as error:
             print(f"skipped ALIF {backend}: {error}")
         else:
-            yield f"ALIF {backend}", Fresh(node)
-    yield "SpikingJelly LIF", Fresh(neuron.LIFNode(**options)).to(device)
-    yield "SpikingJelly PLIF", Fresh(neuron.ParametricLIFNode(**options)).to(device)
+            made[f"ALIF {backend}"] = Fresh(node)
+    made["SpikingJelly LIF"] = Fresh(neuron.LIFNode(**options))
+    made["SpikingJelly PLIF"] = Fresh(neuron.ParametricLIFNode(**options))
     if hasattr(neuron, "FlexSN"):
         parameters = (nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(())))
         flex_sn = neuron.FlexSN(alif_step, 1, static_inputs=parameters)
-        yield "SpikingJelly FlexSN", Fresh(flex_sn).to(device)
+        made["SpikingJelly FlexSN"] = Fresh(flex_sn)
     else:
         print(f"skipped FlexSN: SpikingJelly {version('spikingjelly')} has none")
     try:
-        yield f"snnTorch Leaky {version('snntorch')}", Leaky().to(device)
+        name = f"snnTorch Leaky {version('snntorch')}"
+        made[name] = Leaky()
     except PackageNotFoundError:
         print("skipped snnTorch's Leaky: pip install snntorch")
+    return {name: module.to(device) for name, module in made.items()}
 
 
 class Fresh(nn.Module):

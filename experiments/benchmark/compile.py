@@ -7,7 +7,7 @@ writes ``compile-<backend>.csv``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -37,11 +37,11 @@ def net(channels: int, backend: str) -> nn.Module:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__, repeats=30)
     made.add_argument("--shape", type=int, nargs=5, default=(8, 8, 32, 16, 16))
     made.add_argument("--backend", default="torch")
-    options = made.parse_args()
+    options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
     shared = {"shape": "x".join(map(str, options.shape)), "backend": options.backend}
     x_seq = torch.rand(options.shape, device=options.device, requires_grad=True)

@@ -216,10 +216,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__, repeats=10)
-    made.add_argument("--batch", type=int, default=16)
-    made.add_argument("--T", type=int, default=16)
-    made.add_argument("--channels", type=int, default=3)
-    made.add_argument("--size", type=int, default=32)
+    for name, default in {"batch": 16, "T": 16, "channels": 3, "size": 32}.items():
+        made.add_argument(f"--{name}", type=int, default=default)
     made.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -10,7 +10,7 @@ are written to save: the input, and a checkpoint every 8 steps beyond 16.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from common import DTYPES, conditions, contestants, parser, write_csv
@@ -19,6 +19,7 @@ from torch import nn
 from sj_taid.ops.alif.kernels import checkpoints
 
 N = 4096
+COLUMN = "bytes_per_neuron_and_step"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,27 +28,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--steps", nargs="+", type=int, default=[1, 4, 16, 32], metavar="T")
     options = made.parse_args(arguments)
     modules = contestants(options.device)
-    rows = [
-        {"neuron": name, "dtype": dtype, "T": T, "bytes_per_neuron_and_step": round(saved, 3)}
-        | conditions(options.device)
-        for dtype, T in itertools.product(options.dtypes, options.steps)
-        for name, saved in bytes_per_neuron_and_step(modules, options.device, DTYPES[dtype], T)
-    ]
+    rows = []
+    for dtype, T in itertools.product(options.dtypes, options.steps):
+        shared = {"dtype": dtype, "T": T, **conditions(options.device)}
+        for name, module in modules.items():
+            x_seq = torch.randn(T, N, device=options.device).to(DTYPES[dtype])
+            try:
+                saved = saved_bytes(module, x_seq) / (T * N)
+                rows.append({"neuron": name, COLUMN: saved, **shared})
+            except (RuntimeError, TypeError, ValueError) as error:
+                print(f"skipped {name} at {dtype}, T={T}: {error}")
+        if "ALIF cupy" not in modules:
+            counted = DTYPES[dtype].itemsize + 4 * checkpoints(T) / T
+            rows.append({"neuron": "ALIF cupy (counted)", COLUMN: counted, **shared})
     table = write_csv(rows, options.out / "memory.csv")
-    print(table[table.columns[:4]].to_string(index=False))
-
-
-def bytes_per_neuron_and_step(
-    modules: dict[str, nn.Module], device: torch.device, dtype: torch.dtype, T: int
-) -> Iterator[tuple[str, float]]:
-    """Of each module, by its name."""
-    for name, module in modules.items():
-        try:
-            yield name, saved_bytes(module, torch.randn(T, N, device=device).to(dtype)) / (T * N)
-        except (RuntimeError, TypeError, ValueError) as error:
-            print(f"skipped {name} at {dtype}, T={T}: {error}")
-    if "ALIF cupy" not in modules:
-        yield "ALIF cupy (counted)", dtype.itemsize + 4 * checkpoints(T) / T
+    print(table[["neuron", "dtype", "T", COLUMN]].to_string(index=False))
 
 
 def saved_bytes(module: nn.Module, x_seq: torch.Tensor) -> int:

@@ -14,7 +14,6 @@ implementation once per process; SJ_PLIF_CUDA_IMPLEMENTATION=native or triton fo
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,22 +40,6 @@ COPY = "copy"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    modules = contestants(options.device)
-    gate(modules, options.device)
-    timed = {
-        name: module for name, module in modules.items() if any(p in name for p in options.only)
-    }
-    path = options.out / "neuron.csv"
-    append = options.append and path.exists()
-    rows = pd.read_csv(path).to_dict("records") if append else []
-    for dtype, T, N in itertools.product(options.dtypes, options.steps, options.neurons):
-        rows += time_neurons(timed, options.device, DTYPES[dtype], T, N, options.repeats)
-    draw(write_csv(rows, path), path.with_suffix(".png"))
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__, repeats=30)
     made.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     made.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="T")
@@ -64,7 +47,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--neurons", nargs="+", type=int, default=sizes, metavar="N")
     made.add_argument("--only", nargs="+", default=[""], help="contestants whose name has this")
     made.add_argument("--append", action="store_true", help="keep the rows already there")
-    return made.parse_args(arguments)
+    options = made.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    modules = contestants(options.device)
+    gate(modules, options.device)
+    timed = {name: modules[name] for name in modules if any(p in name for p in options.only)}
+    path = options.out / "neuron.csv"
+    append = options.append and path.exists()
+    rows = pd.read_csv(path).to_dict("records") if append else []
+    for dtype, T, N in itertools.product(options.dtypes, options.steps, options.neurons):
+        rows += time_neurons(timed, options.device, DTYPES[dtype], T, N, options.repeats)
+    draw(write_csv(rows, path), path.with_suffix(".png"))
 
 
 def gate(modules: dict[str, nn.Module], device: torch.device) -> None:

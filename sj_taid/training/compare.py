@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,7 +146,7 @@ def overrides(metrics: Metrics) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in words)}
 
 
-def keep(metrics: Metrics, root: Path) -> Path:
+def store(metrics: Metrics, root: Path) -> Path:
     """Copy the metrics of an experiment's run into ``root/results/runs``; returns where.
 
     Raises:
@@ -199,7 +199,7 @@ def _protocol(name: str) -> str:
     return f"{name} protocol"
 
 
-def measured(table: pd.DataFrame, columns: Iterable[str] = COLUMNS) -> list[str]:
+def present(table: pd.DataFrame, columns: Iterable[str] = COLUMNS) -> list[str]:
     return [name for name in columns if name in table and table[name].notna().any()]
 
 
@@ -212,7 +212,7 @@ def summary(runs: Sequence[Metrics]) -> pd.DataFrame:
     """A row for each combination of choices, over its seeds."""
     table, keys = frame(runs)
     groups = table.groupby(keys or [""] * len(table), sort=False)
-    names = measured(table)
+    names = present(table)
     cells = groups.agg({name: COLUMNS[name].text for name in names})
     cells.columns = pd.Index([heading(name, table) for name in names])
     return cells.assign(runs=groups.size()).reset_index(drop=not keys)
@@ -228,7 +228,7 @@ def changes(runs: Sequence[Metrics]) -> pd.DataFrame:
         pairs = table[~is_baseline].merge(table[is_baseline], on=others, suffixes=("", " before"))
         for option, group in pairs.groupby(key, sort=False):
             row = {"change": f"`{option}` instead of `{baseline}`"}
-            for name in measured(table, METRICS):
+            for name in present(table, METRICS):
                 alike = group[_protocol(name)] == group[f"{_protocol(name)} before"]
                 difference = (group[name] - group[f"{name} before"])[alike]
                 row[METRICS[name].title] = METRICS[name].text(difference, "+")
@@ -243,7 +243,7 @@ def markdown(table: pd.DataFrame) -> str:
 def draw(runs: Sequence[Metrics], path: Path) -> None:
     """A panel for each metric: every run a dot, each combination's mean and standard deviation."""
     table, keys = frame(runs)
-    names = measured(table, METRICS)
+    names = present(table, METRICS)
     groups = dict(iter(table.groupby(keys or [""] * len(table), sort=False)))
     figure = Figure((1.5 + 3.2 * len(names), 1.6 + 0.4 * len(groups)), layout="constrained")
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
@@ -272,27 +272,22 @@ def fill(page: str, tables: Mapping[str, str]) -> str:
     return place.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", page)
 
 
-def kept(root: Path, experiment: str) -> list[Metrics]:
+def stored(root: Path, experiment: str) -> list[Metrics]:
     return [read(path) for path in sorted((root / RUNS / experiment).glob("*.json"))]
 
 
 def tables(root: Path) -> dict[str, str]:
     """What RESULTS.md holds of the runs and the published values in ``root/results``."""
-    runs = {name: kept(root, name) for name in EXPERIMENTS}
-    every = [metrics for ours in runs.values() for metrics in ours]
-    small = [name for name in runs if name.endswith(SMALL_BUDGET)]
-    papers = [name for name in runs if name not in small]
-    sections = [small_section(name, runs[name]) for name in small if runs[name]]
+    runs = {name: stored(root, name) for name in EXPERIMENTS}
+    small = {name: ours for name, ours in runs.items() if name.endswith(SMALL_BUDGET)}
+    papers = {name: ours for name, ours in runs.items() if name not in small}
+    sections = [small_section(name, ours) for name, ours in small.items() if ours]
     published = pd.read_csv(root / "results" / "published.csv")
+    rows = paper_sections([*chain(*papers.values())], published)
     return {
-        "small": "\n".join([*sections, not_run(small, runs)]),
-        "papers": "\n".join(
-            [
-                *paper_sections([metrics for name in papers for metrics in runs[name]], published),
-                not_run(papers, runs),
-            ]
-        ),
-        "runs": every_run(every),
+        "small": "\n".join([*sections, not_run(small)]),
+        "papers": "\n".join([*rows, not_run(papers)]),
+        "runs": every_run([*chain(*runs.values())]),
     }
 
 
@@ -309,8 +304,8 @@ def comment(experiment: str) -> str:
     return "\n".join(line.removeprefix("# ") for line in first)
 
 
-def not_run(names: Iterable[str], runs: Mapping[str, Sequence[Metrics]]) -> str:
-    return f"Not run: {', '.join(f'`{name}`' for name in names if not runs[name]) or 'none'}.\n"
+def not_run(runs: Mapping[str, Sequence[Metrics]]) -> str:
+    return f"Not run: {', '.join(f'`{name}`' for name in runs if not runs[name]) or 'none'}.\n"
 
 
 def label(metrics: Metrics) -> str:
@@ -327,7 +322,7 @@ def paper_sections(runs: Sequence[Metrics], published: pd.DataFrame) -> Iterator
     if runs:
         table = frame(runs)[0].rename(columns={"experiment": "row"})
         groups = table.assign(**{"from": [*map(label, runs)]}).groupby(index, sort=False)
-        ours = groups.agg({name: COLUMNS[name].text for name in measured(table)})
+        ours = groups.agg({name: COLUMNS[name].text for name in present(table)})
         parts = [ours.assign(runs=groups.size().astype(str))]
     units = published["figure"].map(lambda name: COLUMNS[name].unit)
     parts.append(
@@ -352,16 +347,9 @@ def every_run(runs: Sequence[Metrics]) -> str:
         at_once = protocol.keys() - {name for evaluation in later for name in evaluation["figures"]}
         for origin in (metrics | {"figures": at_once}, *later):
             names = sorted(name for name in origin["figures"] if name in protocol)
-            facts = origin | origin.get("provenance", {})
-            rows.append(
-                {
-                    "command": f"`{origin['command']}`",
-                    "protocols": ", ".join(numbers[f"{name}: {protocol[name]}"] for name in names),
-                    "commit": facts["commit"],
-                    "machine": facts["machine"],
-                    "threads": str(facts["threads"]),
-                }
-            )
+            by = ", ".join(numbers[f"{name}: {protocol[name]}"] for name in names)
+            facts = {name: str(origin[name]) for name in ("commit", "machine", "threads")}
+            rows.append({"command": f"`{origin['command']}`", "protocols": by, **facts})
     listed = "".join(f"{number}. {how}\n" for how, number in numbers.items())
     return f"{listed}\n{markdown(pd.DataFrame(rows))}"
 
@@ -389,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.keep:
         for folder, metrics in finished.items():
             try:
-                print(f"kept: {keep(metrics, Path())}")
+                print(f"kept: {store(metrics, Path())}")
             except ValueError as error:
                 print(f"not kept: {folder} ({error})")
         with atomic_write(REPORT) as whole:

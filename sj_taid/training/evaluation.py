@@ -109,7 +109,7 @@ class Evaluator:
     def ready_metrics(self, data: ImageData, device: torch.device) -> MetricCollection:
         """The metrics, which have seen the test images already."""
         test_images = len(data.test_set)
-        # Under DDP each process draws the same samples: there is nothing to sum.
+        # Of several processes the first alone measures: there is nothing to sum.
         alone = {"sync_on_compute": False}
         self._check_enough("fad", self.autoencoder["latent_channels"] + 1, test_images)
         metrics: dict[str, Metric | MetricCollection] = {}

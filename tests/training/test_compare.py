@@ -65,7 +65,9 @@ def test_a_later_evaluation_counts(tmp_path):
         "protocol": {"fad": "by eye"},
         "checkpoint_sha256": "abc",
         "command": "sj-taid evaluate checkpoint=RUN",
-        "provenance": {"commit": "later", "machine": "a desk", "threads": 2},
+        "commit": "later",
+        "machine": "a desk",
+        "threads": 2,
     }
     write(metrics([], fad=3.5), tmp_path)
     (tmp_path / "evaluations").mkdir()

@@ -60,6 +60,7 @@ def test_every_experiment_runs(small, made_up, tmp_path, name):
     cfg = small(name)
     metrics = train(cfg, tmp_path, command=f"python experiments/train.py experiment={name}")
     assert metrics[cfg.objective] >= 0 and metrics["epochs"] == 1
+    assert {cfg.objective, *metrics.get("protocol", {})} <= compare.METRICS.keys()
     assert json.loads((tmp_path / run.METRICS).read_text())["command"].endswith(name)
 
 

@@ -1,0 +1,86 @@
+"""Fill the tables of README.md, RESULTS.md and docs/: ``python experiments/pages.py``.
+
+Each is made of the metrics in results/ and of the CSVs in experiments/benchmark/results/, so that
+no number is copied by hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from sj_taid.training.compare import fill, markdown, stored, summary, tables
+from sj_taid.training.files import atomic_write
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+BENCHMARKS = ROOT / "experiments" / "benchmark" / "results" / "epyc-2-cores"
+
+
+def filled(page: Path) -> str:
+    """The text of a page, with its tables as they should be."""
+    decoders = ("mnist_fsvae", "mnist_taid_temporal", "mnist_taid")
+    made = {
+        "decoders": summary([run for name in decoders for run in stored(ROOT, name)]),
+        "classifiers": summary(stored(ROOT, "mnist_classifier_cpu")),
+        "neurons": neurons(),
+        "fsvae": fsvae(),
+        "compile": compiled(),
+        "loading": loading(),
+    }
+    texts = {name: markdown(table) for name, table in made.items()}
+    return fill(page.read_text(encoding="utf-8"), tables(ROOT) | texts)
+
+
+def neurons() -> pd.DataFrame:
+    """Milliseconds of the largest layer, without and with its memory reused."""
+    files = {"given back": "neuron.csv", "reused": "neuron-reused-memory.csv"}
+    rows = pd.concat({memory: pd.read_csv(BENCHMARKS / name) for memory, name in files.items()})
+    rows = rows.rename_axis(["freed memory", None]).reset_index("freed memory")
+    rows = rows[(rows["N"] == rows["N"].max()) & (rows["T"] >= 8)]
+    table = rows.pivot(index=["freed memory", "T"], columns="neuron", values="median_ms")
+    table["PLIF / ALIF numba"] = table["SpikingJelly PLIF"] / table["ALIF numba"]
+    return table.map("{:.1f}".format).reset_index()
+
+
+def fsvae() -> pd.DataFrame:
+    """Milliseconds of each model, and ours over its rival's."""
+    rows = pd.read_csv(BENCHMARKS / "fsvae.csv")
+    works = ["training step", "training step, channels last, bfloat16", "sampling"]
+    rows = rows[rows["work"].isin(works)]
+    table = rows.pivot(index="work", columns="model", values="median_ms").loc[works]
+    ratio = table["ours"] / table["SpikingJelly PLIF, prefixes"]
+    shown = table.map("{:.0f}".format).assign(
+        **{"ours / PLIF, prefixes": ratio.map("{:.2f}".format)}
+    )
+    return shown.replace("nan", "").reset_index()
+
+
+def compiled() -> pd.DataFrame:
+    """Milliseconds by backend, eager and compiled."""
+    rows = pd.concat(map(pd.read_csv, sorted(BENCHMARKS.glob("compile-*.csv"))))
+    table = rows.pivot(index="net", columns=["backend", "mode"], values="median_ms")
+    table.columns = table.columns.map(", ".join)
+    return table.map("{:.1f}".format).reset_index()
+
+
+def loading() -> pd.DataFrame:
+    """Samples per second of the loader that augments without processes, and of the fastest net."""
+    rows = pd.read_csv(BENCHMARKS / "loading.csv").rename(columns={"samples_per_second": "rate"})
+    loader = rows[(rows["processes"] == 0) & rows["augment"].notna()].set_index("data")["rate"]
+    step = rows.sort_values("rate").dropna(subset="net").groupby("data").last().loc[loader.index]
+    columns = {
+        "loader": loader.map("{:.0f}".format),
+        "training step": step["rate"].map("{:.1f}".format),
+        "of": step["net"],
+        "loading takes": (step["rate"] / loader).map("{:.1%}".format),
+    }
+    return pd.DataFrame(columns).reset_index()
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        text = filled(page)
+        with atomic_write(page) as whole:
+            whole.write_text(text, encoding="utf-8")
