@@ -34,18 +34,19 @@ class Pictures(L.Callback):
         self.history: list[dict[str, dict[str, float]]] = []
         self.epochs: list[dict[str, float]] = []
 
-    def on_fit_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
         if not self.history:  # not so when a run is resumed
             self.history.append(neuron_parameters(task.model))
 
-    def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         self.history.append(neuron_parameters(task.model))
         self.epochs.append({name: float(x) for name, x in trainer.callback_metrics.items()})
 
-    def on_test_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
         if not trainer.is_global_zero:
             return
-        images, _ = next(iter(trainer.test_dataloaders))
+        loader: Any = trainer.test_dataloaders
+        images, _ = next(iter(loader))
         task.draw(images[:32].to(task.device), self.folder)
         if self.epochs:
             draw_curves(self.epochs, self.folder / "curves.png")

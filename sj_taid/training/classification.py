@@ -65,7 +65,8 @@ class Classification(Task):
     def draw(self, images: Tensor, folder: Path) -> None:
         size = 2 + 0.6 * self.model.classes
         figure = Figure((size, size))
-        labels = self.trainer.datamodule.class_names or None
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        labels = data.class_names or None
         self.confusion.plot(ax=figure.subplots(), cmap="Blues", labels=labels)
         save(figure, folder / "confusion.png")
 

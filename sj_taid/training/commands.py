@@ -7,15 +7,14 @@ import shlex
 import warnings
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from .allocator import reuse_freed_memory
@@ -23,7 +22,7 @@ from .callbacks import AtomicCheckpointIO, Pictures
 from .evaluation import Evaluator, bare_trainer, seeded
 from .plot import draw_grid
 from .provenance import provenance
-from .run import Run, build, check_targets, is_below, read_checkpoint
+from .run import Run, build, check_targets, is_below, is_first_process, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +55,9 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
             f"but it is {cfg.trainer.max_epochs!r}"
         )
     count_classes(cfg)
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    # Or what is trained could not be loaded.
-    check_targets([resolved.get(name) for name in REBUILT], cfg.trust or ())
+    for part in REBUILT:  # or what is trained could not be loaded
+        if cfg.get(part):
+            check_targets(OmegaConf.to_container(cfg[part], resolve=True), cfg.trust or ())
     reuse_freed_memory()
     run = Run(folder)
     source = run
@@ -74,11 +73,11 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
                     "with the same data and task: leave that out, or start a run without resume="
                 )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    first = rank_zero_only.rank == 0
+    first = is_first_process()
     if first:
         run.save_config(cfg)
     data = instantiate(cfg.dataset)
-    if not isinstance(data, get_class(cfg.task._target_).takes):
+    if not isinstance(data, get_object(cfg.task._target_).takes):
         raise ValueError(
             f"dataset={data.name} holds recordings, which only a classifier takes; "
             "add task=classification, or choose a data set of images"
@@ -136,7 +135,7 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
 def _leave_out_notes() -> None:
     """Others' notes on what is meant so, or what nobody who trains can change."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices and services
-    logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # Triton is not there
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
     for note in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
         r".*smaller than the logging interval",  # nothing is logged by the step
@@ -193,8 +192,9 @@ def train_once(cfg: DictConfig) -> float | None:
                 raise
         else:
             log.info("This run is finished already and is not run again.")
-    kinds = ["Metrics", "checkpoint"] if run.checkpoint.is_file() else ["Metrics"]
-    log.info("%s and TensorBoard logs are there too. Pictures: %s", ", ".join(kinds), run.folder)
+    kinds = "Metrics, checkpoint" if run.checkpoint.is_file() else "Metrics"
+    if is_first_process():
+        log.info("%s and TensorBoard logs are there too. Pictures: %s", kinds, run.folder)
     return metrics.get(cfg.objective)
 
 
@@ -204,12 +204,12 @@ def _interrupted(run: Run) -> str:
     return f"Interrupted. Go on with: sj-taid train resume={shlex.quote(str(run.folder))}"
 
 
-def _places(hydra_cfg: DictConfig) -> list[str]:
+def _places(hydra_cfg: Any) -> list[str]:
     """The keys that are no choices: where things lie, and how it looks."""
     return list(hydra_cfg.job.config.override_dirname.exclude_keys)
 
 
-def origin(command: str, hydra_cfg: DictConfig) -> dict[str, Any]:
+def origin(command: str, hydra_cfg: Any) -> dict[str, Any]:
     """The command line and its overrides, for another machine: without where things lie here."""
     apart = _places(hydra_cfg)
     overrides = {text.partition("=")[0].lstrip("+~"): text for text in hydra_cfg.overrides.task}
@@ -227,7 +227,8 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     _leave_out_notes()
     run, trust = Run.find(cfg.checkpoint), cfg.trust or ()
     with run.lock():
-        cfg = OmegaConf.merge(run.config, _given(OmegaConf.to_container(cfg, resolve=True)))
+        differing = _given(OmegaConf.to_container(cfg, resolve=True))
+        cfg = cast(DictConfig, OmegaConf.merge(run.config, differing))
         model = run.model(trust)
         data = build(cfg.dataset, trust)
         data.prepare_data()
@@ -256,7 +257,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     return evaluation
 
 
-def _given(config: dict[str, Any]) -> dict[str, Any]:
+def _given(config: Any) -> dict[str, Any]:
     """The settings that are not null."""
     given = {}
     for key, value in config.items():
@@ -272,7 +273,7 @@ def sample(cfg: DictConfig) -> None:
         if cfg[name] < 1:
             raise ValueError(f"{name} must be at least 1, but it is {cfg[name]}")
     run = Run.find(cfg.checkpoint)
-    model = run.model(cfg.trust or ())
+    model: Any = run.model(cfg.trust or ())
     if not hasattr(model, "sample"):
         raise ValueError(
             f"{cfg.checkpoint} holds a {type(model).__name__}, which draws nothing; "

@@ -50,4 +50,5 @@ class Generation(Autoencoding):
         if isinstance(model, FSVAE):
             z_seq = model.posterior(model.encode(images), model._picks(len(images)))[0]
             sequence = model.decode_sequence(z_seq)
-            draw_attention(model.image_decoder.attention(sequence), folder / "attention.png")
+            decoder: Any = model.image_decoder
+            draw_attention(decoder.attention(sequence), folder / "attention.png")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
@@ -84,9 +84,7 @@ class Run:
         Raises:
             RuntimeError: another process holds it.
         """
-        from lightning.pytorch.utilities import rank_zero_only
-
-        if rank_zero_only.rank != 0:
+        if not is_first_process():
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +116,7 @@ class Run:
         text = path.read_text(encoding="utf-8")
         for old, new in MOVED.items():
             text = text.replace(f"_target_: {old}.", f"_target_: {new}.")
-        config = OmegaConf.create(text)
+        config = cast(DictConfig, OmegaConf.create(text))
         config.pop("published", None)  # papers' figures stood in the configs once
         return config
 
@@ -226,6 +224,13 @@ def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn
     return Run.find(run_or_checkpoint).model(trust)
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of a distributed run that writes, or the only one."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+
 def is_below(key: str, keys: Iterable[str]) -> bool:
     """Whether ``key`` is one of ``keys`` or stands below one."""
     return any(f"{key}.".startswith(f"{other}.") for other in keys)
@@ -287,7 +292,7 @@ def _unusable(path: Path, error: Exception) -> ValueError:
     )
 
 
-def build(node: DictConfig, trust: Collection[str] = (), **arguments: Any) -> Any:
+def build(node: Any, trust: Collection[str] = (), **arguments: Any) -> Any:
     """Instantiate a part of a run's config.
 
     Raises:

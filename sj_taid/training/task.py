@@ -29,6 +29,7 @@ class Task(L.LightningModule):
     """
 
     takes: type[Data] = Data
+    model: Any
 
     def __init__(self, model: nn.Module, optimizer: Callable[[Iterable[Any]], Optimizer]) -> None:
         super().__init__()

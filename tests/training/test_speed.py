@@ -5,10 +5,12 @@ import subprocess
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch._dynamo.utils import counters
 
 from sj_taid.training import run
 from sj_taid.training.commands import train
+from sj_taid.training.generation import Generation
 from tests.training.conftest import TINY, TINY_CLASSIFICATION, script
 
 TASKS = {"generation": TINY, "classification": TINY_CLASSIFICATION}
@@ -65,6 +67,21 @@ def test_the_first_of_two_processes_measures_alone(tmp_path, cache):
     assert metrics["fad"] > 0 and metrics["fad_untrained"] > 0
     assert done.stdout.count("FAD of the samples") == 1
     assert "MEMBER: 2/2" in done.stderr
+
+
+def test_every_process_waits_for_the_figures_before_it_waits_for_the_others(
+    tiny, tmp_path, monkeypatch
+):
+    """Or it gives up while the first trains FAD's autoencoder: for that no time is set."""
+
+    def measured(*_):
+        raise SystemExit("measured")
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.setattr(Generation, "before_training", measured)
+    with pytest.raises(SystemExit, match="measured"):
+        train(tiny(), tmp_path)
+    assert not list(tmp_path.iterdir())  # the first process writes
 
 
 @pytest.mark.gpu
