@@ -15,13 +15,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from spikingjelly.activation_based import surrogate
 
-# The two SpikingJelly lines differ by a factor 2 in PiecewiseLeakyReLU's inner slope, area / w.
-_LEAKY_AREA = float(
-    surrogate.PiecewiseLeakyReLU.backward(torch.ones(()), torch.zeros(()), w=1.0, c=0.0)
-)
+from .._compat import FUNCTIONAL_STATES
+
+# SpikingJelly 2.x's inner slope of PiecewiseLeakyReLU, and 0.0.0.0.14's, which is twice that.
+_LEAKY_AREA = 0.5 if FUNCTIONAL_STATES else 1.0
 
 
 class Derivative(NamedTuple):
