@@ -9,6 +9,7 @@ potential after the reset, ``H`` before it, ``S`` spikes, all dimensionless.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -65,6 +66,12 @@ def multi_step(
     dtype = state_dtype(x_seq.dtype)
     if not isinstance(v, Tensor):
         v = torch.full_like(x_seq[0], v, dtype=dtype, requires_grad=False)
+    if torch.compiler.is_compiling():
+        # With dynamic=True torch fails where an autograd.Function that runs more than once is the
+        # first to look at a float that it uses, such as math.pi or the surrogate's alpha.
+        names = getattr(surrogate_function, "__dict__", ())
+        for value in (math.pi, *(getattr(surrogate_function, name) for name in names)):
+            isinstance(value, float)
     q = per_channel(w.to(dtype).sigmoid(), x_seq)
     threshold = per_channel(v_threshold.to(dtype), x_seq)
     spike_seq, v_seq = [], []
