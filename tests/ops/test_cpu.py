@@ -1,11 +1,13 @@
 """The fused CPU loops against the definition: spikes and voltages equal, every gradient by name."""
 
+import math
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import surrogate
@@ -13,10 +15,12 @@ from spikingjelly.activation_based import surrogate
 from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
-from sj_taid.ops.surrogate import DERIVATIVES
+from sj_taid.ops.surrogate import DERIVATIVES, exp, f32
 from tests.helpers import Case, assert_close, grid, results, tensors
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
+import numba
+
 from sj_taid.ops.alif import cpu
 
 # Two parts at least, and cheap: with GRAIN lowered to 1 it is worth any number of threads.
@@ -62,6 +66,33 @@ if not FUNCTIONAL_STATES:
 def test_every_surrogate(name):
     # Thousands of values of H - V_th, on both sides of every edge.
     assert_conforms(Case(surrogate_function=getattr(surrogate, name)(), shape=(4, 50, 20)))
+
+
+def in_numba(derivative):
+    """``derivative`` as the kernels compile it."""
+    derivative = cpu._smooth(derivative)
+    return numba.njit(lambda x, a, b: derivative(x, a, b))
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_are_computed_in_float32(name):
+    compiled = in_numba(DERIVATIVES[name].python)
+    compiled.compile((numba.float32,) * 3)
+    assert compiled.nopython_signatures[0].return_type == numba.float32
+
+
+def test_a_derivative_may_use_exp_and_any_function_of_math():
+    compiled = in_numba(lambda x, a, b: a * exp(x) + math.tanh(x) / f32(2.0))
+    for x in (-0.5, 0.0, 3.0):
+        got = compiled(*np.float32([x, 1.5, 0.0]))
+        assert got == pytest.approx(1.5 * math.exp(x) + math.tanh(x) / 2, rel=1e-6)
+
+
+def test_the_exponential_far_out():
+    compiled = in_numba(lambda x, a, b: exp(x))
+    for x, expected in ((-100, 0.0), (-math.inf, 0.0), (math.inf, math.inf), (math.nan, math.nan)):
+        got = compiled(*np.float32([x, 0.0, 0.0]))
+        assert got == pytest.approx(expected, abs=0.0, nan_ok=True)
 
 
 SHAPES = [

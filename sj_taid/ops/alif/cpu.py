@@ -27,12 +27,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +38,7 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 from .. import backends, surrogate
@@ -66,7 +64,8 @@ _Q, _THRESHOLD, _ZERO, _UNUSED, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _VOLTAGES = r
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
 _part = register_jitable(error_model="numpy")
-_smooth = register_jitable(error_model="numpy", fastmath={"contract"})
+# Cached, since numba would take a second registration for another function.
+_smooth = cache(register_jitable(error_model="numpy", fastmath={"contract"}))
 _sum = register_jitable(error_model="numpy", fastmath={"reassoc"})
 _kernel = njit(error_model="numpy", nogil=True, cache=True)
 
@@ -120,9 +119,9 @@ def _reset(h, spike, threshold, v_rest, soft):
 
 
 @_smooth
-def exp(x):
-    """``e**x`` in float32 for ``x <= 88``, to 2 ulp. It vectorises, which libm's does not."""
-    x = max(x, np.float32(-87))
+def _exp(x):
+    """``e**x`` in float32 to 2 ulp; 0 below -87.7 and infinity above 88.3. It vectorises."""
+    x = max(min(x, np.float32(89)), np.float32(-88))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     # ln 2 in two parts, the first short enough for n times it to be exact
     r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
@@ -130,6 +129,16 @@ def exp(x):
     for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
         p = p * r + np.float32(c)
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@overload(surrogate.exp)
+def _overload_exp(x):
+    return lambda x: _exp(x)
+
+
+@overload(surrogate.f32)
+def _overload_f32(x):
+    return lambda x: np.float32(x)
 
 
 @_part
@@ -252,17 +261,6 @@ def _forward(
         _copy(_at(v, first), now, n)
 
 
-def _in_float32(function: Callable[..., float]) -> Callable[..., float]:
-    """``function`` with float32 constants and this module's ``exp``.
-
-    As it stands, numba would compute it in float64, and its exponential a number at a time.
-    """
-    code = function.__code__
-    constants = tuple(np.float32(c) if isinstance(c, float) else c for c in code.co_consts)
-    scope = {**function.__globals__, "math": sys.modules[__name__]}
-    return FunctionType(code.replace(co_consts=constants), scope, function.__name__)
-
-
 @cache
 def _backward(
     name: str,
@@ -281,7 +279,7 @@ def _backward(
     """
     options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
     variant = "_".join(map(str, (name, *map(int, options))))
-    derivative = _smooth(_in_float32(surrogate.DERIVATIVES[name].python))
+    derivative = _smooth(surrogate.DERIVATIVES[name].python)
 
     @_part
     def row(
