@@ -16,7 +16,7 @@ from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
 from sj_taid.ops.surrogate import DERIVATIVES, exp, f32
-from tests.helpers import Case, assert_close, grid, results, tensors
+from tests.helpers import Case, assert_close, assert_not_finite_alike, grid, results, tensors
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 import numba
@@ -93,6 +93,18 @@ def test_the_exponential_far_out():
     for x, expected in ((-100, 0.0), (-math.inf, 0.0), (math.inf, math.inf), (math.nan, math.nan)):
         got = compiled(*np.float32([x, 0.0, 0.0]))
         assert got == pytest.approx(expected, abs=0.0, nan_ok=True)
+
+
+@pytest.mark.parametrize("case", list(grid(dtypes=(torch.float32, torch.float16))), ids=str)
+def test_infinities_and_nan(case):
+    assert_not_finite_alike(cpu.multi_step, reference.multi_step, case.with_(shape=(6, 40, 5)))
+
+
+# Whose backward SpikingJelly sets to 0 outside of the support even where what comes in is NaN.
+@pytest.mark.parametrize("name", sorted(SURROGATES - {"PiecewiseQuadratic"}))
+def test_infinities_and_nan_through_every_surrogate(name):
+    case = Case(surrogate_function=getattr(surrogate, name)(), shape=(6, 40, 5), channels=5)
+    assert_not_finite_alike(cpu.multi_step, reference.multi_step, case)
 
 
 SHAPES = [

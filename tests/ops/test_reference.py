@@ -166,6 +166,15 @@ def test_equals_spikingjellys_plif_to_the_bit(dtype, v_reset, decay_input):
         assert 0.0 < error <= TOLERANCE[dtype]["value"] * plif.v.abs().max().item()
 
 
+def test_a_hard_reset_recovers_from_an_infinite_voltage():
+    x_seq = torch.tensor([[7e4], [1.4], [0.5]]).half().requires_grad_()  # 7e4 is inf in float16
+    w, v_threshold = torch.zeros((), requires_grad=True), torch.tensor(0.6, requires_grad=True)
+    spikes, v, _ = alif_multi_step(x_seq, 0.0, w, v_threshold, v_reset=0.25, backend="torch")
+    assert spikes.flatten().tolist() == [1, 1, 0] and v == 0.5
+    v.sum().backward()
+    assert v_threshold.grad.isfinite() and x_seq.grad.flatten()[0] == 0.0
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_input_is_computed_in_float32(dtype):
     case = Case(dtype=dtype, shape=(5, 2, 3))

@@ -112,10 +112,15 @@ def _charge_by_q(x, v, v_rest, decay_input):
 
 
 @_part
+def _no_overflow(h, v_rest):
+    return v_rest if h == np.float32(np.inf) else h
+
+
+@_part
 def _reset(h, spike, threshold, v_rest, soft):
     if soft:
         return h - spike * threshold
-    return (np.float32(1) - spike) * h + spike * v_rest
+    return (np.float32(1) - spike) * _no_overflow(h, v_rest) + spike * v_rest
 
 
 @_smooth
@@ -293,14 +298,19 @@ def _backward(
             for i in range(first, last):
                 h = _charge(x[i], v[i], q[i], v_rest, decay_input)
                 over = h - threshold[i]
-                kept = np.float32(0) if over >= np.float32(0) else grad_v[i]
-                by_spike = np.float32(0) if detach_reset else -threshold[i] if soft else v_rest - h
-                through = (grad_spike[i] + grad_v[i] * by_spike) * np.float32(
-                    derivative(over, a, b)
-                )
-                grad_h = through + (grad_v[i] if soft else kept)
+                spike = np.float32(over >= np.float32(0))
+                through = grad_spike[i]
+                if not detach_reset:
+                    by_spike = -threshold[i] if soft else v_rest - _no_overflow(h, v_rest)
+                    through += grad_v[i] * by_spike
+                through *= np.float32(derivative(over, a, b))
+                # Products, not choices, as torch's: what is not finite stays so.
+                kept = grad_v[i] if soft else (np.float32(1) - spike) * grad_v[i]
+                if not soft and h == np.float32(np.inf):
+                    kept = np.float32(0)
+                grad_h = through + kept
                 if learn_threshold:
-                    grad_threshold[i] -= through + (grad_v[i] - kept if soft else np.float32(0))
+                    grad_threshold[i] -= through + (spike * grad_v[i] if soft else np.float32(0))
                 if learn_w:
                     grad_q[i] += grad_h * _charge_by_q(x[i], v[i], v_rest, decay_input)
                 grad_x[i] = grad_h * q[i] if decay_input else grad_h

@@ -36,11 +36,16 @@ def charge(x: Tensor, v: Tensor, q: Tensor, decay_input: bool, v_reset: float | 
 def reset(
     h: Tensor, spike: Tensor, v_threshold: Tensor, v_reset: float | None, detach_reset: bool
 ) -> Tensor:
-    """Hard: ``V = (1 - S) H + S V_reset``. Soft (``v_reset=None``): ``V = H - S V_th``."""
+    """Hard: ``V = (1 - S) H + S V_reset``. Soft (``v_reset=None``): ``V = H - S V_th``.
+
+    A hard reset recovers from ``H = inf``, an overflow in half precision: ``H`` counts as
+    ``V_reset`` there, so that ``V`` is ``V_reset`` and passes no gradient.
+    """
     if detach_reset:
         spike = spike.detach()
     if v_reset is None:
         return h - spike * v_threshold
+    h = h.masked_fill(h == math.inf, v_reset)
     return (1.0 - spike) * h + spike * v_reset
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sj_taid.ops import backends
 from sj_taid.ops.alif import autograd, kernels, reference
 from sj_taid.ops.alif.kernels import BLOCK, Options
-from tests.helpers import Case, assert_close, results, tensors
+from tests.helpers import Case, assert_close, assert_not_finite_alike, results, tensors
 from tests.ops.alif.host import CompileError, needs_gxx
 
 CASE = Case(shape=(4, 3, 8, 2))
@@ -210,6 +210,15 @@ def test_gradients_in_another_layout_than_the_input(launcher):
         )
         gradients += torch.autograd.grad(spikes, x_seq, grad)
     torch.testing.assert_close(*gradients)
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("v_reset", [0.25, None])
+@pytest.mark.parametrize("detach_reset", [False, True])
+def test_infinities_and_nan(launcher, v_reset, detach_reset, dtype):
+    case = Case(v_reset, detach_reset, channels=5, dtype=dtype, shape=(6, 40, 5))
+    assert_not_finite_alike(launcher.cuda.multi_step, reference.multi_step, case)
 
 
 @needs_gxx

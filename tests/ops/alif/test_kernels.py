@@ -68,8 +68,8 @@ SOFT, HARD = {"v_reset": None}, {"v_reset": -0.25}
 MUTATIONS = {
     "no gradient through the soft reset's threshold": (
         SOFT | {"detach_reset": True},
-        "through_spike + (RESET == SOFT && fired ? grad_v[i] : 0.0f);",
-        "through_spike;",
+        "(RESET == SOFT ? (fired ? 1.0f : 0.0f) * grad_v[i] : 0.0f)",
+        "0.0f",
     ),
     "no gradient through the reset": (
         HARD,
@@ -78,7 +78,7 @@ MUTATIONS = {
     ),
     "gradient passes a hard reset": (
         HARD,
-        "(RESET == SOFT || !fired ? grad_v[i] : 0.0f)",
+        "(RESET == SOFT || !fired ? 1.0f : 0.0f) * grad_v[i]",
         "grad_v[i]",
     ),
     "no decay of the carried gradient": (HARD, "fmaf(-q, grad_h, grad_h)", "grad_h"),
