@@ -197,7 +197,7 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     for site in _sites(holder, ALIFNode):
         node = site.node
         paths = tuple(path.removeprefix("0").removeprefix(".") or "net" for path in site.paths)
-        tau, threshold = _distinct(node.tau), _distinct(node.effective_v_threshold())
+        tau, threshold = _distinct(node.tau), _distinct(node.effective_v_threshold)
         if type(node) is not ALIFNode:
             note = "a subclass of ALIFNode, whose own behaviour LIF would lose"
         elif len(tau) > 1 or len(threshold) > 1:

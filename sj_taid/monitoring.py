@@ -160,7 +160,7 @@ def tau_and_threshold(node: Any) -> tuple[float | None, float]:
         tau = 1.0 / node.w.sigmoid()
     else:
         tau = getattr(node, "tau", None)
-    threshold = node.effective_v_threshold() if isinstance(node, ALIFNode) else node.v_threshold
+    threshold = node.effective_v_threshold if isinstance(node, ALIFNode) else node.v_threshold
     return None if tau is None else _mean(tau), _mean(threshold)
 
 

@@ -153,6 +153,7 @@ class ALIFNode(_compat.BaseNode):
         """
         return 1.0 / self.w.sigmoid()
 
+    @property
     def effective_v_threshold(self) -> Tensor:
         """The threshold used: ``v_threshold``, kept at or above ``min_v_threshold``."""
         if self.min_v_threshold is None:
@@ -173,7 +174,7 @@ class ALIFNode(_compat.BaseNode):
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """One step ``[N, *]`` with explicit state; nothing on the module changes."""
         spike, v = functional.alif_step(
-            inputs[0], states[0], self.w, self.effective_v_threshold(), **self._options()
+            inputs[0], states[0], self.w, self.effective_v_threshold, **self._options()
         )
         return (spike,), (v,)
 
@@ -196,7 +197,7 @@ class ALIFNode(_compat.BaseNode):
         with torch.no_grad():
             tau, threshold = (
                 f"{p.item():.4g}" if p.dim() == 0 else f"{p.min():.4g}..{p.max():.4g}"
-                for p in (self.tau, self.effective_v_threshold())
+                for p in (self.tau, self.effective_v_threshold)
             )
         return (
             f"tau={tau}, v_threshold={threshold}, v_reset={self.v_reset}, "
@@ -211,7 +212,7 @@ class ALIFNode(_compat.BaseNode):
             x_seq,
             v,
             self.w,
-            self.effective_v_threshold(),
+            self.effective_v_threshold,
             store_v_seq=store_v_seq,
             **self._options(),
         )

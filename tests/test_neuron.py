@@ -133,7 +133,7 @@ def test_min_v_threshold_bounds_the_threshold_and_lets_it_recover():
     node = ALIFNode(v_threshold=0.3, min_v_threshold=0.1)
     with torch.no_grad():
         node.v_threshold.fill_(-1.0)
-    assert node.effective_v_threshold().item() == pytest.approx(0.1)
+    assert node.effective_v_threshold.item() == pytest.approx(0.1)
     # At the bound a silent input must not fire, and a loss that wants fewer spikes raises V_th.
     spikes = node(torch.zeros(4, 3))
     assert spikes.sum() == 0
