@@ -516,6 +516,19 @@ def test_nir_export_reads_back(tmp_path):
 
 
 @needs_2
+@pytest.mark.parametrize("mode", ["s", "m"])
+def test_nir_export_of_alif_itself_names_to_lif(mode):
+    from spikingjelly.activation_based import nir_exchange
+
+    net = nn.Sequential(layer.Linear(4, 5), ALIFNode())
+    functional.set_step_mode(net, mode)
+    x = torch.rand(2, 3, 4) if mode == "m" else torch.rand(3, 4)
+    net(x)  # with a state
+    with pytest.raises(TypeError, match=r"NIR.*sj_taid\.to_lif\(net\)"):
+        nir_exchange.export_to_nir(net, x)
+
+
+@needs_2
 def test_operation_counters_and_energy_run_on_the_copy():
     from spikingjelly.activation_based import op_counter
 
