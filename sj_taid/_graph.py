@@ -35,7 +35,7 @@ def recomputation() -> int | None:
     return None if node is None else node._sequence_nr()
 
 
-def follow(v: Tensor, *others: Tensor | None) -> None:
+def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
     """Keep the :class:`Past` of a forward's last voltage; ``others`` are its other outputs.
 
     Nothing under ``torch.compile`` and ``torch.func``, where the graph is out of sight: there
@@ -43,7 +43,7 @@ def follow(v: Tensor, *others: Tensor | None) -> None:
 
     >>> w = torch.ones(1, requires_grad=True)
     >>> v = w * w
-    >>> follow(v)
+    >>> follow(v, name="hidden")
     >>> past_of[v].freed, v.sum().backward(), past_of[v].freed
     (False, None, True)
     """
@@ -55,4 +55,5 @@ def follow(v: Tensor, *others: Tensor | None) -> None:
         past.freed |= not torch._C._autograd._get_current_graph_task_keep_graph()
 
     for node in {t.grad_fn for t in (v, *others) if t is not None and t.grad_fn is not None}:
+        node.metadata["neuron"] = name  # type: ignore[index]  # a property, stubbed as a method
         node.register_hook(passed)

@@ -174,7 +174,7 @@ class ALIFNode(_compat.BaseNode):
         spike, v = functional.alif_step(
             inputs[0], states[0], self.w, self.effective_v_threshold(), **self._options()
         )
-        _graph.follow(v, spike)
+        _graph.follow(v, spike, name=self.name)
         return (spike,), (v,)
 
     def multi_step_functional_forward(
@@ -215,7 +215,7 @@ class ALIFNode(_compat.BaseNode):
             store_v_seq=store_v_seq,
             **self._options(),
         )
-        _graph.follow(v_last, spike_seq, v_seq)
+        _graph.follow(v_last, spike_seq, v_seq, name=self.name)
         return spike_seq, v_last, v_seq
 
     def _check_state(self, v: Tensor, step_shape: torch.Size) -> None:

@@ -189,3 +189,13 @@ def test_a_forward_unpacks_nothing_that_was_saved(backend, wrap):
         assert not unpacked
         loss.backward()
     assert unpacked
+
+
+def test_a_change_in_place_names_the_neuron():
+    pytest.importorskip("numba", reason="needs numba: pip install sj-taid[cpu]")
+    net = make_net(backend="numba")
+    h = net[0](torch.rand(5, 2, 4))
+    spikes = net[1](h)
+    h += spikes
+    with pytest.raises(RuntimeError, match=r"the neuron '1' reads its input.*changed in place"):
+        h.sum().backward()

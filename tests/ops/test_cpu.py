@@ -204,6 +204,27 @@ def test_forward_mode_is_refused(name, learned):
         spikes(forward_ad.make_dual(leaf, leaf))
 
 
+@pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+def test_a_change_in_place_before_backward_names_remedies_that_work(name):
+    def backward(multi_step, in_place=True):
+        leaves = tensors(Case())
+        inputs = {**leaves, name: leaves[name] * 1.0}  # like the output of a layer
+        spikes = spikes_of(inputs, multi_step)
+        if in_place:
+            inputs[name] += 1.0
+        else:
+            inputs[name] = inputs[name] + 1.0
+        (spikes.sum() + inputs[name].sum()).backward()
+        return {key: leaf.grad for key, leaf in leaves.items()}
+
+    with pytest.raises(RuntimeError, match=r"in place.*h = h \+ o.*backend='torch'") as info:
+        backward(cpu.multi_step)
+    assert "inplace operation" in str(info.value.__cause__)
+    expected = backward(reference.multi_step)
+    for key, gradient in backward(cpu.multi_step, in_place=False).items():
+        torch.testing.assert_close(gradient, expected[key])
+
+
 def test_tensors_large_enough_for_huge_pages():
     assert_conforms(Case(shape=(2, 1, cpu.HUGE // 4 + 5)), store_v_seq=True)
 

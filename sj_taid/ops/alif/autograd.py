@@ -176,7 +176,18 @@ class _FusedALIF(torch.autograd.Function):
         grad_v_seq: Tensor | None,
         grad_checkpoint: None,
     ) -> tuple[Tensor | None, ...]:
-        x_seq, v0, w, v_threshold, checkpoint = ctx.saved_tensors
+        try:
+            x_seq, v0, w, v_threshold, checkpoint = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            name = ctx.metadata.get("neuron")
+            raise RuntimeError(
+                f"{f'the neuron {name!r}' if name else 'an ALIF neuron'} reads its input, voltage "
+                "and parameters again in its backward, but one was changed in place since its "
+                "forward: write h = h + o instead of h += o, change parameters after the backward, "
+                "or use backend='torch', which does not read the input again"
+            ) from error
         options = ctx.options
         need_x, need_v0, need_w, need_v_threshold = ctx.needs_input_grad[:4]
         # create_graph=True, and torch.func always
