@@ -191,6 +191,15 @@ def test_a_forward_unpacks_nothing_that_was_saved(backend, wrap):
     assert unpacked
 
 
+@every_backend
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_may_go_on_from_voltages_of_an_inference(backend, mode):
+    net, x = make_deep_net(backend, nn.Sequential), torch.rand(4, 2, 4)
+    with mode():
+        net(x)
+    assert all(gradient.isfinite().all() for gradient in gradients(net, net, x))
+
+
 def test_a_change_in_place_names_the_neuron():
     pytest.importorskip("numba", reason="needs numba: pip install sj-taid[cpu]")
     net = make_net(backend="numba")
