@@ -161,6 +161,8 @@ def _check_state(v: Tensor | float, x_seq: Tensor) -> Tensor | float:
             f"{list(x_seq.shape[1:])}; reset between sequences: functional.reset_net(net)"
         )
     _check_device("the membrane potential", v, x_seq)
+    if not torch.compiler.is_compiling() and v.is_inference() and torch.is_grad_enabled():
+        v = v.clone()  # autograd cannot save what inference mode made
     return v.to(state_dtype(x_seq.dtype))
 
 

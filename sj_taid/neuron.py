@@ -10,8 +10,7 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
-from . import _compat, functional
-from ._graph import graph_is_freed
+from . import _compat, _graph, functional
 from .ops import backends
 from .ops.alif.reference import state_dtype
 
@@ -189,6 +188,7 @@ class ALIFNode(_compat.BaseNode):
         spike, v = functional.alif_step(
             inputs[0], states[0], self.w, self.effective_v_threshold, **self._options()
         )
+        _graph.follow(v, spike, name=self.name)
         return (spike,), (v,)
 
     def multi_step_functional_forward(
@@ -221,7 +221,7 @@ class ALIFNode(_compat.BaseNode):
     def _multi_step(
         self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return functional.alif_multi_step(
+        spike_seq, v_last, v_seq = functional.alif_multi_step(
             x_seq,
             v,
             self.w,
@@ -229,6 +229,8 @@ class ALIFNode(_compat.BaseNode):
             store_v_seq=store_v_seq,
             **self._options(),
         )
+        _graph.follow(v_last, spike_seq, v_seq, name=self.name)
+        return spike_seq, v_last, v_seq
 
     def _check_state(self, v: Tensor, step_shape: torch.Size) -> None:
         if v.shape != step_shape:
@@ -236,7 +238,19 @@ class ALIFNode(_compat.BaseNode):
                 f"{self._label()} kept a membrane potential of shape {list(v.shape)} from an "
                 f"earlier input, but one step of this input has {list(step_shape)}; {_REMEDY}"
             )
-        if graph_is_freed(v):
+        past = None if torch.compiler.is_compiling() else _graph.past_of.get(v)
+        if past is None:
+            return
+        if past.is_lost_start():
+            raise RuntimeError(
+                f"{self._label()} is recomputed in a backward (gradient checkpointing) from the "
+                "voltage that its forward ended with, not the one it started from: checkpoint with "
+                "SpikingJelly 2's memopt.checkpoint_module(net), which keeps the states, or reset "
+                "inside the function: "
+                "checkpoint(lambda x: (functional.reset_net(net), net(x))[1], x)"
+            )
+        past.resumed = True
+        if past.freed and torch.is_grad_enabled() and v.grad_fn is not None:
             raise RuntimeError(
                 f"{self._label()} kept a membrane potential whose graph was freed by an earlier "
                 f"backward, so no backward can pass through it again; {_REMEDY}, or "
