@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import takewhile
@@ -17,11 +16,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-# The checkout's root, so that this file runs as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from experiments import run
-from experiments.results import (
+from sj_taid.training import run
+from sj_taid.training.compare import (
     COSTS,
     FIGURES,
     Metrics,
@@ -34,6 +30,7 @@ from experiments.results import (
     table,
     values,
 )
+from sj_taid.training.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -93,7 +90,7 @@ def keep(metrics: Metrics) -> Path:
     choices["seed"] = metrics["seed"]
     name = ",".join(sorted(f"{key}={value}" for key, value in choices.items()))
     path = RESULTS / experiment / f"{run.folder_name(name.replace('/', '-'))}.json"
-    with run.replacing(path) as whole:
+    with replacing(path) as whole:
         whole.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -248,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             left_out[folder] = str(error)
     for folder, reason in left_out.items():
         print(f"left out: {folder} ({reason})")
-    with run.replacing(REPORT) as whole:
+    with replacing(REPORT) as whole:
         whole.write_text(text(), encoding="utf-8")
     print(f"made: {REPORT}")
 

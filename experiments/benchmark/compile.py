@@ -6,16 +6,12 @@ python experiments/benchmark/compile.py --out results/
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
-
-# The checkout's root, so that this file runs as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.benchmark.measure import interleaved, write_csv
 from sj_taid import ALIFNode, fresh_state

@@ -11,7 +11,6 @@ T and with the batch.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,12 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-# The checkout's root, so that this file runs as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from experiments import run
 from experiments.benchmark.measure import Timing, interleaved, slope, write_csv
-from experiments.pictures import plt, save
 from sj_taid.model import FSVAE
 from sj_taid.model.fsvae import original_neuron
 from sj_taid.model.latent import pick
+from sj_taid.training.allocator import reuse_freed_memory
+from sj_taid.training.plot import plt, save
 
 OURS, RIVAL = "ours", "SpikingJelly PLIF, prefixes"
 
@@ -248,7 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    run.reuse_freed_memory()
+    reuse_freed_memory()
 
     rows = [*compare(options), *formats(options), *breakdown(options), *scaling(options)]
     write_csv(rows, options.out / "fsvae.csv")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,18 +26,15 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.nn import functional as F
 
-# The checkout's root, so that this file runs as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from experiments import run
 from experiments.benchmark.fsvae import train_step as fsvae_step
 from experiments.benchmark.measure import interleaved, write_csv
-from experiments.data.base import Data, Files, InMemory
-from experiments.data.event import EventData, read_frames
-from experiments.data.folder import ImageFolder
-from experiments.data.image import ImageData
-from experiments.pictures import plt, save
+from sj_taid.data.base import Data, Files, InMemory
+from sj_taid.data.event import EventData, read_frames
+from sj_taid.data.folder import ImageFolder
+from sj_taid.data.image import ImageData
 from sj_taid.model import FSVAE, Classifier
+from sj_taid.training.allocator import reuse_freed_memory
+from sj_taid.training.plot import plt, save
 
 WORKERS = (0, 2)
 T = 20  # frames of a recording
@@ -246,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    run.reuse_freed_memory()
+    reuse_freed_memory()
 
     cores = len(os.sched_getaffinity(0))
     shared = {"device": options.device, "batch": options.batch, "cores": cores}

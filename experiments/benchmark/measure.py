@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import run
+from sj_taid.training.files import replacing
+from sj_taid.training.provenance import provenance
 
 
 class Timing(NamedTuple):
@@ -48,12 +49,12 @@ def slope(sizes: Iterable[float], times: Iterable[float]) -> float:
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     """Every row carries its command and its provenance, so that none is ever without them."""
-    provenance = run.provenance()
-    versions = provenance.pop("versions")
-    shared = {"command": shlex.join(["python", *sys.argv]), **provenance}
+    facts = provenance()
+    versions = facts.pop("versions")
+    shared = {"command": shlex.join(["python", *sys.argv]), **facts}
     shared |= {f"{name}_version": number for name, number in versions.items()}
     names = list(dict.fromkeys(key for row in rows for key in row)) + list(shared)
-    with run.replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         # Rows of an earlier run that are written again keep their own.

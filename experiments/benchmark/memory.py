@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-
-# The checkout's root, so that this file runs as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.benchmark.contestants import contestants
 from experiments.benchmark.measure import write_csv

@@ -18,7 +18,6 @@ import argparse
 import csv
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,14 +25,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-# The checkout's root, so that this file runs as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from experiments import run
 from experiments.benchmark.contestants import contestants
 from experiments.benchmark.measure import quantiles, write_csv
-from experiments.pictures import plt, save
 from sj_taid.ops.alif.kernels import Options, traffic
+from sj_taid.training.plot import plt, save
+from sj_taid.training.provenance import cpu_name
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WARM_UP = 3  # rounds
@@ -183,7 +179,7 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
 def conditions(device: torch.device) -> dict[str, object]:
     """What a row depends on beyond what every row carries."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else run.cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "plif_implementation": os.environ.get("SJ_PLIF_CUDA_IMPLEMENTATION", "auto"),
     }
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import surrogate
+from torch.autograd import forward_ad
 
 from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.ops import backends
@@ -185,6 +186,86 @@ def test_gradient_through_one_output(output):
         multi_step(*leaves.values(), store_v_seq=True, **case.options())[output].sum().backward()
         grads.append({f"grad_{name}": leaf.grad for name, leaf in leaves.items()})
     assert_close(*grads, case.dtype, scale=90.0)
+
+
+def spikes_of(leaves, multi_step=cpu.multi_step):
+    return multi_step(*leaves.values(), store_v_seq=False, **Case().options())[0]
+
+
+@pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+@pytest.mark.parametrize("loss", [torch.sum, torch.norm], ids=["sum", "norm"])
+def test_second_derivatives_are_refused(name, loss):
+    """Whatever alone is differentiated, and whether or not the incoming gradient depends on it."""
+    leaves = {key: leaf.requires_grad_(key == name) for key, leaf in tensors(Case()).items()}
+    (once,) = torch.autograd.grad(loss(spikes_of(leaves)), leaves[name])
+    (grad,) = torch.autograd.grad(loss(spikes_of(leaves)), leaves[name], create_graph=True)
+    assert torch.equal(grad, once)
+    with pytest.raises(RuntimeError, match="no second derivatives: use backend='torch'"):
+        grad.sum().backward()
+
+
+def test_second_derivatives_by_torch_func_are_refused():
+    leaves = tensors(Case())
+
+    def loss(x):
+        return spikes_of({**leaves, "x": x}).sum()
+
+    with pytest.raises(RuntimeError, match="no second derivatives: use backend='torch'"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(leaves["x"])
+    with pytest.raises(RuntimeError, match="no second derivatives: use backend='torch'"):
+        torch.autograd.functional.jvp(loss, leaves["x"], leaves["x"])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_sample_by_torch_func():
+    leaves = {name: leaf.detach() for name, leaf in tensors(Case()).items()}
+    leaves["v0"] = 0.0
+
+    def loss(x):
+        return spikes_of({**leaves, "x": x}).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), 1)(leaves["x"])
+    assert torch.equal(got.transpose(0, 1), torch.func.grad(loss)(leaves["x"]))
+    assert got.count_nonzero()
+
+
+@pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_forward_mode_is_refused(name, learned):
+    leaves = {key: leaf.requires_grad_(learned) for key, leaf in tensors(Case()).items()}
+    leaf = leaves[name].detach()
+
+    def spikes(leaf):
+        return spikes_of({**leaves, name: leaf})
+
+    message = "forward-mode.*reverse mode.*backend='torch'"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(spikes, (leaf,), (leaf,))
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jacfwd(spikes)(leaf)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        spikes(forward_ad.make_dual(leaf, leaf))
+
+
+@pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+def test_a_change_in_place_before_backward_names_remedies_that_work(name):
+    def backward(multi_step, in_place=True):
+        leaves = tensors(Case())
+        inputs = {**leaves, name: leaves[name] * 1.0}  # like the output of a layer
+        spikes = spikes_of(inputs, multi_step)
+        if in_place:
+            inputs[name] += 1.0
+        else:
+            inputs[name] = inputs[name] + 1.0
+        (spikes.sum() + inputs[name].sum()).backward()
+        return {key: leaf.grad for key, leaf in leaves.items()}
+
+    with pytest.raises(RuntimeError, match=r"in place.*h = h \+ o.*backend='torch'") as info:
+        backward(cpu.multi_step)
+    assert "inplace operation" in str(info.value.__cause__)
+    expected = backward(reference.multi_step)
+    for key, gradient in backward(cpu.multi_step, in_place=False).items():
+        torch.testing.assert_close(gradient, expected[key])
 
 
 def test_tensors_large_enough_for_huge_pages():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from .. import surrogate
 from .reference import state_dtype
@@ -169,7 +169,6 @@ class _FusedALIF(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any,
         grad_spike_seq: Tensor | None,
@@ -177,10 +176,24 @@ class _FusedALIF(torch.autograd.Function):
         grad_v_seq: Tensor | None,
         grad_checkpoint: None,
     ) -> tuple[Tensor | None, ...]:
-        x_seq, v0, w, v_threshold, checkpoint = ctx.saved_tensors
+        try:
+            x_seq, v0, w, v_threshold, checkpoint = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            name = ctx.metadata.get("neuron")
+            raise RuntimeError(
+                f"{f'the neuron {name!r}' if name else 'an ALIF neuron'} reads its input, voltage "
+                "and parameters again in its backward, but one was changed in place since its "
+                "forward: write h = h + o instead of h += o, change parameters after the backward, "
+                "or use backend='torch', which does not read the input again"
+            ) from error
         options = ctx.options
         need_x, need_v0, need_w, need_v_threshold = ctx.needs_input_grad[:4]
-        grad_x_seq, grad_v0, grad_parameters = ctx.engine.backward(
+        # create_graph=True, and torch.func always
+        backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+        grad_x_seq, grad_v0, grad_parameters = backward(
+            ctx.engine,
             _arranged(grad_spike_seq, x_seq),
             _arranged(grad_v, x_seq[0]),
             _arranged(grad_v_seq, x_seq) if options.store_v_seq else None,
@@ -208,6 +221,30 @@ class _FusedALIF(torch.autograd.Function):
             grad_parameters[-1] if need_v_threshold else None,
             None,
             None,
+        )
+
+
+class _Backward(torch.autograd.Function):
+    """The backward as a function of all it reads, so that no second derivative is lost in silence.
+
+    ``once_differentiable`` looks at the incoming gradients alone.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(engine: Engine, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return engine.backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "a fused ALIF backend has no second derivatives: use backend='torch' "
+            "(autograd.functional.jvp takes them too)"
         )
 
 
@@ -248,6 +285,11 @@ def multi_step(
         store_v_seq=store_v_seq,
     )
     leaves = (x_seq, v0, w, v_threshold)
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in leaves):
+        raise NotImplementedError(
+            "a fused ALIF backend has no forward-mode derivatives: use reverse mode "
+            "(torch.func.vjp, jacrev), or backend='torch' with a surrogate that defines jvp"
+        )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
         spike_seq, v_last, v_seq, _ = _FusedALIF.apply(*leaves, engine, options)
     else:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from experiments import run
-from experiments.train import train
-from tests.experiments.conftest import TINY, TINY_CLASSIFICATION, script
+from sj_taid.training import run
+from sj_taid.training.commands import train
+from tests.training.conftest import TINY, TINY_CLASSIFICATION, script
 
 TASKS = {"generation": TINY, "classification": TINY_CLASSIFICATION}
 

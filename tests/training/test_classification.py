@@ -9,12 +9,12 @@ from hydra.utils import instantiate
 from matplotlib import image as mpimg
 from torch import nn
 
-from experiments import run, sample
-from experiments.task.classification import Classification
-from experiments.train import train
 from sj_taid.model import Classifier
 from sj_taid.monitoring import tau_and_threshold
-from tests.experiments.conftest import CONF, TINY_CLASSIFICATION
+from sj_taid.training import commands, run
+from sj_taid.training.classification import Classification
+from sj_taid.training.commands import train
+from tests.training.conftest import CONF, TINY_CLASSIFICATION
 
 NEURONS = ("alif", "plif", "lif")
 
@@ -39,7 +39,7 @@ def test_a_run_leaves_everything(classify, tmp_path, neuron):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("sample", [f"checkpoint={tmp_path}"])
     with pytest.raises(ValueError, match=r"holds a Classifier, which draws nothing; .*generation"):
-        sample.main.__wrapped__(cfg)
+        commands.sample(cfg)
 
 
 def test_learns_digits_under_its_schedule(tiny, tmp_path):

@@ -1,4 +1,4 @@
-"""Compare runs: ``python experiments/results.py FOLDER... [--out FOLDER]``.
+"""Compare runs: ``python experiments/compare.py FOLDER... [--out FOLDER]``.
 
 Every run below the folders counts. The terminal shows each combination of choices with its mean and
 standard deviation over seeds; ``results.md`` and ``results.png`` hold the same, ``results.csv``
@@ -11,7 +11,6 @@ import argparse
 import csv
 import json
 import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-# The checkout's root, so that this file runs as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from experiments import run
-from experiments.pictures import plt, save
+from . import run
+from .files import replacing
+from .plot import plt, save
 
 Metrics = dict[str, Any]
 
@@ -176,7 +173,7 @@ def write_csv(runs: dict[Path, Metrics], path: Path) -> None:
         }
         for folder, metrics in runs.items()
     ]
-    with run.replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -233,11 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     out = options.out or options.folders[0]
     write_csv(finished, out / "results.csv")
-    with run.replacing(out / "results.md") as whole:
+    with replacing(out / "results.md") as whole:
         whole.write_text(markdown([head, *body]), encoding="utf-8")
     draw(runs, out / "results.png")
     console.print(f"results.csv, results.md and results.png are in {out}", soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -20,10 +20,10 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
-from experiments import data
-from experiments.data import event
-from experiments.data.base import LOCK
-from tests.experiments.conftest import CONF, write_images
+from sj_taid import data
+from sj_taid.data import event
+from sj_taid.data.base import LOCK
+from tests.training.conftest import CONF, write_images
 
 
 def make(cls, root=None, **options):

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
-import os
-import platform
 import shlex
-import subprocess
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from filelock import FileLock, Timeout
 from hydra.utils import instantiate
@@ -25,9 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-import sj_taid
-from experiments import data
-from sj_taid.ops.surrogate import DERIVATIVES
+from .. import data
+from ..ops.surrogate import DERIVATIVES
+from .files import replacing
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
@@ -42,10 +36,10 @@ warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprec
 
 #: A run's config names classes; when a checkpoint is loaded, no others are ever called.
 TRUSTED_TARGETS = {
-    "experiments.task.autoencoding.Autoencoding",
-    "experiments.task.classification.Classification",
-    "experiments.task.generation.Generation",
-    *(f"experiments.data.{name}" for name in data.__all__),
+    "sj_taid.training.autoencoding.Autoencoding",
+    "sj_taid.training.classification.Classification",
+    "sj_taid.training.generation.Generation",
+    *(f"sj_taid.data.{name}" for name in data.__all__),
     "torch.optim.lr_scheduler.CosineAnnealingLR",
     "sj_taid.model.Autoencoder",
     "sj_taid.model.Classifier",
@@ -58,21 +52,6 @@ TRUSTED_TARGETS = {
     "spikingjelly.activation_based.neuron.ParametricLIFNode",
     *(f"spikingjelly.activation_based.surrogate.{name}" for name in DERIVATIVES),
 }
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when the block is through.
-
-    So ``path`` is written whole or not at all, by any number of processes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @rank_zero_only
@@ -239,39 +218,6 @@ def _flat(node: Any, key: str = "") -> dict[str, Any]:
     }
 
 
-def reuse_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones.
-
-    By default it gives every large block back to the kernel, and a training step on the CPU spends
-    more time on fresh pages than on arithmetic.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def provenance() -> dict[str, Any]:
-    """What a figure needs beside it: versions, commit, machine."""
-    packages = ("spikingjelly", "torch", "lightning")
-    return {
-        "versions": {"sj-taid": sj_taid.__version__, **{name: version(name) for name in packages}},
-        "commit": COMMIT,
-        "threads": torch.get_num_threads(),
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores, "
-        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
-    }
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def load_model(checkpoint: str | Path) -> tuple[nn.Module, DictConfig]:
     """The model of a checkpoint or of a run's folder, in eval mode, and the config of its run.
 
@@ -320,19 +266,6 @@ def _unusable(path: Path, error: Exception) -> ValueError:
     )
 
 
-def bare_trainer(accelerator: str, **options: Any) -> L.Trainer:
-    """Lightning's trainer on one device: no logs, no checkpoints, nothing in the terminal."""
-    return L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        **options,
-    )
-
-
 def build(node: DictConfig, **arguments: Any) -> Any:
     """Instantiate a part of a run's config.
 
@@ -357,22 +290,3 @@ def _check_targets(node: Any) -> None:
     if isinstance(node, list):
         for child in node:
             _check_targets(child)
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, with ``+`` where files differ from it."""
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
-    return run.stdout.strip()
-
-
-#: That of the code which is running: at a run's end the checkout may hold another.
-COMMIT = _commit()

@@ -7,10 +7,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments import report, run
-from experiments.data.base import Data, InMemory
-from experiments.train import train
-from tests.experiments.conftest import CONF, TINY, TINY_CLASSIFICATION
+from experiments import report
+from sj_taid.data.base import Data, InMemory
+from sj_taid.training import run
+from sj_taid.training.commands import train
+from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from experiments import run
+from sj_taid.training import run
 from tests.metric.pixels import Pixels, classifier
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

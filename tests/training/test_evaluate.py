@@ -9,11 +9,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments import measure, run
-from experiments.evaluate import evaluate
-from experiments.train import train
 from sj_taid.metric import FrechetDistance
-from tests.experiments.conftest import CONF, TINY_CLASSIFICATION, TINY_VAE, Network, write_images
+from sj_taid.training import evaluation, run
+from sj_taid.training.commands import evaluate, train
+from tests.training.conftest import CONF, TINY_CLASSIFICATION, TINY_VAE, Network, write_images
 
 
 def composed(folder, *overrides):
@@ -76,7 +75,7 @@ def test_a_seed_gives_the_figures_of_training_again(folder):
 
 
 def test_fid_and_inception_score_where_there_are_weights(folder, monkeypatch):
-    monkeypatch.setattr(measure, "Inception", Network)
+    monkeypatch.setattr(evaluation, "Inception", Network)
     after = evaluate(composed(folder, "metric.inception_weights=weights.pth", "metric.samples=20"))
     assert after["fid"] > 0 and 1 <= after["inception_score"] <= 4
     assert after["protocol"]["fid"].startswith(FrechetDistance(Network("weights.pth")).protocol)

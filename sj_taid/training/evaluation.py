@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
@@ -22,11 +23,11 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
-from experiments import run
-from experiments.data import ImageData
-from experiments.task.autoencoding import Autoencoding
-from sj_taid.metric import FrechetAutoencoderDistance, FrechetDistance, Inception, InceptionScore
-from sj_taid.model import Autoencoder
+from ..data import ImageData
+from ..metric import FrechetAutoencoderDistance, FrechetDistance, Inception, InceptionScore
+from ..model import Autoencoder
+from .autoencoding import Autoencoding
+from .files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _autoencoder(data: ImageData, cfg: DictConfig, cache: Path) -> Autoencoder:
         log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
         its_data = copy.copy(data)
         its_data.batch_size, its_data.augment = settings.batch_size, None
-        trainer = run.bare_trainer(
+        trainer = bare_trainer(
             cfg.trainer.accelerator, max_epochs=settings.epochs, limit_val_batches=0
         )
         task = Autoencoding(autoencoder, partial(torch.optim.AdamW, lr=1e-3))
@@ -151,6 +152,19 @@ def _autoencoder(data: ImageData, cfg: DictConfig, cache: Path) -> Autoencoder:
     return autoencoder
 
 
+def bare_trainer(accelerator: str, **options: Any) -> L.Trainer:
+    """Lightning's trainer on one device: no logs, no checkpoints, nothing in the terminal."""
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        **options,
+    )
+
+
 def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """What is in ``path``, or else what ``make`` gives, which is put there.
 
@@ -164,7 +178,7 @@ def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, t
             except Exception as error:  # whatever damaged it, making it anew is the remedy
                 log.warning("%s cannot be read (%s); making it anew", path, error)
         made = make()
-        with run.replacing(path) as whole:
+        with replacing(path) as whole:
             torch.save(made, whole)
         return made
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from experiments import measure
-from experiments.measure import kept
-from tests.experiments.conftest import Network
+from sj_taid.training import evaluation
+from sj_taid.training.evaluation import kept
+from tests.training.conftest import Network
 
 
 class Noise(torch.nn.Module):
@@ -33,8 +33,8 @@ def setting(tiny, tmp_path):
 
 
 def states(cfg, data):
-    fad = measure._metrics(data, cfg, torch.device("cpu"))["fad"]
-    names = measure.STATISTICS
+    fad = evaluation._metrics(data, cfg, torch.device("cpu"))["fad"]
+    names = evaluation.STATISTICS
     return dict(fad.inception.state_dict()) | {name: getattr(fad, name) for name in names}
 
 
@@ -52,7 +52,7 @@ def test_autoencoder_and_statistics_are_made_once_and_kept(setting, tmp_path, mo
     assert {file.name.split("-")[0] for file in files} == {"autoencoder", "statistics"}
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure.run, "bare_trainer", None)
+        patch.setattr(evaluation, "bare_trainer", None)
         patch.setattr(data, "test_dataloader", None)
         assert_equal(states(cfg, data), first)
 
@@ -79,13 +79,13 @@ def test_the_figures_are_reproducible_and_leave_the_random_state_alone(setting):
     cfg, data = setting
     model = Noise()
     state = torch.random.get_rng_state()
-    first = measure.measure(model, data, cfg)
+    first = evaluation.measure(model, data, cfg)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert set(first) == {"fad", "protocol"}
     assert first["protocol"]["fad"].endswith("40 samples against 359 test images at 8x8")
-    assert measure.measure(model, data, cfg) == first
+    assert evaluation.measure(model, data, cfg) == first
     cfg.seed = 6
-    assert measure.measure(model, data, cfg)["fad"] != first["fad"]
+    assert evaluation.measure(model, data, cfg)["fad"] != first["fad"]
 
 
 def test_the_protocol_names_the_autoencoder(setting):
@@ -93,23 +93,23 @@ def test_the_protocol_names_the_autoencoder(setting):
     protocols = []
     for seed in (1, 1, 2):
         cfg.metric.autoencoder.seed = seed
-        protocols.append(measure.measure(Noise(), data, cfg)["protocol"]["fad"])
+        protocols.append(evaluation.measure(Noise(), data, cfg)["protocol"]["fad"])
     assert protocols[0] == protocols[1] != protocols[2]
 
 
 def test_what_a_figure_lacks_shows_before_a_training(setting, monkeypatch):
     cfg, data = setting
-    monkeypatch.setattr(measure, "Inception", Network)
+    monkeypatch.setattr(evaluation, "Inception", Network)
     cfg.metric.inception_weights = "weights.pth"
-    assert set(measure.measure(Noise(), data, cfg, only="fad")) == {"fad", "protocol"}
+    assert set(evaluation.measure(Noise(), data, cfg, only="fad")) == {"fad", "protocol"}
     cfg.metric.samples = Network.num_features
-    monkeypatch.setattr(measure, "_autoencoder", None)  # not so far
+    monkeypatch.setattr(evaluation, "_autoencoder", None)  # not so far
     with pytest.raises(ValueError, match=r"fid needs at least 5 images, but metric\.samples is 4"):
-        measure.measure(Noise(), data, cfg, only="fad")
+        evaluation.measure(Noise(), data, cfg, only="fad")
     cfg.metric.samples = 40
     data.test_set = data.test_set.subset(range(4))
     with pytest.raises(ValueError, match=r"fid .* but the number of test images is 4"):
-        measure.measure(Noise(), data, cfg, only="fad")
+        evaluation.measure(Noise(), data, cfg, only="fad")
 
 
 def test_what_is_damaged_is_made_anew(tmp_path, caplog):

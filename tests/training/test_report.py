@@ -2,8 +2,10 @@
 
 import pytest
 
-from experiments import report, results, run
-from tests.experiments.conftest import metrics
+from experiments import report
+from sj_taid.training import compare as results
+from sj_taid.training import run
+from tests.training.conftest import metrics
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from hydra.utils import instantiate
 from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
-from experiments import run, sample
-from experiments.data import Digits
-from experiments.task.generation import Generation
-from experiments.train import train
-from tests.experiments.conftest import CONF, TINY, TINY_AUTOENCODING, TINY_VAE, script
+from sj_taid.data import Digits
+from sj_taid.training import commands, run
+from sj_taid.training.commands import train
+from sj_taid.training.generation import Generation
+from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, TINY_VAE, script
 
 PICTURES = (
     "samples.png",
@@ -65,7 +65,7 @@ def test_nothing_to_draw(override):
         cfg = compose("sample", ["checkpoint=nowhere", override])
     name, _, value = override.partition("=")
     with pytest.raises(ValueError, match=f"{name} must be at least 1, but it is {value}"):
-        sample.main.__wrapped__(cfg)
+        commands.sample(cfg)
 
 
 @pytest.mark.parametrize("decoder", options("decoder"))

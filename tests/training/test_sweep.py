@@ -9,9 +9,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments import run
-from experiments.train import train
-from tests.experiments.conftest import CONF, TINY, script
+from sj_taid.training import run
+from sj_taid.training.commands import train
+from tests.training.conftest import CONF, TINY, script
 
 
 def test_a_parallel_sweep_and_its_continuation(tmp_path, cache):

@@ -5,8 +5,9 @@ import csv
 import pytest
 from matplotlib import image as mpimg
 
-from experiments import results, run
-from tests.experiments.conftest import metrics
+from sj_taid.training import compare as results
+from sj_taid.training import run
+from tests.training.conftest import metrics
 
 
 def test_mean_and_spread_over_seeds_for_every_choice(runs, capsys):

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from experiments.pictures import save
-from experiments.task.task import Task
-from sj_taid.model import Classifier
+from ..model import Classifier
+from .plot import save
+from .task import Task
 
 
 class Classification(Task):

@@ -1,12 +1,10 @@
-"""The pictures a run leaves; which of them, the task says."""
+"""Pictures of images, parameters, attention and curves, for anyone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import matplotlib
 import numpy as np
 import torch
@@ -14,9 +12,9 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from experiments import run
-from sj_taid import FixedDecoder
-from sj_taid.monitoring import tau_and_threshold
+from ..layer import FixedDecoder
+from ..monitoring import tau_and_threshold
+from .files import replacing
 
 matplotlib.use("agg")  # draws without a display
 from matplotlib import pyplot as plt
@@ -105,7 +103,7 @@ def draw_attention(attention: Tensor, path: Path) -> None:
         (line,) = axis.plot(steps, share.mean(1), marker="o", markersize=3, label=label)
         low, high = np.quantile(share, [0.1, 0.9], axis=1)
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
-    fixed = FixedDecoder(T).weights.numpy()
+    fixed = FixedDecoder(T).attention(torch.ones(T, 1, 1)).flatten().numpy()
     axis.plot(steps, fixed / fixed.sum(), "k--", linewidth=1, label=r"fixed, $0.8^{T-t}$")
     axis.set_xlabel("time step t")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -137,41 +135,8 @@ def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
     save(figure, path)
 
 
-class Pictures(L.Callback):
-    """Follows figures and neurons' parameters over training, and draws everything at its end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.history: list[dict[str, dict[str, float]]] = []
-        self.epochs: list[dict[str, float]] = []
-
-    def on_fit_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        if not self.history:  # not so when a run is resumed
-            self.history.append(neuron_parameters(task.model))
-
-    def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self.history.append(neuron_parameters(task.model))
-        self.epochs.append({name: float(x) for name, x in trainer.callback_metrics.items()})
-
-    def on_test_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        images, _ = next(iter(trainer.test_dataloaders))
-        task.draw(images[:32].to(task.device), self.folder)
-        if self.epochs:
-            draw_curves(self.epochs, self.folder / "curves.png")
-            if self.history[0]:
-                draw_parameters(self.history, self.folder / "parameters.png")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "epochs": self.epochs}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history, self.epochs = state["history"], state["epochs"]
-
-
 def save(figure: Figure, path: Path, dpi: int = 130) -> None:
     """Write the figure whole or not at all, and forget it."""
-    with run.replacing(path) as whole:
+    with replacing(path) as whole:
         figure.savefig(whole, dpi=dpi, format="png")
     plt.close(figure)

@@ -9,11 +9,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.data import ImageData
-from experiments.measure import measure
-from experiments.pictures import draw_attention, draw_grid
-from experiments.task.autoencoding import Autoencoding
-from sj_taid.model import FSVAE
+from ..data import ImageData
+from ..model import FSVAE
+from .autoencoding import Autoencoding
+from .evaluation import measure
+from .plot import draw_attention, draw_grid
 
 
 class Generation(Autoencoding):

@@ -7,8 +7,8 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from experiments.data import Digits
-from experiments.data.augment import AUGMENTATIONS, _warp
+from sj_taid.data import Digits
+from sj_taid.data.augment import AUGMENTATIONS, _warp
 
 
 def digits(**options):

@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.data import ImageData
-from experiments.pictures import draw_reconstructions
-from experiments.task.task import Task
+from ..data import ImageData
+from .plot import draw_reconstructions
+from .task import Task
 
 
 class Autoencoding(Task):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from experiments.data import Data
+from ..data import Data
 
 
 class Task(L.LightningModule):

@@ -1,0 +1,1 @@
+"""Training from configs: LightningModules, a run's folder, its evaluation, the command line."""
