@@ -23,7 +23,7 @@ from .reference import state_dtype
 
 
 class Engine(NamedTuple):
-    """A fused ALIF: two functions with the arguments of :data:`FORWARD` and :data:`BACKWARD`.
+    """A fused ALIF: two functions with the arguments of :class:`Forward` and :class:`Backward`.
 
     They may rely on this: ``x_seq`` is dense with time outermost, in any order of the other axes;
     ``v0`` and the gradients, where given, have its layout, and ``v0``, ``w``, ``v_threshold`` and
@@ -40,18 +40,43 @@ class Engine(NamedTuple):
     checkpoints: Callable[[int], int]
 
 
-FORWARD = (
-    "(Tensor x_seq, Tensor? v0, float v_init, Tensor w, Tensor v_threshold,"
-    " bool decay_input, float? v_reset, bool store_v_seq, int checkpoints)"
-    " -> (Tensor spike_seq, Tensor v, Tensor v_seq, Tensor checkpoint)"
-)
-BACKWARD = (
-    "(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq,"
-    " Tensor x_seq, Tensor? v0, float v_init, Tensor w, Tensor v_threshold, Tensor checkpoint,"
-    " bool decay_input, float? v_reset, bool detach_reset, str surrogate, float a, float b,"
-    " bool need_x, bool need_v0, bool need_w, bool need_v_threshold)"
-    " -> (Tensor grad_x_seq, Tensor grad_v0, Tensor grad_parameters)"
-)
+class Forward(NamedTuple):
+    """The arguments of a forward, in the operator's order: spikes, V, every V, checkpoint."""
+
+    x_seq: Tensor
+    v0: Tensor | None
+    v_init: float
+    w: Tensor
+    v_threshold: Tensor
+    decay_input: bool
+    v_reset: float | None
+    store_v_seq: bool
+    checkpoints: int
+
+
+class Backward(NamedTuple):
+    """The arguments of a backward, in the operator's order: gradients of x, v0, parameters."""
+
+    grad_spike_seq: Tensor | None
+    grad_v: Tensor | None
+    grad_v_seq: Tensor | None
+    x_seq: Tensor
+    v0: Tensor | None
+    v_init: float
+    w: Tensor
+    v_threshold: Tensor
+    checkpoint: Tensor
+    decay_input: bool
+    v_reset: float | None
+    detach_reset: bool
+    surrogate: str
+    a: float
+    b: float
+    need_x: bool
+    need_v0: bool
+    need_w: bool
+    need_v_threshold: bool
+
 
 _library = torch.library.Library("sj_taid", "FRAGMENT")
 
@@ -59,65 +84,39 @@ _library = torch.library.Library("sj_taid", "FRAGMENT")
 def register(name: str, dispatch_key: str, engine: Engine) -> Engine:
     """Make ``engine``'s functions the operators ``sj_taid::{name}_forward`` and ``_backward``."""
     operators = []
-    for direction, schema, function, fake in (
-        ("forward", FORWARD, engine.forward, empty_outputs),
-        ("backward", BACKWARD, engine.backward, empty_gradients),
+    for direction, arguments, results, function, fake in (
+        ("forward", Forward, 4, engine.forward, empty_outputs),
+        ("backward", Backward, 3, engine.backward, empty_gradients),
     ):
-        _library.define(f"{name}_{direction}{schema}")
+        kinds = arguments.__annotations__.items()
+        schema = ", ".join(f"{k.__forward_arg__.replace(' | None', '?')} {n}" for n, k in kinds)
+        _library.define(f"{name}_{direction}({schema}) -> ({', '.join(['Tensor'] * results)})")
         _library.impl(f"{name}_{direction}", function, dispatch_key)
         torch.library.register_fake(f"sj_taid::{name}_{direction}", fake, lib=_library)
         operators.append(getattr(torch.ops.sj_taid, f"{name}_{direction}").default)
     return Engine(operators[0], operators[1], engine.checkpoints)
 
 
-def empty_outputs(
-    x_seq: Tensor,
-    v0: Tensor | None,
-    v_init: float,
-    w: Tensor,
-    v_threshold: Tensor,
-    decay_input: bool,
-    v_reset: float | None,
-    store_v_seq: bool,
-    checkpoints: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward's results, allocated: spikes and voltages in ``x_seq``'s layout."""
-    dtype = state_dtype(x_seq.dtype)
+def empty_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of :class:`Forward`, allocated: spikes and voltages in ``x_seq``'s layout."""
+    call = Forward(*arguments)
+    x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     return (
         torch.empty_like(x_seq),
         torch.empty_like(x_seq[0], dtype=dtype),
-        torch.empty_like(x_seq, dtype=dtype) if store_v_seq else x_seq.new_empty(0, dtype=dtype),
-        x_seq.new_empty((checkpoints, x_seq[0].numel()), dtype=dtype),
+        torch.empty_like(x_seq if call.store_v_seq else x_seq.new_empty(0), dtype=dtype),
+        x_seq.new_empty((call.checkpoints, x_seq[0].numel()), dtype=dtype),
     )
 
 
-def empty_gradients(
-    grad_spike_seq: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    x_seq: Tensor,
-    v0: Tensor | None,
-    v_init: float,
-    w: Tensor,
-    v_threshold: Tensor,
-    checkpoint: Tensor,
-    decay_input: bool,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    a: float,
-    b: float,
-    need_x: bool,
-    need_v0: bool,
-    need_w: bool,
-    need_v_threshold: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward's results, allocated, in ``x_seq``'s layout."""
-    dtype = state_dtype(x_seq.dtype)
+def empty_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of :class:`Backward`, allocated, in ``x_seq``'s layout."""
+    call = Backward(*arguments)
+    x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     return (
-        torch.empty_like(x_seq) if need_x else x_seq.new_empty(0),
-        torch.empty_like(x_seq[0], dtype=dtype) if need_v0 else x_seq.new_empty(0, dtype=dtype),
-        w.new_empty((need_w + need_v_threshold, *w.shape)),
+        torch.empty_like(x_seq if call.need_x else x_seq.new_empty(0)),
+        torch.empty_like(x_seq[0] if call.need_v0 else x_seq.new_empty(0), dtype=dtype),
+        call.w.new_empty((call.need_w + call.need_v_threshold, *call.w.shape)),
     )
 
 

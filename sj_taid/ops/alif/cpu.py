@@ -459,100 +459,70 @@ def _ask_for_huge_pages(*tensors: Tensor) -> None:
             madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
 
 
-def _forward_operator(
-    x_seq: Tensor,
-    v0: Tensor | None,
-    v_init: float,
-    w: Tensor,
-    v_threshold: Tensor,
-    decay_input: bool,
-    v_reset: float | None,
-    store_v_seq: bool,
-    checkpoints: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = x_seq.float()
-    outputs = autograd.empty_outputs(
-        x, v0, v_init, w, v_threshold, decay_input, v_reset, store_v_seq, checkpoints
-    )
-    spike_seq, v, v_seq, checkpoint = outputs
+def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = autograd.Forward(*arguments)
+    x = call.x_seq.float()
+    spike_seq, v, v_seq, checkpoint = autograd.empty_outputs(x, *arguments[1:])
     _ask_for_huge_pages(spike_seq, v_seq)
-    q = w.sigmoid()
-    geometry = _geometry(x, w)
+    q = call.w.sigmoid()
+    geometry = _geometry(x, q)
     _run(
         _forward,
         _Partition.of(*geometry[:2]),
         x.data_ptr(),
-        _address(v0),
-        np.float32(v_init),
+        _address(call.v0),
+        np.float32(call.v_init),
         q.data_ptr(),
-        v_threshold.data_ptr(),
+        call.v_threshold.data_ptr(),
         spike_seq.data_ptr(),
         v.data_ptr(),
         v_seq.data_ptr(),
         *geometry,
-        np.float32(v_reset or 0.0),
-        decay_input,
-        v_reset is None,
+        np.float32(call.v_reset or 0.0),
+        call.decay_input,
+        call.v_reset is None,
     )
-    return spike_seq.to(x_seq.dtype), v, v_seq, checkpoint
+    return spike_seq.to(call.x_seq.dtype), v, v_seq, checkpoint
 
 
-def _backward_operator(
-    grad_spike_seq: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    x_seq: Tensor,
-    v0: Tensor | None,
-    v_init: float,
-    w: Tensor,
-    v_threshold: Tensor,
-    checkpoint: Tensor,
-    decay_input: bool,
-    v_reset: float | None,
-    detach_reset: bool,
-    name: str,
-    a: float,
-    b: float,
-    need_x: bool,
-    need_v0: bool,
-    need_w: bool,
-    need_v_threshold: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = x_seq.float()
-    grad_spike_seq = None if grad_spike_seq is None else grad_spike_seq.float()
-    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    grad_v0 = torch.empty_like(x[0]) if need_v0 else x.new_empty(0)
+def _backward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = autograd.Backward(*arguments)
+    x = call.x_seq.float()
+    grad_spike_seq = None if call.grad_spike_seq is None else call.grad_spike_seq.float()
+    grad_x, grad_v0, grad_parameters = autograd.empty_gradients(*call._replace(x_seq=x))
     _ask_for_huge_pages(grad_x)
-    q = w.sigmoid()
-    geometry = _geometry(x, w)
+    q = call.w.sigmoid()
+    geometry = _geometry(x, q)
     shape = _Partition.of(*geometry[:2])
-    sums = np.zeros((shape.parts, 2, w.numel()))
+    sums = np.zeros((shape.parts, 2, q.numel()))
+    needs = call.need_w, call.need_v_threshold
     _run(
-        _backward(name, decay_input, v_reset is None, detach_reset, need_w, need_v_threshold),
+        _backward(
+            call.surrogate, call.decay_input, call.v_reset is None, call.detach_reset, *needs
+        ),
         shape,
         _address(grad_spike_seq),
-        _address(grad_v),
-        _address(grad_v_seq),
+        _address(call.grad_v),
+        _address(call.grad_v_seq),
         x.data_ptr(),
-        _address(v0),
-        np.float32(v_init),
+        _address(call.v0),
+        np.float32(call.v_init),
         q.data_ptr(),
-        v_threshold.data_ptr(),
+        call.v_threshold.data_ptr(),
         grad_x.data_ptr(),
         grad_v0.data_ptr(),
         sums,
         *geometry,
-        np.float32(v_reset or 0.0),
-        np.float32(a),
-        np.float32(b),
+        np.float32(call.v_reset or 0.0),
+        np.float32(call.a),
+        np.float32(call.b),
     )
     # A few numbers, for which numpy's functions cost a fraction of torch's.
     gradients = sums.sum(0)
     rate = q.numpy().ravel().astype(np.float64)
     gradients[0] *= rate * (1 - rate)  # dq/dw
-    wanted = gradients[[need_w, need_v_threshold]].astype(np.float32)
-    grad_parameters = torch.from_numpy(wanted).view(need_w + need_v_threshold, *w.shape)
-    return grad_x.to(x_seq.dtype), grad_v0, grad_parameters
+    grad_parameters.numpy()[:] = gradients[list(needs)].reshape(grad_parameters.shape)
+    return grad_x.to(call.x_seq.dtype), grad_v0, grad_parameters
 
 
 def _address(tensor: Tensor | None) -> int:

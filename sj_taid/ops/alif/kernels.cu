@@ -17,16 +17,11 @@
 // multiply-adds are written out as fmaf.
 //
 // Standard headers are not needed and not available: the same text is compiled by NVRTC for a GPU
-// and, under a prelude that defines the CUDA keywords, by a C++ compiler for the tests.
+// and, under a prelude that defines the CUDA keywords, by a C++ compiler for the tests. BLOCK,
+// SEGMENT, LONGEST_SWEEP, the values of RESET and the bits of NEEDS come from kernels.py.
 
 typedef long long index_t;
 
-enum Reset { SOFT, HARD, HARD_TO_ZERO };
-enum Need { NEED_X = 1, NEED_W = 2, NEED_V_THRESHOLD = 4 };
-
-constexpr int BLOCK = 128;
-constexpr int SEGMENT = 8;
-constexpr int LONGEST_SWEEP = 16;
 constexpr float FLOAT_MAX = 3.402823466e38f;
 
 __device__ constexpr int steps_in_registers(int T) { return T <= LONGEST_SWEEP ? T : SEGMENT; }

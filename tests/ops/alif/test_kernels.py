@@ -124,6 +124,14 @@ def test_the_case_of_the_mutations_is_green_unbroken(launcher):
         check(launcher, Conformance(row | options))
 
 
+def test_the_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
+    row = {option: values[0] for option, values in OPTIONS.items()}
+    monkeypatch.setattr(kernels, "SEGMENT", 4)
+    monkeypatch.setattr(kernels, "LONGEST_SWEEP", 8)
+    with Host(tmp_path, kernels.source.__wrapped__()).patched() as host:
+        check(host, Conformance(row | {"T": 13}))
+
+
 @pytest.mark.parametrize("broken", [False, True], ids=["as it is", "one neuron too far"])
 def test_no_address_or_undefined_behaviour_error(tmp_path, broken):
     """In a process that watches every access to memory: see sanitized.py."""
