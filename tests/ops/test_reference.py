@@ -1,5 +1,8 @@
 """The definition of ALIF: a trace worked by hand, gradcheck, and gradients derived on paper."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -186,3 +189,13 @@ def test_half_input_is_computed_in_float32(dtype):
     assert got["v"].dtype == got["grad_w"].dtype == torch.float32
     assert torch.equal(got["spike_seq"].float(), exact["spike_seq"])
     assert torch.equal(got["v"], exact["v"])
+
+
+def test_the_readme_names_every_file_and_tests_that_exist():
+    folder = Path(reference.__file__).parent
+    readme = (folder / "README.md").read_text()
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    assert files - {"README.md", "__init__.py"} <= set(re.findall(r"`(\w+\.\w+)`", readme))
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", readme)
+    assert len(named) > 5 and all(f"def {name}(" in tests for name in named)
