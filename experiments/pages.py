@@ -6,6 +6,7 @@ no number is copied by hand.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,11 @@ BENCHMARKS = ROOT / "experiments" / "benchmark" / "results" / "epyc-2-cores"
 
 def filled(page: Path) -> str:
     """The text of a page, with its tables as they should be."""
+    return fill(page.read_text(encoding="utf-8"), all_tables())
+
+
+@cache
+def all_tables() -> dict[str, str]:
     decoders = ("mnist_fsvae", "mnist_taid_temporal", "mnist_taid")
     made = {
         "decoders": summary([run for name in decoders for run in stored(ROOT, name)]),
@@ -29,8 +35,7 @@ def filled(page: Path) -> str:
         "compile": compiled(),
         "loading": loading(),
     }
-    texts = {name: markdown(table) for name, table in made.items()}
-    return fill(page.read_text(encoding="utf-8"), tables(ROOT) | texts)
+    return tables(ROOT) | {name: markdown(table) for name, table in made.items()}
 
 
 def neurons() -> pd.DataFrame:
@@ -81,6 +86,5 @@ def loading() -> pd.DataFrame:
 
 if __name__ == "__main__":
     for page in PAGES:
-        text = filled(page)
         with atomic_write(page) as whole:
-            whole.write_text(text, encoding="utf-8")
+            whole.write_text(filled(page), encoding="utf-8")

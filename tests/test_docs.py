@@ -4,7 +4,6 @@ import argparse
 import configparser
 import importlib
 import importlib.util
-import itertools
 import os
 import re
 import shlex
@@ -111,8 +110,9 @@ def compose_each(config, words):
         )
     ]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for job in itertools.product(*choices):
-            compose(config, list(job), return_hydra_config=True)
+        for job in range(max(map(len, choices), default=1)):  # each choice of a sweep once
+            given = [options[job % len(options)] for options in choices]
+            compose(config, given, return_hydra_config=True)
 
 
 # ---- tables ----

@@ -21,7 +21,7 @@ class ImageData(Data):
     finish = (v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5]))
 
     def test_images(self) -> str:
-        """What figures are measured on, for their protocols."""
+        """What metrics are measured on, for their protocols."""
         return f"{len(self.test_set)} test images at {self.image_size}x{self.image_size}"
 
     def _in_memory(self, images: Tensor, labels: Tensor) -> InMemory:

@@ -1,7 +1,7 @@
 """Metrics of generated images. Needs torchmetrics, in the extra ``[experiments]``."""
 
 from .frechet import Features, FrechetDistance
-from .frechet_autoencoder import FrechetAutoencoderDistance
+from .frechet_autoencoder import FrechetAutoencoderDistance, PublishedFrechetAutoencoderDistance
 from .generation import Inception, InceptionScore
 
 __all__ = [
@@ -10,4 +10,5 @@ __all__ = [
     "FrechetDistance",
     "Inception",
     "InceptionScore",
+    "PublishedFrechetAutoencoderDistance",
 ]

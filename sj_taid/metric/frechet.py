@@ -18,7 +18,7 @@ class Features(nn.Module):
     """
 
     num_features: int
-    description: str  #: stands in the protocol beside each figure
+    description: str  #: stands in the protocol beside each value
 
     def freeze(self) -> None:
         self.eval().requires_grad_(False)

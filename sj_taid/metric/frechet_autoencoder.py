@@ -1,16 +1,21 @@
-"""FAD, the Frechet distance between codes of a plain autoencoder."""
+"""FAD, the Frechet distance between codes of a plain autoencoder: of our own, or of the papers'."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from ..model.autoencoder import Autoencoder
 from .frechet import Features, FrechetDistance
 
-__all__ = ["FrechetAutoencoderDistance"]
+__all__ = ["FrechetAutoencoderDistance", "PublishedFrechetAutoencoderDistance"]
 
 
 class FrechetAutoencoderDistance(FrechetDistance):
@@ -58,12 +63,100 @@ class _Codes(Features):
         super().__init__()
         self.autoencoder = autoencoder
         self.num_features = autoencoder.latent_channels
-        digest = hashlib.sha256()
-        for value in autoencoder.state_dict().values():
-            digest.update(value.cpu().double().numpy().tobytes())
-        weights = digest.hexdigest()[:8]
+        weights = _weights(autoencoder)
         self.description = f"this project's own autoencoder (weights {weights})"
         self.freeze()
 
     def forward(self, image: Tensor) -> Tensor:
         return self.autoencoder.encode(image)
+
+
+class PublishedFrechetAutoencoderDistance(FrechetDistance):
+    r"""FAD as the papers publish it: through the original's autoencoders and statistics.
+
+    Values compare with the papers' tables, and never with those of
+    :class:`FrechetAutoencoderDistance`. In the papers' protocol batch norm takes the statistics of
+    each batch, so a value needs batches of 256 images, 20 of them.
+
+    Args:
+        folder: holds ``<name>_64.pth`` and ``<name>_test_64.npz``, from the folders
+            ``metrics/stat_checkpoints`` and ``metrics/stats`` of
+            https://github.com/kamata1729/FullySpikingVAE.
+        name: ``"mnist"`` or ``"fashion"``; images are ``[N, 1, 32, 32]`` in [-1, 1].
+        kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that holds something else, or images of another shape.
+
+    Source: Kamata et al. 2022, arXiv 2110.00375, section 5, and its code.
+    """
+
+    batch_size, batches = 256, 20
+
+    def __init__(self, folder: str | Path, name: str, **kwargs: Any) -> None:
+        folder = Path(folder).expanduser()
+        codes = _PublishedCodes(folder / f"{name}_64.pth")
+        super().__init__(codes, **kwargs)
+        mean, covariance = _read(folder / f"{name}_test_64.npz", _statistics)
+        # torchmetrics keeps sums over the images; their number falls out again.
+        n = 10_000
+        self.real_features_sum = n * mean
+        self.real_features_cov_sum = (n - 1) * covariance + n * torch.outer(mean, mean)
+        self.real_features_num_samples = torch.tensor(n)
+        self.protocol += f", as published: batch norm by batches of {self.batch_size}"
+
+
+class _PublishedCodes(Features):
+    num_features = 64
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        blocks = (
+            # Without running statistics it takes those of the batch, whatever the mode.
+            (nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b, track_running_stats=False), nn.LeakyReLU())
+            for a, b in pairwise((1, 32, 64, 128, 256))
+        )
+        self.encoder = nn.Sequential(*(nn.Sequential(*block) for block in blocks))
+        self.latent_layer = nn.Linear(256 * 2 * 2, self.num_features)
+
+        def load(file: Path) -> None:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            self.load_state_dict({name: state[name] for name in self.state_dict()})
+
+        _read(path, load)
+        self.description = f"the papers' autoencoder {path.stem} (weights {_weights(self)})"
+        self.freeze()
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.shape[1:] != (1, 32, 32):
+            raise ValueError(
+                f"the papers' autoencoder takes images [N, 1, 32, 32], but got {list(image.shape)}"
+            )
+        return self.latent_layer(self.encoder(image).flatten(1))
+
+
+def _statistics(file: Path) -> list[Tensor]:
+    with np.load(file) as arrays:
+        return [torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma")]
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    remedy = "get it from https://github.com/kamata1729/FullySpikingVAE, folder metrics"
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}, which FAD as published needs; {remedy}")
+    try:
+        return reader(path)
+    except Exception as error:  # each kind of damage has an error of its own
+        raise ValueError(
+            f"{path} does not hold what FAD as published needs "
+            f"({type(error).__name__}: {error}); {remedy}"
+        ) from error
+
+
+def _weights(network: nn.Module) -> str:
+    """The start of a digest of a network's weights."""
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:8]

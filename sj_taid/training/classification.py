@@ -72,8 +72,14 @@ class Classification(Task):
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, label = batch
-        # Frames of events are loaded as [N, T, C, H, W]; the model's time comes first.
-        rates = self.model(x.transpose(0, 1) if x.dim() == 5 else x)
+        if x.dim() == 5:  # frames of events, [N, T, C, H, W]; the model's time comes first
+            if x.shape[1] != self.model.T:
+                raise ValueError(
+                    f"the recordings have dataset.T={x.shape[1]} frames, but model.T={self.model.T}"
+                    "; set dataset.T alone, which model.T follows"
+                )
+            x = x.transpose(0, 1)
+        rates = self.model(x)
         loss = F.mse_loss(rates, F.one_hot(label, self.model.classes).to(rates))
         self.log_mean(f"{stage}/loss", loss)
         self.log_mean(f"{stage}/accuracy", (rates.argmax(1) == label).float().mean())

@@ -9,7 +9,6 @@ folder, and its ``RESULTS.md`` is made of all that is there, beside ``results/pu
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import shlex
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from . import run
-from .cli import CONF
+from .cli import CONF, folder_name
 from .files import atomic_write
 from .plot import save
 
@@ -156,26 +155,12 @@ def store(metrics: Metrics, root: Path) -> Path:
     experiment = choices.pop("experiment", None)
     if experiment not in EXPERIMENTS:
         raise ValueError(f"{metrics['command']!r} is no run of an experiment in conf/experiment")
-    name = short_name(choices | {"seed": str(metrics["seed"])})
+    choices["seed"] = str(metrics["seed"])
+    name = folder_name(",".join(sorted(f"{key}={value}" for key, value in choices.items())))
     path = root / RUNS / experiment / f"{name}.json"
     with atomic_write(path) as whole:
         whole.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return path
-
-
-def short_name(choices: dict[str, str]) -> str:
-    """A file's name of letters, digits, ``-``, ``_`` and ``.``: choices of groups, others' digest.
-
-    >>> short_name({"seed": "0", "neuron": "alif"})
-    'neuron-alif_seed-0'
-    >>> short_name({"seed": "0", "model.stages": "[[32],[64]]"})
-    'seed-0_3e2e7b97'
-    """
-    words = sorted(f"{key}={value}" for key, value in choices.items())
-    plain = [word for word in words if re.fullmatch(r"\w+=[\w.-]{1,40}", word, re.ASCII)]
-    others = ",".join(word for word in words if word not in plain)
-    digest = [hashlib.sha256(others.encode()).hexdigest()[:8]] if others else []
-    return "_".join([*(word.replace("=", "-") for word in plain), *digest])
 
 
 # ---- tables ----

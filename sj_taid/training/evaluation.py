@@ -23,7 +23,13 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
 from ..data import ImageData
-from ..metric import FrechetAutoencoderDistance, FrechetDistance, Inception, InceptionScore
+from ..metric import (
+    FrechetAutoencoderDistance,
+    FrechetDistance,
+    Inception,
+    InceptionScore,
+    PublishedFrechetAutoencoderDistance,
+)
 from ..model import Autoencoder
 from .autoencoding import Autoencoding
 from .files import atomic_write
@@ -31,6 +37,8 @@ from .files import atomic_write
 log = logging.getLogger(__name__)
 
 SAMPLES_AT_ONCE = 250
+#: what the published autoencoders are called
+PUBLISHED = {"mnist": "mnist", "fashion_mnist": "fashion"}
 STATISTICS = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
 
 
@@ -52,6 +60,9 @@ class Evaluator:
             training.
         inception_weights: a file or ``"download"``, see :class:`~sj_taid.metric.Inception`: adds
             FID and the Inception score.
+        published_autoencoders: a folder, see
+            :class:`~sj_taid.metric.PublishedFrechetAutoencoderDistance`: adds FAD as published, of
+            20 batches of 256 samples, for MNIST and FashionMNIST at 32x32.
         cache_dir: where the trained autoencoder and the statistics of test images are kept.
         seed: of the samples; the global random state is left alone.
         accelerator: Lightning's; all but ``"cpu"`` use a GPU where there is one.
@@ -62,6 +73,7 @@ class Evaluator:
         samples: int,
         autoencoder: Mapping[str, Any],
         inception_weights: str | Path | Literal[False] | None = None,
+        published_autoencoders: str | Path | Literal[False] | None = None,
         cache_dir: str | Path = "~/.cache/sj-taid",
         seed: int = 0,
         accelerator: str = "auto",
@@ -69,6 +81,7 @@ class Evaluator:
         self.samples = samples
         self.autoencoder = autoencoder
         self.inception_weights = inception_weights
+        self.published_autoencoders = published_autoencoders
         self.cache_dir = Path(cache_dir).expanduser()
         self.seed = seed
         self.accelerator = accelerator
@@ -76,7 +89,9 @@ class Evaluator:
     def evaluate_samples(
         self, model: Any, data: ImageData, only: str | None = None
     ) -> dict[str, Any]:
-        """``fad``, and where there are weights ``fid`` and ``inception_score``, with ``protocol``.
+        """``fad``, and where there are weights ``fid``, ``inception_score`` and ``fad_published``.
+
+        And under ``protocol`` how each was measured.
 
         Args:
             model: has ``sample(n)``; moved to the metrics' device.
@@ -85,12 +100,14 @@ class Evaluator:
                 shows before a training and not after it.
 
         Raises:
-            ValueError: too few samples or test images for one of the metrics.
+            ValueError: too few samples or test images for one of the metrics, or other images than
+                FAD as published takes.
         """
         gpu = self.accelerator != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if gpu else "cpu")
         with seeded(self.seed):  # loading the test images draws numbers too
             metrics = self.ready_metrics(data, device)
+            published = self._published_fad(data)
         if only:
             metrics = MetricCollection({only: metrics[only]})
         model.to(device)
@@ -104,6 +121,16 @@ class Evaluator:
             + (f" against {data.test_images()}" if isinstance(metric, FrechetDistance) else "")
             for name, metric in metrics.items()
         }
+        if published and not only:
+            published.to(device)
+            with seeded(self.seed):
+                for _ in range(published.batches):
+                    published.update(model.sample(published.batch_size), real=False)
+            values["fad_published"] = float(published.compute())
+            values["protocol"]["fad_published"] = (
+                f"{published.protocol}, {published.batches * published.batch_size} samples against "
+                "the published statistics of the test images"
+            )
         return values
 
     def ready_metrics(self, data: ImageData, device: torch.device) -> MetricCollection:
@@ -127,6 +154,19 @@ class Evaluator:
             if isinstance(metric, FrechetDistance):
                 self._see_test_images(metric, data)
         return MetricCollection(metrics, compute_groups=False)
+
+    def _published_fad(self, data: ImageData) -> PublishedFrechetAutoencoderDistance | None:
+        if not self.published_autoencoders:
+            return None
+        name = PUBLISHED.get(str(data.name))
+        if name is None or data.image_size != 32:
+            raise ValueError(
+                f"FAD as published is of {' and '.join(PUBLISHED)} at 32x32, but the data set is "
+                f"{data.name} at {data.image_size}x{data.image_size}; leave it out with "
+                "metric.published_autoencoders=false"
+            )
+        folder = self.published_autoencoders
+        return PublishedFrechetAutoencoderDistance(folder, name, sync_on_compute=False)
 
     def _check_enough(self, name: str, needed: int, test_images: int | None = None) -> None:
         counts = {"metric.samples": self.samples, "the number of test images": test_images}

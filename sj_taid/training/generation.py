@@ -34,7 +34,11 @@ class Generation(Autoencoding):
 
     def report(self, metrics: dict[str, Any]) -> list[str]:
         before = metrics.get("fad_untrained")
-        titles = {"fid": "FID of the samples", "inception_score": "Their Inception score"}
+        titles = {
+            "fad_published": "FAD as published",
+            "fid": "FID of the samples",
+            "inception_score": "Their Inception score",
+        }
         return [
             *super().report(metrics),
             f"FAD of the samples: {metrics['fad']:.3f}"

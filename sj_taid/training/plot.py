@@ -63,7 +63,7 @@ def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path) ->
 
 def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> None:
     """tau and V_th of every layer over the epochs; entry 0 is the start."""
-    figure = Figure((11, 4.2))
+    figure = Figure((11, 4.2), layout="tight")
     axes = figure.subplots(1, 2)
     names = list(history[0])
     colors = colormaps["viridis"](np.linspace(0, 0.95, len(names)))
@@ -82,7 +82,6 @@ def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> N
         fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), title="layer", frameon=False
     )
     figure.suptitle("What the neurons learned")
-    figure.tight_layout()
     save(figure, path)
 
 
@@ -95,7 +94,7 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     T, _, channels = attention.shape
     steps = np.arange(1, T + 1)
     shares = (attention / attention.sum(0)).detach().cpu().numpy()
-    figure = Figure((6.4, 4))
+    figure = Figure((6.4, 4), layout="tight")
     axis = figure.subplots()
     for channel in range(channels):
         label = "this decoder" + (f", channel {channel}" if channels > 1 else "")
@@ -112,14 +111,13 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     axis.set_title("What each time step adds (mean and 10-90 % of test images)", fontsize=10)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    figure.tight_layout()
     save(figure, path)
 
 
 def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
     """What was logged over the epochs, ``train/<name>`` and ``val/<name>`` in one plot a name."""
     names = list(dict.fromkeys(key.split("/")[1] for key in epochs[-1]))
-    figure = Figure((5.2 * len(names), 4))
+    figure = Figure((5.2 * len(names), 4), layout="tight")
     axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for stage, label in (("train", "training"), ("val", "test set")):
@@ -132,7 +130,6 @@ def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
         axis.set_ylabel(name)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     save(figure, path)
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg
+from torch import nn
 
-from sj_taid.metric import FrechetAutoencoderDistance
+from sj_taid.metric import FrechetAutoencoderDistance, PublishedFrechetAutoencoderDistance
 from sj_taid.model.autoencoder import Autoencoder
 
 
@@ -33,13 +34,16 @@ def distance(real, generated, batch=100):
     return float(metric.compute())
 
 
-def test_equals_scipys_matrix_root():
-    real, generated = codes(400, 1.0, 0.0, 0), codes(300, 1.4, 0.5, 1)
+def scipys(real, generated):
     mu_r, mu_g = real.mean(0).numpy(), generated.mean(0).numpy()
     s_r, s_g = np.cov(real.T.numpy()), np.cov(generated.T.numpy())
     root = linalg.sqrtm(s_r @ s_g).real
-    expected = ((mu_r - mu_g) ** 2).sum() + np.trace(s_r + s_g - 2 * root)
-    assert distance(real, generated) == pytest.approx(expected, rel=1e-6)
+    return ((mu_r - mu_g) ** 2).sum() + np.trace(s_r + s_g - 2 * root)
+
+
+def test_equals_scipys_matrix_root():
+    real, generated = codes(400, 1.0, 0.0, 0), codes(300, 1.4, 0.5, 1)
+    assert distance(real, generated) == pytest.approx(scipys(real, generated), rel=1e-6)
 
 
 def test_equals_the_closed_form_of_scaled_and_shifted_gaussians():
@@ -71,3 +75,65 @@ def test_refuses_other_shapes():
     metric = FrechetAutoencoderDistance(Identity())
     with pytest.raises(ValueError, match=r"made for images \[N, 1, 2, 2\], but got \[5, 3, 2, 2\]"):
         metric.update(torch.rand(5, 3, 2, 2), real=True)
+
+
+class Network(nn.Module):
+    """The papers', as its checkpoints name its layers; in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = ((1, 32), (32, 64), (64, 128), (128, 256))
+        self.encoder = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU())
+                for a, b in sizes
+            )
+        )
+        self.latent_layer = nn.Linear(1024, 64)
+        self.decoder_input = nn.Linear(64, 1024)
+
+    def codes(self, images, batch):
+        with torch.no_grad():
+            parts = [self.latent_layer(self.encoder(x).flatten(1)) for x in images.split(batch)]
+        return torch.cat(parts).double()
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A network with made-up weights, images, and the files that stand for both."""
+    torch.manual_seed(0)
+    network, images = Network(), torch.rand(160, 1, 32, 32) * 2 - 1
+    torch.save(network.state_dict(), tmp_path / "mnist_64.pth")
+    codes = network.codes(images, 80)
+    np.savez(tmp_path / "mnist_test_64.npz", mu=codes.mean(0), sigma=np.cov(codes.T))
+    return network, images, codes
+
+
+def test_the_published_distance_takes_the_norm_of_each_batch(published, tmp_path):
+    network, images, codes = published
+    same = PublishedFrechetAutoencoderDistance(tmp_path, "mnist")
+    other = PublishedFrechetAutoencoderDistance(tmp_path, "mnist").eval()
+    for part in images.split(80):
+        same.update(part, real=False)
+    generated = (images + 0.4).clamp(-1, 1)
+    for part in generated.split(40):
+        other.update(part, real=False)
+    assert float(same.compute()) == pytest.approx(0, abs=1e-4)
+    expected = scipys(codes, network.codes(generated, 40))
+    assert float(other.compute()) == pytest.approx(expected, rel=1e-5)
+    assert "papers' autoencoder mnist_64 (weights " in same.protocol
+    assert "as published: batch norm by batches of 256" in same.protocol
+
+
+def test_the_published_distance_says_what_it_needs(published, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"takes images \[N, 1, 32, 32\], but got \[5, 1, 28, 28\]"
+    ):
+        PublishedFrechetAutoencoderDistance(tmp_path, "mnist").update(
+            torch.zeros(5, 1, 28, 28), real=False
+        )
+    (tmp_path / "mnist_test_64.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"mnist_test_64\.npz does not hold .*get it from"):
+        PublishedFrechetAutoencoderDistance(tmp_path, "mnist")
+    with pytest.raises(FileNotFoundError, match=r"fashion_64\.pth, which .*get it from https"):
+        PublishedFrechetAutoencoderDistance(tmp_path, "fashion")

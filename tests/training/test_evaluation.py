@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sj_taid.data import Digits
+from sj_taid.metric import FrechetDistance
 from sj_taid.training import evaluation
 from sj_taid.training.evaluation import Evaluator, take_or_make
 from tests.training.conftest import Network
@@ -24,12 +25,13 @@ AUTOENCODER = {
 class Noise(torch.nn.Module):
     """Draws images from the global random generator, as a model does."""
 
-    def __init__(self):
+    def __init__(self, size=8):
         super().__init__()
+        self.size = size
         self.scale = torch.nn.Parameter(torch.ones(()))
 
     def sample(self, n):
-        return self.scale * torch.rand(n, 1, 8, 8)
+        return self.scale * torch.rand(n, 1, self.size, self.size)
 
 
 def digits(**options):
@@ -135,6 +137,32 @@ def test_what_a_metric_lacks_shows_before_a_training(evaluator, monkeypatch):
     data.test_set = data.test_set.subset(range(4))
     with pytest.raises(ValueError, match=r"fid .* but the number of test images is 4"):
         evaluator.evaluate_samples(Noise(), data, only="fad")
+
+
+def test_fad_as_published_is_a_metric_of_its_own(evaluator, monkeypatch, tmp_path):
+    class Published(FrechetDistance):
+        batch_size, batches = 256, 1
+
+        def __init__(self, folder, name, **options):
+            assert (folder, name) == (tmp_path, "fashion")
+            super().__init__(Network("weights.pth"), **options)
+            self.update(torch.rand(9, 1, 32, 32), real=True)
+
+        def update(self, images, real):
+            assert real or len(images) == self.batch_size
+            super().update(images[..., :8, :8], real)
+
+    monkeypatch.setattr(evaluation, "PublishedFrechetAutoencoderDistance", Published)
+    evaluator.published_autoencoders = tmp_path
+    data = digits(name="fashion_mnist", image_size=32, limit=40)
+    values = evaluator.evaluate_samples(Noise(32), data)
+    assert values["fad_published"] > 0 and values["fad"] > 0
+    assert values["protocol"]["fad_published"].endswith(
+        "256 samples against the published statistics of the test images"
+    )
+    for other in (digits(name="fashion_mnist"), digits(image_size=32)):
+        with pytest.raises(ValueError, match=r"mnist and fashion_mnist at 32x32, but .*=false"):
+            evaluator.evaluate_samples(Noise(), other, only="fad")
 
 
 def taken(path, make):
