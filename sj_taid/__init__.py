@@ -1,9 +1,15 @@
 """sj-taid: the ALIF neuron and temporal attention image decoding (TAID) for SpikingJelly.
 
 >>> from sj_taid import ALIFNode, TAID
+
+The parts ``sj_taid.lightning``, ``sj_taid.metric`` and ``sj_taid.model`` are imported when they are
+first used. ``import *`` leaves out ``functional``, which would take the place of SpikingJelly's.
 """
 
-from . import functional
+from importlib import import_module
+from types import ModuleType
+
+from . import functional as functional
 from .convert import swap_neurons, to_lif
 from .layer import TAID, FixedDecoder
 from .monitoring import monitor
@@ -16,7 +22,6 @@ __all__ = [
     "ALIFNode",
     "FixedDecoder",
     "fresh_state",
-    "functional",
     "monitor",
     "name_neurons",
     "parameter_groups",
@@ -24,3 +29,12 @@ __all__ = [
     "to_lif",
 ]
 __version__ = "0.1.0"
+
+#: the parts imported at their first use: some need more than torch and SpikingJelly
+_PARTS = ("data", "lightning", "metric", "model", "training")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _PARTS:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

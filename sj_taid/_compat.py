@@ -97,7 +97,7 @@ else:
             return states
 
         def _threshold(self) -> Tensor:
-            threshold = self.effective_v_threshold().to(self.v.dtype)
+            threshold = self.effective_v_threshold.to(self.v.dtype)
             return reference.per_channel(threshold, self.v.unsqueeze(0))
 
         def _overrides_a_hook(self) -> bool:

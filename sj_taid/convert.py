@@ -39,6 +39,8 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 
+_HIDDEN = "a Python list, dict or tuple hides it from torch; use nn.ModuleList or nn.ModuleDict"
+
 Channels = str | Mapping[str, int] | Callable[[str, nn.Module], int | None] | None
 
 
@@ -47,7 +49,8 @@ class Swap:
     """What happened to one neuron.
 
     Attributes:
-        names: every path in the net; several for a module used in several places.
+        names: every path in the net; several for a module used in several places, also in lists,
+            dicts and tuples.
         kind: the class it had.
         swapped: whether it was replaced.
         note: how equal the outputs are, or why it was left alone.
@@ -110,7 +113,10 @@ def swap_neurons(
 
     Left alone and reported: subclasses of these nodes, which may do something else; other neurons;
     nodes that ``filter`` declines, whose threshold is a tensor, whose tau is 1, or that have a
-    precision policy of their own; and ``net`` itself, for which there is no place to put another.
+    precision policy of their own; neurons that only a Python list, dict or tuple holds, which
+    hides them from ``parameters()`` and ``reset_net`` too; and ``net`` itself, for which there is
+    no place to put another. A replaced neuron that still runs, since a closure or another object
+    that is not looked into holds it, warns.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -129,7 +135,8 @@ def swap_neurons(
 
     Raises:
         ValueError: ``channels`` is unknown, names no neuron, or is ``"infer"`` without
-            ``example_input``; ``min_v_threshold`` is above a threshold.
+            ``example_input``; a neuron's value that ALIF cannot take, such as a threshold below
+            ``min_v_threshold``.
 
     >>> from spikingjelly.activation_based import layer, neuron
     >>> net = nn.Sequential(layer.Linear(4, 3), neuron.LIFNode(tau=2.0))
@@ -143,26 +150,28 @@ def swap_neurons(
     backends.check_name(backend)
     sites = _sites(net)
     counts = _channel_counts(net, sites, channels, example_input)
-    rows, swaps = [], []
+    rows = []
+    swaps: dict[nn.Module, nn.Module] = {}
     for site in sites:
         count = counts.get(site.path)
         note = _why_keep(site, filter) or (count if isinstance(count, str) else None)
         if note is None:
-            node = _to_alif(
-                site,
-                channels=count,
-                learn_tau=learn_tau,
-                learn_threshold=learn_threshold,
-                min_v_threshold=min_v_threshold,
-                backend=backend,
-            )
-            swaps.append((site, node))
+            try:
+                swaps[site.node] = _to_alif(
+                    site,
+                    channels=count,
+                    learn_tau=learn_tau,
+                    learn_threshold=learn_threshold,
+                    min_v_threshold=min_v_threshold,
+                    backend=backend,
+                )
+            except ValueError as error:
+                raise ValueError(f"the neuron {site.path!r}: {error}") from error
         rows.append(
             Swap(site.paths, type(site.node).__name__, note is None, note or _equality(site))
         )
     # Only now, so that an error above leaves the net as it was.
-    for site, node in swaps:
-        site.replace(node)
+    _replace(net, swaps)
     name_neurons(net)
     _compat.forget_reset_cache(net)
     return SwapReport(tuple(rows))
@@ -194,12 +203,17 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     # A net that is one neuron has no parent to hold the new node.
     holder = nn.ModuleList([copy.deepcopy(net)])
     refused = []
+    swaps: dict[nn.Module, nn.Module] = {}
     for site in _sites(holder, ALIFNode):
         node = site.node
         paths = tuple(path.removeprefix("0").removeprefix(".") or "net" for path in site.paths)
-        tau, threshold = _distinct(node.tau), _distinct(node.effective_v_threshold())
+        tau, threshold = _distinct(node.tau), _distinct(node.effective_v_threshold)
         if type(node) is not ALIFNode:
             note = "a subclass of ALIFNode, whose own behaviour LIF would lose"
+        elif site.hidden:
+            note = _HIDDEN
+        elif any(math.isnan(value) for value in (*tau, *threshold)):
+            note = "its tau or threshold is nan: its training diverged, take an earlier checkpoint"
         elif len(tau) > 1 or len(threshold) > 1:
             note = f"its channels have {len(tau)} taus and {len(threshold)} thresholds; LIF has one"
         elif tau[0] == 1.0:
@@ -207,7 +221,7 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
         elif tau[0] == math.inf and node.decay_input:
             note = "its tau is infinite, so that its input has no effect"
         else:
-            site.replace(_to_plain(node, tau[0], threshold[0]))
+            swaps[node] = _to_plain(node, tau[0], threshold[0])
             continue
         refused.append(Swap(paths, type(node).__name__, False, note))
     if refused:
@@ -215,17 +229,18 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
         if strict:
             raise ValueError(f"{message}\nstrict=False leaves them as they are")
         warnings.warn(message, stacklevel=2)
+    _replace(holder, swaps)
     _compat.forget_reset_cache(holder)
     return holder[0]
 
 
 @dataclass
 class _Site:
-    """A neuron and every place that holds it."""
+    """A neuron and every path to it; ``hidden`` if ``named_modules`` has none of them."""
 
     node: Any
-    places: list[tuple[nn.Module, str]]
     paths: tuple[str, ...]
+    hidden: bool
     device: torch.device
     dtype: torch.dtype
 
@@ -233,32 +248,83 @@ class _Site:
     def path(self) -> str:
         return self.paths[0]
 
-    def replace(self, node: nn.Module) -> None:
-        node.train(self.node.training)
-        for hooks in _HOOKS:
-            setattr(node, hooks, getattr(self.node, hooks))
-        for parent, name in self.places:
-            setattr(parent, name, node)
-
 
 def _sites(net: nn.Module, kind: type = neuron.BaseNode) -> list[_Site]:
     """Every neuron of ``kind`` in the tree, once, with the device and dtype of its surroundings."""
-    places = defaultdict(list)
     paths = defaultdict(list)
     for path, module in net.named_modules(remove_duplicate=False):
-        if path:
-            parent, _, name = path.rpartition(".")
-            places[module].append((net.get_submodule(parent), name))
+        paths[module].append(path)
+
+    def note(path: str, module: nn.Module) -> nn.Module:
+        if path not in paths[module]:
             paths[module].append(path)
+        return module
+
+    registered = set(paths)
+    _walk(net, "", note, set())
     sites = []
     # A neuron without parameters lives where the parameter before it does.
     near = _parameter(net.parameters(), torch.empty(0))
-    for module in net.modules():
+    for module, names in paths.items():
         near = _parameter(module.parameters(recurse=False), near)
         if isinstance(module, kind):
-            names = tuple(paths[module]) or ("",)
-            sites.append(_Site(module, places[module], names, near.device, near.dtype))
+            hidden = module not in registered
+            sites.append(_Site(module, tuple(names), hidden, near.device, near.dtype))
     return sites
+
+
+def _walk(
+    value: Any,
+    path: str,
+    visit: Callable[[str, nn.Module], nn.Module],
+    seen: set[int],
+    member: str = "{}[{!r}]",
+) -> Any:
+    """Put ``visit(path, module)`` in the place of each module that ``value`` leads to.
+
+    That is through the attributes of modules and through lists, dicts and tuples; the others are
+    changed in place, and a tuple is replaced. ``seen`` has the ``id`` of those already walked.
+    """
+    if isinstance(value, nn.Module):
+        new = visit(path, value)
+        if new is value:
+            for members in (value._modules, vars(value)):
+                _walk(members, path, visit, seen, "{}.{}" if path else "{}{}")
+        return new
+    if isinstance(value, tuple):
+        items = [_walk(item, f"{path}[{i}]", visit, seen) for i, item in enumerate(value)]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if not isinstance(value, list | dict) or id(value) in seen:
+        return value
+    seen.add(id(value))
+    for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        new = _walk(item, member.format(path, key), visit, seen)
+        if new is not item:
+            value[key] = new
+    return value
+
+
+def _replace(net: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the new neurons in the old ones' places, with their hooks."""
+    for old, new in swaps.items():
+        new.train(old.training)
+        fresh = nn.Module()
+        for hooks in _HOOKS:
+            setattr(new, hooks, getattr(old, hooks))
+            setattr(old, hooks, getattr(fresh, hooks))
+        old.register_forward_pre_hook(_warn_replaced)
+    _walk(net, "", lambda path, module: swaps.get(module, module), set())
+
+
+def _warn_replaced(node: nn.Module, inputs: Any) -> None:
+    warnings.warn(
+        f"a {type(node).__name__} runs that swap_neurons or to_lif has replaced: something other "
+        "than an attribute, list, dict or tuple of the net still holds it, such as a closure. Let "
+        "that look the neuron up in the net when it is called.",
+        stacklevel=5,
+    )
 
 
 def _parameter(parameters: Iterator[nn.Parameter], default: Tensor) -> Tensor:
@@ -275,8 +341,10 @@ def _why_keep(site: _Site, filter: Callable[[str, nn.Module], bool] | None) -> s
         if base is None:
             return "not a LIF, PLIF or IF neuron"
         return f"a subclass of {base.__name__}, which may behave differently"
-    if not site.places:
+    if not site.path:
         return "it is the net itself; put it in a module: nn.Sequential(net)"
+    if site.hidden:
+        return _HIDDEN
     if filter is not None and not filter(site.path, node):
         return "declined by filter"
     if isinstance(node.v_threshold, Tensor):
@@ -406,6 +474,7 @@ def _channel_counts(
 
 
 def _inferred_channels(net: nn.Module, sites: list[_Site], example_input: Any) -> dict[str, Any]:
+    sites = [site for site in sites if not site.hidden]
     # On a copy, so that statistics, states and training flags of the net stay as they are.
     trial = copy.deepcopy(net).eval()
     seen: dict[str, set[int | None]] = {site.path: set() for site in sites}

@@ -56,7 +56,8 @@ def alif_multi_step(
         ``[T, N, *]`` or ``None``. Voltages are float32 (float64 for float64 input).
 
     Raises:
-        TypeError: ``x_seq`` is not a floating tensor.
+        TypeError: ``x_seq`` is not a floating tensor, ``w`` or ``v_threshold`` is not a tensor,
+            or ``v`` is neither a tensor nor a number.
         ValueError: shapes, devices or the backend's name do not fit.
         BackendUnavailableError: the backend named cannot run here.
 
@@ -149,17 +150,28 @@ def _check_floating(name: str, x: Tensor) -> None:
 
 def _check_state(v: Tensor | float, x_seq: Tensor) -> Tensor | float:
     if not isinstance(v, Tensor):
-        return v
+        if isinstance(v, int | float | torch.SymFloat):
+            return v
+        raise TypeError(
+            f"the membrane potential v must be a tensor or a number, but it is {v!r}; 0.0 is rest"
+        )
     if v.shape != x_seq.shape[1:]:
         raise ValueError(
             f"the membrane potential has shape {list(v.shape)}, but one step of the input has "
             f"{list(x_seq.shape[1:])}; reset between sequences: functional.reset_net(net)"
         )
     _check_device("the membrane potential", v, x_seq)
+    if not torch.compiler.is_compiling() and v.is_inference() and torch.is_grad_enabled():
+        v = v.clone()  # autograd cannot save what inference mode made
     return v.to(state_dtype(x_seq.dtype))
 
 
 def _check_parameter(name: str, parameter: Tensor, x_seq: Tensor) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, but it is {parameter!r}; make it one: "
+            f"torch.tensor({parameter!r})"
+        )
     if parameter.dim() > 1:
         raise ValueError(
             f"{name} must be a scalar or one value per channel [C], but its shape is "

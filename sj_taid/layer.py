@@ -75,7 +75,8 @@ class TAID(_ImageDecoder):
 
     Raises:
         ValueError: a bad argument; at a call, a wrong rank or another T.
-        TypeError: at a call, an input that is not floating point.
+        TypeError: at a call, an input that is not floating point, or of another dtype than the
+            weights where autocast does not convert them.
 
     Source: Qiu et al. 2023, arXiv 2406.03046: ``all`` is the paper's figure, ``spatial`` the form
     its experiments use.
@@ -117,6 +118,12 @@ class TAID(_ImageDecoder):
     def attention(self, x_seq: Tensor) -> Tensor:
         """The weights in (0, 1): ``[T, N, C]`` (``spatial``) or ``[T, N, 1]`` (``all``)."""
         self._check(x_seq)
+        dtype = next(self.excite.parameters()).dtype
+        if x_seq.dtype != dtype and not torch.is_autocast_enabled(x_seq.device.type):
+            raise TypeError(
+                f"the weights of TAID are {dtype}, but the input is {x_seq.dtype}; convert one: "
+                f"x_seq.to({dtype}) or taid.to({x_seq.dtype})"
+            )
         z = x_seq.flatten(3).mean(3) if x_seq.dim() == 5 else x_seq
         if self.squeeze == "all":
             return self.excite(z.mean(2).t()).sigmoid().t().unsqueeze(2)
@@ -140,20 +147,18 @@ class FixedDecoder(_ImageDecoder):
     tensor([[1.7500]])
     """
 
-    weights: Tensor
-
     def __init__(self, T: int, decay: float = 0.8, reduce: str = "sum") -> None:
         super().__init__(T, reduce)
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay must be in (0, 1], but it is {decay!r}")
         self.decay = decay
-        weights = decay ** torch.arange(T - 1, -1, -1, dtype=torch.float32)
-        self.register_buffer("weights", weights, persistent=False)
 
     def attention(self, x_seq: Tensor) -> Tensor:
         """The weights ``[T, 1, 1]``, the same for every input."""
         self._check(x_seq)
-        return self.weights.view(self.T, 1, 1)
+        # Made anew at each call: a buffer rounded to one dtype stays so in a more precise one.
+        age = torch.arange(self.T - 1, -1, -1, dtype=x_seq.dtype, device=x_seq.device)
+        return (self.decay**age).view(self.T, 1, 1)
 
     def extra_repr(self) -> str:
         return f"T={self.T}, decay={self.decay}, reduce={self.reduce}, step_mode=m"

@@ -1,13 +1,16 @@
-"""For PyTorch Lightning; ``import sj_taid`` does not import this module."""
+"""For PyTorch Lightning, the extra ``[lightning]``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from spikingjelly.activation_based import functional
 
+from ._extras import needs
 from .state import name_neurons
+
+with needs("lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 __all__ = ["ResetState"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,8 @@ class LayerState:
     """One layer of neurons.
 
     Attributes:
-        firing_rate: spikes per neuron and time step, in [0, 1]; ``None`` before the first input.
+        firing_rate: spikes per neuron and time step, in [0, 1]; ``None`` before the first input,
+            NaN where a voltage was not finite.
         tau: membrane time constant in time steps, the mean over channels; ``None`` for a neuron
             that has none.
         v_threshold: threshold voltage, the mean over channels.
@@ -44,7 +45,7 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
 
     Returns:
         A :class:`Monitor`. It counts on the neurons' device and adds no synchronisation until it
-        is read.
+        is read. A copy or pickle of ``net`` goes on counting for itself.
 
     Raises:
         ValueError: not ``0 <= dead <= saturated <= 1``, or ``net`` has no neurons.
@@ -76,15 +77,15 @@ class Monitor:
             raise ValueError(f"{type(net).__name__} has no SpikingJelly neurons to watch")
         self._dead = dead
         self._saturated = saturated
-        self.clear()
+        self._counts = {path: _Count() for path in self._nodes}
         self._hooks = [
-            node.register_forward_hook(self._count(path)) for path, node in self._nodes.items()
+            node.register_forward_hook(self._counts[path]) for path, node in self._nodes.items()
         ]
 
     def clear(self) -> None:
         """Forget the spikes counted so far."""
-        self._spikes: dict[str, Tensor] = {}
-        self._steps: dict[str, int] = {}
+        for count in self._counts.values():
+            count.clear()
 
     def remove(self) -> None:
         """Stop counting; what was counted stays readable."""
@@ -94,13 +95,18 @@ class Monitor:
     def state(self) -> dict[str, LayerState]:
         """Path -> :class:`LayerState`, over all inputs since the start or :meth:`clear`.
 
-        Warns of dead and saturated layers.
+        Warns of dead and saturated layers, and of those whose voltage was not finite.
         """
         states = {path: self._state(path, node) for path, node in self._nodes.items()}
-        rates = {path: state.firing_rate for path, state in states.items()}
-        self._warn("dead", {p: r for p, r in rates.items() if r is not None and r < self._dead})
-        self._warn(
-            "saturated", {p: r for p, r in rates.items() if r is not None and r > self._saturated}
+        rates = {p: s.firing_rate for p, s in states.items() if s.firing_rate is not None}
+        scale = "Lower or raise their v_threshold, or scale what comes in (tdBN, learning rate)."
+        _warn("dead", {p: r for p, r in rates.items() if r < self._dead}, scale)
+        _warn("saturated", {p: r for p, r in rates.items() if r > self._saturated}, scale)
+        _warn(
+            "not finite",
+            {p: r for p, r in rates.items() if math.isnan(r)},
+            "Their input, tau or threshold is NaN or infinite; torch.autograd.detect_anomaly() "
+            "finds where it began.",
         )
         return states
 
@@ -125,27 +131,35 @@ class Monitor:
     ) -> None:
         self.remove()
 
-    def _count(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(node: nn.Module, inputs: Any, spikes: Tensor) -> None:
-            total = spikes.detach().sum(dtype=torch.float64)
-            self._spikes[path] = self._spikes.get(path, 0) + total
-            self._steps[path] = self._steps.get(path, 0) + spikes.numel()
-
-        return hook
-
     def _state(self, path: str, node: Any) -> LayerState:
-        steps = self._steps.get(path, 0)
-        firing_rate = self._spikes[path].item() / steps if steps else None
-        return LayerState(firing_rate, *tau_and_threshold(node))
+        return LayerState(self._counts[path].rate(), *tau_and_threshold(node))
 
-    def _warn(self, what: str, rates: dict[str, float]) -> None:
-        if rates:
-            listed = ", ".join(f"{path} ({rate:.2g})" for path, rate in rates.items())
-            warnings.warn(
-                f"{what} layers, spikes per neuron and step: {listed}. Lower or raise their "
-                "v_threshold, or scale what comes in (tdBN, learning rate).",
-                stacklevel=3,
-            )
+
+class _Count:
+    """The forward hook of one neuron. It knows no :class:`Monitor`, so copies count apart."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.spikes: Tensor | float = 0.0
+        self.steps = 0
+
+    def rate(self) -> float | None:
+        return float(self.spikes) / self.steps if self.steps else None
+
+    def __call__(self, node: Any, inputs: Any, spikes: Tensor) -> None:
+        # A neuron whose voltage is NaN fires no spike: NaN and infinity times 0 make the sum NaN.
+        v = torch.as_tensor(node.v).detach().sum(dtype=torch.float64)
+        self.spikes = self.spikes + spikes.detach().sum(dtype=torch.float64) + 0.0 * v
+        self.steps += spikes.numel()
+
+
+def _warn(what: str, rates: dict[str, float], remedy: str) -> None:
+    if rates:
+        listed = ", ".join(f"{path} ({rate:.2g})" for path, rate in rates.items())
+        message = f"{what} layers, spikes per neuron and step: {listed}. {remedy}"
+        warnings.warn(message, stacklevel=3)
 
 
 def tau_and_threshold(node: Any) -> tuple[float | None, float]:
@@ -160,7 +174,7 @@ def tau_and_threshold(node: Any) -> tuple[float | None, float]:
         tau = 1.0 / node.w.sigmoid()
     else:
         tau = getattr(node, "tau", None)
-    threshold = node.effective_v_threshold() if isinstance(node, ALIFNode) else node.v_threshold
+    threshold = node.effective_v_threshold if isinstance(node, ALIFNode) else node.v_threshold
     return None if tau is None else _mean(tau), _mean(threshold)
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from spikingjelly.activation_based import surrogate
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from . import _compat, functional
-from ._graph import graph_is_freed
+from . import _compat, _graph, functional
 from .ops import backends
 from .ops.alif.reference import state_dtype
 
@@ -37,7 +36,7 @@ class ALIFNode(_compat.BaseNode):
     ``[N, *]`` in step mode ``"s"``, ``[T, N, *]`` in ``"m"``; spikes of the same shape and dtype.
 
     Args:
-        init_tau: initial membrane time constant in time steps, > 1.
+        init_tau: initial membrane time constant in time steps, > 1 and < 1e38.
         decay_input: whether the input is scaled by ``1/tau`` too.
         v_threshold: initial threshold voltage, dimensionless.
         v_reset: the voltage after a spike; ``None`` subtracts the threshold instead (soft reset).
@@ -63,9 +62,10 @@ class ALIFNode(_compat.BaseNode):
     would be lost in a half-precision scalar; the state ``v`` is float32 as well.
 
     Raises:
-        ValueError: ``init_tau <= 1``, an unknown backend or step mode, a threshold below its
-            bound, a bad ``channels``; at a call, shapes or devices that do not fit.
-        TypeError: at a call, an input that is not floating point.
+        ValueError: ``init_tau`` out of its range, an unknown backend or step mode, a threshold that
+            is NaN or below its bound, a reset that is not finite, a bad ``channels``; at a call,
+            shapes or devices that do not fit.
+        TypeError: at a call, an input that is not floating point, or torch.fx's, as in NIR export.
         RuntimeError: at a call with gradients, a state whose graph an earlier backward has freed.
 
     Source: Qiu et al., *When Spiking neural networks meet temporal attention image decoding and
@@ -97,19 +97,26 @@ class ALIFNode(_compat.BaseNode):
         learn_threshold: bool = True,
         min_v_threshold: float | None = None,
     ) -> None:
-        if not (isinstance(init_tau, int | float) and 1.0 < init_tau < math.inf):
+        # From about 3.4e38 on, 1/sigmoid(w) is infinite in float32.
+        if not (isinstance(init_tau, int | float) and 1.0 < init_tau < 1e38):
             raise ValueError(
-                f"init_tau must be a number of time steps greater than 1, but it is {init_tau!r}"
+                "init_tau must be a number of time steps greater than 1 and less than 1e38, but it "
+                f"is {init_tau!r}"
             )
+        v_threshold = float(v_threshold)
+        if math.isnan(v_threshold):
+            raise ValueError("v_threshold must be a number, but it is nan")
+        if v_reset is not None and not math.isfinite(v_reset):
+            raise ValueError(f"v_reset must be a finite number or None, but it is {v_reset!r}")
         if channels is not None and not (isinstance(channels, int) and channels >= 1):
             raise ValueError(f"channels must be None or an integer >= 1, but it is {channels!r}")
-        if min_v_threshold is not None and v_threshold < min_v_threshold:
+        if min_v_threshold is not None and not v_threshold >= min_v_threshold:
             raise ValueError(
-                f"v_threshold={v_threshold} is below min_v_threshold={min_v_threshold}; "
+                f"v_threshold={v_threshold} is not >= min_v_threshold={min_v_threshold}; "
                 "start at or above the bound"
             )
         super().__init__(
-            float(v_threshold),
+            v_threshold,
             None if v_reset is None else float(v_reset),
             surrogate_function,
             detach_reset,
@@ -127,7 +134,7 @@ class ALIFNode(_compat.BaseNode):
         self.w = nn.Parameter(torch.full(shape, init_w, dtype=dtype), requires_grad=learn_tau)
         # SpikingJelly's BaseNode insists on a float; the parameter takes its place.
         self.v_threshold = nn.Parameter(
-            torch.full(shape, float(v_threshold), dtype=dtype), requires_grad=learn_threshold
+            torch.full(shape, v_threshold, dtype=dtype), requires_grad=learn_threshold
         )
 
     @property
@@ -153,6 +160,7 @@ class ALIFNode(_compat.BaseNode):
         """
         return 1.0 / self.w.sigmoid()
 
+    @property
     def effective_v_threshold(self) -> Tensor:
         """The threshold used: ``v_threshold``, kept at or above ``min_v_threshold``."""
         if self.min_v_threshold is None:
@@ -163,6 +171,11 @@ class ALIFNode(_compat.BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
     ) -> tuple[Any, ...]:
         """Check the state and return it as it is: a float is a valid start, and saves a read."""
+        if isinstance(inputs[0], fx.Proxy):
+            raise TypeError(
+                "torch.fx, which NIR export traces a net with, cannot trace ALIF; give it a copy "
+                "with plain LIF neurons: sj_taid.to_lif(net)"
+            )
         v = states[0]
         if isinstance(v, Tensor):
             self._check_state(v, inputs[0].shape[1:] if step_mode == "m" else inputs[0].shape)
@@ -173,8 +186,9 @@ class ALIFNode(_compat.BaseNode):
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """One step ``[N, *]`` with explicit state; nothing on the module changes."""
         spike, v = functional.alif_step(
-            inputs[0], states[0], self.w, self.effective_v_threshold(), **self._options()
+            inputs[0], states[0], self.w, self.effective_v_threshold, **self._options()
         )
+        _graph.follow(v, spike, name=self.name)
         return (spike,), (v,)
 
     def multi_step_functional_forward(
@@ -196,7 +210,7 @@ class ALIFNode(_compat.BaseNode):
         with torch.no_grad():
             tau, threshold = (
                 f"{p.item():.4g}" if p.dim() == 0 else f"{p.min():.4g}..{p.max():.4g}"
-                for p in (self.tau, self.effective_v_threshold())
+                for p in (self.tau, self.effective_v_threshold)
             )
         return (
             f"tau={tau}, v_threshold={threshold}, v_reset={self.v_reset}, "
@@ -207,14 +221,16 @@ class ALIFNode(_compat.BaseNode):
     def _multi_step(
         self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return functional.alif_multi_step(
+        spike_seq, v_last, v_seq = functional.alif_multi_step(
             x_seq,
             v,
             self.w,
-            self.effective_v_threshold(),
+            self.effective_v_threshold,
             store_v_seq=store_v_seq,
             **self._options(),
         )
+        _graph.follow(v_last, spike_seq, v_seq, name=self.name)
+        return spike_seq, v_last, v_seq
 
     def _check_state(self, v: Tensor, step_shape: torch.Size) -> None:
         if v.shape != step_shape:
@@ -222,7 +238,19 @@ class ALIFNode(_compat.BaseNode):
                 f"{self._label()} kept a membrane potential of shape {list(v.shape)} from an "
                 f"earlier input, but one step of this input has {list(step_shape)}; {_REMEDY}"
             )
-        if graph_is_freed(v):
+        past = None if torch.compiler.is_compiling() else _graph.past_of.get(v)
+        if past is None:
+            return
+        if past.is_lost_start():
+            raise RuntimeError(
+                f"{self._label()} is recomputed in a backward (gradient checkpointing) from the "
+                "voltage that its forward ended with, not the one it started from: checkpoint with "
+                "SpikingJelly 2's memopt.checkpoint_module(net), which keeps the states, or reset "
+                "inside the function: "
+                "checkpoint(lambda x: (functional.reset_net(net), net(x))[1], x)"
+            )
+        past.resumed = True
+        if past.freed and torch.is_grad_enabled() and v.grad_fn is not None:
             raise RuntimeError(
                 f"{self._label()} kept a membrane potential whose graph was freed by an earlier "
                 f"backward, so no backward can pass through it again; {_REMEDY}, or "
@@ -250,8 +278,8 @@ class ALIFNode(_compat.BaseNode):
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> nn.Module:
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            lowered = moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize
-            return tensor.to(moved.device) if lowered and tensor.dtype == torch.float32 else moved
+            lowered = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device, torch.float32) if lowered else moved
 
         return super()._apply(keep_float32)
 

@@ -169,3 +169,22 @@ def assert_close(
             bound = tolerance["value"] * max(1.0, float(want.abs().max()))
         error = float((have.double() - want.double()).abs().max())
         assert error <= bound, f"{name}: error {error:.3g} > {bound:.3g} ({dtype})"
+
+
+def assert_not_finite_alike(
+    multi_step: Callable[..., Any], reference: Callable[..., Any], case: Case
+) -> None:
+    """From infinite and NaN inputs and voltages the same outputs, and gradients, NaN for NaN."""
+    leaves = tensors(case)
+    g = torch.Generator().manual_seed(case.seed)
+    with torch.no_grad():
+        for leaf in (leaves["x"], leaves["v0"]):
+            kind = torch.randint(0, 12, leaf.shape, generator=g)
+            kind[..., 0] = 3  # a channel stays as it is
+            for i, value in enumerate((torch.inf, -torch.inf, torch.nan)):
+                leaf.masked_fill_(kind == i, value)
+    got, expected = (results(f, case, leaves) for f in (multi_step, reference))
+    assert expected["grad_x"].isfinite().any() and expected["grad_x"].isnan().any()
+    for name, want in expected.items():
+        bound = 0.0 if name in ("spike_seq", "v", "v_seq") else TOLERANCE[want.dtype]["value"]
+        torch.testing.assert_close(got[name], want, rtol=bound, atol=bound, equal_nan=True)

@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sj_taid import TAID, ALIFNode, _compat, fresh_state
+from sj_taid.ops import backends
 from tests.helpers import TOLERANCE
 
 OPTIONS = {
@@ -103,6 +104,37 @@ def test_batches_of_all_sizes_share_their_graphs(channels_last):
         assert torch.equal(got, expected) and got.stride() == x.stride()
         graphs.append(counter.frame_count)
     assert graphs[0] > 0 and graphs == graphs[:1] * 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"v_reset": None, "channels": 5, "surrogate_function": surrogate.S2NN()}],
+    ids=["hard", "soft"],
+)
+def test_the_definition_compiles_with_dynamic_shapes(options):
+    net = make_net(backend="torch", **options)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (2, 5):
+        x = 4.0 * torch.randn(3, n, 4)
+        expected = outputs_and_gradients(net, net, x)
+        for name, got in outputs_and_gradients(net, compiled, x).items():
+            assert torch.equal(got, expected[name]), name
+
+
+def test_auto_without_a_fused_backend_says_why_once_and_compiles(monkeypatch):
+    def load():
+        raise ModuleNotFoundError("No module named 'numba'")
+
+    monkeypatch.setitem(backends.BACKENDS, "numba", load)
+    monkeypatch.setattr(backends, "_warned", set())
+    net, x = make_net(), inputs()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with pytest.warns(RuntimeWarning, match=r"No module named 'numba'.*pip install numba") as said:
+        got = outputs_and_gradients(net, compiled, x)
+        expected = outputs_and_gradients(net, net, x)
+    assert len(said.list) == 1
+    for name, want in expected.items():
+        assert torch.equal(got[name], want), name
 
 
 def test_autocast_under_compile():

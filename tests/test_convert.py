@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import math
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -249,6 +250,64 @@ def test_shared_module_stays_one_module():
     assert len(report.rows) == 1
 
 
+class Outsight(nn.Module):
+    """One neuron in many places that torch does not look into, and one in a list alone."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(3, 3), kind())
+        linear, node = self.block
+        self.layers = [linear, node]
+        self.stages = ((node, "first"), {"deep": [node]})
+        self.me = [self]  # a cycle
+        vars(self)["plain"] = node
+        self.alone = [nn.Sequential(kind())]
+
+    def forward(self, x):
+        linear, node = self.layers
+        (first, _), deeper = self.stages
+        return node(linear(x)) + first(x) + deeper["deep"][0](x) + self.plain(x)
+
+
+@pytest.mark.parametrize("convert", [swap_neurons, partial(to_lif, strict=False)])
+def test_references_out_of_torchs_sight_follow_and_neurons_there_are_reported(convert):
+    net = Outsight(neuron.LIFNode if convert is swap_neurons else ALIFNode)
+    if convert is swap_neurons:
+        report = convert(net, channels="infer", example_input=torch.rand(2, 3))
+        assert report.swapped[0].names == (
+            "block.1",
+            "layers[1]",
+            "stages[0][0]",
+            "stages[1]['deep'][0]",
+            "plain",
+        )
+        (row,) = report.kept
+        assert row.names == ("alone[0].0",) and "nn.ModuleList" in row.note
+    else:
+        with pytest.raises(ValueError, match=r"alone\[0\]\.0 .*nn\.ModuleList"):
+            to_lif(net)
+        with pytest.warns(UserWarning, match=r"alone\[0\]\.0 .*nn\.ModuleList"):
+            net = convert(net)
+    new = ALIFNode if convert is swap_neurons else neuron.LIFNode
+    assert type(net.block[1]) is new and type(net.alone[0][0]) is not new
+    calls = []
+    net.block[1].register_forward_hook(lambda *_: calls.append("new"))
+    net(torch.rand(2, 3))
+    assert calls == ["new"] * 4
+
+
+def test_a_swapped_neuron_that_still_runs_warns():
+    net = nn.Sequential(neuron.LIFNode())
+    calls = []
+    net[0].register_forward_hook(lambda *_: calls.append("moved with the neuron"))
+    old = net[0]
+    net.run = lambda x: old(x)
+    swap_neurons(net)
+    with pytest.warns(UserWarning, match="a LIFNode runs that swap_neurons") as caught:
+        net.run(torch.rand(2, 3))
+    assert caught[0].filename == __file__ and not calls
+
+
 class NoisyLIF(neuron.LIFNode):
     pass
 
@@ -301,7 +360,7 @@ def test_root_cannot_be_replaced():
 
 def test_an_error_leaves_the_net_as_it_was():
     net = nn.Sequential(neuron.LIFNode(v_threshold=1.0), neuron.LIFNode(v_threshold=0.1))
-    with pytest.raises(ValueError, match="min_v_threshold"):
+    with pytest.raises(ValueError, match=r"the neuron '1': .*min_v_threshold"):
         swap_neurons(net, min_v_threshold=0.5)
     assert all(type(node) is neuron.LIFNode for node in net)
     with pytest.raises(ValueError, match="'torhc' is unknown"):
@@ -447,22 +506,21 @@ def test_to_lif_keeps_what_a_lif_node_has():
 
 
 def test_equal_channels_are_expressible_and_others_are_named():
-    equal, thresholds, one, deaf = (
-        ALIFNode(channels=3),
-        ALIFNode(channels=3),
-        ALIFNode(),
-        ALIFNode(),
-    )
+    equal, thresholds, diverged = (ALIFNode(channels=3) for _ in range(3))
+    one, deaf = ALIFNode(), ALIFNode()
     with torch.no_grad():
         thresholds.v_threshold[1] = 0.5
         one.w.fill_(40.0)
         deaf.w.fill_(-128.0)
+        diverged.w[2] = math.nan
     assert type(to_lif(nn.Sequential(equal))[0]) is neuron.LIFNode
     net = nn.ModuleDict({"equal": equal, "thresholds": thresholds, "one": one, "deaf": deaf})
+    net["diverged"] = diverged
     with pytest.raises(ValueError) as error:
         to_lif(net)
     message = str(error.value)
     assert "1 taus and 2 thresholds" in message and "strict=False" in message
+    assert "tau or threshold is nan" in message
     assert "tau is 1" in message and "tau is infinite" in message and "equal" not in message
     with pytest.warns(UserWarning, match="2 thresholds"):
         partly = to_lif(net, strict=False)
@@ -513,6 +571,19 @@ def test_nir_export_reads_back(tmp_path):
     functional.set_step_mode(read, "m")
     spikes = read(x)
     assert torch.equal(spikes[0] if isinstance(spikes, tuple) else spikes, expected)
+
+
+@needs_2
+@pytest.mark.parametrize("mode", ["s", "m"])
+def test_nir_export_of_alif_itself_names_to_lif(mode):
+    from spikingjelly.activation_based import nir_exchange
+
+    net = nn.Sequential(layer.Linear(4, 5), ALIFNode())
+    functional.set_step_mode(net, mode)
+    x = torch.rand(2, 3, 4) if mode == "m" else torch.rand(3, 4)
+    net(x)  # with a state
+    with pytest.raises(TypeError, match=r"NIR.*sj_taid\.to_lif\(net\)"):
+        nir_exchange.export_to_nir(net, x)
 
 
 @needs_2

@@ -1,5 +1,8 @@
 """Firing rates, learned parameters, and the warnings of dead and saturated layers."""
 
+import copy
+import math
+import pickle
 import warnings
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
-from sj_taid import ALIFNode, monitor
+from sj_taid import ALIFNode, monitor, to_lif
 
 
 def make_net():
@@ -66,6 +69,33 @@ def test_hooks_go_and_healthy_layers_are_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert watch.state()["0"].firing_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), to_lif]
+)
+def test_copies_of_a_watched_net_count_apart(duplicate):
+    net = nn.Sequential(ALIFNode())
+    watch = monitor(net)
+    net(torch.tensor([[0.0, 3.0]]))
+    functional.reset_net(net)
+    duplicate(net)(torch.ones(5, 2) * 3.0)
+    assert watch.state()["0"].firing_rate == 0.5
+
+
+@pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])
+def test_nan_is_no_dead_layer(kind):
+    net = nn.Sequential(nn.Identity(), kind())
+    with monitor(net) as watch:
+        net(torch.tensor([[math.nan, 3.0]]))
+    with pytest.warns(UserWarning) as caught:
+        assert math.isnan(watch.state()["1"].firing_rate)
+    (warning,) = caught
+    assert str(warning.message).startswith("not finite layers, ") and "1 (nan)" in str(
+        warning.message
+    )
+    watch.clear()
+    assert watch.state()["1"].firing_rate is None
 
 
 def test_bad_arguments():

@@ -133,7 +133,7 @@ def test_min_v_threshold_bounds_the_threshold_and_lets_it_recover():
     node = ALIFNode(v_threshold=0.3, min_v_threshold=0.1)
     with torch.no_grad():
         node.v_threshold.fill_(-1.0)
-    assert node.effective_v_threshold().item() == pytest.approx(0.1)
+    assert node.effective_v_threshold.item() == pytest.approx(0.1)
     # At the bound a silent input must not fire, and a loss that wants fewer spikes raises V_th.
     spikes = node(torch.zeros(4, 3))
     assert spikes.sum() == 0
@@ -157,6 +157,8 @@ def test_half_precision_module_keeps_float32_parameters_and_state(dtype):
     net.to(dtype)  # with a live state
     assert node.v.dtype == torch.float32
     assert net.double()[1].w.dtype == torch.float64
+    net.to(dtype)
+    assert node.w.dtype == node.v_threshold.dtype == node.v.dtype == torch.float32
 
 
 def test_autocast_feeds_half_and_gets_half():
@@ -192,10 +194,11 @@ def test_repr_names_what_a_person_looks_for():
         assert part in text
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.5, -2, math.inf, math.nan, "2"])
-def test_init_tau_must_exceed_one(tau):
-    with pytest.raises(ValueError, match="init_tau must be a number of time steps greater than 1"):
+@pytest.mark.parametrize("tau", [1.0, 0.5, -2, 1e300, math.inf, math.nan, "2"])
+def test_init_tau_is_above_one_and_finite_in_float32(tau):
+    with pytest.raises(ValueError, match=r"init_tau must be .* greater than 1 and less than 1e38"):
         ALIFNode(init_tau=tau)
+    assert ALIFNode(init_tau=9.9e37).tau.isfinite()
 
 
 @pytest.mark.parametrize(
@@ -204,7 +207,11 @@ def test_init_tau_must_exceed_one(tau):
         ({"backend": "cudnn"}, "'cudnn' is unknown: expected one of 'auto', 'torch'"),
         ({"step_mode": "x"}, "step_mode"),
         ({"channels": 0}, "channels must be None or an integer >= 1"),
-        ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "below min_v_threshold=0.2"),
+        ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "not >= min_v_threshold=0.2"),
+        ({"min_v_threshold": math.nan}, "not >= min_v_threshold=nan"),
+        ({"v_threshold": math.nan}, "v_threshold must be a number, but it is nan"),
+        ({"v_reset": math.nan}, "v_reset must be a finite number or None, but it is nan"),
+        ({"v_reset": -math.inf}, "v_reset must be a finite number or None, but it is -inf"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -237,6 +244,20 @@ def test_channels_must_match():
 def test_functional_rejects_a_matrix_of_parameters():
     with pytest.raises(ValueError, match="scalar or one value per channel"):
         alif_multi_step(inputs(), 0.0, torch.zeros(5, 4), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    ("v", "w", "v_threshold", "message"),
+    [
+        (0.0, 0.0, torch.tensor(1.0), r"w must be a tensor, but it is 0\.0.*torch\.tensor\(0\.0\)"),
+        (0.0, torch.tensor(0.0), 1, "v_threshold must be a tensor, but it is 1"),
+        (None, torch.tensor(0.0), torch.tensor(1.0), "v must be a tensor or a number.* None"),
+    ],
+)
+def test_functional_says_what_is_to_be_a_tensor(v, w, v_threshold, message, backend):
+    with pytest.raises(TypeError, match=message):
+        alif_multi_step(inputs(), v, w, v_threshold, backend=backend)
 
 
 def test_devices_must_agree():

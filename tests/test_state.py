@@ -4,9 +4,9 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from sj_taid import ALIFNode, _graph, fresh_state, name_neurons, swap_neurons
-from sj_taid.functional import alif_multi_step
+from sj_taid import ALIFNode, _compat, fresh_state, name_neurons, swap_neurons
 from tests.helpers import grid
 
 
@@ -41,22 +41,33 @@ def test_a_neuron_without_a_name_describes_itself():
         node(torch.rand(2, 3))
 
 
-@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("T", [None, 1, 5])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("case", grid(dtypes=(torch.float32, torch.bfloat16)), ids=str)
-def test_freed_graph_is_seen_and_a_live_one_is_not(case, T):
-    x_seq = torch.randn(T, 3, 5, dtype=case.dtype) + 1.0
-    parameter = torch.full((), 0.3).requires_grad_()
-    spikes, v, _ = alif_multi_step(x_seq, 0.0, parameter, parameter, **case.options())
-    assert not _graph.graph_is_freed(v)
-    spikes.sum().backward(retain_graph=True)
-    assert not _graph.graph_is_freed(v)
-    with torch.no_grad():
-        assert not _graph.graph_is_freed(v)
-    spikes.sum().backward()
-    assert _graph.graph_is_freed(v)
-    assert not _graph.graph_is_freed(v.detach())
-    with pytest.raises(RuntimeError, match="second time"):
-        v.sum().backward()
+def test_freed_graph_is_seen_and_a_live_one_is_not(case, backend, T):
+    node = ALIFNode(
+        **case.options(), backend=backend, store_v_seq=True, step_mode="m" if T else "s"
+    )
+    x = torch.randn(*([T] if T else []), 3, 5, dtype=case.dtype) + 1.0
+    for output in ("spikes", "v", "v_seq") if T else ("spikes", "v"):
+        functional.reset_net(node)
+        spikes = node(x)
+        v = node.v
+        loss = (spikes if output == "spikes" else getattr(node, output)).sum()
+        node(x)
+        loss.backward(retain_graph=True)
+        node.v = v
+        node(x)
+        node.v = v
+        loss.backward()
+        with pytest.raises(RuntimeError, match=r"freed.*reset_net.*detach_net"):
+            node(x)
+        with pytest.raises(RuntimeError, match="second time"):
+            v.sum().backward()
+        with torch.no_grad():
+            node(x)
+        node.v = v.detach()
+        node(x)
 
 
 def test_what_is_not_a_mistake_passes():
@@ -89,3 +100,111 @@ def test_fresh_state_starts_from_rest_and_leaves_nothing(kind):
     assert net[1].v == 0.0
     if kind is ALIFNode:
         assert net[1].name == "1"
+
+
+class Steps(nn.Module):
+    """A net in step mode "s", stepped over a sequence; SpikingJelly cannot make it functional."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        functional.set_step_mode(net, "s")
+
+    def forward(self, x_seq):
+        return torch.stack([self.net(x) for x in x_seq])
+
+
+def make_deep_net(backend, wrap):
+    torch.manual_seed(0)
+    shared = {"v_threshold": 0.2, "backend": backend, "step_mode": "m"}
+    return wrap(
+        nn.Sequential(nn.Linear(4, 6), ALIFNode(**shared), nn.Linear(6, 3), ALIFNode(**shared))
+    )
+
+
+def gradients(net, forward, x):
+    net.zero_grad()
+    forward(x).square().sum().backward()
+    return [parameter.grad for parameter in net.parameters()]
+
+
+every_net = pytest.mark.parametrize("wrap", [nn.Sequential, Steps])
+every_backend = pytest.mark.parametrize("backend", ["auto", "torch"])
+
+
+@every_backend
+@every_net
+@pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no memopt")
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_memopt_gives_the_same_gradients(backend, wrap, chunks):
+    from spikingjelly.activation_based import memopt
+
+    net, x = make_deep_net(backend, wrap), torch.rand(4, 2, 4)
+    expected = gradients(net, net, x)
+    for _ in range(2):
+        functional.reset_net(net)
+        got = gradients(net, memopt.checkpoint_module(net, chunks=chunks), x)
+        torch.testing.assert_close(got, expected)
+
+
+@every_backend
+@every_net
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_is_right_or_says_what_to_do(backend, wrap, use_reentrant):
+    net, x = make_deep_net(backend, wrap), torch.rand(4, 2, 4, requires_grad=True)
+    name_neurons(net)
+    expected = gradients(net, net, x)
+
+    def from_rest(x):
+        functional.reset_net(net)
+        return net(x)
+
+    got = gradients(net, lambda x: checkpoint(from_rest, x, use_reentrant=use_reentrant), x)
+    torch.testing.assert_close(got, expected)
+    functional.reset_net(net)
+    with pytest.raises(
+        RuntimeError, match=r"'.*1' is recomputed.*memopt\.checkpoint_module.*reset"
+    ):
+        gradients(net, lambda x: checkpoint(net, x, use_reentrant=use_reentrant), x)
+    functional.reset_net(net)
+
+    def two(x):
+        outputs = []
+        for sequence in (x, x.flip(0)):
+            outputs.append(checkpoint(net, sequence, use_reentrant=use_reentrant))
+            functional.reset_net(net)
+        return torch.cat(outputs)
+
+    with pytest.raises(RuntimeError, match=r"is recomputed"):
+        gradients(net, two, x)
+
+
+@every_backend
+@every_net
+def test_a_forward_unpacks_nothing_that_was_saved(backend, wrap):
+    net, x = make_deep_net(backend, wrap), torch.rand(4, 2, 4)
+    unpacked = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
+        loss = net(x).sum() + net(x).sum()
+        assert not unpacked
+        loss.backward()
+    assert unpacked
+
+
+@every_backend
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_may_go_on_from_voltages_of_an_inference(backend, mode):
+    net, x = make_deep_net(backend, nn.Sequential), torch.rand(4, 2, 4)
+    with mode():
+        net(x)
+    assert all(gradient.isfinite().all() for gradient in gradients(net, net, x))
+
+
+def test_a_change_in_place_names_the_neuron():
+    pytest.importorskip("numba", reason="needs numba: pip install sj-taid[cpu]")
+    net = make_net(backend="numba")
+    h = net[0](torch.rand(5, 2, 4))
+    spikes = net[1](h)
+    h += spikes
+    with pytest.raises(RuntimeError, match=r"the neuron '1' reads its input.*changed in place"):
+        h.sum().backward()

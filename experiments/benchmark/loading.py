@@ -194,16 +194,9 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         axis.plot("x", "y", marker, data=rows, color="tab:blue", mfc=face, label=label)
     axis.plot(steps["x"], steps["y"], "x", color="tab:red", label="training step")
     for row in steps.itertuples():
-        above = row.net == "FSVAE"  # so that two names on one line do not meet
-        axis.annotate(
-            row.net,
-            (row.x, row.y),
-            xytext=(0, 6 if above else -6),
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
-            fontsize=8,
-        )
+        # Two names on one line do not meet.
+        y, side = (row.y - 0.1, "bottom") if row.net == "FSVAE" else (row.y + 0.1, "top")
+        axis.text(row.x, y, row.net, ha="center", va=side, fontsize=8)
     axis.margins(x=0.1)
     axis.set_xscale("log")
     axis.set_yticks(range(len(names)), names)

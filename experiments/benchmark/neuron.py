@@ -21,15 +21,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import (
-    DTYPES,
-    conditions,
-    contestants,
-    interleaved,
-    milliseconds,
-    parser,
-    write_csv,
-)
+from common import DTYPES, conditions, contestants, interleaved, milliseconds, parser, write_csv
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -56,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     append = options.append and path.exists()
     rows = pd.read_csv(path).to_dict("records") if append else []
     for dtype, T, N in itertools.product(options.dtypes, options.steps, options.neurons):
-        rows += time_neurons(timed, options.device, DTYPES[dtype], T, N, options.repeats)
+        rows += time_neurons(timed, dtype, T, N, options.device, options.repeats)
     draw(write_csv(rows, path), path.with_suffix(".png"))
 
 
@@ -91,16 +83,11 @@ def outcome(module: nn.Module, x_seq: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def time_neurons(
-    modules: dict[str, nn.Module],
-    device: torch.device,
-    dtype: torch.dtype,
-    T: int,
-    N: int,
-    repeats: int,
+    modules: dict[str, nn.Module], dtype: str, T: int, N: int, device: torch.device, repeats: int
 ) -> list[dict[str, Any]]:
     """A row for each module."""
-    x_seq = torch.randn(T, N, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(T, N, device=device).to(dtype)
+    x_seq = torch.randn(T, N, device=device).to(DTYPES[dtype]).requires_grad_()
+    grad = torch.randn(T, N, device=device).to(DTYPES[dtype])
     target = torch.empty_like(grad)
     calls: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(grad)}
     first_ms = {}
@@ -118,9 +105,9 @@ def time_neurons(
             print(f"skipped {name} at {dtype}, T={T}, N={N}: {error}")
     timings = interleaved(calls, repeats, device, warm_up=3)
     bytes_per_ms = 2 * grad.nbytes / timings.pop(COPY).median_ms
-    floor_ms = sum(traffic(Options(dtype, T, 0.0, True, False))) * T * N / bytes_per_ms
+    floor_ms = sum(traffic(Options(DTYPES[dtype], T, 0.0, True, False))) * T * N / bytes_per_ms
     rows = [
-        {"neuron": name, "dtype": str(dtype).removeprefix("torch."), "T": T, "N": N}
+        {"neuron": name, "dtype": dtype, "T": T, "N": N}
         | timing._asdict()
         | {"first_call_ms": first_ms[name], "share_of_floor": floor_ms / timing.median_ms}
         | {"copy_GB_per_s": bytes_per_ms / 1e6, **conditions(device)}

@@ -1,9 +1,12 @@
-"""Lightning datamodules: batches of images or of event frames, and labels."""
+"""Lightning datamodules: batches of images or of event frames, and labels. Extra ``[train]``."""
 
-from .base import Data
-from .event import CIFAR10DVS, NMNIST, DVS128Gesture
-from .folder import CelebA, ImageFolder
-from .image import CIFAR10, MNIST, Digits, FashionMNIST, ImageData
+from .._extras import needs
+
+with needs("lightning torchvision scikit-learn filelock"):
+    from .base import Data
+    from .event import CIFAR10DVS, NMNIST, DVS128Gesture
+    from .folder import CelebA, ImageFolder
+    from .image import CIFAR10, MNIST, Digits, FashionMNIST, ImageData
 
 __all__ = [
     "CIFAR10",

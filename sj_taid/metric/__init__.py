@@ -1,8 +1,11 @@
-"""Metrics of generated images. Needs torchmetrics, in the extra ``[experiments]``."""
+"""Metrics of generated images. Needs torchmetrics, in the extra ``[metric]``."""
 
-from .frechet import Features, FrechetDistance
-from .frechet_autoencoder import FrechetAutoencoderDistance, PublishedFrechetAutoencoderDistance
-from .generation import Inception, InceptionScore
+from .._extras import needs
+
+with needs("torchmetrics"):
+    from .frechet import Features, FrechetDistance
+    from .frechet_autoencoder import FrechetAutoencoderDistance, PublishedFrechetAutoencoderDistance
+    from .generation import Inception, InceptionScore
 
 __all__ = [
     "Features",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import NoTrainInceptionV3
 
+from .._extras import needs
 from .frechet import Features
 
 __all__ = ["DOWNLOAD", "Inception", "InceptionScore", "to_uint8"]
@@ -61,13 +62,8 @@ class Inception(Features):
 
     def __init__(self, weights: str | Path) -> None:
         super().__init__()
-        try:
+        with needs("torch-fidelity"):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "FID and the Inception score need torch-fidelity: "
-                'pip install "sj-taid[experiments]"'
-            ) from error
         path = _downloaded(url) if weights == DOWNLOAD else Path(weights).expanduser()
         remedy = f"get {url} and give its path, or give {DOWNLOAD!r} where there is internet"
         if not path.is_file():

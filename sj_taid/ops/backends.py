@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _python_dispatch
 
 from .alif import reference
 
@@ -60,9 +61,9 @@ BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch, "numba": _numba, 
 
 #: name -> what it needs, for messages.
 NEEDS: dict[str, str] = {
-    "numba": 'pip install "sj-taid[cpu]"',
+    "numba": "pip install numba",
     "cupy": "an NVIDIA driver and, to match torch.version.cuda, "
-    'pip install "sj-taid[cuda12]" or "sj-taid[cuda13]"',
+    'pip install "cupy-cuda12x[ctk]>=14.2" or pip install "cupy-cuda13x[ctk]>=14.2"',
 }
 
 #: device type -> the names "auto" tries, best first. Devices not named here take torch.
@@ -73,6 +74,8 @@ NEEDS: dict[str, str] = {
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("numba",), "cuda": ("cupy",)}
 
 _warned: set[str] = set()
+#: why a backend does not import, kept for the process: each try would search all of sys.path
+_failures: dict[Callable[[], Backend], Exception | None] = {}
 
 
 def names() -> tuple[str, ...]:
@@ -84,11 +87,11 @@ def names() -> tuple[str, ...]:
     return (AUTO, *BACKENDS)
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, said_by: str = "backend") -> str:
     """Return ``name`` if it is a backend's, or raise a ``ValueError`` that lists them."""
     if name not in names():
         raise ValueError(
-            f"backend={name!r} is unknown: expected one of {', '.join(map(repr, names()))}"
+            f"{said_by}={name!r} is unknown: expected one of {', '.join(map(repr, names()))}"
         )
     return name
 
@@ -99,11 +102,14 @@ def why_not(name: str) -> Exception | None:
     >>> why_not("torch") is None
     True
     """
-    try:
-        BACKENDS[check_name(name)]()
-    except Exception as error:  # any failure of an optional dependency is the answer here
-        return error
-    return None
+    load = BACKENDS[check_name(name)]
+    if load not in _failures:
+        try:
+            load()
+            _failures[load] = None
+        except Exception as error:  # any failure of an optional dependency is the answer here
+            _failures[load] = error
+    return _failures[load]
 
 
 def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
@@ -113,39 +119,59 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
     the original exception as its cause. ``"auto"`` takes the value of the environment variable
     ``SJ_TAID_BACKEND`` if set (then a contract too), else the best backend for the tensor's device
     that works; if a better one does not, it says why, once. It takes torch in silence for float64,
-    and on a CPU where numba is not installed.
+    and while a ``TorchDispatchMode`` watches, such as SpikingJelly's operation counters.
     """
-    if name == AUTO:
-        name = os.environ.get(ENVIRONMENT_VARIABLE, AUTO)
     check_name(name)
+    if name == AUTO:
+        name = check_name(os.environ.get(ENVIRONMENT_VARIABLE, AUTO), ENVIRONMENT_VARIABLE)
     if name != AUTO:
-        return _load(name, x_seq, surrogate_function)
+        if reason := _obstacle(name, x_seq, surrogate_function):
+            raise BackendUnavailableError(reason) from why_not(name)
+        return BACKENDS[name]()
     # float64 is asked for where exactness counts, and only torch computes in it.
-    candidates = () if x_seq.dtype == torch.float64 else PREFERENCE.get(x_seq.device.type, ())
-    for candidate in candidates:
-        try:
-            return _load(candidate, x_seq, surrogate_function)
-        except BackendUnavailableError as error:
-            if candidate == "numba" and isinstance(error.__cause__, ModuleNotFoundError):
-                continue
-            _warn_once(f"{error}. Falling back from {candidate!r}; say backend=... to choose.")
-    return BACKENDS["torch"]()
+    torch_only = x_seq.dtype == torch.float64 or _is_watched()
+    for candidate in () if torch_only else PREFERENCE.get(x_seq.device.type, ()):
+        reason = _obstacle(candidate, x_seq, surrogate_function)
+        if reason is None:
+            return BACKENDS[candidate]()
+        _warn_once(f"{reason}. Falling back from {candidate!r}; say backend=... to choose.")
+    return _torch()
 
 
-def _load(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
-    try:
-        backend = BACKENDS[name]()
-    except Exception as error:
-        raise BackendUnavailableError(
-            f"backend {name!r} is not available here: {type(error).__name__}: {error}. "
-            f"It needs {NEEDS.get(name, 'what its import says')}."
-        ) from error
-    reason = backend.unsupported(x_seq, surrogate_function)
-    if reason is not None:
-        raise BackendUnavailableError(f"backend {name!r} cannot take this call: {reason}")
-    return backend
+def _is_watched() -> bool:
+    """Whether a dispatch mode would see a fused call as one operator that it knows nothing of.
+
+    The modes of torch.compile and of selective checkpointing take such operators as they are.
+    """
+    return _python_dispatch.is_in_torch_dispatch_mode(include_infra_modes=False) and any(
+        not mode.is_infra_mode() and type(mode).__module__ != "torch.utils.checkpoint"
+        for mode in _python_dispatch._get_current_dispatch_mode_stack()
+    )
 
 
+def _obstacle(name: str, x_seq: Tensor, surrogate_function: Any) -> str | None:
+    """Why the backend cannot run this call, or ``None``."""
+    if reason := _unavailable(name):
+        return reason
+    reason = BACKENDS[name]().unsupported(x_seq, surrogate_function)
+    return reason and f"backend {name!r} cannot take this call: {reason}"
+
+
+# torch.compile runs the following as they are, and goes on with what they return.
+
+
+@torch.compiler.assume_constant_result
+def _unavailable(name: str) -> str | None:
+    error = why_not(name)
+    if error is None:
+        return None
+    return (
+        f"backend {name!r} is not available here: {type(error).__name__}: {error}. "
+        f"It needs {NEEDS.get(name, 'what its import says')}"
+    )
+
+
+@torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

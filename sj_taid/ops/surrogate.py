@@ -15,13 +15,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from spikingjelly.activation_based import surrogate
 
-# The two SpikingJelly lines differ by a factor 2 in PiecewiseLeakyReLU's inner slope, area / w.
-_LEAKY_AREA = float(
-    surrogate.PiecewiseLeakyReLU.backward(torch.ones(()), torch.zeros(()), w=1.0, c=0.0)
-)
+from .._compat import FUNCTIONAL_STATES
+
+# SpikingJelly 2.x's inner slope of PiecewiseLeakyReLU, and 0.0.0.0.14's, which is twice that.
+_LEAKY_AREA = 0.5 if FUNCTIONAL_STATES else 1.0
 
 
 class Derivative(NamedTuple):
@@ -29,8 +28,8 @@ class Derivative(NamedTuple):
 
     ``parameters`` are the attributes of the module it depends on, ``constants`` makes ``(a, b)``
     from them, ``cuda`` is the body of ``float f(float x, float a, float b)``, in which
-    ``reciprocal`` is the kernels' ``1 / x``, and ``python`` the same function of three floats,
-    fit for ``numba.njit``.
+    ``reciprocal`` is the kernels' ``1 / x``, and ``python`` the same function of three floats, for
+    numba: of operators, ``math``, and below :func:`exp` and, around each number, :func:`f32`.
     """
 
     parameters: tuple[str, ...]
@@ -39,21 +38,31 @@ class Derivative(NamedTuple):
     python: Callable[[float, float, float], float]
 
 
+def exp(x: float) -> float:
+    """``e**x``. numba compiles ``alif/cpu.py``'s for float32: it vectorises, unlike libm's."""
+    return math.exp(x)
+
+
+def f32(x: float) -> float:
+    """``x``, for numba in float32: a bare ``1.0`` would make its arithmetic float64."""
+    return x
+
+
 def _sigmoid(x: float, a: float, b: float) -> float:
-    e = math.exp(-abs(a * x))
-    return a * e / ((1.0 + e) * (1.0 + e))
+    e = exp(-abs(a * x))
+    return a * e / ((f32(1.0) + e) * (f32(1.0) + e))
 
 
 def _atan(x: float, a: float, b: float) -> float:
-    return a / (1.0 + (b * x) * (b * x))
+    return a / (f32(1.0) + (b * x) * (b * x))
 
 
 def _piecewise_quadratic(x: float, a: float, b: float) -> float:
-    return 0.0 if abs(x) > b else a - a * a * abs(x)
+    return f32(0.0) if abs(x) > b else a - a * a * abs(x)
 
 
 def _piecewise_exp(x: float, a: float, b: float) -> float:
-    return a * math.exp(-b * abs(x))
+    return a * exp(-b * abs(x))
 
 
 def _soft_sign(x: float, a: float, b: float) -> float:
@@ -61,15 +70,15 @@ def _soft_sign(x: float, a: float, b: float) -> float:
 
 
 def _super_spike(x: float, a: float, b: float) -> float:
-    return a / ((1.0 + abs(x)) * (1.0 + abs(x)))
+    return a / ((f32(1.0) + abs(x)) * (f32(1.0) + abs(x)))
 
 
 def _erf(x: float, a: float, b: float) -> float:
-    return b * math.exp(-(a * x) * (a * x))
+    return b * exp(-(a * x) * (a * x))
 
 
 def _piecewise_leaky_relu(x: float, a: float, b: float) -> float:
-    return _LEAKY_AREA / a if abs(x) < a else b
+    return f32(_LEAKY_AREA) / a if abs(x) < a else b
 
 
 def _leaky_k_relu(x: float, a: float, b: float) -> float:
@@ -77,36 +86,36 @@ def _leaky_k_relu(x: float, a: float, b: float) -> float:
 
 
 def _rect(x: float, a: float, b: float) -> float:
-    return a if abs(x) < b else 0.0
+    return a if abs(x) < b else f32(0.0)
 
 
 def _s2nn(x: float, a: float, b: float) -> float:
     if x >= 0.0:
-        return b / (1.0 + x)
-    e = math.exp(-abs(a * x))
-    return a * e / ((1.0 + e) * (1.0 + e))
+        return b / (f32(1.0) + x)
+    e = exp(-abs(a * x))
+    return a * e / ((f32(1.0) + e) * (f32(1.0) + e))
 
 
 def _q_pseudo_spike(x: float, a: float, b: float) -> float:
-    return (1.0 + a * abs(x)) ** b
+    return (f32(1.0) + a * abs(x)) ** b
 
 
 def _nonzero_sign_log_abs(x: float, a: float, b: float) -> float:
-    return 1.0 / (a + abs(x))
+    return f32(1.0) / (a + abs(x))
 
 
 def _log_tailed_relu(x: float, a: float, b: float) -> float:
     if x <= 0.0:
         return a
-    return 1.0 / x if x > 1.0 else 1.0
+    return f32(1.0) / x if x > 1.0 else f32(1.0)
 
 
 def _fake_numerical_gradient(x: float, a: float, b: float) -> float:
-    return a if abs(x) < b else 1.0 / abs(x)
+    return a if abs(x) < b else f32(1.0) / abs(x)
 
 
 def _deterministic_pass(x: float, a: float, b: float) -> float:
-    return 1.0
+    return f32(1.0)
 
 
 #: Class name in ``spikingjelly.activation_based.surrogate`` -> its derivative. A class that the

@@ -172,7 +172,7 @@ def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
         metrics["choices"]
         | overrides(metrics)
         | {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
-        | {_protocol(name): metrics.get("protocol", {}).get(name, "") for name in METRICS}
+        | {f"{name} protocol": metrics.get("protocol", {}).get(name, "") for name in METRICS}
         for metrics in runs
     )
     keys = list(dict.fromkeys(key for m in runs for key in overrides(m) if key != "seed"))
@@ -180,16 +180,12 @@ def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
     return table, [key for key in keys if table[key].nunique() > 1]
 
 
-def _protocol(name: str) -> str:
-    return f"{name} protocol"
-
-
 def present(table: pd.DataFrame, columns: Iterable[str] = COLUMNS) -> list[str]:
     return [name for name in columns if name in table and table[name].notna().any()]
 
 
 def heading(name: str, table: pd.DataFrame) -> str:
-    mixed = name in METRICS and table[_protocol(name)][table[name].notna()].nunique() > 1
+    mixed = name in METRICS and table[f"{name} protocol"][table[name].notna()].nunique() > 1
     return COLUMNS[name].title + (" (of different protocols)" if mixed else "")
 
 
@@ -214,7 +210,7 @@ def changes(runs: Sequence[Metrics]) -> pd.DataFrame:
         for option, group in pairs.groupby(key, sort=False):
             row = {"change": f"`{option}` instead of `{baseline}`"}
             for name in present(table, METRICS):
-                alike = group[_protocol(name)] == group[f"{_protocol(name)} before"]
+                alike = group[f"{name} protocol"] == group[f"{name} protocol before"]
                 difference = (group[name] - group[f"{name} before"])[alike]
                 row[METRICS[name].title] = METRICS[name].text(difference, "+")
             rows.append(row | {"pairs": str(len(group))})
@@ -235,11 +231,9 @@ def draw(runs: Sequence[Metrics], path: Path) -> None:
     for axis, name in zip(axes, names, strict=True):
         for row, group in enumerate(groups.values()):
             values = group[name].dropna() / METRICS[name].unit
-            axis.plot(values, [row] * len(values), "o", ms=4, color=f"C{row}", alpha=0.5)
-            spread = values.std() if len(values) > 1 else 0.0
-            axis.errorbar(
-                values.mean(), row, xerr=spread, fmt="|", ms=14, capsize=3, color=f"C{row}"
-            )
+            color, spread = f"C{row}", values.std() if len(values) > 1 else 0.0
+            axis.plot(values, [row] * len(values), "o", ms=4, color=color, alpha=0.5)
+            axis.errorbar(values.mean(), row, xerr=spread, fmt="|", ms=14, capsize=3, color=color)
         axis.set_xlabel(heading(name, table))
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(groups)), [", ".join(label) for label in groups])
@@ -349,6 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.folders and not options.keep:
         parser.error("give folders that hold runs")
+    if options.keep and not REPORT.is_file():
+        parser.error(f"no {REPORT} here, which --keep fills; go to the root of a checkout")
     try:
         finished, left_out = gather(options.folders) if options.folders else ({}, {})
     except FileNotFoundError as error:

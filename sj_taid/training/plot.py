@@ -102,7 +102,7 @@ def draw_attention(attention: Tensor, path: Path) -> None:
         (line,) = axis.plot(steps, share.mean(1), marker="o", markersize=3, label=label)
         low, high = np.quantile(share, [0.1, 0.9], axis=1)
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
-    fixed = FixedDecoder(T).weights.numpy()
+    fixed = FixedDecoder(T).attention(torch.ones(T, 1, 1)).flatten().numpy()
     axis.plot(steps, fixed / fixed.sum(), "k--", linewidth=1, label=r"fixed, $0.8^{T-t}$")
     axis.set_xlabel("time step t")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -147,7 +147,7 @@ def test_images_become_uint8_colour():
 
 def test_inception_without_torch_fidelity(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "sj-taid\[experiments\]"'):
+    with pytest.raises(ModuleNotFoundError, match="pip install torch-fidelity"):
         Inception("weights.pth")
 
 

@@ -1,11 +1,17 @@
 """The registry: an explicit choice runs or raises; auto falls back and says why, once."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
-from spikingjelly.activation_based import surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from sj_taid import swap_neurons
 from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
 
@@ -14,14 +20,18 @@ X = torch.zeros(2, 3)
 
 @pytest.fixture
 def broken(monkeypatch):
-    """A preferred backend for the CPU that fails to import."""
+    """A preferred backend for the CPU that fails to import; the list of its attempts."""
+
+    attempts = []
 
     def load():
-        raise ImportError("No module named 'fastlib'")
+        attempts.append(1)
+        raise ModuleNotFoundError("No module named 'fastlib'")
 
     monkeypatch.setitem(backends.BACKENDS, "broken", load)
     monkeypatch.setitem(backends.PREFERENCE, "cpu", ("broken",))
     monkeypatch.setattr(backends, "_warned", set())
+    return attempts
 
 
 def resolve(name):
@@ -39,19 +49,19 @@ def test_unknown_name_lists_the_known():
 
 @pytest.mark.usefixtures("broken")
 def test_explicit_backend_raises_and_keeps_the_original_exception():
-    with pytest.raises(backends.BackendUnavailableError, match=r"ImportError.*fastlib") as info:
+    with pytest.raises(backends.BackendUnavailableError, match=r"ModuleNotFound.*fastlib") as info:
         resolve("broken")
     assert isinstance(info.value.__cause__, ImportError)
     assert isinstance(backends.why_not("broken"), ImportError)
 
 
-@pytest.mark.usefixtures("broken")
-def test_auto_falls_back_and_says_why_once():
+def test_auto_falls_back_and_says_why_once(broken):
     with pytest.warns(RuntimeWarning, match="'broken' is not available.*fastlib"):
         assert resolve("auto").multi_step is reference.multi_step
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve("auto").multi_step is reference.multi_step
+    assert len(broken) == 1, "a failed import is not repeated"
 
 
 def test_a_call_the_backend_cannot_take_is_refused_with_its_reason(monkeypatch):
@@ -68,3 +78,63 @@ def test_environment_variable_decides_for_auto_and_is_a_contract(monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "broken")
     with pytest.raises(backends.BackendUnavailableError):
         resolve("auto")
+
+
+def test_a_bad_environment_variable_is_named(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cuda-magic")
+    with pytest.raises(ValueError, match=r"SJ_TAID_BACKEND='cuda-magic' is unknown.*'torch'"):
+        resolve("auto")
+    assert resolve("torch").multi_step is reference.multi_step
+
+
+class Watching(TorchDispatchMode):
+    """In the place of a counter of operations."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
+def test_auto_takes_torch_while_a_dispatch_mode_watches(monkeypatch):
+    fused = backends.Backend(lambda *_: None, lambda x, s: None)
+    monkeypatch.setitem(backends.BACKENDS, "fused", lambda: fused)
+    monkeypatch.setitem(backends.PREFERENCE, "cpu", ("fused",))
+    with Watching():
+        assert resolve("auto").multi_step is reference.multi_step
+        assert resolve("fused") is fused
+    modes = create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+    for mode in (torch._subclasses.FakeTensorMode(), *modes):
+        with mode:
+            assert resolve("auto") is fused, mode
+
+
+def test_spikingjellys_counters_count_a_net_of_alif_as_one_of_lif():
+    counters = pytest.importorskip("spikingjelly.activation_based.op_counter")
+
+    def additions(net):
+        counter = counters.ACCounter()
+        with counters.DispatchCounterMode([counter]):
+            net(torch.ones(4, 2, 3))
+        return counter.get_total()
+
+    net = nn.Sequential(layer.Linear(3, 5), neuron.LIFNode(v_threshold=0.1), layer.Linear(5, 2))
+    functional.set_step_mode(net, "m")
+    expected = additions(net)
+    swap_neurons(net)
+    assert additions(net) == expected > 0
+
+
+def test_importing_a_backend_runs_no_operator():
+    """Or the first call under a counter of operations fails, or is counted."""
+    script = """
+from tests.ops.test_backends import Watching
+import sj_taid
+
+def refuse(self, function, *_):
+    raise AssertionError(function)
+
+Watching.__torch_dispatch__ = refuse
+with Watching():
+    print(sj_taid.ops.backends.why_not("numba"))
+"""
+    printed = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert printed.startswith(("None", "No module named 'numba'"))

@@ -127,6 +127,9 @@ def test_the_overrides_of_a_run_come_from_its_own_list_or_from_its_command():
 def test_experiments_are_kept_by_their_choices(runs, tmp_path, monkeypatch, capsys):
     write(metrics(["neuron=lif"], fad=1.0), runs / "no experiment")
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        compare.main([str(runs), "--keep"])
+    assert "no RESULTS.md here" in capsys.readouterr().err
     shutil.copytree(ROOT / "results", "results", ignore=lambda *_: ["runs"])
     shutil.copy(ROOT / "RESULTS.md", tmp_path)
     compare.main([str(runs), "--keep"])

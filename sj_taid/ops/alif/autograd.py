@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from .. import surrogate
 from .reference import state_dtype
 
 
 class Engine(NamedTuple):
-    """A fused ALIF: two functions with the arguments of :data:`FORWARD` and :data:`BACKWARD`.
+    """A fused ALIF: two functions with the arguments of :class:`Forward` and :class:`Backward`.
 
     They may rely on this: ``x_seq`` is dense with time outermost, in any order of the other axes;
     ``v0`` and the gradients, where given, have its layout, and ``v0``, ``w``, ``v_threshold`` and
@@ -40,18 +40,43 @@ class Engine(NamedTuple):
     checkpoints: Callable[[int], int]
 
 
-FORWARD = (
-    "(Tensor x_seq, Tensor? v0, float v_init, Tensor w, Tensor v_threshold,"
-    " bool decay_input, float? v_reset, bool store_v_seq, int checkpoints)"
-    " -> (Tensor spike_seq, Tensor v, Tensor v_seq, Tensor checkpoint)"
-)
-BACKWARD = (
-    "(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq,"
-    " Tensor x_seq, Tensor? v0, float v_init, Tensor w, Tensor v_threshold, Tensor checkpoint,"
-    " bool decay_input, float? v_reset, bool detach_reset, str surrogate, float a, float b,"
-    " bool need_x, bool need_v0, bool need_w, bool need_v_threshold)"
-    " -> (Tensor grad_x_seq, Tensor grad_v0, Tensor grad_parameters)"
-)
+class Forward(NamedTuple):
+    """The arguments of a forward, in the operator's order: spikes, V, every V, checkpoint."""
+
+    x_seq: Tensor
+    v0: Tensor | None
+    v_init: float
+    w: Tensor
+    v_threshold: Tensor
+    decay_input: bool
+    v_reset: float | None
+    store_v_seq: bool
+    checkpoints: int
+
+
+class Backward(NamedTuple):
+    """The arguments of a backward, in the operator's order: gradients of x, v0, parameters."""
+
+    grad_spike_seq: Tensor | None
+    grad_v: Tensor | None
+    grad_v_seq: Tensor | None
+    x_seq: Tensor
+    v0: Tensor | None
+    v_init: float
+    w: Tensor
+    v_threshold: Tensor
+    checkpoint: Tensor
+    decay_input: bool
+    v_reset: float | None
+    detach_reset: bool
+    surrogate: str
+    a: float
+    b: float
+    need_x: bool
+    need_v0: bool
+    need_w: bool
+    need_v_threshold: bool
+
 
 _library = torch.library.Library("sj_taid", "FRAGMENT")
 
@@ -59,65 +84,39 @@ _library = torch.library.Library("sj_taid", "FRAGMENT")
 def register(name: str, dispatch_key: str, engine: Engine) -> Engine:
     """Make ``engine``'s functions the operators ``sj_taid::{name}_forward`` and ``_backward``."""
     operators = []
-    for direction, schema, function, fake in (
-        ("forward", FORWARD, engine.forward, empty_outputs),
-        ("backward", BACKWARD, engine.backward, empty_gradients),
+    for direction, arguments, results, function, fake in (
+        ("forward", Forward, 4, engine.forward, empty_outputs),
+        ("backward", Backward, 3, engine.backward, empty_gradients),
     ):
-        _library.define(f"{name}_{direction}{schema}")
+        kinds = arguments.__annotations__.items()
+        schema = ", ".join(f"{k.__forward_arg__.replace(' | None', '?')} {n}" for n, k in kinds)
+        _library.define(f"{name}_{direction}({schema}) -> ({', '.join(['Tensor'] * results)})")
         _library.impl(f"{name}_{direction}", function, dispatch_key)
         torch.library.register_fake(f"sj_taid::{name}_{direction}", fake, lib=_library)
         operators.append(getattr(torch.ops.sj_taid, f"{name}_{direction}").default)
     return Engine(operators[0], operators[1], engine.checkpoints)
 
 
-def empty_outputs(
-    x_seq: Tensor,
-    v0: Tensor | None,
-    v_init: float,
-    w: Tensor,
-    v_threshold: Tensor,
-    decay_input: bool,
-    v_reset: float | None,
-    store_v_seq: bool,
-    checkpoints: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward's results, allocated: spikes and voltages in ``x_seq``'s layout."""
-    dtype = state_dtype(x_seq.dtype)
+def empty_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of :class:`Forward`, allocated: spikes and voltages in ``x_seq``'s layout."""
+    call = Forward(*arguments)
+    x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     return (
         torch.empty_like(x_seq),
         torch.empty_like(x_seq[0], dtype=dtype),
-        torch.empty_like(x_seq, dtype=dtype) if store_v_seq else x_seq.new_empty(0, dtype=dtype),
-        x_seq.new_empty((checkpoints, x_seq[0].numel()), dtype=dtype),
+        torch.empty_like(x_seq if call.store_v_seq else x_seq.new_empty(0), dtype=dtype),
+        x_seq.new_empty((call.checkpoints, x_seq[0].numel()), dtype=dtype),
     )
 
 
-def empty_gradients(
-    grad_spike_seq: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    x_seq: Tensor,
-    v0: Tensor | None,
-    v_init: float,
-    w: Tensor,
-    v_threshold: Tensor,
-    checkpoint: Tensor,
-    decay_input: bool,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    a: float,
-    b: float,
-    need_x: bool,
-    need_v0: bool,
-    need_w: bool,
-    need_v_threshold: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward's results, allocated, in ``x_seq``'s layout."""
-    dtype = state_dtype(x_seq.dtype)
+def empty_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of :class:`Backward`, allocated, in ``x_seq``'s layout."""
+    call = Backward(*arguments)
+    x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     return (
-        torch.empty_like(x_seq) if need_x else x_seq.new_empty(0),
-        torch.empty_like(x_seq[0], dtype=dtype) if need_v0 else x_seq.new_empty(0, dtype=dtype),
-        w.new_empty((need_w + need_v_threshold, *w.shape)),
+        torch.empty_like(x_seq if call.need_x else x_seq.new_empty(0)),
+        torch.empty_like(x_seq[0] if call.need_v0 else x_seq.new_empty(0), dtype=dtype),
+        call.w.new_empty((call.need_w + call.need_v_threshold, *call.w.shape)),
     )
 
 
@@ -169,7 +168,6 @@ class _FusedALIF(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any,
         grad_spike_seq: Tensor | None,
@@ -177,10 +175,24 @@ class _FusedALIF(torch.autograd.Function):
         grad_v_seq: Tensor | None,
         grad_checkpoint: None,
     ) -> tuple[Tensor | None, ...]:
-        x_seq, v0, w, v_threshold, checkpoint = ctx.saved_tensors
+        try:
+            x_seq, v0, w, v_threshold, checkpoint = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            name = ctx.metadata.get("neuron")
+            raise RuntimeError(
+                f"{f'the neuron {name!r}' if name else 'an ALIF neuron'} reads its input, voltage "
+                "and parameters again in its backward, but one was changed in place since its "
+                "forward: write h = h + o instead of h += o, change parameters after the backward, "
+                "or use backend='torch', which does not read the input again"
+            ) from error
         options = ctx.options
         need_x, need_v0, need_w, need_v_threshold = ctx.needs_input_grad[:4]
-        grad_x_seq, grad_v0, grad_parameters = ctx.engine.backward(
+        # create_graph=True, and torch.func always
+        backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+        grad_x_seq, grad_v0, grad_parameters = backward(
+            ctx.engine,
             _arranged(grad_spike_seq, x_seq),
             _arranged(grad_v, x_seq[0]),
             _arranged(grad_v_seq, x_seq) if options.store_v_seq else None,
@@ -208,6 +220,30 @@ class _FusedALIF(torch.autograd.Function):
             grad_parameters[-1] if need_v_threshold else None,
             None,
             None,
+        )
+
+
+class _Backward(torch.autograd.Function):
+    """The backward as a function of all it reads, so that no second derivative is lost in silence.
+
+    ``once_differentiable`` looks at the incoming gradients alone.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(engine: Engine, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return engine.backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "a fused ALIF backend has no second derivatives: use backend='torch' "
+            "(autograd.functional.jvp takes them too)"
         )
 
 
@@ -248,6 +284,11 @@ def multi_step(
         store_v_seq=store_v_seq,
     )
     leaves = (x_seq, v0, w, v_threshold)
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in leaves):
+        raise NotImplementedError(
+            "a fused ALIF backend has no forward-mode derivatives: use reverse mode "
+            "(torch.func.vjp, jacrev), or backend='torch' with a surrogate that defines jvp"
+        )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
         spike_seq, v_last, v_seq, _ = _FusedALIF.apply(*leaves, engine, options)
     else:

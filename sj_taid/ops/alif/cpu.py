@@ -27,12 +27,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +38,7 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 from .. import backends, surrogate
@@ -66,7 +64,8 @@ _Q, _THRESHOLD, _ZERO, _UNUSED, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _VOLTAGES = r
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
 _part = register_jitable(error_model="numpy")
-_smooth = register_jitable(error_model="numpy", fastmath={"contract"})
+# Cached, since numba would take a second registration for another function.
+_smooth = cache(register_jitable(error_model="numpy", fastmath={"contract"}))
 _sum = register_jitable(error_model="numpy", fastmath={"reassoc"})
 _kernel = njit(error_model="numpy", nogil=True, cache=True)
 
@@ -113,16 +112,21 @@ def _charge_by_q(x, v, v_rest, decay_input):
 
 
 @_part
+def _no_overflow(h, v_rest):
+    return v_rest if h == np.float32(np.inf) else h
+
+
+@_part
 def _reset(h, spike, threshold, v_rest, soft):
     if soft:
         return h - spike * threshold
-    return (np.float32(1) - spike) * h + spike * v_rest
+    return (np.float32(1) - spike) * _no_overflow(h, v_rest) + spike * v_rest
 
 
 @_smooth
-def exp(x):
-    """``e**x`` in float32 for ``x <= 88``, to 2 ulp. It vectorises, which libm's does not."""
-    x = max(x, np.float32(-87))
+def _exp(x):
+    """``e**x`` in float32 to 2 ulp; 0 below -87.7 and infinity above 88.3. It vectorises."""
+    x = max(min(x, np.float32(89)), np.float32(-88))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     # ln 2 in two parts, the first short enough for n times it to be exact
     r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
@@ -130,6 +134,16 @@ def exp(x):
     for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
         p = p * r + np.float32(c)
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@overload(surrogate.exp)
+def _overload_exp(x):
+    return lambda x: _exp(x)
+
+
+@overload(surrogate.f32)
+def _overload_f32(x):
+    return lambda x: np.float32(x)
 
 
 @_part
@@ -252,17 +266,6 @@ def _forward(
         _copy(_at(v, first), now, n)
 
 
-def _in_float32(function: Callable[..., float]) -> Callable[..., float]:
-    """``function`` with float32 constants and this module's ``exp``.
-
-    As it stands, numba would compute it in float64, and its exponential a number at a time.
-    """
-    code = function.__code__
-    constants = tuple(np.float32(c) if isinstance(c, float) else c for c in code.co_consts)
-    scope = {**function.__globals__, "math": sys.modules[__name__]}
-    return FunctionType(code.replace(co_consts=constants), scope, function.__name__)
-
-
 @cache
 def _backward(
     name: str,
@@ -281,7 +284,7 @@ def _backward(
     """
     options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
     variant = "_".join(map(str, (name, *map(int, options))))
-    derivative = _smooth(_in_float32(surrogate.DERIVATIVES[name].python))
+    derivative = _smooth(surrogate.DERIVATIVES[name].python)
 
     @_part
     def row(
@@ -295,14 +298,19 @@ def _backward(
             for i in range(first, last):
                 h = _charge(x[i], v[i], q[i], v_rest, decay_input)
                 over = h - threshold[i]
-                kept = np.float32(0) if over >= np.float32(0) else grad_v[i]
-                by_spike = np.float32(0) if detach_reset else -threshold[i] if soft else v_rest - h
-                through = (grad_spike[i] + grad_v[i] * by_spike) * np.float32(
-                    derivative(over, a, b)
-                )
-                grad_h = through + (grad_v[i] if soft else kept)
+                spike = np.float32(over >= np.float32(0))
+                through = grad_spike[i]
+                if not detach_reset:
+                    by_spike = -threshold[i] if soft else v_rest - _no_overflow(h, v_rest)
+                    through += grad_v[i] * by_spike
+                through *= np.float32(derivative(over, a, b))
+                # Products, not choices, as torch's: what is not finite stays so.
+                kept = grad_v[i] if soft else (np.float32(1) - spike) * grad_v[i]
+                if not soft and h == np.float32(np.inf):
+                    kept = np.float32(0)
+                grad_h = through + kept
                 if learn_threshold:
-                    grad_threshold[i] -= through + (grad_v[i] - kept if soft else np.float32(0))
+                    grad_threshold[i] -= through + (spike * grad_v[i] if soft else np.float32(0))
                 if learn_w:
                     grad_q[i] += grad_h * _charge_by_q(x[i], v[i], v_rest, decay_input)
                 grad_x[i] = grad_h * q[i] if decay_input else grad_h
@@ -451,100 +459,70 @@ def _ask_for_huge_pages(*tensors: Tensor) -> None:
             madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
 
 
-def _forward_operator(
-    x_seq: Tensor,
-    v0: Tensor | None,
-    v_init: float,
-    w: Tensor,
-    v_threshold: Tensor,
-    decay_input: bool,
-    v_reset: float | None,
-    store_v_seq: bool,
-    checkpoints: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = x_seq.float()
-    outputs = autograd.empty_outputs(
-        x, v0, v_init, w, v_threshold, decay_input, v_reset, store_v_seq, checkpoints
-    )
-    spike_seq, v, v_seq, checkpoint = outputs
+def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = autograd.Forward(*arguments)
+    x = call.x_seq.float()
+    spike_seq, v, v_seq, checkpoint = autograd.empty_outputs(x, *arguments[1:])
     _ask_for_huge_pages(spike_seq, v_seq)
-    q = w.sigmoid()
-    geometry = _geometry(x, w)
+    q = call.w.sigmoid()
+    geometry = _geometry(x, q)
     _run(
         _forward,
         _Partition.of(*geometry[:2]),
         x.data_ptr(),
-        _address(v0),
-        np.float32(v_init),
+        _address(call.v0),
+        np.float32(call.v_init),
         q.data_ptr(),
-        v_threshold.data_ptr(),
+        call.v_threshold.data_ptr(),
         spike_seq.data_ptr(),
         v.data_ptr(),
         v_seq.data_ptr(),
         *geometry,
-        np.float32(v_reset or 0.0),
-        decay_input,
-        v_reset is None,
+        np.float32(call.v_reset or 0.0),
+        call.decay_input,
+        call.v_reset is None,
     )
-    return spike_seq.to(x_seq.dtype), v, v_seq, checkpoint
+    return spike_seq.to(call.x_seq.dtype), v, v_seq, checkpoint
 
 
-def _backward_operator(
-    grad_spike_seq: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    x_seq: Tensor,
-    v0: Tensor | None,
-    v_init: float,
-    w: Tensor,
-    v_threshold: Tensor,
-    checkpoint: Tensor,
-    decay_input: bool,
-    v_reset: float | None,
-    detach_reset: bool,
-    name: str,
-    a: float,
-    b: float,
-    need_x: bool,
-    need_v0: bool,
-    need_w: bool,
-    need_v_threshold: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = x_seq.float()
-    grad_spike_seq = None if grad_spike_seq is None else grad_spike_seq.float()
-    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    grad_v0 = torch.empty_like(x[0]) if need_v0 else x.new_empty(0)
+def _backward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = autograd.Backward(*arguments)
+    x = call.x_seq.float()
+    grad_spike_seq = None if call.grad_spike_seq is None else call.grad_spike_seq.float()
+    grad_x, grad_v0, grad_parameters = autograd.empty_gradients(*call._replace(x_seq=x))
     _ask_for_huge_pages(grad_x)
-    q = w.sigmoid()
-    geometry = _geometry(x, w)
+    q = call.w.sigmoid()
+    geometry = _geometry(x, q)
     shape = _Partition.of(*geometry[:2])
-    sums = np.zeros((shape.parts, 2, w.numel()))
+    sums = np.zeros((shape.parts, 2, q.numel()))
+    needs = call.need_w, call.need_v_threshold
     _run(
-        _backward(name, decay_input, v_reset is None, detach_reset, need_w, need_v_threshold),
+        _backward(
+            call.surrogate, call.decay_input, call.v_reset is None, call.detach_reset, *needs
+        ),
         shape,
         _address(grad_spike_seq),
-        _address(grad_v),
-        _address(grad_v_seq),
+        _address(call.grad_v),
+        _address(call.grad_v_seq),
         x.data_ptr(),
-        _address(v0),
-        np.float32(v_init),
+        _address(call.v0),
+        np.float32(call.v_init),
         q.data_ptr(),
-        v_threshold.data_ptr(),
+        call.v_threshold.data_ptr(),
         grad_x.data_ptr(),
         grad_v0.data_ptr(),
         sums,
         *geometry,
-        np.float32(v_reset or 0.0),
-        np.float32(a),
-        np.float32(b),
+        np.float32(call.v_reset or 0.0),
+        np.float32(call.a),
+        np.float32(call.b),
     )
     # A few numbers, for which numpy's functions cost a fraction of torch's.
     gradients = sums.sum(0)
     rate = q.numpy().ravel().astype(np.float64)
     gradients[0] *= rate * (1 - rate)  # dq/dw
-    wanted = gradients[[need_w, need_v_threshold]].astype(np.float32)
-    grad_parameters = torch.from_numpy(wanted).view(need_w + need_v_threshold, *w.shape)
-    return grad_x.to(x_seq.dtype), grad_v0, grad_parameters
+    grad_parameters.numpy()[:] = gradients[list(needs)].reshape(grad_parameters.shape)
+    return grad_x.to(call.x_seq.dtype), grad_v0, grad_parameters
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -45,38 +45,27 @@ def multi_step(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor | Non
     return autograd.multi_step(ENGINE, *args, **options)
 
 
-def forward(
-    x_seq: Tensor,
-    v0: Tensor | None,
-    v_init: float,
-    w: Tensor,
-    v_threshold: Tensor,
-    decay_input: bool,
-    v_reset: float | None,
-    store_v_seq: bool,
-    checkpoints: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The ``forward`` of the :class:`autograd.Engine`."""
-    outputs = autograd.empty_outputs(
-        x_seq, v0, v_init, w, v_threshold, decay_input, v_reset, store_v_seq, checkpoints
-    )
+    call = autograd.Forward(*arguments)
+    outputs = spike_seq, v, v_seq, checkpoint = autograd.empty_outputs(*arguments)
+    x_seq = call.x_seq
     if x_seq.numel() == 0:
         return outputs
-    spike_seq, v, v_seq, checkpoint = outputs
-    options = Options(x_seq.dtype, x_seq.shape[0], v_reset, decay_input, store_v_seq)
-    aligned = kernels.is_aligned(x_seq, v0, *outputs)
-    grid = kernels.grid(x_seq, w, options.forward_vec(), aligned, _capacity(x_seq.device))
+    options = Options(x_seq.dtype, x_seq.shape[0], call.v_reset, call.decay_input, call.store_v_seq)
+    aligned = kernels.is_aligned(x_seq, call.v0, *outputs)
+    grid = kernels.grid(x_seq, call.w, options.forward_vec(), aligned, _capacity(x_seq.device))
     _launch(
         "forward",
         options.forward_name(grid.vec, grid.lanes),
         x_seq,
         grid,
         _pointer(x_seq),
-        _pointer(v0),
-        np.float32(v_init),
-        _pointer(w),
-        _pointer(v_threshold),
-        np.float32(v_reset or 0.0),
+        _pointer(call.v0),
+        np.float32(call.v_init),
+        _pointer(call.w),
+        _pointer(call.v_threshold),
+        np.float32(call.v_reset or 0.0),
         _pointer(spike_seq),
         _pointer(v),
         _pointer(v_seq),
@@ -85,62 +74,49 @@ def forward(
     return outputs
 
 
-def backward(
-    grad_spike_seq: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    x_seq: Tensor,
-    v0: Tensor | None,
-    v_init: float,
-    w: Tensor,
-    v_threshold: Tensor,
-    checkpoint: Tensor,
-    decay_input: bool,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    a: float,
-    b: float,
-    need_x: bool,
-    need_v0: bool,
-    need_w: bool,
-    need_v_threshold: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The ``backward`` of the :class:`autograd.Engine`."""
+    call = autograd.Backward(*arguments)
+    x_seq, w = call.x_seq, call.w
+    grad_x_seq, grad_v0, grad_parameters = autograd.empty_gradients(*arguments)
+    if x_seq.numel() == 0:
+        return grad_x_seq, grad_v0, grad_parameters.zero_()
+    grad_spike_seq = call.grad_spike_seq
     if grad_spike_seq is None:
         # Spikes that nobody used are too rare for kernels of their own.
         grad_spike_seq = torch.zeros_like(x_seq)
-    grad_x_seq = torch.empty_like(x_seq) if need_x else x_seq.new_empty(0)
-    grad_v0 = x_seq.new_empty(0, dtype=torch.float32)
-    if need_v0:
-        grad_v0 = torch.empty_like(x_seq[0], dtype=torch.float32)
-    parameters = need_w + need_v_threshold
-    if x_seq.numel() == 0:
-        return grad_x_seq, grad_v0, w.new_zeros((parameters, *w.shape))
-    options = Options(x_seq.dtype, x_seq.shape[0], v_reset, decay_input, grad_v_seq is not None)
+    through_v_seq = call.grad_v_seq is not None
+    options = Options(x_seq.dtype, x_seq.shape[0], call.v_reset, call.decay_input, through_v_seq)
     aligned = kernels.is_aligned(
-        grad_spike_seq, grad_v, grad_v_seq, x_seq, v0, checkpoint, grad_x_seq, grad_v0
+        grad_spike_seq,
+        call.grad_v,
+        call.grad_v_seq,
+        x_seq,
+        call.v0,
+        call.checkpoint,
+        grad_x_seq,
+        grad_v0,
     )
     grid = kernels.grid(x_seq, w, options.backward_vec(), aligned, _capacity(x_seq.device))
-    partial = w.new_empty((parameters, grid.threads * grid.lanes))
-    needs = NEED_X * need_x | NEED_W * need_w | NEED_V_THRESHOLD * need_v_threshold
+    partial = w.new_empty((len(grad_parameters), grid.threads * grid.lanes))
+    needs = NEED_X * call.need_x | NEED_W * call.need_w | NEED_V_THRESHOLD * call.need_v_threshold
     _launch(
         "backward",
-        options.backward_name(grid.vec, grid.lanes, detach_reset, needs, surrogate),
+        options.backward_name(grid.vec, grid.lanes, call.detach_reset, needs, call.surrogate),
         x_seq,
         grid,
         _pointer(grad_spike_seq),
-        _pointer(grad_v),
-        _pointer(grad_v_seq),
+        _pointer(call.grad_v),
+        _pointer(call.grad_v_seq),
         _pointer(x_seq),
-        _pointer(v0),
-        np.float32(v_init),
+        _pointer(call.v0),
+        np.float32(call.v_init),
         _pointer(w),
-        _pointer(v_threshold),
-        np.float32(v_reset or 0.0),
-        _pointer(checkpoint),
-        np.float32(a),
-        np.float32(b),
+        _pointer(call.v_threshold),
+        np.float32(call.v_reset or 0.0),
+        _pointer(call.checkpoint),
+        np.float32(call.a),
+        np.float32(call.b),
         _pointer(grad_x_seq),
         _pointer(grad_v0),
         _pointer(partial),

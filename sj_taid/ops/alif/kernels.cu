@@ -17,16 +17,12 @@
 // multiply-adds are written out as fmaf.
 //
 // Standard headers are not needed and not available: the same text is compiled by NVRTC for a GPU
-// and, under a prelude that defines the CUDA keywords, by a C++ compiler for the tests.
+// and, under a prelude that defines the CUDA keywords, by a C++ compiler for the tests. BLOCK,
+// SEGMENT, LONGEST_SWEEP, the values of RESET and the bits of NEEDS come from kernels.py.
 
 typedef long long index_t;
 
-enum Reset { SOFT, HARD, HARD_TO_ZERO };
-enum Need { NEED_X = 1, NEED_W = 2, NEED_V_THRESHOLD = 4 };
-
-constexpr int BLOCK = 128;
-constexpr int SEGMENT = 8;
-constexpr int LONGEST_SWEEP = 16;
+constexpr float FLOAT_MAX = 3.402823466e38f;
 
 __device__ constexpr int steps_in_registers(int T) { return T <= LONGEST_SWEEP ? T : SEGMENT; }
 __device__ constexpr int steps_left(int T) { return T <= LONGEST_SWEEP ? 0 : T % SEGMENT; }
@@ -303,12 +299,17 @@ __device__ __forceinline__ void backward_segment(
       const bool fired = neuron.fires(h_t, i);
       if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];
       // dL/dS comes from upstream, and through the reset unless that is left out.
-      const float reset_by_spike = RESET == SOFT ? -threshold : neuron.v_reset - h_t;
+      const bool overflow = RESET != SOFT && h_t > FLOAT_MAX;
+      const float reset_by_spike =
+          RESET == SOFT ? -threshold : overflow ? 0.0f : neuron.v_reset - h_t;
       const float grad = DETACH_RESET ? grad_s[i] : fmaf(grad_v[i], reset_by_spike, grad_s[i]);
       const float through_spike = grad * Surrogate::derivative(h_t - threshold, a, b);
-      const float grad_h = through_spike + (RESET == SOFT || !fired ? grad_v[i] : 0.0f);
+      // Products, not choices, as PyTorch's: what is not finite stays so.
+      const float past_reset = overflow ? 0.0f : (RESET == SOFT || !fired ? 1.0f : 0.0f) * grad_v[i];
+      const float grad_h = through_spike + past_reset;
       if (NEEDS & NEED_V_THRESHOLD)
-        sum_v_threshold[lane] -= through_spike + (RESET == SOFT && fired ? grad_v[i] : 0.0f);
+        sum_v_threshold[lane] -=
+            through_spike + (RESET == SOFT ? (fired ? 1.0f : 0.0f) * grad_v[i] : 0.0f);
       if (NEEDS & NEED_W)
         sum_w[lane] = fmaf(grad_h, DECAY_INPUT ? h_t - v : v - neuron.v_reset, sum_w[lane]);
       grad_s[i] = DECAY_INPUT ? grad_h * q : grad_h;

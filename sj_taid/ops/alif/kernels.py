@@ -17,12 +17,13 @@ from ..surrogate import DERIVATIVES
 #: The C++ types of the kernels, by the input's dtype.
 SCALARS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
-# As in kernels.cu.
-BLOCK = 128
-SEGMENT = 8
-LONGEST_SWEEP = 16
+BLOCK = 128  # threads a block
+SEGMENT = 8  # steps of one
+LONGEST_SWEEP = 16  # steps without segments
 SOFT, HARD, HARD_TO_ZERO = range(3)
 NEED_X, NEED_W, NEED_V_THRESHOLD = 1, 2, 4
+_LENGTHS = ("BLOCK", "SEGMENT", "LONGEST_SWEEP")
+_FLAGS = ("SOFT", "HARD", "HARD_TO_ZERO", "NEED_X", "NEED_W", "NEED_V_THRESHOLD")
 
 ALIGNMENT = 16  # bytes of the widest access
 
@@ -34,13 +35,15 @@ _SEGMENTED_BACKWARD_VEC = (2, 2)
 
 @cache
 def source() -> str:
-    """``kernels.cu`` and a struct with the derivative of each surrogate."""
+    """``kernels.cu`` after the constants above, and a struct with each surrogate's derivative."""
+    constants = (f"constexpr int {name} = {globals()[name]};\n" for name in _LENGTHS + _FLAGS)
     structs = (
         f"struct {name} {{ static __device__ __forceinline__ float derivative("
         f"float x, float a, float b) {{ {derivative.cuda} }} }};\n"
         for name, derivative in DERIVATIVES.items()
     )
-    return Path(__file__).with_name("kernels.cu").read_text() + "\n" + "".join(structs)
+    kernels = Path(__file__).with_name("kernels.cu").read_text()
+    return "".join((*constants, '#line 1 "kernels.cu"\n', kernels, "\n", *structs))
 
 
 def checkpoints(steps: int) -> int:

@@ -9,6 +9,7 @@ potential after the reset, ``H`` before it, ``S`` spikes, all dimensionless.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,11 +36,16 @@ def charge(x: Tensor, v: Tensor, q: Tensor, decay_input: bool, v_reset: float | 
 def reset(
     h: Tensor, spike: Tensor, v_threshold: Tensor, v_reset: float | None, detach_reset: bool
 ) -> Tensor:
-    """Hard: ``V = (1 - S) H + S V_reset``. Soft (``v_reset=None``): ``V = H - S V_th``."""
+    """Hard: ``V = (1 - S) H + S V_reset``. Soft (``v_reset=None``): ``V = H - S V_th``.
+
+    A hard reset recovers from ``H = inf``, an overflow in half precision: ``H`` counts as
+    ``V_reset`` there, so that ``V`` is ``V_reset`` and passes no gradient.
+    """
     if detach_reset:
         spike = spike.detach()
     if v_reset is None:
         return h - spike * v_threshold
+    h = h.masked_fill(h == math.inf, v_reset)
     return (1.0 - spike) * h + spike * v_reset
 
 
@@ -65,6 +71,12 @@ def multi_step(
     dtype = state_dtype(x_seq.dtype)
     if not isinstance(v, Tensor):
         v = torch.full_like(x_seq[0], v, dtype=dtype, requires_grad=False)
+    if torch.compiler.is_compiling():
+        # With dynamic=True torch fails where an autograd.Function that runs more than once is the
+        # first to look at a float that it uses, such as math.pi or the surrogate's alpha.
+        names = getattr(surrogate_function, "__dict__", ())
+        for value in (math.pi, *(getattr(surrogate_function, name) for name in names)):
+            isinstance(value, float)
     q = per_channel(w.to(dtype).sigmoid(), x_seq)
     threshold = per_channel(v_threshold.to(dtype), x_seq)
     spike_seq, v_seq = [], []

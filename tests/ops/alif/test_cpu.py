@@ -1,22 +1,27 @@
 """The fused CPU loops against the definition: spikes and voltages equal, every gradient by name."""
 
+import math
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import surrogate
+from torch.autograd import forward_ad
 
 from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
-from sj_taid.ops.surrogate import DERIVATIVES
-from tests.helpers import Case, assert_close, grid, results, tensors
+from sj_taid.ops.surrogate import DERIVATIVES, exp, f32
+from tests.helpers import Case, assert_close, assert_not_finite_alike, grid, results, tensors
 
-pytest.importorskip("numba", reason="needs numba: pip install sj-taid[cpu]")
+pytest.importorskip("numba", reason="needs numba: pip install numba")
+import numba
+
 from sj_taid.ops.alif import cpu
 
 # Two parts at least, and cheap: with GRAIN lowered to 1 it is worth any number of threads.
@@ -62,6 +67,45 @@ if not FUNCTIONAL_STATES:
 def test_every_surrogate(name):
     # Thousands of values of H - V_th, on both sides of every edge.
     assert_conforms(Case(surrogate_function=getattr(surrogate, name)(), shape=(4, 50, 20)))
+
+
+def in_numba(derivative):
+    """``derivative`` as the kernels compile it."""
+    derivative = cpu._smooth(derivative)
+    return numba.njit(lambda x, a, b: derivative(x, a, b))
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_are_computed_in_float32(name):
+    compiled = in_numba(DERIVATIVES[name].python)
+    compiled.compile((numba.float32,) * 3)
+    assert compiled.nopython_signatures[0].return_type == numba.float32
+
+
+def test_a_derivative_may_use_exp_and_any_function_of_math():
+    compiled = in_numba(lambda x, a, b: a * exp(x) + math.tanh(x) / f32(2.0))
+    for x in (-0.5, 0.0, 3.0):
+        got = compiled(*np.float32([x, 1.5, 0.0]))
+        assert got == pytest.approx(1.5 * math.exp(x) + math.tanh(x) / 2, rel=1e-6)
+
+
+def test_the_exponential_far_out():
+    compiled = in_numba(lambda x, a, b: exp(x))
+    for x, expected in ((-100, 0.0), (-math.inf, 0.0), (math.inf, math.inf), (math.nan, math.nan)):
+        got = compiled(*np.float32([x, 0.0, 0.0]))
+        assert got == pytest.approx(expected, abs=0.0, nan_ok=True)
+
+
+@pytest.mark.parametrize("case", list(grid(dtypes=(torch.float32, torch.float16))), ids=str)
+def test_infinities_and_nan(case):
+    assert_not_finite_alike(cpu.multi_step, reference.multi_step, case.with_(shape=(6, 40, 5)))
+
+
+# Whose backward SpikingJelly sets to 0 outside of the support even where what comes in is NaN.
+@pytest.mark.parametrize("name", sorted(SURROGATES - {"PiecewiseQuadratic"}))
+def test_infinities_and_nan_through_every_surrogate(name):
+    case = Case(surrogate_function=getattr(surrogate, name)(), shape=(6, 40, 5), channels=5)
+    assert_not_finite_alike(cpu.multi_step, reference.multi_step, case)
 
 
 SHAPES = [
@@ -142,6 +186,86 @@ def test_gradient_through_one_output(output):
         multi_step(*leaves.values(), store_v_seq=True, **case.options())[output].sum().backward()
         grads.append({f"grad_{name}": leaf.grad for name, leaf in leaves.items()})
     assert_close(*grads, case.dtype, scale=90.0)
+
+
+def spikes_of(leaves, multi_step=cpu.multi_step):
+    return multi_step(*leaves.values(), store_v_seq=False, **Case().options())[0]
+
+
+@pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+@pytest.mark.parametrize("loss", [torch.sum, torch.norm], ids=["sum", "norm"])
+def test_second_derivatives_are_refused(name, loss):
+    """Whatever alone is differentiated, and whether or not the incoming gradient depends on it."""
+    leaves = {key: leaf.requires_grad_(key == name) for key, leaf in tensors(Case()).items()}
+    (once,) = torch.autograd.grad(loss(spikes_of(leaves)), leaves[name])
+    (grad,) = torch.autograd.grad(loss(spikes_of(leaves)), leaves[name], create_graph=True)
+    assert torch.equal(grad, once)
+    with pytest.raises(RuntimeError, match="no second derivatives: use backend='torch'"):
+        grad.sum().backward()
+
+
+def test_second_derivatives_by_torch_func_are_refused():
+    leaves = tensors(Case())
+
+    def loss(x):
+        return spikes_of({**leaves, "x": x}).sum()
+
+    with pytest.raises(RuntimeError, match="no second derivatives: use backend='torch'"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(leaves["x"])
+    with pytest.raises(RuntimeError, match="no second derivatives: use backend='torch'"):
+        torch.autograd.functional.jvp(loss, leaves["x"], leaves["x"])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_sample_by_torch_func():
+    leaves = {name: leaf.detach() for name, leaf in tensors(Case()).items()}
+    leaves["v0"] = 0.0
+
+    def loss(x):
+        return spikes_of({**leaves, "x": x}).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), 1)(leaves["x"])
+    assert torch.equal(got.transpose(0, 1), torch.func.grad(loss)(leaves["x"]))
+    assert got.count_nonzero()
+
+
+@pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_forward_mode_is_refused(name, learned):
+    leaves = {key: leaf.requires_grad_(learned) for key, leaf in tensors(Case()).items()}
+    leaf = leaves[name].detach()
+
+    def spikes(leaf):
+        return spikes_of({**leaves, name: leaf})
+
+    message = "forward-mode.*reverse mode.*backend='torch'"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(spikes, (leaf,), (leaf,))
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jacfwd(spikes)(leaf)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        spikes(forward_ad.make_dual(leaf, leaf))
+
+
+@pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+def test_a_change_in_place_before_backward_names_remedies_that_work(name):
+    def backward(multi_step, in_place=True):
+        leaves = tensors(Case())
+        inputs = {**leaves, name: leaves[name] * 1.0}  # like the output of a layer
+        spikes = spikes_of(inputs, multi_step)
+        if in_place:
+            inputs[name] += 1.0
+        else:
+            inputs[name] = inputs[name] + 1.0
+        (spikes.sum() + inputs[name].sum()).backward()
+        return {key: leaf.grad for key, leaf in leaves.items()}
+
+    with pytest.raises(RuntimeError, match=r"in place.*h = h \+ o.*backend='torch'") as info:
+        backward(cpu.multi_step)
+    assert "inplace operation" in str(info.value.__cause__)
+    expected = backward(reference.multi_step)
+    for key, gradient in backward(cpu.multi_step, in_place=False).items():
+        torch.testing.assert_close(gradient, expected[key])
 
 
 def test_tensors_large_enough_for_huge_pages():
@@ -308,16 +432,6 @@ def test_what_it_cannot_take_is_refused_with_the_reason():
 def test_auto_takes_it_on_a_cpu():
     backend = backends.resolve("auto", torch.zeros(2, 3), surrogate.ATan())
     assert backend.multi_step is cpu.multi_step
-
-
-@pytest.mark.filterwarnings("error")
-def test_auto_takes_torch_in_silence_where_numba_is_not_installed(monkeypatch):
-    def load():
-        raise ModuleNotFoundError("No module named 'numba'")
-
-    monkeypatch.setitem(backends.BACKENDS, "numba", load)
-    backend = backends.resolve("auto", torch.zeros(2, 3), surrogate.ATan())
-    assert backend.multi_step is reference.multi_step
 
 
 @pytest.mark.filterwarnings("error")

@@ -68,8 +68,8 @@ SOFT, HARD = {"v_reset": None}, {"v_reset": -0.25}
 MUTATIONS = {
     "no gradient through the soft reset's threshold": (
         SOFT | {"detach_reset": True},
-        "through_spike + (RESET == SOFT && fired ? grad_v[i] : 0.0f);",
-        "through_spike;",
+        "(RESET == SOFT ? (fired ? 1.0f : 0.0f) * grad_v[i] : 0.0f)",
+        "0.0f",
     ),
     "no gradient through the reset": (
         HARD,
@@ -78,7 +78,7 @@ MUTATIONS = {
     ),
     "gradient passes a hard reset": (
         HARD,
-        "(RESET == SOFT || !fired ? grad_v[i] : 0.0f)",
+        "(RESET == SOFT || !fired ? 1.0f : 0.0f) * grad_v[i]",
         "grad_v[i]",
     ),
     "no decay of the carried gradient": (HARD, "fmaf(-q, grad_h, grad_h)", "grad_h"),
@@ -122,6 +122,14 @@ def test_the_case_of_the_mutations_is_green_unbroken(launcher):
     row |= {"T": 4, "layout": "features", "decay_input": True, "v_init": True}
     for options, _, _ in MUTATIONS.values():
         check(launcher, Conformance(row | options))
+
+
+def test_the_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
+    row = {option: values[0] for option, values in OPTIONS.items()}
+    monkeypatch.setattr(kernels, "SEGMENT", 4)
+    monkeypatch.setattr(kernels, "LONGEST_SWEEP", 8)
+    with Host(tmp_path, kernels.source.__wrapped__()).patched() as host:
+        check(host, Conformance(row | {"T": 13}))
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["as it is", "one neuron too far"])

@@ -1,5 +1,8 @@
 """The definition of ALIF: a trace worked by hand, gradcheck, and gradients derived on paper."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +169,15 @@ def test_equals_spikingjellys_plif_to_the_bit(dtype, v_reset, decay_input):
         assert 0.0 < error <= TOLERANCE[dtype]["value"] * plif.v.abs().max().item()
 
 
+def test_a_hard_reset_recovers_from_an_infinite_voltage():
+    x_seq = torch.tensor([[7e4], [1.4], [0.5]]).half().requires_grad_()  # 7e4 is inf in float16
+    w, v_threshold = torch.zeros((), requires_grad=True), torch.tensor(0.6, requires_grad=True)
+    spikes, v, _ = alif_multi_step(x_seq, 0.0, w, v_threshold, v_reset=0.25, backend="torch")
+    assert spikes.flatten().tolist() == [1, 1, 0] and v == 0.5
+    v.sum().backward()
+    assert v_threshold.grad.isfinite() and x_seq.grad.flatten()[0] == 0.0
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_input_is_computed_in_float32(dtype):
     case = Case(dtype=dtype, shape=(5, 2, 3))
@@ -177,3 +189,13 @@ def test_half_input_is_computed_in_float32(dtype):
     assert got["v"].dtype == got["grad_w"].dtype == torch.float32
     assert torch.equal(got["spike_seq"].float(), exact["spike_seq"])
     assert torch.equal(got["v"], exact["v"])
+
+
+def test_the_readme_names_every_file_and_tests_that_exist():
+    folder = Path(reference.__file__).parent
+    readme = (folder / "README.md").read_text()
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    assert files - {"README.md", "__init__.py"} <= set(re.findall(r"`(\w+\.\w+)`", readme))
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", readme)
+    assert len(named) > 5 and all(f"def {name}(" in tests for name in named)
