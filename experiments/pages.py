@@ -4,8 +4,6 @@ Each is made of the metrics in results/ and of the CSVs in experiments/benchmark
 no number is copied by hand.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Two lines are on PyPI. In 2.x a neuron implements ``single_step_functional_forwa
 ``BaseNode`` exported here bridges the two, so that :class:`sj_taid.ALIFNode` is written once.
 """
 
-from __future__ import annotations
-
 import warnings
 from importlib.metadata import version
 from typing import Any

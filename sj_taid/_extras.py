@@ -1,7 +1,5 @@
 """What the parts of the package need that ``import sj_taid`` does without."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -3,8 +3,6 @@
 To read what a graph saved would run the hooks of gradient checkpointing and offloading.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """From SpikingJelly's neurons to ALIF, and back: the same outputs at the moment of the swap."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings
@@ -18,8 +16,6 @@ from . import _compat
 from .neuron import ALIFNode
 from .ops import backends
 from .state import name_neurons
-
-__all__ = ["Swap", "SwapReport", "swap_neurons", "to_lif"]
 
 #: The neurons with an ALIF that has the same outputs.
 _KINDS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)

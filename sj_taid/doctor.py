@@ -3,8 +3,6 @@
 With ``--kernels`` also what NVIDIA's compiler says of the CUDA kernels; no GPU is needed for it.
 """
 
-from __future__ import annotations
-
 import argparse
 import platform
 import time

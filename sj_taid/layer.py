@@ -1,12 +1,8 @@
 """Layers that turn the output of T time steps into one image."""
 
-from __future__ import annotations
-
 import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
-
-__all__ = ["TAID", "FixedDecoder"]
 
 
 class _ImageDecoder(nn.Module, base.MultiStepModule):

@@ -1,7 +1,5 @@
 """For PyTorch Lightning, the extra ``[lightning]``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from spikingjelly.activation_based import functional

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from .neuron import ALIFNode
 
-__all__ = ["LayerState", "Monitor", "monitor"]
-
 
 @dataclass(frozen=True)
 class LayerState:

@@ -1,15 +1,11 @@
 """Parameter groups: a learning rate of their own for the time constants and thresholds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from spikingjelly.activation_based import neuron
 from torch import nn
 
 from .neuron import ALIFNode
-
-__all__ = ["parameter_groups"]
 
 
 def parameter_groups(

@@ -1,7 +1,5 @@
 """Resetting a net's neurons so that it cannot be forgotten."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,8 +7,6 @@ from spikingjelly.activation_based import functional
 from torch import nn
 
 from .neuron import ALIFNode
-
-__all__ = ["fresh_state", "name_neurons"]
 
 
 def name_neurons(net: nn.Module) -> None:

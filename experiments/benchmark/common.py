@@ -4,8 +4,6 @@ The neurons are leaky integrate-and-fire with tau = 2, threshold 1 and an ATan s
 nothing, PLIF tau; ours, FlexSN and snnTorch's Leaky learn tau and the threshold.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

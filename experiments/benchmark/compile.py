@@ -5,8 +5,6 @@
 writes ``compile-<backend>.csv``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

@@ -10,8 +10,6 @@ what the neuron buys and what the stepping does. Then where the time goes, and h
 T and with the batch.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -11,8 +11,6 @@ forward and backward, of the paper's nets for such data. A loader without proces
 from the training; processes work beside it, on cores of their own if the machine has them.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

@@ -7,8 +7,6 @@ parameters. Where CuPy does not work, the row of the fused CUDA kernels is count
 are written to save: the input, and a checkpoint every 8 steps beyond 16.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -12,8 +12,6 @@ implementation once per process; SJ_PLIF_CUDA_IMPLEMENTATION=native or triton fo
 --append adds the rows of such a run to the same file.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ The draws come from torch's default generator: they follow the run's seed, and e
 has its own. What comes in from beyond the border is 0: black, or no event.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

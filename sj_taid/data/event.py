@@ -1,7 +1,5 @@
 """Recordings of event cameras through SpikingJelly's data sets, as frames of added-up events."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Still images that are read from their files when they are asked for: any folder, and CelebA."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Still images, kept in memory: scikit-learn's digits, and MNIST, FashionMNIST and CIFAR10."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar
 

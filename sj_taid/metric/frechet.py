@@ -8,8 +8,6 @@ import torchmetrics
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-__all__ = ["Features", "FrechetDistance"]
-
 
 class Features(nn.Module):
     """What a distance sees of images ``[N, C, H, W]`` in [-1, 1]: ``[N, num_features]``.

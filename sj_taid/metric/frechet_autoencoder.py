@@ -1,7 +1,5 @@
 """FAD, the Frechet distance between codes of a plain autoencoder: of our own, or of the papers'."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,8 +12,6 @@ from torch import Tensor, nn
 
 from ..model.autoencoder import Autoencoder
 from .frechet import Features, FrechetDistance
-
-__all__ = ["FrechetAutoencoderDistance", "PublishedFrechetAutoencoderDistance"]
 
 
 class FrechetAutoencoderDistance(FrechetDistance):

@@ -1,7 +1,5 @@
 """Inception, the network behind FID and the Inception score, and that score."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 
 from .._extras import needs
 from .frechet import Features
-
-__all__ = ["DOWNLOAD", "Inception", "InceptionScore", "to_uint8"]
 
 #: In place of a file of weights: fetch them to where torchmetrics keeps its copy.
 DOWNLOAD = "download"

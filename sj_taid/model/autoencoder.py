@@ -1,7 +1,5 @@
 """Plain (non-spiking) networks of FSVAE's shape: FAD's autoencoder, and the VAE to compare with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,8 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .block import encoder_widths, evaluating, halved
-
-__all__ = ["VAE", "Autoencoder", "AutoencoderOutput", "VAEOutput"]
 
 
 class AutoencoderOutput(NamedTuple):

@@ -1,7 +1,5 @@
 """The building blocks of the spiking models: a layer, tdBN and a neuron, on ``[T, N, *]``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 

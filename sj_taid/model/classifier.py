@@ -1,7 +1,5 @@
 """Spiking image classifier: convolutions, two linear layers, each class a group of neurons."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,8 +8,6 @@ from torch import Tensor, nn
 
 from ..neuron import ALIFNode
 from .block import Neuron, reset
-
-__all__ = ["Classifier", "paper_neuron"]
 
 #: ALIF as the paper's classifiers start it.
 paper_neuron = partial(

@@ -1,7 +1,5 @@
 """Fully Spiking VAE: an image goes in, spikes carry it through, an image comes out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -25,8 +23,6 @@ from .block import (
     reset,
 )
 from .latent import LATENT_LOSSES, Posterior, Prior
-
-__all__ = ["FSVAE", "FSVAEOutput", "original_neuron"]
 
 #: ALIF that starts as the original's neuron: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
 #: rectangular surrogate of width 1 (SpikingJelly's two lines share this spelling of it).

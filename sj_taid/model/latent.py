@@ -5,8 +5,6 @@ Sequences are ``[T, N, C]``; each network gives ``k`` candidate spikes for every
 of a spike. Source: Kamata et al. 2022, arXiv 2110.00375, sections 4.2-4.4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise

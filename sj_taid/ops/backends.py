@@ -10,8 +10,6 @@ It is entered in :data:`BACKENDS` as a function that imports the module, so that
 nothing until it is asked for and may fail to import without breaking the others.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable

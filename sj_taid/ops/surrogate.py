@@ -9,8 +9,6 @@ from the module's parameters in double precision, as SpikingJelly makes them: th
 derivative (``Rect``'s edge, say) lies at the same float32 number.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """How the C library hands out memory for tensors on a CPU."""
 
-from __future__ import annotations
-
 import ctypes
 import platform
 

@@ -1,7 +1,5 @@
 """Training of a model that gives images back."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

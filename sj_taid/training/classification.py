@@ -1,7 +1,5 @@
 """Training of a classifier, on still images or on frames of events."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ every run. With ``--keep`` runs of experiments are copied into ``results/runs`` 
 folder, and its ``RESULTS.md`` is made of all that is there, beside ``results/published.csv``.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -3,8 +3,6 @@
 FAD's autoencoder and the statistics of the test images are made once and kept in the cache.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

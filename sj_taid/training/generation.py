@@ -1,7 +1,5 @@
 """Training of a model that draws images of its own: FSVAE or the plain VAE."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

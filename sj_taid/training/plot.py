@@ -1,7 +1,5 @@
 """Pictures of images, parameters, attention and curves, for anyone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a figure needs beside it: versions, commit, machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess
