@@ -21,18 +21,15 @@ def alif(channels: int, backend: str) -> nn.Module:
 
 
 def net(channels: int, backend: str) -> nn.Module:
-    convolution = {"kernel_size": 3, "padding": 1, "bias": False, "step_mode": "m"}
-    return nn.Sequential(
-        *(
-            module
-            for _ in range(2)
-            for module in (
-                layer.Conv2d(channels, channels, **convolution),
-                layer.BatchNorm2d(channels, step_mode="m"),
-                alif(channels, backend),
-            )
+    blocks = (
+        nn.Sequential(
+            layer.Conv2d(channels, channels, 3, padding=1, bias=False, step_mode="m"),
+            layer.BatchNorm2d(channels, step_mode="m"),
+            alif(channels, backend),
         )
+        for _ in range(2)
     )
+    return nn.Sequential(*blocks)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

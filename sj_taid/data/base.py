@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class InMemory(TensorDataset):
         return b"".join(tensor.numpy().tobytes() for tensor in self.tensors)
 
 
+@dataclass(eq=False)
 class Files(Dataset):
     """Samples that lie in a file each and are read when they are asked for.
 
@@ -53,14 +55,13 @@ class Files(Dataset):
         RuntimeError: a file that ``read`` cannot read, when it is asked for; names all such files.
     """
 
-    def __init__(
-        self, paths: list[str], labels: list[int], read: Callable[[str], Tensor], remedy: str
-    ) -> None:
-        self.paths = paths
-        self.labels = labels
-        self.read = read
-        self.remedy = remedy
-        self.checked = paths  # all of these, where one cannot be read
+    paths: list[str]
+    labels: list[int]
+    read: Callable[[str], Tensor]
+    remedy: str
+
+    def __post_init__(self) -> None:
+        self.checked = self.paths  # all of these, where one cannot be read
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ SAMPLES_AT_ONCE = 250
 #: what the published autoencoders are called
 PUBLISHED = {"mnist": "mnist", "fashion_mnist": "fashion"}
 STATISTICS = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
+Tensors = dict[str, torch.Tensor]
 
 
 @contextmanager
@@ -48,6 +50,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@dataclass
 class Evaluator:
     """Compares the samples of a model with the test images of a data set.
 
@@ -66,23 +69,16 @@ class Evaluator:
         accelerator: Lightning's; all but ``"cpu"`` use a GPU where there is one.
     """
 
-    def __init__(
-        self,
-        samples: int,
-        autoencoder: Mapping[str, Any],
-        inception_weights: str | Path | Literal[False] | None = None,
-        published_autoencoders: str | Path | Literal[False] | None = None,
-        cache_dir: str | Path = "~/.cache/sj-taid",
-        seed: int = 0,
-        accelerator: str = "auto",
-    ) -> None:
-        self.samples = samples
-        self.autoencoder = autoencoder
-        self.inception_weights = inception_weights
-        self.published_autoencoders = published_autoencoders
-        self.cache_dir = Path(cache_dir).expanduser()
-        self.seed = seed
-        self.accelerator = accelerator
+    samples: int
+    autoencoder: Mapping[str, Any]
+    inception_weights: str | Path | Literal[False] | None = None
+    published_autoencoders: str | Path | Literal[False] | None = None
+    cache_dir: Path = Path("~/.cache/sj-taid")
+    seed: int = 0
+    accelerator: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.cache_dir = Path(self.cache_dir).expanduser()  # a config gives a string
 
     def evaluate_samples(
         self, model: Any, data: ImageData, only: str | None = None
@@ -177,12 +173,12 @@ class Evaluator:
                 )
 
     def _see_test_images(self, metric: FrechetDistance, data: ImageData) -> None:
-        def take(statistics: dict[str, torch.Tensor]) -> None:
+        def take(statistics: Tensors) -> None:
             for name in STATISTICS:
                 state = getattr(metric, name)
                 setattr(metric, name, statistics[name].to(state.device).view_as(state))
 
-        def make() -> dict[str, torch.Tensor]:
+        def make() -> Tensors:
             for image, _ in data.test_dataloader():
                 metric.update(image.to(metric.device), real=True)
             return {name: getattr(metric, name) for name in STATISTICS}
@@ -193,36 +189,26 @@ class Evaluator:
     def _trained_autoencoder(self, data: ImageData) -> Autoencoder:
         """The one that FAD looks through."""
         settings = dict(self.autoencoder)
-        seed, epochs = settings["seed"], settings["epochs"]
-
-        def untrained() -> Autoencoder:
-            return Autoencoder(
-                data.channels,
-                data.image_size,
-                settings["hidden_channels"],
-                settings["latent_channels"],
-            )
+        widths = settings["hidden_channels"], settings["latent_channels"]
+        untrained = partial(Autoencoder, data.channels, data.image_size, *widths)
 
         def report(trainer: L.Trainer, task: L.LightningModule) -> None:
-            log.info(
-                "FAD's autoencoder: epoch %d of %d, reconstruction error %.4f",
-                trainer.current_epoch + 1,
-                epochs,
-                trainer.callback_metrics["train/reconstruction"],
-            )
+            error = trainer.callback_metrics["train/reconstruction"]
+            text = "FAD's autoencoder: epoch %d of %d, reconstruction error %.4f"
+            log.info(text, trainer.current_epoch + 1, settings["epochs"], error)
 
-        def train() -> dict[str, torch.Tensor]:
+        def train() -> Tensors:
             log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
             its_data = copy.copy(data)
             its_data.batch_size, its_data.augment = settings["batch_size"], None
             trainer = bare_trainer(
                 self.accelerator,
-                max_epochs=epochs,
+                max_epochs=settings["epochs"],
                 limit_val_batches=0,
                 callbacks=[LambdaCallback(on_train_epoch_end=report)],
             )
             # From its own seed, so that every run looks through the same one.
-            with seeded(seed):
+            with seeded(settings["seed"]):
                 task = Autoencoding(untrained(), partial(torch.optim.AdamW, lr=1e-3))
                 trainer.fit(task, its_data)
             return task.model.state_dict()
@@ -248,11 +234,7 @@ def bare_trainer(accelerator: str, **options: Any) -> L.Trainer:
     )
 
 
-def take_or_make(
-    path: Path,
-    take: Callable[[dict[str, torch.Tensor]], Any],
-    make: Callable[[], dict[str, torch.Tensor]],
-) -> None:
+def take_or_make(path: Path, take: Callable[[Tensors], Any], make: Callable[[], Tensors]) -> None:
     """``take`` what lies in ``path``, or else what ``make`` gives, which is put there.
 
     Of several processes one makes it, while the others wait for it.

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from spikingjelly.activation_based.neuron import BaseNode
@@ -42,8 +43,7 @@ def draw_grid(
     axis.set_xticks([])
     axis.set_yticks((np.arange(len(row_labels)) + 0.5) * height / rows, row_labels, fontsize=8)
     axis.tick_params(length=0)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.spines[:].set_visible(False)
     axis.set_title(title, fontsize=10)
     figure.tight_layout(pad=0.3)
     save(figure, path)
@@ -72,10 +72,7 @@ def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> N
         for name, color in zip(names, colors, strict=True):
             values = [epoch[name][key] for epoch in history]
             axis.plot(range(len(history)), values, color=color, label=name.removesuffix(".1"))
-        axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
+        _label(axis, "epoch", label)
     axes[1].legend(
         fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), title="layer", frameon=False
     )
@@ -102,13 +99,10 @@ def draw_attention(attention: Tensor, path: Path) -> None:
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
     fixed = FixedDecoder(T).attention(torch.ones(T, 1, 1)).flatten().numpy()
     axis.plot(steps, fixed / fixed.sum(), "k--", linewidth=1, label=r"fixed, $0.8^{T-t}$")
-    axis.set_xlabel("time step t")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_ylabel(r"share of the image, $a[t] / \sum a$")
+    _label(axis, "time step t", r"share of the image, $a[t] / \sum a$")
     axis.set_ylim(bottom=0)
     axis.set_title("What each time step adds (mean and 10-90 % of test images)", fontsize=10)
     axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
     save(figure, path)
 
 
@@ -123,12 +117,16 @@ def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
             points = [(n, epoch[key]) for n, epoch in enumerate(epochs, 1) if key in epoch]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-        axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_ylabel(name)
+        _label(axis, "epoch", name)
         axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
     save(figure, path)
+
+
+def _label(axis: Axes, x: str, y: str) -> None:
+    """Name the axes, of which the horizontal one counts."""
+    axis.set(xlabel=x, ylabel=y)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
 
 
 def save(figure: Figure, path: Path, dpi: int = 130) -> None:
