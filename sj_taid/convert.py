@@ -357,13 +357,9 @@ def _to_alif(site: _Site, channels: int | None, learn_tau: bool, **options: Any)
     alif = ALIFNode(
         decay_input=getattr(node, "decay_input", False),  # an IF node does not scale its input
         v_threshold=node.v_threshold,
-        v_reset=node.v_reset,
-        surrogate_function=node.surrogate_function,
-        detach_reset=node.detach_reset,
-        step_mode=node.step_mode,
-        store_v_seq=node.store_v_seq,
         channels=channels,
         learn_tau=learn_tau,
+        **_shared_options(node),
         **options,
     )
     if site.dtype == torch.float64:
@@ -380,9 +376,18 @@ def _to_alif(site: _Site, channels: int | None, learn_tau: bool, **options: Any)
     else:
         alif.w.data.fill_(NO_LEAK_W)
         alif.w.requires_grad_(False)
-    alif.set_reset_value("v", _compat.reset_value(node, "v"))
-    alif.v = node.v
-    return alif
+    return _with_voltage(node, alif)
+
+
+def _shared_options(node: Any) -> dict[str, Any]:
+    names = ("v_reset", "surrogate_function", "detach_reset", "step_mode", "store_v_seq")
+    return {name: getattr(node, name) for name in names}
+
+
+def _with_voltage(old: Any, new: Any) -> Any:
+    new.set_reset_value("v", _compat.reset_value(old, "v"))
+    new.v = old.v
+    return new
 
 
 def _w_of(tau: float, dtype: torch.dtype) -> float:
@@ -423,21 +428,11 @@ def _distinct(parameter: Tensor) -> list[float]:
 
 
 def _to_plain(node: ALIFNode, tau: float, v_threshold: float) -> neuron.BaseNode:
-    options = {
-        "v_threshold": v_threshold,
-        "v_reset": node.v_reset,
-        "surrogate_function": node.surrogate_function,
-        "detach_reset": node.detach_reset,
-        "step_mode": node.step_mode,
-        "store_v_seq": node.store_v_seq,
-    }
+    options = {"v_threshold": v_threshold, **_shared_options(node)}
     if tau == math.inf:
-        plain = neuron.IFNode(**options)
-    else:
-        plain = neuron.LIFNode(tau=tau, decay_input=node.decay_input, **options)
-    plain.set_reset_value("v", _compat.reset_value(node, "v"))
-    plain.v = node.v
-    return plain
+        return _with_voltage(node, neuron.IFNode(**options))
+    options |= {"tau": tau, "decay_input": node.decay_input}
+    return _with_voltage(node, neuron.LIFNode(**options))
 
 
 def _channel_counts(
