@@ -100,6 +100,7 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
         self.real_features_sum = n * mean
         self.real_features_cov_sum = (n - 1) * covariance + n * torch.outer(mean, mean)
         self.real_features_num_samples = torch.tensor(n)
+        self.reset_real_features = False
         self.protocol += f", as published: batch norm by batches of {self.batch_size}"
 
 

@@ -125,6 +125,17 @@ def test_the_published_distance_takes_the_norm_of_each_batch(published, tmp_path
     assert "as published: batch norm by batches of 256" in same.protocol
 
 
+def test_a_reset_keeps_the_published_statistics(published, tmp_path):
+    _, images, _ = published
+    metric = PublishedFrechetAutoencoderDistance(tmp_path, "mnist")
+    values = []
+    for _ in range(2):
+        metric.reset()
+        metric.update(images, real=False)
+        values.append(float(metric.compute()))
+    assert values[0] == values[1]
+
+
 def test_the_published_distance_says_what_it_needs(published, tmp_path):
     with pytest.raises(
         ValueError, match=r"takes images \[N, 1, 32, 32\], but got \[5, 1, 28, 28\]"
