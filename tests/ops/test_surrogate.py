@@ -67,6 +67,12 @@ def test_every_derivative_is_of_a_class_of_one_of_the_two_lines():
     assert set(DERIVATIVES) - set(AVAILABLE) == (set() if FUNCTIONAL_STATES else only_in_2)
 
 
+def test_numba_can_tell_all_derivatives_apart():
+    assert {name: d.python.__qualname__ for name, d in DERIVATIVES.items()} == {
+        name: name for name in DERIVATIVES
+    }
+
+
 class Steeper(surrogate.ATan):
     """A subclass, whose backward may be anything."""
 
