@@ -4,6 +4,7 @@ With ``--kernels`` also what NVIDIA's compiler says of the CUDA kernels; no GPU 
 """
 
 import argparse
+import itertools
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line)
         healthy &= equal
     if options.kernels:
-        for line in kernel_table(options.arch or this_arch()):
+        here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+        for line in kernel_table(options.arch or "sm_{}{}".format(*here)):
             print(line)
     return 0 if healthy else 1
 
@@ -103,31 +105,19 @@ def self_test(name: str, device: str) -> tuple[bool, str]:
     return equal, f"self test of {name}: {passed if equal else failed}"
 
 
-def this_arch() -> str:
-    """The architecture of the GPU here, sm_90 where there is none."""
-    if not torch.cuda.is_available():
-        return "sm_90"
-    return "sm_{}{}".format(*torch.cuda.get_device_capability())
-
-
 def kernel_table(arch: str) -> Iterator[str]:
     """Registers and spills as compiled for ``arch``, bytes as counted, of the common kernels."""
-    options = [
-        kernels.Options(dtype, steps, 0.0, True, False)
-        for dtype in kernels.SCALARS
-        for steps in (1, 2, 4, 8, 16, 24)
-    ]
     needs = kernels.NEED_X | kernels.NEED_W | kernels.NEED_V_THRESHOLD
-    names = [
-        (
-            o.forward_name(o.forward_vec(), 1),
-            o.backward_name(o.backward_vec(), 1, False, needs, "Sigmoid"),
-        )
-        for o in options
-    ]
+    cases = []
+    for dtype, steps in itertools.product(kernels.SCALARS, (1, 2, 4, 8, 16, 24)):
+        o = kernels.Options(dtype, steps, 0.0, True, False)
+        there, back = o.forward_vec(), o.backward_vec()
+        names = (o.forward_name(there, 1), o.backward_name(back, 1, False, needs, "Sigmoid"))
+        columns = (("forward", "backward"), (there, back), kernels.traffic(o), names)
+        cases += [(o, *case) for case in zip(*columns, strict=True)]
     start = time.perf_counter()
     try:
-        report = nvrtc.resources(kernels.source(), tuple(n for pair in names for n in pair), arch)
+        report = nvrtc.resources(kernels.source(), tuple(case[-1] for case in cases), arch)
     except OSError as error:
         yield f"kernels: {error}"
         return
@@ -135,16 +125,12 @@ def kernel_table(arch: str) -> Iterator[str]:
     yield f"kernels for {arch}: hard reset to 0, decay_input, Sigmoid surrogate, one tau a layer"
     yield f"{len(report)} kernels compiled in {seconds:.1f} s"
     yield "dtype     T  direction  neurons/thread  registers  spilled B  bytes/neuron/step"
-    for o, pair in zip(options, names, strict=True):
-        vecs = (o.forward_vec(), o.backward_vec())
-        for direction, name, vec, moved in zip(
-            ("forward", "backward"), pair, vecs, kernels.traffic(o), strict=True
-        ):
-            r = report[name]
-            yield (
-                f"{kernels.SCALARS[o.dtype]:8} {o.steps:2}  {direction:9}  {vec:14}  "
-                f"{r.registers:9}  {r.spill_stores:9}  {moved:17.2f}"
-            )
+    for o, direction, vec, moved, name in cases:
+        r = report[name]
+        yield (
+            f"{kernels.SCALARS[o.dtype]:8} {o.steps:2}  {direction:9}  {vec:14}  "
+            f"{r.registers:9}  {r.spill_stores:9}  {moved:17.2f}"
+        )
 
 
 if __name__ == "__main__":
