@@ -2,7 +2,7 @@
 
 >>> from sj_taid import ALIFNode, TAID
 
-The parts ``sj_taid.lightning``, ``sj_taid.metric`` and ``sj_taid.model`` are imported when they are
+The parts ``data``, ``lightning``, ``metric``, ``model`` and ``training`` are imported when they are
 first used. ``import *`` leaves out ``functional``, which would take the place of SpikingJelly's.
 """
 

@@ -202,8 +202,7 @@ class Data(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.test_set)
 
-    def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)
+    test_dataloader = val_dataloader
 
     def _limited(self, samples: Samples) -> Samples:
         if self.limit is None or self.limit >= len(samples):

@@ -144,7 +144,6 @@ class MNIST(TorchvisionInMemory):
         "t10k-images-idx3-ubyte",
         "t10k-labels-idx1-ubyte",
     )
-
     counts = (60_000, 10_000)  # of images for training and for testing
 
     def _require_whole(self, name: str) -> None:

@@ -59,8 +59,7 @@ class _Codes(Features):
         super().__init__()
         self.autoencoder = autoencoder
         self.num_features = autoencoder.latent_channels
-        weights = _weights(autoencoder)
-        self.description = f"this project's own autoencoder (weights {weights})"
+        self.description = f"this project's own autoencoder (weights {_weights(autoencoder)})"
         self.freeze()
 
     def forward(self, image: Tensor) -> Tensor:

@@ -114,10 +114,7 @@ class VAE(_Convolutional):
     the evidence lower bound of a Gaussian decoder of variance 1, up to a factor and a constant.
 
     Args:
-        in_channels: image channels C.
-        image_size: height and width, divisible by two once for each hidden width.
-        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels are left.
-        latent_channels: width of the code.
+        in_channels, image_size, hidden_channels, latent_channels: those of :class:`Autoencoder`.
         kl_weight: :math:`\beta`.
 
     Source: D. P. Kingma and M. Welling 2014, arXiv 1312.6114; the shape and the role from Kamata et

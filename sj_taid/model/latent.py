@@ -23,18 +23,11 @@ class LatentNetwork(nn.Module):
     Each is followed by tdBN at twice the threshold.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        hidden: tuple[int, int],
-        channels: int,
-        k: int,
-        neuron: Neuron,
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, k: int, neuron: Neuron) -> None:
         super().__init__()
         self.channels = channels
         self.k = k
-        widths = (in_channels, *hidden, k * channels)
+        widths = (in_channels, 2 * channels, 4 * channels, k * channels)
         self.net = nn.Sequential(
             *(linear_block(a, b, neuron, alpha=2.0) for a, b in pairwise(widths))
         )
@@ -70,7 +63,7 @@ class Posterior(LatentNetwork):
     """
 
     def __init__(self, channels: int, k: int, neuron: Neuron, presampling: str = "step") -> None:
-        super().__init__(2 * channels, (2 * channels, 4 * channels), channels, k, neuron)
+        super().__init__(2 * channels, channels, k, neuron)
         if presampling not in PRESAMPLING:
             raise ValueError(f"presampling must be one of {PRESAMPLING}, but it is {presampling!r}")
         self.presampling = presampling
@@ -109,7 +102,7 @@ class Prior(LatentNetwork):
     FIRST_OWN_SAMPLE = 5
 
     def __init__(self, channels: int, k: int, neuron: Neuron) -> None:
-        super().__init__(channels, (2 * channels, 4 * channels), channels, k, neuron)
+        super().__init__(channels, channels, k, neuron)
 
     def forward(self, z_seq: Tensor, own_sample_probability: float | Tensor = 0.0) -> Tensor:
         """``p`` ``[T, N, C, k]`` for the posterior's ``z_seq`` ``[T, N, C]``, taken as constants.

@@ -111,9 +111,8 @@ def read(path: Path) -> Metrics:
     metrics = _json(path)
     if not {"command", "choices"} <= metrics.keys():
         raise ValueError(f"{path.name} lacks command and choices, which a run writes")
-    metrics.setdefault("evaluations", []).extend(
-        map(_json, sorted(path.parent.glob("evaluations/*.json")))
-    )
+    later = sorted((path.parent / run.EVALUATIONS).glob("*.json"))
+    metrics.setdefault("evaluations", []).extend(map(_json, later))
     for evaluation in metrics["evaluations"]:
         if isinstance(evaluation["figures"], dict):  # in older files names of what is there already
             metrics |= evaluation["figures"]

@@ -1,4 +1,4 @@
-"""What every task has, and what train.py asks of it beside Lightning's hooks."""
+"""What every task has, and what ``commands`` asks of it beside Lightning's hooks."""
 
 from __future__ import annotations
 
