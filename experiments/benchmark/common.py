@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -78,11 +77,6 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
     ended.record()
     torch.cuda.synchronize(device)
     return began.elapsed_time(ended)
-
-
-def slope(sizes: Iterable[float], times: Iterable[float]) -> float:
-    """The exponent of a power law through the points: 1 is linear."""
-    return float(np.polyfit(np.log(list(sizes)), np.log(list(times)), 1)[0])
 
 
 def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:

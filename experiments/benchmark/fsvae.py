@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from common import interleaved, parser, slope, write_csv
+from common import interleaved, parser, write_csv
 from matplotlib.figure import Figure
 from spikingjelly.activation_based import neuron
 from torch import Tensor
@@ -168,7 +169,8 @@ def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
                 _case(f"scaling in {axis}", name, cases[size]) | timing._asdict()
                 for size, timing in timings.items()
             ]
-            exponent = slope(SIZES, (timing.median_ms for timing in timings.values()))
+            times = [timing.median_ms for timing in timings.values()]
+            exponent, _ = np.polyfit(np.log(SIZES), np.log(times), 1)
             rows.append({"work": f"exponent in {axis}", "model": name, "exponent": exponent})
     return rows
 

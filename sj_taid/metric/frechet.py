@@ -1,8 +1,6 @@
 """The Frechet distance of two sets of images, seen through features."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 import torchmetrics
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ class Features(nn.Module):
     def freeze(self) -> None:
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Features:
+    def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: a metric must not learn."""
         return super().train(False)
 

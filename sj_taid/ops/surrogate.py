@@ -9,7 +9,6 @@ from the module's parameters in double precision, as SpikingJelly makes them: th
 derivative (``Rect``'s edge, say) lies at the same float32 number.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,19 +24,16 @@ _LEAKY_AREA = 0.5 if FUNCTIONAL_STATES else 1.0
 class Derivative(NamedTuple):
     """One surrogate's derivative.
 
-    ``constants`` makes ``(a, b)`` from attributes of the module, which its arguments are named
-    after, ``cuda`` is the body of ``float f(float x, float a, float b)``, in which ``reciprocal``
-    is the kernels' ``1 / x``, and ``python`` the same function of three floats, for numba: of
-    operators, ``math``, and below :func:`exp` and, around each number, :func:`f32`.
+    ``parameters`` are the attributes of the module it depends on, ``constants`` makes ``(a, b)``
+    from them, ``cuda`` is the body of ``float f(float x, float a, float b)``, in which
+    ``reciprocal`` is the kernels' ``1 / x``, and ``python`` the same function of three floats, for
+    numba: of operators, ``math``, and below :func:`exp` and, around each number, :func:`f32`.
     """
 
+    parameters: tuple[str, ...]
     constants: Callable[..., tuple[float, float]]
     cuda: str
     python: Callable[[float, float, float], float]
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        return tuple(inspect.signature(self.constants).parameters)
 
 
 def exp(x: float) -> float:
@@ -66,82 +62,99 @@ def _s2nn(x: float, a: float, b: float) -> float:
 #: installed line lacks (``Rect`` on 0.0.0.0.14, for one) is never looked up.
 DERIVATIVES: dict[str, Derivative] = {
     "Sigmoid": Derivative(
+        ("alpha",),
         lambda alpha: (alpha, 0.0),
         "float e = expf(-fabsf(a * x)); float r = reciprocal(1.0f + e); return a * e * r * r;",
         _sigmoid,
     ),
     "ATan": Derivative(
+        ("alpha",),
         lambda alpha: (alpha / 2, math.pi / 2 * alpha),
         "return a * reciprocal(1.0f + (b * x) * (b * x));",
         lambda x, a, b: a / (f32(1.0) + (b * x) * (b * x)),
     ),
     "PiecewiseQuadratic": Derivative(
+        ("alpha",),
         lambda alpha: (alpha, 1 / alpha),
         "return fabsf(x) > b ? 0.0f : a - a * a * fabsf(x);",
         lambda x, a, b: f32(0.0) if abs(x) > b else a - a * a * abs(x),
     ),
     "PiecewiseExp": Derivative(
+        ("alpha",),
         lambda alpha: (alpha / 2, alpha),
         "return a * expf(-b * fabsf(x));",
         lambda x, a, b: a * exp(-b * abs(x)),
     ),
     "SoftSign": Derivative(
+        ("alpha",),
         lambda alpha: (1 / alpha, 1 / (2 * alpha)),
         "float r = reciprocal(a + fabsf(x)); return b * r * r;",
         lambda x, a, b: b / ((a + abs(x)) * (a + abs(x))),
     ),
     "SuperSpike": Derivative(
+        ("alpha",),
         lambda alpha: (alpha, 0.0),
         "float r = reciprocal(1.0f + fabsf(x)); return a * r * r;",
         lambda x, a, b: a / ((f32(1.0) + abs(x)) * (f32(1.0) + abs(x))),
     ),
     "Erf": Derivative(
+        ("alpha",),
         lambda alpha: (alpha, alpha / math.sqrt(math.pi)),
         "return b * expf(-(a * x) * (a * x));",
         lambda x, a, b: b * exp(-(a * x) * (a * x)),
     ),
     "PiecewiseLeakyReLU": Derivative(
+        ("w", "c"),
         lambda w, c: (w, c),
         f"return fabsf(x) < a ? {_LEAKY_AREA}f * reciprocal(a) : b;",
         lambda x, a, b: f32(_LEAKY_AREA) / a if abs(x) < a else b,
     ),
     "LeakyKReLU": Derivative(
+        ("leak", "k"),
         lambda leak, k: (leak, k),
         "return x >= 0.0f ? b : a;",
         lambda x, a, b: b if x >= 0.0 else a,
     ),
     "Rect": Derivative(
+        ("alpha",),
         lambda alpha: (alpha, 0.5 / alpha),
         "return fabsf(x) < b ? a : 0.0f;",
         lambda x, a, b: a if abs(x) < b else f32(0.0),
     ),
     "S2NN": Derivative(
+        ("alpha", "beta"),
         lambda alpha, beta: (alpha, beta),
         "float e = expf(-fabsf(a * x)); float r = reciprocal(1.0f + (x < 0.0f ? e : x));"
         " return x < 0.0f ? a * e * r * r : b * r;",
         _s2nn,
     ),
     "QPseudoSpike": Derivative(
+        ("alpha",),
         lambda alpha: (2 / (alpha - 1), -alpha),
         "return powf(1.0f + a * fabsf(x), b);",
         lambda x, a, b: (f32(1.0) + a * abs(x)) ** b,
     ),
     "NonzeroSignLogAbs": Derivative(
+        ("alpha",),
         lambda alpha: (1 / alpha, 0.0),
         "return reciprocal(a + fabsf(x));",
         lambda x, a, b: f32(1.0) / (a + abs(x)),
     ),
     "LogTailedReLU": Derivative(
+        ("alpha",),
         lambda alpha: (alpha, 0.0),
         "return x <= 0.0f ? a : x > 1.0f ? reciprocal(x) : 1.0f;",
         lambda x, a, b: a if x <= 0.0 else f32(1.0) / x if x > 1.0 else f32(1.0),
     ),
     "FakeNumericalGradient": Derivative(
+        ("alpha",),
         lambda alpha: (alpha, 1 / alpha if alpha > 0 else math.inf),
         "return fabsf(x) < b ? a : reciprocal(fabsf(x));",
         lambda x, a, b: a if abs(x) < b else f32(1.0) / abs(x),
     ),
-    "DeterministicPass": Derivative(lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0)),
+    "DeterministicPass": Derivative(
+        (), lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0)
+    ),
 }
 for _name, _derivative in DERIVATIVES.items():
     # numba's linker tells functions apart by their names, and keeps one where two have the same.
