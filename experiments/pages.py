@@ -14,7 +14,8 @@ from sj_taid.training.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
-BENCHMARKS = ROOT / "experiments" / "benchmark" / "results" / "epyc-2-cores"
+RESULTS = ROOT / "experiments" / "benchmark" / "results"
+BENCHMARKS = RESULTS / "epyc-2-cores"
 
 
 def filled(page: Path) -> str:
@@ -28,12 +29,38 @@ def all_tables() -> dict[str, str]:
     made = {
         "decoders": summary([run for name in decoders for run in stored(ROOT, name)]),
         "classifiers": summary(stored(ROOT, "mnist_classifier_cpu")),
+        "memory": memory(),
+        "norm": norm(),
         "neurons": neurons(),
         "fsvae": fsvae(),
         "compile": compiled(),
         "loading": loading(),
     }
     return tables(ROOT) | {name: markdown(table) for name, table in made.items()}
+
+
+def norms() -> pd.DataFrame:
+    rows = pd.read_csv(RESULTS / "xeon-2-cores" / "norm.csv")
+    return rows[rows["dtype"] == "float32"].rename(columns={"variant": "neuron"})
+
+
+def memory() -> pd.DataFrame:
+    """Bytes kept for backward over those of SpikingJelly's PLIF, T = 8."""
+    rows = norms()
+    rows = rows[(rows["T"] == 8) & rows["net"].str.contains("_")]
+    table = rows.pivot(index="neuron", columns="net", values="kept_ratio")
+    return table.loc[rows["neuron"].unique()].map("{:.2f}".format).reset_index()
+
+
+def norm() -> pd.DataFrame:
+    """Milliseconds of norm and neuron, forward and backward."""
+    rows = norms()
+    rows = rows[rows["net"] == "norm + neuron"]
+    table = rows.pivot(index="T", columns="neuron", values="median_ms")[rows["neuron"].unique()]
+    one, two = table["ALIF, one operator"], table["ALIF, two operators"]
+    table["one / two"], table["one / PLIF"] = one / two, one / table["SpikingJelly PLIF"]
+    places = {name: "{:.2f}" if "/" in name else "{:.1f}" for name in table}
+    return table.apply(lambda column: column.map(places[column.name].format)).reset_index()
 
 
 def neurons() -> pd.DataFrame:

@@ -14,7 +14,9 @@ from .convert import swap_neurons, to_lif
 from .layer import TAID, FixedDecoder
 from .monitoring import monitor
 from .neuron import ALIFNode
+from .norm import fuse_norm, split_norm
 from .optim import parameter_groups
+from .packing import packed_spikes
 from .state import fresh_state, name_neurons
 
 __all__ = [
@@ -22,9 +24,12 @@ __all__ = [
     "ALIFNode",
     "FixedDecoder",
     "fresh_state",
+    "fuse_norm",
     "monitor",
     "name_neurons",
+    "packed_spikes",
     "parameter_groups",
+    "split_norm",
     "swap_neurons",
     "to_lif",
 ]

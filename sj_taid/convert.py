@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,6 +198,9 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     """
     # A net that is one neuron has no parent to hold the new node.
     holder = nn.ModuleList([copy.deepcopy(net)])
+    for module in holder.modules():
+        if isinstance(module, ALIFNode):
+            module.apply_norm(None)
     refused = []
     swaps: dict[nn.Module, nn.Module] = {}
     for site in _sites(holder, ALIFNode):
@@ -491,12 +494,17 @@ def _inferred_channels(net: nn.Module, sites: list[_Site], example_input: Any) -
 
 
 def _table(rows: list[Swap] | tuple[Swap, ...]) -> str:
-    cells = [("name", "was", "now", "note")]
-    for row in rows:
-        now = "ALIF" if row.swapped else "-"
-        cells.append((" = ".join(row.names), row.kind, now, row.note))
-    widths = [max(len(line[i]) for line in cells) for i in range(3)]
+    return table(
+        ("name", "was", "now", "note"),
+        [(" = ".join(r.names), r.kind, "ALIF" if r.swapped else "-", r.note) for r in rows],
+    )
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Aligned columns; the last one is not padded."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), note])
-        for *line, note in cells
+        for *line, note in lines
     )

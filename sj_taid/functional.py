@@ -10,6 +10,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from .ops import backends
+from .ops.alif.norm import Norm
 from .ops.alif.reference import state_dtype
 
 __all__ = ["alif_multi_step", "alif_step", "lower_bound"]
@@ -26,6 +27,7 @@ def alif_multi_step(
     surrogate_function: Callable[[Tensor], Tensor] = surrogate.Sigmoid(),
     detach_reset: bool = False,
     store_v_seq: bool = False,
+    norm: Norm | None = None,
     backend: str = backends.AUTO,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""Run an ALIF neuron over a sequence.
@@ -38,6 +40,13 @@ def alif_multi_step(
         V[t] &= (1 - S[t])\,H[t] + S[t]\,V_{reset} \quad\text{(hard)},\qquad
         V[t] = H[t] - S[t]\,V_{th} \quad\text{(soft)}
 
+    With ``norm`` the neuron runs on the batch norm of X, as one operator: only ``backend="torch"``
+    writes the norm's output :math:`Y` and keeps it for backward. :math:`\mu` and :math:`\sigma^2`
+    are each channel's mean and biased variance over T, N and the axes behind C, or running ones.
+
+    .. math::
+        Y[t] = \gamma\,\frac{X[t] - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
     Args:
         x_seq: input current ``[T, N, *]``, any floating dtype. Half precision is computed in
             float32.
@@ -49,6 +58,8 @@ def alif_multi_step(
         surrogate_function: the Heaviside step forward, its surrogate derivative backward.
         detach_reset: leave the reset out of the gradient.
         store_v_seq: also return the voltage of every step.
+        norm: a batch norm over axis 2; its running statistics are updated in place where the
+            batch's own are used.
         backend: one of :func:`sj_taid.ops.backends.names`.
 
     Returns:
@@ -78,6 +89,8 @@ def alif_multi_step(
     v = _check_state(v, x_seq)
     for name, parameter in (("w", w), ("v_threshold", v_threshold)):
         _check_parameter(name, parameter, x_seq)
+    if norm is not None:
+        _check_norm(norm, x_seq)
     return backends.resolve(backend, x_seq, surrogate_function).multi_step(
         x_seq,
         v,
@@ -88,6 +101,7 @@ def alif_multi_step(
         surrogate_function=surrogate_function,
         detach_reset=detach_reset,
         store_v_seq=store_v_seq,
+        norm=norm,
     )
 
 
@@ -183,6 +197,20 @@ def _check_parameter(name: str, parameter: Tensor, x_seq: Tensor) -> None:
             f"[N, {len(parameter)}, *], but it is {list(x_seq.shape[1:])}"
         )
     _check_device(name, parameter, x_seq)
+
+
+def _check_norm(norm: Norm, x_seq: Tensor) -> None:
+    for name, tensor in norm._asdict().items():
+        if isinstance(tensor, Tensor) and (x_seq.dim() < 3 or tensor.shape != x_seq.shape[2:3]):
+            raise ValueError(
+                f"the norm's {name} has shape {list(tensor.shape)}, so one step of the input must "
+                f"be [N, {len(tensor)}, *], but it is {list(x_seq.shape[1:])}"
+            )
+    if norm.use_batch_statistics and x_seq.numel() <= x_seq.shape[2]:
+        raise ValueError(
+            "a batch norm in training needs more than one value per channel, but the input is "
+            f"{list(x_seq.shape)}; give a larger batch, or call eval()"
+        )
 
 
 def _check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from . import _compat, _graph, functional
 from .ops import backends
+from .ops.alif.norm import Norm
 from .ops.alif.reference import state_dtype
 
 __all__ = ["ALIFNode"]
@@ -124,6 +126,7 @@ class ALIFNode(_compat.BaseNode):
             store_v_seq=store_v_seq,
         )
         self.name = ""
+        self._norm: weakref.ref[nn.Module] | None = None
         self.backend = backend
         self.decay_input = decay_input
         self.channels = channels
@@ -145,6 +148,26 @@ class ALIFNode(_compat.BaseNode):
     @backend.setter
     def backend(self, value: str) -> None:
         self._backend = backends.check_name(value)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The batch norm that this neuron applies to its input: :func:`sj_taid.fuse_norm`."""
+        norm = None if self._norm is None else self._norm()
+        if self._norm is not None and norm is None:
+            raise RuntimeError(
+                f"{self._label()} applies a batch norm that is no longer in the net; replace or "
+                "convert norms before sj_taid.fuse_norm(net), or after sj_taid.split_norm(net)"
+            )
+        return norm
+
+    def apply_norm(self, norm: nn.Module | None) -> None:
+        """Apply this batch norm, which from now on passes its input on; ``None`` undoes it."""
+        if norm is not None:
+            norm.forward = _pass_on
+        elif self.norm is not None:
+            del self.norm.forward
+        # Weakly and out of torch's sight: it belongs to the net, which may drop it.
+        self._norm = None if norm is None else weakref.ref(norm)
 
     @property
     def supported_backends(self) -> tuple[str, ...]:
@@ -266,6 +289,7 @@ class ALIFNode(_compat.BaseNode):
             "v_reset": self.v_reset,
             "surrogate_function": self.surrogate_function,
             "detach_reset": self.detach_reset,
+            "norm": None if self.norm is None else Norm.of(self.norm),
             "backend": self.backend,
         }
 
@@ -273,7 +297,13 @@ class ALIFNode(_compat.BaseNode):
         # A copy or a pickle takes the voltages along, not the graph that made them.
         state = {name: _detached(value) for name, value in self.__dict__.items()}
         state["_memories"] = {name: _detached(v) for name, v in self._memories.items()}
+        state["_norm"] = self.norm  # a copy of the net has a copy of its norm
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        norm, self._norm = self.__dict__.pop("_norm", None), None
+        self.apply_norm(norm)
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> nn.Module:
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -282,6 +312,11 @@ class ALIFNode(_compat.BaseNode):
             return tensor.to(moved.device, torch.float32) if lowered else moved
 
         return super()._apply(keep_float32)
+
+
+def _pass_on(x: Tensor) -> Tensor:
+    """The forward of a norm that its neuron applies."""
+    return x
 
 
 _REMEDY = (

@@ -163,7 +163,7 @@ def assert_close(
             continue
         # Voltages and their gradients are float32 even for half input.
         tolerance = TOLERANCE[want.dtype]
-        if name in ("grad_w", "grad_v_threshold"):
+        if name in ("grad_w", "grad_v_threshold", "grad_weight", "grad_bias"):
             bound = tolerance["sum"] * max(scale, float(want.abs().max()))
         else:
             bound = tolerance["value"] * max(1.0, float(want.abs().max()))

@@ -9,11 +9,14 @@ are written to save: the input, and a checkpoint every 8 steps beyond 16.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
+from unittest import mock
 
 import torch
 from common import DTYPES, conditions, contestants, parser, write_csv
 from torch import nn
 
+from sj_taid import packing
 from sj_taid.ops.alif.kernels import checkpoints
 
 N = 4096
@@ -37,24 +40,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except (RuntimeError, TypeError, ValueError) as error:
                 print(f"skipped {name} at {dtype}, T={T}: {error}")
         if "ALIF cupy" not in modules:
-            counted = DTYPES[dtype].itemsize + 4 * checkpoints(T) / T
+            counted = DTYPES[dtype].itemsize + 4 * checkpoints(T, DTYPES[dtype]) / T
             rows.append({"neuron": "ALIF cupy (counted)", COLUMN: counted, **shared})
     table = write_csv(rows, options.out / "memory.csv")
     print(table[["neuron", "dtype", "T", COLUMN]].to_string(index=False))
 
 
 def saved_bytes(module: nn.Module, x_seq: torch.Tensor) -> int:
-    """Bytes of the storages that one call saves for backward, parameters apart."""
+    """Bytes of the storages that one call saves for backward, parameters and their casts apart."""
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    shapes = {tuple(sorted(p.shape)) for p in module.parameters() if p.dim() > 1}
     storages: dict[int, int] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in parameters and tuple(sorted(tensor.shape)) not in shapes:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def note_packed(tensor: torch.Tensor) -> Any:
+        kept = pack(tensor)
+        note(kept if isinstance(kept, torch.Tensor) else kept.bits)
+        return kept
+
+    pack = packing._pack  # its hooks stand before the ones here
+    with (
+        mock.patch.object(packing, "_pack", note_packed),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
         output = module(x_seq.requires_grad_())
     # Alive until here, so that no storage was freed and counted twice.
     del output

@@ -7,6 +7,7 @@ from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
 from ..neuron import ALIFNode
+from ..norm import fuse_norm
 from .block import Neuron, reset
 
 #: ALIF as the paper's classifiers start it.
@@ -44,6 +45,7 @@ class Classifier(nn.Module):
         neurons_per_class: output neurons of a class.
         dropout: probabilities before the hidden and before the last layer.
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
+        fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
 
     Raises:
         ValueError: sizes that do not fit, or input of another shape.
@@ -68,6 +70,7 @@ class Classifier(nn.Module):
         neurons_per_class: int = 10,
         dropout: tuple[float, float] = (0.5, 0.5),
         neuron: Neuron = paper_neuron,
+        fused_norm: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (("T", T), ("hidden", hidden), ("neurons_per_class", neurons_per_class)):
@@ -113,6 +116,8 @@ class Classifier(nn.Module):
             nn.Linear(hidden, classes * neurons_per_class, bias=False),
             neuron(),
         )
+        if fused_norm:
+            fuse_norm(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Firing rates ``[N, classes]`` in [0, 1].

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..layer import TAID
 from ..neuron import ALIFNode
+from ..norm import fuse_norm
 from .block import (
     Neuron,
     conv_block,
@@ -72,6 +73,7 @@ class FSVAE(nn.Module):
         latent_loss: the distance of posterior and prior, ``"mmd"`` or ``"kl"``.
         own_sample_probability: the prior's scheduled sampling at the start and at the end of
             training.
+        fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
 
     Raises:
         ValueError: sizes that do not fit, or images of another shape.
@@ -98,6 +100,7 @@ class FSVAE(nn.Module):
         presampling: str = "step",
         latent_loss: str = "mmd",
         own_sample_probability: tuple[float, float] = (0.1, 0.3),
+        fused_norm: bool = True,
     ) -> None:
         super().__init__()
         if latent_loss not in LATENT_LOSSES:
@@ -135,6 +138,8 @@ class FSVAE(nn.Module):
             nn.ConvTranspose2d(widths[0], in_channels, 3, padding=1)
         )
         self.image_decoder = decoder
+        if fused_norm:
+            fuse_norm(self)
 
     def forward(self, image: Tensor, own_sample_probability: float | Tensor = 0.0) -> FSVAEOutput:
         """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1].

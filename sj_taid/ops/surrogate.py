@@ -37,7 +37,7 @@ class Derivative(NamedTuple):
 
 
 def exp(x: float) -> float:
-    """``e**x``. numba compiles ``alif/cpu.py``'s for float32: it vectorises, unlike libm's."""
+    """``e**x``. numba compiles ``alif/cpu/loops.py``'s for float32: that vectorises, libm's not."""
     return math.exp(x)
 
 

@@ -9,6 +9,7 @@ import fsvae
 import loading
 import memory
 import neuron
+import norm
 import pandas as pd
 import pytest
 import torch
@@ -98,7 +99,18 @@ def test_loading(tmp_path, monkeypatch):
     assert (tmp_path / "loading.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("script", [fsvae, loading, neuron], ids=lambda script: script.__name__)
+def test_norms(tmp_path):
+    small = ["--device", "cpu", "--steps", "3", "--dtypes", "float32", "--batch", "2"]
+    norm.main([*small, "--nets", norm.LAYERS, "--repeats", "1", "--out", str(tmp_path)])
+    kept = {row["variant"]: float(row["kept_ratio"]) for row in rows(tmp_path / "norm.csv")}
+    ours = ("ALIF, two operators", "ALIF, one operator", "ALIF, one operator, bits")
+    assert kept[norm.RIVAL] == 1.0 > kept[ours[0]] > kept[ours[1]] > kept[ours[2]] > 0
+    assert (tmp_path / "norm.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "script", [fsvae, loading, neuron, norm], ids=lambda script: script.__name__
+)
 def test_the_committed_rows_can_be_drawn(tmp_path, script):
     (path,) = RESULTS.glob(f"*/{script.__name__}.csv")
     script.draw(pd.read_csv(path), tmp_path / "drawn.png")

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import surrogate
+from .. import bits, surrogate
+from . import norm as norms
+from .norm import Affine, Norm
 from .reference import state_dtype
 
 
 class Engine(NamedTuple):
-    """A fused ALIF: two functions with the arguments of :class:`Forward` and :class:`Backward`.
+    """A fused ALIF: functions with the arguments of :class:`Forward` and :class:`Backward`.
 
     They may rely on this: ``x_seq`` is dense with time outermost, in any order of the other axes;
     ``v0`` and the gradients, where given, have its layout, and ``v0``, ``w``, ``v_threshold`` and
@@ -32,16 +34,26 @@ class Engine(NamedTuple):
 
     Operators cannot return ``None``, so what was not asked for is a tensor of no elements.
     ``grad_parameters`` stacks the gradients of those of ``w`` and ``v_threshold`` that need one.
+
+    With ``norm``, the table of :class:`.norm.Affine`, the neuron runs on ``(x - shift) gain +
+    offset``. With ``need_norm`` backward then gives ``norm_sums``, of which :mod:`.norm` makes A
+    and B, ``ab``. Its ``grad_x_seq`` is the gradient of the neuron's input, which
+    ``input_gradient`` turns into that of ``x_seq``; or an engine without one is asked for
+    ``grad_x_seq`` where ``ab`` is known alone, in a second backward if need be.
     """
 
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    #: T -> how many voltages a neuron forward keeps for backward's recomputation
-    checkpoints: Callable[[int], int]
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    #: x_seq -> each channel's mean and biased variance, float64 ``[2, C]``
+    statistics: Callable[[Tensor], Tensor]
+    #: backward's first result, and its arguments with ``ab``: makes the first G_x
+    input_gradient: Callable[..., None] | None
+    #: x_seq -> how many voltages a neuron forward keeps for backward's recomputation
+    checkpoints: Callable[[Tensor], int]
 
 
 class Forward(NamedTuple):
-    """The arguments of a forward, in the operator's order: spikes, V, every V, checkpoint."""
+    """The arguments of a forward, in the operator's order: spikes, V, every V, checkpoint, bits."""
 
     x_seq: Tensor
     v0: Tensor | None
@@ -52,10 +64,12 @@ class Forward(NamedTuple):
     v_reset: float | None
     store_v_seq: bool
     checkpoints: int
+    norm: Tensor | None = None
+    pack: bool = False
 
 
 class Backward(NamedTuple):
-    """The arguments of a backward, in the operator's order: gradients of x, v0, parameters."""
+    """The arguments of backward, in the operator's order: gradients of x, v0, parameters, sums."""
 
     grad_spike_seq: Tensor | None
     grad_v: Tensor | None
@@ -76,48 +90,75 @@ class Backward(NamedTuple):
     need_v0: bool
     need_w: bool
     need_v_threshold: bool
+    norm: Tensor | None = None
+    need_norm: bool = False
+    ab: Tensor | None = None
 
 
 _library = torch.library.Library("sj_taid", "FRAGMENT")
 
 
 def register(name: str, dispatch_key: str, engine: Engine) -> Engine:
-    """Make ``engine``'s functions the operators ``sj_taid::{name}_forward`` and ``_backward``."""
-    operators = []
-    for direction, arguments, results, function, fake in (
-        ("forward", Forward, 4, engine.forward, empty_outputs),
-        ("backward", Backward, 3, engine.backward, empty_gradients),
+    """Make ``engine``'s functions the operators ``sj_taid::{name}_forward`` and so on."""
+    operators = {}
+    in_place = f"Tensor(a!) grad_x_seq, {_schema(Backward)}"
+    for what, arguments, results, fake in (
+        ("forward", _schema(Forward), 5, empty_outputs),
+        ("backward", _schema(Backward), 4, empty_gradients),
+        ("statistics", "Tensor x_seq", 1, empty_statistics),
+        ("input_gradient", in_place, 0, lambda *_: None),
     ):
-        kinds = arguments.__annotations__.items()
-        schema = ", ".join(f"{k.__forward_arg__.replace(' | None', '?')} {n}" for n, k in kinds)
-        _library.define(f"{name}_{direction}({schema}) -> ({', '.join(['Tensor'] * results)})")
-        _library.impl(f"{name}_{direction}", function, dispatch_key)
-        torch.library.register_fake(f"sj_taid::{name}_{direction}", fake, lib=_library)
-        operators.append(getattr(torch.ops.sj_taid, f"{name}_{direction}").default)
-    return Engine(operators[0], operators[1], engine.checkpoints)
+        if getattr(engine, what) is None:
+            continue
+        _library.define(f"{name}_{what}({arguments}) -> ({', '.join(['Tensor'] * results)})")
+        _library.impl(f"{name}_{what}", getattr(engine, what), dispatch_key)
+        torch.library.register_fake(f"sj_taid::{name}_{what}", fake, lib=_library)
+        operators[what] = getattr(torch.ops.sj_taid, f"{name}_{what}").default
+    return engine._replace(**operators)
 
 
-def empty_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _schema(arguments: Any) -> str:
+    """The arguments of an operator, as torch writes them."""
+    return ", ".join(
+        f"{kind.__forward_arg__.replace(' | None', '?')} {name}"
+        + (f"={arguments._field_defaults[name]}" if name in arguments._field_defaults else "")
+        for name, kind in arguments.__annotations__.items()
+    )
+
+
+def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :class:`Forward`, allocated: spikes and voltages in ``x_seq``'s layout."""
     call = Forward(*arguments)
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
+    neurons = x_seq[0].numel()
     return (
         torch.empty_like(x_seq),
         torch.empty_like(x_seq[0], dtype=dtype),
         torch.empty_like(x_seq if call.store_v_seq else x_seq.new_empty(0), dtype=dtype),
-        x_seq.new_empty((call.checkpoints, x_seq[0].numel()), dtype=dtype),
+        x_seq.new_empty((call.checkpoints, neurons), dtype=dtype),
+        x_seq.new_empty((call.pack * bits.words(len(x_seq)), neurons), dtype=torch.uint8),
     )
 
 
-def empty_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :class:`Backward`, allocated, in ``x_seq``'s layout."""
     call = Backward(*arguments)
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
+    channels = call.norm.shape[1] if call.norm is not None and call.need_norm else 0
     return (
-        torch.empty_like(x_seq if call.need_x else x_seq.new_empty(0)),
+        torch.empty_like(
+            x_seq if call.need_x else x_seq.new_empty(0),
+            dtype=dtype if call.norm is not None and call.ab is None else x_seq.dtype,
+        ),
         torch.empty_like(x_seq[0] if call.need_v0 else x_seq.new_empty(0), dtype=dtype),
         call.w.new_empty((call.need_w + call.need_v_threshold, *call.w.shape)),
+        x_seq.new_empty((2, channels), dtype=torch.float64),
     )
+
+
+def empty_statistics(x_seq: Tensor) -> Tensor:
+    """The result of :class:`Statistics`, allocated."""
+    return x_seq.new_empty((2, x_seq.shape[2]), dtype=torch.float64)
 
 
 class _Options(NamedTuple):
@@ -129,6 +170,9 @@ class _Options(NamedTuple):
     a: float
     b: float
     store_v_seq: bool
+    pack: bool
+    fixed_norm: bool
+    group: Any
 
 
 class _FusedALIF(torch.autograd.Function):
@@ -141,9 +185,12 @@ class _FusedALIF(torch.autograd.Function):
         v0: Tensor | None,
         w: Tensor,
         v_threshold: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Affine | tuple[None, None],
         engine: Engine,
         options: _Options,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return engine.forward(
             x_seq,
             v0,
@@ -153,17 +200,17 @@ class _FusedALIF(torch.autograd.Function):
             options.decay_input,
             options.v_reset,
             options.store_v_seq,
-            engine.checkpoints(x_seq.shape[0]),
+            engine.checkpoints(x_seq),
+            norm[0],
+            options.pack,
         )
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
-    ) -> None:
-        *leaves, ctx.engine, ctx.options = inputs
-        checkpoint = output[3]
-        ctx.save_for_backward(*leaves, checkpoint)
-        ctx.mark_non_differentiable(checkpoint)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x_seq, v0, w, v_threshold, _, _, norm, ctx.engine, ctx.options = inputs
+        checkpoint, packed = output[3:]
+        ctx.save_for_backward(x_seq, v0, w, v_threshold, checkpoint, *norm)
+        ctx.mark_non_differentiable(checkpoint, packed)
         # An output that nobody used has no gradient to read.
         ctx.set_materialize_grads(False)
 
@@ -173,10 +220,10 @@ class _FusedALIF(torch.autograd.Function):
         grad_spike_seq: Tensor | None,
         grad_v: Tensor | None,
         grad_v_seq: Tensor | None,
-        grad_checkpoint: None,
+        *unused: None,
     ) -> tuple[Tensor | None, ...]:
         try:
-            x_seq, v0, w, v_threshold, checkpoint = ctx.saved_tensors
+            x_seq, v0, w, v_threshold, checkpoint, table, numbers = ctx.saved_tensors
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
@@ -188,11 +235,11 @@ class _FusedALIF(torch.autograd.Function):
                 "or use backend='torch', which does not read the input again"
             ) from error
         options = ctx.options
-        need_x, need_v0, need_w, need_v_threshold = ctx.needs_input_grad[:4]
+        need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
+        recomputes = table is not None and ctx.engine.input_gradient is None
         # create_graph=True, and torch.func always
         backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
-        grad_x_seq, grad_v0, grad_parameters = backward(
-            ctx.engine,
+        call = Backward(
             _arranged(grad_spike_seq, x_seq),
             _arranged(grad_v, x_seq[0]),
             _arranged(grad_v_seq, x_seq) if options.store_v_seq else None,
@@ -208,16 +255,40 @@ class _FusedALIF(torch.autograd.Function):
             options.surrogate,
             options.a,
             options.b,
-            need_x,
+            need_x and (options.fixed_norm or not recomputes),
             need_v0,
             need_w,
             need_v_threshold,
+            table,
+            table is not None,
+            torch.zeros_like(table[:2]) if recomputes and options.fixed_norm else None,
         )
+        grad_x_seq, grad_v0, grad_parameters, norm_sums = backward(ctx.engine, *call)
+        grad_weight = grad_bias = None
+        if table is not None:
+            affine = Affine(table, numbers)
+            grad_weight, grad_bias, ab = norms.gradients(affine, norm_sums, options.group)
+            if need_x and not recomputes:
+                ctx.engine.input_gradient(grad_x_seq, *call._replace(ab=ab))
+                grad_x_seq = grad_x_seq.to(x_seq.dtype)
+            elif need_x and not call.need_x:
+                call = call._replace(
+                    need_x=True,
+                    need_v0=False,
+                    need_w=False,
+                    need_v_threshold=False,
+                    need_norm=False,
+                    ab=ab,
+                )
+                grad_x_seq = backward(ctx.engine, *call)[0]
         return (
             grad_x_seq if need_x else None,
             grad_v0 if need_v0 else None,
             grad_parameters[0] if need_w else None,
             grad_parameters[-1] if need_v_threshold else None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            None,
             None,
             None,
         )
@@ -232,7 +303,7 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(engine: Engine, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(engine: Engine, *arguments: Any) -> tuple[Tensor, ...]:
         return engine.backward(*arguments)
 
     @staticmethod
@@ -259,6 +330,7 @@ def multi_step(
     surrogate_function: Any,
     detach_reset: bool,
     store_v_seq: bool,
+    norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`sj_taid.ops.alif.reference.multi_step` by a fused engine.
 
@@ -282,19 +354,26 @@ def multi_step(
         a=a,
         b=b,
         store_v_seq=store_v_seq,
+        pack=bits.requested(),
+        fixed_norm=norm is not None and norm.fixed,
+        group=None if norm is None else norm.group,
     )
-    leaves = (x_seq, v0, w, v_threshold)
+    leaves = (x_seq, v0, w, v_threshold, *((None, None) if norm is None else norm[:2]))
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in leaves):
         raise NotImplementedError(
             "a fused ALIF backend has no forward-mode derivatives: use reverse mode "
             "(torch.func.vjp, jacrev), or backend='torch' with a surrogate that defines jvp"
         )
+    affine = (None, None) if norm is None else norms.affine(norm, x_seq, engine.statistics)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-        spike_seq, v_last, v_seq, _ = _FusedALIF.apply(*leaves, engine, options)
+        spike_seq, v_last, v_seq, _, packed = _FusedALIF.apply(*leaves, affine, engine, options)
+        if options.pack:
+            bits.leave(packed)
     else:
-        spike_seq, v_last, v_seq, _ = engine.forward(
-            x_seq, v0, options.v_init, w, v_threshold, decay_input, v_reset, store_v_seq, 0
-        )
+        spike_seq, v_last, v_seq, *_ = engine.forward(
+            x_seq, v0, options.v_init, w, v_threshold, decay_input, v_reset, store_v_seq, 0,
+            affine[0],
+        )  # fmt: skip
     return spike_seq, v_last, v_seq if store_v_seq else None
 
 

@@ -1,5 +1,6 @@
-// ALIF over a whole sequence: one kernel forward, one backward. README.md beside this file derives
-// the gradients; reference.py is the definition these kernels are tested against.
+// ALIF over a whole sequence, and the batch norm before it: one kernel forward, one backward, one for
+// the norm's statistics. README.md beside this file derives the gradients; reference.py is the
+// definition these kernels are tested against.
 //
 // A step of the sequence is `size` neurons in storage order, so any dense layout will do. A thread
 // owns VEC neighbouring neurons, carries them through time in registers, and goes on to those
@@ -8,7 +9,11 @@
 // all along: it reads its parameters once and sums their gradients in registers. No shared memory,
 // no atomics, no synchronisation: results do not depend on the order in which threads run.
 //
-// Up to 16 steps fit in registers. For longer sequences T stands for every length that leaves the
+// With a NORM the neuron's input is y = (x - shift) gain + offset, made in registers in forward and
+// again in backward. x's gradient depends on sums over all of y's: one launch of backward makes them
+// (NEED_NORM), a second one, which computes y's gradient again, writes x's (NEED_X).
+//
+// Up to LONGEST_SWEEP steps fit in registers. For longer sequences T stands for every length that leaves the
 // same rest when divided by SEGMENT: forward keeps the voltage every SEGMENT steps (`checkpoint`),
 // backward goes through the segments from the last to the first.
 //
@@ -27,12 +32,11 @@ constexpr float FLOAT_MAX = 3.402823466e38f;
 __device__ constexpr int steps_in_registers(int T) { return T <= LONGEST_SWEEP ? T : SEGMENT; }
 __device__ constexpr int steps_left(int T) { return T <= LONGEST_SWEEP ? 0 : T % SEGMENT; }
 
-// Blocks per multiprocessor promised to the compiler, which bounds a thread's registers: 64 for 8
-// blocks, 128 for 4, 168 for 3, 255 for 2. Without a bound it would load every gradient ahead and
-// use three times as many. A soft reset and the gradients of v_seq keep more values alive: a block
-// fewer for each of them.
-__device__ constexpr int resident_blocks(int values, bool soft, bool grad_v_seq) {
-  return (values <= 9 ? 8 : values <= 20 ? 4 : 3) - soft - grad_v_seq;
+// Blocks per multiprocessor promised to the compiler for backward, which bounds a thread's registers:
+// 80 for 6 blocks, 96 for 5, 128 for 4, 168 for 3. Fewer could not hide the latency of memory; the
+// gradients of v_seq take many registers, but are themselves as many bytes more asked for at a time.
+__device__ constexpr int resident_blocks(bool norm, bool single_pass, bool grad_v_seq, bool left) {
+  return grad_v_seq ? 3 : 6 - norm - (norm && single_pass) - left;
 }
 
 // ---- numbers -----------------------------------------------------------------------------------
@@ -98,14 +102,37 @@ __device__ __forceinline__ float reciprocal(float x) {
 // ---- memory ------------------------------------------------------------------------------------
 
 template <int BYTES> struct Word;
+template <> struct Word<1> { typedef unsigned char type; };
 template <> struct Word<2> { typedef unsigned short type; };
 template <> struct Word<4> { typedef unsigned int type; };
 template <> struct Word<8> { typedef uint2 type; };
 template <> struct Word<16> { typedef uint4 type; };
 template <> struct Word<32> { typedef uint4 type; };
 
-// By hand on the GPU: of plain assignments the compiler splits most into 4 bytes each.
+// By hand on the GPU. Of plain assignments the compiler splits most into 4 bytes each; a plain load
+// it puts off until the word is used, and the latencies of a sequence's loads add up.
 #ifdef __CUDA_ARCH__
+__device__ __forceinline__ void load_word(const unsigned short* from, unsigned short& word) {
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(word) : "l"(from));
+}
+
+__device__ __forceinline__ void load_word(const unsigned int* from, unsigned int& word) {
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(from));
+}
+
+__device__ __forceinline__ void load_word(const uint2* from, uint2& word) {
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(from));
+}
+
+__device__ __forceinline__ void load_word(const uint4* from, uint4& word) {
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w) : "l"(from));
+}
+
+__device__ __forceinline__ void store_word(unsigned char* to, unsigned char word) {
+  asm("st.global.u8 [%0], %1;" : : "l"(to), "h"((unsigned short)word));
+}
+
 __device__ __forceinline__ void store_word(unsigned short* to, unsigned short word) {
   asm("st.global.u16 [%0], %1;" : : "l"(to), "h"(word));
 }
@@ -123,6 +150,7 @@ __device__ __forceinline__ void store_word(uint4* to, uint4 word) {
       : : "l"(to), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w));
 }
 #else
+template <class word_t> void load_word(const word_t* from, word_t& word) { word = *from; }
 template <class word_t> void store_word(word_t* to, word_t word) { *to = word; }
 #endif
 
@@ -135,26 +163,34 @@ union Pack {
   word_t word[WORDS];
 };
 
+template <class scalar_t, int VEC>
+__device__ __forceinline__ void fetch(const scalar_t* from, Pack<scalar_t, VEC>& to) {
+#pragma unroll
+  for (int i = 0; i < to.WORDS; ++i)
+    load_word(reinterpret_cast<const typename Pack<scalar_t, VEC>::word_t*>(from) + i, to.word[i]);
+}
+
+template <class scalar_t, int VEC>
+__device__ __forceinline__ void store(const Pack<scalar_t, VEC>& from, scalar_t* to) {
+#pragma unroll
+  for (int i = 0; i < from.WORDS; ++i)
+    store_word(reinterpret_cast<typename Pack<scalar_t, VEC>::word_t*>(to) + i, from.word[i]);
+}
+
 template <int VEC, class scalar_t>
 __device__ __forceinline__ void load(const scalar_t* from, float (&to)[VEC]) {
-  typedef Pack<scalar_t, VEC> pack_t;
-  pack_t pack;
-#pragma unroll
-  for (int i = 0; i < pack_t::WORDS; ++i)
-    pack.word[i] = reinterpret_cast<const typename pack_t::word_t*>(from)[i];
+  Pack<scalar_t, VEC> pack;
+  fetch(from, pack);
 #pragma unroll
   for (int i = 0; i < VEC; ++i) to[i] = to_float(pack.lane[i]);
 }
 
 template <int VEC, class scalar_t>
 __device__ __forceinline__ void store(const float (&from)[VEC], scalar_t* to) {
-  typedef Pack<scalar_t, VEC> pack_t;
-  pack_t pack;
+  Pack<scalar_t, VEC> pack;
 #pragma unroll
   for (int i = 0; i < VEC; ++i) from_float(from[i], pack.lane[i]);
-#pragma unroll
-  for (int i = 0; i < pack_t::WORDS; ++i)
-    store_word(reinterpret_cast<typename pack_t::word_t*>(to) + i, pack.word[i]);
+  store(pack, to);
 }
 
 template <int VEC>
@@ -170,24 +206,42 @@ __device__ __forceinline__ void load_or_fill(const float* from, index_t at, floa
 
 // ---- the neuron --------------------------------------------------------------------------------
 
-// The parameters of a thread's neurons: one pair for all (LANES = 1) or one for each (LANES = VEC).
-template <int LANES, int RESET, bool DECAY_INPUT>
+// The parameters of a thread's neurons: one set for all (LANES = 1) or one for each (LANES = VEC).
+template <int LANES, int RESET, bool DECAY_INPUT, bool NORM>
 struct Neuron {
   float q[LANES], v_threshold[LANES], v_reset;
+  float shift[LANES], gain[LANES], offset[LANES];  // of the norm
+  float a[LANES], b[LANES];                        // what x's gradient lacks: a + b (x - shift)
 
-  // `at` is the position of the thread's first neuron in a step.
-  __device__ __forceinline__ Neuron(const float* w, const float* threshold, float v_reset,
-                                    index_t at, index_t inner, index_t channels)
+  // `at` is the position of the thread's first neuron in a step; w and the threshold are of every
+  // channel (`stride` 1) or one for all (0). With LANES > 1 neighbours are of successive channels.
+  __device__ __forceinline__ Neuron(const float* w, const float* threshold, index_t stride,
+                                    float v_reset, const float* norm, const float* ab, index_t at,
+                                    index_t inner, index_t channels)
       : v_reset(RESET == HARD ? v_reset : 0.0f) {
+    const index_t first = at / inner % channels;
 #pragma unroll
     for (int i = 0; i < LANES; ++i) {
-      index_t channel = (at + i) / inner % channels;
-      q[i] = 1.0f / (1.0f + expf(-w[channel]));
-      v_threshold[i] = threshold[channel];
+      const index_t channel = first + i;
+      q[i] = 1.0f / (1.0f + expf(-w[channel * stride]));
+      v_threshold[i] = threshold[channel * stride];
+      if (NORM) {
+        shift[i] = norm[channel];
+        gain[i] = norm[channels + channel];
+        offset[i] = norm[2 * channels + channel];
+        a[i] = ab ? ab[channel] : 0.0f;
+        b[i] = ab ? ab[channels + channel] : 0.0f;
+      }
     }
   }
 
   __device__ __forceinline__ static int lane(int i) { return LANES == 1 ? 0 : i; }
+
+  __device__ __forceinline__ float centred(float x, int i) const { return x - shift[lane(i)]; }
+
+  __device__ __forceinline__ float input(float x, int i) const {
+    return NORM ? centred(x, i) * gain[lane(i)] + offset[lane(i)] : x;
+  }
 
   // PyTorch's order of operations, unfused.
   __device__ __forceinline__ float charge(float x, float v, int i) const {
@@ -211,12 +265,14 @@ struct Neuron {
 
 // ---- forward -----------------------------------------------------------------------------------
 
-// STEPS steps that begin at `here`, from the voltage `v` to the one after them.
-template <int STEPS, bool STORE_V_SEQ, class N, class scalar_t, int VEC>
+// STEPS steps that begin at `here`, from the voltage `v` to the one after them. A neuron's spikes of
+// 8 steps make a byte of `bits`, the first step its lowest bit.
+template <int STEPS, bool STORE_V_SEQ, bool PACK, class N, class scalar_t, int VEC>
 __device__ __forceinline__ void forward_segment(const N& neuron, const scalar_t* x, scalar_t* spike,
-                                                float* v_seq, index_t here, index_t size,
-                                                float (&v)[VEC]) {
+                                                float* v_seq, unsigned char* bits, index_t here,
+                                                index_t byte_here, index_t size, float (&v)[VEC]) {
   float x_t[STEPS][VEC];
+  unsigned int byte[VEC] = {};
 #pragma unroll
   for (int t = 0; t < STEPS; ++t) load(x + here + t * size, x_t[t]);
 #pragma unroll
@@ -224,27 +280,42 @@ __device__ __forceinline__ void forward_segment(const N& neuron, const scalar_t*
     float s[VEC];
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
-      float h = neuron.charge(x_t[t][i], v[i], i);
-      s[i] = neuron.fires(h, i) ? 1.0f : 0.0f;
+      const float h = neuron.charge(neuron.input(x_t[t][i], i), v[i], i);
+      const bool fired = neuron.fires(h, i);
+      s[i] = fired ? 1.0f : 0.0f;
+      if (fired) byte[i] |= 1u << t % 8;
       v[i] = neuron.reset(h, i);
     }
     store(s, spike + here + t * size);
     if (STORE_V_SEQ) store(v, v_seq + here + t * size);
+    if (PACK && (t % 8 == 7 || t == STEPS - 1)) {
+      Pack<unsigned char, VEC> bytes;
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) {
+        bytes.lane[i] = (unsigned char)byte[i];
+        byte[i] = 0;
+      }
+      store(bytes, bits + byte_here + t / 8 * size);
+    }
   }
 }
 
-template <class scalar_t, int T, int VEC, int LANES, int RESET, bool DECAY_INPUT, bool STORE_V_SEQ>
+template <class scalar_t, int T, int VEC, int LANES, int RESET, bool DECAY_INPUT, bool STORE_V_SEQ,
+          bool NORM, bool PACK>
 __global__ void __launch_bounds__(BLOCK, 8)
 alif_forward(const scalar_t* __restrict__ x, const float* __restrict__ v0, float v_init,
-             const float* __restrict__ w, const float* __restrict__ v_threshold, float v_reset,
-             scalar_t* __restrict__ spike, float* __restrict__ v_last, float* __restrict__ v_seq,
-             float* __restrict__ checkpoint, index_t steps, index_t size, index_t threads,
+             const float* __restrict__ w, const float* __restrict__ v_threshold, index_t stride,
+             float v_reset, const float* __restrict__ norm, scalar_t* __restrict__ spike,
+             float* __restrict__ v_last, float* __restrict__ v_seq, float* __restrict__ checkpoint,
+             unsigned char* __restrict__ bits, index_t steps, index_t size, index_t threads,
              index_t inner, index_t channels) {
-  constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T);
+  constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T), BYTES = SEGMENT / 8;
+  static_assert(!PACK || T <= LONGEST_SWEEP || SEGMENT % 8 == 0, "a segment fills its bytes");
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(steps / SEGMENT);
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
   if (thread >= threads) return;
-  Neuron<LANES, RESET, DECAY_INPUT> neuron(w, v_threshold, v_reset, thread * VEC, inner, channels);
+  const Neuron<LANES, RESET, DECAY_INPUT, NORM> neuron(w, v_threshold, stride, v_reset, norm, nullptr,
+                                                       thread * VEC, inner, channels);
 #pragma unroll 1
   for (index_t at = thread * VEC; at < size; at += threads * VEC) {
     float v[VEC];
@@ -252,13 +323,15 @@ alif_forward(const scalar_t* __restrict__ x, const float* __restrict__ v0, float
 #pragma unroll 1
     for (int segment = 0; segment < segments; ++segment) {
       if (segment > 0 && checkpoint) store(v, checkpoint + (segment - 1) * size + at);
-      forward_segment<STEPS, STORE_V_SEQ>(neuron, x, spike, v_seq, segment * STEPS * size + at,
-                                          size, v);
+      forward_segment<STEPS, STORE_V_SEQ, PACK>(
+          neuron, x, spike, v_seq, bits, segment * STEPS * size + at, segment * BYTES * size + at,
+          size, v);
     }
     if constexpr (LEFT > 0) {
       if (checkpoint) store(v, checkpoint + (segments - 1) * size + at);
-      forward_segment<LEFT, STORE_V_SEQ>(neuron, x, spike, v_seq, segments * STEPS * size + at,
-                                         size, v);
+      forward_segment<LEFT, STORE_V_SEQ, PACK>(
+          neuron, x, spike, v_seq, bits, segments * STEPS * size + at, segments * BYTES * size + at,
+          size, v);
     }
     store(v, v_last + at);
   }
@@ -266,68 +339,88 @@ alif_forward(const scalar_t* __restrict__ x, const float* __restrict__ v0, float
 
 // ---- backward ----------------------------------------------------------------------------------
 
+// What a thread adds up for each of its channels.
+template <int LANES>
+struct Sums {
+  float w[LANES], v_threshold[LANES];
+  float y[LANES], y_x[LANES];  // y's gradient, and that times x - shift
+};
+
 // STEPS steps that begin at `here`: from dL/dV after them to dL/dV before them, in `grad_v`.
 template <int STEPS, bool GRAD_V_SEQ, bool DETACH_RESET, int NEEDS, class Surrogate, int LANES,
-          int RESET, bool DECAY_INPUT, class scalar_t, int VEC>
+          int RESET, bool DECAY_INPUT, bool NORM, class scalar_t, int VEC>
 __device__ __forceinline__ void backward_segment(
-    const Neuron<LANES, RESET, DECAY_INPUT>& neuron, const scalar_t* grad_spike,
-    const float* grad_v_seq, const scalar_t* x, scalar_t* grad_x, float a, float b, index_t steps,
-    index_t here, index_t size, const float (&v_start)[VEC], float (&grad_v)[VEC],
-    float (&sum_w)[LANES], float (&sum_v_threshold)[LANES]) {
+    const Neuron<LANES, RESET, DECAY_INPUT, NORM>& neuron, const scalar_t* grad_spike,
+    const float* grad_v_seq, const scalar_t* x, scalar_t* grad_x, float a, float b, index_t here,
+    index_t size, const float (&v_start)[VEC], float (&grad_v)[VEC], Sums<LANES>& sums) {
+  Pack<scalar_t, VEC> x_t[STEPS], grad_spike_t[STEPS];
   float h[STEPS][VEC];
 #pragma unroll
+  for (int t = 0; t < STEPS; ++t) fetch(x + here + t * size, x_t[t]);
+#pragma unroll
+  for (int t = STEPS - 1; t >= 0; --t) fetch(grad_spike + here + t * size, grad_spike_t[t]);
+#pragma unroll
   for (int t = 0; t < STEPS; ++t) {
-    load(x + here + t * size, h[t]);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
-      float v = t == 0 ? v_start[i] : neuron.reset(h[t == 0 ? 0 : t - 1][i], i);
-      h[t][i] = neuron.charge(h[t][i], v, i);
+      const float v = t == 0 ? v_start[i] : neuron.reset(h[t == 0 ? 0 : t - 1][i], i);
+      h[t][i] = neuron.charge(neuron.input(to_float(x_t[t].lane[i]), i), v, i);
     }
   }
 #pragma unroll
   for (int t = STEPS - 1; t >= 0; --t) {
-    // Never taken, which the compiler cannot know: it stops it from loading every gradient ahead.
-    if (STEPS >= 8 && t % 4 == 3 && t >= steps) break;
-    float grad_s[VEC], grad_v_t[VEC];
-    load(grad_spike + here + t * size, grad_s);
+    float grad_x_t[VEC], grad_v_t[VEC];
     if (GRAD_V_SEQ) load(grad_v_seq + here + t * size, grad_v_t);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       const int lane = neuron.lane(i);
       const float threshold = neuron.v_threshold[lane], q = neuron.q[lane], h_t = h[t][i];
       const float v = t == 0 ? v_start[i] : neuron.reset_again(h[t == 0 ? 0 : t - 1][i], i);
+      const float grad_s = to_float(grad_spike_t[t].lane[i]);
       const bool fired = neuron.fires(h_t, i);
       if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];
       // dL/dS comes from upstream, and through the reset unless that is left out.
       const bool overflow = RESET != SOFT && h_t > FLOAT_MAX;
-      const float reset_by_spike =
-          RESET == SOFT ? -threshold : overflow ? 0.0f : neuron.v_reset - h_t;
-      const float grad = DETACH_RESET ? grad_s[i] : fmaf(grad_v[i], reset_by_spike, grad_s[i]);
+      const float to_reset = RESET == HARD ? neuron.v_reset - h_t : -h_t;
+      const float reset_by_spike = RESET == SOFT ? -threshold : overflow ? 0.0f : to_reset;
+      const float grad = DETACH_RESET ? grad_s : fmaf(grad_v[i], reset_by_spike, grad_s);
       const float through_spike = grad * Surrogate::derivative(h_t - threshold, a, b);
       // Products, not choices, as PyTorch's: what is not finite stays so.
       const float past_reset = overflow ? 0.0f : (RESET == SOFT || !fired ? 1.0f : 0.0f) * grad_v[i];
       const float grad_h = through_spike + past_reset;
-      if (NEEDS & NEED_V_THRESHOLD)
-        sum_v_threshold[lane] -=
-            through_spike + (RESET == SOFT ? (fired ? 1.0f : 0.0f) * grad_v[i] : 0.0f);
+      if (NEEDS & NEED_V_THRESHOLD) {
+        sums.v_threshold[lane] -= through_spike;
+        if (RESET == SOFT) sums.v_threshold[lane] -= (fired ? 1.0f : 0.0f) * grad_v[i];
+      }
       if (NEEDS & NEED_W)
-        sum_w[lane] = fmaf(grad_h, DECAY_INPUT ? h_t - v : v - neuron.v_reset, sum_w[lane]);
-      grad_s[i] = DECAY_INPUT ? grad_h * q : grad_h;
+        sums.w[lane] = fmaf(grad_h, DECAY_INPUT ? h_t - v : v - neuron.v_reset, sums.w[lane]);
+      const float grad_y = DECAY_INPUT ? grad_h * q : grad_h;
+      grad_x_t[i] = grad_y;
+      if (NORM) {
+        const float centred = neuron.centred(to_float(x_t[t].lane[i]), i);
+        if (NEEDS & NEED_NORM) {
+          sums.y[lane] += grad_y;
+          sums.y_x[lane] = fmaf(grad_y, centred, sums.y_x[lane]);
+        }
+        const float coupled = fmaf(neuron.b[lane], centred, neuron.a[lane]);
+        grad_x_t[i] = fmaf(neuron.gain[lane], grad_y, -coupled);
+      }
       grad_v[i] = fmaf(-q, grad_h, grad_h);
     }
-    if (NEEDS & NEED_X) store(grad_s, grad_x + here + t * size);
+    if (NEEDS & NEED_X) store(grad_x_t, grad_x + here + t * size);
   }
 }
 
 template <class scalar_t, int T, int VEC, int LANES, int RESET, bool DECAY_INPUT, bool GRAD_V_SEQ,
-          bool DETACH_RESET, int NEEDS, class Surrogate>
+          bool NORM, bool DETACH_RESET, int NEEDS, class Surrogate>
 __global__ void
-__launch_bounds__(BLOCK, resident_blocks(steps_in_registers(T) * VEC + LANES, RESET == SOFT,
-                                         GRAD_V_SEQ))
+__launch_bounds__(BLOCK, resident_blocks(NORM, NEEDS & NEED_X && NEEDS & NEED_NORM, GRAD_V_SEQ,
+                                         steps_left(T) > 0))
 alif_backward(const scalar_t* __restrict__ grad_spike, const float* __restrict__ grad_v_last,
               const float* __restrict__ grad_v_seq, const scalar_t* __restrict__ x,
               const float* __restrict__ v0, float v_init, const float* __restrict__ w,
-              const float* __restrict__ v_threshold, float v_reset,
+              const float* __restrict__ v_threshold, index_t stride, float v_reset,
+              const float* __restrict__ norm, const float* __restrict__ ab,
               const float* __restrict__ checkpoint, float a, float b,
               scalar_t* __restrict__ grad_x, float* __restrict__ grad_v0,
               float* __restrict__ partial, index_t steps, index_t size, index_t threads,
@@ -336,8 +429,9 @@ alif_backward(const scalar_t* __restrict__ grad_spike, const float* __restrict__
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(steps / SEGMENT);
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
   if (thread >= threads) return;
-  Neuron<LANES, RESET, DECAY_INPUT> neuron(w, v_threshold, v_reset, thread * VEC, inner, channels);
-  float sum_w[LANES] = {}, sum_v_threshold[LANES] = {};
+  const Neuron<LANES, RESET, DECAY_INPUT, NORM> neuron(w, v_threshold, stride, v_reset, norm, ab,
+                                                       thread * VEC, inner, channels);
+  Sums<LANES> sums = {};
 #pragma unroll 1
   for (index_t at = thread * VEC; at < size; at += threads * VEC) {
     float v[VEC], grad_v[VEC];
@@ -345,8 +439,8 @@ alif_backward(const scalar_t* __restrict__ grad_spike, const float* __restrict__
     if constexpr (LEFT > 0) {
       load(checkpoint + (segments - 1) * size + at, v);
       backward_segment<LEFT, GRAD_V_SEQ, DETACH_RESET, NEEDS, Surrogate>(
-          neuron, grad_spike, grad_v_seq, x, grad_x, a, b, steps, segments * STEPS * size + at,
-          size, v, grad_v, sum_w, sum_v_threshold);
+          neuron, grad_spike, grad_v_seq, x, grad_x, a, b, segments * STEPS * size + at, size, v,
+          grad_v, sums);
     }
 #pragma unroll 1
     for (int segment = segments - 1; segment >= 0; --segment) {
@@ -355,20 +449,83 @@ alif_backward(const scalar_t* __restrict__ grad_spike, const float* __restrict__
       else
         load_or_fill(v0, at, v_init, v);
       backward_segment<STEPS, GRAD_V_SEQ, DETACH_RESET, NEEDS, Surrogate>(
-          neuron, grad_spike, grad_v_seq, x, grad_x, a, b, steps, segment * STEPS * size + at,
-          size, v, grad_v, sum_w, sum_v_threshold);
+          neuron, grad_spike, grad_v_seq, x, grad_x, a, b, segment * STEPS * size + at, size, v,
+          grad_v, sums);
     }
     if (grad_v0) store(grad_v, grad_v0 + at);
   }
 #pragma unroll
   for (int i = 0; i < LANES; ++i) {
     const float q = neuron.q[i];
+    // dH/dw = q (1-q) (X - (V - V_reset)), which is (1-q) (H - V); or -q (1-q) (V - V_reset).
+    const float dw = DECAY_INPUT ? 1.0f - q : -q * (1.0f - q);
     index_t slot = thread * LANES + i;
-    if (NEEDS & NEED_W) {
-      // dH/dw = q (1-q) (X - (V - V_reset)), which is (1-q) (H - V); or -q (1-q) (V - V_reset).
-      partial[slot] = sum_w[i] * (DECAY_INPUT ? 1.0f - q : -q * (1.0f - q));
+    auto put = [&](float sum) {
+      partial[slot] = sum;
       slot += threads * LANES;
+    };
+    if (NEEDS & NEED_W) put(sums.w[i] * dw);
+    if (NEEDS & NEED_V_THRESHOLD) put(sums.v_threshold[i]);
+    if (NEEDS & NEED_NORM) {
+      put(sums.y[i]);
+      put(sums.y_x[i]);
     }
-    if (NEEDS & NEED_V_THRESHOLD) partial[slot] = sum_v_threshold[i];
+  }
+}
+
+// ---- statistics --------------------------------------------------------------------------------
+
+// Adds GROUP packs that lie `apart` to the sums of x - pivot and of its square. Each group's mean is
+// taken out before anything is squared, so float32 is enough for the values; the sums are float64.
+template <int GROUP, int VEC, int LANES, class scalar_t>
+__device__ __forceinline__ void add_group(const scalar_t* x, index_t apart,
+                                          const float (&pivot)[LANES], double (&sum)[LANES],
+                                          double (&square)[LANES]) {
+  constexpr int EACH = VEC / LANES;
+  float values[GROUP][VEC];
+#pragma unroll
+  for (int k = 0; k < GROUP; ++k) load(x + k * apart, values[k]);
+#pragma unroll
+  for (int lane = 0; lane < LANES; ++lane) {
+    float total = 0.0f, deviation = 0.0f;
+#pragma unroll
+    for (int k = 0; k < GROUP * EACH; ++k) {
+      float& value = values[k / EACH][lane + k % EACH];
+      value -= pivot[lane];
+      total += value;
+    }
+    const float mean = total * (1.0f / (GROUP * EACH));  // exact: a power of two
+#pragma unroll
+    for (int k = 0; k < GROUP * EACH; ++k) {
+      const float rest = values[k / EACH][lane + k % EACH] - mean;
+      deviation = fmaf(rest, rest, deviation);
+    }
+    sum[lane] += total;
+    square[lane] += deviation + (double)total * mean;
+  }
+}
+
+// Of a whole sequence, `size` values: per thread and lane the sums of x - pivot and of its square,
+// where a channel's pivot is its first value, so that a large mean costs no digits.
+template <class scalar_t, int VEC, int LANES>
+__global__ void __launch_bounds__(BLOCK, 8)
+channel_statistics(const scalar_t* __restrict__ x, double* __restrict__ partial, index_t size,
+                   index_t threads, index_t inner, index_t channels) {
+  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, apart = threads * VEC;
+  if (thread >= threads) return;
+  float pivot[LANES];
+  double sum[LANES] = {}, square[LANES] = {};
+  const index_t first = thread * VEC / inner % channels;
+#pragma unroll
+  for (int i = 0; i < LANES; ++i) pivot[i] = to_float(x[(first + i) * inner]);
+  index_t at = thread * VEC;
+#pragma unroll 1
+  for (; at + 7 * apart < size; at += 8 * apart) add_group<8, VEC>(x + at, apart, pivot, sum, square);
+#pragma unroll 1
+  for (; at < size; at += apart) add_group<1, VEC>(x + at, apart, pivot, sum, square);
+#pragma unroll
+  for (int i = 0; i < LANES; ++i) {
+    partial[thread * LANES + i] = sum[i];
+    partial[(threads + thread) * LANES + i] = square[i];
   }
 }

@@ -5,6 +5,8 @@ Nothing here needs a GPU or CuPy; ``cuda.py`` compiles and launches what this fi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,18 +21,28 @@ SCALARS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bf
 
 BLOCK = 128  # threads a block
 SEGMENT = 8  # steps of one
-LONGEST_SWEEP = 16  # steps without segments
+LONGEST_SWEEP = 16  # steps without segments, in float32; of half inputs as many as a segment
 SOFT, HARD, HARD_TO_ZERO = range(3)
-NEED_X, NEED_W, NEED_V_THRESHOLD = 1, 2, 4
+NEED_X, NEED_W, NEED_V_THRESHOLD, NEED_NORM = 1, 2, 4, 8
 _LENGTHS = ("BLOCK", "SEGMENT", "LONGEST_SWEEP")
-_FLAGS = ("SOFT", "HARD", "HARD_TO_ZERO", "NEED_X", "NEED_W", "NEED_V_THRESHOLD")
+_FLAGS = ("SOFT", "HARD", "HARD_TO_ZERO", "NEED_X", "NEED_W", "NEED_V_THRESHOLD", "NEED_NORM")
 
 ALIGNMENT = 16  # bytes of the widest access
 
-# Neurons a thread by steps in registers: up to this many steps, (float32, half).
-_FORWARD_VEC = ((2, (4, 8)), (LONGEST_SWEEP, (4, 4)))
-_BACKWARD_VEC = ((2, (4, 8)), (4, (4, 4)), (8, (2, 4)), (LONGEST_SWEEP, (1, 2)))
-_SEGMENTED_BACKWARD_VEC = (2, 2)
+# Neurons a thread, up to this many steps, (float32, half): enough bytes asked for at a time to keep
+# memory busy, few enough registers for 5 or 6 blocks a multiprocessor.
+_Vecs = tuple[tuple[float, tuple[int, int]], ...]
+_FORWARD_VEC: _Vecs = ((2, (4, 8)), (math.inf, (4, 4)))
+_NORM_FORWARD_VEC: _Vecs = ((math.inf, (4, 4)),)
+_BACKWARD_VEC: _Vecs = (
+    (1, (4, 8)),
+    (2, (4, 4)),
+    (4, (2, 4)),
+    (LONGEST_SWEEP, (1, 2)),
+    (math.inf, (2, 2)),
+)
+_NORM_BACKWARD_VEC: _Vecs = ((2, (4, 4)), (4, (2, 2)), (math.inf, (1, 2)))
+STATISTICS_VEC = 4
 
 
 @cache
@@ -46,13 +58,25 @@ def source() -> str:
     return "".join((*constants, '#line 1 "kernels.cu"\n', kernels, "\n", *structs))
 
 
-def checkpoints(steps: int) -> int:
+def longest_sweep(dtype: torch.dtype) -> int:
+    """Most steps that a thread keeps in registers."""
+    return LONGEST_SWEEP if dtype == torch.float32 else SEGMENT
+
+
+def checkpoints(steps: int, dtype: torch.dtype) -> int:
     """How many voltages a neuron forward keeps: the one at the start of each segment but the first.
 
-    >>> checkpoints(16), checkpoints(17), checkpoints(24), checkpoints(25)
-    (0, 2, 2, 3)
+    >>> [checkpoints(steps, torch.float32) for steps in (16, 17, 24, 25)]
+    [0, 2, 2, 3]
+    >>> [checkpoints(steps, torch.half) for steps in (8, 9, 16, 17)]
+    [0, 1, 1, 2]
     """
-    return 0 if steps <= LONGEST_SWEEP else (steps - 1) // SEGMENT
+    return 0 if steps <= longest_sweep(dtype) else (steps - 1) // SEGMENT
+
+
+def kept_voltages(x_seq: Tensor) -> int:
+    """:func:`checkpoints` of a sequence."""
+    return checkpoints(x_seq.shape[0], x_seq.dtype)
 
 
 class Options(NamedTuple):
@@ -63,15 +87,16 @@ class Options(NamedTuple):
     v_reset: float | None
     decay_input: bool
     v_seq: bool
+    norm: bool = False
 
     @property
     def template_steps(self) -> int:
         """``T`` of the template: beyond a single sweep only the rest after the segments counts.
 
-        >>> [Options(torch.half, t, 0.0, True, False).template_steps for t in (16, 17, 24, 25)]
-        [16, 17, 24, 17]
+        >>> [Options(torch.half, t, 0.0, True, False).template_steps for t in (8, 9, 16, 17)]
+        [8, 17, 24, 17]
         """
-        if self.steps <= LONGEST_SWEEP:
+        if self.steps <= longest_sweep(self.dtype):
             return self.steps
         return LONGEST_SWEEP + 1 + (self.steps - 1) % SEGMENT
 
@@ -82,9 +107,9 @@ class Options(NamedTuple):
             return SOFT
         return HARD if self.v_reset else HARD_TO_ZERO
 
-    def forward_name(self, vec: int, lanes: int) -> str:
+    def forward_name(self, vec: int, lanes: int, pack: bool = False) -> str:
         """The C++ name of the forward kernel."""
-        return f"alif_forward<{self._arguments(vec, lanes)}>"
+        return f"alif_forward<{self._arguments(vec, lanes)},{int(pack)}>"
 
     def backward_name(
         self, vec: int, lanes: int, detach_reset: bool, needs: int, surrogate: str
@@ -95,24 +120,27 @@ class Options(NamedTuple):
 
     def forward_vec(self) -> int:
         """Most neurons a thread of the forward kernel takes."""
-        return self._widest(_FORWARD_VEC, _FORWARD_VEC[-1][1])
+        return self._widest(_NORM_FORWARD_VEC if self.norm else _FORWARD_VEC)
 
     def backward_vec(self) -> int:
         """Most neurons a thread of the backward kernel takes without spilling registers."""
-        return self._widest(_BACKWARD_VEC, _SEGMENTED_BACKWARD_VEC)
+        return self._widest(_NORM_BACKWARD_VEC if self.norm else _BACKWARD_VEC)
 
-    def _widest(
-        self, table: tuple[tuple[int, tuple[int, int]], ...], beyond: tuple[int, int]
-    ) -> int:
+    def _widest(self, table: _Vecs) -> int:
         # Voltages are float32 whatever the input is, and so are their gradients.
         column = 0 if self.dtype == torch.float32 or self.v_seq else 1
-        return next((vecs for steps, vecs in table if self.steps <= steps), beyond)[column]
+        return next(vecs for steps, vecs in table if self.steps <= steps)[column]
 
     def _arguments(self, vec: int, lanes: int) -> str:
         return (
             f"{SCALARS[self.dtype]},{self.template_steps},{vec},{lanes},{self.reset},"
-            f"{int(self.decay_input)},{int(self.v_seq)}"
+            f"{int(self.decay_input)},{int(self.v_seq)},{int(self.norm)}"
         )
+
+
+def statistics_name(dtype: torch.dtype, vec: int, lanes: int) -> str:
+    """The C++ name of the kernel that makes a norm's statistics."""
+    return f"channel_statistics<{SCALARS[dtype]},{vec},{lanes}>"
 
 
 class Grid(NamedTuple):
@@ -142,23 +170,30 @@ class Grid(NamedTuple):
         """Blocks to launch."""
         return -(-self.threads // BLOCK)
 
-    def reduce(self, partial: Tensor, shape: torch.Size) -> Tensor:
-        """Sum each channel of ``partial``, ``[parameters, threads * lanes]``: one launch."""
+    def reduce(self, partial: Tensor) -> Tensor:
+        """Sum each channel of ``partial``, ``[sums, threads * lanes]``: one launch."""
         inner = 1 if self.lanes > 1 else self.period // self.channels
-        sums = partial.view(len(partial), self.rows, self.channels, inner).sum((1, 3))
-        return sums.view(-1, *shape)
+        return partial.view(len(partial), self.rows, self.channels, inner).sum((1, 3))
 
 
-def grid(x_seq: Tensor, parameter: Tensor, vec: int, aligned: bool, capacity: int) -> Grid:
+def grid(
+    x_seq: Tensor,
+    channels: int,
+    vec: int,
+    aligned: bool,
+    capacity: int,
+    resident: Callable[[int, int], int],
+    steps: int = 1,
+) -> Grid:
     """Deal the neurons of ``x_seq`` ``[T, N, *]`` to threads.
 
-    ``parameter`` is a scalar or ``[C]``; ``vec`` the most neurons a thread may take, which is
+    ``channels`` is 1 or ``x_seq``'s; ``vec`` the most neurons a thread may take, which is
     halved until packs divide a step and its channels evenly, and while too few threads would be
     left to fill the GPU; ``aligned`` whether all tensors start at a multiple of 16 bytes;
-    ``capacity`` how many threads the GPU holds.
+    ``capacity`` how many threads the GPU holds, ``resident(vec, lanes)`` how many of the kernel's;
+    ``steps`` how many steps are taken as one.
     """
-    size = x_seq[0].numel()
-    channels = parameter.numel()
+    size = x_seq[0].numel() * steps
     inner = x_seq.stride(2) if channels > 1 else 1
     while vec > 1 and not (
         aligned
@@ -169,8 +204,25 @@ def grid(x_seq: Tensor, parameter: Tensor, vec: int, aligned: bool, capacity: in
         vec //= 2
     lanes = vec if channels > 1 and inner == 1 else 1
     period = channels * inner // vec if channels > 1 else 1
-    rows = max(1, min(size // vec // period, capacity // period))
+    packs, threads = size // vec // period, resident(vec, lanes)
+    # As many rows as run at a time, or, where periods are long, as end soonest in a few turns.
+    rows = min(
+        (max(1, min(packs, turns * threads // period)) for turns in range(1, 5)),
+        key=lambda rows: -(-rows * period // threads) * -(-packs // rows),
+    )
     return Grid(size, inner, channels, vec, lanes, rows, period)
+
+
+def resident_threads(registers: int, processors: int, threads_a_processor: int) -> int:
+    """How many threads of a kernel the GPU runs at a time.
+
+    A quarter of a multiprocessor has 16,384 registers, and gives a warp a multiple of 8 times 32.
+
+    >>> [resident_threads(registers, 1, 2048) // BLOCK for registers in (32, 48, 82, 128, 255)]
+    [16, 10, 5, 4, 2]
+    """
+    blocks = min(512 // (-(-registers // 8) * 8), threads_a_processor // BLOCK)
+    return processors * blocks * BLOCK
 
 
 def is_aligned(*tensors: Tensor | None) -> bool:
@@ -182,18 +234,21 @@ def traffic(options: Options) -> tuple[float, float]:
     """Bytes a neuron and step that (forward, backward) must move, tensors beyond the caches.
 
     Forward reads ``x`` and writes spikes, and the last voltage; backward reads the spikes'
-    gradients and ``x``, writes ``x``'s gradient. Add 4/T for an initial voltage, for its gradient
-    and for the last voltage's.
+    gradients and ``x``, writes ``x``'s gradient; with a norm forward reads ``x`` for the statistics
+    first, and backward reads twice. Add 4/T for an initial voltage, for its gradient and for the
+    last voltage's, and 1/8 for bits.
 
     >>> traffic(Options(torch.float32, 4, 0.0, True, False))
     (9.0, 12.0)
     >>> traffic(Options(torch.float16, 8, 0.0, True, False))
     (4.5, 6.0)
+    >>> traffic(Options(torch.float32, 8, 0.0, True, False, norm=True))
+    (12.5, 20.0)
     """
     size, state = options.dtype.itemsize, 4
-    checkpoint = state * checkpoints(options.steps) / options.steps
+    checkpoint = state * checkpoints(options.steps, options.dtype) / options.steps
     v_seq = state if options.v_seq else 0
     return (
-        2 * size + state / options.steps + checkpoint + v_seq,
-        3 * size + checkpoint + v_seq,
+        (2 + options.norm) * size + state / options.steps + checkpoint + v_seq,
+        size + (1 + options.norm) * (2 * size + checkpoint + v_seq),
     )

@@ -36,19 +36,19 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: there is none; the message says how to install one.
     """
-    wheels = [
-        str(path)
-        for entry in sys.path
-        for path in sorted(Path(entry).glob("nvidia/*/lib/libnvrtc.so.*"), reverse=True)
-        if "builtins" not in path.name
-    ]
-    for name in (*wheels, find_library("nvrtc")):
+    for name in (*wheels(sys.path), find_library("nvrtc")):
         if name:
-            return ctypes.CDLL(name)
+            return ctypes.CDLL(str(name))
     raise OSError(
         "NVRTC (libnvrtc.so) was not found on sys.path or in the system; "
         "pip install nvidia-cuda-nvrtc"
     )
+
+
+def wheels(path: list[str]) -> list[Path]:
+    """The libraries of NVRTC's wheels on ``path``, ``libnvrtc.so.13`` and so on, newest first."""
+    found = (p for entry in path for p in Path(entry).glob("nvidia/*/lib/libnvrtc.so.*"))
+    return sorted(found, key=lambda p: [*map(int, re.findall(r"\d+", p.name))], reverse=True)
 
 
 def resources(source: str, names: tuple[str, ...], arch: str) -> dict[str, Resources]:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .norm import Norm, batch_norm
+
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic and state for an input: float32, or float64 for float64."""
@@ -60,8 +62,9 @@ def multi_step(
     surrogate_function: Callable[[Tensor], Tensor],
     detach_reset: bool,
     store_v_seq: bool,
+    norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run ``x_seq`` ``[T, N, *]`` from ``v`` ``[N, *]``.
+    """Run ``x_seq`` ``[T, N, *]``, or the batch ``norm`` of it, from ``v`` ``[N, *]``.
 
     ``w`` and ``v_threshold`` are scalars or per channel, ``[C]`` on axis 2 of ``x_seq``.
 
@@ -69,6 +72,7 @@ def multi_step(
     ``store_v_seq``, every ``V`` ``[T, N, *]``, both in :func:`state_dtype`.
     """
     dtype = state_dtype(x_seq.dtype)
+    y_seq = x_seq if norm is None else batch_norm(x_seq.to(dtype), norm)
     if not isinstance(v, Tensor):
         v = torch.full_like(x_seq[0], v, dtype=dtype, requires_grad=False)
     if torch.compiler.is_compiling():
@@ -80,8 +84,8 @@ def multi_step(
     q = per_channel(w.to(dtype).sigmoid(), x_seq)
     threshold = per_channel(v_threshold.to(dtype), x_seq)
     spike_seq, v_seq = [], []
-    for x in x_seq:
-        h = charge(x.to(dtype), v, q, decay_input, v_reset)
+    for y in y_seq:
+        h = charge(y.to(dtype), v, q, decay_input, v_reset)
         spike = surrogate_function(h - threshold)
         v = reset(h, spike, threshold, v_reset, detach_reset)
         spike_seq.append(spike.to(x_seq.dtype))

@@ -1,4 +1,7 @@
-"""The cases that the kernels are tested on: every pair of options, or every combination."""
+"""The cases that the kernels are tested on: every pair of options, or every combination.
+
+A norm is ``"batch"``, by the input's own statistics, or ``"fixed"``, by the running ones.
+"""
 
 import itertools
 import math
@@ -7,7 +10,9 @@ import torch
 from spikingjelly.activation_based import surrogate
 
 from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
+from sj_taid.ops.alif.norm import Norm
 from sj_taid.ops.surrogate import DERIVATIVES
 from tests.helpers import Case, results, tensors
 
@@ -44,6 +49,8 @@ OPTIONS = {
     "v_init": (False, True),
     "through": ("all", "spike_seq", "v", "v_seq"),
     "frozen": ((), ("w",), ("v_threshold",), ("x",), ("w", "v_threshold")),
+    "norm": (None, "batch", "fixed"),
+    "pack": (False, True),
 }
 
 
@@ -76,8 +83,8 @@ def pairwise(options):
 
 
 def every(options, T):
-    """Every combination that compiles to different code at ``T``, the other options in turns."""
-    turns = ("surrogate", "v_init", "through", "frozen")
+    """Every combination that compiles to different code at ``T``, some options in turns."""
+    turns = ("surrogate", "v_init", "through", "frozen", "norm", "pack")
     cycles = {name: itertools.cycle(options[name]) for name in turns}
     fixed = {name: values for name, values in options.items() if name not in (*turns, "T")}
     for i, values in enumerate(itertools.product(*fixed.values())):
@@ -104,6 +111,8 @@ class Conformance:
             v_init=row["v_init"],
         )
         self.through, self.frozen = row["through"], row["frozen"]
+        self.norm, self.pack = row["norm"], row["pack"]
+        self.packed = None  # the bits that the latest forward left
         self.name = "-".join(str(value).removeprefix("torch.") for value in row.values())
         #: terms in the sum that is a parameter's gradient
         self.terms = math.prod(self.case.shape) / (self.case.channels or 1)
@@ -114,12 +123,12 @@ class Conformance:
     def kernels(self, host):
         """The names of the kernels that it launches."""
         return host.collect(
-            lambda: self.results(host.cuda.multi_step, self._arranged(tensors(self.case)))
+            lambda: self.results(host.cuda.multi_step, self._arranged(self._tensors()))
         )
 
     def leaves(self):
         """Fresh tensors; neurons that come near their threshold are drawn again."""
-        leaves = tensors(self.case)
+        leaves = self._tensors()
         for seed in itertools.count(1):
             near = self._least_distance(leaves) < MARGIN
             if not near.any():
@@ -132,8 +141,16 @@ class Conformance:
     def results(self, multi_step, leaves):
         """Outputs and gradients by name."""
         all_outputs = ("spike_seq", "v", "v_seq")
+
+        def run(*arguments, **options):
+            if self.pack:
+                bits.request()
+            outputs = multi_step(*arguments, norm=self._norm_of(leaves), **options)
+            self.packed = bits.taken()
+            return outputs
+
         return results(
-            multi_step,
+            run,
             self.case,
             leaves,
             store_v_seq=self.through in ("all", "v_seq"),
@@ -143,6 +160,22 @@ class Conformance:
     def expected(self, leaves):
         """The same by the definition, in float64."""
         return self.results(reference.multi_step, _doubled(leaves))
+
+    def _tensors(self):
+        leaves = tensors(self.case)
+        if self.norm:
+            # Of the kind that batch norms hold: y's spread is x's, and so are the spikes' odds.
+            for i, (name, low) in enumerate((("weight", 1.0), ("bias", 0.0))):
+                values = torch.linspace(low, low + 0.6, self.case.shape[2]).roll(i)
+                leaves[name] = values.requires_grad_()
+        return leaves
+
+    def _norm_of(self, leaves):
+        if not self.norm:
+            return None
+        weight, bias = leaves["weight"], leaves["bias"]
+        mean = torch.linspace(-0.3, 0.9, len(weight)).to(weight)
+        return Norm(weight, bias, mean, (1 + mean).square(), self.norm == "batch", 0.1, 1e-5)
 
     def _arranged(self, leaves):
         if self.axes is not None:
@@ -169,6 +202,7 @@ class Conformance:
                 doubled["w"],
                 doubled["v_threshold"],
                 store_v_seq=False,
+                norm=self._norm_of(doubled),
                 **case.options(),
             )
         return torch.stack(distances).amin(0)

@@ -14,7 +14,7 @@ from sj_taid.ops.alif import kernels
 from tests.ops.alif.cases import OPTIONS, Conformance, pairwise
 from tests.ops.alif.host import Host
 
-MEMORY = ("T", "dtype", "layout", "per_channel", "v_init", "through", "frozen")
+MEMORY = ("T", "dtype", "layout", "per_channel", "v_init", "through", "frozen", "norm", "pack")
 
 
 def main(directory, broken=None):

@@ -23,6 +23,7 @@ pytest.importorskip("numba", reason="needs numba: pip install numba")
 import numba
 
 from sj_taid.ops.alif import cpu
+from sj_taid.ops.alif.cpu import loops, threads
 
 # Two parts at least, and cheap: with GRAIN lowered to 1 it is worth any number of threads.
 WIDE = Case(shape=(2, 9001, 3), channels=3)
@@ -31,10 +32,10 @@ WIDE = Case(shape=(2, 9001, 3), channels=3)
 @pytest.fixture
 def eager_threads(monkeypatch):
     """Threads even for little work."""
-    monkeypatch.setattr(cpu, "GRAIN", 1)
-    threads = torch.get_num_threads()
+    monkeypatch.setattr(threads, "GRAIN", 1)
+    before = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 def assert_conforms(case, leaves=None, **options):
@@ -71,7 +72,7 @@ def test_every_surrogate(name):
 
 def in_numba(derivative):
     """``derivative`` as the kernels compile it."""
-    derivative = cpu._smooth(derivative)
+    derivative = loops.smooth(derivative)
     return numba.njit(lambda x, a, b: derivative(x, a, b))
 
 
@@ -269,15 +270,15 @@ def test_a_change_in_place_before_backward_names_remedies_that_work(name):
 
 
 def test_tensors_large_enough_for_huge_pages():
-    assert_conforms(Case(shape=(2, 1, cpu.HUGE // 4 + 5)), store_v_seq=True)
+    assert_conforms(Case(shape=(2, 1, threads.HUGE // 4 + 5)), store_v_seq=True)
 
 
 @pytest.fixture(params=["torch's", "own"])
 def team(request, monkeypatch):
     """Both kinds of threads: of torch's OpenMP team, where there is one, and of a pool."""
     if request.param == "own":
-        monkeypatch.setattr(cpu, "_gomp", lambda: None)
-    elif cpu._gomp() is None:
+        monkeypatch.setattr(threads, "_gomp", lambda: None)
+    elif threads._gomp() is None:
         pytest.skip("this torch brings no GNU OpenMP along")
 
 
@@ -286,8 +287,8 @@ def team(request, monkeypatch):
 def test_threads_change_no_bit(case):
     torch.set_num_threads(1)
     expected = results(cpu.multi_step, case)
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
+    for count in (2, 3):
+        torch.set_num_threads(count)
         assert_equal(results(cpu.multi_step, case), expected)
 
 
@@ -298,7 +299,7 @@ def test_an_error_in_any_thread_is_raised(monkeypatch):
     def fails(*arguments):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(cpu, "_forward", fails)
+    monkeypatch.setattr(loops, "forward", fails)
     with pytest.raises(MemoryError, match="no room"):
         results(cpu.multi_step, WIDE)
 
@@ -335,11 +336,11 @@ def test_a_forked_child_makes_its_own_threads():
         return cpu.multi_step(*leaves.values(), store_v_seq=False, **WIDE.options())[0]
 
     expected = call()
-    pool = cpu._pool()
-    assert pool._threads or cpu._gomp(), "the parent used its threads"
+    pool = threads._pool()
+    assert pool._threads or threads._gomp(), "the parent used its threads"
 
     def child():
-        assert cpu._pool() is not pool
+        assert threads._pool() is not pool
         # numpy compares: torch's own threads do not survive a fork
         assert (call().numpy() == expected.numpy()).all()
 
@@ -354,6 +355,7 @@ def test_a_forked_child_makes_its_own_threads():
 LATER_PROCESS = """
 import sys, torch
 from sj_taid.ops.alif import cpu, reference
+from sj_taid.ops.alif.cpu import loops
 from tests.helpers import TOLERANCE, Case, tensors
 
 for v_reset in eval(sys.argv[1]):
@@ -361,13 +363,13 @@ for v_reset in eval(sys.argv[1]):
     x, v0, w, v_threshold = leaves = tensors(case).values()
     spike_seq, _, _ = reference.multi_step(*leaves, store_v_seq=False, **case.options())
     (expected,) = torch.autograd.grad(spike_seq.sum(), x)
-    got, _, _ = torch.ops.sj_taid.cpu_backward(
+    got, *_ = torch.ops.sj_taid.cpu_backward(
         torch.ones_like(x), None, None, x.detach(), v0.detach(), 0.0, w.detach(),
         v_threshold.detach(), torch.empty(0), True, v_reset, False, "ATan", 1.0, torch.pi,
         True, True, True, True,
     )
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE[torch.float32]["value"])
-    stats = cpu._backward("ATan", True, v_reset is None, False, True, True).stats
+    stats = loops.backward_for("ATan", True, v_reset is None, False, True, True).stats
     print("compiled" if stats.cache_misses else "loaded")
 """
 

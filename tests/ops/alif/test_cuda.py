@@ -2,6 +2,7 @@
 
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from sj_taid.ops import backends
 from sj_taid.ops.alif import autograd, kernels, reference
 from sj_taid.ops.alif.kernels import BLOCK, Options
 from tests.helpers import Case, assert_close, assert_not_finite_alike, results, tensors
+from tests.ops.alif.cases import OPTIONS, Conformance
 from tests.ops.alif.host import CompileError, needs_gxx
 
 CASE = Case(shape=(4, 3, 8, 2))
+ROW = {option: values[0] for option, values in OPTIONS.items()} | {"T": 4}
 
 
 def run(launcher, case=CASE, leaves=None):
@@ -34,6 +37,70 @@ def test_one_launch_forward_and_one_kernel_backward(launcher):
     ]
 
 
+@needs_gxx
+@pytest.mark.parametrize(
+    ("norm", "launches"),
+    [
+        ("batch", {"statistics": 1, "forward": 1, "backward": 2}),
+        ("fixed", {"forward": 1, "backward": 1}),
+    ],
+)
+@pytest.mark.parametrize("frozen", [(), ("x",)])
+def test_launches_with_a_norm(launcher, norm, launches, frozen):
+    """x's gradient waits for all sums; where statistics are fixed, or nobody asks, it does not."""
+    conformance = Conformance(ROW | {"norm": norm, "frozen": frozen})
+    conformance.results(launcher.cuda.multi_step, conformance.leaves())
+    assert launcher.cuda.launches == launches | ({"backward": 1} if frozen else {})
+
+
+@needs_gxx
+@pytest.mark.parametrize("shape", [(8, 16, 3, 6, 6), (3, 2, 4, 33, 33), (2, 64, 8)], ids=str)
+@pytest.mark.parametrize(("outlier", "bound"), [(0.0, 1e-6), (10.0, 1e-4)])
+def test_statistics_of_a_mean_far_from_zero(launcher, shape, outlier, bound):
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=g, dtype=torch.float64) * 1e-2 + 1e3).float()
+    x[(0, 0, slice(None), *[0] * (x.dim() - 3))] += outlier  # what the others are relative to
+    exact, axes = x.double(), [axis for axis in range(x.dim()) if axis != 2]
+    mean, var = launcher.cuda.statistics(x)
+    assert (mean - exact.mean(axes)).abs().max() <= 1e-9 * 1e3
+    assert (var / exact.var(axes, correction=0) - 1).abs().max() <= bound
+
+
+@needs_gxx
+@pytest.mark.parametrize("T", [4, 17])
+def test_a_norm_keeps_the_input_and_numbers_per_channel(launcher, T):
+    conformance = Conformance(ROW | {"norm": "batch", "T": T})
+    leaves = conformance.leaves()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        conformance.results(launcher.cuda.multi_step, leaves)
+    channels, neurons = leaves["x"].shape[2], leaves["x"][0].numel()
+    checkpoints = kernels.checkpoints(T, torch.float32)
+    expected = 4 * (T + checkpoints) * neurons + 2 * 4 + channels * (3 * 4 + 4 * 8)
+    assert sum(t.nbytes for t in saved) == expected
+
+
+@needs_gxx
+def test_a_norm_compiles_without_graph_breaks(launcher):
+    on_cpu = autograd.register("cupy_norm_on_host", "CPU", launcher.cuda.ENGINE)
+    conformance = Conformance(ROW | {"norm": "batch", "through": "all"})
+    leaves = conformance.leaves()
+    norm = conformance._norm_of(leaves)
+
+    def run(x, w, v_threshold, weight, bias):
+        return autograd.multi_step(
+            on_cpu, x, 0.0, w, v_threshold, store_v_seq=True, **conformance.case.options(),
+            norm=norm._replace(weight=weight, bias=bias),
+        )  # fmt: skip
+
+    inputs = [leaves[name] for name in ("x", "w", "v_threshold", "weight", "bias")]
+    found = []
+    for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        outputs = f(*inputs)
+        found.append([*outputs, *torch.autograd.grad([o.sum() for o in outputs], inputs)])
+    assert all(torch.equal(got, want) for got, want in zip(*found, strict=True))
+
+
 def test_the_second_launch_of_backward_is_one_reduction():
     class Computing(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -42,10 +109,10 @@ def test_the_second_launch_of_backward_is_one_reduction():
             return function(*args, **kwargs or {})
 
     computing = []
-    grid = kernels.grid(torch.zeros(4, 3, 8, 4), torch.zeros(8), 4, True, 64)
+    grid = kernels.grid(torch.zeros(4, 3, 8, 4), 8, 4, True, 64, lambda *_: 64)
     partial_sums = torch.rand(2, grid.threads * grid.lanes)
     with Computing():
-        grid.reduce(partial_sums, torch.Size([8]))
+        grid.reduce(partial_sums)
     assert computing == ["aten.sum.dim_IntList"]
 
 
@@ -95,6 +162,14 @@ def test_each_device_and_kernel_is_loaded_once(launcher, monkeypatch):
     assert all("--fmad=false" in arguments["options"] for arguments in loaded)
 
 
+def test_what_runs_at_a_time_is_read_from_the_loaded_kernel(launcher, monkeypatch):
+    cuda, device = launcher.cuda, torch.device("cuda:0")
+    monkeypatch.setattr(cuda, "_function", lambda index, name: SimpleNamespace(num_regs=82))
+    monkeypatch.setattr(cuda, "_processors", lambda device: (3, 2048))
+    assert launcher.real.resident(device, "a") == 3 * 5 * BLOCK
+    assert launcher.real.capacity(device) == 3 * 2048
+
+
 @needs_gxx
 @pytest.mark.parametrize("argument", [0.5, True, torch.zeros(())])
 def test_an_argument_of_another_width_would_be_noticed(launcher, monkeypatch, argument):
@@ -126,7 +201,7 @@ def test_saves_the_input_the_parameters_and_what_the_length_asks(launcher, dtype
         )
     neurons = 3 * 8 * 2
     expected = T * neurons * dtype.itemsize + 2 * 4  # x, w, v_threshold
-    expected += neurons * 4 * (v_init + kernels.checkpoints(T))
+    expected += neurons * 4 * (v_init + kernels.checkpoints(T, dtype))
     assert sum(t.nbytes for t in saved) == expected
 
 
@@ -259,17 +334,19 @@ def test_second_derivatives_are_refused(launcher):
 # ---- the grid ----
 
 
-def grid(shape, channels=None, vec=4, aligned=True, capacity=64, order=None):
+def grid(shape, channels=1, vec=4, aligned=True, capacity=64, order=None, resident=None):
     x_seq = torch.zeros(shape)
-    parameter = torch.zeros(()) if channels is None else torch.zeros(channels)
-    return kernels.grid(x_seq.permute(order) if order else x_seq, parameter, vec, aligned, capacity)
+    return kernels.grid(
+        *(x_seq.permute(order) if order else x_seq, channels, vec, aligned, capacity),
+        lambda vec, lanes: resident or capacity,
+    )
 
 
 @pytest.mark.parametrize("capacity", [1, 7, 64, 10**6])
 @pytest.mark.parametrize(
     ("shape", "channels", "order"),
     [
-        ((2, 3, 8), None, None),
+        ((2, 3, 8), 1, None),
         ((2, 3, 8), 8, None),
         ((2, 5, 3), 3, None),
         ((2, 4, 6, 8), 6, None),
@@ -302,6 +379,8 @@ def test_every_neuron_once_and_every_thread_in_its_channel(shape, channels, orde
         ({"shape": (2, 64, 6), "channels": 6}, 2, 2),
         ({"shape": (2, 64, 3, 4), "channels": 3}, 4, 1),
         ({"shape": (2, 64, 3, 2), "channels": 3}, 2, 1),
+        # What runs at a time does not count here, but how many threads the GPU could hold.
+        ({"shape": (2, 64, 8), "resident": 8}, 4, 1),
         # A thread each for as many neurons as the GPU would otherwise stand half idle.
         ({"shape": (2, 8, 8), "capacity": 256}, 1, 1),
         ({"shape": (2, 8, 8), "capacity": 64}, 4, 1),
@@ -309,6 +388,21 @@ def test_every_neuron_once_and_every_thread_in_its_channel(shape, channels, orde
 )
 def test_neurons_a_thread(arguments, vec, lanes):
     assert grid(**arguments)[3:5] == (vec, lanes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        ({"shape": (2, 64, 8), "resident": 50}, 50),  # as many threads as run at a time
+        ({"shape": (2, 10, 8), "resident": 50}, 20),
+        # A period of 48 packs: one row of 64 threads would leave a quarter of them idle, all along.
+        ({"shape": (2, 64, 24, 8), "channels": 24, "resident": 64}, 4),
+        ({"shape": (2, 64, 24, 8), "channels": 24, "resident": 20}, 1),
+    ],
+)
+def test_threads_are_as_many_as_run_at_a_time(arguments, rows):
+    g = grid(**arguments)
+    assert g.rows == rows
 
 
 def test_a_slice_that_starts_off_the_grid_of_16_bytes_is_not_read_in_packs():
@@ -319,7 +413,7 @@ def test_a_slice_that_starts_off_the_grid_of_16_bytes_is_not_read_in_packs():
 def test_positions_beyond_32_bits():
     """Sizes reach the kernel as Python ints, which CuPy passes in 64 bits."""
     x_seq = torch.empty(1, device="meta").expand(2, 2**32)
-    g = kernels.grid(x_seq, torch.zeros(()), 4, True, 2**17)
+    g = kernels.grid(x_seq, 1, 4, True, 2**17, lambda *_: 2**17)
     assert g.size == 2**32 and type(g.size) is int and g.vec == 4
 
 
@@ -327,8 +421,8 @@ def test_registers_bound_the_neurons_of_backwards_threads():
     for dtype in kernels.SCALARS:
         for T in range(1, 129):
             options = Options(dtype, T, 0.0, True, False)
-            values = options.backward_vec() * (T if T <= 16 else kernels.SEGMENT)
-            assert values <= (16 if dtype == torch.float32 else 32)
+            values = options.backward_vec() * (T if kernels.longest_sweep(dtype) >= T else 8)
+            assert values <= 16
 
 
 # ---- what is refused ----
@@ -382,7 +476,7 @@ def test_operators_pass_opcheck_and_compile_without_graph_breaks(launcher):
     x_seq, v0, w, threshold = (leaves[n].detach() for n in ("x", "v0", "w", "v_threshold"))
     forward_arguments = (x_seq, v0, 0.0, w, threshold, True, None, True, 2)
     torch.library.opcheck(on_cpu.forward, forward_arguments)
-    spikes, v, v_seq, checkpoint = on_cpu.forward(*forward_arguments)
+    spikes, v, v_seq, checkpoint, _ = on_cpu.forward(*forward_arguments)
     gradients = (torch.rand_like(spikes), torch.rand_like(v), torch.rand_like(v_seq))
     rest = (True, None, False, "ATan", 1.0, 3.14, True, True, True, True)
     torch.library.opcheck(

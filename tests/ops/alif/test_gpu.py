@@ -9,6 +9,7 @@ from torch import nn
 
 from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
+from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
 from tests.helpers import Case, assert_close, results, tensors
 from tests.ops.alif.cases import OPTIONS, Conformance, pairwise
@@ -42,9 +43,23 @@ def test_conformance(cuda, conformance):
     expected = conformance.expected(leaves)
     moved = {n: t.detach().cuda().requires_grad_(t.requires_grad) for n, t in leaves.items()}
     got = {name: t.cpu() for name, t in conformance.results(on_gpu, moved).items()}
+    if conformance.pack:
+        assert torch.equal(conformance.packed.cpu(), bits.pack(got["spike_seq"]))
     rounded = {name: tensor.to(got[name].dtype) for name, tensor in expected.items()}
     assert_close(got, rounded, conformance.case.dtype, scale=conformance.terms)
-    assert cuda.launches == {"forward": 1, "backward": 1}
+    launches = {"forward": 1, "backward": 1}
+    if conformance.norm == "batch":
+        launches |= {"statistics": 1, "backward": 1 + leaves["x"].requires_grad}
+    assert cuda.launches == launches
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 32, 14, 14), (4, 4096, 8)], ids=str)
+def test_statistics_of_a_mean_far_from_zero(cuda, shape):
+    x = torch.randn(shape, device="cuda", dtype=torch.float64).mul(1e-2).add(1e3).float()
+    exact, axes = x.double(), [axis for axis in range(x.dim()) if axis != 2]
+    mean, var = cuda.statistics(x)
+    assert (mean - exact.mean(axes)).abs().max() <= 1e-9 * 1e3
+    assert (var / exact.var(axes, correction=0) - 1).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -143,7 +158,7 @@ def test_operators_pass_opcheck(cuda):
     x_seq, v0, w, threshold = (leaves[n] for n in ("x", "v0", "w", "v_threshold"))
     arguments = (x_seq, v0, 0.0, w, threshold, True, None, True, 0)
     torch.library.opcheck(cuda.ENGINE.forward, arguments)
-    spikes, v, v_seq, checkpoint = cuda.ENGINE.forward(*arguments)
+    spikes, v, v_seq, checkpoint, _ = cuda.ENGINE.forward(*arguments)
     gradients = (torch.rand_like(spikes), torch.rand_like(v), torch.rand_like(v_seq))
     rest = (True, None, False, "ATan", 1.0, 3.14, True, True, True, True)
     torch.library.opcheck(

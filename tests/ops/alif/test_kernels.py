@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sj_taid.ops import bits
 from sj_taid.ops.alif import kernels
 from tests.helpers import assert_close
 from tests.ops.alif.cases import OPTIONS, Conformance, every, pairwise
@@ -27,9 +28,12 @@ def _poison():
 def check(host, conformance):
     leaves = conformance.leaves()
     got = conformance.results(host.cuda.multi_step, leaves)
+    packed = conformance.packed
     expected = conformance.expected(leaves)
     rounded = {name: tensor.to(got[name].dtype) for name, tensor in expected.items()}
     assert_close(got, rounded, conformance.case.dtype, scale=conformance.terms)
+    if conformance.pack:
+        assert torch.equal(packed, bits.pack(got["spike_seq"]))
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +69,17 @@ def test_every_combination(launcher, T):
 
 # One line of the kernels broken at a time, and a case that runs it. Each still trains.
 SOFT, HARD = {"v_reset": None}, {"v_reset": -0.25}
+NORM = HARD | {"norm": "batch"}
 MUTATIONS = {
     "no gradient through the soft reset's threshold": (
         SOFT | {"detach_reset": True},
-        "(RESET == SOFT ? (fired ? 1.0f : 0.0f) * grad_v[i] : 0.0f)",
-        "0.0f",
+        "sums.v_threshold[lane] -= (fired ? 1.0f : 0.0f) * grad_v[i];",
+        ";",
     ),
     "no gradient through the reset": (
         HARD,
-        "fmaf(grad_v[i], reset_by_spike, grad_s[i])",
-        "grad_s[i]",
+        "fmaf(grad_v[i], reset_by_spike, grad_s)",
+        "grad_s",
     ),
     "gradient passes a hard reset": (
         HARD,
@@ -92,13 +97,52 @@ MUTATIONS = {
     ),
     "the channel of another neuron": (
         HARD | {"per_channel": True},
-        "(at + i) / inner",
-        "at / inner",
+        "channel = first + i",
+        "channel = first",
     ),
     "only the first of a thread's neurons": (
         HARD | {"layout": "images"},
         "at += threads * VEC",
         "at += size",
+    ),
+    "the norm left out in backward": (
+        NORM,
+        "neuron.charge(neuron.input(to_float(x_t[t].lane[i]), i), v, i)",
+        "neuron.charge(to_float(x_t[t].lane[i]), v, i)",
+    ),
+    "the norm's offset of another channel": (NORM, "norm[2 * channels + channel]", "norm[channel]"),
+    "the other steps' share of x's gradient left out": (NORM, "ab ? ab[channel] : 0.0f", "0.0f"),
+    "its second part left out": (NORM, "ab ? ab[channels + channel] : 0.0f", "0.0f"),
+    "the norm's gain left out of x's gradient": (
+        NORM | {"norm": "fixed"},
+        "fmaf(neuron.gain[lane], grad_y, -coupled)",
+        "grad_y - coupled",
+    ),
+    "the gain's gradient by x as it is": (
+        NORM,
+        "sums.y_x[lane] = fmaf(grad_y, centred,",
+        "sums.y_x[lane] = fmaf(grad_y, centred + 1.0f,",
+    ),
+    "statistics of a part of the sequence": (
+        NORM | {"T": 24},
+        "for (; at < size; at += apart)",
+        "for (; at < 0; at += apart)",
+    ),
+    "deviations within a group left out": (
+        NORM | {"T": 24},
+        "deviation + (double)total",
+        "(double)total",
+    ),
+    "one bit a byte": (HARD | {"pack": True}, "1u << t % 8", "1u"),
+    "the second byte over the first": (
+        HARD | {"pack": True, "T": 16},
+        "bits + byte_here + t / 8 * size",
+        "bits + byte_here",
+    ),
+    "a segment's byte in another's place": (
+        HARD | {"pack": True, "T": 24},
+        "segment * BYTES * size + at",
+        "at",
     ),
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sj_taid.ops.alif import kernels, nvrtc
-from sj_taid.ops.alif.kernels import NEED_V_THRESHOLD, NEED_W, NEED_X, Options
+from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Options
 from tests.ops.alif.cases import pairwise
 
 try:
@@ -33,17 +33,25 @@ OPTIONS = {
     "detach_reset": (False, True),
     "decay_input": (False, True),
     "surrogate": ("Sigmoid", "S2NN", "QPseudoSpike"),
+    "needs": ("no norm", "no norm", NEED_NORM | ALL & ~NEED_X, NEED_X, NEED_NORM | ALL),
+    "pack": (False, True),
 }
 
 
 def names():
     for row in pairwise(OPTIONS):
-        options = Options(row["dtype"], row["T"], row["v_reset"], row["decay_input"], row["v_seq"])
+        norm = row["needs"] != "no norm"
+        options = Options(
+            row["dtype"], row["T"], row["v_reset"], row["decay_input"], row["v_seq"], norm
+        )
         vec = options.forward_vec()
-        yield options.forward_name(vec, vec if row["per_lane"] else 1)
+        yield options.forward_name(vec, vec if row["per_lane"] else 1, row["pack"])
         vec = options.backward_vec()
-        lanes = vec if row["per_lane"] else 1
-        yield options.backward_name(vec, lanes, row["detach_reset"], ALL, row["surrogate"])
+        lanes, needs = vec if row["per_lane"] else 1, row["needs"] if norm else ALL
+        yield options.backward_name(vec, lanes, row["detach_reset"], needs, row["surrogate"])
+    for dtype in kernels.SCALARS:
+        for lanes in (1, kernels.STATISTICS_VEC):
+            yield kernels.statistics_name(dtype, kernels.STATISTICS_VEC, lanes)
 
 
 NAMES = tuple(dict.fromkeys(names()))
@@ -85,39 +93,102 @@ def values(name):
 @pytest.mark.parametrize(
     ("dtype", "T", "bytes_forward", "bytes_backward"),
     [
-        (torch.float32, 4, 16, 16),
-        (torch.float32, 8, 16, 8),
+        (torch.float32, 2, 16, 16),
+        (torch.float32, 4, 16, 8),
+        (torch.float32, 8, 16, 4),
         (torch.float32, 16, 16, 4),
-        (torch.float16, 2, 16, 16),
-        (torch.bfloat16, 2, 16, 16),
+        (torch.float32, 24, 16, 8),
+        (torch.float16, 1, 16, 16),
+        (torch.float16, 2, 16, 8),
+        (torch.bfloat16, 2, 16, 8),
         (torch.float16, 4, 8, 8),
+        (torch.float16, 8, 8, 4),
         (torch.float16, 16, 8, 4),
     ],
 )
 def test_every_byte_once_in_the_widest_accesses(dtype, T, bytes_forward, bytes_backward):
     """Counted in the compiled code: 8 + 12 bytes a neuron and step in float32, 4 + 6 in half."""
     options = Options(dtype, T, 0.0, True, False)
+    assert options.forward_vec() * dtype.itemsize == bytes_forward
+    assert options.backward_vec() * dtype.itemsize == bytes_backward
     forward = options.forward_name(options.forward_vec(), 1)
     backward = options.backward_name(options.backward_vec(), 1, False, ALL, "ATan")
-    text = nvrtc.ptx(kernels.source(), (forward, backward), "compute_90")
-    for name, vec, width, arrays_read, arrays_written, parameters in (
-        # x | spikes; the parameters are read once a thread.
-        (forward, options.forward_vec(), bytes_forward, 1, 1, 0),
-        # x and the spikes' gradients | x's gradients; a thread writes a sum for each parameter.
-        (backward, options.backward_vec(), bytes_backward, 2, 1, 2),
-    ):
-        sequence, once = T * vec * dtype.itemsize, vec * 4
-        read, written = widths(text[name], "ld"), widths(text[name], "st")
-        states_read = arrays_read  # v0 | v0 and the last voltage's gradient
-        assert sum(read) == arrays_read * sequence + states_read * once + 2 * 4
-        assert sum(written) == arrays_written * sequence + once + parameters * 4
-        assert read.count(width) >= arrays_read * T and written.count(width) >= T
+    # w and the threshold are read once a thread, which writes a sum for each of them.
+    assert_moved({forward: (1, 1, 8, 0), backward: (2, 1, 8, 8)}, options)
+
+
+@pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
+@pytest.mark.parametrize("T", [1, 4, 8, 24])
+def test_bytes_with_a_norm_and_bits(dtype, T):
+    """4 + 8 + 20 a neuron and step in float32, half of it in half, and a byte for 8 steps."""
+    options = Options(dtype, T, 0.0, True, False, norm=True)
+    vec = options.backward_vec()
+    sums, only_x, single_pass = (
+        options.backward_name(vec, 1, False, needs, "ATan")
+        for needs in (NEED_NORM | ALL & ~NEED_X, NEED_X, NEED_NORM | ALL)
+    )
+    bits = options.forward_vec() * -(-min(T, kernels.SEGMENT) // 8)
+    table, ab, all_sums = 3 * 4, 2 * 4, 4 * 4
+    moved = {
+        options.forward_name(options.forward_vec(), 1, True): (1, 1, 8 + table, bits),
+        sums: (2, 0, 8 + table, all_sums),
+        only_x: (2, 1, 8 + table + ab, 0),
+        single_pass: (2, 1, 8 + table + ab, all_sums),
+    }
+    assert_moved(moved, options)
+
+
+@pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
+def test_statistics_read_the_sequence_once(dtype):
+    vec = kernels.STATISTICS_VEC
+    name = kernels.statistics_name(dtype, vec, 1)
+    text = nvrtc.ptx(kernels.source(), (name,), "compute_90")[name]
+    # A group of 8 packs, one of a single pack, and the pivot.
+    assert sum(widths(text, "ld")) == (8 + 1) * vec * dtype.itemsize + dtype.itemsize
+    assert widths(text, "ld").count(vec * dtype.itemsize) == 9
+    assert sum(widths(text, "st")) == 2 * 8
+
+
+def assert_moved(moved, options):
+    """``moved``: sequences read and written by each kernel, and the bytes beside them.
+
+    Beside those, forward reads a voltage and writes one, backward reads it and the last one's
+    gradient, writes a gradient, and all of them move one at the segments' bounds.
+    """
+    dtype, T = options.dtype, options.steps
+    texts = nvrtc.ptx(kernels.source(), tuple(moved), "compute_90")
+    segmented = kernels.longest_sweep(dtype) < T
+    steps = kernels.SEGMENT if segmented else T
+    for name, (reads, writes, read_beside, written_beside) in moved.items():
+        vec, forward = int(name.split(",")[2]), name.startswith("alif_forward")
+        sequence, state, width = steps * vec * dtype.itemsize, vec * 4, vec * dtype.itemsize
+        read, written = widths(texts[name], "ld"), widths(texts[name], "st")
+        read_beside += state * (1 if forward else 2 + segmented)
+        written_beside += state * (1 + segmented if forward else 1)
+        assert sum(read) == reads * sequence + read_beside, name
+        assert sum(written) == writes * sequence + written_beside, name
+        assert read.count(width) >= reads * steps and written.count(width) >= writes * steps
 
 
 def widths(text, direction):
     """Bytes of each access to global memory in a kernel's PTX."""
     pattern = rf"{direction}\.global(?:\.nc)?(?:\.v(\d))?\.[bufs](\d+)"
     return [int(n or 1) * int(bits) // 8 for n, bits in re.findall(pattern, text)]
+
+
+def test_the_newest_wheel_is_taken(tmp_path):
+    """Wheels of CUDA 12 and before lie in cuda_nvrtc, later ones in cu13, which sorts before it."""
+    names = (
+        "cuda_nvrtc/lib/libnvrtc.so.12",
+        "cu13/lib/libnvrtc.so.13",
+        "cu11/lib/libnvrtc.so.11.2",
+    )
+    for name in (*names, "cu13/lib/libnvrtc-builtins.so.13.5"):
+        library = tmp_path / "nvidia" / name
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.touch()
+    found = nvrtc.wheels([str(tmp_path / "empty"), str(tmp_path)])
+    assert [path.name for path in found] == ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2"]
 
 
 def test_a_failed_compilation_shows_the_compilers_log():

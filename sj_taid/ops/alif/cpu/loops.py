@@ -3,7 +3,8 @@
 The neurons are cut into blocks. For one block, forward walks through time with the block's
 voltages in the cache: it reads the input once and writes the spikes once. Backward recomputes the
 block's voltages from the input in the same way and then walks back. Every loop over the neurons of
-a block is a function of its own, so that LLVM vectorises each of them.
+a block is a function of its own, so that LLVM vectorises each of them. Where the neuron applies a
+norm, a row of its output is made in the cache before it is used.
 
 Spikes and voltages equal the reference's bit for bit: the same operations in the same order, which
 LLVM neither fuses nor reorders. It may do so in the surrogates' derivatives and in the sums over
@@ -11,61 +12,44 @@ neurons alone. A parameter's gradient is summed in float32 over time and in floa
 in parts whose bounds depend on the shape alone: the number of threads changes no bit.
 
 What waits for memory is helped along: rows of the next step are fetched while this one is worked
-on, and large results ask for huge pages, since a fresh page costs more than the arithmetic on it.
-
-Threads are torch's own OpenMP team where that is GNU's, as on Linux: after each of torch's
-operators its members spin for the next piece of work, and other threads would have to wait for
-their cores. Elsewhere, and in a forked child, where the team is gone, they are this module's own
-over kernels that release the GIL: numba's thread pools either abort the process when two Python
-threads enter them or break in a forked child.
+on.
 """
 
 # numba infers the types of the functions that it compiles.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
-from torch import Tensor
 
-from .. import backends, surrogate
-from . import autograd
+from ... import surrogate
 
-#: floats of scratch memory a thread: a block's rows stay in the second-level cache
-SCRATCH = 24 * 1024
-#: neurons a block, at least (long sequences) and at most
-BLOCK = (64, 4096)
-#: element-steps that are worth a thread: two threads break even with one at twice as many
-GRAIN = 1 << 19
 #: floats of a row that are worked on while as many of the next row are fetched
 CHUNK = 128
 #: floats a cache line
 LINE = 16
-#: bytes from which a tensor is worth huge pages, and the size of one
-HUGE = 1 << 21
-#: shares of the work, at most: a parameter's gradient is summed in each, then over them
-PARTS = 64
 
-# Rows of scratch memory, and then T rows of voltages (two at least).
+# Rows of scratch memory, and then T rows of voltages (two at least), and those of a norm.
 _Q, _THRESHOLD, _ZERO, _UNUSED, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _VOLTAGES = range(8)
+_SHIFT, _GAIN, _OFFSET, _Y, _GRAD_OFFSET, _GRAD_GAIN, _NORM_ROWS = range(7)
+
+
+def scratch_rows(steps: int, normalised: bool) -> int:
+    """How many rows of scratch memory the kernels need."""
+    return _VOLTAGES + max(steps, 2) + normalised * _NORM_ROWS
+
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
 _part = register_jitable(error_model="numpy")
 # Cached, since numba would take a second registration for another function.
-_smooth = cache(register_jitable(error_model="numpy", fastmath={"contract"}))
+smooth = cache(register_jitable(error_model="numpy", fastmath={"contract"}))
 _sum = register_jitable(error_model="numpy", fastmath={"reassoc"})
 _kernel = njit(error_model="numpy", nogil=True, cache=True)
 
@@ -74,6 +58,18 @@ _kernel = njit(error_model="numpy", nogil=True, cache=True)
 def _at(typing_context: Any, address: Any, offset: Any) -> Any:
     """The float32 pointer ``address + 4 * offset``."""
     signature = types.CPointer(types.float32)(types.intp, types.intp)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer_type = context.get_value_type(signature.return_type)
+        return builder.gep(builder.inttoptr(arguments[0], pointer_type), [arguments[1]])
+
+    return signature, generate
+
+
+@intrinsic
+def _byte_at(typing_context: Any, address: Any, offset: Any) -> Any:
+    """The uint8 pointer ``address + offset``."""
+    signature = types.CPointer(types.uint8)(types.intp, types.intp)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer_type = context.get_value_type(signature.return_type)
@@ -123,7 +119,7 @@ def _reset(h, spike, threshold, v_rest, soft):
     return (np.float32(1) - spike) * _no_overflow(h, v_rest) + spike * v_rest
 
 
-@_smooth
+@smooth
 def _exp(x):
     """``e**x`` in float32 to 2 ulp; 0 below -87.7 and infinity above 88.3. It vectorises."""
     x = max(min(x, np.float32(89)), np.float32(-88))
@@ -162,6 +158,13 @@ def _copy(out, values, n):
 def _add(out, values, n):
     for i in range(n):
         out[i] += values[i]
+
+
+@_part
+def _add_norm(grad_offset, grad_gain, grad, x, shift, n):
+    for i in range(n):
+        grad_offset[i] += grad[i]
+        grad_gain[i] += grad[i] * (x[i] - shift[i])
 
 
 @_part
@@ -223,30 +226,66 @@ def _fetch(row, first, last):
 
 
 @_part
-def _forward_row(x, v, spike, v_next, q, threshold, v_rest, decay_input, soft, n, to_next):
+def _normalise_row(x, y, shift, gain, offset, n, to_next):
     for first in range(0, n, CHUNK):
         last = min(first + CHUNK, n)
         _fetch(x, first + to_next, last + to_next)
+        for i in range(first, last):
+            y[i] = (x[i] - shift[i]) * gain[i] + offset[i]
+
+
+@_part
+def _pack_row(spike, bits, bit, n):
+    for i in range(n):
+        fired = np.uint8(np.uint8(spike[i] != np.float32(0)) << bit)
+        bits[i] = fired if bit == 0 else bits[i] | fired
+
+
+@_part
+def _forward_row(x, v, spike, v_next, q, threshold, v_rest, decay_input, soft, n, to_x, to_next):
+    for first in range(0, n, CHUNK):
+        last = min(first + CHUNK, n)
+        _fetch(x, first + to_x, last + to_x)
         _fetch(spike, first + to_next, last + to_next)
         for i in range(first, last):
             spike[i], v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
 
 
 @_part
-def _recompute_row(x, v, v_next, q, threshold, v_rest, decay_input, soft, n, to_next):
+def _recompute_row(x, v, v_next, q, threshold, v_rest, decay_input, soft, n, to_x):
     for first in range(0, n, CHUNK):
         last = min(first + CHUNK, n)
-        _fetch(x, first + to_next, last + to_next)
+        _fetch(x, first + to_x, last + to_x)
         for i in range(first, last):
             _, v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
 
 
+@_part
+def _norm_rows(scratch, steps, block):
+    """Where the rows of a norm begin."""
+    return scratch + 4 * (_VOLTAGES + max(steps, 2)) * block
+
+
+@_part
+def _spread_norm(rows, table, first, n, inner, channels, block):
+    for k in range(3):  # shift, gain, offset
+        _spread(_at(rows, k * block), _at(table, k * channels), first, n, inner, channels)
+
+
+@_part
+def _normalise(rows, x, y, n, to_next, block):
+    shift, gain, offset = _at(rows, 0), _at(rows, _GAIN * block), _at(rows, _OFFSET * block)
+    _normalise_row(x, y, shift, gain, offset, n, to_next)
+
+
 @_kernel
-def _forward(
+def forward(
     scratch, first_part, last_part, part_size, block,
-    x, v0, v_init, q, threshold, spike, v, v_seq,
-    steps, neurons, inner, channels, v_rest, decay_input, soft,
+    x, v0, v_init, q, threshold, spike, v, v_seq, norm, bits,
+    steps, neurons, inner, channels, norm_inner, norm_channels, v_rest, decay_input, soft,
 ):  # fmt: skip
+    rows = _norm_rows(scratch, steps, block)
+    y_row = _at(rows, _Y * block)
     q_row, threshold_row = _at(scratch, _Q * block), _at(scratch, _THRESHOLD * block)
     for first in range(first_part * part_size, min(last_part * part_size, neurons), block):
         n = min(block, neurons - first)
@@ -254,20 +293,31 @@ def _forward(
         _spread(threshold_row, _at(threshold, 0), first, n, inner, channels)
         now = _at(scratch, _VOLTAGES * block)
         _start(now, v0, v_init, first, n)
+        to_x = neurons
+        if norm:
+            _spread_norm(rows, norm, first, n, norm_inner, norm_channels, block)
+            to_x = 0  # what follows the norm's row is no row of x
         for t in range(steps):
             here = t * neurons + first
+            row = _at(x, here)
+            if norm:
+                _normalise(rows, row, y_row, n, neurons, block)
+                row = y_row
             # Never the row it reads from, which would look like a loop-carried dependence.
             after = _at(v_seq, here) if v_seq else _at(scratch, (_VOLTAGES + (t + 1) % 2) * block)
             _forward_row(
-                _at(x, here), now, _at(spike, here), after,
-                q_row, threshold_row, v_rest, decay_input, soft, n, neurons,
+                row, now, _at(spike, here), after,
+                q_row, threshold_row, v_rest, decay_input, soft, n, to_x, neurons,
             )  # fmt: skip
+            if bits:
+                word = _byte_at(bits, t // 8 * neurons + first)
+                _pack_row(_at(spike, here), word, t % 8, n)
             now = after
         _copy(_at(v, first), now, n)
 
 
 @cache
-def _backward(
+def backward_for(
     name: str,
     decay_input: bool,
     soft: bool,
@@ -284,7 +334,7 @@ def _backward(
     """
     options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
     variant = "_".join(map(str, (name, *map(int, options))))
-    derivative = _smooth(surrogate.DERIVATIVES[name].python)
+    derivative = smooth(surrogate.DERIVATIVES[name].python)
 
     @_part
     def row(
@@ -319,8 +369,12 @@ def _backward(
     def backward(
         scratch, first_part, last_part, part_size, block,
         grad_spike, grad_v, grad_v_seq, x, v0, v_init, q, threshold, grad_x, grad_v0, sums,
-        steps, neurons, inner, channels, v_rest, a, b,
+        norm, norm_sums,
+        steps, neurons, inner, channels, norm_inner, norm_channels, v_rest, a, b,
     ):  # fmt: skip
+        rows = _norm_rows(scratch, steps, block)
+        y_row = _at(rows, _Y * block)
+        grad_offset, grad_gain = _at(rows, _GRAD_OFFSET * block), _at(rows, _GRAD_GAIN * block)
         q_row, threshold_row = _at(scratch, _Q * block), _at(scratch, _THRESHOLD * block)
         grad_q = _at(scratch, _GRAD_Q * block)
         grad_threshold = _at(scratch, _GRAD_THRESHOLD * block)
@@ -332,11 +386,21 @@ def _backward(
                 _spread(threshold_row, _at(threshold, 0), first, n, inner, channels)
                 voltages = scratch + 4 * _VOLTAGES * block
                 _start(_at(voltages, 0), v0, v_init, first, n)
+                to_x = neurons
+                if norm:
+                    to_x = 0
+                    _spread_norm(rows, norm, first, n, norm_inner, norm_channels, block)
+                    _fill(grad_offset, np.float32(0), n)
+                    _fill(grad_gain, np.float32(0), n)
                 for t in range(steps - 1):
+                    current = _at(x, t * neurons + first)
+                    if norm:
+                        _normalise(rows, current, y_row, n, neurons, block)
+                        current = y_row
                     _recompute_row(
-                        _at(x, t * neurons + first), _at(voltages, t * block),
+                        current, _at(voltages, t * block),
                         _at(voltages, (t + 1) * block),
-                        q_row, threshold_row, v_rest, decay_input, soft, n, neurons,
+                        q_row, threshold_row, v_rest, decay_input, soft, n, to_x,
                     )  # fmt: skip
                 _start(grad_now, grad_v, np.float32(0), first, n)
                 _fill(grad_q, np.float32(0), n)
@@ -346,16 +410,27 @@ def _backward(
                     here = t * neurons + first
                     if grad_v_seq:
                         _add(grad_now, _at(grad_v_seq, here), n)
+                    current = _at(x, here)
+                    if norm:
+                        _normalise(rows, current, y_row, n, -neurons, block)
+                        current = y_row
+                    grad_current = _at(grad_x, here) if grad_x else _at(scratch, _UNUSED * block)
                     row(
-                        _at(x, here), _at(voltages, t * block),
+                        current, _at(voltages, t * block),
                         _at(grad_spike, here) if grad_spike else zero,
-                        grad_now,
-                        _at(grad_x, here) if grad_x else _at(scratch, _UNUSED * block),
+                        grad_now, grad_current,
                         grad_q, grad_threshold, q_row, threshold_row,
                         v_rest, a, b, n, -neurons,
                     )  # fmt: skip
+                    if norm:
+                        _add_norm(
+                            grad_offset, grad_gain, grad_current, _at(x, here), _at(rows, 0), n
+                        )
                 if grad_v0:
                     _copy(_at(grad_v0, first), grad_now, n)
+                if norm:
+                    _gather(norm_sums[part, 0], grad_offset, first, n, norm_inner, norm_channels)
+                    _gather(norm_sums[part, 1], grad_gain, first, n, norm_inner, norm_channels)
                 if learn_w:
                     _gather(sums[part, 0], grad_q, first, n, inner, channels)
                 if learn_threshold:
@@ -366,188 +441,84 @@ def _backward(
     return _kernel(backward)
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sj_taid")
+@_kernel
+def statistics(
+    scratch, first_part, last_part, part_size, block, x, sums, steps, neurons, inner, channels
+):  # fmt: skip
+    """Sums over a channel's neurons: their means over time, the squares of these, and their squared
+    deviations from them. All of ``x`` minus the channel's first value, which loses no digits."""
+    shift, mean = _at(scratch, _SHIFT * block), _at(scratch, _GAIN * block)
+    square = _at(scratch, _OFFSET * block)
+    for part in range(first_part, last_part):
+        for first in range(part * part_size, min((part + 1) * part_size, neurons), block):
+            n = min(block, neurons - first)
+            _first_values(shift, _at(x, 0), first, n, inner, channels)
+            _fill(mean, np.float32(0), n)
+            for t in range(steps):
+                _add_differences(mean, _at(x, t * neurons + first), shift, n, neurons)
+            for i in range(n):
+                mean[i] /= np.float32(steps)
+            _gather(sums[part, 0], mean, first, n, inner, channels)
+            for i in range(n):
+                square[i] = mean[i] * mean[i]
+            _gather(sums[part, 1], square, first, n, inner, channels)
+            _fill(square, np.float32(0), n)
+            for t in range(steps):
+                _add_deviations(square, _at(x, t * neurons + first), shift, mean, n)
+            _gather(sums[part, 2], square, first, n, inner, channels)
 
 
-@cache
-def _gomp() -> Any:
-    """GNU's OpenMP, if torch brings it along, as its wheels for Linux do."""
-    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    return ctypes.CDLL(str(libraries[0])) if libraries else None
+@_part
+def _first_values(out, x, first, n, inner, channels):
+    """For each neuron the first value of its channel."""
+    done = 0
+    while done < n:
+        channel = (first + done) // inner % channels
+        run = min(n - done, inner - (first + done) % inner)
+        for i in range(run):
+            out[done + i] = x[channel * inner]
+        done += run
 
 
-_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-# A forked child inherits the pool but not its threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-class _Partition(NamedTuple):
-    """How the neurons are shared out: a function of the shape alone."""
-
-    parts: int
-    part_size: int
-    block: int
-    scratch: int
-    work: int
-
-    @classmethod
-    @cache
-    def of(cls, steps: int, neurons: int) -> _Partition:
-        rows = _VOLTAGES + max(steps, 2)
-        # An odd number of cache lines, or all rows would compete for the same cache sets.
-        block = min(max(SCRATCH // rows, BLOCK[0]), BLOCK[1]) // 32 * 32 + 16
-        part_size = block * max(1, -(-neurons // (block * PARTS)))
-        parts = -(-neurons // part_size)
-        return cls(parts, part_size, block, rows * block, steps * neurons)
+@_part
+def _add_differences(out, x, shift, n, to_next):
+    for first in range(0, n, CHUNK):
+        last = min(first + CHUNK, n)
+        _fetch(x, first + to_next, last + to_next)
+        for i in range(first, last):
+            out[i] += x[i] - shift[i]
 
 
-def _run(kernel: Callable[..., None], shape: _Partition, *arguments: Any) -> None:
-    """Call the kernel for all parts, on as many threads as torch may use and the work is worth."""
-    threads = max(1, min(torch.get_num_threads(), shape.parts, shape.work // GRAIN))
-    scratch = torch.empty(threads * shape.scratch, dtype=torch.float32, device="cpu")
-
-    def share(k: int) -> tuple[Any, ...]:
-        first, last = shape.parts * k // threads, shape.parts * (k + 1) // threads
-        own = scratch.data_ptr() + k * shape.scratch * scratch.itemsize
-        return own, first, last, shape.part_size, shape.block, *arguments
-
-    shares = iter(range(threads))
-    errors = []
-
-    def work(_: Any = None) -> None:
-        try:
-            for k in shares:
-                kernel(*share(k))
-        except BaseException as error:  # raised below: it cannot pass through C
-            errors.append(error)
-
-    _together(work, threads)
-    if errors:
-        raise errors[0]
+@_part
+def _add_deviations(out, x, shift, mean, n):
+    for i in range(n):
+        deviation = (x[i] - shift[i]) - mean[i]
+        out[i] += deviation * deviation
 
 
-def _together(work: Callable[..., None], threads: int) -> None:
-    """Call ``work`` on ``threads`` threads at once."""
-    if threads == 1:
-        work()
-    elif os.getpid() == backends.PROCESS and (gomp := _gomp()):
-        gomp.GOMP_parallel(_MEMBER(work), None, threads, 0)
-    else:
-        others = [_pool().submit(work) for _ in range(threads - 1)]
-        work()
-        for other in others:
-            other.result()
+@_kernel
+def input_gradient(
+    scratch, first_part, last_part, part_size, block,
+    x, grad_x, table, steps, neurons, inner, channels,
+):  # fmt: skip
+    """``gain G_y - A - B (x - shift)`` in the place of G_y; the table has shift, gain, A and B."""
+    for first in range(first_part * part_size, min(last_part * part_size, neurons), block):
+        n = min(block, neurons - first)
+        for k in range(4):
+            _spread(_at(scratch, k * block), _at(table, k * channels), first, n, inner, channels)
+        for t in range(steps):
+            here = t * neurons + first
+            _input_gradient_row(
+                _at(x, here), _at(grad_x, here), _at(scratch, 0), _at(scratch, block),
+                _at(scratch, 2 * block), _at(scratch, 3 * block), n, neurons,
+            )  # fmt: skip
 
 
-@cache
-def _madvise() -> Any:
-    """The system call of that name, where it knows of huge pages: on Linux."""
-    return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
-
-
-def _ask_for_huge_pages(*tensors: Tensor) -> None:
-    """Let the system back large new tensors, and what takes their place later, by huge pages."""
-    for tensor in tensors:
-        # So large that one lies within, wherever it begins.
-        if tensor.nbytes >= 2 * HUGE and (madvise := _madvise()):
-            first = -(-tensor.data_ptr() // HUGE) * HUGE
-            last = (tensor.data_ptr() + tensor.nbytes) // HUGE * HUGE
-            madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
-
-
-def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = autograd.Forward(*arguments)
-    x = call.x_seq.float()
-    spike_seq, v, v_seq, checkpoint = autograd.empty_outputs(x, *arguments[1:])
-    _ask_for_huge_pages(spike_seq, v_seq)
-    q = call.w.sigmoid()
-    geometry = _geometry(x, q)
-    _run(
-        _forward,
-        _Partition.of(*geometry[:2]),
-        x.data_ptr(),
-        _address(call.v0),
-        np.float32(call.v_init),
-        q.data_ptr(),
-        call.v_threshold.data_ptr(),
-        spike_seq.data_ptr(),
-        v.data_ptr(),
-        v_seq.data_ptr(),
-        *geometry,
-        np.float32(call.v_reset or 0.0),
-        call.decay_input,
-        call.v_reset is None,
-    )
-    return spike_seq.to(call.x_seq.dtype), v, v_seq, checkpoint
-
-
-def _backward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = autograd.Backward(*arguments)
-    x = call.x_seq.float()
-    grad_spike_seq = None if call.grad_spike_seq is None else call.grad_spike_seq.float()
-    grad_x, grad_v0, grad_parameters = autograd.empty_gradients(*call._replace(x_seq=x))
-    _ask_for_huge_pages(grad_x)
-    q = call.w.sigmoid()
-    geometry = _geometry(x, q)
-    shape = _Partition.of(*geometry[:2])
-    sums = np.zeros((shape.parts, 2, q.numel()))
-    needs = call.need_w, call.need_v_threshold
-    _run(
-        _backward(
-            call.surrogate, call.decay_input, call.v_reset is None, call.detach_reset, *needs
-        ),
-        shape,
-        _address(grad_spike_seq),
-        _address(call.grad_v),
-        _address(call.grad_v_seq),
-        x.data_ptr(),
-        _address(call.v0),
-        np.float32(call.v_init),
-        q.data_ptr(),
-        call.v_threshold.data_ptr(),
-        grad_x.data_ptr(),
-        grad_v0.data_ptr(),
-        sums,
-        *geometry,
-        np.float32(call.v_reset or 0.0),
-        np.float32(call.a),
-        np.float32(call.b),
-    )
-    # A few numbers, for which numpy's functions cost a fraction of torch's.
-    gradients = sums.sum(0)
-    rate = q.numpy().ravel().astype(np.float64)
-    gradients[0] *= rate * (1 - rate)  # dq/dw
-    grad_parameters.numpy()[:] = gradients[list(needs)].reshape(grad_parameters.shape)
-    return grad_x.to(call.x_seq.dtype), grad_v0, grad_parameters
-
-
-def _address(tensor: Tensor | None) -> int:
-    """Where the data is; 0 for no tensor, as for one without elements."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _geometry(x: Tensor, w: Tensor) -> tuple[int, int, int, int]:
-    """Steps, neurons, and how the channels lie: neuron i has channel ``i // inner % channels``."""
-    neurons = x.numel() // x.shape[0]
-    inner = x.stride(2) if w.numel() > 1 else max(neurons, 1)
-    return x.shape[0], neurons, inner, w.numel()
-
-
-def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
-    """Why these loops cannot take a call, or ``None`` if they can."""
-    if x_seq.device.type != "cpu":
-        return f"the input is on {x_seq.device}, and these loops run on the CPU"
-    if x_seq.dtype == torch.float64:
-        return "the input is float64, and these loops compute in float32"
-    return surrogate.unsupported(surrogate_function)
-
-
-_ENGINE = autograd.register(
-    "cpu", "CPU", autograd.Engine(_forward_operator, _backward_operator, lambda steps: 0)
-)
-#: the backend: :func:`sj_taid.ops.alif.reference.multi_step`, fused
-multi_step = partial(autograd.multi_step, _ENGINE)
+@_part
+def _input_gradient_row(x, grad_x, shift, gain, a, b, n, to_next):
+    for first in range(0, n, CHUNK):
+        last = min(first + CHUNK, n)
+        _fetch(x, first + to_next, last + to_next)
+        _fetch(grad_x, first + to_next, last + to_next)
+        for i in range(first, last):
+            grad_x[i] = gain[i] * grad_x[i] - a[i] - b[i] * (x[i] - shift[i])

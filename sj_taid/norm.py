@@ -1,0 +1,224 @@
+"""Batch norms joined with the neurons that read them: one operator, as ``fuse_norm`` finds them."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spikingjelly.activation_based import layer
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .convert import table
+from .neuron import ALIFNode
+
+__all__ = ["Join", "JoinReport", "fuse_norm", "split_norm"]
+
+#: What a norm's forward must be for its meaning to be known: torch's batch norm over time and
+#: batch, whatever the class is called.
+_KNOWN = frozenset(
+    getattr(home, name)
+    for home in (nn, layer)
+    for name in (
+        *(f"BatchNorm{n}d" for n in (1, 2, 3)),
+        *(f"ThresholdDependentBatchNorm{n}d" for n in (1, 2, 3)),
+        "SyncBatchNorm",
+    )
+    if hasattr(home, name)
+)
+
+
+@dataclass(frozen=True)
+class Join:
+    """What :func:`fuse_norm` did with one batch norm.
+
+    Attributes:
+        norm: its path in the net.
+        neuron: the path of the neuron that applies it now, or ``""``.
+        note: why it was left alone, or ``""``.
+    """
+
+    norm: str
+    neuron: str
+    note: str
+
+
+@dataclass(frozen=True)
+class JoinReport:
+    """What :func:`fuse_norm` did, one :class:`Join` a batch norm; ``print`` it for a table."""
+
+    rows: tuple[Join, ...]
+
+    @property
+    def joined(self) -> tuple[Join, ...]:
+        """The norms that a neuron applies now."""
+        return tuple(row for row in self.rows if row.neuron)
+
+    @property
+    def kept(self) -> tuple[Join, ...]:
+        """The norms that were left alone, with the reason in ``note``."""
+        return tuple(row for row in self.rows if not row.neuron)
+
+    def __str__(self) -> str:
+        head = f"{len(self.joined)} norms joined, {len(self.kept)} kept"
+        rows = [(row.norm, row.neuron or "-", row.note) for row in self.rows]
+        return f"{head}\n{table(('norm', 'neuron', 'note'), rows)}" if rows else head
+
+
+def fuse_norm(net: nn.Module) -> JoinReport:
+    r"""Let every :class:`~sj_taid.ALIFNode` apply the batch norm before it, in place.
+
+    .. math::
+        Y[t] = \gamma\,\frac{X[t] - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta, \qquad
+        S = \mathrm{ALIF}(Y)
+
+    as one operator that never writes :math:`Y` and keeps nothing of it for backward. The outputs
+    and gradients are equal to rounding. The norm stays where it is, with its parameters and running
+    statistics under the same keys of ``state_dict``, but only passes its input on to the neuron.
+
+    A norm is joined where an ALIF in step mode ``"m"`` is its only reader. That is found by tracing
+    the ``forward`` of each module that holds some (``torch.fx``, its children taken as wholes), so
+    in ``nn.Sequential`` and in blocks that call ``self.bn1`` and then ``self.sn1`` alike; the norm
+    may be the last module of a ``SeqToANNContainer``. Known are torch's norms, SpikingJelly's and
+    tdBN.
+
+    Convert to ``SyncBatchNorm`` first and join then; :func:`split_norm` is the way back.
+
+    Returns:
+        The report: ``print`` it.
+
+    >>> net = nn.Sequential(layer.Conv2d(1, 4, 3), layer.BatchNorm2d(4), ALIFNode())
+    >>> for module in net:
+    ...     module.step_mode = "m"
+    >>> print(fuse_norm(net))
+    1 norms joined, 0 kept
+    norm  neuron  note
+    1     2
+    """
+    paths = {module: path for path, module in net.named_modules()}
+    readers, obstacles = _trace(net)
+    containers = [m for m in paths if isinstance(m, layer.SeqToANNContainer)]
+    folded = {norm for container in containers for norm in container.modules()}
+    rows = []
+    for norm in filter(_is_norm, paths):
+        reader: Any = readers.get(norm)
+        note = _why_not(norm, reader, norm in folded)
+        if note is None:
+            reader.apply_norm(norm)
+            rows.append(Join(paths[norm], paths[reader], ""))
+        else:
+            rows.append(Join(paths[norm], "", note or obstacles.get(norm, "nothing calls it")))
+    return JoinReport(tuple(rows))
+
+
+def split_norm(net: nn.Module) -> None:
+    """Undo :func:`fuse_norm`: every norm is applied by itself again, in place.
+
+    >>> net = nn.Sequential(layer.BatchNorm2d(4, step_mode="m"), ALIFNode(step_mode="m"))
+    >>> len(fuse_norm(net).joined), split_norm(net), net[1].norm
+    (1, None, None)
+    """
+    for module in net.modules():
+        if isinstance(module, ALIFNode) and module.norm is not None:
+            module.apply_norm(None)
+
+
+def _why_not(norm: Any, reader: Any, folded: bool) -> str | None:
+    """Why ``norm`` cannot be joined with ``reader``, the only module that reads its output.
+
+    ``""`` where there is none. ``folded``: in a container that folds time into the batch.
+    """
+    if "forward" in vars(norm):
+        return "joined already"
+    if type(norm) not in _KNOWN:
+        return f"what a {type(norm).__name__} computes is not known to be torch's batch norm"
+    if norm._forward_hooks or norm._backward_hooks or norm._forward_pre_hooks:
+        return "it has hooks, which would see its input instead of its output"
+    if reader is None:
+        return ""
+    if type(reader) is not ALIFNode:
+        return f"its reader is a {type(reader).__name__}, not an ALIFNode"
+    if reader.norm is not None:
+        return "its reader applies another norm already"
+    if reader.step_mode != "m" or not (folded or getattr(norm, "step_mode", "s") == "m"):
+        return "it does not run on [T, N, C, *]; functional.set_step_mode(net, 'm') first"
+    return None
+
+
+class _Tracer(fx.Tracer):
+    """Follows one forward; the modules that it calls are taken as wholes."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return True
+
+
+def _trace(net: nn.Module) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, str]]:
+    """The only reader of each norm, and for norms without one what stands in the way."""
+    readers: dict[nn.Module, nn.Module] = {}
+    obstacles: dict[nn.Module, str] = {}
+    calls: Counter[nn.Module] = Counter()
+    for parent in net.modules():
+        ends = [end for child in parent.children() for end in _ends(child) if _is_norm(end)]
+        if not ends or isinstance(parent, layer.SeqToANNContainer):
+            continue  # such a container's last norm is found where the container is called
+        try:
+            graph = _graph(parent)
+        except Exception as error:  # whatever a forward does that symbols cannot follow
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            note = f"the forward of {type(parent).__name__} cannot be traced ({why})"
+            obstacles |= dict.fromkeys(ends, note)
+            continue
+        called = {n: parent.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"}
+        calls.update(called.values())
+        for node, module in called.items():
+            for norm in filter(_is_norm, _ends(module)):
+                reader = _only_reader(node, called)
+                if isinstance(reader, str):
+                    obstacles.setdefault(norm, reader)
+                else:
+                    readers[norm] = reader
+    for norm, reader in list(readers.items()):
+        for module in (norm, reader):
+            if calls[module] > 1:
+                obstacles[norm] = f"{type(module).__name__} is called in {calls[module]} places"
+                readers.pop(norm, None)
+    return readers, obstacles
+
+
+def _graph(parent: nn.Module) -> fx.Graph:
+    """What the forward of ``parent`` calls, its optional arguments left at their defaults."""
+    parameters = inspect.signature(parent.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return _Tracer().trace(parent, defaults)
+
+
+def _only_reader(node: fx.Node, called: Mapping[fx.Node, nn.Module]) -> nn.Module | str:
+    """The module that alone reads what ``node`` gives, or who reads it else."""
+    users = list(node.users)
+    if len(users) != 1:
+        return f"{len(users)} places read its output"
+    (user,) = users
+    if user.op == "output":
+        return "its output leaves the module that calls it"
+    if user not in called or user.all_input_nodes != [node]:
+        return f"{user.name} reads its output, which is no module"
+    first = called[user]
+    while type(first).forward is nn.Sequential.forward and any(first.children()):
+        first = next(first.children())
+    return first
+
+
+def _ends(module: nn.Module) -> Iterator[nn.Module]:
+    """``module``, and for a sequential container its last module, whose output is the same."""
+    yield module
+    sequential = type(module).forward is nn.Sequential.forward
+    if sequential or type(module) is layer.SeqToANNContainer:
+        for last in list(module.children())[-1:]:
+            yield from _ends(last)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm)

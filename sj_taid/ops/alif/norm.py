@@ -1,0 +1,184 @@
+"""The batch norm that a neuron applies to its input: its definition, and its numbers per channel.
+
+The definition is torch's own batch norm over time, batch and space. What it gives stays in the
+dtype of the state: it is never rounded to a half-precision input's.
+
+The fused backends never write it. With mean mu and variance var of a channel over its n values,
+
+    r = (var + eps)^(-1/2)      gain = weight r      y = (x - shift) gain + offset
+    shift = mu rounded to float32      offset = bias - (mu - shift) gain
+
+which holds also where mu is large beside the deviation. Their backward sums over G_y, the gradient
+of y, and over G_y (x - shift), and then
+
+    dbias = sum G_y      dweight = r (sum G_y (x - shift) - (mu - shift) sum G_y)
+    G_x = gain G_y - A - B (x - shift)
+    B = gain r dweight / n      A = gain dbias / n - B (mu - shift)      both 0 in eval mode
+
+Kept for backward: the input, and numbers per channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
+
+
+class Norm(NamedTuple):
+    """A batch norm over axis 2 of ``[T, N, C, *]``; every tensor is ``[C]``, or ``None``."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    #: the batch's own statistics, which the running ones then follow, or the running ones
+    use_batch_statistics: bool
+    #: the share of the batch's statistics in the running ones
+    momentum: float
+    eps: float
+    #: the process group that the statistics are taken over; ``None`` for this process alone
+    group: Any = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the statistics are the running ones, which do not depend on the input."""
+        tracked = self.running_mean is not None and self.running_var is not None
+        return tracked and not self.use_batch_statistics
+
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        """What a batch norm's forward would compute with; counts the batch, as that does."""
+        momentum = 0.0 if module.momentum is None else module.momentum
+        if module.training and module.num_batches_tracked is not None:
+            module.num_batches_tracked.add_(1)
+            if module.momentum is None:  # the plain average over all batches
+                momentum = 1.0 / float(module.num_batches_tracked)
+        use_batch_statistics = module.training or module.running_mean is None
+        synchronised = isinstance(module, nn.SyncBatchNorm) and distributed.is_initialized()
+        return cls(
+            module.weight,
+            module.bias,
+            # Statistics that are not tracked in training are used in eval mode all the same.
+            module.running_mean if not module.training or module.track_running_stats else None,
+            module.running_var if not module.training or module.track_running_stats else None,
+            use_batch_statistics,
+            momentum,
+            module.eps,
+            (module.process_group or distributed.group.WORLD) if synchronised else None,
+        )
+
+
+def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
+    """Torch's batch norm over time, batch and space of ``x_seq`` ``[T, N, C, *]``."""
+    x = x_seq.flatten(0, 1)
+    if norm.group is not None and norm.use_batch_statistics:
+        return _synchronised(x, norm).unflatten(0, x_seq.shape[:2])
+    y = F.batch_norm(
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.use_batch_statistics,
+        norm.momentum,
+        norm.eps,
+    )
+    return y.unflatten(0, x_seq.shape[:2])
+
+
+def _synchronised(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of ``x`` ``[n, C, *]`` by the statistics of all processes of the group."""
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    per_channel = (-1, *[1] * (x.dim() - 2))
+    count = x.new_tensor(x.numel() // x.shape[1], dtype=torch.float64)
+    total = _sum_over(torch.stack([count.expand(x.shape[1]), x.double().sum(axes)]), norm.group)
+    mean = total[1] / total[0]
+    deviation = x.double() - mean.view(per_channel)
+    var = _sum_over(deviation.square().sum(axes), norm.group) / total[0]
+    update_running(norm, mean.detach(), var.detach(), total[0].detach())
+    y = (deviation * (var + norm.eps).rsqrt().view(per_channel)).to(x.dtype)
+    if norm.weight is not None and norm.bias is not None:
+        y = y * norm.weight.view(per_channel) + norm.bias.view(per_channel)
+    return y
+
+
+def _sum_over(tensor: Tensor, group: Any) -> Tensor:
+    """The sum over the group's processes, through which gradients pass."""
+    return all_reduce(tensor, group=group)
+
+
+def update_running(norm: Norm, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """Move the running statistics towards a batch's, ``var`` being the biased variance.
+
+    ``running = (1 - momentum) running + momentum batch``, with the unbiased variance, as in torch.
+    """
+    if norm.running_mean is not None and norm.running_var is not None:
+        unbiased = var * (count / (count - 1))
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+
+
+class Affine(NamedTuple):
+    """The norm as ``y = (x - shift) gain + offset``."""
+
+    table: Tensor  #: shift, gain and offset, float32 ``[3, C]``: what the kernels read
+    #: mean, r, gain, and how many values a channel has over all processes, infinitely many where
+    #: the statistics do not depend on the input; float64 ``[4, C]``
+    numbers: Tensor
+
+
+@torch.no_grad()
+def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) -> Affine:
+    """The norm of ``x_seq``, with its running statistics updated.
+
+    ``statistics`` gives each channel's mean and biased variance as float64 ``[2, C]``.
+    """
+    if norm.running_mean is None or norm.running_var is None or not norm.fixed:
+        mean, var = statistics(x_seq)
+        count = torch.full_like(mean, x_seq.numel() / len(mean))
+        if norm.group is not None:
+            mean, var, count = _combined(mean, var, count, norm.group)
+        update_running(norm, mean, var, count)
+    else:
+        mean, var = norm.running_mean.double(), norm.running_var.double()
+        count = torch.full_like(mean, math.inf)
+    rate = (var + norm.eps).rsqrt()
+    gain = rate if norm.weight is None else rate * norm.weight
+    shift = mean.float()
+    offset = (shift - mean) * gain
+    if norm.bias is not None:
+        offset = offset + norm.bias
+    table = torch.stack([shift, gain.float(), offset.float()])
+    return Affine(table, torch.stack([mean, rate, gain, count]))
+
+
+def _combined(mean: Tensor, var: Tensor, count: Tensor, group: Any) -> list[Tensor]:
+    """The statistics of all the group's processes together, and their count."""
+    moments = torch.stack([count, count * mean, count * (var + mean.square())])
+    distributed.all_reduce(moments, group=group)
+    count, mean, square = moments[0], *(moments[1:] / moments[0])
+    return [mean, square - mean.square(), count]
+
+
+def gradients(affine: Affine, sums: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of weight and bias, and A and B as float32 ``[2, C]``.
+
+    ``sums`` are those of G_y and of G_y (x - shift), float64 ``[2, C]``, of this process, and so
+    are the first two results; A and B are made of all processes' sums.
+    """
+    mean, rate, gain, count = affine.numbers
+    rest = mean - affine.table[0]
+    grad_weight, grad_bias = rate * (sums[1] - rest * sums[0]), sums[0]
+    all_sums = sums
+    if group is not None:
+        all_sums = sums.clone()
+        distributed.all_reduce(all_sums, group=group)
+    b = gain * rate * rate * (all_sums[1] - rest * all_sums[0]) / count
+    a = gain * all_sums[0] / count - b * rest
+    return grad_weight.float(), grad_bias.float(), torch.stack([a, b]).float()

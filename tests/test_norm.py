@@ -1,0 +1,268 @@
+"""``fuse_norm``: what is joined and what is not, equal outputs, gradients and checkpoints."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
+from torch import nn
+
+import sj_taid
+from sj_taid import ALIFNode
+from sj_taid._compat import FUNCTIONAL_STATES
+from tests.helpers import TOLERANCE
+
+ZOO = {
+    "spiking_vgg11_bn": (spiking_vgg.spiking_vgg11_bn, {}, 8, 8),
+    "spiking_resnet18": (spiking_resnet.spiking_resnet18, {}, 9, 20),
+    "sew_resnet18": (sew_resnet.sew_resnet18, {"cnf": "ADD"}, 20, 20),
+}
+
+
+def alif(**options):
+    return ALIFNode(step_mode="m", surrogate_function=surrogate.ATan(), **options)
+
+
+def norm(channels=4, **options):
+    made = layer.BatchNorm2d(channels, step_mode="m", **options)
+    with torch.no_grad():
+        made.weight.uniform_(0.5, 2.0)
+        made.bias.uniform_(-0.3, 0.5)
+        made.running_mean.uniform_(-1.0, 1.0)
+        made.running_var.uniform_(0.5, 2.0)
+    return made
+
+
+def images(steps=3, batch=2, channels=4, size=5):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(steps, batch, channels, size, size, generator=g)
+
+
+def gradients(net, x_seq):
+    """The output, and the gradient of every parameter and of the input, by name."""
+    x_seq = x_seq.clone().requires_grad_()
+    torch.manual_seed(0)  # for dropout
+    output = net(x_seq)
+    g = torch.Generator().manual_seed(1)
+    output.backward(torch.randn(output.shape, generator=g))
+    functional.reset_net(net)
+    found = {name: p.grad for name, p in net.named_parameters()}
+    return {"output": output.detach(), "x_seq": x_seq.grad, **found}
+
+
+def assert_like(got, expected, scale=1.0):
+    assert got.keys() == expected.keys()
+    for name, want in expected.items():
+        bound = scale * TOLERANCE[torch.float32]["value"] * max(1.0, float(want.abs().max()))
+        assert (got[name] - want).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_nets_of_the_zoo_keep_outputs_gradients_statistics_and_keys(name):
+    make, options, joined, norms = ZOO[name]
+    torch.manual_seed(0)
+    net = make(
+        spiking_neuron=neuron.LIFNode,
+        surrogate_function=surrogate.ATan(),
+        num_classes=4,
+        v_threshold=0.1,
+        **options,
+    )
+    functional.set_step_mode(net, "m")
+    sj_taid.swap_neurons(net)
+    fused = copy.deepcopy(net)
+    report = sj_taid.fuse_norm(fused)
+    assert (len(report.joined), len(report.rows)) == (joined, norms)
+    x_seq = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert_like(gradients(fused, x_seq), gradients(net, x_seq))
+    there, here = net.state_dict(), fused.state_dict()
+    assert list(there) == list(here)
+    assert_like(*({k: v.float() for k, v in state.items()} for state in (here, there)))
+    assert fused.load_state_dict(there) and net.load_state_dict(here)
+    assert_like(*({"eval": m.eval()(x_seq).detach()} for m in (fused, net)))
+
+
+class Block(nn.Module):
+    """Registered in another order than it runs, as only a trace can tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.sn2, self.sn1 = alif(v_threshold=0.4), alif()
+        self.bn2, self.bn1 = norm(), norm()
+
+    def forward(self, x_seq, skip=None):
+        out = self.sn1(self.bn1(x_seq))
+        if skip is not None:
+            out = out + skip
+        return self.sn2(self.bn2(out))
+
+
+def test_the_order_of_calls_counts_and_not_of_registration():
+    net = Block()
+    expected = gradients(copy.deepcopy(net), images())
+    report = sj_taid.fuse_norm(net)
+    assert {(row.norm, row.neuron) for row in report.joined} == {("bn1", "sn1"), ("bn2", "sn2")}
+    assert_like(gradients(net, images()), expected)
+    assert net.sn1.norm is net.bn1
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.sn = norm(), alif()
+
+    def forward(self, x_seq):
+        if x_seq.sum() > 0:  # decided by data, which symbols have not
+            x_seq = -x_seq
+        return self.sn(self.bn(x_seq))
+
+
+class Shared(Branching):
+    def forward(self, x_seq):
+        return self.sn(self.bn(self.sn(self.bn(x_seq))))
+
+
+class Summed(Branching):
+    def forward(self, x_seq):
+        y_seq = self.bn(x_seq)
+        return self.sn(y_seq) + y_seq
+
+
+class Odd(layer.BatchNorm2d):
+    def forward(self, x_seq):
+        return 2 * super().forward(x_seq)
+
+
+def with_hook():
+    net = nn.Sequential(norm(), alif())
+    net[0].register_forward_hook(lambda *_: None)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        (Branching(), "the forward of Branching cannot be traced"),
+        (Shared(), "called in 2 places"),
+        (Summed(), "2 places read its output"),
+        (nn.Sequential(Odd(4, step_mode="m"), alif()), "what a Odd computes is not known"),
+        (nn.Sequential(norm(), neuron.LIFNode(step_mode="m")), "its reader is a LIFNode"),
+        (nn.Sequential(norm(), nn.ReLU(), alif()), "its reader is a ReLU"),
+        (nn.Sequential(norm()), "its output leaves the module that calls it"),
+        (nn.Sequential(layer.BatchNorm2d(4), ALIFNode()), "does not run on [T, N, C, *]"),
+        (with_hook(), "it has hooks"),
+        # Alone it would take the batch of [T, N, C] for the channels.
+        (nn.Sequential(nn.BatchNorm1d(4), alif()), "does not run on [T, N, C, *]"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_what_cannot_be_joined_is_left_and_says_why(net, why):
+    report = sj_taid.fuse_norm(net)
+    assert not report.joined and why in report.kept[0].note and why in str(report)
+
+
+def test_a_norm_at_the_end_of_a_container_is_found():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    inner = nn.BatchNorm2d(4)
+    net = nn.Sequential(nn.Sequential(layer.SeqToANNContainer(conv, inner)), nn.Sequential(alif()))
+    expected = gradients(copy.deepcopy(net), images())
+    (row,) = sj_taid.fuse_norm(net).rows
+    assert (row.norm, row.neuron) == ("0.0.1", "1.0")
+    assert_like(gradients(net, images()), expected)
+    assert sj_taid.fuse_norm(net).kept[0].note == "joined already"
+
+
+TDBN = pytest.param(
+    layer.ThresholdDependentBatchNorm2d,
+    marks=pytest.mark.skipif(
+        not FUNCTIONAL_STATES, reason="0.0.0.0.14's raises NotImplementedError in its own forward"
+    ),
+)
+
+
+@pytest.mark.parametrize("kind", [TDBN, layer.BatchNorm2d])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_statistics_are_torchs(kind, training, momentum):
+    arguments = (1.0, 0.7, 4) if kind is layer.ThresholdDependentBatchNorm2d else (4,)
+    net = nn.Sequential(kind(*arguments, momentum=momentum), alif())
+    functional.set_step_mode(net, "m")
+    net.train(training)
+    fused = copy.deepcopy(net)
+    assert sj_taid.fuse_norm(fused).joined
+    for x_seq in (images(), 3 * images() + 1):
+        assert_like(gradients(fused, x_seq), gradients(net, x_seq))
+    assert_like(*({k: v.float() for k, v in m.state_dict().items()} for m in (fused, net)))
+    assert fused[0].num_batches_tracked == 2 * training
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
+def test_norms_without_parameters_or_statistics(options):
+    net = nn.Sequential(layer.BatchNorm2d(4, step_mode="m", **options), alif()).eval()
+    fused = copy.deepcopy(net)
+    assert sj_taid.fuse_norm(fused).joined
+    assert_like(gradients(fused, images()), gradients(net, images()))
+
+
+def test_step_by_step_after_a_join():
+    net = nn.Sequential(norm(), alif()).eval()
+    fused = copy.deepcopy(net)
+    sj_taid.fuse_norm(fused)
+    for each in (net, fused):
+        functional.set_step_mode(each, "s")
+    for x in images():
+        assert torch.equal(net(x), fused(x))
+
+
+def test_copies_pickles_and_splitting():
+    net = nn.Sequential(norm(), alif())
+    expected = gradients(copy.deepcopy(net), images())
+    sj_taid.fuse_norm(net)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert other[1].norm is other[0]
+        assert_like(gradients(other, images()), expected)
+    sj_taid.split_norm(net)
+    assert net[1].norm is None
+    assert_like(gradients(net, images()), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_graph_breaks(training):
+    torch._dynamo.reset()
+    net = nn.Sequential(norm(), alif(), layer.Conv2d(4, 4, 1, step_mode="m"), norm(), alif())
+    sj_taid.fuse_norm(net.train(training))
+    other = copy.deepcopy(net)
+    expected = gradients(other, images())
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    found = gradients(compiled, images())
+    assert_like({name.removeprefix("_orig_mod."): g for name, g in found.items()}, expected)
+    assert_like(*({k: v.float() for k, v in m.state_dict().items()} for m in (net, other)))
+
+
+def test_to_lif_applies_the_norm_by_itself_again():
+    net = nn.Sequential(norm(), alif()).eval()
+    expected = net(images())
+    functional.reset_net(net)
+    sj_taid.fuse_norm(net)
+    plain = sj_taid.to_lif(net)
+    assert type(plain[1]) is neuron.LIFNode and torch.equal(plain(images()), expected)
+    assert net[1].norm is net[0]
+
+
+def test_a_norm_that_is_replaced_is_missed():
+    net = nn.Sequential(norm(), alif())
+    sj_taid.fuse_norm(net)
+    net[0] = norm()  # as convert_sync_batchnorm does, too
+    with pytest.raises(RuntimeError, match=r"no longer in the net.*split_norm"):
+        net(images())
+
+
+def test_one_value_a_channel_has_no_statistics():
+    net = nn.Sequential(norm(), alif())
+    sj_taid.fuse_norm(net)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        net(torch.rand(1, 1, 4, 1, 1))
+    with pytest.raises(ValueError, match=r"norm's weight has shape \[4\]"):
+        net(torch.rand(1, 2, 3, 1, 1))
