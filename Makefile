@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LEGACY := .venv-legacy
 
-.PHONY: help demo test test-legacy kernels docs tables lint format build install clean
+.PHONY: help demo test test-legacy kernels fuzz docs tables lint format build install clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -20,6 +20,9 @@ test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
 
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
 	$(BIN)/python -m pytest -m kernels
+
+fuzz: install ## Test 2,000 random calls of each public function; minutes
+	$(BIN)/python -m pytest -m fuzz
 
 docs: install ## Make HTML in build/docs
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

@@ -121,6 +121,8 @@ class TAID(_ImageDecoder):
                 f"x_seq.to({dtype}) or taid.to({x_seq.dtype})"
             )
         z = x_seq.flatten(3).mean(3) if x_seq.dim() == 5 else x_seq
+        if z.shape[2] == 0:
+            return z  # torch's convolution refuses an axis of length 0
         if self.squeeze == "all":
             return self.excite(z.mean(2).t()).sigmoid().t().unsqueeze(2)
         return self.excite(z.transpose(0, 1)).sigmoid().transpose(0, 1)

@@ -47,6 +47,12 @@ def compare(arguments: Sequence[str]) -> None:
     compare.main(arguments)
 
 
+def report(arguments: Sequence[str]) -> None:
+    from . import report
+
+    report.main(arguments)
+
+
 def doctor(arguments: Sequence[str]) -> None:
     from .. import doctor
 
@@ -54,7 +60,7 @@ def doctor(arguments: Sequence[str]) -> None:
 
 
 COMPOSED = {task.__name__: task for task in (train, evaluate, sample)}
-OTHERS = {task.__name__: task for task in (compare, doctor)}
+OTHERS = {task.__name__: task for task in (compare, report, doctor)}
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"
 

@@ -1,0 +1,393 @@
+"""Any input that the public functions take, against their equations in float64, written in numpy.
+
+A spike may go either way where the voltage meets the threshold to rounding, and from there on two
+right results part. So each step is computed from the voltage that the step before really left, and
+is held to its own rounding; so is each gradient, from the spikes that really were.
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from spikingjelly.activation_based import functional as theirs
+from spikingjelly.activation_based import neuron, surrogate
+from torch import nn
+
+import sj_taid
+from sj_taid import TAID, ALIFNode, FixedDecoder, functional
+from sj_taid.ops import backends
+
+hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
+st = hypothesis.strategies
+
+BACKENDS = [name for name in backends.BACKENDS if backends.why_not(name) is None]
+SIZES = [pytest.param(60, id="some"), pytest.param(2000, id="many", marks=pytest.mark.fuzz)]
+sizes = pytest.mark.parametrize("examples", SIZES)
+HALF_OR_SINGLE = [torch.float32, torch.float16, torch.bfloat16]
+SURROGATES = {
+    surrogate.Sigmoid: lambda u, a: a / (2 + 2 * np.cosh(np.clip(a * u, -700, 700))),
+    surrogate.ATan: lambda u, a: a / 2 / (1 + (np.pi / 2 * a * u) ** 2),
+}
+quiet = partial(np.errstate, all="ignore")
+
+
+def fuzz(check, examples, *strategies):
+    options = {"deadline": None, "database": None, "derandomize": examples < 1000}
+    everything = hypothesis.HealthCheck
+    given = hypothesis.given(*strategies)(check)
+    hypothesis.settings(max_examples=examples, suppress_health_check=everything, **options)(given)()
+
+
+# ---- inputs ----
+
+moderate = st.floats(-3, 3, width=32)
+anything = st.floats(width=32) | st.sampled_from([1e-40, -1e-45, 3e38, -3e38, 65504.0, 0.0, -0.0])
+
+
+@st.composite
+def tensors(draw, shape, dtype, values=moderate | anything):
+    """Few different values at random places, in any layout."""
+    palette = np.array(draw(st.lists(values, min_size=1, max_size=6)), dtype=np.float64)
+    places = np.random.default_rng(draw(st.integers(0, 99))).integers(len(palette), size=shape)
+    t = torch.from_numpy(palette[places]).to(dtype)
+    layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded", "offset"]))
+    if layout == "transposed":
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":
+        return t.repeat_interleave(2, -1)[..., ::2]
+    if layout == "expanded" and t.numel():
+        axis = draw(st.integers(0, t.dim() - 1))
+        return t.narrow(axis, 0, 1).expand_as(t)
+    return torch.cat([t[:1], t])[1:] if layout == "offset" else t
+
+
+@st.composite
+def calls(draw, backend, steps=st.integers(1, 6) | st.sampled_from([17, 300])):
+    """The arguments of ``alif_multi_step``."""
+    dtype = draw(st.sampled_from([*HALF_OR_SINGLE, *[torch.float64] * (backend == "torch")]))
+    state = torch.promote_types(dtype, torch.float32)
+    T = draw(steps)
+    step = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
+    values = draw(st.sampled_from([moderate, moderate | anything]))
+    per_channel = len(step) > 1 and draw(st.booleans())
+
+    def parameter(values):
+        many = st.lists(values, min_size=step[1], max_size=step[1]) if per_channel else values
+        return torch.tensor(draw(many)).to(state)
+
+    return {
+        "x_seq": draw(tensors((T, *step), dtype, values)),
+        "v": draw(values.filter(math.isfinite) | tensors(tuple(step), state, values)),
+        "w": parameter(st.floats(-120, 120, width=32) | values),
+        "v_threshold": parameter(values),
+        "decay_input": draw(st.booleans()),
+        "v_reset": draw(st.none() | st.floats(-2, 2, width=32)),
+        "surrogate_function": draw(st.sampled_from([*SURROGATES]))(),
+        "detach_reset": draw(st.booleans()),
+        "backend": backend,
+    }
+
+
+# ---- ALIF ----
+
+
+def numbers(call):
+    """In float64: x, the voltage before the first step, q, threshold; and eps, tiny."""
+    x = call["x_seq"].double().numpy()
+    v = torch.as_tensor(call["v"], dtype=torch.float64).numpy()
+    shape = (-1, *[1] * (x.ndim - 3)) if call["w"].dim() else ()
+    w, threshold = (call[n].detach().double().numpy().reshape(shape) for n in ("w", "v_threshold"))
+    with quiet():
+        q = 1 / (1 + np.exp(-w))
+    precision = torch.finfo(torch.promote_types(call["x_seq"].dtype, torch.float32))
+    return x, np.broadcast_to(v, x.shape[1:]), q, threshold, precision.eps, precision.tiny
+
+
+def charged(call, v_seq):
+    """H of each step, from the voltages that the library left; its rounding; where it is open."""
+    x, v, q, threshold, eps, tiny = numbers(call)
+    before = np.concatenate([v[None], v_seq[:-1]])
+    rest = call["v_reset"] or 0.0
+    with quiet():
+        if call["decay_input"]:
+            h = before + (x - (before - rest)) * q
+        else:
+            h = before - (before - rest) * q + x
+        size = np.abs(before) + np.abs(x) + abs(rest)
+        error = 8 * eps * (size * q + np.abs(before) + (not call["decay_input"]) * np.abs(x))
+        error = error + size * tiny + 4 * tiny
+        total = size + np.abs(threshold)
+        # Beyond the largest number, or infinity times what may underflow to zero.
+        huge = torch.finfo(torch.float64 if eps < 1e-10 else torch.float32).max / 8
+        open_ = ((total > huge) & np.isfinite(total)) | ((q < tiny) & ~np.isfinite(size))
+    return before, h, error, open_
+
+
+def check_alif(call):
+    spikes, v, v_seq = functional.alif_multi_step(**call, store_v_seq=True)
+    alone = functional.alif_multi_step(**call)
+    for got, same in ((alone[0], spikes), (alone[1], v), (v_seq[-1], v)):
+        assert torch.equal(got.nan_to_num(123), same.nan_to_num(123))
+    assert alone[2] is None and spikes.shape == v_seq.shape == call["x_seq"].shape
+    assert spikes.dtype == call["x_seq"].dtype and v.dtype == call["w"].dtype
+    s, v_seq = spikes.double().numpy(), v_seq.double().numpy()
+    assert np.isin(s, (0, 1)).all()
+    x, _, q, threshold, eps, _ = numbers(call)
+    before, h, error, open_ = charged(call, v_seq)
+    with quiet():
+        rounding = error + 2 * eps * (np.abs(h) + np.abs(threshold))
+        near = np.abs(h - threshold) <= rounding
+        assert ((s == (h - threshold >= 0)) | near | open_).all()
+        if call["v_reset"] is None:
+            expected = h - s * threshold
+        else:
+            expected = (1 - s) * np.where(h == np.inf, call["v_reset"], h) + s * call["v_reset"]
+        close = np.abs(v_seq - expected) <= rounding
+        same = (v_seq == expected) | (np.isnan(v_seq) & np.isnan(expected))
+        assert (close | same | open_).all()
+    check_gradients(call, s, before, h, x, q, threshold, eps)
+
+
+def check_gradients(call, s, before, h, x, q, threshold, eps):
+    leaves = {"x_seq": call["x_seq"], "w": call["w"], "v_threshold": call["v_threshold"]}
+    if isinstance(call["v"], torch.Tensor):
+        leaves["v"] = call["v"]
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    spikes, v, _ = functional.alif_multi_step(**call | leaves)
+    g = torch.Generator().manual_seed(0)
+    onto = [torch.randint(-2, 3, t.shape, generator=g).to(t) for t in (spikes, v)]
+    with quiet():  # numba's last product is numpy's
+        grads = torch.autograd.grad([spikes, v], [*leaves.values()], onto, materialize_grads=True)
+    got = dict(zip(leaves, grads, strict=True))
+    for name, leaf in leaves.items():
+        assert got[name].shape == leaf.shape and got[name].dtype == leaf.dtype, name
+    finite = all(np.isfinite(a).all() and (np.abs(a) < 10).all() for a in (x, before, threshold, h))
+    if not finite or len(s) > 20 or s.size == 0:
+        return
+    # The derivation by hand, beside it the same in magnitudes: what rounding is relative to.
+    fires, alpha = call["surrogate_function"], call["surrogate_function"].alpha
+    u = SURROGATES[type(fires)](h - threshold, alpha)
+    u_size = u + alpha**2 * (np.abs(h) + np.abs(threshold))
+    hard = call["v_reset"] is not None
+    rest = call["v_reset"] or 0.0
+    g_spikes, g_v = (t.double().numpy() for t in onto)
+    size_v, terms, grads_x = np.abs(g_v), [], [None] * len(s)
+    for t in reversed(range(len(s))):
+        by_reset = (rest - h[t] if hard else -threshold) * (not call["detach_reset"])
+        g_s, size_s = g_spikes[t] + g_v * by_reset, np.abs(g_spikes[t]) + size_v * np.abs(by_reset)
+        g_h, size_h = u[t] * g_s + g_v * (1 - s[t] * hard), u_size[t] * size_s + size_v
+        along = (x[t] if call["decay_input"] else 0.0) - (before[t] - rest)
+        far = np.abs(x[t]) + np.abs(before[t]) + abs(rest)
+        g_th = -u[t] * g_s - (0 if hard else s[t] * g_v)
+        terms.append((q * (1 - q) * along * g_h, q * far * size_h, g_th, size_h))
+        grads_x[t] = (g_h * q, size_h * q) if call["decay_input"] else (g_h, size_h)
+        g_v, size_v = (1 - q) * g_h, size_h
+    w, w_size, th, th_size = (np.stack(term) for term in zip(*terms, strict=True))
+    axes = tuple(axis for axis in range(x.ndim) if axis != 2 or not call["w"].dim())
+    expected = {
+        "x_seq": tuple(map(np.stack, zip(*grads_x, strict=True))),
+        "v": (g_v, size_v),
+        "w": (w.sum(axes), w_size.sum(axes)),
+        "v_threshold": (th.sum(axes), th_size.sum(axes)),
+    }
+    for name, grad in got.items():
+        value, size = expected[name]
+        rounding = torch.finfo(grad.dtype)
+        bound = 32 * len(s) * eps * size + rounding.eps * np.abs(value) + rounding.tiny
+        assert (np.abs(grad.double().numpy() - value) <= bound).all(), name
+
+
+@sizes
+@pytest.mark.parametrize("backend", [*BACKENDS, backends.AUTO])
+def test_alif_multi_step(backend, examples):
+    fuzz(check_alif, examples, calls(backend))
+
+
+@sizes
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alif_step(backend, examples):
+    """Bit for bit the same as the sequence, which the definition has been held against."""
+
+    def check(call):
+        spikes, v, _ = functional.alif_multi_step(**call)
+        x = call.pop("x_seq")[0]
+        got = functional.alif_step(x, **call)
+        for have, want in zip(got, (spikes[0], v), strict=True):
+            torch.testing.assert_close(have, want, rtol=0, atol=0, equal_nan=True)
+
+    fuzz(check, examples, calls(backend, st.just(1)))
+
+
+@sizes
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_node(backend, examples):
+    """In either step mode, the sequence cut anywhere; named, and at rest after ``fresh_state``."""
+
+    def check(call, tau, threshold, channels, bound, cut):
+        x = call["x_seq"]
+        kept = ("decay_input", "v_reset", "surrogate_function", "detach_reset", "backend")
+        options = {name: call[name] for name in kept}
+        channels = x.shape[2] if channels and x.dim() > 2 and x.shape[2] else None
+        floor = threshold - 1 if bound else None
+        node = ALIFNode(
+            tau, v_threshold=threshold, channels=channels, min_v_threshold=floor, **options
+        ).to(call["w"].dtype)
+        q = 1 / np.float64(tau)
+        assert np.allclose(node.tau.detach().double() * q, 1, rtol=1e-4, atol=0)
+        net = nn.Sequential(node)
+        for mode in "sm":
+            theirs.set_step_mode(net, mode)
+            with sj_taid.fresh_state(net):
+                if mode == "s":
+                    spikes = torch.stack([net(step) for step in x])
+                else:
+                    spikes = torch.cat([net(part) for part in (x[:cut], x[cut:]) if len(part)])
+                v = node.v
+            same = call | {
+                "v": call["v_reset"] or 0.0,
+                "w": node.w,
+                "v_threshold": node.v_threshold,
+            }
+            want, last, _ = functional.alif_multi_step(**same)
+            torch.testing.assert_close(spikes, want, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(v, last, rtol=0, atol=0, equal_nan=True)
+        assert node.name == "0" and node.v == (call["v_reset"] or 0.0)
+
+    tau = st.floats(1.0, 2.0**100, exclude_min=True) | st.sampled_from([1 + 1e-6, 2.0, 1e37])
+    threshold = moderate | st.sampled_from([math.inf, -math.inf, 1e-40])
+    flags = (st.booleans(), st.booleans(), st.integers(0, 6))
+    fuzz(check, examples, calls(backend, st.integers(1, 6)), tau, threshold, *flags)
+
+
+# ---- the rest ----
+
+
+@sizes
+def test_lower_bound(examples):
+    def check(x, bound, g):
+        x = x.clone().requires_grad_()
+        y = functional.lower_bound(x, bound)
+        (grad,) = torch.autograd.grad(y, x, torch.full_like(y, g))
+        a = x.detach().numpy()
+        assert np.array_equal(y.detach(), np.maximum(a, np.float32(bound)), equal_nan=True)
+        passes = (a >= np.float32(bound)) | (g < 0)
+        assert np.array_equal(grad[passes], np.full(passes.sum(), g)) and not grad[~passes].any()
+
+    fuzz(check, examples, tensors((5, 3), torch.float32), st.floats(-9, 9, width=32), moderate)
+
+
+@sizes
+def test_decoders(examples):
+    def check(data, T, shape, dtype, reduce, squeeze, decay):
+        x = data.draw(tensors((T, *shape), dtype, moderate))
+        z = x.double().numpy()
+        fixed = FixedDecoder(T, decay, reduce)
+        taid = TAID(T, squeeze=squeeze, reduce=reduce).to(dtype)
+        p = {name: value.detach().double().numpy() for name, value in taid.named_parameters()}
+        with quiet():
+            mean = z.mean((3, 4)) if x.dim() == 5 else z
+            if squeeze == "spatial":
+                a = np.einsum("st,tnc->snc", p["excite.weight"][:, :, 0], mean)
+            else:
+                hidden = (
+                    mean.sum(2).T / max(shape[1], 1) @ p["excite.0.weight"].T + p["excite.0.bias"]
+                )
+                a = (np.maximum(hidden, 0) @ p["excite.2.weight"].T + p["excite.2.bias"]).T[
+                    :, :, None
+                ]
+            learned = 1 / (1 + np.exp(-a))
+        by_age = np.reshape(decay ** np.arange(T - 1, -1, -1.0), (T, 1, 1))
+        for decoder, weights in ((taid, learned), (fixed, by_age)):
+            weights = weights.reshape(*weights.shape, *[1] * (x.dim() - 3))
+            want = (weights * z).sum(0) / (T if reduce == "mean" else 1)
+            bound = 40 * T * torch.finfo(dtype).eps * (1 + np.abs(z).sum(0))
+            got = decoder(x).detach()
+            assert got.dtype == dtype and got.shape == want.shape
+            difference = np.abs(got.double().numpy() - want)
+            assert ((difference <= bound) | np.isnan(want)).all()
+
+    side, size = st.integers(0, 3), st.integers(0, 3)
+    shapes = st.tuples(side, size) | st.tuples(side, size, st.integers(1, 3), st.integers(1, 3))
+    fuzz(
+        check,
+        examples,
+        st.data(),
+        st.integers(1, 9),
+        shapes,
+        st.sampled_from([*HALF_OR_SINGLE, torch.float64]),
+        st.sampled_from(["sum", "mean"]),
+        st.sampled_from(["spatial", "all"]),
+        st.floats(0.01, 1),
+    )
+
+
+@sizes
+def test_swap_watch_and_back(examples):
+    """SpikingJelly's neurons, swapped and back: each gives the spikes of its own equation."""
+
+    def check(kind, tau, threshold, v_reset, decay_input, x):
+        options = {"v_threshold": threshold, "v_reset": v_reset, "step_mode": "m"}
+        if kind is not neuron.IFNode:
+            options["decay_input"] = decay_input
+            options["init_tau" if kind is neuron.ParametricLIFNode else "tau"] = tau
+        net = nn.Sequential(nn.Identity(), kind(**options))
+        assert len(sj_taid.swap_neurons(net).swapped) == 1
+        sj_taid.name_neurons(net)
+        net[1].store_v_seq = True
+        is_if = kind is neuron.IFNode
+        groups = sj_taid.parameter_groups(net, lr=0.5, lr_scale=4.0)
+        assert [(g["name"], len(g["params"]), g["lr"]) for g in groups] == [
+            ("neurons", 1 if is_if else 2, 2.0)
+        ]
+        for same in (net, sj_taid.to_lif(net)):
+            same[1].store_v_seq = True
+            with sj_taid.fresh_state(same), sj_taid.monitor(same, dead=0.0, saturated=1.0) as watch:
+                spikes = same(x).detach()
+                v_seq = same[1].v_seq.detach().double().numpy()
+                rate = watch.state()["1"].firing_rate
+            s, z = spikes.double().numpy(), x.double().numpy()
+            assert rate is None if s.size == 0 else rate == pytest.approx(s.mean(), abs=1e-6)
+            rest = v_reset or 0.0
+            before = np.concatenate([np.full_like(z[:1], rest), v_seq[:-1]])
+            q = 0.0 if is_if else 1 / tau
+            leak = q * (before - rest)
+            h = before - leak + (q * z if decay_input and not is_if else z)
+            slack = 2e-5 * (1 + np.abs(before) + np.abs(z))
+            assert ((s == (h >= threshold)) | (np.abs(h - threshold) <= slack)).all()
+            after = h - s * threshold if v_reset is None else np.where(s == 1, v_reset, h)
+            assert (np.abs(v_seq - after) <= slack).all()
+
+    kinds = st.sampled_from([neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode])
+    resets = st.none() | st.floats(-1, 1, width=32)
+    taus, thresholds = st.floats(1.01, 1e6), st.floats(0.0625, 3, width=32)
+    shapes = st.tuples(st.integers(1, 6), st.integers(0, 3), st.integers(0, 3))
+    inputs = shapes.flatmap(lambda shape: tensors(shape, torch.float32, moderate))
+    fuzz(check, examples, kinds, taus, thresholds, resets, st.booleans(), inputs)
+
+
+@sizes
+def test_metrics(examples):
+    metric = pytest.importorskip("sj_taid.metric", reason="needs torchmetrics")
+    pixels = pytest.importorskip("tests.metric.pixels")
+
+    def check(real, made, cut, splits):
+        distance = metric.FrechetDistance(pixels.Pixels())
+        score = metric.InceptionScore(pixels.Pixels(), pixels.classifier(), splits)
+        for part in (made[:cut], made[cut:]):
+            distance.update(part, real=False)
+            score.update(part)
+        distance.update(real, real=True)
+        r, m = (t.double().numpy().reshape(len(t), -1) for t in (real, made))
+        (mean_r, cov_r), (mean_m, cov_m) = ((a.mean(0), np.cov(a.T)) for a in (r, m))
+        roots = np.sqrt(np.linalg.eigvals(cov_r @ cov_m).astype(complex)).real.sum()
+        want = ((mean_r - mean_m) ** 2).sum() + np.trace(cov_r + cov_m) - 2 * roots
+        assert float(distance.compute()) == pytest.approx(want, rel=1e-5, abs=1e-5)
+        p = np.exp(m) / np.exp(m).sum(1, keepdims=True)
+        parts = [p[i::splits] for i in range(splits)]
+        divergences = [(q * np.log(q / q.mean(0))).sum(1).mean() for q in parts]
+        assert float(score.compute()) == pytest.approx(np.exp(divergences).mean(), rel=1e-5)
+
+    images = st.integers(5, 9).flatmap(lambda n: tensors((n, 1, 2, 2), torch.float32, moderate))
+    fuzz(check, examples, images, images, st.integers(0, 9), st.integers(1, 4))

@@ -1,0 +1,165 @@
+"""The page of runs: what is on it, and that a browser sorts it, turns it dark, fetches nothing."""
+
+import json
+import re
+import shutil
+import sys
+from html import unescape
+
+import pytest
+import torch
+from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
+
+from sj_taid.training import cli, load_model, report, run
+from sj_taid.training.commands import train
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny, tmp_path_factory):
+    """Two neurons times two decoders."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for neuron in ("alif", "lif"):
+        for decoder in ("fixed", "taid"):
+            choices = {"neuron": neuron, "decoder": decoder}
+            overrides = [f"{key}={value}" for key, value in choices.items()]
+            cfg = tiny(*overrides, "trainer.limit_train_batches=1", "callbacks=quiet")
+            command = " ".join(["sj-taid train", *overrides])
+            given = {"choices": choices, "overrides": overrides, "command": command}
+            train(cfg, folder / f"{neuron}-{decoder}", **given)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(sweep):
+    """The page's file, by the command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sj-taid", "report", str(sweep)])
+        cli.main()
+    return sweep / "report.html"
+
+
+def figures(html):
+    return [json.loads(unescape(text)) for text in re.findall(r'data-figure="([^"]*)"', html)]
+
+
+def test_everything_is_on_the_page(page, sweep):
+    html = page.read_text()
+    titles = [figure["layout"]["title"]["text"] for figure in figures(html)]
+    for part, count in (
+        ("reconstruction over the epochs", 1),
+        ("latent over the epochs", 1),
+        ("FAD, own autoencoder ↓: neuron by decoder", 1),
+        ("spikes per neuron and time step", 1),
+        ("share of each time step", 1),
+        ("τ", 4),
+        ("V_th", 4),
+        ("spikes of one image", 4),
+    ):
+        assert len([title for title in titles if part in title]) == count, part
+    assert html.count('<img src="data:image/png;base64,') == 8  # samples and reconstructions
+    for folder in sweep.glob("*-*"):
+        assert f"<code>{json.loads((folder / run.METRICS).read_text())['command']}</code>" in html
+    fads = [json.loads(file.read_text())["fad"] for file in sweep.glob(f"*/{run.METRICS}")]
+    order = re.findall(r'data-value="([\d.e-]+)">', html)
+    assert [fad for fad in map(float, order) if fad in fads] == sorted(fads)
+
+
+def test_a_closer_look_is_at_what_the_checkpoint_does(sweep):
+    folder = sweep / "alif-taid"
+    look = report.look(run.Run(folder))
+    model = load_model(folder)
+    torch.manual_seed(report.SEED)
+    assert look["samples"] == report.png(*model.sample(2 * report.IMAGES).chunk(2))
+    assert look["shares"].sum(0).allclose(torch.ones(()))
+    data = report.first_images(run.OmegaConf.to_yaml(run.Run(folder).config.dataset))
+    torch.manual_seed(report.SEED)
+    counter = SynOpCounter()
+    with DispatchCounterMode([counter]), torch.no_grad():
+        model(data[:1])
+    assert look["operations"]["synop"] == counter.get_total() > 0
+    fired = []
+    model.to_latent[1].register_forward_hook(lambda *call: fired.append(call[2]))
+    torch.manual_seed(report.SEED)
+    with torch.no_grad():
+        model(data)
+    assert look["rates"]["to_latent"] == pytest.approx(float(fired[0].mean()))
+    (raster,) = map(json.loads, look["raster"])
+    assert len(raster["layout"]["yaxis"]["ticktext"]) == len(look["rates"]) == 12
+
+
+def test_runs_of_which_only_metrics_are_left(runs):
+    finished, left_out = report.gather([runs])
+    html = report.page(finished, left_out | {runs: "<script>"})
+    assert html.count("no checkpoint at") == 4 and "data-figure" in html
+    assert "metrics.json is damaged" in html and "&lt;script&gt;" in html
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["nowhere"], "no folder nowhere"), (["."], "no finished run")]
+)
+def test_nothing_to_report(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / run.CONFIG).write_text("seed: 0\n")
+    with pytest.raises(SystemExit):
+        report.main(words)
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_sort_before_words_and_by_size():
+    assert sorted(["taid", "1e-2", "16", "8"], key=report.natural) == ["1e-2", "8", "16", "taid"]
+
+
+@pytest.fixture
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no chromium here; apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as driver:
+        # As root, which CI is, chromium refuses its sandbox.
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+def test_in_a_browser(page, browser):
+    context = browser.new_context(
+        color_scheme="light", viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True
+    )
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab = context.new_page()
+    asked, said = [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.goto(page.as_uri())
+
+    column = tab.locator("th").all_text_contents().index("reconstruction ↓")
+    cells = f"[...document.querySelectorAll('tbody tr')].map(r => +r.cells[{column}].dataset.value)"
+    head = tab.locator("th").nth(column)
+    head.tap()
+    assert tab.evaluate(cells) == sorted(tab.evaluate(cells))
+    assert head.get_attribute("aria-sort") == "ascending"
+    head.tap()
+    assert tab.evaluate(cells) == sorted(tab.evaluate(cells), reverse=True)
+    tab.locator("th", has_text="decoder").tap()
+    words = tab.locator("tbody td:nth-child(3)").all_text_contents()
+    assert words == ["fixed", "fixed", "taid", "taid"]
+
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert tab.evaluate(paper) == "rgb(255, 255, 255)"
+    tab.locator("#theme").tap()
+    assert tab.evaluate(paper) == "rgb(24, 24, 27)"
+
+    tab.locator(".copy").first.tap()
+    tab.get_by_text("copied").wait_for()
+    code = tab.locator("code").first.text_content()
+    assert tab.evaluate("navigator.clipboard.readText()") == code
+
+    for summary in tab.locator("summary").all()[1:]:
+        summary.tap()
+    for plot in tab.locator("[data-figure]").all():
+        plot.scroll_into_view_if_needed()
+        plot.locator(".main-svg").first.wait_for()
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390  # nothing sticks out
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert said == []
