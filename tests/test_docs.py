@@ -98,8 +98,9 @@ def understood(command, is_benchmark, words):
 
 
 def compose_each(config, words):
-    from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from sj_taid.training.composing import compose
 
     choices = [
         [f"{word.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
@@ -109,10 +110,9 @@ def compose_each(config, words):
             words, OverridesParser.create().parse_overrides(words), strict=True
         )
     ]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for job in range(max(map(len, choices), default=1)):  # each choice of a sweep once
-            given = [options[job % len(options)] for options in choices]
-            compose(config, given, return_hydra_config=True)
+    for job in range(max(map(len, choices), default=1)):  # each choice of a sweep once
+        given = [options[job % len(options)] for options in choices]
+        compose(config, given, return_hydra_config=True)
 
 
 # ---- tables ----

@@ -12,13 +12,14 @@ from typing import Any, cast
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from .allocator import reuse_freed_memory
 from .callbacks import AtomicCheckpointIO, Pictures
+from .composing import instantiate, key_of
 from .evaluation import Evaluator, bare_trainer, seeded
 from .plot import draw_grid
 from .provenance import provenance
@@ -212,8 +213,10 @@ def _places(hydra_cfg: Any) -> list[str]:
 def origin(command: str, hydra_cfg: Any) -> dict[str, Any]:
     """The command line and its overrides, for another machine: without where things lie here."""
     apart = _places(hydra_cfg)
-    overrides = {text.partition("=")[0].lstrip("+~"): text for text in hydra_cfg.overrides.task}
-    chosen = [text for key, text in overrides.items() if not is_below(key, apart)]
+    overrides = {
+        key_of(text): text for text in hydra_cfg.overrides.task
+    }  # the last of a key counts
+    chosen = [text for name, text in overrides.items() if not is_below(name, apart)]
     return {"overrides": chosen, "command": shlex.join(["sj-taid", command, *chosen])}
 
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from sj_taid.training import run
+from sj_taid.training.composing import compose
 from tests.metric.pixels import Pixels, classifier
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -69,8 +69,7 @@ def tiny(cache):
     """Compose conf/train.yaml with overrides, at a size for tests."""
 
     def make(*overrides, tiny=True):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("train", [*(TINY if tiny else []), f"cache_dir={cache}", *overrides])
+        return compose("train", [*(TINY if tiny else []), f"cache_dir={cache}", *overrides])
 
     return make
 

@@ -117,15 +117,17 @@ def test_the_command_line_of_a_resumed_run(tmp_path):
 
 
 def test_a_folder_is_named_by_the_overrides_however_many():
-    assert cli.folder_name("neuron=lif,seed=0") == "neuron-lif-seed-0"
-    assert cli.folder_name("decoder=taid_temporal") == "decoder-taid_temporal"
+    assert cli.folder_name(["seed=0", "neuron=lif"]) == "neuron-lif-seed-0"
+    assert cli.folder_name(["decoder=taid_temporal"]) == "decoder-taid_temporal"
+    apart = ["+cache_dir=/x", "~callbacks", "callbacks.bar=1", "seed=1"]
+    assert cli.folder_name(apart, ["cache_dir", "callbacks"]) == "seed-1"
     many = [
         *("", "a=1", "a=b,c=d", "a=b-c=d", "a=b,c.d=1", "a=b,c=d.1", "a=1.", "a=1,", "+a=1"),
         *("model.stages=[[4],[6]]", "model.stages=[[4,6]]", "lr=1e-3", "lr=1e+3", "x='a b:c'"),
         *("x=" + "y" * length for length in (118, 119, 300)),
         *("x=" + "y" * 300 + f",seed={seed}" for seed in range(2)),
     ]
-    names = [cli.folder_name(overrides) for overrides in many]
+    names = [cli.folder_name(overrides.split(", ")) for overrides in many]
     assert len(set(names)) == len(names)
     for name in names:
         assert re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,118}[A-Za-z0-9_]", name), name

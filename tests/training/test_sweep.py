@@ -6,13 +6,13 @@ import subprocess
 import lightning as L
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from sj_taid.training import commands, run
 from sj_taid.training.commands import train
-from tests.training.conftest import CONF, TINY, script
+from sj_taid.training.composing import compose
+from tests.training.conftest import TINY, script
 
 
 def test_a_parallel_sweep_and_its_continuation(tmp_path, cache):
@@ -115,8 +115,7 @@ def test_a_folder_keeps_its_run(tmp_path):
 def test_sweeps_of_one_second_have_folders_of_their_own():
     folders = set()
     for _ in range(2):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", return_hydra_config=True)
+        cfg = compose("train", return_hydra_config=True)
         folders |= {cfg.hydra.sweep.dir, cfg.hydra.run.dir}
     assert len(folders) == 4
 
