@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from . import composing
-from .run import Run, is_below
+from .run import Run, chosen
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -69,7 +69,12 @@ def main(command: str | None = None) -> None:
         except FileNotFoundError as error:
             sys.exit(str(error))
         sys.argv[1:] = own_configs_first(arguments)
-        composing.main(command, COMPOSED[command])
+        if command == "train" and "--dry-run" in arguments:
+            from . import plan
+
+            plan.main([argument for argument in sys.argv[1:] if argument != "--dry-run"])
+        else:
+            composing.main(command, COMPOSED[command])
     else:
         sys.exit(f"usage: sj-taid {{{','.join([*COMPOSED, *OTHERS])}}} [argument ...]")
 
@@ -132,13 +137,11 @@ def folder_name(overrides: Sequence[str], apart: Sequence[str] = ()) -> str:
         overrides: the job's.
         apart: keys that are left out, with all below them.
     """
-    chosen = ",".join(
-        sorted(text for text in overrides if not is_below(composing.key_of(text), apart))
-    )
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", chosen)
-    if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", chosen, re.ASCII):
+    text = ",".join(sorted(chosen(overrides, apart)))
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", text)
+    if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", text, re.ASCII):
         return name
-    digest = hashlib.sha256(chosen.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"{name[:103].strip('-.')}-{digest}".lstrip("-")
 
 

@@ -19,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from .allocator import reuse_freed_memory
 from .callbacks import AtomicCheckpointIO, Pictures
-from .composing import instantiate, key_of
+from .composing import instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
 from .plot import draw_grid
 from .provenance import provenance
-from .run import Run, build, check_targets, is_below, is_first_process, read_checkpoint
+from .run import Run, build, check_targets, chosen, is_first_process, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -212,12 +212,8 @@ def _places(hydra_cfg: Any) -> list[str]:
 
 def origin(command: str, hydra_cfg: Any) -> dict[str, Any]:
     """The command line and its overrides, for another machine: without where things lie here."""
-    apart = _places(hydra_cfg)
-    overrides = {
-        key_of(text): text for text in hydra_cfg.overrides.task
-    }  # the last of a key counts
-    chosen = [text for name, text in overrides.items() if not is_below(name, apart)]
-    return {"overrides": chosen, "command": shlex.join(["sj-taid", command, *chosen])}
+    overrides = chosen(hydra_cfg.overrides.task, _places(hydra_cfg))
+    return {"overrides": overrides, "command": shlex.join(["sj-taid", command, *overrides])}
 
 
 def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:

@@ -27,9 +27,11 @@ def main(config_name: str, function: Callable[[DictConfig], Any]) -> None:
     hydra.main(CONF, config_name, **_VERSION, **_HYDRAS_OWN)(function)()
 
 
-def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> DictConfig:
+def compose(
+    config_name: str, overrides: Sequence[str] = (), folder: str = CONF, **options: Any
+) -> DictConfig:
     """The config of a command line."""
-    with hydra.initialize_config_dir(CONF, **_VERSION):
+    with hydra.initialize_config_dir(folder, **_VERSION):
         return hydra.compose(config_name, list(overrides), **options)
 
 
@@ -45,10 +47,6 @@ def instantiate(config: Any, **arguments: Any) -> Any:
         named |= {f"{found.__module__}.{found.__qualname__}" for found in defined}
         arguments["_execution_whitelist_"] = sorted(named)
     return hydra.utils.instantiate(config, **arguments)
-
-
-def key_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
 
 
 def targets(node: Any) -> Iterator[Any]:

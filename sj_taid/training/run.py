@@ -237,6 +237,12 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
     return any(f"{key}.".startswith(f"{other}.") for other in keys)
 
 
+def chosen(overrides: Iterable[str], apart: Iterable[str]) -> list[str]:
+    """The last override of each key that is not ``apart`` or below one that is."""
+    last = {text.partition("=")[0].lstrip("+~"): text for text in overrides}
+    return [text for key, text in last.items() if not is_below(key, apart)]
+
+
 def _flat(node: Any, key: str = "") -> dict[str, Any]:
     """The leaves of nested dictionaries, by their dotted keys."""
     if not isinstance(node, dict):

@@ -1,7 +1,9 @@
 """Many runs: a folder for each, none overwritten, and a killed sweep goes on."""
 
 import json
+import re
 import subprocess
+from statistics import mean
 
 import lightning as L
 import pytest
@@ -39,6 +41,13 @@ def test_a_parallel_sweep_and_its_continuation(tmp_path, cache):
 
     before = (folders[0] / run.METRICS).stat().st_mtime_ns
     (folders[1] / run.METRICS).unlink()
+    took = round(mean(one["training_seconds"] for one in figures.values()))
+    planned = sweep("--dry-run").splitlines()
+    assert planned[-1] == "jobs: 1 finished, 1 half done"
+    for seed, state in enumerate(("finished", "half done")):
+        assert re.fullmatch(rf"{state} +{took} s  {folders[seed]}", planned[seed])
+    assert sweep("--dry-run", "neuron=lif,plif").splitlines()[0].split()[:2] == ["new", "?"]
+    assert sorted(tmp_path.iterdir()) == sorted([*folders.values(), tmp_path / "multirun.yaml"])
     said = sweep()
     assert said.count("is finished already") == 1
     assert (folders[0] / run.METRICS).stat().st_mtime_ns == before
