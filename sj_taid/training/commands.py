@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import sys
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
-from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from .allocator import reuse_freed_memory
@@ -60,6 +60,8 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         if cfg.get(part):
             check_targets(OmegaConf.to_container(cfg[part], resolve=True), cfg.trust or ())
     reuse_freed_memory()
+    if (wandb := sys.modules.get("wandb")) and wandb.run:
+        wandb.finish()  # an earlier job of a sweep, which Lightning would go on with
     run = Run(folder)
     source = run
     if cfg.resume and not run.checkpoint.is_file():
@@ -108,15 +110,21 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     trainer = instantiate(
         cfg.trainer,
         default_root_dir=folder,
-        logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
+        logger=instantiate(cfg.logger)(save_dir=folder) if cfg.get("logger") else False,
         callbacks=[checkpoints, timer, Pictures(folder), *others],
     )
+    for tracker in trainer.loggers:
+        tracker.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
 
     figures = task.figures(trainer, data, evaluator)
     if not first:
         return {}
+    for tracker in trainer.loggers:
+        found = {name: value for name, value in figures.items() if isinstance(value, float)}
+        tracker.log_metrics(found, step=trainer.global_step)
+        tracker.finalize("success")
 
     metrics = {
         **figures,
@@ -193,9 +201,9 @@ def train_once(cfg: DictConfig) -> float | None:
                 raise
         else:
             log.info("This run is finished already and is not run again.")
-    kinds = "Metrics, checkpoint" if run.checkpoint.is_file() else "Metrics"
+    kinds = "Metrics and checkpoint" if run.checkpoint.is_file() else "Metrics"
     if is_first_process():
-        log.info("%s and TensorBoard logs are there too. Pictures: %s", kinds, run.folder)
+        log.info("%s are there too. Pictures: %s", kinds, run.folder)
     return metrics.get(cfg.objective)
 
 
