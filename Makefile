@@ -20,7 +20,7 @@ test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
 	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore-glob=*/experiments/* --ignore-glob=*/data/* --ignore-glob=*/training/*
 
 test-hydra: install ## Compose every config, and sweep, on Hydra's coming line
-	$(BIN)/python -m pip install --quiet --upgrade --target build/hydra "$(HYDRA)" "hydra-joblib-launcher>=1.4.0rc3"
+	$(BIN)/python -m pip install --quiet --upgrade --target build/hydra "$(HYDRA)" "hydra-joblib-launcher>=1.4.0rc3" "hydra-submitit-launcher>=1.4.0rc3"
 	PYTHONPATH=build/hydra $(BIN)/python -m pytest -W error::UserWarning -k "compose or config or understood or command_line_leaves or parallel" tests/data/test_base.py tests/test_docs.py tests/training
 
 kernels: install ## Test every combination of the CUDA kernels' options; minutes

@@ -94,7 +94,7 @@ def understood(command, is_benchmark, words):
     elif command == "pages":
         assert not words
     else:
-        compose_each(command, [word for word in words if word != "-m"])
+        compose_each(command, [word for word in words if word not in ("-m", "--dry-run")])
 
 
 def compose_each(config, words):

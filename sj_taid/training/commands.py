@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from omegaconf import DictConfig, OmegaConf
 
 from .allocator import reuse_freed_memory
-from .callbacks import AtomicCheckpointIO, Pictures
+from .callbacks import AtomicCheckpointIO, Pictures, RandomNumbers
 from .composing import instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
 from .plot import draw_grid
@@ -111,7 +111,7 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         cfg.trainer,
         default_root_dir=folder,
         logger=instantiate(cfg.logger)(save_dir=folder) if cfg.get("logger") else False,
-        callbacks=[checkpoints, timer, Pictures(folder), *others],
+        callbacks=[checkpoints, timer, RandomNumbers(), Pictures(folder), *others],
     )
     for tracker in trainer.loggers:
         tracker.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))

@@ -84,17 +84,23 @@ class Run:
 
         Raises:
             RuntimeError: another process holds it.
+            OSError: the folder cannot be written.
         """
         if not is_first_process():
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / LOCK).acquire(blocking=False)
         except Timeout as error:
             raise RuntimeError(
                 f"another process is running in {self.folder}; wait until it ends, or choose "
                 "another folder with hydra.run.dir=... (for a sweep hydra.sweep.dir=...)"
+            ) from error
+        except OSError as error:
+            raise OSError(
+                f"{self.folder} cannot be written ({error}); choose another folder with "
+                "hydra.run.dir=... (for a sweep hydra.sweep.dir=...)"
             ) from error
         with lock:
             for left in self.folder.rglob(".*.tmp"):  # by a process that was killed

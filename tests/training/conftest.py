@@ -1,13 +1,14 @@
 """A run small enough for a test, through the real configs."""
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from sj_taid.training import run
+from sj_taid.training import cli, run
 from sj_taid.training.composing import compose
 from tests.metric.pixels import Pixels, classifier
 
@@ -72,6 +73,19 @@ def tiny(cache):
         return compose("train", [*(TINY if tiny else []), f"cache_dir={cache}", *overrides])
 
     return make
+
+
+@pytest.fixture
+def sj_taid(monkeypatch):
+    """Run a command line in this process; Hydra leaves pytest's logging alone."""
+
+    def execute(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sj-taid", *arguments])
+        cli.main()
+
+    interrupt = signal.getsignal(signal.SIGINT)
+    yield execute
+    signal.signal(signal.SIGINT, interrupt)  # which Lightning leaves ignored
 
 
 class Network(Pixels):

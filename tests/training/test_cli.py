@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 
@@ -14,19 +13,6 @@ from omegaconf import OmegaConf
 
 from sj_taid.training import cli, provenance, run
 from tests.training.conftest import TINY_AUTOENCODING
-
-
-@pytest.fixture
-def sj_taid(monkeypatch):
-    """Run a command line in this process; Hydra leaves pytest's logging alone."""
-
-    def execute(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sj-taid", *arguments])
-        cli.main()
-
-    interrupt = signal.getsignal(signal.SIGINT)
-    yield execute
-    signal.signal(signal.SIGINT, interrupt)  # which Lightning leaves ignored
 
 
 @pytest.fixture
