@@ -87,8 +87,8 @@ def test_each_command_is_understood(line, parse_only):
 
 def understood(command, is_benchmark, words):
     pytest.importorskip("hydra", reason="needs the extra train")
-    if is_benchmark or command == "compare":
-        module = importlib.import_module(command if is_benchmark else "sj_taid.training.compare")
+    if is_benchmark or command in ("compare", "search"):
+        module = importlib.import_module(command if is_benchmark else f"sj_taid.training.{command}")
         with pytest.raises(Parsed):
             module.main(words)
     elif command == "pages":

@@ -15,6 +15,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from .._extras import needs
 from . import composing
 from .run import Run, chosen
 
@@ -43,6 +44,13 @@ def compare(arguments: Sequence[str]) -> None:
     compare.main(arguments)
 
 
+def search(arguments: Sequence[str]) -> None:
+    with needs("optuna"):
+        from . import search
+
+    search.main(arguments)
+
+
 def doctor(arguments: Sequence[str]) -> None:
     from .. import doctor
 
@@ -50,7 +58,7 @@ def doctor(arguments: Sequence[str]) -> None:
 
 
 COMPOSED = {task.__name__: task for task in (train, evaluate, sample)}
-OTHERS = {task.__name__: task for task in (compare, doctor)}
+OTHERS = {task.__name__: task for task in (compare, search, doctor)}
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"
 
