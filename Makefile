@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LEGACY := .venv-legacy
+HYDRA := hydra-core==1.4.0rc3
 
-.PHONY: help demo test test-legacy kernels fuzz docs tables lint format build install clean
+.PHONY: help demo test test-legacy test-hydra kernels fuzz docs tables lint format build install clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -17,6 +18,10 @@ test: install lint ## Lint, type check and test
 
 test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
 	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore-glob=*/experiments/* --ignore-glob=*/data/* --ignore-glob=*/training/*
+
+test-hydra: install ## Compose every config, and sweep, on Hydra's coming line
+	$(BIN)/python -m pip install --quiet --upgrade --target build/hydra "$(HYDRA)" "hydra-joblib-launcher>=1.4.0rc3" "hydra-submitit-launcher>=1.4.0rc3"
+	PYTHONPATH=build/hydra $(BIN)/python -m pytest -W error::UserWarning -k "compose or config or understood or command_line_leaves or parallel" tests/data/test_base.py tests/test_docs.py tests/training
 
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
 	$(BIN)/python -m pytest -m kernels

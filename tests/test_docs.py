@@ -87,19 +87,20 @@ def test_each_command_is_understood(line, parse_only):
 
 def understood(command, is_benchmark, words):
     pytest.importorskip("hydra", reason="needs the extra train")
-    if is_benchmark or command in ("compare", "report"):
+    if is_benchmark or command in ("compare", "report", "search"):
         module = importlib.import_module(command if is_benchmark else f"sj_taid.training.{command}")
         with pytest.raises(Parsed):
             module.main(words)
     elif command == "pages":
         assert not words
     else:
-        compose_each(command, [word for word in words if word != "-m"])
+        compose_each(command, [word for word in words if word not in ("-m", "--dry-run")])
 
 
 def compose_each(config, words):
-    from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from sj_taid.training.composing import compose
 
     choices = [
         [f"{word.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
@@ -109,10 +110,9 @@ def compose_each(config, words):
             words, OverridesParser.create().parse_overrides(words), strict=True
         )
     ]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for job in range(max(map(len, choices), default=1)):  # each choice of a sweep once
-            given = [options[job % len(options)] for options in choices]
-            compose(config, given, return_hydra_config=True)
+    for job in range(max(map(len, choices), default=1)):  # each choice of a sweep once
+        given = [options[job % len(options)] for options in choices]
+        compose(config, given, return_hydra_config=True)
 
 
 # ---- tables ----

@@ -211,11 +211,11 @@ class Data(L.LightningDataModule):
 
     def _loader(self, samples: Samples, augment: str | None = None, **options: Any) -> DataLoader:
         augmentation = (AUGMENTATIONS[augment],) if augment else ()
+        # Workers start anew with each epoch: else a resumed run could not draw what they would.
         return DataLoader(
             samples,
             self.batch_size,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=partial(_transformed, transform=v2.Compose([*augmentation, *self.finish])),
             **options,

@@ -60,6 +60,27 @@ class Pictures(L.Callback):
         self.history, self.epochs = state["history"], state["epochs"]
 
 
+class RandomNumbers(L.Callback):
+    """Lets a resumed run draw the random numbers that it would have drawn without the break."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state
+
+    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
+        # Later Lightning makes the loader's iterator, which draws the epoch's order.
+        if self.loaded:
+            torch.set_rng_state(self.loaded["cpu"])
+            if len(self.loaded["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(self.loaded["cuda"])
+            self.loaded = {}
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside the one before, which is there until the new one is whole.
 

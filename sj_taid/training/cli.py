@@ -12,15 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .run import Run
-
-#: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
-#: plain files of links, the checkout's own.
-CONF = next(str(p / "conf") for p in Path(__file__).parents[1:3] if (p / "conf").is_dir())
+from .._extras import needs
+from . import composing
+from .run import Run, chosen
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -53,6 +50,13 @@ def report(arguments: Sequence[str]) -> None:
     report.main(arguments)
 
 
+def search(arguments: Sequence[str]) -> None:
+    with needs("optuna"):
+        from . import search
+
+    search.main(arguments)
+
+
 def doctor(arguments: Sequence[str]) -> None:
     from .. import doctor
 
@@ -60,7 +64,7 @@ def doctor(arguments: Sequence[str]) -> None:
 
 
 COMPOSED = {task.__name__: task for task in (train, evaluate, sample)}
-OTHERS = {task.__name__: task for task in (compare, report, doctor)}
+OTHERS = {task.__name__: task for task in (compare, report, search, doctor)}
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"
 
@@ -79,7 +83,12 @@ def main(command: str | None = None) -> None:
         except FileNotFoundError as error:
             sys.exit(str(error))
         sys.argv[1:] = own_configs_first(arguments)
-        hydra.main(version_base="1.3", config_path=CONF, config_name=command)(COMPOSED[command])()
+        if command == "train" and "--dry-run" in arguments:
+            from . import plan
+
+            plan.main([argument for argument in sys.argv[1:] if argument != "--dry-run"])
+        else:
+            composing.main(command, COMPOSED[command])
     else:
         sys.exit(f"usage: sj-taid {{{','.join([*COMPOSED, *OTHERS])}}} [argument ...]")
 
@@ -100,7 +109,13 @@ def own_configs_first(arguments: list[str]) -> list[str]:
     given, others = parser.parse_known_args(arguments)
     if given.config_dir is None:
         return arguments
-    return [*others, "--config-path", str(Path(given.config_dir).absolute()), "--config-dir", CONF]
+    return [
+        *others,
+        "--config-path",
+        str(Path(given.config_dir).absolute()),
+        "--config-dir",
+        composing.CONF,
+    ]
 
 
 def resuming(arguments: list[str]) -> list[str]:
@@ -126,19 +141,24 @@ def resuming(arguments: list[str]) -> list[str]:
     return [*OmegaConf.load(notes), *here, *others]
 
 
-def folder_name(overrides: str) -> str:
-    """A sweep's job's folder, named by its overrides, ``neuron=lif,seed=0`` as neuron-lif-seed-0.
+def folder_name(overrides: Sequence[str], apart: Sequence[str] = ()) -> str:
+    """A sweep's job's folder, named by its overrides, ``neuron=lif seed=0`` as neuron-lif-seed-0.
 
     Letters, digits, ``.``, ``_`` and ``-`` alone, at most 120 of them. Where that leaves something
     out, a hash tells the jobs apart.
+
+    Args:
+        overrides: the job's.
+        apart: keys that are left out, with all below them.
     """
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", overrides)
-    if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", overrides, re.ASCII):
+    text = ",".join(sorted(chosen(overrides, apart)))
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", text)
+    if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", text, re.ASCII):
         return name
-    digest = hashlib.sha256(overrides.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"{name[:103].strip('-.')}-{digest}".lstrip("-")
 
 
 # Hydra names a job's folder in the process that runs the job. In a parallel sweep that process has
 # imported nothing of this project but the module of the function that it is to call, which is this.
-OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+composing.register_resolver("folder_name", folder_name, replace=True)

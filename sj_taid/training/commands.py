@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import sys
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -12,17 +13,17 @@ from typing import Any, cast
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
-from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from .allocator import reuse_freed_memory
-from .callbacks import AtomicCheckpointIO, Pictures
+from .callbacks import AtomicCheckpointIO, Pictures, RandomNumbers
+from .composing import instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
 from .plot import draw_grid
 from .provenance import provenance
-from .run import Run, build, check_targets, is_below, is_first_process, read_checkpoint
+from .run import Run, build, check_targets, chosen, is_first_process, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         if cfg.get(part):
             check_targets(OmegaConf.to_container(cfg[part], resolve=True), cfg.trust or ())
     reuse_freed_memory()
+    if (wandb := sys.modules.get("wandb")) and wandb.run:
+        wandb.finish()  # an earlier job of a sweep, which Lightning would go on with
     run = Run(folder)
     source = run
     if cfg.resume and not run.checkpoint.is_file():
@@ -107,15 +110,21 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     trainer = instantiate(
         cfg.trainer,
         default_root_dir=folder,
-        logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
-        callbacks=[checkpoints, timer, Pictures(folder), *others],
+        logger=instantiate(cfg.logger)(save_dir=folder) if cfg.get("logger") else False,
+        callbacks=[checkpoints, timer, RandomNumbers(), Pictures(folder), *others],
     )
+    for tracker in trainer.loggers:
+        tracker.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
 
     figures = task.figures(trainer, data, evaluator)
     if not first:
         return {}
+    for tracker in trainer.loggers:
+        found = {name: value for name, value in figures.items() if isinstance(value, float)}
+        tracker.log_metrics(found, step=trainer.global_step)
+        tracker.finalize("success")
 
     metrics = {
         **figures,
@@ -192,9 +201,9 @@ def train_once(cfg: DictConfig) -> float | None:
                 raise
         else:
             log.info("This run is finished already and is not run again.")
-    kinds = "Metrics, checkpoint" if run.checkpoint.is_file() else "Metrics"
+    kinds = "Metrics and checkpoint" if run.checkpoint.is_file() else "Metrics"
     if is_first_process():
-        log.info("%s and TensorBoard logs are there too. Pictures: %s", kinds, run.folder)
+        log.info("%s are there too. Pictures: %s", kinds, run.folder)
     return metrics.get(cfg.objective)
 
 
@@ -211,10 +220,8 @@ def _places(hydra_cfg: Any) -> list[str]:
 
 def origin(command: str, hydra_cfg: Any) -> dict[str, Any]:
     """The command line and its overrides, for another machine: without where things lie here."""
-    apart = _places(hydra_cfg)
-    overrides = {text.partition("=")[0].lstrip("+~"): text for text in hydra_cfg.overrides.task}
-    chosen = [text for key, text in overrides.items() if not is_below(key, apart)]
-    return {"overrides": chosen, "command": shlex.join(["sj-taid", command, *chosen])}
+    overrides = chosen(hydra_cfg.overrides.task, _places(hydra_cfg))
+    return {"overrides": overrides, "command": shlex.join(["sj-taid", command, *overrides])}
 
 
 def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:

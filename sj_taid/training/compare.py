@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from . import run
-from .cli import CONF, folder_name
+from .cli import folder_name
+from .composing import CONF
 from .files import atomic_write
 from .plot import save
 
@@ -153,7 +154,7 @@ def store(metrics: Metrics, root: Path) -> Path:
     if experiment not in EXPERIMENTS:
         raise ValueError(f"{metrics['command']!r} is no run of an experiment in conf/experiment")
     choices["seed"] = str(metrics["seed"])
-    name = folder_name(",".join(sorted(f"{key}={value}" for key, value in choices.items())))
+    name = folder_name([f"{key}={value}" for key, value in choices.items()])
     path = root / RUNS / experiment / f"{name}.json"
     with atomic_write(path) as whole:
         whole.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -32,6 +32,7 @@ from ..metric import (
 from ..model import Autoencoder
 from .autoencoding import Autoencoding
 from .files import atomic_write
+from .progress import followed
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,8 @@ class Evaluator:
             metrics = MetricCollection({only: metrics[only]})
         model.to(device)
         with seeded(self.seed):
-            for start in range(0, self.samples, SAMPLES_AT_ONCE):
+            starts = range(0, self.samples, SAMPLES_AT_ONCE)
+            for start in followed(starts, "Sampling, in batches"):
                 images = model.sample(min(SAMPLES_AT_ONCE, self.samples - start))
                 metrics.update(images, real=False)
         values: dict[str, Any] = {name: float(value) for name, value in metrics.compute().items()}
@@ -118,7 +120,7 @@ class Evaluator:
         if published and not only:
             published.to(device)
             with seeded(self.seed):
-                for _ in range(published.batches):
+                for _ in followed(range(published.batches), "Sampling for FAD as published"):
                     published.update(model.sample(published.batch_size), real=False)
             values["fad_published"] = float(published.compute())
             values["protocol"]["fad_published"] = (
@@ -179,7 +181,7 @@ class Evaluator:
                 setattr(metric, name, statistics[name].to(state.device).view_as(state))
 
         def make() -> Tensors:
-            for image, _ in data.test_dataloader():
+            for image, _ in followed(data.test_dataloader(), "Statistics of the test images"):
                 metric.update(image.to(metric.device), real=True)
             return {name: getattr(metric, name) for name in STATISTICS}
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from .composing import instantiate, targets
 from .files import atomic_write
 
 if TYPE_CHECKING:
@@ -83,17 +84,23 @@ class Run:
 
         Raises:
             RuntimeError: another process holds it.
+            OSError: the folder cannot be written.
         """
         if not is_first_process():
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / LOCK).acquire(blocking=False)
         except Timeout as error:
             raise RuntimeError(
                 f"another process is running in {self.folder}; wait until it ends, or choose "
                 "another folder with hydra.run.dir=... (for a sweep hydra.sweep.dir=...)"
+            ) from error
+        except OSError as error:
+            raise OSError(
+                f"{self.folder} cannot be written ({error}); choose another folder with "
+                "hydra.run.dir=... (for a sweep hydra.sweep.dir=...)"
             ) from error
         with lock:
             for left in self.folder.rglob(".*.tmp"):  # by a process that was killed
@@ -236,6 +243,12 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
     return any(f"{key}.".startswith(f"{other}.") for other in keys)
 
 
+def chosen(overrides: Iterable[str], apart: Iterable[str]) -> list[str]:
+    """The last override of each key that is not ``apart`` or below one that is."""
+    last = {text.partition("=")[0].lstrip("+~"): text for text in overrides}
+    return [text for key, text in last.items() if not is_below(key, apart)]
+
+
 def _flat(node: Any, key: str = "") -> dict[str, Any]:
     """The leaves of nested dictionaries, by their dotted keys."""
     if not isinstance(node, dict):
@@ -298,8 +311,6 @@ def build(node: Any, trust: Collection[str] = (), **arguments: Any) -> Any:
     Raises:
         ValueError: it names classes that are neither this project's own nor in ``trust``.
     """
-    from hydra.utils import instantiate
-
     # Resolved first, so that what is checked is what is built.
     config = OmegaConf.to_container(node, resolve=True)
     check_targets(config, trust)
@@ -312,26 +323,13 @@ def check_targets(config: Any, trust: Collection[str] = ()) -> None:
     Raises:
         ValueError: it does, or it holds what would be resolved again when it is built.
     """
-    foreign = [t for t in _targets(config) if t not in trust and not _is_trusted(t)]
+    foreign = [t for t in targets(config) if t not in trust and not _is_trusted(t)]
     if foreign:
         raise ValueError(
             f"the config names {', '.join(map(repr, foreign))}: no public class of "
             f"{', '.join(TRUSTED)}, so it could do anything; if it is yours or from a trusted "
             f"source, add trust=[{','.join(map(str, foreign))}], in training and in loading"
         )
-
-
-def _targets(node: Any) -> Iterator[Any]:
-    """All that Hydra would call, and all that it would resolve into something else first."""
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield node["_target_"]
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            yield from _targets(child)
-    elif isinstance(node, str) and "${" in node:
-        yield node
 
 
 def _is_trusted(target: Any) -> bool:

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
 from sj_taid import data
 from sj_taid.data import event
+from sj_taid.training.composing import compose, instantiate
 from tests.data.made_up import make, ready
 from tests.training.conftest import CONF, write_images
 
@@ -15,8 +14,7 @@ DATA_SETS = {path.stem for path in (CONF / "dataset").glob("*.yaml")} - {"base",
 
 @pytest.mark.parametrize("name", sorted(DATA_SETS))
 def test_every_config_makes_its_data_module(name):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [f"dataset={name}"]).dataset
+    cfg = compose("train", [f"dataset={name}"]).dataset
     module = instantiate(cfg)
     assert module.name == name
     for key in ("channels", "image_size", "classes", "batch_size", "num_workers", "augment"):

@@ -1,14 +1,15 @@
 """A run small enough for a test, through the real configs."""
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from sj_taid.training import run
+from sj_taid.training import cli, run
+from sj_taid.training.composing import compose
 from tests.metric.pixels import Pixels, classifier
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -69,10 +70,22 @@ def tiny(cache):
     """Compose conf/train.yaml with overrides, at a size for tests."""
 
     def make(*overrides, tiny=True):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("train", [*(TINY if tiny else []), f"cache_dir={cache}", *overrides])
+        return compose("train", [*(TINY if tiny else []), f"cache_dir={cache}", *overrides])
 
     return make
+
+
+@pytest.fixture
+def sj_taid(monkeypatch):
+    """Run a command line in this process; Hydra leaves pytest's logging alone."""
+
+    def execute(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sj-taid", *arguments])
+        cli.main()
+
+    interrupt = signal.getsignal(signal.SIGINT)
+    yield execute
+    signal.signal(signal.SIGINT, interrupt)  # which Lightning leaves ignored
 
 
 class Network(Pixels):

@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from matplotlib import image as mpimg
 from torch import nn
 
@@ -14,7 +12,8 @@ from sj_taid.monitoring import tau_and_threshold
 from sj_taid.training import commands, run
 from sj_taid.training.classification import Classification
 from sj_taid.training.commands import train
-from tests.training.conftest import CONF, TINY_CLASSIFICATION
+from sj_taid.training.composing import compose, instantiate
+from tests.training.conftest import TINY_CLASSIFICATION
 
 NEURONS = ("alif", "plif", "lif")
 
@@ -36,8 +35,7 @@ def test_a_run_leaves_everything(classify, tmp_path, neuron):
         assert mpimg.imread(tmp_path / name).std() > 0, name
     model = run.load_model(tmp_path)
     assert isinstance(model, Classifier)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("sample", [f"checkpoint={tmp_path}"])
+    cfg = compose("sample", [f"checkpoint={tmp_path}"])
     with pytest.raises(ValueError, match=r"holds a Classifier, which draws nothing; .*generation"):
         commands.sample(cfg)
 

@@ -7,19 +7,18 @@ import subprocess
 import sys
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sj_taid.metric import FrechetDistance
 from sj_taid.training import evaluation, run
 from sj_taid.training.commands import evaluate, train
+from sj_taid.training.composing import compose
 from tests.training.conftest import CONF, TINY_CLASSIFICATION, TINY_VAE, Network, write_images
 
 
 def composed(folder, *overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        checkpoint = f"checkpoint={folder}/{run.CHECKPOINTS}/last.ckpt"
-        return compose("evaluate", [checkpoint, "trainer.accelerator=cpu", *overrides])
+    checkpoint = f"checkpoint={folder}/{run.CHECKPOINTS}/last.ckpt"
+    return compose("evaluate", [checkpoint, "trainer.accelerator=cpu", *overrides])
 
 
 @pytest.fixture(scope="module")

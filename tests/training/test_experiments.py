@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid.data.base import Data, InMemory
 from sj_taid.training import classification, compare, run
 from sj_taid.training.commands import train
+from sj_taid.training.composing import compose, instantiate
 from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -76,8 +75,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_is_what_its_name_says(name):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [f"experiment={name}"], return_hydra_config=True)
+    cfg = compose("train", [f"experiment={name}"], return_hydra_config=True)
     choices = cfg.hydra.runtime.choices
     data, row = cfg.dataset.name, name.removeprefix(f"{cfg.dataset.name}_")
     assert choices["dataset"] == data and name.startswith(data)

@@ -1,50 +1,108 @@
 """Many runs: a folder for each, none overwritten, and a killed sweep goes on."""
 
+import itertools
 import json
+import os
+import signal
 import subprocess
+import time
+from pathlib import Path
 
+import filelock
 import lightning as L
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from sj_taid.training import commands, run
 from sj_taid.training.commands import train
-from tests.training.conftest import CONF, TINY, script
+from sj_taid.training.composing import compose
+from tests.training.conftest import TINY_CLASSIFICATION, script
+
+SWEEP = ["neuron=alif,lif", "seed=0,1"]
+JOB = [*TINY_CLASSIFICATION, "trainer.max_epochs=12", "dataset.augment=affine"]
 
 
-def test_a_parallel_sweep_and_its_continuation(tmp_path, cache):
-    """Side by side first; then one job has lost its end, and the sweep goes on one by one."""
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, tmp_path_factory):
+    """The jobs of the sweep one after the other in this process: figures and weights of each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ended = {}
+    for neuron, seed in itertools.product(("alif", "lif"), (0, 1)):
+        folder = tmp_path_factory.mktemp("job")
+        metrics = train(tiny(*JOB, f"neuron={neuron}", f"seed={seed}", tiny=False), folder)
+        ended[neuron, seed] = metrics, run.load_model(folder).state_dict()
+    torch.set_num_threads(threads)
+    return ended
 
-    def sweep(*overrides):
-        command = script(
-            "train.py", "-m", "seed=0,1", *TINY, "callbacks=quiet", f"cache_dir={cache}",
-            f"hydra.sweep.dir={tmp_path}", *overrides,
-        )  # fmt: skip
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
-    sweep("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    folders = {json.loads(path.read_text())["seed"]: path.parent for path in find(tmp_path)}
-    assert folders.keys() == {0, 1}
-    figures = {
-        seed: json.loads((folder / run.METRICS).read_text()) for seed, folder in folders.items()
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["cores", "hydra.launcher.n_jobs=2"],
+        pytest.param(["submitit_local"], marks=pytest.mark.slow),
+        pytest.param(["gpus", "hydra.launcher.ray.remote.num_gpus=0"], marks=pytest.mark.ray),
+    ],
+    ids=lambda launcher: launcher[0],
+)
+def test_a_killed_sweep_goes_on_and_ends_as_an_uninterrupted_one(
+    uninterrupted, sj_taid, tmp_path, launcher, capsys
+):
+    sweep = script(
+        "train.py", "-m", *SWEEP, *JOB, "callbacks=quiet", f"hydra.sweep.dir={tmp_path}",
+        f"hydra/launcher={launcher[0]}", *launcher[1:],
+    )  # fmt: skip
+    options = {
+        "cwd": tmp_path,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
     }
-    assert figures[0]["fad"] != figures[1]["fad"]
-    assert figures[0]["choices"]["neuron"] == "alif" and "seed=0" in figures[0]["command"]
-    assert str(tmp_path) not in figures[0]["command"]
+    with subprocess.Popen(sweep, start_new_session=True, **options) as process:
+        while process.poll() is None and not list(tmp_path.glob(f"*/{run.CHECKPOINTS}/last.ckpt")):
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        said = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL, said
+    for lock in tmp_path.glob(f"*/{run.LOCK}"):  # a cluster's processes outlive the launcher
+        filelock.FileLock(lock).acquire(timeout=60).lock.release()
+    finished = {path: path.stat().st_mtime_ns for path in find(tmp_path)}
+    assert len(finished) < 4
+    sj_taid("train", "--dry-run", *sweep[2:])
+    planned = capsys.readouterr().out.splitlines()
+    assert planned[-1].startswith("jobs: ") and len(planned) == 5
+    assert sum(line.startswith("half done") for line in planned) >= 1
+    assert [Path(line.split()[-1]).parent for line in planned[:-1]] == [tmp_path] * 4
 
-    before = (folders[0] / run.METRICS).stat().st_mtime_ns
-    (folders[1] / run.METRICS).unlink()
-    said = sweep()
-    assert said.count("is finished already") == 1
-    assert (folders[0] / run.METRICS).stat().st_mtime_ns == before
-    assert len(find(tmp_path)) == 2
-    again = json.loads((folders[1] / run.METRICS).read_text())
-    assert again["reconstruction"] == figures[1]["reconstruction"]
+    done = subprocess.run(sweep, **options, check=False)
+    assert done.returncode == 0, done.stdout
+    folders = {path.parent: json.loads(path.read_text()) for path in find(tmp_path)}
+    assert folders.keys() == {Path(line.split()[-1]) for line in planned[:-1]}
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    for folder, metrics in folders.items():
+        neuron = metrics["choices"]["neuron"]
+        alone, weights = uninterrupted[neuron, metrics["seed"]]
+        assert metrics["loss"] == alone["loss"] and metrics["epochs"] == 12
+        assert f"seed={metrics['seed']}" in metrics["command"]
+        assert str(tmp_path) not in metrics["command"]
+        for name, value in run.load_model(folder).state_dict().items():
+            assert torch.equal(value, weights[name]), name
+
+
+def test_a_dry_run_says_how_long_the_likes_took(sj_taid, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    other = run.Run(tmp_path / "multirun" / "earlier" / "job")
+    other.save_metrics({"training_seconds": 7.4, "overrides": ["neuron=lif", "seed=3"]})
+    sj_taid("train", "--dry-run", "-m", "neuron=lif,plif", "seed=1", "hydra.sweep.dir=sweep")
+    assert capsys.readouterr().out.splitlines() == [
+        "new              7 s  sweep/neuron-lif-seed-1",
+        "new                ?  sweep/neuron-plif-seed-1",
+        "jobs: 2 new",
+    ]
+    assert not (tmp_path / "sweep").exists()
 
 
 def find(folder):
@@ -115,8 +173,7 @@ def test_a_folder_keeps_its_run(tmp_path):
 def test_sweeps_of_one_second_have_folders_of_their_own():
     folders = set()
     for _ in range(2):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", return_hydra_config=True)
+        cfg = compose("train", return_hydra_config=True)
         folders |= {cfg.hydra.sweep.dir, cfg.hydra.run.dir}
     assert len(folders) == 4
 

@@ -7,15 +7,14 @@ import time
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
-from hydra.utils import instantiate
 from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
 from sj_taid.data import Digits
 from sj_taid.training import commands, run
 from sj_taid.training.commands import train
+from sj_taid.training.composing import compose, instantiate
 from sj_taid.training.generation import Generation
 from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, TINY_VAE, script
 
@@ -61,8 +60,7 @@ def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(tmp_pa
 
 @pytest.mark.parametrize("override", ["n=0", "columns=0"])
 def test_nothing_to_draw(override):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("sample", ["checkpoint=nowhere", override])
+    cfg = compose("sample", ["checkpoint=nowhere", override])
     name, _, value = override.partition("=")
     with pytest.raises(ValueError, match=f"{name} must be at least 1, but it is {value}"):
         commands.sample(cfg)

@@ -1,0 +1,69 @@
+"""What a command line would do: its jobs, their folders, and the time that their likes took."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from .composing import CONF, compose
+from .run import METRICS, Run, chosen
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print each job of ``sj-taid train``'s ``arguments``; nothing is written.
+
+    A job's likes are the finished runs beside it and below ``runs`` and ``multirun``, with the same
+    overrides but for the seed and where things lie.
+    """
+    parser = argparse.ArgumentParser(prog="sj-taid train --dry-run", allow_abbrev=False)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-path", "-cp", default=CONF)
+    parser.add_argument("--config-dir", "-cd", default=CONF)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_intermixed_args(arguments)
+    parsed = OverridesParser.create().parse_overrides(given.overrides)
+    hydras = [f"hydra.searchpath=['file://{given.config_dir}']"]
+    hydras += [str(o.input_line) for o in parsed if o.is_hydra_override()]
+    tasks = [o for o in parsed if not o.is_hydra_override()]
+    jobs = [[str(o.input_line) for o in tasks]]
+    if given.multirun:  # by Hydra's own sweeper, so that the folders have the names that it gives
+        (jobs,) = BasicSweeper.split_arguments(tasks, None)
+
+    roots = {Path("runs"), Path("multirun")}
+    seconds: dict[frozenset[str], list[float]] = {}
+    states = []
+    for job in jobs:
+        cfg = compose("train", [*hydras, *job], given.config_path, return_hydra_config=True)
+        places = [*cfg.hydra.job.config.override_dirname.exclude_keys]
+        sweep = cfg.hydra.sweep
+        run = Run(Path(sweep.dir, sweep.subdir) if given.multirun else Path(cfg.hydra.run.dir))
+        seconds = seconds or training_seconds({run.folder.parent, *roots}, [*places, "seed"])
+        config = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        if run.differences(config, [*places, "dataset.classes"]):  # which the data say
+            states.append("another run")
+        elif (run.folder / METRICS).is_file():
+            states.append("finished")
+        else:
+            states.append("half done" if run.checkpoint.is_file() else "new")
+        likes = seconds.get(frozenset(chosen(job, [*places, "seed"])))
+        took = f"{mean(likes):.0f} s" if likes else "?"
+        print(f"{states[-1]:11}  {took:>7}  {run.folder}")
+    print(f"jobs: {', '.join(f'{n} {state}' for state, n in Counter(states).items())}")
+
+
+def training_seconds(roots: set[Path], apart: Sequence[str]) -> dict[frozenset[str], list[float]]:
+    """How long the finished runs below some folders trained, by their overrides."""
+    seconds = defaultdict(list)
+    for path in {path for root in roots for path in root.rglob(METRICS)}:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        overrides = frozenset(chosen(metrics.get("overrides", ()), apart))
+        seconds[overrides].append(metrics["training_seconds"])
+    return seconds

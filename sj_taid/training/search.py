@@ -1,0 +1,108 @@
+"""A search by Optuna: each trial is a run, which goes on after a kill as any other."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from omegaconf import OmegaConf
+from optuna.trial import Trial, TrialState
+from optuna.visualization import matplotlib as pictures
+
+from .composing import CONF, compose
+from .plot import save
+from .run import METRICS, Run
+
+#: the objectives of which more is better
+HIGHER = ("accuracy", "inception_score")
+TRAIN = (sys.executable, "-c", "from sj_taid.training.cli import main; main('train')")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``sj-taid search --study FOLDER [--trials N] [override ...]``: the best figure of a run.
+
+    Overrides that sweep say what is varied: ``key=a,b`` is one of these, ``key=interval(a, b)`` a
+    number between them, and ``key=tag(log, interval(a, b))`` one on a logarithmic scale. The same
+    command goes on with the study, and with the trials that a kill left half done; given several
+    times at once it shares the trials out.
+    """
+    parser = argparse.ArgumentParser(prog="sj-taid search", allow_abbrev=False)
+    parser.add_argument("--study", type=Path, required=True, help="the folder of study and trials")
+    parser.add_argument("--trials", type=int, default=20, help="how many there shall be in the end")
+    parser.add_argument("overrides", nargs="*", help="as for train; those that sweep are searched")
+    given = parser.parse_args(arguments)
+    folder = given.study.absolute()
+    parsed = OverridesParser.create().parse_overrides(given.overrides)
+    fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    space = [override for override in parsed if override.is_sweep_override()]
+    if not space:
+        preset = OmegaConf.load(Path(CONF, "search.yaml"))
+        space = OverridesParser.create().parse_overrides([str(override) for override in preset])
+    objective = compose("train", fixed).objective
+
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder / 'study.db'}",
+        study_name="search",
+        direction="maximize" if objective in HIGHER else "minimize",
+        load_if_exists=True,
+    )
+    for left in study.get_trials(states=[TrialState.RUNNING]):
+        attempt(study, left.number, left.user_attrs.get("overrides"), folder, objective)
+    while len(study.trials) < given.trials:
+        # Other random numbers for each trial, and the same ones for the same trial.
+        study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
+        trial = study.ask()
+        overrides = [*fixed, *(suggested(trial, override) for override in space)]
+        trial.set_user_attr("overrides", overrides)
+        attempt(study, trial.number, overrides, folder, objective)
+    if not study.get_trials(states=[TrialState.COMPLETE]):
+        sys.exit("no trial ended: what stopped them stands above")
+    draw(study, folder)
+
+
+def suggested(trial: Trial, override: Override) -> str:
+    key, value = override.get_key_element(), override.value()
+    if isinstance(value, IntervalSweep):
+        low, high = float(value.start or 0), float(value.end or 0)
+        return f"{key}={trial.suggest_float(key, low, high, log='log' in value.tags)}"
+    return f"{key}={trial.suggest_categorical(key, list(override.sweep_string_iterator()))}"
+
+
+def attempt(
+    study: optuna.Study, number: int, overrides: list[str] | None, folder: Path, objective: str
+) -> None:
+    """Run a trial, or go on with it; one that another process runs is left to it."""
+    run = Run(folder / f"trial-{number}")
+    try:
+        with run.lock():
+            pass
+    except RuntimeError:
+        return
+    if overrides:  # None: killed before it was known what to run
+        subprocess.run([*TRAIN, *overrides, f"hydra.run.dir='{run.folder}'"], check=False)
+    if (run.folder / METRICS).is_file():
+        study.tell(number, run.metrics[objective])
+    else:
+        study.tell(number, state=TrialState.FAIL)
+
+
+def draw(study: optuna.Study, folder: Path) -> None:
+    """Print the best trial, and draw how it was found and which of the values mattered."""
+    print(f"best: {study.best_value:.4g} by {study.best_params}, trial-{study.best_trial.number}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        drawn: dict[str, Any] = {
+            "history": pictures.plot_optimization_history,
+            "importance": pictures.plot_param_importances,
+        }
+        for name, plot in drawn.items():
+            save(plot(study).figure, folder / f"{name}.png")

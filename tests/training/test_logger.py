@@ -1,0 +1,50 @@
+"""Where a run is followed: conf/logger."""
+
+import csv
+import sqlite3
+
+import pytest
+
+from sj_taid.training.commands import train
+from tests.training.conftest import TINY_AUTOENCODING
+
+
+def kept_figure(where, folder):
+    """What a tracker keeps; the config is there too."""
+    if where == "csv":
+        assert "lr: 0.001" in (folder / "csv" / "hparams.yaml").read_text()
+        with (folder / "csv" / "metrics.csv").open() as file:
+            return [
+                float(row["reconstruction"])
+                for row in csv.DictReader(file)
+                if row["reconstruction"]
+            ]
+    with sqlite3.connect("mlflow.db") as store:
+        assert ("0.001",) in store.execute(
+            "SELECT value FROM params WHERE key='optimizer/lr'"
+        ).fetchall()
+        return [v for (v,) in store.execute("SELECT value FROM metrics WHERE key='reconstruction'")]
+
+
+@pytest.mark.parametrize("name", ["csv", "mlflow"])
+def test_a_tracker_has_the_config_and_the_figures(tiny, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    metrics = train(tiny(*TINY_AUTOENCODING, f"logger={name}", tiny=False), tmp_path)
+    kept = kept_figure(name, tmp_path)
+    assert kept == [pytest.approx(metrics["reconstruction"])]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_each_job_of_a_process_is_a_run_of_its_own_offline(tiny, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for job in ("a", "b"):
+        train(tiny(*TINY_AUTOENCODING, "logger=wandb", tiny=False), tmp_path / job)
+        assert list((tmp_path / job / "wandb").glob("offline-run-*/*.wandb"))
+    wandb.finish()
+
+
+def test_no_tracker(tiny, tmp_path):
+    train(tiny(*TINY_AUTOENCODING, "~logger", tiny=False), tmp_path)
+    assert not {"tensorboard", "csv", "lightning_logs"} & {path.name for path in tmp_path.iterdir()}
