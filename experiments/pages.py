@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "experiments" / "benchmark" / "results"
 BENCHMARKS = RESULTS / "epyc-2-cores"
+XEON = RESULTS / "xeon-2-cores"
 
 
 def filled(page: Path) -> str:
@@ -40,7 +41,7 @@ def all_tables() -> dict[str, str]:
 
 
 def norms() -> pd.DataFrame:
-    rows = pd.read_csv(RESULTS / "xeon-2-cores" / "norm.csv")
+    rows = pd.read_csv(XEON / "norm.csv")
     return rows[rows["dtype"] == "float32"].rename(columns={"variant": "neuron"})
 
 
@@ -76,7 +77,7 @@ def neurons() -> pd.DataFrame:
 
 def fsvae() -> pd.DataFrame:
     """Milliseconds of each model, and ours over its rival's."""
-    rows = pd.read_csv(BENCHMARKS / "fsvae.csv")
+    rows = pd.read_csv(XEON / "fsvae.csv")
     works = ["training step", "training step, channels last, bfloat16", "sampling"]
     rows = rows[rows["work"].isin(works)]
     table = rows.pivot(index="work", columns="model", values="median_ms").loc[works]
