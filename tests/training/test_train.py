@@ -221,6 +221,9 @@ def test_a_checkpoint_gives_the_trained_model(tiny, tmp_path):
     checkpoint.write_bytes(whole)
     config = tmp_path / run.CONFIG
     text = config.read_text()
+    config.write_text(text.replace("T: 3", "T: 4"))  # as if it were of another model
+    with pytest.raises(ValueError, match="not a whole checkpoint of this run's model"):
+        run.load_model(checkpoint)
     config.write_text(text.replace("sj_taid.TAID", "os.system"))
     with pytest.raises(ValueError, match=r"names 'os\.system'.*trusted source"):
         run.load_model(checkpoint)
