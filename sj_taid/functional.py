@@ -91,6 +91,8 @@ def alif_multi_step(
         _check_parameter(name, parameter, x_seq)
     if norm is not None:
         _check_norm(norm, x_seq)
+    if x_seq.numel() == 0:  # which has no statistics
+        norm = None
     return backends.resolve(backend, x_seq, surrogate_function).multi_step(
         x_seq,
         v,
@@ -206,7 +208,7 @@ def _check_norm(norm: Norm, x_seq: Tensor) -> None:
                 f"the norm's {name} has shape {list(tensor.shape)}, so one step of the input must "
                 f"be [N, {len(tensor)}, *], but it is {list(x_seq.shape[1:])}"
             )
-    if norm.use_batch_statistics and x_seq.numel() <= x_seq.shape[2]:
+    if norm.use_batch_statistics and 0 < x_seq.numel() <= x_seq.shape[2] and norm.group is None:
         raise ValueError(
             "a batch norm in training needs more than one value per channel, but the input is "
             f"{list(x_seq.shape)}; give a larger batch, or call eval()"

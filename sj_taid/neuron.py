@@ -161,11 +161,19 @@ class ALIFNode(_compat.BaseNode):
         return norm
 
     def apply_norm(self, norm: nn.Module | None) -> None:
-        """Apply this batch norm, which from now on passes its input on; ``None`` undoes it."""
+        """Apply this batch norm, which from now on passes its input on; ``None`` undoes it.
+
+        Raises:
+            ValueError: another neuron applies the norm.
+        """
+        there = None if norm is None else vars(norm).get("forward")
+        if isinstance(there, PassOn) and there.neuron() not in (None, self):
+            raise ValueError(f"{there.neuron()} applies that norm already; sj_taid.split_norm(net)")
+        before = None if self._norm is None else self._norm()
+        if before is not None:
+            vars(before).pop("forward", None)
         if norm is not None:
-            norm.forward = _pass_on
-        elif self.norm is not None:
-            del self.norm.forward
+            norm.forward = PassOn(self)
         # Weakly and out of torch's sight: it belongs to the net, which may drop it.
         self._norm = None if norm is None else weakref.ref(norm)
 
@@ -314,9 +322,22 @@ class ALIFNode(_compat.BaseNode):
         return super()._apply(keep_float32)
 
 
-def _pass_on(x: Tensor) -> Tensor:
+class PassOn:
     """The forward of a norm that its neuron applies."""
-    return x
+
+    def __init__(self, neuron: ALIFNode | None = None) -> None:
+        self.neuron = (lambda: None) if neuron is None else weakref.ref(neuron)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.neuron() is None:
+            raise RuntimeError(
+                "the neuron that applied this batch norm is gone; sj_taid.split_norm(net) lets the "
+                "norm be applied by itself again"
+            )
+        return x
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PassOn, ()  # a copied neuron puts itself into its copied norm
 
 
 _REMEDY = (

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,9 @@ from spikingjelly.activation_based import layer
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import packing
 from .convert import table
-from .neuron import ALIFNode
+from .neuron import ALIFNode, PassOn
 
 __all__ = ["Join", "JoinReport", "fuse_norm", "split_norm"]
 
@@ -29,6 +29,9 @@ _KNOWN = frozenset(
     )
     if hasattr(home, name)
 )
+
+
+_NORM_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def fuse_norm(net: nn.Module) -> JoinReport:
     statistics under the same keys of ``state_dict``, but only passes its input on to the neuron.
 
     A norm is joined where an ALIF in step mode ``"m"`` is its only reader. That is found by tracing
-    the ``forward`` of each module that holds some (``torch.fx``, its children taken as wholes), so
+    the ``forward`` of each module that holds some (``torch.fx``, in training and in eval mode, its
+    children taken as wholes; what a ``forward`` that cannot be traced reads is not seen), so
     in ``nn.Sequential`` and in blocks that call ``self.bn1`` and then ``self.sn1`` alike; the norm
     may be the last module of a ``SeqToANNContainer``. Known are torch's norms, SpikingJelly's and
     tdBN.
@@ -122,8 +126,10 @@ def split_norm(net: nn.Module) -> None:
     (1, None, None)
     """
     for module in net.modules():
-        if isinstance(module, ALIFNode) and module.norm is not None:
+        if isinstance(module, ALIFNode):
             module.apply_norm(None)
+        elif isinstance(vars(module).get("forward"), PassOn):  # its neuron is gone
+            del module.forward
 
 
 def _why_not(norm: Any, reader: Any, folded: bool) -> str | None:
@@ -131,16 +137,18 @@ def _why_not(norm: Any, reader: Any, folded: bool) -> str | None:
 
     ``""`` where there is none. ``folded``: in a container that folds time into the batch.
     """
-    if "forward" in vars(norm):
+    if isinstance(vars(norm).get("forward"), PassOn):
         return "joined already"
     if type(norm) not in _KNOWN:
         return f"what a {type(norm).__name__} computes is not known to be torch's batch norm"
-    if norm._forward_hooks or norm._backward_hooks or norm._forward_pre_hooks:
+    if any(getattr(norm, hooks) for hooks in _NORM_HOOKS):
         return "it has hooks, which would see its input instead of its output"
     if reader is None:
         return ""
     if type(reader) is not ALIFNode:
         return f"its reader is a {type(reader).__name__}, not an ALIFNode"
+    if [hook for hook in reader._forward_pre_hooks.values() if hook.__module__ != packing.__name__]:
+        return "its reader has a hook on its input, which would act before the norm"
     if reader.norm is not None:
         return "its reader applies another norm already"
     if reader.step_mode != "m" or not (folded or getattr(norm, "step_mode", "s") == "m"):
@@ -157,54 +165,86 @@ class _Tracer(fx.Tracer):
 
 def _trace(net: nn.Module) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, str]]:
     """The only reader of each norm, and for norms without one what stands in the way."""
-    readers: dict[nn.Module, nn.Module] = {}
-    obstacles: dict[nn.Module, str] = {}
+    found: dict[nn.Module, list[nn.Module | str]] = defaultdict(list)
     calls: Counter[nn.Module] = Counter()
     for parent in net.modules():
         ends = [end for child in parent.children() for end in _ends(child) if _is_norm(end)]
-        if not ends or isinstance(parent, layer.SeqToANNContainer):
-            continue  # such a container's last norm is found where the container is called
+        # A container that folds time is found where it is called.
+        if not any(map(_is_norm, parent.modules())) or type(parent) is layer.SeqToANNContainer:
+            continue
+        if _is_norm(parent):
+            continue
         try:
-            graph = _graph(parent)
+            graphs = [_graph(parent, training) for training in (True, False)]
         except Exception as error:  # whatever a forward does that symbols cannot follow
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             note = f"the forward of {type(parent).__name__} cannot be traced ({why})"
-            obstacles |= dict.fromkeys(ends, note)
+            for norm in ends:
+                found[norm].append(note)
             continue
-        called = {n: parent.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"}
-        calls.update(called.values())
-        for node, module in called.items():
-            for norm in filter(_is_norm, _ends(module)):
-                reader = _only_reader(node, called)
-                if isinstance(reader, str):
-                    obstacles.setdefault(norm, reader)
-                else:
-                    readers[norm] = reader
-    for norm, reader in list(readers.items()):
-        for module in (norm, reader):
-            if calls[module] > 1:
-                obstacles[norm] = f"{type(module).__name__} is called in {calls[module]} places"
-                readers.pop(norm, None)
+        counts: Counter[nn.Module] = Counter()
+        for graph in graphs:
+            called = {n: parent.get_submodule(n.target) for n in graph.nodes if _is_call(n)}
+            counts |= Counter(called.values())
+            for node, module in called.items():
+                for norm in filter(_is_norm, _ends(module)):
+                    found[norm].append(_only_reader(node, called))
+        calls += counts
+    calls |= Counter(module for _, module in net.named_modules(remove_duplicate=False))
+    readers: dict[nn.Module, nn.Module] = {}
+    obstacles: dict[nn.Module, str] = {}
+    for norm, entries in found.items():
+        # The output of a container's last norm leaves it, to be read where the container is called.
+        inside = any(isinstance(entry, nn.Module) for entry in entries)
+        distinct = list(dict.fromkeys(e for e in entries if not (inside and e == _LEAVES)))
+        notes = [entry for entry in distinct if isinstance(entry, str)]
+        notes += [
+            f"{type(m).__name__} is called in {calls[m]} places"
+            for m in (norm, *distinct)
+            if isinstance(m, nn.Module) and calls[m] > 1
+        ]
+        if notes:
+            obstacles[norm] = notes[0]
+        elif len(distinct) == 1 and isinstance(distinct[0], nn.Module):
+            readers[norm] = distinct[0]
+        else:
+            obstacles[norm] = f"{len(distinct)} modules read its output"
     return readers, obstacles
 
 
-def _graph(parent: nn.Module) -> fx.Graph:
-    """What the forward of ``parent`` calls, its optional arguments left at their defaults."""
-    parameters = inspect.signature(parent.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return _Tracer().trace(parent, defaults)
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_module"
+
+
+def _graph(parent: nn.Module, training: bool) -> fx.Graph:
+    """What the forward of ``parent`` calls in that mode; the module is left as it was."""
+    before = dict(vars(parent))
+    parent.training = training
+    try:
+        graph = _Tracer().trace(parent)
+        kept = [name for name, value in vars(parent).items() if isinstance(value, fx.Proxy)]
+    finally:
+        vars(parent).clear()
+        vars(parent).update(before)
+    if kept:
+        raise TypeError(f"it keeps what it computes as {', '.join(kept)}")
+    return graph
+
+
+#: the note where the output is that of the module that calls the norm
+_LEAVES = "its output leaves the module that calls it"
 
 
 def _only_reader(node: fx.Node, called: Mapping[fx.Node, nn.Module]) -> nn.Module | str:
-    """The module that alone reads what ``node`` gives, or who reads it else."""
+    """The module that alone reads what ``node`` gives, or what else reads it."""
     users = list(node.users)
     if len(users) != 1:
         return f"{len(users)} places read its output"
     (user,) = users
     if user.op == "output":
-        return "its output leaves the module that calls it"
+        return _LEAVES
     if user not in called or user.all_input_nodes != [node]:
-        return f"{user.name} reads its output, which is no module"
+        return f"a function, {user.name}, reads its output"
     first = called[user]
     while type(first).forward is nn.Sequential.forward and any(first.children()):
         first = next(first.children())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import TensorWeakRef
 
+from .neuron import ALIFNode
 from .ops import bits
 from .ops.alif.autograd import is_dense
 
@@ -21,8 +22,12 @@ __all__ = ["PackedSpikes", "packed_spikes"]
 
 #: The greatest of zeros and ones is one of them, so its output is packed like a neuron's.
 _MAX_POOLING = nn.modules.pooling._MaxPoolNd
+#: The layers that autocast gives a cast input.
+_CAST = (nn.Linear, nn.modules.conv._ConvNd)
+#: The neurons whose output is zeros and ones; a subclass may do something else.
+_NEURONS = (ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 #: The layers that save their input: what they save of a neuron's output is packed.
-_READERS = (nn.Linear, nn.modules.conv._ConvNd, _MAX_POOLING, nn.modules.pooling._AvgPoolNd)
+_READERS = (*_CAST, _MAX_POOLING, nn.modules.pooling._AvgPoolNd)
 
 
 def packed_spikes(net: nn.Module) -> PackedSpikes:
@@ -34,8 +39,9 @@ def packed_spikes(net: nn.Module) -> PackedSpikes:
     one time step of it); anything else is kept as it is: averages, sums, what was changed in place.
     Max pooling keeps its places in 16 bits instead of 64, where a plane has at most 32,768.
 
-    Works on SpikingJelly's own neurons too. In a graph of ``torch.compile`` it does nothing: there
-    the compiler decides what is kept.
+    Works on ALIF and on SpikingJelly's LIF, PLIF and IF; another neuron's output, or one without a
+    spiking surrogate, need not be zeros and ones, and is kept as it is. In a graph of
+    ``torch.compile`` nothing is packed: there the compiler decides what is kept.
 
     Returns:
         A :class:`PackedSpikes`, which stays on until :meth:`~PackedSpikes.remove` or the end of
@@ -57,7 +63,7 @@ class PackedSpikes:
     """What :func:`packed_spikes` returns."""
 
     def __init__(self, net: nn.Module) -> None:
-        neurons = [m for m in net.modules() if isinstance(m, neuron.BaseNode)]
+        neurons = [m for m in net.modules() if type(m) in _NEURONS]
         readers = [m for m in net.modules() if isinstance(m, _READERS)]
         if not neurons or not readers:
             raise ValueError(
@@ -66,7 +72,11 @@ class PackedSpikes:
             )
         self._handles = [
             *(node.register_forward_pre_hook(_request) for node in neurons),
-            *(node.register_forward_hook(_remember, always_call=True) for node in neurons),
+            # Before other hooks, which may give another output.
+            *(
+                node.register_forward_hook(_remember, always_call=True, prepend=True)
+                for node in neurons
+            ),
             *(reader.register_forward_pre_hook(_enter) for reader in readers),
             *(reader.register_forward_hook(_leave, always_call=True) for reader in readers),
         ]
@@ -98,11 +108,14 @@ class _Output:
 
     spikes: TensorWeakRef
     version: int
+    #: the output's memory as a sequence ``[T, *]``, which the bits stand for
+    shape: torch.Size
+    stride: tuple[int, ...]
     bits: Tensor | None
 
     def get_bits(self) -> Tensor:
         if self.bits is None:  # a neuron whose forward writes none
-            self.bits = bits.pack(self.spikes())
+            self.bits = bits.pack(self.spikes().as_strided(self.shape, self.stride))
         return self.bits
 
 
@@ -144,25 +157,34 @@ def _request(node: Any, inputs: tuple[Tensor, ...]) -> None:
 
 def _remember(node: Any, inputs: tuple[Tensor, ...], spikes: Tensor | None) -> None:
     written = bits.taken()
-    if spikes is not None and not torch.compiler.is_compiling():
-        _register(spikes.unsqueeze(0) if node.step_mode == "s" else spikes, written)
+    if spikes is not None and getattr(node.surrogate_function, "spiking", True):
+        _register(spikes, spikes.unsqueeze(0) if node.step_mode == "s" else spikes, written)
 
 
-def _register(spikes: Tensor, written: Tensor | None) -> None:
-    if not torch.is_grad_enabled() or not is_dense(spikes):
-        return
-    for address in [a for a, output in _outputs.items() if output.spikes() is None]:
-        del _outputs[address]
-    if spikes.numel():
-        address = spikes.untyped_storage().data_ptr()
-        _outputs[address] = _Output(TensorWeakRef(spikes), spikes._version, written)
+def _register(spikes: Tensor, sequence: Tensor, written: Tensor | None) -> None:
+    """Remember ``spikes``, whose memory is that of ``sequence`` ``[T, *]``."""
+    address = _address(spikes)
+    for other in [a for a, output in list(_outputs.items()) if output.spikes() is None]:
+        _outputs.pop(other, None)
+    if address and torch.is_grad_enabled() and is_dense(sequence):
+        _outputs[address] = _Output(
+            TensorWeakRef(spikes), spikes._version, sequence.shape, sequence.stride(), written
+        )
+
+
+def _address(tensor: Any) -> int:
+    """Where the tensor's storage is; 0 where there is none to speak of."""
+    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor):
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:  # a wrapper of torch.func's
+        return 0
 
 
 def _find(tensor: Any) -> tuple[_Output, Tensor] | None:
     """The neuron's output, unchanged since, that ``tensor`` is a view of."""
-    if not isinstance(tensor, Tensor) or not _outputs:
-        return None
-    output = _outputs.get(tensor.untyped_storage().data_ptr())
+    output = _outputs.get(_address(tensor))
     spikes = None if output is None else output.spikes()
     if (
         output is None
@@ -176,14 +198,17 @@ def _find(tensor: Any) -> tuple[_Output, Tensor] | None:
 
 def _enter(reader: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Before a layer's forward: from here on, what is saved of a neuron's output is packed."""
-    found = None if torch.compiler.is_compiling() else _find(inputs[0])
+    if torch.compiler.is_compiling():
+        return None
+    found = _find(inputs[0]) if inputs else None
     changed = None
-    if found and torch.is_grad_enabled() and torch.is_autocast_enabled(inputs[0].device.type):
+    if found and isinstance(reader, _CAST) and torch.is_autocast_enabled(inputs[0].device.type):
         # The layer would cast its input, and save a tensor that nobody knows.
-        lower = torch.get_autocast_dtype(inputs[0].device.type)
-        if lower != inputs[0].dtype and inputs[0].numel() == found[1].numel():
-            cast = inputs[0].to(lower)
-            _register(cast, found[0].get_bits())
+        (output, spikes), lower = found, torch.get_autocast_dtype(inputs[0].device.type)
+        if lower != spikes.dtype and inputs[0].numel() == spikes.numel():
+            cast = inputs[0].to(lower)  # which keeps the order of its memory
+            sequence = cast.as_strided(output.shape, output.stride)
+            _register(cast, sequence, output.get_bits())
             changed = (cast, *inputs[1:])
     if found and isinstance(reader, _MAX_POOLING) and not _has_small_planes(reader, inputs[0]):
         found = None
@@ -206,7 +231,7 @@ def _leave(reader: Any, inputs: Any, output: Any) -> None:
     hooks, found = _stack().pop()
     hooks.__exit__(None, None, None)
     if found and isinstance(reader, _MAX_POOLING) and isinstance(output, Tensor):
-        _register(output, None)
+        _register(output, output, None)
 
 
 def _stack() -> list[Any]:
@@ -222,7 +247,7 @@ def _pack(tensor: Tensor) -> Tensor | _Packed | _Places:
         return _Places(tensor.to(torch.int16)) if tensor.dtype == torch.int64 else tensor
     output, spikes = found
     view = (tensor.shape, tensor.stride(), tensor.storage_offset() - spikes.storage_offset())
-    return _Packed(output.get_bits(), spikes.dtype, spikes.shape, spikes.stride(), view)
+    return _Packed(output.get_bits(), spikes.dtype, output.shape, output.stride, view)
 
 
 def _unpack(kept: Tensor | _Packed | _Places) -> Tensor:

@@ -135,6 +135,54 @@ class Odd(layer.BatchNorm2d):
         return 2 * super().forward(x_seq)
 
 
+class Leaking(Branching):
+    def forward(self, x_seq):
+        self.y_seq = self.bn(x_seq)
+        return self.sn(self.y_seq)
+
+
+class Optional(Branching):
+    def forward(self, x_seq, features=False):
+        y_seq = self.bn(x_seq)
+        spike_seq = self.sn(y_seq)
+        return (spike_seq, y_seq) if features else spike_seq
+
+
+class InEvalOnly(Branching):
+    def forward(self, x_seq):
+        y_seq = self.bn(x_seq)
+        spike_seq = self.sn(y_seq)
+        return spike_seq if self.training else spike_seq + y_seq
+
+
+class Outer(nn.Module):
+    """Reads what a block's norm gives, past the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(norm(), alif())
+
+    def forward(self, x_seq):
+        return self.block(x_seq) + self.block[0](x_seq)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        bn = norm()
+        self.held = nn.ModuleList([bn])
+        self.seq = nn.Sequential(bn, alif())
+
+    def forward(self, x_seq):
+        return self.seq(x_seq) + self.held[0](x_seq)
+
+
+def with_hook_on_the_neuron():
+    net = nn.Sequential(norm(), alif())
+    net[1].register_forward_pre_hook(lambda node, inputs: (inputs[0] * 0.1,))
+    return net
+
+
 def with_hook():
     net = nn.Sequential(norm(), alif())
     net[0].register_forward_hook(lambda *_: None)
@@ -153,13 +201,21 @@ def with_hook():
         (nn.Sequential(norm()), "its output leaves the module that calls it"),
         (nn.Sequential(layer.BatchNorm2d(4), ALIFNode()), "does not run on [T, N, C, *]"),
         (with_hook(), "it has hooks"),
+        (with_hook_on_the_neuron(), "has a hook on its input"),
+        (Leaking(), "it keeps what it computes as y_seq"),
+        (Optional(), "the forward of Optional cannot be traced"),
+        (InEvalOnly(), "2 places read its output"),
+        (Outer(), "reads its output"),
+        (Twice(), "reads its output"),
         # Alone it would take the batch of [T, N, C] for the channels.
         (nn.Sequential(nn.BatchNorm1d(4), alif()), "does not run on [T, N, C, *]"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
 def test_what_cannot_be_joined_is_left_and_says_why(net, why):
+    attributes = set(vars(net))
     report = sj_taid.fuse_norm(net)
+    assert set(vars(net)) == attributes
     assert not report.joined and why in report.kept[0].note and why in str(report)
 
 
@@ -257,6 +313,37 @@ def test_a_norm_that_is_replaced_is_missed():
     net[0] = norm()  # as convert_sync_batchnorm does, too
     with pytest.raises(RuntimeError, match=r"no longer in the net.*split_norm"):
         net(images())
+    sj_taid.split_norm(net)
+    assert len(sj_taid.fuse_norm(net).joined) == 1 and net(images()).shape == images().shape
+
+
+def test_a_neuron_that_is_replaced_is_missed():
+    net = nn.Sequential(norm(), alif())
+    sj_taid.fuse_norm(net)
+    alone = copy.deepcopy(net[0])
+    net[1] = alif()
+    for bare in (net, alone):
+        with pytest.raises(RuntimeError, match=r"neuron that applied this batch norm is gone"):
+            bare(images())
+    sj_taid.split_norm(net)
+    assert len(sj_taid.fuse_norm(net).joined) == 1 and net(images()).shape == images().shape
+
+
+def test_one_norm_has_one_neuron_and_one_neuron_one_norm():
+    first, second, node, other = norm(), norm(), alif(), alif()
+    node.apply_norm(first)
+    node.apply_norm(second)
+    assert not torch.equal(first(images()), images()) and node.norm is second
+    with pytest.raises(ValueError, match="applies that norm already"):
+        other.apply_norm(second)
+
+
+def test_an_empty_batch_runs_and_leaves_the_statistics():
+    net = nn.Sequential(norm(), alif())
+    before = net[0].running_mean.clone()
+    sj_taid.fuse_norm(net)
+    assert net(torch.rand(3, 0, 4, 5, 5)).shape == (3, 0, 4, 5, 5)
+    assert torch.equal(net[0].running_mean, before)
 
 
 def test_one_value_a_channel_has_no_statistics():

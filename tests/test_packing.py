@@ -181,6 +181,72 @@ def test_with_gradient_checkpointing(reentrant):
         assert_equal(gradients(net, x_seq, run), expected)
 
 
+class Halved(ALIFNode):
+    def multi_step_forward(self, x_seq):
+        return super().multi_step_forward(x_seq) * 0.5
+
+
+def smooth(**options):
+    return neuron.LIFNode(**options | {"surrogate_function": surrogate.Sigmoid(spiking=False)})
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        *(getattr(neuron, n) for n in ("TernaryIFNode", "TernaryLIFNode") if hasattr(neuron, n)),
+        smooth,
+        Halved,
+    ],
+)
+def test_outputs_that_are_no_zeros_and_ones_are_kept(node):
+    hooked = ALIFNode()
+    hooked.register_forward_hook(lambda *call: call[2] * 0.5)
+    first = node(surrogate_function=ATAN)
+    net = nn.Sequential(nn.Linear(4, 3), first, nn.Linear(3, 3), hooked, nn.Linear(3, 2))
+    functional.set_step_mode(net, "m")
+    x_seq = 5 * torch.randn(4, 6, 4)
+    expected = gradients(net, x_seq)
+    with sj_taid.packed_spikes(net):
+        assert_equal(gradients(net, x_seq), expected)
+
+
+def test_autocast_leaves_pooling_as_it_is_and_casts_folded_sequences():
+    net = nn.Sequential(
+        ALIFNode(v_threshold=0.2),
+        layer.AvgPool2d(3, 1, padding=1),
+        ALIFNode(v_threshold=0.1),
+        layer.SeqToANNContainer(nn.Conv2d(2, 3, 3)),
+    )
+    functional.set_step_mode(net, "m")
+
+    def run(x_seq):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x_seq).float()
+
+    expected = gradients(net, images(), run)
+    with sj_taid.packed_spikes(net):
+        assert_equal(gradients(net, images(), run), expected)
+
+
+def test_step_by_step_and_by_keyword(monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.node, self.first, self.second = ALIFNode(), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.second(input=self.first(self.node(x)))
+
+    net = Net()
+    expected = gradients(net, 3 * torch.ones(5, 4))
+    packed = []
+    pack = packing._pack
+    monkeypatch.setattr(packing, "_pack", lambda tensor: packed.append(pack(tensor)) or packed[-1])
+    with sj_taid.packed_spikes(net):
+        assert_equal(gradients(net, 3 * torch.ones(5, 4)), expected)
+    assert [kept.bits.shape for kept in packed if isinstance(kept, packing._Packed)] == [(1, 20)]
+
+
 def test_an_error_in_a_layer_leaves_no_hooks_behind():
     net = make_net()
     with sj_taid.packed_spikes(net), pytest.raises(RuntimeError, match="channels"):

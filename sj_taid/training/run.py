@@ -212,7 +212,10 @@ class Run:
             )
         except RuntimeError as error:
             raise _unusable(self.checkpoint, error) from error
-        return model.eval()
+        import torch
+
+        # The layout it was trained in: another rounds otherwise.
+        return model.to(memory_format=torch.channels_last).eval()
 
 
 def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn.Module:

@@ -157,7 +157,7 @@ def empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def empty_statistics(x_seq: Tensor) -> Tensor:
-    """The result of :class:`Statistics`, allocated."""
+    """Each channel's mean and variance, allocated."""
     return x_seq.new_empty((2, x_seq.shape[2]), dtype=torch.float64)
 
 

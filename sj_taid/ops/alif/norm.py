@@ -55,7 +55,11 @@ class Norm(NamedTuple):
     def of(cls, module: Any) -> Norm:
         """What a batch norm's forward would compute with; counts the batch, as that does."""
         momentum = 0.0 if module.momentum is None else module.momentum
-        if module.training and module.num_batches_tracked is not None:
+        if (
+            module.training
+            and module.track_running_stats
+            and module.num_batches_tracked is not None
+        ):
             module.num_batches_tracked.add_(1)
             if module.momentum is None:  # the plain average over all batches
                 momentum = 1.0 / float(module.num_batches_tracked)

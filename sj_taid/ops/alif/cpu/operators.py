@@ -155,7 +155,7 @@ def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
 _ENGINE = autograd.register(
     "cpu",
     "CPU",
-    autograd.Engine(_forward, _backward, _statistics, _input_gradient, lambda steps: 0),
+    autograd.Engine(_forward, _backward, _statistics, _input_gradient, lambda x_seq: 0),
 )
 #: the backend: :func:`sj_taid.ops.alif.reference.multi_step`, fused
 multi_step = partial(autograd.multi_step, _ENGINE)
