@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from spikingjelly.activation_based import layer
@@ -168,23 +169,22 @@ def _trace(net: nn.Module) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, 
     found: dict[nn.Module, list[nn.Module | str]] = defaultdict(list)
     calls: Counter[nn.Module] = Counter()
     for parent in net.modules():
-        ends = [end for child in parent.children() for end in _ends(child) if _is_norm(end)]
         # A container that folds time is found where it is called.
-        if not any(map(_is_norm, parent.modules())) or type(parent) is layer.SeqToANNContainer:
-            continue
-        if _is_norm(parent):
+        folds = type(parent) is layer.SeqToANNContainer
+        if folds or _is_norm(parent) or not any(map(_is_norm, parent.modules())):
             continue
         try:
             graphs = [_graph(parent, training) for training in (True, False)]
         except Exception as error:  # whatever a forward does that symbols cannot follow
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             note = f"the forward of {type(parent).__name__} cannot be traced ({why})"
-            for norm in ends:
+            for norm in filter(_is_norm, chain.from_iterable(map(_ends, parent.children()))):
                 found[norm].append(note)
             continue
         counts: Counter[nn.Module] = Counter()
         for graph in graphs:
-            called = {n: parent.get_submodule(n.target) for n in graph.nodes if _is_call(n)}
+            nodes = (node for node in graph.nodes if node.op == "call_module")
+            called = {node: parent.get_submodule(node.target) for node in nodes}
             counts |= Counter(called.values())
             for node, module in called.items():
                 for norm in filter(_is_norm, _ends(module)):
@@ -210,10 +210,6 @@ def _trace(net: nn.Module) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, 
         else:
             obstacles[norm] = f"{len(distinct)} modules read its output"
     return readers, obstacles
-
-
-def _is_call(node: fx.Node) -> bool:
-    return node.op == "call_module"
 
 
 def _graph(parent: nn.Module, training: bool) -> fx.Graph:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -44,6 +45,11 @@ def gradients(net, x_seq, run=None):
     net.zero_grad()
     (run or net)(x_seq).square().sum().backward()
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def in_bfloat16(net, x_seq):
+    with torch.autocast("cpu", torch.bfloat16):
+        return net(x_seq).float()
 
 
 def assert_equal(got, expected):
@@ -155,10 +161,7 @@ def test_only_unchanged_outputs_are_packed():
 def test_autocast_casts_bits_too():
     net = make_net()
 
-    def run(x_seq):
-        with torch.autocast("cpu", torch.bfloat16):
-            return net(x_seq).float()
-
+    run = partial(in_bfloat16, net)
     expected = gradients(net, images(), run)
     with sj_taid.packed_spikes(net):
         assert_equal(gradients(net, images(), run), expected)
@@ -219,10 +222,7 @@ def test_autocast_leaves_pooling_as_it_is_and_casts_folded_sequences():
     )
     functional.set_step_mode(net, "m")
 
-    def run(x_seq):
-        with torch.autocast("cpu", torch.bfloat16):
-            return net(x_seq).float()
-
+    run = partial(in_bfloat16, net)
     expected = gradients(net, images(), run)
     with sj_taid.packed_spikes(net):
         assert_equal(gradients(net, images(), run), expected)

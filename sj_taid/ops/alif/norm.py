@@ -97,24 +97,24 @@ def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
 
 
 def _synchronised(x: Tensor, norm: Norm) -> Tensor:
-    """The norm of ``x`` ``[n, C, *]`` by the statistics of all processes of the group."""
+    """The norm of ``x`` ``[n, C, *]`` by the statistics of all processes of the group.
+
+    Gradients pass through the sums over the processes.
+    """
     axes = [axis for axis in range(x.dim()) if axis != 1]
     per_channel = (-1, *[1] * (x.dim() - 2))
     count = x.new_tensor(x.numel() // x.shape[1], dtype=torch.float64)
-    total = _sum_over(torch.stack([count.expand(x.shape[1]), x.double().sum(axes)]), norm.group)
+    total = all_reduce(
+        torch.stack([count.expand(x.shape[1]), x.double().sum(axes)]), group=norm.group
+    )
     mean = total[1] / total[0]
     deviation = x.double() - mean.view(per_channel)
-    var = _sum_over(deviation.square().sum(axes), norm.group) / total[0]
+    var = all_reduce(deviation.square().sum(axes), group=norm.group) / total[0]
     update_running(norm, mean.detach(), var.detach(), total[0].detach())
     y = (deviation * (var + norm.eps).rsqrt().view(per_channel)).to(x.dtype)
     if norm.weight is not None and norm.bias is not None:
         y = y * norm.weight.view(per_channel) + norm.bias.view(per_channel)
     return y
-
-
-def _sum_over(tensor: Tensor, group: Any) -> Tensor:
-    """The sum over the group's processes, through which gradients pass."""
-    return all_reduce(tensor, group=group)
 
 
 def update_running(norm: Norm, mean: Tensor, var: Tensor, count: Tensor) -> None:

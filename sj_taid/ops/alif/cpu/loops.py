@@ -54,28 +54,22 @@ _sum = register_jitable(error_model="numpy", fastmath={"reassoc"})
 _kernel = njit(error_model="numpy", nogil=True, cache=True)
 
 
+def _element(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """The code for the address of an element: of an address and an offset in elements."""
+    pointer_type = context.get_value_type(signature.return_type)
+    return builder.gep(builder.inttoptr(arguments[0], pointer_type), [arguments[1]])
+
+
 @intrinsic
 def _at(typing_context: Any, address: Any, offset: Any) -> Any:
     """The float32 pointer ``address + 4 * offset``."""
-    signature = types.CPointer(types.float32)(types.intp, types.intp)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer_type = context.get_value_type(signature.return_type)
-        return builder.gep(builder.inttoptr(arguments[0], pointer_type), [arguments[1]])
-
-    return signature, generate
+    return types.CPointer(types.float32)(types.intp, types.intp), _element
 
 
 @intrinsic
 def _byte_at(typing_context: Any, address: Any, offset: Any) -> Any:
     """The uint8 pointer ``address + offset``."""
-    signature = types.CPointer(types.uint8)(types.intp, types.intp)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer_type = context.get_value_type(signature.return_type)
-        return builder.gep(builder.inttoptr(arguments[0], pointer_type), [arguments[1]])
-
-    return signature, generate
+    return types.CPointer(types.uint8)(types.intp, types.intp), _element
 
 
 @intrinsic
