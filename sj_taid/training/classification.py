@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from ..data import Data
 from ..model import Classifier
 from .plot import save
 from .task import Task
@@ -24,6 +25,8 @@ class Classification(Task):
         optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning rate's schedule from the optimizer; a step is an epoch.
     """
+
+    chosen_by = "accuracy"
 
     def __init__(
         self,
@@ -57,8 +60,23 @@ class Classification(Task):
         # Every rank takes part in the sum; the first then draws what is kept of it.
         self.confusion.compute()
 
+    def after_training(self, data: Data, evaluator: Any) -> dict[str, Any]:
+        how = f"trained on {len(data.train_set)} samples, tested on {len(data.test_set)}"
+        names = ["accuracy", "accuracy_best_test_epoch"]
+        if data.validation_set is not None:
+            names = ["accuracy", "accuracy_best_validation_epoch", "validation_accuracy"]
+            how += f", validated on {len(data.validation_set)}"
+        return {"protocol": dict.fromkeys(names, how)}
+
     def report(self, metrics: dict[str, Any]) -> list[str]:
-        return [f"Test accuracy: {metrics['accuracy']:.2%}, loss: {metrics['loss']:.4f}"]
+        titles = {
+            "accuracy_best_validation_epoch": "Of the epoch that was best on the validation set",
+            "accuracy_best_test_epoch": "Of the epoch that was best on the test set itself",
+        }
+        return [
+            f"Test accuracy: {metrics['accuracy']:.2%}, loss: {metrics['loss']:.4f}",
+            *(f"{title}: {metrics[name]:.2%}" for name, title in titles.items() if name in metrics),
+        ]
 
     def draw(self, images: Tensor, folder: Path) -> None:
         size = 2 + 0.6 * self.model.classes

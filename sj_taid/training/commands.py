@@ -18,12 +18,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from omegaconf import DictConfig, OmegaConf
 
 from .allocator import reuse_freed_memory
-from .callbacks import AtomicCheckpointIO, Pictures, RandomNumbers
+from .callbacks import AtomicCheckpointIO, BestCheckpoint, Pictures, RandomNumbers
 from .composing import instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
 from .plot import draw_grid
 from .provenance import provenance
 from .run import Run, build, check_targets, chosen, is_first_process, read_checkpoint
+from .task import of_best_epoch
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,12 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
+    pictures = Pictures(folder)
+    best = BestCheckpoint(run.best, f"val/{task.chosen_by}")
+    if task.chosen_by and data.validation_set is not None:
+        keepers = [best, checkpoints]  # in this order: the last one knows of the best
+    else:
+        keepers = [checkpoints]
     timer = Timer()  # kept in the checkpoint: the seconds before a kill count
     others = [instantiate(callback) for callback in cfg.callbacks.values()]
     if not cfg.trainer.enable_progress_bar:  # Lightning refuses a bar then
@@ -111,7 +118,7 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         cfg.trainer,
         default_root_dir=folder,
         logger=instantiate(cfg.logger)(save_dir=folder) if cfg.get("logger") else False,
-        callbacks=[checkpoints, timer, RandomNumbers(), Pictures(folder), *others],
+        callbacks=[*keepers, timer, RandomNumbers(), pictures, *others],
     )
     for tracker in trainer.loggers:
         tracker.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
@@ -121,6 +128,13 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     figures = task.figures(trainer, data, evaluator)
     if not first:
         return {}
+    figures |= task.validated(data, pictures.epochs)
+    if best.epoch:
+        options = {key: cfg.trainer[key] for key in ("precision", "limit_test_batches")}
+        task.load_state_dict(read_checkpoint(run.best)["state_dict"])
+        bare = bare_trainer(cfg.trainer.accelerator, **options)
+        figures |= of_best_epoch(task.tested(bare, data))
+        figures["best_validation_epoch"] = best.epoch
     for tracker in trainer.loggers:
         found = {name: value for name, value in figures.items() if isinstance(value, float)}
         tracker.log_metrics(found, step=trainer.global_step)
@@ -244,8 +258,12 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         with seeded(cfg.seed):
             trainer = bare_trainer(cfg.trainer.accelerator)
             figures = task.figures(trainer, data, _evaluator(cfg, trust))
+        report = task.report(figures)
+        protocol = figures.pop("protocol", {})
+        if run.checkpoint == run.best:
+            figures = of_best_epoch(figures)
         evaluation = {
-            "protocol": figures.pop("protocol", {}),
+            "protocol": protocol,
             "figures": figures,
             "checkpoint_sha256": run.checkpoint_sha256(),
             "seed": cfg.seed,
@@ -253,7 +271,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
             **provenance(),
         }
         path = run.save_evaluation(evaluation)
-    for line in task.report(figures):
+    for line in report:
         log.info(line)
     if cfg.get("metric") and not cfg.metric.inception_weights:
         log.info(

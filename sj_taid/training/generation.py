@@ -9,7 +9,7 @@ from torch import Tensor
 from ..data import ImageData
 from ..model import FSVAE
 from .autoencoding import Autoencoding
-from .evaluation import Evaluator
+from .evaluation import Evaluator, seeded
 from .plot import draw_attention, draw_grid
 
 
@@ -22,12 +22,19 @@ class Generation(Autoencoding):
                 "task=generation measures its samples, but metric is null; choose one of "
                 "conf/metric, or task=autoencoding, which draws no samples"
             )
+        if data.validation_set is not None:  # what its metric lacks shows now
+            with seeded(evaluator.seed):
+                evaluator.ready_metrics(data.validating(), torch.device("cpu"))
         untrained = evaluator.evaluate_samples(self.model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
     def after_training(self, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
         figures = evaluator.evaluate_samples(self.model, data)
         figures["protocol"] |= super().after_training(data, evaluator)["protocol"]
+        if data.validation_set is not None:
+            chosen = evaluator.evaluate_samples(self.model, data.validating(), only="fad")
+            figures["validation_fad"] = chosen["fad"]
+            figures["protocol"]["validation_fad"] = chosen["protocol"]["fad"]
         return figures
 
     def report(self, metrics: dict[str, Any]) -> list[str]:

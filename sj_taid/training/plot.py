@@ -106,13 +106,13 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     save(figure, path)
 
 
-def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
+def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -> None:
     """What was logged over the epochs, ``train/<name>`` and ``val/<name>`` in one plot a name."""
     names = list(dict.fromkeys(key.split("/")[1] for key in epochs[-1]))
     figure = Figure((5.2 * len(names), 4), layout="tight")
     axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        for stage, label in (("train", "training"), ("val", "test set")):
+        for stage, label in (("train", "training"), ("val", validated_on)):
             key = f"{stage}/{name}"
             points = [(n, epoch[key]) for n, epoch in enumerate(epochs, 1) if key in epoch]
             if points:

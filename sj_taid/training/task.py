@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from .evaluation import Evaluator
 
 
+def of_best_epoch(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of the epoch that was best on the validation set, by names of their own."""
+    return {f"{name}_best_validation_epoch": value for name, value in figures.items()}
+
+
 class Task(L.LightningModule):
     """A model and its training.
 
     ``takes`` says from which data sets it can learn.
 
-    What is logged as ``test/<name>`` becomes ``<name>`` in ``metrics.json``.
+    What is logged as ``test/<name>`` becomes ``<name>`` in ``metrics.json``, and ``val/<name>``
+    becomes ``validation_<name>`` where there is a validation set: both of the last epoch.
+    ``chosen_by`` names the figure, higher is better, by which an epoch is chosen, if one is.
 
     Args:
         model: what is trained.
@@ -29,6 +36,7 @@ class Task(L.LightningModule):
     """
 
     takes: type[Data] = Data
+    chosen_by: str | None = None
     model: Any
 
     def __init__(self, model: nn.Module, optimizer: Callable[[Iterable[Any]], Optimizer]) -> None:
@@ -62,12 +70,29 @@ class Task(L.LightningModule):
 
         In a distributed run every process tests, and the first alone measures the rest.
         """
-        (tested,) = trainer.test(self, data, verbose=False)
-        logged = {name.removeprefix("test/"): value for name, value in tested.items()}
+        logged = self.tested(trainer, data)
         if distributed.is_initialized():
             # A metric sums over all processes, and would wait for the others for ever.
             distributed.destroy_process_group()
         return logged | self.after_training(data, evaluator) if trainer.is_global_zero else logged
+
+    def tested(self, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, Any]:
+        """What the test logs."""
+        (logged,) = trainer.test(self, data, verbose=False)
+        return {name.removeprefix("test/"): value for name, value in logged.items()}
+
+    def validated(self, data: Data, epochs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The last epoch's figures on the validation set; without one, the best on the test set.
+
+        Args:
+            data: says which of them validation is on.
+            epochs: what was logged in each.
+        """
+        if data.validation_set is not None:
+            last = [item for epoch in epochs[-1:] for item in epoch.items()]
+            return {k.replace("val/", "validation_"): v for k, v in last if k.startswith("val/")}
+        values = [epoch[key] for epoch in epochs if (key := f"val/{self.chosen_by}") in epoch]
+        return {f"{self.chosen_by}_best_test_epoch": max(values)} if values else {}
 
     def before_training(self, data: Any, evaluator: Any) -> dict[str, Any]:
         """Figures of the untrained model, for ``metrics.json``.

@@ -112,6 +112,10 @@ def test_celeba(celeba):
     images, labels = first(module.train_dataloader())
     assert images.shape == (4, 3, 64, 64) and labels.tolist() == [-1] * 4
     assert images[:, :, 2:-2, 2:-2].max() < -0.95  # all but what JPEG blurs
+    assert module.validation_set is None
+    own = ready(data.CelebA, celeba.parent, channels=3, classes=None, validation="own")
+    assert [path[-10:] for path in own.validation_set.paths] == ["000005.jpg"]
+    assert own.train_set.paths == module.train_set.paths
 
     damaged = celeba / "img_align_celeba" / "000006.jpg"
     cut(damaged)
