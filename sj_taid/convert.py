@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from . import _compat
+from ._table import table
 from .neuron import ALIFNode
 from .ops import backends
 from .state import name_neurons
@@ -497,14 +498,4 @@ def _table(rows: list[Swap] | tuple[Swap, ...]) -> str:
     return table(
         ("name", "was", "now", "note"),
         [(" = ".join(r.names), r.kind, "ALIF" if r.swapped else "-", r.note) for r in rows],
-    )
-
-
-def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Aligned columns; the last one is not padded."""
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), note])
-        for *line, note in lines
     )

@@ -94,9 +94,12 @@ class Monitor:
 
         Warns of dead and saturated layers, and of those whose voltage was not finite.
         """
-        states = {path: self._state(path, node) for path, node in self._nodes.items()}
+        states = self.layers()
         rates = {p: s.firing_rate for p, s in states.items() if s.firing_rate is not None}
-        scale = "Lower or raise their v_threshold, or scale what comes in (tdBN, learning rate)."
+        scale = (
+            "sj_taid.calibrate(net, x_seq) sets their v_threshold so that they fire at a rate that "
+            "you choose; or scale what comes in (tdBN, learning rate)."
+        )
         _warn("dead", {p: r for p, r in rates.items() if r < self._dead}, scale)
         _warn("saturated", {p: r for p, r in rates.items() if r > self._saturated}, scale)
         _warn(
@@ -107,10 +110,13 @@ class Monitor:
         )
         return states
 
+    def layers(self) -> dict[str, LayerState]:
+        """What :meth:`state` returns, without a warning."""
+        return {path: self._state(path, node) for path, node in self._nodes.items()}
+
     def __str__(self) -> str:
         lines = [f"{'layer':24}{'rate':>10}{'tau':>10}{'threshold':>12}"]
-        for path, node in self._nodes.items():
-            state = self._state(path, node)
+        for path, state in self.layers().items():
             rate, tau = (
                 "-" if value is None else f"{value:.4g}" for value in (state.firing_rate, state.tau)
             )

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import packing
-from .convert import table
+from ._table import table
 from .neuron import ALIFNode, PassOn
 
 __all__ = ["Join", "JoinReport", "fuse_norm", "split_norm"]

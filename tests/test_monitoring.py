@@ -59,6 +59,7 @@ def test_dead_and_saturated_layers_are_named():
     assert len(messages) == 2
     assert messages[0].startswith("dead layers, spikes per neuron and step: dead (0).")
     assert messages[1].startswith("saturated layers, spikes per neuron and step: busy (1).")
+    assert all("sj_taid.calibrate(net, x_seq)" in message for message in messages)
 
 
 def test_hooks_go_and_healthy_layers_are_silent():
