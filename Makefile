@@ -45,8 +45,10 @@ format: install ## Format, and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-build: install ## Make wheel and sdist in dist/
+build: install ## Make wheel and sdist in dist/, and check them
+	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 install: $(VENV)/installed ## Make .venv with everything
 

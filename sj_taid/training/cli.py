@@ -15,43 +15,48 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .._extras import needs
+from .._extras import TRAIN, needs
 from . import composing
 from .run import Run, chosen
 
 
 def train(cfg: DictConfig) -> float | None:
-    from . import commands
+    with needs(TRAIN):
+        from . import commands
 
     return commands.train_once(cfg)
 
 
 def evaluate(cfg: DictConfig) -> None:
-    from . import commands
+    with needs(TRAIN):
+        from . import commands
 
     commands.evaluate(cfg, **commands.origin("evaluate", HydraConfig.get()))
 
 
 def sample(cfg: DictConfig) -> None:
-    from . import commands
+    with needs(TRAIN):
+        from . import commands
 
     commands.sample(cfg)
 
 
 def compare(arguments: Sequence[str]) -> None:
-    from . import compare
+    with needs(TRAIN):
+        from . import compare
 
     compare.main(arguments)
 
 
 def report(arguments: Sequence[str]) -> None:
-    from . import report
+    with needs(TRAIN):
+        from . import report
 
     report.main(arguments)
 
 
 def search(arguments: Sequence[str]) -> None:
-    with needs("optuna"):
+    with needs(f"{TRAIN} optuna"):
         from . import search
 
     search.main(arguments)
