@@ -17,7 +17,7 @@ test: install lint ## Lint, type check and test
 	$(BIN)/python -m pytest
 
 test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
-	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore-glob=*/experiments --ignore-glob=*/data --ignore-glob=*/training
+	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore-glob=*/benchmark --ignore-glob=*/experiments --ignore-glob=*/data --ignore-glob=*/training
 
 test-hydra: install ## Compose every config, and sweep, on Hydra's coming line
 	$(BIN)/python -m pip install --quiet --upgrade --target build/hydra "$(HYDRA)" "hydra-joblib-launcher>=1.4.0rc3" "hydra-submitit-launcher>=1.4.0rc3"

@@ -11,7 +11,8 @@ import lightning as L
 import pytest
 from omegaconf import OmegaConf
 
-from sj_taid.training import cli, provenance, run
+from sj_taid import doctor
+from sj_taid.training import cli, run
 from tests.training.conftest import TINY_AUTOENCODING
 
 
@@ -152,8 +153,8 @@ def test_a_run_of_no_epochs_and_no_progress_bar(train, tmp_path, caplog):
 
 
 def test_the_commit_is_asked_for_when_a_run_starts(monkeypatch):
-    provenance.commit.cache_clear()
+    doctor.commit.cache_clear()
     asked = []
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: asked.append(1) or pytest.fail())
-    importlib.reload(provenance)
+    importlib.reload(doctor)
     assert not asked

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_taid.ops import backends
 from sj_taid.ops.alif import autograd, kernels, reference
+from sj_taid.ops.alif.conformance import OPTIONS, Conformance
 from sj_taid.ops.alif.kernels import BLOCK, Options
 from tests.helpers import Case, assert_close, assert_not_finite_alike, results, tensors
-from tests.ops.alif.cases import OPTIONS, Conformance
 from tests.ops.alif.host import CompileError, needs_gxx
 
 CASE = Case(shape=(4, 3, 8, 2))
@@ -462,6 +462,11 @@ def test_unavailable_with_the_original_reason_and_the_remedy():
     with pytest.raises(backends.BackendUnavailableError, match=r"cupy-cuda12x.*>=14.2") as info:
         backends.resolve("cupy", x_seq, surrogate.ATan())
     assert isinstance(info.value.__cause__, ImportError | RuntimeError)
+
+
+def test_says_who_compiles(launcher, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    assert launcher.cuda.compiler() == ("NVRTC 13.0, driver for CUDA 13.1, compute capability 12.0")
 
 
 # ---- torch.compile and the operators ----
