@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from sj_taid.model import FSVAE
-from sj_taid.model.fsvae import original_neuron
 from sj_taid.model.latent import pick
+from sj_taid.model.spiking_vae import original_neuron
 from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.plot import save
 
