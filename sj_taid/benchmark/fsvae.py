@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ..model import FSVAE
-from ..model.fsvae import original_neuron
 from ..model.latent import pick
+from ..model.spiking_vae import original_neuron
 from ..training.allocator import reuse_freed_memory
 from ..training.plot import save
 from .common import conditions, interleaved, parser, write_csv

@@ -268,6 +268,10 @@ class Data(L.LightningDataModule):
         drop_last = len(self.train_set) >= self.batch_size
         return self._loader(self.train_set, self.augment, shuffle=True, drop_last=drop_last)
 
+    def train_samples(self) -> DataLoader:
+        """The training samples once, in their order and as they are."""
+        return self._loader(self.train_set)
+
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.test_set if self.validation_set is None else self.validation_set)
 

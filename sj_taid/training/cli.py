@@ -41,6 +41,12 @@ def sample(cfg: DictConfig) -> None:
     commands.sample(cfg)
 
 
+def fit_prior(cfg: DictConfig) -> None:
+    from . import commands
+
+    commands.fit_prior(cfg)
+
+
 def compare(arguments: Sequence[str]) -> None:
     with needs(TRAIN):
         from . import compare
@@ -68,7 +74,7 @@ def doctor(arguments: Sequence[str]) -> None:
     sys.exit(doctor.main(arguments))
 
 
-COMPOSED = {task.__name__: task for task in (train, evaluate, sample)}
+COMPOSED = {task.__name__: task for task in (train, evaluate, sample, fit_prior)}
 OTHERS = {task.__name__: task for task in (compare, report, search, doctor)}
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"

@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from hydra.utils import get_object
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from omegaconf import DictConfig, OmegaConf
 
+from ..model import ESVAE
+from ..model.rate import GaussianMixturePrior
 from .allocator import reuse_freed_memory
 from .callbacks import AtomicCheckpointIO, BestCheckpoint, Pictures, RandomNumbers
 from .composing import instantiate
@@ -304,9 +307,43 @@ def sample(cfg: DictConfig) -> None:
             f"{cfg.checkpoint} holds a {type(model).__name__}, which draws nothing; "
             "give a checkpoint of task=generation"
         )
+    if cfg.prior:
+        _require_esvae(model, cfg.checkpoint)
     torch.manual_seed(cfg.seed)
-    images = model.sample(cfg.n)
+    with model.drawing_from(cfg.prior) if cfg.prior else nullcontext():
+        images = model.sample(cfg.n)
     path = Path(cfg.output or run.folder / f"samples-seed{cfg.seed}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(images, path, cfg.columns, "Samples from the prior")
     log.info("%d samples are in %s", cfg.n, path)
+
+
+def fit_prior(cfg: DictConfig) -> None:
+    """Fit ESVAE's mixture of Gaussians to a finished run; its checkpoint keeps it.
+
+    The other tensors of the checkpoint stay as they are.
+    """
+    run = Run.find(cfg.checkpoint)
+    with run.lock():
+        config = run.config
+        model: Any = run.model(cfg.trust or ())
+        _require_esvae(model, cfg.checkpoint)
+        mixture = GaussianMixturePrior(model.latent_channels, cfg.components, cfg.covariance)
+        model.gaussian_mixture = mixture
+        data = build(OmegaConf.merge(config.dataset, _given(cfg.dataset)), cfg.trust or ())
+        data.prepare_data()
+        data.setup()
+        build(config.task, cfg.trust or (), model=model, optimizer=None).fit_prior(data)
+        checkpoint = read_checkpoint(run.checkpoint)
+        for name, tensor in mixture.state_dict().items():
+            checkpoint["state_dict"][f"model.gaussian_mixture.{name}"] = tensor
+        AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
+    log.info("%s has the fitted prior; its figures: sj-taid evaluate", run.checkpoint)
+
+
+def _require_esvae(model: Any, place: str) -> None:
+    if not isinstance(model, ESVAE):
+        raise ValueError(
+            f"{place} holds a {type(model).__name__}, whose prior is learned alone; "
+            "a mixture of Gaussians is for model=esvae"
+        )

@@ -72,6 +72,12 @@ METRICS = {
     "validation_reconstruction": Quantity("validation reconstruction ↓", 1, 4),
     "validation_fad": Quantity("validation FAD, own autoencoder ↓", 1, 2),
 }
+# ESVAE is measured by the other of its two priors too.
+METRICS |= {
+    f"{name}_{prior}": METRICS[name]._replace(title=f"{METRICS[name].title[:-2]}, {called} ↓")
+    for name in ("fad", "fad_published", "fid")
+    for prior, called in {"learned": "learned prior", "gaussian_mixture": "mixture"}.items()
+}
 COSTS = {
     "epochs": Quantity("epochs", 1, 0, spread=False),
     "parameters": Quantity("parameters, M", 1e6, 2, spread=False),
