@@ -95,7 +95,7 @@ def rbf_mmd(x: Tensor, y: Tensor) -> Tensor:
     bandwidth = distance.detach().sum() / (2 * n * (2 * n - 1)) / 4
     # All points equal: any bandwidth gives the distance 0.
     bandwidth = bandwidth.clamp(min=torch.finfo(bandwidth.dtype).tiny * 1e6)
-    scales = bandwidth * 2.0 ** torch.arange(5, device=x.device).view(-1, 1, 1)
+    scales = bandwidth * 2.0 ** torch.arange(5, dtype=x.dtype, device=x.device).view(-1, 1, 1)
     kernel = torch.exp(-distance / scales).sum(0)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
