@@ -1,6 +1,7 @@
 """Training of a classifier, on still images or on frames of events."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ class Classification(Task):
         model: the classifier.
         optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning rate's schedule from the optimizer; a step is an epoch.
+        lr_scale: see :class:`Task`.
     """
 
     def __init__(
         self,
         model: Classifier,
-        optimizer: Callable[[Iterable[Any]], Optimizer],
+        optimizer: partial[Optimizer],
         scheduler: Callable[[Optimizer], LRScheduler],
+        lr_scale: float | None = None,
     ) -> None:
-        super().__init__(model, optimizer)
+        super().__init__(model, optimizer, lr_scale)
         self.scheduler = scheduler
         self.confusion = MulticlassConfusionMatrix(model.classes)
 

@@ -111,7 +111,7 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         cfg.trainer,
         default_root_dir=folder,
         logger=instantiate(cfg.logger)(save_dir=folder) if cfg.get("logger") else False,
-        callbacks=[checkpoints, timer, RandomNumbers(), Pictures(folder), *others],
+        callbacks=[checkpoints, timer, RandomNumbers(), Pictures(folder, cfg.pictures), *others],
     )
     for tracker in trainer.loggers:
         tracker.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))

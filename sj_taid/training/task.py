@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..data import Data
+from ..optim import parameter_groups
 
 if TYPE_CHECKING:
     from .evaluation import Evaluator
@@ -26,18 +27,29 @@ class Task(L.LightningModule):
     Args:
         model: what is trained.
         optimizer: makes the optimizer from the parameters.
+        lr_scale: time constants and thresholds learn at the optimizer's learning rate times this,
+            without weight decay. None treats them as all other parameters.
     """
 
     takes: type[Data] = Data
     model: Any
 
-    def __init__(self, model: nn.Module, optimizer: Callable[[Iterable[Any]], Optimizer]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: partial[Optimizer],
+        lr_scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.optimizer = optimizer
+        self.lr_scale = lr_scale
 
     def configure_optimizers(self) -> Any:
-        return self.optimizer(self.parameters())
+        if self.lr_scale is None:
+            return self.optimizer(self.parameters())
+        lr = self.optimizer.keywords["lr"]
+        return self.optimizer(parameter_groups(self.model, lr, lr_scale=self.lr_scale))
 
     def on_before_backward(self, loss: Tensor) -> None:
         if not loss.isfinite():
