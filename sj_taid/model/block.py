@@ -7,7 +7,7 @@ import torch
 from spikingjelly.activation_based import base, layer
 from torch import nn
 
-Neuron = Callable[[], nn.Module]
+Neuron = Callable[..., nn.Module]
 """Makes one SpikingJelly neuron in step mode ``"m"`` each time it is called."""
 
 

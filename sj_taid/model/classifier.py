@@ -27,8 +27,9 @@ class Classifier(nn.Module):
     """PLIF-net, for still images and for frames of events.
 
     Each stage is {convolution 3x3, batch norm, neuron} for each of its widths, then max pooling
-    by 2. The head is {dropout, linear, neuron} twice; the mean over time and over the neurons of a
-    class is that class's rate. A dropout mask holds for all time steps.
+    by 2; without the norm a convolution has a bias instead. The head is {dropout, linear, neuron}
+    twice; the mean over time and over the neurons of a class is that class's rate. A dropout mask
+    holds for all time steps.
 
     A still image is the input current of every step, so its first convolution and norm are
     computed once. Every pass starts from rest, so that two calls in a row never mix, and leaves the
@@ -45,6 +46,9 @@ class Classifier(nn.Module):
         neurons_per_class: output neurons of a class.
         dropout: probabilities before the hidden and before the last layer.
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
+        norm: a batch norm after each convolution.
+        per_channel: give each neuron layer parameters per channel: ``neuron`` is called with
+            ``channels=``, which ALIF takes.
         fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
 
     Raises:
@@ -70,6 +74,8 @@ class Classifier(nn.Module):
         neurons_per_class: int = 10,
         dropout: tuple[float, float] = (0.5, 0.5),
         neuron: Neuron = paper_neuron,
+        norm: bool = True,
+        per_channel: bool = False,
         fused_norm: bool = True,
     ) -> None:
         super().__init__()
@@ -99,11 +105,14 @@ class Classifier(nn.Module):
         self.classes = classes
         self.T = T
 
+        def node(channels: int) -> nn.Module:
+            return neuron(channels=channels) if per_channel else neuron()
+
         features: list[nn.Module] = []
         channels = in_channels
         for widths in stages:
             for width in widths:
-                features += [_convolution(channels, width), neuron()]
+                features += [_convolution(channels, width, norm), node(width)]
                 channels = width
             features.append(layer.SeqToANNContainer(nn.MaxPool2d(2)))
         self.stem, *features = features
@@ -111,10 +120,10 @@ class Classifier(nn.Module):
         self.head = nn.Sequential(
             layer.Dropout(dropout[0], step_mode="m"),
             nn.Linear(channels * side * side, hidden, bias=False),
-            neuron(),
+            node(hidden),
             layer.Dropout(dropout[1], step_mode="m"),
             nn.Linear(hidden, classes * neurons_per_class, bias=False),
-            neuron(),
+            node(classes * neurons_per_class),
         )
         if fused_norm:
             fuse_norm(self)
@@ -141,7 +150,7 @@ class Classifier(nn.Module):
         return spikes.mean(0).unflatten(1, (self.classes, -1)).mean(2)
 
 
-def _convolution(in_channels: int, out_channels: int) -> nn.Module:
+def _convolution(in_channels: int, out_channels: int, norm: bool) -> nn.Module:
     """Convolution 3x3 and batch norm over time and batch together, on ``[T, N, C, H, W]``."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return layer.SeqToANNContainer(conv, nn.BatchNorm2d(out_channels))
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=not norm)
+    return layer.SeqToANNContainer(conv, *([nn.BatchNorm2d(out_channels)] if norm else []))

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .block import Neuron, evaluating
 from .rate import GaussianMixturePrior, LearnedPrior, rbf_mmd, spikes_from_rate
@@ -71,7 +70,9 @@ class ESVAE(SpikingVAE):
     def _make_latent(self, neuron: Neuron) -> None:
         d = self.latent_channels
         self.learned = LearnedPrior(d)
-        self.gaussian_mixture = GaussianMixturePrior(d, self.components, self.covariance)
+        self.gaussian_mixture = GaussianMixturePrior(
+            d, self.components, self.covariance, levels=self.T
+        )
 
     def forward(self, image: Tensor) -> ESVAEOutput:
         """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1]."""
@@ -111,11 +112,9 @@ class ESVAE(SpikingVAE):
             self.prior = before
 
     def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
-        """``loss = reconstruction + latent``: squared error, and the weighted MMD of q and p."""
+        """``loss`` and its terms: those of the images, and the weighted MMD of q and p."""
         output = self(image)
-        reconstruction = F.mse_loss(output.image, image)
-        latent = self.mmd_weight * rbf_mmd(output.q, output.p)
-        return {"loss": reconstruction + latent, "reconstruction": reconstruction, "latent": latent}
+        return self.summed(output.image, image, self.mmd_weight * rbf_mmd(output.q, output.p))
 
 
 def _known(prior: str) -> str:

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .block import Neuron
 from .latent import LATENT_LOSSES, Posterior, Prior
@@ -86,11 +85,9 @@ class FSVAE(SpikingVAE):
         return self.prior.sample(self._picks(n))
 
     def loss(self, image: Tensor, output: FSVAEOutput) -> dict[str, Tensor]:
-        """``loss = reconstruction + latent``: squared error, and MMD or 1e-4 KL of q and p."""
+        """``loss`` and its terms: those of the images, and MMD or 1e-4 KL of q and p."""
         distance, weight = LATENT_LOSSES[self.latent_loss]
-        reconstruction = F.mse_loss(output.image, image)
-        latent = weight * distance(output.q, output.p)
-        return {"loss": reconstruction + latent, "reconstruction": reconstruction, "latent": latent}
+        return self.summed(output.image, image, weight * distance(output.q, output.p))
 
     def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
         """The loss of a pass; ``progress`` of the training, 0 to 1, sets the scheduled sampling."""

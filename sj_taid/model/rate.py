@@ -115,7 +115,18 @@ class LearnedPrior(nn.Module):
 
 
 class GaussianMixturePrior(nn.Module):
-    """Rates from a mixture of Gaussians, clamped to [0, 1], fitted to those of the training images.
+    r"""Rates from a mixture of Gaussians that is fitted to those of the training images.
+
+    Most rates are 0 or 1, or nearly: a density that no few Gaussians have. So of a draw ``x`` of
+    the mixture only the ranks are taken, each channel's by the mixture's distribution function, and
+    the rate is that of the same rank among the training images' (a Gaussian mixture copula):
+
+    .. math::
+        r_c = Q_c(F_c(x_c)), \quad x \sim \sum_k w_k N(\mu_k, \Sigma_k), \quad
+        F_c(x) = \sum_k w_k \Phi\!\left(\frac{x - \mu_{kc}}{\sqrt{\Sigma_{kcc}}}\right)
+
+    with the quantile function :math:`Q_c` of channel c, a step function over the ``levels`` + 1
+    values that a mean of spikes can have.
 
     Its tensors are buffers, so a checkpoint keeps them; they are NaN until :meth:`fit`. One with
     another number of components can be loaded.
@@ -124,17 +135,24 @@ class GaussianMixturePrior(nn.Module):
         channels: latent channels d.
         components: Gaussians in the mixture.
         covariance: scikit-learn's ``covariance_type``: one of full, tied, diag and spherical.
+        levels: time steps of which a rate is the mean.
 
     Raises:
         ValueError: a bad argument.
         RuntimeError: at a call, a mixture that is not fitted.
+
+    Source: the mixture after training from Ghosh et al., arXiv 1903.12436; the copula from Tewari
+    et al. 2011, ICDM Workshops.
     """
 
     weights: Tensor
     means: Tensor
     cholesky: Tensor
+    cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
 
-    def __init__(self, channels: int, components: int = 10, covariance: str = "full") -> None:
+    def __init__(
+        self, channels: int, components: int = 10, covariance: str = "full", levels: int = 16
+    ) -> None:
         super().__init__()
         if components < 1:
             raise ValueError(f"components must be at least 1, but it is {components}")
@@ -144,9 +162,11 @@ class GaussianMixturePrior(nn.Module):
             )
         self.components = components
         self.covariance = covariance
+        self.levels = levels
         shapes = {"weights": (), "means": (channels,), "cholesky": (channels, channels)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.full((components, *shape), float("nan")))
+        self.register_buffer("cumulative", torch.full((channels, levels + 1), float("nan")))
         self.register_load_state_dict_pre_hook(_take_the_shape_of_what_is_loaded)
 
     @property
@@ -183,6 +203,9 @@ class GaussianMixturePrior(nn.Module):
         self.weights.copy_(torch.as_tensor(mixture.weights_))
         self.means.copy_(torch.as_tensor(mixture.means_))
         self.cholesky.copy_(torch.linalg.cholesky(full))
+        counts = (rates * self.levels).round()
+        for level in range(self.levels + 1):
+            self.cumulative[:, level] = (counts <= level).double().mean(0)
 
     def forward(self, n: int) -> Tensor:
         """Draw ``n`` rates ``[n, d]``."""
@@ -192,13 +215,19 @@ class GaussianMixturePrior(nn.Module):
                 "finished run by `sj-taid fit-prior`, or draw from prior='learned'"
             )
         gaussians = MultivariateNormal(self.means, scale_tril=self.cholesky)
-        return MixtureSameFamily(Categorical(self.weights), gaussians).sample((n,)).clamp(0, 1)
+        x = MixtureSameFamily(Categorical(self.weights), gaussians).sample((n,))
+        spread = self.cholesky.square().sum(2).sqrt()  # of each component and channel
+        below = torch.special.ndtr((x.unsqueeze(1) - self.means) / spread)
+        rank = (self.weights.unsqueeze(1) * below).sum(1).t().contiguous()
+        level = torch.searchsorted(self.cumulative, rank).clamp(max=self.levels)
+        return level.t().to(x.dtype) / self.levels
 
 
 def _take_the_shape_of_what_is_loaded(
     prior: GaussianMixturePrior, state: dict[str, Tensor], prefix: str, *others: Any
 ) -> None:
-    for name, buffer in prior.named_buffers():
+    for name in ("weights", "means", "cholesky"):
         if (loaded := state.get(prefix + name)) is not None:
             prior.components = len(loaded)
+            buffer = getattr(prior, name)
             setattr(prior, name, buffer.new_empty(len(loaded), *buffer.shape[1:]))

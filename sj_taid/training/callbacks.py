@@ -28,10 +28,16 @@ class ProgressBar(RichProgressBar):
 
 
 class Pictures(L.Callback):
-    """Follows figures and neurons' parameters over training, and draws everything at its end."""
+    """Follows figures and neurons' parameters over training, and draws everything at its end.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where to draw.
+        draw: whether to.
+    """
+
+    def __init__(self, folder: Path, draw: bool) -> None:
         self.folder = folder
+        self.draw = draw
         self.history: list[dict[str, dict[str, float]]] = []
         self.epochs: list[dict[str, float]] = []
 
@@ -44,7 +50,7 @@ class Pictures(L.Callback):
         self.epochs.append({name: float(x) for name, x in trainer.callback_metrics.items()})
 
     def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
-        if not trainer.is_global_zero:
+        if not (self.draw and trainer.is_global_zero):
             return
         loader: Any = trainer.test_dataloaders
         images, _ = next(iter(loader))

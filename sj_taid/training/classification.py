@@ -1,14 +1,11 @@
 """Training of a classifier, on still images or on frames of events."""
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data import Data
@@ -22,25 +19,14 @@ class Classification(Task):
 
     Args:
         model: the classifier.
-        optimizer: makes the optimizer from the parameters.
-        scheduler: makes the learning rate's schedule from the optimizer; a step is an epoch.
+        args: and ``kwargs``: those of :class:`Task`.
     """
 
     chosen_by = "accuracy"
 
-    def __init__(
-        self,
-        model: Classifier,
-        optimizer: Callable[[Iterable[Any]], Optimizer],
-        scheduler: Callable[[Optimizer], LRScheduler],
-    ) -> None:
-        super().__init__(model, optimizer)
-        self.scheduler = scheduler
+    def __init__(self, model: Classifier, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
         self.confusion = MulticlassConfusionMatrix(model.classes)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = super().configure_optimizers()
-        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         loss, _ = self._step("train", batch)

@@ -107,7 +107,7 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    pictures = Pictures(folder)
+    pictures = Pictures(folder, cfg.pictures)
     best = BestCheckpoint(run.best, f"val/{task.chosen_by}")
     if task.chosen_by and data.validation_set is not None:
         keepers = [best, checkpoints]  # in this order: the last one knows of the best
@@ -328,7 +328,9 @@ def fit_prior(cfg: DictConfig) -> None:
         config = run.config
         model: Any = run.model(cfg.trust or ())
         _require_esvae(model, cfg.checkpoint)
-        mixture = GaussianMixturePrior(model.latent_channels, cfg.components, cfg.covariance)
+        mixture = GaussianMixturePrior(
+            model.latent_channels, cfg.components, cfg.covariance, levels=model.T
+        )
         model.gaussian_mixture = mixture
         data = build(OmegaConf.merge(config.dataset, _given(cfg.dataset)), cfg.trust or ())
         data.prepare_data()

@@ -32,6 +32,8 @@ Metrics = dict[str, Any]
 EXPERIMENTS = {path.stem: path for path in sorted(Path(CONF, "experiment").glob("*.yaml"))}
 RUNS = Path("results", "runs")
 REPORT = Path("RESULTS.md")
+#: experiments that sweep by themselves, in any data set: too many runs to keep each
+STUDIES = ("start_map", "lr_scale")
 SMALL_BUDGET = "_cpu"  # ends the name of an experiment for a laptop
 BASELINES = {"neuron": "lif", "decoder": "fixed"}
 
@@ -267,7 +269,7 @@ def stored(root: Path, experiment: str) -> list[Metrics]:
 
 def tables(root: Path) -> dict[str, str]:
     """What RESULTS.md holds of the runs and the published values in ``root/results``."""
-    runs = {name: stored(root, name) for name in EXPERIMENTS}
+    runs = {name: stored(root, name) for name in EXPERIMENTS if name not in STUDIES}
     small = {name: ours for name, ours in runs.items() if name.endswith(SMALL_BUDGET)}
     papers = {name: ours for name, ours in runs.items() if name not in small}
     sections = [small_section(name, ours) for name, ours in small.items() if ours]

@@ -35,6 +35,10 @@ def main(arguments: Sequence[str]) -> None:
     tasks = [o for o in parsed if not o.is_hydra_override()]
     jobs = [[str(o.input_line) for o in tasks]]
     if given.multirun:  # by Hydra's own sweeper, so that the folders have the names that it gives
+        fixed = [str(o.input_line) for o in tasks if not o.is_sweep_override()]
+        cfg = compose("train", [*hydras, *fixed], given.config_path, return_hydra_config=True)
+        swept = [f"{key}={values}" for key, values in (cfg.hydra.sweeper.params or {}).items()]
+        tasks = [*OverridesParser.create().parse_overrides(swept), *tasks]
         (jobs,) = BasicSweeper.split_arguments(tasks, None)
 
     roots = {Path("runs"), Path("multirun")}

@@ -35,6 +35,7 @@ from .compare import COLUMNS as MEASURED
 from .compare import METRICS, Metrics, Quantity, frame, gather, heading, present
 from .evaluation import seeded
 from .files import atomic_write
+from .plot import time_shares
 from .run import Run, build, read_checkpoint
 
 with needs("'spikingjelly>=2' plotly jinja2"):
@@ -85,8 +86,7 @@ def look(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
         return lambda node, inputs, output: spikes.update({name.removesuffix(".1"): output})
 
     def watch_decoder(decoder: Any, inputs: tuple[Tensor]) -> None:
-        weights = decoder.attention(*inputs)
-        seen["shares"] = weights / weights.sum(0)
+        seen["shares"] = time_shares(decoder.attention(*inputs))
 
     hooks = []
     for name, module in model.named_modules():

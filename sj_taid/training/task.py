@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import Data
+from ..optim import parameter_groups
 
 if TYPE_CHECKING:
     from .evaluation import Evaluator
@@ -33,19 +36,39 @@ class Task(L.LightningModule):
     Args:
         model: what is trained.
         optimizer: makes the optimizer from the parameters.
+        lr_scale: time constants and thresholds learn at the optimizer's learning rate times this,
+            without weight decay. None treats them as all other parameters.
+        scheduler: makes the learning rate's schedule from the optimizer, a step is an epoch; None
+            keeps it as it is.
     """
 
     takes: type[Data] = Data
     chosen_by: str | None = None
     model: Any
 
-    def __init__(self, model: nn.Module, optimizer: Callable[[Iterable[Any]], Optimizer]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: partial[Optimizer],
+        lr_scale: float | None = None,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.optimizer = optimizer
+        self.lr_scale = lr_scale
+        self.scheduler = scheduler
 
     def configure_optimizers(self) -> Any:
-        return self.optimizer(self.parameters())
+        if self.lr_scale is None:
+            optimizer = self.optimizer(self.parameters())
+        else:
+            lr = self.optimizer.keywords["lr"]
+            groups = parameter_groups(self.model, lr, lr_scale=self.lr_scale)
+            optimizer = self.optimizer(groups)
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
     def on_before_backward(self, loss: Tensor) -> None:
         if not loss.isfinite():

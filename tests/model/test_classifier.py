@@ -44,6 +44,15 @@ def test_every_parameter_learns(make, make_input):
         assert parameter.grad.abs().sum() > 0, name
 
 
+def test_parameters_per_channel_and_no_norm():
+    net = Classifier(**SMALL, norm=False, per_channel=True)
+    sizes = [n.v_threshold.numel() for n in net.modules() if isinstance(n, ALIFNode)]
+    assert sizes == [6, 6, 8, 20, 30] and net(images()).shape == (6, 10)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert all(m.bias is not None for m in convolutions)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+
+
 def test_the_papers_nets():
     mnist = Classifier()
     assert [m.out_channels for m in mnist.modules() if isinstance(m, nn.Conv2d)] == [128, 128]

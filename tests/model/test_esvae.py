@@ -60,6 +60,30 @@ def test_every_parameter_learns(make_decoder):
             assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("options", [{"subpixel": True}, {"decoder": TAID(6, 3, squeeze="none")}])
+def test_other_decoders_learn_too(options):
+    torch.manual_seed(0)
+    model = ESVAE(**SMALL, **options, in_channels=3)
+    image = images(4, channels=3)
+    output = model(image)
+    assert output.image.shape == image.shape
+    model.training_loss(image)["loss"].backward()
+    for name, parameter in model.named_parameters():
+        if not name.endswith(("stem.0.bias", ".0.0.bias")):
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_sharpness_is_the_error_of_neighbouring_pixels_differences():
+    model = ESVAE(**SMALL, gradient_weight=0.3)
+    image = torch.zeros(1, 1, 2, 3)
+    output = torch.tensor([[[[0.0, 1, 1], [0, 1, 0]]]])
+    # Along the width 1, 0, 1, -1; along the height 0, 0, -1.
+    losses = model.summed(output, image, torch.tensor(2.0))
+    assert losses["gradient"].item() == pytest.approx(0.3 * (3 / 4 + 1 / 3))
+    assert losses["reconstruction"].item() == pytest.approx(3 / 6)
+    assert losses["loss"].item() == pytest.approx(0.3 * (3 / 4 + 1 / 3) + 3 / 6 + 2)
+
+
 def test_the_loss_is_the_squared_error_and_the_weighted_mmd():
     model = ESVAE(**SMALL, mmd_weight=0.5).eval()
     image = images(4)

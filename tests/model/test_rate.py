@@ -110,7 +110,7 @@ def test_a_fitted_mixture_draws_what_it_was_fitted_to(covariance):
     which = torch.arange(4000) % 4 == 0  # a quarter in the first
     rates = torch.where(which[:, None], *centres.unsqueeze(1))
     rates = rates + spread * torch.randn(4000, 3, generator=generator)
-    prior = GaussianMixturePrior(3, components=2, covariance=covariance)
+    prior = GaussianMixturePrior(3, components=2, covariance=covariance, levels=1000)
     assert not prior.fitted
     prior.fit(rates)
     torch.manual_seed(0)
@@ -122,24 +122,47 @@ def test_a_fitted_mixture_draws_what_it_was_fitted_to(covariance):
         assert torch.allclose(drawn[cluster].std(0), torch.full((3,), spread), atol=0.005)
 
 
-def test_a_full_mixture_keeps_what_two_channels_have_in_common():
+def test_what_channels_have_in_common_and_how_each_is_spread_are_kept():
+    """Rates that are 0 or 1: no Gaussian has that density, and its draws' ranks have."""
     generator = torch.Generator().manual_seed(0)
-    common = 0.1 * torch.randn(2000, 1, generator=generator)
-    rates = (0.5 + common + 0.02 * torch.randn(2000, 2, generator=generator)).clamp(0, 1)
-    prior = GaussianMixturePrior(2, components=1)
+    score = torch.randn(4000, 1, generator=generator)
+    other = score + 0.3 * torch.randn(4000, 1, generator=generator)
+    rates = torch.cat([score > 0.5, other > 0.5, other < 0.5], 1).float()
+    prior = GaussianMixturePrior(3, components=1, levels=4)
     prior.fit(rates)
-    assert torch.corrcoef(prior(2000).T)[0, 1] > 0.9
+    torch.manual_seed(0)
+    drawn = prior(4000)
+    assert drawn.unique().tolist() == [0, 1]
+    assert torch.allclose(drawn.mean(0), rates.mean(0), atol=0.03)
+    # One Gaussian with the correlation rho of 0s and 1s gives back about (2 / pi) arcsin(rho).
+    expected = 2 / torch.pi * torch.corrcoef(rates.T).asin()
+    assert expected[0, 1] > 0.5 and expected[0, 2] < -0.5
+    assert torch.allclose(torch.corrcoef(drawn.T), expected, atol=0.05)
 
 
-def test_a_mixture_is_clamped_to_rates_and_travels_in_the_state_dict(tmp_path):
+def test_a_draw_has_the_rank_that_it_has_in_the_mixture():
+    prior = GaussianMixturePrior(1, components=2, levels=4)
+    prior.weights.copy_(torch.tensor([0.5, 0.5]))
+    prior.means.copy_(torch.tensor([[0.0], [10]]))
+    prior.cholesky.copy_(torch.ones(2, 1, 1))
+    # A fifth at each level: of the first Gaussian, ranks 0 to 1/2, nothing is above level 2.
+    prior.cumulative.copy_(torch.tensor([[0.2, 0.4, 0.6, 0.8, 1.0]]))
+    torch.manual_seed(0)
+    drawn = prior(5000)
+    assert torch.allclose(
+        (drawn * 4).long().ravel().bincount() / 5000, torch.full((5,), 0.2), atol=0.02
+    )
+
+
+def test_a_mixture_travels_in_the_state_dict(tmp_path):
     prior = GaussianMixturePrior(2, components=3)
-    prior.fit(torch.rand(100, 2).round())  # rates that are 0 or 1
+    prior.fit(torch.rand(100, 2).round())
     torch.save(prior.state_dict(), tmp_path / "prior.pt")
-    other = GaussianMixturePrior(2, components=3)
+    other = GaussianMixturePrior(2, components=5)
     other.load_state_dict(torch.load(tmp_path / "prior.pt", weights_only=True))
+    assert other.components == 3
     torch.manual_seed(0)
     drawn = prior(500)
-    assert drawn.min() == 0 and drawn.max() == 1
     torch.manual_seed(0)
     assert torch.equal(other(500), drawn)
 
@@ -149,7 +172,7 @@ def test_a_channel_without_spread_is_no_error():
     rates[:, 1] = 0.0
     prior = GaussianMixturePrior(3, components=2)
     prior.fit(rates)
-    assert prior(100)[:, 1].max() < 0.05
+    assert prior(100)[:, 1].max() == 0
 
 
 @pytest.mark.parametrize(

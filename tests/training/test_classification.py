@@ -57,6 +57,15 @@ def test_learns_digits_under_its_schedule(tiny, tmp_path):
 METRICS = ("accuracy", "loss")
 
 
+def test_taus_and_thresholds_learn_at_a_scaled_rate(classify, tmp_path):
+    train(classify("task.lr_scale=10", "pictures=false"), tmp_path)
+    checkpoint = torch.load(tmp_path / run.CHECKPOINTS / "last.ckpt", weights_only=True)
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    assert [(g["name"], g["initial_lr"]) for g in groups] == [("weights", 1e-3), ("neurons", 1e-2)]
+    assert len(groups[1]["params"]) == 2 * 4
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_all_neurons_start_alike(tiny):
     values = []
     for name in NEURONS:

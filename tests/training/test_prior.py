@@ -61,10 +61,10 @@ def test_a_mixture_is_fitted_later_by_one_command(folder, tmp_path, sj_taid):
     assert after.keys() == before.keys()
     for name, tensor in after["state_dict"].items():
         if "gaussian_mixture" in name:
-            assert len(tensor) == 3 and tensor.isfinite().all(), name
+            assert tensor.isfinite().all(), name
         else:
             assert torch.equal(tensor, before["state_dict"][name]), name
-    assert load_model(folder).gaussian_mixture.components == 3
+    assert len(load_model(folder).gaussian_mixture.means) == 3
     figures = evaluate(compose("evaluate", [f"checkpoint={folder}"]))["figures"]
     metrics = Run(folder).metrics
     assert figures["fad"] == metrics["fad"]

@@ -105,6 +105,13 @@ def test_a_dry_run_says_how_long_the_likes_took(sj_taid, tmp_path, monkeypatch, 
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_dry_run_lists_what_an_experiment_sweeps_over(sj_taid, capsys):
+    fewer = ["neuron=lif,plif", "seed=1", "neuron_start.tau=2.0"]
+    sj_taid("train", "--dry-run", "-m", "experiment=start_map", *fewer)
+    *jobs, last = capsys.readouterr().out.splitlines()
+    assert last == f"jobs: {2 * 5} new" and "multirun/start_map/" in jobs[0]
+
+
 def find(folder):
     return sorted(folder.glob(f"*/{run.METRICS}"))
 
