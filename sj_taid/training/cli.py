@@ -57,6 +57,12 @@ def search(arguments: Sequence[str]) -> None:
     search.main(arguments)
 
 
+def prove(arguments: Sequence[str]) -> None:
+    from .. import prove
+
+    sys.exit(prove.main(arguments))
+
+
 def doctor(arguments: Sequence[str]) -> None:
     from .. import doctor
 
@@ -64,7 +70,7 @@ def doctor(arguments: Sequence[str]) -> None:
 
 
 COMPOSED = {task.__name__: task for task in (train, evaluate, sample)}
-OTHERS = {task.__name__: task for task in (compare, report, search, doctor)}
+OTHERS = {task.__name__: task for task in (compare, report, search, prove, doctor)}
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"
 

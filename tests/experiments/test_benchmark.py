@@ -1,6 +1,7 @@
 """The neuron's benchmarks, on a grid too small to mean anything."""
 
 import csv
+import re
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -162,3 +163,8 @@ def test_the_command_of_a_module_is_one_that_can_be_repeated(name, monkeypatch):
 
 def test_results_are_not_written_among_the_committed_ones():
     assert common.parser("").parse_args([]).out == Path("benchmark-results")
+
+
+def test_every_machine_with_results_is_named():
+    named = re.findall(r"^\| `(.+?)`", (RESULTS / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(named) == sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
