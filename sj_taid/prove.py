@@ -31,13 +31,13 @@ from .ops import backends
 SIZES = {
     "cuda": {
         "doctor": "--kernels",
-        "neuron": "--dtypes float32 bfloat16 --steps 4 16 --neurons 262144 4194304 --only LIF",
+        "neuron": "--dtypes float32 bfloat16 --steps 4 16 --neurons 262144 4194304 --only cupy LIF",
         "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
         "norm": "--steps 8 --batch 32 --repeats 20 --zoo sew_resnet18",
         "fsvae": "--parts compare --batch 64",
     },
     "cpu": {
-        "neuron": "--steps 4 16 --neurons 4096 65536 --repeats 5 --only LIF",
+        "neuron": "--steps 4 16 --neurons 4096 65536 --repeats 5 --only numba LIF",
         "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
         "norm": "--steps 4 --batch 2 --repeats 3 --dtypes float32 "
         "--nets 'norm + neuron' '3 x [conv, norm, neuron]'",
