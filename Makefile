@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 LEGACY := .venv-legacy
 HYDRA := hydra-core==1.4.0rc3
 
-.PHONY: help demo test test-legacy test-hydra kernels fuzz docs tables lint format build install clean
+.PHONY: help demo gpu test test-legacy test-hydra kernels fuzz docs tables lint format build install clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: install ## Train a small FSVAE on handwritten digits and draw its pictures
 	$(BIN)/python experiments/train.py
+
+# The extra is that of the CUDA which torch is built for.
+gpu: install ## Prove the CUDA kernels on this machine's GPU, and time them; ten minutes
+	cuda=$$($(BIN)/python -c "import torch; print((torch.version.cuda or '').split('.')[0])"); \
+	  test -z "$$cuda" || $(BIN)/python -m pip install --quiet --editable ".[cuda$$cuda]"
+	$(BIN)/sj-taid prove
 
 test: install lint ## Lint, type check and test
 	$(BIN)/python -m pytest

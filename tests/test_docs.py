@@ -87,10 +87,12 @@ def test_each_command_is_understood(line, parse_only):
 
 def understood(command, is_benchmark, words):
     pytest.importorskip("hydra", reason="needs the extra train")
-    if is_benchmark or command in ("compare", "report", "search"):
-        module = importlib.import_module(command if is_benchmark else f"sj_taid.training.{command}")
+    from sj_taid.training import cli
+
+    if is_benchmark or command in cli.OTHERS:
+        run = importlib.import_module(command).main if is_benchmark else cli.OTHERS[command]
         with pytest.raises(Parsed):
-            module.main(words)
+            run(words)
     elif command == "pages":
         assert not words
     else:

@@ -68,6 +68,12 @@ def search(arguments: Sequence[str]) -> None:
     search.main(arguments)
 
 
+def prove(arguments: Sequence[str]) -> None:
+    from .. import prove
+
+    sys.exit(prove.main(arguments))
+
+
 def doctor(arguments: Sequence[str]) -> None:
     from .. import doctor
 
@@ -75,7 +81,7 @@ def doctor(arguments: Sequence[str]) -> None:
 
 
 COMPOSED = {task.__name__: task for task in (train, evaluate, sample, fit_prior)}
-OTHERS = {task.__name__: task for task in (compare, report, search, doctor)}
+OTHERS = {task.__name__: task for task in (compare, report, search, doctor, prove)}
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"
 

@@ -1,6 +1,7 @@
 """The neuron's benchmarks, on a grid too small to mean anything."""
 
 import csv
+import re
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -57,15 +58,28 @@ def test_nothing_is_timed_unless_all_compute_the_same(modules):
 
 
 def test_what_is_left_out_cannot_stop_the_others(tmp_path, monkeypatch):
-    class Fails(torch.nn.Module):
-        def forward(self, x_seq):
-            raise NotImplementedError("no such kernel")
-
     made = common.contestants(CPU) | {"SpikingJelly FlexSN": Fails()}
     monkeypatch.setattr(neuron, "contestants", lambda device: made)
     small = ["--device", "cpu", "--steps", "2", "--neurons", "64", "--repeats", "1"]
     neuron.main([*small, "--only", "PLIF", "--out", str(tmp_path)])
     assert [row["neuron"] for row in rows(tmp_path / "neuron.csv")] == ["SpikingJelly PLIF"]
+
+
+class Fails(torch.nn.Module):
+    def forward(self, x_seq):
+        raise RuntimeError("no such kernel")
+
+
+def test_ours_are_never_skipped_and_what_is_asked_for_is_there(tmp_path, capsys):
+    case = ("float32", 2, 8, CPU, 1)
+    assert neuron.time_neurons({"SpikingJelly LIF": Fails()}, *case) == []
+    assert (
+        "skipped SpikingJelly LIF at float32, T=2, N=8: no such kernel" in capsys.readouterr().out
+    )
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        neuron.time_neurons({"ALIF torch": Fails()}, *case)
+    with pytest.raises(SystemExit, match=r"--only cupi: expected parts of ALIF torch, .*LIF"):
+        neuron.main(["--device", "cpu", "--only", "torch", "cupi", "--out", str(tmp_path)])
 
 
 def test_a_step_of_fsvae(tmp_path, monkeypatch):
@@ -162,3 +176,8 @@ def test_the_command_of_a_module_is_one_that_can_be_repeated(name, monkeypatch):
 
 def test_results_are_not_written_among_the_committed_ones():
     assert common.parser("").parse_args([]).out == Path("benchmark-results")
+
+
+def test_every_machine_with_results_is_named():
+    named = re.findall(r"^\| `(.+?)`", (RESULTS / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(named) == sorted(path.name for path in RESULTS.iterdir() if path.is_dir())

@@ -3,9 +3,10 @@
     python -m sj_taid.ops.alif.conformance
 
 runs a compact set of cases in which every pair of options' values occurs, and compares outputs,
-final state and every gradient by name with the definition in float64 on the CPU. On a GPU it also
-counts the launches, so that no other path can have answered. Each case has a row in
-``conformance-<dtype>.csv``. ``--tiny`` runs one small forward instead and compares it bit for bit.
+final state and every gradient by name with the definition in float64 on the CPU. On a GPU they get
+the kernels of large inputs, and launches are counted, so that no other path can have answered. Each
+case has a row in ``conformance-<dtype>.csv``. ``--tiny`` runs one small forward instead and
+compares it bit for bit.
 
 A norm is ``"batch"``, by the input's own statistics, or ``"fixed"``, by the running ones.
 """
@@ -19,10 +20,12 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from spikingjelly.activation_based import surrogate
@@ -433,11 +436,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     (backend,) = backends.PREFERENCE[options.device]
     backends.resolve(backend, torch.zeros(2, 3, device=options.device), surrogate.ATan())
-    launches = None
+    launches: Counter[str] | None = None
+    threads: AbstractContextManager[Any] = nullcontext()
     if options.device == "cuda":
         from . import cuda
 
-        launches = cuda.launches
+        launches, threads = cuda.launches, as_of_many(cuda)
         print(cuda.compiler())
     if options.tiny:
         found = tiny(backend, options.device, launches)
@@ -446,14 +450,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     multi_step = partial(alif_multi_step, backend=backend)
     cases = [Conformance(row) for row in pairwise(COMPACT)]
     failed = 0
-    for name in options.dtypes:
-        chosen = [case for case in cases if case.case.dtype == getattr(torch, name)]
-        chosen = chosen[: options.cases]
-        run = partial(Conformance.differences, multi_step=multi_step, device=options.device)
-        failed += write(
-            chosen, partial(run, launches=launches), options.out / f"conformance-{name}.csv"
-        )
+    with threads:
+        for name in options.dtypes:
+            chosen = [case for case in cases if case.case.dtype == getattr(torch, name)]
+            run = partial(Conformance.differences, multi_step=multi_step, device=options.device)
+            failed += write(
+                chosen[: options.cases],
+                partial(run, launches=launches),
+                options.out / f"conformance-{name}.csv",
+            )
     return bool(failed)
+
+
+def as_of_many(cuda: Any) -> AbstractContextManager[Any]:
+    """The kernels that large inputs get, several neurons a thread, for inputs of any size."""
+    return mock.patch.object(cuda, "_capacity", lambda device: 0)
 
 
 def write(

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_taid.ops import backends
 from sj_taid.ops.alif import autograd, kernels, reference
-from sj_taid.ops.alif.conformance import OPTIONS, Conformance
+from sj_taid.ops.alif.conformance import OPTIONS, Conformance, as_of_many
 from sj_taid.ops.alif.kernels import BLOCK, Options
 from tests.helpers import Case, assert_close, assert_not_finite_alike, results, tensors
 from tests.ops.alif.host import CompileError, needs_gxx
@@ -34,6 +34,20 @@ def test_one_launch_forward_and_one_kernel_backward(launcher):
     assert [launch.name.split("<")[0] for launch in launcher.launches] == [
         "alif_forward",
         "alif_backward",
+    ]
+
+
+@needs_gxx
+def test_few_neurons_can_be_given_the_kernels_of_many(launcher):
+    launcher.capacity = 2**18  # of a GPU: a thread takes one neuron while others have none
+    run(launcher)
+    with as_of_many(launcher.cuda):
+        run(launcher)
+    names = [launch.name.split(",")[:3] for launch in launcher.launches]
+    assert names == [
+        [f"alif_{direction}<float", "4", vec]
+        for vec_of in ({"forward": "1", "backward": "1"}, {"forward": "4", "backward": "2"})
+        for direction, vec in vec_of.items()
     ]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops.alif import reference
-from sj_taid.ops.alif.conformance import OPTIONS, Conformance, pairwise
+from sj_taid.ops.alif.conformance import OPTIONS, Conformance, as_of_many, pairwise
 from tests.helpers import Case, assert_close, results, tensors
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +38,8 @@ def case_terms(case):
 
 @pytest.mark.parametrize("conformance", [Conformance(row) for row in pairwise(OPTIONS)], ids=str)
 def test_conformance(cuda, conformance):
-    assert not conformance.differences(on_gpu, "cuda", cuda.launches)
+    with as_of_many(cuda):
+        assert not conformance.differences(on_gpu, "cuda", cuda.launches)
 
 
 @pytest.mark.parametrize("shape", [(8, 64, 32, 14, 14), (4, 4096, 8)], ids=str)
