@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from omegaconf import DictConfig, OmegaConf
 
 from .allocator import reuse_freed_memory
-from .callbacks import AtomicCheckpointIO, Pictures, RandomNumbers
+from .callbacks import AtomicCheckpointIO, FollowTest, Pictures, RandomNumbers
 from .composing import instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
 from .plot import draw_grid
@@ -242,7 +242,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         data.setup()
         task = build(cfg.task, trust, model=model, optimizer=None)
         with seeded(cfg.seed):
-            trainer = bare_trainer(cfg.trainer.accelerator)
+            trainer = bare_trainer(cfg.trainer.accelerator, callbacks=[FollowTest()])
             figures = task.figures(trainer, data, _evaluator(cfg, trust))
         evaluation = {
             "protocol": figures.pop("protocol", {}),
