@@ -1,4 +1,4 @@
-"""What a run does beside training: the progress bar, the pictures, and writing checkpoints."""
+"""What a run does beside training: progress, the pictures, and writing checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from ..data.progress import followed
 from .files import atomic_write
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
@@ -25,6 +26,19 @@ class ProgressBar(RichProgressBar):
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         return items
+
+
+class FollowTest(L.Callback):
+    """Shows how far a test is, where no training's progress bar does."""
+
+    def on_test_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.batches = followed(range(sum(trainer.num_test_batches)), "Testing, in batches")
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        next(self.batches)
+
+    def on_test_end(self, *_: Any) -> None:
+        next(self.batches, None)
 
 
 class Pictures(L.Callback):

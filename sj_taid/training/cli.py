@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -92,6 +93,8 @@ def main(command: str | None = None) -> None:
     if command is None:
         command = arguments.pop(0) if arguments else ""
     if command in OTHERS:
+        logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
+        logging.getLogger("sj_taid").setLevel(logging.INFO)
         OTHERS[command](arguments)
     elif command in COMPOSED:
         arguments = [quoted_place(argument) for argument in arguments]

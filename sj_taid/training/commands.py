@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..model import ESVAE
 from ..model.rate import GaussianMixturePrior
 from .allocator import reuse_freed_memory
-from .callbacks import AtomicCheckpointIO, BestCheckpoint, Pictures, RandomNumbers
+from .callbacks import AtomicCheckpointIO, BestCheckpoint, FollowTest, Pictures, RandomNumbers
 from .composing import instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
 from .plot import draw_grid
@@ -259,7 +259,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         data.setup()
         task = build(cfg.task, trust, model=model, optimizer=None)
         with seeded(cfg.seed):
-            trainer = bare_trainer(cfg.trainer.accelerator)
+            trainer = bare_trainer(cfg.trainer.accelerator, callbacks=[FollowTest()])
             figures = task.figures(trainer, data, _evaluator(cfg, trust))
         report = task.report(figures)
         protocol = figures.pop("protocol", {})

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..data import ImageData
+from ..data.progress import followed
 from ..model import ESVAE
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .evaluation import Evaluator, seeded
 from .plot import draw_attention, draw_grid
-from .progress import followed
 
 
 class Generation(Autoencoding):

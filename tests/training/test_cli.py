@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import re
 import shlex
 import subprocess
@@ -140,6 +141,14 @@ def test_ctrl_c_says_how_to_go_on(train, tmp_path, epoch, message):
     folder = re.escape(shlex.quote(str(tmp_path / "run")))
     with pytest.raises(SystemExit, match=message.format(folder=folder)):
         train("trainer.max_epochs=3", *stop)
+
+
+def test_commands_without_hydra_say_what_is_logged(monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setitem(cli.OTHERS, "report", logging.getLogger(cli.__name__).info)
+    monkeypatch.setattr(sys, "argv", ["sj-taid", "report", "1 of 2"])
+    cli.main()
+    assert capsys.readouterr().err == "['1 of 2']\n"
 
 
 def test_a_run_of_no_epochs_and_no_progress_bar(train, tmp_path, caplog):
