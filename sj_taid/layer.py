@@ -118,8 +118,8 @@ class TAID(_ImageDecoder):
             self.excite = nn.Conv1d(T, T, kernel_size, padding=kernel_size // 2, bias=False)
         elif squeeze == "none":
             self.excite = nn.Conv2d(T, T, kernel_size, padding=kernel_size // 2)
-            nn.init.zeros_(self.excite.weight)
-            nn.init.zeros_(self.excite.bias)
+            for parameter in self.excite.parameters():
+                nn.init.zeros_(parameter)
         else:
             hidden = max(T // reduction, 1)
             self.excite = nn.Sequential(nn.Linear(T, hidden), nn.ReLU(), nn.Linear(hidden, T))

@@ -49,7 +49,7 @@ class Task(L.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: partial[Optimizer],
+        optimizer: partial[Any],
         lr_scale: float | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
