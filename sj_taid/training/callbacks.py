@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from ..monitoring import warn_at_bound
 from .files import atomic_write
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
@@ -45,6 +46,7 @@ class Pictures(L.Callback):
     def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
         if not trainer.is_global_zero:
             return
+        warn_at_bound(dict(task.model.named_modules()))
         loader: Any = trainer.test_dataloaders
         images, _ = next(iter(loader))
         task.draw(images[:32].to(task.device), self.folder)
