@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,8 @@ class Monitor:
     def state(self) -> dict[str, LayerState]:
         """Path -> :class:`LayerState`, over all inputs since the start or :meth:`clear`.
 
-        Warns of dead and saturated layers, and of those whose voltage was not finite.
+        Warns of dead and saturated layers, of those whose voltage was not finite, and of thresholds
+        at their ``min_v_threshold``.
         """
         states = self.layers()
         rates = {p: s.firing_rate for p, s in states.items() if s.firing_rate is not None}
@@ -108,6 +110,7 @@ class Monitor:
             "Their input, tau or threshold is NaN or infinite; torch.autograd.detect_anomaly() "
             "finds where it began.",
         )
+        warn_at_bound(self._nodes)
         return states
 
     def layers(self) -> dict[str, LayerState]:
@@ -158,6 +161,30 @@ def _warn(what: str, rates: dict[str, float], remedy: str) -> None:
         listed = ", ".join(f"{path} ({rate:.2g})" for path, rate in rates.items())
         message = f"{what} layers, spikes per neuron and step: {listed}. {remedy}"
         warnings.warn(message, stacklevel=3)
+
+
+def warn_at_bound(nodes: Mapping[str, nn.Module]) -> None:
+    """Warn of the thresholds that lie at or below their ``min_v_threshold``.
+
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warn_at_bound({"fc": ALIFNode(v_threshold=0.1, min_v_threshold=0.1, channels=3)})
+    >>> print(caught[0].message)
+    thresholds at their lower bound: fc (0.1, 3 of 3). ...
+    """
+    listed = []
+    for path, node in nodes.items():
+        if isinstance(node, ALIFNode) and node.min_v_threshold is not None:
+            bounded = node.v_threshold.detach() <= node.min_v_threshold
+            if bounded.any():
+                share = f"{int(bounded.sum())} of {bounded.numel()}"
+                listed.append(f"{path} ({node.min_v_threshold:g}, {share})")
+    if listed:
+        warnings.warn(
+            f"thresholds at their lower bound: {', '.join(listed)}. Training would lower them "
+            "further; where that is unwanted, give them a smaller learning rate (parameter_groups) "
+            "or a higher min_v_threshold. docs/thresholds.md has what it means.",
+            stacklevel=3,
+        )
 
 
 def tau_and_threshold(node: Any) -> tuple[float | None, float]:

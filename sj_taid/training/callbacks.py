@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ..data.progress import followed
+from ..monitoring import warn_at_bound
 from .files import atomic_write
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
@@ -64,7 +65,10 @@ class Pictures(L.Callback):
         self.epochs.append({name: float(x) for name, x in trainer.callback_metrics.items()})
 
     def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
-        if not (self.draw and trainer.is_global_zero):
+        if not trainer.is_global_zero:
+            return
+        warn_at_bound(dict(task.model.named_modules()))
+        if not self.draw:
             return
         loader: Any = trainer.test_dataloaders
         images, _ = next(iter(loader))
