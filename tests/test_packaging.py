@@ -54,9 +54,14 @@ def metadata(built):
 def test_the_wheel_holds_the_package_the_configs_and_nothing_else(built):
     with zipfile.ZipFile(built[1]) as wheel:
         names = set(wheel.namelist())
-    files = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-    files |= {f"sj_taid/{path.relative_to(ROOT)}" for path in ROOT.glob("conf/**/*.yaml")}
-    files |= {"sj_taid/py.typed", "sj_taid/ops/alif/kernels.cu", "sj_taid/training/report.html"}
+    # conf in the package is a link, which rglob does not follow.
+    folders = [(PACKAGE, "sj_taid"), (ROOT / "conf", "sj_taid/conf")]
+    files = {
+        f"{name}/{path.relative_to(folder).as_posix()}"
+        for folder, name in folders
+        for path in folder.rglob("*.*")
+        if path.is_file() and path.suffix != ".pyc" and path.name != "README.md"
+    }
     assert len(files) > 100
     about = f"sj_taid-{sj_taid.__version__}.dist-info/"
     assert {name for name in names if not name.startswith(about)} == files
