@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.compare import fill, markdown, stored, summary, tables
+from sj_taid.training.export import figures
 from sj_taid.training.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+PRETRAINED = ROOT / "sj_taid" / "pretrained"
 RESULTS = ROOT / "experiments" / "benchmark" / "results"
 BENCHMARKS = RESULTS / "epyc-2-cores"
 XEON = RESULTS / "xeon-2-cores"
@@ -30,6 +33,7 @@ def all_tables() -> dict[str, str]:
     made = {
         "decoders": summary([run for name in decoders for run in stored(ROOT, name)]),
         "classifiers": summary(stored(ROOT, "mnist_classifier_cpu")),
+        "models": models(),
         "memory": memory(),
         "norm": norm(),
         "neurons": neurons(),
@@ -38,6 +42,23 @@ def all_tables() -> dict[str, str]:
         "loading": loading(),
     }
     return tables(ROOT) | {name: markdown(table) for name, table in made.items()}
+
+
+def models() -> pd.DataFrame:
+    """What comes with the package, with the figures of each card."""
+    rows = []
+    for name in list_models():
+        metrics = read_config(name)["metrics"]
+        rows.append(
+            {
+                "name": f"`{name}`",
+                "data": metrics["choices"]["dataset"],
+                "parameters, M": f"{metrics['parameters'] / 1e6:.2f}",
+                "MB": f"{(PRETRAINED / name / WEIGHTS).stat().st_size / 1e6:.2f}",
+                "figures": "; ".join(map(" ".join, figures(metrics).values())),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def norms() -> pd.DataFrame:

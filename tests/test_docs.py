@@ -87,7 +87,7 @@ def test_each_command_is_understood(line, parse_only):
 
 def understood(command, is_benchmark, words):
     pytest.importorskip("hydra", reason="needs the extra train")
-    if is_benchmark or command in ("compare", "report", "search"):
+    if is_benchmark or command in ("compare", "export", "report", "search"):
         module = importlib.import_module(command if is_benchmark else f"sj_taid.training.{command}")
         with pytest.raises(Parsed):
             module.main(words)

@@ -57,6 +57,12 @@ def search(arguments: Sequence[str]) -> None:
     search.main(arguments)
 
 
+def export(arguments: Sequence[str]) -> None:
+    from . import export
+
+    export.main(arguments)
+
+
 def doctor(arguments: Sequence[str]) -> None:
     from .. import doctor
 
@@ -64,7 +70,7 @@ def doctor(arguments: Sequence[str]) -> None:
 
 
 COMPOSED = {task.__name__: task for task in (train, evaluate, sample)}
-OTHERS = {task.__name__: task for task in (compare, report, search, doctor)}
+OTHERS = {task.__name__: task for task in (compare, report, search, export, doctor)}
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"
 
