@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.compare import METRICS, Quantity, fill, frame, markdown, stored, tables
+from sj_taid.training.export import figures
 from sj_taid.training.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+PRETRAINED = ROOT / "sj_taid" / "pretrained"
 RESULTS = ROOT / "experiments" / "benchmark" / "results"
 BENCHMARKS = RESULTS / "epyc-2-cores"
 XEON = RESULTS / "xeon-2-cores"
@@ -28,6 +31,7 @@ def filled(page: Path) -> str:
 def all_tables() -> dict[str, str]:
     made = {
         "gains": gains(),
+        "models": models(),
         "memory": memory(),
         "norm": norm(),
         "neurons": neurons(),
@@ -73,6 +77,23 @@ def gain(what: str, table: pd.DataFrame, column: str, theirs: str, ours: str) ->
         "gain": f"{ratio:.1f} times less" if more < 0 else f"+{more / quantity.unit:.2f}",
         "on": " / ".join(rows.loc[[ours], "machine"].str.replace("(R)", "").unique()),
     }
+
+
+def models() -> pd.DataFrame:
+    """What comes with the package, with the figures of each card."""
+    rows = []
+    for name in list_models():
+        metrics = read_config(name)["metrics"]
+        rows.append(
+            {
+                "name": f"`{name}`",
+                "data": metrics["choices"]["dataset"],
+                "parameters, M": f"{metrics['parameters'] / 1e6:.2f}",
+                "MB": f"{(PRETRAINED / name / WEIGHTS).stat().st_size / 1e6:.2f}",
+                "figures": "; ".join(map(" ".join, figures(metrics).values())),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def norms() -> pd.DataFrame:

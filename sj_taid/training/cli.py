@@ -75,6 +75,12 @@ def prove(arguments: Sequence[str]) -> None:
     sys.exit(prove.main(arguments))
 
 
+def export(arguments: Sequence[str]) -> None:
+    from . import export
+
+    export.main(arguments)
+
+
 def doctor(arguments: Sequence[str]) -> None:
     from .. import doctor
 
@@ -82,7 +88,7 @@ def doctor(arguments: Sequence[str]) -> None:
 
 
 COMPOSED = {task.__name__: task for task in (train, evaluate, sample, fit_prior)}
-OTHERS = {task.__name__: task for task in (compare, report, search, doctor, prove)}
+OTHERS = {task.__name__: task for task in (compare, report, search, export, prove, doctor)}
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"
 
