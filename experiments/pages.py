@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from sj_taid.training.compare import fill, markdown, stored, summary, tables
 from sj_taid.training.files import atomic_write
+from sj_taid.training.gather import stored
+from sj_taid.training.results_page import fill, tables
+from sj_taid.training.tables import markdown, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
