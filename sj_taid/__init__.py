@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from . import functional as functional
+from .calibration import calibrate
 from .convert import swap_neurons, to_lif
 from .layer import TAID, FixedDecoder
 from .monitoring import monitor
@@ -23,6 +24,7 @@ __all__ = [
     "TAID",
     "ALIFNode",
     "FixedDecoder",
+    "calibrate",
     "fresh_state",
     "fuse_norm",
     "monitor",

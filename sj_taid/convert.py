@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from . import _compat
+from ._table import table
+from .folding import fold_thresholds
 from .neuron import ALIFNode
 from .ops import backends
 from .state import name_neurons
@@ -173,7 +175,7 @@ def swap_neurons(
     return SwapReport(tuple(rows))
 
 
-def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
+def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False) -> nn.Module:
     r"""A copy of ``net`` with plain ``LIFNode`` s of the learned tau and threshold.
 
     Everything SpikingJelly does with LIF works on the copy: NIR export, operation counters, energy
@@ -183,9 +185,24 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     A LIF node has one tau and one threshold, so per-channel parameters are expressible only where
     all channels have the same.
 
+    With ``fold_threshold`` every threshold becomes 1, for hardware and exporters that have one.
+    Where ``V_reset`` is 0 or the reset soft, dividing input, voltage and threshold by the same
+    number leaves every spike as it is; another ``V_reset`` is divided too. So the layer that a
+    neuron alone reads is divided by the threshold, per channel if it has one a channel: a batch
+    norm's weight and bias,
+
+    .. math::
+        \gamma' = \gamma / V_{th}, \qquad \beta' = \beta / V_{th},
+
+    or those of a convolution or linear layer (whose features are then the channels). SpikingJelly's
+    own LIF, PLIF and IF in the net are treated alike. Outputs are equal bit for bit where the
+    thresholds are powers of two, and otherwise to rounding. Gradients are not, since the surrogate
+    keeps its width. A threshold that cannot be folded stays, with a warning that says why.
+
     Args:
         net: any module with :class:`~sj_taid.ALIFNode` s, reset or without a graph on its state.
         strict: raise if a neuron is not expressible; otherwise warn and leave it as ALIF.
+        fold_threshold: put the thresholds into the layers before the neurons.
 
     Returns:
         The copy; ``net`` is unchanged.
@@ -201,11 +218,16 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     for module in holder.modules():
         if isinstance(module, ALIFNode):
             module.apply_norm(None)
+    unfolded = fold_thresholds(holder) if fold_threshold else {}
+    if unfolded:
+        rows = [(_inside(path), note) for path, note in unfolded.items()]
+        message = f"these thresholds stay as they are:\n{table(('name', 'why'), rows)}"
+        warnings.warn(message, stacklevel=2)
     refused = []
     swaps: dict[nn.Module, nn.Module] = {}
     for site in _sites(holder, ALIFNode):
         node = site.node
-        paths = tuple(path.removeprefix("0").removeprefix(".") or "net" for path in site.paths)
+        paths = tuple(map(_inside, site.paths))
         tau, threshold = _distinct(node.tau), _distinct(node.effective_v_threshold)
         if type(node) is not ALIFNode:
             note = "a subclass of ALIFNode, whose own behaviour LIF would lose"
@@ -231,6 +253,11 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     _replace(holder, swaps)
     _compat.forget_reset_cache(holder)
     return holder[0]
+
+
+def _inside(path: str) -> str:
+    """The path in the net of one in the list that holds it."""
+    return path.removeprefix("0").removeprefix(".") or "net"
 
 
 @dataclass
@@ -497,14 +524,4 @@ def _table(rows: list[Swap] | tuple[Swap, ...]) -> str:
     return table(
         ("name", "was", "now", "note"),
         [(" = ".join(r.names), r.kind, "ALIF" if r.swapped else "-", r.note) for r in rows],
-    )
-
-
-def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Aligned columns; the last one is not padded."""
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), note])
-        for *line, note in lines
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,11 +93,15 @@ class Monitor:
     def state(self) -> dict[str, LayerState]:
         """Path -> :class:`LayerState`, over all inputs since the start or :meth:`clear`.
 
-        Warns of dead and saturated layers, and of those whose voltage was not finite.
+        Warns of dead and saturated layers, of those whose voltage was not finite, and of thresholds
+        at their ``min_v_threshold``.
         """
-        states = {path: self._state(path, node) for path, node in self._nodes.items()}
+        states = self.layers()
         rates = {p: s.firing_rate for p, s in states.items() if s.firing_rate is not None}
-        scale = "Lower or raise their v_threshold, or scale what comes in (tdBN, learning rate)."
+        scale = (
+            "sj_taid.calibrate(net, x_seq) sets their v_threshold so that they fire at a rate that "
+            "you choose; or scale what comes in (tdBN, learning rate)."
+        )
         _warn("dead", {p: r for p, r in rates.items() if r < self._dead}, scale)
         _warn("saturated", {p: r for p, r in rates.items() if r > self._saturated}, scale)
         _warn(
@@ -105,12 +110,16 @@ class Monitor:
             "Their input, tau or threshold is NaN or infinite; torch.autograd.detect_anomaly() "
             "finds where it began.",
         )
+        warn_at_bound(self._nodes)
         return states
+
+    def layers(self) -> dict[str, LayerState]:
+        """What :meth:`state` returns, without a warning."""
+        return {path: self._state(path, node) for path, node in self._nodes.items()}
 
     def __str__(self) -> str:
         lines = [f"{'layer':24}{'rate':>10}{'tau':>10}{'threshold':>12}"]
-        for path, node in self._nodes.items():
-            state = self._state(path, node)
+        for path, state in self.layers().items():
             rate, tau = (
                 "-" if value is None else f"{value:.4g}" for value in (state.firing_rate, state.tau)
             )
@@ -152,6 +161,30 @@ def _warn(what: str, rates: dict[str, float], remedy: str) -> None:
         listed = ", ".join(f"{path} ({rate:.2g})" for path, rate in rates.items())
         message = f"{what} layers, spikes per neuron and step: {listed}. {remedy}"
         warnings.warn(message, stacklevel=3)
+
+
+def warn_at_bound(nodes: Mapping[str, nn.Module]) -> None:
+    """Warn of the thresholds that lie at or below their ``min_v_threshold``.
+
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warn_at_bound({"fc": ALIFNode(v_threshold=0.1, min_v_threshold=0.1, channels=3)})
+    >>> print(caught[0].message)
+    thresholds at their lower bound: fc (0.1, 3 of 3). ...
+    """
+    listed = []
+    for path, node in nodes.items():
+        if isinstance(node, ALIFNode) and node.min_v_threshold is not None:
+            bounded = node.v_threshold.detach() <= node.min_v_threshold
+            if bounded.any():
+                share = f"{int(bounded.sum())} of {bounded.numel()}"
+                listed.append(f"{path} ({node.min_v_threshold:g}, {share})")
+    if listed:
+        warnings.warn(
+            f"thresholds at their lower bound: {', '.join(listed)}. Training would lower them "
+            "further; where that is unwanted, give them a smaller learning rate (parameter_groups) "
+            "or a higher min_v_threshold. docs/thresholds.md has what it means.",
+            stacklevel=3,
+        )
 
 
 def tau_and_threshold(node: Any) -> tuple[float | None, float]:

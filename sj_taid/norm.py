@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
-from spikingjelly.activation_based import layer
+from spikingjelly.activation_based import layer, neuron
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import packing
-from .convert import table
+from ._table import table
 from .neuron import ALIFNode, PassOn
 
 __all__ = ["Join", "JoinReport", "fuse_norm", "split_norm"]
 
 #: What a norm's forward must be for its meaning to be known: torch's batch norm over time and
 #: batch, whatever the class is called.
-_KNOWN = frozenset(
+KNOWN = frozenset(
     getattr(home, name)
     for home in (nn, layer)
     for name in (
@@ -30,9 +30,6 @@ _KNOWN = frozenset(
     )
     if hasattr(home, name)
 )
-
-
-_NORM_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -104,18 +101,20 @@ def fuse_norm(net: nn.Module) -> JoinReport:
     1     2
     """
     paths = {module: path for path, module in net.named_modules()}
-    readers, obstacles = _trace(net)
+    traced = trace(net, is_norm)
     containers = [m for m in paths if isinstance(m, layer.SeqToANNContainer)]
     folded = {norm for container in containers for norm in container.modules()}
     rows = []
-    for norm in filter(_is_norm, paths):
-        reader: Any = readers.get(norm)
+    for norm in filter(is_norm, paths):
+        reader: Any = traced.readers.get(norm)
         note = _why_not(norm, reader, norm in folded)
         if note is None:
             reader.apply_norm(norm)
             rows.append(Join(paths[norm], paths[reader], ""))
         else:
-            rows.append(Join(paths[norm], "", note or obstacles.get(norm, "nothing calls it")))
+            rows.append(
+                Join(paths[norm], "", note or traced.obstacles.get(norm, "nothing calls it"))
+            )
     return JoinReport(tuple(rows))
 
 
@@ -140,21 +139,36 @@ def _why_not(norm: Any, reader: Any, folded: bool) -> str | None:
     """
     if isinstance(vars(norm).get("forward"), PassOn):
         return "joined already"
-    if type(norm) not in _KNOWN:
+    if type(norm) not in KNOWN:
         return f"what a {type(norm).__name__} computes is not known to be torch's batch norm"
-    if any(getattr(norm, hooks) for hooks in _NORM_HOOKS):
+    if has_hooks(norm):
         return "it has hooks, which would see its input instead of its output"
     if reader is None:
         return ""
     if type(reader) is not ALIFNode:
         return f"its reader is a {type(reader).__name__}, not an ALIFNode"
-    if [hook for hook in reader._forward_pre_hooks.values() if hook.__module__ != packing.__name__]:
+    if has_hooks(reader, "_forward_pre_hooks"):
         return "its reader has a hook on its input, which would act before the norm"
     if reader.norm is not None:
         return "its reader applies another norm already"
     if reader.step_mode != "m" or not (folded or getattr(norm, "step_mode", "s") == "m"):
         return "it does not run on [T, N, C, *]; functional.set_step_mode(net, 'm') first"
     return None
+
+
+def has_hooks(
+    module: nn.Module,
+    *kinds: str,
+) -> bool:
+    """Whether hooks, but those that pack spikes, see what goes in or comes out."""
+    kinds = kinds or (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    )
+    hooks = chain.from_iterable(getattr(module, kind).values() for kind in kinds)
+    return any(hook.__module__ != packing.__name__ for hook in hooks)
 
 
 class _Tracer(fx.Tracer):
@@ -164,22 +178,35 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _trace(net: nn.Module) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, str]]:
-    """The only reader of each norm, and for norms without one what stands in the way."""
+class Traced(NamedTuple):
+    """Who reads whom, as far as the forwards of a net can be traced."""
+
+    #: the only reader of each source
+    readers: dict[nn.Module, nn.Module]
+    #: for sources without one what stands in the way
+    obstacles: dict[nn.Module, str]
+    #: the module that makes the input of each neuron that was seen, or what else does
+    inputs: dict[nn.Module, nn.Module | str]
+
+
+def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
+    """Find the readers of the modules that ``is_source`` names."""
     found: dict[nn.Module, list[nn.Module | str]] = defaultdict(list)
     calls: Counter[nn.Module] = Counter()
+    inputs: dict[nn.Module, nn.Module | str] = {}
     for parent in net.modules():
         # A container that folds time is found where it is called.
         folds = type(parent) is layer.SeqToANNContainer
-        if folds or _is_norm(parent) or not any(map(_is_norm, parent.modules())):
+        if folds or is_source(parent) or not any(map(is_source, parent.modules())):
             continue
         try:
             graphs = [_graph(parent, training) for training in (True, False)]
         except Exception as error:  # whatever a forward does that symbols cannot follow
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             note = f"the forward of {type(parent).__name__} cannot be traced ({why})"
-            for norm in filter(_is_norm, chain.from_iterable(map(_ends, parent.children()))):
-                found[norm].append(note)
+            for source in filter(is_source, chain.from_iterable(map(ends, parent.children()))):
+                found[source].append(note)
+            inputs |= {child: note for child in parent.children() if child not in inputs}
             continue
         counts: Counter[nn.Module] = Counter()
         for graph in graphs:
@@ -187,29 +214,31 @@ def _trace(net: nn.Module) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, 
             called = {node: parent.get_submodule(node.target) for node in nodes}
             counts |= Counter(called.values())
             for node, module in called.items():
-                for norm in filter(_is_norm, _ends(module)):
-                    found[norm].append(_only_reader(node, called))
+                for source in filter(is_source, ends(module)):
+                    found[source].append(_only_reader(node, called))
+                if isinstance(module, neuron.BaseNode):
+                    inputs[module] = _input(node, called)
         calls += counts
     calls |= Counter(module for _, module in net.named_modules(remove_duplicate=False))
     readers: dict[nn.Module, nn.Module] = {}
     obstacles: dict[nn.Module, str] = {}
-    for norm, entries in found.items():
-        # The output of a container's last norm leaves it, to be read where the container is called.
+    for source, entries in found.items():
+        # What a container's last source gives leaves it, to be read where that is called.
         inside = any(isinstance(entry, nn.Module) for entry in entries)
         distinct = list(dict.fromkeys(e for e in entries if not (inside and e == _LEAVES)))
         notes = [entry for entry in distinct if isinstance(entry, str)]
         notes += [
             f"{type(m).__name__} is called in {calls[m]} places"
-            for m in (norm, *distinct)
+            for m in (source, *distinct)
             if isinstance(m, nn.Module) and calls[m] > 1
         ]
         if notes:
-            obstacles[norm] = notes[0]
+            obstacles[source] = notes[0]
         elif len(distinct) == 1 and isinstance(distinct[0], nn.Module):
-            readers[norm] = distinct[0]
+            readers[source] = distinct[0]
         else:
-            obstacles[norm] = f"{len(distinct)} modules read its output"
-    return readers, obstacles
+            obstacles[source] = f"{len(distinct)} modules read its output"
+    return Traced(readers, obstacles, inputs)
 
 
 def _graph(parent: nn.Module, training: bool) -> fx.Graph:
@@ -247,14 +276,22 @@ def _only_reader(node: fx.Node, called: Mapping[fx.Node, nn.Module]) -> nn.Modul
     return first
 
 
-def _ends(module: nn.Module) -> Iterator[nn.Module]:
+def _input(node: fx.Node, called: Mapping[fx.Node, nn.Module]) -> nn.Module | str:
+    """The module that makes what ``node`` reads, or what else does."""
+    (made, *_) = node.all_input_nodes
+    if made.op == "placeholder":
+        return "its input comes from outside the module that calls it"
+    return called.get(made, f"a function, {made.name}, makes its input")
+
+
+def ends(module: nn.Module) -> Iterator[nn.Module]:
     """``module``, and for a sequential container its last module, whose output is the same."""
     yield module
     sequential = type(module).forward is nn.Sequential.forward
     if sequential or type(module) is layer.SeqToANNContainer:
         for last in list(module.children())[-1:]:
-            yield from _ends(last)
+            yield from ends(last)
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm)

@@ -59,6 +59,21 @@ def test_dead_and_saturated_layers_are_named():
     assert len(messages) == 2
     assert messages[0].startswith("dead layers, spikes per neuron and step: dead (0).")
     assert messages[1].startswith("saturated layers, spikes per neuron and step: busy (1).")
+    assert all("sj_taid.calibrate(net, x_seq)" in message for message in messages)
+
+
+def test_thresholds_at_their_bound_are_named():
+    net = nn.ModuleDict({"low": ALIFNode(v_threshold=0.5, min_v_threshold=0.1, channels=3)})
+    net["free"] = ALIFNode(v_threshold=0.0)
+    net["high"] = ALIFNode(v_threshold=0.2, min_v_threshold=0.1)
+    watch = monitor(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch.state()
+    with torch.no_grad():
+        net["low"].v_threshold.copy_(torch.tensor([0.1, 0.05, 0.11]))
+    with pytest.warns(UserWarning, match=r"at their lower bound: low \(0\.1, 2 of 3\)\. "):
+        watch.state()
 
 
 def test_hooks_go_and_healthy_layers_are_silent():

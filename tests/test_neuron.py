@@ -141,6 +141,20 @@ def test_min_v_threshold_bounds_the_threshold_and_lets_it_recover():
     assert node.v_threshold.grad < 0
 
 
+def test_a_threshold_at_its_bound_stays_near_it_and_rises_as_soon_as_it_should():
+    node = ALIFNode(v_threshold=0.2, min_v_threshold=0.1)
+    optimizer = torch.optim.Adam([node.v_threshold], lr=1e-3)
+
+    def step(slope):
+        optimizer.zero_grad()
+        (slope * node.effective_v_threshold).backward()
+        optimizer.step()
+        return node.v_threshold.item()
+
+    assert [step(1.0) for _ in range(500)][-1] == pytest.approx(0.1, abs=0.01)
+    assert [step(-1.0) for _ in range(40)][-1] > 0.1
+
+
 def test_lower_bound_blocks_only_the_gradient_that_leads_further_down():
     p = torch.tensor([-1.0, -1.0, 1.0, 1.0], requires_grad=True)
     lower_bound(p, 0.0).backward(torch.tensor([1.0, -1.0, 1.0, -1.0]))

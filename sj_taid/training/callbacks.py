@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from ..monitoring import warn_at_bound
 from .files import atomic_write
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
@@ -49,7 +50,10 @@ class Pictures(L.Callback):
         self.epochs.append({name: float(x) for name, x in trainer.callback_metrics.items()})
 
     def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
-        if not (self.draw and trainer.is_global_zero):
+        if not trainer.is_global_zero:
+            return
+        warn_at_bound(dict(task.model.named_modules()))
+        if not self.draw:
             return
         loader: Any = trainer.test_dataloaders
         images, _ = next(iter(loader))

@@ -66,6 +66,12 @@ def test_taus_and_thresholds_learn_at_a_scaled_rate(classify, tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_a_training_ends_by_naming_the_thresholds_at_their_bound(classify, tmp_path):
+    cfg = classify("trainer.max_epochs=0", "neuron.min_v_threshold=0.5")
+    with pytest.warns(UserWarning, match=r"at their lower bound: .*\(0\.5, 1 of 1\)"):
+        train(cfg, tmp_path)
+
+
 def test_all_neurons_start_alike(tiny):
     values = []
     for name in NEURONS:

@@ -1,0 +1,416 @@
+"""Thresholds set from data, so that every layer of a net fires at a rate asked for."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from spikingjelly.activation_based import base, functional, neuron
+from torch import Tensor, nn
+
+from ._table import table
+from .monitoring import LayerState, monitor
+
+__all__ = ["Calibrated", "CalibrationReport", "calibrate"]
+
+#: A rate within this share of the one asked for is reached.
+TOLERANCE = 0.2
+#: The distances of a threshold from its lowest value that are searched, as powers of 2, and the
+#: halvings of that range: the threshold is found to 1e-4 of the distance.
+_RANGE = (-60.0, 60.0)
+_HALVINGS = 20
+#: How often neurons are set again whose input has changed with what they were set to.
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What :func:`calibrate` did with one layer of neurons.
+
+    Attributes:
+        name: its path in the net.
+        rate_before: spikes per neuron and time step before; ``None`` for a layer that does not run.
+        rate: the same after.
+        v_threshold_before: threshold voltage before, the mean over channels.
+        v_threshold: the same after.
+        note: why the layer, or some of its channels, does not fire at the rate asked for, or
+            ``""``.
+    """
+
+    name: str
+    rate_before: float | None
+    rate: float | None
+    v_threshold_before: float
+    v_threshold: float
+    note: str
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What :func:`calibrate` did, one :class:`Calibrated` a layer; ``print`` it for a table."""
+
+    rows: tuple[Calibrated, ...]
+
+    @property
+    def missed(self) -> tuple[Calibrated, ...]:
+        """The layers that do not fire at the rate asked for, with the reason in ``note``."""
+        return tuple(row for row in self.rows if row.note)
+
+    def __str__(self) -> str:
+        head = f"{len(self.rows) - len(self.missed)} layers calibrated, {len(self.missed)} missed"
+        lines = [
+            (
+                row.name,
+                "-" if row.rate is None else f"{row.rate_before:.4g} -> {row.rate:.4g}",
+                f"{row.v_threshold_before:.4g} -> {row.v_threshold:.4g}",
+                row.note,
+            )
+            for row in self.rows
+        ]
+        return f"{head}\n{table(('layer', 'rate', 'threshold', 'note'), lines)}"
+
+
+@torch.no_grad()
+def calibrate(
+    net: nn.Module,
+    x_seq: Any,
+    *,
+    rate: float = 0.2,
+    run: Callable[[Any], Any] | None = None,
+) -> CalibrationReport:
+    r"""Set every neuron's threshold so that its layer fires at ``rate``, in place.
+
+    The cure for a net that starts dead or saturated. One batch is run from rest, layer after layer
+    in the order in which they run: each threshold is found by bisection on the input that the
+    calibrated layers before it give. The threshold set is
+
+    .. math::
+        V_{th} = \max\,\{\vartheta : r(\vartheta) \ge \text{rate}\}, \qquad
+        r(\vartheta) = \frac{1}{T N \ldots} \sum_{t, n, \ldots} S_\vartheta[t, n, \ldots]
+
+    to 1e-4 of its distance from the reset voltage, or the next greater one where its rate is nearer
+    and not 0: a threshold of ``[C]`` has a rate for each channel. It stays above the reset voltage
+    (with a soft reset, above 0) and at or above ALIF's ``min_v_threshold``.
+
+    Works on every SpikingJelly neuron whose output is 0 or 1 (ALIF, LIF, PLIF, IF and others), also
+    where ALIF applies the norm before it. The net is run in the mode it is in: in training a batch
+    norm uses the batch's statistics, and dropout is on. Nothing but thresholds changes: voltages
+    and other states, running statistics, gradients and torch's random numbers are put back. Hooks
+    of yours see the passes.
+
+    Cost: forward passes without gradients, two to measure and one to set thresholds; each neuron
+    runs another 20 times by itself. A neuron that is called more than once in a pass (in step mode
+    ``"s"``, in a recurrent container, or shared between places) takes a pass of its own, on which
+    all its calls are recorded and counted together; where its output changes its input, it is then
+    searched for with passes of the whole net, 20 a time, up to 3 times.
+
+    Args:
+        net: any module with SpikingJelly neurons.
+        x_seq: one batch, as large as you can: a rate has steps of 1 / (number of neurons, samples
+            and time steps), for a channel of a linear layer 1 / (T N).
+        rate: spikes per neuron and time step, in (0, 1).
+        run: runs a whole sequence. The default is ``net(x_seq)`` where a module of the net is in
+            step mode ``"m"``, and otherwise ``net(x)`` for each ``x`` of ``x_seq`` ``[T, N, *]``.
+            A still image for T steps is ``image.expand(T, *image.shape)``; for a net that repeats
+            it itself give the image, and ``run=net``.
+
+    Returns:
+        The report: ``print`` it. A layer counts as missed if its rate, or that of one of its
+        channels, is more than 20 % off, and says why; where no threshold makes it fire it keeps
+        the one it had.
+
+    Raises:
+        ValueError: ``rate`` is not in (0, 1), or ``net`` has no neurons.
+        Exception: what ``run`` raises; the thresholds are then as before.
+
+    >>> from sj_taid import ALIFNode
+    >>> net = nn.Sequential(nn.Linear(8, 64), ALIFNode(v_threshold=10.0, step_mode="m"))
+    >>> report = calibrate(net, torch.rand(4, 32, 8), rate=0.1)
+    >>> report.rows[0].rate_before, round(report.rows[0].rate, 2), report.missed
+    (0.0, 0.1, ())
+    """
+    if not 0.0 < rate < 1.0:
+        raise ValueError(
+            f"rate must be spikes per neuron and time step, more than 0 and less than 1, but it is "
+            f"{rate!r}"
+        )
+    calibration = _Calibration(net, rate, partial(run or _runner(net), x_seq))
+    with _kept(net), calibration.watch:
+        saved = [(node, _threshold(node).clone()) for node in calibration.paths]
+        try:
+            before = calibration.measured()
+            after = calibration.set_thresholds()
+        except BaseException:
+            for node, threshold in saved:
+                _set_threshold(node, threshold)
+            raise
+    return CalibrationReport(
+        tuple(
+            Calibrated(
+                path,
+                before[node].firing_rate,
+                after[node].firing_rate,
+                before[node].v_threshold,
+                after[node].v_threshold,
+                calibration.note(node, after[node].firing_rate),
+            )
+            for node, path in calibration.paths.items()
+        )
+    )
+
+
+class _Call(NamedTuple):
+    """What one call of a neuron was given."""
+
+    from_rest: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def tensors(self) -> list[Tensor]:
+        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+
+
+class _Found(NamedTuple):
+    """What the search for one layer's threshold found on the calls that it was given."""
+
+    rate: float
+    note: str
+
+
+class _Calibration:
+    """The passes of one call of :func:`calibrate`."""
+
+    def __init__(self, net: nn.Module, rate: float, run: Callable[[], Any]) -> None:
+        self.net = net
+        self.rate = rate
+        self.run = run
+        self.watch = monitor(net)
+        self.paths = {m: path for path, m in net.named_modules() if isinstance(m, neuron.BaseNode)}
+        self.calls: Counter[nn.Module] = Counter()  # of each neuron in the first pass
+        self.found: dict[Any, _Found] = {}
+        tensors = chain(net.parameters(), net.buffers())
+        self.devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+
+    def measured(self) -> dict[nn.Module, LayerState]:
+        """What every layer does as it is."""
+        self.calls.clear()
+        self.watch.clear()
+        self._pass(lambda node, args, kwargs: self.calls.update([node]))
+        states = self.watch.layers()
+        return {node: states[path] for node, path in self.paths.items()}
+
+    def set_thresholds(self) -> dict[nn.Module, LayerState]:
+        """Set them all, and those again whose input changed with them; what the layers do then."""
+        pending = {node for node in self.calls if _threshold(node).dim() < 2}
+        while self._set_next(pending):
+            pass
+        after = self.measured()
+        for _ in range(_ROUNDS):
+            moved = [n for n in self.found if self._moved(n, after[n].firing_rate, 0.05)]
+            if not moved:
+                break
+            for node in moved:
+                self.found[node] = _search(node, partial(self._spikes, node), self.rate, True)
+            after = self.measured()
+        return after
+
+    def note(self, node: nn.Module, rate: float | None) -> str:
+        """Why a layer that fires at ``rate`` in the end does not fire as asked, or ``""``."""
+        if rate is None:
+            return "it does not run on x_seq"
+        if math.isnan(rate):
+            return "its voltage is not finite"
+        if node not in self.found:
+            return f"its threshold has the shape {list(_threshold(node).shape)}"
+        if self._moved(node, rate, TOLERANCE):
+            return f"layers set after it changed it, which was set to {self.found[node].rate:.3g}"
+        return self.found[node].note
+
+    def _moved(self, node: nn.Module, rate: float | None, tolerance: float) -> bool:
+        return rate is not None and abs(rate - self.found[node].rate) > tolerance * self.rate
+
+    def _set_next(self, pending: set[nn.Module]) -> bool:
+        """Run one pass that sets as many of ``pending`` as it can; whether any was set.
+
+        A neuron that is called once is set on the spot, so that later ones get what it then gives.
+        The first that is called more often is recorded, and set when the pass is over.
+        """
+        recorded: list[_Call] = []
+        recording: nn.Module | None = None
+        todo = len(pending)
+
+        def set_or_record(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal recording
+            if node not in pending or recording not in (None, node):
+                return
+            at_rest = not any(isinstance(value, Tensor) for value in node._memories.values())
+            call = _Call(at_rest, args, kwargs)
+            if self.calls[node] == 1:
+                set_on([call], node)
+            else:
+                recording = node
+                # The net may go on to change in place what it gave.
+                recorded.append(call._replace(args=tuple(_copied(value) for value in args)))
+
+        def set_on(calls: list[_Call], node: Any) -> None:
+            current = any(value.any() for call in calls for value in call.tensors())
+            self.found[node] = _search(node, partial(_replayed, node, calls), self.rate, current)
+            pending.discard(node)
+
+        if pending:
+            self._pass(set_or_record)
+        if recording is not None:
+            set_on(recorded, recording)
+        return len(pending) < todo
+
+    def _spikes(self, node: nn.Module) -> list[Tensor]:
+        """What ``node`` gives in a pass, call by call."""
+        spikes: list[Tensor] = []
+        handle = node.register_forward_hook(lambda _, inputs, out: spikes.append(out.clone()))
+        try:
+            self._pass(lambda node, args, kwargs: None)
+        finally:
+            handle.remove()
+        return spikes
+
+    def _pass(self, hook: Callable[..., None]) -> None:
+        """Run the batch once from rest, with ``hook`` before every neuron."""
+        handles = [node.register_forward_pre_hook(hook, with_kwargs=True) for node in self.paths]
+        try:
+            functional.reset_net(self.net)
+            # The same dropout in every pass; compiled code would not call the hook.
+            with torch.random.fork_rng(self.devices), torch.compiler.set_stance("force_eager"):
+                self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _replayed(node: Any, calls: list[_Call]) -> list[Tensor]:
+    """What ``node`` by itself gives on ``calls``, from the state that it has and keeps."""
+    start = dict(node._memories)
+    spikes = []
+    for from_rest, args, kwargs in calls:
+        if from_rest:
+            node.reset()
+        spikes.append(node.forward(*args, **kwargs))
+    node._memories.update(start)
+    return spikes
+
+
+def _search(node: Any, fire: Callable[[], list[Tensor]], rate: float, current: bool) -> _Found:
+    """Set the threshold with which ``node`` fires at ``rate``.
+
+    ``fire`` gives its spikes with the threshold that it has; ``current`` says whether it has input.
+    """
+    before = _threshold(node).double()
+    floor = node.v_reset or 0.0
+    bound = getattr(node, "min_v_threshold", None)
+
+    def threshold_at(exponent: Tensor) -> Tensor:
+        threshold = floor + exponent.exp2()
+        return threshold if bound is None else threshold.clamp(min=bound)
+
+    def spikes_at(exponent: Tensor) -> list[Tensor]:
+        _set_threshold(node, threshold_at(exponent))
+        return fire()
+
+    # The least distance from the reset voltage that float32 tells apart.
+    least = _RANGE[0] if floor == 0.0 else math.log2(abs(floor)) - 20.0
+    low, high = torch.full_like(before, least), torch.full_like(before, _RANGE[1])
+    spikes = spikes_at(low)
+    if not all(((s == 0) | (s == 1)).all() for s in spikes):
+        _set_threshold(node, before)
+        return _Found(math.nan, "its output is not 0 or 1")
+    most = at_low = _rates(node, spikes, before)
+    at_high = torch.zeros_like(most)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        found = _rates(node, spikes_at(middle), before)
+        fires = found >= most.clamp(max=rate)
+        low, at_low = torch.where(fires, middle, low), torch.where(fires, found, at_low)
+        high, at_high = torch.where(fires, high, middle), torch.where(fires, at_high, found)
+    nearer = (at_high > 0) & (rate - at_high < at_low - rate)
+    threshold = threshold_at(torch.where(nearer, high, low))
+    _set_threshold(node, torch.where(most > 0, threshold, before))
+    rates = torch.where(nearer, at_high, at_low)
+    return _Found(rates.mean().item(), _why(node, current, rates, most, rate))
+
+
+def _why(node: Any, current: bool, rates: Tensor, most: Tensor, rate: float) -> str:
+    """Why ``rates`` are not ``rate``, where ``most`` is what the lowest threshold gives."""
+    off = (rates - rate).abs() > TOLERANCE * rate
+    short, past = off & (most < rate), off & (most >= rate)
+    notes = []
+    if short.any():
+        reset, bound = node.v_reset or 0.0, getattr(node, "min_v_threshold", None)
+        bounded = bound is not None and bound > reset
+        lowest = f"at its bound {bound}" if bounded else f"just above its reset to {reset}"
+        reason = f"fires at {most[short].amax():.3g} even with its threshold {lowest}"
+        notes.append((short, reason if current else "no input current"))
+    if past.any():
+        notes.append((past, "its rate jumps past the one asked for; try a larger batch"))
+    return "; ".join(
+        reason if off.numel() == 1 else f"{int(which.sum())} of {off.numel()} channels: {reason}"
+        for which, reason in notes
+    )
+
+
+def _rates(node: Any, spikes: list[Tensor], threshold: Tensor) -> Tensor:
+    """Spikes per neuron and step over several calls, in the shape of ``threshold``."""
+    if threshold.numel() == 1:
+        spikes = [s.reshape(-1) for s in spikes]
+    else:
+        channel = 2 if node.step_mode == "m" else 1
+        spikes = [s.movedim(channel, 0).flatten(1) for s in spikes]
+    total = torch.stack([s.sum(-1, dtype=torch.float64) for s in spikes]).sum(0)
+    count = sum(s.shape[-1] for s in spikes)
+    return (total / count).reshape(threshold.shape).to(threshold)
+
+
+def _threshold(node: Any) -> Tensor:
+    value = node.v_threshold
+    return value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _set_threshold(node: Any, threshold: Tensor) -> None:
+    if isinstance(node.v_threshold, Tensor):
+        node.v_threshold.copy_(threshold)
+    else:
+        node.v_threshold = threshold.item()
+
+
+def _runner(net: nn.Module) -> Callable[[Any], Any]:
+    """How a sequence is run: at once where a module works in step mode "m", or step by step."""
+    if any(getattr(module, "step_mode", "s") == "m" for module in net.modules()):
+        return net
+    return lambda x_seq: [net(x) for x in x_seq]
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _kept(net: nn.Module) -> Iterator[None]:
+    """Put the states and buffers of ``net`` back afterwards."""
+    modules = [module for module in net.modules() if isinstance(module, base.MemoryModule)]
+    states = [(m, dict(m._memories), vars(m).get("v_seq")) for m in modules]
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    try:
+        yield
+    finally:
+        for module, memories, v_seq in states:
+            module._memories.update(memories)
+            if "v_seq" in vars(module):
+                module.v_seq = v_seq
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):  # so that graphs that saved it stay valid
+                buffer.copy_(value)

@@ -1,0 +1,119 @@
+"""Thresholds put into the layer before the neuron, so that the neuron's own is 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import layer, neuron
+from torch import Tensor, nn
+
+from . import _compat
+from .neuron import ALIFNode
+from .norm import KNOWN, Traced, ends, has_hooks, is_norm, trace
+
+#: The neurons whose dynamics are known to scale.
+_NEURONS = (ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
+#: The layers beside norms that a threshold can divide; axis 0 of their weight is the channel.
+_LAYERS = tuple(
+    getattr(home, name) for home in (nn, layer) for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")
+)
+
+
+@torch.no_grad()
+def fold_thresholds(net: nn.Module) -> dict[str, str]:
+    """Divide the layer before each neuron of ``net`` by its threshold, in place, which becomes 1.
+
+    Returns:
+        The path of each neuron that keeps another threshold, and why.
+    """
+    traced = trace(net, _is_source)
+    sources = {reader: source for source, reader in traced.readers.items()}
+    uses = Counter(p for module in net.modules() for p in module.parameters(recurse=False))
+    kept = {}
+    for path, node in net.named_modules():
+        if not isinstance(node, neuron.BaseNode):
+            continue
+        threshold = _threshold(node)
+        if (threshold == 1.0).all():
+            continue
+        source = sources.get(node)
+        note = _why_no_scale(node, threshold)
+        if note is None and source is None:
+            note = _why_no_source(node, traced)
+        elif note is None:
+            note = _why_not_into(source, threshold, uses)
+        if note is None:
+            _divide(source, node, threshold)
+        else:
+            kept[path] = note
+    return kept
+
+
+def _is_source(module: nn.Module) -> bool:
+    return is_norm(module) or isinstance(module, _LAYERS)
+
+
+def _why_no_scale(node: Any, threshold: Tensor) -> str | None:
+    """Why the dynamics of ``node`` do not scale to a threshold of 1, or ``None``."""
+    if type(node) not in _NEURONS:
+        return f"what a {type(node).__name__} computes is not known to scale"
+    if not (threshold > 0).all():
+        return "only a positive threshold scales to 1"
+    rest = (node.v_reset, node.v, _compat.reset_value(node, "v"))
+    if len(threshold.unique()) > 1 and any(isinstance(v, float) and v != 0.0 for v in rest):
+        return "its channels have several thresholds, but one reset voltage, which is not 0"
+    if has_hooks(node, "_forward_pre_hooks"):
+        return "it has a hook on its input"
+    return None
+
+
+def _why_no_source(node: nn.Module, traced: Traced) -> str:
+    """Why no layer is known to feed ``node`` alone."""
+    made = traced.inputs.get(node, "no norm, convolution or linear layer was found before it")
+    if isinstance(made, str):
+        return made
+    why = [traced.obstacles[source] for source in ends(made) if source in traced.obstacles]
+    return "; ".join([f"a {type(made).__name__} makes its input", *why[:1]])
+
+
+def _why_not_into(source: Any, threshold: Tensor, uses: Counter[nn.Parameter]) -> str | None:
+    """Why the output of ``source`` cannot be divided by ``threshold``, or ``None``."""
+    name = type(source).__name__
+    if type(source) not in KNOWN and type(source) not in _LAYERS:
+        return f"what the {name} before it computes is not known"
+    if has_hooks(source):
+        return f"the {name} before it has hooks"
+    if source.weight is None or (is_norm(source) and source.bias is None):
+        return f"the {name} before it has no weight and bias"
+    if any(uses[parameter] > 1 for parameter in source.parameters()):
+        return f"the {name} before it shares its parameters with another module"
+    if threshold.numel() not in (1, len(source.weight)):
+        return f"the {name} before it has {len(source.weight)} channels, not {threshold.numel()}"
+    return None
+
+
+def _divide(source: Any, node: Any, threshold: Tensor) -> None:
+    """Divide the output of ``source``, and with it every voltage of ``node``."""
+
+    def divided(value: Any, channel: int = 0) -> Any:
+        if isinstance(value, Tensor):
+            return value / threshold.to(value).view(-1, *[1] * (value.dim() - channel - 1))
+        return value / threshold[0].item() if value else value  # all channels' where it is not 0
+
+    for parameter in source.parameters():  # weight, and bias if there is one
+        parameter.copy_(divided(parameter))
+    node.v, node.v_reset = divided(node.v, 1), divided(node.v_reset)
+    node.set_reset_value("v", divided(_compat.reset_value(node, "v"), 1))
+    if isinstance(node, ALIFNode):
+        node.v_threshold.fill_(1.0)
+        node.min_v_threshold = None
+    else:
+        node.v_threshold = 1.0
+
+
+def _threshold(node: Any) -> Tensor:
+    """The threshold used, ``[1]`` or ``[C]``."""
+    value = node.effective_v_threshold if isinstance(node, ALIFNode) else node.v_threshold
+    return torch.as_tensor(value, dtype=torch.float64).flatten()

@@ -1,0 +1,345 @@
+"""``calibrate``: the rate asked for on any net, nothing else changed, and why it is missed."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based.model import (
+    parametric_lif_net,
+    sew_resnet,
+    spiking_resnet,
+    spiking_vgg,
+)
+from torch import nn
+
+import sj_taid
+from sj_taid import ALIFNode, calibrate
+from sj_taid.model import Classifier
+
+
+class Narrow(layer.Linear):
+    """In place of vgg11's classifier of 120 million weights."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs if inputs > 4096 else 64, min(outputs, 64))
+
+
+def vgg11(**options):
+    with mock.patch.object(layer, "Linear", Narrow):
+        return spiking_vgg.spiking_vgg11(**options)
+
+
+ZOO = {
+    "spiking_resnet18": (spiking_resnet.spiking_resnet18, {"num_classes": 4}, 17),
+    "sew_resnet18": (sew_resnet.sew_resnet18, {"num_classes": 4, "cnf": "ADD"}, 20),
+    "spiking_vgg11": (vgg11, {"num_classes": 4}, 10),
+    "CIFAR10Net": (parametric_lif_net.CIFAR10Net, {"channels": 16}, 8),
+}
+
+
+def set_thresholds(net, value):
+    for node in net.modules():
+        if isinstance(node, ALIFNode):
+            node.v_threshold.data.fill_(value)
+        elif isinstance(node, neuron.BaseNode):
+            node.v_threshold = value
+
+
+@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, ALIFNode])
+@pytest.mark.parametrize("name", ZOO)
+def test_every_layer_of_the_zoo_reaches_the_rate_from_any_threshold(name, kind):
+    make, options, layers = ZOO[name]
+    plain = neuron.ParametricLIFNode if kind is neuron.ParametricLIFNode else neuron.LIFNode
+    net = make(spiking_neuron=plain, surrogate_function=surrogate.ATan(), **options)
+    if kind is ALIFNode:
+        sj_taid.swap_neurons(net)
+    functional.set_step_mode(net, "m")
+    x_seq = torch.rand(2, 3, 32, 32).expand(3, -1, -1, -1, -1)
+    for threshold in (0.01, 1.0, 10.0):
+        set_thresholds(net, threshold)
+        torch.manual_seed(0)
+        report = calibrate(net, x_seq, rate=0.15)
+        assert len(report.rows) == layers and not report.missed, str(report)
+        with sj_taid.monitor(net, dead=0.0) as watch, torch.no_grad():
+            torch.manual_seed(0)  # the same dropout
+            net(x_seq)
+        functional.reset_net(net)
+        for path, state in watch.state().items():
+            assert state.firing_rate == pytest.approx(0.15, rel=0.2), (path, threshold)
+
+
+def small_net(make, **options):
+    return nn.Sequential(
+        layer.Conv2d(2, 6, 3),
+        make(v_threshold=7.0, **options),
+        layer.Flatten(),
+        layer.Linear(6 * 6 * 6, 64),
+        make(v_threshold=1e-3, **options),
+    )
+
+
+def images(steps=4, batch=16):
+    return torch.rand(steps, batch, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def thresholds(net):
+    nodes = [m for m in net.modules() if isinstance(m, neuron.BaseNode)]
+    return [torch.as_tensor(node.v_threshold).detach().clone() for node in nodes]
+
+
+@pytest.mark.parametrize("v_reset", [0.0, -0.25, -65.0, None])
+@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.IFNode, ALIFNode])
+def test_step_by_step_sets_what_a_whole_sequence_sets(kind, v_reset):
+    net = small_net(kind, v_reset=v_reset)
+    stepped = copy.deepcopy(net)
+    functional.set_step_mode(net, "m")
+    report, other = calibrate(net, images(), rate=0.3), calibrate(stepped, images(), rate=0.3)
+    assert [row.rate for row in report.rows] == pytest.approx([0.3, 0.3], rel=0.01)
+    for whole, steps in zip(thresholds(net), thresholds(stepped), strict=True):
+        torch.testing.assert_close(whole, steps, rtol=1e-3, atol=1e-3)
+    assert [row.rate for row in other.rows] == pytest.approx([0.3, 0.3], rel=0.01)
+    assert min(thresholds(net)) > (v_reset or 0.0)
+
+
+@pytest.mark.parametrize("mode", ["s", "m"])
+def test_each_channel_has_its_threshold(mode):
+    net = nn.Sequential(layer.Conv2d(2, 3, 3), ALIFNode(channels=3, v_threshold=9.0))
+    functional.set_step_mode(net, mode)
+    with torch.no_grad():
+        net[0].weight.abs_().mul_(torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1, 1))
+    report = calibrate(net, images(batch=4), rate=0.2)
+    assert not report.missed
+    spikes = torch.stack([net(x) for x in images(batch=4)]) if mode == "s" else net(images(batch=4))
+    torch.testing.assert_close(
+        spikes.mean((0, 1, 3, 4)), torch.full((3,), 0.2), rtol=0.02, atol=0.0
+    )
+    assert len(net[1].v_threshold.unique()) == 3
+
+
+def joined(mode="m"):
+    net = nn.Sequential(
+        layer.Conv2d(2, 3, 3),
+        layer.BatchNorm2d(3),
+        ALIFNode(v_threshold=5.0, store_v_seq=True),
+        layer.Dropout(0.5),
+        layer.Conv2d(3, 3, 3),
+        layer.BatchNorm2d(3, momentum=None),
+        neuron.LIFNode(v_threshold=5.0, store_v_seq=True),
+    )
+    functional.set_step_mode(net, mode)
+    if mode == "m":
+        assert len(sj_taid.fuse_norm(net).joined) == 1
+    return net
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["s", "m"])
+def test_nothing_but_thresholds_changes(mode, training):
+    net = joined(mode)
+    functional.set_step_mode(net, mode)
+    net(images()[0] if mode == "s" else images()).sum().backward()
+    net.train(training)
+    memories = [dict(m._memories) for m in net.modules() if hasattr(m, "_memories")]
+    v_seqs = [net[i].v_seq for i in (2, 6)]
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    gradients = [parameter.grad.clone() for parameter in net.parameters()]
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+
+    report = calibrate(net, images(), rate=0.1)
+
+    assert torch.equal(torch.rand(2), expected)
+    assert not report.missed and report.rows[0].rate_before < 0.01, str(report)
+    after = [m._memories for m in net.modules() if hasattr(m, "_memories")]
+    for old, new in zip(memories, after, strict=True):
+        assert old.keys() == new.keys() and all(old[name] is new[name] for name in old)
+    assert all(net[i].v_seq is old for i, old in zip((2, 6), v_seqs, strict=True))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, state[name]) == (name != "2.v_threshold"), name
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient) and parameter.requires_grad
+    assert net.training == training and all(m.training == training for m in net.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_joined_with_its_neuron_counts_as_the_norm_before_it(training):
+    net = joined().train(training)
+    apart = copy.deepcopy(net)
+    sj_taid.split_norm(apart)
+    found, expected = (calibrate(each, images()) for each in (net, apart))
+    assert not found.missed
+    torch.testing.assert_close(thresholds(net), thresholds(apart), rtol=1e-3, atol=0.0)
+    assert [r.rate for r in found.rows] == pytest.approx([r.rate for r in expected.rows], rel=0.01)
+
+
+class Twice(nn.Module):
+    """One neuron in two places, and one that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 64), nn.Linear(64, 64)
+        self.shared, self.idle = ALIFNode(step_mode="m"), neuron.LIFNode(step_mode="m")
+
+    def forward(self, x_seq):
+        return self.shared(self.second(self.shared(self.first(x_seq))))
+
+
+def test_a_neuron_used_twice_fires_at_the_rate_over_both_uses():
+    net = Twice()
+    report = calibrate(net, torch.rand(4, 32, 8), rate=0.25)
+    shared, idle = report.rows
+    assert shared.rate == pytest.approx(0.25, rel=0.05) and not shared.note
+    assert (idle.rate_before, idle.rate, idle.note) == (None, None, "it does not run on x_seq")
+    assert "1 layers calibrated, 1 missed" in str(report) and report.missed == (idle,)
+
+
+def test_recurrent_layers_reach_the_rate_with_their_own_spikes_fed_back():
+    net = nn.Sequential(
+        layer.Linear(8, 32),
+        layer.LinearRecurrentContainer(neuron.LIFNode(v_threshold=4.0), 32, 32),
+        layer.Linear(32, 64),
+        neuron.LIFNode(v_threshold=4.0),
+    )
+    for each in (net[0], net[1], net[2], net[3]):
+        each.step_mode = "m"  # the neuron in the container stays in step mode "s"
+    with torch.no_grad():
+        net[1].rc.weight.abs_()  # excites itself
+    report = calibrate(net, torch.rand(6, 16, 8))
+    assert [row.rate for row in report.rows] == pytest.approx([0.2, 0.2], rel=0.05)
+    assert not report.missed
+
+
+def test_layers_that_change_each_other_are_said():
+    net = nn.Sequential(ALIFNode(step_mode="m"), nn.Linear(8, 8), ALIFNode(step_mode="m"))
+    net[2].v_threshold = net[0].v_threshold
+    with torch.no_grad():
+        net[1].weight.fill_(100.0)
+    report = calibrate(net, torch.rand(5, 64, 8))
+    assert report.rows[0].note.startswith("layers set after it changed it"), str(report)
+
+
+def reset_above():
+    return neuron.IFNode(v_threshold=6.0, v_reset=5.0)
+
+
+class Odd(neuron.LIFNode):
+    """Its output is not of zeros and ones."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Matrix(neuron.LIFNode):
+    def __init__(self):
+        super().__init__()
+        self.v_threshold = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, x):
+        return (x.unsqueeze(-1) >= self.v_threshold.t()).to(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "x_seq", "note", "threshold"),
+    [
+        (ALIFNode, torch.zeros(3, 5, 4), "no input current", 1.0),
+        (
+            neuron.LIFNode,
+            -torch.rand(3, 5, 4),
+            "fires at 0 even with its threshold just above its reset to 0.0",
+            1.0,
+        ),
+        (
+            reset_above,
+            -torch.rand(3, 5, 4),
+            "fires at 0 even with its threshold just above its reset to 5.0",
+            6.0,
+        ),
+        (
+            lambda: ALIFNode(min_v_threshold=0.9),
+            torch.rand(3, 5, 4),
+            "fires at 0 even with its threshold at its bound 0.9",
+            1.0,
+        ),
+        (
+            neuron.LIFNode,
+            torch.ones(3, 5, 4),
+            "its rate jumps past the one asked for; try a larger batch",
+            None,
+        ),
+        (Odd, torch.rand(3, 5, 4), "its output is not 0 or 1", 1.0),
+        (Matrix, torch.rand(3, 5, 4), "its threshold has the shape [4, 1]", 1.0),
+    ],
+)
+def test_why_a_rate_is_not_reached(make, x_seq, note, threshold):
+    node = make()
+    report = calibrate(nn.Sequential(node), x_seq, rate=0.1)
+    (row,) = report.missed
+    assert row.note == note
+    if threshold is not None:
+        assert row.v_threshold == row.v_threshold_before == threshold
+
+
+def test_the_nearest_rate_that_is_not_0_is_taken():
+    net = nn.Sequential(neuron.IFNode(v_threshold=100.0, step_mode="m"))
+    for rate, nearest in ((0.05, 0.25), (0.3, 0.25), (0.45, 0.5), (0.9, 1.0)):
+        (row,) = calibrate(net, torch.ones(4, 3, 2), rate=rate).rows
+        assert row.rate == nearest
+
+
+def test_channels_that_miss_it_are_counted():
+    net = nn.Sequential(ALIFNode(channels=4, step_mode="m"))
+    x_seq = torch.rand(4, 32, 4, 5)
+    x_seq[:, :, 1:3] *= -1
+    (row,) = calibrate(net, x_seq).missed
+    assert row.note.startswith("2 of 4 channels: fires at 0 even with its threshold just above")
+    assert net[0].v_threshold[1:3].tolist() == [1.0, 1.0]
+
+
+def test_not_finite_is_said():
+    x_seq = torch.rand(4, 32, 8)
+    x_seq[0, 0, 0] = torch.nan
+    (row,) = calibrate(nn.Sequential(neuron.LIFNode(step_mode="m")), x_seq).missed
+    assert row.note == "its voltage is not finite"
+
+
+def test_a_net_that_repeats_its_image_is_run_as_it_is():
+    net = Classifier(image_size=8, T=4, stages=[[8], [8]], hidden=64)
+    set_thresholds(net, 20.0)
+    report = calibrate(net, torch.rand(32, 1, 8, 8))
+    assert len(report.rows) == 4 and not report.missed
+
+
+def test_a_compiled_net_is_calibrated_too():
+    net = nn.Sequential(nn.Linear(8, 64), ALIFNode(step_mode="m", v_threshold=5.0))
+    compiled = torch.compile(net, backend="eager")
+    x_seq = torch.rand(4, 16, 8)
+    with torch.no_grad():
+        compiled(x_seq)
+    functional.reset_net(net)
+    (row,) = calibrate(compiled, x_seq).rows
+    assert row.rate == pytest.approx(0.2, rel=0.02)
+
+
+def test_bad_arguments_and_a_run_that_fails_change_nothing():
+    net = small_net(neuron.LIFNode)
+    for rate in (0.0, 1.0, -0.5):
+        with pytest.raises(ValueError, match="more than 0 and less than 1"):
+            calibrate(net, images(), rate=rate)
+    with pytest.raises(ValueError, match="no SpikingJelly neurons"):
+        calibrate(nn.Linear(2, 2), images())
+
+    passes = iter(range(3))
+
+    def run(x_seq):
+        if next(passes) == 2:
+            raise KeyError("third pass")
+        return [net(x) for x in x_seq]
+
+    with pytest.raises(KeyError, match="third pass"):
+        calibrate(net, images(), run=run)
+    assert [t.item() for t in thresholds(net)] == pytest.approx([7.0, 1e-3])
+    assert net[1].v == 0.0 and not net[1]._forward_pre_hooks
