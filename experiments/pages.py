@@ -10,9 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
-from sj_taid.training.compare import METRICS, Quantity, fill, frame, markdown, stored, tables
 from sj_taid.training.export import figures
 from sj_taid.training.files import atomic_write
+from sj_taid.training.gather import stored
+from sj_taid.training.quantities import METRICS, Quantity
+from sj_taid.training.results_page import fill, tables
+from sj_taid.training.tables import frame, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]

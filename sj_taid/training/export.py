@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 
 from .. import pretrained
 from .._extras import needs
-from . import compare
 from .files import atomic_write
+from .quantities import METRICS
 from .run import EVALUATIONS, Run
 
 with needs("safetensors"):
@@ -135,7 +135,7 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Title and value of each figure of the last checkpoint, by its name in ``metrics``."""
     return {
         key: (quantity.title, f"{metrics[key] / quantity.unit:.{quantity.decimals}f}")
-        for key, quantity in compare.METRICS.items()
+        for key, quantity in METRICS.items()
         if key in metrics and "_best_" not in key  # those are of another checkpoint
     }
 

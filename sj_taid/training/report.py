@@ -30,12 +30,14 @@ from .._extras import needs
 from ..data.progress import followed
 from ..layer import TAID, FixedDecoder
 from .callbacks import Pictures
-from .compare import COLUMNS as MEASURED
-from .compare import METRICS, Metrics, Quantity, frame, gather, heading, present
 from .evaluation import seeded
 from .files import atomic_write
+from .gather import Metrics, gather
 from .plot import time_shares
+from .quantities import COLUMNS as MEASURED
+from .quantities import METRICS, Quantity
 from .run import Run, build, read_checkpoint
+from .tables import frame, heading, present
 
 with needs("'spikingjelly>=2' plotly jinja2"):
     import jinja2

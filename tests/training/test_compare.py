@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib import image as mpimg
 
-from sj_taid.training import cli, compare, run
+from sj_taid.training import cli, compare, gather, quantities, results_page, run, tables
 from tests.training.conftest import CONF, metrics
 
 ROOT = CONF.parent
@@ -72,9 +72,9 @@ def test_a_later_evaluation_counts(tmp_path):
     write(metrics([], fad=3.5), tmp_path)
     (tmp_path / "evaluations").mkdir()
     (tmp_path / "evaluations" / "1.json").write_text(json.dumps(evaluation))
-    read = compare.read(tmp_path / run.METRICS)
+    read = gather.read(tmp_path / run.METRICS)
     assert read["fad"] == 2.5 and read["protocol"]["fad"] == "by eye"
-    made = compare.every_run([read])
+    made = results_page.every_run([read])
     assert made.startswith("1. fad: by eye\n\n")
     assert cells(made)[-2:] == [
         ["`python experiments/train.py`", "", *PROVENANCE],
@@ -96,7 +96,7 @@ def test_a_later_evaluation_counts(tmp_path):
 def test_what_is_no_metrics_file_is_left_out_with_the_reason(tmp_path, content, reason):
     (tmp_path / run.METRICS).write_text(content)
     (tmp_path / run.CONFIG).write_text("seed: 0\n")
-    finished, left_out = compare.gather([tmp_path])
+    finished, left_out = gather.gather([tmp_path])
     assert not finished and reason in left_out[tmp_path]
 
 
@@ -105,7 +105,7 @@ def test_what_is_no_metrics_file_is_left_out_with_the_reason(tmp_path, content, 
 )
 def test_a_folder_without_runs(tmp_path, capsys, folder, message):
     with pytest.raises(FileNotFoundError, match=message):
-        compare.gather([tmp_path / folder])
+        gather.gather([tmp_path / folder])
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / folder)])
     assert "error: no" in capsys.readouterr().err
@@ -119,9 +119,9 @@ def test_without_a_finished_run_there_is_nothing_to_compare(tmp_path, capsys):
 
 
 def test_the_overrides_of_a_run_come_from_its_own_list_or_from_its_command():
-    assert compare.overrides(metrics(["neuron=lif", "+x='a b'"])) == {"neuron": "lif", "x": "'a b'"}
+    assert gather.overrides(metrics(["neuron=lif", "+x='a b'"])) == {"neuron": "lif", "x": "'a b'"}
     listed = metrics(["neuron=lif"]) | {"overrides": ["++decoder=taid"]}
-    assert compare.overrides(listed) == {"decoder": "taid"}
+    assert gather.overrides(listed) == {"decoder": "taid"}
 
 
 def test_experiments_are_kept_by_their_choices(runs, tmp_path, monkeypatch, capsys):
@@ -155,33 +155,35 @@ def test_names_of_kept_runs_can_be_given_on_any_command_line():
 
 
 def test_values_of_different_protocols_are_not_compared(runs):
-    first, *others = compare.gather([runs])[0].values()
-    assert "FAD, own autoencoder ↓" in compare.summary([first, *others])
+    first, *others = gather.gather([runs])[0].values()
+    assert "FAD, own autoencoder ↓" in tables.summary([first, *others])
     first["protocol"] = {"fad": "by eye"}
-    mixed = compare.summary([first, *others])
+    mixed = tables.summary([first, *others])
     assert "FAD, own autoencoder ↓ (of different protocols)" in mixed
-    changes = compare.changes([first, *others])
+    changes = tables.changes([first, *others])
     assert changes.iloc[0, 2] == "-4.00"  # the pair of seed 1 alone
 
 
 def test_what_a_choice_changes(runs):
-    finished, _ = compare.gather([runs])
+    finished, _ = gather.gather([runs])
     # Pairs of equal seed: 7 - 10 and 8 - 12. LIF has no accuracy to compare with.
-    assert compare.changes(list(finished.values())).to_numpy().tolist() == [
+    assert tables.changes(list(finished.values())).to_numpy().tolist() == [
         ["`alif` instead of `lif`", "", "-3.50 ± 0.71", "2"]
     ]
 
 
 def test_ours_stand_above_the_published_values_and_fad_in_columns_of_its_own():
     published = pd.read_csv(ROOT / "results" / "published.csv")
-    (nothing_of_ours,) = (s for s in compare.paper_sections([], published) if "### mnist: g" in s)
+    (nothing_of_ours,) = (
+        s for s in results_page.paper_sections([], published) if "### mnist: g" in s
+    )
     assert "ours" not in nothing_of_ours and "FAD, own" not in nothing_of_ours
     choices = {"dataset": "mnist", "task": "generation"}
     ours = [
         metrics(["experiment=mnist_fsvae"], choices, fad=40.0),
         metrics(["experiment=mnist_fsvae", "neuron=lif"], choices, 1, fad=50.0),
     ]
-    section, *others = compare.paper_sections(ours, published)
+    section, *others = results_page.paper_sections(ours, published)
     assert section.startswith("### mnist: generation\n") and len(others) >= 4
     head, _, *rows = cells(section.partition("\n\n")[2])
     own, as_published = (
@@ -196,21 +198,21 @@ def test_ours_stand_above_the_published_values_and_fad_in_columns_of_its_own():
 
 
 def test_what_is_not_run_takes_one_line():
-    tables = compare.tables(ROOT)
+    made = results_page.tables(ROOT)
     for name in ("small", "papers"):
-        *measured, last = tables[name].splitlines()
+        *measured, last = made[name].splitlines()
         assert last.startswith("Not run: `celeba_") and not any("ot run" in row for row in measured)
 
 
 def test_every_published_value_has_its_place():
     published = pd.read_csv(ROOT / "results" / "published.csv")
-    assert set(published["figure"]) <= compare.COLUMNS.keys()
+    assert set(published["figure"]) <= quantities.COLUMNS.keys()
     others = {"ESVAE", "FSDDIM"}
-    assert set(published["row"]) - others <= compare.EXPERIMENTS.keys()
+    assert set(published["row"]) - others <= gather.EXPERIMENTS.keys()
     assert published["source"].notna().all() and (published["value"] > 0).all()
 
 
 def test_results_are_what_is_made_of_the_kept_runs():
     page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-    assert page == compare.fill(page, compare.tables(ROOT)), "run sj-taid compare --keep"
-    assert {path.name for path in (ROOT / "results/runs").iterdir()} <= compare.EXPERIMENTS.keys()
+    assert page == results_page.fill(page, results_page.tables(ROOT)), "run sj-taid compare --keep"
+    assert {path.name for path in (ROOT / "results/runs").iterdir()} <= gather.EXPERIMENTS.keys()

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid.data.base import Data, InMemory
-from sj_taid.training import classification, compare, run
+from sj_taid.training import classification, gather, quantities, results_page, run
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose, instantiate
 from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
@@ -59,7 +59,7 @@ def test_every_experiment_runs(small, made_up, tmp_path, name):
     cfg = small(name)
     metrics = train(cfg, tmp_path, command=f"python experiments/train.py experiment={name}")
     assert metrics[cfg.objective] >= 0 and metrics["epochs"] == 1
-    assert {cfg.objective, *metrics.get("protocol", {})} <= compare.METRICS.keys()
+    assert {cfg.objective, *metrics.get("protocol", {})} <= quantities.METRICS.keys()
     assert json.loads((tmp_path / run.METRICS).read_text())["command"].endswith(name)
 
 
@@ -83,12 +83,12 @@ def test_every_experiment_is_what_its_name_says(name):
     choices = cfg.hydra.runtime.choices
     data, row = cfg.dataset.name, name.removeprefix(f"{cfg.dataset.name}_")
     assert choices["dataset"] == data
-    assert compare.comment(name).endswith(".")
-    if name in compare.STUDIES:
+    assert results_page.comment(name).endswith(".")
+    if name in gather.STUDIES:
         assert cfg.hydra.sweeper.params
         return
     assert name.startswith(data)
-    if name.endswith(compare.SMALL_BUDGET):
+    if name.endswith(results_page.SMALL_BUDGET):
         assert row in ("small_cpu", "classifier_cpu")
         return
     model, neuron, decoder = ROWS[row]

@@ -1,0 +1,99 @@
+"""What RESULTS.md holds: sections of tables, made of the kept runs and the published values."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, takewhile
+from pathlib import Path
+
+import pandas as pd
+
+from .gather import EXPERIMENTS, STUDIES, Metrics, overrides, stored
+from .quantities import COLUMNS
+from .tables import changes, frame, markdown, present, summary
+
+REPORT = Path("RESULTS.md")
+SMALL_BUDGET = "_cpu"  # ends the name of an experiment for a laptop
+
+
+def fill(page: str, tables: Mapping[str, str]) -> str:
+    """``page`` with that table in each ``<!-- table: NAME -->`` ... ``<!-- end -->``."""
+    place = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return place.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", page)
+
+
+def tables(root: Path) -> dict[str, str]:
+    """What RESULTS.md holds of the runs and the published values in ``root/results``."""
+    runs = {name: stored(root, name) for name in EXPERIMENTS if name not in STUDIES}
+    small = {name: ours for name, ours in runs.items() if name.endswith(SMALL_BUDGET)}
+    papers = {name: ours for name, ours in runs.items() if name not in small}
+    sections = [small_section(name, ours) for name, ours in small.items() if ours]
+    published = pd.read_csv(root / "results" / "published.csv")
+    rows = paper_sections([*chain(*papers.values())], published)
+    return {
+        "small": "\n".join([*sections, not_run(small)]),
+        "papers": "\n".join([*rows, not_run(papers)]),
+        "runs": every_run([*chain(*runs.values())]),
+    }
+
+
+def small_section(experiment: str, runs: Sequence[Metrics]) -> str:
+    """One budget for all: the table of its choices, and what they change."""
+    both = [markdown(table) for table in (summary(runs), changes(runs)) if len(table)]
+    return "\n".join([f"### `{experiment}`\n\n{comment(experiment)}\n", *both])
+
+
+def comment(experiment: str) -> str:
+    """What an experiment's file says of itself in its first lines."""
+    lines = EXPERIMENTS[experiment].read_text(encoding="utf-8").splitlines()
+    first = takewhile(lambda line: line.startswith("# "), lines[1:])  # after the package
+    return "\n".join(line.removeprefix("# ") for line in first)
+
+
+def not_run(runs: Mapping[str, Sequence[Metrics]]) -> str:
+    return f"Not run: {', '.join(f'`{name}`' for name in runs if not runs[name]) or 'none'}.\n"
+
+
+def label(metrics: Metrics) -> str:
+    """Ours, and in what it was run otherwise than the row's config says."""
+    choices = overrides(metrics).items()
+    otherwise = [f"{k}={v}" for k, v in choices if k not in ("experiment", "seed")]
+    return f"ours, with `{' '.join(otherwise)}`" if otherwise else "ours"
+
+
+def paper_sections(runs: Sequence[Metrics], published: pd.DataFrame) -> Iterator[str]:
+    """A table for each data set and task: ours, then the published values."""
+    index = ["dataset", "task", "row", "from"]
+    parts = []
+    if runs:
+        table = frame(runs)[0].rename(columns={"experiment": "row"})
+        groups = table.assign(**{"from": [*map(label, runs)]}).groupby(index, sort=False)
+        ours = groups.agg({name: COLUMNS[name].text for name in present(table)})
+        parts = [ours.assign(runs=groups.size().astype(str))]
+    units = published["figure"].map(lambda name: COLUMNS[name].unit)
+    parts.append(
+        published.assign(value=(published["value"] / units).map("{:g}".format))
+        .rename(columns={"source": "from"})
+        .pivot(index=index, columns="figure", values="value")
+    )
+    both = pd.concat(parts).fillna("")
+    for (dataset, task), rows in both.groupby(["dataset", "task"], sort=False):
+        filled = [name for name in (*COLUMNS, "runs") if name in rows and any(rows[name] != "")]
+        shown = rows[filled].rename(columns={name: COLUMNS[name].title for name in COLUMNS})
+        yield f"### {dataset}: {task}\n\n{markdown(shown.droplevel([0, 1]).reset_index())}"
+
+
+def every_run(runs: Sequence[Metrics]) -> str:
+    """The protocols, numbered, and what each run and each later evaluation of it measured."""
+    protocols = {f"{name}: {how}" for m in runs for name, how in m.get("protocol", {}).items()}
+    numbers = {how: str(number) for number, how in enumerate(sorted(protocols), 1)}
+    rows = []
+    for metrics in runs:
+        protocol, later = metrics.get("protocol", {}), metrics["evaluations"]
+        at_once = protocol.keys() - {name for evaluation in later for name in evaluation["figures"]}
+        for origin in (metrics | {"figures": at_once}, *later):
+            names = sorted(name for name in origin["figures"] if name in protocol)
+            by = ", ".join(numbers[f"{name}: {protocol[name]}"] for name in names)
+            facts = {name: str(origin[name]) for name in ("commit", "machine", "threads")}
+            rows.append({"command": f"`{origin['command']}`", "protocols": by, **facts})
+    listed = "".join(f"{number}. {how}\n" for how, number in numbers.items())
+    return f"{listed}\n{markdown(pd.DataFrame(rows))}"
