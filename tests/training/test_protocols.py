@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sj_taid.data import Digits
-from sj_taid.training import quantities, run, search
+from sj_taid.training import gather, quantities, run, search
 from sj_taid.training.commands import evaluate, train
 from sj_taid.training.composing import compose
 from tests.training.conftest import TINY, TINY_AUTOENCODING, TINY_CLASSIFICATION
@@ -83,7 +83,7 @@ def test_the_epoch_that_is_best_on_validation_is_kept_and_tested(job, tmp_path, 
     of_best = evaluated(tmp_path / run.CHECKPOINTS / "best.ckpt")
     assert of_best.keys() == {"accuracy_best_validation_epoch", "loss_best_validation_epoch"}
     assert all(value == metrics[name] for name, value in of_best.items())
-    read = compare.read(tmp_path / run.METRICS)
+    read = gather.read(tmp_path / run.METRICS)
     assert {name: read[name] for name in metrics.keys() - {"protocol"}} == {
         name: metrics[name] for name in metrics.keys() - {"protocol"}
     }
