@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..data import Data
 from ..optim import parameter_groups
+from .run import fixed_thresholds, set_fixed_thresholds
 
 if TYPE_CHECKING:
     from .evaluation import Evaluator
@@ -50,6 +51,12 @@ class Task(L.LightningModule):
             return self.optimizer(self.parameters())
         lr = self.optimizer.keywords["lr"]
         return self.optimizer(parameter_groups(self.model, lr, lr_scale=self.lr_scale))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fixed_thresholds"] = fixed_thresholds(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        set_fixed_thresholds(self.model, checkpoint)
 
     def on_before_backward(self, loss: Tensor) -> None:
         if not loss.isfinite():
