@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LEGACY := .venv-legacy
 HYDRA := hydra-core==1.4.0rc3
 
-.PHONY: help demo test test-legacy test-hydra kernels fuzz docs tables lint format build install clean
+.PHONY: help demo gpu test test-legacy test-hydra kernels fuzz docs tables lint format build install clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -13,11 +13,17 @@ help: ## List these commands
 demo: install ## Train a small FSVAE on handwritten digits and draw its pictures
 	$(BIN)/python experiments/train.py
 
+# The extra is that of the CUDA which torch is built for.
+gpu: install ## Prove the CUDA kernels on this machine's GPU, and time them; ten minutes
+	cuda=$$($(BIN)/python -c "import torch; print((torch.version.cuda or '').split('.')[0])"); \
+	  test -z "$$cuda" || $(BIN)/python -m pip install --quiet --editable ".[cuda$$cuda]"
+	$(BIN)/sj-taid prove
+
 test: install lint ## Lint, type check and test
 	$(BIN)/python -m pytest
 
 test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
-	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore-glob=*/experiments --ignore-glob=*/data --ignore-glob=*/training
+	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore-glob=*/benchmark --ignore-glob=*/experiments --ignore-glob=*/data --ignore-glob=*/training
 
 test-hydra: install ## Compose every config, and sweep, on Hydra's coming line
 	$(BIN)/python -m pip install --quiet --upgrade --target build/hydra "$(HYDRA)" "hydra-joblib-launcher>=1.4.0rc3" "hydra-submitit-launcher>=1.4.0rc3"
@@ -45,8 +51,10 @@ format: install ## Format, and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-build: install ## Make wheel and sdist in dist/
+build: install ## Make wheel and sdist in dist/, and check them
+	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 install: $(VENV)/installed ## Make .venv with everything
 

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pandas as pd
 
+from sj_taid.pretrained import WEIGHTS, list_models, read_config
+from sj_taid.training.export import figures
 from sj_taid.training.files import atomic_write
 from sj_taid.training.gather import stored
+from sj_taid.training.quantities import METRICS, Quantity
 from sj_taid.training.results_page import fill, tables
-from sj_taid.training.tables import markdown, summary
+from sj_taid.training.tables import frame, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+PRETRAINED = ROOT / "sj_taid" / "pretrained"
 RESULTS = ROOT / "experiments" / "benchmark" / "results"
 BENCHMARKS = RESULTS / "epyc-2-cores"
 XEON = RESULTS / "xeon-2-cores"
@@ -28,10 +32,9 @@ def filled(page: Path) -> str:
 
 @cache
 def all_tables() -> dict[str, str]:
-    decoders = ("mnist_fsvae", "mnist_taid_temporal", "mnist_taid")
     made = {
-        "decoders": summary([run for name in decoders for run in stored(ROOT, name)]),
-        "classifiers": summary(stored(ROOT, "mnist_classifier_cpu")),
+        "gains": gains(),
+        "models": models(),
         "memory": memory(),
         "norm": norm(),
         "neurons": neurons(),
@@ -40,6 +43,60 @@ def all_tables() -> dict[str, str]:
         "loading": loading(),
     }
     return tables(ROOT) | {name: markdown(table) for name, table in made.items()}
+
+
+def gains() -> pd.DataFrame:
+    """Memory, time and quality, each beside what it is held against, and where it was measured."""
+    pairs = norms().query("net == 'norm + neuron' and T == 16")
+    nets = norms().query("net == 'sew_resnet18' and T == 8")
+    layers = pd.read_csv(BENCHMARKS / "neuron-reused-memory.csv").query("N == N.max() and T == 16")
+    steps = pd.read_csv(XEON / "fsvae.csv").query("work == 'training step'")
+    steps = steps.rename(columns={"model": "neuron"})
+    decoders = frame([*stored(ROOT, "mnist_fsvae"), *stored(ROOT, "mnist_taid")])[0]
+    classifiers = frame(stored(ROOT, "mnist_classifier_cpu"))[0]
+    plif = "SpikingJelly PLIF"
+    rows = [
+        ("kept for backward, MB", nets, "kept_mb", plif, "ALIF, one operator, bits"),
+        ("norm and neuron, ms", pairs, "median_ms", plif, "ALIF, one operator"),
+        ("a layer of neurons, ms", layers, "median_ms", plif, "ALIF numba"),
+        ("a training step of FSVAE, ms", steps, "median_ms", f"{plif}, stepping", "ours"),
+        ("FSVAE on MNIST, reconstruction error", decoders, "reconstruction", "fixed", "taid"),
+        ("FSVAE on MNIST, FAD", decoders, "fad", "fixed", "taid"),
+        ("classifier on MNIST, accuracy in %", classifiers, "accuracy", "plif", "alif"),
+    ]
+    return pd.DataFrame([gain(*row) for row in rows])
+
+
+def gain(what: str, table: pd.DataFrame, column: str, theirs: str, ours: str) -> dict[str, str]:
+    """A row of :func:`gains`: ``column`` of the neuron or decoder ``theirs`` beside ``ours``."""
+    quantity = METRICS.get(column, Quantity(what, 1, 0, spread=False))
+    rows = table.set_index("decoder" if ours == "taid" else "neuron")
+    before, after = rows.loc[[theirs], column], rows.loc[[ours], column]
+    more, ratio = after.mean() - before.mean(), before.mean() / after.mean()
+    return {
+        "what": what,
+        "before": f"{quantity.text(before)} ({theirs})",
+        "after": f"{quantity.text(after)} ({ours})",
+        "gain": f"{ratio:.1f} times less" if more < 0 else f"+{more / quantity.unit:.2f}",
+        "on": " / ".join(rows.loc[[ours], "machine"].str.replace("(R)", "").unique()),
+    }
+
+
+def models() -> pd.DataFrame:
+    """What comes with the package, with the figures of each card."""
+    rows = []
+    for name in list_models():
+        metrics = read_config(name)["metrics"]
+        rows.append(
+            {
+                "name": f"`{name}`",
+                "data": metrics["choices"]["dataset"],
+                "parameters, M": f"{metrics['parameters'] / 1e6:.2f}",
+                "MB": f"{(PRETRAINED / name / WEIGHTS).stat().st_size / 1e6:.2f}",
+                "figures": "; ".join(map(" ".join, figures(metrics).values())),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def norms() -> pd.DataFrame:

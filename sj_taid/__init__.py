@@ -18,6 +18,7 @@ from .neuron import ALIFNode
 from .norm import fuse_norm, split_norm
 from .optim import parameter_groups
 from .packing import packed_spikes
+from .pretrained import create_model, list_models
 from .state import fresh_state, name_neurons
 
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "ALIFNode",
     "FixedDecoder",
     "calibrate",
+    "create_model",
     "fresh_state",
     "fuse_norm",
+    "list_models",
     "monitor",
     "name_neurons",
     "packed_spikes",

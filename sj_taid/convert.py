@@ -62,7 +62,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What :func:`swap_neurons` did, one :class:`Swap` a neuron; ``print`` it for a table."""
+    """What :func:`.swap_neurons` did, one :class:`Swap` a neuron; ``print`` it for a table."""
 
     rows: tuple[Swap, ...]
 

@@ -5,10 +5,15 @@ With ``--kernels`` also what NVIDIA's compiler says of the CUDA kernels; no GPU 
 
 import argparse
 import itertools
+import os
 import platform
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from spikingjelly.activation_based import surrogate
@@ -19,7 +24,7 @@ from .functional import alif_multi_step
 from .ops import backends
 from .ops.alif import kernels, nvrtc
 
-PACKAGES = ("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cuda13x")
+PACKAGES = ("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cuda13x", "triton")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,13 +49,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def versions() -> Iterator[str]:
     """The versions of what matters here."""
-    yield f"sj-taid {__version__}"
+    yield f"sj-taid {__version__}, " + (f"commit {commit()}" if commit() else "not a checkout")
     yield f"Python {platform.python_version()} on {platform.platform()}"
+    yield f"CPU: {cpu_name()}, {os.cpu_count()} cores"
+    for package, number in installed().items():
+        yield f"{package} {number}" if number else f"{package}: not installed"
+
+
+def installed() -> dict[str, str | None]:
+    """The version of each package that matters here, ``None`` where it is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
-            yield f"{package} {version(package)}"
-        except PackageNotFoundError:
-            yield f"{package}: not installed"
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@cache
+def commit() -> str | None:
+    """The commit of this checkout, with ``+`` where files differ from it.
+
+    Asked for when a process starts its first run: at the end the checkout may hold another.
+    """
+    here = Path(__file__)
+    describe = ["describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        # An installed package may lie inside a repository that is not its own.
+        for arguments in (["ls-files", "--error-unmatch", here.name], describe):
+            run = subprocess.run(
+                ["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=True
+            )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a checkout
+    return run.stdout.strip()
 
 
 def devices() -> Iterator[str]:

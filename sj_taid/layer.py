@@ -3,6 +3,7 @@
 import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class _ImageDecoder(nn.Module, base.MultiStepModule):
@@ -19,7 +20,7 @@ class _ImageDecoder(nn.Module, base.MultiStepModule):
         self.step_mode = "m"
 
     def attention(self, x_seq: Tensor) -> Tensor:
-        """The weight of each step, ``[T, N, C]`` or broadcastable to it."""
+        """The weight of each step, ``[T, N, C]``, ``[T, N, C, H, W]`` or broadcastable to one."""
         raise NotImplementedError
 
     def forward(self, x_seq: Tensor) -> Tensor:
@@ -58,14 +59,22 @@ class TAID(_ImageDecoder):
         a = \mathrm{sigmoid}(\mathrm{MLP}_{T \to T/r \to T}(z)) \quad\text{(all)} \\
         X &= \sum_t a[t]\,S[t] \quad\text{or the mean over } t
 
+    The third form squeezes nothing, so that weights differ by place. It sees the sequence
+    normalised over T, H and W, which keeps its sigmoid off its flat ends, and starts as the fixed
+    decoder, :math:`d = 0.8`:
+
+    .. math::
+        a[t] = 2\,d^{\,T-1-t}\,\mathrm{sigmoid}(\mathrm{Conv2d}_{T \to T}(\mathrm{norm}(S)))
+        \in [N, T, C, H, W] \quad\text{(none)}
+
     A drop-in for a fixed weighting of ``[T, N, C, H, W]`` or ``[T, N, C]``.
 
     Args:
         T: number of time steps; part of the layer, as its weights mix them.
-        kernel_size: odd width of the convolution along the channel axis (``spatial`` only);
-            1 mixes time only.
-        squeeze: ``"spatial"``, a weight for each step and channel, or ``"all"``, one for each
-            step.
+        kernel_size: odd width of the convolution, along the channel axis for ``spatial`` and over
+            the image for ``none``; 1 mixes time only.
+        squeeze: ``"spatial"``, a weight for each step and channel, ``"all"``, one for each step, or
+            ``"none"``, one for each step, channel and pixel of ``[T, N, C, H, W]``.
         reduce: ``"sum"`` or ``"mean"`` over time.
         reduction: the factor r by which the MLP's hidden layer is narrower (``all`` only).
 
@@ -75,7 +84,7 @@ class TAID(_ImageDecoder):
             weights where autocast does not convert them.
 
     Source: Qiu et al. 2023, arXiv 2406.03046: ``all`` is the paper's figure, ``spatial`` the form
-    its experiments use.
+    its experiments use; ``none`` is this project's.
 
     >>> taid = TAID(T=4)
     >>> taid(torch.rand(4, 2, 3, 8, 8)).shape, taid.attention(torch.rand(4, 2, 3, 8, 8)).shape
@@ -91,8 +100,8 @@ class TAID(_ImageDecoder):
         reduction: int = 4,
     ) -> None:
         super().__init__(T, reduce)
-        if squeeze not in ("spatial", "all"):
-            raise ValueError(f"squeeze must be 'spatial' or 'all', but it is {squeeze!r}")
+        if squeeze not in ("spatial", "all", "none"):
+            raise ValueError(f"squeeze must be 'spatial', 'all' or 'none', but it is {squeeze!r}")
         if not (isinstance(kernel_size, int) and kernel_size >= 1 and kernel_size % 2 == 1):
             raise ValueError(f"kernel_size must be an odd integer >= 1, but it is {kernel_size!r}")
         if squeeze == "all" and kernel_size != 1:
@@ -107,12 +116,17 @@ class TAID(_ImageDecoder):
         self.excite: nn.Module
         if squeeze == "spatial":
             self.excite = nn.Conv1d(T, T, kernel_size, padding=kernel_size // 2, bias=False)
+        elif squeeze == "none":
+            self.excite = nn.Conv2d(T, T, kernel_size, padding=kernel_size // 2)
+            for parameter in self.excite.parameters():
+                nn.init.zeros_(parameter)
         else:
             hidden = max(T // reduction, 1)
             self.excite = nn.Sequential(nn.Linear(T, hidden), nn.ReLU(), nn.Linear(hidden, T))
 
     def attention(self, x_seq: Tensor) -> Tensor:
-        """The weights in (0, 1): ``[T, N, C]`` (``spatial``) or ``[T, N, 1]`` (``all``)."""
+        """The weights: ``[T, N, C]`` (``spatial``) or ``[T, N, 1]`` (``all``) in (0, 1), or
+        ``[T, N, C, H, W]`` (``none``) between 0 and twice the fixed decoder's."""
         self._check(x_seq)
         dtype = next(self.excite.parameters()).dtype
         if x_seq.dtype != dtype and not torch.is_autocast_enabled(x_seq.device.type):
@@ -120,12 +134,30 @@ class TAID(_ImageDecoder):
                 f"the weights of TAID are {dtype}, but the input is {x_seq.dtype}; convert one: "
                 f"x_seq.to({dtype}) or taid.to({x_seq.dtype})"
             )
+        if self.squeeze == "none":
+            return self._by_place(x_seq)
         z = x_seq.flatten(3).mean(3) if x_seq.dim() == 5 else x_seq
         if z.shape[2] == 0:
             return z  # torch's convolution refuses an axis of length 0
         if self.squeeze == "all":
             return self.excite(z.mean(2).t()).sigmoid().t().unsqueeze(2)
         return self.excite(z.transpose(0, 1)).sigmoid().transpose(0, 1)
+
+    def _by_place(self, x_seq: Tensor) -> Tensor:
+        if x_seq.dim() != 5:
+            raise ValueError(
+                f"squeeze='none' weighs the pixels of [T, N, C, H, W], but got "
+                f"{list(x_seq.shape)}; use squeeze='spatial' or 'all'"
+            )
+        _, n, c, h, w = x_seq.shape
+        images = x_seq.permute(1, 2, 0, 3, 4).reshape(n * c, self.T, h, w)
+        if images.numel():  # torch's norm refuses axes of length 0
+            images = F.layer_norm(images, images.shape[1:])
+        gate = 2 * self.excite(images).sigmoid()
+        age = torch.arange(self.T - 1, -1, -1, dtype=gate.dtype, device=gate.device)
+        return gate.view(n, c, self.T, h, w).permute(2, 0, 1, 3, 4) * (0.8**age).view(
+            -1, 1, 1, 1, 1
+        )
 
     def extra_repr(self) -> str:
         return f"T={self.T}, squeeze={self.squeeze}, reduce={self.reduce}, step_mode=m"

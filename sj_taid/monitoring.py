@@ -42,7 +42,7 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
         saturated: a layer that fires more than this passes hardly any information on.
 
     Returns:
-        A :class:`Monitor`. It counts on the neurons' device and adds no synchronisation until it
+        A :class:`.Monitor`. It counts on the neurons' device and adds no synchronisation until it
         is read. A copy or pickle of ``net`` goes on counting for itself.
 
     Raises:
@@ -59,7 +59,7 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
 
 
 class Monitor:
-    """What :func:`monitor` returns. Hooks stay until :meth:`remove` or the end of ``with``."""
+    """What :func:`.monitor` returns. Hooks stay until :meth:`remove` or the end of ``with``."""
 
     def __init__(self, net: nn.Module, dead: float, saturated: float) -> None:
         if not 0.0 <= dead <= saturated <= 1.0:

@@ -34,7 +34,7 @@ KNOWN = frozenset(
 
 @dataclass(frozen=True)
 class Join:
-    """What :func:`fuse_norm` did with one batch norm.
+    """What :func:`.fuse_norm` did with one batch norm.
 
     Attributes:
         norm: its path in the net.
@@ -49,7 +49,7 @@ class Join:
 
 @dataclass(frozen=True)
 class JoinReport:
-    """What :func:`fuse_norm` did, one :class:`Join` a batch norm; ``print`` it for a table."""
+    """What :func:`.fuse_norm` did, one :class:`Join` a batch norm; ``print`` it for a table."""
 
     rows: tuple[Join, ...]
 
@@ -87,7 +87,7 @@ def fuse_norm(net: nn.Module) -> JoinReport:
     may be the last module of a ``SeqToANNContainer``. Known are torch's norms, SpikingJelly's and
     tdBN.
 
-    Convert to ``SyncBatchNorm`` first and join then; :func:`split_norm` is the way back.
+    Convert to ``SyncBatchNorm`` first and join then; :func:`.split_norm` is the way back.
 
     Returns:
         The report: ``print`` it.
@@ -119,7 +119,7 @@ def fuse_norm(net: nn.Module) -> JoinReport:
 
 
 def split_norm(net: nn.Module) -> None:
-    """Undo :func:`fuse_norm`: every norm is applied by itself again, in place.
+    """Undo :func:`.fuse_norm`: every norm is applied by itself again, in place.
 
     >>> net = nn.Sequential(layer.BatchNorm2d(4, step_mode="m"), ALIFNode(step_mode="m"))
     >>> len(fuse_norm(net).joined), split_norm(net), net[1].norm

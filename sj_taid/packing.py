@@ -44,7 +44,7 @@ def packed_spikes(net: nn.Module) -> PackedSpikes:
     ``torch.compile`` nothing is packed: there the compiler decides what is kept.
 
     Returns:
-        A :class:`PackedSpikes`, which stays on until :meth:`~PackedSpikes.remove` or the end of
+        A :class:`.PackedSpikes`, which stays on until :meth:`.PackedSpikes.remove` or the end of
         ``with``. Only the forward pass has to lie inside.
 
     Raises:
@@ -60,7 +60,7 @@ def packed_spikes(net: nn.Module) -> PackedSpikes:
 
 
 class PackedSpikes:
-    """What :func:`packed_spikes` returns."""
+    """What :func:`.packed_spikes` returns."""
 
     def __init__(self, net: nn.Module) -> None:
         neurons = [m for m in net.modules() if type(m) in _NEURONS]

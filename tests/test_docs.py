@@ -1,4 +1,5 @@
-"""What the documentation shows is so: its Python runs, its commands parse, its tables are made."""
+"""What the documentation shows is so: its Python runs, its commands parse, its tables are made,
+its links resolve, and it names what is there."""
 
 import argparse
 import configparser
@@ -7,13 +8,26 @@ import importlib.util
 import os
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import sj_taid
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.joinpath("docs").glob("*.md"))]
 TEXTS = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
+#: with those for who works on it
+INSTRUCTIONS = [
+    *PAGES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "tests" / "README.md",
+    *sorted(ROOT.glob("experiments/**/*.md")),
+    *sorted(ROOT.glob("sj_taid/**/*.md")),
+]
+#: with those that tell what was done
+ALL_PAGES = [*INSTRUCTIONS, ROOT / "CHANGELOG.md", ROOT / "RESULTS.md"]
 
 
 def blocks(language):
@@ -29,6 +43,24 @@ def test_each_block_of_python_runs_by_itself(block):
     exec(compile(block, "block", "exec"), {"__name__": "block"})
 
 
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_each_block_of_yaml_is_a_data_set_that_composes(block, tmp_path):
+    pytest.importorskip("hydra", reason="needs the extra train")
+    from sj_taid.training.composing import compose
+
+    tmp_path.joinpath("dataset").mkdir()
+    tmp_path.joinpath("dataset", "mine.yaml").write_text(block, encoding="utf-8")
+    cfg = compose("train", ["dataset=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert f"name: {cfg.dataset.name}" in block
+
+
+def test_no_block_is_of_a_kind_that_nothing_tests():
+    kinds = {kind for text in TEXTS.values() for kind in re.findall(r"^```(\S+)", text, re.M)}
+    # Sphinx reads the directives, text is what no program reads.
+    tested = {"python", "yaml", "console", "bash"}
+    assert {kind for kind in kinds if kind[0] != "{"} <= tested | {"text"}
+
+
 def test_most_pages_have_python():
     assert len({param.id.partition("-")[0] for param in blocks("python")}) >= 7
 
@@ -36,11 +68,18 @@ def test_most_pages_have_python():
 # ---- commands ----
 
 
+PROGRAMS = "python3? |sj-taid |make |pip |pytest |torchrun "
+
+
 def commands():
-    """Every line of a console, and every command in the text."""
-    for name, text in TEXTS.items():
+    """Every line of a console or of a script, and every command in the text."""
+    for page in INSTRUCTIONS:
+        name, text = page.stem, page.read_text(encoding="utf-8")
         lines = re.findall(r"^\$ (.*)$", text, re.M)
-        lines += re.findall(r"`((?:python3? |sj-taid |make |pip )[^`|]*)`", text)
+        for script in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
+            lines += script.splitlines()
+        lines += re.findall(rf"^    ((?:{PROGRAMS}).*)$", text, re.M)
+        lines += re.findall(rf"`((?:{PROGRAMS})[^`|]*)`", text)
         for line in dict.fromkeys(lines):
             # What the reader fills in: <day>, FOLDER as they stand, "..." for more of the same.
             yield pytest.param(re.sub(r"<[^>]*>", "x", line), id=f"{name}: {line[:60]}")
@@ -65,8 +104,20 @@ def parse_only(monkeypatch):
 def test_each_command_is_understood(line, parse_only):
     program, *words = shlex.split(os.path.expandvars(line), comments=True)
     words = [word for word in words if word not in ("...", "x")]
+    if program == "torchrun":  # its options are its own
+        program, *words = "python", *words[[word[-3:] for word in words].index(".py") :]
     if program == "python" and words[0] == "-m":
         assert importlib.util.find_spec(words[1])
+        program, *words = words[1:]
+    if program == "pytest":
+        settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
+        markers = [line.partition(":")[0] for line in settings["ini_options"]["markers"]]
+        assert not words or (words[0] == "-m" and words[1] in markers)
+    elif program == "ray":
+        scripts = pytest.importorskip("ray.scripts.scripts", reason="needs the extra ray")
+        scripts.cli.commands[words[0]].make_context(words[0], words[1:])
+    elif program in ("sj_taid.doctor", "build"):
+        assert not set(words) - {"--kernels"}
     elif program == "python" and words[0] != "-c":
         script = ROOT / words[0]
         assert script.is_file()
@@ -87,10 +138,12 @@ def test_each_command_is_understood(line, parse_only):
 
 def understood(command, is_benchmark, words):
     pytest.importorskip("hydra", reason="needs the extra train")
-    if is_benchmark or command in ("compare", "report", "search"):
-        module = importlib.import_module(command if is_benchmark else f"sj_taid.training.{command}")
+    from sj_taid.training import cli
+
+    if is_benchmark or command in cli.OTHERS:
+        run = importlib.import_module(command).main if is_benchmark else cli.OTHERS[command]
         with pytest.raises(Parsed):
-            module.main(words)
+            run(words)
     elif command == "pages":
         assert not words
     else:
@@ -112,10 +165,81 @@ def compose_each(config, words):
     ]
     for job in range(max(map(len, choices), default=1)):  # each choice of a sweep once
         given = [options[job % len(options)] for options in choices]
+        if "hydra/launcher=gpus" in given:
+            pytest.importorskip("ray", reason="needs the extra ray")
         compose(config, given, return_hydra_config=True)
 
 
+# ---- links and names ----
+
+
+def anchors(page):
+    """GitHub's and MyST's names of the headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.stem)
+def test_links_between_files_resolve(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for link in re.findall(r"]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_contents():
+    contents = "".join(re.findall(r"^```{toctree}\n(.*?)^```", TEXTS["index"], re.M | re.S))
+    pages = {path.stem for path in ROOT.joinpath("docs").glob("*.md")} - {"index"}
+    assert pages == set(contents.split()) & pages
+
+
+@pytest.mark.parametrize("name", ["sj_taid", *(f"sj_taid.{part}" for part in sj_taid._PARTS)])
+def test_every_public_name_is_in_the_api(name):
+    if f"automodule:: {name}\n   :members:\n" not in TEXTS["api"]:
+        pytest.importorskip({"sj_taid.lightning": "lightning"}.get(name, "torch"))
+        for public in importlib.import_module(name).__all__:
+            assert re.search(rf":: {name}\.{public}$", TEXTS["api"], re.M), public
+
+
+def test_every_environment_variable_is_on_its_page():
+    sources = [*ROOT.glob("sj_taid/**/*.py"), *ROOT.glob("experiments/**/*.py")]
+    sources += [*ROOT.glob("conf/**/*.yaml")]
+    read = r"(?:environ(?:\.get)?[\[(]|getenv\(|oc\.env:)\W?([A-Z][A-Z_]+)|\b(SJ_[A-Z_]+)\b"
+    found = {
+        name
+        for path in sources
+        for match in re.findall(read, path.read_text(encoding="utf-8"))
+        for name in match
+        if name
+    }
+    # The constant that holds a name.
+    found.discard("ENVIRONMENT_VARIABLE")
+    assert len(found) >= 4
+    named = set(re.findall(r"`([A-Z][A-Z_]+)`", TEXTS["environment"]))
+    assert found <= named
+    assert {name for name in named if name.startswith("SJ_")} <= found
+
+
+def test_every_picture_is_in_the_gallery_above_its_command():
+    shown = re.findall(r"\(images/([^)]+)\)|^\$ (python .*)$", TEXTS["gallery"], re.M)
+    pictures = [picture for picture, _ in shown if picture]
+    assert sorted(pictures) == sorted(
+        path.name for path in ROOT.joinpath("docs", "images").iterdir()
+    )
+    assert shown[-1][1], "the last pictures have no command under them"
+
+
 # ---- tables ----
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "RESULTS.md"], ids=lambda page: page.name)
+def test_no_measured_figure_is_typed_into_a_table(page):
+    text = page.read_text(encoding="utf-8")
+    by_hand = re.sub(r"<!-- table: \w+ -->.*?<!-- end -->", "", text, flags=re.S)
+    rows = re.findall(r"^\|.*\|$", by_hand, re.M)
+    assert not [row for row in rows if re.search(r"\|\s*[-+]?\d+\.\d+[^|\w.]*\|", row)]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "RESULTS.md"], ids=lambda page: page.name)

@@ -1,5 +1,6 @@
 """python -m sj_taid.doctor: what works, why the rest does not, the remedy."""
 
+import re
 import subprocess
 import sys
 
@@ -66,6 +67,23 @@ def test_other_spikes_than_torchs_are_reported(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "fused", lambda: [("numba", "cpu")])
     assert doctor.main([]) == 1
     assert "self test of numba: FAILED" in capsys.readouterr().out
+
+
+def test_the_commit_is_this_checkouts_own(tmp_path, monkeypatch):
+    """Not that of a repository in which the package happens to be installed."""
+
+    def git(*arguments):
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "doctor.py").touch()
+    git("commit", "--allow-empty", "-m", "another's")
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    assert doctor.commit.__wrapped__() is None
+    git("add", "doctor.py")
+    git("commit", "-m", "its own")
+    assert re.fullmatch("[0-9a-f]{12}", doctor.commit.__wrapped__())
 
 
 @pytest.mark.gpu

@@ -42,6 +42,19 @@ def test_parts_are_attributes(part, monkeypatch):
         sj_taid.metrics
 
 
+@pytest.mark.parametrize(("command", "package"), [("train", "lightning"), ("search", "optuna")])
+def test_a_command_that_lacks_a_package_says_what_to_install(command, package, monkeypatch):
+    cli = pytest.importorskip("sj_taid.training.cli", reason="needs the extra train")
+    module = {"train": "commands"}.get(command, command)
+    monkeypatch.delattr(f"sj_taid.training.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"sj_taid.training.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match="to get it: pip install ") as error:
+        getattr(cli, command)([])
+    remedy = str(error.value).partition("pip install ")[2]
+    assert {package, "hydra-core"} <= set(remedy.split())
+
+
 def test_star_leaves_spikingjellys_functional():
     names = {"functional": theirs}
     exec("from sj_taid import *", names)

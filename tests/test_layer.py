@@ -55,17 +55,54 @@ def test_all_equals_the_equations():
     assert error <= TOLERANCE[F64]["value"] * expected.abs().max()
 
 
-@pytest.mark.parametrize("squeeze", ["spatial", "all"])
-def test_attention_is_what_decodes(squeeze):
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_none_equals_the_equations(kernel_size):
+    taid = TAID(3, kernel_size, squeeze="none").double()
+    nn.init.normal_(taid.excite.weight)
+    nn.init.normal_(taid.excite.bias)
+    s = sequence(3, 2, 2, 4, 5)
+    half = kernel_size // 2
+    expected = torch.zeros_like(s[0])
+    for n in range(2):
+        for c in range(2):
+            z = s[:, n, c]
+            z = (z - z.mean()) / (z.var(unbiased=False) + 1e-5).sqrt()
+            z = nn.functional.pad(z, (half,) * 4)
+            for t in range(3):
+                for i in range(4):
+                    for j in range(5):
+                        window = z[:, i : i + kernel_size, j : j + kernel_size]
+                        y = (taid.excite.weight[t] * window).sum() + taid.excite.bias[t]
+                        gate = 2 * 0.8 ** (2 - t) * y.sigmoid()
+                        expected[n, c, i, j] += gate * s[t, n, c, i, j]
+    error = (taid(s) - expected).abs().max()
+    assert error <= TOLERANCE[F64]["value"] * expected.abs().max()
+
+
+def test_none_starts_as_the_fixed_decoder():
+    s = sequence(4, 2, 3, 5, 6)
+    assert torch.allclose(TAID(4, 3, squeeze="none").double()(s), FixedDecoder(4)(s))
+
+
+def test_none_needs_pixels():
+    with pytest.raises(ValueError, match=r"squeeze='none' weighs the pixels.*got \[4, 2, 5\]"):
+        TAID(4, squeeze="none")(torch.rand(4, 2, 5))
+
+
+@pytest.mark.parametrize(
+    ("squeeze", "shape"), [("spatial", (3, 1, 1)), ("all", (1, 1, 1)), ("none", (3, 5, 5))]
+)
+def test_attention_is_what_decodes(squeeze, shape):
     taid = TAID(4, squeeze=squeeze).double()
     s = sequence(4, 2, 3, 5, 5)
     a = taid.attention(s)
-    assert a.shape == (4, 2, 3 if squeeze == "spatial" else 1)
-    assert ((a > 0) & (a < 1)).all()
-    torch.testing.assert_close(taid(s), (a[..., None, None] * s).sum(0))
+    a = a[..., None, None] if squeeze != "none" else a
+    assert a.shape == (4, 2, *shape)
+    assert ((a > 0) & (a < (2 if squeeze == "none" else 1))).all()
+    torch.testing.assert_close(taid(s), (a * s).sum(0))
 
 
-@pytest.mark.parametrize("squeeze", ["spatial", "all"])
+@pytest.mark.parametrize("squeeze", ["spatial", "all", "none"])
 def test_gradcheck(squeeze):
     taid = TAID(4, squeeze=squeeze).double()
     assert torch.autograd.gradcheck(taid, sequence(4, 2, 3, 2, 2).requires_grad_())
@@ -122,7 +159,7 @@ def test_bad_input(make):
     ("options", "message"),
     [
         ({"T": 0}, "T must be"),
-        ({"T": 4, "squeeze": "time"}, "squeeze must be 'spatial' or 'all'"),
+        ({"T": 4, "squeeze": "time"}, "squeeze must be 'spatial', 'all' or"),
         ({"T": 4, "reduce": "max"}, "reduce must be 'sum' or 'mean'"),
         ({"T": 4, "kernel_size": 2}, "odd"),
         ({"T": 4, "kernel_size": 3, "squeeze": "all"}, "averages away"),

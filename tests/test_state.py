@@ -201,7 +201,7 @@ def test_training_may_go_on_from_voltages_of_an_inference(backend, mode):
 
 
 def test_a_change_in_place_names_the_neuron():
-    pytest.importorskip("numba", reason="needs numba: pip install sj-taid[cpu]")
+    pytest.importorskip("numba", reason="needs numba: pip install numba")
     net = make_net(backend="numba")
     h = net[0](torch.rand(5, 2, 4))
     spikes = net[1](h)

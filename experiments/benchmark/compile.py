@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from common import interleaved, parser, write_csv
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
 from sj_taid import ALIFNode, fresh_state
+from sj_taid.benchmark.common import interleaved, parser, write_csv
 
 
 def alif(channels: int, backend: str) -> nn.Module:

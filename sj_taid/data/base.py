@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections import defaultdict
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from torchvision.transforms import v2
 
 from .augment import AUGMENTATIONS
+from .progress import followed
 
 log = logging.getLogger(__name__)
 
@@ -28,21 +30,67 @@ Batch = tuple[Tensor, Tensor]
 LOCK = ".lock"
 
 
-class InMemory(TensorDataset):
+class Samples(Dataset):
+    """Samples whose classes are known before they are read."""
+
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        raise NotImplementedError
+
+    def identity(self) -> bytes:
+        """What tells these samples from others."""
+        raise NotImplementedError
+
+    def mixed(self) -> Self:
+        """In an order of which every part holds the classes in their proportions."""
+        return self.subset(self._mixed(range(len(self))))
+
+    def drawn(self, share: float, seed: int) -> tuple[Self, Self]:
+        """Without a ``share`` that is drawn at random, and that share.
+
+        Both hold the classes in their proportions, and keep the order.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        order = self._mixed(torch.randperm(len(self), generator=generator).tolist())
+        n = round(len(self) * share)
+        return self.subset(sorted(order[n:])), self.subset(sorted(order[:n]))
+
+    def _mixed(self, order: Iterable[int]) -> list[int]:
+        labels = self.labels
+        place = {i: (n + 0.5) / len(m) for m in self._classes(order) for n, i in enumerate(m)}
+        return sorted(place, key=lambda i: (place[i], labels[i]))
+
+    def _classes(self, order: Iterable[int]) -> Iterable[list[int]]:
+        """The indices of each class, in the order given."""
+        labels, classes = self.labels, defaultdict(list)
+        for index in order:
+            classes[labels[index]].append(index)
+        return classes.values()
+
+
+class InMemory(Samples, TensorDataset):
     """Samples ``[n, ...]`` and labels ``[n]``; a batch is fetched by one indexing."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__(*tensors)
+        self.labels = tensors[1].tolist()
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return self[indices]
 
-    def subset(self, indices: Sequence[int]) -> InMemory:
-        return InMemory(*self[list(indices)])
+    def subset(self, indices: Sequence[int]) -> Self:
+        return type(self)(*self[list(indices)])
 
     def identity(self) -> bytes:
         return b"".join(tensor.numpy().tobytes() for tensor in self.tensors)
 
 
 @dataclass(eq=False)
-class Files(Dataset):
+class Files(Samples):
     """Samples that lie in a file each and are read when they are asked for.
 
     Args:
@@ -63,16 +111,14 @@ class Files(Dataset):
     def __post_init__(self) -> None:
         self.checked = self.paths  # all of these, where one cannot be read
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.paths[index]
         try:
             return self.read(path), self.labels[index]
         except Exception as error:  # each format has errors of its own for a damaged file
             log.warning("%s cannot be read; looking for others, which may take minutes", path)
-            others = [other for other in self.checked if other != path and self._is_broken(other)]
+            checked = followed(self.checked, "Looking for damaged files")
+            others = [other for other in checked if other != path and self._is_broken(other)]
             raise RuntimeError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); "
                 + (f"neither can {', '.join(others)}; " if others else "")
@@ -89,40 +135,25 @@ class Files(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return default_collate([self[index] for index in indices])
 
-    def subset(self, indices: Sequence[int]) -> Files:
+    def subset(self, indices: Sequence[int]) -> Self:
         paths, labels = [self.paths[i] for i in indices], [self.labels[i] for i in indices]
-        return Files(paths, labels, self.read, self.remedy)
+        return type(self)(paths, labels, self.read, self.remedy)
 
-    def mixed(self) -> Files:
-        """In an order of which every part holds the classes in their proportions."""
-        place = {i: (n + 0.5) / len(m) for m in self._classes() for n, i in enumerate(m)}
-        return self.subset(sorted(place, key=lambda i: (place[i], self.labels[i])))
-
-    def hold_out(self, share: float) -> tuple[Files, Files]:
+    def hold_out(self, share: float) -> tuple[Self, Self]:
         """For training and for testing: of each class, the last ``share`` is for testing."""
         train, test = [], []
-        for members in self._classes():
+        for members in self._classes(range(len(self))):
             first = len(members) - round(len(members) * share)
             train += members[:first]
             test += members[first:]
         return self.subset(train), self.subset(test)
 
-    def _classes(self) -> Iterable[list[int]]:
-        """The indices of each class."""
-        classes = defaultdict(list)
-        for index, label in enumerate(self.labels):
-            classes[label].append(index)
-        return classes.values()
-
     def identity(self) -> bytes:
         return repr([(path, Path(path).stat().st_size) for path in self.paths]).encode()
 
 
-Samples = InMemory | Files
-
-
 class Data(L.LightningDataModule):
-    """Loaders of training and test batches; a subclass says where the samples come from.
+    """Loaders of training, validation and test batches; a subclass says where they come from.
 
     A batch is ``(x, label)``: images ``[N, C, H, W]`` in [-1, 1] or event frames
     ``[N, T, C, H, W]``, and labels ``[N]``, which are -1 where the data set has none.
@@ -136,6 +167,14 @@ class Data(L.LightningDataModule):
         num_workers: loader processes; 0 is right for images in memory.
         augment: how training samples vary: None, "affine", "crop_flip" or "flip".
         limit: use only so many samples of each set, spread evenly, for a quick look.
+        validation: this share of the training samples, drawn at random with the classes in their
+            proportions, is for validation and not for training; ``"own"`` takes the set that the
+            data set brings for it. None or 0: there is none, and validation is on the test set.
+        seed: of that draw; a run's own seed does not change it.
+
+    Raises:
+        ValueError: values out of their range; ``"own"`` where there is none of its own; a share
+            that leaves nothing.
     """
 
     #: what turns a batch of samples into the model's input, after augmentation
@@ -144,6 +183,9 @@ class Data(L.LightningDataModule):
     class_names: Sequence[str] = ()
     train_set: Samples
     test_set: Samples
+    validation_set: Samples | None = None
+    #: what ``test_set`` is, in the words of a protocol
+    tested_on = "test"
 
     def __init__(
         self,
@@ -155,6 +197,8 @@ class Data(L.LightningDataModule):
         num_workers: int = 0,
         augment: str | None = None,
         limit: int | None = None,
+        validation: float | Literal["own"] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if augment is not None and augment not in AUGMENTATIONS:
@@ -164,6 +208,12 @@ class Data(L.LightningDataModule):
             )
         if limit is not None and limit < 1:
             raise ValueError(f"dataset.limit must be null or at least 1, but it is {limit}")
+        is_share = isinstance(validation, int | float) and 0 <= validation < 1
+        if not (validation in (None, "own") or is_share):
+            raise ValueError(
+                "dataset.validation must be null, a share of the training set from 0 to below 1, "
+                f"or own, but it is {validation!r}"
+            )
         self.name = name
         self.channels = channels
         self.image_size = image_size
@@ -172,20 +222,41 @@ class Data(L.LightningDataModule):
         self.num_workers = num_workers
         self.augment = augment
         self.limit = limit
+        self.validation = validation
+        self.seed = seed
 
     def load(self) -> tuple[Samples, Samples]:
         """The training and the test set."""
         raise NotImplementedError
 
+    def load_validation(self) -> Samples:
+        """The validation set that the data set brings."""
+        raise ValueError(
+            f"{self.name} has no validation set of its own; give a share of its training set, as "
+            "dataset.validation=0.1"
+        )
+
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "train_set"):
             return
-        train, test = map(self._limited, self.load())
-        if isinstance(train, Files) and isinstance(test, Files):
-            # In the order of their folders, the first batches and pictures would be of one class.
-            test = test.mixed()
-            train.checked = test.checked = [*train.paths, *test.paths]
-        self.train_set, self.test_set = train, test
+        train, test = self.load()
+        train, validation = self._split(train)
+        self.train_set = self._limited(train)
+        if validation is not None:
+            self.validation_set = self._held_out(validation)
+        self.test_set = self._held_out(test)
+        sets = (self.train_set, self.validation_set, self.test_set)
+        files = [samples for samples in sets if isinstance(samples, Files)]
+        for samples in files:
+            samples.checked = [path for other in files for path in other.paths]
+
+    def validating(self) -> Self:
+        """The same data, with the validation set in place of the test set."""
+        if self.validation_set is None:
+            raise ValueError(f"{self.name} has no validation set; add dataset.validation=0.1")
+        other = copy.copy(self)
+        other.test_set, other.tested_on = self.validation_set, "validation"
+        return other
 
     def fingerprint(self) -> str:
         """Stands for these samples at this size, so that what was made from them can be kept."""
@@ -199,10 +270,34 @@ class Data(L.LightningDataModule):
         drop_last = len(self.train_set) >= self.batch_size
         return self._loader(self.train_set, self.augment, shuffle=True, drop_last=drop_last)
 
+    def train_samples(self) -> DataLoader:
+        """The training samples once, in their order and as they are."""
+        return self._loader(self.train_set)
+
     def val_dataloader(self) -> DataLoader:
+        return self._loader(self.test_set if self.validation_set is None else self.validation_set)
+
+    def test_dataloader(self) -> DataLoader:
         return self._loader(self.test_set)
 
-    test_dataloader = val_dataloader
+    def _split(self, train: Samples) -> tuple[Samples, Samples | None]:
+        """What is left for training, and the validation set if there is to be one."""
+        if not self.validation:
+            return train, None
+        if self.validation == "own":
+            return train, self.load_validation()
+        rest, drawn = train.drawn(self.validation, self.seed)
+        if not (len(rest) and len(drawn)):
+            raise ValueError(
+                f"dataset.validation={self.validation} of the {len(train)} training samples leaves "
+                f"{len(rest)} for training and {len(drawn)} for validation; choose another share"
+            )
+        return rest, drawn
+
+    def _held_out(self, samples: Samples) -> Samples:
+        samples = self._limited(samples)
+        # In the order of their folders, the first batches and pictures would be of one class.
+        return samples.mixed() if isinstance(samples, Files) else samples
 
     def _limited(self, samples: Samples) -> Samples:
         if self.limit is None or self.limit >= len(samples):

@@ -1,5 +1,6 @@
 """Recordings of event cameras through SpikingJelly's data sets, as frames of added-up events."""
 
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,9 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from .base import LOCK, Data, Files
+from .progress import files_followed
+
+log = logging.getLogger(__name__)
 
 
 class EventData(Data):
@@ -48,7 +52,11 @@ class EventData(Data):
         if frames.is_dir() and not frames.with_name(f"{frames.name}.building").exists():
             return
         self._check()
-        with FileLock(self.root / LOCK):
+        log.info("The frames of %s are made once, and kept in %s", self.source, frames)
+        events = self.root / "events_np"
+        total = sum(self.counts) * (1 if events.is_dir() else 2)
+        what = f"Making frames of {self.source}, files"
+        with FileLock(self.root / LOCK), files_followed([events, frames], what, total):
             self._sets()
 
     def load(self) -> tuple[Files, Files]:

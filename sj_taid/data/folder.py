@@ -128,8 +128,8 @@ def _class_names(root: Path, option: str) -> list[str]:
 class CelebA(Torchvision):
     """CelebA's aligned faces, 218x178: the 148 pixels in the middle, resized.
 
-    162770 images are for training, 19962 for testing; the 19867 for validation are not used. There
-    are no labels.
+    162770 images are for training, 19962 for testing, and 19867 for validation, which are used with
+    ``validation="own"``. There are no labels.
 
     Source: Z. Liu, P. Luo, X. Wang and X. Tang, ICCV 2015.
     """
@@ -137,9 +137,17 @@ class CelebA(Torchvision):
     source = datasets.CelebA
     folder = source.base_folder
     files = PARTITION, IMAGES = "list_eval_partition.txt", "img_align_celeba"
-    TRAIN, TEST = "0", "2"  # in the partition
+    TRAIN, VALIDATION, TEST = "0", "1", "2"  # in the partition
 
     def load(self) -> tuple[Files, Files]:
+        rows = self._rows()
+        return self._part(rows, self.TRAIN), self._part(rows, self.TEST)
+
+    def load_validation(self) -> Files:
+        return self._part(self._rows(), self.VALIDATION)
+
+    def _rows(self) -> list[list[str]]:
+        """The names of the images and the part that each is of."""
         self._require_files()
         md5 = next(md5 for _, md5, name in self.source.file_list if name == self.PARTITION)
         self._require_md5(self.PARTITION, md5)
@@ -151,7 +159,7 @@ class CelebA(Torchvision):
             raise self._damaged(
                 self.IMAGES, f"it lacks {len(lost)} of {len(rows)} images, {lost[0]} first"
             )
-        return self._part(rows, self.TRAIN), self._part(rows, self.TEST)
+        return rows
 
     def _part(self, rows: list[list[str]], part: str) -> Files:
         images = self.place / self.IMAGES

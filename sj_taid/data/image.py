@@ -20,7 +20,8 @@ class ImageData(Data):
 
     def test_images(self) -> str:
         """What metrics are measured on, for their protocols."""
-        return f"{len(self.test_set)} test images at {self.image_size}x{self.image_size}"
+        size = f"{self.image_size}x{self.image_size}"
+        return f"{len(self.test_set)} {self.tested_on} images at {size}"
 
     def _in_memory(self, images: Tensor, labels: Tensor) -> InMemory:
         return InMemory(v2.functional.resize(images, [self.image_size] * 2), labels)

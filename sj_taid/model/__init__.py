@@ -2,6 +2,7 @@
 
 from .autoencoder import VAE, Autoencoder
 from .classifier import Classifier
+from .esvae import ESVAE, ESVAEOutput
 from .fsvae import FSVAE, FSVAEOutput
 
-__all__ = ["FSVAE", "VAE", "Autoencoder", "Classifier", "FSVAEOutput"]
+__all__ = ["ESVAE", "FSVAE", "VAE", "Autoencoder", "Classifier", "ESVAEOutput", "FSVAEOutput"]

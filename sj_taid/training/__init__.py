@@ -1,8 +1,8 @@
 """Training from configs: LightningModules, a run's folder, its evaluation, the command line."""
 
-from .._extras import needs
+from .._extras import TRAIN, needs
 
-with needs("hydra-core filelock"):
+with needs(TRAIN):
     from .run import Run, load_model
 
 __all__ = ["Run", "load_model"]

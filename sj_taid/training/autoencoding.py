@@ -34,8 +34,11 @@ class Autoencoding(Task):
         self._log_reconstruction("test", batch)
 
     def after_training(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
-        how = f"mean squared error, images in [-1, 1], {data.test_images()}"
-        return {"protocol": {"reconstruction": how}}
+        how = "mean squared error, images in [-1, 1], "
+        protocol = {"reconstruction": how + data.test_images()}
+        if data.validation_set is not None:
+            protocol["validation_reconstruction"] = how + data.validating().test_images()
+        return {"protocol": protocol}
 
     def report(self, metrics: dict[str, Any]) -> list[str]:
         return [f"Test reconstruction error (MSE): {metrics['reconstruction']:.4f}"]

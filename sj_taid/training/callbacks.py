@@ -1,16 +1,18 @@
-"""What a run does beside training: the progress bar, the pictures, and writing checkpoints."""
+"""What a run does beside training: progress, the pictures, and writing checkpoints."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from ..data.progress import followed
 from ..monitoring import warn_at_bound
 from .files import atomic_write
 from .plot import draw_curves, draw_parameters, neuron_parameters
@@ -25,6 +27,19 @@ class ProgressBar(RichProgressBar):
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         return items
+
+
+class FollowTest(L.Callback):
+    """Shows how far a test is, where no training's progress bar does."""
+
+    def on_test_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.batches = followed(range(sum(trainer.num_test_batches)), "Testing, in batches")
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        next(self.batches)
+
+    def on_test_end(self, *_: Any) -> None:
+        next(self.batches, None)
 
 
 class Pictures(L.Callback):
@@ -59,7 +74,9 @@ class Pictures(L.Callback):
         images, _ = next(iter(loader))
         task.draw(images[:32].to(task.device), self.folder)
         if self.epochs:
-            draw_curves(self.epochs, self.folder / "curves.png")
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            part = "test" if data.validation_set is None else "validation"
+            draw_curves(self.epochs, self.folder / "curves.png", f"{part} set")
             if self.history[0]:
                 draw_parameters(self.history, self.folder / "parameters.png")
 
@@ -89,6 +106,35 @@ class RandomNumbers(L.Callback):
             if len(self.loaded["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(self.loaded["cuda"])
             self.loaded = {}
+
+
+class BestCheckpoint(Checkpoint):
+    """Keeps the checkpoint of the epoch that was best on the validation set, beside the last.
+
+    Of equals it is the first.
+
+    Args:
+        path: of the checkpoint.
+        figure: as it is logged; higher is better.
+    """
+
+    def __init__(self, path: Path, figure: str) -> None:
+        self.path = path
+        self.figure = figure
+        self.value, self.epoch = -math.inf, 0
+
+    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+        value = float(trainer.callback_metrics.get(self.figure, -math.inf))
+        if value > self.value:
+            self.value, self.epoch = value, trainer.current_epoch + 1
+            trainer.save_checkpoint(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.path.is_file():  # not so where a run goes on in another folder
+            self.value, self.epoch = state["value"], state["epoch"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

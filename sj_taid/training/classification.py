@@ -1,17 +1,14 @@
 """Training of a classifier, on still images or on frames of events."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from ..data import Data
 from ..model import Classifier
 from .plot import save
 from .task import Task
@@ -22,25 +19,14 @@ class Classification(Task):
 
     Args:
         model: the classifier.
-        optimizer: makes the optimizer from the parameters.
-        scheduler: makes the learning rate's schedule from the optimizer; a step is an epoch.
-        lr_scale: see :class:`Task`.
+        args: and ``kwargs``: those of :class:`Task`.
     """
 
-    def __init__(
-        self,
-        model: Classifier,
-        optimizer: partial[Optimizer],
-        scheduler: Callable[[Optimizer], LRScheduler],
-        lr_scale: float | None = None,
-    ) -> None:
-        super().__init__(model, optimizer, lr_scale)
-        self.scheduler = scheduler
-        self.confusion = MulticlassConfusionMatrix(model.classes)
+    chosen_by = "accuracy"
 
-    def configure_optimizers(self) -> Any:
-        optimizer = super().configure_optimizers()
-        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+    def __init__(self, model: Classifier, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.confusion = MulticlassConfusionMatrix(model.classes)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         loss, _ = self._step("train", batch)
@@ -60,8 +46,23 @@ class Classification(Task):
         # Every rank takes part in the sum; the first then draws what is kept of it.
         self.confusion.compute()
 
+    def after_training(self, data: Data, evaluator: Any) -> dict[str, Any]:
+        how = f"trained on {len(data.train_set)} samples, tested on {len(data.test_set)}"
+        names = ["accuracy", "accuracy_best_test_epoch"]
+        if data.validation_set is not None:
+            names = ["accuracy", "accuracy_best_validation_epoch", "validation_accuracy"]
+            how += f", validated on {len(data.validation_set)}"
+        return {"protocol": dict.fromkeys(names, how)}
+
     def report(self, metrics: dict[str, Any]) -> list[str]:
-        return [f"Test accuracy: {metrics['accuracy']:.2%}, loss: {metrics['loss']:.4f}"]
+        titles = {
+            "accuracy_best_validation_epoch": "Of the epoch that was best on the validation set",
+            "accuracy_best_test_epoch": "Of the epoch that was best on the test set itself",
+        }
+        return [
+            f"Test accuracy: {metrics['accuracy']:.2%}, loss: {metrics['loss']:.4f}",
+            *(f"{title}: {metrics[name]:.2%}" for name, title in titles.items() if name in metrics),
+        ]
 
     def draw(self, images: Tensor, folder: Path) -> None:
         size = 2 + 0.6 * self.model.classes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -15,46 +16,69 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .._extras import needs
+from .._extras import TRAIN, needs
 from . import composing
 from .run import Run, chosen
 
 
 def train(cfg: DictConfig) -> float | None:
-    from . import commands
+    with needs(TRAIN):
+        from . import commands
 
     return commands.train_once(cfg)
 
 
 def evaluate(cfg: DictConfig) -> None:
-    from . import commands
+    with needs(TRAIN):
+        from . import commands
 
     commands.evaluate(cfg, **commands.origin("evaluate", HydraConfig.get()))
 
 
 def sample(cfg: DictConfig) -> None:
-    from . import commands
+    with needs(TRAIN):
+        from . import commands
 
     commands.sample(cfg)
 
 
+def fit_prior(cfg: DictConfig) -> None:
+    from . import commands
+
+    commands.fit_prior(cfg)
+
+
 def compare(arguments: Sequence[str]) -> None:
-    from . import compare
+    with needs(TRAIN):
+        from . import compare
 
     compare.main(arguments)
 
 
 def report(arguments: Sequence[str]) -> None:
-    from . import report
+    with needs(TRAIN):
+        from . import report
 
     report.main(arguments)
 
 
 def search(arguments: Sequence[str]) -> None:
-    with needs("optuna"):
+    with needs(f"{TRAIN} optuna"):
         from . import search
 
     search.main(arguments)
+
+
+def prove(arguments: Sequence[str]) -> None:
+    from .. import prove
+
+    sys.exit(prove.main(arguments))
+
+
+def export(arguments: Sequence[str]) -> None:
+    from . import export
+
+    export.main(arguments)
 
 
 def doctor(arguments: Sequence[str]) -> None:
@@ -63,8 +87,8 @@ def doctor(arguments: Sequence[str]) -> None:
     sys.exit(doctor.main(arguments))
 
 
-COMPOSED = {task.__name__: task for task in (train, evaluate, sample)}
-OTHERS = {task.__name__: task for task in (compare, report, search, doctor)}
+COMPOSED = {task.__name__: task for task in (train, evaluate, sample, fit_prior)}
+OTHERS = {task.__name__: task for task in (compare, report, search, export, prove, doctor)}
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"
 
@@ -75,6 +99,8 @@ def main(command: str | None = None) -> None:
     if command is None:
         command = arguments.pop(0) if arguments else ""
     if command in OTHERS:
+        logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
+        logging.getLogger("sj_taid").setLevel(logging.INFO)
         OTHERS[command](arguments)
     elif command in COMPOSED:
         arguments = [quoted_place(argument) for argument in arguments]

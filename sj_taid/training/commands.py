@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +19,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from omegaconf import DictConfig, OmegaConf
 
 from ..calibration import calibrate
+from ..model import ESVAE
+from ..model.rate import GaussianMixturePrior
 from .allocator import reuse_freed_memory
-from .callbacks import AtomicCheckpointIO, Pictures, RandomNumbers
+from .callbacks import AtomicCheckpointIO, BestCheckpoint, FollowTest, Pictures, RandomNumbers
 from .composing import instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
 from .plot import draw_grid
 from .provenance import provenance
 from .run import Run, build, check_targets, chosen, is_first_process, read_checkpoint
+from .task import of_best_epoch
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +112,12 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
+    pictures = Pictures(folder, cfg.pictures)
+    best = BestCheckpoint(run.best, f"val/{task.chosen_by}")
+    if task.chosen_by and data.validation_set is not None:
+        keepers = [best, checkpoints]  # in this order: the last one knows of the best
+    else:
+        keepers = [checkpoints]
     timer = Timer()  # kept in the checkpoint: the seconds before a kill count
     others = [instantiate(callback) for callback in cfg.callbacks.values()]
     if not cfg.trainer.enable_progress_bar:  # Lightning refuses a bar then
@@ -116,7 +126,7 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         cfg.trainer,
         default_root_dir=folder,
         logger=instantiate(cfg.logger)(save_dir=folder) if cfg.get("logger") else False,
-        callbacks=[checkpoints, timer, RandomNumbers(), Pictures(folder, cfg.pictures), *others],
+        callbacks=[*keepers, timer, RandomNumbers(), pictures, *others],
     )
     for tracker in trainer.loggers:
         tracker.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
@@ -126,6 +136,13 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     figures = task.figures(trainer, data, evaluator)
     if not first:
         return {}
+    figures |= task.validated(data, pictures.epochs)
+    if best.epoch:
+        options = {key: cfg.trainer[key] for key in ("precision", "limit_test_batches")}
+        task.load_state_dict(read_checkpoint(run.best)["state_dict"])
+        bare = bare_trainer(cfg.trainer.accelerator, **options)
+        figures |= of_best_epoch(task.tested(bare, data))
+        figures["best_validation_epoch"] = best.epoch
     for tracker in trainer.loggers:
         found = {name: value for name, value in figures.items() if isinstance(value, float)}
         tracker.log_metrics(found, step=trainer.global_step)
@@ -247,10 +264,14 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         data.setup()
         task = build(cfg.task, trust, model=model, optimizer=None)
         with seeded(cfg.seed):
-            trainer = bare_trainer(cfg.trainer.accelerator)
+            trainer = bare_trainer(cfg.trainer.accelerator, callbacks=[FollowTest()])
             figures = task.figures(trainer, data, _evaluator(cfg, trust))
+        report = task.report(figures)
+        protocol = figures.pop("protocol", {})
+        if run.checkpoint == run.best:
+            figures = of_best_epoch(figures)
         evaluation = {
-            "protocol": figures.pop("protocol", {}),
+            "protocol": protocol,
             "figures": figures,
             "checkpoint_sha256": run.checkpoint_sha256(),
             "seed": cfg.seed,
@@ -258,7 +279,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
             **provenance(),
         }
         path = run.save_evaluation(evaluation)
-    for line in task.report(figures):
+    for line in report:
         log.info(line)
     if cfg.get("metric") and not cfg.metric.inception_weights:
         log.info(
@@ -291,9 +312,45 @@ def sample(cfg: DictConfig) -> None:
             f"{cfg.checkpoint} holds a {type(model).__name__}, which draws nothing; "
             "give a checkpoint of task=generation"
         )
+    if cfg.prior:
+        _require_esvae(model, cfg.checkpoint)
     torch.manual_seed(cfg.seed)
-    images = model.sample(cfg.n)
+    with model.drawing_from(cfg.prior) if cfg.prior else nullcontext():
+        images = model.sample(cfg.n)
     path = Path(cfg.output or run.folder / f"samples-seed{cfg.seed}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(images, path, cfg.columns, "Samples from the prior")
     log.info("%d samples are in %s", cfg.n, path)
+
+
+def fit_prior(cfg: DictConfig) -> None:
+    """Fit ESVAE's mixture of Gaussians to a finished run; its checkpoint keeps it.
+
+    The other tensors of the checkpoint stay as they are.
+    """
+    run = Run.find(cfg.checkpoint)
+    with run.lock():
+        config = run.config
+        model: Any = run.model(cfg.trust or ())
+        _require_esvae(model, cfg.checkpoint)
+        mixture = GaussianMixturePrior(
+            model.latent_channels, cfg.components, cfg.covariance, levels=model.T
+        )
+        model.gaussian_mixture = mixture
+        data = build(OmegaConf.merge(config.dataset, _given(cfg.dataset)), cfg.trust or ())
+        data.prepare_data()
+        data.setup()
+        build(config.task, cfg.trust or (), model=model, optimizer=None).fit_prior(data)
+        checkpoint = read_checkpoint(run.checkpoint)
+        for name, tensor in mixture.state_dict().items():
+            checkpoint["state_dict"][f"model.gaussian_mixture.{name}"] = tensor
+        AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
+    log.info("%s has the fitted prior; its figures: sj-taid evaluate", run.checkpoint)
+
+
+def _require_esvae(model: Any, place: str) -> None:
+    if not isinstance(model, ESVAE):
+        raise ValueError(
+            f"{place} holds a {type(model).__name__}, whose prior is learned alone; "
+            "a mixture of Gaussians is for model=esvae"
+        )

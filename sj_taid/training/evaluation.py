@@ -22,6 +22,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
 from ..data import ImageData
+from ..data.progress import followed
 from ..metric import (
     FrechetAutoencoderDistance,
     FrechetDistance,
@@ -32,7 +33,6 @@ from ..metric import (
 from ..model import Autoencoder
 from .autoencoding import Autoencoding
 from .files import atomic_write
-from .progress import followed
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
-"""Training of a model that draws images of its own: FSVAE or the plain VAE."""
+"""Training of a model that draws images of its own: FSVAE, ESVAE or the plain VAE."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..data import ImageData
-from ..model import FSVAE
+from ..data.progress import followed
+from ..model import ESVAE
+from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
-from .evaluation import Evaluator
+from .evaluation import Evaluator, seeded
 from .plot import draw_attention, draw_grid
 
 
@@ -22,13 +25,50 @@ class Generation(Autoencoding):
                 "task=generation measures its samples, but metric is null; choose one of "
                 "conf/metric, or task=autoencoding, which draws no samples"
             )
-        untrained = evaluator.evaluate_samples(self.model, data, only="fad")
+        if data.validation_set is not None:  # what its metric lacks shows now
+            with seeded(evaluator.seed):
+                evaluator.ready_metrics(data.validating(), torch.device("cpu"))
+        with self._drawing_from("learned"):  # the mixture is not fitted yet
+            untrained = evaluator.evaluate_samples(self.model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        last = self.current_epoch + 1 == self.trainer.max_epochs or self.trainer.should_stop
+        if last and isinstance(self.model, ESVAE):  # now, so that the checkpoint has the mixture
+            with seeded(0):  # a run that goes on to more epochs draws what it would have drawn
+                self.fit_prior(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def fit_prior(self, data: ImageData) -> None:
+        """Fit ESVAE's mixture of Gaussians to the training images as they are, not augmented."""
+        batches = followed(data.train_samples(), "Rates of the training images")
+        self.model.fit_prior(image.to(self.device) for image, _ in batches)
 
     def after_training(self, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
         figures = evaluator.evaluate_samples(self.model, data)
         figures["protocol"] |= super().after_training(data, evaluator)["protocol"]
+        if data.validation_set is not None:
+            chosen = evaluator.evaluate_samples(self.model, data.validating(), only="fad")
+            figures["validation_fad"] = chosen["fad"]
+            figures["protocol"]["validation_fad"] = chosen["protocol"]["fad"]
+        for prior in self._other_priors():
+            with self._drawing_from(prior):
+                others = evaluator.evaluate_samples(self.model, data)
+            for name, how in others.pop("protocol").items():
+                figures[f"{name}_{prior}"] = others[name]
+                figures["protocol"][f"{name}_{prior}"] = f"{how}, drawn from the prior {prior}"
         return figures
+
+    def _other_priors(self) -> list[str]:
+        """Those beside the model's own that it can draw from."""
+        if not isinstance(self.model, ESVAE):
+            return []
+        fitted = ["gaussian_mixture"] if self.model.gaussian_mixture.fitted else []
+        return [prior for prior in ("learned", *fitted) if prior != self.model.prior]
+
+    def _drawing_from(self, prior: str) -> AbstractContextManager[None]:
+        model = self.model
+        return model.drawing_from(prior) if isinstance(model, ESVAE) else nullcontext()
 
     def report(self, metrics: dict[str, Any]) -> list[str]:
         before = metrics.get("fad_untrained")
@@ -49,8 +89,7 @@ class Generation(Autoencoding):
         model = self.model
         draw_grid(model.sample(64), folder / "samples.png", 16, "Samples from the prior")
         super().draw(images, folder)
-        if isinstance(model, FSVAE):
-            z_seq = model.posterior(model.encode(images), model._picks(len(images)))[0]
-            sequence = model.decode_sequence(z_seq)
+        if isinstance(model, SpikingVAE):
+            sequence = model.decode_sequence(model.latent_spikes(images))
             decoder: Any = model.image_decoder
             draw_attention(decoder.attention(sequence), folder / "attention.png")

@@ -80,15 +80,24 @@ def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> N
     save(figure, path)
 
 
+def time_shares(attention: Tensor) -> Tensor:
+    """Each step's share of an image decoder's weights, ``a[t] / sum a``: ``[T, N, C]``.
+
+    Of weights by place, ``[T, N, C, H, W]``, those of their means over the places.
+    """
+    weights = attention.flatten(3).mean(3) if attention.dim() == 5 else attention
+    return weights / weights.sum(0)
+
+
 def draw_attention(attention: Tensor, path: Path) -> None:
-    """The share of each time step, ``a[t] / sum a``, for weights ``[T, N, C]``.
+    """The share of each time step for the weights that an image decoder's ``attention`` gives.
 
     Shares, not weights: the layer before the decoder sets the scale, and only shares compare with
     the fixed decoder's.
     """
-    T, _, channels = attention.shape
+    shares = time_shares(attention).detach().cpu().numpy()
+    T, _, channels = shares.shape
     steps = np.arange(1, T + 1)
-    shares = (attention / attention.sum(0)).detach().cpu().numpy()
     figure = Figure((6.4, 4), layout="tight")
     axis = figure.subplots()
     for channel in range(channels):
@@ -106,13 +115,13 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     save(figure, path)
 
 
-def draw_curves(epochs: list[dict[str, float]], path: Path) -> None:
+def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -> None:
     """What was logged over the epochs, ``train/<name>`` and ``val/<name>`` in one plot a name."""
     names = list(dict.fromkeys(key.split("/")[1] for key in epochs[-1]))
     figure = Figure((5.2 * len(names), 4), layout="tight")
     axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        for stage, label in (("train", "training"), ("val", "test set")):
+        for stage, label in (("train", "training"), ("val", validated_on)):
             key = f"{stage}/{name}"
             points = [(n, epoch[key]) for n, epoch in enumerate(epochs, 1) if key in epoch]
             if points:

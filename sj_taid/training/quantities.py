@@ -24,9 +24,13 @@ class Quantity(NamedTuple):
 
 
 #: What is measured (the arrow says which way is better), and what it cost. A published value that
-#: was measured by another protocol than ours has a column of its own.
+#: was measured by another protocol than ours, or by one that is not known, has a column of its own.
 METRICS = {
-    "accuracy": Quantity("accuracy, % ↑", 0.01, 2),
+    "accuracy": Quantity("accuracy, last epoch, % ↑", 0.01, 2),
+    "accuracy_best_test_epoch": Quantity("accuracy, best test epoch, % ↑", 0.01, 2),
+    "accuracy_best_validation_epoch": Quantity("accuracy, best validation epoch, % ↑", 0.01, 2),
+    "accuracy_published": Quantity("accuracy as published, % ↑", 0.01, 2),
+    "validation_accuracy": Quantity("validation accuracy, % ↑", 0.01, 2),
     "reconstruction": Quantity("reconstruction ↓", 1, 4),
     "inception_score": Quantity("IS ↑", 1, 3),
     "inception_score_published": Quantity("IS as published ↑", 1, 3),
@@ -34,6 +38,14 @@ METRICS = {
     "fid_published": Quantity("FID as published ↓", 1, 2),
     "fad": Quantity("FAD, own autoencoder ↓", 1, 2),
     "fad_published": Quantity("FAD as published ↓", 1, 2),
+    "validation_reconstruction": Quantity("validation reconstruction ↓", 1, 4),
+    "validation_fad": Quantity("validation FAD, own autoencoder ↓", 1, 2),
+}
+# ESVAE is measured by the other of its two priors too.
+METRICS |= {
+    f"{name}_{prior}": METRICS[name]._replace(title=f"{METRICS[name].title[:-2]}, {called} ↓")
+    for name in ("fad", "fad_published", "fid")
+    for prior, called in {"learned": "learned prior", "gaussian_mixture": "mixture"}.items()
 }
 COSTS = {
     "epochs": Quantity("epochs", 1, 0, spread=False),

@@ -14,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import combinations, cycle
+from itertools import chain, combinations, cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,18 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.progress import track
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor
 from torchvision.utils import save_image
 
 from .._extras import needs
+from ..data.progress import followed
 from ..layer import TAID, FixedDecoder
 from .callbacks import Pictures
 from .evaluation import seeded
 from .files import atomic_write
 from .gather import Metrics, gather
+from .plot import time_shares
 from .quantities import COLUMNS as MEASURED
 from .quantities import METRICS, Quantity
 from .run import Run, build, read_checkpoint
@@ -87,8 +87,7 @@ def look(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
         return lambda node, inputs, output: spikes.update({name.removesuffix(".1"): output})
 
     def watch_decoder(decoder: Any, inputs: tuple[Tensor]) -> None:
-        weights = decoder.attention(*inputs)
-        seen["shares"] = weights / weights.sum(0)
+        seen["shares"] = time_shares(decoder.attention(*inputs))
 
     hooks = []
     for name, module in model.named_modules():
@@ -146,21 +145,18 @@ def finished(figure: Figure, height: int = 300, steps: int = 0) -> str:
     return figure.to_json()
 
 
-def curves(epochs: list[dict[str, Any]], colours: dict[str, str]) -> Iterator[str]:
+def lines(rows: pd.DataFrame, x: str, y: str, height: int = 300, **options: Any) -> str:
+    """One figure of lines over whole steps; the table is the legend of the runs."""
+    figure = px.line(rows, x=x, y=y, **options).update_layout(showlegend="run" not in rows)
+    return finished(figure, height, rows[x].max())
+
+
+def curves(epochs: list[dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
     """What was logged over the epochs, one figure a name, all runs in it."""
+    dashes = {"line_dash": "stage", "line_dash_map": {"train": "dot", "val": "solid"}}
     for name, part in pd.DataFrame(epochs).groupby("name", sort=False) if epochs else ():
-        figure = px.line(
-            part,
-            x="epoch",
-            y="value",
-            color="run",
-            line_dash="stage",
-            line_dash_map={"train": "dot", "val": "solid"},
-            color_discrete_map=colours,
-            markers=True,
-            title=f"{name} over the epochs (dotted: in training)",
-        )
-        yield finished(figure.update_layout(showlegend=False), steps=part["epoch"].max())
+        title = f"{name} over the epochs (dotted: in training)"
+        yield lines(part, "epoch", "value", markers=True, title=title, **dashes, **by_run)
 
 
 def heat_maps(table: pd.DataFrame, keys: Sequence[str], name: str) -> Iterator[str]:
@@ -195,52 +191,35 @@ def natural(value: Any) -> tuple[bool, float, str]:
         return (True, 0.0, str(value))
 
 
-def rates(runs: Mapping[str, dict[str, Any]], colours: dict[str, str]) -> Iterator[str]:
+def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
     rows = [
         {"run": label, "layer": layer, "rate": rate}
         for label, seen in runs.items()
         for layer, rate in seen.get("rates", {}).items()
     ]
     if rows:
-        figure = px.bar(
-            pd.DataFrame(rows),
-            x="rate",
-            y="layer",
-            color="run",
-            barmode="group",
-            color_discrete_map=colours,
-            title="spikes per neuron and time step",
-        )
-        layers = len({row["layer"] for row in rows})
+        title = "spikes per neuron and time step"
+        figure = px.bar(rows, x="rate", y="layer", barmode="group", title=title, **by_run)
         figure.update_layout(showlegend=False, xaxis_title=None)
         figure.update_yaxes(autorange="reversed")
+        layers = len({row["layer"] for row in rows})
         yield finished(figure, 110 + layers * (14 + 7 * len(runs)))
 
 
-def attention(runs: Mapping[str, dict[str, Any]], colours: dict[str, str]) -> Iterator[str]:
+def attention(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
     """The share of each time step in the image: mean, and 10 to 90 % of the test images."""
-    rows = []
-    for label, seen in runs.items():
-        for channel, shares in enumerate(seen["shares"].unbind(2) if "shares" in seen else ()):
-            for step, share in enumerate(shares.numpy(), 1):
-                low, mean, high = np.quantile(share, 0.1), share.mean(), np.quantile(share, 0.9)
-                rows.append(
-                    {"run": label, "channel": channel, "time step": step, "share": mean}
-                    | {"below": mean - low, "above": high - mean}
-                )
+    rows = [
+        {"run": label, "channel": channel, "time step": step, "share": mean}
+        | {"below": mean - low, "above": high - mean}
+        for label, seen in runs.items()
+        for channel, shares in enumerate(seen["shares"].unbind(2) if "shares" in seen else ())
+        for step, share in enumerate(shares.numpy(), 1)
+        for mean, (low, high) in [(share.mean(), np.quantile(share, [0.1, 0.9]))]
+    ]
     if rows:
-        figure = px.line(
-            pd.DataFrame(rows),
-            x="time step",
-            y="share",
-            error_y="above",
-            error_y_minus="below",
-            color="run",
-            line_dash="channel",
-            color_discrete_map=colours,
-            title="share of each time step in the image",
-        )
-        yield finished(figure.update_layout(showlegend=False), steps=rows[-1]["time step"])
+        options = {"line_dash": "channel", "error_y": "above", "error_y_minus": "below"}
+        title = "share of each time step in the image"
+        yield lines(pd.DataFrame(rows), "time step", "share", title=title, **options, **by_run)
 
 
 def parameters(history: list[dict[str, dict[str, float]]]) -> Iterator[str]:
@@ -254,8 +233,7 @@ def parameters(history: list[dict[str, dict[str, float]]]) -> Iterator[str]:
         finite = pd.DataFrame(rows).replace(np.inf, np.nan)
         shades = px.colors.sample_colorscale("Turbo", np.linspace(0.1, 0.9, len(history[0])))
         options = {"color": "layer", "color_discrete_sequence": shades, "title": title}
-        figure = px.line(finite, x="epoch", y=name, **options)
-        yield finished(figure, max(300, 100 + 20 * len(history[0])), len(history) - 1)
+        yield lines(finite, "epoch", name, max(300, 100 + 20 * len(history[0])), **options)
 
 
 def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
@@ -310,21 +288,20 @@ def page(
 
     epochs: list[dict[str, Any]] = []
     seen: dict[str, dict[str, Any]] = {}
-    console = Console(stderr=True)
-    read = track([*zip(labels, table["folder"], strict=True)], "Reading runs", console=console)
-    for label, folder in read:
+    read = [*zip(labels, table["folder"], strict=True)]
+    for label, folder in followed(read, "Looking at runs"):
         command = runs[folder]["command"]
         one: dict[str, Any] = {"folder": folder, "command": command, "parameters": [], "raster": []}
         seen[label] = one
         try:
             states = read_checkpoint(Run.find(folder).checkpoint).get("callbacks", {})
-            followed = states.get(Pictures.__qualname__, {"epochs": [], "history": []})
+            kept = states.get(Pictures.__qualname__, {"epochs": [], "history": []})
             epochs += [
                 {"run": label, "epoch": epoch, "stage": stage, "name": name, "value": value}
-                for epoch, figures in enumerate(followed["epochs"], 1)
+                for epoch, figures in enumerate(kept["epochs"], 1)
                 for (stage, _, name), value in ((k.partition("/"), v) for k, v in figures.items())
             ]
-            one["parameters"] = [*parameters(followed["history"])]
+            one["parameters"] = [*parameters(kept["history"])]
             if len(seen) <= best:
                 one |= look(Run(folder), tuple(trust))
         except (OSError, RuntimeError, ValueError) as error:
@@ -333,6 +310,12 @@ def page(
     operations = pd.DataFrame([one.get("operations", {}) for one in seen.values()])
     table = table.reset_index(drop=True).join(operations)
     shown = present(table, COLUMNS)
+    by_run = {"color": "run", "color_discrete_map": colours}
+    sections = {
+        "Learning curves": curves(epochs, by_run),
+        "Swept values": heat_maps(table, keys, figure),
+        "Firing and decoding": chain(rates(seen, by_run), attention(seen, by_run)),
+    }
     return jinja2.Template(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8"),
         autoescape=True,
@@ -351,11 +334,7 @@ def page(
         runs=seen,
         colours=colours,
         left_out=left_out,
-        sections={
-            "Learning curves": [*curves(epochs, colours)],
-            "Swept values": [*heat_maps(table, keys, figure)],
-            "Firing and decoding": [*rates(seen, colours), *attention(seen, colours)],
-        },
+        sections={title: [*parts] for title, parts in followed(sections.items(), "Drawing")},
     )
 
 

@@ -60,6 +60,8 @@ class Run:
     def __init__(self, folder: str | Path, checkpoint: Path | None = None) -> None:
         self.folder = Path(folder)
         self.checkpoint = checkpoint or self.folder / CHECKPOINTS / "last.ckpt"
+        #: of the epoch that was best on the validation set, where there is one
+        self.best = self.folder / CHECKPOINTS / "best.ckpt"
 
     @classmethod
     def find(cls, place: str | Path) -> Run:

@@ -21,7 +21,7 @@ from .composing import CONF, compose
 from .plot import save
 from .run import METRICS, Run
 
-#: the objectives of which more is better
+#: the objectives of which more is better name one of these
 HIGHER = ("accuracy", "inception_score")
 TRAIN = (sys.executable, "-c", "from sj_taid.training.cli import main; main('train')")
 
@@ -46,13 +46,21 @@ def main(arguments: Sequence[str]) -> None:
     if not space:
         preset = OmegaConf.load(Path(CONF, "search.yaml"))
         space = OverridesParser.create().parse_overrides([str(override) for override in preset])
-    objective = compose("train", fixed).objective
+    cfg = compose("train", fixed)
+    objective = cfg.objective
+    if not objective.startswith("validation_"):
+        print(f"{objective} is measured on the test set: so is what is chosen by it")
+    elif not cfg.dataset.validation:
+        sys.exit(
+            f"objective={objective} needs a validation set: add dataset.validation=0.1, or name "
+            "a figure of the test set"
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=f"sqlite:///{folder / 'study.db'}",
         study_name="search",
-        direction="maximize" if objective in HIGHER else "minimize",
+        direction="maximize" if any(name in objective for name in HIGHER) else "minimize",
         load_if_exists=True,
     )
     for left in study.get_trials(states=[TrialState.RUNNING]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import Data
 from ..optim import parameter_groups
@@ -18,39 +20,56 @@ if TYPE_CHECKING:
     from .evaluation import Evaluator
 
 
+def of_best_epoch(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of the epoch that was best on the validation set, by names of their own."""
+    return {f"{name}_best_validation_epoch": value for name, value in figures.items()}
+
+
 class Task(L.LightningModule):
     """A model and its training.
 
     ``takes`` says from which data sets it can learn.
 
-    What is logged as ``test/<name>`` becomes ``<name>`` in ``metrics.json``.
+    What is logged as ``test/<name>`` becomes ``<name>`` in ``metrics.json``, and ``val/<name>``
+    becomes ``validation_<name>`` where there is a validation set: both of the last epoch.
+    ``chosen_by`` names the figure, higher is better, by which an epoch is chosen, if one is.
 
     Args:
         model: what is trained.
         optimizer: makes the optimizer from the parameters.
         lr_scale: time constants and thresholds learn at the optimizer's learning rate times this,
             without weight decay. None treats them as all other parameters.
+        scheduler: makes the learning rate's schedule from the optimizer, a step is an epoch; None
+            keeps it as it is.
     """
 
     takes: type[Data] = Data
+    chosen_by: str | None = None
     model: Any
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: partial[Optimizer],
+        optimizer: partial[Any],
         lr_scale: float | None = None,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer = optimizer
         self.lr_scale = lr_scale
+        self.scheduler = scheduler
 
     def configure_optimizers(self) -> Any:
         if self.lr_scale is None:
-            return self.optimizer(self.parameters())
-        lr = self.optimizer.keywords["lr"]
-        return self.optimizer(parameter_groups(self.model, lr, lr_scale=self.lr_scale))
+            optimizer = self.optimizer(self.parameters())
+        else:
+            lr = self.optimizer.keywords["lr"]
+            groups = parameter_groups(self.model, lr, lr_scale=self.lr_scale)
+            optimizer = self.optimizer(groups)
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fixed_thresholds"] = fixed_thresholds(self.model)
@@ -81,12 +100,29 @@ class Task(L.LightningModule):
 
         In a distributed run every process tests, and the first alone measures the rest.
         """
-        (tested,) = trainer.test(self, data, verbose=False)
-        logged = {name.removeprefix("test/"): value for name, value in tested.items()}
+        logged = self.tested(trainer, data)
         if distributed.is_initialized():
             # A metric sums over all processes, and would wait for the others for ever.
             distributed.destroy_process_group()
         return logged | self.after_training(data, evaluator) if trainer.is_global_zero else logged
+
+    def tested(self, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, Any]:
+        """What the test logs."""
+        (logged,) = trainer.test(self, data, verbose=False)
+        return {name.removeprefix("test/"): value for name, value in logged.items()}
+
+    def validated(self, data: Data, epochs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The last epoch's figures on the validation set; without one, the best on the test set.
+
+        Args:
+            data: says which of them validation is on.
+            epochs: what was logged in each.
+        """
+        if data.validation_set is not None:
+            last = [item for epoch in epochs[-1:] for item in epoch.items()]
+            return {k.replace("val/", "validation_"): v for k, v in last if k.startswith("val/")}
+        values = [epoch[key] for epoch in epochs if (key := f"val/{self.chosen_by}") in epoch]
+        return {f"{self.chosen_by}_best_test_epoch": max(values)} if values else {}
 
     def before_training(self, data: Any, evaluator: Any) -> dict[str, Any]:
         """Figures of the untrained model, for ``metrics.json``.

@@ -1,4 +1,7 @@
-"""What every data set shares: its config, ``limit``, the order of its test set, its fingerprint."""
+"""What every data set shares: its config, its parts and their order, its fingerprint."""
+
+import hashlib
+from collections import Counter
 
 import pytest
 import torch
@@ -29,6 +32,83 @@ def test_limit_spreads_over_the_set():
     assert len(ready(data.Digits, limit=1000).test_set) == 359
     with pytest.raises(ValueError, match=r"dataset\.limit must be null or at least 1.* 0"):
         make(data.Digits, limit=0)
+
+
+def images(samples):
+    return {image.numpy().tobytes() for image, _ in samples}
+
+
+def test_a_part_of_the_training_set_is_for_validation():
+    whole, split = ready(data.Digits), ready(data.Digits, validation=0.1, augment="affine")
+    kept, drawn = split.train_set, split.validation_set
+    assert len(kept) == 1294 and len(drawn) == 144 and whole.validation_set is None
+    assert images(kept) | images(drawn) == images(whole.train_set)
+    assert not images(kept) & images(drawn)
+    assert torch.equal(split.test_set.tensors[0], whole.test_set.tensors[0])
+    (all_classes, few) = (Counter(samples.labels) for samples in (whole.train_set, drawn))
+    assert all(abs(few[label] - 0.1 * n) < 1.5 for label, n in all_classes.items())
+    validated = torch.cat([x for x, _ in split.val_dataloader()])
+    assert len(validated) == 144 and not torch.equal(validated[:50], first_images(whole))
+    assert len(torch.cat([x for x, _ in whole.val_dataloader()])) == len(whole.test_set)
+
+
+def first_images(module):
+    return next(iter(module.test_dataloader()))[0]
+
+
+def test_the_validation_set_follows_its_own_seed_alone():
+    def drawn(**options):
+        torch.manual_seed(options.pop("run", 0))
+        state = torch.random.get_rng_state()
+        module = ready(data.Digits, validation=0.1, **options)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        return images(module.validation_set)
+
+    assert drawn() == drawn(run=1) != drawn(seed=1)
+
+
+def test_recordings_are_drawn_from_each_class_in_its_proportion(tmp_path):
+    for name, n in (("aeroplane", 40), ("bird", 20)):
+        write_images(tmp_path / name, n)
+    options = {"classes": 2, "test_share": 0.5, "validation": 0.2}
+    module = ready(data.ImageFolder, tmp_path, **options)
+    assert Counter(module.validation_set.labels) == {0: 4, 1: 2}
+    assert module.validation_set.labels[:3] in ([0, 1, 0], [0, 0, 1])  # mixed, as the test set
+    assert module.train_set.labels == [0] * 16 + [1] * 8
+    assert not set(module.train_set.paths) & set(module.validation_set.paths)
+    assert len(module.train_set.checked) == 60
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        (1.0, r"must be null, a share of the training set from 0 to below 1, or own, .* 1\.0"),
+        (-0.1, r"dataset\.validation must be null, .* it is -0\.1"),
+        (True, "it is True"),
+        ("half", "it is 'half'"),
+        (0.0001, r"of the 1438 training samples leaves 1438 for training and 0 for validation"),
+        ("own", r"has no validation set of its own; give a share .*dataset\.validation=0\.1"),
+    ],
+)
+def test_a_validation_set_that_cannot_be(validation, message):
+    with pytest.raises(ValueError, match=message):
+        ready(data.Digits, validation=validation)
+    with pytest.raises(ValueError, match="has no validation set; add"):
+        ready(data.Digits).validating()
+
+
+def test_what_is_made_of_a_whole_set_stays_valid():
+    """Caches are found by the fingerprint: this is how it has always been made."""
+    module = make(data.Digits)
+    digest = hashlib.sha256(repr((1, 16)).encode())
+    for samples in module.load():
+        digest.update(b"".join(tensor.numpy().tobytes() for tensor in samples.tensors))
+    assert ready(data.Digits).fingerprint() == digest.hexdigest()[:16]
+    assert ready(data.Digits, validation=0.0).fingerprint() == digest.hexdigest()[:16]
+    split = ready(data.Digits, validation=0.1)
+    assert (
+        len({digest.hexdigest()[:16], split.fingerprint(), split.validating().fingerprint()}) == 3
+    )
 
 
 def test_fingerprint_is_that_of_the_samples(tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torchvision.datasets.utils import calculate_md5
 
 from sj_taid import data
-from sj_taid.data import event
+from sj_taid.data import event, progress
 from tests.data.made_up import cut, first, is_locked, make, ready
 
 T = 4
@@ -50,6 +51,29 @@ def test_nmnist(nmnist):
 
     shutil.rmtree(nmnist / "download")  # needed once only
     assert len(ready(data.NMNIST, nmnist, **EVENTS).test_set) == 1
+
+
+def test_the_making_of_frames_says_how_far_it_is(nmnist, monkeypatch, caplog):
+    caplog.set_level("INFO", "sj_taid")
+    monkeypatch.setattr(progress, "EVERY", 0)
+    monkeypatch.setattr(progress, "LOOK", 0.001)
+    source = event._datasets().NMNIST
+    make_events = source.create_raw_from_extracted
+
+    def slowly(*arguments):
+        make_events(*arguments)
+        end = time.monotonic() + 10
+        while not caplog.messages[-1].endswith("files: 2 of 6") and time.monotonic() < end:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(source, "create_raw_from_extracted", staticmethod(slowly))
+    ready(data.NMNIST, nmnist, **EVENTS)
+    assert caplog.messages[0].startswith("The frames of NMNIST are made once, and kept in ")
+    assert "Making frames of NMNIST, files: 2 of 6" in caplog.messages
+
+    caplog.clear()
+    ready(data.NMNIST, nmnist, **EVENTS)
+    assert not caplog.messages
 
 
 def test_nmnist_missing_or_half_downloaded(nmnist):

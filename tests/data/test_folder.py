@@ -10,6 +10,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
 from sj_taid import data
+from sj_taid.data import progress
 from tests.data.made_up import cut, first, make, ready
 from tests.training.conftest import write_images
 
@@ -73,7 +74,9 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
         (tmp_path / f"a.{suffix}").unlink()
 
 
-def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path):
+def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "sj_taid")
+    monkeypatch.setattr(progress, "EVERY", 0)
     write_images(tmp_path, 20)
     for name in ("03.png", "11.png", "19.png"):  # the last one is for testing
         cut(tmp_path / name)
@@ -82,6 +85,7 @@ def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path):
         with pytest.raises(RuntimeError) as info:
             first(loader)
         assert sorted(re.findall(r"\d\d\.png", str(info.value))) == ["03.png", "11.png", "19.png"]
+    assert caplog.messages[1] == "Looking for damaged files: 0 of 20"
 
 
 # CelebA
@@ -112,6 +116,10 @@ def test_celeba(celeba):
     images, labels = first(module.train_dataloader())
     assert images.shape == (4, 3, 64, 64) and labels.tolist() == [-1] * 4
     assert images[:, :, 2:-2, 2:-2].max() < -0.95  # all but what JPEG blurs
+    assert module.validation_set is None
+    own = ready(data.CelebA, celeba.parent, channels=3, classes=None, validation="own")
+    assert [path[-10:] for path in own.validation_set.paths] == ["000005.jpg"]
+    assert own.train_set.paths == module.train_set.paths
 
     damaged = celeba / "img_align_celeba" / "000006.jpg"
     cut(damaged)

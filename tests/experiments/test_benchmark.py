@@ -1,22 +1,23 @@
 """The neuron's benchmarks, on a grid too small to mean anything."""
 
 import csv
+import re
+import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
-import common
-import fsvae
 import loading
-import memory
-import neuron
-import norm
 import pandas as pd
 import pytest
 import torch
 from matplotlib import image as mpimg
 
+from sj_taid.benchmark import common, fsvae, memory, neuron, norm
+
 CPU = torch.device("cpu")
-RESULTS = Path(common.__file__).parent / "results"
+RESULTS = Path(loading.__file__).parent / "results"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,52 @@ def test_nothing_is_timed_unless_all_compute_the_same(modules):
     broken["ALIF broken"] = torch.nn.Threshold(0.5, 0.0)
     with pytest.raises(SystemExit, match="ALIF broken differs"):
         neuron.gate(broken, CPU)
+
+
+def test_what_is_left_out_cannot_stop_the_others(tmp_path, monkeypatch):
+    made = common.contestants(CPU) | {"SpikingJelly FlexSN": Fails()}
+    monkeypatch.setattr(neuron, "contestants", lambda device: made)
+    small = ["--device", "cpu", "--steps", "2", "--neurons", "64", "--repeats", "1"]
+    neuron.main([*small, "--only", "PLIF", "--out", str(tmp_path)])
+    assert [row["neuron"] for row in rows(tmp_path / "neuron.csv")] == ["SpikingJelly PLIF"]
+
+
+class Fails(torch.nn.Module):
+    def forward(self, x_seq):
+        raise RuntimeError("no such kernel")
+
+
+def test_ours_are_never_skipped_and_what_is_asked_for_is_there(tmp_path, capsys):
+    case = ("float32", 2, 8, CPU, 1)
+    assert neuron.time_neurons({"SpikingJelly LIF": Fails()}, *case) == []
+    assert (
+        "skipped SpikingJelly LIF at float32, T=2, N=8: no such kernel" in capsys.readouterr().out
+    )
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        neuron.time_neurons({"ALIF torch": Fails()}, *case)
+    with pytest.raises(SystemExit, match=r"--only cupi: expected parts of ALIF torch, .*LIF"):
+        neuron.main(["--device", "cpu", "--only", "torch", "cupi", "--out", str(tmp_path)])
+
+
+def test_a_step_of_fsvae(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        fsvae, "FSVAE", partial(fsvae.FSVAE, hidden_channels=[4], latent_channels=6)
+    )
+    size = ["--T", "3", "--batch", "2", "--channels", "1", "--size", "8", "--repeats", "1"]
+    fsvae.main(["--device", "cpu", *size, "--parts", "compare", "--out", str(tmp_path)])
+    table = rows(tmp_path / "fsvae.csv")
+    works = ("training step", "sampling")
+    assert [(row["work"], row["model"]) for row in table] == [
+        (work, model) for work in works for model in fsvae.MODELS
+    ]
+    assert all(row["ratio"] == "1" for row in table if row["model"] == fsvae.RIVAL)
+    assert all(row["device"] and row["commit"] and float(row["median_ms"]) > 0 for row in table)
+
+
+def test_the_breakdown_is_made_for_a_cpu(capsys):
+    with pytest.raises(SystemExit):
+        fsvae.main(["--device", "cuda"])
+    assert "on a GPU: --parts compare formats scaling" in capsys.readouterr().err
 
 
 def test_memory(tmp_path, modules):
@@ -109,15 +156,28 @@ def test_norms(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", [fsvae, loading, neuron, norm], ids=lambda script: script.__name__
+    "script", [fsvae, loading, neuron, norm], ids=lambda script: Path(script.__file__).stem
 )
 def test_the_committed_rows_can_be_drawn(tmp_path, script):
-    paths = list(RESULTS.glob(f"*/{script.__name__}.csv"))
+    paths = list(RESULTS.glob(f"*/{Path(script.__file__).stem}.csv"))
     for path in paths:
         script.draw(pd.read_csv(path), tmp_path / "drawn.png")
         assert mpimg.imread(tmp_path / "drawn.png").std() > 0
     assert paths
 
 
+@pytest.mark.parametrize("name", ["fsvae", "memory", "neuron", "norm"])
+def test_the_command_of_a_module_is_one_that_can_be_repeated(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/anywhere/sj_taid/benchmark/norm.py", "--T", "4"])
+    main = SimpleNamespace(__spec__=find_spec(f"sj_taid.benchmark.{name}"))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert common.command() == f"python -m sj_taid.benchmark.{name} --T 4"
+
+
 def test_results_are_not_written_among_the_committed_ones():
     assert common.parser("").parse_args([]).out == Path("benchmark-results")
+
+
+def test_every_machine_with_results_is_named():
+    named = re.findall(r"^\| `(.+?)`", (RESULTS / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(named) == sorted(path.name for path in RESULTS.iterdir() if path.is_dir())

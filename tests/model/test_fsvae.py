@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sj_taid import TAID, ALIFNode, FixedDecoder
 from sj_taid.model import FSVAE
-from sj_taid.model.fsvae import original_neuron
+from sj_taid.model.spiking_vae import original_neuron
 
 SMALL = {"image_size": 8, "T": 8, "hidden_channels": (6, 12), "latent_channels": 10, "k": 4}
 

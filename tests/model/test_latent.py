@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sj_taid.model.fsvae import original_neuron
 from sj_taid.model.latent import Posterior, Prior, kl_loss, mmd_loss, pick, postsynaptic_potential
+from sj_taid.model.spiking_vae import original_neuron
 from tests.helpers import TOLERANCE
 
 T, N, C, K = 9, 4, 6, 5

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import re
 import shlex
 import subprocess
@@ -11,7 +12,8 @@ import lightning as L
 import pytest
 from omegaconf import OmegaConf
 
-from sj_taid.training import cli, provenance, run
+from sj_taid import doctor
+from sj_taid.training import cli, run
 from tests.training.conftest import TINY_AUTOENCODING
 
 
@@ -141,6 +143,14 @@ def test_ctrl_c_says_how_to_go_on(train, tmp_path, epoch, message):
         train("trainer.max_epochs=3", *stop)
 
 
+def test_commands_without_hydra_say_what_is_logged(monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setitem(cli.OTHERS, "report", logging.getLogger(cli.__name__).info)
+    monkeypatch.setattr(sys, "argv", ["sj-taid", "report", "1 of 2"])
+    cli.main()
+    assert capsys.readouterr().err == "['1 of 2']\n"
+
+
 def test_a_run_of_no_epochs_and_no_progress_bar(train, tmp_path, caplog):
     caplog.set_level("INFO")
     train("trainer.max_epochs=0", "trainer.enable_progress_bar=false", "seed=3")
@@ -152,8 +162,8 @@ def test_a_run_of_no_epochs_and_no_progress_bar(train, tmp_path, caplog):
 
 
 def test_the_commit_is_asked_for_when_a_run_starts(monkeypatch):
-    provenance.commit.cache_clear()
+    doctor.commit.cache_clear()
     asked = []
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: asked.append(1) or pytest.fail())
-    importlib.reload(provenance)
+    importlib.reload(doctor)
     assert not asked

@@ -34,7 +34,7 @@ def test_mean_and_spread_over_seeds_for_every_choice(runs, capsys):
     assert "broken (metrics.json is damaged" in shown and "unfinished (unfinished)" in shown
 
     head, _, *rows = cells((runs / "results.md").read_text())
-    assert head[:3] == ["neuron", "accuracy, % ↑", "FAD, own autoencoder ↓"]
+    assert head[:3] == ["neuron", "accuracy, last epoch, % ↑", "FAD, own autoencoder ↓"]
     assert head[3:] == ["epochs", "parameters, M", "training, min", "runs"]
     # By hand: the mean of 10 and 12 is 11, their standard deviation sqrt(2).
     assert rows == [
@@ -89,7 +89,7 @@ def test_a_later_evaluation_counts(tmp_path):
         ('{"fad": 1.0}', "lacks command and choices"),
         ('{"command": "", "choices": {}, "fad": "low"}', "has 'low' for fad, not a number"),
         ('{"command": "", "choices": {}, "fad": NaN}', "holds NaN, so its run diverged"),
-        ('{"command": "", "choices": {}}', "has none of accuracy, reconstruction"),
+        ('{"command": "", "choices": {}}', "has none of accuracy, accuracy_best_test_epoch"),
         ("", "is damaged"),
     ],
 )

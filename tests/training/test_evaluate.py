@@ -9,6 +9,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
+from sj_taid.data import progress
 from sj_taid.metric import FrechetDistance
 from sj_taid.training import evaluation, run
 from sj_taid.training.commands import evaluate, train
@@ -98,10 +99,13 @@ def test_the_weights_of_a_run_can_be_left_out(folder):
     assert evaluate(composed(folder, "metric.inception_weights=false"))["figures"]["fad"] > 0
 
 
-def test_a_classifier(tiny, tmp_path):
-    train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path)
+def test_a_classifier(tiny, tmp_path, monkeypatch, caplog):
+    train(tiny(*TINY_CLASSIFICATION, "dataset.batch_size=120", tiny=False), tmp_path)
+    caplog.set_level("INFO", "sj_taid")
+    monkeypatch.setattr(progress, "EVERY", 0)
     after = evaluate(composed(tmp_path))
     assert 0 <= after["figures"]["accuracy"] <= 1 and "fad" not in after["figures"]
+    assert caplog.messages[:3] == [f"Testing, in batches: {n} of 3" for n in range(3)]
 
 
 def test_data_that_were_moved(tiny, tmp_path):

@@ -69,6 +69,10 @@ ROWS = {
     "fsvae": ("fsvae", "lif", "fixed"),
     "taid": ("fsvae", "lif", "taid"),
     "taid_temporal": ("fsvae", "lif", "taid_temporal"),
+    "esvae": ("esvae", "lif", "fixed"),
+    "esvae_taid": ("esvae", "lif", "taid"),
+    "esvae_taid_temporal": ("esvae", "lif", "taid_temporal"),
+    "esvae_sharp": ("esvae", "alif", "taid_place"),
     **{neuron: ("classifier", neuron, None) for neuron in ("alif", "plif", "lif")},
 }
 

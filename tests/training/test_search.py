@@ -41,7 +41,7 @@ def test_a_killed_search_goes_on_with_its_trials(sj_taid, tmp_path, monkeypatch,
     assert study.direction.name == "MAXIMIZE" and len(study.trials) == 3
     for trial in study.trials:
         there = run.Run(tmp_path / f"trial-{trial.number}")
-        assert trial.value == there.metrics["accuracy"]
+        assert trial.value == there.metrics["validation_accuracy"]
         assert there.config.optimizer.lr == trial.params["optimizer.lr"]
     assert f"trial-{study.best_trial.number}" in capsys.readouterr().out
     for name in ("history.png", "importance.png"):

@@ -69,7 +69,7 @@ def multi_step(
     ``w`` and ``v_threshold`` are scalars or per channel, ``[C]`` on axis 2 of ``x_seq``.
 
     Returns spikes ``[T, N, *]`` in ``x_seq``'s dtype, the last ``V`` ``[N, *]`` and, if
-    ``store_v_seq``, every ``V`` ``[T, N, *]``, both in :func:`state_dtype`.
+    ``store_v_seq``, every ``V`` ``[T, N, *]``, both in ``state_dtype``.
     """
     dtype = state_dtype(x_seq.dtype)
     y_seq = x_seq if norm is None else batch_norm(x_seq.to(dtype), norm)

@@ -64,6 +64,10 @@ class Host:
         finally:
             self.dry = None
 
+    def kernels(self, case):
+        """The names of the kernels that a case launches."""
+        return self.collect(lambda: case.results(self.cuda.multi_step, case.drawn()))
+
     def build(self, names):
         """Compile the kernels ``names`` that are not yet there, a few libraries side by side."""
         missing = sorted(set(names) - self._functions.keys())
@@ -111,7 +115,7 @@ class Host:
         return SimpleNamespace(
             RawModule=self._module,
             cuda=SimpleNamespace(
-                runtime=SimpleNamespace(getDeviceCount=lambda: 1),
+                runtime=SimpleNamespace(getDeviceCount=lambda: 1, driverGetVersion=lambda: 13010),
                 nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
                 Stream=SimpleNamespace(from_external=from_external),
                 compiler=SimpleNamespace(CompileException=CompileError),

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from sj_taid.ops.alif import kernels
-from tests.ops.alif.cases import OPTIONS, Conformance, pairwise
+from sj_taid.ops.alif.conformance import OPTIONS, Conformance, pairwise
 from tests.ops.alif.host import Host
 
 MEMORY = ("T", "dtype", "layout", "per_channel", "v_init", "through", "frozen", "norm", "pack")
@@ -28,7 +28,7 @@ def main(directory, broken=None):
     options = {name: OPTIONS[name] if name in MEMORY else OPTIONS[name][:1] for name in OPTIONS}
     cases = [Conformance(row) for row in pairwise(options)][: 1 if broken else None]
     with host.patched():
-        host.build({name for case in cases for name in case.kernels(host)})
+        host.build({name for case in cases for name in host.kernels(case)})
         for case in cases:
             case.results(host.cuda.multi_step, case.leaves())
     print(len(cases), "cases,", len(host.launches), "launches")

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_taid.ops import backends
 from sj_taid.ops.alif import autograd, kernels, reference
+from sj_taid.ops.alif.conformance import OPTIONS, Conformance, as_of_many
 from sj_taid.ops.alif.kernels import BLOCK, Options
 from tests.helpers import Case, assert_close, assert_not_finite_alike, results, tensors
-from tests.ops.alif.cases import OPTIONS, Conformance
 from tests.ops.alif.host import CompileError, needs_gxx
 
 CASE = Case(shape=(4, 3, 8, 2))
@@ -34,6 +34,20 @@ def test_one_launch_forward_and_one_kernel_backward(launcher):
     assert [launch.name.split("<")[0] for launch in launcher.launches] == [
         "alif_forward",
         "alif_backward",
+    ]
+
+
+@needs_gxx
+def test_few_neurons_can_be_given_the_kernels_of_many(launcher):
+    launcher.capacity = 2**18  # of a GPU: a thread takes one neuron while others have none
+    run(launcher)
+    with as_of_many(launcher.cuda):
+        run(launcher)
+    names = [launch.name.split(",")[:3] for launch in launcher.launches]
+    assert names == [
+        [f"alif_{direction}<float", "4", vec]
+        for vec_of in ({"forward": "1", "backward": "1"}, {"forward": "4", "backward": "2"})
+        for direction, vec in vec_of.items()
     ]
 
 
@@ -462,6 +476,11 @@ def test_unavailable_with_the_original_reason_and_the_remedy():
     with pytest.raises(backends.BackendUnavailableError, match=r"cupy-cuda12x.*>=14.2") as info:
         backends.resolve("cupy", x_seq, surrogate.ATan())
     assert isinstance(info.value.__cause__, ImportError | RuntimeError)
+
+
+def test_says_who_compiles(launcher, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    assert launcher.cuda.compiler() == ("NVRTC 13.0, driver for CUDA 13.1, compute capability 12.0")
 
 
 # ---- torch.compile and the operators ----

@@ -9,10 +9,9 @@ from torch import nn
 
 from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
-from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
+from sj_taid.ops.alif.conformance import OPTIONS, Conformance, as_of_many, pairwise
 from tests.helpers import Case, assert_close, results, tensors
-from tests.ops.alif.cases import OPTIONS, Conformance, pairwise
 
 pytestmark = pytest.mark.gpu
 
@@ -39,18 +38,8 @@ def case_terms(case):
 
 @pytest.mark.parametrize("conformance", [Conformance(row) for row in pairwise(OPTIONS)], ids=str)
 def test_conformance(cuda, conformance):
-    leaves = conformance.leaves()
-    expected = conformance.expected(leaves)
-    moved = {n: t.detach().cuda().requires_grad_(t.requires_grad) for n, t in leaves.items()}
-    got = {name: t.cpu() for name, t in conformance.results(on_gpu, moved).items()}
-    if conformance.pack:
-        assert torch.equal(conformance.packed.cpu(), bits.pack(got["spike_seq"]))
-    rounded = {name: tensor.to(got[name].dtype) for name, tensor in expected.items()}
-    assert_close(got, rounded, conformance.case.dtype, scale=conformance.terms)
-    launches = {"forward": 1, "backward": 1}
-    if conformance.norm == "batch":
-        launches |= {"statistics": 1, "backward": 1 + leaves["x"].requires_grad}
-    assert cuda.launches == launches
+    with as_of_many(cuda):
+        assert not conformance.differences(on_gpu, "cuda", cuda.launches)
 
 
 @pytest.mark.parametrize("shape", [(8, 64, 32, 14, 14), (4, 4096, 8)], ids=str)

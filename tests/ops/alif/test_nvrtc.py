@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sj_taid.ops.alif import kernels, nvrtc
+from sj_taid.ops.alif.conformance import pairwise
 from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Options
-from tests.ops.alif.cases import pairwise
 
 try:
     nvrtc.library()

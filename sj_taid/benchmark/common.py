@@ -19,10 +19,11 @@ import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
-from sj_taid import ALIFNode
-from sj_taid.ops import backends
-from sj_taid.training.files import atomic_write
-from sj_taid.training.provenance import cpu_name, provenance
+from ..doctor import cpu_name
+from ..neuron import ALIFNode
+from ..ops import backends
+from ..training.files import atomic_write
+from ..training.provenance import provenance
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU = torch.device("cpu")
@@ -83,13 +84,20 @@ def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:
     """Every row carries its command and its provenance, so that none is ever without them."""
     facts = provenance()
     facts |= {f"{name}_version": number for name, number in facts.pop("versions").items()}
-    shared = {"command": shlex.join(["python", *sys.argv]), **facts}
+    shared = {"command": command(), **facts}
     # Rows of an earlier run that are written again keep their own.
     table = pd.DataFrame([row | shared | row for row in rows])
     with atomic_write(path) as whole:
         table.to_csv(whole, index=False, float_format="%.6g")
     print(f"wrote {path}")
     return table
+
+
+def command() -> str:
+    """The command line of this process, a module as ``python -m``."""
+    spec = sys.modules["__main__"].__spec__
+    program = [sys.argv[0]] if spec is None else ["-m", spec.name]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def conditions(device: torch.device) -> dict[str, object]:

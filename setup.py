@@ -1,0 +1,29 @@
+"""The description for a package index, where only absolute links work; all else is in setup.cfg."""
+
+import re
+from configparser import RawConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+config = RawConfigParser()
+config.read(ROOT / "setup.cfg", encoding="utf-8")
+URL = config["metadata"]["url"]
+
+
+def absolute(link: re.Match[str]) -> str:
+    """A link of README.md to a file of the repository; a picture's to the file's bytes."""
+    picture, text, path = link.groups()
+    return f"{picture}[{text}]({URL}/{'raw' if picture else 'blob'}/main/{path})"
+
+
+readme = (ROOT / "README.md").read_text(encoding="utf-8")
+setup(
+    long_description=re.sub(r"(!?)\[([^]]*)]\((?!https?:|#)([^)]+)\)", absolute, readme),
+    project_urls={
+        "Documentation": f"{URL}/blob/main/docs/index.md",
+        "Changelog": f"{URL}/blob/main/CHANGELOG.md",
+        "Issues": f"{URL}/issues",
+    },
+)

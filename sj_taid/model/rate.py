@@ -1,0 +1,233 @@
+"""The rate latent: spikes drawn from rates, and the distributions of rates.
+
+A rate ``r`` in [0, 1] is the probability of a spike at each time step, ``[N, d]`` for d latent
+channels. Source: Zhan et al., ESVAE, arXiv 2310.14839.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+from .._extras import needs
+
+COVARIANCES = ("full", "tied", "diag", "spherical")
+
+
+def check_rates(rate: Tensor) -> None:
+    if not ((rate >= 0) & (rate <= 1)).all():
+        raise ValueError(
+            f"a rate is a probability in [0, 1], but these lie in [{rate.min().item():.4g}, "
+            f"{rate.max().item():.4g}]; clamp them: rate.clamp(0, 1)"
+        )
+
+
+class _SpikesFromRate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rate: Tensor, noise: Tensor) -> Tensor:
+        ctx.save_for_backward((rate - noise).abs() < 0.5)
+        return (rate > noise).to(rate.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (near,) = ctx.saved_tensors
+        return (grad * near).sum(0), None
+
+
+def spikes_from_rate(rate: Tensor, T: int) -> Tensor:
+    r"""Spikes ``[T, N, d]`` that fire with the probabilities ``rate`` ``[N, d]``.
+
+    .. math::
+        z[t] = 1[r > u[t]], \quad u[t] \sim U(0, 1); \qquad
+        \frac{\partial z[t]}{\partial r} := 1[|r - u[t]| < 1/2]
+
+    The gradient is a straight-through one: a rectangle of width 1 around the random threshold.
+
+    Raises:
+        ValueError: a rate outside [0, 1].
+
+    Source: Zhan et al., arXiv 2310.14839, section 3.3.
+
+    >>> spikes_from_rate(torch.tensor([[0.0, 1.0]]), T=3)[:, 0]
+    tensor([[0., 1.],
+            [0., 1.],
+            [0., 1.]])
+    """
+    check_rates(rate)
+    noise = torch.rand(T, *rate.shape, dtype=rate.dtype, device=rate.device)
+    return _SpikesFromRate.apply(rate, noise)
+
+
+def rbf_mmd(x: Tensor, y: Tensor) -> Tensor:
+    r"""Squared maximum mean discrepancy of two samples ``[N, d]``, by RBF kernels.
+
+    .. math::
+        k(a, b) = \sum_{j=0}^{4} \exp\!\left(-\frac{|a - b|^2}{2^j \, b_0}\right), \quad
+        b_0 = \tfrac{1}{4}\,\mathrm{mean}_{a \ne b} |a - b|^2 \text{ over both samples}; \qquad
+        \mathrm{mean}\,k(x, x) + \mathrm{mean}\,k(y, y) - 2\,\mathrm{mean}\,k(x, y)
+
+    The biased estimate: a point counts as its own neighbour. The bandwidth is a constant of the
+    gradient.
+
+    Raises:
+        ValueError: samples of different shapes, or of one point.
+
+    Source: Gretton et al. 2012, JMLR 13; the kernels from Zhan et al., arXiv 2310.14839.
+
+    >>> x = torch.tensor([[0.0], [1.0]])
+    >>> rbf_mmd(x, x), rbf_mmd(x, x + 9) > 3
+    (tensor(0.), tensor(True))
+    """
+    if x.dim() != 2 or x.shape != y.shape:
+        raise ValueError(
+            f"rbf_mmd compares two samples [N, d] of one shape, but got {list(x.shape)} and "
+            f"{list(y.shape)}"
+        )
+    n = len(x)
+    if n < 2:
+        raise ValueError(
+            f"rbf_mmd needs samples of at least 2 points, but got {n}; train with larger batches: "
+            "dataset.batch_size"
+        )
+    both = torch.cat([x, y])
+    distance = (both.unsqueeze(0) - both.unsqueeze(1)).square().sum(2)
+    bandwidth = distance.detach().sum() / (2 * n * (2 * n - 1)) / 4
+    # All points equal: any bandwidth gives the distance 0.
+    bandwidth = bandwidth.clamp(min=torch.finfo(bandwidth.dtype).tiny * 1e6)
+    scales = bandwidth * 2.0 ** torch.arange(5, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+    kernel = torch.exp(-distance / scales).sum(0)
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+
+class LearnedPrior(nn.Module):
+    """Rates ``sigmoid(W n + b)``, ``n ~ N(0, I)``: learned with the rest, through the MMD."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, channels)
+
+    def forward(self, n: int) -> Tensor:
+        """Draw ``n`` rates ``[n, d]``."""
+        weight = self.linear.weight
+        noise = torch.randn(n, self.linear.in_features, dtype=weight.dtype, device=weight.device)
+        return self.linear(noise).sigmoid()
+
+
+class GaussianMixturePrior(nn.Module):
+    r"""Rates from a mixture of Gaussians that is fitted to those of the training images.
+
+    Most rates are 0 or 1, or nearly: a density that no few Gaussians have. So of a draw ``x`` of
+    the mixture only the ranks are taken, each channel's by the mixture's distribution function, and
+    the rate is that of the same rank among the training images' (a Gaussian mixture copula):
+
+    .. math::
+        r_c = Q_c(F_c(x_c)), \quad x \sim \sum_k w_k N(\mu_k, \Sigma_k), \quad
+        F_c(x) = \sum_k w_k \Phi\!\left(\frac{x - \mu_{kc}}{\sqrt{\Sigma_{kcc}}}\right)
+
+    with the quantile function :math:`Q_c` of channel c, a step function over the ``levels`` + 1
+    values that a mean of spikes can have.
+
+    Its tensors are buffers, so a checkpoint keeps them; they are NaN until :meth:`fit`. One with
+    another number of components can be loaded.
+
+    Args:
+        channels: latent channels d.
+        components: Gaussians in the mixture.
+        covariance: scikit-learn's ``covariance_type``: one of full, tied, diag and spherical.
+        levels: time steps of which a rate is the mean.
+
+    Raises:
+        ValueError: a bad argument.
+        RuntimeError: at a call, a mixture that is not fitted.
+
+    Source: the mixture after training from Ghosh et al., arXiv 1903.12436; the copula from Tewari
+    et al. 2011, ICDM Workshops.
+    """
+
+    weights: Tensor
+    means: Tensor
+    cholesky: Tensor
+    cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
+
+    def __init__(
+        self, channels: int, components: int = 10, covariance: str = "full", levels: int = 16
+    ) -> None:
+        super().__init__()
+        if components < 1:
+            raise ValueError(f"components must be at least 1, but it is {components}")
+        if covariance not in COVARIANCES:
+            raise ValueError(
+                f"covariance must be one of {', '.join(COVARIANCES)}, but it is {covariance!r}"
+            )
+        self.components = components
+        self.covariance = covariance
+        self.levels = levels
+        shapes = {"weights": (), "means": (channels,), "cholesky": (channels, channels)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.full((components, *shape), float("nan")))
+        self.register_buffer("cumulative", torch.full((channels, levels + 1), float("nan")))
+        self.register_load_state_dict_pre_hook(_take_the_shape_of_what_is_loaded)
+
+    @property
+    def fitted(self) -> bool:
+        return not self.weights.isnan().any()
+
+    def fit(self, rates: Tensor, seed: int = 0) -> None:
+        """Fit the mixture to ``rates`` ``[n, d]`` by expectation maximisation.
+
+        Raises:
+            ValueError: fewer rates than components, or rates outside [0, 1].
+            ModuleNotFoundError: without scikit-learn.
+        """
+        with needs("scikit-learn"):
+            from sklearn.mixture import GaussianMixture
+        if len(rates) < self.components:
+            raise ValueError(
+                f"a mixture of {self.components} components needs at least as many rates, but got "
+                f"{len(rates)}; give more or set fewer components"
+            )
+        check_rates(rates)
+        # A channel that never or always fires has no spread of its own: regularise it.
+        mixture = GaussianMixture(
+            self.components, covariance_type=self.covariance, reg_covar=1e-5, random_state=seed
+        ).fit(rates.double().cpu().numpy())
+        d = rates.shape[1]
+        covariances = torch.as_tensor(mixture.covariances_)
+        full = {
+            "full": lambda: covariances,
+            "tied": lambda: covariances.expand(self.components, d, d),
+            "diag": lambda: torch.diag_embed(covariances),
+            "spherical": lambda: covariances.view(-1, 1, 1) * torch.eye(d),
+        }[self.covariance]()
+        self.weights.copy_(torch.as_tensor(mixture.weights_))
+        self.means.copy_(torch.as_tensor(mixture.means_))
+        self.cholesky.copy_(torch.linalg.cholesky(full))
+        counts = (rates * self.levels).round()
+        for level in range(self.levels + 1):
+            self.cumulative[:, level] = (counts <= level).double().mean(0)
+
+    def forward(self, n: int) -> Tensor:
+        """Draw ``n`` rates ``[n, d]``."""
+        if not self.fitted:
+            raise RuntimeError(
+                "the mixture of Gaussians is not fitted yet; train to the end, fit it to a "
+                "finished run by `sj-taid fit-prior`, or draw from prior='learned'"
+            )
+        gaussians = MultivariateNormal(self.means, scale_tril=self.cholesky)
+        x = MixtureSameFamily(Categorical(self.weights), gaussians).sample((n,))
+        spread = self.cholesky.square().sum(2).sqrt()  # of each component and channel
+        below = torch.special.ndtr((x.unsqueeze(1) - self.means) / spread)
+        rank = (self.weights.unsqueeze(1) * below).sum(1).t().contiguous()
+        level = torch.searchsorted(self.cumulative, rank).clamp(max=self.levels)
+        return level.t().to(x.dtype) / self.levels
+
+
+def _take_the_shape_of_what_is_loaded(
+    prior: GaussianMixturePrior, state: dict[str, Tensor], prefix: str, *others: Any
+) -> None:
+    for name in ("weights", "means", "cholesky"):
+        if (loaded := state.get(prefix + name)) is not None:
+            prior.components = len(loaded)
+            buffer = getattr(prior, name)
+            setattr(prior, name, buffer.new_empty(len(loaded), *buffer.shape[1:]))

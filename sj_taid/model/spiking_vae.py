@@ -1,0 +1,174 @@
+"""What the spiking generators share: an encoder, a decoder and an image decoder around a latent."""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+from spikingjelly.activation_based import layer, surrogate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layer import TAID
+from ..neuron import ALIFNode
+from ..norm import fuse_norm
+from .block import (
+    Neuron,
+    conv_block,
+    conv_transpose_block,
+    encoder_widths,
+    evaluating,
+    halved,
+    linear_block,
+    reset,
+)
+
+#: ALIF that starts as the original's neuron: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
+#: rectangular surrogate of width 1 (SpikingJelly's two lines share this spelling of it).
+original_neuron = partial(
+    ALIFNode,
+    init_tau=4 / 3,
+    decay_input=False,
+    v_threshold=0.2,
+    v_reset=0.0,
+    surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
+    step_mode="m",
+)
+
+
+class SpikingVAE(nn.Module):
+    """An image goes in, spikes carry it through, an image comes out.
+
+    The image is the input current of every time step. Encoder: 3x3 convolutions of stride 2, each
+    with tdBN and a neuron, then a spiking linear layer to the latent channels. Between: the latent
+    of the subclass. Decoder: the mirror image, a stride-2 block to full resolution and a last 3x3
+    convolution without neuron, whose sequence ``[T, N, C, H, W]`` the image decoder turns into one
+    image; tanh.
+
+    Every pass starts from rest, so that two calls in a row never mix, and leaves the neurons at
+    rest: :func:`sj_taid.monitor` or a forward hook sees what they did.
+
+    Args:
+        in_channels: image channels C.
+        image_size: height and width H = W, divisible by two once for each hidden width.
+        T: number of time steps.
+        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels are left.
+            The default gives the original's for 32x32 and for 64x64.
+        latent_channels: width of the latent spike train.
+        neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
+        decoder: the image decoder, :class:`~sj_taid.TAID` (default) or
+            :class:`~sj_taid.FixedDecoder`, made for the same T.
+        fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
+        subpixel: in place of the block at full resolution and the last convolution, a convolution
+            at half of it whose channels are the four pixels of each place (Shi et al. 2016,
+            arXiv 1609.05158). At 32x32 this saves more than half of the work.
+        gradient_weight: of the mean absolute error of differences of neighbouring pixels, beside
+            the squared error: images become sharper (Mathieu et al. 2016, arXiv 1511.05440, with
+            signed differences).
+
+    Raises:
+        ValueError: sizes that do not fit, or images of another shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        image_size: int = 32,
+        T: int = 16,
+        hidden_channels: int | Sequence[int] = 32,
+        latent_channels: int = 128,
+        neuron: Neuron = original_neuron,
+        decoder: nn.Module | None = None,
+        fused_norm: bool = True,
+        subpixel: bool = False,
+        gradient_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        widths = encoder_widths(hidden_channels, image_size)
+        decoder = TAID(T) if decoder is None else decoder
+        if decoder.T != T:
+            raise ValueError(f"the image decoder was made for T={decoder.T}, the model for T={T}")
+        self.in_channels = in_channels
+        self.image_size = image_size
+        self.T = T
+        self.latent_channels = latent_channels
+        self.gradient_weight = gradient_weight
+
+        side = halved(image_size, widths)
+        self._code_shape = (widths[-1], side, side)
+        code = widths[-1] * side * side
+        (self.stem, first_neuron), *blocks = (
+            conv_block(a, b, neuron) for a, b in pairwise((in_channels, *widths))
+        )
+        self.encoder = nn.Sequential(first_neuron, *blocks)
+        self.to_latent = linear_block(code, latent_channels, neuron)
+        self._make_latent(neuron)  # here: the order of making is that of the random weights
+        self.from_latent = linear_block(latent_channels, code, neuron)
+        reverse = (*reversed(widths), *(() if subpixel else widths[:1]))
+        self.decoder = nn.Sequential(
+            *(conv_transpose_block(a, b, neuron) for a, b in pairwise(reverse))
+        )
+        last: list[nn.Module] = (
+            [nn.Conv2d(widths[0], 4 * in_channels, 3, padding=1), nn.PixelShuffle(2)]
+            if subpixel
+            else [nn.ConvTranspose2d(widths[0], in_channels, 3, padding=1)]
+        )
+        self.to_image = layer.SeqToANNContainer(*last)
+        self.image_decoder = decoder
+        if fused_norm:
+            fuse_norm(self)
+
+    def _make_latent(self, neuron: Neuron) -> None:
+        """Make the subclass's modules between encoder and decoder."""
+        raise NotImplementedError
+
+    def encode(self, image: Tensor) -> Tensor:
+        """The encoder's spikes ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
+        expected = (self.in_channels, self.image_size, self.image_size)
+        if image.dim() != 4 or image.shape[1:] != expected:
+            raise ValueError(
+                f"{type(self).__name__} expects images [N, {', '.join(map(str, expected))}], "
+                f"but got {list(image.shape)}"
+            )
+        # The image is the same at every step, so its first convolution and norm are too.
+        x_seq = self.stem(image.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
+        reset(self.encoder, self.to_latent)
+        latent_seq = self.to_latent(self.encoder(x_seq).flatten(2))
+        reset(self.encoder, self.to_latent)
+        return latent_seq
+
+    def latent_spikes(self, image: Tensor) -> Tensor:
+        """Latent spikes ``[T, N, latent]`` drawn for ``image``, which the decoder is given."""
+        raise NotImplementedError
+
+    def decode(self, z_seq: Tensor) -> Tensor:
+        """The image ``[N, C, H, W]`` in [-1, 1] for latent spikes ``[T, N, latent]``."""
+        return self.image_decoder(self.decode_sequence(z_seq)).tanh()
+
+    def decode_sequence(self, z_seq: Tensor) -> Tensor:
+        """What the image decoder weighs: ``[T, N, C, H, W]`` for ``[T, N, latent]``."""
+        reset(self.from_latent, self.decoder)
+        x_seq = self.from_latent(z_seq).unflatten(2, self._code_shape)
+        image_seq = self.to_image(self.decoder(x_seq))
+        reset(self.from_latent, self.decoder)
+        return image_seq
+
+    def summed(self, output: Tensor, image: Tensor, latent: Tensor) -> dict[str, Tensor]:
+        """``loss`` and its terms: what compares two images ``[N, C, H, W]``, and ``latent``."""
+        terms = {"reconstruction": F.mse_loss(output, image), "latent": latent}
+        if self.gradient_weight:
+            gradients = [F.l1_loss(output.diff(dim=k), image.diff(dim=k)) for k in (2, 3)]
+            terms["gradient"] = self.gradient_weight * (gradients[0] + gradients[1])
+        return {"loss": torch.stack([*terms.values()]).sum(), **terms}
+
+    def sample(self, n: int) -> Tensor:
+        """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior.
+
+        Without gradient and in eval mode; after, every module is back in the mode it was in.
+        """
+        with evaluating(self), torch.no_grad():
+            return self.decode(self.sample_latent(n))
+
+    def sample_latent(self, n: int) -> Tensor:
+        """Latent spikes ``[T, n, latent]`` drawn from the prior."""
+        raise NotImplementedError

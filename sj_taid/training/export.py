@@ -1,0 +1,198 @@
+"""Make a model that others load of a finished run: ``sj-taid export RUN --name NAME``.
+
+It writes a folder for ``sj_taid.create_model``: the weights of the run's last checkpoint, what the
+model is, and a card with its data, command, commit, figures and licence. None of them says where
+things lie on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from .. import pretrained
+from .._extras import needs
+from .files import atomic_write
+from .quantities import METRICS
+from .run import EVALUATIONS, Run
+
+with needs("safetensors"):
+    from safetensors.torch import save
+
+#: What the Hugging Face hub reads stands between the dashes.
+CARD = """\
+---
+license: {licence}
+library_name: sj-taid
+pipeline_tag: {pipeline}
+tags: [spiking-neural-networks, spikingjelly]
+---
+
+# {name}
+
+{kind} of sj-taid, {parameters:,} parameters:
+
+```python
+import torch
+
+import sj_taid
+
+model = sj_taid.create_model("{name}", pretrained=True)
+{usage}
+```
+
+| | |
+|---|---|
+{rows}
+
+| figure | value | protocol |
+|---|---|---|
+{figures}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "sj-taid export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--name", required=True, help="letters, digits, '.', '_' and '-'")
+    parser.add_argument("--out", type=Path, default=Path(), help="where to put the folder NAME")
+    parser.add_argument("--half", action="store_true", help="layers' weights as float16")
+    parser.add_argument("--licence", default="mit", help="of the weights; mit by default")
+    options = parser.parse_args(arguments)
+    try:
+        folder = export(**vars(options))
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    size = (folder / pretrained.WEIGHTS).stat().st_size / 1e6
+    print(f"{size:.2f} MB: sj_taid.create_model({str(folder)!r}, pretrained=True)")
+
+
+def export(
+    run: str | Path, name: str, out: str | Path = ".", half: bool = False, licence: str = "mit"
+) -> Path:
+    """Write the model of a run into ``out / name``, over an earlier export.
+
+    Args:
+        run: the folder of a finished run.
+        name: of the model: letters, digits, ``.``, ``_`` and ``-``.
+        out: where the model's folder is put.
+        half: store the weights of convolutions and linear layers as float16. Biases, norms, neurons
+            and buffers stay as they are.
+        licence: of the weights, as the Hugging Face hub spells it.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        FileNotFoundError: the run is not finished, or has no checkpoint.
+        ValueError: a bad name, a file in place of a folder, or a model that
+            :func:`sj_taid.create_model` would not build.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        raise ValueError(f"a name is of letters, digits, '.', '_' and '-', but it is {name!r}")
+    if Path(run).is_file():
+        raise ValueError(f"{run} is a file; give the run's folder, whose figures go on the card")
+    finished = Run.find(run)
+    metrics = _metrics(finished)
+    config: Any = OmegaConf.to_container(finished.config, resolve=True)
+    architecture = _portable(config["model"])
+    model = pretrained.build(architecture)  # or an error before anything is written
+    weights = {key: tensor.contiguous() for key, tensor in finished.model().state_dict().items()}
+    if half:
+        layers = {key for key, parameter in model.named_parameters() if parameter.dim() > 1}
+        weights |= {key: weights[key].half() for key in layers}
+    model.load_state_dict(weights)
+
+    content = save(weights)
+    described = {
+        "model": architecture,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "metrics": metrics,
+    }
+    files = {
+        pretrained.WEIGHTS: content,
+        pretrained.CONFIG: json.dumps(described, indent=2, allow_nan=False).encode() + b"\n",
+        pretrained.CARD: _card(name, licence, model, metrics, config["dataset"]).encode(),
+    }
+    folder = Path(out).expanduser() / name
+    for file, inside in files.items():
+        with atomic_write(folder / file) as path:
+            path.write_bytes(inside)
+    return folder
+
+
+def figures(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Title and value of each figure of the last checkpoint, by its name in ``metrics``."""
+    return {
+        key: (quantity.title, f"{metrics[key] / quantity.unit:.{quantity.decimals}f}")
+        for key, quantity in METRICS.items()
+        if key in metrics and "_best_" not in key  # those are of another checkpoint
+    }
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    """The run's figures, and those of later evaluations of the same checkpoint over them."""
+    metrics = run.metrics
+    digest = run.checkpoint_sha256()
+    for path in sorted((run.folder / EVALUATIONS).glob("*.json")):
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        if evaluation["checkpoint_sha256"] == digest:
+            metrics |= evaluation["figures"]
+            metrics["protocol"] = metrics.get("protocol", {}) | evaluation["protocol"]
+    return metrics
+
+
+def _portable(node: Any) -> Any:
+    """The config without backends: which of them runs is for the machine to say that loads it."""
+    if isinstance(node, dict):
+        return {key: _portable(value) for key, value in node.items() if key != "backend"}
+    return [_portable(child) for child in node] if isinstance(node, list) else node
+
+
+def _card(
+    name: str,
+    licence: str,
+    model: torch.nn.Module,
+    metrics: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> str:
+    draws = hasattr(model, "sample")
+    sample = [data["channels"], data["image_size"], data["image_size"]]
+    shape = ", ".join(map(str, [data["T"], 1, *sample] if "T" in data else [1, *sample]))
+    what = f"{data['T']} frames of events" if "T" in data else "images in [-1, 1]"
+    rows = {
+        "data": f"`{data['name']}`, {what}, {'x'.join(map(str, sample))}, "
+        f"augmented: {data['augment'] or 'no'}",
+        "command": f"`{metrics['command']}`",
+        "commit": metrics["commit"] or "not a checkout",
+        "epochs": metrics["epochs"],
+        "seed": metrics["seed"],
+        "versions": ", ".join(f"{key} {value}" for key, value in metrics["versions"].items()),
+        "machine": metrics["machine"],
+        "licence": licence,
+    }
+    protocol = metrics.get("protocol", {})
+    shown = [
+        f"| {title} | {value} | {protocol.get(key, 'test set, after the last epoch')} |"
+        for key, (title, value) in figures(metrics).items()
+    ]
+    return CARD.format(
+        name=name,
+        licence=licence,
+        pipeline="unconditional-image-generation" if draws else "image-classification",
+        kind=type(model).__name__,
+        parameters=metrics["parameters"],
+        usage="images = model.sample(16)" if draws else f"output = model(torch.zeros({shape}))",
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        figures="\n".join(shown),
+    )

@@ -1,0 +1,196 @@
+"""The rate latent: the spike sampler, the MMD, and both priors."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sj_taid.model.rate import (
+    COVARIANCES,
+    GaussianMixturePrior,
+    LearnedPrior,
+    rbf_mmd,
+    spikes_from_rate,
+)
+
+F64 = torch.float64
+
+
+def test_spikes_and_their_gradient_by_hand(monkeypatch):
+    noise = torch.tensor([[[0.1, 0.3]], [[0.6, 0.8]], [[0.7, 0.95]]], dtype=F64)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: noise.view(shape))
+    rate = torch.tensor([[0.65, 0.2]], dtype=F64, requires_grad=True)
+    spikes = spikes_from_rate(rate, T=3)
+    assert spikes.tolist() == [[[1, 0]], [[1, 0]], [[0, 0]]]
+    spikes.backward(torch.tensor([[[1.0, 10]], [[2, 20]], [[4, 40]]], dtype=F64))
+    # |r - u| is 0.55, 0.05, 0.05 and 0.1, 0.6, 0.75: the gradient passes where it is below 1/2.
+    assert rate.grad.tolist() == [[2 + 4, 10]]
+
+
+def test_a_rate_is_the_probability_of_a_spike_at_every_step():
+    torch.manual_seed(0)
+    rate = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0]).expand(20_000, 5)
+    spikes = spikes_from_rate(rate, T=4)
+    assert spikes.shape == (4, 20_000, 5) and spikes.unique().tolist() == [0, 1]
+    assert torch.allclose(spikes.mean(1), rate[0].expand(4, 5), atol=0.015)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
+def test_a_rate_outside_0_and_1_is_an_error(wrong):
+    with pytest.raises(ValueError, match=r"probability in \[0, 1\].*clamp"):
+        spikes_from_rate(torch.tensor([[0.5, wrong]]), T=2)
+
+
+def test_mmd_equals_its_closed_form():
+    """Two points each: x at 0 and 2, y at 1 and 5."""
+    x = torch.tensor([[0.0], [2]], dtype=F64, requires_grad=True)
+    y = torch.tensor([[1.0], [5]], dtype=F64)
+    # Squared distances of the six pairs of different points; the mean over pairs is the bandwidth.
+    bandwidth = (4 + 1 + 25 + 1 + 9 + 16) / 6 / 4
+
+    def k(squared):
+        return sum(np.exp(-squared / (bandwidth * s)) for s in (1, 2, 4, 8, 16))
+
+    within = (2 * k(0) + 2 * k(4)) / 4 + (2 * k(0) + 2 * k(16)) / 4
+    between = (k(1) + k(25) + k(1) + k(9)) / 4
+    mmd = rbf_mmd(x, y)
+    assert mmd.item() == pytest.approx(within - 2 * between, rel=1e-12)
+
+    def slope(squared, difference):  # of k with respect to one point
+        return sum(
+            -2 * difference / (bandwidth * s) * np.exp(-squared / (bandwidth * s))
+            for s in (1, 2, 4, 8, 16)
+        )
+
+    mmd.backward()
+    expected = 2 * slope(4, -2) / 4 - 2 * (slope(1, -1) + slope(25, -5)) / 4
+    assert x.grad[0].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_mmd_of_equal_points_is_zero_with_a_finite_gradient():
+    x = torch.full((3, 2), 0.5, requires_grad=True)
+    mmd = rbf_mmd(x, torch.full((3, 2), 0.5))
+    mmd.backward()
+    assert mmd.item() == 0 and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        ((1, 3), (1, 3), r"at least 2 points, but got 1; .*dataset\.batch_size"),
+        ((4, 3), (5, 3), r"of one shape, but got \[4, 3\] and \[5, 3\]"),
+        ((4, 3, 1), (4, 3, 1), r"\[N, d\]"),
+    ],
+)
+def test_mmd_refuses(x, y, message):
+    with pytest.raises(ValueError, match=message):
+        rbf_mmd(torch.rand(x), torch.rand(y))
+
+
+def test_the_learned_prior_is_learned_through_the_mmd():
+    torch.manual_seed(0)
+    prior = LearnedPrior(2)
+    optimizer = torch.optim.Adam(prior.parameters(), 0.05)
+    target = torch.rand(256, 2) * torch.tensor([0.2, 0.4]) + torch.tensor([0.7, 0.1])
+    first = rbf_mmd(target, prior(256)).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        rbf_mmd(target, prior(256)).backward()
+        optimizer.step()
+    assert rbf_mmd(target, prior(256)).item() < first / 20
+    assert ((prior(64) >= 0) & (prior(64) <= 1)).all()
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_a_fitted_mixture_draws_what_it_was_fitted_to(covariance):
+    """Rates of two clusters; all kinds of covariance find their means and spreads."""
+    generator = torch.Generator().manual_seed(0)
+    spread = 0.03
+    centres = torch.tensor([[0.2, 0.3, 0.5], [0.8, 0.6, 0.4]])
+    which = torch.arange(4000) % 4 == 0  # a quarter in the first
+    rates = torch.where(which[:, None], *centres.unsqueeze(1))
+    rates = rates + spread * torch.randn(4000, 3, generator=generator)
+    prior = GaussianMixturePrior(3, components=2, covariance=covariance, levels=1000)
+    assert not prior.fitted
+    prior.fit(rates)
+    torch.manual_seed(0)
+    drawn = prior(4000)
+    near_first = (drawn - centres[0]).norm(dim=1) < 0.3
+    assert near_first.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    for cluster, centre in zip((near_first, ~near_first), centres, strict=True):
+        assert torch.allclose(drawn[cluster].mean(0), centre, atol=0.01)
+        assert torch.allclose(drawn[cluster].std(0), torch.full((3,), spread), atol=0.005)
+
+
+def test_what_channels_have_in_common_and_how_each_is_spread_are_kept():
+    """Rates that are 0 or 1: no Gaussian has that density, and its draws' ranks have."""
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(4000, 1, generator=generator)
+    other = score + 0.3 * torch.randn(4000, 1, generator=generator)
+    rates = torch.cat([score > 0.5, other > 0.5, other < 0.5], 1).float()
+    prior = GaussianMixturePrior(3, components=1, levels=4)
+    prior.fit(rates)
+    torch.manual_seed(0)
+    drawn = prior(4000)
+    assert drawn.unique().tolist() == [0, 1]
+    assert torch.allclose(drawn.mean(0), rates.mean(0), atol=0.03)
+    # One Gaussian with the correlation rho of 0s and 1s gives back about (2 / pi) arcsin(rho).
+    expected = 2 / torch.pi * torch.corrcoef(rates.T).asin()
+    assert expected[0, 1] > 0.5 and expected[0, 2] < -0.5
+    assert torch.allclose(torch.corrcoef(drawn.T), expected, atol=0.05)
+
+
+def test_a_draw_has_the_rank_that_it_has_in_the_mixture():
+    prior = GaussianMixturePrior(1, components=2, levels=4)
+    prior.weights.copy_(torch.tensor([0.5, 0.5]))
+    prior.means.copy_(torch.tensor([[0.0], [10]]))
+    prior.cholesky.copy_(torch.ones(2, 1, 1))
+    # A fifth at each level: of the first Gaussian, ranks 0 to 1/2, nothing is above level 2.
+    prior.cumulative.copy_(torch.tensor([[0.2, 0.4, 0.6, 0.8, 1.0]]))
+    torch.manual_seed(0)
+    drawn = prior(5000)
+    assert torch.allclose(
+        (drawn * 4).long().ravel().bincount() / 5000, torch.full((5,), 0.2), atol=0.02
+    )
+
+
+def test_a_mixture_travels_in_the_state_dict(tmp_path):
+    prior = GaussianMixturePrior(2, components=3)
+    prior.fit(torch.rand(100, 2).round())
+    torch.save(prior.state_dict(), tmp_path / "prior.pt")
+    other = GaussianMixturePrior(2, components=5)
+    other.load_state_dict(torch.load(tmp_path / "prior.pt", weights_only=True))
+    assert other.components == 3
+    torch.manual_seed(0)
+    drawn = prior(500)
+    torch.manual_seed(0)
+    assert torch.equal(other(500), drawn)
+
+
+def test_a_channel_without_spread_is_no_error():
+    rates = torch.rand(50, 3)
+    rates[:, 1] = 0.0
+    prior = GaussianMixturePrior(3, components=2)
+    prior.fit(rates)
+    assert prior(100)[:, 1].max() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: GaussianMixturePrior(2)(3), RuntimeError, "not fitted.*prior='learned'"),
+        (lambda: GaussianMixturePrior(2, 5).fit(torch.rand(4, 2)), ValueError, "got 4; give more"),
+        (lambda: GaussianMixturePrior(2, 1).fit(torch.ones(4, 2) * 2), ValueError, "clamp"),
+        (lambda: GaussianMixturePrior(2, 0), ValueError, "at least 1, but it is 0"),
+        (lambda: GaussianMixturePrior(2, covariance="round"), ValueError, "full, tied, diag"),
+    ],
+)
+def test_the_mixture_refuses(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_both_priors_follow_the_models_dtype():
+    net = nn.ModuleList([LearnedPrior(2), GaussianMixturePrior(2, 1)]).double()
+    net[1].fit(torch.rand(10, 2))
+    assert net[0](3).dtype == net[1](3).dtype == F64

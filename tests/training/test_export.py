@@ -1,0 +1,105 @@
+"""A finished run becomes a model that others load, and its card says all that it should."""
+
+import pytest
+import torch
+
+from sj_taid import ALIFNode, create_model, pretrained
+from sj_taid.training import Run, load_model
+from sj_taid.training.commands import train
+from sj_taid.training.composing import compose
+from sj_taid.training.export import export
+from tests.training.conftest import TINY_CLASSIFICATION
+from tests.training.test_run import MyLIF
+
+CLASSIFIER = ["neuron.backend=torch", *TINY_CLASSIFICATION]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """The folders of a finished FSVAE and of a finished classifier."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(tiny(), folder / "fsvae", command="sj-taid train x=1", overrides=["x=1"])
+    cfg = compose("train", [*CLASSIFIER, "dataset.limit=40"])
+    train(cfg, folder / "classifier", command="sj-taid train x=2", overrides=["x=2"])
+    return folder
+
+
+def equal(one, other):
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(value, states[1][key]) for key, value in states[0].items()
+    )
+
+
+def test_the_command_makes_the_runs_model(runs, tmp_path, sj_taid, capsys):
+    sj_taid("export", str(runs / "fsvae"), "--name", "tiny-1", "--out", str(tmp_path))
+    assert f"create_model('{tmp_path / 'tiny-1'}', pretrained=True)" in capsys.readouterr().out
+    here, there = create_model(tmp_path / "tiny-1", pretrained=True), load_model(runs / "fsvae")
+    assert equal(here, there)
+    for model in (here, there):
+        torch.manual_seed(1)
+        model.drawn = model.sample(3)
+    assert torch.equal(here.drawn, there.drawn)
+
+
+def test_config_and_card_say_what_the_run_says(runs, tmp_path):
+    folder = export(runs / "fsvae", "tiny", tmp_path, licence="cc-by-4.0")
+    metrics = Run(runs / "fsvae").metrics
+    assert pretrained.read_config(folder)["metrics"] == metrics
+    card = (folder / "README.md").read_text()
+    for text in (
+        "license: cc-by-4.0\n",
+        "pipeline_tag: unconditional-image-generation\n",
+        'create_model("tiny", pretrained=True)\nimages = model.sample(16)\n',
+        "| data | `digits`, images in [-1, 1], 1x8x8, augmented: no |",
+        "| command | `sj-taid train x=1` |",
+        f"| commit | {metrics['commit']} |",
+        f"| {metrics['fad']:.2f} | {metrics['protocol']['fad']} |",
+        f"| {metrics['reconstruction']:.4f} | {metrics['protocol']['reconstruction']} |",
+    ):
+        assert text in card, text
+    assert str(runs) not in card + (folder / "config.json").read_text()
+
+
+def test_half_keeps_norms_and_neurons(runs, tmp_path):
+    exact = create_model(export(runs / "classifier", "tiny", tmp_path), pretrained=True)
+    size = (tmp_path / "tiny" / "model.safetensors").stat().st_size
+    folder = export(runs / "classifier", "tiny", tmp_path, half=True)  # over the other
+    half = create_model(folder, pretrained=True)
+    assert (folder / "model.safetensors").stat().st_size < 0.7 * size
+    for key, value in exact.state_dict().items():
+        kept = half.state_dict()[key]
+        assert kept.dtype == value.dtype
+        assert torch.equal(kept, value.half().to(value.dtype) if value.dim() > 1 else value), key
+
+
+def test_which_backend_runs_is_for_the_machine_to_say_that_loads(runs, tmp_path):
+    here = create_model(export(runs / "classifier", "tiny", tmp_path))
+    for model, backend in ((here, "auto"), (load_model(runs / "classifier"), "torch")):
+        assert {m.backend for m in model.modules() if isinstance(m, ALIFNode)} == {backend}
+
+
+def test_later_evaluations_of_the_same_weights_count(runs, tmp_path):
+    run = Run(runs / "classifier")
+    for digest, accuracy in ((run.checkpoint_sha256(), 0.5), ("another", 0.9)):
+        figures = {"figures": {"accuracy": accuracy}, "protocol": {"accuracy": "by hand"}}
+        run.save_evaluation({"checkpoint_sha256": digest} | figures)
+    card = (export(runs / "classifier", "tiny", tmp_path) / "README.md").read_text()
+    assert "| 50.00 | by hand |" in card and "90.00" not in card
+
+
+def test_errors_name_the_remedy(runs, tmp_path, sj_taid, capsys):
+    with pytest.raises(ValueError, match="letters, digits"):
+        export(runs / "fsvae", "../tiny", tmp_path)
+    with pytest.raises(ValueError, match="give the run's folder"):
+        export(runs / "fsvae" / "checkpoints" / "last.ckpt", "tiny", tmp_path)
+    mine = f"{MyLIF.__module__}.{MyLIF.__name__}"
+    foreign = ["neuron=lif", f"neuron._target_={mine}", f"trust=[{mine}]"]
+    train(compose("train", [*TINY_CLASSIFICATION, *foreign]), tmp_path / "run", command="")
+    with pytest.raises(ValueError, match=r"names .*MyLIF"):
+        export(tmp_path / "run", "tiny", tmp_path)
+    Run(tmp_path / "run").folder.joinpath("metrics.json").unlink()
+    with pytest.raises(SystemExit):
+        sj_taid("export", str(tmp_path / "run"), "--name", "tiny", "--out", str(tmp_path))
+    assert "finish the run first" in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()

@@ -1,0 +1,100 @@
+"""ESVAE's priors in a run: fitted at the end of training or later, measured and sampled."""
+
+import shutil
+
+import pytest
+import torch
+
+from sj_taid.training import commands
+from sj_taid.training.commands import evaluate, train
+from sj_taid.training.composing import compose
+from sj_taid.training.run import Run, load_model
+from tests.training.conftest import TINY
+
+# Trained so far that the images depend on the latent.
+TINY_ESVAE = [
+    "model=esvae",
+    "model.components=2",
+    *(o for o in TINY if ".k=" not in o),
+    "dataset.batch_size=64",
+    "trainer.limit_train_batches=22",
+    "optimizer.lr=1e-2",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny):
+    """A finished run, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(tiny(*TINY_ESVAE, tiny=False), folder, command="sj-taid train model=esvae")
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_run_ends_with_a_fitted_mixture_and_the_figures_of_both_priors(finished):
+    model = load_model(finished)
+    assert model.gaussian_mixture.fitted
+    metrics = Run(finished).metrics
+    assert metrics["fad"] > 0 and metrics["fad_gaussian_mixture"] > 0
+    assert metrics["fad"] != metrics["fad_gaussian_mixture"]
+    assert metrics["protocol"]["fad_gaussian_mixture"].endswith("the prior gaussian_mixture")
+    assert (finished / "attention.png").is_file()
+
+
+def test_the_models_own_prior_comes_first(tiny, tmp_path, finished):
+    cfg = tiny(*TINY_ESVAE, "model.prior=gaussian_mixture", tiny=False)
+    metrics = train(cfg, tmp_path, command="")
+    first = Run(finished).metrics
+    assert metrics["fad"] == first["fad_gaussian_mixture"]
+    assert metrics["fad_learned"] == first["fad"]
+    assert metrics["fad_untrained"] == first["fad_untrained"]
+
+
+def test_a_mixture_is_fitted_later_by_one_command(folder, tmp_path, sj_taid):
+    before = torch.load(Run(folder).checkpoint, weights_only=True)
+    sj_taid("fit_prior", f"checkpoint={folder}", "components=3", "covariance=diag")
+    after = torch.load(Run(folder).checkpoint, weights_only=True)
+    assert after.keys() == before.keys()
+    for name, tensor in after["state_dict"].items():
+        if "gaussian_mixture" in name:
+            assert tensor.isfinite().all(), name
+        else:
+            assert torch.equal(tensor, before["state_dict"][name]), name
+    assert len(load_model(folder).gaussian_mixture.means) == 3
+    figures = evaluate(compose("evaluate", [f"checkpoint={folder}"]))["figures"]
+    metrics = Run(folder).metrics
+    assert figures["fad"] == metrics["fad"]
+    assert figures["fad_gaussian_mixture"] != metrics["fad_gaussian_mixture"]
+
+    for prior in ("learned", "gaussian_mixture"):
+        picture = tmp_path / f"{prior}.png"
+        sj_taid("sample", f"checkpoint={folder}", "n=4", f"prior={prior}", f"output={picture}")
+        assert picture.is_file()
+    drawn = [(tmp_path / f"{p}.png").read_bytes() for p in ("learned", "gaussian_mixture")]
+    assert drawn[0] != drawn[1]
+
+
+def test_a_run_that_goes_on_fits_the_mixture_again(folder, tiny):
+    before = load_model(folder).gaussian_mixture.means
+    cfg = tiny(*TINY_ESVAE, "trainer.max_epochs=2", tiny=False)
+    train(cfg, folder, command="")
+    assert not torch.equal(load_model(folder).gaussian_mixture.means, before)
+
+
+def test_more_components_than_training_images(folder):
+    cfg = compose("fit_prior", [f"checkpoint={folder}", "components=5000"])
+    with pytest.raises(ValueError, match=r"5000 components needs at least as many rates"):
+        commands.fit_prior(cfg)
+
+
+def test_another_model_has_no_mixture(tiny, tmp_path):
+    train(tiny(), tmp_path, command="")
+    with pytest.raises(ValueError, match=r"holds a FSVAE.*model=esvae"):
+        commands.fit_prior(compose("fit_prior", [f"checkpoint={tmp_path}"]))
+    sample = compose("sample", [f"checkpoint={tmp_path}", "prior=learned"])
+    with pytest.raises(ValueError, match=r"holds a FSVAE.*model=esvae"):
+        commands.sample(sample)

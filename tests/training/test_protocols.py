@@ -1,0 +1,161 @@
+"""Which epoch's figures, on which set: the last, the best on validation, the best on the test."""
+
+import json
+
+import lightning as L
+import pytest
+import torch
+
+from sj_taid.data import Digits
+from sj_taid.training import quantities, run, search
+from sj_taid.training.commands import evaluate, train
+from sj_taid.training.composing import compose
+from tests.training.conftest import TINY, TINY_AUTOENCODING, TINY_CLASSIFICATION
+
+#: learns something in two epochs
+JOB = [
+    *TINY_CLASSIFICATION, "model.hidden=32", "model.dropout=[0,0]", "optimizer.lr=1e-2",
+    "trainer.max_epochs=4", "trainer.limit_train_batches=20", "trainer.limit_val_batches=null",
+    "trainer.limit_test_batches=null",
+]  # fmt: skip
+
+
+class Spoil(L.Callback):
+    """Nothing is learned in the third epoch and later: so the best epoch is not the last."""
+
+    def on_train_epoch_start(self, trainer, task):
+        if trainer.current_epoch == 2:
+            for parameter in task.parameters():
+                parameter.data.zero_()
+
+
+class Kill(L.Callback):
+    """Ends the run in its last epoch."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.current_epoch == 3:
+            raise SystemExit("killed")
+
+
+def with_callbacks(*classes):
+    return [f"+callbacks.{cls.__name__}._target_={__name__}.{cls.__name__}" for cls in classes]
+
+
+@pytest.fixture
+def job(tiny):
+    return lambda *overrides: tiny(*JOB, *overrides, tiny=False)
+
+
+def logged(folder, name):
+    checkpoint = torch.load(run.Run(folder).checkpoint, weights_only=True)
+    return [epoch[name] for epoch in checkpoint["callbacks"]["Pictures"]["epochs"]]
+
+
+def evaluated(checkpoint):
+    cfg = compose("evaluate", [f"checkpoint={checkpoint}", "trainer.accelerator=cpu"])
+    return evaluate(cfg)["figures"]
+
+
+def test_the_epoch_that_is_best_on_validation_is_kept_and_tested(job, tmp_path, monkeypatch):
+    tested_in = []
+    test_dataloader = Digits.test_dataloader
+    monkeypatch.setattr(
+        Digits,
+        "test_dataloader",
+        lambda self: tested_in.append(self.trainer.state.fn.value) or test_dataloader(self),
+    )
+    cfg = job(*with_callbacks(Spoil))
+    metrics = train(cfg, tmp_path, command="", choices={})
+    assert set(tested_in) == {"test"}  # never in training
+
+    values = logged(tmp_path, "val/accuracy")
+    best = values.index(max(values)) + 1
+    assert best < 3 and metrics["best_validation_epoch"] == best
+    assert torch.load(run.Run(tmp_path).best, weights_only=True)["epoch"] == best - 1
+    assert metrics["validation_accuracy"] == values[-1] == metrics[cfg.objective]
+    assert metrics["accuracy_best_validation_epoch"] > 2 * metrics["accuracy"]
+    assert "accuracy_best_test_epoch" not in metrics
+    how = "trained on 1294 samples, tested on 359, validated on 144"
+    assert metrics["protocol"]["accuracy_best_validation_epoch"] == how
+
+    # Measured again, each checkpoint gives its own figure, and neither takes the other's place.
+    assert evaluated(tmp_path / run.CHECKPOINTS / "last.ckpt")["accuracy"] == metrics["accuracy"]
+    of_best = evaluated(tmp_path / run.CHECKPOINTS / "best.ckpt")
+    assert of_best.keys() == {"accuracy_best_validation_epoch", "loss_best_validation_epoch"}
+    assert all(value == metrics[name] for name, value in of_best.items())
+    read = compare.read(tmp_path / run.METRICS)
+    assert {name: read[name] for name in metrics.keys() - {"protocol"}} == {
+        name: metrics[name] for name in metrics.keys() - {"protocol"}
+    }
+    assert read["protocol"] == metrics["protocol"]
+
+
+def test_without_a_validation_set_the_best_epoch_is_the_test_sets(job, tmp_path):
+    metrics = train(job("dataset.validation=null", *with_callbacks(Spoil)), tmp_path)
+    values = logged(tmp_path, "val/accuracy")
+    assert metrics["accuracy_best_test_epoch"] == max(values) > 2 * metrics["accuracy"]
+    assert metrics["accuracy"] == pytest.approx(values[-1])
+    assert not {"validation_accuracy", "accuracy_best_validation_epoch"} & metrics.keys()
+    assert not run.Run(tmp_path).best.exists()
+    how = "trained on 1438 samples, tested on 359"
+    assert set(metrics["protocol"].values()) == {how}
+
+
+def test_the_best_epoch_survives_a_kill(job, tmp_path):
+    undisturbed = train(job(*with_callbacks(Spoil)), tmp_path / "undisturbed")
+    with pytest.raises(SystemExit, match="killed"):
+        train(job(*with_callbacks(Spoil, Kill)), tmp_path / "run")
+    assert not list(tmp_path.rglob(".*.tmp"))
+    metrics = train(job(*with_callbacks(Spoil)), tmp_path / "run")
+    for name in ("best_validation_epoch", "accuracy_best_validation_epoch", "validation_accuracy"):
+        assert metrics[name] == undisturbed[name], name
+    # In another folder there is no best checkpoint yet: of the epochs from here on, one is.
+    resume = f"resume={tmp_path / 'run'}"
+    longer = train(job(resume, "trainer.max_epochs=5"), tmp_path / "other")
+    assert longer["best_validation_epoch"] == 5
+
+
+@pytest.mark.parametrize(
+    ("task", "share"), [("generation", None), ("autoencoding", None), ("classification", 0.1)]
+)
+def test_only_who_chooses_by_accuracy_holds_samples_back(tiny, task, share):
+    for dataset in ("digits", "mnist", "celeba"):
+        cfg = tiny(f"task={task}", f"dataset={dataset}", tiny=False)
+        assert cfg.dataset.validation == share
+
+
+def test_a_generator_is_measured_on_validation_images_where_it_is_asked_to(tiny, tmp_path):
+    cfg = tiny("dataset.validation=0.1", "objective=validation_fad")
+    metrics = train(cfg, tmp_path)
+    assert metrics["validation_fad"] > 0 and metrics["validation_fad"] != metrics["fad"]
+    assert metrics["validation_reconstruction"] == logged(tmp_path, "val/reconstruction")[-1]
+    for name, images in (("fad", "359 test"), ("reconstruction", "359 test")):
+        assert f"{images} images at 8x8" in metrics["protocol"][name]
+        assert "144 validation images at 8x8" in metrics["protocol"][f"validation_{name}"]
+    assert metrics["protocol"].keys() <= quantities.METRICS.keys()
+    assert not run.Run(tmp_path).best.exists()
+
+
+def test_too_few_validation_images_show_before_a_training(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"fad needs at least 4 images, but the number of .* is 3"):
+        train(tiny("dataset.validation=0.002"), tmp_path)
+    assert not run.Run(tmp_path).checkpoint.exists()
+
+
+def test_an_autoencoder_is_validated(tiny, tmp_path):
+    metrics = train(tiny(*TINY_AUTOENCODING, "dataset.validation=0.1", tiny=False), tmp_path)
+    assert metrics["validation_reconstruction"] > 0
+    assert json.loads((tmp_path / run.METRICS).read_text()) == metrics
+
+
+def test_a_search_says_on_which_set_its_objective_is(sj_taid, tmp_path, monkeypatch, capsys):
+    arguments = ["search", f"--study={tmp_path}", "--trials=0"]
+    with pytest.raises(SystemExit, match=r"needs a validation set: add dataset\.validation=0\.1"):
+        sj_taid(*arguments, *TINY_CLASSIFICATION, "dataset.validation=null")
+    with pytest.raises(SystemExit, match="no trial ended"):
+        sj_taid(*arguments, *TINY)
+    assert "fad is measured on the test set" in capsys.readouterr().out
+    monkeypatch.setattr(search, "attempt", None)
+    with pytest.raises(SystemExit, match="no trial ended"):
+        sj_taid("search", f"--study={tmp_path / 'b'}", "--trials=0", *TINY_CLASSIFICATION)
+    assert not capsys.readouterr().out
