@@ -18,6 +18,7 @@ from hydra.utils import get_object
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from omegaconf import DictConfig, OmegaConf
 
+from ..calibration import calibrate
 from ..model import ESVAE
 from ..model.rate import GaussianMixturePrior
 from .allocator import reuse_freed_memory
@@ -95,6 +96,10 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     evaluator = _evaluator(cfg, cfg.trust or ())
     data.prepare_data()
     data.setup()
+    rate = cfg.neuron_start.get("calibrate")
+    if rate and not resume:
+        images, _ = next(iter(data.train_dataloader()))
+        log.info("%s", calibrate(model, images, rate=rate))
     before = task.before_training(data, evaluator)
     if options is not None:
         torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit

@@ -207,13 +207,15 @@ class Run:
                 which are not trusted.
         """
         model = build(self.config.model, trust)
-        state = read_checkpoint(self.checkpoint)["state_dict"]
+        checkpoint = read_checkpoint(self.checkpoint)
+        state = checkpoint["state_dict"]
         try:
             model.load_state_dict(
                 {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
             )
         except RuntimeError as error:
             raise _unusable(self.checkpoint, error) from error
+        set_fixed_thresholds(model, checkpoint)
         import torch
 
         # The layout it was trained in: another rounds otherwise.
@@ -301,6 +303,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # each kind of damage has an error of its own
         raise _unusable(path, error) from error
     return checkpoint
+
+
+def fixed_thresholds(model: nn.Module) -> dict[str, float]:
+    """The thresholds that are no parameters, so that no ``state_dict`` has them."""
+    nodes = {name: getattr(node, "v_threshold", None) for name, node in model.named_modules()}
+    return {name: value for name, value in nodes.items() if isinstance(value, float)}
+
+
+def set_fixed_thresholds(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Those that the checkpoint keeps: calibrated ones are not the config's."""
+    for name, value in checkpoint.get("fixed_thresholds", {}).items():
+        model.get_submodule(name).v_threshold = value
 
 
 def _unusable(path: Path, error: Exception) -> ValueError:

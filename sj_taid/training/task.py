@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import Data
 from ..optim import parameter_groups
+from .run import fixed_thresholds, set_fixed_thresholds
 
 if TYPE_CHECKING:
     from .evaluation import Evaluator
@@ -69,6 +70,12 @@ class Task(L.LightningModule):
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fixed_thresholds"] = fixed_thresholds(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        set_fixed_thresholds(self.model, checkpoint)
 
     def on_before_backward(self, loss: Tensor) -> None:
         if not loss.isfinite():

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from matplotlib import image as mpimg
+from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 
+import sj_taid
 from sj_taid.model import Classifier
 from sj_taid.monitoring import tau_and_threshold
 from sj_taid.training import commands, run
@@ -64,6 +66,36 @@ def test_taus_and_thresholds_learn_at_a_scaled_rate(classify, tmp_path):
     assert [(g["name"], g["initial_lr"]) for g in groups] == [("weights", 1e-3), ("neurons", 1e-2)]
     assert len(groups[1]["params"]) == 2 * 4
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_a_run_starts_calibrated_and_its_checkpoint_keeps_the_thresholds(
+    classify, tmp_path, monkeypatch, neuron
+):
+    before, calibrated = [], []
+
+    def calibrate(net, images, *, rate):
+        before.append(list(thresholds(net).values()))
+        report = sj_taid.calibrate(net, images, rate=rate)
+        calibrated.append({row.name: row.v_threshold for row in report.rows})
+        assert rate == 0.1 and {round(row.rate, 1) for row in report.rows} == {0.1}
+        return report
+
+    monkeypatch.setattr(commands, "calibrate", calibrate)
+    chosen = [f"neuron={neuron}", "neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
+    cfg = classify(*chosen, "optimizer.lr=0.0", "pictures=false")
+    train(cfg, tmp_path)
+    (before,), (calibrated,) = before, calibrated
+    assert before == [4.0] * 4
+    assert calibrated == pytest.approx(thresholds(run.load_model(tmp_path)))
+    cfg.trainer.max_epochs = 2
+    train(cfg, tmp_path)  # goes on, and does not calibrate again
+    assert calibrated == pytest.approx(thresholds(run.load_model(tmp_path)))
+
+
+def thresholds(net):
+    nodes = {name: node for name, node in net.named_modules() if isinstance(node, BaseNode)}
+    return {name: tau_and_threshold(node)[1] for name, node in nodes.items()}
 
 
 def test_a_training_ends_by_naming_the_thresholds_at_their_bound(classify, tmp_path):
