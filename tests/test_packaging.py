@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_package_the_configs_and_nothing_else(built):
         f"{name}/{path.relative_to(folder).as_posix()}"
         for folder, name in folders
         for path in folder.rglob("*.*")
-        if path.is_file() and path.suffix != ".pyc" and path.name != "README.md"
+        if path.is_file() and "__pycache__" not in path.parts and path.name != "README.md"
     }
     assert len(files) > 100
     about = f"sj_taid-{sj_taid.__version__}.dist-info/"
