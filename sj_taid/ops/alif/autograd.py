@@ -28,9 +28,10 @@ class Engine(NamedTuple):
     """A fused ALIF: functions with the arguments of :class:`Forward` and :class:`Backward`.
 
     They may rely on this: ``x_seq`` is dense with time outermost, in any order of the other axes;
-    ``v0`` and the gradients, where given, have its layout, and ``v0``, ``w``, ``v_threshold`` and
-    voltages are in :func:`state_dtype`; ``w`` and ``v_threshold`` have one shape, ``[]`` or
-    ``[C]``, and are contiguous. Without ``v0`` every neuron starts at ``v_init``.
+    ``v0`` and the gradients, where given, have its layout; ``grad_spike_seq`` has its dtype, and
+    ``v0``, ``w``, ``v_threshold`` and voltages are in :func:`state_dtype`; ``w`` and
+    ``v_threshold`` have one shape, ``[]`` or ``[C]``, and are contiguous. Without ``v0`` every
+    neuron starts at ``v_init``.
 
     Operators cannot return ``None``, so what was not asked for is a tensor of no elements.
     ``grad_parameters`` stacks the gradients of those of ``w`` and ``v_threshold`` that need one.
@@ -39,14 +40,15 @@ class Engine(NamedTuple):
     offset``. With ``need_norm`` backward then gives ``norm_sums``, of which :mod:`.norm` makes A
     and B, ``ab``. Its ``grad_x_seq`` is the gradient of the neuron's input, which
     ``input_gradient`` turns into that of ``x_seq``; or an engine without one is asked for
-    ``grad_x_seq`` where ``ab`` is known alone, in a second backward if need be.
+    ``grad_x_seq`` where ``ab`` is known alone, in a second backward if need be. So is every engine
+    where ``x_seq`` is of half precision: that gradient, unrounded, would take twice its room.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, ...]]
     #: x_seq -> each channel's mean and biased variance, float64 ``[2, C]``
     statistics: Callable[[Tensor], Tensor]
-    #: backward's first result, and its arguments with ``ab``: makes the first G_x
+    #: backward's first result, and its arguments with ``ab``: makes the first G_x, float32 both
     input_gradient: Callable[..., None] | None
     #: x_seq -> how many voltages a neuron forward keeps for backward's recomputation
     checkpoints: Callable[[Tensor], int]
@@ -236,7 +238,9 @@ class _FusedALIF(torch.autograd.Function):
             ) from error
         options = ctx.options
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
-        recomputes = table is not None and ctx.engine.input_gradient is None
+        recomputes = table is not None and (
+            ctx.engine.input_gradient is None or x_seq.dtype != table.dtype
+        )
         # create_graph=True, and torch.func always
         backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         call = Backward(
@@ -270,7 +274,6 @@ class _FusedALIF(torch.autograd.Function):
             grad_weight, grad_bias, ab = norms.gradients(affine, norm_sums, options.group)
             if need_x and not recomputes:
                 ctx.engine.input_gradient(grad_x_seq, *call._replace(ab=ab))
-                grad_x_seq = grad_x_seq.to(x_seq.dtype)
             elif need_x and not call.need_x:
                 call = call._replace(
                     need_x=True,

@@ -14,10 +14,20 @@ from spikingjelly.activation_based import surrogate
 from torch.autograd import forward_ad
 
 from sj_taid._compat import FUNCTIONAL_STATES
-from sj_taid.ops import backends
+from sj_taid.ops import backends, bits
 from sj_taid.ops.alif import reference
 from sj_taid.ops.surrogate import DERIVATIVES, exp, f32
-from tests.helpers import Case, assert_close, assert_not_finite_alike, grid, results, tensors
+from tests.helpers import (
+    HALF,
+    Case,
+    assert_close,
+    assert_equals_a_float32_copys,
+    assert_not_finite_alike,
+    assert_same_bits,
+    grid,
+    results,
+    tensors,
+)
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 import numba
@@ -150,6 +160,83 @@ def test_layouts(layout, channels):
     leaves = tensors(case)
     leaves["x"] = LAYOUTS[layout](leaves["x"].detach()).requires_grad_()
     assert_conforms(case, leaves)
+
+
+@numba.njit(error_model="numpy")
+def widen(half, out, dtype, n):
+    loops._widen_row(loops._half_at(half, 0), loops._at(out, 0), dtype, n, 0)
+
+
+@numba.njit(error_model="numpy")
+def narrow(values, out, dtype, n):
+    loops._narrow_row(loops._at(values, 0), loops._half_at(out, 0), dtype, n, 0)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_conversions_of_half_precision_are_torchs(dtype):
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    widened = torch.empty(len(every))
+    widen(every.data_ptr(), widened.data_ptr(), cpu.operators.DTYPES[dtype], len(every))
+    assert_same_bits(widened, every.float())
+    # Around each of them and around each place where rounding turns: half way to its neighbour; and
+    # all that lies between in coarse steps, denormal numbers of float32 and NaNs among them.
+    near = widened.view(torch.int32)[:, None]
+    halfway = (torch.cat([near[1:], near[-1:]]) - near) // 2
+    around = torch.arange(-2, 3, dtype=torch.int32)
+    coarse = torch.arange(-(1 << 31), 1 << 31, 4999).to(torch.int32)
+    values = torch.cat([(near + around).ravel(), (near + halfway + around).ravel(), coarse])
+    values = values.view(torch.float32)
+    rounded = torch.empty(len(values), dtype=dtype)
+    narrow(values.data_ptr(), rounded.data_ptr(), cpu.operators.DTYPES[dtype], len(values))
+    assert_same_bits(rounded, values.to(dtype))
+
+
+def hostile(case):
+    """Leaves whose input has infinities, NaN, the smallest and the largest numbers in it."""
+    leaves = tensors(case)
+    limits = torch.finfo(case.dtype)
+    values = (math.inf, -math.inf, math.nan, limits.smallest_normal / 4, -limits.max)
+    g = torch.Generator().manual_seed(case.seed)
+    with torch.no_grad():
+        kind = torch.randint(0, 60, case.shape, generator=g)
+        for i, value in enumerate(values):
+            leaves["x"].masked_fill_(kind == i, value)
+    return leaves
+
+
+# Of several blocks, the last of them cut short.
+@pytest.mark.parametrize("case", grid(HALF, Case(shape=(3, 2, 5, 33, 19))), ids=str)
+def test_half_precision_equals_a_float32_copy(case):
+    assert_equals_a_float32_copys(cpu.multi_step, case, hostile(case))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_half_precision_in_any_shape(shape, dtype):
+    case = Case(shape=shape, dtype=dtype)
+    assert_equals_a_float32_copys(cpu.multi_step, case, hostile(case))
+    case = case.with_(v_init=False, channels=shape[2] if len(shape) > 2 else None)
+    leaves = hostile(case)
+    leaves["x"].requires_grad_(False)
+    assert_equals_a_float32_copys(cpu.multi_step, case, leaves)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_in_any_layout(layout, dtype):
+    case = Case(shape=(4, 3, 5, 7, 3), channels=5, dtype=dtype)
+    leaves = hostile(case)
+    leaves["x"] = LAYOUTS[layout](leaves["x"].detach()).requires_grad_()
+    assert_equals_a_float32_copys(cpu.multi_step, case, leaves)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_spikes_of_half_precision_as_bits(dtype):
+    x, v0, w, v_threshold = tensors(Case(shape=(11, 7, 130), dtype=dtype)).values()
+    spike_seq, *_, packed = torch.ops.sj_taid.cpu_forward(
+        x.detach(), v0, 0.0, w, v_threshold, False, 0.0, False, 0, None, True
+    )
+    assert spike_seq.any() and torch.equal(packed, bits.pack(spike_seq))
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "neurons_transposed"])
@@ -424,7 +511,7 @@ def test_compiles_without_graph_breaks(dtype):
 
 def test_what_it_cannot_take_is_refused_with_the_reason():
     for x, reason in (
-        (torch.zeros(2, 3, dtype=torch.float64), "float64"),
+        (torch.zeros(2, 3, dtype=torch.float64), "float64, expected one of.*convert it"),
         (torch.zeros(2, 3, device="meta"), "on meta"),
     ):
         with pytest.raises(backends.BackendUnavailableError, match=reason):

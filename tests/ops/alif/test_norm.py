@@ -9,7 +9,16 @@ from torch.nn import functional as F
 from sj_taid import functional
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.norm import Norm, batch_norm
-from tests.helpers import TOLERANCE, Case, assert_close, grid, results, tensors
+from tests.helpers import (
+    HALF,
+    TOLERANCE,
+    Case,
+    assert_close,
+    assert_equals_a_float32_copys,
+    grid,
+    results,
+    tensors,
+)
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 from sj_taid.ops.alif import cpu
@@ -83,6 +92,52 @@ def test_channels_last(training):
     leaves = leaves_of(case, x=x)
     assert leaves["x"].stride(2) == 1
     assert_conforms(case, leaves, training)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("frozen", [None, "x", "w"])
+def test_half_precision_equals_a_float32_copy(frozen, channels_last, training, dtype):
+    case = Case(shape=(3, 2, 5, 33, 19), dtype=dtype)
+    x = tensors(case)["x"].detach()
+    x[x > 2] = torch.finfo(dtype).smallest_normal / 4
+    if channels_last:
+        x = x.movedim(2, -1).contiguous().movedim(-1, 2)
+    leaves = leaves_of(case, x=x)
+    if frozen:
+        leaves[frozen].requires_grad_(False)
+
+    def multi_step(*args, **options):
+        return normalised(cpu.multi_step, leaves, running(case, training))(*args, **options)
+
+    assert_equals_a_float32_copys(multi_step, case, leaves)
+    statistics = torch.ops.sj_taid.cpu_statistics
+    assert torch.equal(statistics(x.detach()), statistics(x.detach().float()))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("joined", [True, False])
+def test_half_precision_takes_no_room_in_float32(joined, dtype):
+    case = Case(shape=(8, 4, 16, 16, 16), dtype=dtype, v_init=False)
+    leaves = leaves_of(case, affine=joined)
+    norm = running(case, True)
+    multi_step = normalised(cpu.multi_step, leaves, norm) if joined else cpu.multi_step
+    g = torch.ones(case.shape, dtype=dtype)
+
+    def step():
+        spike_seq, _, _ = multi_step(
+            leaves["x"], 0.0, leaves["w"], leaves["v_threshold"], store_v_seq=False,
+            **case.options(),
+        )  # fmt: skip
+        return torch.autograd.grad(spike_seq, leaves["x"], g)
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    sizes = [event.self_cpu_memory_usage for event in profile.events()]
+    assert max(sizes) == leaves["x"].nbytes, "the profiler saw the spikes, and nothing larger"
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias", "w", "v_threshold"])

@@ -6,6 +6,10 @@ block's voltages from the input in the same way and then walks back. Every loop 
 a block is a function of its own, so that LLVM vectorises each of them. Where the neuron applies a
 norm, a row of its output is made in the cache before it is used.
 
+Tensors of half precision are read and written as they are: a row is widened to float32 in the cache
+before it is used, and one to be written is computed there and rounded into the tensor. Between the
+two are float32's loops over float32's blocks, so that results are those of a float32 copy, rounded.
+
 Spikes and voltages equal the reference's bit for bit: the same operations in the same order, which
 LLVM neither fuses nor reorders. It may do so in the surrogates' derivatives and in the sums over
 neurons alone. A parameter's gradient is summed in float32 over time and in float64 over neurons,
@@ -36,14 +40,23 @@ CHUNK = 128
 #: floats a cache line
 LINE = 16
 
+#: what a tensor's elements are
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+
 # Rows of scratch memory, and then T rows of voltages (two at least), and those of a norm.
-_Q, _THRESHOLD, _ZERO, _UNUSED, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _VOLTAGES = range(8)
+# _SPIKE is for spikes in forward and for their gradient in backward.
+_Q, _THRESHOLD, _SPIKE, _GRAD_X, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD = range(7)
+_X, _A, _B, _VOLTAGES = range(7, 11)
 _SHIFT, _GAIN, _OFFSET, _Y, _GRAD_OFFSET, _GRAD_GAIN, _NORM_ROWS = range(7)
 
 
-def scratch_rows(steps: int, normalised: bool) -> int:
-    """How many rows of scratch memory the kernels need."""
-    return _VOLTAGES + max(steps, 2) + normalised * _NORM_ROWS
+def scratch_rows(steps: int, normalised: bool) -> tuple[int, int]:
+    """How many rows of scratch memory the kernels need, and how many share the cache in float32.
+
+    The latter cut the blocks for half precision too, since their bounds decide the order of sums.
+    """
+    rows = _VOLTAGES + max(steps, 2) + normalised * _NORM_ROWS
+    return rows, rows - (_VOLTAGES - _X)
 
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
@@ -67,6 +80,12 @@ def _at(typing_context: Any, address: Any, offset: Any) -> Any:
 
 
 @intrinsic
+def _half_at(typing_context: Any, address: Any, offset: Any) -> Any:
+    """The uint16 pointer ``address + 2 * offset``."""
+    return types.CPointer(types.uint16)(types.intp, types.intp), _element
+
+
+@intrinsic
 def _byte_at(typing_context: Any, address: Any, offset: Any) -> Any:
     """The uint8 pointer ``address + offset``."""
     return types.CPointer(types.uint8)(types.intp, types.intp), _element
@@ -75,7 +94,7 @@ def _byte_at(typing_context: Any, address: Any, offset: Any) -> Any:
 @intrinsic
 def _prefetch(typing_context: Any, pointer: Any, offset: Any) -> Any:
     """Begin to fetch the cache line of ``pointer[offset]``, which may lie outside the tensor."""
-    signature = types.void(types.CPointer(types.float32), types.intp)
+    signature = types.void(pointer, types.intp)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         line = builder.gep(arguments[0], [arguments[1]])
@@ -134,6 +153,93 @@ def _overload_exp(x):
 @overload(surrogate.f32)
 def _overload_f32(x):
     return lambda x: np.float32(x)
+
+
+# Conversions by whole numbers, of which every CPU has vectors. LLVM's own of float16 would call a
+# function that no library of the process has where the CPU lacks F16C. Without a cast to 32 bits
+# after each step numba's numbers, and so the vectors' lanes, would have 64.
+
+
+@_part
+def _bits(value):
+    return np.float32(value).view(np.uint32)
+
+
+@_part
+def _float(bits):
+    return np.uint32(bits).view(np.float32)
+
+
+@_part
+def _from_bfloat16(half):
+    return _float(np.uint32(half) << 16)
+
+
+@_part
+def _to_bfloat16(value):
+    bits = _bits(value)
+    rounded = np.uint32(bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.uint16(0x7FC0 if value != value else rounded)
+
+
+@_part
+def _from_float16(half):
+    magnitude = np.uint32(half & 0x7FFF)
+    bits = np.uint32((magnitude << 13) + (112 << 23))
+    if magnitude >= 31 << 10:  # infinity and NaN
+        bits = np.uint32(bits + (112 << 23))
+    if magnitude < 1 << 10:  # a multiple of 2**-24, as the last digits of 0.5 are
+        bits = _bits(_float(magnitude + (126 << 23)) - np.float32(0.5))
+    return _float(bits | np.uint32(half & 0x8000) << 16)
+
+
+@_part
+def _to_float16(value):
+    bits = _bits(value)
+    magnitude = np.uint32(bits & 0x7FFFFFFF)
+    rounded = np.uint32(np.uint32(magnitude + 0xFFF + (bits >> 13 & 1) - (112 << 23)) >> 13)
+    if magnitude < 113 << 23:  # to a multiple of 2**-24, by the rounding of this sum
+        rounded = np.uint32(_bits(_float(magnitude) + np.float32(0.5)) - (126 << 23))
+    if magnitude >= 143 << 23:
+        rounded = np.uint32(31 << 10)
+    if value != value:
+        rounded = np.uint32(0x7E00)
+    return np.uint16(rounded | bits >> 16 & 0x8000)
+
+
+@_part
+def _read(x, dtype, here, row, n, to_next):
+    """The ``n`` values from element ``here`` on in float32: in place, or widened in ``row``."""
+    if dtype == FLOAT32:
+        return _at(x, here)
+    _widen_row(_half_at(x, here), row, dtype, n, to_next)
+    return row
+
+
+@_part
+def _widen_row(x, out, dtype, n, to_next):
+    for first in range(0, n, CHUNK):
+        last = min(first + CHUNK, n)
+        _fetch(x, first + to_next, last + to_next)
+        if dtype == BFLOAT16:
+            for i in range(first, last):
+                out[i] = _from_bfloat16(x[i])
+        else:
+            for i in range(first, last):
+                out[i] = _from_float16(x[i])
+
+
+@_part
+def _narrow_row(values, out, dtype, n, to_next):
+    for first in range(0, n, CHUNK):
+        last = min(first + CHUNK, n)
+        _fetch(out, first + to_next, last + to_next)
+        if dtype == BFLOAT16:
+            for i in range(first, last):
+                out[i] = _to_bfloat16(values[i])
+        else:
+            for i in range(first, last):
+                out[i] = _to_float16(values[i])
 
 
 @_part
@@ -275,37 +381,41 @@ def _normalise(rows, x, y, n, to_next, block):
 @_kernel
 def forward(
     scratch, first_part, last_part, part_size, block,
-    x, v0, v_init, q, threshold, spike, v, v_seq, norm, bits,
+    dtype, x, v0, v_init, q, threshold, spike, v, v_seq, norm, bits,
     steps, neurons, inner, channels, norm_inner, norm_channels, v_rest, decay_input, soft,
 ):  # fmt: skip
     rows = _norm_rows(scratch, steps, block)
-    y_row = _at(rows, _Y * block)
+    x_row, y_row = _at(scratch, _X * block), _at(rows, _Y * block)
+    spike_row = _at(scratch, _SPIKE * block)
     q_row, threshold_row = _at(scratch, _Q * block), _at(scratch, _THRESHOLD * block)
+    to_next = neurons if dtype == FLOAT32 else 0  # what follows a row of scratch is no next step's
     for first in range(first_part * part_size, min(last_part * part_size, neurons), block):
         n = min(block, neurons - first)
         _spread(q_row, _at(q, 0), first, n, inner, channels)
         _spread(threshold_row, _at(threshold, 0), first, n, inner, channels)
         now = _at(scratch, _VOLTAGES * block)
         _start(now, v0, v_init, first, n)
-        to_x = neurons
+        to_x = to_next
         if norm:
             _spread_norm(rows, norm, first, n, norm_inner, norm_channels, block)
-            to_x = 0  # what follows the norm's row is no row of x
+            to_x = 0
         for t in range(steps):
             here = t * neurons + first
-            row = _at(x, here)
+            row = _read(x, dtype, here, x_row, n, neurons)
             if norm:
-                _normalise(rows, row, y_row, n, neurons, block)
+                _normalise(rows, row, y_row, n, to_next, block)
                 row = y_row
+            fired = _at(spike, here) if dtype == FLOAT32 else spike_row
             # Never the row it reads from, which would look like a loop-carried dependence.
             after = _at(v_seq, here) if v_seq else _at(scratch, (_VOLTAGES + (t + 1) % 2) * block)
             _forward_row(
-                row, now, _at(spike, here), after,
-                q_row, threshold_row, v_rest, decay_input, soft, n, to_x, neurons,
+                row, now, fired, after,
+                q_row, threshold_row, v_rest, decay_input, soft, n, to_x, to_next,
             )  # fmt: skip
             if bits:
-                word = _byte_at(bits, t // 8 * neurons + first)
-                _pack_row(_at(spike, here), word, t % 8, n)
+                _pack_row(fired, _byte_at(bits, t // 8 * neurons + first), t % 8, n)
+            if dtype != FLOAT32:
+                _narrow_row(fired, _half_at(spike, here), dtype, n, neurons)
             now = after
         _copy(_at(v, first), now, n)
 
@@ -362,17 +472,20 @@ def backward_for(
 
     def backward(
         scratch, first_part, last_part, part_size, block,
-        grad_spike, grad_v, grad_v_seq, x, v0, v_init, q, threshold, grad_x, grad_v0, sums,
-        norm, norm_sums,
+        dtype, grad_spike, grad_v, grad_v_seq, x, v0, v_init, q, threshold,
+        grad_x_dtype, grad_x, grad_v0, sums, norm, norm_sums, need_norm, ab,
         steps, neurons, inner, channels, norm_inner, norm_channels, v_rest, a, b,
     ):  # fmt: skip
         rows = _norm_rows(scratch, steps, block)
-        y_row = _at(rows, _Y * block)
+        x_row, y_row = _at(scratch, _X * block), _at(rows, _Y * block)
+        a_row, b_row = _at(scratch, _A * block), _at(scratch, _B * block)
         grad_offset, grad_gain = _at(rows, _GRAD_OFFSET * block), _at(rows, _GRAD_GAIN * block)
         q_row, threshold_row = _at(scratch, _Q * block), _at(scratch, _THRESHOLD * block)
         grad_q = _at(scratch, _GRAD_Q * block)
         grad_threshold = _at(scratch, _GRAD_THRESHOLD * block)
-        zero, grad_now = _at(scratch, _ZERO * block), _at(scratch, _GRAD_V * block)
+        grad_spike_row = _at(scratch, _SPIKE * block)
+        grad_now = _at(scratch, _GRAD_V * block)
+        to_next = neurons if dtype == FLOAT32 else 0
         for part in range(first_part, last_part):
             for first in range(part * part_size, min((part + 1) * part_size, neurons), block):
                 n = min(block, neurons - first)
@@ -380,16 +493,19 @@ def backward_for(
                 _spread(threshold_row, _at(threshold, 0), first, n, inner, channels)
                 voltages = scratch + 4 * _VOLTAGES * block
                 _start(_at(voltages, 0), v0, v_init, first, n)
-                to_x = neurons
+                to_x = to_next
                 if norm:
                     to_x = 0
                     _spread_norm(rows, norm, first, n, norm_inner, norm_channels, block)
                     _fill(grad_offset, np.float32(0), n)
                     _fill(grad_gain, np.float32(0), n)
+                if ab:
+                    _spread(a_row, _at(ab, 0), first, n, norm_inner, norm_channels)
+                    _spread(b_row, _at(ab, norm_channels), first, n, norm_inner, norm_channels)
                 for t in range(steps - 1):
-                    current = _at(x, t * neurons + first)
+                    current = _read(x, dtype, t * neurons + first, x_row, n, neurons)
                     if norm:
-                        _normalise(rows, current, y_row, n, neurons, block)
+                        _normalise(rows, current, y_row, n, to_next, block)
                         current = y_row
                     _recompute_row(
                         current, _at(voltages, t * block),
@@ -399,30 +515,38 @@ def backward_for(
                 _start(grad_now, grad_v, np.float32(0), first, n)
                 _fill(grad_q, np.float32(0), n)
                 _fill(grad_threshold, np.float32(0), n)
-                _fill(zero, np.float32(0), n)
+                _fill(grad_spike_row, np.float32(0), n)
                 for t in range(steps - 1, -1, -1):
                     here = t * neurons + first
                     if grad_v_seq:
                         _add(grad_now, _at(grad_v_seq, here), n)
-                    current = _at(x, here)
+                    x_now = current = _read(x, dtype, here, x_row, n, -neurons)
                     if norm:
-                        _normalise(rows, current, y_row, n, -neurons, block)
+                        _normalise(rows, x_now, y_row, n, -to_next, block)
                         current = y_row
-                    grad_current = _at(grad_x, here) if grad_x else _at(scratch, _UNUSED * block)
+                    grad_fired = grad_spike_row
+                    if grad_spike:
+                        grad_fired = _read(grad_spike, dtype, here, grad_spike_row, n, -neurons)
+                    grad_current = _at(scratch, _GRAD_X * block)
+                    if grad_x and grad_x_dtype == FLOAT32:
+                        grad_current = _at(grad_x, here)
                     row(
-                        current, _at(voltages, t * block),
-                        _at(grad_spike, here) if grad_spike else zero,
-                        grad_now, grad_current,
+                        current, _at(voltages, t * block), grad_fired, grad_now, grad_current,
                         grad_q, grad_threshold, q_row, threshold_row,
-                        v_rest, a, b, n, -neurons,
+                        v_rest, a, b, n, -to_next,
                     )  # fmt: skip
-                    if norm:
-                        _add_norm(
-                            grad_offset, grad_gain, grad_current, _at(x, here), _at(rows, 0), n
-                        )
+                    if need_norm:
+                        _add_norm(grad_offset, grad_gain, grad_current, x_now, _at(rows, 0), n)
+                    if ab:
+                        _input_gradient_row(
+                            x_now, grad_current, _at(rows, 0), _at(rows, _GAIN * block),
+                            a_row, b_row, n, 0,
+                        )  # fmt: skip
+                    if grad_x and grad_x_dtype != FLOAT32:
+                        _narrow_row(grad_current, _half_at(grad_x, here), grad_x_dtype, n, -neurons)
                 if grad_v0:
                     _copy(_at(grad_v0, first), grad_now, n)
-                if norm:
+                if need_norm:
                     _gather(norm_sums[part, 0], grad_offset, first, n, norm_inner, norm_channels)
                     _gather(norm_sums[part, 1], grad_gain, first, n, norm_inner, norm_channels)
                 if learn_w:
@@ -437,19 +561,23 @@ def backward_for(
 
 @_kernel
 def statistics(
-    scratch, first_part, last_part, part_size, block, x, sums, steps, neurons, inner, channels
+    scratch, first_part, last_part, part_size, block,
+    dtype, x, first_values, sums, steps, neurons, inner, channels,
 ):  # fmt: skip
     """Sums over a channel's neurons: their means over time, the squares of these, and their squared
     deviations from them. All of ``x`` minus the channel's first value, which loses no digits."""
+    x_row = _at(scratch, _X * block)
+    to_next = neurons if dtype == FLOAT32 else 0
     shift, mean = _at(scratch, _SHIFT * block), _at(scratch, _GAIN * block)
     square = _at(scratch, _OFFSET * block)
     for part in range(first_part, last_part):
         for first in range(part * part_size, min((part + 1) * part_size, neurons), block):
             n = min(block, neurons - first)
-            _first_values(shift, _at(x, 0), first, n, inner, channels)
+            _spread(shift, _at(first_values, 0), first, n, inner, channels)
             _fill(mean, np.float32(0), n)
             for t in range(steps):
-                _add_differences(mean, _at(x, t * neurons + first), shift, n, neurons)
+                row = _read(x, dtype, t * neurons + first, x_row, n, neurons)
+                _add_differences(mean, row, shift, n, to_next)
             for i in range(n):
                 mean[i] /= np.float32(steps)
             _gather(sums[part, 0], mean, first, n, inner, channels)
@@ -458,20 +586,9 @@ def statistics(
             _gather(sums[part, 1], square, first, n, inner, channels)
             _fill(square, np.float32(0), n)
             for t in range(steps):
-                _add_deviations(square, _at(x, t * neurons + first), shift, mean, n)
+                row = _read(x, dtype, t * neurons + first, x_row, n, 0)
+                _add_deviations(square, row, shift, mean, n)
             _gather(sums[part, 2], square, first, n, inner, channels)
-
-
-@_part
-def _first_values(out, x, first, n, inner, channels):
-    """For each neuron the first value of its channel."""
-    done = 0
-    while done < n:
-        channel = (first + done) // inner % channels
-        run = min(n - done, inner - (first + done) % inner)
-        for i in range(run):
-            out[done + i] = x[channel * inner]
-        done += run
 
 
 @_part

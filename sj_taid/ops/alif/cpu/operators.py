@@ -14,16 +14,24 @@ from .. import autograd
 from . import loops
 from .threads import Partition, ask_for_huge_pages, run
 
+#: what the loops take for input, spikes and their gradients
+DTYPES = {
+    torch.float32: loops.FLOAT32,
+    torch.bfloat16: loops.BFLOAT16,
+    torch.float16: loops.FLOAT16,
+}
+
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Forward(*arguments)
-    x = call.x_seq.float()
-    spike_seq, v, v_seq, checkpoint, packed = autograd.empty_outputs(x, *arguments[1:])
+    outputs = spike_seq, v, v_seq, _, packed = autograd.empty_outputs(*arguments)
+    x = call.x_seq
     ask_for_huge_pages(spike_seq, v_seq)
     q = call.w.sigmoid()
     run(
         loops.forward,
         _partition(x, call.norm),
+        DTYPES[x.dtype],
         x.data_ptr(),
         _address(call.v0),
         np.float32(call.v_init),
@@ -41,26 +49,28 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         call.decay_input,
         call.v_reset is None,
     )
-    return spike_seq.to(call.x_seq.dtype), v, v_seq, checkpoint, packed
+    return outputs
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Backward(*arguments)
-    x = call.x_seq.float()
-    grad_spike_seq = None if call.grad_spike_seq is None else call.grad_spike_seq.float()
-    grad_x, grad_v0, grad_parameters, norm_sums = autograd.empty_gradients(*call._replace(x_seq=x))
+    gradients = grad_x, grad_v0, grad_parameters, norm_sums = autograd.empty_gradients(*call)
+    x = call.x_seq
     ask_for_huge_pages(grad_x)
     q = call.w.sigmoid()
     shape = _partition(x, call.norm)
     sums = np.zeros((shape.parts, 2, q.numel()))
     sums_of_norm = np.zeros((shape.parts, 2, _width(call.norm)))
     needs = call.need_w, call.need_v_threshold
+    # A second backward takes the kernel of the first, rather than wait for one to be compiled.
+    learned = needs if call.ab is None else (True, True)
     run(
         loops.backward_for(
-            call.surrogate, call.decay_input, call.v_reset is None, call.detach_reset, *needs
+            call.surrogate, call.decay_input, call.v_reset is None, call.detach_reset, *learned
         ),
         shape,
-        _address(grad_spike_seq),
+        DTYPES[x.dtype],
+        _address(call.grad_spike_seq),
         _address(call.grad_v),
         _address(call.grad_v_seq),
         x.data_ptr(),
@@ -68,11 +78,14 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         np.float32(call.v_init),
         q.data_ptr(),
         call.v_threshold.data_ptr(),
+        DTYPES[grad_x.dtype],
         grad_x.data_ptr(),
         grad_v0.data_ptr(),
         sums,
         _address(call.norm),
         sums_of_norm,
+        call.need_norm,
+        _address(call.ab),
         *_steps(x),
         *_channels(x, q.numel()),
         *_channels(x, _width(call.norm)),
@@ -81,33 +94,39 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         np.float32(call.b),
     )
     # A few numbers, for which numpy's functions cost a fraction of torch's.
-    gradients = sums.sum(0)
+    total = sums.sum(0)
     rate = q.numpy().ravel().astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):  # as torch, which warns of neither
-        gradients[0] *= rate * (1 - rate)  # dq/dw
-    grad_parameters.numpy()[:] = gradients[list(needs)].reshape(grad_parameters.shape)
+        total[0] *= rate * (1 - rate)  # dq/dw
+    grad_parameters.numpy()[:] = total[list(needs)].reshape(grad_parameters.shape)
     if call.need_norm:
         norm_sums.numpy()[:] = sums_of_norm.sum(0)
-    # What the norm gives is not rounded, and nor is its gradient.
-    dtype = call.x_seq.dtype if call.norm is None else x.dtype
-    return grad_x.to(dtype), grad_v0, grad_parameters, norm_sums
+    return gradients
 
 
-def _statistics(x_seq: Tensor) -> Tensor:
-    x = x_seq.float()
+def _statistics(x: Tensor) -> Tensor:
     width = x.shape[2]
+    first = x.as_strided((width,), (x.stride(2),)).float().contiguous()
     shape = _partition(x, x)
     sums = np.zeros((shape.parts, 3, width))
-    run(loops.statistics, shape, x.data_ptr(), sums, *_steps(x), *_channels(x, width))
+    run(
+        loops.statistics,
+        shape,
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        first.data_ptr(),
+        sums,
+        *_steps(x),
+        *_channels(x, width),
+    )
     mean, square, deviation = sums.sum(0) / (x[0].numel() // width)  # over a channel's neurons
-    first = x[0, 0].flatten(1)[:, 0].numpy() if x.dim() > 3 else x[0, 0].numpy()
     var = deviation / len(x) + np.maximum(square - mean * mean, 0)
-    return torch.from_numpy(np.stack([mean + first, var]))
+    return torch.from_numpy(np.stack([mean + first.numpy(), var]))
 
 
 def _input_gradient(grad_y: Tensor, *arguments: Any) -> None:
     call = autograd.Backward(*arguments)
-    x = call.x_seq.float()
+    x = call.x_seq
     table = torch.cat([t[:2] for t in (call.norm, call.ab) if t is not None])
     run(
         loops.input_gradient,
@@ -121,7 +140,7 @@ def _input_gradient(grad_y: Tensor, *arguments: Any) -> None:
 
 
 def _partition(x: Tensor, norm: Tensor | None) -> Partition:
-    return Partition.of(*_steps(x), loops.scratch_rows(len(x), norm is not None))
+    return Partition.of(*_steps(x), *loops.scratch_rows(len(x), norm is not None))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -147,8 +166,11 @@ def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
     """Why these loops cannot take a call, or ``None`` if they can."""
     if x_seq.device.type != "cpu":
         return f"the input is on {x_seq.device}, and these loops run on the CPU"
-    if x_seq.dtype == torch.float64:
-        return "the input is float64, and these loops compute in float32"
+    if x_seq.dtype not in DTYPES:
+        return (
+            f"the input is {x_seq.dtype}, expected one of {', '.join(map(str, DTYPES))}; "
+            "convert it, or use backend='torch'"
+        )
     return surrogate.unsupported(surrogate_function)
 
 

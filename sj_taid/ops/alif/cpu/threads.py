@@ -57,7 +57,8 @@ if hasattr(os, "register_at_fork"):
 class Partition(NamedTuple):
     """How the neurons are shared out: a function of the shape alone.
 
-    ``rows`` of a block are what a kernel needs of scratch memory.
+    ``rows`` of a block are what a kernel needs of scratch memory; ``counted`` of them decide how
+    long they are.
     """
 
     parts: int
@@ -68,9 +69,9 @@ class Partition(NamedTuple):
 
     @classmethod
     @cache
-    def of(cls, steps: int, neurons: int, rows: int) -> Partition:
+    def of(cls, steps: int, neurons: int, rows: int, counted: int) -> Partition:
         # An odd number of cache lines, or all rows would compete for the same cache sets.
-        block = min(max(SCRATCH // rows, BLOCK[0]), BLOCK[1]) // 32 * 32 + 16
+        block = min(max(SCRATCH // counted, BLOCK[0]), BLOCK[1]) // 32 * 32 + 16
         part_size = block * max(1, -(-neurons // (block * PARTS)))
         parts = -(-neurons // part_size)
         return cls(parts, part_size, block, rows * block, steps * neurons)
