@@ -148,7 +148,7 @@ TOY = {
     "conformance": "--cases 1",
     "neuron": "--steps 2 --neurons 64 --repeats 1 --only LIF",
     "memory": "--dtypes float32 --steps 2",
-    "norm": "--steps 2 --batch 2 --repeats 1 --dtypes float32 --nets '3 x [conv, norm, neuron]'",
+    "norm": "--steps 3 --batch 2 --repeats 1 --dtypes float32 --nets '3 x [conv, norm, neuron]'",
     "fsvae": "--parts compare --T 2 --batch 2 --size 8 --repeats 1",
 }
 
