@@ -233,7 +233,7 @@ def write(folder: Path, machine: str, device: str, done: Sequence[Outcome]) -> N
     facts = {"device": machine, "commit": commit}
     facts |= {f"{name}_version": number or "" for name, number in versions.items()}
     tables = {
-        path.stem: [*csv.DictReader(path.open(newline="", encoding="utf-8"))]
+        path.stem: [*csv.DictReader(path.open(newline="", encoding="utf-8"), restval="")]
         for pattern in SHOWN
         for path in sorted(folder.glob(pattern))
     }

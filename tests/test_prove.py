@@ -62,7 +62,7 @@ def test_goes_on_past_what_raises_or_dies(tmp_path, monkeypatch, capsys):
 @pytest.mark.usefixtures("gpu")
 def test_names_files_by_the_machine_and_every_row_by_versions_and_commit(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    table = "print('T,N,torch_version'); print('4,8,9.9')"
+    table = "print('T,N,torch_version'); print('4,8,9.9'); print('1')"
     steps = [
         Step("passes", ["-c", "pass"]),
         Step("writes", ["-c", f"import sys; sys.stdout = open(sys.argv[1], 'w'); {table}"]),
@@ -74,7 +74,7 @@ def test_names_files_by_the_machine_and_every_row_by_versions_and_commit(tmp_pat
     code, page, rows = proved(monkeypatch, out, steps)
     assert code == 0 and [path.name for path in out.iterdir()] == [folder.name]
     assert (folder / "nvidia-h100-80gb-hbm3.csv").is_file() and page.startswith(f"# {GPU}: 2 pass")
-    assert [row["step"] for row in rows] == ["passes", "writes", "neuron"]
+    assert [row["step"] for row in rows] == ["passes", "writes", "neuron", "neuron"]
     columns = [*rows[0]]
     assert columns[: len(FIRST)] == FIRST and columns[-2:] == ["T", "N"]
     assert {"torch_version", "spikingjelly_version", "triton_version", "cuda_version"} < {*columns}
@@ -148,7 +148,7 @@ TOY = {
     "conformance": "--cases 1",
     "neuron": "--steps 2 --neurons 64 --repeats 1 --only LIF",
     "memory": "--dtypes float32 --steps 2",
-    "norm": "--steps 2 --batch 2 --repeats 1 --dtypes float32 --nets '3 x [conv, norm, neuron]'",
+    "norm": "--steps 3 --batch 2 --repeats 1 --dtypes float32 --nets '3 x [conv, norm, neuron]'",
     "fsvae": "--parts compare --T 2 --batch 2 --size 8 --repeats 1",
 }
 
