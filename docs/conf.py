@@ -1,4 +1,4 @@
-"""Sphinx: the pages are Markdown (MyST), the API pages come from the docstrings."""
+"""Sphinx: the pages are Markdown (MyST) and notebooks, the API pages come from the docstrings."""
 
 from importlib import metadata
 
@@ -6,13 +6,18 @@ project = "sj-taid"
 author = "sj-taid developers"
 version = release = metadata.version("sj-taid")
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
 ]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
+# The notebooks are committed without outputs, which are made here.
+nb_execution_mode = "auto"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_output_stderr = "remove"
 html_theme = "furo"
 html_title = "sj-taid"
 autodoc_member_order = "bysource"

@@ -13,7 +13,7 @@ CODE = """
 import sys
 import sj_taid
 
-optional = ("lightning", "torchmetrics", "cupy", "numba", "hydra")
+optional = ("lightning", "torchmetrics", "cupy", "numba", "hydra", "safetensors")
 assert not [name for name in optional if name in sys.modules]
 assert sj_taid.model.FSVAE
 for part, package in (("lightning", "lightning"), ("metric", "torchmetrics")):
