@@ -45,6 +45,8 @@ class Classifier(nn.Module):
         neurons_per_class: output neurons of a class.
         dropout: probabilities before the hidden and before the last layer.
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
+        output_neuron: False leaves the last neurons out: the outputs are the currents that they
+            would get, unbounded, as losses of logits need them.
         fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
 
     Raises:
@@ -70,6 +72,7 @@ class Classifier(nn.Module):
         neurons_per_class: int = 10,
         dropout: tuple[float, float] = (0.5, 0.5),
         neuron: Neuron = paper_neuron,
+        output_neuron: bool = True,
         fused_norm: bool = True,
     ) -> None:
         super().__init__()
@@ -116,13 +119,16 @@ class Classifier(nn.Module):
             nn.Linear(hidden, classes * neurons_per_class, bias=False),
             neuron(),
         )
+        if not output_neuron:
+            del self.head[-1]
         if fused_norm:
             fuse_norm(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Firing rates ``[N, classes]`` in [0, 1].
+    def forward(self, x: Tensor, each_step: bool = False) -> Tensor:
+        """Firing rates ``[N, classes]`` in [0, 1], or mean currents without output neurons.
 
-        ``x`` is images ``[N, C, H, W]`` or frames ``[T, N, C, H, W]``.
+        ``x`` is images ``[N, C, H, W]`` or frames ``[T, N, C, H, W]``. With ``each_step`` the
+        outputs of each time step, ``[T, N, classes]``, of which that is the mean.
         """
         expected = (self.in_channels, self.image_size, self.image_size)
         if x.dim() not in (4, 5) or x.shape[-3:] != expected:
@@ -136,9 +142,11 @@ class Classifier(nn.Module):
         else:
             x_seq = self.stem(x.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
         reset(self)
-        spikes = self.head(self.features(x_seq))
+        outputs = self.head(self.features(x_seq))
         reset(self)
-        return spikes.mean(0).unflatten(1, (self.classes, -1)).mean(2)
+        if each_step:
+            return outputs.unflatten(2, (self.classes, -1)).mean(3)
+        return outputs.mean(0).unflatten(1, (self.classes, -1)).mean(2)
 
 
 def _convolution(in_channels: int, out_channels: int) -> nn.Module:

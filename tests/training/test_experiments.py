@@ -70,6 +70,7 @@ ROWS = {
     "taid": ("fsvae", "lif", "taid"),
     "taid_temporal": ("fsvae", "lif", "taid_temporal"),
     **{neuron: ("classifier", neuron, None) for neuron in ("alif", "plif", "lif")},
+    "tet": ("classifier", "alif", None),
 }
 
 
@@ -81,7 +82,7 @@ def test_every_experiment_is_what_its_name_says(name):
     assert choices["dataset"] == data and name.startswith(data)
     assert compare.comment(name).endswith(".")
     if name.endswith(compare.SMALL_BUDGET):
-        assert row in ("small_cpu", "classifier_cpu")
+        assert row in ("small_cpu", "classifier_cpu", "recipe_cpu")
         return
     model, neuron, decoder = ROWS[row]
     assert choices["model"].startswith(model)
