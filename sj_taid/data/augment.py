@@ -7,9 +7,12 @@ The draws come from torch's default generator: they follow the run's seed, and e
 has its own. What comes in from beyond the border is 0: black, or no event.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 # The range of the classifiers' training on MNIST.
 DEGREES = 30
@@ -42,6 +45,37 @@ def flip(images: Tensor) -> Tensor:
     """Mirror every second image, on average, from left to right."""
     mirrored = torch.rand(len(images)) < 0.5
     return torch.where(mirrored.view(-1, *[1] * (images.ndim - 1)), images.flip(-1), images)
+
+
+def each(images: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """Draw for each image; torchvision's transforms draw once for all that they are given."""
+    return torch.stack([transform(image) for image in images])
+
+
+def mix(
+    images: Tensor, labels: Tensor, mixup: float, cutmix: float, classes: int
+) -> tuple[Tensor, Tensor]:
+    """Mix each sample with its neighbour in the batch, by mixup or by cutmix.
+
+    The labels become the probabilities of classes, ``[N, classes]``. The frames of a sequence share
+    what is drawn.
+
+    Args:
+        images: ``[N, ..., H, W]``.
+        labels: ``[N]``.
+        mixup: the parts of both samples are drawn from Beta(alpha, alpha) with this alpha; 0 is
+            never.
+        cutmix: the same for the area that one has of the other.
+        classes: how many there are.
+
+    Source: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899.
+    """
+    ways = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+    choice = v2.RandomChoice(
+        [way(alpha=alpha, num_classes=classes) for way, alpha in ways if alpha]
+    )
+    mixed, probabilities = choice(images.flatten(1, -3), labels)
+    return mixed.view_as(images), probabilities
 
 
 def _warp(images: Tensor, inverse: Tensor, shift: Tensor, mode: str) -> Tensor:

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from torchvision.transforms import v2
 
-from .augment import AUGMENTATIONS
+from .augment import AUGMENTATIONS, each, mix
 from .progress import followed
 
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
+Variation = Callable[[Tensor], Tensor]
+Mix = Callable[[Tensor, Tensor], Batch]
 
 #: In a data set's folder: of the processes of one run or of a sweep, one fetches and converts, and
 #: the others wait for it.
@@ -166,6 +168,11 @@ class Data(L.LightningDataModule):
         classes: how many there are; None without labels.
         num_workers: loader processes; 0 is right for images in memory.
         augment: how training samples vary: None, "affine", "crop_flip" or "flip".
+        erase: the probability that a rectangle of a training sample, of 2 to 33 % of its area, is
+            black or without events (random erasing, arXiv 1708.04896).
+        mixup: pairs of training samples and of their labels are mixed, in parts from
+            Beta(alpha, alpha) with this alpha; 0 is none. Labels are then ``[N, classes]``.
+        cutmix: likewise a rectangle of one is put into the other; with both, either.
         limit: use only so many samples of each set, spread evenly, for a quick look.
         validation: this share of the training samples, drawn at random with the classes in their
             proportions, is for validation and not for training; ``"own"`` takes the set that the
@@ -196,6 +203,9 @@ class Data(L.LightningDataModule):
         classes: int | None = None,
         num_workers: int = 0,
         augment: str | None = None,
+        erase: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         limit: int | None = None,
         validation: float | Literal["own"] | None = None,
         seed: int = 0,
@@ -206,6 +216,14 @@ class Data(L.LightningDataModule):
                 f"dataset.augment must be null or one of {', '.join(AUGMENTATIONS)}, "
                 f"but it is {augment!r}"
             )
+        if not 0 <= erase <= 1:
+            raise ValueError(f"dataset.erase must be a probability, but it is {erase}")
+        for key, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+            if alpha < 0 or (alpha and classes is None):
+                raise ValueError(
+                    f"dataset.{key} must be 0, or an alpha above it for data with labels, but it "
+                    f"is {alpha} and dataset.classes is {classes}"
+                )
         if limit is not None and limit < 1:
             raise ValueError(f"dataset.limit must be null or at least 1, but it is {limit}")
         is_share = isinstance(validation, int | float) and 0 <= validation < 1
@@ -221,6 +239,9 @@ class Data(L.LightningDataModule):
         self.classes = classes
         self.num_workers = num_workers
         self.augment = augment
+        self.erase = erase
+        self.mixup = mixup
+        self.cutmix = cutmix
         self.limit = limit
         self.validation = validation
         self.seed = seed
@@ -268,7 +289,14 @@ class Data(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         # A last small batch would make noisy batch-norm statistics.
         drop_last = len(self.train_set) >= self.batch_size
-        return self._loader(self.train_set, self.augment, shuffle=True, drop_last=drop_last)
+        options = {"shuffle": True, "drop_last": drop_last}
+        return self._loader(self.train_set, self._variations(), self._mix(), **options)
+
+    def plain(self) -> Self:
+        """The same data, with training samples as they are."""
+        other = copy.copy(self)
+        other.augment, other.erase, other.mixup, other.cutmix = None, 0.0, 0.0, 0.0
+        return other
 
     def train_samples(self) -> DataLoader:
         """The training samples once, in their order and as they are."""
@@ -304,19 +332,39 @@ class Data(L.LightningDataModule):
             return samples
         return samples.subset([i * len(samples) // self.limit for i in range(self.limit)])
 
-    def _loader(self, samples: Samples, augment: str | None = None, **options: Any) -> DataLoader:
-        augmentation = (AUGMENTATIONS[augment],) if augment else ()
+    def _variations(self) -> list[Variation]:
+        """What changes training samples one by one."""
+        found: list[Variation] = [AUGMENTATIONS[self.augment]] if self.augment else []
+        if self.erase:
+            found.append(partial(each, transform=v2.RandomErasing(self.erase)))
+        return found
+
+    def _mix(self) -> Mix | None:
+        """What mixes training samples and their labels."""
+        if self.classes is None or not (self.mixup or self.cutmix):
+            return None
+        return partial(mix, mixup=self.mixup, cutmix=self.cutmix, classes=self.classes)
+
+    def _loader(
+        self,
+        samples: Samples,
+        variations: Sequence[Variation] = (),
+        mixing: Mix | None = None,
+        **options: Any,
+    ) -> DataLoader:
+        transform = v2.Compose([*variations, *self.finish])
         # Workers start anew with each epoch: else a resumed run could not draw what they would.
         return DataLoader(
             samples,
             self.batch_size,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=partial(_transformed, transform=v2.Compose([*augmentation, *self.finish])),
+            collate_fn=partial(_transformed, transform=transform, mixing=mixing),
             **options,
         )
 
 
-def _transformed(batch: Batch, transform: v2.Transform) -> Batch:
+def _transformed(batch: Batch, transform: v2.Transform, mixing: Mix | None) -> Batch:
     x, label = batch
-    return transform(x), label
+    x = transform(x)
+    return mixing(x, label) if mixing else (x, label)

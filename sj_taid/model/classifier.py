@@ -49,6 +49,8 @@ class Classifier(nn.Module):
         norm: a batch norm after each convolution.
         per_channel: give each neuron layer parameters per channel: ``neuron`` is called with
             ``channels=``, which ALIF takes.
+        output_neuron: False leaves the last neurons out: the outputs are the currents that they
+            would get, unbounded, as losses of logits need them.
         fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
 
     Raises:
@@ -76,6 +78,7 @@ class Classifier(nn.Module):
         neuron: Neuron = paper_neuron,
         norm: bool = True,
         per_channel: bool = False,
+        output_neuron: bool = True,
         fused_norm: bool = True,
     ) -> None:
         super().__init__()
@@ -125,13 +128,16 @@ class Classifier(nn.Module):
             nn.Linear(hidden, classes * neurons_per_class, bias=False),
             node(classes * neurons_per_class),
         )
+        if not output_neuron:
+            del self.head[-1]
         if fused_norm:
             fuse_norm(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Firing rates ``[N, classes]`` in [0, 1].
+    def forward(self, x: Tensor, each_step: bool = False) -> Tensor:
+        """Firing rates ``[N, classes]`` in [0, 1], or mean currents without output neurons.
 
-        ``x`` is images ``[N, C, H, W]`` or frames ``[T, N, C, H, W]``.
+        ``x`` is images ``[N, C, H, W]`` or frames ``[T, N, C, H, W]``. With ``each_step`` the
+        outputs of each time step, ``[T, N, classes]``, of which that is the mean.
         """
         expected = (self.in_channels, self.image_size, self.image_size)
         if x.dim() not in (4, 5) or x.shape[-3:] != expected:
@@ -145,9 +151,11 @@ class Classifier(nn.Module):
         else:
             x_seq = self.stem(x.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
         reset(self)
-        spikes = self.head(self.features(x_seq))
+        outputs = self.head(self.features(x_seq))
         reset(self)
-        return spikes.mean(0).unflatten(1, (self.classes, -1)).mean(2)
+        if each_step:
+            return outputs.unflatten(2, (self.classes, -1)).mean(3)
+        return outputs.mean(0).unflatten(1, (self.classes, -1)).mean(2)
 
 
 def _convolution(in_channels: int, out_channels: int, norm: bool) -> nn.Module:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -15,17 +15,25 @@ from .task import Task
 
 
 class Classification(Task):
-    """Mean squared error between the rates and the one-hot label.
+    """A classifier learns labels; where samples are mixed, the probabilities of classes.
+
+    The accuracy in training is then that of the class with the larger part.
 
     Args:
         model: the classifier.
         args: and ``kwargs``: those of :class:`Task`.
+        loss: takes the outputs ``[N, classes]``, or with ``each_step`` those of each time step,
+            ``[T, N, classes]``, and the classes' probabilities ``[N, classes]``. None is the mean
+            squared error.
     """
 
     chosen_by = "accuracy"
 
-    def __init__(self, model: Classifier, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Classifier, *args: Any, loss: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model, *args, **kwargs)
+        self.loss = loss or nn.MSELoss()
         self.confusion = MulticlassConfusionMatrix(model.classes)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
@@ -81,8 +89,15 @@ class Classification(Task):
                     "; set dataset.T alone, which model.T follows"
                 )
             x = x.transpose(0, 1)
-        rates = self.model(x)
-        loss = F.mse_loss(rates, F.one_hot(label, self.model.classes).to(rates))
+        if getattr(self.loss, "each_step", False):
+            outputs = self.model(x, each_step=True)
+            mean = outputs.mean(0)
+        else:
+            mean = outputs = self.model(x)
+        is_mixed = label.dim() == 2
+        target = label if is_mixed else F.one_hot(label, self.model.classes)
+        loss = self.loss(outputs, target.to(outputs))
         self.log_mean(f"{stage}/loss", loss)
-        self.log_mean(f"{stage}/accuracy", (rates.argmax(1) == label).float().mean())
-        return loss, rates
+        hits = mean.argmax(1) == (label.argmax(1) if is_mixed else label)
+        self.log_mean(f"{stage}/accuracy", hits.float().mean())
+        return loss, mean

@@ -3,7 +3,6 @@
 FAD's autoencoder and the statistics of the test images are made once and kept in the cache.
 """
 
-import copy
 import hashlib
 import json
 import logging
@@ -201,8 +200,8 @@ class Evaluator:
 
         def train() -> Tensors:
             log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
-            its_data = copy.copy(data)
-            its_data.batch_size, its_data.augment = settings["batch_size"], None
+            its_data = data.plain()
+            its_data.batch_size = settings["batch_size"]
             trainer = bare_trainer(
                 self.accelerator,
                 max_epochs=settings["epochs"],

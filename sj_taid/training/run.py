@@ -45,6 +45,7 @@ TRUSTED = (
     "sj_taid.training",
     "spikingjelly.activation_based.neuron",
     "spikingjelly.activation_based.surrogate",
+    "torch.nn.modules.loss",
     "torch.optim",
 )
 

@@ -12,7 +12,7 @@ from sj_taid.data.augment import AUGMENTATIONS, _warp
 
 
 def digits(**options):
-    shared = {"name": "digits", "channels": 1, "image_size": 16, "batch_size": 40}
+    shared = {"name": "digits", "channels": 1, "image_size": 16, "batch_size": 40, "classes": 10}
     data = Digits(**shared | options)
     data.setup()
     return data
@@ -104,6 +104,84 @@ def test_draws_follow_the_seed_and_no_two_batches_share_them(num_workers):
     assert torch.equal(first, epoch(seed=0))
     assert not torch.equal(first, epoch(seed=1))
     assert len(torch.unique(first, dim=0)) == len(first)
+
+
+def of_training(**options):
+    torch.manual_seed(0)
+    return next(iter(digits(**options).train_dataloader()))
+
+
+def test_a_rectangle_of_each_sample_is_erased_with_the_probability_given():
+    loader = digits(erase=0.5).train_dataloader()
+    white = torch.full((400, 1, 16, 16), 255).byte()
+    erased = loader.collate_fn((white, None))[0] == -1
+    share = erased.flatten(1).any(1).float().mean()
+    assert 0.4 < share < 0.6
+    assert len(torch.unique(erased, dim=0)) > 100  # each its own
+    rows, columns = erased[:, 0].any(2), erased[:, 0].any(1)
+    assert torch.equal(erased[:, 0], rows[:, :, None] & columns[:, None, :])
+    # The frames of a recording lose the same rectangle.
+    frames = loader.collate_fn((torch.full((50, 3, 2, 16, 16), 255).byte(), None))[0]
+    assert torch.equal(frames, frames[:, :1, :1].expand_as(frames)) and frames.min() == -1
+
+
+def test_mixup_mixes_neighbours_and_their_labels():
+    plain, labels = of_training()
+    mixed, probabilities = of_training(mixup=0.5)
+    part = probabilities.gather(1, labels[:, None])[labels != labels.roll(1)][0]
+    one_hot = torch.eye(10)[labels]
+    assert 0 < part < 1
+    torch.testing.assert_close(mixed, part * plain + (1 - part) * plain.roll(1, 0))
+    torch.testing.assert_close(probabilities, part * one_hot + (1 - part) * one_hot.roll(1, 0))
+
+
+def test_cutmix_puts_a_rectangle_of_one_into_the_other():
+    plain, labels = of_training()
+    for _ in range(5):
+        mixed, probabilities = (
+            digits(cutmix=1.0)
+            .train_dataloader()
+            .collate_fn(((plain * 127.5 + 127.5).round().byte(), labels))
+        )
+        is_own, is_neighbours = mixed == plain, mixed == plain.roll(1, 0)
+        assert (is_own | is_neighbours).all()
+        place = (~is_own).any(0)[0]  # within the rectangle
+        part = probabilities.gather(1, labels[:, None])[labels != labels.roll(1)][0]
+        assert place.float().mean() <= 1 - part + 1e-6
+    assert torch.equal(probabilities.sum(1), torch.ones(40))
+
+
+def test_recordings_are_mixed_as_a_whole_and_by_either_way():
+    loader = digits(mixup=1.0, cutmix=1.0).train_dataloader()
+    frames = torch.randint(256, (6, 3, 2, 16, 16), dtype=torch.uint8)
+    plain, _ = digits().train_dataloader().collate_fn((frames, None))
+    is_cut = []
+    for _ in range(12):
+        mixed, probabilities = loader.collate_fn((frames, torch.arange(6)))
+        assert mixed.shape == frames.shape and probabilities.shape == (6, 10)
+        is_cut.append(bool(((mixed == plain) | (mixed == plain.roll(1, 0))).all()))
+    assert {*is_cut} == {True, False}
+
+
+def test_only_training_samples_are_erased_and_mixed():
+    plain, varied = digits(), digits(erase=1.0, mixup=1.0, cutmix=1.0, validation=0.1)
+    assert torch.equal(images(plain.test_dataloader()), images(varied.test_dataloader()))
+    assert all(labels.dim() == 1 for _, labels in varied.val_dataloader())
+    _, labels = next(iter(varied.plain().train_dataloader()))
+    assert labels.dim() == 1 and varied.mixup == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"erase": 1.5}, r"dataset\.erase must be a probability, but it is 1\.5"),
+        ({"mixup": -1.0}, r"dataset\.mixup must be 0, or an alpha above it .* is -1\.0"),
+        ({"cutmix": 1.0, "classes": None}, r"dataset\.cutmix .* with labels, .*classes is None"),
+    ],
+)
+def test_variations_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        digits(**options)
 
 
 def test_unknown_augmentation():

@@ -127,6 +127,19 @@ def test_one_compiled_graph_whatever_other_nets_live():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("output_neuron", [True, False])
+def test_the_outputs_of_each_step_and_their_mean(output_neuron):
+    model = Classifier(**SMALL | {"dropout": (0.0, 0.0)}, output_neuron=output_neuron)
+    x = images()
+    outputs = model(x, each_step=True)
+    assert outputs.shape == (4, 6, 10)
+    torch.testing.assert_close(outputs.mean(0), model(x))
+    neurons = [m for m in model.head if isinstance(m, ALIFNode)]
+    assert len(neurons) == 1 + output_neuron
+    assert (outputs.min() < 0) != output_neuron  # currents have signs
+    assert model.state_dict().keys() <= Classifier(**SMALL).state_dict().keys()
+
+
 def test_a_rate_is_the_mean_over_time_and_a_class():
     model = Classifier(**SMALL)
     spikes = torch.zeros(4, 1, 30)

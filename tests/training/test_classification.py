@@ -156,6 +156,36 @@ def test_loss_accuracy_and_the_order_of_time(monkeypatch, shape):
     assert torch.equal(task.model.seen, x if x.dim() == 4 else x.transpose(0, 1))
 
 
+class Steps(nn.Module):
+    """Class 0 at the first step, class 1 at the second."""
+
+    classes, T = 2, 2
+
+    def forward(self, x, each_step=False):
+        outputs = torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]]).expand(-1, len(x), -1)
+        return outputs if each_step else outputs.mean(0)
+
+
+def test_a_loss_of_each_step_and_labels_that_are_mixed(monkeypatch):
+    logged, seen = {}, []
+    monkeypatch.setattr(Classification, "log_mean", lambda self, k, v: logged.update({k: float(v)}))
+
+    class Loss(nn.Module):
+        each_step = True
+
+        def forward(self, outputs, target):
+            seen.append((outputs, target))
+            return outputs.sum()
+
+    task = Classification(Steps(), torch.optim.Adam, scheduler=None, loss=Loss())
+    task.training_step((torch.rand(2, 1, 8, 8), torch.tensor([[0.3, 0.7], [0.6, 0.4]])), 0)
+    task.validation_step((torch.rand(2, 1, 8, 8), torch.tensor([1, 1])), 0)
+    (outputs, mixed), (_, one_hot) = seen
+    assert outputs.shape == (2, 2, 2) and mixed.tolist()[0] == pytest.approx([0.3, 0.7])
+    assert one_hot.tolist() == [[0, 1], [0, 1]]
+    assert (logged["train/accuracy"], logged["val/accuracy"]) == (0.5, 1.0)
+
+
 def test_the_confusion_counts_one_pass_of_the_test_set(monkeypatch):
     monkeypatch.setattr(Classification, "log_mean", lambda *_: None)
     task = Classification(Rates(), torch.optim.Adam, scheduler=None)

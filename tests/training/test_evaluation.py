@@ -98,7 +98,7 @@ def test_the_autoencoder_does_not_depend_on_the_run(evaluator, tmp_path):
     data = digits()
     first = states(evaluator, data)
     evaluator.cache_dir = tmp_path / "other"
-    data.batch_size, data.augment = 10, "flip"
+    data.batch_size, data.augment, data.erase, data.mixup = 10, "flip", 0.5, 0.5
     torch.manual_seed(1)
     torch.testing.assert_close(states(evaluator, data), first)
 

@@ -74,6 +74,7 @@ ROWS = {
     "esvae_taid_temporal": ("esvae", "lif", "taid_temporal"),
     "esvae_sharp": ("esvae", "alif", "taid_place"),
     **{neuron: ("classifier", neuron, None) for neuron in ("alif", "plif", "lif")},
+    "tet": ("classifier", "alif", None),
 }
 
 
@@ -89,7 +90,7 @@ def test_every_experiment_is_what_its_name_says(name):
         return
     assert name.startswith(data)
     if name.endswith(results_page.SMALL_BUDGET):
-        assert row in ("small_cpu", "classifier_cpu")
+        assert row in ("small_cpu", "classifier_cpu", "recipe_cpu")
         return
     model, neuron, decoder = ROWS[row]
     assert choices["model"].startswith(model)

@@ -1,0 +1,63 @@
+"""TET's loss against values worked by hand, and the losses from the configs."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sj_taid.training import run
+from sj_taid.training.commands import train
+from sj_taid.training.loss import TET
+from tests.training.conftest import CONF, TINY_CLASSIFICATION
+
+# One sample of class 0 at two steps: softmax (1/2, 1/2), then (3/4, 1/4).
+OUTPUTS = torch.tensor([[[0.0, 0.0]], [[math.log(3), 0.0]]])
+TARGET = torch.tensor([[1.0, 0.0]])
+CROSS_ENTROPY = (math.log(2) + math.log(4 / 3)) / 2
+DISTANCE = (1 + 1 + (math.log(3) - 1) ** 2 + 1) / 4  # to 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+def test_a_value_worked_by_hand(share):
+    expected = (1 - share) * CROSS_ENTROPY + share * DISTANCE
+    assert TET(mse_share=share)(OUTPUTS, TARGET).item() == pytest.approx(expected)
+
+
+def test_each_step_counts_and_not_their_mean():
+    of_the_mean = F.cross_entropy(OUTPUTS.mean(0), TARGET).item()
+    assert TET(mse_share=0.0)(OUTPUTS, TARGET).item() > of_the_mean + 1e-3
+    outputs = OUTPUTS.clone().requires_grad_()
+    TET(mse_share=0.0)(outputs, TARGET).backward()
+    # d CE / d O = softmax - one-hot, of each step, over T = 2.
+    assert outputs.grad.flatten().tolist() == pytest.approx([-0.25, 0.25, -0.125, 0.125])
+
+
+def test_phi_and_label_smoothing():
+    assert TET(mse_share=1.0, phi=0.0)(OUTPUTS, TARGET).item() == pytest.approx(
+        math.log(3) ** 2 / 4
+    )
+    # Smoothed by 0.2, the label is (0.9, 0.1), as it may also be given.
+    smoothed = TET(mse_share=0.0, label_smoothing=0.2)(OUTPUTS, TARGET)
+    by_hand = CROSS_ENTROPY + 0.1 * math.log(3) / 2
+    assert smoothed.item() == pytest.approx(by_hand)
+    mixed = TET(mse_share=0.0)(OUTPUTS, torch.tensor([[0.9, 0.1]]))
+    assert mixed.item() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_share_out_of_its_range(share):
+    with pytest.raises(ValueError, match=f"mse_share must be from 0 to 1, but it is {share}"):
+        TET(mse_share=share)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "loss").glob("*.yaml")))
+@pytest.mark.parametrize("data", [[], ["dataset.mixup=0.2", "dataset.erase=0.5"]], ids=len)
+def test_every_loss_trains(tiny, tmp_path, name, data):
+    cfg = tiny(*TINY_CLASSIFICATION, f"loss={name}", "optimizer=sgd", *data, tiny=False)
+    if name != "mse":  # which has nothing to smooth
+        cfg.loss.label_smoothing = 0.1
+    metrics = train(cfg, tmp_path)
+    assert metrics["loss"] > 0 and 0 <= metrics["accuracy"] <= 1
+    last = run.load_model(tmp_path).head[-1]
+    assert isinstance(last, torch.nn.Linear) == (name != "mse")  # currents, or rates
