@@ -33,7 +33,7 @@ class FollowTest(L.Callback):
     """Shows how far a test is, where no training's progress bar does."""
 
     def on_test_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self.batches = followed(range(sum(trainer.num_test_batches)), "Testing, in batches")
+        self.batches = followed(range(int(sum(trainer.num_test_batches))), "Testing, in batches")
 
     def on_test_batch_start(self, *_: Any) -> None:
         next(self.batches)

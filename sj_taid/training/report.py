@@ -153,7 +153,10 @@ def lines(rows: pd.DataFrame, x: str, y: str, height: int = 300, **options: Any)
 
 def curves(epochs: list[dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
     """What was logged over the epochs, one figure a name, all runs in it."""
-    dashes = {"line_dash": "stage", "line_dash_map": {"train": "dot", "val": "solid"}}
+    dashes: dict[str, Any] = {
+        "line_dash": "stage",
+        "line_dash_map": {"train": "dot", "val": "solid"},
+    }
     for name, part in pd.DataFrame(epochs).groupby("name", sort=False) if epochs else ():
         title = f"{name} over the epochs (dotted: in training)"
         yield lines(part, "epoch", "value", markers=True, title=title, **dashes, **by_run)
@@ -217,7 +220,11 @@ def attention(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Ite
         for mean, (low, high) in [(share.mean(), np.quantile(share, [0.1, 0.9]))]
     ]
     if rows:
-        options = {"line_dash": "channel", "error_y": "above", "error_y_minus": "below"}
+        options: dict[str, Any] = {
+            "line_dash": "channel",
+            "error_y": "above",
+            "error_y_minus": "below",
+        }
         title = "share of each time step in the image"
         yield lines(pd.DataFrame(rows), "time step", "share", title=title, **options, **by_run)
 
