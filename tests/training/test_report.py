@@ -113,7 +113,8 @@ def test_nothing_to_report(words, message, tmp_path, monkeypatch, capsys):
 
 
 def test_numbers_sort_before_words_and_by_size():
-    assert sorted(["taid", "1e-2", "16", "8"], key=quantities.natural) == ["1e-2", "8", "16", "taid"]
+    mixed = ["taid", "1e-2", "16", "8"]
+    assert sorted(mixed, key=quantities.natural) == ["1e-2", "8", "16", "taid"]
 
 
 @pytest.fixture
