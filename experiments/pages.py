@@ -1,4 +1,5 @@
-"""Fill the tables of README.md, RESULTS.md and docs/: ``python experiments/pages.py``.
+"""Fill the tables of README.md, RESULTS.md and docs/, and draw the maps of starts in docs/images:
+``python experiments/pages.py``.
 
 Each is made of the metrics in results/ and of the CSVs in experiments/benchmark/results/, so that
 no number is copied by hand.
@@ -14,7 +15,7 @@ from sj_taid.training.export import figures
 from sj_taid.training.files import atomic_write
 from sj_taid.training.gather import stored
 from sj_taid.training.quantities import METRICS, Quantity
-from sj_taid.training.results_page import fill, tables
+from sj_taid.training.results_page import draw_start_maps, fill, tables
 from sj_taid.training.tables import frame, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,6 +171,7 @@ def loading() -> pd.DataFrame:
 
 
 if __name__ == "__main__":
+    draw_start_maps(ROOT)
     for page in PAGES:
         with atomic_write(page) as whole:
             whole.write_text(filled(page), encoding="utf-8")

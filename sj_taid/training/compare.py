@@ -1,9 +1,11 @@
-"""Compare runs: ``sj-taid compare [FOLDER ...] [--out FOLDER] [--keep]``.
+"""Compare runs: ``sj-taid compare [FOLDER ...] [--out FOLDER] [--keep] [--heat-maps KEY KEY KEY]``.
 
 Every run below the folders counts. The terminal shows each combination of choices with its mean and
 standard deviation over seeds; ``results.md`` and ``results.png`` hold the same, ``results.csv``
-every run. With ``--keep`` runs of experiments are copied into ``results/runs`` of the current
-folder, and its ``RESULTS.md`` is made of all that is there, beside ``results/published.csv``.
+every run. With ``--heat-maps`` ``results.png`` holds a heat map over two choices for each value of
+a third, side by side, and ``results.md`` how many cells are near the best. With ``--keep`` runs of
+experiments are copied into ``results`` of the current folder, and its ``RESULTS.md`` is made of all
+that is there, beside ``results/published.csv``.
 """
 
 import argparse
@@ -11,15 +13,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
 
 from .files import atomic_write
-from .gather import Metrics, gather, store
+from .gather import STUDIES, Metrics, gather, overrides, store, store_studies
+from .heat_maps import Maps
 from .plot import save
-from .quantities import METRICS
-from .results_page import REPORT, fill, tables
+from .quantities import METRICS, natural
+from .results_page import REPORT, draw_start_maps, fill, tables
 from .tables import frame, heading, markdown, present, summary
 
 
@@ -29,7 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folders", nargs="*", type=Path, help="folders that hold runs")
     parser.add_argument("--out", type=Path, help="where to write; by default the first folder")
-    parser.add_argument("--keep", action="store_true", help="into results/runs and RESULTS.md")
+    parser.add_argument("--keep", action="store_true", help="into results and RESULTS.md")
+    parser.add_argument(
+        "--heat-maps",
+        nargs=3,
+        metavar=("ROW", "COLUMN", "PANEL"),
+        help="draw these choices, as neuron_start.tau neuron_start.v_threshold neuron",
+    )
+    parser.add_argument(
+        "--difference",
+        nargs=2,
+        metavar="PANEL",
+        help="two values of which the first minus the second is drawn; by default last and first",
+    )
     options = parser.parse_args(arguments)
     if not options.folders and not options.keep:
         parser.error("give folders that hold runs")
@@ -44,9 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.folders and not finished:
         parser.error("no finished run; one that is cut off goes on when its command is repeated")
     if finished:
-        show_and_write(finished, options.out or options.folders[0])
+        try:
+            maps = options.heat_maps and heat_maps([*finished.values()], *options.heat_maps)
+            show_and_write(finished, options.out or options.folders[0], maps, options.difference)
+        except ValueError as error:
+            parser.error(str(error))
     if options.keep:
+        for path in store_studies(finished, Path()):
+            print(f"kept: {path}")
         for folder, metrics in finished.items():
+            if overrides(metrics).get("experiment") in STUDIES:
+                continue
             try:
                 print(f"kept: {store(metrics, Path())}")
             except ValueError as error:
@@ -54,23 +78,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with atomic_write(REPORT) as whole:
             page = REPORT.read_text(encoding="utf-8")
             whole.write_text(fill(page, tables(Path())), encoding="utf-8")
+        draw_start_maps(Path())
         print(f"filled: {REPORT}")
 
 
-def show_and_write(finished: dict[Path, Metrics], out: Path) -> None:
+def heat_maps(runs: Sequence[Metrics], row: str, column: str, panel: str) -> Maps:
+    """Of the first of ``METRICS`` that the runs have."""
+    table, keys = frame(runs)
+    ordered = table.sort_values(panel, key=lambda names: names.map(natural), kind="stable")
+    return Maps.of(ordered, keys, present(table, METRICS)[0], row, column, panel)
+
+
+def show_and_write(
+    finished: dict[Path, Metrics],
+    out: Path,
+    maps: Maps | None = None,
+    difference: tuple[str, str] | None = None,
+) -> None:
     runs = list(finished.values())
-    table = summary(runs).astype(str)
+    shown = [summary(runs).astype(str), *([maps.regions()] if maps else [])]
+    for table in shown:
+        show(table)
+    out.mkdir(parents=True, exist_ok=True)
+    frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(out / "results.csv", index=False)
+    with atomic_write(out / "results.md") as whole:
+        whole.write_text("\n".join(map(markdown, shown)), encoding="utf-8")
+    if maps:
+        maps.draw(out / "results.png", difference)
+    else:
+        draw(runs, out / "results.png")
+    print(f"results.csv, results.md and results.png are in {out}")
+
+
+def show(table: pd.DataFrame) -> None:
     shown = Table(*(Column(str(name), overflow="fold") for name in table))
     for row in table.itertuples(index=False):
         shown.add_row(*row)
     # Rich cuts columns to 80 characters where it knows no width, as in a pipe.
     Console(width=None if sys.stdout.isatty() else 10_000).print(shown)
-    out.mkdir(parents=True, exist_ok=True)
-    frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(out / "results.csv", index=False)
-    with atomic_write(out / "results.md") as whole:
-        whole.write_text(markdown(table), encoding="utf-8")
-    draw(runs, out / "results.png")
-    print(f"results.csv, results.md and results.png are in {out}")
 
 
 def draw(runs: Sequence[Metrics], path: Path) -> None:

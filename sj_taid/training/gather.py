@@ -1,23 +1,38 @@
-"""The metrics of runs: those below folders, and those that are kept in ``results/runs``."""
+"""The metrics of runs: those below folders, and those that are kept in ``results``."""
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
 
 from . import run
 from .cli import folder_name
 from .composing import CONF
 from .files import atomic_write
-from .quantities import COLUMNS, METRICS
+from .quantities import COLUMNS, METRICS, natural
 
 Metrics = dict[str, Any]
 
 EXPERIMENTS = {path.stem: path for path in sorted(Path(CONF, "experiment").glob("*.yaml"))}
-#: experiments that sweep by themselves, in any data set: too many runs to keep each
-STUDIES = ("start_map", "lr_scale")
 RUNS = Path("results", "runs")
+#: Experiments that sweep by themselves, in any data set: so many runs that each is kept as a row of
+#: the experiment's CSV, with these choices.
+STUDIES = ("start_map", "lr_scale")
+STUDIED = (
+    "dataset",
+    "model.norm",
+    "neuron_start.calibrate",
+    "task.lr_scale",
+    "neuron",
+    "neuron_start.tau",
+    "neuron_start.v_threshold",
+    "seed",
+)
+MAPS = Path("results", "maps")
 
 
 def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str]]:
@@ -106,3 +121,50 @@ def store(metrics: Metrics, root: Path) -> Path:
 
 def stored(root: Path, experiment: str) -> list[Metrics]:
     return [read(path) for path in sorted((root / RUNS / experiment).glob("*.json"))]
+
+
+def store_studies(finished: Mapping[Path, Metrics], root: Path) -> Iterator[Path]:
+    """Add the runs of ``STUDIES`` to the CSVs in ``root/results/maps``; gives those written.
+
+    The first lines, which start with ``#``, say on what and where the accuracies were measured.
+    """
+    for study in STUDIES:
+        runs = {f: m for f, m in finished.items() if overrides(m).get("experiment") == study}
+        if not runs:
+            continue
+        path = root / MAPS / f"{study}.csv"
+        before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        origins = {line for line in before if line.startswith("#")} | {*map(origin, runs.values())}
+        rows = pd.DataFrame([_row(folder, metrics) for folder, metrics in runs.items()])
+        rows = pd.concat([studied(root, study), rows]).drop_duplicates([*STUDIED], keep="last")
+        rows = rows.sort_values([*STUDIED], key=lambda values: values.map(natural))
+        with atomic_write(path) as whole:
+            table = rows.to_csv(index=False, float_format="%.5f")
+            whole.write_text("\n".join([*sorted(origins), table]), encoding="utf-8")
+        yield path
+
+
+def origin(metrics: Metrics) -> str:
+    """A line of comment on what was measured, by which commit and where."""
+    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    how = metrics.get("protocol", {}).get("accuracy", "")
+    machine = f"{metrics['machine']}, {metrics['threads']} threads"
+    return f"# {how}; commit {metrics['commit']}; {versions}; {machine}"
+
+
+def _row(folder: Path, metrics: Metrics) -> dict[str, Any]:
+    config = run.Run(folder).config
+    # A group's choice is its name, and all others are values.
+    values = {key: metrics["choices"].get(key, OmegaConf.select(config, key)) for key in STUDIED}
+    return {key: json.dumps(value).strip('"') for key, value in values.items()} | {
+        "accuracy": metrics["accuracy"]
+    }
+
+
+def studied(root: Path, study: str) -> pd.DataFrame:
+    """The rows of a study's CSV, all but the accuracy as text."""
+    path = root / MAPS / f"{study}.csv"
+    if not path.is_file():
+        return pd.DataFrame(columns=[*STUDIED, "accuracy"])
+    rows = pd.read_csv(path, comment="#", dtype=str, keep_default_na=False)
+    return rows.astype({"accuracy": float})

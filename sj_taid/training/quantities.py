@@ -1,6 +1,6 @@
-"""What is measured of a run and what it cost: headings, units and decimals."""
+"""What is measured of a run and what it cost: headings, units and decimals; the order of values."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -53,3 +53,11 @@ COSTS = {
     "training_seconds": Quantity("training, min", 60, 1, spread=False),
 }
 COLUMNS = METRICS | COSTS
+
+
+def natural(value: Any) -> tuple[bool, float, str]:
+    """Sorts numbers by size, before words."""
+    try:
+        return (False, float(value), "")
+    except ValueError:
+        return (True, 0.0, str(value))

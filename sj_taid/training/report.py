@@ -37,7 +37,7 @@ from .plot import time_shares
 from .quantities import COLUMNS as MEASURED
 from .quantities import METRICS, Quantity
 from .run import Run, build, read_checkpoint
-from .tables import frame, heading, present
+from .tables import frame, heading, means, present
 
 with needs("'spikingjelly>=2' plotly jinja2"):
     import jinja2
@@ -166,16 +166,13 @@ def heat_maps(table: pd.DataFrame, keys: Sequence[str], name: str) -> Iterator[s
     """The mean of a figure for every two values that were swept."""
     scale = "Viridis_r" if MEASURED[name].title.endswith("↓") else "Viridis"
     for one, other in combinations(keys, 2):
-        mean = table.assign(value=table[name] / MEASURED[name].unit).pivot_table(
-            "value", one, other, sort=False
-        )
+        mean = means(table, name, one, other)
         if 1 in mean.shape:
             continue  # of some runs alone, in which one of the two is the same
-        ordered = mean.loc[sorted(mean.index, key=natural), sorted(mean.columns, key=natural)]
         figure = px.imshow(
-            ordered.to_numpy(),
-            x=[*map(str, ordered.columns)],
-            y=[*map(str, ordered.index)],
+            mean.to_numpy(),
+            x=[*map(str, mean.columns)],
+            y=[*map(str, mean.index)],
             text_auto=f".{MEASURED[name].decimals}f",
             color_continuous_scale=scale,
             aspect="auto",
@@ -184,14 +181,6 @@ def heat_maps(table: pd.DataFrame, keys: Sequence[str], name: str) -> Iterator[s
         )
         figure.update_xaxes(type="category").update_yaxes(type="category")
         yield finished(figure)
-
-
-def natural(value: Any) -> tuple[bool, float, str]:
-    """Sorts numbers by size, before words."""
-    try:
-        return (False, float(value), "")
-    except ValueError:
-        return (True, 0.0, str(value))
 
 
 def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from .gather import EXPERIMENTS, STUDIES, Metrics, overrides, stored
-from .quantities import COLUMNS
+from .gather import EXPERIMENTS, STUDIES, Metrics, overrides, stored, studied
+from .heat_maps import Maps, short
+from .quantities import COLUMNS, natural
 from .tables import changes, frame, markdown, present, summary
 
 REPORT = Path("RESULTS.md")
+NEURONS = ["lif", "plif", "alif", "alif_channel"]  # each learns more than the one before
+DIFFERENCE = ("alif", "plif")
 SMALL_BUDGET = "_cpu"  # ends the name of an experiment for a laptop
 
 
@@ -33,7 +36,43 @@ def tables(root: Path) -> dict[str, str]:
         "small": "\n".join([*sections, not_run(small)]),
         "papers": "\n".join([*rows, not_run(papers)]),
         "runs": every_run([*chain(*runs.values())]),
+        "start_map": start_map(studied(root, "start_map")),
+        "lr_scale": lr_scale(studied(root, "lr_scale")),
     }
+
+
+def start_maps(table: pd.DataFrame) -> Maps:
+    """Of all data sets, with and without norm and calibration."""
+    ordered = table.sort_values("neuron", key=lambda names: names.map(NEURONS.index), kind="stable")
+    others = ["dataset", "model.norm", "neuron_start.calibrate"]
+    keys = [key for key in others if table[key].nunique() > 1]
+    start = ("neuron_start.tau", "neuron_start.v_threshold", "neuron")
+    return Maps.of(ordered, [*keys, *start], "accuracy", *start)
+
+
+def start_map(table: pd.DataFrame) -> str:
+    """How many starts are good, for each neuron."""
+    return markdown(start_maps(table).regions()) if len(table) else not_run({"start_map": []})
+
+
+def lr_scale(table: pd.DataFrame) -> str:
+    """The accuracy by how much faster the neurons learn than the weights."""
+    if table.empty:
+        return not_run({"lr_scale": []})
+    rows = ["dataset", "model.norm", "neuron", "neuron_start.tau", "neuron_start.v_threshold"]
+    cells = table.pivot_table("accuracy", rows, "task.lr_scale", COLUMNS["accuracy"].text)
+    ordered = cells[sorted(cells, key=natural)].fillna("").reset_index()
+    return markdown(ordered.rename(columns={row: short(row) for row in rows}))
+
+
+def draw_start_maps(root: Path) -> None:
+    """A picture in docs/images for each data set, with and without calibration, that is begun."""
+    table = studied(root, "start_map")
+    for (dataset, rate), part in table.groupby(["dataset", "neuron_start.calibrate"]):
+        if not {*DIFFERENCE} <= {*part["neuron"]}:
+            continue
+        name = f"start-map-{dataset}" + ("" if rate == "null" else "-calibrated")
+        start_maps(part).draw(root / "docs" / "images" / f"{name}.png", DIFFERENCE)
 
 
 def small_section(experiment: str, runs: Sequence[Metrics]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from .gather import Metrics, overrides
-from .quantities import COLUMNS, METRICS
+from .quantities import COLUMNS, METRICS, natural
 
 BASELINES = {"neuron": "lif", "decoder": "fixed"}
 
@@ -59,6 +59,13 @@ def changes(runs: Sequence[Metrics]) -> pd.DataFrame:
                 row[METRICS[name].title] = METRICS[name].text(difference, "+")
             rows.append(row | {"pairs": str(len(group))})
     return pd.DataFrame(rows)
+
+
+def means(table: pd.DataFrame, name: str, row: str, column: str) -> pd.DataFrame:
+    """The mean of a figure for every two values of two choices, both in order."""
+    values = table.assign(value=table[name] / COLUMNS[name].unit)
+    mean = values.pivot_table("value", row, column, sort=False)
+    return mean.loc[sorted(mean.index, key=natural), sorted(mean.columns, key=natural)]
 
 
 def markdown(table: pd.DataFrame) -> str:

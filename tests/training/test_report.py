@@ -11,7 +11,7 @@ import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 
 from sj_taid.data import progress
-from sj_taid.training import cli, load_model, report, run
+from sj_taid.training import cli, load_model, quantities, report, run
 from sj_taid.training.commands import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -113,7 +113,8 @@ def test_nothing_to_report(words, message, tmp_path, monkeypatch, capsys):
 
 
 def test_numbers_sort_before_words_and_by_size():
-    assert sorted(["taid", "1e-2", "16", "8"], key=report.natural) == ["1e-2", "8", "16", "taid"]
+    mixed = ["taid", "1e-2", "16", "8"]
+    assert sorted(mixed, key=quantities.natural) == ["1e-2", "8", "16", "taid"]
 
 
 @pytest.fixture
