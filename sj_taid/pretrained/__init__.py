@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .._extras import needs
+from ..thresholds import set_fixed_thresholds
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -85,7 +86,8 @@ def create_model(
             from safetensors.torch import load
         try:
             model.load_state_dict(load(weights))
-        except RuntimeError as error:
+            set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
+        except (RuntimeError, ValueError, AttributeError) as error:
             raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {error}") from error
     # The layout that runs are trained in: another rounds otherwise.
     return model.to(memory_format=torch.channels_last).eval()
@@ -120,6 +122,8 @@ def push_to_hub(source: str | Path, repository: str, *, private: bool = False) -
 
 def read_config(source: str | Path) -> dict[str, Any]:
     """The ``config.json`` of a model: ``model``, ``sha256`` and the ``metrics`` of its run.
+
+    And ``fixed_thresholds``, those that are no parameters, where they are kept.
 
     Args:
         source: a name of :func:`list_models`, or a model's folder.

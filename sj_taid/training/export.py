@@ -20,9 +20,10 @@ from omegaconf import OmegaConf
 
 from .. import pretrained
 from .._extras import needs
+from ..thresholds import fixed_thresholds
 from .files import atomic_write
 from .quantities import METRICS
-from .run import EVALUATIONS, Run
+from .run import Run, with_evaluations
 
 with needs("safetensors"):
     from safetensors.torch import save
@@ -103,11 +104,12 @@ def export(
     if Path(run).is_file():
         raise ValueError(f"{run} is a file; give the run's folder, whose figures go on the card")
     finished = Run.find(run)
-    metrics = _metrics(finished)
+    metrics = with_evaluations(finished.metrics, finished.evaluations)
     config: Any = OmegaConf.to_container(finished.config, resolve=True)
     architecture = _portable(config["model"])
     model = pretrained.build(architecture)  # or an error before anything is written
-    weights = {key: tensor.contiguous() for key, tensor in finished.model().state_dict().items()}
+    trained = finished.model()
+    weights = {key: tensor.contiguous() for key, tensor in trained.state_dict().items()}
     if half:
         layers = {key for key, parameter in model.named_parameters() if parameter.dim() > 1}
         weights |= {key: weights[key].half() for key in layers}
@@ -117,6 +119,7 @@ def export(
     described = {
         "model": architecture,
         "sha256": hashlib.sha256(content).hexdigest(),
+        "fixed_thresholds": fixed_thresholds(trained),
         "metrics": metrics,
     }
     files = {
@@ -138,18 +141,6 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         for key, quantity in METRICS.items()
         if key in metrics and "_best_" not in key  # those are of another checkpoint
     }
-
-
-def _metrics(run: Run) -> dict[str, Any]:
-    """The run's figures, and those of later evaluations of the same checkpoint over them."""
-    metrics = run.metrics
-    digest = run.checkpoint_sha256()
-    for path in sorted((run.folder / EVALUATIONS).glob("*.json")):
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-        if evaluation["checkpoint_sha256"] == digest:
-            metrics |= evaluation["figures"]
-            metrics["protocol"] = metrics.get("protocol", {}) | evaluation["protocol"]
-    return metrics
 
 
 def _portable(node: Any) -> Any:

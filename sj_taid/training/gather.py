@@ -62,37 +62,22 @@ def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str
 
 
 def read(path: Path) -> Metrics:
-    """The metrics of a run, with those of later evaluations in the folder beside over them.
+    """The metrics of a run, with those of later evaluations of its checkpoints over them.
 
     Raises:
         ValueError: a file that is damaged, or not what a run writes.
     """
-    metrics = _json(path)
+    metrics = run.read_json(path)
     if not {"command", "choices"} <= metrics.keys():
         raise ValueError(f"{path.name} lacks command and choices, which a run writes")
-    later = sorted((path.parent / run.EVALUATIONS).glob("*.json"))
-    metrics.setdefault("evaluations", []).extend(map(_json, later))
-    for evaluation in metrics["evaluations"]:
-        if isinstance(evaluation["figures"], dict):  # in older files names of what is there already
-            metrics |= evaluation["figures"]
-            metrics["protocol"] = metrics.get("protocol", {}) | evaluation["protocol"]
+    evaluations = [*metrics.get("evaluations", []), *run.Run(path.parent).evaluations]
+    metrics = run.with_evaluations(metrics, evaluations) | {"evaluations": evaluations}
     if not METRICS.keys() & metrics.keys():
         raise ValueError(f"{path.name} has none of {', '.join(METRICS)}")
     for name in COLUMNS:
         if not isinstance(metrics.get(name), int | float | None):
             raise ValueError(f"{path.name} has {metrics[name]!r} for {name}, not a number")
     return metrics
-
-
-def _json(path: Path) -> Metrics:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"it holds {constant}, so its run diverged")
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except ValueError as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def overrides(metrics: Metrics) -> dict[str, str]:

@@ -140,11 +140,12 @@ class Run:
 
         Raises:
             FileNotFoundError: the run is not finished.
+            ValueError: the file is damaged.
         """
         path = self.folder / METRICS
         if not path.is_file():
             raise FileNotFoundError(f"no {METRICS} in {self.folder}: finish the run first")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         _write_json(metrics, self.folder / METRICS)
@@ -154,6 +155,29 @@ class Run:
         path = self.folder / EVALUATIONS / f"{datetime.now():%Y-%m-%dT%H-%M-%S-%f}.json"
         _write_json(evaluation, path)
         return path
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The later evaluations of the checkpoints that are here, the oldest first.
+
+        Those of a checkpoint that another took the place of are left out. Where no checkpoint was
+        kept, all count.
+
+        Raises:
+            ValueError: a file is damaged, or not what an evaluation writes.
+        """
+        found = []
+        for path in sorted((self.folder / EVALUATIONS).glob("*.json")):
+            evaluation = read_json(path)
+            if not {"figures", "protocol"} <= evaluation.keys():
+                raise ValueError(
+                    f"{EVALUATIONS}/{path.name} lacks figures and protocol, which sj-taid evaluate "
+                    "writes; delete it"
+                )
+            found.append(evaluation)
+        runs = [Run(self.folder), Run(self.folder, self.best)] if found else []
+        here = {run.checkpoint_sha256() for run in runs if run.checkpoint.is_file()}
+        return [one for one in found if not here or one.get("checkpoint_sha256") in here]
 
     def checkpoint_sha256(self) -> str:
         with self.checkpoint.open("rb") as file:
@@ -207,6 +231,8 @@ class Run:
             ValueError: not a checkpoint, damaged, of another model, or a config that names classes
                 which are not trusted.
         """
+        from ..thresholds import set_fixed_thresholds
+
         model = build(self.config.model, trust)
         checkpoint = read_checkpoint(self.checkpoint)
         state = checkpoint["state_dict"]
@@ -214,9 +240,10 @@ class Run:
             model.load_state_dict(
                 {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
             )
-        except RuntimeError as error:
+            # calibrated ones are not the config's
+            set_fixed_thresholds(model, checkpoint.get("fixed_thresholds", {}))
+        except (RuntimeError, ValueError, AttributeError) as error:
             raise _unusable(self.checkpoint, error) from error
-        set_fixed_thresholds(model, checkpoint)
         import torch
 
         # The layout it was trained in: another rounds otherwise.
@@ -279,6 +306,34 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
         whole.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a run wrote; nothing of what is no dictionary.
+
+    Raises:
+        ValueError: the file is damaged, or holds what is no finite number.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}, so its run diverged")
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def with_evaluations(
+    metrics: dict[str, Any], evaluations: Iterable[dict[str, Any]]
+) -> dict[str, Any]:
+    """A run's metrics, with the figures of later evaluations over them."""
+    for evaluation in evaluations:
+        if isinstance(evaluation["figures"], dict):  # in older files names of what is there already
+            protocol = metrics.get("protocol", {}) | evaluation["protocol"]
+            metrics = metrics | evaluation["figures"] | {"protocol": protocol}
+    return metrics
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What Lightning left in a checkpoint.
 
@@ -304,18 +359,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # each kind of damage has an error of its own
         raise _unusable(path, error) from error
     return checkpoint
-
-
-def fixed_thresholds(model: nn.Module) -> dict[str, float]:
-    """The thresholds that are no parameters, so that no ``state_dict`` has them."""
-    nodes = {name: getattr(node, "v_threshold", None) for name, node in model.named_modules()}
-    return {name: value for name, value in nodes.items() if isinstance(value, float)}
-
-
-def set_fixed_thresholds(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Those that the checkpoint keeps: calibrated ones are not the config's."""
-    for name, value in checkpoint.get("fixed_thresholds", {}).items():
-        model.get_submodule(name).v_threshold = value
 
 
 def _unusable(path: Path, error: Exception) -> ValueError:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import Data
 from ..optim import parameter_groups
-from .run import fixed_thresholds, set_fixed_thresholds
+from ..thresholds import fixed_thresholds, set_fixed_thresholds
 
 if TYPE_CHECKING:
     from .evaluation import Evaluator
@@ -71,11 +71,15 @@ class Task(L.LightningModule):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
+    def model_input(self, x: Tensor) -> Tensor:
+        """What the model takes, of the samples of a batch."""
+        return x
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fixed_thresholds"] = fixed_thresholds(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        set_fixed_thresholds(self.model, checkpoint)
+        set_fixed_thresholds(self.model, checkpoint.get("fixed_thresholds", {}))
 
     def on_before_backward(self, loss: Tensor) -> None:
         if not loss.isfinite():

@@ -82,6 +82,33 @@ def test_a_later_evaluation_counts(tmp_path):
     ]
 
 
+def test_evaluations_of_a_checkpoint_that_is_gone_do_not_count(tmp_path):
+    made = run.Run(tmp_path)
+    write(metrics([], fad=3.5), tmp_path)
+    made.checkpoint.parent.mkdir()
+    made.checkpoint.write_bytes(b"now")
+    for fad, digest in ((2.5, made.checkpoint_sha256()), (1.5, "of the one before")):
+        evaluation = {"figures": {"fad": fad}, "protocol": {}, "checkpoint_sha256": digest}
+        made.save_evaluation(evaluation)
+    assert gather.read(tmp_path / run.METRICS)["fad"] == 2.5
+    made.best.write_bytes(b"the best")
+    chosen = {"figures": {"accuracy_best_validation_epoch": 0.5}, "protocol": {}}
+    digest = run.Run(tmp_path, made.best).checkpoint_sha256()
+    made.save_evaluation(chosen | {"checkpoint_sha256": digest})
+    read = gather.read(tmp_path / run.METRICS)
+    assert (read["fad"], read["accuracy_best_validation_epoch"]) == (2.5, 0.5)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", '{"figures": {"fad": NaN}}'])
+def test_a_damaged_evaluation_leaves_its_run_out_with_the_reason(tmp_path, content):
+    write(metrics([], fad=3.5), tmp_path)
+    (tmp_path / run.CONFIG).write_text("seed: 0\n")
+    (tmp_path / run.EVALUATIONS).mkdir()
+    (tmp_path / run.EVALUATIONS / "1.json").write_text(content)
+    finished, left_out = gather.gather([tmp_path])
+    assert not finished and "1.json" in left_out[tmp_path]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -1,9 +1,12 @@
 """A finished run becomes a model that others load, and its card says all that it should."""
 
+import json
+
 import pytest
 import torch
 
 from sj_taid import ALIFNode, create_model, pretrained
+from sj_taid.thresholds import fixed_thresholds
 from sj_taid.training import Run, load_model
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose
@@ -71,6 +74,21 @@ def test_half_keeps_norms_and_neurons(runs, tmp_path):
         kept = half.state_dict()[key]
         assert kept.dtype == value.dtype
         assert torch.equal(kept, value.half().to(value.dtype) if value.dim() > 1 else value), key
+
+
+def test_thresholds_that_are_no_parameters_come_along(tmp_path):
+    start = ["neuron=lif", "neuron_start.calibrate=0.1", "pictures=false"]
+    train(compose("train", [*TINY_CLASSIFICATION, *start]), tmp_path / "run", command="")
+    folder = export(tmp_path / "run", "tiny", tmp_path)
+    trained = fixed_thresholds(load_model(tmp_path / "run"))
+    assert fixed_thresholds(create_model(folder, pretrained=True)) == trained
+    untrained = fixed_thresholds(create_model(folder))
+    assert trained.keys() == untrained.keys() and trained != untrained
+    config = pretrained.read_config(folder)
+    for wrong in ({"nowhere": 1.0}, {next(iter(trained)): "1.0"}):
+        (folder / "config.json").write_text(json.dumps(config | {"fixed_thresholds": wrong}))
+        with pytest.raises(ValueError, match=r"does not fit config\.json: .*threshold"):
+            create_model(folder, pretrained=True)
 
 
 def test_which_backend_runs_is_for_the_machine_to_say_that_loads(runs, tmp_path):
