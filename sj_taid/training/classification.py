@@ -36,6 +36,21 @@ class Classification(Task):
         self.loss = loss or nn.MSELoss()
         self.confusion = MulticlassConfusionMatrix(model.classes)
 
+    def model_input(self, x: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` as they are; of frames of events the time first, ``[T, N, *]``.
+
+        Raises:
+            ValueError: the recordings have another number of frames than the model has steps.
+        """
+        if x.dim() != 5:
+            return x
+        if x.shape[1] != self.model.T:
+            raise ValueError(
+                f"the recordings have dataset.T={x.shape[1]} frames, but model.T={self.model.T}; "
+                "set dataset.T alone, which model.T follows"
+            )
+        return x.transpose(0, 1)
+
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         loss, _ = self._step("train", batch)
         return loss
@@ -81,14 +96,7 @@ class Classification(Task):
         save(figure, folder / "confusion.png")
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, label = batch
-        if x.dim() == 5:  # frames of events, [N, T, C, H, W]; the model's time comes first
-            if x.shape[1] != self.model.T:
-                raise ValueError(
-                    f"the recordings have dataset.T={x.shape[1]} frames, but model.T={self.model.T}"
-                    "; set dataset.T alone, which model.T follows"
-                )
-            x = x.transpose(0, 1)
+        x, label = self.model_input(batch[0]), batch[1]
         if getattr(self.loss, "each_step", False):
             outputs = self.model(x, each_step=True)
             mean = outputs.mean(0)

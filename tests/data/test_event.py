@@ -13,7 +13,10 @@ from torchvision.datasets.utils import calculate_md5
 
 from sj_taid import data
 from sj_taid.data import event, progress
+from sj_taid.training.commands import train
+from sj_taid.training.composing import compose
 from tests.data.made_up import cut, first, is_locked, make, ready
+from tests.training.conftest import TINY_CLASSIFICATION
 
 T = 4
 EVENTS = {"channels": 2, "image_size": 34, "T": T}
@@ -51,6 +54,23 @@ def test_nmnist(nmnist):
 
     shutil.rmtree(nmnist / "download")  # needed once only
     assert len(ready(data.NMNIST, nmnist, **EVENTS).test_set) == 1
+
+
+def test_a_run_on_recordings_starts_calibrated_on_their_time_steps(nmnist, caplog):
+    caplog.set_level("INFO", "sj_taid")
+    tiny = [o for o in TINY_CLASSIFICATION if not o.startswith("model.T=")]
+    chosen = [
+        "dataset=nmnist",
+        f"dataset.root={nmnist}",
+        "dataset.T=3",
+        "dataset.batch_size=2",
+        "dataset.validation=0.5",
+    ]
+    cfg = compose("train", [*tiny, *chosen, "neuron_start.calibrate=0.2", "pictures=false"])
+    train(cfg, nmnist / "run")
+    # Time by mistake in place of the two samples would ask the model for two steps.
+    (report,) = (m for m in caplog.messages if "rate" in m and "threshold" in m)
+    assert "does not run" not in report and "0.2" in report
 
 
 def test_the_making_of_frames_says_how_far_it_is(nmnist, monkeypatch, caplog):
