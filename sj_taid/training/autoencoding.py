@@ -19,6 +19,13 @@ class Autoencoding(Task):
 
     takes = ImageData
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision in ("16-true", "bf16-true"):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} has no 32-bit weights, in which alone "
+                "images are measured and drawn; choose trainer.precision=bf16-mixed, or 16-mixed"
+            )
+
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         image, _ = batch
         losses = self.model.training_loss(image, self._progress())

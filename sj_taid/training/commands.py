@@ -25,9 +25,10 @@ from .allocator import reuse_freed_memory
 from .callbacks import AtomicCheckpointIO, BestCheckpoint, FollowTest, Pictures, RandomNumbers
 from .composing import instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
+from .generation import OF_SAMPLES
 from .plot import draw_grid
 from .provenance import provenance
-from .run import Run, build, check_targets, chosen, is_first_process, read_checkpoint
+from .run import METRICS, Run, build, check_targets, chosen, is_first_process, read_checkpoint
 from .task import of_best_epoch
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     rate = cfg.neuron_start.get("calibrate")
     if rate and not resume:
         images, _ = next(iter(data.train_dataloader()))
-        log.info("%s", calibrate(model, images, rate=rate))
+        log.info("%s", calibrate(model, task.model_input(images), rate=rate))
     before = task.before_training(data, evaluator)
     if options is not None:
         torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit
@@ -326,7 +327,8 @@ def sample(cfg: DictConfig) -> None:
 def fit_prior(cfg: DictConfig) -> None:
     """Fit ESVAE's mixture of Gaussians to a finished run; its checkpoint keeps it.
 
-    The other tensors of the checkpoint stay as they are.
+    The other tensors of the checkpoint stay as they are. The figures of samples from the mixture
+    before are taken out of the run's metrics.
     """
     run = Run.find(cfg.checkpoint)
     with run.lock():
@@ -345,6 +347,12 @@ def fit_prior(cfg: DictConfig) -> None:
         for name, tensor in mixture.state_dict().items():
             checkpoint["state_dict"][f"model.gaussian_mixture.{name}"] = tensor
         AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
+        if (run.folder / METRICS).is_file():
+            metrics, own = run.metrics, model.prior == "gaussian_mixture"
+            for name in OF_SAMPLES:
+                for figures in (metrics, metrics.get("protocol", {})):
+                    figures.pop(name if own else f"{name}_gaussian_mixture", None)
+            run.save_metrics(metrics)
     log.info("%s has the fitted prior; its figures: sj-taid evaluate", run.checkpoint)
 
 

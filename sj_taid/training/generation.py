@@ -15,6 +15,9 @@ from .autoencoding import Autoencoding
 from .evaluation import Evaluator, seeded
 from .plot import draw_attention, draw_grid
 
+#: The figures that depend on what the samples are drawn from.
+OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "validation_fad")
+
 
 class Generation(Autoencoding):
     """Autoencoding by a model that has ``sample(n)`` too; the samples are measured and drawn."""
@@ -34,10 +37,12 @@ class Generation(Autoencoding):
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
-        last = self.current_epoch + 1 == self.trainer.max_epochs or self.trainer.should_stop
+        trainer = self.trainer
+        last = trainer.should_stop or self.current_epoch + 1 == trainer.max_epochs
+        last = last or trainer.global_step == trainer.max_steps  # that is -1 without a limit
         if last and isinstance(self.model, ESVAE):  # now, so that the checkpoint has the mixture
             with seeded(0):  # a run that goes on to more epochs draws what it would have drawn
-                self.fit_prior(self.trainer.datamodule)  # type: ignore[attr-defined]
+                self.fit_prior(trainer.datamodule)  # type: ignore[attr-defined]
 
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's mixture of Gaussians to the training images as they are, not augmented."""

@@ -9,7 +9,7 @@ from sj_taid.training import commands
 from sj_taid.training.commands import evaluate, train
 from sj_taid.training.composing import compose
 from sj_taid.training.run import Run, load_model
-from tests.training.conftest import TINY
+from tests.training.conftest import TINY, TINY_VAE
 
 # Trained so far that the images depend on the latent.
 TINY_ESVAE = [
@@ -54,7 +54,7 @@ def test_the_models_own_prior_comes_first(tiny, tmp_path, finished):
     assert metrics["fad_untrained"] == first["fad_untrained"]
 
 
-def test_a_mixture_is_fitted_later_by_one_command(folder, tmp_path, sj_taid):
+def test_a_mixture_is_fitted_later_by_one_command(folder, finished, tmp_path, sj_taid):
     before = torch.load(Run(folder).checkpoint, weights_only=True)
     sj_taid("fit_prior", f"checkpoint={folder}", "components=3", "covariance=diag")
     after = torch.load(Run(folder).checkpoint, weights_only=True)
@@ -66,9 +66,14 @@ def test_a_mixture_is_fitted_later_by_one_command(folder, tmp_path, sj_taid):
             assert torch.equal(tensor, before["state_dict"][name]), name
     assert len(load_model(folder).gaussian_mixture.means) == 3
     figures = evaluate(compose("evaluate", [f"checkpoint={folder}"]))["figures"]
-    metrics = Run(folder).metrics
-    assert figures["fad"] == metrics["fad"]
-    assert figures["fad_gaussian_mixture"] != metrics["fad_gaussian_mixture"]
+    fitted, metrics = Run(finished).metrics, Run(folder).metrics
+    assert figures["fad"] == metrics["fad"] == fitted["fad"]
+    assert figures["fad_gaussian_mixture"] != fitted["fad_gaussian_mixture"]
+    # What was measured of the mixture before would be taken for this one's.
+    assert fitted.keys() - metrics.keys() == {"fad_gaussian_mixture"}
+    assert "fad_gaussian_mixture" not in metrics["protocol"]
+    (evaluation,) = Run(folder).evaluations
+    assert evaluation["figures"] == figures
 
     for prior in ("learned", "gaussian_mixture"):
         picture = tmp_path / f"{prior}.png"
@@ -83,6 +88,25 @@ def test_a_run_that_goes_on_fits_the_mixture_again(folder, tiny):
     cfg = tiny(*TINY_ESVAE, "trainer.max_epochs=2", tiny=False)
     train(cfg, folder, command="")
     assert not torch.equal(load_model(folder).gaussian_mixture.means, before)
+
+
+def test_a_mixture_of_the_models_own_takes_its_figures_along(tiny, tmp_path):
+    train(tiny(*TINY_ESVAE, "model.prior=gaussian_mixture", tiny=False), tmp_path, command="")
+    before = Run(tmp_path).metrics
+    commands.fit_prior(compose("fit_prior", [f"checkpoint={tmp_path}"]))
+    assert before.keys() - Run(tmp_path).metrics.keys() == {"fad"}
+
+
+def test_a_run_that_ends_within_an_epoch_fits_the_mixture(tiny, tmp_path):
+    train(tiny(*TINY_ESVAE, "+trainer.max_steps=3", tiny=False), tmp_path, command="")
+    assert load_model(tmp_path).gaussian_mixture.fitted
+
+
+@pytest.mark.parametrize("job", [TINY_ESVAE, TINY_VAE])
+def test_weights_in_half_precision_alone_are_refused(tiny, tmp_path, job):
+    cfg = tiny(*job, "trainer.precision=bf16-true", tiny=False)
+    with pytest.raises(ValueError, match=r"bf16-true has no 32-bit .*=bf16-mixed"):
+        train(cfg, tmp_path, command="")
 
 
 def test_more_components_than_training_images(folder):
