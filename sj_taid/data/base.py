@@ -279,10 +279,13 @@ class Data(L.LightningDataModule):
         other.test_set, other.tested_on = self.validation_set, "validation"
         return other
 
-    def fingerprint(self) -> str:
-        """Stands for these samples at this size, so that what was made from them can be kept."""
+    def fingerprint(self, *sets: Samples) -> str:
+        """Stands for these samples at this size, so that what was made from them can be kept.
+
+        Without ``sets`` for those of the training and the test set.
+        """
         digest = hashlib.sha256(repr((self.channels, self.image_size)).encode())
-        for samples in (self.train_set, self.test_set):
+        for samples in sets or (self.train_set, self.test_set):
             digest.update(samples.identity())
         return digest.hexdigest()[:16]
 

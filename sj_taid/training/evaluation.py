@@ -216,7 +216,8 @@ class Evaluator:
 
         autoencoder = untrained()
         training = json.dumps(settings, sort_keys=True, default=list)
-        fingerprint = _fingerprint(training, repr(autoencoder), data.fingerprint())
+        seen = data.fingerprint(data.train_set)
+        fingerprint = _fingerprint(training, repr(autoencoder), seen)
         path = self.cache_dir / f"autoencoder-{data.name}-{fingerprint}.pt"
         take_or_make(path, autoencoder.load_state_dict, train)
         return autoencoder

@@ -111,6 +111,14 @@ def test_what_is_made_of_a_whole_set_stays_valid():
     )
 
 
+def test_training_sets_alone_are_told_apart_by_themselves():
+    """What was made of them, as FAD's autoencoder, serves whatever is tested on."""
+    split = ready(data.Digits, validation=0.1)
+    of_training = split.fingerprint(split.train_set)
+    assert of_training == split.validating().fingerprint(split.train_set)
+    assert of_training not in (split.fingerprint(), split.fingerprint(split.test_set))
+
+
 def test_fingerprint_is_that_of_the_samples(tmp_path):
     fingerprint = ready(data.Digits).fingerprint()
     assert fingerprint == ready(data.Digits, batch_size=7, augment="affine").fingerprint()
