@@ -194,7 +194,8 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     .. math::
         \gamma' = \gamma / V_{th}, \qquad \beta' = \beta / V_{th},
 
-    or those of a convolution or linear layer (whose features are then the channels). SpikingJelly's
+    or those of a convolution or linear layer (whose features are then the channels: its output is
+    ``[T, N, C]``, and no longer input is taken into account). SpikingJelly's
     own LIF, PLIF and IF in the net are treated alike. Outputs are equal bit for bit where the
     thresholds are powers of two, and otherwise to rounding. Gradients are not, since the surrogate
     keeps its width. A threshold that cannot be folded stays, with a warning that says why.

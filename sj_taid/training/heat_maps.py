@@ -75,7 +75,7 @@ class Maps(NamedTuple):
 
     def regions(self) -> pd.DataFrame:
         """For each map its best cell, and the number of cells that are near the best."""
-        sign = -1 if METRICS[self.figure].title.endswith("↓") else 1
+        sign = -1 if METRICS[self.figure].less_is_better else 1
         rows = []
         for others, panels in self.cells.items():
             best = {name: (sign * cells).max(axis=None) for name, cells in panels.items()}
@@ -120,7 +120,7 @@ class Maps(NamedTuple):
         height = 0.8 + (0.45 + 0.4 * rows) * len(apart)
         figure = Figure((width, height), layout="constrained")
         grid = figure.subplots(len(apart), len(names) + 1, squeeze=False, sharex=True, sharey=True)
-        scale = "viridis_r" if METRICS[self.figure].title.endswith("↓") else "viridis"
+        scale = "viridis_r" if METRICS[self.figure].less_is_better else "viridis"
         for line, (others, panels), differing in zip(grid, self.cells.items(), apart, strict=True):
             for axis, (name, cells) in zip(line[:-1], panels.items(), strict=True):
                 shown = _heat_map(axis, cells, scale, low, high)

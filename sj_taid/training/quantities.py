@@ -13,6 +13,10 @@ class Quantity(NamedTuple):
     decimals: int
     spread: bool = True
 
+    @property
+    def less_is_better(self) -> bool:
+        return self.title.endswith("↓")
+
     def text(self, values: pd.Series, sign: str = "-") -> str:
         """Mean and standard deviation; nothing where there is no value. ``sign="+"`` shows both."""
         values = values.dropna() / self.unit

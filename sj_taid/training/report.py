@@ -164,7 +164,7 @@ def curves(epochs: list[dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str
 
 def heat_maps(table: pd.DataFrame, keys: Sequence[str], name: str) -> Iterator[str]:
     """The mean of a figure for every two values that were swept."""
-    scale = "Viridis_r" if MEASURED[name].title.endswith("↓") else "Viridis"
+    scale = "Viridis_r" if MEASURED[name].less_is_better else "Viridis"
     for one, other in combinations(keys, 2):
         mean = means(table, name, one, other)
         if 1 in mean.shape:
@@ -273,7 +273,7 @@ def page(
     """The HTML of the runs, and of what :func:`gather` left out; a closer look at the best."""
     table, keys = frame([*runs.values()])
     figure = ranked_by(runs, present(table, METRICS))
-    low = METRICS[figure].title.endswith("↓")
+    low = METRICS[figure].less_is_better
     table = table.assign(folder=[*runs]).sort_values(figure, ascending=low, kind="stable")
     keys += ["seed"] if table["seed"].nunique() > 1 else []
     labels = [

@@ -19,10 +19,9 @@ from optuna.visualization import matplotlib as pictures
 
 from .composing import CONF, compose
 from .plot import save
+from .quantities import METRICS as QUANTITIES
 from .run import METRICS, Run
 
-#: the objectives of which more is better name one of these
-HIGHER = ("accuracy", "inception_score")
 TRAIN = (sys.executable, "-c", "from sj_taid.training.cli import main; main('train')")
 
 
@@ -57,10 +56,12 @@ def main(arguments: Sequence[str]) -> None:
         )
 
     folder.mkdir(parents=True, exist_ok=True)
+    # Of a figure that has no table here, such as a loss, less is better.
+    less = objective not in QUANTITIES or QUANTITIES[objective].less_is_better
     study = optuna.create_study(
         storage=f"sqlite:///{folder / 'study.db'}",
         study_name="search",
-        direction="maximize" if any(name in objective for name in HIGHER) else "minimize",
+        direction="minimize" if less else "maximize",
         load_if_exists=True,
     )
     for left in study.get_trials(states=[TrialState.RUNNING]):
