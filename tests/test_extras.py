@@ -35,7 +35,7 @@ def test_import_is_light_and_missing_packages_come_with_the_remedy():
 
 @pytest.mark.parametrize("part", sj_taid._PARTS)
 def test_parts_are_attributes(part, monkeypatch):
-    pytest.importorskip({"metric": "torchmetrics", "training": "omegaconf"}.get(part, "torch"))
+    pytest.importorskip({"metric": "torchmetrics", "training": "omegaconf", "data": "rich"}.get(part, "torch"))
     monkeypatch.delitem(vars(sj_taid), part, raising=False)
     assert getattr(sj_taid, part) is import_module(f"sj_taid.{part}")
     with pytest.raises(AttributeError, match="no attribute 'metrics'"):

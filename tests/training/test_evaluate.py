@@ -102,6 +102,7 @@ def test_the_weights_of_a_run_can_be_left_out(folder):
 def test_a_classifier(tiny, tmp_path, monkeypatch, caplog):
     train(tiny(*TINY_CLASSIFICATION, "dataset.batch_size=120", tiny=False), tmp_path)
     caplog.set_level("INFO", "sj_taid")
+    caplog.clear()  # an earlier test may have left the level as low
     monkeypatch.setattr(progress, "EVERY", 0)
     after = evaluate(composed(tmp_path))
     assert 0 <= after["figures"]["accuracy"] <= 1 and "fad" not in after["figures"]

@@ -263,7 +263,7 @@ def test_unknown_choices_and_keys_list_what_there_is(tiny, override, error, mess
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("decoder.squeeze=time", "squeeze must be 'spatial' or 'all'"),
+        ("decoder.squeeze=time", "squeeze must be 'spatial', 'all' or 'none'"),
         ("neuron.backend=fpga", "'fpga' is unknown"),
         ("trainer.max_epochs=abc", "trainer.max_epochs must be a whole number .* it is 'abc'"),
         ("neuron.init_tau=1.0", "init_tau must be a number of time steps greater than 1"),
