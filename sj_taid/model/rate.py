@@ -212,7 +212,7 @@ class GaussianMixturePrior(nn.Module):
         if not self.fitted:
             raise RuntimeError(
                 "the mixture of Gaussians is not fitted yet; train to the end, fit it to a "
-                "finished run by `sj-taid fit-prior`, or draw from prior='learned'"
+                "finished run by `sj-taid fit_prior`, or draw from prior='learned'"
             )
         gaussians = MultivariateNormal(self.means, scale_tril=self.cholesky)
         x = MixtureSameFamily(Categorical(self.weights), gaussians).sample((n,))

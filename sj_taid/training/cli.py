@@ -11,7 +11,9 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -21,64 +23,54 @@ from . import composing
 from .run import Run, chosen
 
 
-def train(cfg: DictConfig) -> float | None:
-    with needs(TRAIN):
-        from . import commands
+def part(name: str, more: str = "") -> Any:
+    """The module ``name`` beside this one; without a package that it needs, what to install.
 
-    return commands.train_once(cfg)
+    Args:
+        name: the module's.
+        more: the distributions that it needs beyond those of the extra ``train``.
+    """
+    with needs(f"{TRAIN} {more}".rstrip()):
+        return import_module(f"{__package__}.{name}")
+
+
+def train(cfg: DictConfig) -> float | None:
+    return part("commands").train_once(cfg)
 
 
 def evaluate(cfg: DictConfig) -> None:
-    with needs(TRAIN):
-        from . import commands
-
+    commands = part("commands")
     commands.evaluate(cfg, **commands.origin("evaluate", HydraConfig.get()))
 
 
 def sample(cfg: DictConfig) -> None:
-    with needs(TRAIN):
-        from . import commands
-
-    commands.sample(cfg)
+    part("commands").sample(cfg)
 
 
 def fit_prior(cfg: DictConfig) -> None:
-    from . import commands
-
-    commands.fit_prior(cfg)
+    part("commands").fit_prior(cfg)
 
 
 def compare(arguments: Sequence[str]) -> None:
-    with needs(TRAIN):
-        from . import compare
-
-    compare.main(arguments)
+    part("compare").main(arguments)
 
 
 def report(arguments: Sequence[str]) -> None:
-    with needs(TRAIN):
-        from . import report
-
-    report.main(arguments)
+    part("report", "plotly jinja2").main(arguments)
 
 
 def search(arguments: Sequence[str]) -> None:
-    with needs(f"{TRAIN} optuna"):
-        from . import search
+    part("search", "optuna").main(arguments)
 
-    search.main(arguments)
+
+def export(arguments: Sequence[str]) -> None:
+    part("export").main(arguments)
 
 
 def prove(arguments: Sequence[str]) -> None:
     from .. import prove
 
     sys.exit(prove.main(arguments))
-
-
-def export(arguments: Sequence[str]) -> None:
-    from . import export
-
-    export.main(arguments)
 
 
 def doctor(arguments: Sequence[str]) -> None:
