@@ -1,6 +1,7 @@
 """``import sj_taid`` stays light; its parts come when they are used, or say what to install."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -74,6 +75,15 @@ def test_every_command_that_lacks_a_package_says_what_to_install():
     assert {"train", "fit_prior", "compare", "export", *more} <= said.keys()
     for command, remedy in said.items():
         assert {*TRAIN.split(), *more.get(command, ())} == set(remedy.split()), command
+
+
+def test_the_command_line_without_the_extra_train_is_one_line():
+    code = "import sys; sys.modules['omegaconf'] = None; from sj_taid.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = r"sj-taid: .*omegaconf.*; to get it: pip install .* hydra-core .*\n"
+    assert re.fullmatch(said, done.stderr)
 
 
 def test_star_leaves_spikingjellys_functional():

@@ -35,45 +35,55 @@ def part(name: str, more: str = "") -> Any:
 
 
 def train(cfg: DictConfig) -> float | None:
+    """Train a model, or with -m all that a sweep asks for."""
     return part("commands").train_once(cfg)
 
 
 def evaluate(cfg: DictConfig) -> None:
+    """Measure a run's checkpoint again."""
     commands = part("commands")
     commands.evaluate(cfg, **commands.origin("evaluate", HydraConfig.get()))
 
 
 def sample(cfg: DictConfig) -> None:
+    """Draw images of a trained model."""
     part("commands").sample(cfg)
 
 
 def fit_prior(cfg: DictConfig) -> None:
+    """Fit a mixture of Gaussians to a finished run of ESVAE."""
     part("commands").fit_prior(cfg)
 
 
 def compare(arguments: Sequence[str]) -> None:
+    """Compare runs as a table and a picture."""
     part("compare").main(arguments)
 
 
 def report(arguments: Sequence[str]) -> None:
+    """Show runs on one page of HTML."""
     part("report", "plotly jinja2").main(arguments)
 
 
 def search(arguments: Sequence[str]) -> None:
+    """Search for the best of what a command line sweeps over."""
     part("search", "optuna").main(arguments)
 
 
 def export(arguments: Sequence[str]) -> None:
+    """Make a model that others load of a run."""
     part("export").main(arguments)
 
 
 def prove(arguments: Sequence[str]) -> None:
+    """Prove on this machine that the kernels are right, and time them."""
     from .. import prove
 
     sys.exit(prove.main(arguments))
 
 
 def doctor(arguments: Sequence[str]) -> None:
+    """Say which backends work here, and why the others do not."""
     from .. import doctor
 
     sys.exit(doctor.main(arguments))
@@ -107,8 +117,25 @@ def main(command: str | None = None) -> None:
             plan.main([argument for argument in sys.argv[1:] if argument != "--dry-run"])
         else:
             composing.main(command, COMPOSED[command])
+    elif command in ("-h", "--help"):
+        print(usage())
     else:
-        sys.exit(f"usage: sj-taid {{{','.join([*COMPOSED, *OTHERS])}}} [argument ...]")
+        sys.exit(usage())
+
+
+def usage() -> str:
+    """How the command is called, and what each of its commands does."""
+    tasks = COMPOSED | OTHERS
+    lines = [f"  {name:10} {task.__doc__}" for name, task in tasks.items()]
+    return "\n".join(
+        [
+            f"usage: sj-taid {{{','.join(tasks)}}} [argument ...]",
+            "",
+            *lines,
+            "",
+            "sj-taid COMMAND --help says what a command takes.",
+        ]
+    )
 
 
 def quoted_place(argument: str) -> str:
