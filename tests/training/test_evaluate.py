@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 
@@ -23,16 +22,8 @@ def composed(folder, *overrides):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny):
-    """A finished run, to be copied."""
-    folder = tmp_path_factory.mktemp("finished")
-    train(tiny(*TINY_VAE, tiny=False), folder, command="python experiments/train.py")
-    return folder
-
-
-@pytest.fixture
-def folder(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+def finished(trained):
+    return trained(*TINY_VAE)
 
 
 def metrics_of(folder):
@@ -102,6 +93,7 @@ def test_the_weights_of_a_run_can_be_left_out(folder):
 def test_a_classifier(tiny, tmp_path, monkeypatch, caplog):
     train(tiny(*TINY_CLASSIFICATION, "dataset.batch_size=120", tiny=False), tmp_path)
     caplog.set_level("INFO", "sj_taid")
+    caplog.clear()  # where another test has let the training be heard
     monkeypatch.setattr(progress, "EVERY", 0)
     after = evaluate(composed(tmp_path))
     assert 0 <= after["figures"]["accuracy"] <= 1 and "fad" not in after["figures"]
