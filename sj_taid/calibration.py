@@ -34,7 +34,7 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What :func:`calibrate` did with one layer of neurons.
+    """What :func:`.calibrate` did with one layer of neurons.
 
     Attributes:
         name: its path in the net.
@@ -56,7 +56,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What :func:`calibrate` did, one :class:`Calibrated` a layer; ``print`` it for a table."""
+    """What :func:`.calibrate` did, one :class:`Calibrated` a layer; ``print`` it for a table."""
 
     rows: tuple[Calibrated, ...]
 
@@ -189,7 +189,7 @@ class _Found(NamedTuple):
 
 
 class _Calibration:
-    """The passes of one call of :func:`calibrate`."""
+    """The passes of one call of :func:`.calibrate`."""
 
     def __init__(self, net: nn.Module, rate: float, run: Callable[[], Any]) -> None:
         self.net = net

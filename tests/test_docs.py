@@ -206,8 +206,11 @@ def test_links_between_files_resolve(page):
 
 def test_every_page_is_in_the_contents():
     contents = "".join(re.findall(r"^```{toctree}\n(.*?)^```", TEXTS["index"], re.M | re.S))
-    pages = {path.stem for path in ROOT.joinpath("docs").glob("*.md")} - {"index"}
-    assert pages == set(contents.split()) & pages
+    docs = ROOT / "docs"
+    paths = [*docs.glob("**/*.md"), *docs.glob("**/*.ipynb")]
+    pages = {path.relative_to(docs).with_suffix("").as_posix() for path in paths} - {"index"}
+    assert {"models", "notebooks/gpu", "notebooks/quickstart"} < pages
+    assert pages == set(re.findall(r"^[\w/]+$", contents, re.M))
 
 
 @pytest.mark.parametrize("name", ["sj_taid", *(f"sj_taid.{part}" for part in sj_taid._PARTS)])

@@ -48,12 +48,12 @@ def list_models() -> list[str]:
 def create_model(
     source: str | Path, pretrained: bool = False, *, sha256: str | None = None
 ) -> nn.Module:
-    """A model of :func:`list_models`, or one that is elsewhere, in eval mode.
+    """A model of :func:`.list_models`, or one that is elsewhere, in eval mode.
 
     Args:
-        source: a name of :func:`list_models`; a folder that ``sj-taid export`` has written; the URL
-            of such a folder; or ``hf://OWNER/NAME`` on the Hugging Face hub (extra ``hub``), of a
-            certain revision with ``@REVISION`` behind. What is downloaded from a URL is kept in
+        source: a name of :func:`.list_models`; a folder that ``sj-taid export`` has written; the
+            URL of such a folder; or ``hf://OWNER/NAME`` on the Hugging Face hub (extra ``hub``), of
+            a certain revision with ``@REVISION`` behind. What is downloaded from a URL is kept in
             ``$SJ_TAID_CACHE/models`` (``~/.cache/sj-taid/models``) and taken from there next time.
         pretrained: with its weights (needs ``safetensors``); otherwise it is as before training.
         sha256: the digest that the weights must have. By default the one in the config, which tells
@@ -85,7 +85,7 @@ def push_to_hub(source: str | Path, repository: str, *, private: bool = False) -
     Needs the extra ``hub``, and a login: ``hf auth login``.
 
     Args:
-        source: a name of :func:`list_models`, or a folder that ``sj-taid export`` has written.
+        source: a name of :func:`.list_models`, or a folder that ``sj-taid export`` has written.
         repository: ``OWNER/NAME``; made if it is not there.
         private: whether a repository that is made is private.
 
@@ -93,7 +93,7 @@ def push_to_hub(source: str | Path, repository: str, *, private: bool = False) -
         The URL of the commit.
 
     Raises:
-        ValueError, FileNotFoundError: not a whole model, see :func:`create_model`.
+        ValueError, FileNotFoundError: not a whole model, see :func:`.create_model`.
     """
     with needs("huggingface_hub"):
         from huggingface_hub import HfApi
@@ -110,7 +110,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
     """The ``config.json`` of a model: ``model``, ``sha256`` and the ``metrics`` of its run.
 
     Args:
-        source: a name of :func:`list_models`, or a model's folder.
+        source: a name of :func:`.list_models`, or a model's folder.
 
     Raises:
         ValueError: no such file as ``sj-taid export`` writes.
