@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 #: all of the extra ``train``: no distribution of ours is published whose extra one could install
 TRAIN = (
-    "lightning torchmetrics torch-fidelity hydra-core hydra-joblib-launcher filelock torchvision "
-    "scikit-learn tensorboard matplotlib pandas tabulate rich"
+    "lightning torchmetrics torch-fidelity safetensors hydra-core hydra-joblib-launcher filelock "
+    "torchvision scikit-learn tensorboard matplotlib pandas tabulate rich"
 )
 REMEDY = "; to get it: pip install "
 

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import base, functional, neuron
 from torch import Tensor, nn
 
+from ._checks import check_net
 from ._table import table
 from .monitoring import LayerState, monitor
 
@@ -32,7 +34,7 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What :func:`calibrate` did with one layer of neurons.
+    """What :func:`.calibrate` did with one layer of neurons.
 
     Attributes:
         name: its path in the net.
@@ -54,7 +56,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What :func:`calibrate` did, one :class:`Calibrated` a layer; ``print`` it for a table."""
+    """What :func:`.calibrate` did, one :class:`Calibrated` a layer; ``print`` it for a table."""
 
     rows: tuple[Calibrated, ...]
 
@@ -128,6 +130,7 @@ def calibrate(
 
     Raises:
         ValueError: ``rate`` is not in (0, 1), or ``net`` has no neurons.
+        TypeError: ``net`` is no module.
         Exception: what ``run`` raises; the thresholds are then as before.
 
     >>> from sj_taid import ALIFNode
@@ -136,10 +139,11 @@ def calibrate(
     >>> report.rows[0].rate_before, round(report.rows[0].rate, 2), report.missed
     (0.0, 0.1, ())
     """
-    if not 0.0 < rate < 1.0:
+    check_net(net, "calibrate")
+    if not (isinstance(rate, Real) and 0.0 < rate < 1.0):
         raise ValueError(
-            f"rate must be spikes per neuron and time step, more than 0 and less than 1, but it is "
-            f"{rate!r}"
+            f"rate must be spikes per neuron and time step, more than 0 and less than 1, as 0.2, "
+            f"but it is {rate!r}"
         )
     calibration = _Calibration(net, rate, partial(run or _runner(net), x_seq))
     with _kept(net), calibration.watch:
@@ -185,7 +189,7 @@ class _Found(NamedTuple):
 
 
 class _Calibration:
-    """The passes of one call of :func:`calibrate`."""
+    """The passes of one call of :func:`.calibrate`."""
 
     def __init__(self, net: nn.Module, rate: float, run: Callable[[], Any]) -> None:
         self.net = net

@@ -13,6 +13,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from . import _compat
+from ._checks import check_net
 from ._table import table
 from .folding import fold_thresholds
 from .neuron import ALIFNode
@@ -135,6 +136,7 @@ def swap_neurons(
         ValueError: ``channels`` is unknown, names no neuron, or is ``"infer"`` without
             ``example_input``; a neuron's value that ALIF cannot take, such as a threshold below
             ``min_v_threshold``.
+        TypeError: ``net`` is no module.
 
     >>> from spikingjelly.activation_based import layer, neuron
     >>> net = nn.Sequential(layer.Linear(4, 3), neuron.LIFNode(tau=2.0))
@@ -145,6 +147,7 @@ def swap_neurons(
     >>> net[1].tau.item(), net[1].v_threshold.requires_grad
     (2.0, True)
     """
+    check_net(net, "swap_neurons")
     backends.check_name(backend)
     sites = _sites(net)
     counts = _channel_counts(net, sites, channels, example_input)
@@ -210,10 +213,12 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
 
     Raises:
         ValueError: a neuron is not expressible and ``strict``; the message says which and why.
+        TypeError: ``net`` is no module.
 
     >>> to_lif(nn.Sequential(ALIFNode(init_tau=2.0, v_threshold=0.5)))[0].v_threshold
     0.5
     """
+    check_net(net, "to_lif")
     # A net that is one neuron has no parent to hold the new node.
     holder = nn.ModuleList([copy.deepcopy(net)])
     for module in holder.modules():

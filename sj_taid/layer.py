@@ -150,9 +150,10 @@ class TAID(_ImageDecoder):
                 f"{list(x_seq.shape)}; use squeeze='spatial' or 'all'"
             )
         _, n, c, h, w = x_seq.shape
+        if h * w == 0:
+            return x_seq  # torch's norm and convolution refuse axes of length 0
         images = x_seq.permute(1, 2, 0, 3, 4).reshape(n * c, self.T, h, w)
-        if images.numel():  # torch's norm refuses axes of length 0
-            images = F.layer_norm(images, images.shape[1:])
+        images = F.layer_norm(images, images.shape[1:])
         gate = 2 * self.excite(images).sigmoid()
         age = torch.arange(self.T - 1, -1, -1, dtype=gate.dtype, device=gate.device)
         return gate.view(n, c, self.T, h, w).permute(2, 0, 1, 3, 4) * (0.8**age).view(

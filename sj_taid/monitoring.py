@@ -12,6 +12,7 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
+from ._checks import check_net
 from .neuron import ALIFNode
 
 
@@ -55,6 +56,7 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
     >>> watch.state()["1"]
     LayerState(firing_rate=0.5, tau=2.0, v_threshold=0.5)
     """
+    check_net(net, "monitor")
     return Monitor(net, dead, saturated)
 
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import packing
+from ._checks import check_net
 from ._table import table
 from .neuron import ALIFNode, PassOn
 
@@ -100,6 +101,7 @@ def fuse_norm(net: nn.Module) -> JoinReport:
     norm  neuron  note
     1     2
     """
+    check_net(net, "fuse_norm")
     paths = {module: path for path, module in net.named_modules()}
     traced = trace(net, is_norm)
     containers = [m for m in paths if isinstance(m, layer.SeqToANNContainer)]
@@ -125,6 +127,7 @@ def split_norm(net: nn.Module) -> None:
     >>> len(fuse_norm(net).joined), split_norm(net), net[1].norm
     (1, None, None)
     """
+    check_net(net, "split_norm")
     for module in net.modules():
         if isinstance(module, ALIFNode):
             module.apply_norm(None)

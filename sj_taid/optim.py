@@ -5,6 +5,7 @@ from typing import Any
 from spikingjelly.activation_based import neuron
 from torch import nn
 
+from ._checks import check_net
 from .neuron import ALIFNode
 
 
@@ -34,6 +35,7 @@ def parameter_groups(
     >>> [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     [('weights', 2, 0.001, 0.01), ('neurons', 2, 0.01, 0.0)]
     """
+    check_net(net, "parameter_groups")
     if lr < 0 or lr_scale < 0:
         raise ValueError(f"lr and lr_scale must be >= 0, but they are {lr} and {lr_scale}")
     neurons = {

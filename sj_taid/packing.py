@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import TensorWeakRef
 
+from ._checks import check_net
 from .neuron import ALIFNode
 from .ops import bits
 from .ops.alif.autograd import is_dense
@@ -56,6 +57,7 @@ def packed_spikes(net: nn.Module) -> PackedSpikes:
     ...     loss = net(torch.rand(8, 2)).sum()
     >>> loss.backward()
     """
+    check_net(net, "packed_spikes")
     return PackedSpikes(net)
 
 

@@ -3,9 +3,9 @@
 Each step is a process of its own with a time limit, so that the next one goes on past a kernel that
 fails, hangs or takes the GPU's context with it. What came of them is in FOLDER/MACHINE, ready to
 attach to an issue: prove.md to paste, MACHINE.csv with every row, and what each step printed and
-wrote. Both are written anew after every step, so they are there whatever happens. Nothing but torch
-and SpikingJelly is needed; a step that needs more fails and says so. The exit code is 0 where all
-steps passed. ``python -m sj_taid.prove`` is the same.
+wrote. Both are written anew after every step, so they are there whatever happens. The exit code is
+0 where all steps passed. The command sj-taid needs the extra train. ``python -m sj_taid.prove`` is
+the same and needs nothing but torch and SpikingJelly; a step that needs more fails and says so.
 """
 
 import argparse

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from spikingjelly.activation_based import functional
 from torch import nn
 
+from ._checks import check_net
 from .neuron import ALIFNode
 
 
@@ -17,6 +18,7 @@ def name_neurons(net: nn.Module) -> None:
     >>> net[1].name
     '1'
     """
+    check_net(net, "name_neurons")
     for path, module in net.named_modules():
         if isinstance(module, ALIFNode):
             module.name = path
@@ -36,6 +38,7 @@ def fresh_state(net: nn.Module) -> Iterator[nn.Module]:
     >>> net[1].v
     0.0
     """
+    check_net(net, "fresh_state")
     name_neurons(net)
     functional.reset_net(net)
     try:

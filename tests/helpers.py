@@ -1,4 +1,4 @@
-"""What the numeric tests share: the option grid, and comparisons that raise."""
+"""What the numeric tests share: the option grid, nets, and comparisons that raise."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import Tensor, nn
 
+from sj_taid import swap_neurons
 from sj_taid.ops.alif.conformance import TOLERANCE, Case, differences, results, tensors
 
 HALF = (torch.float16, torch.bfloat16)
@@ -32,6 +34,30 @@ def grid(
             (0.0, -0.25, None), (False, True), (False, True), (False, True), dtypes
         )
     ]
+
+
+def trained_norm(**options: Any) -> nn.Module:
+    """A batch norm of four channels, with statistics and parameters of its own."""
+    made = layer.BatchNorm2d(4, **options)
+    with torch.no_grad():
+        made.weight.uniform_(0.5, 2.0)
+        made.bias.uniform_(-0.3, 0.5)
+        made.running_mean.uniform_(-1.0, 1.0)
+        made.running_var.uniform_(0.5, 2.0)
+    return made
+
+
+def swapped(make: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """A net of SpikingJelly's zoo, multi-step, of four classes, whose neurons are ALIF."""
+    net = make(
+        spiking_neuron=neuron.LIFNode,
+        surrogate_function=surrogate.ATan(),
+        num_classes=4,
+        **options,
+    )
+    functional.set_step_mode(net, "m")
+    swap_neurons(net)
+    return net
 
 
 def assert_close(

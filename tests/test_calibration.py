@@ -326,7 +326,7 @@ def test_a_compiled_net_is_calibrated_too():
 
 def test_bad_arguments_and_a_run_that_fails_change_nothing():
     net = small_net(neuron.LIFNode)
-    for rate in (0.0, 1.0, -0.5):
+    for rate in (0.0, 1.0, -0.5, "a", None):
         with pytest.raises(ValueError, match="more than 0 and less than 1"):
             calibrate(net, images(), rate=rate)
     with pytest.raises(ValueError, match="no SpikingJelly neurons"):

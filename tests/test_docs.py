@@ -170,6 +170,21 @@ def compose_each(config, words):
         compose(config, given, return_hydra_config=True)
 
 
+def test_every_command_that_is_named_is_there():
+    cli = pytest.importorskip("sj_taid.training.cli", reason="needs the extra train")
+    paths = [*ALL_PAGES, *ROOT.glob("docs/**/*.ipynb"), *ROOT.glob("conf/**/*.yaml")]
+    paths += [*ROOT.glob("sj_taid/**/*.py"), *ROOT.glob("experiments/**/*.py")]
+    named = {
+        (word, path.name)
+        for path in paths
+        for word in re.findall(r"\bsj-taid ([a-z][\w-]*)", path.read_text(encoding="utf-8"))
+    }
+    in_a_sentence = {"ask", "developers", "is", "needs", "then"}
+    there = {*cli.COMPOSED, *cli.OTHERS}
+    assert {"evaluate", "export", "fit_prior", "prove", "train"} <= {word for word, _ in named}
+    assert not {(word, page) for word, page in named if word not in there | in_a_sentence}
+
+
 # ---- links and names ----
 
 
@@ -191,8 +206,11 @@ def test_links_between_files_resolve(page):
 
 def test_every_page_is_in_the_contents():
     contents = "".join(re.findall(r"^```{toctree}\n(.*?)^```", TEXTS["index"], re.M | re.S))
-    pages = {path.stem for path in ROOT.joinpath("docs").glob("*.md")} - {"index"}
-    assert pages == set(contents.split()) & pages
+    docs = ROOT / "docs"
+    paths = [*docs.glob("**/*.md"), *docs.glob("**/*.ipynb")]
+    pages = {path.relative_to(docs).with_suffix("").as_posix() for path in paths} - {"index"}
+    assert {"models", "notebooks/gpu", "notebooks/quickstart"} < pages
+    assert pages == set(re.findall(r"^[\w/]+$", contents, re.M))
 
 
 @pytest.mark.parametrize("name", ["sj_taid", *(f"sj_taid.{part}" for part in sj_taid._PARTS)])

@@ -1,5 +1,7 @@
 """``import sj_taid`` stays light; its parts come when they are used, or say what to install."""
 
+import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -8,6 +10,7 @@ import pytest
 from spikingjelly.activation_based import functional as theirs
 
 import sj_taid
+from sj_taid._extras import TRAIN
 
 CODE = """
 import sys
@@ -35,24 +38,54 @@ def test_import_is_light_and_missing_packages_come_with_the_remedy():
 
 @pytest.mark.parametrize("part", sj_taid._PARTS)
 def test_parts_are_attributes(part, monkeypatch):
-    pytest.importorskip({"metric": "torchmetrics", "training": "omegaconf", "data": "rich"}.get(part, "torch"))
+    pytest.importorskip(
+        {"metric": "torchmetrics", "training": "omegaconf", "data": "rich"}.get(part, "torch")
+    )
     monkeypatch.delitem(vars(sj_taid), part, raising=False)
     assert getattr(sj_taid, part) is import_module(f"sj_taid.{part}")
     with pytest.raises(AttributeError, match="no attribute 'metrics'"):
         sj_taid.metrics
 
 
-@pytest.mark.parametrize(("command", "package"), [("train", "lightning"), ("search", "optuna")])
-def test_a_command_that_lacks_a_package_says_what_to_install(command, package, monkeypatch):
-    cli = pytest.importorskip("sj_taid.training.cli", reason="needs the extra train")
-    module = {"train": "commands"}.get(command, command)
-    monkeypatch.delattr(f"sj_taid.training.{module}", raising=False)
-    monkeypatch.delitem(sys.modules, f"sj_taid.training.{module}", raising=False)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match="to get it: pip install ") as error:
-        getattr(cli, command)([])
-    remedy = str(error.value).partition("pip install ")[2]
-    assert {package, "hydra-core"} <= set(remedy.split())
+BARE = """
+import json, sys
+
+for package in ("lightning", "matplotlib", "optuna", "pandas", "plotly", "rich", "safetensors"):
+    sys.modules[package] = None
+from sj_taid.training import cli
+
+said = {}
+for name, command in (cli.COMPOSED | cli.OTHERS).items():
+    try:
+        command(["--help"])
+    except ModuleNotFoundError as error:
+        said[name] = str(error).partition("; to get it: pip install ")[2]
+    except SystemExit as error:
+        said[name] = error.code
+print(json.dumps(said))
+"""
+
+
+def test_every_command_that_lacks_a_package_says_what_to_install():
+    pytest.importorskip("hydra", reason="needs the extra train")
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    # These two need nothing.
+    assert (said.pop("prove"), said.pop("doctor")) == (0, 0)
+    more = {"report": {"plotly", "jinja2"}, "search": {"optuna"}}
+    assert {"train", "fit_prior", "compare", "export", *more} <= said.keys()
+    for command, remedy in said.items():
+        assert {*TRAIN.split(), *more.get(command, ())} == set(remedy.split()), command
+
+
+def test_the_command_line_without_the_extra_train_is_one_line():
+    code = "import sys; sys.modules['omegaconf'] = None; from sj_taid.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = r"sj-taid: .*omegaconf.*; to get it: pip install .* hydra-core .*\n"
+    assert re.fullmatch(said, done.stderr)
 
 
 def test_star_leaves_spikingjellys_functional():

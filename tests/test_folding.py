@@ -5,22 +5,13 @@ import warnings
 
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron
 from spikingjelly.activation_based.model import spiking_resnet
 from torch import nn
 
 import sj_taid
 from sj_taid import ALIFNode, to_lif
-
-
-def norm(channels=4, **options):
-    made = layer.BatchNorm2d(channels, **options)
-    with torch.no_grad():
-        made.weight.uniform_(0.5, 2.0)
-        made.bias.uniform_(-0.3, 0.5)
-        made.running_mean.uniform_(-1.0, 1.0)
-        made.running_var.uniform_(0.5, 2.0)
-    return made
+from tests.helpers import swapped, trained_norm
 
 
 def alif(values, **options):
@@ -36,7 +27,7 @@ def make_net(values, v_reset, **options):
     each = [[value, 2 * value, value, 4 * value] for value in values]
     net = nn.Sequential(
         layer.Conv2d(2, 4, 3, bias=False),
-        norm(),
+        trained_norm(),
         alif(values[0] if v_reset else each[0], v_reset=v_reset, **options),
         layer.Conv2d(4, 4, 3),
         alif(values[1] if v_reset else each[1], v_reset=v_reset, **options),
@@ -102,7 +93,7 @@ def test_outputs_are_equal_to_rounding_otherwise():
 
 
 def test_norms_that_a_neuron_applies_are_folded_into():
-    net = nn.Sequential(layer.Conv2d(2, 4, 3), norm(), alif([0.5, 0.25, 0.5, 1.0])).eval()
+    net = nn.Sequential(layer.Conv2d(2, 4, 3), trained_norm(), alif([0.5, 0.25, 0.5, 1.0])).eval()
     functional.set_step_mode(net, "m")
     apart = silently(net)
     assert sj_taid.fuse_norm(net).joined
@@ -125,14 +116,7 @@ def test_neurons_of_spikingjelly_are_folded_too():
 
 
 def test_residual_sums_keep_their_thresholds_and_say_so():
-    net = spiking_resnet.spiking_resnet18(
-        spiking_neuron=neuron.LIFNode,
-        surrogate_function=surrogate.ATan(),
-        num_classes=4,
-        v_threshold=0.25,
-    )
-    functional.set_step_mode(net, "m")
-    sj_taid.swap_neurons(net)
+    net = swapped(spiking_resnet.spiking_resnet18, v_threshold=0.25)
     with pytest.warns(UserWarning) as caught:
         folded = to_lif(net, fold_threshold=True)
     (warning,) = caught

@@ -89,6 +89,20 @@ def test_none_needs_pixels():
         TAID(4, squeeze="none")(torch.rand(4, 2, 5))
 
 
+@pytest.mark.parametrize("axis", ["N", "C", "H", "W"])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("squeeze", ["spatial", "all", "none"])
+def test_an_empty_sequence_gives_an_empty_image(squeeze, kernel_size, axis):
+    sizes = {"T": 4, "N": 2, "C": 3, "H": 5, "W": 6} | {axis: 0}
+    empty = [*sizes.values()]
+    taid = TAID(4, kernel_size if squeeze != "all" else 1, squeeze=squeeze)
+    x_seq = torch.zeros(empty, requires_grad=True)
+    image = taid(x_seq)
+    assert list(image.shape) == empty[1:]
+    image.sum().backward()
+    assert list(x_seq.grad.shape) == empty
+
+
 @pytest.mark.parametrize(
     ("squeeze", "shape"), [("spatial", (3, 1, 1)), ("all", (1, 1, 1)), ("none", (3, 5, 5))]
 )

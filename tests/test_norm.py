@@ -12,7 +12,7 @@ from torch import nn
 import sj_taid
 from sj_taid import ALIFNode
 from sj_taid._compat import FUNCTIONAL_STATES
-from tests.helpers import TOLERANCE
+from tests.helpers import TOLERANCE, swapped, trained_norm
 
 ZOO = {
     "spiking_vgg11_bn": (spiking_vgg.spiking_vgg11_bn, {}, 8, 8),
@@ -25,14 +25,8 @@ def alif(**options):
     return ALIFNode(step_mode="m", surrogate_function=surrogate.ATan(), **options)
 
 
-def norm(channels=4, **options):
-    made = layer.BatchNorm2d(channels, step_mode="m", **options)
-    with torch.no_grad():
-        made.weight.uniform_(0.5, 2.0)
-        made.bias.uniform_(-0.3, 0.5)
-        made.running_mean.uniform_(-1.0, 1.0)
-        made.running_var.uniform_(0.5, 2.0)
-    return made
+def norm(**options):
+    return trained_norm(step_mode="m", **options)
 
 
 def images(steps=3, batch=2, channels=4, size=5):
@@ -63,15 +57,7 @@ def assert_like(got, expected, scale=1.0):
 def test_nets_of_the_zoo_keep_outputs_gradients_statistics_and_keys(name):
     make, options, joined, norms = ZOO[name]
     torch.manual_seed(0)
-    net = make(
-        spiking_neuron=neuron.LIFNode,
-        surrogate_function=surrogate.ATan(),
-        num_classes=4,
-        v_threshold=0.1,
-        **options,
-    )
-    functional.set_step_mode(net, "m")
-    sj_taid.swap_neurons(net)
+    net = swapped(make, v_threshold=0.1, **options)
     fused = copy.deepcopy(net)
     report = sj_taid.fuse_norm(fused)
     assert (len(report.joined), len(report.rows)) == (joined, norms)

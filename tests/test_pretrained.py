@@ -188,19 +188,81 @@ def test_no_such_model():
         create_model("typo")
 
 
-def test_damage_is_an_error(folder):
-    with pytest.raises(ValueError, match=r"SHA-256 [0-9a-f]{64}, not 00: it is damaged"):
-        create_model(folder, pretrained=True, sha256="00")
-    change(folder, sha256="11")
-    with pytest.raises(ValueError, match="not 11: it is damaged"):
+def test_damaged_weights_are_an_error(folder):
+    (folder / "model.safetensors").write_bytes(b"half")
+    remedy = r"damaged or another one: copy the folder anew, or export its run again"
+    with pytest.raises(
+        ValueError, match=rf"as config\.json states, but .* has [0-9a-f]{{64}}; it is {remedy}"
+    ):
+        create_model(folder, pretrained=True)
+    change(folder, sha256=digest(folder))
+    with pytest.raises(ValueError, match=r"does not fit config\.json: .*eader.*; copy the folder"):
         create_model(folder, pretrained=True)
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no .*model\.safetensors; sj-taid export"):
         create_model(folder, pretrained=True)
-    for text in ("{", "[]", '{"model": {}}'):
-        (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="not what sj-taid export writes"):
-            create_model(folder)
+
+
+def test_another_digest_than_the_one_asked_for_is_an_error(folder):
+    asked = "0" * 64
+    said = rf"SHA-256 {asked}, as sha256= asks, but .* has {digest(folder)}"
+    with pytest.raises(ValueError, match=f"{said}; it is as exported, so sha256= means another"):
+        create_model(folder, pretrained=True, sha256=asked)
+    (folder / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"as sha256= asks, .*; it is damaged or another one:"):
+        create_model(folder, pretrained=True, sha256=asked)
+
+
+def test_the_remedy_is_that_of_the_place(folder, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setenv("SJ_TAID_CACHE", str(tmp_path / "cache"))
+    change(folder, sha256=None)
+    copy = rf"{tmp_path}/cache/models/\w+"
+    for source, remedy in {
+        str(folder): "copy the folder anew, or export its run again",
+        folder.as_uri(): f"delete {copy}, a copy, and it is fetched anew",
+        "hf://me/net@v1": "hf download me/net --force-download --revision v1",
+    }.items():
+        with pytest.raises(ValueError, match=f"; .*{remedy}$"):
+            create_model(source)
+    monkeypatch.setattr(pretrained, "__file__", str(folder / "__init__.py"))
+    shutil.copytree(folder, folder / "mine")
+    with pytest.raises(ValueError, match=r"; install sj-taid anew$"):
+        create_model("mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no JSON"),
+        ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("[]", "expected a class and its arguments as its 'model', but got None"),
+        ('{"model": {}}', "expected a class and its arguments as its 'model', but got {}"),
+        (
+            '{"model": "FSVAE"}',
+            "expected a class and its arguments as its 'model', but got 'FSVAE'",
+        ),
+        (
+            '{"model": {"_target_": "sj_taid.TAID", "T": 4, "_partial_": true}}',
+            "expected a class and its arguments as its 'model'",
+        ),
+        (
+            '{"model": {"_target_": "sj_taid.TAID"}, "sha256": 11}',
+            "expected 64 hexadecimal digits as its 'sha256', but got 11",
+        ),
+        (
+            '{"model": {"_target_": "sj_taid.TAID"}, "sha256": "%s"}' % ("0" * 64),
+            "expected those of a run as its 'metrics', but got None",
+        ),
+    ],
+)
+def test_a_damaged_config_is_an_error(folder, text, message):
+    (folder / "config.json").write_text(text)
+    for read in (create_model, pretrained.read_config):
+        with pytest.raises(ValueError, match=rf"config\.json .*{message}.*; copy the folder anew"):
+            read(folder)
 
 
 def test_weights_of_another_model_are_an_error(folder):
@@ -241,10 +303,14 @@ def test_modules_that_are_imported_there_are_not_meant(folder, monkeypatch):
         create_model(folder)
 
 
-def test_a_config_of_another_version_says_so(folder):
+@pytest.mark.parametrize(
+    "changed", [{"new_argument": 1}, {"hidden": "wide"}, {"stages": 5}, {"neuron": 7}, {"T": 0.5}]
+)
+def test_a_config_of_another_version_says_so(folder, changed):
     model = json.loads((folder / "config.json").read_text())["model"]
-    change(folder, model=model | {"new_argument": 1})
-    with pytest.raises(ValueError, match=r"new_argument.*of another version of sj-taid"):
+    change(folder, model=model | changed)
+    said = r"config\.json does not describe a Classifier of this version of sj-taid: .*; the card, "
+    with pytest.raises(ValueError, match=said):
         create_model(folder)
 
 

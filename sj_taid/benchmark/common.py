@@ -94,10 +94,13 @@ def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:
 
 
 def command() -> str:
-    """The command line of this process, a module as ``python -m``."""
+    """The command line of this process, a module as ``python -m``, without where it writes."""
     spec = sys.modules["__main__"].__spec__
     program = [sys.argv[0]] if spec is None else ["-m", spec.name]
-    return shlex.join(["python", *program, *sys.argv[1:]])
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument("--out")
+    _, others = place.parse_known_args(sys.argv[1:])
+    return shlex.join(["python", *program, *others])
 
 
 def conditions(device: torch.device) -> dict[str, object]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._checks import check_count
 from .block import encoder_widths, evaluating, halved
 
 
@@ -146,7 +147,12 @@ class VAE(_Convolutional):
         return VAEOutput(self.decode(code), mean, log_variance)
 
     def sample(self, n: int) -> Tensor:
-        """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1], without gradient and in eval mode."""
+        """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1], without gradient and in eval mode.
+
+        Raises:
+            ValueError: ``n`` is no integer >= 0.
+        """
+        check_count(n)
         with evaluating(self), torch.no_grad():
             device = next(self.parameters()).device
             return self.decode(torch.randn(n, self.latent_channels, device=device))

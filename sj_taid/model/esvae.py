@@ -38,6 +38,7 @@ class ESVAE(SpikingVAE):
         prior: what :meth:`sample` draws from, ``"learned"`` or ``"gaussian_mixture"``.
         components: Gaussians in the mixture.
         covariance: of each: full, tied, diag or spherical.
+        iterations: of the mixture's fit, at most.
         mmd_weight: the weight of the MMD beside the squared error.
         args: and ``kwargs``: those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
@@ -58,12 +59,14 @@ class ESVAE(SpikingVAE):
         prior: str = "learned",
         components: int = 10,
         covariance: str = "full",
+        iterations: int = 100,
         mmd_weight: float = 1e-3,
         **kwargs: Any,
     ) -> None:
         self.prior = _known(prior)
         self.components = components
         self.covariance = covariance
+        self.iterations = iterations
         self.mmd_weight = mmd_weight
         super().__init__(*args, **kwargs)
 
@@ -71,7 +74,7 @@ class ESVAE(SpikingVAE):
         d = self.latent_channels
         self.learned = LearnedPrior(d)
         self.gaussian_mixture = GaussianMixturePrior(
-            d, self.components, self.covariance, levels=self.T
+            d, self.components, self.covariance, levels=self.T, iterations=self.iterations
         )
 
     def forward(self, image: Tensor) -> ESVAEOutput:

@@ -4,6 +4,8 @@ A rate ``r`` in [0, 1] is the probability of a spike at each time step, ``[N, d]
 channels. Source: Zhan et al., ESVAE, arXiv 2310.14839.
 """
 
+import logging
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from .._extras import needs
 
+log = logging.getLogger(__name__)
 COVARIANCES = ("full", "tied", "diag", "spherical")
 
 
@@ -136,6 +139,7 @@ class GaussianMixturePrior(nn.Module):
         components: Gaussians in the mixture.
         covariance: scikit-learn's ``covariance_type``: one of full, tied, diag and spherical.
         levels: time steps of which a rate is the mean.
+        iterations: of the fit, at most.
 
     Raises:
         ValueError: a bad argument.
@@ -151,11 +155,18 @@ class GaussianMixturePrior(nn.Module):
     cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
 
     def __init__(
-        self, channels: int, components: int = 10, covariance: str = "full", levels: int = 16
+        self,
+        channels: int,
+        components: int = 10,
+        covariance: str = "full",
+        levels: int = 16,
+        iterations: int = 100,
     ) -> None:
         super().__init__()
         if components < 1:
             raise ValueError(f"components must be at least 1, but it is {components}")
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, but it is {iterations}")
         if covariance not in COVARIANCES:
             raise ValueError(
                 f"covariance must be one of {', '.join(COVARIANCES)}, but it is {covariance!r}"
@@ -163,6 +174,7 @@ class GaussianMixturePrior(nn.Module):
         self.components = components
         self.covariance = covariance
         self.levels = levels
+        self.iterations = iterations
         shapes = {"weights": (), "means": (channels,), "cholesky": (channels, channels)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.full((components, *shape), float("nan")))
@@ -176,11 +188,15 @@ class GaussianMixturePrior(nn.Module):
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the mixture to ``rates`` ``[n, d]`` by expectation maximisation.
 
+        Where that has not converged, or has more components than there are different rates, it is
+        logged in a line.
+
         Raises:
             ValueError: fewer rates than components, or rates outside [0, 1].
             ModuleNotFoundError: without scikit-learn.
         """
         with needs("scikit-learn"):
+            from sklearn.exceptions import ConvergenceWarning
             from sklearn.mixture import GaussianMixture
         if len(rates) < self.components:
             raise ValueError(
@@ -190,8 +206,28 @@ class GaussianMixturePrior(nn.Module):
         check_rates(rates)
         # A channel that never or always fires has no spread of its own: regularise it.
         mixture = GaussianMixture(
-            self.components, covariance_type=self.covariance, reg_covar=1e-5, random_state=seed
-        ).fit(rates.double().cpu().numpy())
+            self.components,
+            covariance_type=self.covariance,
+            reg_covar=1e-5,
+            max_iter=self.iterations,
+            random_state=seed,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # said below
+            mixture.fit(rates.double().cpu().numpy())
+        if (different := len(rates.unique(dim=0))) < self.components:
+            log.warning(
+                "There are %d different rates for the %d components of the mixture, so some of "
+                "them are alike; set fewer components.",
+                different,
+                self.components,
+            )
+        elif not mixture.converged_:
+            log.warning(
+                "The mixture of Gaussians still became better when its fit ended, so samples may "
+                "be less like the training images than they could be; raise iterations, now %d.",
+                self.iterations,
+            )
         d = rates.shape[1]
         covariances = torch.as_tensor(mixture.covariances_)
         full = {
@@ -212,7 +248,7 @@ class GaussianMixturePrior(nn.Module):
         if not self.fitted:
             raise RuntimeError(
                 "the mixture of Gaussians is not fitted yet; train to the end, fit it to a "
-                "finished run by `sj-taid fit-prior`, or draw from prior='learned'"
+                "finished run by `sj-taid fit_prior`, or draw from prior='learned'"
             )
         gaussians = MultivariateNormal(self.means, scale_tril=self.cholesky)
         x = MixtureSameFamily(Categorical(self.weights), gaussians).sample((n,))

@@ -9,6 +9,7 @@ from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._checks import check_count
 from ..layer import TAID
 from ..neuron import ALIFNode
 from ..norm import fuse_norm
@@ -165,7 +166,11 @@ class SpikingVAE(nn.Module):
         """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior.
 
         Without gradient and in eval mode; after, every module is back in the mode it was in.
+
+        Raises:
+            ValueError: ``n`` is no integer >= 0.
         """
+        check_count(n)
         with evaluating(self), torch.no_grad():
             return self.decode(self.sample_latent(n))
 

@@ -14,7 +14,7 @@ import re
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,12 +49,12 @@ def list_models() -> list[str]:
 def create_model(
     source: str | Path, pretrained: bool = False, *, sha256: str | None = None
 ) -> nn.Module:
-    """A model of :func:`list_models`, or one that is elsewhere, in eval mode.
+    """A model of :func:`.list_models`, or one that is elsewhere, in eval mode.
 
     Args:
-        source: a name of :func:`list_models`; a folder that ``sj-taid export`` has written; the URL
-            of such a folder; or ``hf://OWNER/NAME`` on the Hugging Face hub (extra ``hub``), of a
-            certain revision with ``@REVISION`` behind. What is downloaded from a URL is kept in
+        source: a name of :func:`.list_models`; a folder that ``sj-taid export`` has written; the
+            URL of such a folder; or ``hf://OWNER/NAME`` on the Hugging Face hub (extra ``hub``), of
+            a certain revision with ``@REVISION`` behind. What is downloaded from a URL is kept in
             ``$SJ_TAID_CACHE/models`` (``~/.cache/sj-taid/models``) and taken from there next time.
         pretrained: with its weights (needs ``safetensors``); otherwise it is as before training.
         sha256: the digest that the weights must have. By default the one in the config, which tells
@@ -71,24 +71,11 @@ def create_model(
     >>> model.sample(4).shape
     torch.Size([4, 1, 16, 16])
     """
-    folder = _fetched(str(source), pretrained)
-    config = read_config(folder)
+    place = _fetched(str(source), pretrained)
+    config = _config(place)
     model = build(config["model"])
     if pretrained:
-        weights = _read(folder / WEIGHTS)
-        digest = hashlib.sha256(weights).hexdigest()
-        if digest != (sha256 or config["sha256"]):
-            raise ValueError(
-                f"{folder / WEIGHTS} has the SHA-256 {digest}, not {sha256 or config['sha256']}: "
-                "it is damaged or another one; delete the folder and get it anew"
-            )
-        with needs("safetensors"):
-            from safetensors.torch import load
-        try:
-            model.load_state_dict(load(weights))
-            set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
-        except (RuntimeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {error}") from error
+        _load(model, place, config, sha256)
     # The layout that runs are trained in: another rounds otherwise.
     return model.to(memory_format=torch.channels_last).eval()
 
@@ -99,7 +86,7 @@ def push_to_hub(source: str | Path, repository: str, *, private: bool = False) -
     Needs the extra ``hub``, and a login: ``hf auth login``.
 
     Args:
-        source: a name of :func:`list_models`, or a folder that ``sj-taid export`` has written.
+        source: a name of :func:`.list_models`, or a folder that ``sj-taid export`` has written.
         repository: ``OWNER/NAME``; made if it is not there.
         private: whether a repository that is made is private.
 
@@ -107,12 +94,12 @@ def push_to_hub(source: str | Path, repository: str, *, private: bool = False) -
         The URL of the commit.
 
     Raises:
-        ValueError, FileNotFoundError: not a whole model, see :func:`create_model`.
+        ValueError, FileNotFoundError: not a whole model, see :func:`.create_model`.
     """
     with needs("huggingface_hub"):
         from huggingface_hub import HfApi
     create_model(source, pretrained=True)  # what is not whole stays here
-    folder = _fetched(str(source), pretrained=True)
+    folder = _fetched(str(source), pretrained=True).folder
     api = HfApi()
     api.create_repo(repository, private=private, exist_ok=True)
     files = [CONFIG, WEIGHTS, CARD]
@@ -126,7 +113,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
     And ``fixed_thresholds``, those that are no parameters, where they are kept.
 
     Args:
-        source: a name of :func:`list_models`, or a model's folder.
+        source: a name of :func:`.list_models`, or a model's folder.
 
     Raises:
         ValueError: no such file as ``sj-taid export`` writes.
@@ -134,13 +121,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
     >>> sorted(read_config("fsvae_digits_taid"))
     ['metrics', 'model', 'sha256']
     """
-    path = _fetched(str(source), pretrained=False) / CONFIG
-    try:
-        config = json.loads(_read(path))
-        config["model"], config["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what sj-taid export writes: {error!r}") from error
-    return config
+    return _config(_fetched(str(source), pretrained=False))
 
 
 def build(node: Any) -> Any:
@@ -166,9 +147,10 @@ def build(node: Any) -> Any:
         return partial(target, **arguments)
     try:
         return target(**arguments)
-    except TypeError as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{error}: the model is of another version of sj-taid; its card names the version"
+            f"{CONFIG} does not describe a {target.__name__} of this version of sj-taid: {error}; "
+            f"the card, {CARD}, names the version that it is of"
         ) from error
 
 
@@ -183,25 +165,37 @@ def _class(target: Any) -> type[nn.Module]:
     return found
 
 
-def _fetched(source: str, pretrained: bool) -> Path:
-    """The folder that holds the model, downloaded if need be."""
+class _Place(NamedTuple):
+    """A folder that holds a model, and how to get one that is whole where it does not."""
+
+    folder: Path
+    remedy: str
+
+
+def _fetched(source: str, pretrained: bool) -> _Place:
+    """Where the model is, downloaded if need be."""
     if source in list_models():
-        return Path(__file__).parent / source
+        return _Place(Path(__file__).parent / source, "install sj-taid anew")
     if source.startswith(HUB):
         with needs("huggingface_hub"):
             from huggingface_hub import snapshot_download
         repository, _, revision = source.removeprefix(HUB).partition("@")
         files = [CONFIG, CARD, *[WEIGHTS] * pretrained]
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+        there = snapshot_download(repository, revision=revision or None, allow_patterns=files)
+        again = (
+            f"hf download {repository} --force-download{f' --revision {revision}' * bool(revision)}"
+        )
+        return _Place(Path(there), f"fetch it anew: {again}")
     if re.match(r"(https?|file)://", source):
-        return _downloaded(source.rstrip("/"), [CONFIG, *[WEIGHTS] * pretrained])
+        folder = _downloaded(source.rstrip("/"), [CONFIG, *[WEIGHTS] * pretrained])
+        return _Place(folder, f"delete {folder}, a copy, and it is fetched anew")
     folder = Path(source).expanduser()
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"there is no model {source!r}; give one of {', '.join(list_models())}, a folder that "
             f"sj-taid export has written, its URL, or {HUB}OWNER/NAME"
         )
-    return folder
+    return _Place(folder, "copy the folder anew, or export its run again")
 
 
 def _downloaded(url: str, files: list[str]) -> Path:
@@ -221,8 +215,62 @@ def _downloaded(url: str, files: list[str]) -> Path:
     return folder
 
 
-def _read(path: Path) -> bytes:
+def _config(place: _Place) -> dict[str, Any]:
+    """What ``config.json`` says, of which every part is there."""
+    path = place.folder / CONFIG
+    try:
+        config = json.loads(_read(path, place))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}; {place.remedy}") from error
+    config = config if isinstance(config, dict) else {}
+    model, digest = config.get("model"), config.get("sha256")
+    for name, expected, found, whole in (
+        ("model", "a class and its arguments", model, _is_call(model)),
+        ("sha256", "64 hexadecimal digits", digest, re.fullmatch("[0-9a-f]{64}", str(digest))),
+        (
+            "metrics",
+            "those of a run",
+            config.get("metrics"),
+            isinstance(config.get("metrics"), dict),
+        ),
+    ):
+        if not whole:
+            raise ValueError(
+                f"{path} is not what sj-taid export writes: expected {expected} as its {name!r}, "
+                f"but got {found!r:.80}; {place.remedy}"
+            )
+    return config
+
+
+def _is_call(node: Any) -> bool:
+    return isinstance(node, dict) and "_target_" in node and not node.get("_partial_")
+
+
+def _load(model: nn.Module, place: _Place, config: dict[str, Any], asked: str | None) -> None:
+    """Load the weights that have the digest asked for, or else the one stated in the config."""
+    with needs("safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+    path = place.folder / WEIGHTS
+    weights = _read(path, place)
+    digest = hashlib.sha256(weights).hexdigest()
+    stated = config["sha256"]
+    wanted, whose = (asked, "sha256= asks") if asked else (stated, f"{CONFIG} states")
+    if digest != wanted:
+        whole = "it is as exported, so sha256= means another model: correct it, or give that model"
+        raise ValueError(
+            f"expected weights with the SHA-256 {wanted}, as {whose}, but {path} has {digest}; "
+            f"{whole if digest == stated else f'it is damaged or another one: {place.remedy}'}"
+        )
+    try:
+        model.load_state_dict(load(weights))
+        set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
+    except (RuntimeError, ValueError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{path} does not fit {CONFIG}: {error}; {place.remedy}") from error
+
+
+def _read(path: Path, place: _Place) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no {path}; sj-taid export writes it") from error
+        raise FileNotFoundError(f"no {path}; sj-taid export writes it: {place.remedy}") from error

@@ -11,7 +11,9 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -21,67 +23,67 @@ from . import composing
 from .run import Run, chosen
 
 
-def train(cfg: DictConfig) -> float | None:
-    with needs(TRAIN):
-        from . import commands
+def part(name: str, more: str = "") -> Any:
+    """The module ``name`` beside this one; without a package that it needs, what to install.
 
-    return commands.train_once(cfg)
+    Args:
+        name: the module's.
+        more: the distributions that it needs beyond those of the extra ``train``.
+    """
+    with needs(f"{TRAIN} {more}".rstrip()):
+        return import_module(f"{__package__}.{name}")
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train a model, or with -m all that a sweep asks for."""
+    return part("commands").train_once(cfg)
 
 
 def evaluate(cfg: DictConfig) -> None:
-    with needs(TRAIN):
-        from . import commands
-
+    """Measure a run's checkpoint again."""
+    commands = part("commands")
     commands.evaluate(cfg, **commands.origin("evaluate", HydraConfig.get()))
 
 
 def sample(cfg: DictConfig) -> None:
-    with needs(TRAIN):
-        from . import commands
-
-    commands.sample(cfg)
+    """Draw images of a trained model."""
+    part("commands").sample(cfg)
 
 
 def fit_prior(cfg: DictConfig) -> None:
-    from . import commands
-
-    commands.fit_prior(cfg)
+    """Fit a mixture of Gaussians to a finished run of ESVAE."""
+    part("commands").fit_prior(cfg)
 
 
 def compare(arguments: Sequence[str]) -> None:
-    with needs(TRAIN):
-        from . import compare
-
-    compare.main(arguments)
+    """Compare runs as a table and a picture."""
+    part("compare").main(arguments)
 
 
 def report(arguments: Sequence[str]) -> None:
-    with needs(TRAIN):
-        from . import report
-
-    report.main(arguments)
+    """Show runs on one page of HTML."""
+    part("report", "plotly jinja2").main(arguments)
 
 
 def search(arguments: Sequence[str]) -> None:
-    with needs(f"{TRAIN} optuna"):
-        from . import search
+    """Search for the best of what a command line sweeps over."""
+    part("search", "optuna").main(arguments)
 
-    search.main(arguments)
+
+def export(arguments: Sequence[str]) -> None:
+    """Make a model that others load of a run."""
+    part("export").main(arguments)
 
 
 def prove(arguments: Sequence[str]) -> None:
+    """Prove on this machine that the kernels are right, and time them."""
     from .. import prove
 
     sys.exit(prove.main(arguments))
 
 
-def export(arguments: Sequence[str]) -> None:
-    from . import export
-
-    export.main(arguments)
-
-
 def doctor(arguments: Sequence[str]) -> None:
+    """Say which backends work here, and why the others do not."""
     from .. import doctor
 
     sys.exit(doctor.main(arguments))
@@ -115,8 +117,25 @@ def main(command: str | None = None) -> None:
             plan.main([argument for argument in sys.argv[1:] if argument != "--dry-run"])
         else:
             composing.main(command, COMPOSED[command])
+    elif command in ("-h", "--help"):
+        print(usage())
     else:
-        sys.exit(f"usage: sj-taid {{{','.join([*COMPOSED, *OTHERS])}}} [argument ...]")
+        sys.exit(usage())
+
+
+def usage() -> str:
+    """How the command is called, and what each of its commands does."""
+    tasks = COMPOSED | OTHERS
+    lines = [f"  {name:10} {task.__doc__}" for name, task in tasks.items()]
+    return "\n".join(
+        [
+            f"usage: sj-taid {{{','.join(tasks)}}} [argument ...]",
+            "",
+            *lines,
+            "",
+            "sj-taid COMMAND --help says what a command takes.",
+        ]
+    )
 
 
 def quoted_place(argument: str) -> str:

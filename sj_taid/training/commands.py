@@ -336,7 +336,11 @@ def fit_prior(cfg: DictConfig) -> None:
         model: Any = run.model(cfg.trust or ())
         _require_esvae(model, cfg.checkpoint)
         mixture = GaussianMixturePrior(
-            model.latent_channels, cfg.components, cfg.covariance, levels=model.T
+            model.latent_channels,
+            cfg.components,
+            cfg.covariance,
+            levels=model.T,
+            iterations=cfg.iterations,
         )
         model.gaussian_mixture = mixture
         data = build(OmegaConf.merge(config.dataset, _given(cfg.dataset)), cfg.trust or ())

@@ -168,10 +168,27 @@ def test_the_committed_rows_can_be_drawn(tmp_path, script):
 
 @pytest.mark.parametrize("name", ["fsvae", "memory", "neuron", "norm"])
 def test_the_command_of_a_module_is_one_that_can_be_repeated(name, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/anywhere/sj_taid/benchmark/norm.py", "--T", "4"])
     main = SimpleNamespace(__spec__=find_spec(f"sj_taid.benchmark.{name}"))
     monkeypatch.setitem(sys.modules, "__main__", main)
-    assert common.command() == f"python -m sj_taid.benchmark.{name} --T 4"
+    for place in ([], ["--out", "/a/place"], ["--out=/a/place"], ["--ou", "/a/place"]):
+        words = [
+            f"/anywhere/sj_taid/benchmark/{name}.py",
+            "--T",
+            "4",
+            *place,
+            "--only",
+            "ALIF torch",
+        ]
+        monkeypatch.setattr(sys, "argv", words)
+        said = f"python -m sj_taid.benchmark.{name} --T 4 --only 'ALIF torch'"
+        assert common.command() == said
+
+
+def test_no_committed_command_says_where_it_wrote():
+    paths = list(RESULTS.glob("*/*.csv"))
+    commands = {row["command"] for path in paths for row in rows(path)}
+    assert len(commands) >= len(paths)
+    assert not [command for command in commands if "--out" in command]
 
 
 def test_results_are_not_written_among_the_committed_ones():

@@ -4,31 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from spikingjelly.activation_based import functional, neuron, surrogate
-from torch import nn
+from spikingjelly.activation_based import functional
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sj_taid import TAID, ALIFNode, FixedDecoder
 from sj_taid.model import FSVAE
 from sj_taid.model.spiking_vae import original_neuron
+from tests.model.conftest import images, lif, plif, without_running_statistics
 
 SMALL = {"image_size": 8, "T": 8, "hidden_channels": (6, 12), "latent_channels": 10, "k": 4}
 
-lif = partial(
-    neuron.LIFNode,
-    tau=4 / 3,
-    decay_input=False,
-    v_threshold=0.2,
-    v_reset=0.0,
-    surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
-    step_mode="m",
-)
-plif = partial(neuron.ParametricLIFNode, **original_neuron.keywords)
 frozen_alif = partial(original_neuron, learn_tau=False, learn_threshold=False)
-
-
-def images(n=3, channels=1, size=8):
-    return torch.rand(n, channels, size, size) * 2 - 1
 
 
 def run(model, image, seed=0):
@@ -52,10 +38,7 @@ def test_the_originals_sizes(options, size):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_two_calls_in_a_row_never_mix(training):
-    model = FSVAE(**SMALL).train(training)
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-            norm.momentum = 0.0  # the only state that training is meant to carry over
+    model = without_running_statistics(FSVAE(**SMALL).train(training))
     image = images()
     first = run(model, image)
     run(model, images(5))

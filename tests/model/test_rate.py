@@ -1,5 +1,7 @@
 """The rate latent: the spike sampler, the MMD, and both priors."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,27 @@ def test_a_mixture_travels_in_the_state_dict(tmp_path):
     assert torch.equal(other(500), drawn)
 
 
+def test_a_fit_that_has_not_converged_says_so_in_a_line(caplog):
+    rates = torch.rand(200, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GaussianMixturePrior(3, components=4, iterations=1000).fit(rates)
+        assert not caplog.messages
+        GaussianMixturePrior(3, components=4, iterations=1).fit(rates)
+    (line,) = caplog.messages
+    assert "still became better when its fit ended" in line and "raise iterations, now 1." in line
+
+
+def test_fewer_different_rates_than_components_are_said_in_a_line(caplog):
+    prior = GaussianMixturePrior(2, components=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prior.fit(torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(5, 1))
+    (line,) = caplog.messages
+    assert line.startswith("There are 2 different rates for the 4 components")
+    assert prior(3).shape == (3, 2)
+
+
 def test_a_channel_without_spread_is_no_error():
     rates = torch.rand(50, 3)
     rates[:, 1] = 0.0
@@ -182,6 +205,7 @@ def test_a_channel_without_spread_is_no_error():
         (lambda: GaussianMixturePrior(2, 5).fit(torch.rand(4, 2)), ValueError, "got 4; give more"),
         (lambda: GaussianMixturePrior(2, 1).fit(torch.ones(4, 2) * 2), ValueError, "clamp"),
         (lambda: GaussianMixturePrior(2, 0), ValueError, "at least 1, but it is 0"),
+        (lambda: GaussianMixturePrior(2, iterations=0), ValueError, "iterations must be at least"),
         (lambda: GaussianMixturePrior(2, covariance="round"), ValueError, "full, tied, diag"),
     ],
 )

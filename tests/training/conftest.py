@@ -1,6 +1,7 @@
 """A run small enough for a test, through the real configs."""
 
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from sj_taid.training import cli, run
+from sj_taid.training.commands import train
 from sj_taid.training.composing import compose
 from tests.metric.pixels import Pixels, classifier
 
@@ -73,6 +75,24 @@ def tiny(cache):
         return compose("train", [*(TINY if tiny else []), f"cache_dir={cache}", *overrides])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny):
+    """Train a run of these overrides in a folder of its own, to be copied."""
+
+    def make(*overrides):
+        folder = tmp_path_factory.mktemp("finished")
+        train(tiny(*overrides, tiny=False), folder, command="python experiments/train.py")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of the run that a module's fixture ``finished`` gives, to do things to."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture

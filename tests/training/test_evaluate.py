@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 
@@ -23,16 +22,8 @@ def composed(folder, *overrides):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny):
-    """A finished run, to be copied."""
-    folder = tmp_path_factory.mktemp("finished")
-    train(tiny(*TINY_VAE, tiny=False), folder, command="python experiments/train.py")
-    return folder
-
-
-@pytest.fixture
-def folder(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+def finished(trained):
+    return trained(*TINY_VAE)
 
 
 def metrics_of(folder):

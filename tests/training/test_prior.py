@@ -1,7 +1,5 @@
 """ESVAE's priors in a run: fitted at the end of training or later, measured and sampled."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -23,16 +21,8 @@ TINY_ESVAE = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny):
-    """A finished run, to be copied."""
-    folder = tmp_path_factory.mktemp("finished")
-    train(tiny(*TINY_ESVAE, tiny=False), folder, command="sj-taid train model=esvae")
-    return folder
-
-
-@pytest.fixture
-def folder(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+def finished(trained):
+    return trained(*TINY_ESVAE)
 
 
 def test_a_run_ends_with_a_fitted_mixture_and_the_figures_of_both_priors(finished):

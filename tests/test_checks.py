@@ -1,0 +1,51 @@
+"""What is no net, or no number of images, is an error that says what was expected."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+import sj_taid
+from sj_taid.model import ESVAE, FSVAE, VAE
+
+NETS = {
+    "calibrate": (torch.rand(2, 2, 2),),
+    "fresh_state": (),
+    "fuse_norm": (),
+    "monitor": (),
+    "name_neurons": (),
+    "packed_spikes": (),
+    "parameter_groups": (1e-3,),
+    "split_norm": (),
+    "swap_neurons": (),
+    "to_lif": (),
+}
+MODELS = {
+    "ESVAE": lambda: ESVAE(image_size=8, T=2, hidden_channels=(4,), latent_channels=4),
+    "FSVAE": lambda: FSVAE(image_size=8, T=2, hidden_channels=(4,), latent_channels=4, k=2),
+    "VAE": lambda: VAE(1, 8, (4,), 4),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("net", ["a", None, {"0.weight": 1.0}, torch.nn.Linear])
+def test_what_is_no_net_is_an_error(name, net):
+    function = getattr(sj_taid, name)
+    said = rf"{name} needs the net, a torch\.nn\.Module, but got"
+    with pytest.raises(TypeError, match=said), ExitStack() as stack:
+        stack.enter_context(function(net, *NETS[name]))  # which two of them need
+
+
+def test_no_function_of_a_net_is_left_out():
+    functions = {n for n in sj_taid.__all__ if n[0].islower()}
+    assert functions - set(NETS) == {"create_model", "list_models"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_no_number_of_images_is_an_error(name):
+    model = MODELS[name]()
+    for n in (-1, "4", 2.0, None, True, torch.tensor(3)):
+        with pytest.raises(ValueError, match=r"integer >= 0, but got .*; give one, such"):
+            model.sample(n)
+    for n in (0, 2):
+        assert model.sample(n).shape == (n, 1, 8, 8)
