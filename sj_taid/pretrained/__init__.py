@@ -175,7 +175,7 @@ class _Place(NamedTuple):
 def _fetched(source: str, pretrained: bool) -> _Place:
     """Where the model is, downloaded if need be."""
     if source in list_models():
-        return _Place(Path(__file__).parent / source, "install sj-taid anew")
+        return _Place(Path(__file__).parent / source, "reinstall sj-taid")
     if source.startswith(HUB):
         with needs("huggingface_hub"):
             from huggingface_hub import snapshot_download
