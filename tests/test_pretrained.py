@@ -228,7 +228,7 @@ def test_the_remedy_is_that_of_the_place(folder, tmp_path, monkeypatch):
             create_model(source)
     monkeypatch.setattr(pretrained, "__file__", str(folder / "__init__.py"))
     shutil.copytree(folder, folder / "mine")
-    with pytest.raises(ValueError, match=r"; install sj-taid anew$"):
+    with pytest.raises(ValueError, match=r"; reinstall sj-taid$"):
         create_model("mine")
 
 
