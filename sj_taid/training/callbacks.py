@@ -147,11 +147,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        try:
-            with atomic_write(Path(path)) as whole:
+        with atomic_write(Path(path)) as whole:
+            try:
                 torch.save(checkpoint, whole)
-        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-            raise OSError(
-                f"{path} cannot be written ({error}); if one was there before, it is whole: make "
-                f"room and go on with resume={Path(path).parents[1]}"
-            ) from error
+            except RuntimeError as error:  # of torch's own writer
+                raise OSError(error) from error

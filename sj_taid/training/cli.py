@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .._extras import TRAIN, needs
 from . import composing
-from .run import Run, chosen
+from .run import OVERRIDES, Run, chosen
 
 
 def part(name: str, more: str = "") -> Any:
@@ -169,16 +169,18 @@ def resuming(arguments: list[str]) -> list[str]:
     It repeats what the run was started with. ``arguments`` come after that, so they win.
 
     Raises:
-        FileNotFoundError: no checkpoint there, or Hydra's notes of the command line are gone.
+        FileNotFoundError: no checkpoint there, or the note of the command line is gone.
     """
     named = [argument for argument in arguments if argument.startswith("resume=")]
     if not named:
         return arguments
     run = Run.find(named[-1].removeprefix("resume=").strip("'").replace("\\'", "'"))
-    notes = run.folder / ".hydra" / "overrides.yaml"
+    notes = run.folder / OVERRIDES
+    if not notes.is_file():
+        notes = run.folder / ".hydra" / OVERRIDES  # Hydra's own, of older runs
     if not notes.is_file():
         raise FileNotFoundError(
-            f"no {notes}, where Hydra notes what a run was started with; repeat that command "
+            f"no {run.folder / OVERRIDES}, which notes how a run was started; repeat that command "
             f"with hydra.run.dir={run.folder} instead, and it goes on"
         )
     others = [argument for argument in arguments if argument not in named]

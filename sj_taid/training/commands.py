@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from .allocator import reuse_freed_memory
 from .callbacks import AtomicCheckpointIO, BestCheckpoint, FollowTest, Pictures, RandomNumbers
 from .composing import instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
+from .files import written_by_others
 from .generation import OF_SAMPLES
 from .plot import draw_grid
 from .provenance import provenance
@@ -39,7 +41,9 @@ REBUILT = ("dataset", "model", "task", "metric")
 KEPT = ("dataset._target_", "dataset.name", "task._target_")
 
 
-def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
+def train(
+    cfg: DictConfig, folder: Path, *, repeated: Sequence[str] | None = None, **origin: Any
+) -> dict[str, Any]:
     """Train, test, measure and draw what the task asks for; all is left in ``folder``.
 
     A half-done run in ``folder`` goes on from its last epoch. In a distributed run every process
@@ -48,10 +52,12 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
     Args:
         cfg: the run's config.
         folder: the run's folder.
+        repeated: the overrides of the command line, which ``resume=`` will repeat.
         origin: what ``metrics.json`` says of the run beside its figures, as the command.
 
     Raises:
         FloatingPointError: the model has diverged. The checkpoint of the epoch before is kept.
+        Unwritable: a file cannot be written. What stood there before is whole.
     """
     _leave_out_notes()
     origin |= provenance()
@@ -82,9 +88,6 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
                     "with the same data and task: leave that out, or start a run without resume="
                 )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    first = is_first_process()
-    if first:
-        run.save_config(cfg)
     data = instantiate(cfg.dataset)
     if not isinstance(data, get_object(cfg.task._target_).takes):
         raise ValueError(
@@ -93,8 +96,13 @@ def train(cfg: DictConfig, folder: Path, **origin: Any) -> dict[str, Any]:
         )
     # In this layout convolutions are faster, in bfloat16 above all.
     model = instantiate(cfg.model).to(memory_format=torch.channels_last)
+    if resume:
+        source.load_weights(copy.deepcopy(model))  # those of another are an error now
     task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
     evaluator = _evaluator(cfg, cfg.trust or ())
+    first = is_first_process()
+    if first:  # not before all is well: what is refused leaves the run that is there as it was
+        run.save_config(cfg, repeated)
     data.prepare_data()
     data.setup()
     rate = cfg.neuron_start.get("calibrate")
@@ -216,11 +224,16 @@ def train_once(cfg: DictConfig) -> float | None:
         resumed = bool(cfg.resume) and run.folder in Path(cfg.resume).parents
         metrics = run.finished(cfg, _places(hydra_cfg), may_differ=resumed)
         if metrics is None:
+            said = {"choices": choices, **origin("train", hydra_cfg)}
             try:
-                metrics = train(cfg, run.folder, choices=choices, **origin("train", hydra_cfg))
+                with written_by_others(run.folder):
+                    metrics = train(cfg, run.folder, repeated=hydra_cfg.overrides.task, **said)
             except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes this of Ctrl-C
                 if KeyboardInterrupt in (type(error), type(error.__context__)):
-                    raise SystemExit(_interrupted(run)) from error
+                    raise SystemExit(f"Interrupted. {_how_to_go_on(run)}") from error
+                raise
+            except (OSError, RuntimeError) as error:  # of a disk, a file, a process
+                error.add_note(f"Once that is mended: {_how_to_go_on(run)}")
                 raise
         else:
             log.info("This run is finished already and is not run again.")
@@ -230,10 +243,10 @@ def train_once(cfg: DictConfig) -> float | None:
     return metrics.get(cfg.objective)
 
 
-def _interrupted(run: Run) -> str:
+def _how_to_go_on(run: Run) -> str:
     if not run.checkpoint.is_file():
-        return "Interrupted before the end of the first epoch: there is nothing to go on with."
-    return f"Interrupted. Go on with: sj-taid train resume={shlex.quote(str(run.folder))}"
+        return "There is no whole epoch to go on with: give the same command again."
+    return f"Go on with: sj-taid train resume={shlex.quote(str(run.folder))}"
 
 
 def _places(hydra_cfg: Any) -> list[str]:

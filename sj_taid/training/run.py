@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib import import_module
@@ -20,16 +20,20 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from .composing import instantiate, targets
-from .files import atomic_write
+from .files import Unwritable, atomic_write
 
 if TYPE_CHECKING:
     from torch import nn
 
 CONFIG = "config.yaml"
+OVERRIDES = "overrides.yaml"
 METRICS = "metrics.json"
 EVALUATIONS = "evaluations"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+
+#: a remedy for a folder that is not for this run
+ELSEWHERE = "choose another folder with hydra.run.dir=... (for a sweep hydra.sweep.dir=...)"
 
 #: where the classes of runs from before the package had them are now
 MOVED = {
@@ -87,7 +91,7 @@ class Run:
 
         Raises:
             RuntimeError: another process holds it.
-            OSError: the folder cannot be written.
+            Unwritable: the folder cannot be written.
         """
         if not is_first_process():
             yield
@@ -97,14 +101,10 @@ class Run:
             lock = FileLock(self.folder / LOCK).acquire(blocking=False)
         except Timeout as error:
             raise RuntimeError(
-                f"another process is running in {self.folder}; wait until it ends, or choose "
-                "another folder with hydra.run.dir=... (for a sweep hydra.sweep.dir=...)"
+                f"another process is running in {self.folder}; wait until it ends, or {ELSEWHERE}"
             ) from error
         except OSError as error:
-            raise OSError(
-                f"{self.folder} cannot be written ({error}); choose another folder with "
-                "hydra.run.dir=... (for a sweep hydra.sweep.dir=...)"
-            ) from error
+            raise Unwritable(self.folder, error, ELSEWHERE) from error
         with lock:
             for left in self.folder.rglob(".*.tmp"):  # by a process that was killed
                 left.unlink()
@@ -130,9 +130,18 @@ class Run:
         config.pop("published", None)  # papers' figures stood in the configs once
         return config
 
-    def save_config(self, cfg: DictConfig) -> None:
+    def save_config(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
+        """Keep what the run is started with.
+
+        Args:
+            cfg: its config.
+            overrides: those of the command line that it was composed by, for ``resume=`` to repeat.
+        """
         with atomic_write(self.folder / CONFIG) as path:
             path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        if overrides is not None:
+            with atomic_write(self.folder / OVERRIDES) as path:
+                OmegaConf.save(OmegaConf.create([*overrides]), path)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -218,8 +227,7 @@ class Run:
             raise FileExistsError(
                 f"{self.folder} holds a run that differs in "
                 f"{', '.join(f'{key} ({values})' for key, values in differing.items())}; go on "
-                "with its own config, choose another folder with hydra.run.dir=... (for a sweep "
-                "hydra.sweep.dir=...), or delete this one"
+                f"with its own config, {ELSEWHERE}, or delete this one"
             )
         return None if differing or not (self.folder / METRICS).is_file() else self.metrics
 
@@ -231,9 +239,21 @@ class Run:
             ValueError: not a checkpoint, damaged, of another model, or a config that names classes
                 which are not trusted.
         """
+        model = build(self.config.model, trust)
+        self.load_weights(model)
+        import torch
+
+        # The layout it was trained in: another rounds otherwise.
+        return model.to(memory_format=torch.channels_last).eval()
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Put what the checkpoint has learned into a model.
+
+        Raises:
+            ValueError: not a checkpoint, damaged, or of another model.
+        """
         from ..thresholds import set_fixed_thresholds
 
-        model = build(self.config.model, trust)
         checkpoint = read_checkpoint(self.checkpoint)
         state = checkpoint["state_dict"]
         try:
@@ -243,11 +263,10 @@ class Run:
             # calibrated ones are not the config's
             set_fixed_thresholds(model, checkpoint.get("fixed_thresholds", {}))
         except (RuntimeError, ValueError, AttributeError) as error:
-            raise _unusable(self.checkpoint, error) from error
-        import torch
-
-        # The layout it was trained in: another rounds otherwise.
-        return model.to(memory_format=torch.channels_last).eval()
+            raise ValueError(
+                f"{self.checkpoint} is not a checkpoint of this run's model ({error}); leave out "
+                "the choices that change the model; if it is none of this run's, delete it"
+            ) from error
 
 
 def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn.Module:
@@ -363,8 +382,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _unusable(path: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{path} is not a whole checkpoint of this run's model "
-        f"({type(error).__name__}: {error}); use another one of {path.parent}, or train again"
+        f"{path} is not a whole checkpoint "
+        f"({type(error).__name__}: {error}); delete it, and go on from another one of "
+        f"{path.parent} with resume=FILE, or give the same command again to train anew"
     )
 
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
@@ -20,7 +22,7 @@ from optuna.visualization import matplotlib as pictures
 from .composing import CONF, compose
 from .plot import save
 from .quantities import METRICS as QUANTITIES
-from .run import METRICS, Run
+from .run import LOCK, METRICS, Run
 
 TRAIN = (sys.executable, "-c", "from sj_taid.training.cli import main; main('train')")
 
@@ -64,15 +66,19 @@ def main(arguments: Sequence[str]) -> None:
         direction="minimize" if less else "maximize",
         load_if_exists=True,
     )
-    for left in study.get_trials(states=[TrialState.RUNNING]):
-        attempt(study, left.number, left.user_attrs.get("overrides"), folder, objective)
-    while len(study.trials) < given.trials:
-        # Other random numbers for each trial, and the same ones for the same trial.
-        study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
-        trial = study.ask()
-        overrides = [*fixed, *(suggested(trial, override) for override in space)]
-        trial.set_user_attr("overrides", overrides)
-        attempt(study, trial.number, overrides, folder, objective)
+    asking = FileLock(folder / LOCK)
+    take_up(study, folder, objective, asking)
+    while True:
+        with asking:
+            if len(study.trials) >= given.trials:
+                break
+            # Other random numbers for each trial, and the same ones for the same trial.
+            study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
+            trial = study.ask()
+            overrides = [*fixed, *(suggested(trial, override) for override in space)]
+            trial.set_user_attr("overrides", overrides)
+        attempt(study, trial.number, folder, objective)
+    take_up(study, folder, objective, asking)  # what ran on by itself has ended by now
     if not study.get_trials(states=[TrialState.COMPLETE]):
         sys.exit("no trial ended: what stopped them stands above")
     draw(study, folder)
@@ -86,22 +92,37 @@ def suggested(trial: Trial, override: Override) -> str:
     return f"{key}={trial.suggest_categorical(key, list(override.sweep_string_iterator()))}"
 
 
-def attempt(
-    study: optuna.Study, number: int, overrides: list[str] | None, folder: Path, objective: str
-) -> None:
-    """Run a trial, or go on with it; one that another process runs is left to it."""
+def take_up(study: optuna.Study, folder: Path, objective: str, asking: FileLock) -> None:
+    """Go on with the trials whose search was killed."""
+    with asking:  # each of them knows by now what to run, unless it was killed before
+        left = study.get_trials(states=[TrialState.RUNNING])
+    for trial in left:
+        attempt(study, trial.number, folder, objective)
+
+
+def attempt(study: optuna.Study, number: int, folder: Path, objective: str) -> None:
+    """Run a trial, or go on with it.
+
+    One that another search attempts is left to it, and one that is still run by a process whose
+    search was killed is left to that.
+    """
     run = Run(folder / f"trial-{number}")
-    try:
-        with run.lock():
-            pass
-    except RuntimeError:
-        return
-    if overrides:  # None: killed before it was known what to run
-        subprocess.run([*TRAIN, *overrides, f"hydra.run.dir='{run.folder}'"], check=False)
-    if (run.folder / METRICS).is_file():
-        study.tell(number, run.metrics[objective])
-    else:
-        study.tell(number, state=TrialState.FAIL)
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(f"{run.folder}{LOCK}", blocking=False))
+            with run.lock():
+                pass
+        except (Timeout, RuntimeError):
+            return
+        trial = study.trials[number]
+        if trial.state.is_finished():  # by another search, a moment ago
+            return
+        if overrides := trial.user_attrs.get("overrides"):
+            subprocess.run([*TRAIN, *overrides, f"hydra.run.dir='{run.folder}'"], check=False)
+        if (run.folder / METRICS).is_file():
+            study.tell(number, run.metrics[objective])
+        else:
+            study.tell(number, state=TrialState.FAIL)
 
 
 def draw(study: optuna.Study, folder: Path) -> None:

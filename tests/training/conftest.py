@@ -1,5 +1,6 @@
 """A run small enough for a test, through the real configs."""
 
+import os
 import shlex
 import shutil
 import signal
@@ -7,14 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from sj_taid.training import cli, run
+from sj_taid.training import cli, load_model, run
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose
 from tests.metric.pixels import Pixels, classifier
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+#: of commands in processes of their own
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)}
 
 TINY_TRAINER = [
     "trainer.max_epochs=1",
@@ -59,6 +63,16 @@ def write_images(folder, n, size=(20, 24), mode="RGB", suffix="png"):
 
 def script(name, *arguments):
     return [sys.executable, str(CONF.parent / "experiments" / name), *arguments]
+
+
+def weights(run_or_checkpoint):
+    return load_model(run_or_checkpoint).state_dict()
+
+
+def assert_same_weights(run_or_checkpoint, expected):
+    """Bit for bit."""
+    for name, value in weights(run_or_checkpoint).items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.fixture(scope="session")

@@ -93,9 +93,9 @@ def test_the_command_line_of_a_resumed_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"(?s)overrides\.yaml.*repeat that command"):
         cli.resuming([said])
 
-    notes = folder / ".hydra" / "overrides.yaml"
-    notes.parent.mkdir()
-    notes.write_text("- neuron=lif\n- model.stages=[[4],[6]]\n")
+    of_old, notes = folder / ".hydra" / run.OVERRIDES, folder / run.OVERRIDES
+    of_old.parent.mkdir()
+    of_old.write_text("- neuron=lif\n- model.stages=[[4],[6]]\n")
     for place in (folder, checkpoint, f'"{folder}"'):
         assert cli.resuming(["seed=1", cli.quoted_place(f"resume={place}"), "--cfg", "job"]) == [
             "neuron=lif",
@@ -106,6 +106,8 @@ def test_the_command_line_of_a_resumed_run(tmp_path):
             "--cfg",
             "job",
         ]
+    notes.write_text("- seed=3\n")
+    assert cli.resuming([said])[0] == "seed=3"
 
 
 def test_a_folder_is_named_by_the_overrides_however_many():
@@ -138,7 +140,7 @@ class CtrlC(L.Callback):
 
 @pytest.mark.parametrize(
     ("epoch", "message"),
-    [(0, "Interrupted before the end of the first epoch"), (1, "train resume={folder}$")],
+    [(0, "Interrupted. There is no whole epoch to go on with"), (1, "train resume={folder}$")],
 )
 def test_ctrl_c_says_how_to_go_on(train, tmp_path, epoch, message):
     stop = [f"+callbacks.stop._target_={__name__}.CtrlC", f"+callbacks.stop.epoch={epoch}"]

@@ -1,203 +1,422 @@
 """What may happen to a run, done to it: it says what happened, and ends as if it had not."""
 
-import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 
-from sj_taid.training import load_model, run
+from sj_taid.training import run
 from sj_taid.training.commands import train
 from tests.data.made_up import cut
-from tests.training.conftest import CONF, script, write_images
+from tests.training.conftest import (
+    ENVIRONMENT,
+    assert_same_weights,
+    script,
+    weights,
+    write_images,
+)
+from tests.training.test_run import Hostile
 
-#: what draws random numbers: the order, augmentation, dropped steps, the posterior's samples
+#: what draws random numbers: the order, augmentation, dropped steps, the posterior's samples,
+#: scheduled sampling; on files that a process loads
 JOB = [
     "task=autoencoding", "model=fsvae_small", "model.T=3", "model.hidden_channels=[4,6]",
-    "model.latent_channels=5", "model.k=3", "dataset.image_size=8", "dataset.augment=affine",
-    "trainer.max_epochs=4", "trainer.accelerator=cpu", "trainer.limit_train_batches=3",
-    "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "callbacks=quiet",
+    "model.latent_channels=5", "model.k=3", "dataset=image_folder", "dataset.channels=1",
+    "dataset.image_size=8", "dataset.augment=affine", "dataset.batch_size=2",
+    "dataset.num_workers=1", "trainer.max_epochs=4", "trainer.accelerator=cpu",
+    "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1",
+    "callbacks=quiet", "pictures=false",
 ]  # fmt: skip
+QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)}
 
+class Fault(L.Callback):
+    """Happens to a run once, in its third epoch: one that goes on from a checkpoint is left alone.
 
-class Strike(L.Callback):
-    """Does something to the run in its third epoch."""
+    Attributes:
+        within: the moment, "epoch", or "pictures" or "metrics" for those at the end.
+        left: the epoch, from 0, of the checkpoint that is left.
+        kills: the process, which is therefore one of its own.
+        says: what is said then; None where the run is not stopped.
+        refused: what is said to one that goes on with the checkpoint that is left.
+        job: overrides.
+    """
+
+    within = "epoch"
+    left = 1
+    kills = False
+    says: str | None = None
+    refused: str | None = None
+    job: tuple[str, ...] = ()
+
+    @staticmethod
+    def place(folder):
+        """Where the run's folder lies while all this happens."""
+        return nullcontext()
+
+    def strike(self, trainer):
+        raise NotImplementedError
+
+    @staticmethod
+    def mend(there):
+        """Takes the cause away."""
+
+    @staticmethod
+    def spoil(checkpoint):
+        """What the checkpoint that is left suffers, where it is refused."""
+
+    def on_load_checkpoint(self, *_):
+        self.strike = lambda trainer: None
 
     def on_train_batch_start(self, trainer, task, batch, index):
-        if trainer.current_epoch == 2 and index == 1:
+        if self.within == "epoch" and trainer.current_epoch == 2 and index == 1:
             self.strike(trainer)
 
-
-class Kill(L.Callback):
-    """Kills the process within an epoch, or while it writes."""
-
-    def __init__(self, within):
-        self.within = within
-
-    def on_train_batch_end(self, trainer, *_):
-        if self.within == "epoch" and trainer.global_step == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if trainer.global_step == 8 and self.within == "checkpoint":
-            torch.save = lambda content, path: self.half(path)
+    def on_test_start(self, trainer, task):
+        if self.within == "pictures":
+            self.strike(trainer)
 
     def on_test_end(self, trainer, task):
         if self.within == "metrics":
-            Path.replace = lambda path, target: self.half(path)
+            self.strike(trainer)
 
-    def half(self, path):
-        path.write_bytes(b"{half")
+
+class KilledWithinEpoch(Fault):
+    kills = True
+
+    def strike(self, trainer):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DamageFile(Strike):
+def half(path):
+    path.write_bytes(b"{half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledWithinCheckpoint(Fault):
+    kills = True
+
+    def strike(self, trainer):
+        torch.save = lambda content, path: half(path)
+
+
+class KilledWithinMetrics(Fault):
+    kills, within, left = True, "metrics", 3
+
+    def strike(self, trainer):
+        Path.replace = lambda path, target: half(path)
+
+
+class CtrlC(Fault):
+    says = "Interrupted. Go on with: sj-taid train resume="
+
+    def strike(self, trainer):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
+        signal.raise_signal(signal.SIGINT)
+
+
+class TruncatedCheckpoint(CtrlC):
+    refused = r"last\.ckpt is not a whole checkpoint .* delete it, .* give the same command again"
+    spoil = staticmethod(cut)
+
+
+class CheckpointOfAnotherModel(CtrlC):
+    refused = r"(?s)last\.ckpt is not a checkpoint of this run's model .* delete it"
+
+    @staticmethod
+    def spoil(checkpoint):
+        content = torch.load(checkpoint, weights_only=True)
+        name, value = content["state_dict"].popitem()
+        content["state_dict"][name] = value[None]
+        torch.save(content, checkpoint)
+
+
+class HostileCheckpoint(CtrlC):
+    refused = r"last\.ckpt is not .* names posix\.system, code .* delete it"
+
+    @staticmethod
+    def spoil(checkpoint):
+        torch.save({"state_dict": Hostile()}, checkpoint)
+
+
+class ClockSetBack(CtrlC):
+    """And it stays so."""
+
+    @staticmethod
+    @contextmanager
+    def place(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(time, "time", time.time)  # is put back
+            yield
+
+    def strike(self, trainer):
+        now = time.time
+        time.time = lambda: now() - 86400
+        super().strike(trainer)
+
+
+class SecondRun(CtrlC):
+    """With other choices in the same folder; the first is interrupted after that."""
+
+    def strike(self, trainer):
+        second = subprocess.run(
+            script("train.py", *sys.argv[1:], "dataset.augment=null"),
+            env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert f"another process is running in {trainer.default_root_dir}" in second.stderr
+        super().strike(trainer)
+
+
+class LossNotFinite(Fault):
+    says = "the loss is nan in epoch 3, after step 7: the model has diverged"
+
+    def strike(self, trainer):
+        trainer.lightning_module.model.training_loss = lambda *_: {"loss": torch.tensor(torch.nan)}
+
+
+class WeightsNotFinite(Fault):
+    says = "a parameter is not finite in epoch 3, after step 9: the model has diverged"
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 9:
+            self.strike(trainer)
+
+    def on_train_batch_start(self, *_):
+        pass
+
+    def strike(self, trainer):
+        next(trainer.lightning_module.parameters()).data.fill_(torch.inf)
+
+
+class DamagedFiles(Fault):
+    says = r"\.png cannot be read .*neither can .*\.png"
+
     def strike(self, trainer):
         for path in Path(trainer.datamodule.root).glob("*"):
             cut(path)
 
+    @staticmethod
+    def mend(there):
+        made_up(there.config.dataset.root)
 
-class KillLoader(Strike):
+
+class KilledLoader(Fault):
+    says = r"DataLoader worker .*(killed by signal|exited unexpectedly)"
+
     def strike(self, trainer):
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, signal.SIGKILL)
             worker.join()
 
 
-class SetClockBack(Strike):
+class FullDisk(Fault):
+    says = r"(?s)last\.ckpt cannot be written .*make room.*Go on with: sj-taid train resume="
+
+    @staticmethod
+    @contextmanager
+    def place(folder):
+        folder.mkdir()
+        mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", folder)
+        yield
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
     def strike(self, trainer):
-        now = time.time
-        time.time = lambda: now() - 86400
+        disk = os.statvfs(trainer.default_root_dir)
+        size = (disk.f_bavail - 2) * disk.f_frsize
+        Path(trainer.default_root_dir, "full").write_bytes(bytes(size))
+
+    @staticmethod
+    def mend(there):
+        (there.folder / "full").unlink()
 
 
-def weights(folder):
-    return load_model(folder).state_dict()
+class ReadOnlyFolder(Fault):
+    job = ("~logger",)
+    says = r"(?s)last\.ckpt cannot be written .*Go on with: sj-taid train resume="
+
+    def strike(self, trainer):
+        make_read_only(Path(trainer.default_root_dir))
+
+    @staticmethod
+    def mend(there):
+        make_writable(there.folder)
 
 
-def assert_same(folder, expected):
-    for name, value in weights(folder).items():
-        assert torch.equal(value, expected[name]), name
+class ReadOnlyForTracker(ReadOnlyFolder):
+    job = ()
+    says = r"(?s)run cannot be written .*tensorboard.*Go on with: sj-taid train resume="
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+class ReadOnlyForPictures(ReadOnlyFolder):
+    within, left, job = "pictures", 3, ("~logger", "pictures=true")
+    says = r"(?s)reconstructions\.png cannot be written .*Go on with: sj-taid train resume="
 
 
-@pytest.fixture
-def small(tiny):
-    return lambda *overrides: tiny(*JOB, *overrides, tiny=False)
+class ReadOnlyForMetrics(ReadOnlyFolder):
+    within, left = "metrics", 3
+    says = r"(?s)metrics\.json cannot be written .*Go on with: sj-taid train resume="
 
 
-@pytest.fixture
-def files(small, tmp_path):
-    """A run on files that a process loads, and what it ends with undisturbed."""
-    write_images(tmp_path / "images", 12, size=(8, 8), mode="L")
-    of_files = [
-        "dataset=image_folder", f"dataset.root={tmp_path / 'images'}", "dataset.channels=1",
-        "dataset.batch_size=2", "dataset.num_workers=1",
-    ]  # fmt: skip
-    train(small(*of_files), tmp_path / "undisturbed")
-    return lambda *overrides: small(*of_files, *overrides), weights(tmp_path / "undisturbed")
+def mount(*arguments):
+    if os.geteuid() or subprocess.run(["mount", *arguments], check=False).returncode:
+        pytest.skip("needs root and mount, for a folder of its own kind")
+
+
+def make_read_only(folder):
+    if os.geteuid() == 0:  # who may write everywhere but where nobody may
+        mount("--bind", "-o", "ro", folder, folder)
+    else:
+        for place in (folder, *folder.rglob("*/")):
+            place.chmod(0o555)
+
+
+def make_writable(folder):
+    if os.geteuid() == 0:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+    else:
+        for place in (folder, *folder.rglob("*/")):
+            place.chmod(0o755)
+
+
+def made_up(folder):
+    write_images(Path(folder), 24, size=(8, 8), mode="L")
 
 
 def with_callback(cls):
     return f"+callbacks.fault._target_={__name__}.{cls.__name__}"
 
 
-def test_killed_three_times_it_ends_as_if_undisturbed(small, tmp_path):
-    train(small(), tmp_path / "undisturbed")
-    folder = tmp_path / "killed"
-    for within, epoch in (("epoch", 1), ("checkpoint", 1), ("metrics", 3)):
-        command = script(
-            "train.py", *JOB, f"hydra.run.dir={folder}", with_callback(Kill),
-            f"+callbacks.fault.within={within}",
-        )  # fmt: skip
-        done = subprocess.run(
-            command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert torch.load(run.Run(folder).checkpoint, weights_only=True)["epoch"] == epoch
-        assert not (folder / run.METRICS).exists()
-        assert len(list(folder.rglob(".*.tmp"))) == (within != "epoch")
-    with run.Run(folder).lock():
-        train(small(), folder)
-    assert_same(folder, weights(tmp_path / "undisturbed"))
-    assert not list(folder.rglob(".*.tmp"))
-    assert json.loads((folder / run.METRICS).read_text())["epochs"] == 4
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The overrides of the run that everything happens to."""
+    images = tmp_path_factory.mktemp("images")
+    made_up(images)
+    return [*JOB, f"dataset.root={images}"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, job, tmp_path_factory):
+    """What the run ends with if nothing happens to it: figures and weights."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return train(tiny(*job, tiny=False), folder), weights(folder)
+
+
+@pytest.fixture
+def stopped(sj_taid, capsys):
+    """What is said by a run that does not come to its end."""
+
+    def execute(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            sj_taid("train", *arguments, *QUIET)
+        return capsys.readouterr().err + str(ended.value)
+
+    return execute
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    "fault",
     [
-        (DamageFile, r"\.png cannot be read .*neither can .*\.png"),
-        (KillLoader, r"DataLoader worker .*(killed by signal|exited unexpectedly)"),
+        KilledWithinEpoch, KilledWithinCheckpoint, KilledWithinMetrics, CtrlC, SecondRun,
+        ClockSetBack, TruncatedCheckpoint, CheckpointOfAnotherModel, HostileCheckpoint,
+        LossNotFinite, WeightsNotFinite, DamagedFiles, KilledLoader, FullDisk, ReadOnlyFolder,
+        ReadOnlyForTracker, ReadOnlyForPictures, ReadOnlyForMetrics,
     ],
-)
-def test_a_fault_while_loading_is_named_and_the_run_goes_on(files, tmp_path, fault, message):
-    cfg, undisturbed = files
-    kept = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
-    with pytest.raises(RuntimeError, match=message):
-        train(cfg(with_callback(fault)), tmp_path / "run")
-    for path, content in kept.items():
-        path.write_bytes(content)
-    train(cfg(), tmp_path / "run")
-    assert_same(tmp_path / "run", undisturbed)
+    ids=lambda fault: fault.__name__,
+)  # fmt: skip
+def test_a_run_ends_as_if_it_had_not_happened(
+    fault, job, undisturbed, sj_taid, stopped, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    there = run.Run(tmp_path / "run")
+    command = [*job, *fault.job, f"hydra.run.dir={there.folder}"]
+
+    def going_on():  # as the message advises
+        return [f"resume={there.folder}"] if there.checkpoint.is_file() else command
+
+    with fault.place(there.folder):
+        if fault.kills:
+            killed = script("train.py", *command, with_callback(fault))
+            done = subprocess.run(
+                killed, env=ENVIRONMENT, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == -signal.SIGKILL, done.stderr
+        else:
+            said = stopped(*command, with_callback(fault))
+            fault.mend(there)
+            assert re.search(fault.says, said), said
+        assert torch.load(there.checkpoint, weights_only=True)["epoch"] == fault.left
+        assert not (there.folder / run.METRICS).exists()
+        if fault.refused:
+            fault.spoil(there.checkpoint)
+            said = stopped(*going_on())
+            assert re.search(fault.refused, said), said
+            there.checkpoint.unlink()
+        sj_taid("train", *going_on(), *QUIET)
+
+        metrics, (expected, expected_weights) = there.metrics, undisturbed
+        assert_same_weights(there.folder, expected_weights)
+        assert metrics["reconstruction"] == expected["reconstruction"]
+        assert metrics["epochs"] == 4 and 0 <= metrics["training_seconds"] < 3600
+        assert not list(tmp_path.rglob(".*.tmp")) and not (tmp_path / "hacked").exists()
 
 
-def test_a_clock_set_back_changes_nothing(small, tmp_path, monkeypatch):
-    train(small(), tmp_path / "undisturbed")
-    monkeypatch.setattr(time, "time", time.time)  # is put back
-    metrics = train(small(with_callback(SetClockBack)), tmp_path / "run")
-    assert 0 <= metrics["training_seconds"] < 3600
-    assert_same(tmp_path / "run", weights(tmp_path / "undisturbed"))
-
-
-def test_a_read_only_folder_is_named(tmp_path):
+def test_a_folder_that_is_read_only_from_the_start_is_named(stopped, job, tmp_path):
     folder = tmp_path / "run"
-    folder.mkdir(0o555)
-    if os.geteuid() == 0:  # who may write everywhere but where nobody may
-        mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
-        if subprocess.run(mount, check=False).returncode != 0:
-            pytest.skip("needs mount, for a folder that root cannot write")
-    try:
-        message = rf"{folder} cannot be written .*choose another folder with hydra\.run\.dir="
-        with pytest.raises(OSError, match=message), run.Run(folder).lock():
-            pytest.fail("locked")
-    finally:
-        if os.geteuid() == 0:
-            subprocess.run(["umount", str(folder)], check=True)
+    folder.mkdir()
+    make_read_only(folder)
+    said = stopped(*job, f"hydra.run.dir={folder}")
+    make_writable(folder)
+    message = rf"{folder} cannot be written .*choose another folder with hydra\.run\.dir="
+    assert re.search(message, said), said
 
 
-class KillSecondRank(Strike):
+class KilledSecondRank(Fault):
     def strike(self, trainer):
         if trainer.global_rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_a_dead_rank_ends_the_run_with_a_message(tmp_path):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        *script("train.py", *JOB, f"hydra.run.dir={tmp_path / 'run'}")[1:], "trainer.devices=2",
-        with_callback(KillSecondRank),
-    ]  # fmt: skip
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    ) as process:
-        checkpoint = run.Run(tmp_path / "run").checkpoint
-        while process.poll() is None and not checkpoint.is_file():
+def test_a_run_of_two_processes_survives_the_death_of_one(job, tmp_path):
+    @contextmanager
+    def torchrun(folder, *more):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            *script("train.py", *job, f"hydra.run.dir={folder}")[1:], "trainer.devices=2", *more,
+        ]  # fmt: skip
+        with subprocess.Popen(
+            command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        ) as process:
+            yield process
+
+    there = run.Run(tmp_path / "run")
+    with torchrun(there.folder, with_callback(KilledSecondRank)) as process:
+        while process.poll() is None and not there.checkpoint.is_file():
             time.sleep(0.1)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=60)[1]  # no hang
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in said, said
-    assert torch.load(checkpoint, weights_only=True)["epoch"] <= 1
+    assert torch.load(there.checkpoint, weights_only=True)["epoch"] <= 1
+    for folder in (there.folder, tmp_path / "undisturbed"):
+        with torchrun(folder) as process:
+            said = process.communicate()[1]
+        assert process.returncode == 0, said
+    assert there.metrics["epochs"] == 4
+    assert_same_weights(there.folder, weights(tmp_path / "undisturbed"))

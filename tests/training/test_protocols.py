@@ -10,7 +10,13 @@ from sj_taid.data import Digits
 from sj_taid.training import gather, quantities, run, search
 from sj_taid.training.commands import evaluate, train
 from sj_taid.training.composing import compose
-from tests.training.conftest import TINY, TINY_AUTOENCODING, TINY_CLASSIFICATION
+from tests.training.conftest import (
+    TINY,
+    TINY_AUTOENCODING,
+    TINY_CLASSIFICATION,
+    assert_same_weights,
+    weights,
+)
 
 #: learns something in two epochs
 JOB = [
@@ -109,6 +115,9 @@ def test_the_best_epoch_survives_a_kill(job, tmp_path):
     metrics = train(job(*with_callbacks(Spoil)), tmp_path / "run")
     for name in ("best_validation_epoch", "accuracy_best_validation_epoch", "validation_accuracy"):
         assert metrics[name] == undisturbed[name], name
+    for checkpoint in ("best", "last"):
+        path = f"{run.CHECKPOINTS}/{checkpoint}.ckpt"
+        assert_same_weights(tmp_path / "run" / path, weights(tmp_path / "undisturbed" / path))
     # In another folder there is no best checkpoint yet: of the epochs from here on, one is.
     resume = f"resume={tmp_path / 'run'}"
     longer = train(job(resume, "trainer.max_epochs=5"), tmp_path / "other")

@@ -1,16 +1,29 @@
 """A search by Optuna over runs: what it varies, and that it goes on after a kill."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import optuna
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
 from sj_taid.training import run, search
+from sj_taid.training.commands import train
 from sj_taid.training.composing import CONF, compose
-from tests.training.conftest import TINY_CLASSIFICATION
+from tests.training.conftest import (
+    ENVIRONMENT,
+    TINY_CLASSIFICATION,
+    assert_same_weights,
+    weights,
+)
 
 SPACE = ["optimizer.lr=tag(log, interval(1e-4, 1e-1))", "neuron=alif,lif"]
 
@@ -48,6 +61,73 @@ def test_a_killed_search_goes_on_with_its_trials(sj_taid, tmp_path, monkeypatch,
         assert mpimg.imread(tmp_path / name).std() > 0
     sj_taid(*arguments)
     assert len(started) == 4
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_in_a_trial_goes_on_and_loses_nothing(tiny, tmp_path):
+    job = [*TINY_CLASSIFICATION, "trainer.max_epochs=12", "dataset.augment=affine", "~logger"]
+    arguments = ["search", f"--study={tmp_path / 'study'}", "--trials=2", *job, *SPACE]
+    program = "from sj_taid.training.cli import main; main()"
+    command = [sys.executable, "-c", program, *arguments]
+    first = run.Run(tmp_path / "study" / "trial-0")
+    with subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True) as process:
+        while process.poll() is None and not first.checkpoint.is_file():
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)  # the search and the trial
+    assert process.returncode == -signal.SIGKILL and not (first.folder / run.METRICS).exists()
+    (killed,) = load(tmp_path / "study").trials
+    assert killed.state.name == "RUNNING"
+
+    subprocess.run(command, env=ENVIRONMENT, check=True)
+    study = load(tmp_path / "study")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
+    assert study.trials[0].params == killed.params
+    assert study.trials[0].value == first.metrics["validation_accuracy"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(tiny(*killed.user_attrs["overrides"], tiny=False), tmp_path / "undisturbed")
+    torch.set_num_threads(threads)
+    assert_same_weights(first.folder, weights(tmp_path / "undisturbed"))
+
+
+@pytest.fixture
+def trials(sj_taid, tmp_path, monkeypatch):
+    """A search whose trials do what they are told, by number; those that were begun."""
+    begun, does = [], {}
+
+    def begin(command, check):
+        number = len(begun)
+        begun.append(command[-1])
+        does.get(number, lambda: None)()
+        folder = command[-1].removeprefix("hydra.run.dir=").strip("'")
+        run.Run(folder).save_metrics({"validation_accuracy": 0.5})
+
+    monkeypatch.setattr(search, "subprocess", SimpleNamespace(run=begin))
+    arguments = ["search", f"--study={tmp_path}", "--trials=2", *TINY_CLASSIFICATION, *SPACE]
+    return SimpleNamespace(begun=begun, does=does, search=lambda: sj_taid(*arguments))
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_trial_that_outlived_its_search_is_waited_for_and_told(trials, tmp_path):
+    trials.does[0] = interrupt  # the search alone
+    with pytest.raises(KeyboardInterrupt):
+        trials.search()
+    with ExitStack() as still_runs:
+        still_runs.enter_context(run.Run(tmp_path / "trial-0").lock())
+        trials.does[1] = still_runs.close
+        trials.search()
+    assert [trial.state.name for trial in load(tmp_path).trials] == ["COMPLETE"] * 2
+    assert [place.split("trial-")[1] for place in trials.begun] == ["0'", "1'", "0'"]
+
+
+def test_a_second_search_leaves_the_trials_of_the_first_alone(trials, tmp_path):
+    trials.does[0] = trials.search  # begins while the first trial has not locked its folder yet
+    trials.search()
+    assert [trial.state.name for trial in load(tmp_path).trials] == ["COMPLETE"] * 2
+    assert sorted(trials.begun) == sorted(set(trials.begun)) and len(trials.begun) == 2
 
 
 def test_a_failed_trial_is_told(sj_taid, tmp_path, monkeypatch):

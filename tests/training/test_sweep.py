@@ -18,7 +18,13 @@ from omegaconf import OmegaConf
 from sj_taid.training import commands, run
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose
-from tests.training.conftest import TINY_CLASSIFICATION, script
+from tests.training.conftest import (
+    ENVIRONMENT,
+    TINY_CLASSIFICATION,
+    assert_same_weights,
+    script,
+    weights,
+)
 
 SWEEP = ["neuron=alif,lif", "seed=0,1"]
 JOB = [*TINY_CLASSIFICATION, "trainer.max_epochs=12", "dataset.augment=affine"]
@@ -33,7 +39,7 @@ def uninterrupted(tiny, tmp_path_factory):
     for neuron, seed in itertools.product(("alif", "lif"), (0, 1)):
         folder = tmp_path_factory.mktemp("job")
         metrics = train(tiny(*JOB, f"neuron={neuron}", f"seed={seed}", tiny=False), folder)
-        ended[neuron, seed] = metrics, run.load_model(folder).state_dict()
+        ended[neuron, seed] = metrics, weights(folder)
     torch.set_num_threads(threads)
     return ended
 
@@ -59,7 +65,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_an_uninterrupted_one(
         "stdout": subprocess.PIPE,
         "stderr": subprocess.STDOUT,
         "text": True,
-        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "env": ENVIRONMENT,
     }
     with subprocess.Popen(sweep, start_new_session=True, **options) as process:
         while process.poll() is None and not list(tmp_path.glob(f"*/{run.CHECKPOINTS}/last.ckpt")):
@@ -84,12 +90,11 @@ def test_a_killed_sweep_goes_on_and_ends_as_an_uninterrupted_one(
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
     for folder, metrics in folders.items():
         neuron = metrics["choices"]["neuron"]
-        alone, weights = uninterrupted[neuron, metrics["seed"]]
+        alone, expected = uninterrupted[neuron, metrics["seed"]]
         assert metrics["loss"] == alone["loss"] and metrics["epochs"] == 12
         assert f"seed={metrics['seed']}" in metrics["command"]
         assert str(tmp_path) not in metrics["command"]
-        for name, value in run.load_model(folder).state_dict().items():
-            assert torch.equal(value, weights[name]), name
+        assert_same_weights(folder, expected)
 
 
 def test_a_dry_run_says_how_long_the_likes_took(sj_taid, tmp_path, monkeypatch, capsys):
