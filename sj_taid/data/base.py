@@ -302,8 +302,8 @@ class Data(L.LightningDataModule):
             # The sampler that Lightning would put in has the order of the first epoch when a run is
             # resumed, since loader processes fetch ahead before they hear of another.
             options["sampler"] = DistributedSampler(self.train_set, seed=torch.initial_seed())
-            # not current_epoch, which is one behind here
-            options["sampler"].set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+            epochs: Any = self.trainer.fit_loop.epoch_progress.current
+            options["sampler"].set_epoch(epochs.processed)  # current_epoch is one behind here
         else:
             options["shuffle"] = True
         return self._loader(self.train_set, self._variations(), self._mix(), **options)
