@@ -15,7 +15,13 @@ from typing import Any, Literal, Self
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    TensorDataset,
+    default_collate,
+)
 from torchvision.transforms import v2
 
 from .augment import AUGMENTATIONS, each, mix
@@ -288,8 +294,15 @@ class Data(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         # A last small batch would make noisy batch-norm statistics.
-        drop_last = len(self.train_set) >= self.batch_size
-        options = {"shuffle": True, "drop_last": drop_last}
+        options: dict[str, Any] = {"drop_last": len(self.train_set) >= self.batch_size}
+        if self.trainer and self.trainer.world_size > 1:
+            # The sampler that Lightning would put in has the order of the first epoch when a run is
+            # resumed, since loader processes fetch ahead before they hear of another.
+            options["sampler"] = DistributedSampler(self.train_set, seed=torch.initial_seed())
+            epochs: Any = self.trainer.fit_loop.epoch_progress.current
+            options["sampler"].set_epoch(epochs.processed)  # trainer.current_epoch is one behind
+        else:
+            options["shuffle"] = True
         return self._loader(self.train_set, self._variations(), self._mix(), **options)
 
     def plain(self) -> Self:

@@ -191,7 +191,7 @@ def test_resuming_from_a_damaged_checkpoint(tiny, tmp_path, monkeypatch):
     checkpoint.parent.mkdir()
     checkpoint.write_bytes(b"PK half a checkpoint")
     monkeypatch.setattr(Generation, "before_training", None)  # not so far
-    with pytest.raises(ValueError, match=r"(?s)last\.ckpt is not a whole checkpoint.*train again"):
+    with pytest.raises(ValueError, match=r"(?s)last\.ckpt is not a whole checkpoint.*train anew"):
         train(tiny(), tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_a_checkpoint_gives_the_trained_model(tiny, tmp_path):
     config = tmp_path / run.CONFIG
     text = config.read_text()
     config.write_text(text.replace("T: 3", "T: 4"))  # as if it were of another model
-    with pytest.raises(ValueError, match="not a whole checkpoint of this run's model"):
+    with pytest.raises(ValueError, match=r"(?s)not a checkpoint of this run's model .* leave out"):
         run.load_model(checkpoint)
     config.write_text(text.replace("sj_taid.TAID", "os.system"))
     with pytest.raises(ValueError, match=r"names 'os\.system'.*trusted source"):
