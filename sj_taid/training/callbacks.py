@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ..data.progress import followed
 from ..monitoring import warn_at_bound
-from .files import atomic_write
+from .files import atomic_write, unwritable
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
 
@@ -150,5 +150,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_write(Path(path)) as whole:
             try:
                 torch.save(checkpoint, whole)
-            except RuntimeError as error:  # of torch's own writer
-                raise OSError(error) from error
+            except RuntimeError as error:
+                if "inline_container" not in str(error):  # torch's own writer of files
+                    raise
+                raise unwritable(Path(path), error) from error

@@ -6,6 +6,7 @@ What is heavy is imported by the command that needs it, so that a typo is report
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
 import logging
 import re
@@ -120,7 +121,10 @@ def main(command: str | None = None) -> None:
     elif command in ("-h", "--help"):
         print(usage())
     else:
-        sys.exit(usage())
+        near = difflib.get_close_matches(command, [*COMPOSED, *OTHERS], n=1)
+        mean = f"; did you mean {near[0]}?" if near else ""
+        print(usage(), file=sys.stderr)
+        sys.exit(f"there is no command {command!r}{mean}" if command else "give a command")
 
 
 def usage() -> str:

@@ -283,7 +283,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         report = task.report(figures)
         protocol = figures.pop("protocol", {})
         if run.checkpoint == run.best:
-            figures = of_best_epoch(figures)
+            figures, protocol = of_best_epoch(figures), of_best_epoch(protocol)
         evaluation = {
             "protocol": protocol,
             "figures": figures,
@@ -360,15 +360,16 @@ def fit_prior(cfg: DictConfig) -> None:
         data.prepare_data()
         data.setup()
         build(config.task, cfg.trust or (), model=model, optimizer=None).fit_prior(data)
+        metrics = run.metrics if (run.folder / METRICS).is_file() else {}
         checkpoint = read_checkpoint(run.checkpoint)
         for name, tensor in mixture.state_dict().items():
             checkpoint["state_dict"][f"model.gaussian_mixture.{name}"] = tensor
         AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
-        if (run.folder / METRICS).is_file():
-            metrics, own = run.metrics, model.prior == "gaussian_mixture"
-            for name in OF_SAMPLES:
-                for figures in (metrics, metrics.get("protocol", {})):
-                    figures.pop(name if own else f"{name}_gaussian_mixture", None)
+        own = model.prior == "gaussian_mixture"
+        for name in OF_SAMPLES:
+            for figures in (metrics, metrics.get("protocol", {})):
+                figures.pop(name if own else f"{name}_gaussian_mixture", None)
+        if metrics:
             run.save_metrics(metrics)
     log.info("%s has the fitted prior; its figures: sj-taid evaluate", run.checkpoint)
 

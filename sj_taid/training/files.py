@@ -6,20 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: what a system says of a full disk, and of a place where one may not write
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+#: what a system says of a full disk, naming no file, and of a place where one may not write
+FULL = {errno.ENOSPC, errno.EDQUOT}
+REFUSALS = FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Unwritable(OSError):
     """A file or folder cannot be written; what stood there before is whole."""
 
-    def __init__(
-        self,
-        place: Path,
-        error: BaseException,
-        remedy: str = "what stood there before is whole: make room, or let the folder be written",
-    ) -> None:
-        super().__init__(f"{place} cannot be written ({error}); {remedy}")
+
+def unwritable(
+    place: Path,
+    error: BaseException,
+    remedy: str = "what stood there before is whole: make room, or let the folder be written",
+) -> Unwritable:
+    """The error that says so; an exception of its message alone, which processes can hand on."""
+    return Unwritable(f"{place} cannot be written ({error}); {remedy}")
 
 
 @contextmanager
@@ -37,7 +39,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise Unwritable(path, error) from error
+        if error.errno not in REFUSALS:
+            raise
+        raise unwritable(path, error) from error
     finally:
         with suppress(OSError):  # where nothing can be written, nothing can be removed either
             temporary.unlink(missing_ok=True)
@@ -56,14 +60,15 @@ def written_by_others(folder: Path) -> Iterator[None]:
     except Exception as error:
         cause: BaseException | None = error
         while cause and not _is_refusal(cause, folder):
-            cause = cause.__cause__ or cause.__context__
+            cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
         if cause is None:
             raise
-        raise Unwritable(folder, cause) from error
+        raise unwritable(folder, cause) from error
 
 
 def _is_refusal(error: BaseException, folder: Path) -> bool:
     if not isinstance(error, OSError) or error.errno not in REFUSALS:
         return False
-    name = error.filename  # none where the disk is full
-    return name is None or folder in Path(os.fsdecode(name)).parents
+    if error.filename is None:
+        return error.errno in FULL
+    return folder in Path(os.fsdecode(error.filename)).parents

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from .composing import instantiate, targets
-from .files import Unwritable, atomic_write
+from .files import atomic_write, unwritable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,7 +104,7 @@ class Run:
                 f"another process is running in {self.folder}; wait until it ends, or {ELSEWHERE}"
             ) from error
         except OSError as error:
-            raise Unwritable(self.folder, error, ELSEWHERE) from error
+            raise unwritable(self.folder, error, ELSEWHERE) from error
         with lock:
             for left in self.folder.rglob(".*.tmp"):  # by a process that was killed
                 left.unlink()

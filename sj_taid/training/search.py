@@ -78,7 +78,9 @@ def main(arguments: Sequence[str]) -> None:
             overrides = [*fixed, *(suggested(trial, override) for override in space)]
             trial.set_user_attr("overrides", overrides)
         attempt(study, trial.number, folder, objective)
-    take_up(study, folder, objective, asking)  # what ran on by itself has ended by now
+    take_up(study, folder, objective, asking)  # what ran on by itself may have ended by now
+    if running := len(study.get_trials(states=[TrialState.RUNNING])):
+        print(f"trials that others still run: {running}; to count them, repeat the command later")
     if not study.get_trials(states=[TrialState.COMPLETE]):
         sys.exit("no trial ended: what stopped them stands above")
     draw(study, folder)
@@ -109,7 +111,7 @@ def attempt(study: optuna.Study, number: int, folder: Path, objective: str) -> N
     run = Run(folder / f"trial-{number}")
     with ExitStack() as held:
         try:
-            held.enter_context(FileLock(f"{run.folder}{LOCK}", blocking=False))
+            held.enter_context(FileLock(f"{run.folder}{LOCK}").acquire(blocking=False))
             with run.lock():
                 pass
         except (Timeout, RuntimeError):
@@ -119,10 +121,14 @@ def attempt(study: optuna.Study, number: int, folder: Path, objective: str) -> N
             return
         if overrides := trial.user_attrs.get("overrides"):
             subprocess.run([*TRAIN, *overrides, f"hydra.run.dir='{run.folder}'"], check=False)
-        if (run.folder / METRICS).is_file():
-            study.tell(number, run.metrics[objective])
-        else:
-            study.tell(number, state=TrialState.FAIL)
+        figures = run.metrics if (run.folder / METRICS).is_file() else {}
+        if objective in figures:
+            study.tell(number, figures[objective])
+            return
+        if figures:
+            there = ", ".join(name for name in figures if name in QUANTITIES)
+            print(f"{run.folder} has no {objective}; objective= must be one of {there}")
+        study.tell(number, state=TrialState.FAIL)
 
 
 def draw(study: optuna.Study, folder: Path) -> None:

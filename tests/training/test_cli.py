@@ -44,9 +44,14 @@ def test_a_typo_is_reported_before_anything_heavy_is_imported():
 def test_what_there_is_to_say(sj_taid, tmp_path, capsys):
     with pytest.raises(SystemExit, match=f"no checkpoint at {tmp_path}; a run leaves it in"):
         sj_taid("train", f"resume={tmp_path}")
-    for wrong in ([], ["trian"]):
-        with pytest.raises(SystemExit, match=r"usage: sj-taid \{train,.*doctor\}"):
+    for wrong, message in (
+        ([], "give a command"),
+        (["trian"], "there is no command 'trian'; did you mean train[?]"),
+        (["xyz"], "there is no command 'xyz'$"),
+    ):
+        with pytest.raises(SystemExit, match=message):
             sj_taid(*wrong)
+        assert capsys.readouterr().err.startswith("usage: sj-taid {train,")
     sj_taid("--help")
     said = capsys.readouterr().out
     for name, command in (cli.COMPOSED | cli.OTHERS).items():

@@ -288,6 +288,15 @@ def make_writable(folder):
             place.chmod(0o755)
 
 
+@pytest.fixture(autouse=True)
+def _no_mount_stays(tmp_path):
+    yield
+    mounts = Path("/proc/self/mounts")
+    lines = mounts.read_text().splitlines() if mounts.is_file() else []
+    for place in {line.split()[1] for line in lines if f" {tmp_path}/" in line}:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
 def made_up(folder):
     write_images(Path(folder), 24, size=(8, 8), mode="L")
 
