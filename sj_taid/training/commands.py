@@ -283,7 +283,8 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         report = task.report(figures)
         protocol = figures.pop("protocol", {})
         if run.checkpoint == run.best:
-            figures, protocol = of_best_epoch(figures), of_best_epoch(protocol)
+            protocol = of_best_epoch({name: protocol[name] for name in figures if name in protocol})
+            figures = of_best_epoch(figures)
         evaluation = {
             "protocol": protocol,
             "figures": figures,
