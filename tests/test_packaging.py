@@ -34,7 +34,8 @@ def setup_cfg():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The sdist, and the wheel that is built from it."""
-    pytest.importorskip("build", reason="needs the extra dev")
+    # Not "build" alone, which a folder build/ of the checkout is too.
+    pytest.importorskip("build.__main__", reason="needs the extra dev")
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
     # Outside the checkout, whose build/ would be taken for the tool of that name.
