@@ -57,7 +57,7 @@ def train(
 
     Raises:
         FloatingPointError: the model has diverged. The checkpoint of the epoch before is kept.
-        Unwritable: a file cannot be written. What stood there before is whole.
+        OSError: a file cannot be written. What stood there before is whole.
     """
     _leave_out_notes()
     origin |= provenance()

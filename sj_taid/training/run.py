@@ -91,7 +91,7 @@ class Run:
 
         Raises:
             RuntimeError: another process holds it.
-            Unwritable: the folder cannot be written.
+            OSError: the folder cannot be written.
         """
         if not is_first_process():
             yield
