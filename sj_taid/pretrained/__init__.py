@@ -223,21 +223,17 @@ def _config(place: _Place) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}; {place.remedy}") from error
     config = config if isinstance(config, dict) else {}
-    model, digest = config.get("model"), config.get("sha256")
-    for name, expected, found, whole in (
-        ("model", "a class and its arguments", model, _is_call(model)),
-        ("sha256", "64 hexadecimal digits", digest, re.fullmatch("[0-9a-f]{64}", str(digest))),
-        (
-            "metrics",
-            "those of a run",
-            config.get("metrics"),
-            isinstance(config.get("metrics"), dict),
-        ),
-    ):
-        if not whole:
+    digest = str(config.get("sha256"))
+    expected = {
+        "model": ("a class and its arguments", _is_call(config.get("model"))),
+        "sha256": ("64 hexadecimal digits", re.fullmatch("[0-9a-f]{64}", digest)),
+        "metrics": ("those of a run", isinstance(config.get("metrics"), dict)),
+    }
+    for name, (what, there) in expected.items():
+        if not there:
             raise ValueError(
-                f"{path} is not what sj-taid export writes: expected {expected} as its {name!r}, "
-                f"but got {found!r:.80}; {place.remedy}"
+                f"{path} is not what sj-taid export writes: expected {what} as its {name!r}, "
+                f"but got {config.get(name)!r:.80}; {place.remedy}"
             )
     return config
 

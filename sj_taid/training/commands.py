@@ -30,7 +30,7 @@ from .files import written_by_others
 from .generation import OF_SAMPLES
 from .plot import draw_grid
 from .provenance import provenance
-from .run import METRICS, Run, build, check_targets, chosen, is_first_process, read_checkpoint
+from .run import Run, build, check_targets, chosen, is_first_process, read_checkpoint
 from .task import of_best_epoch
 
 log = logging.getLogger(__name__)
@@ -361,7 +361,7 @@ def fit_prior(cfg: DictConfig) -> None:
         data.prepare_data()
         data.setup()
         build(config.task, cfg.trust or (), model=model, optimizer=None).fit_prior(data)
-        metrics = run.metrics if (run.folder / METRICS).is_file() else {}
+        metrics = run.metrics if run.is_finished else {}
         checkpoint = read_checkpoint(run.checkpoint)
         for name, tensor in mixture.state_dict().items():
             checkpoint["state_dict"][f"model.gaussian_mixture.{name}"] = tensor

@@ -38,8 +38,11 @@ class Generation(Autoencoding):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         trainer = self.trainer
-        last = trainer.should_stop or self.current_epoch + 1 == trainer.max_epochs
-        last = last or trainer.global_step == trainer.max_steps  # that is -1 without a limit
+        last = (
+            trainer.should_stop
+            or self.current_epoch + 1 == trainer.max_epochs
+            or trainer.global_step == trainer.max_steps  # that is -1 without a limit
+        )
         if last and isinstance(self.model, ESVAE):  # now, so that the checkpoint has the mixture
             with seeded(0):  # a run that goes on to more epochs draws what it would have drawn
                 self.fit_prior(trainer.datamodule)  # type: ignore[attr-defined]

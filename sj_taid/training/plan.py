@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         config = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
         if run.differences(config, [*places, "dataset.classes"]):  # which the data say
             states.append("another run")
-        elif (run.folder / METRICS).is_file():
+        elif run.is_finished:
             states.append("finished")
         else:
             states.append("half done" if run.checkpoint.is_file() else "new")

@@ -144,6 +144,10 @@ class Run:
                 OmegaConf.save(OmegaConf.create([*overrides]), path)
 
     @property
+    def is_finished(self) -> bool:
+        return (self.folder / METRICS).is_file()
+
+    @property
     def metrics(self) -> dict[str, Any]:
         """What a finished run left.
 
@@ -151,10 +155,9 @@ class Run:
             FileNotFoundError: the run is not finished.
             ValueError: the file is damaged.
         """
-        path = self.folder / METRICS
-        if not path.is_file():
+        if not self.is_finished:
             raise FileNotFoundError(f"no {METRICS} in {self.folder}: finish the run first")
-        return read_json(path)
+        return read_json(self.folder / METRICS)
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         _write_json(metrics, self.folder / METRICS)
@@ -229,7 +232,7 @@ class Run:
                 f"{', '.join(f'{key} ({values})' for key, values in differing.items())}; go on "
                 f"with its own config, {ELSEWHERE}, or delete this one"
             )
-        return None if differing or not (self.folder / METRICS).is_file() else self.metrics
+        return None if differing or not self.is_finished else self.metrics
 
     def model(self, trust: Collection[str] = ()) -> nn.Module:
         """The model of the checkpoint, in eval mode.

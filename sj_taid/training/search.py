@@ -21,8 +21,8 @@ from optuna.visualization import matplotlib as pictures
 
 from .composing import CONF, compose
 from .plot import save
-from .quantities import METRICS as QUANTITIES
-from .run import LOCK, METRICS, Run
+from .quantities import METRICS
+from .run import LOCK, Run
 
 TRAIN = (sys.executable, "-c", "from sj_taid.training.cli import main; main('train')")
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     # Of a figure that has no table here, such as a loss, less is better.
-    less = objective not in QUANTITIES or QUANTITIES[objective].less_is_better
+    less = objective not in METRICS or METRICS[objective].less_is_better
     study = optuna.create_study(
         storage=f"sqlite:///{folder / 'study.db'}",
         study_name="search",
@@ -121,12 +121,12 @@ def attempt(study: optuna.Study, number: int, folder: Path, objective: str) -> N
             return
         if overrides := trial.user_attrs.get("overrides"):
             subprocess.run([*TRAIN, *overrides, f"hydra.run.dir='{run.folder}'"], check=False)
-        figures = run.metrics if (run.folder / METRICS).is_file() else {}
+        figures = run.metrics if run.is_finished else {}
         if objective in figures:
             study.tell(number, figures[objective])
             return
         if figures:
-            there = ", ".join(name for name in figures if name in QUANTITIES)
+            there = ", ".join(name for name in figures if name in METRICS)
             print(f"{run.folder} has no {objective}; objective= must be one of {there}")
         study.tell(number, state=TrialState.FAIL)
 

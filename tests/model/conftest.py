@@ -30,3 +30,13 @@ def without_running_statistics(model):
         if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
             norm.momentum = 0.0
     return model
+
+
+def assert_every_parameter_learns(model, losses):
+    assert losses["loss"] == losses["reconstruction"] + losses["latent"]
+    losses["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        # A norm right after it takes away what a bias adds.
+        if not name.endswith(("stem.0.bias", ".0.0.bias")):
+            assert parameter.grad.abs().sum() > 0, name
