@@ -13,7 +13,7 @@ from ..model import ESVAE
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .evaluation import Evaluator, seeded
-from .plot import draw_attention, draw_grid
+from .plot import draw_attention, draw_grid, draw_spectra
 
 #: The figures that depend on what the samples are drawn from.
 OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "validation_fad")
@@ -95,8 +95,11 @@ class Generation(Autoencoding):
     @torch.no_grad()
     def draw(self, images: Tensor, folder: Path) -> None:
         model = self.model
-        draw_grid(model.sample(64), folder / "samples.png", 16, "Samples from the prior")
+        samples = model.sample(64)
+        draw_grid(samples, folder / "samples.png", 16, "Samples from the prior")
         super().draw(images, folder)
+        sets = {"test images": images, "reconstructions": model(images).image, "samples": samples}
+        draw_spectra(sets, folder / "spectra.png")
         if isinstance(model, SpikingVAE):
             sequence = model.decode_sequence(model.latent_spikes(images))
             decoder: Any = model.image_decoder

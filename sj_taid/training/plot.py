@@ -1,6 +1,6 @@
 """Pictures of images, parameters, attention and curves, for anyone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,39 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     _label(axis, "time step t", r"share of the image, $a[t] / \sum a$")
     axis.set_ylim(bottom=0)
     axis.set_title("What each time step adds (mean and 10-90 % of test images)", fontsize=10)
+    axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def spectrum(images: Tensor) -> Tensor:
+    """The power of each spatial frequency in ``images`` ``[n, C, H, H]``: ``[H // 2 + 1]``.
+
+    Entry ``f`` is the mean of ``|FFT(image)|^2 / H^2`` over all images, channels and frequencies of
+    ``f`` to less than ``f + 1`` cycles an image, in whatever direction.
+    """
+    size = images.shape[-1]
+    power = torch.fft.fft2(images.double()).abs().square().mean((0, 1)) / size**2
+    cycles = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
+    ring = torch.hypot(cycles[:, None], cycles).floor().long().clamp(max=size // 2 + 1)
+    total = torch.zeros(size // 2 + 2, dtype=torch.float64).index_add(
+        0, ring.flatten(), power.flatten()
+    )
+    return (total / ring.flatten().bincount(minlength=size // 2 + 2))[:-1]  # but for the corners
+
+
+def draw_spectra(sets: Mapping[str, Tensor], path: Path) -> None:
+    """How fine the images ``[n, C, H, H]`` of each set are: spectra, and the mean gradient.
+
+    The gradient is the mean absolute difference of neighbours in a row. Blurred images have less of
+    it, and less power in the high frequencies.
+    """
+    figure = Figure((6.4, 4), layout="tight")
+    axis = figure.subplots()
+    for name, images in sets.items():
+        gradient = images.diff(dim=-1).abs().mean().item()
+        axis.semilogy(spectrum(images.cpu()), label=f"{name}: gradient {gradient:.3f}")
+    _label(axis, "cycles per image", "power")
+    axis.set_title("How fine the images are", fontsize=10)
     axis.legend(fontsize=8)
     save(figure, path)
 

@@ -24,6 +24,7 @@ PICTURES = (
     "parameters.png",
     "attention.png",
     "curves.png",
+    "spectra.png",
 )
 
 
@@ -93,7 +94,7 @@ def test_options(tiny, tmp_path, overrides):
 @pytest.mark.parametrize(
     ("overrides", "pictures"),
     [
-        (TINY_VAE, {"samples.png", "reconstructions.png", "curves.png"}),
+        (TINY_VAE, {"samples.png", "reconstructions.png", "curves.png", "spectra.png"}),
         (TINY_AUTOENCODING, {"reconstructions.png", "curves.png"}),
     ],
     ids=["vae", "autoencoder"],

@@ -1,0 +1,68 @@
+"""FAD as published of images that no model drew, to know what a value means.
+
+    python experiments/yardsticks.py --root data --published FOLDER
+
+writes ``results/yardsticks.csv``: for MNIST and Fashion-MNIST the distance of the test images
+themselves, of as many training images, and of test images blurred.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from sj_taid.benchmark.common import write_csv
+from sj_taid.data import MNIST, FashionMNIST
+from sj_taid.metric import PublishedFrechetAutoencoderDistance
+from sj_taid.training.evaluation import PUBLISHED
+
+COUNT = 10_000  # the test images; as many training images, spread over their set
+RESULT = Path(__file__).resolve().parents[1] / "results" / "yardsticks.csv"
+
+
+def distance(images: Tensor, published: Path, name: str) -> float:
+    """Of all images, in the papers' batches."""
+    fad = PublishedFrechetAutoencoderDistance(published, name)
+    for batch in images.split(fad.batch_size):
+        fad.update(batch, real=False)
+    return fad.compute().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--root", type=Path, default=Path("data"), help="holds mnist, fashion_mnist"
+    )
+    parser.add_argument("--published", type=Path, required=True, help="the papers' autoencoders")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    rows = []
+    for kind, (dataset, name) in zip((MNIST, FashionMNIST), PUBLISHED.items(), strict=True):
+        options: dict[str, Any] = {"name": dataset, "channels": 1, "image_size": 32, "batch_size": COUNT}
+        data = kind(given.root / dataset, limit=COUNT, **options)
+        data.setup()
+        (test, _), (training, _) = (
+            next(iter(loader)) for loader in (data.test_dataloader(), data.train_samples())
+        )
+        # By class as they come, they would be 12.8 from MNIST's test images: a batch must be mixed.
+        mixed = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+        sets = {"test images": test, f"{COUNT:,} training images": training[mixed]}
+        for sigma in (0.7, 1.0):
+            blurred = partial(gaussian_blur, kernel_size=[7, 7], sigma=[sigma, sigma])
+            sets[f"test images blurred, sigma {sigma:g} pixels"] = blurred(test)
+        for images, values in sets.items():
+            value = distance(values, given.published, name)
+            gradient = values.diff(dim=-1).abs().mean().item()
+            rows.append(
+                {"dataset": dataset, "images": images, "fad_published": value, "gradient": gradient}
+            )
+            print(f"{dataset}, {images}: {value:.2f}")
+    write_csv(rows, given.out)
+
+
+if __name__ == "__main__":
+    main()

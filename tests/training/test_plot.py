@@ -1,0 +1,22 @@
+"""What the pictures show."""
+
+import math
+
+import torch
+
+from sj_taid.training.plot import spectrum
+
+
+def test_a_wave_has_power_at_its_own_frequency_alone():
+    wave = torch.cos(2 * math.pi * 3 * torch.arange(8) / 8).expand(2, 1, 8, 8)
+    power = spectrum(wave)
+    # By Parseval its ring holds the sum of squares, 8 rows of 8 / 2, shared by the ring's entries.
+    frequencies = [(a, b) for a in range(-4, 4) for b in range(-4, 4) if 3 <= math.hypot(a, b) < 4]
+    assert torch.allclose(power, torch.tensor([0, 0, 0, 32 / len(frequencies), 0]).double())
+
+
+def test_blur_takes_high_frequencies():
+    noise = torch.rand(4, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    blurred = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    assert len(spectrum(noise)) == 5
+    assert (spectrum(blurred)[3:] < 0.5 * spectrum(noise)[3:]).all()
