@@ -9,18 +9,16 @@ themselves, of as many training images, and of test images blurred.
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from sj_taid.benchmark.common import write_csv
-from sj_taid.data import MNIST, FashionMNIST
 from sj_taid.metric import PublishedFrechetAutoencoderDistance
+from sj_taid.training.composing import compose, instantiate
 from sj_taid.training.evaluation import PUBLISHED
 
-COUNT = 10_000  # the test images; as many training images, spread over their set
+COUNT = 10_000  # the test images; as many training images, drawn at random
 RESULT = Path(__file__).resolve().parents[1] / "results" / "yardsticks.csv"
 
 
@@ -41,16 +39,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     rows = []
-    for kind, (dataset, name) in zip((MNIST, FashionMNIST), PUBLISHED.items(), strict=True):
-        options: dict[str, Any] = {"name": dataset, "channels": 1, "image_size": 32, "batch_size": COUNT}
-        data = kind(given.root / dataset, limit=COUNT, **options)
+    for dataset, name in PUBLISHED.items():
+        cfg = compose("train", [f"dataset={dataset}"]).dataset
+        data = instantiate(cfg, root=given.root / dataset, batch_size=COUNT, limit=COUNT)
         data.setup()
-        (test, _), (training, _) = (
-            next(iter(loader)) for loader in (data.test_dataloader(), data.train_samples())
-        )
-        # By class as they come, they would be 12.8 from MNIST's test images: a batch must be mixed.
-        mixed = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
-        sets = {"test images": test, f"{COUNT:,} training images": training[mixed]}
+        loaders = data.test_dataloader(), data.train_samples()
+        (test, _), (training, _) = (next(iter(loader)) for loader in loaders)
+        sets = {"test images": test, f"{COUNT:,} training images": training}
         for sigma in (0.7, 1.0):
             blurred = partial(gaussian_blur, kernel_size=[7, 7], sigma=[sigma, sigma])
             sets[f"test images blurred, sigma {sigma:g} pixels"] = blurred(test)

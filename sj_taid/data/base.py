@@ -57,14 +57,13 @@ class Samples(Dataset):
         """In an order of which every part holds the classes in their proportions."""
         return self.subset(self._mixed(range(len(self))))
 
-    def drawn(self, share: float, seed: int) -> tuple[Self, Self]:
-        """Without a ``share`` that is drawn at random, and that share.
+    def drawn(self, n: int, seed: int) -> tuple[Self, Self]:
+        """Without ``n`` that are drawn at random, and those ``n``.
 
         Both hold the classes in their proportions, and keep the order.
         """
         generator = torch.Generator().manual_seed(seed)
         order = self._mixed(torch.randperm(len(self), generator=generator).tolist())
-        n = round(len(self) * share)
         return self.subset(sorted(order[n:])), self.subset(sorted(order[:n]))
 
     def _mixed(self, order: Iterable[int]) -> list[int]:
@@ -179,11 +178,12 @@ class Data(L.LightningDataModule):
         mixup: pairs of training samples and of their labels are mixed, in parts from
             Beta(alpha, alpha) with this alpha; 0 is none. Labels are then ``[N, classes]``.
         cutmix: likewise a rectangle of one is put into the other; with both, either.
-        limit: use only so many samples of each set, spread evenly, for a quick look.
-        validation: this share of the training samples, drawn at random with the classes in their
-            proportions, is for validation and not for training; ``"own"`` takes the set that the
-            data set brings for it. None or 0: there is none, and validation is on the test set.
-        seed: of that draw; a run's own seed does not change it.
+        limit: use only so many samples of each set, drawn at random with the classes in their
+            proportions, for a quick look.
+        validation: this share of the training samples, drawn likewise, is for validation and not
+            for training; ``"own"`` takes the set that the data set brings for it. None or 0: there
+            is none, and validation is on the test set.
+        seed: of these draws; a run's own seed does not change it.
 
     Raises:
         ValueError: values out of their range; ``"own"`` where there is none of its own; a share
@@ -330,7 +330,7 @@ class Data(L.LightningDataModule):
             return train, None
         if self.validation == "own":
             return train, self.load_validation()
-        rest, drawn = train.drawn(self.validation, self.seed)
+        rest, drawn = train.drawn(round(len(train) * self.validation), self.seed)
         if not (len(rest) and len(drawn)):
             raise ValueError(
                 f"dataset.validation={self.validation} of the {len(train)} training samples leaves "
@@ -346,7 +346,9 @@ class Data(L.LightningDataModule):
     def _limited(self, samples: Samples) -> Samples:
         if self.limit is None or self.limit >= len(samples):
             return samples
-        return samples.subset([i * len(samples) // self.limit for i in range(self.limit)])
+        # Not every k-th: MNIST has images of its two sources in turn.
+        _, drawn = samples.drawn(self.limit, self.seed)
+        return drawn
 
     def _variations(self) -> list[Variation]:
         """What changes training samples one by one."""

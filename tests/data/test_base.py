@@ -8,6 +8,7 @@ import torch
 
 from sj_taid import data
 from sj_taid.data import event
+from sj_taid.data.base import InMemory
 from sj_taid.training.composing import compose, instantiate
 from tests.data.made_up import make, ready
 from tests.training.conftest import CONF, write_images
@@ -25,10 +26,25 @@ def test_every_config_makes_its_data_module(name):
     assert not isinstance(module, event.EventData) or cfg["T"] == module.T
 
 
-def test_limit_spreads_over_the_set():
-    whole, some = ready(data.Digits), ready(data.Digits, limit=100)
+class InTurn(data.ImageData):
+    """Black images and white ones in turn, as MNIST has those of its two sources."""
+
+    def load(self):
+        values = torch.tensor([0, 255], dtype=torch.uint8).repeat(300)
+        samples = InMemory(values[:, None, None, None], torch.arange(600) // 2 % 10)
+        return samples, samples
+
+
+def test_limit_draws_from_the_whole_set():
+    some, again = ready(data.Digits, limit=100), ready(data.Digits, limit=100)
     assert len(some.train_set) == len(some.test_set) == 100
-    assert torch.equal(some.train_set[99][0], whole.train_set[1438 * 99 // 100][0])
+    assert images(some.train_set) == images(again.train_set)
+    assert images(some.train_set) != images(ready(data.Digits, limit=100, seed=1).train_set)
+    in_turn = InTurn("in_turn", channels=1, image_size=1, batch_size=1, limit=60)
+    in_turn.setup()
+    values, labels = in_turn.train_set.tensors
+    assert labels.bincount().tolist() == [6] * 10
+    assert 20 < (values == 255).sum() < 40  # every tenth image would have one colour
     assert len(ready(data.Digits, limit=1000).test_set) == 359
     with pytest.raises(ValueError, match=r"dataset\.limit must be null or at least 1.* 0"):
         make(data.Digits, limit=0)
