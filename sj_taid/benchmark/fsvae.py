@@ -143,19 +143,23 @@ def breakdown(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for work, function in works(options).items():
         for name in (OURS, RIVAL):
-            model = make(name, options)
-            function(model)
-            with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                function(model)
-            spent = dict.fromkeys((*KINDS, "other"), 0.0)
-            for event in profiler.key_averages():
-                names = (k for k, keys in KINDS.items() if any(s in event.key for s in keys))
-                spent[next(names, "other")] += event.self_cpu_time_total / 1e3
             rows += [
                 {"work": f"{work}: {kind}", "model": name, "median_ms": milliseconds}
-                for kind, milliseconds in spent.items()
+                for kind, milliseconds in by_kind(partial(function, make(name, options))).items()
             ]
     return rows
+
+
+def by_kind(function: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of a second call by kind of operator, by the profiler."""
+    function()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    spent = dict.fromkeys((*KINDS, "other"), 0.0)
+    for event in profiler.key_averages():
+        names = (k for k, keys in KINDS.items() if any(s in event.key for s in keys))
+        spent[next(names, "other")] += event.self_cpu_time_total / 1e3
+    return spent
 
 
 def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import esvae
 import loading
 import pandas as pd
 import pytest
@@ -95,6 +96,18 @@ def test_a_step_of_fsvae(tmp_path, monkeypatch):
     ]
     assert all(row["ratio"] == "1" for row in table if row["model"] == fsvae.RIVAL)
     assert all(row["device"] and row["commit"] and float(row["median_ms"]) > 0 for row in table)
+
+
+def test_a_step_of_esvae(tmp_path):
+    tiny = ["model.hidden_channels=[4]", "model.T=2", "model.latent_channels=4"]
+    options = ["--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]
+    esvae.main(options, [*tiny, "dataset.image_size=8"])
+    table = pd.read_csv(tmp_path / "esvae.csv").set_index("work")
+    assert [*table.index] == [*esvae.VARIANTS, *fsvae.KINDS, "other", "loading"]
+    assert table.loc[esvae.RECIPE, "ratio"] == 1 and (table["median_ms"] >= 0).all()
+    assert (tmp_path / "esvae.png").is_file()
+    with pytest.raises(SystemExit):
+        esvae.main(["--device", "cuda"])
 
 
 def test_the_breakdown_is_made_for_a_cpu(capsys):
