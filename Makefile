@@ -10,7 +10,7 @@ HYDRA := hydra-core==1.4.0rc3
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: install ## Train a small FSVAE on handwritten digits and draw its pictures
+demo: install ## Train a small ESVAE on handwritten digits and draw its pictures
 	$(BIN)/python experiments/train.py
 
 # The extra is that of the CUDA which torch is built for.

@@ -29,6 +29,7 @@ TINY_TRAINER = [
 ]
 
 TINY = [
+    "model=fsvae_small",
     "model.T=3",
     "model.hidden_channels=[4,6]",
     "model.latent_channels=5",
@@ -41,7 +42,7 @@ TINY = [
     *TINY_TRAINER,
 ]
 
-TINY_VAE = ["model=vae", *(o for o in TINY if not o.startswith(("model.T", "model.k")))]
+TINY_VAE = ["model=vae", *(o for o in TINY[1:] if not o.startswith(("model.T", "model.k")))]
 
 TINY_AUTOENCODING = ["task=autoencoding", *(o for o in TINY_VAE[1:] if not o.startswith("metric"))]
 
