@@ -20,7 +20,35 @@ OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "validation_fad"
 
 
 class Generation(Autoencoding):
-    """Autoencoding by a model that has ``sample(n)`` too; the samples are measured and drawn."""
+    """Autoencoding by a model that has ``sample(n)`` too; the samples are measured and drawn.
+
+    Args:
+        prior_lr_scale: ESVAE's learned prior learns at the optimizer's learning rate times this.
+        args: and ``kwargs``: those of :class:`~sj_taid.training.task.Task`.
+
+    Raises:
+        ValueError: ``prior_lr_scale`` for a model without a learned prior of its own.
+    """
+
+    def __init__(self, *args: Any, prior_lr_scale: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.prior_lr_scale = prior_lr_scale
+        if prior_lr_scale != 1 and not isinstance(self.model, ESVAE):
+            raise ValueError(
+                f"task.prior_lr_scale={prior_lr_scale} is for ESVAE's learned prior, but the model "
+                f"is {type(self.model).__name__}; leave it out, or choose model=esvae"
+            )
+
+    def optimized(self) -> list[dict[str, Any]]:
+        groups = super().optimized()
+        if self.prior_lr_scale == 1:
+            return groups
+        prior = [*self.model.learned.parameters()]
+        apart = {*prior}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p not in apart]
+        lr = self.optimizer.keywords["lr"] * self.prior_lr_scale
+        return [*groups, {"params": prior, "lr": lr}]
 
     def before_training(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, Any]:
         if evaluator is None:

@@ -61,15 +61,16 @@ class Task(L.LightningModule):
         self.scheduler = scheduler
 
     def configure_optimizers(self) -> Any:
-        if self.lr_scale is None:
-            optimizer = self.optimizer(self.parameters())
-        else:
-            lr = self.optimizer.keywords["lr"]
-            groups = parameter_groups(self.model, lr, lr_scale=self.lr_scale)
-            optimizer = self.optimizer(groups)
+        optimizer = self.optimizer(self.optimized())
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+
+    def optimized(self) -> list[dict[str, Any]]:
+        """The groups of parameters that the optimizer takes, some with rates of their own."""
+        if self.lr_scale is None:
+            return [{"params": [*self.parameters()]}]
+        return parameter_groups(self.model, self.optimizer.keywords["lr"], lr_scale=self.lr_scale)
 
     def model_input(self, x: Tensor) -> Tensor:
         """What the model takes, of the samples of a batch."""

@@ -6,7 +6,7 @@ import torch
 from sj_taid.training import commands
 from sj_taid.training.commands import evaluate, train
 from sj_taid.training.composing import compose
-from sj_taid.training.run import Run, load_model
+from sj_taid.training.run import Run, load_model, read_checkpoint
 from tests.training.conftest import TINY, TINY_VAE
 
 # Trained so far that the images depend on the latent.
@@ -90,6 +90,19 @@ def test_a_mixture_of_the_models_own_takes_its_figures_along(tiny, tmp_path):
 def test_a_run_that_ends_within_an_epoch_fits_the_mixture(tiny, tmp_path):
     train(tiny(*TINY_ESVAE, "+trainer.max_steps=3", tiny=False), tmp_path, command="")
     assert load_model(tmp_path).gaussian_mixture.fitted
+
+
+def test_the_learned_prior_has_a_learning_rate_of_its_own(tiny, tmp_path):
+    options = ["task.prior_lr_scale=10", "task.lr_scale=3", "optimizer.lr=1e-3"]
+    train(tiny(*TINY_ESVAE, *options, tiny=False), tmp_path, command="")
+    (state,) = read_checkpoint(Run(tmp_path).checkpoint)["optimizer_states"]
+    rates = [(group["lr"], len(group["params"])) for group in state["param_groups"]]
+    assert [rate for rate, _ in rates] == [1e-3, 3e-3, 1e-2] and rates[-1][1] == 2
+    parameters = [*load_model(tmp_path).parameters()]
+    assert sum(count for _, count in rates) == len(parameters)
+
+    with pytest.raises(ValueError, match=r"prior_lr_scale=10 is for ESVAE.* is VAE; .*model=esvae"):
+        train(tiny(*TINY_VAE, "task.prior_lr_scale=10", tiny=False), tmp_path / "vae", command="")
 
 
 @pytest.mark.parametrize("job", [TINY_ESVAE, TINY_VAE])
