@@ -18,6 +18,7 @@ def test_every_learned_parameter_is_in_one_group():
         ALIFNode(learn_tau=False, channels=2),
         neuron.ParametricLIFNode(),
     )
+    assert [group["lr"] for group in parameter_groups(net, lr=0.1)] == [0.1, 1.0]
     weights, neurons = parameter_groups(net, lr=0.1, lr_scale=0.5, weight_decay=0.2)
     assert weights["params"] == [*net[0].parameters(), *net[2].parameters()]
     assert neurons["params"] == [shared.w, shared.v_threshold, net[4].v_threshold, net[5].w]

@@ -60,7 +60,7 @@ METRICS = ("accuracy", "loss")
 
 
 def test_taus_and_thresholds_learn_at_a_scaled_rate(classify, tmp_path):
-    train(classify("task.lr_scale=10", "pictures=false"), tmp_path)
+    train(classify("pictures=false"), tmp_path)
     checkpoint = torch.load(tmp_path / run.CHECKPOINTS / "last.ckpt", weights_only=True)
     groups = checkpoint["optimizer_states"][0]["param_groups"]
     assert [(g["name"], g["initial_lr"]) for g in groups] == [("weights", 1e-3), ("neurons", 1e-2)]

@@ -25,7 +25,7 @@ def small(tiny):
         sizes = [*TINY, *TINY_CLASSIFICATION, "dataset.T=2", "dataset.num_workers=0"]
         for override in sizes:
             key, _, value = override.partition("=")
-            if OmegaConf.select(cfg, key) is not None and key != "task":
+            if OmegaConf.select(cfg, key) is not None and key not in ("task", "model"):
                 OmegaConf.update(cfg, key, OmegaConf.create(f"x: {value}").x)
         return cfg
 
