@@ -44,7 +44,6 @@ def all_tables() -> dict[str, str]:
     made = {
         "gains": gains(),
         "standing": standing(),
-        "yardsticks": yardsticks(),
         "models": models(),
         "memory": memory(),
         "norm": norm(),
@@ -116,20 +115,6 @@ def standing() -> pd.DataFrame:
     table = table.fillna("not measured").loc[[*MODELS, *table.index.difference(MODELS)]]
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS)
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
-
-
-def yardsticks() -> pd.DataFrame:
-    """FAD as published of images that no model drew, and how sharp they are."""
-    rows = pd.read_csv(ROOT / "results" / "yardsticks.csv").assign(
-        fad=lambda table: table["fad_published"].map("{:.2f}".format),
-        gradient=lambda table: table["gradient"].map("{:.3f}".format),
-    )
-    table = rows.pivot(index="images", columns="dataset", values=["fad", "gradient"])
-    table.columns = [
-        f"{DATASETS[dataset]}, {'FAD as published' if what == 'fad' else what}"
-        for what, dataset in table.columns
-    ]
-    return table.loc[rows["images"].unique()].reset_index()
 
 
 def models() -> pd.DataFrame:

@@ -38,6 +38,7 @@ def tables(root: Path) -> dict[str, str]:
         "runs": every_run([*chain(*runs.values())]),
         "start_map": start_map(studied(root, "start_map")),
         "lr_scale": lr_scale(studied(root, "lr_scale")),
+        "yardsticks": yardsticks(pd.read_csv(root / "results" / "yardsticks.csv")),
     }
 
 
@@ -63,6 +64,16 @@ def lr_scale(table: pd.DataFrame) -> str:
     cells = table.pivot_table("accuracy", rows, "task.lr_scale", COLUMNS["accuracy"].text)
     ordered = cells[sorted(cells, key=natural)].fillna("").reset_index()
     return markdown(ordered.rename(columns={row: short(row) for row in rows}))
+
+
+def yardsticks(rows: pd.DataFrame) -> str:
+    """FAD as published of images that no model drew, and how sharp they are."""
+    columns = {"fad_published": "{:.2f}", "gradient": "{:.3f}"}
+    shown = rows.assign(**{name: rows[name].map(form.format) for name, form in columns.items()})
+    table = shown.pivot(index="images", columns="dataset", values=[*columns])
+    titles = {"fad_published": COLUMNS["fad_published"].title, "gradient": "gradient"}
+    table.columns = pd.Index([f"{dataset}: {titles[name]}" for name, dataset in table.columns])
+    return markdown(table.loc[rows["images"].unique()].reset_index())
 
 
 def draw_start_maps(root: Path) -> None:
