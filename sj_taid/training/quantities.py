@@ -23,7 +23,8 @@ class Quantity(NamedTuple):
         if values.empty:
             return ""
         mean = f"{values.mean():{sign}.{self.decimals}f}"
-        several = self.spread and len(values) > 1
+        differ = len(values) > 1 if self.decimals else values.nunique() > 1  # counts may be equal
+        several = self.spread and differ
         return f"{mean} ± {values.std():.{self.decimals}f}" if several else mean
 
 
@@ -52,7 +53,7 @@ METRICS |= {
     for prior, called in {"learned": "learned prior", "gaussian_mixture": "mixture"}.items()
 }
 COSTS = {
-    "epochs": Quantity("epochs", 1, 0, spread=False),
+    "epochs": Quantity("epochs", 1, 0),
     "parameters": Quantity("parameters, M", 1e6, 2, spread=False),
     "training_seconds": Quantity("training, min", 60, 1, spread=False),
 }

@@ -243,3 +243,9 @@ def test_results_are_what_is_made_of_the_kept_runs():
     page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     assert page == results_page.fill(page, results_page.tables(ROOT)), "run sj-taid compare --keep"
     assert {path.name for path in (ROOT / "results/runs").iterdir()} <= gather.EXPERIMENTS.keys()
+
+
+def test_counts_have_a_spread_where_they_differ():
+    epochs = quantities.COLUMNS["epochs"]
+    assert epochs.text(pd.Series([12, 20])) == "16 ± 6"
+    assert epochs.text(pd.Series([20, 20])) == "20"
