@@ -3,13 +3,14 @@
     python experiments/yardsticks.py --root data --published FOLDER
 
 writes ``results/yardsticks.csv``: for MNIST and Fashion-MNIST the distance of the test images
-themselves, of as many training images, and of test images blurred.
+themselves, of as many training images in two ways, and of test images blurred.
 """
 
 import argparse
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -18,7 +19,6 @@ from sj_taid.metric import PublishedFrechetAutoencoderDistance
 from sj_taid.training.composing import compose, instantiate
 from sj_taid.training.evaluation import PUBLISHED
 
-COUNT = 10_000  # the test images; as many training images, drawn at random
 RESULT = Path(__file__).resolve().parents[1] / "results" / "yardsticks.csv"
 
 
@@ -41,11 +41,16 @@ def main() -> None:
     rows = []
     for dataset, name in PUBLISHED.items():
         cfg = compose("train", [f"dataset={dataset}"]).dataset
-        data = instantiate(cfg, root=given.root / dataset, batch_size=COUNT, limit=COUNT)
+        data = instantiate(cfg, root=given.root / dataset, batch_size=10**6)
         data.setup()
         loaders = data.test_dataloader(), data.train_samples()
         (test, _), (training, _) = (next(iter(loader)) for loader in loaders)
-        sets = {"test images": test, f"{COUNT:,} training images": training}
+        drawn = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
+        sets = {
+            "test images": test,
+            "training images, drawn at random": training[drawn[: len(test)]],
+            "every sixth training image": training[::6],
+        }
         for sigma in (0.7, 1.0):
             blurred = partial(gaussian_blur, kernel_size=[7, 7], sigma=[sigma, sigma])
             sets[f"test images blurred, sigma {sigma:g} pixels"] = blurred(test)

@@ -3,8 +3,8 @@
     python experiments/benchmark/esvae.py
 
 writes ``esvae.csv`` and ``esvae.png``: ``experiment=mnist_esvae_sharp`` as its config has it, and
-with one thing changed, on a CPU; each as milliseconds for each image, loading apart. Then the
-loader, and where the recipe's own step goes by kind of operator.
+with one thing changed, on a CPU; each as milliseconds for each image, loading apart. Then where
+the recipe's own step goes, by kind of operator, and what loading takes.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.composing import compose, instantiate
 from sj_taid.training.plot import save
 
+RECIPE_OF = "experiment=mnist_esvae_sharp"
 RECIPE = "as configured"
 CHANNELS_FIRST = "channels first"  # which no config says
 #: what is changed -> overrides
@@ -52,7 +53,7 @@ class Random(ImageData):
 
 def training_step(name: str, extra: Sequence[str]) -> tuple[Callable[[], None], int]:
     """A step of a variant, on random images, and its batch."""
-    cfg = compose("train", ["experiment=mnist_esvae_sharp", *VARIANTS[name], *extra])
+    cfg = compose("train", [RECIPE_OF, *VARIANTS[name], *extra])
     torch.manual_seed(0)
     layout = torch.contiguous_format if name == CHANNELS_FIRST else torch.channels_last
     model = instantiate(cfg.model).to(memory_format=layout)
@@ -71,9 +72,10 @@ def training_step(name: str, extra: Sequence[str]) -> tuple[Callable[[], None], 
     return step, len(image)
 
 
-def loader(batch: int) -> Callable[[], object]:
-    """Gives the next batch, epoch after epoch."""
-    data = Random("random", channels=1, image_size=32, batch_size=batch)
+def loader(extra: Sequence[str]) -> Callable[[], object]:
+    """Gives the recipe's next batch, epoch after epoch."""
+    cfg = compose("train", [RECIPE_OF, *extra]).dataset
+    data = Random("random", cfg.channels, cfg.image_size, cfg.batch_size)
     data.setup()
     batches = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
     return lambda: next(batches)
@@ -92,7 +94,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     for row in table[table["ratio"].isna()].itertuples():
         where.barh([RECIPE], row.ms_per_image, left=left, label=row.work)
         left += row.ms_per_image
-    where.set(xlabel="ms for each image", title="where it goes (profiled)")
+    where.set(xlabel="ms for each image", title="where it goes (profiled, and loading)")
     where.legend(fontsize=8)
     save(figure, path, dpi=120)
 
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None, extra: Sequence[str] = ()) -> N
         for name, timing in timings.items()
     ]
     batch = batches[RECIPE]
-    loading = interleaved({"loading": loader(batch)}, 10 * options.repeats)
+    loading = interleaved({"loading": loader(extra)}, 10 * options.repeats)
     parts = by_kind(steps[RECIPE]) | {"loading": loading["loading"].median_ms}
     rows += [
         {"work": kind, "batch": batch, "median_ms": spent, "ms_per_image": spent / batch}

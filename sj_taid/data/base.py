@@ -67,9 +67,9 @@ class Samples(Dataset):
         return self.subset(sorted(order[n:])), self.subset(sorted(order[:n]))
 
     def _mixed(self, order: Iterable[int]) -> list[int]:
-        labels = self.labels
+        # Classes at one place are in the order of their first samples, at random where that is.
         place = {i: (n + 0.5) / len(m) for m in self._classes(order) for n, i in enumerate(m)}
-        return sorted(place, key=lambda i: (place[i], labels[i]))
+        return sorted(place, key=place.__getitem__)
 
     def _classes(self, order: Iterable[int]) -> Iterable[list[int]]:
         """The indices of each class, in the order given."""

@@ -13,7 +13,7 @@ from ..model import ESVAE
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .evaluation import Evaluator, seeded
-from .plot import draw_attention, draw_grid, draw_spectra
+from .plot import draw_attention, draw_grid, draw_reconstructions, draw_spectra
 
 #: The figures that depend on what the samples are drawn from.
 OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "validation_fad")
@@ -24,31 +24,35 @@ class Generation(Autoencoding):
 
     Args:
         prior_lr_scale: ESVAE's learned prior learns at the optimizer's learning rate times this.
+            None treats it as all else.
         args: and ``kwargs``: those of :class:`~sj_taid.training.task.Task`.
 
     Raises:
-        ValueError: ``prior_lr_scale`` for a model without a learned prior of its own.
+        ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior of its own.
     """
 
-    def __init__(self, *args: Any, prior_lr_scale: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, prior_lr_scale: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.prior_lr_scale = prior_lr_scale
-        if prior_lr_scale != 1 and not isinstance(self.model, ESVAE):
+        if prior_lr_scale is None:
+            return
+        if not isinstance(self.model, ESVAE):
             raise ValueError(
                 f"task.prior_lr_scale={prior_lr_scale} is for ESVAE's learned prior, but the model "
                 f"is {type(self.model).__name__}; leave it out, or choose model=esvae"
             )
+        if prior_lr_scale < 0:
+            raise ValueError(f"task.prior_lr_scale must be >= 0, but it is {prior_lr_scale}")
 
     def optimized(self) -> list[dict[str, Any]]:
         groups = super().optimized()
-        if self.prior_lr_scale == 1:
+        if self.prior_lr_scale is None:
             return groups
         prior = [*self.model.learned.parameters()]
         apart = {*prior}
         for group in groups:
             group["params"] = [p for p in group["params"] if p not in apart]
-        lr = self.optimizer.keywords["lr"] * self.prior_lr_scale
-        return [*groups, {"params": prior, "lr": lr}]
+        return [*groups, {"params": prior, "lr": self.learning_rate() * self.prior_lr_scale}]
 
     def before_training(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, Any]:
         if evaluator is None:
@@ -125,8 +129,9 @@ class Generation(Autoencoding):
         model = self.model
         samples = model.sample(64)
         draw_grid(samples, folder / "samples.png", 16, "Samples from the prior")
-        super().draw(images, folder)
-        sets = {"test images": images, "reconstructions": model(images).image, "samples": samples}
+        reconstructions = model(images).image
+        draw_reconstructions(images, reconstructions, folder / "reconstructions.png")
+        sets = {"test images": images, "reconstructions": reconstructions, "samples": samples}
         draw_spectra(sets, folder / "spectra.png")
         if isinstance(model, SpikingVAE):
             sequence = model.decode_sequence(model.latent_spikes(images))

@@ -70,7 +70,16 @@ class Task(L.LightningModule):
         """The groups of parameters that the optimizer takes, some with rates of their own."""
         if self.lr_scale is None:
             return [{"params": [*self.parameters()]}]
-        return parameter_groups(self.model, self.optimizer.keywords["lr"], lr_scale=self.lr_scale)
+        return parameter_groups(self.model, self.learning_rate(), lr_scale=self.lr_scale)
+
+    def learning_rate(self) -> float:
+        """The optimizer's, of which others are multiples."""
+        if "lr" not in self.optimizer.keywords:
+            raise ValueError(
+                "the optimizer has no lr, of which task.lr_scale or task.prior_lr_scale is a "
+                "multiple; give optimizer.lr, or task.lr_scale=null"
+            )
+        return self.optimizer.keywords["lr"]
 
     def model_input(self, x: Tensor) -> Tensor:
         """What the model takes, of the samples of a batch."""

@@ -249,3 +249,15 @@ def test_counts_have_a_spread_where_they_differ():
     epochs = quantities.COLUMNS["epochs"]
     assert epochs.text(pd.Series([12, 20])) == "16 ± 6"
     assert epochs.text(pd.Series([20, 20])) == "20"
+
+
+def test_yardsticks_stand_side_by_side_in_their_order(tmp_path):
+    rows = ["mnist,z,1.005,0.1", "mnist,a,2,0.2", "fashion_mnist,z,3,0.3", "fashion_mnist,a,4,0.4"]
+    path = tmp_path / "yardsticks.csv"
+    assert results_page.yardsticks(path) == "Not run: `yardsticks`.\n"
+    path.write_text("\n".join(["dataset,images,fad_published,gradient", *rows]))
+    _, _, *made = [line.split() for line in results_page.yardsticks(path).splitlines()]
+    assert [row[1::2] for row in made] == [
+        ["z", "3.00", "1.00", "0.300", "0.100"],
+        ["a", "4.00", "2.00", "0.400", "0.200"],
+    ]

@@ -92,17 +92,35 @@ def test_a_run_that_ends_within_an_epoch_fits_the_mixture(tiny, tmp_path):
     assert load_model(tmp_path).gaussian_mixture.fitted
 
 
-def test_the_learned_prior_has_a_learning_rate_of_its_own(tiny, tmp_path):
-    options = ["task.prior_lr_scale=10", "task.lr_scale=3", "optimizer.lr=1e-3"]
+@pytest.mark.parametrize(
+    ("lr_scale", "expected"), [("3", [1e-3, 3e-3, 1e-2]), ("null", [1e-3, 1e-2])]
+)
+def test_the_learned_prior_has_a_learning_rate_of_its_own(tiny, tmp_path, lr_scale, expected):
+    options = ["task.prior_lr_scale=10", f"task.lr_scale={lr_scale}", "optimizer.lr=1e-3"]
     train(tiny(*TINY_ESVAE, *options, tiny=False), tmp_path, command="")
     (state,) = read_checkpoint(Run(tmp_path).checkpoint)["optimizer_states"]
     rates = [(group["lr"], len(group["params"])) for group in state["param_groups"]]
-    assert [rate for rate, _ in rates] == [1e-3, 3e-3, 1e-2] and rates[-1][1] == 2
+    assert [rate for rate, _ in rates] == expected and rates[-1][1] == 2
     parameters = [*load_model(tmp_path).parameters()]
     assert sum(count for _, count in rates) == len(parameters)
 
-    with pytest.raises(ValueError, match=r"prior_lr_scale=10 is for ESVAE.* is VAE; .*model=esvae"):
-        train(tiny(*TINY_VAE, "task.prior_lr_scale=10", tiny=False), tmp_path / "vae", command="")
+
+@pytest.mark.parametrize(
+    ("job", "override", "message"),
+    [
+        (TINY_VAE, "task.prior_lr_scale=10", r"prior_lr_scale=10 is for ESVAE.* is VAE; .*=esvae"),
+        (TINY_ESVAE, "task.prior_lr_scale=-1", "prior_lr_scale must be >= 0, but it is -1"),
+        (
+            TINY_ESVAE,
+            "~optimizer.lr",
+            r"the optimizer has no lr, .*prior_lr_scale.* give optimizer",
+        ),
+    ],
+)
+def test_a_learning_rate_that_cannot_be(tiny, tmp_path, job, override, message):
+    scale = [] if "scale" in override else ["task.prior_lr_scale=2"]
+    with pytest.raises(ValueError, match=message):
+        train(tiny(*job, *scale, override, tiny=False), tmp_path, command="")
 
 
 @pytest.mark.parametrize("job", [TINY_ESVAE, TINY_VAE])
