@@ -7,7 +7,6 @@ themselves, of as many training images in two ways, and of test images blurred.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from sj_taid.benchmark.common import write_csv
 from sj_taid.metric import PublishedFrechetAutoencoderDistance
 from sj_taid.training.composing import compose, instantiate
 from sj_taid.training.evaluation import PUBLISHED
+from sj_taid.training.plot import mean_gradient
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "yardsticks.csv"
 
@@ -52,14 +52,12 @@ def main() -> None:
             "every sixth training image": training[::6],
         }
         for sigma in (0.7, 1.0):
-            blurred = partial(gaussian_blur, kernel_size=[7, 7], sigma=[sigma, sigma])
-            sets[f"test images blurred, sigma {sigma:g} pixels"] = blurred(test)
+            blurred = gaussian_blur(test, [7, 7], [sigma, sigma])
+            sets[f"test images blurred, sigma {sigma:g} pixels"] = blurred
         for images, values in sets.items():
             value = distance(values, given.published, name)
-            gradient = values.diff(dim=-1).abs().mean().item()
-            rows.append(
-                {"dataset": dataset, "images": images, "fad_published": value, "gradient": gradient}
-            )
+            row = {"dataset": dataset, "images": images, "fad_published": value}
+            rows.append(row | {"gradient": mean_gradient(values)})
             print(f"{dataset}, {images}: {value:.2f}")
     write_csv(rows, given.out)
 

@@ -14,12 +14,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+from loading import Memory
 from matplotlib.figure import Figure
 
 from sj_taid.benchmark.common import CPU, interleaved, parser, write_csv
 from sj_taid.benchmark.fsvae import by_kind
-from sj_taid.data.base import InMemory
-from sj_taid.data.image import ImageData
 from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.composing import compose, instantiate
 from sj_taid.training.plot import save
@@ -40,15 +39,6 @@ VARIANTS = {
     "SpikingJelly LIF": ["neuron=lif"],
     "SpikingJelly PLIF": ["neuron=plif"],
 }
-
-
-class Random(ImageData):
-    """Random images in memory."""
-
-    def load(self) -> tuple[InMemory, InMemory]:
-        shape = (6000, self.channels, self.image_size, self.image_size)
-        samples = InMemory(torch.randint(256, shape, dtype=torch.uint8), torch.zeros(shape[0]))
-        return samples, samples
 
 
 def training_step(name: str, extra: Sequence[str]) -> tuple[Callable[[], None], int]:
@@ -75,7 +65,8 @@ def training_step(name: str, extra: Sequence[str]) -> tuple[Callable[[], None], 
 def loader(extra: Sequence[str]) -> Callable[[], object]:
     """Gives the recipe's next batch, epoch after epoch."""
     cfg = compose("train", [RECIPE_OF, *extra]).dataset
-    data = Random("random", cfg.channels, cfg.image_size, cfg.batch_size)
+    options = {key: cfg[key] for key in ("name", "channels", "image_size", "batch_size")}
+    data = Memory(Path(), 6000, **options)
     data.setup()
     batches = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
     return lambda: next(batches)

@@ -57,14 +57,14 @@ class Samples(Dataset):
         """In an order of which every part holds the classes in their proportions."""
         return self.subset(self._mixed(range(len(self))))
 
-    def drawn(self, n: int, seed: int) -> tuple[Self, Self]:
-        """Without ``n`` that are drawn at random, and those ``n``.
+    def drawn(self, n: int, seed: int) -> tuple[list[int], list[int]]:
+        """The indices without ``n`` that are drawn at random, and those ``n``, each in order.
 
-        Both hold the classes in their proportions, and keep the order.
+        Both parts hold the classes in their proportions.
         """
         generator = torch.Generator().manual_seed(seed)
         order = self._mixed(torch.randperm(len(self), generator=generator).tolist())
-        return self.subset(sorted(order[n:])), self.subset(sorted(order[:n]))
+        return sorted(order[n:]), sorted(order[:n])
 
     def _mixed(self, order: Iterable[int]) -> list[int]:
         # Classes at one place are in the order of their first samples, at random where that is.
@@ -331,12 +331,12 @@ class Data(L.LightningDataModule):
         if self.validation == "own":
             return train, self.load_validation()
         rest, drawn = train.drawn(round(len(train) * self.validation), self.seed)
-        if not (len(rest) and len(drawn)):
+        if not (rest and drawn):
             raise ValueError(
                 f"dataset.validation={self.validation} of the {len(train)} training samples leaves "
                 f"{len(rest)} for training and {len(drawn)} for validation; choose another share"
             )
-        return rest, drawn
+        return train.subset(rest), train.subset(drawn)
 
     def _held_out(self, samples: Samples) -> Samples:
         samples = self._limited(samples)
@@ -348,7 +348,7 @@ class Data(L.LightningDataModule):
             return samples
         # Not every k-th: MNIST has images of its two sources in turn.
         _, drawn = samples.drawn(self.limit, self.seed)
-        return drawn
+        return samples.subset(drawn)
 
     def _variations(self) -> list[Variation]:
         """What changes training samples one by one."""

@@ -124,24 +124,27 @@ def spectrum(images: Tensor) -> Tensor:
     size = images.shape[-1]
     power = torch.fft.fft2(images.double()).abs().square().mean((0, 1)) / size**2
     cycles = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
-    ring = torch.hypot(cycles[:, None], cycles).floor().long().clamp(max=size // 2 + 1)
-    total = torch.zeros(size // 2 + 2, dtype=torch.float64).index_add(
-        0, ring.flatten(), power.flatten()
-    )
-    return (total / ring.flatten().bincount(minlength=size // 2 + 2))[:-1]  # but for the corners
+    corners = size // 2 + 1  # what lies beyond the last whole ring
+    ring = torch.hypot(cycles[:, None], cycles).flatten().long().clamp(max=corners)
+    total = ring.bincount(power.flatten(), minlength=corners + 1)
+    return (total / ring.bincount(minlength=corners + 1))[:corners]
+
+
+def mean_gradient(images: Tensor) -> float:
+    """The mean absolute difference of neighbours in a row of ``images`` ``[n, C, H, W]``."""
+    return images.diff(dim=-1).abs().mean().item()
 
 
 def draw_spectra(sets: Mapping[str, Tensor], path: Path) -> None:
     """How fine the images ``[n, C, H, H]`` of each set are: spectra, and the mean gradient.
 
-    The gradient is the mean absolute difference of neighbours in a row. Blurred images have less of
-    it, and less power in the high frequencies.
+    Blurred images have less of it, and less power in the high frequencies.
     """
     figure = Figure((6.4, 4), layout="tight")
     axis = figure.subplots()
     for name, images in sets.items():
-        gradient = images.diff(dim=-1).abs().mean().item()
-        axis.semilogy(spectrum(images.cpu()), label=f"{name}: gradient {gradient:.3f}")
+        label = f"{name}: gradient {mean_gradient(images):.3f}"
+        axis.semilogy(spectrum(images.cpu()), label=label)
     _label(axis, "cycles per image", "power")
     axis.set_title("How fine the images are", fontsize=10)
     axis.legend(fontsize=8)

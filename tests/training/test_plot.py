@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from sj_taid.training.plot import spectrum
+from sj_taid.training.plot import mean_gradient, spectrum
 
 
 def test_a_wave_has_power_at_its_own_frequency_alone():
@@ -20,3 +20,8 @@ def test_blur_takes_high_frequencies():
     blurred = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
     assert len(spectrum(noise)) == 5
     assert (spectrum(blurred)[3:] < 0.5 * spectrum(noise)[3:]).all()
+
+
+def test_the_gradient_is_that_of_neighbours_in_a_row():
+    image = torch.tensor([[0.0, 1.0, -1.0], [5.0, 5.0, 5.0]])
+    assert mean_gradient(image[None, None]) == (1 + 2 + 0 + 0) / 4
