@@ -29,7 +29,7 @@ CHANNELS_FIRST = "channels first"  # which no config says
 #: what is changed -> overrides
 VARIANTS = {
     RECIPE: [],
-    "float32": ["trainer.precision=32-true"],
+    "bfloat16": ["trainer.precision=bf16-mixed"],
     CHANNELS_FIRST: [],
     "batch of 128": ["dataset.batch_size=128"],
     "batch of 256": ["dataset.batch_size=256"],
