@@ -32,6 +32,7 @@ DATASETS = {
 }
 #: The papers' generators that spike, and the plain VAE that the first of them was held against.
 MODELS = ["VAE", "FSVAE", "TAID", "ESVAE", "FSDDIM"]
+DECODERS = {"fixed": "fixed decoder", "taid": "TAID", "taid_place": "TAID by place"}
 
 
 def filled(page: Path) -> str:
@@ -49,6 +50,7 @@ def all_tables() -> dict[str, str]:
         "norm": norm(),
         "neurons": neurons(),
         "fsvae": fsvae(),
+        "esvae": esvae(),
         "compile": compiled(),
         "loading": loading(),
     }
@@ -107,11 +109,12 @@ def standing() -> pd.DataFrame:
     table = papers.map("{:g}".format).replace("nan", "not reported").reset_index("source")
     table = table.assign(epochs=epochs.map("{:g}".format)).fillna({"epochs": "not reported"})
     runs = frame([run for name in DATASETS for run in stored(ROOT, f"{name}_esvae_sharp")])[0]
-    counts = "/".join(map(str, sorted(runs["epochs"].unique())))
     for prior, figure in {"fitted": "fad_published", "learned": "fad_published_learned"}.items():
-        fads = runs.groupby("dataset")[figure].agg(METRICS[figure].text)
-        ours = {"source": "this project, last epoch", "epochs": counts, **fads}
-        table.loc[f"ESVAE, ALIF, TAID by place, {prior} prior"] = ours
+        for (neuron, decoder), alike in runs.groupby(["neuron", "decoder"]):
+            fads = alike.groupby("dataset")[figure].agg(METRICS[figure].text)
+            counts = "/".join(map(str, sorted(alike["epochs"].unique())))
+            ours = {"source": "this project, last epoch", "epochs": counts, **fads}
+            table.loc[f"ESVAE, {neuron.upper()}, {DECODERS[decoder]}, {prior} prior"] = ours
     table = table.fillna("not measured").loc[[*MODELS, *table.index.difference(MODELS)]]
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS)
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
@@ -180,6 +183,20 @@ def fsvae() -> pd.DataFrame:
         **{"ours / PLIF, prefixes": ratio.map("{:.2f}".format)}
     )
     return shown.replace("nan", "").reset_index()
+
+
+def esvae() -> pd.DataFrame:
+    """Milliseconds an image of the sharp recipe's step, of variants of it and of its parts."""
+    rows = pd.read_csv(RESULTS / "epyc-avx2-2-cores" / "esvae.csv")
+    part = rows["ratio"].isna()
+    each = rows["ms_per_image"]
+    columns = {
+        "work": rows["work"].mask(part, "of it: " + rows["work"]),
+        "batch": rows["batch"],
+        "ms an image": each.map("{:.3g}".format),
+        "of the recipe's step": rows["ratio"].fillna(each / each[part].sum()).map("{:.2f}".format),
+    }
+    return pd.DataFrame(columns)
 
 
 def compiled() -> pd.DataFrame:

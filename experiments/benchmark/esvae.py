@@ -86,7 +86,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         where.barh([RECIPE], row.ms_per_image, left=left, label=row.work)
         left += row.ms_per_image
     where.set(xlabel="ms for each image", title="where it goes (profiled, and loading)")
-    where.legend(fontsize=8)
+    where.margins(y=0.6)
+    where.legend(fontsize=8, ncols=3)
     save(figure, path, dpi=120)
 
 
