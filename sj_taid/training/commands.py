@@ -24,7 +24,7 @@ from ..model import ESVAE
 from ..model.rate import GaussianMixturePrior
 from .allocator import reuse_freed_memory
 from .callbacks import AtomicCheckpointIO, BestCheckpoint, FollowTest, Pictures, RandomNumbers
-from .composing import instantiate
+from .composing import CONF, instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
 from .files import written_by_others
 from .generation import OF_SAMPLES
@@ -106,7 +106,7 @@ def train(
     data.prepare_data()
     data.setup()
     rate = cfg.neuron_start.get("calibrate")
-    if rate and not resume:
+    if rate:  # resumed too, where the checkpoint's thresholds follow: before_training measures it
         images, _ = next(iter(data.train_dataloader()))
         log.info("%s", calibrate(model, task.model_input(images), rate=rate))
     before = task.before_training(data, evaluator)
@@ -147,10 +147,8 @@ def train(
         return {}
     figures |= task.validated(data, pictures.epochs)
     if best.epoch:
-        options = {key: cfg.trainer[key] for key in ("precision", "limit_test_batches")}
         task.load_state_dict(read_checkpoint(run.best)["state_dict"])
-        bare = bare_trainer(cfg.trainer.accelerator, **options)
-        figures |= of_best_epoch(task.tested(bare, data))
+        figures |= of_best_epoch(task.tested(_tester(cfg), data))
         figures["best_validation_epoch"] = best.epoch
     for tracker in trainer.loggers:
         found = {name: value for name, value in figures.items() if isinstance(value, float)}
@@ -170,6 +168,12 @@ def train(
     for line in task.report(metrics):
         log.info(line)
     return metrics
+
+
+def _tester(cfg: DictConfig, **options: Any) -> L.Trainer:
+    """Tests later what the run tests at its end."""
+    alike = {key: cfg.trainer[key] for key in ("accelerator", "precision", "limit_test_batches")}
+    return bare_trainer(**alike, **options)
 
 
 def _leave_out_notes() -> None:
@@ -230,10 +234,10 @@ def train_once(cfg: DictConfig) -> float | None:
                     metrics = train(cfg, run.folder, repeated=hydra_cfg.overrides.task, **said)
             except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes this of Ctrl-C
                 if KeyboardInterrupt in (type(error), type(error.__context__)):
-                    raise SystemExit(f"Interrupted. {_how_to_go_on(run)}") from error
+                    raise SystemExit(f"Interrupted. {_how_to_go_on(run, hydra_cfg)}") from error
                 raise
             except (OSError, RuntimeError) as error:  # of a disk, a file, a process
-                error.add_note(f"Once that is mended: {_how_to_go_on(run)}")
+                error.add_note(f"Once that is mended: {_how_to_go_on(run, hydra_cfg)}")
                 raise
         else:
             log.info("This run is finished already and is not run again.")
@@ -243,10 +247,14 @@ def train_once(cfg: DictConfig) -> float | None:
     return metrics.get(cfg.objective)
 
 
-def _how_to_go_on(run: Run) -> str:
+def _how_to_go_on(run: Run, hydra_cfg: Any) -> str:
     if not run.checkpoint.is_file():
         return "There is no whole epoch to go on with: give the same command again."
-    return f"Go on with: sj-taid train resume={shlex.quote(str(run.folder))}"
+    command = ["sj-taid", "train", f"resume={run.folder}"]
+    (configs,) = (s.path for s in hydra_cfg.runtime.config_sources if s.provider == "main")
+    if configs != CONF:
+        command += ["--config-dir", configs]
+    return f"Go on with: {shlex.join(command)}"
 
 
 def _places(hydra_cfg: Any) -> list[str]:
@@ -278,8 +286,8 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         data.setup()
         task = build(cfg.task, trust, model=model, optimizer=None)
         with seeded(cfg.seed):
-            trainer = bare_trainer(cfg.trainer.accelerator, callbacks=[FollowTest()])
-            figures = task.figures(trainer, data, _evaluator(cfg, trust))
+            tester = _tester(cfg, callbacks=[FollowTest()])
+            figures = task.figures(tester, data, _evaluator(cfg, trust))
         report = task.report(figures)
         protocol = figures.pop("protocol", {})
         if run.checkpoint == run.best:
@@ -296,7 +304,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         path = run.save_evaluation(evaluation)
     for line in report:
         log.info(line)
-    if cfg.get("metric") and not cfg.metric.inception_weights:
+    if cfg.get("metric") and cfg.metric.inception_weights is None:
         log.info(
             "FID and the Inception score are left out for want of weights: add "
             "metric.inception_weights=FILE, or =download where there is internet."
@@ -349,12 +357,12 @@ def fit_prior(cfg: DictConfig) -> None:
         config = run.config
         model: Any = run.model(cfg.trust or ())
         _require_esvae(model, cfg.checkpoint)
+        components, covariance, iterations = (
+            getattr(model, name) if cfg[name] is None else cfg[name]
+            for name in ("components", "covariance", "iterations")
+        )
         mixture = GaussianMixturePrior(
-            model.latent_channels,
-            cfg.components,
-            cfg.covariance,
-            levels=model.T,
-            iterations=cfg.iterations,
+            model.latent_channels, components, covariance, levels=model.T, iterations=iterations
         )
         model.gaussian_mixture = mixture
         data = build(OmegaConf.merge(config.dataset, _given(cfg.dataset)), cfg.trust or ())
@@ -365,13 +373,13 @@ def fit_prior(cfg: DictConfig) -> None:
         checkpoint = read_checkpoint(run.checkpoint)
         for name, tensor in mixture.state_dict().items():
             checkpoint["state_dict"][f"model.gaussian_mixture.{name}"] = tensor
-        AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
         own = model.prior == "gaussian_mixture"
         for name in OF_SAMPLES:
             for figures in (metrics, metrics.get("protocol", {})):
                 figures.pop(name if own else f"{name}_gaussian_mixture", None)
-        if metrics:
+        if metrics:  # before the checkpoint: what is killed between has fewer figures, none wrong
             run.save_metrics(metrics)
+        AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
     log.info("%s has the fitted prior; its figures: sj-taid evaluate", run.checkpoint)
 
 

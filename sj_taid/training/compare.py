@@ -85,8 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def heat_maps(runs: Sequence[Metrics], row: str, column: str, panel: str) -> Maps:
     """Of the first of ``METRICS`` that the runs have."""
     table, keys = frame(runs)
-    ordered = table.sort_values(panel, key=lambda names: names.map(natural), kind="stable")
-    return Maps.of(ordered, keys, present(table, METRICS)[0], row, column, panel)
+    if panel in keys:  # or Maps.of says what it can be
+        table = table.sort_values(panel, key=lambda names: names.map(natural), kind="stable")
+    return Maps.of(table, keys, present(table, METRICS)[0], row, column, panel)
 
 
 def show_and_write(

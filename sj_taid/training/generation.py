@@ -1,6 +1,7 @@
 """Training of a model that draws images of its own: FSVAE, ESVAE or the plain VAE."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Generation(Autoencoding):
             )
         if data.validation_set is not None:  # what its metric lacks shows now
             with seeded(evaluator.seed):
-                evaluator.ready_metrics(data.validating(), torch.device("cpu"))
+                _fad_alone(evaluator).ready_metrics(data.validating(), torch.device("cpu"))
         with self._drawing_from("learned"):  # the mixture is not fitted yet
             untrained = evaluator.evaluate_samples(self.model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
@@ -88,7 +89,7 @@ class Generation(Autoencoding):
         figures = evaluator.evaluate_samples(self.model, data)
         figures["protocol"] |= super().after_training(data, evaluator)["protocol"]
         if data.validation_set is not None:
-            chosen = evaluator.evaluate_samples(self.model, data.validating(), only="fad")
+            chosen = _fad_alone(evaluator).evaluate_samples(self.model, data.validating())
             figures["validation_fad"] = chosen["fad"]
             figures["protocol"]["validation_fad"] = chosen["protocol"]["fad"]
         for prior in self._other_priors():
@@ -137,3 +138,8 @@ class Generation(Autoencoding):
             sequence = model.decode_sequence(model.latent_spikes(images))
             decoder: Any = model.image_decoder
             draw_attention(decoder.attention(sequence), folder / "attention.png")
+
+
+def _fad_alone(evaluator: Evaluator) -> Evaluator:
+    """For validation images, which may be too few for the others."""
+    return replace(evaluator, inception_weights=None, published_autoencoders=None)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 
@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from .composing import CONF, compose
-from .run import METRICS, Run, chosen
+from .run import METRICS, Run, chosen, read_json
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -67,7 +67,9 @@ def training_seconds(roots: set[Path], apart: Sequence[str]) -> dict[frozenset[s
     """How long the finished runs below some folders trained, by their overrides."""
     seconds = defaultdict(list)
     for path in {path for root in roots for path in root.rglob(METRICS)}:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        overrides = frozenset(chosen(metrics.get("overrides", ()), apart))
-        seconds[overrides].append(metrics["training_seconds"])
+        with suppress(ValueError):  # a damaged one says nothing of its time
+            metrics = read_json(path)
+            overrides = frozenset(chosen(metrics.get("overrides", ()), apart))
+            if "training_seconds" in metrics:
+                seconds[overrides].append(metrics["training_seconds"])
     return seconds

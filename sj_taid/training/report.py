@@ -300,7 +300,7 @@ def page(
             one["parameters"] = [*parameters(kept["history"])]
             if len(seen) <= best:
                 one |= look(Run(folder), tuple(trust))
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever is wrong with one run, the others are shown
             one["note"] = f"{type(error).__name__}: {error}"
 
     operations = pd.DataFrame([one.get("operations", {}) for one in seen.values()])

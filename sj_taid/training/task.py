@@ -118,7 +118,14 @@ class Task(L.LightningModule):
         if distributed.is_initialized():
             # A metric sums over all processes, and would wait for the others for ever.
             distributed.destroy_process_group()
-        return logged | self.after_training(data, evaluator) if trainer.is_global_zero else logged
+        if not trainer.is_global_zero:
+            return logged
+        figures = logged | self.after_training(data, evaluator)
+        limit, protocol = trainer.limit_test_batches, figures.get("protocol", {})
+        if isinstance(limit, int) or limit < 1.0:  # an int is a number of batches, a float a share
+            for name in {*logged, *of_best_epoch(logged)} & {*protocol}:
+                protocol[name] += f", stopped by trainer.limit_test_batches={limit}"
+        return figures
 
     def tested(self, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, Any]:
         """What the test logs."""

@@ -1,6 +1,7 @@
 """What every data set shares: its config, its parts and their order, its fingerprint."""
 
 import hashlib
+import shutil
 from collections import Counter
 
 import pytest
@@ -144,6 +145,8 @@ def test_fingerprint_is_that_of_the_samples(tmp_path):
     write_images(tmp_path, 20)
     before = ready(data.ImageFolder, tmp_path, classes=None).fingerprint()
     assert before == ready(data.ImageFolder, tmp_path, classes=None).fingerprint()
+    shutil.copytree(tmp_path, elsewhere := tmp_path.with_name("elsewhere"))
+    assert before == ready(data.ImageFolder, elsewhere, classes=None).fingerprint()
     (tmp_path / "00.png").unlink()
     assert before != ready(data.ImageFolder, tmp_path, classes=None).fingerprint()
 

@@ -152,6 +152,12 @@ def test_ctrl_c_says_how_to_go_on(train, tmp_path, epoch, message):
     folder = re.escape(shlex.quote(str(tmp_path / "run")))
     with pytest.raises(SystemExit, match=message.format(folder=folder)):
         train("trainer.max_epochs=3", *stop)
+    if epoch:
+        own = tmp_path / "own" / "callbacks"
+        own.mkdir(parents=True)
+        (own / "mine.yaml").write_text("{}")
+        with pytest.raises(SystemExit, match=f"resume={folder} --config-dir {own.parent}$"):
+            train("trainer.max_epochs=3", *stop, "--config-dir", str(own.parent), "callbacks=mine")
 
 
 def test_commands_without_hydra_say_what_is_logged(monkeypatch, capsys):

@@ -66,6 +66,7 @@ def test_from_the_command_line(folder, tmp_path):
 def test_a_seed_gives_the_figures_of_training_again(folder):
     first = evaluate(composed(folder))
     assert first["figures"]["fad"] == metrics_of(folder)["fad"]
+    assert first["protocol"] == metrics_of(folder)["protocol"]
     again = evaluate(composed(folder))
     assert again == first
     other = evaluate(composed(folder, "seed=1"))
@@ -83,21 +84,33 @@ def test_fid_and_inception_score_where_there_are_weights(folder, monkeypatch):
     assert protocol["inception_score"].endswith("20 samples")
 
 
-def test_the_weights_of_a_run_can_be_left_out(folder):
+def test_the_weights_of_a_run_can_be_left_out(folder, caplog):
     config = OmegaConf.load(folder / run.CONFIG)
     config.metric.inception_weights = "gone.pth"
     OmegaConf.save(config, folder / run.CONFIG)
+    caplog.set_level("INFO", "sj_taid")
+    caplog.clear()
     assert evaluate(composed(folder, "metric.inception_weights=false"))["figures"]["fad"] > 0
+    assert "left out for want" not in caplog.text
+
+
+def test_a_cache_of_this_machine(monkeypatch):
+    assert composed("run").cache_dir is None  # as in the run
+    monkeypatch.setenv("SJ_TAID_CACHE", "elsewhere")
+    assert composed("run").cache_dir == "elsewhere"
 
 
 def test_a_classifier(tiny, tmp_path, monkeypatch, caplog):
-    train(tiny(*TINY_CLASSIFICATION, "dataset.batch_size=120", tiny=False), tmp_path)
+    stop = "trainer.limit_test_batches=2"
+    cfg = tiny(*TINY_CLASSIFICATION, "dataset.batch_size=120", stop, tiny=False)
+    before = train(cfg, tmp_path)
     caplog.set_level("INFO", "sj_taid")
     caplog.clear()  # an earlier test may have left the level as low
     monkeypatch.setattr(progress, "EVERY", 0)
     after = evaluate(composed(tmp_path))
-    assert 0 <= after["figures"]["accuracy"] <= 1 and "fad" not in after["figures"]
-    assert caplog.messages[:3] == [f"Testing, in batches: {n} of 3" for n in range(3)]
+    assert after["figures"]["accuracy"] == before["accuracy"] and "fad" not in after["figures"]
+    assert caplog.messages[:2] == [f"Testing, in batches: {n} of 2" for n in range(2)]
+    assert after["protocol"]["accuracy"].endswith(f"stopped by {stop}")
 
 
 def test_data_that_were_moved(tiny, tmp_path):

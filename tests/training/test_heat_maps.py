@@ -51,7 +51,11 @@ def test_a_command_draws_maps_and_counts_good_cells(sweep, capsys):
         assert row in " ".join(written.split())
         assert row in " ".join(shown.replace("│", "|").split())
     assert mpimg.imread(sweep / "results.png").std() > 0
-    others = [(["seed", *START[1:]], [], "do not differ in seed"), (START, ["if"], "no if or plif")]
+    others = [
+        (["seed", *START[1:]], [], "do not differ in seed"),
+        ([*START[:2], "nuron"], [], "do not differ in nuron"),
+        (START, ["if"], "no if or plif"),
+    ]
     for keys, first, message in others:
         difference = ["--difference", *first, "plif"] if first else []
         with pytest.raises(SystemExit):

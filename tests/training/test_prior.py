@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sj_taid.model.rate import GaussianMixturePrior
 from sj_taid.training import commands
 from sj_taid.training.commands import evaluate, train
 from sj_taid.training.composing import compose
@@ -128,6 +129,18 @@ def test_weights_in_half_precision_alone_are_refused(tiny, tmp_path, job):
     cfg = tiny(*job, "trainer.precision=bf16-true", tiny=False)
     with pytest.raises(ValueError, match=r"bf16-true has no 32-bit .*=bf16-mixed"):
         train(cfg, tmp_path, command="")
+
+
+def test_a_mixture_fitted_later_is_as_in_the_run(folder, monkeypatch):
+    made = []
+
+    def mixture(*args, **kwargs):
+        made.append((args[1:], kwargs["iterations"]))
+        return GaussianMixturePrior(*args, **kwargs)
+
+    monkeypatch.setattr(commands, "GaussianMixturePrior", mixture)
+    commands.fit_prior(compose("fit_prior", [f"checkpoint={folder}", "iterations=7"]))
+    assert made == [((2, "full"), 7)]
 
 
 def test_more_components_than_training_images(folder):

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from sj_taid.data import Digits
-from sj_taid.training import gather, quantities, run, search
+from sj_taid.training import evaluation, gather, quantities, run, search
 from sj_taid.training.commands import evaluate, train
 from sj_taid.training.composing import compose
 from tests.training.conftest import (
     TINY,
     TINY_AUTOENCODING,
     TINY_CLASSIFICATION,
+    Network,
     assert_same_weights,
     weights,
 )
@@ -149,6 +150,15 @@ def test_too_few_validation_images_show_before_a_training(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"fad needs at least 4 images, but the number of .* is 3"):
         train(tiny("dataset.validation=0.002"), tmp_path)
     assert not run.Run(tmp_path).checkpoint.exists()
+
+
+def test_validation_images_that_are_enough_for_fad_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "Inception", Network)
+    weights = "metric.inception_weights=weights.pth"
+    metrics = train(tiny("dataset.validation=0.003", "metric.samples=10", weights), tmp_path)
+    assert "4 validation images" in metrics["protocol"]["validation_fad"]
+    assert metrics["validation_fad"] > 0 and metrics["fid"] > 0
+    assert "validation_fid" not in metrics
 
 
 def test_an_autoencoder_is_validated(tiny, tmp_path):

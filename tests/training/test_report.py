@@ -101,6 +101,19 @@ def test_runs_of_which_only_metrics_are_left(runs, monkeypatch, caplog):
     assert caplog.messages[-1] == "Drawing: 2 of 3"
 
 
+def test_a_run_that_cannot_be_built_leaves_the_others_on_the_page(sweep, monkeypatch):
+    def look(made, trust):
+        if made.folder.name == "lif-taid":
+            raise TypeError("unexpected keyword argument 'gone'")
+        return LOOK(made, trust)
+
+    LOOK = report.look
+    monkeypatch.setattr(report, "look", look)
+    html = report.page(report.gather([sweep])[0], {})
+    assert "TypeError: unexpected keyword argument &#39;gone&#39;" in html
+    assert "Firing and decoding" in html
+
+
 @pytest.mark.parametrize(
     ("words", "message"), [(["nowhere"], "no folder nowhere"), (["."], "no finished run")]
 )

@@ -101,6 +101,9 @@ def test_a_dry_run_says_how_long_the_likes_took(sj_taid, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     other = run.Run(tmp_path / "multirun" / "earlier" / "job")
     other.save_metrics({"training_seconds": 7.4, "overrides": ["neuron=lif", "seed=3"]})
+    damaged = tmp_path / "runs" / "damaged"
+    damaged.mkdir(parents=True)
+    (damaged / run.METRICS).write_text("{")
     sj_taid("train", "--dry-run", "-m", "neuron=lif,plif", "seed=1", "hydra.sweep.dir=sweep")
     assert capsys.readouterr().out.splitlines() == [
         "new              7 s  sweep/neuron-lif-seed-1",
@@ -131,12 +134,15 @@ class Kill(L.Callback):
 
 def test_a_half_done_run_goes_on_from_its_last_epoch(tiny, tmp_path):
     killer = f"+callbacks.kill._target_={__name__}.Kill"
+    start = ["neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
+    whole = train(tiny(*start), tmp_path / "whole")
     with pytest.raises(SystemExit, match="killed"):
-        train(tiny("trainer.max_epochs=4", killer), tmp_path)
+        train(tiny("trainer.max_epochs=4", killer, *start), tmp_path)
     half = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
     assert half["epoch"] == 1 and not (tmp_path / run.METRICS).exists()
 
-    metrics = train(tiny("trainer.max_epochs=4"), tmp_path)
+    metrics = train(tiny("trainer.max_epochs=4", *start), tmp_path)
+    assert metrics["fad_untrained"] == whole["fad_untrained"]
     whole = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
     assert metrics["epochs"] == 4 and whole["global_step"] == 4 * 2
     assert whole["callbacks"]["Pictures"]["epochs"][:2] == half["callbacks"]["Pictures"]["epochs"]
