@@ -241,7 +241,7 @@ def test_every_environment_variable_is_on_its_page():
 
 
 def test_every_picture_is_in_the_gallery_above_its_command():
-    shown = re.findall(r"\(images/([^)]+)\)|^\$ (python .*)$", TEXTS["gallery"], re.M)
+    shown = re.findall(r"\(images/([^)]+)\)|^\$ (sj-taid .*)$", TEXTS["gallery"], re.M)
     pictures = [picture for picture, _ in shown if picture]
     assert sorted(pictures) == sorted(
         path.name for path in ROOT.joinpath("docs", "images").iterdir()

@@ -278,7 +278,7 @@ def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn
     Args:
         run_or_checkpoint: a run's folder, or a checkpoint in it.
         trust: classes of your own, by their full names, that the run's config may name beside those
-            of this package, SpikingJelly's neurons and surrogates, and ``torch.optim``.
+            of this package, SpikingJelly's neurons and surrogates, ``torch.optim`` and losses.
 
     Raises:
         FileNotFoundError: no checkpoint there, or no config beside it.
