@@ -1,5 +1,6 @@
 """Models by name: every one that is listed loads, draws or classifies, and has a whole card."""
 
+import errno
 import hashlib
 import json
 import re
@@ -203,6 +204,22 @@ def test_damaged_weights_are_an_error(folder):
         create_model(folder, pretrained=True)
 
 
+def test_a_cache_that_cannot_be_written(folder, tmp_path, monkeypatch):
+    (taken := tmp_path / "taken").write_text("")
+    monkeypatch.setenv("SJ_TAID_CACHE", str(taken))
+    said = r"taken.* cannot be written .*let SJ_TAID_CACHE name another"
+    with pytest.raises(OSError, match=said):
+        create_model(folder.as_uri())
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("SJ_TAID_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", full)
+    with pytest.raises(OSError, match=r"cannot be written .*No space left.*; make room"):
+        create_model(folder.as_uri())
+
+
 def test_another_digest_than_the_one_asked_for_is_an_error(folder):
     asked = "0" * 64
     said = rf"SHA-256 {asked}, as sha256= asks, but .* has {digest(folder)}"
@@ -304,7 +321,15 @@ def test_modules_that_are_imported_there_are_not_meant(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"new_argument": 1}, {"hidden": "wide"}, {"stages": 5}, {"neuron": 7}, {"T": 0.5}]
+    "changed",
+    [
+        {"new_argument": 1},
+        {"hidden": "wide"},
+        {"stages": 5},
+        {"neuron": 7},
+        {"T": 0.5},
+        {"hidden": -1},
+    ],
 )
 def test_a_config_of_another_version_says_so(folder, changed):
     model = json.loads((folder / "config.json").read_text())["model"]

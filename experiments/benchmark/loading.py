@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
     reuse_freed_memory()
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count()
     shared = {"device": str(options.device), "batch": options.batch, "cores": cores}
     rows = [row | shared for name, case in CASES.items() for row in time_case(name, case, options)]
     draw(write_csv(rows, options.out / "loading.csv"), options.out / "loading.png")

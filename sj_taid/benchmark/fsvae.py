@@ -232,11 +232,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, default in {"batch": 16, "T": 16, "channels": 3, "size": 32}.items():
         made.add_argument(f"--{name}", type=int, default=default)
     made.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
-    made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    made.add_argument("--parts", nargs="+", choices=PARTS, help="all; breakdown on a CPU alone")
     options = made.parse_args(arguments)
-    parts = [PARTS[name] for name in options.parts]
-    if breakdown in parts and options.device.type != "cpu":
-        made.error("breakdown is made for a CPU; on a GPU: --parts compare formats scaling")
+    on_cpu = options.device.type == "cpu"
+    parts = [PARTS[name] for name in options.parts or PARTS]
+    if options.parts is None and not on_cpu:
+        parts.remove(breakdown)
+    elif breakdown in parts and not on_cpu:
+        made.error("breakdown is made for a CPU; leave it out on a GPU")
     torch.set_num_threads(options.threads)
     reuse_freed_memory()
     table = write_csv([row for part in parts for row in part(options)], options.out / "fsvae.csv")

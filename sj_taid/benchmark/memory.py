@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     made.add_argument("--steps", nargs="+", type=int, default=[1, 4, 16, 32], metavar="T")
     options = made.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     modules = contestants(options.device)
     rows = []
     for dtype, T in itertools.product(options.dtypes, options.steps):

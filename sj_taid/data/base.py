@@ -298,9 +298,11 @@ class Data(L.LightningDataModule):
         return digest.hexdigest()[:16]
 
     def train_dataloader(self) -> DataLoader:
+        processes = self.trainer.world_size if self.trainer else 1
+        share = -(-len(self.train_set) // processes)
         # A last small batch would make noisy batch-norm statistics.
-        options: dict[str, Any] = {"drop_last": len(self.train_set) >= self.batch_size}
-        if self.trainer and self.trainer.world_size > 1:
+        options: dict[str, Any] = {"drop_last": share >= self.batch_size}
+        if self.trainer and processes > 1:
             # The sampler that Lightning would put in has the order of the first epoch when a run is
             # resumed, since loader processes fetch ahead before they hear of another.
             options["sampler"] = DistributedSampler(self.train_set, seed=torch.initial_seed())

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -32,7 +32,10 @@ def image_files(
 
 
 def read_image(path: str, mode: str, prepare: v2.Transform) -> Tensor:
-    with Image.open(path) as image:
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):  # convert would cut at 255, not scale
+            image = image.convert("I").point(lambda value: value * (1 / 257))
         return prepare(image.convert(mode))
 
 
@@ -40,7 +43,7 @@ class ImageFolder(ImageData):
     """The images of a folder of your own.
 
     Each folder in ``root`` is a class, in the order of their names; without any, the images are
-    unlabelled.
+    unlabelled. Hidden files and folders, whose names begin with a dot, are left out.
 
     Args:
         root: the folder, for training.
@@ -102,7 +105,12 @@ class ImageFolder(ImageData):
         paths, labels = [], []
         classes = [(label, root / name) for label, name in enumerate(names)]
         for label, folder in classes or [(UNLABELLED, root)]:
-            found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            found = sorted(
+                str(path)
+                for path in folder.rglob("*")
+                if path.suffix.lower() in IMG_EXTENSIONS
+                and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            )
             if not found:
                 raise FileNotFoundError(
                     f"no image in {folder}: expected files that end in {', '.join(IMG_EXTENSIONS)}"

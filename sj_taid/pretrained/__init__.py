@@ -7,6 +7,7 @@ and the card ``README.md``. Those in this folder come with the package.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -147,7 +148,7 @@ def build(node: Any) -> Any:
         return partial(target, **arguments)
     try:
         return target(**arguments)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{CONFIG} does not describe a {target.__name__} of this version of sj-taid: {error}; "
             f"the card, {CARD}, names the version that it is of"
@@ -201,18 +202,29 @@ def _fetched(source: str, pretrained: bool) -> _Place:
 def _downloaded(url: str, files: list[str]) -> Path:
     cache = Path(os.environ.get("SJ_TAID_CACHE", "~/.cache/sj-taid")).expanduser()
     folder = cache / "models" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     for name in files:
         if (folder / name).is_file():
             continue
         try:  # to a file beside, which is moved when it is whole
             torch.hub.download_url_to_file(f"{url}/{name}", str(folder / name), progress=False)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise _unwritable(folder, error) from error
             raise FileNotFoundError(
                 f"{url}/{name} cannot be fetched ({error}); give the URL of a folder that holds "
                 f"{CONFIG} and {WEIGHTS}"
             ) from error
     return folder
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        f"{folder} cannot be written ({error}); make room, or let SJ_TAID_CACHE name another folder"
+    )
 
 
 def _config(place: _Place) -> dict[str, Any]:

@@ -62,7 +62,9 @@ class Pictures(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         self.history.append(neuron_parameters(task.model))
-        self.epochs.append({name: float(x) for name, x in trainer.callback_metrics.items()})
+        logged = trainer.callback_metrics.items()  # other callbacks' too, such as learning rates
+        ours = {name: float(x) for name, x in logged if name.startswith(("train/", "val/"))}
+        self.epochs.append(ours)
 
     def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
         if not trainer.is_global_zero:

@@ -276,6 +276,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         origin: what the evaluation says of itself beside its figures, as the command.
     """
     _leave_out_notes()
+    reuse_freed_memory()
     run, trust = Run.find(cfg.checkpoint), cfg.trust or ()
     with run.lock():
         differing = _given(OmegaConf.to_container(cfg, resolve=True))

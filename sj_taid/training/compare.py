@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from .files import atomic_write
-from .gather import STUDIES, Metrics, gather, overrides, store, store_studies
+from .gather import STUDIES, Metrics, beyond_study, gather, overrides, store, store_studies
 from .heat_maps import Maps
 from .plot import save
 from .quantities import METRICS, natural
@@ -63,13 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             maps = options.heat_maps and heat_maps([*finished.values()], *options.heat_maps)
             show_and_write(finished, options.out or options.folders[0], maps, options.difference)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             parser.error(str(error))
     if options.keep:
         for path in store_studies(finished, Path()):
             print(f"kept: {path}")
         for folder, metrics in finished.items():
             if overrides(metrics).get("experiment") in STUDIES:
+                if other := beyond_study(metrics):
+                    print(f"not kept: {folder} (no row says its {', '.join(sorted(other))})")
                 continue
             try:
                 print(f"kept: {store(metrics, Path())}")
@@ -101,7 +103,8 @@ def show_and_write(
     for table in shown:
         show(table)
     out.mkdir(parents=True, exist_ok=True)
-    frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(out / "results.csv", index=False)
+    with atomic_write(out / "results.csv") as whole:
+        frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(whole, index=False)
     with atomic_write(out / "results.md") as whole:
         whole.write_text("\n".join(map(markdown, shown)), encoding="utf-8")
     if maps:

@@ -8,6 +8,9 @@ from typing import Any
 
 import hydra
 import hydra.utils
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 #: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
@@ -30,8 +33,13 @@ def main(config_name: str, function: Callable[[DictConfig], Any]) -> None:
 def compose(
     config_name: str, overrides: Sequence[str] = (), folder: str = CONF, **options: Any
 ) -> DictConfig:
-    """The config of a command line."""
+    """The config of a command line; the package's configs come after those of ``folder``."""
     with hydra.initialize_config_dir(folder, **_VERSION):
+        if folder != CONF:
+            places = create_config_search_path(folder)
+            places.append("sj-taid", f"file://{CONF}")
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("sj-taid", places)
         return hydra.compose(config_name, list(overrides), **options)
 
 

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         folder = export(**vars(options))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     size = (folder / pretrained.WEIGHTS).stat().st_size / 1e6
     print(f"{size:.2f} MB: sj_taid.create_model({str(folder)!r}, pretrained=True)")

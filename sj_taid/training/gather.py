@@ -42,12 +42,14 @@ def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str
         FileNotFoundError: a folder that is not there, or no run in any of them.
     """
     finished, left_out = {}, {}
+    seen = set()  # a folder may hold another of them
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}; give folders that hold runs")
         for config in sorted(folder.rglob(run.CONFIG)):
-            if config.parent.name == ".hydra":  # Hydra's own copy
+            if config.parent.name == ".hydra" or config.resolve() in seen:  # Hydra's own copy
                 continue
+            seen.add(config.resolve())
             try:
                 finished[config.parent] = read(config.parent / run.METRICS)
             except FileNotFoundError:
@@ -108,13 +110,20 @@ def stored(root: Path, experiment: str) -> list[Metrics]:
     return [read(path) for path in sorted((root / RUNS / experiment).glob("*.json"))]
 
 
+def beyond_study(metrics: Metrics) -> set[str]:
+    """The choices of a study's run that its row would not say."""
+    return overrides(metrics).keys() - {"experiment", *STUDIED}
+
+
 def store_studies(finished: Mapping[Path, Metrics], root: Path) -> Iterator[Path]:
     """Add the runs of ``STUDIES`` to the CSVs in ``root/results/maps``; gives those written.
 
+    Runs of other choices than ``STUDIED`` are left out.
     The first lines, which start with ``#``, say on what and where the accuracies were measured.
     """
     for study in STUDIES:
         runs = {f: m for f, m in finished.items() if overrides(m).get("experiment") == study}
+        runs = {folder: m for folder, m in runs.items() if not beyond_study(m)}
         if not runs:
             continue
         path = root / MAPS / f"{study}.csv"

@@ -30,8 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
     parsed = OverridesParser.create().parse_overrides(given.overrides)
-    hydras = [f"hydra.searchpath=['file://{given.config_dir}']"]
-    hydras += [str(o.input_line) for o in parsed if o.is_hydra_override()]
+    hydras = [str(o.input_line) for o in parsed if o.is_hydra_override()]
     tasks = [o for o in parsed if not o.is_hydra_override()]
     jobs = [[str(o.input_line) for o in tasks]]
     if given.multirun:  # by Hydra's own sweeper, so that the folders have the names that it gives

@@ -352,6 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("no finished run; one that is cut off goes on when its command is repeated")
     out = options.out or options.folders[0] / "report.html"
     html = page(runs, left_out, options.best, options.trust)
-    with atomic_write(out) as whole:
-        whole.write_text(html, encoding="utf-8")
+    try:
+        with atomic_write(out) as whole:
+            whole.write_text(html, encoding="utf-8")
+    except OSError as error:
+        parser.error(str(error))
     print(f"{len(runs)} runs are in {out}; left out: {len(left_out)}")

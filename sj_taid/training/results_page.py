@@ -44,7 +44,8 @@ def tables(root: Path) -> dict[str, str]:
 
 def start_maps(table: pd.DataFrame) -> Maps:
     """Of all data sets, with and without norm and calibration."""
-    ordered = table.sort_values("neuron", key=lambda names: names.map(NEURONS.index), kind="stable")
+    neurons = [*NEURONS, *sorted({*table["neuron"]} - {*NEURONS})]
+    ordered = table.sort_values("neuron", key=lambda names: names.map(neurons.index), kind="stable")
     others = ["dataset", "model.norm", "neuron_start.calibrate"]
     keys = [key for key in others if table[key].nunique() > 1]
     start = ("neuron_start.tau", "neuron_start.v_threshold", "neuron")

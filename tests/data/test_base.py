@@ -3,12 +3,15 @@
 import hashlib
 import shutil
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
 from sj_taid import data
-from sj_taid.data import event
+from sj_taid.data import base, event
 from sj_taid.data.base import InMemory
 from sj_taid.training.composing import compose, instantiate
 from tests.data.made_up import make, ready
@@ -134,6 +137,21 @@ def test_training_sets_alone_are_told_apart_by_themselves():
     of_training = split.fingerprint(split.train_set)
     assert of_training == split.validating().fingerprint(split.train_set)
     assert of_training not in (split.fingerprint(), split.fingerprint(split.test_set))
+
+
+@pytest.mark.parametrize(("processes", "batches"), [(1, 1), (2, 1), (3, 1)])
+def test_every_process_has_a_batch(processes, batches):
+    """A last small batch is left out, but never the only one of a process."""
+    module = ready(data.Digits, limit=150, batch_size=100)
+    assert 100 < len(module.train_set) < 200
+    progress = SimpleNamespace(current=SimpleNamespace(processed=0))
+    fit_loop = SimpleNamespace(epoch_progress=progress)
+    module.trainer = SimpleNamespace(world_size=processes, fit_loop=fit_loop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            base, "DistributedSampler", partial(DistributedSampler, num_replicas=processes, rank=0)
+        )
+        assert len(module.train_dataloader()) == batches
 
 
 def test_fingerprint_is_that_of_the_samples(tmp_path):

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
+from torchvision.transforms import v2
 
 from sj_taid import data
 from sj_taid.data import progress
+from sj_taid.data.folder import read_image
 from tests.data.made_up import cut, first, make, ready
 from tests.training.conftest import write_images
 
@@ -47,6 +49,31 @@ def test_folder_with_a_folder_for_each_class(tmp_path):
     shutil.rmtree(tmp_path / "test" / "dog")
     with pytest.raises(ValueError, match=r"test_root=.*must hold.*\(cat, dog\), but holds cat"):
         ready(data.ImageFolder, **apart, classes=2)
+
+
+def test_images_as_people_have_them(tmp_path):
+    """Hidden files are left out, a camera's orientation counts, and 16 bits are scaled."""
+    write_images(tmp_path, 12)
+    for name in ("._a.jpg", ".thumbs/a.jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no image")
+    assert len(ready(data.ImageFolder, tmp_path, classes=None).train_set) == 11
+
+    prepare = v2.PILToTensor()
+    half = np.zeros((4, 8), dtype=np.uint8)
+    half[:, :4] = 255
+    turned = Image.fromarray(half)
+    turned.getexif()[0x0112] = 6  # taken with the camera on its side
+    turned.save(tmp_path / "turned.png", exif=turned.getexif())
+    read = read_image(str(tmp_path / "turned.png"), "L", prepare)
+    assert read.shape == (1, 8, 4) and read[0, :4].eq(255).all() and read[0, 4:].eq(0).all()
+
+    deep = np.array([[0, 257, 1000, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for mode, channels in (("L", 1), ("RGB", 3)):
+        read = read_image(str(tmp_path / "deep.png"), mode, prepare)
+        assert read.tolist() == [[[0, 1, 3, 255]]] * channels
 
 
 def test_folder_that_is_no_use(tmp_path):

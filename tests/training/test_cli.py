@@ -61,13 +61,17 @@ def test_what_there_is_to_say(sj_taid, tmp_path, capsys):
     assert ended.value.code == 0 and "backend torch: works" in capsys.readouterr().out
 
 
-def test_a_folder_of_ones_own_configs_comes_first(sj_taid, tmp_path, capsys):
+def test_a_folder_of_ones_own_configs_comes_first(sj_taid, tmp_path, monkeypatch, capsys):
     own = tmp_path / "my configs"
     (own / "neuron").mkdir(parents=True)
     (own / "neuron" / "lif.yaml").write_text("_target_: mypkg.MyLIF\n")
     for option in (["--config-dir", str(own)], [f"--config-dir={own}"], ["-cd", str(own)]):
         sj_taid("train", *option, "neuron=lif", "--cfg", "job", "--package", "neuron")
         assert "mypkg.MyLIF" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    (own / "neuron" / "mine.yaml").write_text("_target_: mypkg.MyLIF\n")
+    sj_taid("train", "--dry-run", "--config-dir", str(own), "-m", "neuron=mine,plif")
+    assert "jobs: 2 new" in capsys.readouterr().out
     sj_taid("train", "neuron=lif", "--cfg", "job", "--package", "neuron")
     assert "LIFNode" in capsys.readouterr().out
 

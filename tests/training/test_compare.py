@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib import image as mpimg
 
-from sj_taid.training import cli, compare, gather, quantities, results_page, run, tables
+from sj_taid.training import cli, compare, gather, quantities, report, results_page, run, tables
 from tests.training.conftest import CONF, metrics
 
 ROOT = CONF.parent
@@ -136,6 +136,20 @@ def test_a_folder_without_runs(tmp_path, capsys, folder, message):
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / folder)])
     assert "error: no" in capsys.readouterr().err
+
+
+def test_a_run_counts_once_however_its_folder_is_named(runs, tmp_path):
+    (tmp_path / "link").symlink_to(runs)
+    finished, left_out = gather.gather([runs, runs / ".." / runs.name, tmp_path / "link"])
+    assert len(finished) == 4 and len(left_out) == 2
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_the_command(runs, tmp_path, capsys):
+    (taken := tmp_path / "taken").write_text("")
+    for command in (compare, report):
+        with pytest.raises(SystemExit):
+            command.main([str(runs), f"--out={taken}/below"])
+        assert "taken" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_without_a_finished_run_there_is_nothing_to_compare(tmp_path, capsys):

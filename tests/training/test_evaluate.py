@@ -94,6 +94,12 @@ def test_the_weights_of_a_run_can_be_left_out(folder, caplog):
     assert "left out for want" not in caplog.text
 
 
+def test_data_can_be_downloaded_for_a_run_of_elsewhere():
+    for command in ("evaluate", "fit_prior"):
+        chosen = compose(command, ["checkpoint=run", "dataset.download=true"])
+        assert chosen.dataset.download and chosen.dataset.test_root is None
+
+
 def test_a_cache_of_this_machine(monkeypatch):
     assert composed("run").cache_dir is None  # as in the run
     monkeypatch.setenv("SJ_TAID_CACHE", "elsewhere")

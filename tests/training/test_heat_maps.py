@@ -1,6 +1,8 @@
 """Sweeps over two values: the maps, the cells near the best, the picture, and what is kept."""
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,27 @@ def test_a_study_is_kept_as_rows_which_a_second_time_takes_the_place_of(sweep, t
     assert "| alif | 95.00 |" in " ".join(results_page.start_map(table).split())
     results_page.draw_start_maps(tmp_path)
     assert mpimg.imread(tmp_path / "docs/images/start-map-mnist.png").std() > 0
+
+
+def test_a_study_keeps_its_own_choices_alone_and_any_neuron(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results_page.REPORT.write_text("")
+    (tmp_path / "results").mkdir()
+    for name in ("published.csv", "yardsticks.csv"):
+        shutil.copy(Path(CONF).parent / "results" / name, tmp_path / "results")
+    folder = next(sweep.glob("alif-0-0"))
+    made = json.loads((folder / run.METRICS).read_text())
+    mine = made | {"choices": {"dataset": "mnist", "neuron": "mine"}}
+    run.Run(folder).save_metrics(mine | {"command": f"{mine['command']} neuron=mine"})
+    longer = next(sweep.glob("plif-0-0"))
+    made = json.loads((longer / run.METRICS).read_text())
+    command = f"{made['command']} trainer.max_epochs=20"
+    run.Run(longer).save_metrics(made | {"accuracy": 1.0, "command": command})
+    compare.main([str(sweep), "--keep"])
+    assert f"not kept: {longer} (no row says its trainer.max_epochs)" in capsys.readouterr().out
+    table = gather.studied(tmp_path, "start_map")
+    assert len(table) == 13 and table["accuracy"].max() < 1
+    assert [*results_page.start_maps(table).cells[""]] == ["plif", "alif", "mine"]
 
 
 def test_learning_rates_stand_side_by_side_in_order():

@@ -93,9 +93,10 @@ def test_a_search_that_is_killed_in_a_trial_goes_on_and_loses_nothing(tiny, tmp_
 @pytest.fixture
 def trials(sj_taid, tmp_path, monkeypatch):
     """A search whose trials do what they are told, by number; those that were begun."""
-    begun, does = [], {}
+    begun, does, commands = [], {}, []
 
     def begin(command, check):
+        commands.append(command)
         number = len(begun)
         begun.append(command[-1])
         does.get(number, lambda: None)()
@@ -104,7 +105,8 @@ def trials(sj_taid, tmp_path, monkeypatch):
 
     monkeypatch.setattr(search, "subprocess", SimpleNamespace(run=begin))
     arguments = ["search", f"--study={tmp_path}", "--trials=2", *TINY_CLASSIFICATION, *SPACE]
-    return SimpleNamespace(begun=begun, does=does, search=lambda: sj_taid(*arguments))
+    told = {"begun": begun, "does": does, "commands": commands}
+    return SimpleNamespace(**told, search=lambda: sj_taid(*arguments))
 
 
 def interrupt():
@@ -130,17 +132,42 @@ def test_a_second_search_leaves_the_trials_of_the_first_alone(trials, tmp_path):
     assert sorted(trials.begun) == sorted(set(trials.begun)) and len(trials.begun) == 2
 
 
-def test_a_failed_trial_is_told(sj_taid, tmp_path, monkeypatch):
+def test_failed_trials_are_told_do_not_count_and_end_the_search(sj_taid, tmp_path, monkeypatch):
     nothing = SimpleNamespace(run=lambda command, check: None)
     monkeypatch.setattr(search, "subprocess", nothing)
-    with pytest.raises(SystemExit, match="no trial ended"):
-        sj_taid("search", f"--study={tmp_path}", "--trials=1")
-    (trial,) = load(tmp_path).trials
-    assert trial.state.name == "FAIL"
+    for n in (5, 10):
+        with pytest.raises(SystemExit, match="5 trials in a row failed"):
+            sj_taid("search", f"--study={tmp_path}", "--trials=1")
+        trials = load(tmp_path).trials
+        assert [trial.state.name for trial in trials] == ["FAIL"] * n
+    trial = trials[0]
     assert trial.params.keys() == {
         "neuron_start.tau", "neuron_start.v_threshold", "optimizer.lr", "decoder",
     }  # fmt: skip
     assert 1e-4 <= trial.params["optimizer.lr"] <= 1e-2
+
+
+def test_a_study_is_of_one_search(trials, sj_taid, tmp_path):
+    trials.search()
+    arguments = ["search", f"--study={tmp_path}", "--trials=3", *TINY_CLASSIFICATION, *SPACE]
+    for other in ("seed=3", "neuron=alif,lif,plif", "objective=validation_loss"):
+        with pytest.raises(SystemExit, match=r"another search: they differ in .*another --study"):
+            sj_taid(*arguments, other)
+    sj_taid(*arguments, "cache_dir=elsewhere")  # a place is no choice
+    assert len(load(tmp_path).trials) == 3
+
+
+def test_a_search_takes_configs_of_ones_own_and_whole_numbers(trials, sj_taid, tmp_path):
+    own = tmp_path / "own"
+    (own / "neuron").mkdir(parents=True)
+    (own / "neuron" / "mine.yaml").write_text("_target_: mypkg.MyLIF\n")
+    folder = tmp_path / "study"
+    space = ["model.T=int(interval(2, 9))", "neuron=mine,lif"]
+    where = [f"--study={folder}", "--trials=4", "--config-dir", str(own)]
+    sj_taid("search", *where, *TINY_CLASSIFICATION, *space)
+    for trial in load(folder).trials:
+        assert f"model.T={int(trial.params['model.T'])}" in trial.user_attrs["overrides"]
+    assert trials.commands[-1][: len(search.TRAIN) + 2] == [*search.TRAIN, "--config-dir", str(own)]
 
 
 def test_what_the_preset_varies_is_there():
