@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
 from . import _compat
@@ -97,9 +97,9 @@ def swap_neurons(
 
     Kept from each node: tau, threshold, reset, ``decay_input``, surrogate (the same object),
     ``detach_reset``, step mode, ``store_v_seq``, ``training``, device, hooks, the voltage and its
-    reset value, and PLIF's ``w`` itself (the same parameter, unless ``channels`` makes it ``[C]``),
-    so that an optimiser made before the swap still holds it. A module used in several places stays
-    one module. The outputs at the swap are
+    reset value, and PLIF's ``w`` itself (the same parameter, unless ``channels`` makes it ``[C]``
+    or it is in half precision), so that an optimiser made before the swap still holds it. A module
+    used in several places stays one module. The outputs at the swap are
 
     * bit for bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a
       tau that is a power of two;
@@ -110,12 +110,13 @@ def swap_neurons(
     IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is exactly 0. No
     gradient leads away from there, so its ``w`` is frozen and its threshold alone learns.
 
-    Left alone and reported: subclasses of these nodes, which may do something else; other neurons;
-    nodes that ``filter`` declines, whose threshold is a tensor, whose tau is 1, or that have a
-    precision policy of their own; neurons that only a Python list, dict or tuple holds, which
-    hides them from ``parameters()`` and ``reset_net`` too; and ``net`` itself, for which there is
-    no place to put another. A replaced neuron that still runs, since a closure or another object
-    that is not looked into holds it, warns.
+    Left alone and reported: subclasses of these nodes, which may do something else; other neurons
+    that are a ``BaseNode`` (SpikingJelly's ``PSN`` and ``SimpleLIFNode`` are none); nodes that
+    ``filter`` declines, whose threshold is a tensor, whose tau is 1, or that have a precision
+    policy of their own; neurons that only a Python list, dict or tuple holds, which hides them from
+    ``parameters()`` and ``reset_net`` too; and ``net`` itself, for which there is no place to put
+    another. A replaced neuron that still runs, since a closure or another object that is not looked
+    into holds it, warns.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -155,7 +156,8 @@ def swap_neurons(
     swaps: dict[nn.Module, nn.Module] = {}
     for site in sites:
         count = counts.get(site.path)
-        note = _why_keep(site, filter) or (count if isinstance(count, str) else None)
+        unknown = count if channels == "infer" and isinstance(count, str) else None
+        note = _why_keep(site, filter) or unknown
         if note is None:
             try:
                 swaps[site.node] = _to_alif(
@@ -204,7 +206,7 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     keeps its width. A threshold that cannot be folded stays, with a warning that says why.
 
     Args:
-        net: any module with :class:`~sj_taid.ALIFNode` s, reset or without a graph on its state.
+        net: any module with :class:`~sj_taid.ALIFNode` s.
         strict: raise if a neuron is not expressible; otherwise warn and leave it as ALIF.
         fold_threshold: put the thresholds into the layers before the neurons.
 
@@ -220,7 +222,7 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     """
     check_net(net, "to_lif")
     # A net that is one neuron has no parent to hold the new node.
-    holder = nn.ModuleList([copy.deepcopy(net)])
+    holder = nn.ModuleList([_copied(net)])
     for module in holder.modules():
         if isinstance(module, ALIFNode):
             module.apply_norm(None)
@@ -503,7 +505,8 @@ def _channel_counts(
 def _inferred_channels(net: nn.Module, sites: list[_Site], example_input: Any) -> dict[str, Any]:
     sites = [site for site in sites if not site.hidden]
     # On a copy, so that statistics, states and training flags of the net stay as they are.
-    trial = copy.deepcopy(net).eval()
+    trial = _copied(net).eval()
+    functional.reset_net(trial)  # its voltages may be of another batch
     seen: dict[str, set[int | None]] = {site.path: set() for site in sites}
 
     def record(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -524,6 +527,13 @@ def _inferred_channels(net: nn.Module, sites: list[_Site], example_input: Any) -
         path: next(iter(counts)) if len(counts) == 1 else why.get(len(counts), several)
         for path, counts in seen.items()
     }
+
+
+def _copied(net: nn.Module) -> nn.Module:
+    """A copy that has the voltages too, which torch does not copy where they have a graph."""
+    held = [v for m in net.modules() for v in getattr(m, "_memories", {}).values()]
+    voltages = [v for v in held if isinstance(v, Tensor)]
+    return copy.deepcopy(net, {id(v): v.detach().clone() for v in voltages})
 
 
 def _table(rows: list[Swap] | tuple[Swap, ...]) -> str:

@@ -113,7 +113,7 @@ def availability() -> Iterator[str]:
         if reason is None:
             yield f"backend {name}: works"
         else:
-            first_line = str(reason).strip().splitlines()[0]
+            first_line = (str(reason).strip() or "no message").splitlines()[0]
             yield f"backend {name}: no; {type(reason).__name__}: {first_line}"
             yield f"    it needs {backends.NEEDS[name]}"
 
@@ -136,7 +136,10 @@ def self_test(name: str, device: str) -> tuple[bool, str]:
 
     expected = spikes("torch")
     start = time.perf_counter()
-    got = spikes(name)
+    try:
+        got = spikes(name)
+    except Exception as error:  # of a compiler, a driver or a kernel
+        return False, f"self test of {name}: FAILED, {type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     equal = torch.equal(got, expected)
     passed = f"the same spikes as torch; its first call took {seconds:.2f} s"
@@ -157,7 +160,7 @@ def kernel_table(arch: str) -> Iterator[str]:
     start = time.perf_counter()
     try:
         report = nvrtc.resources(kernels.source(), tuple(case[-1] for case in cases), arch)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         yield f"kernels: {error}"
         return
     seconds = time.perf_counter() - start

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ._checks import check_net
+from ._table import table
 from .neuron import ALIFNode
 
 
@@ -21,8 +22,8 @@ class LayerState:
     """One layer of neurons.
 
     Attributes:
-        firing_rate: spikes per neuron and time step, in [0, 1]; ``None`` before the first input,
-            NaN where a voltage was not finite.
+        firing_rate: spikes per neuron and time step, in [0, 1], negative ones too; ``None`` before
+            the first input, NaN where a voltage was not finite.
         tau: membrane time constant in time steps, the mean over channels; ``None`` for a neuron
             that has none.
         v_threshold: threshold voltage, the mean over channels.
@@ -74,7 +75,10 @@ class Monitor:
             if isinstance(module, neuron.BaseNode)
         }
         if not self._nodes:
-            raise ValueError(f"{type(net).__name__} has no SpikingJelly neurons to watch")
+            raise ValueError(
+                f"{type(net).__name__} has no neurons to watch: none that is a BaseNode of "
+                "SpikingJelly's"
+            )
         self._dead = dead
         self._saturated = saturated
         self._counts = {path: _Count() for path in self._nodes}
@@ -120,13 +124,11 @@ class Monitor:
         return {path: self._state(path, node) for path, node in self._nodes.items()}
 
     def __str__(self) -> str:
-        lines = [f"{'layer':24}{'rate':>10}{'tau':>10}{'threshold':>12}"]
-        for path, state in self.layers().items():
-            rate, tau = (
-                "-" if value is None else f"{value:.4g}" for value in (state.firing_rate, state.tau)
-            )
-            lines.append(f"{path:24}{rate:>10}{tau:>10}{state.v_threshold:>12.4g}")
-        return "\n".join(lines)
+        rows = [
+            (path, *("-" if value is None else f"{value:.4g}" for value in astuple(state)))
+            for path, state in self.layers().items()
+        ]
+        return table(("layer", "rate", "tau", "threshold"), rows)
 
     def __enter__(self) -> Monitor:
         return self
@@ -151,10 +153,11 @@ class _Count:
     def rate(self) -> float | None:
         return float(self.spikes) / self.steps if self.steps else None
 
-    def __call__(self, node: Any, inputs: Any, spikes: Tensor) -> None:
+    def __call__(self, node: Any, inputs: Any, output: Tensor | Sequence[Tensor]) -> None:
+        spikes = output if isinstance(output, Tensor) else output[0]  # OTTT's gives a trace beside
         # A neuron whose voltage is NaN fires no spike: NaN and infinity times 0 make the sum NaN.
         v = torch.as_tensor(node.v).detach().sum(dtype=torch.float64)
-        self.spikes = self.spikes + spikes.detach().sum(dtype=torch.float64) + 0.0 * v
+        self.spikes = self.spikes + spikes.detach().ne(0).sum(dtype=torch.float64) + 0.0 * v
         self.steps += spikes.numel()
 
 

@@ -105,6 +105,11 @@ class ALIFNode(_compat.BaseNode):
                 "init_tau must be a number of time steps greater than 1 and less than 1e38, but it "
                 f"is {init_tau!r}"
             )
+        if not isinstance(store_v_seq, bool):  # where PLIF of 0.0.0.0.14 has backend
+            raise TypeError(
+                f"store_v_seq must be True or False, but it is {store_v_seq!r}; a backend is given "
+                "by its name: backend=..."
+            )
         v_threshold = float(v_threshold)
         if math.isnan(v_threshold):
             raise ValueError("v_threshold must be a number, but it is nan")
@@ -239,10 +244,7 @@ class ALIFNode(_compat.BaseNode):
 
     def extra_repr(self) -> str:
         with torch.no_grad():
-            tau, threshold = (
-                f"{p.item():.4g}" if p.dim() == 0 else f"{p.min():.4g}..{p.max():.4g}"
-                for p in (self.tau, self.effective_v_threshold)
-            )
+            tau, threshold = map(_range, (self.tau, self.effective_v_threshold))
         return (
             f"tau={tau}, v_threshold={threshold}, v_reset={self.v_reset}, "
             f"decay_input={self.decay_input}, detach_reset={self.detach_reset}, "
@@ -320,6 +322,13 @@ class ALIFNode(_compat.BaseNode):
             return tensor.to(moved.device, torch.float32) if lowered else moved
 
         return super()._apply(keep_float32)
+
+
+def _range(parameter: Tensor) -> str:
+    if parameter.is_meta:
+        return "?"
+    lowest, highest = (f"{value.item():.4g}" for value in parameter.aminmax())
+    return f"{lowest}..{highest}" if parameter.dim() else lowest
 
 
 class PassOn:

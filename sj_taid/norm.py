@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -247,16 +248,26 @@ def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
 def _graph(parent: nn.Module, training: bool) -> fx.Graph:
     """What the forward of ``parent`` calls in that mode; the module is left as it was."""
     before = dict(vars(parent))
+    containers = [(v, copy.copy(v)) for v in before.values() if isinstance(v, list | dict | set)]
     parent.training = training
     try:
         graph = _Tracer().trace(parent)
-        kept = [name for name, value in vars(parent).items() if isinstance(value, fx.Proxy)]
+        kept = [name for name, value in vars(parent).items() if _holds_proxy(value)]
     finally:
         vars(parent).clear()
         vars(parent).update(before)
+        for container, content in containers:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
     if kept:
         raise TypeError(f"it keeps what it computes as {', '.join(kept)}")
     return graph
+
+
+def _holds_proxy(value: Any) -> bool:
+    if isinstance(value, list | set | dict):
+        return any(map(_holds_proxy, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, fx.Proxy)
 
 
 #: the note where the output is that of the module that calls the norm

@@ -473,6 +473,25 @@ def test_channels_that_cannot_be_inferred_are_reported():
     }
 
 
+@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode])
+def test_a_net_that_has_run_is_copied_with_its_voltages(kind):
+    net = nn.Sequential(nn.Linear(3, 4), kind(), nn.Linear(4, 2), ALIFNode())
+    functional.set_step_mode(net, "m")
+    net(torch.rand(2, 5, 3))
+    assert net[1].v.grad_fn is not None
+    plain = to_lif(net)
+    assert torch.equal(plain[1].v, net[1].v) and plain[1].v.grad_fn is None
+    swap_neurons(net, channels="infer", example_input=torch.rand(2, 7, 3))
+    assert net[1].channels == 4 and net[1].v.shape == (5, 4)
+
+
+def test_numbers_of_channels_are_numbers():
+    net = nn.Sequential(nn.Linear(3, 4), neuron.LIFNode())
+    for channels in ({"1": "4"}, lambda path, node: "4"):
+        with pytest.raises(ValueError, match=r"channels must be None or an integer >= 1, .*'4'"):
+            swap_neurons(net, channels=channels)
+
+
 def functional_free(node):
     """A node that starts from rest at every call, so that its batch may change."""
     node.register_forward_pre_hook(lambda module, inputs: module.reset())

@@ -69,6 +69,25 @@ def test_other_spikes_than_torchs_are_reported(monkeypatch, capsys):
     assert "self test of numba: FAILED" in capsys.readouterr().out
 
 
+def test_a_kernel_that_does_not_compile_is_reported(monkeypatch, capsys):
+    def refused(x_seq, *_, backend, **__):
+        if backend == "torch":
+            return (x_seq,)
+        raise RuntimeError("nvrtc: error: invalid value for --gpu-architecture")
+
+    monkeypatch.setattr(doctor, "alif_multi_step", refused)
+    monkeypatch.setattr(doctor, "fused", lambda: [("cupy", "cpu")])
+    broken = {"cupy": ImportError()}
+    monkeypatch.setattr(doctor.backends, "why_not", broken.get)
+    monkeypatch.setattr(doctor.nvrtc, "resources", lambda *_: refused(None, backend=""))
+    assert doctor.main([]) == 1
+    shown = capsys.readouterr().out
+    assert "self test of cupy: FAILED, RuntimeError: nvrtc: error" in shown
+    assert "backend cupy: no; ImportError: no message" in shown
+    (line,) = doctor.kernel_table("sm_1")
+    assert line.startswith("kernels: nvrtc: error")
+
+
 def test_the_commit_is_this_checkouts_own(tmp_path, monkeypatch):
     """Not that of a repository in which the package happens to be installed."""
 

@@ -10,7 +10,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
-from sj_taid import ALIFNode, monitor, to_lif
+from sj_taid import ALIFNode, _compat, monitor, to_lif
 
 
 def make_net():
@@ -98,6 +98,18 @@ def test_copies_of_a_watched_net_count_apart(duplicate):
     assert watch.state()["0"].firing_rate == 0.5
 
 
+@pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="these neurons are SpikingJelly 2.x's")
+def test_neurons_that_give_more_than_zeros_and_ones():
+    ternary = nn.Sequential(neuron.TernaryIFNode(v_threshold=1.0, step_mode="m"))
+    with monitor(ternary, saturated=1.0) as watch:
+        spikes = ternary(torch.tensor([[[2.0, -2.0, 0.0, -2.0]]]))
+    assert spikes.min() < 0 and watch.state()["0"].firing_rate == 0.75
+    traced = nn.Sequential(neuron.OTTTLIFNode())
+    with monitor(traced, dead=0.0, saturated=1.0) as watch:
+        spikes, _ = traced(torch.tensor([[0.0, 5.0]]))
+    assert watch.state()["0"].firing_rate == spikes.mean() == 0.5
+
+
 @pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])
 def test_nan_is_no_dead_layer(kind):
     net = nn.Sequential(nn.Identity(), kind())
@@ -114,7 +126,7 @@ def test_nan_is_no_dead_layer(kind):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="no SpikingJelly neurons"):
+    with pytest.raises(ValueError, match="no neurons to watch: none that is a BaseNode"):
         monitor(nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"dead=0\.5, saturated=0\.1"):
         monitor(make_net(), dead=0.5, saturated=0.1)

@@ -208,6 +208,17 @@ def test_repr_names_what_a_person_looks_for():
         assert part in text
 
 
+def test_what_has_no_values_yet_prints():
+    for channels in (None, 3):
+        assert "tau=?, v_threshold=?" in repr(ALIFNode(channels=channels).to("meta"))
+
+
+def test_a_backend_by_position_is_refused():
+    """As PLIF of 0.0.0.0.14 takes it."""
+    with pytest.raises(TypeError, match=r"store_v_seq must be .*'torch'; .* by its name: backend"):
+        ALIFNode(2.0, True, 1.0, 0.0, surrogate.ATan(), False, "m", "torch")
+
+
 @pytest.mark.parametrize("tau", [1.0, 0.5, -2, 1e300, math.inf, math.nan, "2"])
 def test_init_tau_is_above_one_and_finite_in_float32(tau):
     with pytest.raises(ValueError, match=r"init_tau must be .* greater than 1 and less than 1e38"):

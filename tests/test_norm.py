@@ -141,6 +141,50 @@ class InEvalOnly(Branching):
         return spike_seq if self.training else spike_seq + y_seq
 
 
+class Appending(Branching):
+    """Keeps what its norm gives in containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.seen = [], {"nothing": 0}
+
+    def forward(self, x_seq):
+        y_seq = self.bn(x_seq)
+        self.features.append(y_seq)
+        self.seen["y_seq"] = y_seq
+        return self.sn(y_seq)
+
+
+def test_what_a_forward_keeps_is_as_before():
+    net = Appending()
+    features, seen = net.features, net.seen
+    report = sj_taid.fuse_norm(net)
+    assert not report.joined and "keeps what it computes as features, seen" in str(report)
+    assert (net.features, net.seen) == ([], {"nothing": 0})
+    assert net.features is features and net.seen is seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_net_in_half_precision_on_the_torch_backend(training, dtype):
+    net = nn.Sequential(norm(), alif()).to(dtype).train(training)
+    net[1].backend = "torch"
+    exact = copy.deepcopy(net).float()
+    sj_taid.fuse_norm(net)
+    x_seq = images().to(dtype)
+    spikes = net(x_seq)
+    functional.reset_net(exact)
+    expected = exact(x_seq.float())
+    assert spikes.dtype == dtype and torch.equal(spikes.float(), expected)
+    for made in (spikes, expected):
+        made.float().square().sum().backward()
+    for name, parameter in exact.named_parameters():
+        gradient = net.get_parameter(name).grad
+        assert torch.allclose(gradient, parameter.grad.to(gradient.dtype), rtol=1e-2), name
+    for name, statistics in exact[0].named_buffers():
+        assert torch.equal(net[0].get_buffer(name), statistics.to(net[0].get_buffer(name).dtype))
+
+
 class Outer(nn.Module):
     """Reads what a block's norm gives, past the block."""
 

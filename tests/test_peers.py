@@ -16,6 +16,8 @@ def test_spikingjelly():
     assert parameters(neuron.ParametricLIFNode()) == {"w": ()}
     gated = neuron.GatedLIFNode(T=4, inplane=3)
     assert "v_threshold" in parameters(gated) and len(parameters(gated)) == 8
+    for other in (neuron.DSRIFNode, neuron.DSRLIFNode):
+        assert parameters(other()) == {"v_threshold": ()}
     with pytest.raises(IndexError):
         gated(torch.rand(3, 2, 3, 5, 5))
 

@@ -121,7 +121,7 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
     """
     check_name(name)
     if name == AUTO:
-        name = check_name(os.environ.get(ENVIRONMENT_VARIABLE, AUTO), ENVIRONMENT_VARIABLE)
+        name = check_name(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
     if name != AUTO:
         if reason := _obstacle(name, x_seq, surrogate_function):
             raise BackendUnavailableError(reason) from why_not(name)

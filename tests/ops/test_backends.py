@@ -85,6 +85,8 @@ def test_a_bad_environment_variable_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"SJ_TAID_BACKEND='cuda-magic' is unknown.*'torch'"):
         resolve("auto")
     assert resolve("torch").multi_step is reference.multi_step
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "")  # as not set
+    assert resolve("auto")
 
 
 class Watching(TorchDispatchMode):

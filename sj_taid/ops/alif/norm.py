@@ -64,7 +64,8 @@ class Norm(NamedTuple):
             if module.momentum is None:  # the plain average over all batches
                 momentum = 1.0 / float(module.num_batches_tracked)
         use_batch_statistics = module.training or module.running_mean is None
-        synchronised = isinstance(module, nn.SyncBatchNorm) and distributed.is_initialized()
+        synchronised = isinstance(module, nn.SyncBatchNorm) and module.training
+        synchronised = synchronised and distributed.is_initialized()
         return cls(
             module.weight,
             module.bias,
@@ -83,16 +84,12 @@ def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
     x = x_seq.flatten(0, 1)
     if norm.group is not None and norm.use_batch_statistics:
         return _synchronised(x, norm).unflatten(0, x_seq.shape[:2])
-    y = F.batch_norm(
-        x,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias,
-        norm.use_batch_statistics,
-        norm.momentum,
-        norm.eps,
-    )
+    # Of a net in half precision too; torch wants one dtype.
+    weight, bias, mean, var = (t if t is None else t.to(x.dtype) for t in norm[:4])
+    y = F.batch_norm(x, mean, var, weight, bias, norm.use_batch_statistics, norm.momentum, norm.eps)
+    for running, moved in ((norm.running_mean, mean), (norm.running_var, var)):
+        if running is not None and moved is not None and moved is not running:
+            running.copy_(moved)
     return y.unflatten(0, x_seq.shape[:2])
 
 

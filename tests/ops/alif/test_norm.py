@@ -116,6 +116,15 @@ def test_half_precision_equals_a_float32_copy(frozen, channels_last, training, d
     assert torch.equal(statistics(x.detach()), statistics(x.detach().float()))
 
 
+def test_processes_share_statistics_in_training_alone(monkeypatch):
+    """As torch's, which reduces nothing in eval mode, with running statistics or without."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for tracked in (True, False):
+        group = object()
+        module = torch.nn.SyncBatchNorm(3, track_running_stats=tracked, process_group=group)
+        assert Norm.of(module).group is group and Norm.of(module.eval()).group is None
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("joined", [True, False])
 def test_half_precision_takes_no_room_in_float32(joined, dtype):
