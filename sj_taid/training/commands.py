@@ -251,8 +251,8 @@ def _how_to_go_on(run: Run, hydra_cfg: Any) -> str:
     if not run.checkpoint.is_file():
         return "There is no whole epoch to go on with: give the same command again."
     command = ["sj-taid", "train", f"resume={run.folder}"]
-    (configs,) = (s.path for s in hydra_cfg.runtime.config_sources if s.provider == "main")
-    if configs != CONF:
+    mains = (s.path for s in hydra_cfg.runtime.config_sources if s.provider == "main")
+    if (configs := next(mains, CONF)) != CONF:
         command += ["--config-dir", configs]
     return f"Go on with: {shlex.join(command)}"
 
