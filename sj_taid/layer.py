@@ -5,6 +5,14 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+#: FSVAE's weight of a step, over that of the next
+DECAY = 0.8
+
+
+def _decaying(T: int, decay: float, like: Tensor) -> Tensor:
+    """``decay^(T-1-t)`` ``[T]``."""
+    return decay ** torch.arange(T - 1, -1, -1, dtype=like.dtype, device=like.device)
+
 
 class _ImageDecoder(nn.Module, base.MultiStepModule):
     """``X = sum_t a[t] S[t]``; the subclasses say where the weights ``a`` come from."""
@@ -155,10 +163,8 @@ class TAID(_ImageDecoder):
         images = x_seq.permute(1, 2, 0, 3, 4).reshape(n * c, self.T, h, w)
         images = F.layer_norm(images, images.shape[1:])
         gate = 2 * self.excite(images).sigmoid()
-        age = torch.arange(self.T - 1, -1, -1, dtype=gate.dtype, device=gate.device)
-        return gate.view(n, c, self.T, h, w).permute(2, 0, 1, 3, 4) * (0.8**age).view(
-            -1, 1, 1, 1, 1
-        )
+        weights = _decaying(self.T, DECAY, gate).view(-1, 1, 1, 1, 1)
+        return gate.view(n, c, self.T, h, w).permute(2, 0, 1, 3, 4) * weights
 
     def extra_repr(self) -> str:
         return f"T={self.T}, squeeze={self.squeeze}, reduce={self.reduce}, step_mode=m"
@@ -178,7 +184,7 @@ class FixedDecoder(_ImageDecoder):
     tensor([[1.7500]])
     """
 
-    def __init__(self, T: int, decay: float = 0.8, reduce: str = "sum") -> None:
+    def __init__(self, T: int, decay: float = DECAY, reduce: str = "sum") -> None:
         super().__init__(T, reduce)
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay must be in (0, 1], but it is {decay!r}")
@@ -188,8 +194,7 @@ class FixedDecoder(_ImageDecoder):
         """The weights ``[T, 1, 1]``, the same for every input."""
         self._check(x_seq)
         # Made anew at each call: a buffer rounded to one dtype stays so in a more precise one.
-        age = torch.arange(self.T - 1, -1, -1, dtype=x_seq.dtype, device=x_seq.device)
-        return (self.decay**age).view(self.T, 1, 1)
+        return _decaying(self.T, self.decay, x_seq).view(self.T, 1, 1)
 
     def extra_repr(self) -> str:
         return f"T={self.T}, decay={self.decay}, reduce={self.reduce}, step_mode=m"

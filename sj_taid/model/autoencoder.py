@@ -154,8 +154,9 @@ class VAE(_Convolutional):
         """
         check_count(n)
         with evaluating(self), torch.no_grad():
-            device = next(self.parameters()).device
-            return self.decode(torch.randn(n, self.latent_channels, device=device))
+            weight = next(self.parameters())
+            code = torch.randn(n, self.latent_channels, dtype=weight.dtype, device=weight.device)
+            return self.decode(code)
 
     def loss(self, image: Tensor, output: VAEOutput) -> dict[str, Tensor]:
         """``loss = reconstruction + latent``."""

@@ -76,6 +76,7 @@ class Posterior(LatentNetwork):
         presample = self._by_step if self.presampling == "step" else self._by_prefix
         with torch.no_grad():
             z_previous = presample(x_seq, picks)
+        _forget_casts()
         q = self.run(torch.cat([x_seq, z_previous], 2))
         return pick(q, picks), q
 
@@ -131,6 +132,7 @@ class Prior(LatentNetwork):
                     rate = p.mean(-1)
                     rate = rate + 1e-3 * torch.randn_like(rate)
                     z_previous[t + 1] = (rate > 0.5).to(z_previous.dtype)
+        _forget_casts()
 
     @torch.no_grad()
     def sample(self, picks: Tensor) -> Tensor:
@@ -143,6 +145,13 @@ class Prior(LatentNetwork):
                 z = pick(self.step(z), index)
                 z_seq.append(z)
         return torch.stack(z_seq)
+
+
+def _forget_casts() -> None:
+    """After a pass without gradient: older torch keeps what autocast made of the weights in it, and
+    gives these casts, which have no graph, to the pass with gradient too."""
+    if not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()
 
 
 def pick(candidates: Tensor, picks: Tensor) -> Tensor:

@@ -236,9 +236,10 @@ class GaussianMixturePrior(nn.Module):
             "diag": lambda: torch.diag_embed(covariances),
             "spherical": lambda: covariances.view(-1, 1, 1) * torch.eye(d),
         }[self.covariance]()
-        self.weights.copy_(torch.as_tensor(mixture.weights_))
-        self.means.copy_(torch.as_tensor(mixture.means_))
-        self.cholesky.copy_(torch.linalg.cholesky(full))
+        # What was loaded may have had another number of components.
+        self.weights = torch.as_tensor(mixture.weights_).to(self.weights)
+        self.means = torch.as_tensor(mixture.means_).to(self.means)
+        self.cholesky = torch.linalg.cholesky(full).to(self.cholesky)
         counts = (rates * self.levels).round()
         for level in range(self.levels + 1):
             self.cumulative[:, level] = (counts <= level).double().mean(0)
@@ -250,6 +251,8 @@ class GaussianMixturePrior(nn.Module):
                 "the mixture of Gaussians is not fitted yet; train to the end, fit it to a "
                 "finished run by `sj-taid fit_prior`, or draw from prior='learned'"
             )
+        if n == 0:
+            return self.means.new_zeros(0, self.means.shape[1])
         gaussians = MultivariateNormal(self.means, scale_tril=self.cholesky)
         x = MixtureSameFamily(Categorical(self.weights), gaussians).sample((n,))
         spread = self.cholesky.square().sum(2).sqrt()  # of each component and channel
@@ -264,6 +267,5 @@ def _take_the_shape_of_what_is_loaded(
 ) -> None:
     for name in ("weights", "means", "cholesky"):
         if (loaded := state.get(prefix + name)) is not None:
-            prior.components = len(loaded)
             buffer = getattr(prior, name)
             setattr(prior, name, buffer.new_empty(len(loaded), *buffer.shape[1:]))

@@ -20,7 +20,7 @@ class Autoencoding(Task):
     takes = ImageData
 
     def setup(self, stage: str) -> None:
-        if self.trainer.precision in ("16-true", "bf16-true"):
+        if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
             raise ValueError(
                 f"trainer.precision={self.trainer.precision} has no 32-bit weights, in which alone "
                 "images are measured and drawn; choose trainer.precision=bf16-mixed, or 16-mixed"

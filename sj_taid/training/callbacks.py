@@ -96,7 +96,9 @@ class RandomNumbers(L.Callback):
         self.loaded: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        # Of this process's own device: all are seeded alike, and the first writes for all.
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else ()
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loaded = state
@@ -105,9 +107,21 @@ class RandomNumbers(L.Callback):
         # Later Lightning makes the loader's iterator, which draws the epoch's order.
         if self.loaded:
             torch.set_rng_state(self.loaded["cpu"])
-            if len(self.loaded["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(self.loaded["cuda"])
+            if torch.cuda.is_available() and len(self.loaded["cuda"]):
+                torch.cuda.set_rng_state(self.loaded["cuda"])
             self.loaded = {}
+
+
+class LastEpoch(Checkpoint):
+    """Calls the task's ``on_last_epoch_end``: as a checkpoint, which comes after early stopping."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
+        if (
+            trainer.should_stop
+            or trainer.current_epoch + 1 == trainer.max_epochs
+            or trainer.global_step == trainer.max_steps  # that is -1 without a limit
+        ):
+            task.on_last_epoch_end(trainer.datamodule)  # type: ignore[attr-defined]
 
 
 class BestCheckpoint(Checkpoint):

@@ -23,7 +23,14 @@ from ..calibration import calibrate
 from ..model import ESVAE
 from ..model.rate import GaussianMixturePrior
 from .allocator import reuse_freed_memory
-from .callbacks import AtomicCheckpointIO, BestCheckpoint, FollowTest, Pictures, RandomNumbers
+from .callbacks import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    FollowTest,
+    LastEpoch,
+    Pictures,
+    RandomNumbers,
+)
 from .composing import CONF, instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
 from .files import written_by_others
@@ -124,9 +131,9 @@ def train(
     pictures = Pictures(folder, cfg.pictures)
     best = BestCheckpoint(run.best, f"val/{task.chosen_by}")
     if task.chosen_by and data.validation_set is not None:
-        keepers = [best, checkpoints]  # in this order: the last one knows of the best
+        keepers = [LastEpoch(), best, checkpoints]  # in this order: the last one knows of the best
     else:
-        keepers = [checkpoints]
+        keepers = [LastEpoch(), checkpoints]
     timer = Timer()  # kept in the checkpoint: the seconds before a kill count
     others = [instantiate(callback) for callback in cfg.callbacks.values()]
     if not cfg.trainer.enable_progress_bar:  # Lightning refuses a bar then
@@ -291,8 +298,9 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
             figures = task.figures(tester, data, _evaluator(cfg, trust))
         report = task.report(figures)
         protocol = figures.pop("protocol", {})
+        protocol = {name: protocol[name] for name in figures if name in protocol}
         if run.checkpoint == run.best:
-            protocol = of_best_epoch({name: protocol[name] for name in figures if name in protocol})
+            protocol = of_best_epoch(protocol)
             figures = of_best_epoch(figures)
         evaluation = {
             "protocol": protocol,
@@ -359,7 +367,7 @@ def fit_prior(cfg: DictConfig) -> None:
         model: Any = run.model(cfg.trust or ())
         _require_esvae(model, cfg.checkpoint)
         components, covariance, iterations = (
-            getattr(model, name) if cfg[name] is None else cfg[name]
+            getattr(model.gaussian_mixture, name) if cfg[name] is None else cfg[name]
             for name in ("components", "covariance", "iterations")
         )
         mixture = GaussianMixturePrior(

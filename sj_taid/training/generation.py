@@ -68,17 +68,10 @@ class Generation(Autoencoding):
             untrained = evaluator.evaluate_samples(self.model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
-    def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()
-        trainer = self.trainer
-        last = (
-            trainer.should_stop
-            or self.current_epoch + 1 == trainer.max_epochs
-            or trainer.global_step == trainer.max_steps  # that is -1 without a limit
-        )
-        if last and isinstance(self.model, ESVAE):  # now, so that the checkpoint has the mixture
+    def on_last_epoch_end(self, data: ImageData) -> None:
+        if isinstance(self.model, ESVAE):
             with seeded(0):  # a run that goes on to more epochs draws what it would have drawn
-                self.fit_prior(trainer.datamodule)  # type: ignore[attr-defined]
+                self.fit_prior(data)
 
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's mixture of Gaussians to the training images as they are, not augmented."""

@@ -100,6 +100,9 @@ class Task(L.LightningModule):
         if not all(parameter.isfinite().all() for parameter in self.parameters()):
             raise self._diverged("a parameter is not finite")
 
+    def on_last_epoch_end(self, data: Any) -> None:
+        """After the last epoch's validation and before its checkpoint is written."""
+
     def _diverged(self, what: str) -> FloatingPointError:
         return FloatingPointError(
             f"{what} in epoch {self.current_epoch + 1}, after step {self.global_step}: the model "
@@ -121,10 +124,19 @@ class Task(L.LightningModule):
         if not trainer.is_global_zero:
             return logged
         figures = logged | self.after_training(data, evaluator)
-        limit, protocol = trainer.limit_test_batches, figures.get("protocol", {})
-        if isinstance(limit, int) or limit < 1.0:  # an int is a number of batches, a float a share
-            for name in {*logged, *of_best_epoch(logged)} & {*protocol}:
-                protocol[name] += f", stopped by trainer.limit_test_batches={limit}"
+        protocol = figures.get("protocol", {})
+        validated = {name for name in protocol if name.startswith("validation_")} - {
+            "validation_fad"
+        }
+        measured = {
+            "limit_test_batches": {*logged, *of_best_epoch(logged)},
+            "limit_val_batches": validated | {f"{self.chosen_by}_best_test_epoch"},
+        }
+        for option, names in measured.items():
+            limit = getattr(trainer, option)  # an int is a number of batches, a float a share
+            if isinstance(limit, int) or limit < 1.0:
+                for name in names & protocol.keys():
+                    protocol[name] += f", stopped by trainer.{option}={limit}"
         return figures
 
     def tested(self, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, Any]:

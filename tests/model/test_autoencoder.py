@@ -60,6 +60,11 @@ def test_vae_draws_codes_around_their_mean():
     torch.testing.assert_close(output.image, model.decode(output.mean))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_vae_samples_in_its_weights_dtype(dtype):
+    assert VAE(1, 8, (4, 8), 6).to(dtype).sample(2).dtype == dtype
+
+
 def test_vae_samples_in_eval_mode_and_leaves_the_modes():
     model = VAE(**SMALL)
     statistics = model.decoder[3].running_mean.clone()

@@ -1,5 +1,7 @@
 """Posterior, prior and the latent losses."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,23 @@ def test_training_gives_gradients_to_every_parameter_and_to_the_input(presamplin
     (z.sum() + q.sum()).backward()
     assert x_seq.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in posterior.parameters())
+
+
+def test_no_cast_without_a_graph_is_left_for_the_pass_with_gradient():
+    """Older torch's autocast would give it, and the weights would learn nothing."""
+    posterior = Posterior(4, 3, original_neuron)
+    prior = Prior(4, 3, original_neuron)
+    x_seq, picks = torch.rand(8, 2, 4), torch.randint(3, (8, 2, 4))
+    with mock.patch.object(
+        torch, "clear_autocast_cache", wraps=torch.clear_autocast_cache
+    ) as clear:
+        with torch.autocast("cpu", torch.bfloat16):
+            z_seq, q = posterior(x_seq, picks)
+            p = prior(z_seq, 1.0)
+        assert clear.call_count == 2
+    (q.float().square().sum() + p.float().square().sum()).backward()
+    for net in (posterior, prior):
+        assert all(parameter.grad is not None for parameter in net.parameters())
 
 
 def test_presampling_by_step_leaves_batch_norm_alone():

@@ -162,11 +162,12 @@ def test_a_mixture_travels_in_the_state_dict(tmp_path):
     torch.save(prior.state_dict(), tmp_path / "prior.pt")
     other = GaussianMixturePrior(2, components=5)
     other.load_state_dict(torch.load(tmp_path / "prior.pt", weights_only=True))
-    assert other.components == 3
     torch.manual_seed(0)
     drawn = prior(500)
     torch.manual_seed(0)
-    assert torch.equal(other(500), drawn)
+    assert torch.equal(other(500), drawn) and other(0).shape == (0, 2)
+    other.fit(torch.rand(100, 2).round())  # as it was made
+    assert len(other.weights) == len(other.means) == len(other.cholesky) == other.components == 5
 
 
 def test_a_fit_that_has_not_converged_says_so_in_a_line(caplog):

@@ -124,11 +124,22 @@ def test_a_learning_rate_that_cannot_be(tiny, tmp_path, job, override, message):
         train(tiny(*job, *scale, override, tiny=False), tmp_path, command="")
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 @pytest.mark.parametrize("job", [TINY_ESVAE, TINY_VAE])
-def test_weights_in_half_precision_alone_are_refused(tiny, tmp_path, job):
-    cfg = tiny(*job, "trainer.precision=bf16-true", tiny=False)
-    with pytest.raises(ValueError, match=r"bf16-true has no 32-bit .*=bf16-mixed"):
+def test_weights_of_another_precision_are_refused(tiny, tmp_path, job, precision):
+    cfg = tiny(*job, f"trainer.precision={precision}", tiny=False)
+    with pytest.raises(ValueError, match=rf"{precision} has no 32-bit .*=bf16-mixed"):
         train(cfg, tmp_path, command="")
+
+
+def test_a_run_that_is_stopped_early_fits_the_mixture(tiny, tmp_path):
+    stop = ["monitor=val/reconstruction", "patience=0", "stopping_threshold=1e9"]
+    early = [f"+callbacks.early.{key}" for key in stop]
+    early += ["+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping"]
+    chosen = ["trainer.max_epochs=3", "model.prior=gaussian_mixture"]
+    metrics = train(tiny(*TINY_ESVAE, *early, *chosen, tiny=False), tmp_path, command="")
+    assert metrics["epochs"] == 1 and metrics["fad"] > 0
+    assert load_model(tmp_path).gaussian_mixture.fitted
 
 
 def test_a_mixture_fitted_later_is_as_in_the_run(folder, monkeypatch):

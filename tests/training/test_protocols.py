@@ -85,6 +85,11 @@ def test_the_epoch_that_is_best_on_validation_is_kept_and_tested(job, tmp_path, 
     how = "trained on 1294 samples, tested on 359, validated on 144"
     assert metrics["protocol"]["accuracy_best_validation_epoch"] == how
 
+    # Measured again, elsewhere, no protocol but those of what is measured takes another's place.
+    other = compose("evaluate", [f"checkpoint={tmp_path}", "trainer.accelerator=cpu"])
+    protocol = evaluate(other)["protocol"]
+    assert protocol.keys() == {"accuracy"}
+
     # Measured again, each checkpoint gives its own figure, and neither takes the other's place.
     assert evaluated(tmp_path / run.CHECKPOINTS / "last.ckpt")["accuracy"] == metrics["accuracy"]
     of_best = evaluated(tmp_path / run.CHECKPOINTS / "best.ckpt")
@@ -172,6 +177,9 @@ def test_what_other_callbacks_log_is_not_drawn(tiny, tmp_path):
 def test_an_autoencoder_is_validated(tiny, tmp_path):
     metrics = train(tiny(*TINY_AUTOENCODING, "dataset.validation=0.1", tiny=False), tmp_path)
     assert metrics["validation_reconstruction"] > 0
+    cut = ", stopped by trainer.limit_{}_batches=1"
+    assert metrics["protocol"]["reconstruction"].endswith(cut.format("test"))
+    assert metrics["protocol"]["validation_reconstruction"].endswith(cut.format("val"))
     assert json.loads((tmp_path / run.METRICS).read_text()) == metrics
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from sj_taid.training import commands, run
+from sj_taid.training.callbacks import RandomNumbers
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose
 from tests.training.conftest import (
@@ -147,6 +148,20 @@ def test_a_half_done_run_goes_on_from_its_last_epoch(tiny, tmp_path):
     assert metrics["epochs"] == 4 and whole["global_step"] == 4 * 2
     assert whole["callbacks"]["Pictures"]["epochs"][:2] == half["callbacks"]["Pictures"]["epochs"]
     assert metrics["training_seconds"] > half["callbacks"]["Timer"]["time_elapsed"]["train"]
+
+
+def test_random_numbers_of_the_own_device_go_on(monkeypatch):
+    state, taken = torch.arange(3), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", taken.append)
+    kept = RandomNumbers().state_dict()
+    resumed = RandomNumbers()
+    resumed.load_state_dict(kept)
+    expected = torch.rand(3)
+    for _ in range(2):
+        resumed.on_fit_start(None, None)
+    assert taken == [state] and torch.equal(torch.rand(3), expected)
 
 
 def test_one_process_at_a_time_in_a_folder(tmp_path):
