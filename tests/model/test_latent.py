@@ -81,13 +81,11 @@ def test_no_cast_without_a_graph_is_left_for_the_pass_with_gradient():
     posterior = Posterior(4, 3, original_neuron)
     prior = Prior(4, 3, original_neuron)
     x_seq, picks = torch.rand(8, 2, 4), torch.randint(3, (8, 2, 4))
-    with mock.patch.object(
-        torch, "clear_autocast_cache", wraps=torch.clear_autocast_cache
-    ) as clear:
-        with torch.autocast("cpu", torch.bfloat16):
-            z_seq, q = posterior(x_seq, picks)
-            p = prior(z_seq, 1.0)
-        assert clear.call_count == 2
+    clear = mock.patch.object(torch, "clear_autocast_cache", wraps=torch.clear_autocast_cache)
+    with clear as cleared, torch.autocast("cpu", torch.bfloat16):
+        z_seq, q = posterior(x_seq, picks)
+        p = prior(z_seq, 1.0)
+        assert cleared.call_count == 2
     (q.float().square().sum() + p.float().square().sum()).backward()
     for net in (posterior, prior):
         assert all(parameter.grad is not None for parameter in net.parameters())
