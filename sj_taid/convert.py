@@ -369,7 +369,7 @@ def _why_keep(site: _Site, filter: Callable[[str, nn.Module], bool] | None) -> s
     """Why a neuron is not swapped, or ``None``."""
     node = site.node
     if isinstance(node, ALIFNode):
-        return "already ALIF"
+        return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
     if type(node) not in _KINDS:
         base = next((kind for kind in _KINDS if isinstance(node, kind)), None)
         if base is None:

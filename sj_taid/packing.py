@@ -72,6 +72,7 @@ class PackedSpikes:
                 f"{type(net).__name__} has {len(neurons)} neurons and {len(readers)} layers "
                 "that save their input; packing needs some of both"
             )
+        self._summary = f"{len(neurons)} neurons' spikes for {len(readers)} layers"
         self._handles = [
             *(node.register_forward_pre_hook(_request) for node in neurons),
             # Before other hooks, which may give another output.
@@ -82,6 +83,9 @@ class PackedSpikes:
             *(reader.register_forward_pre_hook(_enter) for reader in readers),
             *(reader.register_forward_hook(_leave, always_call=True) for reader in readers),
         ]
+
+    def __repr__(self) -> str:
+        return f"PackedSpikes({self._summary})"
 
     def remove(self) -> None:
         """Keep spikes as they are again; what is packed already stays readable."""

@@ -81,11 +81,13 @@ def test_every_command_that_lacks_a_package_says_what_to_install():
 
 def test_the_command_line_without_the_extra_train_is_one_line():
     code = "import sys; sys.modules['omegaconf'] = None; from sj_taid.__main__ import main; main()"
-    command = [sys.executable, "-c", code, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
     assert done.returncode == 1
-    said = r"sj-taid: .*omegaconf.*; to get it: pip install .* hydra-core .*\n"
+    said = r"sj-taid: .* extra train, .*omegaconf.*; to get it: pip install .* hydra-core .*\n"
     assert re.fullmatch(said, done.stderr)
+    done = subprocess.run([*command, "doctor"], capture_output=True, text=True)
+    assert done.returncode == 0 and "backend torch: works" in done.stdout
 
 
 def test_star_leaves_spikingjellys_functional():

@@ -115,6 +115,12 @@ def test_gradients_are_equal_to_the_bit(node, mode, channels_last):
     assert_equal(gradients(net, images(), run), expected)
 
 
+def test_it_says_what_is_packed():
+    net = nn.Sequential(nn.Linear(2, 3), ALIFNode(), nn.Linear(3, 1))
+    with sj_taid.packed_spikes(net) as packed:
+        assert repr(packed) == "PackedSpikes(1 neurons' spikes for 2 layers)"
+
+
 def test_spikes_take_a_bit_each():
     net = make_net()
     # The convolutions and the pooling that read a neuron, and what max pooling made of one.

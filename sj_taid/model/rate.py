@@ -217,8 +217,8 @@ class GaussianMixturePrior(nn.Module):
             mixture.fit(rates.double().cpu().numpy())
         if (different := len(rates.unique(dim=0))) < self.components:
             log.warning(
-                "There are %d different rates for the %d components of the mixture, so some of "
-                "them are alike; set fewer components.",
+                "Different rates: %d, for %d components of the mixture, so that some of them are "
+                "alike; set fewer components.",
                 different,
                 self.components,
             )

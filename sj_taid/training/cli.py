@@ -172,13 +172,17 @@ def resuming(arguments: list[str]) -> list[str]:
 
     It repeats what the run was started with. ``arguments`` come after that, so they win.
 
+    One that was stopped within its first epoch begins anew.
+
     Raises:
-        FileNotFoundError: no checkpoint there, or the note of the command line is gone.
+        FileNotFoundError: no run there, or the note of the command line is gone.
     """
     named = [argument for argument in arguments if argument.startswith("resume=")]
     if not named:
         return arguments
-    run = Run.find(named[-1].removeprefix("resume=").strip("'").replace("\\'", "'"))
+    place = Path(named[-1].removeprefix("resume=").strip("'").replace("\\'", "'"))
+    stopped = (place / OVERRIDES).is_file()
+    run = Run(place.expanduser().absolute()) if stopped else Run.find(place)
     notes = run.folder / OVERRIDES
     if not notes.is_file():
         notes = run.folder / ".hydra" / OVERRIDES  # Hydra's own, of older runs
@@ -188,7 +192,8 @@ def resuming(arguments: list[str]) -> list[str]:
             f"with hydra.run.dir={run.folder} instead, and it goes on"
         )
     others = [argument for argument in arguments if argument not in named]
-    here = [f'hydra.run.dir="{run.folder}"', f'resume="{run.checkpoint}"']
+    here = [f'hydra.run.dir="{run.folder}"']
+    here += [f'resume="{run.checkpoint}"'] if run.checkpoint.is_file() else []
     return [*OmegaConf.load(notes), *here, *others]
 
 

@@ -238,30 +238,33 @@ def train_once(cfg: DictConfig) -> float | None:
             said = {"choices": choices, **origin("train", hydra_cfg)}
             try:
                 with written_by_others(run.folder):
-                    metrics = train(cfg, run.folder, repeated=hydra_cfg.overrides.task, **said)
+                    metrics = train(cfg, run.folder, repeated=_repeated(hydra_cfg), **said)
             except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes this of Ctrl-C
                 if KeyboardInterrupt in (type(error), type(error.__context__)):
-                    raise SystemExit(f"Interrupted. {_how_to_go_on(run, hydra_cfg)}") from error
+                    raise SystemExit(f"Interrupted. {_how_to_go_on(run)}") from error
                 raise
             except (OSError, RuntimeError) as error:  # of a disk, a file, a process
-                error.add_note(f"Once that is mended: {_how_to_go_on(run, hydra_cfg)}")
+                error.add_note(f"Once that is mended: {_how_to_go_on(run)}")
                 raise
         else:
             log.info("This run is finished already and is not run again.")
-    kinds = "Metrics and checkpoint" if run.checkpoint.is_file() else "Metrics"
+    kinds = ["Metrics", *["checkpoint"] * run.checkpoint.is_file(), *["pictures"] * cfg.pictures]
     if is_first_process():
-        log.info("%s are there too. Pictures: %s", kinds, run.folder)
+        log.info("%s: %s", ", ".join(kinds), run.folder)
     return metrics.get(cfg.objective)
 
 
-def _how_to_go_on(run: Run, hydra_cfg: Any) -> str:
+def _how_to_go_on(run: Run) -> str:
     if not run.checkpoint.is_file():
-        return "There is no whole epoch to go on with: give the same command again."
-    command = ["sj-taid", "train", f"resume={run.folder}"]
+        return "Give the same command again, since no epoch was whole."
+    return f"Go on with: sj-taid train resume={shlex.quote(str(run.folder))}"
+
+
+def _repeated(hydra_cfg: Any) -> list[str]:
+    """What ``resume=`` is to repeat of the command line."""
     mains = (s.path for s in hydra_cfg.runtime.config_sources if s.provider == "main")
-    if (configs := next(mains, CONF)) != CONF:
-        command += ["--config-dir", configs]
-    return f"Go on with: {shlex.join(command)}"
+    configs = next(mains, CONF)
+    return [*hydra_cfg.overrides.task, *[f"--config-dir={configs}"] * (configs != CONF)]
 
 
 def _places(hydra_cfg: Any) -> list[str]:
@@ -284,7 +287,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     """
     _leave_out_notes()
     reuse_freed_memory()
-    run, trust = Run.find(cfg.checkpoint), cfg.trust or ()
+    run, trust = _asked_run(cfg), cfg.trust or ()
     with run.lock():
         differing = _given(OmegaConf.to_container(cfg, resolve=True))
         cfg = cast(DictConfig, OmegaConf.merge(run.config, differing))
@@ -322,6 +325,12 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     return evaluation
 
 
+def _asked_run(cfg: DictConfig) -> Run:
+    if OmegaConf.is_missing(cfg, "checkpoint"):
+        raise SystemExit("give checkpoint=RUN, the folder of a run or a checkpoint in it")
+    return Run.find(cfg.checkpoint)
+
+
 def _given(config: Any) -> dict[str, Any]:
     """The settings that are not null."""
     given = {}
@@ -337,7 +346,7 @@ def sample(cfg: DictConfig) -> None:
     for name in ("n", "columns"):
         if cfg[name] < 1:
             raise ValueError(f"{name} must be at least 1, but it is {cfg[name]}")
-    run = Run.find(cfg.checkpoint)
+    run = _asked_run(cfg)
     model: Any = run.model(cfg.trust or ())
     if not hasattr(model, "sample"):
         raise ValueError(
@@ -361,7 +370,7 @@ def fit_prior(cfg: DictConfig) -> None:
     The other tensors of the checkpoint stay as they are. The figures of samples from the mixture
     before are taken out of the run's metrics.
     """
-    run = Run.find(cfg.checkpoint)
+    run = _asked_run(cfg)
     with run.lock():
         config = run.config
         model: Any = run.model(cfg.trust or ())
@@ -389,12 +398,13 @@ def fit_prior(cfg: DictConfig) -> None:
         if metrics:  # before the checkpoint: what is killed between has fewer figures, none wrong
             run.save_metrics(metrics)
         AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
-    log.info("%s has the fitted prior; its figures: sj-taid evaluate", run.checkpoint)
+    figures = f"sj-taid evaluate checkpoint={shlex.quote(str(run.folder))}"
+    log.info("%s has the fitted prior; its figures: %s", run.checkpoint, figures)
 
 
 def _require_esvae(model: Any, place: str) -> None:
     if not isinstance(model, ESVAE):
         raise ValueError(
-            f"{place} holds a {type(model).__name__}, whose prior is learned alone; "
-            "a mixture of Gaussians is for model=esvae"
+            f"{place} holds a {type(model).__name__}, which has no prior to fit or to choose; a "
+            "mixture of Gaussians is for model=esvae"
         )

@@ -52,10 +52,11 @@ def main(arguments: Sequence[str]) -> None:
     parsed = OverridesParser.create().parse_overrides(given.overrides)
     fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     space = [override for override in parsed if override.is_sweep_override()]
-    if not space:
-        preset = OmegaConf.load(Path(CONF, "search.yaml"))
-        space = OverridesParser.create().parse_overrides([str(override) for override in preset])
     cfg = compose("train", fixed, configs, return_hydra_config=True)
+    if not space:
+        preset = [str(override) for override in OmegaConf.load(Path(CONF, "search.yaml"))]
+        there = [o for o in preset if o.partition("=")[0].partition(".")[0] in cfg]
+        space = OverridesParser.create().parse_overrides(there)
     objective = cfg.objective
     places = cfg.hydra.job.config.override_dirname.exclude_keys
     asked = [

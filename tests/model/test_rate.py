@@ -187,7 +187,7 @@ def test_fewer_different_rates_than_components_are_said_in_a_line(caplog):
         warnings.simplefilter("error")
         prior.fit(torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(5, 1))
     (line,) = caplog.messages
-    assert line.startswith("There are 2 different rates for the 4 components")
+    assert line.startswith("Different rates: 2, for 4 components")
     assert prior(3).shape == (3, 2)
 
 

@@ -61,6 +61,12 @@ def test_what_there_is_to_say(sj_taid, tmp_path, capsys):
     assert ended.value.code == 0 and "backend torch: works" in capsys.readouterr().out
 
 
+def test_a_command_without_its_run_says_so(sj_taid):
+    for command in ("evaluate", "sample", "fit_prior"):
+        with pytest.raises(SystemExit, match=r"give checkpoint=RUN, the folder of a run"):
+            sj_taid(command)
+
+
 def test_a_folder_of_ones_own_configs_comes_first(sj_taid, tmp_path, monkeypatch, capsys):
     own = tmp_path / "my configs"
     (own / "neuron").mkdir(parents=True)
@@ -149,19 +155,36 @@ class CtrlC(L.Callback):
 
 @pytest.mark.parametrize(
     ("epoch", "message"),
-    [(0, "Interrupted. There is no whole epoch to go on with"), (1, "train resume={folder}$")],
+    [
+        (0, "Interrupted. Give the same command again, since no epoch"),
+        (1, "train resume={folder}$"),
+    ],
 )
 def test_ctrl_c_says_how_to_go_on(train, tmp_path, epoch, message):
     stop = [f"+callbacks.stop._target_={__name__}.CtrlC", f"+callbacks.stop.epoch={epoch}"]
     folder = re.escape(shlex.quote(str(tmp_path / "run")))
     with pytest.raises(SystemExit, match=message.format(folder=folder)):
         train("trainer.max_epochs=3", *stop)
-    if epoch:
-        own = tmp_path / "own" / "callbacks"
-        own.mkdir(parents=True)
-        (own / "mine.yaml").write_text("{}")
-        with pytest.raises(SystemExit, match=f"resume={folder} --config-dir {own.parent}$"):
-            train("trainer.max_epochs=3", *stop, "--config-dir", str(own.parent), "callbacks=mine")
+
+
+def test_resume_repeats_the_folder_of_ones_own_configs_also_from_the_start(
+    train, sj_taid, tmp_path
+):
+    own = tmp_path / "own" / "callbacks"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text(f"stop: {{_target_: {__name__}.CtrlC, epoch: 0}}\n")
+    with pytest.raises(SystemExit, match="since no epoch was whole"):
+        train("callbacks=mine", "--config-dir", str(own.parent), "trainer.max_epochs=2")
+    for epoch, whole in ((1, 1), (2, 2)):  # from the start, and from the first epoch
+        (own / "mine.yaml").write_text(f"stop: {{_target_: {__name__}.CtrlC, epoch: {epoch}}}\n")
+        resume = ["train", f"resume={tmp_path / 'run'}"]
+        if epoch == 1:
+            with pytest.raises(SystemExit, match="Go on with"):
+                sj_taid(*resume)
+        else:
+            sj_taid(*resume)
+        state = run.read_checkpoint(run.Run(tmp_path / "run").checkpoint)
+        assert state["epoch"] + 1 == whole
 
 
 def test_commands_without_hydra_say_what_is_logged(monkeypatch, capsys):
@@ -175,7 +198,7 @@ def test_commands_without_hydra_say_what_is_logged(monkeypatch, capsys):
 def test_a_run_of_no_epochs_and_no_progress_bar(train, tmp_path, caplog):
     caplog.set_level("INFO")
     train("trainer.max_epochs=0", "trainer.enable_progress_bar=false", "seed=3")
-    assert caplog.messages[-1] == (f"Metrics are there too. Pictures: {tmp_path / 'run'}")
+    assert caplog.messages[-1] == f"Metrics, pictures: {tmp_path / 'run'}"
     metrics = json.loads((tmp_path / "run" / run.METRICS).read_text())
     assert metrics["epochs"] == 0 and "seed=3" in metrics["overrides"]
     assert metrics["command"] == shlex.join(["sj-taid", "train", *metrics["overrides"]])

@@ -170,6 +170,14 @@ def test_a_search_takes_configs_of_ones_own_and_whole_numbers(trials, sj_taid, t
     assert trials.commands[-1][: len(search.TRAIN) + 2] == [*search.TRAIN, "--config-dir", str(own)]
 
 
+def test_a_classifier_has_no_decoder_to_search_for(trials, sj_taid, tmp_path):
+    sj_taid("search", f"--study={tmp_path}", "--trials=1", *TINY_CLASSIFICATION)
+    (trial,) = load(tmp_path).trials
+    assert trial.params.keys() == {
+        "neuron_start.tau", "neuron_start.v_threshold", "optimizer.lr",
+    }  # fmt: skip
+
+
 def test_what_the_preset_varies_is_there():
     for override in OverridesParser.create().parse_overrides(
         OmegaConf.to_container(OmegaConf.load(f"{CONF}/search.yaml"))
