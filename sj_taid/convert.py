@@ -531,8 +531,9 @@ def _inferred_channels(net: nn.Module, sites: list[_Site], example_input: Any) -
 
 def _copied(net: nn.Module) -> nn.Module:
     """A copy that has the voltages too, which torch does not copy where they have a graph."""
-    held = [v for m in net.modules() for v in getattr(m, "_memories", {}).values()]
-    voltages = [v for v in held if isinstance(v, Tensor)]
+    nodes = [m for m in net.modules() if isinstance(m, neuron.BaseNode)]
+    held = [v for node in nodes for v in (*node._memories.values(), *vars(node).values())]
+    voltages = [v for v in held if isinstance(v, Tensor)]  # store_v_seq's too
     return copy.deepcopy(net, {id(v): v.detach().clone() for v in voltages})
 
 

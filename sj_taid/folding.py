@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from . import _compat
 from .neuron import ALIFNode
 from .norm import KNOWN, Traced, ends, has_hooks, is_norm, trace
-from .packing import NEURONS
 
+#: The neurons whose dynamics are known to scale.
+_NEURONS = (ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 #: The layers beside norms that a threshold can divide; axis 0 of their weight is the channel.
 _LAYERS = tuple(
     getattr(home, name) for home in (nn, layer) for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")
@@ -56,7 +57,7 @@ def _is_source(module: nn.Module) -> bool:
 
 def _why_no_scale(node: Any, threshold: Tensor) -> str | None:
     """Why the dynamics of ``node`` do not scale to a threshold of 1, or ``None``."""
-    if type(node) not in NEURONS:  # whose dynamics are known to scale
+    if type(node) not in _NEURONS:
         return f"what a {type(node).__name__} computes is not known to scale"
     if not (threshold > 0).all():
         return "only a positive threshold scales to 1"

@@ -248,7 +248,7 @@ def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
 def _graph(parent: nn.Module, training: bool) -> fx.Graph:
     """What the forward of ``parent`` calls in that mode; the module is left as it was."""
     before = dict(vars(parent))
-    containers = [(v, copy.copy(v)) for v in before.values() if isinstance(v, list | dict | set)]
+    containers = [(held, copy.copy(held)) for held in _containers(before)]
     parent.training = training
     try:
         graph = _Tracer().trace(parent)
@@ -264,10 +264,24 @@ def _graph(parent: nn.Module, training: bool) -> fx.Graph:
     return graph
 
 
+def _containers(values: Mapping[str, Any]) -> Iterator[Any]:
+    """What can be filled among the values, and in it."""
+    for value in values.values():
+        for held in _all_in(value):
+            if isinstance(held, list | set | dict):
+                yield held
+
+
+def _all_in(value: Any) -> Iterator[Any]:
+    """A value, and where it is a container all that it holds."""
+    yield value
+    if isinstance(value, list | tuple | set | dict):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _all_in(child)
+
+
 def _holds_proxy(value: Any) -> bool:
-    if isinstance(value, list | set | dict):
-        return any(map(_holds_proxy, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, fx.Proxy)
+    return any(isinstance(held, fx.Proxy) for held in _all_in(value))
 
 
 #: the note where the output is that of the module that calls the norm

@@ -26,7 +26,7 @@ _MAX_POOLING = nn.modules.pooling._MaxPoolNd
 #: The layers that autocast gives a cast input.
 _CAST = (nn.Linear, nn.modules.conv._ConvNd)
 #: The neurons whose output is zeros and ones; a subclass may do something else.
-NEURONS = (ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
+_NEURONS = (ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 #: The layers that save their input: what they save of a neuron's output is packed.
 _READERS = (*_CAST, _MAX_POOLING, nn.modules.pooling._AvgPoolNd)
 
@@ -65,7 +65,7 @@ class PackedSpikes:
     """What :func:`.packed_spikes` returns."""
 
     def __init__(self, net: nn.Module) -> None:
-        neurons = [m for m in net.modules() if type(m) in NEURONS]
+        neurons = [m for m in net.modules() if type(m) in _NEURONS]
         readers = [m for m in net.modules() if isinstance(m, _READERS)]
         if not neurons or not readers:
             raise ValueError(

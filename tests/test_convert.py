@@ -473,9 +473,10 @@ def test_channels_that_cannot_be_inferred_are_reported():
     }
 
 
+@pytest.mark.parametrize("store_v_seq", [False, True])
 @pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode])
-def test_a_net_that_has_run_is_copied_with_its_voltages(kind):
-    net = nn.Sequential(nn.Linear(3, 4), kind(), nn.Linear(4, 2), ALIFNode())
+def test_a_net_that_has_run_is_copied_with_its_voltages(kind, store_v_seq):
+    net = nn.Sequential(nn.Linear(3, 4), kind(store_v_seq=store_v_seq), nn.Linear(4, 2), ALIFNode())
     functional.set_step_mode(net, "m")
     net(torch.rand(2, 5, 3))
     assert net[1].v.grad_fn is not None

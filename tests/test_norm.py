@@ -146,12 +146,14 @@ class Appending(Branching):
 
     def __init__(self):
         super().__init__()
-        self.features, self.seen = [], {"nothing": 0}
+        self.features, self.seen, self.last = [], {"nothing": 0, "deep": [[]]}, ()
 
     def forward(self, x_seq):
         y_seq = self.bn(x_seq)
         self.features.append(y_seq)
         self.seen["y_seq"] = y_seq
+        self.seen["deep"][0].append(y_seq)
+        self.last = (y_seq,)
         return self.sn(y_seq)
 
 
@@ -159,8 +161,8 @@ def test_what_a_forward_keeps_is_as_before():
     net = Appending()
     features, seen = net.features, net.seen
     report = sj_taid.fuse_norm(net)
-    assert not report.joined and "keeps what it computes as features, seen" in str(report)
-    assert (net.features, net.seen) == ([], {"nothing": 0})
+    assert not report.joined and "keeps what it computes as features, seen, last" in str(report)
+    assert (net.features, net.seen, net.last) == ([], {"nothing": 0, "deep": [[]]}, ())
     assert net.features is features and net.seen is seen
 
 

@@ -158,7 +158,11 @@ class Files(Samples):
 
     def identity(self) -> bytes:
         start = len(commonpath(self.paths or [""]))  # the same data elsewhere are the same
-        return repr([(path[start:], Path(path).stat().st_size) for path in self.paths]).encode()
+        names = [(path[start:], Path(path).stat().st_size) for path in self.paths]
+        # Raw images of one size have one length: a look into some tells data sets apart.
+        some = self.paths[:: max(len(self.paths) // 64, 1)]
+        seen = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in some]
+        return repr((names, seen)).encode()
 
 
 class Data(L.LightningDataModule):

@@ -107,8 +107,9 @@ class RandomNumbers(L.Callback):
         # Later Lightning makes the loader's iterator, which draws the epoch's order.
         if self.loaded:
             torch.set_rng_state(self.loaded["cpu"])
-            if torch.cuda.is_available() and len(self.loaded["cuda"]):
-                torch.cuda.set_rng_state(self.loaded["cuda"])
+            cuda = self.loaded["cuda"]
+            if torch.cuda.is_available() and len(cuda):
+                torch.cuda.set_rng_state(cuda[0] if isinstance(cuda, list) else cuda)  # older runs
             self.loaded = {}
 
 

@@ -115,7 +115,9 @@ def train(
     rate = cfg.neuron_start.get("calibrate")
     if rate:  # resumed too, where the checkpoint's thresholds follow: before_training measures it
         images, _ = next(iter(data.train_dataloader()))
-        log.info("%s", calibrate(model, task.model_input(images), rate=rate))
+        report = calibrate(model, task.model_input(images), rate=rate)
+        if not resume:
+            log.info("%s", report)
     before = task.before_training(data, evaluator)
     if options is not None:
         torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit

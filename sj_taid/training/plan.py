@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="sj-taid train --dry-run", allow_abbrev=False)
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-path", "-cp", default=CONF)
-    parser.add_argument("--config-dir", "-cd", default=CONF)
+    parser.add_argument("--config-dir", "-cd")  # the package's: own_configs_first swaps the two
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
     parsed = OverridesParser.create().parse_overrides(given.overrides)

@@ -125,16 +125,14 @@ class Task(L.LightningModule):
             return logged
         figures = logged | self.after_training(data, evaluator)
         protocol = figures.get("protocol", {})
-        validated = {name for name in protocol if name.startswith("validation_")} - {
-            "validation_fad"
-        }
-        measured = {
-            "limit_test_batches": {*logged, *of_best_epoch(logged)},
-            "limit_val_batches": validated | {f"{self.chosen_by}_best_test_epoch"},
-        }
-        for option, names in measured.items():
+        best = f"{self.chosen_by}_best_test_epoch"
+        validated = {best, *(f"validation_{name}" for name in logged)}
+        for option, loader, names in (
+            ("limit_test_batches", data.test_dataloader, {*logged, *of_best_epoch(logged)}),
+            ("limit_val_batches", data.val_dataloader, validated),
+        ):
             limit = getattr(trainer, option)  # an int is a number of batches, a float a share
-            if isinstance(limit, int) or limit < 1.0:
+            if limit < (len(loader()) if isinstance(limit, int) else 1.0):
                 for name in names & protocol.keys():
                     protocol[name] += f", stopped by trainer.{option}={limit}"
         return figures

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from sj_taid import data
@@ -139,8 +140,8 @@ def test_training_sets_alone_are_told_apart_by_themselves():
     assert of_training not in (split.fingerprint(), split.fingerprint(split.test_set))
 
 
-@pytest.mark.parametrize(("processes", "batches"), [(1, 1), (2, 1), (3, 1)])
-def test_every_process_has_a_batch(processes, batches):
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_every_process_has_a_batch(processes):
     """A last small batch is left out, but never the only one of a process."""
     module = ready(data.Digits, limit=150, batch_size=100)
     assert 100 < len(module.train_set) < 200
@@ -151,7 +152,7 @@ def test_every_process_has_a_batch(processes, batches):
         patch.setattr(
             base, "DistributedSampler", partial(DistributedSampler, num_replicas=processes, rank=0)
         )
-        assert len(module.train_dataloader()) == batches
+        assert len(module.train_dataloader()) == 1
 
 
 def test_fingerprint_is_that_of_the_samples(tmp_path):
@@ -165,6 +166,17 @@ def test_fingerprint_is_that_of_the_samples(tmp_path):
     assert before == ready(data.ImageFolder, tmp_path, classes=None).fingerprint()
     shutil.copytree(tmp_path, elsewhere := tmp_path.with_name("elsewhere"))
     assert before == ready(data.ImageFolder, elsewhere, classes=None).fingerprint()
+    for name in ("a", "b"):  # raw images, of one length
+        for number in range(4):
+            pixels = torch.randint(256, (8, 8), dtype=torch.uint8).numpy()
+            path = tmp_path.with_name(name) / f"{number}.bmp"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    raw = [
+        ready(data.ImageFolder, tmp_path.with_name(name), classes=None, test_share=0.5)
+        for name in "ab"
+    ]
+    assert raw[0].fingerprint() != raw[1].fingerprint()
     (tmp_path / "00.png").unlink()
     assert before != ready(data.ImageFolder, tmp_path, classes=None).fingerprint()
 

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from sj_taid.data import progress
 from sj_taid.metric import FrechetDistance
-from sj_taid.training import evaluation, run
+from sj_taid.model import ESVAE
+from sj_taid.training import commands, evaluation, run
 from sj_taid.training.commands import evaluate, train
 from sj_taid.training.composing import compose
 from tests.training.conftest import CONF, TINY_CLASSIFICATION, TINY_VAE, Network, write_images
@@ -94,10 +95,16 @@ def test_the_weights_of_a_run_can_be_left_out(folder, caplog):
     assert "left out for want" not in caplog.text
 
 
-def test_data_can_be_downloaded_for_a_run_of_elsewhere():
-    for command in ("evaluate", "fit_prior"):
-        chosen = compose(command, ["checkpoint=run", "dataset.download=true"])
-        assert chosen.dataset.download and chosen.dataset.test_root is None
+@pytest.mark.parametrize("command", [commands.evaluate, commands.fit_prior])
+def test_data_can_be_downloaded_for_a_run_of_elsewhere(folder, monkeypatch, command):
+    built = []
+    monkeypatch.setattr(commands, "build", lambda node, *_, **__: built.append(node) or 1 / 0)
+    monkeypatch.setattr(commands, "_require_esvae", lambda *_: None)
+    asked = compose(command.__name__, [f"checkpoint={folder}", "dataset.download=true"])
+    monkeypatch.setattr(run.Run, "model", lambda *_: ESVAE(image_size=8, hidden_channels=(4, 8)))
+    with pytest.raises(ZeroDivisionError):
+        command(asked)
+    assert built[0].download is True and "test_root" not in built[0]
 
 
 def test_a_cache_of_this_machine(monkeypatch):

@@ -162,7 +162,7 @@ def test_a_search_takes_configs_of_ones_own_and_whole_numbers(trials, sj_taid, t
     (own / "neuron").mkdir(parents=True)
     (own / "neuron" / "mine.yaml").write_text("_target_: mypkg.MyLIF\n")
     folder = tmp_path / "study"
-    space = ["model.T=int(interval(2, 9))", "neuron=mine,lif"]
+    space = ["model.T=int(interval(2, 9))", "neuron=mine"]
     where = [f"--study={folder}", "--trials=4", "--config-dir", str(own)]
     sj_taid("search", *where, *TINY_CLASSIFICATION, *space)
     for trial in load(folder).trials:

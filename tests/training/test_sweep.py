@@ -162,6 +162,9 @@ def test_random_numbers_of_the_own_device_go_on(monkeypatch):
     for _ in range(2):
         resumed.on_fit_start(None, None)
     assert taken == [state] and torch.equal(torch.rand(3), expected)
+    resumed.load_state_dict(kept | {"cuda": [state, state]})  # of every device, as it was
+    resumed.on_fit_start(None, None)
+    assert taken == [state] * 2
 
 
 def test_one_process_at_a_time_in_a_folder(tmp_path):

@@ -84,10 +84,11 @@ def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
     x = x_seq.flatten(0, 1)
     if norm.group is not None and norm.use_batch_statistics:
         return _synchronised(x, norm).unflatten(0, x_seq.shape[:2])
-    # Of a net in half precision too; torch wants one dtype.
+    # torch wants one dtype, which for a net in half precision is that of x, float32.
     weight, bias, mean, var = (t if t is None else t.to(x.dtype) for t in norm[:4])
     y = F.batch_norm(x, mean, var, weight, bias, norm.use_batch_statistics, norm.momentum, norm.eps)
-    for running, moved in ((norm.running_mean, mean), (norm.running_var, var)):
+    kept = ((norm.running_mean, mean), (norm.running_var, var))
+    for running, moved in kept if norm.use_batch_statistics else ():
         if running is not None and moved is not None and moved is not running:
             running.copy_(moved)
     return y.unflatten(0, x_seq.shape[:2])
