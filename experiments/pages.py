@@ -113,10 +113,8 @@ def standing() -> pd.DataFrame:
         for (neuron, decoder), alike in runs.groupby(["neuron", "decoder"]):
             fads = alike.groupby("dataset")[figure].agg(METRICS[figure].text)
             counts = "/".join(map(str, sorted(alike["epochs"].unique())))
-            ours = {"source": "this project, last epoch", "epochs": counts, **fads}
-            table.loc[
-                f"ESVAE, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
-            ] = ours
+            name = f"ESVAE, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
+            table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **fads}
     table = table.fillna("not measured").loc[[*MODELS, *table.index.difference(MODELS)]]
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS)
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()

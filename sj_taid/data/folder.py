@@ -33,7 +33,7 @@ def image_files(
 
 def read_image(path: str, mode: str, prepare: v2.Transform) -> Tensor:
     with Image.open(path) as opened:
-        image = opened
+        image: Image.Image = opened
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # convert would cut at 255, not scale
             image = image.convert("I").point(lambda value: value * (1 / 257))

@@ -172,11 +172,11 @@ def test_fingerprint_is_that_of_the_samples(tmp_path):
             path = tmp_path.with_name(name) / f"{number}.bmp"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(pixels).save(path)
-    raw = [
+    a, b = (
         ready(data.ImageFolder, tmp_path.with_name(name), classes=None, test_share=0.5)
         for name in "ab"
-    ]
-    assert raw[0].fingerprint() != raw[1].fingerprint()
+    )
+    assert a.fingerprint() != b.fingerprint()
     (tmp_path / "00.png").unlink()
     assert before != ready(data.ImageFolder, tmp_path, classes=None).fingerprint()
 
