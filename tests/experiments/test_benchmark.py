@@ -110,10 +110,15 @@ def test_a_step_of_esvae(tmp_path):
         esvae.main(["--device", "cuda"])
 
 
-def test_the_breakdown_is_made_for_a_cpu(capsys):
+def test_the_breakdown_is_made_for_a_cpu(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        fsvae.main(["--device", "cuda"])
-    assert "on a GPU: --parts compare formats scaling" in capsys.readouterr().err
+        fsvae.main(["--device", "cuda", "--parts", "compare", "breakdown"])
+    assert "breakdown is made for a CPU; leave it out on a GPU" in capsys.readouterr().err
+    others = {"compare": lambda options: [{"work": "compared"}], "breakdown": fsvae.breakdown}
+    monkeypatch.setattr(fsvae, "PARTS", others)
+    monkeypatch.setattr(fsvae, "draw", lambda *_: pytest.fail("there is no breakdown to draw"))
+    fsvae.main(["--device", "cuda", "--out", str(tmp_path)])  # all but that
+    assert [row["work"] for row in rows(tmp_path / "fsvae.csv")] == ["compared"]
 
 
 def test_memory(tmp_path, modules):
