@@ -329,7 +329,7 @@ def test_bad_arguments_and_a_run_that_fails_change_nothing():
     for rate in (0.0, 1.0, -0.5, "a", None):
         with pytest.raises(ValueError, match="more than 0 and less than 1"):
             calibrate(net, images(), rate=rate)
-    with pytest.raises(ValueError, match="no SpikingJelly neurons"):
+    with pytest.raises(ValueError, match="no neurons to watch"):
         calibrate(nn.Linear(2, 2), images())
 
     passes = iter(range(3))
