@@ -167,9 +167,7 @@ def test_ctrl_c_says_how_to_go_on(train, tmp_path, epoch, message):
         train("trainer.max_epochs=3", *stop)
 
 
-def test_resume_repeats_the_folder_of_ones_own_configs_also_from_the_start(
-    train, sj_taid, tmp_path
-):
+def test_resume_repeats_where_ones_own_choices_lie(train, sj_taid, tmp_path):
     own = tmp_path / "own" / "callbacks"
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text(f"stop: {{_target_: {__name__}.CtrlC, epoch: 0}}\n")

@@ -157,7 +157,7 @@ def test_a_study_is_of_one_search(trials, sj_taid, tmp_path):
     assert len(load(tmp_path).trials) == 3
 
 
-def test_a_search_takes_configs_of_ones_own_and_whole_numbers(trials, sj_taid, tmp_path):
+def test_a_search_takes_choices_of_ones_own_and_whole_numbers(trials, sj_taid, tmp_path):
     own = tmp_path / "own"
     (own / "neuron").mkdir(parents=True)
     (own / "neuron" / "mine.yaml").write_text("_target_: mypkg.MyLIF\n")

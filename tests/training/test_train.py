@@ -37,7 +37,7 @@ def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(tmp_pa
     command = script("train.py", *TINY, f"hydra.run.dir={folder}", f"cache_dir={cache}")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr, done.stderr  # nobody else's notes either
-    assert done.stdout.rstrip().splitlines()[-1].endswith(f"Pictures: {folder}")
+    assert done.stdout.rstrip().splitlines()[-1].endswith(f"pictures: {folder}")
 
     for name in PICTURES:
         assert mpimg.imread(folder / name).std() > 0, name
