@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ._checks import check_net
 from ._table import table
-from .monitoring import LayerState, monitor
+from .monitoring import LayerState, monitor, spikes_of
 
 __all__ = ["Calibrated", "CalibrationReport", "calibrate"]
 
@@ -277,7 +277,9 @@ class _Calibration:
     def _spikes(self, node: nn.Module) -> list[Tensor]:
         """What ``node`` gives in a pass, call by call."""
         spikes: list[Tensor] = []
-        handle = node.register_forward_hook(lambda _, inputs, out: spikes.append(out.clone()))
+        handle = node.register_forward_hook(
+            lambda _, inputs, out: spikes.append(spikes_of(out).clone())
+        )
         try:
             self._pass(lambda node, args, kwargs: None)
         finally:
@@ -304,7 +306,7 @@ def _replayed(node: Any, calls: list[_Call]) -> list[Tensor]:
     for from_rest, args, kwargs in calls:
         if from_rest:
             node.reset()
-        spikes.append(node.forward(*args, **kwargs))
+        spikes.append(spikes_of(node.forward(*args, **kwargs)))
     node._memories.update(start)
     return spikes
 

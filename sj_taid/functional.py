@@ -208,12 +208,9 @@ def _check_norm(norm: Norm, x_seq: Tensor) -> None:
                 f"the norm's {name} has shape {list(tensor.shape)}, so one step of the input must "
                 f"be [N, {len(tensor)}, *], but it is {list(x_seq.shape[1:])}"
             )
-        if isinstance(tensor, Tensor) and tensor.device != x_seq.device:
-            raise ValueError(
-                f"the norm's {name} is on {tensor.device} but the input on {x_seq.device}; move "
-                "them to one device: net.to(device). DataParallel, whose replicas share a joined "
-                "norm, needs sj_taid.split_norm(net) before"
-            )
+        if isinstance(tensor, Tensor):
+            shared = "; DataParallel's replicas share a joined norm: split_norm(net) before it"
+            _check_device(f"the norm's {name}", tensor, x_seq, shared)
     if norm.use_batch_statistics and 0 < x_seq.numel() <= x_seq.shape[2] and norm.group is None:
         raise ValueError(
             "a batch norm in training needs more than one value per channel, but the input is "
@@ -221,9 +218,9 @@ def _check_norm(norm: Norm, x_seq: Tensor) -> None:
         )
 
 
-def _check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:
+def _check_device(name: str, tensor: Tensor, x_seq: Tensor, more: str = "") -> None:
     if tensor.device != x_seq.device:
         raise ValueError(
             f"{name} is on {tensor.device} but the input on {x_seq.device}; "
-            "move them to one device: net.to(device)"
+            f"move them to one device: net.to(device){more}"
         )

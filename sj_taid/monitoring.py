@@ -154,11 +154,17 @@ class _Count:
         return float(self.spikes) / self.steps if self.steps else None
 
     def __call__(self, node: Any, inputs: Any, output: Tensor | Sequence[Tensor]) -> None:
-        spikes = output if isinstance(output, Tensor) else output[0]  # OTTT's gives a trace beside
+        spikes = spikes_of(output)
         # A neuron whose voltage is NaN fires no spike: NaN and infinity times 0 make the sum NaN.
         v = torch.as_tensor(node.v).detach().sum(dtype=torch.float64)
         self.spikes = self.spikes + spikes.detach().ne(0).sum(dtype=torch.float64) + 0.0 * v
         self.steps += spikes.numel()
+
+
+def spikes_of(output: Tensor | Sequence[Tensor]) -> Tensor:
+    """What a neuron fires: its output, or the first of them, as SpikingJelly's OTTT gives a trace
+    beside."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def _warn(what: str, rates: dict[str, float], remedy: str) -> None:

@@ -248,7 +248,8 @@ def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
 def _graph(parent: nn.Module, training: bool) -> fx.Graph:
     """What the forward of ``parent`` calls in that mode; the module is left as it was."""
     before = dict(vars(parent))
-    containers = [(held, copy.copy(held)) for held in _containers(before)]
+    filled = [held for held in _held(before, set()) if isinstance(held, list | set | dict)]
+    containers = [(held, copy.copy(held)) for held in filled]
     parent.training = training
     try:
         graph = _Tracer().trace(parent)
@@ -264,24 +265,17 @@ def _graph(parent: nn.Module, training: bool) -> fx.Graph:
     return graph
 
 
-def _containers(values: Mapping[str, Any]) -> Iterator[Any]:
-    """What can be filled among the values, and in it."""
-    for value in values.values():
-        for held in _all_in(value):
-            if isinstance(held, list | set | dict):
-                yield held
-
-
-def _all_in(value: Any) -> Iterator[Any]:
-    """A value, and where it is a container all that it holds."""
+def _held(value: Any, walked: set[int]) -> Iterator[Any]:
+    """A value, and where it is a container all that it holds; ``walked`` has the ids of those."""
     yield value
-    if isinstance(value, list | tuple | set | dict):
+    if isinstance(value, list | tuple | set | dict) and id(value) not in walked:
+        walked.add(id(value))
         for child in value.values() if isinstance(value, dict) else value:
-            yield from _all_in(child)
+            yield from _held(child, walked)
 
 
 def _holds_proxy(value: Any) -> bool:
-    return any(isinstance(held, fx.Proxy) for held in _all_in(value))
+    return any(isinstance(held, fx.Proxy) for held in _held(value, set()))
 
 
 #: the note where the output is that of the module that calls the norm

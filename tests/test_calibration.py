@@ -15,7 +15,7 @@ from spikingjelly.activation_based.model import (
 from torch import nn
 
 import sj_taid
-from sj_taid import ALIFNode, calibrate
+from sj_taid import ALIFNode, _compat, calibrate
 from sj_taid.model import Classifier
 
 
@@ -322,6 +322,14 @@ def test_a_compiled_net_is_calibrated_too():
     functional.reset_net(net)
     (row,) = calibrate(compiled, x_seq).rows
     assert row.rate == pytest.approx(0.2, rel=0.02)
+
+
+@pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="the neuron is SpikingJelly 2.x's")
+def test_a_neuron_that_gives_a_trace_beside_its_spikes():
+    net = nn.Sequential(neuron.OTTTLIFNode(v_threshold=100.0))
+    x_seq = torch.rand(1, 64, 32)
+    (row,) = calibrate(net, x_seq, rate=0.25).rows
+    assert row.rate == pytest.approx(0.25, abs=0.01) and net(x_seq[0])[0].mean() == row.rate
 
 
 def test_bad_arguments_and_a_run_that_fails_change_nothing():

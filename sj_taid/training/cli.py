@@ -181,8 +181,8 @@ def resuming(arguments: list[str]) -> list[str]:
     if not named:
         return arguments
     place = Path(named[-1].removeprefix("resume=").strip("'").replace("\\'", "'"))
-    stopped = (place / OVERRIDES).is_file()
-    run = Run(place.expanduser().absolute()) if stopped else Run.find(place)
+    # A folder with the note, but without a checkpoint, is one that was stopped that early.
+    run = Run(place.absolute()) if (place / OVERRIDES).is_file() else Run.find(place)
     notes = run.folder / OVERRIDES
     if not notes.is_file():
         notes = run.folder / ".hydra" / OVERRIDES  # Hydra's own, of older runs

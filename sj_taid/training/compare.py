@@ -22,7 +22,7 @@ from .files import atomic_write
 from .gather import STUDIES, Metrics, beyond_study, gather, overrides, store, store_studies
 from .heat_maps import Maps
 from .plot import save
-from .quantities import METRICS, natural
+from .quantities import METRICS
 from .results_page import REPORT, draw_start_maps, fill, tables
 from .tables import frame, heading, markdown, present, summary
 
@@ -87,8 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def heat_maps(runs: Sequence[Metrics], row: str, column: str, panel: str) -> Maps:
     """Of the first of ``METRICS`` that the runs have."""
     table, keys = frame(runs)
-    if panel in keys:  # or Maps.of says what it can be
-        table = table.sort_values(panel, key=lambda names: names.map(natural), kind="stable")
     return Maps.of(table, keys, present(table, METRICS)[0], row, column, panel)
 
 

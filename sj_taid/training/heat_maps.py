@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from .plot import save
-from .quantities import METRICS
+from .quantities import METRICS, natural
 from .tables import means
 
 #: A cell at most so far from the best one, in the figure's unit, is in the region of success.
@@ -46,13 +46,15 @@ class Maps(NamedTuple):
         row: str,
         column: str,
         panel: str,
+        order: Callable[[str], Any] = natural,
     ) -> Maps:
         """Make them.
 
         Args:
             table: a row for every run.
             keys: the columns of the choices in which the runs differ.
-            figure: see above, as the others; maps side by side are in the order of the table.
+            figure: see above, as the others.
+            order: sorts the maps side by side by their names.
 
         Raises:
             ValueError: the runs do not differ in one of the three choices.
@@ -64,12 +66,13 @@ class Maps(NamedTuple):
             )
         everything = means(table, figure, row, column)
         others = [key for key in keys if key not in (row, column, panel)]
+        names = sorted(table[panel].unique(), key=order)
         cells = {}
         for values, part in table.groupby(others or [""] * len(table), sort=False):
             label = ", ".join(f"{short(k)} {v}" for k, v in zip(others, values, strict=False))
             cells[label] = {
                 name: means(part[part[panel] == name], figure, row, column).reindex_like(everything)
-                for name in table[panel].unique()
+                for name in names
             }
         return cls(figure, row, column, panel, cells)
 

@@ -44,12 +44,15 @@ def tables(root: Path) -> dict[str, str]:
 
 def start_maps(table: pd.DataFrame) -> Maps:
     """Of all data sets, with and without norm and calibration."""
-    neurons = [*NEURONS, *sorted({*table["neuron"]} - {*NEURONS})]
-    ordered = table.sort_values("neuron", key=lambda names: names.map(neurons.index), kind="stable")
+    ranks = {neuron: rank for rank, neuron in enumerate(NEURONS)}
     others = ["dataset", "model.norm", "neuron_start.calibrate"]
     keys = [key for key in others if table[key].nunique() > 1]
     start = ("neuron_start.tau", "neuron_start.v_threshold", "neuron")
-    return Maps.of(ordered, [*keys, *start], "accuracy", *start)
+
+    def order(neuron: str) -> tuple[int, str]:
+        return ranks.get(neuron, len(ranks)), neuron
+
+    return Maps.of(table, [*keys, *start], "accuracy", *start, order)
 
 
 def start_map(table: pd.DataFrame) -> str:

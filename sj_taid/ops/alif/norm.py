@@ -64,8 +64,8 @@ class Norm(NamedTuple):
             if module.momentum is None:  # the plain average over all batches
                 momentum = 1.0 / float(module.num_batches_tracked)
         use_batch_statistics = module.training or module.running_mean is None
-        synchronised = isinstance(module, nn.SyncBatchNorm) and module.training
-        synchronised = synchronised and distributed.is_initialized()
+        shares = isinstance(module, nn.SyncBatchNorm) and module.training  # as torch: not in eval
+        synchronised = shares and distributed.is_initialized()
         return cls(
             module.weight,
             module.bias,
