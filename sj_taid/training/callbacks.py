@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.optim.swa_utils import AveragedModel
 
 from ..data.progress import followed
 from ..monitoring import warn_at_bound
@@ -122,6 +123,10 @@ class LastEpoch(Checkpoint):
             or trainer.current_epoch + 1 == trainer.max_epochs
             or trainer.global_step == trainer.max_steps  # that is -1 without a limit
         ):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                # Lightning's averaged weights take the trained ones' place after this.
+                if isinstance(kept := getattr(callback, "_average_model", None), AveragedModel):
+                    task = kept.module
             task.on_last_epoch_end(trainer.datamodule)  # type: ignore[attr-defined]
 
 

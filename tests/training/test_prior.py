@@ -142,6 +142,18 @@ def test_a_run_that_is_stopped_early_fits_the_mixture(tiny, tmp_path):
     assert load_model(tmp_path).gaussian_mixture.fitted
 
 
+def test_with_averaged_weights_the_mixture_is_fitted_to_their_rates(tiny, tmp_path):
+    average = "lightning.pytorch.callbacks.EMAWeightAveraging"
+    averaged = [f"+callbacks.ema._target_={average}", "+callbacks.ema.decay=1"]
+    chosen = ["trainer.max_epochs=2", "optimizer.lr=1", "model.prior=gaussian_mixture"]
+    metrics = train(tiny(*TINY_ESVAE, *averaged, *chosen, tiny=False), tmp_path, command="")
+    assert metrics["fad"] > 0
+    within = load_model(tmp_path).gaussian_mixture.cumulative.clone()
+    commands.fit_prior(compose("fit_prior", [f"checkpoint={tmp_path}"]))
+    assert torch.equal(load_model(tmp_path).gaussian_mixture.cumulative, within)
+    assert within.unique().numel() > 2
+
+
 def test_a_mixture_fitted_later_is_as_in_the_run(folder, monkeypatch):
     made = []
 
