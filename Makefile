@@ -35,9 +35,8 @@ kernels: install ## Test every combination of the CUDA kernels' options; minutes
 fuzz: install ## Test 2,000 random calls of each public function; minutes
 	$(BIN)/python -m pytest -m fuzz
 
-docs: install ## Make HTML in build/docs
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
-	$(BIN)/sphinx-build -W --keep-going docs build/docs
+docs: $(VENV)/docs ## Make HTML in build/docs
+	$(BIN)/sphinx-build -E -W --keep-going docs build/docs
 
 tables: install ## Fill the tables of README, RESULTS and docs from the results
 	$(BIN)/python experiments/pages.py
@@ -62,6 +61,10 @@ install: $(VENV)/installed ## Make .venv with everything
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 $(LEGACY)/installed: setup.cfg pyproject.toml

@@ -36,10 +36,14 @@ def built(tmp_path_factory):
     """The sdist, and the wheel that is built from it."""
     # Not "build" alone, which a folder build/ of the checkout is too.
     pytest.importorskip("build.__main__", reason="needs the extra dev")
+    from filelock import FileLock
+
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
     # Outside the checkout, whose build/ would be taken for the tool of that name.
-    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    # One process at a time, since each puts what it packs into the checkout.
+    with FileLock(tmp_path_factory.getbasetemp().parent / "sj-taid-build.lock"):
+        done = subprocess.run(command, cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel

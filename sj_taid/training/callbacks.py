@@ -123,11 +123,12 @@ class LastEpoch(Checkpoint):
             or trainer.current_epoch + 1 == trainer.max_epochs
             or trainer.global_step == trainer.max_steps  # that is -1 without a limit
         ):
+            kept = task
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 # Lightning's averaged weights take the trained ones' place after this.
-                if isinstance(kept := getattr(callback, "_average_model", None), AveragedModel):
-                    task = kept.module
-            task.on_last_epoch_end(trainer.datamodule)  # type: ignore[attr-defined]
+                if isinstance(found := getattr(callback, "_average_model", None), AveragedModel):
+                    kept = found.module
+            task.on_last_epoch_end(trainer.datamodule, kept)  # type: ignore[attr-defined]
 
 
 class BestCheckpoint(Checkpoint):

@@ -16,7 +16,12 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    ProgressBar,
+    StochasticWeightAveraging,
+    Timer,
+)
 from omegaconf import DictConfig, OmegaConf
 
 from ..calibration import calibrate
@@ -107,6 +112,13 @@ def train(
         source.load_weights(copy.deepcopy(model))  # those of another are an error now
     task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
     evaluator = _evaluator(cfg, cfg.trust or ())
+    others = [instantiate(callback) for callback in cfg.callbacks.values()]
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in others):
+        raise ValueError(
+            "Lightning's StochasticWeightAveraging averages after the last checkpoint is written, "
+            "which would keep other weights than are measured; take WeightAveraging or "
+            "EMAWeightAveraging of lightning.pytorch.callbacks"
+        )
     first = is_first_process()
     if first:  # not before all is well: what is refused leaves the run that is there as it was
         run.save_config(cfg, repeated)
@@ -137,7 +149,6 @@ def train(
     else:
         keepers = [LastEpoch(), checkpoints]
     timer = Timer()  # kept in the checkpoint: the seconds before a kill count
-    others = [instantiate(callback) for callback in cfg.callbacks.values()]
     if not cfg.trainer.enable_progress_bar:  # Lightning refuses a bar then
         others = [callback for callback in others if not isinstance(callback, ProgressBar)]
     trainer = instantiate(
@@ -150,6 +161,11 @@ def train(
         tracker.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
+    # What is measured is what is kept. Lightning's averaged weights would not be in the task where
+    # a resumed run has no epoch left to train.
+    kept = run.checkpoint if run.checkpoint.is_file() else resume
+    if kept:
+        task.load_state_dict(read_checkpoint(kept)["state_dict"])
 
     figures = task.figures(trainer, data, evaluator)
     if not first:
@@ -360,7 +376,8 @@ def sample(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     with model.drawing_from(cfg.prior) if cfg.prior else nullcontext():
         images = model.sample(cfg.n)
-    path = Path(cfg.output or run.folder / f"samples-seed{cfg.seed}.png")
+    prior = f"{cfg.prior}-" if cfg.prior else ""
+    path = Path(cfg.output or run.folder / f"samples-{prior}seed{cfg.seed}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(images, path, cfg.columns, "Samples from the prior")
     log.info("%d samples are in %s", cfg.n, path)
@@ -391,8 +408,10 @@ def fit_prior(cfg: DictConfig) -> None:
         build(config.task, cfg.trust or (), model=model, optimizer=None).fit_prior(data)
         metrics = run.metrics if run.is_finished else {}
         checkpoint = read_checkpoint(run.checkpoint)
-        for name, tensor in mixture.state_dict().items():
-            checkpoint["state_dict"][f"model.gaussian_mixture.{name}"] = tensor
+        # Beside averaged weights Lightning keeps those that go on training.
+        for state in {"state_dict", "current_model_state"} & checkpoint.keys():
+            for name, tensor in mixture.state_dict().items():
+                checkpoint[state][f"model.gaussian_mixture.{name}"] = tensor
         own = model.prior == "gaussian_mixture"
         for name in OF_SAMPLES:
             for figures in (metrics, metrics.get("protocol", {})):

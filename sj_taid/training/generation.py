@@ -1,5 +1,7 @@
 """Training of a model that draws images of its own: FSVAE, ESVAE or the plain VAE."""
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -68,10 +70,11 @@ class Generation(Autoencoding):
             untrained = evaluator.evaluate_samples(self.model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
-    def on_last_epoch_end(self, data: ImageData) -> None:
+    def on_last_epoch_end(self, data: ImageData, kept: Generation) -> None:
         if isinstance(self.model, ESVAE):
             with seeded(0):  # a run that goes on to more epochs draws what it would have drawn
-                self.fit_prior(data)
+                kept.fit_prior(data)
+            self.model.gaussian_mixture.load_state_dict(kept.model.gaussian_mixture.state_dict())
 
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's mixture of Gaussians to the training images as they are, not augmented."""

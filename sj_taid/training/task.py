@@ -100,8 +100,13 @@ class Task(L.LightningModule):
         if not all(parameter.isfinite().all() for parameter in self.parameters()):
             raise self._diverged("a parameter is not finite")
 
-    def on_last_epoch_end(self, data: Any) -> None:
-        """After the last epoch's validation and before its checkpoint is written."""
+    def on_last_epoch_end(self, data: Any, kept: Any) -> None:
+        """After the last epoch's validation and before its checkpoint is written.
+
+        Args:
+            data: that of the training.
+            kept: what the run keeps: this task, or its copy with averaged weights.
+        """
 
     def _diverged(self, what: str) -> FloatingPointError:
         return FloatingPointError(

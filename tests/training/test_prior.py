@@ -45,7 +45,7 @@ def test_the_models_own_prior_comes_first(tiny, tmp_path, finished):
     assert metrics["fad_untrained"] == first["fad_untrained"]
 
 
-def test_a_mixture_is_fitted_later_by_one_command(folder, finished, tmp_path, sj_taid):
+def test_a_mixture_is_fitted_later_by_one_command(folder, finished, sj_taid):
     before = torch.load(Run(folder).checkpoint, weights_only=True)
     sj_taid("fit_prior", f"checkpoint={folder}", "components=3", "covariance=diag")
     after = torch.load(Run(folder).checkpoint, weights_only=True)
@@ -66,11 +66,10 @@ def test_a_mixture_is_fitted_later_by_one_command(folder, finished, tmp_path, sj
     (evaluation,) = Run(folder).evaluations
     assert evaluation["figures"] == figures
 
+    drawn = []
     for prior in ("learned", "gaussian_mixture"):
-        picture = tmp_path / f"{prior}.png"
-        sj_taid("sample", f"checkpoint={folder}", "n=4", f"prior={prior}", f"output={picture}")
-        assert picture.is_file()
-    drawn = [(tmp_path / f"{p}.png").read_bytes() for p in ("learned", "gaussian_mixture")]
+        sj_taid("sample", f"checkpoint={folder}", "n=4", f"prior={prior}")
+        drawn.append((folder / f"samples-{prior}-seed0.png").read_bytes())
     assert drawn[0] != drawn[1]
 
 
@@ -145,13 +144,30 @@ def test_a_run_that_is_stopped_early_fits_the_mixture(tiny, tmp_path):
 def test_with_averaged_weights_the_mixture_is_fitted_to_their_rates(tiny, tmp_path):
     average = "lightning.pytorch.callbacks.EMAWeightAveraging"
     averaged = [f"+callbacks.ema._target_={average}", "+callbacks.ema.decay=1"]
-    chosen = ["trainer.max_epochs=2", "optimizer.lr=1", "model.prior=gaussian_mixture"]
-    metrics = train(tiny(*TINY_ESVAE, *averaged, *chosen, tiny=False), tmp_path, command="")
+    chosen = [*TINY_ESVAE, *averaged, "optimizer.lr=1", "model.prior=gaussian_mixture"]
+    metrics = train(tiny(*chosen, "trainer.max_epochs=2", tiny=False), tmp_path)
     assert metrics["fad"] > 0
     within = load_model(tmp_path).gaussian_mixture.cumulative.clone()
+    assert within.unique().numel() > 2
+
+    # Killed before its metrics it has no epoch left, and measures the averaged weights still.
+    (tmp_path / "metrics.json").unlink()
+    assert (
+        train(tiny(*chosen, "trainer.max_epochs=2", tiny=False), tmp_path)["fad"] == metrics["fad"]
+    )
+
+    # Fitted later it is the same, and a run goes on with another number of components too.
     commands.fit_prior(compose("fit_prior", [f"checkpoint={tmp_path}"]))
     assert torch.equal(load_model(tmp_path).gaussian_mixture.cumulative, within)
-    assert within.unique().numel() > 2
+    commands.fit_prior(compose("fit_prior", [f"checkpoint={tmp_path}", "components=3"]))
+    assert train(tiny(*chosen, "trainer.max_epochs=3", tiny=False), tmp_path)["epochs"] == 3
+
+
+def test_weights_that_are_averaged_after_the_last_checkpoint_are_refused(tiny, tmp_path):
+    swa = "+callbacks.swa._target_=lightning.pytorch.callbacks.StochasticWeightAveraging"
+    with pytest.raises(ValueError, match=r"keep other weights .* take WeightAveraging"):
+        train(tiny(*TINY_ESVAE, swa, "+callbacks.swa.swa_lrs=0.1", tiny=False), tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_mixture_fitted_later_is_as_in_the_run(folder, monkeypatch):
