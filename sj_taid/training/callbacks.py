@@ -9,9 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch.optim.swa_utils import AveragedModel
 
 from ..data.progress import followed
 from ..monitoring import warn_at_bound
@@ -125,9 +124,8 @@ class LastEpoch(Checkpoint):
         ):
             kept = task
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                # Lightning's averaged weights take the trained ones' place after this.
-                if isinstance(found := getattr(callback, "_average_model", None), AveragedModel):
-                    kept = found.module
+                if isinstance(callback, WeightAveraging):  # takes the trained ones' place later
+                    kept = callback._average_model.module  # type: ignore[union-attr]
             task.on_last_epoch_end(trainer.datamodule, kept)  # type: ignore[attr-defined]
 
 
