@@ -53,7 +53,9 @@ def sample(cfg: DictConfig) -> None:
 
 def fit_prior(cfg: DictConfig) -> None:
     """Fit a mixture of Gaussians to a finished run of ESVAE."""
-    part("commands").fit_prior(cfg)
+    commands = part("commands")
+    said = commands.origin("fit_prior", HydraConfig.get())
+    commands.fit_prior(cfg, command=said["command"])
 
 
 def compare(arguments: Sequence[str]) -> None:

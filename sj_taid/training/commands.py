@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 REBUILT = ("dataset", "model", "task", "metric")
 #: what a resumed run keeps
 KEPT = ("dataset._target_", "dataset.name", "task._target_")
+#: between the commands of a run whose prior was fitted later
+AND_THEN = " && "
 
 
 def train(
@@ -383,11 +385,15 @@ def sample(cfg: DictConfig) -> None:
     log.info("%d samples are in %s", cfg.n, path)
 
 
-def fit_prior(cfg: DictConfig) -> None:
+def fit_prior(cfg: DictConfig, *, command: str | None = None) -> None:
     """Fit ESVAE's mixture of Gaussians to a finished run; its checkpoint keeps it.
 
     The other tensors of the checkpoint stay as they are. The figures of samples from the mixture
     before are taken out of the run's metrics.
+
+    Args:
+        cfg: which run, and what of its mixture is to be otherwise.
+        command: the command line, which follows the training's in the run's metrics.
     """
     run = _asked_run(cfg)
     with run.lock():
@@ -416,6 +422,9 @@ def fit_prior(cfg: DictConfig) -> None:
         for name in OF_SAMPLES:
             for figures in (metrics, metrics.get("protocol", {})):
                 figures.pop(name if own else f"{name}_gaussian_mixture", None)
+        if command and "command" in metrics:
+            trained, _, _earlier_fit = metrics["command"].partition(AND_THEN)
+            metrics["command"] = f"{trained}{AND_THEN}{command}"
         if metrics:  # before the checkpoint: what is killed between has fewer figures, none wrong
             run.save_metrics(metrics)
         AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
