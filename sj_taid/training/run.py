@@ -300,10 +300,10 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
     return any(f"{key}.".startswith(f"{other}.") for other in keys)
 
 
-def chosen(overrides: Iterable[str], apart: Iterable[str]) -> list[str]:
-    """The last override of each key that is not ``apart`` or below one that is."""
+def chosen(overrides: Iterable[str], apart: Collection[str]) -> list[str]:
+    """The last override of each key, but none that is ``apart``: whole, or its key or one above."""
     last = {text.partition("=")[0].lstrip("+~"): text for text in overrides}
-    return [text for key, text in last.items() if not is_below(key, apart)]
+    return [t for key, t in last.items() if t not in apart and not is_below(key, apart)]
 
 
 def _flat(node: Any, key: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from sj_taid import doctor
 from sj_taid.training import cli, run
+from sj_taid.training.composing import compose
 from tests.training.conftest import TINY_AUTOENCODING
 
 
@@ -130,6 +131,7 @@ def test_a_folder_is_named_by_the_overrides_however_many():
     assert cli.folder_name(["decoder=taid_temporal"]) == "decoder-taid_temporal"
     apart = ["+cache_dir=/x", "~callbacks", "callbacks.bar=1", "seed=1"]
     assert cli.folder_name(apart, ["cache_dir", "callbacks"]) == "seed-1"
+    assert cli.folder_name(["bar=none", "bar.x=1", "seed=1"], ["bar=none"]) == "bar.x-1-seed-1"
     many = [
         *("", "a=1", "a=b,c=d", "a=b-c=d", "a=b,c.d=1", "a=b,c=d.1", "a=1.", "a=1,", "+a=1"),
         *("model.stages=[[4],[6]]", "model.stages=[[4,6]]", "lr=1e-3", "lr=1e+3", "x='a b:c'"),
@@ -140,6 +142,15 @@ def test_a_folder_is_named_by_the_overrides_however_many():
     assert len(set(names)) == len(names)
     for name in names:
         assert re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,118}[A-Za-z0-9_]", name), name
+
+
+def test_callbacks_that_may_change_what_is_trained_are_choices():
+    places = compose("train", return_hydra_config=True).hydra.job.config.override_dirname
+    looks = ["callbacks=quiet", "callbacks.progress_bar.refresh_rate=5", "~logger", "seed=1"]
+    assert cli.folder_name(looks, places.exclude_keys) == "seed-1"
+    averaged = ["+callbacks.ema.decay=0.9", "callbacks=mine"]
+    names = {cli.folder_name([one], places.exclude_keys) for one in averaged}
+    assert len(names) == 2 and "" not in names
 
 
 class CtrlC(L.Callback):
@@ -170,11 +181,12 @@ def test_ctrl_c_says_how_to_go_on(train, tmp_path, epoch, message):
 def test_resume_repeats_where_ones_own_choices_lie(train, sj_taid, tmp_path):
     own = tmp_path / "own" / "callbacks"
     own.mkdir(parents=True)
-    (own / "mine.yaml").write_text(f"stop: {{_target_: {__name__}.CtrlC, epoch: 0}}\n")
+    stop = f"progress_bar:\n  _target_: {__name__}.CtrlC\n  epoch: "  # which is no choice
+    (own / "mine.yaml").write_text(f"{stop}0\n")
     with pytest.raises(SystemExit, match="since no epoch was whole"):
         train("callbacks=mine", "--config-dir", str(own.parent), "trainer.max_epochs=2")
     for epoch, whole in ((1, 1), (2, 2)):  # from the start, and from the first epoch
-        (own / "mine.yaml").write_text(f"stop: {{_target_: {__name__}.CtrlC, epoch: {epoch}}}\n")
+        (own / "mine.yaml").write_text(f"{stop}{epoch}\n")
         resume = ["train", f"resume={tmp_path / 'run'}"]
         if epoch == 1:
             with pytest.raises(SystemExit, match="Go on with"):
