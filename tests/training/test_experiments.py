@@ -73,6 +73,7 @@ ROWS = {
     "esvae_taid": ("esvae", "lif", "taid"),
     "esvae_taid_temporal": ("esvae", "lif", "taid_temporal"),
     "esvae_sharp": ("esvae", "alif", "taid_place"),
+    "fsvae_sharp": ("fsvae", "alif", "fixed"),
     **{neuron: ("classifier", neuron, None) for neuron in ("alif", "plif", "lif")},
     "tet": ("classifier", "alif", None),
 }
