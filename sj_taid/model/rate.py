@@ -163,8 +163,8 @@ class GaussianMixturePrior(nn.Module):
         iterations: int = 100,
     ) -> None:
         super().__init__()
-        if components < 1:
-            raise ValueError(f"components must be at least 1, but it is {components}")
+        if not isinstance(components, int) or components < 1:
+            raise ValueError(f"components must be a whole number from 1, but it is {components!r}")
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1, but it is {iterations}")
         if covariance not in COVARIANCES:

@@ -53,9 +53,7 @@ def sample(cfg: DictConfig) -> None:
 
 def fit_prior(cfg: DictConfig) -> None:
     """Fit a mixture of Gaussians to a finished run of ESVAE."""
-    commands = part("commands")
-    said = commands.origin("fit_prior", HydraConfig.get())
-    commands.fit_prior(cfg, command=said["command"])
+    part("commands").fit_prior(cfg)
 
 
 def compare(arguments: Sequence[str]) -> None:
@@ -108,6 +106,10 @@ def main(command: str | None = None) -> None:
         logging.getLogger("sj_taid").setLevel(logging.INFO)
         OTHERS[command](arguments)
     elif command in COMPOSED:
+        place = arguments[0] if arguments else ""
+        if place and "=" not in place and Path(place).exists():
+            key = "resume" if command == "train" else "checkpoint"
+            sys.exit(f"{place} is a place: give {key}={place}")
         arguments = [quoted_place(argument) for argument in arguments]
         try:
             arguments = resuming(arguments) if command == "train" else arguments
@@ -207,7 +209,7 @@ def folder_name(overrides: Sequence[str], apart: Sequence[str] = ()) -> str:
 
     Args:
         overrides: the job's.
-        apart: keys that are left out, with all below them.
+        apart: keys that are left out, with all below them, and whole overrides.
     """
     text = ",".join(sorted(chosen(overrides, apart)))
     name = re.sub(r"[^A-Za-z0-9._]+", "-", text)

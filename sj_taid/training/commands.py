@@ -42,7 +42,16 @@ from .files import written_by_others
 from .generation import OF_SAMPLES
 from .plot import draw_grid
 from .provenance import provenance
-from .run import Run, build, check_targets, chosen, is_first_process, read_checkpoint
+from .run import (
+    OVERRIDES,
+    Run,
+    build,
+    check_targets,
+    chosen,
+    is_below,
+    is_first_process,
+    read_checkpoint,
+)
 from .task import of_best_epoch
 
 log = logging.getLogger(__name__)
@@ -50,9 +59,11 @@ log = logging.getLogger(__name__)
 #: the parts of a run's config that are built again when its checkpoint is loaded
 REBUILT = ("dataset", "model", "task", "metric")
 #: what a resumed run keeps
-KEPT = ("dataset._target_", "dataset.name", "task._target_")
-#: between the commands of a run whose prior was fitted later
-AND_THEN = " && "
+KEPT = (
+    *("dataset._target_", "dataset.name", "task._target_"),
+    # The checkpoint brings the state of these, in which the old values would go on unseen.
+    *("optimizer", "task.scheduler", "task.lr_scale", "task.prior_lr_scale"),
+)
 
 
 def train(
@@ -96,10 +107,12 @@ def train(
     if resume:
         read_checkpoint(resume)  # a damaged one is an error before hours of work, with a remedy
         for key, values in source.differences(cfg).items():
-            if key in KEPT:
+            if is_below(key, KEPT):
+                with_epochs = ", which follows trainer.max_epochs" if key.endswith("T_max") else ""
                 raise ValueError(
-                    f"{source.folder} was trained with another {key} ({values}); resume= goes on "
-                    "with the same data and task: leave that out, or start a run without resume="
+                    f"{source.folder} was trained with another {key} ({values}){with_epochs}; "
+                    "resume= goes on with the same data, task, optimizer and schedule: leave that "
+                    "out, or start a run without resume="
                 )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.dataset)
@@ -114,7 +127,7 @@ def train(
         source.load_weights(copy.deepcopy(model))  # those of another are an error now
     task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
     evaluator = _evaluator(cfg, cfg.trust or ())
-    others = [instantiate(callback) for callback in cfg.callbacks.values()]
+    others = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     if any(isinstance(callback, StochasticWeightAveraging) for callback in others):
         raise ValueError(
             "Lightning's StochasticWeightAveraging averages after the last checkpoint is written, "
@@ -251,9 +264,7 @@ def train_once(cfg: DictConfig) -> float | None:
     choices = {k: v for k, v in hydra_cfg.runtime.choices.items() if not k.startswith("hydra/")}
     count_classes(cfg)
     with run.lock():
-        # What is resumed in its own folder may go on with other choices.
-        resumed = bool(cfg.resume) and run.folder in Path(cfg.resume).parents
-        metrics = run.finished(cfg, _places(hydra_cfg), may_differ=resumed)
+        metrics = run.finished(cfg, _places(hydra_cfg))
         if metrics is None:
             said = {"choices": choices, **origin("train", hydra_cfg)}
             try:
@@ -288,7 +299,7 @@ def _repeated(hydra_cfg: Any) -> list[str]:
 
 
 def _places(hydra_cfg: Any) -> list[str]:
-    """The keys that are no choices: where things lie, and how it looks."""
+    """The keys, and whole overrides, that are no choices: where things lie, and how it looks."""
     return list(hydra_cfg.job.config.override_dirname.exclude_keys)
 
 
@@ -364,8 +375,8 @@ def _given(config: Any) -> dict[str, Any]:
 def sample(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint`` into a picture."""
     for name in ("n", "columns"):
-        if cfg[name] < 1:
-            raise ValueError(f"{name} must be at least 1, but it is {cfg[name]}")
+        if not isinstance(cfg[name], int) or cfg[name] < 1:
+            raise ValueError(f"{name} must be a whole number from 1, but it is {cfg[name]!r}")
     run = _asked_run(cfg)
     model: Any = run.model(cfg.trust or ())
     if not hasattr(model, "sample"):
@@ -385,28 +396,22 @@ def sample(cfg: DictConfig) -> None:
     log.info("%d samples are in %s", cfg.n, path)
 
 
-def fit_prior(cfg: DictConfig, *, command: str | None = None) -> None:
+def fit_prior(cfg: DictConfig) -> None:
     """Fit ESVAE's mixture of Gaussians to a finished run; its checkpoint keeps it.
 
-    The other tensors of the checkpoint stay as they are. The figures of samples from the mixture
-    before are taken out of the run's metrics.
-
-    Args:
-        cfg: which run, and what of its mixture is to be otherwise.
-        command: the command line, which follows the training's in the run's metrics.
+    The other tensors of the checkpoint stay as they are. The run is then one that was trained with
+    the mixture's settings, and its config, overrides and command say so. The figures of samples
+    from the mixture before are taken out of its metrics.
     """
     run = _asked_run(cfg)
     with run.lock():
         config = run.config
         model: Any = run.model(cfg.trust or ())
         _require_esvae(model, cfg.checkpoint)
-        components, covariance, iterations = (
-            getattr(model.gaussian_mixture, name) if cfg[name] is None else cfg[name]
-            for name in ("components", "covariance", "iterations")
-        )
-        mixture = GaussianMixturePrior(
-            model.latent_channels, components, covariance, levels=model.T, iterations=iterations
-        )
+        names = ("components", "covariance", "iterations")
+        given = {name: cfg[name] for name in names if cfg[name] is not None}
+        settings = {name: getattr(model.gaussian_mixture, name) for name in names} | given
+        mixture = GaussianMixturePrior(model.latent_channels, levels=model.T, **settings)
         model.gaussian_mixture = mixture
         data = build(OmegaConf.merge(config.dataset, _given(cfg.dataset)), cfg.trust or ())
         data.prepare_data()
@@ -422,11 +427,14 @@ def fit_prior(cfg: DictConfig, *, command: str | None = None) -> None:
         for name in OF_SAMPLES:
             for figures in (metrics, metrics.get("protocol", {})):
                 figures.pop(name if own else f"{name}_gaussian_mixture", None)
-        if command and "command" in metrics:
-            trained, _, _earlier_fit = metrics["command"].partition(AND_THEN)
-            metrics["command"] = f"{trained}{AND_THEN}{command}"
+        later = [f"model.{name}={value}" for name, value in given.items()]
         if metrics:  # before the checkpoint: what is killed between has fewer figures, none wrong
+            metrics["overrides"] = chosen([*metrics.get("overrides", ()), *later], ())
+            metrics["command"] = shlex.join(["sj-taid", "train", *metrics["overrides"]])
             run.save_metrics(metrics)
+        config.model.update(given)
+        notes = run.folder / OVERRIDES
+        run.save_config(config, [*OmegaConf.load(notes), *later] if notes.is_file() else None)
         AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
     figures = f"sj-taid evaluate checkpoint={shlex.quote(str(run.folder))}"
     log.info("%s has the fitted prior; its figures: %s", run.checkpoint, figures)

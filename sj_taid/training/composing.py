@@ -25,6 +25,14 @@ _HYDRAS_OWN: dict[str, Any] = {} if IS_1_3 else {"execution_whitelist": []}
 register_resolver: Any = getattr(OmegaConf, f"register_{'new_' * IS_1_3}resolver")
 
 
+def base_name(place: str) -> str:
+    """The last part of a place, which names a folder of images of one's own."""
+    return Path(place).expanduser().absolute().name
+
+
+register_resolver("base_name", base_name, replace=True)
+
+
 def main(config_name: str, function: Callable[[DictConfig], Any]) -> None:
     """Run ``function`` on what the command line composes, once or in a sweep."""
     hydra.main(CONF, config_name, **_VERSION, **_HYDRAS_OWN)(function)()

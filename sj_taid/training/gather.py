@@ -84,7 +84,9 @@ def read(path: Path) -> Metrics:
 
 def overrides(metrics: Metrics) -> dict[str, str]:
     """What was chosen on the command line, by key."""
-    words = metrics.get("overrides") or shlex.split(metrics["command"])[2:]  # older runs have none
+    words = metrics.get("overrides")
+    if words is None:  # an older run
+        words = shlex.split(metrics["command"])[2:]
     return {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in words)}
 
 

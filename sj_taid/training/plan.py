@@ -50,9 +50,10 @@ def main(arguments: Sequence[str]) -> None:
         run = Run(Path(sweep.dir, sweep.subdir) if given.multirun else Path(cfg.hydra.run.dir))
         seconds = seconds or training_seconds({run.folder.parent, *roots}, [*places, "seed"])
         config = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        if run.differences(config, [*places, "dataset.classes"]):  # which the data say
+        differing = run.differences(config, [*places, "dataset.classes"])  # which the data say
+        if differing and not run.may_differ(config):
             states.append("another run")
-        elif run.is_finished:
+        elif run.is_finished and not differing:
             states.append("finished")
         else:
             states.append("half done" if run.checkpoint.is_file() else "new")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, takewhile
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def tables(root: Path) -> dict[str, str]:
     published = pd.read_csv(root / "results" / "published.csv")
     rows = paper_sections([*chain(*papers.values())], published)
     return {
+        "decoders": decoders(runs),
         "small": "\n".join([*sections, not_run(small)]),
         "papers": "\n".join([*rows, not_run(papers)]),
         "runs": every_run([*chain(*runs.values())]),
@@ -40,6 +42,25 @@ def tables(root: Path) -> dict[str, str]:
         "lr_scale": lr_scale(studied(root, "lr_scale")),
         "yardsticks": yardsticks(root / "results" / "yardsticks.csv"),
     }
+
+
+def decoders(runs: Mapping[str, Sequence[Metrics]]) -> str:
+    """What TAID changes in ESVAE, in % of the fixed decoder's mean over seeds."""
+    figures = ["reconstruction", "fad_published"]
+    rows = []
+    for budget in ("esvae_cpu", "esvae_sharp"):
+        names = [f"{dataset}_{budget}" for dataset in ("mnist", "fashion_mnist")]
+        ours = [*chain(*(runs[name] for name in names))]
+        if "fixed" not in {metrics["choices"]["decoder"] for metrics in ours}:
+            continue
+        mean = frame(ours)[0].groupby(["decoder", "dataset"])[figures].mean()
+        change = 100 * (mean / mean.loc["fixed"] - 1)
+        for decoder in mean.index.unique("decoder").difference(["fixed"]):
+            row = {"experiment": f"`*_{budget}`", "decoder": f"`{decoder}`"}
+            for (name, dataset), value in change.loc[decoder].unstack().items():
+                row[f"{COLUMNS[name].title[:-2]}, {dataset}, %"] = f"{value:+.1f}"
+            rows.append(row)
+    return markdown(pd.DataFrame(rows)) if rows else not_run({"mnist_esvae_sharp": []})
 
 
 def start_maps(table: pd.DataFrame) -> Maps:
@@ -117,6 +138,13 @@ def label(metrics: Metrics) -> str:
     return f"ours, with `{' '.join(otherwise)}`" if otherwise else "ours"
 
 
+def text(name: str, table: pd.DataFrame, values: pd.Series) -> str:
+    """Mean and spread of a figure over some runs; apart for each protocol, which do not compare."""
+    protocol = table.loc[values.index].get(f"{name} protocol", pd.Series("", values.index))
+    by_protocol = values.dropna().groupby(protocol, sort=False)
+    return ", ".join(COLUMNS[name].text(alike) for _, alike in by_protocol)
+
+
 def paper_sections(runs: Sequence[Metrics], published: pd.DataFrame) -> Iterator[str]:
     """A table for each data set and task: ours, then the published values."""
     index = ["dataset", "task", "row", "from"]
@@ -124,7 +152,7 @@ def paper_sections(runs: Sequence[Metrics], published: pd.DataFrame) -> Iterator
     if runs:
         table = frame(runs)[0].rename(columns={"experiment": "row"})
         groups = table.assign(**{"from": [*map(label, runs)]}).groupby(index, sort=False)
-        ours = groups.agg({name: COLUMNS[name].text for name in present(table)})
+        ours = groups.agg({name: partial(text, name, table) for name in present(table)})
         parts = [ours.assign(runs=groups.size().astype(str))]
     units = published["figure"].map(lambda name: COLUMNS[name].unit)
     parts.append(

@@ -76,6 +76,8 @@ class Run:
             FileNotFoundError: there is no checkpoint.
         """
         path = Path(place).expanduser().absolute()
+        if path.is_dir() and path.name == CHECKPOINTS:
+            path = path.parent
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
         if not run.checkpoint.is_file():
             raise FileNotFoundError(
@@ -212,21 +214,27 @@ class Run:
             if there.get(key) != here.get(key) and not is_below(key, apart)
         }
 
-    def finished(
-        self, cfg: DictConfig, apart: Iterable[str], may_differ: bool = False
-    ) -> dict[str, Any] | None:
+    def may_differ(self, cfg: DictConfig) -> bool:
+        """Whether the run may go on with another config, ``cfg``.
+
+        It may where ``resume=`` says so, and where it has kept nothing yet.
+        """
+        resume = cfg.get("resume")
+        resumed = bool(resume) and self.folder in Path(resume).parents
+        return resumed or not (self.checkpoint.is_file() or self.is_finished)
+
+    def finished(self, cfg: DictConfig, apart: Iterable[str]) -> dict[str, Any] | None:
         """The metrics of a finished run; None where there is none yet or it is half done.
 
         Args:
             cfg: the run's config.
             apart: keys that may differ, with all below them.
-            may_differ: a run with another config goes on with this one, so it is half done.
 
         Raises:
             FileExistsError: the folder holds a run with another config, and it may not differ.
         """
         differing = self.differences(cfg, apart)
-        if differing and not may_differ:
+        if differing and not self.may_differ(cfg):
             raise FileExistsError(
                 f"{self.folder} holds a run that differs in "
                 f"{', '.join(f'{key} ({values})' for key, values in differing.items())}; go on "
@@ -303,7 +311,11 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
 def chosen(overrides: Iterable[str], apart: Collection[str]) -> list[str]:
     """The last override of each key, but none that is ``apart``: whole, or its key or one above."""
     last = {text.partition("=")[0].lstrip("+~"): text for text in overrides}
-    return [t for key, t in last.items() if t not in apart and not is_below(key, apart)]
+    return [
+        text
+        for key, text in last.items()
+        if text.lstrip("+") not in apart and not is_below(key, apart)
+    ]
 
 
 def _flat(node: Any, key: str = "") -> dict[str, Any]:

@@ -13,9 +13,11 @@ BASELINES = {"neuron": "lif", "decoder": "fixed"}
 def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
     """A row for every run, and the columns of the choices in which they differ, seeds apart."""
     table = pd.DataFrame(
-        metrics["choices"]
+        {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
+        # Over what the test logs by the same name, as loss.
+        | metrics["choices"]
         | overrides(metrics)
-        | {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
+        | {name: metrics[name] for name in ("seed", *COLUMNS) if name in metrics}
         | {f"{name} protocol": metrics.get("protocol", {}).get(name, "") for name in METRICS}
         for metrics in runs
     )

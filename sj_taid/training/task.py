@@ -109,10 +109,12 @@ class Task(L.LightningModule):
         """
 
     def _diverged(self, what: str) -> FloatingPointError:
+        clip = "trainer.gradient_clip_val=1.0"
+        if self.current_epoch:
+            clip = f"go on from the epoch before, whose checkpoint is kept, with resume=... {clip}"
         return FloatingPointError(
             f"{what} in epoch {self.current_epoch + 1}, after step {self.global_step}: the model "
-            "has diverged; train it with a lower optimizer.lr, or go on from the epoch before, "
-            "whose checkpoint is kept, with resume=... trainer.gradient_clip_val=1.0"
+            f"has diverged; train it with a lower optimizer.lr, or {clip}"
         )
 
     def figures(

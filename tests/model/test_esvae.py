@@ -135,7 +135,7 @@ def test_the_mixture_is_fitted_to_the_rates_in_eval_mode():
     ("options", "message"),
     [
         ({"prior": "normal"}, "prior must be one of learned, gaussian_mixture"),
-        ({"components": 0}, "components must be at least 1"),
+        ({"components": 0}, "components must be a whole number from 1"),
         ({"covariance": "round"}, "covariance must be one of full"),
         ({"decoder": TAID(3)}, "made for T=3, the model for T=6"),
         ({"image_size": 9}, "image_size=9 cannot be halved"),

@@ -68,6 +68,12 @@ def test_a_command_without_its_run_says_so(sj_taid):
             sj_taid(command)
 
 
+def test_a_place_without_its_key_is_named_with_it(sj_taid, tmp_path):
+    for command, key in (("train", "resume"), ("sample", "checkpoint")):
+        with pytest.raises(SystemExit, match=f"is a place: give {key}={re.escape(str(tmp_path))}"):
+            sj_taid(command, str(tmp_path))
+
+
 def test_a_folder_of_ones_own_configs_comes_first(sj_taid, tmp_path, monkeypatch, capsys):
     own = tmp_path / "my configs"
     (own / "neuron").mkdir(parents=True)

@@ -205,6 +205,21 @@ def test_values_of_different_protocols_are_not_compared(runs):
     assert changes.iloc[0, 2] == "-4.00"  # the pair of seed 1 alone
 
 
+def test_a_choice_that_is_named_as_a_figure_is_the_choice():
+    made = [metrics([f"loss={loss}", "seed=0"]) | {"loss": 0.5} for loss in ("mse", "tet")]
+    table, keys = tables.frame(made)
+    assert keys == ["loss"] and [*table["loss"]] == ["mse", "tet"]
+
+
+def test_in_the_papers_tables_figures_of_different_protocols_stand_apart():
+    choices = {"dataset": "mnist", "task": "generation"}
+    made = [metrics(["experiment=mnist_taid"], choices, fad=fad) for fad in (1.0, 2.0, 4.0)]
+    made[2]["protocol"] = {"fad": "by eye"}
+    published = pd.DataFrame(columns=["dataset", "task", "row", "source", "figure", "value"])
+    (section,) = results_page.paper_sections(made, published)
+    assert "1.50 ± 0.71, 4.00" in section
+
+
 def test_what_a_choice_changes(runs):
     finished, _ = gather.gather([runs])
     # Pairs of equal seed: 7 - 10 and 8 - 12. LIF has no accuracy to compare with.

@@ -56,9 +56,10 @@ def test_a_mixture_is_fitted_later_by_one_command(folder, finished, sj_taid):
         else:
             assert torch.equal(tensor, before["state_dict"][name]), name
     assert len(load_model(folder).gaussian_mixture.means) == 3
-    trained = Run(finished).metrics["command"]
-    fit = "sj-taid fit_prior components=3 covariance=diag"
-    assert Run(folder).metrics["command"] == f"{trained} && {fit}"
+    later = ["model.components=3", "model.covariance=diag"]
+    assert Run(folder).metrics["overrides"] == later
+    assert Run(folder).metrics["command"].split(" ", 2) == ["sj-taid", "train", " ".join(later)]
+    assert Run(folder).config.model.components == 3
     figures = evaluate(compose("evaluate", [f"checkpoint={folder}"]))["figures"]
     fitted, metrics = Run(finished).metrics, Run(folder).metrics
     assert figures["fad"] == metrics["fad"] == fitted["fad"]
@@ -176,16 +177,13 @@ def test_a_mixture_fitted_later_is_as_in_the_run(folder, monkeypatch):
     made = []
 
     def mixture(*args, **kwargs):
-        made.append((args[1:], kwargs["iterations"]))
+        made.append({name: kwargs[name] for name in ("components", "covariance", "iterations")})
         return GaussianMixturePrior(*args, **kwargs)
 
     monkeypatch.setattr(commands, "GaussianMixturePrior", mixture)
-    cfg = compose("fit_prior", [f"checkpoint={folder}", "iterations=7"])
-    for command in ("the first", "the second"):
-        commands.fit_prior(cfg, command=command)
-    assert made == [((2, "full"), 7)] * 2
-    assert Run(folder).metrics["command"].endswith(" && the second")
-    assert "the first" not in Run(folder).metrics["command"]
+    commands.fit_prior(compose("fit_prior", [f"checkpoint={folder}", "iterations=7"]))
+    commands.fit_prior(compose("fit_prior", [f"checkpoint={folder}"]))
+    assert made == [{"components": 2, "covariance": "full", "iterations": 7}] * 2
 
 
 def test_more_components_than_training_images(folder):

@@ -14,6 +14,7 @@ from sj_taid.training import Run, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.callbacks import AtomicCheckpointIO
 from sj_taid.training.commands import train
+from sj_taid.training.composing import compose
 from tests.training.conftest import TINY_AUTOENCODING, TINY_CLASSIFICATION
 
 
@@ -157,3 +158,37 @@ def test_resuming_keeps_the_data(tiny, tmp_path):
             train(other, tmp_path / folder)
     assert json.loads((tmp_path / "run" / runs.METRICS).read_text())["epochs"] == 1
     assert Run(tmp_path / "run").config.dataset.name == "digits"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "optimizer.lr=0.5",
+            r"another optimizer\.lr \(0\.001, now 0\.5\); .* same data, task, opt",
+        ),
+        (
+            "trainer.max_epochs=2",
+            r"another .*T_max \(1, now 2\), which follows trainer\.max_epochs",
+        ),
+    ],
+)
+def test_resuming_keeps_the_optimizer_and_its_schedule(tiny, tmp_path, override, message):
+    cosine = "torch.optim.lr_scheduler.CosineAnnealingLR"
+    schedule = f"{{_target_: {cosine}, _partial_: true, T_max: '${{trainer.max_epochs}}'}}"
+    chosen = [*TINY_AUTOENCODING, f"+task.scheduler={schedule}"]
+    train(tiny(*chosen, tiny=False), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(tiny(*chosen, override, f"resume={tmp_path}", tiny=False), tmp_path)
+    assert Run(tmp_path).config.optimizer.lr == 1e-3
+
+
+def test_a_run_is_found_by_the_folder_of_its_checkpoints(tiny, tmp_path):
+    train(tiny(*TINY_AUTOENCODING, tiny=False), tmp_path)
+    assert Run.find(tmp_path / runs.CHECKPOINTS).folder == tmp_path
+
+
+def test_two_folders_of_images_are_two_sets_of_data():
+    roots = ("photos/a", "photos/b", "elsewhere/a/")
+    cfgs = [compose("train", ["dataset=image_folder", f"dataset.root={root}"]) for root in roots]
+    assert [cfg.dataset.name for cfg in cfgs] == [f"image_folder_{name}" for name in "aba"]

@@ -121,6 +121,23 @@ def test_a_dry_run_lists_what_an_experiment_sweeps_over(sj_taid, capsys):
     assert last == f"jobs: {2 * 5} new" and "multirun/start_map/" in jobs[0]
 
 
+def test_a_dry_run_knows_what_may_go_on(sj_taid, tmp_path, capsys):
+    there = run.Run(tmp_path / "run")
+    there.folder.mkdir()
+    there.save_config(compose("train", ["trainer.max_epochs=1"]), ["trainer.max_epochs=1"])
+
+    def says(*arguments):
+        sj_taid("train", "--dry-run", *arguments, "trainer.max_epochs=2")
+        return capsys.readouterr().out.split("  ")[0]
+
+    assert says(f"hydra.run.dir={there.folder}") == "new"
+    there.checkpoint.parent.mkdir()
+    there.checkpoint.touch()
+    there.save_metrics({})
+    assert says(f"hydra.run.dir={there.folder}") == "another run"
+    assert says(f"resume={there.folder}") == "half done"
+
+
 def find(folder):
     return sorted(folder.glob(f"*/{run.METRICS}"))
 
@@ -203,6 +220,16 @@ def test_a_folder_keeps_its_run(tmp_path):
     with pytest.raises(
         FileExistsError, match=r"differs in dataset\.size \(0, now 1\), seed \(0, now 1\)"
     ):
+        there.finished(cfg, places)
+
+    # It may where resume= asks for it, or where nothing is kept: stopped within its first epoch.
+    resumed = OmegaConf.merge(cfg, {"resume": str(there.checkpoint)})
+    assert there.finished(resumed, [*places, "resume"]) is None
+    (tmp_path / run.METRICS).unlink()
+    assert there.finished(cfg, places) is None
+    there.checkpoint.parent.mkdir()
+    there.checkpoint.touch()
+    with pytest.raises(FileExistsError):
         there.finished(cfg, places)
 
 
