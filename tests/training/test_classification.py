@@ -83,6 +83,7 @@ def test_a_run_starts_calibrated_and_its_checkpoint_keeps_the_thresholds(
 
     monkeypatch.setattr(commands, "calibrate", calibrate)
     chosen = [f"neuron={neuron}", "neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
+    chosen += ["task.scheduler.T_max=2"]  # the same where it goes on
     cfg = classify(*chosen, "optimizer.lr=0.0", "pictures=false")
     train(cfg, tmp_path)
     assert before == [[4.0] * 4]
