@@ -126,7 +126,8 @@ def test_the_best_epoch_survives_a_kill(job, tmp_path):
         assert_same_weights(tmp_path / "run" / path, weights(tmp_path / "undisturbed" / path))
     # In another folder there is no best checkpoint yet: of the epochs from here on, one is.
     resume = f"resume={tmp_path / 'run'}"
-    longer = train(job(resume, "trainer.max_epochs=5"), tmp_path / "other")
+    schedule = "task.scheduler.T_max=4"  # the run's own, which it keeps
+    longer = train(job(resume, "trainer.max_epochs=5", schedule), tmp_path / "other")
     assert longer["best_validation_epoch"] == 5
 
 
