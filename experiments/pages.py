@@ -13,7 +13,7 @@ import pandas as pd
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.export import figures
 from sj_taid.training.files import atomic_write
-from sj_taid.training.gather import stored
+from sj_taid.training.gather import chosen_alone, stored
 from sj_taid.training.quantities import METRICS, Quantity
 from sj_taid.training.results_page import draw_start_maps, fill, tables
 from sj_taid.training.tables import frame, markdown
@@ -108,7 +108,8 @@ def standing() -> pd.DataFrame:
     epochs = rows[rows["figure"] == "epochs"].groupby("model")["value"].first()
     table = papers.map("{:g}".format).replace("nan", "not reported").reset_index("source")
     table = table.assign(epochs=epochs.map("{:g}".format)).fillna({"epochs": "not reported"})
-    runs = frame([run for name in DATASETS for run in stored(ROOT, f"{name}_esvae_sharp")])[0]
+    kept = [run for name in DATASETS for run in stored(ROOT, f"{name}_esvae_sharp")]
+    runs = frame(chosen_alone(kept, "decoder", "neuron"))[0]
     for prior, figure in {"fitted": "fad_published", "learned": "fad_published_learned"}.items():
         for (neuron, decoder), alike in runs.groupby(["neuron", "decoder"]):
             fads = alike.groupby("dataset")[figure].agg(METRICS[figure].text)

@@ -112,6 +112,11 @@ def stored(root: Path, experiment: str) -> list[Metrics]:
     return [read(path) for path in sorted((root / RUNS / experiment).glob("*.json"))]
 
 
+def chosen_alone(runs: Iterable[Metrics], *keys: str) -> list[Metrics]:
+    """The runs that choose nothing beyond ``keys``, which a mean would hide."""
+    return [m for m in runs if overrides(m).keys() <= {"experiment", "seed", *keys}]
+
+
 def beyond_study(metrics: Metrics) -> set[str]:
     """The choices of a study's run that its row would not say."""
     return overrides(metrics).keys() - {"experiment", *STUDIED}

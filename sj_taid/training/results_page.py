@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .gather import EXPERIMENTS, STUDIES, Metrics, overrides, stored, studied
+from .gather import EXPERIMENTS, STUDIES, Metrics, chosen_alone, overrides, stored, studied
 from .heat_maps import Maps, short
 from .quantities import COLUMNS, natural
 from .tables import changes, frame, markdown, present, summary
@@ -50,7 +50,7 @@ def decoders(runs: Mapping[str, Sequence[Metrics]]) -> str:
     rows = []
     for budget in ("esvae_cpu", "esvae_sharp"):
         names = [f"{dataset}_{budget}" for dataset in ("mnist", "fashion_mnist")]
-        ours = [*chain(*(runs[name] for name in names))]
+        ours = chosen_alone(chain(*(runs[name] for name in names)), "decoder")
         if "fixed" not in {metrics["choices"]["decoder"] for metrics in ours}:
             continue
         mean = frame(ours)[0].groupby(["decoder", "dataset"])[figures].mean()

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pandas as pd
@@ -218,6 +219,23 @@ def test_in_the_papers_tables_figures_of_different_protocols_stand_apart():
     published = pd.DataFrame(columns=["dataset", "task", "row", "source", "figure", "value"])
     (section,) = results_page.paper_sections(made, published)
     assert "1.50 ± 0.71, 4.00" in section
+
+
+def test_what_taid_changes_in_esvae_counts_no_run_of_other_choices():
+    name, decoders = "mnist_esvae_cpu", {"fixed": 0.04, "taid": 0.05}
+
+    def run_of(decoder, error, *more):
+        choices = {"dataset": "mnist", "decoder": decoder}
+        given = [f"experiment={name}", f"decoder={decoder}", *more]
+        return metrics(given, choices, reconstruction=error, fad_published=2 * error)
+
+    made = [run_of(*one) for one in decoders.items()]
+    made.append(run_of("taid", 9.0, "model.latent_channels=128"))
+    made = results_page.decoders(defaultdict(list, {name: made}))
+    assert cells(made)[-1] == ["`*_esvae_cpu`", "`taid`", "+25.0", "+25.0"]
+    assert results_page.decoders(defaultdict(list)) == results_page.not_run(
+        {"mnist_esvae_sharp": []}
+    )
 
 
 def test_what_a_choice_changes(runs):
