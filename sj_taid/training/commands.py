@@ -48,6 +48,7 @@ from .run import (
     build,
     check_targets,
     chosen,
+    given_overrides,
     is_below,
     is_first_process,
     read_checkpoint,
@@ -60,9 +61,14 @@ log = logging.getLogger(__name__)
 REBUILT = ("dataset", "model", "task", "metric")
 #: what a resumed run keeps
 KEPT = (
-    *("dataset._target_", "dataset.name", "task._target_"),
+    "dataset._target_",
+    "dataset.name",
+    "task._target_",
     # The checkpoint brings the state of these, in which the old values would go on unseen.
-    *("optimizer", "task.scheduler", "task.lr_scale", "task.prior_lr_scale"),
+    "optimizer",
+    "task.scheduler",
+    "task.lr_scale",
+    "task.prior_lr_scale",
 )
 
 
@@ -429,7 +435,7 @@ def fit_prior(cfg: DictConfig) -> None:
                 figures.pop(name if own else f"{name}_gaussian_mixture", None)
         later = [f"model.{name}={value}" for name, value in given.items()]
         if metrics:  # before the checkpoint: what is killed between has fewer figures, none wrong
-            metrics["overrides"] = chosen([*metrics.get("overrides", ()), *later], ())
+            metrics["overrides"] = chosen([*given_overrides(metrics), *later], ())
             metrics["command"] = shlex.join(["sj-taid", "train", *metrics["overrides"]])
             run.save_metrics(metrics)
         config.model.update(given)

@@ -1,7 +1,6 @@
 """The metrics of runs: those below folders, and those that are kept in ``results``."""
 
 import json
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,10 +83,8 @@ def read(path: Path) -> Metrics:
 
 def overrides(metrics: Metrics) -> dict[str, str]:
     """What was chosen on the command line, by key."""
-    words = metrics.get("overrides")
-    if words is None:  # an older run
-        words = shlex.split(metrics["command"])[2:]
-    return {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in words)}
+    words = (word.partition("=") for word in run.given_overrides(metrics))
+    return {key.lstrip("+"): value for key, _, value in words}
 
 
 def store(metrics: Metrics, root: Path) -> Path:

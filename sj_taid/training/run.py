@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib import import_module
@@ -316,6 +317,13 @@ def chosen(overrides: Iterable[str], apart: Collection[str]) -> list[str]:
         for key, text in last.items()
         if text.lstrip("+") not in apart and not is_below(key, apart)
     ]
+
+
+def given_overrides(metrics: Mapping[str, Any]) -> list[str]:
+    """The overrides that a run's metrics name; an older run's are in its command alone."""
+    if "overrides" in metrics:
+        return list(metrics["overrides"])
+    return shlex.split(metrics.get("command", ""))[2:]
 
 
 def _flat(node: Any, key: str = "") -> dict[str, Any]:

@@ -56,10 +56,10 @@ def test_a_mixture_is_fitted_later_by_one_command(folder, finished, sj_taid):
         else:
             assert torch.equal(tensor, before["state_dict"][name]), name
     assert len(load_model(folder).gaussian_mixture.means) == 3
+    assert Run(folder).config.model.components == 3
     later = ["model.components=3", "model.covariance=diag"]
     assert Run(folder).metrics["overrides"] == later
     assert Run(folder).metrics["command"].split(" ", 2) == ["sj-taid", "train", " ".join(later)]
-    assert Run(folder).config.model.components == 3
     figures = evaluate(compose("evaluate", [f"checkpoint={folder}"]))["figures"]
     fitted, metrics = Run(finished).metrics, Run(folder).metrics
     assert figures["fad"] == metrics["fad"] == fitted["fad"]
@@ -184,6 +184,17 @@ def test_a_mixture_fitted_later_is_as_in_the_run(folder, monkeypatch):
     commands.fit_prior(compose("fit_prior", [f"checkpoint={folder}", "iterations=7"]))
     commands.fit_prior(compose("fit_prior", [f"checkpoint={folder}"]))
     assert made == [{"components": 2, "covariance": "full", "iterations": 7}] * 2
+
+
+def test_a_mixture_fitted_later_leaves_an_older_runs_choices_in_its_command(folder):
+    there = Run(folder)
+    older = there.metrics | {"command": "python experiments/train.py decoder=taid seed=1"}
+    older.pop("overrides", None)
+    there.save_metrics(older)
+    commands.fit_prior(compose("fit_prior", [f"checkpoint={folder}", "iterations=7"]))
+    chosen = "decoder=taid seed=1 model.iterations=7"
+    assert there.metrics["command"] == f"sj-taid train {chosen}"
+    assert there.metrics["overrides"] == chosen.split()
 
 
 def test_more_components_than_training_images(folder):
