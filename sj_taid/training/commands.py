@@ -272,6 +272,7 @@ def train_once(cfg: DictConfig) -> float | None:
     with run.lock():
         metrics = run.finished(cfg, _places(hydra_cfg))
         if metrics is None:
+            choices["dataset"] = cfg.dataset.name  # which names a folder of images too
             said = {"choices": choices, **origin("train", hydra_cfg)}
             try:
                 with written_by_others(run.folder):

@@ -11,7 +11,7 @@ import pandas as pd
 from .gather import EXPERIMENTS, STUDIES, Metrics, chosen_alone, overrides, stored, studied
 from .heat_maps import Maps, short
 from .quantities import COLUMNS, natural
-from .tables import changes, frame, markdown, present, summary
+from .tables import changes, frame, markdown, present, summary, text
 
 REPORT = Path("RESULTS.md")
 NEURONS = ["lif", "plif", "alif", "alif_channel"]  # each learns more than the one before
@@ -136,13 +136,6 @@ def label(metrics: Metrics) -> str:
     choices = overrides(metrics).items()
     otherwise = [f"{k}={v}" for k, v in choices if k not in ("experiment", "seed")]
     return f"ours, with `{' '.join(otherwise)}`" if otherwise else "ours"
-
-
-def text(name: str, table: pd.DataFrame, values: pd.Series) -> str:
-    """Mean and spread of a figure over some runs; apart for each protocol, which do not compare."""
-    protocol = table.loc[values.index].get(f"{name} protocol", pd.Series("", values.index))
-    by_protocol = values.dropna().groupby(protocol, sort=False)
-    return ", ".join(COLUMNS[name].text(alike) for _, alike in by_protocol)
 
 
 def paper_sections(runs: Sequence[Metrics], published: pd.DataFrame) -> Iterator[str]:

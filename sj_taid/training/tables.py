@@ -1,6 +1,7 @@
 """Tables of runs: a row for each combination of choices, and what a choice changes."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import pandas as pd
 
@@ -15,8 +16,8 @@ def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
     table = pd.DataFrame(
         {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
         # Over what the test logs by the same name, as loss.
-        | metrics["choices"]
         | overrides(metrics)
+        | metrics["choices"]
         | {name: metrics[name] for name in ("seed", *COLUMNS) if name in metrics}
         | {f"{name} protocol": metrics.get("protocol", {}).get(name, "") for name in METRICS}
         for metrics in runs
@@ -35,12 +36,19 @@ def heading(name: str, table: pd.DataFrame) -> str:
     return COLUMNS[name].title + (" (of different protocols)" if mixed else "")
 
 
+def text(name: str, table: pd.DataFrame, values: pd.Series) -> str:
+    """Mean and spread of a figure over some runs; apart for each protocol, which do not compare."""
+    protocol = table.loc[values.index].get(f"{name} protocol", pd.Series("", values.index))
+    by_protocol = values.dropna().groupby(protocol, sort=False)
+    return ", ".join(COLUMNS[name].text(alike) for _, alike in by_protocol)
+
+
 def summary(runs: Sequence[Metrics]) -> pd.DataFrame:
     """A row for each combination of choices, over its seeds."""
     table, keys = frame(runs)
     groups = table.groupby(keys or [""] * len(table), sort=False)
     names = present(table)
-    cells = groups.agg({name: COLUMNS[name].text for name in names})
+    cells = groups.agg({name: partial(text, name, table) for name in names})
     cells.columns = pd.Index([heading(name, table) for name in names])
     return cells.assign(runs=groups.size()).reset_index(drop=not keys)
 
