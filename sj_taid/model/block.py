@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, layer
@@ -88,13 +89,35 @@ def linear_block(
     return _block(linear, nn.BatchNorm1d(out_features), neuron, alpha)
 
 
+def made(neuron: Neuron, **options: Any) -> nn.Module:
+    """A neuron of a model, made anew.
+
+    Raises:
+        TypeError: ``neuron`` makes none.
+        ValueError: the neuron is in step mode ``"s"``, where it would take time for the batch.
+    """
+    if not callable(neuron) or isinstance(neuron, nn.Module):
+        raise TypeError(
+            "neuron must make a neuron each time it is called, as functools.partial(ALIFNode, "
+            f'step_mode="m") does, but it is {neuron!r:.80}; on the command line choose it with '
+            "neuron=NAME"
+        )
+    node = neuron(**options)
+    if getattr(node, "step_mode", "m") != "m":
+        raise ValueError(
+            f"neuron must make neurons in step mode 'm', but {type(node).__name__} is in "
+            f"{node.step_mode!r}; give it step_mode='m'"
+        )
+    return node
+
+
 def _block(
     synapse: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d, neuron: Neuron, alpha: float = 1.0
 ) -> nn.Sequential:
     """Threshold-dependent batch norm (Zheng et al. 2021, arXiv 2011.05280): statistics over time
     and batch together, scale ``alpha * V_th``, so that currents reach the neuron at the height of
     its threshold."""
-    node = neuron()
+    node = made(neuron)
     with torch.no_grad():
         norm.weight.fill_(alpha * float(torch.as_tensor(node.v_threshold).mean()))
     # The container folds time into the batch once for both layers.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..neuron import ALIFNode
 from ..norm import fuse_norm
-from .block import Neuron, reset
+from .block import Neuron, made, reset
 
 #: ALIF as the paper's classifiers start it.
 paper_neuron = partial(
@@ -109,7 +109,7 @@ class Classifier(nn.Module):
         self.T = T
 
         def node(channels: int) -> nn.Module:
-            return neuron(channels=channels) if per_channel else neuron()
+            return made(neuron, **({"channels": channels} if per_channel else {}))
 
         features: list[nn.Module] = []
         channels = in_channels

@@ -87,6 +87,11 @@ class SpikingVAE(nn.Module):
         super().__init__()
         widths = encoder_widths(hidden_channels, image_size)
         decoder = TAID(T) if decoder is None else decoder
+        if not isinstance(decoder, nn.Module):
+            raise TypeError(
+                f"decoder must be an image decoder, such as TAID({T}) or FixedDecoder({T}), but it "
+                f"is {decoder!r:.80}; on the command line choose it with decoder=NAME"
+            )
         if decoder.T != T:
             raise ValueError(f"the image decoder was made for T={decoder.T}, the model for T={T}")
         self.in_channels = in_channels

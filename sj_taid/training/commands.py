@@ -93,11 +93,10 @@ def train(
     _leave_out_notes()
     origin |= provenance()
     options = _compile_options(cfg.compile)
-    if not isinstance(cfg.trainer.max_epochs, int):
-        raise ValueError(
-            "trainer.max_epochs must be a whole number of epochs, "
-            f"but it is {cfg.trainer.max_epochs!r}"
-        )
+    numbers = {"trainer.max_epochs": cfg.trainer.max_epochs, "seed": cfg.seed}
+    for key, value in numbers.items():
+        if not isinstance(value, int):
+            raise ValueError(f"{key} must be a whole number, but it is {value!r}")
     count_classes(cfg)
     for part in REBUILT:  # or what is trained could not be loaded
         if cfg.get(part):

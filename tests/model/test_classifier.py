@@ -173,6 +173,7 @@ def test_learns_to_tell_images_apart(make):
         ({"stages": [[4]] * 4}, "image_size=8 cannot be pooled 4 times.*at least 16"),
         ({"dropout": (0.5,)}, r"dropout must be two probabilities in \[0, 1\)"),
         ({"dropout": (0.5, 1.0)}, r"dropout must be two probabilities in \[0, 1\)"),
+        ({"neuron": ALIFNode}, "neurons in step mode 'm', but ALIFNode is in 's'"),
     ],
 )
 def test_bad_arguments(change, message):

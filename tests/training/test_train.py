@@ -266,7 +266,10 @@ def test_unknown_choices_and_keys_list_what_there_is(tiny, override, error, mess
     [
         ("decoder.squeeze=time", "squeeze must be 'spatial', 'all' or 'none'"),
         ("neuron.backend=fpga", "'fpga' is unknown"),
-        ("trainer.max_epochs=abc", "trainer.max_epochs must be a whole number .* it is 'abc'"),
+        ("trainer.max_epochs=abc", "trainer.max_epochs must be a whole number, but it is 'abc'"),
+        ("seed=abc", "seed must be a whole number, but it is 'abc'"),
+        ("model.decoder=taid", "it is 'taid'; on the command line choose it with decoder=NAME"),
+        ("model.neuron=lif", "it is 'lif'; on the command line choose it with neuron=NAME"),
         ("neuron.init_tau=1.0", "init_tau must be a number of time steps greater than 1"),
         ("model.latent_loss=l1", "latent_loss must be one of mmd, kl"),
         ("model.presampling=fast", "presampling must be one of"),
