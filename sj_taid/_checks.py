@@ -1,6 +1,6 @@
 """What public functions ask of their arguments."""
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -15,9 +15,33 @@ def check_net(net: Any, function: str) -> None:
         )
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is one, numpy's too."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, numpy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_sizes(**sizes: Any) -> None:
+    """An error for a size that is no whole number from 1."""
+    for name, value in sizes.items():
+        if not is_whole(value) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, but it is {value!r}")
+
+
+def check_weights(**weights: Any) -> None:
+    """An error for the weight of a loss's term that is no number from 0."""
+    for name, value in weights.items():
+        if not is_number(value) or not value >= 0:
+            raise ValueError(f"{name} must be a number >= 0, but it is {value!r}")
+
+
 def check_count(n: Any) -> None:
     """An error for what is no number of images to draw."""
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 0:
+    if not is_whole(n) or n < 0:
         raise ValueError(
             f"sample needs a number of images, an integer >= 0, but got {n!r:.80}; "
             "give one, such as sample(16)"

@@ -107,6 +107,10 @@ def calibrate(
     and other states, running statistics, gradients and torch's random numbers are put back. Hooks
     of yours see the passes.
 
+    Thresholds of SpikingJelly's own neurons are plain numbers, which ``state_dict`` leaves out:
+    keep them with ``sj_taid.thresholds.fixed_thresholds`` and ``set_fixed_thresholds``. ALIF's are
+    parameters.
+
     Cost: forward passes without gradients, two to measure and one to set thresholds; each neuron
     runs another 20 times by itself. A neuron that is called more than once in a pass (in step mode
     ``"s"``, in a recurrent container, or shared between places) takes a pass of its own, on which
@@ -301,13 +305,17 @@ class _Calibration:
 
 def _replayed(node: Any, calls: list[_Call]) -> list[Tensor]:
     """What ``node`` by itself gives on ``calls``, from the state that it has and keeps."""
-    start = dict(node._memories)
+    start, called = dict(node._memories), getattr(node, "norm_called", None)
     spikes = []
     for from_rest, args, kwargs in calls:
         if from_rest:
             node.reset()
+        if called is not None:
+            node.norm_called = True  # in the pass that is replayed
         spikes.append(spikes_of(node.forward(*args, **kwargs)))
     node._memories.update(start)
+    if called is not None:
+        node.norm_called = called
     return spikes
 
 

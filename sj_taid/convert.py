@@ -531,10 +531,10 @@ def _inferred_channels(net: nn.Module, sites: list[_Site], example_input: Any) -
 
 def _copied(net: nn.Module) -> nn.Module:
     """A copy that has the voltages too, which torch does not copy where they have a graph."""
-    nodes = [m for m in net.modules() if isinstance(m, neuron.BaseNode)]
-    held = [v for node in nodes for v in (*node._memories.values(), *vars(node).values())]
-    voltages = [v for v in held if isinstance(v, Tensor)]  # store_v_seq's too
-    return copy.deepcopy(net, {id(v): v.detach().clone() for v in voltages})
+    places = [place for m in net.modules() for place in (getattr(m, "_memories", {}), vars(m))]
+    held = [value for place in places for value in place.values()]  # store_v_seq's too
+    made = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(net, {id(value): value.detach().clone() for value in made})
 
 
 def _table(rows: list[Swap] | tuple[Swap, ...]) -> str:

@@ -99,10 +99,17 @@ class Monitor:
     def state(self) -> dict[str, LayerState]:
         """Path -> :class:`LayerState`, over all inputs since the start or :meth:`clear`.
 
-        Warns of dead and saturated layers, of those whose voltage was not finite, and of thresholds
-        at their ``min_v_threshold``.
+        Warns of dead and saturated layers, of those whose voltage was not finite, of thresholds at
+        their ``min_v_threshold``, and where there was no input.
         """
         states = self.layers()
+        if not any(count.steps for count in self._counts.values()):
+            warnings.warn(
+                "no neuron saw an input: run the net first; where it was compiled before "
+                "monitor(net), call torch.compiler.reset() in between, since its graphs have no "
+                "hooks",
+                stacklevel=2,
+            )
         rates = {p: s.firing_rate for p, s in states.items() if s.firing_rate is not None}
         scale = (
             "sj_taid.calibrate(net, x_seq) sets their v_threshold so that they fire at a rate that "

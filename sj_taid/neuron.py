@@ -12,6 +12,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
 from . import _compat, _graph, functional
+from ._checks import is_number, is_whole
 from .ops import backends
 from .ops.alif.norm import Norm
 from .ops.alif.reference import state_dtype
@@ -100,7 +101,7 @@ class ALIFNode(_compat.BaseNode):
         min_v_threshold: float | None = None,
     ) -> None:
         # From about 3.4e38 on, 1/sigmoid(w) is infinite in float32.
-        if not (isinstance(init_tau, int | float) and 1.0 < init_tau < 1e38):
+        if not (is_number(init_tau) and 1.0 < init_tau < 1e38):
             raise ValueError(
                 "init_tau must be a number of time steps greater than 1 and less than 1e38, but it "
                 f"is {init_tau!r}"
@@ -115,7 +116,7 @@ class ALIFNode(_compat.BaseNode):
             raise ValueError("v_threshold must be a number, but it is nan")
         if v_reset is not None and not math.isfinite(v_reset):
             raise ValueError(f"v_reset must be a finite number or None, but it is {v_reset!r}")
-        if channels is not None and not (isinstance(channels, int) and channels >= 1):
+        if channels is not None and not (is_whole(channels) and channels >= 1):
             raise ValueError(f"channels must be None or an integer >= 1, but it is {channels!r}")
         if min_v_threshold is not None and not v_threshold >= min_v_threshold:
             raise ValueError(
@@ -134,7 +135,7 @@ class ALIFNode(_compat.BaseNode):
         self._norm: weakref.ref[nn.Module] | None = None
         self.backend = backend
         self.decay_input = decay_input
-        self.channels = channels
+        self.channels = None if channels is None else int(channels)
         self.min_v_threshold = min_v_threshold
         shape = () if channels is None else (channels,)
         init_w = -math.log(init_tau - 1.0)
@@ -144,6 +145,9 @@ class ALIFNode(_compat.BaseNode):
         self.v_threshold = nn.Parameter(
             torch.full(shape, v_threshold, dtype=dtype), requires_grad=learn_threshold
         )
+
+    #: whether the norm that this neuron applies was called since its last pass
+    norm_called = False
 
     @property
     def backend(self) -> str:
@@ -299,9 +303,26 @@ class ALIFNode(_compat.BaseNode):
             "v_reset": self.v_reset,
             "surrogate_function": self.surrogate_function,
             "detach_reset": self.detach_reset,
-            "norm": None if self.norm is None else Norm.of(self.norm),
+            "norm": self._called_norm(),
             "backend": self.backend,
         }
+
+    def _called_norm(self) -> Norm | None:
+        """The norm to apply, which the forward around has called first."""
+        norm = self.norm
+        if norm is None:
+            return None
+        # A graph is made for the branches that it was traced in, and a recomputation is of what
+        # has run.
+        if not torch.compiler.is_compiling() and _graph.recomputation() is None:
+            if not self.norm_called:
+                raise RuntimeError(
+                    f"{self._label()} applies a batch norm that was not called before it in this "
+                    "pass, as where a forward branches on a flag or on chance: "
+                    "sj_taid.split_norm(net) keeps the two apart"
+                )
+            self.norm_called = False
+        return Norm.of(norm)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle takes the voltages along, not the graph that made them.
@@ -338,11 +359,14 @@ class PassOn:
         self.neuron = (lambda: None) if neuron is None else weakref.ref(neuron)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.neuron() is None:
+        neuron = self.neuron()
+        if neuron is None:
             raise RuntimeError(
                 "the neuron that applied this batch norm is gone; sj_taid.split_norm(net) lets the "
                 "norm be applied by itself again"
             )
+        if not torch.compiler.is_compiling():
+            neuron.norm_called = True
         return x
 
     def __reduce__(self) -> tuple[Any, ...]:

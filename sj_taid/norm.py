@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
 from spikingjelly.activation_based import layer, neuron
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -88,6 +89,10 @@ def fuse_norm(net: nn.Module) -> JoinReport:
     in ``nn.Sequential`` and in blocks that call ``self.bn1`` and then ``self.sn1`` alike; the norm
     may be the last module of a ``SeqToANNContainer``. Known are torch's norms, SpikingJelly's and
     tdBN.
+
+    What else than the mode a ``forward`` branches on has to stay as it is: a neuron whose norm was
+    not called before it raises an error, and a norm that is called without its neuron passes its
+    input on.
 
     Convert to ``SyncBatchNorm`` first and join then; :func:`.split_norm` is the way back.
 
@@ -252,7 +257,8 @@ def _graph(parent: nn.Module, training: bool) -> fx.Graph:
     containers = [(held, copy.copy(held)) for held in filled]
     parent.training = training
     try:
-        graph = _Tracer().trace(parent)
+        with torch.random.fork_rng(devices=[]):  # a forward may draw
+            graph = _Tracer().trace(parent)
         kept = [name for name, value in vars(parent).items() if _holds_proxy(value)]
     finally:
         vars(parent).clear()

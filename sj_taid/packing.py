@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import TensorWeakRef
@@ -41,7 +41,8 @@ def packed_spikes(net: nn.Module) -> PackedSpikes:
     Max pooling keeps its places in 16 bits instead of 64, where a plane has at most 32,768.
 
     Works on ALIF and on SpikingJelly's LIF, PLIF and IF; another neuron's output, or one without a
-    spiking surrogate, need not be zeros and ones, and is kept as it is. In a graph of
+    spiking surrogate, need not be zeros and ones, and is kept as it is. Of a surrogate of one's own
+    each output is looked at. In a graph of
     ``torch.compile`` nothing is packed: there the compiler decides what is kept.
 
     Returns:
@@ -163,8 +164,16 @@ def _request(node: Any, inputs: tuple[Tensor, ...]) -> None:
 
 def _remember(node: Any, inputs: tuple[Tensor, ...], spikes: Tensor | None) -> None:
     written = bits.taken()
-    if spikes is not None and getattr(node.surrogate_function, "spiking", True):
+    if spikes is not None and _are_spikes(spikes, node.surrogate_function):
         _register(spikes, spikes.unsqueeze(0) if node.step_mode == "s" else spikes, written)
+
+
+def _are_spikes(output: Tensor, surrogate_function: Any) -> bool:
+    """Whether a neuron's output is zeros and ones."""
+    if type(surrogate_function).__module__ == surrogate.__name__:
+        return bool(surrogate_function.spiking)
+    # One of the user's own may give anything.
+    return not torch.compiler.is_compiling() and bool(((output == 0) | (output == 1)).all())
 
 
 def _register(spikes: Tensor, sequence: Tensor, written: Tensor | None) -> None:

@@ -486,6 +486,27 @@ def test_a_net_that_has_run_is_copied_with_its_voltages(kind, store_v_seq):
     assert net[1].channels == 4 and net[1].v.shape == (5, 4)
 
 
+class Keeping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.sn = nn.Linear(3, 4), neuron.LIFNode()
+
+    def forward(self, x):
+        self.hidden = self.linear(x)
+        return self.sn(self.hidden)
+
+
+def test_a_net_that_keeps_what_it_computes_is_copied():
+    net = Keeping()
+    net(torch.rand(5, 3))
+    hidden = net.hidden
+    swap_neurons(net, channels="infer", example_input=torch.rand(7, 3))
+    plain = to_lif(net)
+    assert net.hidden is hidden and hidden.grad_fn is not None
+    assert torch.equal(plain.hidden, hidden) and plain.hidden.grad_fn is None
+    assert plain.linear.weight is not net.linear.weight
+
+
 def test_numbers_of_channels_are_numbers():
     net = nn.Sequential(nn.Linear(3, 4), neuron.LIFNode())
     for channels in ({"1": "4"}, lambda path, node: "4"):

@@ -44,7 +44,24 @@ def test_rates_are_counted_over_calls_and_parameters_are_current():
     table = str(watch)
     assert all(text in table for text in ("rate", "threshold", "0.7", f"{expected:.4g}", "-"))
     watch.clear()
-    assert watch.state()["0"].firing_rate is None
+    with pytest.warns(UserWarning, match="no neuron saw an input: run the net first"):
+        assert watch.state()["0"].firing_rate is None
+
+
+def test_a_net_that_was_compiled_before_is_not_counted_and_says_so():
+    net = nn.Sequential(ALIFNode())
+    compiled = torch.compile(net, backend="eager")
+    compiled(torch.tensor([[0.0, 3.0]]))
+    functional.reset_net(net)
+    with monitor(net) as watch:
+        compiled(torch.tensor([[0.0, 3.0]]))
+    with pytest.warns(UserWarning, match=r"compiled before.*torch\.compiler\.reset\(\)"):
+        watch.state()
+    functional.reset_net(net)
+    torch.compiler.reset()
+    with monitor(net) as watch:
+        compiled(torch.tensor([[0.0, 3.0]]))
+    assert watch.state()["0"].firing_rate == 0.5
 
 
 def test_dead_and_saturated_layers_are_named():
@@ -66,7 +83,8 @@ def test_thresholds_at_their_bound_are_named():
     net = nn.ModuleDict({"low": ALIFNode(v_threshold=0.5, min_v_threshold=0.1, channels=3)})
     net["free"] = ALIFNode(v_threshold=0.0)
     net["high"] = ALIFNode(v_threshold=0.2, min_v_threshold=0.1)
-    watch = monitor(net)
+    watch = monitor(net, dead=0.0, saturated=1.0)
+    net["low"](torch.zeros(1, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch.state()
@@ -122,7 +140,7 @@ def test_nan_is_no_dead_layer(kind):
         warning.message
     )
     watch.clear()
-    assert watch.state()["1"].firing_rate is None
+    assert watch.layers()["1"].firing_rate is None
 
 
 def test_bad_arguments():

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -224,6 +225,11 @@ def test_init_tau_is_above_one_and_finite_in_float32(tau):
     with pytest.raises(ValueError, match=r"init_tau must be .* greater than 1 and less than 1e38"):
         ALIFNode(init_tau=tau)
     assert ALIFNode(init_tau=9.9e37).tau.isfinite()
+
+
+def test_numpys_numbers_are_numbers():
+    node = ALIFNode(init_tau=np.float32(4), channels=np.int64(3))
+    assert node.tau.tolist() == pytest.approx([4.0] * 3) and type(node.channels) is int
 
 
 @pytest.mark.parametrize(

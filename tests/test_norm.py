@@ -141,6 +141,48 @@ class InEvalOnly(Branching):
         return spike_seq if self.training else spike_seq + y_seq
 
 
+class Switched(Branching):
+    normalise = True
+
+    def forward(self, x_seq):
+        return self.sn(self.bn(x_seq) if self.normalise else x_seq)
+
+
+class Chance(Branching):
+    def forward(self, x_seq):
+        return self.sn(self.bn(x_seq) if torch.rand(()) < 0.5 else x_seq)
+
+
+def test_a_norm_that_a_later_pass_leaves_out_is_an_error():
+    net = Switched()
+    assert sj_taid.fuse_norm(net).joined
+    expected = net(images())
+    functional.reset_net(net)
+    net.normalise = False
+    with pytest.raises(RuntimeError, match=r"not called before it in this pass.*split_norm"):
+        net(images())
+    net.normalise = True
+    assert torch.equal(net(images()), expected)
+    functional.reset_net(net)
+    sj_taid.split_norm(net)
+    net.normalise = False
+    assert torch.equal(net(images()), alif()(images()))
+
+
+def test_a_norm_that_is_applied_by_chance_is_an_error_and_tracing_draws_nothing():
+    net, rows = Chance(), ()
+    for seed in range(64):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        rows = rows or sj_taid.fuse_norm(net).joined
+        assert torch.equal(torch.get_rng_state(), state)
+    assert rows
+    with pytest.raises(RuntimeError, match="where a forward branches on a flag or on chance"):
+        for _ in range(64):
+            functional.reset_net(net)
+            net(images())
+
+
 class Appending(Branching):
     """Keeps what its norm gives in containers."""
 

@@ -220,6 +220,39 @@ def test_outputs_that_are_no_zeros_and_ones_are_kept(node):
         assert_equal(gradients(net, x_seq), expected)
 
 
+class Own(torch.nn.Module):
+    """A surrogate of a user's: zeros and ones, or not."""
+
+    spiking = True
+
+    def __init__(self, threshold):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x):
+        return (x - self.threshold).sigmoid() if self.threshold else surrogate.Sigmoid()(x)
+
+
+@pytest.mark.parametrize("node", [ALIFNode, neuron.LIFNode])
+@pytest.mark.parametrize(
+    ("own", "bits"), [(Own(0.5), False), (lambda x: (4 * x).sigmoid(), False), (Own(0.0), True)]
+)
+def test_of_a_surrogate_of_ones_own_zeros_and_ones_are_packed(node, own, bits, monkeypatch):
+    found = []
+    monkeypatch.setattr(packing, "_register", lambda spikes, *_: found.append(spikes))
+    net = nn.Sequential(nn.Linear(4, 3), node(surrogate_function=own), nn.Linear(3, 2))
+    functional.set_step_mode(net, "m")
+    with sj_taid.packed_spikes(net):
+        net(5 * torch.randn(4, 6, 4))
+    assert bool(found) == bits
+    monkeypatch.undo()
+    functional.reset_net(net)
+    x_seq = 5 * torch.randn(4, 6, 4)
+    expected = gradients(net, x_seq)
+    with sj_taid.packed_spikes(net):
+        assert_equal(gradients(net, x_seq), expected)
+
+
 def test_autocast_leaves_pooling_as_it_is_and_casts_folded_sequences():
     net = nn.Sequential(
         ALIFNode(v_threshold=0.2),

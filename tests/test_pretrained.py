@@ -225,6 +225,11 @@ def test_another_digest_than_the_one_asked_for_is_an_error(folder):
     said = rf"SHA-256 {asked}, as sha256= asks, but .* has {digest(folder)}"
     with pytest.raises(ValueError, match=f"{said}; it is as exported, so sha256= means another"):
         create_model(folder, pretrained=True, sha256=asked)
+    with pytest.raises(ValueError, match="as sha256= asks"):  # as of a variable that is not set
+        create_model(folder, pretrained=True, sha256="")
+    create_model(folder, pretrained=True, sha256=digest(folder).upper())
+    with pytest.raises(ValueError, match="sha256= is of weights, which pretrained=True asks for"):
+        create_model(folder, sha256=asked)
     (folder / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"as sha256= asks, .*; it is damaged or another one:"):
         create_model(folder, pretrained=True, sha256=asked)

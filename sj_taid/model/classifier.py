@@ -6,6 +6,7 @@ from functools import partial
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
+from .._checks import check_sizes
 from ..neuron import ALIFNode
 from ..norm import fuse_norm
 from .block import Neuron, made, reset
@@ -82,9 +83,7 @@ class Classifier(nn.Module):
         fused_norm: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (("T", T), ("hidden", hidden), ("neurons_per_class", neurons_per_class)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, but it is {value!r}")
+        check_sizes(T=T, hidden=hidden, neurons_per_class=neurons_per_class)
         if not isinstance(classes, int) or classes < 2:
             raise ValueError(
                 f"classes must be an integer >= 2, but it is {classes!r}; "

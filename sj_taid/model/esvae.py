@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_weights
 from .block import Neuron, evaluating
 from .rate import GaussianMixturePrior, LearnedPrior, rbf_mmd, spikes_from_rate
 from .spiking_vae import SpikingVAE
@@ -63,6 +64,7 @@ class ESVAE(SpikingVAE):
         mmd_weight: float = 1e-3,
         **kwargs: Any,
     ) -> None:
+        check_weights(mmd_weight=mmd_weight)
         self.prior = _known(prior)
         self.components = components
         self.covariance = covariance
@@ -99,11 +101,17 @@ class ESVAE(SpikingVAE):
         In eval mode and without gradient; after, every module is back in the mode it was in.
 
         Raises:
-            ValueError: fewer images than components.
+            TypeError: batches that are no tensors, as those with labels.
+            ValueError: fewer images than components, or none.
         """
         with evaluating(self), torch.no_grad():
-            rates = torch.cat([self.rate(image).float() for image in images])
-        self.gaussian_mixture.fit(rates, seed)
+            rates = [self.rate(_alone(image)).float() for image in images]
+        if not rates:
+            raise ValueError(
+                "no batch of images to fit the prior to; an iterator that was read through gives "
+                "none again"
+            )
+        self.gaussian_mixture.fit(torch.cat(rates), seed)
 
     @contextmanager
     def drawing_from(self, prior: str) -> Iterator[None]:
@@ -118,6 +126,15 @@ class ESVAE(SpikingVAE):
         """``loss`` and its terms: those of the images, and the weighted MMD of q and p."""
         output = self(image)
         return self.summed(output.image, image, self.mmd_weight * rbf_mmd(output.q, output.p))
+
+
+def _alone(image: Any) -> Tensor:
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"expected batches of images alone, but got a {type(image).__name__}; of a loader with "
+            "labels give (image for image, label in loader)"
+        )
+    return image
 
 
 def _known(prior: str) -> str:

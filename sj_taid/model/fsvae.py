@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_sizes
 from .block import Neuron
 from .latent import LATENT_LOSSES, Posterior, Prior
 from .spiking_vae import SpikingVAE
@@ -56,6 +57,7 @@ class FSVAE(SpikingVAE):
             raise ValueError(
                 f"latent_loss must be one of {', '.join(LATENT_LOSSES)}, but it is {latent_loss!r}"
             )
+        check_sizes(k=k)
         self.k = k
         self.presampling = presampling
         self.latent_loss = latent_loss

@@ -192,12 +192,15 @@ class GaussianMixturePrior(nn.Module):
         logged in a line.
 
         Raises:
-            ValueError: fewer rates than components, or rates outside [0, 1].
+            ValueError: fewer rates than components, of another width, or outside [0, 1].
             ModuleNotFoundError: without scikit-learn.
         """
         with needs("scikit-learn"):
             from sklearn.exceptions import ConvergenceWarning
             from sklearn.mixture import GaussianMixture
+        d = self.means.shape[1]
+        if rates.dim() != 2 or rates.shape[1] != d:
+            raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
         if len(rates) < self.components:
             raise ValueError(
                 f"a mixture of {self.components} components needs at least as many rates, but got "
@@ -228,7 +231,6 @@ class GaussianMixturePrior(nn.Module):
                 "be less like the training images than they could be; raise iterations, now %d.",
                 self.iterations,
             )
-        d = rates.shape[1]
         covariances = torch.as_tensor(mixture.covariances_)
         full = {
             "full": lambda: covariances,
@@ -236,10 +238,11 @@ class GaussianMixturePrior(nn.Module):
             "diag": lambda: torch.diag_embed(covariances),
             "spherical": lambda: covariances.view(-1, 1, 1) * torch.eye(d),
         }[self.covariance]()
+        cholesky = torch.linalg.cholesky(full)
         # What was loaded may have had another number of components.
         self.weights = torch.as_tensor(mixture.weights_).to(self.weights)
         self.means = torch.as_tensor(mixture.means_).to(self.means)
-        self.cholesky = torch.linalg.cholesky(full).to(self.cholesky)
+        self.cholesky = cholesky.to(self.cholesky)
         counts = (rates * self.levels).round()
         for level in range(self.levels + 1):
             self.cumulative[:, level] = (counts <= level).double().mean(0)

@@ -9,7 +9,7 @@ from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_count
+from .._checks import check_count, check_sizes, check_weights
 from ..layer import TAID
 from ..neuron import ALIFNode
 from ..norm import fuse_norm
@@ -85,6 +85,9 @@ class SpikingVAE(nn.Module):
         gradient_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        sizes = {"in_channels": in_channels, "T": T, "latent_channels": latent_channels}
+        check_sizes(**sizes)
+        check_weights(gradient_weight=gradient_weight)
         widths = encoder_widths(hidden_channels, image_size)
         decoder = TAID(T) if decoder is None else decoder
         if not isinstance(decoder, nn.Module):

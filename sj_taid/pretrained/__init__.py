@@ -62,9 +62,9 @@ def create_model(
             damage, but not who made it.
 
     Raises:
-        ValueError: no model there; a config that names other classes than the models of
-            :mod:`sj_taid.model`, SpikingJelly's neurons and surrogates, or does not fit this
-            version; weights of another digest or of another model.
+        ValueError: ``sha256`` without ``pretrained``; no model there; a config that names other
+            classes than the models of :mod:`sj_taid.model`, SpikingJelly's neurons and surrogates,
+            or does not fit this version; weights of another digest or of another model.
         FileNotFoundError: a file is missing, or a URL cannot be reached.
         ModuleNotFoundError: a package is missing; the message says how to get it.
 
@@ -72,11 +72,13 @@ def create_model(
     >>> model.sample(4).shape
     torch.Size([4, 1, 16, 16])
     """
+    if sha256 is not None and not pretrained:
+        raise ValueError("sha256= is of weights, which pretrained=True asks for: give both")
     place = _fetched(str(source), pretrained)
     config = _config(place)
     model = build(config["model"])
     if pretrained:
-        _load(model, place, config, sha256)
+        _load(model, place, config, None if sha256 is None else sha256.lower())
     # The layout that runs are trained in: another rounds otherwise.
     return model.to(memory_format=torch.channels_last).eval()
 
@@ -263,7 +265,7 @@ def _load(model: nn.Module, place: _Place, config: dict[str, Any], asked: str | 
     weights = _read(path, place)
     digest = hashlib.sha256(weights).hexdigest()
     stated = config["sha256"]
-    wanted, whose = (asked, "sha256= asks") if asked else (stated, f"{CONFIG} states")
+    wanted, whose = (stated, f"{CONFIG} states") if asked is None else (asked, "sha256= asks")
     if digest != wanted:
         whole = "it is as exported, so sha256= means another model: correct it, or give that model"
         raise ValueError(

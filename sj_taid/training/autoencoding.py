@@ -18,6 +18,7 @@ class Autoencoding(Task):
     """
 
     takes = ImageData
+    asks_of_model: tuple[str, ...] = ("training_loss",)
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision in ("16-true", "bf16-true", "64-true"):

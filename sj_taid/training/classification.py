@@ -28,6 +28,7 @@ class Classification(Task):
     """
 
     chosen_by = "accuracy"
+    asks_of_model: tuple[str, ...] = ("classes",)
 
     def __init__(
         self, model: Classifier, *args: Any, loss: nn.Module | None = None, **kwargs: Any

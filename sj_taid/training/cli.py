@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import run_and_report
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -68,7 +69,7 @@ def report(arguments: Sequence[str]) -> None:
 
 def search(arguments: Sequence[str]) -> None:
     """Search for the best of what a command line sweeps over."""
-    part("search", "optuna").main(arguments)
+    run_and_report(lambda: part("search", "optuna").main(arguments))
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -119,7 +120,8 @@ def main(command: str | None = None) -> None:
         if command == "train" and "--dry-run" in arguments:
             from . import plan
 
-            plan.main([argument for argument in sys.argv[1:] if argument != "--dry-run"])
+            given = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
+            run_and_report(lambda: plan.main(given))
         else:
             composing.main(command, COMPOSED[command])
     elif command in ("-h", "--help"):

@@ -93,10 +93,10 @@ def train(
     _leave_out_notes()
     origin |= provenance()
     options = _compile_options(cfg.compile)
-    numbers = {"trainer.max_epochs": cfg.trainer.max_epochs, "seed": cfg.seed}
-    for key, value in numbers.items():
-        if not isinstance(value, int):
-            raise ValueError(f"{key} must be a whole number, but it is {value!r}")
+    for key in ("trainer.max_epochs", "seed"):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{key} must be a whole number from 0, but it is {value!r}")
     count_classes(cfg)
     for part in REBUILT:  # or what is trained could not be loaded
         if cfg.get(part):
@@ -383,6 +383,8 @@ def sample(cfg: DictConfig) -> None:
     for name in ("n", "columns"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:
             raise ValueError(f"{name} must be a whole number from 1, but it is {cfg[name]!r}")
+    if cfg.output and Path(cfg.output).is_dir():
+        raise ValueError(f"output must name a picture, but {cfg.output} is a folder: add a name")
     run = _asked_run(cfg)
     model: Any = run.model(cfg.trust or ())
     if not hasattr(model, "sample"):

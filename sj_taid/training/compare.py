@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("give folders that hold runs")
     if options.keep and not REPORT.is_file():
         parser.error(f"no {REPORT} here, which --keep fills; go to the root of a checkout")
+    if options.difference and not options.heat_maps:
+        parser.error("--difference is of --heat-maps: give that too")
     try:
         finished, left_out = gather(options.folders) if options.folders else ({}, {})
     except FileNotFoundError as error:

@@ -47,6 +47,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_left(folder: Path) -> None:
+    """Remove what :func:`atomic_write` left in a folder where its process was killed."""
+    for left in folder.glob(".*.[0-9]*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 @contextmanager
 def written_by_others(folder: Path) -> Iterator[None]:
     """Raise :class:`Unwritable` for what others cannot write there, whatever they make of it.

@@ -34,6 +34,8 @@ class Generation(Autoencoding):
         ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior of its own.
     """
 
+    asks_of_model: tuple[str, ...] = ("training_loss", "sample")
+
     def __init__(self, *args: Any, prior_lr_scale: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.prior_lr_scale = prior_lr_scale

@@ -61,9 +61,8 @@ class Maps(NamedTuple):
         """
         missing = [key for key in (row, column, panel) if key not in keys]
         if missing:
-            raise ValueError(
-                f"the runs do not differ in {', '.join(missing)}, but in {', '.join(keys)}"
-            )
+            differ = ", ".join(keys) or "nothing"
+            raise ValueError(f"the runs do not differ in {', '.join(missing)}, but in {differ}")
         everything = means(table, figure, row, column)
         others = [key for key in keys if key not in (row, column, panel)]
         names = sorted(table[panel].unique(), key=order)

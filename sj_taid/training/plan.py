@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from .composing import CONF, compose
-from .run import METRICS, Run, chosen, read_json
+from .run import METRICS, Run, chosen, given_overrides, read_json
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -69,7 +69,7 @@ def training_seconds(roots: set[Path], apart: Sequence[str]) -> dict[frozenset[s
     for path in {path for root in roots for path in root.rglob(METRICS)}:
         with suppress(ValueError):  # a damaged one says nothing of its time
             metrics = read_json(path)
-            overrides = frozenset(chosen(metrics.get("overrides", ()), apart))
+            overrides = frozenset(chosen(given_overrides(metrics), apart))
             if "training_seconds" in metrics:
                 seconds[overrides].append(metrics["training_seconds"])
     return seconds

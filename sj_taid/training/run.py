@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from .composing import instantiate, targets
-from .files import atomic_write, unwritable
+from .files import atomic_write, remove_left, unwritable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,8 +109,8 @@ class Run:
         except OSError as error:
             raise unwritable(self.folder, error, ELSEWHERE) from error
         with lock:
-            for left in self.folder.rglob(".*.tmp"):  # by a process that was killed
-                left.unlink()
+            for place in ("", CHECKPOINTS, EVALUATIONS):
+                remove_left(self.folder / place)
             yield
 
     @property

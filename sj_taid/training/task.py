@@ -32,6 +32,8 @@ class Task(L.LightningModule):
 
     What is logged as ``test/<name>`` becomes ``<name>`` in ``metrics.json``, and ``val/<name>``
     becomes ``validation_<name>`` where there is a validation set: both of the last epoch.
+    ``asks_of_model`` names what the model must have.
+
     ``chosen_by`` names the figure, higher is better, by which an epoch is chosen, if one is.
 
     Args:
@@ -44,6 +46,7 @@ class Task(L.LightningModule):
     """
 
     takes: type[Data] = Data
+    asks_of_model: tuple[str, ...] = ()
     chosen_by: str | None = None
     model: Any
 
@@ -55,6 +58,13 @@ class Task(L.LightningModule):
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
         super().__init__()
+        lacks = [name for name in self.asks_of_model if not hasattr(model, name)]
+        if lacks:
+            raise TypeError(
+                f"{type(self).__name__} needs a model that has {', '.join(self.asks_of_model)}, "
+                f"but a {type(model).__name__} lacks {', '.join(lacks)}; choose another task=, or "
+                "another model="
+            )
         self.model = model
         self.optimizer = optimizer
         self.lr_scale = lr_scale
@@ -70,7 +80,7 @@ class Task(L.LightningModule):
         """The groups of parameters that the optimizer takes, some with rates of their own."""
         if self.lr_scale is None:
             return [{"params": [*self.parameters()]}]
-        return parameter_groups(self.model, self.learning_rate(), lr_scale=self.lr_scale)
+        return parameter_groups(self, self.learning_rate(), lr_scale=self.lr_scale)
 
     def learning_rate(self) -> float:
         """The optimizer's, of which others are multiples."""

@@ -132,8 +132,27 @@ def test_the_mixture_is_fitted_to_the_rates_in_eval_mode():
 
 
 @pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        ([], ValueError, "no batch of images to fit the prior to"),
+        ([(images(8), 0)], TypeError, r"images alone, but got a tuple; .*for image, label in"),
+    ],
+)
+def test_batches_that_a_mixture_is_not_fitted_to(batches, error, message):
+    model = ESVAE(**SMALL)
+    with pytest.raises(error, match=message):
+        model.fit_prior(batches)
+    assert not model.gaussian_mixture.fitted
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"latent_channels": 0}, "latent_channels must be an integer >= 1, but it is 0"),
+        ({"in_channels": 1.0}, "in_channels must be an integer >= 1, but it is 1.0"),
+        ({"T": True}, "T must be an integer >= 1, but it is True"),
+        ({"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
+        ({"gradient_weight": float("nan")}, "gradient_weight must be a number >= 0, but it is nan"),
         ({"prior": "normal"}, "prior must be one of learned, gaussian_mixture"),
         ({"components": 0}, "components must be a whole number from 1"),
         ({"covariance": "round"}, "covariance must be one of full"),

@@ -205,6 +205,7 @@ def test_a_channel_without_spread_is_no_error():
         (lambda: GaussianMixturePrior(2)(3), RuntimeError, "not fitted.*prior='learned'"),
         (lambda: GaussianMixturePrior(2, 5).fit(torch.rand(4, 2)), ValueError, "got 4; give more"),
         (lambda: GaussianMixturePrior(2, 1).fit(torch.ones(4, 2) * 2), ValueError, "clamp"),
+        (lambda: GaussianMixturePrior(2).fit(torch.rand(50, 3)), ValueError, "expected rates"),
         (lambda: GaussianMixturePrior(2, 0), ValueError, "whole number from 1, but it is 0"),
         (lambda: GaussianMixturePrior(2, iterations=0), ValueError, "iterations must be at least"),
         (lambda: GaussianMixturePrior(2, covariance="round"), ValueError, "full, tied, diag"),
@@ -213,6 +214,22 @@ def test_a_channel_without_spread_is_no_error():
 def test_the_mixture_refuses(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_what_cannot_be_fitted_leaves_the_mixture_as_it_was(monkeypatch):
+    prior = GaussianMixturePrior(2, 2)
+    prior.fit(torch.rand(50, 2))
+    before = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
+
+    def fail(matrix):
+        raise RuntimeError("not positive definite")
+
+    monkeypatch.setattr(torch.linalg, "cholesky", fail)
+    for rates in (torch.rand(50, 3), torch.rand(50, 2)):
+        with pytest.raises((ValueError, RuntimeError)):
+            prior.fit(rates)
+    for name, tensor in prior.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_both_priors_follow_the_models_dtype():

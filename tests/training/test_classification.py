@@ -1,6 +1,7 @@
 """Classification from the configs to the pictures."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,23 @@ NEURONS = ("alif", "plif", "lif")
 @pytest.fixture
 def classify(tiny):
     return lambda *overrides: tiny(*TINY_CLASSIFICATION, *overrides, tiny=False)
+
+
+class Learned(nn.MSELoss):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize("lr_scale", [None, 10.0])
+def test_what_a_loss_learns_is_learned_at_the_weights_rate(lr_scale):
+    model, loss = Classifier(image_size=8, T=2, stages=[[4]], hidden=6), Learned()
+    adam = partial(torch.optim.Adam, lr=1e-3)
+    optimizer = Classification(model, adam, lr_scale=lr_scale, loss=loss).configure_optimizers()
+    (rate,) = [g["lr"] for g in optimizer.param_groups if any(p is loss.scale for p in g["params"])]
+    assert rate == 1e-3
+    learned = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert learned == len([*model.parameters()]) + 1
 
 
 @pytest.mark.parametrize("neuron", NEURONS)

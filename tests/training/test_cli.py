@@ -68,6 +68,17 @@ def test_a_command_without_its_run_says_so(sj_taid):
             sj_taid(command)
 
 
+@pytest.mark.parametrize(
+    "command", [["train", "--dry-run"], ["search", "--study", "study", "--trials", "1"]]
+)
+def test_what_cannot_be_composed_is_said_in_lines(sj_taid, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        sj_taid(*command, "nueron=lif")
+    said = capsys.readouterr().err
+    assert "Did you mean: 'neuron'?" in said and "Traceback" not in said
+
+
 def test_a_place_without_its_key_is_named_with_it(sj_taid, tmp_path):
     for command, key in (("train", "resume"), ("sample", "checkpoint")):
         with pytest.raises(SystemExit, match=f"is a place: give {key}={re.escape(str(tmp_path))}"):

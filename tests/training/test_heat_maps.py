@@ -53,6 +53,9 @@ def test_a_command_draws_maps_and_counts_good_cells(sweep, capsys):
         assert row in " ".join(written.split())
         assert row in " ".join(shown.replace("│", "|").split())
     assert mpimg.imread(sweep / "results.png").std() > 0
+    with pytest.raises(SystemExit):
+        compare.main([str(sweep), "--difference", "alif", "plif"])
+    assert "--difference is of --heat-maps" in capsys.readouterr().err
     others = [
         (["seed", *START[1:]], [], "do not differ in seed"),
         ([*START[:2], "nuron"], [], "do not differ in nuron"),

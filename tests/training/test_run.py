@@ -48,6 +48,17 @@ def test_a_kill_leaves_the_checkpoint_before_and_its_rest_goes(tmp_path):
     assert torch.load(run.checkpoint, weights_only=True) == {"epoch": 3}
 
 
+def test_the_lock_takes_away_what_is_the_runs_own_alone(tmp_path):
+    others = [tmp_path / "notes" / ".fad.npz.1.tmp", tmp_path / ".mine.tmp"]
+    (tmp_path / ".folder.tmp").mkdir()
+    others[0].parent.mkdir()
+    left = tmp_path / ".metrics.json.17.tmp"
+    for path in (*others, left):
+        path.touch()
+    with Run(tmp_path).lock():
+        assert not left.exists() and all(path.exists() for path in others)
+
+
 def test_metrics_are_json(tmp_path):
     with pytest.raises(FloatingPointError, match=r"^fad, figures\.fid: not a finite number"):
         Run(tmp_path).save_metrics({"fad": float("nan"), "figures": {"fid": float("inf")}})
@@ -176,7 +187,7 @@ def test_resuming_keeps_the_data(tiny, tmp_path):
 def test_resuming_keeps_the_optimizer_and_its_schedule(tiny, tmp_path, override, message):
     cosine = "torch.optim.lr_scheduler.CosineAnnealingLR"
     schedule = f"{{_target_: {cosine}, _partial_: true, T_max: '${{trainer.max_epochs}}'}}"
-    chosen = [*TINY_AUTOENCODING, f"+task.scheduler={schedule}"]
+    chosen = [*TINY_AUTOENCODING, f"task.scheduler={schedule}"]
     train(tiny(*chosen, tiny=False), tmp_path)
     with pytest.raises(ValueError, match=message):
         train(tiny(*chosen, override, f"resume={tmp_path}", tiny=False), tmp_path)

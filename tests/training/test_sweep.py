@@ -102,13 +102,17 @@ def test_a_dry_run_says_how_long_the_likes_took(sj_taid, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     other = run.Run(tmp_path / "multirun" / "earlier" / "job")
     other.save_metrics({"training_seconds": 7.4, "overrides": ["neuron=lif", "seed=3"]})
+    older = run.Run(tmp_path / "runs" / "older")
+    older.save_metrics(
+        {"training_seconds": 9.0, "command": "python experiments/train.py neuron=plif"}
+    )
     damaged = tmp_path / "runs" / "damaged"
     damaged.mkdir(parents=True)
     (damaged / run.METRICS).write_text("{")
     sj_taid("train", "--dry-run", "-m", "neuron=lif,plif", "seed=1", "hydra.sweep.dir=sweep")
     assert capsys.readouterr().out.splitlines() == [
         "new              7 s  sweep/neuron-lif-seed-1",
-        "new                ?  sweep/neuron-plif-seed-1",
+        "new              9 s  sweep/neuron-plif-seed-1",
         "jobs: 2 new",
     ]
     assert not (tmp_path / "sweep").exists()

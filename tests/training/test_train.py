@@ -1,6 +1,7 @@
 """Runs from the configs to the pictures: what is left, resumed, refused."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -65,6 +66,33 @@ def test_nothing_to_draw(override):
     name, _, value = override.partition("=")
     with pytest.raises(ValueError, match=rf"{name} must be a whole number from 1, .* '?{value}'?$"):
         commands.sample(cfg)
+
+
+def test_a_picture_has_a_name(tmp_path):
+    with pytest.raises(ValueError, match=r"output must name a picture, but .* is a folder"):
+        commands.sample(compose("sample", ["checkpoint=nowhere", f"output={tmp_path}"]))
+
+
+@pytest.mark.parametrize(
+    ("task", "lacks"),
+    [
+        ("generation model=classifier_small", "a Classifier lacks training_loss, sample"),
+        ("generation model=autoencoder", "an? Autoencoder lacks sample"),
+        ("autoencoding model=classifier_small", "a Classifier lacks training_loss"),
+    ],
+)
+def test_a_task_refuses_a_model_of_another(tmp_path, task, lacks):
+    with pytest.raises(Exception, match=rf"{lacks}; choose another task=, or another model="):
+        train(compose("train", f"task={task}".split()), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_scheduler_as_the_documentation_gives_it(tiny, tmp_path):
+    documented = (CONF.parent / "docs" / "experiments.md").read_text()
+    (override,) = re.findall(r"`'(task\.scheduler=.*?)'`", documented)
+    train(tiny(override.replace("step_size: 5", "step_size: 1"), "trainer.max_epochs=2"), tmp_path)
+    (state,) = run.read_checkpoint(run.Run(tmp_path).checkpoint)["lr_schedulers"]
+    assert state["_last_lr"] == [pytest.approx(1e-5)]
 
 
 @pytest.mark.parametrize("decoder", options("decoder"))
@@ -266,8 +294,9 @@ def test_unknown_choices_and_keys_list_what_there_is(tiny, override, error, mess
     [
         ("decoder.squeeze=time", "squeeze must be 'spatial', 'all' or 'none'"),
         ("neuron.backend=fpga", "'fpga' is unknown"),
-        ("trainer.max_epochs=abc", "trainer.max_epochs must be a whole number, but it is 'abc'"),
-        ("seed=abc", "seed must be a whole number, but it is 'abc'"),
+        ("trainer.max_epochs=abc", "max_epochs must be a whole number from 0, but it is 'abc'"),
+        ("trainer.max_epochs=-1", "max_epochs must be a whole number from 0, but it is -1"),
+        ("seed=abc", "seed must be a whole number from 0, but it is 'abc'"),
         ("model.decoder=taid", "it is 'taid'; on the command line choose it with decoder=NAME"),
         ("model.neuron=lif", "it is 'lif'; on the command line choose it with neuron=NAME"),
         ("neuron.init_tau=1.0", "init_tau must be a number of time steps greater than 1"),
