@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     Timer,
 )
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from ..calibration import calibrate
@@ -70,6 +71,11 @@ KEPT = (
     "task.lr_scale",
     "task.prior_lr_scale",
 )
+#: what ends a run from outside; Lightning leaves with a success where a cluster ends it
+ENDED: dict[type[BaseException], str] = {
+    KeyboardInterrupt: "Interrupted",
+    SIGTERMException: "Terminated",
+}
 
 
 def train(
@@ -277,8 +283,9 @@ def train_once(cfg: DictConfig) -> float | None:
                 with written_by_others(run.folder):
                     metrics = train(cfg, run.folder, repeated=_repeated(hydra_cfg), **said)
             except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes this of Ctrl-C
-                if KeyboardInterrupt in (type(error), type(error.__context__)):
-                    raise SystemExit(f"Interrupted. {_how_to_go_on(run)}") from error
+                for kind, ended in ENDED.items():
+                    if kind in (type(error), type(error.__context__)):
+                        raise SystemExit(f"{ended}. {_how_to_go_on(run)}") from error
                 raise
             except (OSError, RuntimeError) as error:  # of a disk, a file, a process
                 error.add_note(f"Once that is mended: {_how_to_go_on(run)}")

@@ -124,6 +124,15 @@ class CtrlC(Fault):
         signal.raise_signal(signal.SIGINT)
 
 
+class Terminated(Fault):
+    """As a cluster does where a job's time is over."""
+
+    says = "Terminated. Go on with: sj-taid train resume="
+
+    def strike(self, trainer):
+        signal.raise_signal(signal.SIGTERM)
+
+
 class TruncatedCheckpoint(CtrlC):
     refused = r"last\.ckpt is not a whole checkpoint .* delete it, .* give the same command again"
     spoil = staticmethod(cut)
@@ -344,8 +353,8 @@ def stopped(sj_taid, capsys):
 @pytest.mark.parametrize(
     "fault",
     [
-        KilledWithinEpoch, KilledWithinCheckpoint, KilledWithinMetrics, CtrlC, SecondRun,
-        ClockSetBack, TruncatedCheckpoint, CheckpointOfAnotherModel, HostileCheckpoint,
+        KilledWithinEpoch, KilledWithinCheckpoint, KilledWithinMetrics, CtrlC, Terminated,
+        SecondRun, ClockSetBack, TruncatedCheckpoint, CheckpointOfAnotherModel, HostileCheckpoint,
         LossNotFinite, WeightsNotFinite, DamagedFiles, KilledLoader, FullDisk, ReadOnlyFolder,
         ReadOnlyForTracker, ReadOnlyForPictures, ReadOnlyForMetrics,
     ],
