@@ -233,7 +233,7 @@ class Own(torch.nn.Module):
         return (x - self.threshold).sigmoid() if self.threshold else surrogate.Sigmoid()(x)
 
 
-@pytest.mark.parametrize("node", [ALIFNode, neuron.LIFNode])
+@pytest.mark.parametrize("node", [partial(ALIFNode, backend="torch"), neuron.LIFNode])
 @pytest.mark.parametrize(
     ("own", "bits"), [(Own(0.5), False), (lambda x: (4 * x).sigmoid(), False), (Own(0.0), True)]
 )

@@ -11,13 +11,14 @@ import hashlib
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import run_and_report
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
 from .._extras import TRAIN, needs
@@ -34,6 +35,15 @@ def part(name: str, more: str = "") -> Any:
     """
     with needs(f"{TRAIN} {more}".rstrip()):
         return import_module(f"{__package__}.{name}")
+
+
+@contextmanager
+def said_in_lines() -> Iterator[None]:
+    """What cannot be composed ends the process with its message, as Hydra ends its own commands."""
+    try:
+        yield
+    except CompactHydraException as error:
+        sys.exit("\n".join(str(said) for said in (error, error.__cause__) if said))
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -69,7 +79,8 @@ def report(arguments: Sequence[str]) -> None:
 
 def search(arguments: Sequence[str]) -> None:
     """Search for the best of what a command line sweeps over."""
-    run_and_report(lambda: part("search", "optuna").main(arguments))
+    with said_in_lines():
+        part("search", "optuna").main(arguments)
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -121,7 +132,8 @@ def main(command: str | None = None) -> None:
             from . import plan
 
             given = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
-            run_and_report(lambda: plan.main(given))
+            with said_in_lines():
+                plan.main(given)
         else:
             composing.main(command, COMPOSED[command])
     elif command in ("-h", "--help"):

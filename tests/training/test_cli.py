@@ -73,9 +73,9 @@ def test_a_command_without_its_run_says_so(sj_taid):
 )
 def test_what_cannot_be_composed_is_said_in_lines(sj_taid, tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         sj_taid(*command, "nueron=lif")
-    said = capsys.readouterr().err
+    said = capsys.readouterr().err + str(ended.value)
     assert "Did you mean: 'neuron'?" in said and "Traceback" not in said
 
 
