@@ -171,7 +171,7 @@ def _remember(node: Any, inputs: tuple[Tensor, ...], spikes: Tensor | None) -> N
 def _are_spikes(output: Tensor, surrogate_function: Any) -> bool:
     """Whether a neuron's output is zeros and ones."""
     if type(surrogate_function).__module__ == surrogate.__name__:
-        return bool(surrogate_function.spiking)
+        return getattr(surrogate_function, "spiking", False)
     # One of the user's own may give anything.
     return not torch.compiler.is_compiling() and bool(((output == 0) | (output == 1)).all())
 

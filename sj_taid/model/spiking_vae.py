@@ -85,8 +85,7 @@ class SpikingVAE(nn.Module):
         gradient_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = {"in_channels": in_channels, "T": T, "latent_channels": latent_channels}
-        check_sizes(**sizes)
+        check_sizes(in_channels=in_channels, T=T, latent_channels=latent_channels)
         check_weights(gradient_weight=gradient_weight)
         widths = encoder_widths(hidden_channels, image_size)
         decoder = TAID(T) if decoder is None else decoder
