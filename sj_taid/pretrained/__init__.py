@@ -78,7 +78,7 @@ def create_model(
     config = _config(place)
     model = build(config["model"])
     if pretrained:
-        _load(model, place, config, None if sha256 is None else sha256.lower())
+        _load(model, place, config, sha256)
     # The layout that runs are trained in: another rounds otherwise.
     return model.to(memory_format=torch.channels_last).eval()
 
@@ -265,7 +265,9 @@ def _load(model: nn.Module, place: _Place, config: dict[str, Any], asked: str | 
     weights = _read(path, place)
     digest = hashlib.sha256(weights).hexdigest()
     stated = config["sha256"]
-    wanted, whose = (stated, f"{CONFIG} states") if asked is None else (asked, "sha256= asks")
+    wanted, whose = stated, f"{CONFIG} states"
+    if asked is not None:
+        wanted, whose = asked.lower(), "sha256= asks"
     if digest != wanted:
         whole = "it is as exported, so sha256= means another model: correct it, or give that model"
         raise ValueError(

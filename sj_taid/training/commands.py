@@ -99,10 +99,7 @@ def train(
     _leave_out_notes()
     origin |= provenance()
     options = _compile_options(cfg.compile)
-    for key in ("trainer.max_epochs", "seed"):
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{key} must be a whole number from 0, but it is {value!r}")
+    _check_whole(cfg, 0, "trainer.max_epochs", "seed")
     count_classes(cfg)
     for part in REBUILT:  # or what is trained could not be loaded
         if cfg.get(part):
@@ -219,6 +216,13 @@ def train(
     for line in task.report(metrics):
         log.info(line)
     return metrics
+
+
+def _check_whole(cfg: DictConfig, least: int, *keys: str) -> None:
+    for key in keys:
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{key} must be a whole number from {least}, but it is {value!r}")
 
 
 def _tester(cfg: DictConfig, **options: Any) -> L.Trainer:
@@ -387,9 +391,7 @@ def _given(config: Any) -> dict[str, Any]:
 
 def sample(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint`` into a picture."""
-    for name in ("n", "columns"):
-        if not isinstance(cfg[name], int) or cfg[name] < 1:
-            raise ValueError(f"{name} must be a whole number from 1, but it is {cfg[name]!r}")
+    _check_whole(cfg, 1, "n", "columns")
     if cfg.output and Path(cfg.output).is_dir():
         raise ValueError(f"output must name a picture, but {cfg.output} is a folder: add a name")
     run = _asked_run(cfg)

@@ -17,7 +17,7 @@ def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
         {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
         # Over what the test logs by the same name, as loss.
         | overrides(metrics)
-        | metrics["choices"]
+        | metrics["choices"]  # over overrides, since they name a folder of images
         | {name: metrics[name] for name in ("seed", *COLUMNS) if name in metrics}
         | {f"{name} protocol": metrics.get("protocol", {}).get(name, "") for name in METRICS}
         for metrics in runs

@@ -28,11 +28,10 @@ def of_best_epoch(figures: Mapping[str, Any]) -> dict[str, Any]:
 class Task(L.LightningModule):
     """A model and its training.
 
-    ``takes`` says from which data sets it can learn.
+    ``takes`` says from which data sets it can learn, ``asks_of_model`` what its model must have.
 
     What is logged as ``test/<name>`` becomes ``<name>`` in ``metrics.json``, and ``val/<name>``
     becomes ``validation_<name>`` where there is a validation set: both of the last epoch.
-    ``asks_of_model`` names what the model must have.
 
     ``chosen_by`` names the figure, higher is better, by which an epoch is chosen, if one is.
 
