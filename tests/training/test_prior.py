@@ -135,6 +135,11 @@ def test_weights_of_another_precision_are_refused(tiny, tmp_path, job, precision
         train(cfg, tmp_path, command="")
 
 
+def test_a_run_of_no_epochs_fits_the_mixture(tiny, tmp_path):
+    cfg = tiny(*TINY_ESVAE, "model.prior=gaussian_mixture", "trainer.max_epochs=0", tiny=False)
+    assert train(cfg, tmp_path)["fad"] > 0
+
+
 def test_a_run_that_is_stopped_early_fits_the_mixture(tiny, tmp_path):
     stop = ["monitor=val/reconstruction", "patience=0", "stopping_threshold=1e9"]
     early = [f"+callbacks.early.{key}" for key in stop]

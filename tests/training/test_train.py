@@ -79,6 +79,7 @@ def test_a_picture_has_a_name(tmp_path):
         ("generation model=classifier_small", "a Classifier lacks training_loss, sample"),
         ("generation model=autoencoder", "an? Autoencoder lacks sample"),
         ("autoencoding model=classifier_small", "a Classifier lacks training_loss"),
+        ("classification model=esvae_small", "an? ESVAE lacks classes"),
     ],
 )
 def test_a_task_refuses_a_model_of_another(tmp_path, task, lacks):
