@@ -5,6 +5,8 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._checks import check_sizes, is_whole
+
 #: FSVAE's weight of a step, over that of the next
 DECAY = 0.8
 
@@ -19,8 +21,7 @@ class _ImageDecoder(nn.Module, base.MultiStepModule):
 
     def __init__(self, T: int, reduce: str) -> None:
         super().__init__()
-        if not (isinstance(T, int) and T >= 1):
-            raise ValueError(f"T must be an integer number of time steps >= 1, but it is {T!r}")
+        check_sizes(T=T)
         if reduce not in ("sum", "mean"):
             raise ValueError(f"reduce must be 'sum' or 'mean', but it is {reduce!r}")
         self.T = T
@@ -110,15 +111,14 @@ class TAID(_ImageDecoder):
         super().__init__(T, reduce)
         if squeeze not in ("spatial", "all", "none"):
             raise ValueError(f"squeeze must be 'spatial', 'all' or 'none', but it is {squeeze!r}")
-        if not (isinstance(kernel_size, int) and kernel_size >= 1 and kernel_size % 2 == 1):
+        if not (is_whole(kernel_size) and kernel_size >= 1 and kernel_size % 2 == 1):
             raise ValueError(f"kernel_size must be an odd integer >= 1, but it is {kernel_size!r}")
         if squeeze == "all" and kernel_size != 1:
             raise ValueError(
                 f"kernel_size={kernel_size} slides along the channels, which squeeze='all' "
                 "averages away; use squeeze='spatial' or kernel_size=1"
             )
-        if not (isinstance(reduction, int) and reduction >= 1):
-            raise ValueError(f"reduction must be an integer >= 1, but it is {reduction!r}")
+        check_sizes(reduction=reduction)
         self.squeeze = squeeze
         self.kernel_size = kernel_size
         self.excite: nn.Module

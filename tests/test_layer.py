@@ -173,6 +173,7 @@ def test_bad_input(make):
     ("options", "message"),
     [
         ({"T": 0}, "T must be"),
+        ({"T": True}, "T must be"),
         ({"T": 4, "squeeze": "time"}, "squeeze must be 'spatial', 'all' or"),
         ({"T": 4, "reduce": "max"}, "reduce must be 'sum' or 'mean'"),
         ({"T": 4, "kernel_size": 2}, "odd"),

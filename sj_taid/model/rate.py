@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
+from .._checks import check_sizes
 from .._extras import needs
 
 log = logging.getLogger(__name__)
@@ -163,10 +164,7 @@ class GaussianMixturePrior(nn.Module):
         iterations: int = 100,
     ) -> None:
         super().__init__()
-        if not isinstance(components, int) or components < 1:
-            raise ValueError(f"components must be a whole number from 1, but it is {components!r}")
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, but it is {iterations}")
+        check_sizes(components=components, iterations=iterations)
         if covariance not in COVARIANCES:
             raise ValueError(
                 f"covariance must be one of {', '.join(COVARIANCES)}, but it is {covariance!r}"

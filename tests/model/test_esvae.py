@@ -154,7 +154,7 @@ def test_batches_that_a_mixture_is_not_fitted_to(batches, error, message):
         ({"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
         ({"gradient_weight": float("nan")}, "gradient_weight must be a number >= 0, but it is nan"),
         ({"prior": "normal"}, "prior must be one of learned, gaussian_mixture"),
-        ({"components": 0}, "components must be a whole number from 1"),
+        ({"components": 0}, "components must be an integer >= 1"),
         ({"covariance": "round"}, "covariance must be one of full"),
         ({"decoder": TAID(3)}, "made for T=3, the model for T=6"),
         ({"image_size": 9}, "image_size=9 cannot be halved"),
