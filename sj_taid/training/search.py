@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     cfg = compose("train", fixed, configs, return_hydra_config=True)
     if not space:
         preset = [str(override) for override in OmegaConf.load(Path(CONF, "search.yaml"))]
-        there = [o for o in preset if o.partition("=")[0].partition(".")[0] in cfg]
+        there = [o for o in preset if cfg.get(o.partition("=")[0].partition(".")[0])]
         space = OverridesParser.create().parse_overrides(there)
     objective = cfg.objective
     places = cfg.hydra.job.config.override_dirname.exclude_keys
