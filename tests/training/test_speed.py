@@ -54,6 +54,7 @@ def test_gradients_accumulate(tiny, tmp_path):
     assert torch.load(run.Run(tmp_path).checkpoint, weights_only=True)["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_the_first_of_two_processes_measures_alone(tmp_path, cache):
     command = script(
         "train.py", *TINY, "trainer.devices=2", "callbacks=quiet", f"cache_dir={cache}",

@@ -48,7 +48,7 @@ def uninterrupted(tiny, tmp_path_factory):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["cores", "hydra.launcher.n_jobs=2"],
+        pytest.param(["cores", "hydra.launcher.n_jobs=2"], marks=pytest.mark.slow),
         pytest.param(["submitit_local"], marks=pytest.mark.slow),
         pytest.param(["gpus", "hydra.launcher.ray.remote.num_gpus=0"], marks=pytest.mark.ray),
     ],

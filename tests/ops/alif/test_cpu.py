@@ -461,6 +461,7 @@ for v_reset in eval(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_later_processes_load_what_is_compiled(tmp_path):
     # The second first compiles, in the state in which the first did: numba then gives equal names
     # to equally named functions, and the linker takes one for the other.

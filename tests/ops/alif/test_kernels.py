@@ -182,6 +182,7 @@ def test_the_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
         check(host, Conformance(row | {"T": 13}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True], ids=["as it is", "one neuron too far"])
 def test_no_address_or_undefined_behaviour_error(tmp_path, broken):
     """In a process that watches every access to memory: see sanitized.py."""
