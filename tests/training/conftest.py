@@ -18,7 +18,11 @@ from tests.metric.pixels import Pixels, classifier
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 #: of commands in processes of their own
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    # Beside what is there: Hydra's next line is tested from a folder of its own.
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")])),
+}
 
 TINY_TRAINER = [
     "trainer.max_epochs=1",
