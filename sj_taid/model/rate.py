@@ -249,8 +249,8 @@ class GaussianMixturePrior(nn.Module):
         """Draw ``n`` rates ``[n, d]``."""
         if not self.fitted:
             raise RuntimeError(
-                "the mixture of Gaussians is not fitted yet; train to the end, fit it to a "
-                "finished run by `sj-taid fit_prior`, or draw from prior='learned'"
+                "the mixture of Gaussians is not fitted yet; train to the end, fit it to what "
+                "is trained by `sj-taid fit_prior`, or draw from prior='learned'"
             )
         if n == 0:
             return self.means.new_zeros(0, self.means.shape[1])

@@ -116,10 +116,6 @@ class RandomNumbers(L.Callback):
 class LastEpoch(Checkpoint):
     """Calls the task's ``on_last_epoch_end``: as a checkpoint, which comes after early stopping."""
 
-    def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
-        if trainer.max_epochs == 0:  # then no epoch ends, and what is untrained is measured
-            task.on_last_epoch_end(trainer.datamodule, task)  # type: ignore[attr-defined]
-
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         if (
             trainer.should_stop

@@ -189,6 +189,8 @@ def train(
     kept = run.checkpoint if run.checkpoint.is_file() else resume
     if kept:
         task.load_state_dict(read_checkpoint(kept)["state_dict"])
+    else:  # no epoch was asked for, and what is untrained is measured
+        task.on_last_epoch_end(data, task)
 
     figures = task.figures(trainer, data, evaluator)
     if not first:

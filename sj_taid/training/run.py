@@ -82,7 +82,8 @@ class Run:
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
         if not run.checkpoint.is_file():
             raise FileNotFoundError(
-                f"no checkpoint at {path}; a run leaves it in <run folder>/{CHECKPOINTS}/"
+                f"no checkpoint at {path}; a run leaves it in <run folder>/{CHECKPOINTS}/ "
+                "after its first epoch"
             )
         return run
 

@@ -61,7 +61,7 @@ class Task(L.LightningModule):
         if lacks:
             raise TypeError(
                 f"{type(self).__name__} needs a model that has {', '.join(self.asks_of_model)}, "
-                f"but a {type(model).__name__} lacks {', '.join(lacks)}; choose another task=, or "
+                f"but {type(model).__name__} lacks {', '.join(lacks)}; choose another task=, or "
                 "another model="
             )
         self.model = model

@@ -135,8 +135,10 @@ def test_weights_of_another_precision_are_refused(tiny, tmp_path, job, precision
         train(cfg, tmp_path, command="")
 
 
-def test_a_run_of_no_epochs_fits_the_mixture(tiny, tmp_path):
-    cfg = tiny(*TINY_ESVAE, "model.prior=gaussian_mixture", "trainer.max_epochs=0", tiny=False)
+@pytest.mark.parametrize("key", ["max_epochs", "limit_train_batches", "+max_steps"])
+def test_a_run_that_trains_nothing_fits_the_mixture(tiny, tmp_path, key):
+    none = f"{'+' * key.startswith('+')}trainer.{key.strip('+')}=0"
+    cfg = tiny(*TINY_ESVAE, "model.prior=gaussian_mixture", none, tiny=False)
     assert train(cfg, tmp_path)["fad"] > 0
 
 
