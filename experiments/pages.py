@@ -32,6 +32,11 @@ DATASETS = {
 }
 #: The papers' generators that spike, and the plain VAE that the first of them was held against.
 MODELS = ["VAE", "FSVAE", "TAID", "ESVAE", "FSDDIM"]
+#: The priors that our own draw from, and the figure of each.
+PRIORS = {
+    "ESVAE": {"fitted": "fad_published", "learned": "fad_published_learned"},
+    "FSVAE": {"learned": "fad_published"},
+}
 DECODERS = {"fixed": "fixed decoder", "taid": "TAID", "taid_place": "TAID by place"}
 
 
@@ -108,14 +113,15 @@ def standing() -> pd.DataFrame:
     epochs = rows[rows["figure"] == "epochs"].groupby("model")["value"].first()
     table = papers.map("{:g}".format).replace("nan", "not reported").reset_index("source")
     table = table.assign(epochs=epochs.map("{:g}".format)).fillna({"epochs": "not reported"})
-    kept = [run for name in DATASETS for run in stored(ROOT, f"{name}_esvae_sharp")]
-    runs = frame(chosen_alone(kept, "decoder", "neuron"))[0]
-    for prior, figure in {"fitted": "fad_published", "learned": "fad_published_learned"}.items():
-        for (neuron, decoder), alike in runs.groupby(["neuron", "decoder"]):
-            fads = alike.groupby("dataset")[figure].agg(METRICS[figure].text)
-            counts = "/".join(map(str, sorted(alike["epochs"].unique())))
-            name = f"ESVAE, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
-            table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **fads}
+    for model, priors in PRIORS.items():
+        kept = [run for name in DATASETS for run in stored(ROOT, f"{name}_{model.lower()}_sharp")]
+        runs = frame(chosen_alone(kept, "decoder", "neuron"))[0]
+        for prior, figure in priors.items():
+            for (neuron, decoder), alike in runs.groupby(["neuron", "decoder"]):
+                fads = alike.groupby("dataset")[figure].agg(METRICS[figure].text)
+                counts = "/".join(map(str, sorted(alike["epochs"].unique())))
+                name = f"{model}, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
+                table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **fads}
     table = table.fillna("not measured").loc[[*MODELS, *table.index.difference(MODELS)]]
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS)
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
