@@ -116,10 +116,10 @@ def standing() -> pd.DataFrame:
     for model, priors in PRIORS.items():
         kept = [run for name in DATASETS for run in stored(ROOT, f"{name}_{model.lower()}_sharp")]
         runs = frame(chosen_alone(kept, "decoder", "neuron"))[0]
-        for prior, figure in priors.items():
-            for (neuron, decoder), alike in runs.groupby(["neuron", "decoder"]):
+        for (neuron, decoder), alike in runs.groupby(["neuron", "decoder"]):
+            counts = "/".join(map(str, sorted(alike["epochs"].unique())))
+            for prior, figure in priors.items():
                 fads = alike.groupby("dataset")[figure].agg(METRICS[figure].text)
-                counts = "/".join(map(str, sorted(alike["epochs"].unique())))
                 name = f"{model}, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
                 table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **fads}
     table = table.fillna("not measured").loc[[*MODELS, *table.index.difference(MODELS)]]

@@ -110,7 +110,7 @@ class Task(L.LightningModule):
             raise self._diverged("a parameter is not finite")
 
     def on_last_epoch_end(self, data: Any, kept: Any) -> None:
-        """After the last epoch's validation and before its checkpoint is written.
+        """After the last epoch's validation and before its checkpoint is written, or after none.
 
         Args:
             data: that of the training.

@@ -206,8 +206,9 @@ def test_a_channel_without_spread_is_no_error():
         (lambda: GaussianMixturePrior(2, 5).fit(torch.rand(4, 2)), ValueError, "got 4; give more"),
         (lambda: GaussianMixturePrior(2, 1).fit(torch.ones(4, 2) * 2), ValueError, "clamp"),
         (lambda: GaussianMixturePrior(2).fit(torch.rand(50, 3)), ValueError, "expected rates"),
-        (lambda: GaussianMixturePrior(2, 0), ValueError, "components must be an integer >= 1"),
-        (lambda: GaussianMixturePrior(2, iterations=0), ValueError, "iterations must be"),
+        (lambda: GaussianMixturePrior(2, 0), ValueError, "components .* integer >= 1, but it is 0"),
+        (lambda: GaussianMixturePrior(2, iterations=0), ValueError, "iterations .* integer >= 1"),
+        (lambda: GaussianMixturePrior(2, iterations=2.5), ValueError, "iterations .* 2.5"),
         (lambda: GaussianMixturePrior(2, covariance="round"), ValueError, "full, tied, diag"),
     ],
 )
