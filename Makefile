@@ -28,7 +28,7 @@ test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
 
 test-hydra: install ## Compose every config, and sweep, on Hydra's coming line
 	$(BIN)/python -m pip install --quiet --upgrade --target build/hydra "$(HYDRA)" "hydra-joblib-launcher>=1.4.0rc3" "hydra-submitit-launcher>=1.4.0rc3"
-	PYTHONPATH=$(CURDIR)/build/hydra $(BIN)/python -m pytest -W error::UserWarning -k "compose or config or understood or command_line_leaves" tests/data/test_base.py tests/test_docs.py tests/training
+	PYTHONPATH=$(CURDIR)/build/hydra $(BIN)/python -m pytest -W error::UserWarning -k "compose or config or understood" tests/data/test_base.py tests/test_docs.py tests/training
 	PYTHONPATH=$(CURDIR)/build/hydra $(BIN)/python -m pytest -m slow -k "killed_sweep and cores" tests/training/test_sweep.py
 
 kernels: install ## Test every combination of the CUDA kernels' options; minutes

@@ -67,7 +67,7 @@ def worker(rank, folder):
 def test_ddp_gradients_equal_one_process(tmp_path):
     net = make_net()
     expected = train(net, net, batches())
-    mp.spawn(worker, args=(tmp_path,), nprocs=WORLD)
+    mp.start_processes(worker, args=(tmp_path,), nprocs=WORLD, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
     for step, want in enumerate(expected):
         for name, gradient in want.items():

@@ -1,6 +1,7 @@
 """python -m sj_taid.doctor: what works, why the rest does not, the remedy."""
 
 import re
+import runpy
 import subprocess
 import sys
 
@@ -12,8 +13,11 @@ from sj_taid.ops import backends
 from tests.ops.alif.test_nvrtc import WHY_NOT
 
 
-def test_runs_as_a_module():
-    output = subprocess.check_output([sys.executable, "-m", "sj_taid.doctor"], text=True)
+def test_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sj_taid.doctor"])
+    with pytest.warns(RuntimeWarning, match="found in sys.modules"), pytest.raises(SystemExit):
+        runpy.run_module("sj_taid.doctor", run_name="__main__")
+    output = capsys.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in output
     assert "backend torch: works" in output
 

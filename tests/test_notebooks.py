@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, on this machine as it is."""
+"""The notebooks, which ``make docs`` runs: one that fails is its error."""
 
 from pathlib import Path
 
@@ -7,17 +7,6 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="needs the extra test")
 
 NOTEBOOKS = sorted(Path(__file__).parents[1].joinpath("docs", "notebooks").glob("*.ipynb"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_notebook_runs(path, tmp_path):
-    from nbclient import NotebookClient
-
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
-    text = [o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", ())]
-    assert any("accuracy" in t or "processes" in t for t in text)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

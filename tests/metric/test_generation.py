@@ -124,7 +124,9 @@ def test_two_processes_equal_one(tmp_path):
     both = metrics()
     both["fid"].update(random_images(), real=True)
     both.update(random_images(seed=1), real=False)
-    other = mp.spawn(other_process, args=(tmp_path,), join=False)
+    other = mp.start_processes(
+        other_process, args=(tmp_path,), join=False, start_method="forkserver"
+    )
     first = one_of_two(0, tmp_path)
     other.join()
     second = torch.load(tmp_path / "other.pt")

@@ -1,5 +1,6 @@
 """A run small enough for a test, through the real configs."""
 
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -30,6 +31,7 @@ TINY_TRAINER = [
     "trainer.limit_val_batches=1",
     "trainer.limit_test_batches=1",
     "trainer.accelerator=cpu",
+    "pictures=false",  # which take most of such a run
 ]
 
 TINY = [
@@ -68,6 +70,23 @@ def write_images(folder, n, size=(20, 24), mode="RGB", suffix="png"):
 
 def script(name, *arguments):
     return [sys.executable, str(CONF.parent / "experiments" / name), *arguments]
+
+
+def command_line(*arguments):
+    """What a process that a test may kill runs, in one thread."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # of loaders: as in a new process
+    sys.argv = ["sj-taid", *arguments]
+    cli.main()
+
+
+def exit_code(*arguments):
+    """How the command line ends in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=command_line, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def weights(run_or_checkpoint):

@@ -45,7 +45,7 @@ def test_what_a_loss_learns_is_learned_at_the_weights_rate(lr_scale):
 
 @pytest.mark.parametrize("neuron", NEURONS)
 def test_a_run_leaves_everything(classify, tmp_path, neuron):
-    cfg = classify(f"neuron={neuron}")
+    cfg = classify(f"neuron={neuron}", "pictures=true")
     train(cfg, tmp_path)
     metrics = json.loads((tmp_path / run.METRICS).read_text())
     assert 0 <= metrics["accuracy"] <= 1 and metrics["loss"] > 0

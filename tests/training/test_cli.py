@@ -224,7 +224,7 @@ def test_commands_without_hydra_say_what_is_logged(monkeypatch, capsys):
 
 def test_a_run_of_no_epochs_and_no_progress_bar(train, tmp_path, caplog):
     caplog.set_level("INFO")
-    train("trainer.max_epochs=0", "trainer.enable_progress_bar=false", "seed=3")
+    train("trainer.max_epochs=0", "trainer.enable_progress_bar=false", "seed=3", "pictures=true")
     assert caplog.messages[-1] == f"Metrics, pictures: {tmp_path / 'run'}"
     metrics = json.loads((tmp_path / "run" / run.METRICS).read_text())
     assert metrics["epochs"] == 0 and "seed=3" in metrics["overrides"]

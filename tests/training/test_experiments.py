@@ -57,6 +57,7 @@ def subclasses(cls):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs(small, made_up, tmp_path, name):
     cfg = small(name)
+    cfg.pictures = name.endswith(results_page.SMALL_BUDGET)  # of each data set, and no more
     metrics = train(cfg, tmp_path, command=f"python experiments/train.py experiment={name}")
     assert metrics[cfg.objective] >= 0 and metrics["epochs"] == 1
     assert {cfg.objective, *metrics.get("protocol", {})} <= quantities.METRICS.keys()
@@ -112,7 +113,8 @@ def test_folders_of_classes_are_counted_and_name_the_confusion(tiny, tmp_path, m
     data = ["dataset=image_folder", f"dataset.root={tmp_path / 'images'}", "dataset.num_workers=0"]
     drawn = []
     monkeypatch.setattr(classification, "save", lambda figure, path: drawn.append(figure))
-    train(tiny(*data, *TINY_CLASSIFICATION, tiny=False), tmp_path / "run")
+    choices = [*data, *TINY_CLASSIFICATION, "pictures=true"]
+    train(tiny(*choices, tiny=False), tmp_path / "run")
     (figure,) = drawn
     names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert names == ["cat", "dog", "emu"]

@@ -20,6 +20,7 @@ from tests.data.made_up import cut
 from tests.training.conftest import (
     ENVIRONMENT,
     assert_same_weights,
+    exit_code,
     script,
     weights,
     write_images,
@@ -372,11 +373,7 @@ def test_a_run_ends_as_if_it_had_not_happened(
 
     with fault.place(there.folder):
         if fault.kills:
-            killed = script("train.py", *command, with_callback(fault))
-            done = subprocess.run(
-                killed, env=ENVIRONMENT, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == -signal.SIGKILL, done.stderr
+            assert exit_code("train", *command, with_callback(fault), *QUIET) == -signal.SIGKILL
         else:
             said = stopped(*command, with_callback(fault))
             fault.mend(there)

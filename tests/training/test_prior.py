@@ -23,7 +23,7 @@ TINY_ESVAE = [
 
 @pytest.fixture(scope="module")
 def finished(trained):
-    return trained(*TINY_ESVAE)
+    return trained(*TINY_ESVAE, "pictures=true")
 
 
 def test_a_run_ends_with_a_fitted_mixture_and_the_figures_of_both_priors(finished):

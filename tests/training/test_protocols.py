@@ -169,7 +169,7 @@ def test_validation_images_that_are_enough_for_fad_alone(tiny, tmp_path, monkeyp
 
 def test_what_other_callbacks_log_is_not_drawn(tiny, tmp_path):
     monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
-    train(tiny(*TINY_AUTOENCODING, monitor, tiny=False), tmp_path)
+    train(tiny(*TINY_AUTOENCODING, monitor, "pictures=true", tiny=False), tmp_path)
     (epoch,) = run.read_checkpoint(run.Run(tmp_path).checkpoint)["callbacks"]["Pictures"]["epochs"]
     assert epoch and all(name.startswith(("train/", "val/")) for name in epoch)
     assert (tmp_path / "curves.png").is_file()

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import filelock
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -144,31 +143,6 @@ def test_a_dry_run_knows_what_may_go_on(sj_taid, tmp_path, capsys):
 
 def find(folder):
     return sorted(folder.glob(f"*/{run.METRICS}"))
-
-
-class Kill(L.Callback):
-    """Ends the run in its third epoch."""
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.current_epoch == 2:
-            raise SystemExit("killed")
-
-
-def test_a_half_done_run_goes_on_from_its_last_epoch(tiny, tmp_path):
-    killer = f"+callbacks.kill._target_={__name__}.Kill"
-    start = ["neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
-    whole = train(tiny(*start), tmp_path / "whole")
-    with pytest.raises(SystemExit, match="killed"):
-        train(tiny("trainer.max_epochs=4", killer, *start), tmp_path)
-    half = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
-    assert half["epoch"] == 1 and not (tmp_path / run.METRICS).exists()
-
-    metrics = train(tiny("trainer.max_epochs=4", *start), tmp_path)
-    assert metrics["fad_untrained"] == whole["fad_untrained"]
-    whole = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
-    assert metrics["epochs"] == 4 and whole["global_step"] == 4 * 2
-    assert whole["callbacks"]["Pictures"]["epochs"][:2] == half["callbacks"]["Pictures"]["epochs"]
-    assert metrics["training_seconds"] > half["callbacks"]["Timer"]["time_elapsed"]["train"]
 
 
 def test_random_numbers_of_the_own_device_go_on(monkeypatch):

@@ -2,10 +2,9 @@
 
 import json
 import re
-import signal
 import subprocess
-import time
 
+import lightning as L
 import pytest
 import torch
 from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -35,7 +34,9 @@ def options(group):
 
 def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(tmp_path, cache):
     folder = tmp_path / "run"
-    command = script("train.py", *TINY, f"hydra.run.dir={folder}", f"cache_dir={cache}")
+    command = script(
+        "train.py", *TINY, "pictures=true", f"hydra.run.dir={folder}", f"cache_dir={cache}"
+    )
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr, done.stderr  # nobody else's notes either
     assert done.stdout.rstrip().splitlines()[-1].endswith(f"pictures: {folder}")
@@ -99,8 +100,8 @@ def test_a_scheduler_as_the_documentation_gives_it(tiny, tmp_path):
 @pytest.mark.parametrize("decoder", options("decoder"))
 @pytest.mark.parametrize("neuron", sorted({*options("neuron")} - {"alif_channel"}))
 def test_every_neuron_with_every_decoder(tiny, tmp_path, neuron, decoder):
-    cfg = tiny(f"neuron={neuron}", f"decoder={decoder}", "trainer.limit_train_batches=1")
-    metrics = train(cfg, tmp_path)
+    choices = [f"neuron={neuron}", f"decoder={decoder}", "pictures=true"]
+    metrics = train(tiny(*choices, "trainer.limit_train_batches=1"), tmp_path)
     assert metrics["fad"] > 0
     for name in PICTURES:
         assert (tmp_path / name).is_file()
@@ -129,7 +130,7 @@ def test_options(tiny, tmp_path, overrides):
     ids=["vae", "autoencoder"],
 )
 def test_plain_models(tiny, tmp_path, overrides, pictures):
-    metrics = train(tiny(*overrides, tiny=False), tmp_path)
+    metrics = train(tiny(*overrides, "pictures=true", tiny=False), tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
     assert metrics["reconstruction"] > 0 and ("fad" in metrics) == ("samples.png" in pictures)
     assert metrics["protocol"].keys() == metrics.keys() & {"reconstruction", "fad"}
@@ -180,35 +181,45 @@ def test_the_same_seed_gives_the_same_figures(tiny, tmp_path):
         assert first[key] != other[key]
 
 
-def test_a_killed_run_goes_on_in_its_folder_with_its_choices(tmp_path, cache):
-    folder = tmp_path / "neuron=lif,seed=0"  # as a sweep names it
-    checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
-    command = script(
-        "train.py", *TINY, "neuron=lif", "trainer.max_epochs=500", f"cache_dir={cache}",
-        f"hydra.run.dir='{folder}'",
-    )  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not checkpoint.is_file() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-    epoch = torch.load(checkpoint, weights_only=True)["epoch"]
+class Stop(L.Callback):
+    """Ends a long run in its third epoch."""
 
-    again = script("train.py", f"resume={folder}", f"trainer.max_epochs={epoch + 3}")
-    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((folder / run.METRICS).read_text())
-    assert metrics["epochs"] == epoch + 3 and metrics["choices"]["neuron"] == "lif"
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.current_epoch == 2 and trainer.max_epochs == 500:
+            raise SystemExit("stopped")
+
+
+def test_a_half_done_run_goes_on_in_its_folder_with_its_choices(
+    tiny, sj_taid, tmp_path, cache, capsys
+):
+    start = ["neuron=lif", "neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
+    whole = train(tiny(*start), tmp_path / "whole")
+    place = tmp_path / "sweep"
+    there = run.Run(place / "neuron=lif,seed=0")  # as a sweep names it
+    with pytest.raises(SystemExit, match="stopped"):
+        sj_taid(
+            "train", *TINY, *start, "trainer.max_epochs=500", f"cache_dir={cache}",
+            f"hydra.run.dir='{there.folder}'", f"+callbacks.stop._target_={__name__}.Stop",
+        )  # fmt: skip
+    half = torch.load(there.checkpoint, weights_only=True)
+    assert half["epoch"] == 1 and not (there.folder / run.METRICS).exists()
+
+    again = ["train", f"resume={there.folder}"]
+    sj_taid(*again, "trainer.max_epochs=4")
+    metrics = there.metrics
+    assert metrics["fad_untrained"] == whole["fad_untrained"]
+    assert metrics["epochs"] == 4 and metrics["choices"]["neuron"] == "lif"
     assert metrics["command"].count("trainer.max_epochs") == 1
-    resumed = torch.load(checkpoint, weights_only=True)
-    assert len(resumed["callbacks"]["Pictures"]["history"]) == epoch + 4
-    assert len(resumed["callbacks"]["Pictures"]["epochs"]) == epoch + 3
-    assert resumed["global_step"] == 2 * (epoch + 3)
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert metrics["training_seconds"] > half["callbacks"]["Timer"]["time_elapsed"]["train"]
+    resumed = torch.load(there.checkpoint, weights_only=True)
+    pictures, before = (kept["callbacks"]["Pictures"] for kept in (resumed, half))
+    assert len(pictures["history"]) == 5 and len(pictures["epochs"]) == 4
+    assert pictures["epochs"][:2] == before["epochs"] and resumed["global_step"] == 2 * 4
+    assert [path.name for path in place.iterdir()] == [there.folder.name]
 
-    done = subprocess.run(again[:-1], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "finished already" in done.stdout, done.stderr
-    assert json.loads((folder / run.METRICS).read_text()) == metrics
+    capsys.readouterr()
+    sj_taid(*again)
+    assert "finished already" in capsys.readouterr().out and there.metrics == metrics
 
 
 def test_resuming_needs_a_checkpoint(tiny, tmp_path):

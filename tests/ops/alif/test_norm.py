@@ -333,7 +333,7 @@ def test_statistics_over_two_processes_are_those_of_one(tmp_path):
     leaves = whole_batch()
     norm = running(Case(shape=(4, 6, 5)), True)
     want = run_shared(reference.multi_step, leaves, norm, cotangent_of(leaves))
-    mp.spawn(worker, args=(tmp_path,), nprocs=WORLD)
+    mp.start_processes(worker, args=(tmp_path,), nprocs=WORLD, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
     for backend in ("numba", "torch"):
         parts = [rank[backend] for rank in ranks]
