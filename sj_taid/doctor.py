@@ -29,7 +29,7 @@ PACKAGES = ("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cud
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; 1 if a backend that should work gives other results than torch."""
-    parser = argparse.ArgumentParser(prog="python -m sj_taid.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sj-taid doctor", description=__doc__)
     parser.add_argument("--kernels", action="store_true", help="registers, spills, bytes moved")
     parser.add_argument("--arch", help="the GPU to compile for, such as sm_90; default: this one's")
     options = parser.parse_args(arguments)

@@ -15,8 +15,12 @@ from tests.ops.alif.test_nvrtc import WHY_NOT
 
 def test_runs_as_a_module(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sj_taid.doctor"])
-    with pytest.warns(RuntimeWarning, match="found in sys.modules"), pytest.raises(SystemExit):
+    with (
+        pytest.warns(RuntimeWarning, match="found in sys.modules"),
+        pytest.raises(SystemExit) as ended,
+    ):
         runpy.run_module("sj_taid.doctor", run_name="__main__")
+    assert not ended.value.code
     output = capsys.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in output
     assert "backend torch: works" in output

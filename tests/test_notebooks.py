@@ -1,4 +1,4 @@
-"""The notebooks, which ``make docs`` runs: one that fails is its error."""
+"""The notebooks are kept clean; ``make docs`` runs them, and fails where one does."""
 
 from pathlib import Path
 

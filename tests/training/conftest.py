@@ -73,9 +73,9 @@ def script(name, *arguments):
 
 
 def command_line(*arguments):
-    """What a process that a test may kill runs, in one thread."""
+    """Run by :func:`exit_code` in another process, in one thread."""
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(None, force=True)  # of loaders: as in a new process
+    multiprocessing.set_start_method(None, force=True)  # of loaders; it would stay forkserver
     sys.argv = ["sj-taid", *arguments]
     cli.main()
 
@@ -85,7 +85,8 @@ def exit_code(*arguments):
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=command_line, args=arguments)
     process.start()
-    process.join()
+    process.join(300)
+    assert not process.is_alive(), f"it hangs, pid {process.pid}: {arguments}"
     return process.exitcode
 
 

@@ -57,6 +57,9 @@ def test_what_there_is_to_say(sj_taid, tmp_path, capsys):
     said = capsys.readouterr().out
     for name, command in (cli.COMPOSED | cli.OTHERS).items():
         assert re.search(rf"^  {name} +{re.escape(command.__doc__)}$", said, re.M)
+    with pytest.raises(SystemExit, match="0"):
+        sj_taid("train", "--help")
+    assert "--dry-run" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         sj_taid("doctor")
     assert ended.value.code == 0 and "backend torch: works" in capsys.readouterr().out

@@ -57,7 +57,8 @@ def subclasses(cls):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs(small, made_up, tmp_path, name):
     cfg = small(name)
-    cfg.pictures = name.endswith(results_page.SMALL_BUDGET)  # of each data set, and no more
+    # They take most of the time: here those of each data set and of our best.
+    cfg.pictures = name.endswith((results_page.SMALL_BUDGET, "_sharp"))
     metrics = train(cfg, tmp_path, command=f"python experiments/train.py experiment={name}")
     assert metrics[cfg.objective] >= 0 and metrics["epochs"] == 1
     assert {cfg.objective, *metrics.get("protocol", {})} <= quantities.METRICS.keys()

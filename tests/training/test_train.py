@@ -16,7 +16,14 @@ from sj_taid.training import commands, run
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose, instantiate
 from sj_taid.training.generation import Generation
-from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, TINY_VAE, script
+from tests.training.conftest import (
+    CONF,
+    TINY,
+    TINY_AUTOENCODING,
+    TINY_VAE,
+    exit_code,
+    script,
+)
 
 PICTURES = (
     "samples.png",
@@ -190,11 +197,13 @@ class Stop(L.Callback):
 
 
 def test_a_half_done_run_goes_on_in_its_folder_with_its_choices(
-    tiny, sj_taid, tmp_path, cache, capsys
+    tiny, sj_taid, tmp_path, cache, capsys, monkeypatch
 ):
     start = ["neuron=lif", "neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
     whole = train(tiny(*start), tmp_path / "whole")
     place = tmp_path / "sweep"
+    place.mkdir()
+    monkeypatch.chdir(place)
     there = run.Run(place / "neuron=lif,seed=0")  # as a sweep names it
     with pytest.raises(SystemExit, match="stopped"):
         sj_taid(
@@ -205,7 +214,7 @@ def test_a_half_done_run_goes_on_in_its_folder_with_its_choices(
     assert half["epoch"] == 1 and not (there.folder / run.METRICS).exists()
 
     again = ["train", f"resume={there.folder}"]
-    sj_taid(*again, "trainer.max_epochs=4")
+    assert exit_code(*again, "trainer.max_epochs=4") == 0
     metrics = there.metrics
     assert metrics["fad_untrained"] == whole["fad_untrained"]
     assert metrics["epochs"] == 4 and metrics["choices"]["neuron"] == "lif"
