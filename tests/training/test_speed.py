@@ -16,6 +16,7 @@ from tests.training.conftest import TINY, TINY_CLASSIFICATION, script
 TASKS = {"generation": TINY, "classification": TINY_CLASSIFICATION}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same_and_saves_the_same(tiny, tmp_path):
     eager = train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path / "eager")
     options = [*TINY_CLASSIFICATION, "compile={backend:eager}"]

@@ -39,7 +39,9 @@ def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(tmp_path, cache):
+def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(
+    tmp_path, cache, monkeypatch
+):
     folder = tmp_path / "run"
     command = script(
         "train.py", *TINY, "pictures=true", f"hydra.run.dir={folder}", f"cache_dir={cache}"
@@ -56,14 +58,8 @@ def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(tmp_pa
     assert OmegaConf.load(folder / run.CONFIG).model.neuron.init_tau == pytest.approx(4 / 3)
     assert list((folder / "tensorboard").glob("events*"))
 
-    again = subprocess.run(
-        script("sample.py", f"checkpoint={folder}", "n=6", "seed=3"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert again.returncode == 0, again.stderr
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("sample", f"checkpoint={folder}", "n=6", "seed=3") == 0
     assert mpimg.imread(folder / "samples-seed3.png").std() > 0
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
 
