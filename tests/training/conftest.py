@@ -86,7 +86,9 @@ def exit_code(*arguments):
     process = context.Process(target=command_line, args=arguments)
     process.start()
     process.join(300)
-    assert not process.is_alive(), f"it hangs, pid {process.pid}: {arguments}"
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"it hangs: {arguments}")
     return process.exitcode
 
 
