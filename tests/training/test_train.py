@@ -39,9 +39,7 @@ def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(
-    tmp_path, cache, monkeypatch
-):
+def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(tmp_path, cache):
     folder = tmp_path / "run"
     command = script(
         "train.py", *TINY, "pictures=true", f"hydra.run.dir={folder}", f"cache_dir={cache}"
@@ -58,8 +56,14 @@ def test_a_run_from_the_command_line_leaves_everything_and_can_be_sampled(
     assert OmegaConf.load(folder / run.CONFIG).model.neuron.init_tau == pytest.approx(4 / 3)
     assert list((folder / "tensorboard").glob("events*"))
 
-    monkeypatch.chdir(tmp_path)
-    assert exit_code("sample", f"checkpoint={folder}", "n=6", "seed=3") == 0
+    again = subprocess.run(
+        script("sample.py", f"checkpoint={folder}", "n=6", "seed=3"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
     assert mpimg.imread(folder / "samples-seed3.png").std() > 0
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
 
