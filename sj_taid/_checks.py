@@ -1,5 +1,6 @@
 """What public functions ask of their arguments."""
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,6 +24,11 @@ def is_number(value: Any) -> bool:
 def is_whole(value: Any) -> bool:
     """Whether it is a whole number, numpy's too."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def are_two_numbers(values: Any) -> bool:
+    """Whether it is a pair of them."""
+    return isinstance(values, Sequence) and len(values) == 2 and all(map(is_number, values))
 
 
 def check_sizes(**sizes: Any) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_count
-from .block import encoder_widths, evaluating, halved
+from .._checks import check_count, check_sizes, check_weights
+from .block import check_images, encoder_widths, evaluating, halved
 
 
 class AutoencoderOutput(NamedTuple):
@@ -40,6 +40,7 @@ class _Convolutional(nn.Module):
         latent_channels: int,
     ) -> None:
         super().__init__()
+        check_sizes(in_channels=in_channels, latent_channels=latent_channels)
         widths = encoder_widths(hidden_channels, image_size)
         side = halved(image_size, widths)
         flat = widths[-1] * side * side
@@ -66,6 +67,7 @@ class _Convolutional(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """The code ``[N, code_vectors * latent]`` of ``image`` ``[N, C, H, W]`` in [-1, 1]."""
+        check_images(self, image)
         return self.encoder(image)
 
     def decode(self, code: Tensor) -> Tensor:
@@ -84,6 +86,9 @@ class Autoencoder(_Convolutional):
         image_size: height and width, divisible by two once for each hidden width.
         hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels are left.
         latent_channels: width of the code.
+
+    Raises:
+        ValueError: sizes that do not fit, or images of another shape.
 
     Source: the evaluation of Kamata et al. 2022, arXiv 2110.00375 (latent 64 for MNIST and
     FashionMNIST, 128 for CIFAR10 and CelebA).
@@ -118,6 +123,9 @@ class VAE(_Convolutional):
         in_channels, image_size, hidden_channels, latent_channels: those of :class:`Autoencoder`.
         kl_weight: :math:`\beta`.
 
+    Raises:
+        ValueError: sizes that do not fit, images of another shape, or a weight below 0.
+
     Source: D. P. Kingma and M. Welling 2014, arXiv 1312.6114; the shape and the role from Kamata et
     al. 2022, arXiv 2110.00375, Table 1.
 
@@ -139,6 +147,7 @@ class VAE(_Convolutional):
     ) -> None:
         super().__init__(in_channels, image_size, hidden_channels, latent_channels)
         self.kl_weight = 2 / (in_channels * image_size**2) if kl_weight is None else kl_weight
+        check_weights(kl_weight=self.kl_weight)
 
     def forward(self, image: Tensor) -> VAEOutput:
         """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1] from a draw of its code."""

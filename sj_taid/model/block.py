@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, layer
-from torch import nn
+from torch import Tensor, nn
+
+from .._checks import check_sizes, is_whole
 
 Neuron = Callable[..., nn.Module]
 """Makes one SpikingJelly neuron in step mode ``"m"`` each time it is called."""
@@ -20,8 +22,10 @@ def encoder_widths(hidden_channels: int | Sequence[int], image_size: int) -> tup
     >>> encoder_widths(32, 64), encoder_widths(16, 28), encoder_widths([8, 8], 64)
     ((32, 64, 128, 256, 512), (16, 32), (8, 8))
     """
-    if not isinstance(hidden_channels, int):
+    if isinstance(hidden_channels, Sequence):
+        check_widths("hidden_channels", hidden_channels)
         return tuple(hidden_channels)
+    check_sizes(hidden_channels=hidden_channels)
     widths = [hidden_channels]
     while image_size > 4 and image_size % 4 == 0:
         widths.append(2 * widths[-1])
@@ -42,6 +46,25 @@ def halved(image_size: int, widths: tuple[int, ...]) -> int:
             f"hidden_channels={widths}; choose a multiple of {2 ** len(widths)}"
         )
     return side
+
+
+def check_widths(name: str, widths: Any) -> None:
+    """An error for what is no sequence of numbers of channels."""
+    if not isinstance(widths, Sequence) or not all(is_whole(width) for width in widths):
+        raise ValueError(
+            f"{name} must be numbers of channels, such as [32, 64], but it is {widths!r}"
+        )
+    check_sizes(**{f"{name}[{i}]": width for i, width in enumerate(widths)})
+
+
+def check_images(model: Any, image: Tensor) -> None:
+    """An error for what is not images ``[N, C, H, W]`` of the model's size."""
+    expected = (model.in_channels, model.image_size, model.image_size)
+    if image.dim() != 4 or image.shape[1:] != expected:
+        raise ValueError(
+            f"{type(model).__name__} expects images [N, {', '.join(map(str, expected))}], "
+            f"but got {list(image.shape)}"
+        )
 
 
 def reset(*nets: nn.Module) -> None:

@@ -6,10 +6,10 @@ from functools import partial
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
-from .._checks import check_sizes
+from .._checks import are_two_numbers, check_sizes, is_whole
 from ..neuron import ALIFNode
 from ..norm import fuse_norm
-from .block import Neuron, made, reset
+from .block import Neuron, check_widths, made, reset
 
 #: ALIF as the paper's classifiers start it.
 paper_neuron = partial(
@@ -84,23 +84,25 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(T=T, hidden=hidden, neurons_per_class=neurons_per_class)
-        if not isinstance(classes, int) or classes < 2:
+        if not is_whole(classes) or classes < 2:
             raise ValueError(
                 f"classes must be an integer >= 2, but it is {classes!r}; "
                 "a data set without labels cannot be classified"
             )
-        if not stages or not all(stages):
+        if not isinstance(stages, Sequence) or not stages or not all(stages):
             raise ValueError(
                 "stages must hold the widths of at least one stage, each of at least one "
                 f"convolution, such as [[128], [128]], but it is {stages!r}"
             )
+        for i, widths in enumerate(stages):
+            check_widths(f"stages[{i}]", widths)
         side = image_size // 2 ** len(stages)
         if side < 1:
             raise ValueError(
                 f"image_size={image_size} cannot be pooled {len(stages)} times, once after each "
                 f"of stages={stages!r}; at least {2 ** len(stages)} is needed"
             )
-        if len(dropout) != 2 or not all(0 <= p < 1 for p in dropout):
+        if not are_two_numbers(dropout) or not all(0 <= p < 1 for p in dropout):
             raise ValueError(f"dropout must be two probabilities in [0, 1), but it is {dropout!r}")
         self.in_channels = in_channels
         self.image_size = image_size

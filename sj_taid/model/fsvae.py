@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_sizes
+from .._checks import are_two_numbers, check_sizes
 from .block import Neuron
 from .latent import LATENT_LOSSES, Posterior, Prior
 from .spiking_vae import SpikingVAE
@@ -29,7 +29,7 @@ class FSVAE(SpikingVAE):
         presampling: see :class:`~sj_taid.model.latent.Posterior`.
         latent_loss: the distance of posterior and prior, ``"mmd"`` or ``"kl"``.
         own_sample_probability: the prior's scheduled sampling at the start and at the end of
-            training.
+            training, two probabilities. The first steps are never replaced: below T = 7 none is.
         args: and ``kwargs``: those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Raises:
@@ -58,6 +58,11 @@ class FSVAE(SpikingVAE):
                 f"latent_loss must be one of {', '.join(LATENT_LOSSES)}, but it is {latent_loss!r}"
             )
         check_sizes(k=k)
+        both = own_sample_probability
+        if not are_two_numbers(both) or not all(0 <= p <= 1 for p in both):
+            raise ValueError(
+                f"own_sample_probability must be two probabilities in [0, 1], but it is {both!r}"
+            )
         self.k = k
         self.presampling = presampling
         self.latent_loss = latent_loss

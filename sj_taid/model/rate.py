@@ -21,6 +21,11 @@ COVARIANCES = ("full", "tied", "diag", "spherical")
 
 def check_rates(rate: Tensor) -> None:
     if not ((rate >= 0) & (rate <= 1)).all():
+        if rate.isnan().any():
+            raise ValueError(
+                "a rate is a probability in [0, 1], but some of these are NaN; has the training of "
+                "the model that gave them diverged? go on from an earlier checkpoint"
+            )
         raise ValueError(
             f"a rate is a probability in [0, 1], but these lie in [{rate.min().item():.4g}, "
             f"{rate.max().item():.4g}]; clamp them: rate.clamp(0, 1)"
@@ -72,7 +77,7 @@ def rbf_mmd(x: Tensor, y: Tensor) -> Tensor:
         \mathrm{mean}\,k(x, x) + \mathrm{mean}\,k(y, y) - 2\,\mathrm{mean}\,k(x, y)
 
     The biased estimate: a point counts as its own neighbour. The bandwidth is a constant of the
-    gradient.
+    gradient. Computed in float32 at least: in half precision the sums of distances overflow.
 
     Raises:
         ValueError: samples of different shapes, or of one point.
@@ -95,11 +100,13 @@ def rbf_mmd(x: Tensor, y: Tensor) -> Tensor:
             "dataset.batch_size"
         )
     both = torch.cat([x, y])
+    if both.dtype.itemsize < 4:
+        both = both.float()
     distance = (both.unsqueeze(0) - both.unsqueeze(1)).square().sum(2)
     bandwidth = distance.detach().sum() / (2 * n * (2 * n - 1)) / 4
     # All points equal: any bandwidth gives the distance 0.
     bandwidth = bandwidth.clamp(min=torch.finfo(bandwidth.dtype).tiny * 1e6)
-    scales = bandwidth * 2.0 ** torch.arange(5, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+    scales = bandwidth * 2.0 ** torch.arange(5, dtype=both.dtype, device=x.device).view(-1, 1, 1)
     kernel = torch.exp(-distance / scales).sum(0)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
@@ -181,7 +188,12 @@ class GaussianMixturePrior(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        return not self.weights.isnan().any()
+        return not (self.weights.isnan().any() or self.cumulative.isnan().any())
+
+    def forget(self) -> None:
+        """Be as before :meth:`fit`."""
+        for buffer in self.buffers():
+            buffer.fill_(float("nan"))
 
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the mixture to ``rates`` ``[n, d]`` by expectation maximisation.

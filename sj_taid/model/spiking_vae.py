@@ -15,6 +15,7 @@ from ..neuron import ALIFNode
 from ..norm import fuse_norm
 from .block import (
     Neuron,
+    check_images,
     conv_block,
     conv_transpose_block,
     encoder_widths,
@@ -62,7 +63,7 @@ class SpikingVAE(nn.Module):
         fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
         subpixel: in place of the block at full resolution and the last convolution, a convolution
             at half of it whose channels are the four pixels of each place (Shi et al. 2016,
-            arXiv 1609.05158). At 32x32 this saves more than half of the work.
+            arXiv 1609.05158). At 32x32 a training step takes a third less time.
         gradient_weight: of the mean absolute error of differences of neighbouring pixels, beside
             the squared error: images become sharper (Mathieu et al. 2016, arXiv 1511.05440, with
             signed differences).
@@ -132,12 +133,7 @@ class SpikingVAE(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """The encoder's spikes ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
-        expected = (self.in_channels, self.image_size, self.image_size)
-        if image.dim() != 4 or image.shape[1:] != expected:
-            raise ValueError(
-                f"{type(self).__name__} expects images [N, {', '.join(map(str, expected))}], "
-                f"but got {list(image.shape)}"
-            )
+        check_images(self, image)
         # The image is the same at every step, so its first convolution and norm are too.
         x_seq = self.stem(image.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
         reset(self.encoder, self.to_latent)

@@ -64,6 +64,10 @@ REBUILT = ("dataset", "model", "task", "metric")
 KEPT = (
     "dataset._target_",
     "dataset.name",
+    # Who chooses the images to train on: others would bring some of them into the validation set.
+    "dataset.limit",
+    "dataset.validation",
+    "dataset.seed",
     "task._target_",
     # The checkpoint brings the state of these, in which the old values would go on unseen.
     "optimizer",
@@ -142,9 +146,6 @@ def train(
             "which would keep other weights than are measured; take WeightAveraging or "
             "EMAWeightAveraging of lightning.pytorch.callbacks"
         )
-    first = is_first_process()
-    if first:  # not before all is well: what is refused leaves the run that is there as it was
-        run.save_config(cfg, repeated)
     data.prepare_data()
     data.setup()
     rate = cfg.neuron_start.get("calibrate")
@@ -154,6 +155,9 @@ def train(
         if not resume:
             log.info("%s", report)
     before = task.before_training(data, evaluator)
+    first = is_first_process()
+    if first:  # not before all is well: what is refused leaves the run that is there as it was
+        run.begin(cfg, repeated)
     if options is not None:
         torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit
         model.compile(**options)  # in place, so that the keys of its checkpoints stay as they are
@@ -305,8 +309,8 @@ def train_once(cfg: DictConfig) -> float | None:
 
 
 def _how_to_go_on(run: Run) -> str:
-    if not run.checkpoint.is_file():
-        return "Give the same command again, since no epoch was whole."
+    if not run.checkpoint.is_file() or run.is_finished:  # before this command, or not at all
+        return "Give the same command again, since no epoch of it was whole."
     return f"Go on with: sj-taid train resume={shlex.quote(str(run.folder))}"
 
 

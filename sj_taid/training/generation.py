@@ -72,6 +72,10 @@ class Generation(Autoencoding):
             untrained = evaluator.evaluate_samples(self.model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
+    def on_train_start(self) -> None:
+        if isinstance(self.model, ESVAE):  # a longer run's is not that of the shorter before it
+            self.model.gaussian_mixture.forget()
+
     def on_last_epoch_end(self, data: ImageData, kept: Generation) -> None:
         if isinstance(self.model, ESVAE):
             with seeded(0):  # a run that goes on to more epochs draws what it would have drawn

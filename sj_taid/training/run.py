@@ -147,6 +147,11 @@ class Run:
             with atomic_write(self.folder / OVERRIDES) as path:
                 OmegaConf.save(OmegaConf.create([*overrides]), path)
 
+    def begin(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
+        """Keep what the run is started with; one that was finished and is to go on no longer is."""
+        (self.folder / METRICS).unlink(missing_ok=True)
+        self.save_config(cfg, overrides)
+
     @property
     def is_finished(self) -> bool:
         return (self.folder / METRICS).is_file()

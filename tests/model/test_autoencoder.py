@@ -79,3 +79,14 @@ def test_vae_samples_in_eval_mode_and_leaves_the_modes():
 def test_bad_size(kind):
     with pytest.raises(ValueError, match="image_size=12 cannot be halved 3 times"):
         kind(1, 12, (4, 4, 4), 2)
+    with pytest.raises(ValueError, match="latent_channels must be an integer >= 1, but it is 0"):
+        kind(**SMALL | {"latent_channels": 0})
+    with pytest.raises(
+        ValueError, match=r"expects images \[N, 1, 8, 8\], but got \[2, 1, 16, 16\]"
+    ):
+        kind(**SMALL)(torch.zeros(2, 1, 16, 16))
+
+
+def test_bad_weight_of_the_divergence():
+    with pytest.raises(ValueError, match="kl_weight must be a number >= 0, but it is -1"):
+        VAE(**SMALL, kl_weight=-1)

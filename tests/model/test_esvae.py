@@ -2,11 +2,12 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from sj_taid import TAID, FixedDecoder
-from sj_taid.model import ESVAE
+from sj_taid.model import ESVAE, Classifier
 from sj_taid.model.rate import rbf_mmd
 from tests.model.conftest import (
     assert_every_parameter_learns,
@@ -150,6 +151,10 @@ def test_batches_that_a_mixture_is_not_fitted_to(batches, error, message):
     [
         ({"latent_channels": 0}, "latent_channels must be an integer >= 1, but it is 0"),
         ({"in_channels": 1.0}, "in_channels must be an integer >= 1, but it is 1.0"),
+        ({"hidden_channels": (0, 4)}, r"hidden_channels\[0\] must be an integer >= 1, but it is 0"),
+        ({"hidden_channels": 0}, "hidden_channels must be an integer >= 1, but it is 0"),
+        ({"hidden_channels": 4.5}, "hidden_channels must be an integer >= 1, but it is 4.5"),
+        ({"hidden_channels": (4, 4.5)}, "hidden_channels must be numbers of channels"),
         ({"T": True}, "T must be an integer >= 1, but it is True"),
         ({"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
         ({"gradient_weight": float("nan")}, "gradient_weight must be a number >= 0, but it is nan"),
@@ -163,6 +168,12 @@ def test_batches_that_a_mixture_is_not_fitted_to(batches, error, message):
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         ESVAE(**{**SMALL, **options})
+
+
+def test_takes_numpys_whole_numbers():
+    model = ESVAE(**{**SMALL, "hidden_channels": np.int64(4), "T": np.int64(6)})
+    assert model.sample(2).shape == (2, 1, 8, 8)
+    assert Classifier(classes=np.int64(3), stages=[[np.int64(4)]], hidden=8).classes == 3
 
 
 def test_images_of_another_shape():

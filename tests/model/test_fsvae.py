@@ -166,6 +166,9 @@ def test_learns_to_reconstruct():
         ({"image_size": 8, "hidden_channels": ()}, "cannot be halved 0 times"),
         ({"T": 4, "decoder": TAID(8)}, "the image decoder was made for T=8, the model for T=4"),
         ({"k": 0}, "k must be an integer >= 1, but it is 0"),
+        ({"own_sample_probability": (10, 30)}, r"must be two probabilities in \[0, 1\], but it is"),
+        ({"own_sample_probability": (0.1,)}, "must be two probabilities"),
+        ({"own_sample_probability": 0.1}, "must be two probabilities"),
         ({"neuron": ALIFNode}, "neurons in step mode 'm', but ALIFNode is in 's'"),
     ],
 )

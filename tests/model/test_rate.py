@@ -37,10 +37,15 @@ def test_a_rate_is_the_probability_of_a_spike_at_every_step():
     assert torch.allclose(spikes.mean(1), rate[0].expand(4, 5), atol=0.015)
 
 
-@pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("wrong", [-0.1, 1.1])
 def test_a_rate_outside_0_and_1_is_an_error(wrong):
     with pytest.raises(ValueError, match=r"probability in \[0, 1\].*clamp"):
         spikes_from_rate(torch.tensor([[0.5, wrong]]), T=2)
+
+
+def test_rates_of_what_has_diverged_are_not_to_be_clamped():
+    with pytest.raises(ValueError, match=r"NaN; has the training .* diverged"):
+        spikes_from_rate(torch.tensor([[0.5, float("nan")]]), T=2)
 
 
 def test_mmd_equals_its_closed_form():
@@ -74,6 +79,19 @@ def test_mmd_of_equal_points_is_zero_with_a_finite_gradient():
     mmd = rbf_mmd(x, torch.full((3, 2), 0.5))
     mmd.backward()
     assert mmd.item() == 0 and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mmd_of_half_precision_is_that_of_the_same_numbers_in_float32(dtype):
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 250, 64).to(dtype)
+    found, expected = x.clone().requires_grad_(), x.float().requires_grad_()
+    mmd = rbf_mmd(found, y)
+    mmd.backward()
+    reference = rbf_mmd(expected, y.float())
+    reference.backward()
+    assert mmd > 0.01 and torch.equal(mmd, reference)
+    assert torch.equal(found.grad, expected.grad.to(dtype)) and found.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize(
@@ -168,6 +186,16 @@ def test_a_mixture_travels_in_the_state_dict(tmp_path):
     assert torch.equal(other(500), drawn) and other(0).shape == (0, 2)
     other.fit(torch.rand(100, 2).round())  # as it was made
     assert len(other.weights) == len(other.means) == len(other.cholesky) == other.components == 5
+    other.forget()
+    assert not other.fitted
+
+
+def test_a_mixture_of_other_rates_is_not_taken_for_a_fitted_one():
+    fitted, other = (GaussianMixturePrior(2, components=3, levels=levels) for levels in (8, 16))
+    fitted.fit(torch.rand(100, 2).round())
+    with pytest.raises(RuntimeError, match="cumulative"):
+        other.load_state_dict(fitted.state_dict())
+    assert not other.fitted
 
 
 def test_a_fit_that_has_not_converged_says_so_in_a_line(caplog):

@@ -187,7 +187,7 @@ class CtrlC(L.Callback):
 @pytest.mark.parametrize(
     ("epoch", "message"),
     [
-        (0, "Interrupted. Give the same command again, since no epoch"),
+        (0, "Interrupted. Give the same command again, since no epoch of it was whole"),
         (1, "train resume={folder}$"),
     ],
 )
@@ -203,7 +203,7 @@ def test_resume_repeats_where_ones_own_choices_lie(train, sj_taid, tmp_path):
     own.mkdir(parents=True)
     stop = f"progress_bar:\n  _target_: {__name__}.CtrlC\n  epoch: "  # which is no choice
     (own / "mine.yaml").write_text(f"{stop}0\n")
-    with pytest.raises(SystemExit, match="since no epoch was whole"):
+    with pytest.raises(SystemExit, match="since no epoch of it was whole"):
         train("callbacks=mine", "--config-dir", str(own.parent), "trainer.max_epochs=2")
     for epoch, whole in ((1, 1), (2, 2)):  # from the start, and from the first epoch
         (own / "mine.yaml").write_text(f"{stop}{epoch}\n")

@@ -1,5 +1,6 @@
 """ESVAE's priors in a run: fitted at the end of training or later, measured and sampled."""
 
+import lightning as L
 import pytest
 import torch
 
@@ -171,6 +172,37 @@ def test_with_averaged_weights_the_mixture_is_fitted_to_their_rates(tiny, tmp_pa
     assert torch.equal(load_model(tmp_path).gaussian_mixture.cumulative, within)
     commands.fit_prior(compose("fit_prior", [f"checkpoint={tmp_path}", "components=3"]))
     assert train(tiny(*chosen, "trainer.max_epochs=3", tiny=False), tmp_path)["epochs"] == 3
+
+
+class Stop(L.Callback):
+    """Ends a run of four epochs in its third."""
+
+    def on_train_epoch_start(self, trainer, task):
+        if trainer.max_epochs == 4 and trainer.current_epoch == 2:
+            raise SystemExit("stopped")
+
+
+def test_a_finished_run_that_goes_on_is_half_done_until_it_ends(folder, cache, sj_taid, capsys):
+    there = Run(folder)
+    shorter, config = there.metrics, there.config
+    there.save_config(config, [*TINY_ESVAE, f"cache_dir={cache}"])  # as the command line does
+    longer = ["train", f"resume={folder}", "trainer.max_epochs=4"]
+    with pytest.raises(SystemExit):
+        sj_taid(*longer, "dataset.validation=0.5")
+    assert "another dataset.validation (None, now 0.5)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sj_taid(*longer, "neuron_start.calibrate=2")
+    assert "rate must be" in capsys.readouterr().err
+    assert there.metrics == shorter and there.config == config
+
+    with pytest.raises(SystemExit, match="stopped"):
+        sj_taid(*longer, f"+callbacks.stop._target_={__name__}.Stop")
+    assert not there.is_finished and there.config.trainer.max_epochs == 4
+    assert not load_model(folder).gaussian_mixture.fitted  # that of the first epoch's encoder
+    sj_taid("train", "--dry-run", *longer[1:])
+    assert "jobs: 1 half done" in capsys.readouterr().out
+    sj_taid(*longer[:-1], "trainer.max_epochs=3")
+    assert there.metrics["epochs"] == 3 and load_model(folder).gaussian_mixture.fitted
 
 
 def test_weights_that_are_averaged_after_the_last_checkpoint_are_refused(tiny, tmp_path):
