@@ -1,6 +1,7 @@
 """The command line, ``sj-taid``: Hydra composes a config, and ``commands`` does the rest.
 
-What is heavy is imported by the command that needs it, so that a typo is reported at once.
+Lightning and what measures and draws are imported by the command that needs them, so that a typo is
+reported before.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def main(command: str | None = None) -> None:
         if place and "=" not in place and Path(place).exists():
             key = "resume" if command == "train" else "checkpoint"
             sys.exit(f"{place} is a place: give {key}={place}")
+        refuse_null_choices(arguments)
         arguments = [quoted_place(argument) for argument in arguments]
         try:
             arguments = resuming(arguments) if command == "train" else arguments
@@ -163,10 +165,18 @@ def usage() -> str:
 def quoted_place(argument: str) -> str:
     """A place as the shell gives it, for Hydra's grammar, which takes no ``~``, ``=`` or ``,``."""
     key, _, value = argument.partition("=")
-    if key not in ("checkpoint", "resume") and value[:1] != "~":
+    if (key not in ("checkpoint", "resume") or value == "null") and value[:1] != "~":
         return argument
     place = Path(value.strip("'\"")).expanduser()
     return "{}='{}'".format(key, str(place).replace("'", "\\'"))
+
+
+def refuse_null_choices(arguments: Sequence[str]) -> None:
+    """An error for ``metric=null``: Hydra chooses none of a group in another way."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if value.lower() == "null" and Path(composing.CONF, key).is_dir():
+            sys.exit(f"{argument} names no choice of {key}: write ~{key} for none")
 
 
 def own_configs_first(arguments: list[str]) -> list[str]:
@@ -195,7 +205,7 @@ def resuming(arguments: list[str]) -> list[str]:
     Raises:
         FileNotFoundError: no run there, or the note of the command line is gone.
     """
-    named = [argument for argument in arguments if argument.startswith("resume=")]
+    named = [a for a in arguments if a.startswith("resume=") and a != "resume=null"]
     if not named:
         return arguments
     place = Path(named[-1].removeprefix("resume=").strip("'").replace("\\'", "'"))

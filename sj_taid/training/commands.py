@@ -104,6 +104,7 @@ def train(
     origin |= provenance()
     options = _compile_options(cfg.compile)
     _check_whole(cfg, 0, "trainer.max_epochs", "seed")
+    _check_for_classifier(cfg)
     count_classes(cfg)
     for part in REBUILT:  # or what is trained could not be loaded
         if cfg.get(part):
@@ -229,6 +230,16 @@ def _check_whole(cfg: DictConfig, least: int, *keys: str) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{key} must be a whole number from {least}, but it is {value!r}")
+
+
+def _check_for_classifier(cfg: DictConfig) -> None:
+    """An error for what only a classifier takes, where the task is another."""
+    for key, choices in {"loss": "loss=", "model.per_channel": "neuron=alif_channel"}.items():
+        if OmegaConf.select(cfg, key) and "loss" not in cfg.task:
+            raise ValueError(
+                f"{key}, which {choices} sets, is for a classifier; add task=classification, or "
+                "leave that choice out"
+            )
 
 
 def _tester(cfg: DictConfig, **options: Any) -> L.Trainer:

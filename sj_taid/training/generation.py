@@ -62,7 +62,7 @@ class Generation(Autoencoding):
     def before_training(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, Any]:
         if evaluator is None:
             raise ValueError(
-                "task=generation measures its samples, but metric is null; choose one of "
+                "task=generation measures its samples, but there is no metric; choose one of "
                 "conf/metric, or task=autoencoding, which draws no samples"
             )
         if data.validation_set is not None:  # what its metric lacks shows now

@@ -1,6 +1,6 @@
 """A run and its folder: what is written there, and how a checkpoint becomes a model again.
 
-torch and Lightning are imported where they are needed: the command line uses this before them.
+Lightning is imported where it is needed: the command line uses this before it.
 """
 
 from __future__ import annotations

@@ -82,6 +82,14 @@ def test_what_cannot_be_composed_is_said_in_lines(sj_taid, tmp_path, monkeypatch
     assert "Did you mean: 'neuron'?" in said and "Traceback" not in said
 
 
+def test_none_of_a_group_is_chosen_with_a_tilde(sj_taid, capsys):
+    with pytest.raises(SystemExit, match=r"metric=null names no choice .* write ~metric for none"):
+        sj_taid("train", "metric=null")
+    sj_taid("train", "~metric", "resume=null", "task.scheduler=null", "--cfg", "job")
+    composed = OmegaConf.create(capsys.readouterr().out)
+    assert "metric" not in composed and composed.resume is None
+
+
 def test_a_place_without_its_key_is_named_with_it(sj_taid, tmp_path):
     for command, key in (("train", "resume"), ("sample", "checkpoint")):
         with pytest.raises(SystemExit, match=f"is a place: give {key}={re.escape(str(tmp_path))}"):

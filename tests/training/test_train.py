@@ -96,6 +96,13 @@ def test_a_task_refuses_a_model_of_another(tmp_path, task, lacks):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("choice", ["loss=tet", "loss=mse", "neuron=alif_channel"])
+def test_what_is_for_classifiers_is_refused_elsewhere(tiny, tmp_path, choice):
+    with pytest.raises(ValueError, match=r"is for a classifier; add task=classification"):
+        train(tiny(choice), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_scheduler_as_the_documentation_gives_it(tiny, tmp_path):
     documented = (CONF.parent / "docs" / "experiments.md").read_text()
     (override,) = re.findall(r"`'(task\.scheduler=.*?)'`", documented)
