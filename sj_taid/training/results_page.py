@@ -45,10 +45,10 @@ def tables(root: Path) -> dict[str, str]:
 
 
 def decoders(runs: Mapping[str, Sequence[Metrics]]) -> str:
-    """What TAID changes in ESVAE, in % of the fixed decoder's mean over seeds."""
+    """What TAID changes, in % of the fixed decoder's mean over seeds."""
     figures = ["reconstruction", "fad_published"]
     rows = []
-    for budget in ("esvae_cpu", "esvae_sharp"):
+    for budget in ("esvae_cpu", "esvae_sharp", "fsvae_sharp"):
         names = [f"{dataset}_{budget}" for dataset in ("mnist", "fashion_mnist")]
         ours = chosen_alone(chain(*(runs[name] for name in names)), "decoder")
         if "fixed" not in {metrics["choices"]["decoder"] for metrics in ours}:
