@@ -182,7 +182,7 @@ class Stop(L.Callback):
             raise SystemExit("stopped")
 
 
-def test_a_finished_run_that_goes_on_is_half_done_until_it_ends(folder, cache, sj_taid, capsys):
+def test_a_finished_run_that_goes_on_is_unfinished_until_it_ends(folder, cache, sj_taid, capsys):
     there = Run(folder)
     shorter, config = there.metrics, there.config
     there.save_config(config, [*TINY_ESVAE, f"cache_dir={cache}"])  # as the command line does
