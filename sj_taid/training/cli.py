@@ -124,7 +124,8 @@ def main(command: str | None = None) -> None:
             key = "resume" if command == "train" else "checkpoint"
             sys.exit(f"{place} is a place: give {key}={place}")
         refuse_null_choices(arguments)
-        arguments = [quoted_place(argument) for argument in arguments]
+        # resume=null is what it is without: not a place.
+        arguments = [quoted_place(a) for a in arguments if a != "resume=null"]
         try:
             arguments = resuming(arguments) if command == "train" else arguments
         except FileNotFoundError as error:
@@ -165,7 +166,7 @@ def usage() -> str:
 def quoted_place(argument: str) -> str:
     """A place as the shell gives it, for Hydra's grammar, which takes no ``~``, ``=`` or ``,``."""
     key, _, value = argument.partition("=")
-    if (key not in ("checkpoint", "resume") or value == "null") and value[:1] != "~":
+    if key not in ("checkpoint", "resume") and value[:1] != "~":
         return argument
     place = Path(value.strip("'\"")).expanduser()
     return "{}='{}'".format(key, str(place).replace("'", "\\'"))
@@ -205,7 +206,7 @@ def resuming(arguments: list[str]) -> list[str]:
     Raises:
         FileNotFoundError: no run there, or the note of the command line is gone.
     """
-    named = [a for a in arguments if a.startswith("resume=") and a != "resume=null"]
+    named = [argument for argument in arguments if argument.startswith("resume=")]
     if not named:
         return arguments
     place = Path(named[-1].removeprefix("resume=").strip("'").replace("\\'", "'"))

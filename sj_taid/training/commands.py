@@ -320,7 +320,7 @@ def train_once(cfg: DictConfig) -> float | None:
 
 
 def _how_to_go_on(run: Run) -> str:
-    if not run.checkpoint.is_file() or run.is_finished:  # before this command, or not at all
+    if not run.checkpoint.is_file() or run.is_finished:  # by a command before this one
         return "Give the same command again, since no epoch of it was whole."
     return f"Go on with: sj-taid train resume={shlex.quote(str(run.folder))}"
 
