@@ -49,12 +49,15 @@ def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str
             if config.parent.name == ".hydra" or config.resolve() in seen:  # Hydra's own copy
                 continue
             seen.add(config.resolve())
+            here = run.Run(config.parent)
             try:
-                finished[config.parent] = read(config.parent / run.METRICS)
-            except FileNotFoundError:
-                left_out[config.parent] = "unfinished"
-            except ValueError as error:
-                left_out[config.parent] = str(error)
+                if not here.is_finished:
+                    left_out[here.folder] = "unfinished"
+                    continue
+                here.config  # noqa: B018 - what reads the runs relies on it
+                finished[here.folder] = read(here.folder / run.METRICS)
+            except (OSError, ValueError) as error:
+                left_out[here.folder] = str(error)
     if not finished and not left_out:
         raise FileNotFoundError(
             f"no run below {', '.join(map(str, folders))}: a run's folder holds {run.CONFIG}"

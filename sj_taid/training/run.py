@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from .composing import instantiate, targets
 from .files import atomic_write, remove_left, unwritable
@@ -120,6 +122,7 @@ class Run:
 
         Raises:
             FileNotFoundError: there is none.
+            ValueError: the file is damaged.
         """
         path = self.folder / CONFIG
         if not path.is_file():
@@ -130,7 +133,13 @@ class Run:
         text = path.read_text(encoding="utf-8")
         for old, new in MOVED.items():
             text = text.replace(f"_target_: {old}.", f"_target_: {new}.")
-        config = cast(DictConfig, OmegaConf.create(text))
+        try:
+            config = OmegaConf.create(text)
+        except (YAMLError, OmegaConfBaseException) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{CONFIG} is damaged: {reason}") from error
+        if not isinstance(config, DictConfig):
+            raise ValueError(f"{CONFIG} is damaged: it holds no keys and values")
         config.pop("published", None)  # papers' figures stood in the configs once
         return config
 

@@ -1,6 +1,7 @@
 """The metrics of runs: gathered, compared, kept, and filled into RESULTS.md."""
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -126,6 +127,21 @@ def test_what_is_no_metrics_file_is_left_out_with_the_reason(tmp_path, content, 
     (tmp_path / run.CONFIG).write_text("seed: 0\n")
     finished, left_out = gather.gather([tmp_path])
     assert not finished and reason in left_out[tmp_path]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a: [}", b"a: ${", b"- 1", b"\xff\xfe"],
+    ids=["yaml", "interpolation", "list", "encoding"],
+)
+def test_gather_leaves_out_a_run_whose_config_is_damaged(runs, content, capsys):
+    (runs / "1" / run.CONFIG).write_bytes(content)
+    finished, left_out = gather.gather([runs])
+    assert len(finished) == 3 and runs / "1" in left_out
+    for command in (compare, report):
+        command.main([str(runs)])
+    assert f"left out: {runs / '1'} (" in capsys.readouterr().out
+    assert left_out[runs / "1"] in html.unescape((runs / "report.html").read_text())
 
 
 @pytest.mark.parametrize(
