@@ -202,7 +202,7 @@ class Run:
             if not {"figures", "protocol"} <= evaluation.keys():
                 raise ValueError(
                     f"{EVALUATIONS}/{path.name} lacks figures and protocol, which sj-taid evaluate "
-                    "writes; delete it"
+                    f"writes; move it out of {path.parent}"
                 )
             found.append(evaluation)
         runs = [Run(self.folder), Run(self.folder, self.best)] if found else []
@@ -254,7 +254,7 @@ class Run:
             raise FileExistsError(
                 f"{self.folder} holds a run that differs in "
                 f"{', '.join(f'{key} ({values})' for key, values in differing.items())}; go on "
-                f"with its own config, {ELSEWHERE}, or delete this one"
+                f"with its own config, or {ELSEWHERE}"
             )
         return None if differing or not self.is_finished else self.metrics
 
@@ -292,7 +292,7 @@ class Run:
         except (RuntimeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{self.checkpoint} is not a checkpoint of this run's model ({error}); leave out "
-                "the choices that change the model; if it is none of this run's, delete it"
+                "the choices that change the model, or give a checkpoint of this run"
             ) from error
 
 
@@ -411,7 +411,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise _unusable(path, error) from error
         raise ValueError(
             f"{path} is not a checkpoint of tensors alone: it names {code[1]}, code that would run "
-            "while it is read, so it was not read; delete it unless you know where it is from"
+            "while it is read, so it was not read; give a checkpoint that sj-taid wrote"
         ) from error
     except Exception as error:  # each kind of damage has an error of its own
         raise _unusable(path, error) from error

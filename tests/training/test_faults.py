@@ -140,7 +140,7 @@ class TruncatedCheckpoint(CtrlC):
 
 
 class CheckpointOfAnotherModel(CtrlC):
-    refused = r"(?s)last\.ckpt is not a checkpoint of this run's model .* delete it"
+    refused = r"(?s)last\.ckpt is not a checkpoint of this run's model .* give a checkpoint of this run"
 
     @staticmethod
     def spoil(checkpoint):
@@ -151,7 +151,7 @@ class CheckpointOfAnotherModel(CtrlC):
 
 
 class HostileCheckpoint(CtrlC):
-    refused = r"last\.ckpt is not .* names posix\.system, code .* delete it"
+    refused = r"last\.ckpt is not .* names posix\.system, code .* that sj-taid wrote"
 
     @staticmethod
     def spoil(checkpoint):
