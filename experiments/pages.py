@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
+from sj_taid.training.columns import METRICS, Column
 from sj_taid.training.export import figures
 from sj_taid.training.files import atomic_write
 from sj_taid.training.gather import chosen_alone, stored
-from sj_taid.training.quantities import METRICS, Quantity
 from sj_taid.training.results_page import draw_start_maps, fill, tables
 from sj_taid.training.tables import frame, markdown
 
@@ -86,7 +86,7 @@ def gains() -> pd.DataFrame:
 
 def gain(what: str, table: pd.DataFrame, column: str, theirs: str, ours: str) -> dict[str, str]:
     """A row of :func:`gains`: ``column`` of the neuron or decoder ``theirs`` beside ``ours``."""
-    quantity = METRICS.get(column, Quantity(what, 1, 0, spread=False))
+    quantity = METRICS.get(column, Column(what, 1, 0, spread=False))
     rows = table.set_index("decoder" if ours == "taid" else "neuron")
     before, after = rows.loc[[theirs], column], rows.loc[[ours], column]
     more, ratio = after.mean() - before.mean(), before.mean() / after.mean()

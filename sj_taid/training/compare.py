@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
 
+from .columns import METRICS
 from .files import atomic_write
 from .gather import STUDIES, Metrics, beyond_study, gather, overrides, store, store_studies
 from .heat_maps import Maps
 from .plot import save
-from .quantities import METRICS
 from .results_page import REPORT, draw_start_maps, fill, tables
 from .tables import frame, heading, markdown, present, summary
 

@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 from .. import pretrained
 from .._extras import needs
 from ..thresholds import fixed_thresholds
+from .columns import METRICS
 from .files import atomic_write
-from .quantities import METRICS
 from .run import Run, with_evaluations
 
 with needs("safetensors"):

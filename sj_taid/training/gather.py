@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from . import run
 from .cli import folder_name
+from .columns import COLUMNS, METRICS, natural
 from .composing import CONF
 from .files import atomic_write
-from .quantities import COLUMNS, METRICS, natural
 
 Metrics = dict[str, Any]
 

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from .columns import METRICS, natural
 from .plot import save
-from .quantities import METRICS, natural
 from .tables import means
 
 #: A cell at most so far from the best one, in the figure's unit, is in the region of success.

@@ -30,12 +30,12 @@ from .._extras import needs
 from ..data.progress import followed
 from ..layer import TAID, FixedDecoder
 from .callbacks import Pictures
+from .columns import COLUMNS as MEASURED
+from .columns import METRICS, Column
 from .evaluation import seeded
 from .files import atomic_write
 from .gather import Metrics, gather
 from .plot import time_shares
-from .quantities import COLUMNS as MEASURED
-from .quantities import METRICS, Quantity
 from .run import Run, build, read_checkpoint
 from .tables import frame, heading, means, present
 
@@ -50,10 +50,10 @@ with needs("'spikingjelly>=2' plotly jinja2"):
 SEED, IMAGES, NEURONS = 0, 8, 12
 #: of one pass of one image
 OPERATIONS = {
-    "synop": Quantity("synaptic operations, k", 1e3, 1),
-    "mac": Quantity("multiply-accumulates, k", 1e3, 1),
-    "compute": Quantity("arithmetic, µJ", 1e6, 3),
-    "energy": Quantity("with memory, µJ", 1e6, 3),
+    "synop": Column("synaptic operations, k", 1e3, 1),
+    "mac": Column("multiply-accumulates, k", 1e3, 1),
+    "compute": Column("arithmetic, µJ", 1e6, 3),
+    "energy": Column("with memory, µJ", 1e6, 3),
 }
 COLUMNS = MEASURED | OPERATIONS
 

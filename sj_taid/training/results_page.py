@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from .columns import COLUMNS, natural
 from .gather import EXPERIMENTS, STUDIES, Metrics, chosen_alone, overrides, stored, studied
 from .heat_maps import Maps, short
-from .quantities import COLUMNS, natural
 from .tables import changes, frame, markdown, present, summary, text
 
 REPORT = Path("RESULTS.md")

@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 from optuna.trial import Trial, TrialState
 from optuna.visualization import matplotlib as pictures
 
+from .columns import METRICS
 from .composing import CONF, compose
 from .plot import save
-from .quantities import METRICS
 from .run import LOCK, Run, chosen
 
 TRAIN = (sys.executable, "-c", "from sj_taid.training.cli import main; main('train')")

@@ -5,8 +5,8 @@ from functools import partial
 
 import pandas as pd
 
+from .columns import COLUMNS, METRICS, natural
 from .gather import Metrics, overrides
-from .quantities import COLUMNS, METRICS, natural
 
 BASELINES = {"neuron": "lif", "decoder": "fixed"}
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib import image as mpimg
 
-from sj_taid.training import cli, compare, gather, quantities, report, results_page, run, tables
+from sj_taid.training import cli, columns, compare, gather, report, results_page, run, tables
 from tests.training.conftest import CONF, metrics
 
 ROOT = CONF.parent
@@ -303,7 +303,7 @@ def test_what_is_not_run_takes_one_line():
 
 def test_every_published_value_has_its_place():
     published = pd.read_csv(ROOT / "results" / "published.csv")
-    assert set(published["figure"]) <= quantities.COLUMNS.keys()
+    assert set(published["figure"]) <= columns.COLUMNS.keys()
     others = {"ESVAE", "FSDDIM"}
     assert set(published["row"]) - others <= gather.EXPERIMENTS.keys()
     assert published["source"].notna().all() and (published["value"] > 0).all()
@@ -316,7 +316,7 @@ def test_results_are_what_is_made_of_the_kept_runs():
 
 
 def test_counts_have_a_spread_where_they_differ():
-    epochs = quantities.COLUMNS["epochs"]
+    epochs = columns.COLUMNS["epochs"]
     assert epochs.text(pd.Series([12, 20])) == "16 ± 6"
     assert epochs.text(pd.Series([20, 20])) == "20"
 

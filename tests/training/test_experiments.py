@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid.data.base import Data, InMemory
-from sj_taid.training import classification, gather, quantities, results_page, run
+from sj_taid.training import classification, columns, gather, results_page, run
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose, instantiate
 from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
@@ -61,7 +61,7 @@ def test_every_experiment_runs(small, made_up, tmp_path, name):
     cfg.pictures = name.endswith((results_page.SMALL_BUDGET, "_sharp"))
     metrics = train(cfg, tmp_path, command=f"python experiments/train.py experiment={name}")
     assert metrics[cfg.objective] >= 0 and metrics["epochs"] == 1
-    assert {cfg.objective, *metrics.get("protocol", {})} <= quantities.METRICS.keys()
+    assert {cfg.objective, *metrics.get("protocol", {})} <= columns.METRICS.keys()
     assert json.loads((tmp_path / run.METRICS).read_text())["command"].endswith(name)
 
 

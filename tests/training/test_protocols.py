@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sj_taid.data import Digits
-from sj_taid.training import evaluation, gather, quantities, run
+from sj_taid.training import columns, evaluation, gather, run
 from sj_taid.training.commands import evaluate, train
 from sj_taid.training.composing import compose
 from tests.training.conftest import (
@@ -148,7 +148,7 @@ def test_a_generator_is_measured_on_validation_images_where_it_is_asked_to(tiny,
     for name, images in (("fad", "359 test"), ("reconstruction", "359 test")):
         assert f"{images} images at 8x8" in metrics["protocol"][name]
         assert "144 validation images at 8x8" in metrics["protocol"][f"validation_{name}"]
-    assert metrics["protocol"].keys() <= quantities.METRICS.keys()
+    assert metrics["protocol"].keys() <= columns.METRICS.keys()
     assert not run.Run(tmp_path).best.exists()
 
 

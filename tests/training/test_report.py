@@ -11,7 +11,7 @@ import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 
 from sj_taid.data import progress
-from sj_taid.training import cli, load_model, quantities, report, run
+from sj_taid.training import cli, columns, load_model, report, run
 from sj_taid.training.commands import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -127,7 +127,7 @@ def test_nothing_to_report(words, message, tmp_path, monkeypatch, capsys):
 
 def test_numbers_sort_before_words_and_by_size():
     mixed = ["taid", "1e-2", "16", "8"]
-    assert sorted(mixed, key=quantities.natural) == ["1e-2", "8", "16", "taid"]
+    assert sorted(mixed, key=columns.natural) == ["1e-2", "8", "16", "taid"]
 
 
 @pytest.fixture

@@ -1,0 +1,76 @@
+"""Columns of the tables of runs: title, unit and decimals of every metric and cost."""
+
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+
+class Column(NamedTuple):
+    """How a metric or a cost is shown.
+
+    Attributes:
+        title: the heading; an arrow at its end says which direction is better.
+        unit: values are divided by it.
+        decimals: digits after the point.
+        spread: whether the standard deviation over runs is shown too.
+    """
+
+    title: str
+    unit: float
+    decimals: int
+    spread: bool = True
+
+    @property
+    def less_is_better(self) -> bool:
+        return self.title.endswith("↓")
+
+    def text(self, values: pd.Series, sign: str = "-") -> str:
+        """Mean ± standard deviation, or "" without a value; ``sign="+"`` writes the plus too."""
+        values = values.dropna() / self.unit
+        if values.empty:
+            return ""
+        mean = f"{values.mean():{sign}.{self.decimals}f}"
+        # Whole numbers such as epochs are often equal in all runs.
+        differ = len(values) > 1 if self.decimals else values.nunique() > 1
+        return f"{mean} ± {values.std():.{self.decimals}f}" if self.spread and differ else mean
+
+
+#: What is measured. A published value that was measured by another protocol than ours, or by an
+#: unknown one, has a column of its own.
+METRICS = {
+    "accuracy": Column("accuracy, last epoch, % ↑", 0.01, 2),
+    "accuracy_best_test_epoch": Column("accuracy, best test epoch, % ↑", 0.01, 2),
+    "accuracy_best_validation_epoch": Column("accuracy, best validation epoch, % ↑", 0.01, 2),
+    "accuracy_published": Column("accuracy as published, % ↑", 0.01, 2),
+    "validation_accuracy": Column("validation accuracy, % ↑", 0.01, 2),
+    "reconstruction": Column("reconstruction ↓", 1, 4),
+    "inception_score": Column("IS ↑", 1, 3),
+    "inception_score_published": Column("IS as published ↑", 1, 3),
+    "fid": Column("FID ↓", 1, 2),
+    "fid_published": Column("FID as published ↓", 1, 2),
+    "fad": Column("FAD, own autoencoder ↓", 1, 2),
+    "fad_published": Column("FAD as published ↓", 1, 2),
+    "validation_reconstruction": Column("validation reconstruction ↓", 1, 4),
+    "validation_fad": Column("validation FAD, own autoencoder ↓", 1, 2),
+}
+# ESVAE is also measured with samples of the prior that it does not draw from by default.
+METRICS |= {
+    f"{name}_{prior}": METRICS[name]._replace(title=f"{METRICS[name].title[:-2]}, {label} ↓")
+    for name in ("fad", "fad_published", "fid")
+    for prior, label in {"learned": "learned prior", "gaussian_mixture": "mixture"}.items()
+}
+#: What a run took.
+COSTS = {
+    "epochs": Column("epochs", 1, 0),
+    "parameters": Column("parameters, M", 1e6, 2, spread=False),
+    "training_seconds": Column("training, min", 60, 1, spread=False),
+}
+COLUMNS = METRICS | COSTS
+
+
+def natural(value: Any) -> tuple[bool, float, str]:
+    """Sort key: numbers by size, then words by the alphabet."""
+    try:
+        return (False, float(value), "")
+    except ValueError:
+        return (True, 0.0, str(value))
