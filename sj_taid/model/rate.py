@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from .._checks import check_sizes
 from .._extras import needs
@@ -266,12 +265,16 @@ class GaussianMixturePrior(nn.Module):
             )
         if n == 0:
             return self.means.new_zeros(0, self.means.shape[1])
-        gaussians = MultivariateNormal(self.means, scale_tril=self.cholesky)
-        x = MixtureSameFamily(Categorical(self.weights), gaussians).sample((n,))
-        spread = self.cholesky.square().sum(2).sqrt()  # of each component and channel
-        below = torch.special.ndtr((x.unsqueeze(1) - self.means) / spread)
-        rank = (self.weights.unsqueeze(1) * below).sum(1).t().contiguous()
-        level = torch.searchsorted(self.cumulative, rank).clamp(max=self.levels)
+        component = torch.multinomial(self.weights, n, replacement=True)
+        x = torch.randn(n, self.means.shape[1], dtype=self.means.dtype, device=self.means.device)
+        for k, (mean, cholesky) in enumerate(zip(self.means, self.cholesky, strict=True)):
+            drawn = component == k  # one component at a time: its factor is not copied per draw
+            x[drawn] = mean + x[drawn] @ cholesky.t()
+        rank = torch.zeros_like(x)
+        spreads = self.cholesky.square().sum(2).sqrt()  # of each component and channel
+        for weight, mean, spread in zip(self.weights, self.means, spreads, strict=True):
+            rank += weight * torch.special.ndtr((x - mean) / spread)
+        level = torch.searchsorted(self.cumulative, rank.t().contiguous()).clamp(max=self.levels)
         return level.t().to(x.dtype) / self.levels
 
 

@@ -174,6 +174,17 @@ def test_a_draw_has_the_rank_that_it_has_in_the_mixture():
     )
 
 
+def test_mixture_draws_without_a_copy_of_a_factor_per_draw():
+    """Peak memory grows by the draws, n x d, and not by n x components x d x d."""
+    n, components, d = 2000, 10, 64
+    prior = GaussianMixturePrior(d, components)
+    prior.fit(torch.rand(200, d).round())
+    with torch.profiler.profile(profile_memory=True) as profile:
+        prior(n)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= 8 * n * d * 4, "bytes"
+
+
 def test_a_mixture_travels_in_the_state_dict(tmp_path):
     prior = GaussianMixturePrior(2, components=3)
     prior.fit(torch.rand(100, 2).round())
