@@ -88,7 +88,8 @@ class Autoencoder(_Convolutional):
         latent_channels: width of the code.
 
     Raises:
-        ValueError: sizes that do not fit, or images of another shape.
+        ValueError: sizes that do not fit, or images of another shape; outside training also
+            values beyond [-1, 1] or NaN.
 
     Source: the evaluation of Kamata et al. 2022, arXiv 2110.00375 (latent 64 for MNIST and
     FashionMNIST, 128 for CIFAR10 and CelebA).
@@ -124,7 +125,8 @@ class VAE(_Convolutional):
         kl_weight: :math:`\beta`.
 
     Raises:
-        ValueError: sizes that do not fit, images of another shape, or a weight below 0.
+        ValueError: sizes that do not fit, images of another shape, or a weight below 0; outside
+            training also values beyond [-1, 1] or NaN.
 
     Source: D. P. Kingma and M. Welling 2014, arXiv 1312.6114; the shape and the role from Kamata et
     al. 2022, arXiv 2110.00375, Table 1.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._checks import are_two_numbers, check_sizes, is_whole
 from ..neuron import ALIFNode
 from ..norm import fuse_norm
-from .block import Neuron, check_widths, made, reset
+from .block import Neuron, check_values, check_widths, made, reset
 
 #: ALIF as the paper's classifiers start it.
 paper_neuron = partial(
@@ -55,7 +55,8 @@ class Classifier(nn.Module):
         fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
 
     Raises:
-        ValueError: sizes that do not fit, or input of another shape.
+        ValueError: sizes that do not fit, or input of another shape; outside training also NaN or
+            infinite values.
 
     Source: Fang et al., ICCV 2021, arXiv 2007.05785 (the net); Qiu et al. 2023, arXiv 2406.03046
     (with ALIF).
@@ -147,6 +148,7 @@ class Classifier(nn.Module):
                 f"Classifier expects images [N, {shape}] or frames [T, N, {shape}], "
                 f"but got {list(x.shape)}"
             )
+        check_values(self, x)
         if x.dim() == 5:
             x_seq = self.stem(x)
         else:

@@ -44,7 +44,8 @@ class ESVAE(SpikingVAE):
         args: and ``kwargs``: those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Raises:
-        ValueError: a bad argument, or images of another shape.
+        ValueError: a bad argument, or images of another shape; outside training also
+            values beyond [-1, 1] or NaN.
 
     Source: Zhan et al., arXiv 2310.14839; the mixture as in Ghosh et al., arXiv 1903.12436.
 

@@ -33,7 +33,8 @@ class FSVAE(SpikingVAE):
         args: and ``kwargs``: those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Raises:
-        ValueError: sizes that do not fit, or images of another shape.
+        ValueError: sizes that do not fit, or images of another shape; outside training also
+            values beyond [-1, 1] or NaN.
 
     Source: Kamata et al. 2022, arXiv 2110.00375; the image decoder from Qiu et al. 2023,
     arXiv 2406.03046.

@@ -69,7 +69,8 @@ class SpikingVAE(nn.Module):
             signed differences).
 
     Raises:
-        ValueError: sizes that do not fit, or images of another shape.
+        ValueError: sizes that do not fit, or images of another shape; outside training also
+            values beyond [-1, 1] or NaN.
     """
 
     def __init__(

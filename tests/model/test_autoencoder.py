@@ -87,6 +87,14 @@ def test_bad_size(kind):
         kind(**SMALL)(torch.zeros(2, 1, 16, 16))
 
 
+@pytest.mark.parametrize("kind", [Autoencoder, VAE])
+def test_bad_values(kind):
+    model = kind(**SMALL).eval()
+    assert model(torch.ones(1, 1, 8, 8)).image.isfinite().all()
+    with pytest.raises(ValueError, match=r"values from 0 to 255, but expects .*\[-1, 1\]; scale"):
+        model(torch.tensor([0.0, 255]).expand(1, 1, 8, 4, 2).flatten(3))
+
+
 def test_bad_weight_of_the_divergence():
     with pytest.raises(ValueError, match="kl_weight must be a number >= 0, but it is -1"):
         VAE(**SMALL, kl_weight=-1)

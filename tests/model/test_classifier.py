@@ -190,3 +190,13 @@ def test_bad_input(shape):
     expected = r"images \[N, 1, 8, 8\] or frames \[T, N, 1, 8, 8\], but got"
     with pytest.raises(ValueError, match=expected):
         Classifier(**SMALL)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_bad_values(wrong):
+    model = Classifier(**SMALL).eval()
+    x = 7 * frames()  # counts of events have no bound
+    assert model(x).isfinite().all()
+    x[0, 0, 0, 0, 0] = wrong
+    with pytest.raises(ValueError, match=r"Classifier got values .*, but expects finite values$"):
+        model(x)

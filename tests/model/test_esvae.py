@@ -179,3 +179,20 @@ def test_takes_numpys_whole_numbers():
 def test_images_of_another_shape():
     with pytest.raises(ValueError, match=r"ESVAE expects images \[N, 1, 8, 8\], but got"):
         ESVAE(**SMALL)(images(size=16))
+
+
+@pytest.mark.parametrize("wrong", [255.0, -1.1, torch.nan, torch.inf])
+def test_images_with_values_that_are_none_of_an_image(wrong):
+    model = ESVAE(**SMALL, components=1)
+    image = images()
+    image[0, 0, 0, 0] = wrong
+    message = r"ESVAE got values .*but expects finite values in \[-1, 1\]; scale pixels"
+    with pytest.raises(ValueError, match=message):
+        model.fit_prior([image])
+    assert not model.gaussian_mixture.fitted
+    for call in (model, model.rate, model.latent_spikes):
+        call(image)  # a training step does not wait for the values; its loss tells
+        with pytest.raises(ValueError, match=message), torch.no_grad():
+            call(image)
+    with pytest.raises(ValueError, match=message):
+        model.eval()(image)
