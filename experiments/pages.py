@@ -69,7 +69,7 @@ def gains() -> pd.DataFrame:
     layers = pd.read_csv(BENCHMARKS / "neuron-reused-memory.csv").query("N == N.max() and T == 16")
     steps = pd.read_csv(XEON / "fsvae.csv").query("work == 'training step'")
     steps = steps.rename(columns={"model": "neuron"})
-    decoders = frame([*stored(ROOT, "mnist_fsvae"), *stored(ROOT, "mnist_taid")])[0]
+    decoders = frame(stored(ROOT, "fsvae"))[0]
     classifiers = frame(stored(ROOT, "mnist_classifier_cpu"))[0]
     plif = "SpikingJelly PLIF"
     rows = [
@@ -103,10 +103,7 @@ def standing() -> pd.DataFrame:
     """FAD as published of the papers' generators and of our best, for every data set."""
     rows = pd.read_csv(ROOT / "results" / "published.csv")
     rows = rows[rows["figure"].isin(["fad_published", "epochs"]) & (rows["task"] == "generation")]
-    # A row that a config of ours repeats is named by that config, MODEL behind the data set.
-    prefixes = [f"{dataset}_" for dataset in DATASETS]
-    names = rows["row"].replace(f"^({'|'.join(prefixes)})", "", regex=True)
-    rows = rows.assign(model=names.str.upper())
+    rows = rows.rename(columns={"row": "model"})
     papers = rows[rows["figure"] == "fad_published"].pivot(
         index=["model", "source"], columns="dataset", values="value"
     )

@@ -134,7 +134,7 @@ def not_run(runs: Mapping[str, Sequence[Metrics]]) -> str:
 def label(metrics: Metrics) -> str:
     """Ours, and in what it was run otherwise than the row's config says."""
     choices = overrides(metrics).items()
-    otherwise = [f"{k}={v}" for k, v in choices if k not in ("experiment", "seed")]
+    otherwise = [f"{k}={v}" for k, v in choices if k not in ("experiment", "dataset", "seed")]
     return f"ours, with `{' '.join(otherwise)}`" if otherwise else "ours"
 
 

@@ -1,40 +1,84 @@
-"""Every experiment runs: one batch of made-up data through its own config, made small."""
+"""Recipes compose at their own size, and train on a batch of random data at a small one."""
 
 import json
+import re
 
+import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid.data.base import Data, InMemory
-from sj_taid.training import classification, columns, gather, results_page, run
+from sj_taid.training import classification, columns, run
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose, instantiate
 from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
 
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+EXPERIMENT = CONF / "experiment"
+RECIPES = sorted(path.stem for path in EXPERIMENT.glob("*.yaml"))
+DATASETS = {path.stem for path in (CONF / "dataset").glob("*.yaml")}
+PUBLISHED = pd.read_csv(CONF.parent / "results" / "published.csv").dropna(subset="command")
+#: The model, neuron and decoder of each row of the papers' tables.
+ROWS = {
+    "VAE": ("vae", None, None),
+    "FSVAE": ("fsvae", "lif", "fixed"),
+    "TAID": ("fsvae", "lif", "taid"),
+    "ESVAE": ("esvae", "lif", "fixed"),
+    "ALIF": ("classifier", "alif", None),
+    "PLIF": ("classifier", "plif", None),
+}
+
+#: The models of recipes that do not name them.
+MODELS = {"small": "fsvae", "recipe": "classifier", "dead_start": "classifier"}
+
+
+def choices(*overrides):
+    return compose("train", overrides, return_hydra_config=True).hydra.runtime.choices
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_composes(name):
+    cfg = compose("train", [f"experiment={name}"])
+    instantiate(cfg.dataset)
+    instantiate(cfg.optimizer)
+    instantiate(cfg.trainer)
+    assert sum(p.numel() for p in instantiate(cfg.model).parameters()) > 0
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith(("_cpu", "_sharp"))])
+def test_recipe_has_data_set_and_model_of_its_name(name):
+    chosen = choices(f"experiment={name}")
+    assert chosen["dataset"] == max((d for d in DATASETS if name.startswith(d)), key=len)
+    model = re.search("esvae|fsvae|small|classifier|recipe|dead_start", name)[0]
+    assert chosen["model"].startswith(MODELS.get(model, model))
+
+
+@pytest.mark.parametrize(
+    ("row", "command"), PUBLISHED[["row", "command"]].drop_duplicates().to_records(index=False)
+)
+def test_published_command_chooses_its_row(row, command):
+    chosen = choices(*command.split())
+    model, neuron, decoder = ROWS[row]
+    assert f"dataset={chosen['dataset']}" in command.split()
+    assert chosen["model"].startswith(model)
+    assert (chosen["neuron"], chosen["decoder"]) == (neuron, decoder)
+
+
+def test_recipes_are_few_and_say_what_they_are():
+    paths = sorted(EXPERIMENT.rglob("*.yaml"))
+    assert len(paths) <= 30
+    for path in paths:
+        assert re.match(r"# @package _global_\n(# .*\n)*# .*\.\n", path.read_text()), path
+
+
+def subclasses(cls):
+    return {cls, *(deeper for child in cls.__subclasses__() for deeper in subclasses(child))}
 
 
 @pytest.fixture
-def small(tiny):
-    """An experiment's config with the tests' sizes in place of its own."""
-
-    def make(name):
-        cfg = tiny(f"experiment={name}", tiny=False)
-        sizes = [*TINY, *TINY_CLASSIFICATION, "dataset.T=2", "dataset.num_workers=0"]
-        for override in sizes:
-            key, _, value = override.partition("=")
-            if OmegaConf.select(cfg, key) is not None and key not in ("task", "model"):
-                OmegaConf.update(cfg, key, OmegaConf.create(f"x: {value}").x)
-        return cfg
-
-    return make
-
-
-@pytest.fixture
-def made_up(monkeypatch):
-    """Twelve samples in place of every data set's own."""
+def random_data(monkeypatch):
+    """Twelve random samples in place of every data set's own."""
 
     def load(self):
         torch.manual_seed(0)
@@ -50,65 +94,28 @@ def made_up(monkeypatch):
         monkeypatch.setattr(cls, "load", load)
 
 
-def subclasses(cls):
-    return {cls, *(deeper for child in cls.__subclasses__() for deeper in subclasses(child))}
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_runs(small, made_up, tmp_path, name):
-    cfg = small(name)
-    # They take most of the time: here those of each data set and of our best.
-    cfg.pictures = name.endswith((results_page.SMALL_BUDGET, "_sharp"))
-    metrics = train(cfg, tmp_path, command=f"python experiments/train.py experiment={name}")
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"experiment={name}" for name in RECIPES),
+        "experiment=fsvae dataset=celeba pictures=true",  # in colour
+        "experiment=classifier dataset=nmnist pictures=true",  # recordings
+    ],
+)
+def test_recipe_trains(tiny, random_data, tmp_path, command):
+    cfg = tiny("pictures=false", *command.split(), tiny=False)
+    sizes = [*TINY, *TINY_CLASSIFICATION, "dataset.T=2", "dataset.num_workers=0"]
+    for override in sizes:
+        key, _, value = override.partition("=")
+        if OmegaConf.select(cfg, key) is not None and key not in ("task", "model", "pictures"):
+            OmegaConf.update(cfg, key, OmegaConf.create(f"x: {value}").x)
+    metrics = train(cfg, tmp_path, command=f"sj-taid train {command}")
     assert metrics[cfg.objective] >= 0 and metrics["epochs"] == 1
     assert {cfg.objective, *metrics.get("protocol", {})} <= columns.METRICS.keys()
-    assert json.loads((tmp_path / run.METRICS).read_text())["command"].endswith(name)
+    assert json.loads((tmp_path / run.METRICS).read_text())["command"].endswith(command)
 
 
-# What the end of a paper row's name promises: model, neuron, decoder.
-ROWS = {
-    "vae": ("vae", None, None),
-    "fsvae": ("fsvae", "lif", "fixed"),
-    "taid": ("fsvae", "lif", "taid"),
-    "taid_temporal": ("fsvae", "lif", "taid_temporal"),
-    "esvae": ("esvae", "lif", "fixed"),
-    "esvae_taid": ("esvae", "lif", "taid"),
-    "esvae_taid_temporal": ("esvae", "lif", "taid_temporal"),
-    "esvae_sharp": ("esvae", "alif", "taid_place"),
-    "fsvae_sharp": ("fsvae", "alif", "fixed"),
-    **{neuron: ("classifier", neuron, None) for neuron in ("alif", "plif", "lif")},
-    "tet": ("classifier", "alif", None),
-}
-
-
-# What the small ones promise of their model.
-SMALL_ROWS = {
-    "small": "fsvae",
-    "esvae": "esvae",
-    **dict.fromkeys(("classifier", "recipe", "dead_start"), "classifier"),
-}
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_is_what_its_name_says(name):
-    cfg = compose("train", [f"experiment={name}"], return_hydra_config=True)
-    choices = cfg.hydra.runtime.choices
-    data, row = cfg.dataset.name, name.removeprefix(f"{cfg.dataset.name}_")
-    assert choices["dataset"] == data
-    assert results_page.comment(name).endswith(".")
-    if name in gather.STUDIES:
-        assert cfg.hydra.sweeper.params
-        return
-    assert name.startswith(data)
-    if name.endswith(results_page.SMALL_BUDGET):
-        assert choices["model"].startswith(SMALL_ROWS[row.removesuffix("_cpu")])
-        return
-    model, neuron, decoder = ROWS[row]
-    assert choices["model"].startswith(model)
-    assert (choices["neuron"], choices["decoder"]) == (neuron, decoder)
-
-
-def test_folders_of_classes_are_counted_and_name_the_confusion(tiny, tmp_path, monkeypatch):
+def test_image_folder_counts_its_classes_and_names_the_confusion(tiny, tmp_path, monkeypatch):
     for name in ("cat", "dog", "emu"):
         write_images(tmp_path / "images" / name, 10)
     data = ["dataset=image_folder", f"dataset.root={tmp_path / 'images'}", "dataset.num_workers=0"]
@@ -122,18 +129,18 @@ def test_folders_of_classes_are_counted_and_name_the_confusion(tiny, tmp_path, m
     assert run.load_model(tmp_path / "run").classes == 3
 
 
-# One file each, in a folder of one's own.
+#: One file for each, in a custom folder.
 OWN = {
     "dataset": "defaults: [base]\n_target_: sj_taid.data.Digits\nname: own\nchannels: 1\n"
     "classes: 10\nimage_size: 16\nbatch_size: 8\n",
     "neuron": "defaults: [lif]\nv_threshold: 0.7\n",
     "metric": "defaults: [small]\nsamples: 50\n",
-    "experiment": "# @package _global_\ndefaults: [part/small, override /dataset: own,"
+    "experiment": "# @package _global_\ndefaults: [mnist_small_cpu, override /dataset: own,"
     " override /neuron: own, override /metric: own]\ntrainer: {max_epochs: 2}\n",
 }
 
 
-def test_a_data_set_a_neuron_a_metric_and_a_row_of_ones_own_are_a_file_each(tiny, tmp_path):
+def test_custom_data_set_neuron_metric_and_recipe_are_a_file_each(tiny, tmp_path):
     for group, text in OWN.items():
         (tmp_path / group).mkdir()
         (tmp_path / group / "own.yaml").write_text(text)

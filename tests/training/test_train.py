@@ -160,15 +160,6 @@ def test_every_model_composes(tiny, name, size):
     assert model.image_size == size
 
 
-@pytest.mark.parametrize("name", options("experiment"))
-def test_every_experiment_composes(tiny, name):
-    cfg = tiny(f"experiment={name}", tiny=False)
-    instantiate(cfg.dataset)
-    instantiate(cfg.optimizer)
-    instantiate(cfg.trainer)
-    assert sum(p.numel() for p in instantiate(cfg.model).parameters()) > 0
-
-
 def test_the_originals_neuron_is_where_fsvae_starts(tiny):
     cfg = tiny(tiny=False)
     assert cfg.neuron.init_tau == pytest.approx(4 / 3) and cfg.neuron.v_threshold == 0.2
