@@ -140,7 +140,9 @@ class TruncatedCheckpoint(CtrlC):
 
 
 class CheckpointOfAnotherModel(CtrlC):
-    refused = r"(?s)last\.ckpt is not a checkpoint of this run's model .* give a checkpoint of this run"
+    refused = (
+        r"(?s)last\.ckpt is not a checkpoint of this run's model .* give a checkpoint of this run"
+    )
 
     @staticmethod
     def spoil(checkpoint):
