@@ -1,20 +1,24 @@
-"""Recordings of event cameras through SpikingJelly's data sets, as frames of added-up events."""
+"""Recordings of event cameras, as frames of added-up events. SpikingJelly reads their formats."""
 
 import logging
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
+from rich.progress import track
 from torch import Tensor
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import download_url
 from torchvision.transforms import v2
 
 from .base import LOCK, Data, Files
-from .progress import files_followed
 
 log = logging.getLogger(__name__)
 
@@ -22,100 +26,163 @@ log = logging.getLogger(__name__)
 class EventData(Data):
     """Frames ``[N, T, 2, H, W]``: how many events of each polarity fell on each pixel.
 
-    SpikingJelly cuts each recording into T pieces with the same number of events. It does so once,
-    on the first run, and keeps the frames in ``root``; that takes minutes.
+    Each recording is cut into T pieces with the same number of events. That is done on the first
+    run, takes minutes, and leaves ``events_np`` and one folder of frames per T in ``root``, under
+    SpikingJelly's names. A part of the recordings will do; other counts than the published ones are
+    logged.
 
     Args:
-        root: the folder that holds ``events_np``, or ``download`` with the files of the source.
-        T: frames.
-        download: fetch the files, where SpikingJelly can.
+        root: the folder that holds ``events_np``, the unpacked recordings, or a folder
+            ``download`` with their archives.
+        T: number of frames.
+        download: fetch the missing archives, where SpikingJelly knows how.
 
     Raises:
-        FileNotFoundError: no whole data at ``root`` and none to be had.
-        RuntimeError: data that cannot be made into frames, or a frame file that cannot be read.
+        FileNotFoundError: none of these at ``root``.
+        RuntimeError: recordings that cannot be read, no training or no test recording, or a frame
+            file that cannot be read.
+        ValueError: a folder that is none of the data set's classes.
     """
 
     source: str  # SpikingJelly's class
-    counts: tuple[int, int]  # of recordings for training and for testing
+    counts: tuple[int, int]  # published numbers of training and test recordings
+    unpacked = ""  # a folder by which unpacked recordings are recognised
 
     def __init__(self, root: str, T: int, download: bool = False, **options: Any) -> None:
         super().__init__(**options)
         if T < 1:
             raise ValueError(f"dataset.T must be a number of frames >= 1, but it is {T}")
         self.root = Path(root).expanduser()
+        self.archives = self.root / "download"
+        self.events = self.root / "events_np"
+        self.frames = self.root / f"frames_number_{T}_split_by_number"
         self.T = T
         self.download = download
         self.finish = (v2.Resize([self.image_size] * 2), v2.ToDtype(torch.float32))
 
     def prepare_data(self) -> None:
-        frames = self.root / f"frames_number_{self.T}_split_by_number"  # SpikingJelly's names
-        if frames.is_dir() and not frames.with_name(f"{frames.name}.building").exists():
+        if _is_complete(self.frames):
             return
-        self._check()
-        log.info("The frames of %s are made once, and kept in %s", self.source, frames)
-        events = self.root / "events_np"
-        total = sum(self.counts) * (1 if events.is_dir() else 2)
-        what = f"Making frames of {self.source}, files"
-        with FileLock(self.root / LOCK), files_followed([events, frames], what, total):
-            self._sets()
+        if not (_is_complete(self.events) or self._unpacked()):
+            self._require_archives()
+        with FileLock(self.root / LOCK):
+            self._make(self.events, self._convert)
+            self._make(self.frames, self._integrate)
 
     def load(self) -> tuple[Files, Files]:
-        self._check()
-        train, test = self._sets()
-        found = (len(train), len(test))
-        if found != self.counts:
+        train, test = self._split_frames()
+        counts = (len(train), len(test))
+        if not all(counts):
             raise RuntimeError(
-                f"{self.source} in {self.root} has {found[0]} recordings for training and "
-                f"{found[1]} for testing instead of {self.counts[0]} and {self.counts[1]}; "
-                + self._remedy
+                f"{self.frames} has {counts[0]} training and {counts[1]} test recordings of "
+                f"{self.source}; it needs both"
+            )
+        if counts != self.counts:
+            log.warning(
+                "%s has %d training and %d test recordings of %s, not the published %d and %d",
+                *(self.root, *counts, self.source, *self.counts),
             )
         return train, test
 
-    def _sets(self) -> tuple[Files, Files]:
-        return self._files(train=True), self._files(train=False)
+    def _split_frames(self) -> tuple[Files, Files]:
+        return self._files(self.frames / "train"), self._files(self.frames / "test")
 
-    def _files(self, **split: bool) -> Files:
-        try:
-            frames = self._class(
-                self.root, data_type="frame", frames_number=self.T, split_by="number", **split
+    def _files(self, folder: Path) -> Files:
+        paths = sorted(folder.glob("*/*.npz"))
+        names = [path.parent.name for path in paths]
+        unknown = sorted({*names} - {*self.class_names})
+        if unknown:
+            raise ValueError(
+                f"{folder} must hold folders of the classes {', '.join(self.class_names)}, but it "
+                f"holds {', '.join(unknown)}; move them away"
             )
-        except Exception as error:  # whatever SpikingJelly trips over
-            raise RuntimeError(
-                f"{self.source} in {self.root} cannot be made into frames "
-                f"({type(error).__name__}: {error}); {self._remedy}"
-            ) from error
-        self.class_names = frames.classes
-        paths = [path for path, _ in frames.samples]
-        return Files(paths, frames.targets, read_frames, self._remedy)
+        labels = [self.class_names.index(name) for name in names]
+        remedy = f"move {self.frames} away and run again, which makes its frames again"
+        return Files([str(path) for path in paths], labels, read_frames, remedy)
+
+    def _unpacked(self) -> Path | None:
+        """The folder of the unpacked recordings, if there is one."""
+        folders = [self.root, self.root / "extract"] if self.unpacked else []
+        return next((f for f in folders if (f / self.unpacked).is_dir()), None)
+
+    def _missing_archives(self) -> list[tuple[str, str, str]]:
+        """The name, URL and MD5 of each archive that is not in ``download``."""
+        resources = self._spikingjelly.resource_url_md5()
+        archives = [r for r in resources if r[0].endswith((".zip", ".tar.gz"))]
+        return [r for r in archives if not (self.archives / r[0]).is_file()]
+
+    def _require_archives(self) -> None:
+        missing = self._missing_archives()
+        can_fetch = self._spikingjelly.downloadable()
+        if missing and not (can_fetch and self.download):
+            url = missing[0][1]
+            remedy = "add dataset.download=true" if can_fetch else f"fetch them from {url}"
+            raise FileNotFoundError(
+                f"no {self.source} at dataset.root={self.root}: expected {self.events.name}, "
+                + (f"{self.unpacked} or " if self.unpacked else "")
+                + f"archives in {self.archives}, which lacks "
+                f"{', '.join(name for name, _, _ in missing)}; {remedy}"
+            )
+        self.archives.mkdir(parents=True, exist_ok=True)
+
+    def _make(self, folder: Path, make: Callable[[Path], None]) -> None:
+        """Make a folder under another name, unless it is there, and give it its name at the end."""
+        if folder.is_dir():
+            return
+        log.info("Making %s once, which takes minutes", folder)
+        with TemporaryDirectory(dir=self.root) as temporary:
+            made = Path(temporary) / folder.name
+            made.mkdir()
+            try:
+                make(made)
+            except Exception as error:  # of the network, the disk, or whatever SpikingJelly meets
+                raise RuntimeError(
+                    f"{self.source} in {self.root} cannot be made into frames "
+                    f"({type(error).__name__}: {error}); replace the damaged files, and run again"
+                ) from error
+            made.rename(folder)
+
+    def _convert(self, events: Path) -> None:
+        unpacked = self._unpacked()
+        if unpacked is None:
+            for name, url, md5 in self._missing_archives():
+                download_url(url, events.parent, name, md5)
+                (events.parent / name).rename(self.archives / name)
+            unpacked = events.with_name("unpacked")
+            unpacked.mkdir()
+            self._spikingjelly.extract_downloaded_files(self.archives, unpacked)
+        self._spikingjelly.create_raw_from_extracted(unpacked, events)
+
+    def _integrate(self, frames: Path) -> None:
+        recordings = [*self.events.rglob("*.np[yz]")]
+        with ThreadPoolExecutor() as pool:
+            saved = pool.map(partial(self._save_frames, frames=frames), recordings)
+            for _ in track(saved, "Making frames", len(recordings), transient=True):
+                pass
+
+    def _save_frames(self, recording: Path, frames: Path) -> None:
+        folder = frames / recording.parent.relative_to(self.events)
+        folder.mkdir(parents=True, exist_ok=True)
+        save = _datasets().integrate_events_file_to_frames_file_by_fixed_frames_number
+        try:
+            save(np.load, recording, folder, "number", self.T, *self._spikingjelly.get_H_W())
+        except Exception as error:  # each kind of damage has an error of its own
+            raise ValueError(f"{recording} cannot be read: {error}") from error
 
     @property
-    def _class(self) -> Any:
+    def _spikingjelly(self) -> Any:
         return getattr(_datasets(), self.source)
 
-    @property
-    def _remedy(self) -> str:
-        return f"delete everything in {self.root} but its folder download, and run again"
 
-    def _check(self) -> None:
-        """Refuse what SpikingJelly would delete, or fetch unasked."""
-        events, download = self.root / "events_np", self.root / "download"
-        if events.is_dir():
-            return
-        sources = self._class.resource_url_md5()
-        lacking = [name for name, _, md5 in sources if not check_integrity(download / name, md5)]
-        if not lacking:
-            return
-        remedy = "add dataset.download=true"
-        if self._class.downloadable():
-            if self.download:
-                self.root.mkdir(parents=True, exist_ok=True)
-                return
-        else:
-            remedy = f"fetch them from {sources[0][1]}, which SpikingJelly cannot do"
-        raise FileNotFoundError(
-            f"no {self.source} at dataset.root={self.root}: expected {events} or whole files in "
-            f"{download}, but {', '.join(lacking)} are missing or damaged there; {remedy}"
+def _is_complete(folder: Path) -> bool:
+    """Whether the folder is there and no interrupted run of SpikingJelly has left it half made."""
+    marker = folder.with_name(f"{folder.name}.building")
+    if marker.exists():
+        raise RuntimeError(
+            f"SpikingJelly was interrupted while it made {folder}; move it and {marker} away, and "
+            "run again"
         )
+    return folder.is_dir()
 
 
 def read_frames(path: str) -> Tensor:
@@ -143,13 +210,17 @@ def _datasets() -> ModuleType:
 
 
 class NMNIST(EventData):
-    """N-MNIST: MNIST's digits before a moving camera, 34x34.
+    """N-MNIST: MNIST's digits in front of a moving camera, 34x34.
+
+    Unpacked recordings are ``Train/<digit>/*.bin`` and ``Test/<digit>/*.bin``.
 
     Source: G. Orchard, A. Jayawant, G. K. Cohen and N. Thakor, Frontiers in Neuroscience 2015.
     """
 
     source = "NMNIST"
     counts = (60_000, 10_000)
+    unpacked = "Train"
+    class_names = tuple("0123456789")
 
 
 class DVS128Gesture(EventData):
@@ -160,18 +231,24 @@ class DVS128Gesture(EventData):
 
     source = "DVS128Gesture"
     counts = (1176, 288)
+    unpacked = "DvsGesture"
+    class_names = tuple(sorted(map(str, range(11))))  # as text: 0, 1, 10, 2, ...
 
 
 class CIFAR10DVS(EventData):
-    """CIFAR10-DVS: 10000 of CIFAR10's images moved before a camera, 128x128.
+    """CIFAR10-DVS: 10000 of CIFAR10's images moved in front of a camera, 128x128.
 
-    It has no split of its own. As usual with SpikingJelly, of the 1000 recordings of each class the
-    first 900 in the order of their file names are for training and the last 100 for testing.
+    It has no split. As usual with SpikingJelly, of the 1000 recordings of each class the first 900
+    in the order of their file names are for training and the last 100 for testing.
     Source: H. Li, H. Liu, X. Ji, G. Li and L. Shi, Frontiers in Neuroscience 2017.
     """
 
     source = "CIFAR10DVS"
     counts = (9000, 1000)
+    class_names = (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    )
 
-    def _sets(self) -> tuple[Files, Files]:
-        return self._files().hold_out(0.1)
+    def _split_frames(self) -> tuple[Files, Files]:
+        return self._files(self.frames).hold_out(0.1)

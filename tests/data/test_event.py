@@ -1,18 +1,16 @@
-"""Recordings, made up in their own formats on disk: what they give and refuse."""
+"""Event data made up in their own formats on disk: what they give and refuse."""
 
 import shutil
 import struct
-import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets.utils import calculate_md5
 
 from sj_taid import data
-from sj_taid.data import event, progress
+from sj_taid.data import event
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose
 from tests.data.made_up import cut, first, is_locked, make, ready
@@ -20,43 +18,70 @@ from tests.training.conftest import TINY_CLASSIFICATION
 
 T = 4
 EVENTS = {"channels": 2, "image_size": 34, "T": T}
+FRAMES = f"frames_number_{T}_split_by_number"
 
 
 @pytest.fixture
-def nmnist(tmp_path, monkeypatch):
-    """Three digits of 40 events each, in two archives with checksums to match."""
-    source = event._datasets().NMNIST
-    download = tmp_path / "download"
-    download.mkdir()
-    resources = []
-    for name, digits in (("Train", (0, 7)), ("Test", (3,))):
-        with zipfile.ZipFile(download / f"{name}.zip", "w") as archive:
-            for digit in digits:
-                # x = 30, y = 2, brighter, at 0, 1, 2, ... microseconds
-                events = b"".join(struct.pack(">BBBH", 30, 2, 128, t) for t in range(40))
-                archive.writestr(f"{name}/{digit}/00001.bin", events)
-        md5 = calculate_md5(download / f"{name}.zip")
-        resources.append((f"{name}.zip", "https://digits.example", md5))
-    monkeypatch.setattr(source, "resource_url_md5", lambda: resources)
-    monkeypatch.setattr(data.NMNIST, "counts", (2, 1))
+def unpacked(tmp_path):
+    """A part of N-MNIST: three digits of 40 events each."""
+    for path in ("Train/0", "Train/7", "Test/3"):
+        (tmp_path / path).mkdir(parents=True)
+        # x = 30, y = 2, brighter, at 0, 1, 2, ... microseconds
+        events = b"".join(struct.pack(">BBBH", 30, 2, 128, t) for t in range(40))
+        (tmp_path / path / "00001.bin").write_bytes(events)
     return tmp_path
 
 
-def test_nmnist(nmnist):
-    module = ready(data.NMNIST, nmnist, **EVENTS)
+@pytest.fixture
+def nmnist(unpacked):
+    """The same in two archives, which are not the published ones."""
+    (unpacked / "download").mkdir()
+    for name in ("Train", "Test"):
+        with zipfile.ZipFile(unpacked / "download" / f"{name}.zip", "w") as archive:
+            for path in (unpacked / name).rglob("*.bin"):
+                archive.write(path, path.relative_to(unpacked))
+        shutil.rmtree(unpacked / name)
+    return unpacked
+
+
+@pytest.mark.parametrize("layout", ["unpacked", "extract", "nmnist"])
+def test_nmnist_part(layout, request, caplog):
+    root = request.getfixturevalue("unpacked" if layout == "extract" else layout)
+    if layout == "extract":
+        (root / layout).mkdir()
+        for name in ("Train", "Test"):
+            (root / name).rename(root / layout / name)
+    recordings = {path for path in root.rglob("*") if path.is_file()}
+    module = ready(data.NMNIST, root, **EVENTS)
     frames, labels = first(module.train_dataloader())
     assert frames.shape == (2, T, 2, 34, 34) and frames.dtype == torch.float32
-    assert sorted(labels.tolist()) == [0, 1]  # of the two folders there are
+    assert sorted(labels.tolist()) == [0, 7] and module.test_set.labels == [3]
     assert (frames[:, :, 1, 2, 30] == 40 / T).all() and frames.sum() == 2 * 40
+    counts = "has 2 training and 1 test recordings of NMNIST, not the published 60000 and 10000"
+    assert counts in caplog.text
+    # What was given is left as it is, and what was needed for the conversion alone is gone.
+    assert all(path.is_file() for path in recordings)
+    made = {root / name for name in ("events_np", FRAMES, ".lock")}
+    assert {*root.iterdir()} - made <= {path for file in recordings for path in file.parents}
 
-    smaller = ready(data.NMNIST, nmnist, **EVENTS | {"image_size": 17}, augment="crop_flip")
+    smaller = ready(data.NMNIST, root, **EVENTS | {"image_size": 17}, augment="crop_flip")
     assert first(smaller.train_dataloader())[0].shape == (2, T, 2, 17, 17)
+    for path in {*root.iterdir()} - made:  # needed once only
+        shutil.rmtree(path)
+    assert len(ready(data.NMNIST, root, **EVENTS | {"T": 3}).test_set) == 1
 
-    shutil.rmtree(nmnist / "download")  # needed once only
-    assert len(ready(data.NMNIST, nmnist, **EVENTS).test_set) == 1
+
+def test_nmnist_frames_equal_those_of_spikingjelly(nmnist, monkeypatch):
+    """So fingerprints of recordings, and what is cached by them, hold for either's frames."""
+    ready(data.NMNIST, nmnist, **EVENTS)
+    ours = {path: path.read_bytes() for path in (nmnist / FRAMES).rglob("*.npz")}
+    shutil.rmtree(nmnist / FRAMES)
+    options = {"data_type": "frame", "frames_number": T, "split_by": "number"}
+    event._datasets().NMNIST(nmnist, train=True, **options)
+    assert ours == {path: path.read_bytes() for path in (nmnist / FRAMES).rglob("*.npz")}
 
 
-def test_a_run_on_recordings_starts_calibrated_on_their_time_steps(nmnist, caplog):
+def test_train_starts_calibrated_on_the_time_steps_of_recordings(nmnist, caplog):
     caplog.set_level("INFO", "sj_taid")
     tiny = [o for o in TINY_CLASSIFICATION if not o.startswith("model.T=")]
     chosen = [
@@ -73,70 +98,76 @@ def test_a_run_on_recordings_starts_calibrated_on_their_time_steps(nmnist, caplo
     assert "does not run" not in report and "0.2" in report
 
 
-def test_the_making_of_frames_says_how_far_it_is(nmnist, monkeypatch, caplog):
-    caplog.set_level("INFO", "sj_taid")
-    monkeypatch.setattr(progress, "EVERY", 0)
-    monkeypatch.setattr(progress, "LOOK", 0.001)
-    source = event._datasets().NMNIST
-    make_events = source.create_raw_from_extracted
-
-    def slowly(*arguments):
-        make_events(*arguments)
-        end = time.monotonic() + 10
-        while not caplog.messages[-1].endswith("files: 2 of 6") and time.monotonic() < end:
-            time.sleep(0.001)
-
-    monkeypatch.setattr(source, "create_raw_from_extracted", staticmethod(slowly))
-    ready(data.NMNIST, nmnist, **EVENTS)
-    assert caplog.messages[0].startswith("The frames of NMNIST are made once, and kept in ")
-    assert "Making frames of NMNIST, files: 2 of 6" in caplog.messages
-
-    caplog.clear()
-    ready(data.NMNIST, nmnist, **EVENTS)
-    assert not caplog.messages
-
-
-def test_nmnist_missing_or_half_downloaded(nmnist):
-    cut(nmnist / "download" / "Test.zip")
+def test_nmnist_refuses_missing_recordings(nmnist):
+    (nmnist / "download" / "Test.zip").unlink()
     message = (
-        r"no NMNIST at dataset\.root=.*expected .*events_np .*but Test\.zip are missing or "
-        r"damaged there; fetch them from https://digits\.example"
+        r"no NMNIST at dataset\.root=.*expected events_np, Train or archives in .*download, which "
+        r"lacks Test\.zip; fetch them from https://"
     )
-    for _ in range(2):
-        with pytest.raises(FileNotFoundError, match=message):
-            ready(data.NMNIST, nmnist, **EVENTS)
-        assert (nmnist / "download" / "Test.zip").is_file()
-    with pytest.raises(FileNotFoundError, match=r"Train\.zip, Test\.zip are missing"):
+    with pytest.raises(FileNotFoundError, match=message):
+        ready(data.NMNIST, nmnist, **EVENTS)
+    with pytest.raises(FileNotFoundError, match=r"which lacks Train\.zip, Test\.zip; fetch"):
         ready(data.NMNIST, nmnist / "nowhere", **EVENTS)
+    assert not (nmnist / "nowhere").exists()
 
 
-def test_events_whose_preparation_was_killed(nmnist, monkeypatch):
-    def killed(*arguments):
+def test_nmnist_refuses_damaged_recordings(nmnist):
+    archive = nmnist / "download" / "Test.zip"
+    whole = archive.read_bytes()
+    cut(archive)
+    with pytest.raises(RuntimeError, match=r"cannot be made into frames \(BadZipFile") as info:
+        ready(data.NMNIST, nmnist, **EVENTS)
+    assert "delete" not in str(info.value) and archive.is_file()
+    archive.write_bytes(whole)
+    module = ready(data.NMNIST, nmnist, **EVENTS)
+
+    frames = nmnist / FRAMES
+    cut(next((frames / "test").rglob("*.npz")))
+    with pytest.raises(RuntimeError, match=rf"00001\.npz cannot be read .*; move {frames} away"):
+        first(module.test_dataloader())
+    shutil.rmtree(frames)
+    cut(next((nmnist / "events_np" / "test").rglob("*.npz")))
+    with pytest.raises(RuntimeError, match=r"events_np/test/3/00001\.npz cannot be read"):
+        ready(data.NMNIST, nmnist, **EVENTS)
+
+
+def test_nmnist_refuses_other_classes_and_an_empty_test_set(unpacked):
+    (unpacked / "Test" / "3").rename(unpacked / "Test" / "three")
+    message = r"must hold folders of the classes 0, 1, .* 9, but it holds three; move"
+    with pytest.raises(ValueError, match=message):
+        ready(data.NMNIST, unpacked, **EVENTS)
+    for path in (unpacked / FRAMES / "test").rglob("*.npz"):
+        path.unlink()
+    with pytest.raises(RuntimeError, match="has 2 training and 0 test recordings of NMNIST"):
+        ready(data.NMNIST, unpacked, **EVENTS)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        (event._datasets().NMNIST, "create_raw_from_extracted"),
+        (np, "load"),
+    ],
+    ids=["events", "frames"],
+)
+def test_nmnist_starts_over_after_an_interrupted_preparation(nmnist, monkeypatch, step):
+    def interrupt(*arguments, **options):
         assert is_locked(nmnist)
         raise KeyboardInterrupt
 
-    source = event._datasets().NMNIST
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(source, "create_raw_from_extracted", killed)
+        context.setattr(*step, interrupt)
         ready(data.NMNIST, nmnist, **EVENTS)
-    with pytest.raises(RuntimeError, match=r"cannot be made into frames .*delete everything in"):
-        ready(data.NMNIST, nmnist, **EVENTS)
-    for path in nmnist.iterdir():
-        if path.name != "download":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    ready(data.NMNIST, nmnist, **EVENTS)
+    assert not (nmnist / FRAMES).exists()
+    assert len(ready(data.NMNIST, nmnist, **EVENTS).train_set) == 2
 
-    monkeypatch.setattr(data.NMNIST, "counts", (3, 1))
-    with pytest.raises(RuntimeError, match=r"has 2 recordings for training and 1 .*of 3 and 1;"):
-        ready(data.NMNIST, nmnist, **EVENTS)
-
-
-def test_a_frame_file_that_cannot_be_read_is_named(nmnist):
-    module = ready(data.NMNIST, nmnist, **EVENTS)
-    cut(next((nmnist / f"frames_number_{T}_split_by_number" / "test").rglob("*.npz")))
-    message = r"00001\.npz cannot be read .*; delete everything in .* but its folder download"
-    with pytest.raises(RuntimeError, match=message):
-        first(module.test_dataloader())
+    for name in ("events_np", FRAMES):  # as SpikingJelly does
+        marker = nmnist / f"{name}.building"
+        marker.touch()
+        shutil.rmtree(nmnist / FRAMES, ignore_errors=True)
+        with pytest.raises(RuntimeError, match=rf"was interrupted .* move it and {marker} away"):
+            ready(data.NMNIST, nmnist, **EVENTS)
+        marker.unlink()
 
 
 def write_events(folder, n):
@@ -146,30 +177,58 @@ def write_events(folder, n):
         np.savez(folder / f"{folder.name}_{i}.npz", t=np.arange(8), **events)
 
 
-def test_cifar10_dvs_tests_on_the_last_tenth_of_each_class(tmp_path, monkeypatch):
+def test_cifar10_dvs_tests_on_the_last_tenth_of_each_class(tmp_path):
     for name in ("airplane", "truck"):
         write_events(tmp_path / "events_np" / name, 10)
-    monkeypatch.setattr(data.CIFAR10DVS, "counts", (18, 2))
     module = ready(data.CIFAR10DVS, tmp_path, **EVENTS | {"image_size": 128})
     names = [Path(path).name for path in module.test_set.paths]
     assert names == ["airplane_9.npz", "truck_9.npz"]
-    assert module.test_set.labels == [0, 1] and module.train_set.labels == [0] * 9 + [1] * 9
+    assert module.test_set.labels == [0, 9] and module.train_set.labels == [0] * 9 + [9] * 9
     assert first(module.test_dataloader())[0].shape == (2, T, 2, 128, 128)
 
-    with pytest.raises(FileNotFoundError, match=r"truck\.zip are missing.*dataset\.download=true"):
+    with pytest.raises(FileNotFoundError, match=r"lacks .*truck\.zip; add dataset\.download=true"):
         ready(data.CIFAR10DVS, tmp_path / "nowhere", **EVENTS)
 
 
-def test_dvs128_gesture(tmp_path, monkeypatch):
+def test_cifar10_dvs_fetches_missing_archives_alone(tmp_path, monkeypatch):
+    source, fetched = event._datasets().CIFAR10DVS, []
+    names = [name for name, _, _ in source.resource_url_md5()]
+    (tmp_path / "download").mkdir()
+    (tmp_path / "download" / names[0]).write_bytes(b"of one's own")
+
+    def fetch(url, root, filename, md5):
+        fetched.append(filename)
+        if len(fetched) == 2:
+            raise OSError("no route to host")
+        (root / filename).write_bytes(b"fetched")
+
+    monkeypatch.setattr(event, "download_url", fetch)
+    message = r"cannot be made into frames \(OSError: no route to host\)"
+    with pytest.raises(RuntimeError, match=message):
+        ready(data.CIFAR10DVS, tmp_path, download=True, **EVENTS)
+    assert [path.name for path in (tmp_path / "download").iterdir()] == names[:2]
+
+    monkeypatch.setattr(source, "extract_downloaded_files", lambda archives, target: None)
+    monkeypatch.setattr(
+        source,
+        "create_raw_from_extracted",
+        lambda unpacked, events: write_events(events / "cat", 10),
+    )
+    assert len(ready(data.CIFAR10DVS, tmp_path, download=True, **EVENTS).test_set) == 1
+    assert fetched == [names[1], *names[2:3], *names[2:]]
+    assert (tmp_path / "download" / names[0]).read_bytes() == b"of one's own"
+
+
+def test_dvs128_gesture(tmp_path):
     for part, n in (("train", 2), ("test", 1)):
         for gesture in range(11):
             write_events(tmp_path / "events_np" / part / str(gesture), n)
-    monkeypatch.setattr(data.DVS128Gesture, "counts", (22, 11))
     module = ready(data.DVS128Gesture, tmp_path, **EVENTS | {"image_size": 32})
     assert first(module.train_dataloader())[0].shape == (22, T, 2, 32, 32)
     assert sorted(module.test_set.labels) == list(range(11))
+    assert module.class_names[module.test_set.labels[2]] == "10"
 
 
-def test_too_few_frames(tmp_path):
+def test_event_data_refuse_too_few_frames(tmp_path):
     with pytest.raises(ValueError, match=r"dataset\.T must be a number of frames >= 1.* 0"):
         make(data.NMNIST, tmp_path, **EVENTS | {"T": 0})
