@@ -22,22 +22,32 @@ def image_files(
     labels: list[int],
     data: ImageData,
     remedy: str,
-    crop: tuple[v2.Transform, ...] = (),
+    crop: int | None = None,
 ) -> Files:
-    """Images of any size; of each, after ``crop``, the largest square in the middle is resized."""
-    size = data.image_size
-    prepare = v2.Compose([*crop, v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+    """Images of any size; of each a square in the middle is resized.
+
+    The square has ``crop`` pixels in height and width; None takes the largest one.
+    """
     mode = "L" if data.channels == 1 else "RGB"
-    return Files(paths, labels, partial(read_image, mode=mode, prepare=prepare), remedy)
+    read = partial(read_image, mode=mode, size=data.image_size, crop=crop)
+    return Files(paths, labels, read, remedy)
 
 
-def read_image(path: str, mode: str, prepare: v2.Transform) -> Tensor:
+def read_image(path: str, mode: str, size: int, crop: int | None = None) -> Tensor:
     with Image.open(path) as opened:
         image: Image.Image = opened
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # convert would cut at 255, not scale
             image = image.convert("I").point(lambda value: value * (1 / 257))
-        return prepare(image.convert(mode))
+        image = image.convert(mode)
+        if crop is not None:
+            if crop > min(image.size):  # center_crop would add a black border
+                raise ValueError(
+                    f"its {image.width}x{image.height} pixels are fewer than dataset.crop={crop}"
+                )
+            image = v2.functional.center_crop(image, [crop])
+        image = v2.functional.center_crop(v2.functional.resize(image, [size]), [size])
+        return v2.functional.pil_to_tensor(image)
 
 
 class ImageFolder(ImageData):
@@ -52,6 +62,7 @@ class ImageFolder(ImageData):
         test_root: a second one like it, for testing.
         test_share: without ``test_root``, this share of each class is for testing: the last ones
             in the order of their names.
+        crop: take a square of so many pixels from the middle of each image; None takes the largest.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -66,8 +77,12 @@ class ImageFolder(ImageData):
         test_root: str | None = None,
         test_share: float = 0.1,
         classes: int | None = None,
+        crop: int | None = None,
         **options: Any,
     ) -> None:
+        if crop is not None and crop < 1:
+            raise ValueError(f"dataset.crop must be null or at least 1, but it is {crop}")
+        self.crop = crop
         self.root = Path(root).expanduser()
         if classes is None and self.root.is_dir():
             classes = len(_class_names(self.root, "dataset.root")) or None
@@ -119,7 +134,8 @@ class ImageFolder(ImageData):
                 )
             paths += found
             labels += [label] * len(found)
-        return image_files(paths, labels, self, "delete or replace it")
+        remedy = f"replace it, or move it out of {root}"
+        return image_files(paths, labels, self, remedy, self.crop)
 
 
 def _class_names(root: Path, option: str) -> list[str]:
@@ -173,6 +189,6 @@ class CelebA(Torchvision):
     def _part(self, rows: list[list[str]], part: str) -> Files:
         images = self.place / self.IMAGES
         paths = [str(images / name) for name, of in rows if of == part]
-        remedy = f"delete {images} and run again with dataset.download=true"
+        remedy = f"replace it, or move {images} away and run again with dataset.download=true"
         labels = [UNLABELLED] * len(paths)
-        return image_files(paths, labels, self, remedy, crop=(v2.CenterCrop(148),))
+        return image_files(paths, labels, self, remedy, crop=148)

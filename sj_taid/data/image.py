@@ -97,8 +97,8 @@ class Torchvision(ImageData):
 
     def _damaged(self, name: str, how: str) -> RuntimeError:
         return RuntimeError(
-            f"{self.place / name} is damaged: {how}; delete it and run again with "
-            "dataset.download=true"
+            f"{self.place / name} is damaged: {how}; put a whole one in its place, or move it away "
+            "and run again with dataset.download=true"
         )
 
     def _require_md5(self, name: str, expected: str) -> None:

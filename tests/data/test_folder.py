@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
-from torchvision.transforms import v2
 
 from sj_taid import data
 from sj_taid.data import progress
@@ -60,20 +59,36 @@ def test_images_as_people_have_them(tmp_path):
         path.write_bytes(b"no image")
     assert len(ready(data.ImageFolder, tmp_path, classes=None).train_set) == 11
 
-    prepare = v2.PILToTensor()
     half = np.zeros((4, 8), dtype=np.uint8)
     half[:, :4] = 255
     turned = Image.fromarray(half)
     turned.getexif()[0x0112] = 6  # taken with the camera on its side
     turned.save(tmp_path / "turned.png", exif=turned.getexif())
-    read = read_image(str(tmp_path / "turned.png"), "L", prepare)
-    assert read.shape == (1, 8, 4) and read[0, :4].eq(255).all() and read[0, 4:].eq(0).all()
+    read = read_image(str(tmp_path / "turned.png"), "L", size=4)
+    assert read.shape == (1, 4, 4) and read[0, :2].eq(255).all() and read[0, 2:].eq(0).all()
 
-    deep = np.array([[0, 257, 1000, 65535]], dtype=np.uint16)
+    deep = np.array([[0, 257], [1000, 65535]], dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     for mode, channels in (("L", 1), ("RGB", 3)):
-        read = read_image(str(tmp_path / "deep.png"), mode, prepare)
-        assert read.tolist() == [[[0, 1, 3, 255]]] * channels
+        read = read_image(str(tmp_path / "deep.png"), mode, size=2)
+        assert read.tolist() == [[[0, 1], [3, 255]]] * channels
+
+
+def test_read_image_crops_the_middle(tmp_path):
+    pixels = np.zeros((10, 12), dtype=np.uint8)
+    pixels[3:7, 4:8] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert read_image(str(tmp_path / "a.png"), "L", size=2, crop=4).eq(255).all()
+    assert read_image(str(tmp_path / "a.png"), "L", size=8).eq(255).float().mean() < 0.3
+    module = ready(data.ImageFolder, tmp_path, classes=None, test_root=str(tmp_path), crop=4)
+    assert first(module.test_dataloader())[0].eq(1).all()
+    module = ready(data.ImageFolder, tmp_path, classes=None, test_root=str(tmp_path), crop=11)
+    with pytest.raises(
+        RuntimeError, match=r"a\.png .* 12x10 pixels are fewer than dataset\.crop=11"
+    ):
+        first(module.test_dataloader())
+    with pytest.raises(ValueError, match=r"dataset\.crop must be null or at least 1, but it is 0"):
+        make(data.ImageFolder, tmp_path, classes=None, crop=0)
 
 
 def test_folder_that_is_no_use(tmp_path):
@@ -95,7 +110,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
         cut(tmp_path / f"a.{suffix}")
         write_images(tmp_path, 9)
         module = ready(data.ImageFolder, tmp_path, classes=None)
-        message = rf"a\.{suffix} cannot be read \(OSError: .*\); delete or replace it"
+        message = rf"a\.{suffix} cannot be read \(OSError: .*\); replace it, or move it out of"
         with pytest.raises(RuntimeError, match=message):
             first(module.train_dataloader()), first(module.test_dataloader())
         (tmp_path / f"a.{suffix}").unlink()
@@ -150,7 +165,9 @@ def test_celeba(celeba):
 
     damaged = celeba / "img_align_celeba" / "000006.jpg"
     cut(damaged)
-    with pytest.raises(RuntimeError, match=r"000006\.jpg cannot be read .*delete .*img_align"):
+    with pytest.raises(
+        RuntimeError, match=r"000006\.jpg cannot be read .*; replace it, or move .*img_align"
+    ):
         first(module.test_dataloader())
     damaged.unlink()
     with pytest.raises(RuntimeError, match=r"img_align_celeba is damaged.*1 of 8 .*000006\.jpg"):

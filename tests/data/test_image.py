@@ -66,7 +66,10 @@ def test_mnist(tmp_path, few, cls):
 
     cut(raw / "train-images-idx3-ubyte")
     message = r"train-images-idx3-ubyte is damaged: it has 235208 bytes and should have 470416"
-    with pytest.raises(RuntimeError, match=message + ".*delete it .*dataset.download=true"):
+    with pytest.raises(
+        RuntimeError,
+        match=message + ".*; put a whole one in its place, or move it away .*dataset.download=true",
+    ):
         ready(cls, tmp_path)
     (raw / "t10k-labels-idx1-ubyte").unlink()
     message = rf"no {cls.__name__} at dataset\.root=.*lacks t10k-labels-idx1-ubyte;.*download=true"
@@ -83,7 +86,7 @@ def test_mnist_is_asked_for_in_its_true_size(tmp_path):
 def test_mnist_whose_header_is_wrong(tmp_path, few):
     images = write_idx(tmp_path) / "t10k-images-idx3-ubyte"
     images.write_bytes(b"\0" * images.stat().st_size)
-    with pytest.raises(RuntimeError, match=r"MNIST.raw is damaged: .*delete it") as info:
+    with pytest.raises(RuntimeError, match=r"MNIST.raw is damaged: .*move it away") as info:
         ready(data.MNIST, tmp_path)
     assert info.value.__cause__ is not None
 
@@ -152,7 +155,7 @@ def test_cifar10(cifar10):
     assert first(module.train_dataloader())[0].shape == (20, 3, 32, 32)
 
     cut(cifar10 / "data_batch_3")
-    with pytest.raises(RuntimeError, match=r"data_batch_3 is damaged: its MD5 is .*delete it"):
+    with pytest.raises(RuntimeError, match=r"data_batch_3 is damaged: its MD5 is .*move it away"):
         ready(data.CIFAR10, cifar10.parent)
     shutil.rmtree(cifar10)
     with pytest.raises(FileNotFoundError, match=r"no CIFAR10 at dataset\.root=.*data_batch_1"):
