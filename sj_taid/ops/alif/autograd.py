@@ -37,11 +37,12 @@ class Engine(NamedTuple):
     ``grad_parameters`` stacks the gradients of those of ``w`` and ``v_threshold`` that need one.
 
     With ``norm``, the table of :class:`.norm.Affine`, the neuron runs on ``(x - shift) gain +
-    offset``. With ``need_norm`` backward then gives ``norm_sums``, of which :mod:`.norm` makes A
-    and B, ``ab``. Its ``grad_x_seq`` is the gradient of the neuron's input, which
+    offset``. With ``need_norm`` backward then gives ``norm_sums``. With ``fixed_norm`` its
+    ``grad_x_seq`` is that of ``x_seq``, ``gain G_y``. Otherwise :mod:`.norm` makes A and B, ``ab``,
+    of the sums. ``grad_x_seq`` is then the gradient of the neuron's input, which
     ``input_gradient`` turns into that of ``x_seq``; or an engine without one is asked for
-    ``grad_x_seq`` where ``ab`` is known alone, in a second backward if need be. So is every engine
-    where ``x_seq`` is of half precision: that gradient, unrounded, would take twice its room.
+    ``grad_x_seq`` in a second backward, which is given ``ab``. So is every engine where ``x_seq``
+    is of half precision: that gradient, unrounded, would take twice its room.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -94,6 +95,7 @@ class Backward(NamedTuple):
     need_v_threshold: bool
     norm: Tensor | None = None
     need_norm: bool = False
+    fixed_norm: bool = False
     ab: Tensor | None = None
 
 
@@ -147,10 +149,11 @@ def empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     call = Backward(*arguments)
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     channels = call.norm.shape[1] if call.norm is not None and call.need_norm else 0
+    of_neurons_input = call.norm is not None and call.ab is None and not call.fixed_norm
     return (
         torch.empty_like(
             x_seq if call.need_x else x_seq.new_empty(0),
-            dtype=dtype if call.norm is not None and call.ab is None else x_seq.dtype,
+            dtype=dtype if of_neurons_input else x_seq.dtype,
         ),
         torch.empty_like(x_seq[0] if call.need_v0 else x_seq.new_empty(0), dtype=dtype),
         call.w.new_empty((call.need_w + call.need_v_threshold, *call.w.shape)),
@@ -238,7 +241,8 @@ class _FusedALIF(torch.autograd.Function):
             ) from error
         options = ctx.options
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
-        recomputes = table is not None and (
+        batch_norm = table is not None and not options.fixed_norm
+        two_passes = batch_norm and (
             ctx.engine.input_gradient is None or x_seq.dtype != table.dtype
         )
         # create_graph=True, and torch.func always
@@ -259,31 +263,32 @@ class _FusedALIF(torch.autograd.Function):
             options.surrogate,
             options.a,
             options.b,
-            need_x and (options.fixed_norm or not recomputes),
+            need_x and not two_passes,
             need_v0,
             need_w,
             need_v_threshold,
             table,
             table is not None,
-            torch.zeros_like(table[:2]) if recomputes and options.fixed_norm else None,
+            options.fixed_norm,
         )
         grad_x_seq, grad_v0, grad_parameters, norm_sums = backward(ctx.engine, *call)
         grad_weight = grad_bias = None
         if table is not None:
             affine = Affine(table, numbers)
-            grad_weight, grad_bias, ab = norms.gradients(affine, norm_sums, options.group)
-            if need_x and not recomputes:
-                ctx.engine.input_gradient(grad_x_seq, *call._replace(ab=ab))
-            elif need_x and not call.need_x:
-                call = call._replace(
-                    need_x=True,
-                    need_v0=False,
-                    need_w=False,
-                    need_v_threshold=False,
-                    need_norm=False,
-                    ab=ab,
-                )
-                grad_x_seq = backward(ctx.engine, *call)[0]
+            grad_weight, grad_bias = norms.gradients(affine, norm_sums)
+            if need_x and batch_norm:
+                call = call._replace(ab=norms.mean_terms(affine, norm_sums, options.group))
+                if two_passes:
+                    call = call._replace(
+                        need_x=True,
+                        need_v0=False,
+                        need_w=False,
+                        need_v_threshold=False,
+                        need_norm=False,
+                    )
+                    grad_x_seq = backward(ctx.engine, *call)[0]
+                else:
+                    ctx.engine.input_gradient(grad_x_seq, *call)
         return (
             grad_x_seq if need_x else None,
             grad_v0 if need_v0 else None,

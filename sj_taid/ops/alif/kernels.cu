@@ -10,8 +10,9 @@
 // no atomics, no synchronisation: results do not depend on the order in which threads run.
 //
 // With a NORM the neuron's input is y = (x - shift) gain + offset, made in registers in forward and
-// again in backward. x's gradient depends on sums over all of y's: one launch of backward makes them
-// (NEED_NORM), a second one, which computes y's gradient again, writes x's (NEED_X).
+// again in backward. With the batch's statistics x's gradient depends on sums over all of y's: one
+// launch of backward makes them (NEED_NORM), a second one, which computes y's gradient again, writes
+// x's (NEED_X). With running statistics it does not: one launch does both.
 //
 // Up to LONGEST_SWEEP steps fit in registers. For longer sequences T stands for every length that leaves the
 // same rest when divided by SEGMENT: forward keeps the voltage every SEGMENT steps (`checkpoint`),
@@ -402,8 +403,10 @@ __device__ __forceinline__ void backward_segment(
           sums.y[lane] += grad_y;
           sums.y_x[lane] = fmaf(grad_y, centred, sums.y_x[lane]);
         }
+        // Both in one launch: running statistics, with nothing to subtract. (0 * inf would be NaN.)
         const float coupled = fmaf(neuron.b[lane], centred, neuron.a[lane]);
-        grad_x_t[i] = fmaf(neuron.gain[lane], grad_y, -coupled);
+        grad_x_t[i] = NEEDS & NEED_NORM ? neuron.gain[lane] * grad_y
+                                        : fmaf(neuron.gain[lane], grad_y, -coupled);
       }
       grad_v[i] = fmaf(-q, grad_h, grad_h);
     }

@@ -12,15 +12,14 @@ which holds also where mu is large beside the deviation. Their backward sums ove
 of y, and over G_y (x - shift), and then
 
     dbias = sum G_y      dweight = r (sum G_y (x - shift) - (mu - shift) sum G_y)
-    G_x = gain G_y - A - B (x - shift)
-    B = gain r dweight / n      A = gain dbias / n - B (mu - shift)      both 0 in eval mode
+    G_x = gain G_y - A - B (x - shift)      G_x = gain G_y with running statistics
+    B = gain r dweight / n      A = gain dbias / n - B (mu - shift)
 
 Kept for backward: the input, and numbers per channel.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -130,8 +129,7 @@ class Affine(NamedTuple):
     """The norm as ``y = (x - shift) gain + offset``."""
 
     table: Tensor  #: shift, gain and offset, float32 ``[3, C]``: what the kernels read
-    #: mean, r, gain, and how many values a channel has over all processes, infinitely many where
-    #: the statistics do not depend on the input; float64 ``[4, C]``
+    #: mean, r, gain, and how many values a channel has over all processes; float64 ``[4, C]``
     numbers: Tensor
 
 
@@ -143,13 +141,13 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
     """
     if norm.running_mean is None or norm.running_var is None or not norm.fixed:
         mean, var = statistics(x_seq)
-        count = torch.full_like(mean, x_seq.numel() / len(mean))
+    else:
+        mean, var = norm.running_mean.double(), norm.running_var.double()
+    count = torch.full_like(mean, x_seq.numel() / len(mean))
+    if not norm.fixed:
         if norm.group is not None:
             mean, var, count = _combined(mean, var, count, norm.group)
         update_running(norm, mean, var, count)
-    else:
-        mean, var = norm.running_mean.double(), norm.running_var.double()
-        count = torch.full_like(mean, math.inf)
     rate = (var + norm.eps).rsqrt()
     gain = rate if norm.weight is None else rate * norm.weight
     shift = mean.float()
@@ -168,19 +166,25 @@ def _combined(mean: Tensor, var: Tensor, count: Tensor, group: Any) -> list[Tens
     return [mean, square - mean.square(), count]
 
 
-def gradients(affine: Affine, sums: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of weight and bias, and A and B as float32 ``[2, C]``.
+def gradients(affine: Affine, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias.
 
-    ``sums`` are those of G_y and of G_y (x - shift), float64 ``[2, C]``, of this process, and so
-    are the first two results; A and B are made of all processes' sums.
+    ``sums`` are those of G_y and of G_y (x - shift) in this process, float64 ``[2, C]``.
     """
+    return (affine.numbers[1] * _centred(affine, sums)).float(), sums[0].float()
+
+
+def mean_terms(affine: Affine, sums: Tensor, group: Any) -> Tensor:
+    """A and B, float32 ``[2, C]``: how G_x depends on the batch's statistics, of all processes."""
     mean, rate, gain, count = affine.numbers
-    rest = mean - affine.table[0]
-    grad_weight, grad_bias = rate * (sums[1] - rest * sums[0]), sums[0]
-    all_sums = sums
     if group is not None:
-        all_sums = sums.clone()
-        distributed.all_reduce(all_sums, group=group)
-    b = gain * rate * rate * (all_sums[1] - rest * all_sums[0]) / count
-    a = gain * all_sums[0] / count - b * rest
-    return grad_weight.float(), grad_bias.float(), torch.stack([a, b]).float()
+        sums = sums.clone()
+        distributed.all_reduce(sums, group=group)
+    b = gain * rate * rate * _centred(affine, sums) / count
+    a = gain * sums[0] / count - b * (mean - affine.table[0])
+    return torch.stack([a, b]).float()
+
+
+def _centred(affine: Affine, sums: Tensor) -> Tensor:
+    """The sum of G_y (x - mu)."""
+    return sums[1] - (affine.numbers[0] - affine.table[0]) * sums[0]

@@ -112,6 +112,13 @@ def test_infinities_and_nan(case):
     assert_not_finite_alike(cpu.multi_step, reference.multi_step, case.with_(shape=(6, 40, 5)))
 
 
+@pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_infinities_and_nan_behind_running_statistics(dtype, v_reset):
+    case = Case(v_reset, dtype=dtype, shape=(6, 40, 5))
+    assert_not_finite_alike(cpu.multi_step, reference.multi_step, case, norm=True)
+
+
 # Whose backward SpikingJelly sets to 0 outside of the support even where what comes in is NaN.
 @pytest.mark.parametrize("name", sorted(SURROGATES - {"PiecewiseQuadratic"}))
 def test_infinities_and_nan_through_every_surrogate(name):

@@ -311,6 +311,14 @@ def test_infinities_and_nan(launcher, v_reset, detach_reset, dtype):
 
 
 @needs_gxx
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
+def test_infinities_and_nan_behind_running_statistics(launcher, v_reset, dtype):
+    case = Case(v_reset, dtype=dtype, shape=(6, 40, 5))
+    assert_not_finite_alike(launcher.cuda.multi_step, reference.multi_step, case, norm=True)
+
+
+@needs_gxx
 def test_one_parameter_a_layer_and_the_other_per_channel(launcher):
     leaves = tensors(CASE)
     leaves["v_threshold"] = torch.linspace(0.6, 1.3, 8).requires_grad_()

@@ -120,9 +120,14 @@ MUTATIONS = {
     "the other steps' share of x's gradient left out": (NORM, "ab ? ab[channel] : 0.0f", "0.0f"),
     "its second part left out": (NORM, "ab ? ab[channels + channel] : 0.0f", "0.0f"),
     "the norm's gain left out of x's gradient": (
-        NORM | {"norm": "fixed"},
+        NORM,
         "fmaf(neuron.gain[lane], grad_y, -coupled)",
         "grad_y - coupled",
+    ),
+    "the same with running statistics": (
+        NORM | {"norm": "fixed"},
+        "neuron.gain[lane] * grad_y",
+        "grad_y",
     ),
     "the gain's gradient by x as it is": (
         NORM,

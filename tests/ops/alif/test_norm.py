@@ -263,9 +263,10 @@ def test_operators(dtype):
         (ops.cpu_forward, (x_seq, None, 0.0, w, v_threshold, True, 0.0, False, 0, table, True)),
         (ops.cpu_backward, backward),
         (ops.cpu_backward, (*backward, True)),
+        (ops.cpu_backward, (*backward, True, True)),
         (
             ops.cpu_input_gradient,
-            (torch.ones_like(x_seq).float(), *backward, True, torch.rand(2, 5)),
+            (torch.ones_like(x_seq).float(), *backward, True, False, torch.rand(2, 5)),
         ),
     ):
         checks = ("test_schema", "test_faketensor")

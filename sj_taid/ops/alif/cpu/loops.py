@@ -261,6 +261,12 @@ def _add(out, values, n):
 
 
 @_part
+def _multiply(out, values, n):
+    for i in range(n):
+        out[i] *= values[i]
+
+
+@_part
 def _add_norm(grad_offset, grad_gain, grad, x, shift, n):
     for i in range(n):
         grad_offset[i] += grad[i]
@@ -473,7 +479,7 @@ def backward_for(
     def backward(
         scratch, first_part, last_part, part_size, block,
         dtype, grad_spike, grad_v, grad_v_seq, x, v0, v_init, q, threshold,
-        grad_x_dtype, grad_x, grad_v0, sums, norm, norm_sums, need_norm, ab,
+        grad_x_dtype, grad_x, grad_v0, sums, norm, norm_sums, need_norm, fixed_norm, ab,
         steps, neurons, inner, channels, norm_inner, norm_channels, v_rest, a, b,
     ):  # fmt: skip
         rows = _norm_rows(scratch, steps, block)
@@ -542,6 +548,8 @@ def backward_for(
                             x_now, grad_current, _at(rows, 0), _at(rows, _GAIN * block),
                             a_row, b_row, n, 0,
                         )  # fmt: skip
+                    if fixed_norm:
+                        _multiply(grad_current, _at(rows, _GAIN * block), n)
                     if grad_x and grad_x_dtype != FLOAT32:
                         _narrow_row(grad_current, _half_at(grad_x, here), grad_x_dtype, n, -neurons)
                 if grad_v0:

@@ -85,6 +85,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         _address(call.norm),
         sums_of_norm,
         call.need_norm,
+        call.fixed_norm and call.need_x,
         _address(call.ab),
         *_steps(x),
         *_channels(x, q.numel()),
