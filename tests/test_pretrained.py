@@ -1,6 +1,5 @@
-"""Models by name: every one that is listed loads, draws or classifies, and has a whole card."""
+"""Models by name: each of the package works and has a complete card; errors of other models."""
 
-import errno
 import hashlib
 import json
 import re
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import sj_taid
 from sj_taid import create_model, list_models, pretrained
 
 pytest.importorskip("safetensors", reason="needs the extra pretrained")
@@ -25,7 +23,7 @@ MEGABYTE = 2**20
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of a model, to do things to."""
+    """A copy of a model, to be changed."""
     return Path(shutil.copytree(PACKAGE / NAME, tmp_path / "model"))
 
 
@@ -34,11 +32,24 @@ def change(folder, **entries):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
-# ---- each model ----
+def change_model(folder, **arguments):
+    model = json.loads((folder / "config.json").read_text())["model"]
+    change(folder, model=model | arguments)
+
+
+def digest(folder):
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def assert_has_the_shipped_weights(model):
+    state = model.state_dict()
+    expected = create_model(NAME, pretrained=True).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_model_works(name):
+def test_create_model_of_the_package(name):
     model = create_model(name, pretrained=True)
     assert not model.training
     assert not torch.equal(*(next(m.parameters()) for m in (model, create_model(name))))
@@ -53,7 +64,7 @@ def test_model_works(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_card_is_whole(name):
+def test_card_is_complete(name):
     card = (PACKAGE / name / "README.md").read_text(encoding="utf-8")
     config = pretrained.read_config(name)
     table = dict(re.findall(r"^\| (\w+) \| (.+) \|$", card, re.M))
@@ -70,15 +81,12 @@ def test_card_is_whole(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_are_small_and_name_no_place(name):
+def test_files_are_small_and_name_no_path(name):
     paths = sorted((PACKAGE / name).iterdir())
     assert [path.name for path in paths] == ["README.md", "config.json", "model.safetensors"]
     assert sum(path.stat().st_size for path in paths) <= 5 * MEGABYTE
     for path in paths[:2]:
         assert not re.search(r"(?<![\w.)])[~.]?/\w|file:", path.read_text(encoding="utf-8"))
-
-
-def test_all_of_them_are_small():
     assert sum(path.stat().st_size for path in PACKAGE.glob("*/*")) <= 15 * MEGABYTE
 
 
@@ -110,39 +118,13 @@ def test_figures_of_the_card_are_measured_again(name, tmp_path):
         assert figures[figure] == pytest.approx(metrics[figure], rel=tolerance[figure]), figure
 
 
-# ---- from elsewhere ----
+def test_create_model_from_a_folder(folder):
+    assert_has_the_shipped_weights(create_model(folder, pretrained=True))
+    asked = digest(folder).upper()
+    assert_has_the_shipped_weights(create_model(str(folder), pretrained=True, sha256=asked))
 
 
-def same(model, name=NAME):
-    expected = create_model(name, pretrained=True).state_dict()
-    found = model.state_dict()
-    return expected.keys() == found.keys() and all(
-        torch.equal(found[k], expected[k]) for k in found
-    )
-
-
-def test_a_folder(folder):
-    assert same(create_model(folder, pretrained=True))
-    assert same(create_model(str(folder), pretrained=True, sha256=digest(folder)))
-
-
-def digest(folder):
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-
-
-def test_a_url_is_kept(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("SJ_TAID_CACHE", str(tmp_path / "cache"))
-    url = folder.as_uri()
-    create_model(url)
-    assert not list(tmp_path.glob("cache/**/*.safetensors"))  # none were asked for
-    assert same(create_model(url, pretrained=True))
-    shutil.rmtree(folder)
-    assert same(create_model(f"{url}/", pretrained=True))
-    with pytest.raises(FileNotFoundError, match=r"other/config\.json cannot be fetched"):
-        create_model(f"{url}/other")
-
-
-def test_the_hub(folder, monkeypatch):
+def test_hub_upload_and_download(folder, monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
     calls = []
 
@@ -167,7 +149,7 @@ def test_the_hub(folder, monkeypatch):
         {"repo_id": "me/net", "folder_path": folder, "allow_patterns": files},
     ]
     calls.clear()
-    assert same(create_model("hf://me/net@v1", pretrained=True))
+    assert_has_the_shipped_weights(create_model("hf://me/net@v1", pretrained=True))
     ((repository, options),) = calls
     assert repository == "me/net" and options["revision"] == "v1"
     assert sorted(options["allow_patterns"]) == sorted(files)
@@ -181,77 +163,82 @@ def test_the_hub(folder, monkeypatch):
     assert not calls
 
 
-# ---- what is wrong ----
+@pytest.mark.parametrize("source", ["typo", "https://example.org/model"])
+def test_create_model_of_no_model(source):
+    with pytest.raises(ValueError, match=f"no model '{source}'; give one of .*{NAME}.*hf://"):
+        create_model(source)
 
 
-def test_no_such_model():
-    with pytest.raises(ValueError, match=f"no model 'typo'; give one of .*{NAME}.*hf://"):
-        create_model("typo")
-
-
-def test_damaged_weights_are_an_error(folder):
+def test_damaged_weights(folder):
+    remedy = "copy the folder again, or export its run again"
     (folder / "model.safetensors").write_bytes(b"half")
-    remedy = r"damaged or another one: copy the folder anew, or export its run again"
-    with pytest.raises(
-        ValueError, match=rf"as config\.json states, but .* has [0-9a-f]{{64}}; it is {remedy}"
-    ):
+    said = rf"as config\.json states, but .* has {digest(folder)}: they are damaged or .*; {remedy}"
+    with pytest.raises(ValueError, match=said):
         create_model(folder, pretrained=True)
     change(folder, sha256=digest(folder))
-    with pytest.raises(ValueError, match=r"does not fit config\.json: .*eader.*; copy the folder"):
+    with pytest.raises(ValueError, match=rf"does not fit config\.json: .*eader.*; {remedy}"):
         create_model(folder, pretrained=True)
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no .*model\.safetensors; sj-taid export"):
         create_model(folder, pretrained=True)
 
 
-def test_a_cache_that_cannot_be_written(folder, tmp_path, monkeypatch):
-    (taken := tmp_path / "taken").write_text("")
-    monkeypatch.setenv("SJ_TAID_CACHE", str(taken))
-    said = r"taken.* cannot be written .*let SJ_TAID_CACHE name another"
-    with pytest.raises(OSError, match=said):
-        create_model(folder.as_uri())
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setenv("SJ_TAID_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", full)
-    with pytest.raises(OSError, match=r"cannot be written .*No space left.*; make room"):
-        create_model(folder.as_uri())
-
-
-def test_another_digest_than_the_one_asked_for_is_an_error(folder):
-    asked = "0" * 64
+@pytest.mark.parametrize("asked", ["0" * 64, ""])  # as of a variable that is not set
+def test_weights_with_another_digest(folder, asked):
     said = rf"SHA-256 {asked}, as sha256= asks, but .* has {digest(folder)}"
-    with pytest.raises(ValueError, match=f"{said}; it is as exported, so sha256= means another"):
+    with pytest.raises(ValueError, match=said):
         create_model(folder, pretrained=True, sha256=asked)
-    with pytest.raises(ValueError, match="as sha256= asks"):  # as of a variable that is not set
-        create_model(folder, pretrained=True, sha256="")
-    create_model(folder, pretrained=True, sha256=digest(folder).upper())
     with pytest.raises(ValueError, match="sha256= is of weights, which pretrained=True asks for"):
         create_model(folder, sha256=asked)
-    (folder / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"as sha256= asks, .*; it is damaged or another one:"):
-        create_model(folder, pretrained=True, sha256=asked)
 
 
-def test_the_remedy_is_that_of_the_place(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("head.1.weight", torch.nan, "holds NaN or infinite numbers"),
+        ("stem.1.running_var", torch.inf, "holds NaN or infinite numbers"),
+        ("head.1.weight", torch.int8, "must be torch.float32, but it is torch.int8"),
+        ("stem.1.num_batches_tracked", torch.float64, "must be torch.int64, but it is"),
+    ],
+)
+def test_weights_that_are_no_numbers(folder, key, value, message):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    if isinstance(value, torch.dtype):
+        state[key] = state[key].to(value)
+    else:
+        state[key].view(-1)[0] = value
+    save_file(state, path)
+    change(folder, sha256=digest(folder))
+    with pytest.raises(ValueError, match=rf"does not fit config\.json: {key} {message}"):
+        create_model(folder, pretrained=True)
+
+
+def test_weights_of_another_model(folder):
+    change_model(folder, hidden=7)
+    with pytest.raises(ValueError, match=r"does not fit config\.json: .*size mismatch") as raised:
+        create_model(folder, pretrained=True)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "remedy"),
+    [
+        ("folder", "copy the folder again, or export its run again"),
+        ("hf://me/net@v1", "hf download me/net --force-download --revision v1"),
+        ("mine", "reinstall sj-taid"),
+    ],
+)
+def test_damaged_config_names_the_remedy(folder, monkeypatch, source, remedy):
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(folder))
-    monkeypatch.setenv("SJ_TAID_CACHE", str(tmp_path / "cache"))
-    change(folder, sha256=None)
-    copy = rf"{tmp_path}/cache/models/\w+"
-    for source, remedy in {
-        str(folder): "copy the folder anew, or export its run again",
-        folder.as_uri(): f"delete {copy}, a copy, and it is fetched anew",
-        "hf://me/net@v1": "hf download me/net --force-download --revision v1",
-    }.items():
-        with pytest.raises(ValueError, match=f"; .*{remedy}$"):
-            create_model(source)
     monkeypatch.setattr(pretrained, "__file__", str(folder / "__init__.py"))
+    change(folder, sha256=None)
     shutil.copytree(folder, folder / "mine")
-    with pytest.raises(ValueError, match=r"; reinstall sj-taid$"):
-        create_model("mine")
+    with pytest.raises(ValueError, match=f"; .*{remedy}$"):
+        create_model(folder if source == "folder" else source)
 
 
 @pytest.mark.parametrize(
@@ -260,38 +247,18 @@ def test_the_remedy_is_that_of_the_place(folder, tmp_path, monkeypatch):
         ("", "is no JSON"),
         ("{", "is no JSON"),
         ("[" * 100_000, "is no JSON"),
-        ("[]", "expected a class and its arguments as its 'model', but got None"),
-        ('{"model": {}}', "expected a class and its arguments as its 'model', but got {}"),
-        (
-            '{"model": "FSVAE"}',
-            "expected a class and its arguments as its 'model', but got 'FSVAE'",
-        ),
-        (
-            '{"model": {"_target_": "sj_taid.TAID", "T": 4, "_partial_": true}}',
-            "expected a class and its arguments as its 'model'",
-        ),
-        (
-            '{"model": {"_target_": "sj_taid.TAID"}, "sha256": 11}',
-            "expected 64 hexadecimal digits as its 'sha256', but got 11",
-        ),
-        (
-            '{"model": {"_target_": "sj_taid.TAID"}, "sha256": "%s"}' % ("0" * 64),
-            "expected those of a run as its 'metrics', but got None",
-        ),
+        ("[]", "expected a dict as its 'model', but got None"),
+        ('{"model": "FSVAE"}', "expected a dict as its 'model', but got 'FSVAE'"),
+        ('{"model": ' + 900 * "[" + 900 * "]" + "}", r"expected a dict .* got \[\[\["),
+        ('{"model": {}, "sha256": 11}', "expected a str as its 'sha256', but got 11"),
+        ('{"model": {}, "sha256": ""}', "expected a dict as its 'metrics', but got None"),
     ],
 )
-def test_a_damaged_config_is_an_error(folder, text, message):
+def test_damaged_config(folder, text, message):
     (folder / "config.json").write_text(text)
     for read in (create_model, pretrained.read_config):
-        with pytest.raises(ValueError, match=rf"config\.json .*{message}.*; copy the folder anew"):
+        with pytest.raises(ValueError, match=rf"config\.json .*{message}.*; copy the folder again"):
             read(folder)
-
-
-def test_weights_of_another_model_are_an_error(folder):
-    model = json.loads((folder / "config.json").read_text())["model"]
-    change(folder, model=model | {"hidden": 7})
-    with pytest.raises(ValueError, match=r"(?s)does not fit config\.json: .*size mismatch"):
-        create_model(folder, pretrained=True)
 
 
 @pytest.mark.parametrize(
@@ -301,27 +268,22 @@ def test_weights_of_another_model_are_an_error(folder):
         "sj_taid.pretrained.os.system",
         "sj_taid.training.load_model",
         "sj_taid.create_model",
-        "sj_taid.import_module",
-        "sj_taid.model.fsvae.partial",
+        "sj_taid.model.fsvae.NamedTuple",
         "torch.nn.Linear",
         "sj_taid.model.typo",
         "spikingjelly.activation_based.surrogate.torch.hub.load",
         None,
     ],
 )
-@pytest.mark.parametrize("place", ["model", "neuron"])
-def test_a_config_calls_nothing_but_models_and_neurons(folder, target, place):
-    call = {"_target_": target, "_partial_": place == "neuron"}
-    model = json.loads((folder / "config.json").read_text())["model"]
-    change(folder, model=call if place == "model" else model | {"neuron": call})
-    with pytest.raises(ValueError, match=r"config\.json names"):
-        create_model(folder)
-
-
-def test_modules_that_are_imported_there_are_not_meant(folder, monkeypatch):
-    monkeypatch.setattr(sj_taid, "Linear", torch.nn.Linear, raising=False)
-    change(folder, model={"_target_": "sj_taid.Linear"})
-    with pytest.raises(ValueError, match="which sj_taid does not define"):
+@pytest.mark.parametrize("part", ["model", "neuron"])
+def test_config_calls_nothing_but_models_and_neurons(folder, target, part):
+    call = {"_target_": target, "_partial_": part == "neuron"}
+    if part == "model":
+        change(folder, model=call)
+    else:
+        change_model(folder, neuron=call)
+    said = rf"config\.json does not describe .*: it names \[{target!r}\], no models"
+    with pytest.raises(ValueError, match=said):
         create_model(folder)
 
 
@@ -334,18 +296,28 @@ def test_modules_that_are_imported_there_are_not_meant(folder, monkeypatch):
         {"neuron": 7},
         {"T": 0.5},
         {"hidden": -1},
+        {"_partial_": True},
     ],
 )
-def test_a_config_of_another_version_says_so(folder, changed):
-    model = json.loads((folder / "config.json").read_text())["model"]
-    change(folder, model=model | changed)
-    said = r"config\.json does not describe a Classifier of this version of sj-taid: .*; the card, "
+def test_config_of_another_version(folder, changed):
+    change_model(folder, **changed)
+    said = r"config\.json does not describe a model of this version of sj-taid: .*; the card, "
     with pytest.raises(ValueError, match=said):
         create_model(folder)
 
 
+def test_config_nested_deeply(folder):
+    deep = []
+    for _ in range(900):
+        deep = [deep]
+    change_model(folder, stages=deep)
+    with pytest.raises(ValueError, match=r"config\.json does not describe .*recursion") as raised:
+        create_model(folder)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("package", ["safetensors", "huggingface_hub"])
-def test_a_missing_package_is_named(package, folder, monkeypatch):
+def test_create_model_names_a_missing_package(package, folder, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

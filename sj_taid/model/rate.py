@@ -138,7 +138,7 @@ class GaussianMixturePrior(nn.Module):
     with the quantile function :math:`Q_c` of channel c, a step function over the ``levels`` + 1
     values that a mean of spikes can have.
 
-    Its tensors are buffers, so a checkpoint keeps them; they are NaN until :meth:`fit`. One with
+    Its tensors are buffers, so a checkpoint has them; they are 0 until :meth:`fit`. One with
     another number of components can be loaded.
 
     Args:
@@ -181,18 +181,18 @@ class GaussianMixturePrior(nn.Module):
         self.iterations = iterations
         shapes = {"weights": (), "means": (channels,), "cholesky": (channels, channels)}
         for name, shape in shapes.items():
-            self.register_buffer(name, torch.full((components, *shape), float("nan")))
-        self.register_buffer("cumulative", torch.full((channels, levels + 1), float("nan")))
+            self.register_buffer(name, torch.zeros(components, *shape))
+        self.register_buffer("cumulative", torch.zeros(channels, levels + 1))
         self.register_load_state_dict_pre_hook(_take_the_shape_of_what_is_loaded)
 
     @property
     def fitted(self) -> bool:
-        return not (self.weights.isnan().any() or self.cumulative.isnan().any())
+        return bool(self.weights.any() and self.cumulative.any())
 
     def forget(self) -> None:
         """Be as before :meth:`fit`."""
         for buffer in self.buffers():
-            buffer.fill_(float("nan"))
+            buffer.zero_()
 
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the mixture to ``rates`` ``[n, d]`` by expectation maximisation.
