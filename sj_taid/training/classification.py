@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data import Data
 from ..model import Classifier
-from .plot import save
+from .plot import draw_confusion
 from .task import Task
 
 
@@ -89,12 +88,8 @@ class Classification(Task):
         ]
 
     def draw(self, images: Tensor, folder: Path) -> None:
-        size = 2 + 0.6 * self.model.classes
-        figure = Figure((size, size))
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        labels = data.class_names or None
-        self.confusion.plot(ax=figure.subplots(), cmap="Blues", labels=labels)
-        save(figure, folder / "confusion.png")
+        draw_confusion(self.confusion.compute(), data.class_names, folder / "confusion.png")
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, label = self.model_input(batch[0]), batch[1]

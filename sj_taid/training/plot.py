@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,6 +168,20 @@ def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -
     save(figure, path)
 
 
+def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
+    """How often samples of each class (rows) were taken for each class (columns)."""
+    from sklearn.metrics import ConfusionMatrixDisplay  # a second to import
+
+    size = 1 + 0.6 * len(counts)
+    figure = Figure((size, size))
+    display = ConfusionMatrixDisplay(counts.cpu().numpy(), display_labels=names or None)
+    axis = figure.subplots()
+    rotation = "vertical" if max(map(len, names), default=0) > 3 else "horizontal"
+    display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation=rotation)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    save(figure, path, bbox_inches="tight")  # as large as the names need
+
+
 def _label(axis: Axes, x: str, y: str) -> None:
     """Name the axes, of which the horizontal one counts."""
     axis.set(xlabel=x, ylabel=y)
@@ -174,7 +189,7 @@ def _label(axis: Axes, x: str, y: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def save(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Write the figure whole or not at all."""
+def save(figure: Figure, path: Path, dpi: int = 130, **options: Any) -> None:
+    """Write a figure as PNG, atomically; ``options`` are those of ``savefig``."""
     with atomic_write(path) as whole:
-        figure.savefig(whole, dpi=dpi, format="png")
+        figure.savefig(whole, dpi=dpi, format="png", **options)
