@@ -17,7 +17,7 @@ demo: install ## Train a small ESVAE on handwritten digits and draw its pictures
 gpu: install ## Prove the CUDA kernels on this machine's GPU, and time them; ten minutes
 	cuda=$$($(BIN)/python -c "import torch; print((torch.version.cuda or '').split('.')[0])"); \
 	  test -z "$$cuda" || $(BIN)/python -m pip install --quiet --editable ".[cuda$$cuda]"
-	$(BIN)/sj-taid prove
+	$(BIN)/python experiments/prove.py
 
 test: install lint ## Lint, type check and test
 	$(BIN)/python -m pytest

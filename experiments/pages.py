@@ -73,7 +73,7 @@ def gains() -> pd.DataFrame:
     classifiers = frame(stored(ROOT, "mnist_classifier_cpu"))[0]
     plif = "SpikingJelly PLIF"
     rows = [
-        ("kept for backward, MB", nets, "kept_mb", plif, "ALIF, one operator, bits"),
+        ("saved for backward, MB", nets, "saved_mb", plif, "ALIF, one operator, bits"),
         ("norm and neuron, ms", pairs, "median_ms", plif, "ALIF, one operator"),
         ("a layer of neurons, ms", layers, "median_ms", plif, "ALIF numba"),
         ("a training step of FSVAE, ms", steps, "median_ms", f"{plif}, stepping", "ours"),
@@ -150,7 +150,7 @@ def memory() -> pd.DataFrame:
     """Bytes kept for backward over those of SpikingJelly's PLIF, T = 8."""
     rows = norms()
     rows = rows[(rows["T"] == 8) & rows["net"].str.contains("_")]
-    table = rows.pivot(index="neuron", columns="net", values="kept_ratio")
+    table = rows.pivot(index="neuron", columns="net", values="saved_ratio")
     return table.loc[rows["neuron"].unique()].map("{:.2f}".format).reset_index()
 
 

@@ -137,8 +137,9 @@ def parse_arguments(command, is_benchmark, words):
     pytest.importorskip("hydra", reason="needs the extra train")
     from sj_taid.training import cli
 
-    if is_benchmark or command in cli.OTHERS:
-        run = importlib.import_module(command).main if is_benchmark else cli.OTHERS[command]
+    is_script = is_benchmark or command in ("prove", "search")
+    if is_script or command in cli.OTHERS:
+        run = importlib.import_module(command).main if is_script else cli.OTHERS[command]
         with pytest.raises(Parsed):
             run(words)
     elif command == "pages":

@@ -50,7 +50,7 @@ def test_parts_are_attributes(part, monkeypatch):
 BARE = """
 import json, sys
 
-for package in ("lightning", "matplotlib", "optuna", "pandas", "plotly", "rich", "safetensors"):
+for package in ("lightning", "matplotlib", "pandas", "plotly", "rich", "safetensors"):
     sys.modules[package] = None
 from sj_taid.training import cli
 
@@ -71,9 +71,9 @@ def test_every_command_that_lacks_a_package_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    # These two need nothing.
-    assert (said.pop("prove"), said.pop("doctor")) == (0, 0)
-    more = {"report": {"plotly", "jinja2"}, "search": {"optuna"}}
+    # It needs nothing.
+    assert said.pop("doctor") == 0
+    more = {"report": {"plotly", "jinja2"}}
     assert {"train", "fit_prior", "compare", "export", *more} <= said.keys()
     for command, remedy in said.items():
         assert {*TRAIN.split(), *more.get(command, ())} == set(remedy.split()), command

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from common import interleave, parser, write_csv
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
 from sj_taid import ALIFNode, fresh_state
-from sj_taid.benchmark.common import interleaved, parser, write_csv
 
 
 def alif(channels: int, backend: str) -> nn.Module:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         compiled = torch.compile(module, fullgraph=True)
         steps = {"eager": partial(step, module), "compiled": partial(step, compiled)}
-        for mode, timing in interleaved(steps, options.repeats, options.device).items():
+        for mode, timing in interleave(steps, options.repeats, options.device).items():
             rows.append({"net": name, "mode": mode, **timing._asdict(), **shared})
             print(f"{name:22} {mode:9} {timing.median_ms:8.2f} ms")
     write_csv(rows, options.out / f"compile-{options.backend}.csv")

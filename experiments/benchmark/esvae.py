@@ -14,11 +14,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+from common import CPU, interleave, parser, write_csv
+from fsvae import by_kind
 from loading import Memory
 from matplotlib.figure import Figure
 
-from sj_taid.benchmark.common import CPU, interleaved, parser, write_csv
-from sj_taid.benchmark.fsvae import by_kind
 from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.composing import compose, instantiate
 from sj_taid.training.plot import save
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None, extra: Sequence[str] = ()) -> N
     variants = {name: training_step(name, extra) for name in VARIANTS}
     steps = {name: step for name, (step, _) in variants.items()}
     batches = {name: batch for name, (_, batch) in variants.items()}
-    timings = interleaved(steps, options.repeats)
+    timings = interleave(steps, options.repeats)
     first = timings[RECIPE].median_ms / batches[RECIPE]
     rows: list[dict[str, Any]] = [
         {"work": name, "batch": batches[name], **timing._asdict()}
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None, extra: Sequence[str] = ()) -> N
         for name, timing in timings.items()
     ]
     batch = batches[RECIPE]
-    loading = interleaved({"loading": loader(extra)}, 10 * options.repeats)
+    loading = interleave({"loading": loader(extra)}, 10 * options.repeats)
     parts = by_kind(steps[RECIPE]) | {"loading": loading["loading"].median_ms}
     rows += [
         {"work": kind, "batch": batch, "median_ms": spent, "ms_per_image": spent / batch}

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from common import interleave, parser, write_csv
+from fsvae import train_step as fsvae_step
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.nn import functional as F
 
-from sj_taid.benchmark.common import interleaved, parser, write_csv
-from sj_taid.benchmark.fsvae import train_step as fsvae_step
 from sj_taid.data.base import Data, Files, InMemory
 from sj_taid.data.event import EventData, read_frames
 from sj_taid.data.folder import ImageFolder
@@ -169,7 +169,7 @@ def time_case(name: str, case: Case, options: argparse.Namespace) -> list[dict[s
         for net, (make, batch) in case.nets.items():
             rows[net] = {"work": STEP, "net": net, "samples": batch}
             work[net] = make(data, batch, options.device)
-        timings = interleaved(work, options.repeats, options.device)
+        timings = interleave(work, options.repeats, options.device)
     for key, row in rows.items():
         row["data"] = name
         row |= zip(RATES, (row["samples"] / ms * 1e3 for ms in timings[key]), strict=True)

@@ -1,6 +1,180 @@
-"""Count and time norms and neurons, apart and joined: ``python experiments/benchmark/norm.py``."""
+"""Bytes saved for backward and time of a training step: norm and neuron apart, fused, with bits.
 
-from sj_taid.benchmark.norm import main
+    python experiments/benchmark/norm.py
+
+writes ``norm.csv`` and ``norm.png``. ``norm + neuron`` is that pair alone, on [T, 32, 128, 14, 14];
+``3 x [conv, norm, neuron]`` and the nets of SpikingJelly's zoo take [T, N, 3, 32, 32]. bfloat16 is
+autocast. Bytes are counted from what autograd saves, each storage once, without parameters.
+``--zoo`` names the nets of the zoo to time too; the bytes of all of them are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from common import DTYPES, conditions, interleave, parser, write_csv
+from matplotlib.figure import Figure
+from memory import saved_bytes
+from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
+from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
+from torch import Tensor, nn
+
+from sj_taid import fuse_norm, packed_spikes, swap_neurons
+from sj_taid.training.allocator import reuse_freed_memory
+from sj_taid.training.plot import save
+
+ATAN = surrogate.ATan()
+CLASSES = 10
+ZOO: dict[str, Callable[..., nn.Module]] = {
+    "spiking_vgg11_bn": spiking_vgg.spiking_vgg11_bn,
+    "sew_resnet18": partial(sew_resnet.sew_resnet18, cnf="ADD"),
+    "spiking_resnet18": spiking_resnet.spiking_resnet18,
+}
+PAIR, LAYERS = "norm + neuron", "3 x [conv, norm, neuron]"
+NETS = (PAIR, LAYERS, *ZOO)
+RIVAL = "SpikingJelly PLIF"
+
+
+def layers(spiking_neuron: Callable[..., nn.Module], width: int = 64) -> nn.Module:
+    widths = [3, width, width, width]
+    blocks: list[nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        blocks += [layer.Conv2d(a, b, 3, padding=1, bias=False), layer.BatchNorm2d(b)]
+        blocks.append(spiking_neuron(surrogate_function=ATAN))
+    return nn.Sequential(*blocks)
+
+
+def pair(spiking_neuron: Callable[..., nn.Module]) -> nn.Module:
+    return nn.Sequential(layer.BatchNorm2d(128), spiking_neuron(surrogate_function=ATAN))
+
+
+def make(name: str, spiking_neuron: Callable[..., nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    if name in ZOO:
+        net = ZOO[name](spiking_neuron=spiking_neuron, surrogate_function=ATAN, num_classes=CLASSES)
+    else:
+        net = (pair if name == PAIR else layers)(spiking_neuron)
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def variants(name: str) -> dict[str, nn.Module]:
+    """The net with each neuron, ours in each form, and memopt where it takes the net."""
+    two = make(name, neuron.LIFNode)
+    swap_neurons(two)
+    one = copy.deepcopy(two)
+    fuse_norm(one)
+    nets = {"SpikingJelly LIF": make(name, neuron.LIFNode)}
+    nets[RIVAL] = make(name, neuron.ParametricLIFNode)
+    if name == LAYERS:
+        recomputed = make(name, neuron.ParametricLIFNode)
+        nets["SpikingJelly PLIF, memopt"] = memopt.checkpoint_module(recomputed, chunks=3)
+    nets |= {"ALIF, two operators": two, "ALIF, one operator": one}
+    if name != PAIR:  # which has no layer that saves spikes
+        nets["ALIF, one operator, bits"] = packed = copy.deepcopy(one)
+        packed_spikes(packed)
+    return nets
+
+
+class Step(nn.Module):
+    """A forward pass from rest, under autocast for a lower ``dtype``."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net = net
+        self.dtype = dtype
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        functional.reset_net(self.net)
+        lower = self.dtype != torch.float32
+        with torch.autocast(x_seq.device.type, self.dtype, enabled=lower):
+            return self.net(x_seq)
+
+    def train_step(self, x_seq: Tensor, gradient: Tensor) -> None:
+        self(x_seq).backward(gradient)
+        self.zero_grad()
+        functional.reset_net(self.net)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_parser = parser(__doc__, repeats=7)
+    add = options_parser.add_argument
+    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    add("--steps", nargs="+", type=int, default=[4, 8, 16], metavar="T")
+    add("--batch", type=int, default=8)
+    add("--nets", nargs="+", choices=NETS, default=list(NETS))
+    add("--zoo", nargs="*", choices=ZOO, default=[])
+    options = options_parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    reuse_freed_memory()
+    grid = itertools.product(options.nets, options.dtypes, options.steps)
+    rows = [row for case in grid for row in measure(*case, options)]
+    table = write_csv(rows, options.out / "norm.csv")
+    draw(table, options.out / "norm.png")
+
+
+def measure(name: str, dtype: str, T: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Count the bytes of a net's variants and time them; a row for each."""
+    size = (32, 128, 14, 14) if name == PAIR else (options.batch, 3, 32, 32)
+    x_seq = torch.rand(T, *size, device=options.device)
+    if name == PAIR:  # as a convolution under autocast leaves it
+        x_seq = x_seq.to(DTYPES[dtype])
+    calls = {
+        variant: Step(net.to(options.device), DTYPES[dtype])
+        for variant, net in variants(name).items()
+    }
+    saved = {variant: saved_bytes(call, x_seq) for variant, call in calls.items()}
+    times = {}
+    if name not in ZOO or name in options.zoo:
+        with torch.no_grad():
+            gradient = torch.randn_like(calls[RIVAL](x_seq))
+        steps = {
+            variant: partial(call.train_step, x_seq, gradient) for variant, call in calls.items()
+        }
+        times = interleave(steps, options.repeats, options.device, warm_up=2)
+    rows = []
+    for variant, count in saved.items():
+        row = {"net": name, "variant": variant, "dtype": dtype, "T": T, "step": list(size)}
+        row |= {"saved_mb": count / 1e6, "saved_ratio": count / saved[RIVAL]}
+        if times:
+            row |= times[variant]._asdict()
+            row["time_ratio"] = times[variant].median_ms / times[RIVAL].median_ms
+        rows.append(row | conditions(options.device))
+    return rows
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Plot bytes and time relative to SpikingJelly's PLIF, at the middle T, by net and variant."""
+    table = table[table["T"] == sorted(table["T"].unique())[len(table["T"].unique()) // 2]]
+    figure = Figure((12, 7.5), layout="constrained")
+    axes = figure.subplots(2, table["dtype"].nunique(), sharey="row", squeeze=False)
+    table = table.reindex(columns=[*table.columns.union(["time_ratio"], sort=False)])
+    panels = itertools.product(("saved_ratio", "time_ratio"), table["dtype"].unique())
+    for axis, (column, dtype) in zip(axes.flat, panels, strict=True):
+        chosen = table[table["dtype"] == dtype].dropna(subset=[column])
+        if chosen.empty:  # nothing was timed
+            axis.set_axis_off()
+            continue
+        bars = chosen.pivot(index="net", columns="variant", values=column)
+        bars = bars[list(dict.fromkeys(chosen["variant"]))].loc[list(dict.fromkeys(chosen["net"]))]
+        bars.plot.bar(ax=axis, rot=12, width=0.8, legend=False, xlabel="")
+        for container in axis.containers:
+            axis.bar_label(container, fmt=lambda x: f"{x:.2f}" if x > 0 else "", fontsize=7)
+        axis.set_title(f"{dtype}, T = {table['T'].iloc[0]}", fontsize=10)
+        what = "bytes saved for backward" if column == "saved_ratio" else "training step"
+        axis.set_ylabel(f"{what} / PLIF's")
+        axis.grid(axis="y", alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    save(figure, path)
+
 
 if __name__ == "__main__":
     main()

@@ -78,22 +78,9 @@ def report(arguments: Sequence[str]) -> None:
     part("report", "plotly jinja2").main(arguments)
 
 
-def search(arguments: Sequence[str]) -> None:
-    """Search for the best of what a command line sweeps over."""
-    with said_in_lines():
-        part("search", "optuna").main(arguments)
-
-
 def export(arguments: Sequence[str]) -> None:
     """Make a model that others load of a run."""
     part("export").main(arguments)
-
-
-def prove(arguments: Sequence[str]) -> None:
-    """Prove on this machine that the kernels are right, and time them."""
-    from .. import prove
-
-    sys.exit(prove.main(arguments))
 
 
 def doctor(arguments: Sequence[str]) -> None:
@@ -104,7 +91,7 @@ def doctor(arguments: Sequence[str]) -> None:
 
 
 COMPOSED = {task.__name__: task for task in (train, evaluate, sample, fit_prior)}
-OTHERS = {task.__name__: task for task in (compare, report, search, export, prove, doctor)}
+OTHERS = {task.__name__: task for task in (compare, report, export, doctor)}
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"
 

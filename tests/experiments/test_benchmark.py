@@ -1,21 +1,22 @@
-"""The neuron's benchmarks, on a grid too small to mean anything."""
+"""The benchmarks, on grids too small to mean anything, and their committed results."""
 
 import csv
 import re
 import sys
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
+import common
 import esvae
+import fsvae
 import loading
+import memory
+import neuron
+import norm
 import pandas as pd
 import pytest
 import torch
 from matplotlib import image as mpimg
-
-from sj_taid.benchmark import common, fsvae, memory, neuron, norm
 
 CPU = torch.device("cpu")
 RESULTS = Path(loading.__file__).parent / "results"
@@ -23,7 +24,7 @@ RESULTS = Path(loading.__file__).parent / "results"
 
 @pytest.fixture(scope="module")
 def modules():
-    return common.contestants(CPU)
+    return common.neurons(CPU)
 
 
 def rows(path):
@@ -31,7 +32,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_time(tmp_path):
+def test_neuron_times_and_appends(tmp_path):
     small = ["--device", "cpu", "--steps", "2", "--neurons", "64", "128", "--repeats", "2"]
     neuron.main([*small, "--only", "ALIF torch", "PLIF", "--out", str(tmp_path)])
     neuron.main([*small, "--only", "SpikingJelly LIF", "--append", "--out", str(tmp_path)])
@@ -50,17 +51,17 @@ def test_time(tmp_path):
     assert (tmp_path / "neuron.png").stat().st_size > 0
 
 
-def test_nothing_is_timed_unless_all_compute_the_same(modules):
-    neuron.gate(modules, CPU)
+def test_neuron_check_refuses_other_results(modules):
+    neuron.check(modules, CPU)
     broken = dict(modules)
     broken["ALIF broken"] = torch.nn.Threshold(0.5, 0.0)
     with pytest.raises(SystemExit, match="ALIF broken differs"):
-        neuron.gate(broken, CPU)
+        neuron.check(broken, CPU)
 
 
-def test_what_is_left_out_cannot_stop_the_others(tmp_path, monkeypatch):
-    made = common.contestants(CPU) | {"SpikingJelly FlexSN": Fails()}
-    monkeypatch.setattr(neuron, "contestants", lambda device: made)
+def test_neuron_only_leaves_the_others_out_of_the_check(modules, tmp_path, monkeypatch):
+    broken = modules | {"SpikingJelly FlexSN": Fails()}
+    monkeypatch.setattr(neuron, "neurons", lambda device: broken)
     small = ["--device", "cpu", "--steps", "2", "--neurons", "64", "--repeats", "1"]
     neuron.main([*small, "--only", "PLIF", "--out", str(tmp_path)])
     assert [row["neuron"] for row in rows(tmp_path / "neuron.csv")] == ["SpikingJelly PLIF"]
@@ -71,7 +72,7 @@ class Fails(torch.nn.Module):
         raise RuntimeError("no such kernel")
 
 
-def test_ours_are_never_skipped_and_what_is_asked_for_is_there(tmp_path, capsys):
+def test_neuron_skips_a_rival_that_fails_but_never_ours(tmp_path, capsys):
     case = ("float32", 2, 8, CPU, 1)
     assert neuron.time_neurons({"SpikingJelly LIF": Fails()}, *case) == []
     assert (
@@ -83,7 +84,7 @@ def test_ours_are_never_skipped_and_what_is_asked_for_is_there(tmp_path, capsys)
         neuron.main(["--device", "cpu", "--only", "torch", "cupi", "--out", str(tmp_path)])
 
 
-def test_a_step_of_fsvae(tmp_path, monkeypatch):
+def test_fsvae_times_every_model(tmp_path, monkeypatch):
     monkeypatch.setattr(
         fsvae, "FSVAE", partial(fsvae.FSVAE, hidden_channels=[4], latent_channels=6)
     )
@@ -98,7 +99,7 @@ def test_a_step_of_fsvae(tmp_path, monkeypatch):
     assert all(row["device"] and row["commit"] and float(row["median_ms"]) > 0 for row in table)
 
 
-def test_a_step_of_esvae(tmp_path):
+def test_esvae_times_every_variant_and_profiles(tmp_path):
     tiny = ["model.hidden_channels=[4]", "model.T=2", "model.latent_channels=4"]
     options = ["--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]
     esvae.main(options, [*tiny, "dataset.image_size=8"])
@@ -110,7 +111,7 @@ def test_a_step_of_esvae(tmp_path):
         esvae.main(["--device", "cuda"])
 
 
-def test_the_breakdown_is_made_for_a_cpu(tmp_path, monkeypatch, capsys):
+def test_fsvae_breakdown_needs_a_cpu(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         fsvae.main(["--device", "cuda", "--parts", "compare", "breakdown"])
     assert "breakdown is made for a CPU; leave it out on a GPU" in capsys.readouterr().err
@@ -121,19 +122,19 @@ def test_the_breakdown_is_made_for_a_cpu(tmp_path, monkeypatch, capsys):
     assert [row["work"] for row in rows(tmp_path / "fsvae.csv")] == ["compared"]
 
 
-def test_memory(tmp_path, modules):
+def test_memory_counts_saved_bytes(tmp_path):
     memory.main(["--device", "cpu", "--steps", "4", "24", "--out", str(tmp_path)])
     saved = {
         (row["neuron"], row["dtype"], row["T"]): float(row["bytes_per_neuron_and_step"])
         for row in rows(tmp_path / "memory.csv")
     }
-    assert saved["ALIF cupy (counted)", "float32", "4"] == 4
-    assert saved["ALIF cupy (counted)", "bfloat16", "4"] == 2
-    assert saved["ALIF cupy (counted)", "float32", "24"] == pytest.approx(4 + 2 * 4 / 24, abs=1e-3)
+    assert saved["ALIF cupy (computed)", "float32", "4"] == 4
+    assert saved["ALIF cupy (computed)", "bfloat16", "4"] == 2
+    assert saved["ALIF cupy (computed)", "float32", "24"] == pytest.approx(4 + 2 * 4 / 24, abs=1e-3)
     assert saved["SpikingJelly PLIF", "float32", "4"] > 4
 
 
-def test_loading(tmp_path, monkeypatch):
+def test_loading_times_every_case(tmp_path, monkeypatch):
     net = loading.plif([[4], [4]], batch=2)
     events = partial(loading.Recordings, events=50)
     cases = {
@@ -164,53 +165,70 @@ def test_loading(tmp_path, monkeypatch):
     assert (tmp_path / "loading.png").stat().st_size > 0
 
 
-def test_norms(tmp_path):
+def test_norm_counts_saved_bytes(tmp_path):
     small = ["--device", "cpu", "--steps", "3", "--dtypes", "float32", "--batch", "2"]
     norm.main([*small, "--nets", norm.LAYERS, "--repeats", "1", "--out", str(tmp_path)])
-    kept = {row["variant"]: float(row["kept_ratio"]) for row in rows(tmp_path / "norm.csv")}
+    saved = {row["variant"]: float(row["saved_ratio"]) for row in rows(tmp_path / "norm.csv")}
     ours = ("ALIF, two operators", "ALIF, one operator", "ALIF, one operator, bits")
-    assert kept[norm.RIVAL] == 1.0 > kept[ours[0]] > kept[ours[1]] > kept[ours[2]] > 0
+    assert saved[norm.RIVAL] == 1.0 > saved[ours[0]] > saved[ours[1]] > saved[ours[2]] > 0
     assert (tmp_path / "norm.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
-    "script", [fsvae, loading, neuron, norm], ids=lambda script: Path(script.__file__).stem
+    "script", [esvae, fsvae, loading, neuron, norm], ids=lambda script: script.__name__
 )
-def test_the_committed_rows_can_be_drawn(tmp_path, script):
-    paths = list(RESULTS.glob(f"*/{Path(script.__file__).stem}.csv"))
+def test_draw_takes_the_committed_rows(tmp_path, script):
+    paths = list(RESULTS.glob(f"*/{script.__name__}.csv"))
     for path in paths:
         script.draw(pd.read_csv(path), tmp_path / "drawn.png")
         assert mpimg.imread(tmp_path / "drawn.png").std() > 0
     assert paths
 
 
-@pytest.mark.parametrize("name", ["fsvae", "memory", "neuron", "norm"])
-def test_the_command_of_a_module_is_one_that_can_be_repeated(name, monkeypatch):
-    main = SimpleNamespace(__spec__=find_spec(f"sj_taid.benchmark.{name}"))
-    monkeypatch.setitem(sys.modules, "__main__", main)
-    for place in ([], ["--out", "/a/place"], ["--out=/a/place"], ["--ou", "/a/place"]):
-        words = [
-            f"/anywhere/sj_taid/benchmark/{name}.py",
-            "--T",
-            "4",
-            *place,
-            "--only",
-            "ALIF torch",
-        ]
-        monkeypatch.setattr(sys, "argv", words)
-        said = f"python -m sj_taid.benchmark.{name} --T 4 --only 'ALIF torch'"
-        assert common.command() == said
+@pytest.mark.parametrize(
+    "out", [[], ["--out", "/a/place"], ["--out=/a/place"], ["--ou", "/a/place"]]
+)
+def test_command_can_be_repeated_and_does_not_say_where_it_wrote(monkeypatch, out):
+    arguments = [neuron.__file__, "--T", "4", *out, "--only", "ALIF torch"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    said = "python experiments/benchmark/neuron.py --T 4 --only 'ALIF torch'"
+    assert common.command() == said
 
 
-def test_no_committed_command_says_where_it_wrote():
-    paths = list(RESULTS.glob("*/*.csv"))
-    commands = {row["command"] for path in paths for row in rows(path)}
-    assert len(commands) >= len(paths)
-    assert not [command for command in commands if "--out" in command]
-
-
-def test_results_are_not_written_among_the_committed_ones():
+def test_parser_writes_beside_the_committed_results():
     assert common.parser("").parse_args([]).out == Path("benchmark-results")
+
+
+# ---- the committed results ----
+
+FACTS = ["command", "commit", "threads", "machine", "torch_version", "spikingjelly_version"]
+TIMES = ["median_ms", "p20_ms", "p80_ms"]
+#: the columns of each CSV beyond FACTS that must have a value in every row
+SCHEMAS = {
+    "compile": [*TIMES, "net", "mode", "shape", "backend"],
+    "esvae": ["work", "batch", "median_ms", "ms_per_image"],
+    "fsvae": ["work", "model", "median_ms"],
+    "loading": ["data", "work", "samples", "samples_per_second", "device", "batch", "cores"],
+    "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
+    "norm": ["net", "variant", "dtype", "T", "step", "saved_mb", "saved_ratio", "device"],
+}
+
+
+@pytest.mark.parametrize(
+    "path", [*RESULTS.glob("*/*.csv")], ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_committed_csv_has_its_columns(path):
+    table = pd.read_csv(path)
+    columns = [*FACTS, *SCHEMAS[path.stem.partition("-")[0]]]
+    assert {*columns} <= {*table.columns} and table[columns].notna().all(axis=None)
+    numbers = table.select_dtypes("number")
+    assert (numbers.fillna(0) >= 0).all(axis=None)
+    assert (table["commit"].str.fullmatch("[0-9a-f]{12}")).all()
+    assert not table["command"].str.contains("--out").any()
+    if {*TIMES} <= {*table.columns}:
+        timed = table.dropna(subset=TIMES)
+        assert (timed["p20_ms"] <= timed["median_ms"]).all()
+        assert (timed["median_ms"] <= timed["p80_ms"]).all()
 
 
 def test_every_machine_with_results_is_named():

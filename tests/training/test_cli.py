@@ -71,9 +71,7 @@ def test_a_command_without_its_run_says_so(sj_taid):
             sj_taid(command)
 
 
-@pytest.mark.parametrize(
-    "command", [["train", "--dry-run"], ["search", "--study", "study", "--trials", "1"]]
-)
+@pytest.mark.parametrize("command", [["train", "--dry-run"]])
 def test_what_cannot_be_composed_is_said_in_lines(sj_taid, tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:

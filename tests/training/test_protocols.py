@@ -11,7 +11,6 @@ from sj_taid.training import columns, evaluation, gather, run
 from sj_taid.training.commands import evaluate, train
 from sj_taid.training.composing import compose
 from tests.training.conftest import (
-    TINY,
     TINY_AUTOENCODING,
     TINY_CLASSIFICATION,
     Network,
@@ -182,13 +181,3 @@ def test_an_autoencoder_is_validated(tiny, tmp_path):
     assert metrics["protocol"]["reconstruction"].endswith(cut.format("test"))
     assert metrics["protocol"]["validation_reconstruction"].endswith(cut.format("val"))
     assert json.loads((tmp_path / run.METRICS).read_text()) == metrics
-
-
-def test_a_search_says_on_which_set_its_objective_is(sj_taid, tmp_path, capsys):
-    arguments = ["search", f"--study={tmp_path}", "--trials=0"]
-    with pytest.raises(SystemExit, match=r"needs a validation set: add dataset\.validation=0\.1"):
-        sj_taid(*arguments, *TINY_CLASSIFICATION, "dataset.validation=null")
-    sj_taid(*arguments, *TINY)
-    assert "fad is measured on the test set" in capsys.readouterr().out
-    sj_taid("search", f"--study={tmp_path / 'b'}", "--trials=0", *TINY_CLASSIFICATION)
-    assert not capsys.readouterr().out

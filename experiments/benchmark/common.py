@@ -1,7 +1,7 @@
-"""What the benchmarks share: the neurons, their options, timing in turn, CSVs with provenance.
+"""Shared by the benchmarks: neurons, command-line options, timing, CSVs with provenance.
 
-The neurons are leaky integrate-and-fire with tau = 2, threshold 1 and an ATan surrogate. LIF learns
-nothing, PLIF tau; ours, FlexSN and snnTorch's Leaky learn tau and the threshold.
+All neurons are leaky integrate-and-fire with tau = 2, threshold 1 and an ATan surrogate. LIF learns
+nothing, PLIF tau; ALIF, FlexSN and snnTorch's Leaky learn tau and the threshold.
 """
 
 import argparse
@@ -19,28 +19,28 @@ import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
-from ..doctor import cpu_name
-from ..neuron import ALIFNode
-from ..ops import backends
-from ..training.files import atomic_write
-from ..training.provenance import provenance
+from sj_taid import ALIFNode
+from sj_taid.doctor import cpu_name
+from sj_taid.ops import backends
+from sj_taid.training.files import atomic_write
+from sj_taid.training.provenance import provenance
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU = torch.device("cpu")
 
 
 def parser(description: str | None, repeats: int = 0) -> argparse.ArgumentParser:
-    """With the options of every benchmark."""
-    made = argparse.ArgumentParser(
+    """A parser with the options of every benchmark; ``--repeats`` only where it has a default."""
+    new = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made.add_argument("--device", type=torch.device, default=device)
+    new.add_argument("--device", type=torch.device, default=device)
     if repeats:
-        made.add_argument("--repeats", type=int, default=repeats, help="calls timed for each row")
-    made.add_argument("--threads", type=int, default=torch.get_num_threads())
-    made.add_argument("--out", type=Path, default=Path("benchmark-results"), help="a folder")
-    return made
+        new.add_argument("--repeats", type=int, default=repeats, help="timed calls per row")
+    new.add_argument("--threads", type=int, default=torch.get_num_threads())
+    new.add_argument("--out", type=Path, default=Path("benchmark-results"), help="a folder")
+    return new
 
 
 class Timing(NamedTuple):
@@ -51,13 +51,13 @@ class Timing(NamedTuple):
     p80_ms: float
 
 
-def interleaved(
+def interleave(
     functions: Mapping[str, Callable[[], object]],
     repeats: int,
     device: torch.device = CPU,
     warm_up: int = 1,
 ) -> dict[str, Timing]:
-    """Time functions in turn, round by round, so that a slow moment hits them all alike."""
+    """Time functions in turn, round by round, so that a slow moment affects them all alike."""
     rounds = [
         {name: milliseconds(function, device) for name, function in functions.items()}
         for _ in range(warm_up + repeats)
@@ -67,44 +67,47 @@ def interleaved(
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, on a GPU until its work is done."""
+    """Duration of one call, including the GPU's work."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()
         return 1e3 * (time.perf_counter() - start)
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     function()
-    ended.record()
+    end.record()
     torch.cuda.synchronize(device)
-    return began.elapsed_time(ended)
+    return begin.elapsed_time(end)
 
 
 def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:
-    """Every row carries its command and its provenance, so that none is ever without them."""
+    """Write rows, each with this process's command, commit, versions and machine.
+
+    A row that already has them, from an earlier run, keeps its own.
+    """
     facts = provenance()
     facts |= {f"{name}_version": number for name, number in facts.pop("versions").items()}
     shared = {"command": command(), **facts}
-    # Rows of an earlier run that are written again keep their own.
     table = pd.DataFrame([row | shared | row for row in rows])
-    with atomic_write(path) as whole:
-        table.to_csv(whole, index=False, float_format="%.6g")
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
     print(f"wrote {path}")
     return table
 
 
 def command() -> str:
-    """The command line of this process, a module as ``python -m``, without where it writes."""
-    spec = sys.modules["__main__"].__spec__
-    program = [sys.argv[0]] if spec is None else ["-m", spec.name]
-    place = argparse.ArgumentParser(add_help=False)
-    place.add_argument("--out")
-    _, others = place.parse_known_args(sys.argv[1:])
-    return shlex.join(["python", *program, *others])
+    """The command line of this process, from the root of the checkout and without ``--out``."""
+    out = argparse.ArgumentParser(add_help=False)
+    out.add_argument("--out")
+    _, others = out.parse_known_args(sys.argv[1:])
+    script = Path(sys.argv[0]).resolve()
+    root = Path(__file__).resolve().parents[2]
+    name = script.relative_to(root) if script.is_relative_to(root) else script.name
+    return shlex.join(["python", str(name), *others])
 
 
 def conditions(device: torch.device) -> dict[str, object]:
-    """What a neuron's row depends on beyond what every row carries."""
+    """What a neuron's time depends on beyond the provenance of every row."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "plif_implementation": os.environ.get("SJ_PLIF_CUDA_IMPLEMENTATION", "auto"),
@@ -114,9 +117,9 @@ def conditions(device: torch.device) -> dict[str, object]:
 # ---- the neurons ----
 
 
-def contestants(device: torch.device) -> dict[str, nn.Module]:
-    """By name, modules from ``[T, N]`` to ``[T, N]`` with fresh state at every call."""
-    made: dict[str, nn.Module] = {}
+def neurons(device: torch.device) -> dict[str, nn.Module]:
+    """Modules from ``[T, N]`` to ``[T, N]``, by name, that start from rest at every call."""
+    modules: dict[str, nn.Module] = {}
     options = {"step_mode": "m", "surrogate_function": surrogate.ATan()}
     for backend in backends.BACKENDS:
         node = ALIFNode(**options, backend=backend).to(device)
@@ -125,25 +128,25 @@ def contestants(device: torch.device) -> dict[str, nn.Module]:
         except backends.BackendUnavailableError as error:
             print(f"skipped ALIF {backend}: {error}")
         else:
-            made[f"ALIF {backend}"] = Fresh(node)
-    made["SpikingJelly LIF"] = Fresh(neuron.LIFNode(**options))
-    made["SpikingJelly PLIF"] = Fresh(neuron.ParametricLIFNode(**options))
+            modules[f"ALIF {backend}"] = Fresh(node)
+    modules["SpikingJelly LIF"] = Fresh(neuron.LIFNode(**options))
+    modules["SpikingJelly PLIF"] = Fresh(neuron.ParametricLIFNode(**options))
     if hasattr(neuron, "FlexSN"):
         parameters = (nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(())))
         flex_sn = neuron.FlexSN(alif_step, 1, static_inputs=parameters)
-        made["SpikingJelly FlexSN"] = Fresh(flex_sn)
+        modules["SpikingJelly FlexSN"] = Fresh(flex_sn)
     else:
         print(f"skipped FlexSN: SpikingJelly {version('spikingjelly')} has none")
     try:
         name = f"snnTorch Leaky {version('snntorch')}"
-        made[name] = Leaky()
+        modules[name] = Leaky()
     except PackageNotFoundError:
         print("skipped snnTorch's Leaky: pip install snntorch")
-    return {name: module.to(device) for name, module in made.items()}
+    return {name: module.to(device) for name, module in modules.items()}
 
 
 class Fresh(nn.Module):
-    """A SpikingJelly neuron, reset before every call."""
+    """A SpikingJelly neuron that is reset before every call."""
 
     def __init__(self, node: nn.Module) -> None:
         super().__init__()
@@ -159,7 +162,7 @@ FIRE = surrogate.ATan()
 
 
 def alif_step(x: Tensor, v: Tensor, w: Tensor, v_threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """ALIF as a step that SpikingJelly's FlexSN fuses."""
+    """A step of ALIF, for SpikingJelly's FlexSN to fuse."""
     h = v + (x - v) * torch.sigmoid(w)
     spike = FIRE(h - v_threshold)
     return spike, (1.0 - spike) * h

@@ -1,6 +1,6 @@
 """FAD as published of images that no model drew, to know what a value means.
 
-    python experiments/yardsticks.py --root data --published FOLDER
+    python experiments/benchmark/yardsticks.py --root data --published FOLDER
 
 writes ``results/yardsticks.csv``: for MNIST and Fashion-MNIST the distance of the test images
 themselves, of as many training images in two ways, and of test images blurred.
@@ -10,16 +10,16 @@ import argparse
 from pathlib import Path
 
 import torch
+from common import write_csv
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from sj_taid.benchmark.common import write_csv
 from sj_taid.metric import PublishedFrechetAutoencoderDistance
 from sj_taid.training.composing import compose, instantiate
 from sj_taid.training.evaluation import PUBLISHED
 from sj_taid.training.plot import mean_gradient
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "yardsticks.csv"
+RESULT = Path(__file__).resolve().parents[2] / "results" / "yardsticks.csv"
 
 
 def distance(images: Tensor, published: Path, name: str) -> float:

@@ -1,0 +1,286 @@
+"""Prove on this machine that the fused kernels are right, and time them: ``make gpu``.
+
+    python experiments/prove.py [--device cpu] [--minutes 10] [--out FOLDER]
+
+Each step is a process of its own with a time limit, so a kernel that fails, hangs or breaks the
+GPU's context does not stop the next step. FOLDER/MACHINE then holds prove.md, to paste into an
+issue, the CSVs of the benchmarks, and what each step printed. prove.md is rewritten after every
+step, so it is there whatever happens. The exit code is 0 if all steps passed.
+"""
+
+import argparse
+import csv
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sj_taid import __version__, doctor
+from sj_taid.ops import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Options of the steps. On a GPU each of them should take a minute at most.
+SIZES = {
+    "cuda": {
+        "doctor": "--kernels",
+        "neuron": "--dtypes float32 bfloat16 --steps 4 16 --neurons 262144 4194304 --only cupy LIF",
+        "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
+        "norm": "--steps 8 --batch 32 --repeats 20 --zoo sew_resnet18",
+        "fsvae": "--parts compare --batch 64",
+    },
+    "cpu": {
+        "neuron": "--steps 4 16 --neurons 4096 65536 --repeats 5 --only numba LIF",
+        "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
+        "norm": "--steps 4 --batch 2 --repeats 3 --dtypes float32 "
+        "--nets 'norm + neuron' '3 x [conv, norm, neuron]'",
+        "fsvae": "--parts compare --T 8 --batch 4 --repeats 3",
+    },
+}
+
+COMPILERS = (
+    "NVRTC, the compiler, is known to miscompile or to refuse kernels for compute capability 10.0 "
+    "and 12.0 in CUDA 13.1 to 13.3. Where it is one of them, try another and prove again: "
+    "`pip install 'nvidia-cuda-nvrtc==13.0.*'`, or `'nvidia-cuda-nvrtc>=13.4'`. Until then "
+    "`SJ_TAID_BACKEND=torch` computes without the kernels."
+)
+
+#: The columns on the page of each CSV that a step writes.
+SHOWN = {
+    "conformance-*.csv": "case outcome difference",
+    "neuron.csv": "neuron dtype T N median_ms p20_ms p80_ms share_of_floor plif_implementation",
+    "memory.csv": "neuron dtype T bytes_per_neuron_and_step",
+    "norm.csv": "net variant dtype T saved_mb saved_ratio median_ms time_ratio",
+    "fsvae.csv": "work model T batch median_ms ratio",
+}
+PASSED, FAILED, SKIPPED, LEFT_OUT = "passed", "failed", "skipped", "left out"
+
+
+class Step(NamedTuple):
+    """Arguments of Python, run in the root of the checkout.
+
+    Attributes:
+        hint: shown if the step fails.
+        left_out: why this machine does without the step, if it does.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str] = {}
+    hint: str = ""
+    left_out: str = ""
+
+    @property
+    def command(self) -> str:
+        """The command line, as one types it."""
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        return shlex.join([*variables, "python", *self.arguments])
+
+
+class Result(NamedTuple):
+    """How a step ended."""
+
+    step: Step
+    outcome: str
+    error: str = ""
+    seconds: float = 0.0
+    output: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the steps and write the page; 1 if one of them did not pass."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=SIZES, default="cuda")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all steps together")
+    parser.add_argument(
+        "--out",
+        type=lambda path: Path(path).absolute(),
+        default="prove-results",
+        help="a folder; earlier results of this machine in it are replaced",
+    )
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(explain_no_gpu(options.out))
+        return 1
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else doctor.cpu_name()
+    folder = options.out / slug(machine)
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in (*SHOWN, "*.txt", "*.png"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    results: list[Result] = []
+    end = time.monotonic() + 60 * options.minutes
+    for step in steps(options.device, folder):
+        left = end - time.monotonic()
+        if step.left_out:
+            results.append(Result(step, LEFT_OUT, step.left_out))
+        elif left <= 0:
+            results.append(Result(step, SKIPPED, f"the {options.minutes:g} minutes are used up"))
+        else:  # a step that hangs leaves time for the others
+            results.append(run(step, folder, min(left, 60 * options.minutes / 4)))
+        print(f"{results[-1].outcome:8}  {step.name}  {results[-1].error}".rstrip(), flush=True)
+        page = "\n".join([*page_lines(machine, options.device, results, folder), ""])
+        (folder / "prove.md").write_text(page, encoding="utf-8")
+    print(f"attach to an issue: {folder / 'prove.md'} and the CSVs beside it")
+    return 0 if all(result.outcome in (PASSED, LEFT_OUT) for result in results) else 1
+
+
+def explain_no_gpu(out: Path) -> str:
+    """Why nothing is run, and what would be."""
+    reasons = (f"  {line}" for line in (*doctor.devices(), *doctor.availability()))
+    planned = (f"  {step.name}: {step.command}" for step in steps("cuda", out / "MACHINE"))
+    return "\n".join(
+        (
+            "torch finds no GPU here, so nothing was run:",
+            *reasons,
+            "On a machine with one these steps would be run, in ten minutes at most:",
+            *planned,
+            "What a CPU can do of it: python experiments/prove.py --device cpu",
+        )
+    )
+
+
+def steps(device: str, folder: Path) -> Iterator[Step]:
+    """The steps for a device, in order."""
+    (backend,) = backends.PREFERENCE[device]
+    contract = {backends.ENVIRONMENT_VARIABLE: backend}  # that backend, or an error
+    hint = COMPILERS if device == "cuda" else ""
+    where = ("--device", device, "--out", str(folder))
+    sizes = {name: shlex.split(options) for name, options in SIZES[device].items()}
+
+    def benchmark(name: str, *more: str) -> tuple[str, ...]:
+        return (f"experiments/benchmark/{name}.py", *where, *sizes[name], *more)
+
+    yield Step("doctor", ("-m", "sj_taid.doctor", *sizes.get("doctor", ())))
+    conformance = ("-m", "sj_taid.ops.alif.conformance", *where)
+    yield Step("kernel", (*conformance, "--tiny"), hint=hint)
+    for dtype in ("float32", "float16", "bfloat16"):
+        cases = sizes.get("conformance", ())
+        arguments = (*conformance, "--dtypes", dtype, *cases)
+        yield Step(f"conformance {dtype}", arguments, hint=hint)
+    yield Step("neuron", benchmark("neuron"))
+    for implementation in ("cuda", "triton") if device == "cuda" else ():
+        yield Step(
+            f"neuron, PLIF by {implementation}",
+            benchmark("neuron", "--only", "PLIF", "--append"),
+            {"SJ_PLIF_CUDA_IMPLEMENTATION": implementation},
+            left_out=why_not(implementation),
+        )
+    yield Step("memory", benchmark("memory"))
+    for name in ("norm", "fsvae"):
+        yield Step(name, benchmark(name), contract)
+
+
+def why_not(implementation: str) -> str:
+    """Why SpikingJelly has no such implementation of PLIF here, or nothing."""
+    if importlib.util.find_spec("spikingjelly._ops") is None:
+        return "SpikingJelly 0.0.0.0.14 has one implementation"
+    if implementation == "cuda" and importlib.util.find_spec("spikingjelly._ops.plif._C") is None:
+        return "SpikingJelly was installed without its native operators"
+    if implementation == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return ""
+
+
+def run(step: Step, folder: Path, seconds: float) -> Result:
+    """Run a step for at most so many ``seconds``."""
+    path = folder / f"{slug(step.name)}.txt"
+    # So that the output is complete if the step is killed or crashes in a library.
+    unbuffered = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    error, start = "", time.monotonic()
+    with path.open("w", encoding="utf-8") as output:
+        try:
+            code = subprocess.run(
+                [sys.executable, *step.arguments],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **unbuffered, **step.environment},
+                timeout=seconds,
+            ).returncode
+            if code:
+                error = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        except subprocess.TimeoutExpired:
+            error = f"stopped after {seconds:.0f} s (--minutes gives more)"
+    duration = time.monotonic() - start
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    if error:
+        error = ": ".join([error, *text.splitlines()[-1:]])
+    return Result(step, FAILED if error else PASSED, error, duration, text)
+
+
+def slug(name: str) -> str:
+    """A name for files and folders.
+
+    >>> slug("NVIDIA H100 80GB HBM3"), slug("../a b/")
+    ('nvidia-h100-80gb-hbm3', 'a-b')
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80] or "machine"
+
+
+# ---- the page ----
+
+
+def page_lines(machine: str, device: str, results: Sequence[Result], folder: Path) -> Iterator[str]:
+    """The page in Markdown: how each step ended, what failed and why, then the tables."""
+    counts = {name: sum(r.outcome == name for r in results) for name in (PASSED, FAILED, SKIPPED)}
+    yield f"# {machine}: {', '.join(f'{count} {name}' for name, count in counts.items())}"
+    yield ""
+    commit = doctor.commit() or "not a checkout"
+    yield f"`experiments/prove.py --device {device}`, sj-taid {__version__}, commit: {commit}"
+    packages = doctor.installed() | {"cuda": torch.version.cuda}
+    yield ", ".join(f"{name} {number}" for name, number in packages.items() if number)
+    yield ""
+    columns = ("step", "outcome", "seconds", "error")
+    cells = [(r.step.name, r.outcome, f"{r.seconds:.1f}", r.error) for r in results]
+    yield from table([dict(zip(columns, row, strict=True)) for row in cells], columns)
+    for result in results:
+        step = result.step
+        if result.outcome == FAILED:
+            yield from ("", f"## {step.name} failed: {result.error}", "", f"`{step.command}`")
+            yield from ("", step.hint) if step.hint else ()
+            yield from quote("\n".join(result.output.splitlines()[-40:]))
+    for result in results:
+        if result.step.name in ("doctor", "kernel") and result.outcome == PASSED:
+            yield from ("", f"## {result.step.name}", *quote(result.output))
+    for pattern, names in SHOWN.items():
+        for path in sorted(folder.glob(pattern)):
+            yield from ("", f"## {path.stem}", "")
+            rows = [*csv.DictReader(path.open(newline="", encoding="utf-8"), restval="")]
+            if path.stem.startswith("conformance"):
+                wrong = [row for row in rows if row["outcome"] != "equal"]
+                equal = len(rows) - len(wrong)
+                yield f"{equal} of the {len(rows)} cases that ran equal the definition."
+                yield from ("", *table(wrong, names.split())) if wrong else ()
+            else:
+                yield from table(rows, names.split())
+
+
+def table(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Iterator[str]:
+    """A table in Markdown."""
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    for row in rows:
+        cells = (" ".join(row.get(name, "").split()).replace("|", r"\|") for name in columns)
+        yield f"| {' | '.join(cells)} |"
+
+
+def quote(text: str) -> Iterator[str]:
+    """A text as it is, in Markdown."""
+    yield from ("", "~~~text", text, "~~~")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

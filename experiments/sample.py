@@ -1,6 +1,0 @@
-"""Draw samples from a trained model: ``python experiments/sample.py checkpoint=RUN``."""
-
-from sj_taid.training.cli import main
-
-if __name__ == "__main__":
-    main("sample")
