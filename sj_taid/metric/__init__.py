@@ -5,7 +5,7 @@ from .._extras import needs
 with needs("torchmetrics"):
     from .frechet import Features, FrechetDistance
     from .frechet_autoencoder import FrechetAutoencoderDistance, PublishedFrechetAutoencoderDistance
-    from .generation import Inception, InceptionScore
+    from .inception import Inception, InceptionScore
 
 __all__ = [
     "Features",

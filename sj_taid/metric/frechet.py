@@ -1,4 +1,4 @@
-"""The Frechet distance of two sets of images, seen through features."""
+"""The Frechet distance between two sets of images, measured on their features."""
 
 from typing import Any, Self
 
@@ -6,26 +6,39 @@ import torchmetrics
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from ..model.block import check_values
+
 
 class Features(nn.Module):
-    """What a distance sees of images ``[N, C, H, W]`` in [-1, 1]: ``[N, num_features]``.
+    """A network from images ``[N, C, H, W]`` in [-1, 1] to features ``[N, num_features]``.
 
-    A subclass sets both attributes and calls ``freeze()`` at the end of its constructor.
+    A subclass sets ``num_features`` and ``description``, which names the network in protocols,
+    defines ``extract(images)``, and calls ``freeze()`` at the end of its constructor.
+
+    Raises:
+        ValueError: images with NaN, infinite values or values beyond [-1, 1].
     """
 
     num_features: int
-    description: str  #: stands in the protocol beside each value
+    description: str
 
     def freeze(self) -> None:
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode: a metric must not learn."""
+        """Stay in eval mode: a metric must not learn."""
         return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_values(self, images, bound=1.0)
+        return self.extract(images)
+
+    def extract(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 class FrechetDistance(FrechetInceptionDistance):
-    r"""Frechet distance of real and generated images, as if their features were Gaussian.
+    r"""Frechet distance between real and generated images, as if their features were Gaussian.
 
     .. math::
         d^2 = |\mu_r - \mu_g|^2
@@ -38,11 +51,12 @@ class FrechetDistance(FrechetInceptionDistance):
     batches. It draws no random numbers.
 
     Args:
-        features: what the images are seen through.
+        features: the network that turns images into features.
         kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
 
     Raises:
-        ValueError: at ``compute``, too few images for a covariance.
+        ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, too few images for
+            a covariance.
 
     Source: Heusel et al. 2017, arXiv 1706.08500, equation 6.
 
@@ -50,10 +64,10 @@ class FrechetDistance(FrechetInceptionDistance):
     >>> class Pixels(Features):
     ...     num_features, description = 4, "pixels"
     ...
-    ...     def forward(self, image):
-    ...         return image.flatten(1)
+    ...     def extract(self, images):
+    ...         return images.flatten(1)
     >>> distance = FrechetDistance(Pixels())
-    >>> images = torch.rand(16, 1, 2, 2)
+    >>> images = torch.rand(16, 1, 2, 2) - 0.5
     >>> distance.update(images, real=True)
     >>> distance.update(images + 0.5, real=False)  # four means differ by 0.5
     >>> round(distance.compute().item(), 4)

@@ -1,7 +1,6 @@
-"""FAD, the Frechet distance between codes of a plain autoencoder: of our own, or of the papers'."""
+"""FAD: the Frechet distance between codes of a plain autoencoder, own or the papers'."""
 
 import hashlib
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,18 @@ from .frechet import Features, FrechetDistance
 
 
 class FrechetAutoencoderDistance(FrechetDistance):
-    r"""Frechet distance of generated and real images in an autoencoder's latent space.
+    r"""Frechet distance between generated and real images in an autoencoder's latent space.
 
     For grey images it is more honest than FID, whose features come from colour photographs. Values
-    depend on the autoencoder and are comparable only for one.
+    compare only through the same autoencoder.
 
     Args:
         autoencoder: a trained :class:`~sj_taid.model.autoencoder.Autoencoder`; put in eval mode.
         kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
 
     Raises:
-        ValueError: images of another shape; at ``compute``, too few images for a covariance.
+        ValueError: images of another shape, not finite or beyond [-1, 1]; at ``compute``, too few
+            images for a covariance.
 
     Source: Kamata et al. 2022, arXiv 2110.00375, section 5.
 
@@ -41,33 +41,25 @@ class FrechetAutoencoderDistance(FrechetDistance):
     """
 
     def __init__(self, autoencoder: Autoencoder, **kwargs: Any) -> None:
-        super().__init__(_Codes(autoencoder), **kwargs)
-        self.shape = (autoencoder.in_channels, autoencoder.image_size, autoencoder.image_size)
-
-    def update(self, imgs: Tensor, real: bool) -> None:
-        """Add images ``[N, C, H, W]`` in [-1, 1] to the real or to the generated ones."""
-        if imgs.dim() != 4 or imgs.shape[1:] != self.shape:
-            raise ValueError(
-                f"FAD's autoencoder was made for images [N, {', '.join(map(str, self.shape))}], "
-                f"but got {list(imgs.shape)}"
-            )
-        super().update(imgs, real)
+        super().__init__(AutoencoderCodes(autoencoder), **kwargs)
 
 
-class _Codes(Features):
+class AutoencoderCodes(Features):
+    """Latent codes of this project's :class:`~sj_taid.model.autoencoder.Autoencoder`."""
+
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.num_features = autoencoder.latent_channels
-        self.description = f"this project's own autoencoder (weights {_weights(autoencoder)})"
+        self.description = f"this project's own autoencoder (weights {_digest(autoencoder)})"
         self.freeze()
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.autoencoder.encode(image)
+    def extract(self, images: Tensor) -> Tensor:
+        return self.autoencoder.encode(images)
 
 
 class PublishedFrechetAutoencoderDistance(FrechetDistance):
-    r"""FAD as the papers publish it: through the original's autoencoders and statistics.
+    r"""FAD as published: through the autoencoders and statistics of the FSVAE repository.
 
     Values compare with the papers' tables, and never with those of
     :class:`FrechetAutoencoderDistance`. In the papers' protocol batch norm takes the statistics of
@@ -82,7 +74,8 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that holds something else, or images of another shape.
+        ValueError: a file that holds something else, or images of another shape, not finite or
+            beyond [-1, 1].
 
     Source: Kamata et al. 2022, arXiv 2110.00375, section 5, and its code.
     """
@@ -91,10 +84,26 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
 
     def __init__(self, folder: str | Path, name: str, **kwargs: Any) -> None:
         folder = Path(folder).expanduser()
-        codes = _PublishedCodes(folder / f"{name}_64.pth")
-        super().__init__(codes, **kwargs)
-        mean, covariance = _read(folder / f"{name}_test_64.npz", _statistics)
-        # torchmetrics keeps sums over the images; their number falls out again.
+        weights, statistics = folder / f"{name}_64.pth", folder / f"{name}_test_64.npz"
+        remedy = "get it from https://github.com/kamata1729/FullySpikingVAE, folder metrics"
+        try:
+            path = weights
+            super().__init__(PublishedCodes(path), **kwargs)
+            path = statistics
+            with np.load(path) as arrays:
+                mean, covariance = (
+                    torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma")
+                )
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"no file {path}, which FAD as published needs; {remedy}"
+            ) from error
+        except Exception as error:  # each kind of damage has an error of its own
+            raise ValueError(
+                f"{path} does not hold what FAD as published needs "
+                f"({type(error).__name__}: {error}); {remedy}"
+            ) from error
+        # torchmetrics keeps sums over the images; their number cancels out.
         n = 10_000
         self.real_features_sum = n * mean
         self.real_features_cov_sum = (n - 1) * covariance + n * torch.outer(mean, mean)
@@ -103,7 +112,9 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
         self.protocol += f", as published: batch norm by batches of {self.batch_size}"
 
 
-class _PublishedCodes(Features):
+class PublishedCodes(Features):
+    """Codes of the papers' autoencoder, whose weights are in the file ``path``."""
+
     num_features = 64
 
     def __init__(self, path: Path) -> None:
@@ -115,43 +126,21 @@ class _PublishedCodes(Features):
         )
         self.encoder = nn.Sequential(*(nn.Sequential(*block) for block in blocks))
         self.latent_layer = nn.Linear(256 * 2 * 2, self.num_features)
-
-        def load(file: Path) -> None:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            self.load_state_dict({name: state[name] for name in self.state_dict()})
-
-        _read(path, load)
-        self.description = f"the papers' autoencoder {path.stem} (weights {_weights(self)})"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.load_state_dict({name: state[name] for name in self.state_dict()})
+        self.description = f"the papers' autoencoder {path.stem} (weights {_digest(self)})"
         self.freeze()
 
-    def forward(self, image: Tensor) -> Tensor:
-        if image.shape[1:] != (1, 32, 32):
+    def extract(self, images: Tensor) -> Tensor:
+        if images.shape[1:] != (1, 32, 32):
             raise ValueError(
-                f"the papers' autoencoder takes images [N, 1, 32, 32], but got {list(image.shape)}"
+                f"the papers' autoencoder takes images [N, 1, 32, 32], but got {list(images.shape)}"
             )
-        return self.latent_layer(self.encoder(image).flatten(1))
+        return self.latent_layer(self.encoder(images).flatten(1))
 
 
-def _statistics(file: Path) -> list[Tensor]:
-    with np.load(file) as arrays:
-        return [torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma")]
-
-
-def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
-    remedy = "get it from https://github.com/kamata1729/FullySpikingVAE, folder metrics"
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}, which FAD as published needs; {remedy}")
-    try:
-        return reader(path)
-    except Exception as error:  # each kind of damage has an error of its own
-        raise ValueError(
-            f"{path} does not hold what FAD as published needs "
-            f"({type(error).__name__}: {error}); {remedy}"
-        ) from error
-
-
-def _weights(network: nn.Module) -> str:
-    """The start of a digest of a network's weights."""
+def _digest(network: nn.Module) -> str:
+    """The first digits of a SHA-256 of a network's weights."""
     digest = hashlib.sha256()
     for value in network.state_dict().values():
         digest.update(value.cpu().double().numpy().tobytes())

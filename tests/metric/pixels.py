@@ -8,7 +8,7 @@ CLASSES = 4
 
 
 class Pixels(Features):
-    """2x2 images are their own four features."""
+    """2x2 images are their own four features, of any value."""
 
     num_features, description = CLASSES, "pixels"
 

@@ -6,7 +6,12 @@ import torch
 from scipy import linalg
 from torch import nn
 
-from sj_taid.metric import FrechetAutoencoderDistance, PublishedFrechetAutoencoderDistance
+from sj_taid.metric import (
+    Features,
+    FrechetAutoencoderDistance,
+    FrechetDistance,
+    PublishedFrechetAutoencoderDistance,
+)
 from sj_taid.model.autoencoder import Autoencoder
 
 
@@ -27,11 +32,13 @@ def codes(n, scale, shift, seed):
 
 
 def distance(real, generated, batch=100):
+    """Of codes that are scaled to images in [-1, 1], as if they were not."""
+    scale = max(real.abs().max(), generated.abs().max())
     metric = FrechetAutoencoderDistance(Identity())
     for name, x in ((True, real), (False, generated)):
         for part in x.split(batch):
-            metric.update(part.view(-1, 1, 2, 2), real=name)
-    return float(metric.compute())
+            metric.update(part.view(-1, 1, 2, 2) / scale, real=name)
+    return float(metric.compute() * scale**2)
 
 
 def scipys(real, generated):
@@ -72,9 +79,27 @@ def test_refuses_too_few_images():
 
 
 def test_refuses_other_shapes():
-    metric = FrechetAutoencoderDistance(Identity())
-    with pytest.raises(ValueError, match=r"made for images \[N, 1, 2, 2\], but got \[5, 3, 2, 2\]"):
-        metric.update(torch.rand(5, 3, 2, 2), real=True)
+    metric = FrechetAutoencoderDistance(Autoencoder(1, 8, (4,), 2))
+    message = r"expects images \[N, 1, 8, 8\], but got \[5, 3, 8, 8\]"
+    with pytest.raises(ValueError, match=message):
+        metric.update(torch.rand(5, 3, 8, 8), real=True)
+
+
+class Pixels(Features):
+    num_features, description = 4, "pixels"
+
+    def extract(self, images):
+        return images.flatten(1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 255.0, -1.1])
+@pytest.mark.parametrize("real", [True, False])
+def test_frechet_distance_refuses_images_beyond_their_range(value, real):
+    images = torch.rand(5, 1, 2, 2)
+    images[3, 0, 1, 1] = value
+    metric = FrechetDistance(Pixels())
+    with pytest.raises(ValueError, match=r"Pixels got values from .* finite values in \[-1, 1\]"):
+        metric.update(images, real=real)
 
 
 class Network(nn.Module):

@@ -1,4 +1,4 @@
-"""Inception, the network behind FID and the Inception score, and that score."""
+"""InceptionV3, the network behind FID and the Inception score, and that score."""
 
 import hashlib
 from pathlib import Path
@@ -13,36 +13,12 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from .._extras import needs
 from .frechet import Features
 
-#: In place of a file of weights: fetch them to where torchmetrics keeps its copy.
-DOWNLOAD = "download"
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images ``[N, C, H, W]`` in [-1, 1] as Inception takes them: ``[N, 3, H, W]``, uint8.
-
-    Clamped and rounded; grey is repeated to three channels.
-
-    Raises:
-        ValueError: another shape, or values that are not finite.
-
-    >>> to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0]).view(1, 1, 2, 2))[0, 2]
-    tensor([[  0,   0],
-            [128, 255]], dtype=torch.uint8)
-    """
-    if images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(
-            f"Inception takes images [N, C, H, W] with C = 1 or 3, but got {list(images.shape)}"
-        )
-    if not images.isfinite().all():
-        raise ValueError("the images hold NaN or infinity: has the model's training diverged?")
-    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).expand(-1, 3, -1, -1)
-
 
 class Inception(Features):
     """torchmetrics' InceptionV3 on images in [-1, 1]: the 2048 features of FID.
 
-    ``classifier`` goes on from them to the 1008 logits of the Inception score.
+    ``classifier`` maps them to the 1008 logits of the Inception score. Grey images are repeated to
+    three channels.
 
     Args:
         weights: a file of torch-fidelity's weights, or ``"download"``.
@@ -51,7 +27,7 @@ class Inception(Features):
         FileNotFoundError: no such file.
         ModuleNotFoundError: torch-fidelity, which builds the network, is not installed.
         RuntimeError: the download failed.
-        ValueError: the file is damaged or of something else.
+        ValueError: the file is damaged or of something else, or images of another shape.
     """
 
     num_features = 2048
@@ -60,8 +36,8 @@ class Inception(Features):
         super().__init__()
         with needs("torch-fidelity"):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-        path = _downloaded(url) if weights == DOWNLOAD else Path(weights).expanduser()
-        remedy = f"get {url} and give its path, or give {DOWNLOAD!r} where there is internet"
+        path = _download(url) if weights == "download" else Path(weights).expanduser()
+        remedy = f"get {url} and give its path, or give 'download' where there is internet"
         if not path.is_file():
             raise FileNotFoundError(f"no Inception weights at {path}; {remedy}")
         try:
@@ -82,8 +58,36 @@ class Inception(Features):
         self.description = f"InceptionV3 (weights {digest[:8]})"
         self.freeze()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def extract(self, images: Tensor) -> Tensor:
         return self.network(to_uint8(images))
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images ``[N, C, H, W]`` in [-1, 1] as Inception takes them: ``[N, 3, H, W]``, uint8.
+
+    >>> to_uint8(torch.tensor([-1.0, 0.0, 0.5, 1.0]).view(1, 1, 2, 2))[0, 2]
+    tensor([[  0, 128],
+            [191, 255]], dtype=torch.uint8)
+    """
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"Inception takes images [N, C, H, W] with C = 1 or 3, but got {list(images.shape)}"
+        )
+    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+def _download(url: str) -> Path:
+    """Fetch the weights, unless they are there, to where torch-fidelity keeps them."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # The name ends with the first digits of the file's hash.
+            torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[1])
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(f"{url} cannot be fetched ({error}); put it at {path}") from error
+    return path
 
 
 class InceptionScore(torchmetrics.Metric):
@@ -100,14 +104,15 @@ class InceptionScore(torchmetrics.Metric):
     independent of the batches. With one part both agree.
 
     Args:
-        features: what the images are seen through, :class:`~sj_taid.metric.Inception`.
+        features: the network that turns images into features, :class:`~sj_taid.metric.Inception`.
         classifier: from features to logits, its ``classifier``.
         splits: number of parts.
         kwargs: those of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: at ``compute``, fewer images than classes. No part's score is more than its
-            number of images: 5,000 in 10 parts cap it at 500.
+        ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, fewer images than
+            classes. No part's score is more than its number of images: 5,000 in 10 parts cap it at
+            500.
 
     Source: Salimans et al. 2016, arXiv 1606.03498, section 4.
     """
@@ -128,15 +133,15 @@ class InceptionScore(torchmetrics.Metric):
         self.features = features
         self.classifier = classifier
         self.splits = splits
-        self.needed = max(splits, classifier.out_features)
+        classes = classifier.out_features
+        self.needed = max(splits, classes)
         self.protocol = (
             f"Inception score of {features.description}, mean of {splits} splits, "
             f"torchmetrics {torchmetrics.__version__}"
         )
-        sums = {"probability": (splits, classifier.out_features), "entropy": (splits,)}
-        for name, shape in sums.items():
-            zeros = torch.zeros(shape, dtype=torch.float64)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
+        zeros = torch.zeros(splits, classes, dtype=torch.float64)
+        self.add_state("probability", zeros, dist_reduce_fx="sum")
+        self.add_state("entropy", zeros[:, 0].clone(), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(splits, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, imgs: Tensor) -> None:
@@ -160,16 +165,3 @@ class InceptionScore(torchmetrics.Metric):
         marginal = self.probability / self.count.unsqueeze(1)
         divergence = torch.special.entr(marginal).sum(1) - self.entropy / self.count
         return divergence.exp().mean()
-
-
-def _downloaded(url: str) -> Path:
-    """The weights where torch-fidelity keeps them, fetched if they are not there."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # The name ends with the first digits of the file's hash.
-            torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[1])
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(f"{url} cannot be fetched ({error}); put it at {path}") from error
-    return path
