@@ -125,6 +125,17 @@ class Generation(Autoencoding):
             f"FAD of the samples: {metrics['fad']:.3f}"
             + ("" if before is None else f" (before training: {before:.3f})"),
             *(f"{title}: {metrics[name]:.3f}" for name, title in titles.items() if name in metrics),
+            *self._note_on_learned_prior(metrics),
+        ]
+
+    def _note_on_learned_prior(self, metrics: dict[str, Any]) -> list[str]:
+        before = metrics.get("fad_untrained")
+        learned = metrics.get("fad_learned", metrics["fad"])
+        if not isinstance(self.model, ESVAE) or before is None or learned < before / 2:
+            return []
+        return [
+            f"The learned prior is near untrained: FAD {learned:.3f}, {before:.3f} before "
+            "training; it needs more epochs than the mixture"
         ]
 
     @torch.no_grad()

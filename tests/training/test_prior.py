@@ -4,10 +4,12 @@ import lightning as L
 import pytest
 import torch
 
+from sj_taid.model import ESVAE
 from sj_taid.model.rate import GaussianMixturePrior
 from sj_taid.training import commands
 from sj_taid.training.commands import evaluate, train
 from sj_taid.training.composing import compose
+from sj_taid.training.generation import Generation
 from sj_taid.training.run import Run, load_model, read_checkpoint
 from tests.training.conftest import TINY, TINY_VAE
 
@@ -44,6 +46,22 @@ def test_the_models_own_prior_comes_first(tiny, tmp_path, finished):
     assert metrics["fad"] == first["fad_gaussian_mixture"]
     assert metrics["fad_learned"] == first["fad"]
     assert metrics["fad_untrained"] == first["fad_untrained"]
+
+
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        ({"fad": 123.0, "fad_untrained": 147.0}, True),
+        ({"fad": 12.0, "fad_learned": 123.0, "fad_untrained": 147.0}, True),
+        ({"fad": 12.0, "fad_learned": 40.0, "fad_untrained": 147.0}, False),
+        ({"fad": 123.0}, False),
+    ],
+)
+def test_generation_report_notes_a_learned_prior_near_untrained(values, note):
+    model = ESVAE(image_size=8, T=2, hidden_channels=(4, 8), latent_channels=3)
+    lines = Generation(model, None).report(values | {"reconstruction": 0.1})
+    said = "The learned prior is near untrained: FAD 123.000, 147.000 before training;"
+    assert any(line.startswith(said) for line in lines) == note
 
 
 def test_a_mixture_is_fitted_later_by_one_command(folder, finished, sj_taid):
