@@ -10,8 +10,8 @@ HYDRA := hydra-core==1.4.0rc3
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: install ## Train a small ESVAE on handwritten digits and draw its pictures
-	$(BIN)/python experiments/train.py
+demo: $(VENV)/demo ## Train a small ESVAE on handwritten digits and draw its pictures
+	$(BIN)/sj-taid train
 
 # The extra is that of the CUDA which torch is built for.
 gpu: install ## Prove the CUDA kernels on this machine's GPU, and time them; ten minutes
@@ -59,11 +59,17 @@ build: install ## Make wheel and sdist in dist/, and check them
 
 install: $(VENV)/installed ## Make .venv with everything
 
-# Made anew when the dependencies change.
+# Repeated when the dependencies change.
+$(VENV)/demo: setup.cfg pyproject.toml
+	@echo "Installing what the demo needs in $(VENV); a minute or more."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[cpu,train]"
+	touch $@
+
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	touch $@
+	touch $@ $(VENV)/demo
 
 $(VENV)/docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
