@@ -1,13 +1,11 @@
 """The pages are executed: Python runs, commands parse, links resolve, tables match results."""
 
 import argparse
-import configparser
 import importlib
 import importlib.util
 import os
 import re
 import shlex
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -110,9 +108,7 @@ def test_command_parses(line, parse_only):
         assert importlib.util.find_spec(words[1])
         program, *words = words[1:]
     if program == "pytest":
-        settings = tomllib.loads(read(ROOT / "pyproject.toml"))["tool"]["pytest"]
-        markers = [line.partition(":")[0] for line in settings["ini_options"]["markers"]]
-        assert not words or (words[0] == "-m" and words[1] in markers)
+        assert not words or re.search(rf'^    "{words[1]}: ', read(ROOT / "pyproject.toml"), re.M)
     elif program in ("sj_taid.doctor", "build"):
         assert not set(words) - {"--kernels"}
     elif program == "python" and words[0] != "-c":
@@ -124,10 +120,8 @@ def test_command_parses(line, parse_only):
     elif program == "make":
         assert re.search(rf"^{words[0]}:", read(ROOT / "Makefile"), re.M)
     elif program == "pip":
-        extras = [x for found in re.findall(r"\[(.*?)\]", line) for x in found.split(",")]
-        config = configparser.ConfigParser()
-        config.read(ROOT / "setup.cfg")
-        assert set(extras) <= {*config["options.extras_require"], "ctk"}
+        extras = {x for found in re.findall(r"\[(.*?)\]", line) for x in found.split(",")}
+        assert extras <= {*re.findall(r"^([\w-]+) =$", read(ROOT / "setup.cfg"), re.M), "ctk"}
         assert "sj-taid" not in words, "no distribution of this name is published"
     else:
         assert (program, words[0]) == ("python", "-c")
