@@ -26,7 +26,6 @@ from torch.utils.data import (
 from torchvision.transforms import v2
 
 from .augment import AUGMENTATIONS, each, mix
-from .progress import followed
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +124,7 @@ class Files(Samples):
             return self.read(path), self.labels[index]
         except Exception as error:  # each format has errors of its own for a damaged file
             log.warning("%s cannot be read; looking for others, which may take minutes", path)
-            checked = followed(self.checked, "Looking for damaged files")
-            others = [other for other in checked if other != path and self._is_broken(other)]
+            others = [other for other in self.checked if other != path and self._is_broken(other)]
             raise RuntimeError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); "
                 + (f"neither can {', '.join(others)}; " if others else "")

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rich.progress import track
 
-from ..data.progress import followed
 from ..monitoring import warn_at_bound
 from .files import atomic_write, unwritable
 from .plot import draw_curves, draw_parameters, neuron_parameters
@@ -33,7 +33,8 @@ class FollowTest(L.Callback):
     """Shows how far a test is, where no training's progress bar does."""
 
     def on_test_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self.batches = followed(range(int(sum(trainer.num_test_batches))), "Testing, in batches")
+        batches = range(int(sum(trainer.num_test_batches)))
+        self.batches = iter(track(batches, "Testing, in batches", transient=True))
 
     def on_test_batch_start(self, *_: Any) -> None:
         next(self.batches)

@@ -17,11 +17,11 @@ import lightning as L
 import torch
 from filelock import FileLock
 from lightning.pytorch.callbacks import LambdaCallback
+from rich.progress import track
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
 from ..data import ImageData
-from ..data.progress import followed
 from ..metric import (
     FrechetAutoencoderDistance,
     FrechetDistance,
@@ -107,7 +107,7 @@ class Evaluator:
         model.to(device)
         with seeded(self.seed):
             starts = range(0, self.samples, SAMPLES_AT_ONCE)
-            for start in followed(starts, "Sampling, in batches"):
+            for start in track(starts, "Sampling, in batches", transient=True):
                 images = model.sample(min(SAMPLES_AT_ONCE, self.samples - start))
                 metrics.update(images, real=False)
         values: dict[str, Any] = {name: float(value) for name, value in metrics.compute().items()}
@@ -119,7 +119,8 @@ class Evaluator:
         if published and not only:
             published.to(device)
             with seeded(self.seed):
-                for _ in followed(range(published.batches), "Sampling for FAD as published"):
+                batches = range(published.batches)
+                for _ in track(batches, "Sampling for FAD as published", transient=True):
                     published.update(model.sample(published.batch_size), real=False)
             values["fad_published"] = float(published.compute())
             values["protocol"]["fad_published"] = (
@@ -180,7 +181,8 @@ class Evaluator:
                 setattr(metric, name, statistics[name].to(state.device).view_as(state))
 
         def make() -> Tensors:
-            for image, _ in followed(data.test_dataloader(), "Statistics of the test images"):
+            batches = data.test_dataloader()
+            for image, _ in track(batches, "Statistics of the test images", transient=True):
                 metric.update(image.to(metric.device), real=True)
             return {name: getattr(metric, name) for name in STATISTICS}
 

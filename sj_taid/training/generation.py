@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from ..data import ImageData
-from ..data.progress import followed
 from ..model import ESVAE
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
@@ -84,7 +84,7 @@ class Generation(Autoencoding):
 
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's mixture of Gaussians to the training images as they are, not augmented."""
-        batches = followed(data.train_samples(), "Rates of the training images")
+        batches = track(data.train_samples(), "Rates of the training images", transient=True)
         self.model.fit_prior(image.to(self.device) for image, _ in batches)
 
     def after_training(self, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:

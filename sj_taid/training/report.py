@@ -22,12 +22,12 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import OmegaConf
+from rich.progress import track
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor
 from torchvision.utils import save_image
 
 from .._extras import needs
-from ..data.progress import followed
 from ..layer import TAID, FixedDecoder
 from .callbacks import Pictures
 from .columns import COLUMNS as MEASURED
@@ -285,7 +285,7 @@ def page(
     epochs: list[dict[str, Any]] = []
     seen: dict[str, dict[str, Any]] = {}
     read = [*zip(labels, table["folder"], strict=True)]
-    for label, folder in followed(read, "Looking at runs"):
+    for label, folder in track(read, "Reading runs", transient=True):
         command = runs[folder]["command"]
         one: dict[str, Any] = {"folder": folder, "command": command, "parameters": [], "raster": []}
         seen[label] = one
@@ -330,7 +330,9 @@ def page(
         runs=seen,
         colours=colours,
         left_out=left_out,
-        sections={title: [*parts] for title, parts in followed(sections.items(), "Drawing")},
+        sections={
+            title: [*parts] for title, parts in track(sections.items(), "Drawing", transient=True)
+        },
     )
 
 
