@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch
 
 from .alif import reference
+from .watching import is_watched
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "SJ_TAID_BACKEND"
@@ -127,24 +127,13 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
             raise BackendUnavailableError(reason) from why_not(name)
         return BACKENDS[name]()
     # float64 is asked for where exactness counts, and only torch computes in it.
-    torch_only = x_seq.dtype == torch.float64 or _is_watched()
+    torch_only = x_seq.dtype == torch.float64 or is_watched()
     for candidate in () if torch_only else PREFERENCE.get(x_seq.device.type, ()):
         reason = _obstacle(candidate, x_seq, surrogate_function)
         if reason is None:
             return BACKENDS[candidate]()
         _warn_once(f"{reason}. Falling back from {candidate!r}; say backend=... to choose.")
     return _torch()
-
-
-def _is_watched() -> bool:
-    """Whether a dispatch mode would see a fused call as one operator that it knows nothing of.
-
-    The modes of torch.compile and of selective checkpointing take such operators as they are.
-    """
-    return _python_dispatch.is_in_torch_dispatch_mode(include_infra_modes=False) and any(
-        not mode.is_infra_mode() and type(mode).__module__ != "torch.utils.checkpoint"
-        for mode in _python_dispatch._get_current_dispatch_mode_stack()
-    )
 
 
 def _obstacle(name: str, x_seq: Tensor, surrogate_function: Any) -> str | None:

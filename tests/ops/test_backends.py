@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -109,20 +110,41 @@ def test_auto_takes_torch_while_a_dispatch_mode_watches(monkeypatch):
             assert resolve("auto") is fused, mode
 
 
-def test_spikingjellys_counters_count_a_net_of_alif_as_one_of_lif():
+@pytest.mark.parametrize("counter", ["ACCounter", "MACCounter", "NeuronStateCounter"])
+@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode])
+@pytest.mark.parametrize("v_reset", [0.0, -0.5, None])
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_spikingjelly_counts_alif_as_the_neuron_it_was(step_mode, v_reset, kind, counter):
     counters = pytest.importorskip("spikingjelly.activation_based.op_counter")
+    node = kind(v_threshold=0.1, v_reset=v_reset)
+    net = nn.Sequential(layer.Linear(3, 5), node, layer.Linear(5, 2))
+    functional.set_step_mode(net, step_mode)
+    x_seq = torch.rand(4, 2, 3)
 
-    def additions(net):
-        counter = counters.ACCounter()
-        with counters.DispatchCounterMode([counter]):
-            net(torch.ones(4, 2, 3))
-        return counter.get_total()
+    def count():
+        functional.reset_net(net)
+        counting = getattr(counters, counter)()
+        with counters.DispatchCounterMode([counting]):
+            net(x_seq) if step_mode == "m" else [net(x) for x in x_seq]
+        return counting.get_total()
 
-    net = nn.Sequential(layer.Linear(3, 5), neuron.LIFNode(v_threshold=0.1), layer.Linear(5, 2))
-    functional.set_step_mode(net, "m")
-    expected = additions(net)
+    expected = count()
     swap_neurons(net)
-    assert additions(net) == expected > 0
+    assert count() == expected > 0
+
+
+def test_watching_changes_no_result():
+    x = torch.full((2, 1), torch.inf, requires_grad=True)
+    options = {"decay_input": True, "surrogate_function": surrogate.ATan(), "detach_reset": False}
+    found = []
+    for mode in (Watching(), nullcontext()):
+        with mode:
+            outputs = reference.multi_step(
+                x, 0.0, torch.zeros(()), torch.ones(()), v_reset=0.5, store_v_seq=True, **options
+            )
+        found.append([*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), x)])
+    assert all(torch.equal(got, want) for got, want in zip(*found, strict=True))
+    assert found[0][1] == 0.5
 
 
 def test_importing_a_backend_runs_no_operator():

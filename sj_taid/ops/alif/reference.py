@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..watching import is_watched, unwatched
 from .norm import Norm, batch_norm
 
 
@@ -47,8 +48,16 @@ def reset(
         spike = spike.detach()
     if v_reset is None:
         return h - spike * v_threshold
-    h = h.masked_fill(h == math.inf, v_reset)
+    h = _without_overflow(h, v_reset)
     return (1.0 - spike) * h + spike * v_reset
+
+
+def _without_overflow(h: Tensor, v_reset: float) -> Tensor:
+    if not is_watched():
+        return h.masked_fill(h == math.inf, v_reset)
+    # SpikingJelly's counter of neuron states follows a voltage by its memory: change it in place.
+    with unwatched():
+        return h.masked_fill_(h == math.inf, v_reset)
 
 
 def multi_step(
@@ -83,15 +92,17 @@ def multi_step(
             isinstance(value, float)
     q = per_channel(w.to(dtype).sigmoid(), x_seq)
     threshold = per_channel(v_threshold.to(dtype), x_seq)
+    stacks_v = store_v_seq or is_watched()  # SpikingJelly's neurons always do, which is counted
     spike_seq, v_seq = [], []
     for y in y_seq:
         h = charge(y.to(dtype), v, q, decay_input, v_reset)
         spike = surrogate_function(h - threshold)
         v = reset(h, spike, threshold, v_reset, detach_reset)
         spike_seq.append(spike.to(x_seq.dtype))
-        if store_v_seq:
+        if stacks_v:
             v_seq.append(v)
-    return torch.stack(spike_seq), v, torch.stack(v_seq) if store_v_seq else None
+    every_v = torch.stack(v_seq) if stacks_v else None
+    return torch.stack(spike_seq), v, every_v if store_v_seq else None
 
 
 def per_channel(parameter: Tensor, x_seq: Tensor) -> Tensor:
