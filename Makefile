@@ -3,9 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LEGACY := .venv-legacy
-HYDRA := hydra-core==1.4.0rc3
 
-.PHONY: help demo gpu test test-legacy test-hydra kernels fuzz docs tables lint format build install clean
+.PHONY: help demo gpu test test-legacy kernels fuzz docs tables lint format build install clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -25,11 +24,6 @@ test: install lint ## Lint, type check and test
 # The kernels know nothing of SpikingJelly; the fuzz and all else that fires run them on that line too.
 test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
 	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore-glob=*/benchmark --ignore-glob=*/experiments --ignore-glob=*/data --ignore-glob=*/training --ignore-glob=*/test_cpu.py --ignore-glob=*/test_cuda.py --ignore-glob=*/test_kernels.py --ignore-glob=*/test_nvrtc.py
-
-test-hydra: install ## Compose every config, and sweep, on Hydra's coming line
-	$(BIN)/python -m pip install --quiet --upgrade --target build/hydra "$(HYDRA)" "hydra-joblib-launcher>=1.4.0rc3" "hydra-submitit-launcher>=1.4.0rc3"
-	PYTHONPATH=$(CURDIR)/build/hydra $(BIN)/python -m pytest -W error::UserWarning -k "compose or config or understood or half_done" tests/data/test_base.py tests/test_docs.py tests/training
-	PYTHONPATH=$(CURDIR)/build/hydra $(BIN)/python -m pytest -m slow -k "killed_sweep and cores" tests/training/test_sweep.py
 
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
 	$(BIN)/python -m pytest -m kernels

@@ -233,4 +233,4 @@ def folder_name(overrides: Sequence[str], apart: Sequence[str] = ()) -> str:
 
 # Hydra names a job's folder in the process that runs the job. In a parallel sweep that process has
 # imported nothing of this project but the module of the function that it is to call, which is this.
-composing.register_resolver("folder_name", folder_name, replace=True)
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)

@@ -21,8 +21,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 #: of commands in processes of their own
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
-    # Beside what is there: Hydra's next line is tested from a folder of its own.
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")])),
+    "PYTHONPATH": str(CONF.parent),
 }
 
 TINY_TRAINER = [
