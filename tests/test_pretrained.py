@@ -95,7 +95,9 @@ def test_files_are_small_and_name_no_path(name):
 def test_figures_of_the_card_are_measured_again(name, tmp_path):
     """Where the data are: by the card's command, with the weights of the package."""
     pytest.importorskip("hydra", reason="needs the extra train")
-    from sj_taid.training.composing import compose, instantiate
+    from hydra.utils import instantiate
+
+    from sj_taid.training.composing import compose
     from sj_taid.training.evaluation import bare_trainer, seeded
 
     metrics = pretrained.read_config(name)["metrics"]

@@ -16,11 +16,12 @@ import pandas as pd
 import torch
 from common import CPU, interleave, parser, write_csv
 from fsvae import by_kind
+from hydra.utils import instantiate
 from loading import Memory
 from matplotlib.figure import Figure
 
 from sj_taid.training.allocator import reuse_freed_memory
-from sj_taid.training.composing import compose, instantiate
+from sj_taid.training.composing import compose
 from sj_taid.training.plot import save
 
 RECIPE_OF = "experiment=mnist_esvae_sharp"

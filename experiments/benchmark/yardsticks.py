@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from common import write_csv
+from hydra.utils import instantiate
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from sj_taid.metric import PublishedFrechetAutoencoderDistance
-from sj_taid.training.composing import compose, instantiate
+from sj_taid.training.composing import compose
 from sj_taid.training.evaluation import PUBLISHED
 from sj_taid.training.plot import mean_gradient
 

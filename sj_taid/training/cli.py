@@ -6,7 +6,6 @@ reported before.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 import logging
@@ -117,15 +116,8 @@ def main(command: str | None = None) -> None:
             arguments = resuming(arguments) if command == "train" else arguments
         except FileNotFoundError as error:
             sys.exit(str(error))
-        sys.argv[1:] = own_configs_first(arguments)
-        if command == "train" and "--dry-run" in arguments:
-            from . import plan
-
-            given = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
-            with said_in_lines():
-                plan.main(given)
-        else:
-            composing.main(command, COMPOSED[command])
+        sys.argv[1:] = arguments
+        composing.main(command, COMPOSED[command])
     elif command in ("-h", "--help"):
         print(usage())
     else:
@@ -165,22 +157,6 @@ def refuse_null_choices(arguments: Sequence[str]) -> None:
         key, _, value = argument.partition("=")
         if value.lower() == "null" and Path(composing.CONF, key).is_dir():
             sys.exit(f"{argument} names no choice of {key}: write ~{key} for none")
-
-
-def own_configs_first(arguments: list[str]) -> list[str]:
-    """Let the folder of ``--config-dir`` come before the package's own, not after it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd")
-    given, others = parser.parse_known_args(arguments)
-    if given.config_dir is None:
-        return arguments
-    return [
-        *others,
-        "--config-path",
-        str(Path(given.config_dir).absolute()),
-        "--config-dir",
-        composing.CONF,
-    ]
 
 
 def resuming(arguments: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ProgressBar,
@@ -37,7 +37,6 @@ from .callbacks import (
     Pictures,
     RandomNumbers,
 )
-from .composing import CONF, instantiate
 from .evaluation import Evaluator, bare_trainer, seeded
 from .files import written_by_others
 from .generation import OF_SAMPLES
@@ -47,7 +46,6 @@ from .run import (
     OVERRIDES,
     Run,
     build,
-    check_targets,
     chosen,
     given_overrides,
     is_below,
@@ -58,8 +56,6 @@ from .task import of_best_epoch
 
 log = logging.getLogger(__name__)
 
-#: the parts of a run's config that are built again when its checkpoint is loaded
-REBUILT = ("dataset", "model", "task", "metric")
 #: what a resumed run keeps
 KEPT = (
     "dataset._target_",
@@ -106,9 +102,7 @@ def train(
     _check_whole(cfg, 0, "trainer.max_epochs", "seed")
     _check_for_classifier(cfg)
     count_classes(cfg)
-    for part in REBUILT:  # or what is trained could not be loaded
-        if cfg.get(part):
-            check_targets(OmegaConf.to_container(cfg[part], resolve=True), cfg.trust or ())
+    trust = cfg.trust or ()
     reuse_freed_memory()
     if (wandb := sys.modules.get("wandb")) and wandb.run:
         wandb.finish()  # an earlier job of a sweep, which Lightning would go on with
@@ -128,18 +122,19 @@ def train(
                     "out, or start a run without resume="
                 )
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = instantiate(cfg.dataset)
+    data = build(cfg.dataset, trust)
     if not isinstance(data, get_object(cfg.task._target_).takes):
         raise ValueError(
             f"dataset={data.name} holds recordings, which only a classifier takes; "
             "add task=classification, or choose a data set of images"
         )
     # In this layout convolutions are faster, in bfloat16 above all.
-    model = instantiate(cfg.model).to(memory_format=torch.channels_last)
+    model = build(cfg.model, trust).to(memory_format=torch.channels_last)
     if resume:
         source.load_weights(copy.deepcopy(model))  # those of another are an error now
-    task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
-    evaluator = _evaluator(cfg, cfg.trust or ())
+    optimizer = instantiate(cfg.optimizer)
+    task = build(cfg.task, trust, model=model, optimizer=optimizer)
+    evaluator = _evaluator(cfg, trust)
     others = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     if any(isinstance(callback, StochasticWeightAveraging) for callback in others):
         raise ValueError(
@@ -273,7 +268,7 @@ def _evaluator(cfg: DictConfig, trust: Collection[str]) -> Evaluator | None:
 def count_classes(cfg: DictConfig) -> None:
     """Let the data say how many classes there are, where a classifier was not told."""
     if cfg.model.get("classes", 0) is None:
-        cfg.dataset.classes = instantiate(cfg.dataset).classes
+        cfg.dataset.classes = build(cfg.dataset, cfg.trust or ()).classes
 
 
 def _compile_options(given: bool | DictConfig) -> dict[str, Any] | None:
@@ -327,9 +322,13 @@ def _how_to_go_on(run: Run) -> str:
 
 def _repeated(hydra_cfg: Any) -> list[str]:
     """What ``resume=`` is to repeat of the command line."""
-    mains = (s.path for s in hydra_cfg.runtime.config_sources if s.provider == "main")
-    configs = next(mains, CONF)
-    return [*hydra_cfg.overrides.task, *[f"--config-dir={configs}"] * (configs != CONF)]
+    custom = [
+        f"{source.schema}://{source.path}"
+        for source in hydra_cfg.runtime.config_sources
+        if source.provider.endswith("command-line")
+    ]
+    searched = [f"hydra.searchpath=[{','.join(custom)}]"] if custom else []
+    return [*hydra_cfg.overrides.task, *searched]
 
 
 def _places(hydra_cfg: Any) -> list[str]:

@@ -13,7 +13,6 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .composing import instantiate, targets
+from .. import _build
 from .files import atomic_write, remove_left, unwritable
 
 if TYPE_CHECKING:
@@ -44,17 +43,6 @@ MOVED = {
     "experiments.task": "sj_taid.training",
     "experiments.progress": "sj_taid.training.callbacks",
 }
-#: A run's config names classes. Those that are defined in these modules do nothing but what their
-#: arguments say; when a checkpoint is loaded, no others are called.
-TRUSTED = (
-    "sj_taid.data",
-    "sj_taid.model",
-    "sj_taid.training",
-    "spikingjelly.activation_based.neuron",
-    "spikingjelly.activation_based.surrogate",
-    "torch.nn.modules.loss",
-    "torch.optim",
-)
 
 
 class Run:
@@ -427,38 +415,5 @@ def _unusable(path: Path, error: Exception) -> ValueError:
 
 
 def build(node: Any, trust: Collection[str] = (), **arguments: Any) -> Any:
-    """Instantiate a part of a run's config.
-
-    Raises:
-        ValueError: it names classes that are neither this project's own nor in ``trust``.
-    """
-    # Resolved first, so that what is checked is what is built.
-    config = OmegaConf.to_container(node, resolve=True)
-    check_targets(config, trust)
-    return instantiate(config, **arguments)
-
-
-def check_targets(config: Any, trust: Collection[str] = ()) -> None:
-    """Refuse a resolved config that names other classes than the trusted ones.
-
-    Raises:
-        ValueError: it does, or it holds what would be resolved again when it is built.
-    """
-    foreign = [t for t in targets(config) if t not in trust and not _is_trusted(t)]
-    if foreign:
-        raise ValueError(
-            f"the config names {', '.join(map(repr, foreign))}: no public class of "
-            f"{', '.join(TRUSTED)}, so it could do anything; if it is yours or from a trusted "
-            f"source, add trust=[{','.join(map(str, foreign))}], in training and in loading"
-        )
-
-
-def _is_trusted(target: Any) -> bool:
-    module, _, name = str(target).rpartition(".")
-    roots = ["sj_taid"] if module == "sj_taid" else [r for r in TRUSTED if is_below(module, [r])]
-    try:
-        found = getattr(import_module(module), name, None) if roots else None
-    except ImportError:
-        return False
-    # Defined there: what such a module imports from elsewhere is as foreign as elsewhere.
-    return isinstance(found, type) and name[0] != "_" and is_below(found.__module__, roots)
+    """The object that a part of a config describes, see :func:`sj_taid._build.build`."""
+    return _build.build(OmegaConf.to_container(node, resolve=True), trust, **arguments)

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from sj_taid import data
 from sj_taid.data import base, event
 from sj_taid.data.base import InMemory
-from sj_taid.training.composing import compose, instantiate
+from sj_taid.training.composing import compose
 from tests.data.made_up import make, ready
 from tests.training.conftest import CONF, write_images
 

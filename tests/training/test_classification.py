@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from matplotlib import image as mpimg
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
@@ -15,7 +16,7 @@ from sj_taid.monitoring import tau_and_threshold
 from sj_taid.training import commands, run
 from sj_taid.training.classification import Classification
 from sj_taid.training.commands import train
-from sj_taid.training.composing import compose, instantiate
+from sj_taid.training.composing import compose
 from tests.training.conftest import TINY_CLASSIFICATION
 
 NEURONS = ("alif", "plif", "lif")

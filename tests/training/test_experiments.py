@@ -6,13 +6,14 @@ import re
 import pandas as pd
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid.data.base import Data, InMemory
 from sj_taid.training import classification, columns, run
 from sj_taid.training.commands import train
-from sj_taid.training.composing import compose, instantiate
+from sj_taid.training.composing import compose
 from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
 
 EXPERIMENT = CONF / "experiment"

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from spikingjelly.activation_based import neuron
 
+from sj_taid._build import build
 from sj_taid.training import Run, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.callbacks import AtomicCheckpointIO
@@ -109,7 +110,7 @@ def test_a_hostile_checkpoint_is_called_what_it_is(tmp_path, monkeypatch, save):
     ],
 )
 def test_public_classes_are_trusted(target):
-    runs.check_targets({"a": [{"_target_": target}]})
+    build({"a": [{"_target_": target, "_partial_": True}]})
 
 
 @pytest.mark.parametrize(
@@ -130,14 +131,14 @@ def test_public_classes_are_trusted(target):
 )
 def test_others_are_not(target):
     with pytest.raises(ValueError, match="no public class of"):
-        runs.check_targets({"a": [{"_target_": target}]})
+        build({"a": [{"_target_": target, "_partial_": True}]})
 
 
-def test_what_would_be_resolved_after_the_check_is_refused(tmp_path):
+def test_nothing_is_resolved_after_the_check(tmp_path):
     path = f"{{_target_: pathlib.Path, _args_: [{tmp_path}/hacked]}}"
-    evil = f"{{_target_: pathlib.Path.touch, self: {path}}}"
-    node = OmegaConf.create({"_target_": "sj_taid.TAID", "T": f'\\${{oc.create:"{evil}"}}'})
-    with pytest.raises(ValueError, match=r"names .*oc\.create"):
+    evil = f'\\${{oc.create:"{{_target_: pathlib.Path.touch, self: {path}}}"}}'
+    node = OmegaConf.create({"_target_": "sj_taid.TAID", "T": evil})
+    with pytest.raises(ValueError, match=r"T must be .* '\$\{oc\.create"):
         runs.build(node)
     assert not (tmp_path / "hacked").exists()
 
