@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +23,9 @@ _LAYERS = tuple(
     getattr(home, name) for home in (nn, layer) for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")
 )
 
+#: What folding changes of a neuron.
+_SCALED = frozenset({"v", "v_seq", "v_reset", "v_threshold"})
+
 
 @torch.no_grad()
 def fold_thresholds(net: nn.Module) -> dict[str, str]:
@@ -28,7 +34,13 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
     Returns:
         The path of each neuron that keeps another threshold, and why.
     """
-    traced = trace(net, _is_source)
+    with _watch_reads(net) as read:
+        traced = trace(net, _is_source)
+    for module in traced.untraced:  # what it read before it failed is not all that it reads
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        names = _SCALED.intersection(code.co_names) if code else _SCALED
+        for inner in module.modules() if names else ():
+            read.setdefault(inner, min(names))
     sources = {reader: source for source, reader in traced.readers.items()}
     uses = Counter(p for module in net.modules() for p in module.parameters(recurse=False))
     kept = {}
@@ -40,6 +52,8 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
             continue
         source = sources.get(node)
         note = _why_no_scale(node, threshold)
+        if node in read:
+            note = f"a forward reads {read[node]} of it"
         if note is None and source is None:
             note = _why_no_source(node, traced)
         elif note is None:
@@ -51,6 +65,26 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
     return kept
 
 
+@contextmanager
+def _watch_reads(net: nn.Module) -> Iterator[dict[nn.Module, str]]:
+    """Note of which neurons a forward that is traced reads what folding changes."""
+    kinds = {m: type(m) for m in net.modules() if isinstance(m, neuron.BaseNode)}
+    read: dict[nn.Module, str] = {}
+
+    def get(node: Any, name: str) -> Any:
+        if name in _SCALED:
+            read[node] = name
+        return kinds[node].__getattribute__(node, name)
+
+    try:
+        for node, kind in kinds.items():
+            node.__class__ = type(kind.__name__, (kind,), {"__getattribute__": get})
+        yield read
+    finally:
+        for node, kind in kinds.items():
+            node.__class__ = kind
+
+
 def _is_source(module: nn.Module) -> bool:
     return is_norm(module) or isinstance(module, _LAYERS)
 
@@ -59,8 +93,8 @@ def _why_no_scale(node: Any, threshold: Tensor) -> str | None:
     """Why the dynamics of ``node`` do not scale to a threshold of 1, or ``None``."""
     if type(node) not in _NEURONS:
         return f"what a {type(node).__name__} computes is not known to scale"
-    if not (threshold > 0).all():
-        return "only a positive threshold scales to 1"
+    if not ((threshold > 0) & threshold.isfinite()).all():
+        return "only a positive and finite threshold scales to 1"
     rest = (node.v_reset, node.v, _compat.reset_value(node, "v"))
     if len(threshold.unique()) > 1 and any(isinstance(v, float) and v != 0.0 for v in rest):
         return "its channels have several thresholds, but one reset voltage, which is not 0"

@@ -196,6 +196,8 @@ class Traced(NamedTuple):
     obstacles: dict[nn.Module, str]
     #: the module that makes the input of each neuron that was seen, or what else does
     inputs: dict[nn.Module, nn.Module | str]
+    #: the modules whose forward cannot be traced
+    untraced: list[nn.Module]
 
 
 def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
@@ -203,6 +205,7 @@ def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
     found: dict[nn.Module, list[nn.Module | str]] = defaultdict(list)
     calls: Counter[nn.Module] = Counter()
     inputs: dict[nn.Module, nn.Module | str] = {}
+    untraced = []
     for parent in net.modules():
         # A container that folds time is found where it is called.
         folds = type(parent) is layer.SeqToANNContainer
@@ -215,6 +218,7 @@ def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
             note = f"the forward of {type(parent).__name__} cannot be traced ({why})"
             for source in filter(is_source, chain.from_iterable(map(ends, parent.children()))):
                 found[source].append(note)
+            untraced.append(parent)
             inputs |= {child: note for child in parent.children() if child not in inputs}
             continue
         counts: Counter[nn.Module] = Counter()
@@ -247,7 +251,7 @@ def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
             readers[source] = distinct[0]
         else:
             obstacles[source] = f"{len(distinct)} modules read its output"
-    return Traced(readers, obstacles, inputs)
+    return Traced(readers, obstacles, inputs, untraced)
 
 
 def _graph(parent: nn.Module, training: bool) -> fx.Graph:

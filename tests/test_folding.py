@@ -155,6 +155,27 @@ class TwoPlaces(Block):
         return self.sn(self.fc(self.sn(self.fc(x))))
 
 
+class Readout(Block):
+    def __init__(self, name="v"):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x):
+        self.sn(self.fc(x))
+        return getattr(self.sn, self.name)
+
+
+class UntracedReadout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = behind(nn.Linear(4, 4))
+
+    def forward(self, x_seq):
+        for x in x_seq:
+            self.layers(x)
+        return self.layers[-1].v
+
+
 class Own(nn.Linear):
     pass
 
@@ -193,7 +214,12 @@ def behind(*modules, **options):
         (hooked(1, "register_forward_pre_hook"), "it has a hook on its input"),
         (behind(layer.BatchNorm2d(4, affine=False)), "the BatchNorm2d before it has no weight"),
         (tied(), "the Linear before it shares its parameters with another module"),
-        (behind(nn.Linear(4, 4), v_threshold=-0.5), "only a positive threshold scales to 1"),
+        (behind(nn.Linear(4, 4), v_threshold=-0.5), "only a positive and finite threshold scales"),
+        (behind(nn.Linear(4, 4), v_threshold=torch.inf), "only a positive and finite threshold"),
+        (nn.Sequential(nn.Linear(4, 4), neuron.LIFNode(v_threshold=torch.inf)), "and finite"),
+        (Readout(), "a forward reads v of it"),
+        (nn.Sequential(Readout("v_threshold")), "a forward reads v_threshold of it"),
+        (UntracedReadout(), "a forward reads v of it"),
         (nn.Sequential(nn.Linear(4, 4), alif([0.5, 0.25, 0.5, 1.0], v_reset=-1.0)), "several"),
         (nn.Sequential(nn.Linear(4, 3), alif([0.5, 0.25])), "has 3 channels, not 2"),
         (nn.Sequential(nn.Linear(4, 4), OwnNode(v_threshold=0.5)), "what a OwnNode computes"),
