@@ -203,9 +203,9 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     ``[T, N, C]``, and no longer input is taken into account). SpikingJelly's
     own LIF, PLIF and IF in the net are treated alike. Outputs are equal bit for bit where the
     thresholds are powers of two, and otherwise to rounding. Gradients are not, since the surrogate
-    keeps its width. Voltages become those of a threshold of 1, so a neuron whose voltage or threshold
-    a ``forward`` of the net reads keeps its threshold, as one with an infinite threshold does. A
-    threshold that cannot be folded stays, with a warning that says why.
+    keeps its width. Voltages are divided too, so a neuron whose voltage or threshold a ``forward``
+    of the net reads keeps its threshold, as one with an infinite threshold does. A threshold that
+    cannot be folded stays, with a warning that says why.
 
     Args:
         net: any module with :class:`~sj_taid.ALIFNode` s.
