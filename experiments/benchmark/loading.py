@@ -31,10 +31,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.nn import functional as F
 
-from sj_taid.data.base import Data, Files, InMemory
+from sj_taid.data import Data, Files, ImageData, ImageFolder, InMemory
 from sj_taid.data.event import EventData, read_frames
-from sj_taid.data.folder import ImageFolder
-from sj_taid.data.image import ImageData
 from sj_taid.model import FSVAE, Classifier
 from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.plot import save
@@ -63,7 +61,7 @@ class Photographs(ImageFolder):
     """Pieces, of CelebA's size, of the two photographs that scikit-learn ships."""
 
     def __init__(self, folder: Path, count: int, **options: Any) -> None:
-        super().__init__(str(folder), **options)
+        super().__init__(root=folder, **options)
         random = np.random.default_rng(0)
         photographs = load_sample_images().images  # 427x640
         for i in range(count):
@@ -76,7 +74,7 @@ class Recordings(EventData):
     """Files of frames with as many events as the true ones, around a spot that wanders."""
 
     def __init__(self, folder: Path, count: int, events: int, **options: Any) -> None:
-        super().__init__(str(folder), T, **options)
+        super().__init__(root=folder, T=T, **options)
         random = np.random.default_rng(0)
         size = self.image_size
         for i in range(count):

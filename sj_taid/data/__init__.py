@@ -7,6 +7,7 @@ with needs("lightning torchvision scikit-learn filelock rich"):
     from .event import CIFAR10DVS, NMNIST, DVS128Gesture
     from .folder import CelebA, ImageFolder
     from .image import CIFAR10, MNIST, Digits, FashionMNIST, ImageData
+    from .samples import Files, InMemory, Samples
 
 __all__ = [
     "CIFAR10",
@@ -18,6 +19,9 @@ __all__ = [
     "Data",
     "Digits",
     "FashionMNIST",
+    "Files",
     "ImageData",
     "ImageFolder",
+    "InMemory",
+    "Samples",
 ]

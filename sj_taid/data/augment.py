@@ -1,10 +1,10 @@
-"""Augmentation of a batch of images (or of event frames): one random map for each, applied at once.
+"""Augmentation of a batch of images or event frames, with one random map for each sample.
 
 torchvision.transforms.v2 draws one map for a whole batch, so it has to go image by image: its
-RandomAffine then makes 12k images of 32x32 a second on one core of an AMD EPYC; this makes 90k.
+RandomAffine then makes 12k images of 32x32 per second on one core of an AMD EPYC; this makes 90k.
 
 The draws come from torch's default generator: they follow the run's seed, and each loader process
-has its own. What comes in from beyond the border is 0: black, or no event.
+has its own. Beyond the border is 0: black, or no event.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def affine(images: Tensor) -> Tensor:
 
 
 def crop_flip(images: Tensor) -> Tensor:
-    """Cut each image from a larger one with a black border, and mirror every second one."""
+    """Cut each image from a larger one with a black border, and mirror half of them."""
     n, size = len(images), images.shape[-1]
     border = int(size * CROP)
     shift = torch.randint(-border, border + 1, (n, 2)) / size  # whole pixels
@@ -42,13 +42,13 @@ def crop_flip(images: Tensor) -> Tensor:
 
 
 def flip(images: Tensor) -> Tensor:
-    """Mirror every second image, on average, from left to right."""
+    """Mirror each image from left to right with probability 1/2."""
     mirrored = torch.rand(len(images)) < 0.5
     return torch.where(mirrored.view(-1, *[1] * (images.ndim - 1)), images.flip(-1), images)
 
 
-def each(images: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
-    """Draw for each image; torchvision's transforms draw once for all that they are given."""
+def transform_each(images: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply one of torchvision's transforms, which draw once per call, to each image."""
     return torch.stack([transform(image) for image in images])
 
 
@@ -66,7 +66,7 @@ def mix(
         mixup: the parts of both samples are drawn from Beta(alpha, alpha) with this alpha; 0 is
             never.
         cutmix: the same for the area that one has of the other.
-        classes: how many there are.
+        classes: number of classes.
 
     Source: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899.
     """

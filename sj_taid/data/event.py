@@ -1,14 +1,15 @@
-"""Recordings of event cameras, as frames of added-up events. SpikingJelly reads their formats."""
+"""Recordings of event cameras, as frames of summed events. SpikingJelly reads their formats."""
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,52 +19,55 @@ from torch import Tensor
 from torchvision.datasets.utils import download_url
 from torchvision.transforms import v2
 
-from .base import LOCK, Data, Files
+from .base import LOCK, Data
+from .samples import Files
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class EventData(Data):
     """Frames ``[N, T, 2, H, W]``: how many events of each polarity fell on each pixel.
 
     Each recording is cut into T pieces with the same number of events. That is done on the first
-    run, takes minutes, and leaves ``events_np`` and one folder of frames per T in ``root``, under
-    SpikingJelly's names. A part of the recordings will do; other counts than the published ones are
-    logged.
+    run, takes minutes, and leaves in ``root`` what SpikingJelly would: ``events_np`` and one folder
+    of frames per T. A part of the recordings will do.
 
     Args:
         root: the folder that holds ``events_np``, the unpacked recordings, or a folder
             ``download`` with their archives.
         T: number of frames.
-        download: fetch the missing archives, where SpikingJelly knows how.
+        download: fetch missing archives, where SpikingJelly can.
 
     Raises:
-        FileNotFoundError: none of these at ``root``.
-        RuntimeError: recordings that cannot be read, no training or no test recording, or a frame
-            file that cannot be read.
+        FileNotFoundError: none of these in ``root``.
+        RuntimeError: recordings or frames that cannot be read, or no training or test recording.
         ValueError: a folder that is none of the data set's classes.
     """
 
-    source: str  # SpikingJelly's class
-    counts: tuple[int, int]  # published numbers of training and test recordings
-    unpacked = ""  # a folder by which unpacked recordings are recognised
+    root: Path
+    T: int
+    download: bool = False
 
-    def __init__(self, root: str, T: int, download: bool = False, **options: Any) -> None:
-        super().__init__(**options)
-        if T < 1:
-            raise ValueError(f"dataset.T must be a number of frames >= 1, but it is {T}")
-        self.root = Path(root).expanduser()
+    source: ClassVar[str]  # SpikingJelly's class
+    unpacked: ClassVar[str] = ""  # the folder by which unpacked recordings are recognised
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.T < 1:
+            raise ValueError(f"dataset.T must be a number of frames >= 1, but it is {self.T}")
+        self.root = Path(self.root).expanduser()
         self.archives = self.root / "download"
         self.events = self.root / "events_np"
-        self.frames = self.root / f"frames_number_{T}_split_by_number"
-        self.T = T
-        self.download = download
-        self.finish = (v2.Resize([self.image_size] * 2), v2.ToDtype(torch.float32))
+        self.frames = self.root / f"frames_number_{self.T}_split_by_number"
+
+    def transforms(self) -> Sequence[v2.Transform]:
+        return v2.Resize([self.image_size] * 2), v2.ToDtype(torch.float32)
 
     def prepare_data(self) -> None:
         if _is_complete(self.frames):
             return
-        if not (_is_complete(self.events) or self._unpacked()):
+        if not (_is_complete(self.events) or self._unpacked_recordings()):
             self._require_archives()
         with FileLock(self.root / LOCK):
             self._make(self.events, self._convert)
@@ -71,16 +75,10 @@ class EventData(Data):
 
     def load(self) -> tuple[Files, Files]:
         train, test = self._split_frames()
-        counts = (len(train), len(test))
-        if not all(counts):
+        if not (train.paths and test.paths):
             raise RuntimeError(
-                f"{self.frames} has {counts[0]} training and {counts[1]} test recordings of "
+                f"{self.frames} has {len(train)} training and {len(test)} test recordings of "
                 f"{self.source}; it needs both"
-            )
-        if counts != self.counts:
-            log.warning(
-                "%s has %d training and %d test recordings of %s, not the published %d and %d",
-                *(self.root, *counts, self.source, *self.counts),
             )
         return train, test
 
@@ -89,24 +87,22 @@ class EventData(Data):
 
     def _files(self, folder: Path) -> Files:
         paths = sorted(folder.glob("*/*.npz"))
-        names = [path.parent.name for path in paths]
-        unknown = sorted({*names} - {*self.class_names})
+        unknown = sorted({path.parent.name for path in paths} - {*self.class_names})
         if unknown:
             raise ValueError(
                 f"{folder} must hold folders of the classes {', '.join(self.class_names)}, but it "
                 f"holds {', '.join(unknown)}; move them away"
             )
-        labels = [self.class_names.index(name) for name in names]
+        labels = [self.class_names.index(path.parent.name) for path in paths]
         remedy = f"move {self.frames} away and run again, which makes its frames again"
         return Files([str(path) for path in paths], labels, read_frames, remedy)
 
-    def _unpacked(self) -> Path | None:
-        """The folder of the unpacked recordings, if there is one."""
+    def _unpacked_recordings(self) -> Path | None:
         folders = [self.root, self.root / "extract"] if self.unpacked else []
         return next((f for f in folders if (f / self.unpacked).is_dir()), None)
 
     def _missing_archives(self) -> list[tuple[str, str, str]]:
-        """The name, URL and MD5 of each archive that is not in ``download``."""
+        """The name, URL and MD5 of each archive that is not there."""
         resources = self._spikingjelly.resource_url_md5()
         archives = [r for r in resources if r[0].endswith((".zip", ".tar.gz"))]
         return [r for r in archives if not (self.archives / r[0]).is_file()]
@@ -115,13 +111,13 @@ class EventData(Data):
         missing = self._missing_archives()
         can_fetch = self._spikingjelly.downloadable()
         if missing and not (can_fetch and self.download):
-            url = missing[0][1]
-            remedy = "add dataset.download=true" if can_fetch else f"fetch them from {url}"
+            expected = [self.events.name, *filter(None, [self.unpacked]), self.archives.name]
+            remedy = (
+                "add dataset.download=true" if can_fetch else f"fetch them from {missing[0][1]}"
+            )
             raise FileNotFoundError(
-                f"no {self.source} at dataset.root={self.root}: expected {self.events.name}, "
-                + (f"{self.unpacked} or " if self.unpacked else "")
-                + f"archives in {self.archives}, which lacks "
-                f"{', '.join(name for name, _, _ in missing)}; {remedy}"
+                f"no {self.source} at dataset.root={self.root}: expected {' or '.join(expected)} "
+                f"with {', '.join(name for name, _, _ in missing)}; {remedy}"
             )
         self.archives.mkdir(parents=True, exist_ok=True)
 
@@ -138,20 +134,20 @@ class EventData(Data):
             except Exception as error:  # of the network, the disk, or whatever SpikingJelly meets
                 raise RuntimeError(
                     f"{self.source} in {self.root} cannot be made into frames "
-                    f"({type(error).__name__}: {error}); replace the damaged files, and run again"
+                    f"({type(error).__name__}: {error}); replace damaged files, and run again"
                 ) from error
             made.rename(folder)
 
     def _convert(self, events: Path) -> None:
-        unpacked = self._unpacked()
-        if unpacked is None:
+        recordings = self._unpacked_recordings()
+        if recordings is None:
             for name, url, md5 in self._missing_archives():
                 download_url(url, events.parent, name, md5)
                 (events.parent / name).rename(self.archives / name)
-            unpacked = events.with_name("unpacked")
-            unpacked.mkdir()
-            self._spikingjelly.extract_downloaded_files(self.archives, unpacked)
-        self._spikingjelly.create_raw_from_extracted(unpacked, events)
+            recordings = events.with_name("unpacked")
+            recordings.mkdir()
+            self._spikingjelly.extract_downloaded_files(self.archives, recordings)
+        self._spikingjelly.create_raw_from_extracted(recordings, events)
 
     def _integrate(self, frames: Path) -> None:
         recordings = [*self.events.rglob("*.np[yz]")]
@@ -175,7 +171,7 @@ class EventData(Data):
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether the folder is there and no interrupted run of SpikingJelly has left it half made."""
+    """Whether the folder is there, and SpikingJelly was not interrupted while it made it."""
     marker = folder.with_name(f"{folder.name}.building")
     if marker.exists():
         raise RuntimeError(
@@ -191,10 +187,9 @@ def read_frames(path: str) -> Tensor:
 
 
 def _datasets() -> ModuleType:
-    """SpikingJelly's data sets, on machines that cannot load torchaudio too.
+    """SpikingJelly's data sets, also where torchaudio, which they import for speech, cannot load.
 
-    The package imports it for speech, which is not needed here, and PyPI's build of it needs CUDA's
-    libraries.
+    PyPI's build of it needs CUDA's libraries.
     """
     try:
         import torchaudio  # noqa: F401

@@ -1,17 +1,18 @@
-"""Still images that are read from their files when they are asked for: any folder, and CelebA."""
+"""Still images read from their files when they are asked for: any folder, and CelebA."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2 import functional
 
-from .base import Files
 from .image import ImageData, Torchvision
+from .samples import Files
 
 UNLABELLED = -1
 SPLIT = {"train", "test", "val", "valid", "validation"}
@@ -24,7 +25,7 @@ def image_files(
     remedy: str,
     crop: int | None = None,
 ) -> Files:
-    """Images of any size; of each a square in the middle is resized.
+    """Images of any size; a square in the middle of each is resized.
 
     The square has ``crop`` pixels in height and width; None takes the largest one.
     """
@@ -45,21 +46,22 @@ def read_image(path: str, mode: str, size: int, crop: int | None = None) -> Tens
                 raise ValueError(
                     f"its {image.width}x{image.height} pixels are fewer than dataset.crop={crop}"
                 )
-            image = v2.functional.center_crop(image, [crop])
-        image = v2.functional.center_crop(v2.functional.resize(image, [size]), [size])
-        return v2.functional.pil_to_tensor(image)
+            image = functional.center_crop(image, [crop])
+        image = functional.center_crop(functional.resize(image, [size]), [size])
+        return functional.pil_to_tensor(image)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ImageFolder(ImageData):
-    """The images of a folder of your own.
+    """The images of any folder.
 
     Each folder in ``root`` is a class, in the order of their names; without any, the images are
     unlabelled. Hidden files and folders, whose names begin with a dot, are left out.
 
     Args:
         root: the folder, for training.
-        classes: how many there are; None counts the folders.
-        test_root: a second one like it, for testing.
+        classes: number of classes; None counts the folders.
+        test_root: a second folder like it, for testing.
         test_share: without ``test_root``, this share of each class is for testing: the last ones
             in the order of their names.
         crop: take a square of so many pixels from the middle of each image; None takes the largest.
@@ -67,28 +69,25 @@ class ImageFolder(ImageData):
     Raises:
         FileNotFoundError: no such folder, or no image in it.
         ValueError: other classes than ``classes`` says, or than those of ``root``; folders that are
-            no classes, but the parts of a split.
-        RuntimeError: an image that cannot be read, when its turn comes; names all such images.
+            no classes, but the parts of a split; a crop below 1.
+        RuntimeError: an image that cannot be read, or is smaller than ``crop``, when it is asked
+            for; names all such images.
     """
 
-    def __init__(
-        self,
-        root: str,
-        test_root: str | None = None,
-        test_share: float = 0.1,
-        classes: int | None = None,
-        crop: int | None = None,
-        **options: Any,
-    ) -> None:
-        if crop is not None and crop < 1:
-            raise ValueError(f"dataset.crop must be null or at least 1, but it is {crop}")
-        self.crop = crop
-        self.root = Path(root).expanduser()
-        if classes is None and self.root.is_dir():
-            classes = len(_class_names(self.root, "dataset.root")) or None
-        super().__init__(classes=classes, **options)
-        self.test_root = None if test_root is None else Path(test_root).expanduser()
-        self.test_share = test_share
+    root: Path
+    test_root: Path | None = None
+    test_share: float = 0.1
+    crop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and self.crop < 1:
+            raise ValueError(f"dataset.crop must be null or at least 1, but it is {self.crop}")
+        self.root = Path(self.root).expanduser()
+        if self.test_root is not None:
+            self.test_root = Path(self.test_root).expanduser()
+        if self.classes is None and self.root.is_dir():
+            self.classes = len(_class_names(self.root, "dataset.root")) or None
+        super().__post_init__()
 
     def load(self) -> tuple[Files, Files]:
         names = _class_names(self.root, "dataset.root")
@@ -130,12 +129,11 @@ class ImageFolder(ImageData):
             if not found:
                 raise FileNotFoundError(
                     f"no image in {folder}: expected files that end in {', '.join(IMG_EXTENSIONS)}"
-                    "; point dataset.root to a folder of images, or of one such folder a class"
+                    "; point dataset.root to a folder of images, or of one such folder per class"
                 )
             paths += found
             labels += [label] * len(found)
-        remedy = f"replace it, or move it out of {root}"
-        return image_files(paths, labels, self, remedy, self.crop)
+        return image_files(paths, labels, self, f"replace it, or move it out of {root}", self.crop)
 
 
 def _class_names(root: Path, option: str) -> list[str]:
@@ -162,33 +160,29 @@ class CelebA(Torchvision):
     source = datasets.CelebA
     folder = source.base_folder
     files = PARTITION, IMAGES = "list_eval_partition.txt", "img_align_celeba"
+    counts = (162_770, 19_962)
     TRAIN, VALIDATION, TEST = "0", "1", "2"  # in the partition
 
     def load(self) -> tuple[Files, Files]:
-        rows = self._rows()
-        return self._part(rows, self.TRAIN), self._part(rows, self.TEST)
+        return self._part(self.TRAIN), self._part(self.TEST)
 
     def load_validation(self) -> Files:
-        return self._part(self._rows(), self.VALIDATION)
+        return self._part(self.VALIDATION)
 
-    def _rows(self) -> list[list[str]]:
-        """The names of the images and the part that each is of."""
+    def _part(self, part: str) -> Files:
         self._require_files()
+        images = self.path / self.IMAGES
+        partition = self.path / self.PARTITION
         md5 = next(md5 for _, md5, name in self.source.file_list if name == self.PARTITION)
-        self._require_md5(self.PARTITION, md5)
-        text = (self.place / self.PARTITION).read_text(encoding="utf-8")
-        rows = [line.split() for line in text.splitlines()]
-        unpacked = {path.name for path in (self.place / self.IMAGES).iterdir()}
-        lost = [name for name, _ in rows if name not in unpacked]
+        if not check_integrity(partition, md5):
+            raise self._damaged(partition, f"its MD5 is not {md5}")
+        rows = map(str.split, partition.read_text(encoding="utf-8").splitlines())
+        names = [name for name, of in rows if of == part]
+        unpacked = {path.name for path in images.iterdir()}
+        lost = [name for name in names if name not in unpacked]
         if lost:
-            raise self._damaged(
-                self.IMAGES, f"it lacks {len(lost)} of {len(rows)} images, {lost[0]} first"
-            )
-        return rows
-
-    def _part(self, rows: list[list[str]], part: str) -> Files:
-        images = self.place / self.IMAGES
-        paths = [str(images / name) for name, of in rows if of == part]
+            how = f"it lacks {len(lost)} of {len(names)} images, {lost[0]} first"
+            raise self._damaged(images, how)
+        paths = [str(images / name) for name in names]
         remedy = f"replace it, or move {images} away and run again with dataset.download=true"
-        labels = [UNLABELLED] * len(paths)
-        return image_files(paths, labels, self, remedy, crop=148)
+        return image_files(paths, [UNLABELLED] * len(paths), self, remedy, crop=148)

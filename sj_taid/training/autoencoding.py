@@ -43,9 +43,11 @@ class Autoencoding(Task):
 
     def after_training(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         how = "mean squared error, images in [-1, 1], "
-        protocol = {"reconstruction": how + data.test_images()}
+        protocol = {"reconstruction": how + data.describe_test_set()}
         if data.validation_set is not None:
-            protocol["validation_reconstruction"] = how + data.validating().test_images()
+            protocol["validation_reconstruction"] = (
+                how + data.test_on_validation().describe_test_set()
+            )
         return {"protocol": protocol}
 
     def report(self, metrics: dict[str, Any]) -> list[str]:

@@ -113,7 +113,11 @@ class Evaluator:
         values: dict[str, Any] = {name: float(value) for name, value in metrics.compute().items()}
         values["protocol"] = {
             name: f"{metric.protocol}, {self.samples} samples"
-            + (f" against {data.test_images()}" if isinstance(metric, FrechetDistance) else "")
+            + (
+                f" against {data.describe_test_set()}"
+                if isinstance(metric, FrechetDistance)
+                else ""
+            )
             for name, metric in metrics.items()
         }
         if published and not only:
@@ -202,7 +206,7 @@ class Evaluator:
 
         def train() -> Tensors:
             log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
-            its_data = data.plain()
+            its_data = data.without_augmentation()
             its_data.batch_size = settings["batch_size"]
             trainer = bare_trainer(
                 self.accelerator,

@@ -67,7 +67,7 @@ class Generation(Autoencoding):
             )
         if data.validation_set is not None:  # what its metric lacks shows now
             with seeded(evaluator.seed):
-                _fad_alone(evaluator).ready_metrics(data.validating(), torch.device("cpu"))
+                _fad_alone(evaluator).ready_metrics(data.test_on_validation(), torch.device("cpu"))
         with self._drawing_from("learned"):  # the mixture is not fitted yet
             untrained = evaluator.evaluate_samples(self.model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
@@ -91,7 +91,7 @@ class Generation(Autoencoding):
         figures = evaluator.evaluate_samples(self.model, data)
         figures["protocol"] |= super().after_training(data, evaluator)["protocol"]
         if data.validation_set is not None:
-            chosen = _fad_alone(evaluator).evaluate_samples(self.model, data.validating())
+            chosen = _fad_alone(evaluator).evaluate_samples(self.model, data.test_on_validation())
             figures["validation_fad"] = chosen["fad"]
             figures["protocol"]["validation_fad"] = chosen["protocol"]["fad"]
         for prior in self._other_priors():

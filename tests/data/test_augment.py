@@ -167,7 +167,7 @@ def test_only_training_samples_are_erased_and_mixed():
     plain, varied = digits(), digits(erase=1.0, mixup=1.0, cutmix=1.0, validation=0.1)
     assert torch.equal(images(plain.test_dataloader()), images(varied.test_dataloader()))
     assert all(labels.dim() == 1 for _, labels in varied.val_dataloader())
-    _, labels = next(iter(varied.plain().train_dataloader()))
+    _, labels = next(iter(varied.without_augmentation().train_dataloader()))
     assert labels.dim() == 1 and varied.mixup == 1.0
 
 

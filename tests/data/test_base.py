@@ -13,8 +13,7 @@ from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from sj_taid import data
-from sj_taid.data import base, event
-from sj_taid.data.base import InMemory
+from sj_taid.data import InMemory, base, event
 from sj_taid.training.composing import compose
 from tests.data.made_up import make, ready
 from tests.training.conftest import CONF, write_images
@@ -46,7 +45,7 @@ def test_limit_draws_from_the_whole_set():
     assert len(some.train_set) == len(some.test_set) == 100
     assert images(some.train_set) == images(again.train_set)
     assert images(some.train_set) != images(ready(data.Digits, limit=100, seed=1).train_set)
-    in_turn = InTurn("in_turn", channels=1, image_size=1, batch_size=1, limit=60)
+    in_turn = InTurn(name="in_turn", channels=1, image_size=1, batch_size=1, limit=60)
     in_turn.setup()
     values, labels = in_turn.train_set.tensors
     assert labels.bincount().tolist() == [6] * 10
@@ -116,7 +115,7 @@ def test_a_validation_set_that_cannot_be(validation, message):
     with pytest.raises(ValueError, match=message):
         ready(data.Digits, validation=validation)
     with pytest.raises(ValueError, match="has no validation set; add"):
-        ready(data.Digits).validating()
+        ready(data.Digits).test_on_validation()
 
 
 def test_what_is_made_of_a_whole_set_stays_valid():
@@ -129,7 +128,10 @@ def test_what_is_made_of_a_whole_set_stays_valid():
     assert ready(data.Digits, validation=0.0).fingerprint() == digest.hexdigest()[:16]
     split = ready(data.Digits, validation=0.1)
     assert (
-        len({digest.hexdigest()[:16], split.fingerprint(), split.validating().fingerprint()}) == 3
+        len(
+            {digest.hexdigest()[:16], split.fingerprint(), split.test_on_validation().fingerprint()}
+        )
+        == 3
     )
 
 
@@ -137,7 +139,7 @@ def test_training_sets_alone_are_told_apart_by_themselves():
     """What was made of them, as FAD's autoencoder, serves whatever is tested on."""
     split = ready(data.Digits, validation=0.1)
     of_training = split.fingerprint(split.train_set)
-    assert of_training == split.validating().fingerprint(split.train_set)
+    assert of_training == split.test_on_validation().fingerprint(split.train_set)
     assert of_training not in (split.fingerprint(), split.fingerprint(split.test_set))
 
 

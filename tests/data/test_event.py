@@ -57,7 +57,7 @@ def test_nmnist_part(layout, request, caplog):
     assert frames.shape == (2, T, 2, 34, 34) and frames.dtype == torch.float32
     assert sorted(labels.tolist()) == [0, 7] and module.test_set.labels == [3]
     assert (frames[:, :, 1, 2, 30] == 40 / T).all() and frames.sum() == 2 * 40
-    counts = "has 2 training and 1 test recordings of NMNIST, not the published 60000 and 10000"
+    counts = "has 2 training and 1 test samples, not the published 60000 and 10000"
     assert counts in caplog.text
     # What was given is left as it is, and what was needed for the conversion alone is gone.
     assert all(path.is_file() for path in recordings)
@@ -101,12 +101,12 @@ def test_train_starts_calibrated_on_the_time_steps_of_recordings(nmnist, caplog)
 def test_nmnist_refuses_missing_recordings(nmnist):
     (nmnist / "download" / "Test.zip").unlink()
     message = (
-        r"no NMNIST at dataset\.root=.*expected events_np, Train or archives in .*download, which "
-        r"lacks Test\.zip; fetch them from https://"
+        r"no NMNIST at dataset\.root=.*expected events_np or Train or "
+        r"download with Test\.zip; fetch them from https://"
     )
     with pytest.raises(FileNotFoundError, match=message):
         ready(data.NMNIST, nmnist, **EVENTS)
-    with pytest.raises(FileNotFoundError, match=r"which lacks Train\.zip, Test\.zip; fetch"):
+    with pytest.raises(FileNotFoundError, match=r"download with Train\.zip, Test\.zip; fetch"):
         ready(data.NMNIST, nmnist / "nowhere", **EVENTS)
     assert not (nmnist / "nowhere").exists()
 
@@ -186,7 +186,9 @@ def test_cifar10_dvs_tests_on_the_last_tenth_of_each_class(tmp_path):
     assert module.test_set.labels == [0, 9] and module.train_set.labels == [0] * 9 + [9] * 9
     assert first(module.test_dataloader())[0].shape == (2, T, 2, 128, 128)
 
-    with pytest.raises(FileNotFoundError, match=r"lacks .*truck\.zip; add dataset\.download=true"):
+    with pytest.raises(
+        FileNotFoundError, match=r"download with .*truck\.zip; add dataset\.download=true"
+    ):
         ready(data.CIFAR10DVS, tmp_path / "nowhere", **EVENTS)
 
 

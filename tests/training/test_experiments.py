@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
-from sj_taid.data.base import Data, InMemory
+from sj_taid.data import Data, InMemory
 from sj_taid.training import classification, columns, run
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose

@@ -118,7 +118,7 @@ def test_public_classes_are_trusted(target):
     [
         "os.system",
         "sj_taid.swap_neurons",
-        "sj_taid.data.base.Path",  # imported there
+        "sj_taid.data.event.Path",  # imported there
         "sj_taid.data.base.torch.load",
         "sj_taid.data._Secret",
         "sj_taid.database.Data",
