@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid.data import Data, InMemory
-from sj_taid.training import classification, columns, run
+from sj_taid.training import columns, plot, run
 from sj_taid.training.commands import train
 from sj_taid.training.composing import compose
 from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
@@ -121,10 +121,10 @@ def test_image_folder_counts_its_classes_and_names_the_confusion(tiny, tmp_path,
         write_images(tmp_path / "images" / name, 10)
     data = ["dataset=image_folder", f"dataset.root={tmp_path / 'images'}", "dataset.num_workers=0"]
     drawn = []
-    monkeypatch.setattr(classification, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plot, "save", lambda figure, path, **_: drawn.append(figure))
     choices = [*data, *TINY_CLASSIFICATION, "pictures=true"]
     train(tiny(*choices, tiny=False), tmp_path / "run")
-    (figure,) = drawn
+    (figure,) = (figure for figure in drawn if figure.axes[0].get_xlabel() == "predicted class")
     names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert names == ["cat", "dog", "emu"]
     assert run.load_model(tmp_path / "run").classes == 3
