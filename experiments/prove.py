@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Options of the steps. On a GPU each of them should take a minute at most.
 SIZES = {
     "cuda": {
-        "doctor": "--kernels",
         "neuron": "--dtypes float32 bfloat16 --steps 4 16 --neurons 262144 4194304 --only cupy LIF",
         "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
         "norm": "--steps 8 --batch 32 --repeats 20 --zoo sew_resnet18",
@@ -162,8 +161,10 @@ def steps(device: str, folder: Path) -> Iterator[Step]:
     def benchmark(name: str, *more: str) -> tuple[str, ...]:
         return (f"experiments/benchmark/{name}.py", *where, *sizes[name], *more)
 
-    yield Step("doctor", ("-m", "sj_taid.doctor", *sizes.get("doctor", ())))
-    conformance = ("-m", "sj_taid.ops.alif.conformance", *where)
+    yield Step("doctor", ("-m", "sj_taid.doctor"))
+    if device == "cuda":
+        yield Step("registers", ("-m", "tests.ops.alif.nvrtc"))
+    conformance = ("-m", "tests.ops.alif.conformance", *where)
     yield Step("kernel", (*conformance, "--tiny"), hint=hint)
     for dtype in ("float32", "float16", "bfloat16"):
         cases = sizes.get("conformance", ())
@@ -253,7 +254,7 @@ def page_lines(machine: str, device: str, results: Sequence[Result], folder: Pat
             yield from ("", step.hint) if step.hint else ()
             yield from quote("\n".join(result.output.splitlines()[-40:]))
     for result in results:
-        if result.step.name in ("doctor", "kernel") and result.outcome == PASSED:
+        if result.step.name in ("doctor", "registers", "kernel") and result.outcome == PASSED:
             yield from ("", f"## {result.step.name}", *quote(result.output))
     for pattern, names in SHOWN.items():
         for path in sorted(folder.glob(pattern)):

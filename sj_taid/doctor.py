@@ -1,10 +1,6 @@
-"""``python -m sj_taid.doctor``: what works on this machine, why the rest does not, and the remedy.
-
-With ``--kernels`` also what NVIDIA's compiler says of the CUDA kernels; no GPU is needed for it.
-"""
+"""``python -m sj_taid.doctor``: which backends work here, why the others do not, and the remedy."""
 
 import argparse
-import itertools
 import os
 import platform
 import subprocess
@@ -22,7 +18,6 @@ from torch import Tensor
 from . import __version__
 from .functional import alif_multi_step
 from .ops import backends
-from .ops.alif import kernels, nvrtc
 
 PACKAGES = ("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cuda13x", "triton")
 
@@ -30,9 +25,7 @@ PACKAGES = ("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cud
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; 1 if a backend that should work gives other results than torch."""
     parser = argparse.ArgumentParser(prog="sj-taid doctor", description=__doc__)
-    parser.add_argument("--kernels", action="store_true", help="registers, spills, bytes moved")
-    parser.add_argument("--arch", help="the GPU to compile for, such as sm_90; default: this one's")
-    options = parser.parse_args(arguments)
+    parser.parse_args(arguments)
     for line in (*versions(), *devices(), *availability()):
         print(line)
     healthy = True
@@ -40,10 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         equal, line = self_test(name, device)
         print(line)
         healthy &= equal
-    if options.kernels:
-        here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-        for line in kernel_table(options.arch or "sm_{}{}".format(*here)):
-            print(line)
     return 0 if healthy else 1
 
 
@@ -145,34 +134,6 @@ def self_test(name: str, device: str) -> tuple[bool, str]:
     passed = f"the same spikes as torch; its first call took {seconds:.2f} s"
     failed = "FAILED, other spikes than torch's; please report it"
     return equal, f"self test of {name}: {passed if equal else failed}"
-
-
-def kernel_table(arch: str) -> Iterator[str]:
-    """Registers and spills as compiled for ``arch``, bytes as counted, of the common kernels."""
-    needs = kernels.NEED_X | kernels.NEED_W | kernels.NEED_V_THRESHOLD
-    cases = []
-    for dtype, steps in itertools.product(kernels.SCALARS, (1, 2, 4, 8, 16, 24)):
-        o = kernels.Options(dtype, steps, 0.0, True, False)
-        there, back = o.forward_vec(), o.backward_vec()
-        names = (o.forward_name(there, 1), o.backward_name(back, 1, False, needs, "Sigmoid"))
-        columns = (("forward", "backward"), (there, back), kernels.traffic(o), names)
-        cases += [(o, *case) for case in zip(*columns, strict=True)]
-    start = time.perf_counter()
-    try:
-        report = nvrtc.resources(kernels.source(), tuple(case[-1] for case in cases), arch)
-    except (OSError, RuntimeError) as error:
-        yield f"kernels: {error}"
-        return
-    seconds = time.perf_counter() - start
-    yield f"kernels for {arch}: hard reset to 0, decay_input, Sigmoid surrogate, one tau a layer"
-    yield f"{len(report)} kernels compiled in {seconds:.1f} s"
-    yield "dtype     T  direction  neurons/thread  registers  spilled B  bytes/neuron/step"
-    for o, direction, vec, moved, name in cases:
-        r = report[name]
-        yield (
-            f"{kernels.SCALARS[o.dtype]:8} {o.steps:2}  {direction:9}  {vec:14}  "
-            f"{r.registers:9}  {r.spill_stores:9}  {moved:17.2f}"
-        )
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def _watch_reads(net: nn.Module) -> Iterator[dict[nn.Module, str]]:
     def get(node: Any, name: str) -> Any:
         if name in _SCALED:
             read[node] = name
-        return kinds[node].__getattribute__(node, name)
+        return object.__getattribute__(node, name)
 
     try:
         for node, kind in kinds.items():

@@ -12,8 +12,8 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
 from sj_taid import swap_neurons
-from sj_taid.ops.alif.conformance import TOLERANCE, Case, differences, results, tensors
 from sj_taid.ops.alif.norm import Norm
+from tests.ops.alif.conformance import TOLERANCE, Case, differences, results, tensors
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -10,7 +10,6 @@ import torch
 
 from sj_taid import doctor
 from sj_taid.ops import backends
-from tests.ops.alif.test_nvrtc import WHY_NOT
 
 
 def test_runs_as_a_module(monkeypatch, capsys):
@@ -41,26 +40,6 @@ def test_every_backend_but_torch_says_what_it_needs():
     assert backends.NEEDS.keys() == backends.BACKENDS.keys() - {"torch"}
 
 
-@pytest.mark.skipif(WHY_NOT is not None, reason=f"needs NVRTC: {WHY_NOT}")
-def test_table_of_the_kernels():
-    title, effort, head, *rows = doctor.kernel_table("sm_90")
-    assert "sm_90" in title and effort.startswith("32 kernels compiled in")
-    assert len(rows) == 3 * 6 * 2
-    cells = dict(zip(head.split(), rows[4].split(), strict=False))
-    assert cells["dtype"] == "float" and cells["T"] == "4" and cells["neurons/thread"] == "4"
-    assert rows[4].split()[-1] == "9.00"  # reads x, writes spikes, and the last voltage once in 4
-
-
-def test_without_nvrtc_the_table_says_so(monkeypatch):
-    def missing(*_):
-        raise OSError("NVRTC was not found; pip install nvidia-cuda-nvrtc")
-
-    monkeypatch.setattr(doctor.nvrtc, "resources", missing)
-    assert list(doctor.kernel_table("sm_90")) == [
-        "kernels: NVRTC was not found; pip install nvidia-cuda-nvrtc"
-    ]
-
-
 def test_every_fused_backend_is_tried():
     for name, device in doctor.fused():
         healthy, line = doctor.self_test(name, device)
@@ -87,13 +66,10 @@ def test_a_kernel_that_does_not_compile_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "fused", lambda: [("cupy", "cpu")])
     broken = {"cupy": ImportError()}
     monkeypatch.setattr(doctor.backends, "why_not", broken.get)
-    monkeypatch.setattr(doctor.nvrtc, "resources", lambda *_: refused(None, backend=""))
     assert doctor.main([]) == 1
     shown = capsys.readouterr().out
     assert "self test of cupy: FAILED, RuntimeError: nvrtc: error" in shown
     assert "backend cupy: no; ImportError: no message" in shown
-    (line,) = doctor.kernel_table("sm_1")
-    assert line.startswith("kernels: nvrtc: error")
 
 
 def test_the_commit_is_this_checkouts_own(tmp_path, monkeypatch):

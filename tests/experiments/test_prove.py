@@ -95,7 +95,7 @@ def test_prove_without_a_gpu_says_why_and_what_would_be_run(tmp_path, capsys, mo
     assert "GPU: none" in output and "ImportError: libcuda.so: cannot open" in output
     assert backends.NEEDS["cupy"] in output and "experiments/prove.py --device cpu" in output
     planned = [*prove.steps("cuda", tmp_path / "out" / "MACHINE")]
-    assert len(planned) == 11 and all(step.command in output for step in planned)
+    assert len(planned) == 12 and all(step.command in output for step in planned)
     assert not (tmp_path / "out").exists()
 
 

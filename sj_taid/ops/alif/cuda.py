@@ -28,7 +28,6 @@ from .kernels import (
     Grid,
     Options,
 )
-from .nvrtc import OPTIONS
 
 # CuPy imports without a driver and without NVRTC, and fails at the first call: rather fail here.
 cupy.cuda.runtime.getDeviceCount()
@@ -244,7 +243,9 @@ def _launch(direction: str, name: str, x_seq: Tensor, grid: Grid, *arguments: An
 @cache
 def _function(device: int, name: str) -> Any:
     """The kernel ``name`` loaded on ``device``: compiled by NVRTC once, kept on disk by CuPy."""
-    module = cupy.RawModule(code=kernels.source(), options=OPTIONS, name_expressions=(name,))
+    module = cupy.RawModule(
+        code=kernels.source(), options=kernels.COMPILER_OPTIONS, name_expressions=(name,)
+    )
     try:
         return module.get_function(name)
     except cupy.cuda.compiler.CompileException as error:

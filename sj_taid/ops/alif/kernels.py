@@ -27,6 +27,9 @@ NEED_X, NEED_W, NEED_V_THRESHOLD, NEED_NORM = 1, 2, 4, 8
 _LENGTHS = ("BLOCK", "SEGMENT", "LONGEST_SWEEP")
 _FLAGS = ("SOFT", "HARD", "HARD_TO_ZERO", "NEED_X", "NEED_W", "NEED_V_THRESHOLD", "NEED_NORM")
 
+#: CuPy adds ``--ftz=true`` by itself: a voltage below 1.2e-38 is flushed to zero.
+COMPILER_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=true")
+
 ALIGNMENT = 16  # bytes of the widest access
 
 # Neurons a thread, up to this many steps, (float32, half): enough bytes asked for at a time to keep

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from sj_taid.ops.alif import kernels
-from sj_taid.ops.alif.conformance import OPTIONS, Conformance, pairwise
+from tests.ops.alif.conformance import OPTIONS, Conformance, pairwise
 from tests.ops.alif.host import Host
 
 MEMORY = ("T", "dtype", "layout", "per_channel", "v_init", "through", "frozen", "norm", "pack")

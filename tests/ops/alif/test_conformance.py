@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
-from sj_taid.ops.alif import conformance, reference
-from sj_taid.ops.alif.conformance import COMPACT, OPTIONS, Conformance, pairwise
+from sj_taid.ops.alif import reference
+from tests.ops.alif import conformance
+from tests.ops.alif.conformance import COMPACT, OPTIONS, Conformance, pairwise
 
 ROW = {name: values[0] for name, values in OPTIONS.items()} | {"T": 4}
 

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_taid.ops import backends
 from sj_taid.ops.alif import autograd, kernels, reference
-from sj_taid.ops.alif.conformance import OPTIONS, Conformance, as_of_many
 from sj_taid.ops.alif.kernels import BLOCK, Options
 from tests.helpers import Case, assert_close, assert_not_finite_alike, results, tensors
+from tests.ops.alif.conformance import OPTIONS, Conformance, as_of_many
 from tests.ops.alif.host import CompileError, needs_gxx
 
 CASE = Case(shape=(4, 3, 8, 2))

@@ -10,8 +10,8 @@ from torch import nn
 from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops.alif import reference
-from sj_taid.ops.alif.conformance import OPTIONS, Conformance, as_of_many, pairwise
 from tests.helpers import Case, assert_close, results, tensors
+from tests.ops.alif.conformance import OPTIONS, Conformance, as_of_many, pairwise
 
 pytestmark = pytest.mark.gpu
 

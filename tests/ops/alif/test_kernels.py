@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sj_taid.ops.alif import kernels
-from sj_taid.ops.alif.conformance import OPTIONS, Conformance, pairwise
+from tests.ops.alif.conformance import OPTIONS, Conformance, pairwise
 from tests.ops.alif.host import GXX, Host, needs_gxx
 
 pytestmark = needs_gxx

@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from sj_taid.ops.alif import kernels, nvrtc
-from sj_taid.ops.alif.conformance import pairwise
+from sj_taid.ops.alif import kernels
 from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Options
+from tests.ops.alif import nvrtc
+from tests.ops.alif.conformance import pairwise
 
 try:
     nvrtc.library()
@@ -194,3 +195,13 @@ def test_the_newest_wheel_is_taken(tmp_path):
 def test_a_failed_compilation_shows_the_compilers_log():
     with pytest.raises(RuntimeError, match=r"(?s)COMPILATION.*kernels.cu\(1\): error"):
         nvrtc.resources("__global__ void f() { x }", ("f",), "sm_90")
+
+
+def test_table_of_the_kernels(capsys):
+    nvrtc.main(["--arch", "sm_90"])
+    title, effort, head, *rows = capsys.readouterr().out.splitlines()
+    assert "sm_90" in title and effort.startswith("32 kernels compiled in")
+    assert len(rows) == 3 * 6 * 2
+    cells = dict(zip(head.split(), rows[4].split(), strict=False))
+    assert cells["dtype"] == "float" and cells["T"] == "4" and cells["neurons/thread"] == "4"
+    assert rows[4].split()[-1] == "9.00"  # reads x, writes spikes, and the last voltage once in 4

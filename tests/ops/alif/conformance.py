@@ -1,6 +1,6 @@
 """Does a fused backend compute what the definition says? The cases, the tolerances, and a command.
 
-    python -m sj_taid.ops.alif.conformance
+    python -m tests.ops.alif.conformance
 
 runs a compact set of cases in which every pair of options' values occurs, and compares outputs,
 final state and every gradient by name with the definition in float64 on the CPU. On a GPU they get
@@ -31,12 +31,12 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from ..._compat import FUNCTIONAL_STATES
-from ...functional import alif_multi_step
-from .. import backends, bits
-from ..surrogate import DERIVATIVES
-from . import reference
-from .norm import Norm
+from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid.functional import alif_multi_step
+from sj_taid.ops import backends, bits
+from sj_taid.ops.alif import reference
+from sj_taid.ops.alif.norm import Norm
+from sj_taid.ops.surrogate import DERIVATIVES
 
 Leaves = dict[str, Tensor]
 
@@ -439,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launches: Counter[str] | None = None
     threads: AbstractContextManager[Any] = nullcontext()
     if options.device == "cuda":
-        from . import cuda
+        from sj_taid.ops.alif import cuda
 
         launches, threads = cuda.launches, as_of_many(cuda)
         print(cuda.compiler())

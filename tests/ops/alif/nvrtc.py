@@ -1,23 +1,28 @@
-"""NVRTC, NVIDIA's run-time compiler, called from Python: compiles the kernels with no GPU at hand.
+"""NVRTC, NVIDIA's run-time compiler, called from Python: compiles the kernels without a GPU.
 
-Launching goes through CuPy; this is for reports of registers and spills, in the tests and in
-``python -m sj_taid.doctor --kernels``. The library comes with CUDA, with CUDA builds of PyTorch and
-with the ``nvidia-cuda-nvrtc`` wheel.
+    python -m tests.ops.alif.nvrtc --arch sm_90
+
+prints the registers, spills and bytes of the common kernels. The library comes with CUDA, with CUDA
+builds of PyTorch and with the ``nvidia-cuda-nvrtc`` wheel.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import itertools
 import re
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from ctypes.util import find_library
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-#: Options of every compilation, here and through CuPy, which adds ``--ftz=true`` of its own accord:
-#: a voltage below 1.2e-38 is flushed to zero.
-OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=true")
+import torch
+
+from sj_taid.ops.alif import kernels
 
 
 class Resources(NamedTuple):
@@ -94,7 +99,7 @@ class _Program:
         self._call("CreateProgram", source.encode(), b"kernels.cu", 0, None, None, create=True)
         for name in names:
             self._call("AddNameExpression", name.encode())
-        encoded = [option.encode() for option in (*OPTIONS, *options)]
+        encoded = [option.encode() for option in (*kernels.COMPILER_OPTIONS, *options)]
         array = (ctypes.c_char_p * len(encoded))(*encoded)
         try:
             self._call("CompileProgram", len(encoded), array)
@@ -132,3 +137,42 @@ class _Program:
             self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
             reason = self._library.nvrtcGetErrorString(status).decode()
             raise RuntimeError(f"nvrtc{function}: {reason}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    parser.add_argument("--arch", default="sm_{}{}".format(*here), help="such as sm_90")
+    for line in kernel_table(parser.parse_args(arguments).arch):
+        print(line)
+
+
+def kernel_table(arch: str) -> Iterator[str]:
+    """Registers and spills as compiled for ``arch``, bytes as counted, of the common kernels."""
+    needs = kernels.NEED_X | kernels.NEED_W | kernels.NEED_V_THRESHOLD
+    cases = []
+    for dtype, steps in itertools.product(kernels.SCALARS, (1, 2, 4, 8, 16, 24)):
+        o = kernels.Options(dtype, steps, 0.0, True, False)
+        there, back = o.forward_vec(), o.backward_vec()
+        names = (o.forward_name(there, 1), o.backward_name(back, 1, False, needs, "Sigmoid"))
+        columns = (("forward", "backward"), (there, back), kernels.traffic(o), names)
+        cases += [(o, *case) for case in zip(*columns, strict=True)]
+    start = time.perf_counter()
+    report = resources(kernels.source(), tuple(case[-1] for case in cases), arch)
+    seconds = time.perf_counter() - start
+    yield f"kernels for {arch}: hard reset to 0, decay_input, Sigmoid surrogate, one tau a layer"
+    yield f"{len(report)} kernels compiled in {seconds:.1f} s"
+    yield "dtype     T  direction  neurons/thread  registers  spilled B  bytes/neuron/step"
+    for o, direction, vec, moved, name in cases:
+        r = report[name]
+        yield (
+            f"{kernels.SCALARS[o.dtype]:8} {o.steps:2}  {direction:9}  {vec:14}  "
+            f"{r.registers:9}  {r.spill_stores:9}  {moved:17.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
