@@ -1,131 +1,303 @@
-"""Fill the tables of README.md, RESULTS.md and docs/, and draw the maps of starts in docs/images:
-``python experiments/pages.py``.
+"""Fill the tables of README.md, RESULTS.md, results/README.md and docs/: ``make tables``.
 
-Each is made of the metrics in results/ and of the CSVs in experiments/benchmark/results/, so that
-no number is copied by hand.
+    python experiments/pages.py [FOLDER ...]
+
+Finished runs of experiments below the folders are first copied into results/. Each table stands
+between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made of the runs in results/ and of the
+CSVs in experiments/benchmark/results/, so no number is copied by hand.
 """
 
-from functools import cache
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain, takewhile
 from pathlib import Path
 
 import pandas as pd
+import start_maps
+from store import RESULTS, load_all_runs, load_runs, load_study, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
-from sj_taid.training.columns import METRICS, Column
+from sj_taid.training.columns import COLUMNS, METRICS, Column, natural
 from sj_taid.training.export import figures
 from sj_taid.training.files import atomic_write
-from sj_taid.training.gather import chosen_alone, stored
-from sj_taid.training.results_page import draw_start_maps, fill, tables
-from sj_taid.training.tables import frame, markdown
+from sj_taid.training.gather import Metrics, gather, overrides
+from sj_taid.training.tables import frame, markdown, present, summary, text
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOT = RESULTS.parent
+PAGES = [
+    *(ROOT / name for name in ("README.md", "RESULTS.md", "results/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PRETRAINED = ROOT / "sj_taid" / "pretrained"
-RESULTS = ROOT / "experiments" / "benchmark" / "results"
-BENCHMARKS = RESULTS / "epyc-2-cores"
-XEON = RESULTS / "xeon-2-cores"
+BENCHMARKS = ROOT / "experiments" / "benchmark" / "results"
+EPYC, XEON = BENCHMARKS / "epyc-2-cores", BENCHMARKS / "xeon-2-cores"
+PLIF = "SpikingJelly PLIF"
 DATASETS = {
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",
     "cifar10": "CIFAR10",
     "celeba": "CelebA",
 }
-#: The papers' generators that spike, and the plain VAE that the first of them was held against.
+#: The papers' spiking generators, and the plain VAE that the first of them was compared with.
 MODELS = ["VAE", "FSVAE", "TAID", "ESVAE", "FSDDIM"]
-#: The priors that our own draw from, and the figure of each.
+#: The priors that our models draw from, and the metric of each.
 PRIORS = {
     "ESVAE": {"fitted": "fad_published", "learned": "fad_published_learned"},
     "FSVAE": {"learned": "fad_published"},
 }
-DECODERS = {"fixed": "fixed decoder", "taid": "TAID", "taid_place": "TAID by place"}
+DECODERS = {"fixed": "fixed decoder", "taid": "TAID", "taid_pixel": "TAID by pixel"}
+BASELINES = {"neuron": "lif", "decoder": "fixed"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", type=Path, help="folders that hold runs to store")
+    options = parser.parse_args(arguments)
+    if options.folders:
+        finished, left_out = gather(options.folders)
+        for folder, reason in left_out.items():
+            print(f"left out: {folder} ({reason})")
+        for line in store(finished):
+            print(line)
+    start_maps.draw_all()
+    for page in PAGES:
+        with atomic_write(page) as temporary:
+            temporary.write_text(filled(page), encoding="utf-8")
 
 
 def filled(page: Path) -> str:
-    """The text of a page, with its tables as they should be."""
-    return fill(page.read_text(encoding="utf-8"), all_tables())
+    """The text of a page, with its tables up to date."""
+
+    def make(found: re.Match[str]) -> str:
+        table = TABLES[found[2]]()
+        content = table if isinstance(table, str) else markdown(table)
+        return f"{found[1]}\n{content}\n{found[3]}"
+
+    pattern = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(make, page.read_text(encoding="utf-8"))
 
 
-@cache
-def all_tables() -> dict[str, str]:
-    made = {
-        "gains": gains(),
-        "standing": standing(),
-        "models": models(),
-        "memory": memory(),
-        "norm": norm(),
-        "neurons": neurons(),
-        "fsvae": fsvae(),
-        "esvae": esvae(),
-        "compile": compiled(),
-        "loading": loading(),
-    }
-    return tables(ROOT) | {name: markdown(table) for name, table in made.items()}
+# ---- runs ----
+
+
+def only_choosing(runs: Sequence[Metrics], *keys: str) -> list[Metrics]:
+    """The runs with no choice on the command line beyond ``keys``, the experiment and the seed."""
+    return [run for run in runs if overrides(run).keys() <= {"experiment", "seed", *keys}]
 
 
 def gains() -> pd.DataFrame:
-    """Memory, time and quality, each beside what it is held against, and where it was measured."""
+    """Memory, time and quality before and after, and where each was measured."""
     pairs = norms().query("net == 'norm + neuron' and T == 16")
+    blocks = norms().query("net == '3 x [conv, norm, neuron]' and T == 16")
     nets = norms().query("net == 'sew_resnet18' and T == 8")
-    layers = pd.read_csv(BENCHMARKS / "neuron-reused-memory.csv").query("N == N.max() and T == 16")
-    steps = pd.read_csv(XEON / "fsvae.csv").query("work == 'training step'")
-    steps = steps.rename(columns={"model": "neuron"})
-    decoders = frame(stored(ROOT, "fsvae"))[0]
-    classifiers = frame(stored(ROOT, "mnist_classifier_cpu"))[0]
-    plif = "SpikingJelly PLIF"
+    decoders = frame(load_runs("fsvae"))[0]
+    classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
+    one = "ALIF, one operator"
     rows = [
-        ("saved for backward, MB", nets, "saved_mb", plif, "ALIF, one operator, bits"),
-        ("norm and neuron, ms", pairs, "median_ms", plif, "ALIF, one operator"),
-        ("a layer of neurons, ms", layers, "median_ms", plif, "ALIF numba"),
-        ("a training step of FSVAE, ms", steps, "median_ms", f"{plif}, stepping", "ours"),
+        ("saved for backward, MB", nets, "saved_mb", PLIF, f"{one}, bits"),
+        ("norm and neuron, ms", pairs, "median_ms", PLIF, one),
+        ("three blocks of convolution, norm, neuron, ms", blocks, "median_ms", PLIF, one),
         ("FSVAE on MNIST, reconstruction error", decoders, "reconstruction", "fixed", "taid"),
-        ("FSVAE on MNIST, FAD", decoders, "fad", "fixed", "taid"),
         ("classifier on MNIST, accuracy in %", classifiers, "accuracy", "plif", "alif"),
     ]
     return pd.DataFrame([gain(*row) for row in rows])
 
 
-def gain(what: str, table: pd.DataFrame, column: str, theirs: str, ours: str) -> dict[str, str]:
-    """A row of :func:`gains`: ``column`` of the neuron or decoder ``theirs`` beside ``ours``."""
-    quantity = METRICS.get(column, Column(what, 1, 0, spread=False))
+def gain(what: str, table: pd.DataFrame, name: str, theirs: str, ours: str) -> dict[str, str]:
+    """A row of :func:`gains`: ``name`` of the neuron or decoder ``theirs`` and of ``ours``."""
+    column = METRICS.get(name, Column(what, 1, 0, spread=False))
     rows = table.set_index("decoder" if ours == "taid" else "neuron")
-    before, after = rows.loc[[theirs], column], rows.loc[[ours], column]
+    before, after = rows.loc[[theirs], name], rows.loc[[ours], name]
     more, ratio = after.mean() - before.mean(), before.mean() / after.mean()
     return {
         "what": what,
-        "before": f"{quantity.text(before)} ({theirs})",
-        "after": f"{quantity.text(after)} ({ours})",
-        "gain": f"{ratio:.1f} times less" if more < 0 else f"+{more / quantity.unit:.2f}",
+        "before": f"{column.text(before)} ({theirs})",
+        "after": f"{column.text(after)} ({ours})",
+        "gain": f"{ratio:.1f} times less" if more < 0 else f"+{more / column.unit:.2f}",
         "on": " / ".join(rows.loc[[ours], "machine"].str.replace("(R)", "").unique()),
     }
 
 
 def standing() -> pd.DataFrame:
-    """FAD as published of the papers' generators and of our best, for every data set."""
-    rows = pd.read_csv(ROOT / "results" / "published.csv")
-    rows = rows[rows["figure"].isin(["fad_published", "epochs"]) & (rows["task"] == "generation")]
-    rows = rows.rename(columns={"row": "model"})
-    papers = rows[rows["figure"] == "fad_published"].pivot(
-        index=["model", "source"], columns="dataset", values="value"
-    )
-    epochs = rows[rows["figure"] == "epochs"].groupby("model")["value"].first()
+    """FAD as published of the papers' generators and of our best."""
+    rows = pd.read_csv(RESULTS / "published.csv").query("task == 'generation'")
+    fads = rows[rows["metric"] == "fad_published"]
+    papers = fads.pivot(index=["row", "source"], columns="dataset", values="value")
     table = papers.map("{:g}".format).replace("nan", "not reported").reset_index("source")
+    epochs = rows[rows["metric"] == "epochs"].groupby("row")["value"].first()
     table = table.assign(epochs=epochs.map("{:g}".format)).fillna({"epochs": "not reported"})
     for model, priors in PRIORS.items():
-        kept = [run for name in DATASETS for run in stored(ROOT, f"{name}_{model.lower()}_sharp")]
-        runs = frame(chosen_alone(kept, "decoder", "neuron"))[0]
-        for (neuron, decoder), alike in runs.groupby(["neuron", "decoder"]):
-            counts = "/".join(map(str, sorted(alike["epochs"].unique())))
-            for prior, figure in priors.items():
-                fads = alike.groupby("dataset")[figure].agg(METRICS[figure].text)
+        ours = chain(*(load_runs(f"{name}_{model.lower()}_sharp") for name in DATASETS))
+        runs = frame(only_choosing([*ours], "decoder", "neuron"))[0]
+        for (neuron, decoder), group in runs.groupby(["neuron", "decoder"]):
+            counts = "/".join(map(str, sorted(group["epochs"].unique())))
+            for prior, metric in priors.items():
+                values = group.groupby("dataset")[metric].agg(METRICS[metric].text)
                 name = f"{model}, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
-                table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **fads}
+                table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **values}
     table = table.fillna("not measured").loc[[*MODELS, *table.index.difference(MODELS)]]
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS)
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
 
 
+def fad() -> pd.DataFrame:
+    """The rows of :func:`standing` for README."""
+    ours = [f"ESVAE, ALIF, TAID by pixel, {prior} prior" for prior in PRIORS["ESVAE"]]
+    table = standing().set_index("FAD as published ↓")
+    shown = table.loc[["VAE", "FSVAE", "ESVAE", "FSDDIM", *ours]]
+    return shown.drop(columns=["CIFAR10", "CelebA"]).reset_index()
+
+
+def decoders() -> pd.DataFrame:
+    """What each decoder changes, in % of the fixed decoder's mean over runs."""
+    small = ["digits_small_cpu", "mnist_small_cpu"]
+    budgets = ("esvae_cpu", "esvae_sharp", "fsvae_sharp")
+    names = [f"{dataset}_{budget}" for budget in budgets for dataset in ("mnist", "fashion_mnist")]
+    rows = []
+    for experiment in small + names:
+        runs = frame(only_choosing(load_runs(experiment), "decoder", "neuron"))[0]
+        # A neuron that was not run with every decoder would count for some of them alone.
+        counts = runs.groupby("neuron")["decoder"].transform("nunique")
+        groups = runs[counts == runs["decoder"].nunique()].groupby("decoder")
+        metric = "fad_published" if "fad_published" in runs else "fad"
+        mean = groups[["reconstruction", metric]].mean()
+        change = 100 * (mean / mean.loc["fixed"] - 1)
+        rows += [
+            {
+                "experiment": f"`{experiment}`",
+                "decoder": f"`{decoder}`",
+                "reconstruction, %": f"{values['reconstruction']:+.1f}",
+                "FAD, %": f"{values[metric]:+.1f}",
+                "FAD through": "own autoencoder" if metric == "fad" else "the papers' autoencoder",
+                "runs": str(groups.size()[decoder]),
+            }
+            for decoder, values in change.drop("fixed").iterrows()
+        ]
+    return pd.DataFrame(rows)
+
+
+def classifiers() -> pd.DataFrame:
+    """Accuracy of the small classifiers by neuron."""
+    rows = []
+    for name in ("digits_classifier_cpu", "mnist_classifier_cpu", "fashion_mnist_recipe_cpu"):
+        runs = frame(load_runs(name))[0]
+        accuracies = runs.groupby("neuron")["accuracy"].agg(METRICS["accuracy"].text)
+        row = {"accuracy, last epoch, % ↑": f"`{name}`", **accuracies[["lif", "plif", "alif"]]}
+        rows.append(row | {"epochs": str(runs["epochs"].max()), "runs": str(len(runs))})
+    return pd.DataFrame(rows)
+
+
+def dead_start() -> pd.DataFrame:
+    """Accuracy and epochs from a start at which no neuron fires."""
+    table = summary(load_runs("mnist_dead_start_cpu"))
+    columns = ["neuron", "neuron_start.calibrate", COLUMNS["accuracy"].title, "epochs", "runs"]
+    return table[columns].rename(columns=start_maps.short).astype(str)
+
+
+def lr_scale() -> pd.DataFrame:
+    """Accuracy by how much faster the neurons learn than the weights."""
+    rows = ["dataset", "model.norm", "neuron", start_maps.TAU, start_maps.THRESHOLD]
+    table = load_study("lr_scale")
+    cells = table.pivot_table("accuracy", rows, "task.lr_scale", COLUMNS["accuracy"].text)
+    ordered = cells[sorted(cells, key=natural)].fillna("").reset_index()
+    return ordered.rename(columns={row: start_maps.short(row) for row in rows})
+
+
+def yardsticks() -> pd.DataFrame:
+    """FAD as published of images that no model drew, and how sharp they are."""
+    rows = pd.read_csv(RESULTS / "yardsticks.csv")
+    formats = {"fad_published": "{:.2f}", "gradient": "{:.3f}"}
+    shown = rows.assign(**{name: rows[name].map(form.format) for name, form in formats.items()})
+    table = shown.pivot(index="images", columns="dataset", values=[*formats])
+    titles = {"fad_published": COLUMNS["fad_published"].title, "gradient": "gradient"}
+    table.columns = pd.Index([f"{dataset}: {titles[name]}" for name, dataset in table.columns])
+    return table.loc[rows["images"].unique()].reset_index()
+
+
+def small() -> str:
+    """The experiments for a laptop, each with its table and what its choices change."""
+    sections = []
+    for name, runs in load_all_runs().items():
+        if name.endswith("_cpu"):
+            config = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+            comment = takewhile(lambda line: line.startswith("# "), config.splitlines()[1:])
+            sections += [f"### `{name}`\n", *(line.removeprefix("# ") for line in comment), ""]
+            sections += [markdown(table) for table in (summary(runs), changes(runs)) if len(table)]
+    return "\n".join(sections)
+
+
+def changes(runs: Sequence[Metrics]) -> pd.DataFrame:
+    """What each option changes from its baseline, over pairs of otherwise equal runs."""
+    table, keys = frame(runs)
+    rows = []
+    for key, baseline in ((key, BASELINES[key]) for key in keys if key in BASELINES):
+        is_baseline = table[key] == baseline
+        others = [*(other for other in keys if other != key), "seed"]
+        pairs = table[~is_baseline].merge(table[is_baseline], on=others, suffixes=("", " before"))
+        for option, group in pairs.groupby(key, sort=False):
+            row = {"change": f"`{option}` instead of `{baseline}`"}
+            for name in present(table, METRICS):
+                same = group[f"{name} protocol"] == group[f"{name} protocol before"]
+                difference = (group[name] - group[f"{name} before"])[same]
+                row[METRICS[name].title] = METRICS[name].text(difference, "+")
+            rows.append(row | {"pairs": str(len(group))})
+    return pd.DataFrame(rows)
+
+
+def papers(published: pd.DataFrame | None = None, runs: Sequence[Metrics] | None = None) -> str:
+    """A table for each data set and task: our runs of the papers' recipes, then the papers."""
+    if published is None:
+        published = pd.read_csv(RESULTS / "published.csv", keep_default_na=False)
+    if runs is None:
+        stored = {k: v for k, v in load_all_runs().items() if not k.endswith("_cpu")}
+        runs = [*chain(*stored.values())]
+    table = frame(runs)[0].assign(
+        row=[run["choices"]["model"].upper() for run in runs],
+        command=[
+            " ".join(f"{k}={v}" for k, v in overrides(run).items() if k != "seed") for run in runs
+        ],
+        source="ours",
+    )
+    index = ["dataset", "task", "row", "source", "command"]
+    groups = table.groupby(index, sort=False)
+    ours = groups.agg({name: partial(text, name, table) for name in present(table)})
+    units = published["metric"].map(lambda name: COLUMNS[name].unit)
+    values = (published["value"] / units).map("{:g}".format)
+    theirs = published.assign(value=values).pivot(index=index, columns="metric", values="value")
+    both = pd.concat([ours.assign(runs=groups.size().astype(str)), theirs]).fillna("")
+    sections = []
+    for (dataset, task), rows in both.groupby(["dataset", "task"], sort=False):
+        names = [name for name in (*COLUMNS, "runs") if name in rows and any(rows[name] != "")]
+        shown = rows[names].rename(columns={name: COLUMNS[name].title for name in COLUMNS})
+        content = markdown(shown.droplevel([0, 1]).reset_index())
+        sections.append(f"### {dataset}: {task}\n\n{content}")
+    return "\n".join(sections)
+
+
+def every_run(runs: Sequence[Metrics] | None = None) -> str:
+    """The protocols, numbered, and the metrics' protocols of each run and later evaluation."""
+    runs = [*chain(*load_all_runs().values())] if runs is None else runs
+    protocols = {f"{name}: {how}" for m in runs for name, how in m.get("protocol", {}).items()}
+    numbers = {how: str(number) for number, how in enumerate(sorted(protocols), 1)}
+    rows = []
+    for run in runs:
+        protocol, later = run.get("protocol", {}), run["evaluations"]
+        at_once = protocol.keys() - {*chain(*(evaluation["figures"] for evaluation in later))}
+        for measured, source in ((at_once, run), *((one["figures"], one) for one in later)):
+            names = sorted(name for name in measured if name in protocol)
+            row = {"command": f"`{source['command']}`"}
+            row["protocols"] = ", ".join(numbers[f"{name}: {protocol[name]}"] for name in names)
+            rows.append(row | {key: str(source[key]) for key in ("commit", "machine", "threads")})
+    listed = "".join(f"{number}. {how}\n" for how, number in numbers.items())
+    return f"{listed}\n{markdown(pd.DataFrame(rows))}"
+
+
 def models() -> pd.DataFrame:
-    """What comes with the package, with the figures of each card."""
+    """The models that come with the package, with the metrics of each card."""
     rows = []
     for name in list_models():
         metrics = read_config(name)["metrics"]
@@ -135,10 +307,13 @@ def models() -> pd.DataFrame:
                 "data": metrics["choices"]["dataset"],
                 "parameters, M": f"{metrics['parameters'] / 1e6:.2f}",
                 "MB": f"{(PRETRAINED / name / WEIGHTS).stat().st_size / 1e6:.2f}",
-                "figures": "; ".join(map(" ".join, figures(metrics).values())),
+                "metrics": "; ".join(map(" ".join, figures(metrics).values())),
             }
         )
     return pd.DataFrame(rows)
+
+
+# ---- benchmarks ----
 
 
 def norms() -> pd.DataFrame:
@@ -147,7 +322,7 @@ def norms() -> pd.DataFrame:
 
 
 def memory() -> pd.DataFrame:
-    """Bytes kept for backward over those of SpikingJelly's PLIF, T = 8."""
+    """Bytes saved for backward over those of SpikingJelly's PLIF, T = 8."""
     rows = norms()
     rows = rows[(rows["T"] == 8) & rows["net"].str.contains("_")]
     table = rows.pivot(index="neuron", columns="net", values="saved_ratio")
@@ -155,24 +330,25 @@ def memory() -> pd.DataFrame:
 
 
 def norm() -> pd.DataFrame:
-    """Milliseconds of norm and neuron, forward and backward."""
-    rows = norms()
-    rows = rows[rows["net"] == "norm + neuron"]
-    table = rows.pivot(index="T", columns="neuron", values="median_ms")[rows["neuron"].unique()]
+    """Milliseconds of norm and neuron and of three blocks with them, forward and backward."""
+    rows = norms().dropna(subset="median_ms")
+    rows = rows[~rows["neuron"].str.endswith(("memopt", "bits"))]
+    table = rows.pivot(index=["net", "T"], columns="neuron", values="median_ms")
+    table = table.loc[rows["net"].unique(), rows["neuron"].unique()]
     one, two = table["ALIF, one operator"], table["ALIF, two operators"]
-    table["one / two"], table["one / PLIF"] = one / two, one / table["SpikingJelly PLIF"]
-    places = {name: "{:.2f}" if "/" in name else "{:.1f}" for name in table}
-    return table.apply(lambda column: column.map(places[column.name].format)).reset_index()
+    table["one / two"], table["one / PLIF"] = one / two, one / table[PLIF]
+    digits = {name: "{:.2f}" if "/" in name else "{:.1f}" for name in table}
+    return table.apply(lambda column: column.map(digits[column.name].format)).reset_index()
 
 
 def neurons() -> pd.DataFrame:
     """Milliseconds of the largest layer, without and with its memory reused."""
     files = {"given back": "neuron.csv", "reused": "neuron-reused-memory.csv"}
-    rows = pd.concat({memory: pd.read_csv(BENCHMARKS / name) for memory, name in files.items()})
+    rows = pd.concat({memory: pd.read_csv(EPYC / name) for memory, name in files.items()})
     rows = rows.rename_axis(["freed memory", None]).reset_index("freed memory")
     rows = rows[(rows["N"] == rows["N"].max()) & (rows["T"] >= 8)]
     table = rows.pivot(index=["freed memory", "T"], columns="neuron", values="median_ms")
-    table["PLIF / ALIF numba"] = table["SpikingJelly PLIF"] / table["ALIF numba"]
+    table["PLIF / ALIF numba"] = table[PLIF] / table["ALIF numba"]
     return table.map("{:.1f}".format).reset_index()
 
 
@@ -182,29 +358,27 @@ def fsvae() -> pd.DataFrame:
     works = ["training step", "training step, channels last, bfloat16", "sampling"]
     rows = rows[rows["work"].isin(works)]
     table = rows.pivot(index="work", columns="model", values="median_ms").loc[works]
-    ratio = table["ours"] / table["SpikingJelly PLIF, prefixes"]
-    shown = table.map("{:.0f}".format).assign(
-        **{"ours / PLIF, prefixes": ratio.map("{:.2f}".format)}
-    )
+    ratio = (table["ours"] / table[f"{PLIF}, prefixes"]).map("{:.2f}".format)
+    shown = table.map("{:.0f}".format).assign(**{"ours / PLIF, prefixes": ratio})
     return shown.replace("nan", "").reset_index()
 
 
 def esvae() -> pd.DataFrame:
-    """Milliseconds an image of the sharp recipe's step, of variants of it and of its parts."""
-    rows = pd.read_csv(RESULTS / "epyc-avx2-2-cores" / "esvae.csv")
-    part, each = rows["ratio"].isna(), rows["ms_per_image"]
+    """Milliseconds per image of the sharp recipe's step, of variants of it and of its parts."""
+    rows = pd.read_csv(BENCHMARKS / "epyc-avx2-2-cores" / "esvae.csv")
+    is_part, each = rows["ratio"].isna(), rows["ms_per_image"]
     columns = {
-        "work": rows["work"].mask(part, "of it: " + rows["work"]),
+        "work": rows["work"].mask(is_part, "of it: " + rows["work"]),
         "batch": rows["batch"],
-        "ms an image": each.map("{:.3g}".format),
+        "ms per image": each.map("{:.3g}".format),
         "of the recipe's step": (each / each[0]).map("{:.2f}".format),
     }
     return pd.DataFrame(columns)
 
 
-def compiled() -> pd.DataFrame:
+def compile_times() -> pd.DataFrame:
     """Milliseconds by backend, eager and compiled."""
-    rows = pd.concat(map(pd.read_csv, sorted(BENCHMARKS.glob("compile-*.csv"))))
+    rows = pd.concat(map(pd.read_csv, sorted(EPYC.glob("compile-*.csv"))))
     table = rows.pivot(index="net", columns=["backend", "mode"], values="median_ms")
     table.columns = table.columns.map(", ".join)
     return table.map("{:.1f}".format).reset_index()
@@ -212,7 +386,7 @@ def compiled() -> pd.DataFrame:
 
 def loading() -> pd.DataFrame:
     """Samples per second of the loader that augments without processes, and of the fastest net."""
-    rows = pd.read_csv(BENCHMARKS / "loading.csv").rename(columns={"samples_per_second": "rate"})
+    rows = pd.read_csv(EPYC / "loading.csv").rename(columns={"samples_per_second": "rate"})
     loader = rows[(rows["processes"] == 0) & rows["augment"].notna()].set_index("data")["rate"]
     step = rows.sort_values("rate").dropna(subset="net").groupby("data").last().loc[loader.index]
     columns = {
@@ -224,8 +398,15 @@ def loading() -> pd.DataFrame:
     return pd.DataFrame(columns).reset_index()
 
 
+TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
+    **{table.__name__: table for table in (gains, standing, fad, decoders, classifiers)},
+    **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, small, papers)},
+    **{table.__name__: table for table in (models, memory, norm, neurons, fsvae, esvae, loading)},
+    "start_map": lambda: start_maps.count_good_starts(load_study("start_map")),
+    "runs": every_run,
+    "compile": compile_times,
+}
+
+
 if __name__ == "__main__":
-    draw_start_maps(ROOT)
-    for page in PAGES:
-        with atomic_write(page) as whole:
-            whole.write_text(filled(page), encoding="utf-8")
+    main()

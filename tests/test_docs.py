@@ -131,13 +131,11 @@ def parse_arguments(command, is_benchmark, words):
     pytest.importorskip("hydra", reason="needs the extra train")
     from sj_taid.training import cli
 
-    is_script = is_benchmark or command in ("prove", "search")
+    is_script = is_benchmark or command in ("pages", "prove", "search")
     if is_script or command in cli.OTHERS:
         run = importlib.import_module(command).main if is_script else cli.OTHERS[command]
         with pytest.raises(Parsed):
             run(words)
-    elif command == "pages":
-        assert not words
     else:
         compose_each(command, [word for word in words if word not in ("-m", "--dry-run")])
 
@@ -249,7 +247,7 @@ def test_table_is_made_from_results(page):
     by_hand = re.findall(r"^\|.*\|$", re.sub(TABLE, "", read(page), flags=re.S), re.M)
     assert not [row for row in by_hand if re.search(r"\|\s*[-+]?\d+\.\d+[^|\w.]*\|", row)]
     pytest.importorskip("pandas", reason="the tables are made with the extra train")
-    from experiments import pages
+    import pages
 
     assert page in pages.PAGES
     assert read(page) == pages.filled(page), "make tables"

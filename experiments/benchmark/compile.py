@@ -1,4 +1,4 @@
-"""A training step eager and under torch.compile.
+"""Time of a training step, eager and under torch.compile.
 
     python experiments/benchmark/compile.py --backend numba
 
@@ -33,10 +33,10 @@ def net(channels: int, backend: str) -> nn.Module:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    made = parser(__doc__, repeats=30)
-    made.add_argument("--shape", type=int, nargs=5, default=(8, 8, 32, 16, 16))
-    made.add_argument("--backend", default="torch")
-    options = made.parse_args(arguments)
+    options_parser = parser(__doc__, repeats=30)
+    options_parser.add_argument("--shape", type=int, nargs=5, default=(8, 8, 32, 16, 16))
+    options_parser.add_argument("--backend", default="torch")
+    options = options_parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     shared = {"shape": "x".join(map(str, options.shape)), "backend": options.backend}
     x_seq = torch.rand(options.shape, device=options.device, requires_grad=True)

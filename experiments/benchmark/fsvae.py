@@ -2,33 +2,27 @@
 
     python experiments/benchmark/fsvae.py
 
-writes ``fsvae.csv`` and ``fsvae.png``.
+writes ``fsvae.csv``.
 
 The rival is the same model with SpikingJelly's PLIF neurons, which recomputes every prefix when
 the latent spikes are sampled, as the original does. Mixed models show what the neuron gains and
-what the stepping does. Then come memory layouts and precisions and, on a CPU, where the time goes;
-``--parts`` selects some of these, and the picture needs all.
+what the stepping does. Then come memory layouts and precisions of ours.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from common import conditions, interleave, parser, write_csv
-from matplotlib.figure import Figure
 from spikingjelly.activation_based import neuron
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from sj_taid.model import FSVAE
 from sj_taid.model.latent import pick
 from sj_taid.model.spiking_vae import original_neuron
 from sj_taid.training.allocator import reuse_freed_memory
-from sj_taid.training.plot import save
 
 OURS, RIVAL = "ours", "SpikingJelly PLIF, prefixes"
 
@@ -41,14 +35,6 @@ MODELS = {
     "SpikingJelly PLIF, stepping": (plif, "step"),
     "ALIF, prefixes": (original_neuron, "prefix"),
     RIVAL: (plif, "prefix"),
-}
-
-#: kind of work -> parts of its operators' names in the profiler
-KINDS = {
-    "convolution": ("convolution",),
-    "linear": ("aten::addmm", "aten::mm", "aten::bmm"),
-    "norm": ("batch_norm",),
-    "fused neuron": ("sj_taid::",),
 }
 
 
@@ -134,59 +120,12 @@ def formats(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def breakdown(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Profile each work by kind of operator."""
-    rows = []
-    for work, function in works(options).items():
-        for name in (OURS, RIVAL):
-            rows += [
-                {"work": f"{work}: {kind}", "model": name, "median_ms": milliseconds}
-                for kind, milliseconds in by_kind(partial(function, make(name, options))).items()
-            ]
-    return rows
-
-
-def by_kind(function: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of a second call by kind of operator, from the profiler."""
-    function()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        function()
-    spent = dict.fromkeys((*KINDS, "other"), 0.0)
-    for event in profiler.key_averages():
-        names = (k for k, keys in KINDS.items() if any(s in event.key for s in keys))
-        spent[next(names, "other")] += event.self_cpu_time_total / 1e3
-    return spent
-
-
 def describe(work: str, model: str, options: argparse.Namespace) -> dict[str, Any]:
     case = {"work": work, "model": model, "T": options.T, "batch": options.batch}
     return case | conditions(options.device)
 
 
-PARTS = {part.__name__: part for part in (compare, formats, breakdown)}
-
-
-def draw(table: pd.DataFrame, path: Path) -> None:
-    figure = Figure((13, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, work in zip(axes, ("training step", "sampling"), strict=False):
-        rows = table[table["work"] == work]
-        bars = axis.barh("model", "median_ms", data=rows, color="tab:blue")
-        axis.bar_label(bars, [f" {ratio:.2f}x" for ratio in rows["ratio"]], fontsize=8)
-        axis.margins(x=0.18)
-        axis.invert_yaxis()
-        axis.set(xlabel="ms (median)", title=work)
-        axis.tick_params(labelsize=8)
-    axes[1].set_yticklabels([])
-    left = 0.0
-    for kind in (*KINDS, "other"):  # ours comes first
-        widths = table[table["work"] == f"training step: {kind}"]["median_ms"].to_numpy()
-        axes[2].barh(["ours", "rival"], widths, left=left, label=kind)
-        left += widths
-    axes[2].invert_yaxis()
-    axes[2].set(xlabel="ms of one training step (profiled)", title="where the time goes")
-    axes[2].legend(fontsize=7)
-    save(figure, path, dpi=120)
+PARTS = {part.__name__: part for part in (compare, formats)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -195,20 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options_parser.add_argument(f"--{name}", type=int, default=default)
     channels_last = argparse.BooleanOptionalAction
     options_parser.add_argument("--channels-last", action=channels_last, default=True)
-    options_parser.add_argument("--parts", nargs="+", choices=PARTS, help="breakdown on a CPU only")
+    options_parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     options = options_parser.parse_args(arguments)
-    on_cpu = options.device.type == "cpu"
-    parts = [PARTS[name] for name in options.parts or PARTS]
-    if options.parts is None and not on_cpu:
-        parts.remove(breakdown)
-    elif breakdown in parts and not on_cpu:
-        options_parser.error("breakdown is made for a CPU; leave it out on a GPU")
     torch.set_num_threads(options.threads)
     reuse_freed_memory()
-    table = write_csv([row for part in parts for row in part(options)], options.out / "fsvae.csv")
-    print(table.iloc[:, :9].to_string())
-    if len(parts) == len(PARTS):
-        draw(table, options.out / "fsvae.png")
+    rows = [row for part in options.parts for row in PARTS[part](options)]
+    print(write_csv(rows, options.out / "fsvae.csv").iloc[:, :9].to_string())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
-"""Does loading keep up with training? Samples per second of the loaders and of a training step.
+"""Samples per second of the data loaders and of the training steps that they feed.
 
     python experiments/benchmark/loading.py
 
-writes ``loading.csv`` and ``loading.png``.
-
-Each loader is timed with and without augmentation, with no process of its own and with two, on
-made-up data of the true kind: images in memory, photographs of CelebA's size in JPEG files, and
-recordings as the files of frames that SpikingJelly leaves. Beside it stands the training step,
-forward and backward, of the paper's nets for such data. A loader without processes takes its time
-from the training; processes work beside it, on cores of their own if the machine has them.
+writes ``loading.csv``. Each loader is timed with and without augmentation, in the main process and
+with two workers, on synthetic data of the real kind: images in memory, photographs of CelebA's size
+in JPEG files, and recordings as files of frames, as SpikingJelly writes them. The training step,
+forward and backward, is that of the paper's nets for such data.
 """
 
 import argparse
@@ -22,11 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from common import interleave, parser, write_csv
 from fsvae import train_step as fsvae_step
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.nn import functional as F
@@ -35,10 +30,9 @@ from sj_taid.data import Data, Files, ImageData, ImageFolder, InMemory
 from sj_taid.data.event import EventData, read_frames
 from sj_taid.model import FSVAE, Classifier
 from sj_taid.training.allocator import reuse_freed_memory
-from sj_taid.training.plot import save
 
-MARKERS = {0: "o", 2: "s"}  # by the number of a loader's processes
-T = 20  # frames of a recording
+PROCESSES = (0, 2)
+T = 20  # frames per recording
 LOADER, STEP = "loader", "training step"
 RATES = ("samples_per_second", "p80_samples_per_second", "p20_samples_per_second")  # as Timing's
 Step = Callable[[], None]
@@ -58,7 +52,7 @@ class Memory(ImageData):
 
 
 class Photographs(ImageFolder):
-    """Pieces, of CelebA's size, of the two photographs that scikit-learn ships."""
+    """Crops of CelebA's size from the two photographs that scikit-learn ships."""
 
     def __init__(self, folder: Path, count: int, **options: Any) -> None:
         super().__init__(root=folder, **options)
@@ -71,7 +65,7 @@ class Photographs(ImageFolder):
 
 
 class Recordings(EventData):
-    """Files of frames with as many events as the true ones, around a spot that wanders."""
+    """Files of frames with as many events as real ones, around a moving spot."""
 
     def __init__(self, folder: Path, count: int, events: int, **options: Any) -> None:
         super().__init__(root=folder, T=T, **options)
@@ -97,10 +91,9 @@ def fsvae(data: Data, batch: int, device: torch.device) -> Step:
     return partial(fsvae_step, model, torch.rand(shape, device=device) * 2 - 1)
 
 
-def plif_net(data: Data, batch: int, device: torch.device, stages: Sequence[Sequence[int]]) -> Step:
-    frames = (T,) if isinstance(data, EventData) else ()
-    shape = (*frames, batch, data.channels, data.image_size, data.image_size)
-    model = Classifier(data.channels, data.image_size, stages=stages).to(device)
+def plif_net(data: Data, batch: int, device: torch.device, stages: int) -> Step:
+    shape = (T, batch, data.channels, data.image_size, data.image_size)
+    model = Classifier(data.channels, data.image_size, stages=[[128]] * stages).to(device)
     x, target = torch.rand(shape, device=device), torch.zeros(batch, model.classes, device=device)
 
     def step() -> None:
@@ -111,35 +104,28 @@ def plif_net(data: Data, batch: int, device: torch.device, stages: Sequence[Sequ
 
 
 class Case(NamedTuple):
+    """A kind of data, and the paper's net for it."""
+
     make: Callable[..., Data]
     samples: int  # per epoch
     channels: int
     image_size: int
     augment: str
-    nets: dict[str, tuple[Callable[..., Step], int]]  # what trains on it, and the batch for that
+    net: str
+    step: Callable[..., Step]
+    batch: int  # of the net, so that it fits the memory of a small machine
 
 
-FSVAE_STEP = {"FSVAE": (fsvae, 16)}
-
-
-def plif(stages: Sequence[Sequence[int]], batch: int) -> dict[str, tuple[Callable[..., Step], int]]:
-    return {"PLIF-net": (partial(plif_net, stages=stages), batch)}
-
-
-#: Nets of the paper; their batches fit the memory of a small machine.
+nmnist, gesture = (partial(Recordings, events=events) for events in (4_000, 350_000))
 CASES = {
-    "MNIST: 1x32x32, in memory": Case(
-        Memory, 20_000, 1, 32, "affine", FSVAE_STEP | plif([[128], [128]], 16)
-    ),
-    "CIFAR10: 3x32x32, in memory": Case(
-        Memory, 20_000, 3, 32, "crop_flip", FSVAE_STEP | plif([[256] * 3] * 2, 4)
-    ),
-    "CelebA: JPEG files to 3x64x64": Case(Photographs, 500, 3, 64, "flip", FSVAE_STEP),
+    "MNIST: 1x32x32, in memory": Case(Memory, 20_000, 1, 32, "affine", "FSVAE", fsvae, 16),
+    "CIFAR10: 3x32x32, in memory": Case(Memory, 20_000, 3, 32, "crop_flip", "FSVAE", fsvae, 16),
+    "CelebA: JPEG files to 3x64x64": Case(Photographs, 500, 3, 64, "flip", "FSVAE", fsvae, 16),
     "N-MNIST: files of 20x2x34x34": Case(
-        partial(Recordings, events=4_000), 500, 2, 34, "affine", plif([[128]] * 2, 8)
+        nmnist, 500, 2, 34, "affine", "PLIF-net", partial(plif_net, stages=2), 8
     ),
     "DVS128 Gesture: files of 20x2x128x128": Case(
-        partial(Recordings, events=350_000), 64, 2, 128, "affine", plif([[128]] * 5, 2)
+        gesture, 64, 2, 128, "affine", "PLIF-net", partial(plif_net, stages=5), 2
     ),
 }
 
@@ -147,71 +133,36 @@ CASES = {
 def time_case(name: str, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time the loaders and the training steps of a case in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        data = case.make(
-            Path(folder),
-            case.samples,
-            name=name,
-            channels=case.channels,
-            image_size=case.image_size,
-            batch_size=options.batch,
-        )
+        size = {"channels": case.channels, "image_size": case.image_size}
+        data = case.make(Path(folder), case.samples, name=name, batch_size=options.batch, **size)
         data.setup()
-        rows: dict[str, dict[str, Any]] = {}
+        rows: list[dict[str, Any]] = []
         work: dict[str, Callable[[], object]] = {}
-        for data.augment, data.num_workers in itertools.product((None, case.augment), MARKERS):
+        for data.augment, data.num_workers in itertools.product((None, case.augment), PROCESSES):
             loader = data.train_dataloader()
-            key = f"{data.augment}, {data.num_workers} processes"
-            rows[key] = {"work": LOADER, "augment": data.augment, "processes": data.num_workers}
-            rows[key]["samples"] = len(loader) * options.batch
-            work[key] = partial(deque, loader, maxlen=0)  # runs through it
-        for net, (make, batch) in case.nets.items():
-            rows[net] = {"work": STEP, "net": net, "samples": batch}
-            work[net] = make(data, batch, options.device)
+            work[str(len(rows))] = partial(deque, loader, maxlen=0)  # iterates over it
+            row: dict[str, Any] = {"augment": data.augment, "processes": data.num_workers}
+            rows.append({"work": LOADER, "samples": len(loader) * options.batch, **row})
+        work[STEP] = case.step(data, case.batch, options.device)
+        rows.append({"work": STEP, "net": case.net, "samples": case.batch})
         timings = interleave(work, options.repeats, options.device)
-    for key, row in rows.items():
+    for row, timing in zip(rows, timings.values(), strict=True):
         row["data"] = name
-        row |= zip(RATES, (row["samples"] / ms * 1e3 for ms in timings[key]), strict=True)
-        print(f"{name:38} {key:24} {row[RATES[0]]:10.1f} samples per second")
-    return list(rows.values())
-
-
-def draw(table: pd.DataFrame, path: Path) -> None:
-    names = list(table["data"].unique())
-    table = table.assign(y=table["data"].map(names.index), x=table[RATES[0]])
-    figure = Figure((9, 1.2 + 0.8 * len(names)), layout="constrained")
-    axis = figure.subplots()
-    loaders, steps = (table[table["work"] == work] for work in (LOADER, STEP))
-    for (processes, marker), augmented in itertools.product(MARKERS.items(), (False, True)):
-        rows = loaders[
-            (loaders["processes"] == processes) & (loaders["augment"].notna() == augmented)
-        ]
-        face = "white" if augmented else "tab:blue"
-        label = f"loader, {processes} processes" + (", augmented" if augmented else "")
-        axis.plot("x", "y", marker, data=rows, color="tab:blue", mfc=face, label=label)
-    axis.plot(steps["x"], steps["y"], "x", color="tab:red", label="training step")
-    for row in steps.itertuples():
-        # Two names on one line do not meet.
-        y, side = (row.y - 0.1, "bottom") if row.net == "FSVAE" else (row.y + 0.1, "top")
-        axis.text(row.x, y, row.net, ha="center", va=side, fontsize=8)
-    axis.margins(x=0.1)
-    axis.set_xscale("log")
-    axis.set_yticks(range(len(names)), names)
-    axis.set(ylim=(len(names) - 0.4, -0.6), xlabel="samples per second (median)")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    save(figure, path, dpi=120)
+        row |= zip(RATES, (row["samples"] / ms * 1e3 for ms in timing), strict=True)
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    made = parser(__doc__, repeats=5)
-    made.add_argument("--batch", type=int, default=16, help="of the loaders")
-    options = made.parse_args(arguments)
+    options_parser = parser(__doc__, repeats=5)
+    options_parser.add_argument("--batch", type=int, default=16, help="of the loaders")
+    options = options_parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     reuse_freed_memory()
     cores = os.cpu_count()
     shared = {"device": str(options.device), "batch": options.batch, "cores": cores}
     rows = [row | shared for name, case in CASES.items() for row in time_case(name, case, options)]
-    draw(write_csv(rows, options.out / "loading.csv"), options.out / "loading.png")
+    table = write_csv(rows, options.out / "loading.csv")
+    print(table[["data", "work", "augment", "processes", RATES[0]]].to_string())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python experiments/benchmark/norm.py
 
-writes ``norm.csv`` and ``norm.png``. ``norm + neuron`` is that pair alone, on [T, 32, 128, 14, 14];
+writes ``norm.csv``. ``norm + neuron`` is that pair alone, on [T, 32, 128, 14, 14];
 ``3 x [conv, norm, neuron]`` and the nets of SpikingJelly's zoo take [T, N, 3, 32, 32]. bfloat16 is
 autocast. Bytes are counted from what autograd saves, each storage once, without parameters.
 ``--zoo`` names the nets of the zoo to time too; the bytes of all of them are counted.
@@ -15,13 +15,10 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from common import DTYPES, conditions, interleave, parser, write_csv
-from matplotlib.figure import Figure
 from memory import saved_bytes
 from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
@@ -29,7 +26,6 @@ from torch import Tensor, nn
 
 from sj_taid import fuse_norm, packed_spikes, swap_neurons
 from sj_taid.training.allocator import reuse_freed_memory
-from sj_taid.training.plot import save
 
 ATAN = surrogate.ATan()
 CLASSES = 10
@@ -117,8 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reuse_freed_memory()
     grid = itertools.product(options.nets, options.dtypes, options.steps)
     rows = [row for case in grid for row in measure(*case, options)]
-    table = write_csv(rows, options.out / "norm.csv")
-    draw(table, options.out / "norm.png")
+    write_csv(rows, options.out / "norm.csv")
 
 
 def measure(name: str, dtype: str, T: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -149,31 +144,6 @@ def measure(name: str, dtype: str, T: int, options: argparse.Namespace) -> list[
             row["time_ratio"] = times[variant].median_ms / times[RIVAL].median_ms
         rows.append(row | conditions(options.device))
     return rows
-
-
-def draw(table: pd.DataFrame, path: Path) -> None:
-    """Plot bytes and time relative to SpikingJelly's PLIF, at the middle T, by net and variant."""
-    table = table[table["T"] == sorted(table["T"].unique())[len(table["T"].unique()) // 2]]
-    figure = Figure((12, 7.5), layout="constrained")
-    axes = figure.subplots(2, table["dtype"].nunique(), sharey="row", squeeze=False)
-    table = table.reindex(columns=[*table.columns.union(["time_ratio"], sort=False)])
-    panels = itertools.product(("saved_ratio", "time_ratio"), table["dtype"].unique())
-    for axis, (column, dtype) in zip(axes.flat, panels, strict=True):
-        chosen = table[table["dtype"] == dtype].dropna(subset=[column])
-        if chosen.empty:  # nothing was timed
-            axis.set_axis_off()
-            continue
-        bars = chosen.pivot(index="net", columns="variant", values=column)
-        bars = bars[list(dict.fromkeys(chosen["variant"]))].loc[list(dict.fromkeys(chosen["net"]))]
-        bars.plot.bar(ax=axis, rot=12, width=0.8, legend=False, xlabel="")
-        for container in axis.containers:
-            axis.bar_label(container, fmt=lambda x: f"{x:.2f}" if x > 0 else "", fontsize=7)
-        axis.set_title(f"{dtype}, T = {table['T'].iloc[0]}", fontsize=10)
-        what = "bytes saved for backward" if column == "saved_ratio" else "training step"
-        axis.set_ylabel(f"{what} / PLIF's")
-        axis.grid(axis="y", alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of runs: a row for each combination of choices, and what a choice changes."""
+"""Tables of runs: a row per run, or a row per combination of choices over its seeds."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -8,16 +8,15 @@ import pandas as pd
 from .columns import COLUMNS, METRICS, natural
 from .gather import Metrics, overrides
 
-BASELINES = {"neuron": "lif", "decoder": "fixed"}
-
 
 def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
-    """A row for every run, and the columns of the choices in which they differ, seeds apart."""
+    """A row for each run, and the columns of the choices in which they differ, except the seed."""
     table = pd.DataFrame(
         {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
-        # Over what the test logs by the same name, as loss.
+        # A choice takes precedence over a metric of its name, as loss.
         | overrides(metrics)
-        | metrics["choices"]  # over overrides, since they name a folder of images
+        # A chosen folder of images has its name here, and its path on the command line.
+        | metrics["choices"]
         | {name: metrics[name] for name in ("seed", *COLUMNS) if name in metrics}
         | {f"{name} protocol": metrics.get("protocol", {}).get(name, "") for name in METRICS}
         for metrics in runs
@@ -28,23 +27,25 @@ def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
 
 
 def present(table: pd.DataFrame, columns: Iterable[str] = COLUMNS) -> list[str]:
+    """The columns in which some run has a value."""
     return [name for name in columns if name in table and table[name].notna().any()]
 
 
 def heading(name: str, table: pd.DataFrame) -> str:
+    """The title of a column, which says if its values are of different protocols."""
     mixed = name in METRICS and table[f"{name} protocol"][table[name].notna()].nunique() > 1
     return COLUMNS[name].title + (" (of different protocols)" if mixed else "")
 
 
 def text(name: str, table: pd.DataFrame, values: pd.Series) -> str:
-    """Mean and spread of a figure over some runs; apart for each protocol, which do not compare."""
+    """Mean and spread of a column over some runs, for each protocol by itself."""
     protocol = table.loc[values.index].get(f"{name} protocol", pd.Series("", values.index))
     by_protocol = values.dropna().groupby(protocol, sort=False)
-    return ", ".join(COLUMNS[name].text(alike) for _, alike in by_protocol)
+    return ", ".join(COLUMNS[name].text(group) for _, group in by_protocol)
 
 
 def summary(runs: Sequence[Metrics]) -> pd.DataFrame:
-    """A row for each combination of choices, over its seeds."""
+    """A row for each combination of choices, with mean and spread over its seeds."""
     table, keys = frame(runs)
     groups = table.groupby(keys or [""] * len(table), sort=False)
     names = present(table)
@@ -53,26 +54,8 @@ def summary(runs: Sequence[Metrics]) -> pd.DataFrame:
     return cells.assign(runs=groups.size()).reset_index(drop=not keys)
 
 
-def changes(runs: Sequence[Metrics]) -> pd.DataFrame:
-    """What each option changes against its baseline, over pairs of runs that are else equal."""
-    table, keys = frame(runs)
-    rows = []
-    for key, baseline in ((key, BASELINES[key]) for key in keys if key in BASELINES):
-        is_baseline = table[key] == baseline
-        others = [*(other for other in keys if other != key), "seed"]
-        pairs = table[~is_baseline].merge(table[is_baseline], on=others, suffixes=("", " before"))
-        for option, group in pairs.groupby(key, sort=False):
-            row = {"change": f"`{option}` instead of `{baseline}`"}
-            for name in present(table, METRICS):
-                alike = group[f"{name} protocol"] == group[f"{name} protocol before"]
-                difference = (group[name] - group[f"{name} before"])[alike]
-                row[METRICS[name].title] = METRICS[name].text(difference, "+")
-            rows.append(row | {"pairs": str(len(group))})
-    return pd.DataFrame(rows)
-
-
 def means(table: pd.DataFrame, name: str, row: str, column: str) -> pd.DataFrame:
-    """The mean of a figure for every two values of two choices, both in order."""
+    """The mean of a column for every two values of two choices, both in order."""
     values = table.assign(value=table[name] / COLUMNS[name].unit)
     mean = values.pivot_table("value", row, column, sort=False)
     return mean.loc[sorted(mean.index, key=natural), sorted(mean.columns, key=natural)]

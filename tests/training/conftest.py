@@ -171,6 +171,8 @@ def metrics(command, choices=ALIF, seed=0, **figures):
         "training_seconds": 90.0,
         "seed": seed,
         "choices": choices,
+        "overrides": [*command],
+        "evaluations": [],
         "command": shlex.join(["python", "experiments/train.py", *command]),
         "commit": "0123456789ab",
         "machine": "a laptop",

@@ -94,7 +94,7 @@ def test_the_epoch_that_is_best_on_validation_is_kept_and_tested(job, tmp_path, 
     of_best = evaluated(tmp_path / run.CHECKPOINTS / "best.ckpt")
     assert of_best.keys() == {"accuracy_best_validation_epoch", "loss_best_validation_epoch"}
     assert all(value == metrics[name] for name, value in of_best.items())
-    read = gather.read(tmp_path / run.METRICS)
+    read = gather.read(run.Run(tmp_path))
     assert {name: read[name] for name in metrics.keys() - {"protocol"}} == {
         name: metrics[name] for name in metrics.keys() - {"protocol"}
     }

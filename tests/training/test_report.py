@@ -10,7 +10,7 @@ import pytest
 import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 
-from sj_taid.training import cli, columns, load_model, report, run
+from sj_taid.training import cli, load_model, report, run
 from sj_taid.training.commands import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -118,11 +118,6 @@ def test_nothing_to_report(words, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         report.main(words)
     assert message in capsys.readouterr().err
-
-
-def test_numbers_sort_before_words_and_by_size():
-    mixed = ["taid", "1e-2", "16", "8"]
-    assert sorted(mixed, key=columns.natural) == ["1e-2", "8", "16", "taid"]
 
 
 @pytest.fixture

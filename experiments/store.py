@@ -1,0 +1,93 @@
+"""The measured runs in results/: a JSON file per run, and a CSV per sweep over starts."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from sj_taid.training.cli import folder_name
+from sj_taid.training.columns import natural
+from sj_taid.training.files import atomic_write
+from sj_taid.training.gather import Metrics, overrides
+from sj_taid.training.run import Run, read_json
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+#: The experiments of so many runs that each run is a row of a CSV, and the choices in a row.
+STUDIES = ("start_map", "lr_scale")
+STUDIED = [
+    "dataset",
+    "model.norm",
+    "neuron_start.calibrate",
+    "task.lr_scale",
+    "neuron",
+    "neuron_start.tau",
+    "neuron_start.v_threshold",
+    "seed",
+]
+
+
+def load_runs(experiment: str, results: Path = RESULTS) -> list[Metrics]:
+    """The metrics of an experiment's runs."""
+    return [read_json(path) for path in sorted((results / "runs" / experiment).glob("*.json"))]
+
+
+def load_all_runs(results: Path = RESULTS) -> dict[str, list[Metrics]]:
+    """The metrics of all runs, by experiment."""
+    names = sorted(path.name for path in (results / "runs").iterdir())
+    return {name: load_runs(name, results) for name in names}
+
+
+def load_study(study: str, results: Path = RESULTS) -> pd.DataFrame:
+    """The rows of a study, all but the accuracy as text."""
+    rows = pd.read_csv(results / "maps" / f"{study}.csv", dtype=str, keep_default_na=False)
+    return rows.astype({"accuracy": float})
+
+
+def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator[str]:
+    """Copy the metrics of experiments' runs into results; yields a line for each."""
+    rows: dict[str, list[dict[str, Any]]] = {study: [] for study in STUDIES}
+    for folder, metrics in finished.items():
+        experiment = overrides(metrics).get("experiment")
+        if experiment is None:
+            yield f"not stored: {folder} (it is no run of experiment=...)"
+        elif experiment not in STUDIES:
+            yield f"stored: {store_run(metrics, results)}"
+        elif others := overrides(metrics).keys() - {"experiment", *STUDIED}:
+            yield f"not stored: {folder} ({experiment}.csv has no {', '.join(sorted(others))})"
+        else:
+            rows[experiment].append(study_row(folder, metrics))
+    for study in filter(rows.get, STUDIES):
+        yield f"stored: {store_study(study, rows[study], results)}"
+
+
+def store_run(metrics: Metrics, results: Path = RESULTS) -> Path:
+    """Write a run's file, named by its choices; returns where."""
+    choices = overrides(metrics) | {"seed": str(metrics["seed"])}
+    experiment = choices.pop("experiment")
+    name = folder_name([f"{key}={value}" for key, value in choices.items()])
+    path = results / "runs" / experiment / f"{name}.json"
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def study_row(folder: Path, metrics: Metrics) -> dict[str, Any]:
+    choices, config = metrics["choices"], Run(folder).config
+    # A group's choice is a name; all others are values of the config.
+    values = {key: choices.get(key, OmegaConf.select(config, key)) for key in STUDIED}
+    row = {key: json.dumps(value).strip('"') for key, value in values.items()}
+    return row | {key: metrics[key] for key in ("accuracy", "commit", "machine")}
+
+
+def store_study(study: str, rows: list[dict[str, Any]], results: Path = RESULTS) -> Path:
+    """Add rows to a study's CSV, in place of earlier ones with the same choices; returns where."""
+    path = results / "maps" / f"{study}.csv"
+    before = [load_study(study, results)] if path.is_file() else []
+    table = pd.concat([*before, pd.DataFrame(rows)]).drop_duplicates(STUDIED, keep="last")
+    table = table.sort_values(STUDIED, key=lambda values: values.map(natural))
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.5f")
+    return path

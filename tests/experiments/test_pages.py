@@ -1,0 +1,222 @@
+"""The committed runs and the tables made of them."""
+
+import itertools
+import re
+from collections import defaultdict
+
+import numpy as np
+import pages
+import pandas as pd
+import pytest
+import start_maps
+import store
+from matplotlib import image as mpimg
+from omegaconf import OmegaConf
+
+from sj_taid.training import columns, gather, run
+from tests.training.conftest import CONF, metrics
+
+START = [start_maps.TAU, start_maps.THRESHOLD]
+ACCURACIES = {"plif": [0.9, 0.1, 0.2, 0.3], "alif": [0.94, 0.935, 0.925, 0.91]}
+
+
+def cells(markdown):
+    """The rows of a table, without its padding."""
+    return [re.split(r" *\| *", line.strip("| ")) for line in markdown.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two taus by two thresholds, two neurons, two seeds; a cell of PLIF has no run."""
+    folder = tmp_path_factory.mktemp("sweep")
+    starts = [*itertools.product((2.0, 16.0), (0.3, 1.0))]
+    for neuron, number, seed in itertools.product(ACCURACIES, range(4), (0, 1)):
+        if (neuron, number) == ("plif", 3):
+            continue
+        start = dict(zip(("tau", "v_threshold"), starts[number], strict=True))
+        chosen = [f"neuron_start.{key}={value}" for key, value in start.items()]
+        command = ["experiment=start_map", f"neuron={neuron}", f"seed={seed}", *chosen]
+        choices = {"dataset": "mnist", "neuron": neuron}
+        accuracy = ACCURACIES[neuron][number] + 0.02 * seed
+        single = run.Run(folder / f"{neuron}-{number}-{seed}")
+        single.save_metrics(metrics(command, choices, seed, accuracy=accuracy))
+        config = {"seed": seed, "model": {"norm": False}, "task": {"lr_scale": 10}}
+        config["neuron_start"] = start | {"calibrate": None}
+        OmegaConf.save(OmegaConf.create(config), single.folder / run.CONFIG)
+    return gather.gather([folder])[0]
+
+
+# ---- the store ----
+
+
+def test_store_names_runs_by_their_choices(runs, tmp_path):
+    finished, _ = gather.gather([runs])
+    finished[tmp_path / "other"] = metrics(["neuron=lif"], fad=1.0)
+    lines = [*store.store(finished, tmp_path)]
+    assert lines[-1] == f"not stored: {tmp_path / 'other'} (it is no run of experiment=...)"
+    assert sorted(path.name for path in (tmp_path / "runs" / "mnist_small_cpu").iterdir()) == [
+        "neuron-lif-seed-0.json",
+        "neuron-lif-seed-1.json",
+        "seed-0.json",
+        "seed-1.json",
+    ]
+    assert [one["fad"] for one in store.load_all_runs(tmp_path)["mnist_small_cpu"]] == [
+        10.0, 12.0, 7.0, 8.0,
+    ]  # fmt: skip
+
+
+def test_store_adds_a_study_as_rows_and_replaces_equal_ones(sweep, tmp_path):
+    path = tmp_path / "maps" / "start_map.csv"
+    for runs in (dict([*sweep.items()][:5]), sweep, sweep):
+        assert [*store.store(runs, tmp_path)] == [f"stored: {path}"]
+    lines = path.read_text().splitlines()
+    assert lines[0] == ",".join([*store.STUDIED, "accuracy", "commit", "machine"])
+    assert lines[1] == "mnist,false,null,10,alif,2.0,0.3,0,0.94000,0123456789ab,a laptop"
+    assert len(lines) == 1 + 14
+
+
+def test_store_leaves_out_a_run_of_a_study_with_other_choices(sweep, tmp_path):
+    folder, changed = next((f, dict(m)) for f, m in sweep.items())
+    changed["overrides"] = [*changed["overrides"], "trainer.max_epochs=20"]
+    assert [*store.store({folder: changed}, tmp_path)] == [
+        f"not stored: {folder} (start_map.csv has no trainer.max_epochs)"
+    ]
+
+
+# ---- the maps ----
+
+
+@pytest.fixture
+def study(sweep, tmp_path):
+    [*store.store(sweep, tmp_path / "results")]
+    return store.load_study("start_map", tmp_path / "results")
+
+
+def test_make_maps_averages_over_seeds(study):
+    (panels,) = start_maps.make_maps(study).values()
+    assert [*panels] == ["plif", "alif"] and panels["plif"].index.tolist() == ["2.0", "16.0"]
+    np.testing.assert_allclose(panels["plif"], [[91, 11], [21, np.nan]])
+    np.testing.assert_allclose(panels["alif"], [[95, 94.5], [93.5, 92]])
+
+
+def test_count_good_starts_is_of_all_neurons_and_of_each(study):
+    assert start_maps.count_good_starts(study).to_numpy().tolist() == [
+        ["", "plif", "91.00", "0 of 3", "1 of 3"],
+        ["", "alif", "95.00", "3 of 4", "3 of 4"],
+    ]
+
+
+def test_make_maps_has_maps_for_each_setting(study):
+    other = study.assign(**{"model.norm": "true"})
+    assert [*start_maps.make_maps(pd.concat([study, other]))] == ["norm false", "norm true"]
+
+
+def test_draw_all_draws_the_maps(study, tmp_path):
+    start_maps.draw_all(tmp_path / "results")
+    assert mpimg.imread(tmp_path / "docs/images/start-map-mnist.png").std() > 0
+
+
+# ---- the tables ----
+
+
+def test_changes_are_over_pairs_of_one_protocol(runs):
+    first, *others = gather.gather([runs])[0].values()
+    # Pairs of equal seed: 7 - 10 and 8 - 12. LIF has no accuracy to compare with.
+    assert pages.changes([first, *others]).to_numpy().tolist() == [
+        ["`alif` instead of `lif`", "", "-3.50 ± 0.71", "2"]
+    ]
+    first["protocol"] = {"fad": "by eye"}
+    assert pages.changes([first, *others]).iloc[0, 2] == "-4.00"  # the pair of seed 1 alone
+
+
+def test_decoders_counts_no_run_of_other_choices(monkeypatch):
+    def single(decoder, error, neuron="alif", *more):
+        choices = {"decoder": decoder, "neuron": neuron}
+        words = ["experiment=mnist_esvae_cpu", *(f"{k}={v}" for k, v in choices.items()), *more]
+        return metrics(words, choices, reconstruction=error, fad_published=2 * error)
+
+    ours = [single("fixed", 0.04), single("taid", 0.05), single("taid", 9.0, "lif")]
+    ours.append(single("taid", 9.0, "alif", "model.latent_channels=128"))
+    known = defaultdict(lambda: [single("fixed", 0.04)], mnist_esvae_cpu=ours)
+    monkeypatch.setattr(pages, "load_runs", lambda name: known[name])
+    assert pages.decoders().to_numpy().tolist() == [
+        ["`mnist_esvae_cpu`", "`taid`", "+25.0", "+25.0", "the papers' autoencoder", "1"]
+    ]
+
+
+def test_papers_puts_ours_above_the_published_values():
+    published = pd.read_csv(store.RESULTS / "published.csv", keep_default_na=False)
+    choices = {"dataset": "mnist", "task": "generation", "model": "fsvae"}
+    words = ["experiment=fsvae", "dataset=mnist"]
+    ours = [metrics(words, choices, fad=fad) for fad in (1.0, 2.0, 4.0)]
+    ours[2]["protocol"] = {"fad": "by eye"}
+    ours.append(metrics([*words, "neuron=lif"], choices, fad=50.0))
+    sections = re.split("^### ", pages.papers(published, ours), flags=re.M)
+    (section,) = (part for part in sections if part.startswith("mnist: generation\n"))
+    head, _, *rows = cells(section.partition("\n\n")[2].strip())
+    own, as_published = (
+        head.index(f"FAD{which} ↓") for which in (", own autoencoder", " as published")
+    )
+    assert [(*row[1:3], row[own], row[as_published]) for row in rows if row[0] == "FSVAE"] == [
+        ("ours", " ".join(words), "1.50 ± 0.71, 4.00", ""),
+        ("ours", f"{' '.join(words)} neuron=lif", "50.00", ""),
+        ("Kamata et al. 2022, arXiv 2110.00375", " ".join(words), "", "35.54"),
+    ]
+
+
+def test_every_run_lists_later_evaluations(tmp_path):
+    later = {"figures": {"fad": 2.5}, "command": "sj-taid evaluate checkpoint=RUN"}
+    later |= {"commit": "later", "machine": "a desk", "threads": 2}
+    single = metrics([], fad=2.5) | {"evaluations": [later], "protocol": {"fad": "by eye"}}
+    listed, _, table = pages.every_run([single]).partition("\n\n")
+    assert listed == "1. fad: by eye"
+    assert cells(table)[-2:] == [
+        ["`python experiments/train.py`", "", "0123456789ab", "a laptop", "1"],
+        ["`sj-taid evaluate checkpoint=RUN`", "1", "later", "a desk", "2"],
+    ]
+
+
+def test_lr_scale_has_learning_rates_in_order(monkeypatch):
+    rows = itertools.product(["3", "10"], ["plif", "alif"], ["0", "1"])
+    table = pd.DataFrame(rows, columns=["task.lr_scale", "neuron", "seed"]).assign(
+        **{"dataset": "mnist", "model.norm": "true", START[0]: "2.0", START[1]: "1.0"},
+        accuracy=[0.1, 0.3, 0.5, 0.5, 0.7, 0.7, 0.9, 0.9],
+    )
+    monkeypatch.setattr(pages, "load_study", lambda study: table)
+    lr_scale = pages.lr_scale()
+    assert [*lr_scale] == ["dataset", "norm", "neuron", "tau", "v_threshold", "3", "10"]
+    assert lr_scale.iloc[:, 2:].to_numpy().tolist() == [
+        ["alif", "2.0", "1.0", "50.00 ± 0.00", "90.00 ± 0.00"],
+        ["plif", "2.0", "1.0", "20.00 ± 14.14", "70.00 ± 0.00"],
+    ]
+
+
+@pytest.mark.parametrize("name", pages.TABLES)
+def test_table_is_not_empty(name):
+    assert len(pages.TABLES[name]()) > 1
+
+
+# ---- the committed results ----
+
+
+def test_published_values_have_a_column_and_a_source():
+    published = pd.read_csv(store.RESULTS / "published.csv")
+    assert set(published["metric"]) <= columns.COLUMNS.keys()
+    assert published["source"].notna().all() and (published["value"] > 0).all()
+
+
+def test_stored_runs_are_of_experiments_and_have_names_for_any_command_line():
+    recipes = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
+    for path in store.RESULTS.glob("runs/*/*.json"):
+        assert path.parent.name in recipes
+        assert re.fullmatch(r"[A-Za-z0-9._-]{1,120}", path.stem), path
+        stored = run.read_json(path)
+        assert {"command", "commit", "machine", "evaluations", "choices"} <= stored.keys()
+        assert gather.overrides(stored)["experiment"] == path.parent.name
+
+
+@pytest.mark.parametrize("study", store.STUDIES)
+def test_stored_studies_have_all_columns(study):
+    table = store.load_study(study)
+    assert [*table] == [*store.STUDIED, "accuracy", "commit", "machine"]
+    assert table["accuracy"].between(0, 1).all()
