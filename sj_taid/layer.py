@@ -7,17 +7,17 @@ from torch.nn import functional as F
 
 from ._checks import check_sizes, is_whole
 
-#: FSVAE's weight of a step, over that of the next
+#: FSVAE's ratio of a step's weight to the next step's
 DECAY = 0.8
 
 
-def _decaying(T: int, decay: float, like: Tensor) -> Tensor:
-    """``decay^(T-1-t)`` ``[T]``."""
+def _decay_weights(T: int, decay: float, like: Tensor) -> Tensor:
+    """``decay^(T-1-t)`` for all t, ``[T]``."""
     return decay ** torch.arange(T - 1, -1, -1, dtype=like.dtype, device=like.device)
 
 
 class _ImageDecoder(nn.Module, base.MultiStepModule):
-    """``X = sum_t a[t] S[t]``; the subclasses say where the weights ``a`` come from."""
+    """``X = sum_t a[t] S[t]`` with the weights ``a`` of a subclass."""
 
     def __init__(self, T: int, reduce: str) -> None:
         super().__init__()
@@ -68,22 +68,22 @@ class TAID(_ImageDecoder):
         a = \mathrm{sigmoid}(\mathrm{MLP}_{T \to T/r \to T}(z)) \quad\text{(all)} \\
         X &= \sum_t a[t]\,S[t] \quad\text{or the mean over } t
 
-    The third form squeezes nothing, so that weights differ by place. It sees the sequence
-    normalised over T, H and W, which keeps its sigmoid off its flat ends, and starts as the fixed
-    decoder, :math:`d = 0.8`:
+    The third form squeezes nothing, so that each pixel has a weight. Its input is normalised over
+    T, H and W, which keeps the sigmoid out of saturation, and it starts as the fixed decoder,
+    :math:`d = 0.8`:
 
     .. math::
         a[t] = 2\,d^{\,T-1-t}\,\mathrm{sigmoid}(\mathrm{Conv2d}_{T \to T}(\mathrm{norm}(S)))
-        \in [N, T, C, H, W] \quad\text{(none)}
+        \in [N, T, C, H, W] \quad\text{(pixel)}
 
     A drop-in for a fixed weighting of ``[T, N, C, H, W]`` or ``[T, N, C]``.
 
     Args:
         T: number of time steps; part of the layer, as its weights mix them.
         kernel_size: odd width of the convolution, along the channel axis for ``spatial`` and over
-            the image for ``none``; 1 mixes time only.
-        squeeze: ``"spatial"``, a weight for each step and channel, ``"all"``, one for each step, or
-            ``"none"``, one for each step, channel and pixel of ``[T, N, C, H, W]``.
+            the image for ``pixel``; 1 mixes time only.
+        squeeze: ``"spatial"``, a weight for each step and channel; ``"all"``, one for each step; or
+            ``"pixel"``, one for each step, channel and pixel of ``[T, N, C, H, W]``.
         reduce: ``"sum"`` or ``"mean"`` over time.
         reduction: the factor r by which the MLP's hidden layer is narrower (``all`` only).
 
@@ -92,8 +92,8 @@ class TAID(_ImageDecoder):
         TypeError: at a call, an input that is not floating point, or of another dtype than the
             weights where autocast does not convert them.
 
-    Source: Qiu et al. 2023, arXiv 2406.03046: ``all`` is the paper's figure, ``spatial`` the form
-    its experiments use; ``none`` is this project's.
+    Source: Qiu et al. 2023, arXiv 2406.03046: ``all`` is in the paper's figure, ``spatial`` in its
+    experiments; ``pixel`` is this project's.
 
     >>> taid = TAID(T=4)
     >>> taid(torch.rand(4, 2, 3, 8, 8)).shape, taid.attention(torch.rand(4, 2, 3, 8, 8)).shape
@@ -109,8 +109,8 @@ class TAID(_ImageDecoder):
         reduction: int = 4,
     ) -> None:
         super().__init__(T, reduce)
-        if squeeze not in ("spatial", "all", "none"):
-            raise ValueError(f"squeeze must be 'spatial', 'all' or 'none', but it is {squeeze!r}")
+        if squeeze not in ("spatial", "all", "pixel"):
+            raise ValueError(f"squeeze must be 'spatial', 'all' or 'pixel', but it is {squeeze!r}")
         if not (is_whole(kernel_size) and kernel_size >= 1 and kernel_size % 2 == 1):
             raise ValueError(f"kernel_size must be an odd integer >= 1, but it is {kernel_size!r}")
         if squeeze == "all" and kernel_size != 1:
@@ -124,7 +124,7 @@ class TAID(_ImageDecoder):
         self.excite: nn.Module
         if squeeze == "spatial":
             self.excite = nn.Conv1d(T, T, kernel_size, padding=kernel_size // 2, bias=False)
-        elif squeeze == "none":
+        elif squeeze == "pixel":
             self.excite = nn.Conv2d(T, T, kernel_size, padding=kernel_size // 2)
             for parameter in self.excite.parameters():
                 nn.init.zeros_(parameter)
@@ -134,7 +134,7 @@ class TAID(_ImageDecoder):
 
     def attention(self, x_seq: Tensor) -> Tensor:
         """The weights: ``[T, N, C]`` (``spatial``) or ``[T, N, 1]`` (``all``) in (0, 1), or
-        ``[T, N, C, H, W]`` (``none``) between 0 and twice the fixed decoder's."""
+        ``[T, N, C, H, W]`` (``pixel``) between 0 and twice the fixed decoder's."""
         self._check(x_seq)
         dtype = next(self.excite.parameters()).dtype
         if x_seq.dtype != dtype and not torch.is_autocast_enabled(x_seq.device.type):
@@ -142,8 +142,8 @@ class TAID(_ImageDecoder):
                 f"the weights of TAID are {dtype}, but the input is {x_seq.dtype}; convert one: "
                 f"x_seq.to({dtype}) or taid.to({x_seq.dtype})"
             )
-        if self.squeeze == "none":
-            return self._by_place(x_seq)
+        if self.squeeze == "pixel":
+            return self._weigh_pixels(x_seq)
         z = x_seq.flatten(3).mean(3) if x_seq.dim() == 5 else x_seq
         if z.shape[2] == 0:
             return z  # torch's convolution refuses an axis of length 0
@@ -151,10 +151,10 @@ class TAID(_ImageDecoder):
             return self.excite(z.mean(2).t()).sigmoid().t().unsqueeze(2)
         return self.excite(z.transpose(0, 1)).sigmoid().transpose(0, 1)
 
-    def _by_place(self, x_seq: Tensor) -> Tensor:
+    def _weigh_pixels(self, x_seq: Tensor) -> Tensor:
         if x_seq.dim() != 5:
             raise ValueError(
-                f"squeeze='none' weighs the pixels of [T, N, C, H, W], but got "
+                f"squeeze='pixel' weighs the pixels of [T, N, C, H, W], but got "
                 f"{list(x_seq.shape)}; use squeeze='spatial' or 'all'"
             )
         _, n, c, h, w = x_seq.shape
@@ -163,7 +163,7 @@ class TAID(_ImageDecoder):
         images = x_seq.permute(1, 2, 0, 3, 4).reshape(n * c, self.T, h, w)
         images = F.layer_norm(images, images.shape[1:])
         gate = 2 * self.excite(images).sigmoid()
-        weights = _decaying(self.T, DECAY, gate).view(-1, 1, 1, 1, 1)
+        weights = _decay_weights(self.T, DECAY, gate).view(-1, 1, 1, 1, 1)
         return gate.view(n, c, self.T, h, w).permute(2, 0, 1, 3, 4) * weights
 
     def extra_repr(self) -> str:
@@ -193,8 +193,8 @@ class FixedDecoder(_ImageDecoder):
     def attention(self, x_seq: Tensor) -> Tensor:
         """The weights ``[T, 1, 1]``, the same for every input."""
         self._check(x_seq)
-        # Made anew at each call: a buffer rounded to one dtype stays so in a more precise one.
-        return _decaying(self.T, self.decay, x_seq).view(self.T, 1, 1)
+        # Computed at each call: a buffer converted to half precision stays rounded in float32.
+        return _decay_weights(self.T, self.decay, x_seq).view(self.T, 1, 1)
 
     def extra_repr(self) -> str:
         return f"T={self.T}, decay={self.decay}, reduce={self.reduce}, step_mode=m"

@@ -56,8 +56,8 @@ def test_all_equals_the_equations():
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_none_equals_the_equations(kernel_size):
-    taid = TAID(3, kernel_size, squeeze="none").double()
+def test_pixel_equals_the_equations(kernel_size):
+    taid = TAID(3, kernel_size, squeeze="pixel").double()
     nn.init.normal_(taid.excite.weight)
     nn.init.normal_(taid.excite.bias)
     s = sequence(3, 2, 2, 4, 5)
@@ -79,19 +79,19 @@ def test_none_equals_the_equations(kernel_size):
     assert error <= TOLERANCE[F64]["value"] * expected.abs().max()
 
 
-def test_none_starts_as_the_fixed_decoder():
+def test_pixel_starts_as_the_fixed_decoder():
     s = sequence(4, 2, 3, 5, 6)
-    assert torch.allclose(TAID(4, 3, squeeze="none").double()(s), FixedDecoder(4)(s))
+    assert torch.allclose(TAID(4, 3, squeeze="pixel").double()(s), FixedDecoder(4)(s))
 
 
-def test_none_needs_pixels():
-    with pytest.raises(ValueError, match=r"squeeze='none' weighs the pixels.*got \[4, 2, 5\]"):
-        TAID(4, squeeze="none")(torch.rand(4, 2, 5))
+def test_pixel_needs_pixels():
+    with pytest.raises(ValueError, match=r"squeeze='pixel' weighs the pixels.*got \[4, 2, 5\]"):
+        TAID(4, squeeze="pixel")(torch.rand(4, 2, 5))
 
 
 @pytest.mark.parametrize("axis", ["N", "C", "H", "W"])
 @pytest.mark.parametrize("kernel_size", [1, 3])
-@pytest.mark.parametrize("squeeze", ["spatial", "all", "none"])
+@pytest.mark.parametrize("squeeze", ["spatial", "all", "pixel"])
 def test_an_empty_sequence_gives_an_empty_image(squeeze, kernel_size, axis):
     sizes = {"T": 4, "N": 2, "C": 3, "H": 5, "W": 6} | {axis: 0}
     empty = [*sizes.values()]
@@ -104,19 +104,19 @@ def test_an_empty_sequence_gives_an_empty_image(squeeze, kernel_size, axis):
 
 
 @pytest.mark.parametrize(
-    ("squeeze", "shape"), [("spatial", (3, 1, 1)), ("all", (1, 1, 1)), ("none", (3, 5, 5))]
+    ("squeeze", "shape"), [("spatial", (3, 1, 1)), ("all", (1, 1, 1)), ("pixel", (3, 5, 5))]
 )
 def test_attention_is_what_decodes(squeeze, shape):
     taid = TAID(4, squeeze=squeeze).double()
     s = sequence(4, 2, 3, 5, 5)
     a = taid.attention(s)
-    a = a[..., None, None] if squeeze != "none" else a
+    a = a[..., None, None] if squeeze != "pixel" else a
     assert a.shape == (4, 2, *shape)
-    assert ((a > 0) & (a < (2 if squeeze == "none" else 1))).all()
+    assert ((a > 0) & (a < (2 if squeeze == "pixel" else 1))).all()
     torch.testing.assert_close(taid(s), (a * s).sum(0))
 
 
-@pytest.mark.parametrize("squeeze", ["spatial", "all", "none"])
+@pytest.mark.parametrize("squeeze", ["spatial", "all", "pixel"])
 def test_gradcheck(squeeze):
     taid = TAID(4, squeeze=squeeze).double()
     assert torch.autograd.gradcheck(taid, sequence(4, 2, 3, 2, 2).requires_grad_())

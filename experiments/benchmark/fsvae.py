@@ -50,7 +50,7 @@ def make(name: str, options: argparse.Namespace) -> FSVAE:
 def train_step(model: FSVAE, image: Tensor, precision: torch.dtype = torch.float32) -> None:
     model.zero_grad()
     with torch.autocast(image.device.type, precision, enabled=precision != torch.float32):
-        loss = model.loss(image, model(image, 0.2))["loss"]
+        loss = model.training_loss(image, 0.5)["loss"]
     loss.backward()
 
 

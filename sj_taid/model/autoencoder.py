@@ -1,4 +1,4 @@
-"""Plain (non-spiking) networks of FSVAE's shape: FAD's autoencoder, and the VAE to compare with."""
+"""Non-spiking networks of FSVAE's shape: FAD's autoencoder, and the VAE to compare with."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import check_count, check_sizes, check_weights
-from .block import check_images, encoder_widths, evaluating, halved
+from .block import check_images, encoder_shape, eval_mode
 
 
 class AutoencoderOutput(NamedTuple):
-    """What a pass through the autoencoder gives."""
+    """Output of the autoencoder."""
 
     image: Tensor  #: ``[N, C, H, W]`` in [-1, 1]
     code: Tensor  #: ``[N, latent]``
 
 
 class VAEOutput(NamedTuple):
-    """What a pass through the VAE gives: the reconstruction and the posterior, a Gaussian."""
+    """Output of the VAE: the reconstruction and the posterior, a Gaussian."""
 
     image: Tensor  #: ``[N, C, H, W]`` in [-1, 1]
     mean: Tensor  #: ``[N, latent]``
@@ -30,7 +30,7 @@ class VAEOutput(NamedTuple):
 class _Convolutional(nn.Module):
     """Convolutions of stride 2 with batch norm and ReLU down to a linear layer, mirrored back."""
 
-    code_vectors = 1  # of the latent width, that the encoder gives
+    code_vectors = 1  # the encoder's outputs, each of the latent width
 
     def __init__(
         self,
@@ -41,8 +41,7 @@ class _Convolutional(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(in_channels=in_channels, latent_channels=latent_channels)
-        widths = encoder_widths(hidden_channels, image_size)
-        side = halved(image_size, widths)
+        widths, side = encoder_shape(hidden_channels, image_size)
         flat = widths[-1] * side * side
         self.in_channels = in_channels
         self.image_size = image_size
@@ -76,10 +75,10 @@ class _Convolutional(nn.Module):
 
 
 class Autoencoder(_Convolutional):
-    """The autoencoder that FAD looks through.
+    """The autoencoder whose code FAD compares.
 
-    Convolutions 3x3 of stride 2 with batch norm and ReLU down to a linear code, mirrored back to
-    an image; tanh.
+    Convolutions 3x3 of stride 2 with batch norm and ReLU to a linear code, mirrored back to an
+    image; tanh.
 
     Args:
         in_channels: image channels C.
@@ -106,7 +105,7 @@ class Autoencoder(_Convolutional):
         return AutoencoderOutput(self.decode(code), code)
 
     def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
-        """The squared error of a pass; the same at all times, whatever the ``progress``."""
+        """The squared error, as ``loss``; the same at all times, whatever the ``progress``."""
         reconstruction = F.mse_loss(self(image).image, image)
         return {"loss": reconstruction, "reconstruction": reconstruction}
 
@@ -164,19 +163,15 @@ class VAE(_Convolutional):
             ValueError: ``n`` is no integer >= 0.
         """
         check_count(n)
-        with evaluating(self), torch.no_grad():
+        with eval_mode(self), torch.no_grad():
             weight = next(self.parameters())
             code = torch.randn(n, self.latent_channels, dtype=weight.dtype, device=weight.device)
             return self.decode(code)
 
-    def loss(self, image: Tensor, output: VAEOutput) -> dict[str, Tensor]:
-        """``loss = reconstruction + latent``."""
-        reconstruction = F.mse_loss(output.image, image)
-        mean, log_variance = output.mean, output.log_variance
+    def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
+        """``loss`` and its terms; the same at all times, whatever the ``progress``."""
+        output, mean, log_variance = self(image)
+        reconstruction = F.mse_loss(output, image)
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
         latent = self.kl_weight * divergence
         return {"loss": reconstruction + latent, "reconstruction": reconstruction, "latent": latent}
-
-    def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
-        """The loss of a pass; the same at all times, whatever the ``progress``."""
-        return self.loss(image, self(image))

@@ -1,4 +1,4 @@
-"""The building blocks of the spiking models: a layer, tdBN and a neuron, on ``[T, N, *]``."""
+"""Building blocks of the spiking models: a layer, a batch norm and a neuron, on ``[T, N, *]``."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,45 +12,40 @@ from torch import Tensor, nn
 from .._checks import check_sizes, is_whole
 
 Neuron = Callable[..., nn.Module]
-"""Makes one SpikingJelly neuron in step mode ``"m"`` each time it is called."""
+"""Makes a SpikingJelly neuron in step mode ``"m"`` each time it is called."""
 
 
-def encoder_widths(hidden_channels: int | Sequence[int], image_size: int) -> tuple[int, ...]:
-    """The widths of blocks of stride 2: those given, or the first and its doubles.
+def encoder_shape(
+    hidden_channels: int | Sequence[int], image_size: int
+) -> tuple[tuple[int, ...], int]:
+    """The widths of an encoder's blocks of stride 2, and the side of what is left of the image.
 
-    They double until 2x2 pixels are left, or an odd side.
+    A single width doubles from block to block, until 2x2 pixels or an odd side are left.
 
-    >>> encoder_widths(32, 64), encoder_widths(16, 28), encoder_widths([8, 8], 64)
-    ((32, 64, 128, 256, 512), (16, 32), (8, 8))
+    >>> encoder_shape(32, 64), encoder_shape(16, 28), encoder_shape([8, 8], 64)
+    (((32, 64, 128, 256, 512), 2), ((16, 32), 7), ((8, 8), 16))
     """
     if isinstance(hidden_channels, Sequence):
         check_widths("hidden_channels", hidden_channels)
-        return tuple(hidden_channels)
-    check_sizes(hidden_channels=hidden_channels)
-    widths = [hidden_channels]
-    while image_size > 4 and image_size % 4 == 0:
-        widths.append(2 * widths[-1])
-        image_size //= 2
-    return tuple(widths)
-
-
-def halved(image_size: int, widths: tuple[int, ...]) -> int:
-    """The side that is left of an image after a block of stride 2 for each of ``widths``.
-
-    >>> halved(32, (8, 16, 32))
-    4
-    """
+        widths = [*hidden_channels]
+    else:
+        check_sizes(hidden_channels=hidden_channels)
+        widths = [hidden_channels]
+        side = image_size
+        while side > 4 and side % 4 == 0:
+            widths.append(2 * widths[-1])
+            side //= 2
     side, rest = divmod(image_size, 2 ** len(widths))
     if not widths or rest or side < 1:
         raise ValueError(
             f"image_size={image_size} cannot be halved {len(widths)} times, once for each of "
             f"hidden_channels={widths}; choose a multiple of {2 ** len(widths)}"
         )
-    return side
+    return tuple(widths), side
 
 
 def check_widths(name: str, widths: Any) -> None:
-    """An error for what is no sequence of numbers of channels."""
+    """Refuse all but a sequence of numbers of channels."""
     if not isinstance(widths, Sequence) or not all(is_whole(width) for width in widths):
         raise ValueError(
             f"{name} must be numbers of channels, such as [32, 64], but it is {widths!r}"
@@ -94,9 +89,9 @@ def check_values(model: nn.Module, x: Tensor, bound: float = math.inf) -> None:
 def reset(*nets: nn.Module) -> None:
     """Bring every neuron of ``nets`` to rest.
 
-    A model does it before a pass, and after it too: a compiled graph depends on the state it starts
-    from, so one serves all passes. And not by SpikingJelly's ``reset_net``, since 2.x remembers for
-    all nets what that resets, and a graph would depend on which nets are alive.
+    A model does so before a pass, and after it: a compiled graph depends on the state it starts
+    from. Not by SpikingJelly's ``reset_net``, which in 2.x remembers what it resets for all nets,
+    so that a graph would depend on which nets are alive.
     """
     for net in nets:
         for module in net.modules():
@@ -105,8 +100,8 @@ def reset(*nets: nn.Module) -> None:
 
 
 @contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """In eval mode inside; after, every module is back in the mode it was in."""
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """Put ``net`` in eval mode inside; after, every module is back in its own mode."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
@@ -117,13 +112,13 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def conv_block(in_channels: int, out_channels: int, neuron: Neuron) -> nn.Sequential:
-    """Convolution 3x3 with stride 2, tdBN, neuron: halves height and width."""
+    """Convolution 3x3 of stride 2, batch norm, neuron: halves height and width."""
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
     return _block(conv, nn.BatchNorm2d(out_channels), neuron)
 
 
 def conv_transpose_block(in_channels: int, out_channels: int, neuron: Neuron) -> nn.Sequential:
-    """Transposed convolution 3x3 with stride 2, tdBN, neuron: doubles height and width."""
+    """Transposed convolution 3x3 of stride 2, batch norm, neuron: doubles height and width."""
     conv = nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
     return _block(conv, nn.BatchNorm2d(out_channels), neuron)
 
@@ -131,16 +126,16 @@ def conv_transpose_block(in_channels: int, out_channels: int, neuron: Neuron) ->
 def linear_block(
     in_features: int, out_features: int, neuron: Neuron, alpha: float = 1.0
 ) -> nn.Sequential:
-    """Linear, tdBN, neuron, on ``[T, N, C]``."""
+    """Linear layer, batch norm, neuron, on ``[T, N, C]``."""
     linear = nn.Linear(in_features, out_features)
     return _block(linear, nn.BatchNorm1d(out_features), neuron, alpha)
 
 
-def made(neuron: Neuron, **options: Any) -> nn.Module:
-    """A neuron of a model, made anew.
+def make_neuron(neuron: Neuron, **options: Any) -> nn.Module:
+    """Make a neuron of a model.
 
     Raises:
-        TypeError: ``neuron`` makes none.
+        TypeError: ``neuron`` cannot be called, or is a neuron already.
         ValueError: the neuron is in step mode ``"s"``, where it would take time for the batch.
     """
     if not callable(neuron) or isinstance(neuron, nn.Module):
@@ -161,10 +156,12 @@ def made(neuron: Neuron, **options: Any) -> nn.Module:
 def _block(
     synapse: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d, neuron: Neuron, alpha: float = 1.0
 ) -> nn.Sequential:
-    """Threshold-dependent batch norm (Zheng et al. 2021, arXiv 2011.05280): statistics over time
-    and batch together, scale ``alpha * V_th``, so that currents reach the neuron at the height of
-    its threshold."""
-    node = made(neuron)
+    """Threshold-dependent batch norm, tdBN (Zheng et al. 2021, arXiv 2011.05280).
+
+    Its statistics are over time and batch, and its gain starts at ``alpha * V_th``, so that
+    currents reach the neuron at the height of its threshold.
+    """
+    node = make_neuron(neuron)
     with torch.no_grad():
         norm.weight.fill_(alpha * float(torch.as_tensor(node.v_threshold).mean()))
     # The container folds time into the batch once for both layers.

@@ -1,4 +1,4 @@
-"""Spiking image classifier: convolutions, two linear layers, each class a group of neurons."""
+"""Spiking classifier of images and of event frames."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from .._checks import are_two_numbers, check_sizes, is_whole
 from ..neuron import ALIFNode
 from ..norm import fuse_norm
-from .block import Neuron, check_values, check_widths, made, reset
+from .block import Neuron, check_values, check_widths, make_neuron, reset
 
-#: ALIF as the paper's classifiers start it.
+#: ALIF that starts as in the paper's classifiers.
 paper_neuron = partial(
     ALIFNode,
     init_tau=2.0,
@@ -30,11 +30,11 @@ class Classifier(nn.Module):
     Each stage is {convolution 3x3, batch norm, neuron} for each of its widths, then max pooling
     by 2; without the norm a convolution has a bias instead. The head is {dropout, linear, neuron}
     twice; the mean over time and over the neurons of a class is that class's rate. A dropout mask
-    holds for all time steps.
+    is shared by all time steps.
 
     A still image is the input current of every step, so its first convolution and norm are
-    computed once. Every pass starts from rest, so that two calls in a row never mix, and leaves the
-    neurons at rest: :func:`sj_taid.monitor` or a forward hook sees what they did.
+    computed once. Every pass starts from rest and leaves the neurons at rest, so that two calls in
+    a row never mix; :func:`sj_taid.monitor` or a forward hook sees their activity.
 
     Args:
         in_channels: channels C of the input.
@@ -44,14 +44,14 @@ class Classifier(nn.Module):
         stages: the widths of the convolutions, stage by stage: ``[[128], [128]]`` pools after
             each convolution, ``[[256] * 3, [256] * 3]`` after the third and the sixth.
         hidden: width of the hidden linear layer.
-        neurons_per_class: output neurons of a class.
+        neurons_per_class: output neurons per class.
         dropout: probabilities before the hidden and before the last layer.
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
-        norm: a batch norm after each convolution.
+        norm: use a batch norm after each convolution.
         per_channel: give each neuron layer parameters per channel: ``neuron`` is called with
             ``channels=``, which ALIF takes.
-        output_neuron: False leaves the last neurons out: the outputs are the currents that they
-            would get, unbounded, as losses of logits need them.
+        output_neuron: False leaves the last neurons out: the outputs are their input currents,
+            unbounded, as losses of logits need them.
         fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
 
     Raises:
@@ -111,7 +111,7 @@ class Classifier(nn.Module):
         self.T = T
 
         def node(channels: int) -> nn.Module:
-            return made(neuron, **({"channels": channels} if per_channel else {}))
+            return make_neuron(neuron, **({"channels": channels} if per_channel else {}))
 
         features: list[nn.Module] = []
         channels = in_channels
@@ -138,8 +138,8 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, each_step: bool = False) -> Tensor:
         """Firing rates ``[N, classes]`` in [0, 1], or mean currents without output neurons.
 
-        ``x`` is images ``[N, C, H, W]`` or frames ``[T, N, C, H, W]``. With ``each_step`` the
-        outputs of each time step, ``[T, N, classes]``, of which that is the mean.
+        ``x`` is images ``[N, C, H, W]`` or frames ``[T, N, C, H, W]``. ``each_step`` returns the
+        outputs of each time step, ``[T, N, classes]``, without their mean over time.
         """
         expected = (self.in_channels, self.image_size, self.image_size)
         if x.dim() not in (4, 5) or x.shape[-3:] != expected:

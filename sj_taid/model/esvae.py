@@ -1,22 +1,20 @@
-"""ESVAE: a spiking VAE whose latent is a firing rate, with a prior that needs one pass to draw."""
+"""ESVAE: a spiking VAE whose latent is a firing rate, and whose prior is drawn in one pass."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import check_weights
-from .block import Neuron, evaluating
+from .block import Neuron, eval_mode
 from .rate import GaussianMixturePrior, LearnedPrior, rbf_mmd, spikes_from_rate
-from .spiking_vae import SpikingVAE
-
-PRIORS = ("learned", "gaussian_mixture")
+from .spiking_vae import SpikingVAE, original_neuron
 
 
 class ESVAEOutput(NamedTuple):
-    """What a pass gives: the reconstruction and rates of both latent distributions."""
+    """Output of ESVAE: the reconstruction and rates of both latent distributions."""
 
     image: Tensor  #: ``[N, C, H, W]`` in [-1, 1]
     q: Tensor  #: posterior rates ``[N, latent]``
@@ -31,17 +29,18 @@ class ESVAE(SpikingVAE):
         r_p = \mathrm{sigmoid}(W n + b),\ n \sim N(0, I); \qquad
         z[t] = 1[r > u[t]],\ u[t] \sim U(0, 1)
 
-    Trained by the squared error and ``mmd_weight`` times the MMD of ``r_q`` and ``r_p``. The
-    learned prior can be replaced after training by a mixture of Gaussians fitted to the training
-    images' ``r_q``: :meth:`fit_prior`.
+    Trained by the squared error and ``mmd_weight`` times the MMD of ``r_q`` and ``r_p``. Samples
+    come from the learned prior :math:`r_p`, ``prior``, or, after :meth:`fit_prior`, from a mixture
+    of Gaussians fitted to the training images' :math:`r_q`, ``mixture``.
 
     Args:
-        prior: what :meth:`sample` draws from, ``"learned"`` or ``"gaussian_mixture"``.
+        in_channels, image_size, T, hidden_channels, latent_channels, neuron, image_decoder,
+            fused_norm, subpixel, gradient_weight: see
+            :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
+        sample_from: the prior that :meth:`sample` draws from, ``"learned"`` or ``"mixture"``.
         components: Gaussians in the mixture.
-        covariance: of each: full, tied, diag or spherical.
         iterations: of the mixture's fit, at most.
-        mmd_weight: the weight of the MMD beside the squared error.
-        args: and ``kwargs``: those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
+        mmd_weight: weight of the MMD next to the squared error.
 
     Raises:
         ValueError: a bad argument, or images of another shape; outside training also
@@ -57,79 +56,97 @@ class ESVAE(SpikingVAE):
 
     def __init__(
         self,
-        *args: Any,
-        prior: str = "learned",
+        in_channels: int = 1,
+        image_size: int = 32,
+        T: int = 16,
+        hidden_channels: int | Sequence[int] = 32,
+        latent_channels: int = 128,
+        neuron: Neuron = original_neuron,
+        image_decoder: nn.Module | None = None,
+        fused_norm: bool = True,
+        subpixel: bool = False,
+        gradient_weight: float = 0.0,
+        *,
+        sample_from: str = "learned",
         components: int = 10,
-        covariance: str = "full",
         iterations: int = 100,
         mmd_weight: float = 1e-3,
-        **kwargs: Any,
     ) -> None:
         check_weights(mmd_weight=mmd_weight)
-        self.prior = _known(prior)
+        self.sample_from = _check_source(sample_from)
         self.components = components
-        self.covariance = covariance
         self.iterations = iterations
         self.mmd_weight = mmd_weight
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            in_channels,
+            image_size,
+            T,
+            hidden_channels,
+            latent_channels,
+            neuron,
+            image_decoder,
+            fused_norm,
+            subpixel,
+            gradient_weight,
+        )
 
     def _make_latent(self, neuron: Neuron) -> None:
         d = self.latent_channels
-        self.learned = LearnedPrior(d)
-        self.gaussian_mixture = GaussianMixturePrior(
-            d, self.components, self.covariance, levels=self.T, iterations=self.iterations
-        )
+        self.prior = LearnedPrior(d)
+        self.mixture = GaussianMixturePrior(d, self.components, self.T, self.iterations)
 
     def forward(self, image: Tensor) -> ESVAEOutput:
         """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1]."""
         rate = self.rate(image)
         reconstruction = self.decode(spikes_from_rate(rate, self.T))
-        return ESVAEOutput(reconstruction, rate, self.learned(len(image)))
+        return ESVAEOutput(reconstruction, rate, self.prior(len(image)))
 
     def rate(self, image: Tensor) -> Tensor:
         """The posterior rate ``[N, latent]`` of ``image`` ``[N, C, H, W]``."""
         return self.encode(image).mean(0)
 
     def latent_spikes(self, image: Tensor) -> Tensor:
+        """Draw the decoder's input ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
         return spikes_from_rate(self.rate(image), self.T)
 
     def sample_latent(self, n: int) -> Tensor:
-        return spikes_from_rate(getattr(self, self.prior)(n), self.T)
+        """Draw latent spikes ``[T, n, latent]`` from the prior that ``sample_from`` names."""
+        source = self.mixture if self.sample_from == "mixture" else self.prior
+        return spikes_from_rate(source(n), self.T)
 
     def fit_prior(self, images: Iterable[Tensor], seed: int = 0) -> None:
         """Fit the mixture to the rates of ``images``, batches ``[N, C, H, W]`` of training images.
 
-        In eval mode and without gradient; after, every module is back in the mode it was in.
+        In eval mode and without gradient; after, every module is back in its own mode.
 
         Raises:
             TypeError: batches that are no tensors, as those with labels.
-            ValueError: fewer images than components, or none.
+            ValueError: fewer images than components, or none; see :class:`ESVAE` for bad images.
         """
-        with evaluating(self), torch.no_grad():
-            rates = [self.rate(_alone(image)).float() for image in images]
+        with eval_mode(self), torch.no_grad():
+            rates = [self.rate(_check_batch(image)).float() for image in images]
         if not rates:
             raise ValueError(
-                "no batch of images to fit the prior to; an iterator that was read through gives "
-                "none again"
+                "no batch of images to fit the prior to; an iterator gives its batches only once"
             )
-        self.gaussian_mixture.fit(torch.cat(rates), seed)
+        self.mixture.fit(torch.cat(rates), seed)
 
     @contextmanager
-    def drawing_from(self, prior: str) -> Iterator[None]:
-        """Inside, :meth:`sample` draws from ``prior``."""
-        before, self.prior = self.prior, _known(prior)
+    def draw_from(self, source: str) -> Iterator[None]:
+        """Inside, :meth:`sample` draws from ``source``, ``"learned"`` or ``"mixture"``."""
+        before, self.sample_from = self.sample_from, _check_source(source)
         try:
             yield
         finally:
-            self.prior = before
+            self.sample_from = before
 
     def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
-        """``loss`` and its terms: those of the images, and the weighted MMD of q and p."""
+        """``loss`` and its terms; the same at all times, whatever the ``progress``."""
         output = self(image)
-        return self.summed(output.image, image, self.mmd_weight * rbf_mmd(output.q, output.p))
+        return self.sum_losses(output.image, image, self.mmd_weight * rbf_mmd(output.q, output.p))
 
 
-def _alone(image: Any) -> Tensor:
+def _check_batch(image: Any) -> Tensor:
     if not isinstance(image, Tensor):
         raise TypeError(
             f"expected batches of images alone, but got a {type(image).__name__}; of a loader with "
@@ -138,7 +155,7 @@ def _alone(image: Any) -> Tensor:
     return image
 
 
-def _known(prior: str) -> str:
-    if prior not in PRIORS:
-        raise ValueError(f"prior must be one of {', '.join(PRIORS)}, but it is {prior!r}")
-    return prior
+def _check_source(sample_from: str) -> str:
+    if sample_from not in ("learned", "mixture"):
+        raise ValueError(f"sample_from must be learned or mixture, but it is {sample_from!r}")
+    return sample_from

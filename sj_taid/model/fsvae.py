@@ -1,18 +1,19 @@
-"""Fully Spiking VAE: an image goes in, spikes carry it through, an image comes out."""
+"""Fully Spiking VAE, whose latent are spike trains from autoregressive networks."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import are_two_numbers, check_sizes
 from .block import Neuron
 from .latent import LATENT_LOSSES, Posterior, Prior
-from .spiking_vae import SpikingVAE
+from .spiking_vae import SpikingVAE, original_neuron
 
 
 class FSVAEOutput(NamedTuple):
-    """What a pass gives: the reconstruction and both latent distributions."""
+    """Output of FSVAE: the reconstruction and both latent distributions."""
 
     image: Tensor  #: ``[N, C, H, W]`` in [-1, 1]
     q: Tensor  #: posterior candidates ``[T, N, latent, k]``
@@ -20,17 +21,23 @@ class FSVAEOutput(NamedTuple):
 
 
 class FSVAE(SpikingVAE):
-    """Fully Spiking VAE: a latent of Bernoulli spike trains from autoregressive networks.
+    r"""Fully Spiking VAE: a latent of Bernoulli spike trains from autoregressive networks.
 
-    Posterior and prior: :mod:`sj_taid.model.latent`.
+    .. math::
+        L = \mathrm{mean}\,(\hat x - x)^2 + \mathrm{MMD}(q, p), \quad\text{or}\quad
+        10^{-4}\,\mathrm{KL}(q \,|\, p)
+
+    Posterior, prior and both distances: :mod:`sj_taid.model.latent`.
 
     Args:
-        k: candidate spikes for each latent channel.
+        in_channels, image_size, T, hidden_channels, latent_channels, neuron, image_decoder,
+            fused_norm, subpixel, gradient_weight: see
+            :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
+        k: candidate spikes of each latent channel.
         presampling: see :class:`~sj_taid.model.latent.Posterior`.
         latent_loss: the distance of posterior and prior, ``"mmd"`` or ``"kl"``.
         own_sample_probability: the prior's scheduled sampling at the start and at the end of
             training, two probabilities. The first steps are never replaced: below T = 7 none is.
-        args: and ``kwargs``: those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Raises:
         ValueError: sizes that do not fit, or images of another shape; outside training also
@@ -47,12 +54,21 @@ class FSVAE(SpikingVAE):
 
     def __init__(
         self,
-        *args: Any,
+        in_channels: int = 1,
+        image_size: int = 32,
+        T: int = 16,
+        hidden_channels: int | Sequence[int] = 32,
+        latent_channels: int = 128,
+        neuron: Neuron = original_neuron,
+        image_decoder: nn.Module | None = None,
+        fused_norm: bool = True,
+        subpixel: bool = False,
+        gradient_weight: float = 0.0,
+        *,
         k: int = 20,
         presampling: str = "step",
         latent_loss: str = "mmd",
         own_sample_probability: tuple[float, float] = (0.1, 0.3),
-        **kwargs: Any,
     ) -> None:
         if latent_loss not in LATENT_LOSSES:
             raise ValueError(
@@ -68,7 +84,18 @@ class FSVAE(SpikingVAE):
         self.presampling = presampling
         self.latent_loss = latent_loss
         self.own_sample_probability = tuple(own_sample_probability)
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            in_channels,
+            image_size,
+            T,
+            hidden_channels,
+            latent_channels,
+            neuron,
+            image_decoder,
+            fused_norm,
+            subpixel,
+            gradient_weight,
+        )
 
     def _make_latent(self, neuron: Neuron) -> None:
         self.posterior = Posterior(self.latent_channels, self.k, neuron, self.presampling)
@@ -85,24 +112,20 @@ class FSVAE(SpikingVAE):
         return FSVAEOutput(self.decode(z_seq), q, p)
 
     def latent_spikes(self, image: Tensor) -> Tensor:
-        """Latent spikes ``[T, N, latent]`` drawn for ``image``, which the decoder is given."""
+        """Draw the decoder's input ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
         return self.posterior(self.encode(image), self._picks(len(image)))[0]
 
     def sample_latent(self, n: int) -> Tensor:
-        """Latent spikes ``[T, n, latent]`` drawn from the prior, step by step."""
+        """Draw latent spikes ``[T, n, latent]`` from the prior, step by step."""
         return self.prior.sample(self._picks(n))
 
-    def loss(self, image: Tensor, output: FSVAEOutput) -> dict[str, Tensor]:
-        """``loss`` and its terms: those of the images, and MMD or 1e-4 KL of q and p."""
-        distance, weight = LATENT_LOSSES[self.latent_loss]
-        return self.summed(output.image, image, weight * distance(output.q, output.p))
-
     def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
-        """The loss of a pass; ``progress`` of the training, 0 to 1, sets the scheduled sampling."""
+        """``loss`` and its terms; ``progress`` of the training, 0 to 1, sets the own samples."""
         first, last = self.own_sample_probability
         # A tensor: compiled, each float would be a constant of a graph of its own.
-        probability = torch.tensor(first + (last - first) * progress)
-        return self.loss(image, self(image, probability))
+        output = self(image, torch.tensor(first + (last - first) * progress))
+        distance, weight = LATENT_LOSSES[self.latent_loss]
+        return self.sum_losses(output.image, image, weight * distance(output.q, output.p))
 
     def _picks(self, n: int) -> Tensor:
         device = next(self.parameters()).device

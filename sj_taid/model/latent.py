@@ -1,6 +1,6 @@
 """FSVAE's latent space: Bernoulli spike trains from autoregressive spiking networks.
 
-Sequences are ``[T, N, C]``; each network gives ``k`` candidate spikes for every channel,
+Sequences are ``[T, N, C]``; each network outputs ``k`` candidate spikes per channel,
 ``[T, N, C, k]``, of which one is picked uniformly, so that the mean over ``k`` is the probability
 of a spike. Source: Kamata et al. 2022, arXiv 2110.00375, sections 4.2-4.4.
 """
@@ -12,16 +12,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .block import Neuron, evaluating, linear_block, reset
+from .block import Neuron, eval_mode, linear_block, reset
 
 PRESAMPLING = ("step", "prefix")
 
 
 class LatentNetwork(nn.Module):
-    """Three spiking linear layers that give ``k`` candidate spikes a channel.
-
-    Each is followed by tdBN at twice the threshold.
-    """
+    """Three spiking linear layers, each with tdBN at twice the threshold, to ``k`` candidates."""
 
     def __init__(self, in_channels: int, channels: int, k: int, neuron: Neuron) -> None:
         super().__init__()
@@ -33,22 +30,24 @@ class LatentNetwork(nn.Module):
         )
 
     def run(self, x_seq: Tensor) -> Tensor:
-        """From rest over a whole sequence: ``[T, N, in_channels]`` -> ``[T, N, C, k]``."""
+        """Run a whole sequence from rest: ``[T, N, in_channels]`` -> ``[T, N, C, k]``."""
         reset(self.net)
         output = self.net(x_seq)
         reset(self.net)
         return output.unflatten(2, (self.channels, self.k))
 
     def step(self, x: Tensor) -> Tensor:
-        """One more time step, the neurons going on from where they are: -> ``[N, C, k]``."""
+        """Run one more time step from the neurons' state: ``[N, in_channels]`` -> ``[N, C, k]``."""
         return self.net(x.unsqueeze(0))[0].unflatten(1, (self.channels, self.k))
 
     @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """From rest, with the running BN statistics: then the network is causal, and stepping it
-        equals running every prefix anew, at O(T) instead of O(T^2)."""
+    def from_rest(self) -> Iterator[None]:
+        """Start :meth:`step` from rest inside, with the running statistics of batch norm.
+
+        The network is causal then: T steps equal running every prefix, at O(T), not O(T^2).
+        """
         reset(self.net)
-        with evaluating(self.net):
+        with eval_mode(self.net):
             yield
         reset(self.net)
 
@@ -56,10 +55,10 @@ class LatentNetwork(nn.Module):
 class Posterior(LatentNetwork):
     """``q(z_t | x_<=t, z_<t)`` on ``[x_t ; z_(t-1)]``, ``z_0 = 0``.
 
-    Before the pass with gradient the samples ``z`` are drawn without gradient. ``presampling``
-    says how: ``"step"`` runs the network step by step with the running BN statistics, as at test
-    time, in O(T); ``"prefix"`` runs each prefix anew with batch statistics, as the original code
-    does, in O(T^2). In eval mode both give the same.
+    The samples ``z`` are drawn without gradient before the pass with gradient. ``presampling`` is
+    ``"step"``, step by step with the running statistics of batch norm, as at test time, in O(T); or
+    ``"prefix"``, every prefix from rest with batch statistics, as the original code does, in
+    O(T^2). In eval mode both give the same.
     """
 
     def __init__(self, channels: int, k: int, neuron: Neuron, presampling: str = "step") -> None:
@@ -73,22 +72,22 @@ class Posterior(LatentNetwork):
 
         Returns ``z`` and the candidates ``q`` ``[T, N, C, k]``.
         """
-        presample = self._by_step if self.presampling == "step" else self._by_prefix
+        presample = self._sample_steps if self.presampling == "step" else self._sample_prefixes
         with torch.no_grad():
             z_previous = presample(x_seq, picks)
-        _forget_casts()
+        _clear_cast_cache()
         q = self.run(torch.cat([x_seq, z_previous], 2))
         return pick(q, picks), q
 
-    def _by_step(self, x_seq: Tensor, picks: Tensor) -> Tensor:
+    def _sample_steps(self, x_seq: Tensor, picks: Tensor) -> Tensor:
         z_previous = torch.zeros_like(x_seq)
-        with self.stepping():
+        with self.from_rest():
             for t in range(len(x_seq) - 1):
                 q = self.step(torch.cat([x_seq[t], z_previous[t]], 1))
                 z_previous[t + 1] = pick(q, picks[t])
         return z_previous
 
-    def _by_prefix(self, x_seq: Tensor, picks: Tensor) -> Tensor:
+    def _sample_prefixes(self, x_seq: Tensor, picks: Tensor) -> Tensor:
         z_previous = torch.zeros_like(x_seq)
         for t in range(len(x_seq) - 1):
             q = self.run(torch.cat([x_seq[: t + 1], z_previous[: t + 1]], 2))
@@ -99,7 +98,7 @@ class Posterior(LatentNetwork):
 class Prior(LatentNetwork):
     """``p(z_t | z_<t)`` on ``z_(t-1)``, ``z_0 = 0``."""
 
-    #: The first steps are always the posterior's: the prior has nothing to go by yet.
+    #: The steps before it always take the posterior's sample: the prior has seen too little.
     FIRST_OWN_SAMPLE = 5
 
     def __init__(self, channels: int, k: int, neuron: Neuron) -> None:
@@ -115,7 +114,7 @@ class Prior(LatentNetwork):
         self._take_own_samples(z_previous, own_sample_probability)
         return self.run(z_previous)
 
-    @torch.compiler.disable  # other steps each time: there is no one graph
+    @torch.compiler.disable  # which steps are replaced differs in each call: no single graph
     def _take_own_samples(self, z_previous: Tensor, probability: float | Tensor) -> None:
         own = torch.rand(len(z_previous) - 1) < probability
         own[: self.FIRST_OWN_SAMPLE] = False
@@ -125,14 +124,14 @@ class Prior(LatentNetwork):
     @torch.no_grad()
     def _insert_own_samples(self, z_previous: Tensor, own: list[bool]) -> None:
         last = max(t for t, replace in enumerate(own) if replace)
-        with self.stepping():
+        with self.from_rest():
             for t in range(last + 1):
                 p = self.step(z_previous[t])
                 if own[t]:
                     rate = p.mean(-1)
                     rate = rate + 1e-3 * torch.randn_like(rate)
                     z_previous[t + 1] = (rate > 0.5).to(z_previous.dtype)
-        _forget_casts()
+        _clear_cast_cache()
 
     @torch.no_grad()
     def sample(self, picks: Tensor) -> Tensor:
@@ -140,27 +139,29 @@ class Prior(LatentNetwork):
         parameter = next(self.parameters())
         z = torch.zeros(picks.shape[1:], dtype=parameter.dtype, device=parameter.device)
         z_seq = []
-        with self.stepping():
+        with self.from_rest():
             for index in picks:
                 z = pick(self.step(z), index)
                 z_seq.append(z)
         return torch.stack(z_seq)
 
 
-def _forget_casts() -> None:
-    """After a pass without gradient: older torch keeps what autocast made of the weights in it, and
-    gives these casts, which have no graph, to the pass with gradient too."""
+def _clear_cast_cache() -> None:
+    """Drop autocast's casts of a pass without gradient.
+
+    They have no graph, and older torch reuses them in the pass with gradient.
+    """
     if not torch.compiler.is_compiling():
         torch.clear_autocast_cache()
 
 
 def pick(candidates: Tensor, picks: Tensor) -> Tensor:
-    """One of each channel's ``k`` candidates: ``[*, C, k]`` at ``[*, C]`` -> ``[*, C]``."""
+    """Pick one of each channel's ``k`` candidates: ``[*, C, k]`` at ``[*, C]`` -> ``[*, C]``."""
     return candidates.gather(-1, picks.unsqueeze(-1)).squeeze(-1)
 
 
 def postsynaptic_potential(x_seq: Tensor) -> Tensor:
-    """``PSP[t] = PSP[t-1] + (x[t] - PSP[t-1]) / 2`` along axis 0, as one product with a matrix.
+    """Postsynaptic potential ``PSP[t] = PSP[t-1] + (x[t] - PSP[t-1]) / 2`` along axis 0.
 
     >>> postsynaptic_potential(torch.tensor([1.0, 0.0, 1.0]))
     tensor([0.5000, 0.2500, 0.6250])
@@ -188,4 +189,4 @@ def kl_loss(q: Tensor, p: Tensor, eps: float = 1e-2) -> Tensor:
 
 
 LATENT_LOSSES = {"mmd": (mmd_loss, 1.0), "kl": (kl_loss, 1e-4)}
-"""name -> (loss, its weight beside the reconstruction error)."""
+"""name -> (loss, its weight next to the reconstruction error)."""

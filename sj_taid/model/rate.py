@@ -15,19 +15,17 @@ from .._checks import check_sizes
 from .._extras import needs
 
 log = logging.getLogger(__name__)
-COVARIANCES = ("full", "tied", "diag", "spherical")
 
 
 def check_rates(rate: Tensor) -> None:
+    """Refuse rates that are no probabilities."""
     if not ((rate >= 0) & (rate <= 1)).all():
+        remedy = "clamp them: rate.clamp(0, 1)"
         if rate.isnan().any():
-            raise ValueError(
-                "a rate is a probability in [0, 1], but some of these are NaN; has the training of "
-                "the model that gave them diverged? go on from an earlier checkpoint"
-            )
+            remedy = "their model may have diverged: load an earlier checkpoint"
         raise ValueError(
-            f"a rate is a probability in [0, 1], but these lie in [{rate.min().item():.4g}, "
-            f"{rate.max().item():.4g}]; clamp them: rate.clamp(0, 1)"
+            f"rates must be probabilities in [0, 1], but these are from {rate.min().item():.4g} to "
+            f"{rate.max().item():.4g}; {remedy}"
         )
 
 
@@ -44,7 +42,7 @@ class _SpikesFromRate(torch.autograd.Function):
 
 
 def spikes_from_rate(rate: Tensor, T: int) -> Tensor:
-    r"""Spikes ``[T, N, d]`` that fire with the probabilities ``rate`` ``[N, d]``.
+    r"""Draw spikes ``[T, N, d]`` with the probabilities ``rate`` ``[N, d]``.
 
     .. math::
         z[t] = 1[r > u[t]], \quad u[t] \sim U(0, 1); \qquad
@@ -103,7 +101,7 @@ def rbf_mmd(x: Tensor, y: Tensor) -> Tensor:
         both = both.float()
     distance = (both.unsqueeze(0) - both.unsqueeze(1)).square().sum(2)
     bandwidth = distance.detach().sum() / (2 * n * (2 * n - 1)) / 4
-    # All points equal: any bandwidth gives the distance 0.
+    # Where all points are equal any bandwidth gives the distance 0.
     bandwidth = bandwidth.clamp(min=torch.finfo(bandwidth.dtype).tiny * 1e6)
     scales = bandwidth * 2.0 ** torch.arange(5, dtype=both.dtype, device=x.device).view(-1, 1, 1)
     kernel = torch.exp(-distance / scales).sum(0)
@@ -111,7 +109,7 @@ def rbf_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 class LearnedPrior(nn.Module):
-    """Rates ``sigmoid(W n + b)``, ``n ~ N(0, I)``: learned with the rest, through the MMD."""
+    """Prior of rates ``sigmoid(W n + b)``, ``n ~ N(0, I)``, learned through the MMD."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -125,11 +123,11 @@ class LearnedPrior(nn.Module):
 
 
 class GaussianMixturePrior(nn.Module):
-    r"""Rates from a mixture of Gaussians that is fitted to those of the training images.
+    r"""Mixture of Gaussians, fitted to the rates of the training images.
 
-    Most rates are 0 or 1, or nearly: a density that no few Gaussians have. So of a draw ``x`` of
-    the mixture only the ranks are taken, each channel's by the mixture's distribution function, and
-    the rate is that of the same rank among the training images' (a Gaussian mixture copula):
+    Most rates are 0 or 1, or nearly, and no few Gaussians have that density. So only the rank of a
+    draw ``x`` is used, in each channel by the mixture's distribution function, and the rate is the
+    one of this rank among the training images' rates (a Gaussian mixture copula):
 
     .. math::
         r_c = Q_c(F_c(x_c)), \quad x \sim \sum_k w_k N(\mu_k, \Sigma_k), \quad
@@ -138,13 +136,12 @@ class GaussianMixturePrior(nn.Module):
     with the quantile function :math:`Q_c` of channel c, a step function over the ``levels`` + 1
     values that a mean of spikes can have.
 
-    Its tensors are buffers, so a checkpoint has them; they are 0 until :meth:`fit`. One with
-    another number of components can be loaded.
+    Its tensors are buffers, so a checkpoint has them; they are 0 until :meth:`fit`. A state dict
+    with another number of components can be loaded.
 
     Args:
         channels: latent channels d.
-        components: Gaussians in the mixture.
-        covariance: scikit-learn's ``covariance_type``: one of full, tied, diag and spherical.
+        components: Gaussians K, each with a full covariance.
         levels: time steps of which a rate is the mean.
         iterations: of the fit, at most.
 
@@ -156,49 +153,40 @@ class GaussianMixturePrior(nn.Module):
     et al. 2011, ICDM Workshops.
     """
 
-    weights: Tensor
-    means: Tensor
-    cholesky: Tensor
+    weights: Tensor  #: ``[K]``
+    means: Tensor  #: ``[K, d]``
+    cholesky: Tensor  #: factors of the covariances, ``[K, d, d]``
     cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
 
     def __init__(
-        self,
-        channels: int,
-        components: int = 10,
-        covariance: str = "full",
-        levels: int = 16,
-        iterations: int = 100,
+        self, channels: int, components: int = 10, levels: int = 16, iterations: int = 100
     ) -> None:
         super().__init__()
         check_sizes(components=components, iterations=iterations)
-        if covariance not in COVARIANCES:
-            raise ValueError(
-                f"covariance must be one of {', '.join(COVARIANCES)}, but it is {covariance!r}"
-            )
         self.components = components
-        self.covariance = covariance
         self.levels = levels
         self.iterations = iterations
-        shapes = {"weights": (), "means": (channels,), "cholesky": (channels, channels)}
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(components, *shape))
+        self.register_buffer("weights", torch.zeros(components))
+        self.register_buffer("means", torch.zeros(components, channels))
+        self.register_buffer("cholesky", torch.zeros(components, channels, channels))
         self.register_buffer("cumulative", torch.zeros(channels, levels + 1))
-        self.register_load_state_dict_pre_hook(_take_the_shape_of_what_is_loaded)
+        self.register_load_state_dict_pre_hook(_resize_components)
 
     @property
     def fitted(self) -> bool:
+        """Whether :meth:`fit` has succeeded, or a fitted mixture was loaded."""
         return bool(self.weights.any() and self.cumulative.any())
 
-    def forget(self) -> None:
-        """Be as before :meth:`fit`."""
+    def clear(self) -> None:
+        """Undo :meth:`fit`."""
         for buffer in self.buffers():
             buffer.zero_()
 
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the mixture to ``rates`` ``[n, d]`` by expectation maximisation.
 
-        Where that has not converged, or has more components than there are different rates, it is
-        logged in a line.
+        Logs a line where that has not converged, or where there are fewer different rates than
+        components.
 
         Raises:
             ValueError: fewer rates than components, of another width, or outside [0, 1].
@@ -218,37 +206,26 @@ class GaussianMixturePrior(nn.Module):
         check_rates(rates)
         # A channel that never or always fires has no spread of its own: regularise it.
         mixture = GaussianMixture(
-            self.components,
-            covariance_type=self.covariance,
-            reg_covar=1e-5,
-            max_iter=self.iterations,
-            random_state=seed,
+            self.components, reg_covar=1e-5, max_iter=self.iterations, random_state=seed
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # said below
+            warnings.simplefilter("ignore", ConvergenceWarning)  # logged below
             mixture.fit(rates.double().cpu().numpy())
         if (different := len(rates.unique(dim=0))) < self.components:
             log.warning(
-                "Different rates: %d, for %d components of the mixture, so that some of them are "
-                "alike; set fewer components.",
+                "Only %d different rates for %d components of the mixture, some of which are equal "
+                "therefore; set fewer components.",
                 different,
                 self.components,
             )
         elif not mixture.converged_:
             log.warning(
-                "The mixture of Gaussians still became better when its fit ended, so samples may "
-                "be less like the training images than they could be; raise iterations, now %d.",
+                "The mixture's fit has not converged in %d iterations, so samples may be less like "
+                "the training images than they could be; raise iterations.",
                 self.iterations,
             )
-        covariances = torch.as_tensor(mixture.covariances_)
-        full = {
-            "full": lambda: covariances,
-            "tied": lambda: covariances.expand(self.components, d, d),
-            "diag": lambda: torch.diag_embed(covariances),
-            "spherical": lambda: covariances.view(-1, 1, 1) * torch.eye(d),
-        }[self.covariance]()
-        cholesky = torch.linalg.cholesky(full)
-        # What was loaded may have had another number of components.
+        cholesky = torch.linalg.cholesky(torch.as_tensor(mixture.covariances_))
+        # A loaded mixture may have had another number of components.
         self.weights = torch.as_tensor(mixture.weights_).to(self.weights)
         self.means = torch.as_tensor(mixture.means_).to(self.means)
         self.cholesky = cholesky.to(self.cholesky)
@@ -260,8 +237,8 @@ class GaussianMixturePrior(nn.Module):
         """Draw ``n`` rates ``[n, d]``."""
         if not self.fitted:
             raise RuntimeError(
-                "the mixture of Gaussians is not fitted yet; train to the end, fit it to what "
-                "is trained by `sj-taid fit_prior`, or draw from prior='learned'"
+                "the mixture of Gaussians is not fitted; call model.fit_prior(images) or "
+                "`sj-taid fit_prior`, or draw from the learned prior: sample_from='learned'"
             )
         if n == 0:
             return self.means.new_zeros(0, self.means.shape[1])
@@ -278,10 +255,11 @@ class GaussianMixturePrior(nn.Module):
         return level.t().to(x.dtype) / self.levels
 
 
-def _take_the_shape_of_what_is_loaded(
-    prior: GaussianMixturePrior, state: dict[str, Tensor], prefix: str, *others: Any
+def _resize_components(
+    mixture: GaussianMixturePrior, state: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
+    """Make room for the components of the state dict that is loaded."""
     for name in ("weights", "means", "cholesky"):
         if (loaded := state.get(prefix + name)) is not None:
-            buffer = getattr(prior, name)
-            setattr(prior, name, buffer.new_empty(len(loaded), *buffer.shape[1:]))
+            buffer = getattr(mixture, name)
+            setattr(mixture, name, buffer.new_zeros(len(loaded), *buffer.shape[1:]))

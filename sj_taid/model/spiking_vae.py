@@ -1,4 +1,4 @@
-"""What the spiking generators share: an encoder, a decoder and an image decoder around a latent."""
+"""Base class of the spiking generators: encoder, decoder and image decoder around a latent."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,15 +18,14 @@ from .block import (
     check_images,
     conv_block,
     conv_transpose_block,
-    encoder_widths,
-    evaluating,
-    halved,
+    encoder_shape,
+    eval_mode,
     linear_block,
     reset,
 )
 
-#: ALIF that starts as the original's neuron: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
-#: rectangular surrogate of width 1 (SpikingJelly's two lines share this spelling of it).
+#: ALIF that starts as the neuron of the original FSVAE: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
+#: rectangular surrogate of width 1 (both SpikingJelly versions have it under this name).
 original_neuron = partial(
     ALIFNode,
     init_tau=4 / 3,
@@ -39,16 +38,15 @@ original_neuron = partial(
 
 
 class SpikingVAE(nn.Module):
-    """An image goes in, spikes carry it through, an image comes out.
+    """Spiking autoencoder of images; its subclasses FSVAE and ESVAE define the latent.
 
-    The image is the input current of every time step. Encoder: 3x3 convolutions of stride 2, each
-    with tdBN and a neuron, then a spiking linear layer to the latent channels. Between: the latent
-    of the subclass. Decoder: the mirror image, a stride-2 block to full resolution and a last 3x3
-    convolution without neuron, whose sequence ``[T, N, C, H, W]`` the image decoder turns into one
-    image; tanh.
+    The image is the input current of every time step. Encoder: convolutions 3x3 of stride 2, each
+    with tdBN and a neuron, then a spiking linear layer to the latent channels. Decoder: the mirror
+    image, a block of stride 2 to full resolution and a last convolution 3x3 without neuron. Its
+    output ``[T, N, C, H, W]`` becomes one image by the image decoder, then tanh.
 
-    Every pass starts from rest, so that two calls in a row never mix, and leaves the neurons at
-    rest: :func:`sj_taid.monitor` or a forward hook sees what they did.
+    Every pass starts from rest and leaves the neurons at rest, so that two calls in a row never
+    mix; :func:`sj_taid.monitor` or a forward hook sees their activity.
 
     Args:
         in_channels: image channels C.
@@ -58,17 +56,18 @@ class SpikingVAE(nn.Module):
             The default gives the original's for 32x32 and for 64x64.
         latent_channels: width of the latent spike train.
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
-        decoder: the image decoder, :class:`~sj_taid.TAID` (default) or
-            :class:`~sj_taid.FixedDecoder`, made for the same T.
+        image_decoder: :class:`~sj_taid.TAID` (default) or :class:`~sj_taid.FixedDecoder`, made for
+            the same T.
         fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
         subpixel: in place of the block at full resolution and the last convolution, a convolution
-            at half of it whose channels are the four pixels of each place (Shi et al. 2016,
-            arXiv 1609.05158). At 32x32 a training step takes a third less time.
-        gradient_weight: of the mean absolute error of differences of neighbouring pixels, beside
-            the squared error: images become sharper (Mathieu et al. 2016, arXiv 1511.05440, with
-            signed differences).
+            at half resolution with four channels per image channel, one for each pixel (Shi et al.
+            2016, arXiv 1609.05158). At 32x32 a training step takes a third less time.
+        gradient_weight: weight of the mean absolute error of differences of neighbouring pixels,
+            next to the squared error, for sharper images (Mathieu et al. 2016, arXiv 1511.05440,
+            with signed differences).
 
     Raises:
+        TypeError: ``neuron`` or ``image_decoder`` is none.
         ValueError: sizes that do not fit, or images of another shape; outside training also
             values beyond [-1, 1] or NaN.
     """
@@ -81,7 +80,7 @@ class SpikingVAE(nn.Module):
         hidden_channels: int | Sequence[int] = 32,
         latent_channels: int = 128,
         neuron: Neuron = original_neuron,
-        decoder: nn.Module | None = None,
+        image_decoder: nn.Module | None = None,
         fused_norm: bool = True,
         subpixel: bool = False,
         gradient_weight: float = 0.0,
@@ -89,22 +88,21 @@ class SpikingVAE(nn.Module):
         super().__init__()
         check_sizes(in_channels=in_channels, T=T, latent_channels=latent_channels)
         check_weights(gradient_weight=gradient_weight)
-        widths = encoder_widths(hidden_channels, image_size)
-        decoder = TAID(T) if decoder is None else decoder
-        if not isinstance(decoder, nn.Module):
+        widths, side = encoder_shape(hidden_channels, image_size)
+        image_decoder = TAID(T) if image_decoder is None else image_decoder
+        if not isinstance(image_decoder, nn.Module):
             raise TypeError(
-                f"decoder must be an image decoder, such as TAID({T}) or FixedDecoder({T}), but it "
-                f"is {decoder!r:.80}; on the command line choose it with decoder=NAME"
+                f"image_decoder must be a layer, such as TAID({T}) or FixedDecoder({T}), but it is "
+                f"{image_decoder!r:.80}; on the command line choose it with decoder=NAME"
             )
-        if decoder.T != T:
-            raise ValueError(f"the image decoder was made for T={decoder.T}, the model for T={T}")
+        if image_decoder.T != T:
+            raise ValueError(f"the image decoder is for T={image_decoder.T}, the model for T={T}")
         self.in_channels = in_channels
         self.image_size = image_size
         self.T = T
         self.latent_channels = latent_channels
         self.gradient_weight = gradient_weight
 
-        side = halved(image_size, widths)
         self._code_shape = (widths[-1], side, side)
         code = widths[-1] * side * side
         (self.stem, first_neuron), *blocks = (
@@ -112,7 +110,7 @@ class SpikingVAE(nn.Module):
         )
         self.encoder = nn.Sequential(first_neuron, *blocks)
         self.to_latent = linear_block(code, latent_channels, neuron)
-        self._make_latent(neuron)  # here: the order of making is that of the random weights
+        self._make_latent(neuron)  # here, since the order sets the random weights
         self.from_latent = linear_block(latent_channels, code, neuron)
         reverse = (*reversed(widths), *(() if subpixel else widths[:1]))
         self.decoder = nn.Sequential(
@@ -124,7 +122,7 @@ class SpikingVAE(nn.Module):
             else [nn.ConvTranspose2d(widths[0], in_channels, 3, padding=1)]
         )
         self.to_image = layer.SeqToANNContainer(*last)
-        self.image_decoder = decoder
+        self.image_decoder = image_decoder
         if fused_norm:
             fuse_norm(self)
 
@@ -143,7 +141,7 @@ class SpikingVAE(nn.Module):
         return latent_seq
 
     def latent_spikes(self, image: Tensor) -> Tensor:
-        """Latent spikes ``[T, N, latent]`` drawn for ``image``, which the decoder is given."""
+        """Draw the decoder's input ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
         raise NotImplementedError
 
     def decode(self, z_seq: Tensor) -> Tensor:
@@ -151,33 +149,33 @@ class SpikingVAE(nn.Module):
         return self.image_decoder(self.decode_sequence(z_seq)).tanh()
 
     def decode_sequence(self, z_seq: Tensor) -> Tensor:
-        """What the image decoder weighs: ``[T, N, C, H, W]`` for ``[T, N, latent]``."""
+        """The image decoder's input ``[T, N, C, H, W]`` for latent spikes ``[T, N, latent]``."""
         reset(self.from_latent, self.decoder)
         x_seq = self.from_latent(z_seq).unflatten(2, self._code_shape)
         image_seq = self.to_image(self.decoder(x_seq))
         reset(self.from_latent, self.decoder)
         return image_seq
 
-    def summed(self, output: Tensor, image: Tensor, latent: Tensor) -> dict[str, Tensor]:
-        """``loss`` and its terms: what compares two images ``[N, C, H, W]``, and ``latent``."""
+    def sum_losses(self, output: Tensor, image: Tensor, latent: Tensor) -> dict[str, Tensor]:
+        """``loss`` and its terms: the errors of images ``[N, C, H, W]``, and ``latent``."""
         terms = {"reconstruction": F.mse_loss(output, image), "latent": latent}
         if self.gradient_weight:
-            gradients = [F.l1_loss(output.diff(dim=k), image.diff(dim=k)) for k in (2, 3)]
-            terms["gradient"] = self.gradient_weight * (gradients[0] + gradients[1])
+            height, width = (F.l1_loss(output.diff(dim=k), image.diff(dim=k)) for k in (2, 3))
+            terms["gradient"] = self.gradient_weight * (height + width)
         return {"loss": torch.stack([*terms.values()]).sum(), **terms}
 
     def sample(self, n: int) -> Tensor:
         """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior.
 
-        Without gradient and in eval mode; after, every module is back in the mode it was in.
+        Without gradient and in eval mode; after, every module is back in its own mode.
 
         Raises:
             ValueError: ``n`` is no integer >= 0.
         """
         check_count(n)
-        with evaluating(self), torch.no_grad():
+        with eval_mode(self), torch.no_grad():
             return self.decode(self.sample_latent(n))
 
     def sample_latent(self, n: int) -> Tensor:
-        """Latent spikes ``[T, n, latent]`` drawn from the prior."""
+        """Draw latent spikes ``[T, n, latent]`` from the prior."""
         raise NotImplementedError

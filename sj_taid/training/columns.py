@@ -57,7 +57,7 @@ METRICS = {
 METRICS |= {
     f"{name}_{prior}": METRICS[name]._replace(title=f"{METRICS[name].title[:-2]}, {label} ↓")
     for name in ("fad", "fad_published", "fid")
-    for prior, label in {"learned": "learned prior", "gaussian_mixture": "mixture"}.items()
+    for prior, label in {"learned": "learned prior", "mixture": "mixture"}.items()
 }
 #: What a run took.
 COSTS = {

@@ -417,12 +417,12 @@ def sample(cfg: DictConfig) -> None:
             f"{cfg.checkpoint} holds a {type(model).__name__}, which draws nothing; "
             "give a checkpoint of task=generation"
         )
-    if cfg.prior:
+    if cfg.sample_from:
         _require_esvae(model, cfg.checkpoint)
     torch.manual_seed(cfg.seed)
-    with model.drawing_from(cfg.prior) if cfg.prior else nullcontext():
+    with model.draw_from(cfg.sample_from) if cfg.sample_from else nullcontext():
         images = model.sample(cfg.n)
-    prior = f"{cfg.prior}-" if cfg.prior else ""
+    prior = f"{cfg.sample_from}-" if cfg.sample_from else ""
     path = Path(cfg.output or run.folder / f"samples-{prior}seed{cfg.seed}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(images, path, cfg.columns, "Samples from the prior")
@@ -441,11 +441,11 @@ def fit_prior(cfg: DictConfig) -> None:
         config = run.config
         model: Any = run.model(cfg.trust or ())
         _require_esvae(model, cfg.checkpoint)
-        names = ("components", "covariance", "iterations")
+        names = ("components", "iterations")
         given = {name: cfg[name] for name in names if cfg[name] is not None}
-        settings = {name: getattr(model.gaussian_mixture, name) for name in names} | given
+        settings = {name: getattr(model.mixture, name) for name in names} | given
         mixture = GaussianMixturePrior(model.latent_channels, levels=model.T, **settings)
-        model.gaussian_mixture = mixture
+        model.mixture = mixture
         data = build(OmegaConf.merge(config.dataset, _given(cfg.dataset)), cfg.trust or ())
         data.prepare_data()
         data.setup()
@@ -455,11 +455,11 @@ def fit_prior(cfg: DictConfig) -> None:
         # Beside averaged weights Lightning keeps those that go on training.
         for state in {"state_dict", "current_model_state"} & checkpoint.keys():
             for name, tensor in mixture.state_dict().items():
-                checkpoint[state][f"model.gaussian_mixture.{name}"] = tensor
-        own = model.prior == "gaussian_mixture"
+                checkpoint[state][f"model.mixture.{name}"] = tensor
+        own = model.sample_from == "mixture"
         for name in OF_SAMPLES:
             for figures in (metrics, metrics.get("protocol", {})):
-                figures.pop(name if own else f"{name}_gaussian_mixture", None)
+                figures.pop(name if own else f"{name}_mixture", None)
         later = [f"model.{name}={value}" for name, value in given.items()]
         if metrics:  # before the checkpoint: what is killed between has fewer figures, none wrong
             metrics["overrides"] = chosen([*given_overrides(metrics), *later], ())

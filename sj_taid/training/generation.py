@@ -53,7 +53,7 @@ class Generation(Autoencoding):
         groups = super().optimized()
         if self.prior_lr_scale is None:
             return groups
-        prior = [*self.model.learned.parameters()]
+        prior = [*self.model.prior.parameters()]
         apart = {*prior}
         for group in groups:
             group["params"] = [p for p in group["params"] if p not in apart]
@@ -68,19 +68,19 @@ class Generation(Autoencoding):
         if data.validation_set is not None:  # what its metric lacks shows now
             with seeded(evaluator.seed):
                 _fad_alone(evaluator).ready_metrics(data.test_on_validation(), torch.device("cpu"))
-        with self._drawing_from("learned"):  # the mixture is not fitted yet
+        with self._draw_from("learned"):  # the mixture is not fitted yet
             untrained = evaluator.evaluate_samples(self.model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
     def on_train_start(self) -> None:
         if isinstance(self.model, ESVAE):  # a longer run's is not that of the shorter before it
-            self.model.gaussian_mixture.forget()
+            self.model.mixture.clear()
 
     def on_last_epoch_end(self, data: ImageData, kept: Generation) -> None:
         if isinstance(self.model, ESVAE):
             with seeded(0):  # a run that goes on to more epochs draws what it would have drawn
                 kept.fit_prior(data)
-            self.model.gaussian_mixture.load_state_dict(kept.model.gaussian_mixture.state_dict())
+            self.model.mixture.load_state_dict(kept.model.mixture.state_dict())
 
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's mixture of Gaussians to the training images as they are, not augmented."""
@@ -95,7 +95,7 @@ class Generation(Autoencoding):
             figures["validation_fad"] = chosen["fad"]
             figures["protocol"]["validation_fad"] = chosen["protocol"]["fad"]
         for prior in self._other_priors():
-            with self._drawing_from(prior):
+            with self._draw_from(prior):
                 others = evaluator.evaluate_samples(self.model, data)
             for name, how in others.pop("protocol").items():
                 figures[f"{name}_{prior}"] = others[name]
@@ -106,12 +106,12 @@ class Generation(Autoencoding):
         """Those beside the model's own that it can draw from."""
         if not isinstance(self.model, ESVAE):
             return []
-        fitted = ["gaussian_mixture"] if self.model.gaussian_mixture.fitted else []
-        return [prior for prior in ("learned", *fitted) if prior != self.model.prior]
+        fitted = ["mixture"] if self.model.mixture.fitted else []
+        return [prior for prior in ("learned", *fitted) if prior != self.model.sample_from]
 
-    def _drawing_from(self, prior: str) -> AbstractContextManager[None]:
+    def _draw_from(self, prior: str) -> AbstractContextManager[None]:
         model = self.model
-        return model.drawing_from(prior) if isinstance(model, ESVAE) else nullcontext()
+        return model.draw_from(prior) if isinstance(model, ESVAE) else nullcontext()
 
     def report(self, metrics: dict[str, Any]) -> list[str]:
         before = metrics.get("fad_untrained")

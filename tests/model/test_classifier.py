@@ -3,6 +3,7 @@
 import gc
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
@@ -12,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sj_taid import ALIFNode
 from sj_taid.model import Classifier
 from sj_taid.model.classifier import paper_neuron
+from tests.model.conftest import images
 
 SMALL = {"image_size": 8, "T": 4, "stages": [[6, 6], [8]], "hidden": 20, "neurons_per_class": 3}
 
@@ -23,15 +25,11 @@ NEURONS = {
 }
 
 
-def images(n=6):
-    return torch.rand(n, 1, 8, 8) * 2 - 1
-
-
 def frames(T=3, n=6):
     return torch.rand(T, n, 1, 8, 8).round()
 
 
-@pytest.mark.parametrize("make_input", [images, frames])
+@pytest.mark.parametrize("make_input", [partial(images, 6), frames])
 @pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
 def test_every_parameter_learns(make, make_input):
     model = Classifier(**SMALL, neuron=make)
@@ -44,16 +42,16 @@ def test_every_parameter_learns(make, make_input):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_parameters_per_channel_and_no_norm():
+def test_per_channel_without_norm():
     net = Classifier(**SMALL, norm=False, per_channel=True)
     sizes = [n.v_threshold.numel() for n in net.modules() if isinstance(n, ALIFNode)]
-    assert sizes == [6, 6, 8, 20, 30] and net(images()).shape == (6, 10)
+    assert sizes == [6, 6, 8, 20, 30] and net(images(6)).shape == (6, 10)
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert all(m.bias is not None for m in convolutions)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
 
 
-def test_the_papers_nets():
+def test_stages_of_the_papers_nets():
     mnist = Classifier()
     assert [m.out_channels for m in mnist.modules() if isinstance(m, nn.Conv2d)] == [128, 128]
     assert [m.weight.shape for m in mnist.modules() if isinstance(m, nn.Linear)] == [
@@ -67,12 +65,16 @@ def test_the_papers_nets():
     assert cifar10.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-def test_an_odd_side_is_pooled_as_n_mnists_34():
+def test_takes_numpys_whole_numbers():
+    assert Classifier(classes=np.int64(3), stages=[[np.int64(4)]], hidden=8).classes == 3
+
+
+def test_stages_pool_an_odd_side():
     model = Classifier(2, 34, stages=[[3], [3], [3]], hidden=5)
     assert model(torch.zeros(2, 2, 2, 34, 34)).shape == (2, 10)
 
 
-def test_the_static_convolution_is_computed_once():
+def test_forward_computes_the_static_convolution_once():
     model = Classifier(**SMALL)
     seen = []
     for module in model.modules():
@@ -84,22 +86,22 @@ def test_the_static_convolution_is_computed_once():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_an_image_is_the_same_current_at_every_step(training):
+def test_forward_of_an_image_equals_repeating_it(training):
     model = Classifier(**SMALL | {"dropout": (0.0, 0.0)}).double().train(training)
-    image = images().double()
+    image = images(6).double()
     repeated = image.expand(SMALL["T"], *image.shape)
     assert torch.equal(model(image), model(repeated))
 
 
-def test_two_calls_in_a_row_never_mix():
+def test_forward_twice_never_mixes():
     model = Classifier(**SMALL).eval()
-    image = images()
+    image = images(6)
     first = model(image)
     model(images(5))
     assert torch.equal(model(image), first)
 
 
-def test_a_dropout_mask_holds_for_all_steps_of_one_pass():
+def test_dropout_mask_is_shared_by_the_steps_of_a_pass():
     model = Classifier(**SMALL)
     hidden = model.head[:1]
     assert isinstance(hidden[0], layer.Dropout)
@@ -107,19 +109,19 @@ def test_a_dropout_mask_holds_for_all_steps_of_one_pass():
     dropped = hidden(torch.ones(5, 2, 400))
     assert 0.4 < (dropped == 0).double().mean() < 0.6
     assert torch.equal(dropped, dropped[:1].expand_as(dropped))
-    model(images())
+    model(images(6))
     functional.reset_net(model)
     assert not torch.equal(hidden(torch.ones(5, 2, 400)), dropped)
 
 
-def test_one_compiled_graph_whatever_other_nets_live():
+def test_compiled_graph_whatever_other_nets_live():
     torch.compiler.reset()
     other = Classifier(**SMALL)
     functional.reset_net(other)  # SpikingJelly 2.x remembers it as long as it lives
     model = Classifier(**SMALL).eval()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    image = images()
+    image = images(6)
     first = compiled(image)
     del other
     gc.collect()
@@ -128,9 +130,9 @@ def test_one_compiled_graph_whatever_other_nets_live():
 
 
 @pytest.mark.parametrize("output_neuron", [True, False])
-def test_the_outputs_of_each_step_and_their_mean(output_neuron):
+def test_forward_each_step(output_neuron):
     model = Classifier(**SMALL | {"dropout": (0.0, 0.0)}, output_neuron=output_neuron)
-    x = images()
+    x = images(6)
     outputs = model(x, each_step=True)
     assert outputs.shape == (4, 6, 10)
     torch.testing.assert_close(outputs.mean(0), model(x))
@@ -140,7 +142,7 @@ def test_the_outputs_of_each_step_and_their_mean(output_neuron):
     assert model.state_dict().keys() <= Classifier(**SMALL).state_dict().keys()
 
 
-def test_a_rate_is_the_mean_over_time_and_a_class():
+def test_forward_is_the_mean_over_time_and_a_class():
     model = Classifier(**SMALL)
     spikes = torch.zeros(4, 1, 30)
     spikes[0, 0, 3:6] = 1  # all three neurons of class 1, once in four steps
@@ -153,7 +155,7 @@ def test_a_rate_is_the_mean_over_time_and_a_class():
 def test_learns_to_tell_images_apart(make):
     model = Classifier(**SMALL | {"dropout": (0.0, 0.0)}, neuron=make)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    image, target = images(), torch.eye(10)[:6]
+    image, target = images(6), torch.eye(10)[:6]
     for _ in range(60):
         optimizer.zero_grad()
         nn.functional.mse_loss(model(image), target).backward()
@@ -178,6 +180,7 @@ def test_learns_to_tell_images_apart(make):
         ({"dropout": 0.5}, r"dropout must be two probabilities in \[0, 1\)"),
         ({"dropout": (0.5, 1.0)}, r"dropout must be two probabilities in \[0, 1\)"),
         ({"neuron": ALIFNode}, "neurons in step mode 'm', but ALIFNode is in 's'"),
+        ({"classes": np.float64(3)}, "classes must be an integer >= 2"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -186,14 +189,14 @@ def test_bad_arguments(change, message):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 3, 8, 8), (4, 2, 1, 8, 9), (2, 1, 16, 16)])
-def test_bad_input(shape):
+def test_forward_of_bad_shape(shape):
     expected = r"images \[N, 1, 8, 8\] or frames \[T, N, 1, 8, 8\], but got"
     with pytest.raises(ValueError, match=expected):
         Classifier(**SMALL)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_bad_values(wrong):
+def test_forward_of_bad_values(wrong):
     model = Classifier(**SMALL).eval()
     x = 7 * frames()  # counts of events have no bound
     assert model(x).isfinite().all()

@@ -91,11 +91,11 @@ def test_no_cast_without_a_graph_is_left_for_the_pass_with_gradient():
         assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-def test_presampling_by_step_leaves_batch_norm_alone():
+def test_presampling_sample_steps_leaves_batch_norm_alone():
     posterior = Posterior(C, K, original_neuron).double()
     before = posterior.net[0][0][1].running_mean.clone()
     with torch.no_grad():
-        posterior._by_step(spikes(), picks())
+        posterior._sample_steps(spikes(), picks())
     assert torch.equal(posterior.net[0][0][1].running_mean, before)
     assert posterior.training and posterior.net.training
 
@@ -166,11 +166,6 @@ def test_kl_loss():
             expected = expected + on + off
     torch.testing.assert_close(kl_loss(q, p), expected.mean())
     assert kl_loss(q, q) == 0 and kl_loss(q, p) > 0
-
-
-def test_unknown_presampling():
-    with pytest.raises(ValueError, match=r"presampling must be one of \('step', 'prefix'\)"):
-        Posterior(C, K, original_neuron, "fast")
 
 
 def test_a_compiled_prior_takes_the_same_samples_of_its_own_from_the_same_graphs():

@@ -31,19 +31,19 @@ def finished(trained):
 
 def test_a_run_ends_with_a_fitted_mixture_and_the_figures_of_both_priors(finished):
     model = load_model(finished)
-    assert model.gaussian_mixture.fitted
+    assert model.mixture.fitted
     metrics = Run(finished).metrics
-    assert metrics["fad"] > 0 and metrics["fad_gaussian_mixture"] > 0
-    assert metrics["fad"] != metrics["fad_gaussian_mixture"]
-    assert metrics["protocol"]["fad_gaussian_mixture"].endswith("the prior gaussian_mixture")
+    assert metrics["fad"] > 0 and metrics["fad_mixture"] > 0
+    assert metrics["fad"] != metrics["fad_mixture"]
+    assert metrics["protocol"]["fad_mixture"].endswith("the prior mixture")
     assert (finished / "attention.png").is_file()
 
 
 def test_the_models_own_prior_comes_first(tiny, tmp_path, finished):
-    cfg = tiny(*TINY_ESVAE, "model.prior=gaussian_mixture", tiny=False)
+    cfg = tiny(*TINY_ESVAE, "model.sample_from=mixture", tiny=False)
     metrics = train(cfg, tmp_path, command="")
     first = Run(finished).metrics
-    assert metrics["fad"] == first["fad_gaussian_mixture"]
+    assert metrics["fad"] == first["fad_mixture"]
     assert metrics["fad_learned"] == first["fad"]
     assert metrics["fad_untrained"] == first["fad_untrained"]
 
@@ -66,45 +66,45 @@ def test_generation_report_notes_a_learned_prior_near_untrained(values, note):
 
 def test_a_mixture_is_fitted_later_by_one_command(folder, finished, sj_taid):
     before = torch.load(Run(folder).checkpoint, weights_only=True)
-    sj_taid("fit_prior", f"checkpoint={folder}", "components=3", "covariance=diag")
+    sj_taid("fit_prior", f"checkpoint={folder}", "components=3", "iterations=9")
     after = torch.load(Run(folder).checkpoint, weights_only=True)
     assert after.keys() == before.keys()
     for name, tensor in after["state_dict"].items():
-        if "gaussian_mixture" in name:
+        if "mixture" in name:
             assert tensor.isfinite().all(), name
         else:
             assert torch.equal(tensor, before["state_dict"][name]), name
-    assert len(load_model(folder).gaussian_mixture.means) == 3
+    assert len(load_model(folder).mixture.means) == 3
     assert Run(folder).config.model.components == 3
-    later = ["model.components=3", "model.covariance=diag"]
+    later = ["model.components=3", "model.iterations=9"]
     assert Run(folder).metrics["overrides"] == later
     assert Run(folder).metrics["command"].split(" ", 2) == ["sj-taid", "train", " ".join(later)]
     figures = evaluate(compose("evaluate", [f"checkpoint={folder}"]))["figures"]
     fitted, metrics = Run(finished).metrics, Run(folder).metrics
     assert figures["fad"] == metrics["fad"] == fitted["fad"]
-    assert figures["fad_gaussian_mixture"] != fitted["fad_gaussian_mixture"]
+    assert figures["fad_mixture"] != fitted["fad_mixture"]
     # What was measured of the mixture before would be taken for this one's.
-    assert fitted.keys() - metrics.keys() == {"fad_gaussian_mixture"}
-    assert "fad_gaussian_mixture" not in metrics["protocol"]
+    assert fitted.keys() - metrics.keys() == {"fad_mixture"}
+    assert "fad_mixture" not in metrics["protocol"]
     (evaluation,) = Run(folder).evaluations
     assert evaluation["figures"] == figures
 
     drawn = []
-    for prior in ("learned", "gaussian_mixture"):
-        sj_taid("sample", f"checkpoint={folder}", "n=4", f"prior={prior}")
+    for prior in ("learned", "mixture"):
+        sj_taid("sample", f"checkpoint={folder}", "n=4", f"sample_from={prior}")
         drawn.append((folder / f"samples-{prior}-seed0.png").read_bytes())
     assert drawn[0] != drawn[1]
 
 
 def test_a_run_that_goes_on_fits_the_mixture_again(folder, tiny):
-    before = load_model(folder).gaussian_mixture.means
+    before = load_model(folder).mixture.means
     cfg = tiny(*TINY_ESVAE, "trainer.max_epochs=2", tiny=False)
     train(cfg, folder, command="")
-    assert not torch.equal(load_model(folder).gaussian_mixture.means, before)
+    assert not torch.equal(load_model(folder).mixture.means, before)
 
 
 def test_a_mixture_of_the_models_own_takes_its_figures_along(tiny, tmp_path):
-    train(tiny(*TINY_ESVAE, "model.prior=gaussian_mixture", tiny=False), tmp_path, command="")
+    train(tiny(*TINY_ESVAE, "model.sample_from=mixture", tiny=False), tmp_path, command="")
     before = Run(tmp_path).metrics
     commands.fit_prior(compose("fit_prior", [f"checkpoint={tmp_path}"]))
     assert before.keys() - Run(tmp_path).metrics.keys() == {"fad"}
@@ -112,7 +112,7 @@ def test_a_mixture_of_the_models_own_takes_its_figures_along(tiny, tmp_path):
 
 def test_a_run_that_ends_within_an_epoch_fits_the_mixture(tiny, tmp_path):
     train(tiny(*TINY_ESVAE, "+trainer.max_steps=3", tiny=False), tmp_path, command="")
-    assert load_model(tmp_path).gaussian_mixture.fitted
+    assert load_model(tmp_path).mixture.fitted
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_weights_of_another_precision_are_refused(tiny, tmp_path, job, precision
 @pytest.mark.parametrize("key", ["max_epochs", "limit_train_batches", "+max_steps"])
 def test_a_run_that_trains_nothing_fits_the_mixture(tiny, tmp_path, key):
     none = f"{'+' * key.startswith('+')}trainer.{key.strip('+')}=0"
-    cfg = tiny(*TINY_ESVAE, "model.prior=gaussian_mixture", none, tiny=False)
+    cfg = tiny(*TINY_ESVAE, "model.sample_from=mixture", none, tiny=False)
     assert train(cfg, tmp_path)["fad"] > 0
 
 
@@ -165,19 +165,19 @@ def test_a_run_that_is_stopped_early_fits_the_mixture(tiny, tmp_path):
     stop = ["monitor=val/reconstruction", "patience=0", "stopping_threshold=1e9"]
     early = [f"+callbacks.early.{key}" for key in stop]
     early += ["+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping"]
-    chosen = ["trainer.max_epochs=3", "model.prior=gaussian_mixture"]
+    chosen = ["trainer.max_epochs=3", "model.sample_from=mixture"]
     metrics = train(tiny(*TINY_ESVAE, *early, *chosen, tiny=False), tmp_path, command="")
     assert metrics["epochs"] == 1 and metrics["fad"] > 0
-    assert load_model(tmp_path).gaussian_mixture.fitted
+    assert load_model(tmp_path).mixture.fitted
 
 
 def test_with_averaged_weights_the_mixture_is_fitted_to_their_rates(tiny, tmp_path):
     average = "lightning.pytorch.callbacks.EMAWeightAveraging"
     averaged = [f"+callbacks.ema._target_={average}", "+callbacks.ema.decay=1"]
-    chosen = [*TINY_ESVAE, *averaged, "optimizer.lr=1", "model.prior=gaussian_mixture"]
+    chosen = [*TINY_ESVAE, *averaged, "optimizer.lr=1", "model.sample_from=mixture"]
     metrics = train(tiny(*chosen, "trainer.max_epochs=2", tiny=False), tmp_path)
     assert metrics["fad"] > 0
-    within = load_model(tmp_path).gaussian_mixture.cumulative.clone()
+    within = load_model(tmp_path).mixture.cumulative.clone()
     assert within.unique().numel() > 2
 
     # Killed before its metrics it has no epoch left, and measures the averaged weights still.
@@ -187,7 +187,7 @@ def test_with_averaged_weights_the_mixture_is_fitted_to_their_rates(tiny, tmp_pa
 
     # Fitted later it is the same, and a run goes on with another number of components too.
     commands.fit_prior(compose("fit_prior", [f"checkpoint={tmp_path}"]))
-    assert torch.equal(load_model(tmp_path).gaussian_mixture.cumulative, within)
+    assert torch.equal(load_model(tmp_path).mixture.cumulative, within)
     commands.fit_prior(compose("fit_prior", [f"checkpoint={tmp_path}", "components=3"]))
     assert train(tiny(*chosen, "trainer.max_epochs=3", tiny=False), tmp_path)["epochs"] == 3
 
@@ -216,9 +216,9 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_it_ends(folder, cache, 
     with pytest.raises(SystemExit, match="stopped"):
         sj_taid(*longer, f"+callbacks.stop._target_={__name__}.Stop")
     assert not there.is_finished and there.config.trainer.max_epochs == 4
-    assert not load_model(folder).gaussian_mixture.fitted  # that of the first epoch's encoder
+    assert not load_model(folder).mixture.fitted  # that of the first epoch's encoder
     sj_taid(*longer[:-1], "trainer.max_epochs=3")
-    assert there.metrics["epochs"] == 3 and load_model(folder).gaussian_mixture.fitted
+    assert there.metrics["epochs"] == 3 and load_model(folder).mixture.fitted
 
 
 def test_weights_that_are_averaged_after_the_last_checkpoint_are_refused(tiny, tmp_path):
@@ -232,13 +232,13 @@ def test_a_mixture_fitted_later_is_as_in_the_run(folder, monkeypatch):
     made = []
 
     def mixture(*args, **kwargs):
-        made.append({name: kwargs[name] for name in ("components", "covariance", "iterations")})
+        made.append({name: kwargs[name] for name in ("components", "iterations")})
         return GaussianMixturePrior(*args, **kwargs)
 
     monkeypatch.setattr(commands, "GaussianMixturePrior", mixture)
     commands.fit_prior(compose("fit_prior", [f"checkpoint={folder}", "iterations=7"]))
     commands.fit_prior(compose("fit_prior", [f"checkpoint={folder}"]))
-    assert made == [{"components": 2, "covariance": "full", "iterations": 7}] * 2
+    assert made == [{"components": 2, "iterations": 7}] * 2
 
 
 def test_a_mixture_fitted_later_leaves_an_older_runs_choices_in_its_command(folder):
@@ -262,6 +262,6 @@ def test_another_model_has_no_mixture(tiny, tmp_path):
     train(tiny(), tmp_path, command="")
     with pytest.raises(ValueError, match=r"holds a FSVAE.*model=esvae"):
         commands.fit_prior(compose("fit_prior", [f"checkpoint={tmp_path}"]))
-    sample = compose("sample", [f"checkpoint={tmp_path}", "prior=learned"])
+    sample = compose("sample", [f"checkpoint={tmp_path}", "sample_from=learned"])
     with pytest.raises(ValueError, match=r"holds a FSVAE.*model=esvae"):
         commands.sample(sample)

@@ -279,7 +279,8 @@ def test_a_checkpoint_gives_the_trained_model(tiny, tmp_path):
     foreign = f"{{_target_: pathlib.Path.touch, self: {tmp_path / 'touched'}}}"
     for evil in (
         text.replace("sj_taid.TAID", "sj_taid.ops.alif.kernels.Path.touch"),
-        text.replace("\n  decoder:\n", "\n  decoder: ${evil}\n  ignored:\n") + f"evil: {foreign}\n",
+        text.replace("\n  image_decoder:\n", "\n  image_decoder: ${evil}\n  ignored:\n")
+        + f"evil: {foreign}\n",
     ):
         assert evil != text
         config.write_text(evil)
@@ -311,12 +312,15 @@ def test_unknown_choices_and_keys_list_what_there_is(tiny, override, error, mess
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("decoder.squeeze=time", "squeeze must be 'spatial', 'all' or 'none'"),
+        ("decoder.squeeze=time", "squeeze must be 'spatial', 'all' or 'pixel'"),
         ("neuron.backend=fpga", "'fpga' is unknown"),
         ("trainer.max_epochs=abc", "max_epochs must be a whole number from 0, but it is 'abc'"),
         ("trainer.max_epochs=-1", "max_epochs must be a whole number from 0, but it is -1"),
         ("seed=abc", "seed must be a whole number from 0, but it is 'abc'"),
-        ("model.decoder=taid", "it is 'taid'; on the command line choose it with decoder=NAME"),
+        (
+            "model.image_decoder=taid",
+            "it is 'taid'; on the command line choose it with decoder=NAME",
+        ),
         ("model.neuron=lif", "it is 'lif'; on the command line choose it with neuron=NAME"),
         ("neuron.init_tau=1.0", "init_tau must be a number of time steps greater than 1"),
         ("model.latent_loss=l1", "latent_loss must be one of mmd, kl"),

@@ -1,0 +1,195 @@
+"""What ESVAE and FSVAE share: shapes, state, gradients, neurons and image decoders, errors."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from spikingjelly.activation_based import functional
+from torch import nn
+
+from sj_taid import TAID, ALIFNode, FixedDecoder
+from sj_taid.model import ESVAE, FSVAE
+from tests.model.conftest import assert_every_parameter_learns, frozen_alif, images, lif, plif
+
+SIZES = {"image_size": 8, "T": 6, "hidden_channels": (6, 12), "latent_channels": 10}
+SMALL = {ESVAE: SIZES | {"components": 2}, FSVAE: SIZES | {"k": 4}}
+KINDS = pytest.mark.parametrize("kind", SMALL)
+
+
+def make(kind, **options):
+    return kind(**SMALL[kind] | options)
+
+
+@pytest.mark.parametrize(("size", "channels", "width"), [(32, 1, 256), (64, 3, 512)])
+@KINDS
+def test_forward_at_the_originals_sizes(kind, size, channels, width):
+    model = kind(channels, size, T=2).eval()
+    with torch.no_grad():
+        output = model(images(1, channels, size))
+    assert output.image.shape == (1, channels, size, size) and output.image.abs().max() <= 1
+    assert output.q.shape == output.p.shape
+    assert output.q.shape == ((1, 128) if kind is ESVAE else (2, 1, 128, 20))
+    assert model.encoder[-1][0][0].out_channels == width
+
+
+@pytest.mark.parametrize("training", [True, False])
+@KINDS
+def test_forward_twice_never_mixes(kind, training):
+    model = make(kind).train(training)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            norm.momentum = 0.0  # the only state that training is meant to carry over
+
+    def run(image):
+        torch.manual_seed(0)
+        return model(image)
+
+    image = images()
+    first = run(image)
+    run(images(5))
+    for a, b in zip(first, run(image), strict=True):
+        assert torch.equal(a, b)
+
+
+@KINDS
+def test_forward_and_sample_leave_the_neurons_at_rest(kind):
+    model = make(kind)
+    model.training_loss(images(2), progress=1.0)
+    model.sample(2)
+    neurons = [m for m in model.modules() if isinstance(m, ALIFNode)]
+    assert neurons and all(node.v == node.v_reset for node in neurons)
+
+
+@KINDS
+def test_encode_equals_repeating_the_image(kind):
+    model = make(kind).double().eval()
+    image = images().double()
+    expected = model.encode(image)
+    x_seq = image.expand(model.T, *image.shape)
+    functional.reset_net(model)
+    repeated = model.to_latent(model.encoder(model.stem(x_seq)).flatten(2))
+    assert torch.equal(repeated, expected)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [TAID(6), TAID(6, squeeze="all", reduction=1), TAID(6, 3, squeeze="pixel"), FixedDecoder(6)],
+)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (ESVAE, {}),
+        (ESVAE, {"subpixel": True, "in_channels": 3}),
+        (FSVAE, {"subpixel": True, "in_channels": 3}),
+        (FSVAE, {"latent_loss": "kl"}),
+    ],
+)
+def test_training_loss_every_parameter_learns(kind, options, decoder):
+    model = make(kind, **options, image_decoder=copy.deepcopy(decoder))
+    image = images(16, model.in_channels)
+    assert model(image).image.shape == image.shape
+    losses = model.training_loss(image, progress=1.0)
+    assert losses["loss"] == losses["reconstruction"] + losses["latent"]
+    assert_every_parameter_learns(model, losses["loss"])
+
+
+@pytest.mark.parametrize("neuron", [lif, plif, frozen_alif])
+@KINDS
+def test_takes_any_spikingjelly_neuron(kind, neuron):
+    model = make(kind, neuron=neuron)
+    model.training_loss(images())["loss"].backward()
+    assert model.sample(2).shape == (2, 1, 8, 8)
+
+
+@KINDS
+def test_takes_numpys_whole_numbers(kind):
+    model = make(kind, hidden_channels=np.int64(4), T=np.int64(6))
+    assert model.sample(2).shape == (2, 1, 8, 8)
+
+
+@KINDS
+def test_sample_needs_no_mode_and_changes_nothing(kind):
+    model = make(kind)
+    model(images())
+    frozen = model.decoder[0][0][1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    drawn = model.sample(5)
+    assert drawn.shape == (5, 1, 8, 8) and not drawn.requires_grad
+    assert model.training and model.to_latent.training and not frozen.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_sum_losses_of_neighbouring_pixels():
+    model = make(ESVAE, gradient_weight=0.3)
+    image = torch.zeros(1, 1, 2, 3)
+    output = torch.tensor([[[[0.0, 1, 1], [0, 1, 0]]]])
+    # Along the width 1, 0, 1, -1; along the height 0, 0, -1.
+    losses = model.sum_losses(output, image, torch.tensor(2.0))
+    assert losses["gradient"].item() == pytest.approx(0.3 * (3 / 4 + 1 / 3))
+    assert losses["reconstruction"].item() == pytest.approx(3 / 6)
+    assert losses["loss"].item() == pytest.approx(0.3 * (3 / 4 + 1 / 3) + 3 / 6 + 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latent_channels": 0}, "latent_channels must be an integer >= 1, but it is 0"),
+        ({"in_channels": 1.0}, "in_channels must be an integer >= 1, but it is 1.0"),
+        ({"hidden_channels": (0, 4)}, r"hidden_channels\[0\] must be an integer >= 1, but it is 0"),
+        ({"hidden_channels": 0}, "hidden_channels must be an integer >= 1, but it is 0"),
+        ({"hidden_channels": 4.5}, "hidden_channels must be an integer >= 1, but it is 4.5"),
+        ({"hidden_channels": (4, 4.5)}, "hidden_channels must be numbers of channels"),
+        ({"T": True}, "T must be an integer >= 1, but it is True"),
+        ({"gradient_weight": float("nan")}, "gradient_weight must be a number >= 0, but it is nan"),
+        ({"image_decoder": TAID(3)}, "the image decoder is for T=3, the model for T=6"),
+        ({"image_size": 9, "hidden_channels": 4}, "image_size=9 cannot be halved 1 times"),
+        ({"image_size": 12, "hidden_channels": (4, 4, 4)}, "cannot be halved 3 times"),
+        ({"hidden_channels": ()}, "cannot be halved 0 times"),
+        ({"neuron": ALIFNode}, "neurons in step mode 'm', but ALIFNode is in 's'"),
+    ],
+)
+@KINDS
+def test_bad_sizes(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(kind, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_decoder": TAID}, r"image_decoder must be a layer, such as TAID\(6\)"),
+        ({"neuron": ALIFNode(step_mode="m")}, "neuron must make a neuron each time it is called"),
+        ({"decoder": TAID(6)}, "unexpected keyword argument 'decoder'"),
+    ],
+)
+@KINDS
+def test_bad_parts(kind, options, message):
+    with pytest.raises(TypeError, match=message):
+        make(kind, **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8), (2, 3, 8, 8), (2, 1, 16, 16)])
+@KINDS
+def test_bad_image_shape(kind, shape):
+    message = rf"{kind.__name__} expects images \[N, 1, 8, 8\], but got"
+    with pytest.raises(ValueError, match=message):
+        make(kind)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("wrong", [255.0, -1.1, torch.nan, torch.inf])
+@KINDS
+def test_bad_image_values(kind, wrong):
+    model = make(kind)
+    image = images()
+    image[0, 0, 0, 0] = wrong
+    message = rf"{kind.__name__} got values .*but expects finite values in \[-1, 1\]; scale pixels"
+    calls = [model, model.latent_spikes]
+    if kind is ESVAE:
+        calls += [model.rate, lambda image: model.fit_prior([image])]
+    for call in calls:
+        with pytest.raises(ValueError, match=message), torch.no_grad():
+            call(image)
+    model(image)  # a training step does not wait for the values; its loss tells
+    with pytest.raises(ValueError, match=message):
+        model.eval()(image)
