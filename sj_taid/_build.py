@@ -19,16 +19,17 @@ TRUSTED = (
 )
 
 
-def build(config: Any, trust: Collection[str] = (), **arguments: Any) -> Any:
-    """The object that a config describes: its ``_target_`` called with the other entries.
+def build(config: Any, trust: Collection[str] | None = None, **arguments: Any) -> Any:
+    """Build the object that a config describes: its ``_target_`` called with the other entries.
 
     Configs within it are built first. With ``_partial_`` it is a partial of the class. Nothing is
     called if one of the names is not trusted.
 
     Args:
         config: nested dictionaries and lists.
-        trust: full names of custom classes that may be called beside those of this package,
-            SpikingJelly's neurons and surrogates, ``torch.optim`` and torch's losses.
+        trust: full names of custom classes that may be called next to those of this package,
+            SpikingJelly's neurons and surrogates, ``torch.optim`` and torch's losses; None where
+            the user has no say.
         arguments: for the outermost class, over those of the config.
 
     Raises:
@@ -37,12 +38,15 @@ def build(config: Any, trust: Collection[str] = (), **arguments: Any) -> Any:
     >>> build({"_target_": "sj_taid.FixedDecoder", "T": 8}).T
     8
     """
-    foreign = [name for name in _targets(config) if name not in trust and not _is_trusted(name)]
-    if foreign:
+    names = [name for name in _targets(config) if name not in (trust or ())]
+    if foreign := [name for name in names if not _is_trusted(name)]:
+        remedy = (
+            "; if it is yours or from a trusted source, add "
+            f"trust=[{','.join(map(str, foreign))}], in training and in loading"
+        )
         raise ValueError(
             f"the config names {', '.join(map(repr, foreign))}: no public class of sj_taid, "
-            f"{', '.join(TRUSTED)}, so it could do anything; if it is yours or from a trusted "
-            f"source, add trust=[{','.join(map(str, foreign))}], in training and in loading"
+            f"{', '.join(TRUSTED)}, so it could do anything{'' if trust is None else remedy}"
         )
     return _call(config, arguments)
 

@@ -264,18 +264,7 @@ def test_damaged_config(folder, text, message):
 
 
 @pytest.mark.parametrize(
-    "target",
-    [
-        "os.system",
-        "sj_taid.pretrained.os.system",
-        "sj_taid.training.load_model",
-        "sj_taid.create_model",
-        "sj_taid.model.fsvae.NamedTuple",
-        "torch.nn.Linear",
-        "sj_taid.model.typo",
-        "spikingjelly.activation_based.surrogate.torch.hub.load",
-        None,
-    ],
+    "target", ["os.system", "sj_taid.create_model", "sj_taid.model.typo", "torch.nn.Linear", None]
 )
 @pytest.mark.parametrize("part", ["model", "neuron"])
 def test_config_calls_nothing_but_models_and_neurons(folder, target, part):
@@ -284,7 +273,7 @@ def test_config_calls_nothing_but_models_and_neurons(folder, target, part):
         change(folder, model=call)
     else:
         change_model(folder, neuron=call)
-    said = rf"config\.json does not describe .*: it names \[{target!r}\], no models"
+    said = rf"config\.json does not describe .*: the config names {target!r}: .* anything; the card"
     with pytest.raises(ValueError, match=said):
         create_model(folder)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _build
 from .._extras import needs
-from .._instantiate import instantiate, untrusted_targets
 from ..thresholds import set_fixed_thresholds
 
 CONFIG = "config.json"
@@ -121,12 +121,10 @@ def build(config: dict[str, Any]) -> nn.Module:
         ValueError: a class that is not trusted, arguments that it does not take, or no model.
     """
     try:
-        if untrusted := untrusted_targets(config):
-            raise ValueError(f"it names {untrusted}, no models, neurons or surrogates")
-        model = instantiate(config)
+        model = _build.build(config)
         if not isinstance(model, nn.Module):
             raise ValueError(f"it is a {type(model).__name__}")
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(
             f"{CONFIG} does not describe a model of this version of sj-taid: {error}; the card, "
             f"{CARD}, names the version that it is of"
