@@ -110,6 +110,6 @@ def reset_value(node: neuron.BaseNode, memory: str) -> Any:
     return node._memories_rv[memory]
 
 
-def in_default_precision(node: neuron.BaseNode) -> bool:
-    """Whether a neuron computes in its input's dtype: 2.x can give it a policy of its own."""
+def has_default_precision(node: neuron.BaseNode) -> bool:
+    """Whether a neuron computes in its input's dtype; 2.x can give it a policy of its own."""
     return getattr(node, "_neuron_precision", None) is None

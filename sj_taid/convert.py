@@ -1,10 +1,8 @@
-"""From SpikingJelly's neurons to ALIF, and back: the same outputs at the moment of the swap."""
+"""Conversion of SpikingJelly's neurons to ALIF and back, with equal outputs."""
 
-import copy
 import math
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from . import _compat
 from ._checks import check_net
 from ._table import table
+from ._tree import Site, copy_net, find_modules, replace_modules
 from .folding import fold_thresholds
 from .neuron import ALIFNode
 from .ops import backends
@@ -23,20 +22,8 @@ from .state import name_neurons
 #: The neurons with an ALIF that has the same outputs.
 _KINDS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 
-#: sigmoid(-128) is 0 in float32: no leak, the IF neuron. Finite, so that averaging keeps it.
+#: sigmoid(-128) is 0 in float32: no leak, the IF neuron. Finite, so that averages keep it.
 NO_LEAK_W = -128.0
-
-#: Where torch keeps a module's hooks. The dictionaries move, so handles to remove them still work.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 _HIDDEN = "a Python list, dict or tuple hides it from torch; use nn.ModuleList or nn.ModuleDict"
 
@@ -45,14 +32,13 @@ Channels = str | Mapping[str, int] | Callable[[str, nn.Module], int | None] | No
 
 @dataclass(frozen=True)
 class Swap:
-    """What happened to one neuron.
+    """What :func:`.swap_neurons` did with one neuron.
 
     Attributes:
-        names: every path in the net; several for a module used in several places, also in lists,
-            dicts and tuples.
+        names: every path to it in the net, also in lists, dicts and tuples.
         kind: the class it had.
         swapped: whether it was replaced.
-        note: how equal the outputs are, or why it was left alone.
+        note: how equal the outputs are, or why it was not replaced.
     """
 
     names: tuple[str, ...]
@@ -63,7 +49,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What :func:`.swap_neurons` did, one :class:`Swap` a neuron; ``print`` it for a table."""
+    """What :func:`.swap_neurons` did, one :class:`Swap` per neuron; ``print`` it for a table."""
 
     rows: tuple[Swap, ...]
 
@@ -74,7 +60,7 @@ class SwapReport:
 
     @property
     def kept(self) -> tuple[Swap, ...]:
-        """The neurons that were left alone, with the reason in ``note``."""
+        """The neurons that were not, with the reason in ``note``."""
         return tuple(row for row in self.rows if not row.swapped)
 
     def __str__(self) -> str:
@@ -95,11 +81,10 @@ def swap_neurons(
 ) -> SwapReport:
     r"""Replace the LIF, PLIF and IF nodes of ``net`` by :class:`~sj_taid.ALIFNode`, in place.
 
-    Kept from each node: tau, threshold, reset, ``decay_input``, surrogate (the same object),
-    ``detach_reset``, step mode, ``store_v_seq``, ``training``, device, hooks, the voltage and its
-    reset value, and PLIF's ``w`` itself (the same parameter, unless ``channels`` makes it ``[C]``
-    or it is in half precision), so that an optimiser made before the swap still holds it. A module
-    used in several places stays one module. The outputs at the swap are
+    Each neuron keeps its tau, threshold, reset, ``decay_input``, surrogate, ``detach_reset``, step
+    mode, ``store_v_seq``, ``training``, device, hooks and voltage, and PLIF its parameter ``w``
+    (unless ``channels`` makes it ``[C]`` or it is in half precision), so an optimiser made before
+    the swap still holds it. A module used in several places stays one module. The outputs are
 
     * bit for bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a
       tau that is a power of two;
@@ -107,20 +92,16 @@ def swap_neurons(
       :math:`\mathrm{sigmoid}(w)`, whose ``w`` is the float32 that brings it nearest to
       :math:`1/\tau`. A spike can differ where the voltage meets the threshold to the last bits.
 
-    IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is exactly 0. No
-    gradient leads away from there, so its ``w`` is frozen and its threshold alone learns.
+    IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is 0. No gradient
+    leads away from there, so its ``w`` is frozen and only its threshold learns.
 
-    Left alone and reported: subclasses of these nodes, which may do something else; other neurons
-    that are a ``BaseNode`` (SpikingJelly's ``PSN`` and ``SimpleLIFNode`` are none); nodes that
-    ``filter`` declines, whose threshold is a tensor, whose tau is 1, or that have a precision
-    policy of their own; neurons that only a Python list, dict or tuple holds, which hides them from
-    ``parameters()`` and ``reset_net`` too; and ``net`` itself, for which there is no place to put
-    another. A replaced neuron that still runs, since a closure or another object that is not looked
-    into holds it, warns.
+    Kept and reported: subclasses of these nodes and other neurons; nodes that ``filter`` declines,
+    with a tensor for a threshold, a tau of 1 or a precision policy; neurons that only a list, dict
+    or tuple holds; ``net`` itself. A replaced neuron that still runs from a closure warns.
 
     Args:
         net: any module with SpikingJelly neurons.
-        channels: ``None`` for one tau and threshold a layer; ``"infer"`` for one a channel,
+        channels: ``None`` for one tau and threshold per layer; ``"infer"`` for one per channel,
             counted by running ``example_input`` through a copy of ``net``; or a mapping from paths
             to C, or a function of path and node that returns C or ``None``.
         example_input: an input of ``net`` (a tuple for several), for ``channels="infer"``.
@@ -130,13 +111,9 @@ def swap_neurons(
         filter: ``filter(path, node)`` says whether to swap the node.
         backend: one of :func:`sj_taid.ops.backends.names`.
 
-    Returns:
-        The report: ``print`` it.
-
     Raises:
-        ValueError: ``channels`` is unknown, names no neuron, or is ``"infer"`` without
-            ``example_input``; a neuron's value that ALIF cannot take, such as a threshold below
-            ``min_v_threshold``.
+        ValueError: a bad ``channels``, or a neuron's value that ALIF cannot take, such as a
+            threshold below ``min_v_threshold``; the net is then as it was.
         TypeError: ``net`` is no module.
 
     >>> from spikingjelly.activation_based import layer, neuron
@@ -145,36 +122,29 @@ def swap_neurons(
     1 neurons swapped, 0 kept
     name  was      now   note
     1     LIFNode  ALIF  equal outputs
-    >>> net[1].tau.item(), net[1].v_threshold.requires_grad
-    (2.0, True)
     """
     check_net(net, "swap_neurons")
     backends.check_name(backend)
-    sites = _sites(net)
-    counts = _channel_counts(net, sites, channels, example_input)
+    sites = find_modules(net, neuron.BaseNode)
+    counts, unknown = _count_channels(net, sites, channels, example_input)
+    options = {
+        "learn_tau": learn_tau,
+        "learn_threshold": learn_threshold,
+        "min_v_threshold": min_v_threshold,
+        "backend": backend,
+    }
     rows = []
-    swaps: dict[nn.Module, nn.Module] = {}
+    new_of: dict[nn.Module, nn.Module] = {}
     for site in sites:
-        count = counts.get(site.path)
-        unknown = count if channels == "infer" and isinstance(count, str) else None
-        note = _why_keep(site, filter) or unknown
-        if note is None:
+        reason = _why_keep(site, filter) or unknown.get(site.path)
+        if reason is None:
             try:
-                swaps[site.node] = _to_alif(
-                    site,
-                    channels=count,
-                    learn_tau=learn_tau,
-                    learn_threshold=learn_threshold,
-                    min_v_threshold=min_v_threshold,
-                    backend=backend,
-                )
+                new_of[site.module] = _to_alif(site, counts.get(site.path), **options)
             except ValueError as error:
                 raise ValueError(f"the neuron {site.path!r}: {error}") from error
-        rows.append(
-            Swap(site.paths, type(site.node).__name__, note is None, note or _equality(site))
-        )
-    # Only now, so that an error above leaves the net as it was.
-    _replace(net, swaps)
+        note = reason or _describe_equality(site)
+        rows.append(Swap(site.paths, type(site.module).__name__, reason is None, note))
+    replace_modules(net, new_of)
     name_neurons(net)
     _compat.forget_reset_cache(net)
     return SwapReport(tuple(rows))
@@ -183,37 +153,31 @@ def swap_neurons(
 def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False) -> nn.Module:
     r"""A copy of ``net`` with plain ``LIFNode`` s of the learned tau and threshold.
 
-    Everything SpikingJelly does with LIF works on the copy: NIR export, operation counters, energy
+    What SpikingJelly does with LIF works on the copy: NIR export, operation counters, energy
     estimates, its own kernels. The outputs are equal bit for bit where tau is a power of two, and
-    otherwise to rounding (LIF divides by tau). An ALIF without leak becomes an ``IFNode``.
-
-    A LIF node has one tau and one threshold, so per-channel parameters are expressible only where
-    all channels have the same.
+    otherwise to rounding (LIF divides by tau). An ALIF without leak becomes an ``IFNode``. A LIF
+    node has one tau and one threshold, so all channels must have the same.
 
     With ``fold_threshold`` every threshold becomes 1, for hardware and exporters that have one.
     Where ``V_reset`` is 0 or the reset soft, dividing input, voltage and threshold by the same
-    number leaves every spike as it is; another ``V_reset`` is divided too. So the layer that a
-    neuron alone reads is divided by the threshold, per channel if it has one a channel: a batch
-    norm's weight and bias,
+    number leaves every spike as it is; another ``V_reset`` is divided too. So the layer that only
+    the neuron reads is divided by the threshold, per channel if it has one per channel: the weight
+    and bias of a batch norm,
 
     .. math::
         \gamma' = \gamma / V_{th}, \qquad \beta' = \beta / V_{th},
 
-    or those of a convolution or linear layer (whose features are then the channels: its output is
-    ``[T, N, C]``, and no longer input is taken into account). SpikingJelly's
-    own LIF, PLIF and IF in the net are treated alike. Outputs are equal bit for bit where the
-    thresholds are powers of two, and otherwise to rounding. Gradients are not, since the surrogate
-    keeps its width. Voltages are divided too, so a neuron whose voltage or threshold a ``forward``
-    of the net reads keeps its threshold, as one with an infinite threshold does. A threshold that
-    cannot be folded stays, with a warning that says why.
+    or of a convolution or linear layer (whose features are the channels: its output is
+    ``[T, N, C]``). SpikingJelly's LIF, PLIF and IF are treated alike. Outputs are equal bit for bit
+    where the thresholds are powers of two, and otherwise to rounding. Gradients are not, since the
+    surrogate keeps its width. Voltages are divided too, so a neuron whose voltage or threshold a
+    ``forward`` of the net reads keeps its threshold, as one with an infinite threshold does. A
+    threshold that cannot be folded stays, with a warning that says why.
 
     Args:
-        net: any module with :class:`~sj_taid.ALIFNode` s.
+        net: any module with :class:`~sj_taid.ALIFNode` s; it is not changed.
         strict: raise if a neuron is not expressible; otherwise warn and leave it as ALIF.
         fold_threshold: put the thresholds into the layers before the neurons.
-
-    Returns:
-        The copy; ``net`` is unchanged.
 
     Raises:
         ValueError: a neuron is not expressible and ``strict``; the message says which and why.
@@ -224,152 +188,42 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     """
     check_net(net, "to_lif")
     # A net that is one neuron has no parent to hold the new node.
-    holder = nn.ModuleList([_copied(net)])
+    holder = nn.ModuleList([copy_net(net)])
     for module in holder.modules():
         if isinstance(module, ALIFNode):
             module.apply_norm(None)
     unfolded = fold_thresholds(holder) if fold_threshold else {}
     if unfolded:
-        rows = [(_inside(path), note) for path, note in unfolded.items()]
+        rows = [(_path_in_net(path), reason) for path, reason in unfolded.items()]
         message = f"these thresholds stay as they are:\n{table(('name', 'why'), rows)}"
         warnings.warn(message, stacklevel=2)
     refused = []
-    swaps: dict[nn.Module, nn.Module] = {}
-    for site in _sites(holder, ALIFNode):
-        node = site.node
-        paths = tuple(map(_inside, site.paths))
-        tau, threshold = _distinct(node.tau), _distinct(node.effective_v_threshold)
-        if type(node) is not ALIFNode:
-            note = "a subclass of ALIFNode, whose own behaviour LIF would lose"
-        elif site.hidden:
-            note = _HIDDEN
-        elif any(math.isnan(value) for value in (*tau, *threshold)):
-            note = "its tau or threshold is nan: its training diverged, take an earlier checkpoint"
-        elif len(tau) > 1 or len(threshold) > 1:
-            note = f"its channels have {len(tau)} taus and {len(threshold)} thresholds; LIF has one"
-        elif tau[0] == 1.0:
-            note = "its tau is 1 to float32's precision; LIF needs more"
-        elif tau[0] == math.inf and node.decay_input:
-            note = "its tau is infinite, so that its input has no effect"
+    new_of: dict[nn.Module, nn.Module] = {}
+    for site in find_modules(holder, ALIFNode):
+        reason = _why_no_lif(site)
+        if reason is None:
+            new_of[site.module] = _to_lif(site.module)
         else:
-            swaps[node] = _to_plain(node, tau[0], threshold[0])
-            continue
-        refused.append(Swap(paths, type(node).__name__, False, note))
+            paths = tuple(map(_path_in_net, site.paths))
+            refused.append(Swap(paths, type(site.module).__name__, False, reason))
     if refused:
         message = f"LIFNode cannot express {len(refused)} of the neurons:\n{_table(refused)}"
         if strict:
             raise ValueError(f"{message}\nstrict=False leaves them as they are")
         warnings.warn(message, stacklevel=2)
-    _replace(holder, swaps)
+    replace_modules(holder, new_of)
     _compat.forget_reset_cache(holder)
     return holder[0]
 
 
-def _inside(path: str) -> str:
-    """The path in the net of one in the list that holds it."""
+def _path_in_net(path: str) -> str:
+    """A path in the list that holds the net, as a path in the net."""
     return path.removeprefix("0").removeprefix(".") or "net"
 
 
-@dataclass
-class _Site:
-    """A neuron and every path to it; ``hidden`` if ``named_modules`` has none of them."""
-
-    node: Any
-    paths: tuple[str, ...]
-    hidden: bool
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def path(self) -> str:
-        return self.paths[0]
-
-
-def _sites(net: nn.Module, kind: type = neuron.BaseNode) -> list[_Site]:
-    """Every neuron of ``kind`` in the tree, once, with the device and dtype of its surroundings."""
-    paths = defaultdict(list)
-    for path, module in net.named_modules(remove_duplicate=False):
-        paths[module].append(path)
-
-    def note(path: str, module: nn.Module) -> nn.Module:
-        if path not in paths[module]:
-            paths[module].append(path)
-        return module
-
-    registered = set(paths)
-    _walk(net, "", note, set())
-    sites = []
-    # A neuron without parameters lives where the parameter before it does.
-    near = _parameter(net.parameters(), torch.empty(0))
-    for module, names in paths.items():
-        near = _parameter(module.parameters(recurse=False), near)
-        if isinstance(module, kind):
-            hidden = module not in registered
-            sites.append(_Site(module, tuple(names), hidden, near.device, near.dtype))
-    return sites
-
-
-def _walk(
-    value: Any,
-    path: str,
-    visit: Callable[[str, nn.Module], nn.Module],
-    seen: set[int],
-    member: str = "{}[{!r}]",
-) -> Any:
-    """Put ``visit(path, module)`` in the place of each module that ``value`` leads to.
-
-    That is through the attributes of modules and through lists, dicts and tuples; the others are
-    changed in place, and a tuple is replaced. ``seen`` has the ``id`` of those already walked.
-    """
-    if isinstance(value, nn.Module):
-        new = visit(path, value)
-        if new is value:
-            for members in (value._modules, vars(value)):
-                _walk(members, path, visit, seen, "{}.{}" if path else "{}{}")
-        return new
-    if isinstance(value, tuple):
-        items = [_walk(item, f"{path}[{i}]", visit, seen) for i, item in enumerate(value)]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        return value._make(items) if hasattr(value, "_make") else type(value)(items)
-    if not isinstance(value, list | dict) or id(value) in seen:
-        return value
-    seen.add(id(value))
-    for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-        new = _walk(item, member.format(path, key), visit, seen)
-        if new is not item:
-            value[key] = new
-    return value
-
-
-def _replace(net: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the new neurons in the old ones' places, with their hooks."""
-    for old, new in swaps.items():
-        new.train(old.training)
-        fresh = nn.Module()
-        for hooks in _HOOKS:
-            setattr(new, hooks, getattr(old, hooks))
-            setattr(old, hooks, getattr(fresh, hooks))
-        old.register_forward_pre_hook(_warn_replaced)
-    _walk(net, "", lambda path, module: swaps.get(module, module), set())
-
-
-def _warn_replaced(node: nn.Module, inputs: Any) -> None:
-    warnings.warn(
-        f"a {type(node).__name__} runs that swap_neurons or to_lif has replaced: something other "
-        "than an attribute, list, dict or tuple of the net still holds it, such as a closure. Let "
-        "that look the neuron up in the net when it is called.",
-        stacklevel=5,
-    )
-
-
-def _parameter(parameters: Iterator[nn.Parameter], default: Tensor) -> Tensor:
-    return next((p for p in parameters if p.is_floating_point()), default)
-
-
-def _why_keep(site: _Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
+def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
     """Why a neuron is not swapped, or ``None``."""
-    node = site.node
+    node = site.module
     if isinstance(node, ALIFNode):
         return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
     if type(node) not in _KINDS:
@@ -385,15 +239,34 @@ def _why_keep(site: _Site, filter: Callable[[str, nn.Module], bool] | None) -> s
         return "declined by filter"
     if isinstance(node.v_threshold, Tensor):
         return "its threshold is a tensor; ALIF starts from a number"
-    if not _compat.in_default_precision(node):
+    if not _compat.has_default_precision(node):
         return "it has a precision policy of its own"
     if getattr(node, "tau", 2.0) <= 1.0:
         return f"its tau is {node.tau}, and sigmoid(w) = 1/tau needs more than 1"
     return None
 
 
-def _to_alif(site: _Site, channels: int | None, learn_tau: bool, **options: Any) -> ALIFNode:
-    node = site.node
+def _why_no_lif(site: Site) -> str | None:
+    """Why a LIF node cannot express an ALIF, or ``None``."""
+    node = site.module
+    taus, thresholds = node.tau.unique().tolist(), node.effective_v_threshold.unique().tolist()
+    if type(node) is not ALIFNode:
+        return "a subclass of ALIFNode, whose own behaviour LIF would lose"
+    if site.hidden:
+        return _HIDDEN
+    if any(math.isnan(value) for value in (*taus, *thresholds)):
+        return "its tau or threshold is nan: its training diverged, take an earlier checkpoint"
+    if len(taus) > 1 or len(thresholds) > 1:
+        return f"its channels have {len(taus)} taus and {len(thresholds)} thresholds; LIF has one"
+    if taus[0] == 1.0:
+        return "its tau is 1 to float32's precision; LIF needs more"
+    if taus[0] == math.inf and node.decay_input:
+        return "its tau is infinite, so that its input has no effect"
+    return None
+
+
+def _to_alif(site: Site, channels: int | None, learn_tau: bool, **options: Any) -> ALIFNode:
+    node = site.module
     alif = ALIFNode(
         decay_input=getattr(node, "decay_input", False),  # an IF node does not scale its input
         v_threshold=node.v_threshold,
@@ -412,11 +285,23 @@ def _to_alif(site: _Site, channels: int | None, learn_tau: bool, **options: Any)
             alif.w.data.copy_(node.w.detach())
         alif.w.requires_grad_(learn_tau and node.w.requires_grad)
     elif isinstance(node, neuron.LIFNode):
-        alif.w.data.fill_(_w_of(node.tau, alif.w.dtype))
+        alif.w.data.fill_(_nearest_w(node.tau, alif.w.dtype))
     else:
         alif.w.data.fill_(NO_LEAK_W)
         alif.w.requires_grad_(False)
-    return _with_voltage(node, alif)
+    _copy_voltage(node, alif)
+    return alif
+
+
+def _to_lif(node: ALIFNode) -> neuron.BaseNode:
+    tau, v_threshold = (t.max().item() for t in (node.tau, node.effective_v_threshold))
+    options = {"v_threshold": v_threshold, **_shared_options(node)}
+    if tau == math.inf:
+        plain = neuron.IFNode(**options)
+    else:
+        plain = neuron.LIFNode(tau=tau, decay_input=node.decay_input, **options)
+    _copy_voltage(node, plain)
+    return plain
 
 
 def _shared_options(node: Any) -> dict[str, Any]:
@@ -424,13 +309,12 @@ def _shared_options(node: Any) -> dict[str, Any]:
     return {name: getattr(node, name) for name in names}
 
 
-def _with_voltage(old: Any, new: Any) -> Any:
+def _copy_voltage(old: Any, new: Any) -> None:
     new.set_reset_value("v", _compat.reset_value(old, "v"))
     new.v = old.v
-    return new
 
 
-def _w_of(tau: float, dtype: torch.dtype) -> float:
+def _nearest_w(tau: float, dtype: torch.dtype) -> float:
     """The ``w`` of ``dtype`` whose sigmoid is nearest to ``1/tau``.
 
     ``-log(tau - 1)`` rounded to ``dtype`` can be a few units in the last place off; a neighbour
@@ -446,10 +330,9 @@ def _w_of(tau: float, dtype: torch.dtype) -> float:
     return min(candidates, key=lambda c: abs(c.sigmoid().item() - 1.0 / tau)).item()
 
 
-def _equality(site: _Site) -> str:
+def _describe_equality(site: Site) -> str:
     """How equal the outputs of a swapped neuron are to those it had."""
-    node = site.node
-    notes = []
+    node, notes = site.module, []
     if isinstance(node, neuron.ParametricLIFNode):
         equal = _compat.FUNCTIONAL_STATES or node.decay_input
     elif isinstance(node, neuron.LIFNode):
@@ -463,53 +346,40 @@ def _equality(site: _Site) -> str:
     return ", ".join([f"equal outputs{'' if equal else ' to rounding'}", *notes])
 
 
-def _distinct(parameter: Tensor) -> list[float]:
-    return parameter.detach().unique().tolist()
-
-
-def _to_plain(node: ALIFNode, tau: float, v_threshold: float) -> neuron.BaseNode:
-    options = {"v_threshold": v_threshold, **_shared_options(node)}
-    if tau == math.inf:
-        return _with_voltage(node, neuron.IFNode(**options))
-    options |= {"tau": tau, "decay_input": node.decay_input}
-    return _with_voltage(node, neuron.LIFNode(**options))
-
-
-def _channel_counts(
-    net: nn.Module, sites: list[_Site], channels: Channels, example_input: Any
-) -> dict[str, Any]:
-    """Path -> C or ``None``; a string says why it is unknown."""
+def _count_channels(
+    net: nn.Module, sites: list[Site], channels: Channels, example_input: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Path -> C or ``None``, and path -> why C is unknown."""
     if channels is None:
-        return {}
+        return {}, {}
     if channels == "infer":
         if example_input is None:
             raise ValueError("channels='infer' needs example_input, an input that net accepts")
-        return _inferred_channels(net, sites, example_input)
+        return _infer_channels(net, sites, example_input)
     if isinstance(channels, Mapping):
+        counts = {s.path: channels[path] for s in sites for path in s.paths if path in channels}
         unknown = set(channels) - {path for site in sites for path in site.paths}
         if unknown:
             raise ValueError(
                 f"channels names {sorted(unknown)}, where net has no neuron; "
                 f"its neurons are {[site.path for site in sites]}"
             )
-        return {
-            site.path: next((channels[path] for path in site.paths if path in channels), None)
-            for site in sites
-        }
+        return counts, {}
     if callable(channels):
-        return {site.path: channels(site.path, site.node) for site in sites}
+        return {site.path: channels(site.path, site.module) for site in sites}, {}
     raise ValueError(
         "channels must be None, 'infer', a mapping from paths to numbers of channels, or a "
         f"function of path and node, but it is {channels!r}"
     )
 
 
-def _inferred_channels(net: nn.Module, sites: list[_Site], example_input: Any) -> dict[str, Any]:
-    sites = [site for site in sites if not site.hidden]
-    # On a copy, so that statistics, states and training flags of the net stay as they are.
-    trial = _copied(net).eval()
+def _infer_channels(
+    net: nn.Module, sites: list[Site], example_input: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Run a copy of ``net``, so that its statistics, states and flags stay as they are."""
+    trial = copy_net(net).eval()
     functional.reset_net(trial)  # its voltages may be of another batch
-    seen: dict[str, set[int | None]] = {site.path: set() for site in sites}
+    seen: dict[str, set[int | None]] = {site.path: set() for site in sites if not site.hidden}
 
     def record(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(node: Any, inputs: tuple[Any, ...]) -> None:
@@ -519,27 +389,19 @@ def _inferred_channels(net: nn.Module, sites: list[_Site], example_input: Any) -
 
         return hook
 
-    for site in sites:
-        trial.get_submodule(site.path).register_forward_pre_hook(record(site.path))
+    for path in seen:
+        trial.get_submodule(path).register_forward_pre_hook(record(path))
     with torch.no_grad():
         trial(*example_input) if isinstance(example_input, tuple) else trial(example_input)
-    why = {0: "it does not run on example_input, so its channels are unknown"}
+    reasons = {0: "it does not run on example_input, so its channels are unknown"}
     several = "it runs on several numbers of channels"
-    return {
-        path: next(iter(counts)) if len(counts) == 1 else why.get(len(counts), several)
-        for path, counts in seen.items()
-    }
+    return (
+        {path: next(iter(counts)) for path, counts in seen.items() if len(counts) == 1},
+        {p: reasons.get(len(counts), several) for p, counts in seen.items() if len(counts) != 1},
+    )
 
 
-def _copied(net: nn.Module) -> nn.Module:
-    """A copy that has the voltages too, which torch does not copy where they have a graph."""
-    places = [place for m in net.modules() for place in (getattr(m, "_memories", {}), vars(m))]
-    held = [value for place in places for value in place.values()]  # store_v_seq's too
-    made = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(net, {id(value): value.detach().clone() for value in made})
-
-
-def _table(rows: list[Swap] | tuple[Swap, ...]) -> str:
+def _table(rows: Sequence[Swap]) -> str:
     return table(
         ("name", "was", "now", "note"),
         [(" = ".join(r.names), r.kind, "ALIF" if r.swapped else "-", r.note) for r in rows],
