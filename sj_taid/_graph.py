@@ -3,6 +3,7 @@
 To read what a graph saved would run the hooks of gradient checkpointing and offloading.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,3 +56,8 @@ def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
     for node in {t.grad_fn for t in (v, *others) if t is not None and t.grad_fn is not None}:
         node.metadata["neuron"] = name  # type: ignore[index]  # a property, stubbed as a method
         node.register_hook(passed)
+
+
+def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The innermost ``saved_tensors_hooks`` that are open: their pack and unpack functions."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -29,7 +29,8 @@ def alif_multi_step(
     store_v_seq: bool = False,
     norm: Norm | None = None,
     backend: str = backends.AUTO,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    return_bits: bool = False,
+) -> tuple[Any, ...]:
     r"""Run an ALIF neuron over a sequence.
 
     .. math::
@@ -61,10 +62,13 @@ def alif_multi_step(
         norm: a batch norm over axis 2; its running statistics are updated in place where the
             batch's own are used.
         backend: one of :func:`sj_taid.ops.backends.names`.
+        return_bits: also return the spikes as bits, uint8 ``[ceil(T / 8), neurons]``:
+            :mod:`sj_taid.ops.bits`.
 
     Returns:
         Spikes ``[T, N, *]`` in ``x_seq``'s dtype; the last voltage ``[N, *]``; the voltages
-        ``[T, N, *]`` or ``None``. Voltages are float32 (float64 for float64 input).
+        ``[T, N, *]`` or ``None``. Voltages are float32 (float64 for float64 input). With
+        ``return_bits`` also the bits.
 
     Raises:
         TypeError: ``x_seq`` is not a floating tensor, ``w`` or ``v_threshold`` is not a tensor,
@@ -104,6 +108,7 @@ def alif_multi_step(
         detach_reset=detach_reset,
         store_v_seq=store_v_seq,
         norm=norm,
+        return_bits=return_bits,
     )
 
 
@@ -112,17 +117,22 @@ def alif_step(
 ) -> tuple[Tensor, Tensor]:
     """One time step of :func:`alif_multi_step`, bit for bit: ``x`` ``[N, *]`` -> spikes, voltage.
 
-    Takes the same options but ``store_v_seq``.
+    Takes the same options but ``store_v_seq`` and ``return_bits``.
 
     >>> spike, v = alif_step(torch.tensor([1.0]), 0.0, torch.tensor(0.0), torch.tensor(0.4))
     >>> spike.item(), v.item()  # H = 0.5 fires and resets to 0
     (1.0, 0.0)
     """
+    spike_seq, v, _ = alif_multi_step(as_sequence(x), v, w, v_threshold, **options)
+    return spike_seq[0], v
+
+
+def as_sequence(x: Tensor) -> Tensor:
+    """One time step ``[N, *]`` as a sequence of one."""
     _check_floating("x", x)
     if x.dim() < 1:
         raise ValueError("x must be [N, *], but it is a scalar; add a batch axis: x.unsqueeze(0)")
-    spike_seq, v, _ = alif_multi_step(x.unsqueeze(0), v, w, v_threshold, **options)
-    return spike_seq[0], v
+    return x.unsqueeze(0)
 
 
 def lower_bound(x: Tensor, bound: float) -> Tensor:

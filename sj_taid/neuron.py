@@ -11,7 +11,7 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
-from . import _compat, _graph, functional
+from . import _compat, _graph, _spikes, functional
 from ._checks import is_number, is_whole
 from .ops import backends
 from .ops.alif.norm import Norm
@@ -146,6 +146,8 @@ class ALIFNode(_compat.BaseNode):
             torch.full(shape, v_threshold, dtype=dtype), requires_grad=learn_threshold
         )
 
+    #: how many :class:`.packing.PackedSpikes` ask for the spikes as bits
+    packing = 0
     #: whether the norm that this neuron applies was called since its last pass
     norm_called = False
 
@@ -225,11 +227,9 @@ class ALIFNode(_compat.BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """One step ``[N, *]`` with explicit state; nothing on the module changes."""
-        spike, v = functional.alif_step(
-            inputs[0], states[0], self.w, self.effective_v_threshold, **self._options()
-        )
-        _graph.follow(v, spike, name=self.name)
-        return (spike,), (v,)
+        x_seq = functional.as_sequence(inputs[0])
+        spike_seq, v, _ = self._multi_step(x_seq, states[0], store_v_seq=False)
+        return (spike_seq[0],), (v,)
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
@@ -258,14 +258,18 @@ class ALIFNode(_compat.BaseNode):
     def _multi_step(
         self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        spike_seq, v_last, v_seq = functional.alif_multi_step(
+        packs = self.packing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        spike_seq, v_last, v_seq, *bits = functional.alif_multi_step(
             x_seq,
             v,
             self.w,
             self.effective_v_threshold,
             store_v_seq=store_v_seq,
+            return_bits=bool(packs),
             **self._options(),
         )
+        if packs and _spikes.are_spikes(spike_seq, self.surrogate_function):
+            _spikes.register(spike_seq, spike_seq, *bits)
         _graph.follow(v_last, spike_seq, v_seq, name=self.name)
         return spike_seq, v_last, v_seq
 

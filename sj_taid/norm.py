@@ -14,7 +14,6 @@ from spikingjelly.activation_based import layer, neuron
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import packing
 from ._checks import check_net
 from ._table import table
 from .neuron import ALIFNode, PassOn
@@ -169,15 +168,14 @@ def has_hooks(
     module: nn.Module,
     *kinds: str,
 ) -> bool:
-    """Whether hooks, but those that pack spikes, see what goes in or comes out."""
+    """Whether hooks see what goes in or comes out."""
     kinds = kinds or (
         "_forward_hooks",
         "_forward_pre_hooks",
         "_backward_hooks",
         "_backward_pre_hooks",
     )
-    hooks = chain.from_iterable(getattr(module, kind).values() for kind in kinds)
-    return any(hook.__module__ != packing.__name__ for hook in hooks)
+    return any(getattr(module, kind) for kind in kinds)
 
 
 class _Tracer(fx.Tracer):

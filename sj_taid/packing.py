@@ -1,49 +1,44 @@
-"""Spikes kept for backward as bits along time, not as numbers of two or four bytes."""
+"""Spikes saved for backward as bits along time, not as numbers of two or four bytes."""
 
 from __future__ import annotations
 
-import threading
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.weak import TensorWeakRef
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
+from . import _graph, _spikes
 from ._checks import check_net
 from .neuron import ALIFNode
-from .ops import bits
-from .ops.alif.autograd import is_dense
 
 __all__ = ["PackedSpikes", "packed_spikes"]
 
-#: The greatest of zeros and ones is one of them, so its output is packed like a neuron's.
-_MAX_POOLING = nn.modules.pooling._MaxPoolNd
-#: The layers that autocast gives a cast input.
-_CAST = (nn.Linear, nn.modules.conv._ConvNd)
-#: The neurons whose output is zeros and ones; a subclass may do something else.
-_NEURONS = (ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
-#: The layers that save their input: what they save of a neuron's output is packed.
-_READERS = (*_CAST, _MAX_POOLING, nn.modules.pooling._AvgPoolNd)
+#: SpikingJelly's neurons whose output is zeros and ones; a subclass may do something else.
+_NEURONS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
+#: The layers that save their input.
+_LAYERS = (nn.Linear, _ConvNd, _AvgPoolNd, _MaxPoolNd)
 
 
 def packed_spikes(net: nn.Module) -> PackedSpikes:
-    r"""Keep the spikes that ``net``'s layers save for backward as bits.
+    r"""Save the spikes that the layers of ``net`` need for backward as bits.
 
-    A convolution, linear or pooling layer keeps its input. Where that is a neuron's output, or what
-    max pooling made of one, each spike is kept as one bit instead of 32 or 16, and restored when
+    A convolution, linear or pooling layer saves its input. Where that is the output of a neuron, or
+    of max pooling of one, each spike takes one bit instead of 32 or 16, and is restored when
     backward asks: gradients are equal bit for bit. Views of an output count (flattened, transposed,
-    one time step of it); anything else is kept as it is: averages, sums, what was changed in place.
-    Max pooling keeps its places in 16 bits instead of 64, where a plane has at most 32,768.
+    one time step of it). Anything else is saved as it is: averages, sums, what a hook returned or
+    an in-place operation changed. Max pooling's indices take 16 bits instead of 64, where a plane
+    has at most 32,768 pixels.
 
-    Works on ALIF and on SpikingJelly's LIF, PLIF and IF; another neuron's output, or one without a
-    spiking surrogate, need not be zeros and ones, and is kept as it is. Of a surrogate of one's own
-    each output is looked at. In a graph of
-    ``torch.compile`` nothing is packed: there the compiler decides what is kept.
+    Works on ALIF and on SpikingJelly's LIF, PLIF and IF with a spiking surrogate. The output under
+    a custom surrogate is packed if it is zeros and ones, which costs a look at it. Inside
+    ``torch.utils.checkpoint`` and in a graph of ``torch.compile``, which decide themselves what is
+    saved, nothing is packed.
 
     Returns:
         A :class:`.PackedSpikes`, which stays on until :meth:`.PackedSpikes.remove` or the end of
@@ -63,35 +58,31 @@ def packed_spikes(net: nn.Module) -> PackedSpikes:
 
 
 class PackedSpikes:
-    """What :func:`.packed_spikes` returns."""
+    """The handle that :func:`.packed_spikes` returns."""
 
     def __init__(self, net: nn.Module) -> None:
-        neurons = [m for m in net.modules() if type(m) in _NEURONS]
-        readers = [m for m in net.modules() if isinstance(m, _READERS)]
-        if not neurons or not readers:
+        neurons = [m for m in net.modules() if isinstance(m, ALIFNode) or type(m) in _NEURONS]
+        layers = [m for m in net.modules() if isinstance(m, _LAYERS)]
+        if not neurons or not layers:
             raise ValueError(
-                f"{type(net).__name__} has {len(neurons)} neurons and {len(readers)} layers "
+                f"{type(net).__name__} has {len(neurons)} neurons and {len(layers)} layers "
                 "that save their input; packing needs some of both"
             )
-        self._summary = f"{len(neurons)} neurons' spikes for {len(readers)} layers"
-        self._handles = [
-            *(node.register_forward_pre_hook(_request) for node in neurons),
-            # Before other hooks, which may give another output.
-            *(
-                node.register_forward_hook(_remember, always_call=True, prepend=True)
-                for node in neurons
-            ),
-            *(reader.register_forward_pre_hook(_enter) for reader in readers),
-            *(reader.register_forward_hook(_leave, always_call=True) for reader in readers),
-        ]
+        self._summary = f"{len(neurons)} neurons' spikes for {len(layers)} layers"
+        self._packers = [_packer_of(module) for module in (*neurons, *layers)]
+        for packer in self._packers:
+            packer.packing += 1
 
     def __repr__(self) -> str:
         return f"PackedSpikes({self._summary})"
 
     def remove(self) -> None:
-        """Keep spikes as they are again; what is packed already stays readable."""
-        for handle in self._handles:
-            handle.remove()
+        """Save spikes as they are again; what is packed already stays readable."""
+        while self._packers:
+            packer = self._packers.pop()
+            packer.packing -= 1
+            if isinstance(packer, _Forward) and not packer.packing:
+                packer.restore()
 
     def __enter__(self) -> PackedSpikes:
         return self
@@ -105,165 +96,130 @@ class PackedSpikes:
         self.remove()
 
 
-# The hooks are functions of this module and hold nothing, so that a net that packs can be copied
-# and pickled like any other.
+def _packer_of(module: Any) -> Any:
+    """What registers the spikes of a neuron, or packs what a layer saves."""
+    if isinstance(module, ALIFNode):
+        return module
+    forward = vars(module).get("forward")
+    if not isinstance(forward, _Forward):
+        kind = _LayerForward if isinstance(module, _LAYERS) else _NeuronForward
+        module.forward = forward = kind(module, forward)
+    return forward
 
 
-@dataclass
-class _Output:
-    """A neuron's output while it lives, and its bits."""
+class _Forward:
+    """A module's forward around the one it had.
 
-    spikes: TensorWeakRef
-    version: int
-    #: the output's memory as a sequence ``[T, *]``, which the bits stand for
-    shape: torch.Size
-    stride: tuple[int, ...]
-    bits: Tensor | None
+    It holds no more than the module, so that a net that packs can be copied and pickled.
+    """
 
-    def get_bits(self) -> Tensor:
-        if self.bits is None:  # a neuron whose forward writes none
-            self.bits = bits.pack(self.spikes().as_strided(self.shape, self.stride))
-        return self.bits
+    def __init__(self, module: nn.Module, before: Callable[..., Any] | None) -> None:
+        self.module = module
+        self.before = before
+        self.packing = 0  # how many PackedSpikes ask for it
 
+    def restore(self) -> None:
+        if vars(self.module).get("forward") is self:
+            del self.module.forward
+            if self.before is not None:
+                self.module.forward = self.before
 
-#: address of the storage -> the neuron's output that lies there
-_outputs: dict[int, _Output] = {}
-_open = threading.local()
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
-
-class _Packed(NamedTuple):
-    """A saved view of a neuron's output, and all that is needed to make it again."""
-
-    bits: Tensor
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    view: tuple[Any, ...]  # shape, strides and offset
-
-    def restore(self) -> Tensor:
-        spikes = torch.empty_strided(
-            self.shape, self.stride, dtype=self.dtype, device=self.bits.device
-        )
-        bits.unpack_into(self.bits, spikes)
-        return spikes.as_strided(*self.view)
+    def is_on(self) -> bool:
+        return self.packing > 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-class _Places(NamedTuple):
-    """Where max pooling found the greatest values of a plane."""
+class _NeuronForward(_Forward):
+    """Registers the spikes of a neuron of SpikingJelly's."""
 
-    bits: Tensor
-
-    def restore(self) -> Tensor:
-        return self.bits.to(torch.int64)
-
-
-def _request(node: Any, inputs: tuple[Tensor, ...]) -> None:
-    if torch.is_grad_enabled():
-        bits.request()
-
-
-def _remember(node: Any, inputs: tuple[Tensor, ...], spikes: Tensor | None) -> None:
-    written = bits.taken()
-    if spikes is not None and _are_spikes(spikes, node.surrogate_function):
-        _register(spikes, spikes.unsqueeze(0) if node.step_mode == "s" else spikes, written)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        spikes = self.run(*args, **kwargs)
+        if self.is_on() and isinstance(spikes, Tensor):
+            node: Any = self.module
+            plain = self.before is None and not _spikes.is_patched(node, known=self)
+            if _spikes.are_spikes(spikes, node.surrogate_function if plain else None):
+                _spikes.register(spikes, spikes.unsqueeze(0) if node.step_mode == "s" else spikes)
+        return spikes
 
 
-def _are_spikes(output: Tensor, surrogate_function: Any) -> bool:
-    """Whether a neuron's output is zeros and ones."""
-    if type(surrogate_function).__module__ == surrogate.__name__:
-        return getattr(surrogate_function, "spiking", False)
-    # One of the user's own may give anything.
-    return not torch.compiler.is_compiling() and bool(((output == 0) | (output == 1)).all())
+class _LayerForward(_Forward):
+    """Packs the spikes that a layer saves."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_on() or not args:
+            return self.run(*args, **kwargs)
+        spikes, outer = _spikes.find(args[0]), _graph.saving_hooks()
+        if spikes is None or _is_checkpoints(outer):
+            return self.run(*args, **kwargs)
+        known = self.before is None and _is_of_a_library(type(self.module).forward)
+        if known and isinstance(self.module, nn.Linear | _ConvNd):
+            args = (_cast(args[0], spikes), *args[1:])
+        pools = known and isinstance(self.module, _MaxPoolNd)
+        narrow = pools and _has_small_planes(self.module, args[0])
+        with saved_tensors_hooks(*_hooks(narrow, outer)):
+            output = self.run(*args, **kwargs)
+        # The greatest of zeros and ones is one of them; a dilated window may lie in the padding.
+        if pools and isinstance(output, Tensor) and _is_undilated(self.module):
+            _spikes.register(output, output)
+        return output
 
 
-def _register(spikes: Tensor, sequence: Tensor, written: Tensor | None) -> None:
-    """Remember ``spikes``, whose memory is that of ``sequence`` ``[T, *]``."""
-    address = _address(spikes)
-    for other in [a for a, output in list(_outputs.items()) if output.spikes() is None]:
-        _outputs.pop(other, None)
-    if address and torch.is_grad_enabled() and is_dense(sequence):
-        _outputs[address] = _Output(
-            TensorWeakRef(spikes), spikes._version, sequence.shape, sequence.stride(), written
-        )
+def _is_checkpoints(hooks: Any) -> bool:
+    return getattr(hooks and hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
-def _address(tensor: Any) -> int:
-    """Where the tensor's storage is; 0 where there is none to speak of."""
-    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor):
-        return 0
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except NotImplementedError:  # a wrapper of torch.func's
-        return 0
+def _is_of_a_library(forward: Callable[..., Any]) -> bool:
+    """Whether a layer's forward is known to pass its input on to one operator."""
+    return forward.__module__.startswith(("torch.nn.", "spikingjelly."))
 
 
-def _find(tensor: Any) -> tuple[_Output, Tensor] | None:
-    """The neuron's output, unchanged since, that ``tensor`` is a view of."""
-    output = _outputs.get(_address(tensor))
-    spikes = None if output is None else output.spikes()
-    if (
-        output is None
-        or spikes is None
-        or tensor.dtype != spikes.dtype
-        or tensor._version != output.version
-    ):
-        return None
-    return output, spikes
+def _cast(x: Tensor, spikes: _spikes.Spikes) -> Tensor:
+    """``x`` as autocast would cast it, which would save a tensor that nobody knows."""
+    device = x.device.type
+    lower = torch.get_autocast_dtype(device)
+    if not torch.is_autocast_enabled(device) or lower == x.dtype or x.numel() != spikes.numel:
+        return x
+    cast = x.to(lower)  # in the same memory order
+    _spikes.register(cast, cast.as_strided(spikes.shape, spikes.stride), spikes.bits)
+    return cast
 
 
-def _enter(reader: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Before a layer's forward: from here on, what is saved of a neuron's output is packed."""
-    if torch.compiler.is_compiling():
-        return None
-    found = _find(inputs[0]) if inputs else None
-    changed = None
-    if found and isinstance(reader, _CAST) and torch.is_autocast_enabled(inputs[0].device.type):
-        # The layer would cast its input, and save a tensor that nobody knows.
-        (output, spikes), lower = found, torch.get_autocast_dtype(inputs[0].device.type)
-        if lower != spikes.dtype and inputs[0].numel() == spikes.numel():
-            cast = inputs[0].to(lower)  # which keeps the order of its memory
-            sequence = cast.as_strided(output.shape, output.stride)
-            _register(cast, sequence, output.get_bits())
-            changed = (cast, *inputs[1:])
-    if found and isinstance(reader, _MAX_POOLING) and not _has_small_planes(reader, inputs[0]):
-        found = None
-    hooks = saved_tensors_hooks(_pack, _unpack) if found else nullcontext()
-    hooks.__enter__()
-    _stack().append((hooks, found))
-    return changed
-
-
-def _has_small_planes(reader: nn.Module, x: Tensor) -> bool:
-    """Whether 16 bits hold a place in what is pooled."""
+def _has_small_planes(pooling: nn.Module, x: Tensor) -> bool:
+    """Whether 16 bits hold an index into the planes of ``x``."""
     kinds = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-    axes = next(n for n, kind in enumerate(kinds, 1) if isinstance(reader, kind))
+    axes = next(n for n, kind in enumerate(kinds, 1) if isinstance(pooling, kind))
     return x.shape[-axes:].numel() <= 1 << 15
 
 
-def _leave(reader: Any, inputs: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    hooks, found = _stack().pop()
-    hooks.__exit__(None, None, None)
-    if found and isinstance(reader, _MAX_POOLING) and isinstance(output, Tensor):
-        _register(output, output, None)
+def _is_undilated(pooling: Any) -> bool:
+    return bool((torch.tensor(pooling.dilation) == 1).all())
 
 
-def _stack() -> list[Any]:
-    """The hooks that are open in this thread."""
-    if not hasattr(_open, "stack"):
-        _open.stack = []
-    return _open.stack
+def _hooks(narrow: bool, outer: Any) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    """Hooks that save spikes as bits and, if ``narrow``, int64 as int16.
+
+    The hooks around them, ``outer``, save what these make.
+    """
+    outer_pack, outer_unpack = outer or (_same, _same)
+
+    def pack(tensor: Tensor) -> Any:
+        spikes = _spikes.find(tensor)
+        if spikes is not None:
+            return outer_pack(spikes.bits), spikes.restorer(tensor)
+        if narrow and tensor.dtype == torch.int64:
+            return outer_pack(tensor.to(torch.int16)), torch.Tensor.long
+        return outer_pack(tensor), _same
+
+    def unpack(saved: Any) -> Tensor:
+        small, restore = saved
+        return restore(outer_unpack(small))
+
+    return pack, unpack
 
 
-def _pack(tensor: Tensor) -> Tensor | _Packed | _Places:
-    found = _find(tensor)
-    if found is None:
-        return _Places(tensor.to(torch.int16)) if tensor.dtype == torch.int64 else tensor
-    output, spikes = found
-    view = (tensor.shape, tensor.stride(), tensor.storage_offset() - spikes.storage_offset())
-    return _Packed(output.get_bits(), spikes.dtype, output.shape, output.stride, view)
-
-
-def _unpack(kept: Tensor | _Packed | _Places) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept.restore()
+def _same(value: Any) -> Any:
+    return value

@@ -1,25 +1,26 @@
-"""``packed_spikes``: the same gradients to the bit, and what is kept for them."""
+"""``packed_spikes``: the same gradients to the bit, and what is saved for them."""
 
 import copy
 import pickle
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
-from sj_taid import ALIFNode, packing
+from sj_taid import ALIFNode
 from sj_taid.ops import bits
 
 ATAN = surrogate.ATan()
 
 
 def make_net(node=ALIFNode, **options):
-    torch.manual_seed(0)
     net = nn.Sequential(
         layer.Conv2d(2, 4, 3, padding=1),
         node(surrogate_function=ATAN, v_threshold=0.2, **options),
@@ -36,20 +37,30 @@ def make_net(node=ALIFNode, **options):
     return net
 
 
+def linear_net(node):
+    net = nn.Sequential(nn.Linear(4, 3), node, nn.Linear(3, 2), ALIFNode(v_threshold=0.1))
+    functional.set_step_mode(net, "m")
+    return net
+
+
 def images(steps=5):
     return torch.rand(steps, 2, 2, 6, 6, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def vectors():
+    return 5 * torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(0))
+
+
+def backward(output):
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device)
+    (output.float() * weights.view(output.shape)).sum().backward()
 
 
 def gradients(net, x_seq, run=None):
     functional.reset_net(net)
     net.zero_grad()
-    (run or net)(x_seq).square().sum().backward()
+    backward((run or net)(x_seq))
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
-
-def in_bfloat16(net, x_seq):
-    with torch.autocast("cpu", torch.bfloat16):
-        return net(x_seq).float()
 
 
 def assert_equal(got, expected):
@@ -58,29 +69,34 @@ def assert_equal(got, expected):
         assert torch.equal(got[name], want), name
 
 
-def kept_bytes(net, x_seq):
-    """Bytes of the storages that autograd keeps, without the parameters'."""
-    storages = {}
-    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+def assert_packing_changes_nothing(net, x_seq, run=None):
+    expected = gradients(net, x_seq, run)
+    with sj_taid.packed_spikes(net):
+        assert_equal(gradients(net, x_seq, run), expected)
+    assert_equal(gradients(net, x_seq, run), expected)
+
+
+def saved_tensors(net, x_seq):
+    """What autograd saves, each storage once, without the parameters."""
+    saved = {}
 
     def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    def note_packed(tensor):
-        kept = pack(tensor)
-        note(kept if isinstance(kept, torch.Tensor) else kept.bits)
-        return kept
-
     functional.reset_net(net)
-    pack = packing._pack
-    with (
-        mock.patch.object(packing, "_pack", note_packed),
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-    ):
-        output = net(x_seq)
-    del output  # alive until here, so that no storage was freed and counted twice
-    return sum(size for address, size in storages.items() if address not in parameters)
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        net(x_seq)
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    return [tensor for address, tensor in saved.items() if address not in parameters]
+
+
+def saved_bytes(net, x_seq):
+    return sum(t.untyped_storage().nbytes() for t in saved_tensors(net, x_seq))
+
+
+def packed_shapes(net, x_seq):
+    return [tuple(t.shape) for t in saved_tensors(net, x_seq) if t.dtype == torch.uint8]
 
 
 @pytest.mark.parametrize("steps", [1, 5, 8, 9, 17])
@@ -97,10 +113,22 @@ def test_bits_and_back(steps, channels_last):
     assert torch.equal(again, spikes)
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("steps", [1, 8, 19])
+def test_bits_returned_by_the_operator(backend, steps):
+    if backend == "numba":
+        pytest.importorskip("numba", reason="needs numba: pip install numba")
+    x_seq = torch.randn(steps, 3, 700, requires_grad=True)
+    spike_seq, _, _, written = sj_taid.functional.alif_multi_step(
+        x_seq, 0.0, torch.tensor(0.0), torch.tensor(0.3), backend=backend, return_bits=True
+    )
+    assert torch.equal(written, bits.pack(spike_seq.detach()))
+
+
 @pytest.mark.parametrize("node", [ALIFNode, neuron.LIFNode])
 @pytest.mark.parametrize("mode", ["s", "m"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_gradients_are_equal_to_the_bit(node, mode, channels_last):
+def test_packing_gives_equal_gradients(node, mode, channels_last):
     net = make_net(node)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
@@ -109,85 +137,19 @@ def test_gradients_are_equal_to_the_bit(node, mode, channels_last):
     def run(x_seq):
         return net(x_seq) if mode == "m" else torch.stack([net(x) for x in x_seq])
 
-    expected = gradients(net, images(), run)
-    with sj_taid.packed_spikes(net):
-        assert_equal(gradients(net, images(), run), expected)
-    assert_equal(gradients(net, images(), run), expected)
+    assert_packing_changes_nothing(net, images(), run)
 
 
-def test_it_says_what_is_packed():
-    net = nn.Sequential(nn.Linear(2, 3), ALIFNode(), nn.Linear(3, 1))
-    with sj_taid.packed_spikes(net) as packed:
-        assert repr(packed) == "PackedSpikes(1 neurons' spikes for 2 layers)"
-
-
-def test_spikes_take_a_bit_each():
+def test_packing_saves_a_bit_per_spike():
     net = make_net()
     # The convolutions and the pooling that read a neuron, and what max pooling made of one.
-    spikes, places = 8 * 2 * (36 * (4 + 3) + 9 * (3 + 3)), 8 * 2 * 9 * 3
-    before = kept_bytes(net, images(8))
-    with sj_taid.packed_spikes(net):
-        saved = 4 * spikes - spikes // 8 + (8 - 2) * places
-        assert kept_bytes(net, images(8)) == before - saved
-
-
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-@pytest.mark.parametrize("steps", [1, 8, 19])
-def test_a_fused_forward_writes_the_bits_itself(backend, steps):
-    if backend == "numba":
-        pytest.importorskip("numba", reason="needs numba: pip install numba")
-    x_seq = torch.randn(steps, 3, 700, requires_grad=True)
-    bits.request()
-    spike_seq, _, _ = sj_taid.functional.alif_multi_step(
-        x_seq, 0.0, torch.tensor(0.0), torch.tensor(0.3), backend=backend
-    )
-    written = bits.taken()
-    assert (written is None) == (backend == "torch") and bits.taken() is None
-    if written is not None:
-        assert torch.equal(written, bits.pack(spike_seq.detach()))
-
-
-def test_only_unchanged_outputs_are_packed():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = make_net()
-
-        def forward(self, x_seq):
-            spikes = self.inner[1](self.inner[0](x_seq))
-            spikes = spikes.mul_(0.5)  # changed in place: no longer zeros and ones
-            return self.inner[2](spikes).mean() + self.inner[2](spikes + 1).mean()
-
-    net = Net()
-    expected = gradients(net, images())
-    with sj_taid.packed_spikes(net):
-        assert_equal(gradients(net, images()), expected)
-
-
-def test_autocast_casts_bits_too():
-    net = make_net()
-
-    run = partial(in_bfloat16, net)
-    expected = gradients(net, images(), run)
-    with sj_taid.packed_spikes(net):
-        assert_equal(gradients(net, images(), run), expected)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_with_gradient_checkpointing(reentrant):
-    net = make_net()
-    x_seq = images().requires_grad_()
-
-    def block(x_seq):
-        functional.reset_net(net)
-        return net(x_seq)
-
-    def run(x_seq):
-        return checkpoint(block, x_seq, use_reentrant=reentrant)
-
-    expected = gradients(net, x_seq, run)
-    with sj_taid.packed_spikes(net):
-        assert_equal(gradients(net, x_seq, run), expected)
+    spikes, indices = 8 * 2 * (36 * (4 + 3) + 9 * (3 + 3)), 8 * 2 * 9 * 3
+    before = saved_bytes(net, images(8))
+    with sj_taid.packed_spikes(net) as packed:
+        saved = 4 * spikes - spikes // 8 + (8 - 2) * indices
+        assert saved_bytes(net, images(8)) == before - saved
+        assert repr(packed) == "PackedSpikes(3 neurons' spikes for 6 layers)"
+    assert saved_bytes(net, images(8)) == before
 
 
 class Halved(ALIFNode):
@@ -195,33 +157,13 @@ class Halved(ALIFNode):
         return super().multi_step_forward(x_seq) * 0.5
 
 
-def smooth(**options):
-    return neuron.LIFNode(**options | {"surrogate_function": surrogate.Sigmoid(spiking=False)})
-
-
-@pytest.mark.parametrize(
-    "node",
-    [
-        *(getattr(neuron, n) for n in ("TernaryIFNode", "TernaryLIFNode") if hasattr(neuron, n)),
-        smooth,
-        Halved,
-    ],
-)
-def test_outputs_that_are_no_zeros_and_ones_are_kept(node):
-    hooked = ALIFNode()
-    hooked.register_forward_hook(lambda *call: call[2] * 0.5)
-    first = node(surrogate_function=ATAN)
-    net = nn.Sequential(nn.Linear(4, 3), first, nn.Linear(3, 3), hooked, nn.Linear(3, 2))
-    functional.set_step_mode(net, "m")
-    x_seq = 5 * torch.randn(4, 6, 4)
-    gradients(net, x_seq)  # TorchScript, of SpikingJelly 0.0.0.0.14, rounds the first otherwise
-    expected = gradients(net, x_seq)
-    with sj_taid.packed_spikes(net):
-        assert_equal(gradients(net, x_seq), expected)
+class HalvedInPlace(ALIFNode):
+    def multi_step_forward(self, x_seq):
+        return super().multi_step_forward(x_seq).mul_(0.5)
 
 
 class Own(torch.nn.Module):
-    """A surrogate of a user's: zeros and ones, or not."""
+    """A custom surrogate: zeros and ones, or not."""
 
     spiking = True
 
@@ -233,42 +175,184 @@ class Own(torch.nn.Module):
         return (x - self.threshold).sigmoid() if self.threshold else surrogate.Sigmoid()(x)
 
 
+def half(module, inputs, output):
+    return output * 0.5
+
+
+def half_of_neurons(module, inputs, output):
+    return output * 0.5 if isinstance(module, neuron.BaseNode) else None
+
+
+def hooked_surrogate():
+    function = surrogate.ATan()
+    function.register_forward_hook(half)
+    return function
+
+
+def patched(node):
+    forward = node.forward
+    node.forward = lambda *args: forward(*args) * 0.5
+    return node
+
+
+LIF = partial(neuron.LIFNode, surrogate_function=ATAN)
+NOT_SPIKES = {
+    "subclass": Halved,
+    "in place": HalvedInPlace,
+    "patched ALIF": lambda: patched(ALIFNode()),
+    "patched LIF": lambda: patched(LIF()),
+    "smooth": lambda: neuron.LIFNode(surrogate_function=surrogate.Sigmoid(spiking=False)),
+    "hooked surrogate": lambda: neuron.LIFNode(surrogate_function=hooked_surrogate()),
+    "custom surrogate": lambda: neuron.LIFNode(surrogate_function=Own(0.5)),
+    "custom surrogate of ALIF": lambda: ALIFNode(surrogate_function=Own(0.5), backend="torch"),
+    "function": lambda: neuron.LIFNode(surrogate_function=lambda x: (4 * x).sigmoid()),
+    "counts": lambda: neuron.LIFNode(surrogate_function=surrogate.MultiLevelSpikeCount(3)),
+    "TernaryIFNode": lambda: neuron.TernaryIFNode(surrogate_function=ATAN),
+    "TernaryLIFNode": lambda: neuron.TernaryLIFNode(surrogate_function=ATAN),
+}
+NOT_IN_0_0_0_0_14 = {
+    "counts": (surrogate, "MultiLevelSpikeCount"),
+    "TernaryIFNode": (neuron, "TernaryIFNode"),
+    "TernaryLIFNode": (neuron, "TernaryLIFNode"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_SPIKES)
+def test_packing_leaves_outputs_that_are_not_zeros_and_ones(kind):
+    if kind in NOT_IN_0_0_0_0_14 and not hasattr(*NOT_IN_0_0_0_0_14[kind]):
+        pytest.skip("this SpikingJelly does not have it")
+    net = linear_net(NOT_SPIKES[kind]())
+    gradients(net, vectors())  # TorchScript, of SpikingJelly 0.0.0.0.14, rounds the first otherwise
+    assert_packing_changes_nothing(net, vectors())
+
+
+@pytest.mark.parametrize("node", [ALIFNode, LIF])
+@pytest.mark.parametrize("how", ["hook", "prepended hook", "global hook", "patched forward"])
+def test_packing_leaves_outputs_changed_within_the_call(node, how):
+    net = linear_net(node())
+
+    def changed_gradients(packs):
+        handles = [sj_taid.packed_spikes(net)] if packs else []
+        if how == "patched forward":
+            patched(net[1])
+        elif how == "global hook":
+            handles.append(register_module_forward_hook(half_of_neurons))
+        else:
+            handles.append(net[1].register_forward_hook(half, prepend=how == "prepended hook"))
+        found = gradients(net, vectors())
+        vars(net[1]).pop("forward", None)
+        for handle in handles:
+            handle.remove()
+        return found
+
+    assert_equal(changed_gradients(True), changed_gradients(False))
+
+
+def test_packing_leaves_what_a_forward_changes_in_place():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_net()
+
+        def forward(self, x_seq):
+            spikes = self.inner[1](self.inner[0](x_seq))
+            spikes = spikes.mul_(0.5)  # no longer zeros and ones
+            return self.inner[2](spikes) + self.inner[2](spikes + 1)
+
+    assert_packing_changes_nothing(Net(), images())
+
+
+@pytest.mark.parametrize(("dilation", "count"), [(1, 2), (3, 1)])
+def test_packing_leaves_pooled_padding(dilation, count):
+    """The dilated window lies in the padding of the two pixels, whose greatest value is -inf."""
+    pool = nn.MaxPool1d(2, padding=1, dilation=dilation)
+    net = nn.Sequential(nn.Linear(4, 2), ALIFNode(), pool, nn.Linear(count, 1))
+    with sj_taid.packed_spikes(net):
+        assert len(packed_shapes(net, vectors())) == count
+
+
 @pytest.mark.parametrize("node", [partial(ALIFNode, backend="torch"), neuron.LIFNode])
-@pytest.mark.parametrize(
-    ("own", "bits"), [(Own(0.5), False), (lambda x: (4 * x).sigmoid(), False), (Own(0.0), True)]
-)
-def test_of_a_surrogate_of_ones_own_zeros_and_ones_are_packed(node, own, bits, monkeypatch):
-    found = []
-    monkeypatch.setattr(packing, "_register", lambda spikes, *_: found.append(spikes))
-    net = nn.Sequential(nn.Linear(4, 3), node(surrogate_function=own), nn.Linear(3, 2))
+@pytest.mark.parametrize(("threshold", "count"), [(0.5, 0), (0.0, 1)])
+def test_packing_looks_at_the_output_of_a_custom_surrogate(node, threshold, count):
+    net = linear_net(node(surrogate_function=Own(threshold)))
+    with sj_taid.packed_spikes(net):
+        assert len(packed_shapes(net, vectors())) == count
+
+
+class Permuted(nn.Module):
+    """A parametrization that saves int64 indices, as weight sharing and hashing do."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer("index", torch.randperm(n))
+
+    def forward(self, weight):
+        return weight.flatten()[self.index].view_as(weight)
+
+
+def test_packing_narrows_no_indices_but_max_poolings():
+    net = nn.Sequential(nn.Linear(4, 300), ALIFNode(v_threshold=0.3), nn.Linear(300, 300))
     functional.set_step_mode(net, "m")
-    with sj_taid.packed_spikes(net):
-        net(5 * torch.randn(4, 6, 4))
-    assert bool(found) == bits
-    monkeypatch.undo()
-    functional.reset_net(net)
-    x_seq = 5 * torch.randn(4, 6, 4)
-    expected = gradients(net, x_seq)
-    with sj_taid.packed_spikes(net):
-        assert_equal(gradients(net, x_seq), expected)
+    parametrize.register_parametrization(net[2], "weight", Permuted(90_000))
+    assert_packing_changes_nothing(net, vectors())
 
 
-def test_autocast_leaves_pooling_as_it_is_and_casts_folded_sequences():
-    net = nn.Sequential(
-        ALIFNode(v_threshold=0.2),
-        layer.AvgPool2d(3, 1, padding=1),
-        ALIFNode(v_threshold=0.1),
-        layer.SeqToANNContainer(nn.Conv2d(2, 3, 3)),
-    )
-    functional.set_step_mode(net, "m")
-
-    run = partial(in_bfloat16, net)
-    expected = gradients(net, images(), run)
-    with sj_taid.packed_spikes(net):
-        assert_equal(gradients(net, images(), run), expected)
+def in_bfloat16(net, x_seq):
+    with torch.autocast("cpu", torch.bfloat16):
+        return net(x_seq).float()
 
 
-def test_step_by_step_and_by_keyword(monkeypatch):
+@pytest.mark.parametrize("pools", [False, True])
+def test_packing_under_autocast(pools):
+    net = make_net()
+    if pools:  # which autocast leaves as it is, before a folded sequence
+        net = nn.Sequential(
+            ALIFNode(v_threshold=0.2),
+            layer.AvgPool2d(3, 1, padding=1),
+            ALIFNode(v_threshold=0.1),
+            layer.SeqToANNContainer(nn.Conv2d(2, 3, 3)),
+        )
+        functional.set_step_mode(net, "m")
+    assert_packing_changes_nothing(net, images(), partial(in_bfloat16, net))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("packed_in", [("forward",), ("backward",), ("forward", "backward")])
+def test_packing_with_gradient_checkpointing(reentrant, packed_in):
+    net, x_seq = make_net(), images().requires_grad_()
+
+    def block(x_seq):
+        functional.reset_net(net)
+        return net(x_seq)
+
+    def run(packed_in):
+        net.zero_grad()
+        handles = [sj_taid.packed_spikes(net)] if "forward" in packed_in else []
+        output = checkpoint(block, x_seq, use_reentrant=reentrant)
+        if "backward" not in packed_in:
+            for handle in handles:
+                handle.remove()
+        elif not handles:
+            handles.append(sj_taid.packed_spikes(net))
+        backward(output)
+        for handle in handles:
+            handle.remove()
+        return {name: p.grad.clone() for name, p in net.named_parameters()}
+
+    assert_equal(run(packed_in), run(()))
+
+
+def test_packing_within_other_hooks():
+    net = make_net()
+
+    def run(x_seq):
+        with save_on_cpu():
+            return net(x_seq)
+
+    assert_packing_changes_nothing(net, images(), run)
+
+
+def test_packing_step_by_step_and_by_keyword():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -278,46 +362,79 @@ def test_step_by_step_and_by_keyword(monkeypatch):
             return self.second(input=self.first(self.node(x)))
 
     net = Net()
-    expected = gradients(net, 3 * torch.ones(5, 4))
-    packed = []
-    pack = packing._pack
-    monkeypatch.setattr(packing, "_pack", lambda tensor: packed.append(pack(tensor)) or packed[-1])
+    assert_packing_changes_nothing(net, 3 * torch.ones(5, 4))
     with sj_taid.packed_spikes(net):
-        assert_equal(gradients(net, 3 * torch.ones(5, 4)), expected)
-    assert [kept.bits.shape for kept in packed if isinstance(kept, packing._Packed)] == [(1, 20)]
+        assert packed_shapes(net, 3 * torch.ones(5, 4)) == [(1, 20)]
 
 
-def test_an_error_in_a_layer_leaves_no_hooks_behind():
+@pytest.mark.parametrize("event", [RuntimeError, KeyboardInterrupt, "remove"])
+def test_packing_leaves_no_hooks_behind(event):
     net = make_net()
-    with sj_taid.packed_spikes(net), pytest.raises(RuntimeError, match="channels"):
-        net[2](net[1](torch.ones(5, 2, 7, 6, 6)))
-    expected = gradients(net, images())
-    assert_equal(gradients(net, images()), expected)
-    assert kept_bytes(net, images()) == kept_bytes(make_net(), images())
+
+    class Interrupting(nn.Conv2d):
+        def forward(self, x):
+            if event == "remove":
+                packed.remove()
+                return super().forward(x.flatten(0, 1))
+            raise event("stop")
+
+    net[2] = Interrupting(4, 3, 3)
+    packed = sj_taid.packed_spikes(net)
+    try:
+        net[2](net[1](torch.ones(5, 2, 4, 6, 6)))
+    except (RuntimeError, KeyboardInterrupt) as error:
+        assert str(error) == "stop"
+    packed.remove()
+    table = torch.zeros(80_000, requires_grad=True)
+    table[torch.tensor([70_000])].sum().backward()
+    assert table.grad.nonzero().item() == 70_000
+    assert not any("forward" in vars(module) for module in net.modules())
 
 
-def test_a_net_that_packs_can_be_copied_and_pickled():
+def test_packing_in_copies_and_pickles():
     net = make_net()
-    expected = gradients(net, images())
-    packing = sj_taid.packed_spikes(net)
-    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+    expected, count = gradients(net, images()), saved_bytes(net, images())
+    with sj_taid.packed_spikes(net):
+        others = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    for other in others:
         assert_equal(gradients(other, images()), expected)
-    packing.remove()
+        assert saved_bytes(other, images()) < count
 
 
-def test_a_net_without_neurons_or_layers_is_refused():
+def test_packing_twice_ends_with_the_last():
+    net = make_net()
+    before = saved_bytes(net, images())
+    first = sj_taid.packed_spikes(net)
+    packed = saved_bytes(net, images())
+    with sj_taid.packed_spikes(net):
+        first.remove()
+        first.remove()
+        assert saved_bytes(net, images()) == packed
+    assert saved_bytes(net, images()) == before
+
+
+def test_packing_needs_neurons_and_layers():
     for net in (nn.Sequential(ALIFNode()), nn.Sequential(nn.Linear(1, 1))):
         with pytest.raises(ValueError, match="packing needs some of both"):
             sj_taid.packed_spikes(net)
 
 
-def test_with_fused_norms():
+@pytest.mark.parametrize("node", [ALIFNode, LIF])
+def test_packing_leaves_a_later_compilation_alone(node):
+    torch._dynamo.reset()
+    net = make_net(node)
+    with sj_taid.packed_spikes(net):
+        gradients(net, images())
+        expected = gradients(net, images())
+        compiled = torch.compile(net, fullgraph=node is ALIFNode, backend="aot_eager")
+        assert_equal(gradients(net, images(), compiled), expected)
+
+
+def test_packing_with_fused_norms():
     net = nn.Sequential(
         layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), ALIFNode(surrogate_function=ATAN),
         layer.Conv2d(4, 4, 3), layer.BatchNorm2d(4), ALIFNode(surrogate_function=ATAN),
     )  # fmt: skip
     functional.set_step_mode(net, "m")
     assert len(sj_taid.fuse_norm(net).joined) == 2
-    expected = gradients(net, images())
-    with sj_taid.packed_spikes(net):
-        assert_equal(gradients(net, images()), expected)
+    assert_packing_changes_nothing(net, images())

@@ -9,14 +9,11 @@ are written to save: the input, and a checkpoint every 8 steps beyond 16.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
-from unittest import mock
 
 import torch
 from common import DTYPES, conditions, neurons, parser, write_csv
 from torch import nn
 
-from sj_taid import packing
 from sj_taid.ops.alif.kernels import checkpoints
 
 N = 4096
@@ -60,16 +57,7 @@ def saved_bytes(module: nn.Module, x_seq: torch.Tensor) -> int:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def note_packed(tensor: torch.Tensor) -> Any:
-        packed = pack(tensor)
-        note(packed if isinstance(packed, torch.Tensor) else packed.bits)
-        return packed
-
-    pack = packing._pack  # packed_spikes' own hook, which takes precedence over the one here
-    with (
-        mock.patch.object(packing, "_pack", note_packed),
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = module(x_seq.requires_grad_())
     # Alive until here, so that no storage was freed and counted twice.
     del output

@@ -1,20 +1,14 @@
-"""Spikes as bits along time: the definition in plain torch, and where kernels leave theirs.
+"""Spikes as bits along time: the format, in plain torch.
 
 ``bits`` is uint8 ``[ceil(T / 8), neurons]``: bit ``k`` of byte ``w`` is the neuron's spike at time
-step ``8 w + k``. The neurons are in the order of memory, so the layout of a dense sequence with
-time outermost (contiguous, channels-last) is none of the bits' business.
+step ``8 w + k``. The neurons are in memory order, so any dense layout with time outermost
+(contiguous, channels-last) has the same bits.
 """
-
-from __future__ import annotations
-
-import threading
 
 import torch
 from torch import Tensor
 
-STEPS_A_BYTE = 8
-
-_request = threading.local()
+STEPS_PER_BYTE = 8
 
 
 def pack(spike_seq: Tensor) -> Tensor:
@@ -23,53 +17,46 @@ def pack(spike_seq: Tensor) -> Tensor:
     >>> pack(torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]))
     tensor([[5, 4]], dtype=torch.uint8)
     """
-    fired = in_memory_order(spike_seq).ne(0)
-    bits = fired.new_zeros((words(len(fired)), fired.shape[1]), dtype=torch.uint8)
+    fired = _in_memory_order(spike_seq).ne(0)
+    bits = fired.new_zeros((count_bytes(len(fired)), fired.shape[1]), dtype=torch.uint8)
     for t, row in enumerate(fired):
-        bits[t // STEPS_A_BYTE] |= row.to(torch.uint8) << t % STEPS_A_BYTE
+        bits[t // STEPS_PER_BYTE] |= row.to(torch.uint8) << t % STEPS_PER_BYTE
     return bits
 
 
 def unpack_into(bits: Tensor, spike_seq: Tensor) -> None:
-    """Write what ``bits`` stands for into the dense ``spike_seq`` ``[T, *]``.
+    """Write the spikes of ``bits`` into the dense ``spike_seq`` ``[T, *]``.
 
     >>> spike_seq = torch.empty(3, 2)
     >>> unpack_into(torch.tensor([[5, 4]], dtype=torch.uint8), spike_seq)
     >>> spike_seq.tolist()
     [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
     """
-    for t, row in enumerate(in_memory_order(spike_seq)):
-        row.copy_(bits[t // STEPS_A_BYTE] >> t % STEPS_A_BYTE & 1)
+    for t, row in enumerate(_in_memory_order(spike_seq)):
+        row.copy_(bits[t // STEPS_PER_BYTE] >> t % STEPS_PER_BYTE & 1)
 
 
-def words(steps: int) -> int:
-    """How many bytes a neuron's ``steps`` take."""
-    return -(-steps // STEPS_A_BYTE)
+def count_bytes(steps: int) -> int:
+    """Bytes per neuron for a number of time steps."""
+    return -(-steps // STEPS_PER_BYTE)
 
 
-def in_memory_order(spike_seq: Tensor) -> Tensor:
+def is_dense(x_seq: Tensor) -> bool:
+    """Whether ``x_seq`` fills its memory without gaps or overlaps, time outermost.
+
+    >>> x_seq = torch.zeros(2, 3, 4, 5)
+    >>> is_dense(x_seq), is_dense(x_seq.transpose(1, 3)), is_dense(x_seq.transpose(0, 1))
+    (True, True, False)
+    """
+    if x_seq.is_contiguous():
+        return True
+    # empty_like keeps the strides of dense tensors alone, and "meta" allocates nothing. No sorting
+    # of the strides: torch.compile cannot where they are symbols.
+    dense = x_seq.stride() == torch.empty_like(x_seq, device="meta").stride()
+    return dense and (x_seq.shape[0] == 1 or x_seq.stride(0) == x_seq[0].numel())
+
+
+def _in_memory_order(spike_seq: Tensor) -> Tensor:
     """A dense ``[T, *]`` with time outermost as ``[T, neurons]``, without a copy."""
     neurons = spike_seq[0].numel()
     return spike_seq.as_strided((len(spike_seq), neurons), (neurons, 1))
-
-
-def request() -> None:
-    """Let this thread's next fused forward write the bits of its spikes too, and leave them."""
-    _request.wanted = True
-
-
-def requested() -> bool:
-    """Whether a forward is to write bits."""
-    return getattr(_request, "wanted", False) and not torch.compiler.is_compiling()
-
-
-def leave(bits: Tensor) -> None:
-    """What a fused forward wrote, for :func:`taken`."""
-    _request.bits = bits
-
-
-def taken() -> Tensor | None:
-    """The bits that were asked for, or ``None`` where no forward wrote them; ends the request."""
-    bits = getattr(_request, "bits", None)
-    _request.wanted, _request.bits = False, None
-    return bits

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import bits, surrogate
+from ..bits import is_dense
 from . import norm as norms
 from .norm import Affine, Norm
 from .reference import state_dtype
@@ -140,7 +141,7 @@ def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
         torch.empty_like(x_seq[0], dtype=dtype),
         torch.empty_like(x_seq if call.store_v_seq else x_seq.new_empty(0), dtype=dtype),
         x_seq.new_empty((call.checkpoints, neurons), dtype=dtype),
-        x_seq.new_empty((call.pack * bits.words(len(x_seq)), neurons), dtype=torch.uint8),
+        x_seq.new_empty((call.pack * bits.count_bytes(len(x_seq)), neurons), dtype=torch.uint8),
     )
 
 
@@ -339,7 +340,8 @@ def multi_step(
     detach_reset: bool,
     store_v_seq: bool,
     norm: Norm | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    return_bits: bool = False,
+) -> tuple[Any, ...]:
     """:func:`sj_taid.ops.alif.reference.multi_step` by a fused engine.
 
     A dense ``x_seq`` with time outermost is taken in its own layout (contiguous, channels-last);
@@ -362,7 +364,7 @@ def multi_step(
         a=a,
         b=b,
         store_v_seq=store_v_seq,
-        pack=bits.requested(),
+        pack=return_bits,
         fixed_norm=norm is not None and norm.fixed,
         group=None if norm is None else norm.group,
     )
@@ -374,30 +376,15 @@ def multi_step(
         )
     affine = (None, None) if norm is None else norms.affine(norm, x_seq, engine.statistics)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-        spike_seq, v_last, v_seq, _, packed = _FusedALIF.apply(*leaves, affine, engine, options)
-        if options.pack:
-            bits.leave(packed)
+        outputs = _FusedALIF.apply(*leaves, affine, engine, options)
     else:
-        spike_seq, v_last, v_seq, *_ = engine.forward(
+        outputs = engine.forward(
             x_seq, v0, options.v_init, w, v_threshold, decay_input, v_reset, store_v_seq, 0,
-            affine[0],
+            affine[0], return_bits,
         )  # fmt: skip
-    return spike_seq, v_last, v_seq if store_v_seq else None
-
-
-def is_dense(x_seq: Tensor) -> bool:
-    """Whether ``x_seq`` fills its memory without gaps or overlaps, time outermost.
-
-    >>> x_seq = torch.zeros(2, 3, 4, 5)
-    >>> is_dense(x_seq), is_dense(x_seq.transpose(1, 3)), is_dense(x_seq.transpose(0, 1))
-    (True, True, False)
-    """
-    if x_seq.is_contiguous():
-        return True
-    # empty_like keeps the strides of dense tensors alone, and "meta" allocates nothing. No sorting
-    # of the strides: torch.compile cannot where they are symbols.
-    dense = x_seq.stride() == torch.empty_like(x_seq, device="meta").stride()
-    return dense and (x_seq.shape[0] == 1 or x_seq.stride(0) == x_seq[0].numel())
+    spike_seq, v_last, v_seq, _, packed = outputs
+    results = (spike_seq, v_last, v_seq if store_v_seq else None)
+    return (*results, packed) if return_bits else results
 
 
 def _arranged(tensor: Tensor | None, like: Tensor) -> Tensor | None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import bits
 from ..watching import is_watched, unwatched
 from .norm import Norm, batch_norm
 
@@ -72,13 +74,15 @@ def multi_step(
     detach_reset: bool,
     store_v_seq: bool,
     norm: Norm | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    return_bits: bool = False,
+) -> tuple[Any, ...]:
     """Run ``x_seq`` ``[T, N, *]``, or the batch ``norm`` of it, from ``v`` ``[N, *]``.
 
     ``w`` and ``v_threshold`` are scalars or per channel, ``[C]`` on axis 2 of ``x_seq``.
 
     Returns spikes ``[T, N, *]`` in ``x_seq``'s dtype, the last ``V`` ``[N, *]`` and, if
-    ``store_v_seq``, every ``V`` ``[T, N, *]``, both in ``state_dtype``.
+    ``store_v_seq``, every ``V`` ``[T, N, *]``, both in ``state_dtype``. With ``return_bits`` also
+    :func:`.bits.pack` of the spikes.
     """
     dtype = state_dtype(x_seq.dtype)
     y_seq = x_seq if norm is None else batch_norm(x_seq.to(dtype), norm)
@@ -102,7 +106,8 @@ def multi_step(
         if stacks_v:
             v_seq.append(v)
     every_v = torch.stack(v_seq) if stacks_v else None
-    return torch.stack(spike_seq), v, every_v if store_v_seq else None
+    outputs = (torch.stack(spike_seq), v, every_v if store_v_seq else None)
+    return (*outputs, bits.pack(outputs[0])) if return_bits else outputs
 
 
 def per_channel(parameter: Tensor, x_seq: Tensor) -> Tensor:

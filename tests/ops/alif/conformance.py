@@ -343,11 +343,10 @@ class Conformance:
         all_outputs = ("spike_seq", "v", "v_seq")
 
         def run(*arguments: Any, **options: Any) -> Any:
-            if self.pack:
-                bits.request()
-            outputs = multi_step(*arguments, norm=self._norm_of(leaves), **options)
-            self.packed = bits.taken()
-            return outputs
+            norm, pack = self._norm_of(leaves), self.pack
+            outputs = multi_step(*arguments, norm=norm, return_bits=pack, **options)
+            self.packed = outputs[3] if pack else None
+            return outputs[:3]
 
         return results(
             run,
