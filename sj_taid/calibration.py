@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ._checks import check_net
 from ._table import table
 from .monitoring import LayerState, monitor, spikes_of
+from .neuron import NormInput
 
 __all__ = ["Calibrated", "CalibrationReport", "calibrate"]
 
@@ -182,7 +183,12 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
 
     def tensors(self) -> list[Tensor]:
-        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+        values = (*self.args, *self.kwargs.values())
+        return [
+            value.x if isinstance(value, NormInput) else value
+            for value in values
+            if isinstance(value, Tensor)
+        ]
 
 
 class _Found(NamedTuple):
@@ -305,17 +311,13 @@ class _Calibration:
 
 def _replayed(node: Any, calls: list[_Call]) -> list[Tensor]:
     """What ``node`` by itself gives on ``calls``, from the state that it has and keeps."""
-    start, called = dict(node._memories), getattr(node, "norm_called", None)
+    start = dict(node._memories)
     spikes = []
     for from_rest, args, kwargs in calls:
         if from_rest:
             node.reset()
-        if called is not None:
-            node.norm_called = True  # in the pass that is replayed
         spikes.append(spikes_of(node.forward(*args, **kwargs)))
     node._memories.update(start)
-    if called is not None:
-        node.norm_called = called
     return spikes
 
 

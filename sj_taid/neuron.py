@@ -148,8 +148,6 @@ class ALIFNode(_compat.BaseNode):
 
     #: how many :class:`.packing.PackedSpikes` ask for the spikes as bits
     packing = 0
-    #: whether the norm that this neuron applies was called since its last pass
-    norm_called = False
 
     @property
     def backend(self) -> str:
@@ -177,14 +175,15 @@ class ALIFNode(_compat.BaseNode):
         Raises:
             ValueError: another neuron applies the norm.
         """
-        there = None if norm is None else vars(norm).get("forward")
-        if isinstance(there, PassOn) and there.neuron() not in (None, self):
-            raise ValueError(f"{there.neuron()} applies that norm already; sj_taid.split_norm(net)")
         before = None if self._norm is None else self._norm()
-        if before is not None:
+        if norm is not None and norm is not before:
+            if isinstance(vars(norm).get("forward"), PassOn):
+                raise ValueError(
+                    "another neuron applies that norm already; sj_taid.split_norm(net)"
+                )
+            norm.forward = PassOn()
+        if before is not None and before is not norm:
             vars(before).pop("forward", None)
-        if norm is not None:
-            norm.forward = PassOn(self)
         # Weakly and out of torch's sight: it belongs to the net, which may drop it.
         self._norm = None if norm is None else weakref.ref(norm)
 
@@ -227,21 +226,24 @@ class ALIFNode(_compat.BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """One step ``[N, *]`` with explicit state; nothing on the module changes."""
-        x_seq = functional.as_sequence(inputs[0])
-        spike_seq, v, _ = self._multi_step(x_seq, states[0], store_v_seq=False)
+        x, norm = self._input_and_norm(inputs[0])
+        x_seq = functional.as_sequence(x)
+        spike_seq, v, _ = self._multi_step(x_seq, norm, states[0], store_v_seq=False)
         return (spike_seq[0],), (v,)
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """A sequence ``[T, N, *]`` with explicit state; nothing on the module changes."""
-        spike_seq, v, _ = self._multi_step(inputs[0], states[0], store_v_seq=False)
+        x_seq, norm = self._input_and_norm(inputs[0])
+        spike_seq, v, _ = self._multi_step(x_seq, norm, states[0], store_v_seq=False)
         return (spike_seq,), (v,)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """A sequence ``[T, N, *]`` from the state ``v``, which is updated."""
         (v,) = self.materialize_states((x_seq,), (self.v,), "m")
-        spike_seq, self.v, v_seq = self._multi_step(x_seq, v, self.store_v_seq)
+        x_seq, norm = self._input_and_norm(x_seq)
+        spike_seq, self.v, v_seq = self._multi_step(x_seq, norm, v, self.store_v_seq)
         if self.store_v_seq:
             self.v_seq = v_seq
         return spike_seq
@@ -256,7 +258,7 @@ class ALIFNode(_compat.BaseNode):
         )
 
     def _multi_step(
-        self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
+        self, x_seq: Tensor, norm: Norm | None, v: Tensor | float, store_v_seq: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         packs = self.packing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         spike_seq, v_last, v_seq, *bits = functional.alif_multi_step(
@@ -264,9 +266,14 @@ class ALIFNode(_compat.BaseNode):
             v,
             self.w,
             self.effective_v_threshold,
+            decay_input=self.decay_input,
+            v_reset=self.v_reset,
+            surrogate_function=self.surrogate_function,
+            detach_reset=self.detach_reset,
             store_v_seq=store_v_seq,
+            norm=norm,
+            backend=self.backend,
             return_bits=bool(packs),
-            **self._options(),
         )
         if packs and _spikes.are_spikes(spike_seq, self.surrogate_function):
             _spikes.register(spike_seq, spike_seq, *bits)
@@ -299,34 +306,26 @@ class ALIFNode(_compat.BaseNode):
             )
 
     def _label(self) -> str:
-        return f"the neuron {self.name!r}" if self.name else repr(self)
+        return f"the neuron {self.name!r}" if self.name else "an ALIF neuron without a name"
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "decay_input": self.decay_input,
-            "v_reset": self.v_reset,
-            "surrogate_function": self.surrogate_function,
-            "detach_reset": self.detach_reset,
-            "norm": self._called_norm(),
-            "backend": self.backend,
-        }
-
-    def _called_norm(self) -> Norm | None:
-        """The norm to apply, which the forward around has called first."""
-        norm = self.norm
+    def _input_and_norm(self, x: Tensor) -> tuple[Tensor, Norm | None]:
+        """The input, and the batch norm to apply to it, which has passed it on."""
+        norm, passed_by = self.norm, None
+        if isinstance(x, NormInput):
+            x, passed_by = x.x, x.passed_by
+            if norm is None:
+                raise not_normalised(self._label())
         if norm is None:
-            return None
-        # A graph is made for the branches that it was traced in, and a recomputation is of what
-        # has run.
-        if not torch.compiler.is_compiling() and _graph.recomputation() is None:
-            if not self.norm_called:
-                raise RuntimeError(
-                    f"{self._label()} applies a batch norm that was not called before it in this "
-                    "pass, as where a forward branches on a flag or on chance: "
-                    "sj_taid.split_norm(net) keeps the two apart"
-                )
-            self.norm_called = False
-        return Norm.of(norm)
+            return x, None
+        # A recomputation (gradient checkpointing) is of what has run.
+        recomputes = not torch.compiler.is_compiling() and _graph.recomputation() is not None
+        if passed_by is not vars(norm).get("forward") and not recomputes:
+            raise RuntimeError(
+                f"{self._label()} expected its input straight from the batch norm that it applies, "
+                "but a forward that branches on a flag or on chance, or a hook, gave it another: "
+                "sj_taid.split_norm(net) keeps the two apart"
+            )
+        return x, Norm.of(norm)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle takes the voltages along, not the graph that made them.
@@ -337,8 +336,8 @@ class ALIFNode(_compat.BaseNode):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        norm, self._norm = self.__dict__.pop("_norm", None), None
-        self.apply_norm(norm)
+        norm = self.__dict__["_norm"]
+        self._norm = None if norm is None else weakref.ref(norm)
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> nn.Module:
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -357,25 +356,56 @@ def _range(parameter: Tensor) -> str:
 
 
 class PassOn:
-    """The forward of a norm that its neuron applies."""
+    """The forward of a batch norm that a neuron applies."""
 
-    def __init__(self, neuron: ALIFNode | None = None) -> None:
-        self.neuron = (lambda: None) if neuron is None else weakref.ref(neuron)
+    def __call__(self, x: Tensor) -> NormInput:
+        return NormInput.wrap(x, self)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        neuron = self.neuron()
-        if neuron is None:
-            raise RuntimeError(
-                "the neuron that applied this batch norm is gone; sj_taid.split_norm(net) lets the "
-                "norm be applied by itself again"
-            )
-        if not torch.compiler.is_compiling():
-            neuron.norm_called = True
-        return x
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PassOn, ()  # a copied neuron puts itself into its copied norm
+class NormInput(Tensor):
+    """The input of a batch norm on its way to the neuron that applies the norm.
 
+    It is not normalised, so nothing else may read it: an operation on it raises an error.
+    """
+
+    x: Tensor
+    passed_by: PassOn
+
+    @classmethod
+    def wrap(cls, x: Tensor, passed_by: PassOn) -> NormInput:
+        wrapped = x.as_subclass(cls)
+        wrapped.x, wrapped.passed_by = x, passed_by
+        return wrapped
+
+    def unflatten(self, dim: Any, sizes: Any) -> NormInput:
+        """As containers do that fold time into the batch; torch.compile cannot trace Tensor's."""
+        return NormInput.wrap(self.x.unflatten(dim, sizes), self.passed_by)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        wrapped = args[0]
+        if func.__name__ not in _READS_NO_VALUE or not isinstance(wrapped, NormInput):
+            raise not_normalised(func.__name__)
+        result = func(wrapped.x, *args[1:], **(kwargs or {}))
+        return cls.wrap(result, wrapped.passed_by) if isinstance(result, Tensor) else result
+
+
+def not_normalised(reader: str) -> RuntimeError:
+    return RuntimeError(
+        f"{reader} reads what a batch norm passed on for a neuron to normalise "
+        "(sj_taid.fuse_norm), but that neuron was replaced, left out or cut off: "
+        "sj_taid.split_norm(net) lets the norm be applied by itself again"
+    )
+
+
+#: What containers and gradient checkpointing do with a tensor that they hand on.
+_READS_NO_VALUE = (
+    *("__get__", "__set__", "__len__", "__repr__", "dim", "size", "stride", "numel"),
+    *("is_floating_point", "requires_grad_", "detach", "clone"),
+    *("view", "view_as", "reshape", "flatten"),
+)
 
 _REMEDY = (
     "reset between sequences: functional.reset_net(net), or run each in "

@@ -155,7 +155,7 @@ def _why_not(norm: Any, reader: Any, folded: bool) -> str | None:
         return ""
     if type(reader) is not ALIFNode:
         return f"its reader is a {type(reader).__name__}, not an ALIFNode"
-    if has_hooks(reader, "_forward_pre_hooks"):
+    if has_hooks(reader, "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         return "its reader has a hook on its input, which would act before the norm"
     if reader.norm is not None:
         return "its reader applies another norm already"

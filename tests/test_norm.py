@@ -8,6 +8,7 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sj_taid
 from sj_taid import ALIFNode
@@ -34,15 +35,16 @@ def images(steps=3, batch=2, channels=4, size=5):
     return torch.randn(steps, batch, channels, size, size, generator=g)
 
 
-def gradients(net, x_seq):
+def gradients(net, x_seq, run=None):
     """The output, and the gradient of every parameter and of the input, by name."""
     x_seq = x_seq.clone().requires_grad_()
     torch.manual_seed(0)  # for dropout
-    output = net(x_seq)
+    net.zero_grad()
+    output = (run or net)(x_seq)
     g = torch.Generator().manual_seed(1)
     output.backward(torch.randn(output.shape, generator=g))
     functional.reset_net(net)
-    found = {name: p.grad for name, p in net.named_parameters()}
+    found = {name: p.grad.clone() for name, p in net.named_parameters()}
     return {"output": output.detach(), "x_seq": x_seq.grad, **found}
 
 
@@ -159,7 +161,7 @@ def test_a_norm_that_a_later_pass_leaves_out_is_an_error():
     expected = net(images())
     functional.reset_net(net)
     net.normalise = False
-    with pytest.raises(RuntimeError, match=r"not called before it in this pass.*split_norm"):
+    with pytest.raises(RuntimeError, match=r"straight from the batch norm.*split_norm"):
         net(images())
     net.normalise = True
     assert torch.equal(net(images()), expected)
@@ -177,7 +179,7 @@ def test_a_norm_that_is_applied_by_chance_is_an_error_and_tracing_draws_nothing(
         rows = rows or sj_taid.fuse_norm(net).joined
         assert torch.equal(torch.get_rng_state(), state)
     assert rows
-    with pytest.raises(RuntimeError, match="where a forward branches on a flag or on chance"):
+    with pytest.raises(RuntimeError, match="a forward that branches on a flag or on chance"):
         for _ in range(64):
             functional.reset_net(net)
             net(images())
@@ -363,7 +365,8 @@ def test_copies_pickles_and_splitting():
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_graph_breaks(training):
     torch._dynamo.reset()
-    net = nn.Sequential(norm(), alif(), layer.Conv2d(4, 4, 1, step_mode="m"), norm(), alif())
+    folded = layer.SeqToANNContainer(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    net = nn.Sequential(norm(), alif(), folded, alif())
     sj_taid.fuse_norm(net.train(training))
     other = copy.deepcopy(net)
     expected = gradients(other, images())
@@ -393,16 +396,52 @@ def test_a_norm_that_is_replaced_is_missed():
     assert len(sj_taid.fuse_norm(net).joined) == 1 and net(images()).shape == images().shape
 
 
-def test_a_neuron_that_is_replaced_is_missed():
+def reads_error():
+    return pytest.raises(RuntimeError, match=r"reads what a batch norm passed on.*split_norm")
+
+
+def test_fuse_norm_with_the_neuron_replaced():
     net = nn.Sequential(norm(), alif())
     sj_taid.fuse_norm(net)
-    alone = copy.deepcopy(net[0])
-    net[1] = alif()
-    for bare in (net, alone):
-        with pytest.raises(RuntimeError, match=r"neuron that applied this batch norm is gone"):
-            bare(images())
+    held, alone = net[1], copy.deepcopy(net[0])
+    for other in (nn.ReLU(), nn.Conv2d(4, 4, 1), neuron.LIFNode(step_mode="m"), alif()):
+        net[1] = other
+        with reads_error():
+            net(images())
+    for passed_on in (net[0](images()), alone(images()), net[:1](images())):
+        with reads_error():
+            passed_on.mean()
+        assert passed_on.flatten(0, 1).shape == (6, 4, 5, 5) and len(repr(passed_on)) > 9
+    assert held.norm is net[0]
     sj_taid.split_norm(net)
     assert len(sj_taid.fuse_norm(net).joined) == 1 and net(images()).shape == images().shape
+
+
+def test_fuse_norm_with_the_net_cut():
+    net = nn.Sequential(norm(), alif(), nn.ReLU())
+    sj_taid.fuse_norm(net)
+    for cut in (nn.Sequential(net[0], net[2]), torch.compile(nn.Sequential(net[0], net[2]))):
+        with pytest.raises(Exception, match="reads what a batch norm passed on"):
+            cut(images())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_fuse_norm_with_gradient_checkpointing(whole, reentrant):
+    net = nn.Sequential(norm(), alif())
+    expected = gradients(net, images())
+    sj_taid.fuse_norm(net)
+
+    def block(x):
+        functional.reset_net(net)
+        return net(x) if whole else net[1](x)
+
+    def run(x_seq):
+        x_seq = x_seq if whole else net[0](x_seq)
+        return checkpoint(block, x_seq, use_reentrant=reentrant)
+
+    net.zero_grad()
+    assert_like(gradients(net, images(), run), expected)
 
 
 def test_one_norm_has_one_neuron_and_one_neuron_one_norm():
