@@ -14,7 +14,7 @@ import sj_taid
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-RESULTS = [ROOT / "RESULTS.md"]
+RESULTS = [ROOT / "RESULTS.md", ROOT / "results" / "README.md"]
 #: pages with instructions, those for developers included
 GUIDES = [
     *PAGES,
@@ -251,6 +251,13 @@ def test_table_is_made_from_results(page):
 
     assert page in pages.PAGES
     assert read(page) == pages.filled(page), "make tables"
+
+
+def test_pages_stay_short():
+    words = re.sub(TABLE, "", read(ROOT / "README.md"), flags=re.S).split()
+    assert len(words) <= 700
+    assert len(read(ROOT / "RESULTS.md").splitlines()) <= 280
+    assert len(read(ROOT / "CHANGELOG.md").splitlines()) <= 100
 
 
 # ---- notebooks ----
