@@ -145,8 +145,6 @@ class TAID(_ImageDecoder):
         if self.squeeze == "pixel":
             return self._weigh_pixels(x_seq)
         z = x_seq.flatten(3).mean(3) if x_seq.dim() == 5 else x_seq
-        if z.shape[2] == 0:
-            return z  # torch's convolution refuses an axis of length 0
         if self.squeeze == "all":
             return self.excite(z.mean(2).t()).sigmoid().t().unsqueeze(2)
         return self.excite(z.transpose(0, 1)).sigmoid().transpose(0, 1)
@@ -158,8 +156,6 @@ class TAID(_ImageDecoder):
                 f"{list(x_seq.shape)}; use squeeze='spatial' or 'all'"
             )
         _, n, c, h, w = x_seq.shape
-        if h * w == 0:
-            return x_seq  # torch's norm and convolution refuse axes of length 0
         images = x_seq.permute(1, 2, 0, 3, 4).reshape(n * c, self.T, h, w)
         images = F.layer_norm(images, images.shape[1:])
         gate = 2 * self.excite(images).sigmoid()

@@ -111,24 +111,25 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def conv_block(in_channels: int, out_channels: int, neuron: Neuron) -> nn.Sequential:
-    """Convolution 3x3 of stride 2, batch norm, neuron: halves height and width."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
-    return _block(conv, nn.BatchNorm2d(out_channels), neuron)
-
-
-def conv_transpose_block(in_channels: int, out_channels: int, neuron: Neuron) -> nn.Sequential:
-    """Transposed convolution 3x3 of stride 2, batch norm, neuron: doubles height and width."""
-    conv = nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
-    return _block(conv, nn.BatchNorm2d(out_channels), neuron)
-
-
-def linear_block(
-    in_features: int, out_features: int, neuron: Neuron, alpha: float = 1.0
+def spiking_block(
+    synapse: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, neuron: Neuron, alpha: float = 1.0
 ) -> nn.Sequential:
-    """Linear layer, batch norm, neuron, on ``[T, N, C]``."""
-    linear = nn.Linear(in_features, out_features)
-    return _block(linear, nn.BatchNorm1d(out_features), neuron, alpha)
+    """Join a convolution or linear layer with threshold-dependent batch norm and a neuron.
+
+    The norm's statistics are over time and batch, and its gain starts at ``alpha * V_th``, so that
+    currents reach the neuron at the height of its threshold (tdBN, Zheng et al. 2021, arXiv
+    2011.05280).
+    """
+    norm: nn.BatchNorm1d | nn.BatchNorm2d = (
+        nn.BatchNorm1d(synapse.out_features)
+        if isinstance(synapse, nn.Linear)
+        else nn.BatchNorm2d(synapse.out_channels)
+    )
+    node = make_neuron(neuron)
+    with torch.no_grad():
+        norm.weight.fill_(alpha * float(torch.as_tensor(node.v_threshold).mean()))
+    # The container folds time into the batch once for both layers.
+    return nn.Sequential(layer.SeqToANNContainer(synapse, norm), node)
 
 
 def make_neuron(neuron: Neuron, **options: Any) -> nn.Module:
@@ -151,18 +152,3 @@ def make_neuron(neuron: Neuron, **options: Any) -> nn.Module:
             f"{node.step_mode!r}; give it step_mode='m'"
         )
     return node
-
-
-def _block(
-    synapse: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d, neuron: Neuron, alpha: float = 1.0
-) -> nn.Sequential:
-    """Threshold-dependent batch norm, tdBN (Zheng et al. 2021, arXiv 2011.05280).
-
-    Its statistics are over time and batch, and its gain starts at ``alpha * V_th``, so that
-    currents reach the neuron at the height of its threshold.
-    """
-    node = make_neuron(neuron)
-    with torch.no_grad():
-        norm.weight.fill_(alpha * float(torch.as_tensor(node.v_threshold).mean()))
-    # The container folds time into the batch once for both layers.
-    return nn.Sequential(layer.SeqToANNContainer(synapse, norm), node)

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .block import Neuron, eval_mode, linear_block, reset
+from .block import Neuron, eval_mode, reset, spiking_block
 
 PRESAMPLING = ("step", "prefix")
 
@@ -26,7 +26,7 @@ class LatentNetwork(nn.Module):
         self.k = k
         widths = (in_channels, 2 * channels, 4 * channels, k * channels)
         self.net = nn.Sequential(
-            *(linear_block(a, b, neuron, alpha=2.0) for a, b in pairwise(widths))
+            *(spiking_block(nn.Linear(a, b), neuron, alpha=2.0) for a, b in pairwise(widths))
         )
 
     def run(self, x_seq: Tensor) -> Tensor:

@@ -16,12 +16,10 @@ from ..norm import fuse_norm
 from .block import (
     Neuron,
     check_images,
-    conv_block,
-    conv_transpose_block,
     encoder_shape,
     eval_mode,
-    linear_block,
     reset,
+    spiking_block,
 )
 
 #: ALIF that starts as the neuron of the original FSVAE: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
@@ -105,16 +103,18 @@ class SpikingVAE(nn.Module):
 
         self._code_shape = (widths[-1], side, side)
         code = widths[-1] * side * side
+        halve = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
+        double = partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1, output_padding=1)
         (self.stem, first_neuron), *blocks = (
-            conv_block(a, b, neuron) for a, b in pairwise((in_channels, *widths))
+            spiking_block(halve(a, b), neuron) for a, b in pairwise((in_channels, *widths))
         )
         self.encoder = nn.Sequential(first_neuron, *blocks)
-        self.to_latent = linear_block(code, latent_channels, neuron)
+        self.to_latent = spiking_block(nn.Linear(code, latent_channels), neuron)
         self._make_latent(neuron)  # here, since the order sets the random weights
-        self.from_latent = linear_block(latent_channels, code, neuron)
+        self.from_latent = spiking_block(nn.Linear(latent_channels, code), neuron)
         reverse = (*reversed(widths), *(() if subpixel else widths[:1]))
         self.decoder = nn.Sequential(
-            *(conv_transpose_block(a, b, neuron) for a, b in pairwise(reverse))
+            *(spiking_block(double(a, b), neuron) for a, b in pairwise(reverse))
         )
         last: list[nn.Module] = (
             [nn.Conv2d(widths[0], 4 * in_channels, 3, padding=1), nn.PixelShuffle(2)]
