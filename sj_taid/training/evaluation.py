@@ -1,6 +1,6 @@
-"""Metrics of the images that a model draws: FAD, and FID and the Inception score.
+"""Metrics of the images that a model samples: FAD, FID and the Inception score.
 
-FAD's autoencoder and the statistics of the test images are made once and kept in the cache.
+FAD's autoencoder and the statistics of the test images are made once and cached.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from filelock import FileLock
-from lightning.pytorch.callbacks import LambdaCallback
 from rich.progress import track
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
@@ -36,15 +35,14 @@ from .files import atomic_write
 log = logging.getLogger(__name__)
 
 SAMPLES_AT_ONCE = 250
-#: what the published autoencoders are called
+#: names of the published autoencoders
 PUBLISHED = {"mnist": "mnist", "fashion_mnist": "fashion"}
-STATISTICS = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
 Tensors = dict[str, torch.Tensor]
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers from ``seed`` inside; the global random state is left alone."""
+    """Draw random numbers from ``seed`` inside; the global random state is left alone."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
@@ -55,17 +53,17 @@ class Evaluator:
     """Compares the samples of a model with the test images of a data set.
 
     Args:
-        samples: how many images the model draws.
-        autoencoder: of the one that FAD looks through: ``hidden_channels`` and ``latent_channels``
-            of :class:`~sj_taid.model.Autoencoder`; ``epochs``, ``batch_size`` and ``seed`` of its
+        samples: number of images that the model samples.
+        autoencoder: of FAD's autoencoder: ``hidden_channels`` and ``latent_channels`` of
+            :class:`~sj_taid.model.Autoencoder`; ``epochs``, ``batch_size`` and ``seed`` of its
             training.
         inception_weights: a file or ``"download"``, see :class:`~sj_taid.metric.Inception`: adds
             FID and the Inception score.
         published_autoencoders: a folder, see
             :class:`~sj_taid.metric.PublishedFrechetAutoencoderDistance`: adds FAD as published, of
             20 batches of 256 samples, for MNIST and FashionMNIST at 32x32.
-        cache_dir: where the trained autoencoder and the statistics of test images are kept.
-        seed: of the samples; the global random state is left alone.
+        cache_dir: folder of the trained autoencoder and of the statistics of test images.
+        seed: seed of the samples; the global random state is left alone.
         accelerator: Lightning's; all but ``"cpu"`` use a GPU where there is one.
     """
 
@@ -83,58 +81,53 @@ class Evaluator:
     def evaluate_samples(
         self, model: Any, data: ImageData, only: str | None = None
     ) -> dict[str, Any]:
-        """``fad``, and where there are weights ``fid``, ``inception_score`` and ``fad_published``.
+        """``fad``, with weights ``fid``, ``inception_score`` and ``fad_published``, and protocols.
 
-        And under ``protocol`` how each was measured.
+        Each metric's protocol is under its name in ``protocol``.
 
         Args:
             model: has ``sample(n)``; moved to the metrics' device.
             data: the test images to compare with.
-            only: one of the metrics. The others are made ready all the same, so that what they lack
+            only: one of the metrics. The others are prepared all the same, so that what they lack
                 shows before a training and not after it.
 
         Raises:
-            ValueError: too few samples or test images for one of the metrics, or other images than
-                FAD as published takes.
+            ValueError: too few samples or test images for one of the metrics, or images that FAD as
+                published does not take.
         """
         gpu = self.accelerator != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if gpu else "cpu")
         with seeded(self.seed):  # loading the test images draws numbers too
-            metrics = self.ready_metrics(data, device)
+            metrics = self.prepare_metrics(data, device)
             published = self._published_fad(data)
         if only:
             metrics = MetricCollection({only: metrics[only]})
-        model.to(device)
-        with seeded(self.seed):
-            starts = range(0, self.samples, SAMPLES_AT_ONCE)
-            for start in track(starts, "Sampling, in batches", transient=True):
-                images = model.sample(min(SAMPLES_AT_ONCE, self.samples - start))
-                metrics.update(images, real=False)
-        values: dict[str, Any] = {name: float(value) for name, value in metrics.compute().items()}
-        values["protocol"] = {
-            name: f"{metric.protocol}, {self.samples} samples"
-            + (
-                f" against {data.describe_test_set()}"
-                if isinstance(metric, FrechetDistance)
-                else ""
-            )
-            for name, metric in metrics.items()
-        }
+        starts = range(0, self.samples, SAMPLES_AT_ONCE)
+        batches = [min(SAMPLES_AT_ONCE, self.samples - start) for start in starts]
+        passes = [(metrics, batches, data.describe_test_set())]
         if published and not only:
-            published.to(device)
+            collection = MetricCollection({"fad_published": published.to(device)})
+            batches = [published.batch_size] * published.batches
+            passes.append((collection, batches, "the published statistics of the test images"))
+        model.to(device)
+        values: dict[str, Any] = {}
+        protocol = {}
+        for collection, batches, reference in passes:
             with seeded(self.seed):
-                batches = range(published.batches)
-                for _ in track(batches, "Sampling for FAD as published", transient=True):
-                    published.update(model.sample(published.batch_size), real=False)
-            values["fad_published"] = float(published.compute())
-            values["protocol"]["fad_published"] = (
-                f"{published.protocol}, {published.batches * published.batch_size} samples against "
-                "the published statistics of the test images"
-            )
-        return values
+                for n in track(batches, "Sampling, in batches", transient=True):
+                    collection.update(model.sample(n), real=False)
+            values |= {name: float(value) for name, value in collection.compute().items()}
+            for name, metric in collection.items():
+                protocol[name] = f"{metric.protocol}, {sum(batches)} samples"
+                protocol[name] += f" against {reference}" if _real_states(metric) else ""
+        return values | {"protocol": protocol}
 
-    def ready_metrics(self, data: ImageData, device: torch.device) -> MetricCollection:
-        """The metrics, which have seen the test images already."""
+    def prepare_metrics(self, data: ImageData, device: torch.device) -> MetricCollection:
+        """The metrics, already updated with the test images.
+
+        A metric has ``needed``, the least number of images, and ``protocol``; one that compares
+        with real images keeps what it needs of them in states whose names start with ``real_``.
+        """
         test_images = len(data.test_set)
         # Of several processes the first alone measures: there is nothing to sum.
         alone = {"sync_on_compute": False}
@@ -151,8 +144,8 @@ class Evaluator:
         metrics["fad"] = FrechetAutoencoderDistance(self._trained_autoencoder(data), **alone)
         for metric in metrics.values():
             metric.to(device)
-            if isinstance(metric, FrechetDistance):
-                self._see_test_images(metric, data)
+            if _real_states(metric):
+                self._update_with_test_images(metric, data)
         return MetricCollection(metrics, compute_groups=False)
 
     def _published_fad(self, data: ImageData) -> PublishedFrechetAutoencoderDistance | None:
@@ -178,72 +171,63 @@ class Evaluator:
                     + ("" if name == "fad" else out)
                 )
 
-    def _see_test_images(self, metric: FrechetDistance, data: ImageData) -> None:
-        def take(statistics: Tensors) -> None:
-            for name in STATISTICS:
-                state = getattr(metric, name)
-                setattr(metric, name, statistics[name].to(state.device).view_as(state))
+    def _update_with_test_images(self, metric: Any, data: ImageData) -> None:
+        def load(states: Tensors) -> None:
+            for name, state in _real_states(metric).items():
+                setattr(metric, name, states[name].to(state.device).view_as(state))
 
         def make() -> Tensors:
             batches = data.test_dataloader()
-            for image, _ in track(batches, "Statistics of the test images", transient=True):
-                metric.update(image.to(metric.device), real=True)
-            return {name: getattr(metric, name) for name in STATISTICS}
+            for images, _ in track(batches, "Statistics of the test images", transient=True):
+                metric.update(images.to(metric.device), real=True)
+            return _real_states(metric)
 
-        fingerprint = _fingerprint(metric.protocol, data.fingerprint())
-        take_or_make(self.cache_dir / f"statistics-{data.name}-{fingerprint}.pt", take, make)
+        digest = _digest(metric.protocol, data.fingerprint())
+        load_or_make(self.cache_dir / f"statistics-{data.name}-{digest}.pt", load, make)
 
     def _trained_autoencoder(self, data: ImageData) -> Autoencoder:
-        """The one that FAD looks through."""
+        """FAD's autoencoder."""
         settings = dict(self.autoencoder)
         widths = settings["hidden_channels"], settings["latent_channels"]
         untrained = partial(Autoencoder, data.channels, data.image_size, *widths)
 
-        def report(trainer: L.Trainer, task: L.LightningModule) -> None:
-            error = trainer.callback_metrics["train/reconstruction"]
-            text = "FAD's autoencoder: epoch %d of %d, reconstruction error %.4f"
-            log.info(text, trainer.current_epoch + 1, settings["epochs"], error)
-
         def train() -> Tensors:
-            log.info("Training FAD's autoencoder on %s, once; it is kept in %s", data.name, path)
-            its_data = data.without_augmentation()
-            its_data.batch_size = settings["batch_size"]
-            trainer = bare_trainer(
-                self.accelerator,
-                max_epochs=settings["epochs"],
-                limit_val_batches=0,
-                callbacks=[LambdaCallback(on_train_epoch_end=report)],
-            )
+            train_data = data.without_augmentation()
+            train_data.batch_size = settings["batch_size"]
+            epochs = settings["epochs"]
+            options = {"max_epochs": epochs, "limit_val_batches": 0, "enable_progress_bar": True}
+            trainer = bare_trainer(self.accelerator, **options)
+            log.info("Training FAD's autoencoder on %s for %d epochs, once", data.name, epochs)
             # From its own seed, so that every run looks through the same one.
             with seeded(settings["seed"]):
                 task = Autoencoding(untrained(), partial(torch.optim.AdamW, lr=1e-3))
-                trainer.fit(task, its_data)
+                trainer.fit(task, train_data)
+            error = float(trainer.callback_metrics["train/reconstruction"])
+            log.info("FAD's autoencoder: reconstruction error %.4f, kept in %s", error, path)
             return task.model.state_dict()
 
         autoencoder = untrained()
         training = json.dumps(settings, sort_keys=True, default=list)
-        seen = data.fingerprint(data.train_set)
-        fingerprint = _fingerprint(training, repr(autoencoder), seen)
-        path = self.cache_dir / f"autoencoder-{data.name}-{fingerprint}.pt"
-        take_or_make(path, autoencoder.load_state_dict, train)
+        digest = _digest(training, repr(autoencoder), data.fingerprint(data.train_set))
+        path = self.cache_dir / f"autoencoder-{data.name}-{digest}.pt"
+        load_or_make(path, autoencoder.load_state_dict, train)
         return autoencoder
 
 
 def bare_trainer(accelerator: str, **options: Any) -> L.Trainer:
-    """Lightning's trainer on one device: no logs, no checkpoints, nothing in the terminal."""
+    """Lightning's trainer on one device: no logs, no checkpoints, by default no progress bar."""
     return L.Trainer(
         accelerator=accelerator,
         devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=False,
-        **options,
+        **{"enable_progress_bar": False, **options},
     )
 
 
-def take_or_make(path: Path, take: Callable[[Tensors], Any], make: Callable[[], Tensors]) -> None:
-    """``take`` what lies in ``path``, or else what ``make`` gives, which is put there.
+def load_or_make(path: Path, load: Callable[[Tensors], Any], make: Callable[[], Tensors]) -> None:
+    """Load what is cached at ``path``, or make it and cache it.
 
     Of several processes one makes it, while the others wait for it.
     """
@@ -251,15 +235,21 @@ def take_or_make(path: Path, take: Callable[[Tensors], Any], make: Callable[[], 
     with FileLock(f"{path}.lock"):
         if path.is_file():
             try:
-                take(torch.load(path, map_location="cpu", weights_only=True))
+                load(torch.load(path, map_location="cpu", weights_only=True))
                 return
-            except Exception as error:  # whatever is wrong with it, making it anew is the remedy
-                log.warning("%s cannot be used (%s); making it anew", path, error)
+            except Exception as error:  # whatever is wrong with it, making it again is the remedy
+                log.warning("%s cannot be used (%s); making it again", path, error)
         made = make()
         with atomic_write(path) as whole:
             torch.save(made, whole)
-    take(made)
+    load(made)
 
 
-def _fingerprint(*parts: str) -> str:
+def _real_states(metric: Any) -> Tensors:
+    """What a metric has accumulated of real images."""
+    states = metric.metric_state.items()
+    return {name: state for name, state in states if name.startswith("real_")}
+
+
+def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -67,7 +67,8 @@ class Generation(Autoencoding):
             )
         if data.validation_set is not None:  # what its metric lacks shows now
             with seeded(evaluator.seed):
-                _fad_alone(evaluator).ready_metrics(data.test_on_validation(), torch.device("cpu"))
+                chosen_on = data.test_on_validation()
+                _fad_alone(evaluator).prepare_metrics(chosen_on, torch.device("cpu"))
         with self._draw_from("learned"):  # the mixture is not fitted yet
             untrained = evaluator.evaluate_samples(self.model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}

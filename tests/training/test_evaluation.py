@@ -10,7 +10,7 @@ import torch
 from sj_taid.data import Digits
 from sj_taid.metric import FrechetDistance
 from sj_taid.training import evaluation
-from sj_taid.training.evaluation import Evaluator, take_or_make
+from sj_taid.training.evaluation import Evaluator, load_or_make
 from tests.training.conftest import Network
 
 AUTOENCODER = {
@@ -48,9 +48,8 @@ def evaluator(tmp_path):
 
 
 def states(evaluator, data):
-    fad = evaluator.ready_metrics(data, torch.device("cpu"))["fad"]
-    names = evaluation.STATISTICS
-    return dict(fad.inception.state_dict()) | {name: getattr(fad, name) for name in names}
+    fad = evaluator.prepare_metrics(data, torch.device("cpu"))["fad"]
+    return dict(fad.inception.state_dict()) | evaluation._real_states(fad)
 
 
 def assert_equal(first, second):
@@ -63,7 +62,7 @@ def test_autoencoder_and_statistics_are_made_once_and_kept(evaluator, monkeypatc
     data = digits()
     with caplog.at_level(logging.INFO):
         first = states(evaluator, data)
-    assert "FAD's autoencoder: epoch 1 of 1, reconstruction error 0." in caplog.text
+    assert "FAD's autoencoder: reconstruction error 0." in caplog.text
     assert first["real_features_num_samples"] == len(data.test_set)
     files = set(evaluator.cache_dir.glob("*.pt"))
     assert {file.name.split("-")[0] for file in files} == {"autoencoder", "statistics"}
@@ -167,7 +166,7 @@ def test_fad_as_published_is_a_metric_of_its_own(evaluator, monkeypatch, tmp_pat
 
 def taken(path, make):
     contents = {}
-    take_or_make(path, contents.update, make)
+    load_or_make(path, contents.update, make)
     return contents
 
 
