@@ -1,8 +1,8 @@
-"""One page of any set of runs: ``sj-taid report FOLDER ... [--out FILE]``.
+"""A page of runs: ``sj-taid report FOLDER ... [--out FILE]``.
 
-Every finished run below the folders is in its table and curves. The best of them are looked at more
-closely, on the CPU: what their checkpoints draw from one seed, and how they fire at one image. The
-page is one HTML file that needs no network.
+Its table and learning curves have every finished run below the folders. The checkpoints of the best
+runs are loaded too, on the CPU, for samples from one seed and the spikes of one image. The page is
+one HTML file that needs no network.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import chain, combinations, cycle
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,9 @@ with needs("'spikingjelly>=2' plotly jinja2"):
     from plotly.offline import get_plotlyjs
     from spikingjelly.activation_based.op_counter import estimate_simple_energy
 
-#: of what is drawn and fed, the same for all runs
+#: The same samples, images and neurons are shown of all runs.
 SEED, IMAGES, NEURONS = 0, 8, 12
-#: of one pass of one image
+#: The cost of one pass of one image.
 OPERATIONS = {
     "synop": Column("synaptic operations, k", 1e3, 1),
     "mac": Column("multiply-accumulates, k", 1e3, 1),
@@ -58,7 +58,7 @@ OPERATIONS = {
 COLUMNS = MEASURED | OPERATIONS
 
 
-# ---- one run ----
+# ---- a run ----
 
 
 @cache
@@ -71,54 +71,54 @@ def first_images(dataset: str, trust: tuple[str, ...] = ()) -> Tensor:
     return x.transpose(0, 1) if x.dim() == 5 else x
 
 
-def look(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What a run's checkpoint draws, how it fires, and what a pass costs.
+def inspect(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Samples, reconstructions, spikes and costs of a run's checkpoint.
 
     Raises:
-        OSError, RuntimeError, ValueError: its checkpoint or its data is not there, or not whole.
+        OSError, RuntimeError, ValueError: its checkpoint or its data is missing or damaged.
     """
     model: Any = run.model(trust)
     images = first_images(OmegaConf.to_yaml(run.config.dataset), trust)
     spikes: dict[str, Tensor] = {}
-    seen: dict[str, Any] = {}
+    found: dict[str, Any] = {}
 
-    def watch_neuron(name: str) -> Callable[..., None]:
+    def record_spikes(name: str) -> Callable[..., None]:
         # A model that also steps through time ends with its pass over the whole sequence.
         return lambda node, inputs, output: spikes.update({name.removesuffix(".1"): output})
 
-    def watch_decoder(decoder: Any, inputs: tuple[Tensor]) -> None:
-        seen["shares"] = time_shares(decoder.attention(*inputs))
+    def record_shares(decoder: Any, inputs: tuple[Tensor]) -> None:
+        found["shares"] = time_shares(decoder.attention(*inputs))
 
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, BaseNode):
-            hooks.append(module.register_forward_hook(watch_neuron(name)))
+            hooks.append(module.register_forward_hook(record_spikes(name)))
         elif isinstance(module, TAID | FixedDecoder):
-            hooks.append(module.register_forward_pre_hook(watch_decoder))
+            hooks.append(module.register_forward_pre_hook(record_shares))
     with seeded(SEED), torch.no_grad():
         output = model(images)
     for hook in hooks:
         hook.remove()
     if hasattr(output, "image"):
-        seen["reconstructions"] = png(images, output.image)
+        found["reconstructions"] = png(images, output.image)
     if hasattr(model, "sample"):
         with seeded(SEED):
-            seen["samples"] = png(*model.sample(2 * IMAGES).chunk(2))
+            found["samples"] = png(*model.sample(2 * IMAGES).chunk(2))
     with seeded(SEED):
         energy = estimate_simple_energy(model, (images.narrow(-4, 0, 1),))
-    seen["operations"] = {
+    found["operations"] = {
         **energy.counts,
         "compute": energy.energy_compute_pj,
         "energy": energy.energy_total_pj,
     }
-    return seen | {
+    return found | {
         "rates": {name: float(s.mean()) for name, s in spikes.items()},
         "raster": [*raster({name: s[:, 0].flatten(1) for name, s in spikes.items()})],
     }
 
 
 def png(*rows: Tensor) -> str:
-    """Rows of images ``[N, C, H, W]`` in [-1, 1], as a URL that holds them."""
+    """Rows of images ``[N, C, H, W]`` in [-1, 1], as a data URL."""
     file = io.BytesIO()
     options = {"padding": 1, "normalize": True, "value_range": (-1, 1)}
     save_image(torch.cat(rows), file, format="png", nrow=len(rows[0]), **options)
@@ -128,8 +128,8 @@ def png(*rows: Tensor) -> str:
 # ---- figures ----
 
 
-def finished(figure: Figure, height: int = 300, steps: int = 0) -> str:
-    """A figure as JSON, over so many whole steps; the page gives width and the theme's colours."""
+def to_json(figure: Figure, height: int = 300, steps: int = 0) -> str:
+    """A figure as JSON; the page sets width and colours. ``steps`` is the range of a whole axis."""
     if steps:
         figure.update_xaxes(dtick=max(1, round(steps / 8)))
     figure.update_layout(
@@ -146,48 +146,47 @@ def finished(figure: Figure, height: int = 300, steps: int = 0) -> str:
 
 
 def lines(rows: pd.DataFrame, x: str, y: str, height: int = 300, **options: Any) -> str:
-    """One figure of lines over whole steps; the table is the legend of the runs."""
+    """A figure of lines over whole steps; the page's table is the legend of runs."""
     figure = px.line(rows, x=x, y=y, **options).update_layout(showlegend="run" not in rows)
-    return finished(figure, height, rows[x].max())
+    return to_json(figure, height, rows[x].max())
 
 
 def curves(epochs: list[dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
-    """What was logged over the epochs, one figure a name, all runs in it."""
-    dashes: dict[str, Any] = {
-        "line_dash": "stage",
-        "line_dash_map": {"train": "dot", "val": "solid"},
-    }
+    """Learning curves: a figure for each logged name, with all runs in it."""
+    dashes = {"train": "dot", "val": "solid"}
+    options: dict[str, Any] = {"line_dash": "stage", "line_dash_map": dashes, "markers": True}
     for name, part in pd.DataFrame(epochs).groupby("name", sort=False) if epochs else ():
         title = f"{name} over the epochs (dotted: in training)"
-        yield lines(part, "epoch", "value", markers=True, title=title, **dashes, **by_run)
+        yield lines(part, "epoch", "value", title=title, **options, **by_run)
 
 
 def heat_maps(table: pd.DataFrame, keys: Sequence[str], name: str) -> Iterator[str]:
-    """The mean of a figure for every two values that were swept."""
-    scale = "Viridis_r" if MEASURED[name].less_is_better else "Viridis"
-    for one, other in combinations(keys, 2):
-        mean = means(table, name, one, other)
+    """The mean of a metric for every two choices that vary."""
+    metric = METRICS[name]
+    for row, column in combinations(keys, 2):
+        mean = means(table, name, row, column)
         if 1 in mean.shape:
-            continue  # of some runs alone, in which one of the two is the same
+            continue  # one of them is the same in all runs that have the other
         figure = px.imshow(
             mean.to_numpy(),
             x=[*map(str, mean.columns)],
             y=[*map(str, mean.index)],
-            text_auto=f".{MEASURED[name].decimals}f",
-            color_continuous_scale=scale,
+            text_auto=f".{metric.decimals}f",
+            color_continuous_scale="Viridis_r" if metric.less_is_better else "Viridis",
             aspect="auto",
-            labels={"x": other, "y": one, "color": MEASURED[name].title},
-            title=f"{MEASURED[name].title}: {one} by {other}",
+            labels={"x": column, "y": row, "color": metric.title},
+            title=f"{metric.title}: {row} by {column}",
         )
         figure.update_xaxes(type="category").update_yaxes(type="category")
-        yield finished(figure)
+        yield to_json(figure)
 
 
 def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
+    """Firing rates by layer."""
     rows = [
         {"run": label, "layer": layer, "rate": rate}
-        for label, seen in runs.items()
-        for layer, rate in seen.get("rates", {}).items()
+        for label, found in runs.items()
+        for layer, rate in found.get("rates", {}).items()
     ]
     if rows:
         title = "spikes per neuron and time step"
@@ -195,7 +194,7 @@ def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterato
         figure.update_layout(showlegend=False, xaxis_title=None)
         figure.update_yaxes(autorange="reversed")
         layers = len({row["layer"] for row in rows})
-        yield finished(figure, 110 + layers * (14 + 7 * len(runs)))
+        yield to_json(figure, 110 + layers * (14 + 7 * len(runs)))
 
 
 def attention(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
@@ -203,19 +202,16 @@ def attention(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Ite
     rows = [
         {"run": label, "channel": channel, "time step": step, "share": mean}
         | {"below": mean - low, "above": high - mean}
-        for label, seen in runs.items()
-        for channel, shares in enumerate(seen["shares"].unbind(2) if "shares" in seen else ())
+        for label, found in runs.items()
+        for channel, shares in enumerate(found["shares"].unbind(2) if "shares" in found else ())
         for step, share in enumerate(shares.numpy(), 1)
         for mean, (low, high) in [(share.mean(), np.quantile(share, [0.1, 0.9]))]
     ]
     if rows:
-        options: dict[str, Any] = {
-            "line_dash": "channel",
-            "error_y": "above",
-            "error_y_minus": "below",
-        }
+        bars: dict[str, Any] = {"error_y": "above", "error_y_minus": "below"}
         title = "share of each time step in the image"
-        yield lines(pd.DataFrame(rows), "time step", "share", title=title, **options, **by_run)
+        table = pd.DataFrame(rows)
+        yield lines(table, "time step", "share", title=title, line_dash="channel", **bars, **by_run)
 
 
 def parameters(history: list[dict[str, dict[str, float]]]) -> Iterator[str]:
@@ -233,7 +229,7 @@ def parameters(history: list[dict[str, dict[str, float]]]) -> Iterator[str]:
 
 
 def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
-    """Spikes ``[T, n]`` of each layer: a row for each of some neurons, a gap between the layers."""
+    """Spikes ``[T, n]`` of each layer: a row for each of some neurons, a gap between layers."""
     rows: list[Tensor] = []
     ticks, steps = {}, 0
     for name, spikes in layers.items():
@@ -248,20 +244,46 @@ def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
             aspect="auto",
             color_continuous_scale=["rgba(128,128,128,0.15)", "#e4572e"],
             labels={"x": "time step", "y": "neuron", "color": "spike"},
-            title=f"spikes of one image, {NEURONS} neurons a layer",
+            title=f"spikes of one image, {NEURONS} neurons per layer",
         )
         figure.update_xaxes(showgrid=False)
         figure.update_yaxes(showgrid=False, tickvals=[*ticks.values()], ticktext=[*ticks])
-        yield finished(figure, 80 + 5 * sum(len(row) for row in rows), steps)
+        yield to_json(figure, 80 + 5 * sum(len(row) for row in rows), steps)
 
 
 # ---- the page ----
 
 
-def ranked_by(folders: Iterable[Path], names: Sequence[str]) -> str:
-    """The figure that most of the runs were made for, of those there are."""
+def choose_metric(folders: Iterable[Path], names: Sequence[str]) -> str:
+    """The metric to rank by: the objective of most runs, or else the first there is."""
     objectives = Counter(Run(folder).config.get("objective") for folder in folders).most_common()
     return next((name for name, _ in objectives if name in names), names[0])
+
+
+def rank(runs: Mapping[Path, Metrics]) -> tuple[pd.DataFrame, list[str], str]:
+    """A row for each run, the best first, the keys in which they differ, and the metric."""
+    table, keys = frame([*runs.values()])
+    metric = choose_metric(runs, present(table, METRICS))
+    ascending = METRICS[metric].less_is_better
+    table = table.assign(folder=[*runs]).sort_values(metric, ascending=ascending, kind="stable")
+    keys += ["seed"] if table["seed"].nunique() > 1 else []
+    names = [
+        " ".join([f"{place}.", *(f"{key.rpartition('.')[2]}={row[key]}" for key in keys)])
+        for place, row in enumerate(table.to_dict("records"), 1)
+    ]
+    return table.set_axis(names), keys, metric
+
+
+def read_training(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, dict[str, float]]]]:
+    """What a run logged, and its neurons' parameters, over the epochs, from the checkpoint."""
+    states = read_checkpoint(Run.find(run.folder).checkpoint).get("callbacks", {})
+    state = states.get(Pictures.__qualname__, {"epochs": [], "history": []})
+    logged = [
+        {"epoch": epoch, "stage": stage, "name": name, "value": value}
+        for epoch, values in enumerate(state["epochs"], 1)
+        for (stage, _, name), value in ((key.partition("/"), x) for key, x in values.items())
+    ]
+    return logged, state["history"]
 
 
 def page(
@@ -270,68 +292,58 @@ def page(
     best: int = 12,
     trust: Sequence[str] = (),
 ) -> str:
-    """The HTML of the runs, and of what :func:`gather` left out; a closer look at the best."""
-    table, keys = frame([*runs.values()])
-    figure = ranked_by(runs, present(table, METRICS))
-    low = METRICS[figure].less_is_better
-    table = table.assign(folder=[*runs]).sort_values(figure, ascending=low, kind="stable")
-    keys += ["seed"] if table["seed"].nunique() > 1 else []
-    labels = [
-        " ".join([f"{rank}.", *(f"{key.rpartition('.')[2]}={row[key]}" for key in keys)])
-        for rank, row in enumerate(table.to_dict("records"), 1)
-    ]
-    colours = dict(zip(labels, cycle(px.colors.qualitative.Plotly), strict=False))
+    """The HTML of the runs, and of what :func:`gather` left out.
 
+    Args:
+        runs: metrics, by the run's folder.
+        left_out: reasons, by the run's folder.
+        best: how many runs' checkpoints to load.
+        trust: custom classes that the runs' configs may name.
+    """
+    table, keys, metric = rank(runs)
     epochs: list[dict[str, Any]] = []
-    seen: dict[str, dict[str, Any]] = {}
-    read = [*zip(labels, table["folder"], strict=True)]
-    for label, folder in track(read, "Reading runs", transient=True):
+    details: dict[str, dict[str, Any]] = {}
+    for label, folder in track(table["folder"].items(), "Reading runs", len(table), transient=True):
         command = runs[folder]["command"]
-        one: dict[str, Any] = {"folder": folder, "command": command, "parameters": [], "raster": []}
-        seen[label] = one
+        one = {"folder": folder, "command": command, "parameters": [], "raster": []}
+        details[label] = one
         try:
-            states = read_checkpoint(Run.find(folder).checkpoint).get("callbacks", {})
-            kept = states.get(Pictures.__qualname__, {"epochs": [], "history": []})
-            epochs += [
-                {"run": label, "epoch": epoch, "stage": stage, "name": name, "value": value}
-                for epoch, figures in enumerate(kept["epochs"], 1)
-                for (stage, _, name), value in ((k.partition("/"), v) for k, v in figures.items())
-            ]
-            one["parameters"] = [*parameters(kept["history"])]
-            if len(seen) <= best:
-                one |= look(Run(folder), tuple(trust))
-        except Exception as error:  # whatever is wrong with one run, the others are shown
+            logged, history = read_training(Run(folder))
+            epochs += [{"run": label, **value} for value in logged]
+            one["parameters"] = [*parameters(history)]
+            if len(details) <= best:
+                one |= inspect(Run(folder), tuple(trust))
+        except Exception as error:  # whatever is wrong with a run, the others are shown
             one["note"] = f"{type(error).__name__}: {error}"
 
-    operations = pd.DataFrame([one.get("operations", {}) for one in seen.values()])
-    table = table.reset_index(drop=True).join(operations)
+    operations = [one.get("operations", {}) for one in details.values()]
+    table = table.join(pd.DataFrame(operations, [*details]))
     shown = present(table, COLUMNS)
+    colours = dict(zip(details, cycle(px.colors.qualitative.Plotly), strict=False))
     by_run = {"color": "run", "color_discrete_map": colours}
-    sections = {
-        "Learning curves": curves(epochs, by_run),
-        "Swept values": heat_maps(table, keys, figure),
-        "Firing and decoding": chain(rates(seen, by_run), attention(seen, by_run)),
-    }
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return jinja2.Template(
-        Path(__file__).with_name("report.html").read_text(encoding="utf-8"),
+        template,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     ).render(
         plotly=get_plotlyjs(),
-        ranked_by=METRICS[figure].title,
+        ranked_by=METRICS[metric].title,
         heads=[*keys, *(heading(n, table) if n in METRICS else COLUMNS[n].title for n in shown)],
         rows={
             label: [(row[key], row[key]) for key in keys]
-            + [(row[n], COLUMNS[n].text(pd.Series([row[n]]))) for n in shown]
-            for label, row in zip(labels, table.to_dict("records"), strict=True)
+            + [(row[name], COLUMNS[name].text(pd.Series([row[name]]))) for name in shown]
+            for label, row in table.iterrows()
         },
-        runs=seen,
+        runs=details,
         colours=colours,
         left_out=left_out,
         sections={
-            title: [*parts] for title, parts in track(sections.items(), "Drawing", transient=True)
+            "Learning curves": [*curves(epochs, by_run)],
+            "Swept values": [*heat_maps(table, keys, metric)],
+            "Firing and decoding": [*rates(details, by_run), *attention(details, by_run)],
         },
     )
 
@@ -341,22 +353,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sj-taid report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path, help="folders that hold runs")
-    parser.add_argument("--out", type=Path, help="by default report.html in the first folder")
-    parser.add_argument("--best", type=int, default=12, help="how many to look at more closely")
-    parser.add_argument("--trust", nargs="+", default=(), help="classes of your own that runs name")
+    parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
+    parser.add_argument("--best", type=int, default=12, help="how many checkpoints to load")
+    parser.add_argument("--trust", nargs="+", default=(), help="custom classes that runs name")
     options = parser.parse_args(arguments)
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
     try:
         runs, left_out = gather(options.folders)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    if not runs:
-        parser.error("no finished run; one that is cut off goes on when its command is repeated")
-    out = options.out or options.folders[0] / "report.html"
-    html = page(runs, left_out, options.best, options.trust)
-    try:
-        with atomic_write(out) as whole:
-            whole.write_text(html, encoding="utf-8")
+        if not runs:
+            parser.error("no finished run; an interrupted one resumes when its command is repeated")
+        out = options.out or options.folders[0] / "report.html"
+        html = page(runs, left_out, options.best, options.trust)
+        with atomic_write(out) as temporary:
+            temporary.write_text(html, encoding="utf-8")
     except OSError as error:
         parser.error(str(error))
     print(f"{len(runs)} runs are in {out}; left out: {len(left_out)}")

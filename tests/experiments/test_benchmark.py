@@ -181,6 +181,7 @@ SCHEMAS = {
     "compile": [*TIMES, "net", "mode", "shape", "backend"],
     "esvae": ["work", "batch", "median_ms", "ms_per_image"],
     "fsvae": ["work", "model", "median_ms"],
+    "memory": ["neuron", "dtype", "T", memory.COLUMN],
     "loading": ["data", "work", "samples", "samples_per_second", "device", "batch", "cores"],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
     "norm": ["net", "variant", "dtype", "T", "step", "saved_mb", "saved_ratio", "device"],
