@@ -20,7 +20,7 @@ from store import RESULTS, load_all_runs, load_runs, load_study, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.columns import COLUMNS, METRICS, Column, natural
-from sj_taid.training.export import figures
+from sj_taid.training.export import format_metrics
 from sj_taid.training.files import atomic_write
 from sj_taid.training.gather import Metrics, gather, overrides
 from sj_taid.training.tables import frame, markdown, present, summary, text
@@ -307,7 +307,7 @@ def models() -> pd.DataFrame:
                 "data": metrics["choices"]["dataset"],
                 "parameters, M": f"{metrics['parameters'] / 1e6:.2f}",
                 "MB": f"{(PRETRAINED / name / WEIGHTS).stat().st_size / 1e6:.2f}",
-                "metrics": "; ".join(map(" ".join, figures(metrics).values())),
+                "metrics": "; ".join(map(" ".join, format_metrics(metrics).values())),
             }
         )
     return pd.DataFrame(rows)

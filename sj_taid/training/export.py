@@ -1,8 +1,8 @@
-"""Make a model that others load of a finished run: ``sj-taid export RUN --name NAME``.
+"""Export the model of a finished run: ``sj-taid export RUN --name NAME``.
 
-It writes a folder for ``sj_taid.create_model``: the weights of the run's last checkpoint, what the
-model is, and a card with its data, command, commit, figures and licence. None of them says where
-things lie on this machine.
+Writes a folder for ``sj_taid.create_model``: the weights of the run's last checkpoint, the model's
+config, and a card with its data, command, commit, metrics and licence. None of them has a path of
+this machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .run import Run, with_evaluations
 with needs("safetensors"):
     from safetensors.torch import save
 
-#: What the Hugging Face hub reads stands between the dashes.
+#: The Hugging Face hub reads what is between the dashes.
 CARD = """\
 ---
 license: {licence}
@@ -54,9 +54,9 @@ model = sj_taid.create_model("{name}", pretrained=True)
 |---|---|
 {rows}
 
-| figure | value | protocol |
+| metric | value | protocol |
 |---|---|---|
-{figures}
+{metrics}
 """
 
 
@@ -66,8 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--name", required=True, help="letters, digits, '.', '_' and '-'")
-    parser.add_argument("--out", type=Path, default=Path(), help="where to put the folder NAME")
-    parser.add_argument("--half", action="store_true", help="layers' weights as float16")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), help="parent folder of the new folder NAME"
+    )
+    parser.add_argument("--half", action="store_true", help="store the layers' weights as float16")
     parser.add_argument("--licence", default="mit", help="of the weights; mit by default")
     options = parser.parse_args(arguments)
     try:
@@ -85,10 +87,10 @@ def export(
 
     Args:
         run: the folder of a finished run.
-        name: of the model: letters, digits, ``.``, ``_`` and ``-``.
-        out: where the model's folder is put.
+        name: the model's name: letters, digits, ``.``, ``_`` and ``-``.
+        out: parent of the model's folder.
         half: store the weights of convolutions and linear layers as float16. Biases, norms, neurons
-            and buffers stay as they are.
+            and buffers keep their dtype.
         licence: of the weights, as the Hugging Face hub spells it.
 
     Returns:
@@ -96,18 +98,18 @@ def export(
 
     Raises:
         FileNotFoundError: the run is not finished, or has no checkpoint.
-        ValueError: a bad name, a file in place of a folder, or a model that
+        ValueError: a bad name, a file in place of a folder, or a model of custom classes, which
             :func:`sj_taid.create_model` would not build.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
-        raise ValueError(f"a name is of letters, digits, '.', '_' and '-', but it is {name!r}")
+        raise ValueError(f"name must be letters, digits, '.', '_' and '-', but it is {name!r}")
     if Path(run).is_file():
-        raise ValueError(f"{run} is a file; give the run's folder, whose figures go on the card")
+        raise ValueError(f"{run} is a file; give the run's folder, whose metrics go on the card")
     finished = Run.find(run)
     metrics = with_evaluations(finished.metrics, finished.evaluations)
     config: Any = OmegaConf.to_container(finished.config, resolve=True)
-    architecture = _portable(config["model"])
-    model = pretrained.build(architecture)  # or an error before anything is written
+    architecture = _remove_backends(config["model"])
+    model = pretrained.build(architecture)  # an error leaves no half of an export
     trained = finished.model()
     weights = {key: tensor.contiguous() for key, tensor in trained.state_dict().items()}
     if half:
@@ -116,7 +118,7 @@ def export(
     model.load_state_dict(weights)
 
     content = save(weights)
-    described = {
+    description = {
         "model": architecture,
         "sha256": hashlib.sha256(content).hexdigest(),
         "fixed_thresholds": fixed_thresholds(trained),
@@ -124,30 +126,30 @@ def export(
     }
     files = {
         pretrained.WEIGHTS: content,
-        pretrained.CONFIG: json.dumps(described, indent=2, allow_nan=False).encode() + b"\n",
+        pretrained.CONFIG: json.dumps(description, indent=2, allow_nan=False).encode() + b"\n",
         pretrained.CARD: _card(name, licence, model, metrics, config["dataset"]).encode(),
     }
     folder = Path(out).expanduser() / name
-    for file, inside in files.items():
+    for file, data in files.items():
         with atomic_write(folder / file) as path:
-            path.write_bytes(inside)
+            path.write_bytes(data)
     return folder
 
 
-def figures(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Title and value of each figure of the last checkpoint, by its name in ``metrics``."""
+def format_metrics(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Title and value, as text, of each metric of the last checkpoint, by its name."""
     return {
-        key: (quantity.title, f"{metrics[key] / quantity.unit:.{quantity.decimals}f}")
-        for key, quantity in METRICS.items()
+        key: (column.title, f"{metrics[key] / column.unit:.{column.decimals}f}")
+        for key, column in METRICS.items()
         if key in metrics and "_best_" not in key  # those are of another checkpoint
     }
 
 
-def _portable(node: Any) -> Any:
-    """The config without backends: which of them runs is for the machine to say that loads it."""
-    if isinstance(node, dict):
-        return {key: _portable(value) for key, value in node.items() if key != "backend"}
-    return [_portable(child) for child in node] if isinstance(node, list) else node
+def _remove_backends(config: Any) -> Any:
+    """Leave the choice of the neurons' backend to the machine that loads the model."""
+    if isinstance(config, dict):
+        return {k: _remove_backends(value) for k, value in config.items() if k != "backend"}
+    return [_remove_backends(part) for part in config] if isinstance(config, list) else config
 
 
 def _card(
@@ -157,12 +159,15 @@ def _card(
     metrics: Mapping[str, Any],
     data: Mapping[str, Any],
 ) -> str:
-    draws = hasattr(model, "sample")
     sample = [data["channels"], data["image_size"], data["image_size"]]
     shape = ", ".join(map(str, [data["T"], 1, *sample] if "T" in data else [1, *sample]))
-    what = f"{data['T']} frames of events" if "T" in data else "images in [-1, 1]"
+    kind = f"{data['T']} frames of events" if "T" in data else "images in [-1, 1]"
+    if hasattr(model, "sample"):
+        pipeline, usage = "unconditional-image-generation", "images = model.sample(16)"
+    else:
+        pipeline, usage = "image-classification", f"output = model(torch.zeros({shape}))"
     rows = {
-        "data": f"`{data['name']}`, {what}, {'x'.join(map(str, sample))}, "
+        "data": f"`{data['name']}`, {kind}, {'x'.join(map(str, sample))}, "
         f"augmented: {data['augment'] or 'no'}",
         "command": f"`{metrics['command']}`",
         "commit": metrics["commit"] or "not a checkout",
@@ -173,17 +178,17 @@ def _card(
         "licence": licence,
     }
     protocol = metrics.get("protocol", {})
-    shown = [
+    table = [
         f"| {title} | {value} | {protocol.get(key, 'test set, after the last epoch')} |"
-        for key, (title, value) in figures(metrics).items()
+        for key, (title, value) in format_metrics(metrics).items()
     ]
     return CARD.format(
         name=name,
         licence=licence,
-        pipeline="unconditional-image-generation" if draws else "image-classification",
+        pipeline=pipeline,
         kind=type(model).__name__,
         parameters=metrics["parameters"],
-        usage="images = model.sample(16)" if draws else f"output = model(torch.zeros({shape}))",
+        usage=usage,
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
-        figures="\n".join(shown),
+        metrics="\n".join(table),
     )

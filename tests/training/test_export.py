@@ -1,4 +1,4 @@
-"""A finished run becomes a model that others load, and its card says all that it should."""
+"""Export of a finished run: the model is the run's, its card complete, errors name a remedy."""
 
 import json
 
@@ -34,7 +34,7 @@ def equal(one, other):
     )
 
 
-def test_the_command_makes_the_runs_model(runs, tmp_path, sj_taid, capsys):
+def test_export_command(runs, tmp_path, sj_taid, capsys):
     sj_taid("export", str(runs / "fsvae"), "--name", "tiny-1", "--out", str(tmp_path))
     assert f"create_model('{tmp_path / 'tiny-1'}', pretrained=True)" in capsys.readouterr().out
     here, there = create_model(tmp_path / "tiny-1", pretrained=True), load_model(runs / "fsvae")
@@ -45,7 +45,7 @@ def test_the_command_makes_the_runs_model(runs, tmp_path, sj_taid, capsys):
     assert torch.equal(here.drawn, there.drawn)
 
 
-def test_config_and_card_say_what_the_run_says(runs, tmp_path):
+def test_export_config_and_card(runs, tmp_path):
     folder = export(runs / "fsvae", "tiny", tmp_path, licence="cc-by-4.0")
     metrics = Run(runs / "fsvae").metrics
     assert pretrained.read_config(folder)["metrics"] == metrics
@@ -64,7 +64,7 @@ def test_config_and_card_say_what_the_run_says(runs, tmp_path):
     assert str(runs) not in card + (folder / "config.json").read_text()
 
 
-def test_half_keeps_norms_and_neurons(runs, tmp_path):
+def test_export_half_keeps_norms_and_neurons(runs, tmp_path):
     exact = create_model(export(runs / "classifier", "tiny", tmp_path), pretrained=True)
     size = (tmp_path / "tiny" / "model.safetensors").stat().st_size
     folder = export(runs / "classifier", "tiny", tmp_path, half=True)  # over the other
@@ -76,7 +76,7 @@ def test_half_keeps_norms_and_neurons(runs, tmp_path):
         assert torch.equal(kept, value.half().to(value.dtype) if value.dim() > 1 else value), key
 
 
-def test_thresholds_that_are_no_parameters_come_along(tmp_path):
+def test_export_of_fixed_thresholds(tmp_path):
     start = ["neuron=lif", "neuron_start.calibrate=0.1", "pictures=false"]
     train(compose("train", [*TINY_CLASSIFICATION, *start]), tmp_path / "run", command="")
     folder = export(tmp_path / "run", "tiny", tmp_path)
@@ -91,13 +91,13 @@ def test_thresholds_that_are_no_parameters_come_along(tmp_path):
             create_model(folder, pretrained=True)
 
 
-def test_which_backend_runs_is_for_the_machine_to_say_that_loads(runs, tmp_path):
+def test_export_leaves_the_backend_out(runs, tmp_path):
     here = create_model(export(runs / "classifier", "tiny", tmp_path))
     for model, backend in ((here, "auto"), (load_model(runs / "classifier"), "torch")):
         assert {m.backend for m in model.modules() if isinstance(m, ALIFNode)} == {backend}
 
 
-def test_later_evaluations_of_the_same_weights_count(runs, tmp_path):
+def test_export_of_later_evaluations(runs, tmp_path):
     run = Run(runs / "classifier")
     for digest, accuracy in ((run.checkpoint_sha256(), 0.5), ("another", 0.9)):
         figures = {"figures": {"accuracy": accuracy}, "protocol": {"accuracy": "by hand"}}
@@ -106,7 +106,7 @@ def test_later_evaluations_of_the_same_weights_count(runs, tmp_path):
     assert "| 50.00 | by hand |" in card and "90.00" not in card
 
 
-def test_errors_name_the_remedy(runs, tmp_path, sj_taid, capsys):
+def test_export_errors(runs, tmp_path, sj_taid, capsys):
     with pytest.raises(ValueError, match="letters, digits"):
         export(runs / "fsvae", "../tiny", tmp_path)
     with pytest.raises(ValueError, match="give the run's folder"):
