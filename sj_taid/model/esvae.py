@@ -33,10 +33,9 @@ class ESVAE(SpikingVAE):
     come from the learned prior :math:`r_p`, ``prior``, or, after :meth:`fit_prior`, from a mixture
     of Gaussians fitted to the training images' :math:`r_q`, ``mixture``.
 
+    Arguments that are not listed are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
+
     Args:
-        in_channels, image_size, T, hidden_channels, latent_channels, neuron, image_decoder,
-            fused_norm, subpixel, gradient_weight: see
-            :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
         sample_from: the prior that :meth:`sample` draws from, ``"learned"`` or ``"mixture"``.
         components: Gaussians in the mixture.
         iterations: of the mixture's fit, at most.

@@ -29,10 +29,9 @@ class FSVAE(SpikingVAE):
 
     Posterior, prior and both distances: :mod:`sj_taid.model.latent`.
 
+    Arguments that are not listed are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
+
     Args:
-        in_channels, image_size, T, hidden_channels, latent_channels, neuron, image_decoder,
-            fused_norm, subpixel, gradient_weight: see
-            :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
         k: candidate spikes of each latent channel.
         presampling: see :class:`~sj_taid.model.latent.Posterior`.
         latent_loss: the distance of posterior and prior, ``"mmd"`` or ``"kl"``.
