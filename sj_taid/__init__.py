@@ -12,10 +12,10 @@ from types import ModuleType
 from . import functional as functional
 from .calibration import calibrate
 from .convert import swap_neurons, to_lif
+from .fusion import fuse_norm, unfuse_norm
 from .layer import TAID, FixedDecoder
 from .monitoring import monitor
 from .neuron import ALIFNode
-from .norm import fuse_norm, split_norm
 from .optim import parameter_groups
 from .packing import packed_spikes
 from .pretrained import create_model, list_models
@@ -34,9 +34,9 @@ __all__ = [
     "name_neurons",
     "packed_spikes",
     "parameter_groups",
-    "split_norm",
     "swap_neurons",
     "to_lif",
+    "unfuse_norm",
 ]
 __version__ = "0.1.0"
 

@@ -13,8 +13,9 @@ from spikingjelly.activation_based import layer, neuron
 from torch import Tensor, nn
 
 from . import _compat
+from .fusion import KNOWN_NORMS, is_norm
 from .neuron import ALIFNode
-from .norm import KNOWN, Traced, ends, has_hooks, is_norm, trace
+from .tracing import Traced, has_hooks, same_output, trace
 
 #: The neurons whose dynamics are known to scale.
 _NEURONS = (ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
@@ -108,14 +109,14 @@ def _why_no_source(node: nn.Module, traced: Traced) -> str:
     made = traced.inputs.get(node, "no norm, convolution or linear layer was found before it")
     if isinstance(made, str):
         return made
-    why = [traced.obstacles[source] for source in ends(made) if source in traced.obstacles]
+    why = [traced.obstacles[source] for source in same_output(made) if source in traced.obstacles]
     return "; ".join([f"a {type(made).__name__} makes its input", *why[:1]])
 
 
 def _why_not_into(source: Any, threshold: Tensor, uses: Counter[nn.Parameter]) -> str | None:
     """Why the output of ``source`` cannot be divided by ``threshold``, or ``None``."""
     name = type(source).__name__
-    if type(source) not in KNOWN and type(source) not in _LAYERS:
+    if type(source) not in KNOWN_NORMS and type(source) not in _LAYERS:
         return f"what the {name} before it computes is not known"
     if has_hooks(source):
         return f"the {name} before it has hooks"

@@ -219,7 +219,7 @@ def _check_norm(norm: Norm, x_seq: Tensor) -> None:
                 f"be [N, {len(tensor)}, *], but it is {list(x_seq.shape[1:])}"
             )
         if isinstance(tensor, Tensor):
-            shared = "; DataParallel's replicas share a joined norm: split_norm(net) before it"
+            shared = "; DataParallel's replicas share a fused norm: unfuse_norm(net) before it"
             _check_device(f"the norm's {name}", tensor, x_seq, shared)
     if norm.use_batch_statistics and 0 < x_seq.numel() <= x_seq.shape[2] and norm.group is None:
         raise ValueError(

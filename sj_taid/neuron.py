@@ -165,7 +165,7 @@ class ALIFNode(_compat.BaseNode):
         if self._norm is not None and norm is None:
             raise RuntimeError(
                 f"{self._label()} applies a batch norm that is no longer in the net; replace or "
-                "convert norms before sj_taid.fuse_norm(net), or after sj_taid.split_norm(net)"
+                "convert norms before sj_taid.fuse_norm(net), or after sj_taid.unfuse_norm(net)"
             )
         return norm
 
@@ -179,7 +179,7 @@ class ALIFNode(_compat.BaseNode):
         if norm is not None and norm is not before:
             if isinstance(vars(norm).get("forward"), PassOn):
                 raise ValueError(
-                    "another neuron applies that norm already; sj_taid.split_norm(net)"
+                    "another neuron applies that norm already; sj_taid.unfuse_norm(net)"
                 )
             norm.forward = PassOn()
         if before is not None and before is not norm:
@@ -323,7 +323,7 @@ class ALIFNode(_compat.BaseNode):
             raise RuntimeError(
                 f"{self._label()} expected its input straight from the batch norm that it applies, "
                 "but a forward that branches on a flag or on chance, or a hook, gave it another: "
-                "sj_taid.split_norm(net) keeps the two apart"
+                "sj_taid.unfuse_norm(net) keeps the two apart"
             )
         return x, Norm.of(norm)
 
@@ -396,7 +396,7 @@ def not_normalised(reader: str) -> RuntimeError:
     return RuntimeError(
         f"{reader} reads what a batch norm passed on for a neuron to normalise "
         "(sj_taid.fuse_norm), but that neuron was replaced, left out or cut off: "
-        "sj_taid.split_norm(net) lets the norm be applied by itself again"
+        "sj_taid.unfuse_norm(net) lets the norm be applied by itself again"
     )
 
 

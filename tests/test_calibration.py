@@ -130,7 +130,7 @@ def joined(mode="m"):
     )
     functional.set_step_mode(net, mode)
     if mode == "m":
-        assert len(sj_taid.fuse_norm(net).joined) == 1
+        assert len(sj_taid.fuse_norm(net).fused) == 1
     return net
 
 
@@ -169,7 +169,7 @@ def test_nothing_but_thresholds_changes(mode, training):
 def test_a_norm_joined_with_its_neuron_counts_as_the_norm_before_it(training):
     net = joined().train(training)
     apart = copy.deepcopy(net)
-    sj_taid.split_norm(apart)
+    sj_taid.unfuse_norm(apart)
     found, expected = (calibrate(each, images()) for each in (net, apart))
     assert not found.missed
     torch.testing.assert_close(thresholds(net), thresholds(apart), rtol=1e-3, atol=0.0)

@@ -16,7 +16,7 @@ NETS = {
     "name_neurons": (),
     "packed_spikes": (),
     "parameter_groups": (1e-3,),
-    "split_norm": (),
+    "unfuse_norm": (),
     "swap_neurons": (),
     "to_lif": (),
 }

@@ -96,7 +96,7 @@ def test_norms_that_a_neuron_applies_are_folded_into():
     net = nn.Sequential(layer.Conv2d(2, 4, 3), trained_norm(), alif([0.5, 0.25, 0.5, 1.0])).eval()
     functional.set_step_mode(net, "m")
     apart = silently(net)
-    assert sj_taid.fuse_norm(net).joined
+    assert sj_taid.fuse_norm(net).fused
     joined = silently(net)
     assert net[2].norm is net[1]
     assert torch.equal(joined[1].weight, apart[1].weight)

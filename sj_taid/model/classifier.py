@@ -7,8 +7,8 @@ from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
 from .._checks import are_two_numbers, check_sizes, is_whole
+from ..fusion import fuse_norm
 from ..neuron import ALIFNode
-from ..norm import fuse_norm
 from .block import Neuron, check_values, check_widths, make_neuron, reset
 
 #: ALIF that starts as in the paper's classifiers.

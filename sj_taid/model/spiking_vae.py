@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import check_count, check_sizes, check_weights
+from ..fusion import fuse_norm
 from ..layer import TAID
 from ..neuron import ALIFNode
-from ..norm import fuse_norm
 from .block import (
     Neuron,
     check_images,

@@ -62,7 +62,7 @@ def test_nets_of_the_zoo_keep_outputs_gradients_statistics_and_keys(name):
     net = swapped(make, v_threshold=0.1, **options)
     fused = copy.deepcopy(net)
     report = sj_taid.fuse_norm(fused)
-    assert (len(report.joined), len(report.rows)) == (joined, norms)
+    assert (len(report.fused), len(report.rows)) == (joined, norms)
     x_seq = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert_like(gradients(fused, x_seq), gradients(net, x_seq))
     there, here = net.state_dict(), fused.state_dict()
@@ -91,7 +91,7 @@ def test_the_order_of_calls_counts_and_not_of_registration():
     net = Block()
     expected = gradients(copy.deepcopy(net), images())
     report = sj_taid.fuse_norm(net)
-    assert {(row.norm, row.neuron) for row in report.joined} == {("bn1", "sn1"), ("bn2", "sn2")}
+    assert {(row.norm, row.neuron) for row in report.fused} == {("bn1", "sn1"), ("bn2", "sn2")}
     assert_like(gradients(net, images()), expected)
     assert net.sn1.norm is net.bn1
 
@@ -157,16 +157,16 @@ class Chance(Branching):
 
 def test_a_norm_that_a_later_pass_leaves_out_is_an_error():
     net = Switched()
-    assert sj_taid.fuse_norm(net).joined
+    assert sj_taid.fuse_norm(net).fused
     expected = net(images())
     functional.reset_net(net)
     net.normalise = False
-    with pytest.raises(RuntimeError, match=r"straight from the batch norm.*split_norm"):
+    with pytest.raises(RuntimeError, match=r"straight from the batch norm.*unfuse_norm"):
         net(images())
     net.normalise = True
     assert torch.equal(net(images()), expected)
     functional.reset_net(net)
-    sj_taid.split_norm(net)
+    sj_taid.unfuse_norm(net)
     net.normalise = False
     assert torch.equal(net(images()), alif()(images()))
 
@@ -176,7 +176,7 @@ def test_a_norm_that_is_applied_by_chance_is_an_error_and_tracing_draws_nothing(
     for seed in range(64):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        rows = rows or sj_taid.fuse_norm(net).joined
+        rows = rows or sj_taid.fuse_norm(net).fused
         assert torch.equal(torch.get_rng_state(), state)
     assert rows
     with pytest.raises(RuntimeError, match="a forward that branches on a flag or on chance"):
@@ -207,7 +207,7 @@ def test_what_a_forward_keeps_is_as_before():
     net = Appending()
     features, seen = net.features, net.seen
     report = sj_taid.fuse_norm(net)
-    assert not report.joined and "keeps what it computes as features, seen, last" in str(report)
+    assert not report.fused and "keeps what it computes as features, seen, last" in str(report)
     assert (net.features, net.seen, net.last) == ([], {"nothing": 0, "deep": [[]]}, ())
     assert net.features is features and net.seen is seen
 
@@ -273,7 +273,7 @@ def with_hook():
         (Branching(), "the forward of Branching cannot be traced"),
         (Shared(), "called in 2 places"),
         (Summed(), "2 places read its output"),
-        (nn.Sequential(Odd(4, step_mode="m"), alif()), "what a Odd computes is not known"),
+        (nn.Sequential(Odd(4, step_mode="m"), alif()), "Odd is not known to compute"),
         (nn.Sequential(norm(), neuron.LIFNode(step_mode="m")), "its reader is a LIFNode"),
         (nn.Sequential(norm(), nn.ReLU(), alif()), "its reader is a ReLU"),
         (nn.Sequential(norm()), "its output leaves the module that calls it"),
@@ -294,7 +294,7 @@ def test_what_cannot_be_joined_is_left_and_says_why(net, why):
     attributes = set(vars(net))
     report = sj_taid.fuse_norm(net)
     assert set(vars(net)) == attributes
-    assert not report.joined and why in report.kept[0].note and why in str(report)
+    assert not report.fused and why in report.kept[0].note and why in str(report)
 
 
 def test_a_norm_at_the_end_of_a_container_is_found():
@@ -305,7 +305,7 @@ def test_a_norm_at_the_end_of_a_container_is_found():
     (row,) = sj_taid.fuse_norm(net).rows
     assert (row.norm, row.neuron) == ("0.0.1", "1.0")
     assert_like(gradients(net, images()), expected)
-    assert sj_taid.fuse_norm(net).kept[0].note == "joined already"
+    assert sj_taid.fuse_norm(net).kept[0].note == "fused already"
 
 
 TDBN = pytest.param(
@@ -325,7 +325,7 @@ def test_statistics_are_torchs(kind, training, momentum):
     functional.set_step_mode(net, "m")
     net.train(training)
     fused = copy.deepcopy(net)
-    assert sj_taid.fuse_norm(fused).joined
+    assert sj_taid.fuse_norm(fused).fused
     for x_seq in (images(), 3 * images() + 1):
         assert_like(gradients(fused, x_seq), gradients(net, x_seq))
     assert_like(*({k: v.float() for k, v in m.state_dict().items()} for m in (fused, net)))
@@ -336,7 +336,7 @@ def test_statistics_are_torchs(kind, training, momentum):
 def test_norms_without_parameters_or_statistics(options):
     net = nn.Sequential(layer.BatchNorm2d(4, step_mode="m", **options), alif()).eval()
     fused = copy.deepcopy(net)
-    assert sj_taid.fuse_norm(fused).joined
+    assert sj_taid.fuse_norm(fused).fused
     assert_like(gradients(fused, images()), gradients(net, images()))
 
 
@@ -357,7 +357,7 @@ def test_copies_pickles_and_splitting():
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert other[1].norm is other[0]
         assert_like(gradients(other, images()), expected)
-    sj_taid.split_norm(net)
+    sj_taid.unfuse_norm(net)
     assert net[1].norm is None
     assert_like(gradients(net, images()), expected)
 
@@ -390,14 +390,14 @@ def test_a_norm_that_is_replaced_is_missed():
     net = nn.Sequential(norm(), alif())
     sj_taid.fuse_norm(net)
     net[0] = norm()  # as convert_sync_batchnorm does, too
-    with pytest.raises(RuntimeError, match=r"no longer in the net.*split_norm"):
+    with pytest.raises(RuntimeError, match=r"no longer in the net.*unfuse_norm"):
         net(images())
-    sj_taid.split_norm(net)
-    assert len(sj_taid.fuse_norm(net).joined) == 1 and net(images()).shape == images().shape
+    sj_taid.unfuse_norm(net)
+    assert len(sj_taid.fuse_norm(net).fused) == 1 and net(images()).shape == images().shape
 
 
 def reads_error():
-    return pytest.raises(RuntimeError, match=r"reads what a batch norm passed on.*split_norm")
+    return pytest.raises(RuntimeError, match=r"reads what a batch norm passed on.*unfuse_norm")
 
 
 def test_fuse_norm_with_the_neuron_replaced():
@@ -413,8 +413,8 @@ def test_fuse_norm_with_the_neuron_replaced():
             passed_on.mean()
         assert passed_on.flatten(0, 1).shape == (6, 4, 5, 5) and len(repr(passed_on)) > 9
     assert held.norm is net[0]
-    sj_taid.split_norm(net)
-    assert len(sj_taid.fuse_norm(net).joined) == 1 and net(images()).shape == images().shape
+    sj_taid.unfuse_norm(net)
+    assert len(sj_taid.fuse_norm(net).fused) == 1 and net(images()).shape == images().shape
 
 
 def test_fuse_norm_with_the_net_cut():

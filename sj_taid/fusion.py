@@ -1,0 +1,160 @@
+"""Batch norms fused with the neurons that read them into one operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from spikingjelly.activation_based import layer
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ._checks import check_net
+from ._table import table
+from .neuron import ALIFNode, PassOn
+from .tracing import has_hooks, trace
+
+__all__ = ["FuseReport", "FusedNorm", "fuse_norm", "unfuse_norm"]
+
+#: The classes that compute torch's batch norm over time and batch.
+KNOWN_NORMS = frozenset(
+    getattr(home, name)
+    for home in (nn, layer)
+    for name in (
+        *(f"BatchNorm{n}d" for n in (1, 2, 3)),
+        *(f"ThresholdDependentBatchNorm{n}d" for n in (1, 2, 3)),
+        "SyncBatchNorm",
+    )
+    if hasattr(home, name)
+)
+
+
+@dataclass(frozen=True)
+class FusedNorm:
+    """The result of :func:`.fuse_norm` for one batch norm.
+
+    Attributes:
+        norm: its path in the net.
+        neuron: the path of the neuron that applies it now, or ``""``.
+        note: why it was left alone, or ``""``.
+    """
+
+    norm: str
+    neuron: str
+    note: str
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """The report of :func:`.fuse_norm`, one :class:`FusedNorm` per norm; ``print`` it for a table."""
+
+    rows: tuple[FusedNorm, ...]
+
+    @property
+    def fused(self) -> tuple[FusedNorm, ...]:
+        """The norms that a neuron applies now."""
+        return tuple(row for row in self.rows if row.neuron)
+
+    @property
+    def kept(self) -> tuple[FusedNorm, ...]:
+        """The norms that were left alone, with the reason in ``note``."""
+        return tuple(row for row in self.rows if not row.neuron)
+
+    def __str__(self) -> str:
+        head = f"{len(self.fused)} norms fused, {len(self.kept)} left alone"
+        rows = [(row.norm, row.neuron or "-", row.note) for row in self.rows]
+        return f"{head}\n{table(('norm', 'neuron', 'note'), rows)}" if rows else head
+
+
+def fuse_norm(net: nn.Module) -> FuseReport:
+    r"""Let every :class:`~sj_taid.ALIFNode` apply the batch norm before it, in place.
+
+    .. math::
+        Y[t] = \gamma\,\frac{X[t] - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta, \qquad
+        S = \mathrm{ALIF}(Y)
+
+    as one operator that never writes :math:`Y` and saves nothing of it for backward. The outputs
+    and gradients are equal to rounding. The norm stays where it is, with its parameters and running
+    statistics under the same keys of ``state_dict``, but only passes its input on to the neuron.
+
+    A norm is fused if an ALIF in step mode ``"m"`` is its only reader. That is found by tracing
+    the ``forward`` of each module (``torch.fx``, in training and in eval mode), so in
+    ``nn.Sequential``, in blocks that call ``self.bn1`` and then ``self.sn1``, and for the last
+    module of a ``SeqToANNContainer``. Known are the batch norms of torch and SpikingJelly, and
+    tdBN. A ``forward`` that cannot be traced keeps its norms.
+
+    Once fused, anything but the neuron that reads what the norm passes on raises an error that
+    names :func:`.unfuse_norm`, as after a replaced neuron or in a slice ``net[:2]``; so does a
+    neuron whose norm was not called before it, as in a ``forward`` that branches on a flag.
+    Convert to ``SyncBatchNorm`` first and fuse then.
+
+    Returns:
+        The report: ``print`` it.
+
+    >>> net = nn.Sequential(layer.Conv2d(1, 4, 3), layer.BatchNorm2d(4), ALIFNode())
+    >>> for module in net:
+    ...     module.step_mode = "m"
+    >>> print(fuse_norm(net))
+    1 norms fused, 0 left alone
+    norm  neuron  note
+    1     2
+    """
+    check_net(net, "fuse_norm")
+    paths = {module: path for path, module in net.named_modules()}
+    traced = trace(net, is_norm)
+    containers = [m for m in paths if isinstance(m, layer.SeqToANNContainer)]
+    folded = {norm for container in containers for norm in container.modules()}
+    rows = []
+    for norm in filter(is_norm, paths):
+        reader: Any = traced.readers.get(norm)
+        note = _why_not(norm, reader, norm in folded)
+        if note is None and reader is None:
+            note = traced.obstacles.get(norm, "nothing calls it")
+        if note is None:
+            reader.apply_norm(norm)
+        rows.append(FusedNorm(paths[norm], "" if note else paths[reader], note or ""))
+    return FuseReport(tuple(rows))
+
+
+def unfuse_norm(net: nn.Module) -> None:
+    """Undo :func:`.fuse_norm`: every norm is applied by itself again, in place.
+
+    >>> net = nn.Sequential(layer.BatchNorm2d(4, step_mode="m"), ALIFNode(step_mode="m"))
+    >>> len(fuse_norm(net).fused), unfuse_norm(net), net[1].norm
+    (1, None, None)
+    """
+    check_net(net, "unfuse_norm")
+    for module in net.modules():
+        if isinstance(module, ALIFNode):
+            module.apply_norm(None)
+        elif isinstance(vars(module).get("forward"), PassOn):  # its neuron is gone
+            del module.forward
+
+
+def _why_not(norm: Any, reader: Any, folded: bool) -> str | None:
+    """Why ``norm`` cannot be fused with ``reader``, if there is one; ``None`` if it can.
+
+    ``folded``: whether it is in a container that folds time into the batch.
+    """
+    forward = vars(norm).get("forward")
+    if forward is not None:
+        return "fused already" if isinstance(forward, PassOn) else "its forward was replaced"
+    if type(norm) not in KNOWN_NORMS:
+        return f"{type(norm).__name__} is not known to compute torch's batch norm"
+    if has_hooks(norm):
+        return "it has hooks, which would see its input instead of its output"
+    if reader is None:
+        return None
+    if type(reader) is not ALIFNode:
+        return f"its reader is a {type(reader).__name__}, not an ALIFNode"
+    if has_hooks(reader, "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        return "its reader has a hook on its input, which would act before the norm"
+    if reader.norm is not None:
+        return "its reader applies another norm already"
+    if reader.step_mode != "m" or not (folded or getattr(norm, "step_mode", "s") == "m"):
+        return "it does not run on [T, N, C, *]; functional.set_step_mode(net, 'm') first"
+    return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm)
