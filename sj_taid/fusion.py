@@ -46,7 +46,7 @@ class FusedNorm:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """The report of :func:`.fuse_norm`, one :class:`FusedNorm` per norm; ``print`` it for a table."""
+    """The report of :func:`.fuse_norm`, one :class:`FusedNorm` per norm; ``print`` it."""
 
     rows: tuple[FusedNorm, ...]
 
