@@ -306,7 +306,7 @@ class ALIFNode(_compat.BaseNode):
             )
 
     def _label(self) -> str:
-        return f"the neuron {self.name!r}" if self.name else "an ALIF neuron without a name"
+        return f"the neuron {self.name!r}" if self.name else f"ALIFNode({self.extra_repr()})"
 
     def _input_and_norm(self, x: Tensor) -> tuple[Tensor, Norm | None]:
         """The input, and the batch norm to apply to it, which has passed it on."""

@@ -34,7 +34,7 @@ def test_stale_graph_names_the_neuron_and_the_remedy():
 def test_a_neuron_without_a_name_describes_itself():
     node = ALIFNode()
     node(torch.rand(2, 3)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"ALIFNode\(\n  tau=2"):
+    with pytest.raises(RuntimeError, match=r"ALIFNode\(tau=2"):
         node(torch.rand(2, 3))
     name_neurons(nn.ModuleDict({"hidden": node}))
     with pytest.raises(RuntimeError, match="the neuron 'hidden'"):
