@@ -65,9 +65,9 @@ class EventData(Data):
         return v2.Resize([self.image_size] * 2), v2.ToDtype(torch.float32)
 
     def prepare_data(self) -> None:
-        if _is_complete(self.frames):
+        if self.frames.is_dir():
             return
-        if not (_is_complete(self.events) or self._unpacked_recordings()):
+        if not (self.events.is_dir() or self._unpacked_recordings()):
             self._require_archives()
         with FileLock(self.root / LOCK):
             self._make(self.events, self._convert)
@@ -168,17 +168,6 @@ class EventData(Data):
     @property
     def _spikingjelly(self) -> Any:
         return getattr(_datasets(), self.source)
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether the folder is there, and SpikingJelly was not interrupted while it made it."""
-    marker = folder.with_name(f"{folder.name}.building")
-    if marker.exists():
-        raise RuntimeError(
-            f"SpikingJelly was interrupted while it made {folder}; move it and {marker} away, and "
-            "run again"
-        )
-    return folder.is_dir()
 
 
 def read_frames(path: str) -> Tensor:

@@ -77,17 +77,16 @@ class Torchvision(ImageData):
             return
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / LOCK):
-            if self._missing():
-                self._fetch()
-
-    def _fetch(self) -> None:
-        try:
-            self.source(self.root, download=True)
-        except Exception as error:  # of the network, the disk or the archive
-            raise RuntimeError(
-                f"{self.source.__name__} cannot be downloaded ({type(error).__name__}: {error}); "
-                f"try again, or put into {self.path} by hand: {', '.join(self.files)}"
-            ) from error
+            if not self._missing():
+                return
+            try:
+                self.source(self.root, download=True)
+            except Exception as error:  # of the network, the disk or the archive
+                raise RuntimeError(
+                    f"{self.source.__name__} cannot be downloaded "
+                    f"({type(error).__name__}: {error}); try again, or put into {self.path} by "
+                    f"hand: {', '.join(self.files)}"
+                ) from error
 
     def _missing(self) -> list[str]:
         return [name for name in self.files if not (self.path / name).exists()]

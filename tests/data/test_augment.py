@@ -27,7 +27,7 @@ def photographs(n=64, channels=3, size=16):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmented_images_are_of_the_same_kind(name):
+def test_augmentation_keeps_shape_and_draws_for_each_image(name):
     x = photographs()
     y = AUGMENTATIONS[name](x)
     assert y.shape == x.shape and y.dtype == x.dtype
@@ -36,22 +36,19 @@ def test_augmented_images_are_of_the_same_kind(name):
 
 
 @pytest.mark.parametrize("name", ["affine", "crop_flip"])
-def test_the_border_is_black(name):
+def test_augmentation_has_a_black_border(name):
     loader = digits(augment=name).train_dataloader()
-
-    def transform(x):
-        return loader.collate_fn((x, None))[0]
-
-    black, white = torch.zeros(200, 1, 16, 16).byte(), torch.full((200, 1, 16, 16), 255).byte()
-    assert (transform(black) == -1).all()
-    moved = transform(white)
-    assert moved.min() == -1 and moved.max() == 1
-    assert (moved[..., 0, 0] == -1).any() and (moved[..., -1, -1] == -1).any()
+    black, white = (
+        loader.collate_fn((torch.full((200, 1, 16, 16), value).byte(), None))[0]
+        for value in (0, 255)
+    )
+    assert (black == -1).all() and white.min() == -1 and white.max() == 1
+    assert (white[..., 0, 0] == -1).any() and (white[..., -1, -1] == -1).any()
     if name == "crop_flip":
-        assert set(moved.unique().tolist()) == {-1.0, 1.0}
+        assert set(white.unique().tolist()) == {-1.0, 1.0}
 
 
-def test_a_map_is_what_torchvision_does_with_it():
+def test_warp_equals_torchvisions_affine():
     x = photographs(n=1)
     angle, scale, pixels = 25.0, 0.9, (2, -1)
     expected = functional.affine(
@@ -63,32 +60,31 @@ def test_a_map_is_what_torchvision_does_with_it():
     assert (moved.int() - expected.int()).abs().max() <= 1  # rounding
 
 
-def test_a_crop_is_cut_from_the_image_with_a_black_border():
+def test_crop_flip_cuts_from_the_padded_image():
     x = photographs(n=40, size=16)
     y = AUGMENTATIONS["crop_flip"](x)
-    border = 2
-    padded = functional.pad(x, [border] * 4)
+    padded = functional.pad(x, [2] * 4)
     for i in range(len(x)):
         crops = padded[i].unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
         assert (torch.cat([crops, crops.flip(-1)]) == y[i]).flatten(1).all(1).any()
 
 
-def test_the_frames_of_a_sequence_share_one_map():
+def test_affine_shares_one_map_among_the_frames_of_a_sequence():
     frame = torch.rand(5, 1, 2, 16, 16)
     y = AUGMENTATIONS["affine"](frame.expand(-1, 3, -1, -1, -1))
-    assert y.shape == (5, 3, 2, 16, 16)
-    assert torch.equal(y[:, 0], y[:, 1]) and torch.equal(y[:, 0], y[:, 2])
+    assert y.shape == (5, 3, 2, 16, 16) and torch.equal(y, y[:, :1].expand_as(y))
     assert not torch.equal(y[0, 0], frame[0, 0])
 
 
-def test_only_training_images_vary():
-    plain, varied = digits(), digits(augment="affine")
+def test_only_training_samples_vary():
+    plain = digits()
+    varied = digits(augment="affine", erase=1.0, mixup=1.0, cutmix=1.0, validation=0.1)
     assert torch.equal(images(plain.test_dataloader()), images(varied.test_dataloader()))
-    assert torch.equal(images(plain.val_dataloader()), images(varied.val_dataloader()))
-    torch.manual_seed(0)
-    expected = images(plain.train_dataloader())
-    torch.manual_seed(0)
-    assert not torch.equal(images(varied.train_dataloader()), expected)
+    assert all(labels.dim() == 1 for _, labels in varied.val_dataloader())
+    x, labels = next(iter(varied.train_dataloader()))
+    assert labels.dim() == 2 and not torch.equal(x, next(iter(varied.train_samples()))[0])
+    _, labels = next(iter(varied.without_augmentation().train_dataloader()))
+    assert labels.dim() == 1 and varied.mixup == 1.0
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -106,17 +102,11 @@ def test_draws_follow_the_seed_and_no_two_batches_share_them(num_workers):
     assert len(torch.unique(first, dim=0)) == len(first)
 
 
-def of_training(**options):
-    torch.manual_seed(0)
-    return next(iter(digits(**options).train_dataloader()))
-
-
-def test_a_rectangle_of_each_sample_is_erased_with_the_probability_given():
+def test_erase_blackens_a_rectangle_of_each_sample():
     loader = digits(erase=0.5).train_dataloader()
     white = torch.full((400, 1, 16, 16), 255).byte()
     erased = loader.collate_fn((white, None))[0] == -1
-    share = erased.flatten(1).any(1).float().mean()
-    assert 0.4 < share < 0.6
+    assert 0.4 < erased.flatten(1).any(1).float().mean() < 0.6
     assert len(torch.unique(erased, dim=0)) > 100  # each its own
     rows, columns = erased[:, 0].any(2), erased[:, 0].any(1)
     assert torch.equal(erased[:, 0], rows[:, :, None] & columns[:, None, :])
@@ -125,9 +115,14 @@ def test_a_rectangle_of_each_sample_is_erased_with_the_probability_given():
     assert torch.equal(frames, frames[:, :1, :1].expand_as(frames)) and frames.min() == -1
 
 
+def train_batch(**options):
+    torch.manual_seed(0)
+    return next(iter(digits(**options).train_dataloader()))
+
+
 def test_mixup_mixes_neighbours_and_their_labels():
-    plain, labels = of_training()
-    mixed, probabilities = of_training(mixup=0.5)
+    plain, labels = train_batch()
+    mixed, probabilities = train_batch(mixup=0.5)
     part = probabilities.gather(1, labels[:, None])[labels != labels.roll(1)][0]
     one_hot = torch.eye(10)[labels]
     assert 0 < part < 1
@@ -136,22 +131,19 @@ def test_mixup_mixes_neighbours_and_their_labels():
 
 
 def test_cutmix_puts_a_rectangle_of_one_into_the_other():
-    plain, labels = of_training()
+    plain, labels = train_batch()
+    collate = digits(cutmix=1.0).train_dataloader().collate_fn
     for _ in range(5):
-        mixed, probabilities = (
-            digits(cutmix=1.0)
-            .train_dataloader()
-            .collate_fn(((plain * 127.5 + 127.5).round().byte(), labels))
-        )
+        mixed, probabilities = collate(((plain * 127.5 + 127.5).round().byte(), labels))
         is_own, is_neighbours = mixed == plain, mixed == plain.roll(1, 0)
         assert (is_own | is_neighbours).all()
-        place = (~is_own).any(0)[0]  # within the rectangle
+        inside = (~is_own).any(0)[0]  # of the rectangle
         part = probabilities.gather(1, labels[:, None])[labels != labels.roll(1)][0]
-        assert place.float().mean() <= 1 - part + 1e-6
+        assert inside.float().mean() <= 1 - part + 1e-6
     assert torch.equal(probabilities.sum(1), torch.ones(40))
 
 
-def test_recordings_are_mixed_as_a_whole_and_by_either_way():
+def test_mixup_and_cutmix_mix_whole_recordings_by_either_way():
     loader = digits(mixup=1.0, cutmix=1.0).train_dataloader()
     frames = torch.randint(256, (6, 3, 2, 16, 16), dtype=torch.uint8)
     plain, _ = digits().train_dataloader().collate_fn((frames, None))
@@ -163,27 +155,15 @@ def test_recordings_are_mixed_as_a_whole_and_by_either_way():
     assert {*is_cut} == {True, False}
 
 
-def test_only_training_samples_are_erased_and_mixed():
-    plain, varied = digits(), digits(erase=1.0, mixup=1.0, cutmix=1.0, validation=0.1)
-    assert torch.equal(images(plain.test_dataloader()), images(varied.test_dataloader()))
-    assert all(labels.dim() == 1 for _, labels in varied.val_dataloader())
-    _, labels = next(iter(varied.without_augmentation().train_dataloader()))
-    assert labels.dim() == 1 and varied.mixup == 1.0
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"erase": 1.5}, r"dataset\.erase must be a probability, but it is 1\.5"),
         ({"mixup": -1.0}, r"dataset\.mixup must be 0, or an alpha above it .* is -1\.0"),
         ({"cutmix": 1.0, "classes": None}, r"dataset\.cutmix .* with labels, .*classes is None"),
+        ({"augment": "cutout"}, r"dataset\.augment must be null or one of affine.*cutout"),
     ],
 )
-def test_variations_that_cannot_be(options, message):
+def test_data_refuses_impossible_augmentation(options, message):
     with pytest.raises(ValueError, match=message):
         digits(**options)
-
-
-def test_unknown_augmentation():
-    with pytest.raises(ValueError, match=r"dataset\.augment must be null or one of affine.*cutout"):
-        digits(augment="cutout")

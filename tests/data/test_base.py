@@ -13,22 +13,22 @@ from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from sj_taid import data
-from sj_taid.data import InMemory, base, event
+from sj_taid.data import base
 from sj_taid.training.composing import compose
-from tests.data.made_up import make, ready
+from tests.data.made_up import first, make, ready
 from tests.training.conftest import CONF, write_images
 
 DATA_SETS = {path.stem for path in (CONF / "dataset").glob("*.yaml")} - {"base", "recordings"}
 
 
 @pytest.mark.parametrize("name", sorted(DATA_SETS))
-def test_every_config_makes_its_data_module(name):
+def test_config_makes_its_data_module(name):
     cfg = compose("train", [f"dataset={name}"]).dataset
     module = instantiate(cfg)
     assert module.name == (name if name != "image_folder" else "image_folder_images")  # its root's
     for key in ("channels", "image_size", "classes", "batch_size", "num_workers", "augment"):
         assert getattr(module, key) == cfg[key]
-    assert not isinstance(module, event.EventData) or cfg["T"] == module.T
+    assert getattr(module, "T", None) == cfg.get("T")
 
 
 class InTurn(data.ImageData):
@@ -36,8 +36,12 @@ class InTurn(data.ImageData):
 
     def load(self):
         values = torch.tensor([0, 255], dtype=torch.uint8).repeat(300)
-        samples = InMemory(values[:, None, None, None], torch.arange(600) // 2 % 10)
+        samples = data.InMemory(values[:, None, None, None], torch.arange(600) // 2 % 10)
         return samples, samples
+
+
+def images(samples):
+    return {image.numpy().tobytes() for image, _ in samples}
 
 
 def test_limit_draws_from_the_whole_set():
@@ -45,9 +49,7 @@ def test_limit_draws_from_the_whole_set():
     assert len(some.train_set) == len(some.test_set) == 100
     assert images(some.train_set) == images(again.train_set)
     assert images(some.train_set) != images(ready(data.Digits, limit=100, seed=1).train_set)
-    in_turn = InTurn(name="in_turn", channels=1, image_size=1, batch_size=1, limit=60)
-    in_turn.setup()
-    values, labels = in_turn.train_set.tensors
+    values, labels = ready(InTurn, image_size=1, limit=60).train_set.tensors
     assert labels.bincount().tolist() == [6] * 10
     assert 20 < (values == 255).sum() < 40  # every tenth image would have one colour
     assert len(ready(data.Digits, limit=1000).test_set) == 359
@@ -55,31 +57,24 @@ def test_limit_draws_from_the_whole_set():
         make(data.Digits, limit=0)
 
 
-def images(samples):
-    return {image.numpy().tobytes() for image, _ in samples}
-
-
-def test_a_part_of_the_training_set_is_for_validation():
+def test_validation_is_a_part_of_the_training_set():
     whole, split = ready(data.Digits), ready(data.Digits, validation=0.1, augment="affine")
-    kept, drawn = split.train_set, split.validation_set
-    assert len(kept) == 1294 and len(drawn) == 144 and whole.validation_set is None
-    assert images(kept) | images(drawn) == images(whole.train_set)
-    assert not images(kept) & images(drawn)
+    rest, drawn = split.train_set, split.validation_set
+    assert len(rest) == 1294 and len(drawn) == 144 and whole.validation_set is None
+    assert images(rest) | images(drawn) == images(whole.train_set)
+    assert not images(rest) & images(drawn)
     assert torch.equal(split.test_set.tensors[0], whole.test_set.tensors[0])
     (all_classes, few) = (Counter(samples.labels) for samples in (whole.train_set, drawn))
     assert all(abs(few[label] - 0.1 * n) < 1.5 for label, n in all_classes.items())
     validated = torch.cat([x for x, _ in split.val_dataloader()])
-    assert len(validated) == 144 and not torch.equal(validated[:50], first_images(whole))
+    assert len(validated) == 144
+    assert not torch.equal(validated[:50], first(whole.test_dataloader())[0])
     assert len(torch.cat([x for x, _ in whole.val_dataloader()])) == len(whole.test_set)
 
 
-def first_images(module):
-    return next(iter(module.test_dataloader()))[0]
-
-
-def test_the_validation_set_follows_its_own_seed_alone():
-    def drawn(**options):
-        torch.manual_seed(options.pop("run", 0))
+def test_validation_follows_its_own_seed_alone():
+    def drawn(run=0, **options):
+        torch.manual_seed(run)
         state = torch.random.get_rng_state()
         module = ready(data.Digits, validation=0.1, **options)
         assert torch.equal(torch.random.get_rng_state(), state)
@@ -88,7 +83,7 @@ def test_the_validation_set_follows_its_own_seed_alone():
     assert drawn() == drawn(run=1) != drawn(seed=1)
 
 
-def test_recordings_are_drawn_from_each_class_in_its_proportion(tmp_path):
+def test_validation_draws_files_of_each_class_in_its_proportion(tmp_path):
     for name, n in (("aeroplane", 40), ("bird", 20)):
         write_images(tmp_path / name, n)
     options = {"classes": 2, "test_share": 0.5, "validation": 0.2}
@@ -105,91 +100,72 @@ def test_recordings_are_drawn_from_each_class_in_its_proportion(tmp_path):
     [
         (1.0, r"must be null, a share of the training set from 0 to below 1, or own, .* 1\.0"),
         (-0.1, r"dataset\.validation must be null, .* it is -0\.1"),
-        (True, "it is True"),
         ("half", "it is 'half'"),
         (0.0001, r"of the 1438 training samples leaves 1438 for training and 0 for validation"),
         ("own", r"has no validation set of its own; give a share .*dataset\.validation=0\.1"),
     ],
 )
-def test_a_validation_set_that_cannot_be(validation, message):
+def test_validation_refuses_impossible_values(validation, message):
     with pytest.raises(ValueError, match=message):
         ready(data.Digits, validation=validation)
     with pytest.raises(ValueError, match="has no validation set; add"):
         ready(data.Digits).test_on_validation()
 
 
-def test_what_is_made_of_a_whole_set_stays_valid():
-    """Caches are found by the fingerprint: this is how it has always been made."""
-    module = make(data.Digits)
+def test_fingerprint_of_a_whole_set_stays():
+    """Caches are found by it."""
     digest = hashlib.sha256(repr((1, 16)).encode())
-    for samples in module.load():
+    for samples in make(data.Digits).load():
         digest.update(b"".join(tensor.numpy().tobytes() for tensor in samples.tensors))
-    assert ready(data.Digits).fingerprint() == digest.hexdigest()[:16]
-    assert ready(data.Digits, validation=0.0).fingerprint() == digest.hexdigest()[:16]
+    whole = digest.hexdigest()[:16]
+    for options in ({}, {"validation": 0.0}, {"batch_size": 7, "augment": "affine"}):
+        assert ready(data.Digits, **options).fingerprint() == whole
+    others = [ready(data.Digits, **o).fingerprint() for o in ({"limit": 100}, {"image_size": 8})]
     split = ready(data.Digits, validation=0.1)
-    assert (
-        len(
-            {digest.hexdigest()[:16], split.fingerprint(), split.test_on_validation().fingerprint()}
-        )
-        == 3
-    )
-
-
-def test_training_sets_alone_are_told_apart_by_themselves():
-    """What was made of them, as FAD's autoencoder, serves whatever is tested on."""
-    split = ready(data.Digits, validation=0.1)
+    others += [split.fingerprint(), split.test_on_validation().fingerprint()]
+    # What was made of the training set, as FAD's autoencoder, serves whatever is tested on.
     of_training = split.fingerprint(split.train_set)
     assert of_training == split.test_on_validation().fingerprint(split.train_set)
-    assert of_training not in (split.fingerprint(), split.fingerprint(split.test_set))
+    others += [of_training, split.fingerprint(split.test_set)]
+    assert len({whole, *others}) == 7
+
+
+def test_fingerprint_of_files_follows_their_names_sizes_and_bytes(tmp_path):
+    def fingerprint(folder, **options):
+        return ready(data.ImageFolder, folder, classes=None, **options).fingerprint()
+
+    here = tmp_path / "here"
+    write_images(here, 20)
+    before = fingerprint(here)
+    assert fingerprint(shutil.copytree(here, tmp_path / "elsewhere")) == before
+    (here / "00.png").unlink()
+    assert fingerprint(here) != before
+    for name in ("a", "b"):  # raw images, of one length
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            pixels = torch.randint(256, (8, 8), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.bmp")
+    assert len({fingerprint(tmp_path / name, test_share=0.5) for name in "ab"}) == 2
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_every_process_has_a_batch(processes):
+def test_train_dataloader_has_a_batch_for_every_process(processes, monkeypatch):
     """A last small batch is left out, but never the only one of a process."""
     module = ready(data.Digits, limit=150, batch_size=100)
-    assert 100 < len(module.train_set) < 200
     progress = SimpleNamespace(current=SimpleNamespace(processed=0))
     fit_loop = SimpleNamespace(epoch_progress=progress)
     module.trainer = SimpleNamespace(world_size=processes, fit_loop=fit_loop)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            base, "DistributedSampler", partial(DistributedSampler, num_replicas=processes, rank=0)
-        )
-        assert len(module.train_dataloader()) == 1
-
-
-def test_fingerprint_is_that_of_the_samples(tmp_path):
-    fingerprint = ready(data.Digits).fingerprint()
-    assert fingerprint == ready(data.Digits, batch_size=7, augment="affine").fingerprint()
-    others = [{"limit": 100}, {"image_size": 8}]
-    assert len({fingerprint, *(ready(data.Digits, **o).fingerprint() for o in others)}) == 3
-
-    write_images(tmp_path, 20)
-    before = ready(data.ImageFolder, tmp_path, classes=None).fingerprint()
-    assert before == ready(data.ImageFolder, tmp_path, classes=None).fingerprint()
-    shutil.copytree(tmp_path, elsewhere := tmp_path.with_name("elsewhere"))
-    assert before == ready(data.ImageFolder, elsewhere, classes=None).fingerprint()
-    for name in ("a", "b"):  # raw images, of one length
-        for number in range(4):
-            pixels = torch.randint(256, (8, 8), dtype=torch.uint8).numpy()
-            path = tmp_path.with_name(name) / f"{number}.bmp"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(pixels).save(path)
-    a, b = (
-        ready(data.ImageFolder, tmp_path.with_name(name), classes=None, test_share=0.5)
-        for name in "ab"
-    )
-    assert a.fingerprint() != b.fingerprint()
-    (tmp_path / "00.png").unlink()
-    assert before != ready(data.ImageFolder, tmp_path, classes=None).fingerprint()
+    sampler = partial(DistributedSampler, num_replicas=processes, rank=0)
+    monkeypatch.setattr(base, "DistributedSampler", sampler)
+    assert len(module.train_dataloader()) == 1
 
 
 def test_every_part_of_a_test_set_in_files_holds_the_classes_in_their_proportions(tmp_path):
     for name, n in (("aeroplane", 40), ("bird", 20), ("cat", 20)):
         write_images(tmp_path / name, n)
     options = {"classes": 3, "test_share": 0.5}
-    for limit, images in ((None, 40), (12, 12)):
+    for limit, count in ((None, 40), (12, 12)):
         labels = ready(data.ImageFolder, tmp_path, **options, limit=limit).test_set.labels
-        assert len(labels) == images
-        for start in range(0, images, 4):
+        assert len(labels) == count
+        for start in range(0, count, 4):
             assert sorted(labels[start : start + 4]) == [0, 0, 1, 2]
