@@ -248,13 +248,11 @@ def changes(runs: Sequence[Metrics]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def papers(published: pd.DataFrame | None = None, runs: Sequence[Metrics] | None = None) -> str:
+def papers() -> str:
     """A table for each data set and task: our runs of the papers' recipes, then the papers."""
-    if published is None:
-        published = pd.read_csv(RESULTS / "published.csv", keep_default_na=False)
-    if runs is None:
-        stored = {k: v for k, v in load_all_runs().items() if not k.endswith("_cpu")}
-        runs = [*chain(*stored.values())]
+    published = pd.read_csv(RESULTS / "published.csv", keep_default_na=False)
+    stored = {name: runs for name, runs in load_all_runs().items() if not name.endswith("_cpu")}
+    runs = [*chain(*stored.values())]
     table = frame(runs)[0].assign(
         row=[run["choices"]["model"].upper() for run in runs],
         command=[
@@ -278,9 +276,9 @@ def papers(published: pd.DataFrame | None = None, runs: Sequence[Metrics] | None
     return "\n".join(sections)
 
 
-def every_run(runs: Sequence[Metrics] | None = None) -> str:
+def every_run() -> str:
     """The protocols, numbered, and the metrics' protocols of each run and later evaluation."""
-    runs = [*chain(*load_all_runs().values())] if runs is None else runs
+    runs = [*chain(*load_all_runs().values())]
     protocols = {f"{name}: {how}" for m in runs for name, how in m.get("protocol", {}).items()}
     numbers = {how: str(number) for number, how in enumerate(sorted(protocols), 1)}
     rows = []
@@ -332,7 +330,7 @@ def memory() -> pd.DataFrame:
 def norm() -> pd.DataFrame:
     """Milliseconds of norm and neuron and of three blocks with them, forward and backward."""
     rows = norms().dropna(subset="median_ms")
-    rows = rows[~rows["neuron"].str.endswith(("memopt", "bits"))]
+    rows = rows[~rows["neuron"].str.endswith("bits")]
     table = rows.pivot(index=["net", "T"], columns="neuron", values="median_ms")
     table = table.loc[rows["net"].unique(), rows["neuron"].unique()]
     one, two = table["ALIF, one operator"], table["ALIF, two operators"]
@@ -355,12 +353,10 @@ def neurons() -> pd.DataFrame:
 def fsvae() -> pd.DataFrame:
     """Milliseconds of each model, and ours over its rival's."""
     rows = pd.read_csv(XEON / "fsvae.csv")
-    works = ["training step", "training step, channels last, bfloat16", "sampling"]
-    rows = rows[rows["work"].isin(works)]
-    table = rows.pivot(index="work", columns="model", values="median_ms").loc[works]
+    table = rows.pivot(index="work", columns="model", values="median_ms")
     ratio = (table["ours"] / table[f"{PLIF}, prefixes"]).map("{:.2f}".format)
     shown = table.map("{:.0f}".format).assign(**{"ours / PLIF, prefixes": ratio})
-    return shown.replace("nan", "").reset_index()
+    return shown.loc[rows["work"].unique()].reset_index()
 
 
 def esvae() -> pd.DataFrame:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,14 +36,14 @@ SIZES = {
         "neuron": "--dtypes float32 bfloat16 --steps 4 16 --neurons 262144 4194304 --only cupy LIF",
         "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
         "norm": "--steps 8 --batch 32 --repeats 20 --zoo sew_resnet18",
-        "fsvae": "--parts compare --batch 64",
+        "fsvae": "--batch 64",
     },
     "cpu": {
         "neuron": "--steps 4 16 --neurons 4096 65536 --repeats 5 --only numba LIF",
         "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
         "norm": "--steps 4 --batch 2 --repeats 3 --dtypes float32 "
         "--nets 'norm + neuron' '3 x [conv, norm, neuron]'",
-        "fsvae": "--parts compare --T 8 --batch 4 --repeats 3",
+        "fsvae": "--T 8 --batch 4 --repeats 3",
     },
 }
 
@@ -61,22 +62,18 @@ SHOWN = {
     "norm.csv": "net variant dtype T saved_mb saved_ratio median_ms time_ratio",
     "fsvae.csv": "work model T batch median_ms ratio",
 }
-PASSED, FAILED, SKIPPED, LEFT_OUT = "passed", "failed", "skipped", "left out"
+PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+#: The modules of SpikingJelly's other implementations of PLIF.
+PLIF = {"cuda": "spikingjelly._ops.plif._C", "triton": "triton"}
 
 
 class Step(NamedTuple):
-    """Arguments of Python, run in the root of the checkout.
-
-    Attributes:
-        hint: shown if the step fails.
-        left_out: why this machine does without the step, if it does.
-    """
+    """Arguments of Python, run in the root of the checkout; the hint is shown if it fails."""
 
     name: str
     arguments: Sequence[str]
     environment: Mapping[str, str] = {}
     hint: str = ""
-    left_out: str = ""
 
     @property
     def command(self) -> str:
@@ -110,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print(explain_no_gpu(options.out))
+        print("torch finds no GPU here, so nothing was run:")
+        print(*doctor.devices(), *doctor.availability(), sep="\n")
+        print("What a CPU can do of it: python experiments/prove.py --device cpu")
         return 1
     machine = torch.cuda.get_device_name() if options.device == "cuda" else doctor.cpu_name()
     folder = options.out / slug(machine)
@@ -122,9 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = time.monotonic() + 60 * options.minutes
     for step in steps(options.device, folder):
         left = end - time.monotonic()
-        if step.left_out:
-            results.append(Result(step, LEFT_OUT, step.left_out))
-        elif left <= 0:
+        if left <= 0:
             results.append(Result(step, SKIPPED, f"the {options.minutes:g} minutes are used up"))
         else:  # a step that hangs leaves time for the others
             results.append(run(step, folder, min(left, 60 * options.minutes / 4)))
@@ -132,22 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         page = "\n".join([*page_lines(machine, options.device, results, folder), ""])
         (folder / "prove.md").write_text(page, encoding="utf-8")
     print(f"attach to an issue: {folder / 'prove.md'} and the CSVs beside it")
-    return 0 if all(result.outcome in (PASSED, LEFT_OUT) for result in results) else 1
-
-
-def explain_no_gpu(out: Path) -> str:
-    """Why nothing is run, and what would be."""
-    reasons = (f"  {line}" for line in (*doctor.devices(), *doctor.availability()))
-    planned = (f"  {step.name}: {step.command}" for step in steps("cuda", out / "MACHINE"))
-    return "\n".join(
-        (
-            "torch finds no GPU here, so nothing was run:",
-            *reasons,
-            "On a machine with one these steps would be run, in ten minutes at most:",
-            *planned,
-            "What a CPU can do of it: python experiments/prove.py --device cpu",
-        )
-    )
+    return 0 if all(result.outcome == PASSED for result in results) else 1
 
 
 def steps(device: str, folder: Path) -> Iterator[Step]:
@@ -171,27 +153,20 @@ def steps(device: str, folder: Path) -> Iterator[Step]:
         arguments = (*conformance, "--dtypes", dtype, *cases)
         yield Step(f"conformance {dtype}", arguments, hint=hint)
     yield Step("neuron", benchmark("neuron"))
-    for implementation in ("cuda", "triton") if device == "cuda" else ():
-        yield Step(
-            f"neuron, PLIF by {implementation}",
-            benchmark("neuron", "--only", "PLIF", "--append"),
-            {"SJ_PLIF_CUDA_IMPLEMENTATION": implementation},
-            left_out=why_not(implementation),
-        )
+    for implementation, module in PLIF.items():
+        if device == "cuda" and is_installed(module):
+            arguments = benchmark("neuron", "--only", "PLIF", "--append")
+            environment = {"SJ_PLIF_CUDA_IMPLEMENTATION": implementation}
+            yield Step(f"neuron, PLIF by {implementation}", arguments, environment)
     yield Step("memory", benchmark("memory"))
     for name in ("norm", "fsvae"):
         yield Step(name, benchmark(name), contract)
 
 
-def why_not(implementation: str) -> str:
-    """Why SpikingJelly has no such implementation of PLIF here, or nothing."""
-    if importlib.util.find_spec("spikingjelly._ops") is None:
-        return "SpikingJelly 0.0.0.0.14 has one implementation"
-    if implementation == "cuda" and importlib.util.find_spec("spikingjelly._ops.plif._C") is None:
-        return "SpikingJelly was installed without its native operators"
-    if implementation == "triton" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return ""
+def is_installed(module: str) -> bool:
+    with suppress(ModuleNotFoundError):  # of a package around it
+        return importlib.util.find_spec(module) is not None
+    return False
 
 
 def run(step: Step, folder: Path, seconds: float) -> Result:

@@ -131,12 +131,9 @@ def neurons(device: torch.device) -> dict[str, nn.Module]:
             modules[f"ALIF {backend}"] = Fresh(node)
     modules["SpikingJelly LIF"] = Fresh(neuron.LIFNode(**options))
     modules["SpikingJelly PLIF"] = Fresh(neuron.ParametricLIFNode(**options))
-    if hasattr(neuron, "FlexSN"):
-        parameters = (nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(())))
-        flex_sn = neuron.FlexSN(alif_step, 1, static_inputs=parameters)
-        modules["SpikingJelly FlexSN"] = Fresh(flex_sn)
-    else:
-        print(f"skipped FlexSN: SpikingJelly {version('spikingjelly')} has none")
+    parameters = (nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(())))
+    flex_sn = neuron.FlexSN(alif_step, 1, static_inputs=parameters)
+    modules["SpikingJelly FlexSN"] = Fresh(flex_sn)
     try:
         name = f"snnTorch Leaky {version('snntorch')}"
         modules[name] = Leaky()

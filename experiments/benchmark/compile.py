@@ -21,15 +21,12 @@ def alif(channels: int, backend: str) -> nn.Module:
 
 
 def net(channels: int, backend: str) -> nn.Module:
-    blocks = (
-        nn.Sequential(
-            layer.Conv2d(channels, channels, 3, padding=1, bias=False, step_mode="m"),
-            layer.BatchNorm2d(channels, step_mode="m"),
-            alif(channels, backend),
-        )
-        for _ in range(2)
-    )
-    return nn.Sequential(*blocks)
+    layers: list[nn.Module] = []
+    for _ in range(2):
+        convolution = layer.Conv2d(channels, channels, 3, padding=1, bias=False, step_mode="m")
+        norm = layer.BatchNorm2d(channels, step_mode="m")
+        layers += [convolution, norm, alif(channels, backend)]
+    return nn.Sequential(*layers)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,12 +19,10 @@ from sj_taid.training.composing import compose
 
 RECIPE_OF = "experiment=mnist_esvae_sharp"
 RECIPE = "as configured"
-CHANNELS_FIRST = "channels first"  # no choice of a config
 #: name -> overrides
 VARIANTS = {
     RECIPE: [],
     "bfloat16": ["trainer.precision=bf16-mixed"],
-    CHANNELS_FIRST: [],
     "batch of 128": ["dataset.batch_size=128"],
     "batch of 256": ["dataset.batch_size=256"],
     "fixed decoder": ["decoder=fixed"],
@@ -46,8 +44,7 @@ def training_step(name: str, extra: Sequence[str]) -> tuple[Callable[[], None], 
     """A function that trains a variant for a step on random images, and its batch size."""
     cfg = compose("train", [RECIPE_OF, *VARIANTS[name], *extra])
     torch.manual_seed(0)
-    layout = torch.contiguous_format if name == CHANNELS_FIRST else torch.channels_last
-    model = instantiate(cfg.model).to(memory_format=layout)
+    model = instantiate(cfg.model).to(memory_format=torch.channels_last)
     optimizer = instantiate(cfg.optimizer)(model.parameters())
     size = cfg.dataset.image_size
     image = torch.rand(cfg.dataset.batch_size, cfg.dataset.channels, size, size) * 2 - 1

@@ -6,7 +6,7 @@ writes ``fsvae.csv``.
 
 The rival is the same model with SpikingJelly's PLIF neurons, which recomputes every prefix when
 the latent spikes are sampled, as the original does. Mixed models show what the neuron gains and
-what the stepping does. Then come memory layouts and precisions of ours.
+what the stepping does.
 """
 
 import argparse
@@ -42,16 +42,13 @@ def make(name: str, options: argparse.Namespace) -> FSVAE:
     torch.manual_seed(0)
     node, presampling = MODELS[name]
     model = FSVAE(options.channels, options.size, options.T, neuron=node, presampling=presampling)
-    if options.channels_last:  # torch declares no such overload
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(options.device)
 
 
-def train_step(model: FSVAE, image: Tensor, precision: torch.dtype = torch.float32) -> None:
+def train_step(model: FSVAE, image: Tensor) -> None:
     model.zero_grad()
-    with torch.autocast(image.device.type, precision, enabled=precision != torch.float32):
-        loss = model.training_loss(image, 0.5)["loss"]
-    loss.backward()
+    model.training_loss(image, 0.5)["loss"].backward()
 
 
 @torch.no_grad()
@@ -71,15 +68,11 @@ def sample(model: FSVAE, n: int) -> Tensor:
     return image
 
 
-def images(options: argparse.Namespace) -> Tensor:
-    shape = (options.batch, options.channels, options.size, options.size)
-    image = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return image.to(options.device)
-
-
 def works(options: argparse.Namespace) -> dict[str, Callable[[FSVAE], object]]:
     """The functions to time, by name."""
-    image = images(options)
+    shape = (options.batch, options.channels, options.size, options.size)
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    image = image.to(options.device)
     return {
         "training step": lambda model: train_step(model, image),
         "sampling": lambda model: sample(model, options.batch),
@@ -97,49 +90,20 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             options.device,
         )
         for name, timing in timings.items():
-            ratio = timing.median_ms / timings[RIVAL].median_ms
-            rows.append(describe(work, name, options) | timing._asdict() | {"ratio": ratio})
+            row = {"work": work, "model": name, "T": options.T, "batch": options.batch}
+            row |= conditions(options.device) | timing._asdict()
+            rows.append(row | {"ratio": timing.median_ms / timings[RIVAL].median_ms})
     return rows
-
-
-def formats(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time our training step by memory layout and precision."""
-    steps = {}
-    for layout, channels_last in (("channels first", False), ("channels last", True)):
-        changed = argparse.Namespace(**{**vars(options), "channels_last": channels_last})
-        for precision in (torch.float32, torch.bfloat16):
-            name = f"{layout}, {str(precision).removeprefix('torch.')}"
-            steps[name] = partial(train_step, make(OURS, changed), images(options), precision)
-    timings = interleave(steps, options.repeats, options.device)
-    first, *_ = timings.values()
-    return [
-        describe(f"training step, {name}", OURS, options)
-        | timing._asdict()
-        | {"ratio": timing.median_ms / first.median_ms}
-        for name, timing in timings.items()
-    ]
-
-
-def describe(work: str, model: str, options: argparse.Namespace) -> dict[str, Any]:
-    case = {"work": work, "model": model, "T": options.T, "batch": options.batch}
-    return case | conditions(options.device)
-
-
-PARTS = {part.__name__: part for part in (compare, formats)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options_parser = parser(__doc__, repeats=10)
     for name, default in {"batch": 16, "T": 16, "channels": 3, "size": 32}.items():
         options_parser.add_argument(f"--{name}", type=int, default=default)
-    channels_last = argparse.BooleanOptionalAction
-    options_parser.add_argument("--channels-last", action=channels_last, default=True)
-    options_parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     reuse_freed_memory()
-    rows = [row for part in options.parts for row in PARTS[part](options)]
-    print(write_csv(rows, options.out / "fsvae.csv").iloc[:, :9].to_string())
+    print(write_csv(compare(options), options.out / "fsvae.csv").iloc[:, :9].to_string())
 
 
 if __name__ == "__main__":

@@ -20,15 +20,13 @@ from typing import Any
 import torch
 from common import DTYPES, conditions, interleave, parser, write_csv
 from memory import saved_bytes
-from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import Tensor, nn
 
 from sj_taid import fuse_norm, packed_spikes, swap_neurons
 from sj_taid.training.allocator import reuse_freed_memory
 
-ATAN = surrogate.ATan()
-CLASSES = 10
 ZOO: dict[str, Callable[..., nn.Module]] = {
     "spiking_vgg11_bn": spiking_vgg.spiking_vgg11_bn,
     "sew_resnet18": partial(sew_resnet.sew_resnet18, cnf="ADD"),
@@ -39,40 +37,31 @@ NETS = (PAIR, LAYERS, *ZOO)
 RIVAL = "SpikingJelly PLIF"
 
 
-def layers(spiking_neuron: Callable[..., nn.Module], width: int = 64) -> nn.Module:
-    widths = [3, width, width, width]
-    blocks: list[nn.Module] = []
-    for a, b in itertools.pairwise(widths):
-        blocks += [layer.Conv2d(a, b, 3, padding=1, bias=False), layer.BatchNorm2d(b)]
-        blocks.append(spiking_neuron(surrogate_function=ATAN))
-    return nn.Sequential(*blocks)
-
-
-def pair(spiking_neuron: Callable[..., nn.Module]) -> nn.Module:
-    return nn.Sequential(layer.BatchNorm2d(128), spiking_neuron(surrogate_function=ATAN))
-
-
 def make(name: str, spiking_neuron: Callable[..., nn.Module]) -> nn.Module:
     torch.manual_seed(0)
+    options = {"surrogate_function": surrogate.ATan()}
     if name in ZOO:
-        net = ZOO[name](spiking_neuron=spiking_neuron, surrogate_function=ATAN, num_classes=CLASSES)
+        net = ZOO[name](spiking_neuron=spiking_neuron, num_classes=10, **options)
+    elif name == PAIR:
+        net = nn.Sequential(layer.BatchNorm2d(128), spiking_neuron(**options))
     else:
-        net = (pair if name == PAIR else layers)(spiking_neuron)
+        layers: list[nn.Module] = []
+        for channels in (3, 64, 64):
+            layers.append(layer.Conv2d(channels, 64, 3, padding=1, bias=False))
+            layers += [layer.BatchNorm2d(64), spiking_neuron(**options)]
+        net = nn.Sequential(*layers)
     functional.set_step_mode(net, "m")
     return net
 
 
 def variants(name: str) -> dict[str, nn.Module]:
-    """The net with each neuron, ours in each form, and memopt where it takes the net."""
+    """The net with each neuron, and ours in each form."""
     two = make(name, neuron.LIFNode)
     swap_neurons(two)
     one = copy.deepcopy(two)
     fuse_norm(one)
     nets = {"SpikingJelly LIF": make(name, neuron.LIFNode)}
     nets[RIVAL] = make(name, neuron.ParametricLIFNode)
-    if name == LAYERS:
-        recomputed = make(name, neuron.ParametricLIFNode)
-        nets["SpikingJelly PLIF, memopt"] = memopt.checkpoint_module(recomputed, chunks=3)
     nets |= {"ALIF, two operators": two, "ALIF, one operator": one}
     if name != PAIR:  # which has no layer that saves spikes
         nets["ALIF, one operator, bits"] = packed = copy.deepcopy(one)

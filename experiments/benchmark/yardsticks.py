@@ -1,4 +1,4 @@
-"""FAD as published of images that no model drew, to know what a value means.
+"""FAD as published of images that no model drew, to interpret the FAD of samples.
 
     python experiments/benchmark/yardsticks.py --root data --published FOLDER
 
@@ -24,7 +24,7 @@ RESULT = Path(__file__).resolve().parents[2] / "results" / "yardsticks.csv"
 
 
 def distance(images: Tensor, published: Path, name: str) -> float:
-    """Of all images, in the papers' batches."""
+    """FAD of all images, in the papers' batches."""
     fad = PublishedFrechetAutoencoderDistance(published, name)
     for batch in images.split(fad.batch_size):
         fad.update(batch, real=False)
@@ -33,16 +33,14 @@ def distance(images: Tensor, published: Path, name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--root", type=Path, default=Path("data"), help="holds mnist, fashion_mnist"
-    )
+    parser.add_argument("--root", type=Path, default="data", help="holds mnist, fashion_mnist")
     parser.add_argument("--published", type=Path, required=True, help="the papers' autoencoders")
     parser.add_argument("--out", type=Path, default=RESULT)
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows = []
     for dataset, name in PUBLISHED.items():
         cfg = compose("train", [f"dataset={dataset}"]).dataset
-        data = instantiate(cfg, root=given.root / dataset, batch_size=10**6)
+        data = instantiate(cfg, root=options.root / dataset, batch_size=10**6)
         data.setup()
         loaders = data.test_dataloader(), data.train_samples()
         (test, _), (training, _) = (next(iter(loader)) for loader in loaders)
@@ -51,16 +49,14 @@ def main() -> None:
             "test images": test,
             "training images, drawn at random": training[drawn[: len(test)]],
             "every sixth training image": training[::6],
+            "test images blurred, sigma 0.7 pixels": gaussian_blur(test, [7, 7], [0.7, 0.7]),
+            "test images blurred, sigma 1 pixels": gaussian_blur(test, [7, 7], [1.0, 1.0]),
         }
-        for sigma in (0.7, 1.0):
-            blurred = gaussian_blur(test, [7, 7], [sigma, sigma])
-            sets[f"test images blurred, sigma {sigma:g} pixels"] = blurred
         for images, values in sets.items():
-            value = distance(values, given.published, name)
+            value = distance(values, options.published, name)
             row = {"dataset": dataset, "images": images, "fad_published": value}
             rows.append(row | {"gradient": mean_gradient(values)})
-            print(f"{dataset}, {images}: {value:.2f}")
-    write_csv(rows, given.out)
+    write_csv(rows, options.out)
 
 
 if __name__ == "__main__":

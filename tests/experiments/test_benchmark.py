@@ -87,7 +87,7 @@ def test_fsvae_times_every_model(tmp_path, monkeypatch):
         fsvae, "FSVAE", partial(fsvae.FSVAE, hidden_channels=[4], latent_channels=6)
     )
     size = ["--T", "3", "--batch", "2", "--channels", "1", "--size", "8", "--repeats", "1"]
-    fsvae.main(["--device", "cpu", *size, "--parts", "compare", "--out", str(tmp_path)])
+    fsvae.main(["--device", "cpu", *size, "--out", str(tmp_path)])
     table = rows(tmp_path / "fsvae.csv")
     works = ("training step", "sampling")
     assert [(row["work"], row["model"]) for row in table] == [

@@ -38,20 +38,18 @@ def test_prove_continues_past_what_raises_or_dies(tmp_path, monkeypatch, capsys)
     steps = [
         Step("raises", ["-c", "raise ValueError('in|jected')"], hint="Try another one."),
         Step("dies", ["-c", "import os; print('so far'); os.abort()"], {"A": "b c"}),
-        Step("absent", ["-c", "1/0"], left_out="there is none"),
         Step("passes", ["-c", "print('fine')"]),
     ]
     code, page = run_steps(monkeypatch, tmp_path, steps)
     assert code == 1
-    outcomes = ["failed", "failed", "left out", "passed"]
-    said = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()[:4]]
-    assert said == outcomes
+    said = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()[:3]]
+    assert said == ["failed", "failed", "passed"]
     assert "1 passed, 2 failed, 0 skipped" in page and "Try another one." in page
     assert "Traceback (most recent call last):" in page and "\nValueError: in|jected\n~~~" in page
     assert "| raises | failed |" in page
     assert r"exit code 1: ValueError: in\|jected |" in page
     assert "## dies failed: SIGABRT" in page and "`'A=b c' python -c" in page
-    assert "so far" in page and "ZeroDivisionError" not in page
+    assert "so far" in page
 
 
 @pytest.mark.usefixtures("gpu")
@@ -85,7 +83,7 @@ def test_prove_names_the_steps_for_which_no_time_is_left(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_prove_without_a_gpu_says_why_and_what_would_be_run(tmp_path, capsys, monkeypatch):
+def test_prove_without_a_gpu_says_why(tmp_path, capsys, monkeypatch):
     def load():
         raise ImportError("libcuda.so: cannot open")
 
@@ -94,8 +92,6 @@ def test_prove_without_a_gpu_says_why_and_what_would_be_run(tmp_path, capsys, mo
     output = capsys.readouterr().out
     assert "GPU: none" in output and "ImportError: libcuda.so: cannot open" in output
     assert backends.NEEDS["cupy"] in output and "experiments/prove.py --device cpu" in output
-    planned = [*prove.steps("cuda", tmp_path / "out" / "MACHINE")]
-    assert len(planned) == 12 and all(step.command in output for step in planned)
     assert not (tmp_path / "out").exists()
 
 
@@ -122,16 +118,14 @@ def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # n
             importlib.import_module(name).main(arguments)
 
 
-def test_why_not_names_what_spikingjelly_lacks(monkeypatch):
-    there = {"spikingjelly._ops", "spikingjelly._ops.plif._C", "triton"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
-    assert prove.why_not("cuda") == prove.why_not("triton") == ""
-    there.remove("spikingjelly._ops.plif._C")
-    assert "without its native operators" in prove.why_not("cuda")
-    there.remove("triton")
-    assert prove.why_not("triton") == "Triton is not installed"
-    there.clear()
-    assert "0.0.0.0.14" in prove.why_not("cuda")
+def test_steps_time_each_plif_that_is_installed(monkeypatch, tmp_path):
+    for installed in ([], ["cuda"], ["cuda", "triton"]):
+        modules = [prove.PLIF[name] for name in installed]
+        monkeypatch.setattr(prove, "is_installed", modules.__contains__)
+        names = [step.name for step in prove.steps("cuda", tmp_path) if "PLIF" in step.name]
+        assert names == [f"neuron, PLIF by {name}" for name in installed]
+    monkeypatch.undo()
+    assert prove.is_installed("torch.nn") and not prove.is_installed("torch_not_there.nn")
 
 
 TOY = {
@@ -139,7 +133,7 @@ TOY = {
     "neuron": "--steps 2 --neurons 64 --repeats 1 --only LIF",
     "memory": "--dtypes float32 --steps 2",
     "norm": "--steps 3 --batch 2 --repeats 1 --dtypes float32 --nets '3 x [conv, norm, neuron]'",
-    "fsvae": "--parts compare --T 2 --batch 2 --size 8 --repeats 1",
+    "fsvae": "--T 2 --batch 2 --size 8 --repeats 1",
 }
 
 
