@@ -124,8 +124,7 @@ class VAE(_Convolutional):
         kl_weight: :math:`\beta`.
 
     Raises:
-        ValueError: sizes that do not fit, images of another shape, or a weight below 0; outside
-            training also values beyond [-1, 1] or NaN.
+        ValueError: as :class:`Autoencoder`, or a weight below 0.
 
     Source: D. P. Kingma and M. Welling 2014, arXiv 1312.6114; the shape and the role from Kamata et
     al. 2022, arXiv 2110.00375, Table 1.

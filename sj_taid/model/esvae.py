@@ -42,8 +42,7 @@ class ESVAE(SpikingVAE):
         mmd_weight: weight of the MMD next to the squared error.
 
     Raises:
-        ValueError: a bad argument, or images of another shape; outside training also
-            values beyond [-1, 1] or NaN.
+        TypeError, ValueError: a bad argument or bad images, as SpikingVAE.
 
     Source: Zhan et al., arXiv 2310.14839; the mixture as in Ghosh et al., arXiv 1903.12436.
 

@@ -39,8 +39,7 @@ class FSVAE(SpikingVAE):
             training, two probabilities. The first steps are never replaced: below T = 7 none is.
 
     Raises:
-        ValueError: sizes that do not fit, or images of another shape; outside training also
-            values beyond [-1, 1] or NaN.
+        TypeError, ValueError: a bad argument or bad images, as SpikingVAE.
 
     Source: Kamata et al. 2022, arXiv 2110.00375; the image decoder from Qiu et al. 2023,
     arXiv 2406.03046.

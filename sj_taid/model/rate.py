@@ -4,8 +4,6 @@ A rate ``r`` in [0, 1] is the probability of a spike at each time step, ``[N, d]
 channels. Source: Zhan et al., ESVAE, arXiv 2310.14839.
 """
 
-import logging
-import warnings
 from typing import Any
 
 import torch
@@ -13,8 +11,6 @@ from torch import Tensor, nn
 
 from .._checks import check_sizes
 from .._extras import needs
-
-log = logging.getLogger(__name__)
 
 
 def check_rates(rate: Tensor) -> None:
@@ -77,7 +73,7 @@ def rbf_mmd(x: Tensor, y: Tensor) -> Tensor:
     gradient. Computed in float32 at least: in half precision the sums of distances overflow.
 
     Raises:
-        ValueError: samples of different shapes, or of one point.
+        ValueError: samples of different shapes, or of less than two points.
 
     Source: Gretton et al. 2012, JMLR 13; the kernels from Zhan et al., arXiv 2310.14839.
 
@@ -85,17 +81,12 @@ def rbf_mmd(x: Tensor, y: Tensor) -> Tensor:
     >>> rbf_mmd(x, x), rbf_mmd(x, x + 9) > 3
     (tensor(0.), tensor(True))
     """
-    if x.dim() != 2 or x.shape != y.shape:
+    if x.dim() != 2 or x.shape != y.shape or len(x) < 2:
         raise ValueError(
-            f"rbf_mmd compares two samples [N, d] of one shape, but got {list(x.shape)} and "
-            f"{list(y.shape)}"
+            f"rbf_mmd needs two samples [N, d] of one shape with at least 2 points, but got "
+            f"{list(x.shape)} and {list(y.shape)}; in training raise dataset.batch_size"
         )
     n = len(x)
-    if n < 2:
-        raise ValueError(
-            f"rbf_mmd needs samples of at least 2 points, but got {n}; train with larger batches: "
-            "dataset.batch_size"
-        )
     both = torch.cat([x, y])
     if both.dtype.itemsize < 4:
         both = both.float()
@@ -185,15 +176,14 @@ class GaussianMixturePrior(nn.Module):
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the mixture to ``rates`` ``[n, d]`` by expectation maximisation.
 
-        Logs a line where that has not converged, or where there are fewer different rates than
-        components.
+        scikit-learn warns where that has not converged in ``iterations``, or where there are fewer
+        different rates than components.
 
         Raises:
             ValueError: fewer rates than components, of another width, or outside [0, 1].
             ModuleNotFoundError: without scikit-learn.
         """
         with needs("scikit-learn"):
-            from sklearn.exceptions import ConvergenceWarning
             from sklearn.mixture import GaussianMixture
         d = self.means.shape[1]
         if rates.dim() != 2 or rates.shape[1] != d:
@@ -208,22 +198,7 @@ class GaussianMixturePrior(nn.Module):
         mixture = GaussianMixture(
             self.components, reg_covar=1e-5, max_iter=self.iterations, random_state=seed
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # logged below
-            mixture.fit(rates.double().cpu().numpy())
-        if (different := len(rates.unique(dim=0))) < self.components:
-            log.warning(
-                "Only %d different rates for %d components of the mixture, some of which are equal "
-                "therefore; set fewer components.",
-                different,
-                self.components,
-            )
-        elif not mixture.converged_:
-            log.warning(
-                "The mixture's fit has not converged in %d iterations, so samples may be less like "
-                "the training images than they could be; raise iterations.",
-                self.iterations,
-            )
+        mixture.fit(rates.double().cpu().numpy())
         cholesky = torch.linalg.cholesky(torch.as_tensor(mixture.covariances_))
         # A loaded mixture may have had another number of components.
         self.weights = torch.as_tensor(mixture.weights_).to(self.weights)

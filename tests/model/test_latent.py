@@ -15,8 +15,8 @@ T, N, C, K = 9, 4, 6, 5
 F64 = torch.float64
 
 
-def settled(network: nn.Module) -> nn.Module:
-    """In float64 and eval mode, with batch-norm statistics that are not the initial ones."""
+def settle(network: nn.Module) -> nn.Module:
+    """Put it in float64 and eval mode, with batch-norm statistics that are not the initial ones."""
     network = network.double()
     generator = torch.Generator().manual_seed(1)
     for module in network.modules():
@@ -34,8 +34,8 @@ def spikes():
     return (torch.rand(T, N, C, dtype=F64) < 0.5).to(F64)
 
 
-def test_posterior_stepping_equals_running_every_prefix_anew():
-    posterior = settled(Posterior(C, K, original_neuron))
+def test_posterior_steps_equal_prefixes():
+    posterior = settle(Posterior(C, K, original_neuron))
     x_seq, index = spikes(), picks()
     z_step, q_step = posterior(x_seq, index)
     posterior.presampling = "prefix"
@@ -45,17 +45,16 @@ def test_posterior_stepping_equals_running_every_prefix_anew():
     assert torch.equal(q_step, q_prefix)
 
 
-def test_posteriors_samples_are_those_it_was_conditioned_on():
-    """In eval mode z[t] of the whole pass is the z[t] that the next step saw."""
-    posterior = settled(Posterior(C, K, original_neuron))
+def test_posterior_in_eval_mode_is_conditioned_on_its_samples():
+    posterior = settle(Posterior(C, K, original_neuron))
     x_seq, index = spikes(), picks()
     z, q = posterior(x_seq, index)
     previous = torch.cat([torch.zeros_like(z[:1]), z[:-1]])
     assert torch.equal(q, posterior.run(torch.cat([x_seq, previous], 2)))
 
 
-def test_prior_sampling_equals_running_every_prefix_anew():
-    prior = settled(Prior(C, K, original_neuron))
+def test_prior_sample_equals_prefixes():
+    prior = settle(Prior(C, K, original_neuron))
     index = picks()
     z = prior.sample(index)
     previous = torch.zeros(1, N, C, dtype=F64)
@@ -67,7 +66,7 @@ def test_prior_sampling_equals_running_every_prefix_anew():
 
 
 @pytest.mark.parametrize("presampling", ["step", "prefix"])
-def test_training_gives_gradients_to_every_parameter_and_to_the_input(presampling):
+def test_posterior_gradients(presampling):
     posterior = Posterior(C, K, original_neuron, presampling).double()
     x_seq = spikes().requires_grad_()
     z, q = posterior(x_seq, picks())
@@ -76,8 +75,8 @@ def test_training_gives_gradients_to_every_parameter_and_to_the_input(presamplin
     assert all(p.grad is not None and p.grad.isfinite().all() for p in posterior.parameters())
 
 
-def test_no_cast_without_a_graph_is_left_for_the_pass_with_gradient():
-    """Older torch's autocast would give it, and the weights would learn nothing."""
+def test_autocast_casts_without_a_graph_are_cleared():
+    """Older torch would reuse them in the pass with gradient: the weights would learn nothing."""
     posterior = Posterior(4, 3, original_neuron)
     prior = Prior(4, 3, original_neuron)
     x_seq, picks = torch.rand(8, 2, 4), torch.randint(3, (8, 2, 4))
@@ -91,7 +90,7 @@ def test_no_cast_without_a_graph_is_left_for_the_pass_with_gradient():
         assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-def test_presampling_sample_steps_leaves_batch_norm_alone():
+def test_posterior_presampling_leaves_batch_norm_alone():
     posterior = Posterior(C, K, original_neuron).double()
     before = posterior.net[0][0][1].running_mean.clone()
     with torch.no_grad():
@@ -100,15 +99,15 @@ def test_presampling_sample_steps_leaves_batch_norm_alone():
     assert posterior.training and posterior.net.training
 
 
-def test_prior_does_not_pass_gradient_to_the_posteriors_samples():
+def test_prior_gives_the_samples_no_gradient():
     prior = Prior(C, K, original_neuron).double()
     z_seq = spikes().requires_grad_()
     prior(z_seq).sum().backward()
     assert z_seq.grad is None
 
 
-def test_scheduled_sampling_replaces_inputs_only_from_the_sixth_step_on():
-    prior = settled(Prior(C, K, original_neuron))
+def test_prior_own_samples_replace_inputs_from_the_sixth_step_on():
+    prior = settle(Prior(C, K, original_neuron))
     seen = []
     run = prior.run
     prior.run = lambda x_seq: seen.append(x_seq.clone()) or run(x_seq)
@@ -122,8 +121,8 @@ def test_scheduled_sampling_replaces_inputs_only_from_the_sixth_step_on():
     assert set(replaced.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_own_samples_are_the_thresholded_mean_of_the_prior():
-    prior = settled(Prior(C, K, original_neuron))
+def test_prior_own_samples_are_its_thresholded_mean():
+    prior = settle(Prior(C, K, original_neuron))
     z_previous = spikes()
     expected = z_previous.clone()
     own = [False] * 5 + [True, False, True]
@@ -168,9 +167,9 @@ def test_kl_loss():
     assert kl_loss(q, q) == 0 and kl_loss(q, p) > 0
 
 
-def test_a_compiled_prior_takes_the_same_samples_of_its_own_from_the_same_graphs():
+def test_prior_compiled_takes_the_same_own_samples():
     torch.compiler.reset()
-    prior = settled(Prior(C, K, original_neuron))
+    prior = settle(Prior(C, K, original_neuron))
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(prior, backend=counter, dynamic=False)
     z_seq, graphs = spikes(), []
