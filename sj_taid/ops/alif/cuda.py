@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import cupy
@@ -16,29 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import surrogate as surrogates
+from .. import surrogate
 from . import autograd, kernels
-from .kernels import (
-    NEED_NORM,
-    NEED_V_THRESHOLD,
-    NEED_W,
-    NEED_X,
-    SCALARS,
-    STATISTICS_VEC,
-    Grid,
-    Options,
-)
+from .kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Grid, Options
 
 # CuPy imports without a driver and without NVRTC, and fails at the first call: rather fail here.
 cupy.cuda.runtime.getDeviceCount()
 cupy.cuda.nvrtc.getVersion()
 
-#: Launches since the start, by "forward", "backward" and "statistics": which path a call took.
+#: Launches by "forward", "backward" and "statistics", which prove that a call took this path.
 launches: Counter[str] = Counter()
 
 
 def compiler() -> str:
-    """Who compiles and loads the kernels, for reports."""
+    """The versions of compiler, driver and GPU, for reports."""
     major, minor = cupy.cuda.nvrtc.getVersion()
     driver = cupy.cuda.runtime.driverGetVersion()
     return (
@@ -51,50 +42,28 @@ def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
     """Why these kernels cannot take the call, or ``None``."""
     if x_seq.device.type != "cuda":
         return f"the input is on {x_seq.device}, expected on a CUDA device; move it: x.cuda()"
-    if x_seq.dtype not in SCALARS:
+    if x_seq.dtype not in kernels.SCALARS:
         return (
-            f"the input is {x_seq.dtype}, expected one of {', '.join(map(str, SCALARS))}; "
+            f"the input is {x_seq.dtype}, expected one of {', '.join(map(str, kernels.SCALARS))}; "
             "convert it, or use backend='torch'"
         )
-    return surrogates.unsupported(surrogate_function)
-
-
-def multi_step(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`sj_taid.ops.alif.reference.multi_step`, fused: 1 launch forward, 2 backward."""
-    return autograd.multi_step(ENGINE, *args, **options)
+    return surrogate.unsupported(surrogate_function)
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """The ``forward`` of the :class:`autograd.Engine`."""
     call = autograd.Forward(*arguments)
-    outputs = spike_seq, v, v_seq, checkpoint, packed = autograd.empty_outputs(*arguments)
+    outputs = autograd.empty_outputs(*arguments)
     x_seq = call.x_seq
     if x_seq.numel() == 0:
         return outputs
     options = _options(call, call.store_v_seq)
-    grid = _grid(
-        x_seq,
-        _channels(call),
-        options.forward_vec(),
-        lambda vec, lanes: options.forward_name(vec, lanes, call.pack),
-        *(x_seq, call.v0, spike_seq, v, v_seq, checkpoint),
-    )
-    _launch(
-        "forward",
-        options.forward_name(grid.vec, grid.lanes, call.pack),
-        x_seq,
-        grid,
-        _pointer(x_seq),
-        _pointer(call.v0),
-        np.float32(call.v_init),
-        *_parameters(call),
-        _pointer(spike_seq),
-        _pointer(v),
-        _pointer(v_seq),
-        _pointer(checkpoint),
-        _pointer(packed),
-        x_seq.shape[0],
-    )
+    sequences = (x_seq, call.v0, *outputs)
+    name = partial(options.forward_name, pack=call.pack)
+    grid = _grid(sequences, _channels(call), options.forward_vec(), name)
+    tensors = (*sequences, call.w, call.v_threshold, call.norm)
+    scalars = (_float(call.v_init), _float(call.v_reset), call.w.dim(), x_seq.shape[0])
+    _launch("forward", name(grid.vec, grid.lanes), grid, tensors, *scalars)
     return outputs
 
 
@@ -106,48 +75,30 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     if x_seq.numel() == 0:
         return grad_x_seq, grad_v0, grad_parameters.zero_(), norm_sums.zero_()
     grad_spike_seq = call.grad_spike_seq
-    if grad_spike_seq is None:
-        # Spikes that nobody used are too rare for kernels of their own.
+    if grad_spike_seq is None:  # unused spikes are too rare for kernels of their own
         grad_spike_seq = torch.zeros_like(x_seq)
     options = _options(call, call.grad_v_seq is not None)
     needs = NEED_X * call.need_x | NEED_W * call.need_w | NEED_V_THRESHOLD * call.need_v_threshold
     needs |= NEED_NORM * call.need_norm
-
-    def name(vec: int, lanes: int) -> str:
-        return options.backward_name(vec, lanes, call.detach_reset, needs, call.surrogate)
-
-    grid = _grid(
-        x_seq,
-        _channels(call),
-        options.backward_vec(),
-        name,
+    name = partial(
+        options.backward_name,
+        detach_reset=call.detach_reset,
+        needs=needs,
+        surrogate=call.surrogate,
+    )
+    sequences = (
         *(grad_spike_seq, call.grad_v, call.grad_v_seq, x_seq, call.v0, call.checkpoint),
         *(grad_x_seq, grad_v0),
     )
+    grid = _grid(sequences, _channels(call), options.backward_vec(), name)
     parameters = len(grad_parameters)
-    partial = call.w.new_empty((parameters + 2 * call.need_norm, grid.threads * grid.lanes))
+    partial_sums = call.w.new_empty((parameters + 2 * call.need_norm, grid.threads * grid.lanes))
+    tensors = (*sequences, call.w, call.v_threshold, call.norm, call.ab, partial_sums)
+    floats = map(_float, (call.v_init, call.v_reset, call.a, call.b))
     _launch(
-        "backward",
-        name(grid.vec, grid.lanes),
-        x_seq,
-        grid,
-        _pointer(grad_spike_seq),
-        _pointer(call.grad_v),
-        _pointer(call.grad_v_seq),
-        _pointer(x_seq),
-        _pointer(call.v0),
-        np.float32(call.v_init),
-        *_parameters(call),
-        _pointer(call.ab),
-        _pointer(call.checkpoint),
-        np.float32(call.a),
-        np.float32(call.b),
-        _pointer(grad_x_seq),
-        _pointer(grad_v0),
-        _pointer(partial),
-        x_seq.shape[0],
+        "backward", name(grid.vec, grid.lanes), grid, tensors, *floats, call.w.dim(), len(x_seq)
     )
-    sums = grid.reduce(partial)
+    sums = grid.reduce(partial_sums)
     if call.need_norm:
         norm_sums.copy_(sums[parameters:])
     sums = sums[:parameters]
@@ -157,26 +108,24 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def statistics(x_seq: Tensor) -> Tensor:
-    """The ``statistics`` of the :class:`autograd.Engine`: the sequence read once."""
+    """The ``statistics`` of the :class:`autograd.Engine`, reading the sequence once."""
     channels = x_seq.shape[2]
     if x_seq.numel() == 0:
         return autograd.empty_statistics(x_seq).fill_(torch.nan)
-
-    def name(vec: int, lanes: int) -> str:
-        return kernels.statistics_name(x_seq.dtype, vec, lanes)
-
-    grid = _grid(x_seq, channels, STATISTICS_VEC, name, x_seq, steps=len(x_seq))
-    partial = x_seq.new_empty((2, grid.threads * grid.lanes), dtype=torch.float64)
-    arguments = (_pointer(x_seq), _pointer(partial))
-    _launch("statistics", name(grid.vec, grid.lanes), x_seq, grid, *arguments)
-    mean, square = grid.reduce(partial) / (x_seq.numel() // channels)
+    name = partial(kernels.statistics_name, x_seq.dtype)
+    grid = _grid((x_seq,), channels, kernels.STATISTICS_VEC, name, steps=len(x_seq))
+    partial_sums = x_seq.new_empty((2, grid.threads * grid.lanes), dtype=torch.float64)
+    _launch("statistics", name(grid.vec, grid.lanes), grid, (x_seq, partial_sums))
+    mean, square = grid.reduce(partial_sums) / (x_seq.numel() // channels)
     pivot = x_seq.as_strided((channels,), (x_seq.stride(2),))
     return torch.stack([pivot + mean, (square - mean * mean).clamp_(min=0)])
 
 
 ENGINE = autograd.register(
-    "cupy", "CUDA", autograd.Engine(forward, backward, statistics, None, kernels.kept_voltages)
+    "cupy", "CUDA", autograd.Engine(forward, backward, statistics, None, kernels.saved_voltages)
 )
+#: :func:`sj_taid.ops.alif.reference.multi_step`, fused: 1 launch forward, 2 backward
+multi_step = partial(autograd.multi_step, ENGINE)
 
 
 def _options(call: autograd.Forward | autograd.Backward, v_seq: bool) -> Options:
@@ -188,33 +137,21 @@ def _channels(call: autograd.Forward | autograd.Backward) -> int:
     return call.w.numel() if call.norm is None else call.norm.shape[1]
 
 
-def _parameters(call: autograd.Forward | autograd.Backward) -> tuple[Any, ...]:
-    """The kernels' arguments from ``w`` to ``norm``."""
-    return (
-        _pointer(call.w),
-        _pointer(call.v_threshold),
-        call.w.dim(),  # from a channel's parameter to the next one's
-        np.float32(call.v_reset or 0.0),
-        _pointer(call.norm),
-    )
-
-
 def _grid(
-    x_seq: Tensor,
+    sequences: tuple[Tensor | None, ...],
     channels: int,
     vec: int,
     name: Callable[[int, int], str],
-    *tensors: Tensor | None,
     steps: int = 1,
 ) -> Grid:
-    device = x_seq.device
+    x_seq = next(t for t in sequences if t is not None)  # one of its shape and layout
     return kernels.grid(
         x_seq,
         channels,
         vec,
-        kernels.is_aligned(*tensors),
-        _capacity(device),
-        lambda vec, lanes: _resident(device, name(vec, lanes)),
+        kernels.is_aligned(*sequences),
+        _capacity(x_seq.device),
+        lambda vec, lanes: _resident(x_seq.device, name(vec, lanes)),
         steps,
     )
 
@@ -226,23 +163,23 @@ class _CurrentStream:
         return 0, torch.cuda.current_stream().cuda_stream
 
 
-def _launch(direction: str, name: str, x_seq: Tensor, grid: Grid, *arguments: Any) -> None:
-    # CuPy loads modules and launches on the current device.
-    with torch.cuda.device(x_seq.device):
-        function = _function(x_seq.device.index, name)
+def _launch(
+    direction: str, name: str, grid: Grid, tensors: tuple[Tensor | None, ...], *scalars: Any
+) -> None:
+    device = next(t.device for t in tensors if t is not None)
+    # A Python int is passed in 64 bits, a NumPy scalar in its own width.
+    sizes = (grid.size, grid.threads, grid.inner, grid.channels)
+    arguments = (*map(_pointer, tensors), *scalars, *sizes)
+    with torch.cuda.device(device):  # where CuPy loads modules and launches
+        function = _function(device.index, name)
         with cupy.cuda.Stream.from_external(_CurrentStream()):
-            function(
-                (grid.blocks,),
-                (kernels.BLOCK,),
-                # A Python int is passed in 64 bits, a NumPy scalar in its own width.
-                (*arguments, grid.size, grid.threads, grid.inner, grid.channels),
-            )
+            function((grid.blocks,), (kernels.BLOCK,), arguments)
     launches[direction] += 1
 
 
 @cache
 def _function(device: int, name: str) -> Any:
-    """The kernel ``name`` loaded on ``device``: compiled by NVRTC once, kept on disk by CuPy."""
+    """The kernel ``name`` loaded on ``device``: compiled by NVRTC once, saved on disk by CuPy."""
     module = cupy.RawModule(
         code=kernels.source(), options=kernels.COMPILER_OPTIONS, name_expressions=(name,)
     )
@@ -275,3 +212,7 @@ def _processors(device: torch.device) -> tuple[int, int]:
 def _pointer(tensor: Tensor | None) -> int:
     """The address of the data, 0 for a tensor that is absent or has no elements."""
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _float(value: float | None) -> np.float32:
+    return np.float32(value or 0.0)

@@ -304,12 +304,12 @@ __device__ __forceinline__ void forward_segment(const N& neuron, const scalar_t*
 template <class scalar_t, int T, int VEC, int LANES, int RESET, bool DECAY_INPUT, bool STORE_V_SEQ,
           bool NORM, bool PACK>
 __global__ void __launch_bounds__(BLOCK, 8)
-alif_forward(const scalar_t* __restrict__ x, const float* __restrict__ v0, float v_init,
-             const float* __restrict__ w, const float* __restrict__ v_threshold, index_t stride,
-             float v_reset, const float* __restrict__ norm, scalar_t* __restrict__ spike,
-             float* __restrict__ v_last, float* __restrict__ v_seq, float* __restrict__ checkpoint,
-             unsigned char* __restrict__ bits, index_t steps, index_t size, index_t threads,
-             index_t inner, index_t channels) {
+alif_forward(const scalar_t* __restrict__ x, const float* __restrict__ v0,
+             scalar_t* __restrict__ spike, float* __restrict__ v_last, float* __restrict__ v_seq,
+             float* __restrict__ checkpoint, unsigned char* __restrict__ bits,
+             const float* __restrict__ w, const float* __restrict__ v_threshold,
+             const float* __restrict__ norm, float v_init, float v_reset, index_t stride,
+             index_t steps, index_t size, index_t threads, index_t inner, index_t channels) {
   constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T), BYTES = SEGMENT / 8;
   static_assert(!PACK || T <= LONGEST_SWEEP || SEGMENT % 8 == 0, "a segment fills its bytes");
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(steps / SEGMENT);
@@ -421,13 +421,13 @@ __launch_bounds__(BLOCK, resident_blocks(NORM, NEEDS & NEED_X && NEEDS & NEED_NO
                                          steps_left(T) > 0))
 alif_backward(const scalar_t* __restrict__ grad_spike, const float* __restrict__ grad_v_last,
               const float* __restrict__ grad_v_seq, const scalar_t* __restrict__ x,
-              const float* __restrict__ v0, float v_init, const float* __restrict__ w,
-              const float* __restrict__ v_threshold, index_t stride, float v_reset,
-              const float* __restrict__ norm, const float* __restrict__ ab,
-              const float* __restrict__ checkpoint, float a, float b,
+              const float* __restrict__ v0, const float* __restrict__ checkpoint,
               scalar_t* __restrict__ grad_x, float* __restrict__ grad_v0,
-              float* __restrict__ partial, index_t steps, index_t size, index_t threads,
-              index_t inner, index_t channels) {
+              const float* __restrict__ w, const float* __restrict__ v_threshold,
+              const float* __restrict__ norm, const float* __restrict__ ab,
+              float* __restrict__ partial, float v_init, float v_reset, float a, float b,
+              index_t stride, index_t steps, index_t size, index_t threads, index_t inner,
+              index_t channels) {
   constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T);
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(steps / SEGMENT);
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;

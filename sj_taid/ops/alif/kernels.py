@@ -1,4 +1,4 @@
-"""Which kernel runs a call, and how: the text, the specialisation, the threads.
+"""Choice of the kernel for a call: its source, its specialisation, its grid of threads.
 
 Nothing here needs a GPU or CuPy; ``cuda.py`` compiles and launches what this file chooses.
 """
@@ -19,21 +19,23 @@ from ..surrogate import DERIVATIVES
 #: The C++ types of the kernels, by the input's dtype.
 SCALARS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
-BLOCK = 128  # threads a block
-SEGMENT = 8  # steps of one
-LONGEST_SWEEP = 16  # steps without segments, in float32; of half inputs as many as a segment
+BLOCK = 128  # threads per block
+SEGMENT = 8  # steps per segment
+LONGEST_SWEEP = 16  # steps without segments, in float32; half precision takes SEGMENT
 SOFT, HARD, HARD_TO_ZERO = range(3)
 NEED_X, NEED_W, NEED_V_THRESHOLD, NEED_NORM = 1, 2, 4, 8
-_LENGTHS = ("BLOCK", "SEGMENT", "LONGEST_SWEEP")
-_FLAGS = ("SOFT", "HARD", "HARD_TO_ZERO", "NEED_X", "NEED_W", "NEED_V_THRESHOLD", "NEED_NORM")
+_CONSTANTS = (
+    *("BLOCK", "SEGMENT", "LONGEST_SWEEP", "SOFT", "HARD", "HARD_TO_ZERO"),
+    *("NEED_X", "NEED_W", "NEED_V_THRESHOLD", "NEED_NORM"),
+)
 
 #: CuPy adds ``--ftz=true`` by itself: a voltage below 1.2e-38 is flushed to zero.
 COMPILER_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=true")
 
 ALIGNMENT = 16  # bytes of the widest access
 
-# Neurons a thread, up to this many steps, (float32, half): enough bytes asked for at a time to keep
-# memory busy, few enough registers for 5 or 6 blocks a multiprocessor.
+# Neurons per thread up to a number of steps, (float32, half): enough bytes requested at a time to
+# keep memory busy, few enough registers for 5 or 6 blocks per multiprocessor.
 _Vecs = tuple[tuple[float, tuple[int, int]], ...]
 _FORWARD_VEC: _Vecs = ((2, (4, 8)), (math.inf, (4, 4)))
 _NORM_FORWARD_VEC: _Vecs = ((math.inf, (4, 4)),)
@@ -51,7 +53,7 @@ STATISTICS_VEC = 4
 @cache
 def source() -> str:
     """``kernels.cu`` after the constants above, and a struct with each surrogate's derivative."""
-    constants = (f"constexpr int {name} = {globals()[name]};\n" for name in _LENGTHS + _FLAGS)
+    constants = (f"constexpr int {name} = {globals()[name]};\n" for name in _CONSTANTS)
     structs = (
         f"struct {name} {{ static __device__ __forceinline__ float derivative("
         f"float x, float a, float b) {{ {derivative.cuda} }} }};\n"
@@ -62,12 +64,12 @@ def source() -> str:
 
 
 def longest_sweep(dtype: torch.dtype) -> int:
-    """Most steps that a thread keeps in registers."""
+    """The most steps that a thread holds in registers."""
     return LONGEST_SWEEP if dtype == torch.float32 else SEGMENT
 
 
 def checkpoints(steps: int, dtype: torch.dtype) -> int:
-    """How many voltages a neuron forward keeps: the one at the start of each segment but the first.
+    """How many voltages per neuron forward saves: at the start of each segment but the first.
 
     >>> [checkpoints(steps, torch.float32) for steps in (16, 17, 24, 25)]
     [0, 2, 2, 3]
@@ -77,13 +79,13 @@ def checkpoints(steps: int, dtype: torch.dtype) -> int:
     return 0 if steps <= longest_sweep(dtype) else (steps - 1) // SEGMENT
 
 
-def kept_voltages(x_seq: Tensor) -> int:
+def saved_voltages(x_seq: Tensor) -> int:
     """:func:`checkpoints` of a sequence."""
     return checkpoints(x_seq.shape[0], x_seq.dtype)
 
 
 class Options(NamedTuple):
-    """What a kernel is specialised for, apart from the number of neurons a thread."""
+    """What a kernel is specialised for, apart from the number of neurons per thread."""
 
     dtype: torch.dtype
     steps: int
@@ -94,7 +96,7 @@ class Options(NamedTuple):
 
     @property
     def template_steps(self) -> int:
-        """``T`` of the template: beyond a single sweep only the rest after the segments counts.
+        """``T`` of the template; beyond a single sweep only the rest after the segments counts.
 
         >>> [Options(torch.half, t, 0.0, True, False).template_steps for t in (8, 9, 16, 17)]
         [8, 17, 24, 17]
@@ -105,7 +107,7 @@ class Options(NamedTuple):
 
     @property
     def reset(self) -> int:
-        """The ``Reset`` of the template."""
+        """``RESET`` of the template."""
         if self.v_reset is None:
             return SOFT
         return HARD if self.v_reset else HARD_TO_ZERO
@@ -122,11 +124,11 @@ class Options(NamedTuple):
         return f"alif_backward<{arguments},{int(detach_reset)},{needs},{surrogate}>"
 
     def forward_vec(self) -> int:
-        """Most neurons a thread of the forward kernel takes."""
+        """The most neurons per thread of the forward kernel."""
         return self._widest(_NORM_FORWARD_VEC if self.norm else _FORWARD_VEC)
 
     def backward_vec(self) -> int:
-        """Most neurons a thread of the backward kernel takes without spilling registers."""
+        """The most neurons per thread of the backward kernel without spilling registers."""
         return self._widest(_NORM_BACKWARD_VEC if self.norm else _BACKWARD_VEC)
 
     def _widest(self, table: _Vecs) -> int:
@@ -142,17 +144,17 @@ class Options(NamedTuple):
 
 
 def statistics_name(dtype: torch.dtype, vec: int, lanes: int) -> str:
-    """The C++ name of the kernel that makes a norm's statistics."""
+    """The C++ name of the kernel that computes a norm's statistics."""
     return f"channel_statistics<{SCALARS[dtype]},{vec},{lanes}>"
 
 
 class Grid(NamedTuple):
-    """How the neurons of one step are dealt to threads.
+    """How the neurons of one step are distributed over threads.
 
     Neuron ``i`` of a step, in storage order, has channel ``i / inner % channels``. A thread takes
     ``vec`` neighbours, then those ``vec * threads`` further, and so on; ``threads = rows * period``
-    where ``period`` packs of ``vec`` neurons bring the same channels again. So a thread stays in
-    its channel, or in its ``lanes = vec`` channels where neighbours are of different channels.
+    where the channels repeat after ``period`` packs of ``vec`` neurons. So a thread stays in its
+    channel, or in its ``lanes = vec`` channels where neighbours have different channels.
     """
 
     size: int
@@ -165,7 +167,7 @@ class Grid(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """Threads that work; the rest of the last block has nothing to do."""
+        """Threads that work; the rest of the last block is idle."""
         return self.rows * self.period
 
     @property
@@ -188,13 +190,13 @@ def grid(
     resident: Callable[[int, int], int],
     steps: int = 1,
 ) -> Grid:
-    """Deal the neurons of ``x_seq`` ``[T, N, *]`` to threads.
+    """Distribute the neurons of ``x_seq`` ``[T, N, *]`` over threads.
 
-    ``channels`` is 1 or ``x_seq``'s; ``vec`` the most neurons a thread may take, which is
-    halved until packs divide a step and its channels evenly, and while too few threads would be
-    left to fill the GPU; ``aligned`` whether all tensors start at a multiple of 16 bytes;
-    ``capacity`` how many threads the GPU holds, ``resident(vec, lanes)`` how many of the kernel's;
-    ``steps`` how many steps are taken as one.
+    ``channels`` is 1 or ``x_seq``'s; ``vec`` the most neurons per thread, which is halved until
+    packs divide a step and its channels evenly, and while too few threads would be left to fill
+    the GPU; ``aligned`` whether all tensors start at a multiple of 16 bytes; ``capacity`` how many
+    threads the GPU holds, ``resident(vec, lanes)`` how many of the kernel's; ``steps`` how many
+    steps are taken as one.
     """
     size = x_seq[0].numel() * steps
     inner = x_seq.stride(2) if channels > 1 else 1
@@ -208,7 +210,7 @@ def grid(
     lanes = vec if channels > 1 and inner == 1 else 1
     period = channels * inner // vec if channels > 1 else 1
     packs, threads = size // vec // period, resident(vec, lanes)
-    # As many rows as run at a time, or, where periods are long, as end soonest in a few turns.
+    # As many rows as run at a time; for long periods the number that ends soonest in a few turns.
     rows = min(
         (max(1, min(packs, turns * threads // period)) for turns in range(1, 5)),
         key=lambda rows: -(-rows * period // threads) * -(-packs // rows),
@@ -216,7 +218,7 @@ def grid(
     return Grid(size, inner, channels, vec, lanes, rows, period)
 
 
-def resident_threads(registers: int, processors: int, threads_a_processor: int) -> int:
+def resident_threads(registers: int, processors: int, threads_per_processor: int) -> int:
     """How many threads of a kernel the GPU runs at a time.
 
     A quarter of a multiprocessor has 16,384 registers, and gives a warp a multiple of 8 times 32.
@@ -224,17 +226,17 @@ def resident_threads(registers: int, processors: int, threads_a_processor: int) 
     >>> [resident_threads(registers, 1, 2048) // BLOCK for registers in (32, 48, 82, 128, 255)]
     [16, 10, 5, 4, 2]
     """
-    blocks = min(512 // (-(-registers // 8) * 8), threads_a_processor // BLOCK)
+    blocks = min(512 // (-(-registers // 8) * 8), threads_per_processor // BLOCK)
     return processors * blocks * BLOCK
 
 
 def is_aligned(*tensors: Tensor | None) -> bool:
-    """Whether 16-byte accesses may start at the beginning of every tensor given."""
+    """Whether every tensor given starts at a multiple of 16 bytes."""
     return all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)
 
 
 def traffic(options: Options) -> tuple[float, float]:
-    """Bytes a neuron and step that (forward, backward) must move, tensors beyond the caches.
+    """Bytes per neuron and step that (forward, backward) must move, for tensors beyond the caches.
 
     Forward reads ``x`` and writes spikes, and the last voltage; backward reads the spikes'
     gradients and ``x``, writes ``x``'s gradient; with a norm forward reads ``x`` for the statistics
@@ -243,8 +245,6 @@ def traffic(options: Options) -> tuple[float, float]:
 
     >>> traffic(Options(torch.float32, 4, 0.0, True, False))
     (9.0, 12.0)
-    >>> traffic(Options(torch.float16, 8, 0.0, True, False))
-    (4.5, 6.0)
     >>> traffic(Options(torch.float32, 8, 0.0, True, False, norm=True))
     (12.5, 20.0)
     """

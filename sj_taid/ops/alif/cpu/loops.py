@@ -2,21 +2,20 @@
 
 The neurons are cut into blocks. For one block, forward walks through time with the block's
 voltages in the cache: it reads the input once and writes the spikes once. Backward recomputes the
-block's voltages from the input in the same way and then walks back. Every loop over the neurons of
-a block is a function of its own, so that LLVM vectorises each of them. Where the neuron applies a
-norm, a row of its output is made in the cache before it is used.
+block's voltages from the input and then walks back. Every loop over the neurons of a block is a
+function of its own, so that LLVM vectorises it. With a norm, a row of its output is computed in the
+cache before it is used.
 
-Tensors of half precision are read and written as they are: a row is widened to float32 in the cache
-before it is used, and one to be written is computed there and rounded into the tensor. Between the
-two are float32's loops over float32's blocks, so that results are those of a float32 copy, rounded.
+Half-precision tensors are read and written in place: a row is widened to float32 in the cache, and
+an output row is rounded from there. The blocks are those of float32, so results equal those of a
+float32 copy, rounded.
 
 Spikes and voltages equal the reference's bit for bit: the same operations in the same order, which
-LLVM neither fuses nor reorders. It may do so in the surrogates' derivatives and in the sums over
-neurons alone. A parameter's gradient is summed in float32 over time and in float64 over neurons,
-in parts whose bounds depend on the shape alone: the number of threads changes no bit.
+LLVM neither fuses nor reorders. It may do so only in the surrogates' derivatives and in the sums
+over neurons. A parameter's gradient is summed in float32 over time and in float64 over neurons, in
+parts whose bounds depend on the shape alone: the number of threads changes no bit.
 
-What waits for memory is helped along: rows of the next step are fetched while this one is worked
-on.
+Rows of the next step are prefetched while this one is computed.
 """
 
 # numba infers the types of the functions that it compiles.
@@ -35,12 +34,12 @@ from numba.extending import intrinsic, overload, register_jitable
 
 from ... import surrogate
 
-#: floats of a row that are worked on while as many of the next row are fetched
+#: floats of a row computed while as many of the next row are fetched
 CHUNK = 128
-#: floats a cache line
+#: floats per cache line
 LINE = 16
 
-#: what a tensor's elements are
+#: types of a tensor's elements
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 
 # Rows of scratch memory, and then T rows of voltages (two at least), and those of a norm.
@@ -51,9 +50,9 @@ _SHIFT, _GAIN, _OFFSET, _Y, _GRAD_OFFSET, _GRAD_GAIN, _NORM_ROWS = range(7)
 
 
 def scratch_rows(steps: int, normalised: bool) -> tuple[int, int]:
-    """How many rows of scratch memory the kernels need, and how many share the cache in float32.
+    """How many rows of scratch memory the kernels need, and how many of them float32 uses.
 
-    The latter cut the blocks for half precision too, since their bounds decide the order of sums.
+    The latter decide the block size for half precision too, since blocks decide the order of sums.
     """
     rows = _VOLTAGES + max(steps, 2) + normalised * _NORM_ROWS
     return rows, rows - (_VOLTAGES - _X)
@@ -134,7 +133,7 @@ def _reset(h, spike, threshold, v_rest, soft):
 
 @smooth
 def _exp(x):
-    """``e**x`` in float32 to 2 ulp; 0 below -87.7 and infinity above 88.3. It vectorises."""
+    """Vectorisable ``e**x`` in float32, to 2 ulp; 0 below -87.7 and infinity above 88.3."""
     x = max(min(x, np.float32(89)), np.float32(-88))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     # ln 2 in two parts, the first short enough for n times it to be exact
@@ -155,9 +154,9 @@ def _overload_f32(x):
     return lambda x: np.float32(x)
 
 
-# Conversions by whole numbers, of which every CPU has vectors. LLVM's own of float16 would call a
-# function that no library of the process has where the CPU lacks F16C. Without a cast to 32 bits
-# after each step numba's numbers, and so the vectors' lanes, would have 64.
+# Conversions in integers, which every CPU can vectorise. LLVM's own conversion of float16 calls a
+# function that is missing where the CPU lacks F16C. Each step is cast to 32 bits, since numba's
+# integers, and so the vectors' lanes, would have 64.
 
 
 @_part
@@ -209,7 +208,7 @@ def _to_float16(value):
 
 @_part
 def _read(x, dtype, here, row, n, to_next):
-    """The ``n`` values from element ``here`` on in float32: in place, or widened in ``row``."""
+    """``n`` values from element ``here`` on as float32: in place, or widened into ``row``."""
     if dtype == FLOAT32:
         return _at(x, here)
     _widen_row(_half_at(x, here), row, dtype, n, to_next)
@@ -332,7 +331,8 @@ def _fetch(row, first, last):
 
 
 @_part
-def _normalise_row(x, y, shift, gain, offset, n, to_next):
+def _normalise(rows, x, y, n, to_next, block):
+    shift, gain, offset = _at(rows, 0), _at(rows, _GAIN * block), _at(rows, _OFFSET * block)
     for first in range(0, n, CHUNK):
         last = min(first + CHUNK, n)
         _fetch(x, first + to_next, last + to_next)
@@ -378,17 +378,11 @@ def _spread_norm(rows, table, first, n, inner, channels, block):
         _spread(_at(rows, k * block), _at(table, k * channels), first, n, inner, channels)
 
 
-@_part
-def _normalise(rows, x, y, n, to_next, block):
-    shift, gain, offset = _at(rows, 0), _at(rows, _GAIN * block), _at(rows, _OFFSET * block)
-    _normalise_row(x, y, shift, gain, offset, n, to_next)
-
-
 @_kernel
 def forward(
     scratch, first_part, last_part, part_size, block,
-    dtype, x, v0, v_init, q, threshold, spike, v, v_seq, norm, bits,
-    steps, neurons, inner, channels, norm_inner, norm_channels, v_rest, decay_input, soft,
+    x, v0, q, threshold, spike, v, v_seq, norm, bits, dtype,
+    steps, neurons, inner, channels, norm_inner, norm_channels, v_init, v_rest, decay_input, soft,
 ):  # fmt: skip
     rows = _norm_rows(scratch, steps, block)
     x_row, y_row = _at(scratch, _X * block), _at(rows, _Y * block)
@@ -435,12 +429,11 @@ def backward_for(
     learn_w: bool,
     learn_threshold: bool,
 ) -> Callable[..., None]:
-    """The backward kernel for a surrogate and options; what is not asked for costs nothing.
+    """The backward kernel for a surrogate and options; what is not needed costs nothing.
 
-    For numba's cache on disk, what a kernel encloses is plain functions and numbers: it is pickled
-    into the key, and numba's dispatchers pickle differently in every process. And each variant has
-    a name of its own: a kernel loaded from the cache and one compiled in this process may hold
-    functions of one name, of which the linker keeps one.
+    A kernel encloses only plain functions and numbers: numba pickles them into the key of its cache
+    on disk, and its dispatchers pickle differently in every process. Each variant has its own name,
+    since the linker keeps one of two functions of the same name.
     """
     options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
     variant = "_".join(map(str, (name, *map(int, options))))
@@ -478,9 +471,9 @@ def backward_for(
 
     def backward(
         scratch, first_part, last_part, part_size, block,
-        dtype, grad_spike, grad_v, grad_v_seq, x, v0, v_init, q, threshold,
-        grad_x_dtype, grad_x, grad_v0, sums, norm, norm_sums, need_norm, fixed_norm, ab,
-        steps, neurons, inner, channels, norm_inner, norm_channels, v_rest, a, b,
+        grad_spike, grad_v, grad_v_seq, x, v0, q, threshold, norm, ab, grad_x, grad_v0,
+        sums, norm_sums, dtype, grad_x_dtype, need_norm, fixed_norm,
+        steps, neurons, inner, channels, norm_inner, norm_channels, v_init, v_rest, a, b,
     ):  # fmt: skip
         rows = _norm_rows(scratch, steps, block)
         x_row, y_row = _at(scratch, _X * block), _at(rows, _Y * block)
@@ -570,10 +563,12 @@ def backward_for(
 @_kernel
 def statistics(
     scratch, first_part, last_part, part_size, block,
-    dtype, x, first_values, sums, steps, neurons, inner, channels,
+    x, first_values, sums, dtype, steps, neurons, inner, channels,
 ):  # fmt: skip
-    """Sums over a channel's neurons: their means over time, the squares of these, and their squared
-    deviations from them. All of ``x`` minus the channel's first value, which loses no digits."""
+    """Sums over a channel's neurons: means over time, their squares, and squared deviations.
+
+    All of ``x`` minus the channel's first value, which loses no digits.
+    """
     x_row = _at(scratch, _X * block)
     to_next = neurons if dtype == FLOAT32 else 0
     shift, mean = _at(scratch, _SHIFT * block), _at(scratch, _GAIN * block)
@@ -620,7 +615,7 @@ def input_gradient(
     scratch, first_part, last_part, part_size, block,
     x, grad_x, table, steps, neurons, inner, channels,
 ):  # fmt: skip
-    """``gain G_y - A - B (x - shift)`` in the place of G_y; the table has shift, gain, A and B."""
+    """Replace G_y by ``gain G_y - A - B (x - shift)``; the table has shift, gain, A and B."""
     for first in range(first_part * part_size, min(last_part * part_size, neurons), block):
         n = min(block, neurons - first)
         for k in range(4):

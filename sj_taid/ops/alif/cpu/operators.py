@@ -1,4 +1,4 @@
-"""Backend "numba": the loops as operators on tensors."""
+"""Backend "numba": operators on tensors over the compiled loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import autograd
 from . import loops
 from .threads import Partition, ask_for_huge_pages, run
 
-#: what the loops take for input, spikes and their gradients
+#: the loops' types for input, spikes and their gradients
 DTYPES = {
     torch.float32: loops.FLOAT32,
     torch.bfloat16: loops.BFLOAT16,
@@ -24,28 +24,18 @@ DTYPES = {
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Forward(*arguments)
-    outputs = spike_seq, v, v_seq, _, packed = autograd.empty_outputs(*arguments)
-    x = call.x_seq
+    outputs = spike_seq, v, v_seq, _, bits = autograd.empty_outputs(*arguments)
+    x, q = call.x_seq, call.w.sigmoid()
     ask_for_huge_pages(spike_seq, v_seq)
-    q = call.w.sigmoid()
     run(
         loops.forward,
         _partition(x, call.norm),
+        *_addresses(x, call.v0, q, call.v_threshold, spike_seq, v, v_seq, call.norm, bits),
         DTYPES[x.dtype],
-        x.data_ptr(),
-        _address(call.v0),
-        np.float32(call.v_init),
-        q.data_ptr(),
-        call.v_threshold.data_ptr(),
-        spike_seq.data_ptr(),
-        v.data_ptr(),
-        v_seq.data_ptr(),
-        _address(call.norm),
-        packed.data_ptr(),
         *_steps(x),
         *_channels(x, q.numel()),
         *_channels(x, _width(call.norm)),
-        np.float32(call.v_reset or 0.0),
+        *_floats(call.v_init, call.v_reset),
         call.decay_input,
         call.v_reset is None,
     )
@@ -55,9 +45,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Backward(*arguments)
     gradients = grad_x, grad_v0, grad_parameters, norm_sums = autograd.empty_gradients(*call)
-    x = call.x_seq
+    x, q = call.x_seq, call.w.sigmoid()
     ask_for_huge_pages(grad_x)
-    q = call.w.sigmoid()
     shape = _partition(x, call.norm)
     sums = np.zeros((shape.parts, 2, q.numel()))
     sums_of_norm = np.zeros((shape.parts, 2, _width(call.norm)))
@@ -69,35 +58,23 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
             call.surrogate, call.decay_input, call.v_reset is None, call.detach_reset, *learned
         ),
         shape,
-        DTYPES[x.dtype],
-        _address(call.grad_spike_seq),
-        _address(call.grad_v),
-        _address(call.grad_v_seq),
-        x.data_ptr(),
-        _address(call.v0),
-        np.float32(call.v_init),
-        q.data_ptr(),
-        call.v_threshold.data_ptr(),
-        DTYPES[grad_x.dtype],
-        grad_x.data_ptr(),
-        grad_v0.data_ptr(),
+        *_addresses(call.grad_spike_seq, call.grad_v, call.grad_v_seq, x, call.v0, q),
+        *_addresses(call.v_threshold, call.norm, call.ab, grad_x, grad_v0),
         sums,
-        _address(call.norm),
         sums_of_norm,
+        DTYPES[x.dtype],
+        DTYPES[grad_x.dtype],
         call.need_norm,
         call.fixed_norm and call.need_x,
-        _address(call.ab),
         *_steps(x),
         *_channels(x, q.numel()),
         *_channels(x, _width(call.norm)),
-        np.float32(call.v_reset or 0.0),
-        np.float32(call.a),
-        np.float32(call.b),
+        *_floats(call.v_init, call.v_reset, call.a, call.b),
     )
-    # A few numbers, for which numpy's functions cost a fraction of torch's.
+    # numpy's functions cost a fraction of torch's for a few numbers.
     total = sums.sum(0)
     rate = q.numpy().ravel().astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):  # as torch, which warns of neither
+    with np.errstate(invalid="ignore", over="ignore"):  # torch warns of neither
         total[0] *= rate * (1 - rate)  # dq/dw
     grad_parameters.numpy()[:] = total[list(needs)].reshape(grad_parameters.shape)
     if call.need_norm:
@@ -110,16 +87,8 @@ def _statistics(x: Tensor) -> Tensor:
     first = x.as_strided((width,), (x.stride(2),)).float().contiguous()
     shape = _partition(x, x)
     sums = np.zeros((shape.parts, 3, width))
-    run(
-        loops.statistics,
-        shape,
-        DTYPES[x.dtype],
-        x.data_ptr(),
-        first.data_ptr(),
-        sums,
-        *_steps(x),
-        *_channels(x, width),
-    )
+    scalars = (DTYPES[x.dtype], *_steps(x), *_channels(x, width))
+    run(loops.statistics, shape, *_addresses(x, first), sums, *scalars)
     mean, square, deviation = sums.sum(0) / (x[0].numel() // width)  # over a channel's neurons
     var = deviation / len(x) + np.maximum(square - mean * mean, 0)
     return torch.from_numpy(np.stack([mean + first.numpy(), var]))
@@ -129,24 +98,21 @@ def _input_gradient(grad_y: Tensor, *arguments: Any) -> None:
     call = autograd.Backward(*arguments)
     x = call.x_seq
     table = torch.cat([t[:2] for t in (call.norm, call.ab) if t is not None])
-    run(
-        loops.input_gradient,
-        _partition(x, call.norm),
-        x.data_ptr(),
-        grad_y.data_ptr(),
-        table.data_ptr(),
-        *_steps(x),
-        *_channels(x, _width(call.norm)),
-    )
+    scalars = (*_steps(x), *_channels(x, _width(call.norm)))
+    run(loops.input_gradient, _partition(x, call.norm), *_addresses(x, grad_y, table), *scalars)
 
 
 def _partition(x: Tensor, norm: Tensor | None) -> Partition:
     return Partition.of(*_steps(x), *loops.scratch_rows(len(x), norm is not None))
 
 
-def _address(tensor: Tensor | None) -> int:
-    """Where the data is; 0 for no tensor, as for one without elements."""
-    return 0 if tensor is None else tensor.data_ptr()
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    """The addresses of the data; 0 for no tensor, as for one without elements."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _floats(*values: float | None) -> list[np.float32]:
+    return [np.float32(value or 0.0) for value in values]
 
 
 def _steps(x: Tensor) -> tuple[int, int]:
@@ -155,7 +121,7 @@ def _steps(x: Tensor) -> tuple[int, int]:
 
 
 def _channels(x: Tensor, width: int) -> tuple[int, int]:
-    """How ``width`` channels lie: neuron i has channel ``i // inner % width``."""
+    """``inner`` and ``width``: neuron i has channel ``i // inner % width``."""
     return (x.stride(2) if width > 1 else max(x.numel() // x.shape[0], 1)), width
 
 
@@ -164,7 +130,7 @@ def _width(norm: Tensor | None) -> int:
 
 
 def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
-    """Why these loops cannot take a call, or ``None`` if they can."""
+    """Why these loops cannot take the call, or ``None``."""
     if x_seq.device.type != "cpu":
         return f"the input is on {x_seq.device}, and these loops run on the CPU"
     if x_seq.dtype not in DTYPES:
@@ -180,5 +146,5 @@ _ENGINE = autograd.register(
     "CPU",
     autograd.Engine(_forward, _backward, _statistics, _input_gradient, lambda x_seq: 0),
 )
-#: the backend: :func:`sj_taid.ops.alif.reference.multi_step`, fused
+#: :func:`sj_taid.ops.alif.reference.multi_step`, fused
 multi_step = partial(autograd.multi_step, _ENGINE)
