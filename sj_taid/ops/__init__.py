@@ -1,1 +1,6 @@
-"""The operations behind the modules: a folder each, the definition beside the fast paths."""
+"""Operators: the backends of ALIF, surrogate derivatives, spikes as bits."""
+
+import os
+
+#: The process that imported this; a forked child has another id, and none of its threads.
+PROCESS = os.getpid()

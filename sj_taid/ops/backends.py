@@ -6,8 +6,8 @@ A backend is a module with two functions:
   :func:`sj_taid.ops.alif.reference.multi_step`;
 * ``unsupported(x_seq, surrogate_function)``: why it cannot take this call, or ``None``.
 
-It is entered in :data:`BACKENDS` as a function that imports the module, so that a backend costs
-nothing until it is asked for and may fail to import without breaking the others.
+:data:`BACKENDS` holds functions that import these modules, so that a backend costs nothing until it
+is used and may fail to import without breaking the others.
 """
 
 import os
@@ -23,14 +23,12 @@ from .watching import is_watched
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "SJ_TAID_BACKEND"
-#: the process that imported this; one forked from it has another number, and none of its threads
-PROCESS = os.getpid()
 
 
 class Backend(NamedTuple):
-    """How to run ALIF in one way."""
+    """One way to run ALIF."""
 
-    multi_step: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    multi_step: Callable[..., tuple[Any, ...]]
     unsupported: Callable[[Tensor, Any], str | None]
 
 
@@ -54,25 +52,24 @@ def _cupy() -> Backend:
     return Backend(cuda.multi_step, cuda.unsupported)
 
 
-#: name -> a function that imports the backend. It raises the original exception if it cannot.
+#: Name -> a function that imports the backend, or raises the original exception.
 BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch, "numba": _numba, "cupy": _cupy}
 
-#: name -> what it needs, for messages.
+#: Name -> what it needs, for messages.
 NEEDS: dict[str, str] = {
     "numba": "pip install numba",
     "cupy": "an NVIDIA driver and, to match torch.version.cuda, "
     'pip install "cupy-cuda12x[ctk]>=14.2" or pip install "cupy-cuda13x[ctk]>=14.2"',
 }
 
-#: device type -> the names "auto" tries, best first. Devices not named here take torch.
-#: numba has no least size. At one step of up to 8,000 neurons it takes 0.5 to 0.6 of torch's time
-#: without gradients and 1.1 to 1.2 with them; at two steps, or with more neurons, less than torch
-#: in both. cupy has none yet: one belongs here once
-#: experiments/benchmark/neuron.py has measured it on a GPU.
+#: Device type -> the names "auto" tries, best first; other devices take torch.
+#: numba has no least size: at one step of up to 8,000 neurons it takes 0.5 to 0.6 of torch's time
+#: without gradients and 1.1 to 1.2 with them, and less than torch everywhere else. cupy gets one
+#: when experiments/benchmark/neuron.py has measured it on a GPU.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("numba",), "cuda": ("cupy",)}
 
 _warned: set[str] = set()
-#: why a backend does not import, kept for the process: each try would search all of sys.path
+#: why a backend does not import, saved for the process: each try would search all of sys.path
 _failures: dict[Callable[[], Backend], Exception | None] = {}
 
 
@@ -85,11 +82,11 @@ def names() -> tuple[str, ...]:
     return (AUTO, *BACKENDS)
 
 
-def check_name(name: str, said_by: str = "backend") -> str:
+def check_name(name: str, argument: str = "backend") -> str:
     """Return ``name`` if it is a backend's, or raise a ``ValueError`` that lists them."""
     if name not in names():
         raise ValueError(
-            f"{said_by}={name!r} is unknown: expected one of {', '.join(map(repr, names()))}"
+            f"{argument}={name!r} is unknown: expected one of {', '.join(map(repr, names()))}"
         )
     return name
 
@@ -105,7 +102,7 @@ def why_not(name: str) -> Exception | None:
         try:
             load()
             _failures[load] = None
-        except Exception as error:  # any failure of an optional dependency is the answer here
+        except Exception as error:  # any failure of an optional dependency
             _failures[load] = error
     return _failures[load]
 
@@ -113,42 +110,42 @@ def why_not(name: str) -> Exception | None:
 def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
     """The backend that runs this call.
 
-    An explicit ``name`` is a contract: it runs or raises :class:`BackendUnavailableError`, with
-    the original exception as its cause. ``"auto"`` takes the value of the environment variable
-    ``SJ_TAID_BACKEND`` if set (then a contract too), else the best backend for the tensor's device
-    that works; if a better one does not, it says why, once. It takes torch in silence for float64,
-    and while a ``TorchDispatchMode`` watches, such as SpikingJelly's operation counters.
+    An explicit ``name`` runs or raises :class:`BackendUnavailableError`, from the original
+    exception. ``"auto"`` takes the environment variable ``SJ_TAID_BACKEND`` if set (as an explicit
+    name), else the best backend for the tensor's device that works, and says once why a better one
+    does not. It takes torch silently for float64, and while a ``TorchDispatchMode`` watches, such
+    as SpikingJelly's operation counters.
     """
     check_name(name)
     if name == AUTO:
         name = check_name(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
     if name != AUTO:
-        if reason := _obstacle(name, x_seq, surrogate_function):
+        if reason := _find_obstacle(name, x_seq, surrogate_function):
             raise BackendUnavailableError(reason) from why_not(name)
         return BACKENDS[name]()
-    # float64 is asked for where exactness counts, and only torch computes in it.
+    # float64 is chosen where exactness counts, and only torch computes in it.
     torch_only = x_seq.dtype == torch.float64 or is_watched()
     for candidate in () if torch_only else PREFERENCE.get(x_seq.device.type, ()):
-        reason = _obstacle(candidate, x_seq, surrogate_function)
+        reason = _find_obstacle(candidate, x_seq, surrogate_function)
         if reason is None:
             return BACKENDS[candidate]()
         _warn_once(f"{reason}. Falling back from {candidate!r}; say backend=... to choose.")
     return _torch()
 
 
-def _obstacle(name: str, x_seq: Tensor, surrogate_function: Any) -> str | None:
+def _find_obstacle(name: str, x_seq: Tensor, surrogate_function: Any) -> str | None:
     """Why the backend cannot run this call, or ``None``."""
-    if reason := _unavailable(name):
+    if reason := _describe_failure(name):
         return reason
     reason = BACKENDS[name]().unsupported(x_seq, surrogate_function)
     return reason and f"backend {name!r} cannot take this call: {reason}"
 
 
-# torch.compile runs the following as they are, and goes on with what they return.
+# torch.compile runs the following as they are, and uses what they return as constants.
 
 
 @torch.compiler.assume_constant_result
-def _unavailable(name: str) -> str | None:
+def _describe_failure(name: str) -> str | None:
     error = why_not(name)
     if error is None:
         return None

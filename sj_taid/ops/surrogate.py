@@ -1,12 +1,12 @@
-"""The surrogate derivatives of SpikingJelly in closed form, for the fused backends.
+"""SpikingJelly's surrogate derivatives in closed form, for the fused backends.
 
 The torch backend calls the surrogate module itself. A fused kernel cannot, so :data:`DERIVATIVES`
-holds each derivative twice, as CUDA C and as a plain Python function for numba, beside each other
-so that they can be read against each other. Both are tested against SpikingJelly's own backward.
+holds each derivative twice, as CUDA C and as a Python function for numba. Both are tested against
+SpikingJelly's own backward.
 
-A derivative is a function of ``x = H - V_th`` and of two constants ``a`` and ``b`` that are made
-from the module's parameters in double precision, as SpikingJelly makes them: then a step in the
-derivative (``Rect``'s edge, say) lies at the same float32 number.
+A derivative is a function of ``x = H - V_th`` and of two constants ``a`` and ``b``, computed from
+the module's parameters in double precision as SpikingJelly does: then a step in the derivative
+(``Rect``'s edge, say) lies at the same float32 number.
 """
 
 import math
@@ -24,10 +24,10 @@ _LEAKY_AREA = 0.5 if FUNCTIONAL_STATES else 1.0
 class Derivative(NamedTuple):
     """One surrogate's derivative.
 
-    ``parameters`` are the attributes of the module it depends on, ``constants`` makes ``(a, b)``
+    ``parameters`` are the attributes of the module it depends on, ``constants`` computes ``(a, b)``
     from them, ``cuda`` is the body of ``float f(float x, float a, float b)``, in which
-    ``reciprocal`` is the kernels' ``1 / x``, and ``python`` the same function of three floats, for
-    numba: of operators, ``math``, and below :func:`exp` and, around each number, :func:`f32`.
+    ``reciprocal`` is the kernels' ``1 / x``, and ``python`` the same function for numba, of
+    operators, ``math``, :func:`exp` and, around each number, :func:`f32`.
     """
 
     parameters: tuple[str, ...]
@@ -37,12 +37,12 @@ class Derivative(NamedTuple):
 
 
 def exp(x: float) -> float:
-    """``e**x``. numba compiles ``alif/cpu/loops.py``'s for float32: that vectorises, libm's not."""
+    """``e**x``, which ``alif/cpu/loops.py`` replaces by one that vectorises."""
     return math.exp(x)
 
 
 def f32(x: float) -> float:
-    """``x``, for numba in float32: a bare ``1.0`` would make its arithmetic float64."""
+    """``x``, for numba as float32: a bare ``1.0`` would make its arithmetic float64."""
     return x
 
 
@@ -59,7 +59,7 @@ def _s2nn(x: float, a: float, b: float) -> float:
 
 
 #: Class name in ``spikingjelly.activation_based.surrogate`` -> its derivative. A class that the
-#: installed line lacks (``Rect`` on 0.0.0.0.14, for one) is never looked up.
+#: installed version lacks (``Rect`` on 0.0.0.0.14, for one) is never looked up.
 DERIVATIVES: dict[str, Derivative] = {
     "Sigmoid": Derivative(
         ("alpha",),
@@ -157,7 +157,7 @@ DERIVATIVES: dict[str, Derivative] = {
     ),
 }
 for _name, _derivative in DERIVATIVES.items():
-    # numba's linker tells functions apart by their names, and keeps one where two have the same.
+    # numba's linker distinguishes functions by their names, and keeps one of two that are equal.
     _derivative.python.__name__ = _derivative.python.__qualname__ = _name
 
 
