@@ -398,7 +398,7 @@ TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, standing, fad, decoders, classifiers)},
     **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, small, papers)},
     **{table.__name__: table for table in (models, memory, norm, neurons, fsvae, esvae, loading)},
-    "start_map": lambda: start_maps.count_good_starts(load_study("start_map")),
+    "start_map": lambda: start_maps.count_good_starts(start_maps.load_start_map()),
     "runs": every_run,
     "compile": compile_times,
 }

@@ -18,77 +18,65 @@ NEURONS = ["lif", "plif", "alif", "alif_channel"]  # each learns more than the o
 #: A cell at most so many points below the best one counts as near it.
 NEAR_BEST = 2.0
 
-#: A map for each neuron, for each setting of the other choices, as text.
-Maps = dict[str, dict[str, pd.DataFrame]]
 
-
-def make_maps(table: pd.DataFrame) -> Maps:
-    """The mean accuracy in % over seeds for each start, NaN where no run is."""
-    cells = means(table, "accuracy", TAU, THRESHOLD)
-    neurons = [neuron for neuron in NEURONS if neuron in set(table["neuron"])]
-    choices = ("dataset", "model.norm", "neuron_start.calibrate")
-    keys = [key for key in choices if table[key].nunique() > 1]
-    maps: Maps = {}
-    for values, part in table.groupby(keys or [""] * len(table), sort=False):
-        setting = ", ".join(f"{short(k)} {v}" for k, v in zip(keys, values, strict=False))
-        maps[setting] = {
-            neuron: means(rows, "accuracy", TAU, THRESHOLD).reindex_like(cells)
-            for neuron in neurons
-            for rows in [part[part["neuron"] == neuron]]
-        }
-    return maps
+def load_start_map(results: Path = RESULTS) -> pd.DataFrame:
+    """The runs, with neurons in the order of ``NEURONS``."""
+    table = load_study("start_map", results)
+    return table.assign(neuron=pd.Categorical(table["neuron"], NEURONS, ordered=True))
 
 
 def count_good_starts(table: pd.DataFrame) -> pd.DataFrame:
-    """For each map its best cell, and how many cells are near the best."""
-    rows = []
-    for setting, by_neuron in make_maps(table).items():
-        best = {neuron: cells.max(axis=None) for neuron, cells in by_neuron.items()}
-        for neuron, cells in by_neuron.items():
-            near_all, near_own = (
-                int((cells >= limit - NEAR_BEST).to_numpy().sum())
-                for limit in (max(best.values()), best[neuron])
-            )
-            count = cells.count().sum()
-            rows.append(
-                {
-                    "runs": setting,
-                    "neuron": neuron,
-                    f"best cell, {METRICS['accuracy'].title}": f"{best[neuron]:.2f}",
-                    "cells near the best of all": f"{near_all} of {count}",
-                    "near its own best": f"{near_own} of {count}",
-                }
-            )
-    return pd.DataFrame(rows)
+    """The best cell of each map, a mean over seeds, and how many cells are near the best."""
+    setting = ["dataset", "model.norm", "neuron_start.calibrate"]
+    by_map = [*setting, "neuron"]
+    percent = table.assign(accuracy=table["accuracy"] / METRICS["accuracy"].unit)
+    cells = percent.groupby([*by_map, TAU, THRESHOLD], observed=True)["accuracy"].mean()
+    count = cells.groupby(by_map, observed=True).size().astype(str)
+
+    def near(group: list[str]) -> pd.Series:
+        best = cells.groupby(group, observed=True).transform("max")
+        good = (cells >= best - NEAR_BEST).groupby(by_map, observed=True).sum()
+        return good.astype(str) + " of " + count
+
+    best = cells.groupby(by_map, observed=True).max().map("{:.2f}".format)
+    columns = {
+        f"best cell, {METRICS['accuracy'].title}": best,
+        "cells near the best of all": near(setting),
+        "near its own best": near(by_map),
+    }
+    return pd.DataFrame(columns).reset_index().rename(columns=short)
 
 
 def draw_all(results: Path = RESULTS) -> None:
     """Draw docs/images/start-map-*.png, for each data set with and without calibration."""
-    table = load_study("start_map", results)
-    for (dataset, rate), part in table.groupby(["dataset", "neuron_start.calibrate"]):
+    groups = load_start_map(results).groupby(["dataset", "neuron_start.calibrate"])
+    for (dataset, rate), table in groups:
         name = f"start-map-{dataset}" + ("" if rate == "null" else "-calibrated")
-        draw(make_maps(part), results.parent / "docs" / "images" / f"{name}.png")
+        draw(table, results.parent / "docs" / "images" / f"{name}.png")
 
 
-def draw(maps: Maps, path: Path) -> None:
-    """Draw a row of maps for each setting in one scale, and what ALIF gains over PLIF."""
-    grids = [cells for by_neuron in maps.values() for cells in by_neuron.values()]
-    gains = [by_neuron["alif"] - by_neuron["plif"] for by_neuron in maps.values()]
-    low, high = np.nanmin(grids), np.nanmax(grids)
-    most = max(np.nanmax(np.abs(gains)), 1e-9)
-    neurons = [*next(iter(maps.values()))]
-    rows, columns = grids[0].shape
-    width = 1.4 + (0.3 + 0.5 * columns) * (len(neurons) + 1)
-    height = 0.8 + (0.45 + 0.4 * rows) * len(maps)
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Draw a map for each neuron and what ALIF gains over PLIF, with and without norm in a row."""
+    grid = means(table, "accuracy", TAU, THRESHOLD)
+    maps = {
+        key: means(part, "accuracy", TAU, THRESHOLD).reindex_like(grid)
+        for key, part in table.groupby(["model.norm", "neuron"], observed=True)
+    }
+    norms, neurons = (list(dict.fromkeys(names)) for names in zip(*maps, strict=True))
+    gains = {norm: maps[norm, "alif"] - maps[norm, "plif"] for norm in norms}
+    low, high = np.nanmin([*maps.values()]), np.nanmax([*maps.values()])
+    most = max(np.nanmax(np.abs([*gains.values()])), 1e-9)
+    width = 1.4 + (0.3 + 0.5 * grid.shape[1]) * (len(neurons) + 1)
+    height = 0.8 + (0.45 + 0.4 * grid.shape[0]) * len(norms)
     figure = Figure((width, height), layout="constrained")
-    axes = figure.subplots(len(maps), len(neurons) + 1, squeeze=False, sharex=True, sharey=True)
-    for line, (setting, by_neuron), gain in zip(axes, maps.items(), gains, strict=True):
-        for axis, (neuron, cells) in zip(line[:-1], by_neuron.items(), strict=True):
-            shown = draw_map(axis, cells, "viridis", low, high)
+    axes = figure.subplots(len(norms), len(neurons) + 1, squeeze=False, sharex=True, sharey=True)
+    for line, norm in zip(axes, norms, strict=True):
+        for axis, neuron in zip(line, neurons, strict=False):
+            shown = draw_map(axis, maps[norm, neuron], "viridis", low, high)
             axis.set_title(neuron, fontsize=9)
-        signed = draw_map(line[-1], gain, "RdBu", -most, most, sign="+")
+        signed = draw_map(line[-1], gains[norm], "RdBu", -most, most, sign="+")
         line[-1].set_title("alif - plif", fontsize=9)
-        line[0].set_ylabel(f"{setting}\n{short(TAU)}" if setting else short(TAU))
+        line[0].set_ylabel(f"norm {norm}\n{short(TAU)}" if len(norms) > 1 else short(TAU))
     for axis in axes[-1]:
         axis.set_xlabel(short(THRESHOLD))
     title = METRICS["accuracy"].title
@@ -101,8 +89,7 @@ def draw_map(
     axis: Axes, cells: pd.DataFrame, scale: str, low: float, high: float, sign: str = "-"
 ) -> AxesImage:
     """Draw colours and numbers; a cell without a value is hatched."""
-    axis.set_facecolor("0.9")
-    axis.patch.set(hatch="////", edgecolor="0.7")
+    axis.patch.set(facecolor="0.9", hatch="////", edgecolor="0.7")
     shown = axis.imshow(cells.to_numpy(), cmap=scale, vmin=low, vmax=high, aspect="auto")
     axis.set_xticks(range(cells.shape[1]), cells.columns)
     axis.set_yticks(range(cells.shape[0]), cells.index)
@@ -112,8 +99,8 @@ def draw_map(
         if np.isfinite(value):
             red, green, blue, _ = shown.to_rgba(value)
             color = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
-            text = axis.text(column, row, f"{value:{sign}.1f}", color=color, fontsize=7)
-            text.set(ha="center", va="center")
+            options = {"ha": "center", "va": "center", "color": color, "fontsize": 7}
+            axis.text(column, row, f"{value:{sign}.1f}", **options)
     return shown
 
 
