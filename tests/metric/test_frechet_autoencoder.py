@@ -15,14 +15,11 @@ from sj_taid.metric import (
 from sj_taid.model.autoencoder import Autoencoder
 
 
-class Identity(Autoencoder):
-    """The pixels are the code: 4 features from 2x2 images."""
+class Pixels(Features):
+    num_features, description = 4, "pixels"
 
-    def __init__(self):
-        super().__init__(1, 2, (2,), 4)
-
-    def encode(self, image):
-        return image.flatten(1)
+    def extract(self, images):
+        return images.flatten(1)
 
 
 def codes(n, scale, shift, seed):
@@ -34,7 +31,7 @@ def codes(n, scale, shift, seed):
 def distance(real, generated, batch=100):
     """Of codes that are scaled to images in [-1, 1], as if they were not."""
     scale = max(real.abs().max(), generated.abs().max())
-    metric = FrechetAutoencoderDistance(Identity())
+    metric = FrechetDistance(Pixels())
     for name, x in ((True, real), (False, generated)):
         for part in x.split(batch):
             metric.update(part.view(-1, 1, 2, 2) / scale, real=name)
@@ -48,48 +45,26 @@ def scipys(real, generated):
     return ((mu_r - mu_g) ** 2).sum() + np.trace(s_r + s_g - 2 * root)
 
 
-def test_equals_scipys_matrix_root():
+def test_frechet_distance_equals_scipys_matrix_root():
     real, generated = codes(400, 1.0, 0.0, 0), codes(300, 1.4, 0.5, 1)
     assert distance(real, generated) == pytest.approx(scipys(real, generated), rel=1e-6)
+    assert distance(real, generated, 400) == pytest.approx(distance(real, generated, 7))
 
 
-def test_equals_the_closed_form_of_scaled_and_shifted_gaussians():
+def test_frechet_distance_equals_the_closed_form_of_scaled_and_shifted_gaussians():
     real = codes(500, 1.0, 0.0, 0)
     generated = real * 2 + 3  # the same samples, so that the closed form holds exactly
-    covariance = np.cov(real.T.numpy())
     mean = real.mean(0).numpy()
-    expected = ((mean * 2 + 3 - mean) ** 2).sum() + np.trace(covariance)  # (2 - 1)^2 tr(S)
+    expected = ((mean + 3) ** 2).sum() + np.trace(np.cov(real.T.numpy()))  # (2 - 1)^2 tr(S)
     assert distance(real, generated) == pytest.approx(expected, rel=1e-6)
 
 
-def test_does_not_depend_on_the_batches_or_on_training_mode():
-    real, generated = codes(60, 1.0, 0.0, 0), codes(60, 1.0, 1.0, 1)
-    assert distance(real, generated, 60) == pytest.approx(distance(real, generated, 7))
-    metric = FrechetAutoencoderDistance(Autoencoder(1, 8, (4,), 2))
-    metric.train()
-    assert not metric.inception.autoencoder.training
-
-
-def test_refuses_too_few_images():
-    metric = FrechetAutoencoderDistance(Identity())
+def test_frechet_distance_refuses_too_few_images():
+    metric = FrechetDistance(Pixels())
     metric.update(torch.rand(50, 1, 2, 2), real=True)
     metric.update(torch.rand(4, 1, 2, 2), real=False)
     with pytest.raises(ValueError, match=r"4 generated images; a covariance of 4 .* at least 5"):
         metric.compute()
-
-
-def test_refuses_other_shapes():
-    metric = FrechetAutoencoderDistance(Autoencoder(1, 8, (4,), 2))
-    message = r"expects images \[N, 1, 8, 8\], but got \[5, 3, 8, 8\]"
-    with pytest.raises(ValueError, match=message):
-        metric.update(torch.rand(5, 3, 8, 8), real=True)
-
-
-class Pixels(Features):
-    num_features, description = 4, "pixels"
-
-    def extract(self, images):
-        return images.flatten(1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 255.0, -1.1])
@@ -102,8 +77,16 @@ def test_frechet_distance_refuses_images_beyond_their_range(value, real):
         metric.update(images, real=real)
 
 
+def test_frechet_autoencoder_distance_refuses_other_shapes_and_stays_in_eval_mode():
+    metric = FrechetAutoencoderDistance(Autoencoder(1, 8, (4,), 2)).train()
+    assert not metric.inception.autoencoder.training
+    message = r"expects images \[N, 1, 8, 8\], but got \[5, 3, 8, 8\]"
+    with pytest.raises(ValueError, match=message):
+        metric.update(torch.rand(5, 3, 8, 8), real=True)
+
+
 class Network(nn.Module):
-    """The papers', as its checkpoints name its layers; in training mode."""
+    """The papers' autoencoder, as its checkpoints name its layers; in training mode."""
 
     def __init__(self):
         super().__init__()
@@ -134,37 +117,23 @@ def published(tmp_path):
     return network, images, codes
 
 
-def test_the_published_distance_takes_the_norm_of_each_batch(published, tmp_path):
+def test_published_distance_takes_the_norm_of_each_batch(published, tmp_path):
     network, images, codes = published
-    same = PublishedFrechetAutoencoderDistance(tmp_path, "mnist")
-    other = PublishedFrechetAutoencoderDistance(tmp_path, "mnist").eval()
-    for part in images.split(80):
-        same.update(part, real=False)
-    generated = (images + 0.4).clamp(-1, 1)
-    for part in generated.split(40):
-        other.update(part, real=False)
-    assert float(same.compute()) == pytest.approx(0, abs=1e-4)
-    expected = scipys(codes, network.codes(generated, 40))
-    assert float(other.compute()) == pytest.approx(expected, rel=1e-5)
-    assert "papers' autoencoder mnist_64 (weights " in same.protocol
-    assert "as published: batch norm by batches of 256" in same.protocol
-
-
-def test_a_reset_keeps_the_published_statistics(published, tmp_path):
-    _, images, _ = published
     metric = PublishedFrechetAutoencoderDistance(tmp_path, "mnist")
-    values = []
-    for _ in range(2):
-        metric.reset()
-        metric.update(images, real=False)
-        values.append(float(metric.compute()))
-    assert values[0] == values[1]
+    generated = (images + 0.4).clamp(-1, 1)
+    expected = scipys(codes, network.codes(generated, 40))
+    for x, batch, value in ((images, 80, 0.0), (generated, 40, expected)):
+        metric.reset()  # keeps the published statistics
+        for part in x.split(batch):
+            metric.update(part, real=False)
+        assert float(metric.compute()) == pytest.approx(value, rel=1e-5, abs=1e-4)
+    assert "papers' autoencoder mnist_64 (weights " in metric.protocol
+    assert "as published: batch norm by batches of 256" in metric.protocol
 
 
-def test_the_published_distance_says_what_it_needs(published, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"takes images \[N, 1, 32, 32\], but got \[5, 1, 28, 28\]"
-    ):
+def test_published_distance_says_what_it_needs(published, tmp_path):
+    message = r"takes images \[N, 1, 32, 32\], but got \[5, 1, 28, 28\]"
+    with pytest.raises(ValueError, match=message):
         PublishedFrechetAutoencoderDistance(tmp_path, "mnist").update(
             torch.zeros(5, 1, 28, 28), real=False
         )

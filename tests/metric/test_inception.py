@@ -16,9 +16,11 @@ from sj_taid.metric import FrechetDistance, Inception, InceptionScore
 from sj_taid.metric.inception import to_uint8
 from tests.metric.pixels import CLASSES, Pixels, classifier
 
+CLASSIFIER = classifier()
+
 
 def score(images, splits=1, batch=7):
-    metric = InceptionScore(Pixels(), classifier(), splits)
+    metric = InceptionScore(Pixels(), CLASSIFIER, splits)
     for part in images.split(batch):
         metric.update(part)
     return float(metric.compute())
@@ -35,7 +37,7 @@ def random_images(n=60, seed=0):
     return torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
 
 
-def test_score_of_hand_made_classes():
+def test_inception_score_of_known_classes():
     even = torch.arange(40) % CLASSES
     assert score(of_class(even)) == pytest.approx(CLASSES, rel=1e-6)
     assert score(of_class(even * 0)) == pytest.approx(1, rel=1e-6)
@@ -47,69 +49,48 @@ def test_score_of_hand_made_classes():
     assert score(of_class(even, p)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_score_equals_torchmetrics_own():
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_inception_score_equals_torchmetrics_and_deals_images_to_the_splits():
     images = random_images()
     theirs = TorchmetricsInceptionScore(Pixels(), splits=1)
     theirs.update(images)
     assert score(images) == pytest.approx(float(theirs.compute()[0]), rel=1e-5)
-
-
-def test_splits_deal_the_images_in_turn():
-    images = random_images()
     expected = sum(score(images[i::3]) for i in range(3)) / 3
-    assert score(images, splits=3) == pytest.approx(expected)
-
-
-def test_score_draws_nothing_and_does_not_depend_on_the_batches():
-    images = random_images()
-    features, layer = Pixels(), classifier()
     state = torch.random.get_rng_state()
-    scores = []
     for batch in (60, 7):
-        metric = InceptionScore(features, layer, splits=3)
-        for part in images.split(batch):
-            metric.update(part)
-        scores.append(float(metric.compute()))
-    assert scores[0] == pytest.approx(scores[1], rel=1e-12)
+        assert score(images, splits=3, batch=batch) == pytest.approx(expected, rel=1e-12)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_score_refuses_too_few_images():
-    with pytest.raises(ValueError, match=r"got 3 images; 1 splits and 4 classes need at least 4"):
-        score(random_images(3))
-    with pytest.raises(ValueError, match=r"got 9 images; 10 splits .* at least 10"):
-        score(random_images(9), splits=10)
+@pytest.mark.parametrize(("count", "splits", "needed"), [(3, 1, 4), (9, 10, 10)])
+def test_inception_score_refuses_too_few_images(count, splits, needed):
+    message = f"got {count} images; {splits} splits and 4 classes need at least {needed}"
+    with pytest.raises(ValueError, match=message):
+        score(random_images(count), splits)
 
 
-def metrics():
+def metrics(rank=0, processes=1):
+    """The metrics of images, of which each process sees its share; one network serves both."""
     features = Pixels()
-    return FeatureShare(
-        {"fid": FrechetDistance(features), "score": InceptionScore(features, classifier(), 1)}
+    both = FeatureShare(
+        {"fid": FrechetDistance(features), "score": InceptionScore(features, CLASSIFIER, 1)}
     )
-
-
-def test_one_pass_serves_both():
-    both = metrics()
-    both["fid"].update(random_images(), real=True)
-    both.update(random_images(seed=1), real=False)
+    # Unequal shares in unequal numbers of batches.
+    for part in random_images().split([10, 10, 40])[rank::processes]:
+        both["fid"].update(part, real=True)
+    for part in random_images(seed=1).split([10, 20, 30])[rank::processes]:
+        both.update(part, real=False)
     (features,) = (m for m in both["fid"].modules() if isinstance(m, Pixels))
-    assert features.calls == 2
-    assert set(both.compute()) == {"fid", "score"}
+    assert features.calls == len(range(rank, 3, processes)) * 2
+    return both
 
 
 def one_of_two(rank, folder):
-    """The metrics of both processes' images, of which each has seen its share."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
     try:
-        both = metrics()
-        # Unequal shares in unequal numbers of batches.
-        for part in random_images().split([10, 10, 40])[rank::2]:
-            both["fid"].update(part, real=True)
-        for part in random_images(seed=1).split([10, 20, 30])[rank::2]:
-            both.update(part, real=False)
-        values = both.compute()
+        values = metrics(rank, 2).compute()
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -120,27 +101,25 @@ def other_process(index, folder):
     torch.save(one_of_two(1, folder), f"{folder}/other.pt")
 
 
-def test_two_processes_equal_one(tmp_path):
-    both = metrics()
-    both["fid"].update(random_images(), real=True)
-    both.update(random_images(seed=1), real=False)
+def test_metrics_of_two_processes_equal_those_of_one(tmp_path):
     other = mp.start_processes(
         other_process, args=(tmp_path,), join=False, start_method="forkserver"
     )
     first = one_of_two(0, tmp_path)
     other.join()
     second = torch.load(tmp_path / "other.pt")
-    for name, value in both.compute().items():
+    values = metrics().compute()
+    assert set(values) == {"fid", "score"}
+    for name, value in values.items():
         assert float(first[name]) == float(second[name]) == pytest.approx(float(value), rel=1e-6)
 
 
-def test_images_become_uint8_colour():
-    grey = torch.linspace(-1.2, 1.2, 12).view(1, 1, 3, 4)
+def test_to_uint8_rounds_and_repeats_grey():
+    grey = torch.linspace(-1, 1, 12).view(1, 1, 3, 4)
     got = to_uint8(grey)
     assert got.shape == (1, 3, 3, 4) and got.dtype == torch.uint8
     assert torch.equal(got[0, 0], got[0, 2])
-    back = got[:, :1].float() / 127.5 - 1
-    assert (back - grey.clamp(-1, 1)).abs().max() <= 0.5 / 127.5 + 1e-6
+    assert (got[:, :1].float() / 127.5 - 1 - grey).abs().max() <= 0.5 / 127.5 + 1e-6
     with pytest.raises(ValueError, match=r"C = 1 or 3, but got \[2, 2, 4, 4\]"):
         to_uint8(torch.zeros(2, 2, 4, 4))
 

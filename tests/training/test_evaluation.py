@@ -1,4 +1,4 @@
-"""Evaluating samples: what is made once, and no disturbance of the global random state."""
+"""Evaluating samples: what is cached, and no disturbance of the global random state."""
 
 import logging
 import multiprocessing
@@ -48,17 +48,17 @@ def evaluator(tmp_path):
 
 
 def states(evaluator, data):
+    """The weights of FAD's autoencoder, and the statistics of the test images."""
     fad = evaluator.prepare_metrics(data, torch.device("cpu"))["fad"]
-    return dict(fad.inception.state_dict()) | evaluation._real_states(fad)
+    real = {name: state for name, state in fad.metric_state.items() if "real" in name}
+    return dict(fad.inception.state_dict()) | real
 
 
 def assert_equal(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_autoencoder_and_statistics_are_made_once_and_kept(evaluator, monkeypatch, caplog):
+def test_evaluator_makes_autoencoder_and_statistics_once(evaluator, monkeypatch, caplog):
     data = digits()
     with caplog.at_level(logging.INFO):
         first = states(evaluator, data)
@@ -66,7 +66,6 @@ def test_autoencoder_and_statistics_are_made_once_and_kept(evaluator, monkeypatc
     assert first["real_features_num_samples"] == len(data.test_set)
     files = set(evaluator.cache_dir.glob("*.pt"))
     assert {file.name.split("-")[0] for file in files} == {"autoencoder", "statistics"}
-
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "bare_trainer", None)
         patch.setattr(data, "test_dataloader", None)
@@ -75,25 +74,18 @@ def test_autoencoder_and_statistics_are_made_once_and_kept(evaluator, monkeypatc
     evaluator.autoencoder["latent_channels"] = 4
     states(evaluator, data)
     assert len(set(evaluator.cache_dir.glob("*.pt"))) == 4
-    states(evaluator, digits(image_size=16))  # other images
-    assert len(set(evaluator.cache_dir.glob("*.pt"))) == 6
-
-
-def test_what_the_cache_holds_of_another_architecture_is_made_anew(evaluator, caplog):
-    data = digits()
-    first = states(evaluator, data)
-    evaluator.autoencoder["latent_channels"] = 4
-    states(evaluator, data)
-    for kind in ("autoencoder", "statistics"):
+    for kind in ("autoencoder", "statistics"):  # each is replaced by the other architecture's
         one, other = evaluator.cache_dir.glob(f"{kind}-*.pt")
         contents = one.read_bytes(), other.read_bytes()
         other.write_bytes(contents[0]), one.write_bytes(contents[1])
     evaluator.autoencoder["latent_channels"] = 3
     assert_equal(states(evaluator, data), first)
     assert caplog.text.count("cannot be used") == 2
+    states(evaluator, digits(image_size=16))  # other images
+    assert len(set(evaluator.cache_dir.glob("*.pt"))) == 6
 
 
-def test_the_autoencoder_does_not_depend_on_the_run(evaluator, tmp_path):
+def test_evaluator_trains_the_same_autoencoder_in_every_run(evaluator, tmp_path):
     data = digits()
     first = states(evaluator, data)
     evaluator.cache_dir = tmp_path / "other"
@@ -102,7 +94,7 @@ def test_the_autoencoder_does_not_depend_on_the_run(evaluator, tmp_path):
     torch.testing.assert_close(states(evaluator, data), first)
 
 
-def test_the_metrics_are_reproducible_and_leave_the_random_state_alone(evaluator):
+def test_evaluate_samples_is_reproducible_and_leaves_the_random_state_alone(evaluator):
     data, model = digits(), Noise()
     state = torch.random.get_rng_state()
     first = evaluator.evaluate_samples(model, data)
@@ -112,17 +104,11 @@ def test_the_metrics_are_reproducible_and_leave_the_random_state_alone(evaluator
     assert evaluator.evaluate_samples(model, data) == first
     evaluator.seed = 6
     assert evaluator.evaluate_samples(model, data)["fad"] != first["fad"]
+    evaluator.autoencoder["seed"] = 2  # the protocol names the autoencoder
+    assert evaluator.evaluate_samples(model, data)["protocol"] != first["protocol"]
 
 
-def test_the_protocol_names_the_autoencoder(evaluator):
-    protocols = []
-    for seed in (1, 1, 2):
-        evaluator.autoencoder["seed"] = seed
-        protocols.append(evaluator.evaluate_samples(Noise(), digits())["protocol"]["fad"])
-    assert protocols[0] == protocols[1] != protocols[2]
-
-
-def test_what_a_metric_lacks_shows_before_a_training(evaluator, monkeypatch):
+def test_evaluate_samples_checks_all_metrics_before_a_training(evaluator, monkeypatch):
     data = digits()
     monkeypatch.setattr(evaluation, "Inception", Network)
     evaluator.inception_weights = "weights.pth"
@@ -138,7 +124,7 @@ def test_what_a_metric_lacks_shows_before_a_training(evaluator, monkeypatch):
         evaluator.evaluate_samples(Noise(), data, only="fad")
 
 
-def test_fad_as_published_is_a_metric_of_its_own(evaluator, monkeypatch, tmp_path):
+def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, tmp_path):
     class Published(FrechetDistance):
         batch_size, batches = 256, 1
 
@@ -164,20 +150,19 @@ def test_fad_as_published_is_a_metric_of_its_own(evaluator, monkeypatch, tmp_pat
             evaluator.evaluate_samples(Noise(), other, only="fad")
 
 
-def taken(path, make):
+def loaded(path, make):
     contents = {}
     load_or_make(path, contents.update, make)
     return contents
 
 
-def test_what_is_damaged_is_made_anew(tmp_path, caplog):
-    path = tmp_path / "cached.pt"
-    made = {"x": torch.arange(3.0)}
-    assert_equal(taken(path, lambda: made), made)
-    assert_equal(taken(path, lambda: pytest.fail("it is there")), made)
+def test_load_or_make_makes_what_is_damaged_again(tmp_path, caplog):
+    path, made = tmp_path / "cached.pt", {"x": torch.arange(3.0)}
+    assert_equal(loaded(path, lambda: made), made)
+    assert_equal(loaded(path, lambda: pytest.fail("it is there")), made)
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    assert_equal(taken(path, lambda: made), made)
+    assert_equal(loaded(path, lambda: made), made)
     assert "cannot be used" in caplog.text and path.read_bytes() == whole
 
 
@@ -187,10 +172,10 @@ def make_slowly(path, made):
         time.sleep(0.3)
         return {"x": torch.ones(2)}
 
-    assert torch.equal(taken(path, make)["x"], torch.ones(2))
+    assert torch.equal(loaded(path, make)["x"], torch.ones(2))
 
 
-def test_of_several_processes_one_makes_it(tmp_path):
+def test_load_or_make_makes_in_one_of_several_processes(tmp_path):
     fork = multiprocessing.get_context("fork")
     made = fork.Queue()
     processes = [fork.Process(target=make_slowly, args=(tmp_path / "x.pt", made)) for _ in range(3)]

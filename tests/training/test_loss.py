@@ -19,12 +19,12 @@ DISTANCE = (1 + 1 + (math.log(3) - 1) ** 2 + 1) / 4  # to 1
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
-def test_a_value_worked_by_hand(share):
+def test_tet_equals_a_value_worked_by_hand(share):
     expected = (1 - share) * CROSS_ENTROPY + share * DISTANCE
     assert TET(mse_share=share)(OUTPUTS, TARGET).item() == pytest.approx(expected)
 
 
-def test_each_step_counts_and_not_their_mean():
+def test_tet_counts_each_step_not_their_mean():
     of_the_mean = F.cross_entropy(OUTPUTS.mean(0), TARGET).item()
     assert TET(mse_share=0.0)(OUTPUTS, TARGET).item() > of_the_mean + 1e-3
     outputs = OUTPUTS.clone().requires_grad_()
@@ -33,7 +33,7 @@ def test_each_step_counts_and_not_their_mean():
     assert outputs.grad.flatten().tolist() == pytest.approx([-0.25, 0.25, -0.125, 0.125])
 
 
-def test_phi_and_label_smoothing():
+def test_tet_takes_phi_and_label_smoothing():
     assert TET(mse_share=1.0, phi=0.0)(OUTPUTS, TARGET).item() == pytest.approx(
         math.log(3) ** 2 / 4
     )
@@ -46,14 +46,14 @@ def test_phi_and_label_smoothing():
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
-def test_a_share_out_of_its_range(share):
+def test_tet_refuses_a_share_out_of_its_range(share):
     with pytest.raises(ValueError, match=f"mse_share must be from 0 to 1, but it is {share}"):
         TET(mse_share=share)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "loss").glob("*.yaml")))
 @pytest.mark.parametrize("data", [[], ["dataset.mixup=0.2", "dataset.erase=0.5"]], ids=len)
-def test_every_loss_trains(tiny, tmp_path, name, data):
+def test_loss_config_trains(tiny, tmp_path, name, data):
     cfg = tiny(*TINY_CLASSIFICATION, f"loss={name}", "optimizer=sgd", *data, tiny=False)
     if name != "mse":  # which has nothing to smooth
         cfg.loss.label_smoothing = 0.1
