@@ -17,9 +17,9 @@ from spikingjelly.activation_based import base, functional, neuron
 from torch import Tensor, nn
 
 from ._checks import check_net
+from ._norm_input import NormInput
 from ._table import table
 from .monitoring import LayerState, monitor, spikes_of
-from .neuron import NormInput
 
 __all__ = ["Calibrated", "CalibrationReport", "calibrate"]
 

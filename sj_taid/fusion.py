@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._checks import check_net
+from ._norm_input import PassOn
 from ._table import table
-from .neuron import ALIFNode, PassOn
+from .neuron import ALIFNode
 from .tracing import has_hooks, trace
 
 __all__ = ["FuseReport", "FusedNorm", "fuse_norm", "unfuse_norm"]

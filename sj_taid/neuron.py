@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from . import _compat, _graph, _spikes, functional
 from ._checks import is_number, is_whole
+from ._norm_input import NormInput, PassOn, not_normalised
 from .ops import backends
 from .ops.alif.norm import Norm
 from .ops.alif.reference import state_dtype
@@ -132,7 +132,8 @@ class ALIFNode(_compat.BaseNode):
             store_v_seq=store_v_seq,
         )
         self.name = ""
-        self._norm: weakref.ref[nn.Module] | None = None
+        # In a tuple, so that torch does not take it for a child: it is one of the net's.
+        self._norm: tuple[nn.Module, ...] = ()
         self.backend = backend
         self.decay_input = decay_input
         self.channels = None if channels is None else int(channels)
@@ -161,13 +162,7 @@ class ALIFNode(_compat.BaseNode):
     @property
     def norm(self) -> nn.Module | None:
         """The batch norm that this neuron applies to its input: :func:`sj_taid.fuse_norm`."""
-        norm = None if self._norm is None else self._norm()
-        if self._norm is not None and norm is None:
-            raise RuntimeError(
-                f"{self._label()} applies a batch norm that is no longer in the net; replace or "
-                "convert norms before sj_taid.fuse_norm(net), or after sj_taid.unfuse_norm(net)"
-            )
-        return norm
+        return self._norm[0] if self._norm else None
 
     def apply_norm(self, norm: nn.Module | None) -> None:
         """Apply this batch norm, which from now on passes its input on; ``None`` undoes it.
@@ -175,17 +170,15 @@ class ALIFNode(_compat.BaseNode):
         Raises:
             ValueError: another neuron applies the norm.
         """
-        before = None if self._norm is None else self._norm()
-        if norm is not None and norm is not before:
-            if isinstance(vars(norm).get("forward"), PassOn):
-                raise ValueError(
-                    "another neuron applies that norm already; sj_taid.unfuse_norm(net)"
-                )
+        if norm is self.norm:
+            return
+        if norm is not None and isinstance(vars(norm).get("forward"), PassOn):
+            raise ValueError("another neuron applies that norm already; sj_taid.unfuse_norm(net)")
+        if self.norm is not None:
+            vars(self.norm).pop("forward", None)
+        self._norm = () if norm is None else (norm,)
+        if norm is not None:
             norm.forward = PassOn()
-        if before is not None and before is not norm:
-            vars(before).pop("forward", None)
-        # Weakly and out of torch's sight: it belongs to the net, which may drop it.
-        self._norm = None if norm is None else weakref.ref(norm)
 
     @property
     def supported_backends(self) -> tuple[str, ...]:
@@ -226,24 +219,21 @@ class ALIFNode(_compat.BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """One step ``[N, *]`` with explicit state; nothing on the module changes."""
-        x, norm = self._input_and_norm(inputs[0])
-        x_seq = functional.as_sequence(x)
-        spike_seq, v, _ = self._multi_step(x_seq, norm, states[0], store_v_seq=False)
+        x_seq = functional.as_sequence(inputs[0])
+        spike_seq, v, _ = self._multi_step(x_seq, states[0], store_v_seq=False)
         return (spike_seq[0],), (v,)
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """A sequence ``[T, N, *]`` with explicit state; nothing on the module changes."""
-        x_seq, norm = self._input_and_norm(inputs[0])
-        spike_seq, v, _ = self._multi_step(x_seq, norm, states[0], store_v_seq=False)
+        spike_seq, v, _ = self._multi_step(inputs[0], states[0], store_v_seq=False)
         return (spike_seq,), (v,)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """A sequence ``[T, N, *]`` from the state ``v``, which is updated."""
         (v,) = self.materialize_states((x_seq,), (self.v,), "m")
-        x_seq, norm = self._input_and_norm(x_seq)
-        spike_seq, self.v, v_seq = self._multi_step(x_seq, norm, v, self.store_v_seq)
+        spike_seq, self.v, v_seq = self._multi_step(x_seq, v, self.store_v_seq)
         if self.store_v_seq:
             self.v_seq = v_seq
         return spike_seq
@@ -258,8 +248,9 @@ class ALIFNode(_compat.BaseNode):
         )
 
     def _multi_step(
-        self, x_seq: Tensor, norm: Norm | None, v: Tensor | float, store_v_seq: bool
+        self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        x_seq, norm = self._input_and_norm(x_seq)
         packs = self.packing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         spike_seq, v_last, v_seq, *bits = functional.alif_multi_step(
             x_seq,
@@ -309,21 +300,21 @@ class ALIFNode(_compat.BaseNode):
         return f"the neuron {self.name!r}" if self.name else f"ALIFNode({self.extra_repr()})"
 
     def _input_and_norm(self, x: Tensor) -> tuple[Tensor, Norm | None]:
-        """The input, and the batch norm to apply to it, which has passed it on."""
-        norm, passed_by = self.norm, None
+        """The input, and the batch norm to apply to it, which has to have passed it on."""
+        norm, passed_on_by = self.norm, None
         if isinstance(x, NormInput):
-            x, passed_by = x.x, x.passed_by
+            x, passed_on_by = x.x, x.passed_on_by
             if norm is None:
                 raise not_normalised(self._label())
         if norm is None:
             return x, None
         # A recomputation (gradient checkpointing) is of what has run.
         recomputes = not torch.compiler.is_compiling() and _graph.recomputation() is not None
-        if passed_by is not vars(norm).get("forward") and not recomputes:
+        if passed_on_by is not vars(norm).get("forward") and not recomputes:
             raise RuntimeError(
-                f"{self._label()} expected its input straight from the batch norm that it applies, "
-                "but a forward that branches on a flag or on chance, or a hook, gave it another: "
-                "sj_taid.unfuse_norm(net) keeps the two apart"
+                f"{self._label()} expected its input straight from the batch norm that it applies "
+                "(sj_taid.fuse_norm), but the norm was replaced, a forward branched on a flag or "
+                "on chance, or a hook stands between: sj_taid.unfuse_norm(net) keeps the two apart"
             )
         return x, Norm.of(norm)
 
@@ -331,13 +322,7 @@ class ALIFNode(_compat.BaseNode):
         # A copy or a pickle takes the voltages along, not the graph that made them.
         state = {name: _detached(value) for name, value in self.__dict__.items()}
         state["_memories"] = {name: _detached(v) for name, v in self._memories.items()}
-        state["_norm"] = self.norm  # a copy of the net has a copy of its norm
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        norm = self.__dict__["_norm"]
-        self._norm = None if norm is None else weakref.ref(norm)
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> nn.Module:
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -354,58 +339,6 @@ def _range(parameter: Tensor) -> str:
     lowest, highest = (f"{value.item():.4g}" for value in parameter.aminmax())
     return f"{lowest}..{highest}" if parameter.dim() else lowest
 
-
-class PassOn:
-    """The forward of a batch norm that a neuron applies."""
-
-    def __call__(self, x: Tensor) -> NormInput:
-        return NormInput.wrap(x, self)
-
-
-class NormInput(Tensor):
-    """The input of a batch norm on its way to the neuron that applies the norm.
-
-    It is not normalised, so nothing else may read it: an operation on it raises an error.
-    """
-
-    x: Tensor
-    passed_by: PassOn
-
-    @classmethod
-    def wrap(cls, x: Tensor, passed_by: PassOn) -> NormInput:
-        wrapped = x.as_subclass(cls)
-        wrapped.x, wrapped.passed_by = x, passed_by
-        return wrapped
-
-    def unflatten(self, dim: Any, sizes: Any) -> NormInput:
-        """As containers do that fold time into the batch; torch.compile cannot trace Tensor's."""
-        return NormInput.wrap(self.x.unflatten(dim, sizes), self.passed_by)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        wrapped = args[0]
-        if func.__name__ not in _READS_NO_VALUE or not isinstance(wrapped, NormInput):
-            raise not_normalised(func.__name__)
-        result = func(wrapped.x, *args[1:], **(kwargs or {}))
-        return cls.wrap(result, wrapped.passed_by) if isinstance(result, Tensor) else result
-
-
-def not_normalised(reader: str) -> RuntimeError:
-    return RuntimeError(
-        f"{reader} reads what a batch norm passed on for a neuron to normalise "
-        "(sj_taid.fuse_norm), but that neuron was replaced, left out or cut off: "
-        "sj_taid.unfuse_norm(net) lets the norm be applied by itself again"
-    )
-
-
-#: What containers and gradient checkpointing do with a tensor that they hand on.
-_READS_NO_VALUE = (
-    *("__get__", "__set__", "__len__", "__repr__", "dim", "size", "stride", "numel"),
-    *("is_floating_point", "requires_grad_", "detach", "clone"),
-    *("view", "view_as", "reshape", "flatten"),
-)
 
 _REMEDY = (
     "reset between sequences: functional.reset_net(net), or run each in "
