@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,10 +34,10 @@ def packed_spikes(net: nn.Module) -> PackedSpikes:
     an in-place operation changed. Max pooling's indices take 16 bits instead of 64, where a plane
     has at most 32,768 pixels.
 
-    Works on ALIF and on SpikingJelly's LIF, PLIF and IF with a spiking surrogate. The output under
-    a custom surrogate is packed if it is zeros and ones, which costs a look at it. Inside
-    ``torch.utils.checkpoint`` and in a graph of ``torch.compile``, which decide themselves what is
-    saved, nothing is packed.
+    Works on ALIF and on SpikingJelly's LIF, PLIF and IF. The output under a custom surrogate is
+    packed if it is zeros and ones, which costs a look at it. A module whose ``forward`` was
+    replaced is left alone. Inside ``torch.utils.checkpoint`` and in a graph of ``torch.compile``,
+    which decide themselves what is saved, nothing is packed.
 
     Returns:
         A :class:`.PackedSpikes`, which stays on until :meth:`.PackedSpikes.remove` or the end of
@@ -61,8 +60,9 @@ class PackedSpikes:
     """The handle that :func:`.packed_spikes` returns."""
 
     def __init__(self, net: nn.Module) -> None:
-        neurons = [m for m in net.modules() if isinstance(m, ALIFNode) or type(m) in _NEURONS]
-        layers = [m for m in net.modules() if isinstance(m, _LAYERS)]
+        modules = [m for m in net.modules() if isinstance(vars(m).get("forward"), _Forward | None)]
+        neurons = [m for m in modules if isinstance(m, ALIFNode) or type(m) in _NEURONS]
+        layers = [m for m in modules if isinstance(m, _LAYERS)]
         if not neurons or not layers:
             raise ValueError(
                 f"{type(net).__name__} has {len(neurons)} neurons and {len(layers)} layers "
@@ -87,46 +87,35 @@ class PackedSpikes:
     def __enter__(self) -> PackedSpikes:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
 
-def _packer_of(module: Any) -> Any:
+def _packer_of(module: Any) -> ALIFNode | _Forward:
     """What registers the spikes of a neuron, or packs what a layer saves."""
     if isinstance(module, ALIFNode):
         return module
-    forward = vars(module).get("forward")
-    if not isinstance(forward, _Forward):
+    if "forward" not in vars(module):
         kind = _LayerForward if isinstance(module, _LAYERS) else _NeuronForward
-        module.forward = forward = kind(module, forward)
-    return forward
+        module.forward = kind(module)
+    return module.forward
 
 
 class _Forward:
-    """A module's forward around the one it had.
+    """The forward of a module that packs, around that of its class.
 
-    It holds no more than the module, so that a net that packs can be copied and pickled.
+    It holds the module alone, so that a net that packs can be copied and pickled.
     """
 
-    def __init__(self, module: nn.Module, before: Callable[..., Any] | None) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
-        self.before = before
         self.packing = 0  # how many PackedSpikes ask for it
 
     def restore(self) -> None:
         if vars(self.module).get("forward") is self:
             del self.module.forward
-            if self.before is not None:
-                self.module.forward = self.before
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.before is not None:
-            return self.before(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def is_on(self) -> bool:
@@ -138,10 +127,10 @@ class _NeuronForward(_Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         spikes = self.run(*args, **kwargs)
-        if self.is_on() and isinstance(spikes, Tensor):
-            node: Any = self.module
-            plain = self.before is None and not _spikes.is_patched(node, known=self)
-            if _spikes.are_spikes(spikes, node.surrogate_function if plain else None):
+        if self.is_on():
+            node = self.module
+            known = None if _spikes.is_patched(node, self) else node.surrogate_function
+            if _spikes.are_spikes(spikes, known):
                 _spikes.register(spikes, spikes.unsqueeze(0) if node.step_mode == "s" else spikes)
         return spikes
 
@@ -152,29 +141,25 @@ class _LayerForward(_Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_on() or not args:
             return self.run(*args, **kwargs)
-        spikes, outer = _spikes.find(args[0]), _graph.saving_hooks()
+        layer, spikes, outer = self.module, _spikes.find(args[0]), _graph.saving_hooks()
         if spikes is None or _is_checkpoints(outer):
             return self.run(*args, **kwargs)
-        known = self.before is None and _is_of_a_library(type(self.module).forward)
-        if known and isinstance(self.module, nn.Linear | _ConvNd):
+        # Only a forward of torch's or SpikingJelly's is known to pass its input on to one operator.
+        known = type(layer).forward.__module__.startswith(("torch.nn.", "spikingjelly."))
+        if known and isinstance(layer, nn.Linear | _ConvNd):
             args = (_cast(args[0], spikes), *args[1:])
-        pools = known and isinstance(self.module, _MaxPoolNd)
-        narrow = pools and _has_small_planes(self.module, args[0])
+        pools = known and isinstance(layer, _MaxPoolNd)
+        narrow = pools and _has_small_planes(layer, args[0])
         with saved_tensors_hooks(*_hooks(narrow, outer)):
             output = self.run(*args, **kwargs)
         # The greatest of zeros and ones is one of them; a dilated window may lie in the padding.
-        if pools and isinstance(output, Tensor) and _is_undilated(self.module):
+        if pools and isinstance(output, Tensor) and torch.tensor(layer.dilation).max() == 1:
             _spikes.register(output, output)
         return output
 
 
 def _is_checkpoints(hooks: Any) -> bool:
     return getattr(hooks and hooks[0], "__module__", None) == "torch.utils.checkpoint"
-
-
-def _is_of_a_library(forward: Callable[..., Any]) -> bool:
-    """Whether a layer's forward is known to pass its input on to one operator."""
-    return forward.__module__.startswith(("torch.nn.", "spikingjelly."))
 
 
 def _cast(x: Tensor, spikes: _spikes.Spikes) -> Tensor:
@@ -193,10 +178,6 @@ def _has_small_planes(pooling: nn.Module, x: Tensor) -> bool:
     kinds = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
     axes = next(n for n, kind in enumerate(kinds, 1) if isinstance(pooling, kind))
     return x.shape[-axes:].numel() <= 1 << 15
-
-
-def _is_undilated(pooling: Any) -> bool:
-    return bool((torch.tensor(pooling.dilation) == 1).all())
 
 
 def _hooks(narrow: bool, outer: Any) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:

@@ -1,12 +1,12 @@
-"""Autograd over a fused forward and backward: what every fused backend shares.
+"""Autograd over a fused forward and backward, shared by the fused backends.
 
-A backend brings an :class:`Engine`, two plain functions over flat arguments; :func:`register`
-makes them operators that ``torch.compile`` takes into its graph; :func:`multi_step` is then the
-backend's. The ``autograd.Function`` stays outside the operators: it costs less per call than an
-autograd formula registered on them.
+A backend brings an :class:`Engine`, plain functions over flat arguments; :func:`register` makes
+them operators that ``torch.compile`` takes into its graph; :func:`multi_step` runs them. The
+``autograd.Function`` stays outside the operators: it costs less per call than an autograd formula
+registered on them.
 
-Nothing is saved for backward but the input, the parameters, the initial voltage where it is a
-tensor, and the engine's checkpoints; the rest is recomputed.
+Nothing is saved for backward but the input, the parameters, the initial voltage if it is a tensor,
+and the engine's checkpoints; the rest is recomputed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Engine(NamedTuple):
     statistics: Callable[[Tensor], Tensor]
     #: backward's first result, and its arguments with ``ab``: makes the first G_x, float32 both
     input_gradient: Callable[..., None] | None
-    #: x_seq -> how many voltages a neuron forward keeps for backward's recomputation
+    #: x_seq -> how many voltages per neuron forward saves for backward's recomputation
     checkpoints: Callable[[Tensor], int]
 
 
@@ -176,6 +176,7 @@ class _Options(NamedTuple):
     a: float
     b: float
     store_v_seq: bool
+    checkpoints: int
     pack: bool
     fixed_norm: bool
     group: Any
@@ -206,7 +207,7 @@ class _FusedALIF(torch.autograd.Function):
             options.decay_input,
             options.v_reset,
             options.store_v_seq,
-            engine.checkpoints(x_seq),
+            options.checkpoints,
             norm[0],
             options.pack,
         )
@@ -228,18 +229,7 @@ class _FusedALIF(torch.autograd.Function):
         grad_v_seq: Tensor | None,
         *unused: None,
     ) -> tuple[Tensor | None, ...]:
-        try:
-            x_seq, v0, w, v_threshold, checkpoint, table, numbers = ctx.saved_tensors
-        except RuntimeError as error:
-            if "inplace operation" not in str(error):
-                raise
-            name = ctx.metadata.get("neuron")
-            raise RuntimeError(
-                f"{f'the neuron {name!r}' if name else 'an ALIF neuron'} reads its input, voltage "
-                "and parameters again in its backward, but one was changed in place since its "
-                "forward: write h = h + o instead of h += o, change parameters after the backward, "
-                "or use backend='torch', which does not read the input again"
-            ) from error
+        x_seq, v0, w, v_threshold, checkpoint, table, numbers = _saved_tensors(ctx)
         options = ctx.options
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
         batch_norm = table is not None and not options.fixed_norm
@@ -303,8 +293,23 @@ class _FusedALIF(torch.autograd.Function):
         )
 
 
+def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        name = ctx.metadata.get("neuron")
+        raise RuntimeError(
+            f"{f'the neuron {name!r}' if name else 'an ALIF neuron'} reads its input, voltage "
+            "and parameters again in its backward, but one was changed in place since its "
+            "forward: write h = h + o instead of h += o, change parameters after the backward, "
+            "or use backend='torch', which does not read the input again"
+        ) from error
+
+
 class _Backward(torch.autograd.Function):
-    """The backward as a function of all it reads, so that no second derivative is lost in silence.
+    """The backward as a function of all it reads, so that a second derivative raises an error.
 
     ``once_differentiable`` looks at the incoming gradients alone.
     """
@@ -354,7 +359,14 @@ def multi_step(
     if w.shape != v_threshold.shape:
         w, v_threshold = torch.broadcast_tensors(w, v_threshold)
     w, v_threshold = w.contiguous(), v_threshold.contiguous()
+    leaves = (x_seq, v0, w, v_threshold, *((None, None) if norm is None else norm[:2]))
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in leaves):
+        raise NotImplementedError(
+            "a fused ALIF backend has no forward-mode derivatives: use reverse mode "
+            "(torch.func.vjp, jacrev), or backend='torch' with a surrogate that defines jvp"
+        )
     name, a, b = surrogate.derivative_of(surrogate_function)
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     options = _Options(
         v_init=0.0 if isinstance(v, Tensor) else v,
         decay_input=decay_input,
@@ -364,25 +376,14 @@ def multi_step(
         a=a,
         b=b,
         store_v_seq=store_v_seq,
+        checkpoints=engine.checkpoints(x_seq) if saves else 0,
         pack=return_bits,
         fixed_norm=norm is not None and norm.fixed,
         group=None if norm is None else norm.group,
     )
-    leaves = (x_seq, v0, w, v_threshold, *((None, None) if norm is None else norm[:2]))
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in leaves):
-        raise NotImplementedError(
-            "a fused ALIF backend has no forward-mode derivatives: use reverse mode "
-            "(torch.func.vjp, jacrev), or backend='torch' with a surrogate that defines jvp"
-        )
     affine = (None, None) if norm is None else norms.affine(norm, x_seq, engine.statistics)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-        outputs = _FusedALIF.apply(*leaves, affine, engine, options)
-    else:
-        outputs = engine.forward(
-            x_seq, v0, options.v_init, w, v_threshold, decay_input, v_reset, store_v_seq, 0,
-            affine[0], return_bits,
-        )  # fmt: skip
-    spike_seq, v_last, v_seq, _, packed = outputs
+    run = _FusedALIF.apply if saves else _FusedALIF.forward
+    spike_seq, v_last, v_seq, _, packed = run(*leaves, affine, engine, options)
     results = (spike_seq, v_last, v_seq if store_v_seq else None)
     return (*results, packed) if return_bits else results
 
