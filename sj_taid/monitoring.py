@@ -1,4 +1,4 @@
-"""How much each neuron layer fires, and what it has learned."""
+"""Firing rates and learned parameters of each layer of neurons."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class LayerState:
     """One layer of neurons.
 
     Attributes:
-        firing_rate: spikes per neuron and time step, in [0, 1], negative ones too; ``None`` before
-            the first input, NaN where a voltage was not finite.
+        firing_rate: spikes per neuron and time step, in [0, 1], negative ones included; ``None``
+            before the first input, NaN if a voltage was not finite.
         tau: membrane time constant in time steps, the mean over channels; ``None`` for a neuron
-            that has none.
+            without one.
         v_threshold: threshold voltage, the mean over channels.
     """
 
@@ -35,17 +35,17 @@ class LayerState:
 
 
 def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Monitor:
-    """Watch the neurons of ``net``, SpikingJelly's own too, with forward hooks.
+    """Count the spikes of the neurons of ``net``, SpikingJelly's own too, by forward hooks.
 
     Args:
         net: a module with neurons.
-        dead: a layer that fires less than this, spikes per neuron and step, is called dead: it
-            passes nothing on, and may receive no gradient. A rule of thumb, as is the next.
-        saturated: a layer that fires more than this passes hardly any information on.
+        dead: firing rate below which a layer counts as dead: it passes nothing on, and may
+            receive no gradient. A rule of thumb, as is the next.
+        saturated: firing rate above which a layer hardly passes any information on.
 
     Returns:
-        A :class:`.Monitor`. It counts on the neurons' device and adds no synchronisation until it
-        is read. A copy or pickle of ``net`` goes on counting for itself.
+        A :class:`.Monitor`. It counts on the neurons' device, without synchronisation until it is
+        read. A copy or pickle of ``net`` counts for itself.
 
     Raises:
         ValueError: not ``0 <= dead <= saturated <= 1``, or ``net`` has no neurons.
@@ -62,7 +62,8 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
 
 
 class Monitor:
-    """What :func:`.monitor` returns. Hooks stay until :meth:`remove` or the end of ``with``."""
+    """The spike counter that :func:`.monitor` returns, on until :meth:`remove` or the end of
+    ``with``."""
 
     def __init__(self, net: nn.Module, dead: float, saturated: float) -> None:
         if not 0.0 <= dead <= saturated <= 1.0:
@@ -76,7 +77,7 @@ class Monitor:
         }
         if not self._nodes:
             raise ValueError(
-                f"{type(net).__name__} has no neurons to watch: none that is a BaseNode of "
+                f"{type(net).__name__} has no neurons to watch: no module is a BaseNode of "
                 "SpikingJelly's"
             )
         self._dead = dead
@@ -92,28 +93,28 @@ class Monitor:
             count.clear()
 
     def remove(self) -> None:
-        """Stop counting; what was counted stays readable."""
+        """Stop counting; the counts stay readable."""
         for hook in self._hooks:
             hook.remove()
 
     def state(self) -> dict[str, LayerState]:
         """Path -> :class:`LayerState`, over all inputs since the start or :meth:`clear`.
 
-        Warns of dead and saturated layers, of those whose voltage was not finite, of thresholds at
-        their ``min_v_threshold``, and where there was no input.
+        Warns of dead and saturated layers, of voltages that were not finite, of thresholds at their
+        ``min_v_threshold``, and if there was no input.
         """
         states = self.layers()
         if not any(count.steps for count in self._counts.values()):
             warnings.warn(
-                "no neuron saw an input: run the net first; where it was compiled before "
+                "no neuron saw an input: run the net first; if it was compiled before "
                 "monitor(net), call torch.compiler.reset() in between, since its graphs have no "
                 "hooks",
                 stacklevel=2,
             )
         rates = {p: s.firing_rate for p, s in states.items() if s.firing_rate is not None}
         scale = (
-            "sj_taid.calibrate(net, x_seq) sets their v_threshold so that they fire at a rate that "
-            "you choose; or scale what comes in (tdBN, learning rate)."
+            "sj_taid.calibrate(net, x_seq) sets their v_threshold for the firing rate that you "
+            "choose; or scale their input (tdBN, learning rate)."
         )
         _warn("dead", {p: r for p, r in rates.items() if r < self._dead}, scale)
         _warn("saturated", {p: r for p, r in rates.items() if r > self._saturated}, scale)
@@ -127,8 +128,11 @@ class Monitor:
         return states
 
     def layers(self) -> dict[str, LayerState]:
-        """What :meth:`state` returns, without a warning."""
-        return {path: self._state(path, node) for path, node in self._nodes.items()}
+        """The result of :meth:`state`, without a warning."""
+        return {
+            path: LayerState(self._counts[path].rate(), *tau_and_threshold(node))
+            for path, node in self._nodes.items()
+        }
 
     def __str__(self) -> str:
         rows = [
@@ -143,12 +147,9 @@ class Monitor:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def _state(self, path: str, node: Any) -> LayerState:
-        return LayerState(self._counts[path].rate(), *tau_and_threshold(node))
-
 
 class _Count:
-    """The forward hook of one neuron. It knows no :class:`Monitor`, so copies count apart."""
+    """The forward hook of one neuron, without a :class:`Monitor`, so that copies count apart."""
 
     def __init__(self) -> None:
         self.clear()
@@ -169,8 +170,7 @@ class _Count:
 
 
 def spikes_of(output: Tensor | Sequence[Tensor]) -> Tensor:
-    """What a neuron fires: its output, or the first of them, as SpikingJelly's OTTT gives a trace
-    beside."""
+    """The spikes in a neuron's output; SpikingJelly's OTTT neurons return a trace with them."""
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -182,7 +182,7 @@ def _warn(what: str, rates: dict[str, float], remedy: str) -> None:
 
 
 def warn_at_bound(nodes: Mapping[str, nn.Module]) -> None:
-    """Warn of the thresholds that lie at or below their ``min_v_threshold``.
+    """Warn of thresholds at or below their ``min_v_threshold``.
 
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warn_at_bound({"fc": ALIFNode(v_threshold=0.1, min_v_threshold=0.1, channels=3)})
@@ -199,16 +199,16 @@ def warn_at_bound(nodes: Mapping[str, nn.Module]) -> None:
     if listed:
         warnings.warn(
             f"thresholds at their lower bound: {', '.join(listed)}. Training would lower them "
-            "further; where that is unwanted, give them a smaller learning rate (parameter_groups) "
-            "or a higher min_v_threshold. docs/thresholds.md has what it means.",
+            "further; to prevent that, give them a smaller learning rate (parameter_groups) or a "
+            "higher min_v_threshold. See docs/thresholds.md.",
             stacklevel=3,
         )
 
 
 def tau_and_threshold(node: Any) -> tuple[float | None, float]:
-    """The tau and the threshold a SpikingJelly neuron uses, or their means over its channels.
+    """The tau and threshold that a SpikingJelly neuron uses, their means over its channels.
 
-    tau is ``None`` for a neuron that has none.
+    tau is ``None`` for a neuron without one.
 
     >>> tau_and_threshold(neuron.IFNode(v_threshold=0.5))
     (None, 0.5)

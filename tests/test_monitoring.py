@@ -144,7 +144,7 @@ def test_nan_is_no_dead_layer(kind):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="no neurons to watch: none that is a BaseNode"):
+    with pytest.raises(ValueError, match="no neurons to watch: no module is a BaseNode"):
         monitor(nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"dead=0\.5, saturated=0\.1"):
         monitor(make_net(), dead=0.5, saturated=0.1)
