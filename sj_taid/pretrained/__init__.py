@@ -130,7 +130,7 @@ def build(config: dict[str, Any]) -> nn.Module:
             f"{CARD}, names the version that it is of"
         ) from error
     # The memory layout that runs are trained in: another one rounds otherwise.
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _locate(source: str | Path, pretrained: bool) -> tuple[Path, str]:
@@ -143,9 +143,9 @@ def _locate(source: str | Path, pretrained: bool) -> tuple[Path, str]:
             from huggingface_hub import snapshot_download
         repository, _, revision = source.removeprefix(HUB).partition("@")
         files = [CONFIG, CARD, *[WEIGHTS] * pretrained]
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=files)
+        there = snapshot_download(repository, revision=revision or None, allow_patterns=files)
         again = f"download it again: hf download {repository} --force-download"
-        return Path(folder), f"{again} --revision {revision}" if revision else again
+        return Path(there), f"{again} --revision {revision}" if revision else again
     folder = Path(source).expanduser()
     if not (folder / CONFIG).is_file():
         raise ValueError(
