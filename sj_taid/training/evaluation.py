@@ -203,7 +203,7 @@ class Evaluator:
                 task = Autoencoding(untrained(), partial(torch.optim.AdamW, lr=1e-3))
                 trainer.fit(task, train_data)
             error = float(trainer.callback_metrics["train/reconstruction"])
-            log.info("FAD's autoencoder: reconstruction error %.4f, kept in %s", error, path)
+            log.info("FAD's autoencoder: reconstruction error %.4f, cached in %s", error, path)
             return task.model.state_dict()
 
         autoencoder = untrained()

@@ -1,10 +1,11 @@
-"""Pictures of images, parameters, attention and curves, for anyone."""
+"""Pictures of images, parameters, attention and curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
 def draw_grid(
     images: Tensor, path: Path, columns: int, title: str, row_labels: Sequence[str] = ()
 ) -> None:
-    """A grid of images ``[n, C, H, W]`` in [-1, 1], row by row."""
+    """Draw a grid of images ``[n, C, H, W]`` in [-1, 1], row by row."""
     columns = min(columns, len(images))
     images = (images.detach().cpu().clamp(-1, 1) + 1) / 2
     grid = make_grid(images, columns, padding=1, pad_value=1.0).permute(1, 2, 0).numpy()
@@ -51,28 +52,27 @@ def draw_grid(
 
 
 def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path) -> None:
-    """Rows of test images, each above its reconstructions."""
+    """Draw rows of test images, each above its reconstructions."""
     columns = min(16, len(images))
-    pairs, labels = [], []
-    for start in range(0, len(images) - columns + 1, columns):
-        pairs += [images[start : start + columns], reconstructions[start : start + columns]]
-        labels += ["test", "model"]
-    draw_grid(torch.cat(pairs), path, columns, "Test images and their reconstructions", labels)
+    rows = len(images) // columns
+    pairs = [part[: rows * columns].split(columns) for part in (images, reconstructions)]
+    grid = torch.cat([row for pair in zip(*pairs, strict=True) for row in pair])
+    title = "Test images and their reconstructions"
+    draw_grid(grid, path, columns, title, ["test", "model"] * rows)
 
 
 def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> None:
-    """tau and V_th of every layer over the epochs; entry 0 is the start."""
+    """Draw tau and V_th of every layer over the epochs; entry 0 is the start."""
     figure = Figure((11, 4.2), layout="tight")
     axes = figure.subplots(1, 2)
-    names = list(history[0])
-    colors = colormaps["viridis"](np.linspace(0, 0.95, len(names)))
+    names = [name.removesuffix(".1") for name in history[0]]
     for axis, key, label in (
         (axes[0], "tau", r"membrane time constant $\tau$ (time steps)"),
         (axes[1], "v_threshold", r"threshold $V_{th}$ (dimensionless)"),
     ):
-        for name, color in zip(names, colors, strict=True):
-            values = [epoch[name][key] for epoch in history]
-            axis.plot(range(len(history)), values, color=color, label=name.removesuffix(".1"))
+        values = [[neuron[key] for neuron in epoch.values()] for epoch in history]
+        axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.95, len(names))))
+        axis.plot(values, label=names)
         _label(axis, "epoch", label)
     axes[1].legend(
         fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), title="layer", frameon=False
@@ -84,14 +84,14 @@ def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> N
 def time_shares(attention: Tensor) -> Tensor:
     """Each step's share of an image decoder's weights, ``a[t] / sum a``: ``[T, N, C]``.
 
-    Of weights by place, ``[T, N, C, H, W]``, those of their means over the places.
+    Weights per pixel, ``[T, N, C, H, W]``, are averaged over the pixels first.
     """
     weights = attention.flatten(3).mean(3) if attention.dim() == 5 else attention
     return weights / weights.sum(0)
 
 
 def draw_attention(attention: Tensor, path: Path) -> None:
-    """The share of each time step for the weights that an image decoder's ``attention`` gives.
+    """Draw each time step's share of the weights that an image decoder's ``attention`` gives.
 
     Shares, not weights: the layer before the decoder sets the scale, and only shares compare with
     the fixed decoder's.
@@ -120,12 +120,12 @@ def spectrum(images: Tensor) -> Tensor:
     """The power of each spatial frequency in ``images`` ``[n, C, H, H]``: ``[H // 2 + 1]``.
 
     Entry ``f`` is the mean of ``|FFT(image)|^2 / H^2`` over all images, channels and frequencies of
-    ``f`` to less than ``f + 1`` cycles an image, in whatever direction.
+    ``f`` to less than ``f + 1`` cycles per image, in whatever direction.
     """
     size = images.shape[-1]
     power = torch.fft.fft2(images.double()).abs().square().mean((0, 1)) / size**2
     cycles = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
-    corners = size // 2 + 1  # what lies beyond the last whole ring
+    corners = size // 2 + 1  # what lies beyond the last full ring
     ring = torch.hypot(cycles[:, None], cycles).flatten().long().clamp(max=corners)
     total = ring.bincount(power.flatten(), minlength=corners + 1)
     return (total / ring.bincount(minlength=corners + 1))[:corners]
@@ -137,9 +137,9 @@ def mean_gradient(images: Tensor) -> float:
 
 
 def draw_spectra(sets: Mapping[str, Tensor], path: Path) -> None:
-    """How fine the images ``[n, C, H, H]`` of each set are: spectra, and the mean gradient.
+    """Draw the spectrum and give the mean gradient of each set of images ``[n, C, H, H]``.
 
-    Blurred images have less of it, and less power in the high frequencies.
+    Blurred images have a smaller gradient, and less power in the high frequencies.
     """
     figure = Figure((6.4, 4), layout="tight")
     axis = figure.subplots()
@@ -147,35 +147,35 @@ def draw_spectra(sets: Mapping[str, Tensor], path: Path) -> None:
         label = f"{name}: gradient {mean_gradient(images):.3f}"
         axis.semilogy(spectrum(images.cpu()), label=label)
     _label(axis, "cycles per image", "power")
-    axis.set_title("How fine the images are", fontsize=10)
+    axis.set_title("Sharpness of the images", fontsize=10)
     axis.legend(fontsize=8)
     save(figure, path)
 
 
 def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -> None:
-    """What was logged over the epochs, ``train/<name>`` and ``val/<name>`` in one plot a name."""
+    """Draw metrics over the epochs: ``train/<name>`` and ``val/<name>`` in one plot per name."""
     names = list(dict.fromkeys(key.split("/")[1] for key in epochs[-1]))
+    table = pd.DataFrame(epochs, index=range(1, len(epochs) + 1))
     figure = Figure((5.2 * len(names), 4), layout="tight")
     axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for stage, label in (("train", "training"), ("val", validated_on)):
-            key = f"{stage}/{name}"
-            points = [(n, epoch[key]) for n, epoch in enumerate(epochs, 1) if key in epoch]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+            if f"{stage}/{name}" in table:
+                curve = table[f"{stage}/{name}"].dropna()
+                axis.plot(curve, marker="o", markersize=3, label=label)
         _label(axis, "epoch", name)
         axis.legend(fontsize=8)
     save(figure, path)
 
 
 def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
-    """How often samples of each class (rows) were taken for each class (columns)."""
+    """Draw a confusion matrix: rows are true classes, columns predicted ones."""
     from sklearn.metrics import ConfusionMatrixDisplay  # a second to import
 
     size = 1 + 0.6 * len(counts)
     figure = Figure((size, size))
-    display = ConfusionMatrixDisplay(counts.cpu().numpy(), display_labels=names or None)
     axis = figure.subplots()
+    display = ConfusionMatrixDisplay(counts.cpu().numpy(), display_labels=names or None)
     rotation = "vertical" if max(map(len, names), default=0) > 3 else "horizontal"
     display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation=rotation)
     axis.set(xlabel="predicted class", ylabel="true class")
@@ -191,5 +191,5 @@ def _label(axis: Axes, x: str, y: str) -> None:
 
 def save(figure: Figure, path: Path, dpi: int = 130, **options: Any) -> None:
     """Write a figure as PNG, atomically; ``options`` are those of ``savefig``."""
-    with atomic_write(path) as whole:
-        figure.savefig(whole, dpi=dpi, format="png", **options)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png", **options)
