@@ -55,7 +55,7 @@ class Data(L.LightningDataModule):
 
     Raises:
         ValueError: values out of their range; ``"own"`` where there is none; a share that leaves
-            nothing.
+            nothing; other classes than the data set has.
     """
 
     name: str
@@ -125,6 +125,12 @@ class Data(L.LightningDataModule):
         if hasattr(self, "train_set"):
             return
         train, test = self.load()
+        names = self.class_names
+        if names and self.classes not in (None, len(names)):
+            raise ValueError(
+                f"dataset.classes={self.classes}, but {self.name} has {len(names)} classes "
+                f"({', '.join(names)}); set dataset.classes={len(names)}"
+            )
         counts = (len(train), len(test))
         if self.counts and counts != self.counts:
             published = "%s has %d training and %d test samples, not the published %d and %d"

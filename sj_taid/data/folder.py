@@ -68,8 +68,8 @@ class ImageFolder(ImageData):
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
-        ValueError: other classes than ``classes`` says, or than those of ``root``; folders that are
-            no classes, but the parts of a split; a crop below 1.
+        ValueError: other classes in ``test_root`` than in ``root``; folders that are no classes,
+            but the parts of a split; a crop below 1.
         RuntimeError: an image that cannot be read, or is smaller than ``crop``, when it is asked
             for; names all such images.
     """
@@ -91,12 +91,11 @@ class ImageFolder(ImageData):
 
     def load(self) -> tuple[Files, Files]:
         names = _class_names(self.root, "dataset.root")
-        if self.classes not in (None, len(names)):
+        if self.classes and not names:
             raise ValueError(
-                f"dataset.classes={self.classes}, but {self.root} holds {len(names)} folders of "
-                f"classes ({', '.join(names)}); set dataset.classes={len(names) or 'null'}"
+                f"dataset.classes={self.classes}, but {self.root} holds no folders of classes; set "
+                "dataset.classes=null"
             )
-        self.classes = len(names) or None
         self.class_names = names
         files = self._scan(self.root, names)
         if self.test_root is None:

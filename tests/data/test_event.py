@@ -135,6 +135,9 @@ def test_nmnist_refuses_other_classes_and_an_empty_test_set(unpacked):
     message = r"must hold folders of the classes 0, 1, .* 9, but it holds three; move"
     with pytest.raises(ValueError, match=message):
         ready(data.NMNIST, unpacked, **EVENTS)
+    (unpacked / FRAMES / "test" / "three").rename(unpacked / FRAMES / "test" / "3")
+    with pytest.raises(ValueError, match=r"classes=2, but test has 10 classes .*; set .*=10"):
+        ready(data.NMNIST, unpacked, **EVENTS, classes=2)
     shutil.rmtree(unpacked / FRAMES / "test")
     with pytest.raises(RuntimeError, match="has 2 training and 0 test recordings of NMNIST"):
         ready(data.NMNIST, unpacked, **EVENTS)
@@ -210,7 +213,7 @@ def test_dvs128_gesture(tmp_path):
     for part, n in (("train", 2), ("test", 1)):
         for gesture in range(11):
             write_events(tmp_path / "events_np" / part / str(gesture), n)
-    module = ready(data.DVS128Gesture, tmp_path, **EVENTS | {"image_size": 32})
+    module = ready(data.DVS128Gesture, tmp_path, classes=11, **EVENTS | {"image_size": 32})
     assert first(module.train_dataloader())[0].shape == (22, T, 2, 32, 32)
     assert sorted(module.test_set.labels) == list(range(11))
     assert module.class_names[module.test_set.labels[2]] == "10"
