@@ -381,10 +381,10 @@ def compile_times() -> pd.DataFrame:
 
 
 def loading() -> pd.DataFrame:
-    """Samples per second of the loader that augments without processes, and of the fastest net."""
+    """Samples per second of the loader without workers, and of the net."""
     rows = pd.read_csv(EPYC / "loading.csv").rename(columns={"samples_per_second": "rate"})
-    loader = rows[(rows["processes"] == 0) & rows["augment"].notna()].set_index("data")["rate"]
-    step = rows.sort_values("rate").dropna(subset="net").groupby("data").last().loc[loader.index]
+    loader = rows[rows["processes"] == 0].set_index("data")["rate"]
+    step = rows.dropna(subset="net").set_index("data").loc[loader.index]
     columns = {
         "loader": loader.map("{:.0f}".format),
         "training step": step["rate"].map("{:.1f}".format),

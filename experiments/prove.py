@@ -9,7 +9,6 @@ step, so it is there whatever happens. The exit code is 0 if all steps passed.
 """
 
 import argparse
-import csv
 import importlib.util
 import os
 import re
@@ -18,15 +17,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 
 from sj_taid import __version__, doctor
 from sj_taid.ops import backends
+from sj_taid.training.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,7 +64,7 @@ SHOWN = {
     "norm.csv": "net variant dtype T saved_mb saved_ratio median_ms time_ratio",
     "fsvae.csv": "work model T batch median_ms ratio",
 }
-PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+OUTCOMES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 #: The modules of SpikingJelly's other implementations of PLIF.
 PLIF = {"cuda": "spikingjelly._ops.plif._C", "triton": "triton"}
 
@@ -99,12 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=SIZES, default="cuda")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all steps together")
-    parser.add_argument(
-        "--out",
-        type=lambda path: Path(path).absolute(),
-        default="prove-results",
-        help="a folder; earlier results of this machine in it are replaced",
-    )
+    parser.add_argument("--out", type=Path, default="prove-results", help="a folder")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("torch finds no GPU here, so nothing was run:")
@@ -112,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("What a CPU can do of it: python experiments/prove.py --device cpu")
         return 1
     machine = torch.cuda.get_device_name() if options.device == "cuda" else doctor.cpu_name()
-    folder = options.out / slug(machine)
+    folder = options.out.absolute() / slug(machine)
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in (*SHOWN, "*.txt", "*.png"):
+    for pattern in (*SHOWN, "*.txt"):
         for path in folder.glob(pattern):
             path.unlink()
     results: list[Result] = []
@@ -126,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:  # a step that hangs leaves time for the others
             results.append(run(step, folder, min(left, 60 * options.minutes / 4)))
         print(f"{results[-1].outcome:8}  {step.name}  {results[-1].error}".rstrip(), flush=True)
-        page = "\n".join([*page_lines(machine, options.device, results, folder), ""])
+        page = make_page(machine, options.device, results, folder)
         (folder / "prove.md").write_text(page, encoding="utf-8")
     print(f"attach to an issue: {folder / 'prove.md'} and the CSVs beside it")
     return 0 if all(result.outcome == PASSED for result in results) else 1
@@ -209,53 +206,38 @@ def slug(name: str) -> str:
 # ---- the page ----
 
 
-def page_lines(machine: str, device: str, results: Sequence[Result], folder: Path) -> Iterator[str]:
+def make_page(machine: str, device: str, results: Sequence[Result], folder: Path) -> str:
     """The page in Markdown: how each step ended, what failed and why, then the tables."""
-    counts = {name: sum(r.outcome == name for r in results) for name in (PASSED, FAILED, SKIPPED)}
-    yield f"# {machine}: {', '.join(f'{count} {name}' for name, count in counts.items())}"
-    yield ""
-    commit = doctor.commit() or "not a checkout"
-    yield f"`experiments/prove.py --device {device}`, sj-taid {__version__}, commit: {commit}"
+    counts = Counter(result.outcome for result in results)
     packages = doctor.installed() | {"cuda": torch.version.cuda}
-    yield ", ".join(f"{name} {number}" for name, number in packages.items() if number)
-    yield ""
-    columns = ("step", "outcome", "seconds", "error")
-    cells = [(r.step.name, r.outcome, f"{r.seconds:.1f}", r.error) for r in results]
-    yield from table([dict(zip(columns, row, strict=True)) for row in cells], columns)
+    commit = doctor.commit() or "not a checkout"
+    rows = [(r.step.name, r.outcome, f"{r.seconds:.1f}", r.error) for r in results]
+    table = pd.DataFrame(rows, columns=["step", "outcome", "seconds", "error"])
+    parts = [
+        f"# {machine}: " + ", ".join(f"{counts[name]} {name}" for name in OUTCOMES),
+        f"`experiments/prove.py --device {device}`, sj-taid {__version__}, commit: {commit}",
+        ", ".join(f"{name} {number}" for name, number in packages.items() if number),
+        markdown(table.replace(r"\|", r"\\|", regex=True)),
+    ]
     for result in results:
         step = result.step
         if result.outcome == FAILED:
-            yield from ("", f"## {step.name} failed: {result.error}", "", f"`{step.command}`")
-            yield from ("", step.hint) if step.hint else ()
-            yield from quote("\n".join(result.output.splitlines()[-40:]))
-    for result in results:
-        if result.step.name in ("doctor", "registers", "kernel") and result.outcome == PASSED:
-            yield from ("", f"## {result.step.name}", *quote(result.output))
+            tail = "\n".join(result.output.splitlines()[-40:])
+            parts += [f"## {step.name} failed: {result.error}", f"`{step.command}`", step.hint]
+            parts += [f"~~~text\n{tail}\n~~~"]
+        elif step.name in ("doctor", "registers", "kernel"):
+            parts += [f"## {step.name}", f"~~~text\n{result.output}\n~~~"]
     for pattern, names in SHOWN.items():
         for path in sorted(folder.glob(pattern)):
-            yield from ("", f"## {path.stem}", "")
-            rows = [*csv.DictReader(path.open(newline="", encoding="utf-8"), restval="")]
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            parts.append(f"## {path.stem}")
             if path.stem.startswith("conformance"):
-                wrong = [row for row in rows if row["outcome"] != "equal"]
-                equal = len(rows) - len(wrong)
-                yield f"{equal} of the {len(rows)} cases that ran equal the definition."
-                yield from ("", *table(wrong, names.split())) if wrong else ()
-            else:
-                yield from table(rows, names.split())
-
-
-def table(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Iterator[str]:
-    """A table in Markdown."""
-    yield f"| {' | '.join(columns)} |"
-    yield f"|{'---|' * len(columns)}"
-    for row in rows:
-        cells = (" ".join(row.get(name, "").split()).replace("|", r"\|") for name in columns)
-        yield f"| {' | '.join(cells)} |"
-
-
-def quote(text: str) -> Iterator[str]:
-    """A text as it is, in Markdown."""
-    yield from ("", "~~~text", text, "~~~")
+                equal = table["outcome"] == "equal"
+                parts.append(f"{equal.sum()} of the {len(table)} cases equal the definition.")
+                table = table[~equal]
+            if len(table):
+                parts.append(markdown(table.reindex(columns=names.split()).fillna("")))
+    return "\n\n".join(filter(None, parts))
 
 
 if __name__ == "__main__":

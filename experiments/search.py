@@ -3,9 +3,8 @@
     pip install "optuna>=4"
     python experiments/search.py --study FOLDER --trials 20 experiment=digits_small_cpu
 
-Optuna suggests values (``ask``), a run is trained with them, and its objective goes back
-(``tell``). Edit :func:`suggest` for other values. Each trial is a run in ``FOLDER/trial-N``, so the
-same command resumes an interrupted trial from its checkpoint, then asks for more.
+Edit :func:`suggest` for other values. Each trial is a run in ``FOLDER/trial-N``, so the same
+command resumes an interrupted trial from its checkpoint, then asks for more.
 """
 
 import argparse

@@ -99,8 +99,8 @@ def draw_map(
         if np.isfinite(value):
             red, green, blue, _ = shown.to_rgba(value)
             color = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
-            options = {"ha": "center", "va": "center", "color": color, "fontsize": 7}
-            axis.text(column, row, f"{value:{sign}.1f}", **options)
+            text = axis.text(column, row, f"{value:{sign}.1f}", color=color, fontsize=7)
+            text.set(ha="center", va="center")
     return shown
 
 

@@ -1,7 +1,7 @@
 """Shared by the benchmarks: neurons, command-line options, timing, CSVs with provenance.
 
 All neurons are leaky integrate-and-fire with tau = 2, threshold 1 and an ATan surrogate. LIF learns
-nothing, PLIF tau; ALIF, FlexSN and snnTorch's Leaky learn tau and the threshold.
+nothing, PLIF tau; ALIF and FlexSN learn tau and the threshold.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,9 +113,6 @@ def conditions(device: torch.device) -> dict[str, object]:
     }
 
 
-# ---- the neurons ----
-
-
 def neurons(device: torch.device) -> dict[str, nn.Module]:
     """Modules from ``[T, N]`` to ``[T, N]``, by name, that start from rest at every call."""
     modules: dict[str, nn.Module] = {}
@@ -134,11 +130,6 @@ def neurons(device: torch.device) -> dict[str, nn.Module]:
     parameters = (nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(())))
     flex_sn = neuron.FlexSN(alif_step, 1, static_inputs=parameters)
     modules["SpikingJelly FlexSN"] = Fresh(flex_sn)
-    try:
-        name = f"snnTorch Leaky {version('snntorch')}"
-        modules[name] = Leaky()
-    except PackageNotFoundError:
-        print("skipped snnTorch's Leaky: pip install snntorch")
     return {name: module.to(device) for name, module in modules.items()}
 
 
@@ -163,27 +154,3 @@ def alif_step(x: Tensor, v: Tensor, w: Tensor, v_threshold: Tensor) -> tuple[Ten
     h = v + (x - v) * torch.sigmoid(w)
     spike = FIRE(h - v_threshold)
     return spike, (1.0 - spike) * h
-
-
-class Leaky(nn.Module):
-    """snnTorch's Leaky in its loop over time: V[t] = beta V[t-1] + X[t], reset to zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        import snntorch
-
-        self.node = snntorch.Leaky(
-            beta=0.5,
-            spike_grad=snntorch.surrogate.atan(),
-            learn_beta=True,
-            learn_threshold=True,
-            reset_mechanism="zero",
-        )
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        v = self.node.init_leaky()
-        spikes = []
-        for x in x_seq:
-            spike, v = self.node(x, v)
-            spikes.append(spike)
-        return torch.stack(spikes)

@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         steps = {"eager": partial(step, module), "compiled": partial(step, compiled)}
         for mode, timing in interleave(steps, options.repeats, options.device).items():
             rows.append({"net": name, "mode": mode, **timing._asdict(), **shared})
-            print(f"{name:22} {mode:9} {timing.median_ms:8.2f} ms")
-    write_csv(rows, options.out / f"compile-{options.backend}.csv")
+    table = write_csv(rows, options.out / f"compile-{options.backend}.csv")
+    print(table.iloc[:, :3].to_string())
 
 
 if __name__ == "__main__":

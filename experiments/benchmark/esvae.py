@@ -77,8 +77,6 @@ def main(arguments: Sequence[str] | None = None, extra: Sequence[str] = ()) -> N
     options_parser = parser(__doc__, repeats=5)
     options_parser.set_defaults(device=CPU)
     options = options_parser.parse_args(arguments)
-    if options.device != CPU:
-        options_parser.error(f"the recipe is for a CPU, but --device is {options.device}")
     torch.set_num_threads(options.threads)
     reuse_freed_memory()
     variants = {name: training_step(name, extra) for name in VARIANTS}

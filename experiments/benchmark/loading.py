@@ -2,14 +2,12 @@
 
     python experiments/benchmark/loading.py
 
-writes ``loading.csv``. Each loader is timed with and without augmentation, in the main process and
-with two workers, on synthetic data of the real kind: images in memory, photographs of CelebA's size
-in JPEG files, and recordings as files of frames, as SpikingJelly writes them. The training step,
-forward and backward, is that of the paper's nets for such data.
+writes ``loading.csv``. Each loader augments, in the main process and with two workers, synthetic
+data of the real kind: images in memory, photographs of CelebA's size in JPEG files, and recordings
+as files of frames, as SpikingJelly writes them. The training step is that of the paper's net.
 """
 
 import argparse
-import itertools
 import os
 import tempfile
 from collections import deque
@@ -33,7 +31,6 @@ from sj_taid.training.allocator import reuse_freed_memory
 
 PROCESSES = (0, 2)
 T = 20  # frames per recording
-LOADER, STEP = "loader", "training step"
 RATES = ("samples_per_second", "p80_samples_per_second", "p20_samples_per_second")  # as Timing's
 Step = Callable[[], None]
 
@@ -138,13 +135,14 @@ def time_case(name: str, case: Case, options: argparse.Namespace) -> list[dict[s
         data.setup()
         rows: list[dict[str, Any]] = []
         work: dict[str, Callable[[], object]] = {}
-        for data.augment, data.num_workers in itertools.product((None, case.augment), PROCESSES):
+        data.augment = case.augment
+        for data.num_workers in PROCESSES:
             loader = data.train_dataloader()
             work[str(len(rows))] = partial(deque, loader, maxlen=0)  # iterates over it
             row: dict[str, Any] = {"augment": data.augment, "processes": data.num_workers}
-            rows.append({"work": LOADER, "samples": len(loader) * options.batch, **row})
-        work[STEP] = case.step(data, case.batch, options.device)
-        rows.append({"work": STEP, "net": case.net, "samples": case.batch})
+            rows.append({"work": "loader", "samples": len(loader) * options.batch, **row})
+        work["step"] = case.step(data, case.batch, options.device)
+        rows.append({"work": "training step", "net": case.net, "samples": case.batch})
         timings = interleave(work, options.repeats, options.device)
     for row, timing in zip(rows, timings.values(), strict=True):
         row["data"] = name

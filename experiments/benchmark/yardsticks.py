@@ -35,7 +35,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default="data", help="holds mnist, fashion_mnist")
     parser.add_argument("--published", type=Path, required=True, help="the papers' autoencoders")
-    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     rows = []
     for dataset, name in PUBLISHED.items():
@@ -56,7 +55,7 @@ def main() -> None:
             value = distance(values, options.published, name)
             row = {"dataset": dataset, "images": images, "fad_published": value}
             rows.append(row | {"gradient": mean_gradient(values)})
-    write_csv(rows, options.out)
+    write_csv(rows, RESULT)
 
 
 if __name__ == "__main__":

@@ -104,8 +104,6 @@ def test_esvae_times_every_variant_and_profiles(tmp_path):
     table = pd.read_csv(tmp_path / "esvae.csv").set_index("work")
     assert [*table.index] == [*esvae.VARIANTS, *esvae.KINDS, "other"]
     assert table.loc[esvae.RECIPE, "ratio"] == 1 and (table["median_ms"] >= 0).all()
-    with pytest.raises(SystemExit):
-        esvae.main(["--device", "cuda"])
 
 
 def test_memory_counts_saved_bytes(tmp_path):
@@ -134,12 +132,9 @@ def test_loading_times_every_case(tmp_path, monkeypatch):
     loading.main(["--device", "cpu", "--batch", "4", "--repeats", "2", "--out", str(tmp_path)])
     table = rows(tmp_path / "loading.csv")
     loaders = [row for row in table if row["work"] == "loader"]
-    assert {(row["data"], row["augment"], row["processes"].rstrip(".0")) for row in loaders} == {
-        (name, augment, processes)
-        for name, case in cases.items()
-        for augment in ("", case.augment)
-        for processes in ("", "2")
-    }
+    assert [(row["data"], row["augment"], float(row["processes"])) for row in loaders] == [
+        (name, case.augment, processes) for name, case in cases.items() for processes in (0, 2)
+    ]
     steps = [row for row in table if row["work"] == "training step"]
     assert [(row["data"], row["net"]) for row in steps] == [
         (name, case.net) for name, case in cases.items()

@@ -30,7 +30,8 @@ def run_steps(monkeypatch, out, steps, *options):
     monkeypatch.setattr(prove, "steps", lambda device, folder: steps)
     code = prove.main(["--out", str(out), *options])
     (folder,) = out.iterdir()
-    return code, (folder / "prove.md").read_text(encoding="utf-8")
+    page = (folder / "prove.md").read_text(encoding="utf-8")
+    return code, re.sub(" +", " ", page)  # without the padding of tables
 
 
 @pytest.mark.usefixtures("gpu")
@@ -64,7 +65,7 @@ def test_prove_names_its_files_by_the_machine_and_replaces_them(tmp_path, monkey
     assert code == 0 and [path.name for path in out.iterdir()] == [folder.name]
     assert page.startswith(f"# {GPU}: 1 passed")
     assert f"torch {torch.__version__}" in page and "## neuron\n" in page
-    assert "|  |  | 4 | 8 |" in page and "|  |  | 1 |  |" in page
+    assert "| | | 4 | 8 |" in page and "| | | 1 | |" in page
     assert "of another day" not in page
 
 
@@ -146,8 +147,8 @@ def test_prove_on_a_cpu(tmp_path):
     done = subprocess.run(command, cwd=prove.ROOT / "experiments", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = tmp_path.iterdir()
-    page = (folder / "prove.md").read_text(encoding="utf-8")
+    page = re.sub(" +", " ", (folder / "prove.md").read_text(encoding="utf-8"))
     assert "9 passed, 0 failed, 0 skipped" in page
     assert "backend numba: works" in page and "bit for bit" in page
-    assert page.count("1 of the 1 cases that ran equal the definition.") == 3
+    assert page.count("1 of the 1 cases equal the definition.") == 3
     assert "| SpikingJelly PLIF |" in page and "| ALIF, one operator, bits |" in page
