@@ -1,4 +1,4 @@
-"""Thresholds set from data, so that every layer of a net fires at a rate asked for."""
+"""Calibration: thresholds set from data, so that every layer fires at a target rate."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import base, functional, neuron
 from torch import Tensor, nn
 
-from ._checks import check_net
+from ._checks import check_net, is_number
 from ._norm_input import NormInput
 from ._table import table
 from .monitoring import LayerState, monitor, spikes_of
 
 __all__ = ["Calibrated", "CalibrationReport", "calibrate"]
 
-#: A rate within this share of the one asked for is reached.
+#: Relative tolerance on the target firing rate.
 TOLERANCE = 0.2
+#: Relative change of a layer's rate after which its threshold is searched again, and how often.
+_MOVED, _ROUNDS = 0.05, 3
 #: The distances of a threshold from its lowest value that are searched, as powers of 2, and the
-#: halvings of that range: the threshold is found to 1e-4 of the distance.
+#: number of bisections: the threshold is found to 1e-4 of the distance.
 _RANGE = (-60.0, 60.0)
-_HALVINGS = 20
-#: How often neurons are set again whose input has changed with what they were set to.
-_ROUNDS = 3
+_BISECTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Calibrated:
         rate: the same after.
         v_threshold_before: threshold voltage before, the mean over channels.
         v_threshold: the same after.
-        note: why the layer, or some of its channels, does not fire at the rate asked for, or
-            ``""``.
+        note: why the layer, or some of its channels, misses the rate, or ``""``.
     """
 
     name: str
@@ -57,13 +55,13 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What :func:`.calibrate` did, one :class:`Calibrated` a layer; ``print`` it for a table."""
+    """What :func:`.calibrate` did, one :class:`Calibrated` per layer; ``print`` it for a table."""
 
     rows: tuple[Calibrated, ...]
 
     @property
     def missed(self) -> tuple[Calibrated, ...]:
-        """The layers that do not fire at the rate asked for, with the reason in ``note``."""
+        """The layers that miss the rate, with the reason in ``note``."""
         return tuple(row for row in self.rows if row.note)
 
     def __str__(self) -> str:
@@ -90,48 +88,40 @@ def calibrate(
 ) -> CalibrationReport:
     r"""Set every neuron's threshold so that its layer fires at ``rate``, in place.
 
-    The cure for a net that starts dead or saturated. One batch is run from rest, layer after layer
-    in the order in which they run: each threshold is found by bisection on the input that the
-    calibrated layers before it give. The threshold set is
+    For a net that starts dead or saturated. One batch is run from rest, layer after layer: each
+    threshold is found by bisection on the input that the calibrated layers before it give,
 
     .. math::
         V_{th} = \max\,\{\vartheta : r(\vartheta) \ge \text{rate}\}, \qquad
         r(\vartheta) = \frac{1}{T N \ldots} \sum_{t, n, \ldots} S_\vartheta[t, n, \ldots]
 
-    to 1e-4 of its distance from the reset voltage, or the next greater one where its rate is nearer
-    and not 0: a threshold of ``[C]`` has a rate for each channel. It stays above the reset voltage
-    (with a soft reset, above 0) and at or above ALIF's ``min_v_threshold``.
+    to 1e-4 of its distance from the reset voltage, or the next greater one if its rate is nearer
+    and not 0. A threshold of ``[C]`` has a rate per channel. It stays above the reset voltage (with
+    a soft reset, above 0) and at or above ALIF's ``min_v_threshold``.
 
-    Works on every SpikingJelly neuron whose output is 0 or 1 (ALIF, LIF, PLIF, IF and others), also
-    where ALIF applies the norm before it. The net is run in the mode it is in: in training a batch
-    norm uses the batch's statistics, and dropout is on. Nothing but thresholds changes: voltages
-    and other states, running statistics, gradients and torch's random numbers are put back. Hooks
-    of yours see the passes.
+    Works on every SpikingJelly neuron whose output is 0 or 1. The net runs in the mode it is in: in
+    training a batch norm uses the batch's statistics, and dropout is on. Only thresholds change;
+    states, running statistics, gradients and torch's random numbers are restored. Your hooks see
+    the passes. Thresholds of SpikingJelly's own neurons are plain numbers, which ``state_dict``
+    leaves out: :mod:`sj_taid.thresholds` saves them.
 
-    Thresholds of SpikingJelly's own neurons are plain numbers, which ``state_dict`` leaves out:
-    keep them with ``sj_taid.thresholds.fixed_thresholds`` and ``set_fixed_thresholds``. ALIF's are
-    parameters.
-
-    Cost: forward passes without gradients, two to measure and one to set thresholds; each neuron
-    runs another 20 times by itself. A neuron that is called more than once in a pass (in step mode
-    ``"s"``, in a recurrent container, or shared between places) takes a pass of its own, on which
-    all its calls are recorded and counted together; where its output changes its input, it is then
-    searched for with passes of the whole net, 20 a time, up to 3 times.
+    Cost: three passes without gradients, and 20 runs of each neuron by itself. A neuron that is
+    called more than once in a pass (step mode ``"s"``, recurrent, shared) takes a pass of its own;
+    if its output changes its input, up to 3 times 20 more.
 
     Args:
         net: any module with SpikingJelly neurons.
         x_seq: one batch, as large as you can: a rate has steps of 1 / (number of neurons, samples
             and time steps), for a channel of a linear layer 1 / (T N).
         rate: spikes per neuron and time step, in (0, 1).
-        run: runs a whole sequence. The default is ``net(x_seq)`` where a module of the net is in
-            step mode ``"m"``, and otherwise ``net(x)`` for each ``x`` of ``x_seq`` ``[T, N, *]``.
-            A still image for T steps is ``image.expand(T, *image.shape)``; for a net that repeats
-            it itself give the image, and ``run=net``.
+        run: runs a whole sequence. The default is ``net(x_seq)`` if a module of the net is in step
+            mode ``"m"``, otherwise ``net(x)`` for each ``x`` of ``x_seq`` ``[T, N, *]``. A still
+            image for T steps is ``image.expand(T, *image.shape)``; for a net that repeats it itself
+            give the image, and ``run=net``.
 
     Returns:
-        The report: ``print`` it. A layer counts as missed if its rate, or that of one of its
-        channels, is more than 20 % off, and says why; where no threshold makes it fire it keeps
-        the one it had.
+        The report. A layer is missed if its rate, or a channel's, is more than 20 % off; a layer
+        that no threshold makes fire keeps the one it had.
 
     Raises:
         ValueError: ``rate`` is not in (0, 1), or ``net`` has no neurons.
@@ -145,54 +135,50 @@ def calibrate(
     (0.0, 0.1, ())
     """
     check_net(net, "calibrate")
-    if not (isinstance(rate, Real) and 0.0 < rate < 1.0):
+    if not (is_number(rate) and 0.0 < rate < 1.0):
         raise ValueError(
             f"rate must be spikes per neuron and time step, more than 0 and less than 1, as 0.2, "
             f"but it is {rate!r}"
         )
-    calibration = _Calibration(net, rate, partial(run or _runner(net), x_seq))
-    with _kept(net), calibration.watch:
+    calibration = _Calibration(net, rate, partial(run or _choose_run(net), x_seq))
+    with _restore_states(net), calibration.watch:
         saved = [(node, _threshold(node).clone()) for node in calibration.paths]
         try:
-            before = calibration.measured()
+            before = calibration.measure()
             after = calibration.set_thresholds()
         except BaseException:
             for node, threshold in saved:
                 _set_threshold(node, threshold)
             raise
-    return CalibrationReport(
-        tuple(
-            Calibrated(
-                path,
-                before[node].firing_rate,
-                after[node].firing_rate,
-                before[node].v_threshold,
-                after[node].v_threshold,
-                calibration.note(node, after[node].firing_rate),
-            )
-            for node, path in calibration.paths.items()
-        )
-    )
+    rows = []
+    for node, path in calibration.paths.items():
+        old, new = before[node], after[node]
+        note = calibration.explain(node, new.firing_rate)
+        rates, thresholds = zip(*((s.firing_rate, s.v_threshold) for s in (old, new)), strict=True)
+        rows.append(Calibrated(path, *rates, *thresholds, note))
+    return CalibrationReport(tuple(rows))
 
 
 class _Call(NamedTuple):
-    """What one call of a neuron was given."""
+    """The arguments of one call of a neuron, and whether it starts from rest."""
 
     from_rest: bool
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def tensors(self) -> list[Tensor]:
-        values = (*self.args, *self.kwargs.values())
-        return [
-            value.x if isinstance(value, NormInput) else value
-            for value in values
-            if isinstance(value, Tensor)
-        ]
+    def has_input(self) -> bool:
+        """Whether any of its input is not 0."""
+        tensors = (v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+        return any((t.x if isinstance(t, NormInput) else t).any() for t in tensors)
+
+    def copy(self) -> _Call:
+        """The call with its own tensors, which the net may change in place."""
+        args = (v.clone() if isinstance(v, Tensor) else v for v in self.args)
+        return self._replace(args=tuple(args))
 
 
 class _Found(NamedTuple):
-    """What the search for one layer's threshold found on the calls that it was given."""
+    """Rate of a layer with the threshold found for it, and why that is not the target, or ""."""
 
     rate: float
     note: str
@@ -207,13 +193,13 @@ class _Calibration:
         self.run = run
         self.watch = monitor(net)
         self.paths = {m: path for path, m in net.named_modules() if isinstance(m, neuron.BaseNode)}
-        self.calls: Counter[nn.Module] = Counter()  # of each neuron in the first pass
+        self.calls: Counter[nn.Module] = Counter()  # of each neuron per pass
         self.found: dict[Any, _Found] = {}
         tensors = chain(net.parameters(), net.buffers())
         self.devices = {tensor.device for tensor in tensors if tensor.is_cuda}
 
-    def measured(self) -> dict[nn.Module, LayerState]:
-        """What every layer does as it is."""
+    def measure(self) -> dict[nn.Module, LayerState]:
+        """The rate and threshold of every layer."""
         self.calls.clear()
         self.watch.clear()
         self._pass(lambda node, args, kwargs: self.calls.update([node]))
@@ -221,71 +207,69 @@ class _Calibration:
         return {node: states[path] for node, path in self.paths.items()}
 
     def set_thresholds(self) -> dict[nn.Module, LayerState]:
-        """Set them all, and those again whose input changed with them; what the layers do then."""
+        """Set all thresholds, and again those whose input changed with them; measure."""
         pending = {node for node in self.calls if _threshold(node).dim() < 2}
-        while self._set_next(pending):
+        while pending and self._set_next(pending):
             pass
-        after = self.measured()
+        after = self.measure()
         for _ in range(_ROUNDS):
-            moved = [n for n in self.found if self._moved(n, after[n].firing_rate, 0.05)]
+            moved = [n for n in self.found if self._has_moved(n, after[n].firing_rate, _MOVED)]
             if not moved:
                 break
             for node in moved:
-                self.found[node] = _search(node, partial(self._spikes, node), self.rate, True)
-            after = self.measured()
+                self.found[node] = _search(node, partial(self._fire, node), self.rate, True)
+            after = self.measure()
         return after
 
-    def note(self, node: nn.Module, rate: float | None) -> str:
-        """Why a layer that fires at ``rate`` in the end does not fire as asked, or ``""``."""
+    def explain(self, node: nn.Module, rate: float | None) -> str:
+        """Why a layer that fires at ``rate`` misses the target, or ``""``."""
         if rate is None:
             return "it does not run on x_seq"
         if math.isnan(rate):
             return "its voltage is not finite"
         if node not in self.found:
             return f"its threshold has the shape {list(_threshold(node).shape)}"
-        if self._moved(node, rate, TOLERANCE):
+        if self._has_moved(node, rate, TOLERANCE):
             return f"layers set after it changed it, which was set to {self.found[node].rate:.3g}"
         return self.found[node].note
 
-    def _moved(self, node: nn.Module, rate: float | None, tolerance: float) -> bool:
+    def _has_moved(self, node: nn.Module, rate: float | None, tolerance: float) -> bool:
         return rate is not None and abs(rate - self.found[node].rate) > tolerance * self.rate
 
     def _set_next(self, pending: set[nn.Module]) -> bool:
-        """Run one pass that sets as many of ``pending`` as it can; whether any was set.
+        """Run one pass that sets as many of ``pending`` as it can; whether it set any.
 
-        A neuron that is called once is set on the spot, so that later ones get what it then gives.
-        The first that is called more often is recorded, and set when the pass is over.
+        A neuron that is called once is set at that call, so that later ones get its new output. The
+        first that is called more often is recorded, and set after the pass.
         """
         recorded: list[_Call] = []
         recording: nn.Module | None = None
-        todo = len(pending)
+        before = len(pending)
 
-        def set_or_record(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def search(node: Any, calls: list[_Call]) -> None:
+            has_input = any(call.has_input() for call in calls)
+            self.found[node] = _search(node, partial(_replay, node, calls), self.rate, has_input)
+            pending.discard(node)
+
+        def search_or_record(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal recording
             if node not in pending or recording not in (None, node):
                 return
-            at_rest = not any(isinstance(value, Tensor) for value in node._memories.values())
-            call = _Call(at_rest, args, kwargs)
+            from_rest = not any(isinstance(value, Tensor) for value in node.memories())
+            call = _Call(from_rest, args, kwargs)
             if self.calls[node] == 1:
-                set_on([call], node)
+                search(node, [call])
             else:
                 recording = node
-                # The net may go on to change in place what it gave.
-                recorded.append(call._replace(args=tuple(_copied(value) for value in args)))
+                recorded.append(call.copy())
 
-        def set_on(calls: list[_Call], node: Any) -> None:
-            current = any(value.any() for call in calls for value in call.tensors())
-            self.found[node] = _search(node, partial(_replayed, node, calls), self.rate, current)
-            pending.discard(node)
-
-        if pending:
-            self._pass(set_or_record)
+        self._pass(search_or_record)
         if recording is not None:
-            set_on(recorded, recording)
-        return len(pending) < todo
+            search(recording, recorded)
+        return len(pending) < before
 
-    def _spikes(self, node: nn.Module) -> list[Tensor]:
-        """What ``node`` gives in a pass, call by call."""
+    def _fire(self, node: nn.Module) -> list[Tensor]:
+        """The spikes of ``node`` in a pass, call by call."""
         spikes: list[Tensor] = []
         handle = node.register_forward_hook(
             lambda _, inputs, out: spikes.append(spikes_of(out).clone())
@@ -309,22 +293,23 @@ class _Calibration:
                 handle.remove()
 
 
-def _replayed(node: Any, calls: list[_Call]) -> list[Tensor]:
-    """What ``node`` by itself gives on ``calls``, from the state that it has and keeps."""
-    start = dict(node._memories)
+def _replay(node: Any, calls: list[_Call]) -> list[Tensor]:
+    """The spikes of ``node`` by itself on ``calls``; its state is restored."""
+    start = dict(node.named_memories())
     spikes = []
     for from_rest, args, kwargs in calls:
         if from_rest:
             node.reset()
         spikes.append(spikes_of(node.forward(*args, **kwargs)))
-    node._memories.update(start)
+    for name, value in start.items():
+        setattr(node, name, value)
     return spikes
 
 
-def _search(node: Any, fire: Callable[[], list[Tensor]], rate: float, current: bool) -> _Found:
-    """Set the threshold with which ``node`` fires at ``rate``.
+def _search(node: Any, fire: Callable[[], list[Tensor]], rate: float, has_input: bool) -> _Found:
+    """Set the threshold with which ``node`` fires at ``rate``, by bisection.
 
-    ``fire`` gives its spikes with the threshold that it has; ``current`` says whether it has input.
+    ``fire`` returns its spikes with the threshold that it has.
     """
     before = _threshold(node).double()
     floor = node.v_reset or 0.0
@@ -334,22 +319,22 @@ def _search(node: Any, fire: Callable[[], list[Tensor]], rate: float, current: b
         threshold = floor + exponent.exp2()
         return threshold if bound is None else threshold.clamp(min=bound)
 
-    def spikes_at(exponent: Tensor) -> list[Tensor]:
+    def fire_at(exponent: Tensor) -> list[Tensor]:
         _set_threshold(node, threshold_at(exponent))
         return fire()
 
-    # The least distance from the reset voltage that float32 tells apart.
+    # The least distance from the reset voltage that float32 resolves.
     least = _RANGE[0] if floor == 0.0 else math.log2(abs(floor)) - 20.0
     low, high = torch.full_like(before, least), torch.full_like(before, _RANGE[1])
-    spikes = spikes_at(low)
+    spikes = fire_at(low)
     if not all(((s == 0) | (s == 1)).all() for s in spikes):
         _set_threshold(node, before)
         return _Found(math.nan, "its output is not 0 or 1")
     most = at_low = _rates(node, spikes, before)
     at_high = torch.zeros_like(most)
-    for _ in range(_HALVINGS):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        found = _rates(node, spikes_at(middle), before)
+        found = _rates(node, fire_at(middle), before)
         fires = found >= most.clamp(max=rate)
         low, at_low = torch.where(fires, middle, low), torch.where(fires, found, at_low)
         high, at_high = torch.where(fires, high, middle), torch.where(fires, at_high, found)
@@ -357,11 +342,11 @@ def _search(node: Any, fire: Callable[[], list[Tensor]], rate: float, current: b
     threshold = threshold_at(torch.where(nearer, high, low))
     _set_threshold(node, torch.where(most > 0, threshold, before))
     rates = torch.where(nearer, at_high, at_low)
-    return _Found(rates.mean().item(), _why(node, current, rates, most, rate))
+    return _Found(rates.mean().item(), _explain_rates(node, has_input, rates, most, rate))
 
 
-def _why(node: Any, current: bool, rates: Tensor, most: Tensor, rate: float) -> str:
-    """Why ``rates`` are not ``rate``, where ``most`` is what the lowest threshold gives."""
+def _explain_rates(node: Any, has_input: bool, rates: Tensor, most: Tensor, rate: float) -> str:
+    """Why ``rates`` are not ``rate``; ``most`` are those with the lowest threshold."""
     off = (rates - rate).abs() > TOLERANCE * rate
     short, past = off & (most < rate), off & (most >= rate)
     notes = []
@@ -370,7 +355,7 @@ def _why(node: Any, current: bool, rates: Tensor, most: Tensor, rate: float) -> 
         bounded = bound is not None and bound > reset
         lowest = f"at its bound {bound}" if bounded else f"just above its reset to {reset}"
         reason = f"fires at {most[short].amax():.3g} even with its threshold {lowest}"
-        notes.append((short, reason if current else "no input current"))
+        notes.append((short, reason if has_input else "no input current"))
     if past.any():
         notes.append((past, "its rate jumps past the one asked for; try a larger batch"))
     return "; ".join(
@@ -403,28 +388,25 @@ def _set_threshold(node: Any, threshold: Tensor) -> None:
         node.v_threshold = threshold.item()
 
 
-def _runner(net: nn.Module) -> Callable[[Any], Any]:
-    """How a sequence is run: at once where a module works in step mode "m", or step by step."""
+def _choose_run(net: nn.Module) -> Callable[[Any], Any]:
+    """Run a sequence at once if a module is in step mode "m", otherwise step by step."""
     if any(getattr(module, "step_mode", "s") == "m" for module in net.modules()):
         return net
     return lambda x_seq: [net(x) for x in x_seq]
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
 @contextmanager
-def _kept(net: nn.Module) -> Iterator[None]:
-    """Put the states and buffers of ``net`` back afterwards."""
+def _restore_states(net: nn.Module) -> Iterator[None]:
+    """Restore the states and buffers of ``net`` afterwards."""
     modules = [module for module in net.modules() if isinstance(module, base.MemoryModule)]
-    states = [(m, dict(m._memories), vars(m).get("v_seq")) for m in modules]
+    states = [(m, dict(m.named_memories()), vars(m).get("v_seq")) for m in modules]
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     try:
         yield
     finally:
         for module, memories, v_seq in states:
-            module._memories.update(memories)
+            for name, value in memories.items():
+                setattr(module, name, value)
             if "v_seq" in vars(module):
                 module.v_seq = v_seq
         for buffer, value in buffers:
