@@ -1,4 +1,4 @@
-"""What public functions ask of their arguments."""
+"""Argument validation shared by the public functions."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def check_net(net: Any, function: str) -> None:
-    """An error for what is no module, as a path or a state dict in its place."""
+    """Raise a ``TypeError`` unless ``net`` is a module."""
     if not isinstance(net, nn.Module):
         raise TypeError(
             f"{function} needs the net, a torch.nn.Module, but got {net!r:.80} of type "
@@ -17,36 +17,36 @@ def check_net(net: Any, function: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one, numpy's too."""
+    """Whether it is a real number, numpy's included."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, numpy's too."""
+    """Whether it is an integer, numpy's included."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def are_two_numbers(values: Any) -> bool:
-    """Whether it is a pair of them."""
+    """Whether it is a pair of numbers."""
     return isinstance(values, Sequence) and len(values) == 2 and all(map(is_number, values))
 
 
 def check_sizes(**sizes: Any) -> None:
-    """An error for a size that is no whole number from 1."""
+    """Raise a ``ValueError`` unless all are integers >= 1."""
     for name, value in sizes.items():
         if not is_whole(value) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, but it is {value!r}")
 
 
 def check_weights(**weights: Any) -> None:
-    """An error for the weight of a loss's term that is no number from 0."""
+    """Raise a ``ValueError`` unless all, the weights of a loss's terms, are numbers >= 0."""
     for name, value in weights.items():
         if not is_number(value) or not value >= 0:
             raise ValueError(f"{name} must be a number >= 0, but it is {value!r}")
 
 
 def check_count(n: Any) -> None:
-    """An error for what is no number of images to draw."""
+    """Raise a ``ValueError`` unless ``n`` is a number of images to sample."""
     if not is_whole(n) or n < 0:
         raise ValueError(
             f"sample needs a number of images, an integer >= 0, but got {n!r:.80}; "

@@ -1,9 +1,9 @@
-"""The only module that knows SpikingJelly's versions.
+"""The two versions of SpikingJelly: the only file that knows them and their private names.
 
-Two lines are on PyPI. In 2.x a neuron implements ``single_step_functional_forward`` and
-``multi_step_functional_forward`` over explicit states, and ``BaseNode`` does the rest. In
-0.0.0.0.14 ``BaseNode`` calls ``single_step_forward`` and ``multi_step_forward`` instead; the
-``BaseNode`` exported here bridges the two, so that :class:`sj_taid.ALIFNode` is written once.
+In 2.x a neuron implements ``single_step_functional_forward`` and ``multi_step_functional_forward``
+over explicit states, and ``BaseNode`` does the rest. In 0.0.0.0.14 ``BaseNode`` calls
+``single_step_forward`` and ``multi_step_forward`` instead; the ``BaseNode`` exported here bridges
+the two, so that :class:`sj_taid.ALIFNode` is written once.
 """
 
 import warnings
@@ -21,7 +21,7 @@ FUNCTIONAL_STATES: bool = hasattr(neuron.BaseNode, "single_step_functional_forwa
 
 
 def warn_if_untested(spikingjelly_version: str) -> None:
-    """Warn of a SpikingJelly that is of neither line this package is tested on."""
+    """Warn of a SpikingJelly version that this package is not tested on."""
     if spikingjelly_version == "0.0.0.0.14" or spikingjelly_version.startswith("2."):
         return
     warnings.warn(
@@ -36,10 +36,30 @@ warn_if_untested(SPIKINGJELLY_VERSION)
 
 
 def forget_reset_cache(net: nn.Module) -> None:
-    """2.x caches which modules ``reset_net`` resets; after a swap it must look again."""
+    """Clear 2.x's cache of the modules that ``reset_net`` resets, after a swap."""
     if FUNCTIONAL_STATES:
         for module in net.modules():
             functional.invalidate_reset_cache(module)
+
+
+def reset_value(node: neuron.BaseNode, memory: str) -> Any:
+    """The value to which ``reset`` sets a memory."""
+    return node._memories_rv[memory]
+
+
+def detach_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a neuron for a copy or pickle, without the graphs of its voltages."""
+    memories = {name: _detach(value) for name, value in state["_memories"].items()}
+    return {name: _detach(value) for name, value in state.items()} | {"_memories": memories}
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def has_default_precision(node: neuron.BaseNode) -> bool:
+    """Whether a neuron computes in its input's dtype; 2.x can give it a policy of its own."""
+    return getattr(node, "_neuron_precision", None) is None
 
 
 if FUNCTIONAL_STATES:
@@ -47,11 +67,10 @@ if FUNCTIONAL_STATES:
 else:
 
     class BaseNode(neuron.BaseNode):  # type: ignore[no-redef]
-        """0.0.0.0.14's ``BaseNode`` driven by the functional forwards of 2.x.
+        """0.0.0.0.14's ``BaseNode`` over the functional forwards of 2.x.
 
-        The hooks ``neuronal_charge``, ``neuronal_fire`` and ``neuronal_reset`` are those of
-        0.0.0.0.14: each works on ``self.v``, and a subclass that overrides one of them is run by
-        them, step by step in torch.
+        The hooks ``neuronal_charge``, ``neuronal_fire`` and ``neuronal_reset`` work on ``self.v``
+        as in 0.0.0.0.14. A subclass that overrides one of them is run by them, step by step.
         """
 
         v: Any
@@ -103,13 +122,3 @@ else:
                 getattr(type(self), hook) is not getattr(BaseNode, hook)
                 for hook in ("neuronal_charge", "neuronal_fire", "neuronal_reset")
             )
-
-
-def reset_value(node: neuron.BaseNode, memory: str) -> Any:
-    """What ``reset`` sets a memory to."""
-    return node._memories_rv[memory]
-
-
-def has_default_precision(node: neuron.BaseNode) -> bool:
-    """Whether a neuron computes in its input's dtype; 2.x can give it a policy of its own."""
-    return getattr(node, "_neuron_precision", None) is None

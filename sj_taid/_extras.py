@@ -1,9 +1,9 @@
-"""What the parts of the package need that ``import sj_taid`` does without."""
+"""Optional dependencies of the parts of the package, and errors that say how to install them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: all of the extra ``train``: no distribution of ours is published whose extra one could install
+#: All packages of the extra ``train``: sj-taid is not on PyPI, so its extra has no short name.
 TRAIN = (
     "lightning torchmetrics torch-fidelity safetensors hydra-core hydra-joblib-launcher filelock "
     "torchvision scikit-learn tensorboard matplotlib pandas tabulate rich"
@@ -13,9 +13,9 @@ REMEDY = "; to get it: pip install "
 
 @contextmanager
 def needs(distribution: str) -> Iterator[None]:
-    """Around a part's imports: if one of them is missing, the error says what to install.
+    """Around imports: if one of them is missing, the error says what to install.
 
-    The innermost says it.
+    The innermost ``needs`` decides.
 
     >>> with needs("some-distribution"):
     ...     import some_module

@@ -1,6 +1,7 @@
-"""What became of a voltage after the forward that made it, without a look into its graph.
+"""What happened to a voltage since its forward, without reading its autograd graph.
 
-To read what a graph saved would run the hooks of gradient checkpointing and offloading.
+Reading what a graph saved would run the hooks of gradient checkpointing and offloading. The only
+file that uses ``torch._C``.
 """
 
 from collections.abc import Callable
@@ -12,11 +13,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Past:
-    """What became of one voltage."""
+    """What happened to one voltage."""
 
     def __init__(self) -> None:
         self.made_in = recomputation()
-        self.freed = False  # a backward went through the forward that made it, and kept no graph
+        self.freed = False  # a backward went through its forward and freed the graph
         self.resumed = False  # a later forward started from it
 
     def is_lost_start(self) -> bool:
@@ -24,21 +25,21 @@ class Past:
         return recomputation() not in (None, self.made_in) and not self.resumed
 
 
-#: by the tensor itself, for an attribute of it would be saved along with it
+#: by the tensor itself: an attribute of it would be saved along with it
 past_of = WeakTensorKeyDictionary()
 
 
 def recomputation() -> int | None:
-    """The number of the node whose backward calls this forward (checkpointing), if one does."""
+    """The number of the node whose backward calls this forward (checkpointing), or ``None``."""
     node = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()
 
 
 def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
-    """Keep the :class:`Past` of a forward's last voltage; ``others`` are its other outputs.
+    """Record the :class:`Past` of a forward's last voltage; ``others`` are its other outputs.
 
-    Nothing under ``torch.compile`` and ``torch.func``, where the graph is out of sight: there
-    PyTorch's own error comes, at the backward.
+    Does nothing under ``torch.compile`` and ``torch.func``, which hide the graph: there PyTorch's
+    own error comes at the backward.
 
     >>> w = torch.ones(1, requires_grad=True)
     >>> v = w * w
@@ -50,14 +51,14 @@ def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
         return
     past_of[v] = past = Past()
 
-    def passed(*_: Any) -> None:
+    def mark_freed(*_: Any) -> None:
         past.freed |= not torch._C._autograd._get_current_graph_task_keep_graph()
 
     for node in {t.grad_fn for t in (v, *others) if t is not None and t.grad_fn is not None}:
         node.metadata["neuron"] = name  # type: ignore[index]  # a property, stubbed as a method
-        node.register_hook(passed)
+        node.register_hook(mark_freed)
 
 
 def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """The innermost ``saved_tensors_hooks`` that are open: their pack and unpack functions."""
+    """The innermost open ``saved_tensors_hooks``: their pack and unpack functions."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)

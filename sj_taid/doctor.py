@@ -6,7 +6,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,16 +23,12 @@ PACKAGES = ("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cud
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; 1 if a backend that should work gives other results than torch."""
-    parser = argparse.ArgumentParser(prog="sj-taid doctor", description=__doc__)
-    parser.parse_args(arguments)
-    for line in (*versions(), *devices(), *availability()):
+    argparse.ArgumentParser(prog="sj-taid doctor", description=__doc__).parse_args(arguments)
+    print(*versions(), *devices(), *availability(), sep="\n")
+    tests = [self_test(name, device) for name, device in fused_backends()]
+    for _, line in tests:
         print(line)
-    healthy = True
-    for name, device in fused():
-        equal, line = self_test(name, device)
-        print(line)
-        healthy &= equal
-    return 0 if healthy else 1
+    return 0 if all(equal for equal, _ in tests) else 1
 
 
 def versions() -> Iterator[str]:
@@ -46,16 +41,19 @@ def versions() -> Iterator[str]:
 
 
 def installed() -> dict[str, str | None]:
-    """The version of each package that matters here, ``None`` where it is not installed."""
-    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    """The version of each of ``PACKAGES``, ``None`` if it is not installed."""
+
+    def version_of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {package: version_of(package) for package in PACKAGES}
 
 
 def cpu_name() -> str:
-    """The processor's."""
+    """The name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -64,9 +62,9 @@ def cpu_name() -> str:
 
 @cache
 def commit() -> str | None:
-    """The commit of this checkout, with ``+`` where files differ from it.
+    """The commit of this checkout, with ``+`` if files differ from it, or ``None``.
 
-    Asked for when a process starts its first run: at the end the checkout may hold another.
+    Read once per process, before its first run: at the end the checkout may hold another.
     """
     here = Path(__file__)
     describe = ["describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
@@ -77,7 +75,7 @@ def commit() -> str | None:
                 ["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=True
             )
     except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
+        return None
     return run.stdout.strip()
 
 
@@ -107,8 +105,8 @@ def availability() -> Iterator[str]:
             yield f"    it needs {backends.NEEDS[name]}"
 
 
-def fused() -> Iterator[tuple[str, str]]:
-    """The backends that work here beside torch, each with its device."""
+def fused_backends() -> Iterator[tuple[str, str]]:
+    """The backends other than torch that work here, each with its device."""
     for device, names in backends.PREFERENCE.items():
         if device == "cpu" or torch.cuda.is_available():
             yield from ((name, device) for name in names if backends.why_not(name) is None)
@@ -119,18 +117,17 @@ def self_test(name: str, device: str) -> tuple[bool, str]:
     x_seq = torch.randn(4, 32, 64, device=device)
     w, v_threshold = torch.zeros((), device=device), torch.ones((), device=device)
 
-    def spikes(backend: str) -> Tensor:
+    def fire(backend: str) -> Tensor:
         options = {"surrogate_function": surrogate.ATan(), "backend": backend}
         return alif_multi_step(x_seq, 0.0, w, v_threshold, **options)[0].cpu()
 
-    expected = spikes("torch")
+    expected = fire("torch")
     start = time.perf_counter()
     try:
-        got = spikes(name)
+        equal = torch.equal(fire(name), expected)
     except Exception as error:  # of a compiler, a driver or a kernel
         return False, f"self test of {name}: FAILED, {type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
-    equal = torch.equal(got, expected)
     passed = f"the same spikes as torch; its first call took {seconds:.2f} s"
     failed = "FAILED, other spikes than torch's; please report it"
     return equal, f"self test of {name}: {passed if equal else failed}"

@@ -1,4 +1,4 @@
-"""Thresholds put into the layer before the neuron, so that the neuron's own is 1."""
+"""Folding: a neuron's threshold is divided into the layer before it, and becomes 1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tracing import Traced, has_hooks, same_output, trace
 
 #: The neurons whose dynamics are known to scale.
 _NEURONS = (ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
-#: The layers beside norms that a threshold can divide; axis 0 of their weight is the channel.
+#: The layers other than norms that a threshold can divide; axis 0 of their weight is the channel.
 _LAYERS = tuple(
     getattr(home, name) for home in (nn, layer) for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")
 )
@@ -37,38 +37,35 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
     """
     with _watch_reads(net) as read:
         traced = trace(net, _is_source)
-    for module in traced.untraced:  # what it read before it failed is not all that it reads
+    for module in traced.untraced:  # it may read more than it did before it failed
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         names = _SCALED.intersection(code.co_names) if code else _SCALED
-        for inner in module.modules() if names else ():
-            read.setdefault(inner, min(names))
+        read = {m: min(names) for m in module.modules() if names} | read
     sources = {reader: source for source, reader in traced.readers.items()}
     uses = Counter(p for module in net.modules() for p in module.parameters(recurse=False))
     kept = {}
     for path, node in net.named_modules():
-        if not isinstance(node, neuron.BaseNode):
-            continue
-        threshold = _threshold(node)
-        if (threshold == 1.0).all():
+        if not isinstance(node, neuron.BaseNode) or (_threshold(node) == 1.0).all():
             continue
         source = sources.get(node)
-        note = _why_no_scale(node, threshold)
         if node in read:
-            note = f"a forward reads {read[node]} of it"
-        if note is None and source is None:
-            note = _why_no_source(node, traced)
-        elif note is None:
-            note = _why_not_into(source, threshold, uses)
-        if note is None:
-            _divide(source, node, threshold)
+            reason = f"a forward reads {read[node]} of it"
         else:
-            kept[path] = note
+            reason = _why_no_scale(node) or (
+                _why_not_into(source, node, uses)
+                if source is not None
+                else _why_no_source(node, traced)
+            )
+        if reason:
+            kept[path] = reason
+        else:
+            _divide(source, node)
     return kept
 
 
 @contextmanager
 def _watch_reads(net: nn.Module) -> Iterator[dict[nn.Module, str]]:
-    """Note of which neurons a forward that is traced reads what folding changes."""
+    """Record which neurons the forwards that are traced read one of ``_SCALED`` of."""
     kinds = {m: type(m) for m in net.modules() if isinstance(m, neuron.BaseNode)}
     read: dict[nn.Module, str] = {}
 
@@ -90,8 +87,9 @@ def _is_source(module: nn.Module) -> bool:
     return is_norm(module) or isinstance(module, _LAYERS)
 
 
-def _why_no_scale(node: Any, threshold: Tensor) -> str | None:
+def _why_no_scale(node: Any) -> str | None:
     """Why the dynamics of ``node`` do not scale to a threshold of 1, or ``None``."""
+    threshold = _threshold(node)
     if type(node) not in _NEURONS:
         return f"what a {type(node).__name__} computes is not known to scale"
     if not ((threshold > 0) & threshold.isfinite()).all():
@@ -113,9 +111,9 @@ def _why_no_source(node: nn.Module, traced: Traced) -> str:
     return "; ".join([f"a {type(made).__name__} makes its input", *why[:1]])
 
 
-def _why_not_into(source: Any, threshold: Tensor, uses: Counter[nn.Parameter]) -> str | None:
-    """Why the output of ``source`` cannot be divided by ``threshold``, or ``None``."""
-    name = type(source).__name__
+def _why_not_into(source: Any, node: Any, uses: Counter[nn.Parameter]) -> str | None:
+    """Why the output of ``source`` cannot be divided by the threshold of ``node``, or ``None``."""
+    name, threshold = type(source).__name__, _threshold(node)
     if type(source) not in KNOWN_NORMS and type(source) not in _LAYERS:
         return f"what the {name} before it computes is not known"
     if has_hooks(source):
@@ -129,18 +127,19 @@ def _why_not_into(source: Any, threshold: Tensor, uses: Counter[nn.Parameter]) -
     return None
 
 
-def _divide(source: Any, node: Any, threshold: Tensor) -> None:
-    """Divide the output of ``source``, and with it every voltage of ``node``."""
+def _divide(source: Any, node: Any) -> None:
+    """Divide the output of ``source`` and every voltage of ``node`` by its threshold."""
+    threshold = _threshold(node)
 
-    def divided(value: Any, channel: int = 0) -> Any:
+    def divide(value: Any, channel: int = 0) -> Any:
         if isinstance(value, Tensor):
             return value / threshold.to(value).view(-1, *[1] * (value.dim() - channel - 1))
         return value / threshold[0].item() if value else value  # all channels' where it is not 0
 
     for parameter in source.parameters():  # weight, and bias if there is one
-        parameter.copy_(divided(parameter))
-    node.v, node.v_reset = divided(node.v, 1), divided(node.v_reset)
-    node.set_reset_value("v", divided(_compat.reset_value(node, "v"), 1))
+        parameter.copy_(divide(parameter))
+    node.v, node.v_reset = divide(node.v, 1), divide(node.v_reset)
+    node.set_reset_value("v", divide(_compat.reset_value(node, "v"), 1))
     if isinstance(node, ALIFNode):
         node.v_threshold.fill_(1.0)
         node.min_v_threshold = None

@@ -31,18 +31,10 @@ def alif_multi_step(
     backend: str = backends.AUTO,
     return_bits: bool = False,
 ) -> tuple[Any, ...]:
-    r"""Run an ALIF neuron over a sequence.
-
-    .. math::
-        q &= \mathrm{sigmoid}(w) = 1/\tau \\
-        H[t] &= V[t-1] + q\,(X[t] - (V[t-1] - V_{reset})) \quad\text{(decay\_input)} \\
-        H[t] &= V[t-1] - q\,(V[t-1] - V_{reset}) + X[t] \quad\text{(otherwise)} \\
-        S[t] &= \Theta(H[t] - V_{th}) \\
-        V[t] &= (1 - S[t])\,H[t] + S[t]\,V_{reset} \quad\text{(hard)},\qquad
-        V[t] = H[t] - S[t]\,V_{th} \quad\text{(soft)}
+    r"""Run an ALIF neuron over a sequence; :class:`~sj_taid.ALIFNode` has its equations.
 
     With ``norm`` the neuron runs on the batch norm of X, as one operator: only ``backend="torch"``
-    writes the norm's output :math:`Y` and keeps it for backward. :math:`\mu` and :math:`\sigma^2`
+    writes the norm's output :math:`Y` and saves it for backward. :math:`\mu` and :math:`\sigma^2`
     are each channel's mean and biased variance over T, N and the axes behind C, or running ones.
 
     .. math::
@@ -84,19 +76,12 @@ def alif_multi_step(
     >>> spikes.flatten().tolist(), v.tolist()  # H = 0.5, 0.75 (fires), 0.5
     ([0.0, 1.0, 0.0], [0.5])
     """
-    _check_floating("x_seq", x_seq)
-    if x_seq.dim() < 2 or x_seq.shape[0] == 0:
-        raise ValueError(
-            f"x_seq must be [T, N, *] with T >= 1, but its shape is {list(x_seq.shape)}; "
-            "for one time step [N, *] use alif_step, or step_mode='s' on the node"
-        )
+    _check_sequence(x_seq)
     v = _check_state(v, x_seq)
     for name, parameter in (("w", w), ("v_threshold", v_threshold)):
         _check_parameter(name, parameter, x_seq)
     if norm is not None:
         _check_norm(norm, x_seq)
-    if x_seq.numel() == 0:  # which has no statistics
-        norm = None
     return backends.resolve(backend, x_seq, surrogate_function).multi_step(
         x_seq,
         v,
@@ -107,7 +92,7 @@ def alif_multi_step(
         surrogate_function=surrogate_function,
         detach_reset=detach_reset,
         store_v_seq=store_v_seq,
-        norm=norm,
+        norm=norm if x_seq.numel() else None,  # an empty batch has no statistics
         return_bits=return_bits,
     )
 
@@ -171,6 +156,15 @@ def _check_floating(name: str, x: Tensor) -> None:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(
             f"{name} must be a floating-point tensor, but it is {got}; convert it: {name}.float()"
+        )
+
+
+def _check_sequence(x_seq: Tensor) -> None:
+    _check_floating("x_seq", x_seq)
+    if x_seq.dim() < 2 or x_seq.shape[0] == 0:
+        raise ValueError(
+            f"x_seq must be [T, N, *] with T >= 1, but its shape is {list(x_seq.shape)}; "
+            "for one time step [N, *] use alif_step, or step_mode='s' on the node"
         )
 
 

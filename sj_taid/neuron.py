@@ -320,9 +320,7 @@ class ALIFNode(_compat.BaseNode):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle takes the voltages along, not the graph that made them.
-        state = {name: _detached(value) for name, value in self.__dict__.items()}
-        state["_memories"] = {name: _detached(v) for name, v in self._memories.items()}
-        return state
+        return _compat.detach_state(self.__dict__)
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> nn.Module:
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -344,7 +342,3 @@ _REMEDY = (
     "reset between sequences: functional.reset_net(net), or run each in "
     "'with sj_taid.fresh_state(net):'"
 )
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

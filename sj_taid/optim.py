@@ -1,4 +1,4 @@
-"""Parameter groups: a learning rate of their own for the time constants and thresholds."""
+"""Parameter groups: a separate learning rate for time constants and thresholds."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ from .neuron import ALIFNode
 def parameter_groups(
     net: nn.Module, lr: float, *, lr_scale: float = 10.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Groups for any torch optimiser: the neurons' parameters apart from all others.
+    """Groups for any torch optimiser: the neurons' parameters, and all others.
 
     Args:
         net: a module with :class:`~sj_taid.ALIFNode` s; PLIF's ``w`` counts too.
         lr: the learning rate of everything else.
-        lr_scale: the neurons learn at ``lr * lr_scale``. At 1 they hardly leave a bad start, and
-            from a good one 1 to 10 are alike, as measured in ``RESULTS.md``: hence the default.
-        weight_decay: of the neurons. It pulls ``w`` to 0, which is tau to 2, and thresholds to 0,
-            hence the default. The others take the optimiser's own.
+        lr_scale: the neurons learn at ``lr * lr_scale``. At 1 they hardly leave a bad start; from a
+            good one 1 to 10 are alike, as measured in ``RESULTS.md``.
+        weight_decay: of the neurons. It would pull ``w`` to 0, which is tau to 2, and thresholds
+            to 0. The others take the optimiser's own.
 
     Returns:
-        The groups ``"weights"`` and ``"neurons"``, without frozen parameters; a group with none
-        is left out.
+        The groups ``"weights"`` and ``"neurons"`` without frozen parameters; empty ones are left
+        out.
 
     Raises:
         ValueError: ``lr`` or ``lr_scale`` is negative.

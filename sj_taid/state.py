@@ -1,4 +1,4 @@
-"""Resetting a net's neurons so that it cannot be forgotten."""
+"""Neuron states: names for error messages, and a reset that cannot be forgotten."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from .neuron import ALIFNode
 
 
 def name_neurons(net: nn.Module) -> None:
-    """Tell every ALIF neuron its path in ``net``, so that its errors name it.
+    """Store in every ALIF neuron its path in ``net``, which its errors name.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), ALIFNode())
     >>> name_neurons(net)

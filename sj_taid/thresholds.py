@@ -1,4 +1,4 @@
-"""Thresholds that are plain numbers: no ``state_dict`` has them, and calibration sets them."""
+"""Thresholds that are plain numbers, which ``state_dict`` leaves out and calibration sets."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def fixed_thresholds(net: nn.Module) -> dict[str, float]:
-    """The thresholds of ``net`` that are no parameters, by the paths of their neurons.
+    """The thresholds of ``net`` that are not parameters, by the paths of their neurons.
 
     >>> from spikingjelly.activation_based.neuron import LIFNode
     >>> fixed_thresholds(nn.Sequential(nn.Linear(2, 2), LIFNode(v_threshold=0.5)))
@@ -18,11 +18,11 @@ def fixed_thresholds(net: nn.Module) -> dict[str, float]:
 
 
 def set_fixed_thresholds(net: nn.Module, thresholds: Mapping[str, Any]) -> None:
-    """Set them to what :func:`fixed_thresholds` gave.
+    """Set the thresholds that :func:`fixed_thresholds` returned.
 
     Raises:
-        ValueError: a path where ``net`` has no such threshold, or a value that is no float; nothing
-            is set then.
+        ValueError: ``net`` has no such threshold at a path, or a value is not a float; nothing is
+            set then.
     """
     there = fixed_thresholds(net)
     for path, value in thresholds.items():

@@ -41,7 +41,7 @@ def test_every_backend_but_torch_says_what_it_needs():
 
 
 def test_every_fused_backend_is_tried():
-    for name, device in doctor.fused():
+    for name, device in doctor.fused_backends():
         healthy, line = doctor.self_test(name, device)
         assert healthy, line
 
@@ -51,7 +51,7 @@ def test_other_spikes_than_torchs_are_reported(monkeypatch, capsys):
         return (torch.full_like(x_seq, backend == "numba"),)
 
     monkeypatch.setattr(doctor, "alif_multi_step", wrong)
-    monkeypatch.setattr(doctor, "fused", lambda: [("numba", "cpu")])
+    monkeypatch.setattr(doctor, "fused_backends", lambda: [("numba", "cpu")])
     assert doctor.main([]) == 1
     assert "self test of numba: FAILED" in capsys.readouterr().out
 
@@ -63,7 +63,7 @@ def test_a_kernel_that_does_not_compile_is_reported(monkeypatch, capsys):
         raise RuntimeError("nvrtc: error: invalid value for --gpu-architecture")
 
     monkeypatch.setattr(doctor, "alif_multi_step", refused)
-    monkeypatch.setattr(doctor, "fused", lambda: [("cupy", "cpu")])
+    monkeypatch.setattr(doctor, "fused_backends", lambda: [("cupy", "cpu")])
     broken = {"cupy": ImportError()}
     monkeypatch.setattr(doctor.backends, "why_not", broken.get)
     assert doctor.main([]) == 1
@@ -91,4 +91,4 @@ def test_the_commit_is_this_checkouts_own(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_the_gpu_is_tried():
-    assert ("cupy", "cuda") in list(doctor.fused())
+    assert ("cupy", "cuda") in list(doctor.fused_backends())
