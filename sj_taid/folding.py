@@ -49,13 +49,11 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
             continue
         source = sources.get(node)
         if node in read:
-            reason = f"a forward reads {read[node]} of it"
+            reason: str | None = f"a forward reads {read[node]} of it"
+        elif source is None:
+            reason = _why_no_scale(node) or _why_no_source(node, traced)
         else:
-            reason = _why_no_scale(node) or (
-                _why_not_into(source, node, uses)
-                if source is not None
-                else _why_no_source(node, traced)
-            )
+            reason = _why_no_scale(node) or _why_not_into(source, node, uses)
         if reason:
             kept[path] = reason
         else:
