@@ -153,7 +153,7 @@ class _LayerForward(_Forward):
         with saved_tensors_hooks(*_hooks(narrow, outer)):
             output = self.run(*args, **kwargs)
         # The greatest of zeros and ones is one of them; a dilated window may lie in the padding.
-        if pools and isinstance(output, Tensor) and torch.tensor(layer.dilation).max() == 1:
+        if pools and isinstance(output, Tensor) and layer.dilation in (1, (1,), (1, 1), (1, 1, 1)):
             _spikes.register(output, output)
         return output
 

@@ -1,0 +1,186 @@
+"""Who reads the output of a norm, and why a norm has no neuron to be fused with."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import layer, neuron
+from torch import nn
+
+import sj_taid
+from sj_taid import ALIFNode
+from sj_taid.fusion import is_norm
+from sj_taid.tracing import trace
+from tests.helpers import trained_norm
+
+
+def norm():
+    return trained_norm(step_mode="m")
+
+
+def alif():
+    return ALIFNode(step_mode="m")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.sn = norm(), alif()
+
+
+class Branching(Block):
+    def forward(self, x_seq):
+        if x_seq.sum() > 0:  # decided by data, which symbols have not
+            x_seq = -x_seq
+        return self.sn(self.bn(x_seq))
+
+
+class CalledTwice(Block):
+    def forward(self, x_seq):
+        return self.sn(self.bn(self.sn(self.bn(x_seq))))
+
+
+class Residual(Block):
+    def forward(self, x_seq):
+        y_seq = self.bn(x_seq)
+        return self.sn(y_seq) + y_seq
+
+
+class ResidualInEval(Block):
+    def forward(self, x_seq):
+        y_seq = self.bn(x_seq)
+        spike_seq = self.sn(y_seq)
+        return spike_seq if self.training else spike_seq + y_seq
+
+
+class Optional(Block):
+    def forward(self, x_seq, features=False):
+        y_seq = self.bn(x_seq)
+        spike_seq = self.sn(y_seq)
+        return (spike_seq, y_seq) if features else spike_seq
+
+
+class Storing(Block):
+    """Stores what its norm gives, in containers too."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.seen, self.last = [], {"nothing": 0, "deep": [[]]}, ()
+        self.itself = []
+        self.itself.append(self.itself)
+
+    def forward(self, x_seq):
+        self.y_seq = self.bn(x_seq)
+        self.features.append(self.y_seq)
+        self.seen["y_seq"] = self.y_seq
+        self.seen["deep"][0].append(self.y_seq)
+        self.last = (self.y_seq,)
+        return self.sn(self.y_seq)
+
+
+class Outer(nn.Module):
+    """Reads what a block's norm gives, past the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(norm(), alif())
+
+    def forward(self, x_seq):
+        return self.block(x_seq) + self.block[0](x_seq)
+
+
+class HeldTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        bn = norm()
+        self.held = nn.ModuleList([bn])
+        self.block = nn.Sequential(bn, alif())
+
+    def forward(self, x_seq):
+        return self.block(x_seq) + self.held[0](x_seq)
+
+
+class Chance(Block):
+    def forward(self, x_seq):
+        return self.sn(self.bn(x_seq) if torch.rand(()) < 0.5 else x_seq)
+
+
+class Odd(layer.BatchNorm2d):
+    def forward(self, x_seq):
+        return 2 * super().forward(x_seq)
+
+
+def changed(change):
+    net = nn.Sequential(norm(), alif())
+    change(*net)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        (Branching(), "the forward of Branching cannot be traced"),
+        (CalledTwice(), "called in 2 places"),
+        (Residual(), "2 places read its output"),
+        (ResidualInEval(), "2 places read its output"),
+        (Optional(), "the forward of Optional cannot be traced"),
+        (Storing(), "it keeps what it computes as features"),
+        (Outer(), "reads its output"),
+        (HeldTwice(), "reads its output"),
+        (nn.Sequential(norm()), "its output leaves the module that calls it"),
+        (nn.Sequential(Odd(4, step_mode="m"), alif()), "Odd is not known to compute"),
+        (nn.Sequential(norm(), neuron.LIFNode(step_mode="m")), "its reader is a LIFNode"),
+        (nn.Sequential(norm(), nn.ReLU(), alif()), "its reader is a ReLU"),
+        (nn.Sequential(layer.BatchNorm2d(4), ALIFNode()), "does not run on [T, N, C, *]"),
+        # Alone it would take the batch of [T, N, C] for the channels.
+        (nn.Sequential(nn.BatchNorm1d(4), alif()), "does not run on [T, N, C, *]"),
+        (changed(lambda bn, sn: bn.register_forward_hook(print)), "it has hooks"),
+        (changed(lambda bn, sn: setattr(bn, "forward", abs)), "its forward was replaced"),
+        (changed(lambda bn, sn: sn.register_forward_pre_hook(print)), "a hook on its input"),
+        (changed(lambda bn, sn: sn.register_full_backward_hook(print)), "a hook on its input"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_fuse_norm_leaves_alone_and_says_why(net, why):
+    attributes = set(vars(net))
+    report = sj_taid.fuse_norm(net)
+    assert set(vars(net)) == attributes
+    assert not report.fused and why in report.kept[0].note and why in str(report)
+
+
+def test_trace_follows_calls_and_not_registration():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sn2, self.sn1, self.bn2, self.bn1 = alif(), alif(), norm(), norm()
+
+        def forward(self, x_seq, skip=None):
+            out = self.sn1(self.bn1(x_seq))
+            if skip is not None:
+                out = out + skip
+            return self.sn2(self.bn2(out))
+
+    net = Net()
+    traced = trace(net, is_norm)
+    assert traced.readers == {net.bn1: net.sn1, net.bn2: net.sn2}
+    assert traced.inputs == {net.sn1: net.bn1, net.sn2: net.bn2} and not traced.obstacles
+
+
+def test_trace_finds_the_end_of_a_container():
+    inner = nn.BatchNorm2d(4)
+    folded = layer.SeqToANNContainer(nn.Conv2d(4, 4, 3), inner)
+    net = nn.Sequential(nn.Sequential(folded), nn.Sequential(alif()))
+    assert trace(net, is_norm).readers == {inner: net[1][0]}
+
+
+def test_trace_leaves_what_a_forward_stores_as_it_was():
+    net = Storing()
+    features, seen = net.features, net.seen
+    assert "as features, seen, last, y_seq" in next(iter(trace(net, is_norm).obstacles.values()))
+    assert (net.features, net.seen, net.last) == ([], {"nothing": 0, "deep": [[]]}, ())
+    assert net.features is features and net.seen is seen and not hasattr(net, "y_seq")
+
+
+def test_trace_draws_no_random_numbers():
+    net = Chance()
+    state = torch.get_rng_state()
+    trace(net, is_norm)
+    assert torch.equal(torch.get_rng_state(), state)
