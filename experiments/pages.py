@@ -22,7 +22,7 @@ from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.columns import COLUMNS, METRICS, Column, natural
 from sj_taid.training.export import format_metrics
 from sj_taid.training.files import atomic_write
-from sj_taid.training.gather import Metrics, gather, overrides
+from sj_taid.training.gather import Metrics, gather_for_command, overrides
 from sj_taid.training.tables import frame, markdown, present, summary, text
 
 ROOT = RESULTS.parent
@@ -58,11 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="folders that hold runs to store")
     options = parser.parse_args(arguments)
     if options.folders:
-        finished, left_out = gather(options.folders)
-        for folder, reason in left_out.items():
-            print(f"left out: {folder} ({reason})")
-        for line in store(finished):
-            print(line)
+        finished, _ = gather_for_command(parser, options.folders)
+        print(*store(finished), sep="\n")
     start_maps.draw_all()
     for page in PAGES:
         with atomic_write(page) as temporary:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from .columns import METRICS
 from .files import atomic_write
-from .gather import Metrics, gather
+from .gather import Metrics, gather_for_command
 from .plot import save
 from .tables import frame, heading, markdown, present, summary
 
@@ -29,13 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders that hold runs")
     parser.add_argument("--out", type=Path, help="where to write; default: the first folder")
     options = parser.parse_args(arguments)
+    finished, _ = gather_for_command(parser, options.folders)
+    show(summary([*finished.values()]).astype(str))
     try:
-        finished, left_out = gather(options.folders)
-        for folder, reason in left_out.items():
-            print(f"left out: {folder} ({reason})")
-        if not finished:
-            parser.error("no finished run; an interrupted one resumes when its command is repeated")
-        show(summary([*finished.values()]).astype(str))
         write(finished, options.out or options.folders[0])
     except OSError as error:
         parser.error(str(error))

@@ -1,5 +1,6 @@
 """Gathering the metrics of the runs below some folders."""
 
+from argparse import ArgumentParser
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,21 @@ def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str
         raise FileNotFoundError(
             f"no run below {', '.join(map(str, folders))}: a run's folder holds {run.CONFIG}"
         )
+    return finished, left_out
+
+
+def gather_for_command(
+    parser: ArgumentParser, folders: Iterable[Path]
+) -> tuple[dict[Path, Metrics], dict[Path, str]]:
+    """Gather, print what is left out, and exit with a message if no run is finished."""
+    try:
+        finished, left_out = gather(folders)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    for folder, reason in left_out.items():
+        print(f"left out: {folder} ({reason})")
+    if not finished:
+        parser.error("no finished run; an interrupted one resumes when its command is repeated")
     return finished, left_out
 
 

@@ -34,7 +34,7 @@ from .columns import COLUMNS as MEASURED
 from .columns import METRICS, Column
 from .evaluation import seeded
 from .files import atomic_write
-from .gather import Metrics, gather
+from .gather import Metrics, gather_for_command
 from .plot import time_shares
 from .run import Run, build, read_checkpoint
 from .tables import frame, heading, means, present
@@ -292,7 +292,7 @@ def page(
     best: int = 12,
     trust: Sequence[str] = (),
 ) -> str:
-    """The HTML of the runs, and of what :func:`gather` left out.
+    """The HTML of the runs, and of what ``gather`` left out.
 
     Args:
         runs: metrics, by the run's folder.
@@ -358,14 +358,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trust", nargs="+", default=(), help="custom classes that runs name")
     options = parser.parse_args(arguments)
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
+    runs, left_out = gather_for_command(parser, options.folders)
+    html = page(runs, left_out, options.best, options.trust)
+    out = options.out or options.folders[0] / "report.html"
     try:
-        runs, left_out = gather(options.folders)
-        if not runs:
-            parser.error("no finished run; an interrupted one resumes when its command is repeated")
-        out = options.out or options.folders[0] / "report.html"
-        html = page(runs, left_out, options.best, options.trust)
         with atomic_write(out) as temporary:
             temporary.write_text(html, encoding="utf-8")
     except OSError as error:
         parser.error(str(error))
-    print(f"{len(runs)} runs are in {out}; left out: {len(left_out)}")
+    print(f"{out}: {len(runs)} of {len(runs) + len(left_out)} runs")

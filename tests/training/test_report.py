@@ -10,7 +10,7 @@ import pytest
 import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 
-from sj_taid.training import cli, load_model, report, run
+from sj_taid.training import cli, gather, load_model, report, run
 from sj_taid.training.commands import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -90,7 +90,7 @@ def test_inspect_shows_what_the_checkpoint_does(sweep):
 
 
 def test_page_shows_runs_without_checkpoints(runs):
-    finished, left_out = report.gather([runs])
+    finished, left_out = gather.gather([runs])
     html = report.page(finished, left_out | {runs: "<script>"})
     assert html.count("no checkpoint at") == 4 and "data-figure" in html
     assert "metrics.json is damaged" in html and "&lt;script&gt;" in html
@@ -105,7 +105,7 @@ def test_page_notes_the_error_of_a_run_that_cannot_be_built(sweep, monkeypatch):
 
     inspect = report.inspect
     monkeypatch.setattr(report, "inspect", fail)
-    html = report.page(report.gather([sweep])[0], {})
+    html = report.page(gather.gather([sweep])[0], {})
     assert "TypeError: unexpected keyword argument &#39;gone&#39;" in html
     assert "Firing and decoding" in html
 
