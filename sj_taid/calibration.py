@@ -153,8 +153,8 @@ def calibrate(
     rows = []
     for node, path in calibration.paths.items():
         old, new = before[node], after[node]
+        rates, thresholds = (old.firing_rate, new.firing_rate), (old.v_threshold, new.v_threshold)
         note = calibration.explain(node, new.firing_rate)
-        rates, thresholds = zip(*((s.firing_rate, s.v_threshold) for s in (old, new)), strict=True)
         rows.append(Calibrated(path, *rates, *thresholds, note))
     return CalibrationReport(tuple(rows))
 

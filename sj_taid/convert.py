@@ -1,19 +1,21 @@
 """Conversion of SpikingJelly's neurons to ALIF and back, with equal outputs."""
 
+import copy
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import base, functional, neuron
 from torch import Tensor, nn
 
 from . import _compat
 from ._checks import check_net
 from ._table import table
-from ._tree import Site, copy_net, find_modules, replace_modules
 from .folding import fold_thresholds
 from .neuron import ALIFNode
 from .ops import backends
@@ -25,7 +27,17 @@ _KINDS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 #: sigmoid(-128) is 0 in float32: no leak, the IF neuron. Finite, so that averages keep it.
 NO_LEAK_W = -128.0
 
-_HIDDEN = "a Python list, dict or tuple hides it from torch; use nn.ModuleList or nn.ModuleDict"
+#: Where torch keeps a module's hooks. The dictionaries move, so handles to remove them still work.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 Channels = str | Mapping[str, int] | Callable[[str, nn.Module], int | None] | None
 
@@ -35,7 +47,7 @@ class Swap:
     """What :func:`.swap_neurons` did with one neuron.
 
     Attributes:
-        names: every path to it in the net, also in lists, dicts and tuples.
+        names: every path to it in the net.
         kind: the class it had.
         swapped: whether it was replaced.
         note: how equal the outputs are, or why it was not replaced.
@@ -96,8 +108,9 @@ def swap_neurons(
     leads away from there, so its ``w`` is frozen and only its threshold learns.
 
     Kept and reported: subclasses of these nodes and other neurons; nodes that ``filter`` declines,
-    with a tensor for a threshold, a tau of 1 or a precision policy; neurons that only a list, dict
-    or tuple holds; ``net`` itself. A replaced neuron that still runs from a closure warns.
+    with a tensor for a threshold, a tau of 1 or a precision policy; ``net`` itself. A neuron in a
+    Python list, which hides it from ``parameters()`` too, is not seen: use ``nn.ModuleList``. A
+    replaced neuron that still runs, since a list or a closure holds it, warns.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -125,9 +138,9 @@ def swap_neurons(
     """
     check_net(net, "swap_neurons")
     backends.check_name(backend)
-    sites = find_modules(net, neuron.BaseNode)
+    sites = _find_neurons(net, neuron.BaseNode)
     counts, unknown = _count_channels(net, sites, channels, example_input)
-    options = {
+    options: dict[str, Any] = {
         "learn_tau": learn_tau,
         "learn_threshold": learn_threshold,
         "min_v_threshold": min_v_threshold,
@@ -139,12 +152,12 @@ def swap_neurons(
         reason = _why_keep(site, filter) or unknown.get(site.path)
         if reason is None:
             try:
-                new_of[site.module] = _to_alif(site, counts.get(site.path), **options)
+                new_of[site.node] = _to_alif(site, counts.get(site.path), **options)
             except ValueError as error:
                 raise ValueError(f"the neuron {site.path!r}: {error}") from error
         note = reason or _describe_equality(site)
-        rows.append(Swap(site.paths, type(site.module).__name__, reason is None, note))
-    replace_modules(net, new_of)
+        rows.append(Swap(site.paths, type(site.node).__name__, reason is None, note))
+    _replace(net, new_of)
     name_neurons(net)
     _compat.forget_reset_cache(net)
     return SwapReport(tuple(rows))
@@ -188,7 +201,7 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     """
     check_net(net, "to_lif")
     # A net that is one neuron has no parent to hold the new node.
-    holder = nn.ModuleList([copy_net(net)])
+    holder = nn.ModuleList([_copy_net(net)])
     for module in holder.modules():
         if isinstance(module, ALIFNode):
             module.apply_norm(None)
@@ -199,21 +212,80 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
         warnings.warn(message, stacklevel=2)
     refused = []
     new_of: dict[nn.Module, nn.Module] = {}
-    for site in find_modules(holder, ALIFNode):
+    for site in _find_neurons(holder, ALIFNode):
         reason = _why_no_lif(site)
         if reason is None:
-            new_of[site.module] = _to_lif(site.module)
+            new_of[site.node] = _to_lif(site.node)
         else:
             paths = tuple(map(_path_in_net, site.paths))
-            refused.append(Swap(paths, type(site.module).__name__, False, reason))
+            refused.append(Swap(paths, type(site.node).__name__, False, reason))
     if refused:
         message = f"LIFNode cannot express {len(refused)} of the neurons:\n{_table(refused)}"
         if strict:
             raise ValueError(f"{message}\nstrict=False leaves them as they are")
         warnings.warn(message, stacklevel=2)
-    replace_modules(holder, new_of)
+    _replace(holder, new_of)
     _compat.forget_reset_cache(holder)
     return holder[0]
+
+
+class _Site(NamedTuple):
+    """A neuron, every path to it, and the device and dtype of the parameters before it."""
+
+    node: Any
+    paths: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+
+def _find_neurons(net: nn.Module, kind: type) -> list[_Site]:
+    """Every neuron of ``kind`` in ``net``, once."""
+    paths = defaultdict(list)
+    for path, module in net.named_modules(remove_duplicate=False):
+        paths[module].append(path)
+    sites = []
+    near = next(filter(torch.is_floating_point, net.parameters()), torch.empty(0))
+    for module, names in paths.items():
+        near = next(filter(torch.is_floating_point, module.parameters(recurse=False)), near)
+        if isinstance(module, kind):
+            sites.append(_Site(module, tuple(names), near.device, near.dtype))
+    return sites
+
+
+def _replace(net: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace the keys of ``new_of`` in ``net`` by its values, which take over their hooks."""
+    for old, new in new_of.items():
+        new.train(old.training)
+        empty = nn.Module()
+        for hooks in _HOOKS:
+            setattr(new, hooks, getattr(old, hooks))
+            setattr(old, hooks, getattr(empty, hooks))
+        old.register_forward_pre_hook(_warn_replaced)
+    for parent in [*net.modules()]:
+        for name, child in parent._modules.items():
+            parent._modules[name] = new_of.get(child, child)  # type: ignore[arg-type]
+
+
+def _warn_replaced(module: nn.Module, inputs: Any) -> None:
+    warnings.warn(
+        f"a {type(module).__name__} runs that swap_neurons or to_lif has replaced: something such "
+        "as a Python list or a closure still holds it; use nn.ModuleList, or look the neuron up in "
+        "the net when it is called",
+        stacklevel=5,
+    )
+
+
+def _copy_net(net: nn.Module) -> nn.Module:
+    """A deep copy with the voltages too, which torch does not copy if they have a graph."""
+    memories = (m.memories() for m in net.modules() if isinstance(m, base.MemoryModule))
+    attributes = (vars(m).values() for m in net.modules())
+    held = chain.from_iterable(chain(memories, attributes))
+    computed = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(net, {id(value): value.detach().clone() for value in computed})
 
 
 def _path_in_net(path: str) -> str:
@@ -221,20 +293,18 @@ def _path_in_net(path: str) -> str:
     return path.removeprefix("0").removeprefix(".") or "net"
 
 
-def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
+def _why_keep(site: _Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
     """Why a neuron is not swapped, or ``None``."""
-    node = site.module
+    node = site.node
     if isinstance(node, ALIFNode):
         return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
     if type(node) not in _KINDS:
-        base = next((kind for kind in _KINDS if isinstance(node, kind)), None)
-        if base is None:
+        known = next((kind for kind in _KINDS if isinstance(node, kind)), None)
+        if known is None:
             return "not a LIF, PLIF or IF neuron"
-        return f"a subclass of {base.__name__}, which may behave differently"
+        return f"a subclass of {known.__name__}, which may behave differently"
     if not site.path:
         return "it is the net itself; put it in a module: nn.Sequential(net)"
-    if site.hidden:
-        return _HIDDEN
     if filter is not None and not filter(site.path, node):
         return "declined by filter"
     if isinstance(node.v_threshold, Tensor):
@@ -246,14 +316,12 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
     return None
 
 
-def _why_no_lif(site: Site) -> str | None:
+def _why_no_lif(site: _Site) -> str | None:
     """Why a LIF node cannot express an ALIF, or ``None``."""
-    node = site.module
+    node = site.node
     taus, thresholds = node.tau.unique().tolist(), node.effective_v_threshold.unique().tolist()
     if type(node) is not ALIFNode:
         return "a subclass of ALIFNode, whose own behaviour LIF would lose"
-    if site.hidden:
-        return _HIDDEN
     if any(math.isnan(value) for value in (*taus, *thresholds)):
         return "its tau or threshold is nan: its training diverged, take an earlier checkpoint"
     if len(taus) > 1 or len(thresholds) > 1:
@@ -265,8 +333,8 @@ def _why_no_lif(site: Site) -> str | None:
     return None
 
 
-def _to_alif(site: Site, channels: int | None, learn_tau: bool, **options: Any) -> ALIFNode:
-    node = site.module
+def _to_alif(site: _Site, channels: int | None, learn_tau: bool, **options: Any) -> ALIFNode:
+    node = site.node
     alif = ALIFNode(
         decay_input=getattr(node, "decay_input", False),  # an IF node does not scale its input
         v_threshold=node.v_threshold,
@@ -330,9 +398,9 @@ def _nearest_w(tau: float, dtype: torch.dtype) -> float:
     return min(candidates, key=lambda c: abs(c.sigmoid().item() - 1.0 / tau)).item()
 
 
-def _describe_equality(site: Site) -> str:
+def _describe_equality(site: _Site) -> str:
     """How equal the outputs of a swapped neuron are to those it had."""
-    node, notes = site.module, []
+    node, notes = site.node, []
     if isinstance(node, neuron.ParametricLIFNode):
         equal = _compat.FUNCTIONAL_STATES or node.decay_input
     elif isinstance(node, neuron.LIFNode):
@@ -347,7 +415,7 @@ def _describe_equality(site: Site) -> str:
 
 
 def _count_channels(
-    net: nn.Module, sites: list[Site], channels: Channels, example_input: Any
+    net: nn.Module, sites: list[_Site], channels: Channels, example_input: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Path -> C or ``None``, and path -> why C is unknown."""
     if channels is None:
@@ -366,7 +434,7 @@ def _count_channels(
             )
         return counts, {}
     if callable(channels):
-        return {site.path: channels(site.path, site.module) for site in sites}, {}
+        return {site.path: channels(site.path, site.node) for site in sites}, {}
     raise ValueError(
         "channels must be None, 'infer', a mapping from paths to numbers of channels, or a "
         f"function of path and node, but it is {channels!r}"
@@ -374,12 +442,12 @@ def _count_channels(
 
 
 def _infer_channels(
-    net: nn.Module, sites: list[Site], example_input: Any
+    net: nn.Module, sites: list[_Site], example_input: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Run a copy of ``net``, so that its statistics, states and flags stay as they are."""
-    trial = copy_net(net).eval()
+    trial = _copy_net(net).eval()
     functional.reset_net(trial)  # its voltages may be of another batch
-    seen: dict[str, set[int | None]] = {site.path: set() for site in sites if not site.hidden}
+    seen: dict[str, set[int | None]] = {site.path: set() for site in sites}
 
     def record(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(node: Any, inputs: tuple[Any, ...]) -> None:

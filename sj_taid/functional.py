@@ -108,8 +108,8 @@ def alif_step(
     >>> spike.item(), v.item()  # H = 0.5 fires and resets to 0
     (1.0, 0.0)
     """
-    spike_seq, v, _ = alif_multi_step(as_sequence(x), v, w, v_threshold, **options)
-    return spike_seq[0], v
+    spike_seq, v_last, _ = alif_multi_step(as_sequence(x), v, w, v_threshold, **options)
+    return spike_seq[0], v_last
 
 
 def as_sequence(x: Tensor) -> Tensor:
