@@ -1,4 +1,4 @@
-"""Which epoch's figures, on which set: the last, the best on validation, the best on the test."""
+"""Metrics by epoch and set: the last epoch, the best on validation, the best on the test set."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.training.conftest import (
     weights,
 )
 
-#: learns something in two epochs
+#: It learns something in two epochs.
 JOB = [
     *TINY_CLASSIFICATION, "model.hidden=32", "model.dropout=[0,0]", "optimizer.lr=1e-2",
     "trainer.max_epochs=4", "trainer.limit_train_batches=20", "trainer.limit_val_batches=null",
@@ -27,7 +27,7 @@ JOB = [
 
 
 class Spoil(L.Callback):
-    """Nothing is learned in the third epoch and later: so the best epoch is not the last."""
+    """Forgets everything from the third epoch on, so the best epoch is not the last."""
 
     def on_train_epoch_start(self, trainer, task):
         if trainer.current_epoch == 2:
@@ -62,7 +62,7 @@ def evaluated(checkpoint):
     return evaluate(cfg)["figures"]
 
 
-def test_the_epoch_that_is_best_on_validation_is_kept_and_tested(job, tmp_path, monkeypatch):
+def test_best_validation_epoch_is_saved_and_tested(job, tmp_path, monkeypatch):
     tested_in = []
     test_dataloader = Digits.test_dataloader
     monkeypatch.setattr(
@@ -84,12 +84,12 @@ def test_the_epoch_that_is_best_on_validation_is_kept_and_tested(job, tmp_path, 
     how = "trained on 1294 samples, tested on 359, validated on 144"
     assert metrics["protocol"]["accuracy_best_validation_epoch"] == how
 
-    # Measured again, elsewhere, no protocol but those of what is measured takes another's place.
+    # A later evaluation updates the protocols of what it measures alone.
     other = compose("evaluate", [f"checkpoint={tmp_path}", "trainer.accelerator=cpu"])
     protocol = evaluate(other)["protocol"]
     assert protocol.keys() == {"accuracy"}
 
-    # Measured again, each checkpoint gives its own figure, and neither takes the other's place.
+    # Evaluated later, each checkpoint gives its own metrics, and neither replaces the other's.
     assert evaluated(tmp_path / run.CHECKPOINTS / "last.ckpt")["accuracy"] == metrics["accuracy"]
     of_best = evaluated(tmp_path / run.CHECKPOINTS / "best.ckpt")
     assert of_best.keys() == {"accuracy_best_validation_epoch", "loss_best_validation_epoch"}
@@ -101,7 +101,7 @@ def test_the_epoch_that_is_best_on_validation_is_kept_and_tested(job, tmp_path, 
     assert read["protocol"] == metrics["protocol"]
 
 
-def test_without_a_validation_set_the_best_epoch_is_the_test_sets(job, tmp_path):
+def test_best_test_epoch_counts_without_a_validation_set(job, tmp_path):
     metrics = train(job("dataset.validation=null", *with_callbacks(Spoil)), tmp_path)
     values = logged(tmp_path, "val/accuracy")
     assert metrics["accuracy_best_test_epoch"] == max(values) > 2 * metrics["accuracy"]
@@ -112,7 +112,7 @@ def test_without_a_validation_set_the_best_epoch_is_the_test_sets(job, tmp_path)
     assert set(metrics["protocol"].values()) == {how}
 
 
-def test_the_best_epoch_survives_a_kill(job, tmp_path):
+def test_best_validation_epoch_survives_a_kill(job, tmp_path):
     undisturbed = train(job(*with_callbacks(Spoil)), tmp_path / "undisturbed")
     with pytest.raises(SystemExit, match="killed"):
         train(job(*with_callbacks(Spoil, Kill)), tmp_path / "run")
@@ -133,13 +133,13 @@ def test_the_best_epoch_survives_a_kill(job, tmp_path):
 @pytest.mark.parametrize(
     ("task", "share"), [("generation", None), ("autoencoding", None), ("classification", 0.1)]
 )
-def test_only_who_chooses_by_accuracy_holds_samples_back(tiny, task, share):
+def test_validation_set_is_for_classifiers_by_default(tiny, task, share):
     for dataset in ("digits", "mnist", "celeba"):
         cfg = tiny(f"task={task}", f"dataset={dataset}", tiny=False)
         assert cfg.dataset.validation == share
 
 
-def test_a_generator_is_measured_on_validation_images_where_it_is_asked_to(tiny, tmp_path):
+def test_generator_is_measured_on_validation_images_on_request(tiny, tmp_path):
     cfg = tiny("dataset.validation=0.1", "objective=validation_fad")
     metrics = train(cfg, tmp_path)
     assert metrics["validation_fad"] > 0 and metrics["validation_fad"] != metrics["fad"]
@@ -151,13 +151,13 @@ def test_a_generator_is_measured_on_validation_images_where_it_is_asked_to(tiny,
     assert not run.Run(tmp_path).best.exists()
 
 
-def test_too_few_validation_images_show_before_a_training(tiny, tmp_path):
+def test_too_few_validation_images_are_an_error_before_training(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"fad needs at least 4 images, but the number of .* is 3"):
         train(tiny("dataset.validation=0.002"), tmp_path)
     assert not run.Run(tmp_path).checkpoint.exists()
 
 
-def test_validation_images_that_are_enough_for_fad_alone(tiny, tmp_path, monkeypatch):
+def test_few_validation_images_measure_fad_without_fid(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "Inception", Network)
     weights = "metric.inception_weights=weights.pth"
     metrics = train(tiny("dataset.validation=0.003", "metric.samples=10", weights), tmp_path)
@@ -166,7 +166,7 @@ def test_validation_images_that_are_enough_for_fad_alone(tiny, tmp_path, monkeyp
     assert "validation_fid" not in metrics
 
 
-def test_what_other_callbacks_log_is_not_drawn(tiny, tmp_path):
+def test_pictures_draw_no_metric_of_other_callbacks(tiny, tmp_path):
     monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
     train(tiny(*TINY_AUTOENCODING, monitor, "pictures=true", tiny=False), tmp_path)
     (epoch,) = run.read_checkpoint(run.Run(tmp_path).checkpoint)["callbacks"]["Pictures"]["epochs"]
@@ -174,7 +174,7 @@ def test_what_other_callbacks_log_is_not_drawn(tiny, tmp_path):
     assert (tmp_path / "curves.png").is_file()
 
 
-def test_an_autoencoder_is_validated(tiny, tmp_path):
+def test_autoencoder_is_measured_on_validation_images(tiny, tmp_path):
     metrics = train(tiny(*TINY_AUTOENCODING, "dataset.validation=0.1", tiny=False), tmp_path)
     assert metrics["validation_reconstruction"] > 0
     cut = ", stopped by trainer.limit_{}_batches=1"

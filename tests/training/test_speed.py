@@ -1,4 +1,4 @@
-"""Precision and speed by config: the same figures from a compiled model, and from one process."""
+"""Precision and speed by config: the same metrics when compiled and from several processes."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ TASKS = {"generation": TINY, "classification": TINY_CLASSIFICATION}
 
 
 @pytest.mark.slow
-def test_a_compiled_model_learns_the_same_and_saves_the_same(tiny, tmp_path):
+def test_compiled_model_trains_and_saves_alike(tiny, tmp_path):
     eager = train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path / "eager")
     options = [*TINY_CLASSIFICATION, "compile={backend:eager}"]
     # A run needs three graphs, to train, validate and test; so does each further one of a sweep.
@@ -42,21 +42,21 @@ def test_what_compile_takes(tiny, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
-def test_precision(tiny, tmp_path, precision):
+def test_precision_keeps_float32_weights(tiny, tmp_path, precision):
     cfg = tiny(*TINY_CLASSIFICATION, f"trainer.precision={precision}", tiny=False)
     assert train(cfg, tmp_path)["loss"] > 0
     state = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)["state_dict"]
     assert all(v.dtype == torch.float32 for v in state.values() if v.is_floating_point())
 
 
-def test_gradients_accumulate(tiny, tmp_path):
+def test_accumulate_grad_batches_takes_fewer_steps(tiny, tmp_path):
     options = ("trainer.limit_train_batches=4", "trainer.accumulate_grad_batches=2")
     train(tiny(*TINY_CLASSIFICATION, *options, tiny=False), tmp_path)
     assert torch.load(run.Run(tmp_path).checkpoint, weights_only=True)["global_step"] == 2
 
 
 @pytest.mark.slow
-def test_the_first_of_two_processes_measures_alone(tmp_path, cache):
+def test_two_processes_measure_once(tmp_path, cache):
     command = script(
         "train.py", *TINY, "trainer.devices=2", "callbacks=quiet", f"cache_dir={cache}",
         f"hydra.run.dir={tmp_path / 'run'}",
@@ -71,10 +71,8 @@ def test_the_first_of_two_processes_measures_alone(tmp_path, cache):
     assert "MEMBER: 2/2" in done.stderr
 
 
-def test_every_process_waits_for_the_figures_before_it_waits_for_the_others(
-    tiny, tmp_path, monkeypatch
-):
-    """Or it gives up while the first trains FAD's autoencoder: for that no time is set."""
+def test_process_waits_for_measurements_before_the_others(tiny, tmp_path, monkeypatch):
+    """Training FAD's autoencoder may take longer than a process group's time limit."""
 
     def measured(*_):
         raise SystemExit("measured")
@@ -89,13 +87,13 @@ def test_every_process_waits_for_the_figures_before_it_waits_for_the_others(
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("task", TASKS)
-def test_on_a_gpu(tiny, tmp_path, task, mode):
+def test_gpu_trainer_trains(tiny, tmp_path, task, mode):
     sizes = [o for o in TASKS[task] if o != "trainer.accelerator=cpu"]
     cfg = tiny(*sizes, "trainer=gpu", f"compile.mode={mode}", "trainer.max_epochs=2", tiny=False)
     metrics = train(cfg, tmp_path)
     assert metrics[cfg.objective] >= 0 and metrics["epochs"] == 2
 
 
-def test_the_gpu_config_composes(tiny):
+def test_gpu_trainer_composes(tiny):
     cfg = tiny("trainer=gpu", "compile.mode=reduce-overhead")
     assert cfg.trainer.precision == "bf16-mixed" and cfg.compile == {"mode": "reduce-overhead"}
