@@ -10,11 +10,8 @@ import warnings
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
-
-from .ops.alif import reference
 
 SPIKINGJELLY_VERSION: str = version("spikingjelly")
 FUNCTIONAL_STATES: bool = hasattr(neuron.BaseNode, "single_step_functional_forward")
@@ -67,58 +64,25 @@ if FUNCTIONAL_STATES:
 else:
 
     class BaseNode(neuron.BaseNode):  # type: ignore[no-redef]
-        """0.0.0.0.14's ``BaseNode`` over the functional forwards of 2.x.
-
-        The hooks ``neuronal_charge``, ``neuronal_fire`` and ``neuronal_reset`` work on ``self.v``
-        as in 0.0.0.0.14. A subclass that overrides one of them is run by them, step by step.
-        """
+        """0.0.0.0.14's ``BaseNode`` over the functional forwards of 2.x."""
 
         v: Any
 
+        def __init_subclass__(cls) -> None:
+            overridden = {"neuronal_charge", "neuronal_fire", "neuronal_reset"} & vars(cls).keys()
+            if overridden:
+                raise TypeError(
+                    f"{cls.__name__} overrides {', '.join(sorted(overridden))}, which ALIF does "
+                    "not call: override single_step_functional_forward and "
+                    "multi_step_functional_forward, as on SpikingJelly 2.x"
+                )
+
         def single_step_forward(self, x: Tensor) -> Tensor:
-            if self._overrides_a_hook():
-                return super().single_step_forward(x).to(x.dtype)
             states = self.materialize_states((x,), (self.v,), "s")
             (spike,), (self.v,) = self.single_step_functional_forward((x,), states)
             return spike
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.step_mode == "m" and self._overrides_a_hook():
-                return neuron.BaseNode.multi_step_forward(self, x)
-            return super().forward(x)
-
-        def neuronal_charge(self, x: Tensor) -> None:
-            """Charge ``self.v`` with one step of input ``[N, *]``."""
-            self.v_float_to_tensor(x)
-            q = reference.per_channel(self.w.to(self.v.dtype).sigmoid(), x.unsqueeze(0))
-            self.v = reference.charge(x, self.v, q, self.decay_input, self.v_reset)
-
-        def neuronal_fire(self) -> Tensor:
-            """The spikes of the charged ``self.v``."""
-            return self.surrogate_function(self.v - self._threshold())
-
-        def neuronal_reset(self, spike: Tensor) -> None:
-            """Reset ``self.v`` where ``spike`` is one."""
-            self.v = reference.reset(
-                self.v, spike, self._threshold(), self.v_reset, self.detach_reset
-            )
-
-        def v_float_to_tensor(self, x: Tensor) -> None:
-            """Start from a tensor in the dtype of the state, float32 for half-precision input."""
-            if not isinstance(self.v, Tensor):
-                self.v = torch.full_like(x.data, self.v, dtype=reference.state_dtype(x.dtype))
 
         def materialize_states(
             self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
         ) -> tuple[Any, ...]:
             return states
-
-        def _threshold(self) -> Tensor:
-            threshold = self.effective_v_threshold.to(self.v.dtype)
-            return reference.per_channel(threshold, self.v.unsqueeze(0))
-
-        def _overrides_a_hook(self) -> bool:
-            return any(
-                getattr(type(self), hook) is not getattr(BaseNode, hook)
-                for hook in ("neuronal_charge", "neuronal_fire", "neuronal_reset")
-            )
