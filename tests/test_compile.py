@@ -58,7 +58,7 @@ def _fresh_compiler():
 
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_whole_graph_gives_the_same_outputs_and_gradients(options, step_mode):
+def test_compile_gives_equal_outputs_and_gradients(options, step_mode):
     net, x = make_net(step_mode, **options), inputs(step_mode)
     expected = outputs_and_gradients(net, net, x)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -68,7 +68,7 @@ def test_whole_graph_gives_the_same_outputs_and_gradients(options, step_mode):
         assert torch.equal(got[name], want), name
 
 
-def test_no_graph_breaks_from_step_to_step_and_into_an_image():
+def test_compile_has_no_graph_breaks():
     net = nn.Sequential(make_net(), TAID(T=3))
     assert torch._dynamo.explain(net)(inputs()).graph_break_count == 0
     functional.reset_net(net)
@@ -77,7 +77,7 @@ def test_no_graph_breaks_from_step_to_step_and_into_an_image():
         assert torch._dynamo.explain(step)(inputs("s")).graph_break_count == 0
 
 
-def test_resetting_before_each_sequence_compiles_once():
+def test_compile_once_with_resets():
     net, x = make_net(), inputs()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(net, fullgraph=True, backend=counter)
@@ -88,7 +88,7 @@ def test_resetting_before_each_sequence_compiles_once():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_batches_of_all_sizes_share_their_graphs(channels_last):
+def test_compile_shares_graphs_between_batch_sizes(channels_last):
     node = ALIFNode(v_threshold=0.2, step_mode="m")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(node, fullgraph=True, dynamic=True, backend=counter)
@@ -111,7 +111,7 @@ def test_batches_of_all_sizes_share_their_graphs(channels_last):
     [{}, {"v_reset": None, "channels": 5, "surrogate_function": surrogate.S2NN()}],
     ids=["hard", "soft"],
 )
-def test_the_definition_compiles_with_dynamic_shapes(options):
+def test_compile_the_definition_with_dynamic_shapes(options):
     net = make_net(backend="torch", **options)
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (2, 5):
@@ -121,7 +121,7 @@ def test_the_definition_compiles_with_dynamic_shapes(options):
             assert torch.equal(got, expected[name]), name
 
 
-def test_auto_without_a_fused_backend_says_why_once_and_compiles(monkeypatch):
+def test_compile_without_a_fused_backend_warns_once(monkeypatch):
     def load():
         raise ModuleNotFoundError("No module named 'numba'")
 
@@ -137,7 +137,7 @@ def test_auto_without_a_fused_backend_says_why_once_and_compiles(monkeypatch):
         assert torch.equal(got[name], want), name
 
 
-def test_autocast_under_compile():
+def test_compile_under_autocast():
     net, x = make_net(), inputs()
 
     def forward(x):
@@ -153,7 +153,7 @@ def test_autocast_under_compile():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for the CPU with g++")
-def test_inductor():
+def test_compile_with_inductor():
     net, x = make_net("s"), inputs("s")
     expected = outputs_and_gradients(net, net, x)
     got = outputs_and_gradients(net, torch.compile(net, fullgraph=True), x)
@@ -210,7 +210,7 @@ def loss_of(net):
     ids=["Triangle", "ATan"],
 )
 @pytest.mark.parametrize("step_mode", ["s", "m"])
-def test_functional_call_and_grad(step_mode, surrogate_function):
+def test_func_grad_equals_autograd(step_mode, surrogate_function):
     net = make_net(step_mode, surrogate_function, backend="torch")
     x = inputs(step_mode)
     loss, parameters = loss_of(net)
@@ -221,7 +221,7 @@ def test_functional_call_and_grad(step_mode, surrogate_function):
 
 
 @unknown_surrogate
-def test_vmap_gives_the_gradients_of_each_sample():
+def test_func_vmap_gives_gradients_per_sample():
     net, x = make_net(surrogate_function=Triangle.apply, backend="torch"), inputs()
     loss, parameters = loss_of(net)
     per_sample = torch.func.vmap(torch.func.grad(loss), (None, 1))(parameters, x.unsqueeze(2))

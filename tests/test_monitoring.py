@@ -24,7 +24,7 @@ def make_net():
     return net
 
 
-def test_rates_are_counted_over_calls_and_parameters_are_current():
+def test_monitor_counts_over_calls():
     net = make_net()
     watch = monitor(net, dead=0.0, saturated=1.0)
     x_seq = torch.rand(5, 3, 2)
@@ -48,7 +48,8 @@ def test_rates_are_counted_over_calls_and_parameters_are_current():
         assert watch.state()["0"].firing_rate is None
 
 
-def test_a_net_that_was_compiled_before_is_not_counted_and_says_so():
+def test_monitor_warns_of_a_net_compiled_before():
+    torch.compiler.reset()
     net = nn.Sequential(ALIFNode())
     compiled = torch.compile(net, backend="eager")
     compiled(torch.tensor([[0.0, 3.0]]))
@@ -64,7 +65,7 @@ def test_a_net_that_was_compiled_before_is_not_counted_and_says_so():
     assert watch.state()["0"].firing_rate == 0.5
 
 
-def test_dead_and_saturated_layers_are_named():
+def test_monitor_names_dead_and_saturated_layers():
     net = nn.ModuleDict({"dead": ALIFNode(), "busy": ALIFNode(v_threshold=0.1), "fine": ALIFNode()})
     with monitor(net) as watch:
         net["dead"](torch.zeros(4, 3))
@@ -79,7 +80,7 @@ def test_dead_and_saturated_layers_are_named():
     assert all("sj_taid.calibrate(net, x_seq)" in message for message in messages)
 
 
-def test_thresholds_at_their_bound_are_named():
+def test_monitor_names_thresholds_at_their_bound():
     net = nn.ModuleDict({"low": ALIFNode(v_threshold=0.5, min_v_threshold=0.1, channels=3)})
     net["free"] = ALIFNode(v_threshold=0.0)
     net["high"] = ALIFNode(v_threshold=0.2, min_v_threshold=0.1)
@@ -94,7 +95,7 @@ def test_thresholds_at_their_bound_are_named():
         watch.state()
 
 
-def test_hooks_go_and_healthy_layers_are_silent():
+def test_monitor_ends_with_its_block():
     net = nn.Sequential(ALIFNode())
     with monitor(net) as watch:
         net(torch.tensor([[0.0, 3.0]]))
@@ -107,7 +108,7 @@ def test_hooks_go_and_healthy_layers_are_silent():
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), to_lif]
 )
-def test_copies_of_a_watched_net_count_apart(duplicate):
+def test_monitor_in_copies_counts_apart(duplicate):
     net = nn.Sequential(ALIFNode())
     watch = monitor(net)
     net(torch.tensor([[0.0, 3.0]]))
@@ -117,7 +118,7 @@ def test_copies_of_a_watched_net_count_apart(duplicate):
 
 
 @pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="these neurons are SpikingJelly 2.x's")
-def test_neurons_that_give_more_than_zeros_and_ones():
+def test_monitor_of_ternary_and_traced_neurons():
     ternary = nn.Sequential(neuron.TernaryIFNode(v_threshold=1.0, step_mode="m"))
     with monitor(ternary, saturated=1.0) as watch:
         spikes = ternary(torch.tensor([[[2.0, -2.0, 0.0, -2.0]]]))
@@ -129,7 +130,7 @@ def test_neurons_that_give_more_than_zeros_and_ones():
 
 
 @pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])
-def test_nan_is_no_dead_layer(kind):
+def test_monitor_tells_nan_from_dead(kind):
     net = nn.Sequential(nn.Identity(), kind())
     with monitor(net) as watch:
         net(torch.tensor([[math.nan, 3.0]]))
@@ -143,7 +144,7 @@ def test_nan_is_no_dead_layer(kind):
     assert watch.layers()["1"].firing_rate is None
 
 
-def test_bad_arguments():
+def test_monitor_refuses_bad_arguments():
     with pytest.raises(ValueError, match="no neurons to watch: no module is a BaseNode"):
         monitor(nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"dead=0\.5, saturated=0\.1"):

@@ -27,7 +27,7 @@ def inputs(T=6):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_single_multi_and_functional_forward_agree_to_the_bit(options):
+def test_alif_node_gives_equal_bits_in_every_step_mode(options):
     node = ALIFNode(init_tau=1.7, v_threshold=0.6, backend="torch", **options)
     x_seq = inputs()
 
@@ -52,7 +52,7 @@ def test_single_multi_and_functional_forward_agree_to_the_bit(options):
         assert torch.equal(v_sequence, v)
 
 
-def test_state_carries_over_between_sequences_until_reset():
+def test_state_carries_over_until_reset():
     node = ALIFNode(step_mode="m")
     x_seq = inputs()
     whole = node(x_seq)
@@ -60,7 +60,7 @@ def test_state_carries_over_between_sequences_until_reset():
     assert torch.equal(torch.cat([node(x_seq[:2]), node(x_seq[2:])]), whole)
 
 
-def test_store_v_seq():
+def test_alif_node_stores_v_seq():
     node = ALIFNode(step_mode="m", store_v_seq=True)
     x_seq = inputs()
     node(x_seq)
@@ -92,16 +92,7 @@ def test_detach_net_cuts_the_graph():
     assert not node.v.requires_grad
 
 
-def test_batch_size_may_change_after_a_reset_only():
-    node = ALIFNode(step_mode="m")
-    node(inputs())
-    with pytest.raises(ValueError, match=r"\[3, 5, 4\].*\[2, 5, 4\].*reset_net"):
-        node(inputs()[:, :2])
-    functional.reset_net(node)
-    assert node(inputs()[:, :2]).shape == (6, 2, 5, 4)
-
-
-def test_state_dict_holds_the_parameters_only_and_plifs_w_loads():
+def test_state_dict_holds_parameters_and_loads_plifs():
     plif = neuron.ParametricLIFNode(init_tau=3.5)
     node = ALIFNode()
     node(inputs()[0])
@@ -130,7 +121,7 @@ def test_frozen_parameters_get_no_gradient():
     assert x.grad.abs().sum() > 0
 
 
-def test_min_v_threshold_bounds_the_threshold_and_lets_it_recover():
+def test_min_v_threshold_lets_the_threshold_recover():
     node = ALIFNode(v_threshold=0.3, min_v_threshold=0.1)
     with torch.no_grad():
         node.v_threshold.fill_(-1.0)
@@ -142,7 +133,7 @@ def test_min_v_threshold_bounds_the_threshold_and_lets_it_recover():
     assert node.v_threshold.grad < 0
 
 
-def test_a_threshold_at_its_bound_stays_near_it_and_rises_as_soon_as_it_should():
+def test_min_v_threshold_keeps_the_threshold_near_it():
     node = ALIFNode(v_threshold=0.2, min_v_threshold=0.1)
     optimizer = torch.optim.Adam([node.v_threshold], lr=1e-3)
 
@@ -156,14 +147,14 @@ def test_a_threshold_at_its_bound_stays_near_it_and_rises_as_soon_as_it_should()
     assert [step(-1.0) for _ in range(40)][-1] > 0.1
 
 
-def test_lower_bound_blocks_only_the_gradient_that_leads_further_down():
+def test_lower_bound_blocks_gradients_further_down():
     p = torch.tensor([-1.0, -1.0, 1.0, 1.0], requires_grad=True)
     lower_bound(p, 0.0).backward(torch.tensor([1.0, -1.0, 1.0, -1.0]))
     assert p.grad.tolist() == [0.0, -1.0, 1.0, -1.0]
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_module_keeps_float32_parameters_and_state(dtype):
+def test_half_keeps_float32_parameters_and_state(dtype):
     net = nn.Sequential(nn.Linear(4, 4), ALIFNode(step_mode="m")).to(dtype)
     spikes = net(inputs().to(dtype))
     assert spikes.dtype == dtype
@@ -176,7 +167,7 @@ def test_half_precision_module_keeps_float32_parameters_and_state(dtype):
     assert node.w.dtype == node.v_threshold.dtype == node.v.dtype == torch.float32
 
 
-def test_autocast_feeds_half_and_gets_half():
+def test_autocast_gives_half_precision_spikes():
     net = nn.Sequential(nn.Linear(4, 4), ALIFNode(step_mode="m"))
     with torch.autocast("cpu", torch.bfloat16):
         spikes = net(inputs())
@@ -186,7 +177,7 @@ def test_autocast_feeds_half_and_gets_half():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
-def test_copies_in_the_middle_of_a_graph_are_independent(duplicate):
+def test_copies_within_a_graph_are_independent(duplicate):
     node = ALIFNode(step_mode="m")
     x_seq = inputs()
     node(x_seq)
@@ -196,38 +187,38 @@ def test_copies_in_the_middle_of_a_graph_are_independent(duplicate):
     assert twin.w is not node.w
 
 
-def test_v_reset_and_thresholds_may_be_integers():
+def test_alif_node_takes_integers():
     node = ALIFNode(init_tau=2, v_threshold=1, v_reset=0, step_mode="m")
     plif = neuron.ParametricLIFNode(init_tau=2.0, step_mode="m")
     x_seq = inputs()
     assert torch.equal(node(x_seq), plif(x_seq))
 
 
-def test_repr_names_what_a_person_looks_for():
+def test_repr_shows_parameters_and_options():
     text = repr(ALIFNode(init_tau=3.0, v_threshold=0.5, channels=2))
     for part in ("tau=3..3", "v_threshold=0.5..0.5", "backend=auto", "channels=2"):
         assert part in text
 
 
-def test_what_has_no_values_yet_prints():
+def test_repr_without_values():
     for channels in (None, 3):
         assert "tau=?, v_threshold=?" in repr(ALIFNode(channels=channels).to("meta"))
 
 
-def test_a_backend_by_position_is_refused():
+def test_alif_node_refuses_a_backend_by_position():
     """As PLIF of 0.0.0.0.14 takes it."""
     with pytest.raises(TypeError, match=r"store_v_seq must be .*'torch'; .* by its name: backend"):
         ALIFNode(2.0, True, 1.0, 0.0, surrogate.ATan(), False, "m", "torch")
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.5, -2, 1e300, math.inf, math.nan, "2"])
-def test_init_tau_is_above_one_and_finite_in_float32(tau):
+def test_alif_node_refuses_bad_init_tau(tau):
     with pytest.raises(ValueError, match=r"init_tau must be .* greater than 1 and less than 1e38"):
         ALIFNode(init_tau=tau)
     assert ALIFNode(init_tau=9.9e37).tau.isfinite()
 
 
-def test_numpys_numbers_are_numbers():
+def test_alif_node_takes_numpy_numbers():
     node = ALIFNode(init_tau=np.float32(4), channels=np.int64(3))
     assert node.tau.tolist() == pytest.approx([4.0] * 3) and type(node.channels) is int
 
@@ -245,7 +236,7 @@ def test_numpys_numbers_are_numbers():
         ({"v_reset": -math.inf}, "v_reset must be a finite number or None, but it is -inf"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_alif_node_refuses_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         ALIFNode(**options)
 
@@ -272,7 +263,7 @@ def test_channels_must_match():
         ALIFNode(channels=7, step_mode="m")(inputs())
 
 
-def test_functional_rejects_a_matrix_of_parameters():
+def test_alif_multi_step_refuses_a_matrix_of_parameters():
     with pytest.raises(ValueError, match="scalar or one value per channel"):
         alif_multi_step(inputs(), 0.0, torch.zeros(5, 4), torch.tensor(1.0))
 
@@ -286,7 +277,7 @@ def test_functional_rejects_a_matrix_of_parameters():
         (None, torch.tensor(0.0), torch.tensor(1.0), "v must be a tensor or a number.* None"),
     ],
 )
-def test_functional_says_what_is_to_be_a_tensor(v, w, v_threshold, message, backend):
+def test_alif_multi_step_refuses_numbers_for_tensors(v, w, v_threshold, message, backend):
     with pytest.raises(TypeError, match=message):
         alif_multi_step(inputs(), v, w, v_threshold, backend=backend)
 
@@ -304,7 +295,7 @@ def test_empty_batch():
     assert node.w.grad == 0
 
 
-def test_learns_time_constant_and_threshold():
+def test_alif_node_learns_time_constant_and_threshold():
     """A neuron that fires too much raises its threshold and its time constant."""
     node = ALIFNode(
         init_tau=2.0, v_threshold=0.4, step_mode="m", surrogate_function=surrogate.ATan()
@@ -323,7 +314,7 @@ def test_learns_time_constant_and_threshold():
     assert node.v_threshold > 0.4 and node.tau > 2.0
 
 
-def test_parameters_are_float32_under_a_half_default_dtype():
+def test_half_default_dtype_gives_float32_parameters():
     torch.set_default_dtype(torch.bfloat16)
     try:
         node = ALIFNode()

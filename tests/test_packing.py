@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
 from sj_taid import ALIFNode
+from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.ops import bits
 
 ATAN = surrogate.ATan()
@@ -74,6 +78,10 @@ def assert_packing_changes_nothing(net, x_seq, run=None):
     with sj_taid.packed_spikes(net):
         assert_equal(gradients(net, x_seq, run), expected)
     assert_equal(gradients(net, x_seq, run), expected)
+
+
+def packing(net, on):
+    return sj_taid.packed_spikes(net) if on else nullcontext()
 
 
 def saved_tensors(net, x_seq):
@@ -162,19 +170,6 @@ class HalvedInPlace(ALIFNode):
         return super().multi_step_forward(x_seq).mul_(0.5)
 
 
-class Own(torch.nn.Module):
-    """A custom surrogate: zeros and ones, or not."""
-
-    spiking = True
-
-    def __init__(self, threshold):
-        super().__init__()
-        self.threshold = threshold
-
-    def forward(self, x):
-        return (x - self.threshold).sigmoid() if self.threshold else surrogate.Sigmoid()(x)
-
-
 def half(module, inputs, output):
     return output * 0.5
 
@@ -183,83 +178,74 @@ def half_of_neurons(module, inputs, output):
     return output * 0.5 if isinstance(module, neuron.BaseNode) else None
 
 
-def hooked_surrogate():
-    function = surrogate.ATan()
-    function.register_forward_hook(half)
-    return function
+def hooked(module):
+    module.register_forward_hook(half)
+    return module
+
+
+def halved(forward):
+    return lambda *args: forward(*args) * 0.5
 
 
 def patched(node):
-    forward = node.forward
-    node.forward = lambda *args: forward(*args) * 0.5
+    node.forward = halved(node.forward)
     return node
 
 
-LIF = partial(neuron.LIFNode, surrogate_function=ATAN)
+def spikes_of(x):
+    """A custom surrogate that spikes."""
+    return surrogate.Sigmoid()(x)
+
+
+def smooth(x):
+    return (4 * x).sigmoid()
+
+
+def lif(surrogate_function=ATAN, kind="LIFNode"):
+    return getattr(neuron, kind)(surrogate_function=surrogate_function)
+
+
 NOT_SPIKES = {
     "subclass": Halved,
     "in place": HalvedInPlace,
     "patched ALIF": lambda: patched(ALIFNode()),
-    "patched LIF": lambda: patched(LIF()),
-    "smooth": lambda: neuron.LIFNode(surrogate_function=surrogate.Sigmoid(spiking=False)),
-    "hooked surrogate": lambda: neuron.LIFNode(surrogate_function=hooked_surrogate()),
-    "custom surrogate": lambda: neuron.LIFNode(surrogate_function=Own(0.5)),
-    "custom surrogate of ALIF": lambda: ALIFNode(surrogate_function=Own(0.5), backend="torch"),
-    "function": lambda: neuron.LIFNode(surrogate_function=lambda x: (4 * x).sigmoid()),
-    "counts": lambda: neuron.LIFNode(surrogate_function=surrogate.MultiLevelSpikeCount(3)),
-    "TernaryIFNode": lambda: neuron.TernaryIFNode(surrogate_function=ATAN),
-    "TernaryLIFNode": lambda: neuron.TernaryLIFNode(surrogate_function=ATAN),
-}
-NOT_IN_0_0_0_0_14 = {
-    "counts": (surrogate, "MultiLevelSpikeCount"),
-    "TernaryIFNode": (neuron, "TernaryIFNode"),
-    "TernaryLIFNode": (neuron, "TernaryLIFNode"),
+    "patched LIF": lambda: patched(lif()),
+    "spiking=False": lambda: lif(surrogate.Sigmoid(spiking=False)),
+    "hooked surrogate": lambda: lif(hooked(surrogate.ATan())),
+    "custom surrogate": lambda: lif(smooth),
+    "custom surrogate of ALIF": lambda: ALIFNode(surrogate_function=smooth, backend="torch"),
+    "MultiLevelSpikeCount": lambda: lif(surrogate.MultiLevelSpikeCount(3)),
+    "TernaryIFNode": lambda: lif(kind="TernaryIFNode"),
+    "TernaryLIFNode": lambda: lif(kind="TernaryLIFNode"),
 }
 
 
 @pytest.mark.parametrize("kind", NOT_SPIKES)
 def test_packing_leaves_outputs_that_are_not_zeros_and_ones(kind):
-    if kind in NOT_IN_0_0_0_0_14 and not hasattr(*NOT_IN_0_0_0_0_14[kind]):
+    if any(kind.startswith(name) for name in ("Multi", "Ternary")) and not FUNCTIONAL_STATES:
         pytest.skip("this SpikingJelly does not have it")
     net = linear_net(NOT_SPIKES[kind]())
     gradients(net, vectors())  # TorchScript, of SpikingJelly 0.0.0.0.14, rounds the first otherwise
     assert_packing_changes_nothing(net, vectors())
 
 
-@pytest.mark.parametrize("node", [ALIFNode, LIF])
-@pytest.mark.parametrize("how", ["hook", "prepended hook", "global hook", "patched forward"])
-def test_packing_leaves_outputs_changed_within_the_call(node, how):
+CHANGES = {
+    "hook": lambda node: node.register_forward_hook(half),
+    "prepended hook": lambda node: node.register_forward_hook(half, prepend=True),
+    "global hook": lambda node: register_module_forward_hook(half_of_neurons),
+    "patched forward": lambda node: mock.patch.object(node, "forward", halved(node.forward)),
+}
+
+
+@pytest.mark.parametrize("node", [ALIFNode, lif])
+@pytest.mark.parametrize("change", CHANGES)
+def test_packing_leaves_outputs_changed_within_the_call(node, change):
     net = linear_net(node())
-
-    def changed_gradients(packs):
-        handles = [sj_taid.packed_spikes(net)] if packs else []
-        if how == "patched forward":
-            patched(net[1])
-        elif how == "global hook":
-            handles.append(register_module_forward_hook(half_of_neurons))
-        else:
-            handles.append(net[1].register_forward_hook(half, prepend=how == "prepended hook"))
-        found = gradients(net, vectors())
-        vars(net[1]).pop("forward", None)
-        for handle in handles:
-            handle.remove()
-        return found
-
-    assert_equal(changed_gradients(True), changed_gradients(False))
-
-
-def test_packing_leaves_what_a_forward_changes_in_place():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = make_net()
-
-        def forward(self, x_seq):
-            spikes = self.inner[1](self.inner[0](x_seq))
-            spikes = spikes.mul_(0.5)  # no longer zeros and ones
-            return self.inner[2](spikes) + self.inner[2](spikes + 1)
-
-    assert_packing_changes_nothing(Net(), images())
+    found = []
+    for on in (True, False):
+        with packing(net, on), CHANGES[change](net[1]):
+            found.append(gradients(net, vectors()))
+    assert_equal(*found)
 
 
 @pytest.mark.parametrize(("dilation", "count"), [(1, 2), (3, 1)])
@@ -272,11 +258,29 @@ def test_packing_leaves_pooled_padding(dilation, count):
 
 
 @pytest.mark.parametrize("node", [partial(ALIFNode, backend="torch"), neuron.LIFNode])
-@pytest.mark.parametrize(("threshold", "count"), [(0.5, 0), (0.0, 1)])
-def test_packing_looks_at_the_output_of_a_custom_surrogate(node, threshold, count):
-    net = linear_net(node(surrogate_function=Own(threshold)))
+@pytest.mark.parametrize(("function", "count"), [(smooth, 0), (spikes_of, 1)])
+def test_packing_looks_at_the_output_of_a_custom_surrogate(node, function, count):
+    net = linear_net(node(surrogate_function=function))
     with sj_taid.packed_spikes(net):
         assert len(packed_shapes(net, vectors())) == count
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("node", [ALIFNode, neuron.LIFNode])
+def test_packing_does_not_wait_for_the_device(node):
+    net = make_net(node)
+    with sj_taid.packed_spikes(net), Reads() as reads:
+        gradients(net, images())
+    assert reads.count == 0
 
 
 class Permuted(nn.Module):
@@ -325,21 +329,15 @@ def test_packing_with_gradient_checkpointing(reentrant, packed_in):
         functional.reset_net(net)
         return net(x_seq)
 
-    def run(packed_in):
+    def run(*packed_in):
         net.zero_grad()
-        handles = [sj_taid.packed_spikes(net)] if "forward" in packed_in else []
-        output = checkpoint(block, x_seq, use_reentrant=reentrant)
-        if "backward" not in packed_in:
-            for handle in handles:
-                handle.remove()
-        elif not handles:
-            handles.append(sj_taid.packed_spikes(net))
-        backward(output)
-        for handle in handles:
-            handle.remove()
+        with packing(net, "forward" in packed_in):
+            output = checkpoint(block, x_seq, use_reentrant=reentrant)
+        with packing(net, "backward" in packed_in):
+            backward(output)
         return {name: p.grad.clone() for name, p in net.named_parameters()}
 
-    assert_equal(run(packed_in), run(()))
+    assert_equal(run(*packed_in), run())
 
 
 def test_packing_within_other_hooks():
@@ -367,23 +365,24 @@ def test_packing_step_by_step_and_by_keyword():
         assert packed_shapes(net, 3 * torch.ones(5, 4)) == [(1, 20)]
 
 
-@pytest.mark.parametrize("event", [RuntimeError, KeyboardInterrupt, "remove"])
+class Interrupting(nn.Linear):
+    event = None
+
+    def forward(self, x):
+        if not callable(self.event):
+            raise self.event
+        self.event()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("event", [RuntimeError("stop"), KeyboardInterrupt("stop"), None])
 def test_packing_leaves_no_hooks_behind(event):
-    net = make_net()
-
-    class Interrupting(nn.Conv2d):
-        def forward(self, x):
-            if event == "remove":
-                packed.remove()
-                return super().forward(x.flatten(0, 1))
-            raise event("stop")
-
-    net[2] = Interrupting(4, 3, 3)
+    net = linear_net(ALIFNode())
+    net[2] = Interrupting(3, 2)
     packed = sj_taid.packed_spikes(net)
-    try:
-        net[2](net[1](torch.ones(5, 2, 4, 6, 6)))
-    except (RuntimeError, KeyboardInterrupt) as error:
-        assert str(error) == "stop"
+    net[2].event = event or packed.remove
+    with pytest.raises(type(event), match="stop") if event else nullcontext():
+        net(vectors())
     packed.remove()
     table = torch.zeros(80_000, requires_grad=True)
     table[torch.tensor([70_000])].sum().backward()
@@ -419,15 +418,15 @@ def test_packing_needs_neurons_and_layers():
             sj_taid.packed_spikes(net)
 
 
-@pytest.mark.parametrize("node", [ALIFNode, LIF])
+@pytest.mark.parametrize("node", [ALIFNode, lif])
 def test_packing_leaves_a_later_compilation_alone(node):
     torch._dynamo.reset()
-    net = make_net(node)
+    net = linear_net(node())
     with sj_taid.packed_spikes(net):
-        gradients(net, images())
-        expected = gradients(net, images())
+        gradients(net, vectors())
+        expected = gradients(net, vectors())
         compiled = torch.compile(net, fullgraph=node is ALIFNode, backend="aot_eager")
-        assert_equal(gradients(net, images(), compiled), expected)
+        assert_equal(gradients(net, vectors(), compiled), expected)
 
 
 def test_packing_with_fused_norms():

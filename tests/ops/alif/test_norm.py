@@ -80,13 +80,13 @@ def test_conforms(case):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(6, 3, 5), (1, 2, 3, 2), (4, 700, 3), (2, 2, 130, 40)], ids=str)
-def test_shapes_statistics_and_parameters(shape, affine, training):
+def test_conforms_for_shapes_statistics_and_parameters(shape, affine, training):
     case = Case(shape=shape, channels=shape[2])
     assert_conforms(case, leaves_of(case, affine), training)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_channels_last(training):
+def test_conforms_channels_last(training):
     case = IMAGES.with_(channels=5)
     x = tensors(case)["x"].detach().permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     leaves = leaves_of(case, x=x)
@@ -116,7 +116,7 @@ def test_half_precision_equals_a_float32_copy(frozen, channels_last, training, d
     assert torch.equal(statistics(x.detach()), statistics(x.detach().float()))
 
 
-def test_processes_share_statistics_in_training_alone(monkeypatch):
+def test_norm_shares_statistics_in_training_alone(monkeypatch):
     """As torch's, which reduces nothing in eval mode, with running statistics or without."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for tracked in (True, False):
@@ -126,12 +126,12 @@ def test_processes_share_statistics_in_training_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("joined", [True, False])
-def test_half_precision_takes_no_room_in_float32(joined, dtype):
+@pytest.mark.parametrize("normalises", [True, False])
+def test_half_precision_allocates_no_float32(normalises, dtype):
     case = Case(shape=(8, 4, 16, 16, 16), dtype=dtype, v_init=False)
-    leaves = leaves_of(case, affine=joined)
+    leaves = leaves_of(case, affine=normalises)
     norm = running(case, True)
-    multi_step = normalised(cpu.multi_step, leaves, norm) if joined else cpu.multi_step
+    multi_step = normalised(cpu.multi_step, leaves, norm) if normalises else cpu.multi_step
     g = torch.ones(case.shape, dtype=dtype)
 
     def step():
@@ -150,14 +150,14 @@ def test_half_precision_takes_no_room_in_float32(joined, dtype):
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias", "w", "v_threshold"])
-def test_frozen_leaves(frozen):
+def test_conforms_with_frozen_leaves(frozen):
     leaves = leaves_of(IMAGES)
     leaves[frozen].requires_grad_(False)
     assert_conforms(IMAGES, leaves)
 
 
 @pytest.mark.parametrize("through", [("spike_seq",), ("v",), ("v_seq",)])
-def test_outputs_that_nobody_used(through):
+def test_conforms_through_one_output(through):
     assert_conforms(IMAGES, through=through, store_v_seq="v_seq" in through)
 
 
@@ -174,7 +174,7 @@ def test_statistics_of_a_mean_far_from_zero(size, outlier, bound):
     assert ((var / exact.var(axes, correction=0)) - 1).abs().max() <= bound
 
 
-def test_a_mean_far_from_zero_costs_no_digits():
+def test_norm_of_a_mean_far_from_zero():
     case = IMAGES.with_(v_init=False)
     x = tensors(case)["x"].detach() * 1e-2 + 1e3
     leaves = leaves_of(case, x=x)
@@ -218,20 +218,20 @@ def test_results_do_not_depend_on_threads(monkeypatch):
             assert torch.equal(other[name], value), name
 
 
-def test_the_definition_is_torchs_batch_norm():
+def test_batch_norm_is_torchs():
     x = torch.randn(4, 3, 5, 2, 2)
     norm = Norm(torch.rand(5), torch.rand(5), None, None, True, 0.1, 1e-5)
     want = F.batch_norm(x.flatten(0, 1), None, None, norm.weight, norm.bias, True)
     assert torch.equal(batch_norm(x, norm), want.unflatten(0, (4, 3)))
 
 
-def test_nothing_but_the_input_is_kept():
+def test_norm_saves_the_input_alone():
     case = Case(shape=(8, 4, 16, 8, 8), v_init=False)
     leaves = leaves_of(case)
-    kept = []
+    saved = []
 
     def note(tensor):
-        kept.append(tensor.untyped_storage().nbytes())
+        saved.append(tensor.untyped_storage().nbytes())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -243,7 +243,7 @@ def test_nothing_but_the_input_is_kept():
             store_v_seq=False,
             **case.options(),
         )
-    large = [size for size in kept if size > 4096]
+    large = [size for size in saved if size > 4096]
     assert large == [4 * leaves["x"].numel()]
 
 
@@ -330,7 +330,7 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
-def test_statistics_over_two_processes_are_those_of_one(tmp_path):
+def test_statistics_over_two_processes_equal_one(tmp_path):
     leaves = whole_batch()
     norm = running(Case(shape=(4, 6, 5)), True)
     want = run_shared(reference.multi_step, leaves, norm, cotangent_of(leaves))
@@ -339,8 +339,8 @@ def test_statistics_over_two_processes_are_those_of_one(tmp_path):
     for backend in ("numba", "torch"):
         parts = [rank[backend] for rank in ranks]
         for name in ("spike_seq", "x"):
-            joined = torch.cat([part[name] for part in parts], dim=1)
-            torch.testing.assert_close(joined, want[name], rtol=0, atol=1e-5)
+            whole = torch.cat([part[name] for part in parts], dim=1)
+            torch.testing.assert_close(whole, want[name], rtol=0, atol=1e-5)
         for name in ("weight", "bias", "w", "v_threshold"):  # each process has its own share
             total = sum(part[name] for part in parts)
             torch.testing.assert_close(total, want[name], rtol=1e-5, atol=1e-4)
