@@ -23,7 +23,7 @@ test: install lint ## Lint, type check and test
 
 # The kernels know nothing of SpikingJelly; the fuzz and all else that fires run them on that line too.
 test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
-	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore-glob=*/benchmark --ignore-glob=*/experiments --ignore-glob=*/data --ignore-glob=*/training --ignore-glob=*/test_cpu.py --ignore-glob=*/test_cuda.py --ignore-glob=*/test_kernels.py --ignore-glob=*/test_nvrtc.py
+	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore-glob=*/experiments --ignore-glob=*/data --ignore-glob=*/training --ignore-glob=*/test_cpu.py --ignore-glob=*/test_cuda.py --ignore-glob=*/test_kernels.py --ignore-glob=*/test_nvrtc.py
 
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
 	$(BIN)/python -m pytest -m kernels
