@@ -281,8 +281,8 @@ def every_run() -> str:
     rows = []
     for run in runs:
         protocol, later = run.get("protocol", {}), run["evaluations"]
-        at_once = protocol.keys() - {*chain(*(evaluation["figures"] for evaluation in later))}
-        for measured, source in ((at_once, run), *((one["figures"], one) for one in later)):
+        at_once = protocol.keys() - {*chain(*(evaluation["metrics"] for evaluation in later))}
+        for measured, source in ((at_once, run), *((one["metrics"], one) for one in later)):
             names = sorted(name for name in measured if name in protocol)
             row = {"command": f"`{source['command']}`"}
             row["protocols"] = ", ".join(numbers[f"{name}: {protocol[name]}"] for name in names)

@@ -17,7 +17,7 @@ import optuna
 from optuna.trial import TrialState
 
 from sj_taid.training.columns import METRICS
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
 from sj_taid.training.run import Run
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -38,17 +39,36 @@ def build(config: Any, trust: Collection[str] | None = None, **arguments: Any) -
     >>> build({"_target_": "sj_taid.FixedDecoder", "T": 8}).T
     8
     """
-    names = [name for name in _targets(config) if name not in (trust or ())]
-    if foreign := [name for name in names if not _is_trusted(name)]:
-        remedy = (
-            "; if it is yours or from a trusted source, add "
-            f"trust=[{','.join(map(str, foreign))}], in training and in loading"
-        )
-        raise ValueError(
-            f"the config names {', '.join(map(repr, foreign))}: no public class of sj_taid, "
-            f"{', '.join(TRUSTED)}, so it could do anything{'' if trust is None else remedy}"
-        )
-    return _call(config, arguments)
+    for name in _targets(config):
+        find_class(name, trust)
+    return _call(config, trust, arguments)
+
+
+def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
+    """The class of this full name.
+
+    Raises:
+        ValueError: it is not trusted, or there is none.
+    """
+    module, _, attribute = str(name).rpartition(".")
+    roots = ["sj_taid"] if module == "sj_taid" else [r for r in TRUSTED if _is_in(module, [r])]
+    found, is_custom = None, name in (trust or ())
+    if is_custom or roots:
+        with suppress(ImportError):
+            found = getattr(import_module(module), attribute, None)
+    if is_custom:
+        if found is None:
+            raise ValueError(f"trust names {name!r}, which cannot be imported")
+        return found
+    # Defined there: what such a module imports from elsewhere could do anything.
+    is_public = isinstance(found, type) and attribute[0] != "_"
+    if is_public and _is_in(found.__module__, roots):
+        return found
+    remedy = f"; if it is yours or you trust it, add trust=[{name}], in training and in loading"
+    raise ValueError(
+        f"the config names {name!r}: no public class of sj_taid, {', '.join(TRUSTED)}, so it could "
+        f"do anything{'' if trust is None else remedy}"
+    )
 
 
 def _targets(node: Any) -> Iterator[Any]:
@@ -61,34 +81,21 @@ def _targets(node: Any) -> Iterator[Any]:
             yield from _targets(child)
 
 
-def _is_trusted(name: Any) -> bool:
-    module, _, attribute = str(name).rpartition(".")
-    roots = ["sj_taid"] if module == "sj_taid" else [r for r in TRUSTED if _is_in(module, [r])]
-    try:
-        found = getattr(import_module(module), attribute, None) if roots else None
-    except ImportError:
-        return False
-    # Defined there: what such a module imports from elsewhere could do anything.
-    return isinstance(found, type) and attribute[0] != "_" and _is_in(found.__module__, roots)
-
-
 def _is_in(module: str, roots: Collection[str]) -> bool:
     return any(f"{module}.".startswith(f"{root}.") for root in roots)
 
 
-def _call(node: Any, arguments: dict[str, Any]) -> Any:
+def _call(node: Any, trust: Collection[str] | None, arguments: Mapping[str, Any]) -> Any:
     if isinstance(node, list):
-        return [_call(child, {}) for child in node]
+        return [_call(child, trust, {}) for child in node]
     if not isinstance(node, dict):
         return node
-    values = {key: _call(value, {}) for key, value in node.items()} | arguments
+    values = {key: _call(value, trust, {}) for key, value in node.items()} | {**arguments}
     if "_target_" not in values:
         return values
     name = values.pop("_target_")
-    is_partial = values.pop("_partial_", False)
+    target, is_partial = find_class(name, trust), values.pop("_partial_", False)
     try:
-        module, _, attribute = name.rpartition(".")
-        target = getattr(import_module(module), attribute)
         return partial(target, **values) if is_partial else target(**values)
-    except (AttributeError, ImportError, LookupError, RuntimeError, TypeError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"{name} cannot be built: {error}") from error

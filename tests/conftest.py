@@ -7,7 +7,7 @@ import torch
 
 # Tests start processes by "forkserver", from one that has imported these once: seconds less each.
 # It keeps the environment of its start, and what does not import is left out.
-multiprocessing.set_forkserver_preload(["lightning", "sj_taid.training.commands"])
+multiprocessing.set_forkserver_preload(["lightning", "sj_taid.training.train"])
 
 
 @pytest.fixture(autouse=True)

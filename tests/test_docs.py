@@ -51,7 +51,7 @@ def test_python_block_runs_alone(block):
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_yaml_block_composes(block, tmp_path):
     pytest.importorskip("hydra", reason="needs the extra train")
-    from sj_taid.training.composing import compose
+    from sj_taid.training.config import compose
 
     tmp_path.joinpath("dataset").mkdir()
     tmp_path.joinpath("dataset", "mine.yaml").write_text(block, encoding="utf-8")
@@ -133,9 +133,9 @@ def parse_arguments(command, is_benchmark, words):
 
     is_script = is_benchmark or command in ("pages", "prove", "search")
     if is_script or command in cli.OTHERS:
-        run = importlib.import_module(command).main if is_script else cli.OTHERS[command]
+        module = importlib.import_module(command) if is_script else cli.command_module(command)
         with pytest.raises(Parsed):
-            run(words)
+            module.main(words)
     else:
         compose_each(command, [word for word in words if word not in ("-m", "--dry-run")])
 
@@ -143,7 +143,7 @@ def parse_arguments(command, is_benchmark, words):
 def compose_each(config, words):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from sj_taid.training.composing import compose
+    from sj_taid.training.config import compose
 
     choices = [
         [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]

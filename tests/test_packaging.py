@@ -82,7 +82,7 @@ def test_wheel_alone_composes_a_run(built, tmp_path):
     pytest.importorskip("hydra", reason="needs the extra train")
     zipfile.ZipFile(built[1]).extractall(tmp_path)
     code = (
-        "import sj_taid; from sj_taid.training.composing import compose; "
+        "import sj_taid; from sj_taid.training.config import compose; "
         "print(sj_taid.__file__, compose('train').dataset.name)"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -97,7 +97,7 @@ def test_figures_of_the_card_are_measured_again(name, tmp_path):
     pytest.importorskip("hydra", reason="needs the extra train")
     from hydra.utils import instantiate
 
-    from sj_taid.training.composing import compose
+    from sj_taid.training.config import compose
     from sj_taid.training.evaluation import bare_trainer, seeded
 
     metrics = pretrained.read_config(name)["metrics"]

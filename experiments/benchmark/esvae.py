@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from torch.profiler import ProfilerActivity, profile
 
 from sj_taid.training.allocator import reuse_freed_memory
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
 
 RECIPE_OF = "experiment=mnist_esvae_sharp"
 RECIPE = "as configured"

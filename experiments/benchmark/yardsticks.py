@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from sj_taid.metric import PublishedFrechetAutoencoderDistance
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
 from sj_taid.training.evaluation import PUBLISHED
 from sj_taid.training.plot import mean_gradient
 

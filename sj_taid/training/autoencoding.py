@@ -1,5 +1,6 @@
-"""Training of a model that gives images back."""
+"""Training of a model that reconstructs images."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from .task import Task
 
 
 class Autoencoding(Task):
-    """A model learns from its own ``training_loss(image, progress)``.
+    """Training by the model's own ``training_loss(image, progress)``.
 
-    Called on images it gives an object with ``image``, their reconstruction.
+    Called with images, the model returns an object with ``image``, their reconstruction.
     """
 
     takes = ImageData
-    asks_of_model: tuple[str, ...] = ("training_loss",)
+    model_attributes: tuple[str, ...] = ("training_loss",)
+    metric_names: tuple[str, ...] = ("reconstruction", "validation_reconstruction")
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
@@ -41,7 +43,7 @@ class Autoencoding(Task):
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         self._log_reconstruction("test", batch)
 
-    def after_training(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
+    def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         how = "mean squared error, images in [-1, 1], "
         protocol = {"reconstruction": how + data.describe_test_set()}
         if data.validation_set is not None:
@@ -50,7 +52,7 @@ class Autoencoding(Task):
             )
         return {"protocol": protocol}
 
-    def report(self, metrics: dict[str, Any]) -> list[str]:
+    def report(self, metrics: Mapping[str, Any]) -> list[str]:
         return [f"Test reconstruction error (MSE): {metrics['reconstruction']:.4f}"]
 
     def draw(self, images: Tensor, folder: Path) -> None:

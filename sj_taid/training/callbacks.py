@@ -1,21 +1,20 @@
-"""What a run does beside training: progress, the pictures, and writing checkpoints."""
+"""Callbacks of a run: progress, pictures, random numbers and checkpoints."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from rich.progress import track
 
 from ..monitoring import warn_at_bound
 from .files import atomic_write, unwritable
 from .plot import draw_curves, draw_parameters, neuron_parameters
+from .run import read_checkpoint
 
 
 class ProgressBar(RichProgressBar):
@@ -29,26 +28,12 @@ class ProgressBar(RichProgressBar):
         return items
 
 
-class FollowTest(L.Callback):
-    """Shows how far a test is, where no training's progress bar does."""
-
-    def on_test_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        batches = range(int(sum(trainer.num_test_batches)))
-        self.batches = iter(track(batches, "Testing, in batches", transient=True))
-
-    def on_test_batch_start(self, *_: Any) -> None:
-        next(self.batches)
-
-    def on_test_end(self, *_: Any) -> None:
-        next(self.batches, None)
-
-
 class Pictures(L.Callback):
-    """Follows figures and neurons' parameters over training, and draws everything at its end.
+    """Records metrics and neurons' parameters over training, and draws everything at its end.
 
     Args:
         folder: where to draw.
-        draw: whether to.
+        draw: whether to draw.
     """
 
     def __init__(self, folder: Path, draw: bool) -> None:
@@ -91,7 +76,7 @@ class Pictures(L.Callback):
 
 
 class RandomNumbers(L.Callback):
-    """Lets a resumed run draw the random numbers that it would have drawn without the break."""
+    """Restores the random state, so a resumed run draws what it would have drawn uninterrupted."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, Any] = {}
@@ -110,68 +95,41 @@ class RandomNumbers(L.Callback):
             torch.set_rng_state(self.loaded["cpu"])
             cuda = self.loaded["cuda"]
             if torch.cuda.is_available() and len(cuda):
-                torch.cuda.set_rng_state(cuda[0] if isinstance(cuda, list) else cuda)  # older runs
+                torch.cuda.set_rng_state(cuda)
             self.loaded = {}
 
 
-class LastEpoch(Checkpoint):
-    """Calls the task's ``on_last_epoch_end``: as a checkpoint, which comes after early stopping."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
-        if (
-            trainer.should_stop
-            or trainer.current_epoch + 1 == trainer.max_epochs
-            or trainer.global_step == trainer.max_steps  # that is -1 without a limit
-        ):
-            kept = task
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):  # takes the trained ones' place later
-                    kept = callback._average_model.module  # type: ignore[union-attr]
-            task.on_last_epoch_end(trainer.datamodule, kept)  # type: ignore[attr-defined]
-
-
-class BestCheckpoint(Checkpoint):
-    """Keeps the checkpoint of the epoch that was best on the validation set, beside the last.
-
-    Of equals it is the first.
-
-    Args:
-        path: of the checkpoint.
-        figure: as it is logged; higher is better.
-    """
-
-    def __init__(self, path: Path, figure: str) -> None:
-        self.path = path
-        self.figure = figure
-        self.value, self.epoch = -math.inf, 0
-
-    def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
-        value = float(trainer.callback_metrics.get(self.figure, -math.inf))
-        if value > self.value:
-            self.value, self.epoch = value, trainer.current_epoch + 1
-            trainer.save_checkpoint(self.path)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "epoch": self.epoch}
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's checkpoint of the best epoch, known again where the run's folder was moved."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.path.is_file():  # not so where a run goes on in another folder
-            self.value, self.epoch = state["value"], state["epoch"]
+        path = Path(str(self.dirpath), f"{self.filename}.ckpt")
+        if path.is_file():
+            best = {
+                "best_model_path": str(path),
+                "kth_best_model_path": str(path),
+                "best_k_models": {str(path): state["best_model_score"]},
+            }
+            super().load_state_dict({**state, **best, "dirpath": self.dirpath})
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the one before, which is there until the new one is whole.
+    """Writes a checkpoint to a new file, which replaces the old one when it is whole.
 
     Lightning's own writes into the temporary folder; where that is another file system, the file is
-    copied over the one before, and a kill or a full disk in that moment leaves half of it.
+    copied over the old one, and a kill or a full disk in that moment leaves half of it.
     """
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        """Refuses a damaged or hostile file with a remedy."""
+        return read_checkpoint(Path(path))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        with atomic_write(Path(path)) as whole:
+        with atomic_write(Path(path)) as temporary:
             try:
-                torch.save(checkpoint, whole)
+                torch.save(checkpoint, temporary)
             except RuntimeError as error:
                 if "inline_container" not in str(error):  # torch's own writer of files
                     raise

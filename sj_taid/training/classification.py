@@ -1,10 +1,14 @@
 """Training of a classifier, on still images or on frames of events."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data import Data
@@ -14,25 +18,40 @@ from .task import Task
 
 
 class Classification(Task):
-    """A classifier learns labels; where samples are mixed, the probabilities of classes.
+    """Training on labels or, where samples are mixed, on the probabilities of classes.
 
     The accuracy in training is then that of the class with the larger part.
 
     Args:
         model: the classifier.
-        args: and ``kwargs``: those of :class:`Task`.
+        optimizer: and ``lr_scale``, ``scheduler``: see :class:`Task`.
         loss: takes the outputs ``[N, classes]``, or with ``each_step`` those of each time step,
             ``[T, N, classes]``, and the classes' probabilities ``[N, classes]``. None is the mean
             squared error.
     """
 
     chosen_by = "accuracy"
-    asks_of_model: tuple[str, ...] = ("classes",)
+    model_attributes: tuple[str, ...] = ("classes",)
+    metric_names: tuple[str, ...] = (
+        "accuracy",
+        "loss",
+        "validation_accuracy",
+        "validation_loss",
+        "accuracy_best_validation_epoch",
+        "loss_best_validation_epoch",
+        "best_validation_epoch",
+        "accuracy_best_test_epoch",
+    )
 
     def __init__(
-        self, model: Classifier, *args: Any, loss: nn.Module | None = None, **kwargs: Any
+        self,
+        model: Classifier,
+        optimizer: partial[Any],
+        lr_scale: float | None = None,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        loss: nn.Module | None = None,
     ) -> None:
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, optimizer, lr_scale, scheduler)
         self.loss = loss or nn.MSELoss()
         self.confusion = MulticlassConfusionMatrix(model.classes)
 
@@ -66,10 +85,10 @@ class Classification(Task):
         self.confusion.update(rates, batch[1])
 
     def on_test_epoch_end(self) -> None:
-        # Every rank takes part in the sum; the first then draws what is kept of it.
+        # Every process takes part in the sum; the first then draws it.
         self.confusion.compute()
 
-    def after_training(self, data: Data, evaluator: Any) -> dict[str, Any]:
+    def evaluate(self, data: Data, evaluator: Any) -> dict[str, Any]:
         how = f"trained on {len(data.train_set)} samples, tested on {len(data.test_set)}"
         names = ["accuracy", "accuracy_best_test_epoch"]
         if data.validation_set is not None:
@@ -77,7 +96,7 @@ class Classification(Task):
             how += f", validated on {len(data.validation_set)}"
         return {"protocol": dict.fromkeys(names, how)}
 
-    def report(self, metrics: dict[str, Any]) -> list[str]:
+    def report(self, metrics: Mapping[str, Any]) -> list[str]:
         titles = {
             "accuracy_best_validation_epoch": "Of the epoch that was best on the validation set",
             "accuracy_best_test_epoch": "Of the epoch that was best on the test set itself",

@@ -1,212 +1,156 @@
-"""The command line, ``sj-taid``: Hydra composes a config, and ``commands`` does the rest.
+"""The command line ``sj-taid``: Hydra composes a config, and the command's own module runs it.
 
-Lightning and what measures and draws are imported by the command that needs them, so that a typo is
-reported before.
+Lightning and matplotlib are imported by the commands that need them, so a typo is reported at once.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
+import argparse
 import logging
-import re
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .._extras import TRAIN, needs
-from . import composing
-from .run import OVERRIDES, Run, chosen
+from .config import CONF, VERSION
+from .run import ELSEWHERE, OVERRIDES
 
-
-def part(name: str, more: str = "") -> Any:
-    """The module ``name`` beside this one; without a package that it needs, what to install.
-
-    Args:
-        name: the module's.
-        more: the distributions that it needs beyond those of the extra ``train``.
-    """
-    with needs(f"{TRAIN} {more}".rstrip()):
-        return import_module(f"{__package__}.{name}")
-
-
-@contextmanager
-def said_in_lines() -> Iterator[None]:
-    """What cannot be composed ends the process with its message, as Hydra ends its own commands."""
-    try:
-        yield
-    except CompactHydraException as error:
-        sys.exit("\n".join(str(said) for said in (error, error.__cause__) if said))
-
-
-def train(cfg: DictConfig) -> float | None:
-    """Train a model, or with -m all that a sweep asks for."""
-    return part("commands").train_once(cfg)
-
-
-def evaluate(cfg: DictConfig) -> None:
-    """Measure a run's checkpoint again."""
-    commands = part("commands")
-    commands.evaluate(cfg, **commands.origin("evaluate", HydraConfig.get()))
-
-
-def sample(cfg: DictConfig) -> None:
-    """Draw images of a trained model."""
-    part("commands").sample(cfg)
-
-
-def fit_prior(cfg: DictConfig) -> None:
-    """Fit a mixture of Gaussians to a finished run of ESVAE."""
-    part("commands").fit_prior(cfg)
-
-
-def compare(arguments: Sequence[str]) -> None:
-    """Compare runs as a table and a picture."""
-    part("compare").main(arguments)
-
-
-def report(arguments: Sequence[str]) -> None:
-    """Show runs on one page of HTML."""
-    part("report", "plotly jinja2").main(arguments)
-
-
-def export(arguments: Sequence[str]) -> None:
-    """Make a model that others load of a run."""
-    part("export").main(arguments)
-
-
-def doctor(arguments: Sequence[str]) -> None:
-    """Say which backends work here, and why the others do not."""
-    from .. import doctor
-
-    sys.exit(doctor.main(arguments))
-
-
-COMPOSED = {task.__name__: task for task in (train, evaluate, sample, fit_prior)}
-OTHERS = {task.__name__: task for task in (compare, report, export, doctor)}
-#: an override that names a folder as it is
-PLAIN = r"[\w.]+=[\w.]*\w"
+#: commands whose arguments are Hydra's overrides of conf/<command>.yaml
+COMPOSED = {
+    "train": "train a model, or with -m every job of a sweep",
+    "evaluate": "measure a run's checkpoint again",
+    "sample": "draw images from a trained model",
+    "fit_prior": "fit a mixture of Gaussians to a finished run of ESVAE",
+}
+#: commands with options of their own
+OTHERS = {
+    "compare": "compare runs in a table and a picture",
+    "report": "show runs on one HTML page",
+    "export": "make a model that others can load from a run",
+    "doctor": "say which backends work here, and why the others do not",
+}
+#: errors that a user makes, whose message is enough
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    FloatingPointError,
+    CompactHydraException,
+    OmegaConfBaseException,
+)
 
 
 def main(command: str | None = None) -> None:
-    """``sj-taid COMMAND [argument ...]``; a script of one command names it."""
+    """``sj-taid COMMAND [argument ...]``; a script for one command names it."""
     arguments = sys.argv[1:]
     if command is None:
-        command = arguments.pop(0) if arguments else ""
-    if command in OTHERS:
+        command, arguments = _parser().parse_args(arguments[:1]).command, arguments[1:]
+    with errors_as_messages():
+        if command in COMPOSED:
+            refuse_null_choices(arguments)
+            sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
+            hydra.main(CONF, command, VERSION)(run_composed)()
+            return
         logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
         logging.getLogger("sj_taid").setLevel(logging.INFO)
-        OTHERS[command](arguments)
-    elif command in COMPOSED:
-        place = arguments[0] if arguments else ""
-        if place and "=" not in place and Path(place).exists():
-            key = "resume" if command == "train" else "checkpoint"
-            sys.exit(f"{place} is a place: give {key}={place}")
-        refuse_null_choices(arguments)
-        # resume=null is what it is without: not a place.
-        arguments = [quoted_place(a) for a in arguments if a != "resume=null"]
-        try:
-            arguments = resuming(arguments) if command == "train" else arguments
-        except FileNotFoundError as error:
-            sys.exit(str(error))
-        sys.argv[1:] = arguments
-        composing.main(command, COMPOSED[command])
-    elif command in ("-h", "--help"):
-        print(usage())
-    else:
-        near = difflib.get_close_matches(command, [*COMPOSED, *OTHERS], n=1)
-        mean = f"; did you mean {near[0]}?" if near else ""
-        print(usage(), file=sys.stderr)
-        sys.exit(f"there is no command {command!r}{mean}" if command else "give a command")
+        if code := command_module(command).main(arguments):
+            sys.exit(code)
 
 
-def usage() -> str:
-    """How the command is called, and what each of its commands does."""
-    tasks = COMPOSED | OTHERS
-    lines = [f"  {name:10} {task.__doc__}" for name, task in tasks.items()]
-    return "\n".join(
-        [
-            f"usage: sj-taid {{{','.join(tasks)}}} [argument ...]",
-            "",
-            *lines,
-            "",
-            "sj-taid COMMAND --help says what a command takes.",
-        ]
-    )
+def run_composed(cfg: DictConfig) -> Any:
+    """Run the command that Hydra composed ``cfg`` for; Hydra's launchers call this."""
+    return command_module(HydraConfig.get().job.config_name).main(cfg)
 
 
-def quoted_place(argument: str) -> str:
-    """A place as the shell gives it, for Hydra's grammar, which takes no ``~``, ``=`` or ``,``."""
-    key, _, value = argument.partition("=")
-    if key not in ("checkpoint", "resume") and value[:1] != "~":
-        return argument
-    place = Path(value.strip("'\"")).expanduser()
-    return "{}='{}'".format(key, str(place).replace("'", "\\'"))
+def command_module(command: str) -> ModuleType:
+    """The module of a command; without a package that it needs, the error says what to install."""
+    if command == "doctor":
+        return import_module("sj_taid.doctor")
+    with needs(TRAIN):
+        return import_module(f"{__package__}.{command}")
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """Exit with the message of a user's error; ``HYDRA_FULL_ERROR=1`` shows its traceback."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print the errors of its jobs itself
+    try:
+        yield
+    except USER_ERRORS as error:
+        if before == "1":
+            raise
+        sys.exit(error_message(error))
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def error_message(error: Exception) -> str:
+    """What a user reads of an error: one to three lines."""
+    cause, text = error.__cause__, str(error)
+    if isinstance(error, InstantiationException):
+        first, *_, key = text.splitlines()
+        what = cause if isinstance(cause, USER_ERRORS) else first
+        text = f"{key.replace('full_key: ', '')}: {what}"
+    elif isinstance(error, CompactHydraException):
+        text = " ".join(text.partition("Config search path")[0].split())
+        if isinstance(cause, OmegaConfBaseException):
+            text += f"\n{str(cause).splitlines()[0]}"
+        return text
+    elif isinstance(error, FileExistsError | NotADirectoryError):
+        text = f"expected a folder, but {error.filename} is a file; {ELSEWHERE}"
+    hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
+    return "\n".join([text, *getattr(error, "__notes__", ()), hint])
 
 
 def refuse_null_choices(arguments: Sequence[str]) -> None:
-    """An error for ``metric=null``: Hydra chooses none of a group in another way."""
+    """An error for ``metric=null``: Hydra leaves a group out with ``~metric``."""
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if value.lower() == "null" and Path(composing.CONF, key).is_dir():
-            sys.exit(f"{argument} names no choice of {key}: write ~{key} for none")
+        if value.lower() == "null" and Path(CONF, key).is_dir():
+            raise ValueError(f"{argument} is no choice of {key}; write ~{key} for none")
 
 
-def resuming(arguments: list[str]) -> list[str]:
-    """The command line that goes on with the run which ``resume=...`` names, in its own folder.
+def resume_arguments(arguments: Sequence[str]) -> list[str]:
+    """Replace ``resume=RUN`` by the run's folder and the overrides that it was started with.
 
-    It repeats what the run was started with. ``arguments`` come after that, so they win.
-
-    One that was stopped within its first epoch begins anew.
+    The other arguments come after these, so they win.
 
     Raises:
-        FileNotFoundError: no run there, or the note of the command line is gone.
+        FileNotFoundError: there is no run.
     """
-    named = [argument for argument in arguments if argument.startswith("resume=")]
-    if not named:
-        return arguments
-    place = Path(named[-1].removeprefix("resume=").strip("'").replace("\\'", "'"))
-    # A folder with the note, but without a checkpoint, is one that was stopped that early.
-    run = Run(place.absolute()) if (place / OVERRIDES).is_file() else Run.find(place)
-    notes = run.folder / OVERRIDES
-    if not notes.is_file():
-        notes = run.folder / ".hydra" / OVERRIDES  # Hydra's own, of older runs
-    if not notes.is_file():
+    resumed = [argument for argument in arguments if argument.startswith("resume=")]
+    if not resumed:
+        return [*arguments]
+    name = resumed[-1].removeprefix("resume=")
+    folder = Path(name).expanduser().absolute()
+    if not name or not (folder / OVERRIDES).is_file():
         raise FileNotFoundError(
-            f"no {run.folder / OVERRIDES}, which notes how a run was started; repeat that command "
-            f"with hydra.run.dir={run.folder} instead, and it goes on"
+            f"resume= needs the folder of a run, which holds {OVERRIDES}, but got "
+            f"{name or 'nothing'}; give resume=RUN, or repeat the run's command with "
+            "hydra.run.dir=RUN"
         )
-    others = [argument for argument in arguments if argument not in named]
-    here = [f'hydra.run.dir="{run.folder}"']
-    here += [f'resume="{run.checkpoint}"'] if run.checkpoint.is_file() else []
-    return [*OmegaConf.load(notes), *here, *others]
+    others = [argument for argument in arguments if argument not in resumed]
+    quoted = str(folder).replace("'", "\\'")
+    return [*OmegaConf.load(folder / OVERRIDES), f"hydra.run.dir='{quoted}'", *others]
 
 
-def folder_name(overrides: Sequence[str], apart: Sequence[str] = ()) -> str:
-    """A sweep's job's folder, named by its overrides, ``neuron=lif seed=0`` as neuron-lif-seed-0.
-
-    Letters, digits, ``.``, ``_`` and ``-`` alone, at most 120 of them. Where that leaves something
-    out, a hash tells the jobs apart.
-
-    Args:
-        overrides: the job's.
-        apart: keys that are left out, with all below them, and whole overrides.
-    """
-    text = ",".join(sorted(chosen(overrides, apart)))
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", text)
-    if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", text, re.ASCII):
-        return name
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"{name[:103].strip('-.')}-{digest}".lstrip("-")
-
-
-# Hydra names a job's folder in the process that runs the job. In a parallel sweep that process has
-# imported nothing of this project but the module of the function that it is to call, which is this.
-OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sj-taid", epilog="sj-taid COMMAND --help says what it takes")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in (COMPOSED | OTHERS).items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser

@@ -23,7 +23,7 @@ from .._extras import needs
 from ..thresholds import fixed_thresholds
 from .columns import METRICS
 from .files import atomic_write
-from .run import Run, with_evaluations
+from .run import Run, merge_evaluations
 
 with needs("safetensors"):
     from safetensors.torch import save
@@ -106,7 +106,7 @@ def export(
     if Path(run).is_file():
         raise ValueError(f"{run} is a file; give the run's folder, whose metrics go on the card")
     finished = Run.find(run)
-    metrics = with_evaluations(finished.metrics, finished.evaluations)
+    metrics = merge_evaluations(finished.metrics, finished.evaluations)
     config: Any = OmegaConf.to_container(finished.config, resolve=True)
     architecture = _remove_backends(config["model"])
     model = pretrained.build(architecture)  # an error leaves no half of an export

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said where they cannot be."""
+"""Atomic file writes, and the error for what cannot be written."""
 
 import errno
 import os
@@ -6,27 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: what a system says of a full disk, naming no file, and of a place where one may not write
+#: of a full disk, where the system names no file, and of a folder that may not be written
 FULL = {errno.ENOSPC, errno.EDQUOT}
 REFUSALS = FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Unwritable(OSError):
-    """A file or folder cannot be written; what stood there before is whole."""
+    """A file or folder cannot be written; what was there before is whole."""
 
 
 def unwritable(
-    place: Path,
+    path: Path,
     error: BaseException,
-    remedy: str = "what stood there before is whole: make room, or let the folder be written",
+    remedy: str = "what was there before is whole: make room, or let the folder be written",
 ) -> Unwritable:
-    """The error that says so; an exception of its message alone, which processes can hand on."""
-    return Unwritable(f"{place} cannot be written ({error}); {remedy}")
+    """The error for a path that cannot be written; it holds a message alone, so it pickles."""
+    return Unwritable(f"{path} cannot be written ({error}); {remedy}")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when the block is through.
+    """A temporary file that replaces ``path`` when the block ends.
 
     So ``path`` is written whole or not at all, by any number of processes.
 
@@ -47,17 +47,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def remove_left(folder: Path) -> None:
-    """Remove what :func:`atomic_write` left in a folder where its process was killed."""
-    for left in folder.glob(".*.[0-9]*.tmp"):
-        left.unlink(missing_ok=True)
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of :func:`atomic_write` in a folder whose process was killed."""
+    for path in folder.glob(".*.[0-9]*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
-def written_by_others(folder: Path) -> Iterator[None]:
-    """Raise :class:`Unwritable` for what others cannot write there, whatever they make of it.
+def report_unwritable(folder: Path) -> Iterator[None]:
+    """Raise :class:`Unwritable` where a full or read-only disk is behind another library's error.
 
-    TensorBoard's error is of a thread, and Lightning says that a number cannot be logged.
+    TensorBoard's comes from a thread, and Lightning's says that a number cannot be logged.
     """
     try:
         yield

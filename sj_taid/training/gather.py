@@ -63,10 +63,10 @@ def read(finished: run.Run) -> Metrics:
     """
     metrics = finished.metrics
     finished.config  # noqa: B018 - a run with a damaged config is not whole
-    if not {"command", "choices"} <= metrics.keys():
-        raise ValueError(f"{run.METRICS} lacks command and choices, which a run writes")
+    if not {"command", "overrides", "choices"} <= metrics.keys():
+        raise ValueError(f"{run.METRICS} lacks command, overrides and choices, which a run writes")
     evaluations = finished.evaluations
-    metrics = run.with_evaluations(metrics, evaluations) | {"evaluations": evaluations}
+    metrics = run.merge_evaluations(metrics, evaluations) | {"evaluations": evaluations}
     if not METRICS.keys() & metrics.keys():
         raise ValueError(f"{run.METRICS} has none of {', '.join(METRICS)}")
     for name in COLUMNS:
@@ -77,5 +77,5 @@ def read(finished: run.Run) -> Metrics:
 
 def overrides(metrics: Metrics) -> dict[str, str]:
     """What was chosen on the command line, by key."""
-    words = (word.partition("=") for word in run.given_overrides(metrics))
+    words = (word.partition("=") for word in metrics["overrides"])
     return {key.lstrip("+"): value for key, _, value in words}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from .autoencoding import Autoencoding
 from .evaluation import Evaluator, seeded
 from .plot import draw_attention, draw_grid, draw_reconstructions, draw_spectra
 
-#: The figures that depend on what the samples are drawn from.
+#: what ESVAE's samples can be drawn from
+PRIORS = ("learned", "mixture")
+#: metrics that depend on it
 OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "validation_fad")
 
 
@@ -34,7 +37,13 @@ class Generation(Autoencoding):
         ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior of its own.
     """
 
-    asks_of_model: tuple[str, ...] = ("training_loss", "sample")
+    model_attributes: tuple[str, ...] = ("training_loss", "sample")
+    metric_names: tuple[str, ...] = (
+        *Autoencoding.metric_names,
+        *OF_SAMPLES,
+        "fad_untrained",
+        *(f"{name}_{prior}" for name in OF_SAMPLES[:-1] for prior in PRIORS),
+    )
 
     def __init__(self, *args: Any, prior_lr_scale: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,8 +58,8 @@ class Generation(Autoencoding):
         if prior_lr_scale < 0:
             raise ValueError(f"task.prior_lr_scale must be >= 0, but it is {prior_lr_scale}")
 
-    def optimized(self) -> list[dict[str, Any]]:
-        groups = super().optimized()
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups = super().parameter_groups()
         if self.prior_lr_scale is None:
             return groups
         prior = [*self.model.prior.parameters()]
@@ -59,7 +68,7 @@ class Generation(Autoencoding):
             group["params"] = [p for p in group["params"] if p not in apart]
         return [*groups, {"params": prior, "lr": self.learning_rate() * self.prior_lr_scale}]
 
-    def before_training(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, Any]:
+    def measure_untrained(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, float]:
         if evaluator is None:
             raise ValueError(
                 "task=generation measures its samples, but there is no metric; choose one of "
@@ -77,20 +86,16 @@ class Generation(Autoencoding):
         if isinstance(self.model, ESVAE):  # a longer run's is not that of the shorter before it
             self.model.mixture.clear()
 
-    def on_last_epoch_end(self, data: ImageData, kept: Generation) -> None:
-        if isinstance(self.model, ESVAE):
-            with seeded(0):  # a run that goes on to more epochs draws what it would have drawn
-                kept.fit_prior(data)
-            self.model.mixture.load_state_dict(kept.model.mixture.state_dict())
-
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's mixture of Gaussians to the training images as they are, not augmented."""
-        batches = track(data.train_samples(), "Rates of the training images", transient=True)
-        self.model.fit_prior(image.to(self.device) for image, _ in batches)
+        if isinstance(self.model, ESVAE):
+            batches = track(data.train_samples(), "Rates of the training images", transient=True)
+            with seeded(0):  # a run that resumes later draws what it would have drawn
+                self.model.fit_prior(image.to(self.device) for image, _ in batches)
 
-    def after_training(self, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
+    def evaluate(self, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
         figures = evaluator.evaluate_samples(self.model, data)
-        figures["protocol"] |= super().after_training(data, evaluator)["protocol"]
+        figures["protocol"] |= super().evaluate(data, evaluator)["protocol"]
         if data.validation_set is not None:
             chosen = _fad_alone(evaluator).evaluate_samples(self.model, data.test_on_validation())
             figures["validation_fad"] = chosen["fad"]
@@ -114,7 +119,7 @@ class Generation(Autoencoding):
         model = self.model
         return model.draw_from(prior) if isinstance(model, ESVAE) else nullcontext()
 
-    def report(self, metrics: dict[str, Any]) -> list[str]:
+    def report(self, metrics: Mapping[str, Any]) -> list[str]:
         before = metrics.get("fad_untrained")
         titles = {
             "fad_published": "FAD as published",
@@ -129,7 +134,7 @@ class Generation(Autoencoding):
             *self._note_on_learned_prior(metrics),
         ]
 
-    def _note_on_learned_prior(self, metrics: dict[str, Any]) -> list[str]:
+    def _note_on_learned_prior(self, metrics: Mapping[str, Any]) -> list[str]:
         before = metrics.get("fad_untrained")
         learned = metrics.get("fad_learned", metrics["fad"])
         if not isinstance(self.model, ESVAE) or before is None or learned < before / 2:

@@ -36,7 +36,7 @@ from .evaluation import seeded
 from .files import atomic_write
 from .gather import Metrics, gather_for_command
 from .plot import time_shares
-from .run import Run, build, read_checkpoint
+from .run import Run, build_part, read_checkpoint
 from .tables import frame, heading, means, present
 
 with needs("'spikingjelly>=2' plotly jinja2"):
@@ -64,7 +64,7 @@ COLUMNS = MEASURED | OPERATIONS
 @cache
 def first_images(dataset: str, trust: tuple[str, ...] = ()) -> Tensor:
     """The first images ``[N, C, H, W]``, or frames ``[T, N, C, H, W]``, of a test set."""
-    data = build(OmegaConf.create(dataset), trust, num_workers=0, batch_size=IMAGES)
+    data = build_part(OmegaConf.create(dataset), trust, num_workers=0, batch_size=IMAGES)
     data.prepare_data()
     data.setup()
     x, _ = next(iter(data.test_dataloader()))

@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler
 
 from sj_taid import data
 from sj_taid.data import base
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
 from tests.data.made_up import first, make, ready
 from tests.training.conftest import CONF, write_images
 

@@ -11,8 +11,8 @@ import torch
 
 from sj_taid import data
 from sj_taid.data import event
-from sj_taid.training.commands import train
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
+from sj_taid.training.train import train
 from tests.data.made_up import cut, first, is_locked, make, ready
 from tests.training.conftest import TINY_CLASSIFICATION
 

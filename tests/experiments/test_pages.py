@@ -169,7 +169,7 @@ def test_papers_puts_ours_above_the_published_values(monkeypatch):
 
 
 def test_every_run_lists_later_evaluations(monkeypatch):
-    later = {"figures": {"fad": 2.5}, "command": "sj-taid evaluate checkpoint=RUN"}
+    later = {"metrics": {"fad": 2.5}, "command": "sj-taid evaluate checkpoint=RUN"}
     later |= {"commit": "later", "machine": "a desk", "threads": 2}
     single = metrics([], fad=2.5) | {"evaluations": [later], "protocol": {"fad": "by eye"}}
     monkeypatch.setattr(pages, "load_all_runs", lambda: {"fsvae": [single]})

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from sj_taid.training import cli, load_model, run
-from sj_taid.training.commands import train
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
+from sj_taid.training.train import train
 from tests.metric.pixels import Pixels, classifier
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -67,8 +67,9 @@ def write_images(folder, n, size=(20, 24), mode="RGB", suffix="png"):
         Image.new(mode, size, i).save(folder / f"{i:02}.{suffix}")
 
 
-def script(name, *arguments):
-    return [sys.executable, str(CONF.parent / "experiments" / name), *arguments]
+def command(*arguments):
+    """A command line for another process."""
+    return [sys.executable, "-m", "sj_taid", *arguments]
 
 
 def command_line(*arguments):
@@ -119,12 +120,14 @@ def tiny(cache):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, tiny):
-    """Train a run of these overrides in a folder of its own, to be copied."""
+    """A finished run of these overrides, in a folder of its own; each is trained once."""
+    finished = {}
 
     def make(*overrides):
-        folder = tmp_path_factory.mktemp("finished")
-        train(tiny(*overrides, tiny=False), folder, command="python experiments/train.py")
-        return folder
+        if overrides not in finished:
+            finished[overrides] = tmp_path_factory.mktemp("finished")
+            train(tiny(*overrides, tiny=False), finished[overrides], command="", overrides=[])
+        return shutil.copytree(finished[overrides], tmp_path_factory.mktemp("copy") / "run")
 
     return make
 

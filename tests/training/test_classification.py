@@ -13,10 +13,11 @@ from torch import nn
 import sj_taid
 from sj_taid.model import Classifier
 from sj_taid.monitoring import tau_and_threshold
-from sj_taid.training import commands, run
+from sj_taid.training import run, sample
+from sj_taid.training import train as training
 from sj_taid.training.classification import Classification
-from sj_taid.training.commands import train
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
+from sj_taid.training.train import train
 from tests.training.conftest import TINY_CLASSIFICATION
 
 NEURONS = ("alif", "plif", "lif")
@@ -58,7 +59,7 @@ def test_a_run_leaves_everything(classify, tmp_path, neuron):
     assert isinstance(model, Classifier)
     cfg = compose("sample", [f"checkpoint={tmp_path}"])
     with pytest.raises(ValueError, match=r"holds a Classifier, which draws nothing; .*generation"):
-        commands.sample(cfg)
+        sample.main(cfg)
 
 
 def test_learns_digits_under_its_schedule(tiny, tmp_path):
@@ -100,7 +101,7 @@ def test_a_run_starts_calibrated_and_its_checkpoint_keeps_the_thresholds(
         assert rate == 0.1 and {round(row.rate, 1) for row in report.rows} == {0.1}
         return report
 
-    monkeypatch.setattr(commands, "calibrate", calibrate)
+    monkeypatch.setattr(training, "calibrate", calibrate)
     chosen = [f"neuron={neuron}", "neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
     chosen += ["task.scheduler.T_max=2"]  # the same where it goes on
     cfg = classify(*chosen, "optimizer.lr=0.0", "pictures=false")

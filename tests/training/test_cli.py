@@ -1,8 +1,7 @@
-"""The command line: what is said to the shell reaches Hydra, and errors come at once."""
+"""The command line: arguments reach Hydra, and a user's errors are a few lines."""
 
 import importlib
 import json
-import logging
 import re
 import shlex
 import subprocess
@@ -13,8 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sj_taid import doctor
-from sj_taid.training import cli, run
-from sj_taid.training.composing import compose
+from sj_taid.training import cli, config, run
 from tests.training.conftest import TINY_AUTOENCODING
 
 
@@ -25,7 +23,18 @@ def train(sj_taid, tmp_path):
     return lambda *more: sj_taid("train", *TINY_AUTOENCODING, *quiet, folder, *more)
 
 
-def test_a_typo_is_reported_before_anything_heavy_is_imported():
+@pytest.fixture
+def composed(sj_taid, capsys):
+    """The config of a command line."""
+
+    def compose(*arguments):
+        sj_taid(*arguments, "--cfg", "job")
+        return OmegaConf.create(capsys.readouterr().out)
+
+    return compose
+
+
+def test_cli_reports_a_typo_before_heavy_imports():
     program = """if True:
         import sys
         from sj_taid.training.cli import main
@@ -39,131 +48,112 @@ def test_a_typo_is_reported_before_anything_heavy_is_imported():
         [sys.executable, "-c", program, "neuron=alef"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and done.stdout.strip() == "imported []"
-    assert "alif" in done.stderr and "Traceback" not in done.stderr
+    assert "alif" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_what_there_is_to_say(sj_taid, tmp_path, capsys):
-    with pytest.raises(SystemExit, match=f"no checkpoint at {tmp_path}; a run leaves it in"):
-        sj_taid("train", f"resume={tmp_path}")
-    for wrong, message in (
-        ([], "give a command"),
-        (["trian"], "there is no command 'trian'; did you mean train[?]"),
-        (["xyz"], "there is no command 'xyz'$"),
-    ):
-        with pytest.raises(SystemExit, match=message):
+def test_cli_usage(sj_taid, capsys):
+    for wrong, message in (([], "required: COMMAND"), (["trian"], "invalid choice: 'trian'")):
+        with pytest.raises(SystemExit, match="2"):
             sj_taid(*wrong)
-        assert capsys.readouterr().err.startswith("usage: sj-taid {train,")
-    sj_taid("--help")
-    said = capsys.readouterr().out
-    for name, command in (cli.COMPOSED | cli.OTHERS).items():
-        assert re.search(rf"^  {name} +{re.escape(command.__doc__)}$", said, re.M)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        sj_taid("--help")
+    text = capsys.readouterr().out
+    assert all(line in text for line in (cli.COMPOSED | cli.OTHERS).values())
+    sj_taid("doctor")
+    assert "backend torch: works" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train nueron=lif", "Could not override 'nueron'"),
+        ("train neuron=alef", "Could not find 'neuron/alef' Available options in 'neuron': alif"),
+        ("train foo", "missing EQUAL"),
+        ("train metric=null", "metric=null is no choice of metric; write ~metric for none"),
+        ("train resume=", r"needs the folder of a run.*but got nothing; give resume=RUN"),
+        ("train resume=nowhere", r"needs the folder of a run.*but got nowhere; give resume=RUN"),
+        ("train trainer.accelerator=tpuu", "trainer: .*Available names are"),
+        ("train optimizer._target_=torch.Foo", "optimizer: Error locating target 'torch.Foo'"),
+        ("train neuron._target_=os.system", r"'os\.system': no public class .*add trust="),
+        ("train hydra.run.dir=file", "expected a folder, but .*file is a file; choose another"),
+        ("evaluate checkpoint=nowhere", "no checkpoint at .*nowhere; a run leaves it in"),
+        ("evaluate checkpoint=", "a run's folder or a checkpoint in it, but got an empty path"),
+        ("sample checkpoint=file", r"a \.ckpt file, but got .*file; give "),
+        ("sample", "give checkpoint=RUN, the folder of a run"),
+        ("fit_prior", "give checkpoint=RUN, the folder of a run"),
+        ("compare nowhere", ""),
+    ],
+)
+def test_cli_reports_a_users_error_in_lines(
+    sj_taid, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as ended:
-        sj_taid("doctor")
-    assert ended.value.code == 0 and "backend torch: works" in capsys.readouterr().out
+        sj_taid(*arguments.split())
+    text = str(ended.value)
+    assert re.search(message, text), text
+    lines = capsys.readouterr().err.splitlines() + text.splitlines()
+    assert "Traceback" not in "".join(lines)
+    assert len(lines) <= 3 or arguments.startswith("compare")  # whose usage comes first
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"file", run.LOCK}
 
 
-def test_a_command_without_its_run_says_so(sj_taid):
-    for command in ("evaluate", "sample", "fit_prior"):
-        with pytest.raises(SystemExit, match=r"give checkpoint=RUN, the folder of a run"):
-            sj_taid(command)
-
-
-def test_what_cannot_be_composed_is_said_in_lines(sj_taid, capsys):
-    with pytest.raises(SystemExit) as ended:
-        sj_taid("train", "nueron=lif")
-    said = capsys.readouterr().err + str(ended.value)
-    assert "Key 'nueron' is not in struct" in said and "Traceback" not in said
-
-
-def test_none_of_a_group_is_chosen_with_a_tilde(sj_taid, capsys):
-    with pytest.raises(SystemExit, match=r"metric=null names no choice .* write ~metric for none"):
+def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="is no choice of metric"):
         sj_taid("train", "metric=null")
-    sj_taid("train", "~metric", "resume=null", "task.scheduler=null", "--cfg", "job")
-    composed = OmegaConf.create(capsys.readouterr().out)
-    assert "metric" not in composed and composed.resume is None
 
 
-def test_a_place_without_its_key_is_named_with_it(sj_taid, tmp_path):
-    for command, key in (("train", "resume"), ("sample", "checkpoint")):
-        with pytest.raises(SystemExit, match=f"is a place: give {key}={re.escape(str(tmp_path))}"):
-            sj_taid(command, str(tmp_path))
+def test_cli_leaves_out_a_group_with_a_tilde(composed):
+    assert "metric" not in composed("train", "~metric", "task.scheduler=null")
 
 
-def test_a_folder_of_custom_configs(sj_taid, tmp_path, capsys):
+def test_cli_takes_a_folder_of_custom_configs(composed, tmp_path):
     (tmp_path / "neuron").mkdir()
     (tmp_path / "neuron" / "mine.yaml").write_text("_target_: mypkg.MyLIF\n")
     for option in (["--config-dir", str(tmp_path)], [f"hydra.searchpath=[file://{tmp_path}]"]):
-        sj_taid("train", *option, "neuron=mine", "--cfg", "job", "--package", "neuron")
-        assert "mypkg.MyLIF" in capsys.readouterr().out
+        assert composed("train", *option, "neuron=mine").neuron._target_ == "mypkg.MyLIF"
 
 
-def test_places_as_the_shell_gives_them(monkeypatch, tmp_path, sj_taid, capsys):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    said = ["dataset=image_folder", "dataset.root=~/my photographs", "cache_dir=~/it's/a=b,c"]
-    sj_taid("train", *said, "--cfg", "job")
-    composed = OmegaConf.create(capsys.readouterr().out)
-    assert composed.dataset.root == f"{tmp_path}/my photographs"
-    assert composed.cache_dir == f"{tmp_path}/it's/a=b,c"
-    for place in ("neuron=lif,seed=[0]", "'neuron=lif,seed=[0]'", '"neuron=lif,seed=[0]"'):
-        sj_taid("sample", f"checkpoint={place}", "--cfg", "job")
-        composed = OmegaConf.create(capsys.readouterr().out)
-        assert composed.checkpoint == "neuron=lif,seed=[0]"
+@pytest.mark.parametrize("name", ["run", "it's neuron=lif,seed=0"])
+def test_resume_arguments(tmp_path, name):
+    folder = tmp_path / name
+    assert cli.resume_arguments(["seed=1", "-m"]) == ["seed=1", "-m"]
+    folder.mkdir()
+    (folder / run.OVERRIDES).write_text("- neuron=lif\n- model.stages=[[4],[6]]\n")
+    *saved, where, seed = cli.resume_arguments([f"resume={folder}", "seed=1"])
+    assert saved == ["neuron=lif", "model.stages=[[4],[6]]"] and seed == "seed=1"
+    cfg = config.compose("train", [where], return_hydra_config=True)
+    assert cfg.hydra.run.dir == str(folder)
 
 
-def test_the_command_line_of_a_resumed_run(tmp_path):
-    folder = tmp_path / "it's neuron=lif,seed=0"
-    assert cli.resuming(["seed=1", "-m"]) == ["seed=1", "-m"]
-    said = cli.quoted_place(f"resume={folder}")
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*seed=0; a run leaves it in"):
-        cli.resuming([said])
-
-    checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
-    with pytest.raises(FileNotFoundError, match=r"(?s)overrides\.yaml.*repeat that command"):
-        cli.resuming([said])
-
-    of_old, notes = folder / ".hydra" / run.OVERRIDES, folder / run.OVERRIDES
-    of_old.parent.mkdir()
-    of_old.write_text("- neuron=lif\n- model.stages=[[4],[6]]\n")
-    for place in (folder, checkpoint, f'"{folder}"'):
-        assert cli.resuming(["seed=1", cli.quoted_place(f"resume={place}"), "--cfg", "job"]) == [
-            "neuron=lif",
-            "model.stages=[[4],[6]]",
-            f'hydra.run.dir="{folder}"',
-            f'resume="{checkpoint}"',
-            "seed=1",
-            "--cfg",
-            "job",
-        ]
-    notes.write_text("- seed=3\n")
-    assert cli.resuming([said])[0] == "seed=3"
-
-
-def test_a_folder_is_named_by_the_overrides_however_many():
-    assert cli.folder_name(["seed=0", "neuron=lif"]) == "neuron-lif-seed-0"
-    assert cli.folder_name(["decoder=taid_temporal"]) == "decoder-taid_temporal"
-    apart = ["+cache_dir=/x", "~callbacks", "callbacks.bar=1", "seed=1"]
-    assert cli.folder_name(apart, ["cache_dir", "callbacks"]) == "seed-1"
-    assert cli.folder_name(["bar=none", "bar.x=1", "seed=1"], ["bar=none"]) == "bar.x-1-seed-1"
+def test_folder_name_tells_any_overrides_apart():
+    assert config.folder_name(["seed=0", "neuron=lif"]) == "neuron-lif-seed-0"
+    assert config.folder_name(["decoder=taid_temporal"]) == "decoder-taid_temporal"
+    ignored = ["+cache_dir=/x", "~callbacks", "callbacks.bar=1", "seed=1"]
+    assert config.folder_name(ignored, ["cache_dir", "callbacks"]) == "seed-1"
+    assert config.folder_name(["bar=none", "bar.x=1", "seed=1"], ["bar=none"]) == "bar.x-1-seed-1"
     many = [
         *("", "a=1", "a=b,c=d", "a=b-c=d", "a=b,c.d=1", "a=b,c=d.1", "a=1.", "a=1,", "+a=1"),
         *("model.stages=[[4],[6]]", "model.stages=[[4,6]]", "lr=1e-3", "lr=1e+3", "x='a b:c'"),
         *("x=" + "y" * length for length in (118, 119, 300)),
         *("x=" + "y" * 300 + f",seed={seed}" for seed in range(2)),
     ]
-    names = [cli.folder_name(overrides.split(", ")) for overrides in many]
+    names = [config.folder_name(overrides.split(", ")) for overrides in many]
     assert len(set(names)) == len(names)
     for name in names:
         assert re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,118}[A-Za-z0-9_]", name), name
 
 
-def test_callbacks_that_may_change_what_is_trained_are_choices():
-    places = compose("train", return_hydra_config=True).hydra.job.config.override_dirname
+def test_folder_name_has_the_callbacks_that_may_change_what_is_trained():
+    job = config.compose("train", return_hydra_config=True).hydra.job
+    ignored = job.config.override_dirname.exclude_keys
     looks = ["callbacks=quiet", "callbacks.progress_bar.refresh_rate=5", "~logger", "seed=1"]
-    assert cli.folder_name(looks, places.exclude_keys) == "seed-1"
+    assert config.folder_name(looks, ignored) == "seed-1"
     averaged = ["+callbacks.ema.decay=0.9", "callbacks=mine"]
-    names = {cli.folder_name([one], places.exclude_keys) for one in averaged}
+    names = {config.folder_name([one], ignored) for one in averaged}
     assert len(names) == 2 and "" not in names
 
 
@@ -178,48 +168,28 @@ class CtrlC(L.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    ("epoch", "message"),
-    [
-        (0, "Interrupted. Give the same command again, since no epoch of it was whole"),
-        (1, "train resume={folder}$"),
-    ],
-)
-def test_ctrl_c_says_how_to_go_on(train, tmp_path, epoch, message):
-    stop = [f"+callbacks.stop._target_={__name__}.CtrlC", f"+callbacks.stop.epoch={epoch}"]
-    folder = re.escape(shlex.quote(str(tmp_path / "run")))
-    with pytest.raises(SystemExit, match=message.format(folder=folder)):
-        train("trainer.max_epochs=3", *stop)
+def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_path):
+    custom = tmp_path / "custom" / "callbacks"
+    custom.mkdir(parents=True)
+    folder = tmp_path / "run"
+
+    def interrupt(epoch):
+        text = f"progress_bar:\n  _target_: {__name__}.CtrlC\n  epoch: {epoch}\n"
+        (custom / "mine.yaml").write_text(text)
+
+    interrupt(0)
+    with pytest.raises(SystemExit, match=r"Interrupted\. Give the same command again"):
+        train("callbacks=mine", "trainer.max_epochs=2", "--config-dir", str(custom.parent))
+    interrupt(1)
+    message = rf"Resume with: sj-taid train resume={re.escape(shlex.quote(str(folder)))}$"
+    with pytest.raises(SystemExit, match=message):
+        sj_taid("train", f"resume={folder}")
+    interrupt(2)
+    sj_taid("train", f"resume={folder}")
+    assert run.Run(folder).metrics["epochs"] == 2
 
 
-def test_resume_repeats_where_ones_own_choices_lie(train, sj_taid, tmp_path):
-    own = tmp_path / "own" / "callbacks"
-    own.mkdir(parents=True)
-    stop = f"progress_bar:\n  _target_: {__name__}.CtrlC\n  epoch: "  # which is no choice
-    (own / "mine.yaml").write_text(f"{stop}0\n")
-    with pytest.raises(SystemExit, match="since no epoch of it was whole"):
-        train("callbacks=mine", "trainer.max_epochs=2", "--config-dir", str(own.parent))
-    for epoch, whole in ((1, 1), (2, 2)):  # from the start, and from the first epoch
-        (own / "mine.yaml").write_text(f"{stop}{epoch}\n")
-        resume = ["train", f"resume={tmp_path / 'run'}"]
-        if epoch == 1:
-            with pytest.raises(SystemExit, match="Go on with"):
-                sj_taid(*resume)
-        else:
-            sj_taid(*resume)
-        state = run.read_checkpoint(run.Run(tmp_path / "run").checkpoint)
-        assert state["epoch"] + 1 == whole
-
-
-def test_commands_without_hydra_say_what_is_logged(monkeypatch, capsys):
-    monkeypatch.setattr(logging.root, "handlers", [])
-    monkeypatch.setitem(cli.OTHERS, "report", logging.getLogger(cli.__name__).info)
-    monkeypatch.setattr(sys, "argv", ["sj-taid", "report", "1 of 2"])
-    cli.main()
-    assert capsys.readouterr().err == "['1 of 2']\n"
-
-
-def test_a_run_of_no_epochs_and_no_progress_bar(train, tmp_path, caplog):
+def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):
     caplog.set_level("INFO")
     train("trainer.max_epochs=0", "trainer.enable_progress_bar=false", "seed=3", "pictures=true")
     assert caplog.messages[-1] == f"Metrics, pictures: {tmp_path / 'run'}"
@@ -229,7 +199,7 @@ def test_a_run_of_no_epochs_and_no_progress_bar(train, tmp_path, caplog):
     assert str(tmp_path) not in metrics["command"]
 
 
-def test_the_commit_is_asked_for_when_a_run_starts(monkeypatch):
+def test_doctor_asks_for_the_commit_when_a_run_starts(monkeypatch):
     doctor.commit.cache_clear()
     asked = []
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: asked.append(1) or pytest.fail())

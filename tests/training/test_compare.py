@@ -46,19 +46,34 @@ def test_gather_refuses_folders_without_runs(tmp_path, capsys, folder, message):
     assert "error: no" in capsys.readouterr().err
 
 
+ORIGIN = '"command": "", "overrides": [], "choices": {}'
+
+
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        (run.METRICS, "[1, 2]", "lacks command and choices"),
-        (run.METRICS, '{"fad": 1.0}', "lacks command and choices"),
-        (run.METRICS, '{"command": "", "choices": {}, "fad": "low"}', "has 'low' for fad, not a"),
-        (run.METRICS, '{"command": "", "choices": {}, "fad": NaN}', "holds NaN, so its run diver"),
-        (run.METRICS, '{"command": "", "choices": {}}', "has none of accuracy, accuracy_best_test"),
+        (run.METRICS, "[1, 2]", "lacks command, overrides and choices"),
+        (run.METRICS, '{"fad": 1.0}', "lacks command, overrides and choices"),
+        (
+            run.METRICS,
+            f'{{{ORIGIN}, "fad": "low"}}',
+            "has 'low' for fad, not a",
+        ),
+        (
+            run.METRICS,
+            f'{{{ORIGIN}, "fad": NaN}}',
+            "holds NaN, so its run diver",
+        ),
+        (
+            run.METRICS,
+            f"{{{ORIGIN}}}",
+            "has none of accuracy, accuracy_best_test",
+        ),
         (run.METRICS, "", "is damaged"),
         (f"{run.EVALUATIONS}/1.json", "{}", "1.json"),
         (f"{run.EVALUATIONS}/1.json", "[1]", "1.json"),
         (f"{run.EVALUATIONS}/1.json", "{", "1.json is damaged"),
-        (f"{run.EVALUATIONS}/1.json", '{"figures": {"fad": NaN}}', "1.json is damaged"),
+        (f"{run.EVALUATIONS}/1.json", '{"metrics": {"fad": NaN}}', "1.json is damaged"),
         (run.CONFIG, "a: [}", "config.yaml is damaged"),
         (run.CONFIG, "a: ${", "config.yaml is damaged"),
         (run.CONFIG, "- 1", "config.yaml is damaged"),
@@ -75,18 +90,18 @@ def test_gather_leaves_out_a_damaged_run_with_the_reason(tmp_path, file, content
 
 def test_gather_counts_the_evaluations_of_the_checkpoints_that_are_here(tmp_path):
     there = write(metrics([], fad=3.5), tmp_path)
-    evaluation = {"figures": {"fad": 3.0}, "protocol": {"fad": "by eye"}}
+    evaluation = {"metrics": {"fad": 3.0}, "protocol": {"fad": "by eye"}}
     there.save_evaluation(evaluation | {"checkpoint_sha256": "of one that is not here"})
     read = gather.read(there)  # without any checkpoint all count
     assert read["fad"] == 3.0 and read["protocol"]["fad"] == "by eye"
     there.checkpoint.parent.mkdir()
     there.checkpoint.write_bytes(b"now")
     assert gather.read(there)["fad"] == 3.5
-    now = {"figures": {"fad": 2.5}, "protocol": {}, "checkpoint_sha256": there.checkpoint_sha256()}
+    now = {"metrics": {"fad": 2.5}, "protocol": {}, "checkpoint_sha256": there.checkpoint_sha256()}
     there.save_evaluation(now)
     there.best.write_bytes(b"the best")
     digest = run.Run(tmp_path, there.best).checkpoint_sha256()
-    best = {"figures": {"accuracy_best_validation_epoch": 0.5}, "protocol": {}}
+    best = {"metrics": {"accuracy_best_validation_epoch": 0.5}, "protocol": {}}
     there.save_evaluation(best | {"checkpoint_sha256": digest})
     read = gather.read(there)
     assert (read["fad"], read["accuracy_best_validation_epoch"]) == (2.5, 0.5)

@@ -1,19 +1,20 @@
-"""Measuring a run again: each evaluation is a file of its own, each figure with its protocol."""
+"""Measuring a run again: a file for each evaluation, a protocol for each metric."""
 
 import hashlib
 import json
 import subprocess
-import sys
+from importlib import import_module
 
 import pytest
 from omegaconf import OmegaConf
 
 from sj_taid.metric import FrechetDistance
 from sj_taid.model import ESVAE
-from sj_taid.training import commands, evaluation, run
-from sj_taid.training.commands import evaluate, train
-from sj_taid.training.composing import compose
-from tests.training.conftest import CONF, TINY_CLASSIFICATION, TINY_VAE, Network, write_images
+from sj_taid.training import evaluation, fit_prior, run
+from sj_taid.training.config import compose
+from sj_taid.training.evaluate import evaluate
+from sj_taid.training.train import train
+from tests.training.conftest import TINY_CLASSIFICATION, TINY_VAE, Network, command, write_images
 
 
 def composed(folder, *overrides):
@@ -34,12 +35,11 @@ def evaluations_of(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("evaluations/*.json"))]
 
 
-def test_from_the_command_line(folder, tmp_path):
+def test_evaluate_command(folder, tmp_path):
     before = metrics_of(folder)
     checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
-    script = CONF.parent / "experiments" / "evaluate.py"
     done = subprocess.run(
-        [sys.executable, script, f"checkpoint={checkpoint}", "metric.samples=12"],
+        command("evaluate", f"checkpoint={checkpoint}", "metric.samples=12"),
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -51,7 +51,7 @@ def test_from_the_command_line(folder, tmp_path):
     (path,) = folder.glob("evaluations/*.json")
     assert done.stdout.rstrip().endswith(str(path))
     (evaluation,) = evaluations_of(folder)
-    figures, protocol = evaluation["figures"], evaluation["protocol"]
+    figures, protocol = evaluation["metrics"], evaluation["protocol"]
     assert figures["fad"] > 0 and figures["fad"] != before["fad"]
     assert figures.keys() == protocol.keys() == {"fad", "reconstruction"}
     assert "12 samples" in protocol["fad"]
@@ -63,65 +63,65 @@ def test_from_the_command_line(folder, tmp_path):
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
 
 
-def test_a_seed_gives_the_figures_of_training_again(folder):
+def test_evaluate_repeats_the_metrics_of_training(folder):
     first = evaluate(composed(folder))
-    assert first["figures"]["fad"] == metrics_of(folder)["fad"]
+    assert first["metrics"]["fad"] == metrics_of(folder)["fad"]
     assert first["protocol"] == metrics_of(folder)["protocol"]
     again = evaluate(composed(folder))
     assert again == first
     other = evaluate(composed(folder, "seed=1"))
-    assert other["figures"]["fad"] != first["figures"]["fad"] and other["seed"] == 1
+    assert other["metrics"]["fad"] != first["metrics"]["fad"] and other["seed"] == 1
     assert evaluations_of(folder) == [first, again, other]
 
 
-def test_fid_and_inception_score_where_there_are_weights(folder, monkeypatch):
+def test_evaluate_fid_and_inception_score(folder, monkeypatch):
     monkeypatch.setattr(evaluation, "Inception", Network)
     after = evaluate(composed(folder, "metric.inception_weights=weights.pth", "metric.samples=20"))
-    figures, protocol = after["figures"], after["protocol"]
+    figures, protocol = after["metrics"], after["protocol"]
     assert figures["fid"] > 0 and 1 <= figures["inception_score"] <= 4
     assert protocol["fid"].startswith(FrechetDistance(Network("weights.pth")).protocol)
     assert protocol["fid"].endswith("20 samples against 359 test images at 8x8")
     assert protocol["inception_score"].endswith("20 samples")
 
 
-def test_the_weights_of_a_run_can_be_left_out(folder, caplog):
+def test_evaluate_without_the_weights_of_the_run(folder, caplog):
     config = OmegaConf.load(folder / run.CONFIG)
     config.metric.inception_weights = "gone.pth"
     OmegaConf.save(config, folder / run.CONFIG)
     caplog.set_level("INFO", "sj_taid")
     caplog.clear()
-    assert evaluate(composed(folder, "metric.inception_weights=false"))["figures"]["fad"] > 0
+    assert evaluate(composed(folder, "metric.inception_weights=false"))["metrics"]["fad"] > 0
     assert "left out for want" not in caplog.text
 
 
-@pytest.mark.parametrize("command", [commands.evaluate, commands.fit_prior])
-def test_data_can_be_downloaded_for_a_run_of_elsewhere(folder, monkeypatch, command):
+@pytest.mark.parametrize("name", ["evaluate", "fit_prior"])
+def test_evaluate_can_download_data(folder, monkeypatch, name):
     built = []
-    monkeypatch.setattr(commands, "build", lambda node, *_, **__: built.append(node) or 1 / 0)
-    monkeypatch.setattr(commands, "_require_esvae", lambda *_: None)
-    asked = compose(command.__name__, [f"checkpoint={folder}", "dataset.download=true"])
+    module = import_module(f"sj_taid.training.{name}")
+    monkeypatch.setattr(module, "build_part", lambda node, *_, **__: built.append(node) or 1 / 0)
+    asked = compose(name, [f"checkpoint={folder}", "dataset.download=true"])
     monkeypatch.setattr(run.Run, "model", lambda *_: ESVAE(image_size=8, hidden_channels=(4, 8)))
     with pytest.raises(ZeroDivisionError):
-        command(asked)
+        {"evaluate": evaluate, "fit_prior": fit_prior.main}[name](asked)
     assert built[0].download is True and "test_root" not in built[0]
 
 
-def test_a_cache_of_this_machine(monkeypatch):
+def test_compose_takes_the_cache_of_this_machine(monkeypatch):
     assert composed("run").cache_dir is None  # as in the run
     monkeypatch.setenv("SJ_TAID_CACHE", "elsewhere")
     assert composed("run").cache_dir == "elsewhere"
 
 
-def test_a_classifier(tiny, tmp_path):
+def test_evaluate_classifier(tiny, tmp_path):
     stop = "trainer.limit_test_batches=2"
     cfg = tiny(*TINY_CLASSIFICATION, "dataset.batch_size=120", stop, tiny=False)
     before = train(cfg, tmp_path)
     after = evaluate(composed(tmp_path))
-    assert after["figures"]["accuracy"] == before["accuracy"] and "fad" not in after["figures"]
+    assert after["metrics"]["accuracy"] == before["accuracy"] and "fad" not in after["metrics"]
     assert after["protocol"]["accuracy"].endswith(f"stopped by {stop}")
 
 
-def test_data_that_were_moved(tiny, tmp_path):
+def test_evaluate_moved_data(tiny, tmp_path):
     def at(place):
         return [f"dataset.{name}={tmp_path / place / name}" for name in ("root", "test_root")]
 
@@ -134,20 +134,13 @@ def test_data_that_were_moved(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no .*here.*root"):
         evaluate(composed(tmp_path / "run"))
     after = evaluate(composed(tmp_path / "run", *at("there")))
-    assert after["figures"]["accuracy"] == before["accuracy"]
+    assert after["metrics"]["accuracy"] == before["accuracy"]
 
 
-def test_what_a_run_names_is_not_called_unless_it_is_trusted(folder):
+def test_evaluate_refuses_foreign_classes(folder):
     config = OmegaConf.load(folder / run.CONFIG)
     for part in ("dataset", "task", "metric"):
         evil = OmegaConf.merge(config, {part: {"_target_": "os.system"}, "trust": ["os.system"]})
         OmegaConf.save(evil, folder / run.CONFIG)
-        with pytest.raises(ValueError, match=r"names 'os\.system'.*trusted source"):
+        with pytest.raises(ValueError, match=r"names 'os\.system'.*you trust it"):
             evaluate(composed(folder))
-
-
-def test_a_run_of_before_the_metrics_were_classes(folder):
-    config = OmegaConf.load(folder / run.CONFIG)
-    del config.metric._target_
-    OmegaConf.save(config, folder / run.CONFIG)
-    assert evaluate(composed(folder))["figures"]["fad"] == metrics_of(folder)["fad"]

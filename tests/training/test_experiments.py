@@ -12,8 +12,8 @@ from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid.data import Data, InMemory
 from sj_taid.training import columns, plot, run
-from sj_taid.training.commands import train
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
+from sj_taid.training.train import train
 from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
 
 EXPERIMENT = CONF / "experiment"

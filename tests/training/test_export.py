@@ -8,9 +8,9 @@ import torch
 from sj_taid import ALIFNode, create_model, pretrained
 from sj_taid.thresholds import fixed_thresholds
 from sj_taid.training import Run, load_model
-from sj_taid.training.commands import train
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
 from sj_taid.training.export import export
+from sj_taid.training.train import train
 from tests.training.conftest import TINY_CLASSIFICATION
 from tests.training.test_run import MyLIF
 
@@ -100,7 +100,7 @@ def test_export_leaves_the_backend_out(runs, tmp_path):
 def test_export_of_later_evaluations(runs, tmp_path):
     run = Run(runs / "classifier")
     for digest, accuracy in ((run.checkpoint_sha256(), 0.5), ("another", 0.9)):
-        figures = {"figures": {"accuracy": accuracy}, "protocol": {"accuracy": "by hand"}}
+        figures = {"metrics": {"accuracy": accuracy}, "protocol": {"accuracy": "by hand"}}
         run.save_evaluation({"checkpoint_sha256": digest} | figures)
     card = (export(runs / "classifier", "tiny", tmp_path) / "README.md").read_text()
     assert "| 50.00 | by hand |" in card and "90.00" not in card

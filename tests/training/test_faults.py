@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from sj_taid.training import run
-from sj_taid.training.commands import train
+from sj_taid.training.train import train
 from tests.data.made_up import cut
 from tests.training.conftest import (
+    CONF,
     ENVIRONMENT,
     assert_same_weights,
+    command,
     exit_code,
-    script,
     weights,
     write_images,
 )
@@ -118,7 +119,7 @@ class KilledWithinMetrics(Fault):
 
 
 class CtrlC(Fault):
-    says = "Interrupted. Go on with: sj-taid train resume="
+    says = "Interrupted. Resume with: sj-taid train resume="
 
     def strike(self, trainer):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
@@ -128,14 +129,16 @@ class CtrlC(Fault):
 class Terminated(Fault):
     """As a cluster does where a job's time is over."""
 
-    says = "Terminated. Go on with: sj-taid train resume="
+    says = "Terminated. Resume with: sj-taid train resume="
 
     def strike(self, trainer):
         signal.raise_signal(signal.SIGTERM)
 
 
 class TruncatedCheckpoint(CtrlC):
-    refused = r"last\.ckpt is not a whole checkpoint .* delete it, .* give the same command again"
+    refused = (
+        r"last\.ckpt is not a whole checkpoint .* move it away and give the same command again"
+    )
     spoil = staticmethod(cut)
 
 
@@ -181,7 +184,7 @@ class SecondRun(CtrlC):
 
     def strike(self, trainer):
         second = subprocess.run(
-            script("train.py", *sys.argv[1:], "dataset.augment=null"),
+            command("train", *sys.argv[1:], "dataset.augment=null"),
             env=ENVIRONMENT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert second.returncode == 1
@@ -232,7 +235,7 @@ class KilledLoader(Fault):
 
 
 class FullDisk(Fault):
-    says = r"(?s)last\.ckpt cannot be written .*make room.*Go on with: sj-taid train resume="
+    says = r"(?s)last\.ckpt cannot be written .*make room.*Resume with: sj-taid train resume="
 
     @staticmethod
     @contextmanager
@@ -254,7 +257,7 @@ class FullDisk(Fault):
 
 class ReadOnlyFolder(Fault):
     job = ("~logger",)
-    says = r"(?s)last\.ckpt cannot be written .*Go on with: sj-taid train resume="
+    says = r"(?s)last\.ckpt cannot be written .*Resume with: sj-taid train resume="
 
     def strike(self, trainer):
         make_read_only(Path(trainer.default_root_dir))
@@ -266,17 +269,17 @@ class ReadOnlyFolder(Fault):
 
 class ReadOnlyForTracker(ReadOnlyFolder):
     job = ()
-    says = r"(?s)run cannot be written .*tensorboard.*Go on with: sj-taid train resume="
+    says = r"(?s)run cannot be written .*tensorboard.*Resume with: sj-taid train resume="
 
 
 class ReadOnlyForPictures(ReadOnlyFolder):
     within, left, job = "pictures", 3, ("~logger", "pictures=true")
-    says = r"(?s)reconstructions\.png cannot be written .*Go on with: sj-taid train resume="
+    says = r"(?s)reconstructions\.png cannot be written .*Resume with: sj-taid train resume="
 
 
 class ReadOnlyForMetrics(ReadOnlyFolder):
     within, left = "metrics", 3
-    says = r"(?s)metrics\.json cannot be written .*Go on with: sj-taid train resume="
+    says = r"(?s)metrics\.json cannot be written .*Resume with: sj-taid train resume="
 
 
 def mount(*arguments):
@@ -346,9 +349,10 @@ def stopped(sj_taid, capsys):
     """What is said by a run that does not come to its end."""
 
     def execute(*arguments):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises((SystemExit, RuntimeError)) as ended:
             sj_taid("train", *arguments, *QUIET)
-        return capsys.readouterr().err + str(ended.value)
+        notes = getattr(ended.value, "__notes__", [])
+        return "\n".join([capsys.readouterr().err, str(ended.value), *notes])
 
     return execute
 
@@ -363,31 +367,31 @@ def stopped(sj_taid, capsys):
     ],
     ids=lambda fault: fault.__name__,
 )  # fmt: skip
-def test_a_run_ends_as_if_it_had_not_happened(
+def test_run_ends_as_if_the_fault_had_not_happened(
     fault, job, undisturbed, sj_taid, stopped, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     there = run.Run(tmp_path / "run")
-    command = [*job, *fault.job, f"hydra.run.dir={there.folder}"]
+    arguments = [*job, *fault.job, f"hydra.run.dir={there.folder}"]
 
-    def going_on():  # as the message advises
-        return [f"resume={there.folder}"] if there.checkpoint.is_file() else command
+    def advised():
+        return [f"resume={there.folder}"] if there.checkpoint.is_file() else arguments
 
     with fault.place(there.folder):
         if fault.kills:
-            assert exit_code("train", *command, with_callback(fault), *QUIET) == -signal.SIGKILL
+            assert exit_code("train", *arguments, with_callback(fault), *QUIET) == -signal.SIGKILL
         else:
-            said = stopped(*command, with_callback(fault))
+            said = stopped(*arguments, with_callback(fault))
             fault.mend(there)
             assert re.search(fault.says, said), said
         assert torch.load(there.checkpoint, weights_only=True)["epoch"] == fault.left
         assert not (there.folder / run.METRICS).exists()
         if fault.refused:
             fault.spoil(there.checkpoint)
-            said = stopped(*going_on())
+            said = stopped(*advised())
             assert re.search(fault.refused, said), said
             there.checkpoint.unlink()
-        sj_taid("train", *going_on(), *QUIET)
+        sj_taid("train", *advised(), *QUIET)
 
         metrics, (expected, expected_weights) = there.metrics, undisturbed
         assert_same_weights(there.folder, expected_weights)
@@ -396,7 +400,7 @@ def test_a_run_ends_as_if_it_had_not_happened(
         assert not list(tmp_path.rglob(".*.tmp")) and not (tmp_path / "hacked").exists()
 
 
-def test_a_folder_that_is_read_only_from_the_start_is_named(stopped, job, tmp_path):
+def test_run_names_a_read_only_folder(stopped, job, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     make_read_only(folder)
@@ -413,15 +417,16 @@ class KilledSecondRank(Fault):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_survives_the_death_of_one(job, tmp_path):
+def test_run_of_two_processes_survives_the_death_of_one(job, tmp_path):
     @contextmanager
     def torchrun(folder, *more):
-        command = [
+        arguments = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            *script("train.py", *job, f"hydra.run.dir={folder}")[1:], "trainer.devices=2", *more,
+            CONF.parent / "experiments" / "train.py", *job, f"hydra.run.dir={folder}",
+            "trainer.devices=2", *more,
         ]  # fmt: skip
         with subprocess.Popen(
-            command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+            arguments, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
         ) as process:
             yield process
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from sj_taid.training.files import Unwritable, atomic_write, unwritable, written_by_others
+from sj_taid.training.files import Unwritable, atomic_write, report_unwritable, unwritable
 
 
 def test_the_error_goes_from_process_to_process(tmp_path):
@@ -20,7 +20,7 @@ def test_what_else_fails_within_a_write_is_not_blamed_on_the_place(tmp_path):
     path.write_text("before")
     with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_write(path):
         (tmp_path / "elsewhere").read_text()
-    with pytest.raises(Unwritable, match="what stood there before is whole"), atomic_write(path):
+    with pytest.raises(Unwritable, match="what was there before is whole"), atomic_write(path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_text() == "before" and [*tmp_path.iterdir()] == [path]
 
@@ -28,7 +28,7 @@ def test_what_else_fails_within_a_write_is_not_blamed_on_the_place(tmp_path):
 def refused(error, folder):
     """What becomes of an error that another one hides."""
     try:
-        with written_by_others(folder):
+        with report_unwritable(folder):
             try:
                 raise error
             except OSError:
@@ -46,7 +46,7 @@ def test_what_others_cannot_write_is_found_behind_their_error(tmp_path):
 
 
 def test_an_error_that_was_left_behind_does_not_count(tmp_path):
-    with pytest.raises(ValueError, match="wrong"), written_by_others(tmp_path):
+    with pytest.raises(ValueError, match="wrong"), report_unwritable(tmp_path):
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
         except OSError:

@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from sj_taid.training.commands import train
+from sj_taid.training.train import train
 from tests.training.conftest import TINY_AUTOENCODING
 
 

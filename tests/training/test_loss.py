@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from sj_taid.training import run
-from sj_taid.training.commands import train
 from sj_taid.training.loss import TET
+from sj_taid.training.train import train
 from tests.training.conftest import CONF, TINY_CLASSIFICATION
 
 # One sample of class 0 at two steps: softmax (1/2, 1/2), then (3/4, 1/4).

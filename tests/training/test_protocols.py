@@ -8,8 +8,9 @@ import torch
 
 from sj_taid.data import Digits
 from sj_taid.training import columns, evaluation, gather, run
-from sj_taid.training.commands import evaluate, train
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
+from sj_taid.training.evaluate import evaluate
+from sj_taid.training.train import train
 from tests.training.conftest import (
     TINY_AUTOENCODING,
     TINY_CLASSIFICATION,
@@ -59,7 +60,7 @@ def logged(folder, name):
 
 def evaluated(checkpoint):
     cfg = compose("evaluate", [f"checkpoint={checkpoint}", "trainer.accelerator=cpu"])
-    return evaluate(cfg)["figures"]
+    return evaluate(cfg)["metrics"]
 
 
 def test_best_validation_epoch_is_saved_and_tested(job, tmp_path, monkeypatch):
@@ -71,7 +72,7 @@ def test_best_validation_epoch_is_saved_and_tested(job, tmp_path, monkeypatch):
         lambda self: tested_in.append(self.trainer.state.fn.value) or test_dataloader(self),
     )
     cfg = job(*with_callbacks(Spoil))
-    metrics = train(cfg, tmp_path, command="", choices={})
+    metrics = train(cfg, tmp_path, command="")
     assert set(tested_in) == {"test"}  # never in training
 
     values = logged(tmp_path, "val/accuracy")
@@ -123,11 +124,13 @@ def test_best_validation_epoch_survives_a_kill(job, tmp_path):
     for checkpoint in ("best", "last"):
         path = f"{run.CHECKPOINTS}/{checkpoint}.ckpt"
         assert_same_weights(tmp_path / "run" / path, weights(tmp_path / "undisturbed" / path))
-    # In another folder there is no best checkpoint yet: of the epochs from here on, one is.
-    resume = f"resume={tmp_path / 'run'}"
+    # A folder that is moved keeps its best epoch.
+    (tmp_path / "run").rename(tmp_path / "moved")
     schedule = "task.scheduler.T_max=4"  # the run's own, which it keeps
-    longer = train(job(resume, "trainer.max_epochs=5", schedule), tmp_path / "other")
-    assert longer["best_validation_epoch"] == 5
+    longer = train(job("trainer.max_epochs=5", schedule), tmp_path / "moved")
+    assert longer["epochs"] == 5
+    for name in ("best_validation_epoch", "accuracy_best_validation_epoch"):
+        assert longer[name] == undisturbed[name], name
 
 
 @pytest.mark.parametrize(

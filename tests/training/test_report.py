@@ -11,7 +11,7 @@ import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 
 from sj_taid.training import cli, gather, load_model, report, run
-from sj_taid.training.commands import train
+from sj_taid.training.train import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

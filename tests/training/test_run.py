@@ -1,12 +1,12 @@
-"""A run's folder: nothing in it is lost, and nothing in it is called but what is trusted."""
+"""A run's folder: what is locked, saved, refused, and called when it is loaded."""
 
-import json
 import multiprocessing
 import os
 import pickle
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from spikingjelly.activation_based import neuron
 
@@ -14,13 +14,13 @@ from sj_taid._build import build
 from sj_taid.training import Run, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.callbacks import AtomicCheckpointIO
-from sj_taid.training.commands import train
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
+from sj_taid.training.train import train
 from tests.training.conftest import TINY_AUTOENCODING, TINY_CLASSIFICATION
 
 
 class MyLIF(neuron.LIFNode):
-    """A neuron of somebody else's."""
+    """A custom neuron."""
 
 
 def files(run):
@@ -36,7 +36,7 @@ def die_while_writing(path):
     AtomicCheckpointIO().save_checkpoint({}, path)
 
 
-def test_a_kill_leaves_the_checkpoint_before_and_its_rest_goes(tmp_path):
+def test_lock_removes_what_a_killed_writer_left(tmp_path):
     run = Run(tmp_path)
     AtomicCheckpointIO().save_checkpoint({"epoch": 3}, run.checkpoint)
     fork = multiprocessing.get_context("fork")
@@ -49,7 +49,7 @@ def test_a_kill_leaves_the_checkpoint_before_and_its_rest_goes(tmp_path):
     assert torch.load(run.checkpoint, weights_only=True) == {"epoch": 3}
 
 
-def test_the_lock_takes_away_what_is_the_runs_own_alone(tmp_path):
+def test_lock_leaves_files_of_others(tmp_path):
     others = [tmp_path / "notes" / ".fad.npz.1.tmp", tmp_path / ".mine.tmp"]
     (tmp_path / ".folder.tmp").mkdir()
     others[0].parent.mkdir()
@@ -60,13 +60,99 @@ def test_the_lock_takes_away_what_is_the_runs_own_alone(tmp_path):
         assert not left.exists() and all(path.exists() for path in others)
 
 
-def test_metrics_are_json(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"^fad, figures\.fid: not a finite number"):
-        Run(tmp_path).save_metrics({"fad": float("nan"), "figures": {"fid": float("inf")}})
+def test_lock_admits_one_process_at_a_time(tmp_path, monkeypatch):
+    with Run(tmp_path / "run").lock():
+        message = r"another process .*/run; wait .*hydra\.run\.dir"
+        with pytest.raises(TimeoutError, match=message), Run(tmp_path / "run").lock():
+            pytest.fail("held twice")
+        with Run(tmp_path / "other").lock():
+            pass
+        monkeypatch.setattr(rank_zero_only, "rank", 1)  # of the same distributed run
+        with Run(tmp_path / "run").lock():
+            pass
+    with Run(tmp_path / "run").lock():
+        pass
+
+
+def test_save_metrics_refuses_what_is_not_finite(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"^fad, metrics\.fid: not a finite number"):
+        Run(tmp_path).save_metrics({"fad": float("nan"), "metrics": {"fid": float("inf")}})
     assert not list(tmp_path.iterdir())
 
 
-def test_what_trains_can_be_loaded(tiny, tmp_path):
+def test_resume_allows_what_may_change_alone(tmp_path):
+    config = {
+        "seed": 0,
+        "dataset": {"root": "a", "size": "${seed}"},
+        "callbacks": {},
+        "trainer": {"max_epochs": 1},
+        "task": {"scheduler": {"T_max": "${trainer.max_epochs}"}},
+    }
+    cfg, run = OmegaConf.create(config), Run(tmp_path)
+    assert run.resume(cfg) is None
+    run.save_config(cfg)
+    changed = OmegaConf.create(config | {"seed": 1})
+    assert (
+        run.resume(changed) is None
+    )  # nothing is saved but the config: stopped in its first epoch
+    run.save_metrics({"fad": 3.0})
+    run.checkpoint.parent.mkdir()
+    run.checkpoint.touch()
+    with pytest.raises(
+        ValueError, match=r"dataset\.size \(0, now 1\); seed \(0, now 1\); resume it"
+    ):
+        run.resume(changed)
+
+    cfg.dataset.root, cfg.callbacks = "b", {"bar": "wide"}
+    assert run.resume(cfg) == run.checkpoint and run.is_complete(cfg)
+    cfg.trainer.max_epochs = 2
+    with pytest.raises(ValueError, match=r"T_max \(1, now 2\); T_max follows trainer\.max_epochs"):
+        run.resume(cfg)
+    cfg.task.scheduler.T_max = 1
+    assert run.resume(cfg) == run.checkpoint and not run.is_complete(cfg)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=5",
+        "model.hidden_channels=[4,8]",
+        "optimizer.lr=0.5",
+        "dataset.batch_size=7",
+        "trainer.precision=bf16-mixed",
+        "dataset=mnist",
+    ],
+)
+def test_train_refuses_a_finished_run_with_other_settings(trained, tiny, change):
+    folder = trained(*TINY_AUTOENCODING)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    key = change.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"a run with other settings: .*{key}"):
+        train(tiny(*TINY_AUTOENCODING, change, tiny=False), folder)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_train_refuses_fewer_epochs_than_are_trained(trained, tiny):
+    folder = trained(*TINY_AUTOENCODING)
+    shorter = tiny(*TINY_AUTOENCODING, "trainer.max_epochs=0", tiny=False)
+    with pytest.raises(ValueError, match=r"must be at least the 1 epochs .* it is 0"):
+        train(shorter, folder)
+    assert Run(folder).is_finished and Run(folder).config.trainer.max_epochs == 1
+
+
+def test_find_takes_the_folder_of_checkpoints(trained):
+    folder = trained(*TINY_AUTOENCODING)
+    assert Run.find(folder / runs.CHECKPOINTS).folder == folder
+
+
+def test_find_refuses_other_files_and_tells_nobody_to_delete_them(trained):
+    folder = trained(*TINY_AUTOENCODING)
+    for name in (runs.CONFIG, runs.METRICS):
+        with pytest.raises(ValueError, match=rf"a \.ckpt file, but got .*{name}; give {folder}$"):
+            Run.find(folder / name)
+
+
+def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
     name = f"{__name__}.MyLIF"
     foreign = [*TINY_CLASSIFICATION, "neuron=lif", f"neuron._target_={name}"]
     with pytest.raises(ValueError, match=rf"names '{name}'.*add trust=\[{name}\]"):
@@ -81,13 +167,62 @@ def test_what_trains_can_be_loaded(tiny, tmp_path):
     assert any(isinstance(module, MyLIF) for module in load_model(tmp_path, [name]).modules())
 
 
+def test_load_model_gives_the_trained_model(trained):
+    folder = trained(*TINY_CLASSIFICATION)
+    checkpoint = Run(folder).checkpoint
+    model = load_model(checkpoint)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert not model.training
+    assert all(torch.equal(v, saved[f"model.{k}"]) for k, v in model.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone\.ckpt"):
+        load_model(folder / "gone.ckpt")
+
+
+def test_load_model_refuses_damaged_checkpoints(trained):
+    checkpoint = Run(trained(*TINY_CLASSIFICATION)).checkpoint
+    whole = checkpoint.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"not a checkpoint", b""):
+        checkpoint.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"is not a whole checkpoint .* move it away") as info:
+            load_model(checkpoint)
+        assert info.value.__cause__ is not None
+
+
+def test_load_model_refuses_other_models_and_foreign_classes(trained, tmp_path):
+    folder = trained(*TINY_CLASSIFICATION)
+    path = folder / runs.CONFIG
+    text = path.read_text()
+    target = "sj_taid.ALIFNode"
+    # Neither what a trusted module imports nor what stands outside the model's config passes.
+    foreign = f"{{_target_: pathlib.Path.touch, self: {tmp_path / 'touched'}}}"
+    for old, new, end, message in (
+        ("hidden: 8", "hidden: 9", "", r"(?s)not a checkpoint of this run's model .* leave out"),
+        (target, "os.system", "", r"names 'os\.system'.*you trust it"),
+        (target, "sj_taid.ops.alif.kernels.Path.touch", "", "you trust it"),
+        (
+            "\n  neuron:\n",
+            "\n  neuron: ${evil}\n  ignored:\n",
+            f"evil: {foreign}\n",
+            "you trust it",
+        ),
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new) + end)
+        with pytest.raises(ValueError, match=message):
+            load_model(folder)
+    assert not (tmp_path / "touched").exists()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config\.yaml at"):
+        load_model(folder)
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("touch hacked",)
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x, 2))])
-def test_a_hostile_checkpoint_is_called_what_it_is(tmp_path, monkeypatch, save):
+def test_read_checkpoint_refuses_code(tmp_path, monkeypatch, save):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.ckpt"
     save({"state_dict": Hostile()}, path)
@@ -109,8 +244,8 @@ def test_a_hostile_checkpoint_is_called_what_it_is(tmp_path, monkeypatch, save):
         "torch.optim.lr_scheduler.CosineAnnealingLR",
     ],
 )
-def test_public_classes_are_trusted(target):
-    build({"a": [{"_target_": target, "_partial_": True}]})
+def test_build_trusts_public_classes(target):
+    build({"a": [{"_target_": target, "_partial_": True}]}, ())
 
 
 @pytest.mark.parametrize(
@@ -118,7 +253,7 @@ def test_public_classes_are_trusted(target):
     [
         "os.system",
         "sj_taid.swap_neurons",
-        "sj_taid.data.event.Path",  # imported there
+        "sj_taid.data.base.Path",  # imported there
         "sj_taid.data.base.torch.load",
         "sj_taid.data._Secret",
         "sj_taid.database.Data",
@@ -129,78 +264,21 @@ def test_public_classes_are_trusted(target):
         3,
     ],
 )
-def test_others_are_not(target):
-    with pytest.raises(ValueError, match="no public class of"):
-        build({"a": [{"_target_": target, "_partial_": True}]})
+def test_build_trusts_no_others(target):
+    with pytest.raises(ValueError, match=r"no public class of .* add trust="):
+        build({"a": [{"_target_": target, "_partial_": True}]}, ())
 
 
-def test_nothing_is_resolved_after_the_check(tmp_path):
+def test_build_resolves_nothing(tmp_path):
     path = f"{{_target_: pathlib.Path, _args_: [{tmp_path}/hacked]}}"
     evil = f'\\${{oc.create:"{{_target_: pathlib.Path.touch, self: {path}}}"}}'
     node = OmegaConf.create({"_target_": "sj_taid.TAID", "T": evil})
     with pytest.raises(ValueError, match=r"T must be .* '\$\{oc\.create"):
-        runs.build(node)
+        runs.build_part(node)
     assert not (tmp_path / "hacked").exists()
 
 
-def test_runs_of_before_the_package_load(tiny, tmp_path):
-    train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path)
-    run = Run(tmp_path)
-    config, path = run.config, tmp_path / runs.CONFIG
-    text = path.read_text().replace(
-        "sj_taid.training.classification", "experiments.task.classification"
-    )
-    text = text.replace("sj_taid.data", "experiments.data").replace(
-        "sj_taid.training.callbacks", "experiments.progress"
-    )
-    assert text.count("_target_: experiments.") == 3
-    path.write_text(text + "published:\n  accuracy: 0.99\n")
-    assert run.config == config and not run.differences(config)
-    load_model(tmp_path)
-
-
-def test_resuming_keeps_the_data(tiny, tmp_path):
-    train(tiny(*TINY_AUTOENCODING, tiny=False), tmp_path / "run")
-    other = tiny(
-        *TINY_AUTOENCODING, "dataset=mnist", f"resume={tmp_path / 'run'}", tiny=False
-    )  # fmt: skip
-    message = r"another dataset\._target_ \(sj_taid\.data\.Digits, now sj_taid\.data\.MNIST\)"
-    for folder in ("run", "another"):
-        with pytest.raises(ValueError, match=message):
-            train(other, tmp_path / folder)
-    assert json.loads((tmp_path / "run" / runs.METRICS).read_text())["epochs"] == 1
-    assert Run(tmp_path / "run").config.dataset.name == "digits"
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        (
-            "optimizer.lr=0.5",
-            r"another optimizer\.lr \(0\.001, now 0\.5\); .* same data, task, opt",
-        ),
-        (
-            "trainer.max_epochs=2",
-            r"another .*T_max \(1, now 2\), which follows trainer\.max_epochs",
-        ),
-    ],
-)
-def test_resuming_keeps_the_optimizer_and_its_schedule(tiny, tmp_path, override, message):
-    cosine = "torch.optim.lr_scheduler.CosineAnnealingLR"
-    schedule = f"{{_target_: {cosine}, _partial_: true, T_max: '${{trainer.max_epochs}}'}}"
-    chosen = [*TINY_AUTOENCODING, f"task.scheduler={schedule}"]
-    train(tiny(*chosen, tiny=False), tmp_path)
-    with pytest.raises(ValueError, match=message):
-        train(tiny(*chosen, override, f"resume={tmp_path}", tiny=False), tmp_path)
-    assert Run(tmp_path).config.optimizer.lr == 1e-3
-
-
-def test_a_run_is_found_by_the_folder_of_its_checkpoints(tiny, tmp_path):
-    train(tiny(*TINY_AUTOENCODING, tiny=False), tmp_path)
-    assert Run.find(tmp_path / runs.CHECKPOINTS).folder == tmp_path
-
-
-def test_two_folders_of_images_are_two_sets_of_data():
+def test_two_folders_of_images_have_two_names():
     roots = ("photos/a", "photos/b", "elsewhere/a/")
     cfgs = [compose("train", ["dataset=image_folder", f"dataset.root={root}"]) for root in roots]
     assert [cfg.dataset.name for cfg in cfgs] == [f"image_folder_{name}" for name in "aba"]

@@ -9,9 +9,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch._dynamo.utils import counters
 
 from sj_taid.training import run
-from sj_taid.training.commands import train
 from sj_taid.training.generation import Generation
-from tests.training.conftest import TINY, TINY_CLASSIFICATION, script
+from sj_taid.training.train import train
+from tests.training.conftest import TINY, TINY_CLASSIFICATION, command
 
 TASKS = {"generation": TINY, "classification": TINY_CLASSIFICATION}
 
@@ -35,11 +35,6 @@ def test_compiled_model_trains_and_saves_alike(tiny, tmp_path):
     run.load_model(tmp_path / "compiled")
 
 
-def test_what_compile_takes(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"compile must be true, false or options of torch\.comp"):
-        train(tiny("compile=fast"), tmp_path)
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
 def test_precision_keeps_float32_weights(tiny, tmp_path, precision):
@@ -57,12 +52,12 @@ def test_accumulate_grad_batches_takes_fewer_steps(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_measure_once(tmp_path, cache):
-    command = script(
-        "train.py", *TINY, "trainer.devices=2", "callbacks=quiet", f"cache_dir={cache}",
+    arguments = command(
+        "train", *TINY, "trainer.devices=2", "callbacks=quiet", f"cache_dir={cache}",
         f"hydra.run.dir={tmp_path / 'run'}",
     )  # fmt: skip
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+        arguments, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / run.METRICS).read_text())
@@ -78,7 +73,7 @@ def test_process_waits_for_measurements_before_the_others(tiny, tmp_path, monkey
         raise SystemExit("measured")
 
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    monkeypatch.setattr(Generation, "before_training", measured)
+    monkeypatch.setattr(Generation, "measure_untrained", measured)
     with pytest.raises(SystemExit, match="measured"):
         train(tiny(), tmp_path)
     assert not list(tmp_path.iterdir())  # the first process writes

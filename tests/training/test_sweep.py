@@ -1,4 +1,4 @@
-"""Many runs: a folder for each, none overwritten, and a killed sweep goes on."""
+"""Sweeps: a folder for each job, none overwritten, and a killed sweep resumes."""
 
 import itertools
 import json
@@ -10,18 +10,17 @@ import time
 import filelock
 import pytest
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from sj_taid.training import commands, run
+from sj_taid.training import provenance, run
 from sj_taid.training.callbacks import RandomNumbers
-from sj_taid.training.commands import train
-from sj_taid.training.composing import compose
+from sj_taid.training.config import compose
+from sj_taid.training.train import train
 from tests.training.conftest import (
     ENVIRONMENT,
     TINY_CLASSIFICATION,
     assert_same_weights,
-    script,
+    command,
     weights,
 )
 
@@ -31,7 +30,7 @@ JOB = [*TINY_CLASSIFICATION, "trainer.max_epochs=12", "dataset.augment=affine"]
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny, tmp_path_factory):
-    """The jobs of the sweep one after the other in this process: figures and weights of each."""
+    """Metrics and weights of the sweep's jobs, one after the other in this process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     ended = {}
@@ -52,9 +51,9 @@ def uninterrupted(tiny, tmp_path_factory):
     ],
     ids=lambda launcher: launcher[0],
 )
-def test_a_killed_sweep_goes_on_and_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, launcher):
-    sweep = script(
-        "train.py", "-m", *SWEEP, *JOB, "callbacks=quiet", f"hydra.sweep.dir={tmp_path}",
+def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, launcher):
+    sweep = command(
+        "train", "-m", *SWEEP, *JOB, "callbacks=quiet", f"hydra.sweep.dir={tmp_path}",
         f"hydra/launcher={launcher[0]}", *launcher[1:],
     )  # fmt: skip
     options = {
@@ -93,73 +92,21 @@ def find(folder):
     return sorted(folder.glob(f"*/{run.METRICS}"))
 
 
-def test_random_numbers_of_the_own_device_go_on(monkeypatch):
+def test_random_numbers_restores_this_devices_state(monkeypatch):
     state, taken = torch.arange(3), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
     monkeypatch.setattr(torch.cuda, "set_rng_state", taken.append)
-    kept = RandomNumbers().state_dict()
+    saved = RandomNumbers().state_dict()
     resumed = RandomNumbers()
-    resumed.load_state_dict(kept)
+    resumed.load_state_dict(saved)
     expected = torch.rand(3)
     for _ in range(2):
         resumed.on_fit_start(None, None)
     assert taken == [state] and torch.equal(torch.rand(3), expected)
-    resumed.load_state_dict(kept | {"cuda": [state, state]})  # of every device, as it was
-    resumed.on_fit_start(None, None)
-    assert taken == [state] * 2
 
 
-def test_one_process_at_a_time_in_a_folder(tmp_path):
-    with run.Run(tmp_path / "run").lock():
-        message = r"another process .*/run; wait .*hydra\.run\.dir"
-        with pytest.raises(RuntimeError, match=message), run.Run(tmp_path / "run").lock():
-            pytest.fail("held twice")
-        with run.Run(tmp_path / "other").lock():
-            pass
-    with run.Run(tmp_path / "run").lock():
-        pass
-
-
-def test_the_other_processes_of_a_distributed_run_do_not_wait_for_its_first(tmp_path, monkeypatch):
-    with run.Run(tmp_path).lock():
-        monkeypatch.setattr(rank_zero_only, "rank", 1)
-        with run.Run(tmp_path).lock():
-            pass
-
-
-def test_a_folder_keeps_its_run(tmp_path):
-    cfg = OmegaConf.create(
-        {"seed": 0, "dataset": {"root": "a", "size": "${seed}"}, "callbacks": {}}
-    )
-    there = run.Run(tmp_path)
-    places = ["dataset.root", "callbacks"]
-    assert there.finished(cfg, places) is None
-    there.save_config(cfg)
-    assert there.finished(cfg, places) is None
-    there.save_metrics({"fad": 3.0})
-    assert there.finished(cfg, places) == {"fad": 3.0}
-
-    cfg.dataset.root, cfg.callbacks = "b", {"bar": "wide"}
-    assert there.finished(cfg, places) == {"fad": 3.0}
-    cfg.seed = 1
-    with pytest.raises(
-        FileExistsError, match=r"differs in dataset\.size \(0, now 1\), seed \(0, now 1\)"
-    ):
-        there.finished(cfg, places)
-
-    # It may where resume= asks for it, or where nothing is kept: stopped within its first epoch.
-    resumed = OmegaConf.merge(cfg, {"resume": str(there.checkpoint)})
-    assert there.finished(resumed, [*places, "resume"]) is None
-    (tmp_path / run.METRICS).unlink()
-    assert there.finished(cfg, places) is None
-    there.checkpoint.parent.mkdir()
-    there.checkpoint.touch()
-    with pytest.raises(FileExistsError):
-        there.finished(cfg, places)
-
-
-def test_sweeps_of_one_second_have_folders_of_their_own():
+def test_compose_gives_every_sweep_a_folder():
     folders = set()
     for _ in range(2):
         cfg = compose("train", return_hydra_config=True)
@@ -167,7 +114,7 @@ def test_sweeps_of_one_second_have_folders_of_their_own():
     assert len(folders) == 4
 
 
-def test_a_command_leaves_out_where_things_lie_however_it_is_said():
+def test_command_line_leaves_out_paths():
     said = ["+dataset.root=/home/me", "++cache_dir=/data", "callbacks.bar.width=3", "seed=1"]
     apart = ["dataset.root", "cache_dir", "callbacks"]
     hydra_cfg = OmegaConf.create(
@@ -176,7 +123,7 @@ def test_a_command_leaves_out_where_things_lie_however_it_is_said():
             "overrides": {"task": said},
         }
     )
-    assert commands.origin("train", hydra_cfg) == {
+    assert provenance.command_line("train", hydra_cfg) == {
         "overrides": ["seed=1"],
         "command": "sj-taid train seed=1",
     }

@@ -1,0 +1,75 @@
+"""Configs: composed by Hydra from ``conf``, and the folder names of a sweep's jobs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+#: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
+#: plain files of links, the checkout's own.
+CONF = next(str(p / "conf") for p in Path(__file__).parents[1:3] if (p / "conf").is_dir())
+#: the Hydra version whose behaviour is meant
+VERSION = "1.3"
+#: an override that names a folder as it is
+PLAIN = r"[\w.]+=[\w.]*\w"
+
+
+def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> DictConfig:
+    """The config of a command line."""
+    with hydra.initialize_config_dir(CONF, version_base=VERSION):
+        return hydra.compose(config_name, list(overrides), **options)
+
+
+def is_below(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of ``keys`` or below one of them."""
+    return any(f"{key}.".startswith(f"{other}.") for other in keys)
+
+
+def select_overrides(overrides: Iterable[str], ignored: Collection[str] = ()) -> list[str]:
+    """The last override of each key.
+
+    Args:
+        overrides: as on the command line.
+        ignored: keys that are left out, with all below them, and whole overrides.
+    """
+    last = {text.partition("=")[0].lstrip("+~"): text for text in overrides}
+    return [
+        text
+        for key, text in last.items()
+        if text.lstrip("+") not in ignored and not is_below(key, ignored)
+    ]
+
+
+def folder_name(overrides: Sequence[str], ignored: Collection[str] = ()) -> str:
+    """The folder of a sweep's job, ``neuron-lif-seed-0`` for ``neuron=lif seed=0``.
+
+    Letters, digits, ``.``, ``_`` and ``-`` alone, at most 120 of them. Where that leaves something
+    out, a hash tells the jobs apart.
+
+    Args:
+        overrides: the job's.
+        ignored: see :func:`select_overrides`.
+    """
+    text = ",".join(sorted(select_overrides(overrides, ignored)))
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", text)
+    if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", text, re.ASCII):
+        return name
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{name[:103].strip('-.')}-{digest}".lstrip("-")
+
+
+def base_name(path: str) -> str:
+    """The last part of a path, which names a folder of custom images."""
+    return Path(path).expanduser().absolute().name
+
+
+# Hydra names a job's folder in the process that runs the job, which has imported little more than
+# this module.
+for resolver in (base_name, folder_name):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -1,0 +1,162 @@
+"""``sj-taid evaluate``: measure a run's checkpoint; training measures by the same functions."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import distributed
+
+from .allocator import reuse_freed_memory
+from .callbacks import ProgressBar
+from .evaluation import Evaluator, bare_trainer, seeded
+from .provenance import command_line, provenance
+from .run import Run, build_part
+from .task import Task
+from .validate import validate
+
+log = logging.getLogger(__name__)
+
+
+def main(cfg: DictConfig) -> None:
+    evaluate(cfg, **command_line("evaluate", HydraConfig.get()))
+
+
+def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
+    """Measure the checkpoint ``cfg.checkpoint`` again; the result is a file in its run's folder.
+
+    Args:
+        cfg: what to measure, and what to do otherwise than its run did.
+        origin: what the evaluation says of itself beside its metrics, as the command.
+    """
+    silence_notes()
+    reuse_freed_memory()
+    run, trust = find_run(cfg), cfg.trust or ()
+    with run.lock():
+        cfg = cast(DictConfig, OmegaConf.merge(run.config, without_nulls(cfg)))
+        cfg.trust = list(trust)  # what the run says of itself is no reason to trust it
+        validate(cfg)
+        model = run.model(trust)
+        data = build_part(cfg.dataset, trust)
+        data.prepare_data()
+        data.setup()
+        task = build_part(cfg.task, trust, model=model, optimizer=None)
+        with seeded(cfg.seed):
+            metrics = measure(task, build_tester(cfg, bar=True), data, build_evaluator(cfg))
+        report = task.report(metrics)
+        protocol = metrics.pop("protocol", {})
+        protocol = {name: protocol[name] for name in metrics if name in protocol}
+        if run.checkpoint == run.best:
+            protocol, metrics = best_epoch_names(protocol), best_epoch_names(metrics)
+        evaluation = {
+            "protocol": protocol,
+            "metrics": metrics,
+            "checkpoint_sha256": run.checkpoint_sha256(),
+            "seed": cfg.seed,
+            **origin,
+            **provenance(),
+        }
+        path = run.save_evaluation(evaluation)
+    for line in report:
+        log.info(line)
+    if cfg.get("metric") and cfg.metric.inception_weights is None:
+        log.info(
+            "FID and the Inception score are left out for want of weights: add "
+            "metric.inception_weights=FILE, or =download where there is internet."
+        )
+    log.info("All metrics are in %s", path)
+    return evaluation
+
+
+def find_run(cfg: DictConfig) -> Run:
+    """The run that ``checkpoint=`` names."""
+    if OmegaConf.is_missing(cfg, "checkpoint"):
+        raise ValueError("give checkpoint=RUN, the folder of a run or a checkpoint in it")
+    return Run.find(cfg.checkpoint)
+
+
+def without_nulls(cfg: DictConfig) -> DictConfig:
+    """The settings that are not null."""
+
+    def given(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        values = {key: given(value) for key, value in node.items()}
+        return {key: value for key, value in values.items() if value not in (None, {})}
+
+    return OmegaConf.create(given(OmegaConf.to_container(cfg, resolve=True)))
+
+
+def build_tester(cfg: DictConfig, bar: bool = False) -> L.Trainer:
+    """A trainer that tests later what a run tests at its end."""
+    keys = ("accelerator", "precision", "limit_test_batches")
+    return bare_trainer(
+        **{key: cfg.trainer[key] for key in keys},
+        enable_progress_bar=bar,
+        callbacks=[ProgressBar()] if bar else None,
+    )
+
+
+def build_evaluator(cfg: DictConfig) -> Evaluator | None:
+    """What compares the model's samples with the data; None where the task draws none."""
+    if not cfg.get("metric"):
+        return None
+    options = {"cache_dir": cfg.cache_dir, "seed": cfg.seed, "accelerator": cfg.trainer.accelerator}
+    return build_part(cfg.metric, cfg.trust or (), **options)
+
+
+def measure(
+    task: Task, trainer: L.Trainer, data: L.LightningDataModule, evaluator: Evaluator | None
+) -> dict[str, Any]:
+    """Every metric of the trained model.
+
+    In a distributed run every process tests, and the first alone measures the rest.
+    """
+    tested = test(task, trainer, data)
+    if distributed.is_initialized():
+        # A metric sums over all processes, and would wait for the others for ever.
+        distributed.destroy_process_group()
+    if not trainer.is_global_zero:
+        return tested
+    metrics = tested | task.evaluate(data, evaluator)
+    protocol = metrics.get("protocol", {})
+    validated = {f"{task.chosen_by}_best_test_epoch", *(f"validation_{name}" for name in tested)}
+    for option, loader, names in (
+        ("limit_test_batches", data.test_dataloader, {*tested, *best_epoch_names(tested)}),
+        ("limit_val_batches", data.val_dataloader, validated),
+    ):
+        limit = getattr(trainer, option)  # an int is a number of batches, a float a share
+        if limit < (len(loader()) if isinstance(limit, int) else 1.0):
+            for name in names & protocol.keys():
+                protocol[name] += f", stopped by trainer.{option}={limit}"
+    return metrics
+
+
+def test(task: Task, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, Any]:
+    """What the test logs."""
+    (logged,) = trainer.test(task, data, verbose=False)
+    return {name.removeprefix("test/"): value for name, value in logged.items()}
+
+
+def best_epoch_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics under the names of the epoch that was best on the validation set."""
+    return {f"{name}_best_validation_epoch": value for name, value in metrics.items()}
+
+
+def silence_notes() -> None:
+    """Leave out notes of libraries on what is intended, or what nobody who trains can change."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices and services
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
+    for note in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
+        r".*smaller than the logging interval",  # nothing is logged by the step
+        r".*does not have many workers",  # images in memory are faster without
+        r"Checkpoint directory .* exists and is not empty",  # a run that resumes
+        r"The dirpath has changed",  # in a folder that was moved
+    ):
+        warnings.filterwarnings("ignore", note)

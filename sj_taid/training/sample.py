@@ -1,0 +1,42 @@
+"""``sj-taid sample``: draw images from a trained model."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from .evaluate import find_run
+from .fit_prior import require_esvae
+from .plot import draw_grid
+from .validate import check_values
+
+log = logging.getLogger(__name__)
+
+
+def main(cfg: DictConfig) -> None:
+    """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint`` into a picture."""
+    check_values(cfg)
+    if cfg.output and Path(cfg.output).is_dir():
+        raise ValueError(f"output must name a picture, but {cfg.output} is a folder: add a name")
+    run = find_run(cfg)
+    model: Any = run.model(cfg.trust or ())
+    if not hasattr(model, "sample"):
+        raise ValueError(
+            f"{cfg.checkpoint} holds a {type(model).__name__}, which draws nothing; "
+            "give a checkpoint of task=generation"
+        )
+    if cfg.sample_from:
+        require_esvae(model, cfg.checkpoint)
+    torch.manual_seed(cfg.seed)
+    with model.draw_from(cfg.sample_from) if cfg.sample_from else nullcontext():
+        images = model.sample(cfg.n)
+    prior = f"{cfg.sample_from}-" if cfg.sample_from else ""
+    path = Path(cfg.output or run.folder / f"samples-{prior}seed{cfg.seed}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(images, path, cfg.columns, "Samples from the prior")
+    log.info("%d samples are in %s", cfg.n, path)

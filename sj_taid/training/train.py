@@ -1,0 +1,278 @@
+"""``sj-taid train``: train a model from a config, measure it, and leave everything in a folder."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar, Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf
+
+from ..calibration import calibrate
+from ..model import ESVAE
+from .allocator import reuse_freed_memory
+from .callbacks import AtomicCheckpointIO, BestCheckpoint, Pictures, RandomNumbers
+from .evaluate import best_epoch_names, build_evaluator, build_tester, measure, silence_notes, test
+from .files import report_unwritable
+from .fit_prior import save_mixture
+from .provenance import command_line, provenance
+from .run import Run, build_part, is_first_process, read_checkpoint
+from .task import Task
+from .validate import validate
+
+log = logging.getLogger(__name__)
+
+#: what ends a run from outside; Lightning exits with success where a cluster ends it
+STOPS: dict[type[BaseException], str] = {
+    KeyboardInterrupt: "Interrupted",
+    SIGTERMException: "Terminated",
+}
+
+
+def main(cfg: DictConfig) -> float | None:
+    """Train the job that Hydra composed, unless it is finished; returns the objective's value."""
+    job = HydraConfig.get()
+    run = Run(job.runtime.output_dir)
+    choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
+    with run.lock(), explain_resuming(run), report_unwritable(run.folder):
+        origin = {"choices": choices, **command_line("train", job)}
+        metrics = train(cfg, run.folder, repeated=repeated_overrides(job), **origin)
+    if is_first_process():
+        left = ["Metrics", *["checkpoint"] * run.checkpoint.is_file(), *["pictures"] * cfg.pictures]
+        log.info("%s: %s", ", ".join(left), run.folder)
+    return metrics.get(cfg.objective)
+
+
+def train(
+    cfg: DictConfig, folder: Path, *, repeated: Sequence[str] | None = None, **origin: Any
+) -> dict[str, Any]:
+    """Train, test, measure and draw what the task asks for; everything is left in ``folder``.
+
+    An interrupted run in ``folder`` resumes from its last epoch. In a distributed run every process
+    trains, and the first alone measures, writes and returns the metrics.
+
+    Args:
+        cfg: the run's config.
+        folder: the run's folder.
+        repeated: overrides of the command line, which ``resume=`` repeats.
+        origin: what ``metrics.json`` says of the run beside its metrics, as the command.
+
+    Raises:
+        ValueError: the config is wrong, or does not fit the run that is in the folder.
+        FloatingPointError: the model has diverged. The checkpoint of the epoch before stays.
+        OSError: a file cannot be written. What was there before is whole.
+    """
+    validate(cfg)
+    silence_notes()
+    reuse_freed_memory()
+    run = Run(folder)
+    count_classes(cfg)
+    checkpoint = run.resume(cfg)
+    if run.is_complete(cfg):
+        log.info("This run is finished already and is not run again.")
+        return run.metrics
+    origin = {"choices": {}, "overrides": [], "command": "", **origin, **provenance()}
+
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = build_part(cfg.dataset, cfg.trust or ())
+    task = build_task(cfg)
+    evaluator = build_evaluator(cfg)
+    callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
+    data.prepare_data()
+    data.setup()
+    if checkpoint is None:
+        start(cfg, task, data)
+        task.untrained_metrics = task.measure_untrained(data, evaluator)
+    if cfg.compile:
+        compile_model(task.model, cfg.compile)
+
+    pictures, timer = Pictures(folder, cfg.pictures), Timer()  # a checkpoint keeps the seconds
+    trainer = build_trainer(
+        cfg,
+        run,
+        [
+            LambdaCallback(on_fit_start=lambda trainer, _: begin(run, cfg, repeated, trainer)),
+            *checkpoint_callbacks(run, task, data),
+            timer,
+            RandomNumbers(),
+            pictures,
+            *callbacks,
+        ],
+    )
+    trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
+    finish(task, data, run, trainer)
+
+    metrics = measure(task, trainer, data, evaluator)
+    if not is_first_process():
+        return {}
+    metrics |= validation_metrics(task, data, pictures.epochs)
+    if uses_best_epoch(task, data) and run.best.is_file():
+        metrics |= measure_best_epoch(cfg, task, data, run)
+    log_metrics(trainer, metrics)
+    metrics |= {
+        **task.untrained_metrics,
+        "epochs": trainer.current_epoch,
+        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "training_seconds": round(timer.time_elapsed(), 1),
+        "seed": cfg.seed,
+        **origin,
+    }
+    run.save_metrics(metrics)
+    for line in task.report(metrics):
+        log.info(line)
+    return metrics
+
+
+def count_classes(cfg: DictConfig) -> None:
+    """Let the data say how many classes there are, where a classifier was not told."""
+    if cfg.model.get("classes", 0) is None:
+        cfg.dataset.classes = build_part(cfg.dataset, cfg.trust or ()).classes
+
+
+def build_task(cfg: DictConfig) -> Task:
+    """The model, and the task that trains it."""
+    # In this layout convolutions are faster, in bfloat16 above all.
+    model = build_part(cfg.model, cfg.trust or ()).to(memory_format=torch.channels_last)
+    optimizer = instantiate(cfg.optimizer)
+    return build_part(cfg.task, cfg.trust or (), model=model, optimizer=optimizer)
+
+
+def start(cfg: DictConfig, task: Task, data: Any) -> None:
+    """Calibrate the thresholds of a new run, where the config asks for it."""
+    if rate := cfg.neuron_start.get("calibrate"):
+        images, _ = next(iter(data.train_dataloader()))
+        log.info("%s", calibrate(task.model, task.model_input(images), rate=rate))
+
+
+def compile_model(model: torch.nn.Module, options: bool | DictConfig) -> None:
+    """Compile in place, so that the keys of the checkpoints stay as they are."""
+    torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit
+    # Batches have one size but for the last of a test, so each size may have a graph of its own.
+    model.compile(**{"dynamic": False, **({} if options is True else options)})
+
+
+def uses_best_epoch(task: Task, data: Any) -> bool:
+    """Whether the epoch that is best on the validation set is saved and tested too."""
+    return task.chosen_by is not None and data.validation_set is not None
+
+
+def checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelCheckpoint]:
+    """One file for the last epoch and one for the best, each replaced as a whole."""
+    options: dict[str, Any] = {
+        "dirpath": run.checkpoint.parent,
+        "enable_version_counter": False,
+        "save_on_train_epoch_end": True,
+    }
+    last = ModelCheckpoint(filename=run.checkpoint.stem, **options)
+    if not uses_best_epoch(task, data):
+        return [last]
+    monitor = f"val/{task.chosen_by}"
+    best = BestCheckpoint(filename=run.best.stem, monitor=monitor, mode="max", **options)
+    return [best, last]  # in this order: the last one keeps the state of the best
+
+
+def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
+    if not cfg.trainer.enable_progress_bar:  # Lightning refuses a bar then
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    if (wandb := sys.modules.get("wandb")) and wandb.run:
+        wandb.finish()  # an earlier job of a sweep, which Lightning would continue
+    return instantiate(
+        cfg.trainer,
+        default_root_dir=run.folder,
+        logger=instantiate(cfg.logger)(save_dir=run.folder) if cfg.get("logger") else False,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+    )
+
+
+def begin(run: Run, cfg: DictConfig, overrides: Sequence[str] | None, trainer: L.Trainer) -> None:
+    """Save what the run is started with, once its checkpoint is loaded and nothing is refused."""
+    if is_first_process():
+        run.begin(cfg, overrides)
+    for tracker in trainer.loggers:
+        tracker.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+
+
+def finish(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:
+    """Load what the run saved, with averaged weights where there are, and fit the prior to it."""
+    checkpoint = read_checkpoint(run.checkpoint) if run.checkpoint.is_file() else None
+    if checkpoint:
+        task.load_state_dict(checkpoint["state_dict"])
+    task.to(trainer.strategy.root_device)
+    task.fit_prior(data)
+    if checkpoint and isinstance(task.model, ESVAE) and is_first_process():
+        save_mixture(task.model, checkpoint, run.checkpoint)
+
+
+def validation_metrics(
+    task: Task, data: Any, epochs: Sequence[dict[str, float]]
+) -> dict[str, float]:
+    """The last epoch's metrics on the validation set; without one, the best on the test set.
+
+    Args:
+        task: says which metric is the best's.
+        data: says which of the sets validation is on.
+        epochs: what was logged in each.
+    """
+    if data.validation_set is not None:
+        last = [item for epoch in epochs[-1:] for item in epoch.items()]
+        return {k.replace("val/", "validation_"): v for k, v in last if k.startswith("val/")}
+    values = [epoch[key] for epoch in epochs if (key := f"val/{task.chosen_by}") in epoch]
+    return {f"{task.chosen_by}_best_test_epoch": max(values)} if values else {}
+
+
+def measure_best_epoch(cfg: DictConfig, task: Task, data: Any, run: Run) -> dict[str, Any]:
+    """Test the epoch that was best on the validation set."""
+    checkpoint = read_checkpoint(run.best)
+    task.load_state_dict(checkpoint["state_dict"])
+    tested = test(task, build_tester(cfg), data)
+    return best_epoch_names(tested) | {"best_validation_epoch": checkpoint["epoch"] + 1}
+
+
+def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    for tracker in trainer.loggers:
+        tracker.log_metrics(numbers, step=trainer.global_step)
+        tracker.finalize("success")
+
+
+@contextmanager
+def explain_resuming(run: Run) -> Iterator[None]:
+    """Say how a run resumes that is stopped, or whose files or processes fail."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes this of Ctrl-C
+        for kind, stopped in STOPS.items():
+            if kind in (type(error), type(error.__context__)):
+                raise SystemExit(f"{stopped}. {how_to_resume(run)}") from error
+        raise
+    except (OSError, RuntimeError) as error:
+        error.add_note(f"Once that is mended: {how_to_resume(run)}")
+        raise
+
+
+def how_to_resume(run: Run) -> str:
+    if not run.checkpoint.is_file() or run.is_finished:  # by an earlier command
+        return "Give the same command again, since no epoch was complete."
+    return f"Resume with: sj-taid train resume={shlex.quote(str(run.folder))}"
+
+
+def repeated_overrides(job: Any) -> list[str]:
+    """The overrides of a command line that ``resume=`` repeats, and where custom configs are."""
+    custom = [
+        f"{source.schema}://{source.path}"
+        for source in job.runtime.config_sources
+        if source.provider.endswith("command-line")
+    ]
+    search_path = [f"hydra.searchpath=[{','.join(custom)}]"] if custom else []
+    return [*job.overrides.task, *search_path]

@@ -1,0 +1,126 @@
+"""Validation of a composed config, before anything is built or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .._build import find_class
+from .._checks import is_number, is_whole
+
+#: what a value must be, in words, and whether it is
+Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _whole(least: int) -> Rule:
+    return f"a whole number from {least}", lambda value: is_whole(value) and value >= least
+
+
+def _number(least: float) -> Rule:
+    return f"a number from {least}", lambda value: is_number(value) and value >= least
+
+
+def _or_null(rule: Rule) -> Rule:
+    return f"{rule[0]}, or null", lambda value: value is None or rule[1](value)
+
+
+ANY_NUMBER: Rule = ("a number", is_number)
+BOOLEAN: Rule = ("true or false", lambda value: isinstance(value, bool))
+#: values of a config by their keys; what else a class takes is checked by the class
+RULES: dict[str, Rule] = {
+    "seed": _whole(0),
+    "pictures": BOOLEAN,
+    "trainer.max_epochs": _whole(0),
+    "trainer.limit_train_batches": _or_null(_number(0)),
+    "trainer.limit_val_batches": _or_null(_number(0)),
+    "trainer.limit_test_batches": _or_null(_number(0)),
+    "dataset.image_size": _whole(1),
+    "dataset.batch_size": _whole(1),
+    "dataset.num_workers": _whole(0),
+    "dataset.limit": _or_null(_whole(1)),
+    "dataset.erase": _number(0),
+    "dataset.mixup": _number(0),
+    "dataset.cutmix": _number(0),
+    "dataset.seed": _whole(0),
+    "surrogate.alpha": ANY_NUMBER,
+    "surrogate.w": ANY_NUMBER,
+    "surrogate.c": ANY_NUMBER,
+    "neuron_start.tau": ANY_NUMBER,
+    "neuron_start.decay_input": BOOLEAN,
+    "neuron_start.v_threshold": ANY_NUMBER,
+    "neuron_start.v_reset": _or_null(ANY_NUMBER),
+    "neuron_start.detach_reset": BOOLEAN,
+    "neuron_start.calibrate": _or_null(
+        ("a rate between 0 and 1", lambda value: is_number(value) and 0 < value < 1)
+    ),
+    "optimizer.lr": _number(0),
+    "optimizer.weight_decay": _number(0),
+    "task.lr_scale": _or_null(_number(0)),
+    "metric.samples": _whole(1),
+    "metric.autoencoder.latent_channels": _whole(1),
+    "metric.autoencoder.epochs": _whole(0),
+    "metric.autoencoder.batch_size": _whole(1),
+    "compile": (
+        "true, false or options of torch.compile, such as 'compile={mode: max-autotune}'",
+        lambda value: isinstance(value, bool | DictConfig),
+    ),
+    "n": _whole(1),
+    "columns": _whole(1),
+}
+
+
+#: what only a classifier takes, by the choice that sets it
+FOR_CLASSIFIERS = {"loss": "loss=", "model.per_channel": "neuron=alif_channel"}
+#: metrics that every run has
+COMMON = ("epochs", "parameters", "training_seconds")
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check the config of a run.
+
+    Raises:
+        ValueError: a value of another type or out of its range, choices that do not fit together,
+            or a class that is not trusted.
+    """
+    check_values(cfg)
+    trust = cfg.trust or ()
+    task, data = (find_class(cfg[part]._target_, trust) for part in ("task", "dataset"))
+    if not issubclass(data, task.takes):
+        raise ValueError(
+            f"dataset={cfg.dataset.name} holds recordings, which only a classifier takes; "
+            "add task=classification, or choose a data set of images"
+        )
+    for key, choice in FOR_CLASSIFIERS.items():
+        if OmegaConf.select(cfg, key) and "loss" not in cfg.task:
+            raise ValueError(
+                f"{key}, which {choice} sets, is for a classifier; add task=classification, or "
+                "leave that choice out"
+            )
+    names = [*task.metric_names, *COMMON]
+    if cfg.objective not in names:
+        raise ValueError(
+            f"objective must be one of {', '.join(names)}, but it is {cfg.objective!r}"
+        )
+    if any(
+        "StochasticWeightAveraging" in c._target_ for c in (cfg.get("callbacks") or {}).values()
+    ):
+        raise ValueError(
+            "Lightning's StochasticWeightAveraging averages after the last checkpoint is written, "
+            "so other weights than the saved ones would be measured; take WeightAveraging or "
+            "EMAWeightAveraging of lightning.pytorch.callbacks"
+        )
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Check the values that :data:`RULES` names, where the config has them.
+
+    Raises:
+        ValueError: a value of another type, or out of its range.
+    """
+    absent = object()
+    for key, (expected, holds) in RULES.items():
+        value = OmegaConf.select(cfg, key, default=absent)
+        if value is not absent and not holds(value):
+            raise ValueError(f"{key} must be {expected}, but it is {value!r}")
