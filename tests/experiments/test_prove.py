@@ -96,16 +96,6 @@ def test_prove_without_a_gpu_says_why(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.usefixtures("gpu")
-def test_prove_reports_a_kernel_that_cannot_run_with_what_to_try(tmp_path, monkeypatch):
-    (kernel,) = (step for step in prove.steps("cuda", tmp_path) if step.name == "kernel")
-    code, page = run_steps(monkeypatch, tmp_path / "out", [kernel])
-    assert code == 1 and "| kernel | failed |" in page and "NVRTC, the compiler" in page
-    (reason,) = re.findall(r"^## kernel failed: exit code 1: (.*)$", page, re.M)
-    assert "Traceback (most recent call last):" in page and f"\n{reason}\n~~~" in page
-
-
 @pytest.mark.parametrize("device", prove.SIZES)
 def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # noqa: F811
     for step in prove.steps(device, tmp_path):
