@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._checks import check_net
+from ._fused_neuron import FusedNeuron
 from ._norm_input import PassOn
 from ._table import table
 from .neuron import ALIFNode
@@ -126,7 +127,7 @@ def unfuse_norm(net: nn.Module) -> None:
     """
     check_net(net, "unfuse_norm")
     for module in net.modules():
-        if isinstance(module, ALIFNode):
+        if isinstance(module, FusedNeuron):
             module.apply_norm(None)
         elif isinstance(vars(module).get("forward"), PassOn):  # its neuron is gone
             del module.forward

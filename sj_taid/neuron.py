@@ -10,17 +10,16 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
-from . import _compat, _graph, _spikes, functional
+from . import _compat, _graph, functional
 from ._checks import is_number, is_whole
-from ._norm_input import NormInput, PassOn, not_normalised
+from ._fused_neuron import FusedNeuron
 from .ops import backends
-from .ops.alif.norm import Norm
 from .ops.alif.reference import state_dtype
 
 __all__ = ["ALIFNode"]
 
 
-class ALIFNode(_compat.BaseNode):
+class ALIFNode(FusedNeuron, _compat.BaseNode):
     r"""Leaky integrate-and-fire neuron that learns its time constant *and* its threshold.
 
     "Adaptive" means adapted by learning; elsewhere ALIF often names a neuron whose threshold
@@ -81,8 +80,6 @@ class ALIFNode(_compat.BaseNode):
     ['v_threshold', 'w']
     """
 
-    v: Tensor | float
-
     def __init__(
         self,
         init_tau: float = 2.0,
@@ -131,9 +128,6 @@ class ALIFNode(_compat.BaseNode):
             step_mode=step_mode,
             store_v_seq=store_v_seq,
         )
-        self.name = ""
-        # In a tuple, so that torch does not take it for a child: it is one of the net's.
-        self._norm: tuple[nn.Module, ...] = ()
         self.backend = backend
         self.decay_input = decay_input
         self.channels = None if channels is None else int(channels)
@@ -147,9 +141,6 @@ class ALIFNode(_compat.BaseNode):
             torch.full(shape, v_threshold, dtype=dtype), requires_grad=learn_threshold
         )
 
-    #: how many :class:`.packing.PackedSpikes` ask for the spikes as bits
-    packing = 0
-
     @property
     def backend(self) -> str:
         """The backend asked for, one of ``supported_backends``."""
@@ -158,27 +149,6 @@ class ALIFNode(_compat.BaseNode):
     @backend.setter
     def backend(self, value: str) -> None:
         self._backend = backends.check_name(value)
-
-    @property
-    def norm(self) -> nn.Module | None:
-        """The batch norm that this neuron applies to its input: :func:`sj_taid.fuse_norm`."""
-        return self._norm[0] if self._norm else None
-
-    def apply_norm(self, norm: nn.Module | None) -> None:
-        """Apply this batch norm, which from now on passes its input on; ``None`` undoes it.
-
-        Raises:
-            ValueError: another neuron applies the norm.
-        """
-        if norm is self.norm:
-            return
-        if norm is not None and isinstance(vars(norm).get("forward"), PassOn):
-            raise ValueError("another neuron applies that norm already; sj_taid.unfuse_norm(net)")
-        if self.norm is not None:
-            vars(self.norm).pop("forward", None)
-        self._norm = () if norm is None else (norm,)
-        if norm is not None:
-            norm.forward = PassOn()
 
     @property
     def supported_backends(self) -> tuple[str, ...]:
@@ -215,28 +185,13 @@ class ALIFNode(_compat.BaseNode):
             self._check_state(v, inputs[0].shape[1:] if step_mode == "m" else inputs[0].shape)
         return states
 
-    def single_step_functional_forward(
-        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """One step ``[N, *]`` with explicit state; nothing on the module changes."""
-        x_seq = functional.as_sequence(inputs[0])
-        spike_seq, v, _ = self._multi_step(x_seq, states[0], store_v_seq=False)
-        return (spike_seq[0],), (v,)
-
-    def multi_step_functional_forward(
-        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """A sequence ``[T, N, *]`` with explicit state; nothing on the module changes."""
-        spike_seq, v, _ = self._multi_step(inputs[0], states[0], store_v_seq=False)
-        return (spike_seq,), (v,)
-
-    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        """A sequence ``[T, N, *]`` from the state ``v``, which is updated."""
-        (v,) = self.materialize_states((x_seq,), (self.v,), "m")
-        spike_seq, self.v, v_seq = self._multi_step(x_seq, v, self.store_v_seq)
-        if self.store_v_seq:
-            self.v_seq = v_seq
-        return spike_seq
+    def _operands(self, x_seq: Tensor) -> dict[str, Any]:
+        return {
+            "w": self.w,
+            "v_threshold": self.effective_v_threshold,
+            "decay_input": self.decay_input,
+            "backend": self.backend,
+        }
 
     def extra_repr(self) -> str:
         with torch.no_grad():
@@ -246,30 +201,6 @@ class ALIFNode(_compat.BaseNode):
             f"decay_input={self.decay_input}, detach_reset={self.detach_reset}, "
             f"channels={self.channels}, step_mode={self.step_mode}, backend={self.backend}"
         )
-
-    def _multi_step(
-        self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        x_seq, norm = self._input_and_norm(x_seq)
-        packs = self.packing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        spike_seq, v_last, v_seq, *bits = functional.alif_multi_step(
-            x_seq,
-            v,
-            self.w,
-            self.effective_v_threshold,
-            decay_input=self.decay_input,
-            v_reset=self.v_reset,
-            surrogate_function=self.surrogate_function,
-            detach_reset=self.detach_reset,
-            store_v_seq=store_v_seq,
-            norm=norm,
-            backend=self.backend,
-            return_bits=bool(packs),
-        )
-        if packs and _spikes.are_spikes(spike_seq, self.surrogate_function):
-            _spikes.register(spike_seq, spike_seq, *bits)
-        _graph.follow(v_last, spike_seq, v_seq, name=self.name)
-        return spike_seq, v_last, v_seq
 
     def _check_state(self, v: Tensor, step_shape: torch.Size) -> None:
         if v.shape != step_shape:
@@ -295,32 +226,6 @@ class ALIFNode(_compat.BaseNode):
                 f"backward, so no backward can pass through it again; {_REMEDY}, or "
                 "functional.detach_net(net) to carry the voltages on (truncated BPTT)"
             )
-
-    def _label(self) -> str:
-        return f"the neuron {self.name!r}" if self.name else f"ALIFNode({self.extra_repr()})"
-
-    def _input_and_norm(self, x: Tensor) -> tuple[Tensor, Norm | None]:
-        """The input, and the batch norm to apply to it, which has to have passed it on."""
-        norm, passed_on_by = self.norm, None
-        if isinstance(x, NormInput):
-            x, passed_on_by = x.x, x.passed_on_by
-            if norm is None:
-                raise not_normalised(self._label())
-        if norm is None:
-            return x, None
-        # A recomputation (gradient checkpointing) is of what has run.
-        recomputes = not torch.compiler.is_compiling() and _graph.recomputation() is not None
-        if passed_on_by is not vars(norm).get("forward") and not recomputes:
-            raise RuntimeError(
-                f"{self._label()} expected its input straight from the batch norm that it applies "
-                "(sj_taid.fuse_norm), but the norm was replaced, a forward branched on a flag or "
-                "on chance, or a hook stands between: sj_taid.unfuse_norm(net) keeps the two apart"
-            )
-        return x, Norm.of(norm)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle takes the voltages along, not the graph that made them.
-        return _compat.detach_state(self.__dict__)
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> nn.Module:
         def keep_float32(tensor: Tensor) -> Tensor:

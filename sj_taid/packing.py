@@ -14,6 +14,7 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from . import _graph, _spikes
 from ._checks import check_net
+from ._fused_neuron import FusedNeuron
 from .neuron import ALIFNode
 
 __all__ = ["PackedSpikes", "packed_spikes"]
@@ -61,7 +62,7 @@ class PackedSpikes:
 
     def __init__(self, net: nn.Module) -> None:
         modules = [m for m in net.modules() if isinstance(vars(m).get("forward"), _Forward | None)]
-        neurons = [m for m in modules if isinstance(m, ALIFNode) or type(m) in _NEURONS]
+        neurons = [m for m in modules if isinstance(m, FusedNeuron) or type(m) in _NEURONS]
         layers = [m for m in modules if isinstance(m, _LAYERS)]
         if not neurons or not layers:
             raise ValueError(

@@ -1,0 +1,131 @@
+"""What every neuron shares that runs on the fused operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _compat, _graph, _spikes, functional
+from ._norm_input import NormInput, PassOn, not_normalised
+from .ops.alif.norm import Norm
+
+
+class FusedNeuron:
+    """The forward of a neuron by :func:`.functional.alif_multi_step`.
+
+    It applies the batch norm before it (:mod:`.fusion`) and gives its spikes as bits
+    (:mod:`.packing`). A mixin, to stand before a SpikingJelly neuron.
+    """
+
+    v: Tensor | float
+    v_seq: Tensor | None
+    v_reset: float | None
+    surrogate_function: Any
+    detach_reset: bool
+    store_v_seq: bool
+    materialize_states: Any
+    extra_repr: Any
+
+    name = ""
+    #: how many :class:`.packing.PackedSpikes` ask for the spikes as bits
+    packing = 0
+    # A tuple, so that torch does not take it for a child: it is one of the net's.
+    _norm: tuple[nn.Module, ...] = ()
+
+    def _operands(self, x_seq: Tensor) -> dict[str, Any]:
+        """The arguments of the operator that differ between neurons."""
+        raise NotImplementedError
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The batch norm that this neuron applies to its input: :func:`sj_taid.fuse_norm`."""
+        return self._norm[0] if self._norm else None
+
+    def apply_norm(self, norm: nn.Module | None) -> None:
+        """Apply this batch norm, which from now on passes its input on; ``None`` undoes it.
+
+        Raises:
+            ValueError: another neuron applies the norm.
+        """
+        if norm is self.norm:
+            return
+        if norm is not None and isinstance(vars(norm).get("forward"), PassOn):
+            raise ValueError("another neuron applies that norm already; sj_taid.unfuse_norm(net)")
+        if self.norm is not None:
+            vars(self.norm).pop("forward", None)
+        self._norm = () if norm is None else (norm,)
+        if norm is not None:
+            norm.forward = PassOn()
+
+    def single_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """One step ``[N, *]`` with explicit state; nothing on the module changes."""
+        x_seq = functional.as_sequence(inputs[0])
+        spike_seq, v, _ = self._multi_step(x_seq, states[0], store_v_seq=False)
+        return (spike_seq[0],), (v,)
+
+    def multi_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """A sequence ``[T, N, *]`` with explicit state; nothing on the module changes."""
+        spike_seq, v, _ = self._multi_step(inputs[0], states[0], store_v_seq=False)
+        return (spike_seq,), (v,)
+
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        """A sequence ``[T, N, *]`` from the state ``v``, which is updated."""
+        (v,) = self.materialize_states((x_seq,), (self.v,), "m")
+        spike_seq, self.v, v_seq = self._multi_step(x_seq, v, self.store_v_seq)
+        if self.store_v_seq:
+            self.v_seq = v_seq
+        return spike_seq
+
+    def _multi_step(
+        self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        x_seq, norm = self._input_and_norm(x_seq)
+        packs = self.packing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        spike_seq, v_last, v_seq, *bits = functional.alif_multi_step(
+            x_seq,
+            v,
+            **self._operands(x_seq),
+            v_reset=self.v_reset,
+            surrogate_function=self.surrogate_function,
+            detach_reset=self.detach_reset,
+            store_v_seq=store_v_seq,
+            norm=norm,
+            return_bits=bool(packs),
+        )
+        if packs and _spikes.are_spikes(spike_seq, self.surrogate_function):
+            _spikes.register(spike_seq, spike_seq, *bits)
+        _graph.follow(v_last, spike_seq, v_seq, name=self.name)
+        return spike_seq, v_last, v_seq
+
+    def _label(self) -> str:
+        kind = type(self).__name__
+        return f"the neuron {self.name!r}" if self.name else f"{kind}({self.extra_repr()})"
+
+    def _input_and_norm(self, x: Tensor) -> tuple[Tensor, Norm | None]:
+        """The input, and the batch norm to apply to it, which has to have passed it on."""
+        norm, passed_on_by = self.norm, None
+        if isinstance(x, NormInput):
+            passed_on_by, x = x.passed_on_by, x.x
+            if norm is None:
+                raise not_normalised(self._label())
+        if norm is None:
+            return x, None
+        # A recomputation (gradient checkpointing) is of what has run.
+        recomputes = not torch.compiler.is_compiling() and _graph.recomputation() is not None
+        if passed_on_by is not vars(norm).get("forward") and not recomputes:
+            raise RuntimeError(
+                f"{self._label()} expected its input straight from the batch norm that it applies "
+                "(sj_taid.fuse_norm), but the norm was replaced, a forward branched on a flag or "
+                "on chance, or a hook stands between: sj_taid.unfuse_norm(net) keeps the two apart"
+            )
+        return x, Norm.of(norm)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle takes the voltages along, not the graph that made them.
+        return _compat.detach_state(self.__dict__)
