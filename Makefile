@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LEGACY := .venv-legacy
+# Each file of tests in one process, as many at a time as there are cores, each in one thread.
+PYTEST := -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
-.PHONY: help demo gpu test test-legacy kernels fuzz docs tables lint format build install clean
+.PHONY: help demo gpu test slow test-legacy kernels fuzz docs tables lint format build install clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(VENV)/demo ## Train a small ESVAE on handwritten digits and draw its pictures
 	$(BIN)/sj-taid train
+	@echo "For sj-taid in this shell: source $(BIN)/activate"
 
 # The extra is that of the CUDA which torch is built for.
 gpu: install ## Prove the CUDA kernels on this machine's GPU, and time them; ten minutes
@@ -18,12 +21,18 @@ gpu: install ## Prove the CUDA kernels on this machine's GPU, and time them; ten
 	  test -z "$$cuda" || $(BIN)/python -m pip install --quiet --editable ".[cuda$$cuda]"
 	$(BIN)/python experiments/prove.py
 
-test: install lint ## Lint, type check and test
-	$(BIN)/python -m pytest
+test slow test-legacy: export OMP_NUM_THREADS := 1
 
-# The kernels know nothing of SpikingJelly; the fuzz and all else that fires run them on that line too.
+test: install lint ## Lint, type check and test
+	$(BIN)/python $(PYTEST)
+
+slow: install ## Test runs, faults, sweeps, pages and all else that takes long
+	$(BIN)/python $(PYTEST) -m slow
+
+# Without training, and without the tests of kernels alone, which do not know SpikingJelly.
+NOT_LEGACY := experiments data training test_cpu.py test_cuda.py test_kernels.py test_nvrtc.py
 test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
-	$(LEGACY)/bin/python -m pytest tests sj_taid --ignore-glob=*/experiments --ignore-glob=*/data --ignore-glob=*/training --ignore-glob=*/test_cpu.py --ignore-glob=*/test_cuda.py --ignore-glob=*/test_kernels.py --ignore-glob=*/test_nvrtc.py
+	$(LEGACY)/bin/python $(PYTEST) tests sj_taid $(NOT_LEGACY:%=--ignore-glob=*/%)
 
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
 	$(BIN)/python -m pytest -m kernels
