@@ -1,4 +1,4 @@
-"""The description for a package index, where only absolute links work; all else is in setup.cfg."""
+"""The description for a package index: README.md with absolute links. The rest is in setup.cfg."""
 
 import re
 from configparser import RawConfigParser
@@ -12,15 +12,15 @@ config.read(ROOT / "setup.cfg", encoding="utf-8")
 URL = config["metadata"]["url"]
 
 
-def absolute(link: re.Match[str]) -> str:
-    """A link of README.md to a file of the repository; a picture's to the file's bytes."""
+def make_absolute(link: re.Match[str]) -> str:
+    """Make a link of README.md absolute: to the file, or to the bytes of a picture."""
     picture, text, path = link.groups()
     return f"{picture}[{text}]({URL}/{'raw' if picture else 'blob'}/main/{path})"
 
 
 readme = (ROOT / "README.md").read_text(encoding="utf-8")
 setup(
-    long_description=re.sub(r"(!?)\[([^]]*)]\((?!https?:|#)([^)]+)\)", absolute, readme),
+    long_description=re.sub(r"(!?)\[([^]]*)]\((?!https?:|#)([^)]+)\)", make_absolute, readme),
     project_urls={
         "Documentation": f"{URL}/blob/main/docs/index.md",
         "Changelog": f"{URL}/blob/main/CHANGELOG.md",
