@@ -30,7 +30,7 @@ def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str
             found = run.Run(config.parent)
             try:
                 finished[found.folder] = read(found)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 left_out[found.folder] = str(error) if found.is_finished else "unfinished"
     if not finished and not left_out:
         raise FileNotFoundError(

@@ -70,6 +70,8 @@ ORIGIN = '"command": "", "overrides": [], "choices": {}'
             "has none of accuracy, accuracy_best_test",
         ),
         (run.METRICS, "", "is damaged"),
+        (run.METRICS, "[" * 10**5, "recursion"),
+        (run.CONFIG, "[" * 10**4, "recursion"),
         (f"{run.EVALUATIONS}/1.json", "{}", "1.json"),
         (f"{run.EVALUATIONS}/1.json", "[1]", "1.json"),
         (f"{run.EVALUATIONS}/1.json", "{", "1.json is damaged"),
