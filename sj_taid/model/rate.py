@@ -127,8 +127,7 @@ class GaussianMixturePrior(nn.Module):
     with the quantile function :math:`Q_c` of channel c, a step function over the ``levels`` + 1
     values that a mean of spikes can have.
 
-    Its tensors are buffers, so a checkpoint has them; they are 0 until :meth:`fit`. A state dict
-    with another number of components can be loaded.
+    Its tensors are buffers, so a checkpoint has them; they are 0 until :meth:`fit`.
 
     Args:
         channels: latent channels d.
@@ -161,7 +160,6 @@ class GaussianMixturePrior(nn.Module):
         self.register_buffer("means", torch.zeros(components, channels))
         self.register_buffer("cholesky", torch.zeros(components, channels, channels))
         self.register_buffer("cumulative", torch.zeros(channels, levels + 1))
-        self.register_load_state_dict_pre_hook(_resize_components)
 
     @property
     def fitted(self) -> bool:
@@ -200,10 +198,9 @@ class GaussianMixturePrior(nn.Module):
         )
         mixture.fit(rates.double().cpu().numpy())
         cholesky = torch.linalg.cholesky(torch.as_tensor(mixture.covariances_))
-        # A loaded mixture may have had another number of components.
-        self.weights = torch.as_tensor(mixture.weights_).to(self.weights)
-        self.means = torch.as_tensor(mixture.means_).to(self.means)
-        self.cholesky = cholesky.to(self.cholesky)
+        self.weights.copy_(torch.as_tensor(mixture.weights_))
+        self.means.copy_(torch.as_tensor(mixture.means_))
+        self.cholesky.copy_(cholesky)
         counts = (rates * self.levels).round()
         for level in range(self.levels + 1):
             self.cumulative[:, level] = (counts <= level).double().mean(0)
@@ -228,13 +225,3 @@ class GaussianMixturePrior(nn.Module):
             rank += weight * torch.special.ndtr((x - mean) / spread)
         level = torch.searchsorted(self.cumulative, rank.t().contiguous()).clamp(max=self.levels)
         return level.t().to(x.dtype) / self.levels
-
-
-def _resize_components(
-    mixture: GaussianMixturePrior, state: dict[str, Tensor], prefix: str, *_: Any
-) -> None:
-    """Make room for the components of the state dict that is loaded."""
-    for name in ("weights", "means", "cholesky"):
-        if (loaded := state.get(prefix + name)) is not None:
-            buffer = getattr(mixture, name)
-            setattr(mixture, name, buffer.new_zeros(len(loaded), *buffer.shape[1:]))

@@ -1,16 +1,19 @@
-"""Training of a model that draws images of its own: FSVAE, ESVAE or the plain VAE."""
+"""Training of a generator: FSVAE, ESVAE or the non-spiking VAE."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import ImageData
 from ..model import ESVAE
@@ -19,19 +22,19 @@ from .autoencoding import Autoencoding
 from .evaluation import Evaluator, seeded
 from .plot import draw_attention, draw_grid, draw_reconstructions, draw_spectra
 
-#: what ESVAE's samples can be drawn from
+#: ESVAE's priors, from which samples are drawn
 PRIORS = ("learned", "mixture")
-#: metrics that depend on it
+#: metrics of samples
 OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "validation_fad")
 
 
 class Generation(Autoencoding):
-    """Autoencoding by a model that has ``sample(n)`` too; the samples are measured and drawn.
+    """Autoencoding by a model that also has ``sample(n)``, whose samples are measured and drawn.
 
     Args:
+        model, optimizer, lr_scale, scheduler: see :class:`~sj_taid.training.task.Task`.
         prior_lr_scale: ESVAE's learned prior learns at the optimizer's learning rate times this.
-            None treats it as all else.
-        args: and ``kwargs``: those of :class:`~sj_taid.training.task.Task`.
+            None treats it as all other parameters.
 
     Raises:
         ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior of its own.
@@ -45,8 +48,15 @@ class Generation(Autoencoding):
         *(f"{name}_{prior}" for name in OF_SAMPLES[:-1] for prior in PRIORS),
     )
 
-    def __init__(self, *args: Any, prior_lr_scale: float | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: partial[Any],
+        lr_scale: float | None = None,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        prior_lr_scale: float | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, lr_scale, scheduler)
         self.prior_lr_scale = prior_lr_scale
         if prior_lr_scale is None:
             return
@@ -63,9 +73,8 @@ class Generation(Autoencoding):
         if self.prior_lr_scale is None:
             return groups
         prior = [*self.model.prior.parameters()]
-        apart = {*prior}
         for group in groups:
-            group["params"] = [p for p in group["params"] if p not in apart]
+            group["params"] = [p for p in group["params"] if p not in {*prior}]
         return [*groups, {"params": prior, "lr": self.learning_rate() * self.prior_lr_scale}]
 
     def measure_untrained(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, float]:
@@ -74,50 +83,48 @@ class Generation(Autoencoding):
                 "task=generation measures its samples, but there is no metric; choose one of "
                 "conf/metric, or task=autoencoding, which draws no samples"
             )
-        if data.validation_set is not None:  # what its metric lacks shows now
+        if data.validation_set is not None:  # now, for errors before the training
             with seeded(evaluator.seed):
-                chosen_on = data.test_on_validation()
-                _fad_alone(evaluator).prepare_metrics(chosen_on, torch.device("cpu"))
-        with self._draw_from("learned"):  # the mixture is not fitted yet
-            untrained = evaluator.evaluate_samples(self.model, data, only="fad")
+                validation = data.test_on_validation()
+                _only_fad(evaluator).prepare_metrics(validation, torch.device("cpu"))
+        model = self.model
+        with model.draw_from("learned") if isinstance(model, ESVAE) else nullcontext():
+            untrained = evaluator.evaluate_samples(model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
     def on_train_start(self) -> None:
-        if isinstance(self.model, ESVAE):  # a longer run's is not that of the shorter before it
-            self.model.mixture.clear()
+        if isinstance(self.model, ESVAE):
+            self.model.mixture.clear()  # a resumed run's was fitted to an earlier encoder
 
     def fit_prior(self, data: ImageData) -> None:
-        """Fit ESVAE's mixture of Gaussians to the training images as they are, not augmented."""
+        """Fit ESVAE's mixture of Gaussians to the training images, not augmented."""
         if isinstance(self.model, ESVAE):
             batches = track(data.train_samples(), "Rates of the training images", transient=True)
-            with seeded(0):  # a run that resumes later draws what it would have drawn
+            with seeded(0):  # leaves the random state to a run that resumes with more epochs
                 self.model.fit_prior(image.to(self.device) for image, _ in batches)
 
-    def evaluate(self, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
-        figures = evaluator.evaluate_samples(self.model, data)
-        figures["protocol"] |= super().evaluate(data, evaluator)["protocol"]
+    def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
+        metrics = evaluator.evaluate_samples(self.model, data)
+        metrics["protocol"] |= super().evaluate(data, evaluator)["protocol"]
         if data.validation_set is not None:
-            chosen = _fad_alone(evaluator).evaluate_samples(self.model, data.test_on_validation())
-            figures["validation_fad"] = chosen["fad"]
-            figures["protocol"]["validation_fad"] = chosen["protocol"]["fad"]
+            validation = data.test_on_validation()
+            validated = _only_fad(evaluator).evaluate_samples(self.model, validation)
+            metrics["validation_fad"] = validated["fad"]
+            metrics["protocol"]["validation_fad"] = validated["protocol"]["fad"]
         for prior in self._other_priors():
-            with self._draw_from(prior):
+            with self.model.draw_from(prior):
                 others = evaluator.evaluate_samples(self.model, data)
             for name, how in others.pop("protocol").items():
-                figures[f"{name}_{prior}"] = others[name]
-                figures["protocol"][f"{name}_{prior}"] = f"{how}, drawn from the prior {prior}"
-        return figures
+                metrics[f"{name}_{prior}"] = others[name]
+                metrics["protocol"][f"{name}_{prior}"] = f"{how}, drawn from the prior {prior}"
+        return metrics
 
     def _other_priors(self) -> list[str]:
-        """Those beside the model's own that it can draw from."""
+        """ESVAE's priors next to the one that it samples from."""
         if not isinstance(self.model, ESVAE):
             return []
-        fitted = ["mixture"] if self.model.mixture.fitted else []
-        return [prior for prior in ("learned", *fitted) if prior != self.model.sample_from]
-
-    def _draw_from(self, prior: str) -> AbstractContextManager[None]:
-        model = self.model
-        return model.draw_from(prior) if isinstance(model, ESVAE) else nullcontext()
+        ready = PRIORS if self.model.mixture.fitted else PRIORS[:1]
+        return [prior for prior in ready if prior != self.model.sample_from]
 
     def report(self, metrics: Mapping[str, Any]) -> list[str]:
         before = metrics.get("fad_untrained")
@@ -159,6 +166,6 @@ class Generation(Autoencoding):
             draw_attention(decoder.attention(sequence), folder / "attention.png")
 
 
-def _fad_alone(evaluator: Evaluator) -> Evaluator:
-    """For validation images, which may be too few for the others."""
+def _only_fad(evaluator: Evaluator) -> Evaluator:
+    """Leave out the metrics for which validation images may be too few."""
     return replace(evaluator, inception_weights=None, published_autoencoders=None)
