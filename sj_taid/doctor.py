@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -42,14 +42,7 @@ def versions() -> Iterator[str]:
 
 def installed() -> dict[str, str | None]:
     """The version of each of ``PACKAGES``, ``None`` if it is not installed."""
-
-    def version_of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {package: version_of(package) for package in PACKAGES}
+    return {name: next((d.version for d in distributions(name=name)), None) for name in PACKAGES}
 
 
 def cpu_name() -> str:

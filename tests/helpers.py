@@ -1,10 +1,10 @@
-"""What the numeric tests share: the option grid, nets, and comparisons that raise."""
+"""Shared by the numeric tests: cases, the one table of tolerances, and comparisons."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,71 +13,208 @@ from torch import Tensor, nn
 
 from sj_taid import swap_neurons
 from sj_taid.ops.alif.norm import Norm
-from tests.ops.alif.conformance import TOLERANCE, Case, differences, results, tensors
 
+Leaves = dict[str, Tensor]
 HALF = (torch.float16, torch.bfloat16)
+
+# ``value``: elementwise results, relative to the largest magnitude in the tensor. ``sum``: a
+# parameter's gradient, a sum over all neurons and steps, relative to the sum of magnitudes.
+TOLERANCE: dict[torch.dtype, dict[str, float]] = {
+    torch.float64: {"value": 1e-12, "sum": 1e-12},
+    torch.float32: {"value": 1e-5, "sum": 1e-6},
+    torch.float16: {"value": 1e-3, "sum": 1e-6},  # one ulp; sums are made in float32
+    torch.bfloat16: {"value": 8e-3, "sum": 1e-6},
+}
+SUMS = ("grad_w", "grad_v_threshold", "grad_weight", "grad_bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination of the operator's options; ``shape`` is ``[T, N, C, ...]``."""
+
+    v_reset: float | None = 0.0
+    detach_reset: bool = False
+    decay_input: bool = True
+    channels: int | None = None
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = (6, 3, 5)
+    surrogate_function: Any = field(default_factory=surrogate.ATan)
+    v_init: bool = True
+    seed: int = 0
+    axes: tuple[int, ...] | None = None  # of x in memory
+    through: tuple[str, ...] = ("spike_seq", "v", "v_seq")  # the outputs that have a gradient
+    frozen: tuple[str, ...] = ()
+    norm: str | None = None  # by the "batch"'s statistics or "fixed" ones
+    pack: bool = False
+
+    def options(self) -> dict[str, Any]:
+        names = ("decay_input", "v_reset", "surrogate_function", "detach_reset")
+        return {name: getattr(self, name) for name in names}
+
+    def with_(self, **changes: Any) -> Case:
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        parts = (
+            "soft" if self.v_reset is None else f"hard{self.v_reset:g}",
+            "detach" if self.detach_reset else "attach",
+            "decay" if self.decay_input else "nodecay",
+            "scalar" if self.channels is None else f"channels{self.channels}",
+            str(self.dtype).removeprefix("torch."),
+            "x".join(map(str, self.shape)),
+            type(self.surrogate_function).__name__,
+            "" if self.v_init else "rest",
+            "" if self.axes is None else "strided",
+            "" if len(self.through) == 3 else "_".join(self.through),
+            "_".join(("frozen", *self.frozen)) if self.frozen else "",
+            self.norm or "",
+            "bits" if self.pack else "",
+        )
+        return "-".join(part for part in parts if part)
 
 
 def grid(
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16),
-    base: Case | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF), base: Case | None = None
 ) -> list[Case]:
     """reset x detach x decay x granularity x dtype."""
     base = base or Case()
-    return [
-        base.with_(
-            v_reset=v_reset,
-            detach_reset=detach,
-            decay_input=decay,
-            channels=base.shape[2] if per_channel else None,
-            dtype=dtype,
-        )
-        for v_reset, detach, decay, per_channel, dtype in itertools.product(
-            (0.0, -0.25, None), (False, True), (False, True), (False, True), dtypes
-        )
-    ]
+    names = ("v_reset", "detach_reset", "decay_input", "channels", "dtype")
+    booleans = (False, True)
+    values = ((0.0, -0.25, None), booleans, booleans, (None, base.shape[2]), dtypes)
+    return [base.with_(**dict(zip(names, row, strict=True))) for row in itertools.product(*values)]
 
 
-def trained_norm(**options: Any) -> nn.Module:
-    """A batch norm of four channels, with statistics and parameters of its own."""
-    made = layer.BatchNorm2d(4, **options)
-    with torch.no_grad():
-        made.weight.uniform_(0.5, 2.0)
-        made.bias.uniform_(-0.3, 0.5)
-        made.running_mean.uniform_(-1.0, 1.0)
-        made.running_var.uniform_(0.5, 2.0)
-    return made
+def tensors(case: Case, device: str = "cpu") -> Leaves:
+    """Leaves by name, reproducible from the case's seed."""
+    g = torch.Generator().manual_seed(case.seed)
+    dtype = torch.promote_types(case.dtype, torch.float32)
+    parameter = () if case.channels is None else (case.channels,)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    leaves = {
+        "x": (draw(case.shape) * 1.5 + 0.4).to(case.dtype),
+        "v0": (draw(case.shape[1:]) * 0.3).to(dtype),
+        "w": draw(parameter).to(dtype),
+        "v_threshold": (torch.rand(parameter, generator=g, dtype=torch.float64) + 0.5).to(dtype),
+    }
+    if case.axes is not None:
+        inverse = sorted(range(len(case.axes)), key=case.axes.__getitem__)
+        leaves["x"] = leaves["x"].permute(case.axes).contiguous().permute(inverse)
+    if case.norm:  # the spread of the norm's output is x's, and so are the odds of spikes
+        for i, (name, low) in enumerate((("weight", 1.0), ("bias", 0.0))):
+            leaves[name] = torch.linspace(low, low + 0.6, case.shape[2]).roll(i)
+    return {n: t.to(device).requires_grad_(n not in case.frozen) for n, t in leaves.items()}
 
 
-def running_norm(channels: int) -> Norm:
-    """A norm by running statistics, as the operators take it."""
-    mean = torch.linspace(-0.3, 0.9, channels)
-    return Norm(1.6 + mean, mean.roll(1), mean, (1 + mean).square(), False, 0.1, 1e-5)
+def results(
+    multi_step: Callable[..., Any],
+    case: Case,
+    leaves: Leaves | None = None,
+    store_v_seq: bool | None = None,
+    through: tuple[str, ...] | None = None,
+) -> dict[str, Tensor]:
+    """Outputs and every gradient by name, under random cotangents for the outputs ``through``.
 
-
-def swapped(make: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    """A net of SpikingJelly's zoo, multi-step, of four classes, whose neurons are ALIF."""
-    net = make(
-        spiking_neuron=neuron.LIFNode,
-        surrogate_function=surrogate.ATan(),
-        num_classes=4,
-        **options,
+    The cotangents are rounded to the case's dtypes, so that leaves in float64 get the same ones.
+    """
+    leaves = leaves or tensors(case)
+    through = through or case.through
+    more: dict[str, Any] = {"return_bits": True} if case.pack else {}
+    if case.norm:
+        mean = torch.linspace(-0.3, 0.9, case.shape[2]).to(leaves["weight"])
+        moments = (mean, (1 + mean).square(), case.norm == "batch", 0.1, 1e-5)
+        more["norm"] = Norm(leaves["weight"], leaves["bias"], *moments)
+    spike_seq, v_last, v_seq, *bits = multi_step(
+        leaves["x"],
+        leaves["v0"] if case.v_init else (case.v_reset or 0.0),
+        leaves["w"],
+        leaves["v_threshold"],
+        store_v_seq="v_seq" in through if store_v_seq is None else store_v_seq,
+        **case.options(),
+        **more,
     )
-    functional.set_step_mode(net, "m")
-    swap_neurons(net)
-    return net
+    outputs = {"spike_seq": spike_seq, "v": v_last}
+    if v_seq is not None:
+        outputs["v_seq"] = v_seq
+    g = torch.Generator().manual_seed(case.seed + 1)
+    dtypes = {"spike_seq": case.dtype}
+    cotangents = {
+        n: torch.randn(o.shape, generator=g, dtype=torch.float64)
+        .to(dtypes.get(n, torch.promote_types(case.dtype, torch.float32)))
+        .to(o)
+        for n, o in outputs.items()
+        if n in through
+    }
+    wanted = {n: t for n, t in leaves.items() if t.requires_grad and (n != "v0" or case.v_init)}
+    grads = torch.autograd.grad(
+        [outputs[n] for n in cotangents],
+        list(wanted.values()),
+        list(cotangents.values()),
+        materialize_grads=True,
+    )
+    named = {f"grad_{n}": g for n, g in zip(wanted, grads, strict=True)}
+    return {n: o.detach() for n, o in outputs.items()} | named | ({"bits": bits[0]} if bits else {})
+
+
+def differences(
+    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], scale: float = 1.0
+) -> Iterator[str]:
+    """Differences of two :func:`results` beyond the tolerances, by name; spikes must be equal.
+
+    ``scale`` is the number of terms in a parameter's gradient, the size of their sum.
+    """
+    if got.keys() != expected.keys():
+        yield f"there is {', '.join(got)}, expected {', '.join(expected)}"
+    for name in got.keys() & expected.keys():
+        have, want = got[name], expected[name]
+        if have.shape != want.shape or have.dtype != want.dtype:
+            yield (
+                f"{name}: {list(have.shape)} of {have.dtype}, "
+                f"expected {list(want.shape)} of {want.dtype}"
+            )
+        elif name == "spike_seq":
+            if count := int((have != want).sum()):
+                yield f"{count} spikes differ"
+        elif want.numel():
+            # Voltages and their gradients are float32 even for half input.
+            tolerance, largest = TOLERANCE[want.dtype], float(want.abs().max())
+            if name in SUMS:
+                bound = tolerance["sum"] * max(scale, largest)
+            else:
+                bound = tolerance["value"] * max(1.0, largest)
+            error = float((have.double() - want.double()).abs().max())
+            if not error <= bound:  # NaN is a difference
+                yield f"{name}: error {error:.3g} > {bound:.3g}"
 
 
 def assert_close(
     got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype, scale: float = 1.0
 ) -> None:
-    """Compare two :func:`results` name by name, as :func:`differences` does."""
+    """Assert that :func:`differences` finds none."""
     found = [*differences(got, expected, scale)]
     assert not found, f"{'; '.join(found)} ({dtype})"
 
 
+def assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Assert that two :func:`results` are equal."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def assert_same_bits(got: Tensor, expected: Tensor, name: str = "") -> None:
+    """Assert equal bits, except for NaN, of which there are many."""
+    nan = expected.isnan()
+    assert torch.equal(got.isnan(), nan), name
+    bits = {2: torch.int16, 4: torch.int32}[expected.itemsize]
+    have, want = (t.masked_fill(nan, 0).view(bits) for t in (got, expected))
+    assert torch.equal(have, want), f"{name}: {int((have != want).sum())} differ"
+
+
 def assert_equals_a_float32_copys(
-    multi_step: Callable[..., Any], case: Case, leaves: dict[str, Tensor]
+    multi_step: Callable[..., Any], case: Case, leaves: Leaves
 ) -> None:
     """Results on half leaves are those on a float32 copy, rounded at the end, bit for bit."""
     got = results(multi_step, case, leaves)
@@ -92,26 +229,13 @@ def assert_equals_a_float32_copys(
         assert_same_bits(have, want, name)
 
 
-def assert_same_bits(got: Tensor, expected: Tensor, name: str = "") -> None:
-    """Equal bits, but for NaN, of which there are many."""
-    nan = expected.isnan()
-    assert torch.equal(got.isnan(), nan), name
-    bits = {2: torch.int16, 4: torch.int32}[expected.itemsize]
-    have, want = (t.masked_fill(nan, 0).view(bits) for t in (got, expected))
-    assert torch.equal(have, want), f"{name}: {int((have != want).sum())} differ"
-
-
 def assert_not_finite_alike(
-    multi_step: Callable[..., Any], reference: Callable[..., Any], case: Case, norm: bool = False
+    multi_step: Callable[..., Any], reference: Callable[..., Any], case: Case
 ) -> None:
-    """From infinite and NaN inputs and voltages the same outputs, and gradients, NaN for NaN.
+    """From infinite and NaN inputs and voltages the same outputs and gradients, NaN for NaN.
 
-    With ``norm`` behind :func:`running_norm`, where voltages are equal to rounding.
+    Behind a norm voltages are equal to rounding, otherwise exactly.
     """
-    if norm:
-        multi_step, reference = (
-            partial(f, norm=running_norm(case.shape[2])) for f in (multi_step, reference)
-        )
     leaves = tensors(case)
     g = torch.Generator().manual_seed(case.seed)
     with torch.no_grad():
@@ -123,6 +247,26 @@ def assert_not_finite_alike(
     got, expected = (results(f, case, leaves) for f in (multi_step, reference))
     assert expected["grad_x"].isfinite().any() and expected["grad_x"].isnan().any()
     for name, want in expected.items():
-        exact = name in (("spike_seq",) if norm else ("spike_seq", "v", "v_seq"))
+        exact = name == "spike_seq" or (name in ("v", "v_seq") and not case.norm)
         bound = 0.0 if exact else TOLERANCE[want.dtype]["value"]
         torch.testing.assert_close(got[name], want, rtol=bound, atol=bound, equal_nan=True)
+
+
+def trained_norm(**options: Any) -> nn.Module:
+    """A batch norm of four channels with random statistics and parameters."""
+    norm = layer.BatchNorm2d(4, **options)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+        norm.bias.uniform_(-0.3, 0.5)
+        norm.running_mean.uniform_(-1.0, 1.0)
+        norm.running_var.uniform_(0.5, 2.0)
+    return norm
+
+
+def swapped(make: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """A net of SpikingJelly's zoo, multi-step, of four classes, whose neurons are ALIF."""
+    options |= {"spiking_neuron": neuron.LIFNode, "surrogate_function": surrogate.ATan()}
+    net = make(num_classes=4, **options)
+    functional.set_step_mode(net, "m")
+    swap_neurons(net)
+    return net

@@ -21,8 +21,6 @@ import torch
 from common import DTYPES, conditions, interleave, milliseconds, neurons, parser, write_csv
 from torch import nn
 
-from sj_taid.ops.alif.kernels import Options, traffic
-
 COPY, TORCH = "copy", "ALIF torch"
 
 
@@ -85,7 +83,9 @@ def time_neurons(
             print(f"skipped {name} at {dtype}, T={T}, N={N}: {error}")
     timings = interleave(calls, repeats, device, warm_up=3)
     bytes_per_ms = 2 * grad.nbytes / timings.pop(COPY).median_ms
-    floor_ms = sum(traffic(Options(DTYPES[dtype], T, 0.0, True, False))) * T * N / bytes_per_ms
+    # Forward reads x and writes spikes and the last voltage; backward reads x and the spikes'
+    # gradient and writes x's.
+    floor_ms = (5 * T * N * x_seq.itemsize + 4 * N) / bytes_per_ms
     rows = [
         {"neuron": name, "dtype": dtype, "T": T, "N": N}
         | timing._asdict()

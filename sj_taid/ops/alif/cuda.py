@@ -28,16 +28,6 @@ cupy.cuda.nvrtc.getVersion()
 launches: Counter[str] = Counter()
 
 
-def compiler() -> str:
-    """The versions of compiler, driver and GPU, for reports."""
-    major, minor = cupy.cuda.nvrtc.getVersion()
-    driver = cupy.cuda.runtime.driverGetVersion()
-    return (
-        f"NVRTC {major}.{minor}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, "
-        "compute capability {}.{}".format(*torch.cuda.get_device_capability())
-    )
-
-
 def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
     """Why these kernels cannot take the call, or ``None``."""
     if x_seq.device.type != "cuda":

@@ -233,25 +233,3 @@ def resident_threads(registers: int, processors: int, threads_per_processor: int
 def is_aligned(*tensors: Tensor | None) -> bool:
     """Whether every tensor given starts at a multiple of 16 bytes."""
     return all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)
-
-
-def traffic(options: Options) -> tuple[float, float]:
-    """Bytes per neuron and step that (forward, backward) must move, for tensors beyond the caches.
-
-    Forward reads ``x`` and writes spikes, and the last voltage; backward reads the spikes'
-    gradients and ``x``, writes ``x``'s gradient; with a norm forward reads ``x`` for the statistics
-    first, and backward reads twice. Add 4/T for an initial voltage, for its gradient and for the
-    last voltage's, and 1/8 for bits.
-
-    >>> traffic(Options(torch.float32, 4, 0.0, True, False))
-    (9.0, 12.0)
-    >>> traffic(Options(torch.float32, 8, 0.0, True, False, norm=True))
-    (12.5, 20.0)
-    """
-    size, state = options.dtype.itemsize, 4
-    checkpoint = state * checkpoints(options.steps, options.dtype) / options.steps
-    v_seq = state if options.v_seq else 0
-    return (
-        (2 + options.norm) * size + state / options.steps + checkpoint + v_seq,
-        size + (1 + options.norm) * (2 * size + checkpoint + v_seq),
-    )

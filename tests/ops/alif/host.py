@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from sj_taid.ops.alif import autograd, kernels
+from tests.helpers import results
 
 GXX = shutil.which("g++")
 FLAGS = (
@@ -66,7 +67,7 @@ class Host:
 
     def kernels(self, case):
         """The names of the kernels that a case launches."""
-        return self.collect(lambda: case.results(self.cuda.multi_step, case.drawn()))
+        return self.collect(lambda: results(self.cuda.multi_step, case))
 
     def build(self, names):
         """Compile the kernels ``names`` that are not yet there, a few libraries side by side."""

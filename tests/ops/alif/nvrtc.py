@@ -2,7 +2,7 @@
 
     python -m tests.ops.alif.nvrtc --arch sm_90
 
-prints the registers, spills and bytes of the common kernels. The library comes with CUDA, with CUDA
+prints the registers and spills of the common kernels. The library comes with CUDA, with CUDA
 builds of PyTorch and with the ``nvidia-cuda-nvrtc`` wheel.
 """
 
@@ -14,7 +14,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes.util import find_library
 from functools import cache
 from pathlib import Path
@@ -67,10 +67,10 @@ def resources(source: str, names: tuple[str, ...], arch: str) -> dict[str, Resou
         mangled = {program.lowered_name(name): name for name in names}
     return {
         mangled[entry[: entry.index("'")]]: Resources(
-            registers=_figure(r"Used (\d+) registers", entry),
-            spill_stores=_figure(r"(\d+) bytes spill stores", entry),
-            spill_loads=_figure(r"(\d+) bytes spill loads", entry),
-            stack=_figure(r"(\d+) bytes stack frame", entry),
+            registers=_read_number(r"Used (\d+) registers", entry),
+            spill_stores=_read_number(r"(\d+) bytes spill stores", entry),
+            spill_loads=_read_number(r"(\d+) bytes spill loads", entry),
+            stack=_read_number(r"(\d+) bytes stack frame", entry),
         )
         for entry in re.split(r"Compiling entry function '", log)[1:]
     }
@@ -85,7 +85,7 @@ def ptx(source: str, names: tuple[str, ...], arch: str) -> dict[str, str]:
     return {mangled[body[: body.index("(")]]: body for body in bodies}
 
 
-def _figure(pattern: str, entry: str) -> int:
+def _read_number(pattern: str, entry: str) -> int:
     match = re.search(pattern, entry)
     if match is None:
         raise RuntimeError(f"expected {pattern!r} in ptxas's report, but it says:\n{entry}")
@@ -140,38 +140,24 @@ class _Program:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
+    """Print the resources of the common kernels."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     parser.add_argument("--arch", default="sm_{}{}".format(*here), help="such as sm_90")
-    for line in kernel_table(parser.parse_args(arguments).arch):
-        print(line)
-
-
-def kernel_table(arch: str) -> Iterator[str]:
-    """Registers and spills as compiled for ``arch``, bytes as counted, of the common kernels."""
+    arch = parser.parse_args(arguments).arch
     needs = kernels.NEED_X | kernels.NEED_W | kernels.NEED_V_THRESHOLD
-    cases = []
+    names = []
     for dtype, steps in itertools.product(kernels.SCALARS, (1, 2, 4, 8, 16, 24)):
         o = kernels.Options(dtype, steps, 0.0, True, False)
-        there, back = o.forward_vec(), o.backward_vec()
-        names = (o.forward_name(there, 1), o.backward_name(back, 1, False, needs, "Sigmoid"))
-        columns = (("forward", "backward"), (there, back), kernels.traffic(o), names)
-        cases += [(o, *case) for case in zip(*columns, strict=True)]
+        names.append(o.forward_name(o.forward_vec(), 1))
+        names.append(o.backward_name(o.backward_vec(), 1, False, needs, "Sigmoid"))
     start = time.perf_counter()
-    report = resources(kernels.source(), tuple(case[-1] for case in cases), arch)
-    seconds = time.perf_counter() - start
-    yield f"kernels for {arch}: hard reset to 0, decay_input, Sigmoid surrogate, one tau a layer"
-    yield f"{len(report)} kernels compiled in {seconds:.1f} s"
-    yield "dtype     T  direction  neurons/thread  registers  spilled B  bytes/neuron/step"
-    for o, direction, vec, moved, name in cases:
-        r = report[name]
-        yield (
-            f"{kernels.SCALARS[o.dtype]:8} {o.steps:2}  {direction:9}  {vec:14}  "
-            f"{r.registers:9}  {r.spill_stores:9}  {moved:17.2f}"
-        )
+    found = resources(kernels.source(), tuple(dict.fromkeys(names)), arch)
+    print(f"{len(found)} kernels for {arch} compiled in {time.perf_counter() - start:.1f} s")
+    for name, r in found.items():
+        print(f"{r.registers:4} registers, {r.spill_stores} bytes spilled: {name}")
 
 
 if __name__ == "__main__":

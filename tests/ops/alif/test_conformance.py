@@ -1,4 +1,4 @@
-"""The cases that backends are held against the definition with, and their command."""
+"""The cases in which backends are compared with the definition, and their command."""
 
 import csv
 from collections import Counter
@@ -8,24 +8,24 @@ import torch
 
 from sj_taid.ops.alif import reference
 from tests.ops.alif import conformance
-from tests.ops.alif.conformance import COMPACT, OPTIONS, Conformance, pairwise
+from tests.ops.alif.conformance import COMPACT, OPTIONS, compare, make_case, pairwise
 
 ROW = {name: values[0] for name, values in OPTIONS.items()} | {"T": 4}
 
 
-def off_by(name, amount):
-    """The definition with one output moved by ``amount``."""
-    place = ("spike_seq", "v", "v_seq").index(name)
+def shifted(name, amount):
+    """The definition with one output shifted by ``amount``."""
 
     def multi_step(*arguments, **options):
         outputs = [*reference.multi_step(*arguments, **options)]
-        outputs[place] = outputs[place] + amount
+        at = ("spike_seq", "v", "v_seq").index(name)
+        outputs[at] = outputs[at] + amount
         return tuple(outputs)
 
     return multi_step
 
 
-def test_a_compact_set_holds_every_pair_in_few_cases():
+def test_pairwise_holds_every_pair_in_few_cases():
     rows = [*pairwise(COMPACT)]
     assert len(rows) <= 60
     pairs = {(a, b, row[a], row[b]) for row in rows for a in COMPACT for b in COMPACT}
@@ -34,37 +34,38 @@ def test_a_compact_set_holds_every_pair_in_few_cases():
 
 
 @pytest.mark.parametrize("norm", [None, "batch", "fixed"])
-def test_the_definition_equals_itself(norm):
-    assert Conformance(ROW | {"norm": norm}).differences(reference.multi_step) == []
+def test_compare_finds_the_definition_equal_to_itself(norm):
+    assert compare(make_case(ROW | {"norm": norm, "pack": True}), reference.multi_step) == []
 
 
 @pytest.mark.parametrize(
     ("name", "amount", "found"),
     [("spike_seq", 1.0, "768 spikes"), ("v", 1e-4, "v: error"), ("v_seq", torch.nan, "v_seq: er")],
 )
-def test_a_difference_is_named(name, amount, found):
-    (difference,) = Conformance(ROW).differences(off_by(name, amount))
+def test_compare_names_a_difference(name, amount, found):
+    (difference,) = compare(make_case(ROW), shifted(name, amount))
     assert difference.startswith(found)
 
 
-def test_wrong_bits_and_launches_that_nobody_made_are_differences():
-    def without_a_bit(*arguments, return_bits, **options):
-        *outputs, bits = reference.multi_step(*arguments, return_bits=True, **options)
-        return (*outputs, bits & 1) if return_bits else outputs
+def test_compare_names_wrong_bits_and_missing_launches():
+    def multi_step(*arguments, **options):
+        *outputs, bits = reference.multi_step(*arguments, **options)
+        return *outputs, bits ^ 1
 
     launches = Counter(forward=7)  # of an earlier call
-    found = Conformance(ROW | {"pack": True, "norm": "batch"}).differences(
-        without_a_bit, launches=launches
-    )
+    case = make_case(ROW | {"pack": True, "norm": "batch"})
     expected = {"statistics": 1, "forward": 1, "backward": 2}
-    assert found == ["the bits are not the spikes'", f"launches {{}}, expected {expected}"]
+    assert compare(case, multi_step, launches=launches) == [
+        "the bits are not the spikes'",
+        f"launches {{}}, expected {expected}",
+    ]
 
 
 def rows_of(path):
     return [*csv.DictReader(path.open(newline=""))]
 
 
-def test_the_command(tmp_path, capsys):
+def test_command_writes_a_row_per_case(tmp_path, capsys):
     pytest.importorskip("numba", reason="needs numba: pip install numba")
     options = ["--device", "cpu", "--dtypes", "bfloat16", "--cases", "1", "--out", str(tmp_path)]
     assert conformance.main(options) == 0
@@ -74,31 +75,30 @@ def test_the_command(tmp_path, capsys):
     assert "numba: equal to the definition, bit for bit" in capsys.readouterr().out
 
 
-def test_a_single_wrong_bit_fails(monkeypatch, capsys):
+def test_command_fails_for_a_single_wrong_bit(monkeypatch, capsys):
     pytest.importorskip("numba", reason="needs numba: pip install numba")
 
-    def by_one_bit(*arguments, backend, **options):
+    def multi_step(*arguments, backend, **options):
         spike_seq, v, v_seq = reference.multi_step(*arguments, **options)
         v[0] = torch.nextafter(v[0], torch.tensor(9.0))
         return spike_seq, v, v_seq
 
-    monkeypatch.setattr(conformance, "alif_multi_step", by_one_bit)
+    monkeypatch.setattr(conformance, "alif_multi_step", multi_step)
     assert conformance.main(["--device", "cpu", "--tiny"]) == 1
     assert "v: 1 of 64 values differ" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("usable", [True, False])
-def test_goes_on_past_a_case_that_raises(tmp_path, monkeypatch, capsys, usable):
-    """Unless the GPU refuses whatever the process asks: then the rest is named, not blamed."""
-
+def test_write_continues_after_an_error_unless_the_gpu_is_broken(
+    tmp_path, monkeypatch, capsys, usable
+):
     def run(case):
         if case == "second":
             raise RuntimeError("an illegal memory access")
         return []
 
-    monkeypatch.setattr(conformance, "_usable", lambda: usable)
-    cases = ("first", "second", "third")
-    failed = conformance.write(cases, run, tmp_path / "rows.csv")
+    monkeypatch.setattr(conformance, "_is_usable", lambda: usable)
+    failed = conformance.write(("first", "second", "third"), run, tmp_path / "rows.csv")
     outcomes = {row["case"]: row["outcome"] for row in rows_of(tmp_path / "rows.csv")}
     last = "equal" if usable else "not run"
     assert outcomes == {"first": "equal", "second": "failed", "third": last}

@@ -12,46 +12,66 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sj_taid.ops import backends
 from sj_taid.ops.alif import autograd, kernels, reference
 from sj_taid.ops.alif.kernels import BLOCK, Options
-from tests.helpers import Case, assert_close, assert_not_finite_alike, results, tensors
-from tests.ops.alif.conformance import OPTIONS, Conformance, as_of_many
+from tests.helpers import (
+    Case,
+    assert_close,
+    assert_equal,
+    assert_not_finite_alike,
+    results,
+    tensors,
+)
+from tests.ops.alif.conformance import use_large_kernels
 from tests.ops.alif.host import CompileError, needs_gxx
 
 CASE = Case(shape=(4, 3, 8, 2))
-ROW = {option: values[0] for option, values in OPTIONS.items()} | {"T": 4}
+NORM = Case(shape=(4, 3, 4, 4, 4), norm="batch")
 
 
 def run(launcher, case=CASE, leaves=None):
     return results(launcher.cuda.multi_step, case, leaves or tensors(case))
 
 
+def fire(launcher, x_seq, **options):
+    """``multi_step`` of ``x_seq`` from rest, with one tau and threshold."""
+    parameters = (torch.zeros(()), torch.ones(()))
+    options = {"store_v_seq": False} | CASE.options() | options
+    return launcher.cuda.multi_step(x_seq, 0.0, *parameters, **options)
+
+
+def count_saved_bytes(call):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        call()
+    return sum(t.nbytes for t in saved)
+
+
 # ---- what is launched ----
 
 
 @needs_gxx
-def test_one_launch_forward_and_one_kernel_backward(launcher):
+def test_multi_step_takes_one_launch_forward_and_one_kernel_backward(launcher):
     run(launcher)
     assert launcher.cuda.launches == {"forward": 1, "backward": 1}
-    assert [launch.name.split("<")[0] for launch in launcher.launches] == [
-        "alif_forward",
-        "alif_backward",
-    ]
+    names = [launch.name.split("<")[0] for launch in launcher.launches]
+    assert names == ["alif_forward", "alif_backward"]
 
 
 @needs_gxx
-def test_few_neurons_can_be_given_the_kernels_of_many(launcher):
+def test_use_large_kernels_gives_few_neurons_the_kernels_of_many(launcher):
     launcher.capacity = 2**18  # of a GPU: a thread takes one neuron while others have none
     run(launcher)
-    with as_of_many(launcher.cuda):
+    with use_large_kernels(launcher.cuda):
         run(launcher)
     names = [launch.name.split(",")[:3] for launch in launcher.launches]
     assert names == [
         [f"alif_{direction}<float", "4", vec]
-        for vec_of in ({"forward": "1", "backward": "1"}, {"forward": "4", "backward": "2"})
-        for direction, vec in vec_of.items()
+        for vecs in ("11", "42")
+        for direction, vec in zip(("forward", "backward"), vecs, strict=True)
     ]
 
 
 @needs_gxx
+@pytest.mark.parametrize("frozen", [(), ("x",)])
 @pytest.mark.parametrize(
     ("norm", "launches"),
     [
@@ -59,11 +79,8 @@ def test_few_neurons_can_be_given_the_kernels_of_many(launcher):
         ("fixed", {"forward": 1, "backward": 1}),
     ],
 )
-@pytest.mark.parametrize("frozen", [(), ("x",)])
-def test_launches_with_a_norm(launcher, norm, launches, frozen):
-    """x's gradient waits for all sums; where statistics are fixed, or nobody asks, it does not."""
-    conformance = Conformance(ROW | {"norm": norm, "frozen": frozen})
-    conformance.results(launcher.cuda.multi_step, conformance.leaves())
+def test_norm_takes_a_second_backward_only_for_x_by_the_batch(launcher, norm, launches, frozen):
+    run(launcher, NORM.with_(norm=norm, frozen=frozen))
     assert launcher.cuda.launches == launches | ({"backward": 1} if frozen else {})
 
 
@@ -80,42 +97,7 @@ def test_statistics_of_a_mean_far_from_zero(launcher, shape, outlier, bound):
     assert (var / exact.var(axes, correction=0) - 1).abs().max() <= bound
 
 
-@needs_gxx
-@pytest.mark.parametrize("T", [4, 17])
-def test_a_norm_keeps_the_input_and_numbers_per_channel(launcher, T):
-    conformance = Conformance(ROW | {"norm": "batch", "T": T})
-    leaves = conformance.leaves()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        conformance.results(launcher.cuda.multi_step, leaves)
-    channels, neurons = leaves["x"].shape[2], leaves["x"][0].numel()
-    checkpoints = kernels.checkpoints(T, torch.float32)
-    expected = 4 * (T + checkpoints) * neurons + 2 * 4 + channels * (3 * 4 + 4 * 8)
-    assert sum(t.nbytes for t in saved) == expected
-
-
-@needs_gxx
-def test_a_norm_compiles_without_graph_breaks(launcher):
-    on_cpu = autograd.register("cupy_norm_on_host", "CPU", launcher.cuda.ENGINE)
-    conformance = Conformance(ROW | {"norm": "batch", "through": "all"})
-    leaves = conformance.leaves()
-    norm = conformance._norm_of(leaves)
-
-    def run(x, w, v_threshold, weight, bias):
-        return autograd.multi_step(
-            on_cpu, x, 0.0, w, v_threshold, store_v_seq=True, **conformance.case.options(),
-            norm=norm._replace(weight=weight, bias=bias),
-        )  # fmt: skip
-
-    inputs = [leaves[name] for name in ("x", "w", "v_threshold", "weight", "bias")]
-    found = []
-    for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        outputs = f(*inputs)
-        found.append([*outputs, *torch.autograd.grad([o.sum() for o in outputs], inputs)])
-    assert all(torch.equal(got, want) for got, want in zip(*found, strict=True))
-
-
-def test_the_second_launch_of_backward_is_one_reduction():
+def test_grid_reduces_partial_sums_in_one_launch():
     class Computing(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if not function.is_view:
@@ -131,23 +113,19 @@ def test_the_second_launch_of_backward_is_one_reduction():
 
 
 @needs_gxx
-def test_on_the_tensors_device_and_the_current_stream(launcher):
+def test_launch_uses_the_tensors_device_and_the_current_stream(launcher):
     run(launcher)
     assert {launch.stream for launch in launcher.launches} == {(0, 0x5EED)}
     assert {launch.device for launch in launcher.launches} == {torch.device("cpu")}
 
 
 @needs_gxx
-def test_the_stream_is_read_at_every_launch_in_backwards_thread_too(launcher, monkeypatch):
+def test_launch_reads_the_stream_in_backwards_thread_too(launcher, monkeypatch):
     """PyTorch runs backward in a thread of its own, with the stream of the forward made current."""
     stream = threading.local()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    leaves = tensors(CASE)
-
     stream.cuda_stream = 1
-    spikes, *_ = launcher.cuda.multi_step(
-        leaves["x"], 0.0, leaves["w"], leaves["v_threshold"], store_v_seq=False, **CASE.options()
-    )
+    spikes, *_ = fire(launcher, tensors(CASE)["x"])
 
     def in_another_thread():
         stream.cuda_stream = 2
@@ -160,14 +138,14 @@ def test_the_stream_is_read_at_every_launch_in_backwards_thread_too(launcher, mo
 
 
 @needs_gxx
-def test_each_device_and_kernel_is_loaded_once(launcher, monkeypatch):
-    loaded = []
-    module = launcher.cuda.cupy.RawModule
-    monkeypatch.setattr(
-        launcher.cuda.cupy,
-        "RawModule",
-        lambda **arguments: loaded.append(arguments) or module(**arguments),
-    )
+def test_function_is_loaded_once_per_device_and_kernel(launcher, monkeypatch):
+    loaded, module = [], launcher.cuda.cupy.RawModule
+
+    def load(**arguments):
+        loaded.append(arguments)
+        return module(**arguments)
+
+    monkeypatch.setattr(launcher.cuda.cupy, "RawModule", load)
     function = launcher.cuda._function
     assert function(0, "a") is function(0, "a")
     assert function(0, "a") is not function(1, "a") and function(0, "b") is not function(0, "a")
@@ -176,7 +154,7 @@ def test_each_device_and_kernel_is_loaded_once(launcher, monkeypatch):
     assert all("--fmad=false" in arguments["options"] for arguments in loaded)
 
 
-def test_what_runs_at_a_time_is_read_from_the_loaded_kernel(launcher, monkeypatch):
+def test_resident_threads_are_read_from_the_loaded_kernel(launcher, monkeypatch):
     cuda, device = launcher.cuda, torch.device("cuda:0")
     monkeypatch.setattr(cuda, "_function", lambda index, name: SimpleNamespace(num_regs=82))
     monkeypatch.setattr(cuda, "_processors", lambda device: (3, 2048))
@@ -186,7 +164,7 @@ def test_what_runs_at_a_time_is_read_from_the_loaded_kernel(launcher, monkeypatc
 
 @needs_gxx
 @pytest.mark.parametrize("argument", [0.5, True, torch.zeros(())])
-def test_an_argument_of_another_width_would_be_noticed(launcher, monkeypatch, argument):
+def test_host_refuses_an_argument_of_another_width(launcher, monkeypatch, argument):
     """CuPy passes a float in 64 bits where the kernels take 32, and says nothing."""
     monkeypatch.setattr(launcher.cuda, "_pointer", lambda tensor: argument)
     with pytest.raises(TypeError, match="width"):
@@ -200,45 +178,38 @@ def test_an_argument_of_another_width_would_be_noticed(launcher, monkeypatch, ar
 @pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
 @pytest.mark.parametrize("T", [4, 16, 24])
 @pytest.mark.parametrize("v_init", [False, True])
-def test_saves_the_input_the_parameters_and_what_the_length_asks(launcher, dtype, T, v_init):
+def test_forward_saves_the_input_the_parameters_and_checkpoints(launcher, dtype, T, v_init):
     case = CASE.with_(shape=(T, 3, 8, 2), dtype=dtype, v_init=v_init)
-    leaves = tensors(case)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        launcher.cuda.multi_step(
-            leaves["x"],
-            leaves["v0"] if v_init else 0.0,
-            leaves["w"],
-            leaves["v_threshold"],
-            store_v_seq=False,
-            **case.options(),
-        )
     neurons = 3 * 8 * 2
     expected = T * neurons * dtype.itemsize + 2 * 4  # x, w, v_threshold
     expected += neurons * 4 * (v_init + kernels.checkpoints(T, dtype))
-    assert sum(t.nbytes for t in saved) == expected
+    assert count_saved_bytes(lambda: run(launcher, case)) == expected
 
 
-def test_a_fixed_start_allocates_nothing(launcher):
+@needs_gxx
+@pytest.mark.parametrize("T", [4, 17])
+def test_norm_saves_the_input_and_numbers_per_channel(launcher, T):
+    case = NORM.with_(shape=(T, *NORM.shape[1:]), v_init=False)
+    neurons, channels = 3 * 4 * 4 * 4, 4
+    expected = 4 * (T + kernels.checkpoints(T, torch.float32)) * neurons
+    expected += 2 * 4 + channels * (3 * 4 + 4 * 8)
+    assert count_saved_bytes(lambda: run(launcher, case)) == expected
+
+
+def test_a_float_start_allocates_nothing(launcher):
     """A float for v is an argument of the kernel: no tensor of it is made."""
-    x_seq, w, v_threshold = torch.rand(4, 3, 8), torch.zeros(()), torch.ones(())
+    x_seq = torch.rand(4, 3, 8)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
-        launcher.collect(
-            lambda: launcher.cuda.multi_step(
-                x_seq, 0.5, w, v_threshold, store_v_seq=False, **CASE.options()
-            )
-        )
+        launcher.collect(lambda: fire(launcher, x_seq))
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
-    assert allocated == x_seq.nbytes + x_seq[0].nbytes  # the spikes and the last voltage
+    parameters = 2 * 4
+    assert allocated - parameters == x_seq.nbytes + x_seq[0].nbytes  # spikes and last voltage
 
 
 @needs_gxx
 @pytest.mark.parametrize("frozen", [("w",), ("v_threshold",), ("x",), ("w", "v_threshold", "v0")])
-def test_gradients_nobody_asked_for_are_not_computed(launcher, frozen):
-    leaves = tensors(CASE)
-    for name in frozen:
-        leaves[name].requires_grad_(False)
-    got = run(launcher, CASE, leaves)
+def test_backward_computes_only_what_is_needed(launcher, frozen):
+    got = run(launcher, CASE.with_(frozen=frozen))
     assert {f"grad_{name}" for name in frozen}.isdisjoint(got)
     needs = int(launcher.launches[-1].name.split(",")[-2])
     bits = {"x": kernels.NEED_X, "w": kernels.NEED_W, "v_threshold": kernels.NEED_V_THRESHOLD}
@@ -246,23 +217,17 @@ def test_gradients_nobody_asked_for_are_not_computed(launcher, frozen):
 
 
 @needs_gxx
-def test_without_any_gradient_nothing_is_kept(launcher):
-    case = CASE.with_(shape=(24, 3, 8, 2))
-    leaves = {name: leaf.detach() for name, leaf in tensors(case).items()}
-    spikes, v, _ = launcher.cuda.multi_step(
-        leaves["x"], 0.0, leaves["w"], leaves["v_threshold"], store_v_seq=False, **case.options()
-    )
+def test_without_any_gradient_nothing_is_saved(launcher):
+    spikes, v, _ = fire(launcher, torch.rand(24, 3, 8, 2))
     assert spikes.grad_fn is None and v.grad_fn is None
     assert launcher.cuda.launches == {"forward": 1}
 
 
 @needs_gxx
 @pytest.mark.parametrize("axes", [(0, 1, 3, 2), (0, 3, 2, 1)])
-def test_a_dense_layout_is_taken_as_it_is(launcher, axes):
+def test_a_dense_layout_is_not_copied(launcher, axes):
     x = torch.rand(4, 3, 8, 2).permute(axes)
-    spikes, v, v_seq = launcher.cuda.multi_step(
-        x, 0.0, torch.zeros(()), torch.ones(()), store_v_seq=True, **CASE.options()
-    )
+    spikes, v, v_seq = fire(launcher, x, store_v_seq=True)
     assert spikes.stride() == x.stride() == v_seq.stride()
     assert v.stride() == x[0].stride()
 
@@ -274,52 +239,42 @@ def test_a_dense_layout_is_taken_as_it_is(launcher, axes):
 def test_any_other_layout_is_made_contiguous_once(launcher, view):
     x_seq = view(torch.rand(4, 4, 8))
     with torch.profiler.profile() as profile:
-        got = launcher.cuda.multi_step(
-            x_seq, 0.0, torch.zeros(()), torch.ones(()), store_v_seq=True, **CASE.options()
-        )
+        got = fire(launcher, x_seq, store_v_seq=True)
     copies = [event for event in profile.key_averages() if event.key == "aten::copy_"]
     assert sum(event.count for event in copies) == 1
     expected = reference.multi_step(
         x_seq, 0.0, torch.zeros(()), torch.ones(()), store_v_seq=True, **CASE.options()
     )
     names = ("spike_seq", "v", "v_seq")
-    assert_close(
-        dict(zip(names, got, strict=True)), dict(zip(names, expected, strict=True)), torch.float32
-    )
+    found = (dict(zip(names, outputs, strict=True)) for outputs in (got, expected))
+    assert_close(*found, torch.float32)
 
 
 @needs_gxx
-def test_gradients_in_another_layout_than_the_input(launcher):
+def test_gradients_may_have_another_layout_than_the_input(launcher):
     x_seq = torch.rand(4, 3, 2, 8).transpose(2, 3).requires_grad_()
     grad = torch.rand(4, 3, 8, 2)
-    gradients = []
-    for multi_step in (launcher.cuda.multi_step, reference.multi_step):
-        spikes, *_ = multi_step(
-            x_seq, 0.0, torch.zeros(()), torch.ones(()), store_v_seq=False, **CASE.options()
-        )
-        gradients += torch.autograd.grad(spikes, x_seq, grad)
-    torch.testing.assert_close(*gradients)
+    (got,) = torch.autograd.grad(fire(launcher, x_seq)[0], x_seq, grad)
+    spikes, *_ = reference.multi_step(
+        x_seq, 0.0, torch.zeros(()), torch.ones(()), store_v_seq=False, **CASE.options()
+    )
+    (expected,) = torch.autograd.grad(spikes, x_seq, grad)
+    torch.testing.assert_close(got, expected)
 
 
 @needs_gxx
+@pytest.mark.parametrize("norm", [None, "fixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("v_reset", [0.25, None])
+@pytest.mark.parametrize("v_reset", [0.0, 0.25, None])
 @pytest.mark.parametrize("detach_reset", [False, True])
-def test_infinities_and_nan(launcher, v_reset, detach_reset, dtype):
-    case = Case(v_reset, detach_reset, channels=5, dtype=dtype, shape=(6, 40, 5))
+def test_infinities_and_nan(launcher, v_reset, detach_reset, dtype, norm):
+    channels = None if norm else 5
+    case = Case(v_reset, detach_reset, True, channels, dtype, (6, 40, 5), norm=norm)
     assert_not_finite_alike(launcher.cuda.multi_step, reference.multi_step, case)
 
 
 @needs_gxx
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
-def test_infinities_and_nan_behind_running_statistics(launcher, v_reset, dtype):
-    case = Case(v_reset, dtype=dtype, shape=(6, 40, 5))
-    assert_not_finite_alike(launcher.cuda.multi_step, reference.multi_step, case, norm=True)
-
-
-@needs_gxx
-def test_one_parameter_a_layer_and_the_other_per_channel(launcher):
+def test_one_parameter_may_be_per_layer_and_the_other_per_channel(launcher):
     leaves = tensors(CASE)
     leaves["v_threshold"] = torch.linspace(0.6, 1.3, 8).requires_grad_()
     got = run(launcher, CASE, leaves)
@@ -328,27 +283,22 @@ def test_one_parameter_a_layer_and_the_other_per_channel(launcher):
 
 @pytest.mark.parametrize("shape", [(4, 0, 8), (4, 3, 0)])
 def test_no_neurons_no_launch(launcher, shape):
-    case = CASE.with_(shape=shape)
-    got = run(launcher, case)
+    got = run(launcher, CASE.with_(shape=shape))
     assert got["grad_w"] == 0 and not launcher.cuda.launches
 
 
 @needs_gxx
 def test_same_numbers_every_time(launcher):
     case = CASE.with_(shape=(8, 16, 8, 9))
-    leaves = tensors(case)
-    first, *others = (run(launcher, case, leaves) for _ in range(5))
+    first, *others = (run(launcher, case) for _ in range(5))
     for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in first)
+        assert_equal(other, first)
 
 
 @needs_gxx
 def test_second_derivatives_are_refused(launcher):
-    leaves = tensors(CASE)
-    spikes, *_ = launcher.cuda.multi_step(
-        leaves["x"], 0.0, leaves["w"], leaves["v_threshold"], store_v_seq=False, **CASE.options()
-    )
-    (grad,) = torch.autograd.grad(spikes.sum(), leaves["x"], create_graph=True)
+    x = tensors(CASE)["x"]
+    (grad,) = torch.autograd.grad(fire(launcher, x)[0].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives: use backend='torch'"):
         grad.sum().backward()
 
@@ -377,7 +327,9 @@ def grid(shape, channels=1, vec=4, aligned=True, capacity=64, order=None, reside
         ((2, 1, 1, 1), 1, None),
     ],
 )
-def test_every_neuron_once_and_every_thread_in_its_channel(shape, channels, order, capacity):
+def test_grid_takes_every_neuron_once_and_keeps_threads_in_their_channel(
+    shape, channels, order, capacity
+):
     g = grid(shape, channels, capacity=capacity, order=order)
     seen = []
     for thread in range(g.threads):
@@ -403,12 +355,12 @@ def test_every_neuron_once_and_every_thread_in_its_channel(shape, channels, orde
         ({"shape": (2, 64, 3, 2), "channels": 3}, 2, 1),
         # What runs at a time does not count here, but how many threads the GPU could hold.
         ({"shape": (2, 64, 8), "resident": 8}, 4, 1),
-        # A thread each for as many neurons as the GPU would otherwise stand half idle.
+        # One neuron per thread while the GPU would otherwise be half idle.
         ({"shape": (2, 8, 8), "capacity": 256}, 1, 1),
         ({"shape": (2, 8, 8), "capacity": 64}, 4, 1),
     ],
 )
-def test_neurons_a_thread(arguments, vec, lanes):
+def test_grid_chooses_the_neurons_per_thread(arguments, vec, lanes):
     assert grid(**arguments)[3:5] == (vec, lanes)
 
 
@@ -417,29 +369,28 @@ def test_neurons_a_thread(arguments, vec, lanes):
     [
         ({"shape": (2, 64, 8), "resident": 50}, 50),  # as many threads as run at a time
         ({"shape": (2, 10, 8), "resident": 50}, 20),
-        # A period of 48 packs: one row of 64 threads would leave a quarter of them idle, all along.
+        # A period of 48 packs: one row of 64 threads would leave a quarter of them idle throughout.
         ({"shape": (2, 64, 24, 8), "channels": 24, "resident": 64}, 4),
         ({"shape": (2, 64, 24, 8), "channels": 24, "resident": 20}, 1),
     ],
 )
-def test_threads_are_as_many_as_run_at_a_time(arguments, rows):
-    g = grid(**arguments)
-    assert g.rows == rows
+def test_grid_has_as_many_threads_as_run_at_a_time(arguments, rows):
+    assert grid(**arguments).rows == rows
 
 
-def test_a_slice_that_starts_off_the_grid_of_16_bytes_is_not_read_in_packs():
+def test_is_aligned_refuses_a_slice_that_starts_between_16_bytes():
     x_seq = torch.zeros(1 + 2 * 64)[1:].view(2, 64)
     assert not kernels.is_aligned(x_seq) and kernels.is_aligned(torch.zeros(64), None)
 
 
-def test_positions_beyond_32_bits():
+def test_grid_has_positions_beyond_32_bits():
     """Sizes reach the kernel as Python ints, which CuPy passes in 64 bits."""
     x_seq = torch.empty(1, device="meta").expand(2, 2**32)
     g = kernels.grid(x_seq, 1, 4, True, 2**17, lambda *_: 2**17)
     assert g.size == 2**32 and type(g.size) is int and g.vec == 4
 
 
-def test_registers_bound_the_neurons_of_backwards_threads():
+def test_backward_vec_is_bounded_by_registers():
     for dtype in kernels.SCALARS:
         for T in range(1, 129):
             options = Options(dtype, T, 0.0, True, False)
@@ -450,10 +401,9 @@ def test_registers_bound_the_neurons_of_backwards_threads():
 # ---- what is refused ----
 
 
-def test_says_why_not(launcher):
+def test_unsupported_says_why_not(launcher):
     unsupported = launcher.cuda.unsupported
-    x_seq = torch.zeros(2, 3)
-    assert "on cpu" in unsupported(x_seq, surrogate.ATan())
+    assert "on cpu" in unsupported(torch.zeros(2, 3), surrogate.ATan())
 
     class OnCuda:
         device = torch.device("cuda:0")
@@ -465,42 +415,32 @@ def test_says_why_not(launcher):
     assert unsupported(OnCuda, surrogate.ATan()) is None
 
 
-def test_a_failed_compilation_shows_the_compilers_log(launcher, monkeypatch):
-    def fail(**_):
-        def get_function(name):
-            raise CompileError("kernels.cu(7): error: expected a ';'")
+def test_function_shows_the_compilers_log(launcher, monkeypatch):
+    def fail(name):
+        raise CompileError("kernels.cu(7): error: expected a ';'")
 
-        return type("Module", (), {"get_function": staticmethod(get_function)})
-
-    monkeypatch.setattr(launcher.cuda.cupy, "RawModule", fail)
+    module = SimpleNamespace(get_function=fail)
+    monkeypatch.setattr(launcher.cuda.cupy, "RawModule", lambda **_: module)
     with pytest.raises(RuntimeError, match=r"(?s)alif_forward.*expected a ';'") as info:
         launcher.cuda._function(0, "alif_forward<...>")
     assert isinstance(info.value.__cause__, CompileError)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the backend may be available here")
-def test_unavailable_with_the_original_reason_and_the_remedy():
-    x_seq = torch.zeros(2, 3)
+def test_resolve_gives_the_original_reason_and_the_remedy():
     with pytest.raises(backends.BackendUnavailableError, match=r"cupy-cuda12x.*>=14.2") as info:
-        backends.resolve("cupy", x_seq, surrogate.ATan())
+        backends.resolve("cupy", torch.zeros(2, 3), surrogate.ATan())
     assert isinstance(info.value.__cause__, ImportError | RuntimeError)
-
-
-def test_says_who_compiles(launcher, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
-    assert launcher.cuda.compiler() == ("NVRTC 13.0, driver for CUDA 13.1, compute capability 12.0")
 
 
 # ---- torch.compile and the operators ----
 
 
 @needs_gxx
-def test_operators_pass_opcheck_and_compile_without_graph_breaks(launcher):
-    engine = launcher.cuda.ENGINE
-    on_cpu = autograd.register("cupy_on_host", "CPU", engine)
+def test_operators_pass_opcheck(launcher):
+    on_cpu = autograd.register("cupy_on_host", "CPU", launcher.cuda.ENGINE)
     case = CASE.with_(shape=(24, 3, 8, 2), channels=8)
-    leaves = tensors(case)
-    x_seq, v0, w, threshold = (leaves[n].detach() for n in ("x", "v0", "w", "v_threshold"))
+    x_seq, v0, w, threshold = (leaf.detach() for leaf in tensors(case).values())
     forward_arguments = (x_seq, v0, 0.0, w, threshold, True, None, True, 2)
     torch.library.opcheck(on_cpu.forward, forward_arguments)
     spikes, v, v_seq, checkpoint, _ = on_cpu.forward(*forward_arguments)
@@ -510,7 +450,13 @@ def test_operators_pass_opcheck_and_compile_without_graph_breaks(launcher):
         on_cpu.backward, (*gradients, x_seq, v0, 0.0, w, threshold, checkpoint, *rest)
     )
 
-    run_eager = partial(autograd.multi_step, on_cpu)
-    compiled = torch.compile(run_eager, fullgraph=True, backend="aot_eager")
-    got, expected = results(compiled, case), results(run_eager, case)
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+@needs_gxx
+@pytest.mark.parametrize(
+    "case", [CASE.with_(shape=(24, 3, 8, 2), channels=8), NORM], ids=["channels", "norm"]
+)
+def test_multi_step_compiles_without_graph_breaks(launcher, case):
+    on_cpu = autograd.register(f"cupy_on_host_{case.norm}", "CPU", launcher.cuda.ENGINE)
+    eager = partial(autograd.multi_step, on_cpu)
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    assert_equal(results(compiled, case), results(eager, case))

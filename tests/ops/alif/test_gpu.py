@@ -11,7 +11,7 @@ from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops.alif import reference
 from tests.helpers import Case, assert_close, results, tensors
-from tests.ops.alif.conformance import OPTIONS, Conformance, as_of_many, pairwise
+from tests.ops.alif.conformance import OPTIONS, compare, make_case, pairwise, use_large_kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -36,10 +36,10 @@ def case_terms(case):
     return torch.Size(case.shape).numel() / (case.channels or 1)
 
 
-@pytest.mark.parametrize("conformance", [Conformance(row) for row in pairwise(OPTIONS)], ids=str)
-def test_conformance(cuda, conformance):
-    with as_of_many(cuda):
-        assert not conformance.differences(on_gpu, "cuda", cuda.launches)
+@pytest.mark.parametrize("case", [make_case(row) for row in pairwise(OPTIONS)], ids=str)
+def test_conformance(cuda, case):
+    with use_large_kernels(cuda):
+        assert not compare(case, on_gpu, "cuda", cuda.launches)
 
 
 @pytest.mark.parametrize("shape", [(8, 64, 32, 14, 14), (4, 4096, 8)], ids=str)

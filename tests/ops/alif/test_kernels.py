@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sj_taid.ops.alif import kernels
-from tests.ops.alif.conformance import OPTIONS, Conformance, pairwise
+from tests.ops.alif.conformance import OPTIONS, compare, make_case, pairwise
 from tests.ops.alif.host import GXX, Host, needs_gxx
 
 pytestmark = needs_gxx
@@ -24,32 +24,30 @@ def _poison():
     torch.use_deterministic_algorithms(False)
 
 
-def check(host, conformance):
+def check(host, case):
     cuda = host.cuda
-    assert not conformance.differences(cuda.multi_step, launches=cuda.launches)
+    assert not compare(case, cuda.multi_step, launches=cuda.launches)
+
+
+CASES = [make_case(row) for row in pairwise(OPTIONS)]
 
 
 @pytest.fixture(scope="module")
 def built(request, host):
     """``host`` with the kernels of all selected cases, compiled together: faster than singly."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    cases = [call.params["case"] for call in calls if call and call.params.get("case") in CASES]
     with host.patched():
-        host.build(
-            {
-                name
-                for item in request.session.items
-                if (case := getattr(item, "callspec", None)) and "conformance" in case.params
-                for name in host.kernels(case.params["conformance"])
-            }
-        )
+        host.build({name for case in cases for name in host.kernels(case)})
 
 
-@pytest.mark.parametrize("conformance", [Conformance(row) for row in pairwise(OPTIONS)], ids=str)
-def test_every_pair_of_options(built, launcher, conformance):
-    check(launcher, conformance)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_pair_of_options(built, launcher, case):
+    check(launcher, case)
 
 
-def every(options, T):
-    """Every combination that compiles to different code at ``T``, some options in turns."""
+def combine(options, T):
+    """Every combination that compiles to different code at ``T``; some options take turns."""
     turns = ("surrogate", "v_init", "through", "frozen", "norm", "pack")
     cycles = {name: itertools.cycle(options[name]) for name in turns}
     fixed = {name: values for name, values in options.items() if name not in (*turns, "T")}
@@ -57,140 +55,83 @@ def every(options, T):
         # Lengths with a common factor would pair the same values every time.
         for name in turns[: 1 + i % len(turns)]:
             next(cycles[name])
-        row = dict(zip(fixed, values, strict=True)) | {n: next(c) for n, c in cycles.items()}
-        yield {name: row.get(name, T) for name in options}
+        yield dict(zip(fixed, values, strict=True)) | {n: next(c) for n, c in cycles.items()}
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("T", OPTIONS["T"])
 def test_every_combination(launcher, T):
-    conformances = [Conformance(row) for row in every(OPTIONS, T)]
-    launcher.build({name for case in conformances for name in launcher.kernels(case)})
-    for conformance in conformances:
-        try:
-            check(launcher, conformance)
-        except AssertionError as error:
-            raise AssertionError(f"{conformance}: {error}") from error
+    cases = [make_case(row | {"T": T}) for row in combine(OPTIONS, T)]
+    launcher.build({name for case in cases for name in launcher.kernels(case)})
+    failed = {str(case): compare(case, launcher.cuda.multi_step) for case in cases}
+    assert not any(failed.values()), {name: found for name, found in failed.items() if found}
 
 
-# One line of the kernels broken at a time, and a case that runs it. Each still trains.
+# Options of a case, one line of the kernels that it runs, and what is put in its place: each still
+# trains. The case must notice.
 SOFT, HARD = {"v_reset": None}, {"v_reset": -0.25}
-NORM = HARD | {"norm": "batch"}
-MUTATIONS = {
-    "no gradient through the soft reset's threshold": (
-        SOFT | {"detach_reset": True},
-        "sums.v_threshold[lane] -= (fired ? 1.0f : 0.0f) * grad_v[i];",
-        ";",
-    ),
-    "no gradient through the reset": (
-        HARD,
-        "fmaf(grad_v[i], reset_by_spike, grad_s)",
-        "grad_s",
-    ),
-    "gradient passes a hard reset": (
-        HARD,
-        "(RESET == SOFT || !fired ? 1.0f : 0.0f) * grad_v[i]",
-        "grad_v[i]",
-    ),
-    "no decay of the carried gradient": (HARD, "fmaf(-q, grad_h, grad_h)", "grad_h"),
-    "rounding of the charge": (HARD, "v + (x - above_reset) * q[lane(i)]", "v + x * q[lane(i)]"),
-    "a step's gradient of v_seq left out": (SOFT, "if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];", ""),
-    "the last voltage not written": (HARD, "    store(v, v_last + at);", ""),
-    "a segment from another's checkpoint": (
-        HARD | {"T": 24},
-        "load(checkpoint + (segment - 1) * size + at, v);",
-        "load(checkpoint + at, v);",
-    ),
-    "the channel of another neuron": (
-        HARD | {"per_channel": True},
-        "channel = first + i",
-        "channel = first",
-    ),
-    "only the first of a thread's neurons": (
-        HARD | {"layout": "images"},
-        "at += threads * VEC",
-        "at += size",
-    ),
-    "the norm left out in backward": (
-        NORM,
-        "neuron.charge(neuron.input(to_float(x_t[t].lane[i]), i), v, i)",
-        "neuron.charge(to_float(x_t[t].lane[i]), v, i)",
-    ),
-    "the norm's offset of another channel": (NORM, "norm[2 * channels + channel]", "norm[channel]"),
-    "the other steps' share of x's gradient left out": (NORM, "ab ? ab[channel] : 0.0f", "0.0f"),
-    "its second part left out": (NORM, "ab ? ab[channels + channel] : 0.0f", "0.0f"),
-    "the norm's gain left out of x's gradient": (
-        NORM,
-        "fmaf(neuron.gain[lane], grad_y, -coupled)",
-        "grad_y - coupled",
-    ),
-    "the same with running statistics": (
-        NORM | {"norm": "fixed"},
-        "neuron.gain[lane] * grad_y",
-        "grad_y",
-    ),
-    "the gain's gradient by x as it is": (
-        NORM,
-        "sums.y_x[lane] = fmaf(grad_y, centred,",
-        "sums.y_x[lane] = fmaf(grad_y, centred + 1.0f,",
-    ),
-    "statistics of a part of the sequence": (
-        NORM | {"T": 24},
-        "for (; at < size; at += apart)",
-        "for (; at < 0; at += apart)",
-    ),
-    "deviations within a group left out": (
-        NORM | {"T": 24},
-        "deviation + (double)total",
-        "(double)total",
-    ),
-    "one bit a byte": (HARD | {"pack": True}, "1u << t % 8", "1u"),
-    "the second byte over the first": (
-        HARD | {"pack": True, "T": 16},
-        "bits + byte_here + t / 8 * size",
-        "bits + byte_here",
-    ),
-    "a segment's byte in another's place": (
-        HARD | {"pack": True, "T": 24},
-        "segment * BYTES * size + at",
-        "at",
-    ),
-}
+NORM, LONG = HARD | {"norm": "batch"}, {"T": 24}
+PACK = HARD | {"pack": True}
+MUTATIONS = [
+    # gradients of the neuron
+    (SOFT | {"detach_reset": True}, "-= (fired ? 1.0f : 0.0f) * grad_v[i];", "-= 0;"),
+    (HARD, "fmaf(grad_v[i], reset_by_spike, grad_s)", "grad_s"),
+    (HARD, "(RESET == SOFT || !fired ? 1.0f : 0.0f) * grad_v[i]", "grad_v[i]"),
+    (HARD, "fmaf(-q, grad_h, grad_h)", "grad_h"),
+    (SOFT, "if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];", ""),
+    # the charge, the last voltage, segments, channels, the stride over neurons
+    (HARD, "v + (x - above_reset) * q[lane(i)]", "v + x * q[lane(i)]"),
+    (HARD, "    store(v, v_last + at);", ""),
+    (HARD | LONG, "load(checkpoint + (segment - 1) * size + at, v);", "load(checkpoint + at, v);"),
+    (HARD | {"per_channel": True}, "channel = first + i", "channel = first"),
+    (HARD | {"layout": "images"}, "at += threads * VEC", "at += size"),
+    # the norm: backward's input, the channel's numbers, the terms of x's gradient, the gain's
+    (NORM, "neuron.charge(neuron.input(to_float(x_t[t].lane[i]), i), v, i)",
+     "neuron.charge(to_float(x_t[t].lane[i]), v, i)"),
+    (NORM, "norm[2 * channels + channel]", "norm[channel]"),
+    (NORM, "ab ? ab[channel] : 0.0f", "0.0f"),
+    (NORM, "ab ? ab[channels + channel] : 0.0f", "0.0f"),
+    (NORM, "fmaf(neuron.gain[lane], grad_y, -coupled)", "grad_y - coupled"),
+    (NORM | {"norm": "fixed"}, "neuron.gain[lane] * grad_y", "grad_y"),
+    (NORM, "sums.y_x[lane] = fmaf(grad_y, centred,", "sums.y_x[lane] = fmaf(grad_y, centred + 1,"),
+    # statistics, bits
+    (NORM | LONG, "for (; at < size; at += apart)", "for (; at < 0; at += apart)"),
+    (NORM | LONG, "deviation + (double)total", "(double)total"),
+    (PACK, "1u << t % 8", "1u"),
+    (PACK | {"T": 16}, "bits + byte_here + t / 8 * size", "bits + byte_here"),
+    (PACK | LONG, "segment * BYTES * size + at", "at"),
+]  # fmt: skip
+ROW = {option: values[0] for option, values in OPTIONS.items()}
+ROW |= {"T": 4, "layout": "features", "decay_input": True, "v_init": True}
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_breaking_one_line_turns_conformance_red(tmp_path, name):
-    options, line, broken = MUTATIONS[name]
+@pytest.mark.parametrize(
+    ("options", "line", "broken"), MUTATIONS, ids=lambda value: str(value)[:40]
+)
+def test_breaking_one_line_turns_conformance_red(tmp_path, options, line, broken):
     source = kernels.source()
     assert line in source
-    row = {option: values[0] for option, values in OPTIONS.items()}
-    row |= {"T": 4, "layout": "features", "decay_input": True, "v_init": True} | options
-    with (
-        Host(tmp_path, source.replace(line, broken)).patched() as host,
-        pytest.raises(AssertionError),
-    ):
-        check(host, Conformance(row))
+    host = Host(tmp_path, source.replace(line, broken))
+    with host.patched(), pytest.raises(AssertionError):
+        check(host, make_case(ROW | options))
 
 
-def test_the_case_of_the_mutations_is_green_unbroken(launcher):
-    row = {option: values[0] for option, values in OPTIONS.items()}
-    row |= {"T": 4, "layout": "features", "decay_input": True, "v_init": True}
-    for options, _, _ in MUTATIONS.values():
-        check(launcher, Conformance(row | options))
+def test_cases_of_the_mutations_are_green_unbroken(launcher):
+    for options, _, _ in MUTATIONS:
+        check(launcher, make_case(ROW | options))
 
 
-def test_the_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
-    row = {option: values[0] for option, values in OPTIONS.items()}
+def test_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "SEGMENT", 4)
     monkeypatch.setattr(kernels, "LONGEST_SWEEP", 8)
     with Host(tmp_path, kernels.source.__wrapped__()).patched() as host:
-        check(host, Conformance(row | {"T": 13}))
+        check(host, make_case(ROW | {"T": 13}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True], ids=["as it is", "one neuron too far"])
-def test_no_address_or_undefined_behaviour_error(tmp_path, broken):
-    """In a process that watches every access to memory: see sanitized.py."""
+def test_kernels_run_clean_under_sanitizers(tmp_path, broken):
+    """In a process that checks every memory access: see sanitized.py."""
     libraries = [
         subprocess.check_output([GXX, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libubsan.so")

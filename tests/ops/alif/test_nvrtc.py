@@ -197,11 +197,8 @@ def test_a_failed_compilation_shows_the_compilers_log():
         nvrtc.resources("__global__ void f() { x }", ("f",), "sm_90")
 
 
-def test_table_of_the_kernels(capsys):
+def test_command_prints_registers(capsys):
     nvrtc.main(["--arch", "sm_90"])
-    title, effort, head, *rows = capsys.readouterr().out.splitlines()
-    assert "sm_90" in title and effort.startswith("32 kernels compiled in")
-    assert len(rows) == 3 * 6 * 2
-    cells = dict(zip(head.split(), rows[4].split(), strict=False))
-    assert cells["dtype"] == "float" and cells["T"] == "4" and cells["neurons/thread"] == "4"
-    assert rows[4].split()[-1] == "9.00"  # reads x, writes spikes, and the last voltage once in 4
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("32 kernels for sm_90 compiled in") and len(rows) == 32
+    assert all(re.match(r" *\d+ registers, \d+ bytes spilled: alif_", row) for row in rows)
