@@ -1,15 +1,18 @@
 """ESVAE's priors in a run: fitted at the end of training or later, measured and sampled."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
+from torch.optim import Adam
 
-from sj_taid.model import ESVAE
+from sj_taid.model import ESVAE, VAE
 from sj_taid.training import fit_prior, sample
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
 from sj_taid.training.generation import Generation
-from sj_taid.training.run import Run, load_model, read_checkpoint
+from sj_taid.training.run import Run, load_model
 from sj_taid.training.train import train
 from tests.training.conftest import TINY, TINY_VAE
 
@@ -22,6 +25,8 @@ TINY_ESVAE = [
     "trainer.limit_train_batches=22",
     "optimizer.lr=1e-2",
 ]
+SMALL = {"image_size": 8, "T": 2, "hidden_channels": (4, 8), "latent_channels": 3}
+ADAM = partial(Adam, lr=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +63,7 @@ def test_train_measures_the_models_own_prior_first(tiny, tmp_path, finished):
     ],
 )
 def test_generation_report_notes_a_learned_prior_near_untrained(values, note):
-    model = ESVAE(image_size=8, T=2, hidden_channels=(4, 8), latent_channels=3)
-    lines = Generation(model, None).report(values | {"reconstruction": 0.1})
+    lines = Generation(ESVAE(**SMALL), ADAM).report(values | {"reconstruction": 0.1})
     said = "The learned prior is near untrained: FAD 123.000, 147.000 before training;"
     assert any(line.startswith(said) for line in lines) == note
 
@@ -110,65 +114,52 @@ def test_fit_prior_takes_out_the_metrics_of_the_mixture_before(tiny, tmp_path):
     assert before.keys() - Run(tmp_path).metrics.keys() == {"fad"}
 
 
-def test_train_fits_the_mixture_where_steps_end_it(tiny, tmp_path):
-    train(tiny(*TINY_ESVAE, "+trainer.max_steps=3", tiny=False), tmp_path, command="")
-    assert load_model(tmp_path).mixture.fitted
+@pytest.mark.parametrize(("lr_scale", "expected"), [(3, [1e-3, 3e-3, 1e-2]), (None, [1e-3, 1e-2])])
+def test_generation_prior_lr_scale(lr_scale, expected):
+    model = ESVAE(**SMALL)
+    groups = Generation(model, ADAM, lr_scale, prior_lr_scale=10).parameter_groups()
+    assert [group.get("lr", 1e-3) for group in groups] == expected
+    assert {*groups[-1]["params"]} == {*model.prior.parameters()}
+    assert sum(len(group["params"]) for group in groups) == len([*model.parameters()])
 
 
 @pytest.mark.parametrize(
-    ("lr_scale", "expected"), [("3", [1e-3, 3e-3, 1e-2]), ("null", [1e-3, 1e-2])]
-)
-def test_prior_lr_scale_scales_the_learned_priors_rate(tiny, tmp_path, lr_scale, expected):
-    options = ["task.prior_lr_scale=10", f"task.lr_scale={lr_scale}", "optimizer.lr=1e-3"]
-    train(tiny(*TINY_ESVAE, *options, tiny=False), tmp_path, command="")
-    (state,) = read_checkpoint(Run(tmp_path).checkpoint)["optimizer_states"]
-    rates = [(group["lr"], len(group["params"])) for group in state["param_groups"]]
-    assert [rate for rate, _ in rates] == expected and rates[-1][1] == 2
-    parameters = [*load_model(tmp_path).parameters()]
-    assert sum(count for _, count in rates) == len(parameters)
-
-
-@pytest.mark.parametrize(
-    ("job", "override", "message"),
+    ("model", "optimizer", "scale", "message"),
     [
-        (TINY_VAE, "task.prior_lr_scale=10", r"prior_lr_scale=10 is for ESVAE.* is VAE; .*=esvae"),
-        (TINY_ESVAE, "task.prior_lr_scale=-1", "prior_lr_scale must be >= 0, but it is -1"),
-        (
-            TINY_ESVAE,
-            "~optimizer.lr",
-            r"the optimizer has no lr, .*prior_lr_scale.* give optimizer",
-        ),
+        (VAE(1, 8, 4, 3), ADAM, 10, r"prior_lr_scale=10 is for ESVAE.* is VAE; .*=esvae"),
+        (ESVAE(**SMALL), ADAM, -1, "prior_lr_scale must be >= 0, but it is -1"),
+        (ESVAE(**SMALL), partial(Adam), 2, r"the optimizer has no lr, .*prior_lr_scale.* give"),
     ],
 )
-def test_prior_lr_scale_refuses(tiny, tmp_path, job, override, message):
-    scale = [] if "scale" in override else ["task.prior_lr_scale=2"]
+def test_generation_bad_prior_lr_scale(model, optimizer, scale, message):
     with pytest.raises(ValueError, match=message):
-        train(tiny(*job, *scale, override, tiny=False), tmp_path, command="")
+        Generation(model, optimizer, prior_lr_scale=scale).parameter_groups()
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-@pytest.mark.parametrize("job", [TINY_ESVAE, TINY_VAE])
-def test_train_refuses_weights_of_another_precision(tiny, tmp_path, job, precision):
-    cfg = tiny(*job, f"trainer.precision={precision}", tiny=False)
+def test_train_refuses_weights_of_another_precision(tiny, tmp_path, precision):
+    cfg = tiny(*TINY_VAE, f"trainer.precision={precision}", tiny=False)
     with pytest.raises(ValueError, match=rf"{precision} has no 32-bit .*=bf16-mixed"):
         train(cfg, tmp_path, command="")
 
 
-@pytest.mark.parametrize("key", ["max_epochs", "limit_train_batches", "+max_steps"])
-def test_train_fits_the_mixture_without_training(tiny, tmp_path, key):
-    none = f"{'+' * key.startswith('+')}trainer.{key.strip('+')}=0"
-    cfg = tiny(*TINY_ESVAE, "model.sample_from=mixture", none, tiny=False)
-    assert train(cfg, tmp_path)["fad"] > 0
+EARLY = "lightning.pytorch.callbacks.EarlyStopping"
+EARLY = f"{{_target_: {EARLY}, monitor: val/reconstruction, patience: 0, stopping_threshold: 1e9}}"
 
 
-def test_train_fits_the_mixture_where_it_stops_early(tiny, tmp_path):
-    stop = ["monitor=val/reconstruction", "patience=0", "stopping_threshold=1e9"]
-    early = [f"+callbacks.early.{key}" for key in stop]
-    early += ["+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping"]
-    chosen = ["trainer.max_epochs=3", "model.sample_from=mixture"]
-    metrics = train(tiny(*TINY_ESVAE, *early, *chosen, tiny=False), tmp_path, command="")
-    assert metrics["epochs"] == 1 and metrics["fad"] > 0
-    assert load_model(tmp_path).mixture.fitted
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        (["+trainer.max_steps=3"], 1),
+        (["trainer.max_epochs=0"], 0),
+        (["trainer.max_epochs=3", f"+callbacks.early={EARLY}"], 1),
+    ],
+)
+def test_train_fits_the_mixture_however_it_ends(tiny, tmp_path, options, epochs):
+    cfg = tiny(*TINY_ESVAE, "model.sample_from=mixture", *options, tiny=False)
+    metrics = train(cfg, tmp_path, command="")
+    assert metrics["epochs"] == epochs and metrics["fad"] > 0
+    assert not epochs or load_model(tmp_path).mixture.fitted
 
 
 def test_resumed_run_fits_the_mixture_that_a_kill_prevented(tiny, tmp_path, monkeypatch, finished):
@@ -200,12 +191,8 @@ def test_train_fits_the_mixture_to_averaged_weights(tiny, tmp_path):
     fit_prior.main(compose("fit_prior", [f"checkpoint={tmp_path}"]))
     assert torch.equal(load_model(tmp_path).mixture.cumulative, within)
     fit_prior.main(compose("fit_prior", [f"checkpoint={tmp_path}", "components=3"]))
-    assert (
-        train(tiny(*chosen, "model.components=3", "trainer.max_epochs=3", tiny=False), tmp_path)[
-            "epochs"
-        ]
-        == 3
-    )
+    longer = tiny(*chosen, "model.components=3", "trainer.max_epochs=3", tiny=False)
+    assert train(longer, tmp_path)["epochs"] == 3
 
 
 class Stop(L.Callback):
