@@ -9,6 +9,7 @@ from pathlib import Path
 import common
 import esvae
 import fsvae
+import half_precision
 import loading
 import memory
 import neuron
@@ -29,6 +30,7 @@ SCHEMAS = {
     "compile": [*TIMES, "net", "mode", "shape", "backend"],
     "esvae": ["work", "batch", "median_ms", "ms_per_image"],
     "fsvae": ["work", "model", "median_ms"],
+    "half_precision": ["dtype", "mode", "blocks", "seed", "spikes_one", "gradient_two", "device"],
     "memory": ["neuron", "dtype", "T", memory.COLUMN],
     "loading": ["data", "work", "samples", "samples_per_second", "device", "batch", "cores"],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
@@ -78,6 +80,13 @@ def test_neuron_times_and_appends(tmp_path):
         ["SpikingJelly LIF", 64],
         ["SpikingJelly LIF", 128],
     ]
+
+
+def test_half_precision_compares_one_and_two_operators(measure):
+    table = measure(half_precision, "--seeds", "1", "--blocks", "1")
+    modes = product(("bfloat16", "float16"), ("autocast", "half"))
+    assert table[["dtype", "mode"]].to_numpy().tolist() == [[*mode] for mode in modes]
+    assert (table.filter(like="spikes") < 0.1).all(axis=None)
 
 
 class Fails(torch.nn.Module):
