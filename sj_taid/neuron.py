@@ -44,21 +44,20 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         v_reset: the voltage after a spike; ``None`` subtracts the threshold instead (soft reset).
         surrogate_function: SpikingJelly surrogate that stands for the step's derivative.
         detach_reset: leave the reset out of the gradient.
-        step_mode: ``"s"`` (one step a call) or ``"m"`` (a sequence a call).
-        store_v_seq: keep the voltage of every step in ``v_seq``.
+        step_mode: ``"s"`` (one step per call) or ``"m"`` (a sequence per call).
+        store_v_seq: store the voltage of every step in ``v_seq``.
         backend: one of :func:`sj_taid.ops.backends.names`; ``"auto"`` takes the fastest that
             works here, any other name runs or raises.
-        channels: ``None`` for one tau and one threshold a layer (the paper), or the number of
+        channels: ``None`` for one tau and one threshold per layer (the paper), or the number of
             channels ``C`` for one pair per channel of ``[T, N, C, *]``.
         learn_tau: whether ``w`` receives a gradient.
         learn_threshold: whether ``v_threshold`` receives a gradient.
-        min_v_threshold: keep the threshold used at or above this; ``None`` leaves it free (the
-            paper).
+        min_v_threshold: lower bound of the threshold used; ``None`` leaves it free (the paper).
 
     Attributes:
         w: ``-log(tau - 1)``, float32, a scalar or ``[C]``.
         v_threshold: float32, a scalar or ``[C]``.
-        name: the path in the net, for messages; :func:`sj_taid.name_neurons` fills it in.
+        name: the path in the net, for messages, set by :func:`sj_taid.name_neurons`.
 
     Both parameters stay float32 under ``.half()`` and ``.bfloat16()``, since a learning rate's step
     would be lost in a half-precision scalar; the state ``v`` is float32 as well.
@@ -68,7 +67,8 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             is NaN or below its bound, a reset that is not finite, a bad ``channels``; at a call,
             shapes or devices that do not fit.
         TypeError: at a call, an input that is not floating point, or torch.fx's, as in NIR export.
-        RuntimeError: at a call with gradients, a state whose graph an earlier backward has freed.
+        RuntimeError: at a call with gradients, a state whose graph an earlier backward has freed;
+            with a fused norm, an input that is not the norm's.
 
     Source: Qiu et al., *When Spiking neural networks meet temporal attention image decoding and
     adaptive spiking neuron*, ICLR Tiny Papers 2023, arXiv 2406.03046.
@@ -174,7 +174,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
     ) -> tuple[Any, ...]:
-        """Check the state and return it as it is: a float is a valid start, and saves a read."""
+        """Check the state and return it as it is: a float is a valid start."""
         if isinstance(inputs[0], fx.Proxy):
             raise TypeError(
                 "torch.fx, which NIR export traces a net with, cannot trace ALIF; give it a copy "
@@ -205,7 +205,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     def _check_state(self, v: Tensor, step_shape: torch.Size) -> None:
         if v.shape != step_shape:
             raise ValueError(
-                f"{self._label()} kept a membrane potential of shape {list(v.shape)} from an "
+                f"{self._label()} holds a membrane potential of shape {list(v.shape)} from an "
                 f"earlier input, but one step of this input has {list(step_shape)}; {_REMEDY}"
             )
         past = None if torch.compiler.is_compiling() else _graph.past_of.get(v)
@@ -222,7 +222,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         past.resumed = True
         if past.freed and torch.is_grad_enabled() and v.grad_fn is not None:
             raise RuntimeError(
-                f"{self._label()} kept a membrane potential whose graph was freed by an earlier "
+                f"{self._label()} holds a membrane potential whose graph was freed by an earlier "
                 f"backward, so no backward can pass through it again; {_REMEDY}, or "
                 "functional.detach_net(net) to carry the voltages on (truncated BPTT)"
             )

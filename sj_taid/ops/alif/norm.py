@@ -1,21 +1,22 @@
-"""The batch norm that a neuron applies to its input: its definition, and its numbers per channel.
+"""The batch norm that a neuron applies to its input: its definition, and its terms per channel.
 
-The definition is torch's own batch norm over time, batch and space. What it gives stays in the
-dtype of the state: it is never rounded to a half-precision input's.
+The definition is torch's own batch norm over time, batch and space. Its result has the dtype of the
+state: it is never rounded to that of a half-precision input.
 
-The fused backends never write it. With mean mu and variance var of a channel over its n values,
+The fused backends never write that result. With mean mu and variance var of a channel over its n
+values,
 
     r = (var + eps)^(-1/2)      gain = weight r      y = (x - shift) gain + offset
     shift = mu rounded to float32      offset = bias - (mu - shift) gain
 
-which holds also where mu is large beside the deviation. Their backward sums over G_y, the gradient
-of y, and over G_y (x - shift), and then
+which is accurate also if mu is large compared with the deviation. Their backward sums over G_y, the
+gradient of y, and over G_y (x - shift), and then
 
     dbias = sum G_y      dweight = r (sum G_y (x - shift) - (mu - shift) sum G_y)
     G_x = gain G_y - A - B (x - shift)      G_x = gain G_y with running statistics
     B = gain r dweight / n      A = gain dbias / n - B (mu - shift)
 
-Kept for backward: the input, and numbers per channel.
+Saved for backward: the input, and numbers per channel.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Norm(NamedTuple):
     bias: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
-    #: the batch's own statistics, which the running ones then follow, or the running ones
+    #: whether to use the batch's statistics and update the running ones, or to use the running ones
     use_batch_statistics: bool
-    #: the share of the batch's statistics in the running ones
+    #: weight of the batch's statistics in the updated running ones
     momentum: float
     eps: float
     #: the process group that the statistics are taken over; ``None`` for this process alone
@@ -52,7 +53,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, module: Any) -> Norm:
-        """What a batch norm's forward would compute with; counts the batch, as that does."""
+        """The norm that a module's forward would compute; counts the batch, as that does."""
         momentum = 0.0 if module.momentum is None else module.momentum
         if (
             module.training
@@ -86,8 +87,8 @@ def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
     # torch wants one dtype, which for a net in half precision is that of x, float32.
     weight, bias, mean, var = (t if t is None else t.to(x.dtype) for t in norm[:4])
     y = F.batch_norm(x, mean, var, weight, bias, norm.use_batch_statistics, norm.momentum, norm.eps)
-    kept = ((norm.running_mean, mean), (norm.running_var, var))
-    for running, moved in kept if norm.use_batch_statistics else ():
+    updates = ((norm.running_mean, mean), (norm.running_var, var))
+    for running, moved in updates if norm.use_batch_statistics else ():
         if running is not None and moved is not None and moved is not running:
             running.copy_(moved)
     return y.unflatten(0, x_seq.shape[:2])
