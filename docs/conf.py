@@ -26,4 +26,5 @@ autodoc_inherit_docstrings = False  # Lightning's are long, and written for its 
 # Every name of this project that a docstring refers to is on a page. Others' are not looked for.
 nitpicky = True
 nitpick_ignore_regex = [("py:(class|meth)", r"(?!sj_taid\.).*")]
+napoleon_use_ivar = True
 napoleon_use_rtype = False

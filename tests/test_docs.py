@@ -137,7 +137,7 @@ def parse_arguments(command, is_benchmark, words):
         with pytest.raises(Parsed):
             module.main(words)
     else:
-        compose_each(command, [word for word in words if word not in ("-m", "--dry-run")])
+        compose_each(command, [word for word in words if word != "-m" and "resume=" not in word])
 
 
 def compose_each(config, words):
