@@ -149,13 +149,22 @@ LAYOUTS = {
 }
 
 
+def laid_out(leaves, layout):
+    return leaves | {"x": LAYOUTS[layout](leaves["x"].detach()).requires_grad_()}
+
+
+IMAGES = Case(shape=(4, 3, 5, 7, 3), channels=5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [None, 5], ids=["scalar", "channels"])
 def test_layouts(layout, channels):
-    case = Case(shape=(4, 3, 5, 7, 3), channels=channels)
-    leaves = tensors(case)
-    leaves["x"] = LAYOUTS[layout](leaves["x"].detach()).requires_grad_()
+    case = IMAGES.with_(channels=channels)
+    leaves = laid_out(tensors(case), layout)
     assert_conforms(case, leaves)
+    if layout in ("channels_last", "neurons_transposed"):  # dense ones are not copied
+        got = results(cpu.multi_step, case, leaves)
+        assert all(got[n].stride() == leaves["x"].stride() for n in ("spike_seq", "grad_x"))
 
 
 @numba.njit(error_model="numpy")
@@ -211,19 +220,16 @@ def test_half_precision_equals_a_float32_copy(case):
 def test_half_precision_in_any_shape(shape, dtype):
     case = Case(shape=shape, dtype=dtype)
     assert_equals_a_float32_copys(cpu.multi_step, case, hostile(case))
-    case = case.with_(v_init=False, channels=shape[2] if len(shape) > 2 else None)
-    leaves = hostile(case)
-    leaves["x"].requires_grad_(False)
-    assert_equals_a_float32_copys(cpu.multi_step, case, leaves)
+    channels = shape[2] if len(shape) > 2 else None
+    case = case.with_(v_init=False, channels=channels, frozen=("x",))
+    assert_equals_a_float32_copys(cpu.multi_step, case, hostile(case))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_half_precision_in_any_layout(layout, dtype):
-    case = Case(shape=(4, 3, 5, 7, 3), channels=5, dtype=dtype)
-    leaves = hostile(case)
-    leaves["x"] = LAYOUTS[layout](leaves["x"].detach()).requires_grad_()
-    assert_equals_a_float32_copys(cpu.multi_step, case, leaves)
+    case = IMAGES.with_(dtype=dtype)
+    assert_equals_a_float32_copys(cpu.multi_step, case, laid_out(hostile(case), layout))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -233,16 +239,6 @@ def test_spikes_of_half_precision_as_bits(dtype):
         x.detach(), v0, 0.0, w, v_threshold, False, 0.0, False, 0, None, True
     )
     assert spike_seq.any() and torch.equal(packed, bits.pack(spike_seq))
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "neurons_transposed"])
-def test_a_dense_layout_is_kept(layout):
-    case = Case(shape=(4, 3, 5, 7, 3))
-    leaves = tensors(case)
-    leaves["x"] = LAYOUTS[layout](leaves["x"].detach()).requires_grad_()
-    got = results(cpu.multi_step, case, leaves)
-    for name in ("spike_seq", "v_seq", "grad_x"):
-        assert got[name].stride() == leaves["x"].stride(), name
 
 
 @pytest.mark.parametrize("frozen", [("w",), ("v_threshold",), ("w", "v_threshold"), ("x", "v0")])
@@ -263,19 +259,23 @@ def test_gradient_through_one_output(output):
     assert_conforms(Case(through=(output,)))
 
 
-def spikes_of(leaves, multi_step=cpu.multi_step):
+def fire(leaves, multi_step=cpu.multi_step):
     return multi_step(*leaves.values(), store_v_seq=False, **Case().options())[0]
 
 
-@pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+LEAVES = pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+REFUSED = "no second derivatives: use backend='torch'"
+
+
+@LEAVES
 @pytest.mark.parametrize("loss", [torch.sum, torch.norm], ids=["sum", "norm"])
 def test_second_derivatives_are_refused(name, loss):
-    """Whatever alone is differentiated, and whether or not the incoming gradient depends on it."""
+    """For each leaf, and whether or not the incoming gradient depends on it."""
     leaves = {key: leaf.requires_grad_(key == name) for key, leaf in tensors(Case()).items()}
-    (once,) = torch.autograd.grad(loss(spikes_of(leaves)), leaves[name])
-    (grad,) = torch.autograd.grad(loss(spikes_of(leaves)), leaves[name], create_graph=True)
+    (once,) = torch.autograd.grad(loss(fire(leaves)), leaves[name])
+    (grad,) = torch.autograd.grad(loss(fire(leaves)), leaves[name], create_graph=True)
     assert torch.equal(grad, once)
-    with pytest.raises(RuntimeError, match="no second derivatives: use backend='torch'"):
+    with pytest.raises(RuntimeError, match=REFUSED):
         grad.sum().backward()
 
 
@@ -283,11 +283,11 @@ def test_second_derivatives_by_torch_func_are_refused():
     leaves = tensors(Case())
 
     def loss(x):
-        return spikes_of({**leaves, "x": x}).sum()
+        return fire({**leaves, "x": x}).sum()
 
-    with pytest.raises(RuntimeError, match="no second derivatives: use backend='torch'"):
+    with pytest.raises(RuntimeError, match=REFUSED):
         torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(leaves["x"])
-    with pytest.raises(RuntimeError, match="no second derivatives: use backend='torch'"):
+    with pytest.raises(RuntimeError, match=REFUSED):
         torch.autograd.functional.jvp(loss, leaves["x"], leaves["x"])
 
 
@@ -297,21 +297,21 @@ def test_gradients_of_each_sample_by_torch_func():
     leaves["v0"] = 0.0
 
     def loss(x):
-        return spikes_of({**leaves, "x": x}).square().sum()
+        return fire({**leaves, "x": x}).square().sum()
 
     got = torch.func.vmap(torch.func.grad(loss), 1)(leaves["x"])
     assert torch.equal(got.transpose(0, 1), torch.func.grad(loss)(leaves["x"]))
     assert got.count_nonzero()
 
 
-@pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+@LEAVES
 @pytest.mark.parametrize("learned", [False, True])
 def test_forward_mode_is_refused(name, learned):
     leaves = {key: leaf.requires_grad_(learned) for key, leaf in tensors(Case()).items()}
     leaf = leaves[name].detach()
 
     def spikes(leaf):
-        return spikes_of({**leaves, name: leaf})
+        return fire({**leaves, name: leaf})
 
     message = "forward-mode.*reverse mode.*backend='torch'"
     with pytest.raises(NotImplementedError, match=message):
@@ -322,12 +322,12 @@ def test_forward_mode_is_refused(name, learned):
         spikes(forward_ad.make_dual(leaf, leaf))
 
 
-@pytest.mark.parametrize("name", ["x", "v0", "w", "v_threshold"])
+@LEAVES
 def test_a_change_in_place_before_backward_names_remedies_that_work(name):
     def backward(multi_step, in_place=True):
         leaves = tensors(Case())
         inputs = {**leaves, name: leaves[name] * 1.0}  # like the output of a layer
-        spikes = spikes_of(inputs, multi_step)
+        spikes = fire(inputs, multi_step)
         if in_place:
             inputs[name] += 1.0
         else:
@@ -427,22 +427,15 @@ def test_a_forked_child_makes_its_own_threads():
 
 
 LATER_PROCESS = """
-import sys, torch
+import sys
 from sj_taid.ops.alif import cpu, reference
 from sj_taid.ops.alif.cpu import loops
-from tests.helpers import TOLERANCE, Case, tensors
+from tests.helpers import Case, assert_close, results
 
 for v_reset in eval(sys.argv[1]):
     case = Case(v_reset=v_reset)
-    x, v0, w, v_threshold = leaves = tensors(case).values()
-    spike_seq, _, _ = reference.multi_step(*leaves, store_v_seq=False, **case.options())
-    (expected,) = torch.autograd.grad(spike_seq.sum(), x)
-    got, *_ = torch.ops.sj_taid.cpu_backward(
-        torch.ones_like(x), None, None, x.detach(), v0.detach(), 0.0, w.detach(),
-        v_threshold.detach(), torch.empty(0), True, v_reset, False, "ATan", 1.0, torch.pi,
-        True, True, True, True,
-    )
-    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE[torch.float32]["value"])
+    found = (results(f, case) for f in (cpu.multi_step, reference.multi_step))
+    assert_close(*found, case.dtype, scale=90)
     stats = loops.backward_for("ATan", True, v_reset is None, False, True, True).stats
     print("compiled" if stats.cache_misses else "loaded")
 """
@@ -468,26 +461,15 @@ def test_later_processes_load_what_is_compiled(tmp_path):
 @pytest.mark.parametrize("case", [WIDE, Case(dtype=torch.bfloat16, v_reset=None)], ids=str)
 def test_operators(case):
     """Schema, no aliasing, and fake outputs of the right shapes, dtypes and strides."""
-    leaves = {name: leaf.detach() for name, leaf in tensors(case).items()}
-    x_seq, v0, w, v_threshold = leaves.values()
-    checks = ("test_schema", "test_faketensor")
+    x_seq, v0, w, v_threshold = (leaf.detach() for leaf in tensors(case).values())
+    ops, checks = torch.ops.sj_taid, {"test_utils": ("test_schema", "test_faketensor")}
     options = (case.decay_input, case.v_reset)
-    torch.library.opcheck(
-        torch.ops.sj_taid.cpu_forward,
-        (x_seq, v0, 0.0, w, v_threshold, *options, True, 0),
-        test_utils=checks,
-    )
+    forward = (x_seq, v0, 0.0, w, v_threshold, *options, True, 0)
+    torch.library.opcheck(ops.cpu_forward, forward, **checks)
+    gradients, saved = (torch.ones_like(x_seq), None, None), (*forward[:5], x_seq.new_empty(0))
     for needs in ([True] * 4, [False, False, False, True]):
-        torch.library.opcheck(
-            torch.ops.sj_taid.cpu_backward,
-            (
-                *(torch.ones_like(x_seq), None, None),
-                *(x_seq, v0, 0.0, w, v_threshold, x_seq.new_empty(0)),
-                *(*options, False, "ATan", 1.0, 3.0),
-                *needs,
-            ),
-            test_utils=checks,
-        )
+        backward = (*gradients, *saved, *options, False, "ATan", 1.0, 3.0, *needs)
+        torch.library.opcheck(ops.cpu_backward, backward, **checks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -506,15 +488,13 @@ def test_what_it_cannot_take_is_refused_with_the_reason():
             backends.resolve("numba", x, surrogate.ATan())
 
 
-def test_auto_takes_it_on_a_cpu():
-    backend = backends.resolve("auto", torch.zeros(2, 3), surrogate.ATan())
-    assert backend.multi_step is cpu.multi_step
-
-
 @pytest.mark.filterwarnings("error")
-def test_auto_takes_torch_in_silence_for_float64():
-    backend = backends.resolve("auto", torch.zeros(2, 3, dtype=torch.float64), surrogate.ATan())
-    assert backend.multi_step is reference.multi_step
+@pytest.mark.parametrize(
+    ("dtype", "taken"), [(torch.float32, cpu), (torch.float64, reference)], ids=str
+)
+def test_auto_takes_the_loops_but_for_float64(dtype, taken):
+    backend = backends.resolve("auto", torch.zeros(2, 3, dtype=dtype), surrogate.ATan())
+    assert backend.multi_step is taken.multi_step
 
 
 def test_scratch_memory_does_not_follow_the_default_dtype():

@@ -10,7 +10,7 @@ from torch import nn
 from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops.alif import reference
-from tests.helpers import Case, assert_close, results, tensors
+from tests.helpers import Case, assert_close, assert_equal, results, tensors
 from tests.ops.alif.conformance import OPTIONS, compare, make_case, pairwise, use_large_kernels
 
 pytestmark = pytest.mark.gpu
@@ -27,13 +27,13 @@ def cuda():
     return cuda
 
 
+def assert_gives(got, case, leaves, multi_step=reference.multi_step):
+    scale = torch.Size(case.shape).numel() / (case.channels or 1)
+    assert_close(got, results(multi_step, case, leaves), case.dtype, scale=scale)
+
+
 def check(case, leaves):
-    expected = results(reference.multi_step, case, leaves)
-    assert_close(results(on_gpu, case, leaves), expected, case.dtype, scale=case_terms(case))
-
-
-def case_terms(case):
-    return torch.Size(case.shape).numel() / (case.channels or 1)
+    assert_gives(results(on_gpu, case, leaves), case, leaves)
 
 
 @pytest.mark.parametrize("case", [make_case(row) for row in pairwise(OPTIONS)], ids=str)
@@ -71,7 +71,6 @@ def test_equals_the_torch_loop_bit_for_bit():
 def test_on_a_side_stream():
     """The work is queued behind what the side stream is still busy with."""
     leaves = tensors(CASE, "cuda")
-    expected = results(reference.multi_step, CASE, leaves)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -80,7 +79,7 @@ def test_on_a_side_stream():
         late = {n: late[n].copy_(t.detach()).requires_grad_() for n, t in leaves.items()}
         got = results(on_gpu, CASE, late)
     torch.cuda.current_stream().wait_stream(stream)
-    assert_close(got, expected, CASE.dtype, scale=case_terms(CASE))
+    assert_gives(got, CASE, leaves)
 
 
 def test_backwards_thread_launches_on_the_forwards_stream():
@@ -160,12 +159,7 @@ def test_compiles_without_graph_breaks(T):
     case = CASE.with_(shape=(T, 4, 8, 4))
     leaves = tensors(case, "cuda")
     compiled = torch.compile(on_gpu, fullgraph=True)
-    assert_close(
-        results(compiled, case, leaves),
-        results(on_gpu, case, leaves),
-        case.dtype,
-        scale=case_terms(case),
-    )
+    assert_gives(results(compiled, case, leaves), case, leaves, on_gpu)
 
 
 @pytest.mark.parametrize("channels", [None, 32])
@@ -174,7 +168,7 @@ def test_same_numbers_in_five_runs(channels):
     leaves = tensors(case, "cuda")
     first, *others = (results(on_gpu, case, leaves) for _ in range(5))
     for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in first)
+        assert_equal(other, first)
 
 
 def test_more_than_2_to_the_31_elements():
