@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -18,14 +17,20 @@ from .run import read_checkpoint
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich bar without the logger's version, which says nothing here."""
+    """Lightning's rich bar within 80 columns, with the task's first metric alone."""
+
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        *columns, _ = super().configure_columns(trainer)  # without the speed
+        columns[1].bar_width = 10
+        return columns
 
     def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
+        self, trainer: L.Trainer, pl_module: Any
     ) -> dict[str, int | str | float | dict[str, float]]:
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        return items
+        logged = super().get_metrics(trainer, pl_module)
+        name = pl_module.chosen_by or "reconstruction"
+        keys = {stage: f"{stage}/{name}" for stage in ("train", "val")}
+        return {stage: logged[key] for stage, key in keys.items() if key in logged}
 
 
 class Pictures(L.Callback):

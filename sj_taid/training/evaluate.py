@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 
 from .allocator import reuse_freed_memory
-from .callbacks import ProgressBar
 from .evaluation import Evaluator, bare_trainer, seeded
 from .provenance import command_line, provenance
 from .run import Run, build_part
@@ -95,11 +94,7 @@ def without_nulls(cfg: DictConfig) -> DictConfig:
 def build_tester(cfg: DictConfig, bar: bool = False) -> L.Trainer:
     """A trainer that tests later what a run tests at its end."""
     keys = ("accelerator", "precision", "limit_test_batches")
-    return bare_trainer(
-        **{key: cfg.trainer[key] for key in keys},
-        enable_progress_bar=bar,
-        callbacks=[ProgressBar()] if bar else None,
-    )
+    return bare_trainer(bar=bar, **{key: cfg.trainer[key] for key in keys})
 
 
 def build_evaluator(cfg: DictConfig) -> Evaluator | None:

@@ -30,6 +30,7 @@ from ..metric import (
 )
 from ..model import Autoencoder
 from .autoencoding import Autoencoding
+from .callbacks import ProgressBar
 from .files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -195,15 +196,15 @@ class Evaluator:
             train_data = data.without_augmentation()
             train_data.batch_size = settings["batch_size"]
             epochs = settings["epochs"]
-            options = {"max_epochs": epochs, "limit_val_batches": 0, "enable_progress_bar": True}
-            trainer = bare_trainer(self.accelerator, **options)
+            options = {"max_epochs": epochs, "limit_val_batches": 0}
+            trainer = bare_trainer(self.accelerator, bar=True, **options)
             log.info("Training FAD's autoencoder on %s for %d epochs, once", data.name, epochs)
             # From its own seed, so that every run looks through the same one.
             with seeded(settings["seed"]):
                 task = Autoencoding(untrained(), partial(torch.optim.AdamW, lr=1e-3))
                 trainer.fit(task, train_data)
             error = float(trainer.callback_metrics["train/reconstruction"])
-            log.info("FAD's autoencoder: reconstruction error %.4f, cached in %s", error, path)
+            log.info("It is in %s; its reconstruction error is %.4f", self.cache_dir, error)
             return task.model.state_dict()
 
         autoencoder = untrained()
@@ -214,15 +215,17 @@ class Evaluator:
         return autoencoder
 
 
-def bare_trainer(accelerator: str, **options: Any) -> L.Trainer:
-    """Lightning's trainer on one device: no logs, no checkpoints, by default no progress bar."""
+def bare_trainer(accelerator: str, bar: bool = False, **options: Any) -> L.Trainer:
+    """Lightning's trainer on one device, without logs and checkpoints."""
     return L.Trainer(
         accelerator=accelerator,
         devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        **{"enable_progress_bar": False, **options},
+        enable_progress_bar=bar,
+        callbacks=[ProgressBar()] if bar else None,
+        **options,
     )
 
 

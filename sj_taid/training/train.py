@@ -26,7 +26,7 @@ from .evaluate import best_epoch_names, build_evaluator, build_tester, measure, 
 from .files import report_unwritable
 from .fit_prior import save_mixture
 from .provenance import command_line, provenance
-from .run import Run, build_part, is_first_process, read_checkpoint
+from .run import METRICS, Run, build_part, is_first_process, read_checkpoint
 from .task import Task
 from .validate import validate
 
@@ -48,8 +48,7 @@ def main(cfg: DictConfig) -> float | None:
         origin = {"choices": choices, **command_line("train", job)}
         metrics = train(cfg, run.folder, repeated=repeated_overrides(job), **origin)
     if is_first_process():
-        left = ["Metrics", *["checkpoint"] * run.checkpoint.is_file(), *["pictures"] * cfg.pictures]
-        log.info("%s: %s", ", ".join(left), run.folder)
+        log.info("%s", closing_lines(run))
     return metrics.get(cfg.objective)
 
 
@@ -265,6 +264,20 @@ def how_to_resume(run: Run) -> str:
     if not run.checkpoint.is_file() or run.is_finished:  # by an earlier command
         return "Give the same command again, since no epoch was complete."
     return f"Resume with: sj-taid train resume={shlex.quote(str(run.folder))}"
+
+
+def closing_lines(run: Run) -> str:
+    """The picture to open, the metrics, and a command to try next."""
+    here = Path.cwd()
+    folder = run.folder.relative_to(here) if run.folder.is_relative_to(here) else run.folder
+    pictures = ("samples.png", "confusion.png", "reconstructions.png")
+    drawn = [name for name in pictures if (run.folder / name).is_file()]
+    lines = [f"Picture: {folder / name}" for name in drawn[:1]]
+    lines.append(f"Metrics: {folder / METRICS}")
+    if run.checkpoint.is_file():
+        command = "sample" if run.config.get("metric") else "evaluate"
+        lines.append(f"Next:    sj-taid {command} checkpoint={shlex.quote(str(folder))}")
+    return "\n".join(lines)
 
 
 def repeated_overrides(job: Any) -> list[str]:

@@ -62,7 +62,7 @@ def test_evaluator_makes_autoencoder_and_statistics_once(evaluator, monkeypatch,
     data = digits()
     with caplog.at_level(logging.INFO):
         first = states(evaluator, data)
-    assert "FAD's autoencoder: reconstruction error 0." in caplog.text
+    assert "its reconstruction error is 0." in caplog.text
     assert first["real_features_num_samples"] == len(data.test_set)
     files = set(evaluator.cache_dir.glob("*.pt"))
     assert {file.name.split("-")[0] for file in files} == {"autoencoder", "statistics"}
