@@ -263,7 +263,7 @@ def trained_norm(**options: Any) -> nn.Module:
     return norm
 
 
-def swapped(make: Callable[..., nn.Module], **options: Any) -> nn.Module:
+def build_swapped(make: Callable[..., nn.Module], **options: Any) -> nn.Module:
     """A net of SpikingJelly's zoo, multi-step, of four classes, whose neurons are ALIF."""
     options |= {"spiking_neuron": neuron.LIFNode, "surrogate_function": surrogate.ATan()}
     net = make(num_classes=4, **options)

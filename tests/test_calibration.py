@@ -118,7 +118,7 @@ def test_each_channel_has_its_threshold(mode):
     assert len(net[1].v_threshold.unique()) == 3
 
 
-def joined(mode="m"):
+def make_fused_net(mode="m"):
     net = nn.Sequential(
         layer.Conv2d(2, 3, 3),
         layer.BatchNorm2d(3),
@@ -137,7 +137,7 @@ def joined(mode="m"):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["s", "m"])
 def test_nothing_but_thresholds_changes(mode, training):
-    net = joined(mode)
+    net = make_fused_net(mode)
     functional.set_step_mode(net, mode)
     net(images()[0] if mode == "s" else images()).sum().backward()
     net.train(training)
@@ -166,8 +166,8 @@ def test_nothing_but_thresholds_changes(mode, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_norm_joined_with_its_neuron_counts_as_the_norm_before_it(training):
-    net = joined().train(training)
+def test_a_fused_norm_counts_as_the_norm_before_it(training):
+    net = make_fused_net().train(training)
     apart = copy.deepcopy(net)
     sj_taid.unfuse_norm(apart)
     found, expected = (calibrate(each, images()) for each in (net, apart))

@@ -11,7 +11,7 @@ from torch import nn
 
 import sj_taid
 from sj_taid import ALIFNode, to_lif
-from tests.helpers import swapped, trained_norm
+from tests.helpers import build_swapped, trained_norm
 
 
 def alif(values, **options):
@@ -52,7 +52,7 @@ def thresholds(net):
     return [m.v_threshold for m in net.modules() if isinstance(m, neuron.BaseNode)]
 
 
-def silently(net):
+def fold_silently(net):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return to_lif(net, fold_threshold=True)
@@ -68,7 +68,7 @@ def test_outputs_are_equal_to_the_bit_for_powers_of_two(v_reset, mode, training)
     with torch.no_grad():
         run(net, x_seq[:2])  # goes on in the middle of a sequence
     before = copy.deepcopy(net.state_dict())
-    folded = silently(net)
+    folded = fold_silently(net)
     assert thresholds(folded) == [1.0, 1.0, 1.0]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     expected = run(net, x_seq[2:])
@@ -82,7 +82,7 @@ def test_outputs_are_equal_to_the_bit_for_powers_of_two(v_reset, mode, training)
 def test_outputs_are_equal_to_rounding_otherwise():
     net = make_net([0.17, 0.113, 0.057], 0.0)
     functional.set_step_mode(net, "m")
-    folded = silently(net)
+    folded = fold_silently(net)
     layers = ((net[:3], folded[:3]), (net[3:5], folded[3:5]))
     x_seq = images(16)
     for there, here in layers:
@@ -95,9 +95,9 @@ def test_outputs_are_equal_to_rounding_otherwise():
 def test_norms_that_a_neuron_applies_are_folded_into():
     net = nn.Sequential(layer.Conv2d(2, 4, 3), trained_norm(), alif([0.5, 0.25, 0.5, 1.0])).eval()
     functional.set_step_mode(net, "m")
-    apart = silently(net)
+    apart = fold_silently(net)
     assert sj_taid.fuse_norm(net).fused
-    joined = silently(net)
+    joined = fold_silently(net)
     assert net[2].norm is net[1]
     assert torch.equal(joined[1].weight, apart[1].weight)
     torch.testing.assert_close(joined[1].bias, net[1].bias / net[2].v_threshold)
@@ -110,13 +110,13 @@ def test_neurons_of_spikingjelly_are_folded_too():
     x = torch.rand(16, 4)
     expected = net(x)
     functional.reset_net(net)
-    folded = silently(net)
+    folded = fold_silently(net)
     assert thresholds(folded) == [1.0, 1.0] and type(folded[1]) is neuron.ParametricLIFNode
     assert expected.any() and torch.equal(folded(x), expected)
 
 
 def test_residual_sums_keep_their_thresholds_and_say_so():
-    net = swapped(spiking_resnet.spiking_resnet18, v_threshold=0.25)
+    net = build_swapped(spiking_resnet.spiking_resnet18, v_threshold=0.25)
     with pytest.warns(UserWarning) as caught:
         folded = to_lif(net, fold_threshold=True)
     (warning,) = caught
@@ -184,13 +184,13 @@ class OwnNode(ALIFNode):
     pass
 
 
-def hooked(which, kind):
+def add_hook(which, kind):
     net = nn.Sequential(nn.Linear(4, 4), ALIFNode(v_threshold=0.5))
     getattr(net[which], kind)(lambda *_: None)
     return net
 
 
-def tied():
+def tie_weights():
     net = nn.Sequential(nn.Linear(4, 4), ALIFNode(v_threshold=0.5), nn.Linear(4, 4))
     net[2].weight = net[0].weight
     return net
@@ -210,10 +210,10 @@ def behind(*modules, **options):
         (Branching(), "the forward of Branching cannot be traced"),
         (TwoPlaces(), "a Linear makes its input; Linear is called in 2 places"),
         (behind(Own(4, 4)), "what the Own before it computes is not known"),
-        (hooked(0, "register_forward_hook"), "the Linear before it has hooks"),
-        (hooked(1, "register_forward_pre_hook"), "it has a hook on its input"),
+        (add_hook(0, "register_forward_hook"), "the Linear before it has hooks"),
+        (add_hook(1, "register_forward_pre_hook"), "it has a hook on its input"),
         (behind(layer.BatchNorm2d(4, affine=False)), "the BatchNorm2d before it has no weight"),
-        (tied(), "the Linear before it shares its parameters with another module"),
+        (tie_weights(), "the Linear before it shares its parameters with another module"),
         (behind(nn.Linear(4, 4), v_threshold=-0.5), "only a positive and finite threshold scales"),
         (behind(nn.Linear(4, 4), v_threshold=torch.inf), "only a positive and finite threshold"),
         (nn.Sequential(nn.Linear(4, 4), neuron.LIFNode(v_threshold=torch.inf)), "and finite"),
@@ -231,14 +231,14 @@ def test_a_threshold_that_cannot_be_folded_stays_and_says_why(net, why):
     with pytest.warns(UserWarning) as caught:
         kept = to_lif(net, fold_threshold=True, strict=False)
     assert why in str(caught[0].message), str(caught[0].message)
-    expected = to_lif_quietly(before)
+    expected = to_lif_silently(before)
     for name, value in kept.state_dict().items():
         assert torch.equal(value, expected.state_dict()[name]), name
     for got, want in zip(thresholds(kept), thresholds(expected), strict=True):
         assert torch.equal(torch.as_tensor(got), torch.as_tensor(want))
 
 
-def to_lif_quietly(net):
+def to_lif_silently(net):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return to_lif(net, strict=False)

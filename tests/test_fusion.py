@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import sj_taid
 from sj_taid import ALIFNode
 from sj_taid._compat import FUNCTIONAL_STATES
-from tests.helpers import TOLERANCE, swapped, trained_norm
+from tests.helpers import TOLERANCE, build_swapped, trained_norm
 
 ZOO = {
     "spiking_vgg11_bn": (spiking_vgg.spiking_vgg11_bn, {}, 8, 8),
@@ -79,7 +79,7 @@ def assert_close(got, expected):
 @pytest.mark.parametrize("name", ZOO)
 def test_fuse_norm_of_nets_of_the_zoo(name):
     make, options, count, norms = ZOO[name]
-    net = swapped(make, v_threshold=0.1, **options)
+    net = build_swapped(make, v_threshold=0.1, **options)
     other = copy.deepcopy(net)
     report = sj_taid.fuse_norm(other)
     assert (len(report.fused), len(report.rows)) == (count, norms)

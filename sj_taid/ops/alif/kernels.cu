@@ -1,30 +1,29 @@
-// ALIF over a whole sequence, and the batch norm before it: one kernel forward, one backward, one for
-// the norm's statistics. README.md beside this file derives the gradients; reference.py is the
-// definition these kernels are tested against.
+// ALIF over a whole sequence, and the batch norm before it: one kernel for forward, one for backward,
+// one for the norm's statistics. README.md derives the gradients; reference.py is the definition.
 //
 // A step of the sequence is `size` neurons in storage order, so any dense layout will do. A thread
-// owns VEC neighbouring neurons, carries them through time in registers, and goes on to those
+// owns VEC neighbouring neurons, carries them through time in registers, and continues with those
 // VEC * threads further. `threads` is a multiple of the distance, in packs of VEC, after which the
-// channels repeat, so that a thread meets the same channel (or the same VEC channels, LANES = VEC)
-// all along: it reads its parameters once and sums their gradients in registers. No shared memory,
-// no atomics, no synchronisation: results do not depend on the order in which threads run.
+// channels repeat, so that a thread stays in one channel (or in the same VEC channels, LANES = VEC):
+// it reads its parameters once and sums their gradients in registers. No shared memory, no atomics,
+// no synchronisation: results do not depend on the order in which threads run.
 //
-// With a NORM the neuron's input is y = (x - shift) gain + offset, made in registers in forward and
+// With NORM the neuron's input is y = (x - shift) gain + offset, computed in registers in forward and
 // again in backward. With the batch's statistics x's gradient depends on sums over all of y's: one
-// launch of backward makes them (NEED_NORM), a second one, which computes y's gradient again, writes
-// x's (NEED_X). With running statistics it does not: one launch does both.
+// launch of backward computes them (NEED_NORM), a second one x's gradient (NEED_X). With running
+// statistics one launch does both.
 //
-// Up to LONGEST_SWEEP steps fit in registers. For longer sequences T stands for every length that leaves the
-// same rest when divided by SEGMENT: forward keeps the voltage every SEGMENT steps (`checkpoint`),
-// backward goes through the segments from the last to the first.
+// Up to LONGEST_SWEEP steps fit in registers. For longer sequences T stands for every length with the
+// same remainder modulo SEGMENT: forward saves the voltage every SEGMENT steps (`checkpoint`), backward
+// goes through the segments from the last to the first.
 //
-// Compiled without contraction (--fmad=false): the charge must round as it does in PyTorch, and in
-// backward as in forward, or a recomputed spike could differ from the one emitted. Fused
-// multiply-adds are written out as fmaf.
+// Compiled without contraction (--fmad=false): the charge must round as in PyTorch, and in backward
+// as in forward, or a recomputed spike could differ from the one emitted. Fused multiply-adds are
+// written as fmaf.
 //
-// Standard headers are not needed and not available: the same text is compiled by NVRTC for a GPU
-// and, under a prelude that defines the CUDA keywords, by a C++ compiler for the tests. BLOCK,
-// SEGMENT, LONGEST_SWEEP, the values of RESET and the bits of NEEDS come from kernels.py.
+// No standard headers: NVRTC compiles this text for a GPU and, under a prelude that defines the CUDA
+// keywords, a C++ compiler for the tests. BLOCK, SEGMENT, LONGEST_SWEEP, the values of RESET and the
+// bits of NEEDS come from kernels.py.
 
 typedef long long index_t;
 
@@ -34,8 +33,8 @@ __device__ constexpr int steps_in_registers(int T) { return T <= LONGEST_SWEEP ?
 __device__ constexpr int steps_left(int T) { return T <= LONGEST_SWEEP ? 0 : T % SEGMENT; }
 
 // Blocks per multiprocessor promised to the compiler for backward, which bounds a thread's registers:
-// 80 for 6 blocks, 96 for 5, 128 for 4, 168 for 3. Fewer could not hide the latency of memory; the
-// gradients of v_seq take many registers, but are themselves as many bytes more asked for at a time.
+// 80 for 6 blocks, 96 for 5, 128 for 4, 168 for 3. Fewer could not hide the latency of memory; with
+// v_seq's gradients a thread requests more bytes at a time, and needs more registers.
 __device__ constexpr int resident_blocks(bool norm, bool single_pass, bool grad_v_seq, bool left) {
   return grad_v_seq ? 3 : 6 - norm - (norm && single_pass) - left;
 }
@@ -110,8 +109,8 @@ template <> struct Word<8> { typedef uint2 type; };
 template <> struct Word<16> { typedef uint4 type; };
 template <> struct Word<32> { typedef uint4 type; };
 
-// By hand on the GPU. Of plain assignments the compiler splits most into 4 bytes each; a plain load
-// it puts off until the word is used, and the latencies of a sequence's loads add up.
+// In PTX on the GPU: the compiler would split most plain assignments into 4 bytes each, and delay a
+// plain load until the word is used, so that the latencies of a sequence's loads add up.
 #ifdef __CUDA_ARCH__
 __device__ __forceinline__ void load_word(const unsigned short* from, unsigned short& word) {
   asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(word) : "l"(from));
@@ -257,8 +256,8 @@ struct Neuron {
     return fires(h, i) ? after_spike : h;
   }
 
-  // The same number, written so that the compiler does not recognise it: it would keep the voltages
-  // of the whole sequence in registers, beside h, rather than subtract again.
+  // The same number, written so that the compiler does not recognise it: it would hold the voltages
+  // of the whole sequence in registers, rather than subtract again.
   __device__ __forceinline__ float reset_again(float h, int i) const {
     return RESET == SOFT ? h - (fires(h, i) ? v_threshold[lane(i)] : 0.0f) : reset(h, i);
   }
@@ -340,11 +339,11 @@ alif_forward(const scalar_t* __restrict__ x, const float* __restrict__ v0,
 
 // ---- backward ----------------------------------------------------------------------------------
 
-// What a thread adds up for each of its channels.
+// A thread's sums per channel.
 template <int LANES>
 struct Sums {
   float w[LANES], v_threshold[LANES];
-  float y[LANES], y_x[LANES];  // y's gradient, and that times x - shift
+  float y[LANES], y_x[LANES];  // y's gradient, and y's gradient times x - shift
 };
 
 // STEPS steps that begin at `here`: from dL/dV after them to dL/dV before them, in `grad_v`.
@@ -380,13 +379,13 @@ __device__ __forceinline__ void backward_segment(
       const float grad_s = to_float(grad_spike_t[t].lane[i]);
       const bool fired = neuron.fires(h_t, i);
       if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];
-      // dL/dS comes from upstream, and through the reset unless that is left out.
+      // dL/dS is that from upstream, and that through the reset unless detached.
       const bool overflow = RESET != SOFT && h_t > FLOAT_MAX;
       const float to_reset = RESET == HARD ? neuron.v_reset - h_t : -h_t;
       const float reset_by_spike = RESET == SOFT ? -threshold : overflow ? 0.0f : to_reset;
       const float grad = DETACH_RESET ? grad_s : fmaf(grad_v[i], reset_by_spike, grad_s);
       const float through_spike = grad * Surrogate::derivative(h_t - threshold, a, b);
-      // Products, not choices, as PyTorch's: what is not finite stays so.
+      // Products, not selections, as in PyTorch: what is not finite stays so.
       const float past_reset = overflow ? 0.0f : (RESET == SOFT || !fired ? 1.0f : 0.0f) * grad_v[i];
       const float grad_h = through_spike + past_reset;
       if (NEEDS & NEED_V_THRESHOLD) {
@@ -478,8 +477,8 @@ alif_backward(const scalar_t* __restrict__ grad_spike, const float* __restrict__
 
 // ---- statistics --------------------------------------------------------------------------------
 
-// Adds GROUP packs that lie `apart` to the sums of x - pivot and of its square. Each group's mean is
-// taken out before anything is squared, so float32 is enough for the values; the sums are float64.
+// Adds GROUP packs at distance `apart` to the sums of x - pivot and of its square. Each group's mean
+// is subtracted before squaring, so float32 is enough for the values; the sums are float64.
 template <int GROUP, int VEC, int LANES, class scalar_t>
 __device__ __forceinline__ void add_group(const scalar_t* x, index_t apart,
                                           const float (&pivot)[LANES], double (&sum)[LANES],
@@ -508,8 +507,8 @@ __device__ __forceinline__ void add_group(const scalar_t* x, index_t apart,
   }
 }
 
-// Of a whole sequence, `size` values: per thread and lane the sums of x - pivot and of its square,
-// where a channel's pivot is its first value, so that a large mean costs no digits.
+// Of a whole sequence, `size` values: per thread and lane the sums of x - pivot and of its square. A
+// channel's pivot is its first value, so that a large mean loses no digits.
 template <class scalar_t, int VEC, int LANES>
 __global__ void __launch_bounds__(BLOCK, 8)
 channel_statistics(const scalar_t* __restrict__ x, double* __restrict__ partial, index_t size,
