@@ -1,10 +1,7 @@
 """Augmentation of a batch of images or event frames, with one random map for each sample.
 
-torchvision.transforms.v2 draws one map for a whole batch, so it has to go image by image: its
-RandomAffine then makes 12k images of 32x32 per second on one core of an AMD EPYC; this makes 90k.
-
-The draws come from torch's default generator: they follow the run's seed, and each loader process
-has its own. Beyond the border is 0: black, or no event.
+torchvision draws one map for a whole batch. Image by image, its RandomAffine makes 12k images of
+32x32 per second on one core of an AMD EPYC; this makes 90k. Beyond the border is 0.
 """
 
 from collections.abc import Callable
@@ -57,17 +54,7 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mix each sample with its neighbour in the batch, by mixup or by cutmix.
 
-    The labels become the probabilities of classes, ``[N, classes]``. The frames of a sequence share
-    what is drawn.
-
-    Args:
-        images: ``[N, ..., H, W]``.
-        labels: ``[N]``.
-        mixup: the parts of both samples are drawn from Beta(alpha, alpha) with this alpha; 0 is
-            never.
-        cutmix: the same for the area that one has of the other.
-        classes: number of classes.
-
+    Labels ``[N]`` become probabilities ``[N, classes]``; the frames of a sequence share the draws.
     Source: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899.
     """
     ways = ((v2.MixUp, mixup), (v2.CutMix, cutmix))

@@ -21,8 +21,7 @@ from .samples import Batch, Files, Samples
 
 log = logging.getLogger(__name__)
 
-#: In a data set's folder: of the processes of one run or of a sweep, one fetches and converts, and
-#: the others wait for it.
+#: In a data set's folder: one process fetches and converts, while the others wait.
 LOCK = ".lock"
 
 
@@ -54,8 +53,8 @@ class Data(L.LightningDataModule):
         seed: seed of these draws; a run's own seed does not change it.
 
     Raises:
-        ValueError: values out of their range; ``"own"`` where there is none; a share that leaves
-            nothing; other classes than the data set has.
+        ValueError: an unknown ``augment``; a share out of its range, or that leaves nothing;
+            ``"own"`` where there is none; other classes than the data set has, or none to mix.
     """
 
     name: str
@@ -89,16 +88,11 @@ class Data(L.LightningDataModule):
                 f"dataset.augment must be null or one of {', '.join(AUGMENTATIONS)}, "
                 f"but it is {self.augment!r}"
             )
-        if not 0 <= self.erase <= 1:
-            raise ValueError(f"dataset.erase must be a probability, but it is {self.erase}")
-        for key, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
-            if alpha < 0 or (alpha and self.classes is None):
-                raise ValueError(
-                    f"dataset.{key} must be 0, or an alpha above it for data with labels, but it "
-                    f"is {alpha} and dataset.classes is {self.classes}"
-                )
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"dataset.limit must be null or at least 1, but it is {self.limit}")
+        if (self.mixup or self.cutmix) and self.classes is None:
+            raise ValueError(
+                "dataset.mixup and dataset.cutmix mix labels, but dataset.classes is None; set "
+                "both to 0"
+            )
         is_share = isinstance(self.validation, int | float) and 0 <= self.validation < 1
         if not (self.validation in (None, "own") or is_share):
             raise ValueError(
@@ -131,15 +125,13 @@ class Data(L.LightningDataModule):
                 f"dataset.classes={self.classes}, but {self.name} has {len(names)} classes "
                 f"({', '.join(names)}); set dataset.classes={len(names)}"
             )
-        counts = (len(train), len(test))
-        if self.counts and counts != self.counts:
+        if self.counts not in (None, (len(train), len(test))):
             published = "%s has %d training and %d test samples, not the published %d and %d"
-            log.warning(published, self.name, *counts, *self.counts)
+            log.warning(published, self.name, len(train), len(test), *self.counts)
         train, validation = self._split(train)
         self.train_set = self._limit(train)
-        if validation is not None:
-            self.validation_set = self._prepare(validation)
-        self.test_set = self._prepare(test)
+        self.validation_set = None if validation is None else self._interleave(validation)
+        self.test_set = self._interleave(test)
         sets = (self.train_set, self.validation_set, self.test_set)
         files = [samples for samples in sets if isinstance(samples, Files)]
         for samples in files:
@@ -160,10 +152,7 @@ class Data(L.LightningDataModule):
         return other
 
     def fingerprint(self, *sets: Samples) -> str:
-        """A digest of these samples at this size, to cache what was made from them.
-
-        Without ``sets`` of those of the training and the test set.
-        """
+        """A digest of these sets, by default of training and test set, for caches."""
         digest = hashlib.sha256(repr((self.channels, self.image_size)).encode())
         for samples in sets or (self.train_set, self.test_set):
             digest.update(samples.identity())
@@ -216,9 +205,9 @@ class Data(L.LightningDataModule):
             )
         return train.subset(rest), train.subset(drawn)
 
-    def _prepare(self, samples: Samples) -> Samples:
-        samples = self._limit(samples)
+    def _interleave(self, samples: Samples) -> Samples:
         # In the order of their folders, the first batches and pictures would be of one class.
+        samples = self._limit(samples)
         return samples.interleave() if isinstance(samples, Files) else samples
 
     def _limit(self, samples: Samples) -> Samples:

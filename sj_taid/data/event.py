@@ -29,9 +29,8 @@ log = logging.getLogger(__name__)
 class EventData(Data):
     """Frames ``[N, T, 2, H, W]``: how many events of each polarity fell on each pixel.
 
-    Each recording is cut into T pieces with the same number of events. That is done on the first
-    run, takes minutes, and leaves in ``root`` what SpikingJelly would: ``events_np`` and one folder
-    of frames per T. A part of the recordings will do.
+    Each recording is cut into T pieces with the same number of events, on the first run, which
+    leaves in ``root`` what SpikingJelly would. A part of the recordings will do.
 
     Args:
         root: the folder that holds ``events_np``, the unpacked recordings, or a folder
@@ -67,7 +66,7 @@ class EventData(Data):
     def prepare_data(self) -> None:
         if self.frames.is_dir():
             return
-        if not (self.events.is_dir() or self._unpacked_recordings()):
+        if not (self.events.is_dir() or self._is_unpacked()):
             self._require_archives()
         with FileLock(self.root / LOCK):
             self._make(self.events, self._convert)
@@ -97,9 +96,8 @@ class EventData(Data):
         remedy = f"move {self.frames} away and run again, which makes its frames again"
         return Files([str(path) for path in paths], labels, read_frames, remedy)
 
-    def _unpacked_recordings(self) -> Path | None:
-        folders = [self.root, self.root / "extract"] if self.unpacked else []
-        return next((f for f in folders if (f / self.unpacked).is_dir()), None)
+    def _is_unpacked(self) -> bool:
+        return bool(self.unpacked) and (self.root / self.unpacked).is_dir()
 
     def _missing_archives(self) -> list[tuple[str, str, str]]:
         """The name, URL and MD5 of each archive that is not there."""
@@ -111,18 +109,16 @@ class EventData(Data):
         missing = self._missing_archives()
         can_fetch = self._spikingjelly.downloadable()
         if missing and not (can_fetch and self.download):
-            expected = [self.events.name, *filter(None, [self.unpacked]), self.archives.name]
-            remedy = (
-                "add dataset.download=true" if can_fetch else f"fetch them from {missing[0][1]}"
-            )
+            expected = filter(None, [self.events.name, self.unpacked, self.archives.name])
+            fetch = "add dataset.download=true" if can_fetch else f"fetch them from {missing[0][1]}"
             raise FileNotFoundError(
                 f"no {self.source} at dataset.root={self.root}: expected {' or '.join(expected)} "
-                f"with {', '.join(name for name, _, _ in missing)}; {remedy}"
+                f"with {', '.join(name for name, _, _ in missing)}; {fetch}"
             )
         self.archives.mkdir(parents=True, exist_ok=True)
 
     def _make(self, folder: Path, make: Callable[[Path], None]) -> None:
-        """Make a folder under another name, unless it is there, and give it its name at the end."""
+        """Make a folder, unless it is there, whole or not at all."""
         if folder.is_dir():
             return
         log.info("Making %s once, which takes minutes", folder)
@@ -139,8 +135,8 @@ class EventData(Data):
             made.rename(folder)
 
     def _convert(self, events: Path) -> None:
-        recordings = self._unpacked_recordings()
-        if recordings is None:
+        recordings = self.root
+        if not self._is_unpacked():
             for name, url, md5 in self._missing_archives():
                 download_url(url, events.parent, name, md5)
                 (events.parent / name).rename(self.archives / name)
@@ -176,10 +172,7 @@ def read_frames(path: str) -> Tensor:
 
 
 def _datasets() -> ModuleType:
-    """SpikingJelly's data sets, also where torchaudio, which they import for speech, cannot load.
-
-    PyPI's build of it needs CUDA's libraries.
-    """
+    """SpikingJelly's data sets, also where torchaudio, which they import, lacks libraries."""
     try:
         import torchaudio  # noqa: F401
     except (ImportError, OSError):

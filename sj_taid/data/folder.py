@@ -19,22 +19,15 @@ SPLIT = {"train", "test", "val", "valid", "validation"}
 
 
 def image_files(
-    paths: list[str],
-    labels: list[int],
-    data: ImageData,
-    remedy: str,
-    crop: int | None = None,
+    paths: list[str], labels: list[int], data: ImageData, remedy: str, crop: int | None
 ) -> Files:
-    """Images of any size; a square in the middle of each is resized.
-
-    The square has ``crop`` pixels in height and width; None takes the largest one.
-    """
     mode = "L" if data.channels == 1 else "RGB"
     read = partial(read_image, mode=mode, size=data.image_size, crop=crop)
     return Files(paths, labels, read, remedy)
 
 
 def read_image(path: str, mode: str, size: int, crop: int | None = None) -> Tensor:
+    """Read an image, of which the middle ``crop`` pixels, or the largest square, are resized."""
     with Image.open(path) as opened:
         image: Image.Image = opened
         ImageOps.exif_transpose(image, in_place=True)
@@ -43,9 +36,8 @@ def read_image(path: str, mode: str, size: int, crop: int | None = None) -> Tens
         image = image.convert(mode)
         if crop is not None:
             if crop > min(image.size):  # center_crop would add a black border
-                raise ValueError(
-                    f"its {image.width}x{image.height} pixels are fewer than dataset.crop={crop}"
-                )
+                size_now = f"{image.width}x{image.height}"
+                raise ValueError(f"its {size_now} pixels are fewer than dataset.crop={crop}")
             image = functional.center_crop(image, [crop])
         image = functional.center_crop(functional.resize(image, [size]), [size])
         return functional.pil_to_tensor(image)

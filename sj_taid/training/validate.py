@@ -40,7 +40,7 @@ RULES: dict[str, Rule] = {
     "dataset.batch_size": _whole(1),
     "dataset.num_workers": _whole(0),
     "dataset.limit": _or_null(_whole(1)),
-    "dataset.erase": _number(0),
+    "dataset.erase": ("a probability", lambda value: is_number(value) and 0 <= value <= 1),
     "dataset.mixup": _number(0),
     "dataset.cutmix": _number(0),
     "dataset.seed": _whole(0),

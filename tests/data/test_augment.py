@@ -1,6 +1,7 @@
 """Augmentation: what it does to an image, and that no draw is made twice."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,30 +10,25 @@ from torchvision.transforms.v2 import functional
 
 from sj_taid.data import Digits
 from sj_taid.data.augment import AUGMENTATIONS, _warp
+from tests.data.made_up import first, make, ready
 
-
-def digits(**options):
-    shared = {"name": "digits", "channels": 1, "image_size": 16, "batch_size": 40, "classes": 10}
-    data = Digits(**shared | options)
-    data.setup()
-    return data
+digits = partial(ready, Digits, batch_size=40)
 
 
 def images(loader):
     return torch.cat([x for x, _ in loader])
 
 
-def photographs(n=64, channels=3, size=16):
-    return torch.randint(1, 256, (n, channels, size, size), dtype=torch.uint8)
+def photographs(n):
+    return torch.randint(1, 256, (n, 3, 16, 16), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmentation_keeps_shape_and_draws_for_each_image(name):
-    x = photographs()
+def test_augmentation_draws_for_each_image(name):
+    x = photographs(n=1).expand(64, -1, -1, -1)
     y = AUGMENTATIONS[name](x)
     assert y.shape == x.shape and y.dtype == x.dtype
-    assert (y != x).flatten(1).any(1).float().mean() > 0.25  # a flip leaves half as they are
-    assert len(torch.unique(AUGMENTATIONS[name](x[:1].expand(64, -1, -1, -1)), dim=0)) >= 2
+    assert len(torch.unique(y, dim=0)) >= 2
 
 
 @pytest.mark.parametrize("name", ["affine", "crop_flip"])
@@ -61,7 +57,7 @@ def test_warp_equals_torchvisions_affine():
 
 
 def test_crop_flip_cuts_from_the_padded_image():
-    x = photographs(n=40, size=16)
+    x = photographs(n=40)
     y = AUGMENTATIONS["crop_flip"](x)
     padded = functional.pad(x, [2] * 4)
     for i in range(len(x)):
@@ -81,9 +77,9 @@ def test_only_training_samples_vary():
     varied = digits(augment="affine", erase=1.0, mixup=1.0, cutmix=1.0, validation=0.1)
     assert torch.equal(images(plain.test_dataloader()), images(varied.test_dataloader()))
     assert all(labels.dim() == 1 for _, labels in varied.val_dataloader())
-    x, labels = next(iter(varied.train_dataloader()))
-    assert labels.dim() == 2 and not torch.equal(x, next(iter(varied.train_samples()))[0])
-    _, labels = next(iter(varied.without_augmentation().train_dataloader()))
+    x, labels = first(varied.train_dataloader())
+    assert labels.dim() == 2 and not torch.equal(x, first(varied.train_samples())[0])
+    _, labels = first(varied.without_augmentation().train_dataloader())
     assert labels.dim() == 1 and varied.mixup == 1.0
 
 
@@ -115,9 +111,9 @@ def test_erase_blackens_a_rectangle_of_some_samples():
 
 def test_mixup_mixes_neighbours_and_their_labels():
     torch.manual_seed(0)
-    plain, labels = next(iter(digits().train_dataloader()))
+    plain, labels = first(digits().train_dataloader())
     torch.manual_seed(0)
-    mixed, probabilities = next(iter(digits(mixup=0.5).train_dataloader()))
+    mixed, probabilities = first(digits(mixup=0.5).train_dataloader())
     part = probabilities.gather(1, labels[:, None])[labels != labels.roll(1)][0]
     one_hot = torch.eye(10)[labels]
     assert 0 < part < 1
@@ -139,15 +135,8 @@ def test_mixup_and_cutmix_mix_whole_recordings_by_either_way():
     assert {*is_cut} == {True, False}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"erase": 1.5}, r"dataset\.erase must be a probability, but it is 1\.5"),
-        ({"mixup": -1.0}, r"dataset\.mixup must be 0, or an alpha above it .* is -1\.0"),
-        ({"cutmix": 1.0, "classes": None}, r"dataset\.cutmix .* with labels, .*classes is None"),
-        ({"augment": "cutout"}, r"dataset\.augment must be null or one of affine.*cutout"),
-    ],
-)
-def test_data_refuses_impossible_augmentation(options, message):
-    with pytest.raises(ValueError, match=message):
-        digits(**options)
+def test_data_refuses_impossible_augmentation():
+    with pytest.raises(ValueError, match=r"cutmix mix labels, but dataset\.classes is None; set"):
+        make(Digits, cutmix=1.0, classes=None)
+    with pytest.raises(ValueError, match=r"dataset\.augment must be null or one of affine.*cutout"):
+        make(Digits, augment="cutout")

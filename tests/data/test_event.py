@@ -44,21 +44,16 @@ def nmnist(unpacked):
     return unpacked
 
 
-@pytest.mark.parametrize("layout", ["unpacked", "extract", "nmnist"])
+@pytest.mark.parametrize("layout", ["unpacked", "nmnist"])
 def test_nmnist_part(layout, request, caplog):
-    root = request.getfixturevalue("unpacked" if layout == "extract" else layout)
-    if layout == "extract":
-        (root / layout).mkdir()
-        for name in ("Train", "Test"):
-            (root / name).rename(root / layout / name)
+    root = request.getfixturevalue(layout)
     recordings = {path for path in root.rglob("*") if path.is_file()}
     module = ready(data.NMNIST, root, **EVENTS)
     frames, labels = first(module.train_dataloader())
     assert frames.shape == (2, T, 2, 34, 34) and frames.dtype == torch.float32
     assert sorted(labels.tolist()) == [0, 7] and module.test_set.labels == [3]
     assert (frames[:, :, 1, 2, 30] == 40 / T).all() and frames.sum() == 2 * 40
-    counts = "has 2 training and 1 test samples, not the published 60000 and 10000"
-    assert counts in caplog.text
+    assert "has 2 training and 1 test samples, not the published 60000" in caplog.text
     # What was given is left as it is, and what was needed for the conversion alone is gone.
     assert all(path.is_file() for path in recordings)
     made = {root / name for name in ("events_np", FRAMES, ".lock")}
@@ -84,15 +79,9 @@ def test_nmnist_frames_equal_those_of_spikingjelly(nmnist, monkeypatch):
 def test_train_starts_calibrated_on_the_time_steps_of_recordings(nmnist, caplog):
     caplog.set_level("INFO", "sj_taid")
     tiny = [o for o in TINY_CLASSIFICATION if not o.startswith("model.T=")]
-    chosen = [
-        "dataset=nmnist",
-        f"dataset.root={nmnist}",
-        "dataset.T=3",
-        "dataset.batch_size=2",
-        "dataset.validation=0.5",
-    ]
-    cfg = compose("train", [*tiny, *chosen, "neuron_start.calibrate=0.2", "pictures=false"])
-    train(cfg, nmnist / "run")
+    data = [f"root={nmnist}", "T=3", "batch_size=2", "validation=0.5"]
+    chosen = ["dataset=nmnist", *(f"dataset.{option}" for option in data)]
+    train(compose("train", [*tiny, *chosen, "neuron_start.calibrate=0.2"]), nmnist / "run")
     # Time by mistake in place of the two samples would ask the model for two steps.
     (report,) = (m for m in caplog.messages if "rate" in m and "threshold" in m)
     assert "does not run" not in report and "0.2" in report
@@ -100,14 +89,10 @@ def test_train_starts_calibrated_on_the_time_steps_of_recordings(nmnist, caplog)
 
 def test_nmnist_refuses_missing_recordings(nmnist):
     (nmnist / "download" / "Test.zip").unlink()
-    message = (
-        r"no NMNIST at dataset\.root=.*expected events_np or Train or download with Test\.zip; "
-        "fetch them from https://"
-    )
-    with pytest.raises(FileNotFoundError, match=message):
-        ready(data.NMNIST, nmnist, **EVENTS)
-    with pytest.raises(FileNotFoundError, match=r"download with Train\.zip, Test\.zip; fetch"):
-        ready(data.NMNIST, nmnist / "nowhere", **EVENTS)
+    expected = r"no NMNIST at dataset\.root=.*expected events_np or Train or download with "
+    for root, names in ((nmnist, r"Test\.zip"), (nmnist / "nowhere", r"Train\.zip, Test\.zip")):
+        with pytest.raises(FileNotFoundError, match=f"{expected}{names}; fetch them from https://"):
+            ready(data.NMNIST, root, **EVENTS)
     assert not (nmnist / "nowhere").exists()
 
 
@@ -135,9 +120,6 @@ def test_nmnist_refuses_other_classes_and_an_empty_test_set(unpacked):
     message = r"must hold folders of the classes 0, 1, .* 9, but it holds three; move"
     with pytest.raises(ValueError, match=message):
         ready(data.NMNIST, unpacked, **EVENTS)
-    (unpacked / FRAMES / "test" / "three").rename(unpacked / FRAMES / "test" / "3")
-    with pytest.raises(ValueError, match=r"classes=2, but test has 10 classes .*; set .*=10"):
-        ready(data.NMNIST, unpacked, **EVENTS, classes=2)
     shutil.rmtree(unpacked / FRAMES / "test")
     with pytest.raises(RuntimeError, match="has 2 training and 0 test recordings of NMNIST"):
         ready(data.NMNIST, unpacked, **EVENTS)
@@ -174,9 +156,8 @@ def test_cifar10_dvs_tests_on_the_last_tenth_of_each_class(tmp_path):
     assert module.test_set.labels == [0, 9] and module.train_set.labels == [0] * 9 + [9] * 9
     assert first(module.test_dataloader())[0].shape == (2, T, 2, 128, 128)
 
-    with pytest.raises(
-        FileNotFoundError, match=r"download with .*truck\.zip; add dataset\.download=true"
-    ):
+    message = r"download with .*truck\.zip; add dataset\.download=true"
+    with pytest.raises(FileNotFoundError, match=message):
         ready(data.CIFAR10DVS, tmp_path / "nowhere", **EVENTS)
 
 
@@ -198,12 +179,11 @@ def test_cifar10_dvs_fetches_missing_archives_alone(tmp_path, monkeypatch):
         ready(data.CIFAR10DVS, tmp_path, download=True, **EVENTS)
     assert [path.name for path in (tmp_path / "download").iterdir()] == names[:2]
 
-    monkeypatch.setattr(source, "extract_downloaded_files", lambda archives, target: None)
-    monkeypatch.setattr(
-        source,
-        "create_raw_from_extracted",
-        lambda unpacked, events: write_events(events / "cat", 10),
-    )
+    def convert(unpacked, events):
+        write_events(events / "cat", 10)
+
+    monkeypatch.setattr(source, "extract_downloaded_files", lambda *_: None)
+    monkeypatch.setattr(source, "create_raw_from_extracted", convert)
     assert len(ready(data.CIFAR10DVS, tmp_path, download=True, **EVENTS).test_set) == 1
     assert fetched == [names[1], *names[2:3], *names[2:]]
     assert (tmp_path / "download" / names[0]).read_bytes() == b"of one's own"
