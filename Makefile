@@ -32,7 +32,7 @@ slow: install ## Test runs, faults, sweeps, pages and all else that takes long
 # Without training, and without the tests of kernels alone, which do not know SpikingJelly.
 NOT_LEGACY := experiments data training test_cpu.py test_cuda.py test_kernels.py test_nvrtc.py
 test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
-	$(LEGACY)/bin/python $(PYTEST) tests sj_taid $(NOT_LEGACY:%=--ignore-glob=*/%)
+	$(LEGACY)/bin/python $(PYTEST) -m "not fuzz and not kernels" tests sj_taid $(NOT_LEGACY:%=--ignore-glob=*/%)
 
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
 	$(BIN)/python -m pytest -m kernels

@@ -1,5 +1,6 @@
 """Data parallelism: the gradients of two processes, and of replicas, equal those of one."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -64,6 +65,7 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_gradients_equal_one_process(tmp_path):
     net = make_net()
     expected = train(net, net, batches())

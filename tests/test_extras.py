@@ -66,6 +66,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_every_command_that_lacks_a_package_says_what_to_install():
     pytest.importorskip("hydra", reason="needs the extra train")
     done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
@@ -94,6 +95,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_without_the_extra_train_is_one_line():
     done = subprocess.run([sys.executable, "-c", UNTRAINED], capture_output=True, text=True)
     assert done.returncode == 1 and "backend torch: works" in done.stdout

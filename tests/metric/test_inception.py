@@ -101,6 +101,7 @@ def other_process(index, folder):
     torch.save(one_of_two(1, folder), f"{folder}/other.pt")
 
 
+@pytest.mark.slow
 def test_metrics_of_two_processes_equal_those_of_one(tmp_path):
     other = mp.start_processes(
         other_process, args=(tmp_path,), join=False, start_method="forkserver"

@@ -147,6 +147,7 @@ def test_watching_changes_no_result():
     assert found[0][1] == 0.5
 
 
+@pytest.mark.slow
 def test_importing_a_backend_runs_no_operator():
     """Or the first call under a counter of operations fails, or is counted."""
     script = """

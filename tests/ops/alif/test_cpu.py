@@ -400,6 +400,7 @@ def test_python_threads_call_at_once():
             assert_equal(result, one)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 @pytest.mark.usefixtures("eager_threads", "team")
 def test_a_forked_child_makes_its_own_threads():
@@ -497,6 +498,7 @@ def test_auto_takes_the_loops_but_for_float64(dtype, taken):
     assert backend.multi_step is taken.multi_step
 
 
+@pytest.mark.slow
 def test_scratch_memory_does_not_follow_the_default_dtype():
     """A half default dtype once gave the kernels half the memory they write."""
     script = """

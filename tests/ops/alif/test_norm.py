@@ -330,6 +330,7 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_statistics_over_two_processes_equal_one(tmp_path):
     leaves = whole_batch()
     norm = running(Case(shape=(4, 6, 5)), True)

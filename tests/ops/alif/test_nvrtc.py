@@ -66,6 +66,7 @@ def reports():
         return dict(zip(ARCHITECTURES, compiled, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_at_most_16_bytes_a_thread_are_spilled(reports, arch):
     assert reports[arch].keys() == set(NAMES)
@@ -73,12 +74,14 @@ def test_at_most_16_bytes_a_thread_are_spilled(reports, arch):
     assert all(size <= 16 for size in spilled.values()), spilled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_nothing_is_spilled_up_to_16_values_a_thread(reports, arch):
     spilled = {n: r for n, r in reports[arch].items() if r.spill_stores and values(n) <= 16}
     assert not spilled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_array_lies_in_local_memory(reports, arch):
     """What is on the stack is spilled registers, rounded up to 8 bytes; an array would be more."""
