@@ -295,25 +295,6 @@ def test_empty_batch():
     assert node.w.grad == 0
 
 
-def test_alif_node_learns_time_constant_and_threshold():
-    """A neuron that fires too much raises its threshold and its time constant."""
-    node = ALIFNode(
-        init_tau=2.0, v_threshold=0.4, step_mode="m", surrogate_function=surrogate.ATan()
-    )
-    optimizer = torch.optim.SGD(node.parameters(), lr=1.0)
-    x_seq = torch.rand(10, 64)
-    before = node(x_seq).mean().item()
-    for _ in range(30):
-        functional.reset_net(node)
-        loss = (node(x_seq).mean() - 0.1) ** 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    functional.reset_net(node)
-    assert node(x_seq).mean().item() < before - 0.1
-    assert node.v_threshold > 0.4 and node.tau > 2.0
-
-
 def test_half_default_dtype_gives_float32_parameters():
     torch.set_default_dtype(torch.bfloat16)
     try:
