@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._checks import are_two_numbers, check_sizes, is_whole
 from ..fusion import fuse_norm
 from ..neuron import ALIFNode
-from .block import Neuron, check_values, check_widths, make_neuron, reset
+from .block import Neuron, check_images, check_widths, make_neuron, reset
 
 #: ALIF that starts as in the paper's classifiers.
 paper_neuron = partial(
@@ -141,14 +141,7 @@ class Classifier(nn.Module):
         ``x`` is images ``[N, C, H, W]`` or frames ``[T, N, C, H, W]``. ``each_step`` returns the
         outputs of each time step, ``[T, N, classes]``, without their mean over time.
         """
-        expected = (self.in_channels, self.image_size, self.image_size)
-        if x.dim() not in (4, 5) or x.shape[-3:] != expected:
-            shape = ", ".join(map(str, expected))
-            raise ValueError(
-                f"Classifier expects images [N, {shape}] or frames [T, N, {shape}], "
-                f"but got {list(x.shape)}"
-            )
-        check_values(self, x)
+        check_images(self, x, frames=True)
         if x.dim() == 5:
             x_seq = self.stem(x)
         else:

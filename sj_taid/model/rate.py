@@ -16,12 +16,10 @@ from .._extras import needs
 def check_rates(rate: Tensor) -> None:
     """Refuse rates that are no probabilities."""
     if not ((rate >= 0) & (rate <= 1)).all():
-        remedy = "clamp them: rate.clamp(0, 1)"
-        if rate.isnan().any():
-            remedy = "their model may have diverged: load an earlier checkpoint"
         raise ValueError(
             f"rates must be probabilities in [0, 1], but these are from {rate.min().item():.4g} to "
-            f"{rate.max().item():.4g}; {remedy}"
+            f"{rate.max().item():.4g}; clamp them, or if they are NaN load an earlier "
+            "checkpoint of their model, which may have diverged"
         )
 
 
