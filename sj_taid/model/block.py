@@ -56,25 +56,31 @@ def check_widths(name: str, widths: Any) -> None:
 def check_images(model: Any, x: Tensor, frames: bool = False) -> None:
     """Refuse all but images ``[N, C, H, W]`` of the model's size with values in [-1, 1].
 
-    With ``frames`` also ``[T, N, C, H, W]``, and any finite values, as counts of events are. Values
-    are not checked in a training step: reading one waits for the GPU, and a loss that is not finite
-    is an error there. Nor in a compiled graph, which a condition on a value would cut in two.
+    With ``frames`` also ``[T, N, C, H, W]``, and any finite values, as counts of events are.
     """
-    name, shape = type(model).__name__, (model.in_channels, model.image_size, model.image_size)
+    shape = (model.in_channels, model.image_size, model.image_size)
     if x.shape[-3:] != shape or x.dim() not in ((4, 5) if frames else (4,)):
         sizes = ", ".join(map(str, shape))
         expected = f"images [N, {sizes}]" + f" or frames [T, N, {sizes}]" * frames
-        raise ValueError(f"{name} expects {expected}, but got {list(x.shape)}")
-    in_training_step = model.training and torch.is_grad_enabled()
+        raise ValueError(f"{type(model).__name__} expects {expected}, but got {list(x.shape)}")
+    check_values(model, x, bound=math.inf if frames else 1.0)
+
+
+def check_values(module: nn.Module, x: Tensor, bound: float) -> None:
+    """Refuse an input with NaN, infinite values or values beyond ``bound``.
+
+    Not in a training step: reading a value waits for the GPU, and a loss that is not finite is an
+    error there. Nor in a compiled graph, which a condition on a value would cut in two.
+    """
+    in_training_step = module.training and torch.is_grad_enabled()
     if in_training_step or torch.compiler.is_compiling():
         return
-    bound = math.inf if frames else 1 + 1e-3  # what rounding may add
-    if not (x.isfinite() & (x.abs() <= bound)).all():
+    if not (x.isfinite() & (x.abs() <= bound + 1e-3)).all():  # beyond what rounding adds
         low, high = x.min().item(), x.max().item()
-        remedy = " in [-1, 1]; scale pixels from 0 to 255 by pixel / 127.5 - 1"
+        remedy = f" in [{-bound:g}, {bound:g}]; scale pixels from 0 to 255 by pixel / 127.5 - 1"
         raise ValueError(
-            f"{name} got values from {low:.4g} to {high:.4g}, but expects finite values"
-            f"{'' if frames else remedy}"
+            f"{type(module).__name__} got values from {low:.4g} to {high:.4g}, but expects finite "
+            f"values{remedy if bound < math.inf else ''}"
         )
 
 
