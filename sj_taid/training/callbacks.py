@@ -1,4 +1,4 @@
-"""Callbacks of a run: progress, pictures, random numbers and checkpoints."""
+"""Callbacks of a run: progress, pictures and random numbers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import RichProgressBar
 
 from ..monitoring import warn_at_bound
-from .files import atomic_write, unwritable
 from .plot import draw_curves, draw_parameters, neuron_parameters
-from .run import read_checkpoint
 
 
 class ProgressBar(RichProgressBar):
@@ -102,40 +99,3 @@ class RandomNumbers(L.Callback):
             if torch.cuda.is_available() and len(cuda):
                 torch.cuda.set_rng_state(cuda)
             self.loaded = {}
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Lightning's checkpoint of the best epoch, known again where the run's folder was moved."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        path = Path(str(self.dirpath), f"{self.filename}.ckpt")
-        if path.is_file():
-            best = {
-                "best_model_path": str(path),
-                "kth_best_model_path": str(path),
-                "best_k_models": {str(path): state["best_model_score"]},
-            }
-            super().load_state_dict({**state, **best, "dirpath": self.dirpath})
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a new file, which replaces the old one when it is whole.
-
-    Lightning's own writes into the temporary folder; where that is another file system, the file is
-    copied over the old one, and a kill or a full disk in that moment leaves half of it.
-    """
-
-    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
-        """Refuses a damaged or hostile file with a remedy."""
-        return read_checkpoint(Path(path))
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        with atomic_write(Path(path)) as temporary:
-            try:
-                torch.save(checkpoint, temporary)
-            except RuntimeError as error:
-                if "inline_container" not in str(error):  # torch's own writer of files
-                    raise
-                raise unwritable(Path(path), error) from error

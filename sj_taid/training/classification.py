@@ -32,16 +32,7 @@ class Classification(Task):
 
     chosen_by = "accuracy"
     model_attributes: tuple[str, ...] = ("classes",)
-    metric_names: tuple[str, ...] = (
-        "accuracy",
-        "loss",
-        "validation_accuracy",
-        "validation_loss",
-        "accuracy_best_validation_epoch",
-        "loss_best_validation_epoch",
-        "best_validation_epoch",
-        "accuracy_best_test_epoch",
-    )
+    metric_names: tuple[str, ...] = ("accuracy", "loss")
 
     def __init__(
         self,

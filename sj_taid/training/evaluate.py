@@ -35,7 +35,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     """
     silence_notes()
     reuse_freed_memory()
-    run, trust = find_run(cfg), cfg.trust or ()
+    run, trust = Run.find(cfg.checkpoint), cfg.trust or ()
     with run.lock():
         cfg = cast(DictConfig, OmegaConf.merge(run.config, without_nulls(cfg)))
         cfg.trust = list(trust)  # what the run says of itself is no reason to trust it
@@ -70,13 +70,6 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         )
     log.info("All metrics are in %s", path)
     return evaluation
-
-
-def find_run(cfg: DictConfig) -> Run:
-    """The run that ``checkpoint=`` names."""
-    if OmegaConf.is_missing(cfg, "checkpoint"):
-        raise ValueError("give checkpoint=RUN, the folder of a run or a checkpoint in it")
-    return Run.find(cfg.checkpoint)
 
 
 def without_nulls(cfg: DictConfig) -> DictConfig:

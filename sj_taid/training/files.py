@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: of a full disk, where the system names no file, and of a folder that may not be written
-FULL = {errno.ENOSPC, errno.EDQUOT}
-REFUSALS = FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
+#: of a full disk, and of a folder that may not be written
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Unwritable(OSError):
@@ -55,26 +54,17 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def report_unwritable(folder: Path) -> Iterator[None]:
-    """Raise :class:`Unwritable` where a full or read-only disk is behind another library's error.
+    """Raise :class:`Unwritable` where the disk is full or read-only, whatever libraries raise.
 
-    TensorBoard's comes from a thread, and Lightning's says that a number cannot be logged.
+    TensorBoard's error comes from a thread, and Lightning's says that a number cannot be logged.
     """
     try:
         yield
     except Unwritable:
         raise
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause and not _is_refusal(cause, folder):
-            cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-        if cause is None:
-            raise
-        raise unwritable(folder, cause) from error
-
-
-def _is_refusal(error: BaseException, folder: Path) -> bool:
-    if not isinstance(error, OSError) or error.errno not in REFUSALS:
-        return False
-    if error.filename is None:
-        return error.errno in FULL
-    return folder in Path(os.fsdecode(error.filename)).parents
+    except Exception:
+        probe = folder / ".probe"
+        with atomic_write(probe) as temporary:
+            temporary.write_bytes(bytes(1 << 16))
+        probe.unlink()
+        raise

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import shlex
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ..model import ESVAE
 from ..model.rate import GaussianMixturePrior
-from .callbacks import AtomicCheckpointIO
+from .checkpoint import read_checkpoint, save_mixture
 from .config import select_overrides
-from .evaluate import find_run, without_nulls
+from .evaluate import without_nulls
 from .generation import OF_SAMPLES
-from .run import OVERRIDES, build_part, read_checkpoint
+from .run import OVERRIDES, Run, build_part
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ def main(cfg: DictConfig) -> None:
     the mixture's settings, and its config, overrides and command say so. The metrics of samples
     from the mixture before are taken out of its metrics.
     """
-    run, trust = find_run(cfg), cfg.trust or ()
+    run, trust = Run.find(cfg.checkpoint), cfg.trust or ()
     with run.lock():
         config = run.config
         model: Any = run.model(trust)
@@ -53,15 +52,6 @@ def main(cfg: DictConfig) -> None:
     log.info("%s has the fitted prior; its metrics: %s", run.checkpoint, command)
 
 
-def save_mixture(model: ESVAE, checkpoint: dict[str, Any], path: Path) -> None:
-    """Put the mixture of ``model`` into a checkpoint, and write it."""
-    # Next to averaged weights Lightning saves those that go on training.
-    for state in {"state_dict", "current_model_state"} & checkpoint.keys():
-        for name, tensor in model.mixture.state_dict().items():
-            checkpoint[state][f"model.mixture.{name}"] = tensor
-    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
-
-
 def require_esvae(model: Any, source: str) -> None:
     if not isinstance(model, ESVAE):
         raise ValueError(
@@ -73,7 +63,7 @@ def require_esvae(model: Any, source: str) -> None:
 def _without_mixture(metrics: dict[str, Any], model: ESVAE, overrides: list[str]) -> dict[str, Any]:
     """The metrics of a run without those of the mixture before, and with further overrides."""
     own = model.sample_from == "mixture"
-    for name in OF_SAMPLES:
+    for name in (*OF_SAMPLES, "validation_fad"):
         for values in (metrics, metrics.get("protocol", {})):
             values.pop(name if own else f"{name}_mixture", None)
     metrics["overrides"] = select_overrides([*metrics["overrides"], *overrides])

@@ -25,7 +25,7 @@ from .plot import draw_attention, draw_grid, draw_reconstructions, draw_spectra
 #: ESVAE's priors, from which samples are drawn
 PRIORS = ("learned", "mixture")
 #: metrics of samples
-OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "validation_fad")
+OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score")
 
 
 class Generation(Autoencoding):
@@ -44,8 +44,7 @@ class Generation(Autoencoding):
     metric_names: tuple[str, ...] = (
         *Autoencoding.metric_names,
         *OF_SAMPLES,
-        "fad_untrained",
-        *(f"{name}_{prior}" for name in OF_SAMPLES[:-1] for prior in PRIORS),
+        *(f"{name}_{prior}" for name in OF_SAMPLES for prior in PRIORS),
     )
 
     def __init__(

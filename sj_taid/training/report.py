@@ -30,13 +30,14 @@ from torchvision.utils import save_image
 from .._extras import needs
 from ..layer import TAID, FixedDecoder
 from .callbacks import Pictures
+from .checkpoint import read_checkpoint
 from .columns import COLUMNS as MEASURED
 from .columns import METRICS, Column
 from .evaluation import seeded
 from .files import atomic_write
 from .gather import Metrics, gather_for_command
 from .plot import time_shares
-from .run import Run, build_part, read_checkpoint
+from .run import Run, build_part
 from .tables import frame, heading, means, present
 
 with needs("'spikingjelly>=2' plotly jinja2"):

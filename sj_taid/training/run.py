@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -85,22 +84,21 @@ class Run:
             FileNotFoundError: there is no checkpoint.
             ValueError: ``path`` is empty, or another file.
         """
+        expected = "expected a run's folder or a checkpoint in it, a .ckpt file, but got"
         if not str(path):
-            raise ValueError("expected a run's folder or a checkpoint in it, but got an empty path")
+            raise ValueError(f"{expected} nothing; give checkpoint=RUN")
         path = Path(path).expanduser().absolute()
-        if path.is_dir() and path.name == CHECKPOINTS:
-            path = path.parent
-        run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
+        if path.is_dir():
+            run = cls(path.parent if path.name == CHECKPOINTS else path)
+        else:
+            run = cls(path.parent.parent, path)
         if not run.checkpoint.is_file():
             raise FileNotFoundError(
                 f"no checkpoint at {path}; a run leaves it in <run folder>/{CHECKPOINTS}/ "
                 "after its first epoch"
             )
         if run.checkpoint.suffix != ".ckpt":
-            raise ValueError(
-                f"expected a run's folder or a checkpoint in it, a .ckpt file, but got {path}; "
-                f"give {path.parent}"
-            )
+            raise ValueError(f"{expected} {path}; give {path.parent}")
         return run
 
     @contextmanager
@@ -153,12 +151,7 @@ class Run:
         return config
 
     def save_config(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
-        """Save what the run is started with.
-
-        Args:
-            cfg: its config.
-            overrides: of its command line, which ``resume=`` repeats.
-        """
+        """Save the config, and the overrides of the command line, which ``resume=`` repeats."""
         with atomic_write(self.folder / CONFIG) as path:
             path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         if overrides is not None:
@@ -184,18 +177,17 @@ class Run:
         """The checkpoint that training with ``cfg`` resumes from; None where nothing is saved yet.
 
         Raises:
-            ValueError: the run in the folder differs in more than may change.
+            ValueError: ``cfg`` differs from the run's config in more than may change.
         """
         if not (self.checkpoint.is_file() or self.is_finished):
             return None
-        wrong = {
-            k: v for k, v in self.differences(cfg).items() if not is_below(k, RESUME_MAY_CHANGE)
-        }
+        found = self.differences(cfg).items()
+        wrong = {key: values for key, values in found if not is_below(key, RESUME_MAY_CHANGE)}
         if wrong:
-            follows = "; T_max follows trainer.max_epochs" * any("T_max" in key for key in wrong)
+            follows = "T_max follows trainer.max_epochs; " * any("T_max" in key for key in wrong)
             raise ValueError(
                 f"{self.folder} holds a run with other settings: "
-                f"{'; '.join(f'{key} ({values})' for key, values in wrong.items())}{follows}; "
+                f"{'; '.join(f'{key} ({values})' for key, values in wrong.items())}; {follows}"
                 f"resume it with its own, or {ELSEWHERE}"
             )
         return self.checkpoint if self.checkpoint.is_file() else None
@@ -256,14 +248,10 @@ class Run:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def model(self, trust: Collection[str] = ()) -> nn.Module:
-        """The model of the checkpoint, in eval mode.
-
-        Raises:
-            FileNotFoundError: no config in the run's folder.
-            ValueError: not a checkpoint, damaged, of another model, or a config that names classes
-                which are not trusted.
-        """
+        """The model of the checkpoint, in eval mode; see :func:`load_model`."""
         import torch
+
+        from .checkpoint import load_weights, read_checkpoint
 
         model = build_part(self.config.model, trust)
         load_weights(model, read_checkpoint(self.checkpoint), self.checkpoint)
@@ -297,62 +285,6 @@ def is_first_process() -> bool:
     from lightning.pytorch.utilities import rank_zero_only
 
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What Lightning left in a checkpoint.
-
-    Raises:
-        ValueError: not a checkpoint, damaged, or one that would run code.
-    """
-    from pickle import UnpicklingError
-
-    import torch
-
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["state_dict"]
-    except UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        error.args = (code[0] if code else "no pickle of tensors",)  # torch advises to load it all
-        if not code:
-            raise _unusable(path, error) from error
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors alone: it names {code[1]}, code that would run "
-            "while it is read, so it was not read; give a checkpoint that sj-taid wrote"
-        ) from error
-    except Exception as error:  # each kind of damage has an error of its own
-        raise _unusable(path, error) from error
-    return checkpoint
-
-
-def _unusable(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path} is not a whole checkpoint ({type(error).__name__}: {error}); put a whole one in "
-        "its place, or move it away and give the same command again to train from the start"
-    )
-
-
-def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Load the model's part of a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is of another model.
-    """
-    from ..thresholds import set_fixed_thresholds
-
-    state = checkpoint["state_dict"].items()
-    try:
-        model.load_state_dict(
-            {k.removeprefix("model."): v for k, v in state if k.startswith("model.")}
-        )
-        # Calibrated thresholds are not the config's.
-        set_fixed_thresholds(model, checkpoint.get("fixed_thresholds", {}))
-    except (RuntimeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of this run's model ({error}); leave out "
-            "the choices that change the model, or give a checkpoint of this run"
-        ) from error
 
 
 def merge_evaluations(

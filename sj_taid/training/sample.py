@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from .evaluate import find_run
 from .fit_prior import require_esvae
 from .plot import draw_grid
+from .run import Run
 from .validate import check_values
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     check_values(cfg)
     if cfg.output and Path(cfg.output).is_dir():
         raise ValueError(f"output must name a picture, but {cfg.output} is a folder: add a name")
-    run = find_run(cfg)
+    run = Run.find(cfg.checkpoint)
     model: Any = run.model(cfg.trust or ())
     if not hasattr(model, "sample"):
         raise ValueError(

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..data import Data
 from ..optim import parameter_groups
 from ..thresholds import fixed_thresholds
-from .run import load_weights
+from .checkpoint import load_weights
 
 if TYPE_CHECKING:
     from .evaluation import Evaluator
@@ -38,8 +38,9 @@ class Task(L.LightningModule):
     Attributes:
         takes: the data sets that it can learn from.
         model_attributes: what its model must have.
-        metric_names: what it measures; ``objective`` must be one of them.
+        metric_names: what it measures on the test set.
         chosen_by: the metric, higher is better, that chooses the best epoch; None chooses none.
+        untrained_metrics: of the model before training, which a checkpoint keeps.
     """
 
     takes: type[Data] = Data
@@ -67,8 +68,14 @@ class Task(L.LightningModule):
         self.optimizer = optimizer
         self.lr_scale = lr_scale
         self.scheduler = scheduler
-        #: of the model before training, for ``metrics.json``; a checkpoint keeps them
         self.untrained_metrics: dict[str, float] = {}
+
+    @classmethod
+    def objectives(cls) -> list[str]:
+        """The metrics that ``objective`` can name."""
+        best = ["{}_best_validation_epoch", "{}_best_test_epoch"] if cls.chosen_by else []
+        forms = ["{}", "validation_{}", *best]
+        return [form.format(name) for name in cls.metric_names for form in forms]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())
@@ -102,11 +109,11 @@ class Task(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         load_weights(self.model, checkpoint, self.trainer.ckpt_path or "the checkpoint")
         self.untrained_metrics = checkpoint["untrained_metrics"]
-        epochs, longest = checkpoint["epoch"] + 1, self.trainer.max_epochs
-        if longest is not None and 0 <= longest < epochs:
+        trained, epochs = checkpoint["epoch"] + 1, self.trainer.max_epochs
+        if epochs is not None and 0 <= epochs < trained:
             raise ValueError(
-                f"trainer.max_epochs must be at least the {epochs} epochs that are trained, but it "
-                f"is {longest}; give more, or choose another folder with hydra.run.dir=..."
+                f"trainer.max_epochs must be at least the {trained} epochs that are trained, but "
+                f"it is {epochs}; give more, or choose another folder with hydra.run.dir=..."
             )
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -126,10 +133,10 @@ class Task(L.LightningModule):
         )
 
     def measure_untrained(self, data: Any, evaluator: Evaluator | None) -> dict[str, float]:
-        """Metrics of the untrained model, in every process of a distributed run.
+        """Metrics of the untrained model.
 
-        So all wait for what is made once for the metrics before they wait for each other, which
-        they do not do for long.
+        Every process of a distributed run measures, and so waits for what is made once for the
+        metrics; for each other they would not wait as long.
         """
         return {}
 
@@ -145,7 +152,7 @@ class Task(L.LightningModule):
         raise NotImplementedError
 
     def draw(self, images: Tensor, folder: Path) -> None:
-        """Pictures of the tested model; ``images`` are some of the test set."""
+        """Draw pictures of the tested model, from some images of the test set."""
         raise NotImplementedError
 
     def log_mean(self, name: str, value: Tensor) -> None:

@@ -15,28 +15,21 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar, Timer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from ..calibration import calibrate
 from ..model import ESVAE
 from .allocator import reuse_freed_memory
-from .callbacks import AtomicCheckpointIO, BestCheckpoint, Pictures, RandomNumbers
+from .callbacks import Pictures, RandomNumbers
+from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_mixture
 from .evaluate import best_epoch_names, build_evaluator, build_tester, measure, silence_notes, test
 from .files import report_unwritable
-from .fit_prior import save_mixture
 from .provenance import command_line, provenance
-from .run import METRICS, Run, build_part, is_first_process, read_checkpoint
+from .run import METRICS, Run, build_part, is_first_process
 from .task import Task
 from .validate import validate
 
 log = logging.getLogger(__name__)
-
-#: what ends a run from outside; Lightning exits with success where a cluster ends it
-STOPS: dict[type[BaseException], str] = {
-    KeyboardInterrupt: "Interrupted",
-    SIGTERMException: "Terminated",
-}
 
 
 def main(cfg: DictConfig) -> float | None:
@@ -115,7 +108,7 @@ def train(
     if not is_first_process():
         return {}
     metrics |= validation_metrics(task, data, pictures.epochs)
-    if uses_best_epoch(task, data) and run.best.is_file():
+    if saves_best_epoch(task, data) and run.best.is_file():
         metrics |= measure_best_epoch(cfg, task, data, run)
     log_metrics(trainer, metrics)
     metrics |= {
@@ -160,7 +153,7 @@ def compile_model(model: torch.nn.Module, options: bool | DictConfig) -> None:
     model.compile(**{"dynamic": False, **({} if options is True else options)})
 
 
-def uses_best_epoch(task: Task, data: Any) -> bool:
+def saves_best_epoch(task: Task, data: Any) -> bool:
     """Whether the epoch that is best on the validation set is saved and tested too."""
     return task.chosen_by is not None and data.validation_set is not None
 
@@ -173,11 +166,10 @@ def checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelCheckpoin
         "save_on_train_epoch_end": True,
     }
     last = ModelCheckpoint(filename=run.checkpoint.stem, **options)
-    if not uses_best_epoch(task, data):
+    if not saves_best_epoch(task, data):
         return [last]
-    monitor = f"val/{task.chosen_by}"
-    best = BestCheckpoint(filename=run.best.stem, monitor=monitor, mode="max", **options)
-    return [best, last]  # in this order: the last one keeps the state of the best
+    options |= {"filename": run.best.stem, "monitor": f"val/{task.chosen_by}", "mode": "max"}
+    return [BestCheckpoint(**options), last]  # the last one keeps the state of the best
 
 
 def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
@@ -216,13 +208,7 @@ def finish(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:
 def validation_metrics(
     task: Task, data: Any, epochs: Sequence[dict[str, float]]
 ) -> dict[str, float]:
-    """The last epoch's metrics on the validation set; without one, the best on the test set.
-
-    Args:
-        task: says which metric is the best's.
-        data: says which of the sets validation is on.
-        epochs: what was logged in each.
-    """
+    """The last of the epochs' metrics on the validation set; without one, the best on the test."""
     if data.validation_set is not None:
         last = [item for epoch in epochs[-1:] for item in epoch.items()]
         return {k.replace("val/", "validation_"): v for k, v in last if k.startswith("val/")}
@@ -248,22 +234,19 @@ def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
 @contextmanager
 def explain_resuming(run: Run) -> Iterator[None]:
     """Say how a run resumes that is stopped, or whose files or processes fail."""
+
+    def advice() -> str:
+        if not run.checkpoint.is_file() or run.is_finished:  # by an earlier command
+            return "Give the same command again, since no epoch was complete."
+        return f"Resume with: sj-taid train resume={shlex.quote(str(run.folder))}"
+
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes this of Ctrl-C
-        for kind, stopped in STOPS.items():
-            if kind in (type(error), type(error.__context__)):
-                raise SystemExit(f"{stopped}. {how_to_resume(run)}") from error
-        raise
+    except (KeyboardInterrupt, SystemExit) as error:  # Ctrl-C, and a cluster's time limit
+        raise SystemExit(f"Stopped. {advice()}") from error
     except (OSError, RuntimeError) as error:
-        error.add_note(f"Once that is mended: {how_to_resume(run)}")
+        error.add_note(f"Once that is mended: {advice()}")
         raise
-
-
-def how_to_resume(run: Run) -> str:
-    if not run.checkpoint.is_file() or run.is_finished:  # by an earlier command
-        return "Give the same command again, since no epoch was complete."
-    return f"Resume with: sj-taid train resume={shlex.quote(str(run.folder))}"
 
 
 def closing_lines(run: Run) -> str:

@@ -18,63 +18,57 @@ def _whole(least: int) -> Rule:
     return f"a whole number from {least}", lambda value: is_whole(value) and value >= least
 
 
-def _number(least: float) -> Rule:
-    return f"a number from {least}", lambda value: is_number(value) and value >= least
-
-
 def _or_null(rule: Rule) -> Rule:
     return f"{rule[0]}, or null", lambda value: value is None or rule[1](value)
 
 
-ANY_NUMBER: Rule = ("a number", is_number)
+NUMBER: Rule = ("a number", is_number)
+POSITIVE: Rule = ("a number from 0", lambda value: is_number(value) and value >= 0)
+PROBABILITY: Rule = ("a probability", lambda value: is_number(value) and 0 <= value <= 1)
+RATE: Rule = ("a rate between 0 and 1", lambda value: is_number(value) and 0 < value < 1)
 BOOLEAN: Rule = ("true or false", lambda value: isinstance(value, bool))
+COMPILE: Rule = (
+    "true, false or options of torch.compile, such as 'compile={mode: max-autotune}'",
+    lambda value: isinstance(value, bool | DictConfig),
+)
 #: values of a config by their keys; what else a class takes is checked by the class
 RULES: dict[str, Rule] = {
     "seed": _whole(0),
     "pictures": BOOLEAN,
+    "compile": COMPILE,
     "trainer.max_epochs": _whole(0),
-    "trainer.limit_train_batches": _or_null(_number(0)),
-    "trainer.limit_val_batches": _or_null(_number(0)),
-    "trainer.limit_test_batches": _or_null(_number(0)),
+    "trainer.limit_train_batches": _or_null(POSITIVE),
+    "trainer.limit_val_batches": _or_null(POSITIVE),
+    "trainer.limit_test_batches": _or_null(POSITIVE),
     "dataset.image_size": _whole(1),
     "dataset.batch_size": _whole(1),
     "dataset.num_workers": _whole(0),
     "dataset.limit": _or_null(_whole(1)),
-    "dataset.erase": ("a probability", lambda value: is_number(value) and 0 <= value <= 1),
-    "dataset.mixup": _number(0),
-    "dataset.cutmix": _number(0),
+    "dataset.erase": PROBABILITY,
+    "dataset.mixup": POSITIVE,
+    "dataset.cutmix": POSITIVE,
     "dataset.seed": _whole(0),
-    "surrogate.alpha": ANY_NUMBER,
-    "surrogate.w": ANY_NUMBER,
-    "surrogate.c": ANY_NUMBER,
-    "neuron_start.tau": ANY_NUMBER,
+    "surrogate.alpha": NUMBER,
+    "surrogate.w": NUMBER,
+    "surrogate.c": NUMBER,
+    "neuron_start.tau": NUMBER,
     "neuron_start.decay_input": BOOLEAN,
-    "neuron_start.v_threshold": ANY_NUMBER,
-    "neuron_start.v_reset": _or_null(ANY_NUMBER),
+    "neuron_start.v_threshold": NUMBER,
+    "neuron_start.v_reset": _or_null(NUMBER),
     "neuron_start.detach_reset": BOOLEAN,
-    "neuron_start.calibrate": _or_null(
-        ("a rate between 0 and 1", lambda value: is_number(value) and 0 < value < 1)
-    ),
-    "optimizer.lr": _number(0),
-    "optimizer.weight_decay": _number(0),
-    "task.lr_scale": _or_null(_number(0)),
+    "neuron_start.calibrate": _or_null(RATE),
+    "optimizer.lr": POSITIVE,
+    "optimizer.weight_decay": POSITIVE,
+    "task.lr_scale": _or_null(POSITIVE),
     "metric.samples": _whole(1),
     "metric.autoencoder.latent_channels": _whole(1),
     "metric.autoencoder.epochs": _whole(0),
     "metric.autoencoder.batch_size": _whole(1),
-    "compile": (
-        "true, false or options of torch.compile, such as 'compile={mode: max-autotune}'",
-        lambda value: isinstance(value, bool | DictConfig),
-    ),
     "n": _whole(1),
     "columns": _whole(1),
 }
-
-
 #: what only a classifier takes, by the choice that sets it
 FOR_CLASSIFIERS = {"loss": "loss=", "model.per_channel": "neuron=alif_channel"}
-#: metrics that every run has
-COMMON = ("epochs", "parameters", "training_seconds")
 
 
 def validate(cfg: DictConfig) -> None:
@@ -98,14 +92,12 @@ def validate(cfg: DictConfig) -> None:
                 f"{key}, which {choice} sets, is for a classifier; add task=classification, or "
                 "leave that choice out"
             )
-    names = [*task.metric_names, *COMMON]
-    if cfg.objective not in names:
-        raise ValueError(
-            f"objective must be one of {', '.join(names)}, but it is {cfg.objective!r}"
-        )
-    if any(
-        "StochasticWeightAveraging" in c._target_ for c in (cfg.get("callbacks") or {}).values()
-    ):
+    objectives = [*task.objectives(), "epochs", "parameters", "training_seconds"]
+    if cfg.objective not in objectives:
+        known = ", ".join(objectives)
+        raise ValueError(f"objective must be one of {known}, but it is {cfg.objective!r}")
+    callbacks = (cfg.get("callbacks") or {}).values()
+    if any("StochasticWeightAveraging" in str(callback._target_) for callback in callbacks):
         raise ValueError(
             "Lightning's StochasticWeightAveraging averages after the last checkpoint is written, "
             "so other weights than the saved ones would be measured; take WeightAveraging or "

@@ -78,10 +78,10 @@ def test_cli_usage(sj_taid, capsys):
         ("train neuron._target_=os.system", r"'os\.system': no public class .*add trust="),
         ("train hydra.run.dir=file", "expected a folder, but .*file is a file; choose another"),
         ("evaluate checkpoint=nowhere", "no checkpoint at .*nowhere; a run leaves it in"),
-        ("evaluate checkpoint=", "a run's folder or a checkpoint in it, but got an empty path"),
+        ("evaluate checkpoint=", "a run's folder or .* but got nothing; give checkpoint=RUN"),
         ("sample checkpoint=file", r"a \.ckpt file, but got .*file; give "),
-        ("sample", "give checkpoint=RUN, the folder of a run"),
-        ("fit_prior", "give checkpoint=RUN, the folder of a run"),
+        ("sample", "a run's folder or .* but got nothing; give checkpoint=RUN"),
+        ("fit_prior", "a run's folder or .* but got nothing; give checkpoint=RUN"),
         ("compare nowhere", ""),
     ],
 )
@@ -178,7 +178,7 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
         (custom / "mine.yaml").write_text(text)
 
     interrupt(0)
-    with pytest.raises(SystemExit, match=r"Interrupted\. Give the same command again"):
+    with pytest.raises(SystemExit, match=r"Stopped\. Give the same command again"):
         train("callbacks=mine", "trainer.max_epochs=2", "--config-dir", str(custom.parent))
     interrupt(1)
     message = rf"Resume with: sj-taid train resume={re.escape(shlex.quote(str(folder)))}$"

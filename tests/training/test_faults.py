@@ -119,7 +119,7 @@ class KilledWithinMetrics(Fault):
 
 
 class CtrlC(Fault):
-    says = "Interrupted. Resume with: sj-taid train resume="
+    says = "Stopped. Resume with: sj-taid train resume="
 
     def strike(self, trainer):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
@@ -129,7 +129,7 @@ class CtrlC(Fault):
 class Terminated(Fault):
     """As a cluster does where a job's time is over."""
 
-    says = "Terminated. Resume with: sj-taid train resume="
+    says = "Stopped. Resume with: sj-taid train resume="
 
     def strike(self, trainer):
         signal.raise_signal(signal.SIGTERM)
@@ -156,7 +156,7 @@ class CheckpointOfAnotherModel(CtrlC):
 
 
 class HostileCheckpoint(CtrlC):
-    refused = r"last\.ckpt is not .* names posix\.system, code .* that sj-taid wrote"
+    refused = r"last\.ckpt is not .* names posix\.system, code .* move it away"
 
     @staticmethod
     def spoil(checkpoint):
@@ -269,7 +269,7 @@ class ReadOnlyFolder(Fault):
 
 class ReadOnlyForTracker(ReadOnlyFolder):
     job = ()
-    says = r"(?s)run cannot be written .*tensorboard.*Resume with: sj-taid train resume="
+    says = r"(?s)run/\.probe cannot be written .*Resume with: sj-taid train resume="
 
 
 class ReadOnlyForPictures(ReadOnlyFolder):

@@ -212,7 +212,7 @@ def test_resumed_finished_run_is_unfinished_until_it_ends(folder, cache, sj_taid
         sj_taid(*longer, "dataset.validation=0.5")
     assert there.metrics == shorter and there.config == config
 
-    with pytest.raises(SystemExit, match="stopped"):
+    with pytest.raises(SystemExit, match="Stopped"):
         sj_taid(*longer, f"+callbacks.stop._target_={__name__}.Stop")
     assert not there.is_finished and there.config.trainer.max_epochs == 4
     assert not load_model(folder).mixture.fitted  # that of the first epoch's encoder

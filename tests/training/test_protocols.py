@@ -8,6 +8,7 @@ import torch
 
 from sj_taid.data import Digits
 from sj_taid.training import columns, evaluation, gather, run
+from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
 from sj_taid.training.train import train
@@ -172,7 +173,7 @@ def test_few_validation_images_measure_fad_without_fid(tiny, tmp_path, monkeypat
 def test_pictures_draw_no_metric_of_other_callbacks(tiny, tmp_path):
     monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
     train(tiny(*TINY_AUTOENCODING, monitor, "pictures=true", tiny=False), tmp_path)
-    (epoch,) = run.read_checkpoint(run.Run(tmp_path).checkpoint)["callbacks"]["Pictures"]["epochs"]
+    (epoch,) = read_checkpoint(run.Run(tmp_path).checkpoint)["callbacks"]["Pictures"]["epochs"]
     assert epoch and all(name.startswith(("train/", "val/")) for name in epoch)
     assert (tmp_path / "curves.png").is_file()
 

@@ -13,7 +13,7 @@ from spikingjelly.activation_based import neuron
 from sj_taid._build import build
 from sj_taid.training import Run, load_model
 from sj_taid.training import run as runs
-from sj_taid.training.callbacks import AtomicCheckpointIO
+from sj_taid.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_AUTOENCODING, TINY_CLASSIFICATION
@@ -227,7 +227,7 @@ def test_read_checkpoint_refuses_code(tmp_path, monkeypatch, save):
     path = tmp_path / "last.ckpt"
     save({"state_dict": Hostile()}, path)
     with pytest.raises(ValueError, match=r"last\.ckpt is not .* names posix\.system, code") as info:
-        runs.read_checkpoint(path)
+        read_checkpoint(path)
     assert "weights_only" not in f"{info.value} {info.value.__cause__}"
     assert not (tmp_path / "hacked").exists()
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from sj_taid.data import Digits
 from sj_taid.training import run, sample
+from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.train import train
 from tests.training.conftest import (
@@ -81,7 +82,7 @@ def test_train_with_the_documented_scheduler(tiny, tmp_path):
     documented = (CONF.parent / "docs" / "experiments.md").read_text()
     (override,) = re.findall(r"`'(task\.scheduler=.*?)'`", documented)
     train(tiny(override.replace("step_size: 5", "step_size: 1"), "trainer.max_epochs=2"), tmp_path)
-    (state,) = run.read_checkpoint(run.Run(tmp_path).checkpoint)["lr_schedulers"]
+    (state,) = read_checkpoint(run.Run(tmp_path).checkpoint)["lr_schedulers"]
     assert state["_last_lr"] == [pytest.approx(1e-5)]
 
 
@@ -177,7 +178,7 @@ def test_interrupted_run_resumes_in_its_folder_with_its_choices(
     place.mkdir()
     monkeypatch.chdir(place)
     there = run.Run(place / "neuron=lif,seed=0")  # not as a sweep names it
-    with pytest.raises(SystemExit, match="stopped"):
+    with pytest.raises(SystemExit, match="Stopped"):
         sj_taid(
             "train", *TINY, *start, "trainer.max_epochs=500", f"cache_dir={cache}",
             f"hydra.run.dir='{there.folder}'", f"+callbacks.stop._target_={__name__}.Stop",

@@ -1,0 +1,104 @@
+"""Checkpoints: reading what Lightning saves, loading it into a model, writing it atomically."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
+
+from ..model import ESVAE
+from ..thresholds import set_fixed_thresholds
+from .files import atomic_write, unwritable
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what Lightning saved.
+
+    Raises:
+        ValueError: not a checkpoint, damaged, or one that would run code.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"]
+        return checkpoint
+    except Exception as error:  # each kind of damage has an error of its own
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnpicklingError):  # where torch advises to load it all the same
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it names {code[1]}, code that would run" if code else "no pickle of tensors"
+            error.args = (reason,)
+        raise ValueError(
+            f"{path} is not a whole checkpoint of tensors ({reason}); replace it by one that "
+            "sj-taid wrote, or move it away and give the same command again to train from the start"
+        ) from error
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Load the model's part of the checkpoint that was read from ``path``.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+    state = checkpoint["state_dict"].items()
+    try:
+        model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in state if k.startswith("model.")}
+        )
+        # Calibrated thresholds are not the config's.
+        set_fixed_thresholds(model, checkpoint.get("fixed_thresholds", {}))
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of this run's model ({error}); leave out "
+            "the choices that change the model, or give a checkpoint of this run"
+        ) from error
+
+
+def save_mixture(model: ESVAE, checkpoint: dict[str, Any], path: Path) -> None:
+    """Put the mixture of ``model`` into the checkpoint that was read from ``path``."""
+    # Next to averaged weights Lightning saves those that go on training.
+    for state in {"state_dict", "current_model_state"} & checkpoint.keys():
+        for name, tensor in model.mixture.state_dict().items():
+            checkpoint[state][f"model.mixture.{name}"] = tensor
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint to a new file, which replaces the old one when it is whole.
+
+    Lightning's own writes into the temporary folder; where that is another file system, the file is
+    copied over the old one, and a kill or a full disk in that moment leaves half of it.
+    """
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        with atomic_write(Path(path)) as temporary:
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:
+                if "inline_container" not in str(error):  # torch's own writer of files
+                    raise
+                raise unwritable(Path(path), error) from error
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's checkpoint of the best epoch, known again where the run's folder was moved."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        path = Path(str(self.dirpath), f"{self.filename}.ckpt")
+        if path.is_file():
+            best = {
+                "best_model_path": str(path),
+                "kth_best_model_path": str(path),
+                "best_k_models": {str(path): state["best_model_score"]},
+            }
+            super().load_state_dict({**state, **best, "dirpath": self.dirpath})
