@@ -1,4 +1,4 @@
-"""``calibrate``: the rate asked for on any net, nothing else changed, and why it is missed."""
+"""``calibrate``: the target rate on any net, nothing else changed, and why it is missed."""
 
 import copy
 from unittest import mock
@@ -49,7 +49,7 @@ def set_thresholds(net, value):
 
 @pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, ALIFNode])
 @pytest.mark.parametrize("name", ZOO)
-def test_every_layer_of_the_zoo_reaches_the_rate_from_any_threshold(name, kind):
+def test_calibrate_reaches_the_rate_in_every_layer_of_the_zoo(name, kind):
     make, options, layers = ZOO[name]
     plain = neuron.ParametricLIFNode if kind is neuron.ParametricLIFNode else neuron.LIFNode
     net = make(spiking_neuron=plain, surrogate_function=surrogate.ATan(), **options)
@@ -91,7 +91,7 @@ def thresholds(net):
 
 @pytest.mark.parametrize("v_reset", [0.0, -0.25, -65.0, None])
 @pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.IFNode, ALIFNode])
-def test_step_by_step_sets_what_a_whole_sequence_sets(kind, v_reset):
+def test_calibrate_sets_the_same_step_by_step(kind, v_reset):
     net = small_net(kind, v_reset=v_reset)
     stepped = copy.deepcopy(net)
     functional.set_step_mode(net, "m")
@@ -104,7 +104,7 @@ def test_step_by_step_sets_what_a_whole_sequence_sets(kind, v_reset):
 
 
 @pytest.mark.parametrize("mode", ["s", "m"])
-def test_each_channel_has_its_threshold(mode):
+def test_calibrate_sets_each_channel(mode):
     net = nn.Sequential(layer.Conv2d(2, 3, 3), ALIFNode(channels=3, v_threshold=9.0))
     functional.set_step_mode(net, mode)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def make_fused_net(mode="m"):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["s", "m"])
-def test_nothing_but_thresholds_changes(mode, training):
+def test_calibrate_changes_only_thresholds(mode, training):
     net = make_fused_net(mode)
     functional.set_step_mode(net, mode)
     net(images()[0] if mode == "s" else images()).sum().backward()
@@ -166,7 +166,7 @@ def test_nothing_but_thresholds_changes(mode, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_fused_norm_counts_as_the_norm_before_it(training):
+def test_calibrate_takes_a_fused_norm_as_the_norm_before(training):
     net = make_fused_net().train(training)
     apart = copy.deepcopy(net)
     sj_taid.unfuse_norm(apart)
@@ -188,7 +188,7 @@ class Twice(nn.Module):
         return self.shared(self.second(self.shared(self.first(x_seq))))
 
 
-def test_a_neuron_used_twice_fires_at_the_rate_over_both_uses():
+def test_calibrate_counts_both_uses_of_a_shared_neuron():
     net = Twice()
     report = calibrate(net, torch.rand(4, 32, 8), rate=0.25)
     shared, idle = report.rows
@@ -197,7 +197,7 @@ def test_a_neuron_used_twice_fires_at_the_rate_over_both_uses():
     assert "1 layers calibrated, 1 missed" in str(report) and report.missed == (idle,)
 
 
-def test_recurrent_layers_reach_the_rate_with_their_own_spikes_fed_back():
+def test_calibrate_reaches_the_rate_in_recurrent_layers():
     net = nn.Sequential(
         layer.Linear(8, 32),
         layer.LinearRecurrentContainer(neuron.LIFNode(v_threshold=4.0), 32, 32),
@@ -213,7 +213,7 @@ def test_recurrent_layers_reach_the_rate_with_their_own_spikes_fed_back():
     assert not report.missed
 
 
-def test_layers_that_change_each_other_are_said():
+def test_calibrate_reports_layers_that_change_each_other():
     net = nn.Sequential(ALIFNode(step_mode="m"), nn.Linear(8, 8), ALIFNode(step_mode="m"))
     net[2].v_threshold = net[0].v_threshold
     with torch.no_grad():
@@ -222,8 +222,15 @@ def test_layers_that_change_each_other_are_said():
     assert report.rows[0].note.startswith("layers set after it changed it"), str(report)
 
 
+FIRES = "fires at 0 even with its threshold"
+
+
 def reset_above():
     return neuron.IFNode(v_threshold=6.0, v_reset=5.0)
+
+
+def bounded():
+    return ALIFNode(min_v_threshold=0.9)
 
 
 class Odd(neuron.LIFNode):
@@ -246,51 +253,31 @@ class Matrix(neuron.LIFNode):
     ("make", "x_seq", "note", "threshold"),
     [
         (ALIFNode, torch.zeros(3, 5, 4), "no input current", 1.0),
-        (
-            neuron.LIFNode,
-            -torch.rand(3, 5, 4),
-            "fires at 0 even with its threshold just above its reset to 0.0",
-            1.0,
-        ),
-        (
-            reset_above,
-            -torch.rand(3, 5, 4),
-            "fires at 0 even with its threshold just above its reset to 5.0",
-            6.0,
-        ),
-        (
-            lambda: ALIFNode(min_v_threshold=0.9),
-            torch.rand(3, 5, 4),
-            "fires at 0 even with its threshold at its bound 0.9",
-            1.0,
-        ),
-        (
-            neuron.LIFNode,
-            torch.ones(3, 5, 4),
-            "its rate jumps past the one asked for; try a larger batch",
-            None,
-        ),
+        (neuron.LIFNode, -torch.rand(3, 5, 4), f"{FIRES} just above its reset to 0.0", 1.0),
+        (reset_above, -torch.rand(3, 5, 4), f"{FIRES} just above its reset to 5.0", 6.0),
+        (bounded, torch.rand(3, 5, 4), f"{FIRES} at its bound 0.9", 1.0),
+        (neuron.LIFNode, torch.ones(3, 5, 4), "its rate jumps past the one asked for; try a", None),
         (Odd, torch.rand(3, 5, 4), "its output is not 0 or 1", 1.0),
         (Matrix, torch.rand(3, 5, 4), "its threshold has the shape [4, 1]", 1.0),
     ],
 )
-def test_why_a_rate_is_not_reached(make, x_seq, note, threshold):
+def test_calibrate_says_why_a_rate_is_missed(make, x_seq, note, threshold):
     node = make()
     report = calibrate(nn.Sequential(node), x_seq, rate=0.1)
     (row,) = report.missed
-    assert row.note == note
+    assert row.note.startswith(note)
     if threshold is not None:
         assert row.v_threshold == row.v_threshold_before == threshold
 
 
-def test_the_nearest_rate_that_is_not_0_is_taken():
+def test_calibrate_takes_the_nearest_rate_above_0():
     net = nn.Sequential(neuron.IFNode(v_threshold=100.0, step_mode="m"))
     for rate, nearest in ((0.05, 0.25), (0.3, 0.25), (0.45, 0.5), (0.9, 1.0)):
         (row,) = calibrate(net, torch.ones(4, 3, 2), rate=rate).rows
         assert row.rate == nearest
 
 
-def test_channels_that_miss_it_are_counted():
+def test_calibrate_counts_channels_that_miss():
     net = nn.Sequential(ALIFNode(channels=4, step_mode="m"))
     x_seq = torch.rand(4, 32, 4, 5)
     x_seq[:, :, 1:3] *= -1
@@ -299,21 +286,21 @@ def test_channels_that_miss_it_are_counted():
     assert net[0].v_threshold[1:3].tolist() == [1.0, 1.0]
 
 
-def test_not_finite_is_said():
+def test_calibrate_reports_a_voltage_that_is_not_finite():
     x_seq = torch.rand(4, 32, 8)
     x_seq[0, 0, 0] = torch.nan
     (row,) = calibrate(nn.Sequential(neuron.LIFNode(step_mode="m")), x_seq).missed
     assert row.note == "its voltage is not finite"
 
 
-def test_a_net_that_repeats_its_image_is_run_as_it_is():
+def test_calibrate_runs_a_net_that_repeats_its_image():
     net = Classifier(image_size=8, T=4, stages=[[8], [8]], hidden=64)
     set_thresholds(net, 20.0)
     report = calibrate(net, torch.rand(32, 1, 8, 8))
     assert len(report.rows) == 4 and not report.missed
 
 
-def test_a_compiled_net_is_calibrated_too():
+def test_calibrate_takes_a_compiled_net():
     net = nn.Sequential(nn.Linear(8, 64), ALIFNode(step_mode="m", v_threshold=5.0))
     compiled = torch.compile(net, backend="eager")
     x_seq = torch.rand(4, 16, 8)
@@ -325,14 +312,14 @@ def test_a_compiled_net_is_calibrated_too():
 
 
 @pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="the neuron is SpikingJelly 2.x's")
-def test_a_neuron_that_gives_a_trace_beside_its_spikes():
+def test_calibrate_takes_a_neuron_that_returns_a_trace_too():
     net = nn.Sequential(neuron.OTTTLIFNode(v_threshold=100.0))
     x_seq = torch.rand(1, 64, 32)
     (row,) = calibrate(net, x_seq, rate=0.25).rows
     assert row.rate == pytest.approx(0.25, abs=0.01) and net(x_seq[0])[0].mean() == row.rate
 
 
-def test_bad_arguments_and_a_run_that_fails_change_nothing():
+def test_calibrate_changes_nothing_after_an_error():
     net = small_net(neuron.LIFNode)
     for rate in (0.0, 1.0, -0.5, "a", None):
         with pytest.raises(ValueError, match="more than 0 and less than 1"):

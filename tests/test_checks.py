@@ -29,20 +29,20 @@ MODELS = {
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("net", ["a", None, {"0.weight": 1.0}, torch.nn.Linear])
-def test_what_is_no_net_is_an_error(name, net):
+def test_check_net_refuses_what_is_no_module(name, net):
     function = getattr(sj_taid, name)
     said = rf"{name} needs the net, a torch\.nn\.Module, but got"
     with pytest.raises(TypeError, match=said), ExitStack() as stack:
         stack.enter_context(function(net, *NETS[name]))  # which two of them need
 
 
-def test_no_function_of_a_net_is_left_out():
+def test_check_net_is_tested_for_every_function():
     functions = {n for n in sj_taid.__all__ if n[0].islower()}
     assert functions - set(NETS) == {"create_model", "list_models"}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_no_number_of_images_is_an_error(name):
+def test_check_count_refuses_what_is_no_number_of_images(name):
     model = MODELS[name]()
     for n in (-1, "4", 2.0, None, True, torch.tensor(3)):
         with pytest.raises(ValueError, match=r"integer >= 0, but got .*; give one, such"):

@@ -1,4 +1,4 @@
-"""One node on both lines of SpikingJelly, as the users of each expect it."""
+"""One node on both versions of SpikingJelly, as the users of each expect it."""
 
 import warnings
 
@@ -15,19 +15,19 @@ only_14 = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("version", ["0.0.0.0.15", "0.0.0.1", "1.0.0", "3.0.0"])
-def test_untested_version_gets_a_warning_that_names_both_lines(version):
+def test_warn_if_untested_names_both_versions(version):
     with pytest.warns(UserWarning, match=rf"0\.0\.0\.0\.14 and 2\.x, but {version}"):
         _compat.warn_if_untested(version)
 
 
 @pytest.mark.parametrize("version", ["0.0.0.0.14", "2.0.0", "2.1.3", _compat.SPIKINGJELLY_VERSION])
-def test_tested_version_gets_none(version):
+def test_warn_if_untested_is_silent_for_tested_versions(version):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _compat.warn_if_untested(version)
 
 
-def test_is_a_base_node_and_memory_module_of_the_host():
+def test_node_is_a_base_node_of_spikingjelly():
     node = ALIFNode()
     assert isinstance(node, neuron.BaseNode)
     assert dict(node.named_memories())["v"] == 0.0
@@ -37,7 +37,7 @@ def test_is_a_base_node_and_memory_module_of_the_host():
 
 
 @only_14
-def test_set_backend():
+def test_set_backend_reaches_the_node():
     net = nn.Sequential(nn.Linear(2, 2), ALIFNode())
     functional.set_backend(net, "torch")
     assert net[1].backend == "torch"
@@ -48,7 +48,7 @@ def test_set_backend():
 
 
 @only_14
-def test_an_override_of_a_hook_that_is_not_called_is_refused():
+def test_node_refuses_to_override_a_hook_it_does_not_call():
     with pytest.raises(TypeError, match="Other overrides neuronal_fire"):
 
         class Other(ALIFNode):

@@ -87,7 +87,7 @@ def test_data_parallel_on_a_cpu_is_the_net():
     assert torch.equal(nn.DataParallel(net, dim=1)(x_seq), expected)
 
 
-def test_replicas_share_gradients_and_not_states():
+def test_replicas_share_gradients_but_not_states():
     """What DataParallel does on several GPUs, by hand: replicas hold tensors for parameters."""
     node = ALIFNode(channels=6, v_threshold=0.3, step_mode="m")
     x_seq = batches()[0]

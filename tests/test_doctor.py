@@ -12,7 +12,7 @@ from sj_taid import doctor
 from sj_taid.ops import backends
 
 
-def test_runs_as_a_module(monkeypatch, capsys):
+def test_doctor_runs_as_a_module(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sj_taid.doctor"])
     with (
         pytest.warns(RuntimeWarning, match="found in sys.modules"),
@@ -25,7 +25,7 @@ def test_runs_as_a_module(monkeypatch, capsys):
     assert "backend torch: works" in output
 
 
-def test_gives_the_original_reason_and_the_remedy(monkeypatch):
+def test_availability_gives_the_original_reason_and_the_remedy(monkeypatch):
     def load():
         raise ImportError("libfast.so: cannot open\nsecond line")
 
@@ -36,17 +36,17 @@ def test_gives_the_original_reason_and_the_remedy(monkeypatch):
     ]
 
 
-def test_every_backend_but_torch_says_what_it_needs():
+def test_availability_knows_what_each_backend_needs():
     assert backends.NEEDS.keys() == backends.BACKENDS.keys() - {"torch"}
 
 
-def test_every_fused_backend_is_tried():
+def test_self_test_passes_for_every_backend():
     for name, device in doctor.fused_backends():
-        healthy, line = doctor.self_test(name, device)
-        assert healthy, line
+        equal, line = doctor.self_test(name, device)
+        assert equal, line
 
 
-def test_other_spikes_than_torchs_are_reported(monkeypatch, capsys):
+def test_doctor_reports_other_spikes_than_torchs(monkeypatch, capsys):
     def wrong(x_seq, *_, backend, **__):
         return (torch.full_like(x_seq, backend == "numba"),)
 
@@ -56,7 +56,7 @@ def test_other_spikes_than_torchs_are_reported(monkeypatch, capsys):
     assert "self test of numba: FAILED" in capsys.readouterr().out
 
 
-def test_a_kernel_that_does_not_compile_is_reported(monkeypatch, capsys):
+def test_doctor_reports_a_kernel_that_does_not_compile(monkeypatch, capsys):
     def refused(x_seq, *_, backend, **__):
         if backend == "torch":
             return (x_seq,)
@@ -72,7 +72,7 @@ def test_a_kernel_that_does_not_compile_is_reported(monkeypatch, capsys):
     assert "backend cupy: no; ImportError: no message" in shown
 
 
-def test_the_commit_is_this_checkouts_own(tmp_path, monkeypatch):
+def test_commit_is_this_checkouts_own(tmp_path, monkeypatch):
     """Not that of a repository in which the package happens to be installed."""
 
     def git(*arguments):
@@ -90,5 +90,5 @@ def test_the_commit_is_this_checkouts_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_gpu_is_tried():
+def test_fused_backends_has_the_gpu():
     assert ("cupy", "cuda") in list(doctor.fused_backends())

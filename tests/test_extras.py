@@ -31,7 +31,7 @@ for part, package in (("lightning", "lightning"), ("metric", "torchmetrics")):
 """
 
 
-def test_import_is_light_and_missing_packages_come_with_the_remedy():
+def test_import_is_light_and_names_missing_packages():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -67,7 +67,7 @@ print(json.dumps(said))
 
 
 @pytest.mark.slow
-def test_every_command_that_lacks_a_package_says_what_to_install():
+def test_commands_that_lack_a_package_say_what_to_install():
     pytest.importorskip("hydra", reason="needs the extra train")
     done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -96,14 +96,14 @@ main()
 
 
 @pytest.mark.slow
-def test_the_command_line_without_the_extra_train_is_one_line():
+def test_command_line_without_the_extra_train_is_one_line():
     done = subprocess.run([sys.executable, "-c", UNTRAINED], capture_output=True, text=True)
     assert done.returncode == 1 and "backend torch: works" in done.stdout
     said = r"sj-taid: .* extra train, .*omegaconf.*; to get it: pip install .* hydra-core .*\n"
     assert re.fullmatch(said, done.stderr)
 
 
-def test_star_leaves_spikingjellys_functional():
+def test_import_star_leaves_spikingjellys_functional():
     names = {"functional": theirs}
     exec("from sj_taid import *", names)
     assert names["functional"] is theirs and names["ALIFNode"] is sj_taid.ALIFNode

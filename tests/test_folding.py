@@ -61,7 +61,7 @@ def fold_silently(net):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["s", "m"])
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.0625])
-def test_outputs_are_equal_to_the_bit_for_powers_of_two(v_reset, mode, training):
+def test_fold_is_equal_to_the_bit_for_powers_of_two(v_reset, mode, training):
     net = make_net([0.25, 0.125, 0.0625], v_reset).train(training)
     functional.set_step_mode(net, mode)
     x_seq = 8 * images()
@@ -79,7 +79,7 @@ def test_outputs_are_equal_to_the_bit_for_powers_of_two(v_reset, mode, training)
     assert torch.equal(run(folded, x_seq), run(net, x_seq))
 
 
-def test_outputs_are_equal_to_rounding_otherwise():
+def test_fold_is_equal_to_rounding_otherwise():
     net = make_net([0.17, 0.113, 0.057], 0.0)
     functional.set_step_mode(net, "m")
     folded = fold_silently(net)
@@ -92,7 +92,7 @@ def test_outputs_are_equal_to_rounding_otherwise():
         x_seq = expected
 
 
-def test_norms_that_a_neuron_applies_are_folded_into():
+def test_fold_takes_fused_norms():
     net = nn.Sequential(layer.Conv2d(2, 4, 3), trained_norm(), alif([0.5, 0.25, 0.5, 1.0])).eval()
     functional.set_step_mode(net, "m")
     apart = fold_silently(net)
@@ -104,7 +104,7 @@ def test_norms_that_a_neuron_applies_are_folded_into():
     assert torch.equal(joined(images()), apart(images()))
 
 
-def test_neurons_of_spikingjelly_are_folded_too():
+def test_fold_takes_spikingjellys_neurons():
     net = nn.Sequential(nn.Linear(4, 4), neuron.ParametricLIFNode(v_threshold=0.25))
     net.append(nn.Linear(4, 4)).append(neuron.IFNode(v_threshold=0.125))
     x = torch.rand(16, 4)
@@ -115,7 +115,7 @@ def test_neurons_of_spikingjelly_are_folded_too():
     assert expected.any() and torch.equal(folded(x), expected)
 
 
-def test_residual_sums_keep_their_thresholds_and_say_so():
+def test_fold_keeps_thresholds_behind_residual_sums():
     net = build_swapped(spiking_resnet.spiking_resnet18, v_threshold=0.25)
     with pytest.warns(UserWarning) as caught:
         folded = to_lif(net, fold_threshold=True)
@@ -226,7 +226,7 @@ def behind(*modules, **options):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_threshold_that_cannot_be_folded_stays_and_says_why(net, why):
+def test_fold_says_why_a_threshold_stays(net, why):
     before = copy.deepcopy(net)
     with pytest.warns(UserWarning) as caught:
         kept = to_lif(net, fold_threshold=True, strict=False)

@@ -8,7 +8,7 @@ from torch import nn
 from sj_taid import ALIFNode, parameter_groups
 
 
-def test_every_learned_parameter_is_in_one_group():
+def test_parameter_groups_hold_every_learned_parameter_once():
     shared = ALIFNode()
     net = nn.Sequential(
         nn.Linear(2, 2),
@@ -26,7 +26,7 @@ def test_every_learned_parameter_is_in_one_group():
     assert "weight_decay" not in weights
 
 
-def test_neurons_learn_at_their_own_rate_and_schedulers_keep_the_ratio():
+def test_parameter_groups_learn_at_their_rates_under_a_scheduler():
     net = nn.Sequential(nn.Linear(2, 2), ALIFNode(v_threshold=0.3))
     optimizer = torch.optim.SGD(parameter_groups(net, lr=0.1, lr_scale=10.0), weight_decay=0.5)
     before = net[1].v_threshold.item()
@@ -39,7 +39,7 @@ def test_neurons_learn_at_their_own_rate_and_schedulers_keep_the_ratio():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.1])
 
 
-def test_empty_groups_are_left_out():
+def test_parameter_groups_leave_out_empty_ones():
     frozen = ALIFNode(learn_tau=False, learn_threshold=False)
     names = [group["name"] for group in parameter_groups(nn.Sequential(nn.Linear(1, 1)), lr=1)]
     assert names == ["weights"]
@@ -47,6 +47,6 @@ def test_empty_groups_are_left_out():
 
 
 @pytest.mark.parametrize("rates", [{"lr": -1.0}, {"lr": 1.0, "lr_scale": -1.0}])
-def test_rates_must_not_be_negative(rates):
+def test_parameter_groups_refuse_negative_rates(rates):
     with pytest.raises(ValueError, match="must be >= 0"):
         parameter_groups(ALIFNode(), **rates)

@@ -1,4 +1,4 @@
-"""A forgotten reset: errors that name the neuron, and two ways never to forget."""
+"""States: errors of a forgotten reset, fresh_state, gradient checkpointing."""
 
 import pytest
 import torch
@@ -17,21 +17,16 @@ def make_net(**options):
     return net
 
 
-def test_changed_batch_size_names_the_neuron_and_the_remedy():
-    net = make_net()
-    net(torch.rand(5, 2, 4))
-    with pytest.raises(ValueError, match=r"the neuron '1'.*\[2, 3\].*\[6, 3\].*reset_net\(net\)"):
-        net(torch.rand(5, 6, 4))
-
-
-def test_stale_graph_names_the_neuron_and_the_remedy():
+def test_state_that_cannot_be_carried_names_neuron_and_remedy():
     net = make_net()
     net(torch.rand(5, 2, 4)).sum().backward()
     with pytest.raises(RuntimeError, match=r"the neuron '1'.*freed.*reset_net.*detach_net"):
         net(torch.rand(5, 2, 4))
+    with pytest.raises(ValueError, match=r"the neuron '1'.*\[2, 3\].*\[6, 3\].*reset_net\(net\)"):
+        net(torch.rand(5, 6, 4))
 
 
-def test_a_neuron_without_a_name_describes_itself():
+def test_state_error_of_an_unnamed_neuron_describes_it():
     node = ALIFNode()
     node(torch.rand(2, 3)).sum().backward()
     with pytest.raises(RuntimeError, match=r"ALIFNode\(tau=2"):
@@ -44,7 +39,7 @@ def test_a_neuron_without_a_name_describes_itself():
 @pytest.mark.parametrize("T", [None, 1, 5])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("case", grid(dtypes=(torch.float32, torch.bfloat16)), ids=str)
-def test_freed_graph_is_seen_and_a_live_one_is_not(case, backend, T):
+def test_state_tells_a_freed_graph_from_a_live_one(case, backend, T):
     node = ALIFNode(
         **case.options(), backend=backend, store_v_seq=True, step_mode="m" if T else "s"
     )
@@ -70,7 +65,7 @@ def test_freed_graph_is_seen_and_a_live_one_is_not(case, backend, T):
         node(x)
 
 
-def test_what_is_not_a_mistake_passes():
+def test_state_may_be_carried_detached_or_reset():
     net = make_net()
     x = torch.rand(5, 2, 4)
     net(x).sum().backward(retain_graph=True)
@@ -84,7 +79,7 @@ def test_what_is_not_a_mistake_passes():
 
 
 @pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])
-def test_fresh_state_starts_from_rest_and_leaves_nothing(kind):
+def test_fresh_state_resets_before_and_after(kind):
     net = nn.Sequential(nn.Linear(4, 3), kind(surrogate_function=surrogate.ATan()))
     x = torch.rand(2, 4)
     with fresh_state(net) as same:
@@ -150,7 +145,7 @@ def test_memopt_gives_the_same_gradients(backend, wrap, chunks):
 @every_backend
 @every_net
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpoint_is_right_or_says_what_to_do(backend, wrap, use_reentrant):
+def test_checkpoint_is_right_or_names_the_remedy(backend, wrap, use_reentrant):
     net, x = make_deep_net(backend, wrap), torch.rand(4, 2, 4, requires_grad=True)
     name_neurons(net)
     expected = gradients(net, net, x)
@@ -181,7 +176,7 @@ def test_checkpoint_is_right_or_says_what_to_do(backend, wrap, use_reentrant):
 
 @every_backend
 @every_net
-def test_a_forward_unpacks_nothing_that_was_saved(backend, wrap):
+def test_forward_unpacks_nothing_that_was_saved(backend, wrap):
     net, x = make_deep_net(backend, wrap), torch.rand(4, 2, 4)
     unpacked = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
@@ -193,14 +188,14 @@ def test_a_forward_unpacks_nothing_that_was_saved(backend, wrap):
 
 @every_backend
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_training_may_go_on_from_voltages_of_an_inference(backend, mode):
+def test_state_of_an_inference_may_start_training(backend, mode):
     net, x = make_deep_net(backend, nn.Sequential), torch.rand(4, 2, 4)
     with mode():
         net(x)
     assert all(gradient.isfinite().all() for gradient in gradients(net, net, x))
 
 
-def test_a_change_in_place_names_the_neuron():
+def test_change_in_place_names_the_neuron():
     pytest.importorskip("numba", reason="needs numba: pip install numba")
     net = make_net(backend="numba")
     h = net[0](torch.rand(5, 2, 4))

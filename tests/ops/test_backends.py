@@ -39,24 +39,24 @@ def resolve(name):
     return backends.resolve(name, X, surrogate.ATan())
 
 
-def test_torch_is_the_reference():
+def test_resolve_torch_is_the_reference():
     assert resolve("torch").multi_step is reference.multi_step
 
 
-def test_unknown_name_lists_the_known():
+def test_resolve_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match=r"'cuda-magic' is unknown.*'auto', 'torch'"):
         resolve("cuda-magic")
 
 
 @pytest.mark.usefixtures("broken")
-def test_explicit_backend_raises_and_keeps_the_original_exception():
+def test_resolve_explicit_name_raises_from_the_original_exception():
     with pytest.raises(backends.BackendUnavailableError, match=r"ModuleNotFound.*fastlib") as info:
         resolve("broken")
     assert isinstance(info.value.__cause__, ImportError)
     assert isinstance(backends.why_not("broken"), ImportError)
 
 
-def test_auto_falls_back_and_says_why_once(broken):
+def test_resolve_auto_falls_back_and_says_why_once(broken):
     with pytest.warns(RuntimeWarning, match="'broken' is not available.*fastlib"):
         assert resolve("auto").multi_step is reference.multi_step
     with warnings.catch_warnings():
@@ -65,7 +65,7 @@ def test_auto_falls_back_and_says_why_once(broken):
     assert len(broken) == 1, "a failed import is not repeated"
 
 
-def test_a_call_the_backend_cannot_take_is_refused_with_its_reason(monkeypatch):
+def test_resolve_refuses_an_unsupported_call_with_its_reason(monkeypatch):
     picky = backends.Backend(reference.multi_step, lambda x, s: "it is Tuesday")
     monkeypatch.setitem(backends.BACKENDS, "picky", lambda: picky)
     with pytest.raises(backends.BackendUnavailableError, match="it is Tuesday"):
@@ -73,7 +73,7 @@ def test_a_call_the_backend_cannot_take_is_refused_with_its_reason(monkeypatch):
 
 
 @pytest.mark.usefixtures("broken")
-def test_environment_variable_decides_for_auto_and_is_a_contract(monkeypatch):
+def test_resolve_auto_takes_the_environment_variable_or_raises(monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "torch")
     assert resolve("auto").multi_step is reference.multi_step
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "broken")
@@ -81,7 +81,7 @@ def test_environment_variable_decides_for_auto_and_is_a_contract(monkeypatch):
         resolve("auto")
 
 
-def test_a_bad_environment_variable_is_named(monkeypatch):
+def test_resolve_names_a_bad_environment_variable(monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cuda-magic")
     with pytest.raises(ValueError, match=r"SJ_TAID_BACKEND='cuda-magic' is unknown.*'torch'"):
         resolve("auto")
@@ -97,7 +97,7 @@ class Watching(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def test_auto_takes_torch_while_a_dispatch_mode_watches(monkeypatch):
+def test_resolve_auto_takes_torch_while_a_dispatch_mode_watches(monkeypatch):
     fused = backends.Backend(lambda *_: None, lambda x, s: None)
     monkeypatch.setitem(backends.BACKENDS, "fused", lambda: fused)
     monkeypatch.setitem(backends.PREFERENCE, "cpu", ("fused",))
@@ -114,7 +114,7 @@ def test_auto_takes_torch_while_a_dispatch_mode_watches(monkeypatch):
 @pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode])
 @pytest.mark.parametrize("v_reset", [0.0, -0.5, None])
 @pytest.mark.parametrize("step_mode", ["s", "m"])
-def test_spikingjelly_counts_alif_as_the_neuron_it_was(step_mode, v_reset, kind, counter):
+def test_counters_read_the_same_after_a_swap(step_mode, v_reset, kind, counter):
     counters = pytest.importorskip("spikingjelly.activation_based.op_counter")
     node = kind(v_threshold=0.1, v_reset=v_reset)
     net = nn.Sequential(layer.Linear(3, 5), node, layer.Linear(5, 2))
@@ -148,7 +148,7 @@ def test_watching_changes_no_result():
 
 
 @pytest.mark.slow
-def test_importing_a_backend_runs_no_operator():
+def test_why_not_runs_no_operator():
     """Or the first call under a counter of operations fails, or is counted."""
     script = """
 from tests.ops.test_backends import Watching

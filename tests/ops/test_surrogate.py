@@ -1,4 +1,4 @@
-"""The closed-form derivatives against SpikingJelly's own backward, on the line installed."""
+"""The closed-form derivatives against SpikingJelly's own backward, on the installed version."""
 
 import inspect
 import itertools
@@ -50,7 +50,7 @@ def spikingjelly_derivative(module, x):
     "module", list(modules()), ids=lambda m: f"{type(m).__name__}({m.extra_repr()})"
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_equals_spikingjelly(module, dtype):
+def test_derivative_equals_spikingjellys(module, dtype):
     x = points(module, dtype)
     expected = spikingjelly_derivative(module, x)
     name, a, b = derivative_of(module)
@@ -62,12 +62,12 @@ def test_equals_spikingjelly(module, dtype):
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_every_derivative_is_of_a_class_of_one_of_the_two_lines():
+def test_derivatives_are_of_classes_of_either_version():
     only_in_2 = {"Rect", "SuperSpike", "DeterministicPass"}
     assert set(DERIVATIVES) - set(AVAILABLE) == (set() if FUNCTIONAL_STATES else only_in_2)
 
 
-def test_numba_can_tell_all_derivatives_apart():
+def test_derivatives_have_distinct_names_for_numba():
     assert {name: d.python.__qualname__ for name, d in DERIVATIVES.items()} == {
         name: name for name in DERIVATIVES
     }
@@ -77,7 +77,7 @@ class Steeper(surrogate.ATan):
     """A subclass, whose backward may be anything."""
 
 
-def test_the_default_of_the_neuron_is_supported():
+def test_unsupported_takes_the_neurons_default():
     assert unsupported(surrogate.Sigmoid()) is None
 
 
@@ -92,5 +92,5 @@ def test_the_default_of_the_neuron_is_supported():
         (surrogate.Sigmoid(alpha=torch.tensor(4.0)), "alpha .* Tensor"),
     ],
 )
-def test_says_why_not(surrogate_function, reason):
+def test_unsupported_says_why_not(surrogate_function, reason):
     assert re.search(reason, unsupported(surrogate_function))

@@ -102,7 +102,7 @@ def test_on_the_second_device_while_the_first_is_current():
         check(CASE, tensors(CASE, "cuda:1"))
 
 
-def test_cuda_graph_replays_with_the_parameters_of_the_day():
+def test_cuda_graph_replays_with_current_parameters():
     leaves = tensors(CASE, "cuda")
     x_seq, w, threshold = (leaves[n] for n in ("x", "w", "v_threshold"))
 

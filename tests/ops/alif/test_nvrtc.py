@@ -68,7 +68,7 @@ def reports():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_at_most_16_bytes_a_thread_are_spilled(reports, arch):
+def test_at_most_16_bytes_per_thread_are_spilled(reports, arch):
     assert reports[arch].keys() == set(NAMES)
     spilled = {name: r.spill_stores for name, r in reports[arch].items() if r.spill_stores}
     assert all(size <= 16 for size in spilled.values()), spilled
@@ -76,7 +76,7 @@ def test_at_most_16_bytes_a_thread_are_spilled(reports, arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_nothing_is_spilled_up_to_16_values_a_thread(reports, arch):
+def test_nothing_is_spilled_up_to_16_values_per_thread(reports, arch):
     spilled = {n: r for n, r in reports[arch].items() if r.spill_stores and values(n) <= 16}
     assert not spilled
 
@@ -180,7 +180,7 @@ def widths(text, direction):
     return [int(n or 1) * int(bits) // 8 for n, bits in re.findall(pattern, text)]
 
 
-def test_the_newest_wheel_is_taken(tmp_path):
+def test_wheels_are_newest_first(tmp_path):
     """Wheels of CUDA 12 and before lie in cuda_nvrtc, later ones in cu13, which sorts before it."""
     names = (
         "cuda_nvrtc/lib/libnvrtc.so.12",
@@ -195,7 +195,7 @@ def test_the_newest_wheel_is_taken(tmp_path):
     assert [path.name for path in found] == ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2"]
 
 
-def test_a_failed_compilation_shows_the_compilers_log():
+def test_resources_show_the_compilers_log_after_an_error():
     with pytest.raises(RuntimeError, match=r"(?s)COMPILATION.*kernels.cu\(1\): error"):
         nvrtc.resources("__global__ void f() { x }", ("f",), "sm_90")
 
