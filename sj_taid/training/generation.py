@@ -37,7 +37,7 @@ class Generation(Autoencoding):
             None treats it as all other parameters.
 
     Raises:
-        ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior of its own.
+        ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior.
     """
 
     model_attributes: tuple[str, ...] = ("training_loss", "sample")

@@ -71,9 +71,9 @@ def test_export_half_keeps_norms_and_neurons(runs, tmp_path):
     half = create_model(folder, pretrained=True)
     assert (folder / "model.safetensors").stat().st_size < 0.7 * size
     for key, value in exact.state_dict().items():
-        kept = half.state_dict()[key]
-        assert kept.dtype == value.dtype
-        assert torch.equal(kept, value.half().to(value.dtype) if value.dim() > 1 else value), key
+        stored = half.state_dict()[key]
+        assert stored.dtype == value.dtype
+        assert torch.equal(stored, value.half().to(value.dtype) if value.dim() > 1 else value), key
 
 
 def test_export_of_fixed_thresholds(tmp_path):
@@ -100,8 +100,8 @@ def test_export_leaves_the_backend_out(runs, tmp_path):
 def test_export_of_later_evaluations(runs, tmp_path):
     run = Run(runs / "classifier")
     for digest, accuracy in ((run.checkpoint_sha256(), 0.5), ("another", 0.9)):
-        figures = {"metrics": {"accuracy": accuracy}, "protocol": {"accuracy": "by hand"}}
-        run.save_evaluation({"checkpoint_sha256": digest} | figures)
+        measured = {"metrics": {"accuracy": accuracy}, "protocol": {"accuracy": "by hand"}}
+        run.save_evaluation({"checkpoint_sha256": digest} | measured)
     card = (export(runs / "classifier", "tiny", tmp_path) / "README.md").read_text()
     assert "| 50.00 | by hand |" in card and "90.00" not in card
 

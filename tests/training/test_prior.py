@@ -83,15 +83,15 @@ def test_fit_prior_command(folder, finished, sj_taid):
     later = ["model.components=3", "model.iterations=9"]
     assert Run(folder).metrics["overrides"] == later
     assert Run(folder).metrics["command"].split(" ", 2) == ["sj-taid", "train", " ".join(later)]
-    figures = evaluate(compose("evaluate", [f"checkpoint={folder}"]))["metrics"]
+    evaluated = evaluate(compose("evaluate", [f"checkpoint={folder}"]))["metrics"]
     fitted, metrics = Run(finished).metrics, Run(folder).metrics
-    assert figures["fad"] == metrics["fad"] == fitted["fad"]
-    assert figures["fad_mixture"] != fitted["fad_mixture"]
+    assert evaluated["fad"] == metrics["fad"] == fitted["fad"]
+    assert evaluated["fad_mixture"] != fitted["fad_mixture"]
     # What was measured of the mixture before would be taken for this one's.
     assert fitted.keys() - metrics.keys() == {"fad_mixture"}
     assert "fad_mixture" not in metrics["protocol"]
     (evaluation,) = Run(folder).evaluations
-    assert evaluation["metrics"] == figures
+    assert evaluation["metrics"] == evaluated
 
     drawn = []
     for prior in ("learned", "mixture"):
