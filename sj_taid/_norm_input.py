@@ -44,10 +44,11 @@ class NormInput(Tensor):
         return cls.wrap(result, wrapped.passed_on_by) if isinstance(result, Tensor) else result
 
 
-#: What containers and gradient checkpointing do with a tensor that they hand on.
+#: What containers, gradient checkpointing and counters of operations do with a tensor that they
+#: hand on.
 _READS_NO_VALUE = (
     *("__get__", "__set__", "__len__", "__repr__", "dim", "size", "stride", "numel"),
-    *("is_floating_point", "requires_grad_", "detach", "clone"),
+    *("is_floating_point", "requires_grad_", "detach", "clone", "register_hook"),
     *("view", "view_as", "reshape", "flatten", "unsqueeze"),
 )
 

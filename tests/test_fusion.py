@@ -9,6 +9,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import sj_taid
 from sj_taid import ALIFNode
@@ -211,6 +212,17 @@ def test_fused_norm_with_gradient_checkpointing(whole, reentrant):
         return checkpoint(block, x_seq if whole else net[0](x_seq), use_reentrant=reentrant)
 
     assert_close(gradients(net, images(), run), expected)
+
+
+def test_fused_norm_under_a_flop_counter():
+    net = nn.Sequential(layer.Conv2d(4, 4, 1, step_mode="m"), norm(), alif())
+    with FlopCounterMode(display=False) as counter:
+        net(images())
+    other = fused(net)
+    functional.reset_net(other)
+    with FlopCounterMode(display=False) as fused_counter:
+        other(images())
+    assert fused_counter.get_total_flops() == counter.get_total_flops() > 0
 
 
 def reads_error():
