@@ -78,7 +78,6 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def __init__(self, features: Features, **kwargs: Any) -> None:
         super().__init__(feature=features, **kwargs)
-        self.num_features = features.num_features
         self.needed = features.num_features + 1
         self.protocol = (
             f"Frechet distance of {features.num_features} features of {features.description}, "
@@ -87,15 +86,12 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def compute(self) -> Tensor:
         """The distance of all images so far."""
-        counts = {
-            "real": int(self.real_features_num_samples),
-            "generated": int(self.fake_features_num_samples),
-        }
-        for kind, count in counts.items():
+        counts = self.real_features_num_samples, self.fake_features_num_samples
+        for kind, count in zip(("real", "generated"), map(int, counts), strict=True):
             if count < self.needed:
                 raise ValueError(
                     f"the Frechet distance got {count} {kind} images; a covariance of "
-                    f"{self.num_features} features needs at least {self.needed}, and the papers "
+                    f"{self.needed - 1} features needs at least {self.needed}, and the papers "
                     "use 5000: add images"
                 )
         return super().compute()

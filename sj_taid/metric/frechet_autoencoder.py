@@ -91,9 +91,7 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
             super().__init__(PublishedCodes(path), **kwargs)
             path = statistics
             with np.load(path) as arrays:
-                mean, covariance = (
-                    torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma")
-                )
+                mean, covariance = (torch.tensor(arrays[key]).double() for key in ("mu", "sigma"))
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"no file {path}, which FAD as published needs; {remedy}"

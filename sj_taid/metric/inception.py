@@ -98,10 +98,9 @@ class InceptionScore(torchmetrics.Metric):
 
     the mean over ``splits`` parts of the images; from 1 to the number of classes, higher is better.
 
-    torchmetrics' own draws the parts from the global random generator, and waits for ever where
-    processes have seen unequal numbers of batches. Here the images are dealt to the parts in turn
-    and the states are float64 sums: nothing is drawn, and results are right under DDP and
-    independent of the batches. With one part both agree.
+    Unlike torchmetrics' own it draws nothing, and is right where processes have seen unequal
+    numbers of batches: images are dealt to the parts in turn, and states are float64 sums. With one
+    part both agree.
 
     Args:
         features: the network that turns images into features, :class:`~sj_taid.metric.Inception`.

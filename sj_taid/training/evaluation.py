@@ -1,7 +1,4 @@
-"""Metrics of the images that a model samples: FAD, FID and the Inception score.
-
-FAD's autoencoder and the statistics of the test images are made once and cached.
-"""
+"""Metrics of the images that a model samples: FAD, FID and the Inception score."""
 
 import hashlib
 import json
@@ -124,11 +121,7 @@ class Evaluator:
         return values | {"protocol": protocol}
 
     def prepare_metrics(self, data: ImageData, device: torch.device) -> MetricCollection:
-        """The metrics, already updated with the test images.
-
-        A metric has ``needed``, the least number of images, and ``protocol``; one that compares
-        with real images keeps what it needs of them in states whose names start with ``real_``.
-        """
+        """The metrics, already updated with the test images."""
         test_images = len(data.test_set)
         # Of several processes the first alone measures: there is nothing to sum.
         alone = {"sync_on_compute": False}
@@ -163,13 +156,12 @@ class Evaluator:
         return PublishedFrechetAutoencoderDistance(folder, name, sync_on_compute=False)
 
     def _check_enough(self, name: str, needed: int, test_images: int | None = None) -> None:
+        out = "" if name == "fad" else ", or leave it out with metric.inception_weights=false"
         counts = {"metric.samples": self.samples, "the number of test images": test_images}
         for what, count in counts.items():
             if count is not None and count < needed:
-                out = ", or leave it out with metric.inception_weights=false"
                 raise ValueError(
-                    f"{name} needs at least {needed} images, but {what} is {count}; give more"
-                    + ("" if name == "fad" else out)
+                    f"{name} needs at least {needed} images, but {what} is {count}; give more{out}"
                 )
 
     def _update_with_test_images(self, metric: Any, data: ImageData) -> None:
@@ -183,11 +175,10 @@ class Evaluator:
                 metric.update(images.to(metric.device), real=True)
             return _real_states(metric)
 
-        digest = _digest(metric.protocol, data.fingerprint())
-        load_or_make(self.cache_dir / f"statistics-{data.name}-{digest}.pt", load, make)
+        path = self._cached("statistics", data, metric.protocol, data.fingerprint())
+        load_or_make(path, load, make)
 
     def _trained_autoencoder(self, data: ImageData) -> Autoencoder:
-        """FAD's autoencoder."""
         settings = dict(self.autoencoder)
         widths = settings["hidden_channels"], settings["latent_channels"]
         untrained = partial(Autoencoder, data.channels, data.image_size, *widths)
@@ -209,10 +200,14 @@ class Evaluator:
 
         autoencoder = untrained()
         training = json.dumps(settings, sort_keys=True, default=list)
-        digest = _digest(training, repr(autoencoder), data.fingerprint(data.train_set))
-        path = self.cache_dir / f"autoencoder-{data.name}-{digest}.pt"
+        parts = training, repr(autoencoder), data.fingerprint(data.train_set)
+        path = self._cached("autoencoder", data, *parts)
         load_or_make(path, autoencoder.load_state_dict, train)
         return autoencoder
+
+    def _cached(self, kind: str, data: ImageData, *parts: str) -> Path:
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return self.cache_dir / f"{kind}-{data.name}-{digest}.pt"
 
 
 def bare_trainer(accelerator: str, bar: bool = False, **options: Any) -> L.Trainer:
@@ -230,10 +225,7 @@ def bare_trainer(accelerator: str, bar: bool = False, **options: Any) -> L.Train
 
 
 def load_or_make(path: Path, load: Callable[[Tensors], Any], make: Callable[[], Tensors]) -> None:
-    """Load what is cached at ``path``, or make it and cache it.
-
-    Of several processes one makes it, while the others wait for it.
-    """
+    """Load what is cached at ``path``, or make and cache it, in one of several processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.is_file():
@@ -250,9 +242,4 @@ def load_or_make(path: Path, load: Callable[[Tensors], Any], make: Callable[[], 
 
 def _real_states(metric: Any) -> Tensors:
     """What a metric has accumulated of real images."""
-    states = metric.metric_state.items()
-    return {name: state for name, state in states if name.startswith("real_")}
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return {k: state for k, state in metric.metric_state.items() if k.startswith("real_")}

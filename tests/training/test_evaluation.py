@@ -11,15 +11,8 @@ from sj_taid.data import Digits
 from sj_taid.metric import FrechetDistance
 from sj_taid.training import evaluation
 from sj_taid.training.evaluation import Evaluator, load_or_make
+from tests.data.made_up import ready
 from tests.training.conftest import Network
-
-AUTOENCODER = {
-    "hidden_channels": [4],
-    "latent_channels": 3,
-    "epochs": 1,
-    "batch_size": 32,
-    "seed": 0,
-}
 
 
 class Noise(torch.nn.Module):
@@ -35,16 +28,14 @@ class Noise(torch.nn.Module):
 
 
 def digits(**options):
-    shared = {"name": "digits", "channels": 1, "image_size": 8, "batch_size": 32}
-    data = Digits(**shared | options)
-    data.setup()
-    return data
+    return ready(Digits, **{"name": "digits", "image_size": 8, "batch_size": 32} | options)
 
 
 @pytest.fixture
 def evaluator(tmp_path):
     """With an empty cache."""
-    return Evaluator(40, dict(AUTOENCODER), cache_dir=tmp_path / "cache", accelerator="cpu")
+    autoencoder = {"hidden_channels": [4], "latent_channels": 3, "epochs": 1, "batch_size": 32}
+    return Evaluator(40, autoencoder | {"seed": 0}, cache_dir=tmp_path, accelerator="cpu")
 
 
 def states(evaluator, data):

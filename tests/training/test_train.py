@@ -243,6 +243,8 @@ def test_compose_lists_the_choices_of_a_group(tiny, override, error, message):
         ("surrogate=atan surrogate.alpha=abc", r"surrogate\.alpha must be a number"),
         ("dataset.batch_size=null", "batch_size must be a whole number from 1, but it is None"),
         ("dataset.num_workers=-1", "num_workers must be a whole number from 0, but it is -1"),
+        ("dataset.limit=0", "limit must be a whole number from 1, or null, but it is 0"),
+        ("dataset.erase=1.5", r"dataset\.erase must be a probability, but it is 1\.5"),
         ("optimizer.lr=abc", r"optimizer\.lr must be a number from 0"),
         ("neuron_start.calibrate=7", "calibrate must be a rate between 0 and 1, or null"),
         ("compile=fast", r"compile must be true, false or options of torch\.compile"),
