@@ -18,7 +18,7 @@ def is_watched() -> bool:
 
 
 @contextmanager
-def unwatched() -> Iterator[None]:
-    """Hide operations that SpikingJelly's neurons do without from modes that watch."""
+def hide_from_modes() -> Iterator[None]:
+    """Hide operations that SpikingJelly's neurons do not have from modes that count them."""
     with _python_dispatch._disable_current_modes():
         yield

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import bits
-from ..watching import is_watched, unwatched
+from ..watching import hide_from_modes, is_watched
 from .norm import Norm, batch_norm
 
 
@@ -58,7 +58,7 @@ def _without_overflow(h: Tensor, v_reset: float) -> Tensor:
     if not is_watched():
         return h.masked_fill(h == math.inf, v_reset)
     # SpikingJelly's counter of neuron states follows a voltage by its memory: change it in place.
-    with unwatched():
+    with hide_from_modes():
         return h.masked_fill_(h == math.inf, v_reset)
 
 

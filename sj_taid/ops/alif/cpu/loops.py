@@ -458,10 +458,10 @@ def backward_for(
                     through += grad_v[i] * by_spike
                 through *= np.float32(derivative(over, a, b))
                 # Products, not choices, as torch's: what is not finite stays so.
-                kept = grad_v[i] if soft else (np.float32(1) - spike) * grad_v[i]
+                past_reset = grad_v[i] if soft else (np.float32(1) - spike) * grad_v[i]
                 if not soft and h == np.float32(np.inf):
-                    kept = np.float32(0)
-                grad_h = through + kept
+                    past_reset = np.float32(0)
+                grad_h = through + past_reset
                 if learn_threshold:
                     grad_threshold[i] -= through + (spike * grad_v[i] if soft else np.float32(0))
                 if learn_w:
