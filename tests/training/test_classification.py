@@ -62,6 +62,7 @@ def test_a_run_leaves_everything(classify, tmp_path, neuron):
         sample.main(cfg)
 
 
+@pytest.mark.slow
 def test_learns_digits_under_its_schedule(tiny, tmp_path):
     cfg = tiny(
         "task=classification", "dataset.image_size=8", "trainer.max_epochs=3",

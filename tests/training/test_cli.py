@@ -34,6 +34,7 @@ def composed(sj_taid, capsys):
     return compose
 
 
+@pytest.mark.slow
 def test_cli_reports_a_typo_before_heavy_imports():
     program = """if True:
         import sys

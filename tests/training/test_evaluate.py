@@ -35,6 +35,7 @@ def evaluations_of(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("evaluations/*.json"))]
 
 
+@pytest.mark.slow
 def test_evaluate_command(folder, tmp_path):
     before = metrics_of(folder)
     checkpoint = folder / run.CHECKPOINTS / "last.ckpt"

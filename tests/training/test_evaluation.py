@@ -166,6 +166,7 @@ def make_slowly(path, made):
     assert torch.equal(loaded(path, make)["x"], torch.ones(2))
 
 
+@pytest.mark.slow
 def test_load_or_make_makes_in_one_of_several_processes(tmp_path):
     fork = multiprocessing.get_context("fork")
     made = fork.Queue()

@@ -95,6 +95,7 @@ def random_data(monkeypatch):
         monkeypatch.setattr(cls, "load", load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

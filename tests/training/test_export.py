@@ -34,6 +34,7 @@ def equal(one, other):
     )
 
 
+@pytest.mark.slow
 def test_export_command(runs, tmp_path, sj_taid, capsys):
     sj_taid("export", str(runs / "fsvae"), "--name", "tiny-1", "--out", str(tmp_path))
     assert f"create_model('{tmp_path / 'tiny-1'}', pretrained=True)" in capsys.readouterr().out

@@ -357,6 +357,7 @@ def stopped(sj_taid, capsys):
     return execute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [

@@ -26,6 +26,7 @@ def kept_figure(where, folder):
         return [v for (v,) in store.execute("SELECT value FROM metrics WHERE key='reconstruction'")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["csv", "mlflow"])
 def test_a_tracker_has_the_config_and_the_figures(tiny, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -36,6 +37,7 @@ def test_a_tracker_has_the_config_and_the_figures(tiny, tmp_path, monkeypatch, n
     assert not (tmp_path / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_each_job_of_a_process_is_a_run_of_its_own_offline(tiny, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -68,6 +68,7 @@ def test_generation_report_notes_a_learned_prior_near_untrained(values, note):
     assert any(line.startswith(said) for line in lines) == note
 
 
+@pytest.mark.slow
 def test_fit_prior_command(folder, finished, sj_taid):
     before = torch.load(Run(folder).checkpoint, weights_only=True)
     sj_taid("fit_prior", f"checkpoint={folder}", "components=3", "iterations=9")
@@ -100,6 +101,7 @@ def test_fit_prior_command(folder, finished, sj_taid):
     assert drawn[0] != drawn[1]
 
 
+@pytest.mark.slow
 def test_resumed_run_fits_the_mixture_again(folder, tiny):
     before = load_model(folder).mixture.means
     cfg = tiny(*TINY_ESVAE, "trainer.max_epochs=2", tiny=False)
@@ -147,6 +149,7 @@ EARLY = "lightning.pytorch.callbacks.EarlyStopping"
 EARLY = f"{{_target_: {EARLY}, monitor: val/reconstruction, patience: 0, stopping_threshold: 1e9}}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "epochs"),
     [
@@ -162,6 +165,7 @@ def test_train_fits_the_mixture_however_it_ends(tiny, tmp_path, options, epochs)
     assert not epochs or load_model(tmp_path).mixture.fitted
 
 
+@pytest.mark.slow
 def test_resumed_run_fits_the_mixture_that_a_kill_prevented(tiny, tmp_path, monkeypatch, finished):
     cfg = tiny(*TINY_ESVAE, tiny=False)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -173,6 +177,7 @@ def test_resumed_run_fits_the_mixture_that_a_kill_prevented(tiny, tmp_path, monk
     assert load_model(tmp_path).mixture.fitted
 
 
+@pytest.mark.slow
 def test_train_fits_the_mixture_to_averaged_weights(tiny, tmp_path):
     average = "lightning.pytorch.callbacks.EMAWeightAveraging"
     averaged = [f"+callbacks.ema._target_={average}", "+callbacks.ema.decay=1"]
@@ -203,6 +208,7 @@ class Stop(L.Callback):
             raise SystemExit("stopped")
 
 
+@pytest.mark.slow
 def test_resumed_finished_run_is_unfinished_until_it_ends(folder, cache, sj_taid):
     there = Run(folder)
     shorter, config = there.metrics, there.config

@@ -108,6 +108,7 @@ def test_best_test_epoch_counts_without_a_validation_set(job, tmp_path):
     assert set(metrics["protocol"].values()) == {how}
 
 
+@pytest.mark.slow
 def test_best_validation_epoch_survives_a_kill(job, tmp_path):
     undisturbed = train(job(*with_callbacks(Spoil)), tmp_path / "undisturbed")
     with pytest.raises(SystemExit, match="killed"):

@@ -36,6 +36,7 @@ def die_while_writing(path):
     AtomicCheckpointIO().save_checkpoint({}, path)
 
 
+@pytest.mark.slow
 def test_lock_removes_what_a_killed_writer_left(tmp_path):
     run = Run(tmp_path)
     AtomicCheckpointIO().save_checkpoint({"epoch": 3}, run.checkpoint)

@@ -39,6 +39,7 @@ def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+@pytest.mark.slow
 def test_train_command_leaves_everything_and_can_be_sampled(tmp_path, cache):
     folder = tmp_path / "run"
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
@@ -86,6 +87,7 @@ def test_train_with_the_documented_scheduler(tiny, tmp_path):
     assert state["_last_lr"] == [pytest.approx(1e-5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", options("decoder"))
 @pytest.mark.parametrize("neuron", sorted({*options("neuron")} - {"alif_channel"}))
 def test_train_every_neuron_with_every_decoder(tiny, tmp_path, neuron, decoder):
@@ -96,6 +98,7 @@ def test_train_every_neuron_with_every_decoder(tiny, tmp_path, neuron, decoder):
         assert (tmp_path / name).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -169,6 +172,7 @@ class Stop(L.Callback):
             raise SystemExit("stopped")
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_in_its_folder_with_its_choices(
     tiny, sj_taid, tmp_path, cache, capsys, monkeypatch
 ):
