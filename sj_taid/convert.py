@@ -109,8 +109,7 @@ def swap_neurons(
 
     Kept and reported: subclasses of these nodes and other neurons; nodes that ``filter`` declines,
     with a tensor for a threshold, a tau of 1 or a precision policy; ``net`` itself. A neuron in a
-    Python list, which hides it from ``parameters()`` too, is not seen: use ``nn.ModuleList``. A
-    replaced neuron that still runs, since a list or a closure holds it, warns.
+    Python list is not seen: use ``nn.ModuleList``. A replaced neuron that still runs warns.
 
     Args:
         net: any module with SpikingJelly neurons.
