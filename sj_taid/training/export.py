@@ -1,8 +1,7 @@
 """Export the model of a finished run: ``sj-taid export RUN --name NAME``.
 
 Writes a folder for ``sj_taid.create_model``: the weights of the run's last checkpoint, the model's
-config, and a card with its data, command, commit, metrics and licence. None of them has a path of
-this machine.
+config, and a card with its data, command, commit, metrics and licence.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from .. import pretrained
 from .._extras import needs
@@ -146,18 +145,14 @@ def format_metrics(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _remove_backends(config: Any) -> Any:
-    """Leave the choice of the neurons' backend to the machine that loads the model."""
+    """Leave the neurons' backend to the machine that loads the model."""
     if isinstance(config, dict):
         return {k: _remove_backends(value) for k, value in config.items() if k != "backend"}
     return [_remove_backends(part) for part in config] if isinstance(config, list) else config
 
 
 def _card(
-    name: str,
-    licence: str,
-    model: torch.nn.Module,
-    metrics: Mapping[str, Any],
-    data: Mapping[str, Any],
+    name: str, licence: str, model: nn.Module, metrics: dict[str, Any], data: dict[str, Any]
 ) -> str:
     sample = [data["channels"], data["image_size"], data["image_size"]]
     shape = ", ".join(map(str, [data["T"], 1, *sample] if "T" in data else [1, *sample]))
@@ -178,10 +173,10 @@ def _card(
         "licence": licence,
     }
     protocol = metrics.get("protocol", {})
-    table = [
+    table = (
         f"| {title} | {value} | {protocol.get(key, 'test set, after the last epoch')} |"
         for key, (title, value) in format_metrics(metrics).items()
-    ]
+    )
     return CARD.format(
         name=name,
         licence=licence,

@@ -13,11 +13,7 @@ Metrics = dict[str, Any]
 
 
 def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str]]:
-    """The metrics of every finished run below ``folders``, and why the other runs have none.
-
-    Raises:
-        FileNotFoundError: a folder does not exist, or there is no run in any of them.
-    """
+    """The metrics of every finished run below ``folders``, and why the other runs have none."""
     finished, left_out = {}, {}
     seen = set()  # a folder may hold another of them
     for folder in folders:
@@ -55,12 +51,7 @@ def gather_for_command(
 
 
 def read(finished: run.Run) -> Metrics:
-    """The metrics of a run, updated by later evaluations of its checkpoints.
-
-    Raises:
-        OSError: the run is not finished, or a file cannot be read.
-        ValueError: a file of the run is damaged, or is not what a run writes.
-    """
+    """The metrics of a run, updated by later evaluations of its checkpoints."""
     metrics = finished.metrics
     finished.config  # noqa: B018 - a run with a damaged config is not whole
     if not {"command", "overrides", "choices"} <= metrics.keys():

@@ -12,7 +12,8 @@ import base64
 import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from itertools import combinations, cycle
 from pathlib import Path
@@ -73,11 +74,7 @@ def first_images(dataset: str, trust: tuple[str, ...] = ()) -> Tensor:
 
 
 def inspect(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Samples, reconstructions, spikes and costs of a run's checkpoint.
-
-    Raises:
-        OSError, RuntimeError, ValueError: its checkpoint or its data is missing or damaged.
-    """
+    """Samples, reconstructions, spikes and costs of a run's checkpoint."""
     model: Any = run.model(trust)
     images = first_images(OmegaConf.to_yaml(run.config.dataset), trust)
     spikes: dict[str, Tensor] = {}
@@ -90,16 +87,13 @@ def inspect(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
     def record_shares(decoder: Any, inputs: tuple[Tensor]) -> None:
         found["shares"] = time_shares(decoder.attention(*inputs))
 
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, BaseNode):
-            hooks.append(module.register_forward_hook(record_spikes(name)))
-        elif isinstance(module, TAID | FixedDecoder):
-            hooks.append(module.register_forward_pre_hook(record_shares))
-    with seeded(SEED), torch.no_grad():
+    with ExitStack() as hooks, seeded(SEED), torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, BaseNode):
+                hooks.enter_context(module.register_forward_hook(record_spikes(name)))
+            elif isinstance(module, TAID | FixedDecoder):
+                hooks.enter_context(module.register_forward_pre_hook(record_shares))
         output = model(images)
-    for hook in hooks:
-        hook.remove()
     if hasattr(output, "image"):
         found["reconstructions"] = png(images, output.image)
     if hasattr(model, "sample"):
@@ -107,12 +101,9 @@ def inspect(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
             found["samples"] = png(*model.sample(2 * IMAGES).chunk(2))
     with seeded(SEED):
         energy = estimate_simple_energy(model, (images.narrow(-4, 0, 1),))
-    found["operations"] = {
-        **energy.counts,
-        "compute": energy.energy_compute_pj,
-        "energy": energy.energy_total_pj,
-    }
+    costs = {"compute": energy.energy_compute_pj, "energy": energy.energy_total_pj}
     return found | {
+        "operations": energy.counts | costs,
         "rates": {name: float(s.mean()) for name, s in spikes.items()},
         "raster": [*raster({name: s[:, 0].flatten(1) for name, s in spikes.items()})],
     }
@@ -184,18 +175,14 @@ def heat_maps(table: pd.DataFrame, keys: Sequence[str], name: str) -> Iterator[s
 
 def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
     """Firing rates by layer."""
-    rows = [
-        {"run": label, "layer": layer, "rate": rate}
-        for label, found in runs.items()
-        for layer, rate in found.get("rates", {}).items()
-    ]
-    if rows:
+    found = pd.DataFrame({label: one["rates"] for label, one in runs.items() if "rates" in one})
+    if len(found):
+        rows = found.rename_axis("layer").reset_index().melt("layer", None, "run", "rate").dropna()
         title = "spikes per neuron and time step"
         figure = px.bar(rows, x="rate", y="layer", barmode="group", title=title, **by_run)
         figure.update_layout(showlegend=False, xaxis_title=None)
         figure.update_yaxes(autorange="reversed")
-        layers = len({row["layer"] for row in rows})
-        yield to_json(figure, 110 + layers * (14 + 7 * len(runs)))
+        yield to_json(figure, 110 + len(found) * (14 + 7 * len(runs)))
 
 
 def attention(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
@@ -255,24 +242,23 @@ def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
 # ---- the page ----
 
 
-def choose_metric(folders: Iterable[Path], names: Sequence[str]) -> str:
-    """The metric to rank by: the objective of most runs, or else the first there is."""
-    objectives = Counter(Run(folder).config.get("objective") for folder in folders).most_common()
-    return next((name for name, _ in objectives if name in names), names[0])
-
-
 def rank(runs: Mapping[Path, Metrics]) -> tuple[pd.DataFrame, list[str], str]:
-    """A row for each run, the best first, the keys in which they differ, and the metric."""
+    """A row for each run, the best first, the keys in which they differ, and the metric.
+
+    The metric is the objective of most runs, or else the first there is.
+    """
     table, keys = frame([*runs.values()])
-    metric = choose_metric(runs, present(table, METRICS))
+    names = present(table, METRICS)
+    objectives = Counter(Run(folder).config.get("objective") for folder in runs).most_common()
+    metric = next((name for name, _ in objectives if name in names), names[0])
     ascending = METRICS[metric].less_is_better
     table = table.assign(folder=[*runs]).sort_values(metric, ascending=ascending, kind="stable")
     keys += ["seed"] if table["seed"].nunique() > 1 else []
-    names = [
+    labels = [
         " ".join([f"{place}.", *(f"{key.rpartition('.')[2]}={row[key]}" for key in keys)])
         for place, row in enumerate(table.to_dict("records"), 1)
     ]
-    return table.set_axis(names), keys, metric
+    return table.set_axis(labels), keys, metric
 
 
 def read_training(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, dict[str, float]]]]:
@@ -293,14 +279,7 @@ def page(
     best: int = 12,
     trust: Sequence[str] = (),
 ) -> str:
-    """The HTML of the runs, and of what ``gather`` left out.
-
-    Args:
-        runs: metrics, by the run's folder.
-        left_out: reasons, by the run's folder.
-        best: how many runs' checkpoints to load.
-        trust: custom classes that the runs' configs may name.
-    """
+    """The HTML of the runs, and of what ``gather`` left out, by the runs' folders."""
     table, keys, metric = rank(runs)
     epochs: list[dict[str, Any]] = []
     details: dict[str, dict[str, Any]] = {}
@@ -323,13 +302,7 @@ def page(
     colours = dict(zip(details, cycle(px.colors.qualitative.Plotly), strict=False))
     by_run = {"color": "run", "color_discrete_map": colours}
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return jinja2.Template(
-        template,
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).render(
+    return jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined).render(
         plotly=get_plotlyjs(),
         ranked_by=METRICS[metric].title,
         heads=[*keys, *(heading(n, table) if n in METRICS else COLUMNS[n].title for n in shown)],

@@ -1,15 +1,13 @@
 """Gathering runs, their tables, and the command that compares them."""
 
-import csv
 import html
 import re
-import sys
 
 import pandas as pd
 import pytest
 from matplotlib import image as mpimg
 
-from sj_taid.training import cli, columns, compare, gather, report, run, tables
+from sj_taid.training import columns, compare, gather, report, run, tables
 from tests.training.conftest import metrics
 
 
@@ -35,15 +33,17 @@ def test_gather_counts_a_run_once_however_its_folder_is_named(runs, tmp_path):
     assert len(finished) == 4 and len(left_out) == 2
 
 
-@pytest.mark.parametrize(
-    ("folder", "message"), [("nowhere", "no folder .*nowhere"), (".", "no run below")]
-)
-def test_gather_refuses_folders_without_runs(tmp_path, capsys, folder, message):
-    with pytest.raises(FileNotFoundError, match=message):
-        gather.gather([tmp_path / folder])
-    with pytest.raises(SystemExit):
-        compare.main([str(tmp_path / folder)])
-    assert "error: no" in capsys.readouterr().err
+def test_gather_for_command_refuses_folders_without_a_finished_run(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / run.CONFIG).write_text("seed: 0\n")
+    for folder, said in (
+        ("nowhere", "no folder "),
+        ("empty", "no run below "),
+        (".", "no finished"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.main([str(tmp_path / folder)])
+        assert f"error: {said}" in capsys.readouterr().err
 
 
 ORIGIN = '"command": "", "overrides": [], "choices": {}'
@@ -52,27 +52,13 @@ ORIGIN = '"command": "", "overrides": [], "choices": {}'
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        (run.METRICS, "[1, 2]", "lacks command, overrides and choices"),
         (run.METRICS, '{"fad": 1.0}', "lacks command, overrides and choices"),
-        (
-            run.METRICS,
-            f'{{{ORIGIN}, "fad": "low"}}',
-            "has 'low' for fad, not a",
-        ),
-        (
-            run.METRICS,
-            f'{{{ORIGIN}, "fad": NaN}}',
-            "holds NaN, so its run diver",
-        ),
-        (
-            run.METRICS,
-            f"{{{ORIGIN}}}",
-            "has none of accuracy, accuracy_best_test",
-        ),
+        (run.METRICS, f'{{{ORIGIN}, "fad": "low"}}', "has 'low' for fad, not a"),
+        (run.METRICS, f'{{{ORIGIN}, "fad": NaN}}', "holds NaN, so its run diver"),
+        (run.METRICS, f"{{{ORIGIN}}}", "has none of accuracy, accuracy_best_test"),
         (run.METRICS, "", "is damaged"),
         (run.METRICS, "[" * 10**5, "recursion"),
         (run.CONFIG, "[" * 10**4, "recursion"),
-        (f"{run.EVALUATIONS}/1.json", "{}", "1.json"),
         (f"{run.EVALUATIONS}/1.json", "[1]", "1.json"),
         (f"{run.EVALUATIONS}/1.json", "{", "1.json is damaged"),
         (f"{run.EVALUATIONS}/1.json", '{"metrics": {"fad": NaN}}', "1.json is damaged"),
@@ -138,15 +124,10 @@ def test_frame_takes_a_choice_over_a_metric_of_its_name():
     assert keys == ["loss"] and [*table["loss"]] == ["mse", "tet"]
 
 
-def test_column_text_has_a_spread_of_counts_that_differ():
+def test_columns_spread_counts_that_differ_and_sort_numbers_before_words():
     epochs = columns.COLUMNS["epochs"]
-    assert epochs.text(pd.Series([12, 20])) == "16 ± 6"
-    assert epochs.text(pd.Series([20, 20])) == "20"
-
-
-def test_natural_sorts_numbers_by_size_before_words():
-    mixed = ["taid", "1e-2", "16", "8"]
-    assert sorted(mixed, key=columns.natural) == ["1e-2", "8", "16", "taid"]
+    assert [epochs.text(pd.Series(pair)) for pair in ([12, 20], [20, 20])] == ["16 ± 6", "20"]
+    assert sorted(["taid", "16", "8"], key=columns.natural) == ["8", "16", "taid"]
 
 
 # ---- the command ----
@@ -168,18 +149,14 @@ def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
     # Whole headings and cells, though a pipe has no width.
     assert all(cell in shown for row in (head, *rows) for cell in row)
     assert len([line for line in shown.splitlines() if "11.00 ± 1.41" in line]) == 1
-    with (runs / "results.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [row["fad"] for row in table] == ["10.0", "12.0", "7.0", "8.0"]
-    assert [row["neuron"] for row in table] == ["lif", "lif", "alif", "alif"]
+    table = pd.read_csv(runs / "results.csv")[["fad", "neuron"]]
+    assert table.to_numpy().tolist() == [[10, "lif"], [12, "lif"], [7, "alif"], [8, "alif"]]
     assert mpimg.imread(runs / "results.png").std() > 0
 
 
-def test_compare_takes_a_single_run(tmp_path, monkeypatch):
+def test_compare_takes_a_single_run(tmp_path, sj_taid):
     write(metrics([], fad=3.5), tmp_path)
-    line = ["sj-taid", "compare", str(tmp_path), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", line)
-    cli.main()
+    sj_taid("compare", str(tmp_path), "--out", str(tmp_path / "out"))
     assert cells((tmp_path / "out" / "results.md").read_text())[2][:2] == ["3.50", "2"]
 
 
@@ -198,10 +175,3 @@ def test_compare_and_report_say_what_cannot_be_written(runs, tmp_path, capsys):
         with pytest.raises(SystemExit):
             command.main([str(runs), f"--out={taken}/below"])
         assert "taken" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_compare_refuses_folders_without_a_finished_run(tmp_path, capsys):
-    (tmp_path / run.CONFIG).write_text("seed: 0\n")
-    with pytest.raises(SystemExit):
-        compare.main([str(tmp_path)])
-    assert "no finished run" in capsys.readouterr().err
