@@ -51,7 +51,7 @@ lint: install ## Lint and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install ## Format, and mend what ruff can mend
+format: install ## Format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -198,9 +198,9 @@ def warn_at_bound(nodes: Mapping[str, nn.Module]) -> None:
                 listed.append(f"{path} ({node.min_v_threshold:g}, {share})")
     if listed:
         warnings.warn(
-            f"thresholds at their lower bound: {', '.join(listed)}. Training would lower them "
-            "further; to prevent that, give them a smaller learning rate (parameter_groups) or a "
-            "higher min_v_threshold. See docs/thresholds.md.",
+            f"thresholds at their lower bound: {', '.join(listed)}. They can fall no "
+            "further; give them a smaller learning rate (parameter_groups) or another "
+            "min_v_threshold.",
             stacklevel=3,
         )
 

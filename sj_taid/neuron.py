@@ -224,7 +224,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             raise RuntimeError(
                 f"{self._label()} holds a membrane potential whose graph was freed by an earlier "
                 f"backward, so no backward can pass through it again; {_REMEDY}, or "
-                "functional.detach_net(net) to carry the voltages on (truncated BPTT)"
+                "functional.detach_net(net) to keep the voltages (truncated BPTT)"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -36,7 +36,7 @@ def packed_spikes(net: nn.Module) -> PackedSpikes:
     has at most 32,768 pixels.
 
     Works on ALIF and on SpikingJelly's LIF, PLIF and IF. The output under a custom surrogate is
-    packed if it is zeros and ones, which costs a look at it. A module whose ``forward`` was
+    packed if it is zeros and ones, which reads it once more. A module whose ``forward`` was
     replaced is left alone. Inside ``torch.utils.checkpoint`` and in a graph of ``torch.compile``,
     which decide themselves what is saved, nothing is packed.
 

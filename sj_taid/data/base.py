@@ -112,7 +112,7 @@ class Data(L.LightningDataModule):
         )
 
     def transforms(self) -> Sequence[v2.Transform]:
-        """What turns a batch of samples into the model's input, after augmentation."""
+        """Transforms from a batch of samples to the model's input, after augmentation."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
@@ -192,7 +192,7 @@ class Data(L.LightningDataModule):
         return self._loader(self.test_set)
 
     def _split(self, train: Samples) -> tuple[Samples, Samples | None]:
-        """What is left for training, and the validation set if there is to be one."""
+        """Split off the validation set, if one is asked for."""
         if not self.validation:
             return train, None
         if self.validation == "own":

@@ -172,7 +172,7 @@ class GaussianMixturePrior(nn.Module):
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the mixture to ``rates`` ``[n, d]`` by expectation maximisation.
 
-        scikit-learn warns where that has not converged in ``iterations``, or where there are fewer
+        scikit-learn warns if the fit has not converged in ``iterations``, or where there are fewer
         different rates than components.
 
         Raises:

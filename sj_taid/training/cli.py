@@ -1,6 +1,6 @@
 """The command line ``sj-taid``: Hydra composes a config, and the command's own module runs it.
 
-Lightning and matplotlib are imported by the commands that need them, so a typo is reported at once.
+Lightning and matplotlib are imported by the commands that need them: a typo is reported before.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def error_message(error: Exception) -> str:
         what = cause if isinstance(cause, USER_ERRORS) else first
         text = f"{key.replace('full_key: ', '')}: {what}"
     elif isinstance(error, CompactHydraException):
-        text = " ".join(text.partition("Config search path")[0].split())
+        for advice in ("Config search path", "To append to your config use"):  # + takes any key
+            text = text.partition(advice)[0]
+        text = " ".join(text.split())
         if isinstance(cause, OmegaConfBaseException):
             text += f"\n{str(cause).splitlines()[0]}"
         return text

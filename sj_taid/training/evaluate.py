@@ -31,7 +31,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
 
     Args:
         cfg: what to measure, and what to do otherwise than its run did.
-        origin: what the evaluation says of itself beside its metrics, as the command.
+        origin: what the evaluation says of itself in addition to its metrics, such as the command.
     """
     silence_notes()
     reuse_freed_memory()
@@ -65,8 +65,8 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         log.info(line)
     if cfg.get("metric") and cfg.metric.inception_weights is None:
         log.info(
-            "FID and the Inception score are left out for want of weights: add "
-            "metric.inception_weights=FILE, or =download where there is internet."
+            "No FID and no Inception score without weights: add metric.inception_weights=FILE, "
+            "or =download with internet."
         )
     log.info("All metrics are in %s", path)
     return evaluation

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> float | None:
     """Train the job that Hydra composed, unless it is finished; returns the objective's value."""
+    validate(cfg)  # before the run's folder is made
     job = HydraConfig.get()
     run = Run(job.runtime.output_dir)
     choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
@@ -57,7 +58,7 @@ def train(
         cfg: the run's config.
         folder: the run's folder.
         repeated: overrides of the command line, which ``resume=`` repeats.
-        origin: what ``metrics.json`` says of the run beside its metrics, as the command.
+        origin: what ``metrics.json`` says of the run in addition to its metrics, as its command.
 
     Raises:
         ValueError: the config is wrong, or does not fit the run that is in the folder.
@@ -245,7 +246,8 @@ def explain_resuming(run: Run) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit) as error:  # Ctrl-C, and a cluster's time limit
         raise SystemExit(f"Stopped. {advice()}") from error
     except (OSError, RuntimeError) as error:
-        error.add_note(f"Once that is mended: {advice()}")
+        if run.checkpoint.is_file():
+            error.add_note(f"Then: {advice()}")
         raise
 
 
