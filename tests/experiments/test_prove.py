@@ -77,10 +77,8 @@ def test_run_stops_a_step_that_hangs(tmp_path):
 
 @pytest.mark.usefixtures("gpu")
 def test_prove_names_the_steps_for_which_no_time_is_left(tmp_path, monkeypatch):
-    steps = [Step("late", ["-c", "1/0"])]
-    code, page = run_steps(monkeypatch, tmp_path, steps, "--minutes", "0")
-    assert code == 1
-    assert "| late | skipped | 0.0 | the 0 minutes are used up |" in page
+    code, page = run_steps(monkeypatch, tmp_path, [Step("late", ["-c", "1/0"])], "--minutes", "0")
+    assert code == 1 and "| late | skipped | 0.0 | the 0 minutes are used up |" in page
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

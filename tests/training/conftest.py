@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -161,6 +162,11 @@ class Network(Pixels):
 
     def forward(self, image):
         return super().forward(image.unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5)))
+
+
+def cells(markdown):
+    """The rows of a table, without its padding."""
+    return [re.split(r" *\| *", line.strip("| ")) for line in markdown.splitlines()]
 
 
 ALIF, LIF = {"neuron": "alif", "decoder": "taid"}, {"neuron": "lif", "decoder": "taid"}

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import image as mpimg
 
 from sj_taid.training import columns, compare, gather, report, run, tables
-from tests.training.conftest import metrics
+from tests.training.conftest import cells, metrics
 
 
 def write(content, folder):
@@ -17,11 +17,6 @@ def write(content, folder):
     written.save_metrics(content)
     (folder / run.CONFIG).write_text("seed: 0\n")
     return written
-
-
-def cells(markdown):
-    """The rows of a table, without its padding."""
-    return [re.split(r" *\| *", line.strip("| ")) for line in markdown.splitlines()]
 
 
 # ---- gather ----

@@ -49,7 +49,7 @@ def assert_equal(first, second):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_evaluator_makes_autoencoder_and_statistics_once(evaluator, monkeypatch, caplog):
+def test_evaluator_makes_autoencoder_and_statistics_once(evaluator, tmp_path, monkeypatch, caplog):
     data = digits()
     with caplog.at_level(logging.INFO):
         first = states(evaluator, data)
@@ -74,11 +74,7 @@ def test_evaluator_makes_autoencoder_and_statistics_once(evaluator, monkeypatch,
     assert caplog.text.count("cannot be used") == 2
     states(evaluator, digits(image_size=16))  # other images
     assert len(set(evaluator.cache_dir.glob("*.pt"))) == 6
-
-
-def test_evaluator_trains_the_same_autoencoder_in_every_run(evaluator, tmp_path):
-    data = digits()
-    first = states(evaluator, data)
+    # Another run trains the same autoencoder.
     evaluator.cache_dir = tmp_path / "other"
     data.batch_size, data.augment, data.erase, data.mixup = 10, "flip", 0.5, 0.5
     torch.manual_seed(1)
@@ -141,20 +137,14 @@ def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, 
             evaluator.evaluate_samples(Noise(), other, only="fad")
 
 
-def loaded(path, make):
-    contents = {}
-    load_or_make(path, contents.update, make)
-    return contents
-
-
 def test_load_or_make_makes_what_is_damaged_again(tmp_path, caplog):
-    path, made = tmp_path / "cached.pt", {"x": torch.arange(3.0)}
-    assert_equal(loaded(path, lambda: made), made)
-    assert_equal(loaded(path, lambda: pytest.fail("it is there")), made)
+    path, made, loaded = tmp_path / "cached.pt", {"x": torch.arange(3.0)}, {}
+    load_or_make(path, loaded.update, lambda: made)
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    assert_equal(loaded(path, lambda: made), made)
+    load_or_make(path, loaded.update, lambda: made)
     assert "cannot be used" in caplog.text and path.read_bytes() == whole
+    assert_equal(loaded, made)
 
 
 def make_slowly(path, made):
@@ -163,7 +153,9 @@ def make_slowly(path, made):
         time.sleep(0.3)
         return {"x": torch.ones(2)}
 
-    assert torch.equal(loaded(path, make)["x"], torch.ones(2))
+    loaded = {}
+    load_or_make(path, loaded.update, make)
+    assert_equal(loaded, {"x": torch.ones(2)})
 
 
 @pytest.mark.slow
