@@ -128,8 +128,7 @@ def swap_neurons(
             threshold below ``min_v_threshold``; the net is then as it was.
         TypeError: ``net`` is no module.
 
-    >>> from spikingjelly.activation_based import layer, neuron
-    >>> net = nn.Sequential(layer.Linear(4, 3), neuron.LIFNode(tau=2.0))
+    >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
     >>> print(swap_neurons(net))
     1 neurons swapped, 0 kept
     name  was      now   note
