@@ -41,7 +41,7 @@ def spikes_and_gradient(net: nn.Module, x_seq: Tensor, lower: torch.dtype | None
     spikes.backward(weights.to(spikes))
     return [
         spikes.detach().float(),
-        torch.cat([p.grad.flatten().float() for p in net.parameters()]),
+        torch.cat([p.grad.flatten().float() for p in net.parameters() if p.grad is not None]),
     ]
 
 
