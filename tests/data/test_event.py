@@ -117,8 +117,7 @@ def test_nmnist_refuses_damaged_recordings(nmnist):
 
 def test_nmnist_refuses_other_classes_and_an_empty_test_set(unpacked):
     (unpacked / "Test" / "3").rename(unpacked / "Test" / "three")
-    message = r"must hold folders of the classes 0, 1, .* 9, but it holds three; move"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"the classes 0, 1, .* 9, but it holds three; move"):
         ready(data.NMNIST, unpacked, **EVENTS)
     shutil.rmtree(unpacked / FRAMES / "test")
     with pytest.raises(RuntimeError, match="has 2 training and 0 test recordings of NMNIST"):
@@ -193,12 +192,9 @@ def test_dvs128_gesture(tmp_path):
     for part, n in (("train", 2), ("test", 1)):
         for gesture in range(11):
             write_events(tmp_path / "events_np" / part / str(gesture), n)
+    with pytest.raises(ValueError, match=r"dataset\.T must be a number of frames >= 1.* 0"):
+        make(data.DVS128Gesture, tmp_path, **EVENTS | {"T": 0})
     module = ready(data.DVS128Gesture, tmp_path, classes=11, **EVENTS | {"image_size": 32})
     assert first(module.train_dataloader())[0].shape == (22, T, 2, 32, 32)
     assert sorted(module.test_set.labels) == list(range(11))
     assert module.class_names[module.test_set.labels[2]] == "10"
-
-
-def test_event_data_refuse_too_few_frames(tmp_path):
-    with pytest.raises(ValueError, match=r"dataset\.T must be a number of frames >= 1.* 0"):
-        make(data.NMNIST, tmp_path, **EVENTS | {"T": 0})

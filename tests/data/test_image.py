@@ -28,18 +28,16 @@ def test_digits():
 
 
 def write_idx(root, folder="MNIST"):
-    """600 training and 100 test images in files of MNIST's format, with made-up pixels."""
+    """600 training and 100 test images in files of MNIST's format."""
     raw = root / folder / "raw"
     raw.mkdir(parents=True)
     for prefix, n in (("train", 600), ("t10k", 100)):
         pixels = (torch.arange(n * 784) % 256).to(torch.uint8)
         labels = (torch.arange(n) % 10).to(torch.uint8)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
-            struct.pack(">IIII", 0x803, n, 28, 28) + pixels.numpy().tobytes()
-        )
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">II", 0x801, n) + labels.numpy().tobytes()
-        )
+        images = struct.pack(">IIII", 0x803, n, 28, 28) + pixels.numpy().tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(images)
+        classes = struct.pack(">II", 0x801, n) + labels.numpy().tobytes()
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(classes)
     return raw
 
 

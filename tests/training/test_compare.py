@@ -107,16 +107,15 @@ def test_summary_keeps_protocols_apart(runs):
     assert {*mixed[title]} == {"7.50 ± 0.71", "10.00, 12.00"}
 
 
-def test_summary_has_a_row_for_each_folder_of_images():
+def test_frame_takes_a_choice_over_a_metric_of_its_name_and_over_a_folder():
     names = ["image_folder_cats", "image_folder_dogs"]
-    two = [metrics(["dataset=image_folder"], {"dataset": name}, fad=1.0) for name in names]
-    assert [*tables.summary(two)["dataset"]] == names
-
-
-def test_frame_takes_a_choice_over_a_metric_of_its_name():
-    two = [metrics([f"loss={loss}", "seed=0"]) | {"loss": 0.5} for loss in ("mse", "tet")]
+    two = [
+        metrics(["dataset=image_folder", f"loss={loss}"], {"dataset": name}) | {"loss": 0.5}
+        for loss, name in zip(("mse", "tet"), names, strict=True)
+    ]
     table, keys = tables.frame(two)
-    assert keys == ["loss"] and [*table["loss"]] == ["mse", "tet"]
+    assert keys == ["dataset", "loss"]
+    assert [*table["dataset"]] == names and [*table["loss"]] == ["mse", "tet"]
 
 
 def test_columns_spread_counts_that_differ_and_sort_numbers_before_words():

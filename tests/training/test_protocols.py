@@ -160,16 +160,13 @@ def test_few_validation_images_measure_fad_without_fid_and_too_few_are_an_error(
     assert "validation_fid" not in metrics
 
 
-def test_pictures_draw_no_metric_of_other_callbacks(tiny, tmp_path):
+def test_autoencoder_is_measured_and_drawn_on_validation_images(tiny, tmp_path):
     monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
-    train(tiny(*TINY_AUTOENCODING, monitor, "pictures=true", tiny=False), tmp_path)
+    options = [monitor, "pictures=true", "dataset.validation=0.1"]
+    metrics = train(tiny(*TINY_AUTOENCODING, *options, tiny=False), tmp_path)
     (epoch,) = read_checkpoint(run.Run(tmp_path).checkpoint)["callbacks"]["Pictures"]["epochs"]
     assert epoch and all(name.startswith(("train/", "val/")) for name in epoch)
     assert (tmp_path / "curves.png").is_file()
-
-
-def test_autoencoder_is_measured_on_validation_images(tiny, tmp_path):
-    metrics = train(tiny(*TINY_AUTOENCODING, "dataset.validation=0.1", tiny=False), tmp_path)
     assert metrics["validation_reconstruction"] > 0
     cut = ", stopped by trainer.limit_{}_batches=1"
     assert metrics["protocol"]["reconstruction"].endswith(cut.format("test"))

@@ -37,17 +37,15 @@ def test_compiled_model_trains_and_saves_alike(tiny, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
-def test_precision_keeps_float32_weights(tiny, tmp_path, precision):
-    cfg = tiny(*TINY_CLASSIFICATION, f"trainer.precision={precision}", tiny=False)
-    assert train(cfg, tmp_path)["loss"] > 0
-    state = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)["state_dict"]
-    assert all(v.dtype == torch.float32 for v in state.values() if v.is_floating_point())
-
-
-def test_accumulate_grad_batches_takes_fewer_steps(tiny, tmp_path):
-    options = ("trainer.limit_train_batches=4", "trainer.accumulate_grad_batches=2")
-    train(tiny(*TINY_CLASSIFICATION, *options, tiny=False), tmp_path)
-    assert torch.load(run.Run(tmp_path).checkpoint, weights_only=True)["global_step"] == 2
+def test_precision_keeps_float32_weights_and_accumulation_takes_fewer_steps(
+    tiny, tmp_path, precision
+):
+    options = ["limit_train_batches=4", "accumulate_grad_batches=2", f"precision={precision}"]
+    chosen = [f"trainer.{option}" for option in options]
+    assert train(tiny(*TINY_CLASSIFICATION, *chosen, tiny=False), tmp_path)["loss"] > 0
+    checkpoint = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
+    weights = [v for v in checkpoint["state_dict"].values() if v.is_floating_point()]
+    assert {v.dtype for v in weights} == {torch.float32} and checkpoint["global_step"] == 2
 
 
 @pytest.mark.slow
