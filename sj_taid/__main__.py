@@ -1,4 +1,4 @@
-"""The command ``sj-taid``, or ``python -m sj_taid``; a package that it lacks is one line."""
+"""The command ``sj-taid``, or ``python -m sj_taid``; a missing package is an error of one line."""
 
 import sys
 
@@ -6,26 +6,19 @@ from ._extras import REMEDY
 
 
 def main() -> None:
-    """Run :mod:`sj_taid.training.cli`, or without what that needs the doctor."""
+    """Run :mod:`sj_taid.training.cli`, or the doctor alone where its packages are missing."""
     try:
         from .training import cli
-    except ModuleNotFoundError as error:
-        if REMEDY not in str(error):
-            raise
-        if sys.argv[1:2] == ["doctor"]:
-            from . import doctor
 
-            sys.exit(doctor.main(sys.argv[2:]))
-        sys.exit(
-            "sj-taid: its commands, all but doctor, need the extra train, in a checkout "
-            f'pip install ".[cpu,train]": {error}'
-        )
-    try:
         cli.main()
     except ModuleNotFoundError as error:
         if REMEDY not in str(error):
             raise
-        sys.exit(f"sj-taid: {error}")
+        if sys.argv[1:2] != ["doctor"]:
+            sys.exit(f"sj-taid, all but doctor, needs the extra train: {error}")
+        from . import doctor
+
+        sys.exit(doctor.main(sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ main()
 def test_command_line_without_the_extra_train_is_one_line():
     done = subprocess.run([sys.executable, "-c", UNTRAINED], capture_output=True, text=True)
     assert done.returncode == 1 and "backend torch: works" in done.stdout
-    said = r"sj-taid: .* extra train, .*omegaconf.*; to get it: pip install .* hydra-core .*\n"
+    said = r"sj-taid, .* extra train: .*omegaconf.*; to get it: pip install .* hydra-core .*\n"
     assert re.fullmatch(said, done.stderr)
 
 

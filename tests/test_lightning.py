@@ -1,4 +1,4 @@
-"""The Lightning callback."""
+"""The Lightning callback that resets neurons."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from sj_taid import ALIFNode
 
 
-def test_every_batch_starts_from_rest(tmp_path):
+def test_reset_state_starts_every_batch_from_rest(tmp_path):
     from lightning.pytorch import LightningModule, Trainer
 
     from sj_taid.lightning import ResetState

@@ -35,7 +35,7 @@ class Learned(nn.MSELoss):
 
 
 @pytest.mark.parametrize("lr_scale", [None, 10.0])
-def test_what_a_loss_learns_is_learned_at_the_weights_rate(lr_scale):
+def test_configure_optimizers_takes_what_a_loss_learns(lr_scale):
     model, loss = Classifier(image_size=8, T=2, stages=[[4]], hidden=6), Learned()
     adam = partial(torch.optim.Adam, lr=1e-3)
     optimizer = Classification(model, adam, lr_scale=lr_scale, loss=loss).configure_optimizers()
@@ -46,7 +46,7 @@ def test_what_a_loss_learns_is_learned_at_the_weights_rate(lr_scale):
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_a_run_leaves_everything(classify, tmp_path, neuron):
+def test_train_leaves_everything(classify, tmp_path, neuron):
     cfg = classify(f"neuron={neuron}", "pictures=true")
     train(cfg, tmp_path)
     metrics = json.loads((tmp_path / run.METRICS).read_text())
@@ -63,7 +63,7 @@ def test_a_run_leaves_everything(classify, tmp_path, neuron):
 
 
 @pytest.mark.slow
-def test_learns_digits_under_its_schedule(tiny, tmp_path):
+def test_train_learns_digits_under_its_schedule(tiny, tmp_path):
     cfg = tiny(
         "task=classification", "dataset.image_size=8", "trainer.max_epochs=3",
         "trainer.accelerator=cpu", tiny=False,
@@ -80,7 +80,7 @@ def test_learns_digits_under_its_schedule(tiny, tmp_path):
 METRICS = ("accuracy", "loss")
 
 
-def test_taus_and_thresholds_learn_at_a_scaled_rate(classify, tmp_path):
+def test_train_scales_the_neurons_rate(classify, tmp_path):
     train(classify("pictures=false"), tmp_path)
     checkpoint = torch.load(tmp_path / run.CHECKPOINTS / "last.ckpt", weights_only=True)
     groups = checkpoint["optimizer_states"][0]["param_groups"]
@@ -90,9 +90,7 @@ def test_taus_and_thresholds_learn_at_a_scaled_rate(classify, tmp_path):
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_a_run_starts_calibrated_and_its_checkpoint_keeps_the_thresholds(
-    classify, tmp_path, monkeypatch, neuron
-):
+def test_train_calibrates_and_saves_thresholds(classify, tmp_path, monkeypatch, neuron):
     before, calibrated = [], []
 
     def calibrate(net, images, *, rate):
@@ -104,13 +102,13 @@ def test_a_run_starts_calibrated_and_its_checkpoint_keeps_the_thresholds(
 
     monkeypatch.setattr(training, "calibrate", calibrate)
     chosen = [f"neuron={neuron}", "neuron_start.calibrate=0.1", "neuron_start.v_threshold=4.0"]
-    chosen += ["task.scheduler.T_max=2"]  # the same where it goes on
+    chosen += ["task.scheduler.T_max=2"]  # the same when it resumes
     cfg = classify(*chosen, "optimizer.lr=0.0", "pictures=false")
     train(cfg, tmp_path)
     assert before == [[4.0] * 4]
     assert calibrated[0] == pytest.approx(thresholds(run.load_model(tmp_path)))
     cfg.trainer.max_epochs = 2
-    train(cfg, tmp_path)  # goes on from the thresholds that it has
+    train(cfg, tmp_path)  # resumes with the thresholds that it has
     assert calibrated[0] == pytest.approx(thresholds(run.load_model(tmp_path)))
 
 
@@ -119,13 +117,13 @@ def thresholds(net):
     return {name: tau_and_threshold(node)[1] for name, node in nodes.items()}
 
 
-def test_a_training_ends_by_naming_the_thresholds_at_their_bound(classify, tmp_path):
+def test_train_names_thresholds_at_their_bound(classify, tmp_path):
     cfg = classify("trainer.max_epochs=0", "neuron.min_v_threshold=0.5")
     with pytest.warns(UserWarning, match=r"at their lower bound: .*\(0\.5, 1 of 1\)"):
         train(cfg, tmp_path)
 
 
-def test_all_neurons_start_alike(tiny):
+def test_compose_starts_all_neurons_alike(tiny):
     values = []
     for name in NEURONS:
         node = instantiate(tiny("task=classification", f"neuron={name}", tiny=False).neuron)()
@@ -134,7 +132,7 @@ def test_all_neurons_start_alike(tiny):
     assert values == [(2.0, 0.5, 0.0, True)] * 3
 
 
-def test_a_choice_of_ones_own_wins(tiny):
+def test_compose_lets_custom_choices_win(tiny):
     cfg = tiny(
         "task=classification", "model=classifier_mnist", "optimizer=adamw", "surrogate=rectangle",
         tiny=False,
@@ -145,7 +143,7 @@ def test_a_choice_of_ones_own_wins(tiny):
 
 
 class Rates(nn.Module):
-    """Says class 1 whatever comes, and keeps what came."""
+    """Predicts class 1 always, and records its input."""
 
     classes, T = 3, 5
 
@@ -154,7 +152,7 @@ class Rates(nn.Module):
         return torch.tensor([[0.0, 0.5, 0.0]]).expand(x.shape[-4], -1)
 
 
-def test_the_time_of_recordings_is_the_models(tiny):
+def test_model_input_refuses_another_number_of_frames(tiny):
     for model in ("classifier_small", "classifier_mnist"):
         event = ["task=classification", "dataset=nmnist", f"model={model}"]
         assert tiny(*event, tiny=False).model.T == 20
@@ -165,7 +163,7 @@ def test_the_time_of_recordings_is_the_models(tiny):
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 5, 2, 8, 8)])
-def test_loss_accuracy_and_the_order_of_time(monkeypatch, shape):
+def test_training_step_loss_accuracy_and_order_of_time(monkeypatch, shape):
     logged = {}
     monkeypatch.setattr(Classification, "log_mean", lambda self, k, v: logged.update({k: float(v)}))
     task = Classification(Rates(), torch.optim.Adam, scheduler=None)
@@ -187,7 +185,7 @@ class Steps(nn.Module):
         return outputs if each_step else outputs.mean(0)
 
 
-def test_a_loss_of_each_step_and_labels_that_are_mixed(monkeypatch):
+def test_training_step_mixed_labels_and_loss_of_each_step(monkeypatch):
     logged, seen = {}, []
     monkeypatch.setattr(Classification, "log_mean", lambda self, k, v: logged.update({k: float(v)}))
 
@@ -207,7 +205,7 @@ def test_a_loss_of_each_step_and_labels_that_are_mixed(monkeypatch):
     assert (logged["train/accuracy"], logged["val/accuracy"]) == (0.5, 1.0)
 
 
-def test_the_confusion_counts_one_pass_of_the_test_set(monkeypatch):
+def test_confusion_counts_one_pass_of_the_test_set(monkeypatch):
     monkeypatch.setattr(Classification, "log_mean", lambda *_: None)
     task = Classification(Rates(), torch.optim.Adam, scheduler=None)
     for _ in range(2):
@@ -217,6 +215,6 @@ def test_the_confusion_counts_one_pass_of_the_test_set(monkeypatch):
         assert task.confusion.compute().tolist() == [[0, 1, 0], [0, 2, 0], [0, 1, 0]]
 
 
-def test_data_without_labels_cannot_be_classified(classify, tmp_path):
+def test_train_refuses_data_without_labels(classify, tmp_path):
     with pytest.raises(Exception, match="classes must be an integer >= 2, but it is None"):
         train(classify("dataset.classes=null"), tmp_path)

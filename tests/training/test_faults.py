@@ -1,4 +1,4 @@
-"""What may happen to a run, done to it: it says what happened, and ends as if it had not."""
+"""Faults done to a run: it says what happened, and ends as if nothing had."""
 
 import multiprocessing
 import os
@@ -42,20 +42,18 @@ QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
 
 
 class Fault(L.Callback):
-    """Happens to a run once, in its third epoch: one that goes on from a checkpoint is left alone.
+    """Strikes a run once, in its third epoch, and leaves a run alone that resumes.
 
     Attributes:
-        within: the moment, "epoch", or "pictures" or "metrics" for those at the end.
+        within: when it strikes: in the "epoch", or at the end, in "pictures" or "metrics".
         left: the epoch, from 0, of the checkpoint that is left.
-        kills: the process, which is therefore one of its own.
-        says: what is said then; None where the run is not stopped.
-        refused: what is said to one that goes on with the checkpoint that is left.
+        kills: whether it kills the process, which is therefore one of its own.
+        says: the message of a run that is stopped.
+        refused: the message of a run that resumes from the checkpoint that is left.
         job: overrides.
     """
 
-    within = "epoch"
-    left = 1
-    kills = False
+    within, left, kills = "epoch", 1, False
     says: str | None = None
     refused: str | None = None
     job: tuple[str, ...] = ()
@@ -70,11 +68,11 @@ class Fault(L.Callback):
 
     @staticmethod
     def mend(there):
-        """Takes the cause away."""
+        """Take the cause away."""
 
     @staticmethod
     def spoil(checkpoint):
-        """What the checkpoint that is left suffers, where it is refused."""
+        """Damage the checkpoint that is left."""
 
     def on_load_checkpoint(self, *_):
         self.strike = lambda trainer: None
@@ -118,8 +116,11 @@ class KilledWithinMetrics(Fault):
         Path.replace = lambda path, target: half(path)
 
 
+RESUME = "Resume with: sj-taid train resume="
+
+
 class CtrlC(Fault):
-    says = "Stopped. Resume with: sj-taid train resume="
+    says = f"Stopped. {RESUME}"
 
     def strike(self, trainer):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
@@ -129,23 +130,19 @@ class CtrlC(Fault):
 class Terminated(Fault):
     """As a cluster does where a job's time is over."""
 
-    says = "Stopped. Resume with: sj-taid train resume="
+    says = f"Stopped. {RESUME}"
 
     def strike(self, trainer):
         signal.raise_signal(signal.SIGTERM)
 
 
 class TruncatedCheckpoint(CtrlC):
-    refused = (
-        r"last\.ckpt is not a whole checkpoint .* move it away and give the same command again"
-    )
+    refused = r"last\.ckpt is not a whole checkpoint .* move it away and give the same command"
     spoil = staticmethod(cut)
 
 
 class CheckpointOfAnotherModel(CtrlC):
-    refused = (
-        r"(?s)last\.ckpt is not a checkpoint of this run's model .* give a checkpoint of this run"
-    )
+    refused = r"(?s)last\.ckpt is not a checkpoint of this run's model .* give a checkpoint of this"
 
     @staticmethod
     def spoil(checkpoint):
@@ -235,7 +232,7 @@ class KilledLoader(Fault):
 
 
 class FullDisk(Fault):
-    says = r"(?s)last\.ckpt cannot be written .*make room.*Resume with: sj-taid train resume="
+    says = rf"(?s)last\.ckpt cannot be written .*make room.*{RESUME}"
 
     @staticmethod
     @contextmanager
@@ -257,7 +254,7 @@ class FullDisk(Fault):
 
 class ReadOnlyFolder(Fault):
     job = ("~logger",)
-    says = r"(?s)last\.ckpt cannot be written .*Resume with: sj-taid train resume="
+    says = rf"(?s)last\.ckpt cannot be written .*{RESUME}"
 
     def strike(self, trainer):
         make_read_only(Path(trainer.default_root_dir))
@@ -269,17 +266,17 @@ class ReadOnlyFolder(Fault):
 
 class ReadOnlyForTracker(ReadOnlyFolder):
     job = ()
-    says = r"(?s)run/\.probe cannot be written .*Resume with: sj-taid train resume="
+    says = rf"(?s)run/\.probe cannot be written .*{RESUME}"
 
 
 class ReadOnlyForPictures(ReadOnlyFolder):
     within, left, job = "pictures", 3, ("~logger", "pictures=true")
-    says = r"(?s)reconstructions\.png cannot be written .*Resume with: sj-taid train resume="
+    says = rf"(?s)reconstructions\.png cannot be written .*{RESUME}"
 
 
 class ReadOnlyForMetrics(ReadOnlyFolder):
     within, left = "metrics", 3
-    says = r"(?s)metrics\.json cannot be written .*Resume with: sj-taid train resume="
+    says = rf"(?s)metrics\.json cannot be written .*{RESUME}"
 
 
 def mount(*arguments):
@@ -339,14 +336,14 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny, job, tmp_path_factory):
-    """What the run ends with if nothing happens to it: figures and weights."""
+    """The metrics and weights of the run that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed")
     return train(tiny(*job, tiny=False), folder), weights(folder)
 
 
 @pytest.fixture
 def stopped(sj_taid, capsys):
-    """What is said by a run that does not come to its end."""
+    """The message of a run that does not come to its end."""
 
     def execute(*arguments):
         with pytest.raises((SystemExit, RuntimeError)) as ended:

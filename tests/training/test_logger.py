@@ -9,8 +9,8 @@ from sj_taid.training.train import train
 from tests.training.conftest import TINY_AUTOENCODING
 
 
-def kept_figure(where, folder):
-    """What a tracker keeps; the config is there too."""
+def logged_metric(where, folder):
+    """The metric that a tracker saved, next to the config."""
     if where == "csv":
         assert "lr: 0.001" in (folder / "csv" / "hparams.yaml").read_text()
         with (folder / "csv" / "metrics.csv").open() as file:
@@ -28,17 +28,17 @@ def kept_figure(where, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["csv", "mlflow"])
-def test_a_tracker_has_the_config_and_the_figures(tiny, tmp_path, monkeypatch, name):
+def test_logger_has_config_and_metrics(tiny, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     metrics = train(tiny(*TINY_AUTOENCODING, f"logger={name}", tiny=False), tmp_path)
-    kept = kept_figure(name, tmp_path)
-    assert kept == [pytest.approx(metrics["reconstruction"])]
+    saved = logged_metric(name, tmp_path)
+    assert saved == [pytest.approx(metrics["reconstruction"])]
     assert not (tmp_path / "tensorboard").exists()
 
 
 @pytest.mark.slow
-def test_each_job_of_a_process_is_a_run_of_its_own_offline(tiny, tmp_path, monkeypatch):
+def test_wandb_has_a_run_for_each_job(tiny, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for job in ("a", "b"):
@@ -47,6 +47,6 @@ def test_each_job_of_a_process_is_a_run_of_its_own_offline(tiny, tmp_path, monke
     wandb.finish()
 
 
-def test_no_tracker(tiny, tmp_path):
+def test_train_without_logger(tiny, tmp_path):
     train(tiny(*TINY_AUTOENCODING, "~logger", tiny=False), tmp_path)
     assert not {"tensorboard", "csv", "lightning_logs"} & {path.name for path in tmp_path.iterdir()}
