@@ -133,7 +133,7 @@ def parse_arguments(command, is_benchmark, words):
 
     is_script = is_benchmark or command in ("pages", "prove", "search")
     if is_script or command in cli.OTHERS:
-        module = importlib.import_module(command) if is_script else cli.command_module(command)
+        module = importlib.import_module(command) if is_script else cli.import_command(command)
         with pytest.raises(Parsed):
             module.main(words)
     else:

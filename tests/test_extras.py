@@ -57,7 +57,7 @@ from sj_taid.training import cli
 said = {}
 for name in cli.COMPOSED | cli.OTHERS:
     try:
-        cli.command_module(name).main(["--help"])
+        cli.import_command(name).main(["--help"])
     except ModuleNotFoundError as error:
         said[name] = str(error).partition("; to get it: pip install ")[2]
     except SystemExit as error:

@@ -56,7 +56,7 @@ def main(command: str | None = None) -> None:
     arguments = sys.argv[1:]
     if command is None:
         command, arguments = _parser().parse_args(arguments[:1]).command, arguments[1:]
-    with errors_as_messages():
+    with exit_on_user_errors():
         if command in COMPOSED:
             refuse_null_choices(arguments)
             sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
@@ -64,16 +64,16 @@ def main(command: str | None = None) -> None:
             return
         logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
         logging.getLogger("sj_taid").setLevel(logging.INFO)
-        if code := command_module(command).main(arguments):
+        if code := import_command(command).main(arguments):
             sys.exit(code)
 
 
 def run_composed(cfg: DictConfig) -> Any:
     """Run the command that Hydra composed ``cfg`` for; Hydra's launchers call this."""
-    return command_module(HydraConfig.get().job.config_name).main(cfg)
+    return import_command(HydraConfig.get().job.config_name).main(cfg)
 
 
-def command_module(command: str) -> ModuleType:
+def import_command(command: str) -> ModuleType:
     """The module of a command; without a package that it needs, the error says what to install."""
     if command == "doctor":
         return import_module("sj_taid.doctor")
@@ -82,7 +82,7 @@ def command_module(command: str) -> ModuleType:
 
 
 @contextmanager
-def errors_as_messages() -> Iterator[None]:
+def exit_on_user_errors() -> Iterator[None]:
     """Exit with the message of a user's error; ``HYDRA_FULL_ERROR=1`` shows its traceback."""
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print the errors of its jobs itself
@@ -91,14 +91,14 @@ def errors_as_messages() -> Iterator[None]:
     except USER_ERRORS as error:
         if before == "1":
             raise
-        sys.exit(error_message(error))
+        sys.exit(format_error(error))
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def error_message(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """What a user reads of an error: one to three lines."""
     cause, text = error.__cause__, str(error)
     if isinstance(error, InstantiationException):

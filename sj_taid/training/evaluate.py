@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> None:
+    """Run the command."""
     evaluate(cfg, **command_line("evaluate", HydraConfig.get()))
 
 
@@ -37,7 +38,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     reuse_freed_memory()
     run, trust = Run.find(cfg.checkpoint), cfg.trust or ()
     with run.lock():
-        cfg = cast(DictConfig, OmegaConf.merge(run.config, without_nulls(cfg)))
+        cfg = cast(DictConfig, OmegaConf.merge(run.config, drop_nulls(cfg)))
         cfg.trust = list(trust)  # what the run says of itself is no reason to trust it
         validate(cfg)
         model = run.model(trust)
@@ -51,7 +52,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         protocol = metrics.pop("protocol", {})
         protocol = {name: protocol[name] for name in metrics if name in protocol}
         if run.checkpoint == run.best:
-            protocol, metrics = best_epoch_names(protocol), best_epoch_names(metrics)
+            protocol, metrics = rename_for_best_epoch(protocol), rename_for_best_epoch(metrics)
         evaluation = {
             "protocol": protocol,
             "metrics": metrics,
@@ -72,7 +73,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     return evaluation
 
 
-def without_nulls(cfg: DictConfig) -> DictConfig:
+def drop_nulls(cfg: DictConfig) -> DictConfig:
     """The settings that are not null."""
 
     def given(node: Any) -> Any:
@@ -115,7 +116,7 @@ def measure(
     protocol = metrics.get("protocol", {})
     validated = {f"{task.chosen_by}_best_test_epoch", *(f"validation_{name}" for name in tested)}
     for option, loader, names in (
-        ("limit_test_batches", data.test_dataloader, {*tested, *best_epoch_names(tested)}),
+        ("limit_test_batches", data.test_dataloader, {*tested, *rename_for_best_epoch(tested)}),
         ("limit_val_batches", data.val_dataloader, validated),
     ):
         limit = getattr(trainer, option)  # an int is a number of batches, a float a share
@@ -131,7 +132,7 @@ def test(task: Task, trainer: L.Trainer, data: L.LightningDataModule) -> dict[st
     return {name.removeprefix("test/"): value for name, value in logged.items()}
 
 
-def best_epoch_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def rename_for_best_epoch(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics under the names of the epoch that was best on the validation set."""
     return {f"{name}_best_validation_epoch": value for name, value in metrics.items()}
 

@@ -12,7 +12,7 @@ from ..model import ESVAE
 from ..model.rate import GaussianMixturePrior
 from .checkpoint import read_checkpoint, save_mixture
 from .config import select_overrides
-from .evaluate import without_nulls
+from .evaluate import drop_nulls
 from .generation import OF_SAMPLES
 from .run import OVERRIDES, Run, build_part
 
@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> None:
         given = {name: cfg[name] for name in SETTINGS if cfg[name] is not None}
         settings = {name: getattr(model.mixture, name) for name in SETTINGS} | given
         model.mixture = GaussianMixturePrior(model.latent_channels, levels=model.T, **settings)
-        dataset = OmegaConf.merge(config.dataset, without_nulls(cfg).get("dataset", {}))
+        dataset = OmegaConf.merge(config.dataset, drop_nulls(cfg).get("dataset", {}))
         data = build_part(dataset, trust)
         data.prepare_data()
         data.setup()

@@ -264,7 +264,7 @@ def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn
 
     Args:
         run_or_checkpoint: a run's folder, or a checkpoint in it.
-        trust: full names of custom classes that the run's config may name beside those of this
+        trust: full names of custom classes that the run's config may name next to those of this
             package, SpikingJelly's neurons and surrogates, ``torch.optim`` and torch's losses.
 
     Raises:

@@ -22,7 +22,14 @@ from ..model import ESVAE
 from .allocator import reuse_freed_memory
 from .callbacks import Pictures, RandomNumbers
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_mixture
-from .evaluate import best_epoch_names, build_evaluator, build_tester, measure, silence_notes, test
+from .evaluate import (
+    build_evaluator,
+    build_tester,
+    measure,
+    rename_for_best_epoch,
+    silence_notes,
+    test,
+)
 from .files import report_unwritable
 from .provenance import command_line, provenance
 from .run import METRICS, Run, build_part, is_first_process
@@ -40,7 +47,7 @@ def main(cfg: DictConfig) -> float | None:
     choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
     with run.lock(), explain_resuming(run), report_unwritable(run.folder):
         origin = {"choices": choices, **command_line("train", job)}
-        metrics = train(cfg, run.folder, repeated=repeated_overrides(job), **origin)
+        metrics = train(cfg, run.folder, repeated=list_repeated_overrides(job), **origin)
     if is_first_process():
         log.info("%s", closing_lines(run))
     return metrics.get(cfg.objective)
@@ -84,7 +91,7 @@ def train(
     data.prepare_data()
     data.setup()
     if checkpoint is None:
-        start(cfg, task, data)
+        calibrate_thresholds(cfg, task, data)
         task.untrained_metrics = task.measure_untrained(data, evaluator)
     if cfg.compile:
         compile_model(task.model, cfg.compile)
@@ -94,8 +101,8 @@ def train(
         cfg,
         run,
         [
-            LambdaCallback(on_fit_start=lambda trainer, _: begin(run, cfg, repeated, trainer)),
-            *checkpoint_callbacks(run, task, data),
+            LambdaCallback(on_fit_start=lambda trainer, _: save_start(run, cfg, repeated, trainer)),
+            *build_checkpoint_callbacks(run, task, data),
             timer,
             RandomNumbers(),
             pictures,
@@ -103,12 +110,12 @@ def train(
         ],
     )
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
-    finish(task, data, run, trainer)
+    finalize_model(task, data, run, trainer)
 
     metrics = measure(task, trainer, data, evaluator)
     if not is_first_process():
         return {}
-    metrics |= validation_metrics(task, data, pictures.epochs)
+    metrics |= select_validation_metrics(task, data, pictures.epochs)
     if saves_best_epoch(task, data) and run.best.is_file():
         metrics |= measure_best_epoch(cfg, task, data, run)
     log_metrics(trainer, metrics)
@@ -140,7 +147,7 @@ def build_task(cfg: DictConfig) -> Task:
     return build_part(cfg.task, cfg.trust or (), model=model, optimizer=optimizer)
 
 
-def start(cfg: DictConfig, task: Task, data: Any) -> None:
+def calibrate_thresholds(cfg: DictConfig, task: Task, data: Any) -> None:
     """Calibrate the thresholds of a new run, where the config asks for it."""
     if rate := cfg.neuron_start.get("calibrate"):
         images, _ = next(iter(data.train_dataloader()))
@@ -159,7 +166,7 @@ def saves_best_epoch(task: Task, data: Any) -> bool:
     return task.chosen_by is not None and data.validation_set is not None
 
 
-def checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelCheckpoint]:
+def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelCheckpoint]:
     """One file for the last epoch and one for the best, each replaced as a whole."""
     options: dict[str, Any] = {
         "dirpath": run.checkpoint.parent,
@@ -187,7 +194,9 @@ def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.T
     )
 
 
-def begin(run: Run, cfg: DictConfig, overrides: Sequence[str] | None, trainer: L.Trainer) -> None:
+def save_start(
+    run: Run, cfg: DictConfig, overrides: Sequence[str] | None, trainer: L.Trainer
+) -> None:
     """Save what the run is started with, once its checkpoint is loaded and nothing is refused."""
     if is_first_process():
         run.begin(cfg, overrides)
@@ -195,7 +204,7 @@ def begin(run: Run, cfg: DictConfig, overrides: Sequence[str] | None, trainer: L
         tracker.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
 
 
-def finish(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:
+def finalize_model(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:
     """Load what the run saved, with averaged weights where there are, and fit the prior to it."""
     checkpoint = read_checkpoint(run.checkpoint) if run.checkpoint.is_file() else None
     if checkpoint:
@@ -206,7 +215,7 @@ def finish(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:
         save_mixture(task.model, checkpoint, run.checkpoint)
 
 
-def validation_metrics(
+def select_validation_metrics(
     task: Task, data: Any, epochs: Sequence[dict[str, float]]
 ) -> dict[str, float]:
     """The last of the epochs' metrics on the validation set; without one, the best on the test."""
@@ -222,7 +231,7 @@ def measure_best_epoch(cfg: DictConfig, task: Task, data: Any, run: Run) -> dict
     checkpoint = read_checkpoint(run.best)
     task.load_state_dict(checkpoint["state_dict"])
     tested = test(task, build_tester(cfg), data)
-    return best_epoch_names(tested) | {"best_validation_epoch": checkpoint["epoch"] + 1}
+    return rename_for_best_epoch(tested) | {"best_validation_epoch": checkpoint["epoch"] + 1}
 
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
@@ -265,7 +274,7 @@ def closing_lines(run: Run) -> str:
     return "\n".join(lines)
 
 
-def repeated_overrides(job: Any) -> list[str]:
+def list_repeated_overrides(job: Any) -> list[str]:
     """The overrides of a command line that ``resume=`` repeats, and where custom configs are."""
     custom = [
         f"{source.schema}://{source.path}"
