@@ -49,6 +49,8 @@ USER_ERRORS = (
     CompactHydraException,
     OmegaConfBaseException,
 )
+#: the command line as it was given
+GIVEN: list[str] = []
 
 
 def main(command: str | None = None) -> None:
@@ -59,6 +61,7 @@ def main(command: str | None = None) -> None:
     with exit_on_user_errors():
         if command in COMPOSED:
             refuse_null_choices(arguments)
+            GIVEN[:] = sys.argv
             sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
             hydra.main(CONF, command, VERSION)(run_composed)()
             return
@@ -70,7 +73,8 @@ def main(command: str | None = None) -> None:
 
 def run_composed(cfg: DictConfig) -> Any:
     """Run the command that Hydra composed ``cfg`` for; Hydra's launchers call this."""
-    return import_command(HydraConfig.get().job.config_name).main(cfg)
+    sys.argv[:] = GIVEN or sys.argv  # which Lightning repeats for the processes of further devices
+    return import_command(str(HydraConfig.get().job.config_name)).main(cfg)
 
 
 def import_command(command: str) -> ModuleType:

@@ -154,7 +154,7 @@ def calibrate_thresholds(cfg: DictConfig, task: Task, data: Any) -> None:
         log.info("%s", calibrate(task.model, task.model_input(images), rate=rate))
 
 
-def compile_model(model: torch.nn.Module, options: bool | DictConfig) -> None:
+def compile_model(model: torch.nn.Module, options: Any) -> None:
     """Compile in place, so that the keys of the checkpoints stay as they are."""
     torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit
     # Batches have one size but for the last of a test, so each size may have a graph of its own.
@@ -200,8 +200,9 @@ def save_start(
     """Save what the run is started with, once its checkpoint is loaded and nothing is refused."""
     if is_first_process():
         run.begin(cfg, overrides)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     for tracker in trainer.loggers:
-        tracker.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        tracker.log_hyperparams(config)
 
 
 def finalize_model(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:

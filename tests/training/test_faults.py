@@ -181,7 +181,7 @@ class SecondRun(CtrlC):
 
     def strike(self, trainer):
         second = subprocess.run(
-            command("train", *sys.argv[1:], "dataset.augment=null"),
+            command(*sys.argv[1:], "dataset.augment=null"),
             env=ENVIRONMENT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert second.returncode == 1
