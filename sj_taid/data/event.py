@@ -53,8 +53,6 @@ class EventData(Data):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.T < 1:
-            raise ValueError(f"dataset.T must be a number of frames >= 1, but it is {self.T}")
         self.root = Path(self.root).expanduser()
         self.archives = self.root / "download"
         self.events = self.root / "events_np"

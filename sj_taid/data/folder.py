@@ -61,7 +61,7 @@ class ImageFolder(ImageData):
     Raises:
         FileNotFoundError: no such folder, or no image in it.
         ValueError: other classes in ``test_root`` than in ``root``; folders that are no classes,
-            but the parts of a split; a crop below 1.
+            but the parts of a split.
         RuntimeError: an image that cannot be read, or is smaller than ``crop``, when it is asked
             for; names all such images.
     """
@@ -72,8 +72,6 @@ class ImageFolder(ImageData):
     crop: int | None = None
 
     def __post_init__(self) -> None:
-        if self.crop is not None and self.crop < 1:
-            raise ValueError(f"dataset.crop must be null or at least 1, but it is {self.crop}")
         self.root = Path(self.root).expanduser()
         if self.test_root is not None:
             self.test_root = Path(self.test_root).expanduser()

@@ -1,8 +1,7 @@
 """Trained models by name, from a folder or from the Hugging Face hub; nothing in them is code.
 
-A model is a folder of three files, which ``sj-taid export`` writes: ``config.json`` (its class and
-resolved arguments, the SHA-256 of its weights, and the metrics of its run), ``model.safetensors``
-and the card ``README.md``. Those in this folder come with the package.
+A model is a folder that ``sj-taid export`` writes: ``config.json`` (its class and arguments, the
+SHA-256 of its weights, the metrics of its run), ``model.safetensors`` and the card ``README.md``.
 """
 
 from __future__ import annotations
@@ -115,11 +114,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
 
 
 def build(config: dict[str, Any]) -> nn.Module:
-    """Build the model that the entry ``model`` of a config describes, untrained.
-
-    Raises:
-        ValueError: a class that is not trusted, arguments that it does not take, or no model.
-    """
+    """Build the model that the entry ``model`` of a config describes, untrained."""
     try:
         model = _build.build(config)
         if not isinstance(model, nn.Module):
@@ -174,7 +169,6 @@ def _read_config(folder: Path, remedy: str) -> dict[str, Any]:
 def _load_weights(
     model: nn.Module, path: Path, config: dict[str, Any], sha256: str | None, remedy: str
 ) -> None:
-    """Load the weights that have the digest ``sha256``, or else the one stated in the config."""
     with needs("safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load

@@ -91,11 +91,7 @@ def time_shares(attention: Tensor) -> Tensor:
 
 
 def draw_attention(attention: Tensor, path: Path) -> None:
-    """Draw each time step's share of the weights that an image decoder's ``attention`` gives.
-
-    Shares, not weights: the layer before the decoder sets the scale, and only shares compare with
-    the fixed decoder's.
-    """
+    """Draw each time step's share of an image decoder's weights, next to the fixed decoder's."""
     shares = time_shares(attention).detach().cpu().numpy()
     T, _, channels = shares.shape
     steps = np.arange(1, T + 1)

@@ -43,6 +43,8 @@ RULES: dict[str, Rule] = {
     "dataset.image_size": _whole(1),
     "dataset.batch_size": _whole(1),
     "dataset.num_workers": _whole(0),
+    "dataset.T": _whole(1),
+    "dataset.crop": _or_null(_whole(1)),
     "dataset.limit": _or_null(_whole(1)),
     "dataset.erase": PROBABILITY,
     "dataset.mixup": POSITIVE,
