@@ -15,26 +15,24 @@ from prove import Step
 from sj_taid.ops import backends
 from tests.test_docs import Parsed, parse_only  # noqa: F401
 
+#: no name for a file
 GPU = "../NVIDIA H100 | 80GB HBM3"
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU with a name that is none for a file."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+def read_page(out):
+    """The page in the only folder, without the padding of tables."""
+    (path,) = out.glob("*/prove.md")
+    return re.sub(" +", " ", path.read_text(encoding="utf-8"))
 
 
 def run_steps(monkeypatch, out, steps, *options):
-    """The exit code and the page of a run of these steps."""
+    """The exit code and the page of a run of these steps, as if there were a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
     monkeypatch.setattr(prove, "steps", lambda device, folder: steps)
-    code = prove.main(["--out", str(out), *options])
-    (folder,) = out.iterdir()
-    page = (folder / "prove.md").read_text(encoding="utf-8")
-    return code, re.sub(" +", " ", page)  # without the padding of tables
+    return prove.main(["--out", str(out), *options]), read_page(out)
 
 
-@pytest.mark.usefixtures("gpu")
 def test_prove_continues_past_what_raises_or_dies(tmp_path, monkeypatch, capsys):
     steps = [
         Step("raises", ["-c", "raise ValueError('in|jected')"], hint="Try another one."),
@@ -53,7 +51,6 @@ def test_prove_continues_past_what_raises_or_dies(tmp_path, monkeypatch, capsys)
     assert "so far" in page
 
 
-@pytest.mark.usefixtures("gpu")
 def test_prove_names_its_files_by_the_machine_and_replaces_them(tmp_path, monkeypatch):
     out = tmp_path / "out"
     folder = out / "nvidia-h100-80gb-hbm3"
@@ -75,7 +72,6 @@ def test_run_stops_a_step_that_hangs(tmp_path):
     assert outcome.outcome == "failed" and outcome.error.startswith("stopped after 0 s (--minutes")
 
 
-@pytest.mark.usefixtures("gpu")
 def test_prove_names_the_steps_for_which_no_time_is_left(tmp_path, monkeypatch):
     code, page = run_steps(monkeypatch, tmp_path, [Step("late", ["-c", "1/0"])], "--minutes", "0")
     assert code == 1 and "| late | skipped | 0.0 | the 0 minutes are used up |" in page
@@ -108,13 +104,12 @@ def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # n
 
 
 def test_steps_time_each_plif_that_is_installed(monkeypatch, tmp_path):
+    assert prove.is_installed("torch.nn") and not prove.is_installed("torch_not_there.nn")
     for installed in ([], ["cuda"], ["cuda", "triton"]):
         modules = [prove.PLIF[name] for name in installed]
         monkeypatch.setattr(prove, "is_installed", modules.__contains__)
         names = [step.name for step in prove.steps("cuda", tmp_path) if "PLIF" in step.name]
         assert names == [f"neuron, PLIF by {name}" for name in installed]
-    monkeypatch.undo()
-    assert prove.is_installed("torch.nn") and not prove.is_installed("torch_not_there.nn")
 
 
 TOY = {
@@ -134,8 +129,7 @@ def test_prove_on_a_cpu(tmp_path):
     command = [sys.executable, "-c", program, *options]
     done = subprocess.run(command, cwd=prove.ROOT / "experiments", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = tmp_path.iterdir()
-    page = re.sub(" +", " ", (folder / "prove.md").read_text(encoding="utf-8"))
+    page = read_page(tmp_path)
     assert "9 passed, 0 failed, 0 skipped" in page
     assert "backend numba: works" in page and "bit for bit" in page
     assert page.count("1 of the 1 cases equal the definition.") == 3
