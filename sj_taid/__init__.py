@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from . import functional as functional
+from .acceleration import accelerate
 from .calibration import calibrate
 from .convert import swap_neurons, to_lif
 from .fusion import fuse_norm, unfuse_norm
@@ -25,6 +26,7 @@ __all__ = [
     "TAID",
     "ALIFNode",
     "FixedDecoder",
+    "accelerate",
     "calibrate",
     "create_model",
     "fresh_state",

@@ -11,23 +11,18 @@ from . import _compat, _graph, _spikes, functional
 from ._norm_input import NormInput, PassOn, not_normalised
 from .ops.alif.norm import Norm
 
+#: the classes that apply norms; a subclass may do something else
+KINDS: set[type] = set()
 
-class FusedNeuron:
+
+class FusedNeuron(_compat.BaseNode):
     """The forward of a neuron by :func:`.functional.alif_multi_step`.
 
     It applies the batch norm before it (:mod:`.fusion`) and gives its spikes as bits
-    (:mod:`.packing`). A mixin, to stand before a SpikingJelly neuron.
+    (:mod:`.packing`).
     """
 
     v: Tensor | float
-    v_seq: Tensor | None
-    v_reset: float | None
-    surrogate_function: Any
-    detach_reset: bool
-    store_v_seq: bool
-    materialize_states: Any
-    extra_repr: Any
-
     name = ""
     #: how many :class:`.packing.PackedSpikes` ask for the spikes as bits
     packing = 0
@@ -55,9 +50,14 @@ class FusedNeuron:
             raise ValueError("another neuron applies that norm already; sj_taid.unfuse_norm(net)")
         if self.norm is not None:
             vars(self.norm).pop("forward", None)
-        self._norm = () if norm is None else (norm,)
+        self.__dict__.pop("_norm", None)
         if norm is not None:
+            self._norm = (norm,)
             norm.forward = PassOn()
+
+    def restore(self) -> None:
+        """Be the neuron that it was before :func:`.fuse_norm` and :func:`.accelerate`."""
+        self.apply_norm(None)
 
     def single_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any

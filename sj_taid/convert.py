@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from . import _compat
 from ._checks import check_net
+from ._fused_neuron import FusedNeuron
 from ._table import table
 from .folding import fold_thresholds
 from .neuron import ALIFNode
@@ -136,7 +138,7 @@ def swap_neurons(
     """
     check_net(net, "swap_neurons")
     backends.check_name(backend)
-    sites = _find_neurons(net, neuron.BaseNode)
+    sites = find_neurons(net, neuron.BaseNode)
     counts, unknown = _count_channels(net, sites, channels, example_input)
     options: dict[str, Any] = {
         "learn_tau": learn_tau,
@@ -153,7 +155,8 @@ def swap_neurons(
                 new_of[site.node] = _to_alif(site, counts.get(site.path), **options)
             except ValueError as error:
                 raise ValueError(f"the neuron {site.path!r}: {error}") from error
-        note = reason or _describe_equality(site)
+        no_leak = ", w frozen: no leak" if isinstance(site.node, neuron.IFNode) else ""
+        note = reason or describe_equality(site) + no_leak
         rows.append(Swap(site.paths, type(site.node).__name__, reason is None, note))
     _replace(net, new_of)
     name_neurons(net)
@@ -199,10 +202,10 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     """
     check_net(net, "to_lif")
     # A net that is one neuron has no parent to hold the new node.
-    holder = nn.ModuleList([_copy_net(net)])
+    holder = nn.ModuleList([copy_net(net)])
     for module in holder.modules():
-        if isinstance(module, ALIFNode):
-            module.apply_norm(None)
+        if isinstance(module, FusedNeuron):
+            module.restore()
     unfolded = fold_thresholds(holder) if fold_threshold else {}
     if unfolded:
         rows = [(_path_in_net(path), reason) for path, reason in unfolded.items()]
@@ -210,7 +213,7 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
         warnings.warn(message, stacklevel=2)
     refused = []
     new_of: dict[nn.Module, nn.Module] = {}
-    for site in _find_neurons(holder, ALIFNode):
+    for site in find_neurons(holder, ALIFNode):
         reason = _why_no_lif(site)
         if reason is None:
             new_of[site.node] = _to_lif(site.node)
@@ -227,7 +230,7 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     return holder[0]
 
 
-class _Site(NamedTuple):
+class Site(NamedTuple):
     """A neuron, every path to it, and the device and dtype of the parameters before it."""
 
     node: Any
@@ -240,7 +243,7 @@ class _Site(NamedTuple):
         return self.paths[0]
 
 
-def _find_neurons(net: nn.Module, kind: type) -> list[_Site]:
+def find_neurons(net: nn.Module, kind: type) -> list[Site]:
     """Every neuron of ``kind`` in ``net``, once."""
     paths = defaultdict(list)
     for path, module in net.named_modules(remove_duplicate=False):
@@ -250,7 +253,7 @@ def _find_neurons(net: nn.Module, kind: type) -> list[_Site]:
     for module, names in paths.items():
         near = next(filter(torch.is_floating_point, module.parameters(recurse=False)), near)
         if isinstance(module, kind):
-            sites.append(_Site(module, tuple(names), near.device, near.dtype))
+            sites.append(Site(module, tuple(names), near.device, near.dtype))
     return sites
 
 
@@ -277,7 +280,7 @@ def _warn_replaced(module: nn.Module, inputs: Any) -> None:
     )
 
 
-def _copy_net(net: nn.Module) -> nn.Module:
+def copy_net(net: nn.Module) -> nn.Module:
     """A deep copy with the voltages too, which torch does not copy if they have a graph."""
     memories = (m.memories() for m in net.modules() if isinstance(m, base.MemoryModule))
     attributes = (vars(m).values() for m in net.modules())
@@ -291,20 +294,27 @@ def _path_in_net(path: str) -> str:
     return path.removeprefix("0").removeprefix(".") or "net"
 
 
-def _why_keep(site: _Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
+def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
     """Why a neuron is not swapped, or ``None``."""
     node = site.node
     if isinstance(node, ALIFNode):
         return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
+    if not site.path:
+        return "it is the net itself; put it in a module: nn.Sequential(net)"
+    if type(node) in _KINDS and filter is not None and not filter(site.path, node):
+        return "declined by filter"
+    return why_no_alif(node)
+
+
+def why_no_alif(node: Any) -> str | None:
+    """Why no ALIF has the outputs of a neuron, or ``None``."""
+    if isinstance(node, FusedNeuron):
+        return "accelerated: the undo() of accelerate's report gives the neuron back"
     if type(node) not in _KINDS:
         known = next((kind for kind in _KINDS if isinstance(node, kind)), None)
         if known is None:
             return "not a LIF, PLIF or IF neuron"
         return f"a subclass of {known.__name__}, which may behave differently"
-    if not site.path:
-        return "it is the net itself; put it in a module: nn.Sequential(net)"
-    if filter is not None and not filter(site.path, node):
-        return "declined by filter"
     if isinstance(node.v_threshold, Tensor):
         return "its threshold is a tensor; ALIF starts from a number"
     if not _compat.has_default_precision(node):
@@ -314,7 +324,7 @@ def _why_keep(site: _Site, filter: Callable[[str, nn.Module], bool] | None) -> s
     return None
 
 
-def _why_no_lif(site: _Site) -> str | None:
+def _why_no_lif(site: Site) -> str | None:
     """Why a LIF node cannot express an ALIF, or ``None``."""
     node = site.node
     taus, thresholds = node.tau.unique().tolist(), node.effective_v_threshold.unique().tolist()
@@ -331,7 +341,7 @@ def _why_no_lif(site: _Site) -> str | None:
     return None
 
 
-def _to_alif(site: _Site, channels: int | None, learn_tau: bool, **options: Any) -> ALIFNode:
+def _to_alif(site: Site, channels: int | None, learn_tau: bool, **options: Any) -> ALIFNode:
     node = site.node
     alif = ALIFNode(
         decay_input=getattr(node, "decay_input", False),  # an IF node does not scale its input
@@ -351,7 +361,7 @@ def _to_alif(site: _Site, channels: int | None, learn_tau: bool, **options: Any)
             alif.w.data.copy_(node.w.detach())
         alif.w.requires_grad_(learn_tau and node.w.requires_grad)
     elif isinstance(node, neuron.LIFNode):
-        alif.w.data.fill_(_nearest_w(node.tau, alif.w.dtype))
+        alif.w.data.fill_(nearest_w(node.tau, alif.w.dtype))
     else:
         alif.w.data.fill_(NO_LEAK_W)
         alif.w.requires_grad_(False)
@@ -380,7 +390,8 @@ def _copy_voltage(old: Any, new: Any) -> None:
     new.v = old.v
 
 
-def _nearest_w(tau: float, dtype: torch.dtype) -> float:
+@lru_cache
+def nearest_w(tau: float, dtype: torch.dtype) -> float:
     """The ``w`` of ``dtype`` whose sigmoid is nearest to ``1/tau``.
 
     ``-log(tau - 1)`` rounded to ``dtype`` can be a few units in the last place off; a neighbour
@@ -396,24 +407,20 @@ def _nearest_w(tau: float, dtype: torch.dtype) -> float:
     return min(candidates, key=lambda c: abs(c.sigmoid().item() - 1.0 / tau)).item()
 
 
-def _describe_equality(site: _Site) -> str:
-    """How equal the outputs of a swapped neuron are to those it had."""
-    node, notes = site.node, []
+def describe_equality(site: Site) -> str:
+    """How equal the outputs of an ALIF are to those of a neuron."""
+    node, equal = site.node, True
     if isinstance(node, neuron.ParametricLIFNode):
         equal = _compat.FUNCTIONAL_STATES or node.decay_input
     elif isinstance(node, neuron.LIFNode):
         equal = math.frexp(node.tau)[0] == 0.5
-    else:
-        equal = True
-        notes.append("w frozen: no leak")
     if site.dtype.itemsize < 4:
-        equal = False
-        notes.append(f"computes in float32, not {site.dtype}")
-    return ", ".join([f"equal outputs{'' if equal else ' to rounding'}", *notes])
+        return f"equal outputs to rounding, computes in float32, not {site.dtype}"
+    return f"equal outputs{'' if equal else ' to rounding'}"
 
 
 def _count_channels(
-    net: nn.Module, sites: list[_Site], channels: Channels, example_input: Any
+    net: nn.Module, sites: list[Site], channels: Channels, example_input: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Path -> C or ``None``, and path -> why C is unknown."""
     if channels is None:
@@ -440,10 +447,10 @@ def _count_channels(
 
 
 def _infer_channels(
-    net: nn.Module, sites: list[_Site], example_input: Any
+    net: nn.Module, sites: list[Site], example_input: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Run a copy of ``net``, so that its statistics, states and flags stay as they are."""
-    trial = _copy_net(net).eval()
+    trial = copy_net(net).eval()
     functional.reset_net(trial)  # its voltages may be of another batch
     seen: dict[str, set[int | None]] = {site.path: set() for site in sites}
 

@@ -10,10 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._checks import check_net
-from ._fused_neuron import FusedNeuron
+from ._fused_neuron import KINDS, FusedNeuron
 from ._norm_input import PassOn
 from ._table import table
-from .neuron import ALIFNode
 from .tracing import has_hooks, trace
 
 __all__ = ["FuseReport", "FusedNorm", "fuse_norm", "unfuse_norm"]
@@ -147,7 +146,7 @@ def _why_not(norm: Any, reader: Any, folded: bool) -> str | None:
         return "it has hooks, which would see its input instead of its output"
     if reader is None:
         return None
-    if type(reader) is not ALIFNode:
+    if type(reader) not in KINDS:
         return f"its reader is a {type(reader).__name__}, not an ALIFNode"
     if has_hooks(reader, "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         return "its reader has a hook on its input, which would act before the norm"

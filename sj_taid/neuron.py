@@ -10,16 +10,16 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
-from . import _compat, _graph, functional
+from . import _graph, functional
 from ._checks import is_number, is_whole
-from ._fused_neuron import FusedNeuron
+from ._fused_neuron import KINDS, FusedNeuron
 from .ops import backends
 from .ops.alif.reference import state_dtype
 
 __all__ = ["ALIFNode"]
 
 
-class ALIFNode(FusedNeuron, _compat.BaseNode):
+class ALIFNode(FusedNeuron):
     r"""Leaky integrate-and-fire neuron that learns its time constant *and* its threshold.
 
     "Adaptive" means adapted by learning; elsewhere ALIF often names a neuron whose threshold
@@ -234,6 +234,9 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             return tensor.to(moved.device, torch.float32) if lowered else moved
 
         return super()._apply(keep_float32)
+
+
+KINDS.add(ALIFNode)
 
 
 def _range(parameter: Tensor) -> str:

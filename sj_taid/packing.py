@@ -128,8 +128,8 @@ class _NeuronForward(_Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         spikes = self.run(*args, **kwargs)
-        if self.is_on():
-            node = self.module
+        node = self.module
+        if self.is_on() and not isinstance(node, FusedNeuron):  # which registers them itself
             known = None if _spikes.is_patched(node, self) else node.surrogate_function
             if _spikes.are_spikes(spikes, known):
                 _spikes.register(spikes, spikes.unsqueeze(0) if node.step_mode == "s" else spikes)

@@ -1,0 +1,252 @@
+"""LIF, PLIF and IF neurons in less memory and time, with all else as it was."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from contextlib import AbstractContextManager, ExitStack, suppress
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from spikingjelly.activation_based import functional, neuron
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from . import _compat, _spikes, convert
+from ._checks import check_net
+from ._fused_neuron import KINDS, FusedNeuron
+from ._table import table
+from .fusion import fuse_norm
+from .ops import backends, surrogate
+from .ops.alif import reference
+from .packing import packed_spikes
+from .tracing import has_hooks
+
+__all__ = ["Acceleration", "Row", "accelerate"]
+
+_FUSED = "fused operator"
+
+
+class Row(NamedTuple):
+    """What was done with a neuron or norm: nothing, if ``done`` is empty."""
+
+    layer: str
+    kind: str
+    done: str
+    note: str
+
+
+def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
+    """Train ``net`` in less memory and time with equal outputs; changes it in place.
+
+    Its LIF, PLIF and IF neurons run on the fused operator and learn what they learned before, its
+    norms are fused (:func:`.fuse_norm`) and its spikes saved as bits (:func:`.packed_spikes`).
+    Outputs are equal as :func:`.swap_neurons` promises, and to rounding behind a fused norm. Every
+    module stays the same object, with its parameters, ``state_dict`` keys, hooks and voltages, so
+    optimizers and checkpoints made before go on working; only a neuron's class becomes a subclass
+    of its own. In half precision these neurons compute, and keep voltages, in float32.
+
+    Args:
+        net: any module with SpikingJelly neurons, ALIF included, in step mode ``"m"``.
+        example_input: an input of ``net`` (a tuple for several), to measure a training step before
+            and after, on a copy.
+
+    Raises:
+        ValueError: ``net`` has no neuron.
+        TypeError: ``net`` is no module.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
+    >>> with accelerate(net) as report:
+    ...     print(report)
+    1 neurons on the fused operator, 0 norms fused, spikes saved as bits
+    layer  kind     done            note
+    1      LIFNode  fused operator  equal outputs
+    >>> type(net[1]) is neuron.LIFNode
+    True
+    """
+    check_net(net, "accelerate")
+    if not convert.find_neurons(net, neuron.BaseNode):
+        raise ValueError(f"{type(net).__name__} has no neuron of SpikingJelly's to accelerate")
+    measured = example_input is not None and _measure(net, example_input)
+    report = Acceleration(net)
+    report.saved_bytes, report.step_ms = measured or (None, None)
+    return report
+
+
+class Acceleration(AbstractContextManager["Acceleration"]):
+    """The report of :func:`.accelerate`: ``print`` it. The end of ``with`` calls :meth:`undo`.
+
+    Attributes:
+        rows: one :class:`Row` per neuron and norm.
+        saved_bytes: bytes saved for backward, before and after, if there was an example input.
+        step_ms: milliseconds of a training step, before and after, measured in turns.
+    """
+
+    saved_bytes: tuple[int, int] | None = None
+    step_ms: tuple[float, float] | None = None
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net, self._nodes, self._bits, rows = net, [], "no spikes saved as bits", {}
+        find: Any = net.get_submodule
+        with ExitStack() as undo:  # also if something fails
+            for site in convert.find_neurons(net, neuron.BaseNode):
+                node, kind, reason = site.node, type(site.node), _why_not(site)
+                note, done = reason or convert.describe_equality(site), "" if reason else _FUSED
+                rows[site.path] = Row(" = ".join(site.paths), kind.__name__, done, note)
+                if not reason:
+                    node.__class__ = _ACCELERATED[kind]
+                    undo.callback(node.restore)
+                    self._nodes.append(node)
+            for row in fuse_norm(net).rows:
+                name, done = type(find(row.norm)).__name__, f"fused into {row.neuron}"
+                note = row.note or "equal outputs to rounding"
+                rows[row.norm] = Row(row.norm, name, "" if row.note else done, note)
+                if not row.note:
+                    undo.callback(find(row.neuron).apply_norm, None)
+            if any(type(module) in KINDS for module in net.modules()):
+                with suppress(ValueError):  # no layer saves spikes
+                    undo.callback(packed_spikes(net).remove)
+                    self._bits = "spikes saved as bits"
+            self._undo = undo.pop_all()
+        self.rows = tuple(rows[path] for path, _ in net.named_modules() if path in rows)
+
+    def undo(self) -> None:
+        """Take back what was done, in place; warns if neurons have left the net since."""
+        self._undo.close()
+        if gone := len({*self._nodes} - {*self._net.modules()}):
+            warnings.warn(f"{gone} accelerated neurons were replaced, which stays", stacklevel=2)
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        norms = sum(row.done not in ("", _FUSED) for row in self.rows)
+        lines = [
+            f"{len(self._nodes)} neurons on the fused operator, {norms} norms fused, {self._bits}"
+        ]
+        if self.saved_bytes and self.step_ms:
+            (old_bytes, new_bytes), (old, new) = self.saved_bytes, self.step_ms
+            slower = "" if new <= 1.1 * old else " (slower: undo() takes it back)"
+            lines.append(
+                f"saved for backward {old_bytes / 1e6:.3g} -> {new_bytes / 1e6:.3g} MB, "
+                f"step {old:.3g} -> {new:.3g} ms{slower}"
+            )
+        rows = [(row.layer or "net", row.kind, row.done or "-", row.note) for row in self.rows]
+        return "\n".join([*lines, table(Row._fields, rows)])
+
+
+def _why_not(site: convert.Site) -> str | None:
+    """Why a neuron is left as it is, or ``None``."""
+    node, forward = site.node, vars(site.node).get("forward")
+    if isinstance(node, FusedNeuron):
+        return "on the fused operator already"
+    if node.step_mode != "m":
+        return "it runs step by step; functional.set_step_mode(net, 'm') first"
+    if reason := convert.why_no_alif(node) or surrogate.unsupported(node.surrogate_function):
+        return reason
+    patched = _spikes.is_patched(node, forward if hasattr(forward, "packing") else None)
+    if patched or has_hooks(node.surrogate_function):
+        return "a function of its own or a hook in it, which the fused operator would not call"
+    x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
+    backend = backends.resolve(backends.AUTO, x, node.surrogate_function)
+    if backend.multi_step is reference.multi_step:
+        return f"no fused operator for {x.dtype} on {x.device.type}: python -m sj_taid.doctor"
+    return None
+
+
+@torch.inference_mode(False)
+def _measure(net: nn.Module, inputs: Any) -> tuple[Any, Any]:
+    """Bytes saved by a training step and its milliseconds, each before and after, in turns."""
+    net, turns = convert.copy_net(net), []
+    with torch.random.fork_rng({p.device for p in net.parameters() if p.is_cuda}):
+        for _ in range(6):  # the first compiles the kernels
+            before = _run_step(net, inputs)
+            with Acceleration(net):
+                turns.append((before, _run_step(net, inputs)))
+    (old_bytes, _), (new_bytes, _) = turns[0]
+    old, new = (median(ms for _, ms in steps[1:]) for steps in zip(*turns, strict=True))
+    return (old_bytes, new_bytes), (old, new)
+
+
+@torch.enable_grad()
+def _run_step(net: nn.Module, inputs: Any) -> tuple[int, float]:
+    """Forward from rest and, if something requires a gradient, backward: saved bytes and ms."""
+    functional.reset_net(net)
+    saved: dict[int, Tensor] = {}  # tensors, so that they live and no address comes twice
+    start = time.perf_counter()
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        output = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+        outputs = [output] if isinstance(output, Tensor) else output
+        losses = [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+    for parameter in net.parameters():
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    saved.clear()
+    if losses:
+        torch.stack(losses).sum().backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return saved_bytes, 1e3 * (time.perf_counter() - start)
+
+
+class _Accelerated(FusedNeuron):
+    """A SpikingJelly neuron whose forward is the fused operator; all else is its own."""
+
+    @property
+    def packing(self) -> int:  # type: ignore[override]
+        """Counted where it is without acceleration: either may be undone first."""
+        return getattr(vars(self).get("forward"), "packing", 0)
+
+    def restore(self) -> None:
+        super().restore()
+        self.__class__ = type(self).__bases__[1]
+
+    def materialize_states(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
+    ) -> tuple[Any, ...]:
+        """As in SpikingJelly: 2.x moves a voltage, and starts again if its shape is another."""
+        x, v = inputs[0], states[0]
+        if isinstance(v, Tensor) and _compat.FUNCTIONAL_STATES:
+            fits = v.shape == (x.shape[1:] if step_mode == "m" else x.shape)
+            v = v.to(x.device) if fits else self.v_reset or 0.0
+        return (v,)
+
+    def _operands(self, x_seq: Tensor) -> dict[str, Any]:
+        node: Any = self
+        dtype = reference.state_dtype(x_seq.dtype)
+        w = getattr(node, "w", convert.NO_LEAK_W)  # PLIF's own, or IF's
+        if isinstance(node, neuron.LIFNode):
+            w = _constant_w(node.tau, dtype)
+        operands = {
+            name: value if isinstance(value, Tensor) else x_seq.new_full((), value, dtype=dtype)
+            for name, value in {"w": w, "v_threshold": node.v_threshold}.items()
+        }
+        return operands | {"decay_input": getattr(node, "decay_input", False)}
+
+
+# torch.compile runs it as it is, and uses what it returns as a constant.
+@torch.compiler.assume_constant_result
+def _constant_w(tau: float, dtype: torch.dtype) -> float:
+    return convert.nearest_w(tau, dtype)
+
+
+class AcceleratedIFNode(_Accelerated, neuron.IFNode):
+    """IF on the fused operator."""
+
+
+class AcceleratedLIFNode(_Accelerated, neuron.LIFNode):
+    """LIF on the fused operator."""
+
+
+class AcceleratedParametricLIFNode(_Accelerated, neuron.ParametricLIFNode):
+    """PLIF on the fused operator."""
+
+
+_ACCELERATED = {kind.__bases__[1]: kind for kind in _Accelerated.__subclasses__()}
+KINDS.update(_ACCELERATED.values())

@@ -1,0 +1,331 @@
+"""``accelerate``: equal outputs and gradients before, with and after; nothing else changes."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based.model import sew_resnet, spiking_vgg
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import sj_taid
+from sj_taid import ALIFNode, accelerate
+from sj_taid._compat import FUNCTIONAL_STATES
+
+ATAN = surrogate.ATan()
+KINDS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
+
+
+def make_net(kinds=KINDS, **options):
+    torch.manual_seed(1)
+    first, second, third = (
+        kind(**{"surrogate_function": ATAN, "v_threshold": 0.2} | options) for kind in kinds
+    )
+    net = nn.Sequential(
+        *(layer.Conv2d(2, 4, 3, padding=1), layer.BatchNorm2d(4), first),
+        *(layer.Conv2d(4, 4, 3, padding=1), second, layer.MaxPool2d(2)),
+        *(layer.Conv2d(4, 4, 3, padding=1), layer.BatchNorm2d(4), third),
+        *(layer.Flatten(), layer.Linear(36, 3)),
+    )
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def images(steps=4, channels=2, size=6):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(steps, 2, channels, size, size, generator=generator) * 3
+
+
+def train(net, x_seq, steps=3, optimizer=None):
+    """Outputs, gradients and buffers of some steps of SGD."""
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
+    results = []
+    for _ in range(steps):
+        functional.reset_net(net)
+        optimizer.zero_grad()
+        output = net(x_seq)
+        weights = torch.linspace(-1, 1, output.numel()).view(output.shape)
+        (output * weights).sum().backward()
+        results += [output.detach(), *(p.grad.clone() for p in net.parameters())]
+        results += [buffer.clone() for buffer in net.buffers()]
+        optimizer.step()
+    return results
+
+
+def assert_close(got, expected):
+    for have, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=2e-3, atol=2e-4)
+
+
+def attributes_of(net):
+    return [(type(module), set(vars(module)) - {"packing"}) for module in net.modules()]
+
+
+def zoo(make, **options):
+    options |= {"spiking_neuron": neuron.LIFNode, "surrogate_function": ATAN, "num_classes": 4}
+    torch.manual_seed(2)
+    net = make(**options)
+    functional.set_step_mode(net, "m")
+    return net
+
+
+NETS = {
+    "hard": lambda: (make_net(), images()),
+    "soft": lambda: (make_net(v_reset=None, detach_reset=True), images()),
+    "v_seq": lambda: (make_net(v_reset=-0.25, store_v_seq=True), images()),
+    "no-decay": lambda: (make_net(KINDS[:2] + KINDS[:1], decay_input=False), images()),
+    "alif": lambda: (make_net((KINDS[1], ALIFNode, KINDS[2])), images()),
+    "channels-last": lambda: (make_net(), images().transpose(2, 4).contiguous().transpose(2, 4)),
+    "vgg": lambda: (zoo(spiking_vgg.spiking_vgg11_bn).features, images(2, 3, 32)),
+    "sew": lambda: (zoo(sew_resnet.sew_resnet18, cnf="ADD"), images(2, 3, 32)),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_accelerate_trains_alike_and_undo_gives_the_net_back(name):
+    net, x_seq = NETS[name]()
+    steps = 1 if len(list(net.modules())) > 20 else 3
+    plain, taken_back = copy.deepcopy(net), copy.deepcopy(net)
+    state, parameters, before = (
+        copy.deepcopy(net.state_dict()),
+        [*net.parameters()],
+        attributes_of(net),
+    )
+    optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
+    expected = train(plain, x_seq, steps)
+    report = accelerate(net)
+    assert any(row.done == "fused operator" for row in report.rows)
+    assert all(have is want for have, want in zip(net.parameters(), parameters, strict=True))
+    assert [*net.state_dict()] == [*state]
+    assert all(map(torch.equal, net.state_dict().values(), state.values()))
+    assert_close(train(net, x_seq, steps, optimizer), expected)
+    for have, want in zip(net.modules(), plain.modules(), strict=True):
+        if isinstance(have, neuron.BaseNode):
+            assert_close([have.v], [want.v])
+            assert have.store_v_seq is False or have.v_seq.shape == want.v_seq.shape
+    net.load_state_dict(plain.state_dict())
+    plain.load_state_dict(net.state_dict())
+    report.undo()
+    assert attributes_of(net) == before
+    with accelerate(taken_back):
+        pass
+    for have, want in zip(train(taken_back, x_seq, steps), expected, strict=True):
+        assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"v_reset": None}, {"detach_reset": True}])
+def test_accelerated_neuron_is_equal_to_the_bit(kind, options):
+    node = kind(surrogate_function=ATAN, step_mode="m", **options)
+    plain, x_seq = copy.deepcopy(node), torch.randn(4, 6, 5)
+    report = accelerate(node)  # the net itself
+    assert report.rows[0].note == "equal outputs" and "net " in str(report)
+    assert torch.equal(node(x_seq), plain(x_seq)) and torch.equal(node.v, plain.v)
+
+
+def test_accelerate_measures_on_a_copy():
+    net, x_seq = make_net(), images()
+    net(x_seq).sum().backward()
+    grads = [p.grad.clone() for p in net.parameters()]
+    buffers, v = [b.clone() for b in net.buffers()], net[2].v
+    rng = torch.get_rng_state()
+    report = accelerate(net, x_seq)
+    assert torch.equal(torch.get_rng_state(), rng) and net[2].v is v
+    assert all(map(torch.equal, grads, (p.grad for p in net.parameters())))
+    assert all(map(torch.equal, buffers, net.buffers()))
+    before, after = report.saved_bytes
+    assert after < 0.5 * before and min(report.step_ms) > 0
+    lines = str(report).splitlines()
+    assert lines[0] == "3 neurons on the fused operator, 2 norms fused, spikes saved as bits"
+    assert lines[1].startswith("saved for backward") and len(lines) == 3 + len(report.rows)
+
+
+class Own(neuron.LIFNode):
+    pass
+
+
+LEFT = {
+    "a subclass of LIFNode": Own(),
+    "not a LIF, PLIF or IF": neuron.IzhikevichNode(),
+    "the surrogate ATan has spik": neuron.LIFNode(surrogate_function=surrogate.ATan(spiking=False)),
+    "on the fused operator already": ALIFNode(),
+    "its threshold is a tensor": neuron.IFNode(),
+    "a function of its own": neuron.IFNode(),
+    "it runs step by step; functional.set_step_mode": neuron.LIFNode(),
+    "no fused operator for torch.float64": neuron.ParametricLIFNode(),
+}
+
+
+def test_accelerate_leaves_what_it_cannot_run():
+    net = nn.Sequential(*copy.deepcopy([*LEFT.values()]))
+    functional.set_step_mode(net, "m")
+    net[4].v_threshold, net[5].forward, net[6].step_mode = torch.tensor(1.0), net[4].forward, "s"
+    net[7].double()
+    before = attributes_of(net)
+    report = accelerate(net)
+    assert attributes_of(net) == before and not any(row.done for row in report.rows)
+    for row, note in zip(report.rows, LEFT, strict=True):
+        assert row.note.startswith(note)
+
+
+def test_accelerate_raises_before_it_changes_the_net():
+    with pytest.raises(TypeError):
+        accelerate(None)
+    with pytest.raises(ValueError, match="no neuron"):
+        accelerate(nn.Linear(1, 1))
+    net = make_net()
+    before = attributes_of(net)
+    with pytest.raises(RuntimeError, match="channels"):
+        accelerate(net, torch.rand(4, 2, 3, 6, 6))
+    functional.set_step_mode(net, "s")
+    assert not any(row.done for row in accelerate(net).rows)
+    assert attributes_of(net) == before
+
+
+def test_accelerated_net_runs_step_by_step():
+    net, x_seq = make_net().eval(), images()
+    accelerate(net)
+    expected = net(x_seq)
+    functional.reset_net(net)
+    functional.set_step_mode(net, "s")
+    assert_close([torch.stack([net(x) for x in x_seq])], [expected])
+
+
+def test_accelerate_twice_and_undo_in_any_order():
+    net, x_seq = make_net(), images()
+    plain, before = copy.deepcopy(net), attributes_of(net)
+    packed = sj_taid.packed_spikes(net)
+    first = accelerate(net)
+    second = accelerate(net)
+    assert {row.note for row in second.rows} == {"on the fused operator already", "fused already"}
+    packed_later = sj_taid.packed_spikes(net)
+    sj_taid.unfuse_norm(net)
+    for take_back in (first.undo, packed.remove, packed_later.remove, second.undo, first.undo):
+        take_back()
+        net.load_state_dict(plain.state_dict())
+        assert_close(train(net, x_seq, 1), train(copy.deepcopy(plain), x_seq, 1))
+    assert attributes_of(net) == before
+
+
+def test_undo_after_a_neuron_was_replaced():
+    net, x_seq = make_net(), images()
+    report = accelerate(net)
+    old, net[2] = net[2], ALIFNode(step_mode="m")
+    with pytest.warns(UserWarning, match="1 accelerated neurons were replaced"):
+        report.undo()
+    assert type(old) is neuron.LIFNode and type(net[2]) is ALIFNode
+    net(x_seq).sum().backward()
+
+
+def test_accelerated_net_is_swapped_after_undo_only():
+    net = make_net()
+    with accelerate(net):
+        assert "undo()" in str(sj_taid.swap_neurons(net))
+        assert type(sj_taid.to_lif(net)[2]) is neuron.LIFNode
+    assert len(sj_taid.swap_neurons(net).swapped) == 3
+
+
+def test_accelerated_net_copies_and_pickles():
+    net, x_seq = make_net(), images()
+    accelerate(net)
+    net(x_seq)
+    copies = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+    expected = train(net, x_seq, 1)
+    for other in copies:
+        assert type(other[2]) is type(net[2]) and other[2].norm is other[1]
+        assert all(map(torch.equal, train(other, x_seq, 1), expected))
+
+
+def test_accelerate_shared_neuron_and_hooks():
+    shared, seen = neuron.LIFNode(surrogate_function=ATAN, step_mode="m"), []
+    shared.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net, x_seq = (
+        nn.Sequential(nn.Linear(5, 5), shared, nn.Linear(5, 5), shared),
+        torch.randn(4, 3, 5),
+    )
+    net(x_seq)
+    shared.reset()
+    assert accelerate(net).rows[0].layer == "1 = 3"
+    net(x_seq)
+    assert all(map(torch.equal, seen[:2], seen[2:])) and len(seen) == 4
+
+
+def test_accelerated_voltage_of_another_batch():
+    net, x_seq = make_net().eval(), images()
+    accelerate(net)
+    expected = net(x_seq[:, :1])
+    functional.reset_net(net)
+    net(x_seq)
+    if FUNCTIONAL_STATES:  # as before: it starts again
+        assert torch.equal(net(x_seq[:, :1]), expected)
+    else:
+        with pytest.raises(ValueError, match="reset"):
+            net(x_seq[:, :1])
+
+
+def test_accelerated_net_without_gradients():
+    net, x_seq = make_net().eval().requires_grad_(False), images()
+    expected = net(x_seq)
+    assert accelerate(net, x_seq).saved_bytes == (0, 0)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        functional.reset_net(net)
+        with mode():
+            assert_close([net(x_seq)], [expected])
+            assert accelerate(make_net(), x_seq).saved_bytes[0] > 0
+
+
+class Recomputed(nn.Module):
+    def __init__(self, net, reentrant):
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def run(self, x_seq):
+        functional.reset_net(self.net)
+        return self.net(x_seq)
+
+    def forward(self, x_seq):
+        return checkpoint(self.run, x_seq.requires_grad_(), use_reentrant=self.reentrant)
+
+
+WRAPPERS = {
+    "compiled": partial(torch.compile, fullgraph=True, backend="aot_eager"),
+    "checkpointed": partial(Recomputed, reentrant=False),
+    "checkpointed-reentrant": partial(Recomputed, reentrant=True),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_accelerated_net_inside(name):
+    net, x_seq = make_net(), images()
+    expected = train(copy.deepcopy(net), x_seq, 1)
+    accelerate(net)
+    outputs_and_gradients = slice(1 + len([*net.parameters()]))  # recomputing counts norms twice
+    got = train(WRAPPERS[name](net), x_seq, 1)
+    assert_close(got[outputs_and_gradients], expected[outputs_and_gradients])
+
+
+def test_accelerated_net_under_autocast():
+    net, x_seq = make_net(), images()
+    accelerate(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = net(x_seq)
+    output.float().sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_accelerate_a_net_in_ddp(tmp_path):
+    net, x_seq = make_net(), images()
+    expected, before = train(copy.deepcopy(net), x_seq), attributes_of(net)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        with accelerate(wrapped, x_seq):
+            assert_close(train(wrapped, x_seq), expected)
+        assert attributes_of(net) == before
+    finally:
+        torch.distributed.destroy_process_group()
