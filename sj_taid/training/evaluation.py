@@ -81,13 +81,13 @@ class Evaluator:
     ) -> dict[str, Any]:
         """``fad``, with weights ``fid``, ``inception_score`` and ``fad_published``, and protocols.
 
-        Each metric's protocol is under its name in ``protocol``.
-
         Args:
             model: has ``sample(n)``; moved to the metrics' device.
             data: the test images to compare with.
-            only: one of the metrics. The others are prepared all the same, so that what they lack
-                shows before a training and not after it.
+            only: one of the metrics; what the others lack is an error all the same.
+
+        Returns:
+            The metrics, and under ``protocol`` how each was measured.
 
         Raises:
             ValueError: too few samples or test images for one of the metrics, or images that FAD as

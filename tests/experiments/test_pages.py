@@ -154,19 +154,6 @@ def test_papers_puts_ours_above_the_published_values(monkeypatch):
     ]
 
 
-def test_every_run_lists_later_evaluations(monkeypatch):
-    later = {"metrics": {"fad": 2.5}, "command": "sj-taid evaluate checkpoint=RUN"}
-    later |= {"commit": "later", "machine": "a desk", "threads": 2}
-    single = metrics([], fad=2.5) | {"evaluations": [later], "protocol": {"fad": "by eye"}}
-    monkeypatch.setattr(pages, "load_all_runs", lambda: {"fsvae": [single]})
-    listed, _, table = pages.every_run().partition("\n\n")
-    assert listed == "1. fad: by eye"
-    assert cells(table)[-2:] == [
-        ["`python experiments/train.py`", "", "0123456789ab", "a laptop", "1"],
-        ["`sj-taid evaluate checkpoint=RUN`", "1", "later", "a desk", "2"],
-    ]
-
-
 def test_lr_scale_has_learning_rates_in_order(monkeypatch):
     rows = itertools.product(["3", "10"], ["plif", "alif"], ["0", "1"])
     table = pd.DataFrame(rows, columns=["task.lr_scale", "neuron", "seed"]).assign(

@@ -94,20 +94,6 @@ def test_page_shows_runs_without_checkpoints(runs):
     assert "metrics.json is damaged" in html and "&lt;script&gt;" in html
 
 
-@pytest.mark.slow
-def test_page_notes_the_error_of_a_run_that_cannot_be_built(sweep, monkeypatch):
-    def fail(found, trust):
-        if found.folder.name == "lif":
-            raise TypeError("unexpected keyword argument 'gone'")
-        return inspect(found, trust)
-
-    inspect = report.inspect
-    monkeypatch.setattr(report, "inspect", fail)
-    html = report.page(gather.gather([sweep])[0], {})
-    assert "TypeError: unexpected keyword argument &#39;gone&#39;" in html
-    assert "Firing and decoding" in html
-
-
 @pytest.fixture
 def browser():
     if not CHROMIUM:
