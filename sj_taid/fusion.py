@@ -92,6 +92,7 @@ def fuse_norm(net: nn.Module) -> FuseReport:
     Returns:
         The report: ``print`` it.
 
+    >>> from sj_taid import ALIFNode
     >>> net = nn.Sequential(layer.Conv2d(1, 4, 3), layer.BatchNorm2d(4), ALIFNode())
     >>> for module in net:
     ...     module.step_mode = "m"
@@ -120,6 +121,7 @@ def fuse_norm(net: nn.Module) -> FuseReport:
 def unfuse_norm(net: nn.Module) -> None:
     """Undo :func:`.fuse_norm`: every norm is applied by itself again, in place.
 
+    >>> from sj_taid import ALIFNode
     >>> net = nn.Sequential(layer.BatchNorm2d(4, step_mode="m"), ALIFNode(step_mode="m"))
     >>> len(fuse_norm(net).fused), unfuse_norm(net), net[1].norm
     (1, None, None)
