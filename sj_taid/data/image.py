@@ -133,12 +133,7 @@ class MNIST(TorchvisionInMemory):
 
     source = datasets.MNIST
     folder = "MNIST/raw"
-    files = (
-        "train-images-idx3-ubyte",
-        "train-labels-idx1-ubyte",
-        "t10k-images-idx3-ubyte",
-        "t10k-labels-idx1-ubyte",
-    )
+    files = tuple(Path(archive).stem for archive, _ in source.resources)
     counts = (60_000, 10_000)
 
 

@@ -13,7 +13,6 @@ from torchmetrics.image.inception import InceptionScore as TorchmetricsInception
 from torchmetrics.wrappers import FeatureShare
 
 from sj_taid.metric import FrechetDistance, Inception, InceptionScore
-from sj_taid.metric.inception import to_uint8
 from tests.metric.pixels import CLASSES, Pixels, classifier
 
 CLASSIFIER = classifier()
@@ -112,11 +111,6 @@ def test_metrics_of_two_processes_equal_those_of_one(tmp_path):
         assert float(first[name]) == float(second[name]) == pytest.approx(float(value), rel=1e-6)
 
 
-def test_to_uint8_refuses_other_channels():
-    with pytest.raises(ValueError, match=r"C = 1 or 3, but got \[2, 2, 4, 4\]"):
-        to_uint8(torch.zeros(2, 2, 4, 4))
-
-
 def test_inception_without_torch_fidelity(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(ModuleNotFoundError, match="pip install torch-fidelity"):
@@ -168,6 +162,8 @@ def test_inception_with_made_up_weights(tmp_path, monkeypatch):
     assert not any(m.training for m in inception.modules())
     features = inception(random_images(2).tanh())
     assert features.shape == (2, 2048) and features.isfinite().all()
+    with pytest.raises(ValueError, match=r"C = 1 or 3, but got \[2, 2, 4, 4\]"):
+        inception(torch.zeros(2, 2, 4, 4))
     expected = state["fc.weight"] @ features[0]
     torch.testing.assert_close(inception.classifier(features)[0], expected)
     assert InceptionScore(inception, inception.classifier).probability.shape == (10, 1008)
