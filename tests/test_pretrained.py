@@ -222,7 +222,7 @@ def test_weights_that_are_no_numbers(folder, key, value, message):
 def test_damaged_model_of_the_package_names_the_remedy(folder, monkeypatch):
     change(folder, sha256=None)
     monkeypatch.setattr(pretrained, "__file__", str(folder.parent / "__init__.py"))
-    with pytest.raises(ValueError, match="; .*reinstall sj-taid$"):
+    with pytest.raises(ValueError, match=r"; .*reinstall sj-taid$"):
         create_model(folder.name)
 
 
