@@ -182,13 +182,13 @@ class Run:
         if not (self.checkpoint.is_file() or self.is_finished):
             return None
         found = self.differences(cfg).items()
-        wrong = {key: values for key, values in found if not is_below(key, RESUME_MAY_CHANGE)}
+        wrong = [f"{k} ({values})" for k, values in found if not is_below(k, RESUME_MAY_CHANGE)]
         if wrong:
-            follows = "T_max follows trainer.max_epochs; " * any("T_max" in key for key in wrong)
+            more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            follows = "; T_max follows trainer.max_epochs" * any("T_max" in text for text in wrong)
             raise ValueError(
-                f"{self.folder} holds a run with other settings: "
-                f"{'; '.join(f'{key} ({values})' for key, values in wrong.items())}; {follows}"
-                f"resume it with its own, or {ELSEWHERE}"
+                f"{self.folder} holds a run with other settings: {'; '.join(wrong[:4])}{more}"
+                f"{follows}; resume it with its own, or {ELSEWHERE}"
             )
         return self.checkpoint if self.checkpoint.is_file() else None
 
