@@ -9,6 +9,7 @@ import sj_taid
 from sj_taid.model import ESVAE, FSVAE, VAE
 
 NETS = {
+    "accelerate": (),
     "calibrate": (torch.rand(2, 2, 2),),
     "fresh_state": (),
     "fuse_norm": (),
