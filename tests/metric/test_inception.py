@@ -122,6 +122,13 @@ class Evil:
         return Path.touch, (Path("touched"),)
 
 
+@pytest.fixture
+def fidelity():
+    """torch-fidelity's network, where it is installed."""
+    return pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+
+
+@pytest.mark.usefixtures("fidelity")
 def test_inception_says_where_weights_go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "weights.pth"
@@ -137,6 +144,7 @@ def test_inception_says_where_weights_go(tmp_path, monkeypatch):
     assert not Path("touched").exists()
 
 
+@pytest.mark.usefixtures("fidelity")
 def test_inception_download_that_fails_says_where_weights_go(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError("no route to host")
@@ -147,8 +155,7 @@ def test_inception_download_that_fails_says_where_weights_go(tmp_path, monkeypat
         Inception("download")
 
 
-def test_inception_with_made_up_weights(tmp_path, monkeypatch):
-    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+def test_inception_with_made_up_weights(fidelity, tmp_path, monkeypatch):
     network = fidelity.FeatureExtractorInceptionV3
     with monkeypatch.context() as patch:
         patch.setattr(fidelity, "load_state_dict_from_url", lambda *a, **k: {})
