@@ -14,6 +14,8 @@ from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
 SPIKINGJELLY_VERSION: str = version("spikingjelly")
+#: the neurons whose dynamics are those of ALIF; a subclass may do something else
+PLAIN_NEURONS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 FUNCTIONAL_STATES: bool = hasattr(neuron.BaseNode, "single_step_functional_forward")
 
 

@@ -24,7 +24,7 @@ from .ops import backends
 from .state import name_neurons
 
 #: The neurons with an ALIF that has the same outputs.
-_KINDS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
+_KINDS = _compat.PLAIN_NEURONS
 
 #: sigmoid(-128) is 0 in float32: no leak, the IF neuron. Finite, so that averages keep it.
 NO_LEAK_W = -128.0

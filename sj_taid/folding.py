@@ -18,7 +18,7 @@ from .neuron import ALIFNode
 from .tracing import Traced, has_hooks, same_output, trace
 
 #: The neurons whose dynamics are known to scale.
-_NEURONS = (ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
+_NEURONS = (ALIFNode, *_compat.PLAIN_NEURONS)
 #: The layers other than norms that a threshold can divide; axis 0 of their weight is the channel.
 _LAYERS = tuple(
     getattr(home, name) for home in (nn, layer) for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")

@@ -6,21 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
-from . import _graph, _spikes
+from . import _compat, _graph, _spikes
 from ._checks import check_net
 from ._fused_neuron import FusedNeuron
 from .neuron import ALIFNode
 
 __all__ = ["PackedSpikes", "packed_spikes"]
 
-#: SpikingJelly's neurons whose output is zeros and ones; a subclass may do something else.
-_NEURONS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 #: The layers that save their input.
 _LAYERS = (nn.Linear, _ConvNd, _AvgPoolNd, _MaxPoolNd)
 
@@ -62,7 +59,9 @@ class PackedSpikes:
 
     def __init__(self, net: nn.Module) -> None:
         modules = [m for m in net.modules() if isinstance(vars(m).get("forward"), _Forward | None)]
-        neurons = [m for m in modules if isinstance(m, FusedNeuron) or type(m) in _NEURONS]
+        neurons = [
+            m for m in modules if isinstance(m, FusedNeuron) or type(m) in _compat.PLAIN_NEURONS
+        ]
         layers = [m for m in modules if isinstance(m, _LAYERS)]
         if not neurons or not layers:
             raise ValueError(
