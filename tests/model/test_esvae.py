@@ -17,6 +17,15 @@ def test_rate_is_the_mean_of_the_encoders_spikes():
     assert model.prior.linear.weight.shape == (10, 10)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_reconstructions_spikes_are_drawn_in_training_and_counted_after(training, monkeypatch):
+    model = ESVAE(**SMALL).train(training)
+    monkeypatch.setattr(model, "rate", lambda image: torch.full((2, 10), 0.5))
+    monkeypatch.setattr(model, "decode", lambda z_seq: z_seq.sum(0))
+    for counts in (model(images()).image, model.latent_spikes(images()).sum(0)):
+        assert (counts == 3).all() == (not training)
+
+
 def test_training_loss_is_the_squared_error_and_the_weighted_mmd():
     model = ESVAE(**SMALL, mmd_weight=0.5).eval()
     image = images(4)

@@ -33,6 +33,14 @@ def test_spikes_have_the_probability_of_the_rate_at_every_step():
     assert torch.allclose(spikes.mean(1), rate[0].expand(4, 5), atol=0.015)
 
 
+@pytest.mark.parametrize("T", [3, 8])
+def test_exact_spikes_have_the_count_of_the_rate_at_random_steps(T):
+    rate = (torch.arange(T + 1) / T).expand(4000, T + 1)
+    spikes = spikes_from_rate(rate, T, exact=True)
+    assert torch.equal(spikes.sum(0), (T * rate).round())
+    assert torch.allclose(spikes.mean(1), rate[0].expand(T, T + 1), atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [(-0.1, "from -0.1 to .*clamp"), (1.1, "to 1.1; clamp"), (torch.nan, "from nan to .*diverged")],
