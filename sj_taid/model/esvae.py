@@ -66,8 +66,9 @@ class ESVAE(SpikingVAE):
         neuron: Neuron = original_neuron,
         image_decoder: nn.Module | None = None,
         fused_norm: bool = True,
-        subpixel: bool = False,
+        subpixel: bool = True,
         gradient_weight: float = 0.0,
+        chroma_weight: float = 0.0,
         *,
         sample_from: str = "learned",
         components: int = 10,
@@ -90,6 +91,7 @@ class ESVAE(SpikingVAE):
             fused_norm,
             subpixel,
             gradient_weight,
+            chroma_weight,
         )
 
     def _make_latent(self, neuron: Neuron) -> None:

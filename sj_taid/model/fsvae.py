@@ -60,8 +60,9 @@ class FSVAE(SpikingVAE):
         neuron: Neuron = original_neuron,
         image_decoder: nn.Module | None = None,
         fused_norm: bool = True,
-        subpixel: bool = False,
+        subpixel: bool = True,
         gradient_weight: float = 0.0,
+        chroma_weight: float = 0.0,
         *,
         k: int = 20,
         presampling: str = "step",
@@ -93,6 +94,7 @@ class FSVAE(SpikingVAE):
             fused_norm,
             subpixel,
             gradient_weight,
+            chroma_weight,
         )
 
     def _make_latent(self, neuron: Neuron) -> None:

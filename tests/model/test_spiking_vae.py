@@ -80,8 +80,8 @@ def test_encode_equals_repeating_the_image(kind):
     ("kind", "options"),
     [
         (ESVAE, {}),
-        (ESVAE, {"subpixel": True, "in_channels": 3}),
-        (FSVAE, {"subpixel": True, "in_channels": 3}),
+        (ESVAE, {"subpixel": False, "in_channels": 3}),
+        (FSVAE, {"subpixel": False, "in_channels": 3}),
         (FSVAE, {"latent_loss": "kl"}),
     ],
 )
@@ -131,9 +131,21 @@ def test_sum_losses_of_neighbouring_pixels():
     assert losses["loss"].item() == pytest.approx(0.3 * (3 / 4 + 1 / 3) + 3 / 6 + 2)
 
 
+def test_sum_losses_of_colour():
+    model = make(ESVAE, in_channels=3, chroma_weight=3.0)
+    image = torch.zeros(1, 3, 1, 2)
+    output = torch.tensor([[[[0.5, 1.0]], [[0.5, -0.5]], [[0.5, -0.5]]]])
+    # The first pixel is grey, so without chroma; the second is chroma alone.
+    losses = model.sum_losses(output, image, torch.tensor(0.0))
+    assert losses["chroma"].item() == pytest.approx(3.0 * 1.5 / 6)
+    assert losses["reconstruction"].item() == pytest.approx((0.75 + 1.5) / 6)
+    assert losses["loss"].item() == pytest.approx(4.5 / 6 + 2.25 / 6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"chroma_weight": 3.0}, "chroma_weight=3.0 is for images of 3 channels, but in_channels"),
         ({"latent_channels": 0}, "latent_channels must be an integer >= 1, but it is 0"),
         ({"in_channels": 1.0}, "in_channels must be an integer >= 1, but it is 1.0"),
         ({"hidden_channels": (0, 4)}, r"hidden_channels\[0\] must be an integer >= 1, but it is 0"),
