@@ -61,8 +61,8 @@ SHOWN = {
     "conformance-*.csv": "case outcome difference",
     "neuron.csv": "neuron dtype T N median_ms p20_ms p80_ms share_of_floor plif_implementation",
     "memory.csv": "neuron dtype T bytes_per_neuron_and_step",
-    "norm.csv": "net variant dtype T saved_mb saved_ratio median_ms time_ratio",
-    "fsvae.csv": "work model T batch median_ms ratio",
+    "norm.csv": "net variant dtype T saved_mb saved_ratio median_ms p20_ms p80_ms time_ratio",
+    "fsvae.csv": "work model T batch median_ms p20_ms p80_ms ratio",
 }
 OUTCOMES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 #: The modules of SpikingJelly's other implementations of PLIF.

@@ -1,5 +1,6 @@
 """The benchmarks, on grids too small to mean anything, and their committed results."""
 
+import json
 import re
 import sys
 from functools import partial
@@ -18,6 +19,10 @@ import pandas as pd
 import pytest
 import torch
 
+from sj_taid.ops import trace
+from sj_taid.ops.alif.reference import multi_step
+from tests.helpers import Case, results, tensors
+
 CPU = torch.device("cpu")
 RESULTS = Path(loading.__file__).parent / "results"
 
@@ -29,7 +34,7 @@ RATES = ["p20_samples_per_second", "samples_per_second", "p80_samples_per_second
 SCHEMAS = {
     "compile": [*TIMES, "net", "mode", "shape", "backend"],
     "esvae": ["work", "batch", "median_ms", "ms_per_image"],
-    "fsvae": ["work", "model", "median_ms"],
+    "fsvae": [*TIMES, "work", "model"],
     "half_precision": ["dtype", "mode", "blocks", "seed", "spikes_one", "gradient_two", "device"],
     "memory": ["neuron", "dtype", "T", memory.COLUMN],
     "loading": ["data", "work", "samples", "samples_per_second", "device", "batch", "cores"],
@@ -91,7 +96,7 @@ def test_neuron_check_refuses_other_spikes():
 
 
 def test_neuron_skips_a_rival_that_fails_but_never_ours(tmp_path, capsys):
-    case = ("float32", 2, 8, CPU, 1)
+    case = (torch.zeros(2, 8), 1)
     assert neuron.time_neurons({"SpikingJelly LIF": Fails()}, *case) == []
     said = capsys.readouterr().out
     assert "skipped SpikingJelly LIF at float32, T=2, N=8: no such kernel" in said
@@ -99,6 +104,43 @@ def test_neuron_skips_a_rival_that_fails_but_never_ours(tmp_path, capsys):
         neuron.time_neurons({"ALIF torch": Fails()}, *case)
     with pytest.raises(SystemExit, match=r"--only cupi: expected parts of ALIF torch, .*LIF"):
         neuron.main(["--device", "cpu", "--only", "torch", "cupi", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("norm", [None, "batch", "fixed"])
+def test_neuron_times_each_call_of_a_trace(measure, tmp_path, monkeypatch, norm):
+    path = tmp_path / "calls.jsonl"
+    monkeypatch.setenv("SJ_TAID_TRACE", str(path))
+    traced = partial(trace.trace_calls(lambda _, *call, **more: multi_step(*call, **more)), None)
+    monkeypatch.delenv("SJ_TAID_TRACE")
+    case = Case(None, channels=5, shape=(3, 2, 5, 4), axes=(0, 1, 3, 2), norm=norm)
+    for again in (case, case.with_(frozen=("w",), pack=True, v_init=False), case):
+        results(traced, again)
+    leaves = tensors(case)
+    arguments = (leaves[name] for name in ("x", "v0", "w", "v_threshold"))
+    with torch.no_grad():
+        traced(*arguments, **case.options(), store_v_seq=True)
+    options = ["--trace", str(path), "--repeats", "1", "--only", "ALIF torch", "PLIF", "FlexSN"]
+    table = measure(neuron, *options)
+    assert [*table["calls"]] == [2, 2, 1, 1, 1, 1]
+    assert [*table["neuron"]] == ["ALIF torch", "SpikingJelly PLIF"] * 3
+    assert [json.loads(line)["grad"] == [] for line in table["call"][::2]] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "No such file.*SJ_TAID_TRACE"),
+        ("", "expected a line for each fused call"),
+        ("T,N\n4,8\n", "got 'T,N': JSONDecodeError.*trace again"),
+        ('{"shape": [4, 8]}', "got .*KeyError"),
+    ],
+)
+def test_neuron_refuses_a_file_that_is_no_trace(tmp_path, text, expected):
+    path = tmp_path / "calls.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=expected):
+        neuron.read_calls(path, ["ALIF torch"], CPU)
 
 
 def test_fsvae_times_every_model(measure, monkeypatch):

@@ -50,6 +50,13 @@ def library() -> ctypes.CDLL:
     )
 
 
+def version() -> str:
+    """The version of CUDA that the library is of."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
 def wheels(path: list[str]) -> list[Path]:
     """The libraries of NVRTC's wheels on ``path``, ``libnvrtc.so.13`` and so on, newest first."""
     found = (p for entry in path for p in Path(entry).glob("nvidia/*/lib/libnvrtc.so.*"))
@@ -155,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names.append(o.backward_name(o.backward_vec(), 1, False, needs, "Sigmoid"))
     start = time.perf_counter()
     found = resources(kernels.source(), tuple(dict.fromkeys(names)), arch)
-    print(f"{len(found)} kernels for {arch} compiled in {time.perf_counter() - start:.1f} s")
+    seconds = time.perf_counter() - start
+    print(f"NVRTC {version()}: {len(found)} kernels for {arch} compiled in {seconds:.1f} s")
     for name, r in found.items():
         print(f"{r.registers:4} registers, {r.spill_stores} bytes spilled: {name}")
 
