@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +15,13 @@ from spikingjelly.activation_based import base, functional, neuron
 from torch import Tensor, nn
 
 from ._checks import check_net, is_number
-from ._norm_input import NormInput
 from ._table import table
-from .monitoring import LayerState, monitor, spikes_of
+from .monitoring import monitor, spikes_of
 
 __all__ = ["Calibrated", "CalibrationReport", "calibrate"]
 
 #: Relative tolerance on the target firing rate.
 TOLERANCE = 0.2
-#: Relative change of a layer's rate after which its threshold is searched again, and how often.
-_MOVED, _ROUNDS = 0.05, 3
 #: The distances of a threshold from its lowest value that are searched, as powers of 2, and the
 #: number of bisections: the threshold is found to 1e-4 of the distance.
 _RANGE = (-60.0, 60.0)
@@ -105,9 +101,7 @@ def calibrate(
     the passes. Thresholds of SpikingJelly's own neurons are plain numbers, which ``state_dict``
     leaves out: :mod:`sj_taid.thresholds` saves them.
 
-    Cost: three passes without gradients, and 20 runs of each neuron by itself. A neuron that is
-    called more than once in a pass (step mode ``"s"``, recurrent, shared) takes a pass of its own;
-    if its output changes its input, up to 3 times 20 more.
+    Cost: a pass without gradients per layer and two more, and 20 runs of each neuron by itself.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -120,8 +114,10 @@ def calibrate(
             give the image, and ``run=net``.
 
     Returns:
-        The report. A layer is missed if its rate, or a channel's, is more than 20 % off; a layer
-        that no threshold makes fire keeps the one it had.
+        The report. A layer is missed if its rate, or a channel's, is more than 20 % off. A layer
+        that no threshold makes fire (nearest rate 0) keeps the one it had; one that fires more has
+        an input of few values, where a larger batch helps. A layer that changes its own input, as a
+        recurrent one, or shares its threshold with a later one is set once, so it may miss.
 
     Raises:
         ValueError: ``rate`` is not in (0, 1), or ``net`` has no neurons.
@@ -140,178 +136,87 @@ def calibrate(
             f"rate must be spikes per neuron and time step, more than 0 and less than 1, as 0.2, "
             f"but it is {rate!r}"
         )
-    calibration = _Calibration(net, rate, partial(run or _choose_run(net), x_seq))
-    with _restore_states(net), calibration.watch:
-        saved = [(node, _threshold(node).clone()) for node in calibration.paths]
+    run_batch = partial(_run_from_rest, net, partial(run or _choose_run(net), x_seq))
+    paths = {m: path for path, m in net.named_modules() if isinstance(m, neuron.BaseNode)}
+    found: dict[nn.Module, _Found] = {}
+    with _restore_states(net), monitor(net) as watch:
+        saved = {node: _threshold(node).clone() for node in paths}
         try:
-            before = calibration.measure()
-            after = calibration.set_thresholds()
+            order: list[nn.Module] = []
+            run_batch(paths, lambda node, args, kwargs: order.append(node))
+            before = watch.layers()
+            for node in dict.fromkeys(order):
+                calls: list[_Call] = []
+                run_batch([node], partial(_record, calls))
+                found[node] = _search(node, calls, rate)
+            watch.clear()
+            run_batch()
+            after = watch.layers()
         except BaseException:
-            for node, threshold in saved:
+            for node, threshold in saved.items():
                 _set_threshold(node, threshold)
             raise
     rows = []
-    for node, path in calibration.paths.items():
-        old, new = before[node], after[node]
+    for node, path in paths.items():
+        old, new = before[path], after[path]
+        note = "it does not run on x_seq"
+        if new.firing_rate is not None:
+            note = found[node].note
+            if math.isnan(new.firing_rate):
+                note = "its voltage is not finite"
+            elif abs(new.firing_rate - found[node].rate) > TOLERANCE * rate:
+                note = f"set to {found[node].rate:.3g}, but its input or threshold changed after"
         rates, thresholds = (old.firing_rate, new.firing_rate), (old.v_threshold, new.v_threshold)
-        note = calibration.explain(node, new.firing_rate)
         rows.append(Calibrated(path, *rates, *thresholds, note))
     return CalibrationReport(tuple(rows))
 
 
-class _Call(NamedTuple):
-    """The arguments of one call of a neuron, and whether it starts from rest."""
-
-    from_rest: bool
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def has_input(self) -> bool:
-        """Whether any of its input is not 0."""
-        tensors = (v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
-        return any((t.x if isinstance(t, NormInput) else t).any() for t in tensors)
-
-    def copy(self) -> _Call:
-        """The call with its own tensors, which the net may change in place."""
-        args = (v.clone() if isinstance(v, Tensor) else v for v in self.args)
-        return self._replace(args=tuple(args))
-
-
 class _Found(NamedTuple):
-    """Rate of a layer with the threshold found for it, and why that is not the target, or ""."""
+    """The rate of a layer with the threshold found, and why that is not the target, or ""."""
 
     rate: float
     note: str
 
 
-class _Calibration:
-    """The passes of one call of :func:`.calibrate`."""
+class _Call(NamedTuple):
+    """The arguments of one call of a neuron, and whether it starts from rest."""
 
-    def __init__(self, net: nn.Module, rate: float, run: Callable[[], Any]) -> None:
-        self.net = net
-        self.rate = rate
-        self.run = run
-        self.watch = monitor(net)
-        self.paths = {m: path for path, m in net.named_modules() if isinstance(m, neuron.BaseNode)}
-        self.calls: Counter[nn.Module] = Counter()  # of each neuron per pass
-        self.found: dict[Any, _Found] = {}
-        tensors = chain(net.parameters(), net.buffers())
-        self.devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    from_rest: bool
 
-    def measure(self) -> dict[nn.Module, LayerState]:
-        """The rate and threshold of every layer."""
-        self.calls.clear()
-        self.watch.clear()
-        self._pass(lambda node, args, kwargs: self.calls.update([node]))
-        states = self.watch.layers()
-        return {node: states[path] for node, path in self.paths.items()}
 
-    def set_thresholds(self) -> dict[nn.Module, LayerState]:
-        """Set all thresholds, and again those whose input changed with them; measure."""
-        pending = {node for node in self.calls if _threshold(node).dim() < 2}
-        while pending and self._set_next(pending):
-            pass
-        after = self.measure()
-        for _ in range(_ROUNDS):
-            moved = [n for n in self.found if self._has_moved(n, after[n].firing_rate, _MOVED)]
-            if not moved:
-                break
-            for node in moved:
-                self.found[node] = _search(node, partial(self._fire, node), self.rate, True)
-            after = self.measure()
-        return after
+def _record(calls: list[_Call], node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # The net may change its tensors in place.
+    args = tuple(v.clone() if isinstance(v, Tensor) else v for v in args)
+    from_rest = not any(isinstance(value, Tensor) for value in node.memories())
+    calls.append(_Call(args, kwargs, from_rest))
 
-    def explain(self, node: nn.Module, rate: float | None) -> str:
-        """Why a layer that fires at ``rate`` misses the target, or ``""``."""
-        if rate is None:
-            return "it does not run on x_seq"
-        if math.isnan(rate):
-            return "its voltage is not finite"
-        if node not in self.found:
-            return f"its threshold has the shape {list(_threshold(node).shape)}"
-        if self._has_moved(node, rate, TOLERANCE):
-            return f"layers set after it changed it, which was set to {self.found[node].rate:.3g}"
-        return self.found[node].note
 
-    def _has_moved(self, node: nn.Module, rate: float | None, tolerance: float) -> bool:
-        return rate is not None and abs(rate - self.found[node].rate) > tolerance * self.rate
-
-    def _set_next(self, pending: set[nn.Module]) -> bool:
-        """Run one pass that sets as many of ``pending`` as it can; whether it set any.
-
-        A neuron that is called once is set at that call, so that later ones get its new output. The
-        first that is called more often is recorded, and set after the pass.
-        """
-        recorded: list[_Call] = []
-        recording: nn.Module | None = None
-        before = len(pending)
-
-        def search(node: Any, calls: list[_Call]) -> None:
-            has_input = any(call.has_input() for call in calls)
-            self.found[node] = _search(node, partial(_replay, node, calls), self.rate, has_input)
-            pending.discard(node)
-
-        def search_or_record(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal recording
-            if node not in pending or recording not in (None, node):
-                return
-            from_rest = not any(isinstance(value, Tensor) for value in node.memories())
-            call = _Call(from_rest, args, kwargs)
-            if self.calls[node] == 1:
-                search(node, [call])
-            else:
-                recording = node
-                recorded.append(call.copy())
-
-        self._pass(search_or_record)
-        if recording is not None:
-            search(recording, recorded)
-        return len(pending) < before
-
-    def _fire(self, node: nn.Module) -> list[Tensor]:
-        """The spikes of ``node`` in a pass, call by call."""
-        spikes: list[Tensor] = []
-        handle = node.register_forward_hook(
-            lambda _, inputs, out: spikes.append(spikes_of(out).clone())
-        )
-        try:
-            self._pass(lambda node, args, kwargs: None)
-        finally:
+def _run_from_rest(
+    net: nn.Module,
+    run: Callable[[], Any],
+    nodes: Iterable[nn.Module] = (),
+    hook: Callable[..., None] | None = None,
+) -> None:
+    """Run the batch, with ``hook`` before each call of ``nodes``."""
+    handles = [node.register_forward_pre_hook(hook, with_kwargs=True) for node in nodes]
+    devices = {t.device for t in chain(net.parameters(), net.buffers()) if t.is_cuda}
+    try:
+        functional.reset_net(net)
+        # The same dropout in every pass; compiled code would not call the hook.
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            run()
+    finally:
+        for handle in handles:
             handle.remove()
-        return spikes
-
-    def _pass(self, hook: Callable[..., None]) -> None:
-        """Run the batch once from rest, with ``hook`` before every neuron."""
-        handles = [node.register_forward_pre_hook(hook, with_kwargs=True) for node in self.paths]
-        try:
-            functional.reset_net(self.net)
-            # The same dropout in every pass; compiled code would not call the hook.
-            with torch.random.fork_rng(self.devices), torch.compiler.set_stance("force_eager"):
-                self.run()
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
-def _replay(node: Any, calls: list[_Call]) -> list[Tensor]:
-    """The spikes of ``node`` by itself on ``calls``; its state is restored."""
-    start = dict(node.named_memories())
-    spikes = []
-    for from_rest, args, kwargs in calls:
-        if from_rest:
-            node.reset()
-        spikes.append(spikes_of(node.forward(*args, **kwargs)))
-    for name, value in start.items():
-        setattr(node, name, value)
-    return spikes
-
-
-def _search(node: Any, fire: Callable[[], list[Tensor]], rate: float, has_input: bool) -> _Found:
-    """Set the threshold with which ``node`` fires at ``rate``, by bisection.
-
-    ``fire`` returns its spikes with the threshold that it has.
-    """
+def _search(node: Any, calls: list[_Call], rate: float) -> _Found:
+    """Set the threshold with which ``node`` fires at ``rate``, by bisection."""
     before = _threshold(node).double()
+    if before.dim() > 1:
+        return _Found(math.nan, f"its threshold has the shape {list(before.shape)}")
     floor = node.v_reset or 0.0
     bound = getattr(node, "min_v_threshold", None)
 
@@ -321,7 +226,7 @@ def _search(node: Any, fire: Callable[[], list[Tensor]], rate: float, has_input:
 
     def fire_at(exponent: Tensor) -> list[Tensor]:
         _set_threshold(node, threshold_at(exponent))
-        return fire()
+        return _replay(node, calls)
 
     # The least distance from the reset voltage that float32 resolves.
     least = _RANGE[0] if floor == 0.0 else math.log2(abs(floor)) - 20.0
@@ -342,26 +247,20 @@ def _search(node: Any, fire: Callable[[], list[Tensor]], rate: float, has_input:
     threshold = threshold_at(torch.where(nearer, high, low))
     _set_threshold(node, torch.where(most > 0, threshold, before))
     rates = torch.where(nearer, at_high, at_low)
-    return _Found(rates.mean().item(), _explain_rates(node, has_input, rates, most, rate))
+    off = rates[(rates - rate).abs() > TOLERANCE * rate]
+    channels = f"in {off.numel()} of {rates.numel()} channels, " if rates.dim() else ""
+    note = f"no threshold gives the rate: {channels}the nearest is {off.mean():.3g}"
+    return _Found(rates.mean().item(), note if off.numel() else "")
 
 
-def _explain_rates(node: Any, has_input: bool, rates: Tensor, most: Tensor, rate: float) -> str:
-    """Why ``rates`` are not ``rate``; ``most`` are those with the lowest threshold."""
-    off = (rates - rate).abs() > TOLERANCE * rate
-    short, past = off & (most < rate), off & (most >= rate)
-    notes = []
-    if short.any():
-        reset, bound = node.v_reset or 0.0, getattr(node, "min_v_threshold", None)
-        bounded = bound is not None and bound > reset
-        lowest = f"at its bound {bound}" if bounded else f"just above its reset to {reset}"
-        reason = f"fires at {most[short].amax():.3g} even with its threshold {lowest}"
-        notes.append((short, reason if has_input else "no input current"))
-    if past.any():
-        notes.append((past, "its rate jumps past the one asked for; try a larger batch"))
-    return "; ".join(
-        reason if off.numel() == 1 else f"{int(which.sum())} of {off.numel()} channels: {reason}"
-        for which, reason in notes
-    )
+def _replay(node: Any, calls: list[_Call]) -> list[Tensor]:
+    """The spikes of ``node`` by itself on ``calls``."""
+    spikes = []
+    for call in calls:
+        if call.from_rest:
+            node.reset()
+        spikes.append(spikes_of(node.forward(*call.args, **call.kwargs)))
+    return spikes
 
 
 def _rates(node: Any, spikes: list[Tensor], threshold: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -40,8 +40,6 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-
-Channels = str | Mapping[str, int] | Callable[[str, nn.Module], int | None] | None
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class SwapReport:
 def swap_neurons(
     net: nn.Module,
     *,
-    channels: Channels = None,
+    channels: str | None = None,
     example_input: Any = None,
     learn_tau: bool = True,
     learn_threshold: bool = True,
@@ -116,8 +114,7 @@ def swap_neurons(
     Args:
         net: any module with SpikingJelly neurons.
         channels: ``None`` for one tau and threshold per layer; ``"infer"`` for one per channel,
-            counted by running ``example_input`` through a copy of ``net``; or a mapping from paths
-            to C, or a function of path and node that returns C or ``None``.
+            counted by running ``example_input`` through a copy of ``net``.
         example_input: an input of ``net`` (a tuple for several), for ``channels="infer"``.
         learn_tau: whether ``w`` receives a gradient; a frozen PLIF ``w`` stays frozen.
         learn_threshold: whether ``v_threshold`` receives a gradient.
@@ -139,7 +136,7 @@ def swap_neurons(
     check_net(net, "swap_neurons")
     backends.check_name(backend)
     sites = find_neurons(net, neuron.BaseNode)
-    counts, unknown = _count_channels(net, sites, channels, example_input)
+    counts = _count_channels(net, sites, channels, example_input)
     options: dict[str, Any] = {
         "learn_tau": learn_tau,
         "learn_threshold": learn_threshold,
@@ -149,10 +146,12 @@ def swap_neurons(
     rows = []
     new_of: dict[nn.Module, nn.Module] = {}
     for site in sites:
-        reason = _why_keep(site, filter) or unknown.get(site.path)
+        reason = _why_keep(site, filter)
+        if reason is None and len(counts[site.path]) != 1:
+            reason = f"example_input gave it {len(counts[site.path])} numbers of channels, not 1"
         if reason is None:
             try:
-                new_of[site.node] = _to_alif(site, counts.get(site.path), **options)
+                new_of[site.node] = _to_alif(site, *counts[site.path], **options)
             except ValueError as error:
                 raise ValueError(f"the neuron {site.path!r}: {error}") from error
         no_leak = ", w frozen: no leak" if isinstance(site.node, neuron.IFNode) else ""
@@ -420,58 +419,30 @@ def describe_equality(site: Site) -> str:
 
 
 def _count_channels(
-    net: nn.Module, sites: list[Site], channels: Channels, example_input: Any
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Path -> C or ``None``, and path -> why C is unknown."""
+    net: nn.Module, sites: list[Site], channels: str | None, example_input: Any
+) -> dict[str, set[int | None]]:
+    """The numbers of channels that each neuron sees, by path; None is a layer's one tau."""
     if channels is None:
-        return {}, {}
-    if channels == "infer":
-        if example_input is None:
-            raise ValueError("channels='infer' needs example_input, an input that net accepts")
-        return _infer_channels(net, sites, example_input)
-    if isinstance(channels, Mapping):
-        counts = {s.path: channels[path] for s in sites for path in s.paths if path in channels}
-        unknown = set(channels) - {path for site in sites for path in site.paths}
-        if unknown:
-            raise ValueError(
-                f"channels names {sorted(unknown)}, where net has no neuron; "
-                f"its neurons are {[site.path for site in sites]}"
-            )
-        return counts, {}
-    if callable(channels):
-        return {site.path: channels(site.path, site.node) for site in sites}, {}
-    raise ValueError(
-        "channels must be None, 'infer', a mapping from paths to numbers of channels, or a "
-        f"function of path and node, but it is {channels!r}"
-    )
-
-
-def _infer_channels(
-    net: nn.Module, sites: list[Site], example_input: Any
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Run a copy of ``net``, so that its statistics, states and flags stay as they are."""
+        return {site.path: {None} for site in sites}
+    if channels != "infer" or example_input is None:
+        raise ValueError(
+            "channels must be None, or 'infer' with an example_input that net accepts, but they "
+            f"are {channels!r} and {type(example_input).__name__}"
+        )
+    # A copy, so that the net's statistics, states and flags stay as they are.
     trial = copy_net(net).eval()
     functional.reset_net(trial)  # its voltages may be of another batch
     seen: dict[str, set[int | None]] = {site.path: set() for site in sites}
 
-    def record(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(node: Any, inputs: tuple[Any, ...]) -> None:
-            axis = 2 if node.step_mode == "m" else 1
-            shape = inputs[0].shape
-            seen[path].add(shape[axis] if len(shape) > axis else None)
-
-        return hook
+    def record(path: str, node: Any, inputs: tuple[Any, ...]) -> None:
+        shape = inputs[0].shape if node.step_mode == "s" else inputs[0].shape[1:]
+        seen[path].add(shape[1] if len(shape) > 1 else None)
 
     for path in seen:
-        trial.get_submodule(path).register_forward_pre_hook(record(path))
+        trial.get_submodule(path).register_forward_pre_hook(partial(record, path))
     with torch.no_grad():
         trial(*example_input) if isinstance(example_input, tuple) else trial(example_input)
-    reasons = {0: "it does not run on example_input, so its channels are unknown"}
-    several = "it runs on several numbers of channels"
-    return (
-        {path: next(iter(counts)) for path, counts in seen.items() if len(counts) == 1},
-        {p: reasons.get(len(counts), several) for p, counts in seen.items() if len(counts) != 1},
-    )
+    return seen
 
 
 def _table(rows: Sequence[Swap]) -> str:

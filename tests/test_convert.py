@@ -3,17 +3,11 @@
 import copy
 import importlib.util
 import math
-from unittest import mock
 
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from spikingjelly.activation_based.model import (
-    parametric_lif_net,
-    sew_resnet,
-    spiking_resnet,
-    spiking_vgg,
-)
+from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spiking_resnet
 from torch import nn
 
 from sj_taid import ALIFNode, _compat, swap_neurons, to_lif
@@ -33,27 +27,6 @@ def options(kind=neuron.LIFNode):
         "detach_reset": True,
         "v_threshold": 0.3,
     }
-
-
-def narrow_vgg(kind):
-    # Its classifier is fixed at 120 million weights, too slow for a test: make it narrower.
-    widths = {512 * 7 * 7: 16 * 7 * 7, 4096: 32}
-
-    class Narrow(layer.Linear):
-        def __init__(self, inputs, outputs):
-            super().__init__(widths.get(inputs, inputs), widths.get(outputs, outputs))
-
-    with mock.patch.object(layer, "Linear", Narrow):
-        net = spiking_vgg.SpikingVGG(
-            [8, "M", 16, "M"],
-            batch_norm=True,
-            norm_layer=layer.BatchNorm2d,
-            num_classes=10,
-            **options(kind),
-        )
-    for linear in (module for module in net.modules() if isinstance(module, Narrow)):
-        nn.init.normal_(linear.weight, std=0.2)  # its own 0.01 silences a classifier this narrow
-    return net
 
 
 def spikformer(kind):
@@ -86,7 +59,6 @@ ZOO = {
         ),
         IMAGES,
     ),
-    "spiking_vgg": (narrow_vgg, IMAGES),
     "parametric_lif_net": (
         lambda kind: parametric_lif_net.MNISTNet(8, **options(kind)),
         (2, 2, 1, 28, 28),
@@ -168,14 +140,8 @@ def test_swap_any_tau_gives_equal_spikes_and_close_voltages(tau, decay_input, v_
     assert row.note == ("equal outputs" if exact else "equal outputs to rounding")
     bound = 0.0 if exact else 1e-5
     torch.testing.assert_close(net[0].v, v, rtol=bound, atol=bound)
-
-
-def test_swap_takes_the_nearest_float32_for_w():
-    # -log(tau - 1) rounds to a sigmoid one unit in the last place away from 3/4.
-    net = nn.Sequential(neuron.LIFNode(4.0 / 3.0))
-    swap_neurons(net)
-    assert net[0].w.sigmoid().item() == 0.75
-    assert torch.tensor(-math.log(1.0 / 3.0)).sigmoid().item() != 0.75
+    if tau == 4.0 / 3.0:  # where -log(tau - 1) rounds to a neighbour of 3/4
+        assert net[0].w.sigmoid().item() == 0.75
 
 
 def test_swap_keeps_options_hooks_and_optimisers():
@@ -253,9 +219,10 @@ class NoisyLIF(neuron.LIFNode):
 
 
 def test_swap_reports_what_it_keeps_with_the_reason():
-    threshold, untau = neuron.LIFNode(), neuron.LIFNode()
+    threshold, untau, half = neuron.LIFNode(), neuron.LIFNode(), neuron.LIFNode()
     threshold.v_threshold = torch.tensor(1.0)
     untau.tau = 1.0
+    half._neuron_precision = (torch.float16, "fp32", "fp32")
     reasons = {
         "subclass": (NoisyLIF(), "a subclass of LIFNode"),
         "other": (neuron.EIFNode(), "not a LIF, PLIF or IF"),
@@ -264,6 +231,8 @@ def test_swap_reports_what_it_keeps_with_the_reason():
         "threshold": (threshold, "its threshold is a tensor"),
         "untau": (untau, "its tau is 1.0"),
     }
+    if _compat.FUNCTIONAL_STATES:
+        reasons["policy"] = half, "it has a precision policy"
     nodes = {name: node for name, (node, _) in reasons.items()}
     net = nn.ModuleDict(nodes | {"swapped": neuron.LIFNode()})
     report = swap_neurons(net, filter=lambda path, node: path != "declined")
@@ -272,14 +241,8 @@ def test_swap_reports_what_it_keeps_with_the_reason():
     assert all(row.note.startswith(reasons[row.names[0]][1]) for row in report.kept)
     assert all(net[name] is node for name, node in nodes.items())
     table = str(report)
-    assert table.startswith("1 neurons swapped, 6 kept\n") and "declined by filter" in table
-
-
-@needs_2
-def test_swap_keeps_a_precision_policy():
-    net = nn.Sequential(neuron.LIFNode())
-    net[0]._neuron_precision = (torch.float16, "fp32", "fp32")
-    assert "precision" in swap_neurons(net).kept[0].note
+    assert table.startswith(f"1 neurons swapped, {len(reasons)} kept\n")
+    assert "declined by filter" in table
 
 
 def test_swap_cannot_replace_the_net_itself():
@@ -358,25 +321,9 @@ def test_swap_infers_channels_without_changing_the_net(mode):
     assert torch.equal(net(x), unswapped(x))
 
 
-@pytest.mark.parametrize("channels", [{"1": 4}, lambda path, node: 4 if path == "1" else None])
-def test_swap_takes_channels_by_path(channels):
-    net = nn.Sequential(neuron.LIFNode(), neuron.LIFNode())
-    swap_neurons(net, channels=channels)
-    assert [node.channels for node in net] == [None, 4]
-
-
-@pytest.mark.parametrize(
-    ("channels", "message"),
-    [
-        ({"7": 4}, r"\['7'\].*\['0'\]"),
-        ("infer", "needs example_input"),
-        ("all", "mapping"),
-        ({"0": "4"}, "channels must be None or an integer >= 1, .*'4'"),
-        (lambda path, node: "4", "channels must be None or an integer >= 1, .*'4'"),
-    ],
-)
-def test_swap_refuses_bad_channels(channels, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("channels", ["infer", "all", 4])
+def test_swap_refuses_bad_channels(channels):
+    with pytest.raises(ValueError, match=f"'infer' with an example_input .* {channels!r} and None"):
         swap_neurons(nn.Sequential(neuron.LIFNode()), channels=channels)
 
 
@@ -393,8 +340,8 @@ class TwoPaths(nn.Module):
 def test_swap_reports_channels_that_cannot_be_inferred():
     report = swap_neurons(TwoPaths(), channels="infer", example_input=(torch.rand(4, 3),))
     assert {row.names[0]: row.note for row in report.kept} == {
-        "shared": "it runs on several numbers of channels",
-        "idle": "it does not run on example_input, so its channels are unknown",
+        "shared": "example_input gave it 2 numbers of channels, not 1",
+        "idle": "example_input gave it 0 numbers of channels, not 1",
     }
 
 
