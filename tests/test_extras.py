@@ -39,7 +39,7 @@ def test_import_is_light_and_names_missing_packages():
 @pytest.mark.parametrize("part", sj_taid._PARTS)
 def test_parts_are_attributes(part, monkeypatch):
     pytest.importorskip(
-        {"metric": "torchmetrics", "training": "omegaconf", "data": "rich"}.get(part, "torch")
+        {"metric": "torchmetrics", "training": "omegaconf", "data": "lightning"}.get(part, "torch")
     )
     monkeypatch.delitem(vars(sj_taid), part, raising=False)
     assert getattr(sj_taid, part) is import_module(f"sj_taid.{part}")

@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,12 +68,10 @@ def test_create_model_of_the_package(name):
 def test_card_is_complete(name):
     card = (PACKAGE / name / "README.md").read_text(encoding="utf-8")
     config = pretrained.read_config(name)
-    table = dict(re.findall(r"^\| (\w+) \| (.+) \|$", card, re.M))
-    rows = ("data", "command", "commit", "epochs", "seed", "versions", "machine", "licence")
-    assert set(rows) <= table.keys()
     metrics = config["metrics"]
-    assert table["command"] == f"`{metrics['command']}`"
-    assert re.fullmatch(r"[0-9a-f]{12}", table["commit"]), "of a clean checkout"
+    assert f"Trained by `{metrics['command']}`." in card
+    assert {"epochs", "seed", "versions", "machine"} <= metrics.keys()
+    assert re.fullmatch(r"[0-9a-f]{12}", metrics["commit"]), "of a clean checkout"
     assert re.search(r"^\| .+ [↑↓] \| [\d.]+ \| .+ \|$", card, re.M), "a metric"
     assert re.search(r"^license: mit$", card, re.M)
     (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.M | re.S)
@@ -122,47 +119,27 @@ def test_metrics_of_the_card_are_measured_again(name, tmp_path):
 
 def test_create_model_from_a_folder(folder):
     assert_has_the_shipped_weights(create_model(folder, pretrained=True))
-    asked = digest(folder).upper()
-    assert_has_the_shipped_weights(create_model(str(folder), pretrained=True, sha256=asked))
     with pytest.raises(ValueError, match=f"no model 'typo'; give one of .*{NAME}.*hf://"):
         create_model("typo")
 
 
-def test_hub_upload_and_download(folder, monkeypatch):
+def test_create_model_from_the_hub(folder, monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
     calls = []
-
-    class Api:
-        def create_repo(self, repository, **options):
-            calls.append((repository, options))
-
-        def upload_folder(self, **options):
-            calls.append(options)
-            return SimpleNamespace(commit_url="https://there/commit/1")
 
     def snapshot_download(repository, **options):
         calls.append((repository, options))
         return str(folder)
 
-    monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    files = ["config.json", "model.safetensors", "README.md"]
-    assert pretrained.push_to_hub(folder, "me/net", private=True) == "https://there/commit/1"
-    uploaded = {"repo_id": "me/net", "folder_path": folder, "allow_patterns": files}
-    assert calls == [("me/net", {"private": True, "exist_ok": True}), uploaded]
-    calls.clear()
     assert_has_the_shipped_weights(create_model("hf://me/net@v1", pretrained=True))
     ((repository, options),) = calls
+    files = ["README.md", "config.json", "model.safetensors"]
     assert repository == "me/net" and options["revision"] == "v1"
-    assert sorted(options["allow_patterns"]) == sorted(files)
+    assert sorted(options["allow_patterns"]) == files
     create_model("hf://me/net")
     assert "model.safetensors" not in calls[-1][1]["allow_patterns"]
-
-    calls.clear()
     (folder / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="SHA-256"):
-        pretrained.push_to_hub(folder, "me/net")
-    assert not calls
     remedy = "; download it again: hf download me/net --force-download --revision v1$"
     with pytest.raises(ValueError, match=remedy):
         create_model("hf://me/net@v1", pretrained=True)
@@ -184,15 +161,6 @@ def test_damaged_weights_and_those_of_another_model(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no .*model\.safetensors; sj-taid export"):
         create_model(folder, pretrained=True)
-
-
-@pytest.mark.parametrize("asked", ["0" * 64, ""])  # as of a variable that is not set
-def test_weights_with_another_digest(folder, asked):
-    said = rf"SHA-256 {asked}, as sha256= asks, but .* has {digest(folder)}"
-    with pytest.raises(ValueError, match=said):
-        create_model(folder, pretrained=True, sha256=asked)
-    with pytest.raises(ValueError, match="sha256= is of weights, which pretrained=True asks for"):
-        create_model(folder, sha256=asked)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from .._extras import needs
 
-with needs("lightning torchvision scikit-learn filelock rich"):
+with needs("lightning torchvision scikit-learn filelock"):
     from .base import Data
     from .event import CIFAR10DVS, NMNIST, DVS128Gesture
     from .folder import CelebA, ImageFolder

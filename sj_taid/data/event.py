@@ -1,11 +1,10 @@
-"""Recordings of event cameras, as frames of summed events. SpikingJelly reads their formats."""
+"""Recordings of event cameras, as frames of summed events. SpikingJelly reads and converts them."""
 
 import logging
+import pkgutil
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -14,9 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from filelock import FileLock
-from rich.progress import track
 from torch import Tensor
-from torchvision.datasets.utils import download_url
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from .base import LOCK, Data
@@ -29,17 +27,17 @@ log = logging.getLogger(__name__)
 class EventData(Data):
     """Frames ``[N, T, 2, H, W]``: how many events of each polarity fell on each pixel.
 
-    Each recording is cut into T pieces with the same number of events, on the first run, which
-    leaves in ``root`` what SpikingJelly would. A part of the recordings will do.
+    SpikingJelly cuts each recording into T pieces with the same number of events, on the first run.
+    A part of the recordings will do, as ``events_np``.
 
     Args:
-        root: the folder that holds ``events_np``, the unpacked recordings, or a folder
+        root: the folder that holds ``events_np``, recordings as SpikingJelly converts them, or
             ``download`` with their archives.
         T: number of frames.
-        download: fetch missing archives, where SpikingJelly can.
+        download: fetch missing archives, where SpikingJelly can; it replaces damaged ones.
 
     Raises:
-        FileNotFoundError: none of these in ``root``.
+        FileNotFoundError: none of these in ``root``, or an archive that is not whole.
         RuntimeError: recordings or frames that cannot be read, or no training or test recording.
         ValueError: a folder that is none of the data set's classes.
     """
@@ -49,13 +47,11 @@ class EventData(Data):
     download: bool = False
 
     source: ClassVar[str]  # SpikingJelly's class
-    unpacked: ClassVar[str] = ""  # the folder by which unpacked recordings are recognised
+    part: ClassVar[dict[str, bool]] = {"train": True}  # the one asked for; it makes all
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.root = Path(self.root).expanduser()
-        self.archives = self.root / "download"
-        self.events = self.root / "events_np"
         self.frames = self.root / f"frames_number_{self.T}_split_by_number"
 
     def transforms(self) -> Sequence[v2.Transform]:
@@ -64,18 +60,18 @@ class EventData(Data):
     def prepare_data(self) -> None:
         if self.frames.is_dir():
             return
-        if not (self.events.is_dir() or self._is_unpacked()):
-            self._require_archives()
+        if not (self.root / "events_np").is_dir():
+            self._check_archives()
         with FileLock(self.root / LOCK):
-            self._make(self.events, self._convert)
-            self._make(self.frames, self._integrate)
+            if not self.frames.is_dir():
+                self._make_frames()
 
     def load(self) -> tuple[Files, Files]:
         train, test = self._split_frames()
         if not (train.paths and test.paths):
             raise RuntimeError(
                 f"{self.frames} has {len(train)} training and {len(test)} test recordings of "
-                f"{self.source}; it needs both"
+                f"{self.name}; it needs both"
             )
         return train, test
 
@@ -94,74 +90,43 @@ class EventData(Data):
         remedy = f"move {self.frames} away and run again, which makes its frames again"
         return Files([str(path) for path in paths], labels, read_frames, remedy)
 
-    def _is_unpacked(self) -> bool:
-        return bool(self.unpacked) and (self.root / self.unpacked).is_dir()
-
-    def _missing_archives(self) -> list[tuple[str, str, str]]:
-        """The name, URL and MD5 of each archive that is not there."""
-        resources = self._spikingjelly.resource_url_md5()
-        archives = [r for r in resources if r[0].endswith((".zip", ".tar.gz"))]
-        return [r for r in archives if not (self.archives / r[0]).is_file()]
-
-    def _require_archives(self) -> None:
-        missing = self._missing_archives()
-        can_fetch = self._spikingjelly.downloadable()
-        if missing and not (can_fetch and self.download):
-            expected = filter(None, [self.events.name, self.unpacked, self.archives.name])
-            fetch = "add dataset.download=true" if can_fetch else f"fetch them from {missing[0][1]}"
+    def _check_archives(self) -> None:
+        source, archives = load_source(self.source), self.root / "download"
+        lacks = [r for r in source.resource_url_md5() if not check_integrity(archives / r[0], r[2])]
+        if lacks and not (self.download and source.downloadable()):
+            fetch = f"fetch them from {lacks[0][1]}"
             raise FileNotFoundError(
-                f"no {self.source} at dataset.root={self.root}: expected {' or '.join(expected)} "
-                f"with {', '.join(name for name, _, _ in missing)}; {fetch}"
+                f"no {self.name} at dataset.root={self.root}: expected events_np, or download with "
+                f"{', '.join(name for name, _, _ in lacks)}, whole; "
+                + ("add dataset.download=true" if source.downloadable() else fetch)
             )
-        self.archives.mkdir(parents=True, exist_ok=True)
+        archives.mkdir(parents=True, exist_ok=True)
 
-    def _make(self, folder: Path, make: Callable[[Path], None]) -> None:
-        """Make a folder, unless it is there, whole or not at all."""
-        if folder.is_dir():
-            return
-        log.info("Making %s once, which takes minutes", folder)
+    def _make_frames(self) -> None:
+        """Make the frames in a folder of their own, so that they are there whole or not at all."""
+        log.info("Making %s once, which takes minutes", self.frames)
         with TemporaryDirectory(dir=self.root) as temporary:
-            made = Path(temporary) / folder.name
-            made.mkdir()
+            events, frames = Path(temporary, "events_np"), Path(temporary, self.frames.name)
+            for name in ("download", "events_np"):
+                if (self.root / name).is_dir():
+                    Path(temporary, name).symlink_to((self.root / name).absolute())
+            failure: Exception | None = None
             try:
-                make(made)
+                options = {"data_type": "frame", "frames_number": self.T, "split_by": "number"}
+                load_source(self.source)(temporary, **self.part, **options)
             except Exception as error:  # of the network, the disk, or whatever SpikingJelly meets
+                failure = error
+            # 0.0.0.0.14 leaves out in silence what it cannot read.
+            recordings = [path.relative_to(events) for path in events.rglob("*.npz")]
+            lost = [str(path) for path in recordings if not (frames / path).is_file()]
+            if failure or lost:
                 raise RuntimeError(
-                    f"{self.source} in {self.root} cannot be made into frames "
-                    f"({type(error).__name__}: {error}); replace damaged files, and run again"
-                ) from error
-            made.rename(folder)
-
-    def _convert(self, events: Path) -> None:
-        recordings = self.root
-        if not self._is_unpacked():
-            for name, url, md5 in self._missing_archives():
-                download_url(url, events.parent, name, md5)
-                (events.parent / name).rename(self.archives / name)
-            recordings = events.with_name("unpacked")
-            recordings.mkdir()
-            self._spikingjelly.extract_downloaded_files(self.archives, recordings)
-        self._spikingjelly.create_raw_from_extracted(recordings, events)
-
-    def _integrate(self, frames: Path) -> None:
-        recordings = [*self.events.rglob("*.np[yz]")]
-        with ThreadPoolExecutor() as pool:
-            saved = pool.map(partial(self._save_frames, frames=frames), recordings)
-            for _ in track(saved, "Making frames", len(recordings), transient=True):
-                pass
-
-    def _save_frames(self, recording: Path, frames: Path) -> None:
-        folder = frames / recording.parent.relative_to(self.events)
-        folder.mkdir(parents=True, exist_ok=True)
-        save = _datasets().integrate_events_file_to_frames_file_by_fixed_frames_number
-        try:
-            save(np.load, recording, folder, "number", self.T, *self._spikingjelly.get_H_W())
-        except Exception as error:  # each kind of damage has an error of its own
-            raise ValueError(f"{recording} cannot be read: {error}") from error
-
-    @property
-    def _spikingjelly(self) -> Any:
-        return getattr(_datasets(), self.source)
+                    f"{self.name} in {self.root} cannot be made into frames ({failure!r}): replace "
+                    f"damaged files, of events_np {', '.join(lost[:3]) or 'none'}, and run again"
+                ) from failure
+            if not events.is_symlink():
+                events.rename(self.root / "events_np")
+            frames.rename(self.frames)
 
 
 def read_frames(path: str) -> Tensor:
@@ -169,32 +134,28 @@ def read_frames(path: str) -> Tensor:
         return torch.from_numpy(file["frames"])
 
 
-def _datasets() -> ModuleType:
-    """SpikingJelly's data sets, also where torchaudio, which they import, lacks libraries."""
+def load_source(name: str) -> Any:
+    """SpikingJelly's class, also where torchaudio, which 2.x imports for sounds, is broken."""
+    stand_in = ModuleType("torchaudio")
     try:
         import torchaudio  # noqa: F401
     except (ImportError, OSError):
-        sys.modules["torchaudio"] = ModuleType("torchaudio")
-        try:
-            import spikingjelly.datasets
-        finally:
+        sys.modules["torchaudio"] = stand_in
+    try:
+        return pkgutil.resolve_name(f"spikingjelly.datasets.{name}")
+    finally:
+        if sys.modules.get("torchaudio") is stand_in:
             del sys.modules["torchaudio"]
-    import spikingjelly.datasets
-
-    return spikingjelly.datasets
 
 
 class NMNIST(EventData):
     """N-MNIST: MNIST's digits in front of a moving camera, 34x34.
 
-    Unpacked recordings are ``Train/<digit>/*.bin`` and ``Test/<digit>/*.bin``.
-
     Source: G. Orchard, A. Jayawant, G. K. Cohen and N. Thakor, Frontiers in Neuroscience 2015.
     """
 
-    source = "NMNIST"
+    source = "n_mnist:NMNIST"
     counts = (60_000, 10_000)
-    unpacked = "Train"
     class_names = tuple("0123456789")
 
 
@@ -204,9 +165,8 @@ class DVS128Gesture(EventData):
     Source: A. Amir et al., CVPR 2017.
     """
 
-    source = "DVS128Gesture"
+    source = "dvs128_gesture:DVS128Gesture"
     counts = (1176, 288)
-    unpacked = "DvsGesture"
     class_names = tuple(sorted(map(str, range(11))))  # as text: 0, 1, 10, 2, ...
 
 
@@ -218,7 +178,8 @@ class CIFAR10DVS(EventData):
     Source: H. Li, H. Liu, X. Ji, G. Li and L. Shi, Frontiers in Neuroscience 2017.
     """
 
-    source = "CIFAR10DVS"
+    source = "cifar10_dvs:CIFAR10DVS"
+    part: ClassVar[dict[str, bool]] = {}
     counts = (9000, 1000)
     class_names = (
         *("airplane", "automobile", "bird", "cat", "deer"),

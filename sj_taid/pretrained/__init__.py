@@ -35,9 +35,7 @@ def list_models() -> list[str]:
     return sorted(path.parent.name for path in Path(__file__).parent.glob(f"*/{CONFIG}"))
 
 
-def create_model(
-    source: str | Path, pretrained: bool = False, *, sha256: str | None = None
-) -> nn.Module:
+def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
     """Create a model of :func:`.list_models`, or one from elsewhere, in eval mode.
 
     Args:
@@ -45,13 +43,11 @@ def create_model(
             ``hf://OWNER/NAME`` on the Hugging Face hub (extra ``hub``), with ``@REVISION`` after it
             for a certain revision.
         pretrained: load its weights (needs ``safetensors``); otherwise it is untrained.
-        sha256: the digest that the weights must have. By default the one in the config, which tells
-            damage, but not who made it.
 
     Raises:
-        ValueError: ``sha256`` without ``pretrained``; no model there; a config that does not fit
-            this version, or names other classes than those of this package and SpikingJelly's
-            neurons and surrogates; weights of another digest or model, with NaN or of another kind.
+        ValueError: no model there; a config that does not fit this version, or names other classes
+            than those of this package and SpikingJelly's neurons and surrogates; weights of another
+            model or with another digest than the config's, with NaN or of another kind.
         FileNotFoundError: a file is missing.
         ModuleNotFoundError: a package is missing; the message says how to get it.
 
@@ -59,41 +55,12 @@ def create_model(
     >>> model.sample(4).shape
     torch.Size([4, 1, 16, 16])
     """
-    if sha256 is not None and not pretrained:
-        raise ValueError("sha256= is of weights, which pretrained=True asks for: give both")
     folder, remedy = _locate(source, pretrained)
     config = _read_config(folder, remedy)
     model = build(config["model"])
     if pretrained:
-        _load_weights(model, folder / WEIGHTS, config, sha256, remedy)
+        _load_weights(model, folder / WEIGHTS, config, remedy)
     return model.eval()
-
-
-def push_to_hub(source: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a model to the Hugging Face hub, from where ``hf://OWNER/NAME`` gets it.
-
-    Needs the extra ``hub``, and a login: ``hf auth login``.
-
-    Args:
-        source: a name of :func:`.list_models`, or a folder that ``sj-taid export`` has written.
-        repository: ``OWNER/NAME``; created if it is not there.
-        private: whether a repository that is created is private.
-
-    Returns:
-        The URL of the commit.
-
-    Raises:
-        ValueError, FileNotFoundError: not a complete model, see :func:`.create_model`.
-    """
-    with needs("huggingface_hub"):
-        from huggingface_hub import HfApi
-    create_model(source, pretrained=True)  # an error here leaves the repository as it is
-    folder, _ = _locate(source, pretrained=True)
-    api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    files = [CONFIG, WEIGHTS, CARD]
-    commit = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
-    return commit.commit_url
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
@@ -114,7 +81,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
 
 
 def build(config: dict[str, Any]) -> nn.Module:
-    """Build the model that the entry ``model`` of a config describes, untrained."""
+    """Build the untrained model of a config's entry ``model``."""
     try:
         model = _build.build(config)
         if not isinstance(model, nn.Module):
@@ -166,20 +133,16 @@ def _read_config(folder: Path, remedy: str) -> dict[str, Any]:
     return config
 
 
-def _load_weights(
-    model: nn.Module, path: Path, config: dict[str, Any], sha256: str | None, remedy: str
-) -> None:
+def _load_weights(model: nn.Module, path: Path, config: dict[str, Any], remedy: str) -> None:
     with needs("safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load
     content = _read(path, remedy)
     digest = hashlib.sha256(content).hexdigest()
-    asks = f"{CONFIG} states" if sha256 is None else "sha256= asks"
-    expected = config["sha256"] if sha256 is None else sha256.lower()
-    if digest != expected:
+    if digest != config["sha256"]:
         raise ValueError(
-            f"expected weights with the SHA-256 {expected}, as {asks}, but {path} has {digest}: "
-            f"they are damaged or of another model; {remedy}"
+            f"expected weights with the SHA-256 {config['sha256']}, as {CONFIG} states, but {path} "
+            f"has {digest}: they are damaged or of another model; {remedy}"
         )
     try:
         state = load(content)

@@ -1,7 +1,7 @@
 """Export the model of a finished run: ``sj-taid export RUN --name NAME``.
 
 Writes a folder for ``sj_taid.create_model``: the weights of the run's last checkpoint, the model's
-config, and a card with its data, command, commit, metrics and licence.
+config, and a card with its command and metrics.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ with needs("safetensors"):
 #: The Hugging Face hub reads what is between the dashes.
 CARD = """\
 ---
-license: {licence}
+license: mit
 library_name: sj-taid
 pipeline_tag: {pipeline}
 tags: [spiking-neural-networks, spikingjelly]
@@ -38,7 +38,9 @@ tags: [spiking-neural-networks, spikingjelly]
 
 # {name}
 
-{kind} of sj-taid, {parameters:,} parameters:
+{kind} of sj-taid, {parameters:,} parameters; `config.json` has the run's commit, versions and machine.
+
+Trained by `{command}`.
 
 ```python
 import torch
@@ -48,10 +50,6 @@ import sj_taid
 model = sj_taid.create_model("{name}", pretrained=True)
 {usage}
 ```
-
-| | |
-|---|---|
-{rows}
 
 | metric | value | protocol |
 |---|---|---|
@@ -69,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path(), help="parent folder of the new folder NAME"
     )
     parser.add_argument("--half", action="store_true", help="store the layers' weights as float16")
-    parser.add_argument("--licence", default="mit", help="of the weights; mit by default")
     options = parser.parse_args(arguments)
     try:
         folder = export(**vars(options))
@@ -79,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{size:.2f} MB: sj_taid.create_model({str(folder)!r}, pretrained=True)")
 
 
-def export(
-    run: str | Path, name: str, out: str | Path = ".", half: bool = False, licence: str = "mit"
-) -> Path:
+def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False) -> Path:
     """Write the model of a run into ``out / name``, over an earlier export.
 
     Args:
@@ -90,7 +85,6 @@ def export(
         out: parent of the model's folder.
         half: store the weights of convolutions and linear layers as float16. Biases, norms, neurons
             and buffers keep their dtype.
-        licence: of the weights, as the Hugging Face hub spells it.
 
     Returns:
         The model's folder.
@@ -126,7 +120,7 @@ def export(
     files = {
         pretrained.WEIGHTS: content,
         pretrained.CONFIG: json.dumps(description, indent=2, allow_nan=False).encode() + b"\n",
-        pretrained.CARD: _card(name, licence, model, metrics, config["dataset"]).encode(),
+        pretrained.CARD: _card(name, model, metrics, config["dataset"]).encode(),
     }
     folder = Path(out).expanduser() / name
     for file, data in files.items():
@@ -151,27 +145,13 @@ def _remove_backends(config: Any) -> Any:
     return [_remove_backends(part) for part in config] if isinstance(config, list) else config
 
 
-def _card(
-    name: str, licence: str, model: nn.Module, metrics: dict[str, Any], data: dict[str, Any]
-) -> str:
-    sample = [data["channels"], data["image_size"], data["image_size"]]
-    shape = ", ".join(map(str, [data["T"], 1, *sample] if "T" in data else [1, *sample]))
-    kind = f"{data['T']} frames of events" if "T" in data else "images in [-1, 1]"
+def _card(name: str, model: nn.Module, metrics: dict[str, Any], data: dict[str, Any]) -> str:
     if hasattr(model, "sample"):
         pipeline, usage = "unconditional-image-generation", "images = model.sample(16)"
     else:
+        shape = [1, data["channels"], data["image_size"], data["image_size"]]
+        shape = [data["T"], *shape] if "T" in data else shape
         pipeline, usage = "image-classification", f"output = model(torch.zeros({shape}))"
-    rows = {
-        "data": f"`{data['name']}`, {kind}, {'x'.join(map(str, sample))}, "
-        f"augmented: {data['augment'] or 'no'}",
-        "command": f"`{metrics['command']}`",
-        "commit": metrics["commit"] or "not a checkout",
-        "epochs": metrics["epochs"],
-        "seed": metrics["seed"],
-        "versions": ", ".join(f"{key} {value}" for key, value in metrics["versions"].items()),
-        "machine": metrics["machine"],
-        "licence": licence,
-    }
     protocol = metrics.get("protocol", {})
     table = (
         f"| {title} | {value} | {protocol.get(key, 'test set, after the last epoch')} |"
@@ -179,11 +159,10 @@ def _card(
     )
     return CARD.format(
         name=name,
-        licence=licence,
         pipeline=pipeline,
         kind=type(model).__name__,
         parameters=metrics["parameters"],
+        command=metrics["command"],
         usage=usage,
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         metrics="\n".join(table),
     )

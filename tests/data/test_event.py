@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets.utils import calculate_md5
 
 from sj_taid import data
 from sj_taid.data import event
@@ -17,125 +18,102 @@ from tests.data.made_up import cut, first, is_locked, ready
 from tests.training.conftest import TINY_CLASSIFICATION
 
 T = 4
-EVENTS = {"channels": 2, "image_size": 34, "T": T}
+EVENTS = {"channels": 2, "image_size": 34, "T": T, "name": "nmnist"}
 FRAMES = f"frames_number_{T}_split_by_number"
+NMNIST = event.load_source(data.NMNIST.source)
 
 
 @pytest.fixture
-def unpacked(tmp_path):
-    """A part of N-MNIST: three digits of 40 events each."""
-    for path in ("Train/0", "Train/7", "Test/3"):
-        (tmp_path / path).mkdir(parents=True)
-        # x = 30, y = 2, brighter, at 0, 1, 2, ... microseconds
-        events = b"".join(struct.pack(">BBBH", 30, 2, 128, t) for t in range(40))
-        (tmp_path / path / "00001.bin").write_bytes(events)
+def nmnist(tmp_path, monkeypatch):
+    """Two archives of three digits of 40 events each, with checksums to match."""
+    archives, resources = tmp_path / "download", []
+    archives.mkdir()
+    # x = 30, y = 2, brighter, at 0, 1, 2, ... microseconds
+    events = b"".join(struct.pack(">BBBH", 30, 2, 128, t) for t in range(40))
+    for part, digits in (("Train", "07"), ("Test", "3")):
+        path = archives / f"{part}.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for digit in digits:
+                archive.writestr(f"{part}/{digit}/00001.bin", events)
+        resources.append((path.name, f"https://there/{path.name}", calculate_md5(path)))
+    monkeypatch.setattr(NMNIST, "resource_url_md5", staticmethod(lambda: resources))
     return tmp_path
 
 
-@pytest.fixture
-def nmnist(unpacked):
-    """The same in two archives, which are not the published ones."""
-    (unpacked / "download").mkdir()
-    for name in ("Train", "Test"):
-        with zipfile.ZipFile(unpacked / "download" / f"{name}.zip", "w") as archive:
-            for path in (unpacked / name).rglob("*.bin"):
-                archive.write(path, path.relative_to(unpacked))
-        shutil.rmtree(unpacked / name)
-    return unpacked
-
-
-@pytest.mark.parametrize("layout", ["unpacked", "nmnist"])
-def test_nmnist_part(layout, request, caplog):
-    root = request.getfixturevalue(layout)
-    recordings = {path for path in root.rglob("*") if path.is_file()}
-    module = ready(data.NMNIST, root, **EVENTS)
+def test_nmnist(nmnist, caplog):
+    module = ready(data.NMNIST, nmnist, **EVENTS)
     frames, labels = first(module.train_dataloader())
     assert frames.shape == (2, T, 2, 34, 34) and frames.dtype == torch.float32
     assert sorted(labels.tolist()) == [0, 7] and module.test_set.labels == [3]
     assert (frames[:, :, 1, 2, 30] == 40 / T).all() and frames.sum() == 2 * 40
     assert "has 2 training and 1 test samples, not the published 60000" in caplog.text
-    # What was given is left as it is, and what was needed for the conversion alone is gone.
-    assert all(path.is_file() for path in recordings)
-    made = {root / name for name in ("events_np", FRAMES, ".lock")}
-    assert {*root.iterdir()} - made <= {path for file in recordings for path in file.parents}
+    assert {path.name for path in nmnist.iterdir()} == {"download", "events_np", FRAMES, ".lock"}
+    assert len([*(nmnist / "download").iterdir()]) == 2
 
-    smaller = ready(data.NMNIST, root, **EVENTS | {"image_size": 17}, augment="crop_flip")
-    assert first(smaller.train_dataloader())[0].shape == (2, T, 2, 17, 17)
-    for path in {*root.iterdir()} - made:  # needed once only
-        shutil.rmtree(path)
-    assert len(ready(data.NMNIST, root, **EVENTS | {"T": 3}).test_set) == 1
-
-
-def test_nmnist_frames_equal_those_of_spikingjelly(nmnist, monkeypatch):
-    """So fingerprints of recordings, and what is cached by them, hold for either's frames."""
-    ready(data.NMNIST, nmnist, **EVENTS)
-    ours = {path: path.read_bytes() for path in (nmnist / FRAMES).rglob("*.npz")}
-    shutil.rmtree(nmnist / FRAMES)
-    options = {"data_type": "frame", "frames_number": T, "split_by": "number"}
-    event._datasets().NMNIST(nmnist, train=True, **options)
-    assert ours == {path: path.read_bytes() for path in (nmnist / FRAMES).rglob("*.npz")}
+    shutil.rmtree(nmnist / "download")  # the recordings will do
+    smaller = {"image_size": 17, "augment": "crop_flip", "T": 3}
+    module = ready(data.NMNIST, nmnist, **EVENTS | smaller)
+    assert first(module.train_dataloader())[0].shape == (2, 3, 2, 17, 17)
 
 
 def test_train_starts_calibrated_on_the_time_steps_of_recordings(nmnist, caplog):
     caplog.set_level("INFO", "sj_taid")
     tiny = [o for o in TINY_CLASSIFICATION if not o.startswith("model.T=")]
-    data = [f"root={nmnist}", "T=3", "batch_size=2", "validation=0.5"]
-    chosen = ["dataset=nmnist", *(f"dataset.{option}" for option in data)]
+    options = [f"root={nmnist}", "T=3", "batch_size=2", "validation=0.5"]
+    chosen = ["dataset=nmnist", *(f"dataset.{option}" for option in options)]
     train(compose("train", [*tiny, *chosen, "neuron_start.calibrate=0.2"]), nmnist / "run")
     # Time by mistake in place of the two samples would ask the model for two steps.
     (report,) = (m for m in caplog.messages if "rate" in m and "threshold" in m)
     assert "does not run" not in report and "0.2" in report
 
 
-def test_nmnist_refuses_missing_recordings(nmnist):
-    (nmnist / "download" / "Test.zip").unlink()
-    expected = r"no NMNIST at dataset\.root=.*expected events_np or Train or download with "
-    for root, names in ((nmnist, r"Test\.zip"), (nmnist / "nowhere", r"Train\.zip, Test\.zip")):
-        with pytest.raises(FileNotFoundError, match=f"{expected}{names}; fetch them from https://"):
-            ready(data.NMNIST, root, **EVENTS)
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
+def test_nmnist_refuses_missing_and_damaged_archives(nmnist, damage):
+    archive = nmnist / "download" / "Test.zip"
+    damage(archive)
+    left = archive.exists()
+    message = r"no nmnist at dataset\.root=.*expected events_np, or download with Test\.zip, whole"
+    with pytest.raises(FileNotFoundError, match=f"{message}; fetch them from https://there/Test"):
+        ready(data.NMNIST, nmnist, **EVENTS)
+    assert archive.exists() == left
+    with pytest.raises(FileNotFoundError, match=r"with Train\.zip, Test\.zip, whole"):
+        ready(data.NMNIST, nmnist / "nowhere", **EVENTS)
     assert not (nmnist / "nowhere").exists()
 
 
 def test_nmnist_refuses_damaged_recordings(nmnist):
-    archive = nmnist / "download" / "Test.zip"
-    whole = archive.read_bytes()
-    cut(archive)
-    with pytest.raises(RuntimeError, match=r"cannot be made into frames \(BadZipFile") as info:
-        ready(data.NMNIST, nmnist, **EVENTS)
-    assert "delete" not in str(info.value) and archive.is_file()
-    archive.write_bytes(whole)
     module = ready(data.NMNIST, nmnist, **EVENTS)
     frames = nmnist / FRAMES
     cut(next((frames / "test").rglob("*.npz")))
     with pytest.raises(RuntimeError, match=rf"00001\.npz cannot be read .*; move {frames} away"):
         first(module.test_dataloader())
     shutil.rmtree(frames)
-    cut(next((nmnist / "events_np" / "test").rglob("*.npz")))
-    with pytest.raises(RuntimeError, match=r"events_np/test/3/00001\.npz cannot be read"):
+    cut(nmnist / "events_np" / "test" / "3" / "00001.npz")
+    said = r"cannot be made into frames .*: replace .* of events_np test/3/00001\.npz, and run"
+    with pytest.raises(RuntimeError, match=said):
+        ready(data.NMNIST, nmnist, **EVENTS)
+    assert not frames.exists()
+
+
+def test_nmnist_refuses_other_classes_and_an_empty_test_set(nmnist):
+    ready(data.NMNIST, nmnist, **EVENTS)
+    (nmnist / FRAMES / "test" / "3").rename(nmnist / FRAMES / "test" / "three")
+    with pytest.raises(ValueError, match=r"the classes 0, 1, .* 9, but it holds three; move"):
+        ready(data.NMNIST, nmnist, **EVENTS)
+    shutil.rmtree(nmnist / FRAMES / "test")
+    with pytest.raises(RuntimeError, match="has 2 training and 0 test recordings of nmnist"):
         ready(data.NMNIST, nmnist, **EVENTS)
 
 
-def test_nmnist_refuses_other_classes_and_an_empty_test_set(unpacked):
-    (unpacked / "Test" / "3").rename(unpacked / "Test" / "three")
-    with pytest.raises(ValueError, match=r"the classes 0, 1, .* 9, but it holds three; move"):
-        ready(data.NMNIST, unpacked, **EVENTS)
-    shutil.rmtree(unpacked / FRAMES / "test")
-    with pytest.raises(RuntimeError, match="has 2 training and 0 test recordings of NMNIST"):
-        ready(data.NMNIST, unpacked, **EVENTS)
-
-
-@pytest.mark.parametrize("step", ["events", "frames"])
-def test_nmnist_starts_over_after_an_interrupted_preparation(nmnist, monkeypatch, step):
+def test_nmnist_starts_over_after_an_interrupted_preparation(nmnist, monkeypatch):
     def interrupt(*arguments, **options):
         assert is_locked(nmnist)
         raise KeyboardInterrupt
 
-    source = event._datasets().NMNIST
-    steps = {"events": (source, "create_raw_from_extracted"), "frames": (np, "load")}
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(*steps[step], interrupt)
+        context.setattr(np, "load", interrupt)
         ready(data.NMNIST, nmnist, **EVENTS)
-    assert not (nmnist / FRAMES).exists()
+    assert {path.name for path in nmnist.iterdir()} == {"download", ".lock"}
     assert len(ready(data.NMNIST, nmnist, **EVENTS).train_set) == 2
 
 
@@ -155,37 +133,21 @@ def test_cifar10_dvs_tests_on_the_last_tenth_of_each_class(tmp_path):
     assert module.test_set.labels == [0, 9] and module.train_set.labels == [0] * 9 + [9] * 9
     assert first(module.test_dataloader())[0].shape == (2, T, 2, 128, 128)
 
-    message = r"download with .*truck\.zip; add dataset\.download=true"
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(FileNotFoundError, match=r"truck\.zip, whole; add dataset\.download=true"):
         ready(data.CIFAR10DVS, tmp_path / "nowhere", **EVENTS)
 
 
-def test_cifar10_dvs_fetches_missing_archives_alone(tmp_path, monkeypatch):
-    source, fetched = event._datasets().CIFAR10DVS, []
-    names = [name for name, _, _ in source.resource_url_md5()]
-    (tmp_path / "download").mkdir()
-    (tmp_path / "download" / names[0]).write_bytes(b"of one's own")
-
-    def fetch(url, root, filename, md5):
-        fetched.append(filename)
-        if len(fetched) == 2:
+def test_cifar10_dvs_keeps_what_it_downloads(tmp_path, monkeypatch):
+    def download_url(url, root, filename, md5):
+        if len([*root.iterdir()]) == 2:
             raise OSError("no route to host")
         (root / filename).write_bytes(b"fetched")
 
-    monkeypatch.setattr(event, "download_url", fetch)
-    message = r"cannot be made into frames \(OSError: no route to host\)"
+    monkeypatch.setattr("spikingjelly.datasets.base.download_url", download_url)
+    message = r"cannot be made into frames \(OSError\('no route to host'\)\)"
     with pytest.raises(RuntimeError, match=message):
         ready(data.CIFAR10DVS, tmp_path, download=True, **EVENTS)
-    assert [path.name for path in (tmp_path / "download").iterdir()] == names[:2]
-
-    def convert(unpacked, events):
-        write_events(events / "cat", 10)
-
-    monkeypatch.setattr(source, "extract_downloaded_files", lambda *_: None)
-    monkeypatch.setattr(source, "create_raw_from_extracted", convert)
-    assert len(ready(data.CIFAR10DVS, tmp_path, download=True, **EVENTS).test_set) == 1
-    assert fetched == [names[1], *names[2:3], *names[2:]]
-    assert (tmp_path / "download" / names[0]).read_bytes() == b"of one's own"
+    assert len([*(tmp_path / "download").iterdir()]) == 2
 
 
 def test_dvs128_gesture(tmp_path):

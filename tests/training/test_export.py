@@ -40,17 +40,14 @@ def test_export_command(runs, tmp_path, sj_taid, capsys):
 
 
 def test_export_config_and_card(runs, tmp_path):
-    folder = export(runs / "fsvae", "tiny", tmp_path, licence="cc-by-4.0")
+    folder = export(runs / "fsvae", "tiny", tmp_path)
     metrics = Run(runs / "fsvae").metrics
     assert pretrained.read_config(folder)["metrics"] == metrics
     card = (folder / "README.md").read_text()
     for text in (
-        "license: cc-by-4.0\n",
         "pipeline_tag: unconditional-image-generation\n",
         'create_model("tiny", pretrained=True)\nimages = model.sample(16)\n',
-        "| data | `digits`, images in [-1, 1], 1x8x8, augmented: no |",
-        "| command | `sj-taid train x=1` |",
-        f"| commit | {metrics['commit']} |",
+        "Trained by `sj-taid train x=1`.\n",
         f"| {metrics['fad']:.2f} | {metrics['protocol']['fad']} |",
         f"| {metrics['reconstruction']:.4f} | {metrics['protocol']['reconstruction']} |",
     ):
