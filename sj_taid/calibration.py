@@ -159,13 +159,7 @@ def calibrate(
     rows = []
     for node, path in paths.items():
         old, new = before[path], after[path]
-        note = "it does not run on x_seq"
-        if new.firing_rate is not None:
-            note = found[node].note
-            if math.isnan(new.firing_rate):
-                note = "its voltage is not finite"
-            elif abs(new.firing_rate - found[node].rate) > TOLERANCE * rate:
-                note = f"set to {found[node].rate:.3g}, but its input or threshold changed after"
+        note = _explain(found.get(node), new.firing_rate, TOLERANCE * rate)
         rates, thresholds = (old.firing_rate, new.firing_rate), (old.v_threshold, new.v_threshold)
         rows.append(Calibrated(path, *rates, *thresholds, note))
     return CalibrationReport(tuple(rows))
@@ -184,6 +178,17 @@ class _Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     from_rest: bool
+
+
+def _explain(found: _Found | None, rate: float | None, tolerance: float) -> str:
+    """Why a layer that fires at ``rate`` in the end misses the target, or ""."""
+    if found is None or rate is None:
+        return "it does not run on x_seq"
+    if math.isnan(rate):
+        return "its voltage is not finite"
+    if abs(rate - found.rate) > tolerance:
+        return f"set to {found.rate:.3g}, but its input or threshold changed after"
+    return found.note
 
 
 def _record(calls: list[_Call], node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

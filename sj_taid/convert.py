@@ -109,7 +109,7 @@ def swap_neurons(
 
     Kept and reported: subclasses of these nodes and other neurons; nodes that ``filter`` declines,
     with a tensor for a threshold, a tau of 1 or a precision policy; ``net`` itself. A neuron in a
-    Python list is not seen: use ``nn.ModuleList``. A replaced neuron that still runs warns.
+    Python list is not seen, and warns when it runs: use ``nn.ModuleList``.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -146,9 +146,7 @@ def swap_neurons(
     rows = []
     new_of: dict[nn.Module, nn.Module] = {}
     for site in sites:
-        reason = _why_keep(site, filter)
-        if reason is None and len(counts[site.path]) != 1:
-            reason = f"example_input gave it {len(counts[site.path])} numbers of channels, not 1"
+        reason = _why_keep(site, filter, len(counts[site.path]))
         if reason is None:
             try:
                 new_of[site.node] = _to_alif(site, *counts[site.path], **options)
@@ -293,7 +291,9 @@ def _path_in_net(path: str) -> str:
     return path.removeprefix("0").removeprefix(".") or "net"
 
 
-def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
+def _why_keep(
+    site: Site, filter: Callable[[str, nn.Module], bool] | None, counts: int
+) -> str | None:
     """Why a neuron is not swapped, or ``None``."""
     node = site.node
     if isinstance(node, ALIFNode):
@@ -302,6 +302,8 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
         return "it is the net itself; put it in a module: nn.Sequential(net)"
     if type(node) in _KINDS and filter is not None and not filter(site.path, node):
         return "declined by filter"
+    if counts != 1:
+        return f"example_input gave it {counts} numbers of channels, not 1"
     return why_no_alif(node)
 
 

@@ -38,7 +38,7 @@ tags: [spiking-neural-networks, spikingjelly]
 
 # {name}
 
-{kind} of sj-taid, {parameters:,} parameters; `config.json` has the run's commit, versions and machine.
+{kind} of sj-taid, {parameters:,} parameters; `config.json` has the commit, versions and machine.
 
 Trained by `{command}`.
 
