@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import _compat
 from .fusion import KNOWN_NORMS, is_norm
 from .neuron import ALIFNode
-from .tracing import Traced, has_hooks, same_output, trace
+from .tracing import Traced, has_hooks, trace
 
 #: The neurons whose dynamics are known to scale.
 _NEURONS = (ALIFNode, *_compat.PLAIN_NEURONS)
@@ -102,11 +102,11 @@ def _why_no_scale(node: Any) -> str | None:
 
 def _why_no_source(node: nn.Module, traced: Traced) -> str:
     """Why no layer is known to feed ``node`` alone."""
-    made = traced.inputs.get(node, "no norm, convolution or linear layer was found before it")
+    made = traced.inputs[node]
     if isinstance(made, str):
         return made
-    why = [traced.obstacles[source] for source in same_output(made) if source in traced.obstacles]
-    return "; ".join([f"a {type(made).__name__} makes its input", *why[:1]])
+    why = [traced.obstacles[made]] if made in traced.obstacles else []
+    return "; ".join([f"a {type(made).__name__} makes its input", *why])
 
 
 def _why_not_into(source: Any, node: Any, uses: Counter[nn.Parameter]) -> str | None:

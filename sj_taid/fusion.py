@@ -79,10 +79,11 @@ def fuse_norm(net: nn.Module) -> FuseReport:
     statistics under the same keys of ``state_dict``, but only passes its input on to the neuron.
 
     A norm is fused if an ALIF in step mode ``"m"`` is its only reader. That is found by tracing
-    the ``forward`` of each module (``torch.fx``, in training and in eval mode), so in
-    ``nn.Sequential``, in blocks that call ``self.bn1`` and then ``self.sn1``, and for the last
-    module of a ``SeqToANNContainer``. Known are the batch norms of torch and SpikingJelly, and
-    tdBN. A ``forward`` that cannot be traced keeps its norms.
+    the ``forward`` of each module (``torch.fx``, in training and in eval mode, on both sides of a
+    branch), so in blocks that call ``self.bn1`` and then ``self.sn1``, from one block into the
+    next, and where time is folded into the batch (``SeqToANNContainer``, ``seq_to_ann_forward``,
+    ``unflatten(0, ...)``). Known are the batch norms of torch and SpikingJelly, and tdBN. A
+    ``forward`` that cannot be traced keeps its norms.
 
     Once fused, anything but the neuron that reads what the norm passes on raises an error that
     names :func:`.unfuse_norm`, as after a replaced neuron or in a slice ``net[:2]``; so does a
@@ -104,14 +105,12 @@ def fuse_norm(net: nn.Module) -> FuseReport:
     check_net(net, "fuse_norm")
     paths = {module: path for path, module in net.named_modules()}
     traced = trace(net, is_norm)
-    containers = [m for m in paths if isinstance(m, layer.SeqToANNContainer)]
-    folded = {norm for container in containers for norm in container.modules()}
     rows = []
     for norm in filter(is_norm, paths):
         reader: Any = traced.readers.get(norm)
-        note = _why_not(norm, reader, norm in folded)
+        note = _why_not(norm, reader, norm in traced.folded)
         if note is None and reader is None:
-            note = traced.obstacles.get(norm, "nothing calls it")
+            note = traced.obstacles[norm]
         if note is None:
             reader.apply_norm(norm)
         rows.append(FusedNorm(paths[norm], "" if note else paths[reader], note or ""))

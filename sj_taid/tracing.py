@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from spikingjelly.activation_based import layer, neuron
-from torch import fx, nn
+from spikingjelly.activation_based import functional, neuron
+from torch import Tensor, fx, nn
 
-#: why a module has no reader if its output is that of the module that calls it
-_LEAVES = "its output leaves the module that calls it"
+#: A forward with more branches, or more ways through them, is not followed.
+_MOST_BRANCHES = 32
 
 
 class Traced(NamedTuple):
     """The readers of a net's sources, as far as its forwards can be traced."""
 
-    #: the only reader of each source
+    #: the only reader of each source, which reads nothing else
     readers: dict[nn.Module, nn.Module]
     #: for each source without one, the reason
     obstacles: dict[nn.Module, str]
-    #: for each neuron that was seen, the module that makes its input, or why none does
+    #: for each neuron, the module that makes its input, or why none does
     inputs: dict[nn.Module, nn.Module | str]
+    #: the sources that see time folded into the batch, and whose readers do not
+    folded: set[nn.Module]
     #: the modules whose forward cannot be traced
     untraced: list[nn.Module]
 
@@ -31,90 +33,201 @@ class Traced(NamedTuple):
 def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
     """Find the readers of the modules for which ``is_source`` holds.
 
-    The ``forward`` of each module that holds some is traced by ``torch.fx``, in training and in
-    eval mode, with its children taken as wholes.
+    The ``forward`` of each module that holds some, or neurons, is traced by ``torch.fx`` with its
+    children taken as wholes: in training and in eval mode, and on each way through the branches
+    that depend on the input.
     """
-    tracing = _Tracing(is_source)
+
+    def is_end(module: nn.Module) -> bool:
+        return is_source(module) or isinstance(module, neuron.BaseNode)
+
+    tracing = _Tracing()
     for parent in net.modules():
-        # A container that folds time is found where it is called.
-        folds = type(parent) is layer.SeqToANNContainer
-        if not folds and not is_source(parent) and any(map(is_source, parent.modules())):
+        has_forward = type(parent).forward is not nn.Module.forward  # a ModuleList has none
+        if has_forward and not is_end(parent) and any(map(is_end, parent.modules())):
             tracing.look_into(parent)
     tracing.calls |= Counter(m for _, m in net.named_modules(remove_duplicate=False))
-    return tracing.resolve()
+    return tracing.resolve(filter(is_end, net.modules()), is_source)
+
+
+class _Port(NamedTuple):
+    """The input or output of a module."""
+
+    module: nn.Module
+    is_output: bool
 
 
 class _Tracing:
     """The forwards traced so far."""
 
-    def __init__(self, is_source: Callable[[nn.Module], bool]) -> None:
-        self.is_source = is_source
-        self.readers: dict[nn.Module, list[nn.Module | str]] = defaultdict(list)
-        self.inputs: dict[nn.Module, nn.Module | str] = {}
+    def __init__(self) -> None:
+        #: what reads the tensor at a port, and what makes it: ports, or a note on what else
+        self.reads: dict[_Port, list[_Port | str]] = defaultdict(list)
+        self.makes: dict[_Port, list[_Port | str]] = defaultdict(list)
+        self.unfolded: set[_Port] = set()
         self.calls: Counter[nn.Module] = Counter()
+        self.traced: set[nn.Module] = set()
         self.untraced: list[nn.Module] = []
 
     def look_into(self, parent: nn.Module) -> None:
         """Note who reads what in the forward of ``parent``."""
         try:
-            graphs = [_graph(parent, training) for training in (True, False)]
+            graphs = [graph for training in (True, False) for graph in _graphs(parent, training)]
         except Exception as error:  # whatever a forward does that symbols cannot follow
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             note = f"the forward of {type(parent).__name__} cannot be traced ({why})"
             self.untraced.append(parent)
             for child in parent.children():
-                self._note(child, note)
-                self.inputs.setdefault(child, note)
+                self.reads[_Port(child, True)].append(note)
+                self.makes[_Port(child, False)].append(note)
             return
+        self.traced.add(parent)
         calls: Counter[nn.Module] = Counter()
         for graph in graphs:
-            nodes = (node for node in graph.nodes if node.op == "call_module")
-            called = {node: parent.get_submodule(node.target) for node in nodes}
-            calls |= Counter(called.values())
-            for node, module in called.items():
-                self._note(module, _only_reader(node, called))
-                if isinstance(module, neuron.BaseNode):
-                    self.inputs[module] = _input(node, called)
+            calls |= Counter(self._note(parent, graph))
         self.calls += calls
 
-    def _note(self, module: nn.Module, reader: nn.Module | str) -> None:
-        for source in filter(self.is_source, same_output(module)):
-            self.readers[source].append(reader)
+    def _note(self, parent: nn.Module, graph: fx.Graph) -> Iterable[nn.Module]:
+        """Note who reads what in ``graph``, and return the modules that it calls."""
+        calls = [node for node in graph.nodes if node.op == "call_module"]
+        called = {node: parent.get_submodule(node.target) for node in calls}
+        makers = {next(iter(graph.nodes)): _Port(parent, False)}
+        makers |= {node: _Port(module, True) for node, module in called.items()}
+        readers = {next(reversed(graph.nodes)): _Port(parent, True)}
+        readers |= {node: _Port(module, False) for node, module in called.items()}
+        for node in graph.nodes:
+            reader = readers.get(node)
+            for read in () if _unfolds(node) or _reads_shape(node) else node.all_input_nodes:
+                made = read
+                while _unfolds(made):
+                    made = made.all_input_nodes[0]
+                maker = makers.get(made)
+                if maker:
+                    alone = node.args == (read,) and not node.kwargs
+                    note = f"a function, {node.name}, reads its output"
+                    self.reads[maker].append(reader if reader and alone else note)
+                    if made is not read:
+                        self.unfolded.add(maker)
+                if reader:
+                    self.makes[reader].append(maker or f"a function, {made.name}, makes its input")
+        return called.values()
 
-    def resolve(self) -> Traced:
+    def resolve(
+        self, modules: Iterable[nn.Module], is_source: Callable[[nn.Module], bool]
+    ) -> Traced:
         """Sort the sources into those with one reader and those without."""
-        readers: dict[nn.Module, nn.Module] = {}
-        obstacles: dict[nn.Module, str] = {}
-        for source, found in self.readers.items():
-            reader = self._reader(source, found)
-            if isinstance(reader, str):
-                obstacles[source] = reader
+        result = Traced({}, {}, {}, set(), self.untraced)
+        for module in modules:
+            passed: list[_Port] = []
+            found = self._other_end(_Port(module, is_source(module)), passed)
+            if not is_source(module):
+                result.inputs[module] = found
+            elif isinstance(found, str):
+                result.obstacles[module] = found
+            elif self._other_end(_Port(found, False), []) is not module:
+                result.obstacles[module] = f"a {type(found).__name__} reads its output, or another"
             else:
-                readers[source] = reader
-        return Traced(readers, obstacles, self.inputs, self.untraced)
+                result.readers[module] = found
+                if self.unfolded.intersection(passed):
+                    result.folded.add(module)
+        return result
 
-    def _reader(self, source: nn.Module, found: list[nn.Module | str]) -> nn.Module | str:
-        """The only reader of ``source``, or why there is none."""
-        modules = list(dict.fromkeys(entry for entry in found if isinstance(entry, nn.Module)))
-        # What a container's last source gives leaves it, to be read where that is called.
-        for entry in found:
-            if isinstance(entry, str) and not (modules and entry == _LEAVES):
-                return entry
-        for module in (source, *modules):
+    def _other_end(self, port: _Port, passed: list[_Port]) -> nn.Module | str:
+        """The only module at the other end of the tensor at ``port``, or why there is none.
+
+        ``passed`` receives the ports on the way.
+        """
+        links = self.reads if port.is_output else self.makes
+        ends = dict.fromkeys(self._ends(port, links, passed))
+        notes = [end for end in ends if isinstance(end, str)]
+        modules = [end for end in ends if isinstance(end, nn.Module)]
+        for module in (*(near.module for near in passed), *modules):
             if self.calls[module] > 1:
-                return f"{type(module).__name__} is called in {self.calls[module]} places"
-        return modules[0] if len(modules) == 1 else f"{len(modules)} modules read its output"
+                notes.append(f"{type(module).__name__} is called in {self.calls[module]} places")
+        if len(modules) > 1:
+            what = "read its output" if port.is_output else "make its input"
+            notes.append(f"{len(modules)} modules {what}")
+        return notes[0] if notes else modules[0]
+
+    def _ends(
+        self, port: _Port, links: dict[_Port, list[_Port | str]], passed: list[_Port]
+    ) -> Iterator[nn.Module | str]:
+        passed.append(port)
+        if len(passed) > 1 and has_hooks(port.module):
+            yield f"{type(port.module).__name__}, which it passes, has hooks"
+        if port not in links and port.module not in self.traced:
+            yield "no forward that can be traced calls it"
+        elif port not in links:
+            what = "its output leaves" if port.is_output else "its input comes from outside"
+            yield f"{what} the module that calls it"
+        for near in dict.fromkeys(links.get(port, ())):
+            if isinstance(near, str):
+                yield near
+            elif near.module in self.traced:
+                yield from self._ends(near, links, passed)
+            else:
+                yield near.module
+
+
+def _unfolds(node: fx.Node) -> bool:
+    """Whether the node restores time, ``[T * N, *]`` to ``[T, N, *]``."""
+    return (node.op, node.target, node.args[1:2]) == ("call_method", "unflatten", (0,))
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    attribute = node.args[1] if node.target is getattr else node.target
+    return attribute in ("shape", "size", "ndim", "dim", "dtype", "device")
 
 
 class _Tracer(fx.Tracer):
-    """Follows one forward; the modules that it calls are taken as wholes."""
+    """Follows one way through a forward; the modules that it calls are taken as wholes.
+
+    ``answers`` are those of its branches; it appends ``False`` for each further one.
+    """
+
+    def __init__(self, answers: list[bool]) -> None:
+        super().__init__()
+        self.answers = answers
+        self.asked = 0
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return True
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if self.asked == _MOST_BRANCHES:
+            raise TypeError(f"it has more than {_MOST_BRANCHES} branches that depend on its input")
+        self.answers += [False] * (self.asked == len(self.answers))
+        self.asked += 1
+        return self.answers[self.asked - 1]
 
-def _graph(parent: nn.Module, training: bool) -> fx.Graph:
-    """The calls in the forward of ``parent`` in that mode; the module is left as it was."""
+
+def _graphs(parent: nn.Module, training: bool) -> list[fx.Graph]:
+    """The calls in the forward of ``parent`` in that mode, on each way through its branches.
+
+    Ways on which the forward refuses its input are left out, unless all are.
+    """
+    graphs: list[fx.Graph] = []
+    answers: list[bool] = []
+    refusal = None
+    for _ in range(_MOST_BRANCHES):
+        try:
+            graphs.append(_graph(parent, training, answers))
+        except (AssertionError, ValueError) as error:
+            if isinstance(error, fx.proxy.TraceError):
+                raise
+            refusal = error
+        while answers and answers[-1]:
+            answers.pop()
+        if not answers:
+            if not graphs and refusal:
+                raise refusal
+            return graphs
+        answers[-1] = True  # the next way: what was last answered False
+    raise TypeError(f"there are more than {_MOST_BRANCHES} ways through it")
+
+
+def _graph(parent: nn.Module, training: bool, answers: list[bool]) -> fx.Graph:
+    """The calls on one way through the forward of ``parent``; the module is left as it was."""
     before = dict(vars(parent))
     containers = [
         (held, copy.copy(held))
@@ -122,11 +235,13 @@ def _graph(parent: nn.Module, training: bool) -> fx.Graph:
         if isinstance(held, list | set | dict)
     ]
     parent.training = training
+    seq_to_ann_forward, functional.seq_to_ann_forward = functional.seq_to_ann_forward, _fold
     try:
         with torch.random.fork_rng(devices=[]):  # a forward may draw
-            graph = _Tracer().trace(parent)
+            graph = _Tracer(answers).trace(parent)
         stored = [name for name, value in vars(parent).items() if _holds_proxy(value)]
     finally:
+        functional.seq_to_ann_forward = seq_to_ann_forward
         vars(parent).clear()
         vars(parent).update(before)
         for container, content in containers:
@@ -135,6 +250,14 @@ def _graph(parent: nn.Module, training: bool) -> fx.Graph:
     if stored:
         raise TypeError(f"it keeps what it computes as {', '.join(stored)}")
     return graph
+
+
+def _fold(x_seq: Tensor, modules: Any) -> Tensor:
+    """``seq_to_ann_forward``; symbols cannot follow SpikingJelly's on every version."""
+    x = x_seq.flatten(0, 1)
+    for module in modules if isinstance(modules, list | tuple | nn.Sequential) else [modules]:
+        x = module(x)
+    return x.unflatten(0, x_seq.shape[:2])
 
 
 def _held(value: Any, seen: set[int]) -> Iterator[Any]:
@@ -148,39 +271,6 @@ def _held(value: Any, seen: set[int]) -> Iterator[Any]:
 
 def _holds_proxy(value: Any) -> bool:
     return any(isinstance(held, fx.Proxy) for held in _held(value, set()))
-
-
-def _only_reader(node: fx.Node, called: Mapping[fx.Node, nn.Module]) -> nn.Module | str:
-    """The module that alone reads the result of ``node``, or what else reads it."""
-    users = list(node.users)
-    if len(users) != 1:
-        return f"{len(users)} places read its output"
-    (user,) = users
-    if user.op == "output":
-        return _LEAVES
-    if user not in called or user.all_input_nodes != [node]:
-        return f"a function, {user.name}, reads its output"
-    first = called[user]
-    while type(first).forward is nn.Sequential.forward and any(first.children()):
-        first = next(first.children())
-    return first
-
-
-def _input(node: fx.Node, called: Mapping[fx.Node, nn.Module]) -> nn.Module | str:
-    """The module that makes what ``node`` reads, or what else does."""
-    (made, *_) = node.all_input_nodes
-    if made.op == "placeholder":
-        return "its input comes from outside the module that calls it"
-    return called.get(made, f"a function, {made.name}, makes its input")
-
-
-def same_output(module: nn.Module) -> Iterator[nn.Module]:
-    """``module`` and, for a sequential container, its last module, whose output is the same."""
-    yield module
-    sequential = type(module).forward is nn.Sequential.forward
-    if sequential or type(module) is layer.SeqToANNContainer:
-        for last in list(module.children())[-1:]:
-            yield from same_output(last)
 
 
 def has_hooks(module: nn.Module, *kinds: str) -> bool:

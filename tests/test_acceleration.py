@@ -299,6 +299,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_accelerated_net_inside(name):
+    torch._dynamo.reset()
     net, x_seq = make_net(), images()
     expected = train(copy.deepcopy(net), x_seq, 1)
     accelerate(net)

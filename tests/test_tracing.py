@@ -1,8 +1,10 @@
 """Who reads the output of a norm, and why a norm has no neuron to be fused with."""
 
+import copy
+
 import pytest
 import torch
-from spikingjelly.activation_based import layer, neuron
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import sj_taid
@@ -26,11 +28,84 @@ class Block(nn.Module):
         self.bn, self.sn = norm(), alif()
 
 
-class Branching(Block):
+class Guarded(Block):
+    """Decides by its input, to refuse it or not, and always pairs the two."""
+
     def forward(self, x_seq):
-        if x_seq.sum() > 0:  # decided by data, which symbols have not
-            x_seq = -x_seq
+        if x_seq.dim() not in (3, 5):
+            raise ValueError(f"expected [T, N, C, *], got {x_seq.dim()} axes")
+        steps, *_ = x_seq.shape[0], x_seq.ndim
+        if x_seq.sum() > 0:
+            return self.sn(self.bn(x_seq))
+        assert steps > 0
+        return self.sn(self.bn(-x_seq))
+
+
+class Scaling(Block):
+    def forward(self, x_seq):
+        return self.sn(self.bn(x_seq / float(x_seq.mean())))  # which symbols have not
+
+
+class Refusing(Block):
+    def forward(self, x_seq):
+        raise ValueError("not this input")
+
+
+class Asking(Block):
+    def forward(self, x_seq):
+        while not x_seq.sum() > 0:
+            x_seq = 2 * x_seq
         return self.sn(self.bn(x_seq))
+
+
+class Counting(Block):
+    def forward(self, x_seq):
+        for bound in range(6):
+            if x_seq.sum() > bound:
+                x_seq = x_seq - 1
+        return self.sn(self.bn(x_seq))
+
+
+class SkippingInput(Block):
+    def forward(self, x_seq):
+        return self.sn(self.bn(x_seq) if x_seq.sum() > 0 else x_seq)
+
+
+class Behind(nn.Module):
+    """Its first neuron reads what the module before it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.sn, self.fc = alif(), nn.Linear(3, 3)
+
+    def forward(self, x_seq):
+        return self.fc(self.sn(x_seq))
+
+
+class Around(nn.Module):
+    def __init__(self, *modules):
+        super().__init__()
+        self.body = nn.Sequential(*modules)
+
+    def forward(self, x_seq):
+        return self.body(x_seq)
+
+
+class Folding(nn.Module):
+    """Folds time by itself and by SpikingJelly's function."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.sn1, self.bn2, self.sn2 = (
+            nn.BatchNorm2d(4),
+            alif(),
+            nn.BatchNorm2d(4),
+            alif(),
+        )
+
+    def forward(self, x_seq):
+        y_seq = self.sn1(self.bn1(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2]))
+        return self.sn2(functional.seq_to_ann_forward(y_seq, [self.bn2]))
 
 
 class CalledTwice(Block):
@@ -108,6 +183,11 @@ class Odd(layer.BatchNorm2d):
         return 2 * super().forward(x_seq)
 
 
+def add_hook(module):
+    module.register_forward_hook(print)
+    return module
+
+
 def changed(change):
     net = nn.Sequential(norm(), alif())
     change(*net)
@@ -117,11 +197,15 @@ def changed(change):
 @pytest.mark.parametrize(
     ("net", "why"),
     [
-        (Branching(), "the forward of Branching cannot be traced"),
+        (Scaling(), "the forward of Scaling cannot be traced"),
+        (Refusing(), "the forward of Refusing cannot be traced (ValueError: not this input)"),
+        (Asking(), "it has more than 32 branches"),
+        (Counting(), "there are more than 32 ways through it"),
+        (SkippingInput(), "a ALIFNode reads its output, or another"),
         (CalledTwice(), "called in 2 places"),
-        (Residual(), "2 places read its output"),
-        (ResidualInEval(), "2 places read its output"),
-        (Optional(), "the forward of Optional cannot be traced"),
+        (Residual(), "a function, add, reads its output"),
+        (ResidualInEval(), "a function, add, reads its output"),
+        (Optional(), "a function, output, reads its output"),
         (Storing(), "it keeps what it computes as features"),
         (Outer(), "reads its output"),
         (HeldTwice(), "reads its output"),
@@ -132,6 +216,7 @@ def changed(change):
         (nn.Sequential(layer.BatchNorm2d(4), ALIFNode()), "does not run on [T, N, C, *]"),
         # Alone it would take the batch of [T, N, C] for the channels.
         (nn.Sequential(nn.BatchNorm1d(4), alif()), "does not run on [T, N, C, *]"),
+        (nn.Sequential(add_hook(Around(norm())), alif()), "Around, which it passes, has hooks"),
         (changed(lambda bn, sn: bn.register_forward_hook(print)), "it has hooks"),
         (changed(lambda bn, sn: setattr(bn, "forward", abs)), "its forward was replaced"),
         (changed(lambda bn, sn: sn.register_forward_pre_hook(print)), "a hook on its input"),
@@ -164,11 +249,22 @@ def test_trace_follows_calls_and_not_registration():
     assert traced.inputs == {net.sn1: net.bn1, net.sn2: net.bn2} and not traced.obstacles
 
 
-def test_trace_finds_the_end_of_a_container():
-    inner = nn.BatchNorm2d(4)
-    folded = layer.SeqToANNContainer(nn.Conv2d(4, 4, 3), inner)
-    net = nn.Sequential(nn.Sequential(folded), nn.Sequential(alif()))
-    assert trace(net, is_norm).readers == {inner: net[1][0]}
+@pytest.mark.parametrize(
+    "net",
+    [
+        Guarded(),
+        nn.Sequential(Around(Around(norm())), nn.Sequential(Behind())),
+        nn.Sequential(nn.Sequential(layer.SeqToANNContainer(nn.BatchNorm2d(4))), Around(alif())),
+        Folding(),
+    ],
+    ids=lambda net: type(net).__name__,
+)
+def test_fuse_norm_follows(net):
+    expected, x_seq = copy.deepcopy(net), torch.randn(3, 2, 4, 3, 3)
+    report = sj_taid.fuse_norm(net)
+    assert report.fused and not report.kept
+    got, want = net(x_seq), expected(x_seq)
+    assert torch.equal(got, want) and want.unique().numel() > 1
 
 
 def test_trace_leaves_what_a_forward_stores_as_it_was():
