@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._checks import check_net, is_number
 from ._table import table
-from .monitoring import monitor, spikes_of
+from .monitoring import LayerState, monitor, spikes_of
 
 __all__ = ["Calibrated", "CalibrationReport", "calibrate"]
 
@@ -84,8 +84,8 @@ def calibrate(
 ) -> CalibrationReport:
     r"""Set every neuron's threshold so that its layer fires at ``rate``, in place.
 
-    For a net that starts dead or saturated. One batch is run from rest, layer after layer: each
-    threshold is found by bisection on the input that the calibrated layers before it give,
+    For a net that starts dead or saturated. Each threshold is found by bisection on the input that
+    the calibrated layers before it give for one batch, from rest,
 
     .. math::
         V_{th} = \max\,\{\vartheta : r(\vartheta) \ge \text{rate}\}, \qquad
@@ -138,31 +138,24 @@ def calibrate(
         )
     run_batch = partial(_run_from_rest, net, partial(run or _choose_run(net), x_seq))
     paths = {m: path for path, m in net.named_modules() if isinstance(m, neuron.BaseNode)}
-    found: dict[nn.Module, _Found] = {}
     with _restore_states(net), monitor(net) as watch:
-        saved = {node: _threshold(node).clone() for node in paths}
-        try:
-            order: list[nn.Module] = []
-            run_batch(paths, lambda node, args, kwargs: order.append(node))
-            before = watch.layers()
-            for node in dict.fromkeys(order):
-                calls: list[_Call] = []
-                run_batch([node], partial(_record, calls))
-                found[node] = _search(node, calls, rate)
-            watch.clear()
-            run_batch()
-            after = watch.layers()
-        except BaseException:
-            for node, threshold in saved.items():
-                _set_threshold(node, threshold)
-            raise
-    rows = []
-    for node, path in paths.items():
-        old, new = before[path], after[path]
-        note = _explain(found.get(node), new.firing_rate, TOLERANCE * rate)
-        rates, thresholds = (old.firing_rate, new.firing_rate), (old.v_threshold, new.v_threshold)
-        rows.append(Calibrated(path, *rates, *thresholds, note))
-    return CalibrationReport(tuple(rows))
+        order: list[nn.Module] = []
+        run_batch(paths, lambda node, args, kwargs: order.append(node))
+        before = watch.layers()
+        found = {node: _calibrate(node, run_batch, rate) for node in dict.fromkeys(order)}
+        watch.clear()
+        run_batch()
+        after = watch.layers()
+    return CalibrationReport(
+        tuple(
+            _describe(path, before[path], after[path], found.get(node), rate)
+            for node, path in paths.items()
+        )
+    )
+
+
+#: Whether a call starts from rest, and the neuron's forward on its input.
+_Call = tuple[bool, Callable[[], Any]]
 
 
 class _Found(NamedTuple):
@@ -172,30 +165,19 @@ class _Found(NamedTuple):
     note: str
 
 
-class _Call(NamedTuple):
-    """The arguments of one call of a neuron, and whether it starts from rest."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    from_rest: bool
-
-
-def _explain(found: _Found | None, rate: float | None, tolerance: float) -> str:
-    """Why a layer that fires at ``rate`` in the end misses the target, or ""."""
-    if found is None or rate is None:
-        return "it does not run on x_seq"
-    if math.isnan(rate):
-        return "its voltage is not finite"
-    if abs(rate - found.rate) > tolerance:
-        return f"set to {found.rate:.3g}, but its input or threshold changed after"
-    return found.note
-
-
-def _record(calls: list[_Call], node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # The net may change its tensors in place.
-    args = tuple(v.clone() if isinstance(v, Tensor) else v for v in args)
-    from_rest = not any(isinstance(value, Tensor) for value in node.memories())
-    calls.append(_Call(args, kwargs, from_rest))
+def _describe(
+    path: str, before: LayerState, after: LayerState, found: _Found | None, rate: float
+) -> Calibrated:
+    if found is None or after.firing_rate is None:
+        note = "it does not run on x_seq"
+    elif math.isnan(after.firing_rate):
+        note = "its voltage is not finite"
+    elif abs(after.firing_rate - found.rate) > TOLERANCE * rate:
+        note = f"set to {found.rate:.3g}, but its input or threshold changed after"
+    else:
+        note = found.note
+    rates = before.firing_rate, after.firing_rate
+    return Calibrated(path, *rates, before.v_threshold, after.v_threshold, note)
 
 
 def _run_from_rest(
@@ -204,7 +186,7 @@ def _run_from_rest(
     nodes: Iterable[nn.Module] = (),
     hook: Callable[..., None] | None = None,
 ) -> None:
-    """Run the batch, with ``hook`` before each call of ``nodes``."""
+    """Run the batch once, with ``hook`` before each call of ``nodes``."""
     handles = [node.register_forward_pre_hook(hook, with_kwargs=True) for node in nodes]
     devices = {t.device for t in chain(net.parameters(), net.buffers()) if t.is_cuda}
     try:
@@ -215,6 +197,20 @@ def _run_from_rest(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _calibrate(node: Any, run_batch: Callable[..., None], rate: float) -> _Found:
+    """Record the calls of ``node`` in a pass, and search its threshold on them."""
+    calls = []
+
+    def record(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The net may change its tensors in place.
+        args = tuple(v.clone() if isinstance(v, Tensor) else v for v in args)
+        from_rest = not any(isinstance(value, Tensor) for value in node.memories())
+        calls.append((from_rest, partial(node.forward, *args, **kwargs)))
+
+    run_batch([node], record)
+    return _search(node, calls, rate)
 
 
 def _search(node: Any, calls: list[_Call], rate: float) -> _Found:
@@ -261,10 +257,10 @@ def _search(node: Any, calls: list[_Call], rate: float) -> _Found:
 def _replay(node: Any, calls: list[_Call]) -> list[Tensor]:
     """The spikes of ``node`` by itself on ``calls``."""
     spikes = []
-    for call in calls:
-        if call.from_rest:
+    for from_rest, forward in calls:
+        if from_rest:
             node.reset()
-        spikes.append(spikes_of(node.forward(*call.args, **call.kwargs)))
+        spikes.append(spikes_of(forward()))
     return spikes
 
 
@@ -301,12 +297,18 @@ def _choose_run(net: nn.Module) -> Callable[[Any], Any]:
 
 @contextmanager
 def _restore_states(net: nn.Module) -> Iterator[None]:
-    """Restore the states and buffers of ``net`` afterwards."""
+    """Restore the states and buffers of ``net`` afterwards, and after an error the thresholds."""
+    nodes = (module for module in net.modules() if isinstance(module, neuron.BaseNode))
+    thresholds = [(node, _threshold(node).clone()) for node in nodes]
     modules = [module for module in net.modules() if isinstance(module, base.MemoryModule)]
     states = [(m, dict(m.named_memories()), vars(m).get("v_seq")) for m in modules]
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     try:
         yield
+    except BaseException:
+        for node, threshold in thresholds:
+            _set_threshold(node, threshold)
+        raise
     finally:
         for module, memories, v_seq in states:
             for name, value in memories.items():
