@@ -6,14 +6,10 @@ mean and standard deviation over seeds; ``results.md`` and ``results.png`` hold 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 from matplotlib.figure import Figure
-from rich import table as rich_table
-from rich.console import Console
 
 from .columns import METRICS
 from .files import atomic_write
@@ -30,21 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where to write; default: the first folder")
     options = parser.parse_args(arguments)
     finished, _ = gather_for_command(parser, options.folders)
-    show(summary([*finished.values()]).astype(str))
+    print(markdown(summary([*finished.values()])))
     try:
         write(finished, options.out or options.folders[0])
     except OSError as error:
         parser.error(str(error))
-
-
-def show(table: pd.DataFrame) -> None:
-    """Print a table in the terminal."""
-    columns = (rich_table.Column(str(name), overflow="fold") for name in table)
-    shown = rich_table.Table(*columns)
-    for row in table.itertuples(index=False):
-        shown.add_row(*row)
-    # Rich would cut columns to 80 characters in a pipe, which has no width.
-    Console(width=None if sys.stdout.isatty() else 10_000).print(shown)
 
 
 def write(finished: dict[Path, Metrics], out: Path) -> None:
@@ -53,7 +39,7 @@ def write(finished: dict[Path, Metrics], out: Path) -> None:
     with atomic_write(out / "results.csv") as temporary:
         frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(temporary, index=False)
     with atomic_write(out / "results.md") as temporary:
-        temporary.write_text(markdown(summary(runs).astype(str)), encoding="utf-8")
+        temporary.write_text(markdown(summary(runs)), encoding="utf-8")
     draw(runs, out / "results.png")
     print(f"results.csv, results.md and results.png are in {out}")
 

@@ -1,34 +1,29 @@
 """Gathering the metrics of the runs below some folders."""
 
 from argparse import ArgumentParser
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import run
-from .columns import COLUMNS, METRICS
+from .columns import METRICS
 
 #: What a run's ``metrics.json`` holds.
 Metrics = dict[str, Any]
 
 
-def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str]]:
+def gather(folders: Sequence[Path]) -> tuple[dict[Path, Metrics], dict[Path, str]]:
     """The metrics of every finished run below ``folders``, and why the other runs have none."""
     finished, left_out = {}, {}
-    seen = set()  # a folder may hold another of them
-    for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}; give folders that hold runs")
-        for config in sorted(folder.rglob(run.CONFIG)):
-            if config.parent.name == ".hydra" or config.resolve() in seen:  # Hydra's own copy
-                continue
-            seen.add(config.resolve())
-            found = run.Run(config.parent)
-            try:
-                finished[found.folder] = read(found)
-            except (OSError, ValueError, RecursionError) as error:
-                left_out[found.folder] = str(error) if found.is_finished else "unfinished"
-    if not finished and not left_out:
+    # One folder may hold another of them.
+    configs = {path.resolve() for folder in folders for path in folder.rglob(run.CONFIG)}
+    for config in sorted(configs):
+        found = run.Run(config.parent)
+        try:
+            finished[found.folder] = read(found)
+        except (OSError, ValueError, RecursionError) as error:
+            left_out[found.folder] = str(error) if found.is_finished else "unfinished"
+    if not configs:
         raise FileNotFoundError(
             f"no run below {', '.join(map(str, folders))}: a run's folder holds {run.CONFIG}"
         )
@@ -36,7 +31,7 @@ def gather(folders: Iterable[Path]) -> tuple[dict[Path, Metrics], dict[Path, str
 
 
 def gather_for_command(
-    parser: ArgumentParser, folders: Iterable[Path]
+    parser: ArgumentParser, folders: Sequence[Path]
 ) -> tuple[dict[Path, Metrics], dict[Path, str]]:
     """Gather, print what is left out, and exit with a message if no run is finished."""
     try:
@@ -60,9 +55,6 @@ def read(finished: run.Run) -> Metrics:
     metrics = run.merge_evaluations(metrics, evaluations) | {"evaluations": evaluations}
     if not METRICS.keys() & metrics.keys():
         raise ValueError(f"{run.METRICS} has none of {', '.join(METRICS)}")
-    for name in COLUMNS:
-        if not isinstance(metrics.get(name), int | float | None):
-            raise ValueError(f"{run.METRICS} has {metrics[name]!r} for {name}, not a number")
     return metrics
 
 

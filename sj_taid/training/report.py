@@ -11,11 +11,10 @@ import argparse
 import base64
 import io
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
-from itertools import combinations, cycle
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from .files import atomic_write
 from .gather import Metrics, gather_for_command
 from .plot import time_shares
 from .run import Run, build_part
-from .tables import frame, heading, means, present
+from .tables import frame, heading, present
 
 with needs("'spikingjelly>=2' plotly jinja2"):
     import jinja2
@@ -85,7 +84,7 @@ def inspect(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
         return lambda node, inputs, output: spikes.update({name.removesuffix(".1"): output})
 
     def record_shares(decoder: Any, inputs: tuple[Tensor]) -> None:
-        found["shares"] = time_shares(decoder.attention(*inputs))
+        found["shares"] = time_shares(decoder.attention(*inputs)).mean(1)
 
     with ExitStack() as hooks, seeded(SEED), torch.no_grad():
         for name, module in model.named_modules():
@@ -117,13 +116,23 @@ def png(*rows: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def read_training(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, dict[str, float]]]]:
+    """What a run logged, and its neurons' parameters, over the epochs, from the checkpoint."""
+    states = read_checkpoint(Run.find(run.folder).checkpoint).get("callbacks", {})
+    state = states.get(Pictures.__qualname__, {"epochs": [], "history": []})
+    logged = [
+        {"epoch": epoch, "stage": stage, "name": name, "value": value}
+        for epoch, values in enumerate(state["epochs"], 1)
+        for (stage, _, name), value in ((key.partition("/"), x) for key, x in values.items())
+    ]
+    return logged, state["history"]
+
+
 # ---- figures ----
 
 
-def to_json(figure: Figure, height: int = 300, steps: int = 0) -> str:
-    """A figure as JSON; the page sets width and colours. ``steps`` is the range of a whole axis."""
-    if steps:
-        figure.update_xaxes(dtick=max(1, round(steps / 8)))
+def to_json(figure: Figure, height: int = 300) -> str:
+    """A figure as JSON; the page sets width and colours."""
     figure.update_layout(
         height=height,
         margin={"l": 50, "r": 10, "t": 36, "b": 40},
@@ -138,9 +147,10 @@ def to_json(figure: Figure, height: int = 300, steps: int = 0) -> str:
 
 
 def lines(rows: pd.DataFrame, x: str, y: str, height: int = 300, **options: Any) -> str:
-    """A figure of lines over whole steps; the page's table is the legend of runs."""
+    """Lines over whole steps; the page's table is the legend of runs."""
     figure = px.line(rows, x=x, y=y, **options).update_layout(showlegend="run" not in rows)
-    return to_json(figure, height, rows[x].max())
+    figure.update_xaxes(dtick=max(1, round(rows[x].max() / 8)))
+    return to_json(figure, height)
 
 
 def curves(epochs: list[dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
@@ -150,27 +160,6 @@ def curves(epochs: list[dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str
     for name, part in pd.DataFrame(epochs).groupby("name", sort=False) if epochs else ():
         title = f"{name} over the epochs (dotted: in training)"
         yield lines(part, "epoch", "value", title=title, **options, **by_run)
-
-
-def heat_maps(table: pd.DataFrame, keys: Sequence[str], name: str) -> Iterator[str]:
-    """The mean of a metric for every two choices that vary."""
-    metric = METRICS[name]
-    for row, column in combinations(keys, 2):
-        mean = means(table, name, row, column)
-        if 1 in mean.shape:
-            continue  # one of them is the same in all runs that have the other
-        figure = px.imshow(
-            mean.to_numpy(),
-            x=[*map(str, mean.columns)],
-            y=[*map(str, mean.index)],
-            text_auto=f".{metric.decimals}f",
-            color_continuous_scale="Viridis_r" if metric.less_is_better else "Viridis",
-            aspect="auto",
-            labels={"x": column, "y": row, "color": metric.title},
-            title=f"{metric.title}: {row} by {column}",
-        )
-        figure.update_xaxes(type="category").update_yaxes(type="category")
-        yield to_json(figure)
 
 
 def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
@@ -186,20 +175,17 @@ def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterato
 
 
 def attention(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
-    """The share of each time step in the image: mean, and 10 to 90 % of the test images."""
+    """The share of each time step in the image, a mean over the test images."""
     rows = [
-        {"run": label, "channel": channel, "time step": step, "share": mean}
-        | {"below": mean - low, "above": high - mean}
+        {"run": label, "channel": channel, "time step": step, "share": share}
         for label, found in runs.items()
-        for channel, shares in enumerate(found["shares"].unbind(2) if "shares" in found else ())
-        for step, share in enumerate(shares.numpy(), 1)
-        for mean, (low, high) in [(share.mean(), np.quantile(share, [0.1, 0.9]))]
+        for step, shares in enumerate(found["shares"].tolist() if "shares" in found else (), 1)
+        for channel, share in enumerate(shares)
     ]
     if rows:
-        bars: dict[str, Any] = {"error_y": "above", "error_y_minus": "below"}
         title = "share of each time step in the image"
         table = pd.DataFrame(rows)
-        yield lines(table, "time step", "share", title=title, line_dash="channel", **bars, **by_run)
+        yield lines(table, "time step", "share", title=title, line_dash="channel", **by_run)
 
 
 def parameters(history: list[dict[str, dict[str, float]]]) -> Iterator[str]:
@@ -209,26 +195,24 @@ def parameters(history: list[dict[str, dict[str, float]]]) -> Iterator[str]:
         for epoch, layers in enumerate(history)
         for layer, values in layers.items()
     ]
+    finite = pd.DataFrame(rows).replace(np.inf, np.nan)
     for name, title in (("tau", "τ, time steps"), ("v_threshold", "V_th")) if rows else ():
-        finite = pd.DataFrame(rows).replace(np.inf, np.nan)
-        shades = px.colors.sample_colorscale("Turbo", np.linspace(0.1, 0.9, len(history[0])))
-        options = {"color": "layer", "color_discrete_sequence": shades, "title": title}
+        options = {"color": "layer", "title": title}
         yield lines(finite, "epoch", name, max(300, 100 + 20 * len(history[0])), **options)
 
 
 def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
     """Spikes ``[T, n]`` of each layer: a row for each of some neurons, a gap between layers."""
     rows: list[Tensor] = []
-    ticks, steps = {}, 0
+    ticks = {}
     for name, spikes in layers.items():
         steps, n = spikes.shape
         picked = spikes[:, torch.linspace(0, n - 1, min(n, NEURONS)).int()].T
-        ticks[name] = sum(len(row) for row in rows) + len(picked) / 2
+        ticks[name] = sum(map(len, rows)) + len(picked) / 2
         rows += [picked, torch.full((2, steps), torch.nan)]
     if rows:
         figure = px.imshow(
             torch.cat(rows).numpy(),
-            x=np.arange(1, steps + 1),
             aspect="auto",
             color_continuous_scale=["rgba(128,128,128,0.15)", "#e4572e"],
             labels={"x": "time step", "y": "neuron", "color": "spike"},
@@ -236,7 +220,7 @@ def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
         )
         figure.update_xaxes(showgrid=False)
         figure.update_yaxes(showgrid=False, tickvals=[*ticks.values()], ticktext=[*ticks])
-        yield to_json(figure, 80 + 5 * sum(len(row) for row in rows), steps)
+        yield to_json(figure, 80 + 5 * sum(map(len, rows)))
 
 
 # ---- the page ----
@@ -245,12 +229,12 @@ def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
 def rank(runs: Mapping[Path, Metrics]) -> tuple[pd.DataFrame, list[str], str]:
     """A row for each run, the best first, the keys in which they differ, and the metric.
 
-    The metric is the objective of most runs, or else the first there is.
+    The metric is the objective of the first run, or else the first there is.
     """
     table, keys = frame([*runs.values()])
     names = present(table, METRICS)
-    objectives = Counter(Run(folder).config.get("objective") for folder in runs).most_common()
-    metric = next((name for name, _ in objectives if name in names), names[0])
+    objective = Run(next(iter(runs))).config.get("objective")
+    metric = objective if objective in names else names[0]
     ascending = METRICS[metric].less_is_better
     table = table.assign(folder=[*runs]).sort_values(metric, ascending=ascending, kind="stable")
     keys += ["seed"] if table["seed"].nunique() > 1 else []
@@ -259,18 +243,6 @@ def rank(runs: Mapping[Path, Metrics]) -> tuple[pd.DataFrame, list[str], str]:
         for place, row in enumerate(table.to_dict("records"), 1)
     ]
     return table.set_axis(labels), keys, metric
-
-
-def read_training(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, dict[str, float]]]]:
-    """What a run logged, and its neurons' parameters, over the epochs, from the checkpoint."""
-    states = read_checkpoint(Run.find(run.folder).checkpoint).get("callbacks", {})
-    state = states.get(Pictures.__qualname__, {"epochs": [], "history": []})
-    logged = [
-        {"epoch": epoch, "stage": stage, "name": name, "value": value}
-        for epoch, values in enumerate(state["epochs"], 1)
-        for (stage, _, name), value in ((key.partition("/"), x) for key, x in values.items())
-    ]
-    return logged, state["history"]
 
 
 def page(
@@ -296,8 +268,9 @@ def page(
         except Exception as error:  # whatever is wrong with a run, the others are shown
             one["note"] = f"{type(error).__name__}: {error}"
 
-    operations = [one.get("operations", {}) for one in details.values()]
-    table = table.join(pd.DataFrame(operations, [*details]))
+    table = table.join(
+        pd.DataFrame([one.get("operations", {}) for one in details.values()], table.index)
+    )
     shown = present(table, COLUMNS)
     colours = dict(zip(details, cycle(px.colors.qualitative.Plotly), strict=False))
     by_run = {"color": "run", "color_discrete_map": colours}
@@ -316,7 +289,6 @@ def page(
         left_out=left_out,
         sections={
             "Learning curves": [*curves(epochs, by_run)],
-            "Swept values": [*heat_maps(table, keys, metric)],
             "Firing and decoding": [*rates(details, by_run), *attention(details, by_run)],
         },
     )

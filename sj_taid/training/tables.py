@@ -5,7 +5,7 @@ from functools import partial
 
 import pandas as pd
 
-from .columns import COLUMNS, METRICS, natural
+from .columns import COLUMNS, METRICS
 from .gather import Metrics, overrides
 
 
@@ -52,13 +52,6 @@ def summary(runs: Sequence[Metrics]) -> pd.DataFrame:
     cells = groups.agg({name: partial(text, name, table) for name in names})
     cells.columns = pd.Index([heading(name, table) for name in names])
     return cells.assign(runs=groups.size()).reset_index(drop=not keys)
-
-
-def means(table: pd.DataFrame, name: str, row: str, column: str) -> pd.DataFrame:
-    """The mean of a column for every two values of two choices, both in order."""
-    values = table.assign(value=table[name] / COLUMNS[name].unit)
-    mean = values.pivot_table("value", row, column, sort=False)
-    return mean.loc[sorted(mean.index, key=natural), sorted(mean.columns, key=natural)]
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -26,13 +26,8 @@ def test_gather_counts_a_run_once_however_its_folder_is_named(runs, tmp_path):
 
 
 def test_gather_for_command_refuses_folders_without_a_finished_run(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
     (tmp_path / run.CONFIG).write_text("seed: 0\n")
-    for folder, said in (
-        ("nowhere", "no folder "),
-        ("empty", "no run below "),
-        (".", "no finished"),
-    ):
+    for folder, said in (("nowhere", "no run below "), (".", "no finished")):
         with pytest.raises(SystemExit):
             compare.main([str(tmp_path / folder)])
         assert f"error: {said}" in capsys.readouterr().err
@@ -45,15 +40,12 @@ ORIGIN = '"command": "", "overrides": [], "choices": {}'
     ("file", "content", "reason"),
     [
         (run.METRICS, '{"fad": 1.0}', "lacks command, overrides and choices"),
-        (run.METRICS, f'{{{ORIGIN}, "fad": "low"}}', "has 'low' for fad, not a"),
-        (run.METRICS, f'{{{ORIGIN}, "fad": NaN}}', "holds NaN, so its run diver"),
         (run.METRICS, f"{{{ORIGIN}}}", "has none of accuracy, accuracy_best_test"),
         (run.METRICS, "", "is damaged"),
         (run.METRICS, "[" * 10**5, "recursion"),
         (run.CONFIG, "[" * 10**4, "recursion"),
-        (f"{run.EVALUATIONS}/1.json", "[1]", "1.json"),
+        (f"{run.EVALUATIONS}/1.json", "[1]", "JSON that sj-taid evaluate did not write"),
         (f"{run.EVALUATIONS}/1.json", "{", "1.json is damaged"),
-        (f"{run.EVALUATIONS}/1.json", '{"metrics": {"fad": NaN}}', "1.json is damaged"),
         (run.CONFIG, "a: [}", "config.yaml is damaged"),
         (run.CONFIG, "a: ${", "config.yaml is damaged"),
         (run.CONFIG, "- 1", "config.yaml is damaged"),
@@ -85,11 +77,6 @@ def test_gather_counts_the_evaluations_of_the_checkpoints_that_are_here(tmp_path
     there.save_evaluation(best | {"checkpoint_sha256": digest})
     read = gather.read(there)
     assert (read["fad"], read["accuracy_best_validation_epoch"]) == (2.5, 0.5)
-
-
-def test_overrides_are_by_key():
-    listed = metrics(["neuron=lif", "+x='a b'", "++decoder=taid"])
-    assert gather.overrides(listed) == {"neuron": "lif", "x": "'a b'", "decoder": "taid"}
 
 
 # ---- tables ----
@@ -137,9 +124,7 @@ def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
         ["lif", "", "11.00 ± 1.41", "2", "0.83", "1.5", "2"],
         ["alif", "99.73 ± 0.07", "7.50 ± 0.71", "2", "0.83", "1.5", "2"],
     ]
-    # Whole headings and cells, though a pipe has no width.
-    assert all(cell in shown for row in (head, *rows) for cell in row)
-    assert len([line for line in shown.splitlines() if "11.00 ± 1.41" in line]) == 1
+    assert (runs / "results.md").read_text() in shown
     table = pd.read_csv(runs / "results.csv")[["fad", "neuron"]]
     assert table.to_numpy().tolist() == [[10, "lif"], [12, "lif"], [7, "alif"], [8, "alif"]]
     assert mpimg.imread(runs / "results.png").std() > 0
