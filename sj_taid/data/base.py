@@ -44,7 +44,6 @@ class Data(L.LightningDataModule):
             black or without events (random erasing, arXiv 1708.04896).
         mixup: pairs of training samples and of their labels are mixed, in parts from
             Beta(alpha, alpha) with this alpha; 0 is none. Labels are then ``[N, classes]``.
-        cutmix: likewise a rectangle of one is put into the other; with both, either.
         limit: use only so many samples of each set, drawn at random with the classes in their
             proportions, for a quick look.
         validation: this share of the training samples, drawn likewise, is for validation and not
@@ -66,7 +65,6 @@ class Data(L.LightningDataModule):
     augment: str | None = None
     erase: float = 0.0
     mixup: float = 0.0
-    cutmix: float = 0.0
     limit: int | None = None
     validation: float | Literal["own"] | None = None
     seed: int = 0
@@ -88,11 +86,8 @@ class Data(L.LightningDataModule):
                 f"dataset.augment must be null or one of {', '.join(AUGMENTATIONS)}, "
                 f"but it is {self.augment!r}"
             )
-        if (self.mixup or self.cutmix) and self.classes is None:
-            raise ValueError(
-                "dataset.mixup and dataset.cutmix mix labels, but dataset.classes is None; set "
-                "both to 0"
-            )
+        if self.mixup and self.classes is None:
+            raise ValueError("dataset.mixup mixes labels, but dataset.classes is None; set it to 0")
         is_share = isinstance(self.validation, int | float) and 0 <= self.validation < 1
         if not (self.validation in (None, "own") or is_share):
             raise ValueError(
@@ -148,7 +143,7 @@ class Data(L.LightningDataModule):
     def without_augmentation(self) -> Self:
         """The same data, with training samples as they are."""
         other = copy.copy(self)
-        other.augment, other.erase, other.mixup, other.cutmix = None, 0.0, 0.0, 0.0
+        other.augment, other.erase, other.mixup = None, 0.0, 0.0
         return other
 
     def fingerprint(self, *sets: Samples) -> str:
@@ -177,8 +172,8 @@ class Data(L.LightningDataModule):
         if self.erase:
             augmentations.append(partial(transform_each, transform=v2.RandomErasing(self.erase)))
         mixing = None
-        if self.classes is not None and (self.mixup or self.cutmix):
-            mixing = partial(mix, mixup=self.mixup, cutmix=self.cutmix, classes=self.classes)
+        if self.classes is not None and self.mixup:
+            mixing = partial(mix, alpha=self.mixup, classes=self.classes)
         return self._loader(self.train_set, augmentations, mixing, **options)
 
     def train_samples(self) -> DataLoader:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import find_class
 from .._checks import is_number, is_whole
+from .config import CONF
 
 #: what a value must be, in words, and whether it is
 Rule = tuple[str, Callable[[Any], bool]]
@@ -48,7 +50,6 @@ RULES: dict[str, Rule] = {
     "dataset.limit": _or_null(_whole(1)),
     "dataset.erase": PROBABILITY,
     "dataset.mixup": POSITIVE,
-    "dataset.cutmix": POSITIVE,
     "dataset.seed": _whole(0),
     "surrogate.alpha": NUMBER,
     "surrogate.w": NUMBER,
@@ -69,6 +70,8 @@ RULES: dict[str, Rule] = {
     "n": _whole(1),
     "columns": _whole(1),
 }
+#: keys of a config next to its groups
+KEYS = {"cache_dir", "checkpoint", "compile", "objective", "pictures", "seed", "trust"}
 #: what only a classifier takes, by the choice that sets it
 FOR_CLASSIFIERS = {"loss": "loss=", "model.per_channel": "neuron=alif_channel"}
 
@@ -81,6 +84,11 @@ def validate(cfg: DictConfig) -> None:
             or a class that is not trusted.
     """
     check_values(cfg)
+    unknown = [str(key) for key in cfg.keys() - KEYS if not Path(CONF, str(key)).is_dir()]
+    if unknown:
+        raise ValueError(
+            f"no key {', '.join(unknown)}; sj-taid train --cfg job shows what there is"
+        )
     trust = cfg.trust or ()
     task, data = (find_class(cfg[part]._target_, trust) for part in ("task", "dataset"))
     if not issubclass(data, task.takes):
