@@ -10,8 +10,7 @@ CSVs in experiments/benchmark/results/, so no number is copied by hand.
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +22,7 @@ from sj_taid.training.columns import COLUMNS, METRICS, Column, natural
 from sj_taid.training.export import format_metrics
 from sj_taid.training.files import atomic_write
 from sj_taid.training.gather import Metrics, gather_for_command, overrides
-from sj_taid.training.tables import frame, markdown, present, summary, text
+from sj_taid.training.tables import frame, markdown, present, summary
 
 ROOT = RESULTS.parent
 PAGES = [
@@ -48,7 +47,6 @@ PRIORS = {
     "FSVAE": {"learned": "fad_published"},
 }
 DECODERS = {"fixed": "fixed decoder", "taid": "TAID", "taid_pixel": "TAID by pixel"}
-BASELINES = {"neuron": "lif", "decoder": "fixed"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start_maps.draw_all()
     for page in PAGES:
         with atomic_write(page) as temporary:
-            temporary.write_text(filled(page), encoding="utf-8")
+            temporary.write_text(fill(page), encoding="utf-8")
 
 
-def filled(page: Path) -> str:
+def fill(page: Path) -> str:
     """The text of a page, with its tables up to date."""
 
     def make(found: re.Match[str]) -> str:
@@ -119,7 +117,7 @@ def gain(what: str, table: pd.DataFrame, name: str, theirs: str, ours: str) -> d
     }
 
 
-def standing() -> pd.DataFrame:
+def generators() -> pd.DataFrame:
     """FAD as published of the papers' generators and of our best."""
     rows = pd.read_csv(RESULTS / "published.csv").query("task == 'generation'")
     fads = rows[rows["metric"] == "fad_published"]
@@ -142,9 +140,9 @@ def standing() -> pd.DataFrame:
 
 
 def fad() -> pd.DataFrame:
-    """The rows of :func:`standing` for README."""
+    """The rows of :func:`generators` for README."""
     ours = [f"ESVAE, ALIF, TAID by pixel, {prior} prior" for prior in PRIORS["ESVAE"]]
-    table = standing().set_index("FAD as published ↓")
+    table = generators().set_index("FAD as published ↓")
     shown = table.loc[["VAE", "FSVAE", "ESVAE", "FSDDIM", *ours]]
     return shown.drop(columns=["CIFAR10", "CelebA"]).reset_index()
 
@@ -215,61 +213,26 @@ def yardsticks() -> pd.DataFrame:
     return table.loc[rows["images"].unique()].reset_index()
 
 
-def small() -> str:
-    """The experiments for a laptop, each with its table and what its choices change."""
+def recipes() -> str:
+    """A table for each experiment, over seeds."""
     sections = []
     for name, runs in load_all_runs().items():
-        if name.endswith("_cpu"):
-            config = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
-            comment = takewhile(lambda line: line.startswith("# "), config.splitlines()[1:])
-            sections += [f"### `{name}`\n", *(line.removeprefix("# ") for line in comment), ""]
-            sections += [markdown(table) for table in (summary(runs), changes(runs)) if len(table)]
+        config = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+        comment = "\n".join(re.findall(r"^# ([^@].*)", config, re.M))
+        sections.append(f"### `{name}`\n\n{comment}\n\n{markdown(summary(runs))}")
     return "\n".join(sections)
 
 
-def changes(runs: Sequence[Metrics]) -> pd.DataFrame:
-    """What each option changes from its baseline, over pairs of otherwise equal runs."""
-    table, keys = frame(runs)
-    rows = []
-    for key, baseline in ((key, BASELINES[key]) for key in keys if key in BASELINES):
-        is_baseline = table[key] == baseline
-        others = [*(other for other in keys if other != key), "seed"]
-        pairs = table[~is_baseline].merge(table[is_baseline], on=others, suffixes=("", " before"))
-        for option, group in pairs.groupby(key, sort=False):
-            row = {"change": f"`{option}` instead of `{baseline}`"}
-            for name in present(table, METRICS):
-                same = group[f"{name} protocol"] == group[f"{name} protocol before"]
-                difference = (group[name] - group[f"{name} before"])[same]
-                row[METRICS[name].title] = METRICS[name].text(difference, "+")
-            rows.append(row | {"pairs": str(len(group))})
-    return pd.DataFrame(rows)
-
-
 def papers() -> str:
-    """A table for each data set and task: our runs of the papers' recipes, then the papers."""
-    published = pd.read_csv(RESULTS / "published.csv", keep_default_na=False)
-    stored = {name: runs for name, runs in load_all_runs().items() if not name.endswith("_cpu")}
-    runs = [*chain(*stored.values())]
-    table = frame(runs)[0].assign(
-        row=[run["choices"]["model"].upper() for run in runs],
-        command=[
-            " ".join(f"{k}={v}" for k, v in overrides(run).items() if k != "seed") for run in runs
-        ],
-        source="ours",
-    )
-    index = ["dataset", "task", "row", "source", "command"]
-    groups = table.groupby(index, sort=False)
-    ours = groups.agg({name: partial(text, name, table) for name in present(table)})
-    units = published["metric"].map(lambda name: COLUMNS[name].unit)
-    values = (published["value"] / units).map("{:g}".format)
-    theirs = published.assign(value=values).pivot(index=index, columns="metric", values="value")
-    both = pd.concat([ours.assign(runs=groups.size().astype(str)), theirs]).fillna("")
+    """The papers' values: a table for each data set and task."""
+    rows = pd.read_csv(RESULTS / "published.csv", keep_default_na=False)
+    values = rows["value"] / rows["metric"].map(lambda name: COLUMNS[name].unit)
     sections = []
-    for (dataset, task), rows in both.groupby(["dataset", "task"], sort=False):
-        names = [name for name in (*COLUMNS, "runs") if name in rows and any(rows[name] != "")]
-        shown = rows[names].rename(columns={name: COLUMNS[name].title for name in COLUMNS})
-        content = markdown(shown.droplevel([0, 1]).reset_index())
-        sections.append(f"### {dataset}: {task}\n\n{content}")
+    for (dataset, task), part in rows.assign(value=values).groupby(["dataset", "task"]):
+        table = part.pivot(index=["row", "source", "command"], columns="metric", values="value")
+        shown = table[present(table)].map("{:g}".format).replace("nan", "")
+        shown.columns = pd.Index([COLUMNS[name].title for name in shown])
+        sections.append(f"### {dataset}: {task}\n\n{markdown(shown.reset_index())}")
     return "\n".join(sections)
 
 
@@ -347,24 +310,14 @@ def neurons() -> pd.DataFrame:
     return table.map("{:.1f}".format).reset_index()
 
 
-def fsvae() -> pd.DataFrame:
-    """Milliseconds of each model, and ours over its rival's."""
-    rows = pd.read_csv(XEON / "fsvae.csv")
-    table = rows.pivot(index="work", columns="model", values="median_ms")
-    ratio = (table["ours"] / table[f"{PLIF}, prefixes"]).map("{:.2f}".format)
-    shown = table.map("{:.0f}".format).assign(**{"ours / PLIF, prefixes": ratio})
-    return shown.loc[rows["work"].unique()].reset_index()
-
-
 def esvae() -> pd.DataFrame:
-    """Milliseconds per image of the sharp recipe's step, of variants of it and of its parts."""
+    """Milliseconds per image of the sharp recipe's step and of variants of it."""
     rows = pd.read_csv(BENCHMARKS / "epyc-avx2-2-cores" / "esvae.csv")
-    is_part, each = rows["ratio"].isna(), rows["ms_per_image"]
     columns = {
-        "work": rows["work"].mask(is_part, "of it: " + rows["work"]),
+        "work": rows["work"],
         "batch": rows["batch"],
-        "ms per image": each.map("{:.3g}".format),
-        "of the recipe's step": (each / each[0]).map("{:.2f}".format),
+        "ms per image": rows["ms_per_image"].map("{:.3g}".format),
+        "of the recipe's step": rows["ratio"].map("{:.2f}".format),
     }
     return pd.DataFrame(columns)
 
@@ -377,24 +330,10 @@ def compile_times() -> pd.DataFrame:
     return table.map("{:.1f}".format).reset_index()
 
 
-def loading() -> pd.DataFrame:
-    """Samples per second of the loader without workers, and of the net."""
-    rows = pd.read_csv(EPYC / "loading.csv").rename(columns={"samples_per_second": "rate"})
-    loader = rows[rows["processes"] == 0].set_index("data")["rate"]
-    step = rows.dropna(subset="net").set_index("data").loc[loader.index]
-    columns = {
-        "loader": loader.map("{:.0f}".format),
-        "training step": step["rate"].map("{:.1f}".format),
-        "of": step["net"],
-        "loading takes": (step["rate"] / loader).map("{:.1%}".format),
-    }
-    return pd.DataFrame(columns).reset_index()
-
-
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
-    **{table.__name__: table for table in (gains, standing, fad, decoders, classifiers)},
-    **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, small, papers)},
-    **{table.__name__: table for table in (models, memory, norm, neurons, fsvae, esvae, loading)},
+    **{table.__name__: table for table in (gains, generators, fad, decoders, classifiers)},
+    **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, recipes, papers)},
+    **{table.__name__: table for table in (models, memory, norm, neurons, esvae)},
     "start_map": lambda: start_maps.count_good_starts(start_maps.load_start_map()),
     "runs": every_run,
     "compile": compile_times,

@@ -38,14 +38,12 @@ SIZES = {
         "neuron": "--dtypes float32 bfloat16 --steps 4 16 --neurons 262144 4194304 --only cupy LIF",
         "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
         "norm": "--steps 8 --batch 32 --repeats 20 --zoo sew_resnet18",
-        "fsvae": "--batch 64",
     },
     "cpu": {
         "neuron": "--steps 4 16 --neurons 4096 65536 --repeats 5 --only numba LIF",
         "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
         "norm": "--steps 4 --batch 2 --repeats 3 --dtypes float32 "
         "--nets 'norm + neuron' '3 x [conv, norm, neuron]'",
-        "fsvae": "--T 8 --batch 4 --repeats 3",
     },
 }
 
@@ -62,7 +60,6 @@ SHOWN = {
     "neuron.csv": "neuron dtype T N median_ms p20_ms p80_ms share_of_floor plif_implementation",
     "memory.csv": "neuron dtype T bytes_per_neuron_and_step",
     "norm.csv": "net variant dtype T saved_mb saved_ratio median_ms p20_ms p80_ms time_ratio",
-    "fsvae.csv": "work model T batch median_ms p20_ms p80_ms ratio",
 }
 OUTCOMES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 #: The modules of SpikingJelly's other implementations of PLIF.
@@ -156,8 +153,7 @@ def steps(device: str, folder: Path) -> Iterator[Step]:
             environment = {"SJ_PLIF_CUDA_IMPLEMENTATION": implementation}
             yield Step(f"neuron, PLIF by {implementation}", arguments, environment)
     yield Step("memory", benchmark("memory"))
-    for name in ("norm", "fsvae"):
-        yield Step(name, benchmark(name), contract)
+    yield Step("norm", benchmark("norm"), contract)
 
 
 def is_installed(module: str) -> bool:

@@ -4,14 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from store import RESULTS, load_study
 
-from sj_taid.training.columns import METRICS
+from sj_taid.training.columns import METRICS, natural
 from sj_taid.training.plot import save
-from sj_taid.training.tables import means
 
 TAU, THRESHOLD = "neuron_start.tau", "neuron_start.v_threshold"
 NEURONS = ["lif", "plif", "alif", "alif_channel"]  # each learns more than the one before
@@ -56,52 +53,36 @@ def draw_all(results: Path = RESULTS) -> None:
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Draw a map for each neuron and what ALIF gains over PLIF, with and without norm in a row."""
-    grid = means(table, "accuracy", TAU, THRESHOLD)
+    """Draw a map for each neuron, with and without norm in a row; a cell without runs is empty."""
     maps = {
-        key: means(part, "accuracy", TAU, THRESHOLD).reindex_like(grid)
-        for key, part in table.groupby(["model.norm", "neuron"], observed=True)
+        key: means(part) for key, part in table.groupby(["model.norm", "neuron"], observed=True)
     }
-    norms, neurons = (list(dict.fromkeys(names)) for names in zip(*maps, strict=True))
-    gains = {norm: maps[norm, "alif"] - maps[norm, "plif"] for norm in norms}
-    low, high = np.nanmin([*maps.values()]), np.nanmax([*maps.values()])
-    most = max(np.nanmax(np.abs([*gains.values()])), 1e-9)
-    width = 1.4 + (0.3 + 0.5 * grid.shape[1]) * (len(neurons) + 1)
-    height = 0.8 + (0.45 + 0.4 * grid.shape[0]) * len(norms)
-    figure = Figure((width, height), layout="constrained")
-    axes = figure.subplots(len(norms), len(neurons) + 1, squeeze=False, sharex=True, sharey=True)
-    for line, norm in zip(axes, norms, strict=True):
-        for axis, neuron in zip(line, neurons, strict=False):
-            shown = draw_map(axis, maps[norm, neuron], "viridis", low, high)
-            axis.set_title(neuron, fontsize=9)
-        signed = draw_map(line[-1], gains[norm], "RdBu", -most, most, sign="+")
-        line[-1].set_title("alif - plif", fontsize=9)
-        line[0].set_ylabel(f"norm {norm}\n{short(TAU)}" if len(norms) > 1 else short(TAU))
-    for axis in axes[-1]:
-        axis.set_xlabel(short(THRESHOLD))
-    title = METRICS["accuracy"].title
-    figure.colorbar(shown, ax=axes[:, :-1], label=title, shrink=0.8, pad=0.01)
-    figure.colorbar(signed, ax=axes[:, -1], label="difference", shrink=0.8)
+    norms, neurons = table["model.norm"].nunique(), table["neuron"].nunique()
+    grid = means(table)
+    every = pd.concat(maps).to_numpy()
+    low, high = np.nanmin(every), np.nanmax(every)
+    figure = Figure((1 + 2.8 * neurons, 1 + 2.4 * norms), layout="constrained")
+    axes = figure.subplots(norms, neurons, squeeze=False, sharex=True, sharey=True)
+    for axis, ((norm, neuron), cells) in zip(axes.flat, maps.items(), strict=True):
+        values = cells.reindex_like(grid).to_numpy()
+        shown = axis.imshow(values, vmin=low, vmax=high, aspect="auto")
+        axis.set_title(neuron + (", norm" if norm == "true" else ""), fontsize=9)
+        axis.set_xticks(range(values.shape[1]), grid.columns)
+        axis.set_yticks(range(values.shape[0]), grid.index)
+        axis.set(xlabel=short(THRESHOLD), ylabel=short(TAU))
+        axis.label_outer()
+        for (row, column), value in np.ndenumerate(values):
+            text = f"{value:.1f}" if np.isfinite(value) else ""
+            color = "white" if value < (low + high) / 2 else "black"
+            axis.text(column, row, text, color=color, fontsize=8, ha="center", va="center")
+    figure.colorbar(shown, ax=axes, label=METRICS["accuracy"].title)
     save(figure, path)
 
 
-def draw_map(
-    axis: Axes, cells: pd.DataFrame, scale: str, low: float, high: float, sign: str = "-"
-) -> AxesImage:
-    """Draw colours and numbers; a cell without a value is hatched."""
-    axis.patch.set(facecolor="0.9", hatch="////", edgecolor="0.7")
-    shown = axis.imshow(cells.to_numpy(), cmap=scale, vmin=low, vmax=high, aspect="auto")
-    axis.set_xticks(range(cells.shape[1]), cells.columns)
-    axis.set_yticks(range(cells.shape[0]), cells.index)
-    axis.tick_params(length=0, labelsize=8)
-    axis.spines[:].set_visible(False)
-    for (row, column), value in np.ndenumerate(cells.to_numpy()):
-        if np.isfinite(value):
-            red, green, blue, _ = shown.to_rgba(value)
-            color = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
-            text = axis.text(column, row, f"{value:{sign}.1f}", color=color, fontsize=7)
-            text.set(ha="center", va="center")
-    return shown
+def means(table: pd.DataFrame) -> pd.DataFrame:
+    """The mean accuracy in % of every start, in order."""
+    mean = (100 * table["accuracy"]).groupby([table[TAU], table[THRESHOLD]]).mean().unstack()
+    return mean.loc[sorted(mean.index, key=natural), sorted(mean.columns, key=natural)]
 
 
 def short(key: str) -> str:

@@ -1,6 +1,7 @@
 """The measured runs in results/: a JSON file per run, and a CSV per sweep over starts."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,30 +49,30 @@ def load_study(study: str, results: Path = RESULTS) -> pd.DataFrame:
 
 def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator[str]:
     """Copy the metrics of experiments' runs into results; yields a line for each."""
-    rows: dict[str, list[dict[str, Any]]] = {study: [] for study in STUDIES}
+    rows = defaultdict(list)
     for folder, metrics in finished.items():
-        experiment = overrides(metrics).get("experiment")
-        if experiment is None:
+        choices = overrides(metrics) | {"seed": str(metrics["seed"])}
+        experiment = choices.pop("experiment", "")
+        if not experiment:
             yield f"not stored: {folder} (it is no run of experiment=...)"
         elif experiment not in STUDIES:
-            yield f"stored: {store_run(metrics, results)}"
-        elif others := overrides(metrics).keys() - {"experiment", *STUDIED}:
+            name = folder_name([f"{key}={value}" for key, value in choices.items()])
+            path = results / "runs" / experiment / f"{name}.json"
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            yield f"stored: {path}"
+        elif others := choices.keys() - {*STUDIED}:
             yield f"not stored: {folder} ({experiment}.csv has no {', '.join(sorted(others))})"
         else:
             rows[experiment].append(study_row(folder, metrics))
-    for study in filter(rows.get, STUDIES):
-        yield f"stored: {store_study(study, rows[study], results)}"
-
-
-def store_run(metrics: Metrics, results: Path = RESULTS) -> Path:
-    """Write a run's file, named by its choices; returns where."""
-    choices = overrides(metrics) | {"seed": str(metrics["seed"])}
-    experiment = choices.pop("experiment")
-    name = folder_name([f"{key}={value}" for key, value in choices.items()])
-    path = results / "runs" / experiment / f"{name}.json"
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    return path
+    for study, new in rows.items():
+        path = results / "maps" / f"{study}.csv"
+        before = [load_study(study, results)] if path.is_file() else []
+        table = pd.concat([*before, pd.DataFrame(new)]).drop_duplicates(STUDIED, keep="last")
+        table = table.sort_values(STUDIED, key=lambda values: values.map(natural))
+        with atomic_write(path) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.5f")
+        yield f"stored: {path}"
 
 
 def study_row(folder: Path, metrics: Metrics) -> dict[str, Any]:
@@ -80,14 +81,3 @@ def study_row(folder: Path, metrics: Metrics) -> dict[str, Any]:
     values = {key: choices.get(key, OmegaConf.select(config, key)) for key in STUDIED}
     row = {key: json.dumps(value).strip('"') for key, value in values.items()}
     return row | {key: metrics[key] for key in ("accuracy", "commit", "machine")}
-
-
-def store_study(study: str, rows: list[dict[str, Any]], results: Path = RESULTS) -> Path:
-    """Add rows to a study's CSV, in place of earlier ones with the same choices; returns where."""
-    path = results / "maps" / f"{study}.csv"
-    before = [load_study(study, results)] if path.is_file() else []
-    table = pd.concat([*before, pd.DataFrame(rows)]).drop_duplicates(STUDIED, keep="last")
-    table = table.sort_values(STUDIED, key=lambda values: values.map(natural))
-    with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.5f")
-    return path

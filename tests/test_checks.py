@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sj_taid
-from sj_taid.model import ESVAE, FSVAE, VAE
+from sj_taid.model import ESVAE, FSVAE
 
 NETS = {
     "accelerate": (),
@@ -24,7 +24,6 @@ NETS = {
 MODELS = {
     "ESVAE": lambda: ESVAE(image_size=8, T=2, hidden_channels=(4,), latent_channels=4),
     "FSVAE": lambda: FSVAE(image_size=8, T=2, hidden_channels=(4,), latent_channels=4, k=2),
-    "VAE": lambda: VAE(1, 8, (4,), 4),
 }
 
 

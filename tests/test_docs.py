@@ -167,7 +167,7 @@ def test_command_names_exist():
         for word in re.findall(r"\bsj-taid ([a-z][\w-]*)", read(path))
     }
     in_a_sentence = {"and", "ask", "developers", "is", "needs", "then", "warns", "wrote"}
-    assert {"evaluate", "export", "fit_prior", "train"} <= {word for word, _ in named}
+    assert {"evaluate", "export", "train"} <= {word for word, _ in named}
     known = {*cli.COMPOSED, *cli.OTHERS} | in_a_sentence
     assert not {(word, page) for word, page in named if word not in known}
 
@@ -250,7 +250,7 @@ def test_table_is_made_from_results(page):
     import pages
 
     assert page in pages.PAGES
-    assert read(page) == pages.filled(page), "make tables"
+    assert read(page) == pages.fill(page), "make tables"
 
 
 def test_pages_stay_short():

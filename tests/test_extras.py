@@ -74,7 +74,7 @@ def test_commands_that_lack_a_package_say_what_to_install():
     said = json.loads(done.stdout.splitlines()[-1])
     # It needs nothing.
     assert said.pop("doctor") == 0
-    assert {"train", "fit_prior", "compare", "export", "report"} <= said.keys()
+    assert {"train", "compare", "export", "report"} <= said.keys()
     for command, remedy in said.items():
         assert remedy == TRAIN, command
 

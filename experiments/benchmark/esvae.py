@@ -1,9 +1,9 @@
-"""Time of a training step of the sharp ESVAE on a CPU, of variants of it, and of its parts.
+"""Time of a training step of the sharp ESVAE on a CPU, and of variants of it.
 
     python experiments/benchmark/esvae.py
 
 writes ``esvae.csv``: ``experiment=mnist_esvae_sharp`` as configured, and with one choice changed,
-in milliseconds per image without loading. Then the recipe's own step by kind of operator.
+in milliseconds per image without loading.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from common import CPU, interleave, parser, write_csv
 from hydra.utils import instantiate
-from torch.profiler import ProfilerActivity, profile
 
 from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.config import compose
@@ -30,13 +29,6 @@ VARIANTS = {
     "ALIF, torch backend": ["neuron.backend=torch"],
     "SpikingJelly LIF": ["neuron=lif"],
     "SpikingJelly PLIF": ["neuron=plif"],
-}
-#: kind of work -> parts of its operators' names in the profiler
-KINDS = {
-    "convolution": ("convolution",),
-    "linear": ("aten::addmm", "aten::mm", "aten::bmm"),
-    "norm": ("batch_norm",),
-    "fused neuron": ("sj_taid::",),
 }
 
 
@@ -60,18 +52,6 @@ def training_step(name: str, extra: Sequence[str]) -> tuple[Callable[[], None], 
     return step, len(image)
 
 
-def by_kind(function: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of a second call by kind of operator, from the profiler."""
-    function()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        function()
-    spent = dict.fromkeys((*KINDS, "other"), 0.0)
-    for event in profiler.key_averages():
-        names = (k for k, keys in KINDS.items() if any(s in event.key for s in keys))
-        spent[next(names, "other")] += event.self_cpu_time_total / 1e3
-    return spent
-
-
 def main(arguments: Sequence[str] | None = None, extra: Sequence[str] = ()) -> None:
     """``extra`` are overrides for all variants."""
     options_parser = parser(__doc__, repeats=5)
@@ -88,11 +68,6 @@ def main(arguments: Sequence[str] | None = None, extra: Sequence[str] = ()) -> N
         {"work": name, "batch": batches[name], **timing._asdict()}
         | {"ms_per_image": (each := timing.median_ms / batches[name]), "ratio": each / first}
         for name, timing in timings.items()
-    ]
-    batch = batches[RECIPE]
-    rows += [
-        {"work": kind, "batch": batch, "median_ms": spent, "ms_per_image": spent / batch}
-        for kind, spent in by_kind(steps[RECIPE]).items()
     ]
     print(write_csv(rows, options.out / "esvae.csv").iloc[:, :7].to_string())
 

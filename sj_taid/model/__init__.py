@@ -1,8 +1,8 @@
 """Models built from the neuron and the layers: import what you need from here."""
 
-from .autoencoder import VAE, Autoencoder
+from .autoencoder import Autoencoder
 from .classifier import Classifier
 from .esvae import ESVAE, ESVAEOutput
 from .fsvae import FSVAE, FSVAEOutput
 
-__all__ = ["ESVAE", "FSVAE", "VAE", "Autoencoder", "Classifier", "ESVAEOutput", "FSVAEOutput"]
+__all__ = ["ESVAE", "FSVAE", "Autoencoder", "Classifier", "ESVAEOutput", "FSVAEOutput"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._checks import are_two_numbers, check_sizes
 from .block import Neuron
-from .latent import LATENT_LOSSES, Posterior, Prior
+from .latent import Posterior, Prior, mmd_loss
 from .spiking_vae import SpikingVAE, original_neuron
 
 
@@ -24,17 +24,14 @@ class FSVAE(SpikingVAE):
     r"""Fully Spiking VAE: a latent of Bernoulli spike trains from autoregressive networks.
 
     .. math::
-        L = \mathrm{mean}\,(\hat x - x)^2 + \mathrm{MMD}(q, p), \quad\text{or}\quad
-        10^{-4}\,\mathrm{KL}(q \,|\, p)
+        L = \mathrm{mean}\,(\hat x - x)^2 + \mathrm{MMD}(q, p)
 
-    Posterior, prior and both distances: :mod:`sj_taid.model.latent`.
+    Posterior, prior and their distance: :mod:`sj_taid.model.latent`.
 
     Arguments that are not listed are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Args:
         k: candidate spikes of each latent channel.
-        presampling: see :class:`~sj_taid.model.latent.Posterior`.
-        latent_loss: the distance of posterior and prior, ``"mmd"`` or ``"kl"``.
         own_sample_probability: the prior's scheduled sampling at the start and at the end of
             training, two probabilities. The first steps are never replaced: below T = 7 none is.
 
@@ -65,14 +62,8 @@ class FSVAE(SpikingVAE):
         chroma_weight: float = 0.0,
         *,
         k: int = 20,
-        presampling: str = "step",
-        latent_loss: str = "mmd",
         own_sample_probability: tuple[float, float] = (0.1, 0.3),
     ) -> None:
-        if latent_loss not in LATENT_LOSSES:
-            raise ValueError(
-                f"latent_loss must be one of {', '.join(LATENT_LOSSES)}, but it is {latent_loss!r}"
-            )
         check_sizes(k=k)
         both = own_sample_probability
         if not are_two_numbers(both) or not all(0 <= p <= 1 for p in both):
@@ -80,8 +71,6 @@ class FSVAE(SpikingVAE):
                 f"own_sample_probability must be two probabilities in [0, 1], but it is {both!r}"
             )
         self.k = k
-        self.presampling = presampling
-        self.latent_loss = latent_loss
         self.own_sample_probability = tuple(own_sample_probability)
         super().__init__(
             in_channels,
@@ -98,7 +87,7 @@ class FSVAE(SpikingVAE):
         )
 
     def _make_latent(self, neuron: Neuron) -> None:
-        self.posterior = Posterior(self.latent_channels, self.k, neuron, self.presampling)
+        self.posterior = Posterior(self.latent_channels, self.k, neuron)
         self.prior = Prior(self.latent_channels, self.k, neuron)
 
     def forward(self, image: Tensor, own_sample_probability: float | Tensor = 0.0) -> FSVAEOutput:
@@ -124,8 +113,7 @@ class FSVAE(SpikingVAE):
         first, last = self.own_sample_probability
         # A tensor: compiled, each float would be a constant of a graph of its own.
         output = self(image, torch.tensor(first + (last - first) * progress))
-        distance, weight = LATENT_LOSSES[self.latent_loss]
-        return self.sum_losses(output.image, image, weight * distance(output.q, output.p))
+        return self.sum_losses(output.image, image, mmd_loss(output.q, output.p))
 
     def _picks(self, n: int) -> Tensor:
         device = next(self.parameters()).device

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from .block import Neuron, eval_mode, reset, spiking_block
 
-PRESAMPLING = ("step", "prefix")
-
 
 class LatentNetwork(nn.Module):
     """Three spiking linear layers, each with tdBN at twice the threshold, to ``k`` candidates."""
@@ -55,44 +53,27 @@ class LatentNetwork(nn.Module):
 class Posterior(LatentNetwork):
     """``q(z_t | x_<=t, z_<t)`` on ``[x_t ; z_(t-1)]``, ``z_0 = 0``.
 
-    The samples ``z`` are drawn without gradient before the pass with gradient. ``presampling`` is
-    ``"step"``, step by step with the running statistics of batch norm, as at test time, in O(T); or
-    ``"prefix"``, every prefix from rest with batch statistics, as the original code does, in
-    O(T^2). In eval mode both give the same.
+    The samples ``z`` are drawn without gradient before the pass with gradient, step by step with
+    the running statistics of batch norm, as at test time. The original code reruns every prefix,
+    with batch statistics.
     """
 
-    def __init__(self, channels: int, k: int, neuron: Neuron, presampling: str = "step") -> None:
+    def __init__(self, channels: int, k: int, neuron: Neuron) -> None:
         super().__init__(2 * channels, channels, k, neuron)
-        if presampling not in PRESAMPLING:
-            raise ValueError(f"presampling must be one of {PRESAMPLING}, but it is {presampling!r}")
-        self.presampling = presampling
 
     def forward(self, x_seq: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
         """Sample ``z`` ``[T, N, C]`` at ``picks`` ``[T, N, C]``.
 
         Returns ``z`` and the candidates ``q`` ``[T, N, C, k]``.
         """
-        presample = self._sample_steps if self.presampling == "step" else self._sample_prefixes
-        with torch.no_grad():
-            z_previous = presample(x_seq, picks)
-        _clear_cast_cache()
-        q = self.run(torch.cat([x_seq, z_previous], 2))
-        return pick(q, picks), q
-
-    def _sample_steps(self, x_seq: Tensor, picks: Tensor) -> Tensor:
         z_previous = torch.zeros_like(x_seq)
-        with self.from_rest():
+        with torch.no_grad(), self.from_rest():
             for t in range(len(x_seq) - 1):
                 q = self.step(torch.cat([x_seq[t], z_previous[t]], 1))
                 z_previous[t + 1] = pick(q, picks[t])
-        return z_previous
-
-    def _sample_prefixes(self, x_seq: Tensor, picks: Tensor) -> Tensor:
-        z_previous = torch.zeros_like(x_seq)
-        for t in range(len(x_seq) - 1):
-            q = self.run(torch.cat([x_seq[: t + 1], z_previous[: t + 1]], 2))
-            z_previous[t + 1] = pick(q[-1], picks[t])
-        return z_previous
+        _clear_cast_cache()
+        q = self.run(torch.cat([x_seq, z_previous], 2))
+        return pick(q, picks), q
 
 
 class Prior(LatentNetwork):
@@ -178,15 +159,3 @@ def mmd_loss(q: Tensor, p: Tensor) -> Tensor:
     ``q`` and ``p`` are ``[T, N, C, k]``, averaged over ``k`` first (arXiv 2110.00375, eq. 16).
     """
     return postsynaptic_potential(q.mean(-1) - p.mean(-1)).square().mean()
-
-
-def kl_loss(q: Tensor, p: Tensor, eps: float = 1e-2) -> Tensor:
-    """KL divergence of the Bernoulli variables, summed over C and T, averaged over the batch."""
-    q, p = q.mean(-1), p.mean(-1)
-    spike = q * ((q + eps) / (p + eps)).log()
-    silence = (1 - q) * ((1 - q + eps) / (1 - p + eps)).log()
-    return (spike + silence).sum((0, 2)).mean()
-
-
-LATENT_LOSSES = {"mmd": (mmd_loss, 1.0), "kl": (kl_loss, 1e-4)}
-"""name -> (loss, its weight next to the reconstruction error)."""

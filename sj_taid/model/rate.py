@@ -212,8 +212,8 @@ class GaussianMixturePrior(nn.Module):
         """Draw ``n`` rates ``[n, d]``."""
         if not self.fitted:
             raise RuntimeError(
-                "the mixture of Gaussians is not fitted; call model.fit_prior(images) or "
-                "`sj-taid fit_prior`, or draw from the learned prior: sample_from='learned'"
+                "the mixture of Gaussians is not fitted; call model.fit_prior(images), or "
+                "draw from the learned prior: sample_from='learned'"
             )
         if n == 0:
             return self.means.new_zeros(0, self.means.shape[1])

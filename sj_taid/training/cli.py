@@ -18,20 +18,19 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, InstantiationException
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .._extras import TRAIN, needs
 from .config import CONF, VERSION
-from .run import ELSEWHERE, OVERRIDES
+from .run import OVERRIDES
 
 #: commands whose arguments are Hydra's overrides of conf/<command>.yaml
 COMPOSED = {
     "train": "train a model, or with -m every job of a sweep",
     "evaluate": "measure a run's checkpoint again",
     "sample": "draw images from a trained model",
-    "fit_prior": "fit a mixture of Gaussians to a finished run of ESVAE",
 }
 #: commands with options of their own
 OTHERS = {
@@ -60,7 +59,6 @@ def main(command: str | None = None) -> None:
         command, arguments = _parser().parse_args(arguments[:1]).command, arguments[1:]
     with exit_on_user_errors():
         if command in COMPOSED:
-            refuse_null_choices(arguments)
             GIVEN[:] = sys.argv
             sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
             hydra.main(CONF, command, VERSION)(run_composed)()
@@ -78,7 +76,7 @@ def run_composed(cfg: DictConfig) -> Any:
 
 
 def import_command(command: str) -> ModuleType:
-    """The module of a command; without a package that it needs, the error says what to install."""
+    """The module of a command."""
     if command == "doctor":
         return import_module("sj_taid.doctor")
     with needs(TRAIN):
@@ -104,40 +102,14 @@ def exit_on_user_errors() -> Iterator[None]:
 
 def format_error(error: Exception) -> str:
     """What a user reads of an error: one to three lines."""
-    cause, text = error.__cause__, str(error)
-    if isinstance(error, InstantiationException):
-        first, *_, key = text.splitlines()
-        what = cause if isinstance(cause, USER_ERRORS) else first
-        text = f"{key.replace('full_key: ', '')}: {what}"
-    elif isinstance(error, CompactHydraException):
-        for advice in ("Config search path", "To append to your config use"):  # + takes any key
-            text = text.partition(advice)[0]
-        text = " ".join(text.split())
-        if isinstance(cause, OmegaConfBaseException):
-            text += f"\n{str(cause).splitlines()[0]}"
-        return text
-    elif isinstance(error, FileExistsError | NotADirectoryError):
-        text = f"expected a folder, but {error.filename} is a file; {ELSEWHERE}"
+    if isinstance(error, CompactHydraException):
+        return " ".join(str(error).partition("Config search path")[0].split())
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
-    return "\n".join([text, *getattr(error, "__notes__", ()), hint])
-
-
-def refuse_null_choices(arguments: Sequence[str]) -> None:
-    """An error for ``metric=null``: Hydra leaves a group out with ``~metric``."""
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if value.lower() == "null" and Path(CONF, key).is_dir():
-            raise ValueError(f"{argument} is no choice of {key}; write ~{key} for none")
+    return "\n".join([str(error), *getattr(error, "__notes__", ()), hint])
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """Replace ``resume=RUN`` by the run's folder and the overrides that it was started with.
-
-    The other arguments come after these, so they win.
-
-    Raises:
-        FileNotFoundError: there is no run.
-    """
+    """Replace ``resume=RUN`` by the run's folder and overrides, over which other arguments win."""
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
     if not resumed:
         return [*arguments]

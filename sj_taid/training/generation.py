@@ -1,4 +1,4 @@
-"""Training of a generator: FSVAE, ESVAE or the non-spiking VAE."""
+"""Training of a generator: FSVAE or ESVAE."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..model import ESVAE
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .evaluation import Evaluator, seeded
-from .plot import draw_attention, draw_grid, draw_reconstructions, draw_spectra
+from .plot import draw_attention, draw_grid, draw_reconstructions
 
 #: ESVAE's priors, from which samples are drawn
 PRIORS = ("learned", "mixture")
@@ -137,28 +137,13 @@ class Generation(Autoencoding):
             f"FAD of the samples: {metrics['fad']:.3f}"
             + ("" if before is None else f" (before training: {before:.3f})"),
             *(f"{title}: {metrics[name]:.3f}" for name, title in titles.items() if name in metrics),
-            *self._note_on_learned_prior(metrics),
-        ]
-
-    def _note_on_learned_prior(self, metrics: Mapping[str, Any]) -> list[str]:
-        before = metrics.get("fad_untrained")
-        learned = metrics.get("fad_learned", metrics["fad"])
-        if not isinstance(self.model, ESVAE) or before is None or learned < before / 2:
-            return []
-        return [
-            f"The learned prior is near untrained: FAD {learned:.3f}, {before:.3f} before "
-            "training; it needs more epochs than the mixture"
         ]
 
     @torch.no_grad()
     def draw(self, images: Tensor, folder: Path) -> None:
         model = self.model
-        samples = model.sample(64)
-        draw_grid(samples, folder / "samples.png", 16, "Samples from the prior")
-        reconstructions = model(images).image
-        draw_reconstructions(images, reconstructions, folder / "reconstructions.png")
-        sets = {"test images": images, "reconstructions": reconstructions, "samples": samples}
-        draw_spectra(sets, folder / "spectra.png")
+        draw_grid(model.sample(64), folder / "samples.png", 16, "Samples from the prior")
+        draw_reconstructions(images, model(images).image, folder / "reconstructions.png")
         if isinstance(model, SpikingVAE):
             sequence = model.decode_sequence(model.latent_spikes(images))
             decoder: Any = model.image_decoder

@@ -1,6 +1,6 @@
 """Pictures of images, parameters, attention and curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,42 +108,6 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     _label(axis, "time step t", r"share of the image, $a[t] / \sum a$")
     axis.set_ylim(bottom=0)
     axis.set_title("What each time step adds (mean and 10-90 % of test images)", fontsize=10)
-    axis.legend(fontsize=8)
-    save(figure, path)
-
-
-def spectrum(images: Tensor) -> Tensor:
-    """The power of each spatial frequency in ``images`` ``[n, C, H, H]``: ``[H // 2 + 1]``.
-
-    Entry ``f`` is the mean of ``|FFT(image)|^2 / H^2`` over all images, channels and frequencies of
-    ``f`` to less than ``f + 1`` cycles per image, in whatever direction.
-    """
-    size = images.shape[-1]
-    power = torch.fft.fft2(images.double()).abs().square().mean((0, 1)) / size**2
-    cycles = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
-    corners = size // 2 + 1  # what lies beyond the last full ring
-    ring = torch.hypot(cycles[:, None], cycles).flatten().long().clamp(max=corners)
-    total = ring.bincount(power.flatten(), minlength=corners + 1)
-    return (total / ring.bincount(minlength=corners + 1))[:corners]
-
-
-def mean_gradient(images: Tensor) -> float:
-    """The mean absolute difference of neighbours in a row of ``images`` ``[n, C, H, W]``."""
-    return images.diff(dim=-1).abs().mean().item()
-
-
-def draw_spectra(sets: Mapping[str, Tensor], path: Path) -> None:
-    """Draw the spectrum and give the mean gradient of each set of images ``[n, C, H, H]``.
-
-    Blurred images have a smaller gradient, and less power in the high frequencies.
-    """
-    figure = Figure((6.4, 4), layout="tight")
-    axis = figure.subplots()
-    for name, images in sets.items():
-        label = f"{name}: gradient {mean_gradient(images):.3f}"
-        axis.semilogy(spectrum(images.cpu()), label=label)
-    _label(axis, "cycles per image", "power")
-    axis.set_title("Sharpness of the images", fontsize=10)
     axis.legend(fontsize=8)
     save(figure, path)
 

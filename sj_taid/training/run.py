@@ -1,7 +1,4 @@
-"""A run and its folder: what is written there, and how a checkpoint becomes a model again.
-
-Torch and Lightning are imported where they are needed, since the command line uses this before.
-"""
+"""A run and its folder: what is written there, and how a checkpoint becomes a model again."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +20,7 @@ from .._build import build
 from .config import is_below
 from .files import atomic_write, remove_leftovers, unwritable
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line imports this before torch
     from torch import nn
 
 CONFIG = "config.yaml"
@@ -103,7 +100,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes out of the folder, until the block or this process ends.
+        """Keep other processes out of the folder; a run that leaves nothing takes it away again.
 
         The first process of a distributed run holds the lock for all.
 
@@ -126,7 +123,13 @@ class Run:
         with lock:
             for name in ("", CHECKPOINTS, EVALUATIONS):
                 remove_leftovers(self.folder / name)
-            yield
+            try:
+                yield
+            finally:
+                if [*self.folder.iterdir()] == [self.folder / LOCK]:
+                    with suppress(OSError):  # read-only, or the folder of a mount
+                        (self.folder / LOCK).unlink()
+                        self.folder.rmdir()
 
     @property
     def config(self) -> DictConfig:
@@ -150,18 +153,17 @@ class Run:
             raise ValueError(f"{CONFIG} is damaged: it holds no keys and values")
         return config
 
-    def save_config(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
-        """Save the config, and the overrides of the command line, which ``resume=`` repeats."""
+    def begin(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
+        """Save the config, and the overrides of the command line, which ``resume=`` repeats.
+
+        A finished run that resumes is unfinished again.
+        """
+        (self.folder / METRICS).unlink(missing_ok=True)
         with atomic_write(self.folder / CONFIG) as path:
             path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         if overrides is not None:
             with atomic_write(self.folder / OVERRIDES) as path:
                 OmegaConf.save(OmegaConf.create([*overrides]), path)
-
-    def begin(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
-        """Save what the run is started with; a finished run that resumes is unfinished again."""
-        (self.folder / METRICS).unlink(missing_ok=True)
-        self.save_config(cfg, overrides)
 
     def differences(self, cfg: DictConfig) -> dict[str, str]:
         """The keys in which ``cfg`` is not the run's config, each with both values."""
@@ -174,7 +176,7 @@ class Run:
         }
 
     def resume(self, cfg: DictConfig) -> Path | None:
-        """The checkpoint that training with ``cfg`` resumes from; None where nothing is saved yet.
+        """The checkpoint that training with ``cfg`` resumes from; None where nothing is saved.
 
         Raises:
             ValueError: ``cfg`` differs from the run's config in more than may change.
@@ -185,10 +187,9 @@ class Run:
         wrong = [f"{k} ({values})" for k, values in found if not is_below(k, RESUME_MAY_CHANGE)]
         if wrong:
             more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            follows = "; T_max follows trainer.max_epochs" * any("T_max" in text for text in wrong)
             raise ValueError(
-                f"{self.folder} holds a run with other settings: {'; '.join(wrong[:4])}{more}"
-                f"{follows}; resume it with its own, or {ELSEWHERE}"
+                f"{self.folder} holds a run with other settings: {'; '.join(wrong[:4])}{more}; "
+                f"resume it with its own, or {ELSEWHERE}"
             )
         return self.checkpoint if self.checkpoint.is_file() else None
 
@@ -230,15 +231,9 @@ class Run:
         Raises:
             ValueError: a file is damaged, or not what an evaluation writes.
         """
-        found = []
-        for path in sorted((self.folder / EVALUATIONS).glob("*.json")):
-            evaluation = read_json(path)
-            if not {"metrics", "protocol"} <= evaluation.keys():
-                raise ValueError(
-                    f"{EVALUATIONS}/{path.name} lacks metrics and protocol, which sj-taid evaluate "
-                    f"writes; move it out of {path.parent}"
-                )
-            found.append(evaluation)
+        found = [read_json(path) for path in sorted((self.folder / EVALUATIONS).glob("*.json"))]
+        if not all({"metrics", "protocol"} <= evaluation.keys() for evaluation in found):
+            raise ValueError(f"{EVALUATIONS} holds JSON that sj-taid evaluate did not write")
         runs = [Run(self.folder), Run(self.folder, self.best)] if found else []
         here = {run.checkpoint_sha256() for run in runs if run.checkpoint.is_file()}
         return [one for one in found if not here or one.get("checkpoint_sha256") in here]
@@ -281,7 +276,7 @@ def build_part(node: Any, trust: Collection[str] = (), **arguments: Any) -> Any:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process of a distributed run that writes, or the only one."""
+    """Whether this is the first process of a distributed run, or the only one."""
     from lightning.pytorch.utilities import rank_zero_only
 
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
@@ -298,17 +293,9 @@ def merge_evaluations(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a run wrote; nothing of what is no dictionary.
-
-    Raises:
-        ValueError: the file is damaged, or holds what is no finite number.
-    """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"it holds {constant}, so its run diverged")
-
+    """What a run wrote; nothing of what is no dictionary."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
     return content if isinstance(content, dict) else {}

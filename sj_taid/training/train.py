@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar, Timer
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, Timer
 from omegaconf import DictConfig, OmegaConf
 
 from ..calibration import calibrate
@@ -140,7 +139,6 @@ def count_classes(cfg: DictConfig) -> None:
 
 
 def build_task(cfg: DictConfig) -> Task:
-    """The model, and the task that trains it."""
     # In this layout convolutions are faster, in bfloat16 above all.
     model = build_part(cfg.model, cfg.trust or ()).to(memory_format=torch.channels_last)
     optimizer = instantiate(cfg.optimizer)
@@ -148,7 +146,6 @@ def build_task(cfg: DictConfig) -> Task:
 
 
 def calibrate_thresholds(cfg: DictConfig, task: Task, data: Any) -> None:
-    """Calibrate the thresholds of a new run, where the config asks for it."""
     if rate := cfg.neuron_start.get("calibrate"):
         images, _ = next(iter(data.train_dataloader()))
         log.info("%s", calibrate(task.model, task.model_input(images), rate=rate))
@@ -181,10 +178,6 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
 
 
 def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
-    if not cfg.trainer.enable_progress_bar:  # Lightning refuses a bar then
-        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    if (wandb := sys.modules.get("wandb")) and wandb.run:
-        wandb.finish()  # an earlier job of a sweep, which Lightning would continue
     return instantiate(
         cfg.trainer,
         default_root_dir=run.folder,
@@ -228,7 +221,6 @@ def select_validation_metrics(
 
 
 def measure_best_epoch(cfg: DictConfig, task: Task, data: Any, run: Run) -> dict[str, Any]:
-    """Test the epoch that was best on the validation set."""
     checkpoint = read_checkpoint(run.best)
     task.load_state_dict(checkpoint["state_dict"])
     tested = test(task, build_tester(cfg), data)
@@ -265,9 +257,8 @@ def closing_lines(run: Run) -> str:
     """The picture to open, the metrics, and a command to try next."""
     here = Path.cwd()
     folder = run.folder.relative_to(here) if run.folder.is_relative_to(here) else run.folder
-    pictures = ("samples.png", "confusion.png", "reconstructions.png")
-    drawn = [name for name in pictures if (run.folder / name).is_file()]
-    lines = [f"Picture: {folder / name}" for name in drawn[:1]]
+    pictures = [folder / f"{name}.png" for name in ("samples", "confusion", "reconstructions")]
+    lines = [f"Picture: {path}" for path in pictures if path.is_file()][:1]
     lines.append(f"Metrics: {folder / METRICS}")
     if run.checkpoint.is_file():
         command = "sample" if run.config.get("metric") else "evaluate"

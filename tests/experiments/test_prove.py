@@ -117,7 +117,6 @@ TOY = {
     "neuron": "--steps 2 --neurons 64 --repeats 1 --only LIF",
     "memory": "--dtypes float32 --steps 2",
     "norm": "--steps 3 --batch 2 --repeats 1 --dtypes float32 --nets '3 x [conv, norm, neuron]'",
-    "fsvae": "--T 2 --batch 2 --size 8 --repeats 1",
 }
 
 
@@ -130,7 +129,7 @@ def test_prove_on_a_cpu(tmp_path):
     done = subprocess.run(command, cwd=prove.ROOT / "experiments", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = read_page(tmp_path)
-    assert "9 passed, 0 failed, 0 skipped" in page
+    assert "8 passed, 0 failed, 0 skipped" in page
     assert "backend numba: works" in page and "bit for bit" in page
     assert page.count("1 of the 1 cases equal the definition.") == 3
     assert "| SpikingJelly PLIF |" in page and "| ALIF, one operator, bits |" in page

@@ -88,8 +88,6 @@ def test_training_loss_scheduled_sampling_follows_the_progress(monkeypatch):
         ({"own_sample_probability": (10, 30)}, r"must be two probabilities in \[0, 1\], but it is"),
         ({"own_sample_probability": (0.1,)}, "must be two probabilities"),
         ({"own_sample_probability": 0.1}, "must be two probabilities"),
-        ({"latent_loss": "wasserstein"}, "latent_loss must be one of mmd, kl"),
-        ({"presampling": "fast"}, r"presampling must be one of \('step', 'prefix'\)"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -1,4 +1,4 @@
-"""Posterior, prior and the latent losses."""
+"""Posterior, prior and the latent loss."""
 
 from unittest import mock
 
@@ -7,12 +7,22 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sj_taid.model.latent import Posterior, Prior, kl_loss, mmd_loss, pick, postsynaptic_potential
+from sj_taid.model.latent import Posterior, Prior, mmd_loss, pick, postsynaptic_potential
 from sj_taid.model.spiking_vae import original_neuron
 from tests.helpers import TOLERANCE
 
 T, N, C, K = 9, 4, 6, 5
 F64 = torch.float64
+
+
+@pytest.fixture
+def posterior():
+    return settle(Posterior(C, K, original_neuron))
+
+
+@pytest.fixture
+def prior():
+    return settle(Prior(C, K, original_neuron))
 
 
 def settle(network: nn.Module) -> nn.Module:
@@ -34,42 +44,35 @@ def spikes():
     return (torch.rand(T, N, C, dtype=F64) < 0.5).to(F64)
 
 
-def test_posterior_steps_equal_prefixes():
-    posterior = settle(Posterior(C, K, original_neuron))
-    x_seq, index = spikes(), picks()
-    z_step, q_step = posterior(x_seq, index)
-    posterior.presampling = "prefix"
-    z_prefix, q_prefix = posterior(x_seq, index)
-    assert 0.02 < q_step.mean() < 0.98
-    assert torch.equal(z_step, z_prefix)
-    assert torch.equal(q_step, q_prefix)
-
-
-def test_posterior_in_eval_mode_is_conditioned_on_its_samples():
-    posterior = settle(Posterior(C, K, original_neuron))
+def test_posterior_equals_rerunning_every_prefix(posterior):
     x_seq, index = spikes(), picks()
     z, q = posterior(x_seq, index)
-    previous = torch.cat([torch.zeros_like(z[:1]), z[:-1]])
-    assert torch.equal(q, posterior.run(torch.cat([x_seq, previous], 2)))
+    previous = torch.zeros(1, N, C, dtype=F64)
+    for t in range(T):
+        prefix = posterior.run(torch.cat([x_seq[: t + 1], previous], 2))
+        assert torch.equal(prefix[-1], q[t]) and torch.equal(pick(prefix[-1], index[t]), z[t])
+        previous = torch.cat([previous, z[t : t + 1]])
+    assert 0.02 < q.mean() < 0.98
 
 
-def test_prior_sample_equals_prefixes():
-    prior = settle(Prior(C, K, original_neuron))
+def test_prior_sample_equals_rerunning_every_prefix(prior):
     index = picks()
     z = prior.sample(index)
     previous = torch.zeros(1, N, C, dtype=F64)
     for t in range(T):
-        z_t = pick(prior.run(previous)[-1], index[t])
-        assert torch.equal(z_t, z[t])
-        previous = torch.cat([previous, z_t.unsqueeze(0)])
+        assert torch.equal(pick(prior.run(previous)[-1], index[t]), z[t])
+        previous = torch.cat([previous, z[t : t + 1]])
     assert 0 < z.mean() < 1
 
 
-@pytest.mark.parametrize("presampling", ["step", "prefix"])
-def test_posterior_gradients(presampling):
-    posterior = Posterior(C, K, original_neuron, presampling).double()
+def test_posterior_gradients_and_batch_norm(posterior):
+    posterior.train()
+    norm = posterior.net[0][0][1]
+    before = norm.num_batches_tracked.clone()
     x_seq = spikes().requires_grad_()
     z, q = posterior(x_seq, picks())
+    assert norm.num_batches_tracked == before + 1  # by the pass with gradient alone
+    assert posterior.training and posterior.net.training
     (z.sum() + q.sum()).backward()
     assert x_seq.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in posterior.parameters())
@@ -90,30 +93,14 @@ def test_autocast_casts_without_a_graph_are_cleared():
         assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-def test_posterior_presampling_leaves_batch_norm_alone():
-    posterior = Posterior(C, K, original_neuron).double()
-    before = posterior.net[0][0][1].running_mean.clone()
-    with torch.no_grad():
-        posterior._sample_steps(spikes(), picks())
-    assert torch.equal(posterior.net[0][0][1].running_mean, before)
-    assert posterior.training and posterior.net.training
-
-
-def test_prior_gives_the_samples_no_gradient():
-    prior = Prior(C, K, original_neuron).double()
-    z_seq = spikes().requires_grad_()
-    prior(z_seq).sum().backward()
-    assert z_seq.grad is None
-
-
-def test_prior_own_samples_replace_inputs_from_the_sixth_step_on():
-    prior = settle(Prior(C, K, original_neuron))
+def test_prior_own_samples_replace_inputs_from_the_sixth_step_on(prior):
     seen = []
     run = prior.run
     prior.run = lambda x_seq: seen.append(x_seq.clone()) or run(x_seq)
-    z_seq = spikes()
+    z_seq = spikes().requires_grad_()
     prior(z_seq, own_sample_probability=1.0)
-    prior(z_seq, own_sample_probability=0.0)
+    prior(z_seq, own_sample_probability=0.0).sum().backward()
+    assert z_seq.grad is None  # samples are constants
     replaced, untouched = seen
     assert torch.equal(untouched[1:], z_seq[:-1])
     assert torch.equal(replaced[:6], untouched[:6])
@@ -121,8 +108,7 @@ def test_prior_own_samples_replace_inputs_from_the_sixth_step_on():
     assert set(replaced.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_prior_own_samples_are_its_thresholded_mean():
-    prior = settle(Prior(C, K, original_neuron))
+def test_prior_own_samples_are_its_thresholded_mean(prior):
     z_previous = spikes()
     expected = z_previous.clone()
     own = [False] * 5 + [True, False, True]
@@ -134,6 +120,21 @@ def test_prior_own_samples_are_its_thresholded_mean():
             rate = prior.run(expected[: t + 1])[-1].mean(-1)
             expected[t + 1] = (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(F64)
     assert torch.equal(z_previous, expected)
+
+
+def test_prior_compiled_takes_the_same_own_samples(prior):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(prior, backend=counter, dynamic=False)
+    z_seq, graphs = spikes(), []
+    for probability in (0.1, 0.5, 0.9):
+        results = []
+        for network in (prior, compiled):
+            torch.manual_seed(1)
+            results.append(network(z_seq, torch.tensor(probability)))
+        assert torch.equal(*results)
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0 and graphs == graphs[:1] * 3
 
 
 def test_postsynaptic_potential_equals_the_recursion():
@@ -151,33 +152,3 @@ def test_mmd_loss():
     expected = (postsynaptic_potential(q.mean(3)) - postsynaptic_potential(p.mean(3))).square()
     torch.testing.assert_close(mmd_loss(q, p), expected.mean())
     assert mmd_loss(q, q) == 0
-
-
-def test_kl_loss():
-    q, p = torch.rand(2, T, N, C, K, dtype=F64)
-    a, b = q.mean(3), p.mean(3)
-    eps = 1e-2
-    expected = 0.0
-    for t in range(T):
-        for c in range(C):
-            on = a[t, :, c] * torch.log((a[t, :, c] + eps) / (b[t, :, c] + eps))
-            off = (1 - a[t, :, c]) * torch.log((1 - a[t, :, c] + eps) / (1 - b[t, :, c] + eps))
-            expected = expected + on + off
-    torch.testing.assert_close(kl_loss(q, p), expected.mean())
-    assert kl_loss(q, q) == 0 and kl_loss(q, p) > 0
-
-
-def test_prior_compiled_takes_the_same_own_samples():
-    torch.compiler.reset()
-    prior = settle(Prior(C, K, original_neuron))
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(prior, backend=counter, dynamic=False)
-    z_seq, graphs = spikes(), []
-    for probability in (0.1, 0.5, 0.9):
-        results = []
-        for network in (prior, compiled):
-            torch.manual_seed(1)
-            results.append(network(z_seq, torch.tensor(probability)))
-        assert torch.equal(*results)
-        graphs.append(counter.frame_count)
-    assert graphs[0] > 0 and graphs == graphs[:1] * 3

@@ -82,7 +82,6 @@ def test_encode_equals_repeating_the_image(kind):
         (ESVAE, {}),
         (ESVAE, {"subpixel": False, "in_channels": 3}),
         (FSVAE, {"subpixel": False, "in_channels": 3}),
-        (FSVAE, {"latent_loss": "kl"}),
     ],
 )
 def test_training_loss_every_parameter_learns(kind, options, decoder):

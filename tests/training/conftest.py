@@ -48,9 +48,13 @@ TINY = [
     *TINY_TRAINER,
 ]
 
-TINY_VAE = ["model=vae", *(o for o in TINY[1:] if not o.startswith(("model.T", "model.k")))]
-
-TINY_AUTOENCODING = ["task=autoencoding", *(o for o in TINY_VAE[1:] if not o.startswith("metric"))]
+TINY_AUTOENCODING = [
+    "task=autoencoding",
+    "model.hidden_channels=[4,6]",
+    "model.latent_channels=5",
+    "dataset.image_size=8",
+    *TINY_TRAINER,
+]
 
 TINY_CLASSIFICATION = [
     "task=classification",
@@ -206,7 +210,6 @@ def runs(tmp_path):
     (folder / "unfinished").mkdir()
     (folder / "broken").mkdir()
     (folder / "broken" / run.METRICS).write_text('{"fad": 3')
-    (folder / "0" / ".hydra").mkdir()
-    for place in ("0", "1", "2", "3", "unfinished", "broken", "0/.hydra"):
+    for place in ("0", "1", "2", "3", "unfinished", "broken"):
         (folder / place / run.CONFIG).write_text("seed: 0\n")
     return folder

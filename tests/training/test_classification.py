@@ -1,6 +1,6 @@
 """Classification from the configs to the pictures."""
 
-import json
+import itertools
 from functools import partial
 
 import pytest
@@ -15,6 +15,7 @@ from sj_taid.model import Classifier
 from sj_taid.monitoring import tau_and_threshold
 from sj_taid.training import run, sample
 from sj_taid.training import train as training
+from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.classification import Classification
 from sj_taid.training.config import compose
 from sj_taid.training.train import train
@@ -39,27 +40,24 @@ def test_configure_optimizers_takes_what_a_loss_learns(lr_scale):
     model, loss = Classifier(image_size=8, T=2, stages=[[4]], hidden=6), Learned()
     adam = partial(torch.optim.Adam, lr=1e-3)
     optimizer = Classification(model, adam, lr_scale=lr_scale, loss=loss).configure_optimizers()
-    (rate,) = [g["lr"] for g in optimizer.param_groups if any(p is loss.scale for p in g["params"])]
-    assert rate == 1e-3
-    learned = sum(len(group["params"]) for group in optimizer.param_groups)
-    assert learned == len([*model.parameters()]) + 1
+    learned = [(p, group["lr"]) for group in optimizer.param_groups for p in group["params"]]
+    assert len(learned) == len([*model.parameters()]) + 1
+    assert [rate for parameter, rate in learned if parameter is loss.scale] == [1e-3]
 
 
-@pytest.mark.parametrize("neuron", NEURONS)
-def test_train_leaves_everything(classify, tmp_path, neuron):
-    cfg = classify(f"neuron={neuron}", "pictures=true")
-    train(cfg, tmp_path)
-    metrics = json.loads((tmp_path / run.METRICS).read_text())
+def test_train_leaves_everything(trained):
+    folder = trained(*TINY_CLASSIFICATION, "pictures=true")
+    metrics = run.Run(folder).metrics
     assert 0 <= metrics["accuracy"] <= 1 and metrics["loss"] > 0
     assert metrics["epochs"] == 1 and metrics["seed"] == 0
-    assert cfg.objective in metrics
+    assert run.Run(folder).config.objective in metrics
     for name in ("curves.png", "confusion.png", "parameters.png"):
-        assert mpimg.imread(tmp_path / name).std() > 0, name
-    model = run.load_model(tmp_path)
-    assert isinstance(model, Classifier)
-    cfg = compose("sample", [f"checkpoint={tmp_path}"])
+        assert mpimg.imread(folder / name).std() > 0, name
+    groups = read_checkpoint(run.Run(folder).checkpoint)["optimizer_states"][0]["param_groups"]
+    assert [(g["name"], g["initial_lr"]) for g in groups] == [("weights", 1e-3), ("neurons", 1e-2)]
+    assert len(groups[1]["params"]) == 2 * 4
     with pytest.raises(ValueError, match=r"holds a Classifier, which draws nothing; .*generation"):
-        sample.main(cfg)
+        sample.main(compose("sample", [f"checkpoint={folder}"]))
 
 
 @pytest.mark.slow
@@ -70,23 +68,12 @@ def test_train_learns_digits_under_its_schedule(tiny, tmp_path):
     )  # fmt: skip
     metrics = train(cfg, tmp_path)
     assert metrics["accuracy"] > 0.6
-    checkpoint = torch.load(tmp_path / run.CHECKPOINTS / "last.ckpt", weights_only=True)
+    checkpoint = read_checkpoint(run.Run(tmp_path).checkpoint)
     epochs = checkpoint["callbacks"]["Pictures"]["epochs"]
     assert epochs[-1]["train/loss"] < epochs[0]["train/loss"]
-    assert set(epochs[-1]) == {f"{stage}/{x}" for stage in ("train", "val") for x in METRICS}
+    names = itertools.product(("train", "val"), ("accuracy", "loss"))
+    assert set(epochs[-1]) == {*map("/".join, names)}
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
-
-
-METRICS = ("accuracy", "loss")
-
-
-def test_train_scales_the_neurons_rate(classify, tmp_path):
-    train(classify("pictures=false"), tmp_path)
-    checkpoint = torch.load(tmp_path / run.CHECKPOINTS / "last.ckpt", weights_only=True)
-    groups = checkpoint["optimizer_states"][0]["param_groups"]
-    assert [(g["name"], g["initial_lr"]) for g in groups] == [("weights", 1e-3), ("neurons", 1e-2)]
-    assert len(groups[1]["params"]) == 2 * 4
-    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("neuron", NEURONS)

@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 
 from sj_taid.metric import FrechetDistance
 from sj_taid.model import ESVAE
-from sj_taid.training import evaluation, fit_prior, run
+from sj_taid.training import evaluation, run
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
 from sj_taid.training.train import train
-from tests.training.conftest import TINY_CLASSIFICATION, TINY_VAE, Network, command, write_images
+from tests.training.conftest import TINY, TINY_CLASSIFICATION, Network, command, write_images
 
 
 def composed(folder, *overrides):
@@ -24,7 +24,9 @@ def composed(folder, *overrides):
 
 @pytest.fixture(scope="module")
 def finished(trained):
-    return trained(*TINY_VAE)
+    """Trained so far that the images depend on the latent."""
+    longer = ["dataset.batch_size=64", "trainer.limit_train_batches=22", "optimizer.lr=1e-2"]
+    return trained(*TINY, *longer)
 
 
 def metrics_of(folder):
@@ -95,15 +97,13 @@ def test_evaluate_without_the_weights_of_the_run(folder, caplog):
     assert "No FID" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["evaluate", "fit_prior"])
-def test_evaluate_can_download_data(folder, monkeypatch, name):
+def test_evaluate_can_download_data(folder, monkeypatch):
     built = []
-    module = import_module(f"sj_taid.training.{name}")
+    module = import_module("sj_taid.training.evaluate")
     monkeypatch.setattr(module, "build_part", lambda node, *_, **__: built.append(node) or 1 / 0)
-    asked = compose(name, [f"checkpoint={folder}", "dataset.download=true"])
     monkeypatch.setattr(run.Run, "model", lambda *_: ESVAE(image_size=8, hidden_channels=(4, 8)))
     with pytest.raises(ZeroDivisionError):
-        {"evaluate": evaluate, "fit_prior": fit_prior.main}[name](asked)
+        evaluate(composed(folder, "dataset.download=true"))
     assert built[0].download is True and "test_root" not in built[0]
 
 

@@ -20,7 +20,6 @@ RECIPES = sorted(path.stem for path in EXPERIMENT.glob("*.yaml"))
 PUBLISHED = pd.read_csv(CONF.parent / "results" / "published.csv").dropna(subset="command")
 #: The model, neuron and decoder of each row of the papers' tables.
 ROWS = {
-    "VAE": ("vae", None, None),
     "FSVAE": ("fsvae", "lif", "fixed"),
     "TAID": ("fsvae", "lif", "taid"),
     "ESVAE": ("esvae", "lif", "fixed"),

@@ -10,9 +10,8 @@ import time
 import filelock
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from sj_taid.training import provenance, run
+from sj_taid.training import run
 from sj_taid.training.callbacks import RandomNumbers
 from sj_taid.training.config import compose
 from sj_taid.training.train import train
@@ -112,18 +111,3 @@ def test_compose_gives_every_sweep_a_folder():
         cfg = compose("train", return_hydra_config=True)
         folders |= {cfg.hydra.sweep.dir, cfg.hydra.run.dir}
     assert len(folders) == 4
-
-
-def test_command_line_leaves_out_paths():
-    said = ["+dataset.root=/home/me", "++cache_dir=/data", "callbacks.bar.width=3", "seed=1"]
-    apart = ["dataset.root", "cache_dir", "callbacks"]
-    hydra_cfg = OmegaConf.create(
-        {
-            "job": {"config": {"override_dirname": {"exclude_keys": apart}}},
-            "overrides": {"task": said},
-        }
-    )
-    assert provenance.command_line("train", hydra_cfg) == {
-        "overrides": ["seed=1"],
-        "command": "sj-taid train seed=1",
-    }
