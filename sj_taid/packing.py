@@ -29,7 +29,8 @@ def packed_spikes(net: nn.Module) -> PackedSpikes:
     of max pooling of one, each spike takes one bit instead of 32 or 16, and is restored when
     backward asks: gradients are equal bit for bit. Views of an output count (flattened, transposed,
     one time step of it). Anything else is saved as it is: averages, sums, what a hook returned or
-    an in-place operation changed. Max pooling's indices take 16 bits instead of 64, where a plane
+    an in-place operation changed. Of any input of a pooling layer the shape alone is saved, which
+    is what its backward reads, and max pooling's indices take 16 bits instead of 64, where a plane
     has at most 32,768 pixels.
 
     Works on ALIF and on SpikingJelly's LIF, PLIF and IF. The output under a custom surrogate is
@@ -142,18 +143,20 @@ class _LayerForward(_Forward):
         if not self.is_on() or not args:
             return self.run(*args, **kwargs)
         layer, spikes, outer = self.module, _spikes.find(args[0]), _graph.saving_hooks()
-        if spikes is None or _is_checkpoints(outer):
-            return self.run(*args, **kwargs)
         # Only a forward of torch's or SpikingJelly's is known to pass its input on to one operator.
         known = type(layer).forward.__module__.startswith(("torch.nn.", "spikingjelly."))
+        pools = known and isinstance(layer, _AvgPoolNd | _MaxPoolNd)
+        if (spikes is None and not pools) or _is_checkpoints(outer):
+            return self.run(*args, **kwargs)
         if known and isinstance(layer, nn.Linear | _ConvNd):
             args = (_cast(args[0], spikes), *args[1:])
-        pools = known and isinstance(layer, _MaxPoolNd)
-        narrow = pools and _has_small_planes(layer, args[0])
-        with saved_tensors_hooks(*_hooks(narrow, outer)):
+        takes_greatest = pools and isinstance(layer, _MaxPoolNd)
+        narrow = takes_greatest and _has_small_planes(layer, args[0])
+        with saved_tensors_hooks(*_hooks(pools, narrow, outer)):
             output = self.run(*args, **kwargs)
         # The greatest of zeros and ones is one of them; a dilated window may lie in the padding.
-        if pools and isinstance(output, Tensor) and layer.dilation in (1, (1,), (1, 1), (1, 1, 1)):
+        dense = takes_greatest and layer.dilation in (1, (1,), (1, 1), (1, 1, 1))
+        if spikes is not None and dense and isinstance(output, Tensor):
             _spikes.register(output, output)
         return output
 
@@ -180,14 +183,21 @@ def _has_small_planes(pooling: nn.Module, x: Tensor) -> bool:
     return x.shape[-axes:].numel() <= 1 << 15
 
 
-def _hooks(narrow: bool, outer: Any) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
-    """Hooks that save spikes as bits and, if ``narrow``, int64 as int16.
+def _hooks(
+    pools: bool, narrow: bool, outer: Any
+) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    """Hooks that save spikes as bits, what pooling reads as its shape, and, if ``narrow``, int64
+    as int16.
 
     The hooks around them, ``outer``, save what these make.
     """
     outer_pack, outer_unpack = outer or (_same, _same)
 
     def pack(tensor: Tensor) -> Any:
+        # On the devices whose backward is known to read no value of pooling's input.
+        if pools and tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda"):
+            shape = (tensor.shape, tensor.stride())
+            return outer_pack(tensor.new_empty(0)), lambda empty: empty.new_empty_strided(*shape)
         spikes = _spikes.find(tensor)
         if spikes is not None:
             return outer_pack(spikes.bits), spikes.restorer(tensor)
