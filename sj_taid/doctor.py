@@ -1,7 +1,9 @@
-"""``python -m sj_taid.doctor``: which backends work here, why the others do not, and the remedy."""
+"""``python -m sj_taid.doctor``: which backends work here, why the others do not, and the remedy.
+
+``python -m torch.utils.collect_env`` says the rest of the machine.
+"""
 
 import argparse
-import os
 import platform
 import subprocess
 import time
@@ -24,20 +26,14 @@ PACKAGES = ("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cud
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; 1 if a backend that should work gives other results than torch."""
     argparse.ArgumentParser(prog="sj-taid doctor", description=__doc__).parse_args(arguments)
-    print(*versions(), *devices(), *availability(), sep="\n")
+    print(f"sj-taid {__version__}, commit {commit() or 'unknown, not a checkout'}")
+    for package, number in installed().items():
+        print(package, number or "is not installed")
+    print(*availability(), sep="\n")
     tests = [self_test(name, device) for name, device in fused_backends()]
     for _, line in tests:
         print(line)
     return 0 if all(equal for equal, _ in tests) else 1
-
-
-def versions() -> Iterator[str]:
-    """The versions of what matters here."""
-    yield f"sj-taid {__version__}, " + (f"commit {commit()}" if commit() else "not a checkout")
-    yield f"Python {platform.python_version()} on {platform.platform()}"
-    yield f"CPU: {cpu_name()}, {os.cpu_count()} cores"
-    for package, number in installed().items():
-        yield f"{package} {number}" if number else f"{package}: not installed"
 
 
 def installed() -> dict[str, str | None]:
@@ -70,20 +66,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return run.stdout.strip()
-
-
-def devices() -> Iterator[str]:
-    """The GPUs that torch sees, or why there are none."""
-    if torch.version.cuda is None:
-        yield "GPU: none for torch, which is a CPU build"
-    elif not torch.cuda.is_available():
-        yield f"GPU: none; torch is built for CUDA {torch.version.cuda}, but no driver answers"
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        yield (
-            f"GPU {index}: {properties.name}, compute capability "
-            f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
-        )
 
 
 def availability() -> Iterator[str]:

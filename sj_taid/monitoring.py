@@ -45,7 +45,8 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
 
     Returns:
         A :class:`.Monitor`. It counts on the neurons' device, without synchronisation until it is
-        read. A copy or pickle of ``net`` counts for itself.
+        read. A copy or pickle of ``net`` counts for itself. The graphs of a net compiled before
+        have no hooks, so its rates are ``None``: call ``torch.compiler.reset()`` in between.
 
     Raises:
         ValueError: not ``0 <= dead <= saturated <= 1``, or ``net`` has no neurons.
@@ -100,17 +101,10 @@ class Monitor:
     def state(self) -> dict[str, LayerState]:
         """Path -> :class:`LayerState`, over all inputs since the start or :meth:`clear`.
 
-        Warns of dead and saturated layers, of voltages that were not finite, of thresholds at their
-        ``min_v_threshold``, and if there was no input.
+        Warns of dead and saturated layers, of voltages that were not finite, and of thresholds at
+        their ``min_v_threshold``.
         """
         states = self.layers()
-        if not any(count.steps for count in self._counts.values()):
-            warnings.warn(
-                "no neuron saw an input: run the net first; if it was compiled before "
-                "monitor(net), call torch.compiler.reset() in between, since its graphs have no "
-                "hooks",
-                stacklevel=2,
-            )
         rates = {p: s.firing_rate for p, s in states.items() if s.firing_rate is not None}
         scale = (
             "sj_taid.calibrate(net, x_seq) sets their v_threshold for the firing rate that you "
@@ -118,12 +112,8 @@ class Monitor:
         )
         _warn("dead", {p: r for p, r in rates.items() if r < self._dead}, scale)
         _warn("saturated", {p: r for p, r in rates.items() if r > self._saturated}, scale)
-        _warn(
-            "not finite",
-            {p: r for p, r in rates.items() if math.isnan(r)},
-            "Their input, tau or threshold is NaN or infinite; torch.autograd.detect_anomaly() "
-            "finds where it began.",
-        )
+        begin = "torch.autograd.detect_anomaly() finds where it began."
+        _warn("not finite", {p: r for p, r in rates.items() if math.isnan(r)}, begin)
         warn_at_bound(self._nodes)
         return states
 
@@ -182,13 +172,7 @@ def _warn(what: str, rates: dict[str, float], remedy: str) -> None:
 
 
 def warn_at_bound(nodes: Mapping[str, nn.Module]) -> None:
-    """Warn of thresholds at or below their ``min_v_threshold``.
-
-    >>> with warnings.catch_warnings(record=True) as caught:
-    ...     warn_at_bound({"fc": ALIFNode(v_threshold=0.1, min_v_threshold=0.1, channels=3)})
-    >>> print(caught[0].message)
-    thresholds at their lower bound: fc (0.1, 3 of 3). ...
-    """
+    """Warn of thresholds at or below their ``min_v_threshold``."""
     listed = []
     for path, node in nodes.items():
         if isinstance(node, ALIFNode) and node.min_v_threshold is not None:
@@ -206,13 +190,7 @@ def warn_at_bound(nodes: Mapping[str, nn.Module]) -> None:
 
 
 def tau_and_threshold(node: Any) -> tuple[float | None, float]:
-    """The tau and threshold that a SpikingJelly neuron uses, their means over its channels.
-
-    tau is ``None`` for a neuron without one.
-
-    >>> tau_and_threshold(neuron.IFNode(v_threshold=0.5))
-    (None, 0.5)
-    """
+    """The tau, if it has one, and threshold of a neuron, their means over its channels."""
     if isinstance(node, neuron.ParametricLIFNode):
         tau = 1.0 / node.w.sigmoid()
     else:

@@ -44,40 +44,28 @@ def test_monitor_counts_over_calls():
     table = str(watch)
     assert all(text in table for text in ("rate", "threshold", "0.7", f"{expected:.4g}", "-"))
     watch.clear()
-    with pytest.warns(UserWarning, match="no neuron saw an input: run the net first"):
-        assert watch.state()["0"].firing_rate is None
+    assert watch.state()["0"].firing_rate is None
 
 
-def test_monitor_warns_of_a_net_compiled_before():
-    torch.compiler.reset()
-    net = nn.Sequential(ALIFNode())
-    compiled = torch.compile(net, backend="eager")
-    compiled(torch.tensor([[0.0, 3.0]]))
-    functional.reset_net(net)
-    with monitor(net) as watch:
-        compiled(torch.tensor([[0.0, 3.0]]))
-    with pytest.warns(UserWarning, match=r"compiled before.*torch\.compiler\.reset\(\)"):
-        watch.state()
-    functional.reset_net(net)
-    torch.compiler.reset()
-    with monitor(net) as watch:
-        compiled(torch.tensor([[0.0, 3.0]]))
-    assert watch.state()["0"].firing_rate == 0.5
-
-
-def test_monitor_names_dead_and_saturated_layers():
-    net = nn.ModuleDict({"dead": ALIFNode(), "busy": ALIFNode(v_threshold=0.1), "fine": ALIFNode()})
+def test_monitor_names_dead_saturated_and_not_finite_layers():
+    net = nn.ModuleDict({name: ALIFNode() for name in ("dead", "busy", "fine", "nan")})
+    net["plain"] = neuron.LIFNode()
     with monitor(net) as watch:
         net["dead"](torch.zeros(4, 3))
-        net["busy"](torch.ones(4, 3))
+        net["busy"](3 * torch.ones(4, 3))
         net["fine"](torch.tensor([[0.0, 3.0]]))
+        for name in ("nan", "plain"):
+            net[name](torch.tensor([[math.nan, 3.0]]))
     with pytest.warns(UserWarning) as caught:
-        watch.state()
-    messages = sorted(str(warning.message) for warning in caught)
-    assert len(messages) == 2
-    assert messages[0].startswith("dead layers, spikes per neuron and step: dead (0).")
-    assert messages[1].startswith("saturated layers, spikes per neuron and step: busy (1).")
-    assert all("sj_taid.calibrate(net, x_seq)" in message for message in messages)
+        states = watch.state()
+    assert math.isnan(states["nan"].firing_rate) and math.isnan(states["plain"].firing_rate)
+    dead, not_finite, saturated = sorted(str(warning.message) for warning in caught)
+    assert dead.startswith("dead layers, spikes per neuron and step: dead (0).")
+    assert saturated.startswith("saturated layers, spikes per neuron and step: busy (1).")
+    assert "sj_taid.calibrate(net, x_seq)" in dead and dead[-40:] == saturated[-40:]
+    assert "step: nan (nan), plain (nan). torch.autograd.detect_anomaly()" in not_finite
+    watch.clear()
+    assert watch.layers()["nan"].firing_rate is None
 
 
 def test_monitor_names_thresholds_at_their_bound():
@@ -127,21 +115,6 @@ def test_monitor_of_ternary_and_traced_neurons():
     with monitor(traced, dead=0.0, saturated=1.0) as watch:
         spikes, _ = traced(torch.tensor([[0.0, 5.0]]))
     assert watch.state()["0"].firing_rate == spikes.mean() == 0.5
-
-
-@pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])
-def test_monitor_tells_nan_from_dead(kind):
-    net = nn.Sequential(nn.Identity(), kind())
-    with monitor(net) as watch:
-        net(torch.tensor([[math.nan, 3.0]]))
-    with pytest.warns(UserWarning) as caught:
-        assert math.isnan(watch.state()["1"].firing_rate)
-    (warning,) = caught
-    assert str(warning.message).startswith("not finite layers, ") and "1 (nan)" in str(
-        warning.message
-    )
-    watch.clear()
-    assert watch.layers()["1"].firing_rate is None
 
 
 def test_monitor_refuses_bad_arguments():

@@ -127,10 +127,6 @@ class Data(L.LightningDataModule):
         self.train_set = self._limit(train)
         self.validation_set = None if validation is None else self._interleave(validation)
         self.test_set = self._interleave(test)
-        sets = (self.train_set, self.validation_set, self.test_set)
-        files = [samples for samples in sets if isinstance(samples, Files)]
-        for samples in files:
-            samples.checked = [path for other in files for path in other.paths]
 
     def test_on_validation(self) -> Self:
         """The same data, with the validation set in place of the test set."""

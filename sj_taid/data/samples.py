@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from typing import Self
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
-
-log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -89,7 +86,7 @@ class Files(Samples):
         remedy: what to do about a file that cannot be read.
 
     Raises:
-        RuntimeError: a file that ``read`` cannot read, when it is asked for; names all such files.
+        RuntimeError: a file that ``read`` cannot read, when it is asked for.
     """
 
     paths: list[str]
@@ -97,28 +94,13 @@ class Files(Samples):
     read: Callable[[str], Tensor]
     remedy: str
 
-    def __post_init__(self) -> None:
-        self.checked = self.paths  # all of these, where one cannot be read
-
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.paths[index]
         try:
             return self.read(path), self.labels[index]
         except Exception as error:  # each format has errors of its own for a damaged file
-            log.warning("%s cannot be read; looking for others, which may take minutes", path)
-            others = [other for other in self.checked if other != path and self._is_broken(other)]
-            raise RuntimeError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); "
-                + (f"neither can {', '.join(others)}; " if others else "")
-                + self.remedy
-            ) from error
-
-    def _is_broken(self, path: str) -> bool:
-        try:
-            self.read(path)
-        except Exception:
-            return True
-        return False
+            how = f"cannot be read ({type(error).__name__}: {error})"
+            raise RuntimeError(f"{path} {how}; {self.remedy}") from error
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return default_collate([self[index] for index in indices])

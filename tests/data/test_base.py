@@ -66,7 +66,6 @@ def test_sets_of_files_hold_the_classes_in_their_proportions(tmp_path):
     module = ready(data.ImageFolder, tmp_path, classes=2, test_share=0.5, validation=0.2)
     assert module.train_set.labels == [0] * 16 + [1] * 8
     assert not set(module.train_set.paths) & set(module.validation_set.paths)
-    assert len(module.train_set.checked) == 60
     for samples, of_each in ((module.validation_set, 2), (module.test_set, 10)):
         assert len(samples) == 3 * of_each
         for start in range(0, len(samples), 3):  # every part is mixed

@@ -1,14 +1,11 @@
 """Images in files, made up on disk: folders and CelebA, what they give and refuse."""
 
-import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchvision import datasets
-from torchvision.datasets.utils import calculate_md5
 
 from sj_taid import data
 from sj_taid.data.folder import read_image
@@ -57,7 +54,7 @@ def test_image_folder_with_a_folder_per_class(tmp_path):
         folder(**apart)
 
 
-def test_read_image_turns_and_scales_as_the_file_says(tmp_path):
+def test_read_image_turns_as_the_file_says(tmp_path):
     half = np.zeros((4, 8), dtype=np.uint8)
     half[:, :4] = 255
     turned = Image.fromarray(half)
@@ -65,12 +62,6 @@ def test_read_image_turns_and_scales_as_the_file_says(tmp_path):
     turned.save(tmp_path / "turned.png", exif=turned.getexif())
     read = read_image(str(tmp_path / "turned.png"), "L", size=4)
     assert read.shape == (1, 4, 4) and read[0, :2].eq(255).all() and read[0, 2:].eq(0).all()
-
-    deep = np.array([[0, 257], [1000, 65535]], dtype=np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    for mode, channels in (("L", 1), ("RGB", 3)):
-        read = read_image(str(tmp_path / "deep.png"), mode, size=2)
-        assert read.tolist() == [[[0, 1], [3, 255]]] * channels
 
 
 def test_image_folder_crops_the_middle(tmp_path):
@@ -101,23 +92,20 @@ def test_image_folder_refuses_missing_folders_and_empty_parts(tmp_path):
             folder(tmp_path, test_share=share)
 
 
-def test_image_folder_names_all_damaged_images_at_once(tmp_path):
-    write_images(tmp_path, 20)
-    pixels = torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()
-    names = [f"{n:02}a.png" for n in (3, 11, 19)]  # the last one is for testing
-    for name in names:
-        Image.fromarray(pixels).save(tmp_path / name)
-        cut(tmp_path / name)
-    module = folder(tmp_path)
-    for loader in (module.train_dataloader(), module.test_dataloader()):
-        message = r"cannot be read \(OSError: .*\); .*; replace it, or move it out of"
-        with pytest.raises(RuntimeError, match=message) as info:
+def test_image_folder_names_a_damaged_image(tmp_path):
+    write_images(tmp_path, 2)
+    cut(tmp_path / "00.png")
+    Image.fromarray(np.zeros((9, 9), dtype=np.uint16)).save(tmp_path / "01.png")
+    module = folder(tmp_path, test_share=0.5)
+    for name, loader in (("00", module.train_dataloader()), ("01", module.test_dataloader())):
+        with pytest.raises(
+            RuntimeError, match=rf"{name}\.png cannot be read \(.*\); replace it, or"
+        ):
             first(loader)
-        assert sorted(re.findall(r"\d\da\.\w+", str(info.value))) == names
 
 
 @pytest.fixture
-def celeba(tmp_path, monkeypatch):
+def celeba(tmp_path):
     """Eight images, black in the middle 148x148 and white around it, and the partition."""
     images = tmp_path / "celeba" / "img_align_celeba"
     images.mkdir(parents=True)
@@ -128,8 +116,6 @@ def celeba(tmp_path, monkeypatch):
         for i, part in enumerate([0, 0, 0, 0, 1, 2, 2, 2], start=1):
             Image.fromarray(face).save(images / f"{i:06}.jpg", quality=95)
             file.write(f"{i:06}.jpg {part}\n")
-    files = [("id", calculate_md5(partition), partition.name)]
-    monkeypatch.setattr(datasets.CelebA, "file_list", files)
     return tmp_path
 
 
@@ -147,17 +133,12 @@ def test_celeba(celeba):
 
 
 def test_celeba_refuses_damaged_and_missing_files(celeba):
-    partition, images = (celeba / "celeba" / name for name in data.CelebA.files)
+    images = celeba / "celeba" / "img_align_celeba"
     module = ready(data.CelebA, celeba, channels=3)
-    cut(images / "000006.jpg")
-    with pytest.raises(RuntimeError, match=r"000006\.jpg cannot be read .*; replace it, or move"):
-        first(module.test_dataloader())
-    (images / "000006.jpg").unlink()
-    with pytest.raises(RuntimeError, match=r"img_align_celeba is damaged.*1 of 3 .*000006\.jpg"):
-        ready(data.CelebA, celeba)
-    cut(partition)
-    with pytest.raises(RuntimeError, match=r"list_eval_partition\.txt is damaged: its MD5 is not"):
-        ready(data.CelebA, celeba)
+    for damage in (cut, Path.unlink):
+        damage(images / "000006.jpg")
+        with pytest.raises(RuntimeError, match=r"06\.jpg cannot be read .*; replace it, or move"):
+            first(module.test_dataloader())
     shutil.rmtree(images)
     with pytest.raises(FileNotFoundError, match=r"no CelebA .*lacks img_align_celeba;"):
         ready(data.CelebA, celeba)

@@ -85,7 +85,7 @@ def test_prove_without_a_gpu_says_why(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "cupy", load)
     assert prove.main(["--out", str(tmp_path / "out")]) == 1
     output = capsys.readouterr().out
-    assert "GPU: none" in output and "ImportError: libcuda.so: cannot open" in output
+    assert "finds no GPU" in output and "ImportError: libcuda.so: cannot open" in output
     assert backends.NEEDS["cupy"] in output and "experiments/prove.py --device cpu" in output
     assert not (tmp_path / "out").exists()
 
