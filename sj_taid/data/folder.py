@@ -147,7 +147,6 @@ class CelebA(Torchvision):
 
     source = datasets.CelebA
     folder = source.base_folder
-    files = PARTITION, IMAGES = "list_eval_partition.txt", "img_align_celeba"
     counts = (162_770, 19_962)
     TRAIN, VALIDATION, TEST = "0", "1", "2"  # in the partition
 
@@ -158,11 +157,11 @@ class CelebA(Torchvision):
         return self._part(self.VALIDATION)
 
     def _part(self, part: str) -> Files:
-        self._require_files()
-        images = self.path / self.IMAGES
-        partition = self.path / self.PARTITION
-        rows = map(str.split, partition.read_text(encoding="utf-8").splitlines())
-        names = [name for name, of in rows if of == part]
+        images = self.path / "img_align_celeba"
+        with self._remedy():
+            partition = (self.path / "list_eval_partition.txt").read_text(encoding="utf-8")
+            rows = [line.split() for line in partition.splitlines()]
+            names = [name for name, of in rows if of == part]
         paths = [str(images / name) for name in names]
         remedy = f"replace it, or move {images} away and run again with dataset.download=true"
         return image_files(paths, [UNLABELLED] * len(paths), self, remedy, crop=148)

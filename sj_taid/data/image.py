@@ -1,6 +1,7 @@
 """Still images in memory: scikit-learn's digits, and MNIST, FashionMNIST and CIFAR10."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -56,8 +57,8 @@ class Torchvision(ImageData):
         download: fetch it if files are missing.
 
     Raises:
-        FileNotFoundError: files are missing and ``download`` is off.
-        RuntimeError: files that are there but damaged, or a download that failed.
+        FileNotFoundError: no such folder and ``download`` is off.
+        RuntimeError: files that are missing or damaged, or a download that failed.
     """
 
     root: Path
@@ -65,7 +66,6 @@ class Torchvision(ImageData):
 
     source: ClassVar[type[datasets.VisionDataset]]
     folder: ClassVar[str]  # the data set's own, in root
-    files: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,52 +73,39 @@ class Torchvision(ImageData):
         self.path = self.root / self.folder
 
     def prepare_data(self) -> None:
-        if not self.download:
-            return
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / LOCK):
-            if not self._missing():
-                return
-            try:
-                self.source(self.root, download=True)
-            except Exception as error:  # of the network, the disk or the archive
-                raise RuntimeError(
-                    f"{self.source.__name__} cannot be downloaded "
-                    f"({type(error).__name__}: {error}); try again, or put into {self.path} by "
-                    f"hand: {', '.join(self.files)}"
-                ) from error
+        if self.download:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / LOCK), self._remedy():
+                self.source(self.root, download=True)  # does nothing where the files are whole
 
-    def _missing(self) -> list[str]:
-        return [name for name in self.files if not (self.path / name).exists()]
-
-    def _require_files(self) -> None:
-        missing = self._missing()
-        if missing:
+    @contextmanager
+    def _remedy(self) -> Iterator[None]:
+        """Name the remedy for whatever torchvision's checks and readers find."""
+        name = self.source.__name__
+        if not (self.download or self.path.is_dir()):
             raise FileNotFoundError(
-                f"no {self.source.__name__} at dataset.root={self.root}: {self.path} lacks "
-                f"{', '.join(missing)}; point dataset.root to the folder that holds "
-                f"{self.folder} or add dataset.download=true"
+                f"no {name} at dataset.root={self.root}: point it to the folder that holds "
+                f"{self.folder}, or add dataset.download=true"
             )
-
-    def _damaged(self, path: Path, how: str) -> RuntimeError:
-        return RuntimeError(
-            f"{path} is damaged: {how}; put whole files in its place, or move it away and run "
-            "again with dataset.download=true"
-        )
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(
+                f"{name} in {self.path} is missing or damaged ({type(error).__name__}: {error}); "
+                "put whole files in its place, or move it away and run again with "
+                "dataset.download=true"
+            ) from error
 
 
 class TorchvisionInMemory(Torchvision):
     """One that fits in memory."""
 
     def load(self) -> tuple[InMemory, InMemory]:
-        self._require_files()
         return self._part(train=True), self._part(train=False)
 
     def _part(self, train: bool) -> InMemory:
-        try:
+        with self._remedy():
             source = self.source(self.root, train=train)
-        except Exception as error:  # whatever torchvision's checks and readers find
-            raise self._damaged(self.path, f"{type(error).__name__}: {error}") from error
         self.class_names = source.classes
         pixels = torch.as_tensor(source.data)  # [n, H, W] or [n, H, W, C]
         images = pixels.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
@@ -133,7 +120,6 @@ class MNIST(TorchvisionInMemory):
 
     source = datasets.MNIST
     folder = "MNIST/raw"
-    files = tuple(Path(archive).stem for archive, _ in source.resources)
     counts = (60_000, 10_000)
 
 
@@ -155,5 +141,4 @@ class CIFAR10(TorchvisionInMemory):
 
     source = datasets.CIFAR10
     folder = source.base_folder
-    files = (*dict([*source.train_list, *source.test_list]), source.meta["filename"])
     counts = (50_000, 10_000)
