@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pandas as pd
 import start_maps
-from store import RESULTS, load_all_runs, load_runs, load_study, store
+from store import RESULTS, load_all_runs, load_runs, load_study, sort_key, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
-from sj_taid.training.columns import COLUMNS, METRICS, Column, natural
+from sj_taid.training.columns import COLUMNS, METRICS, Column
 from sj_taid.training.export import format_metrics
 from sj_taid.training.files import atomic_write
-from sj_taid.training.gather import Metrics, gather_for_command, overrides
+from sj_taid.training.gather import Metrics, gather, overrides
 from sj_taid.training.tables import frame, markdown, present, summary
 
 ROOT = RESULTS.parent
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="folders that hold runs to store")
     options = parser.parse_args(arguments)
     if options.folders:
-        finished, _ = gather_for_command(parser, options.folders)
+        finished, _ = gather(options.folders)
         print(*store(finished), sep="\n")
     start_maps.draw_all()
     for page in PAGES:
@@ -198,7 +198,7 @@ def lr_scale() -> pd.DataFrame:
     rows = ["dataset", "model.norm", "neuron", start_maps.TAU, start_maps.THRESHOLD]
     table = load_study("lr_scale")
     cells = table.pivot_table("accuracy", rows, "task.lr_scale", COLUMNS["accuracy"].text)
-    ordered = cells[sorted(cells, key=natural)].fillna("").reset_index()
+    ordered = cells[sorted(cells, key=sort_key)].fillna("").reset_index()
     return ordered.rename(columns={row: start_maps.short(row) for row in rows})
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from store import RESULTS, load_study
+from store import RESULTS, load_study, sort_key
 
-from sj_taid.training.columns import METRICS, natural
+from sj_taid.training.columns import METRICS
 from sj_taid.training.plot import save
 
 TAU, THRESHOLD = "neuron_start.tau", "neuron_start.v_threshold"
@@ -82,7 +82,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 def means(table: pd.DataFrame) -> pd.DataFrame:
     """The mean accuracy in % of every start, in order."""
     mean = (100 * table["accuracy"]).groupby([table[TAU], table[THRESHOLD]]).mean().unstack()
-    return mean.loc[sorted(mean.index, key=natural), sorted(mean.columns, key=natural)]
+    return mean.loc[sorted(mean.index, key=sort_key), sorted(mean.columns, key=sort_key)]
 
 
 def short(key: str) -> str:

@@ -1,6 +1,6 @@
 """Columns of the tables of runs: title, unit and decimals of every metric and cost."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -24,12 +24,12 @@ class Column(NamedTuple):
     def less_is_better(self) -> bool:
         return self.title.endswith("↓")
 
-    def text(self, values: pd.Series, sign: str = "-") -> str:
-        """Mean ± standard deviation, or "" without a value; ``sign="+"`` writes the plus too."""
+    def text(self, values: pd.Series) -> str:
+        """Mean ± standard deviation, or "" without a value."""
         values = values.dropna() / self.unit
         if values.empty:
             return ""
-        mean = f"{values.mean():{sign}.{self.decimals}f}"
+        mean = f"{values.mean():.{self.decimals}f}"
         # Whole numbers such as epochs are often equal in all runs.
         differ = len(values) > 1 if self.decimals else values.nunique() > 1
         return f"{mean} ± {values.std():.{self.decimals}f}" if self.spread and differ else mean
@@ -66,11 +66,3 @@ COSTS = {
     "training_seconds": Column("training, min", 60, 1, spread=False),
 }
 COLUMNS = METRICS | COSTS
-
-
-def natural(value: Any) -> tuple[bool, float, str]:
-    """Sort key: numbers by size, then words by the alphabet."""
-    try:
-        return (False, float(value), "")
-    except ValueError:
-        return (True, 0.0, str(value))

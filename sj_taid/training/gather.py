@@ -1,6 +1,5 @@
 """Gathering the metrics of the runs below some folders."""
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,13 @@ Metrics = dict[str, Any]
 
 
 def gather(folders: Sequence[Path]) -> tuple[dict[Path, Metrics], dict[Path, str]]:
-    """The metrics of every finished run below ``folders``, and why the other runs have none."""
+    """The metrics of every finished run below ``folders``, and why the others are left out.
+
+    These are printed, too.
+
+    Raises:
+        FileNotFoundError: there is no finished run.
+    """
     finished, left_out = {}, {}
     # One folder may hold another of them.
     configs = {path.resolve() for folder in folders for path in folder.rglob(run.CONFIG)}
@@ -23,25 +28,12 @@ def gather(folders: Sequence[Path]) -> tuple[dict[Path, Metrics], dict[Path, str
             finished[found.folder] = read(found)
         except (OSError, ValueError, RecursionError) as error:
             left_out[found.folder] = str(error) if found.is_finished else "unfinished"
-    if not configs:
-        raise FileNotFoundError(
-            f"no run below {', '.join(map(str, folders))}: a run's folder holds {run.CONFIG}"
-        )
-    return finished, left_out
-
-
-def gather_for_command(
-    parser: ArgumentParser, folders: Sequence[Path]
-) -> tuple[dict[Path, Metrics], dict[Path, str]]:
-    """Gather, print what is left out, and exit with a message if no run is finished."""
-    try:
-        finished, left_out = gather(folders)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    for folder, reason in left_out.items():
-        print(f"left out: {folder} ({reason})")
+            print(f"left out: {found.folder} ({left_out[found.folder]})")
     if not finished:
-        parser.error("no finished run; an interrupted one resumes when its command is repeated")
+        raise FileNotFoundError(
+            f"no finished run below {', '.join(map(str, folders))}; an interrupted one resumes "
+            "when its command is repeated"
+        )
     return finished, left_out
 
 

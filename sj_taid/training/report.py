@@ -35,7 +35,7 @@ from .columns import COLUMNS as MEASURED
 from .columns import METRICS, Column
 from .evaluation import seeded
 from .files import atomic_write
-from .gather import Metrics, gather_for_command
+from .gather import Metrics, gather
 from .plot import time_shares
 from .run import Run, build_part
 from .tables import frame, heading, present
@@ -213,6 +213,7 @@ def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
     if rows:
         figure = px.imshow(
             torch.cat(rows).numpy(),
+            x=np.arange(1, steps + 1),
             aspect="auto",
             color_continuous_scale=["rgba(128,128,128,0.15)", "#e4572e"],
             labels={"x": "time step", "y": "neuron", "color": "spike"},
@@ -304,12 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trust", nargs="+", default=(), help="custom classes that runs name")
     options = parser.parse_args(arguments)
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
-    runs, left_out = gather_for_command(parser, options.folders)
+    runs, left_out = gather(options.folders)
     html = page(runs, left_out, options.best, options.trust)
     out = options.out or options.folders[0] / "report.html"
-    try:
-        with atomic_write(out) as temporary:
-            temporary.write_text(html, encoding="utf-8")
-    except OSError as error:
-        parser.error(str(error))
+    with atomic_write(out) as temporary:
+        temporary.write_text(html, encoding="utf-8")
     print(f"{out}: {len(runs)} of {len(runs) + len(left_out)} runs")

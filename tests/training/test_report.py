@@ -50,7 +50,6 @@ def test_page_has_everything(page, sweep):
     for part, count in (
         ("reconstruction over the epochs", 1),
         ("latent over the epochs", 1),
-        ("FAD, own autoencoder ↓: neuron by decoder", 1),
         ("spikes per neuron and time step", 1),
         ("share of each time step", 1),
         ("τ", 2),
