@@ -159,15 +159,12 @@ def test_learns_to_tell_images_apart(make):
         ({"T": 0}, "T must be an integer >= 1, but it is 0"),
         ({"neurons_per_class": 0}, "neurons_per_class must be an integer >= 1, but it is 0"),
         ({"classes": None}, "classes must be an integer >= 2, but it is None"),
-        ({"classes": 1}, "classes must be an integer >= 2, but it is 1"),
         ({"stages": []}, "stages must hold the widths of at least one stage"),
         ({"stages": [[4], []]}, "each of at least one convolution"),
         ({"stages": [[4], [0]]}, r"stages\[1\]\[0\] must be an integer >= 1, but it is 0"),
         ({"stages": [4]}, r"stages\[0\] must be numbers of channels"),
-        ({"stages": 4}, "stages must hold the widths of at least one stage"),
         ({"stages": [[4]] * 4}, "image_size=8 cannot be pooled 4 times.*at least 16"),
         ({"dropout": (0.5,)}, r"dropout must be two probabilities in \[0, 1\)"),
-        ({"dropout": 0.5}, r"dropout must be two probabilities in \[0, 1\)"),
         ({"dropout": (0.5, 1.0)}, r"dropout must be two probabilities in \[0, 1\)"),
         ({"neuron": ALIFNode}, "neurons in step mode 'm', but ALIFNode is in 's'"),
         ({"classes": np.float64(3)}, "classes must be an integer >= 2"),
@@ -178,18 +175,14 @@ def test_bad_arguments(change, message):
         Classifier(**SMALL | change)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 3, 8, 8), (4, 2, 1, 8, 9), (2, 1, 16, 16)])
-def test_forward_of_bad_shape(shape):
-    expected = r"images \[N, 1, 8, 8\] or frames \[T, N, 1, 8, 8\], but got"
-    with pytest.raises(ValueError, match=expected):
-        Classifier(**SMALL)(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_forward_of_bad_values(wrong):
+def test_forward_of_bad_input():
     model = Classifier(**SMALL).eval()
+    expected = r"images \[N, 1, 8, 8\] or frames \[T, N, 1, 8, 8\], but got"
+    for shape in ((1, 8, 8), (2, 3, 8, 8), (4, 2, 1, 8, 9), (2, 1, 16, 16)):
+        with pytest.raises(ValueError, match=expected):
+            model(torch.zeros(shape))
     x = 7 * frames()  # counts of events have no bound
     assert model(x).isfinite().all()
-    x[0, 0, 0, 0, 0] = wrong
+    x[0, 0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"Classifier got values .*, but expects finite values$"):
         model(x)

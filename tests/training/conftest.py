@@ -20,10 +20,7 @@ from tests.metric.pixels import Pixels, classifier
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 #: of commands in processes of their own
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(CONF.parent),
-}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)}
 
 TINY_TRAINER = [
     "trainer.max_epochs=1",
@@ -177,22 +174,11 @@ ALIF, LIF = {"neuron": "alif", "decoder": "taid"}, {"neuron": "lif", "decoder": 
 
 
 def metrics(command, choices=ALIF, seed=0, **figures):
-    return {
-        **figures,
-        "epochs": 2,
-        "parameters": 830_000,
-        "training_seconds": 90.0,
-        "seed": seed,
-        "choices": choices,
-        "overrides": [*command],
-        "evaluations": [],
-        "command": shlex.join(["python", "experiments/train.py", *command]),
-        "commit": "0123456789ab",
-        "machine": "a laptop",
-        "threads": 1,
-        "versions": {"torch": "2.0"},
-        "protocol": {"fad": "by hand"},
-    }
+    told = {"choices": choices, "overrides": [*command], "command": shlex.join(command)}
+    costs = {"epochs": 2, "parameters": 830_000, "training_seconds": 90.0}
+    origin = {"commit": "0123456789ab", "machine": "a laptop", "threads": 1}
+    protocol = {"protocol": {"fad": "by hand"}, "evaluations": []}
+    return {**figures, **costs, **told, **origin, **protocol, "seed": seed}
 
 
 @pytest.fixture
