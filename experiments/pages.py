@@ -322,21 +322,12 @@ def esvae() -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def compile_times() -> pd.DataFrame:
-    """Milliseconds by backend, eager and compiled."""
-    rows = pd.concat(map(pd.read_csv, sorted(EPYC.glob("compile-*.csv"))))
-    table = rows.pivot(index="net", columns=["backend", "mode"], values="median_ms")
-    table.columns = table.columns.map(", ".join)
-    return table.map("{:.1f}".format).reset_index()
-
-
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, fad, decoders, classifiers)},
     **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, recipes, papers)},
     **{table.__name__: table for table in (models, memory, norm, neurons, esvae)},
     "start_map": lambda: start_maps.count_good_starts(start_maps.load_start_map()),
     "runs": every_run,
-    "compile": compile_times,
 }
 
 

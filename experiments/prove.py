@@ -36,14 +36,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "cuda": {
         "neuron": "--dtypes float32 bfloat16 --steps 4 16 --neurons 262144 4194304 --only cupy LIF",
-        "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
-        "norm": "--steps 8 --batch 32 --repeats 20 --zoo sew_resnet18",
+        "norm": "--steps 8 --batch 32 --repeats 20",
+        "frontier": "--nets sew_resnet18 --steps 8 --batch 32 --neurons PLIF --levels 0 1",
     },
     "cpu": {
         "neuron": "--steps 4 16 --neurons 4096 65536 --repeats 5 --only numba LIF",
-        "memory": "--dtypes float32 bfloat16 --steps 4 16 32",
         "norm": "--steps 4 --batch 2 --repeats 3 --dtypes float32 "
         "--nets 'norm + neuron' '3 x [conv, norm, neuron]'",
+        "frontier": "--nets spiking_vgg11_bn --dtypes float32 --steps 4 --neurons PLIF --repeats 3",
     },
 }
 
@@ -58,8 +58,8 @@ COMPILERS = (
 SHOWN = {
     "conformance-*.csv": "case outcome difference",
     "neuron.csv": "neuron dtype T N median_ms p20_ms p80_ms share_of_floor plif_implementation",
-    "memory.csv": "neuron dtype T bytes_per_neuron_and_step",
     "norm.csv": "net variant dtype T saved_mb saved_ratio median_ms p20_ms p80_ms time_ratio",
+    "frontier.csv": "net system dtype T peak_mb mb_per_sample median_ms p20_ms p80_ms time_ratio",
 }
 OUTCOMES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 #: The modules of SpikingJelly's other implementations of PLIF.
@@ -152,8 +152,8 @@ def steps(device: str, folder: Path) -> Iterator[Step]:
             arguments = benchmark("neuron", "--only", "PLIF", "--append")
             environment = {"SJ_PLIF_CUDA_IMPLEMENTATION": implementation}
             yield Step(f"neuron, PLIF by {implementation}", arguments, environment)
-    yield Step("memory", benchmark("memory"))
-    yield Step("norm", benchmark("norm"), contract)
+    for name in ("norm", "frontier"):
+        yield Step(name, benchmark(name), contract)
 
 
 def is_installed(module: str) -> bool:

@@ -79,6 +79,26 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
+def saved_bytes(module: nn.Module, x_seq: Tensor) -> int:
+    """Bytes of the storages that one call saves for backward, without parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    # A parameter's cast under autocast has another storage but its shape.
+    shapes = {tuple(sorted(p.shape)) for p in module.parameters() if p.dim() > 1}
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and tuple(sorted(tensor.shape)) not in shapes:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = module(x_seq.requires_grad_())
+    # Alive until here, so that no storage was freed and counted twice.
+    del output
+    return sum(storages.values())
+
+
 def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:
     """Write rows, each with this process's command, commit, versions and machine.
 

@@ -18,8 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import DTYPES, conditions, interleave, parser, write_csv
-from memory import saved_bytes
+from common import DTYPES, conditions, interleave, parser, saved_bytes, write_csv
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import Tensor, nn

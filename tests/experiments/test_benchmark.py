@@ -9,8 +9,8 @@ from pathlib import Path
 
 import common
 import esvae
+import frontier
 import half_precision
-import memory
 import neuron
 import norm
 import pandas as pd
@@ -29,10 +29,9 @@ FACTS = ["command", "commit", "threads", "machine", "torch_version", "spikingjel
 TIMES = ["p20_ms", "median_ms", "p80_ms"]
 #: The columns of each CSV, beyond FACTS, with a value in every row.
 SCHEMAS = {
-    "compile": [*TIMES, "net", "mode", "shape", "backend"],
     "esvae": [*TIMES, "work", "batch", "ms_per_image", "ratio"],
+    "frontier": [*TIMES, *frontier.KEYS, "size", "peak_mb", "mb_per_sample", "time_ratio"],
     "half_precision": ["dtype", "mode", "blocks", "seed", "spikes_one", "gradient_two", "device"],
-    "memory": ["neuron", "dtype", "T", memory.COLUMN],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
     "norm": ["net", "variant", "dtype", "T", "step", "saved_mb", "saved_ratio", "device"],
 }
@@ -144,13 +143,35 @@ def test_esvae_times_every_variant(measure):
     assert table["ratio"][0] == 1
 
 
-def test_memory_counts_saved_bytes(measure):
-    table = measure(memory, "--steps", "4", "24")
-    saved = table.set_index(["neuron", "dtype", "T"])[memory.COLUMN]
-    assert saved["ALIF cupy (computed)", "float32", 4] == 4
-    assert saved["ALIF cupy (computed)", "bfloat16", 4] == 2
-    assert saved["ALIF cupy (computed)", "float32", 24] == pytest.approx(4 + 2 * 4 / 24, abs=1e-3)
-    assert saved["SpikingJelly PLIF", "float32", 4] > 4
+def test_frontier_measures_what_is_missing(measure, monkeypatch, tmp_path):
+    narrow = partial(frontier.parametric_lif_net.CIFAR10Net, channels=4)
+    tiny = frontier.Net(lambda **options: frontier.in_blocks(narrow(**options).conv_fc), 2, 32)
+    monkeypatch.setattr(frontier, "NETS", {"tiny": tiny})
+    small = ["--steps", "2", "--dtypes", "float32", "--repeats", "1"]
+    first = measure(frontier, *small, "--neurons", "PLIF")
+    picture = tmp_path / "frontier.png"
+    table = measure(frontier, *small, "--picture", str(picture))
+    systems = ["SpikingJelly", "memopt 1", "accelerate", "accelerate + memopt 1"]
+    assert [*table["neuron"]] == ["PLIF"] * 4 + ["LIF"] * 4 and [*table["system"]] == systems * 2
+    pd.testing.assert_frame_equal(table[:4], first)
+    x_seq = torch.rand(2, 2, 3, 32, 32)
+    for name in ("SpikingJelly", "accelerate"):
+        net = frontier.make("tiny", frontier.System(accelerated=name == "accelerate"), x_seq)
+        (peak,) = first.loc[first["system"] == name, "peak_mb"]
+        assert peak > common.saved_bytes(net, x_seq) / 1e6
+    plain, checkpointed, ours, both = first["mb_per_sample"]
+    assert plain > checkpointed > both and plain > ours > both
+    assert picture.stat().st_size > 10_000
+
+
+def test_frontier_peak_is_of_live_tensors():
+    def step():
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        return second, torch.empty(900)
+
+    assert frontier.peak_bytes(step, CPU) == 4 * 1500
 
 
 def test_norm_counts_saved_bytes(measure):

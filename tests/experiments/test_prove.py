@@ -55,7 +55,7 @@ def test_prove_names_its_files_by_the_machine_and_replaces_them(tmp_path, monkey
     out = tmp_path / "out"
     folder = out / "nvidia-h100-80gb-hbm3"
     folder.mkdir(parents=True)
-    (folder / "memory.csv").write_text("neuron\nof another day\n")
+    (folder / "norm.csv").write_text("neuron\nof another day\n")
     write = "import sys; sys.stdout = open(sys.argv[1], 'w'); print('T,N'); print('4,8'); print(1)"
     steps = [Step("writes", ["-c", write, str(folder / "neuron.csv")])]
     code, page = run_steps(monkeypatch, out, steps)
@@ -115,8 +115,8 @@ def test_steps_time_each_plif_that_is_installed(monkeypatch, tmp_path):
 TOY = {
     "conformance": "--cases 1",
     "neuron": "--steps 2 --neurons 64 --repeats 1 --only LIF",
-    "memory": "--dtypes float32 --steps 2",
     "norm": "--steps 3 --batch 2 --repeats 1 --dtypes float32 --nets '3 x [conv, norm, neuron]'",
+    "frontier": "--nets spiking_vgg11_bn --batch 1 --steps 1 --dtypes float32 --repeats 1",
 }
 
 

@@ -1,0 +1,252 @@
+"""Peak memory and time of a training step: SpikingJelly, memopt, accelerate, torch.compile.
+
+    python experiments/benchmark/frontier.py --nets sew_resnet18 --steps 4
+
+adds its rows to ``frontier.csv`` and leaves out those that are there, so it can run in pieces.
+``--compile`` adds ``torch.compile`` of each system, which takes minutes; ``--picture FILE`` draws
+all rows. A step is forward, loss and backward from rest on ``[T, N, 3, H, W]``; bfloat16 is
+autocast.
+
+``peak_mb`` is the most that torch's allocator held during a step, beyond what it held before:
+activations, temporary tensors, gradients of parameters. On a GPU that is ``max_memory_allocated``.
+On a CPU it is counted from the allocations that the profiler records, those inside of fused
+operators and oneDNN's reordered copies too. ``mb_per_sample`` is what each sample adds to the peak,
+from a batch of twice the size, so gradients of parameters are not in it.
+
+Nets have SpikingJelly's width, but VGG one linear layer behind its convolutions: the gradient of
+the three for ImageNet takes 500 MB. Lists of layers are cut into blocks, since ``memopt``
+recomputes whole modules. Its levels 2 to 4 search by a GPU's allocator, so a CPU has level 1.
+"""
+
+import argparse
+import gc
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from common import DTYPES, conditions, interleave, parser, write_csv
+from matplotlib.figure import Figure
+from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
+from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spikformer
+from spikingjelly.activation_based.model.spiking_vgg import spiking_vgg11_bn
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from sj_taid import accelerate
+from sj_taid.training.allocator import reuse_freed_memory
+from sj_taid.training.plot import save
+
+
+class Block(nn.Sequential):
+    """Layers up to a neuron."""
+
+
+def in_blocks(layers: nn.Sequential) -> nn.Sequential:
+    """The layers, those up to each neuron in a :class:`Block`."""
+    blocks: list[nn.Module] = []
+    block: list[nn.Module] = []
+    for module in layers:
+        block.append(module)
+        if isinstance(module, neuron.BaseNode):
+            blocks.append(Block(*block))
+            block = []
+    return nn.Sequential(*blocks, *block)
+
+
+def sew(**options: Any) -> nn.Module:
+    net = sew_resnet.sew_resnet18(num_classes=10, cnf="ADD", **options)
+    net.conv1 = Block(net.conv1, net.bn1, net.sn1)
+    net.bn1, net.sn1 = nn.Identity(), nn.Identity()
+    return net
+
+
+def vgg(**options: Any) -> nn.Module:
+    net = spiking_vgg11_bn(num_classes=10, **options)
+    net.features = in_blocks(net.features)
+    net.avgpool, net.classifier = layer.AdaptiveAvgPool2d(1), layer.Linear(512, 10)
+    return net
+
+
+def cifar10(**options: Any) -> nn.Module:
+    return in_blocks(parametric_lif_net.CIFAR10Net(**options).conv_fc)
+
+
+class Net(NamedTuple):
+    """How to make a net with a kind of neuron, samples per step and their height and width."""
+
+    make: Callable[..., nn.Module]
+    batch: int
+    size: int
+
+
+NETS = {
+    "sew_resnet18": Net(sew, 8, 64),
+    "spiking_vgg11_bn": Net(vgg, 8, 32),
+    "spikformer": Net(spikformer.spikformer_cifar10, 2, 32),
+    "CIFAR10Net": Net(cifar10, 2, 32),
+}
+NEURONS = {"LIF": neuron.LIFNode, "PLIF": neuron.ParametricLIFNode}
+#: What memopt recomputes.
+TARGETS = (Block, sew_resnet.BasicBlock, spikformer.SpikformerBlock)
+TARGETS += (spikformer.SpikformerConv2dBNLIF,)
+
+
+class System(NamedTuple):
+    """How a net is trained; ``level`` is memopt's."""
+
+    neuron: str = "PLIF"
+    accelerated: bool = False
+    level: int = 0
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        memopt = self.level and f"memopt {self.level}"
+        parts = (self.accelerated and "accelerate", memopt, self.compiled and "torch.compile")
+        return " + ".join(filter(None, parts)) or "SpikingJelly"
+
+
+RIVAL = System()
+#: What tells a row from others.
+KEYS = ["net", "dtype", "T", "batch", "neuron", "system"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_parser = parser(__doc__, repeats=5)
+    add = options_parser.add_argument
+    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    add("--steps", nargs="+", type=int, default=[4, 8, 16], metavar="T")
+    add("--nets", nargs="+", choices=NETS, default=list(NETS))
+    add("--neurons", nargs="+", choices=NEURONS, default=list(NEURONS))
+    add("--batch", type=int, help="without it each net has its own")
+    levels = [0, 1, 2, 3, 4] if torch.cuda.is_available() else [0, 1]
+    add("--levels", nargs="+", type=int, choices=range(5), default=levels, help="of memopt")
+    add("--compile", action="store_true", help="torch.compile too, without memopt")
+    add("--picture", type=Path, help="a PNG to draw, of the rows in float32 with PLIF")
+    options = options_parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    reuse_freed_memory()
+    choices = itertools.product(options.neurons, (False, True), options.levels)
+    systems = [System(*choice) for choice in choices]
+    if options.compile:
+        systems += [system._replace(compiled=True) for system in systems if not system.level]
+    path = options.out / "frontier.csv"
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    done = {tuple(row[key] for key in KEYS) for row in rows}
+    for name, dtype, T in itertools.product(options.nets, options.dtypes, options.steps):
+        case = (name, dtype, T, options.batch or NETS[name].batch)
+        if missing := [s for s in systems if (*case, s.neuron, str(s)) not in done]:
+            rows += measure(case, missing, options)
+            write_csv(rows, path)
+    if options.picture:
+        draw(pd.read_csv(path), options.picture)
+
+
+def measure(
+    case: tuple[str, str, int, int], systems: Sequence[System], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Measure systems, and time them in turns with PLIF; a row for each."""
+    name, dtype, T, batch = case
+    size = NETS[name].size
+    x_seq = torch.rand(T, 2 * batch, 3, size, size, device=options.device)
+    steps: dict[System, Callable[[], None]] = {}
+    peaks: dict[System, list[int]] = {}
+    for system in dict.fromkeys([RIVAL, *systems]):
+        net = make(name, system, x_seq[:, :batch])
+        step = partial(train_step, net, x_seq[:, :batch], DTYPES[dtype])
+        try:
+            step()  # compiles
+        except Exception as error:
+            if not system.compiled:
+                raise
+            print(f"skipped {name}, {system.neuron}, {system}: {error}")
+            continue
+        double = partial(train_step, net, x_seq, DTYPES[dtype])
+        peaks[system] = [peak_bytes(one, options.device) for one in (step, double)]
+        steps[system] = step
+    times = interleave(steps, options.repeats, options.device, warm_up=0)  # they have run
+    rows = []
+    for system in filter(steps.__contains__, systems):
+        peak, doubled = peaks[system]
+        row = dict(zip(KEYS, (*case, system.neuron, str(system)), strict=True))
+        row |= {
+            "size": size,
+            "peak_mb": peak / 1e6,
+            "mb_per_sample": (doubled - peak) / batch / 1e6,
+        }
+        row |= times[system]._asdict()
+        row["time_ratio"] = times[system].median_ms / times[RIVAL].median_ms
+        rows.append(row | conditions(options.device))
+    print(pd.DataFrame(rows).iloc[:, :-2].to_string(index=False))
+    return rows
+
+
+def make(name: str, system: System, x_seq: Tensor) -> nn.Module:
+    """A net that trains as ``system`` does."""
+    torch.manual_seed(0)
+    options = {"surrogate_function": surrogate.ATan()}
+    net = NETS[name].make(spiking_neuron=NEURONS[system.neuron], **options).to(x_seq.device)
+    functional.set_step_mode(net, "m")
+    if system.level:
+        memopt.optimize_memory(
+            net,
+            TARGETS,
+            lambda net: net(x_seq),
+            level=system.level,
+            split_fn=lambda module: tuple(module.children()),
+            can_chunk=lambda module: isinstance(module, nn.Conv2d | nn.Conv1d | neuron.BaseNode),
+        )
+        functional.reset_net(net)
+    if system.accelerated:
+        accelerate(net)
+    return torch.compile(net, dynamic=False) if system.compiled else net
+
+
+def train_step(net: nn.Module, x_seq: Tensor, dtype: torch.dtype) -> None:
+    """Forward from rest, loss and backward; what it made is freed at the end."""
+    with torch.autocast(x_seq.device.type, dtype, enabled=dtype != torch.float32):
+        rates = net(x_seq).mean(0)
+    labels = torch.arange(len(rates), device=x_seq.device) % rates.shape[1]
+    nn.functional.cross_entropy(rates.float(), labels).backward()
+    functional.reset_net(net)
+    net.zero_grad()
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most that torch's allocator holds during a step, beyond what it held before."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events: Any = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes))
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Draw peak bytes against time, a panel for each net and a line for each system."""
+    table = table[(table["dtype"] == "float32") & (table["neuron"] == RIVAL.neuron)]
+    figure = Figure((9.0, 7.0), layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    for axis, (name, rows) in zip(axes, table.groupby("net", sort=False), strict=False):
+        for system, line in rows.sort_values("T").groupby("system", sort=False):
+            axis.loglog(line["median_ms"], line["peak_mb"], "o-", markersize=4, label=system)
+            for _, row in line.iterrows():
+                place = (row["median_ms"], row["peak_mb"])
+                axis.annotate(row["T"], place, (4, -9), textcoords="offset points", fontsize=7)
+        axis.set(title=name, xlabel="ms per training step", ylabel="peak, MB")
+        axis.grid(which="both", alpha=0.2)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
