@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spiking_resnet
+from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet
 from torch import nn
 
 import sj_taid
@@ -13,7 +13,6 @@ from sj_taid import ALIFNode, _compat, calibrate
 from sj_taid.model import Classifier
 
 ZOO = {
-    "spiking_resnet18": (spiking_resnet.spiking_resnet18, {"num_classes": 4}, 17),
     "sew_resnet18": (sew_resnet.sew_resnet18, {"num_classes": 4, "cnf": "ADD"}, 20),
     "CIFAR10Net": (parametric_lif_net.CIFAR10Net, {"channels": 16}, 8),
 }
@@ -237,6 +236,7 @@ class Matrix(neuron.LIFNode):
         (neuron.LIFNode, torch.ones(3, 5, 4), f"{NONE} 0.333", None),
         (Odd, torch.rand(3, 5, 4), "its output is not 0 or 1", 1.0),
         (Matrix, torch.rand(3, 5, 4), "its threshold has the shape [4, 1]", 1.0),
+        (neuron.LIFNode, torch.full((3, 5, 4), torch.nan), "its voltage is not finite", None),
     ],
 )
 def test_calibrate_says_why_a_rate_is_missed(make, x_seq, note, threshold):
@@ -248,27 +248,17 @@ def test_calibrate_says_why_a_rate_is_missed(make, x_seq, note, threshold):
         assert row.v_threshold == row.v_threshold_before == threshold
 
 
-def test_calibrate_takes_the_nearest_rate_above_0():
+def test_calibrate_takes_the_nearest_rate_above_0_and_counts_channels_that_miss():
     net = nn.Sequential(neuron.IFNode(v_threshold=100.0, step_mode="m"))
     for rate, nearest in ((0.05, 0.25), (0.3, 0.25), (0.45, 0.5), (0.9, 1.0)):
         (row,) = calibrate(net, torch.ones(4, 3, 2), rate=rate).rows
         assert row.rate == nearest
-
-
-def test_calibrate_counts_channels_that_miss():
     net = nn.Sequential(ALIFNode(channels=4, step_mode="m"))
     x_seq = torch.rand(4, 32, 4, 5)
     x_seq[:, :, 1:3] *= -1
     (row,) = calibrate(net, x_seq).missed
     assert row.note == "no threshold gives the rate: in 2 of 4 channels, the nearest is 0"
     assert net[0].v_threshold[1:3].tolist() == [1.0, 1.0]
-
-
-def test_calibrate_reports_a_voltage_that_is_not_finite():
-    x_seq = torch.rand(4, 32, 8)
-    x_seq[0, 0, 0] = torch.nan
-    (row,) = calibrate(nn.Sequential(neuron.LIFNode(step_mode="m")), x_seq).missed
-    assert row.note == "its voltage is not finite"
 
 
 def test_calibrate_runs_a_net_that_repeats_its_image():

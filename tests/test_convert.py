@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spiking_resnet
+from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet
 from torch import nn
 
 from sj_taid import ALIFNode, _compat, swap_neurons, to_lif
@@ -47,12 +47,6 @@ def spikformer(kind):
 
 # name -> (a function of the neuron's class, the shape of an input)
 ZOO = {
-    "spiking_resnet": (
-        lambda kind: spiking_resnet.SpikingResNet(
-            spiking_resnet.BasicBlock, [1, 1, 1, 1], num_classes=10, **options(kind)
-        ),
-        IMAGES,
-    ),
     "sew_resnet": (
         lambda kind: sew_resnet.SEWResNet(
             sew_resnet.BasicBlock, [1, 1, 1, 1], num_classes=10, cnf="ADD", **options(kind)
@@ -345,38 +339,29 @@ def test_swap_reports_channels_that_cannot_be_inferred():
     }
 
 
-@pytest.mark.parametrize("store_v_seq", [False, True])
-@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode])
-def test_both_copy_a_net_that_has_run_with_its_voltages(kind, store_v_seq):
-    net = nn.Sequential(nn.Linear(3, 4), kind(store_v_seq=store_v_seq), nn.Linear(4, 2), ALIFNode())
-    functional.set_step_mode(net, "m")
-    net(torch.rand(2, 5, 3))
-    assert net[1].v.grad_fn is not None
-    plain = to_lif(net)
-    assert torch.equal(plain[1].v, net[1].v) and plain[1].v.grad_fn is None
-    swap_neurons(net, channels="infer", example_input=torch.rand(2, 7, 3))
-    assert net[1].channels == 4 and net[1].v.shape == (5, 4)
-
-
 class Keeping(nn.Module):
-    def __init__(self):
+    def __init__(self, kind):
         super().__init__()
-        self.linear, self.sn = nn.Linear(3, 4), neuron.LIFNode()
+        self.linear, self.sn = nn.Linear(3, 4), kind(store_v_seq=True, step_mode="m")
 
-    def forward(self, x):
-        self.hidden = self.linear(x)
+    def forward(self, x_seq):
+        self.hidden = self.linear(x_seq)
         return self.sn(self.hidden)
 
 
-def test_both_copy_a_net_that_keeps_what_it_computes():
-    net = Keeping()
-    net(torch.rand(5, 3))
-    hidden = net.hidden
-    swap_neurons(net, channels="infer", example_input=torch.rand(7, 3))
+@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, ALIFNode])
+def test_both_copy_a_net_that_keeps_what_it_computes(kind):
+    net = Keeping(kind)
+    net(torch.rand(2, 5, 3))
+    hidden, v = net.hidden, net.sn.v
+    assert hidden.grad_fn is not None and v.grad_fn is not None
     plain = to_lif(net)
-    assert net.hidden is hidden and hidden.grad_fn is not None
-    assert torch.equal(plain.hidden, hidden) and plain.hidden.grad_fn is None
+    for kept, copied in ((hidden, plain.hidden), (v, plain.sn.v)):
+        assert torch.equal(copied, kept) and copied.grad_fn is None
     assert plain.linear.weight is not net.linear.weight
+    swap_neurons(net, channels="infer", example_input=torch.rand(2, 7, 3))
+    assert net.hidden is hidden and net.sn.v is v
+    assert net.sn.channels == (None if kind is ALIFNode else 4)
 
 
 def test_to_lif_keeps_what_a_lif_node_has():

@@ -79,14 +79,6 @@ def test_ddp_gradients_equal_one_process(tmp_path):
             assert (ranks[0][step][name] - gradient).abs().max() <= bound, name
 
 
-def test_data_parallel_on_a_cpu_is_the_net():
-    net = make_net()
-    x_seq = batches()[0]
-    expected = net(x_seq)
-    functional.reset_net(net)
-    assert torch.equal(nn.DataParallel(net, dim=1)(x_seq), expected)
-
-
 def test_replicas_share_gradients_but_not_states():
     """What DataParallel does on several GPUs, by hand: replicas hold tensors for parameters."""
     node = ALIFNode(channels=6, v_threshold=0.3, step_mode="m")

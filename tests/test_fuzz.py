@@ -1,4 +1,4 @@
-"""Any input that the public functions take, against their equations in float64, written in numpy.
+"""Any input that the neuron takes, against their equations in float64, written in numpy.
 
 A spike may go either way where the voltage meets the threshold to rounding, and from there on two
 right results part. So each step is computed from the voltage that the step before really left, and
@@ -16,7 +16,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
 import sj_taid
-from sj_taid import TAID, ALIFNode, FixedDecoder, functional
+from sj_taid import ALIFNode, functional
 from sj_taid.ops import backends
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
@@ -207,21 +207,6 @@ def test_alif_multi_step(backend, examples):
 
 @sizes
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_alif_step(backend, examples):
-    """Bit for bit the same as the sequence, which the definition has been held against."""
-
-    def check(call):
-        spikes, v, _ = functional.alif_multi_step(**call)
-        x = call.pop("x_seq")[0]
-        got = functional.alif_step(x, **call)
-        for have, want in zip(got, (spikes[0], v), strict=True):
-            torch.testing.assert_close(have, want, rtol=0, atol=0, equal_nan=True)
-
-    fuzz(check, examples, calls(backend, st.just(1)))
-
-
-@sizes
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_node(backend, examples):
     """In either step mode, the sequence cut anywhere; named, and at rest after ``fresh_state``."""
 
@@ -261,66 +246,7 @@ def test_node(backend, examples):
     fuzz(check, examples, calls(backend, st.integers(1, 6)), tau, threshold, *flags)
 
 
-# ---- the rest ----
-
-
-@sizes
-def test_lower_bound(examples):
-    def check(x, bound, g):
-        x = x.clone().requires_grad_()
-        y = functional.lower_bound(x, bound)
-        (grad,) = torch.autograd.grad(y, x, torch.full_like(y, g))
-        a = x.detach().numpy()
-        assert np.array_equal(y.detach(), np.maximum(a, np.float32(bound)), equal_nan=True)
-        passes = (a >= np.float32(bound)) | (g < 0)
-        assert np.array_equal(grad[passes], np.full(passes.sum(), g)) and not grad[~passes].any()
-
-    fuzz(check, examples, tensors((5, 3), torch.float32), st.floats(-9, 9, width=32), moderate)
-
-
-@sizes
-def test_decoders(examples):
-    def check(data, T, shape, dtype, reduce, squeeze, decay):
-        x = data.draw(tensors((T, *shape), dtype, moderate))
-        z = x.double().numpy()
-        fixed = FixedDecoder(T, decay, reduce)
-        taid = TAID(T, squeeze=squeeze, reduce=reduce).to(dtype)
-        p = {name: value.detach().double().numpy() for name, value in taid.named_parameters()}
-        with quiet():
-            mean = z.mean((3, 4)) if x.dim() == 5 else z
-            if squeeze == "spatial":
-                a = np.einsum("st,tnc->snc", p["excite.weight"][:, :, 0], mean)
-            else:
-                hidden = (
-                    mean.sum(2).T / max(shape[1], 1) @ p["excite.0.weight"].T + p["excite.0.bias"]
-                )
-                a = (np.maximum(hidden, 0) @ p["excite.2.weight"].T + p["excite.2.bias"]).T[
-                    :, :, None
-                ]
-            learned = 1 / (1 + np.exp(-a))
-        by_age = np.reshape(decay ** np.arange(T - 1, -1, -1.0), (T, 1, 1))
-        for decoder, weights in ((taid, learned), (fixed, by_age)):
-            weights = weights.reshape(*weights.shape, *[1] * (x.dim() - 3))
-            want = (weights * z).sum(0) / (T if reduce == "mean" else 1)
-            bound = 40 * T * torch.finfo(dtype).eps * (1 + np.abs(z).sum(0))
-            got = decoder(x).detach()
-            assert got.dtype == dtype and got.shape == want.shape
-            difference = np.abs(got.double().numpy() - want)
-            assert ((difference <= bound) | np.isnan(want)).all()
-
-    side, size = st.integers(0, 3), st.integers(1, 3)  # there are no images without channels
-    shapes = st.tuples(side, size) | st.tuples(side, size, st.integers(1, 3), st.integers(1, 3))
-    fuzz(
-        check,
-        examples,
-        st.data(),
-        st.integers(1, 9),
-        shapes,
-        st.sampled_from([*HALF_OR_SINGLE, torch.float64]),
-        st.sampled_from(["sum", "mean"]),
-        st.sampled_from(["spatial", "all"]),
-        st.floats(0.01, 1),
-    )
+# ---- the swap ----
 
 
 @sizes
@@ -365,29 +291,3 @@ def test_swap_watch_and_back(examples):
     shapes = st.tuples(st.integers(1, 6), st.integers(0, 3), st.integers(0, 3))
     inputs = shapes.flatmap(lambda shape: tensors(shape, torch.float32, moderate))
     fuzz(check, examples, kinds, taus, thresholds, resets, st.booleans(), inputs)
-
-
-@sizes
-def test_metrics(examples):
-    metric = pytest.importorskip("sj_taid.metric", reason="needs torchmetrics")
-    pixels = pytest.importorskip("tests.metric.pixels")
-
-    def check(real, made, cut, splits):
-        distance = metric.FrechetDistance(pixels.Pixels())
-        score = metric.InceptionScore(pixels.Pixels(), pixels.classifier(), splits)
-        for part in (made[:cut], made[cut:]):
-            distance.update(part, real=False)
-            score.update(part)
-        distance.update(real, real=True)
-        r, m = (t.double().numpy().reshape(len(t), -1) for t in (real, made))
-        (mean_r, cov_r), (mean_m, cov_m) = ((a.mean(0), np.cov(a.T)) for a in (r, m))
-        roots = np.sqrt(np.linalg.eigvals(cov_r @ cov_m).astype(complex)).real.sum()
-        want = ((mean_r - mean_m) ** 2).sum() + np.trace(cov_r + cov_m) - 2 * roots
-        assert float(distance.compute()) == pytest.approx(want, rel=1e-5, abs=1e-5)
-        p = np.exp(m) / np.exp(m).sum(1, keepdims=True)
-        parts = [p[i::splits] for i in range(splits)]
-        divergences = [(q * np.log(q / q.mean(0))).sum(1).mean() for q in parts]
-        assert float(score.compute()) == pytest.approx(np.exp(divergences).mean(), rel=1e-5)
-
-    images = st.integers(5, 9).flatmap(lambda n: tensors((n, 1, 2, 2), torch.float32, moderate))
-    fuzz(check, examples, images, images, st.integers(0, 9), st.integers(1, 4))

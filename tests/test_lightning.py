@@ -18,21 +18,11 @@ def test_reset_state_starts_every_batch_from_rest(tmp_path):
             self.net = nn.Sequential(nn.Linear(3, 2), ALIFNode(v_threshold=0.1))
             self.starts = []
 
-        def step(self, x):
+        def training_step(self, x, i):
             self.starts.append(self.net[1].v)
             return self.net(x).mean()
 
-        def training_step(self, x, i):
-            return self.step(x)
-
-        def validation_step(self, x, i):
-            self.step(x)
-
-        def test_step(self, x, i):
-            self.step(x)
-
-        def predict_step(self, x, i):
-            return self.step(x)
+        validation_step = test_step = predict_step = training_step
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)

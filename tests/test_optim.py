@@ -40,10 +40,8 @@ def test_parameter_groups_learn_at_their_rates_under_a_scheduler():
 
 
 def test_parameter_groups_leave_out_empty_ones():
-    frozen = ALIFNode(learn_tau=False, learn_threshold=False)
-    names = [group["name"] for group in parameter_groups(nn.Sequential(nn.Linear(1, 1)), lr=1)]
-    assert names == ["weights"]
-    assert parameter_groups(frozen, lr=1.0) == []
+    assert [g["name"] for g in parameter_groups(nn.Linear(1, 1), lr=1)] == ["weights"]
+    assert parameter_groups(ALIFNode(learn_tau=False, learn_threshold=False), lr=1.0) == []
 
 
 @pytest.mark.parametrize("rates", [{"lr": -1.0}, {"lr": 1.0, "lr_scale": -1.0}])
