@@ -23,23 +23,11 @@ from .neuron import ALIFNode
 from .ops import backends
 from .state import name_neurons
 
-#: The neurons with an ALIF that has the same outputs.
-_KINDS = _compat.PLAIN_NEURONS
-
 #: sigmoid(-128) is 0 in float32: no leak, the IF neuron. Finite, so that averages keep it.
 NO_LEAK_W = -128.0
 
-#: Where torch keeps a module's hooks. The dictionaries move, so handles to remove them still work.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+#: Beginnings of the names under which torch keeps a module's hooks.
+_HOOKS = ("_forward", "_backward", "_is_full_backward")
 
 
 @dataclass(frozen=True)
@@ -255,13 +243,13 @@ def find_neurons(net: nn.Module, kind: type) -> list[Site]:
 
 
 def _replace(net: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace the keys of ``new_of`` in ``net`` by its values, which take over their hooks."""
+    """Replace neurons of ``net`` by others, which take over their hooks."""
     for old, new in new_of.items():
         new.train(old.training)
-        empty = nn.Module()
-        for hooks in _HOOKS:
-            setattr(new, hooks, getattr(old, hooks))
-            setattr(old, hooks, getattr(empty, hooks))
+        # The dictionaries themselves, so that handles to remove a hook still work.
+        hooks = {n: v for n, v in vars(nn.Module()).items() if n.startswith(_HOOKS)}
+        vars(new).update({name: getattr(old, name) for name in hooks})
+        vars(old).update(hooks)
         old.register_forward_pre_hook(_warn_replaced)
     for parent in [*net.modules()]:
         for name, child in parent._modules.items():
@@ -300,7 +288,7 @@ def _why_keep(
         return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
     if not site.path:
         return "it is the net itself; put it in a module: nn.Sequential(net)"
-    if type(node) in _KINDS and filter is not None and not filter(site.path, node):
+    if type(node) in _compat.PLAIN_NEURONS and filter is not None and not filter(site.path, node):
         return "declined by filter"
     if counts != 1:
         return f"example_input gave it {counts} numbers of channels, not 1"
@@ -311,8 +299,8 @@ def why_no_alif(node: Any) -> str | None:
     """Why no ALIF has the outputs of a neuron, or ``None``."""
     if isinstance(node, FusedNeuron):
         return "accelerated: the undo() of accelerate's report gives the neuron back"
-    if type(node) not in _KINDS:
-        known = next((kind for kind in _KINDS if isinstance(node, kind)), None)
+    if type(node) not in _compat.PLAIN_NEURONS:
+        known = next((kind for kind in _compat.PLAIN_NEURONS if isinstance(node, kind)), None)
         if known is None:
             return "not a LIF, PLIF or IF neuron"
         return f"a subclass of {known.__name__}, which may behave differently"

@@ -89,8 +89,7 @@ class TAID(_ImageDecoder):
 
     Raises:
         ValueError: a bad argument; at a call, a wrong rank or another T.
-        TypeError: at a call, an input that is not floating point, or of another dtype than the
-            weights where autocast does not convert them.
+        TypeError: at a call, an input that is not floating point.
 
     Source: Qiu et al. 2023, arXiv 2406.03046: ``all`` is in the paper's figure, ``spatial`` in its
     experiments; ``pixel`` is this project's.
@@ -136,12 +135,6 @@ class TAID(_ImageDecoder):
         """The weights: ``[T, N, C]`` (``spatial``) or ``[T, N, 1]`` (``all``) in (0, 1), or
         ``[T, N, C, H, W]`` (``pixel``) between 0 and twice the fixed decoder's."""
         self._check(x_seq)
-        dtype = next(self.excite.parameters()).dtype
-        if x_seq.dtype != dtype and not torch.is_autocast_enabled(x_seq.device.type):
-            raise TypeError(
-                f"the weights of TAID are {dtype}, but the input is {x_seq.dtype}; convert one: "
-                f"x_seq.to({dtype}) or taid.to({x_seq.dtype})"
-            )
         if self.squeeze == "pixel":
             return self._weigh_pixels(x_seq)
         z = x_seq.flatten(3).mean(3) if x_seq.dim() == 5 else x_seq

@@ -1,12 +1,6 @@
 """SpikingJelly's surrogate derivatives in closed form, for the fused backends.
 
-The torch backend calls the surrogate module itself. A fused kernel cannot, so :data:`DERIVATIVES`
-holds each derivative twice, as CUDA C and as a Python function for numba. Both are tested against
-SpikingJelly's own backward.
-
-A derivative is a function of ``x = H - V_th`` and of two constants ``a`` and ``b``, computed from
-the module's parameters in double precision as SpikingJelly does: then a step in the derivative
-(``Rect``'s edge, say) lies at the same float32 number.
+Each one twice, as CUDA C and as a Python function for numba: a kernel cannot call the module.
 """
 
 import math
@@ -22,17 +16,18 @@ _LEAKY_AREA = 0.5 if FUNCTIONAL_STATES else 1.0
 
 
 class Derivative(NamedTuple):
-    """One surrogate's derivative.
+    """One surrogate's derivative, a function of ``x = H - V_th`` and two constants ``a`` and ``b``.
 
-    ``parameters`` are the attributes of the module it depends on, ``constants`` computes ``(a, b)``
-    from them, ``cuda`` is the body of ``float f(float x, float a, float b)``, in which
-    ``reciprocal`` is the kernels' ``1 / x``, and ``python`` the same function for numba, of
-    operators, ``math``, :func:`exp` and, around each number, :func:`f32`.
+    The constants are computed in double precision, as SpikingJelly does: then a step in the
+    derivative (``Rect``'s edge, say) lies at the same float32 number.
     """
 
+    #: the attributes of the module from which ``constants`` computes ``(a, b)``
     parameters: tuple[str, ...]
     constants: Callable[..., tuple[float, float]]
+    #: the body of ``float f(float x, float a, float b)``; ``reciprocal`` is the kernels' ``1 / x``
     cuda: str
+    #: of operators, ``math``, :func:`exp` and, around each number, :func:`f32`
     python: Callable[[float, float, float], float]
 
 

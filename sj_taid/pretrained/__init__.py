@@ -14,7 +14,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import _build
 from .._extras import needs
@@ -47,7 +47,7 @@ def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
     Raises:
         ValueError: no model there; a config that does not fit this version, or names other classes
             than those of this package and SpikingJelly's neurons and surrogates; weights of another
-            model or with another digest than the config's, with NaN or of another kind.
+            model or with another digest than the config's.
         FileNotFoundError: a file is missing.
         ModuleNotFoundError: a package is missing; the message says how to get it.
 
@@ -145,23 +145,11 @@ def _load_weights(model: nn.Module, path: Path, config: dict[str, Any], remedy: 
             f"has {digest}: they are damaged or of another model; {remedy}"
         )
     try:
-        state = load(content)
-        _check_weights(state, model)
-        model.load_state_dict(state)
+        model.load_state_dict(load(content))
         set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
     except (RuntimeError, ValueError, AttributeError, SafetensorError) as error:
         said = shorten(str(error), 300)  # torch names every key
         raise ValueError(f"{path} does not fit {CONFIG}: {said}; {remedy}") from error
-
-
-def _check_weights(state: dict[str, Tensor], model: nn.Module) -> None:
-    """Refuse what torch would load in silence: integers for floats, NaN and infinite numbers."""
-    for name, parameter in model.state_dict().items():
-        weight = state.get(name, parameter)
-        if weight.is_floating_point() != parameter.is_floating_point():
-            raise ValueError(f"{name} must be {parameter.dtype}, but it is {weight.dtype}")
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite numbers")
 
 
 def _read(path: Path, remedy: str) -> bytes:
