@@ -24,9 +24,6 @@ def test_state_that_cannot_be_carried_names_neuron_and_remedy():
         net(torch.rand(5, 2, 4))
     with pytest.raises(ValueError, match=r"the neuron '1'.*\[2, 3\].*\[6, 3\].*reset_net\(net\)"):
         net(torch.rand(5, 6, 4))
-
-
-def test_state_error_of_an_unnamed_neuron_describes_it():
     node = ALIFNode()
     node(torch.rand(2, 3)).sum().backward()
     with pytest.raises(RuntimeError, match=r"ALIFNode\(tau=2"):
@@ -63,19 +60,6 @@ def test_state_tells_a_freed_graph_from_a_live_one(case, backend, T):
             node(x)
         node.v = v.detach()
         node(x)
-
-
-def test_state_may_be_carried_detached_or_reset():
-    net = make_net()
-    x = torch.rand(5, 2, 4)
-    net(x).sum().backward(retain_graph=True)
-    net(x).sum().backward()
-    functional.detach_net(net)  # truncated BPTT
-    net(x).sum().backward()
-    with torch.no_grad():
-        net(x)
-    functional.reset_net(net)
-    net(x)
 
 
 @pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])

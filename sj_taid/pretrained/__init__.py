@@ -86,7 +86,7 @@ def build(config: dict[str, Any]) -> nn.Module:
         model = _build.build(config)
         if not isinstance(model, nn.Module):
             raise ValueError(f"it is a {type(model).__name__}")
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{CONFIG} does not describe a model of this version of sj-taid: {error}; the card, "
             f"{CARD}, names the version that it is of"
@@ -121,7 +121,7 @@ def _read_config(folder: Path, remedy: str) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(_read(path, remedy))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}; {remedy}") from error
     for name, kind in {"model": dict, "sha256": str, "metrics": dict}.items():
         value = config.get(name) if isinstance(config, dict) else None
