@@ -105,11 +105,8 @@ def browser():
 
 @pytest.mark.slow
 def test_page_in_a_browser(page, browser):
-    context = browser.new_context(
-        color_scheme="light", viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True
-    )
-    context.grant_permissions(["clipboard-read", "clipboard-write"])
-    tab = context.new_page()
+    phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+    tab = browser.new_context(color_scheme="light", **phone).new_page()
     asked, said = [], []
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("console", lambda message: said.append(message.text))
@@ -129,13 +126,8 @@ def test_page_in_a_browser(page, browser):
 
     paper = "getComputedStyle(document.body).backgroundColor"
     assert tab.evaluate(paper) == "rgb(255, 255, 255)"
-    tab.locator("#theme").tap()
+    tab.emulate_media(color_scheme="dark")
     assert tab.evaluate(paper) == "rgb(24, 24, 27)"
-
-    tab.locator(".copy").first.tap()
-    tab.get_by_text("copied").wait_for()
-    code = tab.locator("code").first.text_content()
-    assert tab.evaluate("navigator.clipboard.readText()") == code
 
     for summary in tab.locator("summary").all()[1:]:
         summary.tap()
