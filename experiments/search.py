@@ -30,14 +30,6 @@ def suggest(trial: optuna.Trial) -> dict[str, object]:
     }
 
 
-def train(folder: Path, overrides: Sequence[str], objective: str) -> float | None:
-    """Train the run in ``folder``, or resume it; its objective, or None if it failed."""
-    command = [sys.executable, "-m", "sj_taid", "train", *overrides, f"hydra.run.dir='{folder}'"]
-    subprocess.run(command, check=False)
-    run = Run(folder)
-    return run.metrics.get(objective) if run.is_finished else None
-
-
 def main(arguments: Sequence[str] | None = None) -> optuna.Study:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,8 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> optuna.Study:
         print(f"{objective} is measured on the test set, so what is chosen by it is too")
 
     def attempt(number: int, values: dict[str, object]) -> None:
+        run = Run(folder / f"trial-{number}")
         overrides = [*options.overrides, *(f"{key}={value}" for key, value in values.items())]
-        value = train(folder / f"trial-{number}", overrides, objective)
+        command = ["train", *overrides, f"hydra.run.dir='{run.folder}'"]
+        subprocess.run([sys.executable, "-m", "sj_taid", *command], check=False)
+        value = run.metrics.get(objective) if run.is_finished else None
         study.tell(number, value, TrialState.FAIL if value is None else None)
 
     for interrupted in study.get_trials(states=[TrialState.RUNNING]):

@@ -31,7 +31,9 @@ class Autoencoding(Task):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         image, _ = batch
-        losses = self.model.training_loss(image, self._progress())
+        epochs = max((self.trainer.max_epochs or 1) - 1, 1)
+        progress = min(self.current_epoch / epochs, 1.0)  # 0 in the first epoch, 1 in the last
+        losses = self.model.training_loss(image, progress)
         loss = losses.pop("loss")
         for name, part in losses.items():
             self.log_mean(f"train/{name}", part)
@@ -61,8 +63,3 @@ class Autoencoding(Task):
     def _log_reconstruction(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         image, _ = batch
         self.log_mean(f"{stage}/reconstruction", F.mse_loss(self.model(image).image, image))
-
-    def _progress(self) -> float:
-        """From 0 in the first epoch to 1 in the last."""
-        epochs = max((self.trainer.max_epochs or 1) - 1, 1)
-        return min(self.current_epoch / epochs, 1.0)

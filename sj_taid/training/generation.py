@@ -142,7 +142,7 @@ class Generation(Autoencoding):
     @torch.no_grad()
     def draw(self, images: Tensor, folder: Path) -> None:
         model = self.model
-        draw_grid(model.sample(64), folder / "samples.png", 16, "Samples from the prior")
+        draw_grid(model.sample(64), folder / "samples.png", 16)
         draw_reconstructions(images, model(images).image, folder / "reconstructions.png")
         if isinstance(model, SpikingVAE):
             sequence = model.decode_sequence(model.latent_spikes(images))

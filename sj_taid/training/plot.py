@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
-from torchvision.utils import make_grid
+from torch.nn import functional as F
+from torchvision.utils import save_image
 
 from ..layer import FixedDecoder
 from ..monitoring import tau_and_threshold
@@ -30,35 +31,21 @@ def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
     return found
 
 
-def draw_grid(
-    images: Tensor, path: Path, columns: int, title: str, row_labels: Sequence[str] = ()
-) -> None:
-    """Draw a grid of images ``[n, C, H, W]`` in [-1, 1], row by row."""
+def draw_grid(images: Tensor, path: Path, columns: int) -> None:
+    """Draw a grid of images ``[n, C, H, W]`` in [-1, 1], row by row, about 1000 pixels wide."""
     columns = min(columns, len(images))
-    images = (images.detach().cpu().clamp(-1, 1) + 1) / 2
-    grid = make_grid(images, columns, padding=1, pad_value=1.0).permute(1, 2, 0).numpy()
-    height, width = grid.shape[:2]
-    figure = Figure((11, 11 * height / width + 0.45))
-    axis = figure.subplots()
-    axis.imshow(grid, interpolation="nearest")
-    rows = -(-len(images) // columns)
-    axis.set_xticks([])
-    axis.set_yticks((np.arange(len(row_labels)) + 0.5) * height / rows, row_labels, fontsize=8)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    axis.set_title(title, fontsize=10)
-    figure.tight_layout(pad=0.3)
-    save(figure, path)
+    enlarged = F.interpolate(images, scale_factor=max(1, 1000 // (columns * images.shape[-1])))
+    options = {"padding": 4, "normalize": True, "value_range": (-1, 1), "pad_value": 1}
+    with atomic_write(path) as temporary:
+        save_image(enlarged, temporary, format="png", nrow=columns, **options)
 
 
 def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path) -> None:
     """Draw rows of test images, each above its reconstructions."""
     columns = min(16, len(images))
-    rows = len(images) // columns
-    pairs = [part[: rows * columns].split(columns) for part in (images, reconstructions)]
-    grid = torch.cat([row for pair in zip(*pairs, strict=True) for row in pair])
-    title = "Test images and their reconstructions"
-    draw_grid(grid, path, columns, title, ["test", "model"] * rows)
+    whole = len(images) // columns * columns
+    pairs = [part[:whole].split(columns) for part in (images, reconstructions)]
+    draw_grid(torch.cat([row for pair in zip(*pairs, strict=True) for row in pair]), path, columns)
 
 
 def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> None:

@@ -38,5 +38,5 @@ def main(cfg: DictConfig) -> None:
     prior = f"{cfg.sample_from}-" if cfg.sample_from else ""
     path = Path(cfg.output or run.folder / f"samples-{prior}seed{cfg.seed}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(images, path, cfg.columns, "Samples from the prior")
+    draw_grid(images, path, cfg.columns)
     log.info("%d samples are in %s", cfg.n, path)

@@ -32,19 +32,11 @@ def test_frozen_alif_equals_lif(training):
 @pytest.mark.slow
 def test_compiled_graphs_serve_all_epochs(monkeypatch):
     torch.compiler.reset()
-    passes = []
-    insert = Prior._insert_own_samples
-    monkeypatch.setattr(
-        Prior, "_insert_own_samples", lambda *given: passes.append(given) or insert(*given)
-    )
-    model = FSVAE(
-        image_size=4,
-        T=Prior.FIRST_OWN_SAMPLE + 2,  # the shortest in which one of these is an input
-        hidden_channels=(2,),
-        latent_channels=2,
-        k=2,
-        own_sample_probability=(0.0, 1.0),
-    )
+    passes, insert = [], Prior._insert_own_samples
+    monkeypatch.setattr(Prior, "_insert_own_samples", lambda *a: passes.append(a) or insert(*a))
+    T = Prior.FIRST_OWN_SAMPLE + 2  # the shortest in which one of these is an input
+    sizes = {"image_size": 4, "T": T, "hidden_channels": (2,), "latent_channels": 2, "k": 2}
+    model = FSVAE(**sizes, own_sample_probability=(0.0, 1.0))
     counter = CompileCounterWithBackend("eager")
     model.compile(backend=counter, dynamic=False)
     graphs = []

@@ -9,7 +9,6 @@ import sys
 
 import lightning as L
 import pytest
-from omegaconf import OmegaConf
 
 from sj_taid import doctor
 from sj_taid.training import cli, config, run
@@ -21,17 +20,6 @@ def train(sj_taid, tmp_path):
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     folder = f"hydra.run.dir={tmp_path / 'run'}"
     return lambda *more: sj_taid("train", *TINY_AUTOENCODING, *quiet, folder, *more)
-
-
-@pytest.fixture
-def composed(sj_taid, capsys):
-    """The config of a command line."""
-
-    def compose(*arguments):
-        sj_taid(*arguments, "--cfg", "job")
-        return OmegaConf.create(capsys.readouterr().out)
-
-    return compose
 
 
 @pytest.mark.slow
@@ -105,13 +93,6 @@ def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(FileNotFoundError, match="needs the folder of a run"):
         sj_taid("train", "resume=nowhere")
-
-
-def test_cli_takes_a_folder_of_custom_configs(composed, tmp_path):
-    (tmp_path / "neuron").mkdir()
-    (tmp_path / "neuron" / "mine.yaml").write_text("_target_: mypkg.MyLIF\n")
-    for option in (["--config-dir", str(tmp_path)], [f"hydra.searchpath=[file://{tmp_path}]"]):
-        assert composed("train", *option, "neuron=mine").neuron._target_ == "mypkg.MyLIF"
 
 
 @pytest.mark.parametrize("name", ["run", "it's neuron=lif,seed=0"])

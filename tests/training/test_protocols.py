@@ -134,30 +134,21 @@ def test_validation_set_is_for_classifiers_by_default(tiny):
         assert tiny(f"task={task}", tiny=False).dataset.validation == share
 
 
-def test_generator_is_measured_on_validation_images_on_request(tiny, tmp_path):
-    cfg = tiny("dataset.validation=0.1", "objective=validation_fad")
-    metrics = train(cfg, tmp_path)
-    assert metrics["validation_fad"] > 0 and metrics["validation_fad"] != metrics["fad"]
-    assert metrics["validation_reconstruction"] == logged(tmp_path, "val/reconstruction")[-1]
-    for name, images in (("fad", "359 test"), ("reconstruction", "359 test")):
-        assert f"{images} images at 8x8" in metrics["protocol"][name]
-        assert "144 validation images at 8x8" in metrics["protocol"][f"validation_{name}"]
-    assert metrics["protocol"].keys() <= columns.METRICS.keys()
-    assert not run.Run(tmp_path).best.exists()
-
-
-def test_few_validation_images_measure_fad_without_fid_and_too_few_are_an_error(
-    tiny, tmp_path, monkeypatch
-):
+def test_generator_is_measured_on_validation_images_by_fad_alone(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"fad needs at least 4 images, but the number of .* is 3"):
         train(tiny("dataset.validation=0.002"), tmp_path / "few")
-    assert not run.Run(tmp_path / "few").checkpoint.exists()
     monkeypatch.setattr(evaluation, "Inception", Network)
-    weights = "metric.inception_weights=weights.pth"
-    metrics = train(tiny("dataset.validation=0.003", "metric.samples=10", weights), tmp_path)
-    assert "4 validation images" in metrics["protocol"]["validation_fad"]
-    assert metrics["validation_fad"] > 0 and metrics["fid"] > 0
-    assert "validation_fid" not in metrics
+    inception = ["metric.inception_weights=weights.pth", "metric.samples=10"]
+    cfg = tiny("dataset.validation=0.003", "objective=validation_fad", *inception)
+    metrics = train(cfg, tmp_path)
+    assert metrics["validation_fad"] > 0 and metrics["validation_fad"] != metrics["fad"]
+    assert metrics["fid"] > 0 and "validation_fid" not in metrics
+    assert metrics["validation_reconstruction"] == logged(tmp_path, "val/reconstruction")[-1]
+    for name in ("fad", "reconstruction"):
+        assert "359 test images at 8x8" in metrics["protocol"][name]
+        assert "4 validation images at 8x8" in metrics["protocol"][f"validation_{name}"]
+    assert metrics["protocol"].keys() <= columns.METRICS.keys()
+    assert not run.Run(tmp_path).best.exists()
 
 
 def test_autoencoder_is_measured_and_drawn_on_validation_images(tiny, tmp_path):
