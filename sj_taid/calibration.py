@@ -95,13 +95,11 @@ def calibrate(
     and not 0. A threshold of ``[C]`` has a rate per channel. It stays above the reset voltage (with
     a soft reset, above 0) and at or above ALIF's ``min_v_threshold``.
 
-    Works on every SpikingJelly neuron whose output is 0 or 1. The net runs in the mode it is in: in
-    training a batch norm uses the batch's statistics, and dropout is on. Only thresholds change;
-    states, running statistics, gradients and torch's random numbers are restored. Your hooks see
-    the passes. Thresholds of SpikingJelly's own neurons are plain numbers, which ``state_dict``
-    leaves out: :mod:`sj_taid.thresholds` saves them.
-
-    Cost: a pass without gradients per layer and two more, and 20 runs of each neuron by itself.
+    Works on every SpikingJelly neuron whose output is 0 or 1, with the net in the mode it is in.
+    Only thresholds change; states, running statistics, gradients and torch's random numbers are
+    restored. Your hooks see the passes, one per layer and two more, without gradients. Thresholds
+    of SpikingJelly's own neurons are plain numbers, which ``state_dict`` leaves out:
+    :mod:`sj_taid.thresholds` saves them.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -109,15 +107,12 @@ def calibrate(
             and time steps), for a channel of a linear layer 1 / (T N).
         rate: spikes per neuron and time step, in (0, 1).
         run: runs a whole sequence. The default is ``net(x_seq)`` if a module of the net is in step
-            mode ``"m"``, otherwise ``net(x)`` for each ``x`` of ``x_seq`` ``[T, N, *]``. A still
-            image for T steps is ``image.expand(T, *image.shape)``; for a net that repeats it itself
-            give the image, and ``run=net``.
+            mode ``"m"``, otherwise ``net(x)`` for each ``x`` of ``x_seq`` ``[T, N, *]``.
 
     Returns:
-        The report. A layer is missed if its rate, or a channel's, is more than 20 % off. A layer
-        that no threshold makes fire (nearest rate 0) keeps the one it had; one that fires more has
-        an input of few values, where a larger batch helps. A layer that changes its own input, as a
-        recurrent one, or shares its threshold with a later one is set once, so it may miss.
+        The report. A layer is missed if its rate, or a channel's, is more than 20 % off. One that
+        no threshold makes fire keeps its threshold. One whose own spikes change its input, as in a
+        recurrent layer, or whose threshold a later one shares, is set once and may miss.
 
     Raises:
         ValueError: ``rate`` is not in (0, 1), or ``net`` has no neurons.

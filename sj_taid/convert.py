@@ -95,9 +95,9 @@ def swap_neurons(
     IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is 0. No gradient
     leads away from there, so its ``w`` is frozen and only its threshold learns.
 
-    Kept and reported: subclasses of these nodes and other neurons; nodes that ``filter`` declines,
-    with a tensor for a threshold, a tau of 1 or a precision policy; ``net`` itself. A neuron in a
-    Python list is not seen, and warns when it runs: use ``nn.ModuleList``.
+    Kept and reported: other neurons and subclasses; nodes that ``filter`` declines, with a tensor
+    for a threshold, a tau of 1 or a precision policy; ``net`` itself. A neuron in a Python list is
+    not seen, and warns when it runs: use ``nn.ModuleList``.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -152,26 +152,22 @@ def swap_neurons(
 def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False) -> nn.Module:
     r"""A copy of ``net`` with plain ``LIFNode`` s of the learned tau and threshold.
 
-    What SpikingJelly does with LIF works on the copy: NIR export, operation counters, energy
-    estimates, its own kernels. The outputs are equal bit for bit where tau is a power of two, and
-    otherwise to rounding (LIF divides by tau). An ALIF without leak becomes an ``IFNode``. A LIF
-    node has one tau and one threshold, so all channels must have the same.
+    It is for SpikingJelly's NIR export, counters, energy estimates and kernels. The outputs are
+    equal bit for bit where tau is a power of two, and otherwise to rounding (LIF divides by tau).
+    An ALIF without leak becomes an ``IFNode``. All channels must have one tau and one threshold.
 
-    With ``fold_threshold`` every threshold becomes 1, for hardware and exporters that have one.
-    Where ``V_reset`` is 0 or the reset soft, dividing input, voltage and threshold by the same
-    number leaves every spike as it is; another ``V_reset`` is divided too. So the layer that only
-    the neuron reads is divided by the threshold, per channel if it has one per channel: the weight
-    and bias of a batch norm,
+    With ``fold_threshold`` every threshold becomes 1, for hardware and exporters that have one:
+    input, voltage, reset voltage and threshold are divided by the threshold, which leaves every
+    spike as it is. The input is divided in the layer that only the neuron reads, per channel: in
+    the weight and bias of a batch norm,
 
     .. math::
         \gamma' = \gamma / V_{th}, \qquad \beta' = \beta / V_{th},
 
-    or of a convolution or linear layer (whose features are the channels: its output is
-    ``[T, N, C]``). SpikingJelly's LIF, PLIF and IF are treated alike. Outputs are equal bit for bit
-    where the thresholds are powers of two, and otherwise to rounding. Gradients are not, since the
-    surrogate keeps its width. Voltages are divided too, so a neuron whose voltage or threshold a
-    ``forward`` of the net reads keeps its threshold, as one with an infinite threshold does. A
-    threshold that cannot be folded stays, with a warning that says why.
+    or of a convolution or linear layer (``[T, N, C]``), also before SpikingJelly's LIF, PLIF and
+    IF. Outputs are equal bit for bit where the thresholds are powers of two, and otherwise to
+    rounding; gradients are not, since the surrogate keeps its width. A threshold that cannot be
+    folded, as of a voltage that a ``forward`` reads, stays, with a warning that says why.
 
     Args:
         net: any module with :class:`~sj_taid.ALIFNode` s; it is not changed.

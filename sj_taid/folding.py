@@ -32,8 +32,7 @@ _SCALED = frozenset({"v", "v_seq", "v_reset", "v_threshold"})
 def fold_thresholds(net: nn.Module) -> dict[str, str]:
     """Divide the layer before each neuron of ``net`` by its threshold, in place, which becomes 1.
 
-    Returns:
-        The path of each neuron that keeps another threshold, and why.
+    Returns the path of each neuron that keeps another threshold, and why.
     """
     with _watch_reads(net) as read:
         traced = trace(net, _is_source)

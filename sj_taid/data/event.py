@@ -28,11 +28,10 @@ class EventData(Data):
     """Frames ``[N, T, 2, H, W]``: how many events of each polarity fell on each pixel.
 
     SpikingJelly cuts each recording into T pieces with the same number of events, on the first run.
-    A part of the recordings will do, as ``events_np``.
 
     Args:
-        root: the folder that holds ``events_np``, recordings as SpikingJelly converts them, or
-            ``download`` with their archives.
+        root: the folder that holds ``download`` with the archives, or SpikingJelly's ``events_np``
+            with all recordings or some.
         T: number of frames.
         download: fetch missing archives, where SpikingJelly can; it replaces damaged ones.
 

@@ -1,4 +1,4 @@
-"""Export the model of a finished run: ``sj-taid export RUN --name NAME``.
+"""Export the model of a finished run.
 
 Writes a folder for ``sj_taid.create_model``: the weights of the run's last checkpoint, the model's
 config, and a card with its command and metrics.
@@ -85,9 +85,6 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
         out: parent of the model's folder.
         half: store the weights of convolutions and linear layers as float16. Biases, norms, neurons
             and buffers keep their dtype.
-
-    Returns:
-        The model's folder.
 
     Raises:
         FileNotFoundError: the run is not finished, or has no checkpoint.
