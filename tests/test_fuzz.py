@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import functional as theirs
-from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based import surrogate
 from torch import nn
 
 import sj_taid
@@ -244,50 +244,3 @@ def test_node(backend, examples):
     threshold = moderate | st.sampled_from([math.inf, -math.inf, 1e-40])
     flags = (st.booleans(), st.booleans(), st.integers(0, 6))
     fuzz(check, examples, calls(backend, st.integers(1, 6)), tau, threshold, *flags)
-
-
-# ---- the swap ----
-
-
-@sizes
-def test_swap_watch_and_back(examples):
-    """SpikingJelly's neurons, swapped and back: each gives the spikes of its own equation."""
-
-    def check(kind, tau, threshold, v_reset, decay_input, x):
-        options = {"v_threshold": threshold, "v_reset": v_reset, "step_mode": "m"}
-        if kind is not neuron.IFNode:
-            options["decay_input"] = decay_input
-            options["init_tau" if kind is neuron.ParametricLIFNode else "tau"] = tau
-        net = nn.Sequential(nn.Identity(), kind(**options))
-        assert len(sj_taid.swap_neurons(net).swapped) == 1
-        sj_taid.name_neurons(net)
-        net[1].store_v_seq = True
-        is_if = kind is neuron.IFNode
-        groups = sj_taid.parameter_groups(net, lr=0.5, lr_scale=4.0)
-        assert [(g["name"], len(g["params"]), g["lr"]) for g in groups] == [
-            ("neurons", 1 if is_if else 2, 2.0)
-        ]
-        for same in (net, sj_taid.to_lif(net)):
-            same[1].store_v_seq = True
-            with sj_taid.fresh_state(same), sj_taid.monitor(same, dead=0.0, saturated=1.0) as watch:
-                spikes = same(x).detach()
-                v_seq = same[1].v_seq.detach().double().numpy()
-                rate = watch.state()["1"].firing_rate
-            s, z = spikes.double().numpy(), x.double().numpy()
-            assert rate is None if s.size == 0 else rate == pytest.approx(s.mean(), abs=1e-6)
-            rest = v_reset or 0.0
-            before = np.concatenate([np.full_like(z[:1], rest), v_seq[:-1]])
-            q = 0.0 if is_if else 1 / tau
-            leak = q * (before - rest)
-            h = before - leak + (q * z if decay_input and not is_if else z)
-            slack = 2e-5 * (1 + np.abs(before) + np.abs(z))
-            assert ((s == (h >= threshold)) | (np.abs(h - threshold) <= slack)).all()
-            after = h - s * threshold if v_reset is None else np.where(s == 1, v_reset, h)
-            assert (np.abs(v_seq - after) <= slack).all()
-
-    kinds = st.sampled_from([neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode])
-    resets = st.none() | st.floats(-1, 1, width=32)
-    taus, thresholds = st.floats(1.01, 1e6), st.floats(0.0625, 3, width=32)
-    shapes = st.tuples(st.integers(1, 6), st.integers(0, 3), st.integers(0, 3))
-    inputs = shapes.flatmap(lambda shape: tensors(shape, torch.float32, moderate))
-    fuzz(check, examples, kinds, taus, thresholds, resets, st.booleans(), inputs)

@@ -124,20 +124,6 @@ def test_min_v_threshold_lets_the_threshold_recover():
     assert node.v_threshold.grad < 0
 
 
-def test_min_v_threshold_keeps_the_threshold_near_it():
-    node = ALIFNode(v_threshold=0.2, min_v_threshold=0.1)
-    optimizer = torch.optim.Adam([node.v_threshold], lr=1e-3)
-
-    def step(slope):
-        optimizer.zero_grad()
-        (slope * node.effective_v_threshold).backward()
-        optimizer.step()
-        return node.v_threshold.item()
-
-    assert [step(1.0) for _ in range(500)][-1] == pytest.approx(0.1, abs=0.01)
-    assert [step(-1.0) for _ in range(40)][-1] > 0.1
-
-
 def test_lower_bound_blocks_gradients_further_down():
     p = torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0], requires_grad=True)
     bounded = lower_bound(p, 0.0)
