@@ -102,7 +102,7 @@ def exit_on_user_errors() -> Iterator[None]:
 
 def format_error(error: Exception) -> str:
     """What a user reads of an error: one to three lines."""
-    if isinstance(error, CompactHydraException):
+    if isinstance(error, CompactHydraException | OmegaConfBaseException):
         return " ".join(str(error).partition("Config search path")[0].split())
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
     return "\n".join([str(error), *getattr(error, "__notes__", ()), hint])

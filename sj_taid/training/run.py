@@ -79,23 +79,20 @@ class Run:
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: ``path`` is empty, or another file.
+            ValueError: ``path`` is another file.
         """
-        expected = "expected a run's folder or a checkpoint in it, a .ckpt file, but got"
-        if not str(path):
-            raise ValueError(f"{expected} nothing; give checkpoint=RUN")
         path = Path(path).expanduser().absolute()
-        if path.is_dir():
-            run = cls(path.parent if path.name == CHECKPOINTS else path)
-        else:
-            run = cls(path.parent.parent, path)
+        run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
         if not run.checkpoint.is_file():
             raise FileNotFoundError(
                 f"no checkpoint at {path}; a run leaves it in <run folder>/{CHECKPOINTS}/ "
                 "after its first epoch"
             )
         if run.checkpoint.suffix != ".ckpt":
-            raise ValueError(f"{expected} {path}; give {path.parent}")
+            raise ValueError(
+                f"expected a run's folder or a checkpoint in it, a .ckpt file, but got {path}; "
+                f"give {path.parent}"
+            )
         return run
 
     @contextmanager

@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> float | None:
     """Train the job that Hydra composed, unless it is finished; returns the objective's value."""
-    validate(cfg)  # before the run's folder is made
     job = HydraConfig.get()
     run = Run(job.runtime.output_dir)
     choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}

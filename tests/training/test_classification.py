@@ -116,14 +116,6 @@ def test_compose_starts_all_neurons_alike(tiny):
     assert values == [(2.0, 0.5, 0.0, True)] * 3
 
 
-def test_compose_lets_custom_choices_win(tiny):
-    chosen = ["model=classifier_mnist", "optimizer=adamw", "surrogate=rectangle"]
-    cfg = tiny("task=classification", *chosen, tiny=False)
-    assert cfg.model.hidden == 2048
-    assert cfg.optimizer._target_ == "torch.optim.AdamW"
-    assert cfg.neuron.surrogate_function._target_.endswith("PiecewiseLeakyReLU")
-
-
 class Rates(nn.Module):
     """Predicts class 1 always, and records its input."""
 
@@ -199,8 +191,3 @@ def test_confusion_counts_one_pass_of_the_test_set(logged):
         task.test_step((torch.rand(4, 1, 8, 8), torch.tensor([1, 1, 0, 2])), 0)
         task.on_test_epoch_end()
         assert task.confusion.compute().tolist() == [[0, 1, 0], [0, 2, 0], [0, 1, 0]]
-
-
-def test_train_refuses_data_without_labels(classify, tmp_path):
-    with pytest.raises(Exception, match="classes must be an integer >= 2, but it is None"):
-        train(classify("dataset.classes=null"), tmp_path)

@@ -68,9 +68,9 @@ def test_cli_usage(sj_taid, capsys):
         ("train neuron._target_=os.system", r"'os\.system': no public class .*add trust="),
         ("train hydra.run.dir=file", "File exists: '.*file'"),
         ("evaluate checkpoint=nowhere", "no checkpoint at .*nowhere; a run leaves it in"),
-        ("evaluate checkpoint=", "a run's folder or .* but got nothing; give checkpoint=RUN"),
         ("sample checkpoint=file", r"a \.ckpt file, but got .*file; give "),
-        ("sample", "a run's folder or .* but got nothing; give checkpoint=RUN"),
+        ("sample", "Missing mandatory value: checkpoint"),
+        ("evaluate", "Missing mandatory value: checkpoint"),
         ("compare nowhere", "no finished run below nowhere; an interrupted one resumes"),
     ],
 )

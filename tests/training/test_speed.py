@@ -27,12 +27,7 @@ def test_compiled_model_trains_and_saves_alike(tiny, tmp_path):
             compiled = train(tiny(*options, tiny=False), tmp_path / name)
             assert counters["stats"]["unique_graphs"] == 3
             assert (compiled["loss"], compiled["accuracy"]) == (eager["loss"], eager["accuracy"])
-    states = [
-        torch.load(run.Run(tmp_path / name).checkpoint, weights_only=True)["state_dict"]
-        for name in ("eager", "compiled")
-    ]
-    assert states[0].keys() == states[1].keys()
-    run.load_model(tmp_path / "compiled")
+    run.load_model(tmp_path / "compiled")  # whose keys are those of a model that is not compiled
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
@@ -85,8 +80,3 @@ def test_gpu_trainer_trains(tiny, tmp_path, task, mode):
     cfg = tiny(*sizes, "trainer=gpu", f"compile.mode={mode}", "trainer.max_epochs=2", tiny=False)
     metrics = train(cfg, tmp_path)
     assert metrics[cfg.objective] >= 0 and metrics["epochs"] == 2
-
-
-def test_gpu_trainer_composes(tiny):
-    cfg = tiny("trainer=gpu", "compile.mode=reduce-overhead")
-    assert cfg.trainer.precision == "bf16-mixed" and cfg.compile == {"mode": "reduce-overhead"}

@@ -209,6 +209,10 @@ def test_damaged_checkpoint_is_refused_before_anything_is_written(trained, tiny)
             "other weights than the saved ones .* take WeightAveraging",
         ),
         ("task=classification model=esvae_small", "ESVAE lacks classes; "),
+        (
+            "task=classification model=classifier_small dataset.classes=null",
+            "classes must be an integer >= 2",
+        ),
     ],
 )
 def test_train_names_what_is_expected(cache, tmp_path, override, message):
