@@ -19,13 +19,10 @@ def _decay_weights(T: int, decay: float, like: Tensor) -> Tensor:
 class _ImageDecoder(nn.Module, base.MultiStepModule):
     """``X = sum_t a[t] S[t]`` with the weights ``a`` of a subclass."""
 
-    def __init__(self, T: int, reduce: str) -> None:
+    def __init__(self, T: int) -> None:
         super().__init__()
         check_sizes(T=T)
-        if reduce not in ("sum", "mean"):
-            raise ValueError(f"reduce must be 'sum' or 'mean', but it is {reduce!r}")
         self.T = T
-        self.reduce = reduce
         self.step_mode = "m"
 
     def attention(self, x_seq: Tensor) -> Tensor:
@@ -35,8 +32,6 @@ class _ImageDecoder(nn.Module, base.MultiStepModule):
     def forward(self, x_seq: Tensor) -> Tensor:
         """Decode ``[T, N, C, H, W]`` to ``[N, C, H, W]``, or ``[T, N, C]`` to ``[N, C]``."""
         weights = self.attention(x_seq).to(x_seq.dtype)
-        if self.reduce == "mean":
-            weights = weights / self.T
         trailing = (1,) * (x_seq.dim() - weights.dim())
         return (weights.view(*weights.shape, *trailing) * x_seq).sum(0)
 
@@ -66,7 +61,7 @@ class TAID(_ImageDecoder):
         z = \mathrm{mean}_{C,H,W}(S) \in [N, T] \quad\text{(all)} \\
         a &= \mathrm{sigmoid}(\mathrm{Conv1d}_{T \to T}(z)) \quad\text{(spatial)},\qquad
         a = \mathrm{sigmoid}(\mathrm{MLP}_{T \to T/r \to T}(z)) \quad\text{(all)} \\
-        X &= \sum_t a[t]\,S[t] \quad\text{or the mean over } t
+        X &= \sum_t a[t]\,S[t]
 
     The third form squeezes nothing, so that each pixel has a weight. Its input is normalised over
     T, H and W, which keeps the sigmoid out of saturation, and it starts as the fixed decoder,
@@ -84,7 +79,6 @@ class TAID(_ImageDecoder):
             the image for ``pixel``; 1 mixes time only.
         squeeze: ``"spatial"``, a weight for each step and channel; ``"all"``, one for each step; or
             ``"pixel"``, one for each step, channel and pixel of ``[T, N, C, H, W]``.
-        reduce: ``"sum"`` or ``"mean"`` over time.
         reduction: the factor r by which the MLP's hidden layer is narrower (``all`` only).
 
     Raises:
@@ -104,10 +98,9 @@ class TAID(_ImageDecoder):
         T: int,
         kernel_size: int = 1,
         squeeze: str = "spatial",
-        reduce: str = "sum",
         reduction: int = 4,
     ) -> None:
-        super().__init__(T, reduce)
+        super().__init__(T)
         if squeeze not in ("spatial", "all", "pixel"):
             raise ValueError(f"squeeze must be 'spatial', 'all' or 'pixel', but it is {squeeze!r}")
         if not (is_whole(kernel_size) and kernel_size >= 1 and kernel_size % 2 == 1):
@@ -156,7 +149,7 @@ class TAID(_ImageDecoder):
         return gate.view(n, c, self.T, h, w).permute(2, 0, 1, 3, 4) * weights
 
     def extra_repr(self) -> str:
-        return f"T={self.T}, squeeze={self.squeeze}, reduce={self.reduce}, step_mode=m"
+        return f"T={self.T}, squeeze={self.squeeze}, step_mode=m"
 
 
 class FixedDecoder(_ImageDecoder):
@@ -165,7 +158,6 @@ class FixedDecoder(_ImageDecoder):
     Args:
         T: number of time steps.
         decay: the factor d per time step, in (0, 1].
-        reduce: ``"sum"`` or ``"mean"`` over time.
 
     Source: Kamata et al. 2022, arXiv 2110.00375 (the read-out of FSVAE, with d = 0.8).
 
@@ -173,8 +165,8 @@ class FixedDecoder(_ImageDecoder):
     tensor([[1.7500]])
     """
 
-    def __init__(self, T: int, decay: float = DECAY, reduce: str = "sum") -> None:
-        super().__init__(T, reduce)
+    def __init__(self, T: int, decay: float = DECAY) -> None:
+        super().__init__(T)
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay must be in (0, 1], but it is {decay!r}")
         self.decay = decay
@@ -186,4 +178,4 @@ class FixedDecoder(_ImageDecoder):
         return _decay_weights(self.T, self.decay, x_seq).view(self.T, 1, 1)
 
     def extra_repr(self) -> str:
-        return f"T={self.T}, decay={self.decay}, reduce={self.reduce}, step_mode=m"
+        return f"T={self.T}, decay={self.decay}, step_mode=m"
