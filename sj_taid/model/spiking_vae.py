@@ -168,7 +168,10 @@ class SpikingVAE(nn.Module):
         return image_seq
 
     def sum_losses(self, output: Tensor, image: Tensor, latent: Tensor) -> dict[str, Tensor]:
-        """``loss`` and its terms: the errors of images ``[N, C, H, W]``, and ``latent``."""
+        """``loss``, its terms, the errors of images ``[N, C, H, W]`` and ``latent``, and ``image``.
+
+        ``image`` is the reconstruction, ``output``, for further terms.
+        """
         terms = {"reconstruction": F.mse_loss(output, image), "latent": latent}
         if self.gradient_weight:
             height, width = (F.l1_loss(output.diff(dim=k), image.diff(dim=k)) for k in (2, 3))
@@ -177,7 +180,14 @@ class SpikingVAE(nn.Module):
             error = output - image
             chroma = error - error.mean(1, keepdim=True)
             terms["chroma"] = self.chroma_weight * chroma.square().mean()
-        return {"loss": torch.stack([*terms.values()]).sum(), **terms}
+        return {"loss": torch.stack([*terms.values()]).sum(), **terms, "image": output}
+
+    def freeze_latent(self) -> None:
+        """Freeze all but the decoder, in eval mode: an image keeps its latent, the prior fits."""
+        learns = (self.from_latent, self.decoder, self.to_image, self.image_decoder)
+        for child in self.children():
+            if child not in learns:
+                child.eval().requires_grad_(False)
 
     def sample(self, n: int) -> Tensor:
         """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior.

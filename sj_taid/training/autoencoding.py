@@ -15,7 +15,8 @@ from .task import Task
 class Autoencoding(Task):
     """Training by the model's own ``training_loss(image, progress)``.
 
-    Called with images, the model returns an object with ``image``, their reconstruction.
+    It gives ``loss`` and its terms, and may give ``image``, the reconstruction. Called with images,
+    the model returns an object with ``image``, too.
     """
 
     takes = ImageData
@@ -31,13 +32,18 @@ class Autoencoding(Task):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         image, _ = batch
-        epochs = max((self.trainer.max_epochs or 1) - 1, 1)
-        progress = min(self.current_epoch / epochs, 1.0)  # 0 in the first epoch, 1 in the last
-        losses = self.model.training_loss(image, progress)
+        losses = self.losses(image)
+        losses.pop("image", None)
         loss = losses.pop("loss")
         for name, part in losses.items():
             self.log_mean(f"train/{name}", part)
         return loss
+
+    def losses(self, image: Tensor) -> dict[str, Tensor]:
+        """``loss`` and what is logged next to it, for images ``[N, C, H, W]``."""
+        epochs = max((self.trainer.max_epochs or 1) - 1, 1)
+        progress = min(self.current_epoch / epochs, 1.0)  # 0 in the first epoch, 1 in the last
+        return self.model.training_loss(image, progress)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         self._log_reconstruction("val", batch)

@@ -17,8 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import ImageData
 from ..model import ESVAE
+from ..model.block import eval_mode
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
+from .critic import PatchCritic
 from .evaluation import Evaluator, seeded
 from .plot import draw_attention, draw_grid, draw_reconstructions
 
@@ -35,10 +37,17 @@ class Generation(Autoencoding):
         model, optimizer, lr_scale, scheduler: see :class:`~sj_taid.training.task.Task`.
         prior_lr_scale: ESVAE's learned prior learns at the optimizer's learning rate times this.
             None treats it as all other parameters.
+        critic: takes part in the last epochs, see :class:`~sj_taid.training.critic.PatchCritic`.
+            ESVAE's mixture is fitted when they start, if samples are drawn from it.
 
     Raises:
-        ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior.
+        ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior; a critic for
+            another model than ESVAE and FSVAE, for several processes, or with no step left in
+            which the generator hears it.
     """
+
+    #: a run that resumes may have a critic that its checkpoint has not
+    strict_loading = False
 
     model_attributes: tuple[str, ...] = ("training_loss", "sample")
     metric_names: tuple[str, ...] = (
@@ -54,9 +63,16 @@ class Generation(Autoencoding):
         lr_scale: float | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         prior_lr_scale: float | None = None,
+        critic: PatchCritic | None = None,
     ) -> None:
         super().__init__(model, optimizer, lr_scale, scheduler)
         self.prior_lr_scale = prior_lr_scale
+        self.critic = critic
+        if critic and not isinstance(model, SpikingVAE):
+            raise ValueError(
+                f"a critic is for ESVAE and FSVAE, but the model is {type(model).__name__}; leave "
+                "out critic=, or choose model=esvae"
+            )
         if prior_lr_scale is None:
             return
         if not isinstance(self.model, ESVAE):
@@ -69,11 +85,12 @@ class Generation(Autoencoding):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = super().parameter_groups()
+        prior = [] if self.prior_lr_scale is None else [*self.model.prior.parameters()]
+        apart = {*prior, *(self.critic.parameters() if self.critic else ())}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p not in apart]
         if self.prior_lr_scale is None:
             return groups
-        prior = [*self.model.prior.parameters()]
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p not in {*prior}]
         return [*groups, {"params": prior, "lr": self.learning_rate() * self.prior_lr_scale}]
 
     def measure_untrained(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, float]:
@@ -92,8 +109,59 @@ class Generation(Autoencoding):
         return {"fad_untrained": untrained["fad"]}
 
     def on_train_start(self) -> None:
-        if isinstance(self.model, ESVAE):
+        if self.critic:
+            self._check_critic(self.critic)
+        if isinstance(self.model, ESVAE) and self._critic_epoch() <= 0:
             self.model.mixture.clear()  # a resumed run's was fitted to an earlier encoder
+
+    def _check_critic(self, critic: PatchCritic) -> None:
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                "a critic learns in one process: add trainer.devices=1, or critic=null"
+            )
+        steps = int(self.trainer.num_training_batches) * critic.epochs
+        if critic.warmup >= steps:
+            raise ValueError(
+                f"critic.warmup={critic.warmup} steps leave none of the {steps} of the critic's "
+                f"{critic.epochs} epochs; give fewer, or more critic.epochs"
+            )
+
+    def _critic_epoch(self) -> int:
+        """The epoch since the critic takes part, from 0; below it does not."""
+        epochs = self.trainer.max_epochs or 1
+        return self.current_epoch - max(epochs - self.critic.epochs, 0) if self.critic else -1
+
+    def on_train_epoch_start(self) -> None:
+        epoch, model = self._critic_epoch(), self.model
+        if self.critic is None or epoch < 0:
+            return
+        if self.critic.trains == "decoder":
+            model.freeze_latent()
+        if epoch == 0:
+            self.critic.restart()
+        if getattr(model, "sample_from", None) == "mixture" and not model.mixture.fitted:
+            self.fit_prior(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def losses(self, image: Tensor) -> dict[str, Tensor]:
+        losses = super().losses(image)
+        if self.critic and self._critic_epoch() >= 0:
+            self._criticise(self.critic, losses, image)
+        return losses
+
+    def _criticise(self, critic: PatchCritic, losses: dict[str, Tensor], image: Tensor) -> None:
+        """Teach the critic by half reconstructions, half samples; what it says joins the losses."""
+        model, output = self.model, losses["image"]
+        half = len(image) // 2
+        with eval_mode(model):  # as samples are drawn, and they leave the norms alone
+            with torch.no_grad():
+                latent = model.sample_latent(half)
+            samples = model.decode(latent)
+        (gradient,) = torch.autograd.grad(losses["loss"], output, retain_graph=True)
+        with torch.autocast(self.device.type, enabled=False):
+            fake = torch.cat([output[half:], samples]).float()
+            losses["critic"] = critic.teach(image, fake.detach())
+            if critic.steps > critic.warmup:
+                losses["loss"] = losses["loss"] + critic.pull(fake, gradient.float())
 
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's mixture of Gaussians to the training images, not augmented."""

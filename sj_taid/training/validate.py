@@ -72,8 +72,12 @@ RULES: dict[str, Rule] = {
 }
 #: keys of a config next to its groups
 KEYS = {"cache_dir", "checkpoint", "compile", "objective", "pictures", "seed", "trust"}
-#: what only a classifier takes, by the choice that sets it
-FOR_CLASSIFIERS = {"loss": "loss=", "model.per_channel": "neuron=alif_channel"}
+#: what one task alone takes: the choice that sets it, the task, and what is in its config alone
+OF_ONE_TASK = {
+    "loss": ("loss=", "classification", "loss"),
+    "model.per_channel": ("neuron=alif_channel", "classification", "loss"),
+    "critic": ("critic=", "generation", "critic"),
+}
 
 
 def validate(cfg: DictConfig) -> None:
@@ -96,11 +100,10 @@ def validate(cfg: DictConfig) -> None:
             f"dataset={cfg.dataset.name} holds recordings, which only a classifier takes; "
             "add task=classification, or choose a data set of images"
         )
-    for key, choice in FOR_CLASSIFIERS.items():
-        if OmegaConf.select(cfg, key) and "loss" not in cfg.task:
+    for key, (choice, name, own) in OF_ONE_TASK.items():
+        if OmegaConf.select(cfg, key) and own not in cfg.task:
             raise ValueError(
-                f"{key}, which {choice} sets, is for a classifier; add task=classification, or "
-                "leave that choice out"
+                f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
             )
     objectives = [*task.objectives(), "epochs", "parameters", "training_seconds"]
     if cfg.objective not in objectives:
