@@ -207,14 +207,8 @@ def _check_parameter(name: str, parameter: Tensor, x_seq: Tensor) -> None:
 
 def _check_norm(norm: Norm, x_seq: Tensor) -> None:
     for name, tensor in norm._asdict().items():
-        if isinstance(tensor, Tensor) and (x_seq.dim() < 3 or tensor.shape != x_seq.shape[2:3]):
-            raise ValueError(
-                f"the norm's {name} has shape {list(tensor.shape)}, so one step of the input must "
-                f"be [N, {len(tensor)}, *], but it is {list(x_seq.shape[1:])}"
-            )
         if isinstance(tensor, Tensor):
-            shared = "; DataParallel's replicas share a fused norm: unfuse_norm(net) before it"
-            _check_device(f"the norm's {name}", tensor, x_seq, shared)
+            _check_parameter(f"the norm's {name}", tensor, x_seq)
     if norm.use_batch_statistics and 0 < x_seq.numel() <= x_seq.shape[2] and norm.group is None:
         raise ValueError(
             "a batch norm in training needs more than one value per channel, but the input is "
@@ -222,9 +216,9 @@ def _check_norm(norm: Norm, x_seq: Tensor) -> None:
         )
 
 
-def _check_device(name: str, tensor: Tensor, x_seq: Tensor, more: str = "") -> None:
+def _check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:
     if tensor.device != x_seq.device:
         raise ValueError(
             f"{name} is on {tensor.device} but the input on {x_seq.device}; "
-            f"move them to one device: net.to(device){more}"
+            "move them to one device: net.to(device)"
         )

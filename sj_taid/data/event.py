@@ -119,8 +119,9 @@ class EventData(Data):
             recordings = [path.relative_to(events) for path in events.rglob("*.npz")]
             lost = [str(path) for path in recordings if not (frames / path).is_file()]
             if failure or lost:
+                how = failure or "recordings that cannot be read"
                 raise RuntimeError(
-                    f"{self.name} in {self.root} cannot be made into frames ({failure!r}): replace "
+                    f"{self.name} in {self.root} cannot be made into frames ({how!r}): replace "
                     f"damaged files, of events_np {', '.join(lost[:3]) or 'none'}, and run again"
                 ) from failure
             if not events.is_symlink():
