@@ -3,15 +3,20 @@
 from .._extras import needs
 
 with needs("torchmetrics"):
+    from .efficientnet import EfficientNetLite0
     from .frechet import Features, FrechetDistance
-    from .frechet_autoencoder import FrechetAutoencoderDistance, PublishedFrechetAutoencoderDistance
+    from .frechet_autoencoder import AutoencoderCodes, PublishedFrechetAutoencoderDistance
     from .inception import Inception, InceptionScore
+    from .precision_recall import Precision, Recall
 
 __all__ = [
+    "AutoencoderCodes",
+    "EfficientNetLite0",
     "Features",
-    "FrechetAutoencoderDistance",
     "FrechetDistance",
     "Inception",
     "InceptionScore",
+    "Precision",
     "PublishedFrechetAutoencoderDistance",
+    "Recall",
 ]

@@ -45,7 +45,8 @@ class FrechetDistance(FrechetInceptionDistance):
               + \mathrm{tr}(\Sigma_r + \Sigma_g - 2 (\Sigma_r \Sigma_g)^{1/2})
 
     with mean and covariance of the features of real and generated images, in float64. Lower is
-    better. With :class:`~sj_taid.metric.Inception` it is FID.
+    better. With :class:`~sj_taid.metric.Inception` it is FID, with
+    :class:`~sj_taid.metric.AutoencoderCodes` FAD.
 
     A torchmetrics metric: states are sums, so results are right under DDP and independent of the
     batches. It draws no random numbers.
@@ -59,21 +60,6 @@ class FrechetDistance(FrechetInceptionDistance):
             a covariance.
 
     Source: Heusel et al. 2017, arXiv 1706.08500, equation 6.
-
-    >>> import torch
-    >>> class Pixels(Features):
-    ...     num_features, description = 4, "pixels"
-    ...
-    ...     def extract(self, images):
-    ...         return images.flatten(1)
-    >>> distance = FrechetDistance(Pixels())
-    >>> images = torch.rand(16, 1, 2, 2) - 0.5
-    >>> distance.update(images, real=True)
-    >>> distance.update(images + 0.5, real=False)  # four means differ by 0.5
-    >>> round(distance.compute().item(), 4)
-    1.0
-    >>> distance.protocol
-    'Frechet distance of 4 features of pixels, torchmetrics ...'
     """
 
     def __init__(self, features: Features, **kwargs: Any) -> None:

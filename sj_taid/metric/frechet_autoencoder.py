@@ -1,6 +1,7 @@
 """FAD: the Frechet distance between codes of a plain autoencoder, own or the papers'."""
 
 import hashlib
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,39 +14,14 @@ from ..model.autoencoder import Autoencoder
 from .frechet import Features, FrechetDistance
 
 
-class FrechetAutoencoderDistance(FrechetDistance):
-    r"""Frechet distance between generated and real images in an autoencoder's latent space.
+class AutoencoderCodes(Features):
+    """Latent codes of a trained :class:`~sj_taid.model.Autoencoder`, for our own FAD.
 
-    For grey images it is more honest than FID, whose features come from colour photographs. Values
+    For grey images they are more honest than Inception's features of colour photographs. Values
     compare only through the same autoencoder.
 
-    Args:
-        autoencoder: a trained :class:`~sj_taid.model.autoencoder.Autoencoder`; put in eval mode.
-        kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
-
-    Raises:
-        ValueError: images of another shape, not finite or beyond [-1, 1]; at ``compute``, too few
-            images for a covariance.
-
     Source: Kamata et al. 2022, arXiv 2110.00375, section 5.
-
-    >>> import torch
-    >>> fad = FrechetAutoencoderDistance(Autoencoder(1, 8, (4,), 2))
-    >>> images = torch.rand(16, 1, 8, 8)
-    >>> fad.update(images, real=True)
-    >>> fad.update(images, real=False)
-    >>> abs(fad.compute().item()) < 1e-4
-    True
-    >>> fad.protocol
-    "Frechet distance of 2 features of this project's own autoencoder (weights ...), ..."
     """
-
-    def __init__(self, autoencoder: Autoencoder, **kwargs: Any) -> None:
-        super().__init__(AutoencoderCodes(autoencoder), **kwargs)
-
-
-class AutoencoderCodes(Features):
-    """Latent codes of this project's :class:`~sj_taid.model.autoencoder.Autoencoder`."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
@@ -61,9 +37,9 @@ class AutoencoderCodes(Features):
 class PublishedFrechetAutoencoderDistance(FrechetDistance):
     r"""FAD as published: through the autoencoders and statistics of the FSVAE repository.
 
-    Values compare with the papers' tables, and never with those of
-    :class:`FrechetAutoencoderDistance`. In the papers' protocol batch norm takes the statistics of
-    each batch, so a value needs batches of 256 images, 20 of them.
+    Values compare with the papers' tables, and never with those of our own autoencoder. In the
+    papers' protocol batch norm takes the statistics of each batch, so a value needs batches of 256
+    images, 20 of them.
 
     Args:
         folder: holds ``<name>_64.pth`` and ``<name>_test_64.npz``, from the folders
@@ -71,6 +47,10 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
             https://github.com/kamata1729/FullySpikingVAE.
         name: ``"mnist"`` or ``"fashion"``; images are ``[N, 1, 32, 32]`` in [-1, 1].
         kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
+
+    Attributes:
+        codes: its network with the batch norm's statistics of the training, for
+            :class:`Precision`, which needs the features of each image by itself.
 
     Raises:
         FileNotFoundError: no such file.
@@ -88,7 +68,8 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
         remedy = "get it from https://github.com/kamata1729/FullySpikingVAE, folder metrics"
         try:
             path = weights
-            super().__init__(PublishedCodes(path), **kwargs)
+            super().__init__(PublishedCodes(path, by_batch=True), **kwargs)
+            self.codes = PublishedCodes(path, by_batch=False)
             path = statistics
             with np.load(path) as arrays:
                 mean, covariance = (torch.tensor(arrays[key]).double() for key in ("mu", "sigma"))
@@ -111,15 +92,18 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
 
 
 class PublishedCodes(Features):
-    """Codes of the papers' autoencoder, whose weights are in the file ``path``."""
+    """Codes of the papers' autoencoder, whose weights are in the file ``path``.
+
+    Batch norm takes the statistics of each batch, as in the papers, or those of the training.
+    """
 
     num_features = 64
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, by_batch: bool) -> None:
         super().__init__()
+        norm = partial(nn.BatchNorm2d, track_running_stats=not by_batch)
         blocks = (
-            # Without running statistics it takes those of the batch, whatever the mode.
-            (nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b, track_running_stats=False), nn.LeakyReLU())
+            (nn.Conv2d(a, b, 3, 2, 1), norm(b), nn.LeakyReLU())
             for a, b in pairwise((1, 32, 64, 128, 256))
         )
         self.encoder = nn.Sequential(*(nn.Sequential(*block) for block in blocks))

@@ -63,7 +63,7 @@ class Inception(Features):
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images ``[N, C, H, W]`` in [-1, 1] as Inception takes them: ``[N, 3, H, W]``, uint8.
+    """Images ``[N, C, H, W]`` in [-1, 1] as ``[N, 3, H, W]`` in uint8.
 
     >>> to_uint8(torch.tensor([-1.0, 0.0, 0.5, 1.0]).view(1, 1, 2, 2))[0, 2]
     tensor([[  0, 128],
@@ -71,7 +71,7 @@ def to_uint8(images: Tensor) -> Tensor:
     """
     if images.dim() != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"Inception takes images [N, C, H, W] with C = 1 or 3, but got {list(images.shape)}"
+            f"expected images [N, C, H, W] with C = 1 or 3, but got {list(images.shape)}"
         )
     scaled = (images.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).expand(-1, 3, -1, -1)
@@ -103,7 +103,8 @@ class InceptionScore(torchmetrics.Metric):
     part both agree.
 
     Args:
-        features: the network that turns images into features, :class:`~sj_taid.metric.Inception`.
+        features: the network that turns images into features, :class:`~sj_taid.metric.Inception`
+            or, for another score of the same formula, EfficientNetLite0.
         classifier: from features to logits, its ``classifier``.
         splits: number of parts.
         kwargs: those of ``torchmetrics.Metric``.
@@ -135,7 +136,8 @@ class InceptionScore(torchmetrics.Metric):
         classes = classifier.out_features
         self.needed = max(splits, classes)
         self.protocol = (
-            f"Inception score of {features.description}, mean of {splits} splits, "
+            f"Inception score's formula on {classes} classes of {features.description}, mean of "
+            f"{splits} splits, "
             f"torchmetrics {torchmetrics.__version__}"
         )
         zeros = torch.zeros(splits, classes, dtype=torch.float64)

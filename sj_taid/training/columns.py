@@ -48,16 +48,24 @@ METRICS = {
     "inception_score_published": Column("IS as published ↑", 1, 3),
     "fid": Column("FID ↓", 1, 2),
     "fid_published": Column("FID as published ↓", 1, 2),
+    "features": Column("Fréchet distance, EfficientNet-Lite0 ↓", 1, 2),
+    "features_score": Column("class-entropy score, EfficientNet-Lite0 ↑", 1, 3),
     "fad": Column("FAD, own autoencoder ↓", 1, 2),
     "fad_published": Column("FAD as published ↓", 1, 2),
+    "fad_published_median": Column("FAD as published, median of draws ↓", 1, 2),
     "validation_reconstruction": Column("validation reconstruction ↓", 1, 4),
     "validation_fad": Column("validation FAD, own autoencoder ↓", 1, 2),
 }
 # ESVAE is also measured with samples of the prior that it does not draw from by default.
 METRICS |= {
     f"{name}_{prior}": METRICS[name]._replace(title=f"{METRICS[name].title[:-2]}, {label} ↓")
-    for name in ("fad", "fad_published", "fid")
+    for name in ("fad", "fad_published", "fad_published_median", "fid", "features")
     for prior, label in {"learned": "learned prior", "mixture": "mixture"}.items()
+}
+METRICS |= {
+    f"{name}_{key}": Column(f"{key}, {METRICS[name].title[:-2]} ↑", 1, 2)
+    for name in ("fad", "fad_published", "fid", "features")
+    for key in ("precision", "recall")
 }
 #: What a run took.
 COSTS = {

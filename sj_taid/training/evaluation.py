@@ -3,11 +3,13 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import lightning as L
@@ -19,12 +21,17 @@ from torchmetrics.wrappers import FeatureShare
 
 from ..data import ImageData
 from ..metric import (
-    FrechetAutoencoderDistance,
+    AutoencoderCodes,
+    EfficientNetLite0,
+    Features,
     FrechetDistance,
     Inception,
     InceptionScore,
+    Precision,
     PublishedFrechetAutoencoderDistance,
+    Recall,
 )
+from ..metric.precision_recall import NEIGHBOURS
 from ..model import Autoencoder
 from .autoencoding import Autoencoding
 from .callbacks import ProgressBar
@@ -35,7 +42,8 @@ log = logging.getLogger(__name__)
 SAMPLES_AT_ONCE = 250
 #: names of the published autoencoders
 PUBLISHED = {"mnist": "mnist", "fashion_mnist": "fashion"}
-Tensors = dict[str, torch.Tensor]
+#: Of several processes the first alone measures: there is nothing to sum.
+ALONE = {"sync_on_compute": False}
 
 
 @contextmanager
@@ -60,8 +68,11 @@ class Evaluator:
         published_autoencoders: a folder, see
             :class:`~sj_taid.metric.PublishedFrechetAutoencoderDistance`: adds FAD as published, of
             20 batches of 256 samples, for MNIST and FashionMNIST at 32x32.
+        features: adds the Frechet distance through :class:`~sj_taid.metric.EfficientNetLite0`.
+        draws: number of draws of ``samples`` images each, whose FADs have a median and a range.
         cache_dir: folder of the trained autoencoder and of the statistics of test images.
-        seed: seed of the samples; the global random state is left alone.
+        seed: seed of the first draw, and each further one has the next; the global random state is
+            left alone.
         accelerator: Lightning's; all but ``"cpu"`` use a GPU where there is one.
     """
 
@@ -69,6 +80,8 @@ class Evaluator:
     autoencoder: Mapping[str, Any]
     inception_weights: str | Path | Literal[False] | None = None
     published_autoencoders: str | Path | Literal[False] | None = None
+    features: bool = False
+    draws: int = 3
     cache_dir: Path = Path("~/.cache/sj-taid")
     seed: int = 0
     accelerator: str = "auto"
@@ -79,10 +92,15 @@ class Evaluator:
     def evaluate_samples(
         self, model: Any, data: ImageData, only: str | None = None
     ) -> dict[str, Any]:
-        """``fad``, with weights ``fid``, ``inception_score`` and ``fad_published``, and protocols.
+        """Metrics of images that a model samples, and their protocols.
+
+        ``fad`` and, where they are asked for, ``fad_published``, ``fid`` and ``features`` are
+        Frechet distances, each with its ``_precision`` and ``_recall``; with the last two come
+        ``inception_score`` and ``features_score``. ``_median`` and ``_range`` of both FADs are
+        those of several draws, of which the first gives all other metrics.
 
         Args:
-            model: has ``sample(n)``; moved to the metrics' device.
+            model: a module that has ``sample(n)``; moved to the metrics' device.
             data: the test images to compare with.
             only: one of the metrics; what the others lack is an error all the same.
 
@@ -97,52 +115,57 @@ class Evaluator:
         device = torch.device("cuda" if gpu else "cpu")
         with seeded(self.seed):  # loading the test images draws numbers too
             metrics = self.prepare_metrics(data, device)
-            published = self._published_fad(data)
+            published = self._prepare_published(data, device)
         if only:
-            metrics = MetricCollection({only: metrics[only]})
+            metrics, published = MetricCollection({only: metrics[only]}), None
         starts = range(0, self.samples, SAMPLES_AT_ONCE)
         batches = [min(SAMPLES_AT_ONCE, self.samples - start) for start in starts]
-        passes = [(metrics, batches, data.describe_test_set())]
-        if published and not only:
-            collection = MetricCollection({"fad_published": published.to(device)})
-            batches = [published.batch_size] * published.batches
-            passes.append((collection, batches, "the published statistics of the test images"))
+        passes = [("fad", metrics, batches)]
+        if published:
+            fad: Any = published["fad_published"]
+            passes.append(("fad_published", published, [fad.batch_size] * fad.batches))
         model.to(device)
         values: dict[str, Any] = {}
         protocol = {}
-        for collection, batches, reference in passes:
-            with seeded(self.seed):
-                for n in track(batches, "Sampling, in batches", transient=True):
-                    collection.update(model.sample(n), real=False)
-            values |= {name: float(value) for name, value in collection.compute().items()}
+        for distance, collection, batches in passes:
+            values |= _measure(model, collection, batches, self.seed)
             for name, metric in collection.items():
                 protocol[name] = f"{metric.protocol}, {sum(batches)} samples"
-                protocol[name] += f" against {reference}" if _real_states(metric) else ""
+                if isinstance(metric, PublishedFrechetAutoencoderDistance):
+                    protocol[name] += " against the published statistics of the test images"
+                elif _real_states(metric):
+                    protocol[name] += f" against {data.describe_test_set()}"
+            if self.draws > 1 and not only:
+                alone = MetricCollection({distance: collection[distance]})
+                drawn = [values[distance]]
+                for draw in range(1, self.draws):
+                    alone.reset()
+                    drawn += _measure(model, alone, batches, self.seed + draw).values()
+                spread = {"median": median(drawn), "range": max(drawn) - min(drawn)}
+                values |= {f"{distance}_{name}": value for name, value in spread.items()}
+                how = f"{protocol[distance]}, of {self.draws} draws"
+                protocol |= {f"{distance}_{name}": how for name in spread}
         return values | {"protocol": protocol}
 
     def prepare_metrics(self, data: ImageData, device: torch.device) -> MetricCollection:
         """The metrics, already updated with the test images."""
-        test_images = len(data.test_set)
-        # Of several processes the first alone measures: there is nothing to sum.
-        alone = {"sync_on_compute": False}
-        self._check_enough("fad", self.autoencoder["latent_channels"] + 1, test_images)
-        metrics: dict[str, Metric | MetricCollection] = {}
+        groups = []
         if self.inception_weights:
-            network = Inception(self.inception_weights)
-            fid = FrechetDistance(network, **alone)
-            score = InceptionScore(network, network.classifier, **alone)
-            self._check_enough("fid", fid.needed, test_images)
-            self._check_enough("inception_score", score.needed)
-            # One pass through the network for both.
-            metrics |= FeatureShare({"fid": fid, "inception_score": score}).items()
-        metrics["fad"] = FrechetAutoencoderDistance(self._trained_autoencoder(data), **alone)
-        for metric in metrics.values():
-            metric.to(device)
-            if _real_states(metric):
-                self._update_with_test_images(metric, data)
+            groups.append(_group("fid", Inception(self.inception_weights), "inception_score"))
+        if self.features:
+            groups.append(_group("features", EfficientNetLite0(), "features_score"))
+        test_images = len(data.test_set)
+        for name, metric in chain(*(group.items() for group in groups)):
+            self._check_enough(name, metric.needed, test_images if _real_states(metric) else None)
+        needed = 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)
+        self._check_enough("fad", needed, test_images)
+        groups.append(_group("fad", AutoencoderCodes(self._trained_autoencoder(data))))
+        metrics: dict[str, Metric | MetricCollection] = {}
+        for group in groups:
+            metrics |= self._share_network(group, data, device).items()
         return MetricCollection(metrics, compute_groups=False)
 
-    def _published_fad(self, data: ImageData) -> PublishedFrechetAutoencoderDistance | None:
+    def _prepare_published(self, data: ImageData, device: torch.device) -> MetricCollection | None:
         if not self.published_autoencoders:
             return None
         name = PUBLISHED.get(str(data.name))
@@ -152,11 +175,14 @@ class Evaluator:
                 f"{data.name} at {data.image_size}x{data.image_size}; leave it out with "
                 "metric.published_autoencoders=false"
             )
-        folder = self.published_autoencoders
-        return PublishedFrechetAutoencoderDistance(folder, name, sync_on_compute=False)
+        fad = PublishedFrechetAutoencoderDistance(self.published_autoencoders, name, **ALONE)
+        neighbours = self._share_network(_neighbours("fad_published", fad.codes), data, device)
+        metrics: dict[str, Any] = {"fad_published": fad.to(device), **dict(neighbours.items())}
+        return MetricCollection(metrics, compute_groups=False)
 
     def _check_enough(self, name: str, needed: int, test_images: int | None = None) -> None:
-        out = "" if name == "fad" else ", or leave it out with metric.inception_weights=false"
+        option = "features" if name.startswith("features") else "inception_weights"
+        out = "" if name == "fad" else f", or leave it out with metric.{option}=false"
         counts = {"metric.samples": self.samples, "the number of test images": test_images}
         for what, count in counts.items():
             if count is not None and count < needed:
@@ -164,26 +190,37 @@ class Evaluator:
                     f"{name} needs at least {needed} images, but {what} is {count}; give more{out}"
                 )
 
-    def _update_with_test_images(self, metric: Any, data: ImageData) -> None:
-        def load(states: Tensors) -> None:
-            for name, state in _real_states(metric).items():
-                setattr(metric, name, states[name].to(state.device).view_as(state))
+    def _share_network(
+        self, group: dict[str, Any], data: ImageData, device: torch.device
+    ) -> FeatureShare:
+        """Metrics of one network, which runs once for all, updated with the test images."""
+        shared = FeatureShare(group).to(device)
+        comparing = {name: metric for name, metric in group.items() if _real_states(metric)}
 
-        def make() -> Tensors:
+        def load(states: dict[str, Any]) -> None:
+            for name, metric in comparing.items():
+                for key, value in states[name].items():
+                    setattr(metric, key, value)
+
+        def make() -> dict[str, Any]:
             batches = data.test_dataloader()
             for images, _ in track(batches, "Statistics of the test images", transient=True):
-                metric.update(images.to(metric.device), real=True)
-            return _real_states(metric)
+                moved = images.to(device)
+                for metric in comparing.values():
+                    metric.update(moved, real=True)
+            return {name: _real_states(metric) for name, metric in comparing.items()}
 
-        path = self._cached("statistics", data, metric.protocol, data.fingerprint())
+        protocols = (metric.protocol for metric in comparing.values())
+        path = self._cached("statistics", data, *protocols, data.fingerprint())
         load_or_make(path, load, make)
+        return shared.to(device)  # what was loaded too
 
     def _trained_autoencoder(self, data: ImageData) -> Autoencoder:
         settings = dict(self.autoencoder)
         widths = settings["hidden_channels"], settings["latent_channels"]
         untrained = partial(Autoencoder, data.channels, data.image_size, *widths)
 
-        def train() -> Tensors:
+        def train() -> dict[str, torch.Tensor]:
             train_data = data.without_augmentation()
             train_data.batch_size = settings["batch_size"]
             epochs = settings["epochs"]
@@ -210,6 +247,30 @@ class Evaluator:
         return self.cache_dir / f"{kind}-{data.name}-{digest}.pt"
 
 
+def _measure(
+    model: Any, metrics: MetricCollection, batches: Sequence[int], seed: int
+) -> dict[str, float]:
+    """The metrics of samples that are drawn from ``seed``."""
+    with seeded(seed):
+        for n in track(batches, "Sampling, in batches", transient=True):
+            metrics.update(model.sample(n), real=False)
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def _group(name: str, network: Any, score: str | None = None) -> dict[str, Any]:
+    """The metrics of a network's features; ``score`` names that of its classes, if it has any."""
+    distance = FrechetDistance(network, reset_real_features=False, **ALONE)
+    group = {name: distance, **_neighbours(name, network)}
+    if score:
+        group[score] = InceptionScore(network, network.classifier, **ALONE)
+    return group
+
+
+def _neighbours(name: str, network: Features) -> dict[str, Any]:
+    kinds = {"precision": Precision, "recall": Recall}
+    return {f"{name}_{key}": kind(network, **ALONE) for key, kind in kinds.items()}
+
+
 def bare_trainer(accelerator: str, bar: bool = False, **options: Any) -> L.Trainer:
     """Lightning's trainer on one device, without logs and checkpoints."""
     return L.Trainer(
@@ -224,7 +285,9 @@ def bare_trainer(accelerator: str, bar: bool = False, **options: Any) -> L.Train
     )
 
 
-def load_or_make(path: Path, load: Callable[[Tensors], Any], make: Callable[[], Tensors]) -> None:
+def load_or_make(
+    path: Path, load: Callable[[dict[str, Any]], Any], make: Callable[[], dict[str, Any]]
+) -> None:
     """Load what is cached at ``path``, or make and cache it, in one of several processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -240,6 +303,6 @@ def load_or_make(path: Path, load: Callable[[Tensors], Any], make: Callable[[], 
     load(made)
 
 
-def _real_states(metric: Any) -> Tensors:
+def _real_states(metric: Any) -> dict[str, Any]:
     """What a metric has accumulated of real images."""
     return {k: state for k, state in metric.metric_state.items() if k.startswith("real_")}

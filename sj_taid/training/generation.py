@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..data import ImageData
 from ..model import ESVAE
 from ..model.block import eval_mode
+from ..model.rate import spikes_from_rate
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .critic import PatchCritic
@@ -26,8 +28,8 @@ from .plot import draw_attention, draw_grid, draw_reconstructions
 
 #: ESVAE's priors, from which samples are drawn
 PRIORS = ("learned", "mixture")
-#: metrics of samples
-OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score")
+#: metrics of samples; those that belong to them start with the same words
+OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "features")
 
 
 class Generation(Autoencoding):
@@ -175,15 +177,19 @@ class Generation(Autoencoding):
         metrics["protocol"] |= super().evaluate(data, evaluator)["protocol"]
         if data.validation_set is not None:
             validation = data.test_on_validation()
-            validated = _only_fad(evaluator).evaluate_samples(self.model, validation)
+            validated = _only_fad(evaluator).evaluate_samples(self.model, validation, only="fad")
             metrics["validation_fad"] = validated["fad"]
             metrics["protocol"]["validation_fad"] = validated["protocol"]["fad"]
         for prior in self._other_priors():
             with self.model.draw_from(prior):
                 others = evaluator.evaluate_samples(self.model, data)
-            for name, how in others.pop("protocol").items():
-                metrics[f"{name}_{prior}"] = others[name]
-                metrics["protocol"][f"{name}_{prior}"] = f"{how}, drawn from the prior {prior}"
+            _add(metrics, others, prior, f"drawn from the prior {prior}")
+        once = replace(evaluator, draws=1)
+        floor = once.evaluate_samples(TrainingImages(data), data)
+        _add(metrics, floor, "floor", "which are training images")
+        if isinstance(self.model, ESVAE):
+            perfect = once.evaluate_samples(PerfectPrior(data, self.model), data)
+            _add(metrics, perfect, "perfect", "decoded from the rates of training images")
         return metrics
 
     def _other_priors(self) -> list[str]:
@@ -197,6 +203,7 @@ class Generation(Autoencoding):
         before = metrics.get("fad_untrained")
         titles = {
             "fad_published": "FAD as published",
+            "features": "Fréchet distance, EfficientNet-Lite0",
             "fid": "FID of the samples",
             "inception_score": "Their Inception score",
         }
@@ -218,6 +225,41 @@ class Generation(Autoencoding):
             draw_attention(decoder.attention(sequence), folder / "attention.png")
 
 
+class TrainingImages(nn.Module):
+    """Stands in for a model: its samples are training images, none twice while they last."""
+
+    def __init__(self, data: ImageData) -> None:
+        super().__init__()
+        self.loader: Any = data.train_samples()
+        generator = torch.Generator().manual_seed(0)
+        self.order = cycle(torch.randperm(len(data.train_set), generator=generator).tolist())
+
+    def sample(self, n: int) -> Tensor:
+        batch = self.loader.dataset.__getitems__([*islice(self.order, n)])
+        return self.loader.collate_fn(batch)[0]
+
+
+class PerfectPrior(TrainingImages):
+    """ESVAE with the rates of training images in the place of a prior's."""
+
+    def __init__(self, data: ImageData, model: ESVAE) -> None:
+        super().__init__(data)
+        self.model = model
+
+    def sample(self, n: int) -> Tensor:
+        model = self.model
+        images = super().sample(n).to(next(self.parameters()).device)
+        with eval_mode(model), torch.no_grad():
+            return model.decode(spikes_from_rate(model.rate(images), model.T))
+
+
+def _add(metrics: dict[str, Any], others: dict[str, Any], ending: str, what: str) -> None:
+    """Add the metrics of other samples under names with an ending."""
+    for name, how in others["protocol"].items():
+        metrics[f"{name}_{ending}"] = others[name]
+        metrics["protocol"][f"{name}_{ending}"] = f"{how}, {what}"
+
+
 def _only_fad(evaluator: Evaluator) -> Evaluator:
     """Leave out the metrics for which validation images may be too few."""
-    return replace(evaluator, inception_weights=None, published_autoencoders=None)
+    return replace(evaluator, inception_weights=None, published_autoencoders=None, features=False)

@@ -7,7 +7,7 @@ from scipy import linalg
 from torch import nn
 
 from sj_taid.metric import (
-    FrechetAutoencoderDistance,
+    AutoencoderCodes,
     FrechetDistance,
     PublishedFrechetAutoencoderDistance,
 )
@@ -41,8 +41,8 @@ def test_frechet_distance_refuses_too_few_images():
         metric.compute()
 
 
-def test_frechet_autoencoder_distance_refuses_other_images_and_stays_in_eval_mode():
-    metric = FrechetAutoencoderDistance(Autoencoder(1, 8, (4,), 2)).train()
+def test_autoencoder_codes_refuse_other_images_and_stay_in_eval_mode():
+    metric = FrechetDistance(AutoencoderCodes(Autoencoder(1, 8, (4,), 2))).train()
     assert not metric.inception.autoencoder.training
     message = r"expects images \[N, 1, 8, 8\], but got \[5, 3, 8, 8\]"
     with pytest.raises(ValueError, match=message):

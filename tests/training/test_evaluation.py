@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sj_taid.data import Digits
-from sj_taid.metric import FrechetDistance
+from sj_taid.metric import AutoencoderCodes, FrechetDistance
+from sj_taid.model import Autoencoder
 from sj_taid.training import evaluation
 from sj_taid.training.evaluation import Evaluator, load_or_make
 from tests.data.made_up import cut, ready
@@ -87,11 +88,20 @@ def test_evaluate_samples_is_reproducible_and_leaves_the_random_state_alone(eval
     state = torch.random.get_rng_state()
     first = evaluator.evaluate_samples(model, data)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert set(first) == {"fad", "protocol"}
+    names = {"fad", "fad_precision", "fad_recall", "fad_median", "fad_range"}
+    assert set(first) == names | {"protocol"} and set(first["protocol"]) == names
     assert first["protocol"]["fad"].endswith("40 samples against 359 test images at 8x8")
+    assert first["protocol"]["fad_median"] == first["protocol"]["fad"] + ", of 3 draws"
     assert evaluator.evaluate_samples(model, data) == first
-    evaluator.seed = 6
-    assert evaluator.evaluate_samples(model, data)["fad"] != first["fad"]
+    evaluator.draws = 1
+    draws = []
+    for evaluator.seed in (0, 1, 2):
+        values = evaluator.evaluate_samples(model, data)
+        assert set(values) == {"fad", "fad_precision", "fad_recall", "protocol"}
+        draws.append(values["fad"])
+    assert draws[0] == first["fad"] and len({*draws}) == 3
+    assert first["fad_median"] == sorted(draws)[1]
+    assert first["fad_range"] == max(draws) - min(draws)
     evaluator.autoencoder["seed"] = 2  # the protocol names the autoencoder
     assert evaluator.evaluate_samples(model, data)["protocol"] != first["protocol"]
 
@@ -112,14 +122,32 @@ def test_evaluate_samples_checks_all_metrics_before_a_training(evaluator, monkey
         evaluator.evaluate_samples(Noise(), data, only="fad")
 
 
+def test_evaluate_samples_measures_features_in_one_pass(evaluator, monkeypatch):
+    network = Network("weights.pth")
+    monkeypatch.setattr(evaluation, "EfficientNetLite0", lambda: network)
+    evaluator.features, evaluator.draws, data = True, 1, digits()
+    values = evaluator.evaluate_samples(Noise(), data)
+    assert network.calls == len(data.test_dataloader()) + 1
+    assert values["features"] > 0 and 1 <= values["features_score"] <= 4
+    assert 0 <= values["features_recall"] <= values["features_precision"] <= 1
+    assert values["protocol"]["features_recall"].startswith("recall by 5 nearest neighbours in 4 ")
+    assert values["protocol"]["features_score"].endswith(", 40 samples")
+    assert evaluator.evaluate_samples(Noise(), data) == values  # the test images' were cached
+    assert network.calls == len(data.test_dataloader()) + 2
+    evaluator.samples = 4
+    with pytest.raises(ValueError, match=r"^features needs at least 5 .*metric\.features=false$"):
+        evaluator.evaluate_samples(Noise(), data)
+
+
 def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, tmp_path):
     class Published(FrechetDistance):
         batch_size, batches = 256, 1
 
         def __init__(self, folder, name, **options):
             assert (folder, name) == (tmp_path, "fashion")
-            super().__init__(Network("weights.pth"), **options)
+            super().__init__(Network("weights.pth"), reset_real_features=False, **options)
             self.update(torch.rand(9, 1, 32, 32), real=True)
+            self.codes = AutoencoderCodes(Autoencoder(1, 32, (4,), 2))
 
         def update(self, images, real):
             assert real or len(images) == self.batch_size
@@ -130,6 +158,9 @@ def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, 
     data = digits(name="fashion_mnist", image_size=32, limit=40)
     values = evaluator.evaluate_samples(Noise(32), data)
     assert values["fad_published"] > 0 and values["fad"] > 0
+    assert values["fad_published_median"] > 0 and values["fad_published_range"] > 0
+    assert values["fad_published_precision"] >= 0 and values["fad_published_recall"] >= 0
+    assert "256 samples against 40 test images" in values["protocol"]["fad_published_recall"]
     assert values["protocol"]["fad_published"].endswith(
         "256 samples against the published statistics of the test images"
     )

@@ -1,0 +1,107 @@
+"""Precision and recall of generated images: fidelity and variety, each by itself."""
+
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
+
+from .frechet import Features
+
+NEIGHBOURS = 5
+ROWS_AT_ONCE = 1000  # of a matrix of distances
+
+
+class Precision(torchmetrics.Metric):
+    r"""How many of the generated images are like real ones.
+
+    .. math::
+        \mathrm{precision} = \frac{1}{n} \big|\{g : |f(g) - f(r)| \le d_k(r)
+        \text{ for some real } r\}\big|
+
+    with features :math:`f`, :math:`n` generated images :math:`g`, and the distance :math:`d_k(r)`
+    of r to the k-th nearest of the other real images. From 0 to 1, higher is better.
+
+    It varies with the number of images, so there are as many of each kind: of the larger set, some
+    are drawn at random, always the same.
+
+    Args:
+        features: the network that turns images into features, each image by itself.
+        k: the neighbour whose distance counts.
+        kwargs: those of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, no more than k
+            images of a kind.
+
+    Source: Kynkäänniemi et al. 2019, arXiv 1904.06991.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    feature_network = "features"
+    real_features: list[Tensor]
+    fake_features: list[Tensor]
+
+    def __init__(self, features: Features, k: int = NEIGHBOURS, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.features = features
+        self.k = k
+        self.needed = k + 1
+        self.protocol = (
+            f"{type(self).__name__.lower()} by {k} nearest neighbours in {features.num_features} "
+            f"features of {features.description}"
+        )
+        self.add_state("real_features", [], dist_reduce_fx="cat")
+        self.add_state("fake_features", [], dist_reduce_fx="cat")
+
+    def update(self, imgs: Tensor, real: bool) -> None:
+        """Add images ``[N, C, H, W]`` in [-1, 1]."""
+        (self.real_features if real else self.fake_features).append(self.features(imgs))
+
+    def compute(self) -> Tensor:
+        """The precision of all images so far."""
+        real, generated = self._equal_sets()
+        return share_near(generated, real, self.k)
+
+    def _equal_sets(self) -> list[Tensor]:
+        """The features of as many real as generated images."""
+        sets = {"real": self.real_features, "generated": self.fake_features}
+        counts = {kind: sum(map(len, parts)) for kind, parts in sets.items()}
+        for kind, count in counts.items():
+            if count < self.needed:
+                raise ValueError(
+                    f"precision and recall by {self.k} nearest neighbours need at least "
+                    f"{self.needed} images of each kind, but got {count} {kind} ones; add images"
+                )
+        n, generator = min(counts.values()), torch.Generator().manual_seed(0)
+        drawn = [torch.randperm(count, generator=generator)[:n] for count in counts.values()]
+        return [dim_zero_cat(sets[kind])[i] for kind, i in zip(sets, drawn, strict=True)]
+
+
+class Recall(Precision):
+    r"""How many of the real images are like generated ones: variety.
+
+    It is :class:`Precision` with real and generated images swapped.
+    """
+
+    def compute(self) -> Tensor:
+        """The recall of all images so far."""
+        real, generated = self._equal_sets()
+        return share_near(real, generated, self.k)
+
+
+def share_near(points: Tensor, others: Tensor, k: int) -> Tensor:
+    """The share of ``points`` ``[n, d]`` that are as near to one of ``others`` as its k-th is.
+
+    >>> others = torch.tensor([[0.0], [1.0], [3.0], [9.0]])  # whose second neighbours are
+    >>> points = torch.tensor([[-4.0], [-3.0], [1.0], [18.0]])  # 3, 2, 3 and 8 away
+    >>> share_near(points, others, k=2)
+    tensor(0.5000)
+    """
+    chunks = (torch.cdist(part, others) for part in others.split(ROWS_AT_ONCE))
+    radii = torch.cat([distances.kthvalue(k + 1).values for distances in chunks])  # 1st is itself
+    chunks = (torch.cdist(part, others) for part in points.split(ROWS_AT_ONCE))
+    return torch.cat([(distances <= radii).any(1) for distances in chunks]).float().mean()
