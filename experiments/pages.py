@@ -79,7 +79,7 @@ def fill(page: Path) -> str:
 # ---- runs ----
 
 
-def only_choosing(runs: Sequence[Metrics], *keys: str) -> list[Metrics]:
+def select_runs(runs: Sequence[Metrics], *keys: str) -> list[Metrics]:
     """The runs with no choice on the command line beyond ``keys``, the experiment and the seed."""
     return [run for run in runs if overrides(run).keys() <= {"experiment", "seed", *keys}]
 
@@ -127,7 +127,7 @@ def generators() -> pd.DataFrame:
     table = table.assign(epochs=epochs.map("{:g}".format)).fillna({"epochs": "not reported"})
     for model, priors in PRIORS.items():
         ours = chain(*(load_runs(f"{name}_{model.lower()}_sharp") for name in DATASETS))
-        runs = frame(only_choosing([*ours], "decoder", "neuron"))[0]
+        runs = frame(select_runs([*ours], "decoder", "neuron"))[0]
         for (neuron, decoder), group in runs.groupby(["neuron", "decoder"]):
             counts = "/".join(map(str, sorted(group["epochs"].unique())))
             for prior, metric in priors.items():
@@ -152,27 +152,26 @@ def decoders() -> pd.DataFrame:
     small = ["digits_small_cpu", "mnist_small_cpu"]
     budgets = ("esvae_cpu", "esvae_sharp", "fsvae_sharp")
     names = [f"{dataset}_{budget}" for budget in budgets for dataset in ("mnist", "fashion_mnist")]
-    rows = []
+    tables = []
     for experiment in small + names:
-        runs = frame(only_choosing(load_runs(experiment), "decoder", "neuron"))[0]
+        runs = frame(select_runs(load_runs(experiment), "decoder", "neuron"))[0]
         # A neuron that was not run with every decoder would count for some of them alone.
         counts = runs.groupby("neuron")["decoder"].transform("nunique")
         groups = runs[counts == runs["decoder"].nunique()].groupby("decoder")
         metric = "fad_published" if "fad_published" in runs else "fad"
         mean = groups[["reconstruction", metric]].mean()
-        change = 100 * (mean / mean.loc["fixed"] - 1)
-        rows += [
-            {
-                "experiment": f"`{experiment}`",
-                "decoder": f"`{decoder}`",
-                "reconstruction, %": f"{values['reconstruction']:+.1f}",
-                "FAD, %": f"{values[metric]:+.1f}",
-                "FAD through": "own autoencoder" if metric == "fad" else "the papers' autoencoder",
-                "runs": str(groups.size()[decoder]),
-            }
-            for decoder, values in change.drop("fixed").iterrows()
-        ]
-    return pd.DataFrame(rows)
+        change = (100 * (mean / mean.loc["fixed"] - 1)).drop("fixed").map("{:+.1f}".format)
+        change["FAD through"] = "own autoencoder" if metric == "fad" else "the papers' autoencoder"
+        table = (
+            change.assign(runs=groups.size()[change.index].astype(str))
+            .rename_axis("decoder")
+            .reset_index()
+        )
+        table = table.rename(columns={"reconstruction": "reconstruction, %", metric: "FAD, %"})
+        table["decoder"] = table["decoder"].map("`{}`".format)
+        table.insert(0, "experiment", f"`{experiment}`")
+        tables.append(table)
+    return pd.concat(tables)
 
 
 def classifiers() -> pd.DataFrame:
