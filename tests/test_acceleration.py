@@ -308,6 +308,40 @@ def test_accelerated_net_inside(name):
     assert_close(got[outputs_and_gradients], expected[outputs_and_gradients])
 
 
+class Block(nn.Sequential):
+    """What memopt recomputes."""
+
+
+@pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 has no memopt")
+@pytest.mark.parametrize(("level", "fused"), [(1, 2), (3, 0)])  # 3 cuts norms from neurons
+def test_accelerate_after_memopt(level, fused, monkeypatch):
+    from spikingjelly.activation_based import memopt
+    from spikingjelly.activation_based.memopt import pipeline
+
+    peaks = iter(range(99, 0, -1))  # a GPU's, so that all is split that can be
+    monkeypatch.setattr(pipeline, "_measure_peak", lambda *_: next(peaks))
+    whole, x_seq = make_net(), images()
+    expected = train(whole, x_seq)
+    net = make_net()
+    net = nn.Sequential(*(Block(*net[i:j]) for i, j in ((0, 3), (3, 5), (5, 9), (9, 11))))
+
+    def optimize_memory(net):
+        memopt.optimize_memory(
+            net,
+            Block,
+            lambda net: net(x_seq),
+            level=level,
+            split_fn=lambda module: tuple(module.children()),
+            can_chunk=lambda module: isinstance(module, neuron.BaseNode),
+        )
+
+    with accelerate(net), pytest.raises(RuntimeError, match=r"optimize_memory.*come first"):
+        optimize_memory(net)
+    optimize_memory(net)
+    assert sum(row.done.startswith("fused into") for row in accelerate(net).rows) == fused
+    assert_close(train(net, x_seq), expected)
+
+
 def test_accelerated_net_under_autocast():
     net, x_seq = make_net(), images()
     accelerate(net)

@@ -30,6 +30,7 @@ import pandas as pd
 import torch
 from common import DTYPES, conditions, interleave, parser, write_csv
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
 from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spikformer
 from spikingjelly.activation_based.model.spiking_vgg import spiking_vgg11_bn
@@ -232,19 +233,23 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Draw peak bytes against time, a panel for each net and a line for each system."""
+    """Draw bytes against time, a panel for each net and a line over T for each system."""
     table = table[(table["dtype"] == "float32") & (table["neuron"] == RIVAL.neuron)]
-    figure = Figure((9.0, 7.0), layout="constrained")
+    table = table.assign(ms_per_sample=table["median_ms"] / table["batch"]).sort_values("T")
+    figure = Figure((9.0, 7.5), layout="constrained")
     axes = figure.subplots(2, 2).flat
-    for axis, (name, rows) in zip(axes, table.groupby("net", sort=False), strict=False):
-        for system, line in rows.sort_values("T").groupby("system", sort=False):
-            axis.loglog(line["median_ms"], line["peak_mb"], "o-", markersize=4, label=system)
-            for _, row in line.iterrows():
-                place = (row["median_ms"], row["peak_mb"])
-                axis.annotate(row["T"], place, (4, -9), textcoords="offset points", fontsize=7)
-        axis.set(title=name, xlabel="ms per training step", ylabel="peak, MB")
-        axis.grid(which="both", alpha=0.2)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    for axis, (name, rows) in zip(axes, table.groupby("net"), strict=False):
+        for system, line in rows.groupby("system", sort=False):
+            points = line[["ms_per_sample", "mb_per_sample"]].to_numpy()
+            axis.loglog(*points.T, "o-", markersize=4, label=system)
+            for T, point in zip(line["T"], points, strict=True):
+                axis.annotate(T, point, (4, -9), textcoords="offset points", fontsize=7)
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter(LogFormatter())
+            scale.set_minor_formatter(LogFormatter())
+        axis.set(title=name, xlabel="ms per sample", ylabel="peak per sample, MB")
+        axis.margins(0.1)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save(figure, path)
 
 
