@@ -137,14 +137,10 @@ def test_create_model_from_the_hub(folder, monkeypatch):
     assert sorted(options["allow_patterns"]) == files
     create_model("hf://me/net")
     assert "model.safetensors" not in calls[-1][1]["allow_patterns"]
-    (folder / "model.safetensors").write_bytes(b"half")
-    remedy = "; download it again: hf download me/net --force-download --revision v1$"
-    with pytest.raises(ValueError, match=remedy):
-        create_model("hf://me/net@v1", pretrained=True)
 
 
 def test_damaged_weights_and_those_of_another_model(folder):
-    remedy = "copy the folder again, or export its run again"
+    remedy = "copy or export it again, or hf download OWNER/NAME --force-download"
     change_model(folder, hidden=7)
     with pytest.raises(ValueError, match=rf"config\.json: .*size mismatch.*; {remedy}") as raised:
         create_model(folder, pretrained=True)
@@ -157,7 +153,7 @@ def test_damaged_weights_and_those_of_another_model(folder):
     with pytest.raises(ValueError, match=rf"does not fit config\.json: .*eader.*; {remedy}"):
         create_model(folder, pretrained=True)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no .*model\.safetensors; sj-taid export"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         create_model(folder, pretrained=True)
 
 
@@ -165,14 +161,14 @@ def test_damaged_weights_and_those_of_another_model(folder):
     ("text", "message"),
     [
         ("", "is no JSON"),
-        ("[]", "expected a dict as its 'model', but got None"),
-        ('{"model": "FSVAE"}', "expected a dict as its 'model', but got 'FSVAE'"),
-        ('{"model": {}, "sha256": 11}', "expected a str as its 'sha256', but got 11"),
+        ("[]", "has no 'model', a dict"),
+        ('{"model": "FSVAE"}', "has no 'model', a dict"),
+        ('{"model": {}, "sha256": 11}', "has no 'sha256', a str"),
     ],
 )
 def test_damaged_config(folder, text, message):
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"config\.json .*{message}.*; copy the folder again"):
+    with pytest.raises(ValueError, match=rf"config\.json .*{message}.*; copy or export it again"):
         create_model(folder)
 
 
@@ -186,7 +182,7 @@ def test_config_calls_nothing_but_models_and_neurons(folder, target, part):
         change(folder, model=call)
     else:
         change_model(folder, neuron=call)
-    said = rf"config\.json does not describe .*: the config names {target!r}: .* anything; the card"
+    said = rf"config\.json does not describe .*: the config names {target!r}: .* anything; its"
     with pytest.raises(ValueError, match=said):
         create_model(folder)
 
@@ -197,7 +193,7 @@ def test_config_calls_nothing_but_models_and_neurons(folder, target, part):
 )
 def test_config_of_another_version(folder, changed):
     change_model(folder, **changed)
-    said = r"config\.json does not describe a model of this version of sj-taid: .*; the card, "
+    said = r"config\.json does not describe a model of this version of sj-taid: .*; its metrics "
     with pytest.raises(ValueError, match=said) as raised:
         create_model(folder)
     assert "\n" not in str(raised.value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import reprlib
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,6 +23,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 HUB = "hf://"
+REMEDY = "copy or export it again, or hf download OWNER/NAME --force-download"
 
 
 def list_models() -> list[str]:
@@ -55,11 +55,11 @@ def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
     >>> model.sample(4).shape
     torch.Size([4, 1, 16, 16])
     """
-    folder, remedy = _locate(source, pretrained)
-    config = _read_config(folder, remedy)
+    folder = _locate(source, pretrained)
+    config = _read_config(folder / CONFIG)
     model = build(config["model"])
     if pretrained:
-        _load_weights(model, folder / WEIGHTS, config, remedy)
+        _load_weights(model, folder / WEIGHTS, config)
     return model.eval()
 
 
@@ -77,7 +77,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
     >>> sorted(read_config("fsvae_digits_taid"))
     ['metrics', 'model', 'sha256']
     """
-    return _read_config(*_locate(source, pretrained=False))
+    return _read_config(_locate(source, pretrained=False) / CONFIG)
 
 
 def build(config: dict[str, Any]) -> nn.Module:
@@ -88,72 +88,59 @@ def build(config: dict[str, Any]) -> nn.Module:
             raise ValueError(f"it is a {type(model).__name__}")
     except ValueError as error:
         raise ValueError(
-            f"{CONFIG} does not describe a model of this version of sj-taid: {error}; the card, "
-            f"{CARD}, names the version that it is of"
+            f"{CONFIG} does not describe a model of this version of sj-taid: {error}; its metrics "
+            "name the version that it is of"
         ) from error
     # The memory layout that runs are trained in: another one rounds otherwise.
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _locate(source: str | Path, pretrained: bool) -> tuple[Path, str]:
-    """The model's folder, downloaded if need be, and the remedy if something in it is damaged."""
+def _locate(source: str | Path, pretrained: bool) -> Path:
+    """The model's folder, downloaded if need be."""
     source = str(source)
     if source in list_models():
-        return Path(__file__).parent / source, "reinstall sj-taid"
+        return Path(__file__).parent / source
     if source.startswith(HUB):
         with needs("huggingface_hub"):
             from huggingface_hub import snapshot_download
         repository, _, revision = source.removeprefix(HUB).partition("@")
         files = [CONFIG, CARD, *[WEIGHTS] * pretrained]
-        there = snapshot_download(repository, revision=revision or None, allow_patterns=files)
-        again = f"download it again: hf download {repository} --force-download"
-        return Path(there), f"{again} --revision {revision}" if revision else again
+        options = {"revision": revision or None, "allow_patterns": files}
+        return Path(snapshot_download(repository, **options))
     folder = Path(source).expanduser()
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"there is no model {source!r}; give one of {', '.join(list_models())}, a folder that "
             f"sj-taid export has written, or {HUB}OWNER/NAME"
         )
-    return folder, "copy the folder again, or export its run again"
+    return folder
 
 
-def _read_config(folder: Path, remedy: str) -> dict[str, Any]:
-    path = folder / CONFIG
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(_read(path, remedy))
+        config = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}; {remedy}") from error
+        raise ValueError(f"{path} is no JSON: {error}; {REMEDY}") from error
     for name, kind in {"model": dict, "sha256": str, "metrics": dict}.items():
-        value = config.get(name) if isinstance(config, dict) else None
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"{path} is not what sj-taid export writes: expected a {kind.__name__} as its "
-                f"{name!r}, but got {reprlib.repr(value)}; {remedy}"
-            )
+        if not (isinstance(config, dict) and isinstance(config.get(name), kind)):
+            raise ValueError(f"{path} has no {name!r}, a {kind.__name__}; {REMEDY}")
     return config
 
 
-def _load_weights(model: nn.Module, path: Path, config: dict[str, Any], remedy: str) -> None:
+def _load_weights(model: nn.Module, path: Path, config: dict[str, Any]) -> None:
     with needs("safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load
-    content = _read(path, remedy)
+    content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != config["sha256"]:
         raise ValueError(
             f"expected weights with the SHA-256 {config['sha256']}, as {CONFIG} states, but {path} "
-            f"has {digest}: they are damaged or of another model; {remedy}"
+            f"has {digest}: they are damaged or of another model; {REMEDY}"
         )
     try:
         model.load_state_dict(load(content))
         set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
     except (RuntimeError, ValueError, AttributeError, SafetensorError) as error:
         said = shorten(str(error), 300)  # torch names every key
-        raise ValueError(f"{path} does not fit {CONFIG}: {said}; {remedy}") from error
-
-
-def _read(path: Path, remedy: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no {path}; sj-taid export writes it: {remedy}") from error
+        raise ValueError(f"{path} does not fit {CONFIG}: {said}; {REMEDY}") from error
