@@ -24,6 +24,7 @@ from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .critic import PatchCritic
 from .evaluation import Evaluator, seeded
+from .feature_loss import FeatureLoss
 from .plot import draw_attention, draw_grid, draw_reconstructions
 
 #: ESVAE's priors, from which samples are drawn
@@ -41,6 +42,7 @@ class Generation(Autoencoding):
             None treats it as all other parameters.
         critic: takes part in the last epochs, see :class:`~sj_taid.training.critic.PatchCritic`.
             ESVAE's mixture is fitted when they start, if samples are drawn from it.
+        feature_loss: joins the losses, see :class:`~sj_taid.training.feature_loss.FeatureLoss`.
 
     Raises:
         ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior; a critic for
@@ -48,7 +50,7 @@ class Generation(Autoencoding):
             which the generator hears it.
     """
 
-    #: a run that resumes may have a critic that its checkpoint has not
+    #: a run that resumes may have a critic, which its checkpoint then has not
     strict_loading = False
 
     model_attributes: tuple[str, ...] = ("training_loss", "sample")
@@ -66,10 +68,12 @@ class Generation(Autoencoding):
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         prior_lr_scale: float | None = None,
         critic: PatchCritic | None = None,
+        feature_loss: FeatureLoss | None = None,
     ) -> None:
         super().__init__(model, optimizer, lr_scale, scheduler)
         self.prior_lr_scale = prior_lr_scale
         self.critic = critic
+        self.feature_loss = feature_loss
         if critic and not isinstance(model, SpikingVAE):
             raise ValueError(
                 f"a critic is for ESVAE and FSVAE, but the model is {type(model).__name__}; leave "
@@ -88,9 +92,9 @@ class Generation(Autoencoding):
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = super().parameter_groups()
         prior = [] if self.prior_lr_scale is None else [*self.model.prior.parameters()]
-        apart = {*prior, *(self.critic.parameters() if self.critic else ())}
+        together = {*self.model.parameters()} - {*prior}
         for group in groups:
-            group["params"] = [p for p in group["params"] if p not in apart]
+            group["params"] = [p for p in group["params"] if p in together]
         if self.prior_lr_scale is None:
             return groups
         return [*groups, {"params": prior, "lr": self.learning_rate() * self.prior_lr_scale}]
@@ -101,6 +105,8 @@ class Generation(Autoencoding):
                 "task=generation measures its samples, but there is no metric; choose one of "
                 "conf/metric, or task=autoencoding, which draws no samples"
             )
+        if self.feature_loss:
+            self.feature_loss.prepare(data, evaluator.cache_dir)
         if data.validation_set is not None:  # now, for errors before the training
             with seeded(evaluator.seed):
                 validation = data.test_on_validation()
@@ -146,6 +152,9 @@ class Generation(Autoencoding):
 
     def losses(self, image: Tensor) -> dict[str, Tensor]:
         losses = super().losses(image)
+        if self.feature_loss:
+            losses["features"] = self.feature_loss(losses["image"], image)
+            losses["loss"] = losses["loss"] + losses["features"]
         if self.critic and self._critic_epoch() >= 0:
             self._criticise(self.critic, losses, image)
         return losses

@@ -77,6 +77,7 @@ OF_ONE_TASK = {
     "loss": ("loss=", "classification", "loss"),
     "model.per_channel": ("neuron=alif_channel", "classification", "loss"),
     "critic": ("critic=", "generation", "critic"),
+    "feature_loss": ("feature_loss=", "generation", "feature_loss"),
 }
 
 
