@@ -104,12 +104,13 @@ class _Tracing:
                 maker = makers.get(made)
                 if maker:
                     alone = node.args == (read,) and not node.kwargs
-                    note = f"a function, {node.name}, reads its output"
+                    note = f"a function, {_name(node)}, reads its output"
                     self.reads[maker].append(reader if reader and alone else note)
                     if made is not read:
                         self.unfolded.add(maker)
                 if reader:
-                    self.makes[reader].append(maker or f"a function, {made.name}, makes its input")
+                    note = f"a function, {_name(made)}, makes its input"
+                    self.makes[reader].append(maker or note)
         return called.values()
 
     def resolve(
@@ -172,6 +173,10 @@ class _Tracing:
 def _unfolds(node: fx.Node) -> bool:
     """Whether the node restores time, ``[T * N, *]`` to ``[T, N, *]``."""
     return (node.op, node.target, node.args[1:2]) == ("call_method", "unflatten", (0,))
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def _reads_shape(node: fx.Node) -> bool:

@@ -1,72 +1,21 @@
 """swap_neurons and to_lif: equal outputs on SpikingJelly's own nets, everything else kept."""
 
 import copy
-import importlib.util
 import math
 
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet
 from torch import nn
 
 from sj_taid import ALIFNode, _compat, swap_neurons, to_lif
+from tests.zoo import ZOO, build
 
 needs_2 = pytest.mark.skipif(
     not _compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no such module; 2.x does"
 )
 
-IMAGES = (2, 2, 3, 32, 32)
-
-
-def options(kind=neuron.LIFNode):
-    # A low threshold, so that spikes reach the last layer of an untrained net.
-    return {
-        "spiking_neuron": kind,
-        "surrogate_function": surrogate.ATan(),
-        "detach_reset": True,
-        "v_threshold": 0.3,
-    }
-
-
-def spikformer(kind):
-    from spikingjelly.activation_based.model.spikformer import Spikformer
-
-    return Spikformer(
-        T=2,
-        img_size_h=32,
-        img_size_w=32,
-        patch_size=4,
-        num_classes=10,
-        embed_dims=32,
-        num_heads=2,
-        depths=1,
-        **options(kind),
-    )
-
-
-# name -> (a function of the neuron's class, the shape of an input)
-ZOO = {
-    "sew_resnet": (
-        lambda kind: sew_resnet.SEWResNet(
-            sew_resnet.BasicBlock, [1, 1, 1, 1], num_classes=10, cnf="ADD", **options(kind)
-        ),
-        IMAGES,
-    ),
-    "parametric_lif_net": (
-        lambda kind: parametric_lif_net.MNISTNet(8, **options(kind)),
-        (2, 2, 1, 28, 28),
-    ),
-}
-if importlib.util.find_spec("spikingjelly.activation_based.model.spikformer"):
-    ZOO["spikformer"] = (spikformer, IMAGES)
-
-
-def build(name, kind):
-    make, shape = ZOO[name]
-    net = make(kind)
-    functional.set_step_mode(net, "m")
-    return net, torch.randn(shape)
+NETS = sorted({"sew_resnet", "mnist_net", "spikformer"}.intersection(ZOO))
 
 
 def run(net, x):
@@ -76,7 +25,7 @@ def run(net, x):
 
 
 @pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", NETS)
 def test_swap_zoo_net_has_equal_outputs_and_trains(name, kind):
     net, x = build(name, kind)
     before, before_eval = run(net, x).detach(), run(net.eval(), x).detach()
@@ -453,7 +402,7 @@ def test_alif_in_nir_export_names_to_lif(mode):
 def test_to_lif_lets_counters_and_energy_run():
     from spikingjelly.activation_based import op_counter
 
-    net, x = build("parametric_lif_net", neuron.LIFNode)
+    net, x = build("mnist_net", neuron.LIFNode)
     net.eval()
     before = copy.deepcopy(net)
     swap_neurons(net)

@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,13 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import sj_taid
 from sj_taid import ALIFNode
 from sj_taid._compat import FUNCTIONAL_STATES
-from tests.helpers import TOLERANCE, build_swapped, trained_norm
+from tests.helpers import TOLERANCE, trained_norm
 
-ZOO = {
-    "spiking_vgg11_bn": (spiking_vgg.spiking_vgg11_bn, {}, 8, 8),
-    "spiking_resnet18": (spiking_resnet.spiking_resnet18, {}, 9, 20),
-    "sew_resnet18": (sew_resnet.sew_resnet18, {"cnf": "ADD"}, 20, 20),
-}
 TDBN = pytest.param(
     layer.ThresholdDependentBatchNorm2d,
     marks=pytest.mark.skipif(
@@ -75,20 +69,6 @@ def assert_close(got, expected):
     for name, want in expected.items():
         bound = TOLERANCE[torch.float32]["value"] * max(1.0, float(want.abs().max()))
         assert (got[name] - want).abs().max() <= bound, name
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_fuse_norm_of_nets_of_the_zoo(name):
-    make, options, count, norms = ZOO[name]
-    net = build_swapped(make, v_threshold=0.1, **options)
-    other = copy.deepcopy(net)
-    report = sj_taid.fuse_norm(other)
-    assert (len(report.fused), len(report.rows)) == (count, norms)
-    x_seq = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert_close(gradients(other, x_seq), gradients(net, x_seq))
-    assert_close(state_of(other), state_of(net))
-    assert other.load_state_dict(net.state_dict()) and net.load_state_dict(other.state_dict())
-    assert_close(*({"eval": m.eval()(x_seq).detach()} for m in (other, net)))
 
 
 def test_fuse_norm_at_the_end_of_a_container():

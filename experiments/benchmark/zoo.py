@@ -1,0 +1,95 @@
+"""What ``accelerate`` fuses in the nets of SpikingJelly's zoo, and the bytes that it saves.
+
+    python experiments/benchmark/zoo.py
+
+writes ``zoo.csv``: of each net with LIF neurons, the norms that are fused and why others are not,
+and the bytes saved for backward before and after, counted once per storage, without parameters.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from common import conditions, parser, saved_bytes, write_csv
+from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based.model import (
+    masnn,
+    maxformer,
+    ms_resnet,
+    parametric_lif_net,
+    qkformer,
+    sew_resnet,
+    spike_driven_transformer,
+    spikformer,
+    spiking_resnet,
+)
+from spikingjelly.activation_based.model.spiking_vgg import spiking_vgg11_bn
+from torch import nn
+
+from sj_taid import accelerate
+
+#: How to make a net; those of spikformer_cifar10 and below are for 32 x 32 pixels.
+NETS: dict[str, Callable[..., nn.Module]] = {
+    "sew_resnet18": lambda **options: sew_resnet.sew_resnet18(cnf="ADD", **options),
+    "spiking_resnet18": spiking_resnet.spiking_resnet18,
+    "spiking_resnet50": spiking_resnet.spiking_resnet50,
+    "spiking_vgg11_bn": lambda **options: spiking_vgg11_bn(**options).features,
+    "CIFAR10Net": parametric_lif_net.CIFAR10Net,
+    "spikformer_cifar10": spikformer.spikformer_cifar10,
+    "qkformer_10_384": qkformer.qkformer_10_384,
+    "sdt_8_384": spike_driven_transformer.sdt_8_384,
+    "maxformer_cifar": maxformer.maxformer_cifar,
+    "ms_resnet18": ms_resnet.ms_resnet18,
+    "max_resnet18": ms_resnet.max_resnet18,
+    "att_ms_resnet18": masnn.att_ms_resnet18,
+}
+#: What the notes of a report mean for the table.
+REASONS = {"function": "added", "Pool": "pooled", "Attention": "attention", "modules": "read twice"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_parser = parser(__doc__)
+    add = options_parser.add_argument
+    add("--nets", nargs="+", choices=NETS, default=list(NETS))
+    add("--steps", type=int, default=4, metavar="T")
+    add("--size", type=int, default=32, help="height and width of an image")
+    options = options_parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    write_csv([measure(name, options) for name in options.nets], options.out / "zoo.csv")
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of a net."""
+    torch.manual_seed(0)
+    net = NETS[name](spiking_neuron=neuron.LIFNode, surrogate_function=surrogate.ATan())
+    functional.set_step_mode(net.to(options.device), "m")
+    shape = (options.steps, 2, 3, options.size, options.size)
+    x_seq = torch.rand(shape, device=options.device)
+    before = saved_bytes(net, x_seq)
+    functional.reset_net(net)
+    rows = accelerate(net).rows
+    norms = [row for row in rows if "Norm" in row.kind]
+    left = Counter(
+        reason
+        for row in norms
+        for part, reason in REASONS.items()
+        if not row.done and part in row.note
+    )
+    return {
+        "net": name,
+        "T": options.steps,
+        "shape": list(shape),
+        "neurons": len(rows) - len(norms),
+        "norms": len(norms),
+        "fused": sum(bool(row.done) for row in norms),
+        "left": ", ".join(f"{count} {reason}" for reason, count in left.items()),
+        "before_mb": before / 1e6,
+        "after_mb": saved_bytes(net, x_seq) / 1e6,
+        **conditions(options.device),
+    }
+
+
+if __name__ == "__main__":
+    main()
