@@ -286,6 +286,21 @@ def memory() -> pd.DataFrame:
     return table.loc[rows["neuron"].unique()].map("{:.2f}".format).reset_index()
 
 
+def zoo() -> pd.DataFrame:
+    """What is fused in the nets of the zoo, and the bytes saved for backward."""
+    rows = pd.read_csv(EPYC / "zoo.csv", keep_default_na=False)
+    columns = {
+        "net": rows["net"],
+        "neurons": rows["neurons"],
+        "norms fused": [f"{row.fused} of {row.norms}" for row in rows.itertuples()],
+        "the others are": rows["left"],
+        "MB before": rows["before_mb"].map("{:.3g}".format),
+        "after": rows["after_mb"].map("{:.3g}".format),
+        "ratio": (rows["after_mb"] / rows["before_mb"]).map("{:.2f}".format),
+    }
+    return pd.DataFrame(columns).astype(str)
+
+
 def norm() -> pd.DataFrame:
     """Milliseconds of norm and neuron and of three blocks with them, forward and backward."""
     rows = norms().dropna(subset="median_ms")
@@ -324,7 +339,7 @@ def esvae() -> pd.DataFrame:
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, fad, decoders, classifiers)},
     **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, recipes, papers)},
-    **{table.__name__: table for table in (models, memory, norm, neurons, esvae)},
+    **{table.__name__: table for table in (models, memory, zoo, norm, neurons, esvae)},
     "start_map": lambda: start_maps.count_good_starts(start_maps.load_start_map()),
     "runs": every_run,
 }

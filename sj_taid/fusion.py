@@ -148,13 +148,15 @@ def _why_not(norm: Any, reader: Any, folded: bool) -> str | None:
     if reader is None:
         return None
     if type(reader) not in KINDS:
-        return f"its reader is a {type(reader).__name__}, not an ALIFNode"
+        return f"its reader is a {type(reader).__name__}, not a neuron on the fused operator"
     if has_hooks(reader, "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         return "its reader has a hook on its input, which would act before the norm"
     if reader.norm is not None:
         return "its reader applies another norm already"
     if reader.step_mode != "m" or not (folded or getattr(norm, "step_mode", "s") == "m"):
-        return "it does not run on [T, N, C, *]; functional.set_step_mode(net, 'm') first"
+        return (
+            "it does not run on [T, N, C, *]: layer.BatchNorm*d, functional.set_step_mode(net, 'm')"
+        )
     return None
 
 

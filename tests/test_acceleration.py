@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
-from sj_taid import ALIFNode, accelerate
+from sj_taid import ALIFNode, accelerate, acceleration
 from sj_taid._compat import FUNCTIONAL_STATES
 from tests import zoo
 
@@ -193,6 +194,10 @@ def test_accelerate_raises_before_it_changes_the_net():
     before = attributes_of(net)
     with pytest.raises(RuntimeError, match="channels"):
         accelerate(net, torch.rand(4, 2, 3, 6, 6))
+    failing = mock.patch.object(acceleration, "packed_spikes", side_effect=RuntimeError("full"))
+    with failing, pytest.raises(RuntimeError, match="full"):
+        accelerate(net)
+    assert attributes_of(net) == before
     functional.set_step_mode(net, "s")
     assert not any(row.done for row in accelerate(net).rows)
     assert attributes_of(net) == before

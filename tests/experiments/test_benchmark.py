@@ -16,6 +16,7 @@ import norm
 import pandas as pd
 import pytest
 import torch
+import zoo
 
 from sj_taid.ops import trace
 from sj_taid.ops.alif.reference import multi_step
@@ -34,6 +35,7 @@ SCHEMAS = {
     "half_precision": ["dtype", "mode", "blocks", "seed", "spikes_one", "gradient_two", "device"],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
     "norm": ["net", "variant", "dtype", "T", "step", "saved_mb", "saved_ratio", "device"],
+    "zoo": ["net", "T", "shape", "neurons", "norms", "fused", "before_mb", "after_mb", "device"],
 }
 
 
@@ -74,6 +76,13 @@ def test_half_precision_compares_one_and_two_operators(measure):
     modes = product(("bfloat16", "float16"), ("autocast", "half"))
     assert table[["dtype", "mode"]].to_numpy().tolist() == [[*mode] for mode in modes]
     assert (table.filter(like="spikes") < 0.1).all(axis=None)
+
+
+def test_zoo_counts_norms_and_bytes(measure):
+    (row,) = measure(zoo, "--nets", "maxformer_cifar", "--steps", "1", "--size", "8").itertuples()
+    assert (row.fused, row.norms) == (6, 22) and row.after_mb < 0.5 * row.before_mb
+    counts = map(int, re.findall(r"\d+", row.left))
+    assert row.fused + sum(counts) == row.norms
 
 
 class Fails(torch.nn.Module):
