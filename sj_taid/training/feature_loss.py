@@ -1,4 +1,4 @@
-"""The error of images as a small classifier sees them, for sharper reconstructions."""
+"""The error of images as a network's first layers see them, for sharper reconstructions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .._checks import check_sizes, check_weights
 from ..data import ImageData
+from ..metric import EfficientNetLite0
 from .evaluation import load_or_make, seeded
 
 log = logging.getLogger(__name__)
@@ -27,9 +28,47 @@ class FeatureLoss(nn.Module):
     .. math::
         \mathrm{weight} \sum_l \mathrm{mean}\, |f_l(\hat x) - f_l(x)|
 
-    over the outputs :math:`f_l` of three blocks of convolution, batch norm, ReLU and pooling in a
-    classifier of the same training images, which is trained once and cached. It measures nothing
-    else.
+    over the outputs :math:`f_l` of a network's first blocks. The network must not be one that the
+    images are measured through.
+
+    Args:
+        blocks: of the network, in eval mode; they do not learn.
+        weight: of the loss.
+
+    Raises:
+        ValueError: a weight below 0.
+
+    Source: Johnson et al. 2016, arXiv 1603.08155.
+    """
+
+    def __init__(self, blocks: nn.Sequential, weight: float) -> None:
+        super().__init__()
+        check_weights(weight=weight)
+        self.weight = weight
+        self.blocks = blocks.requires_grad_(False)
+
+    def prepare(self, data: ImageData, cache_dir: Path) -> None:
+        """Make the network ready for a new run on these images."""
+
+    def convert(self, image: Tensor) -> Tensor:
+        """What the network takes, of images ``[N, C, H, W]`` in [-1, 1]."""
+        return image
+
+    def forward(self, output: Tensor, image: Tensor) -> Tensor:
+        """The loss of reconstructions ``output`` of ``image``, ``[N, C, H, W]``."""
+        self.blocks.eval()  # Lightning puts all in training mode
+        output, image = self.convert(output), self.convert(image)
+        errors = []
+        for block in self.blocks:
+            output, image = block(output), block(image)
+            errors.append(F.l1_loss(output, image))
+        return self.weight * torch.stack(errors).sum()
+
+
+class ClassifierLoss(FeatureLoss):
+    """:class:`FeatureLoss` through a small plain classifier of the same training images.
+
+    Three blocks of convolution, batch norm, ReLU and pooling, trained once and cached.
 
     Args:
         channels: image channels.
@@ -38,23 +77,17 @@ class FeatureLoss(nn.Module):
 
     Raises:
         ValueError: a weight below 0, or a data set without classes.
-
-    Source: Johnson et al. 2016, arXiv 1603.08155.
     """
 
     def __init__(self, channels: int, classes: int | None, weight: float = 0.1) -> None:
-        super().__init__()
         if classes is None:
             raise ValueError(
-                "feature_loss= needs a classifier of the images, but dataset.classes is null; "
-                "leave it out"
+                "feature_loss=classifier learns from labels, but dataset.classes is null; choose "
+                "feature_loss=efficientnet, or leave it out"
             )
         check_sizes(channels=channels, classes=classes)
-        check_weights(weight=weight)
-        self.weight = weight
-        self.sizes = channels, classes
-        self.network = _classifier(*self.sizes)
-        self.network.requires_grad_(False)
+        super().__init__(_blocks(channels), weight)
+        self.channels, self.classes = channels, classes
 
     def prepare(self, data: ImageData, cache_dir: Path) -> None:
         """Train the classifier, or load the one that was trained in an earlier run."""
@@ -62,32 +95,45 @@ class FeatureLoss(nn.Module):
         def make() -> dict[str, Any]:
             log.info("Training the classifier of the feature loss for %d epochs, once", EPOCHS)
             with seeded(0):
-                network = _classifier(*self.sizes)
-                accuracy = _train(network, data.without_augmentation())
+                blocks = _blocks(self.channels)
+                head = (nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * WIDTH, self.classes))
+                accuracy = _train(nn.Sequential(blocks, *head), data.without_augmentation())
             log.info("Its accuracy on the test images is %.2f %%", 100 * accuracy)
-            return network.state_dict()
+            return blocks.state_dict()
 
         name = f"classifier-{data.name}-{data.fingerprint(data.train_set)}.pt"
-        load_or_make(cache_dir / name, self.network.load_state_dict, make)
-
-    def forward(self, output: Tensor, image: Tensor) -> Tensor:
-        """The loss of reconstructions ``output`` of ``image``, ``[N, C, H, W]``."""
-        self.network.eval()  # Lightning puts all in training mode
-        errors = []
-        for block in [*self.network][:3]:
-            output, image = block(output), block(image)
-            errors.append(F.l1_loss(output, image))
-        return self.weight * torch.stack(errors).sum()
+        load_or_make(cache_dir / name, self.blocks.load_state_dict, make)
 
 
-def _classifier(channels: int, classes: int) -> nn.Sequential:
+class EfficientNetLoss(FeatureLoss):
+    """:class:`FeatureLoss` through the first three stages of EfficientNet-Lite0.
+
+    Images are resized to 64x64, grey ones repeated to three channels.
+
+    Args:
+        weight: of the loss.
+
+    Raises:
+        ValueError, ModuleNotFoundError: see :class:`~sj_taid.metric.EfficientNetLite0`.
+    """
+
+    def __init__(self, weight: float = 3e-3) -> None:
+        network: Any = EfficientNetLite0().network
+        super().__init__(network[:6], weight)
+
+    def convert(self, image: Tensor) -> Tensor:
+        rgb = image.expand(-1, 3, -1, -1)
+        return F.interpolate(rgb, (64, 64), mode="bilinear", align_corners=False)
+
+
+def _blocks(channels: int) -> nn.Sequential:
     def block(a: int, b: int) -> nn.Sequential:
         conv = nn.Conv2d(a, b, 3, padding=1)
         return nn.Sequential(conv, nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
 
-    blocks = (block(channels, WIDTH), block(WIDTH, 2 * WIDTH), block(2 * WIDTH, 4 * WIDTH))
-    head = (nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * WIDTH, classes))
-    return nn.Sequential(*blocks, *head)
+    return nn.Sequential(
+        block(channels, WIDTH), block(WIDTH, 2 * WIDTH), block(2 * WIDTH, 4 * WIDTH)
+    )
 
 
 def _train(network: nn.Sequential, data: ImageData) -> float:

@@ -106,6 +106,12 @@ def validate(cfg: DictConfig) -> None:
             raise ValueError(
                 f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
             )
+    loss = str(OmegaConf.select(cfg, "feature_loss._target_"))
+    if loss.endswith("EfficientNetLoss") and OmegaConf.select(cfg, "metric.features"):
+        raise ValueError(
+            "feature_loss=efficientnet trains on the network that metric.features measures "
+            "through; choose feature_loss=classifier, or metric.features=false"
+        )
     objectives = [*task.objectives(), "epochs", "parameters", "training_seconds"]
     if cfg.objective not in objectives:
         known = ", ".join(objectives)

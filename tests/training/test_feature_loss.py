@@ -1,29 +1,45 @@
 """The feature loss: its value, its classifier, and a run with it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from sj_taid.metric import efficientnet
+from sj_taid.training import feature_loss
 from sj_taid.training.checkpoint import read_checkpoint
-from sj_taid.training.feature_loss import FeatureLoss
+from sj_taid.training.feature_loss import ClassifierLoss, EfficientNetLoss
 from sj_taid.training.run import Run, build_part
 from sj_taid.training.train import train
 from tests.training.test_prior import TINY_ESVAE
 
 
 def test_feature_loss_is_the_error_after_each_block():
-    loss = FeatureLoss(1, 10, weight=0.5).train()
+    loss = ClassifierLoss(1, 10, weight=0.5).train()
     before = {name: value.clone() for name, value in loss.state_dict().items()}
     output, image = torch.rand(2, 3, 1, 8, 8)
     output.requires_grad_()
     found, expected, layers = loss(output, image), 0.0, [output, image]
-    for block in loss.network[:3]:
+    for block in loss.blocks:
         layers = [block(layer) for layer in layers]
         expected = expected + 0.5 * F.l1_loss(*layers)
     assert torch.allclose(found, expected)
     found.backward()
     assert output.grad.abs().sum() > 0
     torch.testing.assert_close(loss.state_dict(), before, rtol=0, atol=0)  # batch norms too
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_feature_loss_through_efficientnet(channels, monkeypatch):
+    network = efficientnet.make_network()
+    monkeypatch.setattr(feature_loss, "EfficientNetLite0", lambda: SimpleNamespace(network=network))
+    loss = EfficientNetLoss()
+    output, image = torch.rand(2, 3, channels, 8, 8)
+    output.requires_grad_()
+    assert loss(image, image) == 0
+    loss(output, image).backward()
+    assert output.grad.abs().sum() > 0 and not any(p.requires_grad for p in loss.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +51,7 @@ def digits(tiny):
 
 def test_classifier_learns_and_is_cached(digits, tmp_path, caplog):
     caplog.set_level("INFO")
-    first, second = FeatureLoss(1, 10), FeatureLoss(1, 10)
+    first, second = ClassifierLoss(1, 10), ClassifierLoss(1, 10)
     first.prepare(digits, tmp_path)
     accuracy = float(caplog.messages[-1].split()[-2])
     assert accuracy > 90, caplog.messages
@@ -49,7 +65,7 @@ def test_run_has_a_feature_loss(tiny, tmp_path):
     job = [*TINY_ESVAE, "trainer.limit_train_batches=2", "logger=csv"]
     train(tiny(*job, "feature_loss=classifier", tiny=False), tmp_path)
     state = read_checkpoint(Run(tmp_path).checkpoint)
-    assert "feature_loss.network.0.0.weight" in state["state_dict"]
+    assert "feature_loss.blocks.0.0.weight" in state["state_dict"]
     (epoch,) = state["callbacks"]["Pictures"]["epochs"]
     assert epoch["train/features"] > 0
     learned = sum(len(group["params"]) for group in state["optimizer_states"][0]["param_groups"])
