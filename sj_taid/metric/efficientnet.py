@@ -25,7 +25,7 @@ STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-IMAGES_AT_ONCE = 8  # with 16, an image takes twice as long on a CPU
+IMAGES_AT_ONCE = 8  # more is no faster on a CPU
 
 
 class EfficientNetLite0(Features):

@@ -58,6 +58,8 @@ RESUME_MAY_CHANGE = (
     "dataset.num_workers",
     "metric.inception_weights",
     "metric.published_autoencoders",
+    "metric.features",
+    "metric.draws",
 )
 
 
