@@ -68,17 +68,17 @@ class Precision(torchmetrics.Metric):
 
     def _equal_sets(self) -> list[Tensor]:
         """The features of as many real as generated images."""
-        sets = {"real": self.real_features, "generated": self.fake_features}
-        counts = {kind: sum(map(len, parts)) for kind, parts in sets.items()}
-        for kind, count in counts.items():
-            if count < self.needed:
+        sets = {}
+        for kind, parts in {"real": self.real_features, "generated": self.fake_features}.items():
+            sets[kind] = features = dim_zero_cat(parts) if len(parts) else torch.zeros(0)
+            if len(features) < self.needed:
                 raise ValueError(
                     f"precision and recall by {self.k} nearest neighbours need at least "
-                    f"{self.needed} images of each kind, but got {count} {kind} ones; add images"
+                    f"{self.needed} images of each kind, but got {len(features)} {kind} ones; add "
+                    "images"
                 )
-        n, generator = min(counts.values()), torch.Generator().manual_seed(0)
-        drawn = [torch.randperm(count, generator=generator)[:n] for count in counts.values()]
-        return [dim_zero_cat(sets[kind])[i] for kind, i in zip(sets, drawn, strict=True)]
+        n, generator = min(map(len, sets.values())), torch.Generator().manual_seed(0)
+        return [x[torch.randperm(len(x), generator=generator)[:n]] for x in sets.values()]
 
 
 class Recall(Precision):

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torchmetrics.image.inception import InceptionScore as TorchmetricsInceptionScore
 from torchmetrics.wrappers import FeatureShare
 
-from sj_taid.metric import FrechetDistance, Inception, InceptionScore
+from sj_taid.metric import FrechetDistance, Inception, InceptionScore, Precision, Recall
 from tests.metric.pixels import CLASSES, Pixels, classifier
 
 CLASSIFIER = classifier()
@@ -71,12 +71,16 @@ def test_inception_score_refuses_too_few_images(count, splits, needed):
 def metrics(rank=0, processes=1):
     """The metrics of images, of which each process sees its share; one network serves both."""
     features = Pixels()
-    both = FeatureShare(
-        {"fid": FrechetDistance(features), "score": InceptionScore(features, CLASSIFIER, 1)}
-    )
+    comparing = {
+        "fid": FrechetDistance(features),
+        "precision": Precision(features),
+        "recall": Recall(features),
+    }
+    both = FeatureShare(comparing | {"score": InceptionScore(features, CLASSIFIER, 1)})
     # Unequal shares in unequal numbers of batches.
     for part in random_images().split([10, 10, 40])[rank::processes]:
-        both["fid"].update(part, real=True)
+        for name in comparing:
+            both[name].update(part, real=True)
     for part in random_images(seed=1).split([10, 20, 30])[rank::processes]:
         both.update(part, real=False)
     (features,) = (m for m in both["fid"].modules() if isinstance(m, Pixels))
@@ -106,7 +110,8 @@ def test_metrics_of_two_processes_equal_those_of_one(tmp_path):
     other.join()
     second = torch.load(tmp_path / "other.pt")
     values = metrics().compute()
-    assert set(values) == {"fid", "score"}
+    assert set(values) == {"fid", "precision", "recall", "score"}
+    assert 0.5 < values["precision"] < 1 and 0.5 < values["recall"] < 1
     for name, value in values.items():
         assert float(first[name]) == float(second[name]) == pytest.approx(float(value), rel=1e-6)
 
