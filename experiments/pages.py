@@ -86,15 +86,14 @@ def select_runs(runs: Sequence[Metrics], *keys: str) -> list[Metrics]:
 def gains() -> pd.DataFrame:
     """Memory, time and quality before and after, and where each was measured."""
     pairs = norms().query("net == 'norm + neuron' and T == 16")
-    blocks = norms().query("net == '3 x [conv, norm, neuron]' and T == 16")
-    nets = norms().query("net == 'sew_resnet18' and T == 8")
+    nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 16")
     decoders = frame(load_runs("fsvae"))[0]
     classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
     one = "ALIF, one operator"
     rows = [
-        ("saved for backward, MB", nets, "saved_mb", PLIF, f"{one}, bits"),
+        ("training step, MB per sample", nets, "mb_per_sample", PLIF, "PLIF accelerate"),
+        ("training step, ms", nets, "median_ms", PLIF, "PLIF accelerate"),
         ("norm and neuron, ms", pairs, "median_ms", PLIF, one),
-        ("three blocks of convolution, norm, neuron, ms", blocks, "median_ms", PLIF, one),
         ("FSVAE on MNIST, reconstruction error", decoders, "reconstruction", "fixed", "taid"),
         ("classifier on MNIST, accuracy in %", classifiers, "accuracy", "plif", "alif"),
     ]
@@ -297,12 +296,25 @@ def norms() -> pd.DataFrame:
     return rows[rows["dtype"] == "float32"].rename(columns={"variant": "neuron"})
 
 
+def frontier() -> pd.DataFrame:
+    """Training steps of whole nets, by what makes the step."""
+    rows = pd.read_csv(EPYC / "frontier.csv")
+    first = rows["system"].where(rows["system"] == "SpikingJelly", rows["neuron"])
+    last = rows["neuron"].where(rows["system"] == "SpikingJelly", rows["system"])
+    return rows.assign(neuron=first.str.cat(last, sep=" "))
+
+
 def memory() -> pd.DataFrame:
-    """Bytes saved for backward over those of SpikingJelly's PLIF, T = 8."""
-    rows = norms()
-    rows = rows[(rows["T"] == 8) & rows["net"].str.contains("_")]
-    table = rows.pivot(index="neuron", columns="net", values="saved_ratio")
-    return table.loc[rows["neuron"].unique()].map("{:.2f}".format).reset_index()
+    """Peak bytes per sample and time of a step over those of SpikingJelly's PLIF, T = 8."""
+    rows = frontier().query("T == 8")
+    keys = ["net", "dtype"]
+    rival = rows[rows["neuron"] == PLIF].set_index(keys)["mb_per_sample"].rename("rival")
+    rows = rows.join(rival, on=keys)
+    size = (rows["mb_per_sample"] / rows["rival"]).map("{:.2f}".format)
+    rows["cell"] = size.str.cat(rows["time_ratio"].map("{:.2f}".format), sep=" / ")
+    table = rows.pivot(index=["dtype", "neuron"], columns="net", values="cell")
+    order = rows[["dtype", "neuron"]].drop_duplicates()
+    return table.loc[[*order.itertuples(index=False, name=None)]].fillna("").reset_index()
 
 
 def zoo() -> pd.DataFrame:

@@ -235,13 +235,15 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Draw bytes against time, a panel for each net and a line over T for each system."""
     table = table[(table["dtype"] == "float32") & (table["neuron"] == RIVAL.neuron)]
-    table = table.assign(ms_per_sample=table["median_ms"] / table["batch"]).sort_values("T")
+    table = table.assign(ms_per_sample=table["median_ms"] / table["batch"])
+    systems = table["system"].unique()
     figure = Figure((9.0, 7.5), layout="constrained")
     axes = figure.subplots(2, 2).flat
     for axis, (name, rows) in zip(axes, table.groupby("net"), strict=False):
-        for system, line in rows.groupby("system", sort=False):
+        for number, system in enumerate(systems):
+            line = rows[rows["system"] == system].sort_values("T")
             points = line[["ms_per_sample", "mb_per_sample"]].to_numpy()
-            axis.loglog(*points.T, "o-", markersize=4, label=system)
+            axis.loglog(*points.T, f"C{number}o-", markersize=4, label=system)
             for T, point in zip(line["T"], points, strict=True):
                 axis.annotate(T, point, (4, -9), textcoords="offset points", fontsize=7)
         for scale in (axis.xaxis, axis.yaxis):
