@@ -5,17 +5,12 @@ import copy
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet
+from spikingjelly.activation_based.model import sew_resnet
 from torch import nn
 
 import sj_taid
 from sj_taid import ALIFNode, _compat, calibrate
 from sj_taid.model import Classifier
-
-ZOO = {
-    "sew_resnet18": (sew_resnet.sew_resnet18, {"num_classes": 4, "cnf": "ADD"}, 20),
-    "CIFAR10Net": (parametric_lif_net.CIFAR10Net, {"channels": 16}, 8),
-}
 
 
 def set_thresholds(net, value):
@@ -27,22 +22,19 @@ def set_thresholds(net, value):
 
 
 @pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, ALIFNode])
-@pytest.mark.parametrize("name", ZOO)
-def test_calibrate_reaches_the_rate_in_every_layer_of_the_zoo(name, kind):
-    make, options, layers = ZOO[name]
+def test_calibrate_reaches_the_rate_in_every_layer(kind):
     plain = neuron.ParametricLIFNode if kind is neuron.ParametricLIFNode else neuron.LIFNode
-    net = make(spiking_neuron=plain, surrogate_function=surrogate.ATan(), **options)
+    options = {"num_classes": 4, "cnf": "ADD", "surrogate_function": surrogate.ATan()}
+    net = sew_resnet.sew_resnet18(spiking_neuron=plain, **options)
     if kind is ALIFNode:
         sj_taid.swap_neurons(net)
     functional.set_step_mode(net, "m")
     x_seq = torch.rand(2, 3, 32, 32).expand(3, -1, -1, -1, -1)
     for threshold in (0.01, 1.0, 10.0):
         set_thresholds(net, threshold)
-        torch.manual_seed(0)
         report = calibrate(net, x_seq, rate=0.15)
-        assert len(report.rows) == layers and not report.missed, str(report)
+        assert len(report.rows) == 20 and not report.missed, str(report)
         with sj_taid.monitor(net, dead=0.0) as watch, torch.no_grad():
-            torch.manual_seed(0)  # the same dropout
             net(x_seq)
         functional.reset_net(net)
         for path, state in watch.state().items():

@@ -77,10 +77,6 @@ class Steeper(surrogate.ATan):
     """A subclass, whose backward may be anything."""
 
 
-def test_unsupported_takes_the_neurons_default():
-    assert unsupported(surrogate.Sigmoid()) is None
-
-
 @pytest.mark.parametrize(
     ("surrogate_function", "reason"),
     [
