@@ -78,10 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             shared = {"dtype": dtype, "mode": "autocast" if autocast else "half", "blocks": blocks}
             rows.append({**shared, "seed": seed, **row, **conditions(options.device)})
     table = write_csv(rows, options.out / "half_precision.csv")
-    for what in ("spikes", "gradient"):
-        table[f"{what}_closer"] = table[f"{what}_one"] < table[f"{what}_two"]
-    means = table.groupby(["dtype", "mode", "blocks"]).mean(numeric_only=True)
-    print(means.filter(regex="two|one|closer").round(5).to_string())
+    table["closer"] = table["spikes_one"] < table["spikes_two"]
+    print(table.groupby(["dtype", "mode", "blocks"]).mean(numeric_only=True).round(5).to_string())
 
 
 if __name__ == "__main__":
