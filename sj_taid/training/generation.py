@@ -127,11 +127,12 @@ class Generation(Autoencoding):
             raise ValueError(
                 "a critic learns in one process: add trainer.devices=1, or critic=null"
             )
-        steps = int(self.trainer.num_training_batches) * critic.epochs
+        epochs = min(critic.epochs, self.trainer.max_epochs or 1)
+        steps = int(self.trainer.num_training_batches) * epochs
         if critic.warmup >= steps:
             raise ValueError(
                 f"critic.warmup={critic.warmup} steps leave none of the {steps} of the critic's "
-                f"{critic.epochs} epochs; give fewer, or more critic.epochs"
+                f"{epochs} epochs; give fewer, or more critic.epochs"
             )
 
     def _critic_epoch(self) -> int:
