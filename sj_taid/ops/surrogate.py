@@ -59,13 +59,14 @@ DERIVATIVES: dict[str, Derivative] = {
     "Sigmoid": Derivative(
         ("alpha",),
         lambda alpha: (alpha, 0.0),
-        "float e = expf(-fabsf(a * x)); float r = reciprocal(1.0f + e); return a * e * r * r;",
+        "float e = exponential(-fabsf(a * x)); float r = reciprocal(1.0f + e);"
+        " return a * e * r * r;",
         _sigmoid,
     ),
     "ATan": Derivative(
         ("alpha",),
         lambda alpha: (alpha / 2, math.pi / 2 * alpha),
-        "return a * reciprocal(1.0f + (b * x) * (b * x));",
+        "float y = b * x; return a * reciprocal(fmaf(y, y, 1.0f));",
         lambda x, a, b: a / (f32(1.0) + (b * x) * (b * x)),
     ),
     "PiecewiseQuadratic": Derivative(
@@ -77,7 +78,7 @@ DERIVATIVES: dict[str, Derivative] = {
     "PiecewiseExp": Derivative(
         ("alpha",),
         lambda alpha: (alpha / 2, alpha),
-        "return a * expf(-b * fabsf(x));",
+        "return a * exponential(-b * fabsf(x));",
         lambda x, a, b: a * exp(-b * abs(x)),
     ),
     "SoftSign": Derivative(
@@ -95,7 +96,7 @@ DERIVATIVES: dict[str, Derivative] = {
     "Erf": Derivative(
         ("alpha",),
         lambda alpha: (alpha, alpha / math.sqrt(math.pi)),
-        "return b * expf(-(a * x) * (a * x));",
+        "return b * exponential(-(a * x) * (a * x));",
         lambda x, a, b: b * exp(-(a * x) * (a * x)),
     ),
     "PiecewiseLeakyReLU": Derivative(
@@ -119,7 +120,7 @@ DERIVATIVES: dict[str, Derivative] = {
     "S2NN": Derivative(
         ("alpha", "beta"),
         lambda alpha, beta: (alpha, beta),
-        "float e = expf(-fabsf(a * x)); float r = reciprocal(1.0f + (x < 0.0f ? e : x));"
+        "float e = exponential(-fabsf(a * x)); float r = reciprocal(1.0f + (x < 0.0f ? e : x));"
         " return x < 0.0f ? a * e * r * r : b * r;",
         _s2nn,
     ),

@@ -42,9 +42,9 @@ class Engine(NamedTuple):
     offset``. With ``need_norm`` backward then gives ``norm_sums``. With ``fixed_norm`` its
     ``grad_x_seq`` is that of ``x_seq``, ``gain G_y``. Otherwise :mod:`.norm` makes A and B, ``ab``,
     of the sums. ``grad_x_seq`` is then the gradient of the neuron's input, which
-    ``input_gradient`` turns into that of ``x_seq``; or an engine without one is asked for
-    ``grad_x_seq`` in a second backward, which is given ``ab``. So is every engine where ``x_seq``
-    is of half precision: that gradient, unrounded, would take twice its room.
+    ``input_gradient`` turns into that of ``x_seq``; or an engine without one is asked for the sums
+    alone, and for all else in a second backward, which is given ``ab``. So is every engine where
+    ``x_seq`` is of half precision: that gradient, unrounded, would take twice its room.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -233,10 +233,8 @@ class _FusedALIF(torch.autograd.Function):
         x_seq, v0, w, v_threshold, checkpoint, table, numbers = _saved_tensors(ctx)
         options = ctx.options
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
-        batch_norm = table is not None and not options.fixed_norm
-        two_passes = batch_norm and (
-            ctx.engine.input_gradient is None or x_seq.dtype != table.dtype
-        )
+        needs_ab = need_x and table is not None and not options.fixed_norm
+        two_passes = needs_ab and (ctx.engine.input_gradient is None or x_seq.dtype != table.dtype)
         # create_graph=True, and torch.func always
         backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         call = Backward(
@@ -255,7 +253,7 @@ class _FusedALIF(torch.autograd.Function):
             options.surrogate,
             options.a,
             options.b,
-            need_x and not two_passes,
+            need_x,
             need_v0,
             need_w,
             need_v_threshold,
@@ -263,24 +261,21 @@ class _FusedALIF(torch.autograd.Function):
             table is not None,
             options.fixed_norm,
         )
-        grad_x_seq, grad_v0, grad_parameters, norm_sums = backward(ctx.engine, *call)
+        first = call
+        if two_passes:  # the norm's sums first, then all that depends on them or can wait
+            first = call._replace(need_x=False, need_v0=False, need_w=False, need_v_threshold=False)
+        grad_x_seq, grad_v0, grad_parameters, norm_sums = backward(ctx.engine, *first)
         grad_weight = grad_bias = None
         if table is not None:
             affine = Affine(table, numbers)
             grad_weight, grad_bias = norms.gradients(affine, norm_sums)
-            if need_x and batch_norm:
-                call = call._replace(ab=norms.mean_terms(affine, norm_sums, options.group))
-                if two_passes:
-                    call = call._replace(
-                        need_x=True,
-                        need_v0=False,
-                        need_w=False,
-                        need_v_threshold=False,
-                        need_norm=False,
-                    )
-                    grad_x_seq = backward(ctx.engine, *call)[0]
-                else:
-                    ctx.engine.input_gradient(grad_x_seq, *call)
+        if needs_ab:
+            call = call._replace(ab=norms.mean_terms(affine, norm_sums, options.group))
+            if two_passes:
+                call = call._replace(need_norm=False)
+                grad_x_seq, grad_v0, grad_parameters, _ = backward(ctx.engine, *call)
+            else:
+                ctx.engine.input_gradient(grad_x_seq, *call)
         return (
             grad_x_seq if need_x else None,
             grad_v0 if need_v0 else None,

@@ -103,7 +103,8 @@ def statistics(x_seq: Tensor) -> Tensor:
     if x_seq.numel() == 0:
         return autograd.empty_statistics(x_seq).fill_(torch.nan)
     name = partial(kernels.statistics_name, x_seq.dtype)
-    grid = _grid((x_seq,), channels, kernels.STATISTICS_VEC, name, steps=len(x_seq))
+    # Half of the threads keep memory busy, and write half as many sums.
+    grid = _grid((x_seq,), channels, kernels.STATISTICS_VEC, name, steps=len(x_seq), share=2)
     partial_sums = x_seq.new_empty((2, grid.threads * grid.lanes), dtype=torch.float64)
     _launch("statistics", name(grid.vec, grid.lanes), grid, (x_seq, partial_sums))
     mean, square = grid.reduce(partial_sums) / (x_seq.numel() // channels)
@@ -133,7 +134,9 @@ def _grid(
     vec: int,
     name: Callable[[int, int], str],
     steps: int = 1,
+    share: int = 1,
 ) -> Grid:
+    """The grid of one in ``share`` of the threads that run at a time."""
     x_seq = next(t for t in sequences if t is not None)  # one of its shape and layout
     return kernels.grid(
         x_seq,
@@ -141,7 +144,7 @@ def _grid(
         vec,
         kernels.is_aligned(*sequences),
         _capacity(x_seq.device),
-        lambda vec, lanes: _resident(x_seq.device, name(vec, lanes)),
+        lambda vec, lanes: _resident(x_seq.device, name(vec, lanes)) // share,
         steps,
     )
 

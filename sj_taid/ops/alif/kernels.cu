@@ -10,8 +10,8 @@
 //
 // With NORM the neuron's input is y = (x - shift) gain + offset, computed in registers in forward and
 // again in backward. With the batch's statistics x's gradient depends on sums over all of y's: one
-// launch of backward computes them (NEED_NORM), a second one x's gradient (NEED_X). With running
-// statistics one launch does both.
+// launch of backward computes them (NEED_NORM), a second one all else. With running statistics one
+// launch does both.
 //
 // Up to LONGEST_SWEEP steps fit in registers. For longer sequences T stands for every length with the
 // same remainder modulo SEGMENT: forward saves the voltage every SEGMENT steps (`checkpoint`), backward
@@ -35,8 +35,10 @@ __device__ constexpr int steps_left(int T) { return T <= LONGEST_SWEEP ? 0 : T %
 // Blocks per multiprocessor promised to the compiler for backward, which bounds a thread's registers:
 // 80 for 6 blocks, 96 for 5, 128 for 4, 168 for 3. Fewer could not hide the latency of memory; with
 // v_seq's gradients a thread requests more bytes at a time, and needs more registers.
-__device__ constexpr int resident_blocks(bool norm, bool single_pass, bool grad_v_seq, bool left) {
-  return grad_v_seq ? 3 : 6 - norm - (norm && single_pass) - left;
+__device__ constexpr int resident_blocks(bool soft, bool norm, int needs, bool grad_v_seq,
+                                         bool left) {
+  const bool writes_and_sums = needs & NEED_X && needs != NEED_X;
+  return grad_v_seq ? 3 : 6 - norm - (soft || (norm && writes_and_sums)) - left;
 }
 
 // ---- numbers -----------------------------------------------------------------------------------
@@ -96,6 +98,18 @@ __device__ __forceinline__ float reciprocal(float x) {
   return r;
 #else
   return 1.0f / x;
+#endif
+}
+
+// e^x for x <= 0, to 1e-6 of the largest value, 1; expf takes six instructions more.
+__device__ __forceinline__ float exponential(float x) {
+  const float power = x * 1.44269504f;  // of 2
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(power));
+  return y;
+#else
+  return exp2f(power);
 #endif
 }
 
@@ -240,7 +254,7 @@ struct Neuron {
   __device__ __forceinline__ float centred(float x, int i) const { return x - shift[lane(i)]; }
 
   __device__ __forceinline__ float input(float x, int i) const {
-    return NORM ? centred(x, i) * gain[lane(i)] + offset[lane(i)] : x;
+    return NORM ? fmaf(centred(x, i), gain[lane(i)], offset[lane(i)]) : x;
   }
 
   // PyTorch's order of operations, unfused.
@@ -343,7 +357,7 @@ alif_forward(const scalar_t* __restrict__ x, const float* __restrict__ v0,
 template <int LANES>
 struct Sums {
   float w[LANES], v_threshold[LANES];
-  float y[LANES], y_x[LANES];  // y's gradient, and y's gradient times x - shift
+  float h[LANES], h_x[LANES];  // H's gradient, and H's gradient times x - shift
 };
 
 // STEPS steps that begin at `here`: from dL/dV after them to dL/dV before them, in `grad_v`.
@@ -381,16 +395,17 @@ __device__ __forceinline__ void backward_segment(
       if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];
       // dL/dS is that from upstream, and that through the reset unless detached.
       const bool overflow = RESET != SOFT && h_t > FLOAT_MAX;
-      const float to_reset = RESET == HARD ? neuron.v_reset - h_t : -h_t;
-      const float reset_by_spike = RESET == SOFT ? -threshold : overflow ? 0.0f : to_reset;
-      const float grad = DETACH_RESET ? grad_s : fmaf(grad_v[i], reset_by_spike, grad_s);
+      const float above_reset = RESET == HARD ? h_t - neuron.v_reset : h_t;
+      const float lost_by_spike = RESET == SOFT ? threshold : overflow ? 0.0f : above_reset;
+      const float grad = DETACH_RESET ? grad_s : fmaf(-grad_v[i], lost_by_spike, grad_s);
       const float through_spike = grad * Surrogate::derivative(h_t - threshold, a, b);
       // Products, not selections, as in PyTorch: what is not finite stays so.
-      const float past_reset = overflow ? 0.0f : (RESET == SOFT || !fired ? 1.0f : 0.0f) * grad_v[i];
-      const float grad_h = through_spike + past_reset;
+      const float past_reset = RESET == SOFT || !fired ? 1.0f : 0.0f;
+      const float grad_h = fmaf(past_reset, overflow ? 0.0f : grad_v[i], through_spike);
       if (NEEDS & NEED_V_THRESHOLD) {
         sums.v_threshold[lane] -= through_spike;
-        if (RESET == SOFT) sums.v_threshold[lane] -= (fired ? 1.0f : 0.0f) * grad_v[i];
+        if (RESET == SOFT)
+          sums.v_threshold[lane] = fmaf(fired ? -1.0f : 0.0f, grad_v[i], sums.v_threshold[lane]);
       }
       if (NEEDS & NEED_W)
         sums.w[lane] = fmaf(grad_h, DECAY_INPUT ? h_t - v : v - neuron.v_reset, sums.w[lane]);
@@ -399,8 +414,8 @@ __device__ __forceinline__ void backward_segment(
       if (NORM) {
         const float centred = neuron.centred(to_float(x_t[t].lane[i]), i);
         if (NEEDS & NEED_NORM) {
-          sums.y[lane] += grad_y;
-          sums.y_x[lane] = fmaf(grad_y, centred, sums.y_x[lane]);
+          sums.h[lane] += grad_h;
+          sums.h_x[lane] = fmaf(grad_h, centred, sums.h_x[lane]);
         }
         // Both in one launch: running statistics, with nothing to subtract. (0 * inf would be NaN.)
         const float coupled = fmaf(neuron.b[lane], centred, neuron.a[lane]);
@@ -416,7 +431,7 @@ __device__ __forceinline__ void backward_segment(
 template <class scalar_t, int T, int VEC, int LANES, int RESET, bool DECAY_INPUT, bool GRAD_V_SEQ,
           bool NORM, bool DETACH_RESET, int NEEDS, class Surrogate>
 __global__ void
-__launch_bounds__(BLOCK, resident_blocks(NORM, NEEDS & NEED_X && NEEDS & NEED_NORM, GRAD_V_SEQ,
+__launch_bounds__(BLOCK, resident_blocks(RESET == SOFT, NORM, NEEDS, GRAD_V_SEQ,
                                          steps_left(T) > 0))
 alif_backward(const scalar_t* __restrict__ grad_spike, const float* __restrict__ grad_v_last,
               const float* __restrict__ grad_v_seq, const scalar_t* __restrict__ x,
@@ -461,6 +476,7 @@ alif_backward(const scalar_t* __restrict__ grad_spike, const float* __restrict__
     const float q = neuron.q[i];
     // dH/dw = q (1-q) (X - (V - V_reset)), which is (1-q) (H - V); or -q (1-q) (V - V_reset).
     const float dw = DECAY_INPUT ? 1.0f - q : -q * (1.0f - q);
+    const float dy = DECAY_INPUT ? q : 1.0f;
     index_t slot = thread * LANES + i;
     auto put = [&](float sum) {
       partial[slot] = sum;
@@ -469,8 +485,8 @@ alif_backward(const scalar_t* __restrict__ grad_spike, const float* __restrict__
     if (NEEDS & NEED_W) put(sums.w[i] * dw);
     if (NEEDS & NEED_V_THRESHOLD) put(sums.v_threshold[i]);
     if (NEEDS & NEED_NORM) {
-      put(sums.y[i]);
-      put(sums.y_x[i]);
+      put(sums.h[i] * dy);
+      put(sums.h_x[i] * dy);
     }
   }
 }

@@ -35,7 +35,7 @@ COMPILER_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=true")
 ALIGNMENT = 16  # bytes of the widest access
 
 # Neurons per thread up to a number of steps, (float32, half): enough bytes requested at a time to
-# keep memory busy, few enough registers for 5 or 6 blocks per multiprocessor.
+# keep memory busy, few enough registers for 4 to 6 blocks per multiprocessor.
 _Vecs = tuple[tuple[float, tuple[int, int]], ...]
 _FORWARD_VEC: _Vecs = ((2, (4, 8)), (math.inf, (4, 4)))
 _NORM_FORWARD_VEC: _Vecs = ((math.inf, (4, 4)),)

@@ -74,9 +74,9 @@ NORM, LONG = HARD | {"norm": "batch"}, {"T": 24}
 PACK = HARD | {"pack": True}
 MUTATIONS = [
     # gradients of the neuron
-    (SOFT | {"detach_reset": True}, "-= (fired ? 1.0f : 0.0f) * grad_v[i];", "-= 0;"),
-    (HARD, "fmaf(grad_v[i], reset_by_spike, grad_s)", "grad_s"),
-    (HARD, "(RESET == SOFT || !fired ? 1.0f : 0.0f) * grad_v[i]", "grad_v[i]"),
+    (SOFT | {"detach_reset": True}, "fmaf(fired ? -1.0f : 0.0f, grad_v[i],", "fmaf(0, 0,"),
+    (HARD, "fmaf(-grad_v[i], lost_by_spike, grad_s)", "grad_s"),
+    (HARD, "RESET == SOFT || !fired ? 1.0f : 0.0f", "1.0f"),
     (HARD, "fmaf(-q, grad_h, grad_h)", "grad_h"),
     (SOFT, "if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];", ""),
     # the charge, the last voltage, segments, channels, the stride over neurons
@@ -93,7 +93,8 @@ MUTATIONS = [
     (NORM, "ab ? ab[channels + channel] : 0.0f", "0.0f"),
     (NORM, "fmaf(neuron.gain[lane], grad_y, -coupled)", "grad_y - coupled"),
     (NORM | {"norm": "fixed"}, "neuron.gain[lane] * grad_y", "grad_y"),
-    (NORM, "sums.y_x[lane] = fmaf(grad_y, centred,", "sums.y_x[lane] = fmaf(grad_y, centred + 1,"),
+    (NORM, "sums.h_x[lane] = fmaf(grad_h, centred,", "sums.h_x[lane] = fmaf(grad_h, centred + 1,"),
+    (NORM, "put(sums.h[i] * dy);", "put(sums.h[i]);"),
     # statistics, bits
     (NORM | LONG, "for (; at < size; at += apart)", "for (; at < 0; at += apart)"),
     (NORM | LONG, "deviation + (double)total", "(double)total"),

@@ -51,8 +51,8 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     sums = np.zeros((shape.parts, 2, q.numel()))
     sums_of_norm = np.zeros((shape.parts, 2, _width(call.norm)))
     needs = call.need_w, call.need_v_threshold
-    # A second backward takes the kernel of the first, rather than wait for one to be compiled.
-    learned = needs if call.ab is None else (True, True)
+    # The first of two backwards takes the kernel of the second, rather than wait for another one.
+    learned = (True, True) if call.need_norm and not call.need_x else needs
     run(
         loops.backward_for(
             call.surrogate, call.decay_input, call.v_reset is None, call.detach_reset, *learned
