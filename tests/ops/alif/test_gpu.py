@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from spikingjelly.activation_based import surrogate
 from torch import nn
 
 from sj_taid import ALIFNode
@@ -82,20 +81,6 @@ def test_on_a_side_stream():
     assert_gives(got, CASE, leaves)
 
 
-def test_backwards_thread_launches_on_the_forwards_stream():
-    leaves = tensors(CASE, "cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        spikes, *_ = on_gpu(leaves["x"], 0.0, leaves["w"], leaves["v_threshold"], **CASE.options())
-        grad = torch.full_like(spikes, torch.nan)
-        torch.cuda._sleep(100_000_000)
-        grad.fill_(1.0)
-        spikes.backward(grad)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert leaves["x"].grad.isfinite().all() and leaves["w"].grad.isfinite()
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_the_second_device_while_the_first_is_current():
     with torch.cuda.device(0):
@@ -141,19 +126,6 @@ def test_under_autocast(cuda, dtype):
     assert cuda.launches == {"forward": 1, "backward": 1}
 
 
-def test_operators_pass_opcheck(cuda):
-    leaves = {name: t.detach() for name, t in tensors(CASE, "cuda").items()}
-    x_seq, v0, w, threshold = (leaves[n] for n in ("x", "v0", "w", "v_threshold"))
-    arguments = (x_seq, v0, 0.0, w, threshold, True, None, True, 0)
-    torch.library.opcheck(cuda.ENGINE.forward, arguments)
-    spikes, v, v_seq, checkpoint, _ = cuda.ENGINE.forward(*arguments)
-    gradients = (torch.rand_like(spikes), torch.rand_like(v), torch.rand_like(v_seq))
-    rest = (True, None, False, "ATan", 1.0, 3.14, True, True, True, True)
-    torch.library.opcheck(
-        cuda.ENGINE.backward, (*gradients, x_seq, v0, 0.0, w, threshold, checkpoint, *rest)
-    )
-
-
 @pytest.mark.parametrize("T", [4, 24])
 def test_compiles_without_graph_breaks(T):
     case = CASE.with_(shape=(T, 4, 8, 4))
@@ -188,14 +160,6 @@ def test_more_than_2_to_the_31_elements():
 def test_auto_takes_the_kernels(cuda):
     alif_multi_step(torch.randn(4, 8, device="cuda"), 0.0, *torch.ones(2, device="cuda"))
     assert cuda.launches == {"forward": 1}
-
-
-def test_auto_says_once_why_it_takes_torch(recwarn):
-    node = ALIFNode(surrogate_function=surrogate.Sigmoid(spiking=False), step_mode="m").cuda()
-    for _ in range(2):
-        node(torch.randn(4, 8, device="cuda"))
-        node.reset()
-    assert len([w for w in recwarn if "spiking=False" in str(w.message)]) == 1
 
 
 def test_tensors_on_different_devices():
