@@ -179,7 +179,7 @@ def _run_from_rest(
     net: nn.Module,
     run: Callable[[], Any],
     nodes: Iterable[nn.Module] = (),
-    hook: Callable[..., None] | None = None,
+    hook: Callable[..., Any] = lambda *_: None,
 ) -> None:
     """Run the batch once, with ``hook`` before each call of ``nodes``."""
     handles = [node.register_forward_pre_hook(hook, with_kwargs=True) for node in nodes]
@@ -196,7 +196,7 @@ def _run_from_rest(
 
 def _calibrate(node: Any, run_batch: Callable[..., None], rate: float) -> _Found:
     """Record the calls of ``node`` in a pass, and search its threshold on them."""
-    calls = []
+    calls: list[_Call] = []
 
     def record(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The net may change its tensors in place.

@@ -137,7 +137,7 @@ def swap_neurons(
         reason = _why_keep(site, filter, len(counts[site.path]))
         if reason is None:
             try:
-                new_of[site.node] = _to_alif(site, *counts[site.path], **options)
+                new_of[site.node] = _to_alif(site, next(iter(counts[site.path])), **options)
             except ValueError as error:
                 raise ValueError(f"the neuron {site.path!r}: {error}") from error
         no_leak = ", w frozen: no leak" if isinstance(site.node, neuron.IFNode) else ""

@@ -148,7 +148,7 @@ class _LayerForward(_Forward):
         pools = known and isinstance(layer, _AvgPoolNd | _MaxPoolNd)
         if (spikes is None and not pools) or _is_checkpoints(outer):
             return self.run(*args, **kwargs)
-        if known and isinstance(layer, nn.Linear | _ConvNd):
+        if spikes and known and isinstance(layer, nn.Linear | _ConvNd):
             args = (_cast(args[0], spikes), *args[1:])
         takes_greatest = pools and isinstance(layer, _MaxPoolNd)
         narrow = takes_greatest and _has_small_planes(layer, args[0])

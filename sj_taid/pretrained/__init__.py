@@ -105,8 +105,8 @@ def _locate(source: str | Path, pretrained: bool) -> Path:
             from huggingface_hub import snapshot_download
         repository, _, revision = source.removeprefix(HUB).partition("@")
         files = [CONFIG, CARD, *[WEIGHTS] * pretrained]
-        options = {"revision": revision or None, "allow_patterns": files}
-        return Path(snapshot_download(repository, **options))
+        there = snapshot_download(repository, revision=revision or None, allow_patterns=files)
+        return Path(there)
     folder = Path(source).expanduser()
     if not (folder / CONFIG).is_file():
         raise ValueError(
