@@ -62,14 +62,6 @@ def count_saved_bytes(call):
 
 
 @needs_gxx
-def test_multi_step_takes_one_launch_forward_and_one_kernel_backward(launcher):
-    run(launcher)
-    assert launcher.cuda.launches == {"forward": 1, "backward": 1}
-    names = [launch.name.split("<")[0] for launch in launcher.launches]
-    assert names == ["alif_forward", "alif_backward"]
-
-
-@needs_gxx
 def test_use_large_kernels_gives_few_neurons_the_kernels_of_many(launcher):
     launcher.capacity = 2**18  # of a GPU: a thread takes one neuron while others have none
     run(launcher)
