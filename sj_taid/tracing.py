@@ -61,10 +61,10 @@ class _Tracing:
     """The forwards traced so far."""
 
     def __init__(self) -> None:
-        #: what reads the tensor at a port, and what makes it: ports, or a note on what else
-        self.reads: dict[_Port, list[_Port | str]] = defaultdict(list)
-        self.makes: dict[_Port, list[_Port | str]] = defaultdict(list)
-        self.unfolded: set[_Port] = set()
+        #: what reads the tensor at a port, and what makes it: ports, or notes on what else does
+        self.reads: dict[_Port | str, dict[_Port | str, None]] = defaultdict(dict)
+        self.makes: dict[_Port | str, dict[_Port | str, None]] = defaultdict(dict)
+        self.unfolded: set[_Port | str] = set()
         self.calls: Counter[nn.Module] = Counter()
         self.traced: set[nn.Module] = set()
         self.untraced: list[nn.Module] = []
@@ -78,14 +78,17 @@ class _Tracing:
             note = f"the forward of {type(parent).__name__} cannot be traced ({why})"
             self.untraced.append(parent)
             for child in parent.children():
-                self.reads[_Port(child, True)].append(note)
-                self.makes[_Port(child, False)].append(note)
+                self.link(_Port(child, True), note)
+                self.link(note, _Port(child, False))
             return
         self.traced.add(parent)
         calls: Counter[nn.Module] = Counter()
         for graph in graphs:
             calls |= Counter(self._note(parent, graph))
         self.calls += calls
+
+    def link(self, maker: _Port | str, reader: _Port | str) -> None:
+        self.reads[maker][reader] = self.makes[reader][maker] = None
 
     def _note(self, parent: nn.Module, graph: fx.Graph) -> Iterable[nn.Module]:
         """Note who reads what in ``graph``, and return the modules that it calls."""
@@ -96,21 +99,19 @@ class _Tracing:
         readers = {next(reversed(graph.nodes)): _Port(parent, True)}
         readers |= {node: _Port(module, False) for node, module in called.items()}
         for node in graph.nodes:
-            reader = readers.get(node)
             for read in () if _unfolds(node) or _reads_shape(node) else node.all_input_nodes:
                 made = read
                 while _unfolds(made):
                     made = made.all_input_nodes[0]
-                maker = makers.get(made)
-                if maker:
-                    alone = node.args == (read,) and not node.kwargs
-                    note = f"a function, {_name(node)}, reads its output"
-                    self.reads[maker].append(reader if reader and alone else note)
-                    if made is not read:
-                        self.unfolded.add(maker)
-                if reader:
-                    note = f"a function, {_name(made)}, makes its input"
-                    self.makes[reader].append(maker or note)
+                function = f"a function, {_name(made)}, makes its input"
+                maker = makers.get(made, function)
+                reader: _Port | str = f"a function, {_name(node)}, reads its output"
+                if node in readers and node.args == (read,) and not node.kwargs:
+                    reader = readers[node]
+                elif node in readers:  # with others
+                    self.link(function, readers[node])
+                self.link(maker, reader)
+                self.unfolded |= {maker} if made is not read else set()
         return called.values()
 
     def resolve(
@@ -138,36 +139,29 @@ class _Tracing:
 
         ``passed`` receives the ports on the way.
         """
-        links = self.reads if port.is_output else self.makes
-        ends = dict.fromkeys(self._ends(port, links, passed))
+        links, what = self.reads, "reads its output"
+        if not port.is_output:
+            links, what = self.makes, "makes its input"
+
+        def find_ends(port: _Port) -> Iterator[nn.Module | str]:
+            passed.append(port)
+            if len(passed) > 1 and has_hooks(port.module):
+                yield f"{type(port.module).__name__}, which it passes, has hooks"
+            for near in links.get(port, [f"nothing that can be traced {what}"]):
+                if isinstance(near, _Port) and near.module in self.traced:
+                    yield from find_ends(near)
+                else:
+                    yield near if isinstance(near, str) else near.module
+
+        ends = dict.fromkeys(find_ends(port))
         notes = [end for end in ends if isinstance(end, str)]
         modules = [end for end in ends if isinstance(end, nn.Module)]
         for module in (*(near.module for near in passed), *modules):
             if self.calls[module] > 1:
                 notes.append(f"{type(module).__name__} is called in {self.calls[module]} places")
         if len(modules) > 1:
-            what = "read its output" if port.is_output else "make its input"
-            notes.append(f"{len(modules)} modules {what}")
+            notes.append(f"more than one module {what}")
         return notes[0] if notes else modules[0]
-
-    def _ends(
-        self, port: _Port, links: dict[_Port, list[_Port | str]], passed: list[_Port]
-    ) -> Iterator[nn.Module | str]:
-        passed.append(port)
-        if len(passed) > 1 and has_hooks(port.module):
-            yield f"{type(port.module).__name__}, which it passes, has hooks"
-        if port not in links and port.module not in self.traced:
-            yield "no forward that can be traced calls it"
-        elif port not in links:
-            what = "its output leaves" if port.is_output else "its input comes from outside"
-            yield f"{what} the module that calls it"
-        for near in dict.fromkeys(links.get(port, ())):
-            if isinstance(near, str):
-                yield near
-            elif near.module in self.traced:
-                yield from self._ends(near, links, passed)
-            else:
-                yield near.module
 
 
 def _unfolds(node: fx.Node) -> bool:
@@ -213,19 +207,16 @@ def _graphs(parent: nn.Module, training: bool) -> list[fx.Graph]:
     """
     graphs: list[fx.Graph] = []
     answers: list[bool] = []
-    refusal = None
     for _ in range(_MOST_BRANCHES):
         try:
             graphs.append(_graph(parent, training, answers))
         except (AssertionError, ValueError) as error:
-            if isinstance(error, fx.proxy.TraceError):
+            is_last = all(answers)
+            if isinstance(error, fx.proxy.TraceError) or (is_last and not graphs):
                 raise
-            refusal = error
         while answers and answers[-1]:
             answers.pop()
         if not answers:
-            if not graphs and refusal:
-                raise refusal
             return graphs
         answers[-1] = True  # the next way: what was last answered False
     raise TypeError(f"there are more than {_MOST_BRANCHES} ways through it")

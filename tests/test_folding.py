@@ -203,7 +203,7 @@ def behind(*modules, **options):
 @pytest.mark.parametrize(
     ("net", "why"),
     [
-        (behind(), "its input comes from outside"),
+        (behind(), "nothing that can be traced makes its input"),
         (behind(nn.Linear(4, 4), nn.ReLU()), "a ReLU makes its input"),
         (Read(), "a Linear makes its input; a function, add, reads its output"),
         (Scaling(), "the forward of Scaling cannot be traced"),

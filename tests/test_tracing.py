@@ -209,7 +209,7 @@ def changed(change):
         (Storing(), "it keeps what it computes as features"),
         (Outer(), "reads its output"),
         (HeldTwice(), "reads its output"),
-        (nn.Sequential(norm()), "its output leaves the module that calls it"),
+        (nn.Sequential(norm()), "nothing that can be traced reads its output"),
         (nn.Sequential(Odd(4, step_mode="m"), alif()), "Odd is not known to compute"),
         (nn.Sequential(norm(), neuron.LIFNode(step_mode="m")), "its reader is a LIFNode"),
         (nn.Sequential(norm(), nn.ReLU(), alif()), "its reader is a ReLU"),

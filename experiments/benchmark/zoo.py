@@ -46,7 +46,12 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "att_ms_resnet18": masnn.att_ms_resnet18,
 }
 #: What the notes of a report mean for the table.
-REASONS = {"function": "added", "Pool": "pooled", "Attention": "attention", "modules": "read twice"}
+REASONS = {
+    "function": "added",
+    "Pool": "pooled",
+    "Attention": "attention",
+    "one module": "read twice",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
