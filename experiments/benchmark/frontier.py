@@ -92,8 +92,10 @@ NETS = {
 }
 NEURONS = {"LIF": neuron.LIFNode, "PLIF": neuron.ParametricLIFNode}
 #: What memopt recomputes.
-TARGETS = (Block, sew_resnet.BasicBlock, spikformer.SpikformerBlock)
-TARGETS += (spikformer.SpikformerConv2dBNLIF,)
+TARGETS = (
+    *(Block, sew_resnet.BasicBlock),
+    *(spikformer.SpikformerConv2dBNLIF, spikformer.SpikformerBlock),
+)
 
 
 class System(NamedTuple):
@@ -105,9 +107,9 @@ class System(NamedTuple):
     compiled: bool = False
 
     def __str__(self) -> str:
-        memopt = self.level and f"memopt {self.level}"
-        parts = (self.accelerated and "accelerate", memopt, self.compiled and "torch.compile")
-        return " + ".join(filter(None, parts)) or "SpikingJelly"
+        parts = {"accelerate": self.accelerated, f"memopt {self.level}": self.level}
+        parts["torch.compile"] = self.compiled
+        return " + ".join(name for name, used in parts.items() if used) or "SpikingJelly"
 
 
 RIVAL = System()
@@ -168,7 +170,8 @@ def measure(
         double = partial(train_step, net, x_seq, DTYPES[dtype])
         peaks[system] = [peak_bytes(one, options.device) for one in (step, double)]
         steps[system] = step
-    times = interleave(steps, options.repeats, options.device, warm_up=0)  # they have run
+    calls = {f"{system.neuron} {system}": step for system, step in steps.items()}
+    times = interleave(calls, options.repeats, options.device, warm_up=0)  # they have run
     rows = []
     for system in filter(steps.__contains__, systems):
         peak, doubled = peaks[system]
@@ -178,14 +181,15 @@ def measure(
             "peak_mb": peak / 1e6,
             "mb_per_sample": (doubled - peak) / batch / 1e6,
         }
-        row |= times[system]._asdict()
-        row["time_ratio"] = times[system].median_ms / times[RIVAL].median_ms
+        time = times[f"{system.neuron} {system}"]
+        row |= time._asdict()
+        row["time_ratio"] = time.median_ms / times[f"{RIVAL.neuron} {RIVAL}"].median_ms
         rows.append(row | conditions(options.device))
     print(pd.DataFrame(rows).iloc[:, :-2].to_string(index=False))
     return rows
 
 
-def make(name: str, system: System, x_seq: Tensor) -> nn.Module:
+def make(name: str, system: System, x_seq: Tensor) -> Any:
     """A net that trains as ``system`` does."""
     torch.manual_seed(0)
     options = {"surrogate_function": surrogate.ATan()}
