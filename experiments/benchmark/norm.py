@@ -3,7 +3,8 @@
     python experiments/benchmark/norm.py
 
 writes ``norm.csv``. ``norm + neuron`` is that pair alone, on [T, 32, 128, 14, 14];
-``3 x [conv, norm, neuron]`` and the nets of SpikingJelly's zoo take [T, N, 3, 32, 32]. bfloat16 is
+``2 x [conv, norm, neuron]`` takes [T, 8, 32, 16, 16], ``3 x [conv, norm, neuron]`` and the nets of
+SpikingJelly's zoo [T, N, 3, 32, 32]. With ``--compile`` torch.compile rivals them. bfloat16 is
 autocast. Bytes are counted from what autograd saves, each storage once, without parameters.
 ``--zoo`` names the nets of the zoo to time too; the bytes of all of them are counted.
 """
@@ -23,7 +24,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import Tensor, nn
 
-from sj_taid import fuse_norm, packed_spikes, swap_neurons
+from sj_taid import ALIFNode, fuse_norm, packed_spikes, swap_neurons
 from sj_taid.training.allocator import reuse_freed_memory
 
 ZOO: dict[str, Callable[..., nn.Module]] = {
@@ -31,8 +32,9 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
     "sew_resnet18": partial(sew_resnet.sew_resnet18, cnf="ADD"),
     "spiking_resnet18": spiking_resnet.spiking_resnet18,
 }
-PAIR, LAYERS = "norm + neuron", "3 x [conv, norm, neuron]"
-NETS = (PAIR, LAYERS, *ZOO)
+PAIR, SMALL = "norm + neuron", "2 x [conv, norm, neuron]"
+LAYERS = "3 x [conv, norm, neuron]"
+NETS = (PAIR, SMALL, LAYERS, *ZOO)
 RIVAL = "SpikingJelly PLIF"
 
 
@@ -45,15 +47,16 @@ def make(name: str, spiking_neuron: Callable[..., nn.Module]) -> nn.Module:
         net = nn.Sequential(layer.BatchNorm2d(128), spiking_neuron(**options))
     else:
         layers: list[nn.Module] = []
-        for channels in (3, 64, 64):
-            layers.append(layer.Conv2d(channels, 64, 3, padding=1, bias=False))
-            layers += [layer.BatchNorm2d(64), spiking_neuron(**options)]
+        widths = (32, 32, 32) if name == SMALL else (3, 64, 64, 64)
+        for before, width in itertools.pairwise(widths):
+            layers.append(layer.Conv2d(before, width, 3, padding=1, bias=False))
+            layers += [layer.BatchNorm2d(width), spiking_neuron(**options)]
         net = nn.Sequential(*layers)
     functional.set_step_mode(net, "m")
     return net
 
 
-def variants(name: str) -> dict[str, nn.Module]:
+def variants(name: str, compile_too: bool) -> dict[str, nn.Module]:
     """The net with each neuron, and ours in each form."""
     two = make(name, neuron.LIFNode)
     swap_neurons(two)
@@ -65,6 +68,12 @@ def variants(name: str) -> dict[str, nn.Module]:
     if name != PAIR:  # which has no layer that saves spikes
         nets["ALIF, one operator, bits"] = packed = copy.deepcopy(one)
         packed_spikes(packed)
+    if compile_too:
+        nets["ALIF torch, compiled"] = compiled = copy.deepcopy(two)
+        for module in compiled.modules():
+            if isinstance(module, ALIFNode):
+                module.backend = "torch"
+        compiled.compile()
     return nets
 
 
@@ -95,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--steps", nargs="+", type=int, default=[4, 8, 16], metavar="T")
     add("--batch", type=int, default=8)
     add("--nets", nargs="+", choices=NETS, default=list(NETS))
+    add("--compile", action="store_true", help="also torch.compile of the torch backend")
     add("--zoo", nargs="*", choices=ZOO, default=[])
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -106,13 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(name: str, dtype: str, T: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Count the bytes of a net's variants and time them; a row for each."""
-    size = (32, 128, 14, 14) if name == PAIR else (options.batch, 3, 32, 32)
+    sizes = {PAIR: (32, 128, 14, 14), SMALL: (8, 32, 16, 16)}
+    size = sizes.get(name, (options.batch, 3, 32, 32))
     x_seq = torch.rand(T, *size, device=options.device)
     if name == PAIR:  # as a convolution under autocast leaves it
         x_seq = x_seq.to(DTYPES[dtype])
     calls = {
         variant: Step(net.to(options.device), DTYPES[dtype])
-        for variant, net in variants(name).items()
+        for variant, net in variants(name, options.compile).items()
     }
     saved = {variant: saved_bytes(call, x_seq) for variant, call in calls.items()}
     times = {}

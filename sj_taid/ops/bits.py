@@ -32,8 +32,9 @@ def unpack_into(bits: Tensor, spike_seq: Tensor) -> None:
     >>> spike_seq.tolist()
     [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
     """
-    for t, row in enumerate(_in_memory_order(spike_seq)):
-        row.copy_(bits[t // STEPS_PER_BYTE] >> t % STEPS_PER_BYTE & 1)
+    masks = 1 << torch.arange(STEPS_PER_BYTE, dtype=torch.uint8, device=bits.device).unsqueeze(1)
+    for byte, rows in zip(bits, _in_memory_order(spike_seq).split(STEPS_PER_BYTE), strict=True):
+        torch.ne(byte & masks[: len(rows)], 0, out=rows)
 
 
 def count_bytes(steps: int) -> int:

@@ -41,24 +41,28 @@ class Engine(NamedTuple):
     With ``norm``, the table of :class:`.norm.Affine`, the neuron runs on ``(x - shift) gain +
     offset``. With ``need_norm`` backward then gives ``norm_sums``. With ``fixed_norm`` its
     ``grad_x_seq`` is that of ``x_seq``, ``gain G_y``. Otherwise :mod:`.norm` makes A and B, ``ab``,
-    of the sums. ``grad_x_seq`` is then the gradient of the neuron's input, which
-    ``input_gradient`` turns into that of ``x_seq``; or an engine without one is asked for the sums
-    alone, and for all else in a second backward, which is given ``ab``. So is every engine where
-    ``x_seq`` is of half precision: that gradient, unrounded, would take twice its room.
+    of the sums alone, and all else comes from a second backward, which is given ``ab``.
+
+    Where ``takes_statistics``, a call with ``eps``, ``weight`` and ``bias`` does all of a norm: its
+    ``table`` and ``numbers`` are those of :class:`.norm.Affine`. Backward, given ``numbers``, then
+    gives ``grad_x_seq`` at once, and as ``norm_sums`` the gradients of bias and weight.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, ...]]
     #: x_seq -> each channel's mean and biased variance, float64 ``[2, C]``
     statistics: Callable[[Tensor], Tensor]
-    #: backward's first result, and its arguments with ``ab``: makes the first G_x, float32 both
-    input_gradient: Callable[..., None] | None
     #: x_seq -> how many voltages per neuron forward saves for backward's recomputation
     checkpoints: Callable[[Tensor], int]
+    #: whether forward and backward of such an x_seq can do all of a norm
+    takes_statistics: Callable[[Tensor], bool] = lambda x_seq: False
 
 
 class Forward(NamedTuple):
-    """The arguments of a forward, in the operator's order: spikes, V, every V, checkpoint, bits."""
+    """The arguments of a forward, in the operator's order.
+
+    Its results are spikes, V, every V, checkpoint, bits, table and numbers.
+    """
 
     x_seq: Tensor
     v0: Tensor | None
@@ -71,6 +75,9 @@ class Forward(NamedTuple):
     checkpoints: int
     norm: Tensor | None = None
     pack: bool = False
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float | None = None
 
 
 class Backward(NamedTuple):
@@ -99,6 +106,7 @@ class Backward(NamedTuple):
     need_norm: bool = False
     fixed_norm: bool = False
     ab: Tensor | None = None
+    numbers: Tensor | None = None
 
 
 _library = torch.library.Library("sj_taid", "FRAGMENT")
@@ -107,15 +115,11 @@ _library = torch.library.Library("sj_taid", "FRAGMENT")
 def register(name: str, dispatch_key: str, engine: Engine) -> Engine:
     """Make ``engine``'s functions the operators ``sj_taid::{name}_forward`` and so on."""
     operators = {}
-    in_place = f"Tensor(a!) grad_x_seq, {_schema(Backward)}"
     for what, arguments, results, fake in (
-        ("forward", _schema(Forward), 5, empty_outputs),
+        ("forward", _schema(Forward), 7, empty_outputs),
         ("backward", _schema(Backward), 4, empty_gradients),
         ("statistics", "Tensor x_seq", 1, empty_statistics),
-        ("input_gradient", in_place, 0, lambda *_: None),
     ):
-        if getattr(engine, what) is None:
-            continue
         _library.define(f"{name}_{what}({arguments}) -> ({', '.join(['Tensor'] * results)})")
         _library.impl(f"{name}_{what}", getattr(engine, what), dispatch_key)
         torch.library.register_fake(f"sj_taid::{name}_{what}", fake, lib=_library)
@@ -136,13 +140,16 @@ def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :class:`Forward`, allocated: spikes and voltages in ``x_seq``'s layout."""
     call = Forward(*arguments)
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
-    neurons = x_seq[0].numel()
+    step, room = x_seq[0], x_seq.new_empty
+    neurons, channels = step.numel(), 0 if call.eps is None else x_seq.shape[2]
     return (
         torch.empty_like(x_seq),
-        torch.empty_like(x_seq[0], dtype=dtype),
-        torch.empty_like(x_seq if call.store_v_seq else x_seq.new_empty(0), dtype=dtype),
-        x_seq.new_empty((call.checkpoints, neurons), dtype=dtype),
-        x_seq.new_empty((call.pack * bits.count_bytes(len(x_seq)), neurons), dtype=torch.uint8),
+        torch.empty_like(step, dtype=dtype),
+        torch.empty_like(x_seq, dtype=dtype) if call.store_v_seq else room(0, dtype=dtype),
+        room((call.checkpoints, neurons), dtype=dtype),
+        room((call.pack * bits.count_bytes(len(x_seq)), neurons), dtype=torch.uint8),
+        room((3, channels), dtype=torch.float32),
+        room((5, channels), dtype=torch.float64),
     )
 
 
@@ -151,13 +158,11 @@ def empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     call = Backward(*arguments)
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     channels = call.norm.shape[1] if call.norm is not None and call.need_norm else 0
-    of_neurons_input = call.norm is not None and call.ab is None and not call.fixed_norm
     return (
-        torch.empty_like(
-            x_seq if call.need_x else x_seq.new_empty(0),
-            dtype=dtype if of_neurons_input else x_seq.dtype,
-        ),
-        torch.empty_like(x_seq[0] if call.need_v0 else x_seq.new_empty(0), dtype=dtype),
+        torch.empty_like(x_seq) if call.need_x else x_seq.new_empty(0),
+        torch.empty_like(x_seq[0], dtype=dtype)
+        if call.need_v0
+        else x_seq.new_empty(0, dtype=dtype),
         call.w.new_empty((call.need_w + call.need_v_threshold, *call.w.shape)),
         x_seq.new_empty((2, channels), dtype=torch.float64),
     )
@@ -181,6 +186,7 @@ class _Options(NamedTuple):
     pack: bool
     fixed_norm: bool
     group: Any
+    eps: float | None
 
 
 class _FusedALIF(torch.autograd.Function):
@@ -188,17 +194,9 @@ class _FusedALIF(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x_seq: Tensor,
-        v0: Tensor | None,
-        w: Tensor,
-        v_threshold: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        norm: Affine | tuple[None, None],
-        engine: Engine,
-        options: _Options,
-    ) -> tuple[Tensor, ...]:
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        # One parameter: apply looks at each of the signature's at every call.
+        x_seq, v0, w, v_threshold, weight, bias, norm, engine, options = inputs
         return engine.forward(
             x_seq,
             v0,
@@ -211,14 +209,17 @@ class _FusedALIF(torch.autograd.Function):
             options.checkpoints,
             norm[0],
             options.pack,
+            *((None, None) if options.eps is None else (weight, bias)),
+            options.eps,
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x_seq, v0, w, v_threshold, _, _, norm, ctx.engine, ctx.options = inputs
-        checkpoint, packed = output[3:]
+        checkpoint, packed, *own_norm = output[3:]
+        norm = norm if ctx.options.eps is None else own_norm
         ctx.save_for_backward(x_seq, v0, w, v_threshold, checkpoint, *norm)
-        ctx.mark_non_differentiable(checkpoint, packed)
+        ctx.mark_non_differentiable(checkpoint, packed, *own_norm)
         # An output that nobody used has no gradient to read.
         ctx.set_materialize_grads(False)
 
@@ -234,7 +235,7 @@ class _FusedALIF(torch.autograd.Function):
         options = ctx.options
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
         needs_ab = need_x and table is not None and not options.fixed_norm
-        two_passes = needs_ab and (ctx.engine.input_gradient is None or x_seq.dtype != table.dtype)
+        two_passes = needs_ab and options.eps is None
         # create_graph=True, and torch.func always
         backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         call = Backward(
@@ -260,22 +261,23 @@ class _FusedALIF(torch.autograd.Function):
             table,
             table is not None,
             options.fixed_norm,
+            None,
+            None if options.eps is None else numbers,
         )
         first = call
         if two_passes:  # the norm's sums first, then all that depends on them or can wait
             first = call._replace(need_x=False, need_v0=False, need_w=False, need_v_threshold=False)
         grad_x_seq, grad_v0, grad_parameters, norm_sums = backward(ctx.engine, *first)
         grad_weight = grad_bias = None
-        if table is not None:
+        if options.eps is not None:
+            grad_bias, grad_weight = norm_sums.float().unbind()
+        elif table is not None:
             affine = Affine(table, numbers)
             grad_weight, grad_bias = norms.gradients(affine, norm_sums)
-        if needs_ab:
-            call = call._replace(ab=norms.mean_terms(affine, norm_sums, options.group))
-            if two_passes:
-                call = call._replace(need_norm=False)
-                grad_x_seq, grad_v0, grad_parameters, _ = backward(ctx.engine, *call)
-            else:
-                ctx.engine.input_gradient(grad_x_seq, *call)
+        if two_passes:
+            ab = norms.mean_terms(affine, norm_sums, options.group)
+            call = call._replace(ab=ab, need_norm=False)
+            grad_x_seq, grad_v0, grad_parameters, _ = backward(ctx.engine, *call)
         return (
             grad_x_seq if need_x else None,
             grad_v0 if need_v0 else None,
@@ -363,6 +365,9 @@ def multi_step(
             "(torch.func.vjp, jacrev), or backend='torch' with a surrogate that defines jvp"
         )
     name, a, b = surrogate.derivative_of(surrogate_function)
+    eps = None
+    if norm is not None and not norm.fixed and norm.group is None:
+        eps = norm.eps if engine.takes_statistics(x_seq) else None
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     options = _Options(
         v_init=0.0 if isinstance(v, Tensor) else v,
@@ -377,10 +382,15 @@ def multi_step(
         pack=return_bits,
         fixed_norm=norm is not None and norm.fixed,
         group=None if norm is None else norm.group,
+        eps=eps,
     )
-    affine = (None, None) if norm is None else norms.affine(norm, x_seq, engine.statistics)
+    affine: Affine | tuple[None, None] = (None, None)
+    if norm is not None and eps is None:
+        affine = norms.affine(norm, x_seq, engine.statistics)
     run = _FusedALIF.apply if saves else _FusedALIF.forward
-    spike_seq, v_last, v_seq, _, packed = run(*leaves, affine, engine, options)
+    spike_seq, v_last, v_seq, _, packed, _, numbers = run(*leaves, affine, engine, options)
+    if norm is not None and eps is not None:
+        norms.update_running(norm, numbers[0], numbers[4])
     results = (spike_seq, v_last, v_seq if store_v_seq else None)
     return (*results, packed) if return_bits else results
 

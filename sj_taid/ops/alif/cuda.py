@@ -48,7 +48,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     if x_seq.numel() == 0:
         return outputs
     options = _options(call, call.store_v_seq)
-    sequences = (x_seq, call.v0, *outputs)
+    sequences = (x_seq, call.v0, *outputs[:5])
     name = partial(options.forward_name, pack=call.pack)
     grid = _grid(sequences, _channels(call), options.forward_vec(), name)
     tensors = (*sequences, call.w, call.v_threshold, call.norm)
@@ -113,7 +113,7 @@ def statistics(x_seq: Tensor) -> Tensor:
 
 
 ENGINE = autograd.register(
-    "cupy", "CUDA", autograd.Engine(forward, backward, statistics, None, kernels.saved_voltages)
+    "cupy", "CUDA", autograd.Engine(forward, backward, statistics, kernels.saved_voltages)
 )
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused: 1 launch forward, 2 backward
 multi_step = partial(autograd.multi_step, ENGINE)

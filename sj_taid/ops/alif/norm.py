@@ -108,22 +108,26 @@ def _synchronised(x: Tensor, norm: Norm) -> Tensor:
     mean = total[1] / total[0]
     deviation = x.double() - mean.view(per_channel)
     var = all_reduce(deviation.square().sum(axes), group=norm.group) / total[0]
-    update_running(norm, mean.detach(), var.detach(), total[0].detach())
+    update_running(norm, mean.detach(), _unbiased(var.detach(), total[0].detach()))
     y = (deviation * (var + norm.eps).rsqrt().view(per_channel)).to(x.dtype)
     if norm.weight is not None and norm.bias is not None:
         y = y * norm.weight.view(per_channel) + norm.bias.view(per_channel)
     return y
 
 
-def update_running(norm: Norm, mean: Tensor, var: Tensor, count: Tensor) -> None:
-    """Move the running statistics towards a batch's, ``var`` being the biased variance.
+@torch.no_grad()
+def update_running(norm: Norm, mean: Tensor, var: Tensor) -> None:
+    """Move the running statistics towards a batch's, ``var`` being the unbiased variance.
 
-    ``running = (1 - momentum) running + momentum batch``, with the unbiased variance, as in torch.
+    ``running = (1 - momentum) running + momentum batch``, as in torch.
     """
     if norm.running_mean is not None and norm.running_var is not None:
-        unbiased = var * (count / (count - 1))
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+        norm.running_var.lerp_(var.to(norm.running_var.dtype), norm.momentum)
+
+
+def _unbiased(var: Tensor, count: Tensor) -> Tensor:
+    return var * (count / (count - 1))
 
 
 class Affine(NamedTuple):
@@ -148,7 +152,7 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
     if not norm.fixed:
         if norm.group is not None:
             mean, var, count = _combined(mean, var, count, norm.group)
-        update_running(norm, mean, var, count)
+        update_running(norm, mean, _unbiased(var, count))
     rate = (var + norm.eps).rsqrt()
     gain = rate if norm.weight is None else rate * norm.weight
     shift = mean.float()

@@ -28,7 +28,7 @@ IMAGES = Case(shape=(6, 3, 5, 2, 3), norm="batch")
 # One surrogate, since numba compiles each anew; test_cpu.py has them all.
 SOME = OPTIONS | {"norm": ("batch", "fixed"), "surrogate": ("ATan",)}
 CASES = [make_case(row) for row in pairwise(SOME)]
-SHAPES = [(6, 3, 5), (1, 2, 3, 2), (4, 700, 3), (2, 2, 130, 40)]
+SHAPES = [(6, 3, 5), (1, 2, 3, 2), (4, 700, 3), (2, 2, 130, 40), (3, 2, 70, 5, 5)]
 
 
 def call(multi_step, leaves, norm=None, **options):
@@ -52,7 +52,9 @@ def test_every_pair_of_options(case):
 
 @pytest.mark.parametrize("norm", ["batch", "fixed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_conforms(shape, norm):
+@pytest.mark.parametrize("whole", [0, threads.WHOLE])
+def test_conforms(shape, norm, whole, monkeypatch):
+    monkeypatch.setattr(threads, "WHOLE", whole)
     assert not compare(Case(shape=shape, channels=shape[2], norm=norm), cpu.multi_step)
 
 
@@ -72,7 +74,11 @@ def test_norm_updates_statistics_with_and_without_parameters(shape, affine, trai
 @pytest.mark.parametrize("norm", ["batch", "fixed"])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("frozen", [(), ("x",), ("w",)])
-def test_half_precision_equals_a_float32_copy(frozen, channels_last, norm, dtype):
+@pytest.mark.parametrize("whole", [0, threads.WHOLE])
+def test_half_precision_equals_a_float32_copy(
+    whole, frozen, channels_last, norm, dtype, monkeypatch
+):
+    monkeypatch.setattr(threads, "WHOLE", whole)
     axes = (0, 1, 3, 4, 2) if channels_last else None
     case = Case(shape=(3, 2, 5, 33, 19), dtype=dtype, axes=axes, frozen=frozen, norm=norm)
     leaves = tensors(case)
@@ -184,17 +190,16 @@ def test_operators(dtype):
         *(torch.ones_like(x_seq), None, None, x_seq, None, 0.0, w, v_threshold),
         *(x_seq.new_empty(0), True, 0.0, False, "ATan", 1.0, 3.0, True, False, True, True, table),
     )
+    forward = (x_seq, None, 0.0, w, v_threshold, True, 0.0, False, 0)
     ops = torch.ops.sj_taid
     for operator, arguments in (
         (ops.cpu_statistics, (x_seq,)),
-        (ops.cpu_forward, (x_seq, None, 0.0, w, v_threshold, True, 0.0, False, 0, table, True)),
+        (ops.cpu_forward, (*forward, table, True)),
         (ops.cpu_backward, backward),
         (ops.cpu_backward, (*backward, True)),
         (ops.cpu_backward, (*backward, True, True)),
-        (
-            ops.cpu_input_gradient,
-            (torch.ones_like(x_seq).float(), *backward, True, False, torch.rand(2, 5)),
-        ),
+        (ops.cpu_forward, (*forward, None, True, torch.rand(5), torch.rand(5), 1e-5)),
+        (ops.cpu_backward, (*backward, True, False, None, torch.rand(5, 5, dtype=torch.float64))),
     ):
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(operator, arguments, test_utils=checks)

@@ -1,61 +1,74 @@
 """Fused ALIF loops for the CPU, compiled by numba.
 
-The neurons are cut into blocks. For one block, forward walks through time with the block's
-voltages in the cache: it reads the input once and writes the spikes once. Backward recomputes the
-block's voltages from the input and then walks back. Every loop over the neurons of a block is a
-function of its own, so that LLVM vectorises it. With a norm, a row of its output is computed in the
-cache before it is used.
+The neurons are cut into parts, and a part into blocks. For one block, forward walks through time
+with the block's voltages in the cache; backward recomputes them from the input and then walks back.
+Whatever a tensor's dtype and layout, its values pass through rows of float32 in the cache:
+:func:`_load` and :func:`_store` alone know both, and every other loop runs over contiguous rows, as
+a function of its own, so that LLVM vectorises it.
 
-Half-precision tensors are read and written in place: a row is widened to float32 in the cache, and
-an output row is rounded from there. The blocks are those of float32, so results equal those of a
-float32 copy, rounded.
+With a batch's statistics, a part is all neurons of some channels. Its input stays in the cache
+while it is summed and then used, and so does the gradient of the norm's output until it is turned
+into the input's: memory is read and written once.
 
 Spikes and voltages equal the reference's bit for bit: the same operations in the same order, which
 LLVM neither fuses nor reorders. It may do so only in the surrogates' derivatives and in the sums
 over neurons. A parameter's gradient is summed in float32 over time and in float64 over neurons, in
 parts whose bounds depend on the shape alone: the number of threads changes no bit.
-
-Rows of the next step are prefetched while this one is computed.
 """
 
 # numba infers the types of the functions that it compiles.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, cfunc, from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
 from ... import surrogate
 
-#: floats of a row computed while as many of the next row are fetched
+#: values of a row that are copied while as many of another are fetched
 CHUNK = 128
 #: floats per cache line
 LINE = 16
 
 #: types of a tensor's elements
-FLOAT32, BFLOAT16, FLOAT16 = range(3)
-
-# Rows of scratch memory, and then T rows of voltages (two at least), and those of a norm.
-# _SPIKE is for spikes in forward and for their gradient in backward.
-_Q, _THRESHOLD, _SPIKE, _GRAD_X, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD = range(7)
-_X, _A, _B, _VOLTAGES = range(7, 11)
-_SHIFT, _GAIN, _OFFSET, _Y, _GRAD_OFFSET, _GRAD_GAIN, _NORM_ROWS = range(7)
+FLOAT32, BFLOAT16, FLOAT16, BYTE = range(4)
 
 
-def scratch_rows(steps: int, normalised: bool) -> tuple[int, int]:
-    """How many rows of scratch memory the kernels need, and how many of them float32 uses.
+class Arguments(ctypes.Structure):
+    """What a kernel is called with: addresses, 0 for no tensor; sizes and options; floats."""
 
-    The latter decide the block size for half precision too, since blocks decide the order of sums.
-    """
-    rows = _VOLTAGES + max(steps, 2) + normalised * _NORM_ROWS
-    return rows, rows - (_VOLTAGES - _X)
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("counters", "scratch", "x", "v0", "q", "threshold", "norm", "numbers", "weight"),
+                *("bias", "ab", "spike", "v", "v_seq", "bits", "grad_spike", "grad_v", "grad_x"),
+                *("grad_v_seq", "grad_v0", "sums", "norm_sums", "scratch_size", "parts", "ranges"),
+                *("part_size", "block", "pitch", "length", "group", "whole", "steps", "neurons"),
+                *("inner", "channels", "dtype", "fixed_norm", "decay_input", "soft"),
+            )
+        ),
+        *((name, ctypes.c_float) for name in ("v_init", "v_rest", "a", "b")),
+        ("eps", ctypes.c_double),
+    )
+
+
+# Rows of scratch memory, then T rows of voltages (two at least), then the rows of the input.
+_Q, _THRESHOLD, _SPIKE, _GRAD_X, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _BITS = range(8)
+_SHIFT, _GAIN, _OFFSET, _Y, _GRAD_OFFSET, _GRAD_GAIN, _A, _B, _VOLTAGES = range(8, 17)
+
+
+def scratch_rows(steps: int) -> int:
+    """How many rows of scratch memory the kernels need, without those of the input."""
+    return _VOLTAGES + max(steps, 2)
 
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
@@ -63,7 +76,13 @@ _part = register_jitable(error_model="numpy")
 # Cached, since numba would take a second registration for another function.
 smooth = cache(register_jitable(error_model="numpy", fastmath={"contract"}))
 _sum = register_jitable(error_model="numpy", fastmath={"reassoc"})
-_kernel = njit(error_model="numpy", nogil=True, cache=True)
+
+
+@cache
+def compile_kernel(kernel: Callable[[Any], None]) -> Any:
+    """A C function of the address of :class:`Arguments`, which needs no interpreter to run."""
+    signature = types.void(types.CPointer(from_dtype(np.dtype(Arguments))))
+    return cfunc(signature, cache=True, error_model="numpy")(kernel)
 
 
 def _element(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -79,6 +98,12 @@ def _at(typing_context: Any, address: Any, offset: Any) -> Any:
 
 
 @intrinsic
+def _double_at(typing_context: Any, address: Any, offset: Any) -> Any:
+    """The float64 pointer ``address + 8 * offset``."""
+    return types.CPointer(types.float64)(types.intp, types.intp), _element
+
+
+@intrinsic
 def _half_at(typing_context: Any, address: Any, offset: Any) -> Any:
     """The uint16 pointer ``address + 2 * offset``."""
     return types.CPointer(types.uint16)(types.intp, types.intp), _element
@@ -88,6 +113,18 @@ def _half_at(typing_context: Any, address: Any, offset: Any) -> Any:
 def _byte_at(typing_context: Any, address: Any, offset: Any) -> Any:
     """The uint8 pointer ``address + offset``."""
     return types.CPointer(types.uint8)(types.intp, types.intp), _element
+
+
+@intrinsic
+def _take(typing_context: Any, address: Any) -> Any:
+    """The counter at ``address``, which then is one more; no two threads get the same."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = context.get_value_type(types.intp)
+        counter = builder.inttoptr(arguments[0], number.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(number, 1), "monotonic")
+
+    return types.intp(types.intp), generate
 
 
 @intrinsic
@@ -207,50 +244,90 @@ def _to_float16(value):
 
 
 @_part
-def _read(x, dtype, here, row, n, to_next):
-    """``n`` values from element ``here`` on as float32: in place, or widened into ``row``."""
-    if dtype == FLOAT32:
-        return _at(x, here)
-    _widen_row(_half_at(x, here), row, dtype, n, to_next)
-    return row
+def _fetch(row, first, last):
+    for i in range(first, last, LINE):
+        _prefetch(row, i)
 
 
 @_part
-def _widen_row(x, out, dtype, n, to_next):
-    for first in range(0, n, CHUNK):
-        last = min(first + CHUNK, n)
-        _fetch(x, first + to_next, last + to_next)
-        if dtype == BFLOAT16:
-            for i in range(first, last):
-                out[i] = _from_bfloat16(x[i])
-        else:
-            for i in range(first, last):
-                out[i] = _from_float16(x[i])
+def _load(x, dtype, place, t, first, n, out, ahead):
+    """The ``n`` neurons of a part from ``first`` on at step ``t``; fetches those ``ahead``."""
+    start, run, stride, neurons = place
+    done = 0
+    while done < n:
+        segment, inside = divmod(first + done, run)
+        length = min(n - done, run - inside)
+        here = t * neurons + start + segment * stride + inside - done
+        _load_run(_at(x, here), _half_at(x, here), out, dtype, done, done + length, ahead * neurons)
+        done += length
 
 
 @_part
-def _narrow_row(values, out, dtype, n, to_next):
-    for first in range(0, n, CHUNK):
-        last = min(first + CHUNK, n)
-        _fetch(out, first + to_next, last + to_next)
-        if dtype == BFLOAT16:
+def _load_run(floats, halves, out, dtype, begin, end, ahead):
+    for first in range(begin, end, CHUNK):
+        last = min(first + CHUNK, end)
+        if dtype == FLOAT32:
+            _fetch(floats, first + ahead, last + ahead)
             for i in range(first, last):
-                out[i] = _to_bfloat16(values[i])
+                out[i] = floats[i]
+        elif dtype == BFLOAT16:
+            _fetch(halves, first + ahead, last + ahead)
+            for i in range(first, last):
+                out[i] = _from_bfloat16(halves[i])
+        else:
+            _fetch(halves, first + ahead, last + ahead)
+            for i in range(first, last):
+                out[i] = _from_float16(halves[i])
+
+
+@_part
+def _store(values, out, dtype, place, t, first, n, ahead):
+    """The inverse of :func:`_load`, rounded."""
+    start, run, stride, neurons = place
+    done = 0
+    while done < n:
+        segment, inside = divmod(first + done, run)
+        length = min(n - done, run - inside)
+        here = t * neurons + start + segment * stride + inside - done
+        floats, halves, small = _at(out, here), _half_at(out, here), _byte_at(out, here)
+        _store_run(values, floats, halves, small, dtype, done, done + length, ahead * neurons)
+        done += length
+
+
+@_part
+def _store_run(values, floats, halves, small, dtype, begin, end, ahead):
+    for first in range(begin, end, CHUNK):
+        last = min(first + CHUNK, end)
+        if dtype == FLOAT32:
+            _fetch(floats, first + ahead, last + ahead)
+            for i in range(first, last):
+                floats[i] = values[i]
+        elif dtype == BFLOAT16:
+            _fetch(halves, first + ahead, last + ahead)
+            for i in range(first, last):
+                halves[i] = _to_bfloat16(values[i])
+        elif dtype == FLOAT16:
+            _fetch(halves, first + ahead, last + ahead)
+            for i in range(first, last):
+                halves[i] = _to_float16(values[i])
         else:
             for i in range(first, last):
-                out[i] = _to_float16(values[i])
+                small[i] = np.uint8(np.int32(values[i]))
+
+
+@_part
+def _start(out, values, value, place, first, n):
+    """The ``n`` values from ``first`` on, or ``value`` where there are none."""
+    if values:
+        _load(values, FLOAT32, place, 0, first, n, out, 0)
+    else:
+        _fill(out, value, n)
 
 
 @_part
 def _fill(out, value, n):
     for i in range(n):
         out[i] = value
-
-
-@_part
-def _copy(out, values, n):
-    for i in range(n):
-        out[i] = values[i]
 
 
 @_part
@@ -270,15 +347,6 @@ def _add_norm(grad_offset, grad_gain, grad, x, shift, n):
     for i in range(n):
         grad_offset[i] += grad[i]
         grad_gain[i] += grad[i] * (x[i] - shift[i])
-
-
-@_part
-def _start(out, values, value, first, n):
-    """``n`` of the ``values`` from ``first`` on, or ``value`` where there are none."""
-    if values:
-        _copy(out, _at(values, first), n)
-    else:
-        _fill(out, value, n)
 
 
 @_part
@@ -325,99 +393,195 @@ def _step(x, v, q, threshold, v_rest, decay_input, soft):
 
 
 @_part
-def _fetch(row, first, last):
-    for i in range(first, last, LINE):
-        _prefetch(row, i)
-
-
-@_part
-def _normalise(rows, x, y, n, to_next, block):
-    shift, gain, offset = _at(rows, 0), _at(rows, _GAIN * block), _at(rows, _OFFSET * block)
-    for first in range(0, n, CHUNK):
-        last = min(first + CHUNK, n)
-        _fetch(x, first + to_next, last + to_next)
-        for i in range(first, last):
-            y[i] = (x[i] - shift[i]) * gain[i] + offset[i]
-
-
-@_part
-def _pack_row(spike, bits, bit, n):
+def _normalise(x, y, shift, gain, offset, n):
     for i in range(n):
-        fired = np.uint8(np.uint8(spike[i] != np.float32(0)) << bit)
-        bits[i] = fired if bit == 0 else bits[i] | fired
+        y[i] = (x[i] - shift[i]) * gain[i] + offset[i]
 
 
 @_part
-def _forward_row(x, v, spike, v_next, q, threshold, v_rest, decay_input, soft, n, to_x, to_next):
-    for first in range(0, n, CHUNK):
-        last = min(first + CHUNK, n)
-        _fetch(x, first + to_x, last + to_x)
-        _fetch(spike, first + to_next, last + to_next)
-        for i in range(first, last):
-            spike[i], v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
+def _pack_row(spike, bits, value, n):
+    for i in range(n):
+        bits[i] += spike[i] * value
 
 
 @_part
-def _recompute_row(x, v, v_next, q, threshold, v_rest, decay_input, soft, n, to_x):
-    for first in range(0, n, CHUNK):
-        last = min(first + CHUNK, n)
-        _fetch(x, first + to_x, last + to_x)
-        for i in range(first, last):
-            _, v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
+def _forward_row(x, v, spike, v_next, q, threshold, v_rest, decay_input, soft, n):
+    for i in range(n):
+        spike[i], v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
 
 
 @_part
-def _norm_rows(scratch, steps, block):
-    """Where the rows of a norm begin."""
-    return scratch + 4 * (_VOLTAGES + max(steps, 2)) * block
+def _recompute_row(x, v, v_next, q, threshold, v_rest, decay_input, soft, n):
+    for i in range(n):
+        _, v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
 
 
 @_part
-def _spread_norm(rows, table, first, n, inner, channels, block):
-    for k in range(3):  # shift, gain, offset
-        _spread(_at(rows, k * block), _at(table, k * channels), first, n, inner, channels)
+def _place(a, part):
+    """Where a part's neurons are, which of them it takes, and its channels.
+
+    Neuron ``j`` of a group of channels is the ``j % run``-th of segment ``j // run``; segments are
+    ``stride`` apart. A group of all channels is one segment.
+    """
+    channel = part // a.ranges * a.group
+    width = min(a.group, a.channels - channel)
+    stride = a.channels * a.inner
+    count = a.neurons // stride * width * a.inner
+    run = a.neurons if width == a.channels else width * a.inner
+    first = part % a.ranges * a.part_size
+    last = min(first + a.part_size, count)
+    return (channel * a.inner, run, stride, a.neurons), first, last, channel, width
 
 
-@_kernel
-def forward(
-    scratch, first_part, last_part, part_size, block,
-    x, v0, q, threshold, spike, v, v_seq, norm, bits, dtype,
-    steps, neurons, inner, channels, norm_inner, norm_channels, v_init, v_rest, decay_input, soft,
-):  # fmt: skip
-    rows = _norm_rows(scratch, steps, block)
-    x_row, y_row = _at(scratch, _X * block), _at(rows, _Y * block)
-    spike_row = _at(scratch, _SPIKE * block)
-    q_row, threshold_row = _at(scratch, _Q * block), _at(scratch, _THRESHOLD * block)
-    to_next = neurons if dtype == FLOAT32 else 0  # what follows a row of scratch is no next step's
-    for first in range(first_part * part_size, min(last_part * part_size, neurons), block):
-        n = min(block, neurons - first)
-        _spread(q_row, _at(q, 0), first, n, inner, channels)
-        _spread(threshold_row, _at(threshold, 0), first, n, inner, channels)
-        now = _at(scratch, _VOLTAGES * block)
-        _start(now, v0, v_init, first, n)
-        to_x = to_next
-        if norm:
-            _spread_norm(rows, norm, first, n, norm_inner, norm_channels, block)
-            to_x = 0
+@_part
+def _row(scratch, a, k):
+    return _at(scratch, k * a.pitch)
+
+
+@_part
+def _inputs(scratch, a):
+    """Where the rows of the input are: of a block, or with ``whole`` of a part."""
+    return scratch + 4 * (_VOLTAGES + max(a.steps, 2)) * a.pitch
+
+
+@_part
+def _spread_rows(scratch, a, k, values, rows, first, n, channel, width):
+    """The rows from ``k`` on: ``rows`` values of each neuron's channel."""
+    for j in range(rows):
+        value = _at(values, j * a.channels + channel)
+        _spread(_row(scratch, a, k + j), value, first, n, a.inner, width)
+
+
+def forward(pointer):
+    """Spikes and voltages; with ``whole``, from a norm whose statistics it takes first."""
+    a = carray(pointer, 1)[0]
+    block, steps, dtype = a.block, a.steps, a.dtype
+    v_rest, decay_input, soft = a.v_rest, a.decay_input != 0, a.soft != 0
+    scratch = a.scratch + 4 * a.scratch_size * _take(a.counters)
+    q_row, threshold_row = _row(scratch, a, _Q), _row(scratch, a, _THRESHOLD)
+    spike_row, y_row = _row(scratch, a, _SPIKE), _row(scratch, a, _Y)
+    shift, gain = _row(scratch, a, _SHIFT), _row(scratch, a, _GAIN)
+    offset, bits = _row(scratch, a, _OFFSET), _row(scratch, a, _BITS)
+    inputs, length = _inputs(scratch, a), a.length
+    part = _take(a.counters + 8)
+    while part < a.parts:
+        place, begin, end, channel, width = _place(a, part)
+        if a.whole:
+            _statistics_of_part(a, scratch, part)
+            _make_norm(a, channel, width)
+        for first in range(begin, end, block):
+            n = min(block, end - first)
+            _spread_rows(scratch, a, _Q, a.q, 1, first, n, channel, width)
+            _spread_rows(scratch, a, _THRESHOLD, a.threshold, 1, first, n, channel, width)
+            if a.norm:
+                _spread_rows(scratch, a, _SHIFT, a.norm, 3, first, n, channel, width)
+            now = _row(scratch, a, _VOLTAGES)
+            _start(now, a.v0, a.v_init, place, first, n)
+            for t in range(steps):
+                x_row = _at(inputs, t * length + (first - begin) * a.whole)
+                if not a.whole:
+                    _load(a.x, dtype, place, t, first, n, x_row, 1)
+                if a.norm:
+                    _normalise(x_row, y_row, shift, gain, offset, n)
+                    x_row = y_row
+                # Never the row it reads from, which would look like a loop-carried dependence.
+                after = _row(scratch, a, _VOLTAGES + (t + 1) % 2)
+                _forward_row(
+                    x_row, now, spike_row, after, q_row, threshold_row, v_rest, decay_input, soft, n
+                )
+                _store(spike_row, a.spike, dtype, place, t, first, n, 1)
+                if a.v_seq:
+                    _store(after, a.v_seq, FLOAT32, place, t, first, n, 1)
+                if a.bits:
+                    if t % 8 == 0:
+                        _fill(bits, np.float32(0), n)
+                    _pack_row(spike_row, bits, np.float32(1 << t % 8), n)
+                    if t % 8 == 7 or t == steps - 1:
+                        _store(bits, a.bits, BYTE, place, t // 8, first, n, 0)
+                now = after
+            _store(now, a.v, FLOAT32, place, 0, first, n, 0)
+        part = _take(a.counters + 8)
+
+
+def statistics(pointer):
+    """Sums over a channel's neurons: means over time, their squares, and squared deviations."""
+    a = carray(pointer, 1)[0]
+    scratch = a.scratch + 4 * a.scratch_size * _take(a.counters)
+    part = _take(a.counters + 8)
+    while part < a.parts:
+        _statistics_of_part(a, scratch, part)
+        part = _take(a.counters + 8)
+
+
+@_part
+def _statistics_of_part(a, scratch, part):
+    """Of ``x`` minus the channel's first value, which loses no digits, and which ``norm`` has."""
+    place, begin, end, channel, width = _place(a, part)
+    block, inner, steps = a.block, a.inner, a.steps
+    inputs, length = _inputs(scratch, a), a.length
+    shift, mean = _row(scratch, a, _SHIFT), _row(scratch, a, _GAIN)
+    square = _row(scratch, a, _OFFSET)
+    for first in range(begin, end, block):
+        n = min(block, end - first)
+        here = (first - begin) * a.whole
+        _spread_rows(scratch, a, _SHIFT, a.norm, 1, first, n, channel, width)
+        _fill(mean, np.float32(0), n)
         for t in range(steps):
-            here = t * neurons + first
-            row = _read(x, dtype, here, x_row, n, neurons)
-            if norm:
-                _normalise(rows, row, y_row, n, to_next, block)
-                row = y_row
-            fired = _at(spike, here) if dtype == FLOAT32 else spike_row
-            # Never the row it reads from, which would look like a loop-carried dependence.
-            after = _at(v_seq, here) if v_seq else _at(scratch, (_VOLTAGES + (t + 1) % 2) * block)
-            _forward_row(
-                row, now, fired, after,
-                q_row, threshold_row, v_rest, decay_input, soft, n, to_x, to_next,
-            )  # fmt: skip
-            if bits:
-                _pack_row(fired, _byte_at(bits, t // 8 * neurons + first), t % 8, n)
-            if dtype != FLOAT32:
-                _narrow_row(fired, _half_at(spike, here), dtype, n, neurons)
-            now = after
-        _copy(_at(v, first), now, n)
+            row = _at(inputs, t * length + here)
+            _load(a.x, a.dtype, place, t, first, n, row, 1)
+            _add_differences(mean, row, shift, n)
+        for i in range(n):
+            mean[i] /= np.float32(steps)
+        sums = part % a.ranges * 3 * a.channels + channel
+        _gather(_double_at(a.sums, sums), mean, first, n, inner, width)
+        for i in range(n):
+            square[i] = mean[i] * mean[i]
+        _gather(_double_at(a.sums, sums + a.channels), square, first, n, inner, width)
+        _fill(square, np.float32(0), n)
+        for t in range(steps):
+            _add_deviations(square, _at(inputs, t * length + here), shift, mean, n)
+        _gather(_double_at(a.sums, sums + 2 * a.channels), square, first, n, inner, width)
+
+
+@_part
+def _add_differences(out, x, shift, n):
+    for i in range(n):
+        out[i] += x[i] - shift[i]
+
+
+@_part
+def _add_deviations(out, x, shift, mean, n):
+    for i in range(n):
+        deviation = (x[i] - shift[i]) - mean[i]
+        out[i] += deviation * deviation
+
+
+@_part
+def _make_norm(a, channel, width):
+    """The numbers of :class:`..norm.Affine` from the sums, and the unbiased variance."""
+    sums, numbers = _double_at(a.sums, 0), _double_at(a.numbers, 0)
+    table, weight, bias = _at(a.norm, 0), _double_at(a.weight, 0), _double_at(a.bias, 0)
+    neurons = np.float64(a.neurons // a.channels)
+    count = neurons * a.steps
+    for c in range(channel, channel + width):
+        mean = sums[c] / neurons
+        var = sums[2 * a.channels + c] / count
+        var += max(sums[a.channels + c] / neurons - mean * mean, 0.0)
+        mean += table[c]
+        rate = 1 / np.sqrt(var + a.eps)
+        gain = rate * weight[c] if a.weight else rate
+        shift = np.float32(mean)
+        offset = (shift - mean) * gain
+        if a.bias:
+            offset += bias[c]
+        table[c] = shift
+        table[a.channels + c] = np.float32(gain)
+        table[2 * a.channels + c] = np.float32(offset)
+        numbers[c] = mean
+        numbers[a.channels + c] = rate
+        numbers[2 * a.channels + c] = gain
+        numbers[3 * a.channels + c] = count
+        numbers[4 * a.channels + c] = var * count / (count - 1)
 
 
 @cache
@@ -428,7 +592,7 @@ def backward_for(
     detach_reset: bool,
     learn_w: bool,
     learn_threshold: bool,
-) -> Callable[..., None]:
+) -> Callable[[Any], None]:
     """The backward kernel for a surrogate and options; what is not needed costs nothing.
 
     A kernel encloses only plain functions and numbers: numba pickles them into the key of its cache
@@ -442,197 +606,162 @@ def backward_for(
     @_part
     def row(
         x, v, grad_spike, grad_v, grad_x, grad_q, grad_threshold,
-        q, threshold, v_rest, a, b, n, to_next,
+        q, threshold, v_rest, a, b, n,
     ):  # fmt: skip
-        for first in range(0, n, CHUNK):
-            last = min(first + CHUNK, n)
-            _fetch(grad_spike, first + to_next, last + to_next)
-            _fetch(grad_x, first + to_next, last + to_next)
-            for i in range(first, last):
-                h = _charge(x[i], v[i], q[i], v_rest, decay_input)
-                over = h - threshold[i]
-                spike = np.float32(over >= np.float32(0))
-                through = grad_spike[i]
-                if not detach_reset:
-                    by_spike = -threshold[i] if soft else v_rest - _no_overflow(h, v_rest)
-                    through += grad_v[i] * by_spike
-                through *= np.float32(derivative(over, a, b))
-                # Products, not choices, as torch's: what is not finite stays so.
-                past_reset = grad_v[i] if soft else (np.float32(1) - spike) * grad_v[i]
-                if not soft and h == np.float32(np.inf):
-                    past_reset = np.float32(0)
-                grad_h = through + past_reset
-                if learn_threshold:
-                    grad_threshold[i] -= through + (spike * grad_v[i] if soft else np.float32(0))
-                if learn_w:
-                    grad_q[i] += grad_h * _charge_by_q(x[i], v[i], v_rest, decay_input)
-                grad_x[i] = grad_h * q[i] if decay_input else grad_h
-                grad_v[i] = grad_h - grad_h * q[i]
+        for i in range(n):
+            h = _charge(x[i], v[i], q[i], v_rest, decay_input)
+            over = h - threshold[i]
+            spike = np.float32(over >= np.float32(0))
+            through = grad_spike[i]
+            if not detach_reset:
+                by_spike = -threshold[i] if soft else v_rest - _no_overflow(h, v_rest)
+                through += grad_v[i] * by_spike
+            through *= np.float32(derivative(over, a, b))
+            # Products, not choices, as torch's: what is not finite stays so.
+            past_reset = grad_v[i] if soft else (np.float32(1) - spike) * grad_v[i]
+            if not soft and h == np.float32(np.inf):
+                past_reset = np.float32(0)
+            grad_h = through + past_reset
+            if learn_threshold:
+                grad_threshold[i] -= through + (spike * grad_v[i] if soft else np.float32(0))
+            if learn_w:
+                grad_q[i] += grad_h * _charge_by_q(x[i], v[i], v_rest, decay_input)
+            grad_x[i] = grad_h * q[i] if decay_input else grad_h
+            grad_v[i] = grad_h - grad_h * q[i]
 
-    def backward(
-        scratch, first_part, last_part, part_size, block,
-        grad_spike, grad_v, grad_v_seq, x, v0, q, threshold, norm, ab, grad_x, grad_v0,
-        sums, norm_sums, dtype, grad_x_dtype, need_norm, fixed_norm,
-        steps, neurons, inner, channels, norm_inner, norm_channels, v_init, v_rest, a, b,
-    ):  # fmt: skip
-        rows = _norm_rows(scratch, steps, block)
-        x_row, y_row = _at(scratch, _X * block), _at(rows, _Y * block)
-        a_row, b_row = _at(scratch, _A * block), _at(scratch, _B * block)
-        grad_offset, grad_gain = _at(rows, _GRAD_OFFSET * block), _at(rows, _GRAD_GAIN * block)
-        q_row, threshold_row = _at(scratch, _Q * block), _at(scratch, _THRESHOLD * block)
-        grad_q = _at(scratch, _GRAD_Q * block)
-        grad_threshold = _at(scratch, _GRAD_THRESHOLD * block)
-        grad_spike_row = _at(scratch, _SPIKE * block)
-        grad_now = _at(scratch, _GRAD_V * block)
-        to_next = neurons if dtype == FLOAT32 else 0
-        for part in range(first_part, last_part):
-            for first in range(part * part_size, min((part + 1) * part_size, neurons), block):
-                n = min(block, neurons - first)
-                _spread(q_row, _at(q, 0), first, n, inner, channels)
-                _spread(threshold_row, _at(threshold, 0), first, n, inner, channels)
-                voltages = scratch + 4 * _VOLTAGES * block
-                _start(_at(voltages, 0), v0, v_init, first, n)
-                to_x = to_next
-                if norm:
-                    to_x = 0
-                    _spread_norm(rows, norm, first, n, norm_inner, norm_channels, block)
-                    _fill(grad_offset, np.float32(0), n)
-                    _fill(grad_gain, np.float32(0), n)
-                if ab:
-                    _spread(a_row, _at(ab, 0), first, n, norm_inner, norm_channels)
-                    _spread(b_row, _at(ab, norm_channels), first, n, norm_inner, norm_channels)
-                for t in range(steps - 1):
-                    current = _read(x, dtype, t * neurons + first, x_row, n, neurons)
-                    if norm:
-                        _normalise(rows, current, y_row, n, to_next, block)
+    def backward(pointer):
+        a = carray(pointer, 1)[0]
+        block, steps, dtype, inner, channels = a.block, a.steps, a.dtype, a.inner, a.channels
+        zero, v_rest = np.float32(0), a.v_rest
+        scratch = a.scratch + 4 * a.scratch_size * _take(a.counters)
+        q_row, threshold_row = _row(scratch, a, _Q), _row(scratch, a, _THRESHOLD)
+        shift, gain = _row(scratch, a, _SHIFT), _row(scratch, a, _GAIN)
+        offset, y_row = _row(scratch, a, _OFFSET), _row(scratch, a, _Y)
+        a_row, b_row = _row(scratch, a, _A), _row(scratch, a, _B)
+        grad_q = _row(scratch, a, _GRAD_Q)
+        grad_threshold = _row(scratch, a, _GRAD_THRESHOLD)
+        grad_offset = _row(scratch, a, _GRAD_OFFSET)
+        grad_gain = _row(scratch, a, _GRAD_GAIN)
+        grad_spike, grad_now = _row(scratch, a, _SPIKE), _row(scratch, a, _GRAD_V)
+        inputs, length = _inputs(scratch, a), a.length
+        grads, grad_length = scratch + 4 * _GRAD_X * a.pitch, 0
+        if a.whole:
+            grads, grad_length = inputs + 4 * steps * length, length
+        part = _take(a.counters + 8)
+        while part < a.parts:
+            place, begin, end, channel, width = _place(a, part)
+            for first in range(begin, end, block):
+                n = min(block, end - first)
+                here = (first - begin) * a.whole
+                _spread_rows(scratch, a, _Q, a.q, 1, first, n, channel, width)
+                _spread_rows(scratch, a, _THRESHOLD, a.threshold, 1, first, n, channel, width)
+                if a.norm:
+                    _spread_rows(scratch, a, _SHIFT, a.norm, 3, first, n, channel, width)
+                if a.ab and not a.whole:
+                    _spread_rows(scratch, a, _A, a.ab, 2, first, n, channel, width)
+                _start(_row(scratch, a, _VOLTAGES), a.v0, a.v_init, place, first, n)
+                for t in range(steps):
+                    x_row = current = _at(inputs, t * length + here)
+                    _load(a.x, dtype, place, t, first, n, x_row, 1)
+                    if t == steps - 1:
+                        break
+                    if a.norm:
+                        _normalise(x_row, y_row, shift, gain, offset, n)
                         current = y_row
                     _recompute_row(
-                        current, _at(voltages, t * block),
-                        _at(voltages, (t + 1) * block),
-                        q_row, threshold_row, v_rest, decay_input, soft, n, to_x,
+                        current, _row(scratch, a, _VOLTAGES + t),
+                        _row(scratch, a, _VOLTAGES + t + 1),
+                        q_row, threshold_row, v_rest, decay_input, soft, n,
                     )  # fmt: skip
-                _start(grad_now, grad_v, np.float32(0), first, n)
-                _fill(grad_q, np.float32(0), n)
-                _fill(grad_threshold, np.float32(0), n)
-                _fill(grad_spike_row, np.float32(0), n)
+                _start(grad_now, a.grad_v, zero, place, first, n)
+                _fill(grad_q, zero, n)
+                _fill(grad_threshold, zero, n)
+                _fill(grad_spike, zero, n)
+                _fill(grad_offset, zero, n)
+                _fill(grad_gain, zero, n)
                 for t in range(steps - 1, -1, -1):
-                    here = t * neurons + first
-                    if grad_v_seq:
-                        _add(grad_now, _at(grad_v_seq, here), n)
-                    x_now = current = _read(x, dtype, here, x_row, n, -neurons)
-                    if norm:
-                        _normalise(rows, x_now, y_row, n, -to_next, block)
+                    if a.grad_v_seq:
+                        _load(a.grad_v_seq, FLOAT32, place, t, first, n, y_row, -1)
+                        _add(grad_now, y_row, n)
+                    if a.grad_spike:
+                        _load(a.grad_spike, dtype, place, t, first, n, grad_spike, -1)
+                    x_row = current = _at(inputs, t * length + here)
+                    if a.norm:
+                        _normalise(x_row, y_row, shift, gain, offset, n)
                         current = y_row
-                    grad_fired = grad_spike_row
-                    if grad_spike:
-                        grad_fired = _read(grad_spike, dtype, here, grad_spike_row, n, -neurons)
-                    grad_current = _at(scratch, _GRAD_X * block)
-                    if grad_x and grad_x_dtype == FLOAT32:
-                        grad_current = _at(grad_x, here)
+                    grad_x = _at(grads, t * grad_length + here)
                     row(
-                        current, _at(voltages, t * block), grad_fired, grad_now, grad_current,
-                        grad_q, grad_threshold, q_row, threshold_row,
-                        v_rest, a, b, n, -to_next,
+                        current, _row(scratch, a, _VOLTAGES + t), grad_spike, grad_now, grad_x,
+                        grad_q, grad_threshold, q_row, threshold_row, v_rest, a.a, a.b, n,
                     )  # fmt: skip
-                    if need_norm:
-                        _add_norm(grad_offset, grad_gain, grad_current, x_now, _at(rows, 0), n)
-                    if ab:
-                        _input_gradient_row(
-                            x_now, grad_current, _at(rows, 0), _at(rows, _GAIN * block),
-                            a_row, b_row, n, 0,
-                        )  # fmt: skip
-                    if fixed_norm:
-                        _multiply(grad_current, _at(rows, _GAIN * block), n)
-                    if grad_x and grad_x_dtype != FLOAT32:
-                        _narrow_row(grad_current, _half_at(grad_x, here), grad_x_dtype, n, -neurons)
-                if grad_v0:
-                    _copy(_at(grad_v0, first), grad_now, n)
-                if need_norm:
-                    _gather(norm_sums[part, 0], grad_offset, first, n, norm_inner, norm_channels)
-                    _gather(norm_sums[part, 1], grad_gain, first, n, norm_inner, norm_channels)
+                    if a.norm_sums:
+                        _add_norm(grad_offset, grad_gain, grad_x, x_row, shift, n)
+                    if a.grad_x and not a.whole:
+                        if a.fixed_norm:
+                            _multiply(grad_x, gain, n)
+                        if a.ab:
+                            _input_gradient_row(x_row, grad_x, shift, gain, a_row, b_row, n)
+                        _store(grad_x, a.grad_x, dtype, place, t, first, n, -1)
+                if a.grad_v0:
+                    _store(grad_now, a.grad_v0, FLOAT32, place, 0, first, n, 0)
+                sums = part % a.ranges * 2 * channels + channel
+                if a.norm_sums:
+                    to = _double_at(a.norm_sums, sums)
+                    _gather(to, grad_offset, first, n, inner, width)
+                    to = _double_at(a.norm_sums, sums + channels)
+                    _gather(to, grad_gain, first, n, inner, width)
                 if learn_w:
-                    _gather(sums[part, 0], grad_q, first, n, inner, channels)
+                    _gather(_double_at(a.sums, sums), grad_q, first, n, inner, width)
                 if learn_threshold:
-                    _gather(sums[part, 1], grad_threshold, first, n, inner, channels)
+                    to = _double_at(a.sums, sums + channels)
+                    _gather(to, grad_threshold, first, n, inner, width)
+            if a.whole:
+                _make_terms(a, channel, width)
+                if a.grad_x:
+                    _finish_part(a, scratch, part)
+            part = _take(a.counters + 8)
 
     row.__qualname__ = f"row_{variant}"
     backward.__qualname__ = f"backward_{variant}"
-    return _kernel(backward)
-
-
-@_kernel
-def statistics(
-    scratch, first_part, last_part, part_size, block,
-    x, first_values, sums, dtype, steps, neurons, inner, channels,
-):  # fmt: skip
-    """Sums over a channel's neurons: means over time, their squares, and squared deviations.
-
-    All of ``x`` minus the channel's first value, which loses no digits.
-    """
-    x_row = _at(scratch, _X * block)
-    to_next = neurons if dtype == FLOAT32 else 0
-    shift, mean = _at(scratch, _SHIFT * block), _at(scratch, _GAIN * block)
-    square = _at(scratch, _OFFSET * block)
-    for part in range(first_part, last_part):
-        for first in range(part * part_size, min((part + 1) * part_size, neurons), block):
-            n = min(block, neurons - first)
-            _spread(shift, _at(first_values, 0), first, n, inner, channels)
-            _fill(mean, np.float32(0), n)
-            for t in range(steps):
-                row = _read(x, dtype, t * neurons + first, x_row, n, neurons)
-                _add_differences(mean, row, shift, n, to_next)
-            for i in range(n):
-                mean[i] /= np.float32(steps)
-            _gather(sums[part, 0], mean, first, n, inner, channels)
-            for i in range(n):
-                square[i] = mean[i] * mean[i]
-            _gather(sums[part, 1], square, first, n, inner, channels)
-            _fill(square, np.float32(0), n)
-            for t in range(steps):
-                row = _read(x, dtype, t * neurons + first, x_row, n, 0)
-                _add_deviations(square, row, shift, mean, n)
-            _gather(sums[part, 2], square, first, n, inner, channels)
+    return backward
 
 
 @_part
-def _add_differences(out, x, shift, n, to_next):
-    for first in range(0, n, CHUNK):
-        last = min(first + CHUNK, n)
-        _fetch(x, first + to_next, last + to_next)
-        for i in range(first, last):
-            out[i] += x[i] - shift[i]
+def _make_terms(a, channel, width):
+    """A and B of :mod:`..norm` from the sums, which become the gradients of bias and weight."""
+    sums, numbers = _double_at(a.norm_sums, 0), _double_at(a.numbers, 0)
+    table, ab, channels = _at(a.norm, 0), _at(a.ab, 0), a.channels
+    for c in range(channel, channel + width):
+        mean, rate = numbers[c], numbers[channels + c]
+        gain, count = numbers[2 * channels + c], numbers[3 * channels + c]
+        far = mean - table[c]
+        centred = sums[channels + c] - far * sums[c]
+        b = gain * rate * rate * centred / count
+        ab[c] = np.float32(gain * sums[c] / count - b * far)
+        ab[channels + c] = np.float32(b)
+        sums[channels + c] = rate * centred
 
 
 @_part
-def _add_deviations(out, x, shift, mean, n):
+def _finish_part(a, scratch, part):
+    """Write the input's gradient, from that of the norm's output and the input, both in cache."""
+    place, begin, end, channel, width = _place(a, part)
+    inputs, length = _inputs(scratch, a), a.length
+    grads = inputs + 4 * a.steps * length
+    shift, gain = _row(scratch, a, _SHIFT), _row(scratch, a, _GAIN)
+    a_row, b_row = _row(scratch, a, _A), _row(scratch, a, _B)
+    for first in range(begin, end, a.block):
+        n, here = min(a.block, end - first), first - begin
+        _spread_rows(scratch, a, _SHIFT, a.norm, 3, first, n, channel, width)
+        _spread_rows(scratch, a, _A, a.ab, 2, first, n, channel, width)
+        for t in range(a.steps):
+            grad = _at(grads, t * length + here)
+            row = _at(inputs, t * length + here)
+            _input_gradient_row(row, grad, shift, gain, a_row, b_row, n)
+            _store(grad, a.grad_x, a.dtype, place, t, first, n, 1)
+
+
+@_part
+def _input_gradient_row(x, grad, shift, gain, a, b, n):
     for i in range(n):
-        deviation = (x[i] - shift[i]) - mean[i]
-        out[i] += deviation * deviation
-
-
-@_kernel
-def input_gradient(
-    scratch, first_part, last_part, part_size, block,
-    x, grad_x, table, steps, neurons, inner, channels,
-):  # fmt: skip
-    """Replace G_y by ``gain G_y - A - B (x - shift)``; the table has shift, gain, A and B."""
-    for first in range(first_part * part_size, min(last_part * part_size, neurons), block):
-        n = min(block, neurons - first)
-        for k in range(4):
-            _spread(_at(scratch, k * block), _at(table, k * channels), first, n, inner, channels)
-        for t in range(steps):
-            here = t * neurons + first
-            _input_gradient_row(
-                _at(x, here), _at(grad_x, here), _at(scratch, 0), _at(scratch, block),
-                _at(scratch, 2 * block), _at(scratch, 3 * block), n, neurons,
-            )  # fmt: skip
-
-
-@_part
-def _input_gradient_row(x, grad_x, shift, gain, a, b, n, to_next):
-    for first in range(0, n, CHUNK):
-        last = min(first + CHUNK, n)
-        _fetch(x, first + to_next, last + to_next)
-        _fetch(grad_x, first + to_next, last + to_next)
-        for i in range(first, last):
-            grad_x[i] = gain[i] * grad_x[i] - a[i] - b[i] * (x[i] - shift[i])
+        grad[i] = gain[i] * grad[i] - a[i] - b[i] * (x[i] - shift[i])

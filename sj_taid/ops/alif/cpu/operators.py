@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ... import surrogate
 from .. import autograd
-from . import loops
-from .threads import Partition, ask_for_huge_pages, run
+from . import loops, threads
+from .threads import Partition, ask_for_huge_pages, group_size, run
 
 #: the loops' types for input, spikes and their gradients
 DTYPES = {
@@ -24,20 +24,30 @@ DTYPES = {
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Forward(*arguments)
-    outputs = spike_seq, v, v_seq, _, bits = autograd.empty_outputs(*arguments)
-    x, q = call.x_seq, call.w.sigmoid()
+    outputs = spike_seq, v, v_seq, _, bits, table, numbers = autograd.empty_outputs(*arguments)
+    x, whole = call.x_seq, call.eps is not None
+    q, threshold = _parameters(call, whole or call.norm is not None)
+    partition = _partition(x, len(q), whole)
+    weight, bias = (t if t is None else t.double() for t in (call.weight, call.bias))
+    if whole:
+        table[0] = _first_values(x)
     ask_for_huge_pages(spike_seq, v_seq)
     run(
-        loops.forward,
-        _partition(x, call.norm),
-        *_addresses(x, call.v0, q, call.v_threshold, spike_seq, v, v_seq, call.norm, bits),
-        DTYPES[x.dtype],
-        *_steps(x),
-        *_channels(x, q.numel()),
-        *_channels(x, _width(call.norm)),
-        *_floats(call.v_init, call.v_reset),
-        call.decay_input,
-        call.v_reset is None,
+        loops.compile_kernel(loops.forward),
+        partition,
+        q=q,
+        threshold=threshold,
+        norm=table if whole else call.norm,
+        sums=partition.sums(3) if whole else None,
+        numbers=numbers,
+        weight=weight,
+        bias=bias,
+        eps=call.eps,
+        spike=spike_seq,
+        v=v,
+        v_seq=v_seq,
+        bits=bits,
+        **_options(call),
     )
     return outputs
 
@@ -45,88 +55,100 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Backward(*arguments)
     gradients = grad_x, grad_v0, grad_parameters, norm_sums = autograd.empty_gradients(*call)
-    x, q = call.x_seq, call.w.sigmoid()
+    x, whole = call.x_seq, call.numbers is not None
+    q, threshold = _parameters(call, call.norm is not None)
+    partition = _partition(x, len(q), whole)
     ask_for_huge_pages(grad_x)
-    shape = _partition(x, call.norm)
-    sums = np.zeros((shape.parts, 2, q.numel()))
-    sums_of_norm = np.zeros((shape.parts, 2, _width(call.norm)))
+    sums = partition.sums(2)
+    sums_of_norm = partition.sums(2) if call.need_norm else None
     needs = call.need_w, call.need_v_threshold
     # The first of two backwards takes the kernel of the second, rather than wait for another one.
     learned = (True, True) if call.need_norm and not call.need_x else needs
+    options = call.surrogate, call.decay_input, call.v_reset is None, call.detach_reset, *learned
     run(
-        loops.backward_for(
-            call.surrogate, call.decay_input, call.v_reset is None, call.detach_reset, *learned
-        ),
-        shape,
-        *_addresses(call.grad_spike_seq, call.grad_v, call.grad_v_seq, x, call.v0, q),
-        *_addresses(call.v_threshold, call.norm, call.ab, grad_x, grad_v0),
-        sums,
-        sums_of_norm,
-        DTYPES[x.dtype],
-        DTYPES[grad_x.dtype],
-        call.need_norm,
-        call.fixed_norm and call.need_x,
-        *_steps(x),
-        *_channels(x, q.numel()),
-        *_channels(x, _width(call.norm)),
-        *_floats(call.v_init, call.v_reset, call.a, call.b),
+        loops.compile_kernel(loops.backward_for(*options)),
+        partition,
+        q=q,
+        threshold=threshold,
+        norm=call.norm,
+        ab=torch.empty((2, len(q)), dtype=torch.float32) if whole else call.ab,
+        numbers=call.numbers,
+        fixed_norm=call.fixed_norm,
+        grad_spike=call.grad_spike_seq,
+        grad_v=call.grad_v,
+        grad_v_seq=call.grad_v_seq,
+        grad_x=grad_x,
+        grad_v0=grad_v0,
+        sums=sums,
+        norm_sums=sums_of_norm,
+        a=call.a,
+        b=call.b,
+        **_options(call),
     )
     # numpy's functions cost a fraction of torch's for a few numbers.
-    total = sums.sum(0)
-    rate = q.numpy().ravel().astype(np.float64)
+    total = sums.numpy().sum(0)
+    rate = q.numpy().astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):  # torch warns of neither
         total[0] *= rate * (1 - rate)  # dq/dw
+    if call.w.dim() == 0:
+        total = total.sum(1)
     grad_parameters.numpy()[:] = total[list(needs)].reshape(grad_parameters.shape)
-    if call.need_norm:
-        norm_sums.numpy()[:] = sums_of_norm.sum(0)
+    if sums_of_norm is not None:
+        norm_sums.numpy()[:] = sums_of_norm.numpy().sum(0)
     return gradients
 
 
 def _statistics(x: Tensor) -> Tensor:
-    width = x.shape[2]
-    first = x.as_strided((width,), (x.stride(2),)).float().contiguous()
-    shape = _partition(x, x)
-    sums = np.zeros((shape.parts, 3, width))
-    scalars = (DTYPES[x.dtype], *_steps(x), *_channels(x, width))
-    run(loops.statistics, shape, *_addresses(x, first), sums, *scalars)
-    mean, square, deviation = sums.sum(0) / (x[0].numel() // width)  # over a channel's neurons
+    first = _first_values(x)
+    partition = _partition(x, len(first), whole=False)
+    sums = partition.sums(3)
+    kernel = loops.compile_kernel(loops.statistics)
+    run(kernel, partition, x=x, norm=first, sums=sums, dtype=DTYPES[x.dtype])
+    mean, square, deviation = sums.numpy().sum(0) / (x[0].numel() // len(first))
     var = deviation / len(x) + np.maximum(square - mean * mean, 0)
     return torch.from_numpy(np.stack([mean + first.numpy(), var]))
 
 
-def _input_gradient(grad_y: Tensor, *arguments: Any) -> None:
-    call = autograd.Backward(*arguments)
-    x = call.x_seq
-    table = torch.cat([t[:2] for t in (call.norm, call.ab) if t is not None])
-    scalars = (*_steps(x), *_channels(x, _width(call.norm)))
-    run(loops.input_gradient, _partition(x, call.norm), *_addresses(x, grad_y, table), *scalars)
+def _first_values(x: Tensor) -> Tensor:
+    """Each channel's first value, as float32."""
+    return x.as_strided((x.shape[2],), (x.stride(2),)).float().contiguous()
 
 
-def _partition(x: Tensor, norm: Tensor | None) -> Partition:
-    return Partition.of(*_steps(x), *loops.scratch_rows(len(x), norm is not None))
+def _parameters(
+    call: autograd.Forward | autograd.Backward, normalises: bool
+) -> tuple[Tensor, Tensor]:
+    """``q`` and the threshold, one per channel if there is a norm or they are."""
+    width = call.x_seq.shape[2] if normalises else call.w.numel()
+    q, threshold = call.w.sigmoid(), call.v_threshold
+    return q.expand(width).contiguous(), threshold.expand(width).contiguous()
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    """The addresses of the data; 0 for no tensor, as for one without elements."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _partition(x: Tensor, channels: int, whole: bool) -> Partition:
+    return Partition.of(len(x), x.numel() // len(x), _inner(x, channels), channels, whole)
 
 
-def _floats(*values: float | None) -> list[np.float32]:
-    return [np.float32(value or 0.0) for value in values]
+def _inner(x: Tensor, channels: int) -> int:
+    """Neuron ``i`` has channel ``i // inner % channels``."""
+    return x.stride(2) if channels > 1 else max(x.numel() // len(x), 1)
 
 
-def _steps(x: Tensor) -> tuple[int, int]:
-    """Time steps and neurons."""
-    return x.shape[0], x.numel() // x.shape[0]
+def _has_channels_in_cache(x: Tensor) -> bool:
+    """Whether all values of the channels of a part, at least one, fit the cache."""
+    channels = x.shape[2]
+    values = x.numel() // channels * group_size(channels, _inner(x, channels))
+    return 0 < values <= threads.WHOLE
 
 
-def _channels(x: Tensor, width: int) -> tuple[int, int]:
-    """``inner`` and ``width``: neuron i has channel ``i // inner % width``."""
-    return (x.stride(2) if width > 1 else max(x.numel() // x.shape[0], 1)), width
-
-
-def _width(norm: Tensor | None) -> int:
-    return 1 if norm is None else norm.shape[1]
+def _options(call: autograd.Forward | autograd.Backward) -> dict[str, Any]:
+    return {
+        "x": call.x_seq,
+        "dtype": DTYPES[call.x_seq.dtype],
+        "v0": call.v0,
+        "v_init": call.v_init,
+        "v_rest": call.v_reset,
+        "decay_input": call.decay_input,
+        "soft": call.v_reset is None,
+    }
 
 
 def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
@@ -144,7 +166,7 @@ def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
 _ENGINE = autograd.register(
     "cpu",
     "CPU",
-    autograd.Engine(_forward, _backward, _statistics, _input_gradient, lambda x_seq: 0),
+    autograd.Engine(_forward, _backward, _statistics, lambda x_seq: 0, _has_channels_in_cache),
 )
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
 multi_step = partial(autograd.multi_step, _ENGINE)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -21,17 +20,22 @@ import torch
 from torch import Tensor
 
 from ... import PROCESS
+from . import loops
 
-#: floats of scratch memory per thread: a block's rows stay in the second-level cache
+#: floats of a block's rows, which stay in the second-level cache
 SCRATCH = 24 * 1024
 #: neurons per block, at least (long sequences) and at most
 BLOCK = (64, 4096)
-#: element-steps that are worth a thread: two threads break even with one at twice as many
-GRAIN = 1 << 19
+#: element-steps that are worth a thread
+GRAIN = 1 << 15
 #: bytes from which a tensor is worth huge pages, and the size of one
 HUGE = 1 << 21
 #: parts of the work, at most: a parameter's gradient is summed in each, then over them
 PARTS = 64
+#: neighbouring floats that a part has at least of each sample, where it is all of some channels
+RUN = 128
+#: values of such a part, at most
+WHOLE = 1 << 17
 
 
 @cache
@@ -46,7 +50,7 @@ def _gomp() -> Any:
     return ctypes.CDLL(str(libraries[0])) if libraries else None
 
 
-_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 # A forked child inherits the pool but not its threads.
 if hasattr(os, "register_at_fork"):
@@ -56,52 +60,88 @@ if hasattr(os, "register_at_fork"):
 class Partition(NamedTuple):
     """How the neurons are distributed, a function of the shape alone.
 
-    A block needs ``rows`` of scratch memory; ``counted`` of them decide how long they are.
+    A part is one of ``ranges`` of the neurons of ``group`` channels. With ``whole`` it is all of
+    them, whose values a thread has room for twice.
     """
 
     parts: int
+    ranges: int
     part_size: int
     block: int
-    scratch: int
-    work: int
+    pitch: int
+    length: int
+    group: int
+    whole: bool
+    scratch_size: int
+    steps: int
+    neurons: int
+    inner: int
+    channels: int
 
     @classmethod
     @cache
-    def of(cls, steps: int, neurons: int, rows: int, counted: int) -> Partition:
-        # An odd number of cache lines, or all rows would compete for the same cache sets.
-        block = min(max(SCRATCH // counted, BLOCK[0]), BLOCK[1]) // 32 * 32 + 16
-        part_size = block * max(1, -(-neurons // (block * PARTS)))
-        parts = -(-neurons // part_size)
-        return cls(parts, part_size, block, rows * block, steps * neurons)
+    def of(cls, steps: int, neurons: int, inner: int, channels: int, whole: bool) -> Partition:
+        rows = loops.scratch_rows(steps)
+        block = min(max(SCRATCH // (rows + steps), BLOCK[0]), BLOCK[1]) // 64 * 64
+        if whole:
+            group = group_size(channels, inner)
+            part_size, ranges = neurons // channels * group, 1
+            length = _pad(part_size)
+        else:
+            group, length = channels, _pad(block)
+            part_size = block * max(1, -(-neurons // (block * PARTS)))
+            ranges = -(-neurons // part_size)
+        parts = ranges * -(-channels // group)
+        shape = steps, neurons, inner, channels
+        pitch = _pad(block)
+        scratch = rows * pitch + (1 + whole) * steps * length
+        return cls(parts, ranges, part_size, block, pitch, length, group, whole, scratch, *shape)
+
+    def sums(self, kinds: int) -> Tensor:
+        """Room for sums over the neurons of each channel, zeros."""
+        shape = self.ranges, kinds, self.channels
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
-def run(kernel: Callable[..., None], shape: Partition, *arguments: Any) -> None:
-    """Call the kernel for all parts, on as many threads as torch may use and the work is worth."""
-    threads = max(1, min(torch.get_num_threads(), shape.parts, shape.work // GRAIN))
-    scratch = torch.empty(threads * shape.scratch, dtype=torch.float32, device="cpu")
-    turns = iter(range(threads))
-    errors = []
+def _pad(size: int) -> int:
+    """An odd number of cache lines: otherwise all rows would compete for the same cache sets."""
+    return size // 32 * 32 + 48
 
-    def work(_: Any = None) -> None:
-        try:
-            for k in turns:
-                first, last = shape.parts * k // threads, shape.parts * (k + 1) // threads
-                own = scratch.data_ptr() + k * shape.scratch * scratch.itemsize
-                kernel(own, first, last, shape.part_size, shape.block, *arguments)
-        except BaseException as error:  # raised below: it cannot pass through C
-            errors.append(error)
 
+def group_size(channels: int, inner: int) -> int:
+    """How many channels a part has that is all of them."""
+    return min(channels, -(-RUN // inner))
+
+
+def run(kernel: Any, partition: Partition, **arguments: Tensor | float | None) -> None:
+    """Call the kernel on as many threads as torch may use and the work is worth.
+
+    The arguments are those of :class:`.loops.Arguments`; what is missing or ``None`` is 0.
+    """
+    work = partition.steps * partition.neurons
+    threads = max(1, min(torch.get_num_threads(), partition.parts, work // GRAIN))
+    arguments |= partition._asdict()
+    arguments["counters"] = torch.zeros(2, dtype=torch.int64, device="cpu")
+    size = threads * partition.scratch_size
+    arguments["scratch"] = torch.empty(size, dtype=torch.float32, device="cpu")
+    record = loops.Arguments(
+        **{
+            name: value.data_ptr() if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+            if value is not None
+        }
+    )
+    address = ctypes.addressof(record)
+    function = _FUNCTION(kernel.address)
     if threads == 1:
-        work()
+        function(address)
     elif os.getpid() == PROCESS and (gomp := _gomp()):
-        gomp.GOMP_parallel(_MEMBER(work), None, threads, 0)
+        gomp.GOMP_parallel(function, ctypes.c_void_p(address), threads, 0)
     else:
-        others = [_pool().submit(work) for _ in range(threads - 1)]
-        work()
+        others = [_pool().submit(function, address) for _ in range(threads - 1)]
+        function(address)
         for other in others:
             other.result()
-    if errors:
-        raise errors[0]
 
 
 @cache
