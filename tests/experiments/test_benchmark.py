@@ -7,6 +7,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import colour
 import common
 import esvae
 import frontier
@@ -212,3 +213,17 @@ def test_committed_csv_is_whole(path):
 def test_every_machine_with_results_is_named():
     named = re.findall(r"^\| `(.+?)`", (RESULTS / "README.md").read_text(encoding="utf-8"), re.M)
     assert sorted(named) == sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
+
+
+def test_colour_of_a_grey_reconstruction():
+    grey, colour_alone = torch.randn(2, 1, 4, 4).expand(-1, 3, -1, -1), torch.randn(2, 3, 4, 4)
+    colour_alone = colour_alone - colour_alone.mean(1, keepdim=True)
+    explained = colour.explained_variance(grey, grey + colour_alone)
+    assert explained["grey"] == pytest.approx(1.0)
+    assert explained["red_green"] < 0.1 and explained["blue_yellow"] < 0.1
+
+
+def test_colour_of_a_chessboard():
+    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(1, 3, 2, 2)
+    assert colour.chessboard(board) == 1.0
+    assert colour.chessboard(board.cumsum(-1)) == 0.25  # 1, 0, 1, 0: half the amplitude
