@@ -73,7 +73,7 @@ def variants(name: str, compile_too: bool) -> dict[str, nn.Module]:
         for module in compiled.modules():
             if isinstance(module, ALIFNode):
                 module.backend = "torch"
-        compiled.compile()
+        compiled.compile(dynamic=False)
     return nets
 
 
