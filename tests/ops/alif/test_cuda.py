@@ -413,7 +413,7 @@ def test_operators_pass_opcheck(launcher):
     x_seq, v0, w, threshold = (leaf.detach() for leaf in tensors(case).values())
     forward_arguments = (x_seq, v0, 0.0, w, threshold, True, None, True, 2)
     torch.library.opcheck(on_cpu.forward, forward_arguments)
-    spikes, v, v_seq, checkpoint, _ = on_cpu.forward(*forward_arguments)
+    spikes, v, v_seq, checkpoint, *_ = on_cpu.forward(*forward_arguments)
     gradients = (torch.rand_like(spikes), torch.rand_like(v), torch.rand_like(v_seq))
     rest = (True, None, False, "ATan", 1.0, 3.14, True, True, True, True)
     torch.library.opcheck(
