@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data import Data
 from ..model import Classifier
-from .plot import draw_confusion
+from .plot import draw_confusion, draw_recordings
 from .task import Task
 
 
@@ -100,6 +100,8 @@ class Classification(Task):
     def draw(self, images: Tensor, folder: Path) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         draw_confusion(self.confusion.compute(), data.class_names, folder / "confusion.png")
+        if images.dim() == 5:
+            draw_recordings(images[:8].cpu(), folder / "recordings.png")
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, label = self.model_input(batch[0]), batch[1]

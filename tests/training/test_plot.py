@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.io import decode_image
 
-from sj_taid.training.plot import draw_confusion
+from sj_taid.training.plot import draw_confusion, draw_recordings
 
 
 @pytest.mark.parametrize("names", [[], ["a", "b"], ["a gesture of both hands" * 4] * 2], ids=len)
@@ -12,3 +12,13 @@ def test_draw_confusion_cuts_no_class_name(tmp_path, names):
     draw_confusion(torch.tensor([[5, 1], [0, 7]]), names, tmp_path / "a.png")
     white = decode_image(tmp_path / "a.png").eq(255).all(0)
     assert white[[0, -1]].all() and white[:, [0, -1]].all()
+
+
+def test_draw_recordings_colours_both_polarities(tmp_path):
+    frames = torch.zeros(1, 2, 2, 2, 2)
+    frames[0, 0, 0, 0, 0] = 4.0  # darker, in the first frame
+    frames[0, 1, 1, 1, 1] = 4.0  # brighter, in the second
+    draw_recordings(frames, tmp_path / "a.png")
+    picture = decode_image(tmp_path / "a.png").permute(1, 2, 0).flatten(0, 1)
+    colours = {tuple(colour) for colour in picture.unique(dim=0).tolist()}
+    assert colours == {(255, 255, 255), (0, 0, 255), (255, 0, 0)}
