@@ -78,7 +78,7 @@ def _append(path: Path, line: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
-        error.add_note("SJ_TAID_TRACE names this file: expected one that can be written")
+        error.add_note("SJ_TAID_TRACE names this file: make its folder, or name another file")
         raise
 
 

@@ -20,7 +20,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .._extras import TRAIN, needs
 from .config import CONF, VERSION
@@ -102,6 +102,8 @@ def exit_on_user_errors() -> Iterator[None]:
 
 def format_error(error: Exception) -> str:
     """What a user reads of an error: one to three lines."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing; give {error.full_key}=..., see --help"
     if isinstance(error, CompactHydraException | OmegaConfBaseException):
         return " ".join(str(error).partition("Config search path")[0].split())
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from .._checks import check_sizes, check_weights, is_whole
 
-#: mean hinge loss above which the critic has lost, after it was taught
+#: mean hinge loss above which the critic has lost, once its warmup is over
 LOST = 1.95
 
 
@@ -98,9 +98,9 @@ class PatchCritic(nn.Module):
         self.hinge.lerp_(loss.detach(), 0.01)
         if self.steps > self.warmup and self.steps % 100 == 0 and self.hinge > LOST:
             raise RuntimeError(
-                f"the generator overruns its critic, whose loss is {self.hinge:.2f}, of 2 for one "
-                "that cannot tell its images from real ones; train with a lower critic.share, or "
-                "more critic.updates, from the last checkpoint"
+                f"the generator overruns its critic, whose loss is {self.hinge:.2f}, where 2 means "
+                "that it cannot tell generated images from real ones; resume with a lower "
+                "critic.share, or more critic.updates"
             )
         return loss.detach()
 

@@ -128,7 +128,7 @@ class Evaluator:
         values: dict[str, Any] = {}
         protocol = {}
         for distance, collection, batches in passes:
-            values |= _measure(model, collection, batches, self.seed)
+            values |= _measure(model, collection, batches, self.seed, device)
             for name, metric in collection.items():
                 protocol[name] = f"{metric.protocol}, {sum(batches)} samples"
                 if isinstance(metric, PublishedFrechetAutoencoderDistance):
@@ -140,7 +140,7 @@ class Evaluator:
                 drawn = [values[distance]]
                 for draw in range(1, self.draws):
                     alone.reset()
-                    drawn += _measure(model, alone, batches, self.seed + draw).values()
+                    drawn += _measure(model, alone, batches, self.seed + draw, device).values()
                 spread = {"median": median(drawn), "range": max(drawn) - min(drawn)}
                 values |= {f"{distance}_{name}": value for name, value in spread.items()}
                 how = f"{protocol[distance]}, of {self.draws} draws"
@@ -248,12 +248,12 @@ class Evaluator:
 
 
 def _measure(
-    model: Any, metrics: MetricCollection, batches: Sequence[int], seed: int
+    model: Any, metrics: MetricCollection, batches: Sequence[int], seed: int, device: torch.device
 ) -> dict[str, float]:
     """The metrics of samples that are drawn from ``seed``."""
     with seeded(seed):
         for n in track(batches, "Sampling, in batches", transient=True):
-            metrics.update(model.sample(n), real=False)
+            metrics.update(model.sample(n).to(device), real=False)
     return {name: float(value) for name, value in metrics.compute().items()}
 
 

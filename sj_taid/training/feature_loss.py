@@ -101,7 +101,8 @@ class ClassifierLoss(FeatureLoss):
             log.info("Its accuracy on the test images is %.2f %%", 100 * accuracy)
             return blocks.state_dict()
 
-        name = f"classifier-{data.name}-{data.fingerprint(data.train_set)}.pt"
+        made_by = f"{EPOCHS}x{WIDTH}-{data.fingerprint(data.train_set)}"
+        name = f"classifier-{data.name}-{made_by}.pt"
         load_or_make(cache_dir / name, self.blocks.load_state_dict, make)
 
 

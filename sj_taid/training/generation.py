@@ -50,7 +50,7 @@ class Generation(Autoencoding):
             which the generator hears it.
     """
 
-    #: a run that resumes may have a critic, which its checkpoint then has not
+    #: the checkpoint of a run that gets a critic when it resumes lacks one
     strict_loading = False
 
     model_attributes: tuple[str, ...] = ("training_loss", "sample")
@@ -132,11 +132,11 @@ class Generation(Autoencoding):
         if critic.warmup >= steps:
             raise ValueError(
                 f"critic.warmup={critic.warmup} steps leave none of the {steps} of the critic's "
-                f"{epochs} epochs; give fewer, or more critic.epochs"
+                f"{epochs} epochs; lower it, or raise critic.epochs and trainer.max_epochs"
             )
 
     def _critic_epoch(self) -> int:
-        """The epoch since the critic takes part, from 0; below it does not."""
+        """Epochs since the critic joined; below 0 it has not."""
         epochs = self.trainer.max_epochs or 1
         return self.current_epoch - max(epochs - self.critic.epochs, 0) if self.critic else -1
 
@@ -184,7 +184,9 @@ class Generation(Autoencoding):
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         metrics = evaluator.evaluate_samples(self.model, data)
-        metrics["protocol"] |= super().evaluate(data, evaluator)["protocol"]
+        for name, how in super().evaluate(data, evaluator)["protocol"].items():
+            exact = ", exact spike counts" if isinstance(self.model, ESVAE) else ""
+            metrics["protocol"][name] = how + exact
         if data.validation_set is not None:
             validation = data.test_on_validation()
             validated = _only_fad(evaluator).evaluate_samples(self.model, validation, only="fad")
@@ -196,10 +198,10 @@ class Generation(Autoencoding):
             _add(metrics, others, prior, f"drawn from the prior {prior}")
         once = replace(evaluator, draws=1)
         floor = once.evaluate_samples(TrainingImages(data), data)
-        _add(metrics, floor, "floor", "which are training images")
+        _add(metrics, floor, "floor", "samples: training images")
         if isinstance(self.model, ESVAE):
             perfect = once.evaluate_samples(PerfectPrior(data, self.model), data)
-            _add(metrics, perfect, "perfect", "decoded from the rates of training images")
+            _add(metrics, perfect, "perfect", "samples: decoded from the rates of training images")
         return metrics
 
     def _other_priors(self) -> list[str]:

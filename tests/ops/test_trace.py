@@ -87,5 +87,5 @@ def test_trace_calls_names_the_variable_where_it_cannot_write(tmp_path, monkeypa
     with pytest.raises(FileNotFoundError) as info:
         results(partial(trace_calls(run), "engine"), Case())
     assert info.value.__notes__ == [
-        "SJ_TAID_TRACE names this file: expected one that can be written"
+        "SJ_TAID_TRACE names this file: make its folder, or name another file"
     ]

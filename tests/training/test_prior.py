@@ -45,7 +45,7 @@ def test_train_fits_the_mixture_and_measures_both_priors(finished):
     assert metrics["fad"] != metrics["fad_mixture"]
     assert metrics["fad_floor"] < metrics["fad"] and metrics["fad_perfect"] != metrics["fad"]
     assert metrics["fad_precision_floor"] > 0.5 and "fad_median_floor" not in metrics
-    assert metrics["protocol"]["fad_floor"].endswith("images at 8x8, which are training images")
+    assert metrics["protocol"]["fad_floor"].endswith("images at 8x8, samples: training images")
     assert metrics["protocol"]["fad_perfect"].endswith("from the rates of training images")
     assert metrics["protocol"]["fad_mixture"].endswith("the prior mixture")
     assert (finished / "attention.png").is_file()
