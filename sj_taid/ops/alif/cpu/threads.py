@@ -88,7 +88,7 @@ class Partition(NamedTuple):
             part_size, ranges = neurons // channels * group, 1
             length = _pad(part_size)
         else:
-            group, length = channels, _pad(block)
+            group, length = max(channels, 1), _pad(block)
             part_size = block * max(1, -(-neurons // (block * PARTS)))
             ranges = -(-neurons // part_size)
         parts = ranges * -(-channels // group)
