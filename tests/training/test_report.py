@@ -107,6 +107,7 @@ def browser():
 def test_page_in_a_browser(page, browser):
     phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
     tab = browser.new_context(color_scheme="light", **phone).new_page()
+    tab.set_default_timeout(120_000)  # a busy machine draws for long
     asked, said = [], []
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("console", lambda message: said.append(message.text))
