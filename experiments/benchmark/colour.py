@@ -9,6 +9,7 @@ in a chessboard of single pixels, as a multiple of the images' own.
 """
 
 import argparse
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def measure(run: Run, n: int) -> dict[str, Any]:
     with torch.no_grad():
         output = torch.cat([model(batch).image for batch in images.split(100)])
     chosen = {name: cfg.model[name] for name in CHOICES}
-    trained = {"trained_by": metrics["command"], "seed": cfg.seed, "epochs": metrics["epochs"]}
+    words = metrics["command"].split()
+    command = " ".join(word for word in words if not re.search(r"root=|run\.dir=", word))
+    trained = {"trained_by": command, "trained_at": metrics["commit"], "seed": cfg.seed}
     error = {"images": n, "reconstruction": (output - images).square().mean().item()}
     power = chessboard(output) / chessboard(images)
     return chosen | trained | error | explained_variance(output, images) | {"grid": power}
