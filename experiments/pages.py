@@ -216,6 +216,16 @@ def yardsticks() -> pd.DataFrame:
     return table.loc[rows["images"].unique()].reset_index()
 
 
+def colour() -> pd.DataFrame:
+    """How much of CIFAR-10's colour reconstructions have."""
+    rows = pd.read_csv(RESULTS / "colour.csv")
+    shares = {
+        name: rows[name].map("{:.2f}".format) for name in ("grey", "red_green", "blue_yellow")
+    }
+    others = {"reconstruction ↓": rows["reconstruction"].map("{:.4f}".format)}
+    return rows[["subpixel", "chroma_weight"]].assign(**others, **shares)
+
+
 def distances() -> pd.DataFrame:
     """Where the distance of the shipped models' samples comes from."""
     rows = pd.read_csv(RESULTS / "distances.csv")
@@ -369,8 +379,8 @@ def esvae() -> pd.DataFrame:
 
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, fad, decoders, classifiers)},
-    **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, distances)},
-    **{table.__name__: table for table in (recipes, papers, models, memory, zoo)},
+    **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, colour)},
+    **{table.__name__: table for table in (recipes, papers, models, memory, zoo, distances)},
     **{table.__name__: table for table in (norm, neurons, esvae)},
     "start_map": lambda: start_maps.count_good_starts(start_maps.load_start_map()),
     "runs": every_run,

@@ -60,13 +60,13 @@ class SpikingVAE(nn.Module):
         subpixel: end in a convolution at half resolution with four channels per image channel, one
             for each pixel (Shi et al. 2016, arXiv 1609.05158). False is the published decoder, a
             transposed block to full resolution and a convolution there: it takes half as long again
-            per step at 32x32, and leaves a grid of dots.
+            per step at 32x32, and learned less colour (``RESULTS.md``).
         gradient_weight: weight of the mean absolute error of differences of neighbouring pixels,
             next to the squared error, for sharper images (Mathieu et al. 2016, arXiv 1511.05440,
             with signed differences).
         chroma_weight: weight of the squared error of colour, each channel's error less the mean of
-            the three, next to the squared error. Most of the variance of photographs is grey, so
-            that without it a net learns their colours last.
+            the three, next to the squared error. Most of the variance of photographs is grey:
+            without it their colours are hardly learned (``RESULTS.md``).
 
     Raises:
         TypeError: ``neuron`` or ``image_decoder`` is none.
