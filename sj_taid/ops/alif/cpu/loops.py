@@ -250,15 +250,22 @@ def _fetch(row, first, last):
 
 
 @_part
+def _segment(place, t, first, n, done):
+    """Where the neuron after ``done`` of ``n`` lies at step ``t``, minus ``done``, and its run."""
+    start, run, stride, neurons = place
+    segment, inside = divmod(first + done, run)
+    here = t * neurons + start + segment * stride + inside - done
+    return here, min(n - done, run - inside)
+
+
+@_part
 def _load(x, dtype, place, t, first, n, out, ahead):
     """The ``n`` neurons of a part from ``first`` on at step ``t``; fetches those ``ahead``."""
-    start, run, stride, neurons = place
+    ahead *= place[3]
     done = 0
     while done < n:
-        segment, inside = divmod(first + done, run)
-        length = min(n - done, run - inside)
-        here = t * neurons + start + segment * stride + inside - done
-        _load_run(_at(x, here), _half_at(x, here), out, dtype, done, done + length, ahead * neurons)
+        here, length = _segment(place, t, first, n, done)
+        _load_run(_at(x, here), _half_at(x, here), out, dtype, done, done + length, ahead)
         done += length
 
 
@@ -283,14 +290,12 @@ def _load_run(floats, halves, out, dtype, begin, end, ahead):
 @_part
 def _store(values, out, dtype, place, t, first, n, ahead):
     """The inverse of :func:`_load`, rounded."""
-    start, run, stride, neurons = place
+    ahead *= place[3]
     done = 0
     while done < n:
-        segment, inside = divmod(first + done, run)
-        length = min(n - done, run - inside)
-        here = t * neurons + start + segment * stride + inside - done
+        here, length = _segment(place, t, first, n, done)
         floats, halves, small = _at(out, here), _half_at(out, here), _byte_at(out, here)
-        _store_run(values, floats, halves, small, dtype, done, done + length, ahead * neurons)
+        _store_run(values, floats, halves, small, dtype, done, done + length, ahead)
         done += length
 
 
@@ -452,6 +457,15 @@ def _spread_rows(scratch, a, k, values, rows, first, n, channel, width):
         _spread(_row(scratch, a, k + j), value, first, n, a.inner, width)
 
 
+@_part
+def _spread_parameters(scratch, a, first, n, channel, width):
+    """The rows that forward and backward share: q, the threshold and a norm's numbers."""
+    _spread_rows(scratch, a, _Q, a.q, 1, first, n, channel, width)
+    _spread_rows(scratch, a, _THRESHOLD, a.threshold, 1, first, n, channel, width)
+    if a.norm:
+        _spread_rows(scratch, a, _SHIFT, a.norm, 3, first, n, channel, width)
+
+
 def forward(pointer):
     """Spikes and voltages; with ``whole``, from a norm whose statistics it takes first."""
     a = carray(pointer, 1)[0]
@@ -471,10 +485,7 @@ def forward(pointer):
             _make_norm(a, channel, width)
         for first in range(begin, end, block):
             n = min(block, end - first)
-            _spread_rows(scratch, a, _Q, a.q, 1, first, n, channel, width)
-            _spread_rows(scratch, a, _THRESHOLD, a.threshold, 1, first, n, channel, width)
-            if a.norm:
-                _spread_rows(scratch, a, _SHIFT, a.norm, 3, first, n, channel, width)
+            _spread_parameters(scratch, a, first, n, channel, width)
             now = _row(scratch, a, _VOLTAGES)
             _start(now, a.v0, a.v_init, place, first, n)
             for t in range(steps):
@@ -653,10 +664,7 @@ def backward_for(
             for first in range(begin, end, block):
                 n = min(block, end - first)
                 here = (first - begin) * a.whole
-                _spread_rows(scratch, a, _Q, a.q, 1, first, n, channel, width)
-                _spread_rows(scratch, a, _THRESHOLD, a.threshold, 1, first, n, channel, width)
-                if a.norm:
-                    _spread_rows(scratch, a, _SHIFT, a.norm, 3, first, n, channel, width)
+                _spread_parameters(scratch, a, first, n, channel, width)
                 if a.ab and not a.whole:
                     _spread_rows(scratch, a, _A, a.ab, 2, first, n, channel, width)
                 _start(_row(scratch, a, _VOLTAGES), a.v0, a.v_init, place, first, n)
