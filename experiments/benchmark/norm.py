@@ -3,10 +3,10 @@
     python experiments/benchmark/norm.py
 
 writes ``norm.csv``. ``norm + neuron`` is that pair alone, on [T, 32, 128, 14, 14];
-``2 x [conv, norm, neuron]`` takes [T, 8, 32, 16, 16], ``3 x [conv, norm, neuron]`` and the nets of
-SpikingJelly's zoo [T, N, 3, 32, 32]. With ``--compile`` torch.compile rivals them. bfloat16 is
-autocast. Bytes are counted from what autograd saves, each storage once, without parameters.
-``--zoo`` names the nets of the zoo to time too; the bytes of all of them are counted.
+``2 x [conv, norm, neuron]`` takes [T, 8, 32, 16, 16], ``3 x [conv, norm, neuron]``
+[T, N, 3, 32, 32]. With ``--compile`` torch.compile rivals them. bfloat16 is autocast. Bytes are
+counted from what autograd saves, each storage once, without parameters. ``frontier.py`` and
+``zoo.py`` measure whole nets.
 """
 
 from __future__ import annotations
@@ -21,29 +21,21 @@ from typing import Any
 import torch
 from common import DTYPES, conditions, interleave, parser, saved_bytes, write_csv
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import Tensor, nn
 
 from sj_taid import ALIFNode, fuse_norm, packed_spikes, swap_neurons
 from sj_taid.training.allocator import reuse_freed_memory
 
-ZOO: dict[str, Callable[..., nn.Module]] = {
-    "spiking_vgg11_bn": spiking_vgg.spiking_vgg11_bn,
-    "sew_resnet18": partial(sew_resnet.sew_resnet18, cnf="ADD"),
-    "spiking_resnet18": spiking_resnet.spiking_resnet18,
-}
 PAIR, SMALL = "norm + neuron", "2 x [conv, norm, neuron]"
 LAYERS = "3 x [conv, norm, neuron]"
-NETS = (PAIR, SMALL, LAYERS, *ZOO)
+NETS = (PAIR, SMALL, LAYERS)
 RIVAL = "SpikingJelly PLIF"
 
 
 def make(name: str, spiking_neuron: Callable[..., nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     options = {"surrogate_function": surrogate.ATan()}
-    if name in ZOO:
-        net = ZOO[name](spiking_neuron=spiking_neuron, num_classes=10, **options)
-    elif name == PAIR:
+    if name == PAIR:
         net = nn.Sequential(layer.BatchNorm2d(128), spiking_neuron(**options))
     else:
         layers: list[nn.Module] = []
@@ -105,7 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--batch", type=int, default=8)
     add("--nets", nargs="+", choices=NETS, default=list(NETS))
     add("--compile", action="store_true", help="also torch.compile of the torch backend")
-    add("--zoo", nargs="*", choices=ZOO, default=[])
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     reuse_freed_memory()
@@ -126,21 +117,16 @@ def measure(name: str, dtype: str, T: int, options: argparse.Namespace) -> list[
         for variant, net in variants(name, options.compile).items()
     }
     saved = {variant: saved_bytes(call, x_seq) for variant, call in calls.items()}
-    times = {}
-    if name not in ZOO or name in options.zoo:
-        with torch.no_grad():
-            gradient = torch.randn_like(calls[RIVAL](x_seq))
-        steps = {
-            variant: partial(call.train_step, x_seq, gradient) for variant, call in calls.items()
-        }
-        times = interleave(steps, options.repeats, options.device, warm_up=2)
+    with torch.no_grad():
+        gradient = torch.randn_like(calls[RIVAL](x_seq))
+    steps = {variant: partial(call.train_step, x_seq, gradient) for variant, call in calls.items()}
+    times = interleave(steps, options.repeats, options.device, warm_up=2)
     rows = []
     for variant, count in saved.items():
         row = {"net": name, "variant": variant, "dtype": dtype, "T": T, "step": list(size)}
         row |= {"saved_mb": count / 1e6, "saved_ratio": count / saved[RIVAL]}
-        if times:
-            row |= times[variant]._asdict()
-            row["time_ratio"] = times[variant].median_ms / times[RIVAL].median_ms
+        row |= times[variant]._asdict()
+        row["time_ratio"] = times[variant].median_ms / times[RIVAL].median_ms
         rows.append(row | conditions(options.device))
     return rows
 
