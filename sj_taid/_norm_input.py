@@ -44,11 +44,12 @@ class NormInput(Tensor):
         return cls.wrap(result, wrapped.passed_on_by) if isinstance(result, Tensor) else result
 
 
-#: What containers, gradient checkpointing and counters of operations do with a tensor that they
-#: hand on.
+#: What containers, gradient checkpointing, counters of operations and torch.compile do with a
+#: tensor that they hand on.
 _READS_NO_VALUE = (
     *("__get__", "__set__", "__len__", "__repr__", "dim", "size", "stride", "numel"),
     *("is_floating_point", "requires_grad_", "detach", "clone", "register_hook"),
+    *("_is_view", "is_conj", "is_neg", "storage_offset", "untyped_storage"),
     *("view", "view_as", "reshape", "flatten", "unsqueeze"),
 )
 
