@@ -134,7 +134,7 @@ def check_alif(call):
     assert spikes.dtype == call["x_seq"].dtype and v.dtype == call["w"].dtype
     s, v_seq = spikes.double().numpy(), v_seq.double().numpy()
     assert np.isin(s, (0, 1)).all()
-    x, _, q, threshold, eps, _ = numbers(call)
+    x, _, q, threshold, eps, tiny = numbers(call)
     before, h, error, open_ = charged(call, v_seq)
     with quiet():
         rounding = error + 2 * eps * (np.abs(h) + np.abs(threshold))
@@ -147,10 +147,10 @@ def check_alif(call):
         close = np.abs(v_seq - expected) <= rounding
         same = (v_seq == expected) | (np.isnan(v_seq) & np.isnan(expected))
         assert (close | same | open_).all()
-    check_gradients(call, s, before, h, x, q, threshold, eps)
+    check_gradients(call, s, before, h, x, q, threshold, eps, tiny)
 
 
-def check_gradients(call, s, before, h, x, q, threshold, eps):
+def check_gradients(call, s, before, h, x, q, threshold, eps, tiny):
     leaves = {"x_seq": call["x_seq"], "w": call["w"], "v_threshold": call["v_threshold"]}
     if isinstance(call["v"], torch.Tensor):
         leaves["v"] = call["v"]
@@ -167,6 +167,8 @@ def check_gradients(call, s, before, h, x, q, threshold, eps):
     if not finite or len(s) > 20 or s.size == 0:
         return
     # The derivation by hand, beside it the same in magnitudes: what rounding is relative to.
+    share = 32 * len(s) * eps
+    q_size = q + tiny / share  # a sigmoid below tiny may be 0
     fires, alpha = call["surrogate_function"], call["surrogate_function"].alpha
     u = SURROGATES[type(fires)](h - threshold, alpha)
     u_size = u + alpha**2 * (np.abs(h) + np.abs(threshold))
@@ -181,8 +183,8 @@ def check_gradients(call, s, before, h, x, q, threshold, eps):
         along = (x[t] if call["decay_input"] else 0.0) - (before[t] - rest)
         far = np.abs(x[t]) + np.abs(before[t]) + abs(rest)
         g_th = -u[t] * g_s - (0 if hard else s[t] * g_v)
-        terms.append((q * (1 - q) * along * g_h, q * far * size_h, g_th, size_h))
-        grads_x[t] = (g_h * q, size_h * q) if call["decay_input"] else (g_h, size_h)
+        terms.append((q * (1 - q) * along * g_h, q_size * far * size_h, g_th, size_h))
+        grads_x[t] = (g_h * q, size_h * q_size) if call["decay_input"] else (g_h, size_h)
         g_v, size_v = (1 - q) * g_h, size_h
     w, w_size, th, th_size = (np.stack(term) for term in zip(*terms, strict=True))
     axes = tuple(axis for axis in range(x.ndim) if axis != 2 or not call["w"].dim())
@@ -195,7 +197,7 @@ def check_gradients(call, s, before, h, x, q, threshold, eps):
     for name, grad in got.items():
         value, size = expected[name]
         rounding = torch.finfo(grad.dtype)
-        bound = 32 * len(s) * eps * size + rounding.eps * np.abs(value) + rounding.tiny
+        bound = share * size + rounding.eps * np.abs(value) + rounding.tiny
         assert (np.abs(grad.double().numpy() - value) <= bound).all(), name
 
 
