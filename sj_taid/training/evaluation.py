@@ -70,7 +70,8 @@ class Evaluator:
             20 batches of 256 samples, for MNIST and FashionMNIST at 32x32.
         features: adds the Frechet distance through :class:`~sj_taid.metric.EfficientNetLite0`.
         draws: number of draws of ``samples`` images each, whose FADs have a median and a range.
-        cache_dir: folder of the trained autoencoder and of the statistics of test images.
+        cache_dir: folder of what is made once: FAD's autoencoder, statistics of test images, metrics of
+            training images.
         seed: seed of the first draw, and each further one has the next; the global random state is
             left alone.
         accelerator: Lightning's; all but ``"cpu"`` use a GPU where there is one.
@@ -211,7 +212,7 @@ class Evaluator:
             return {name: _real_states(metric) for name, metric in comparing.items()}
 
         protocols = (metric.protocol for metric in comparing.values())
-        path = self._cached("statistics", data, *protocols, data.fingerprint())
+        path = self.cache_path("statistics", data, *protocols, data.fingerprint())
         load_or_make(path, load, make)
         return shared.to(device)  # what was loaded too
 
@@ -238,11 +239,12 @@ class Evaluator:
         autoencoder = untrained()
         training = json.dumps(settings, sort_keys=True, default=list)
         parts = training, repr(autoencoder), data.fingerprint(data.train_set)
-        path = self._cached("autoencoder", data, *parts)
+        path = self.cache_path("autoencoder", data, *parts)
         load_or_make(path, autoencoder.load_state_dict, train)
         return autoencoder
 
-    def _cached(self, kind: str, data: ImageData, *parts: str) -> Path:
+    def cache_path(self, kind: str, data: ImageData, *parts: str) -> Path:
+        """The file of what is made once for this data set and these ``parts``."""
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         return self.cache_dir / f"{kind}-{data.name}-{digest}.pt"
 

@@ -23,7 +23,7 @@ from ..model.rate import spikes_from_rate
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .critic import PatchCritic
-from .evaluation import Evaluator, seeded
+from .evaluation import Evaluator, load_or_make, seeded
 from .feature_loss import FeatureLoss
 from .plot import draw_attention, draw_grid, draw_reconstructions
 
@@ -184,6 +184,7 @@ class Generation(Autoencoding):
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         metrics = evaluator.evaluate_samples(self.model, data)
+        floor = _floor(data, evaluator, metrics["protocol"])
         for name, how in super().evaluate(data, evaluator)["protocol"].items():
             exact = ", exact spike counts" if isinstance(self.model, ESVAE) else ""
             metrics["protocol"][name] = how + exact
@@ -196,10 +197,9 @@ class Generation(Autoencoding):
             with self.model.draw_from(prior):
                 others = evaluator.evaluate_samples(self.model, data)
             _add(metrics, others, prior, f"drawn from the prior {prior}")
-        once = replace(evaluator, draws=1)
-        floor = once.evaluate_samples(TrainingImages(data), data)
         _add(metrics, floor, "floor", "samples: training images")
         if isinstance(self.model, ESVAE):
+            once = replace(evaluator, draws=1)
             perfect = once.evaluate_samples(PerfectPrior(data, self.model), data)
             _add(metrics, perfect, "perfect", "samples: decoded from the rates of training images")
         return metrics
@@ -270,6 +270,15 @@ def _add(metrics: dict[str, Any], others: dict[str, Any], ending: str, what: str
     for name, how in others["protocol"].items():
         metrics[f"{name}_{ending}"] = others[name]
         metrics["protocol"][f"{name}_{ending}"] = f"{how}, {what}"
+
+
+def _floor(data: ImageData, evaluator: Evaluator, protocol: dict[str, str]) -> dict[str, Any]:
+    """The metrics of training images, measured once for all runs of this protocol."""
+    floor: dict[str, Any] = {}
+    once = replace(evaluator, draws=1)
+    path = evaluator.cache_path("floor", data, *protocol.values(), data.fingerprint())
+    load_or_make(path, floor.update, lambda: once.evaluate_samples(TrainingImages(data), data))
+    return floor
 
 
 def _only_fad(evaluator: Evaluator) -> Evaluator:

@@ -8,7 +8,7 @@ import torch
 from torch.optim import Adam
 
 from sj_taid.model import ESVAE, FSVAE
-from sj_taid.training import sample
+from sj_taid.training import generation, sample
 from sj_taid.training.config import compose
 from sj_taid.training.generation import Generation
 from sj_taid.training.run import Run, load_model
@@ -51,12 +51,14 @@ def test_train_fits_the_mixture_and_measures_both_priors(finished):
     assert (finished / "attention.png").is_file()
 
 
-def test_train_measures_the_models_own_prior_first(esvae, tmp_path, finished):
+def test_train_measures_the_models_own_prior_first(esvae, tmp_path, finished, monkeypatch):
+    monkeypatch.setattr(generation, "TrainingImages", None)  # whose metrics are cached
     metrics = train(esvae("model.sample_from=mixture"), tmp_path)
     first = Run(finished).metrics
     assert metrics["fad"] == first["fad_mixture"]
     assert metrics["fad_learned"] == first["fad"]
     assert metrics["fad_untrained"] == first["fad_untrained"]
+    assert metrics["fad_floor"] == first["fad_floor"]
 
 
 def test_sample_from_either_prior_of_esvae(folder, monkeypatch):
