@@ -70,8 +70,8 @@ class Evaluator:
             20 batches of 256 samples, for MNIST and FashionMNIST at 32x32.
         features: adds the Frechet distance through :class:`~sj_taid.metric.EfficientNetLite0`.
         draws: number of draws of ``samples`` images each, whose FADs have a median and a range.
-        cache_dir: folder of what is made once: FAD's autoencoder, statistics of test images, metrics of
-            training images.
+        cache_dir: folder of what is made once: FAD's autoencoder, statistics of test images, and
+            metrics of training images.
         seed: seed of the first draw, and each further one has the next; the global random state is
             left alone.
         accelerator: Lightning's; all but ``"cpu"`` use a GPU where there is one.

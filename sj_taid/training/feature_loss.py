@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import check_sizes, check_weights
 from ..data import ImageData
 from ..metric import EfficientNetLite0
-from .evaluation import load_or_make, seeded
+from .classification import Classification
+from .evaluation import bare_trainer, load_or_make, seeded
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +95,19 @@ class ClassifierLoss(FeatureLoss):
 
         def make() -> dict[str, Any]:
             log.info("Training the classifier of the feature loss for %d epochs, once", EPOCHS)
+            train_data = data.without_augmentation()
+            train_data.batch_size = 64
+            trainer = bare_trainer("cpu", bar=True, max_epochs=EPOCHS, limit_val_batches=0)
             with seeded(0):
                 blocks = _blocks(self.channels)
                 head = (nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * WIDTH, self.classes))
-                accuracy = _train(nn.Sequential(blocks, *head), data.without_augmentation())
-            log.info("Its accuracy on the test images is %.2f %%", 100 * accuracy)
+                network: Any = nn.Sequential(blocks, *head)
+                network.classes = self.classes
+                adam = partial(torch.optim.Adam, lr=2e-3)
+                task = Classification(network, adam, loss=nn.CrossEntropyLoss())
+                trainer.fit(task, train_data)
+            (tested,) = trainer.test(task, train_data, verbose=False)
+            log.info("Its accuracy on the test images is %.2f %%", 100 * tested["test/accuracy"])
             return blocks.state_dict()
 
         made_by = f"{EPOCHS}x{WIDTH}-{data.fingerprint(data.train_set)}"
@@ -135,22 +144,3 @@ def _blocks(channels: int) -> nn.Sequential:
     return nn.Sequential(
         block(channels, WIDTH), block(WIDTH, 2 * WIDTH), block(2 * WIDTH, 4 * WIDTH)
     )
-
-
-def _train(network: nn.Sequential, data: ImageData) -> float:
-    """Train a classifier; its accuracy on the test images."""
-    data.batch_size = 64
-    loader = data.train_dataloader()
-    optimizer = torch.optim.Adam(network.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, EPOCHS * len(loader))
-    for _ in range(EPOCHS):
-        for image, label in track(loader, "Classifier of the feature loss", transient=True):
-            optimizer.zero_grad()
-            F.cross_entropy(network(image), label).backward()
-            optimizer.step()
-            schedule.step()
-    with torch.no_grad():
-        network.eval()
-        batches = data.test_dataloader()
-        hits = torch.cat([network(image).argmax(1) == label for image, label in batches])
-    return hits.float().mean().item()
