@@ -15,6 +15,7 @@ import half_precision
 import neuron
 import norm
 import pandas as pd
+import published
 import pytest
 import torch
 import zoo
@@ -36,6 +37,7 @@ SCHEMAS = {
     "half_precision": ["dtype", "mode", "blocks", "seed", "spikes_one", "gradient_two", "device"],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
     "norm": ["net", "variant", "dtype", "T", "step", "saved_mb", "saved_ratio", "device"],
+    "published": [*TIMES, "recipe", "batch", "epochs", "ms_per_image", "core_hours"],
     "zoo": ["net", "T", "shape", "neurons", "norms", "fused", "before_mb", "after_mb", "device"],
 }
 
@@ -151,6 +153,20 @@ def test_esvae_times_every_variant(measure):
     table = measure(esvae, "--repeats", "1", extra=[*tiny, "dataset.image_size=8"])
     assert [*table["work"]] == [*esvae.VARIANTS]
     assert table["ratio"][0] == 1
+
+
+def test_published_extrapolates_to_all_epochs(measure, monkeypatch, tmp_path):
+    tiny = [
+        "experiment=esvae dataset=mnist dataset.image_size=8 model.hidden_channels=[4] model.T=2",
+        "experiment=classifier dataset=mnist dataset.image_size=8 model.T=2 model.hidden=8",
+    ]
+    pd.DataFrame({"command": [*tiny, None]}).to_csv(tmp_path / "recipes.csv")
+    monkeypatch.setattr(published, "PUBLISHED", tmp_path / "recipes.csv")
+    table = measure(published, "--repeats", "1", "--batch", "3", "--threads", "1")
+    assert [*table["recipe"]] == tiny
+    images = 300 * 60_000, 150 * 54_000  # the classifier holds back a tenth for validation
+    hours = [*table["ms_per_image"] * images / 3.6e6]
+    assert [*table["core_hours"]] == pytest.approx(hours, rel=1e-4)
 
 
 def test_frontier_measures_what_is_missing(measure, monkeypatch, tmp_path):

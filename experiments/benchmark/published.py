@@ -1,0 +1,69 @@
+"""How long the papers' trainings take on a CPU, estimated from a few steps of each.
+
+    python experiments/benchmark/published.py --threads 1
+
+writes ``published.csv``: for each command of ``results/published.csv`` the time of a training step
+on random images of its size, and the core-hours of all epochs at that rate per image, without
+loading, validation and metrics. The steps have ``--batch`` images, to be short.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from common import CPU, interleave, parser, write_csv
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+from torch.nn import functional as F
+
+from sj_taid.training.allocator import reuse_freed_memory
+from sj_taid.training.config import compose
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.csv"
+
+
+def training_step(cfg: DictConfig, batch: int) -> Callable[[], None]:
+    """A function that trains a recipe's model for a step on random images."""
+    model = instantiate(cfg.model).to(memory_format=torch.channels_last)
+    optimizer = instantiate(cfg.optimizer)(model.parameters())
+    size = cfg.dataset.image_size
+    images = torch.rand(batch, cfg.dataset.channels, size, size) * 2 - 1
+    labels = torch.arange(batch) % (cfg.dataset.classes or 1)
+
+    def loss() -> torch.Tensor:
+        if hasattr(model, "training_loss"):
+            return model.training_loss(images)["loss"]
+        return F.mse_loss(model(images), F.one_hot(labels, model.classes).float())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_parser = parser(__doc__, repeats=2)
+    options_parser.set_defaults(device=CPU)
+    options_parser.add_argument("--batch", type=int, default=8, help="images in a step")
+    options = options_parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    reuse_freed_memory()
+    rows: list[dict[str, Any]] = []
+    for recipe in pd.read_csv(PUBLISHED)["command"].dropna().unique():
+        cfg = compose("train", recipe.split())
+        timing = interleave({recipe: training_step(cfg, options.batch)}, options.repeats)[recipe]
+        images = get_class(cfg.dataset._target_).counts[0] * (1 - (cfg.dataset.validation or 0))
+        ms_per_image = timing.median_ms / options.batch
+        hours = ms_per_image * images * cfg.trainer.max_epochs / 3.6e6
+        row = {"recipe": recipe, "batch": options.batch, "epochs": cfg.trainer.max_epochs}
+        row |= timing._asdict() | {"ms_per_image": ms_per_image}
+        rows.append(row | {"core_hours": hours * options.threads})
+    print(write_csv(rows, options.out / "published.csv").iloc[:, :8].to_string())
+
+
+if __name__ == "__main__":
+    main()
