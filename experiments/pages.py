@@ -254,11 +254,14 @@ def papers() -> str:
     """The papers' values: a table for each data set and task."""
     rows = pd.read_csv(RESULTS / "published.csv", keep_default_na=False)
     values = rows["value"] / rows["metric"].map(lambda name: COLUMNS[name].unit)
+    timed = pd.read_csv(EPYC / "published.csv").set_index("recipe")
+    hours = timed["core_hours"].map(lambda value: f"{float(f'{value:.2g}'):,.0f}")
     sections = []
     for (dataset, task), part in rows.assign(value=values).groupby(["dataset", "task"]):
         table = part.pivot(index=["row", "source", "command"], columns="metric", values="value")
         shown = table[present(table)].map("{:g}".format).replace("nan", "")
         shown.columns = pd.Index([COLUMNS[name].title for name in shown])
+        shown["core-hours"] = shown.index.get_level_values("command").map(hours).fillna("")
         sections.append(f"### {dataset}: {task}\n\n{markdown(shown.reset_index())}")
     return "\n".join(sections)
 
