@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -62,3 +63,18 @@ def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
 def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     """The innermost open ``saved_tensors_hooks``: their pack and unpack functions."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def record_saved(net: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+    """What ``forward`` gives, and what it saves for backward: each storage once, no parameters."""
+    saved: dict[int, Tensor] = {}  # tensors, so that they live and no address comes twice
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        output = forward()
+    for parameter in net.parameters():
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    return output, [*saved.values()]

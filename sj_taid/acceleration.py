@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
-from . import _compat, _spikes, convert
+from . import _compat, _graph, _spikes, convert
 from ._checks import check_net
 from ._fused_neuron import KINDS, FusedNeuron
 from ._table import table
@@ -173,21 +172,16 @@ def _measure(net: nn.Module, inputs: Any) -> tuple[Any, Any]:
 def _run_step(net: nn.Module, inputs: Any) -> tuple[int, float]:
     """Forward from rest and, if something requires a gradient, backward: saved bytes and ms."""
     functional.reset_net(net)
-    saved: dict[int, Tensor] = {}  # tensors, so that they live and no address comes twice
     start = time.perf_counter()
 
-    def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
+    def forward() -> list[Tensor]:
         output = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
         outputs = [output] if isinstance(output, Tensor) else output
-        losses = [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
-    for parameter in net.parameters():
-        saved.pop(parameter.untyped_storage().data_ptr(), None)
-    saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    saved.clear()
+        return [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+
+    losses, saved = _graph.record_saved(net, forward)
+    saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved)
+    del saved
     if losses:
         torch.stack(losses).sum().backward()
     if torch.cuda.is_available():

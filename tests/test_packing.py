@@ -10,7 +10,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import sj_taid
 from sj_taid import ALIFNode
 from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid._graph import record_saved
 from sj_taid.ops import bits
 from tests.helpers import assert_equal
 
@@ -76,18 +77,8 @@ def packing(net, on):
 
 
 def saved_tensors(net, x_seq):
-    """What autograd saves, each storage once, without the parameters."""
-    saved = {}
-
-    def note(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     functional.reset_net(net)
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        net(x_seq)
-    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    return [tensor for address, tensor in saved.items() if address not in parameters]
+    return record_saved(net, lambda: net(x_seq))[1]
 
 
 def saved_bytes(net, x_seq):

@@ -19,6 +19,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 from sj_taid import ALIFNode
+from sj_taid._graph import record_saved
 from sj_taid.doctor import cpu_name
 from sj_taid.ops import backends
 from sj_taid.training.files import atomic_write
@@ -81,22 +82,11 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
 
 def saved_bytes(module: nn.Module, x_seq: Tensor) -> int:
     """Bytes of the storages that one call saves for backward, without parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     # A parameter's cast under autocast has another storage but its shape.
     shapes = {tuple(sorted(p.shape)) for p in module.parameters() if p.dim() > 1}
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and tuple(sorted(tensor.shape)) not in shapes:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = module(x_seq.requires_grad_())
-    # Alive until here, so that no storage was freed and counted twice.
-    del output
-    return sum(storages.values())
+    _, saved = record_saved(module, lambda: module(x_seq.requires_grad_()))
+    counted = [tensor for tensor in saved if tuple(sorted(tensor.shape)) not in shapes]
+    return sum(tensor.untyped_storage().nbytes() for tensor in counted)
 
 
 def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:
