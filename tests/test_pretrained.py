@@ -137,6 +137,17 @@ def test_create_model_from_the_hub(folder, monkeypatch):
     assert sorted(options["allow_patterns"]) == files
     create_model("hf://me/net")
     assert "model.safetensors" not in calls[-1][1]["allow_patterns"]
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="no model 'hf://me/net'; give one of"):
+        create_model("hf://me/net")
+
+
+@pytest.mark.parametrize("name", ["me/net", "me"])
+def test_create_model_says_what_the_hub_refuses(name, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=rf"hf://{name} cannot .*; expected hf://OWNER/NAME "):
+        create_model(f"hf://{name}")
 
 
 def test_damaged_weights_and_those_of_another_model(folder):

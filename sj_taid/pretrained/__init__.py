@@ -100,20 +100,29 @@ def _locate(source: str | Path, pretrained: bool) -> Path:
     source = str(source)
     if source in list_models():
         return Path(__file__).parent / source
-    if source.startswith(HUB):
-        with needs("huggingface_hub"):
-            from huggingface_hub import snapshot_download
-        repository, _, revision = source.removeprefix(HUB).partition("@")
-        files = [CONFIG, CARD, *[WEIGHTS] * pretrained]
-        there = snapshot_download(repository, revision=revision or None, allow_patterns=files)
-        return Path(there)
-    folder = Path(source).expanduser()
+    folder = _download(source, pretrained) if source.startswith(HUB) else Path(source).expanduser()
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"there is no model {source!r}; give one of {', '.join(list_models())}, a folder that "
             f"sj-taid export has written, or {HUB}OWNER/NAME"
         )
     return folder
+
+
+def _download(source: str, pretrained: bool) -> Path:
+    with needs("huggingface_hub"):
+        from huggingface_hub import snapshot_download
+    repository, _, revision = source.removeprefix(HUB).partition("@")
+    files = [CONFIG, CARD, *[WEIGHTS] * pretrained]
+    try:
+        there = snapshot_download(repository, revision=revision or None, allow_patterns=files)
+    except (OSError, ValueError) as error:  # the hub's own are all one of them
+        raise ValueError(
+            f"{source} cannot be downloaded: {shorten(str(error), 300)}; expected "
+            f"{HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION, a model that is there and that you may "
+            "read (hf auth login), and internet on first use"
+        ) from error
+    return Path(there)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
