@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -131,6 +132,8 @@ class Run:
                     with suppress(OSError):  # read-only, or the folder of a mount
                         (self.folder / LOCK).unlink()
                         self.folder.rmdir()
+                        if self.folder.is_relative_to(Path.cwd()):  # as runs/DATASET/DATE
+                            os.removedirs(os.path.relpath(self.folder.parent))
 
     @property
     def config(self) -> DictConfig:

@@ -43,7 +43,8 @@ def test_lock_admits_one_process_at_a_time(tmp_path, monkeypatch):
         monkeypatch.setattr(rank_zero_only, "rank", 1)  # of the same distributed run
         with Run(tmp_path / "run").lock():
             pass
-    with Run(tmp_path / "run").lock():
+    monkeypatch.chdir(tmp_path)
+    with Run(tmp_path / "run").lock(), Run(tmp_path / "runs" / "digits" / "today").lock():
         pass
     assert not list(tmp_path.iterdir())  # nothing was left in them
 
@@ -97,14 +98,6 @@ def test_train_refuses_a_finished_run_with_other_settings(trained, tiny, change,
     with pytest.raises(ValueError, match=message):
         train(tiny(*TINY_AUTOENCODING, change, tiny=False), folder)
     assert all(path.read_bytes() == content for path, content in kept.items())
-
-
-def test_find_refuses_other_files(trained):
-    folder = trained(*TINY_AUTOENCODING)
-    with pytest.raises(ValueError, match=rf"a \.ckpt file, but got .*{runs.CONFIG}; give {folder}"):
-        Run.find(folder / runs.CONFIG)
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone\.ckpt"):
-        Run.find(folder / "gone.ckpt")
 
 
 def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
