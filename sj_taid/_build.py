@@ -97,5 +97,8 @@ def _call(node: Any, trust: Collection[str] | None, arguments: Mapping[str, Any]
     target, is_partial = find_class(name, trust), values.pop("_partial_", False)
     try:
         return partial(target, **values) if is_partial else target(**values)
+    except ValueError as error:
+        error.add_note(f"(of {name})")
+        raise
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"{name} cannot be built: {error}") from error

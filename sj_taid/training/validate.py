@@ -69,13 +69,6 @@ RULES: dict[str, Rule] = {
     "metric.autoencoder.batch_size": _whole(1),
     "metric.draws": _or_null(_whole(1)),
     "metric.features": _or_null(BOOLEAN),
-    "model.chroma_weight": POSITIVE,
-    "critic.epochs": _whole(1),
-    "critic.warmup": _whole(0),
-    "critic.updates": _whole(1),
-    "critic.share": POSITIVE,
-    "critic.lr": POSITIVE,
-    "feature_loss.weight": POSITIVE,
     "n": _whole(1),
     "columns": _whole(1),
 }
