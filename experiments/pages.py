@@ -18,8 +18,7 @@ import start_maps
 from store import RESULTS, load_all_runs, load_runs, load_study, sort_key, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
-from sj_taid.training.columns import COLUMNS, METRICS, Column
-from sj_taid.training.export import format_metrics
+from sj_taid.training.columns import COLUMNS, METRICS, Column, format_metrics
 from sj_taid.training.files import atomic_write
 from sj_taid.training.gather import Metrics, gather, overrides
 from sj_taid.training.tables import frame, markdown, present, summary
@@ -289,13 +288,14 @@ def models() -> pd.DataFrame:
     rows = []
     for name in list_models():
         metrics = read_config(name)["metrics"]
+        of_last = {key: value for key, value in metrics.items() if "_best_" not in key}
         rows.append(
             {
                 "name": f"`{name}`",
                 "data": metrics["choices"]["dataset"],
                 "parameters, M": f"{metrics['parameters'] / 1e6:.2f}",
                 "MB": f"{(PRETRAINED / name / WEIGHTS).stat().st_size / 1e6:.2f}",
-                "metrics": "; ".join(map(" ".join, format_metrics(metrics).values())),
+                "metrics": "; ".join(map(" ".join, format_metrics(of_last).values())),
             }
         )
     return pd.DataFrame(rows)

@@ -1,6 +1,5 @@
 """Training of a model that reconstructs images."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +58,6 @@ class Autoencoding(Task):
                 how + data.test_on_validation().describe_test_set()
             )
         return {"protocol": protocol}
-
-    def report(self, metrics: Mapping[str, Any]) -> list[str]:
-        return [f"Test reconstruction error (MSE): {metrics['reconstruction']:.4f}"]
 
     def draw(self, images: Tensor, folder: Path) -> None:
         draw_reconstructions(images, self.model(images).image, folder / "reconstructions.png")

@@ -1,6 +1,6 @@
 """Training of a classifier, on still images or on frames of events."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,16 +86,6 @@ class Classification(Task):
             names = ["accuracy", "accuracy_best_validation_epoch", "validation_accuracy"]
             how += f", validated on {len(data.validation_set)}"
         return {"protocol": dict.fromkeys(names, how)}
-
-    def report(self, metrics: Mapping[str, Any]) -> list[str]:
-        titles = {
-            "accuracy_best_validation_epoch": "Of the epoch that was best on the validation set",
-            "accuracy_best_test_epoch": "Of the epoch that was best on the test set itself",
-        }
-        return [
-            f"Test accuracy: {metrics['accuracy']:.2%}, loss: {metrics['loss']:.4f}",
-            *(f"{title}: {metrics[name]:.2%}" for name, title in titles.items() if name in metrics),
-        ]
 
     def draw(self, images: Tensor, folder: Path) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Columns of the tables of runs: title, unit and decimals of every metric and cost."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -74,3 +75,12 @@ COSTS = {
     "training_seconds": Column("training, min", 60, 1, spread=False),
 }
 COLUMNS = METRICS | COSTS
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Title and value, as text, of each metric, by its name."""
+    return {
+        key: (column.title, f"{metrics[key] / column.unit:.{column.decimals}f}")
+        for key, column in METRICS.items()
+        if key in metrics
+    }

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 
 from .allocator import reuse_freed_memory
+from .columns import format_metrics
 from .evaluation import Evaluator, bare_trainer, seeded
 from .provenance import command_line, provenance
 from .run import Run, build_part
@@ -48,7 +49,6 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         task = build_part(cfg.task, trust, model=model, optimizer=None)
         with seeded(cfg.seed):
             metrics = measure(task, build_tester(cfg, bar=True), data, build_evaluator(cfg))
-        report = task.report(metrics)
         protocol = metrics.pop("protocol", {})
         protocol = {name: protocol[name] for name in metrics if name in protocol}
         if run.checkpoint == run.best:
@@ -62,8 +62,8 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
             **provenance(),
         }
         path = run.save_evaluation(evaluation)
-    for line in report:
-        log.info(line)
+    for title, value in format_metrics(metrics).values():
+        log.info("%s: %s", title, value)
     if cfg.get("metric") and cfg.metric.inception_weights is None:
         log.info(
             "No FID and no Inception score without weights: add metric.inception_weights=FILE, "

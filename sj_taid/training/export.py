@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from .. import pretrained
 from .._extras import needs
 from ..thresholds import fixed_thresholds
-from .columns import METRICS
+from .columns import format_metrics
 from .files import atomic_write
 from .run import Run, merge_evaluations
 
@@ -126,15 +126,6 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     return folder
 
 
-def format_metrics(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Title and value, as text, of each metric of the last checkpoint, by its name."""
-    return {
-        key: (column.title, f"{metrics[key] / column.unit:.{column.decimals}f}")
-        for key, column in METRICS.items()
-        if key in metrics and "_best_" not in key  # those are of another checkpoint
-    }
-
-
 def _remove_backends(config: Any) -> Any:
     """Leave the neurons' backend to the machine that loads the model."""
     if isinstance(config, dict):
@@ -153,6 +144,7 @@ def _card(name: str, model: nn.Module, metrics: dict[str, Any], data: dict[str, 
     table = (
         f"| {title} | {value} | {protocol.get(key, 'test set, after the last epoch')} |"
         for key, (title, value) in format_metrics(metrics).items()
+        if "_best_" not in key  # those are of another checkpoint
     )
     return CARD.format(
         name=name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -210,21 +210,6 @@ class Generation(Autoencoding):
             return []
         ready = PRIORS if self.model.mixture.fitted else PRIORS[:1]
         return [prior for prior in ready if prior != self.model.sample_from]
-
-    def report(self, metrics: Mapping[str, Any]) -> list[str]:
-        before = metrics.get("fad_untrained")
-        titles = {
-            "fad_published": "FAD as published",
-            "features": "Fréchet distance, EfficientNet-Lite0",
-            "fid": "FID of the samples",
-            "inception_score": "Their Inception score",
-        }
-        return [
-            *super().report(metrics),
-            f"FAD of the samples: {metrics['fad']:.3f}"
-            + ("" if before is None else f" (before training: {before:.3f})"),
-            *(f"{title}: {metrics[name]:.3f}" for name, title in titles.items() if name in metrics),
-        ]
 
     @torch.no_grad()
     def draw(self, images: Tensor, folder: Path) -> None:

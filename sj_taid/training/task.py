@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,10 +146,6 @@ class Task(L.LightningModule):
     def evaluate(self, data: Any, evaluator: Evaluator | None) -> dict[str, Any]:
         """Metrics of the trained model that its test does not log, and under ``protocol`` how."""
         return {}
-
-    def report(self, metrics: Mapping[str, Any]) -> list[str]:
-        """The lines that a run ends with."""
-        raise NotImplementedError
 
     def draw(self, images: Tensor, folder: Path) -> None:
         """Draw pictures of the tested model, from some images of the test set."""

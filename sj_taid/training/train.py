@@ -21,6 +21,7 @@ from ..model import ESVAE
 from .allocator import reuse_freed_memory
 from .callbacks import Pictures, RandomNumbers
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_mixture
+from .columns import format_metrics
 from .evaluate import (
     build_evaluator,
     build_tester,
@@ -126,8 +127,8 @@ def train(
         **origin,
     }
     run.save_metrics(metrics)
-    for line in task.report(metrics):
-        log.info(line)
+    for title, value in format_metrics(metrics).values():
+        log.info("%s: %s", title, value)
     return metrics
 
 

@@ -62,7 +62,7 @@ def test_evaluate_command(folder, tmp_path):
     assert evaluation["command"] == "sj-taid evaluate metric.samples=12"
     assert evaluation["versions"] and metrics_of(folder) == before
     assert evaluation["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    assert "before training" not in done.stdout  # that was another number of samples
+    assert f"FAD, own autoencoder ↓: {figures['fad']:.2f}\n" in done.stdout
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
 
 
