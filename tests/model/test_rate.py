@@ -108,19 +108,6 @@ def test_mmd_of_bad_samples(x, y, message):
         rbf_mmd(torch.rand(x), torch.rand(y))
 
 
-def test_learned_prior_learns_through_the_mmd():
-    prior = LearnedPrior(2)
-    optimizer = torch.optim.Adam(prior.parameters(), 0.05)
-    target = torch.rand(256, 2) * torch.tensor([0.2, 0.4]) + torch.tensor([0.7, 0.1])
-    first = rbf_mmd(target, prior(256)).item()
-    for _ in range(60):
-        optimizer.zero_grad()
-        rbf_mmd(target, prior(256)).backward()
-        optimizer.step()
-    assert rbf_mmd(target, prior(256)).item() < first / 20
-    assert ((prior(64) >= 0) & (prior(64) <= 1)).all()
-
-
 def test_mixture_draws_its_training_rates():
     spread = 0.03
     centres = torch.tensor([[0.2, 0.3, 0.5], [0.8, 0.6, 0.4]])
@@ -173,20 +160,6 @@ def test_mixture_draws_without_a_copy_of_a_factor_per_draw():
         mixture(n)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest <= 8 * n * d * 4, "bytes"
-
-
-def test_mixture_in_a_state_dict(tmp_path):
-    mixture = GaussianMixturePrior(2, components=3)
-    mixture.fit(torch.rand(100, 2).round())
-    torch.save(mixture.state_dict(), tmp_path / "mixture.pt")
-    other = GaussianMixturePrior(2, components=3)
-    other.load_state_dict(torch.load(tmp_path / "mixture.pt", weights_only=True))
-    torch.manual_seed(0)
-    drawn = mixture(500)
-    torch.manual_seed(0)
-    assert torch.equal(other(500), drawn) and other(0).shape == (0, 2)
-    other.clear()
-    assert not other.fitted
 
 
 @pytest.mark.parametrize("options", [{"components": 3}, {"levels": 8}])
@@ -256,4 +229,6 @@ def test_mixture_fit_that_fails_changes_nothing(monkeypatch):
 def test_both_priors_follow_the_models_dtype():
     net = nn.ModuleList([LearnedPrior(2), GaussianMixturePrior(2, 1)]).double()
     net[1].fit(torch.rand(10, 2))
-    assert net[0](3).dtype == net[1](3).dtype == F64
+    for drawn in (net[0](3), net[1](3)):
+        assert drawn.dtype == F64 and (drawn >= 0).all() and (drawn <= 1).all()
+    assert net[1](0).shape == (0, 2)
