@@ -68,10 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--half", action="store_true", help="store the layers' weights as float16")
     options = parser.parse_args(arguments)
-    try:
-        folder = export(**vars(options))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    folder = export(**vars(options))
     size = (folder / pretrained.WEIGHTS).stat().st_size / 1e6
     print(f"{size:.2f} MB: sj_taid.create_model({str(folder)!r}, pretrained=True)")
 

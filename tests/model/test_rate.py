@@ -162,30 +162,6 @@ def test_mixture_draws_without_a_copy_of_a_factor_per_draw():
     assert largest <= 8 * n * d * 4, "bytes"
 
 
-@pytest.mark.parametrize("options", [{"components": 3}, {"levels": 8}])
-def test_mixture_of_another_size_is_not_loaded(options):
-    fitted, other = (
-        GaussianMixturePrior(2, 2),
-        GaussianMixturePrior(2, **{"components": 2} | options),
-    )
-    fitted.fit(torch.rand(100, 2).round())
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        other.load_state_dict(fitted.state_dict())
-    assert not other.fitted
-
-
-@pytest.mark.parametrize(
-    ("rates", "iterations", "message"),
-    [
-        (torch.linspace(0, 1, 600).view(200, 3), 1, "did not converge.* increase max_iter"),
-        (torch.eye(3).repeat(5, 1), 100, r"distinct clusters \(3\) found smaller"),
-    ],
-)
-def test_mixture_fit_warns(rates, iterations, message):
-    with pytest.warns(UserWarning, match=message):
-        GaussianMixturePrior(3, components=4, iterations=iterations).fit(rates)
-
-
 def test_mixture_fit_of_a_channel_without_spread():
     rates = torch.rand(50, 3)
     rates[:, 1] = 0.0
