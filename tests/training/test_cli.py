@@ -85,7 +85,7 @@ def test_cli_reports_a_users_error_in_lines(
     lines = capsys.readouterr().err.splitlines() + text.splitlines()
     assert "Traceback" not in "".join(lines)
     assert len(lines) <= 3
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["file"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]  # and no empty folder
 
 
 def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
