@@ -179,11 +179,13 @@ def decoders() -> pd.DataFrame:
 
 def classifiers() -> pd.DataFrame:
     """Accuracy of the small classifiers by neuron."""
+    names = ["digits_classifier", "mnist_classifier", "fashion_mnist_recipe", "cifar10_classifier"]
     rows = []
-    for name in ("digits_classifier_cpu", "mnist_classifier_cpu", "fashion_mnist_recipe_cpu"):
+    for name in (f"{name}_cpu" for name in names):
         runs = frame(load_runs(name))[0]
         accuracies = runs.groupby("neuron")["accuracy"].agg(METRICS["accuracy"].text)
-        row = {"accuracy, last epoch, % ↑": f"`{name}`", **accuracies[["lif", "plif", "alif"]]}
+        row = {"accuracy, last epoch, % ↑": f"`{name}`"}
+        row |= {neuron: accuracies.get(neuron, "not run") for neuron in start_maps.NEURONS}
         rows.append(row | {"epochs": str(runs["epochs"].max()), "runs": str(len(runs))})
     return pd.DataFrame(rows)
 
