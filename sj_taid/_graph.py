@@ -78,3 +78,9 @@ def record_saved(net: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[
     for parameter in net.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
     return output, [*saved.values()]
+
+
+def is_checkpointed() -> bool:
+    """Whether gradient checkpointing decides what is saved."""
+    hooks = saving_hooks()
+    return getattr(hooks and hooks[0], "__module__", None) == "torch.utils.checkpoint"

@@ -12,7 +12,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
-from . import _compat, _graph, _spikes, convert
+from . import _compat, _graph, _spikes, _sums, convert
 from ._checks import check_net
 from ._fused_neuron import KINDS, FusedNeuron
 from ._table import table
@@ -40,7 +40,8 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     """Train ``net`` in less memory and time with equal outputs; changes it in place.
 
     Its LIF, PLIF and IF neurons run on the fused operator and learn what they learned before, its
-    norms are fused (:func:`.fuse_norm`) and its spikes saved as bits (:func:`.packed_spikes`).
+    norms are fused (:func:`.fuse_norm`) and its spikes saved as bits (:func:`.packed_spikes`). A
+    residual sum of a norm's output with spikes, or with another's, is computed again in backward.
     Outputs are equal as :func:`.swap_neurons` promises, and to rounding behind a fused norm. Every
     module stays the same object, with its parameters, ``state_dict`` keys, hooks and voltages, so
     optimizers and checkpoints made before go on working; only a neuron's class becomes a subclass
@@ -103,6 +104,11 @@ class Acceleration(AbstractContextManager["Acceleration"]):
                 rows[row.norm] = Row(row.norm, name, "" if row.note else done, note)
                 if not row.note:
                     undo.callback(find(row.neuron).apply_norm, None)
+            for norm, reader in _sums.recompute_sums(net).items():
+                rows[norm] = rows[norm]._replace(
+                    done=f"recomputed for {reader}", note="equal outputs, and its sum is not saved"
+                )
+                undo.callback(vars(find(norm)).pop, "forward", None)
             if any(type(module) in KINDS for module in net.modules()):
                 with suppress(ValueError):  # no layer saves spikes
                     undo.callback(packed_spikes(net).remove)
@@ -120,7 +126,7 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         self.undo()
 
     def __str__(self) -> str:
-        norms = sum(row.done not in ("", _FUSED) for row in self.rows)
+        norms = sum(row.done.startswith("fused into") for row in self.rows)
         lines = [
             f"{len(self._nodes)} neurons on the fused operator, {norms} norms fused, {self._bits}"
         ]

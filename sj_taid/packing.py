@@ -146,7 +146,7 @@ class _LayerForward(_Forward):
         # Only a forward of torch's or SpikingJelly's is known to pass its input on to one operator.
         known = type(layer).forward.__module__.startswith(("torch.nn.", "spikingjelly."))
         pools = known and isinstance(layer, _AvgPoolNd | _MaxPoolNd)
-        if (spikes is None and not pools) or _is_checkpoints(outer):
+        if (spikes is None and not pools) or _graph.is_checkpointed():
             return self.run(*args, **kwargs)
         if spikes and known and isinstance(layer, nn.Linear | _ConvNd):
             args = (_cast(args[0], spikes), *args[1:])
@@ -159,10 +159,6 @@ class _LayerForward(_Forward):
         if spikes is not None and dense and isinstance(output, Tensor):
             _spikes.register(output, output)
         return output
-
-
-def _is_checkpoints(hooks: Any) -> bool:
-    return getattr(hooks and hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 def _cast(x: Tensor, spikes: _spikes.Spikes) -> Tensor:

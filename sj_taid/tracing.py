@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.pooling import _MaxPoolNd
 
 #: A forward with more branches, or more ways through them, is not followed.
 _MOST_BRANCHES = 32
@@ -26,6 +30,8 @@ class Traced(NamedTuple):
     inputs: dict[nn.Module, nn.Module | str]
     #: the sources that see time folded into the batch, and whose readers do not
     folded: set[nn.Module]
+    #: for each source whose sum with spikes or a norm's output a neuron reads, that neuron
+    sums: dict[nn.Module, nn.Module]
     #: the modules whose forward cannot be traced
     untraced: list[nn.Module]
 
@@ -64,6 +70,8 @@ class _Tracing:
         #: what reads the tensor at a port, and what makes it: ports, or notes on what else does
         self.reads: dict[_Port | str, dict[_Port | str, None]] = defaultdict(dict)
         self.makes: dict[_Port | str, dict[_Port | str, None]] = defaultdict(dict)
+        #: of a tensor that is added to one other: what makes that, and what reads the sum
+        self.sums: dict[_Port | str, list[tuple[_Port | None, _Port | None]]] = defaultdict(list)
         self.unfolded: set[_Port | str] = set()
         self.calls: Counter[nn.Module] = Counter()
         self.traced: set[nn.Module] = set()
@@ -112,13 +120,16 @@ class _Tracing:
                     self.link(function, readers[node])
                 self.link(maker, reader)
                 self.unfolded |= {maker} if made is not read else set()
+                if node.target is operator.add and made is read and len(node.users) == 1:
+                    others = [makers.get(n) for n in node.all_input_nodes if n is not read]
+                    self.sums[maker] += product(others, map(readers.get, node.users))
         return called.values()
 
     def resolve(
         self, modules: Iterable[nn.Module], is_source: Callable[[nn.Module], bool]
     ) -> Traced:
         """Sort the sources into those with one reader and those without."""
-        result = Traced({}, {}, {}, set(), self.untraced)
+        result = Traced({}, {}, {}, set(), {}, self.untraced)
         for module in modules:
             passed: list[_Port] = []
             found = self._other_end(_Port(module, is_source(module)), passed)
@@ -126,6 +137,12 @@ class _Tracing:
                 result.inputs[module] = found
             elif isinstance(found, str):
                 result.obstacles[module] = found
+                ports = [] if self.unfolded.intersection(passed) else passed
+                for other, reader in [ends for port in ports for ends in self.sums[port]]:
+                    maker, node = self._end(other, self.makes), self._end(reader, self.reads)
+                    is_saved = isinstance(maker, neuron.BaseNode | _MaxPoolNd | _BatchNorm)
+                    if is_saved and isinstance(node, neuron.BaseNode):
+                        result.sums[module] = node
             elif self._other_end(_Port(found, False), []) is not module:
                 result.obstacles[module] = f"a {type(found).__name__} reads its output, or another"
             else:
@@ -134,14 +151,17 @@ class _Tracing:
                     result.folded.add(module)
         return result
 
-    def _other_end(self, port: _Port, passed: list[_Port]) -> nn.Module | str:
+    def _end(self, port: _Port | None, links: Any) -> Any:
+        """The module of a port or, if that was traced, behind it."""
+        return self._other_end(port, [], links) if port in links else port and port.module
+
+    def _other_end(self, port: Any, passed: list[_Port], links: Any = None) -> nn.Module | str:
         """The only module at the other end of the tensor at ``port``, or why there is none.
 
         ``passed`` receives the ports on the way.
         """
-        links, what = self.reads, "reads its output"
-        if not port.is_output:
-            links, what = self.makes, "makes its input"
+        links = links or (self.reads if port.is_output else self.makes)
+        what = "reads its output" if links is self.reads else "makes its input"
 
         def find_ends(port: _Port) -> Iterator[nn.Module | str]:
             passed.append(port)

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from .. import bits, surrogate
 from ..bits import is_dense
+from ..recipe import recipe_of
 from ..trace import trace_calls
 from . import norm as norms
 from .norm import Affine, Norm
@@ -196,7 +197,7 @@ class _FusedALIF(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         # One parameter: apply looks at each of the signature's at every call.
-        x_seq, v0, w, v_threshold, weight, bias, norm, engine, options = inputs
+        x_seq, v0, w, v_threshold, weight, bias, norm, engine, options, _ = inputs
         return engine.forward(
             x_seq,
             v0,
@@ -215,10 +216,11 @@ class _FusedALIF(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x_seq, v0, w, v_threshold, _, _, norm, ctx.engine, ctx.options = inputs
+        x_seq, v0, w, v_threshold, _, _, norm, ctx.engine, ctx.options, recipe = inputs
         checkpoint, packed, *own_norm = output[3:]
         norm = norm if ctx.options.eps is None else own_norm
-        ctx.save_for_backward(x_seq, v0, w, v_threshold, checkpoint, *norm)
+        ctx.compute, made_from = recipe or (_dense, (x_seq,))
+        ctx.save_for_backward(v0, w, v_threshold, checkpoint, *norm, *made_from)
         ctx.mark_non_differentiable(checkpoint, packed, *own_norm)
         # An output that nobody used has no gradient to read.
         ctx.set_materialize_grads(False)
@@ -231,7 +233,8 @@ class _FusedALIF(torch.autograd.Function):
         grad_v_seq: Tensor | None,
         *unused: None,
     ) -> tuple[Tensor | None, ...]:
-        x_seq, v0, w, v_threshold, checkpoint, table, numbers = _saved_tensors(ctx)
+        v0, w, v_threshold, checkpoint, table, numbers, *made_from = _saved_tensors(ctx)
+        x_seq = _dense(ctx.compute(*made_from))
         options = ctx.options
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
         needs_ab = need_x and table is not None and not options.fixed_norm
@@ -285,6 +288,7 @@ class _FusedALIF(torch.autograd.Function):
             grad_parameters[-1] if need_v_threshold else None,
             grad_weight if need_weight else None,
             grad_bias if need_bias else None,
+            None,
             None,
             None,
             None,
@@ -349,9 +353,10 @@ def multi_step(
     """:func:`sj_taid.ops.alif.reference.multi_step` by a fused engine.
 
     A dense ``x_seq`` with time outermost is taken in its own layout (contiguous, channels-last);
-    any other is made contiguous once.
+    any other is made contiguous once. What has a recipe is not saved.
     """
-    x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
+    recipe = recipe_of(x_seq)
+    x_seq = _dense(x_seq)
     dtype = state_dtype(x_seq.dtype)
     v0 = _arranged(v, x_seq[0]) if isinstance(v, Tensor) else None
     w, v_threshold = w.to(dtype), v_threshold.to(dtype)
@@ -388,11 +393,15 @@ def multi_step(
     if norm is not None and eps is None:
         affine = norms.affine(norm, x_seq, engine.statistics)
     run = _FusedALIF.apply if saves else _FusedALIF.forward
-    spike_seq, v_last, v_seq, _, packed, _, numbers = run(*leaves, affine, engine, options)
+    spike_seq, v_last, v_seq, _, packed, _, numbers = run(*leaves, affine, engine, options, recipe)
     if norm is not None and eps is not None:
         norms.update_running(norm, numbers[0], numbers[4])
     results = (spike_seq, v_last, v_seq if store_v_seq else None)
     return (*results, packed) if return_bits else results
+
+
+def _dense(x_seq: Tensor) -> Tensor:
+    return x_seq if is_dense(x_seq) else x_seq.contiguous()
 
 
 def _arranged(tensor: Tensor | None, like: Tensor) -> Tensor | None:
