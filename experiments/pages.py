@@ -44,6 +44,15 @@ MODELS = ["VAE", "FSVAE", "TAID", "ESVAE", "FSDDIM"]
 PRIORS = {"ESVAE": {"fitted": "", "learned": "_learned"}, "FSVAE": {"learned": ""}}
 #: What no generator, and no prior, can be expected to do better than.
 BOUNDS = ["training images", "training images' rates, decoded"]
+#: The experiments with generators of several decoders or neurons
+GENERATORS = [
+    *("digits_small_cpu", "mnist_small_cpu", "mnist_esvae_cpu", "fashion_mnist_esvae_cpu"),
+    *("mnist_esvae_sharp", "fashion_mnist_esvae_sharp", "mnist_fsvae_sharp"),
+    *("fashion_mnist_fsvae_sharp", "cifar10_esvae_cpu", "cifar10_fsvae_cpu"),
+]
+#: What loads CIFAR-10 from a folder of images
+PHOTOGRAPHS = ("dataset", "dataset.image_size", "dataset.num_workers")
+PERCENT = Column("change, %", 1, 1)
 DECODERS = {"fixed": "fixed decoder", "taid": "TAID", "taid_pixel": "TAID by pixel"}
 
 
@@ -151,30 +160,33 @@ def fad() -> pd.DataFrame:
 
 
 def decoders() -> pd.DataFrame:
-    """What each decoder changes, in % of the fixed decoder's mean over runs."""
-    small = ["digits_small_cpu", "mnist_small_cpu"]
-    budgets = ("esvae_cpu", "esvae_sharp", "fsvae_sharp")
-    names = [f"{dataset}_{budget}" for budget in budgets for dataset in ("mnist", "fashion_mnist")]
+    """What each decoder changes in the samples and reconstructions of the fixed one."""
+    return compare_generators("decoder", "fixed", "neuron")
+
+
+def generator_neurons() -> pd.DataFrame:
+    """What PLIF and ALIF change in the samples and reconstructions of LIF."""
+    return compare_generators("neuron", "lif", "decoder")
+
+
+def compare_generators(choice: str, base: str, other: str) -> pd.DataFrame:
+    """Changes in % against ``choice=base``, over pairs of runs equal in all else."""
     tables = []
-    for experiment in small + names:
-        runs = frame(select_runs(load_runs(experiment), "decoder", "neuron"))[0]
-        # A neuron that was not run with every decoder would count for some of them alone.
-        counts = runs.groupby("neuron")["decoder"].transform("nunique")
-        groups = runs[counts == runs["decoder"].nunique()].groupby("decoder")
+    for experiment in GENERATORS:
+        runs = frame(select_runs(load_runs(experiment), "decoder", "neuron", *PHOTOGRAPHS))[0]
         metric = "fad_published" if "fad_published" in runs else "fad"
-        mean = groups[["reconstruction", metric]].mean()
-        change = (100 * (mean / mean.loc["fixed"] - 1)).drop("fixed").map("{:+.1f}".format)
-        change["FAD through"] = "own autoencoder" if metric == "fad" else "the papers' autoencoder"
-        table = (
-            change.assign(runs=groups.size()[change.index].astype(str))
-            .rename_axis("decoder")
-            .reset_index()
-        )
-        table = table.rename(columns={"reconstruction": "reconstruction, %", metric: "FAD, %"})
-        table["decoder"] = table["decoder"].map("`{}`".format)
-        table.insert(0, "experiment", f"`{experiment}`")
-        tables.append(table)
-    return pd.concat(tables)
+        keys, metrics = ["seed", other], ["reconstruction", metric]
+        before = runs[runs[choice] == base].set_index(keys)[metrics]
+        for option in runs[choice].drop_duplicates():
+            after = runs[runs[choice] == option].set_index(keys)[metrics]
+            change = (100 * (after / before - 1)).dropna()
+            if option != base and len(change):
+                cells = change.agg(PERCENT.text).set_axis(["reconstruction, %", "FAD, %"])
+                where = {"experiment": f"`{experiment}`", choice: f"`{option}`"}
+                through = "own autoencoder" if metric == "fad" else "the papers' autoencoder"
+                pairs = {"FAD through": through, "pairs": str(len(change))}
+                tables.append(where | cells.to_dict() | pairs)
+    return pd.DataFrame(tables)
 
 
 def classifiers() -> pd.DataFrame:

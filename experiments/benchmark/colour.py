@@ -9,17 +9,15 @@ in a chessboard of single pixels, as a multiple of the images' own.
 """
 
 import argparse
-import re
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_csv
+from common import describe_training, load_images, write_csv
 from torch import Tensor
 
 from sj_taid.training.allocator import reuse_freed_memory
-from sj_taid.training.run import Run, build_part
+from sj_taid.training.run import Run
 
 RESULT = Path(__file__).resolve().parents[2] / "results" / "colour.csv"
 #: orthogonal axes of red, green and blue
@@ -38,21 +36,13 @@ def main() -> None:
 
 def measure(run: Run, n: int) -> dict[str, Any]:
     """A row: what was trained, and what its reconstructions of ``n`` test images lack."""
-    cfg, metrics = run.config, run.metrics
-    data = build_part(cfg.dataset)
-    data.setup()
-    model = run.model()
-    batches = islice(data.test_dataloader(), -(-n // data.batch_size))
-    images = torch.cat([image for image, _ in batches])[:n]
+    images, model = load_images(run, n), run.model()
     with torch.no_grad():
         output = torch.cat([model(batch).image for batch in images.split(100)])
-    chosen = {name: cfg.model[name] for name in CHOICES}
-    words = metrics["command"].split()
-    command = " ".join(word for word in words if not re.search(r"root=|run\.dir=", word))
-    trained = {"trained_by": command, "trained_at": metrics["commit"], "seed": cfg.seed}
-    error = {"images": n, "reconstruction": (output - images).square().mean().item()}
+    row = {name: run.config.model[name] for name in CHOICES} | describe_training(run)
+    row |= {"images": n, "reconstruction": (output - images).square().mean().item()}
     power = chessboard(output) / chessboard(images)
-    return chosen | trained | error | explained_variance(output, images) | {"grid": power}
+    return row | explained_variance(output, images) | {"grid": power}
 
 
 def explained_variance(output: Tensor, images: Tensor) -> dict[str, float]:

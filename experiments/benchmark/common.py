@@ -6,10 +6,12 @@ nothing, PLIF tau; ALIF and FlexSN learn tau and the threshold.
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from sj_taid.doctor import cpu_name
 from sj_taid.ops import backends
 from sj_taid.training.files import atomic_write
 from sj_taid.training.provenance import provenance
+from sj_taid.training.run import Run, build_part
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU = torch.device("cpu")
@@ -87,6 +90,23 @@ def saved_bytes(module: nn.Module, x_seq: Tensor) -> int:
     _, saved = record_saved(module, lambda: module(x_seq.requires_grad_()))
     counted = [tensor for tensor in saved if tuple(sorted(tensor.shape)) not in shapes]
     return sum(tensor.untyped_storage().nbytes() for tensor in counted)
+
+
+def load_images(run: Run, n: int) -> Tensor:
+    """The first ``n`` test images of a run's data."""
+    data = build_part(run.config.dataset)
+    data.setup()
+    batches = islice(data.test_dataloader(), -(-n // data.batch_size))
+    return torch.cat([image for image, _ in batches])[:n]
+
+
+def describe_training(run: Run, *choices: str) -> dict[str, Any]:
+    """A run's choices, command, commit and seed, without its paths."""
+    words = run.metrics["command"].split()
+    command = " ".join(word for word in words if not re.search(r"root=|run\.dir=", word))
+    chosen = {name: run.metrics["choices"][name] for name in choices}
+    trained = {"trained_by": command, "trained_at": run.metrics["commit"], "seed": run.config.seed}
+    return chosen | trained
 
 
 def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:

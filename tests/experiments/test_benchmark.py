@@ -7,6 +7,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import attention
 import colour
 import common
 import esvae
@@ -20,6 +21,7 @@ import pytest
 import torch
 import zoo
 
+from sj_taid import FixedDecoder
 from sj_taid.ops import trace
 from sj_taid.ops.alif.reference import multi_step
 from tests.helpers import Case, results, tensors
@@ -243,3 +245,40 @@ def test_colour_of_a_chessboard():
     board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(1, 3, 2, 2)
     assert colour.chessboard(board) == 1.0
     assert colour.chessboard(board.cumsum(-1)) == 0.25  # 1, 0, 1, 0: half the amplitude
+
+
+class Content(torch.nn.Module):
+    """Weighs a step by its own mean, whatever its place."""
+
+    def attention(self, x_seq):
+        return x_seq.mean((2, 3, 4))[..., None]
+
+    def forward(self, x_seq):
+        return attention.weigh(self.attention(x_seq), x_seq)
+
+
+def test_attention_of_weights_by_step_and_by_content():
+    T, images = 6, torch.rand(5, 3, 4, 4)
+    image_seq = torch.arange(1.0, T + 1).view(T, 1, 1, 1, 1) * images / 100
+    by_step = attention.measure(FixedDecoder(T), image_seq, images)
+    by_content = attention.measure(Content(), image_seq, images)
+    assert [by_step["follows_step"], by_content["follows_content"]] == pytest.approx([1.0, 1.0])
+    assert by_step["follows_content"] < 0.9 > by_content["follows_step"]
+    assert by_content["reconstruction_permuted"] == pytest.approx(by_content["reconstruction"])
+    assert by_step["reconstruction_permuted"] != by_step["reconstruction"]
+    assert by_step["reconstruction_mean"] == pytest.approx(by_step["reconstruction"])
+    assert by_step["reconstruction_equal"] != by_step["reconstruction"]
+
+
+def test_attention_of_steps_that_are_alike():
+    images = torch.rand(5, 3, 4, 4)
+    row = attention.measure(FixedDecoder(4), images.expand(4, -1, -1, -1, -1), images)
+    assert row["differs"] == pytest.approx(0.0, abs=1e-12)
+    errors = {name: row[name] for name in row if name.startswith("reconstruction")}
+    assert errors == pytest.approx(dict.fromkeys(errors, row["reconstruction"]))
+
+
+def test_attention_picture(tmp_path):
+    shares = {"fixed": [attention.share(FixedDecoder(4), torch.rand(4, 2, 3, 4, 4))] * 2}
+    attention.draw(shares, tmp_path / "shares.png")
+    assert (tmp_path / "shares.png").stat().st_size > 5_000

@@ -1,0 +1,133 @@
+"""What image decoders weigh: the share of each time step, and what the weights depend on.
+
+    python experiments/benchmark/attention.py RUN ... [--picture FILE]
+
+writes ``results/attention.csv``, a row per run of a generator, on reconstructions of test images:
+
+- ``differs``: the share of power of the image decoder's input that is not the same at all steps;
+- ``reconstruction``: the error as it is; ``_permuted``: with the steps in another order; ``_mean``:
+  with each step's weight averaged over images and pixels; ``_equal``: over steps, too;
+- ``follows_step``, ``follows_content``: the weights of permuted steps, correlated over time with
+  the weights before at the same step, and with those of the same content; means over permutations.
+
+The picture shows the shares of each run per colour, and with the steps in reverse order.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from common import describe_training, load_images, write_csv
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sj_taid.training.allocator import reuse_freed_memory
+from sj_taid.training.plot import save, time_shares
+from sj_taid.training.run import Run
+
+RESULT = Path(__file__).resolve().parents[2] / "results" / "attention.csv"
+COLOURS = ("tab:red", "tab:green", "tab:blue")
+PERMUTATIONS = 10
+
+
+def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="of a generator")
+    parser.add_argument("--images", type=int, default=1000, help="of the test set")
+    parser.add_argument("--picture", type=Path, help="PNG of the shares")
+    options = parser.parse_args(arguments)
+    reuse_freed_memory()
+    rows, shares = [], {}
+    for run in map(Run.find, options.runs):
+        images = load_images(run, options.images)
+        decoder, image_seq = decode(run.model(), images)
+        rows.append(describe_training(run, "model", "decoder", "neuron", "dataset"))
+        rows[-1] |= measure(decoder, image_seq, images)
+        title = "{model}, {decoder}, seed {seed}".format(**rows[-1])
+        shares[title] = [share(decoder, x_seq) for x_seq in (image_seq, image_seq.flip(0))]
+    write_csv(rows, result)
+    if options.picture:
+        draw(shares, options.picture)
+
+
+@torch.no_grad()
+def decode(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    """The image decoder of a generator and its input ``[T, N, C, H, W]`` for ``images``."""
+    batches = images.split(100)
+    parts = [model.decode_sequence(model.latent_spikes(batch)) for batch in batches]
+    return model.image_decoder, torch.cat(parts, 1)
+
+
+@torch.no_grad()
+def measure(decoder: nn.Module, image_seq: Tensor, images: Tensor) -> dict[str, float]:
+    """A row's metrics, see the module."""
+    T = len(image_seq)
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(T, generator=generator) for _ in range(PERMUTATIONS)]
+    weights = spread(decoder.attention(image_seq), image_seq)
+    per_step = weights.mean(1, keepdim=True)
+    errors, step, content = [], [], []
+    for order in orders:
+        permuted = image_seq[order]
+        again = spread(decoder.attention(permuted), image_seq)
+        errors.append(error(decoder(permuted), images))
+        step.append(correlate(again, weights))
+        content.append(correlate(again, weights[order]))
+    mean = [sum(values) / PERMUTATIONS for values in (errors, step, content)]
+    return {
+        "differs": (image_seq.var(0, correction=0).mean() / image_seq.square().mean()).item(),
+        "reconstruction": error(decoder(image_seq), images),
+        "reconstruction_permuted": mean[0],
+        "reconstruction_mean": error(weigh(per_step, image_seq), images),
+        "reconstruction_equal": error(weigh(per_step.mean(0, keepdim=True), image_seq), images),
+        "follows_step": mean[1],
+        "follows_content": mean[2],
+    }
+
+
+def spread(weights: Tensor, image_seq: Tensor) -> Tensor:
+    """Weights ``[T, N, C]``, averaged over pixels where each has its own."""
+    weights = weights.flatten(3).mean(3) if weights.dim() == 5 else weights
+    return weights.expand(image_seq.shape[:3])
+
+
+def weigh(weights: Tensor, image_seq: Tensor) -> Tensor:
+    return (weights[..., None, None] * image_seq).sum(0)
+
+
+def error(output: Tensor, images: Tensor) -> float:
+    """The mean squared error of images before tanh."""
+    return F.mse_loss(output.tanh(), images).item()
+
+
+def correlate(a: Tensor, b: Tensor) -> float:
+    """The correlation over time and channels of weights' means over images."""
+    a, b = (x.mean(1) - x.mean((0, 1)) for x in (a, b))
+    return F.cosine_similarity(a.flatten(), b.flatten(), 0).item()
+
+
+@torch.no_grad()
+def share(decoder: nn.Module, x_seq: Tensor) -> Tensor:
+    """The mean share of each step and channel, ``[T, C]``."""
+    return time_shares(spread(decoder.attention(x_seq), x_seq)).mean(1)
+
+
+def draw(shares: dict[str, list[Tensor]], path: Path) -> None:
+    """A plot per run: solid as it is, dashed with the steps in reverse order."""
+    figure = Figure((3.2 * len(shares), 3), layout="tight")
+    axes = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
+    for axis, (title, pair) in zip(axes, shares.items(), strict=True):
+        for values, style in zip(pair, ("-o", "--"), strict=True):
+            steps = range(1, len(values) + 1)
+            for channel, colour in zip(values.T, COLOURS, strict=False):
+                axis.plot(steps, channel, style, color=colour, markersize=3)
+        axis.set(title=title, xlabel="time step t")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel=r"share of the image, $a[t] / \sum a$", ylim=(0, None))
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
