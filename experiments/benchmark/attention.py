@@ -16,11 +16,12 @@ The picture shows the shares of each run per colour, and with the steps in rever
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import describe_training, load_images, write_csv
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sj_taid.training.allocator import reuse_freed_memory
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
 
 
 @torch.no_grad()
-def decode(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+def decode(model: Any, images: Tensor) -> tuple[Any, Tensor]:
     """The image decoder of a generator and its input ``[T, N, C, H, W]`` for ``images``."""
     batches = images.split(100)
     parts = [model.decode_sequence(model.latent_spikes(batch)) for batch in batches]
@@ -61,7 +62,7 @@ def decode(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 @torch.no_grad()
-def measure(decoder: nn.Module, image_seq: Tensor, images: Tensor) -> dict[str, float]:
+def measure(decoder: Any, image_seq: Tensor, images: Tensor) -> dict[str, float]:
     """A row's metrics, see the module."""
     T = len(image_seq)
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +110,7 @@ def correlate(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def share(decoder: nn.Module, x_seq: Tensor) -> Tensor:
+def share(decoder: Any, x_seq: Tensor) -> Tensor:
     """The mean share of each step and channel, ``[T, C]``."""
     return time_shares(spread(decoder.attention(x_seq), x_seq)).mean(1)
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .._checks import check_weights
 from .block import Neuron, eval_mode
-from .rate import GaussianMixturePrior, LearnedPrior, rbf_mmd, spikes_from_rate
+from .flow import FlowPrior
+from .rate import FittedPrior, GaussianMixturePrior, LearnedPrior, rbf_mmd, spikes_from_rate
 from .spiking_vae import SpikingVAE, original_neuron
 
 
@@ -30,8 +31,9 @@ class ESVAE(SpikingVAE):
         z[t] = 1[r > u[t]],\ u[t] \sim U(0, 1)
 
     Trained by the squared error and ``mmd_weight`` times the MMD of ``r_q`` and ``r_p``. Samples
-    come from the learned prior :math:`r_p`, ``prior``, or, after :meth:`fit_prior`, from a mixture
-    of Gaussians fitted to the training images' :math:`r_q`, ``mixture``.
+    come from the learned prior :math:`r_p`, ``prior``, or, after :meth:`fit_prior`, from one fitted
+    to the training images' :math:`r_q`: a mixture of Gaussians, ``mixture``, or a normalising flow,
+    ``flow``.
 
     In eval mode a reconstruction has exactly :math:`T r_q` spikes in each channel, at random steps:
     on MNIST the squared error is a quarter below that of spikes drawn as above. They are drawn in
@@ -40,7 +42,8 @@ class ESVAE(SpikingVAE):
     Arguments that are not listed are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Args:
-        sample_from: the prior that :meth:`sample` draws from, ``"learned"`` or ``"mixture"``.
+        sample_from: the prior that :meth:`sample` draws from, ``"learned"``, ``"mixture"`` or
+            ``"flow"``; the model has a flow in the last case alone.
         components: Gaussians in the mixture.
         iterations: of the mixture's fit, at most.
         mmd_weight: weight of the MMD next to the squared error.
@@ -48,7 +51,8 @@ class ESVAE(SpikingVAE):
     Raises:
         TypeError, ValueError: a bad argument or bad images, as SpikingVAE.
 
-    Source: Zhan et al., arXiv 2310.14839; the mixture as in Ghosh et al., arXiv 1903.12436.
+    Source: Zhan et al., arXiv 2310.14839; fitting after training as in Ghosh et al., arXiv
+    1903.12436.
 
     >>> model = ESVAE(image_size=8, T=4, hidden_channels=(4, 8), latent_channels=6)
     >>> output = model(torch.rand(2, 1, 8, 8))
@@ -76,7 +80,11 @@ class ESVAE(SpikingVAE):
         mmd_weight: float = 1e-3,
     ) -> None:
         check_weights(mmd_weight=mmd_weight)
-        self.sample_from = _check_source(sample_from)
+        if sample_from not in ("learned", "mixture", "flow"):
+            raise ValueError(
+                f"sample_from must be learned, mixture or flow, but it is {sample_from!r}"
+            )
+        self.sample_from = sample_from
         self.components = components
         self.iterations = iterations
         self.mmd_weight = mmd_weight
@@ -98,6 +106,8 @@ class ESVAE(SpikingVAE):
         d = self.latent_channels
         self.prior = LearnedPrior(d)
         self.mixture = GaussianMixturePrior(d, self.components, self.T, self.iterations)
+        if self.sample_from == "flow":
+            self.flow = FlowPrior(d, self.T)
 
     def forward(self, image: Tensor) -> ESVAEOutput:
         """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1]."""
@@ -118,11 +128,20 @@ class ESVAE(SpikingVAE):
 
     def sample_latent(self, n: int) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior that ``sample_from`` names."""
-        source = self.mixture if self.sample_from == "mixture" else self.prior
+        source = self.fitted_priors.get(self.sample_from, self.prior)
         return spikes_from_rate(source(n), self.T)
 
+    @property
+    def fitted_priors(self) -> dict[str, FittedPrior]:
+        """The priors that :meth:`fit_prior` fits, by name."""
+        return {child.name: child for child in self.children() if isinstance(child, FittedPrior)}
+
     def fit_prior(self, images: Iterable[Tensor], seed: int = 0) -> None:
-        """Fit the mixture to the rates of ``images``, batches ``[N, C, H, W]`` of training images.
+        """Fit the mixture, and the flow where there is one, to the rates of training images.
+
+        Args:
+            images: batches ``[N, C, H, W]``.
+            seed: of the fits; the flow leaves the global random state alone.
 
         In eval mode and without gradient; after, every module is back in its own mode.
 
@@ -136,12 +155,18 @@ class ESVAE(SpikingVAE):
             raise ValueError(
                 "no batch of images to fit the prior to; an iterator gives its batches only once"
             )
-        self.mixture.fit(torch.cat(rates), seed)
+        for prior in self.fitted_priors.values():
+            prior.fit(torch.cat(rates), seed)
 
     @contextmanager
     def draw_from(self, source: str) -> Iterator[None]:
-        """Inside, :meth:`sample` draws from ``source``, ``"learned"`` or ``"mixture"``."""
-        before, self.sample_from = self.sample_from, _check_source(source)
+        """Inside, :meth:`sample` draws from ``source``, one of the priors that the model has."""
+        if source not in (names := ["learned", *self.fitted_priors]):
+            raise ValueError(
+                f"sample_from must be one of {', '.join(names)}, but it is {source!r}; a model has "
+                "a flow if it is made with sample_from='flow'"
+            )
+        before, self.sample_from = self.sample_from, source
         try:
             yield
         finally:
@@ -160,9 +185,3 @@ def _check_batch(image: Any) -> Tensor:
             "labels give (image for image, label in loader)"
         )
     return image
-
-
-def _check_source(sample_from: str) -> str:
-    if sample_from not in ("learned", "mixture"):
-        raise ValueError(f"sample_from must be learned or mixture, but it is {sample_from!r}")
-    return sample_from

@@ -116,12 +116,74 @@ class LearnedPrior(nn.Module):
         return self.linear(noise).sigmoid()
 
 
-class GaussianMixturePrior(nn.Module):
+class FittedPrior(nn.Module):
+    """Prior of rates that is fitted to those of the training images.
+
+    Most rates are 0 or 1, or nearly, and no smooth density has that shape. So a subclass fits and
+    draws their ranks, and a rate is the one of its rank among the training images' rates (a
+    copula). All tensors are in a checkpoint.
+    """
+
+    name: str  #: as in ``sample_from``
+    cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+        self.register_buffer("cumulative", torch.zeros(channels, levels + 1))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether :meth:`fit` has succeeded, or a fitted prior was loaded."""
+        return bool(self.cumulative.any())
+
+    def clear(self) -> None:
+        """Undo :meth:`fit`."""
+        self.cumulative.zero_()
+
+    def check(self, rates: Tensor, needed: int) -> None:
+        """Refuse rates that cannot be fitted."""
+        d = len(self.cumulative)
+        if rates.dim() != 2 or rates.shape[1] != d:
+            raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
+        if len(rates) < needed:
+            raise ValueError(
+                f"a {self.name} needs at least {needed} rates, but got {len(rates)}; give more"
+            )
+        check_rates(rates)
+
+    def count(self, rates: Tensor) -> None:
+        """Count the training rates ``[n, d]`` at each level."""
+        counts = (rates * self.levels).round()
+        for level in range(self.levels + 1):
+            self.cumulative[:, level] = (counts <= level).double().mean(0)
+
+    def fit(self, rates: Tensor, seed: int = 0) -> None:
+        """Fit to ``rates`` ``[n, d]``."""
+        raise NotImplementedError
+
+    def draw(self, n: int) -> Tensor:
+        """Draw ``n`` ranks ``[n, d]`` in [0, 1]."""
+        raise NotImplementedError
+
+    def forward(self, n: int) -> Tensor:
+        """Draw ``n`` rates ``[n, d]``."""
+        if not self.fitted:
+            raise RuntimeError(
+                f"the {self.name} is not fitted; call model.fit_prior(images), or draw from the "
+                "learned prior: sample_from='learned'"
+            )
+        if n == 0:
+            return self.cumulative.new_zeros(0, len(self.cumulative))
+        rank = self.draw(n)
+        level = torch.searchsorted(self.cumulative, rank.t().contiguous()).clamp(max=self.levels)
+        return level.t().to(rank.dtype) / self.levels
+
+
+class GaussianMixturePrior(FittedPrior):
     r"""Mixture of Gaussians, fitted to the rates of the training images.
 
-    Most rates are 0 or 1, or nearly, and no few Gaussians have that density. So only the rank of a
-    draw ``x`` is used, in each channel by the mixture's distribution function, and the rate is the
-    one of this rank among the training images' rates (a Gaussian mixture copula):
+    The rank of a draw ``x`` is that of the mixture's distribution function, in each channel:
 
     .. math::
         r_c = Q_c(F_c(x_c)), \quad x \sim \sum_k w_k N(\mu_k, \Sigma_k), \quad
@@ -129,8 +191,6 @@ class GaussianMixturePrior(nn.Module):
 
     with the quantile function :math:`Q_c` of channel c, a step function over the ``levels`` + 1
     values that a mean of spikes can have.
-
-    Its tensors are buffers, so a checkpoint has them; they are 0 until :meth:`fit`.
 
     Args:
         channels: latent channels d.
@@ -149,30 +209,18 @@ class GaussianMixturePrior(nn.Module):
     weights: Tensor  #: ``[K]``
     means: Tensor  #: ``[K, d]``
     cholesky: Tensor  #: factors of the covariances, ``[K, d, d]``
-    cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
+    name = "mixture"
 
     def __init__(
         self, channels: int, components: int = 10, levels: int = 16, iterations: int = 100
     ) -> None:
-        super().__init__()
         check_sizes(components=components, iterations=iterations)
+        super().__init__(channels, levels)
         self.components = components
-        self.levels = levels
         self.iterations = iterations
         self.register_buffer("weights", torch.zeros(components))
         self.register_buffer("means", torch.zeros(components, channels))
         self.register_buffer("cholesky", torch.zeros(components, channels, channels))
-        self.register_buffer("cumulative", torch.zeros(channels, levels + 1))
-
-    @property
-    def fitted(self) -> bool:
-        """Whether :meth:`fit` has succeeded, or a fitted mixture was loaded."""
-        return bool(self.weights.any() and self.cumulative.any())
-
-    def clear(self) -> None:
-        """Undo :meth:`fit`."""
-        for buffer in self.buffers():
-            buffer.zero_()
 
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the mixture to ``rates`` ``[n, d]`` by expectation maximisation.
@@ -186,15 +234,7 @@ class GaussianMixturePrior(nn.Module):
         """
         with needs("scikit-learn"):
             from sklearn.mixture import GaussianMixture
-        d = self.means.shape[1]
-        if rates.dim() != 2 or rates.shape[1] != d:
-            raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
-        if len(rates) < self.components:
-            raise ValueError(
-                f"a mixture of {self.components} components needs at least as many rates, but got "
-                f"{len(rates)}; give more or set fewer components"
-            )
-        check_rates(rates)
+        self.check(rates, needed=self.components)
         # A channel that never or always fires has no spread of its own: regularise it.
         mixture = GaussianMixture(
             self.components, reg_covar=1e-5, max_iter=self.iterations, random_state=seed
@@ -204,19 +244,9 @@ class GaussianMixturePrior(nn.Module):
         self.weights.copy_(torch.as_tensor(mixture.weights_))
         self.means.copy_(torch.as_tensor(mixture.means_))
         self.cholesky.copy_(cholesky)
-        counts = (rates * self.levels).round()
-        for level in range(self.levels + 1):
-            self.cumulative[:, level] = (counts <= level).double().mean(0)
+        self.count(rates)
 
-    def forward(self, n: int) -> Tensor:
-        """Draw ``n`` rates ``[n, d]``."""
-        if not self.fitted:
-            raise RuntimeError(
-                "the mixture of Gaussians is not fitted; call model.fit_prior(images), or "
-                "draw from the learned prior: sample_from='learned'"
-            )
-        if n == 0:
-            return self.means.new_zeros(0, self.means.shape[1])
+    def draw(self, n: int) -> Tensor:
         component = torch.multinomial(self.weights, n, replacement=True)
         x = torch.randn(n, self.means.shape[1], dtype=self.means.dtype, device=self.means.device)
         for k, (mean, cholesky) in enumerate(zip(self.means, self.cholesky, strict=True)):
@@ -226,5 +256,4 @@ class GaussianMixturePrior(nn.Module):
         spreads = self.cholesky.square().sum(2).sqrt()  # of each component and channel
         for weight, mean, spread in zip(self.weights, self.means, spreads, strict=True):
             rank += weight * torch.special.ndtr((x - mean) / spread)
-        level = torch.searchsorted(self.cumulative, rank.t().contiguous()).clamp(max=self.levels)
-        return level.t().to(x.dtype) / self.levels
+        return rank

@@ -59,12 +59,12 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
         ) from error
 
 
-def save_mixture(model: ESVAE, checkpoint: dict[str, Any], path: Path) -> None:
-    """Put the mixture of ``model`` into the checkpoint that was read from ``path``."""
+def save_priors(model: ESVAE, checkpoint: dict[str, Any], path: Path) -> None:
+    """Put the fitted priors of ``model`` into the checkpoint that was read from ``path``."""
     # Next to averaged weights Lightning saves those that go on training.
     for state in {"state_dict", "current_model_state"} & checkpoint.keys():
-        for name, tensor in model.mixture.state_dict().items():
-            checkpoint[state][f"model.mixture.{name}"] = tensor
+        for name, prior in model.fitted_priors.items():
+            prior.state_dict(destination=checkpoint[state], prefix=f"model.{name}.")
     AtomicCheckpointIO().save_checkpoint(checkpoint, path)
 
 

@@ -61,7 +61,7 @@ METRICS = {
 METRICS |= {
     f"{name}_{prior}": METRICS[name]._replace(title=f"{METRICS[name].title[:-2]}, {label} ↓")
     for name in ("fad", "fad_published", "fad_published_median", "fid", "features")
-    for prior, label in {"learned": "learned prior", "mixture": "mixture"}.items()
+    for prior, label in {"learned": "learned prior", "mixture": "mixture", "flow": "flow"}.items()
 }
 METRICS |= {
     f"{name}_{key}": Column(f"{key}, {METRICS[name].title[:-2]} ↑", 1, 2)

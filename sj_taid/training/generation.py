@@ -28,7 +28,7 @@ from .feature_loss import FeatureLoss
 from .plot import draw_attention, draw_grid, draw_reconstructions
 
 #: ESVAE's priors, from which samples are drawn
-PRIORS = ("learned", "mixture")
+PRIORS = ("learned", "mixture", "flow")
 #: metrics of samples; those that belong to them start with the same words
 OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "features")
 
@@ -41,7 +41,7 @@ class Generation(Autoencoding):
         prior_lr_scale: ESVAE's learned prior learns at the optimizer's learning rate times this.
             None treats it as all other parameters.
         critic: takes part in the last epochs, see :class:`~sj_taid.training.critic.PatchCritic`.
-            ESVAE's mixture is fitted when they start, if samples are drawn from it.
+            ESVAE's fitted prior is fitted when they start, if samples are drawn from it.
         feature_loss: joins the losses, see :class:`~sj_taid.training.feature_loss.FeatureLoss`.
 
     Raises:
@@ -120,7 +120,8 @@ class Generation(Autoencoding):
         if self.critic:
             self._check_critic(self.critic)
         if isinstance(self.model, ESVAE) and self._critic_epoch() <= 0:
-            self.model.mixture.clear()  # a resumed run's was fitted to an earlier encoder
+            for prior in self.model.fitted_priors.values():
+                prior.clear()  # a resumed run's was fitted to an earlier encoder
 
     def _check_critic(self, critic: PatchCritic) -> None:
         if self.trainer.world_size > 1:
@@ -148,7 +149,8 @@ class Generation(Autoencoding):
             model.freeze_latent()
         if epoch == 0:
             self.critic.restart()
-        if getattr(model, "sample_from", None) == "mixture" and not model.mixture.fitted:
+        source = model.fitted_priors.get(model.sample_from) if isinstance(model, ESVAE) else None
+        if source and not source.fitted:
             self.fit_prior(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def losses(self, image: Tensor) -> dict[str, Tensor]:
@@ -176,7 +178,7 @@ class Generation(Autoencoding):
                 losses["loss"] = losses["loss"] + critic.pull(fake, gradient.float())
 
     def fit_prior(self, data: ImageData) -> None:
-        """Fit ESVAE's mixture of Gaussians to the training images, not augmented."""
+        """Fit ESVAE's priors to the training images, not augmented."""
         if isinstance(self.model, ESVAE):
             batches = track(data.train_samples(), "Rates of the training images", transient=True)
             with seeded(0):  # leaves the random state to a run that resumes with more epochs
@@ -208,8 +210,8 @@ class Generation(Autoencoding):
         """ESVAE's priors next to the one that it samples from."""
         if not isinstance(self.model, ESVAE):
             return []
-        ready = PRIORS if self.model.mixture.fitted else PRIORS[:1]
-        return [prior for prior in ready if prior != self.model.sample_from]
+        fitted = [name for name, prior in self.model.fitted_priors.items() if prior.fitted]
+        return [prior for prior in ("learned", *fitted) if prior != self.model.sample_from]
 
     @torch.no_grad()
     def draw(self, images: Tensor, folder: Path) -> None:

@@ -20,7 +20,7 @@ from ..calibration import calibrate
 from ..model import ESVAE
 from .allocator import reuse_freed_memory
 from .callbacks import Pictures, RandomNumbers
-from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_mixture
+from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_priors
 from .columns import format_metrics
 from .evaluate import (
     build_evaluator,
@@ -206,7 +206,7 @@ def finalize_model(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:
     task.to(trainer.strategy.root_device)
     task.fit_prior(data)
     if checkpoint and isinstance(task.model, ESVAE) and is_first_process():
-        save_mixture(task.model, checkpoint, run.checkpoint)
+        save_priors(task.model, checkpoint, run.checkpoint)
 
 
 def select_validation_metrics(

@@ -37,26 +37,39 @@ def test_training_loss_is_the_squared_error_and_the_weighted_mmd():
     assert losses["latent"] == 0.5 * rbf_mmd(output.q, output.p)
 
 
-def test_sample_from_the_mixture():
-    model = ESVAE(**SMALL, sample_from="mixture", components=2)
-    with pytest.raises(RuntimeError, match="not fitted"):
+@pytest.mark.parametrize("source", ["mixture", "flow"])
+def test_sample_from_a_fitted_prior(source):
+    model = ESVAE(**SMALL, sample_from=source, components=2)
+    with pytest.raises(RuntimeError, match=f"the {source} is not fitted"):
         model.sample(2)
     with model.draw_from("learned"):
         assert model.sample(2).shape == (2, 1, 8, 8)
-    assert model.sample_from == "mixture"
+    assert model.sample_from == source
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    model.fit_prior(images(8) for _ in range(2))
-    assert model.training and model.mixture.fitted
+    model.fit_prior(images(8) for _ in range(3))
+    assert model.training and all(prior.fitted for prior in model.fitted_priors.values())
     for name, value in model.state_dict().items():
-        if not name.startswith("mixture"):
+        if not name.startswith(("mixture", "flow")):
             assert torch.equal(value, before[name]), name
 
-    other = ESVAE(**SMALL, sample_from="mixture", components=2)
+    other = ESVAE(**SMALL, sample_from=source, components=2)
     other.load_state_dict(model.state_dict())
     torch.manual_seed(0)
     drawn = model.sample(5)
     torch.manual_seed(0)
     assert torch.equal(other.sample(5), drawn)
+
+
+def test_flow_leaves_the_weights_as_they_are_without():
+    models = []
+    for source in ("learned", "flow"):
+        torch.manual_seed(0)
+        models.append(ESVAE(**SMALL, sample_from=source))
+    without, model = models
+    for name, value in without.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"one of learned, mixture, but it is 'flow'; .*='flow'"):
+        without.draw_from("flow").__enter__()
 
 
 def test_fit_prior_uses_the_rates_in_eval_mode():
@@ -85,7 +98,10 @@ def test_fit_prior_to_bad_batches(batches, error, message):
     ("options", "message"),
     [
         ({"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
-        ({"sample_from": "normal"}, "sample_from must be learned or mixture, but it is 'normal'"),
+        (
+            {"sample_from": "normal"},
+            "sample_from must be learned, mixture or flow, but it is 'normal'",
+        ),
         ({"components": 0}, "components must be an integer >= 1"),
     ],
 )

@@ -1,0 +1,135 @@
+"""A normalising flow over rates: a prior that is fitted after training."""
+
+import math
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from .rate import FittedPrior
+
+HIDDEN, COUPLINGS = 256, 8
+EPOCHS, LR = 30, 2e-3
+#: Few rates have smaller batches, so that an epoch has about as many steps.
+STEPS, LARGEST_BATCH = 40, 512
+#: The share of rates that is held out, to stop after so many epochs without a better likelihood.
+HELD_OUT, PATIENCE = 0.1, 3
+
+
+class FlowPrior(FittedPrior):
+    r"""Normalising flow, fitted to the ranks of the training images' rates.
+
+    Affine couplings :math:`f` map Gaussian ranks ``x`` to noise, each half of the channels given
+    the other half; a draw inverts them:
+
+    .. math::
+        r_c = Q_c(\Phi(x_c)), \quad x = f^{-1}(z), \ z \sim N(0, I)
+
+    with the quantile function :math:`Q_c` of the training rates of channel c. Eight couplings of
+    256 hidden units learn by maximum likelihood until that of a tenth of the rates, held out, no
+    longer improves; a rate's rank is drawn anew in each epoch, between those of its neighbours.
+
+    Args:
+        channels: latent channels d.
+        levels: time steps of which a rate is the mean.
+
+    Raises:
+        RuntimeError: at a call, a flow that is not fitted.
+
+    Source: Dinh et al., RealNVP, arXiv 1605.08803.
+    """
+
+    name = "flow"
+
+    def __init__(self, channels: int, levels: int = 16) -> None:
+        super().__init__(channels, levels)
+        with torch.random.fork_rng([]):  # leaves the weights of the model as they are without it
+            self.couplings = nn.ModuleList(Coupling(channels, i) for i in range(COUPLINGS))
+        self.requires_grad_(False)  # it learns in fit, not with the model
+
+    def fit(self, rates: Tensor, seed: int = 0) -> None:
+        """Fit the flow to ``rates`` ``[n, d]``; the global random state is left alone.
+
+        Raises:
+            ValueError: fewer than 20 rates, of another width, or outside [0, 1].
+        """
+        self.check(rates, needed=20)
+        gpus = [rates.device] if rates.is_cuda else []
+        with torch.random.fork_rng(gpus), torch.enable_grad():
+            torch.manual_seed(seed)
+            trained = FlowPrior(rates.shape[1], self.levels).to(rates)
+            trained.count(rates)
+            trained.learn((rates * self.levels).round().long())
+        self.load_state_dict(trained.state_dict())
+
+    def learn(self, levels: Tensor) -> None:
+        """Maximise the likelihood of training rates' levels ``[n, d]``."""
+        levels = levels[torch.randperm(len(levels), device=levels.device)]
+        held_out, levels = levels.tensor_split([math.ceil(HELD_OUT * len(levels))])
+        held_out = self.draw_ranks(held_out)
+        self.couplings.requires_grad_()
+        optimizer = torch.optim.Adam(self.couplings.parameters(), LR)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+        size = min(max(len(levels) // STEPS, 1), LARGEST_BATCH)
+        best, waited = (math.inf, self.couplings.state_dict()), 0
+        for _ in range(EPOCHS):
+            order = torch.randperm(len(levels), device=levels.device)
+            for batch in order.split(size):
+                optimizer.zero_grad()
+                self.loss(self.draw_ranks(levels[batch])).backward()
+                optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                loss = self.loss(held_out).item()
+            waited += 1
+            if loss < best[0]:
+                best, waited = (loss, deepcopy(self.couplings.state_dict())), 0
+            if waited == PATIENCE:
+                break
+        self.couplings.load_state_dict(best[1])
+
+    def draw_ranks(self, levels: Tensor) -> Tensor:
+        """Gaussian ranks ``[n, d]``, uniform among those that have the levels."""
+        upper = self.cumulative.gather(1, levels.t()).t()
+        lower = self.cumulative.gather(1, (levels - 1).clamp(min=0).t()).t() * (levels > 0)
+        rank = lower + (upper - lower) * torch.rand_like(upper)
+        return torch.special.ndtri(rank.clamp(1e-6, 1 - 1e-6))
+
+    def loss(self, x: Tensor) -> Tensor:
+        """The negative log-likelihood per rate, but for a constant."""
+        volume = x.new_zeros(len(x))
+        for coupling in self.couplings:
+            scale, shift = coupling(x)
+            x, volume = x * scale.exp() + shift, volume + scale.sum(1)
+        return (x.square().sum(1) / 2 - volume).mean() / x.shape[1]
+
+    def draw(self, n: int) -> Tensor:
+        x = torch.randn(n, len(self.cumulative)).to(self.cumulative)
+        for coupling in reversed(self.couplings):
+            scale, shift = coupling(x)
+            x = (x - shift) * (-scale).exp()
+        return torch.special.ndtr(x)
+
+
+class Coupling(nn.Module):
+    """Scale (its logarithm, within 2) and shift of one half of the channels, given the other."""
+
+    mask: Tensor
+
+    def __init__(self, channels: int, number: int) -> None:
+        super().__init__()
+        halves = torch.randperm(channels, generator=torch.Generator().manual_seed(number // 2))
+        self.register_buffer("mask", ((halves % 2) == number % 2).float())
+        self.net = nn.Sequential(
+            nn.Linear(channels, HIDDEN),
+            nn.SiLU(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.SiLU(),
+            nn.Linear(HIDDEN, 2 * channels),
+        )
+        for parameter in self.net[-1].parameters():  # starts as the identity
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.net(x * self.mask).chunk(2, 1)
+        return 2 * torch.tanh(scale / 2) * (1 - self.mask), shift * (1 - self.mask)

@@ -1,0 +1,119 @@
+"""The flow: its arithmetic, and the rates that it draws."""
+
+import pytest
+import torch
+
+from sj_taid.model import flow
+from sj_taid.model.flow import Coupling, FlowPrior
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(flow, "HIDDEN", 32)
+    monkeypatch.setattr(flow, "COUPLINGS", 4)
+    monkeypatch.setattr(flow, "EPOCHS", 2)
+
+
+def bent(n=1000):
+    """Rates whose third channel depends on how far the first is from 1/2: no Gaussian's ranks."""
+    rates = torch.rand(n, 3)
+    rates[:, 2] = 0.9 * (2 * rates[:, 0] - 1).abs() + 0.1 * rates[:, 2]
+    return rates
+
+
+def random_flow(channels=3):
+    prior = FlowPrior(channels, levels=4)
+    for coupling in prior.couplings:
+        for parameter in coupling.net[-1].parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+def test_coupling_passes_half_of_the_channels_on():
+    first, second = Coupling(4, 0), Coupling(4, 1)
+    assert first.mask.sum() == 2 and torch.equal(second.mask, 1 - first.mask)
+    for scale, shift in (first(torch.randn(5, 4)), random_flow(4).couplings[0](torch.randn(5, 4))):
+        assert not scale[:, first.mask.bool()].any() and not shift[:, first.mask.bool()].any()
+
+
+def test_loss_is_the_density_by_its_jacobian():
+    prior, x = random_flow(), torch.randn(1, 3)
+
+    def noise(x):
+        for coupling in prior.couplings:
+            scale, shift = coupling(x)
+            x = x * scale.exp() + shift
+        return x
+
+    jacobian = torch.autograd.functional.jacobian(lambda x: noise(x[None])[0], x[0])
+    density = noise(x).square().sum() / 2 - jacobian.det().abs().log()
+    torch.testing.assert_close(prior.loss(x), density / 3)
+
+
+def test_draw_inverts_the_couplings(monkeypatch):
+    prior, z = random_flow(), torch.randn(5, 3)
+    monkeypatch.setattr(torch, "randn", lambda *shape: z)
+    x = torch.special.ndtri(prior.draw(5))
+    for coupling in prior.couplings:
+        scale, shift = coupling(x)
+        x = x * scale.exp() + shift
+    torch.testing.assert_close(x, z, atol=1e-3, rtol=1e-3)
+
+
+def test_ranks_are_between_those_of_the_neighbours():
+    prior = FlowPrior(1, levels=2)
+    prior.count(torch.tensor([[0.0], [0.0], [0.5], [1.0]]))
+    levels = torch.tensor([[0], [1], [2]]).repeat(1000, 1)
+    rank = torch.special.ndtr(prior.draw_ranks(levels)).view(1000, 3)
+    for column, (low, high) in zip(rank.T, ((0, 0.5), (0.5, 0.75), (0.75, 1)), strict=True):
+        assert low <= column.min() < low + 0.01 and high - 0.01 < column.max() <= high
+
+
+def test_flow_draws_what_no_gaussian_has(monkeypatch):
+    monkeypatch.setattr(flow, "EPOCHS", 15)
+    prior = FlowPrior(3, levels=100)
+    assert not prior.fitted
+    prior.fit(bent())
+    drawn = prior(4000)
+    assert torch.allclose(drawn.mean(0), torch.full((3,), 0.5), atol=0.08)
+    distance = (2 * drawn[:, 0] - 1).abs()
+    related, unrelated = torch.corrcoef(torch.stack([distance, drawn[:, 2], drawn[:, 1]]))[0, 1:]
+    assert related > 0.8 and unrelated.abs() < 0.15
+    assert not any(parameter.requires_grad for parameter in prior.parameters())
+
+
+def test_fit_depends_on_the_seed_alone():
+    rates = bent(100)
+    priors = [FlowPrior(3, levels=10) for _ in range(3)]
+    for prior, seed in zip(priors, (0, 0, 1), strict=True):
+        before = torch.get_rng_state()
+        with torch.no_grad():
+            prior.fit(rates, seed)
+        assert torch.equal(torch.get_rng_state(), before)
+    first, again, other = (prior.couplings[0].net[0].weight for prior in priors)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: FlowPrior(2)(3), RuntimeError, "the flow is not fitted.*sample_from='learned'"),
+        (lambda: FlowPrior(2).fit(torch.rand(19, 2)), ValueError, "at least 20 rates, but got 19"),
+        (lambda: FlowPrior(2).fit(torch.ones(50, 2) * 2), ValueError, "clamp"),
+        (lambda: FlowPrior(2).fit(torch.rand(50, 3)), ValueError, "expected rates"),
+    ],
+)
+def test_flow_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_fit_that_fails_changes_nothing(monkeypatch):
+    prior = FlowPrior(3, levels=10)
+    prior.fit(bent(100))
+    before = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
+    monkeypatch.setattr(FlowPrior, "loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prior.fit(bent(200))
+    for name, tensor in prior.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
