@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for recipe in pd.read_csv(PUBLISHED)["command"].dropna().unique():
         cfg = compose("train", recipe.split())
         timing = interleave({recipe: training_step(cfg, options.batch)}, options.repeats)[recipe]
-        images = get_class(cfg.dataset._target_).counts[0] * (1 - (cfg.dataset.validation or 0))
+        dataset: Any = get_class(cfg.dataset._target_)
+        images = dataset.counts[0] * (1 - (cfg.dataset.validation or 0))
         ms_per_image = timing.median_ms / options.batch
         hours = ms_per_image * images * cfg.trainer.max_epochs / 3.6e6
         row = {"recipe": recipe, "batch": options.batch, "epochs": cfg.trainer.max_epochs}
