@@ -10,8 +10,10 @@ CSVs in experiments/benchmark/results/, so no number is copied by hand.
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import start_maps
@@ -53,6 +55,33 @@ GENERATORS = [
 #: What loads CIFAR-10 from a folder of images
 PHOTOGRAPHS = ("dataset", "dataset.image_size", "dataset.num_workers")
 PERCENT = Column("change, %", 1, 1)
+
+
+class Claim(NamedTuple):
+    """A comparison of the paper, and the experiment that repeats it in small."""
+
+    before: str
+    after: str
+    dataset: str
+    metric: str
+    experiment: str
+    verdict: str
+
+
+TAID_FOR = partial(Claim, "FSVAE", "TAID")
+ALIF_FOR = partial(Claim, "PLIF", "ALIF")
+NO_NETWORK = "cannot be measured here: its network is not at hand"
+NO_DATA = "cannot be measured here: the data are not at hand"
+CLAIMS = [
+    TAID_FOR("cifar10", "fad_published", "cifar10_fsvae_cpu", "not seen"),
+    TAID_FOR("cifar10", "fid_published", "", NO_NETWORK),
+    TAID_FOR("cifar10", "inception_score_published", "", NO_NETWORK),
+    TAID_FOR("celeba", "fad_published", "", NO_DATA),
+    TAID_FOR("celeba", "fid_published", "", NO_DATA),
+    TAID_FOR("celeba", "inception_score_published", "", NO_DATA),
+    ALIF_FOR("mnist", "accuracy_published", "mnist_classifier_cpu", "holds in small"),
+    ALIF_FOR("cifar10", "accuracy_published", "cifar10_classifier_cpu", "holds in small"),
+]
 DECODERS = {"fixed": "fixed decoder", "taid": "TAID", "taid_pixel": "TAID by pixel"}
 
 
@@ -161,32 +190,72 @@ def fad() -> pd.DataFrame:
 
 def decoders() -> pd.DataFrame:
     """What each decoder changes in the samples and reconstructions of the fixed one."""
-    return compare_generators("decoder", "fixed", "neuron")
+    return compare_generators("decoder", "fixed")
 
 
 def generator_neurons() -> pd.DataFrame:
     """What PLIF and ALIF change in the samples and reconstructions of LIF."""
-    return compare_generators("neuron", "lif", "decoder")
+    return compare_generators("neuron", "lif")
 
 
-def compare_generators(choice: str, base: str, other: str) -> pd.DataFrame:
+def compare_generators(choice: str, base: str) -> pd.DataFrame:
     """Changes in % against ``choice=base``, over pairs of runs equal in all else."""
-    tables = []
+    rows = []
     for experiment in GENERATORS:
-        runs = frame(select_runs(load_runs(experiment), "decoder", "neuron", *PHOTOGRAPHS))[0]
+        runs = comparable_runs(experiment)
         metric = "fad_published" if "fad_published" in runs else "fad"
-        keys, metrics = ["seed", other], ["reconstruction", metric]
-        before = runs[runs[choice] == base].set_index(keys)[metrics]
-        for option in runs[choice].drop_duplicates():
-            after = runs[runs[choice] == option].set_index(keys)[metrics]
-            change = (100 * (after / before - 1)).dropna()
-            if option != base and len(change):
-                cells = change.agg(PERCENT.text).set_axis(["reconstruction, %", "FAD, %"])
-                where = {"experiment": f"`{experiment}`", choice: f"`{option}`"}
-                through = "own autoencoder" if metric == "fad" else "the papers' autoencoder"
-                pairs = {"FAD through": through, "pairs": str(len(change))}
-                tables.append(where | cells.to_dict() | pairs)
-    return pd.DataFrame(tables)
+        error, distance = (changes(runs, choice, base, name) for name in ("reconstruction", metric))
+        for option in error:
+            row = {"experiment": f"`{experiment}`", choice: f"`{option}`"}
+            row |= {"reconstruction, %": PERCENT.text(error[option])}
+            row |= {"FAD, %": PERCENT.text(distance[option])}
+            row["FAD through"] = "own autoencoder" if metric == "fad" else "the papers' autoencoder"
+            rows.append(row | {"pairs": str(error[option].count())})
+    return pd.DataFrame(rows)
+
+
+def comparable_runs(experiment: str) -> pd.DataFrame:
+    """The runs of an experiment that differ in decoder, neuron and seed alone."""
+    return frame(select_runs(load_runs(experiment), "decoder", "neuron", *PHOTOGRAPHS))[0]
+
+
+def changes(runs: pd.DataFrame, choice: str, base: str, metric: str) -> pd.DataFrame:
+    """Changes of a metric in % against ``choice=base``: a column for each option."""
+    table = runs.pivot(
+        index=["seed", *({"decoder", "neuron"} - {choice})], columns=choice, values=metric
+    )
+    if base not in table:
+        return pd.DataFrame()
+    relative = 100 * (table.div(table[base], axis="index") - 1)
+    return relative.drop(columns=base).dropna(axis="columns", how="all")
+
+
+def claims() -> pd.DataFrame:
+    """What the paper of TAID and ALIF says, what the same change does here, and a verdict."""
+    papers = pd.read_csv(RESULTS / "published.csv").set_index(["dataset", "row", "metric"])["value"]
+    rows = []
+    for claim in CLAIMS:
+        column = METRICS[claim.metric]
+        after = papers[claim.dataset, claim.after, claim.metric]
+        quoted = papers.get((claim.dataset, claim.before, "accuracy_best_test_epoch"))  # PLIF's own
+        before = papers.get((claim.dataset, claim.before, claim.metric), quoted)
+        row = {"claim": f"{claim.after} instead of {claim.before}, {DATASETS[claim.dataset]}"}
+        paper = f"{before / column.unit:g} to {after / column.unit:g}"
+        row |= {"metric": column.title, "paper": paper}
+        rows.append(row | {"here": measure_claim(claim), "verdict": claim.verdict})
+    return pd.DataFrame(rows)
+
+
+def measure_claim(claim: Claim) -> str:
+    if not claim.experiment:
+        return "not measured"
+    if claim.metric == "accuracy_published":
+        table = frame(load_runs(claim.experiment))[0].pivot_table("accuracy", "seed", "neuron")
+        change, column, unit = table["alif"] - table["plif"], METRICS["accuracy"], "points"
+    else:
+        table = changes(comparable_runs(claim.experiment), "decoder", "fixed", "fad")
+        change, column, unit = table["taid"], PERCENT, "% of our FAD"
+    return f"{column.text(change)} {unit}, {change.count()} seeds, `{claim.experiment}`"
 
 
 def classifiers() -> pd.DataFrame:
@@ -237,6 +306,25 @@ def colour() -> pd.DataFrame:
     }
     others = {"reconstruction ↓": rows["reconstruction"].map("{:.4f}".format)}
     return rows[["subpixel", "chroma_weight"]].assign(**others, **shares)
+
+
+def attention() -> pd.DataFrame:
+    """Reconstruction errors with the weights of image decoders changed."""
+    rows = pd.read_csv(RESULTS / "attention.csv")
+    titles = {
+        "differs": "differs between steps, %",
+        "reconstruction": "error as it is",
+        "reconstruction_permuted": "steps permuted",
+        "reconstruction_mean": "mean weights",
+        "reconstruction_equal": "equal weights",
+    }
+    rows["differs"] *= 100
+    columns = {
+        name: Column(title, 1, 1 if name == "differs" else 4) for name, title in titles.items()
+    }
+    groups = rows.groupby(["model", "decoder"], sort=False)
+    table = groups.agg({name: column.text for name, column in columns.items()})
+    return table.assign(runs=groups.size().astype(str)).rename(columns=titles).reset_index()
 
 
 def distances() -> pd.DataFrame:
@@ -396,6 +484,7 @@ def esvae() -> pd.DataFrame:
 
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, fad, decoders, classifiers)},
+    **{table.__name__: table for table in (generator_neurons, claims, attention)},
     **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, colour)},
     **{table.__name__: table for table in (recipes, papers, models, memory, zoo, distances)},
     **{table.__name__: table for table in (norm, neurons, esvae)},
