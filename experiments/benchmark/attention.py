@@ -10,7 +10,8 @@ writes ``results/attention.csv``, a row per run of a generator, on reconstructio
 - ``follows_step``, ``follows_content``: the weights of permuted steps, correlated over time with
   the weights before at the same step, and with those of the same content; means over permutations.
 
-The picture shows the shares of each run per colour, and with the steps in reverse order.
+The picture shows the shares of each run with learned weights, per colour, and with the steps in
+reverse order, next to the fixed decoder's.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from sj_taid import FixedDecoder
 from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.plot import save, time_shares
 from sj_taid.training.run import Run
@@ -46,8 +48,9 @@ def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
         decoder, image_seq = decode(run.model(), images)
         rows.append(describe_training(run, "model", "decoder", "neuron", "dataset"))
         rows[-1] |= measure(decoder, image_seq, images)
-        title = "{model}, {decoder}, seed {seed}".format(**rows[-1])
-        shares[title] = [share(decoder, x_seq) for x_seq in (image_seq, image_seq.flip(0))]
+        if rows[-1]["decoder"] != "fixed":
+            title = "{model}, {decoder}, seed {seed}".format(**rows[-1])
+            shares[title] = [share(decoder, x_seq) for x_seq in (image_seq, image_seq.flip(0))]
     write_csv(rows, result)
     if options.picture:
         draw(shares, options.picture)
@@ -116,17 +119,23 @@ def share(decoder: Any, x_seq: Tensor) -> Tensor:
 
 
 def draw(shares: dict[str, list[Tensor]], path: Path) -> None:
-    """A plot per run: solid as it is, dashed with the steps in reverse order."""
+    """A plot per run: as it is, with the steps in reverse order, and the fixed decoder's."""
     figure = Figure((3.2 * len(shares), 3), layout="tight")
     axes = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
     for axis, (title, pair) in zip(axes, shares.items(), strict=True):
-        for values, style in zip(pair, ("-o", "--"), strict=True):
-            steps = range(1, len(values) + 1)
+        T = len(pair[0])
+        steps = range(1, T + 1)
+        for values, style, name in zip(pair, ("-o", ":"), ("as it is", "reversed"), strict=True):
             for channel, colour in zip(values.T, COLOURS, strict=False):
-                axis.plot(steps, channel, style, color=colour, markersize=3)
+                label = name if colour == COLOURS[0] else None
+                axis.plot(steps, channel, style, color=colour, markersize=3, label=label)
+        fixed = time_shares(FixedDecoder(T).attention(torch.ones(T, 1, 1)))
+        axis.plot(steps, fixed.flatten(), "k--", linewidth=1, label="fixed decoder")
         axis.set(title=title, xlabel="time step t")
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel=r"share of the image, $a[t] / \sum a$", ylim=(0, None))
+    axes[0].set(ylabel=r"share of the image, $a[t] / \sum a$")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
     save(figure, path)
 
 
