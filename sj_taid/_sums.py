@@ -5,12 +5,14 @@ The norm saves ``x`` anyway, and a layer the shortcut's spikes as bits: the sum 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.pooling import _MaxPoolNd
 
 from . import _spikes
 from ._fused_neuron import KINDS
@@ -45,16 +47,19 @@ def _add_recipes(y: NormOutput, other: Any) -> Recipe | None:
         second = Recipe(spikes.restorer(other), (spikes.bits,))
     if first is None or second is None or _form(y) != _form(other):
         return None
-    return Recipe(partial(_add, first, second), first.tensors + second.tensors)
+    # Not the recipes themselves, whose tensors autograd alone may hold.
+    compute = partial(_add, first.compute, second.compute, len(first.tensors))
+    return Recipe(compute, first.tensors + second.tensors)
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _add(first: Recipe, second: Recipe, *tensors: Tensor | None) -> Tensor:
-    count = len(first.tensors)
-    return first.compute(*tensors[:count]) + second.compute(*tensors[count:])
+def _add(
+    first: Callable[..., Tensor], second: Callable[..., Tensor], count: int, *tensors: Tensor | None
+) -> Tensor:
+    return first(*tensors[:count]) + second(*tensors[count:])
 
 
 class NormForward:
@@ -87,10 +92,22 @@ def _apply_norm(
 
 def recompute_sums(net: nn.Module) -> dict[str, str]:
     """Save no sum of a norm's output that a neuron reads; the paths of both."""
-    paths, found = {module: path for path, module in net.named_modules()}, {}
-    for norm, reader in trace(net, is_norm).sums.items():
-        known = type(norm) in KNOWN_NORMS - {nn.SyncBatchNorm} and "forward" not in vars(norm)
-        if known and type(reader) in KINDS:
-            norm.forward = NormForward(norm)
-            found[paths[norm]] = paths[reader]
-    return found
+    paths = {module: path for path, module in net.named_modules()}
+    sums = trace(net, is_norm).sums.items()
+    known = [
+        (norm, reader)
+        for norm, (other, reader) in sums
+        if _knows(norm) and _knows(other) and type(reader) in KINDS
+    ]
+    for norm, _ in known:
+        norm.forward = NormForward(norm)
+    return {paths[norm]: paths[reader] for norm, reader in known}
+
+
+def _knows(maker: Any) -> bool:
+    """Whether the output of a module has a recipe."""
+    if isinstance(maker, _MaxPoolNd):  # of spikes
+        return True
+    if "forward" in vars(maker):
+        return False
+    return type(maker) in {*KINDS, *KNOWN_NORMS} - {nn.SyncBatchNorm}

@@ -30,8 +30,9 @@ class Traced(NamedTuple):
     inputs: dict[nn.Module, nn.Module | str]
     #: the sources that see time folded into the batch, and whose readers do not
     folded: set[nn.Module]
-    #: for each source whose sum with spikes or a norm's output a neuron reads, that neuron
-    sums: dict[nn.Module, nn.Module]
+    #: for each source whose sum with spikes or a norm's output a neuron reads: what makes that, and
+    #: the neuron
+    sums: dict[nn.Module, tuple[nn.Module, nn.Module]]
     #: the modules whose forward cannot be traced
     untraced: list[nn.Module]
 
@@ -142,7 +143,7 @@ class _Tracing:
                     maker, node = self._end(other, self.makes), self._end(reader, self.reads)
                     is_saved = isinstance(maker, neuron.BaseNode | _MaxPoolNd | _BatchNorm)
                     if is_saved and isinstance(node, neuron.BaseNode):
-                        result.sums[module] = node
+                        result.sums[module] = maker, node
             elif self._other_end(_Port(found, False), []) is not module:
                 result.obstacles[module] = f"a {type(found).__name__} reads its output, or another"
             else:

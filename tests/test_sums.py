@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -248,3 +249,25 @@ def test_recomputed_sum_inside(run, monkeypatch):
     expected, _ = results(saving, run=lambda x_seq: run(saving, x_seq))
     del got["v"], expected["v"]  # a recomputation may stop before it
     assert_equal(got, expected)
+
+
+def test_nothing_lives_longer_than_backward(monkeypatch):
+    net = Block()
+    pair(net, monkeypatch)
+    inputs = []
+    net.conv.register_forward_hook(lambda *call: inputs.append(weakref.ref(call[2])))
+    loss = net(images()).sum()
+    assert inputs[0]() is not None
+    loss.backward()
+    assert inputs[0]() is None
+
+
+class Kind(neuron.LIFNode):
+    """A neuron that is not accelerated, so its spikes are not saved as bits."""
+
+
+def test_sum_with_spikes_that_are_no_bits_is_left(monkeypatch):
+    net = Block()
+    net.stem = Kind(step_mode="m", surrogate_function=ATAN)
+    (row,) = (row for row in sj_taid.accelerate(net).rows if row.layer == "bn")
+    assert not row.done

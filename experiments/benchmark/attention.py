@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from sj_taid import FixedDecoder
 from sj_taid.training.allocator import reuse_freed_memory
+from sj_taid.training.evaluation import seeded
 from sj_taid.training.plot import save, time_shares
 from sj_taid.training.run import Run
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
         draw(shares, options.picture)
 
 
+@seeded(0)
 @torch.no_grad()
 def decode(model: Any, images: Tensor) -> tuple[Any, Tensor]:
     """The image decoder of a generator and its input ``[T, N, C, H, W]`` for ``images``."""

@@ -43,7 +43,7 @@ class ESVAE(SpikingVAE):
 
     Args:
         sample_from: the prior that :meth:`sample` draws from, ``"learned"``, ``"mixture"`` or
-            ``"flow"``; the model has a flow in the last case alone.
+            ``"flow"``; the model has a flow only if it is ``"flow"``.
         components: Gaussians in the mixture.
         iterations: of the mixture's fit, at most.
         mmd_weight: weight of the MMD next to the squared error.
@@ -128,8 +128,16 @@ class ESVAE(SpikingVAE):
 
     def sample_latent(self, n: int) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior that ``sample_from`` names."""
-        source = self.fitted_priors.get(self.sample_from, self.prior)
-        return spikes_from_rate(source(n), self.T)
+        return spikes_from_rate(self._source(self.sample_from)(n), self.T)
+
+    def _source(self, name: str) -> nn.Module:
+        priors = {"learned": self.prior, **self.fitted_priors}
+        if name not in priors:
+            remedy = "; train a model with sample_from=flow for one" if name == "flow" else ""
+            raise ValueError(
+                f"this model samples from {' or '.join(priors)}, but not from {name!r}{remedy}"
+            )
+        return priors[name]
 
     @property
     def fitted_priors(self) -> dict[str, FittedPrior]:
@@ -155,17 +163,16 @@ class ESVAE(SpikingVAE):
             raise ValueError(
                 "no batch of images to fit the prior to; an iterator gives its batches only once"
             )
+        together = torch.cat(rates)
         for prior in self.fitted_priors.values():
-            prior.fit(torch.cat(rates), seed)
+            prior.check(together)  # all, before one is fitted
+        for prior in self.fitted_priors.values():
+            prior.fit(together, seed)
 
     @contextmanager
     def draw_from(self, source: str) -> Iterator[None]:
         """Inside, :meth:`sample` draws from ``source``, one of the priors that the model has."""
-        if source not in (names := ["learned", *self.fitted_priors]):
-            raise ValueError(
-                f"sample_from must be one of {', '.join(names)}, but it is {source!r}; a model has "
-                "a flow if it is made with sample_from='flow'"
-            )
+        self._source(source)
         before, self.sample_from = self.sample_from, source
         try:
             yield

@@ -19,8 +19,8 @@ HELD_OUT, PATIENCE = 0.1, 3
 class FlowPrior(FittedPrior):
     r"""Normalising flow, fitted to the ranks of the training images' rates.
 
-    Affine couplings :math:`f` map Gaussian ranks ``x`` to noise, each half of the channels given
-    the other half; a draw inverts them:
+    Affine couplings :math:`f` map the ranks' normal scores ``x`` to noise, each half of the
+    channels given the other half; a draw inverts them:
 
     .. math::
         r_c = Q_c(\Phi(x_c)), \quad x = f^{-1}(z), \ z \sim N(0, I)
@@ -47,16 +47,22 @@ class FlowPrior(FittedPrior):
             self.couplings = nn.ModuleList(Coupling(channels, i) for i in range(COUPLINGS))
         self.requires_grad_(False)  # it learns in fit, not with the model
 
+    @property
+    def needed(self) -> int:
+        return 20
+
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the flow to ``rates`` ``[n, d]``; the global random state is left alone.
 
         Raises:
             ValueError: fewer than 20 rates, of another width, or outside [0, 1].
+            FloatingPointError: the fit has diverged.
         """
-        self.check(rates, needed=20)
-        gpus = [rates.device] if rates.is_cuda else []
-        with torch.random.fork_rng(gpus), torch.enable_grad():
+        self.check(rates)
+        gpus = range(torch.cuda.device_count())  # manual_seed seeds them all
+        with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(seed)
+            rates = rates.clone().float()
             trained = FlowPrior(rates.shape[1], self.levels).to(rates)
             trained.count(rates)
             trained.learn((rates * self.levels).round().long())
@@ -66,7 +72,7 @@ class FlowPrior(FittedPrior):
         """Maximise the likelihood of training rates' levels ``[n, d]``."""
         levels = levels[torch.randperm(len(levels), device=levels.device)]
         held_out, levels = levels.tensor_split([math.ceil(HELD_OUT * len(levels))])
-        held_out = self.draw_ranks(held_out)
+        held_out = self.draw_scores(held_out)
         self.couplings.requires_grad_()
         optimizer = torch.optim.Adam(self.couplings.parameters(), LR)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
@@ -76,7 +82,7 @@ class FlowPrior(FittedPrior):
             order = torch.randperm(len(levels), device=levels.device)
             for batch in order.split(size):
                 optimizer.zero_grad()
-                self.loss(self.draw_ranks(levels[batch])).backward()
+                self.loss(self.draw_scores(levels[batch])).backward()
                 optimizer.step()
             schedule.step()
             with torch.no_grad():
@@ -86,10 +92,14 @@ class FlowPrior(FittedPrior):
                 best, waited = (loss, deepcopy(self.couplings.state_dict())), 0
             if waited == PATIENCE:
                 break
+        if not math.isfinite(best[0]):
+            raise FloatingPointError(
+                "the fit of the flow has diverged; draw from a mixture: sample_from='mixture'"
+            )
         self.couplings.load_state_dict(best[1])
 
-    def draw_ranks(self, levels: Tensor) -> Tensor:
-        """Gaussian ranks ``[n, d]``, uniform among those that have the levels."""
+    def draw_scores(self, levels: Tensor) -> Tensor:
+        """Normal scores ``[n, d]`` of ranks, uniform among those that have the levels."""
         upper = self.cumulative.gather(1, levels.t()).t()
         lower = self.cumulative.gather(1, (levels - 1).clamp(min=0).t()).t() * (levels > 0)
         rank = lower + (upper - lower) * torch.rand_like(upper)

@@ -119,9 +119,9 @@ class LearnedPrior(nn.Module):
 class FittedPrior(nn.Module):
     """Prior of rates that is fitted to those of the training images.
 
-    Most rates are 0 or 1, or nearly, and no smooth density has that shape. So a subclass fits and
-    draws their ranks, and a rate is the one of its rank among the training images' rates (a
-    copula). All tensors are in a checkpoint.
+    Most rates are 0 or 1, or nearly, and no smooth density has that shape. So a subclass draws
+    ranks, and a rate is the one of its rank among the training images' rates (a copula). All
+    tensors are in a checkpoint.
     """
 
     name: str  #: as in ``sample_from``
@@ -141,14 +141,19 @@ class FittedPrior(nn.Module):
         """Undo :meth:`fit`."""
         self.cumulative.zero_()
 
-    def check(self, rates: Tensor, needed: int) -> None:
+    @property
+    def needed(self) -> int:
+        """The fewest rates that can be fitted."""
+        raise NotImplementedError
+
+    def check(self, rates: Tensor) -> None:
         """Refuse rates that cannot be fitted."""
         d = len(self.cumulative)
         if rates.dim() != 2 or rates.shape[1] != d:
             raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
-        if len(rates) < needed:
+        if len(rates) < self.needed:
             raise ValueError(
-                f"a {self.name} needs at least {needed} rates, but got {len(rates)}; give more"
+                f"a {self.name} needs at least {self.needed} rates, but got {len(rates)}; give more"
             )
         check_rates(rates)
 
@@ -222,6 +227,10 @@ class GaussianMixturePrior(FittedPrior):
         self.register_buffer("means", torch.zeros(components, channels))
         self.register_buffer("cholesky", torch.zeros(components, channels, channels))
 
+    @property
+    def needed(self) -> int:
+        return self.components
+
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the mixture to ``rates`` ``[n, d]`` by expectation maximisation.
 
@@ -234,7 +243,7 @@ class GaussianMixturePrior(FittedPrior):
         """
         with needs("scikit-learn"):
             from sklearn.mixture import GaussianMixture
-        self.check(rates, needed=self.components)
+        self.check(rates)
         # A channel that never or always fires has no spread of its own: regularise it.
         mixture = GaussianMixture(
             self.components, reg_covar=1e-5, max_iter=self.iterations, random_state=seed

@@ -21,12 +21,12 @@ class Recipe(NamedTuple):
 def set_recipe(tensor: Any, recipe: Recipe | None) -> None:
     """Let a fused operator that reads ``tensor`` save the recipe's tensors instead, if any."""
     if recipe is not None:
-        tensor.recipe = recipe, tensor._version
+        tensor._recipe = recipe, tensor._version
 
 
 def recipe_of(tensor: Any) -> Recipe | None:
     """The recipe, unless the tensor was changed in place or others decide what is saved."""
-    if torch.compiler.is_compiling() or not hasattr(tensor, "recipe") or is_checkpointed():
+    if torch.compiler.is_compiling() or not hasattr(tensor, "_recipe") or is_checkpointed():
         return None
-    recipe, version = tensor.recipe
+    recipe, version = tensor._recipe
     return recipe if tensor._version == version else None

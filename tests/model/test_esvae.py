@@ -68,8 +68,11 @@ def test_flow_leaves_the_weights_as_they_are_without():
     without, model = models
     for name, value in without.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
-    with pytest.raises(ValueError, match=r"one of learned, mixture, but it is 'flow'; .*='flow'"):
-        without.draw_from("flow").__enter__()
+    without.sample_from = "flow"
+    with pytest.raises(
+        ValueError, match=r"learned or mixture, .*'flow'; train .*sample_from=flow"
+    ):
+        without.sample(1)
 
 
 def test_fit_prior_uses_the_rates_in_eval_mode():
@@ -78,6 +81,13 @@ def test_fit_prior_uses_the_rates_in_eval_mode():
     model.fit_prior(batches)
     rates = torch.cat([model.eval().rate(image) for image in batches])
     assert torch.allclose(model.mixture.means[0], rates.mean(0), atol=1e-6)
+
+
+def test_fit_prior_fits_no_prior_if_one_cannot_be():
+    model = ESVAE(**SMALL, sample_from="flow", components=2)
+    with pytest.raises(ValueError, match="a flow needs at least 20 rates, but got 8"):
+        model.fit_prior([images(8)])
+    assert not model.mixture.fitted
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_ranks_are_between_those_of_the_neighbours():
     prior = FlowPrior(1, levels=2)
     prior.count(torch.tensor([[0.0], [0.0], [0.5], [1.0]]))
     levels = torch.tensor([[0], [1], [2]]).repeat(1000, 1)
-    rank = torch.special.ndtr(prior.draw_ranks(levels)).view(1000, 3)
+    rank = torch.special.ndtr(prior.draw_scores(levels)).view(1000, 3)
     for column, (low, high) in zip(rank.T, ((0, 0.5), (0.5, 0.75), (0.75, 1)), strict=True):
         assert low <= column.min() < low + 0.01 and high - 0.01 < column.max() <= high
 
@@ -117,3 +117,36 @@ def test_fit_that_fails_changes_nothing(monkeypatch):
         prior.fit(bent(200))
     for name, tensor in prior.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_fit_stops_at_the_best_epoch(monkeypatch):
+    monkeypatch.setattr(flow, "EPOCHS", 30)
+    held_out, states, loss = iter([3.0, 1.0, 2.0, 2.0, 2.0]), [], FlowPrior.loss
+
+    def measure(self, scores):
+        if torch.is_grad_enabled():
+            return loss(self, scores)
+        states.append(self.couplings[0].net[0].weight.clone())
+        return torch.tensor(next(held_out))
+
+    monkeypatch.setattr(FlowPrior, "loss", measure)
+    prior = FlowPrior(3, levels=10)
+    prior.fit(bent(100))
+    assert len(states) == 5
+    assert torch.equal(prior.couplings[0].net[0].weight, states[1])
+
+
+def test_fit_that_diverges_says_so(monkeypatch):
+    nan = torch.tensor(float("nan"), requires_grad=True)
+    monkeypatch.setattr(FlowPrior, "loss", lambda *_: nan * 1)
+    prior = FlowPrior(3, levels=10)
+    with pytest.raises(FloatingPointError, match=r"diverged; .*sample_from='mixture'"):
+        prior.fit(bent(100))
+    assert not prior.fitted
+
+
+def test_fit_takes_half_precision_in_inference_mode():
+    prior = FlowPrior(3, levels=10)
+    with torch.inference_mode():
+        prior.fit(bent(100).bfloat16())
+    assert prior.fitted
