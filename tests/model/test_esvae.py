@@ -69,9 +69,7 @@ def test_flow_leaves_the_weights_as_they_are_without():
     for name, value in without.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     without.sample_from = "flow"
-    with pytest.raises(
-        ValueError, match=r"learned or mixture, .*'flow'; train .*sample_from=flow"
-    ):
+    with pytest.raises(ValueError, match=r"learned or mixture, .*'flow'; train .*sample_from=flow"):
         without.sample(1)
 
 
