@@ -295,21 +295,20 @@ def colour() -> pd.DataFrame:
 def attention() -> pd.DataFrame:
     """Reconstruction errors with the weights of image decoders changed."""
     rows = pd.read_csv(RESULTS / "attention.csv")
-    titles = {
-        "differs": "differs between steps, %",
-        "reconstruction": "error as it is",
-        "reconstruction_permuted": "steps permuted",
-        "reconstruction_mean": "mean weights",
-        "reconstruction_equal": "equal weights",
-    }
+    rows["dataset"] = rows["dataset"].replace("image_folder", "CIFAR10")  # whose images they are
     rows["differs"] *= 100
-    rows["dataset"] = rows["dataset"].replace("image_folder", "CIFAR10")
     columns = {
-        name: Column(title, 1, 1 if name == "differs" else 4) for name, title in titles.items()
+        "sum": Column("sum of weights", 1, 2),
+        "differs": Column("differs between steps, %", 1, 1),
+        "reconstruction": Column("error as it is", 1, 4),
+        "reconstruction_permuted": Column("steps permuted", 1, 4),
+        "reconstruction_mean": Column("mean weights", 1, 4),
+        "reconstruction_equal": Column("equal weights", 1, 4),
     }
     groups = rows.groupby(["dataset", "model", "decoder"], sort=False)
     table = groups.agg({name: column.text for name, column in columns.items()})
-    return table.assign(runs=groups.size().astype(str)).rename(columns=titles).reset_index()
+    table.columns = pd.Index([column.title for column in columns.values()])
+    return table.assign(runs=groups.size().astype(str)).reset_index()
 
 
 def distances() -> pd.DataFrame:

@@ -4,7 +4,8 @@
 
 writes ``results/attention.csv``, a row per run of a generator, on reconstructions of test images:
 
-- ``differs``: the share of power of the image decoder's input that is not the same at all steps;
+- ``sum`` of an image's weights; ``differs``: the share of power of the decoder's input that is
+  not the same at all steps;
 - ``reconstruction``: the error as it is; ``_permuted``: with the steps in another order; ``_mean``:
   with each step's weight averaged over images and pixels; ``_equal``: over steps, too;
 - ``follows_step``, ``follows_content``: the weights of permuted steps, correlated over time with
@@ -83,6 +84,7 @@ def measure(decoder: Any, image_seq: Tensor, images: Tensor) -> dict[str, float]
         content.append(correlate(again, weights[order]))
     mean = [sum(values) / PERMUTATIONS for values in (errors, step, content)]
     return {
+        "sum": weights.sum(0).mean().item(),
         "differs": (image_seq.var(0, correction=0).mean() / image_seq.square().mean()).item(),
         "reconstruction": error(decoder(image_seq), images),
         "reconstruction_permuted": mean[0],
