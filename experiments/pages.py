@@ -46,12 +46,16 @@ PRIORS = {"ESVAE": {"fitted": "", "learned": "_learned"}, "FSVAE": {"learned": "
 BOUNDS = ["training images", "training images' rates, decoded"]
 #: The experiments with generators of several decoders or neurons
 GENERATORS = [
-    *("digits_small_cpu", "mnist_small_cpu", "mnist_esvae_cpu", "fashion_mnist_esvae_cpu"),
-    *("mnist_esvae_sharp", "fashion_mnist_esvae_sharp", "mnist_fsvae_sharp"),
-    *("fashion_mnist_fsvae_sharp", "cifar10_esvae_cpu", "cifar10_fsvae_cpu"),
+    *("fsvae", "digits_small_cpu", "mnist_small_cpu", "mnist_fsvae_sharp"),
+    *("fashion_mnist_fsvae_sharp", "cifar10_fsvae_cpu", "mnist_esvae_cpu"),
+    *("fashion_mnist_esvae_cpu", "mnist_esvae_sharp", "fashion_mnist_esvae_sharp"),
+    "cifar10_esvae_cpu",
 ]
-#: What loads CIFAR-10 from a folder of images
-PHOTOGRAPHS = ("dataset", "dataset.image_size", "dataset.num_workers")
+#: Their other choices, which all runs of one of them share
+SHARED = [
+    *("dataset", "dataset.batch_size", "dataset.image_size", "dataset.num_workers"),
+    *("trainer.max_epochs", "trainer.precision"),
+]
 #: The paper's comparisons: its metrics, the experiment that repeats it in small, and the verdict
 GENERATED = ("fad_published", "fid_published", "inception_score_published")
 CLAIMS = {
@@ -196,7 +200,7 @@ def decoders() -> pd.DataFrame:
 
 def comparable_runs(experiment: str) -> pd.DataFrame:
     """The runs of an experiment that differ in decoder, neuron and seed alone."""
-    return frame(select_runs(load_runs(experiment), "decoder", "neuron", *PHOTOGRAPHS))[0]
+    return frame(select_runs(load_runs(experiment), "decoder", "neuron", *SHARED))[0]
 
 
 def decoder_changes(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
