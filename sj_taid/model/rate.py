@@ -228,6 +228,11 @@ class GaussianMixturePrior(FittedPrior):
         self.register_buffer("cholesky", torch.zeros(components, channels, channels))
 
     @property
+    def fitted(self) -> bool:
+        # Loading a mixture of another size fails, but leaves what has the same size.
+        return super().fitted and bool(self.weights.any())
+
+    @property
     def needed(self) -> int:
         return self.components
 

@@ -108,6 +108,19 @@ def test_mmd_of_bad_samples(x, y, message):
         rbf_mmd(torch.rand(x), torch.rand(y))
 
 
+def test_learned_prior_learns_through_the_mmd():
+    prior = LearnedPrior(2)
+    optimizer = torch.optim.Adam(prior.parameters(), 0.05)
+    target = torch.rand(256, 2) * torch.tensor([0.2, 0.4]) + torch.tensor([0.7, 0.1])
+    first = rbf_mmd(target, prior(256)).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        rbf_mmd(target, prior(256)).backward()
+        optimizer.step()
+    assert rbf_mmd(target, prior(256)).item() < first / 20
+    assert ((prior(64) >= 0) & (prior(64) <= 1)).all()
+
+
 def test_mixture_draws_its_training_rates():
     spread = 0.03
     centres = torch.tensor([[0.2, 0.3, 0.5], [0.8, 0.6, 0.4]])
@@ -162,6 +175,44 @@ def test_mixture_draws_without_a_copy_of_a_factor_per_draw():
     assert largest <= 8 * n * d * 4, "bytes"
 
 
+def test_mixture_in_a_state_dict(tmp_path):
+    mixture = GaussianMixturePrior(2, components=3)
+    mixture.fit(torch.rand(100, 2).round())
+    torch.save(mixture.state_dict(), tmp_path / "mixture.pt")
+    other = GaussianMixturePrior(2, components=3)
+    other.load_state_dict(torch.load(tmp_path / "mixture.pt", weights_only=True))
+    torch.manual_seed(0)
+    drawn = mixture(500)
+    torch.manual_seed(0)
+    assert torch.equal(other(500), drawn) and other(0).shape == (0, 2)
+    other.clear()
+    assert not other.fitted
+
+
+@pytest.mark.parametrize("options", [{"components": 3}, {"levels": 8}])
+def test_mixture_of_another_size_is_not_loaded(options):
+    fitted, other = (
+        GaussianMixturePrior(2, 2),
+        GaussianMixturePrior(2, **{"components": 2} | options),
+    )
+    fitted.fit(torch.rand(100, 2).round())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(fitted.state_dict())
+    assert not other.fitted
+
+
+@pytest.mark.parametrize(
+    ("rates", "iterations", "message"),
+    [
+        (torch.linspace(0, 1, 600).view(200, 3), 1, "did not converge.* increase max_iter"),
+        (torch.eye(3).repeat(5, 1), 100, r"distinct clusters \(3\) found smaller"),
+    ],
+)
+def test_mixture_fit_warns(rates, iterations, message):
+    with pytest.warns(UserWarning, match=message):
+        GaussianMixturePrior(3, components=4, iterations=iterations).fit(rates)
+
+
 def test_mixture_fit_of_a_channel_without_spread():
     rates = torch.rand(50, 3)
     rates[:, 1] = 0.0
@@ -205,6 +256,4 @@ def test_mixture_fit_that_fails_changes_nothing(monkeypatch):
 def test_both_priors_follow_the_models_dtype():
     net = nn.ModuleList([LearnedPrior(2), GaussianMixturePrior(2, 1)]).double()
     net[1].fit(torch.rand(10, 2))
-    for drawn in (net[0](3), net[1](3)):
-        assert drawn.dtype == F64 and (drawn >= 0).all() and (drawn <= 1).all()
-    assert net[1](0).shape == (0, 2)
+    assert net[0](3).dtype == net[1](3).dtype == F64
