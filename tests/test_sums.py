@@ -210,6 +210,15 @@ def run_checkpointed(net, x_seq):
     return checkpoint(start, x_seq, use_reentrant=False)
 
 
+def run_with(net, forward, x_seq):
+    """Run the net with another forward of the neuron behind the sum."""
+    net.sn.forward = forward
+    try:
+        return net(x_seq)
+    finally:
+        del net.sn.forward
+
+
 def run_checkpointed_neuron(net, x_seq):
     forward = net.sn.forward
 
@@ -217,20 +226,13 @@ def run_checkpointed_neuron(net, x_seq):
         net.sn.reset()
         return forward(x_seq)
 
-    net.sn.forward = lambda x_seq: checkpoint(start, x_seq, use_reentrant=False)
-    try:
-        return net(x_seq)
-    finally:
-        del net.sn.forward
+    return run_with(net, lambda x_seq: checkpoint(start, x_seq, use_reentrant=False), x_seq)
 
 
 def run_compiled_neuron(net, x_seq):
     torch._dynamo.reset()
-    net.sn.forward = torch.compile(net.sn.forward, fullgraph=True, backend="aot_eager")
-    try:
-        return net(x_seq)
-    finally:
-        del net.sn.forward
+    forward = torch.compile(net.sn.forward, fullgraph=True, backend="aot_eager")
+    return run_with(net, forward, x_seq)
 
 
 def run_compiled(net, x_seq):
