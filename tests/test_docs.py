@@ -59,6 +59,14 @@ def test_yaml_block_composes(block, tmp_path):
     assert f"name: {cfg.dataset.name}" in block
 
 
+def test_block_kinds_are_tested():
+    kinds = {kind for text in TEXTS.values() for kind in re.findall(r"^```(\S+)", text, re.M)}
+    # Sphinx reads the directives; no program reads text.
+    tested = {"python", "yaml", "console"}
+    assert {kind for kind in kinds if kind[0] != "{"} <= tested | {"text"}
+    assert len({param.id.partition("-")[0] for param in blocks("python")}) >= 7
+
+
 # ---- commands ----
 
 
@@ -148,6 +156,20 @@ def compose_each(config, words):
         if "hydra/launcher=gpus" in given:
             pytest.importorskip("ray", reason="needs the extra ray")
         compose(config, given, return_hydra_config=True)
+
+
+def test_command_names_exist():
+    cli = pytest.importorskip("sj_taid.training.cli", reason="needs the extra train")
+    folders = ("docs/**/*.ipynb", "conf/**/*.yaml", "sj_taid/**/*.py", "experiments/**/*.py")
+    named = {
+        (word, path.name)
+        for path in [*ALL_PAGES, *(path for folder in folders for path in ROOT.glob(folder))]
+        for word in re.findall(r"\bsj-taid ([a-z][\w-]*)", read(path))
+    }
+    in_a_sentence = {"and", "ask", "developers", "is", "needs", "then", "warns", "wrote"}
+    assert {"evaluate", "export", "train"} <= {word for word, _ in named}
+    known = {*cli.COMPOSED, *cli.OTHERS} | in_a_sentence
+    assert not {(word, page) for word, page in named if word not in known}
 
 
 # ---- links and names ----

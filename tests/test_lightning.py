@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from sj_taid import ALIFNode
 
 
-def test_reset_state_starts_every_batch_from_rest():
+def test_reset_state_starts_every_batch_from_rest(tmp_path):
     from lightning.pytorch import LightningModule, Trainer
 
     from sj_taid.lightning import ResetState
@@ -30,9 +30,19 @@ def test_reset_state_starts_every_batch_from_rest():
     task = Task()
     # The last batch is smaller: without a reset the batch size would not fit either.
     data = DataLoader(torch.rand(5, 3), batch_size=2)
-    trainer = Trainer(accelerator="cpu", callbacks=[ResetState()], fast_dev_run=3)
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[ResetState()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
     trainer.fit(task, data, data)
     trainer.test(task, data, verbose=False)
     trainer.predict(task, data)
     assert task.net[1].name == "net.1"
-    assert task.starts == [0.0] * 4 * 3  # training, validation, test and prediction
+    # Two batches of the sanity check, two epochs of training and validation, test, predict.
+    assert task.starts == [0.0] * (2 + 2 * 2 * 3 + 3 + 3)

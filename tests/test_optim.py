@@ -1,6 +1,7 @@
 """Parameter groups."""
 
 import pytest
+import torch
 from spikingjelly.activation_based import neuron
 from torch import nn
 
@@ -23,6 +24,19 @@ def test_parameter_groups_hold_every_learned_parameter_once():
     assert neurons["params"] == [shared.w, shared.v_threshold, net[4].v_threshold, net[5].w]
     assert (weights["lr"], neurons["lr"], neurons["weight_decay"]) == (0.1, 0.05, 0.2)
     assert "weight_decay" not in weights
+
+
+def test_parameter_groups_learn_at_their_rates_under_a_scheduler():
+    net = nn.Sequential(nn.Linear(2, 2), ALIFNode(v_threshold=0.3))
+    optimizer = torch.optim.SGD(parameter_groups(net, lr=0.1, lr_scale=10.0), weight_decay=0.5)
+    before = net[1].v_threshold.item()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+    net(torch.rand(4, 2)).sum().backward()
+    optimizer.step()
+    step = before - net[1].v_threshold.item()
+    assert step == pytest.approx(1.0 * net[1].v_threshold.grad.item(), rel=1e-5)  # no weight decay
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.1])
 
 
 def test_parameter_groups_leave_out_empty_ones():

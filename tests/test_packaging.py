@@ -103,6 +103,15 @@ def test_index_accepts_wheel_and_sdist(built):
     run(sys.executable, "-m", "twine", "check", "--strict", *built)
 
 
+def test_metadata_matches_setup_cfg(metadata, setup_cfg):
+    assert (metadata["Name"], metadata["Version"]) == ("sj-taid", sj_taid.__version__)
+    assert {*metadata.get_all("Provides-Extra")} == {*setup_cfg["options.extras_require"]}
+    url = setup_cfg["metadata"]["url"]
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    assert {"Documentation", "Changelog", "Issues"} <= set(addresses)
+    assert all(address.startswith(f"{url}/") for address in addresses.values())
+
+
 def test_description_links_resolve(metadata, setup_cfg):
     url = setup_cfg["metadata"]["url"]
     text = metadata.get_payload(decode=True).decode()

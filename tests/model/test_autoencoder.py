@@ -24,13 +24,19 @@ def test_learns_to_reconstruct():
 
 
 def test_bad_sizes_and_images():
-    with pytest.raises(ValueError, match="image_size=8 cannot be halved 4 times"):
-        Autoencoder(**SMALL | {"hidden_channels": (4, 4, 4, 4)})
-    with pytest.raises(ValueError, match="latent_channels must be an integer >= 1, but it is 0"):
-        Autoencoder(**SMALL | {"latent_channels": 0})
+    for change, message in (
+        (
+            {"image_size": 12, "hidden_channels": (4, 4, 4)},
+            "image_size=12 cannot be halved 3 times",
+        ),
+        ({"latent_channels": 0}, "latent_channels must be an integer >= 1, but it is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Autoencoder(**SMALL | change)
+    model = Autoencoder(**SMALL).eval()
     with pytest.raises(
         ValueError, match=r"expects images \[N, 1, 8, 8\], but got \[2, 1, 16, 16\]"
     ):
-        Autoencoder(**SMALL)(torch.zeros(2, 1, 16, 16))
-    with pytest.raises(ValueError, match=r"expects .*\[-1, 1\]; scale"):
-        Autoencoder(**SMALL).eval()(torch.full((1, 1, 8, 8), 255.0))
+        model(torch.zeros(2, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"values from 0 to 255, but expects .*\[-1, 1\]; scale"):
+        model(torch.tensor([0.0, 255]).expand(1, 1, 8, 4, 2).flatten(3))

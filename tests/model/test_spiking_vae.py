@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import functional
+from torch import nn
 
 from sj_taid import TAID, ALIFNode, FixedDecoder
 from sj_taid.model import ESVAE, FSVAE
@@ -30,6 +31,25 @@ def test_forward_at_the_originals_sizes(kind, size, channels, width):
     assert output.q.shape == output.p.shape
     assert output.q.shape == ((1, 128) if kind is ESVAE else (2, 1, 128, 20))
     assert model.encoder[-1][0][0].out_channels == width
+
+
+@pytest.mark.parametrize("training", [True, False])
+@KINDS
+def test_forward_twice_never_mixes(kind, training):
+    model = make(kind).train(training)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            norm.momentum = 0.0  # the only state that training is meant to carry over
+
+    def run(image):
+        torch.manual_seed(0)
+        return model(image)
+
+    image = images()
+    first = run(image)
+    run(images(5))
+    for a, b in zip(first, run(image), strict=True):
+        assert torch.equal(a, b)
 
 
 @KINDS
@@ -126,7 +146,9 @@ def test_sum_losses_of_colour():
     [
         ({"chroma_weight": 3.0}, "chroma_weight=3.0 is for images of 3 channels, but in_channels"),
         ({"latent_channels": 0}, "latent_channels must be an integer >= 1, but it is 0"),
+        ({"in_channels": 1.0}, "in_channels must be an integer >= 1, but it is 1.0"),
         ({"hidden_channels": (0, 4)}, r"hidden_channels\[0\] must be an integer >= 1, but it is 0"),
+        ({"hidden_channels": 0}, "hidden_channels must be an integer >= 1, but it is 0"),
         ({"hidden_channels": 4.5}, "hidden_channels must be an integer >= 1, but it is 4.5"),
         ({"hidden_channels": (4, 4.5)}, "hidden_channels must be numbers of channels"),
         ({"T": True}, "T must be an integer >= 1, but it is True"),
@@ -149,6 +171,7 @@ def test_bad_sizes(kind, options, message):
     [
         ({"image_decoder": TAID}, r"image_decoder must be a layer, such as TAID\(6\)"),
         ({"neuron": ALIFNode(step_mode="m")}, "neuron must make a neuron each time it is called"),
+        ({"decoder": TAID(6)}, "unexpected keyword argument 'decoder'"),
     ],
 )
 @KINDS

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import subprocess
+from importlib import import_module
 
 import pytest
 from omegaconf import OmegaConf
 
 from sj_taid.metric import FrechetDistance
+from sj_taid.model import ESVAE
 from sj_taid.training import evaluation, run
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
@@ -93,6 +95,16 @@ def test_evaluate_without_the_weights_of_the_run(folder, caplog):
     caplog.clear()
     assert evaluate(composed(folder, "metric.inception_weights=false"))["metrics"]["fad"] > 0
     assert "No FID" not in caplog.text
+
+
+def test_evaluate_can_download_data(folder, monkeypatch):
+    built = []
+    module = import_module("sj_taid.training.evaluate")
+    monkeypatch.setattr(module, "build_part", lambda node, *_, **__: built.append(node) or 1 / 0)
+    monkeypatch.setattr(run.Run, "model", lambda *_: ESVAE(image_size=8, hidden_channels=(4, 8)))
+    with pytest.raises(ZeroDivisionError):
+        evaluate(composed(folder, "dataset.download=true"))
+    assert built[0].download is True and "test_root" not in built[0]
 
 
 def test_compose_takes_the_cache_of_this_machine(monkeypatch):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from sj_taid.training import run
 from sj_taid.training.loss import TET
@@ -24,6 +25,8 @@ def test_tet_equals_a_value_worked_by_hand(share):
 
 
 def test_tet_counts_each_step_not_their_mean():
+    of_the_mean = F.cross_entropy(OUTPUTS.mean(0), TARGET).item()
+    assert TET(mse_share=0.0)(OUTPUTS, TARGET).item() > of_the_mean + 1e-3
     outputs = OUTPUTS.clone().requires_grad_()
     TET(mse_share=0.0)(outputs, TARGET).backward()
     # d CE / d O = softmax - one-hot, of each step, over T = 2.

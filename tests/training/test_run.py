@@ -13,6 +13,7 @@ from sj_taid._build import build
 from sj_taid.training import Run, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.checkpoint import read_checkpoint
+from sj_taid.training.config import compose
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_AUTOENCODING, TINY_CLASSIFICATION
 
@@ -216,3 +217,9 @@ def test_build_resolves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"T must be .* '\$\{oc\.create"):
         runs.build_part(node)
     assert not (tmp_path / "hacked").exists()
+
+
+def test_two_folders_of_images_have_two_names():
+    roots = ("photos/a", "photos/b", "elsewhere/a/")
+    cfgs = [compose("train", ["dataset=image_folder", f"dataset.root={root}"]) for root in roots]
+    assert [cfg.dataset.name for cfg in cfgs] == [f"image_folder_{name}" for name in "aba"]

@@ -30,6 +30,19 @@ def test_compiled_model_trains_and_saves_alike(tiny, tmp_path):
     run.load_model(tmp_path / "compiled")  # whose keys are those of a model that is not compiled
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
+def test_precision_keeps_float32_weights_and_accumulation_takes_fewer_steps(
+    tiny, tmp_path, precision
+):
+    options = ["limit_train_batches=4", "accumulate_grad_batches=2", f"precision={precision}"]
+    chosen = [f"trainer.{option}" for option in options]
+    assert train(tiny(*TINY_CLASSIFICATION, *chosen, tiny=False), tmp_path)["loss"] > 0
+    checkpoint = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
+    weights = [v for v in checkpoint["state_dict"].values() if v.is_floating_point()]
+    assert {v.dtype for v in weights} == {torch.float32} and checkpoint["global_step"] == 2
+
+
 @pytest.mark.slow
 def test_two_processes_measure_once(tmp_path, cache):
     arguments = command(
