@@ -76,6 +76,8 @@ CLAIMS = {
         "holds at this budget",
     ),
 }
+#: The choice that makes a classifier's run one of protocol A or of B
+VALIDATION = "dataset.validation"
 DECODERS = {"fixed": "fixed decoder", "taid": "TAID", "taid_pixel": "TAID by pixel"}
 
 
@@ -240,8 +242,9 @@ def measure_claim(experiment: str, after: str) -> str:
         changes = decoder_changes(comparable_runs(experiment), "fad")["taid"]
         text = f"our FAD {signed(changes, 0)} %"
     else:
-        runs = frame(load_runs(experiment))[0].pivot_table("accuracy", "seed", "neuron")
-        changes = 100 * (runs["alif"] - runs["plif"])
+        runs = [run for run in load_runs(experiment) if VALIDATION not in overrides(run)]
+        accuracies = frame(runs)[0].pivot(index="seed", columns="neuron", values="accuracy")
+        changes = 100 * (accuracies["alif"] - accuracies["plif"])
         text = f"accuracy {signed(changes, 2)} points"
     return f"{text}, {changes.count()} seeds, `{experiment}`"
 
@@ -251,11 +254,15 @@ def classifiers() -> pd.DataFrame:
     names = ["digits_classifier", "mnist_classifier", "fashion_mnist_recipe", "cifar10_classifier"]
     rows = []
     for name in (f"{name}_cpu" for name in names):
-        runs = frame(load_runs(name))[0]
-        accuracies = runs.groupby("neuron")["accuracy"].agg(METRICS["accuracy"].text)
-        row = {"accuracy, last epoch, % ↑": f"`{name}`"}
-        row |= {neuron: accuracies.get(neuron, "not run") for neuron in start_maps.NEURONS}
-        rows.append(row | {"epochs": str(runs["epochs"].max()), "runs": str(len(runs))})
+        table = frame(load_runs(name))[0].assign(name=f"`{name}`")
+        if VALIDATION in table:
+            own = table[VALIDATION] != "default"
+            table.loc[own, "name"] += f", `{VALIDATION}=" + table[VALIDATION] + "`"
+        for label, runs in table.groupby("name"):
+            accuracies = runs.groupby("neuron")["accuracy"].agg(METRICS["accuracy"].text)
+            row = {"accuracy, last epoch, % ↑": label}
+            row |= {neuron: accuracies.get(neuron, "not run") for neuron in start_maps.NEURONS}
+            rows.append(row | {"epochs": str(runs["epochs"].max()), "runs": str(len(runs))})
     return pd.DataFrame(rows)
 
 
