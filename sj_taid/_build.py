@@ -20,7 +20,12 @@ TRUSTED = (
 )
 
 
-def build(config: Any, trust: Collection[str] | None = None, **arguments: Any) -> Any:
+def build(
+    config: Any,
+    trust: Collection[str] | None = None,
+    keys: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> Any:
     """Build the object that a config describes: its ``_target_`` called with the other entries.
 
     Configs within it are built first. With ``_partial_`` it is a partial of the class. Nothing is
@@ -31,6 +36,7 @@ def build(config: Any, trust: Collection[str] | None = None, **arguments: Any) -
         trust: full names of custom classes that may be called next to those of this package,
             SpikingJelly's neurons and surrogates, ``torch.optim`` and torch's losses; None where
             the user has no say.
+        keys: where a class's arguments are in the user's config, for errors.
         arguments: for the outermost class, over those of the config.
 
     Raises:
@@ -41,7 +47,7 @@ def build(config: Any, trust: Collection[str] | None = None, **arguments: Any) -
     """
     for name in _targets(config):
         find_class(name, trust)
-    return _call(config, trust, arguments)
+    return _call(config, trust, keys or {}, arguments)
 
 
 def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
@@ -85,12 +91,17 @@ def _is_in(module: str, roots: Collection[str]) -> bool:
     return any(f"{module}.".startswith(f"{root}.") for root in roots)
 
 
-def _call(node: Any, trust: Collection[str] | None, arguments: Mapping[str, Any]) -> Any:
+def _call(
+    node: Any,
+    trust: Collection[str] | None,
+    keys: Mapping[str, str],
+    arguments: Mapping[str, Any],
+) -> Any:
     if isinstance(node, list):
-        return [_call(child, trust, {}) for child in node]
+        return [_call(child, trust, keys, {}) for child in node]
     if not isinstance(node, dict):
         return node
-    values = {key: _call(value, trust, {}) for key, value in node.items()} | {**arguments}
+    values = {key: _call(value, trust, keys, {}) for key, value in node.items()} | {**arguments}
     if "_target_" not in values:
         return values
     name = values.pop("_target_")
@@ -98,7 +109,10 @@ def _call(node: Any, trust: Collection[str] | None, arguments: Mapping[str, Any]
     try:
         return partial(target, **values) if is_partial else target(**values)
     except ValueError as error:
-        error.add_note(f"(of {name})")
+        if name in keys and str(error).partition(" ")[0] in values:
+            error.args = (f"{keys[name]}.{error}",)
+        else:
+            error.add_note(f"(of {name})")
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"{name} cannot be built: {error}") from error

@@ -98,13 +98,13 @@ def test_metrics_of_the_card_are_measured_again(name, tmp_path):
 
     stated = pretrained.read_config(name)["metrics"]
     cfg = compose("train", [*stated["overrides"], f"cache_dir={tmp_path}"])
-    data = build_part(cfg.dataset)
+    data = build_part(cfg, "dataset")
     try:
         data.prepare_data()
         data.setup()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    task = build_part(cfg.task, model=create_model(name, pretrained=True), optimizer=None)
+    task = build_part(cfg, "task", model=create_model(name, pretrained=True), optimizer=None)
     with seeded(cfg.seed):
         measured = measure(task, bare_trainer("cpu"), data, build_evaluator(cfg))
     # FAD looks through an autoencoder that each machine trains for itself.

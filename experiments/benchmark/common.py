@@ -94,7 +94,7 @@ def saved_bytes(module: nn.Module, x_seq: Tensor) -> int:
 
 def load_images(run: Run, n: int) -> Tensor:
     """The first ``n`` test images of a run's data."""
-    data = build_part(run.config.dataset)
+    data = build_part(run.config, "dataset")
     data.setup()
     batches = islice(data.test_dataloader(), -(-n // data.batch_size))
     return torch.cat([image for image, _ in batches])[:n]

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import rich
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import track
 
 from ..monitoring import warn_at_bound
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
 
+def is_watched() -> bool:
+    """Whether there is a terminal or a notebook: in a file rich's bars would be blank lines."""
+    console = rich.get_console()
+    return console.is_interactive or console.is_jupyter
+
+
+def show_progress(items: Iterable[Any], description: str) -> Iterable[Any]:
+    """The items, under a progress bar that goes away at their end."""
+    return track(items, description, transient=True, disable=not is_watched())
+
+
 class ProgressBar(RichProgressBar):
     """Lightning's rich bar within 80 columns, with the task's first metric alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not is_watched():
+            self.disable()
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
         *columns, _ = super().configure_columns(trainer)  # without the speed

@@ -105,7 +105,8 @@ def format_error(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing; give {error.full_key}=..., see --help"
     if isinstance(error, CompactHydraException | OmegaConfBaseException):
-        return " ".join(str(error).partition("Config search path")[0].split())
+        text = " ".join(str(error).partition("Config search path")[0].split())
+        return text.replace("To append to your config use", "If its class takes it, add")
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
     return "\n".join([str(error), *getattr(error, "__notes__", ()), hint])
 

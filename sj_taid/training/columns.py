@@ -78,9 +78,12 @@ COLUMNS = METRICS | COSTS
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Title and value, as text, of each metric, by its name."""
+    """Title and value, as text, of each metric, by its name; of ESVAE the title names the prior."""
+    shown = {key: column for key, column in METRICS.items() if key in metrics}
     return {
-        key: (column.title, f"{metrics[key] / column.unit:.{column.decimals}f}")
-        for key, column in METRICS.items()
-        if key in metrics
+        key: (
+            METRICS.get(f"{key}_{metrics.get('prior')}", column).title,
+            f"{metrics[key] / column.unit:.{column.decimals}f}",
+        )
+        for key, column in shown.items()
     }

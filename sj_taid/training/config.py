@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 #: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
@@ -62,6 +64,22 @@ def folder_name(overrides: Sequence[str], ignored: Collection[str] = ()) -> str:
         return name
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"{name[:103].strip('-.')}-{digest}".lstrip("-")
+
+
+class RemoveEmptyFolders(Callback):
+    """Removes the folders that Hydra made for a job that left nothing there, as one refused."""
+
+    missing: Sequence[Path] | None = None
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.run.dir).absolute()
+        self.missing = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
+        of_a_sweep = [Path(config.hydra.runtime.output_dir)]
+        with suppress(OSError):  # it holds something
+            for path in of_a_sweep if self.missing is None else self.missing:
+                path.rmdir()
 
 
 def base_name(path: str) -> str:

@@ -43,10 +43,10 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         cfg.trust = list(trust)  # what the run says of itself is no reason to trust it
         validate(cfg)
         model = run.model(trust)
-        data = build_part(cfg.dataset, trust)
+        data = build_part(cfg, "dataset", trust)
         data.prepare_data()
         data.setup()
-        task = build_part(cfg.task, trust, model=model, optimizer=None)
+        task = build_part(cfg, "task", trust, model=model, optimizer=None)
         with seeded(cfg.seed):
             metrics = measure(task, build_tester(cfg, bar=True), data, build_evaluator(cfg))
         protocol = metrics.pop("protocol", {})
@@ -96,7 +96,7 @@ def build_evaluator(cfg: DictConfig) -> Evaluator | None:
     if not cfg.get("metric"):
         return None
     options = {"cache_dir": cfg.cache_dir, "seed": cfg.seed, "accelerator": cfg.trainer.accelerator}
-    return build_part(cfg.metric, cfg.trust or (), **options)
+    return build_part(cfg, "metric", cfg.trust or (), **options)
 
 
 def measure(

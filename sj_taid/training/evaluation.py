@@ -15,7 +15,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from filelock import FileLock
-from rich.progress import track
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
@@ -34,7 +33,7 @@ from ..metric import (
 from ..metric.precision_recall import NEIGHBOURS
 from ..model import Autoencoder
 from .autoencoding import Autoencoding
-from .callbacks import ProgressBar
+from .callbacks import ProgressBar, show_progress
 from .files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -205,7 +204,7 @@ class Evaluator:
 
         def make() -> dict[str, Any]:
             batches = data.test_dataloader()
-            for images, _ in track(batches, "Statistics of the test images", transient=True):
+            for images, _ in show_progress(batches, "Statistics of the test images"):
                 moved = images.to(device)
                 for metric in comparing.values():
                     metric.update(moved, real=True)
@@ -254,7 +253,7 @@ def _measure(
 ) -> dict[str, float]:
     """The metrics of samples that are drawn from ``seed``."""
     with seeded(seed):
-        for n in track(batches, "Sampling, in batches", transient=True):
+        for n in show_progress(batches, "Sampling, in batches"):
             metrics.update(model.sample(n).to(device), real=False)
     return {name: float(value) for name, value in metrics.compute().items()}
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,6 +21,7 @@ from ..model.block import eval_mode
 from ..model.rate import spikes_from_rate
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
+from .callbacks import show_progress
 from .critic import PatchCritic
 from .evaluation import Evaluator, load_or_make, seeded
 from .feature_loss import FeatureLoss
@@ -180,12 +180,14 @@ class Generation(Autoencoding):
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's priors to the training images, not augmented."""
         if isinstance(self.model, ESVAE):
-            batches = track(data.train_samples(), "Rates of the training images", transient=True)
+            batches = show_progress(data.train_samples(), "Rates of the training images")
             with seeded(0):  # leaves the random state to a run that resumes with more epochs
                 self.model.fit_prior(image.to(self.device) for image, _ in batches)
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         metrics = evaluator.evaluate_samples(self.model, data)
+        if isinstance(self.model, ESVAE):
+            metrics["prior"] = self.model.sample_from
         floor = _floor(data, evaluator, metrics["protocol"])
         for name, how in super().evaluate(data, evaluator)["protocol"].items():
             exact = ", exact spike counts" if isinstance(self.model, ESVAE) else ""

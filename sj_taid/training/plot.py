@@ -60,7 +60,7 @@ def draw_parameters(history: list[dict[str, dict[str, float]]], path: Path) -> N
     """Draw tau and V_th of every layer over the epochs; entry 0 is the start."""
     figure = Figure((11, 4.2), layout="tight")
     axes = figure.subplots(1, 2)
-    names = [name.removesuffix(".1") for name in history[0]]
+    names = [*history[0]]
     for axis, key, label in (
         (axes[0], "tau", r"membrane time constant $\tau$ (time steps)"),
         (axes[1], "v_threshold", r"threshold $V_{th}$ (dimensionless)"),

@@ -22,14 +22,13 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import OmegaConf
-from rich.progress import track
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor
 from torchvision.utils import save_image
 
 from .._extras import needs
 from ..layer import TAID, FixedDecoder
-from .callbacks import Pictures
+from .callbacks import Pictures, show_progress
 from .checkpoint import read_checkpoint
 from .columns import COLUMNS as MEASURED
 from .columns import METRICS, Column
@@ -65,7 +64,8 @@ COLUMNS = MEASURED | OPERATIONS
 @cache
 def first_images(dataset: str, trust: tuple[str, ...] = ()) -> Tensor:
     """The first images ``[N, C, H, W]``, or frames ``[T, N, C, H, W]``, of a test set."""
-    data = build_part(OmegaConf.create(dataset), trust, num_workers=0, batch_size=IMAGES)
+    cfg = OmegaConf.create({"dataset": OmegaConf.create(dataset)})
+    data = build_part(cfg, "dataset", trust, num_workers=0, batch_size=IMAGES)
     data.prepare_data()
     data.setup()
     x, _ = next(iter(data.test_dataloader()))
@@ -81,7 +81,7 @@ def inspect(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
 
     def record_spikes(name: str) -> Callable[..., None]:
         # A model that also steps through time ends with its pass over the whole sequence.
-        return lambda node, inputs, output: spikes.update({name.removesuffix(".1"): output})
+        return lambda node, inputs, output: spikes.update({name: output})
 
     def record_shares(decoder: Any, inputs: tuple[Tensor]) -> None:
         found["shares"] = time_shares(decoder.attention(*inputs)).mean(1)
@@ -191,7 +191,7 @@ def attention(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Ite
 def parameters(history: list[dict[str, dict[str, float]]]) -> Iterator[str]:
     """tau and V_th of every layer over the epochs; entry 0 is the start."""
     rows = [
-        {"epoch": epoch, "layer": layer.removesuffix(".1"), **values}
+        {"epoch": epoch, "layer": layer, **values}
         for epoch, layers in enumerate(history)
         for layer, values in layers.items()
     ]
@@ -256,7 +256,7 @@ def page(
     table, keys, metric = rank(runs)
     epochs: list[dict[str, Any]] = []
     details: dict[str, dict[str, Any]] = {}
-    for label, folder in track(table["folder"].items(), "Reading runs", len(table), transient=True):
+    for label, folder in show_progress([*table["folder"].items()], "Reading runs"):
         command = runs[folder]["command"]
         one = {"folder": folder, "command": command, "parameters": [], "raster": []}
         details[label] = one

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -102,7 +101,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes out of the folder; a run that leaves nothing takes it away again.
+        """Keep other processes out of the folder; a lock that stands alone there goes again.
 
         The first process of a distributed run holds the lock for all.
 
@@ -129,11 +128,8 @@ class Run:
                 yield
             finally:
                 if [*self.folder.iterdir()] == [self.folder / LOCK]:
-                    with suppress(OSError):  # read-only, or the folder of a mount
+                    with suppress(OSError):  # read-only
                         (self.folder / LOCK).unlink()
-                        self.folder.rmdir()
-                        if self.folder.is_relative_to(Path.cwd()):  # as runs/DATASET/DATE
-                            os.removedirs(os.path.relpath(self.folder.parent))
 
     @property
     def config(self) -> DictConfig:
@@ -252,7 +248,7 @@ class Run:
 
         from .checkpoint import load_weights, read_checkpoint
 
-        model = build_part(self.config.model, trust)
+        model = build_part(self.config, "model", trust)
         load_weights(model, read_checkpoint(self.checkpoint), self.checkpoint)
         # The layout it was trained in: another rounds otherwise.
         return model.to(memory_format=torch.channels_last).eval()
@@ -274,9 +270,11 @@ def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn
     return Run.find(run_or_checkpoint).model(trust)
 
 
-def build_part(node: Any, trust: Collection[str] = (), **arguments: Any) -> Any:
+def build_part(cfg: DictConfig, part: str, trust: Collection[str] = (), **arguments: Any) -> Any:
     """The object that a part of a config describes, see :func:`sj_taid._build.build`."""
-    return build(OmegaConf.to_container(node, resolve=True), trust, **arguments)
+    groups = {k: group for k, group in cfg.items() if isinstance(group, DictConfig)}
+    keys = {str(group.get("_target_")): str(key) for key, group in groups.items()}
+    return build(OmegaConf.to_container(cfg[part], resolve=True), trust, keys, **arguments)
 
 
 def is_first_process() -> bool:

@@ -83,8 +83,10 @@ def train(
     origin = {"choices": {}, "overrides": [], "command": "", **origin, **provenance()}
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = build_part(cfg.dataset, cfg.trust or ())
+    data = build_part(cfg, "dataset", cfg.trust or ())
     task = build_task(cfg)
+    # Before a critic freezes some, and without a prior that is fitted later.
+    trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     evaluator = build_evaluator(cfg)
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     data.prepare_data()
@@ -121,7 +123,7 @@ def train(
     metrics |= {
         **task.untrained_metrics,
         "epochs": trainer.current_epoch,
-        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "parameters": trained,
         "training_seconds": round(timer.time_elapsed(), 1),
         "seed": cfg.seed,
         **origin,
@@ -135,14 +137,14 @@ def train(
 def count_classes(cfg: DictConfig) -> None:
     """Let the data say how many classes there are, where a classifier was not told."""
     if cfg.model.get("classes", 0) is None:
-        cfg.dataset.classes = build_part(cfg.dataset, cfg.trust or ()).classes
+        cfg.dataset.classes = build_part(cfg, "dataset", cfg.trust or ()).classes
 
 
 def build_task(cfg: DictConfig) -> Task:
     # In this layout convolutions are faster, in bfloat16 above all.
-    model = build_part(cfg.model, cfg.trust or ()).to(memory_format=torch.channels_last)
+    model = build_part(cfg, "model", cfg.trust or ()).to(memory_format=torch.channels_last)
     optimizer = instantiate(cfg.optimizer)
-    return build_part(cfg.task, cfg.trust or (), model=model, optimizer=optimizer)
+    return build_part(cfg, "task", cfg.trust or (), model=model, optimizer=optimizer)
 
 
 def calibrate_thresholds(cfg: DictConfig, task: Task, data: Any) -> None:

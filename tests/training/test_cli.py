@@ -57,6 +57,8 @@ def test_cli_usage(sj_taid, capsys):
     ("arguments", "message"),
     [
         ("train nueron=lif", "Could not override 'nueron'"),
+        ("train model.mmd=1", r"'model\.mmd'\. If its class takes it, add \+model\.mmd=1"),
+        ("train +model.mmd=1", "ESVAE cannot be built: .*unexpected keyword argument 'mmd'"),
         ("train +nueron=lif", "no key nueron; sj-taid train --cfg job shows"),
         ("train neuron=alef", "Could not find 'neuron/alef' Available options in 'neuron': alif"),
         ("train foo", "missing EQUAL"),
@@ -66,6 +68,7 @@ def test_cli_usage(sj_taid, capsys):
         ("train trainer.accelerator=tpuu", "Available names are.* full_key: trainer"),
         ("train optimizer._target_=torch.Foo", "target 'torch.Foo'.* full_key: optimizer"),
         ("train neuron._target_=os.system", r"'os\.system': no public class .*add trust="),
+        ("train -m seed=0 neuron._target_=os.system", r"'os\.system': no public class"),
         ("train hydra.run.dir=file", "File exists: '.*file'"),
         ("evaluate checkpoint=nowhere", "no checkpoint at .*nowhere; a run leaves it in"),
         ("sample checkpoint=file", r"a \.ckpt file, but got .*file; give "),
@@ -78,6 +81,7 @@ def test_cli_reports_a_users_error_in_lines(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
     with pytest.raises(SystemExit) as ended:
         sj_taid(*arguments.split())
     text = str(ended.value)
@@ -85,7 +89,10 @@ def test_cli_reports_a_users_error_in_lines(
     lines = capsys.readouterr().err.splitlines() + text.splitlines()
     assert "Traceback" not in "".join(lines)
     assert len(lines) <= 3
-    assert [path.name for path in tmp_path.rglob("*")] == ["file"]  # and no empty folder
+    left = [*tmp_path.rglob("*")]
+    assert {path.name for path in left if path.is_file()} <= {"file", "multirun.yaml"}
+    empty = [path for path in left if path.is_dir() and not any(path.iterdir())]
+    assert empty == [tmp_path / "runs" / "digits"]  # which was there before
 
 
 def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):

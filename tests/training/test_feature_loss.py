@@ -44,7 +44,7 @@ def test_feature_loss_through_efficientnet(channels, monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits(tiny):
-    data = build_part(tiny("dataset.image_size=16").dataset)
+    data = build_part(tiny("dataset.image_size=16"), "dataset")
     data.setup()
     return data
 

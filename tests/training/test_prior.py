@@ -51,10 +51,14 @@ def test_train_fits_the_mixture_and_measures_both_priors(finished):
     assert (finished / "attention.png").is_file()
 
 
-def test_train_measures_the_models_own_prior_first(esvae, tmp_path, finished, monkeypatch):
+def test_train_measures_the_models_own_prior_first(esvae, tmp_path, finished, monkeypatch, caplog):
     monkeypatch.setattr(generation, "TrainingImages", None)  # whose metrics are cached
+    caplog.set_level("INFO")
     metrics = train(esvae("model.sample_from=flow"), tmp_path)
     first = Run(finished).metrics
+    assert (metrics["prior"], first["prior"]) == ("flow", "learned")
+    assert f"FAD, own autoencoder, flow ↓: {metrics['fad']:.2f}" in caplog.messages
+    assert metrics["parameters"] == first["parameters"]  # the flow is fitted later
     assert metrics["fad"] not in (first["fad"], first["fad_mixture"])
     assert metrics["fad_mixture"] == first["fad_mixture"]
     assert metrics["fad_learned"] == first["fad"]

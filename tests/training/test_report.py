@@ -81,7 +81,7 @@ def test_inspect_shows_what_the_checkpoint_does(sweep):
     model.to_latent[1].register_forward_hook(lambda *call: fired.append(call[2]))
     with seeded(report.SEED), torch.no_grad():
         model(data)
-    assert found["rates"]["to_latent"] == pytest.approx(float(fired[0].mean()))
+    assert found["rates"]["to_latent.1"] == pytest.approx(float(fired[0].mean()))
     (raster,) = map(json.loads, found["raster"])
     assert len(raster["layout"]["yaxis"]["ticktext"]) == len(found["rates"]) == 12
 
