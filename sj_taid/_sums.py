@@ -93,19 +93,18 @@ def _apply_norm(
 def recompute_sums(net: nn.Module) -> dict[str, str]:
     """Save no sum of a norm's output that a neuron reads; the paths of both."""
     paths = {module: path for path, module in net.named_modules()}
-    sums = trace(net, is_norm).sums.items()
-    known = [
-        (norm, reader)
-        for norm, (other, reader) in sums
-        if _knows(norm) and _knows(other) and type(reader) in KINDS
-    ]
-    for norm, _ in known:
+    known = {
+        norm: reader
+        for norm, other, reader in trace(net, is_norm).sums
+        if _has_recipe(norm) and _has_recipe(other) and type(reader) in KINDS
+    }
+    for norm in known:
         norm.forward = NormForward(norm)
-    return {paths[norm]: paths[reader] for norm, reader in known}
+    return {paths[norm]: paths[reader] for norm, reader in known.items()}
 
 
-def _knows(maker: Any) -> bool:
-    """Whether the output of a module has a recipe."""
+def _has_recipe(maker: nn.Module) -> bool:
+    """Whether the output of a module has a recipe, its own or its spikes' bits."""
     if isinstance(maker, _MaxPoolNd):  # of spikes
         return True
     if "forward" in vars(maker):

@@ -6,14 +6,11 @@ import copy
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.pooling import _MaxPoolNd
 
 #: A forward with more branches, or more ways through them, is not followed.
 _MOST_BRANCHES = 32
@@ -30,9 +27,8 @@ class Traced(NamedTuple):
     inputs: dict[nn.Module, nn.Module | str]
     #: the sources that see time folded into the batch, and whose readers do not
     folded: set[nn.Module]
-    #: for each source whose sum with spikes or a norm's output a neuron reads: what makes that, and
-    #: the neuron
-    sums: dict[nn.Module, tuple[nn.Module, nn.Module]]
+    #: for each sum of a source and another module's output: the source, that module and the reader
+    sums: list[tuple[nn.Module, nn.Module, nn.Module]]
     #: the modules whose forward cannot be traced
     untraced: list[nn.Module]
 
@@ -64,15 +60,18 @@ class _Port(NamedTuple):
     is_output: bool
 
 
+_Links = dict[_Port | str, dict[_Port | str, None]]
+
+
 class _Tracing:
     """The forwards traced so far."""
 
     def __init__(self) -> None:
         #: what reads the tensor at a port, and what makes it: ports, or notes on what else does
-        self.reads: dict[_Port | str, dict[_Port | str, None]] = defaultdict(dict)
-        self.makes: dict[_Port | str, dict[_Port | str, None]] = defaultdict(dict)
+        self.reads: _Links = defaultdict(dict)
+        self.makes: _Links = defaultdict(dict)
         #: of a tensor that is added to one other: what makes that, and what reads the sum
-        self.sums: dict[_Port | str, list[tuple[_Port | None, _Port | None]]] = defaultdict(list)
+        self.sums: dict[_Port | str, list[tuple[_Port, _Port]]] = defaultdict(list)
         self.unfolded: set[_Port | str] = set()
         self.calls: Counter[nn.Module] = Counter()
         self.traced: set[nn.Module] = set()
@@ -122,47 +121,57 @@ class _Tracing:
                 self.link(maker, reader)
                 self.unfolded |= {maker} if made is not read else set()
                 if node.target is operator.add and made is read and len(node.users) == 1:
-                    others = [makers.get(n) for n in node.all_input_nodes if n is not read]
-                    self.sums[maker] += product(others, map(readers.get, node.users))
+                    others = makers.keys() & {*node.all_input_nodes} - {read}
+                    totals = readers.keys() & node.users
+                    self.sums[maker] += [(makers[o], readers[t]) for o in others for t in totals]
         return called.values()
 
     def resolve(
         self, modules: Iterable[nn.Module], is_source: Callable[[nn.Module], bool]
     ) -> Traced:
         """Sort the sources into those with one reader and those without."""
-        result = Traced({}, {}, {}, set(), {}, self.untraced)
+        result = Traced({}, {}, {}, set(), [], self.untraced)
         for module in modules:
-            passed: list[_Port] = []
-            found = self._other_end(_Port(module, is_source(module)), passed)
             if not is_source(module):
-                result.inputs[module] = found
-            elif isinstance(found, str):
-                result.obstacles[module] = found
-                ports = [] if self.unfolded.intersection(passed) else passed
-                for other, reader in [ends for port in ports for ends in self.sums[port]]:
-                    maker, node = self._end(other, self.makes), self._end(reader, self.reads)
-                    is_saved = isinstance(maker, neuron.BaseNode | _MaxPoolNd | _BatchNorm)
-                    if is_saved and isinstance(node, neuron.BaseNode):
-                        result.sums[module] = maker, node
-            elif self._other_end(_Port(found, False), []) is not module:
-                result.obstacles[module] = f"a {type(found).__name__} reads its output, or another"
+                result.inputs[module] = self._find_maker(_Port(module, False))
+                continue
+            passed: list[_Port] = []
+            reader = self._find_reader(_Port(module, True), passed)
+            is_folded = bool(self.unfolded.intersection(passed))
+            if isinstance(reader, str):
+                result.obstacles[module] = reader
+                for port in () if is_folded else passed:
+                    result.sums.extend(self._find_sums(module, port))
+            elif self._find_maker(_Port(reader, False)) is not module:
+                result.obstacles[module] = f"a {type(reader).__name__} reads its output, or another"
             else:
-                result.readers[module] = found
-                if self.unfolded.intersection(passed):
+                result.readers[module] = reader
+                if is_folded:
                     result.folded.add(module)
         return result
 
-    def _end(self, port: _Port | None, links: Any) -> Any:
-        """The module of a port or, if that was traced, behind it."""
-        return self._other_end(port, [], links) if port in links else port and port.module
+    def _find_sums(
+        self, source: nn.Module, port: _Port
+    ) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:
+        """The sums with the tensor at ``port``, where one module each makes and reads the rest."""
+        for other, total in self.sums[port]:
+            maker = self._find_maker(other) if other.module in self.traced else other.module
+            reader = self._find_reader(total) if total.module in self.traced else total.module
+            if isinstance(maker, nn.Module) and isinstance(reader, nn.Module):
+                yield source, maker, reader
 
-    def _other_end(self, port: Any, passed: list[_Port], links: Any = None) -> nn.Module | str:
-        """The only module at the other end of the tensor at ``port``, or why there is none.
+    def _find_reader(self, port: _Port, passed: list[_Port] | None = None) -> nn.Module | str:
+        """The only reader of the tensor at ``port``, or why there is none."""
+        return self._follow(port, self.reads, "reads its output", [] if passed is None else passed)
 
-        ``passed`` receives the ports on the way.
-        """
-        links = links or (self.reads if port.is_output else self.makes)
-        what = "reads its output" if links is self.reads else "makes its input"
+    def _find_maker(self, port: _Port) -> nn.Module | str:
+        """The only module that makes the tensor at ``port``, or why there is none."""
+        return self._follow(port, self.makes, "makes its input", [])
+
+    def _follow(
+        self, port: _Port, links: _Links, what: str, passed: list[_Port]
+    ) -> nn.Module | str:
+        """The only end of the ``links`` from ``port``; ``passed`` receives the ports on the way."""
 
         def find_ends(port: _Port) -> Iterator[nn.Module | str]:
             passed.append(port)
