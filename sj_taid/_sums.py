@@ -81,6 +81,10 @@ class NormForward:
         set_recipe(y, Recipe(compute, (x, *statistics, norm.weight, norm.bias)))
         return y
 
+    def remove(self) -> None:
+        """Give the norm the forward of its class back."""
+        vars(self.norm).pop("forward", None)
+
 
 def _apply_norm(
     folds: bool, eps: float, x: Tensor, mean: Any, var: Any, weight: Any, bias: Any

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -77,6 +79,8 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
 class Acceleration(AbstractContextManager["Acceleration"]):
     """The report of :func:`.accelerate`: ``print`` it. The end of ``with`` calls :meth:`undo`.
 
+    To undo a copy too, copy both: ``net, report = copy.deepcopy((net, report))``.
+
     Attributes:
         rows: one :class:`Row` per neuron and norm.
         saved_bytes: bytes saved for backward, before and after, if there was an example input.
@@ -87,38 +91,50 @@ class Acceleration(AbstractContextManager["Acceleration"]):
     step_ms: tuple[float, float] | None = None
 
     def __init__(self, net: nn.Module) -> None:
-        self._net, self._nodes, self._bits, rows = net, [], "no spikes saved as bits", {}
-        find: Any = net.get_submodule
-        with ExitStack() as undo:  # also if something fails
-            for site in convert.find_neurons(net, neuron.BaseNode):
-                node, kind, reason = site.node, type(site.node), _why_not(site)
-                note, done = reason or convert.describe_equality(site), "" if reason else _FUSED
-                rows[site.path] = Row(" = ".join(site.paths), kind.__name__, done, note)
-                if not reason:
-                    node.__class__ = _ACCELERATED[kind]
-                    undo.callback(node.restore)
-                    self._nodes.append(node)
-            for row in fuse_norm(net).rows:
-                name, done = type(find(row.norm)).__name__, f"fused into {row.neuron}"
-                note = row.note or "equal outputs to rounding"
-                rows[row.norm] = Row(row.norm, name, "" if row.note else done, note)
-                if not row.note:
-                    undo.callback(find(row.neuron).apply_norm, None)
-            for norm, reader in _sums.recompute_sums(net).items():
-                rows[norm] = rows[norm]._replace(
-                    done=f"recomputed for {reader}", note="equal outputs, and its sum is not saved"
-                )
-                undo.callback(vars(find(norm)).pop, "forward", None)
-            if any(type(module) in KINDS for module in net.modules()):
-                with suppress(ValueError):  # no layer saves spikes
-                    undo.callback(packed_spikes(net).remove)
-                    self._bits = "spikes saved as bits"
-            self._undo = undo.pop_all()
+        self._net, self._bits = net, "no spikes saved as bits"
+        self._nodes: list[neuron.BaseNode] = []
+        #: what takes back each change; it can be copied along with the net
+        self._undo: list[Callable[[], Any]] = []
+        try:
+            rows = self._change(net)
+        except BaseException:
+            self.undo()
+            raise
         self.rows = tuple(rows[path] for path, _ in net.named_modules() if path in rows)
+
+    def _change(self, net: nn.Module) -> dict[str, Row]:
+        """Accelerate ``net``; the row of each neuron and norm by its path."""
+        rows: dict[str, Row] = {}
+        find: Any = net.get_submodule
+        for site in convert.find_neurons(net, neuron.BaseNode):
+            node, kind, reason = site.node, type(site.node), _why_not(site)
+            note, done = reason or convert.describe_equality(site), "" if reason else _FUSED
+            rows[site.path] = Row(" = ".join(site.paths), kind.__name__, done, note)
+            if not reason:
+                node.__class__ = _ACCELERATED[kind]
+                self._undo.append(node.restore)
+                self._nodes.append(node)
+        for row in fuse_norm(net).rows:
+            name, done = type(find(row.norm)).__name__, f"fused into {row.neuron}"
+            note = row.note or "equal outputs to rounding"
+            rows[row.norm] = Row(row.norm, name, "" if row.note else done, note)
+            if not row.note:
+                self._undo.append(partial(find(row.neuron).apply_norm, None))
+        for norm, reader in _sums.recompute_sums(net).items():
+            rows[norm] = rows[norm]._replace(
+                done=f"recomputed for {reader}", note="equal outputs, and its sum is not saved"
+            )
+            self._undo.append(find(norm).forward.remove)
+        if any(type(module) in KINDS for module in net.modules()):
+            with suppress(ValueError):  # no layer saves spikes
+                self._undo.append(packed_spikes(net).remove)
+                self._bits = "spikes saved as bits"
+        return rows
 
     def undo(self) -> None:
         """Take back what was done, in place; warns if neurons have left the net since."""
-        self._undo.close()
+        while self._undo:
+            self._undo.pop()()
         if gone := len({*self._nodes} - {*self._net.modules()}):
             warnings.warn(f"{gone} accelerated neurons were replaced, which stays", stacklevel=2)
 

@@ -249,13 +249,17 @@ def test_accelerated_net_is_swapped_after_undo_only():
 
 def test_accelerated_net_copies_and_pickles():
     net, x_seq = make_net(), images()
-    accelerate(net)
+    before, report = attributes_of(net), accelerate(net)
     net(x_seq)
-    copies = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+    both = net, report
+    accelerated = attributes_of(net)
+    copies = copy.deepcopy(both), pickle.loads(pickle.dumps(both))
     expected = train(net, x_seq, 1)
-    for other in copies:
+    for other, its_report in copies:
         assert type(other[2]) is type(net[2]) and other[2].norm is other[1]
         assert all(map(torch.equal, train(other, x_seq, 1), expected))
+        its_report.undo()
+        assert attributes_of(other) == before and attributes_of(net) == accelerated
 
 
 def test_accelerate_shared_neuron_and_hooks():
