@@ -85,34 +85,22 @@ def compile_kernel(kernel: Callable[[Any], None]) -> Any:
     return cfunc(signature, cache=True, error_model="numpy")(kernel)
 
 
-def _element(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    """The code for the address of an element: of an address and an offset in elements."""
-    pointer_type = context.get_value_type(signature.return_type)
-    return builder.gep(builder.inttoptr(arguments[0], pointer_type), [arguments[1]])
+def _pointer_to(kind: Any) -> Any:
+    """The function that points to an element, given an address and an offset in elements."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer_type = context.get_value_type(signature.return_type)
+        return builder.gep(builder.inttoptr(arguments[0], pointer_type), [arguments[1]])
+
+    @intrinsic
+    def at(typing_context: Any, address: Any, offset: Any) -> Any:
+        return types.CPointer(kind)(types.intp, types.intp), generate
+
+    return at
 
 
-@intrinsic
-def _at(typing_context: Any, address: Any, offset: Any) -> Any:
-    """The float32 pointer ``address + 4 * offset``."""
-    return types.CPointer(types.float32)(types.intp, types.intp), _element
-
-
-@intrinsic
-def _double_at(typing_context: Any, address: Any, offset: Any) -> Any:
-    """The float64 pointer ``address + 8 * offset``."""
-    return types.CPointer(types.float64)(types.intp, types.intp), _element
-
-
-@intrinsic
-def _half_at(typing_context: Any, address: Any, offset: Any) -> Any:
-    """The uint16 pointer ``address + 2 * offset``."""
-    return types.CPointer(types.uint16)(types.intp, types.intp), _element
-
-
-@intrinsic
-def _byte_at(typing_context: Any, address: Any, offset: Any) -> Any:
-    """The uint8 pointer ``address + offset``."""
-    return types.CPointer(types.uint8)(types.intp, types.intp), _element
+_at, _double_at = _pointer_to(types.float32), _pointer_to(types.float64)
+_half_at, _byte_at = _pointer_to(types.uint16), _pointer_to(types.uint8)
 
 
 @intrinsic
@@ -444,9 +432,28 @@ def _row(scratch, a, k):
 
 
 @_part
-def _inputs(scratch, a):
-    """Where the rows of the input are: of a block, or with ``whole`` of a part."""
-    return scratch + 4 * (_VOLTAGES + max(a.steps, 2)) * a.pitch
+def _input_row(scratch, a, t, here):
+    """The input at step ``t``, of a block; with ``whole`` of a part, from ``here`` on."""
+    rows = (_VOLTAGES + max(a.steps, 2)) * a.pitch
+    return _at(scratch, rows + t * a.length + here * a.whole)
+
+
+@_part
+def _grad_x_row(scratch, a, t, here):
+    """The gradient of what the neuron reads: one row, or with ``whole`` one for each step."""
+    if a.whole:
+        return _input_row(scratch, a, a.steps + t, here)
+    return _row(scratch, a, _GRAD_X)
+
+
+@_part
+def _neuron_input(scratch, a, x_row, n):
+    """The row that the neuron reads: the input's, or its norm."""
+    if not a.norm:
+        return x_row
+    y_row, shift = _row(scratch, a, _Y), _row(scratch, a, _SHIFT)
+    _normalise(x_row, y_row, shift, _row(scratch, a, _GAIN), _row(scratch, a, _OFFSET), n)
+    return y_row
 
 
 @_part
@@ -459,99 +466,109 @@ def _spread_rows(scratch, a, k, values, rows, first, n, channel, width):
 
 @_part
 def _spread_parameters(scratch, a, first, n, channel, width):
-    """The rows that forward and backward share: q, the threshold and a norm's numbers."""
+    """The rows of q, the threshold, and a norm's numbers."""
     _spread_rows(scratch, a, _Q, a.q, 1, first, n, channel, width)
     _spread_rows(scratch, a, _THRESHOLD, a.threshold, 1, first, n, channel, width)
     if a.norm:
         _spread_rows(scratch, a, _SHIFT, a.norm, 3, first, n, channel, width)
 
 
-def forward(pointer):
+@_part
+def _add_to_sums(a, sums, kind, kinds, part, row, first, n):
+    """Add a row to the sums of this ``kind``, one per channel."""
+    channel = part // a.ranges * a.group
+    width = min(a.group, a.channels - channel)
+    here = _double_at(sums, (part % a.ranges * kinds + kind) * a.channels + channel)
+    _gather(here, row, first, n, a.inner, width)
+
+
+def _kernel(name, compute_part):
+    """The kernel that computes parts until none is left, under a name of its own.
+
+    The linker keeps one of two functions of the same name. A kernel encloses only plain functions
+    and numbers: numba pickles them into the key of its cache on disk, and its dispatchers pickle
+    differently in every process.
+    """
+
+    def kernel(pointer):
+        a = carray(pointer, 1)[0]
+        scratch = a.scratch + 4 * a.scratch_size * _take(a.counters)
+        part = _take(a.counters + 8)
+        while part < a.parts:
+            compute_part(a, scratch, part)
+            part = _take(a.counters + 8)
+
+    kernel.__qualname__ = name
+    return kernel
+
+
+@_part
+def _forward_part(a, scratch, part):
     """Spikes and voltages; with ``whole``, from a norm whose statistics it takes first."""
-    a = carray(pointer, 1)[0]
-    block, steps, dtype = a.block, a.steps, a.dtype
+    place, begin, end, channel, width = _place(a, part)
     v_rest, decay_input, soft = a.v_rest, a.decay_input != 0, a.soft != 0
-    scratch = a.scratch + 4 * a.scratch_size * _take(a.counters)
-    q_row, threshold_row = _row(scratch, a, _Q), _row(scratch, a, _THRESHOLD)
-    spike_row, y_row = _row(scratch, a, _SPIKE), _row(scratch, a, _Y)
-    shift, gain = _row(scratch, a, _SHIFT), _row(scratch, a, _GAIN)
-    offset, bits = _row(scratch, a, _OFFSET), _row(scratch, a, _BITS)
-    inputs, length = _inputs(scratch, a), a.length
-    part = _take(a.counters + 8)
-    while part < a.parts:
-        place, begin, end, channel, width = _place(a, part)
-        if a.whole:
-            _statistics_of_part(a, scratch, part)
-            _make_norm(a, channel, width)
-        for first in range(begin, end, block):
-            n = min(block, end - first)
-            _spread_parameters(scratch, a, first, n, channel, width)
-            now = _row(scratch, a, _VOLTAGES)
-            _start(now, a.v0, a.v_init, place, first, n)
-            for t in range(steps):
-                x_row = _at(inputs, t * length + (first - begin) * a.whole)
-                if not a.whole:
-                    _load(a.x, dtype, place, t, first, n, x_row, 1)
-                if a.norm:
-                    _normalise(x_row, y_row, shift, gain, offset, n)
-                    x_row = y_row
-                # Never the row it reads from, which would look like a loop-carried dependence.
-                after = _row(scratch, a, _VOLTAGES + (t + 1) % 2)
-                _forward_row(
-                    x_row, now, spike_row, after, q_row, threshold_row, v_rest, decay_input, soft, n
-                )
-                _store(spike_row, a.spike, dtype, place, t, first, n, 1)
-                if a.v_seq:
-                    _store(after, a.v_seq, FLOAT32, place, t, first, n, 1)
-                if a.bits:
-                    if t % 8 == 0:
-                        _fill(bits, np.float32(0), n)
-                    _pack_row(spike_row, bits, np.float32(1 << t % 8), n)
-                    if t % 8 == 7 or t == steps - 1:
-                        _store(bits, a.bits, BYTE, place, t // 8, first, n, 0)
-                now = after
-            _store(now, a.v, FLOAT32, place, 0, first, n, 0)
-        part = _take(a.counters + 8)
-
-
-def statistics(pointer):
-    """Sums over a channel's neurons: means over time, their squares, and squared deviations."""
-    a = carray(pointer, 1)[0]
-    scratch = a.scratch + 4 * a.scratch_size * _take(a.counters)
-    part = _take(a.counters + 8)
-    while part < a.parts:
+    q, threshold = _row(scratch, a, _Q), _row(scratch, a, _THRESHOLD)
+    spike, bits = _row(scratch, a, _SPIKE), _row(scratch, a, _BITS)
+    if a.whole:
         _statistics_of_part(a, scratch, part)
-        part = _take(a.counters + 8)
+        _make_norm(a, channel, width)
+    for first in range(begin, end, a.block):
+        n = min(a.block, end - first)
+        _spread_parameters(scratch, a, first, n, channel, width)
+        now = _row(scratch, a, _VOLTAGES)
+        _start(now, a.v0, a.v_init, place, first, n)
+        for t in range(a.steps):
+            x_row = _input_row(scratch, a, t, first - begin)
+            if not a.whole:
+                _load(a.x, a.dtype, place, t, first, n, x_row, 1)
+            y_row = _neuron_input(scratch, a, x_row, n)
+            # Never the row it reads from, which would look like a loop-carried dependence.
+            after = _row(scratch, a, _VOLTAGES + (t + 1) % 2)
+            _forward_row(y_row, now, spike, after, q, threshold, v_rest, decay_input, soft, n)
+            _store(spike, a.spike, a.dtype, place, t, first, n, 1)
+            if a.v_seq:
+                _store(after, a.v_seq, FLOAT32, place, t, first, n, 1)
+            if a.bits:
+                if t % 8 == 0:
+                    _fill(bits, np.float32(0), n)
+                _pack_row(spike, bits, np.float32(1 << t % 8), n)
+                if t % 8 == 7 or t == a.steps - 1:
+                    _store(bits, a.bits, BYTE, place, t // 8, first, n, 0)
+            now = after
+        _store(now, a.v, FLOAT32, place, 0, first, n, 0)
 
 
 @_part
 def _statistics_of_part(a, scratch, part):
-    """Of ``x`` minus the channel's first value, which loses no digits, and which ``norm`` has."""
+    """Sums over a channel's neurons: means over time, their squares, and squared deviations.
+
+    They are of ``x`` minus the channel's first value, in ``norm``, which loses no digits.
+    """
     place, begin, end, channel, width = _place(a, part)
-    block, inner, steps = a.block, a.inner, a.steps
-    inputs, length = _inputs(scratch, a), a.length
     shift, mean = _row(scratch, a, _SHIFT), _row(scratch, a, _GAIN)
     square = _row(scratch, a, _OFFSET)
-    for first in range(begin, end, block):
-        n = min(block, end - first)
-        here = (first - begin) * a.whole
+    for first in range(begin, end, a.block):
+        n, here = min(a.block, end - first), first - begin
         _spread_rows(scratch, a, _SHIFT, a.norm, 1, first, n, channel, width)
         _fill(mean, np.float32(0), n)
-        for t in range(steps):
-            row = _at(inputs, t * length + here)
-            _load(a.x, a.dtype, place, t, first, n, row, 1)
-            _add_differences(mean, row, shift, n)
+        for t in range(a.steps):
+            x_row = _input_row(scratch, a, t, here)
+            _load(a.x, a.dtype, place, t, first, n, x_row, 1)
+            _add_differences(mean, x_row, shift, n)
         for i in range(n):
-            mean[i] /= np.float32(steps)
-        sums = part % a.ranges * 3 * a.channels + channel
-        _gather(_double_at(a.sums, sums), mean, first, n, inner, width)
+            mean[i] /= np.float32(a.steps)
+        _add_to_sums(a, a.sums, 0, 3, part, mean, first, n)
         for i in range(n):
             square[i] = mean[i] * mean[i]
-        _gather(_double_at(a.sums, sums + a.channels), square, first, n, inner, width)
+        _add_to_sums(a, a.sums, 1, 3, part, square, first, n)
         _fill(square, np.float32(0), n)
-        for t in range(steps):
-            _add_deviations(square, _at(inputs, t * length + here), shift, mean, n)
-        _gather(_double_at(a.sums, sums + 2 * a.channels), square, first, n, inner, width)
+        for t in range(a.steps):
+            _add_deviations(square, _input_row(scratch, a, t, here), shift, mean, n)
+        _add_to_sums(a, a.sums, 2, 3, part, square, first, n)
+
+
+forward = _kernel("forward", _forward_part)
+statistics = _kernel("statistics", _statistics_of_part)
 
 
 @_part
@@ -604,12 +621,7 @@ def backward_for(
     learn_w: bool,
     learn_threshold: bool,
 ) -> Callable[[Any], None]:
-    """The backward kernel for a surrogate and options; what is not needed costs nothing.
-
-    A kernel encloses only plain functions and numbers: numba pickles them into the key of its cache
-    on disk, and its dispatchers pickle differently in every process. Each variant has its own name,
-    since the linker keeps one of two functions of the same name.
-    """
+    """The backward kernel for a surrogate and options; what is not needed costs nothing."""
     options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
     variant = "_".join(map(str, (name, *map(int, options))))
     derivative = smooth(surrogate.DERIVATIVES[name].python)
@@ -640,98 +652,71 @@ def backward_for(
             grad_x[i] = grad_h * q[i] if decay_input else grad_h
             grad_v[i] = grad_h - grad_h * q[i]
 
-    def backward(pointer):
-        a = carray(pointer, 1)[0]
-        block, steps, dtype, inner, channels = a.block, a.steps, a.dtype, a.inner, a.channels
+    @_part
+    def backward_part(a, scratch, part):
+        place, begin, end, channel, width = _place(a, part)
         zero, v_rest = np.float32(0), a.v_rest
-        scratch = a.scratch + 4 * a.scratch_size * _take(a.counters)
         q_row, threshold_row = _row(scratch, a, _Q), _row(scratch, a, _THRESHOLD)
-        shift, gain = _row(scratch, a, _SHIFT), _row(scratch, a, _GAIN)
-        offset, y_row = _row(scratch, a, _OFFSET), _row(scratch, a, _Y)
-        a_row, b_row = _row(scratch, a, _A), _row(scratch, a, _B)
-        grad_q = _row(scratch, a, _GRAD_Q)
-        grad_threshold = _row(scratch, a, _GRAD_THRESHOLD)
-        grad_offset = _row(scratch, a, _GRAD_OFFSET)
-        grad_gain = _row(scratch, a, _GRAD_GAIN)
+        shift, y_row = _row(scratch, a, _SHIFT), _row(scratch, a, _Y)
+        grad_q, grad_threshold = _row(scratch, a, _GRAD_Q), _row(scratch, a, _GRAD_THRESHOLD)
+        grad_offset, grad_gain = _row(scratch, a, _GRAD_OFFSET), _row(scratch, a, _GRAD_GAIN)
         grad_spike, grad_now = _row(scratch, a, _SPIKE), _row(scratch, a, _GRAD_V)
-        inputs, length = _inputs(scratch, a), a.length
-        grads, grad_length = scratch + 4 * _GRAD_X * a.pitch, 0
-        if a.whole:
-            grads, grad_length = inputs + 4 * steps * length, length
-        part = _take(a.counters + 8)
-        while part < a.parts:
-            place, begin, end, channel, width = _place(a, part)
-            for first in range(begin, end, block):
-                n = min(block, end - first)
-                here = (first - begin) * a.whole
-                _spread_parameters(scratch, a, first, n, channel, width)
-                if a.ab and not a.whole:
-                    _spread_rows(scratch, a, _A, a.ab, 2, first, n, channel, width)
-                _start(_row(scratch, a, _VOLTAGES), a.v0, a.v_init, place, first, n)
-                for t in range(steps):
-                    x_row = current = _at(inputs, t * length + here)
-                    _load(a.x, dtype, place, t, first, n, x_row, 1)
-                    if t == steps - 1:
-                        break
-                    if a.norm:
-                        _normalise(x_row, y_row, shift, gain, offset, n)
-                        current = y_row
-                    _recompute_row(
-                        current, _row(scratch, a, _VOLTAGES + t),
-                        _row(scratch, a, _VOLTAGES + t + 1),
-                        q_row, threshold_row, v_rest, decay_input, soft, n,
-                    )  # fmt: skip
-                _start(grad_now, a.grad_v, zero, place, first, n)
-                _fill(grad_q, zero, n)
-                _fill(grad_threshold, zero, n)
-                _fill(grad_spike, zero, n)
-                _fill(grad_offset, zero, n)
-                _fill(grad_gain, zero, n)
-                for t in range(steps - 1, -1, -1):
-                    if a.grad_v_seq:
-                        _load(a.grad_v_seq, FLOAT32, place, t, first, n, y_row, -1)
-                        _add(grad_now, y_row, n)
-                    if a.grad_spike:
-                        _load(a.grad_spike, dtype, place, t, first, n, grad_spike, -1)
-                    x_row = current = _at(inputs, t * length + here)
-                    if a.norm:
-                        _normalise(x_row, y_row, shift, gain, offset, n)
-                        current = y_row
-                    grad_x = _at(grads, t * grad_length + here)
-                    row(
-                        current, _row(scratch, a, _VOLTAGES + t), grad_spike, grad_now, grad_x,
-                        grad_q, grad_threshold, q_row, threshold_row, v_rest, a.a, a.b, n,
-                    )  # fmt: skip
-                    if a.norm_sums:
-                        _add_norm(grad_offset, grad_gain, grad_x, x_row, shift, n)
-                    if a.grad_x and not a.whole:
-                        if a.fixed_norm:
-                            _multiply(grad_x, gain, n)
-                        if a.ab:
-                            _input_gradient_row(x_row, grad_x, shift, gain, a_row, b_row, n)
-                        _store(grad_x, a.grad_x, dtype, place, t, first, n, -1)
-                if a.grad_v0:
-                    _store(grad_now, a.grad_v0, FLOAT32, place, 0, first, n, 0)
-                sums = part % a.ranges * 2 * channels + channel
+        for first in range(begin, end, a.block):
+            n, here = min(a.block, end - first), first - begin
+            _spread_parameters(scratch, a, first, n, channel, width)
+            if a.ab and not a.whole:
+                _spread_rows(scratch, a, _A, a.ab, 2, first, n, channel, width)
+            _recompute(scratch, a, place, first, n, here, decay_input, soft)
+            _start(grad_now, a.grad_v, zero, place, first, n)
+            for row_of_zeros in (grad_q, grad_threshold, grad_spike, grad_offset, grad_gain):
+                _fill(row_of_zeros, zero, n)
+            for t in range(a.steps - 1, -1, -1):
+                if a.grad_v_seq:
+                    _load(a.grad_v_seq, FLOAT32, place, t, first, n, y_row, -1)
+                    _add(grad_now, y_row, n)
+                if a.grad_spike:
+                    _load(a.grad_spike, a.dtype, place, t, first, n, grad_spike, -1)
+                x_row = _input_row(scratch, a, t, here)
+                grad_x = _grad_x_row(scratch, a, t, here)
+                row(
+                    _neuron_input(scratch, a, x_row, n), _row(scratch, a, _VOLTAGES + t),
+                    grad_spike, grad_now, grad_x, grad_q, grad_threshold,
+                    q_row, threshold_row, v_rest, a.a, a.b, n,
+                )  # fmt: skip
                 if a.norm_sums:
-                    to = _double_at(a.norm_sums, sums)
-                    _gather(to, grad_offset, first, n, inner, width)
-                    to = _double_at(a.norm_sums, sums + channels)
-                    _gather(to, grad_gain, first, n, inner, width)
-                if learn_w:
-                    _gather(_double_at(a.sums, sums), grad_q, first, n, inner, width)
-                if learn_threshold:
-                    to = _double_at(a.sums, sums + channels)
-                    _gather(to, grad_threshold, first, n, inner, width)
-            if a.whole:
-                _make_terms(a, channel, width)
-                if a.grad_x:
-                    _finish_part(a, scratch, part)
-            part = _take(a.counters + 8)
+                    _add_norm(grad_offset, grad_gain, grad_x, x_row, shift, n)
+                if a.grad_x and not a.whole:
+                    _store_grad_x(scratch, a, place, t, first, n, here, -1)
+            if a.grad_v0:
+                _store(grad_now, a.grad_v0, FLOAT32, place, 0, first, n, 0)
+            if a.norm_sums:
+                _add_to_sums(a, a.norm_sums, 0, 2, part, grad_offset, first, n)
+                _add_to_sums(a, a.norm_sums, 1, 2, part, grad_gain, first, n)
+            if learn_w:
+                _add_to_sums(a, a.sums, 0, 2, part, grad_q, first, n)
+            if learn_threshold:
+                _add_to_sums(a, a.sums, 1, 2, part, grad_threshold, first, n)
+        if a.whole:
+            _make_terms(a, channel, width)
+            if a.grad_x:
+                _finish_part(scratch, a, place, begin, end, channel, width)
 
-    row.__qualname__ = f"row_{variant}"
-    backward.__qualname__ = f"backward_{variant}"
-    return backward
+    row.__qualname__, backward_part.__qualname__ = f"row_{variant}", f"backward_part_{variant}"
+    return _kernel(f"backward_{variant}", backward_part)
+
+
+@_part
+def _recompute(scratch, a, place, first, n, here, decay_input, soft):
+    """Load the input of all steps, and compute the voltages before each."""
+    q, threshold = _row(scratch, a, _Q), _row(scratch, a, _THRESHOLD)
+    _start(_row(scratch, a, _VOLTAGES), a.v0, a.v_init, place, first, n)
+    for t in range(a.steps):
+        x_row = _input_row(scratch, a, t, here)
+        _load(a.x, a.dtype, place, t, first, n, x_row, 1)
+        if t < a.steps - 1:
+            y_row = _neuron_input(scratch, a, x_row, n)
+            v, v_next = _row(scratch, a, _VOLTAGES + t), _row(scratch, a, _VOLTAGES + t + 1)
+            _recompute_row(y_row, v, v_next, q, threshold, a.v_rest, decay_input, soft, n)
 
 
 @_part
@@ -751,22 +736,27 @@ def _make_terms(a, channel, width):
 
 
 @_part
-def _finish_part(a, scratch, part):
+def _finish_part(scratch, a, place, begin, end, channel, width):
     """Write the input's gradient, from that of the norm's output and the input, both in cache."""
-    place, begin, end, channel, width = _place(a, part)
-    inputs, length = _inputs(scratch, a), a.length
-    grads = inputs + 4 * a.steps * length
-    shift, gain = _row(scratch, a, _SHIFT), _row(scratch, a, _GAIN)
-    a_row, b_row = _row(scratch, a, _A), _row(scratch, a, _B)
     for first in range(begin, end, a.block):
-        n, here = min(a.block, end - first), first - begin
+        n = min(a.block, end - first)
         _spread_rows(scratch, a, _SHIFT, a.norm, 3, first, n, channel, width)
         _spread_rows(scratch, a, _A, a.ab, 2, first, n, channel, width)
         for t in range(a.steps):
-            grad = _at(grads, t * length + here)
-            row = _at(inputs, t * length + here)
-            _input_gradient_row(row, grad, shift, gain, a_row, b_row, n)
-            _store(grad, a.grad_x, a.dtype, place, t, first, n, 1)
+            _store_grad_x(scratch, a, place, t, first, n, first - begin, 1)
+
+
+@_part
+def _store_grad_x(scratch, a, place, t, first, n, here, ahead):
+    """Write the input's gradient, from that of what the neuron reads."""
+    grad, gain = _grad_x_row(scratch, a, t, here), _row(scratch, a, _GAIN)
+    if a.fixed_norm:
+        _multiply(grad, gain, n)
+    if a.ab:
+        x_row, shift = _input_row(scratch, a, t, here), _row(scratch, a, _SHIFT)
+        a_row, b_row = _row(scratch, a, _A), _row(scratch, a, _B)
+        _input_gradient_row(x_row, grad, shift, gain, a_row, b_row, n)
+    _store(grad, a.grad_x, a.dtype, place, t, first, n, ahead)
 
 
 @_part
