@@ -252,6 +252,19 @@ def assert_not_finite_alike(
         torch.testing.assert_close(got[name], want, rtol=bound, atol=bound, equal_nan=True)
 
 
+def assert_statistics_of_a_mean_far_from_zero(
+    statistics: Callable[[Tensor], Tensor], shape: tuple[int, ...], outlier: float, bound: float
+) -> None:
+    """No digits are lost, also if the first value, which others are relative to, is far off."""
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=g, dtype=torch.float64) * 1e-2 + 1e3).float()
+    x[(0, 0, slice(None), *[0] * (x.dim() - 3))] += outlier
+    exact, axes = x.double(), [axis for axis in range(x.dim()) if axis != 2]
+    mean, var = statistics(x)
+    assert (mean - exact.mean(axes)).abs().max() <= 1e-9 * 1e3
+    assert (var / exact.var(axes, correction=0) - 1).abs().max() <= bound
+
+
 def trained_norm(**options: Any) -> nn.Module:
     """A batch norm of four channels with random statistics and parameters."""
     norm = layer.BatchNorm2d(4, **options)

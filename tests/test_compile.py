@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sj_taid import TAID, ALIFNode, fresh_state
 from sj_taid.ops import backends
-from tests.helpers import TOLERANCE
+from tests.helpers import TOLERANCE, assert_equal
 
 OPTIONS = {
     "hard": {},
@@ -64,8 +64,7 @@ def test_compile_gives_equal_outputs_and_gradients(options, step_mode):
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     got = outputs_and_gradients(net, compiled, x)
     assert expected["spikes"].sum() > 0
-    for name, want in expected.items():
-        assert torch.equal(got[name], want), name
+    assert_equal(got, expected)
 
 
 def test_compile_once_with_resets():
@@ -109,8 +108,7 @@ def test_compile_without_a_fused_backend_warns_once(monkeypatch):
         got = outputs_and_gradients(net, compiled, x)
         expected = outputs_and_gradients(net, net, x)
     assert len(said.list) == 1
-    for name, want in expected.items():
-        assert torch.equal(got[name], want), name
+    assert_equal(got, expected)
 
 
 def test_compile_under_autocast():
@@ -124,8 +122,7 @@ def test_compile_under_autocast():
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
     got = outputs_and_gradients(net, compiled, x)
     assert got["spikes"].dtype == torch.bfloat16 and got["v"].dtype == torch.float32
-    for name, want in expected.items():
-        assert torch.equal(got[name], want), name
+    assert_equal(got, expected)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for the CPU with g++")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sj_taid
 from sj_taid import ALIFNode, _graph, _sums
-from tests.helpers import trained_norm
+from tests.helpers import assert_equal, trained_norm
 
 ATAN = surrogate.ATan()
 CHANNELS = 4
@@ -78,12 +78,6 @@ def pair(net, monkeypatch):
         patch.setattr(_sums, "recompute_sums", lambda net: {})
         sj_taid.accelerate(saving)
     return sj_taid.accelerate(net), saving
-
-
-def assert_equal(got, expected):
-    assert list(got) == list(expected)
-    for name, want in expected.items():
-        assert torch.equal(got[name], want), name
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 """Modes that watch what torch computes, such as SpikingJelly's operation counters."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch.utils import _python_dispatch
 
 
@@ -17,8 +14,5 @@ def is_watched() -> bool:
     )
 
 
-@contextmanager
-def hide_from_modes() -> Iterator[None]:
-    """Hide operations that SpikingJelly's neurons do not have from modes that count them."""
-    with _python_dispatch._disable_current_modes():
-        yield
+#: the context in which modes do not count operations, those that SpikingJelly's neurons do not have
+hide_from_modes = _python_dispatch._disable_current_modes

@@ -53,8 +53,8 @@ class Engine(NamedTuple):
     backward: Callable[..., tuple[Tensor, ...]]
     #: x_seq -> each channel's mean and biased variance, float64 ``[2, C]``
     statistics: Callable[[Tensor], Tensor]
-    #: x_seq -> how many voltages per neuron forward saves for backward's recomputation
-    checkpoints: Callable[[Tensor], int]
+    #: T, dtype -> how many voltages per neuron forward saves for backward's recomputation
+    checkpoints: Callable[[int, torch.dtype], int]
     #: whether forward and backward of such an x_seq can do all of a norm
     takes_statistics: Callable[[Tensor], bool] = lambda x_seq: False
 
@@ -383,7 +383,7 @@ def multi_step(
         a=a,
         b=b,
         store_v_seq=store_v_seq,
-        checkpoints=engine.checkpoints(x_seq) if saves else 0,
+        checkpoints=engine.checkpoints(x_seq.shape[0], x_seq.dtype) if saves else 0,
         pack=return_bits,
         fixed_norm=norm is not None and norm.fixed,
         group=None if norm is None else norm.group,

@@ -113,7 +113,7 @@ def statistics(x_seq: Tensor) -> Tensor:
 
 
 ENGINE = autograd.register(
-    "cupy", "CUDA", autograd.Engine(forward, backward, statistics, kernels.saved_voltages)
+    "cupy", "CUDA", autograd.Engine(forward, backward, statistics, kernels.checkpoints)
 )
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused: 1 launch forward, 2 backward
 multi_step = partial(autograd.multi_step, ENGINE)

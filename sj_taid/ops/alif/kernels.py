@@ -79,11 +79,6 @@ def checkpoints(steps: int, dtype: torch.dtype) -> int:
     return 0 if steps <= longest_sweep(dtype) else (steps - 1) // SEGMENT
 
 
-def saved_voltages(x_seq: Tensor) -> int:
-    """:func:`checkpoints` of a sequence."""
-    return checkpoints(x_seq.shape[0], x_seq.dtype)
-
-
 class Options(NamedTuple):
     """What a kernel is specialised for, apart from the number of neurons per thread."""
 

@@ -358,7 +358,11 @@ def team(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("eager_threads", "team")
-@pytest.mark.parametrize("case", [WIDE, WIDE.with_(channels=None)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [WIDE, WIDE.with_(channels=None), Case(shape=(3, 50, 40, 7), channels=40, norm="batch")],
+    ids=str,
+)
 def test_threads_change_no_bit(case):
     torch.set_num_threads(1)
     expected = results(cpu.multi_step, case)
@@ -448,18 +452,36 @@ def test_later_processes_load_what_is_compiled(tmp_path):
     assert outputs == [["compiled"], ["compiled", "loaded"]]
 
 
-@pytest.mark.parametrize("case", [WIDE, Case(dtype=torch.bfloat16, v_reset=None)], ids=str)
-def test_operators(case):
+@pytest.mark.parametrize("case", [WIDE, IMAGES.with_(dtype=torch.bfloat16, v_reset=None)], ids=str)
+@pytest.mark.parametrize("v_init", [True, False])
+def test_operators(case, v_init):
     """Schema, no aliasing, and fake outputs of the right shapes, dtypes and strides."""
     x_seq, v0, w, v_threshold = (leaf.detach() for leaf in tensors(case).values())
-    ops, checks = torch.ops.sj_taid, {"test_utils": ("test_schema", "test_faketensor")}
+    table, parameters = torch.rand(3, len(w)), (torch.rand(len(w)), torch.rand(len(w)))
+    neuron = (x_seq, v0 if v_init else None, 0.0, w, v_threshold)
     options = (case.decay_input, case.v_reset)
-    forward = (x_seq, v0, 0.0, w, v_threshold, *options, True, 0)
-    torch.library.opcheck(ops.cpu_forward, forward, **checks)
-    gradients, saved = (torch.ones_like(x_seq), None, None), (*forward[:5], x_seq.new_empty(0))
-    for needs in ([True] * 4, [False, False, False, True]):
-        backward = (*gradients, *saved, *options, False, "ATan", 1.0, 3.0, *needs)
-        torch.library.opcheck(ops.cpu_backward, backward, **checks)
+    forward, plain = (*neuron, *options, True, 0), (*neuron, *options, False, 0)
+    gradients, saved = (torch.ones_like(x_seq), None, None), (*neuron, x_seq.new_empty(0))
+    backward = (*gradients, *saved, *options, False, "ATan", 1.0, 3.0)
+    with_norm = (*backward, True, v_init, True, True, table)
+    numbers = torch.rand(5, len(w), dtype=torch.float64)
+    for operator, arguments in (
+        ("statistics", (x_seq,)),
+        ("forward", forward),
+        ("forward", (*plain, table, True)),
+        ("forward", (*plain, None, True, *parameters, 1e-5)),
+        ("backward", (*backward, True, v_init, True, True)),
+        ("backward", (*backward, False, False, False, True)),
+        ("backward", with_norm),
+        ("backward", (*with_norm, True)),
+        ("backward", (*with_norm, True, True)),
+        ("backward", (*with_norm, True, False, None, numbers)),
+    ):
+        torch.library.opcheck(
+            getattr(torch.ops.sj_taid, f"cpu_{operator}"),
+            arguments,
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -104,8 +104,9 @@ def _statistics(x: Tensor) -> Tensor:
     sums = partition.sums(3)
     kernel = loops.compile_kernel(loops.statistics)
     run(kernel, partition, x=x, norm=first, sums=sums, dtype=DTYPES[x.dtype])
-    mean, square, deviation = sums.numpy().sum(0) / (x[0].numel() // len(first))
-    var = deviation / len(x) + np.maximum(square - mean * mean, 0)
+    with np.errstate(invalid="ignore"):  # of infinities, of which torch does not warn either
+        mean, square, deviation = sums.numpy().sum(0) / (x[0].numel() // len(first))
+        var = deviation / len(x) + np.maximum(square - mean * mean, 0)
     return torch.from_numpy(np.stack([mean + first.numpy(), var]))
 
 
@@ -166,7 +167,7 @@ def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
 _ENGINE = autograd.register(
     "cpu",
     "CPU",
-    autograd.Engine(_forward, _backward, _statistics, lambda x_seq: 0, _has_channels_in_cache),
+    autograd.Engine(_forward, _backward, _statistics, lambda T, dtype: 0, _has_channels_in_cache),
 )
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
 multi_step = partial(autograd.multi_step, _ENGINE)
