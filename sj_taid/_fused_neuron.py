@@ -24,8 +24,6 @@ class FusedNeuron(_compat.BaseNode):
 
     v: Tensor | float
     name = ""
-    #: how many :class:`.packing.PackedSpikes` ask for the spikes as bits
-    packing = 0
     # A tuple, so that torch does not take it for a child: it is one of the net's.
     _norm: tuple[nn.Module, ...] = ()
 
@@ -86,7 +84,7 @@ class FusedNeuron(_compat.BaseNode):
         self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x_seq, norm = self._input_and_norm(x_seq)
-        packs = self.packing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        packs = self._packs() and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         spike_seq, v_last, v_seq, *bits = functional.alif_multi_step(
             x_seq,
             v,
@@ -96,12 +94,16 @@ class FusedNeuron(_compat.BaseNode):
             detach_reset=self.detach_reset,
             store_v_seq=store_v_seq,
             norm=norm,
-            return_bits=bool(packs),
+            return_bits=packs,
         )
         if packs and _spikes.are_spikes(spike_seq, self.surrogate_function):
             _spikes.register(spike_seq, spike_seq, *bits)
         _graph.follow(v_last, spike_seq, v_seq, name=self.name)
         return spike_seq, v_last, v_seq
+
+    def _packs(self) -> bool:
+        """Whether a :class:`.packing.PackedSpikes` asks for the spikes as bits."""
+        return getattr(vars(self).get("forward"), "packing", 0) > 0
 
     def _label(self) -> str:
         kind = type(self).__name__

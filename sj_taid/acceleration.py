@@ -214,11 +214,6 @@ def _run_step(net: nn.Module, inputs: Any) -> tuple[int, float]:
 class _Accelerated(FusedNeuron):
     """A SpikingJelly neuron whose forward is the fused operator; all else is its own."""
 
-    @property
-    def packing(self) -> int:  # type: ignore[override]
-        """Counted where it is without acceleration: either may be undone first."""
-        return getattr(vars(self).get("forward"), "packing", 0)
-
     def restore(self) -> None:
         super().restore()
         self.__class__ = type(self).__bases__[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 from . import _compat, _graph, _spikes
 from ._checks import check_net
 from ._fused_neuron import FusedNeuron
-from .neuron import ALIFNode
 
 __all__ = ["PackedSpikes", "packed_spikes"]
 
@@ -25,22 +25,19 @@ _LAYERS = (nn.Linear, _ConvNd, _AvgPoolNd, _MaxPoolNd)
 def packed_spikes(net: nn.Module) -> PackedSpikes:
     r"""Save the spikes that the layers of ``net`` need for backward as bits.
 
-    A convolution, linear or pooling layer saves its input. Where that is the output of a neuron, or
-    of max pooling of one, each spike takes one bit instead of 32 or 16, and is restored when
-    backward asks: gradients are equal bit for bit. Views of an output count (flattened, transposed,
-    one time step of it). Anything else is saved as it is: averages, sums, what a hook returned or
-    an in-place operation changed. Of any input of a pooling layer the shape alone is saved, which
-    is what its backward reads, and max pooling's indices take 16 bits instead of 64, where a plane
-    has at most 32,768 pixels.
+    A convolution, linear or pooling layer saves its input. Where that is the output of ALIF, LIF,
+    PLIF or IF, of max pooling of one, or a view of them, each spike takes one bit instead of 32 or
+    16, and is restored in backward: gradients are equal bit for bit. Of any input of a pooling
+    layer the shape alone is saved, and max pooling's indices take 16 bits instead of 64, where a
+    plane has at most 32,768 pixels. Anything else is saved as it is.
 
-    Works on ALIF and on SpikingJelly's LIF, PLIF and IF. The output under a custom surrogate is
-    packed if it is zeros and ones, which reads it once more. A module whose ``forward`` was
-    replaced is left alone. Inside ``torch.utils.checkpoint`` and in a graph of ``torch.compile``,
-    which decide themselves what is saved, nothing is packed.
+    The output under a custom surrogate is packed if it is zeros and ones, which reads it once more.
+    A module whose ``forward`` was replaced is left alone. Inside ``torch.utils.checkpoint`` and in
+    a graph of ``torch.compile``, which decide themselves what is saved, nothing is packed.
 
     Returns:
-        A :class:`.PackedSpikes`, which stays on until :meth:`.PackedSpikes.remove` or the end of
-        ``with``. Only the forward pass has to lie inside.
+        A :class:`.PackedSpikes`, on until its ``remove()`` or the end of ``with``. Only the forward
+        pass has to lie inside.
 
     Raises:
         ValueError: ``net`` has no neuron, or no layer that saves its input.
@@ -55,7 +52,7 @@ def packed_spikes(net: nn.Module) -> PackedSpikes:
     return PackedSpikes(net)
 
 
-class PackedSpikes:
+class PackedSpikes(AbstractContextManager["PackedSpikes"]):
     """The handle that :func:`.packed_spikes` returns."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -82,20 +79,15 @@ class PackedSpikes:
         while self._packers:
             packer = self._packers.pop()
             packer.packing -= 1
-            if isinstance(packer, _Forward) and not packer.packing:
+            if not packer.packing:
                 packer.restore()
-
-    def __enter__(self) -> PackedSpikes:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.remove()
 
 
-def _packer_of(module: Any) -> ALIFNode | _Forward:
+def _packer_of(module: Any) -> _Forward:
     """What registers the spikes of a neuron, or packs what a layer saves."""
-    if isinstance(module, ALIFNode):
-        return module
     if "forward" not in vars(module):
         kind = _LayerForward if isinstance(module, _LAYERS) else _NeuronForward
         module.forward = kind(module)
