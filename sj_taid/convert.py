@@ -81,16 +81,16 @@ def swap_neurons(
 ) -> SwapReport:
     r"""Replace the LIF, PLIF and IF nodes of ``net`` by :class:`~sj_taid.ALIFNode`, in place.
 
-    Each neuron keeps its tau, threshold, reset, ``decay_input``, surrogate, ``detach_reset``, step
-    mode, ``store_v_seq``, ``training``, device, hooks and voltage, and PLIF its parameter ``w``
-    (unless ``channels`` makes it ``[C]`` or it is in half precision), so an optimiser made before
-    the swap still holds it. A module used in several places stays one module. The outputs are
+    Each neuron keeps its options, ``training``, device, hooks and voltage, and PLIF its parameter
+    ``w`` (unless ``channels`` makes it ``[C]`` or it is in half precision), so an optimiser made
+    before the swap still holds it. A module used in several places stays one module. The outputs
+    are
 
     * bit for bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a
       tau that is a power of two;
-    * equal to rounding otherwise: LIF divides by tau and ALIF multiplies by
-      :math:`\mathrm{sigmoid}(w)`, whose ``w`` is the float32 that brings it nearest to
-      :math:`1/\tau`. A spike can differ where the voltage meets the threshold to the last bits.
+    * equal to rounding otherwise, as LIF divides by tau and ALIF multiplies by
+      :math:`\mathrm{sigmoid}(w)`: a spike can differ where the voltage meets the threshold to the
+      last bits.
 
     IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is 0. No gradient
     leads away from there, so its ``w`` is frozen and only its threshold learns.
@@ -156,18 +156,13 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     equal bit for bit where tau is a power of two, and otherwise to rounding (LIF divides by tau).
     An ALIF without leak becomes an ``IFNode``. All channels must have one tau and one threshold.
 
-    With ``fold_threshold`` every threshold becomes 1, for hardware and exporters that have one:
-    input, voltage, reset voltage and threshold are divided by the threshold, which leaves every
-    spike as it is. The input is divided in the layer that only the neuron reads, per channel: in
-    the weight and bias of a batch norm,
-
-    .. math::
-        \gamma' = \gamma / V_{th}, \qquad \beta' = \beta / V_{th},
-
-    or of a convolution or linear layer (``[T, N, C]``), also before SpikingJelly's LIF, PLIF and
-    IF. Outputs are equal bit for bit where the thresholds are powers of two, and otherwise to
-    rounding; gradients are not, since the surrogate keeps its width. A threshold that cannot be
-    folded, as of a voltage that a ``forward`` reads, stays, with a warning that says why.
+    With ``fold_threshold`` every threshold becomes 1, for hardware and exporters that have one, of
+    SpikingJelly's LIF, PLIF and IF too: voltages, and the weight and bias of the norm, convolution
+    or linear layer that only the neuron reads, are divided by the threshold, per channel, which
+    leaves every spike as it is. Outputs are equal bit for bit where the thresholds are powers of
+    two, and otherwise to rounding; gradients are not, since the surrogate keeps its width. A
+    threshold that cannot be folded, as of a voltage that a ``forward`` reads, stays, with a warning
+    that says why.
 
     Args:
         net: any module with :class:`~sj_taid.ALIFNode` s; it is not changed.

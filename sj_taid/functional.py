@@ -46,14 +46,10 @@ def alif_multi_step(
         v: membrane potential before the first step, ``[N, *]``, or a float for all neurons.
         w: ``-log(tau - 1)``, tau in time steps; a scalar, or ``[C]`` for axis 2 of ``x_seq``.
         v_threshold: threshold voltage; a scalar, or ``[C]``.
-        decay_input: whether the input is scaled by ``1/tau`` too.
-        v_reset: the voltage after a spike; ``None`` subtracts the threshold instead.
-        surrogate_function: the Heaviside step forward, its surrogate derivative backward.
-        detach_reset: leave the reset out of the gradient.
+        decay_input, v_reset, surrogate_function, detach_reset, backend: as of the class.
         store_v_seq: also return the voltage of every step.
         norm: a batch norm over axis 2; its running statistics are updated in place where the
             batch's own are used.
-        backend: one of :func:`sj_taid.ops.backends.names`.
         return_bits: also return the spikes as bits, uint8 ``[ceil(T / 8), neurons]``:
             :mod:`sj_taid.ops.bits`.
 
@@ -68,8 +64,8 @@ def alif_multi_step(
         ValueError: shapes, devices or the backend's name do not fit.
         BackendUnavailableError: the backend named cannot run here.
 
-    Source: Qiu et al. 2023 (arXiv 2406.03046); the charge equations are PLIF's (Fang et al. 2021,
-    arXiv 2007.05785, eqs. 9-10).
+    Source: Qiu et al. 2023, arXiv 2406.03046; the charge is PLIF's, Fang et al. 2021, arXiv
+    2007.05785, eqs. 9-10.
 
     >>> x = torch.tensor([[1.0], [1.0], [1.0]])
     >>> spikes, v, _ = alif_multi_step(x, 0.0, torch.tensor(0.0), torch.tensor(0.7))

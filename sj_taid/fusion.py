@@ -74,16 +74,14 @@ def fuse_norm(net: nn.Module) -> FuseReport:
         Y[t] = \gamma\,\frac{X[t] - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta, \qquad
         S = \mathrm{ALIF}(Y)
 
-    as one operator that never writes :math:`Y` and saves nothing of it for backward. The outputs
-    and gradients are equal to rounding. The norm stays where it is, with its parameters and running
-    statistics under the same keys of ``state_dict``, but only passes its input on to the neuron.
+    as one operator that neither writes nor saves :math:`Y`; outputs and gradients are equal to
+    rounding. The norm stays where it is, with the same keys of ``state_dict``, but only passes its
+    input on to the neuron.
 
-    A norm is fused if an ALIF in step mode ``"m"`` is its only reader. That is found by tracing
-    the ``forward`` of each module (``torch.fx``, in training and in eval mode, on both sides of a
-    branch), so in blocks that call ``self.bn1`` and then ``self.sn1``, from one block into the
-    next, and where time is folded into the batch (``SeqToANNContainer``, ``seq_to_ann_forward``,
-    ``unflatten(0, ...)``). Known are the batch norms of torch and SpikingJelly, and tdBN. A
-    ``forward`` that cannot be traced keeps its norms.
+    A norm of torch's or SpikingJelly's is fused if an ALIF in step mode ``"m"`` is its only reader.
+    That is found by tracing the ``forward`` of each module (``torch.fx``, in training and in eval
+    mode, on both sides of a branch), from one block into the next, and where time is folded into
+    the batch (``SeqToANNContainer``, ``seq_to_ann_forward``, ``unflatten(0, ...)``).
 
     Once fused, anything but the neuron that reads what the norm passes on raises an error that
     names :func:`.unfuse_norm`, as after a replaced neuron or in a slice ``net[:2]``; so does a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
     return Monitor(net, dead, saturated)
 
 
-class Monitor:
+class Monitor(AbstractContextManager["Monitor"]):
     """The spike counter that :func:`.monitor` returns, on until :meth:`remove` or the end of
     ``with``."""
 
@@ -130,9 +131,6 @@ class Monitor:
             for path, state in self.layers().items()
         ]
         return table(("layer", "rate", "tau", "threshold"), rows)
-
-    def __enter__(self) -> Monitor:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.remove()
