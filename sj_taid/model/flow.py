@@ -40,16 +40,13 @@ class FlowPrior(FittedPrior):
     """
 
     name = "flow"
+    needed = 20
 
     def __init__(self, channels: int, levels: int = 16) -> None:
         super().__init__(channels, levels)
         with torch.random.fork_rng([]):  # leaves the weights of the model as they are without it
             self.couplings = nn.ModuleList(Coupling(channels, i) for i in range(COUPLINGS))
         self.requires_grad_(False)  # it learns in fit, not with the model
-
-    @property
-    def needed(self) -> int:
-        return 20
 
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the flow to ``rates`` ``[n, d]``; the global random state is left alone.

@@ -125,6 +125,7 @@ class FittedPrior(nn.Module):
     """
 
     name: str  #: as in ``sample_from``
+    needed: int  #: the fewest rates that can be fitted
     cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
 
     def __init__(self, channels: int, levels: int) -> None:
@@ -140,11 +141,6 @@ class FittedPrior(nn.Module):
     def clear(self) -> None:
         """Undo :meth:`fit`."""
         self.cumulative.zero_()
-
-    @property
-    def needed(self) -> int:
-        """The fewest rates that can be fitted."""
-        raise NotImplementedError
 
     def check(self, rates: Tensor) -> None:
         """Refuse rates that cannot be fitted."""
@@ -221,7 +217,7 @@ class GaussianMixturePrior(FittedPrior):
     ) -> None:
         check_sizes(components=components, iterations=iterations)
         super().__init__(channels, levels)
-        self.components = components
+        self.components = self.needed = components
         self.iterations = iterations
         self.register_buffer("weights", torch.zeros(components))
         self.register_buffer("means", torch.zeros(components, channels))
@@ -231,10 +227,6 @@ class GaussianMixturePrior(FittedPrior):
     def fitted(self) -> bool:
         # Loading a mixture of another size fails, but leaves what has the same size.
         return super().fitted and bool(self.weights.any())
-
-    @property
-    def needed(self) -> int:
-        return self.components
 
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the mixture to ``rates`` ``[n, d]`` by expectation maximisation.

@@ -86,18 +86,14 @@ def import_command(command: str) -> ModuleType:
 @contextmanager
 def exit_on_user_errors() -> Iterator[None]:
     """Exit with the message of a user's error; ``HYDRA_FULL_ERROR=1`` shows its traceback."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
+    with_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print the errors of its jobs itself
     try:
         yield
     except USER_ERRORS as error:
-        if before == "1":
+        if with_traceback:
             raise
         sys.exit(format_error(error))
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def format_error(error: Exception) -> str:

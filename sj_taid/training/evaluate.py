@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
@@ -16,7 +16,7 @@ from .allocator import reuse_freed_memory
 from .columns import format_metrics
 from .evaluation import Evaluator, bare_trainer, seeded
 from .provenance import command_line, provenance
-from .run import Run, build_part
+from .run import Run, build_part, flatten
 from .task import Task
 from .validate import validate
 
@@ -39,7 +39,10 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     reuse_freed_memory()
     run, trust = Run.find(cfg.checkpoint), cfg.trust or ()
     with run.lock():
-        cfg = cast(DictConfig, OmegaConf.merge(run.config, drop_nulls(cfg)))
+        given, cfg = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
+        for key, value in given.items():
+            if value is not None:
+                OmegaConf.update(cfg, key, value)
         cfg.trust = list(trust)  # what the run says of itself is no reason to trust it
         validate(cfg)
         model = run.model(trust)
@@ -71,18 +74,6 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         )
     log.info("All metrics are in %s", path)
     return evaluation
-
-
-def drop_nulls(cfg: DictConfig) -> DictConfig:
-    """The settings that are not null."""
-
-    def given(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        values = {key: given(value) for key, value in node.items()}
-        return {key: value for key, value in values.items() if value not in (None, {})}
-
-    return OmegaConf.create(given(OmegaConf.to_container(cfg, resolve=True)))
 
 
 def build_tester(cfg: DictConfig, bar: bool = False) -> L.Trainer:

@@ -167,8 +167,8 @@ class Run:
 
     def differences(self, cfg: DictConfig) -> dict[str, str]:
         """The keys in which ``cfg`` is not the run's config, each with both values."""
-        saved = _flatten(OmegaConf.to_container(self.config))
-        given = _flatten(OmegaConf.to_container(cfg, resolve=True))
+        saved = flatten(OmegaConf.to_container(self.config))
+        given = flatten(OmegaConf.to_container(cfg, resolve=True))
         return {
             key: f"{saved.get(key)}, now {given.get(key)}"
             for key in sorted(saved.keys() | given.keys())
@@ -306,7 +306,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _write_json(content: dict[str, Any], path: Path) -> None:
     wrong = [
         key
-        for key, value in _flatten(content).items()
+        for key, value in flatten(content).items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
     if wrong:
@@ -319,12 +319,12 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _flatten(node: Any, key: str = "") -> dict[str, Any]:
+def flatten(node: Any, key: str = "") -> dict[str, Any]:
     """The leaves of nested dictionaries, by their dotted keys."""
     if not isinstance(node, dict):
         return {key: node}
     return {
         name: leaf
         for child, value in node.items()
-        for name, leaf in _flatten(value, f"{key}.{child}" if key else str(child)).items()
+        for name, leaf in flatten(value, f"{key}.{child}" if key else str(child)).items()
     }

@@ -100,11 +100,11 @@ def test_evaluate_without_the_weights_of_the_run(folder, caplog):
 def test_evaluate_can_download_data(folder, monkeypatch):
     built = []
     module = import_module("sj_taid.training.evaluate")
-    monkeypatch.setattr(module, "build_part", lambda node, *_, **__: built.append(node) or 1 / 0)
+    monkeypatch.setattr(module, "build_part", lambda cfg, *_, **__: built.append(cfg) or 1 / 0)
     monkeypatch.setattr(run.Run, "model", lambda *_: ESVAE(image_size=8, hidden_channels=(4, 8)))
     with pytest.raises(ZeroDivisionError):
         evaluate(composed(folder, "dataset.download=true"))
-    assert built[0].download is True and "test_root" not in built[0]
+    assert built[0].dataset.download is True and "test_root" not in built[0].dataset
 
 
 def test_compose_takes_the_cache_of_this_machine(monkeypatch):
