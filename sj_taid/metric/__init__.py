@@ -4,8 +4,12 @@ from .._extras import needs
 
 with needs("torchmetrics"):
     from .efficientnet import EfficientNetLite0
-    from .frechet import Features, FrechetDistance
-    from .frechet_autoencoder import AutoencoderCodes, PublishedFrechetAutoencoderDistance
+    from .frechet import (
+        AutoencoderCodes,
+        Features,
+        FrechetDistance,
+        PublishedFrechetAutoencoderDistance,
+    )
     from .inception import Inception, InceptionScore
     from .precision_recall import Precision, Recall
 

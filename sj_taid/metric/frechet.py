@@ -1,11 +1,18 @@
-"""The Frechet distance between two sets of images, measured on their features."""
+"""The Frechet distance between two sets of images, and FAD, through an autoencoder's codes."""
 
+import hashlib
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import torch
 import torchmetrics
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from ..model.autoencoder import Autoencoder
 from ..model.block import check_values
 
 
@@ -81,3 +88,118 @@ class FrechetDistance(FrechetInceptionDistance):
                     "use 5000: add images"
                 )
         return super().compute()
+
+
+class AutoencoderCodes(Features):
+    """Latent codes of a trained :class:`~sj_taid.model.Autoencoder`, for our own FAD.
+
+    For grey images they are more honest than Inception's features of colour photographs. Values
+    compare only through the same autoencoder.
+
+    Source: Kamata et al. 2022, arXiv 2110.00375, section 5.
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.num_features = autoencoder.latent_channels
+        self.description = f"this project's own autoencoder (weights {_digest(autoencoder)})"
+        self.freeze()
+
+    def extract(self, images: Tensor) -> Tensor:
+        return self.autoencoder.encode(images)
+
+
+class PublishedFrechetAutoencoderDistance(FrechetDistance):
+    r"""FAD as published: through the autoencoders and statistics of the FSVAE repository.
+
+    Values compare with the papers' tables, and never with those of our own autoencoder. In the
+    papers' protocol batch norm takes the statistics of each batch, so a value needs batches of 256
+    images, 20 of them.
+
+    Args:
+        folder: holds ``<name>_64.pth`` and ``<name>_test_64.npz``, from the folders
+            ``metrics/stat_checkpoints`` and ``metrics/stats`` of
+            https://github.com/kamata1729/FullySpikingVAE.
+        name: ``"mnist"`` or ``"fashion"``; images are ``[N, 1, 32, 32]`` in [-1, 1].
+        kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
+
+    Attributes:
+        codes: its network with the batch norm's statistics of the training, for
+            :class:`Precision`, which needs the features of each image by itself.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that holds something else, or images of another shape, not finite or
+            beyond [-1, 1].
+
+    Source: Kamata et al. 2022, arXiv 2110.00375, section 5, and its code.
+    """
+
+    batch_size, batches = 256, 20
+
+    def __init__(self, folder: str | Path, name: str, **kwargs: Any) -> None:
+        folder = Path(folder).expanduser()
+        weights, statistics = folder / f"{name}_64.pth", folder / f"{name}_test_64.npz"
+        remedy = "get it from https://github.com/kamata1729/FullySpikingVAE, folder metrics"
+        try:
+            path = weights
+            super().__init__(PublishedCodes(path, by_batch=True), **kwargs)
+            self.codes = PublishedCodes(path, by_batch=False)
+            path = statistics
+            with np.load(path) as arrays:
+                mean, covariance = (torch.tensor(arrays[key]).double() for key in ("mu", "sigma"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"no file {path}, which FAD as published needs; {remedy}"
+            ) from error
+        except Exception as error:  # each kind of damage has an error of its own
+            raise ValueError(
+                f"{path} does not hold what FAD as published needs "
+                f"({type(error).__name__}: {error}); {remedy}"
+            ) from error
+        # torchmetrics keeps sums over the images; their number cancels out.
+        n = 10_000
+        self.real_features_sum = n * mean
+        self.real_features_cov_sum = (n - 1) * covariance + n * torch.outer(mean, mean)
+        self.real_features_num_samples = torch.tensor(n)
+        self.reset_real_features = False
+        self.protocol += f", as published: batch norm by batches of {self.batch_size}"
+
+
+class PublishedCodes(Features):
+    """Codes of the papers' autoencoder, whose weights are in the file ``path``.
+
+    Batch norm takes the statistics of each batch, as in the papers, or those of the training.
+    """
+
+    num_features = 64
+
+    def __init__(self, path: Path, by_batch: bool) -> None:
+        super().__init__()
+        norm = partial(nn.BatchNorm2d, track_running_stats=not by_batch)
+        blocks = (
+            (nn.Conv2d(a, b, 3, 2, 1), norm(b), nn.LeakyReLU())
+            for a, b in pairwise((1, 32, 64, 128, 256))
+        )
+        self.encoder = nn.Sequential(*(nn.Sequential(*block) for block in blocks))
+        self.latent_layer = nn.Linear(256 * 2 * 2, self.num_features)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.load_state_dict({name: state[name] for name in self.state_dict()})
+        self.description = f"the papers' autoencoder {path.stem} (weights {_digest(self)})"
+        self.freeze()
+
+    def extract(self, images: Tensor) -> Tensor:
+        if images.shape[1:] != (1, 32, 32):
+            raise ValueError(
+                f"the papers' autoencoder takes images [N, 1, 32, 32], but got {list(images.shape)}"
+            )
+        return self.latent_layer(self.encoder(images).flatten(1))
+
+
+def _digest(network: nn.Module) -> str:
+    """The first digits of a SHA-256 of a network's weights."""
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:8]
