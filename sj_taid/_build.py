@@ -47,7 +47,29 @@ def build(
     """
     for name in _targets(config):
         find_class(name, trust)
-    return _call(config, trust, keys or {}, arguments)
+
+    def call(node: Any, arguments: Mapping[str, Any]) -> Any:
+        if isinstance(node, list):
+            return [call(child, {}) for child in node]
+        if not isinstance(node, dict):
+            return node
+        values = {key: call(value, {}) for key, value in node.items()} | {**arguments}
+        if "_target_" not in values:
+            return values
+        name = values.pop("_target_")
+        target, is_partial = find_class(name, trust), values.pop("_partial_", False)
+        try:
+            return partial(target, **values) if is_partial else target(**values)
+        except ValueError as error:
+            if keys and name in keys and str(error).partition(" ")[0] in values:
+                error.args = (f"{keys[name]}.{error}",)
+            else:
+                error.add_note(f"(of {name})")
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} cannot be built: {error}") from error
+
+    return call(config, arguments)
 
 
 def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
@@ -89,30 +111,3 @@ def _targets(node: Any) -> Iterator[Any]:
 
 def _is_in(module: str, roots: Collection[str]) -> bool:
     return any(f"{module}.".startswith(f"{root}.") for root in roots)
-
-
-def _call(
-    node: Any,
-    trust: Collection[str] | None,
-    keys: Mapping[str, str],
-    arguments: Mapping[str, Any],
-) -> Any:
-    if isinstance(node, list):
-        return [_call(child, trust, keys, {}) for child in node]
-    if not isinstance(node, dict):
-        return node
-    values = {key: _call(value, trust, keys, {}) for key, value in node.items()} | {**arguments}
-    if "_target_" not in values:
-        return values
-    name = values.pop("_target_")
-    target, is_partial = find_class(name, trust), values.pop("_partial_", False)
-    try:
-        return partial(target, **values) if is_partial else target(**values)
-    except ValueError as error:
-        if name in keys and str(error).partition(" ")[0] in values:
-            error.args = (f"{keys[name]}.{error}",)
-        else:
-            error.add_note(f"(of {name})")
-        raise
-    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{name} cannot be built: {error}") from error

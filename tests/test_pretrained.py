@@ -91,9 +91,10 @@ def test_files_are_small_and_name_no_path(name):
 def test_metrics_of_the_card_are_measured_again(name, tmp_path):
     """Where the data are: by the card's command, with the weights of the package."""
     pytest.importorskip("hydra", reason="needs the extra train")
+    from sj_taid.model.block import seeded
     from sj_taid.training.config import compose
     from sj_taid.training.evaluate import build_evaluator, measure
-    from sj_taid.training.evaluation import bare_trainer, seeded
+    from sj_taid.training.evaluation import bare_trainer
     from sj_taid.training.run import build_part
 
     stated = pretrained.read_config(name)["metrics"]

@@ -26,7 +26,7 @@ from sj_taid.doctor import cpu_name
 from sj_taid.ops import backends
 from sj_taid.training.files import atomic_write
 from sj_taid.training.provenance import provenance
-from sj_taid.training.run import Run, build_part
+from sj_taid.training.run import Run, build_data
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU = torch.device("cpu")
@@ -94,8 +94,7 @@ def saved_bytes(module: nn.Module, x_seq: Tensor) -> int:
 
 def load_images(run: Run, n: int) -> Tensor:
     """The first ``n`` test images of a run's data."""
-    data = build_part(run.config, "dataset")
-    data.setup()
+    data = build_data(run.config)
     batches = islice(data.test_dataloader(), -(-n // data.batch_size))
     return torch.cat([image for image, _ in batches])[:n]
 

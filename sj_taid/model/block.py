@@ -109,6 +109,14 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw random numbers from ``seed`` inside; the global random state is left alone."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # all are seeded
+        torch.manual_seed(seed)
+        yield
+
+
 def spiking_block(
     synapse: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, neuron: Neuron, alpha: float = 1.0
 ) -> nn.Sequential:

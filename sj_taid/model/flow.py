@@ -6,6 +6,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from .block import seeded
 from .rate import FittedPrior
 
 HIDDEN, COUPLINGS = 256, 8
@@ -56,9 +57,7 @@ class FlowPrior(FittedPrior):
             FloatingPointError: the fit has diverged.
         """
         self.check(rates)
-        gpus = range(torch.cuda.device_count())  # manual_seed seeds them all
-        with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad():
-            torch.manual_seed(seed)
+        with seeded(seed), torch.inference_mode(False), torch.enable_grad():
             rates = rates.clone().float()
             trained = FlowPrior(rates.shape[1], self.levels).to(rates)
             trained.count(rates)

@@ -13,14 +13,7 @@ from .._checks import check_count, check_sizes, check_weights
 from ..fusion import fuse_norm
 from ..layer import TAID
 from ..neuron import ALIFNode
-from .block import (
-    Neuron,
-    check_images,
-    encoder_shape,
-    eval_mode,
-    reset,
-    spiking_block,
-)
+from .block import Neuron, check_images, encoder_shape, eval_mode, reset, spiking_block
 
 #: ALIF that starts as the neuron of the original FSVAE: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
 #: rectangular surrogate of width 1 (both SpikingJelly versions have it under this name).

@@ -1,4 +1,4 @@
-"""A critic of generated images: a plain network that takes part in training alone."""
+"""A critic of generated images: a plain network that is used in training only."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class PatchCritic(nn.Module):
         self.register_buffer("hinge", torch.ones(()))
 
     def restart(self) -> None:
-        """Begin to be taught, at the start of the epochs that the critic takes part in."""
+        """Reset steps and running mean, at the start of the critic's epochs."""
         self.steps = 0
         self.hinge.fill_(1.0)
 

@@ -12,11 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 
+from ..model.block import seeded
 from .allocator import reuse_freed_memory
 from .columns import format_metrics
-from .evaluation import Evaluator, bare_trainer, seeded
+from .evaluation import Evaluator, bare_trainer
 from .provenance import command_line, provenance
-from .run import Run, build_part, flatten
+from .run import Run, build_data, build_part, flatten
 from .task import Task
 from .validate import validate
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the command."""
+    """Measure the checkpoint of the job that Hydra composed."""
     evaluate(cfg, **command_line("evaluate", HydraConfig.get()))
 
 
@@ -33,7 +34,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
 
     Args:
         cfg: what to measure, and what to do otherwise than its run did.
-        origin: what the evaluation says of itself in addition to its metrics, such as the command.
+        origin: saved next to the metrics, such as the command.
     """
     silence_notes()
     reuse_freed_memory()
@@ -46,9 +47,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         cfg.trust = list(trust)  # what the run says of itself is no reason to trust it
         validate(cfg)
         model = run.model(trust)
-        data = build_part(cfg, "dataset", trust)
-        data.prepare_data()
-        data.setup()
+        data = build_data(cfg, trust)
         task = build_part(cfg, "task", trust, model=model, optimizer=None)
         with seeded(cfg.seed):
             metrics = measure(task, build_tester(cfg, bar=True), data, build_evaluator(cfg))
@@ -77,7 +76,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
 
 
 def build_tester(cfg: DictConfig, bar: bool = False) -> L.Trainer:
-    """A trainer that tests later what a run tests at its end."""
+    """A trainer for a test outside of a run, under the run's settings."""
     keys = ("accelerator", "precision", "limit_test_batches")
     return bare_trainer(bar=bar, **{key: cfg.trainer[key] for key in keys})
 
@@ -118,7 +117,7 @@ def measure(
 
 
 def test(task: Task, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, Any]:
-    """What the test logs."""
+    """The metrics that the test logs, by name."""
     (logged,) = trainer.test(task, data, verbose=False)
     return {name.removeprefix("test/"): value for name, value in logged.items()}
 
@@ -129,7 +128,7 @@ def rename_for_best_epoch(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def silence_notes() -> None:
-    """Leave out notes of libraries on what is intended, or what nobody who trains can change."""
+    """Silence warnings of libraries about what is intended, or what no user can change."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices and services
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
     for note in (

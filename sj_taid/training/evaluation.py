@@ -3,8 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -32,6 +31,7 @@ from ..metric import (
 )
 from ..metric.precision_recall import NEIGHBOURS
 from ..model import Autoencoder
+from ..model.block import seeded
 from .autoencoding import Autoencoding
 from .callbacks import ProgressBar, show_progress
 from .files import atomic_write
@@ -43,14 +43,6 @@ SAMPLES_AT_ONCE = 250
 PUBLISHED = {"mnist": "mnist", "fashion_mnist": "fashion"}
 #: Of several processes the first alone measures: there is nothing to sum.
 ALONE = {"sync_on_compute": False}
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw random numbers from ``seed`` inside; the global random state is left alone."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
 
 
 @dataclass

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from .._checks import check_sizes, check_weights
 from ..data import ImageData
 from ..metric import EfficientNetLite0
+from ..model.block import seeded
 from .classification import Classification
-from .evaluation import bare_trainer, load_or_make, seeded
+from .evaluation import bare_trainer, load_or_make
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ class FeatureLoss(nn.Module):
         self.blocks = blocks.requires_grad_(False)
 
     def prepare(self, data: ImageData, cache_dir: Path) -> None:
-        """Make the network ready for a new run on these images."""
+        """Train or load the network before a new run on these images."""
 
     def convert(self, image: Tensor) -> Tensor:
-        """What the network takes, of images ``[N, C, H, W]`` in [-1, 1]."""
+        """The network's input for images ``[N, C, H, W]`` in [-1, 1]."""
         return image
 
     def forward(self, output: Tensor, image: Tensor) -> Tensor:

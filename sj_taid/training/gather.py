@@ -12,9 +12,7 @@ Metrics = dict[str, Any]
 
 
 def gather(folders: Sequence[Path]) -> tuple[dict[Path, Metrics], dict[Path, str]]:
-    """The metrics of every finished run below ``folders``, and why the others are left out.
-
-    These are printed, too.
+    """The metrics of every finished run below ``folders``, and why others are left out (printed).
 
     Raises:
         FileNotFoundError: there is no finished run.

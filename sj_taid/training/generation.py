@@ -17,13 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import ImageData
 from ..model import ESVAE
-from ..model.block import eval_mode
+from ..model.block import eval_mode, seeded
 from ..model.rate import spikes_from_rate
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
 from .critic import PatchCritic
-from .evaluation import Evaluator, load_or_make, seeded
+from .evaluation import Evaluator, load_or_make
 from .feature_loss import FeatureLoss
 from .plot import draw_attention, draw_grid, draw_reconstructions
 
@@ -185,35 +185,30 @@ class Generation(Autoencoding):
                 self.model.fit_prior(image.to(self.device) for image, _ in batches)
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
-        metrics = evaluator.evaluate_samples(self.model, data)
-        if isinstance(self.model, ESVAE):
-            metrics["prior"] = self.model.sample_from
+        model = self.model
+        metrics = evaluator.evaluate_samples(model, data)
         floor = _floor(data, evaluator, metrics["protocol"])
         for name, how in super().evaluate(data, evaluator)["protocol"].items():
-            exact = ", exact spike counts" if isinstance(self.model, ESVAE) else ""
+            exact = ", exact spike counts" if isinstance(model, ESVAE) else ""
             metrics["protocol"][name] = how + exact
         if data.validation_set is not None:
             validation = data.test_on_validation()
-            validated = _only_fad(evaluator).evaluate_samples(self.model, validation, only="fad")
+            validated = _only_fad(evaluator).evaluate_samples(model, validation, only="fad")
             metrics["validation_fad"] = validated["fad"]
             metrics["protocol"]["validation_fad"] = validated["protocol"]["fad"]
-        for prior in self._other_priors():
-            with self.model.draw_from(prior):
-                others = evaluator.evaluate_samples(self.model, data)
-            _add(metrics, others, prior, f"drawn from the prior {prior}")
         _add(metrics, floor, "floor", "samples: training images")
-        if isinstance(self.model, ESVAE):
+        if isinstance(model, ESVAE):
+            metrics["prior"] = model.sample_from
+            fitted = [name for name, prior in model.fitted_priors.items() if prior.fitted]
+            for prior in ("learned", *fitted):
+                if prior != model.sample_from:
+                    with model.draw_from(prior):
+                        others = evaluator.evaluate_samples(model, data)
+                    _add(metrics, others, prior, f"drawn from the prior {prior}")
             once = replace(evaluator, draws=1)
-            perfect = once.evaluate_samples(PerfectPrior(data, self.model), data)
+            perfect = once.evaluate_samples(PerfectPrior(data, model), data)
             _add(metrics, perfect, "perfect", "samples: decoded from the rates of training images")
         return metrics
-
-    def _other_priors(self) -> list[str]:
-        """ESVAE's priors next to the one that it samples from."""
-        if not isinstance(self.model, ESVAE):
-            return []
-        fitted = [name for name, prior in self.model.fitted_priors.items() if prior.fitted]
-        return [prior for prior in ("learned", *fitted) if prior != self.model.sample_from]
 
     @torch.no_grad()
     def draw(self, images: Tensor, folder: Path) -> None:
@@ -227,7 +222,7 @@ class Generation(Autoencoding):
 
 
 class TrainingImages(nn.Module):
-    """Stands in for a model: its samples are training images, none twice while they last."""
+    """In the place of a model: its samples are training images, none twice while they last."""
 
     def __init__(self, data: ImageData) -> None:
         super().__init__()

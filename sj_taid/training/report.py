@@ -28,15 +28,15 @@ from torchvision.utils import save_image
 
 from .._extras import needs
 from ..layer import TAID, FixedDecoder
+from ..model.block import seeded
 from .callbacks import Pictures, show_progress
 from .checkpoint import read_checkpoint
 from .columns import COLUMNS as MEASURED
 from .columns import METRICS, Column
-from .evaluation import seeded
 from .files import atomic_write
 from .gather import Metrics, gather
 from .plot import time_shares
-from .run import Run, build_part
+from .run import Run, build_data
 from .tables import frame, heading, present
 
 with needs("'spikingjelly>=2' plotly jinja2"):
@@ -65,9 +65,7 @@ COLUMNS = MEASURED | OPERATIONS
 def first_images(dataset: str, trust: tuple[str, ...] = ()) -> Tensor:
     """The first images ``[N, C, H, W]``, or frames ``[T, N, C, H, W]``, of a test set."""
     cfg = OmegaConf.create({"dataset": OmegaConf.create(dataset)})
-    data = build_part(cfg, "dataset", trust, num_workers=0, batch_size=IMAGES)
-    data.prepare_data()
-    data.setup()
+    data = build_data(cfg, trust, num_workers=0, batch_size=IMAGES)
     x, _ = next(iter(data.test_dataloader()))
     return x.transpose(0, 1) if x.dim() == 5 else x
 

@@ -166,7 +166,7 @@ class Run:
                 OmegaConf.save(OmegaConf.create([*overrides]), path)
 
     def differences(self, cfg: DictConfig) -> dict[str, str]:
-        """The keys in which ``cfg`` is not the run's config, each with both values."""
+        """The keys in which ``cfg`` and the run's config differ, each with both values."""
         saved = flatten(OmegaConf.to_container(self.config))
         given = flatten(OmegaConf.to_container(cfg, resolve=True))
         return {
@@ -203,7 +203,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What a finished run left.
+        """The metrics of a finished run.
 
         Raises:
             FileNotFoundError: the run is not finished.
@@ -277,6 +277,14 @@ def build_part(cfg: DictConfig, part: str, trust: Collection[str] = (), **argume
     return build(OmegaConf.to_container(cfg[part], resolve=True), trust, keys, **arguments)
 
 
+def build_data(cfg: DictConfig, trust: Collection[str] = (), **arguments: Any) -> Any:
+    """The config's data set, ready for use."""
+    data = build_part(cfg, "dataset", trust, **arguments)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
 def is_first_process() -> bool:
     """Whether this is the first process of a distributed run, or the only one."""
     from lightning.pytorch.utilities import rank_zero_only
@@ -295,7 +303,7 @@ def merge_evaluations(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a run wrote; nothing of what is no dictionary."""
+    """A JSON file of a run; empty if it holds no dictionary."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -99,7 +99,7 @@ class Task(L.LightningModule):
         return self.optimizer.keywords["lr"]
 
     def model_input(self, x: Tensor) -> Tensor:
-        """What the model takes, from the samples of a batch."""
+        """The model's input for the samples of a batch."""
         return x
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ class Task(L.LightningModule):
         return {}
 
     def fit_prior(self, data: Any) -> None:
-        """Fit what is fitted to the trained model, if anything is."""
+        """Fit the trained model's prior, if it has one to fit."""
 
     def evaluate(self, data: Any, evaluator: Evaluator | None) -> dict[str, Any]:
         """Metrics of the trained model that its test does not log, and under ``protocol`` how."""

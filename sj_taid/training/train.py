@@ -32,7 +32,7 @@ from .evaluate import (
 )
 from .files import report_unwritable
 from .provenance import command_line, provenance
-from .run import METRICS, Run, build_part, is_first_process
+from .run import METRICS, Run, build_data, build_part, is_first_process
 from .task import Task
 from .validate import validate
 
@@ -64,7 +64,7 @@ def train(
         cfg: the run's config.
         folder: the run's folder.
         repeated: overrides of the command line, which ``resume=`` repeats.
-        origin: what ``metrics.json`` says of the run in addition to its metrics, as its command.
+        origin: saved in ``metrics.json`` next to the metrics, such as the command.
 
     Raises:
         ValueError: the config is wrong, or does not fit the run that is in the folder.
@@ -83,14 +83,12 @@ def train(
     origin = {"choices": {}, "overrides": [], "command": "", **origin, **provenance()}
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = build_part(cfg, "dataset", cfg.trust or ())
     task = build_task(cfg)
     # Before a critic freezes some, and without a prior that is fitted later.
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     evaluator = build_evaluator(cfg)
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
-    data.prepare_data()
-    data.setup()
+    data = build_data(cfg, cfg.trust or ())
     if checkpoint is None:
         calibrate_thresholds(cfg, task, data)
         task.untrained_metrics = task.measure_untrained(data, evaluator)
@@ -192,7 +190,7 @@ def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.T
 def save_start(
     run: Run, cfg: DictConfig, overrides: Sequence[str] | None, trainer: L.Trainer
 ) -> None:
-    """Save what the run is started with, once its checkpoint is loaded and nothing is refused."""
+    """Save the config and the overrides, once the checkpoint is loaded and nothing is refused."""
     if is_first_process():
         run.begin(cfg, overrides)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -238,7 +236,7 @@ def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
 
 @contextmanager
 def explain_resuming(run: Run) -> Iterator[None]:
-    """Say how a run resumes that is stopped, or whose files or processes fail."""
+    """Add to an error, or to an interrupt, how the run resumes."""
 
     def advice() -> str:
         if not run.checkpoint.is_file() or run.is_finished:  # by an earlier command

@@ -100,19 +100,3 @@ def test_fit_prior_to_bad_batches(batches, error, message):
     with pytest.raises(error, match=message):
         model.fit_prior(batches)
     assert not model.mixture.fitted
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
-        (
-            {"sample_from": "normal"},
-            "sample_from must be learned, mixture or flow, but it is 'normal'",
-        ),
-        ({"components": 0}, "components must be an integer >= 1"),
-    ],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        ESVAE(**SMALL, **options)

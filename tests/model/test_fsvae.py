@@ -57,17 +57,3 @@ def test_training_loss_scheduled_sampling_follows_the_progress(monkeypatch):
     for progress in (0.0, 0.5, 1.0):
         model.training_loss(images(), progress)
     assert used == pytest.approx([0.1, 0.2, 0.3])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"k": 0}, "k must be an integer >= 1, but it is 0"),
-        ({"own_sample_probability": (10, 30)}, r"must be two probabilities in \[0, 1\], but it is"),
-        ({"own_sample_probability": (0.1,)}, "must be two probabilities"),
-        ({"own_sample_probability": 0.1}, "must be two probabilities"),
-    ],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        FSVAE(**SMALL | options)

@@ -161,7 +161,24 @@ def test_sum_losses_of_colour():
     ],
 )
 @KINDS
-def test_bad_sizes(kind, options, message):
+def test_bad_arguments(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(kind, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (ESVAE, {"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
+        (ESVAE, {"sample_from": "normal"}, "must be learned, mixture or flow, but it is 'normal'"),
+        (ESVAE, {"components": 0}, "components must be an integer >= 1"),
+        (FSVAE, {"k": 0}, "k must be an integer >= 1, but it is 0"),
+        (FSVAE, {"own_sample_probability": (10, 30)}, r"two probabilities in \[0, 1\], but it is"),
+        (FSVAE, {"own_sample_probability": (0.1,)}, "must be two probabilities"),
+        (FSVAE, {"own_sample_probability": 0.1}, "must be two probabilities"),
+    ],
+)
+def test_bad_arguments_of_one_model(kind, options, message):
     with pytest.raises(ValueError, match=message):
         make(kind, **options)
 

@@ -100,7 +100,7 @@ def test_evaluate_without_the_weights_of_the_run(folder, caplog):
 def test_evaluate_can_download_data(folder, monkeypatch):
     built = []
     module = import_module("sj_taid.training.evaluate")
-    monkeypatch.setattr(module, "build_part", lambda cfg, *_, **__: built.append(cfg) or 1 / 0)
+    monkeypatch.setattr(module, "build_data", lambda cfg, *_, **__: built.append(cfg) or 1 / 0)
     monkeypatch.setattr(run.Run, "model", lambda *_: ESVAE(image_size=8, hidden_channels=(4, 8)))
     with pytest.raises(ZeroDivisionError):
         evaluate(composed(folder, "dataset.download=true"))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 
+from sj_taid.model.block import seeded
 from sj_taid.training import cli, gather, load_model, report, run
-from sj_taid.training.evaluation import seeded
 from sj_taid.training.train import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

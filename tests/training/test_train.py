@@ -213,7 +213,6 @@ def test_damaged_checkpoint_is_refused_before_anything_is_written(trained, tiny)
         ("feature_loss=classifier task=classification model=classifier_small", "is for task=gen"),
         ("critic=patch critic.share=-1", r"^critic\.share must be a number >= 0, but it is -1"),
         ("critic=patch critic.trains=none", r"^critic\.trains must be decoder or all"),
-        ("model.k=0", r"^model\.k must be an integer >= 1, but it is 0$"),
         ("critic=patch critic.warmup=1e6", r"^critic\.warmup must be a number of steps"),
         ("model.chroma_weight=1", r"^chroma_weight=1 is for images of 3(?s:.*)\n\(of .*FSVAE\)$"),
         ("dataset=nmnist", r"dataset=nmnist holds recordings.*task=classification"),
