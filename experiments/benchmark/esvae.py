@@ -6,12 +6,11 @@ writes ``esvae.csv``: ``experiment=mnist_esvae_sharp`` as configured, and with o
 in milliseconds per image without loading.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import CPU, interleave, parser, write_csv
-from hydra.utils import instantiate
+from common import CPU, interleave, parser, training_step, write_csv
 
 from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.config import compose
@@ -32,26 +31,6 @@ VARIANTS = {
 }
 
 
-def training_step(name: str, extra: Sequence[str]) -> tuple[Callable[[], None], int]:
-    """A function that trains a variant for a step on random images, and its batch size."""
-    cfg = compose("train", [RECIPE_OF, *VARIANTS[name], *extra])
-    torch.manual_seed(0)
-    model = instantiate(cfg.model).to(memory_format=torch.channels_last)
-    optimizer = instantiate(cfg.optimizer)(model.parameters())
-    size = cfg.dataset.image_size
-    image = torch.rand(cfg.dataset.batch_size, cfg.dataset.channels, size, size) * 2 - 1
-    bfloat16 = cfg.trainer.precision == "bf16-mixed"
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss = model.training_loss(image)["loss"]
-        loss.backward()
-        optimizer.step()
-
-    return step, len(image)
-
-
 def main(arguments: Sequence[str] | None = None, extra: Sequence[str] = ()) -> None:
     """``extra`` are overrides for all variants."""
     options_parser = parser(__doc__, repeats=5)
@@ -59,9 +38,9 @@ def main(arguments: Sequence[str] | None = None, extra: Sequence[str] = ()) -> N
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     reuse_freed_memory()
-    variants = {name: training_step(name, extra) for name in VARIANTS}
-    steps = {name: step for name, (step, _) in variants.items()}
-    batches = {name: batch for name, (_, batch) in variants.items()}
+    configs = {name: compose("train", [RECIPE_OF, *v, *extra]) for name, v in VARIANTS.items()}
+    batches = {name: cfg.dataset.batch_size for name, cfg in configs.items()}
+    steps = {name: training_step(cfg, batches[name]) for name, cfg in configs.items()}
     timings = interleave(steps, options.repeats)
     first = timings[RECIPE].median_ms / batches[RECIPE]
     rows: list[dict[str, Any]] = [

@@ -28,16 +28,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import (
-    DTYPES,
-    Fresh,
-    conditions,
-    interleave,
-    milliseconds,
-    neurons,
-    parser,
-    write_csv,
-)
+from common import DTYPES, Fresh, conditions, interleave, milliseconds, neurons, parser, write_csv
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import Tensor, nn
 

@@ -7,42 +7,19 @@ on random images of its size, and the core-hours of all epochs at that rate per 
 loading, validation and metrics. The steps have ``--batch`` images, to be short.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from common import CPU, interleave, parser, write_csv
-from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig
-from torch.nn import functional as F
+from common import CPU, interleave, parser, training_step, write_csv
+from hydra.utils import get_class
 
 from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.config import compose
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.csv"
-
-
-def training_step(cfg: DictConfig, batch: int) -> Callable[[], None]:
-    """A function that trains a recipe's model for a step on random images."""
-    model = instantiate(cfg.model).to(memory_format=torch.channels_last)
-    optimizer = instantiate(cfg.optimizer)(model.parameters())
-    size = cfg.dataset.image_size
-    images = torch.rand(batch, cfg.dataset.channels, size, size) * 2 - 1
-    labels = torch.arange(batch) % (cfg.dataset.classes or 1)
-
-    def loss() -> torch.Tensor:
-        if hasattr(model, "training_loss"):
-            return model.training_loss(images)["loss"]
-        return F.mse_loss(model(images), F.one_hot(labels, model.classes).float())
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-
-    return step
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

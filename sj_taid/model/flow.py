@@ -28,7 +28,7 @@ class FlowPrior(FittedPrior):
 
     with the quantile function :math:`Q_c` of the training rates of channel c. Eight couplings of
     256 hidden units learn by maximum likelihood until that of a tenth of the rates, held out, no
-    longer improves; a rate's rank is drawn anew in each epoch, between those of its neighbours.
+    longer improves; a rate's rank is drawn again in each epoch, between those of its neighbours.
 
     Args:
         channels: latent channels d.

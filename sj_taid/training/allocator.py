@@ -1,4 +1,4 @@
-"""How the C library hands out memory for tensors on a CPU."""
+"""The C library's allocation of memory for tensors on a CPU."""
 
 import ctypes
 import platform

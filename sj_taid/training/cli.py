@@ -9,8 +9,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -53,20 +52,33 @@ GIVEN: list[str] = []
 
 
 def main(command: str | None = None) -> None:
-    """``sj-taid COMMAND [argument ...]``; a script for one command names it."""
+    """``sj-taid COMMAND [argument ...]``; a script for one command names it.
+
+    A user's error ends the process with its message; ``HYDRA_FULL_ERROR=1`` shows its traceback.
+    """
     arguments = sys.argv[1:]
     if command is None:
         command, arguments = _parser().parse_args(arguments[:1]).command, arguments[1:]
-    with exit_on_user_errors():
-        if command in COMPOSED:
-            GIVEN[:] = sys.argv
-            sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
-            hydra.main(CONF, command, VERSION)(run_composed)()
-            return
-        logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
-        logging.getLogger("sj_taid").setLevel(logging.INFO)
-        if code := import_command(command).main(arguments):
-            sys.exit(code)
+    with_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print the errors of its jobs itself
+    try:
+        run_command(command, arguments)
+    except USER_ERRORS as error:
+        if with_traceback:
+            raise
+        sys.exit(format_error(error))
+
+
+def run_command(command: str, arguments: Sequence[str]) -> None:
+    if command in COMPOSED:
+        GIVEN[:] = sys.argv
+        sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
+        hydra.main(CONF, command, VERSION)(run_composed)()
+        return
+    logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
+    logging.getLogger("sj_taid").setLevel(logging.INFO)
+    if code := import_command(command).main(arguments):
+        sys.exit(code)
 
 
 def run_composed(cfg: DictConfig) -> Any:
@@ -83,21 +95,8 @@ def import_command(command: str) -> ModuleType:
         return import_module(f"{__package__}.{command}")
 
 
-@contextmanager
-def exit_on_user_errors() -> Iterator[None]:
-    """Exit with the message of a user's error; ``HYDRA_FULL_ERROR=1`` shows its traceback."""
-    with_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print the errors of its jobs itself
-    try:
-        yield
-    except USER_ERRORS as error:
-        if with_traceback:
-            raise
-        sys.exit(format_error(error))
-
-
 def format_error(error: Exception) -> str:
-    """What a user reads of an error: one to three lines."""
+    """The message of a user's error, one to three lines."""
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing; give {error.full_key}=..., see --help"
     if isinstance(error, CompactHydraException | OmegaConfBaseException):

@@ -7,7 +7,7 @@ import pandas as pd
 
 
 class Column(NamedTuple):
-    """How a metric or a cost is shown.
+    """The display of a metric or a cost.
 
     Attributes:
         title: the heading; an arrow at its end says which direction is better.
@@ -36,7 +36,7 @@ class Column(NamedTuple):
         return f"{mean} ± {values.std():.{self.decimals}f}" if self.spread and differ else mean
 
 
-#: What is measured. A published value that was measured by another protocol than ours, or by an
+#: The metrics. A published value that was measured by another protocol than ours, or by an
 #: unknown one, has a column of its own.
 METRICS = {
     "accuracy": Column("accuracy, last epoch, % ↑", 0.01, 2),
@@ -68,7 +68,7 @@ METRICS |= {
     for name in ("fad", "fad_published", "fid", "features")
     for key in ("precision", "recall")
 }
-#: What a run took.
+#: The costs of a run.
 COSTS = {
     "epochs": Column("epochs", 1, 0),
     "parameters": Column("parameters, M", 1e6, 2, spread=False),

@@ -82,7 +82,7 @@ def build_tester(cfg: DictConfig, bar: bool = False) -> L.Trainer:
 
 
 def build_evaluator(cfg: DictConfig) -> Evaluator | None:
-    """What compares the model's samples with the data; None where the task draws none."""
+    """The evaluator of the model's samples; None where the task draws none."""
     if not cfg.get("metric"):
         return None
     options = {"cache_dir": cfg.cache_dir, "seed": cfg.seed, "accelerator": cfg.trainer.accelerator}

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 SAMPLES_AT_ONCE = 250
 #: names of the published autoencoders
 PUBLISHED = {"mnist": "mnist", "fashion_mnist": "fashion"}
-#: Of several processes the first alone measures: there is nothing to sum.
+#: Only the first of several processes measures, so there is nothing to sum over them.
 ALONE = {"sync_on_compute": False}
 
 
@@ -297,5 +297,5 @@ def load_or_make(
 
 
 def _real_states(metric: Any) -> dict[str, Any]:
-    """What a metric has accumulated of real images."""
+    """A metric's states of real images."""
     return {k: state for k, state in metric.metric_state.items() if k.startswith("real_")}

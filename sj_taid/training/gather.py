@@ -7,7 +7,7 @@ from typing import Any
 from . import run
 from .columns import METRICS
 
-#: What a run's ``metrics.json`` holds.
+#: The content of a run's ``metrics.json``.
 Metrics = dict[str, Any]
 
 
@@ -49,6 +49,6 @@ def read(finished: run.Run) -> Metrics:
 
 
 def overrides(metrics: Metrics) -> dict[str, str]:
-    """What was chosen on the command line, by key."""
+    """The choices on the command line, by key."""
     words = (word.partition("=") for word in metrics["overrides"])
     return {key.lstrip("+"): value for key, _, value in words}

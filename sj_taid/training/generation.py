@@ -137,7 +137,7 @@ class Generation(Autoencoding):
             )
 
     def _critic_epoch(self) -> int:
-        """Epochs since the critic joined; below 0 it has not."""
+        """Epochs since the critic began; negative before."""
         epochs = self.trainer.max_epochs or 1
         return self.current_epoch - max(epochs - self.critic.epochs, 0) if self.critic else -1
 

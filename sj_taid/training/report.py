@@ -115,7 +115,7 @@ def png(*rows: Tensor) -> str:
 
 
 def read_training(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, dict[str, float]]]]:
-    """What a run logged, and its neurons' parameters, over the epochs, from the checkpoint."""
+    """The logged values and the neurons' parameters over the epochs, from the checkpoint."""
     states = read_checkpoint(Run.find(run.folder).checkpoint).get("callbacks", {})
     state = states.get(Pictures.__qualname__, {"epochs": [], "history": []})
     logged = [

@@ -30,7 +30,7 @@ EVALUATIONS = "evaluations"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 
-#: a remedy for a folder that is not for this run
+#: remedy for a folder that this run cannot use
 ELSEWHERE = "choose another folder with hydra.run.dir=... (for a sweep hydra.sweep.dir=...)"
 #: how long a run trains: a finished run with more of it resumes
 LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
@@ -133,7 +133,7 @@ class Run:
 
     @property
     def config(self) -> DictConfig:
-        """What the run was started with.
+        """The config that the run was started with.
 
         Raises:
             FileNotFoundError: there is none.

@@ -6,11 +6,7 @@ import torch
 from scipy import linalg
 from torch import nn
 
-from sj_taid.metric import (
-    AutoencoderCodes,
-    FrechetDistance,
-    PublishedFrechetAutoencoderDistance,
-)
+from sj_taid.metric import AutoencoderCodes, FrechetDistance, PublishedFrechetAutoencoderDistance
 from sj_taid.model.autoencoder import Autoencoder
 from tests.metric.pixels import Pixels
 

@@ -5,12 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from sj_taid.model.rate import (
-    GaussianMixturePrior,
-    LearnedPrior,
-    rbf_mmd,
-    spikes_from_rate,
-)
+from sj_taid.model.rate import GaussianMixturePrior, LearnedPrior, rbf_mmd, spikes_from_rate
 
 F64 = torch.float64
 
