@@ -174,22 +174,6 @@ def empty_statistics(x_seq: Tensor) -> Tensor:
     return x_seq.new_empty((2, x_seq.shape[2]), dtype=torch.float64)
 
 
-class _Options(NamedTuple):
-    v_init: float
-    decay_input: bool
-    v_reset: float | None
-    detach_reset: bool
-    surrogate: str
-    a: float
-    b: float
-    store_v_seq: bool
-    checkpoints: int
-    pack: bool
-    fixed_norm: bool
-    group: Any
-    eps: float | None
-
-
 class _FusedALIF(torch.autograd.Function):
     # forward and setup_context apart, as torch.func's transforms ask for
     generate_vmap_rule = True
@@ -197,31 +181,20 @@ class _FusedALIF(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         # One parameter: apply looks at each of the signature's at every call.
-        x_seq, v0, w, v_threshold, weight, bias, norm, engine, options, _ = inputs
-        return engine.forward(
-            x_seq,
-            v0,
-            options.v_init,
-            w,
-            v_threshold,
-            options.decay_input,
-            options.v_reset,
-            options.store_v_seq,
-            options.checkpoints,
-            norm[0],
-            options.pack,
-            *((None, None) if options.eps is None else (weight, bias)),
-            options.eps,
-        )
+        x_seq, v0, w, v_threshold, weight, bias, affine, engine, options, *_ = inputs
+        tensors = {"x_seq": x_seq, "v0": v0, "w": w, "v_threshold": v_threshold, "norm": affine[0]}
+        return engine.forward(*Forward(**tensors, weight=weight, bias=bias, **options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x_seq, v0, w, v_threshold, _, _, norm, ctx.engine, ctx.options, recipe = inputs
-        checkpoint, packed, *own_norm = output[3:]
-        norm = norm if ctx.options.eps is None else own_norm
+        x_seq, v0, w, v_threshold = inputs[:4]
+        affine, ctx.engine, options, ctx.options, ctx.group, recipe = inputs[6:]
+        checkpoint, packed, *own_affine = output[3:]
+        ctx.has_v_seq, ctx.owns_norm = options["store_v_seq"], options["eps"] is not None
+        affine = own_affine if ctx.owns_norm else affine
         ctx.compute, made_from = recipe or (_dense, (x_seq,))
-        ctx.save_for_backward(v0, w, v_threshold, checkpoint, *norm, *made_from)
-        ctx.mark_non_differentiable(checkpoint, packed, *own_norm)
+        ctx.save_for_backward(v0, w, v_threshold, checkpoint, *affine, *made_from)
+        ctx.mark_non_differentiable(checkpoint, packed, *own_affine)
         # An output that nobody used has no gradient to read.
         ctx.set_materialize_grads(False)
 
@@ -235,50 +208,41 @@ class _FusedALIF(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         v0, w, v_threshold, checkpoint, table, numbers, *made_from = _saved_tensors(ctx)
         x_seq = _dense(ctx.compute(*made_from))
-        options = ctx.options
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
-        needs_ab = need_x and table is not None and not options.fixed_norm
-        two_passes = needs_ab and options.eps is None
+        needs_ab = need_x and table is not None and not ctx.options["fixed_norm"]
+        two_passes = needs_ab and not ctx.owns_norm
         # create_graph=True, and torch.func always
         backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         call = Backward(
-            _arranged(grad_spike_seq, x_seq),
-            _arranged(grad_v, x_seq[0]),
-            _arranged(grad_v_seq, x_seq) if options.store_v_seq else None,
-            x_seq,
-            v0,
-            options.v_init,
-            w,
-            v_threshold,
-            checkpoint,
-            options.decay_input,
-            options.v_reset,
-            options.detach_reset,
-            options.surrogate,
-            options.a,
-            options.b,
-            need_x,
-            need_v0,
-            need_w,
-            need_v_threshold,
-            table,
-            table is not None,
-            options.fixed_norm,
-            None,
-            None if options.eps is None else numbers,
+            grad_spike_seq=_arranged(grad_spike_seq, x_seq),
+            grad_v=_arranged(grad_v, x_seq[0]),
+            grad_v_seq=_arranged(grad_v_seq, x_seq) if ctx.has_v_seq else None,
+            x_seq=x_seq,
+            v0=v0,
+            w=w,
+            v_threshold=v_threshold,
+            checkpoint=checkpoint,
+            need_x=need_x,
+            need_v0=need_v0,
+            need_w=need_w,
+            need_v_threshold=need_v_threshold,
+            norm=table,
+            need_norm=table is not None,
+            numbers=numbers if ctx.owns_norm else None,
+            **ctx.options,
         )
         first = call
         if two_passes:  # the norm's sums first, then all that depends on them or can wait
             first = call._replace(need_x=False, need_v0=False, need_w=False, need_v_threshold=False)
         grad_x_seq, grad_v0, grad_parameters, norm_sums = backward(ctx.engine, *first)
         grad_weight = grad_bias = None
-        if options.eps is not None:
+        if ctx.owns_norm:
             grad_bias, grad_weight = norm_sums.float().unbind()
         elif table is not None:
             affine = Affine(table, numbers)
             grad_weight, grad_bias = norms.gradients(affine, norm_sums)
         if two_passes:
-            ab = norms.mean_terms(affine, norm_sums, options.group)
+            ab = norms.mean_terms(affine, norm_sums, ctx.group)
             call = call._replace(ab=ab, need_norm=False)
             grad_x_seq, grad_v0, grad_parameters, _ = backward(ctx.engine, *call)
         return (
@@ -288,10 +252,7 @@ class _FusedALIF(torch.autograd.Function):
             grad_parameters[-1] if need_v_threshold else None,
             grad_weight if need_weight else None,
             grad_bias if need_bias else None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 6,
         )
 
 
@@ -374,26 +335,20 @@ def multi_step(
     if norm is not None and not norm.fixed and norm.group is None:
         eps = norm.eps if engine.takes_statistics(x_seq) else None
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    options = _Options(
-        v_init=0.0 if isinstance(v, Tensor) else v,
-        decay_input=decay_input,
-        v_reset=v_reset,
-        detach_reset=detach_reset,
-        surrogate=name,
-        a=a,
-        b=b,
-        store_v_seq=store_v_seq,
-        checkpoints=engine.checkpoints(x_seq.shape[0], x_seq.dtype) if saves else 0,
-        pack=return_bits,
-        fixed_norm=norm is not None and norm.fixed,
-        group=None if norm is None else norm.group,
-        eps=eps,
-    )
+    v_init = 0.0 if isinstance(v, Tensor) else v
+    checkpoints = engine.checkpoints(x_seq.shape[0], x_seq.dtype) if saves else 0
+    fixed_norm = norm is not None and norm.fixed
+    neuron: dict[str, Any] = {"v_init": v_init, "decay_input": decay_input, "v_reset": v_reset}
+    forward = neuron | {"store_v_seq": store_v_seq, "checkpoints": checkpoints}
+    forward |= {"pack": return_bits, "eps": eps}
+    backward = neuron | {"detach_reset": detach_reset, "surrogate": name, "a": a, "b": b}
+    backward |= {"fixed_norm": fixed_norm}
     affine: Affine | tuple[None, None] = (None, None)
     if norm is not None and eps is None:
         affine = norms.affine(norm, x_seq, engine.statistics)
     run = _FusedALIF.apply if saves else _FusedALIF.forward
-    spike_seq, v_last, v_seq, _, packed, _, numbers = run(*leaves, affine, engine, options, recipe)
+    rest = (affine, engine, forward, backward, norm and norm.group, recipe)
+    spike_seq, v_last, v_seq, _, packed, _, numbers = run(*leaves, *rest)
     if norm is not None and eps is not None:
         norms.update_running(norm, numbers[0], numbers[4])
     results = (spike_seq, v_last, v_seq if store_v_seq else None)
