@@ -40,10 +40,6 @@ class Spikes:
             self._bits = pack(self._tensor().as_strided(self.shape, self.stride))
         return self._bits
 
-    @property
-    def numel(self) -> int:
-        return self.shape.numel()
-
     def restorer(self, view: Tensor) -> Callable[[Tensor], Tensor]:
         """The function that makes ``view`` from the bits."""
         place = (view.shape, view.stride(), view.storage_offset())

@@ -26,8 +26,6 @@ from .tracing import has_hooks
 
 __all__ = ["Acceleration", "Row", "accelerate"]
 
-_FUSED = "fused operator"
-
 
 class Row(NamedTuple):
     """What was done with a neuron or norm: nothing, if ``done`` is empty."""
@@ -108,7 +106,8 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         find: Any = net.get_submodule
         for site in convert.find_neurons(net, neuron.BaseNode):
             node, kind, reason = site.node, type(site.node), _why_not(site)
-            note, done = reason or convert.describe_equality(site), "" if reason else _FUSED
+            note = reason or convert.describe_equality(site)
+            done = "" if reason else "fused operator"
             rows[site.path] = Row(" = ".join(site.paths), kind.__name__, done, note)
             if not reason:
                 node.__class__ = _ACCELERATED[kind]
@@ -233,18 +232,12 @@ class _Accelerated(FusedNeuron):
         dtype = reference.state_dtype(x_seq.dtype)
         w = getattr(node, "w", convert.NO_LEAK_W)  # PLIF's own, or IF's
         if isinstance(node, neuron.LIFNode):
-            w = _constant_w(node.tau, dtype)
+            w = convert.nearest_w(node.tau, dtype)
         operands = {
             name: value if isinstance(value, Tensor) else x_seq.new_full((), value, dtype=dtype)
             for name, value in {"w": w, "v_threshold": node.v_threshold}.items()
         }
         return operands | {"decay_input": getattr(node, "decay_input", False)}
-
-
-# torch.compile runs it as it is, and uses what it returns as a constant.
-@torch.compiler.assume_constant_result
-def _constant_w(tau: float, dtype: torch.dtype) -> float:
-    return convert.nearest_w(tau, dtype)
 
 
 class AcceleratedIFNode(_Accelerated, neuron.IFNode):

@@ -371,6 +371,7 @@ def _copy_voltage(old: Any, new: Any) -> None:
 
 
 @lru_cache
+@torch.compiler.assume_constant_result
 def nearest_w(tau: float, dtype: torch.dtype) -> float:
     """The ``w`` of ``dtype`` whose sigmoid is nearest to ``1/tau``.
 

@@ -157,7 +157,11 @@ def _cast(x: Tensor, spikes: _spikes.Spikes) -> Tensor:
     """``x`` as autocast would cast it, which would save a tensor that nobody knows."""
     device = x.device.type
     lower = torch.get_autocast_dtype(device)
-    if not torch.is_autocast_enabled(device) or lower == x.dtype or x.numel() != spikes.numel:
+    if (
+        not torch.is_autocast_enabled(device)
+        or lower == x.dtype
+        or x.numel() != spikes.shape.numel()
+    ):
         return x
     cast = x.to(lower)  # in the same memory order
     _spikes.register(cast, cast.as_strided(spikes.shape, spikes.stride), spikes.bits)

@@ -9,9 +9,7 @@
 // no synchronisation: results do not depend on the order in which threads run.
 //
 // With NORM the neuron's input is y = (x - shift) gain + offset, computed in registers in forward and
-// again in backward. With the batch's statistics x's gradient depends on sums over all of y's: one
-// launch of backward computes them (NEED_NORM), a second one all else. With running statistics one
-// launch does both.
+// again in backward, whose first launch makes the norm's sums (NEED_NORM).
 //
 // Up to LONGEST_SWEEP steps fit in registers. For longer sequences T stands for every length with the
 // same remainder modulo SEGMENT: forward saves the voltage every SEGMENT steps (`checkpoint`), backward

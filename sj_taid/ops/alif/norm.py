@@ -55,11 +55,9 @@ class Norm(NamedTuple):
     def of(cls, module: Any) -> Norm:
         """The norm that a module's forward would compute; counts the batch, as that does."""
         momentum = 0.0 if module.momentum is None else module.momentum
-        if (
-            module.training
-            and module.track_running_stats
-            and module.num_batches_tracked is not None
-        ):
+        # Statistics that are not tracked in training are used in eval mode all the same.
+        reads = module.track_running_stats or not module.training
+        if module.training and reads and module.num_batches_tracked is not None:
             module.num_batches_tracked.add_(1)
             if module.momentum is None:  # the plain average over all batches
                 momentum = 1.0 / float(module.num_batches_tracked)
@@ -69,9 +67,8 @@ class Norm(NamedTuple):
         return cls(
             module.weight,
             module.bias,
-            # Statistics that are not tracked in training are used in eval mode all the same.
-            module.running_mean if not module.training or module.track_running_stats else None,
-            module.running_var if not module.training or module.track_running_stats else None,
+            module.running_mean if reads else None,
+            module.running_var if reads else None,
             use_batch_statistics,
             momentum,
             module.eps,

@@ -1,4 +1,4 @@
-"""Backend "numba": ``loops`` is the arithmetic, ``threads`` who runs it, ``operators`` its use."""
+"""Backend "numba": ``loops`` computes, ``threads`` distributes, ``operators`` takes tensors."""
 
 from .operators import multi_step as multi_step
 from .operators import unsupported as unsupported

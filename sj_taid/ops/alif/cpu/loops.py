@@ -66,16 +66,17 @@ _Q, _THRESHOLD, _SPIKE, _GRAD_X, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _BITS = rang
 _SHIFT, _GAIN, _OFFSET, _Y, _GRAD_OFFSET, _GRAD_GAIN, _A, _B, _VOLTAGES = range(8, 17)
 
 
-def scratch_rows(steps: int) -> int:
-    """How many rows of scratch memory the kernels need, without those of the input."""
-    return _VOLTAGES + max(steps, 2)
-
-
 # error_model: a division by zero must not branch, or its loop does not vectorise.
 _part = register_jitable(error_model="numpy")
 # Cached, since numba would take a second registration for another function.
 smooth = cache(register_jitable(error_model="numpy", fastmath={"contract"}))
 _sum = register_jitable(error_model="numpy", fastmath={"reassoc"})
+
+
+@_part
+def scratch_rows(steps):
+    """How many rows of scratch memory the kernels need, without those of the input."""
+    return _VOLTAGES + max(steps, 2)
 
 
 @cache
@@ -434,8 +435,7 @@ def _row(scratch, a, k):
 @_part
 def _input_row(scratch, a, t, here):
     """The input at step ``t``, of a block; with ``whole`` of a part, from ``here`` on."""
-    rows = (_VOLTAGES + max(a.steps, 2)) * a.pitch
-    return _at(scratch, rows + t * a.length + here * a.whole)
+    return _at(scratch, scratch_rows(a.steps) * a.pitch + t * a.length + here * a.whole)
 
 
 @_part
