@@ -73,8 +73,7 @@ class ClassifierLoss(FeatureLoss):
     Three blocks of convolution, batch norm, ReLU and pooling, trained once and cached.
 
     Args:
-        channels: image channels.
-        classes: of the data set.
+        channels, classes: of the data set.
         weight: of the loss.
 
     Raises:

@@ -101,7 +101,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes out of the folder; a lock that stands alone there goes again.
+        """Keep other processes out of the folder; an empty folder stays empty.
 
         The first process of a distributed run holds the lock for all.
 
