@@ -411,14 +411,20 @@ def _recompute_row(x, v, v_next, q, threshold, v_rest, decay_input, soft, n):
 
 
 @_part
+def _channels(a, part):
+    """The first channel of a part, and how many there are."""
+    channel = part // a.ranges * a.group
+    return channel, min(a.group, a.channels - channel)
+
+
+@_part
 def _place(a, part):
     """Where a part's neurons are, which of them it takes, and its channels.
 
     Neuron ``j`` of a group of channels is the ``j % run``-th of segment ``j // run``; segments are
     ``stride`` apart. A group of all channels is one segment.
     """
-    channel = part // a.ranges * a.group
-    width = min(a.group, a.channels - channel)
+    channel, width = _channels(a, part)
     stride = a.channels * a.inner
     count = a.neurons // stride * width * a.inner
     run = a.neurons if width == a.channels else width * a.inner
@@ -476,8 +482,7 @@ def _spread_parameters(scratch, a, first, n, channel, width):
 @_part
 def _add_to_sums(a, sums, kind, kinds, part, row, first, n):
     """Add a row to the sums of this ``kind``, one per channel."""
-    channel = part // a.ranges * a.group
-    width = min(a.group, a.channels - channel)
+    channel, width = _channels(a, part)
     here = _double_at(sums, (part % a.ranges * kinds + kind) * a.channels + channel)
     _gather(here, row, first, n, a.inner, width)
 
