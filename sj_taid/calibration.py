@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ def calibrate(
             and time steps), for a channel of a linear layer 1 / (T N).
         rate: spikes per neuron and time step, in (0, 1).
         run: runs a whole sequence. The default is ``net(x_seq)`` if a module of the net is in step
-            mode ``"m"``, otherwise ``net(x)`` for each ``x`` of ``x_seq`` ``[T, N, *]``.
+            mode ``"m"``, otherwise ``net(x)`` for each ``x`` of ``x_seq`` ``[T, N, *]``. A net in
+            step mode ``"s"`` that loops over time itself needs ``run=net``.
 
     Returns:
         The report. A layer is missed if its rate, or a channel's, is more than 20 % off. One that
@@ -115,7 +117,7 @@ def calibrate(
         recurrent layer, or whose threshold a later one shares, is set once and may miss.
 
     Raises:
-        ValueError: ``rate`` is not in (0, 1), or ``net`` has no neurons.
+        ValueError: ``rate`` is not in (0, 1), ``net`` has no neurons, or it needs ``run``.
         TypeError: ``net`` is no module.
         Exception: what ``run`` raises; the thresholds are then as before.
 
@@ -131,11 +133,19 @@ def calibrate(
             f"rate must be spikes per neuron and time step, more than 0 and less than 1, as 0.2, "
             f"but it is {rate!r}"
         )
-    run_batch = partial(_run_from_rest, net, partial(run or _choose_run(net), x_seq))
+    by_step = run is None and all(getattr(m, "step_mode", "s") == "s" for m in net.modules())
+    run = run or ((lambda x_seq: [net(x) for x in x_seq]) if by_step else net)
+    run_batch = partial(_run_from_rest, net, partial(run, x_seq))
     paths = {m: path for path, m in net.named_modules() if isinstance(m, neuron.BaseNode)}
     with _restore_states(net), monitor(net) as watch:
         order: list[nn.Module] = []
         run_batch(paths, lambda node, args, kwargs: order.append(node))
+        if by_step and min(Counter(order).values(), default=0) > len(x_seq):
+            raise ValueError(
+                "calibrate ran net(x) for each x of x_seq, but every neuron ran more than once in "
+                "each: if the net loops over time itself give run=net, otherwise "
+                "run=lambda x_seq: [net(x) for x in x_seq]"
+            )
         before = watch.layers()
         found = {node: _calibrate(node, run_batch, rate) for node in dict.fromkeys(order)}
         watch.clear()
@@ -281,13 +291,6 @@ def _set_threshold(node: Any, threshold: Tensor) -> None:
         node.v_threshold.copy_(threshold)
     else:
         node.v_threshold = threshold.item()
-
-
-def _choose_run(net: nn.Module) -> Callable[[Any], Any]:
-    """Run a sequence at once if a module is in step mode "m", otherwise step by step."""
-    if any(getattr(module, "step_mode", "s") == "m" for module in net.modules()):
-        return net
-    return lambda x_seq: [net(x) for x in x_seq]
 
 
 @contextmanager

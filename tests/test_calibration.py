@@ -260,6 +260,26 @@ def test_calibrate_runs_a_net_that_repeats_its_image():
     assert len(report.rows) == 4 and not report.missed
 
 
+class Loop(nn.Module):
+    """Loops over time itself, in step mode "s", and repeats its image."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.neuron = nn.Linear(8, 64), neuron.LIFNode(v_threshold=7.0)
+
+    def forward(self, x):
+        return sum(self.neuron(self.layer(x)) for _ in range(4)) / 4
+
+
+def test_calibrate_needs_run_for_a_net_that_loops_over_time():
+    net, images = Loop(), torch.rand(32, 8)
+    with pytest.raises(ValueError, match="loops over time itself give run=net, otherwise run=lam"):
+        calibrate(net, images)
+    assert net.neuron.v_threshold == 7.0
+    assert not calibrate(net, images, run=net).missed
+    assert net(images).mean().item() == pytest.approx(0.2, rel=0.02)
+
+
 def test_calibrate_takes_a_compiled_net():
     net = nn.Sequential(nn.Linear(8, 64), ALIFNode(step_mode="m", v_threshold=5.0))
     compiled = torch.compile(net, backend="eager")
