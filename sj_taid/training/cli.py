@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .._extras import TRAIN, needs
-from .config import CONF, VERSION
+from .config import CONF, VERSION, describe_missing
 from .run import OVERRIDES
 
 #: commands whose arguments are Hydra's overrides of conf/<command>.yaml
@@ -99,11 +99,18 @@ def format_error(error: Exception) -> str:
     """The message of a user's error, one to three lines."""
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing; give {error.full_key}=..., see --help"
+    _, is_missing, override = str(error).partition("To append to your config use ")
+    if is_missing:
+        cause: Any = error.__cause__
+        text = describe_missing(cause.full_key, cause.parent_node)
+        return f"{text} If its class takes it, add {override}" if "." in cause.full_key else text
     if isinstance(error, CompactHydraException | OmegaConfBaseException):
-        text = " ".join(str(error).partition("Config search path")[0].split())
-        return text.replace("To append to your config use", "If its class takes it, add")
+        return " ".join(str(error).partition("Config search path")[0].split())
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
-    return "\n".join([str(error), *getattr(error, "__notes__", ()), hint])
+    text = str(error)
+    if isinstance(error, OSError) and error.errno:  # the system's, which names no remedy
+        text += "; give another path, or let this one be read and written"
+    return "\n".join([text, *getattr(error, "__notes__", ()), hint])
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> 
     """The config of a command line."""
     with hydra.initialize_config_dir(CONF, version_base=VERSION):
         return hydra.compose(config_name, list(overrides), **options)
+
+
+def describe_missing(key: str, known: Iterable[Any]) -> str:
+    """That there is no such dotted key, and the nearest of those that are ``known`` next to it."""
+    parent, dot, name = key.rpartition(".")
+    near = get_close_matches(name, map(str, known), 1)
+    remedy = f"did you mean {parent}{dot}{near[0]}?" if near else "--cfg job shows what there is."
+    return f"no key {key}; {remedy}"
 
 
 def is_below(key: str, keys: Iterable[str]) -> bool:
@@ -87,7 +96,12 @@ def base_name(path: str) -> str:
     return Path(path).expanduser().absolute().name
 
 
+def as_float(number: float | None) -> float | None:
+    """A number as SpikingJelly's neurons insist on it; null stays."""
+    return None if number is None else float(number)
+
+
 # Hydra names a job's folder in the process that runs the job, which has imported little more than
 # this module.
-for resolver in (base_name, folder_name):
+for resolver in (as_float, base_name, folder_name):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

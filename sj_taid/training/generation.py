@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +28,8 @@ from .critic import PatchCritic
 from .evaluation import Evaluator, load_or_make
 from .feature_loss import FeatureLoss
 from .plot import draw_attention, draw_grid, draw_reconstructions
+
+log = logging.getLogger(__name__)
 
 #: ESVAE's priors, from which samples are drawn
 PRIORS = ("learned", "mixture", "flow")
@@ -181,8 +185,11 @@ class Generation(Autoencoding):
         """Fit ESVAE's priors to the training images, not augmented."""
         if isinstance(self.model, ESVAE):
             batches = show_progress(data.train_samples(), "Rates of the training images")
-            with seeded(0):  # leaves the random state to a run that resumes with more epochs
+            # The seed leaves the random state to a run that resumes with more epochs.
+            with seeded(0), warnings.catch_warnings(record=True) as caught:
                 self.model.fit_prior(image.to(self.device) for image, _ in batches)
+            for warning in caught:
+                log.warning("The prior fits badly, as after a short training: %s", warning.message)
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         model = self.model

@@ -187,6 +187,8 @@ class Run:
         wrong = [f"{k} ({values})" for k, values in found if not is_below(k, RESUME_MAY_CHANGE)]
         if wrong:
             more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            if "task.scheduler.T_max" in dict(found):
+                more += "; the schedule follows trainer.max_epochs, so it cannot train longer"
             raise ValueError(
                 f"{self.folder} holds a run with other settings: {'; '.join(wrong[:4])}{more}; "
                 f"resume it with its own, or {ELSEWHERE}"

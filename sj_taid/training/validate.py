@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .._build import find_class
 from .._checks import is_number, is_whole
-from .config import CONF
+from .config import CONF, describe_missing
 
 #: what a value must be, in words, and whether it is
 Rule = tuple[str, Callable[[Any], bool]]
@@ -25,6 +25,7 @@ def _or_null(rule: Rule) -> Rule:
 
 
 NUMBER: Rule = ("a number", is_number)
+TAU: Rule = ("a number of time steps greater than 1", lambda value: is_number(value) and value > 1)
 POSITIVE: Rule = ("a number from 0", lambda value: is_number(value) and value >= 0)
 PROBABILITY: Rule = ("a probability", lambda value: is_number(value) and 0 <= value <= 1)
 RATE: Rule = ("a rate between 0 and 1", lambda value: is_number(value) and 0 < value < 1)
@@ -54,7 +55,7 @@ RULES: dict[str, Rule] = {
     "surrogate.alpha": NUMBER,
     "surrogate.w": NUMBER,
     "surrogate.c": NUMBER,
-    "neuron_start.tau": NUMBER,
+    "neuron_start.tau": TAU,
     "neuron_start.decay_input": BOOLEAN,
     "neuron_start.v_threshold": NUMBER,
     "neuron_start.v_reset": _or_null(NUMBER),
@@ -91,11 +92,9 @@ def validate(cfg: DictConfig) -> None:
             or a class that is not trusted.
     """
     check_values(cfg)
-    unknown = [str(key) for key in cfg.keys() - KEYS if not Path(CONF, str(key)).is_dir()]
-    if unknown:
-        raise ValueError(
-            f"no key {', '.join(unknown)}; sj-taid train --cfg job shows what there is"
-        )
+    known = KEYS | {path.name for path in Path(CONF).iterdir() if path.is_dir()}
+    for key in cfg.keys() - known:
+        raise ValueError(describe_missing(str(key), known))
     trust = cfg.trust or ()
     task, data = (find_class(cfg[part]._target_, trust) for part in ("task", "dataset"))
     if not issubclass(data, task.takes):

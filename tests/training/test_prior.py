@@ -1,6 +1,7 @@
 """ESVAE's priors in a run: fitted at the end of training, measured and sampled."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -65,6 +66,14 @@ def test_train_measures_the_models_own_prior_first(esvae, tmp_path, finished, mo
     assert load_model(tmp_path).flow.fitted
     assert metrics["fad_untrained"] == first["fad_untrained"]
     assert metrics["fad_floor"] == first["fad_floor"]
+
+
+def test_fit_prior_says_in_one_line_that_the_prior_fits_badly(caplog, recwarn):
+    alike = SimpleNamespace(train_samples=lambda: [(torch.zeros(4, 1, 8, 8), None)])
+    Generation(ESVAE(**SMALL, components=4), ADAM).fit_prior(alike)
+    (message,) = caplog.messages
+    assert message.startswith("The prior fits badly") and "\n" not in message
+    assert not recwarn.list
 
 
 def test_sample_from_either_prior_of_esvae(folder, monkeypatch):

@@ -75,7 +75,9 @@ def test_resume_allows_what_may_change_alone(tmp_path):
     cfg.dataset.root, cfg.callbacks = "b", {"bar": "wide"}
     assert run.resume(cfg) == run.checkpoint and run.is_complete(cfg)
     cfg.trainer.max_epochs = 2
-    with pytest.raises(ValueError, match=r"task\.scheduler\.T_max \(1, now 2\); resume it with"):
+    with pytest.raises(
+        ValueError, match=r"T_max \(1, now 2\); the schedule follows .* longer; resume"
+    ):
         run.resume(cfg)
     cfg.task.scheduler.T_max = 1
     assert run.resume(cfg) == run.checkpoint and not run.is_complete(cfg)
@@ -186,6 +188,13 @@ def test_read_checkpoint_refuses_code_and_damage(tmp_path, monkeypatch, save, re
 )
 def test_build_trusts_public_classes(target):
     build({"a": [{"_target_": target, "_partial_": True}]}, ())
+
+
+@pytest.mark.parametrize("name", ["lif", "plif", "alif"])
+def test_neurons_start_at_whole_numbers(name):
+    start = ["neuron_start.tau=2", "neuron_start.v_threshold=3", "neuron_start.v_reset=1"]
+    node = runs.build_part(compose("train", [f"neuron={name}", *start]), "neuron")()
+    assert (node.v_threshold, node.v_reset) == (3.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,7 @@ def test_damaged_checkpoint_is_refused_before_anything_is_written(trained, tiny)
         ("+dataset.crop=0", "crop must be a whole number from 1, or null, but it is 0"),
         ("dataset.erase=1.5", r"dataset\.erase must be a probability, but it is 1\.5"),
         ("optimizer.lr=abc", r"optimizer\.lr must be a number from 0"),
+        ("neuron_start.tau=1", r"^neuron_start\.tau must be a number of time steps greater than 1"),
         ("neuron_start.calibrate=7", "calibrate must be a rate between 0 and 1, or null"),
         ("compile=fast", r"compile must be true, false or options of torch\.compile"),
         (
