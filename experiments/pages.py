@@ -126,12 +126,12 @@ def gain(what: str, table: pd.DataFrame, name: str, theirs: str, ours: str) -> d
     column = METRICS.get(name, Column(what, 1, 0, spread=False))
     rows = table.set_index("decoder" if ours == "taid" else "neuron")
     before, after = rows.loc[[theirs], name], rows.loc[[ours], name]
-    more, ratio = after.mean() - before.mean(), before.mean() / after.mean()
+    more, ratio = after.mean() - before.mean(), after.mean() / before.mean()
     return {
         "what": what,
         "before": f"{column.text(before)} ({theirs})",
         "after": f"{column.text(after)} ({ours})",
-        "gain": f"{ratio:.1f} times less" if more < 0 else f"+{more / column.unit:.2f}",
+        "gain": f"{ratio:.2f} of it" if more < 0 else f"+{more / column.unit:.2f}",
         "on": " / ".join(rows.loc[[ours], "machine"].str.replace("(R)", "").unique()),
     }
 

@@ -39,7 +39,7 @@ def check_sizes(**sizes: Any) -> None:
 
 
 def check_weights(**weights: Any) -> None:
-    """Raise a ``ValueError`` unless all, the weights of a loss's terms, are numbers >= 0."""
+    """Raise a ``ValueError`` unless all are numbers >= 0."""
     for name, value in weights.items():
         if not is_number(value) or not value >= 0:
             raise ValueError(f"{name} must be a number >= 0, but it is {value!r}")

@@ -135,7 +135,10 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         while self._undo:
             self._undo.pop()()
         if gone := len({*self._nodes} - {*self._net.modules()}):
-            warnings.warn(f"{gone} accelerated neurons were replaced, which stays", stacklevel=2)
+            message = (
+                f"{gone} accelerated neurons have left the net; undo() does not bring them back"
+            )
+            warnings.warn(message, stacklevel=2)
 
     def __exit__(self, *error: object) -> None:
         self.undo()

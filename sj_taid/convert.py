@@ -95,8 +95,9 @@ def swap_neurons(
     IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is 0. No gradient
     leads away from there, so its ``w`` is frozen and only its threshold learns.
 
-    Kept and reported: other neurons and subclasses; nodes that ``filter`` declines, with a tensor
-    for a threshold, a tau of 1 or a precision policy; ``net`` itself. A neuron in a Python list is
+    Kept and reported: other neurons and subclasses; a node that ``filter`` declines, whose
+    threshold is a tensor, whose tau is 1 or that has a precision policy; a ``net`` that is itself a
+    neuron. A neuron in a Python list is
     not seen, and warns when it runs: use ``nn.ModuleList``.
 
     Args:
@@ -113,7 +114,7 @@ def swap_neurons(
     Raises:
         ValueError: a bad ``channels``, or a neuron's value that ALIF cannot take, such as a
             threshold below ``min_v_threshold``; the net is then as it was.
-        TypeError: ``net`` is no module.
+        TypeError: ``net`` is no module, or ``filter`` no function.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
     >>> print(swap_neurons(net))
@@ -123,6 +124,8 @@ def swap_neurons(
     """
     check_net(net, "swap_neurons")
     backends.check_name(backend)
+    if not (filter is None or callable(filter)):
+        raise TypeError(f"filter must be a function of a path and a node, but it is {filter!r:.80}")
     sites = find_neurons(net, neuron.BaseNode)
     counts = _count_channels(net, sites, channels, example_input)
     options: dict[str, Any] = {

@@ -5,7 +5,7 @@ from typing import Any
 from spikingjelly.activation_based import neuron
 from torch import nn
 
-from ._checks import check_net
+from ._checks import check_net, check_weights
 from .neuron import ALIFNode
 
 
@@ -27,7 +27,7 @@ def parameter_groups(
         out.
 
     Raises:
-        ValueError: ``lr`` or ``lr_scale`` is negative.
+        ValueError: ``lr``, ``lr_scale`` or ``weight_decay`` is no number from 0.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), ALIFNode())
@@ -37,8 +37,7 @@ def parameter_groups(
     [('weights', 2, 0.001, 0.01), ('neurons', 2, 0.01, 0.0)]
     """
     check_net(net, "parameter_groups")
-    if lr < 0 or lr_scale < 0:
-        raise ValueError(f"lr and lr_scale must be >= 0, but they are {lr} and {lr_scale}")
+    check_weights(lr=lr, lr_scale=lr_scale, weight_decay=weight_decay)
     neurons = {
         parameter
         for module in net.modules()

@@ -233,7 +233,7 @@ def test_undo_after_a_neuron_was_replaced():
     net, x_seq = make_net(), images()
     report = accelerate(net)
     old, net[2] = net[2], ALIFNode(step_mode="m")
-    with pytest.warns(UserWarning, match="1 accelerated neurons were replaced"):
+    with pytest.warns(UserWarning, match="1 accelerated neurons have left the net; undo"):
         report.undo()
     assert type(old) is neuron.LIFNode and type(net[2]) is ALIFNode
     net(x_seq).sum().backward()

@@ -62,7 +62,10 @@ def check_images(model: Any, x: Tensor, frames: bool = False) -> None:
     if x.shape[-3:] != shape or x.dim() not in ((4, 5) if frames else (4,)):
         sizes = ", ".join(map(str, shape))
         expected = f"images [N, {sizes}]" + f" or frames [T, N, {sizes}]" * frames
-        raise ValueError(f"{type(model).__name__} expects {expected}, but got {list(x.shape)}")
+        raise ValueError(
+            f"{type(model).__name__} expects {expected}, but got {list(x.shape)}; resize them, or "
+            "build a model with their in_channels and image_size"
+        )
     check_values(model, x, bound=math.inf if frames else 1.0)
 
 
