@@ -174,6 +174,9 @@ def empty_statistics(x_seq: Tensor) -> Tensor:
     return x_seq.new_empty((2, x_seq.shape[2]), dtype=torch.float64)
 
 
+_UNFUSED = "backend='torch' for ALIF, sj_taid.unaccelerate(net) for an accelerated net"
+
+
 class _FusedALIF(torch.autograd.Function):
     # forward and setup_context apart, as torch.func's transforms ask for
     generate_vmap_rule = True
@@ -267,7 +270,7 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
             f"{f'the neuron {name!r}' if name else 'an ALIF neuron'} reads its input, voltage "
             "and parameters again in its backward, but one was changed in place since its "
             "forward: write h = h + o instead of h += o, change parameters after the backward, "
-            "or use backend='torch', which does not read the input again"
+            f"or use what does not read the input again: {_UNFUSED}"
         ) from error
 
 
@@ -290,8 +293,8 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            "a fused ALIF backend has no second derivatives: use backend='torch' "
-            "(autograd.functional.jvp takes them too)"
+            f"the fused operator has no second derivatives, which torch.autograd.functional.jvp "
+            f"needs too: use {_UNFUSED}"
         )
 
 
