@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from . import functional as functional
-from .acceleration import accelerate
+from .acceleration import accelerate, unaccelerate
 from .calibration import calibrate
 from .convert import swap_neurons, to_lif
 from .fusion import fuse_norm, unfuse_norm
@@ -38,6 +38,7 @@ __all__ = [
     "parameter_groups",
     "swap_neurons",
     "to_lif",
+    "unaccelerate",
     "unfuse_norm",
 ]
 __version__ = "0.1.0"

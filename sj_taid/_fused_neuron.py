@@ -8,11 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from . import _compat, _graph, _spikes, functional
+from ._forward import Forward
 from ._norm_input import NormInput, PassOn, not_normalised
 from .ops.alif.norm import Norm
 
 #: the classes that apply norms; a subclass may do something else
 KINDS: set[type] = set()
+
+
+def restore(net: nn.Module) -> None:
+    """Let the net be what it was before ``accelerate``, ``fuse_norm`` and ``packed_spikes``."""
+    for module in net.modules():
+        if isinstance(module, FusedNeuron):
+            module.restore()
+        if isinstance(vars(module).get("forward"), Forward):
+            del module.forward
 
 
 class FusedNeuron(_compat.BaseNode):
@@ -23,7 +33,7 @@ class FusedNeuron(_compat.BaseNode):
     """
 
     v: Tensor | float
-    name = ""
+    _name = ""  # its path in the net, which errors say
     # A tuple, so that torch does not take it for a child: it is one of the net's.
     _norm: tuple[nn.Module, ...] = ()
 
@@ -51,7 +61,7 @@ class FusedNeuron(_compat.BaseNode):
         self.__dict__.pop("_norm", None)
         if norm is not None:
             self._norm = (norm,)
-            norm.forward = PassOn()
+            norm.forward = PassOn(norm)
 
     def restore(self) -> None:
         """Be the neuron that it was before :func:`.fuse_norm` and :func:`.accelerate`."""
@@ -98,7 +108,7 @@ class FusedNeuron(_compat.BaseNode):
         )
         if packs and _spikes.are_spikes(spike_seq, self.surrogate_function):
             _spikes.register(spike_seq, spike_seq, *bits)
-        _graph.follow(v_last, spike_seq, v_seq, name=self.name)
+        _graph.follow(v_last, spike_seq, v_seq, name=self._name)
         return spike_seq, v_last, v_seq
 
     def _packs(self) -> bool:
@@ -107,7 +117,7 @@ class FusedNeuron(_compat.BaseNode):
 
     def _label(self) -> str:
         kind = type(self).__name__
-        return f"the neuron {self.name!r}" if self.name else f"{kind}({self.extra_repr()})"
+        return f"the neuron {self._name!r}" if self._name else f"{kind}({self.extra_repr()})"
 
     def _input_and_norm(self, x: Tensor) -> tuple[Tensor, Norm | None]:
         """The input, and the batch norm to apply to it, which has to have passed it on."""

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ._forward import Forward
 
-class PassOn:
+
+class PassOn(Forward):
     """The forward of a batch norm that a neuron applies."""
 
     def __call__(self, x: Tensor) -> NormInput:

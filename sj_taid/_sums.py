@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.pooling import _MaxPoolNd
 
 from . import _spikes
+from ._forward import Forward
 from ._fused_neuron import KINDS
 from .fusion import KNOWN_NORMS, is_norm
 from .ops.recipe import Recipe, recipe_of, set_recipe
@@ -62,14 +63,11 @@ def _add(
     return first(*tensors[:count]) + second(*tensors[count:])
 
 
-class NormForward:
+class NormForward(Forward):
     """The forward of a batch norm, around that of its class, whose output has a recipe."""
 
-    def __init__(self, norm: Any) -> None:
-        self.norm = norm
-
     def __call__(self, x: Tensor) -> Tensor:
-        norm = self.norm
+        norm = self.module
         y: Any = type(norm).forward(norm, x)
         if torch.compiler.is_compiling() or not y.requires_grad or type(y) is not Tensor:
             return y
@@ -80,10 +78,6 @@ class NormForward:
         y.__class__ = NormOutput
         set_recipe(y, Recipe(compute, (x, *statistics, norm.weight, norm.bias)))
         return y
-
-    def remove(self) -> None:
-        """Give the norm the forward of its class back."""
-        vars(self.norm).pop("forward", None)
 
 
 def _apply_norm(

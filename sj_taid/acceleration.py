@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import _compat, _graph, _spikes, _sums, convert
 from ._checks import check_net
-from ._fused_neuron import KINDS, FusedNeuron
+from ._fused_neuron import KINDS, FusedNeuron, restore
 from ._table import table
 from .fusion import fuse_norm
 from .ops import backends, surrogate
@@ -24,7 +24,7 @@ from .ops.alif import reference
 from .packing import packed_spikes
 from .tracing import has_hooks
 
-__all__ = ["Acceleration", "Row", "accelerate"]
+__all__ = ["Acceleration", "Row", "accelerate", "unaccelerate"]
 
 
 class Row(NamedTuple):
@@ -74,10 +74,25 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     return report
 
 
+def unaccelerate(net: nn.Module) -> None:
+    """Undo :func:`.accelerate` in place without its report, as in a copy or a loaded net.
+
+    It undoes :func:`.fuse_norm` and :func:`.packed_spikes` too.
+
+    >>> import copy
+    >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
+    >>> report = accelerate(net)
+    >>> loaded = copy.deepcopy(net)
+    >>> unaccelerate(loaded)
+    >>> type(loaded[1]) is neuron.LIFNode, type(net[1]) is neuron.LIFNode
+    (True, False)
+    """
+    check_net(net, "unaccelerate")
+    restore(net)
+
+
 class Acceleration(AbstractContextManager["Acceleration"]):
     """The report of :func:`.accelerate`: ``print`` it. The end of ``with`` calls :meth:`undo`.
-
-    To undo a copy too, copy both: ``net, report = copy.deepcopy((net, report))``.
 
     Attributes:
         rows: one :class:`Row` per neuron and norm.
@@ -91,7 +106,7 @@ class Acceleration(AbstractContextManager["Acceleration"]):
     def __init__(self, net: nn.Module) -> None:
         self._net, self._bits = net, "no spikes saved as bits"
         self._nodes: list[neuron.BaseNode] = []
-        #: what takes back each change; it can be copied along with the net
+        #: what takes back each change
         self._undo: list[Callable[[], Any]] = []
         try:
             rows = self._change(net)
@@ -110,7 +125,7 @@ class Acceleration(AbstractContextManager["Acceleration"]):
             done = "" if reason else "fused operator"
             rows[site.path] = Row(" = ".join(site.paths), kind.__name__, done, note)
             if not reason:
-                node.__class__ = _ACCELERATED[kind]
+                node.__class__, node._name = _ACCELERATED[kind], site.path
                 self._undo.append(node.restore)
                 self._nodes.append(node)
         for row in fuse_norm(net).rows:
@@ -131,7 +146,10 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         return rows
 
     def undo(self) -> None:
-        """Take back what was done, in place; warns if neurons have left the net since."""
+        """Take back what this call did, in place; warns if neurons have left the net since.
+
+        Of a copy or a loaded net, :func:`.unaccelerate` takes everything back.
+        """
         while self._undo:
             self._undo.pop()()
         if gone := len({*self._nodes} - {*self._net.modules()}):
@@ -219,6 +237,7 @@ class _Accelerated(FusedNeuron):
     def restore(self) -> None:
         super().restore()
         self.__class__ = type(self).__bases__[1]
+        vars(self).pop("_name", None)
 
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
@@ -243,17 +262,18 @@ class _Accelerated(FusedNeuron):
         return operands | {"decay_input": getattr(node, "decay_input", False)}
 
 
-class AcceleratedIFNode(_Accelerated, neuron.IFNode):
+class IFNode(_Accelerated, neuron.IFNode):
     """IF on the fused operator."""
 
 
-class AcceleratedLIFNode(_Accelerated, neuron.LIFNode):
+class LIFNode(_Accelerated, neuron.LIFNode):
     """LIF on the fused operator."""
 
 
-class AcceleratedParametricLIFNode(_Accelerated, neuron.ParametricLIFNode):
+class ParametricLIFNode(_Accelerated, neuron.ParametricLIFNode):
     """PLIF on the fused operator."""
 
 
+#: They have SpikingJelly's names, which reports, errors and ``print(net)`` say.
 _ACCELERATED = {kind.__bases__[1]: kind for kind in _Accelerated.__subclasses__()}
 KINDS.update(_ACCELERATED.values())

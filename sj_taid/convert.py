@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import _compat
 from ._checks import check_net
-from ._fused_neuron import FusedNeuron
+from ._fused_neuron import FusedNeuron, restore
 from ._table import table
 from .folding import fold_thresholds
 from .neuron import ALIFNode
@@ -182,9 +182,7 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     check_net(net, "to_lif")
     # A net that is one neuron has no parent to hold the new node.
     holder = nn.ModuleList([copy_net(net)])
-    for module in holder.modules():
-        if isinstance(module, FusedNeuron):
-            module.restore()
+    restore(holder)
     unfolded = fold_thresholds(holder) if fold_threshold else {}
     if unfolded:
         rows = [(_path_in_net(path), reason) for path, reason in unfolded.items()]
@@ -292,7 +290,7 @@ def _why_keep(
 def why_no_alif(node: Any) -> str | None:
     """Why no ALIF has the outputs of a neuron, or ``None``."""
     if isinstance(node, FusedNeuron):
-        return "accelerated: the undo() of accelerate's report gives the neuron back"
+        return "accelerated: sj_taid.unaccelerate(net) first, which gives the neuron back"
     if type(node) not in _compat.PLAIN_NEURONS:
         known = next((kind for kind in _compat.PLAIN_NEURONS if isinstance(node, kind)), None)
         if known is None:

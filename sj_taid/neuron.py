@@ -57,7 +57,6 @@ class ALIFNode(FusedNeuron):
     Attributes:
         w: ``-log(tau - 1)``, float32, a scalar or ``[C]``.
         v_threshold: float32, a scalar or ``[C]``.
-        name: the path in the net, for messages, set by :func:`sj_taid.name_neurons`.
 
     Both parameters stay float32 under ``.half()`` and ``.bfloat16()``, since a learning rate's step
     would be lost in a half-precision scalar; the state ``v`` is float32 as well.
@@ -140,6 +139,11 @@ class ALIFNode(FusedNeuron):
         self.v_threshold = nn.Parameter(
             torch.full(shape, v_threshold, dtype=dtype), requires_grad=learn_threshold
         )
+
+    @property
+    def name(self) -> str:
+        """The path in the net that :func:`sj_taid.name_neurons` has stored, or ``""``."""
+        return self._name
 
     @property
     def backend(self) -> str:

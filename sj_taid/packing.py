@@ -14,6 +14,7 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from . import _compat, _graph, _spikes
 from ._checks import check_net
+from ._forward import Forward
 from ._fused_neuron import FusedNeuron
 
 __all__ = ["PackedSpikes", "packed_spikes"]
@@ -80,7 +81,7 @@ class PackedSpikes(AbstractContextManager["PackedSpikes"]):
             packer = self._packers.pop()
             packer.packing -= 1
             if not packer.packing:
-                packer.restore()
+                packer.remove()
 
     def __exit__(self, *error: object) -> None:
         self.remove()
@@ -94,19 +95,10 @@ def _packer_of(module: Any) -> _Forward:
     return module.forward
 
 
-class _Forward:
-    """The forward of a module that packs, around that of its class.
+class _Forward(Forward):
+    """The forward of a module that packs, around that of its class."""
 
-    It holds the module alone, so that a net that packs can be copied and pickled.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.packing = 0  # how many PackedSpikes ask for it
-
-    def restore(self) -> None:
-        if vars(self.module).get("forward") is self:
-            del self.module.forward
+    packing = 0  # how many PackedSpikes ask for it
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)

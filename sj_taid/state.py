@@ -7,12 +7,13 @@ from spikingjelly.activation_based import functional
 from torch import nn
 
 from ._checks import check_net
-from .neuron import ALIFNode
+from ._fused_neuron import FusedNeuron
 
 
 def name_neurons(net: nn.Module) -> None:
-    """Store in every ALIF neuron its path in ``net``, which its errors name.
+    """Store in every ALIF or accelerated neuron its path in ``net``, which its errors name.
 
+    >>> from sj_taid import ALIFNode
     >>> net = nn.Sequential(nn.Linear(2, 2), ALIFNode())
     >>> name_neurons(net)
     >>> net[1].name
@@ -20,8 +21,8 @@ def name_neurons(net: nn.Module) -> None:
     """
     check_net(net, "name_neurons")
     for path, module in net.named_modules():
-        if isinstance(module, ALIFNode):
-            module.name = path
+        if isinstance(module, FusedNeuron):
+            module._name = path
 
 
 @contextmanager
@@ -31,6 +32,7 @@ def fresh_state(net: nn.Module) -> Iterator[nn.Module]:
     Put forward, backward and the optimiser's step inside. Works on SpikingJelly's own neurons too.
 
     >>> import torch
+    >>> from sj_taid import ALIFNode
     >>> net = nn.Sequential(nn.Linear(2, 2), ALIFNode())
     >>> for x in torch.rand(3, 4, 2):
     ...     with fresh_state(net):

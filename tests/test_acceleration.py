@@ -116,6 +116,7 @@ def test_accelerate_trains_alike_and_undo_gives_the_net_back(name):
     assert all(have is want for have, want in zip(net.parameters(), parameters, strict=True))
     assert [*net.state_dict()] == [*state]
     assert all(map(torch.equal, net.state_dict().values(), state.values()))
+    loaded = copy.deepcopy(net)
     assert_close(train(net, x_seq, optimizer=optimizer), expected)
     for have, want in zip(net.modules(), plain.modules(), strict=True):
         if isinstance(have, neuron.BaseNode):
@@ -127,6 +128,8 @@ def test_accelerate_trains_alike_and_undo_gives_the_net_back(name):
     assert attributes_of(net) == before
     with accelerate(taken_back):
         pass
+    sj_taid.unaccelerate(loaded)
+    assert attributes_of(loaded) == before
     for have, want in zip(train(taken_back, x_seq), expected, strict=True):
         assert torch.equal(have, want)
 
@@ -242,24 +245,37 @@ def test_undo_after_a_neuron_was_replaced():
 def test_accelerated_net_is_swapped_after_undo_only():
     net = make_net()
     with accelerate(net):
-        assert "undo()" in str(sj_taid.swap_neurons(net))
-        assert type(sj_taid.to_lif(net)[2]) is neuron.LIFNode
+        assert "unaccelerate(net)" in str(sj_taid.swap_neurons(net))
+        assert b"sj_taid" not in pickle.dumps(sj_taid.to_lif(net))
     assert len(sj_taid.swap_neurons(net).swapped) == 3
+    with sj_taid.packed_spikes(net):
+        assert b"sj_taid" not in pickle.dumps(sj_taid.to_lif(net))
 
 
 def test_accelerated_net_copies_and_pickles():
     net, x_seq = make_net(), images()
-    before, report = attributes_of(net), accelerate(net)
+    before = attributes_of(net)
+    accelerate(net)
     net(x_seq)
-    both = net, report
     accelerated = attributes_of(net)
-    copies = copy.deepcopy(both), pickle.loads(pickle.dumps(both))
+    copies = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
     expected = train(net, x_seq, 1)
-    for other, its_report in copies:
+    for other in copies:
         assert type(other[2]) is type(net[2]) and other[2].norm is other[1]
         assert all(map(torch.equal, train(other, x_seq, 1), expected))
-        its_report.undo()
+        sj_taid.unaccelerate(other)
         assert attributes_of(other) == before and attributes_of(net) == accelerated
+
+
+def test_accelerated_neurons_are_named_as_before():
+    net = nn.ModuleDict({"a": neuron.LIFNode(step_mode="m"), "b": neuron.LIFNode(step_mode="m")})
+    shown, x_seq = repr(net), torch.rand(4, 2, 3, requires_grad=True) + 0.0
+    accelerate(net)
+    assert repr(net) == shown
+    output = net["b"](x_seq)
+    x_seq += 1.0
+    with pytest.raises(RuntimeError, match=r"the neuron 'b'.*unaccelerate\(net\)"):
+        output.sum().backward()
 
 
 def test_accelerate_shared_neuron_and_hooks():
