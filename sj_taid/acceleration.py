@@ -237,7 +237,7 @@ class _Accelerated(FusedNeuron):
     def restore(self) -> None:
         super().restore()
         self.__class__ = type(self).__bases__[1]
-        vars(self).pop("_name", None)
+        self.__dict__.pop("_name", None)
 
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str

@@ -20,6 +20,7 @@ NETS = {
     "unfuse_norm": (),
     "swap_neurons": (),
     "to_lif": (),
+    "unaccelerate": (),
 }
 MODELS = {
     "ESVAE": lambda: ESVAE(image_size=8, T=2, hidden_channels=(4,), latent_channels=4),
