@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_net(net: Any, function: str) -> None:
@@ -29,6 +29,29 @@ def is_whole(value: Any) -> bool:
 def are_two_numbers(values: Any) -> bool:
     """Whether it is a pair of numbers."""
     return isinstance(values, Sequence) and len(values) == 2 and all(map(is_number, values))
+
+
+def check_numbers(**numbers: Any) -> None:
+    """Raise a ``ValueError`` unless all are numbers, infinite ones included."""
+    for name, value in numbers.items():
+        if not is_number(value) or value != value:
+            raise ValueError(f"{name} must be a number, but it is {value!r}")
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise a ``ValueError`` unless all are booleans."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, but it is {value!r}")
+
+
+def check_example_input(example_input: Any) -> None:
+    """Raise a ``TypeError`` unless it is a tensor or a tuple of inputs."""
+    if not isinstance(example_input, Tensor | tuple):
+        raise TypeError(
+            "example_input must be a tensor, or a tuple for several inputs, but it is a "
+            f"{type(example_input).__name__}"
+        )
 
 
 def check_sizes(**sizes: Any) -> None:

@@ -11,7 +11,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
 from . import _graph, functional
-from ._checks import is_number, is_whole
+from ._checks import check_flags, check_numbers, is_number, is_whole
 from ._fused_neuron import KINDS, FusedNeuron
 from .ops import backends
 from .ops.alif.reference import state_dtype
@@ -107,18 +107,26 @@ class ALIFNode(FusedNeuron):
                 f"store_v_seq must be True or False, but it is {store_v_seq!r}; a backend is given "
                 "by its name: backend=..."
             )
+        check_flags(decay_input=decay_input, detach_reset=detach_reset)
+        check_flags(learn_tau=learn_tau, learn_threshold=learn_threshold)
+        check_numbers(v_threshold=v_threshold)
         v_threshold = float(v_threshold)
-        if math.isnan(v_threshold):
-            raise ValueError("v_threshold must be a number, but it is nan")
-        if v_reset is not None and not math.isfinite(v_reset):
+        if isinstance(surrogate_function, type) or not callable(surrogate_function):
+            raise ValueError(
+                "surrogate_function must be a function, such as surrogate.ATan(), but it is "
+                f"{surrogate_function!r}"
+            )
+        if v_reset is not None and not (is_number(v_reset) and math.isfinite(v_reset)):
             raise ValueError(f"v_reset must be a finite number or None, but it is {v_reset!r}")
         if channels is not None and not (is_whole(channels) and channels >= 1):
             raise ValueError(f"channels must be None or an integer >= 1, but it is {channels!r}")
-        if min_v_threshold is not None and not v_threshold >= min_v_threshold:
-            raise ValueError(
-                f"v_threshold={v_threshold} is not >= min_v_threshold={min_v_threshold}; "
-                "start at or above the bound"
-            )
+        if min_v_threshold is not None:
+            check_numbers(min_v_threshold=min_v_threshold)
+            if v_threshold < min_v_threshold:
+                raise ValueError(
+                    f"v_threshold={v_threshold} is not >= min_v_threshold={min_v_threshold}; "
+                    "start at or above the bound"
+                )
         super().__init__(
             v_threshold,
             None if v_reset is None else float(v_reset),

@@ -199,8 +199,22 @@ TAU = "init_tau must be .* greater than 1 and less than 1e38"
         ({"step_mode": "x"}, "step_mode"),
         ({"channels": 0}, "channels must be None or an integer >= 1"),
         ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "not >= min_v_threshold=0.2"),
-        ({"min_v_threshold": math.nan}, "not >= min_v_threshold=nan"),
-        ({"v_threshold": math.nan}, "v_threshold must be a number, but it is nan"),
+        *(
+            ({name: value}, f"{name} must be a number, but it is {value!r}")
+            for name, value in (
+                *(("v_threshold", math.nan), ("v_threshold", "a"), ("v_threshold", None)),
+                *(("min_v_threshold", math.nan), ("min_v_threshold", "a")),
+            )
+        ),
+        *(
+            ({name: "no"}, f"{name} must be True or False, but it is 'no'")
+            for name in ("decay_input", "detach_reset", "learn_tau", "learn_threshold")
+        ),
+        *(
+            ({"surrogate_function": value}, r"must be a function, such as surrogate\.ATan\(\)")
+            for value in (surrogate.ATan, None)
+        ),
+        ({"v_reset": "a"}, "v_reset must be a finite number or None, but it is 'a'"),
         ({"v_reset": math.nan}, "v_reset must be a finite number or None, but it is nan"),
         ({"v_reset": -math.inf}, "v_reset must be a finite number or None, but it is -inf"),
     ],
