@@ -59,8 +59,7 @@ _READS_NO_VALUE = (
 def not_normalised(reader: str) -> RuntimeError:
     """The error of a ``reader`` that is not the neuron."""
     return RuntimeError(
-        f"{reader} reads what a batch norm passed on for a neuron to normalise "
-        "(sj_taid.fuse_norm), but that neuron was replaced, left out or cut off, or a hook reads "
-        "its input: sj_taid.unfuse_norm(net) lets the norm be applied by itself again. "
-        "SpikingJelly's memopt.optimize_memory(net) reads it too, and has to come first"
+        f"{reader} reads what a batch norm passed on for its neuron to normalise: "
+        "sj_taid.unfuse_norm(net) lets it normalise by itself. A hook, another neuron and "
+        "memopt.optimize_memory(net) have to come first, and fuse_norm or accelerate then"
     )

@@ -15,7 +15,7 @@ from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
 from . import _compat, _graph, _spikes, _sums, convert
-from ._checks import check_net
+from ._checks import check_example_input, check_net
 from ._fused_neuron import KINDS, FusedNeuron, restore
 from ._table import table
 from .fusion import fuse_norm
@@ -25,6 +25,8 @@ from .packing import packed_spikes
 from .tracing import has_hooks
 
 __all__ = ["Acceleration", "Row", "accelerate", "unaccelerate"]
+
+_ALREADY = "on the fused operator already"
 
 
 class Row(NamedTuple):
@@ -54,7 +56,7 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
 
     Raises:
         ValueError: ``net`` has no neuron.
-        TypeError: ``net`` is no module.
+        TypeError: ``net`` is no module, or ``example_input`` neither a tensor nor a tuple.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
     >>> with accelerate(net) as report:
@@ -68,9 +70,12 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     check_net(net, "accelerate")
     if not convert.find_neurons(net, neuron.BaseNode):
         raise ValueError(f"{type(net).__name__} has no neuron of SpikingJelly's to accelerate")
-    measured = example_input is not None and _measure(net, example_input)
+    measured: Any = (None, None)
+    if example_input is not None:
+        check_example_input(example_input)
+        measured = _measure(net, example_input)
     report = Acceleration(net)
-    report.saved_bytes, report.step_ms = measured or (None, None)
+    report.saved_bytes, report.step_ms = measured
     return report
 
 
@@ -162,10 +167,10 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         self.undo()
 
     def __str__(self) -> str:
-        norms = sum(row.done.startswith("fused into") for row in self.rows)
-        lines = [
-            f"{len(self._nodes)} neurons on the fused operator, {norms} norms fused, {self._bits}"
-        ]
+        said = [row.done or row.note for row in self.rows]
+        neurons = sum(text in ("fused operator", _ALREADY) for text in said)
+        norms = sum(text.startswith(("fused into", "fused already")) for text in said)
+        lines = [f"{neurons} neurons on the fused operator, {norms} norms fused, {self._bits}"]
         if self.saved_bytes and self.step_ms:
             (old_bytes, new_bytes), (old, new) = self.saved_bytes, self.step_ms
             slower = "" if new <= 1.1 * old else " (slower: undo() takes it back)"
@@ -181,9 +186,12 @@ def _why_not(site: convert.Site) -> str | None:
     """Why a neuron is left as it is, or ``None``."""
     node, forward = site.node, vars(site.node).get("forward")
     if isinstance(node, FusedNeuron):
-        return "on the fused operator already"
+        return _ALREADY
     if node.step_mode != "m":
-        return "it runs step by step; functional.set_step_mode(net, 'm') first"
+        return (
+            "it runs step by step: functional.set_step_mode(net, 'm') first, but only if the net's "
+            "forward takes the whole sequence [T, N, *] and does not loop over time"
+        )
     if reason := convert.why_no_alif(node) or surrogate.unsupported(node.surrogate_function):
         return reason
     patched = _spikes.is_patched(node, forward if hasattr(forward, "packing") else None)
@@ -254,6 +262,8 @@ class _Accelerated(FusedNeuron):
         dtype = reference.state_dtype(x_seq.dtype)
         w = getattr(node, "w", convert.NO_LEAK_W)  # PLIF's own, or IF's
         if isinstance(node, neuron.LIFNode):
+            if reason := convert.why_no_w(node.tau):
+                raise ValueError(f"{self._label()}: {reason}; sj_taid.unaccelerate(net) runs it")
             w = convert.nearest_w(node.tau, dtype)
         operands = {
             name: value if isinstance(value, Tensor) else x_seq.new_full((), value, dtype=dtype)

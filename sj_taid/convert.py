@@ -15,7 +15,7 @@ from spikingjelly.activation_based import base, functional, neuron
 from torch import Tensor, nn
 
 from . import _compat
-from ._checks import check_net
+from ._checks import check_example_input, check_net
 from ._fused_neuron import FusedNeuron, restore
 from ._table import table
 from .folding import fold_thresholds
@@ -300,9 +300,12 @@ def why_no_alif(node: Any) -> str | None:
         return "its threshold is a tensor; ALIF starts from a number"
     if not _compat.has_default_precision(node):
         return "it has a precision policy of its own"
-    if getattr(node, "tau", 2.0) <= 1.0:
-        return f"its tau is {node.tau}, and sigmoid(w) = 1/tau needs more than 1"
-    return None
+    return why_no_w(getattr(node, "tau", 2.0))
+
+
+def why_no_w(tau: float) -> str | None:
+    """Why no ``w`` gives a LIF's tau, or ``None``."""
+    return f"its tau is {tau}, and sigmoid(w) = 1/tau needs more than 1" if tau <= 1.0 else None
 
 
 def _why_no_lif(site: Site) -> str | None:
@@ -412,6 +415,7 @@ def _count_channels(
             "channels must be None, or 'infer' with an example_input that net accepts, but they "
             f"are {channels!r} and {type(example_input).__name__}"
         )
+    check_example_input(example_input)
     # A copy, so that the net's statistics, states and flags stay as they are.
     trial = copy_net(net).eval()
     functional.reset_net(trial)  # its voltages may be of another batch

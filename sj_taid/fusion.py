@@ -152,9 +152,7 @@ def _why_not(norm: Any, reader: Any, folded: bool) -> str | None:
     if reader.norm is not None:
         return "its reader applies another norm already"
     if reader.step_mode != "m" or not (folded or getattr(norm, "step_mode", "s") == "m"):
-        return (
-            "it does not run on [T, N, C, *]: layer.BatchNorm*d, functional.set_step_mode(net, 'm')"
-        )
+        return "it does not run on [T, N, C, *], as layer.BatchNorm*d does in step mode 'm'"
     return None
 
 

@@ -6,6 +6,7 @@ import copy
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ class _Tracing:
         try:
             graphs = [graph for training in (True, False) for graph in _graphs(parent, training)]
         except Exception as error:  # whatever a forward does that symbols cannot follow
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            why = shorten(f"{type(error).__name__}: {error}", 80)
             note = f"the forward of {type(parent).__name__} cannot be traced ({why})"
             self.untraced.append(parent)
             for child in parent.children():

@@ -172,7 +172,7 @@ LEFT = {
     "on the fused operator already": ALIFNode(),
     "its threshold is a tensor": neuron.IFNode(),
     "a function of its own": neuron.IFNode(),
-    "it runs step by step; functional.set_step_mode": neuron.LIFNode(),
+    "it runs step by step: functional.set_step_mode": neuron.LIFNode(),
     "no fused operator for torch.float64": neuron.ParametricLIFNode(),
 }
 
@@ -198,6 +198,10 @@ def test_accelerate_raises_before_it_changes_the_net():
     before = attributes_of(net)
     with pytest.raises(RuntimeError, match="channels"):
         accelerate(net, torch.rand(4, 2, 3, 6, 6))
+    for function in (accelerate, partial(sj_taid.swap_neurons, channels="infer")):
+        for example_input in ("a", [images()], {"x": images()}):
+            with pytest.raises(TypeError, match="must be a tensor, or a tuple"):
+                function(net, example_input=example_input)
     failing = mock.patch.object(acceleration, "packed_spikes", side_effect=RuntimeError("full"))
     with failing, pytest.raises(RuntimeError, match="full"):
         accelerate(net)
@@ -223,6 +227,7 @@ def test_accelerate_twice_and_undo_in_any_order():
     first = accelerate(net)
     second = accelerate(net)
     assert {row.note for row in second.rows} == {"on the fused operator already", "fused already"}
+    assert str(second).splitlines()[0] == str(first).splitlines()[0]
     packed_later = sj_taid.packed_spikes(net)
     sj_taid.unfuse_norm(net)
     for take_back in (first.undo, packed.remove, packed_later.remove, second.undo, first.undo):
@@ -276,6 +281,9 @@ def test_accelerated_neurons_are_named_as_before():
     x_seq += 1.0
     with pytest.raises(RuntimeError, match=r"the neuron 'b'.*unaccelerate\(net\)"):
         output.sum().backward()
+    net["b"].tau = 1.0
+    with pytest.raises(ValueError, match=r"the neuron 'b': its tau is 1\.0.*unaccelerate\(net\)"):
+        net["b"](x_seq)
 
 
 def test_accelerate_shared_neuron_and_hooks():

@@ -51,6 +51,11 @@ class Refusing(Block):
         raise ValueError("not this input")
 
 
+class Iterating(Block):
+    def forward(self, x_seq):
+        return torch.stack([self.sn(self.bn(x)) for x in x_seq])
+
+
 class Asking(Block):
     def forward(self, x_seq):
         while not x_seq.sum() > 0:
@@ -199,6 +204,10 @@ def changed(change):
     [
         (Scaling(), "the forward of Scaling cannot be traced"),
         (Refusing(), "the forward of Refusing cannot be traced (ValueError: not this input)"),
+        (
+            Iterating(),
+            "(TraceError: Proxy object cannot be iterated. This can be attempted when [...])",
+        ),
         (Asking(), "it has more than 32 branches"),
         (Counting(), "there are more than 32 ways through it"),
         (SkippingInput(), "a ALIFNode reads its output, or another"),
