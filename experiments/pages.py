@@ -9,7 +9,7 @@ CSVs in experiments/benchmark/results/, so no number is copied by hand.
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -174,18 +174,32 @@ def fad() -> pd.DataFrame:
 
 def decoders() -> pd.DataFrame:
     """Changes in % against the fixed decoder, over pairs of runs of one neuron and seed."""
-    rows = []
+    rows = change_rows("decoder", "fixed")
+    return pd.DataFrame(rows).rename(columns={"after": "decoder"}).drop(columns="before")
+
+
+def generator_neurons() -> pd.DataFrame:
+    """Changes in % by ALIF against LIF and PLIF, over pairs of runs of one decoder and seed."""
+    rows = pd.DataFrame(chain(change_rows("neuron", "lif"), change_rows("neuron", "plif")))
+    shown = rows[rows["after"] == "`alif`"].sort_values("experiment", kind="stable")
+    return shown.rename(columns={"before": "ALIF instead of"}).drop(columns="after")
+
+
+def change_rows(choice: str, before: str) -> Iterator[dict[str, str]]:
+    """The generators' changes in % against those with ``before``, a row for each other choice."""
     for experiment in GENERATORS:
         runs = comparable_runs(experiment)
+        if before not in runs[choice].unique():
+            continue
         metric = "fad_published" if "fad_published" in runs else "fad"
-        error, distance = (decoder_changes(runs, name) for name in ("reconstruction", metric))
-        for decoder in error:
-            row = {"experiment": f"`{experiment}`", "decoder": f"`{decoder}`"}
-            row |= {"reconstruction, %": signed(error[decoder], 1)}
-            row |= {"FAD, %": signed(distance[decoder], 1)}
+        error = changes(runs, "reconstruction", choice, before)
+        distance = changes(runs, metric, choice, before)
+        for after in error:
+            row = {"experiment": f"`{experiment}`", "before": f"`{before}`", "after": f"`{after}`"}
+            row |= {"reconstruction, %": signed(error[after], 1)}
+            row |= {"FAD, %": signed(distance[after], 1)}
             row["FAD through"] = "own autoencoder" if metric == "fad" else "the papers' autoencoder"
-            rows.append(row | {"pairs": str(error[decoder].count())})
-    return pd.DataFrame(rows)
+            yield row | {"pairs": str(error[after].count())}
 
 
 def comparable_runs(experiment: str) -> pd.DataFrame:
@@ -193,15 +207,16 @@ def comparable_runs(experiment: str) -> pd.DataFrame:
     return frame(select_runs(load_runs(experiment), "decoder", "neuron", *SHARED))[0]
 
 
-def decoder_changes(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Changes of a metric in % against the fixed decoder: a column for each other decoder."""
-    table = runs.pivot(index=["seed", "neuron"], columns="decoder", values=metric)
-    relative = 100 * (table.div(table["fixed"], axis="index") - 1)
-    return relative.drop(columns="fixed").dropna(axis="columns", how="all")
+def changes(runs: pd.DataFrame, metric: str, choice: str, before: str) -> pd.DataFrame:
+    """Changes of a metric in % against runs with ``before``: a column for each other choice."""
+    (other,) = {"decoder", "neuron"} - {choice}
+    table = runs.pivot(index=["seed", other], columns=choice, values=metric)
+    relative = 100 * (table.div(table[before], axis="index") - 1)
+    return relative.drop(columns=before).dropna(axis="columns", how="all")
 
 
-def signed(changes: pd.Series, decimals: int) -> str:
-    text = Column("", 1, decimals).text(changes)
+def signed(change: pd.Series, decimals: int) -> str:
+    text = Column("", 1, decimals).text(change)
     return text if text.startswith("-") else f"+{text}"
 
 
@@ -228,13 +243,13 @@ def measure_claim(experiment: str, after: str) -> dict[str, str]:
     if not experiment:
         return {"here": "not measured", "verdict": "cannot be measured without the data"}
     if after == "TAID":
-        changes = decoder_changes(comparable_runs(experiment), "fad")["taid"].dropna()
-        text, better = f"our FAD {signed(changes, 0)} %", changes < 0
+        change = changes(comparable_runs(experiment), "fad", "decoder", "fixed")["taid"].dropna()
+        text, better = f"our FAD {signed(change, 0)} %", change < 0
     else:
         runs = [run for run in load_runs(experiment) if VALIDATION not in overrides(run)]
         accuracies = frame(runs)[0].pivot(index="seed", columns="neuron", values="accuracy")
-        changes = 100 * (accuracies["alif"] - accuracies["plif"])
-        text, better = f"accuracy {signed(changes, 2)} points", changes > 0
+        change = 100 * (accuracies["alif"] - accuracies["plif"])
+        text, better = f"accuracy {signed(change, 2)} points", change > 0
     verdict = "holds" if better.all() else "not seen" if better.any() else "does not hold"
     here = f"{text}, better in {better.sum()} of {len(better)} seeds, `{experiment}`"
     return {"here": here, "verdict": f"{verdict} at this budget"}
@@ -470,7 +485,7 @@ def esvae() -> pd.DataFrame:
 
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, fad, decoders, classifiers)},
-    **{table.__name__: table for table in (claims, attention)},
+    **{table.__name__: table for table in (claims, attention, generator_neurons)},
     **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, colour)},
     **{table.__name__: table for table in (recipes, papers, models, memory, zoo, distances)},
     **{table.__name__: table for table in (norm, neurons, esvae)},

@@ -171,14 +171,19 @@ def test_stored_studies_have_all_columns(study):
     assert table["accuracy"].between(0, 1).all()
 
 
-def test_decoder_changes_are_between_runs_of_one_seed_and_neuron():
+def test_changes_are_between_runs_of_one_seed_and_decoder_or_neuron():
     rows = [
         *(("fixed", "lif", 0, 2.0), ("taid", "lif", 0, 1.0), ("fixed", "lif", 1, 4.0)),
         *(("taid", "lif", 1, 5.0), ("taid", "alif", 0, 9.0), ("fixed", "plif", 0, 9.0)),
     ]
     runs = pd.DataFrame(rows, columns=["decoder", "neuron", "seed", "fad"])
-    changes = pages.decoder_changes(runs, "fad")
+    changes = pages.changes(runs, "fad", "decoder", "fixed")
     assert [*changes] == ["taid"] and sorted(changes["taid"].dropna()) == [-50.0, 25.0]
+    changes = pages.changes(runs, "fad", "neuron", "lif")
+    assert {name: [*changes[name].dropna()] for name in changes} == {
+        "alif": [800.0],
+        "plif": [350.0],
+    }
 
 
 def test_claims_hold_if_every_seed_gets_better(monkeypatch):
