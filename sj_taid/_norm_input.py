@@ -60,6 +60,6 @@ def not_normalised(reader: str) -> RuntimeError:
     """The error of a ``reader`` that is not the neuron."""
     return RuntimeError(
         f"{reader} reads what a batch norm passed on for its neuron to normalise: "
-        "sj_taid.unfuse_norm(net) lets it normalise by itself. A hook, another neuron and "
-        "memopt.optimize_memory(net) have to come first, and fuse_norm or accelerate then"
+        "sj_taid.unfuse_norm(net) lets it normalise by itself. Add hooks, replace neurons and call "
+        "memopt.optimize_memory(net) before fuse_norm or accelerate"
     )

@@ -18,7 +18,7 @@ from . import _compat, _graph, _spikes, _sums, convert
 from ._checks import check_example_input, check_net
 from ._fused_neuron import KINDS, FusedNeuron, restore
 from ._table import table
-from .fusion import fuse_norm
+from .fusion import fuse_norm, unfuse_norm
 from .ops import backends, surrogate
 from .ops.alif import reference
 from .packing import packed_spikes
@@ -131,14 +131,14 @@ class Acceleration(AbstractContextManager["Acceleration"]):
             rows[site.path] = Row(" = ".join(site.paths), kind.__name__, done, note)
             if not reason:
                 node.__class__, node._name = _ACCELERATED[kind], site.path
-                self._undo.append(node.restore)
+                self._undo.append(partial(_restore, node))
                 self._nodes.append(node)
         for row in fuse_norm(net).rows:
             name, done = type(find(row.norm)).__name__, f"fused into {row.neuron}"
             note = row.note or "equal outputs to rounding"
             rows[row.norm] = Row(row.norm, name, "" if row.note else done, note)
             if not row.note:
-                self._undo.append(partial(find(row.neuron).apply_norm, None))
+                self._undo.append(partial(unfuse_norm, find(row.neuron)))
         for norm, reader in _sums.recompute_sums(net).items():
             rows[norm] = rows[norm]._replace(
                 done=f"recomputed for {reader}", note="equal outputs, and its sum is not saved"
@@ -180,6 +180,12 @@ class Acceleration(AbstractContextManager["Acceleration"]):
             )
         rows = [(row.layer or "net", row.kind, row.done or "-", row.note) for row in self.rows]
         return "\n".join([*lines, table(Row._fields, rows)])
+
+
+def _restore(node: nn.Module) -> None:
+    """Give a neuron back, unless :func:`unaccelerate` has."""
+    if isinstance(node, FusedNeuron):
+        node.restore()
 
 
 def _why_not(site: convert.Site) -> str | None:

@@ -270,6 +270,9 @@ def test_accelerated_net_copies_and_pickles():
         assert all(map(torch.equal, train(other, x_seq, 1), expected))
         sj_taid.unaccelerate(other)
         assert attributes_of(other) == before and attributes_of(net) == accelerated
+        with accelerate(other):  # whose end has nothing left to undo
+            sj_taid.unaccelerate(other)
+        assert attributes_of(other) == before
 
 
 def test_accelerated_neurons_are_named_as_before():
@@ -389,7 +392,7 @@ def test_accelerate_after_memopt(level, fused, monkeypatch):
             can_chunk=lambda module: isinstance(module, neuron.BaseNode),
         )
 
-    with accelerate(net), pytest.raises(RuntimeError, match=r"optimize_memory.*come first"):
+    with accelerate(net), pytest.raises(RuntimeError, match=r"optimize_memory\(net\) before"):
         optimize_memory(net)
     optimize_memory(net)
     assert sum(row.done.startswith("fused into") for row in accelerate(net).rows) == fused
