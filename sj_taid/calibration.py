@@ -140,12 +140,8 @@ def calibrate(
     with _restore_states(net), monitor(net) as watch:
         order: list[nn.Module] = []
         run_batch(paths, lambda node, args, kwargs: order.append(node))
-        if by_step and min(Counter(order).values(), default=0) > len(x_seq):
-            raise ValueError(
-                "calibrate ran net(x) for each x of x_seq, but every neuron ran more than once in "
-                "each: if the net loops over time itself give run=net, otherwise "
-                "run=lambda x_seq: [net(x) for x in x_seq]"
-            )
+        if by_step:
+            _check_by_step(order, len(x_seq))
         before = watch.layers()
         found = {node: _calibrate(node, run_batch, rate) for node in dict.fromkeys(order)}
         watch.clear()
@@ -157,6 +153,15 @@ def calibrate(
             for node, path in paths.items()
         )
     )
+
+
+def _check_by_step(order: Iterable[nn.Module], steps: int) -> None:
+    if min(Counter(order).values(), default=0) > steps:
+        raise ValueError(
+            "calibrate ran net(x) for each x of x_seq, but every neuron ran more than once in "
+            "each: if the net loops over time itself give run=net, otherwise "
+            "run=lambda x_seq: [net(x) for x in x_seq]"
+        )
 
 
 #: Whether a call starts from rest, and the neuron's forward on its input.

@@ -97,8 +97,7 @@ def swap_neurons(
 
     Kept and reported: other neurons and subclasses; a node that ``filter`` declines, whose
     threshold is a tensor, whose tau is 1 or that has a precision policy; a ``net`` that is itself a
-    neuron. A neuron in a Python list is
-    not seen, and warns when it runs: use ``nn.ModuleList``.
+    neuron. A neuron in a Python list is not seen, and warns when it runs: use ``nn.ModuleList``.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -112,8 +111,7 @@ def swap_neurons(
         backend: one of :func:`sj_taid.ops.backends.names`.
 
     Raises:
-        ValueError: a bad ``channels``, or a neuron's value that ALIF cannot take, such as a
-            threshold below ``min_v_threshold``; the net is then as it was.
+        ValueError: a bad ``channels``, or a value that ALIF cannot take; the net is as it was.
         TypeError: ``net`` is no module, or ``filter`` no function.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
