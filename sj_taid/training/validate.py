@@ -92,9 +92,9 @@ def validate(cfg: DictConfig) -> None:
             or a class that is not trusted.
     """
     check_values(cfg)
-    known = KEYS | {path.name for path in Path(CONF).iterdir() if path.is_dir()}
-    for key in cfg.keys() - known:
-        raise ValueError(describe_missing(str(key), known))
+    keys = KEYS | {path.name for path in Path(CONF).iterdir() if path.is_dir()}
+    for key in cfg.keys() - keys:
+        raise ValueError(describe_missing(str(key), keys))
     trust = cfg.trust or ()
     task, data = (find_class(cfg[part]._target_, trust) for part in ("task", "dataset"))
     if not issubclass(data, task.takes):
