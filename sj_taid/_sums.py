@@ -19,6 +19,7 @@ from ._forward import Forward
 from ._fused_neuron import KINDS
 from .fusion import KNOWN_NORMS, is_norm
 from .ops.recipe import Recipe, recipe_of, set_recipe
+from .packing import PackingForward
 from .tracing import trace
 
 
@@ -105,6 +106,7 @@ def _has_recipe(maker: nn.Module) -> bool:
     """Whether the output of a module has a recipe, its own or its spikes' bits."""
     if isinstance(maker, _MaxPoolNd):  # of spikes
         return True
-    if "forward" in vars(maker):
+    forward = vars(maker).get("forward")
+    if forward is not None and not isinstance(forward, PackingForward):
         return False
     return type(maker) in {*KINDS, *KNOWN_NORMS} - {nn.SyncBatchNorm}

@@ -82,7 +82,8 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
 def unaccelerate(net: nn.Module) -> None:
     """Undo :func:`.accelerate` in place without its report, as in a copy or a loaded net.
 
-    It undoes :func:`.fuse_norm` and :func:`.packed_spikes` too.
+    It undoes :func:`.fuse_norm` and :func:`.packed_spikes` too, and leaves reports made before with
+    nothing to undo.
 
     >>> import copy
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
@@ -124,21 +125,22 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         """Accelerate ``net``; the row of each neuron and norm by its path."""
         rows: dict[str, Row] = {}
         find: Any = net.get_submodule
+        mark = object()
         for site in convert.find_neurons(net, neuron.BaseNode):
             node, kind, reason = site.node, type(site.node), _why_not(site)
             note = reason or convert.describe_equality(site)
             done = "" if reason else "fused operator"
             rows[site.path] = Row(" = ".join(site.paths), kind.__name__, done, note)
             if not reason:
-                node.__class__, node._name = _ACCELERATED[kind], site.path
-                self._undo.append(partial(_restore, node))
+                node.__class__, node._name, node._mark = _ACCELERATED[kind], site.path, mark
+                self._undo.append(partial(_restore, node, mark))
                 self._nodes.append(node)
         for row in fuse_norm(net).rows:
             name, done = type(find(row.norm)).__name__, f"fused into {row.neuron}"
             note = row.note or "equal outputs to rounding"
             rows[row.norm] = Row(row.norm, name, "" if row.note else done, note)
             if not row.note:
-                self._undo.append(partial(unfuse_norm, find(row.neuron)))
+                self._undo.append(partial(_unfuse, find(row.neuron), find(row.norm).forward))
         for norm, reader in _sums.recompute_sums(net).items():
             rows[norm] = rows[norm]._replace(
                 done=f"recomputed for {reader}", note="equal outputs, and its sum is not saved"
@@ -182,17 +184,24 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         return "\n".join([*lines, table(Row._fields, rows)])
 
 
-def _restore(node: nn.Module) -> None:
+def _restore(node: Any, mark: object) -> None:
     """Give a neuron back, unless :func:`unaccelerate` has."""
-    if isinstance(node, FusedNeuron):
+    if vars(node).get("_mark") is mark:
         node.restore()
+
+
+def _unfuse(node: Any, pass_on: object) -> None:
+    """Take a norm out of a neuron, unless :func:`unaccelerate` has."""
+    norm = getattr(node, "norm", None)
+    if norm is not None and vars(norm).get("forward") is pass_on:
+        unfuse_norm(node)
 
 
 def _why_not(site: convert.Site) -> str | None:
     """Why a neuron is left as it is, or ``None``."""
     node, forward = site.node, vars(site.node).get("forward")
     if isinstance(node, FusedNeuron):
-        return _ALREADY
+        return "its backend is torch" if getattr(node, "backend", "") == "torch" else _ALREADY
     if node.step_mode != "m":
         return (
             "it runs step by step: functional.set_step_mode(net, 'm') first, but only if the net's "
@@ -251,7 +260,8 @@ class _Accelerated(FusedNeuron):
     def restore(self) -> None:
         super().restore()
         self.__class__ = type(self).__bases__[1]
-        self.__dict__.pop("_name", None)
+        for name in ("_name", "_mark"):
+            self.__dict__.pop(name, None)
 
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
@@ -269,7 +279,7 @@ class _Accelerated(FusedNeuron):
         w = getattr(node, "w", convert.NO_LEAK_W)  # PLIF's own, or IF's
         if isinstance(node, neuron.LIFNode):
             if reason := convert.why_no_w(node.tau):
-                raise ValueError(f"{self._label()}: {reason}; sj_taid.unaccelerate(net) runs it")
+                raise ValueError(f"{self._label()}: {reason}; sj_taid.unaccelerate(net) first")
             w = convert.nearest_w(node.tau, dtype)
         operands = {
             name: value if isinstance(value, Tensor) else x_seq.new_full((), value, dtype=dtype)

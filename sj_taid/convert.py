@@ -157,10 +157,10 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     equal bit for bit where tau is a power of two, and otherwise to rounding (LIF divides by tau).
     An ALIF without leak becomes an ``IFNode``. All channels must have one tau and one threshold.
 
-    With ``fold_threshold`` every threshold becomes 1, for hardware and exporters that have one, of
-    SpikingJelly's LIF, PLIF and IF too: voltages, and the weight and bias of the norm, convolution
-    or linear layer that only the neuron reads, are divided by the threshold, per channel, which
-    leaves every spike as it is. Outputs are equal bit for bit where the thresholds are powers of
+    With ``fold_threshold`` every threshold becomes 1, as some hardware and exporters need it, those
+    of SpikingJelly's LIF, PLIF and IF too. Voltages are divided by the threshold, per channel, and
+    so are the weight and bias of the norm, convolution or linear layer that only the neuron reads.
+    That leaves every spike as it is. Outputs are equal bit for bit where thresholds are powers of
     two, and otherwise to rounding; gradients are not, since the surrogate keeps its width. A
     threshold that cannot be folded, as of a voltage that a ``forward`` reads, stays, with a warning
     that says why.
@@ -326,7 +326,7 @@ def _why_no_lif(site: Site) -> str | None:
 def _to_alif(site: Site, channels: int | None, learn_tau: bool, **options: Any) -> ALIFNode:
     node = site.node
     alif = ALIFNode(
-        decay_input=getattr(node, "decay_input", False),  # an IF node does not scale its input
+        decay_input=bool(getattr(node, "decay_input", False)),  # IF does not scale its input
         v_threshold=node.v_threshold,
         channels=channels,
         learn_tau=learn_tau,
@@ -372,9 +372,14 @@ def _copy_voltage(old: Any, new: Any) -> None:
     new.v = old.v
 
 
-@lru_cache
 @torch.compiler.assume_constant_result
 def nearest_w(tau: float, dtype: torch.dtype) -> float:
+    """:func:`_nearest_w`, whose cache Dynamo would warn of."""
+    return _nearest_w(tau, dtype)
+
+
+@lru_cache
+def _nearest_w(tau: float, dtype: torch.dtype) -> float:
     """The ``w`` of ``dtype`` whose sigmoid is nearest to ``1/tau``.
 
     ``-log(tau - 1)`` rounded to ``dtype`` can be a few units in the last place off; a neighbour

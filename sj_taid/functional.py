@@ -46,7 +46,8 @@ def alif_multi_step(
         v: membrane potential before the first step, ``[N, *]``, or a float for all neurons.
         w: ``-log(tau - 1)``, tau in time steps; a scalar, or ``[C]`` for axis 2 of ``x_seq``.
         v_threshold: threshold voltage; a scalar, or ``[C]``.
-        decay_input, v_reset, surrogate_function, detach_reset, backend: as of the class.
+        decay_input, v_reset, surrogate_function, detach_reset, backend: as of
+            :class:`~sj_taid.ALIFNode`.
         store_v_seq: also return the voltage of every step.
         norm: a batch norm over axis 2; its running statistics are updated in place where the
             batch's own are used.

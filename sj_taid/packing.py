@@ -57,7 +57,8 @@ class PackedSpikes(AbstractContextManager["PackedSpikes"]):
     """The handle that :func:`.packed_spikes` returns."""
 
     def __init__(self, net: nn.Module) -> None:
-        modules = [m for m in net.modules() if isinstance(vars(m).get("forward"), _Forward | None)]
+        kinds = PackingForward, type(None)
+        modules = [m for m in net.modules() if isinstance(vars(m).get("forward"), kinds)]
         neurons = [
             m for m in modules if isinstance(m, FusedNeuron) or type(m) in _compat.PLAIN_NEURONS
         ]
@@ -87,7 +88,7 @@ class PackedSpikes(AbstractContextManager["PackedSpikes"]):
         self.remove()
 
 
-def _packer_of(module: Any) -> _Forward:
+def _packer_of(module: Any) -> PackingForward:
     """What registers the spikes of a neuron, or packs what a layer saves."""
     if "forward" not in vars(module):
         kind = _LayerForward if isinstance(module, _LAYERS) else _NeuronForward
@@ -95,7 +96,7 @@ def _packer_of(module: Any) -> _Forward:
     return module.forward
 
 
-class _Forward(Forward):
+class PackingForward(Forward):
     """The forward of a module that packs, around that of its class."""
 
     packing = 0  # how many PackedSpikes ask for it
@@ -107,7 +108,7 @@ class _Forward(Forward):
         return self.packing > 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-class _NeuronForward(_Forward):
+class _NeuronForward(PackingForward):
     """Registers the spikes of a neuron of SpikingJelly's."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +121,7 @@ class _NeuronForward(_Forward):
         return spikes
 
 
-class _LayerForward(_Forward):
+class _LayerForward(PackingForward):
     """Packs the spikes that a layer saves."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -272,6 +272,10 @@ def test_accelerated_net_copies_and_pickles():
         assert attributes_of(other) == before and attributes_of(net) == accelerated
         with accelerate(other):  # whose end has nothing left to undo
             sj_taid.unaccelerate(other)
+            report = accelerate(other)
+            changed = attributes_of(other)
+        assert attributes_of(other) == changed
+        report.undo()
         assert attributes_of(other) == before
 
 
@@ -355,7 +359,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_accelerated_net_inside(name):
+def test_accelerated_net_inside(name, recwarn):
     torch._dynamo.reset()
     net, x_seq = make_net(), images()
     expected = train(copy.deepcopy(net), x_seq, 1)
@@ -363,6 +367,7 @@ def test_accelerated_net_inside(name):
     outputs_and_gradients = slice(1 + len([*net.parameters()]))  # recomputing counts norms twice
     got = train(WRAPPERS[name](net), x_seq, 1)
     assert_close(got[outputs_and_gradients], expected[outputs_and_gradients])
+    assert not [warning for warning in recwarn if "Dynamo" in str(warning.message)]
 
 
 class Block(nn.Sequential):

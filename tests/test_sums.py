@@ -124,6 +124,7 @@ FORMS = {
     "bfloat16": lambda net: net.bfloat16(),
     "channels-last": lambda net: net.to(memory_format=torch.channels_last),
     "frozen": lambda net: net.bn.requires_grad_(False),
+    "packed": sj_taid.packed_spikes,
     "no parameters": lambda net: setattr(
         net, "bn", layer.BatchNorm2d(4, affine=False, step_mode="m")
     ),
