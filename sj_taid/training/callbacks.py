@@ -16,7 +16,7 @@ from ..monitoring import warn_at_bound
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
 
-def is_watched() -> bool:
+def has_viewer() -> bool:
     """Whether there is a terminal or a notebook: in a file rich's bars would be blank lines."""
     console = rich.get_console()
     return console.is_interactive or console.is_jupyter
@@ -24,15 +24,15 @@ def is_watched() -> bool:
 
 def show_progress(items: Iterable[Any], description: str) -> Iterable[Any]:
     """The items, under a progress bar that goes away at their end."""
-    return track(items, description, transient=True, disable=not is_watched())
+    return track(items, description, transient=True, disable=not has_viewer())
 
 
 class ProgressBar(RichProgressBar):
     """Lightning's rich bar within 80 columns, with the task's first metric alone."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        if not is_watched():
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if not has_viewer():
             self.disable()
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:

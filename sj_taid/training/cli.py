@@ -108,7 +108,7 @@ def format_error(error: Exception) -> str:
         return " ".join(str(error).partition("Config search path")[0].split())
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
     text = str(error)
-    if isinstance(error, OSError) and error.errno:  # the system's, which names no remedy
+    if isinstance(error, OSError) and error.filename:  # the system's, which names no remedy
         text += "; give another path, or let this one be read and written"
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])
 

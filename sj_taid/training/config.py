@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -30,7 +31,9 @@ def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> 
 
 
 def describe_missing(key: str, known: Iterable[Any]) -> str:
-    """That there is no such dotted key, and the nearest of those that are ``known`` next to it."""
+    """The error text for an unknown dotted key, with the nearest of those ``known``."""
+    if options := sorted(path.stem for path in Path(CONF, key).glob("*.yaml")):
+        return f"{key} is not chosen; choose {' or '.join(f'{key}={name}' for name in options)}"
     parent, dot, name = key.rpartition(".")
     near = get_close_matches(name, map(str, known), 1)
     remedy = f"did you mean {parent}{dot}{near[0]}?" if near else "--cfg job shows what there is."
@@ -83,12 +86,18 @@ class RemoveEmptyFolders(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.run.dir).absolute()
         self.missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        atexit.register(remove_empty, self.missing)  # Ctrl-C ends no job
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         of_a_sweep = [Path(config.hydra.runtime.output_dir)]
-        with suppress(OSError):  # it holds something
-            for path in of_a_sweep if self.missing is None else self.missing:
-                path.rmdir()
+        remove_empty(of_a_sweep if self.missing is None else self.missing)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, from the innermost on, until one holds something."""
+    with suppress(OSError):
+        for path in folders:
+            path.rmdir()
 
 
 def base_name(path: str) -> str:

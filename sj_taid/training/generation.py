@@ -189,7 +189,7 @@ class Generation(Autoencoding):
             with seeded(0), warnings.catch_warnings(record=True) as caught:
                 self.model.fit_prior(image.to(self.device) for image, _ in batches)
             for warning in caught:
-                log.warning("The prior fits badly, as after a short training: %s", warning.message)
+                log.warning("While the prior was fitted: %s", warning.message)
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         model = self.model

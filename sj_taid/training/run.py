@@ -183,12 +183,12 @@ class Run:
         """
         if not (self.checkpoint.is_file() or self.is_finished):
             return None
-        found = self.differences(cfg).items()
-        wrong = [f"{k} ({values})" for k, values in found if not is_below(k, RESUME_MAY_CHANGE)]
+        found = self.differences(cfg)
+        wrong = [f"{k} ({found[k]})" for k in found if not is_below(k, RESUME_MAY_CHANGE)]
         if wrong:
             more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            if "task.scheduler.T_max" in dict(found):
-                more += "; the schedule follows trainer.max_epochs, so it cannot train longer"
+            if {"task.scheduler.T_max", "trainer.max_epochs"} <= found.keys():
+                more += "; the learning rate's schedule depends on trainer.max_epochs"
             raise ValueError(
                 f"{self.folder} holds a run with other settings: {'; '.join(wrong[:4])}{more}; "
                 f"resume it with its own, or {ELSEWHERE}"

@@ -84,8 +84,6 @@ def train(
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     task = build_task(cfg)
-    # Before a critic freezes some, and without a prior that is fitted later.
-    trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     evaluator = build_evaluator(cfg)
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     data = build_data(cfg, cfg.trust or ())
@@ -121,7 +119,7 @@ def train(
     metrics |= {
         **task.untrained_metrics,
         "epochs": trainer.current_epoch,
-        "parameters": trained,
+        "parameters": sum(p.numel() for p in task.model.parameters()),
         "training_seconds": round(timer.time_elapsed(), 1),
         "seed": cfg.seed,
         **origin,

@@ -1,5 +1,6 @@
 """The command line: arguments reach Hydra, and a user's errors are a few lines."""
 
+import atexit
 import importlib
 import json
 import re
@@ -9,6 +10,7 @@ import sys
 
 import lightning as L
 import pytest
+from omegaconf import OmegaConf
 
 from sj_taid import doctor
 from sj_taid.training import cli, config, run
@@ -60,6 +62,7 @@ def test_cli_usage(sj_taid, capsys):
         ("train +nueron=lif", r"no key nueron; did you mean neuron\?"),
         ("train trainer.max_epoch=1", r"^no key trainer\.max_epoch; did you mean .*\.max_epochs\?"),
         ("train model.x=1", r"^no key model\.x; --cfg job .* is\. If its class .* \+model\.x=1$"),
+        ("train critic.epochs=3", r"^critic is not chosen; choose critic=patch$"),
         ("train +model.x=1", "ESVAE cannot be built: .*unexpected keyword argument 'x'"),
         ("train neuron=alef", "Could not find 'neuron/alef' Available options in 'neuron': alif"),
         ("train foo", "missing EQUAL"),
@@ -170,6 +173,17 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
     interrupt(2)
     sj_taid("train", f"resume={folder}")
     assert run.Run(folder).metrics["epochs"] == 2
+
+
+def test_empty_folders_go_when_the_process_ends(tmp_path, monkeypatch):
+    ends = []
+    monkeypatch.setattr(atexit, "register", lambda *call: ends.append(call))
+    cfg = OmegaConf.create({"hydra": {"run": {"dir": str(tmp_path / "runs" / "mnist")}}})
+    config.RemoveEmptyFolders().on_run_start(cfg)
+    (tmp_path / "runs" / "mnist").mkdir(parents=True)
+    ((remove, folders),) = ends
+    remove(folders)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):

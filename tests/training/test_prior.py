@@ -59,7 +59,7 @@ def test_train_measures_the_models_own_prior_first(esvae, tmp_path, finished, mo
     first = Run(finished).metrics
     assert (metrics["prior"], first["prior"]) == ("flow", "learned")
     assert f"FAD, own autoencoder, flow ↓: {metrics['fad']:.2f}" in caplog.messages
-    assert metrics["parameters"] == first["parameters"]  # the flow is fitted later
+    assert metrics["parameters"] > first["parameters"]  # the flow's too
     assert metrics["fad"] not in (first["fad"], first["fad_mixture"])
     assert metrics["fad_mixture"] == first["fad_mixture"]
     assert metrics["fad_learned"] == first["fad"]
@@ -68,11 +68,11 @@ def test_train_measures_the_models_own_prior_first(esvae, tmp_path, finished, mo
     assert metrics["fad_floor"] == first["fad_floor"]
 
 
-def test_fit_prior_says_in_one_line_that_the_prior_fits_badly(caplog, recwarn):
+def test_fit_prior_logs_warnings_in_a_line(caplog, recwarn):
     alike = SimpleNamespace(train_samples=lambda: [(torch.zeros(4, 1, 8, 8), None)])
     Generation(ESVAE(**SMALL, components=4), ADAM).fit_prior(alike)
     (message,) = caplog.messages
-    assert message.startswith("The prior fits badly") and "\n" not in message
+    assert message.startswith("While the prior was fitted: ") and "\n" not in message
     assert not recwarn.list
 
 

@@ -76,7 +76,7 @@ def test_resume_allows_what_may_change_alone(tmp_path):
     assert run.resume(cfg) == run.checkpoint and run.is_complete(cfg)
     cfg.trainer.max_epochs = 2
     with pytest.raises(
-        ValueError, match=r"T_max \(1, now 2\); the schedule follows .* longer; resume"
+        ValueError, match=r"T_max \(1, now 2\); the learning rate's schedule depends .*; resume"
     ):
         run.resume(cfg)
     cfg.task.scheduler.T_max = 1
