@@ -131,7 +131,7 @@ def gain(what: str, table: pd.DataFrame, name: str, theirs: str, ours: str) -> d
         "what": what,
         "before": f"{column.text(before)} ({theirs})",
         "after": f"{column.text(after)} ({ours})",
-        "gain": f"{ratio:.2f} of it" if more < 0 else f"+{more / column.unit:.2f}",
+        "gain": f"{100 * (ratio - 1):.0f} %" if more < 0 else f"+{more / column.unit:.2f}",
         "on": " / ".join(rows.loc[[ours], "machine"].str.replace("(R)", "").unique()),
     }
 
@@ -248,7 +248,7 @@ def measure_claim(experiment: str, after: str) -> dict[str, str]:
     else:
         runs = [run for run in load_runs(experiment) if VALIDATION not in overrides(run)]
         accuracies = frame(runs)[0].pivot(index="seed", columns="neuron", values="accuracy")
-        change = 100 * (accuracies["alif"] - accuracies["plif"])
+        change = 100 * (accuracies["alif"] - accuracies["plif"]).dropna()
         text, better = f"accuracy {signed(change, 2)} points", change > 0
     verdict = "holds" if better.all() else "not seen" if better.any() else "does not hold"
     here = f"{text}, better in {better.sum()} of {len(better)} seeds, `{experiment}`"

@@ -239,7 +239,10 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Draw bytes against time, a panel for each net and a line over T for each system."""
     table = table[(table["dtype"] == "float32") & (table["neuron"] == RIVAL.neuron)]
-    table = table.assign(ms_per_sample=table["median_ms"] / table["batch"])
+    # Rows of different runs compare by their ratio to PLIF, which each run times in turns.
+    rival = table[table["system"] == str(RIVAL)].set_index(["net", "T"])["median_ms"]
+    table = table.join(rival.rename("rival_ms"), on=["net", "T"])
+    table["ms_per_sample"] = table["time_ratio"] * table["rival_ms"] / table["batch"]
     systems = table["system"].unique()
     figure = Figure((9.0, 7.5), layout="constrained")
     axes = figure.subplots(2, 2).flat
