@@ -200,8 +200,10 @@ def _unfuse(node: Any, pass_on: object) -> None:
 def _why_not(site: convert.Site) -> str | None:
     """Why a neuron is left as it is, or ``None``."""
     node, forward = site.node, vars(site.node).get("forward")
+    if isinstance(node, convert.ALIFNode) and node.backend == "torch":
+        return "its backend is torch"
     if isinstance(node, FusedNeuron):
-        return "its backend is torch" if getattr(node, "backend", "") == "torch" else _ALREADY
+        return _ALREADY
     if node.step_mode != "m":
         return (
             "it runs step by step: functional.set_step_mode(net, 'm') first, but only if the net's "

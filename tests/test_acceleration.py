@@ -174,6 +174,7 @@ LEFT = {
     "a function of its own": neuron.IFNode(),
     "it runs step by step: functional.set_step_mode": neuron.LIFNode(),
     "no fused operator for torch.float64": neuron.ParametricLIFNode(),
+    "its backend is torch": ALIFNode(backend="torch"),
 }
 
 

@@ -59,14 +59,16 @@ def main(command: str | None = None) -> None:
     arguments = sys.argv[1:]
     if command is None:
         command, arguments = _parser().parse_args(arguments[:1]).command, arguments[1:]
-    with_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print the errors of its jobs itself
     try:
         run_command(command, arguments)
     except USER_ERRORS as error:
-        if with_traceback:
+        if before == "1":
             raise
         sys.exit(format_error(error))
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = before or "0"
 
 
 def run_command(command: str, arguments: Sequence[str]) -> None:

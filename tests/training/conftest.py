@@ -133,10 +133,8 @@ def sj_taid(monkeypatch):
     """Run a command line in this process; Hydra leaves pytest's logging alone."""
 
     def execute(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", ""))
-            patch.setattr(sys, "argv", ["sj-taid", *arguments])
-            cli.main()
+        monkeypatch.setattr(sys, "argv", ["sj-taid", *arguments])
+        cli.main()
 
     interrupt = signal.getsignal(signal.SIGINT)
     yield execute
