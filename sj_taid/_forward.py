@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 
 class Forward:
     """It holds the module alone, so that the net can be copied and pickled."""
@@ -13,3 +15,15 @@ class Forward:
         """Give the module the forward of its class back."""
         if vars(self.module).get("forward") is self:
             del self.module.forward
+
+
+class PackingForward(Forward):
+    """The forward of a module that packs, around that of its class."""
+
+    packing = 0  # how many :class:`.packing.PackedSpikes` ask for it
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def is_on(self) -> bool:
+        return self.packing > 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _compat, _graph, _spikes, functional
-from ._forward import Forward
+from ._forward import Forward, PackingForward
 from ._norm_input import NormInput, PassOn, not_normalised
 from .ops.alif.norm import Norm
 
@@ -94,7 +94,8 @@ class FusedNeuron(_compat.BaseNode):
         self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x_seq, norm = self._input_and_norm(x_seq)
-        packs = self._packs() and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        forward = vars(self).get("forward")
+        packs = isinstance(forward, PackingForward) and forward.is_on()
         spike_seq, v_last, v_seq, *bits = functional.alif_multi_step(
             x_seq,
             v,
@@ -110,10 +111,6 @@ class FusedNeuron(_compat.BaseNode):
             _spikes.register(spike_seq, spike_seq, *bits)
         _graph.follow(v_last, spike_seq, v_seq, name=self._name)
         return spike_seq, v_last, v_seq
-
-    def _packs(self) -> bool:
-        """Whether a :class:`.packing.PackedSpikes` asks for the spikes as bits."""
-        return getattr(vars(self).get("forward"), "packing", 0) > 0
 
     def _label(self) -> str:
         kind = type(self).__name__

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 from torch.nn.modules.pooling import _MaxPoolNd
 
 from . import _spikes
-from ._forward import Forward
+from ._forward import Forward, PackingForward
 from ._fused_neuron import KINDS
 from .fusion import KNOWN_NORMS, is_norm
 from .ops.recipe import Recipe, recipe_of, set_recipe
-from .packing import PackingForward
 from .tracing import trace
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import _compat, _graph, _spikes, _sums, convert
 from ._checks import check_example_input, check_net
+from ._forward import PackingForward
 from ._fused_neuron import KINDS, FusedNeuron, restore
 from ._table import table
 from .fusion import fuse_norm, unfuse_norm
@@ -211,7 +212,7 @@ def _why_not(site: convert.Site) -> str | None:
         )
     if reason := convert.why_no_alif(node) or surrogate.unsupported(node.surrogate_function):
         return reason
-    patched = _spikes.is_patched(node, forward if hasattr(forward, "packing") else None)
+    patched = _spikes.is_patched(node, forward if isinstance(forward, PackingForward) else None)
     if patched or has_hooks(node.surrogate_function):
         return "a function of its own or a hook in it, which the fused operator would not call"
     x = torch.empty(1, 1, dtype=site.dtype, device=site.device)

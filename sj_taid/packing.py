@@ -14,7 +14,7 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from . import _compat, _graph, _spikes
 from ._checks import check_net
-from ._forward import Forward
+from ._forward import PackingForward
 from ._fused_neuron import FusedNeuron
 
 __all__ = ["PackedSpikes", "packed_spikes"]
@@ -94,18 +94,6 @@ def _packer_of(module: Any) -> PackingForward:
         kind = _LayerForward if isinstance(module, _LAYERS) else _NeuronForward
         module.forward = kind(module)
     return module.forward
-
-
-class PackingForward(Forward):
-    """The forward of a module that packs, around that of its class."""
-
-    packing = 0  # how many PackedSpikes ask for it
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def is_on(self) -> bool:
-        return self.packing > 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _NeuronForward(PackingForward):

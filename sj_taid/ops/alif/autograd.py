@@ -293,7 +293,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"the fused operator has no second derivatives, which torch.autograd.functional.jvp "
+            "the fused operator has no second derivatives, which torch.autograd.functional.jvp "
             f"needs too: use {_UNFUSED}"
         )
 
@@ -338,14 +338,24 @@ def multi_step(
     if norm is not None and not norm.fixed and norm.group is None:
         eps = norm.eps if engine.takes_statistics(x_seq) else None
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    v_init = 0.0 if isinstance(v, Tensor) else v
-    checkpoints = engine.checkpoints(x_seq.shape[0], x_seq.dtype) if saves else 0
-    fixed_norm = norm is not None and norm.fixed
-    neuron: dict[str, Any] = {"v_init": v_init, "decay_input": decay_input, "v_reset": v_reset}
-    forward = neuron | {"store_v_seq": store_v_seq, "checkpoints": checkpoints}
-    forward |= {"pack": return_bits, "eps": eps}
-    backward = neuron | {"detach_reset": detach_reset, "surrogate": name, "a": a, "b": b}
-    backward |= {"fixed_norm": fixed_norm}
+    neuron: dict[str, Any] = {
+        "v_init": 0.0 if isinstance(v, Tensor) else v,
+        "decay_input": decay_input,
+        "v_reset": v_reset,
+    }
+    forward = neuron | {
+        "store_v_seq": store_v_seq,
+        "checkpoints": engine.checkpoints(x_seq.shape[0], x_seq.dtype) if saves else 0,
+        "pack": return_bits,
+        "eps": eps,
+    }
+    backward = neuron | {
+        "detach_reset": detach_reset,
+        "surrogate": name,
+        "a": a,
+        "b": b,
+        "fixed_norm": norm is not None and norm.fixed,
+    }
     affine: Affine | tuple[None, None] = (None, None)
     if norm is not None and eps is None:
         affine = norms.affine(norm, x_seq, engine.statistics)

@@ -28,10 +28,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     x, whole = call.x_seq, call.eps is not None
     q, threshold = _parameters(call, whole or call.norm is not None)
     partition = _partition(x, len(q), whole)
-    affine: dict[str, Any] = {}
+    weight = bias = None
     if whole:
-        affine = {"weight": call.weight, "bias": call.bias}
-        affine = {name: t if t is None else t.double() for name, t in affine.items()}
+        weight, bias = (t if t is None else t.double() for t in (call.weight, call.bias))
         table[0] = _first_values(x)
     ask_for_huge_pages(spike_seq, v_seq)
     run(
@@ -42,7 +41,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         norm=table if whole else call.norm,
         sums=partition.sums(3) if whole else None,
         numbers=numbers,
-        **affine,
+        weight=weight,
+        bias=bias,
         eps=call.eps,
         spike=spike_seq,
         v=v,
