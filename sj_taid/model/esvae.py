@@ -36,8 +36,8 @@ class ESVAE(SpikingVAE):
     ``flow``.
 
     In eval mode a reconstruction has exactly :math:`T r_q` spikes in each channel, at random steps:
-    on MNIST the squared error is a quarter below that of spikes drawn as above. They are drawn in
-    training, and for samples, which exact counts do not improve.
+    on MNIST the squared error is a quarter below that of spikes drawn as above. In training and for
+    samples they are drawn, unless ``exact_counts`` is set.
 
     Arguments that are not listed are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
@@ -47,6 +47,8 @@ class ESVAE(SpikingVAE):
         components: Gaussians in the mixture.
         iterations: of the mixture's fit, at most.
         mmd_weight: weight of the MMD next to the squared error.
+        exact_counts: :math:`T r` spikes, rounded, in each channel at random steps also in training
+            and in samples: the decoder learns from a latent without noise in its counts.
 
     Raises:
         TypeError, ValueError: a bad argument or bad images, as SpikingVAE.
@@ -78,6 +80,7 @@ class ESVAE(SpikingVAE):
         components: int = 10,
         iterations: int = 100,
         mmd_weight: float = 1e-3,
+        exact_counts: bool = False,
     ) -> None:
         check_weights(mmd_weight=mmd_weight)
         if sample_from not in ("learned", "mixture", "flow"):
@@ -88,6 +91,7 @@ class ESVAE(SpikingVAE):
         self.components = components
         self.iterations = iterations
         self.mmd_weight = mmd_weight
+        self.exact_counts = exact_counts
         super().__init__(
             in_channels,
             image_size,
@@ -124,11 +128,11 @@ class ESVAE(SpikingVAE):
         return self._spikes(self.rate(image))
 
     def _spikes(self, rate: Tensor) -> Tensor:
-        return spikes_from_rate(rate, self.T, exact=not self.training)
+        return spikes_from_rate(rate, self.T, exact=self.exact_counts or not self.training)
 
     def sample_latent(self, n: int) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior that ``sample_from`` names."""
-        return spikes_from_rate(self._source(self.sample_from)(n), self.T)
+        return spikes_from_rate(self._source(self.sample_from)(n), self.T, exact=self.exact_counts)
 
     def _source(self, name: str) -> nn.Module:
         priors = {"learned": self.prior, **self.fitted_priors}

@@ -80,7 +80,7 @@ class ClassifierLoss(FeatureLoss):
         ValueError: a weight below 0, or a data set without classes.
     """
 
-    def __init__(self, channels: int, classes: int | None, weight: float = 0.1) -> None:
+    def __init__(self, channels: int, classes: int | None, weight: float = 0.3) -> None:
         if classes is None:
             raise ValueError(
                 "feature_loss=classifier learns from labels, but dataset.classes is null; choose "

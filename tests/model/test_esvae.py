@@ -18,12 +18,15 @@ def test_rate_is_the_mean_of_the_encoders_spikes():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_reconstructions_spikes_are_drawn_in_training_and_counted_after(training, monkeypatch):
-    model = ESVAE(**SMALL).train(training)
+@pytest.mark.parametrize("exact", [True, False])
+def test_where_spike_counts_are_exact(training, exact, monkeypatch):
+    model = ESVAE(**SMALL, exact_counts=exact).train(training)
     monkeypatch.setattr(model, "rate", lambda image: torch.full((2, 10), 0.5))
+    monkeypatch.setattr(model.prior, "forward", lambda n: torch.full((n, 10), 0.5))
     monkeypatch.setattr(model, "decode", lambda z_seq: z_seq.sum(0))
     for counts in (model(images()).image, model.latent_spikes(images()).sum(0)):
-        assert (counts == 3).all() == (not training)
+        assert (counts == 3).all() == (exact or not training)
+    assert (model.sample(2) == 3).all() == exact
 
 
 def test_training_loss_is_the_squared_error_and_the_weighted_mmd():
