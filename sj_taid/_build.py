@@ -77,7 +77,12 @@ def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
 
     Raises:
         ValueError: it is not trusted, or there is none.
+        TypeError: ``trust`` is no list.
     """
+    if isinstance(trust, str):  # in which a part of a name would be found, too
+        raise TypeError(
+            f"trust must be a list of full names, such as [mypkg.MyLIF], but it is {trust!r}"
+        )
     module, _, attribute = str(name).rpartition(".")
     roots = ["sj_taid"] if module == "sj_taid" else [r for r in TRUSTED if _is_in(module, [r])]
     found, is_custom = None, name in (trust or ())

@@ -120,6 +120,10 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
     if not resumed:
         return [*arguments]
+    if {"-m", "--multirun"} & {*arguments}:
+        raise ValueError(
+            "resume= is for one run, without -m; a sweep resumes when its command is repeated"
+        )
     name = resumed[-1].removeprefix("resume=")
     folder = Path(name).expanduser().absolute()
     if not name or not (folder / OVERRIDES).is_file():

@@ -70,7 +70,7 @@ def folder_name(overrides: Sequence[str], ignored: Collection[str] = ()) -> str:
         overrides: the job's.
         ignored: see :func:`select_overrides`.
     """
-    text = ",".join(sorted(select_overrides(overrides, ignored)))
+    text = ",".join(sorted(select_overrides(overrides, ignored))) or "default"
     name = re.sub(r"[^A-Za-z0-9._]+", "-", text)
     if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", text, re.ASCII):
         return name

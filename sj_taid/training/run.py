@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .._build import build
+from ..pretrained import list_models
 from .config import is_below
 from .files import atomic_write, remove_leftovers, unwritable
 
@@ -87,6 +88,11 @@ class Run:
         """
         path = Path(path).expanduser().absolute()
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
+        if path.name in list_models():
+            raise ValueError(
+                f"{path.name} is a model of the package, not a run; in Python "
+                f"sj_taid.create_model({path.name!r}, pretrained=True).sample(64) draws from it"
+            )
         if not run.checkpoint.is_file():
             raise FileNotFoundError(
                 f"no checkpoint at {path}; a run leaves it in <run folder>/{CHECKPOINTS}/ "

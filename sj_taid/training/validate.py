@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .._build import find_class
 from .._checks import is_number, is_whole
@@ -26,7 +26,7 @@ def _or_null(rule: Rule) -> Rule:
 
 NUMBER: Rule = ("a number", is_number)
 TAU: Rule = ("a number of time steps greater than 1", lambda value: is_number(value) and value > 1)
-POSITIVE: Rule = ("a number from 0", lambda value: is_number(value) and value >= 0)
+NOT_NEGATIVE: Rule = ("a number from 0", lambda value: is_number(value) and value >= 0)
 PROBABILITY: Rule = ("a probability", lambda value: is_number(value) and 0 <= value <= 1)
 RATE: Rule = ("a rate between 0 and 1", lambda value: is_number(value) and 0 < value < 1)
 BOOLEAN: Rule = ("true or false", lambda value: isinstance(value, bool))
@@ -34,15 +34,21 @@ COMPILE: Rule = (
     "true, false or options of torch.compile, such as 'compile={mode: max-autotune}'",
     lambda value: isinstance(value, bool | DictConfig),
 )
+NAMES: Rule = (
+    "a list of full names, such as [mypkg.MyLIF], or null",
+    lambda value: value is None or isinstance(value, ListConfig | list | tuple),
+)
 #: values of a config by their keys; what else a class takes is checked by the class
 RULES: dict[str, Rule] = {
     "seed": _whole(0),
     "pictures": BOOLEAN,
+    "trust": NAMES,
     "compile": COMPILE,
+    "model.T": _whole(1),
     "trainer.max_epochs": _whole(0),
-    "trainer.limit_train_batches": _or_null(POSITIVE),
-    "trainer.limit_val_batches": _or_null(POSITIVE),
-    "trainer.limit_test_batches": _or_null(POSITIVE),
+    "trainer.limit_train_batches": _or_null(NOT_NEGATIVE),
+    "trainer.limit_val_batches": _or_null(NOT_NEGATIVE),
+    "trainer.limit_test_batches": _or_null(NOT_NEGATIVE),
     "dataset.image_size": _whole(1),
     "dataset.batch_size": _whole(1),
     "dataset.num_workers": _whole(0),
@@ -50,7 +56,7 @@ RULES: dict[str, Rule] = {
     "dataset.crop": _or_null(_whole(1)),
     "dataset.limit": _or_null(_whole(1)),
     "dataset.erase": PROBABILITY,
-    "dataset.mixup": POSITIVE,
+    "dataset.mixup": NOT_NEGATIVE,
     "dataset.seed": _whole(0),
     "surrogate.alpha": NUMBER,
     "surrogate.w": NUMBER,
@@ -61,9 +67,9 @@ RULES: dict[str, Rule] = {
     "neuron_start.v_reset": _or_null(NUMBER),
     "neuron_start.detach_reset": BOOLEAN,
     "neuron_start.calibrate": _or_null(RATE),
-    "optimizer.lr": POSITIVE,
-    "optimizer.weight_decay": POSITIVE,
-    "task.lr_scale": _or_null(POSITIVE),
+    "optimizer.lr": NOT_NEGATIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "task.lr_scale": _or_null(NOT_NEGATIVE),
     "metric.samples": _whole(1),
     "metric.autoencoder.latent_channels": _whole(1),
     "metric.autoencoder.epochs": _whole(0),

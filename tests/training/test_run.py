@@ -216,6 +216,11 @@ def test_build_trusts_no_others(target):
         build({"a": [{"_target_": target, "_partial_": True}]}, ())
 
 
+def test_build_trusts_no_part_of_a_name():
+    with pytest.raises(TypeError, match=r"trust must be a list of full names.*'os\.system_info'"):
+        build({"_target_": "os.system", "_partial_": True}, "os.system_info")
+
+
 def test_build_resolves_nothing(tmp_path):
     path = f"{{_target_: pathlib.Path, _args_: [{tmp_path}/hacked]}}"
     evil = f'\\${{oc.create:"{{_target_: pathlib.Path.touch, self: {path}}}"}}'
