@@ -111,7 +111,8 @@ def swap_neurons(
         backend: one of :func:`sj_taid.ops.backends.names`.
 
     Raises:
-        ValueError: a bad ``channels``, or a value that ALIF cannot take; the net is as it was.
+        ValueError: a net without neurons, a bad ``channels``, or a value that ALIF cannot take; the
+            net is as it was.
         TypeError: ``net`` is no module, or ``filter`` no function.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
@@ -125,6 +126,8 @@ def swap_neurons(
     if not (filter is None or callable(filter)):
         raise TypeError(f"filter must be a function of a path and a node, but it is {filter!r:.80}")
     sites = find_neurons(net, neuron.BaseNode)
+    if not sites:
+        raise ValueError(f"{type(net).__name__} has no neuron of SpikingJelly's to swap")
     counts = _count_channels(net, sites, channels, example_input)
     options: dict[str, Any] = {
         "learn_tau": learn_tau,
