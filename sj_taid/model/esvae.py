@@ -13,6 +13,9 @@ from .flow import FlowPrior
 from .rate import FittedPrior, GaussianMixturePrior, LearnedPrior, rbf_mmd, spikes_from_rate
 from .spiking_vae import SpikingVAE, original_neuron
 
+#: what samples can be drawn from
+PRIORS = ("learned", "mixture", "flow")
+
 
 class ESVAEOutput(NamedTuple):
     """Output of ESVAE: the reconstruction and rates of both latent distributions."""
@@ -83,27 +86,25 @@ class ESVAE(SpikingVAE):
         exact_counts: bool = False,
     ) -> None:
         check_weights(mmd_weight=mmd_weight)
-        if sample_from not in ("learned", "mixture", "flow"):
-            raise ValueError(
-                f"sample_from must be learned, mixture or flow, but it is {sample_from!r}"
-            )
+        if sample_from not in PRIORS:
+            raise ValueError(f"sample_from must be in {PRIORS}, but it is {sample_from!r}")
         self.sample_from = sample_from
         self.components = components
         self.iterations = iterations
         self.mmd_weight = mmd_weight
         self.exact_counts = exact_counts
         super().__init__(
-            in_channels,
-            image_size,
-            T,
-            hidden_channels,
-            latent_channels,
-            neuron,
-            image_decoder,
-            fused_norm,
-            subpixel,
-            gradient_weight,
-            chroma_weight,
+            in_channels=in_channels,
+            image_size=image_size,
+            T=T,
+            hidden_channels=hidden_channels,
+            latent_channels=latent_channels,
+            neuron=neuron,
+            image_decoder=image_decoder,
+            fused_norm=fused_norm,
+            subpixel=subpixel,
+            gradient_weight=gradient_weight,
+            chroma_weight=chroma_weight,
         )
 
     def _make_latent(self, neuron: Neuron) -> None:
@@ -132,7 +133,11 @@ class ESVAE(SpikingVAE):
 
     def sample_latent(self, n: int) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior that ``sample_from`` names."""
-        return spikes_from_rate(self._source(self.sample_from)(n), self.T, exact=self.exact_counts)
+        return self.sample_spikes(self._source(self.sample_from)(n))
+
+    def sample_spikes(self, rate: Tensor) -> Tensor:
+        """Draw the decoder's input ``[T, N, latent]`` for a prior's rates ``[N, latent]``."""
+        return spikes_from_rate(rate, self.T, exact=self.exact_counts)
 
     def _source(self, name: str) -> nn.Module:
         priors = {"learned": self.prior, **self.fitted_priors}
@@ -152,7 +157,7 @@ class ESVAE(SpikingVAE):
         """Fit the mixture, and the flow where there is one, to the rates of training images.
 
         Args:
-            images: batches ``[N, C, H, W]``.
+            images: batches ``[N, C, H, W]``, or all in one tensor.
             seed: of the fits; the flow leaves the global random state alone.
 
         In eval mode and without gradient; after, every module is back in its own mode.
@@ -161,6 +166,7 @@ class ESVAE(SpikingVAE):
             TypeError: batches that are no tensors, as those with labels.
             ValueError: fewer images than components, or none; see :class:`ESVAE` for bad images.
         """
+        images = [images] if isinstance(images, Tensor) else images
         with eval_mode(self), torch.no_grad():
             rates = [self.rate(_check_batch(image)).float() for image in images]
         if not rates:

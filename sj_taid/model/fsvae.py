@@ -73,17 +73,17 @@ class FSVAE(SpikingVAE):
         self.k = k
         self.own_sample_probability = tuple(own_sample_probability)
         super().__init__(
-            in_channels,
-            image_size,
-            T,
-            hidden_channels,
-            latent_channels,
-            neuron,
-            image_decoder,
-            fused_norm,
-            subpixel,
-            gradient_weight,
-            chroma_weight,
+            in_channels=in_channels,
+            image_size=image_size,
+            T=T,
+            hidden_channels=hidden_channels,
+            latent_channels=latent_channels,
+            neuron=neuron,
+            image_decoder=image_decoder,
+            fused_norm=fused_norm,
+            subpixel=subpixel,
+            gradient_weight=gradient_weight,
+            chroma_weight=chroma_weight,
         )
 
     def _make_latent(self, neuron: Neuron) -> None:

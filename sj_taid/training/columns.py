@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ..model.esvae import PRIORS
+
 
 class Column(NamedTuple):
     """The display of a metric or a cost.
@@ -59,9 +61,9 @@ METRICS = {
 }
 # ESVAE is also measured with samples of the prior that it does not draw from by default.
 METRICS |= {
-    f"{name}_{prior}": METRICS[name]._replace(title=f"{METRICS[name].title[:-2]}, {label} ↓")
+    f"{name}_{prior}": METRICS[name]._replace(title=f"{METRICS[name].title[:-2]}, {prior} prior ↓")
     for name in ("fad", "fad_published", "fad_published_median", "fid", "features")
-    for prior, label in {"learned": "learned prior", "mixture": "mixture", "flow": "flow"}.items()
+    for prior in PRIORS
 }
 METRICS |= {
     f"{name}_{key}": Column(f"{key}, {METRICS[name].title[:-2]} ↑", 1, 2)

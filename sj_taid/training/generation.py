@@ -18,9 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import ImageData
-from ..model import ESVAE
 from ..model.block import eval_mode, seeded
-from ..model.rate import spikes_from_rate
+from ..model.esvae import ESVAE, PRIORS
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
@@ -31,8 +30,6 @@ from .plot import draw_attention, draw_grid, draw_reconstructions
 
 log = logging.getLogger(__name__)
 
-#: ESVAE's priors, from which samples are drawn
-PRIORS = ("learned", "mixture", "flow")
 #: metrics of samples; those that belong to them start with the same words
 OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "features")
 
@@ -253,7 +250,7 @@ class PerfectPrior(TrainingImages):
         model = self.model
         images = super().sample(n).to(next(self.parameters()).device)
         with eval_mode(model), torch.no_grad():
-            return model.decode(spikes_from_rate(model.rate(images), model.T))
+            return model.decode(model.sample_spikes(model.rate(images)))
 
 
 def _add(metrics: dict[str, Any], others: dict[str, Any], ending: str, what: str) -> None:

@@ -82,6 +82,8 @@ def test_fit_prior_uses_the_rates_in_eval_mode():
     model.fit_prior(batches)
     rates = torch.cat([model.eval().rate(image) for image in batches])
     assert torch.allclose(model.mixture.means[0], rates.mean(0), atol=1e-6)
+    model.fit_prior(batches[1])
+    assert torch.allclose(model.mixture.means[0], rates[8:].mean(0), atol=1e-6)
 
 
 def test_fit_prior_fits_no_prior_if_one_cannot_be():

@@ -52,13 +52,23 @@ def test_train_fits_the_mixture_and_measures_both_priors(finished):
     assert (finished / "attention.png").is_file()
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_perfect_prior_draws_spikes_as_samples_have_them(exact, monkeypatch):
+    model = ESVAE(image_size=8, T=6, hidden_channels=(4,), latent_channels=10, exact_counts=exact)
+    monkeypatch.setattr(model, "rate", lambda image: torch.full((4, 10), 0.5))
+    monkeypatch.setattr(model, "decode", lambda z_seq: z_seq.sum(0))
+    data = SimpleNamespace(train_set=range(4), train_samples=lambda: None)
+    monkeypatch.setattr(generation.TrainingImages, "sample", lambda self, n: torch.zeros(n, 1))
+    assert (generation.PerfectPrior(data, model).sample(4) == 3).all() == exact
+
+
 def test_train_measures_the_models_own_prior_first(esvae, tmp_path, finished, monkeypatch, caplog):
     monkeypatch.setattr(generation, "TrainingImages", None)  # whose metrics are cached
     caplog.set_level("INFO")
     metrics = train(esvae("model.sample_from=flow"), tmp_path)
     first = Run(finished).metrics
     assert (metrics["prior"], first["prior"]) == ("flow", "learned")
-    assert f"FAD, own autoencoder, flow ↓: {metrics['fad']:.2f}" in caplog.messages
+    assert f"FAD, own autoencoder, flow prior ↓: {metrics['fad']:.2f}" in caplog.messages
     assert metrics["parameters"] > first["parameters"]  # the flow's too
     assert metrics["fad"] not in (first["fad"], first["fad_mixture"])
     assert metrics["fad_mixture"] == first["fad_mixture"]
