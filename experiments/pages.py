@@ -40,8 +40,26 @@ DATASETS = {
 }
 #: The papers' spiking generators, and the plain VAE that the first of them was compared with.
 MODELS = ["VAE", "FSVAE", "TAID", "ESVAE", "FSDDIM"]
-#: The priors that our models draw from, and the ending of the metrics of each.
-PRIORS = {"ESVAE": {"fitted": "", "learned": "_learned"}, "FSVAE": {"learned": ""}}
+#: Our best recipes: model, the priors it draws from, and the ending of the metrics of each.
+RECIPES = {
+    "esvae_sharp": ("ESVAE", {"mixture": ""}),
+    "esvae_sharper": (
+        "ESVAE, exact counts",
+        {"flow": "", "mixture": "_mixture", "learned": "_learned"},
+    ),
+    "fsvae_sharp": ("FSVAE", {"learned": ""}),
+}
+BEST = "esvae_sharper"
+#: What its distances are measured of, and the ending of their metrics.
+IMAGES = {
+    "training images": "_floor",
+    "training images' rates, decoded": "_perfect",
+    "samples of the flow": "",
+    "samples of the mixture": "_mixture",
+    "samples of the learned prior": "_learned",
+}
+#: The metrics in the list of models.
+ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published", "fad_published_recall")
 #: What no generator, and no prior, can be expected to do better than.
 BOUNDS = ["training images", "training images' rates, decoded"]
 #: The experiments with generators of several decoders or neurons
@@ -106,7 +124,7 @@ def select_runs(runs: Sequence[Metrics], *keys: str) -> list[Metrics]:
 
 def gains() -> pd.DataFrame:
     """Memory, time and quality before and after, and where each was measured."""
-    pairs = norms().query("net == 'norm + neuron' and T == 16")
+    pairs = norms(EPYC).query("net == 'norm + neuron'")
     nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 16")
     decoders = frame(load_runs("fsvae"))[0]
     classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
@@ -144,29 +162,37 @@ def generators() -> pd.DataFrame:
     table = papers.map("{:g}".format).replace("nan", "not reported").reset_index("source")
     epochs = rows[rows["metric"] == "epochs"].groupby("row")["value"].first()
     table = table.assign(epochs=epochs.map("{:g}".format)).fillna({"epochs": "not reported"})
-    for model, priors in PRIORS.items():
-        ours = chain(*(load_runs(f"{name}_{model.lower()}_sharp") for name in DATASETS))
-        runs = frame(select_runs([*ours], "decoder", "neuron"))[0]
+    for recipe, (model, priors) in RECIPES.items():
+        ours = chain(*(load_runs(f"{name}_{recipe}") for name in DATASETS))
+        runs = frame(select_runs([*ours], "decoder", "neuron", "trainer.precision"))[0]
         for (neuron, decoder), group in runs.groupby(["neuron", "decoder"]):
             counts = "/".join(map(str, sorted(group["epochs"].unique())))
             for prior, ending in priors.items():
-                fads = group[f"fad_published{ending}"]
-                medians = group.get(f"fad_published_median{ending}", fads).fillna(fads)
-                values = medians.groupby(group["dataset"]).agg(METRICS["fad_published"].text)
+                values = published_fads(group, ending)
                 name = f"{model}, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
                 table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **values}
-    measured = pd.read_csv(RESULTS / "distances.csv").set_index("images")
+    best = frame([*chain(*(load_runs(f"{name}_{BEST}") for name in DATASETS))])[0]
     for images in BOUNDS:
-        values = measured.loc[images].set_index("dataset")["fad_published"].map("{:.2f}".format)
+        values = published_fads(best, IMAGES[images])
         table.loc[images] = {"source": "this project", "epochs": "", **values}
     table = table.fillna("not measured").loc[[*MODELS, *table.index.difference(MODELS)]]
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS)
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
 
 
+def published_fads(runs: pd.DataFrame, ending: str) -> dict[str, str]:
+    """FAD as published on each data set, of the median of a run's draws where it has several."""
+    fads = runs[f"fad_published{ending}"]
+    medians = runs.get(f"fad_published_median{ending}", fads).fillna(fads)
+    return {
+        name: METRICS["fad_published"].text(part) for name, part in medians.groupby(runs["dataset"])
+    }
+
+
 def fad() -> pd.DataFrame:
     """The rows of :func:`generators` for README."""
-    ours = [f"ESVAE, ALIF, TAID by pixel, {prior} prior" for prior in PRIORS["ESVAE"]]
+    model, priors = RECIPES[BEST]
+    ours = [f"{model}, ALIF, TAID by pixel, {prior} prior" for prior in priors]
     table = generators().set_index("FAD as published ↓")
     shown = table.loc[["VAE", "FSVAE", "ESVAE", "FSDDIM", *ours, *BOUNDS]]
     return shown.drop(columns=["CIFAR10", "CelebA"]).reset_index()
@@ -329,17 +355,17 @@ def attention() -> pd.DataFrame:
 
 
 def distances() -> pd.DataFrame:
-    """Where the distance of the shipped models' samples comes from."""
-    rows = pd.read_csv(RESULTS / "distances.csv")
-    names = [name for name in rows if name in METRICS and rows[name].notna().any()]
-    names.remove("fad_published_median")
-    rows["fad_published"] = rows["fad_published_median"].fillna(rows["fad_published"])
-    shown = rows.assign(**{name: rows[name].map("{:.2f}".format) for name in names})
-    spread = rows["fad_published_range"].map(" (range {:.2f})".format, na_action="ignore")
-    shown["fad_published"] += spread.fillna("")
-    shown["data"] = shown["dataset"].map(DATASETS)
-    titles = {name: METRICS[name].title for name in names}
-    return shown[["data", "images", *names]].rename(columns=titles)
+    """Where the distance of the best recipe's samples comes from."""
+    rows = []
+    for dataset in ("mnist", "fashion_mnist"):
+        runs = frame(load_runs(f"{dataset}_{BEST}"))[0]
+        for images, ending in IMAGES.items():
+            row = {"data": DATASETS[dataset], "images": images}
+            row[METRICS["fad_published"].title] = published_fads(runs, ending)[dataset]
+            for name in ("fad_published_precision", "fad_published_recall"):
+                row[METRICS[name].title] = METRICS[name].text(runs[f"{name}{ending}"])
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def recipes() -> str:
@@ -391,14 +417,15 @@ def models() -> pd.DataFrame:
     rows = []
     for name in list_models():
         metrics = read_config(name)["metrics"]
-        of_last = {key: value for key, value in metrics.items() if "_best_" not in key}
+        shown = {key: metrics[key] for key in ON_CARD if key in metrics}
         rows.append(
             {
                 "name": f"`{name}`",
                 "data": metrics["choices"]["dataset"],
+                "decoder": metrics["choices"].get("decoder") or "",
                 "parameters, M": f"{metrics['parameters'] / 1e6:.2f}",
                 "MB": f"{(PRETRAINED / name / WEIGHTS).stat().st_size / 1e6:.2f}",
-                "metrics": "; ".join(map(" ".join, format_metrics(of_last).values())),
+                "metrics": "; ".join(map(" ".join, format_metrics(shown).values())),
             }
         )
     return pd.DataFrame(rows)
@@ -407,8 +434,8 @@ def models() -> pd.DataFrame:
 # ---- benchmarks ----
 
 
-def norms() -> pd.DataFrame:
-    rows = pd.read_csv(XEON / "norm.csv")
+def norms(folder: Path) -> pd.DataFrame:
+    rows = pd.read_csv(folder / "norm.csv")
     return rows[rows["dtype"] == "float32"].rename(columns={"variant": "neuron"})
 
 
@@ -450,7 +477,7 @@ def zoo() -> pd.DataFrame:
 
 def norm() -> pd.DataFrame:
     """Milliseconds of norm and neuron and of three blocks with them, forward and backward."""
-    rows = norms().dropna(subset="median_ms")
+    rows = norms(XEON).dropna(subset="median_ms")
     rows = rows[~rows["neuron"].str.endswith("bits")]
     table = rows.pivot(index=["net", "T"], columns="neuron", values="median_ms")
     table = table.loc[rows["net"].unique(), rows["neuron"].unique()]

@@ -33,7 +33,7 @@ def test_recipe_composes(name):
     cfg = compose("train", [f"experiment={name}"])
     for part in (cfg.dataset, cfg.optimizer, cfg.trainer, cfg.model):
         instantiate(part)
-    assert name.startswith(cfg.dataset.name) or not name.endswith(("_cpu", "_sharp"))
+    assert name.startswith(cfg.dataset.name) or not name.endswith(("_cpu", "_sharp", "_sharper"))
 
 
 @pytest.mark.parametrize(
