@@ -69,8 +69,7 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     True
     """
     check_net(net, "accelerate")
-    if not convert.find_neurons(net, neuron.BaseNode):
-        raise ValueError(f"{type(net).__name__} has no neuron of SpikingJelly's to accelerate")
+    convert.need_neurons(net, "accelerate")
     measured: Any = (None, None)
     if example_input is not None:
         check_example_input(example_input)

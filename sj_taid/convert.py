@@ -111,8 +111,7 @@ def swap_neurons(
         backend: one of :func:`sj_taid.ops.backends.names`.
 
     Raises:
-        ValueError: a net without neurons, a bad ``channels``, or a value that ALIF cannot take; the
-            net is as it was.
+        ValueError: no neuron, bad ``channels``, or a value that ALIF cannot take; the net stays.
         TypeError: ``net`` is no module, or ``filter`` no function.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
@@ -125,9 +124,7 @@ def swap_neurons(
     backends.check_name(backend)
     if not (filter is None or callable(filter)):
         raise TypeError(f"filter must be a function of a path and a node, but it is {filter!r:.80}")
-    sites = find_neurons(net, neuron.BaseNode)
-    if not sites:
-        raise ValueError(f"{type(net).__name__} has no neuron of SpikingJelly's to swap")
+    sites = need_neurons(net, "swap")
     counts = _count_channels(net, sites, channels, example_input)
     options: dict[str, Any] = {
         "learn_tau": learn_tau,
@@ -219,6 +216,14 @@ class Site(NamedTuple):
     @property
     def path(self) -> str:
         return self.paths[0]
+
+
+def need_neurons(net: nn.Module, change: str) -> list[Site]:
+    """Every neuron of ``net``; an error if there is none to ``change``, as in "swap"."""
+    sites = find_neurons(net, neuron.BaseNode)
+    if not sites:
+        raise ValueError(f"{type(net).__name__} has no neuron of SpikingJelly's to {change}")
+    return sites
 
 
 def find_neurons(net: nn.Module, kind: type) -> list[Site]:

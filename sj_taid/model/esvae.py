@@ -87,7 +87,8 @@ class ESVAE(SpikingVAE):
     ) -> None:
         check_weights(mmd_weight=mmd_weight)
         if sample_from not in PRIORS:
-            raise ValueError(f"sample_from must be in {PRIORS}, but it is {sample_from!r}")
+            names = ", ".join(PRIORS)
+            raise ValueError(f"sample_from must be one of {names}, but it is {sample_from!r}")
         self.sample_from = sample_from
         self.components = components
         self.iterations = iterations

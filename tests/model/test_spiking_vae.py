@@ -170,7 +170,7 @@ def test_bad_arguments(kind, options, message):
     ("kind", "options", "message"),
     [
         (ESVAE, {"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
-        (ESVAE, {"sample_from": "normal"}, "must be learned, mixture or flow, but it is 'normal'"),
+        (ESVAE, {"sample_from": "normal"}, "one of learned, mixture, flow, but it is 'normal'"),
         (ESVAE, {"components": 0}, "components must be an integer >= 1"),
         (FSVAE, {"k": 0}, "k must be an integer >= 1, but it is 0"),
         (FSVAE, {"own_sample_probability": (10, 30)}, r"two probabilities in \[0, 1\], but it is"),
