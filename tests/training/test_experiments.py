@@ -61,14 +61,14 @@ def subclasses(cls):
 
 @pytest.fixture
 def random_data(monkeypatch):
-    """Twelve random samples in place of every data set's own."""
+    """Random samples, as many as a flow needs, in place of every data set's own."""
 
     def load(self):
         torch.manual_seed(0)
         frames = [self.T] if hasattr(self, "T") else []
-        shape = (12, *frames, self.channels, self.image_size, self.image_size)
+        shape = (20, *frames, self.channels, self.image_size, self.image_size)
         samples = InMemory(
-            torch.randint(0, 256, shape, dtype=torch.uint8), torch.arange(12) % (self.classes or 1)
+            torch.randint(0, 256, shape, dtype=torch.uint8), torch.arange(20) % (self.classes or 1)
         )
         return samples, samples
 
