@@ -1,6 +1,6 @@
 """ESVAE: a spiking VAE whose latent is a firing rate, and whose prior is drawn in one pass."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from .._checks import check_weights
 from .block import Neuron, eval_mode
 from .flow import FlowPrior
 from .rate import FittedPrior, GaussianMixturePrior, LearnedPrior, rbf_mmd, spikes_from_rate
-from .spiking_vae import SpikingVAE, original_neuron
+from .spiking_vae import SpikingVAE
 
 #: what samples can be drawn from
 PRIORS = ("learned", "mixture", "flow")
@@ -42,7 +42,7 @@ class ESVAE(SpikingVAE):
     on MNIST the squared error is a quarter below that of spikes drawn as above. In training and for
     samples they are drawn, unless ``exact_counts`` is set.
 
-    Arguments that are not listed are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
+    All other arguments are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Args:
         sample_from: the prior that :meth:`sample` draws from, ``"learned"``, ``"mixture"`` or
@@ -67,23 +67,13 @@ class ESVAE(SpikingVAE):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        image_size: int = 32,
-        T: int = 16,
-        hidden_channels: int | Sequence[int] = 32,
-        latent_channels: int = 128,
-        neuron: Neuron = original_neuron,
-        image_decoder: nn.Module | None = None,
-        fused_norm: bool = True,
-        subpixel: bool = True,
-        gradient_weight: float = 0.0,
-        chroma_weight: float = 0.0,
-        *,
+        *args: Any,
         sample_from: str = "learned",
         components: int = 10,
         iterations: int = 100,
         mmd_weight: float = 1e-3,
         exact_counts: bool = False,
+        **kwargs: Any,
     ) -> None:
         check_weights(mmd_weight=mmd_weight)
         if sample_from not in PRIORS:
@@ -94,19 +84,7 @@ class ESVAE(SpikingVAE):
         self.iterations = iterations
         self.mmd_weight = mmd_weight
         self.exact_counts = exact_counts
-        super().__init__(
-            in_channels=in_channels,
-            image_size=image_size,
-            T=T,
-            hidden_channels=hidden_channels,
-            latent_channels=latent_channels,
-            neuron=neuron,
-            image_decoder=image_decoder,
-            fused_norm=fused_norm,
-            subpixel=subpixel,
-            gradient_weight=gradient_weight,
-            chroma_weight=chroma_weight,
-        )
+        super().__init__(*args, **kwargs)
 
     def _make_latent(self, neuron: Neuron) -> None:
         d = self.latent_channels
@@ -167,7 +145,7 @@ class ESVAE(SpikingVAE):
             TypeError: batches that are no tensors, as those with labels.
             ValueError: fewer images than components, or none; see :class:`ESVAE` for bad images.
         """
-        images = [images] if isinstance(images, Tensor) else images
+        images = images.split(256) if isinstance(images, Tensor) else images
         with eval_mode(self), torch.no_grad():
             rates = [self.rate(_check_batch(image)).float() for image in images]
         if not rates:

@@ -1,15 +1,14 @@
 """Fully Spiking VAE, whose latent are spike trains from autoregressive networks."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import are_two_numbers, check_sizes
 from .block import Neuron
 from .latent import Posterior, Prior, mmd_loss
-from .spiking_vae import SpikingVAE, original_neuron
+from .spiking_vae import SpikingVAE
 
 
 class FSVAEOutput(NamedTuple):
@@ -28,7 +27,7 @@ class FSVAE(SpikingVAE):
 
     Posterior, prior and their distance: :mod:`sj_taid.model.latent`.
 
-    Arguments that are not listed are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
+    All other arguments are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Args:
         k: candidate spikes of each latent channel.
@@ -49,20 +48,10 @@ class FSVAE(SpikingVAE):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        image_size: int = 32,
-        T: int = 16,
-        hidden_channels: int | Sequence[int] = 32,
-        latent_channels: int = 128,
-        neuron: Neuron = original_neuron,
-        image_decoder: nn.Module | None = None,
-        fused_norm: bool = True,
-        subpixel: bool = True,
-        gradient_weight: float = 0.0,
-        chroma_weight: float = 0.0,
-        *,
+        *args: Any,
         k: int = 20,
         own_sample_probability: tuple[float, float] = (0.1, 0.3),
+        **kwargs: Any,
     ) -> None:
         check_sizes(k=k)
         both = own_sample_probability
@@ -72,19 +61,7 @@ class FSVAE(SpikingVAE):
             )
         self.k = k
         self.own_sample_probability = tuple(own_sample_probability)
-        super().__init__(
-            in_channels=in_channels,
-            image_size=image_size,
-            T=T,
-            hidden_channels=hidden_channels,
-            latent_channels=latent_channels,
-            neuron=neuron,
-            image_decoder=image_decoder,
-            fused_norm=fused_norm,
-            subpixel=subpixel,
-            gradient_weight=gradient_weight,
-            chroma_weight=chroma_weight,
-        )
+        super().__init__(*args, **kwargs)
 
     def _make_latent(self, neuron: Neuron) -> None:
         self.posterior = Posterior(self.latent_channels, self.k, neuron)
