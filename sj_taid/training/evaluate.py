@@ -44,7 +44,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         for key, value in given.items():
             if value is not None:
                 OmegaConf.update(cfg, key, value)
-        cfg.trust = list(trust)  # what the run says of itself is no reason to trust it
+        cfg.trust = trust  # what the run says of itself is no reason to trust it
         validate(cfg)
         model = run.model(trust)
         data = build_data(cfg, trust)

@@ -88,10 +88,10 @@ class Run:
         """
         path = Path(path).expanduser().absolute()
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
-        if path.name in list_models():
-            raise ValueError(
+        if not run.checkpoint.is_file() and path.name in list_models():
+            raise FileNotFoundError(
                 f"{path.name} is a model of the package, not a run; in Python "
-                f"sj_taid.create_model({path.name!r}, pretrained=True).sample(64) draws from it"
+                f"sj_taid.create_model({path.name!r}, pretrained=True) loads it"
             )
         if not run.checkpoint.is_file():
             raise FileNotFoundError(

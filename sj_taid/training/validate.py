@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from .._build import find_class
 from .._checks import is_number, is_whole
@@ -34,15 +34,10 @@ COMPILE: Rule = (
     "true, false or options of torch.compile, such as 'compile={mode: max-autotune}'",
     lambda value: isinstance(value, bool | DictConfig),
 )
-NAMES: Rule = (
-    "a list of full names, such as [mypkg.MyLIF], or null",
-    lambda value: value is None or isinstance(value, ListConfig | list | tuple),
-)
 #: values of a config by their keys; what else a class takes is checked by the class
 RULES: dict[str, Rule] = {
     "seed": _whole(0),
     "pictures": BOOLEAN,
-    "trust": NAMES,
     "compile": COMPILE,
     "model.T": _whole(1),
     "trainer.max_epochs": _whole(0),
@@ -101,7 +96,7 @@ def validate(cfg: DictConfig) -> None:
     keys = KEYS | {path.name for path in Path(CONF).iterdir() if path.is_dir()}
     for key in cfg.keys() - keys:
         raise ValueError(describe_missing(str(key), keys))
-    trust = cfg.trust or ()
+    trust = () if cfg.trust is None else cfg.trust
     task, data = (find_class(cfg[part]._target_, trust) for part in ("task", "dataset"))
     if not issubclass(data, task.takes):
         raise ValueError(

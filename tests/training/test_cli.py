@@ -71,6 +71,7 @@ def test_cli_usage(sj_taid, capsys):
         ("train resume=nowhere", r"needs the folder of a run.*but got nowhere; give resume=RUN"),
         ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),
         ("train trust=mypkg.MyLIF", r"trust must be a list of full .* it is 'mypkg\.MyLIF'"),
+        ("train trust=0", r"trust must be a list of full .* it is 0"),
         ("train model.T=0", r"^model\.T must be a whole number from 1, but it is 0"),
         ("train trainer.accelerator=tpuu", "Available names are.* full_key: trainer"),
         ("train optimizer._target_=torch.Foo", "target 'torch.Foo'.* full_key: optimizer"),
