@@ -5,11 +5,12 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .block import seeded
 from .rate import FittedPrior
 
-HIDDEN, COUPLINGS = 256, 8
+HIDDEN, COUPLINGS, CLUSTERS, LLOYD_STEPS = 256, 8, 30, 50
 EPOCHS, LR = 30, 2e-3
 #: Few rates have smaller batches, so that an epoch has about as many steps.
 STEPS, LARGEST_BATCH = 40, 512
@@ -18,17 +19,21 @@ HELD_OUT, PATIENCE = 0.1, 3
 
 
 class FlowPrior(FittedPrior):
-    r"""Normalising flow, fitted to the ranks of the training images' rates.
+    r"""Normalising flow given a cluster, fitted to the ranks of the training images' rates.
 
-    Affine couplings :math:`f` map the ranks' normal scores ``x`` to noise, each half of the
-    channels given the other half; a draw inverts them:
+    Affine couplings :math:`f_k` map the normal scores ``x`` of the ranks in cluster k to noise,
+    each half of the channels given the other half and k; a draw inverts them:
 
     .. math::
-        r_c = Q_c(\Phi(x_c)), \quad x = f^{-1}(z), \ z \sim N(0, I)
+        r_c = Q_c(\Phi(x_c)), \quad x = f_k^{-1}(z), \ z \sim N(0, I), \ k \sim w
 
-    with the quantile function :math:`Q_c` of the training rates of channel c. Eight couplings of
-    256 hidden units learn by maximum likelihood until that of a tenth of the rates, held out, no
-    longer improves; a rate's rank is drawn again in each epoch, between those of its neighbours.
+    with the quantile function :math:`Q_c` of the training rates of channel c, and the share
+    :math:`w_k` of cluster k in them. The 30 clusters are by k-means. Eight couplings of 256 hidden
+    units learn by maximum likelihood until that of a tenth of the rates, held out, no longer
+    improves; a rate's rank is drawn again in each epoch, between those of its neighbours.
+
+    Without clusters a flow from one Gaussian draws images between those of different classes, as it
+    is continuous.
 
     Args:
         channels: latent channels d.
@@ -40,20 +45,22 @@ class FlowPrior(FittedPrior):
     Source: Dinh et al., RealNVP, arXiv 1605.08803.
     """
 
+    shares: Tensor  #: of the clusters, ``[30]``
     name = "flow"
-    needed = 20
+    needed = CLUSTERS
 
     def __init__(self, channels: int, levels: int = 16) -> None:
         super().__init__(channels, levels)
         with torch.random.fork_rng([]):  # leaves the weights of the model as they are without it
             self.couplings = nn.ModuleList(Coupling(channels, i) for i in range(COUPLINGS))
+        self.register_buffer("shares", torch.zeros(CLUSTERS))
         self.requires_grad_(False)  # it learns in fit, not with the model
 
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the flow to ``rates`` ``[n, d]``; the global random state is left alone.
 
         Raises:
-            ValueError: fewer than 20 rates, of another width, or outside [0, 1].
+            ValueError: fewer than 30 rates, of another width, or outside [0, 1].
             FloatingPointError: the fit has diverged.
         """
         self.check(rates)
@@ -61,14 +68,17 @@ class FlowPrior(FittedPrior):
             rates = rates.clone().float()
             trained = FlowPrior(rates.shape[1], self.levels).to(rates)
             trained.count(rates)
-            trained.learn((rates * self.levels).round().long())
+            cluster = k_means(rates)
+            trained.shares.copy_(cluster.mean(0))
+            trained.learn((rates * self.levels).round().long(), cluster)
         self.load_state_dict(trained.state_dict())
 
-    def learn(self, levels: Tensor) -> None:
-        """Maximise the likelihood of training rates' levels ``[n, d]``."""
-        levels = levels[torch.randperm(len(levels), device=levels.device)]
-        held_out, levels = levels.tensor_split([math.ceil(HELD_OUT * len(levels))])
-        held_out = self.draw_scores(held_out)
+    def learn(self, levels: Tensor, cluster: Tensor) -> None:
+        """Maximise the likelihood of training rates' levels ``[n, d]`` in clusters ``[n, 30]``."""
+        order = torch.randperm(len(levels), device=levels.device)
+        first, rest = order.tensor_split([math.ceil(HELD_OUT * len(levels))])
+        held_out = self.draw_scores(levels[first]), cluster[first]
+        levels, cluster = levels[rest], cluster[rest]
         self.couplings.requires_grad_()
         optimizer = torch.optim.Adam(self.couplings.parameters(), LR)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
@@ -78,11 +88,11 @@ class FlowPrior(FittedPrior):
             order = torch.randperm(len(levels), device=levels.device)
             for batch in order.split(size):
                 optimizer.zero_grad()
-                self.loss(self.draw_scores(levels[batch])).backward()
+                self.loss(self.draw_scores(levels[batch]), cluster[batch]).backward()
                 optimizer.step()
             schedule.step()
             with torch.no_grad():
-                loss = self.loss(held_out).item()
+                loss = self.loss(*held_out).item()
             waited += 1
             if loss < best[0]:
                 best, waited = (loss, deepcopy(self.couplings.state_dict())), 0
@@ -101,24 +111,36 @@ class FlowPrior(FittedPrior):
         rank = lower + (upper - lower) * torch.rand_like(upper)
         return torch.special.ndtri(rank.clamp(1e-6, 1 - 1e-6))
 
-    def loss(self, x: Tensor) -> Tensor:
-        """The negative log-likelihood per rate, but for a constant."""
+    def loss(self, x: Tensor, cluster: Tensor) -> Tensor:
+        """The negative log-likelihood per rate given its cluster, but for a constant."""
         volume = x.new_zeros(len(x))
         for coupling in self.couplings:
-            scale, shift = coupling(x)
+            scale, shift = coupling(x, cluster)
             x, volume = x * scale.exp() + shift, volume + scale.sum(1)
         return (x.square().sum(1) / 2 - volume).mean() / x.shape[1]
 
     def draw(self, n: int) -> Tensor:
         x = torch.randn(n, len(self.cumulative)).to(self.cumulative)
+        chosen = torch.multinomial(self.shares.float(), n, replacement=True)
+        cluster = F.one_hot(chosen, CLUSTERS).to(x)
         for coupling in reversed(self.couplings):
-            scale, shift = coupling(x)
+            scale, shift = coupling(x, cluster)
             x = (x - shift) * (-scale).exp()
         return torch.special.ndtr(x)
 
 
+def k_means(points: Tensor) -> Tensor:
+    """Clusters of ``points`` ``[n, d]`` by Lloyd's k-means, one-hot ``[n, 30]``."""
+    centers = points[torch.randperm(len(points), device=points.device)[:CLUSTERS]]
+    for _ in range(LLOYD_STEPS):
+        cluster = F.one_hot(torch.cdist(points, centers).argmin(1), CLUSTERS).to(points)
+        size = cluster.sum(0)[:, None]
+        centers = torch.where(size > 0, cluster.t() @ points / size.clamp(min=1), centers)
+    return cluster
+
+
 class Coupling(nn.Module):
-    """Scale (its logarithm, within 2) and shift of one half of the channels, given the other."""
+    """Scale (its logarithm, within 2) and shift of half of the channels, given the rest."""
 
     mask: Tensor
 
@@ -127,7 +149,7 @@ class Coupling(nn.Module):
         halves = torch.randperm(channels, generator=torch.Generator().manual_seed(number // 2))
         self.register_buffer("mask", ((halves % 2) == number % 2).float())
         self.net = nn.Sequential(
-            nn.Linear(channels, HIDDEN),
+            nn.Linear(channels + CLUSTERS, HIDDEN),
             nn.SiLU(),
             nn.Linear(HIDDEN, HIDDEN),
             nn.SiLU(),
@@ -136,6 +158,6 @@ class Coupling(nn.Module):
         for parameter in self.net[-1].parameters():  # starts as the identity
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift = self.net(x * self.mask).chunk(2, 1)
+    def forward(self, x: Tensor, cluster: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.net(torch.cat([x * self.mask, cluster], 1)).chunk(2, 1)
         return 2 * torch.tanh(scale / 2) * (1 - self.mask), shift * (1 - self.mask)

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..data import ImageData
 from ..model.block import eval_mode, seeded
 from ..model.esvae import ESVAE, PRIORS
+from ..model.rate import spikes_from_rate
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
@@ -250,7 +251,7 @@ class PerfectPrior(TrainingImages):
         model = self.model
         images = super().sample(n).to(next(self.parameters()).device)
         with eval_mode(model), torch.no_grad():
-            return model.decode(model.sample_spikes(model.rate(images)))
+            return model.decode(spikes_from_rate(model.rate(images), model.T))
 
 
 def _add(metrics: dict[str, Any], others: dict[str, Any], ending: str, what: str) -> None:

@@ -26,7 +26,7 @@ def test_where_spike_counts_are_exact(training, exact, monkeypatch):
     monkeypatch.setattr(model, "decode", lambda z_seq: z_seq.sum(0))
     for counts in (model(images()).image, model.latent_spikes(images()).sum(0)):
         assert (counts == 3).all() == (exact or not training)
-    assert (model.sample(2) == 3).all() == exact
+    assert not (model.sample(2) == 3).all()
 
 
 def test_training_loss_is_the_squared_error_and_the_weighted_mmd():
@@ -49,7 +49,7 @@ def test_sample_from_a_fitted_prior(source):
         assert model.sample(2).shape == (2, 1, 8, 8)
     assert model.sample_from == source
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    model.fit_prior(images(8) for _ in range(3))
+    model.fit_prior(images(8) for _ in range(4))
     assert model.training and all(prior.fitted for prior in model.fitted_priors.values())
     for name, value in model.state_dict().items():
         if not name.startswith(("mixture", "flow")):
@@ -88,7 +88,7 @@ def test_fit_prior_uses_the_rates_in_eval_mode():
 
 def test_fit_prior_fits_no_prior_if_one_cannot_be():
     model = ESVAE(**SMALL, sample_from="flow", components=2)
-    with pytest.raises(ValueError, match="a flow needs at least 20 rates, but got 8"):
+    with pytest.raises(ValueError, match="a flow needs at least 30 rates, but got 8"):
         model.fit_prior([images(8)])
     assert not model.mixture.fitted
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sj_taid.model import flow
+from sj_taid.model.block import seeded
 from sj_taid.model.flow import Coupling, FlowPrior
 
 
@@ -12,6 +13,7 @@ def small(monkeypatch):
     monkeypatch.setattr(flow, "HIDDEN", 32)
     monkeypatch.setattr(flow, "COUPLINGS", 4)
     monkeypatch.setattr(flow, "EPOCHS", 2)
+    monkeypatch.setattr(flow, "CLUSTERS", 5)
 
 
 def bent(n=1000):
@@ -26,13 +28,18 @@ def random_flow(channels=3):
     for coupling in prior.couplings:
         for parameter in coupling.net[-1].parameters():
             torch.nn.init.normal_(parameter, std=0.3)
+    prior.shares[1] = prior.shares[3] = 0.5
     return prior
 
 
-def noise(prior, x):
+def one_hot(*clusters):
+    return torch.eye(5)[torch.tensor(clusters)]
+
+
+def noise(prior, x, cluster):
     """What the couplings make of normal scores."""
     for coupling in prior.couplings:
-        scale, shift = coupling(x)
+        scale, shift = coupling(x, cluster)
         x = x * scale.exp() + shift
     return x
 
@@ -40,23 +47,43 @@ def noise(prior, x):
 def test_coupling_passes_half_of_the_channels_on():
     first, second = Coupling(4, 0), Coupling(4, 1)
     assert first.mask.sum() == 2 and torch.equal(second.mask, 1 - first.mask)
-    for scale, shift in (first(torch.randn(5, 4)), random_flow(4).couplings[0](torch.randn(5, 4))):
+    for coupling in (first, random_flow(4).couplings[0]):
+        scale, shift = coupling(torch.randn(5, 4), one_hot(0, 1, 2, 3, 4))
         assert not scale[:, first.mask.bool()].any() and not shift[:, first.mask.bool()].any()
 
 
 def test_loss_is_the_density_by_its_jacobian():
-    prior, x = random_flow(), torch.randn(1, 3)
-    jacobian = torch.autograd.functional.jacobian(lambda x: noise(prior, x[None])[0], x[0])
-    density = noise(prior, x).square().sum() / 2 - jacobian.det().abs().log()
-    torch.testing.assert_close(prior.loss(x), density / 3)
+    prior, x, k = random_flow(), torch.randn(1, 3), one_hot(2)
+    jacobian = torch.autograd.functional.jacobian(lambda x: noise(prior, x[None], k)[0], x[0])
+    density = noise(prior, x, k).square().sum() / 2 - jacobian.det().abs().log()
+    torch.testing.assert_close(prior.loss(x, k), density / 3)
+    assert prior.loss(x, one_hot(4)) != prior.loss(x, k)
 
 
 def test_draw_inverts_the_couplings(monkeypatch):
-    prior, z = random_flow(), torch.randn(5, 3)
+    prior, z = random_flow().double(), torch.randn(5, 3).double()
     monkeypatch.setattr(torch, "randn", lambda *shape: z)
-    torch.testing.assert_close(
-        noise(prior, torch.special.ndtri(prior.draw(5))), z, atol=1e-3, rtol=1e-3
-    )
+    with seeded(0):
+        cluster = one_hot(*torch.multinomial(prior.shares, 5, replacement=True)).double()
+    with seeded(0):
+        x = torch.special.ndtri(prior.draw(5))
+    torch.testing.assert_close(noise(prior, x, cluster), z, atol=1e-3, rtol=1e-3)
+    assert {*cluster.argmax(1).tolist()} == {1, 3}
+
+
+def test_clusters_draw_less_between_groups(monkeypatch):
+    monkeypatch.setattr(flow, "EPOCHS", 15)
+    group = (torch.arange(500) % 5 == 0).float()[:, None]
+    rates, of_one_group = 0.2 * torch.rand(500, 3) + 0.8 * group, []
+    for clusters in (1, 5):
+        monkeypatch.setattr(flow, "CLUSTERS", clusters)
+        prior = FlowPrior(3, levels=100)
+        prior.fit(rates)
+        assert prior.shares.sum().item() == pytest.approx(1)
+        high = prior(2000) > 0.5
+        of_one_group.append((high.all(1) | ~high.any(1)).float().mean())
+        assert high[:, 0].float().mean().item() == pytest.approx(0.2, abs=0.05)
+    assert of_one_group[1] > of_one_group[0] + 0.05
 
 
 def test_ranks_are_between_those_of_the_neighbours():
@@ -97,7 +124,7 @@ def test_fit_depends_on_the_seed_alone():
     ("make", "error", "message"),
     [
         (lambda: FlowPrior(2)(3), RuntimeError, "the flow is not fitted.*sample_from='learned'"),
-        (lambda: FlowPrior(2).fit(torch.rand(19, 2)), ValueError, "at least 20 rates, but got 19"),
+        (lambda: FlowPrior(2).fit(torch.rand(29, 2)), ValueError, "at least 30 rates, but got 29"),
         (lambda: FlowPrior(2).fit(torch.ones(50, 2) * 2), ValueError, "clamp"),
         (lambda: FlowPrior(2).fit(torch.rand(50, 3)), ValueError, "expected rates"),
     ],
@@ -122,9 +149,9 @@ def test_fit_stops_at_the_best_epoch(monkeypatch):
     monkeypatch.setattr(flow, "EPOCHS", 30)
     held_out, states, loss = iter([3.0, 1.0, 2.0, 2.0, 2.0]), [], FlowPrior.loss
 
-    def measure(self, scores):
+    def measure(self, *scores):
         if torch.is_grad_enabled():
-            return loss(self, scores)
+            return loss(self, *scores)
         states.append(self.couplings[0].net[0].weight.clone())
         return torch.tensor(next(held_out))
 

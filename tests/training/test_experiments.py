@@ -66,9 +66,9 @@ def random_data(monkeypatch):
     def load(self):
         torch.manual_seed(0)
         frames = [self.T] if hasattr(self, "T") else []
-        shape = (20, *frames, self.channels, self.image_size, self.image_size)
+        shape = (30, *frames, self.channels, self.image_size, self.image_size)
         samples = InMemory(
-            torch.randint(0, 256, shape, dtype=torch.uint8), torch.arange(20) % (self.classes or 1)
+            torch.randint(0, 256, shape, dtype=torch.uint8), torch.arange(30) % (self.classes or 1)
         )
         return samples, samples
 
