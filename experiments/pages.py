@@ -20,7 +20,7 @@ from store import RESULTS, load_all_runs, load_runs, load_study, sort_key, store
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.columns import COLUMNS, METRICS, Column, format_metrics
 from sj_taid.training.files import atomic_write
-from sj_taid.training.gather import Metrics, gather, overrides
+from sj_taid.training.gather import gather, overrides
 from sj_taid.training.tables import frame, markdown, present, summary
 
 ROOT = RESULTS.parent
@@ -30,7 +30,7 @@ PAGES = [
 ]
 PRETRAINED = ROOT / "sj_taid" / "pretrained"
 BENCHMARKS = ROOT / "experiments" / "benchmark" / "results"
-EPYC, XEON = BENCHMARKS / "epyc-2-cores", BENCHMARKS / "xeon-2-cores"
+EPYC = BENCHMARKS / "epyc-2-cores"
 PLIF = "SpikingJelly PLIF"
 DATASETS = {
     "mnist": "MNIST",
@@ -50,18 +50,10 @@ RECIPES = {
     "fsvae_sharp": ("FSVAE", {"learned": ""}),
 }
 BEST = "esvae_sharper"
-#: What its distances are measured of, and the ending of their metrics.
-IMAGES = {
-    "training images": "_floor",
-    "training images' rates, decoded": "_perfect",
-    "samples of the flow": "",
-    "samples of the mixture": "_mixture",
-    "samples of the learned prior": "_learned",
-}
+#: What no generator, and no prior, can be expected to do better than.
+BOUNDS = {"training images": "_floor", "training images' rates, decoded": "_perfect"}
 #: The metrics in the list of models.
 ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published", "fad_published_recall")
-#: What no generator, and no prior, can be expected to do better than.
-BOUNDS = [*IMAGES][:2]
 #: The experiments with generators of several decoders or neurons
 GENERATORS = [
     *("fsvae", "digits_small_cpu", "mnist_small_cpu", "mnist_fsvae_sharp"),
@@ -69,10 +61,10 @@ GENERATORS = [
     *("fashion_mnist_esvae_cpu", "mnist_esvae_sharp", "fashion_mnist_esvae_sharp"),
     "cifar10_esvae_cpu",
 ]
-#: Their other choices, which all runs of one of them share
-SHARED = [
-    *("dataset", "dataset.batch_size", "dataset.image_size", "dataset.num_workers"),
-    *("trainer.max_epochs", "trainer.precision"),
+#: Their choices, of which the runs of one of them share all but decoder and neuron
+CHOICES = [
+    *("decoder", "neuron", "dataset", "dataset.batch_size", "dataset.image_size"),
+    *("dataset.num_workers", "trainer.max_epochs", "trainer.precision"),
 ]
 #: The paper's comparisons: its metrics, and the experiment that repeats it in small
 GENERATED = ("fad_published", "fid_published", "inception_score_published")
@@ -117,14 +109,15 @@ def fill(page: Path) -> str:
 # ---- runs ----
 
 
-def select_runs(runs: Sequence[Metrics], *keys: str) -> list[Metrics]:
-    """The runs with no choice on the command line beyond ``keys``, the experiment and the seed."""
-    return [run for run in runs if overrides(run).keys() <= {"experiment", "seed", *keys}]
+def load_frame(names: Sequence[str], *keys: str) -> pd.DataFrame:
+    """The runs of experiments with no choice on the command line beyond ``keys`` and the seed."""
+    runs, known = chain(*map(load_runs, names)), {"experiment", "seed", *keys}
+    return frame([run for run in runs if overrides(run).keys() <= known])[0]
 
 
 def gains() -> pd.DataFrame:
     """Memory, time and quality before and after, and where each was measured."""
-    pairs = norms(EPYC).query("net == 'norm + neuron'")
+    pairs = norms().query("net == 'norm + neuron'")
     nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 16")
     decoders = frame(load_runs("fsvae"))[0]
     classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
@@ -170,8 +163,9 @@ def generators() -> pd.DataFrame:
                 values = published_fads(group, ending)
                 name = f"{model}, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
                 table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **values}
-    for images in BOUNDS:
-        values = published_fads(recipe_runs(BEST), IMAGES[images])
+    best = recipe_runs(BEST)
+    for images, ending in BOUNDS.items():
+        values = published_fads(best, ending)
         table.loc[images] = {"source": "this project", "epochs": "", **values}
     table = table.fillna("not measured").loc[[*MODELS, *table.index.difference(MODELS)]]
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS)
@@ -180,8 +174,8 @@ def generators() -> pd.DataFrame:
 
 def recipe_runs(recipe: str) -> pd.DataFrame:
     """The runs of a recipe on all data sets that differ in decoder, neuron and precision alone."""
-    runs = chain(*(load_runs(f"{name}_{recipe}") for name in DATASETS))
-    return frame(select_runs([*runs], "decoder", "neuron", "trainer.precision"))[0]
+    names = [f"{name}_{recipe}" for name in DATASETS]
+    return load_frame(names, "decoder", "neuron", "trainer.precision")
 
 
 def published_fads(runs: pd.DataFrame, ending: str) -> dict[str, str]:
@@ -218,7 +212,7 @@ def generator_neurons() -> pd.DataFrame:
 def change_rows(choice: str, before: str) -> Iterator[dict[str, str]]:
     """The generators' changes in % against those with ``before``, a row for each other choice."""
     for experiment in GENERATORS:
-        runs = comparable_runs(experiment)
+        runs = load_frame([experiment], *CHOICES)
         if before not in runs[choice].unique():
             continue
         metric = "fad_published" if "fad_published" in runs else "fad"
@@ -230,11 +224,6 @@ def change_rows(choice: str, before: str) -> Iterator[dict[str, str]]:
             row |= {"FAD, %": signed(distance[after], 1)}
             row["FAD through"] = "own autoencoder" if metric == "fad" else "the papers' autoencoder"
             yield row | {"pairs": str(error[after].count())}
-
-
-def comparable_runs(experiment: str) -> pd.DataFrame:
-    """The runs of an experiment that differ in decoder, neuron and seed alone."""
-    return frame(select_runs(load_runs(experiment), "decoder", "neuron", *SHARED))[0]
 
 
 def changes(runs: pd.DataFrame, metric: str, choice: str, before: str) -> pd.DataFrame:
@@ -273,7 +262,9 @@ def measure_claim(experiment: str, after: str) -> dict[str, str]:
     if not experiment:
         return {"here": "not measured", "verdict": "cannot be measured without the data"}
     if after == "TAID":
-        change = changes(comparable_runs(experiment), "fad", "decoder", "fixed")["taid"].dropna()
+        change = changes(load_frame([experiment], *CHOICES), "fad", "decoder", "fixed")[
+            "taid"
+        ].dropna()
         text, better = f"our FAD {signed(change, 0)} %", change < 0
     else:
         runs = [run for run in load_runs(experiment) if VALIDATION not in overrides(run)]
@@ -360,9 +351,10 @@ def attention() -> pd.DataFrame:
 
 def distances() -> pd.DataFrame:
     """Where the distance of the best recipe's samples comes from."""
-    rows = []
+    rows, priors = [], RECIPES[BEST][1].items()
+    images_of = BOUNDS | {f"samples of the {prior} prior": ending for prior, ending in priors}
     for dataset, runs in recipe_runs(BEST).groupby("dataset", sort=False):
-        for images, ending in IMAGES.items():
+        for images, ending in images_of.items():
             row = {"data": DATASETS[dataset], "images": images}
             row[METRICS["fad_published"].title] = published_fads(runs, ending)[dataset]
             for name in ("fad_published_precision", "fad_published_recall"):
@@ -437,8 +429,8 @@ def models() -> pd.DataFrame:
 # ---- benchmarks ----
 
 
-def norms(folder: Path) -> pd.DataFrame:
-    rows = pd.read_csv(folder / "norm.csv")
+def norms() -> pd.DataFrame:
+    rows = pd.read_csv(EPYC / "norm.csv")
     return rows[rows["dtype"] == "float32"].rename(columns={"variant": "neuron"})
 
 
@@ -479,10 +471,10 @@ def zoo() -> pd.DataFrame:
 
 
 def norm() -> pd.DataFrame:
-    """Milliseconds of norm and neuron and of three blocks with them, forward and backward."""
-    rows = norms(XEON).dropna(subset="median_ms")
+    """Milliseconds of norm and neuron and of two blocks with them, forward and backward."""
+    rows = norms()
     rows = rows[~rows["neuron"].str.endswith("bits")]
-    table = rows.pivot(index=["net", "T"], columns="neuron", values="median_ms")
+    table = rows.pivot(index="net", columns="neuron", values="median_ms")
     table = table.loc[rows["net"].unique(), rows["neuron"].unique()]
     one, two = table["ALIF, one operator"], table["ALIF, two operators"]
     table["one / two"], table["one / PLIF"] = one / two, one / table[PLIF]

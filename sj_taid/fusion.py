@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._checks import check_net
+from ._forward import Forward
 from ._fused_neuron import KINDS, FusedNeuron
 from ._norm_input import PassOn
 from ._table import table
@@ -137,8 +138,11 @@ def _why_not(norm: Any, reader: Any, folded: bool) -> str | None:
     ``folded``: whether it is in a container that folds time into the batch.
     """
     forward = vars(norm).get("forward")
+    if isinstance(forward, PassOn):
+        return "fused already"
     if forward is not None:
-        return "fused already" if isinstance(forward, PassOn) else "its forward was replaced"
+        ours = isinstance(forward, Forward)
+        return "recomputed already" if ours else "its forward was replaced"
     if type(norm) not in KNOWN_NORMS:
         return f"{type(norm).__name__} is not known to compute torch's batch norm"
     if has_hooks(norm):

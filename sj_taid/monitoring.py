@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ._checks import check_net
 from ._table import table
+from .convert import need_neurons
 from .neuron import ALIFNode
 
 
@@ -72,16 +73,7 @@ class Monitor(AbstractContextManager["Monitor"]):
             raise ValueError(
                 f"expected 0 <= dead <= saturated <= 1, but dead={dead}, saturated={saturated}"
             )
-        self._nodes = {
-            path: module
-            for path, module in net.named_modules()
-            if isinstance(module, neuron.BaseNode)
-        }
-        if not self._nodes:
-            raise ValueError(
-                f"{type(net).__name__} has no neurons to watch: no module is a BaseNode of "
-                "SpikingJelly's"
-            )
+        self._nodes = {site.path: site.node for site in need_neurons(net, "watch")}
         self._dead = dead
         self._saturated = saturated
         self._counts = {path: _Count() for path in self._nodes}

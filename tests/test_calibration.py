@@ -304,7 +304,7 @@ def test_calibrate_changes_nothing_after_an_error():
     for rate in (0.0, 1.0, -0.5, "a", None):
         with pytest.raises(ValueError, match="more than 0 and less than 1"):
             calibrate(net, images(), rate=rate)
-    with pytest.raises(ValueError, match="no neurons to watch"):
+    with pytest.raises(ValueError, match="no neuron of SpikingJelly's to watch"):
         calibrate(nn.Linear(2, 2), images())
 
     passes = iter(range(3))

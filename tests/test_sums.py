@@ -104,6 +104,8 @@ def test_recomputed_sum_is_equal_to_a_saved_one(add, kind, options, monkeypatch)
         if mode:  # 0.0.0.0.14's neurons give no gradients in eval mode
             for name, want in results(plain)[0].items():
                 assert torch.allclose(got[name], want, rtol=1e-3, atol=1e-4), name
+    again = {row.layer: row.note for row in sj_taid.accelerate(net).rows}
+    assert {again[name] for name in norms} == {"recomputed already"}
 
 
 @pytest.mark.parametrize("add", ["to spikes", "twice"])

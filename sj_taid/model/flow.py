@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from .block import seeded
 from .rate import FittedPrior
 
-HIDDEN, COUPLINGS, CLUSTERS, LLOYD_STEPS = 256, 8, 30, 50
+HIDDEN, COUPLINGS = 256, 8
+CLUSTERS, K_MEANS_STEPS = 30, 50
 EPOCHS, LR = 30, 2e-3
 #: Few rates have smaller batches, so that an epoch has about as many steps.
 STEPS, LARGEST_BATCH = 40, 512
@@ -69,12 +70,12 @@ class FlowPrior(FittedPrior):
             trained = FlowPrior(rates.shape[1], self.levels).to(rates)
             trained.count(rates)
             cluster = k_means(rates)
-            trained.shares.copy_(cluster.mean(0))
+            trained.shares.copy_(cluster.bincount(minlength=CLUSTERS) / len(rates))
             trained.learn((rates * self.levels).round().long(), cluster)
         self.load_state_dict(trained.state_dict())
 
     def learn(self, levels: Tensor, cluster: Tensor) -> None:
-        """Maximise the likelihood of training rates' levels ``[n, d]`` in clusters ``[n, 30]``."""
+        """Maximise the likelihood of training rates' levels ``[n, d]`` in clusters ``[n]``."""
         order = torch.randperm(len(levels), device=levels.device)
         first, rest = order.tensor_split([math.ceil(HELD_OUT * len(levels))])
         held_out = self.draw_scores(levels[first]), cluster[first]
@@ -121,8 +122,7 @@ class FlowPrior(FittedPrior):
 
     def draw(self, n: int) -> Tensor:
         x = torch.randn(n, len(self.cumulative)).to(self.cumulative)
-        chosen = torch.multinomial(self.shares.float(), n, replacement=True)
-        cluster = F.one_hot(chosen, CLUSTERS).to(x)
+        cluster = torch.multinomial(self.shares.float(), n, replacement=True)
         for coupling in reversed(self.couplings):
             scale, shift = coupling(x, cluster)
             x = (x - shift) * (-scale).exp()
@@ -130,12 +130,13 @@ class FlowPrior(FittedPrior):
 
 
 def k_means(points: Tensor) -> Tensor:
-    """Clusters of ``points`` ``[n, d]`` by Lloyd's k-means, one-hot ``[n, 30]``."""
+    """The cluster of each of ``points`` ``[n, d]``, by Lloyd's k-means, ``[n]``."""
     centers = points[torch.randperm(len(points), device=points.device)[:CLUSTERS]]
-    for _ in range(LLOYD_STEPS):
-        cluster = F.one_hot(torch.cdist(points, centers).argmin(1), CLUSTERS).to(points)
-        size = cluster.sum(0)[:, None]
-        centers = torch.where(size > 0, cluster.t() @ points / size.clamp(min=1), centers)
+    for _ in range(K_MEANS_STEPS):
+        cluster = torch.cdist(points, centers).argmin(1)
+        one_hot = F.one_hot(cluster, CLUSTERS).to(points)
+        size = one_hot.sum(0)[:, None]
+        centers = torch.where(size > 0, one_hot.t() @ points / size.clamp(min=1), centers)
     return cluster
 
 
@@ -159,5 +160,6 @@ class Coupling(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, cluster: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift = self.net(torch.cat([x * self.mask, cluster], 1)).chunk(2, 1)
+        one_hot = F.one_hot(cluster, CLUSTERS).to(x)
+        scale, shift = self.net(torch.cat([x * self.mask, one_hot], 1)).chunk(2, 1)
         return 2 * torch.tanh(scale / 2) * (1 - self.mask), shift * (1 - self.mask)

@@ -142,15 +142,20 @@ class FittedPrior(nn.Module):
         """Undo :meth:`fit`."""
         self.cumulative.zero_()
 
+    def check_enough(self, n: int) -> None:
+        """Refuse to be fitted to the rates of ``n`` images, if they are too few."""
+        if n < self.needed:
+            raise ValueError(
+                f"a {self.name} needs the rates of at least {self.needed} images, but got {n}; "
+                "give more"
+            )
+
     def check(self, rates: Tensor) -> None:
         """Refuse rates that cannot be fitted."""
         d = len(self.cumulative)
         if rates.dim() != 2 or rates.shape[1] != d:
             raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
-        if len(rates) < self.needed:
-            raise ValueError(
-                f"a {self.name} needs at least {self.needed} rates, but got {len(rates)}; give more"
-            )
+        self.check_enough(len(rates))
         check_rates(rates)
 
     def count(self, rates: Tensor) -> None:

@@ -38,7 +38,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     """
     silence_notes()
     reuse_freed_memory()
-    run, trust = Run.find(cfg.checkpoint), cfg.trust or ()
+    run, trust = Run.find(cfg.checkpoint), cfg.trust
     with run.lock():
         given, cfg = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
         for key, value in given.items():
@@ -86,7 +86,7 @@ def build_evaluator(cfg: DictConfig) -> Evaluator | None:
     if not cfg.get("metric"):
         return None
     options = {"cache_dir": cfg.cache_dir, "seed": cfg.seed, "accelerator": cfg.trainer.accelerator}
-    return build_part(cfg, "metric", cfg.trust or (), **options)
+    return build_part(cfg, "metric", cfg.trust, **options)
 
 
 def measure(

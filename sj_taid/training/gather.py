@@ -15,8 +15,11 @@ def gather(folders: Sequence[Path]) -> tuple[dict[Path, Metrics], dict[Path, str
     """The metrics of every finished run below ``folders``, and why others are left out (printed).
 
     Raises:
-        FileNotFoundError: there is no finished run.
+        FileNotFoundError: there is no finished run, or no such folder.
     """
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}; give folders that hold runs")
     finished, left_out = {}, {}
     # One folder may hold another of them.
     configs = {path.resolve() for folder in folders for path in folder.rglob(run.CONFIG)}

@@ -107,6 +107,9 @@ class Generation(Autoencoding):
                 "task=generation measures its samples, but there is no metric; choose one of "
                 "conf/metric, or task=autoencoding, which draws no samples"
             )
+        if isinstance(self.model, ESVAE):
+            for prior in self.model.fitted_priors.values():
+                prior.check_enough(len(data.train_set))  # now, not after the training
         if self.feature_loss:
             self.feature_loss.prepare(data, evaluator.cache_dir)
         if data.validation_set is not None:  # now, for errors before the training

@@ -88,16 +88,12 @@ class Run:
         """
         path = Path(path).expanduser().absolute()
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
-        if not run.checkpoint.is_file() and path.name in list_models():
-            raise FileNotFoundError(
-                f"{path.name} is a model of the package, not a run; in Python "
-                f"sj_taid.create_model({path.name!r}, pretrained=True) loads it"
-            )
         if not run.checkpoint.is_file():
-            raise FileNotFoundError(
-                f"no checkpoint at {path}; a run leaves it in <run folder>/{CHECKPOINTS}/ "
-                "after its first epoch"
-            )
+            hint = f"a run leaves it in <run folder>/{CHECKPOINTS}/ after its first epoch"
+            if path.name in list_models():
+                create = f"sj_taid.create_model({path.name!r}, pretrained=True)"
+                hint = f"that is a model of the package, not a run; in Python {create} loads it"
+            raise FileNotFoundError(f"no checkpoint at {path}; {hint}")
         if run.checkpoint.suffix != ".ckpt":
             raise ValueError(
                 f"expected a run's folder or a checkpoint in it, a .ckpt file, but got {path}; "

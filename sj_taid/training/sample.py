@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.output and Path(cfg.output).is_dir():
         raise ValueError(f"output must name a picture, but {cfg.output} is a folder: add a name")
     run = Run.find(cfg.checkpoint)
-    model: Any = run.model(cfg.trust or ())
+    model: Any = run.model(cfg.trust)
     if not hasattr(model, "sample"):
         raise ValueError(
             f"{cfg.checkpoint} holds a {type(model).__name__}, which draws nothing; "

@@ -86,7 +86,7 @@ def train(
     task = build_task(cfg)
     evaluator = build_evaluator(cfg)
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
-    data = build_data(cfg, cfg.trust or ())
+    data = build_data(cfg, cfg.trust)
     if checkpoint is None:
         calibrate_thresholds(cfg, task, data)
         task.untrained_metrics = task.measure_untrained(data, evaluator)
@@ -133,14 +133,14 @@ def train(
 def count_classes(cfg: DictConfig) -> None:
     """Let the data say how many classes there are, where a classifier was not told."""
     if cfg.model.get("classes", 0) is None:
-        cfg.dataset.classes = build_part(cfg, "dataset", cfg.trust or ()).classes
+        cfg.dataset.classes = build_part(cfg, "dataset", cfg.trust).classes
 
 
 def build_task(cfg: DictConfig) -> Task:
     # In this layout convolutions are faster, in bfloat16 above all.
-    model = build_part(cfg, "model", cfg.trust or ()).to(memory_format=torch.channels_last)
+    model = build_part(cfg, "model", cfg.trust).to(memory_format=torch.channels_last)
     optimizer = instantiate(cfg.optimizer)
-    return build_part(cfg, "task", cfg.trust or (), model=model, optimizer=optimizer)
+    return build_part(cfg, "task", cfg.trust, model=model, optimizer=optimizer)
 
 
 def calibrate_thresholds(cfg: DictConfig, task: Task, data: Any) -> None:

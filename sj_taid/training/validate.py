@@ -96,8 +96,7 @@ def validate(cfg: DictConfig) -> None:
     keys = KEYS | {path.name for path in Path(CONF).iterdir() if path.is_dir()}
     for key in cfg.keys() - keys:
         raise ValueError(describe_missing(str(key), keys))
-    trust = () if cfg.trust is None else cfg.trust
-    task, data = (find_class(cfg[part]._target_, trust) for part in ("task", "dataset"))
+    task, data = (find_class(cfg[part]._target_, cfg.trust) for part in ("task", "dataset"))
     if not issubclass(data, task.takes):
         raise ValueError(
             f"dataset={cfg.dataset.name} holds recordings, which only a classifier takes; "

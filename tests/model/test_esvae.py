@@ -88,7 +88,7 @@ def test_fit_prior_uses_the_rates_in_eval_mode():
 
 def test_fit_prior_fits_no_prior_if_one_cannot_be():
     model = ESVAE(**SMALL, sample_from="flow", components=2)
-    with pytest.raises(ValueError, match="a flow needs at least 30 rates, but got 8"):
+    with pytest.raises(ValueError, match="a flow needs the rates of at least 30 images, but got 8"):
         model.fit_prior([images(8)])
     assert not model.mixture.fitted
 

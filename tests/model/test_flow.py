@@ -32,10 +32,6 @@ def random_flow(channels=3):
     return prior
 
 
-def one_hot(*clusters):
-    return torch.eye(5)[torch.tensor(clusters)]
-
-
 def noise(prior, x, cluster):
     """What the couplings make of normal scores."""
     for coupling in prior.couplings:
@@ -48,27 +44,27 @@ def test_coupling_passes_half_of_the_channels_on():
     first, second = Coupling(4, 0), Coupling(4, 1)
     assert first.mask.sum() == 2 and torch.equal(second.mask, 1 - first.mask)
     for coupling in (first, random_flow(4).couplings[0]):
-        scale, shift = coupling(torch.randn(5, 4), one_hot(0, 1, 2, 3, 4))
+        scale, shift = coupling(torch.randn(5, 4), torch.arange(5))
         assert not scale[:, first.mask.bool()].any() and not shift[:, first.mask.bool()].any()
 
 
 def test_loss_is_the_density_by_its_jacobian():
-    prior, x, k = random_flow(), torch.randn(1, 3), one_hot(2)
+    prior, x, k = random_flow(), torch.randn(1, 3), torch.tensor([2])
     jacobian = torch.autograd.functional.jacobian(lambda x: noise(prior, x[None], k)[0], x[0])
     density = noise(prior, x, k).square().sum() / 2 - jacobian.det().abs().log()
     torch.testing.assert_close(prior.loss(x, k), density / 3)
-    assert prior.loss(x, one_hot(4)) != prior.loss(x, k)
+    assert prior.loss(x, torch.tensor([4])) != prior.loss(x, k)
 
 
 def test_draw_inverts_the_couplings(monkeypatch):
     prior, z = random_flow().double(), torch.randn(5, 3).double()
     monkeypatch.setattr(torch, "randn", lambda *shape: z)
     with seeded(0):
-        cluster = one_hot(*torch.multinomial(prior.shares, 5, replacement=True)).double()
+        cluster = torch.multinomial(prior.shares, 5, replacement=True)
     with seeded(0):
         x = torch.special.ndtri(prior.draw(5))
-    torch.testing.assert_close(noise(prior, x, cluster), z, atol=1e-3, rtol=1e-3)
-    assert {*cluster.argmax(1).tolist()} == {1, 3}
+    torch.testing.assert_close(noise(prior, x, cluster), z, atol=1e-6, rtol=1e-6)
+    assert {*cluster.tolist()} == {1, 3}
 
 
 def test_clusters_draw_less_between_groups(monkeypatch):
@@ -118,20 +114,6 @@ def test_fit_depends_on_the_seed_alone():
         assert torch.equal(torch.get_rng_state(), before)
     first, again, other = (prior.couplings[0].net[0].weight for prior in priors)
     assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: FlowPrior(2)(3), RuntimeError, "the flow is not fitted.*sample_from='learned'"),
-        (lambda: FlowPrior(2).fit(torch.rand(29, 2)), ValueError, "at least 30 rates, but got 29"),
-        (lambda: FlowPrior(2).fit(torch.ones(50, 2) * 2), ValueError, "clamp"),
-        (lambda: FlowPrior(2).fit(torch.rand(50, 3)), ValueError, "expected rates"),
-    ],
-)
-def test_flow_errors(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
 
 
 def test_fit_that_fails_changes_nothing(monkeypatch):

@@ -83,7 +83,7 @@ def test_cli_usage(sj_taid, capsys):
         ("sample checkpoint=esvae_mnist_taid", "a model of the package, not a run; in Python sj_"),
         ("sample checkpoint=file", r"a \.ckpt file, but got .*file; give "),
         ("sample", "checkpoint is missing; give checkpoint="),
-        ("compare nowhere", "no finished run below nowhere; an interrupted one resumes"),
+        ("compare nowhere", "no folder nowhere; give folders that hold runs"),
     ],
 )
 def test_cli_reports_a_users_error_in_lines(

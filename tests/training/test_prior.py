@@ -78,6 +78,12 @@ def test_train_measures_the_models_own_prior_first(esvae, tmp_path, finished, mo
     assert metrics["fad_floor"] == first["fad_floor"]
 
 
+def test_train_needs_enough_images_for_the_prior(esvae, tmp_path):
+    with pytest.raises(ValueError, match="a flow needs the rates of at least 30 images, but got 8"):
+        train(esvae("model.sample_from=flow", "dataset.limit=8"), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_fit_prior_logs_warnings_in_a_line(caplog, recwarn):
     alike = SimpleNamespace(train_samples=lambda: [(torch.zeros(4, 1, 8, 8), None)])
     Generation(ESVAE(**SMALL, components=4), ADAM).fit_prior(alike)
@@ -92,6 +98,8 @@ def test_sample_from_either_prior_of_esvae(folder, monkeypatch):
         sample.main(compose("sample", [f"checkpoint={folder}", "n=4", f"sample_from={prior}"]))
         drawn.add((folder / f"samples-{prior}-seed0.png").read_bytes())
     assert len(drawn) == 2
+    with pytest.raises(TypeError, match="trust must be a list of full names"):
+        sample.main(compose("sample", [f"checkpoint={folder}", "trust=0"]))
     monkeypatch.setattr(Run, "model", lambda *_: FSVAE(**SMALL))
     with pytest.raises(ValueError, match=r"sample_from is for model=esvae, but this is a FSVAE"):
         sample.main(compose("sample", [f"checkpoint={folder}", "sample_from=learned"]))
