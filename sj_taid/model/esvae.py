@@ -40,7 +40,7 @@ class ESVAE(SpikingVAE):
 
     In eval mode a reconstruction has exactly :math:`T r_q` spikes in each channel, at random steps:
     on MNIST the squared error is a quarter below that of spikes drawn as above. In training they
-    are drawn, unless ``exact_counts`` is set, and for samples always: their FAD is lower so.
+    are drawn, unless ``exact_counts`` is set. For samples they always are, which lowers FAD.
 
     All other arguments are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 

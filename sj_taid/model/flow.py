@@ -20,7 +20,7 @@ HELD_OUT, PATIENCE = 0.1, 3
 
 
 class FlowPrior(FittedPrior):
-    r"""Normalising flow given a cluster, fitted to the ranks of the training images' rates.
+    r"""Normalising flow, conditioned on a cluster, fitted to the ranks of training images' rates.
 
     Affine couplings :math:`f_k` map the normal scores ``x`` of the ranks in cluster k to noise,
     each half of the channels given the other half and k; a draw inverts them:
