@@ -278,12 +278,16 @@ def test_run_of_two_processes_survives_the_death_of_one(job, tmp_path):
         arguments = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
             CONF.parent / "experiments" / "train.py", *job, f"hydra.run.dir={folder}",
-            "trainer.devices=2", *more,
+            "trainer.devices=2", "dataset.num_workers=0",  # a fork among threads may hang
+            *more,
         ]  # fmt: skip
         with subprocess.Popen(
             arguments, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
         ) as process:
-            yield process
+            try:
+                yield process
+            finally:
+                process.kill()
 
     there = run.Run(tmp_path / "run")
     with torchrun(there.folder, *with_fault("second process")) as process:
@@ -294,7 +298,7 @@ def test_run_of_two_processes_survives_the_death_of_one(job, tmp_path):
     assert torch.load(there.checkpoint, weights_only=True)["epoch"] <= 1
     for folder in (there.folder, tmp_path / "undisturbed"):
         with torchrun(folder) as process:
-            said = process.communicate()[1]
+            said = process.communicate(timeout=120)[1]
         assert process.returncode == 0, said
     assert there.metrics["epochs"] == 4
     assert_same_weights(there.folder, weights(tmp_path / "undisturbed"))
