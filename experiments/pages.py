@@ -61,7 +61,7 @@ GENERATORS = [
     *("fashion_mnist_esvae_cpu", "mnist_esvae_sharp", "fashion_mnist_esvae_sharp"),
     "cifar10_esvae_cpu",
 ]
-#: Their choices, of which the runs of one of them share all but decoder and neuron
+#: The choices of their runs; those of one experiment differ in decoder and neuron alone
 CHOICES = [
     *("decoder", "neuron", "dataset", "dataset.batch_size", "dataset.image_size"),
     *("dataset.num_workers", "trainer.max_epochs", "trainer.precision"),

@@ -116,6 +116,20 @@ def test_fit_depends_on_the_seed_alone():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: FlowPrior(2)(3), RuntimeError, "the flow is not fitted.*sample_from='learned'"),
+        (lambda: FlowPrior(2).fit(torch.rand(29, 2)), ValueError, "at least 30 images, but got 29"),
+        (lambda: FlowPrior(2).fit(torch.ones(50, 2) * 2), ValueError, "clamp"),
+        (lambda: FlowPrior(2).fit(torch.rand(50, 3)), ValueError, "expected rates"),
+    ],
+)
+def test_flow_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
 def test_fit_that_fails_changes_nothing(monkeypatch):
     prior = FlowPrior(3, levels=10)
     prior.fit(bent(100))
