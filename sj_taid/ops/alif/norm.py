@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 
@@ -99,17 +98,30 @@ def _synchronised(x: Tensor, norm: Norm) -> Tensor:
     axes = [axis for axis in range(x.dim()) if axis != 1]
     per_channel = (-1, *[1] * (x.dim() - 2))
     count = x.new_tensor(x.numel() // x.shape[1], dtype=torch.float64)
-    total = all_reduce(
-        torch.stack([count.expand(x.shape[1]), x.double().sum(axes)]), group=norm.group
-    )
+    sums = torch.stack([count.expand(x.shape[1]), x.double().sum(axes)])
+    total = _SumOverProcesses.apply(sums, norm.group)
     mean = total[1] / total[0]
     deviation = x.double() - mean.view(per_channel)
-    var = all_reduce(deviation.square().sum(axes), group=norm.group) / total[0]
+    var = _SumOverProcesses.apply(deviation.square().sum(axes), norm.group) / total[0]
     update_running(norm, mean.detach(), _unbiased(var.detach(), total[0].detach()))
     y = (deviation * (var + norm.eps).rsqrt().view(per_channel)).to(x.dtype)
-    if norm.weight is not None and norm.bias is not None:
-        y = y * norm.weight.view(per_channel) + norm.bias.view(per_channel)
-    return y
+    if norm.weight is not None:
+        y = y * norm.weight.view(per_channel)
+    return y if norm.bias is None else y + norm.bias.view(per_channel)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over the processes of a group; its gradient is summed over them too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, total = group, x.clone()
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOverProcesses.apply(grad, ctx.group), None
 
 
 @torch.no_grad()

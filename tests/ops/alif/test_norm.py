@@ -181,6 +181,26 @@ def test_a_step_is_a_sequence_of_one(backend):
     assert torch.equal(spike, spike_seq[0]) and torch.equal(v, v_last)
 
 
+@pytest.mark.parametrize("parameters", [("weight", "bias"), ("weight",), ("bias",), ()], ids=str)
+def test_group_of_one_process_changes_nothing(parameters):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        leaves = {name: torch.rand(5, requires_grad=True) for name in parameters}
+        x = leaves["x"] = torch.randn(4, 3, 5, 2, 2, requires_grad=True)
+        given = [leaves.get(name) for name in ("weight", "bias")]
+        norms = [
+            Norm(*given, torch.zeros(5), torch.ones(5), True, 0.1, 1e-5, group)
+            for group in (dist.group.WORLD, None)
+        ]
+        results = [batch_norm(x, norm) for norm in norms]
+        grads = [torch.autograd.grad(y.cos().sum(), [*leaves.values()]) for y in results]
+        torch.testing.assert_close(results[0], results[1])
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norms[0].running_var, norms[1].running_var)
+    finally:
+        dist.destroy_process_group()
+
+
 WORLD, SIZES = 2, (2, 4)
 
 
