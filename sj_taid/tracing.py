@@ -141,7 +141,9 @@ class _Tracing:
             is_folded = bool(self.unfolded.intersection(passed))
             if isinstance(reader, str):
                 result.obstacles[module] = reader
-                for port in () if is_folded else passed:
+                # A sum is alone to see the norm's output: no other reader may find it unfinished.
+                several = any(len(self.reads[port]) > 1 for port in passed)
+                for port in () if is_folded or several else passed:
                     result.sums.extend(self._find_sums(module, port))
             elif self._find_maker(_Port(reader, False)) is not module:
                 result.obstacles[module] = f"a {type(reader).__name__} reads its output, or another"

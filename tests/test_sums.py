@@ -50,6 +50,8 @@ class Block(nn.Module):
         elif self.add == "twice":
             y = y + identity
             y += y * 0.5
+        elif self.add == "returned":
+            return self.out(self.sn(y + identity)), y
         return self.out(self.sn(y))
 
 
@@ -120,6 +122,12 @@ def test_sum_of_a_norm_on_folded_time_is_saved():
     net = Block()
     net.bn = layer.SeqToANNContainer(nn.BatchNorm2d(CHANNELS))
     assert not any("recomputed" in row.done for row in sj_taid.accelerate(net).rows)
+
+
+def test_sum_of_a_norm_that_is_read_elsewhere_is_saved():
+    net = Block("returned")
+    assert not any("recomputed" in row.done for row in sj_taid.accelerate(net).rows)
+    assert type(net(images())[1]) is torch.Tensor
 
 
 FORMS = {
