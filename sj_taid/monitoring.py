@@ -73,13 +73,12 @@ class Monitor(AbstractContextManager["Monitor"]):
             raise ValueError(
                 f"expected 0 <= dead <= saturated <= 1, but dead={dead}, saturated={saturated}"
             )
-        self._nodes = {site.path: site.node for site in need_neurons(net, "watch")}
+        self._net = net
         self._dead = dead
         self._saturated = saturated
-        self._counts = {path: _Count() for path in self._nodes}
-        self._hooks = [
-            node.register_forward_hook(self._counts[path]) for path, node in self._nodes.items()
-        ]
+        sites = need_neurons(net, "watch")
+        self._counts = {site.path: _Count() for site in sites}
+        self._hooks = [site.node.register_forward_hook(self._counts[site.path]) for site in sites]
 
     def clear(self) -> None:
         """Forget the spikes counted so far."""
@@ -107,14 +106,14 @@ class Monitor(AbstractContextManager["Monitor"]):
         _warn("saturated", {p: r for p, r in rates.items() if r > self._saturated}, scale)
         begin = "torch.autograd.detect_anomaly() finds where it began."
         _warn("not finite", {p: r for p, r in rates.items() if math.isnan(r)}, begin)
-        warn_at_bound(self._nodes)
+        warn_at_bound(dict(self._net.named_modules()))
         return states
 
     def layers(self) -> dict[str, LayerState]:
         """The result of :meth:`state`, without a warning."""
         return {
-            path: LayerState(self._counts[path].rate(), *tau_and_threshold(node))
-            for path, node in self._nodes.items()
+            path: LayerState(count.rate(), *tau_and_threshold(self._net.get_submodule(path)))
+            for path, count in self._counts.items()
         }
 
     def __str__(self) -> str:

@@ -10,7 +10,8 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
-from sj_taid import ALIFNode, _compat, monitor, to_lif
+from sj_taid import ALIFNode, _compat, monitor, swap_neurons, to_lif
+from sj_taid.monitoring import LayerState
 
 
 def make_net():
@@ -91,6 +92,15 @@ def test_monitor_ends_with_its_block():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert watch.state()["0"].firing_rate == 0.5
+
+
+def test_monitor_reads_the_neuron_that_took_anothers_place():
+    net = nn.Sequential(neuron.LIFNode(v_threshold=1.0))
+    watch = monitor(net)
+    swap_neurons(net)
+    net[0].v_threshold.data.fill_(0.5)
+    net(torch.tensor([[2.0, 0.0]]))
+    assert watch.state()["0"] == LayerState(firing_rate=0.5, tau=2.0, v_threshold=0.5)
 
 
 @pytest.mark.parametrize(
