@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import _compat, _graph, _spikes, _sums, convert
 from ._checks import check_example_input, check_net
@@ -242,8 +243,7 @@ def _run_step(net: nn.Module, inputs: Any) -> tuple[int, float]:
     start = time.perf_counter()
 
     def forward() -> list[Tensor]:
-        output = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
-        outputs = [output] if isinstance(output, Tensor) else output
+        outputs = tree_leaves(net(*inputs) if isinstance(inputs, tuple) else net(inputs))
         return [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
 
     losses, saved = _graph.record_saved(net, forward)

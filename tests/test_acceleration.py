@@ -161,6 +161,17 @@ def test_accelerate_measures_on_a_copy():
     assert lines[1].startswith("saved for backward") and len(lines) == 3 + len(report.rows)
 
 
+class NamedOutput(nn.Sequential):
+    def forward(self, x_seq):
+        return {"logits": [super().forward(x_seq)], "nothing": None}
+
+
+def test_accelerate_measures_the_backward_of_nested_outputs():
+    net = NamedOutput(*make_net())
+    acceleration._run_step(net, images())
+    assert all(p.grad is not None for p in net.parameters())
+
+
 class Own(neuron.LIFNode):
     pass
 
