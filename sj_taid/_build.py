@@ -88,7 +88,7 @@ def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
     roots = ["sj_taid"] if module == "sj_taid" else [r for r in TRUSTED if _is_in(module, [r])]
     found, is_custom = None, name in (trust or ())
     if is_custom or roots:
-        with suppress(ImportError):
+        with suppress(ImportError, ValueError):  # a name without a module
             found = getattr(import_module(module), attribute, None)
     if is_custom:
         if found is None:

@@ -104,6 +104,8 @@ def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
     foreign = [*TINY_CLASSIFICATION, "neuron=lif", f"neuron._target_={name}"]
     with pytest.raises(ValueError, match=rf"names '{name}'.*add trust=\[{name}\]"):
         train(tiny(*foreign, tiny=False), tmp_path)
+    with pytest.raises(ValueError, match="trust names 'MyLIF', which cannot be imported"):
+        train(tiny(*foreign, "neuron._target_=MyLIF", "trust=[MyLIF]", tiny=False), tmp_path)
     assert not list(tmp_path.iterdir())
 
     train(tiny(*foreign, f"trust=[{name}]", tiny=False), tmp_path)
