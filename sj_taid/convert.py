@@ -23,8 +23,8 @@ from .neuron import ALIFNode
 from .ops import backends
 from .state import name_neurons
 
-#: sigmoid(-128) is 0 in float32: no leak, the IF neuron. Finite, so that averages keep it.
-NO_LEAK_W = -128.0
+#: Its sigmoid is 0, in float64 too: no leak, the IF neuron. Finite, so that averages keep it.
+NO_LEAK_W = -1024.0
 
 #: Beginnings of the names under which torch keeps a module's hooks.
 _HOOKS = ("_forward", "_backward", "_is_full_backward")
@@ -87,10 +87,10 @@ def swap_neurons(
     are
 
     * bit for bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a
-      tau that is a power of two;
+      tau of 2, 4, 8 or 16;
     * equal to rounding otherwise, as LIF divides by tau and ALIF multiplies by
-      :math:`\mathrm{sigmoid}(w)`: a spike can differ where the voltage meets the threshold to the
-      last bits.
+      :math:`\mathrm{sigmoid}(w)`, which some powers of two have no ``w`` for: a spike can differ
+      where the voltage meets the threshold to the last bits.
 
     IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is 0. No gradient
     leads away from there, so its ``w`` is frozen and only its threshold learns.
@@ -406,12 +406,13 @@ def _nearest_w(tau: float, dtype: torch.dtype) -> float:
 def describe_equality(site: Site) -> str:
     """How equal the outputs of an ALIF are to those of a neuron."""
     node, equal = site.node, True
+    if site.dtype.itemsize < 4:
+        return f"equal outputs to rounding, computes in float32, not {site.dtype}"
     if isinstance(node, neuron.ParametricLIFNode):
         equal = _compat.FUNCTIONAL_STATES or node.decay_input
     elif isinstance(node, neuron.LIFNode):
-        equal = math.frexp(node.tau)[0] == 0.5
-    if site.dtype.itemsize < 4:
-        return f"equal outputs to rounding, computes in float32, not {site.dtype}"
+        w = torch.tensor(nearest_w(node.tau, site.dtype), dtype=site.dtype)
+        equal = math.frexp(node.tau)[0] == 0.5 and w.sigmoid().item() * node.tau == 1.0
     return f"equal outputs{'' if equal else ' to rounding'}"
 
 
