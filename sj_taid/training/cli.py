@@ -51,14 +51,12 @@ USER_ERRORS = (
 GIVEN: list[str] = []
 
 
-def main(command: str | None = None) -> None:
-    """``sj-taid COMMAND [argument ...]``; a script for one command names it.
+def main() -> None:
+    """``sj-taid COMMAND [argument ...]``.
 
     A user's error ends the process with its message; ``HYDRA_FULL_ERROR=1`` shows its traceback.
     """
-    arguments = sys.argv[1:]
-    if command is None:
-        command, arguments = _parser().parse_args(arguments[:1]).command, arguments[1:]
+    command, arguments = _parser().parse_args(sys.argv[1:2]).command, sys.argv[2:]
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print the errors of its jobs itself
     try:

@@ -20,7 +20,6 @@ from sj_taid.training import run
 from sj_taid.training.train import train
 from tests.data.made_up import cut
 from tests.training.conftest import (
-    CONF,
     ENVIRONMENT,
     assert_same_weights,
     exit_code,
@@ -277,7 +276,7 @@ def test_run_of_two_processes_survives_the_death_of_one(job, tmp_path):
     def torchrun(folder, *more):
         arguments = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            CONF.parent / "experiments" / "train.py", *job, f"hydra.run.dir={folder}",
+            "-m", "sj_taid", "train", *job, f"hydra.run.dir={folder}",
             "trainer.devices=2", "dataset.num_workers=0",  # a fork among threads may hang
             *more,
         ]  # fmt: skip

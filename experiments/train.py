@@ -1,6 +1,0 @@
-"""Train a model: ``python experiments/train.py [group=option] [key=value]``."""
-
-from sj_taid.training.cli import main
-
-if __name__ == "__main__":
-    main("train")
