@@ -150,7 +150,7 @@ class ESVAE(SpikingVAE):
             )
         together = torch.cat(rates)
         for prior in self.fitted_priors.values():
-            prior.check(together)  # all, before one is fitted
+            prior.check_enough(len(together))  # all, before one is fitted
         for prior in self.fitted_priors.values():
             prior.fit(together, seed)
 

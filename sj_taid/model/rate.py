@@ -14,8 +14,8 @@ from .._extras import needs
 
 
 def check_rates(rate: Tensor) -> None:
-    """Refuse rates that are no probabilities."""
-    if not ((rate >= 0) & (rate <= 1)).all():
+    """Refuse rates that are no probabilities; compiled code is not checked."""
+    if not torch.compiler.is_compiling() and not ((rate >= 0) & (rate <= 1)).all():
         raise ValueError(
             f"rates must be probabilities in [0, 1], but these are from {rate.min().item():.4g} to "
             f"{rate.max().item():.4g}; clamp them, or if they are NaN load an earlier "
@@ -48,7 +48,7 @@ def spikes_from_rate(rate: Tensor, T: int, exact: bool = False) -> Tensor:
     random steps.
 
     Raises:
-        ValueError: a rate outside [0, 1].
+        ValueError: a rate outside [0, 1], unless compiled.
 
     Source: Zhan et al., arXiv 2310.14839, section 3.3.
 

@@ -40,6 +40,13 @@ def test_training_loss_is_the_squared_error_and_the_weighted_mmd():
     assert losses["latent"] == 0.5 * rbf_mmd(output.q, output.p)
 
 
+def test_training_compiles_to_one_graph():
+    model = ESVAE(**SMALL)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(images(4)).image.sum().backward()
+    assert all(p.grad is not None for p in model.encoder.parameters())
+
+
 @pytest.mark.parametrize("source", ["mixture", "flow"])
 def test_sample_from_a_fitted_prior(source):
     model = ESVAE(**SMALL, sample_from=source, components=2)
