@@ -43,6 +43,9 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         given, cfg = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
         for key, value in given.items():
             if value is not None:
+                group = key.partition(".")[0]
+                if group != key and not cfg.get(group):
+                    raise ValueError(f"{key} is given, but the run has no {group}; leave it out")
                 OmegaConf.update(cfg, key, value)
         cfg.trust = trust  # what the run says of itself is no reason to trust it
         validate(cfg)

@@ -120,6 +120,9 @@ def test_evaluate_classifier(tiny, tmp_path):
     after = evaluate(composed(tmp_path))
     assert after["metrics"]["accuracy"] == before["accuracy"] and "fad" not in after["metrics"]
     assert after["protocol"]["accuracy"].endswith(f"stopped by {stop}")
+    with pytest.raises(ValueError, match=r"metric\.samples is given, but the run has no metric"):
+        evaluate(composed(tmp_path, "metric.samples=100"))
+    assert len(evaluations_of(tmp_path)) == 1
 
 
 def test_evaluate_moved_data(tiny, tmp_path):
