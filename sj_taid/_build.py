@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -85,7 +85,7 @@ def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
             f"trust must be a list of full names, such as [mypkg.MyLIF], but it is {trust!r}"
         )
     module, _, attribute = str(name).rpartition(".")
-    roots = ["sj_taid"] if module == "sj_taid" else [r for r in TRUSTED if _is_in(module, [r])]
+    roots = ["sj_taid"] if module == "sj_taid" else [r for r in TRUSTED if is_below(module, [r])]
     found, is_custom = None, name in (trust or ())
     if is_custom or roots:
         with suppress(ImportError, ValueError):  # a name without a module
@@ -96,7 +96,7 @@ def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
         return found
     # Defined there: what such a module imports from elsewhere could do anything.
     is_public = isinstance(found, type) and attribute[0] != "_"
-    if is_public and _is_in(found.__module__, roots):
+    if is_public and is_below(found.__module__, roots):
         return found
     remedy = f"; if it is yours or you trust it, add trust=[{name}], in training and in loading"
     raise ValueError(
@@ -115,5 +115,6 @@ def _targets(node: Any) -> Iterator[Any]:
             yield from _targets(child)
 
 
-def _is_in(module: str, roots: Collection[str]) -> bool:
-    return any(f"{module}.".startswith(f"{root}.") for root in roots)
+def is_below(name: str, names: Iterable[str]) -> bool:
+    """Whether a dotted name is one of ``names`` or below one of them."""
+    return any(f"{name}.".startswith(f"{other}.") for other in names)

@@ -1,6 +1,7 @@
 """Argument validation shared by the public functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -31,18 +32,31 @@ def are_two_numbers(values: Any) -> bool:
     return isinstance(values, Sequence) and len(values) == 2 and all(map(is_number, values))
 
 
-def check_numbers(**numbers: Any) -> None:
-    """Raise a ``ValueError`` unless all are numbers, infinite ones included."""
-    for name, value in numbers.items():
-        if not is_number(value) or value != value:
-            raise ValueError(f"{name} must be a number, but it is {value!r}")
+#: what a value must be, in words, and whether it is
+Rule = tuple[str, Callable[[Any], bool]]
+
+NUMBER: Rule = ("a number", lambda value: is_number(value) and value == value)  # infinite ones too
+WEIGHT: Rule = ("a number >= 0", lambda value: is_number(value) and value >= 0)
+FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
 
 
-def check_flags(**flags: Any) -> None:
-    """Raise a ``ValueError`` unless all are booleans."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, but it is {value!r}")
+def integer(least: int) -> Rule:
+    """The rule of an integer from ``least`` on."""
+    return f"an integer >= {least}", lambda value: is_whole(value) and value >= least
+
+
+def check(rule: Rule, **values: Any) -> None:
+    """Raise a ``ValueError`` unless all values keep the rule."""
+    expected, holds = rule
+    for name, value in values.items():
+        if not holds(value):
+            raise ValueError(f"{name} must be {expected}, but it is {value!r}")
+
+
+check_numbers = partial(check, NUMBER)
+check_flags = partial(check, FLAG)
+check_sizes = partial(check, integer(1))
+check_weights = partial(check, WEIGHT)
 
 
 def check_example_input(example_input: Any) -> None:
@@ -52,20 +66,6 @@ def check_example_input(example_input: Any) -> None:
             "example_input must be a tensor, or a tuple for several inputs, but it is a "
             f"{type(example_input).__name__}"
         )
-
-
-def check_sizes(**sizes: Any) -> None:
-    """Raise a ``ValueError`` unless all are integers >= 1."""
-    for name, value in sizes.items():
-        if not is_whole(value) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, but it is {value!r}")
-
-
-def check_weights(**weights: Any) -> None:
-    """Raise a ``ValueError`` unless all are numbers >= 0."""
-    for name, value in weights.items():
-        if not is_number(value) or not value >= 0:
-            raise ValueError(f"{name} must be a number >= 0, but it is {value!r}")
 
 
 def check_count(n: Any) -> None:

@@ -32,7 +32,10 @@ class Classification(Task):
 
     chosen_by = "accuracy"
     model_attributes: tuple[str, ...] = ("classes",)
-    metric_names: tuple[str, ...] = ("accuracy", "loss")
+    objectives = (
+        *("accuracy", "accuracy_best_test_epoch", "accuracy_best_validation_epoch"),
+        *("loss", "loss_best_validation_epoch", "validation_accuracy", "validation_loss"),
+    )
 
     def __init__(
         self,

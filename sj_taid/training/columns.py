@@ -7,6 +7,12 @@ import pandas as pd
 
 from ..model.esvae import PRIORS
 
+#: the metrics of samples that ESVAE has of each prior
+OF_SAMPLES = (
+    *("fad", "fad_published", "fad_published_median", "fid", "inception_score"),
+    *("features", "features_score"),
+)
+
 
 class Column(NamedTuple):
     """The display of a metric or a cost.
@@ -59,10 +65,10 @@ METRICS = {
     "validation_reconstruction": Column("validation reconstruction ↓", 1, 4),
     "validation_fad": Column("validation FAD, own autoencoder ↓", 1, 2),
 }
-# ESVAE is also measured with samples of the prior that it does not draw from by default.
 METRICS |= {
-    f"{name}_{prior}": METRICS[name]._replace(title=f"{METRICS[name].title[:-2]}, {prior} prior ↓")
-    for name in ("fad", "fad_published", "fad_published_median", "fid", "features")
+    f"{name}_{prior}": METRICS[name]._replace(title=f"{title[:-2]}, {prior} prior{title[-2:]}")
+    for name in OF_SAMPLES
+    for title in [METRICS[name].title]
     for prior in PRIORS
 }
 METRICS |= {

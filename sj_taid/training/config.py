@@ -15,6 +15,8 @@ import hydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from .._build import is_below
+
 #: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
 #: plain files of links, the checkout's own.
 CONF = next(str(p / "conf") for p in Path(__file__).parents[1:3] if (p / "conf").is_dir())
@@ -38,11 +40,6 @@ def describe_missing(key: str, known: Iterable[Any]) -> str:
     near = get_close_matches(name, map(str, known), 1)
     remedy = f"did you mean {parent}{dot}{near[0]}?" if near else "--cfg job shows what there is."
     return f"no key {key}; {remedy}"
-
-
-def is_below(key: str, keys: Iterable[str]) -> bool:
-    """Whether a dotted key is one of ``keys`` or below one of them."""
-    return any(f"{key}.".startswith(f"{other}.") for other in keys)
 
 
 def select_overrides(overrides: Iterable[str], ignored: Collection[str] = ()) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .._checks import check_sizes, check_weights, is_whole
+from .._checks import check, check_sizes, check_weights, integer
 
 #: mean hinge loss above which the critic has lost, once its warmup is over
 LOST = 1.95
@@ -66,8 +66,7 @@ class PatchCritic(nn.Module):
         check_weights(share=share, lr=lr)
         if trains not in ("decoder", "all"):
             raise ValueError(f"trains must be decoder or all, but it is {trains!r}")
-        if not is_whole(warmup) or warmup < 0:
-            raise ValueError(f"warmup must be a number of steps from 0, but it is {warmup!r}")
+        check(integer(0), warmup=warmup)
         self.epochs, self.share, self.trains = epochs, share, trains
         self.warmup, self.updates, self.steps = warmup, updates, 0
         self.net = nn.Sequential(

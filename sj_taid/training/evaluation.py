@@ -94,7 +94,7 @@ class Evaluator:
         Args:
             model: a module that has ``sample(n)``; moved to the metrics' device.
             data: the test images to compare with.
-            only: one of the metrics; what the others lack is an error all the same.
+            only: one metric, computed alone. The others are prepared too, for their errors.
 
         Returns:
             The metrics, and under ``protocol`` how each was measured.

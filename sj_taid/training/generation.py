@@ -20,19 +20,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..data import ImageData
 from ..model.block import eval_mode, seeded
 from ..model.esvae import ESVAE, PRIORS
-from ..model.rate import spikes_from_rate
+from ..model.rate import FittedPrior, spikes_from_rate
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
+from .columns import OF_SAMPLES
 from .critic import PatchCritic
 from .evaluation import Evaluator, load_or_make
 from .feature_loss import FeatureLoss
 from .plot import draw_attention, draw_grid, draw_reconstructions
 
 log = logging.getLogger(__name__)
-
-#: metrics of samples; those that belong to them start with the same words
-OF_SAMPLES = ("fad", "fad_published", "fid", "inception_score", "features")
 
 
 class Generation(Autoencoding):
@@ -56,8 +54,9 @@ class Generation(Autoencoding):
     strict_loading = False
 
     model_attributes: tuple[str, ...] = ("training_loss", "sample")
-    metric_names: tuple[str, ...] = (
-        *Autoencoding.metric_names,
+    objectives: tuple[str, ...] = (
+        *Autoencoding.objectives,
+        "validation_fad",
         *OF_SAMPLES,
         *(f"{name}_{prior}" for name in OF_SAMPLES for prior in PRIORS),
     )
@@ -91,6 +90,11 @@ class Generation(Autoencoding):
         if prior_lr_scale < 0:
             raise ValueError(f"task.prior_lr_scale must be >= 0, but it is {prior_lr_scale}")
 
+    @property
+    def fitted_priors(self) -> dict[str, FittedPrior]:
+        """The priors of ESVAE that are fitted after training, by name; other models have none."""
+        return getattr(self.model, "fitted_priors", {})
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = super().parameter_groups()
         prior = [] if self.prior_lr_scale is None else [*self.model.prior.parameters()]
@@ -107,9 +111,8 @@ class Generation(Autoencoding):
                 "task=generation measures its samples, but there is no metric; choose one of "
                 "conf/metric, or task=autoencoding, which draws no samples"
             )
-        if isinstance(self.model, ESVAE):
-            for prior in self.model.fitted_priors.values():
-                prior.check_enough(len(data.train_set))  # now, not after the training
+        for prior in self.fitted_priors.values():
+            prior.check_enough(len(data.train_set))  # now, not after the training
         if self.feature_loss:
             self.feature_loss.prepare(data, evaluator.cache_dir)
         if data.validation_set is not None:  # now, for errors before the training
@@ -117,15 +120,15 @@ class Generation(Autoencoding):
                 validation = data.test_on_validation()
                 _only_fad(evaluator).prepare_metrics(validation, torch.device("cpu"))
         model = self.model
-        with model.draw_from("learned") if isinstance(model, ESVAE) else nullcontext():
+        with model.draw_from("learned") if self.fitted_priors else nullcontext():
             untrained = evaluator.evaluate_samples(model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
     def on_train_start(self) -> None:
         if self.critic:
             self._check_critic(self.critic)
-        if isinstance(self.model, ESVAE) and self._critic_epoch() <= 0:
-            for prior in self.model.fitted_priors.values():
+        if self._critic_epoch() <= 0:
+            for prior in self.fitted_priors.values():
                 prior.clear()  # a resumed run's was fitted to an earlier encoder
 
     def _check_critic(self, critic: PatchCritic) -> None:
@@ -154,7 +157,7 @@ class Generation(Autoencoding):
             model.freeze_latent()
         if epoch == 0:
             self.critic.restart()
-        source = model.fitted_priors.get(model.sample_from) if isinstance(model, ESVAE) else None
+        source = self.fitted_priors.get(getattr(model, "sample_from", ""))
         if source and not source.fitted:
             self.fit_prior(self.trainer.datamodule)  # type: ignore[attr-defined]
 
@@ -184,7 +187,7 @@ class Generation(Autoencoding):
 
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's priors to the training images, not augmented."""
-        if isinstance(self.model, ESVAE):
+        if self.fitted_priors:
             batches = show_progress(data.train_samples(), "Rates of the training images")
             # The seed leaves the random state to a run that resumes with more epochs.
             with seeded(0), warnings.catch_warnings(record=True) as caught:
@@ -197,7 +200,7 @@ class Generation(Autoencoding):
         metrics = evaluator.evaluate_samples(model, data)
         floor = _floor(data, evaluator, metrics["protocol"])
         for name, how in super().evaluate(data, evaluator)["protocol"].items():
-            exact = ", exact spike counts" if isinstance(model, ESVAE) else ""
+            exact = ", exact spike counts" if self.fitted_priors else ""
             metrics["protocol"][name] = how + exact
         if data.validation_set is not None:
             validation = data.test_on_validation()
@@ -205,9 +208,9 @@ class Generation(Autoencoding):
             metrics["validation_fad"] = validated["fad"]
             metrics["protocol"]["validation_fad"] = validated["protocol"]["fad"]
         _add(metrics, floor, "floor", "samples: training images")
-        if isinstance(model, ESVAE):
+        if self.fitted_priors:
             metrics["prior"] = model.sample_from
-            fitted = [name for name, prior in model.fitted_priors.items() if prior.fitted]
+            fitted = [name for name, prior in self.fitted_priors.items() if prior.fitted]
             for prior in ("learned", *fitted):
                 if prior != model.sample_from:
                     with model.draw_from(prior):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from ..model import ESVAE
 from .plot import draw_grid
 from .run import Run
 from .validate import check_values
@@ -30,7 +29,7 @@ def main(cfg: DictConfig) -> None:
             f"{cfg.checkpoint} holds a {type(model).__name__}, which draws nothing; "
             "give a checkpoint of task=generation"
         )
-    if cfg.sample_from and not isinstance(model, ESVAE):
+    if cfg.sample_from and not hasattr(model, "draw_from"):
         raise ValueError(f"sample_from is for model=esvae, but this is a {type(model).__name__}")
     torch.manual_seed(cfg.seed)
     with model.draw_from(cfg.sample_from) if cfg.sample_from else nullcontext():

@@ -38,14 +38,14 @@ class Task(L.LightningModule):
     Attributes:
         takes: the data sets that it can learn from.
         model_attributes: what its model must have.
-        metric_names: what it measures on the test set.
+        objectives: the metrics that ``objective`` can name.
         chosen_by: the metric, higher is better, that chooses the best epoch; None chooses none.
         untrained_metrics: of the model before training, which a checkpoint keeps.
     """
 
     takes: type[Data] = Data
     model_attributes: tuple[str, ...] = ()
-    metric_names: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ()
     chosen_by: str | None = None
     model: Any
 
@@ -69,13 +69,6 @@ class Task(L.LightningModule):
         self.lr_scale = lr_scale
         self.scheduler = scheduler
         self.untrained_metrics: dict[str, float] = {}
-
-    @classmethod
-    def objectives(cls) -> list[str]:
-        """The metrics that ``objective`` can name."""
-        best = ["{}_best_validation_epoch", "{}_best_test_epoch"] if cls.chosen_by else []
-        forms = ["{}", "validation_{}", *best]
-        return [form.format(name) for name in cls.metric_names for form in forms]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())
@@ -135,8 +128,8 @@ class Task(L.LightningModule):
     def measure_untrained(self, data: Any, evaluator: Evaluator | None) -> dict[str, float]:
         """Metrics of the untrained model.
 
-        Every process of a distributed run measures, and so waits for what is made once for the
-        metrics; for each other they would not wait as long.
+        Every process of a distributed run measures: while one makes what is cached, the others wait
+        at its file lock, as in a collective they would hit the time limit.
         """
         return {}
 

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, Timer
 from omegaconf import DictConfig, OmegaConf
 
 from ..calibration import calibrate
-from ..model import ESVAE
 from .allocator import reuse_freed_memory
 from .callbacks import Pictures, RandomNumbers
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_priors
@@ -49,6 +48,8 @@ def main(cfg: DictConfig) -> float | None:
         metrics = train(cfg, run.folder, repeated=list_repeated_overrides(job), **origin)
     if is_first_process():
         log.info("%s", closing_lines(run))
+        if cfg.objective not in metrics:
+            log.warning("This run did not measure its objective, %s.", cfg.objective)
     return metrics.get(cfg.objective)
 
 
@@ -131,8 +132,8 @@ def train(
 
 
 def count_classes(cfg: DictConfig) -> None:
-    """Let the data say how many classes there are, where a classifier was not told."""
-    if cfg.model.get("classes", 0) is None:
+    """Let the data say how many classes there are, where the config does not."""
+    if cfg.dataset.get("classes") is None:
         cfg.dataset.classes = build_part(cfg, "dataset", cfg.trust).classes
 
 
@@ -203,7 +204,7 @@ def finalize_model(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:
         task.load_state_dict(checkpoint["state_dict"])
     task.to(trainer.strategy.root_device)
     task.fit_prior(data)
-    if checkpoint and isinstance(task.model, ESVAE) and is_first_process():
+    if checkpoint and hasattr(task.model, "fitted_priors") and is_first_process():
         save_priors(task.model, checkpoint, run.checkpoint)
 
 

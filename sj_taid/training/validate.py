@@ -2,77 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import find_class
-from .._checks import is_number, is_whole
+from .._checks import FLAG, NUMBER, WEIGHT, Rule, check, integer, is_number
 from .config import CONF, describe_missing
-
-#: what a value must be, in words, and whether it is
-Rule = tuple[str, Callable[[Any], bool]]
-
-
-def _whole(least: int) -> Rule:
-    return f"a whole number from {least}", lambda value: is_whole(value) and value >= least
 
 
 def _or_null(rule: Rule) -> Rule:
     return f"{rule[0]}, or null", lambda value: value is None or rule[1](value)
 
 
-NUMBER: Rule = ("a number", is_number)
 TAU: Rule = ("a number of time steps greater than 1", lambda value: is_number(value) and value > 1)
-NOT_NEGATIVE: Rule = ("a number from 0", lambda value: is_number(value) and value >= 0)
 PROBABILITY: Rule = ("a probability", lambda value: is_number(value) and 0 <= value <= 1)
 RATE: Rule = ("a rate between 0 and 1", lambda value: is_number(value) and 0 < value < 1)
-BOOLEAN: Rule = ("true or false", lambda value: isinstance(value, bool))
 COMPILE: Rule = (
     "true, false or options of torch.compile, such as 'compile={mode: max-autotune}'",
     lambda value: isinstance(value, bool | DictConfig),
 )
 #: values of a config by their keys; what else a class takes is checked by the class
 RULES: dict[str, Rule] = {
-    "seed": _whole(0),
-    "pictures": BOOLEAN,
+    "seed": integer(0),
+    "pictures": FLAG,
     "compile": COMPILE,
-    "model.T": _whole(1),
-    "trainer.max_epochs": _whole(0),
-    "trainer.limit_train_batches": _or_null(NOT_NEGATIVE),
-    "trainer.limit_val_batches": _or_null(NOT_NEGATIVE),
-    "trainer.limit_test_batches": _or_null(NOT_NEGATIVE),
-    "dataset.image_size": _whole(1),
-    "dataset.batch_size": _whole(1),
-    "dataset.num_workers": _whole(0),
-    "dataset.T": _whole(1),
-    "dataset.crop": _or_null(_whole(1)),
-    "dataset.limit": _or_null(_whole(1)),
+    "model.T": integer(1),
+    "trainer.max_epochs": integer(0),
+    "trainer.limit_train_batches": _or_null(WEIGHT),
+    "trainer.limit_val_batches": _or_null(WEIGHT),
+    "trainer.limit_test_batches": _or_null(WEIGHT),
+    "dataset.image_size": integer(1),
+    "dataset.batch_size": integer(1),
+    "dataset.num_workers": integer(0),
+    "dataset.T": integer(1),
+    "dataset.crop": _or_null(integer(1)),
+    "dataset.limit": _or_null(integer(1)),
     "dataset.erase": PROBABILITY,
-    "dataset.mixup": NOT_NEGATIVE,
-    "dataset.seed": _whole(0),
+    "dataset.mixup": WEIGHT,
+    "dataset.seed": integer(0),
     "surrogate.alpha": NUMBER,
     "surrogate.w": NUMBER,
     "surrogate.c": NUMBER,
     "neuron_start.tau": TAU,
-    "neuron_start.decay_input": BOOLEAN,
+    "neuron_start.decay_input": FLAG,
     "neuron_start.v_threshold": NUMBER,
     "neuron_start.v_reset": _or_null(NUMBER),
-    "neuron_start.detach_reset": BOOLEAN,
+    "neuron_start.detach_reset": FLAG,
     "neuron_start.calibrate": _or_null(RATE),
-    "optimizer.lr": NOT_NEGATIVE,
-    "optimizer.weight_decay": NOT_NEGATIVE,
-    "task.lr_scale": _or_null(NOT_NEGATIVE),
-    "metric.samples": _whole(1),
-    "metric.autoencoder.latent_channels": _whole(1),
-    "metric.autoencoder.epochs": _whole(0),
-    "metric.autoencoder.batch_size": _whole(1),
-    "metric.draws": _or_null(_whole(1)),
-    "metric.features": _or_null(BOOLEAN),
-    "n": _whole(1),
-    "columns": _whole(1),
+    "optimizer.lr": WEIGHT,
+    "optimizer.weight_decay": WEIGHT,
+    "task.lr_scale": _or_null(WEIGHT),
+    "metric.samples": integer(1),
+    "metric.autoencoder.latent_channels": integer(1),
+    "metric.autoencoder.epochs": integer(0),
+    "metric.autoencoder.batch_size": integer(1),
+    "metric.draws": _or_null(integer(1)),
+    "metric.features": _or_null(FLAG),
+    "n": integer(1),
+    "columns": integer(1),
 }
 #: keys of a config next to its groups
 KEYS = {"cache_dir", "checkpoint", "compile", "objective", "pictures", "seed", "trust"}
@@ -113,7 +101,7 @@ def validate(cfg: DictConfig) -> None:
             "feature_loss=efficientnet trains on the network that metric.features measures "
             "through; choose feature_loss=classifier, or metric.features=false"
         )
-    objectives = [*task.objectives(), "epochs", "parameters", "training_seconds"]
+    objectives = [*task.objectives, "epochs", "parameters", "training_seconds"]
     if cfg.objective not in objectives:
         known = ", ".join(objectives)
         raise ValueError(f"objective must be one of {known}, but it is {cfg.objective!r}")
@@ -133,7 +121,7 @@ def check_values(cfg: DictConfig) -> None:
         ValueError: a value of another type, or out of its range.
     """
     absent = object()
-    for key, (expected, holds) in RULES.items():
+    for key, rule in RULES.items():
         value = OmegaConf.select(cfg, key, default=absent)
-        if value is not absent and not holds(value):
-            raise ValueError(f"{key} must be {expected}, but it is {value!r}")
+        if value is not absent:
+            check(rule, **{key: value})

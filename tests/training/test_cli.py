@@ -30,13 +30,16 @@ def test_cli_reports_a_typo_before_heavy_imports():
         import sys
         from sj_taid.training.cli import main
         try:
-            main("train")
+            main()
         finally:
             heavy = {"lightning", "torchvision", "matplotlib", "torchmetrics"} & sys.modules.keys()
             print("imported", sorted(heavy))
     """
     done = subprocess.run(
-        [sys.executable, "-c", program, "neuron=alef"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, "train", "neuron=alef"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1 and done.stdout.strip() == "imported []"
     assert "alif" in done.stderr and len(done.stderr.splitlines()) == 1
@@ -72,7 +75,7 @@ def test_cli_usage(sj_taid, capsys):
         ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),
         ("train trust=mypkg.MyLIF", r"trust must be a list of full .* it is 'mypkg\.MyLIF'"),
         ("train trust=0", r"trust must be a list of full .* it is 0"),
-        ("train model.T=0", r"^model\.T must be a whole number from 1, but it is 0"),
+        ("train model.T=0", r"^model\.T must be an integer >= 1, but it is 0"),
         ("train trainer.accelerator=tpuu", "Available names are.* full_key: trainer"),
         ("train optimizer._target_=torch.Foo", "target 'torch.Foo'.* full_key: optimizer"),
         ("train neuron._target_=os.system", r"'os\.system': no public class .*add trust="),
@@ -199,6 +202,11 @@ def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):
     assert metrics["epochs"] == 0 and "seed=3" in metrics["overrides"]
     assert metrics["command"] == shlex.join(["sj-taid", "train", *metrics["overrides"]])
     assert str(tmp_path) not in metrics["command"]
+
+
+def test_train_names_an_objective_that_it_did_not_measure(train, caplog):
+    train("trainer.max_epochs=0", "objective=validation_reconstruction")
+    assert "did not measure its objective, validation_reconstruction" in caplog.text
 
 
 def test_doctor_asks_for_the_commit_when_a_run_starts(monkeypatch):

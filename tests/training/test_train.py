@@ -14,8 +14,15 @@ from sj_taid.data import Digits
 from sj_taid.training import run, sample
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
-from sj_taid.training.train import train
-from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, command, exit_code
+from sj_taid.training.train import count_classes, train
+from tests.training.conftest import (
+    CONF,
+    TINY,
+    TINY_AUTOENCODING,
+    command,
+    exit_code,
+    write_images,
+)
 
 PICTURES = [
     f"{name}.png" for name in ("samples", "reconstructions", "parameters", "attention", "curves")
@@ -58,8 +65,8 @@ def test_train_command_leaves_everything_and_can_be_sampled(tmp_path, cache):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("n=0", "n must be a whole number from 1, but it is 0"),
-        ("columns=x", "columns must be a whole number from 1, but it is 'x'"),
+        ("n=0", "n must be an integer >= 1, but it is 0"),
+        ("columns=x", "columns must be an integer >= 1, but it is 'x'"),
         ("output=.", r"output must name a picture, but \. is a folder"),
     ],
 )
@@ -183,17 +190,27 @@ def test_damaged_checkpoint_is_refused_before_anything_is_written(trained, tiny)
     assert there.metrics == metrics and there.config.trainer.max_epochs == 1
 
 
+def test_count_classes_for_all_that_learn_from_labels(tmp_path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, 1)
+    images = ["dataset=image_folder", f"dataset.root={tmp_path}", "feature_loss=classifier"]
+    cfg = compose("train", images)
+    count_classes(cfg)
+    assert cfg.feature_loss.classes == 2
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("objective=typo", r"objective must be one of reconstruction, .*, but it is 'typo'"),
+        ("objective=validation_fid", "objective must be one of reconstruction, "),
         ("decoder.squeeze=time", r"^decoder\.squeeze must be 'spatial', 'all' or 'pixel'"),
         ("neuron.backend=fpga", "'fpga' is unknown"),
-        ("trainer.max_epochs=abc", "max_epochs must be a whole number from 0, but it is 'abc'"),
+        ("trainer.max_epochs=abc", "max_epochs must be an integer >= 0, but it is 'abc'"),
         ("surrogate=atan surrogate.alpha=abc", r"surrogate\.alpha must be a number"),
-        ("+dataset.crop=0", "crop must be a whole number from 1, or null, but it is 0"),
+        ("+dataset.crop=0", "crop must be an integer >= 1, or null, but it is 0"),
         ("dataset.erase=1.5", r"dataset\.erase must be a probability, but it is 1\.5"),
-        ("optimizer.lr=abc", r"optimizer\.lr must be a number from 0"),
+        ("optimizer.lr=abc", r"optimizer\.lr must be a number >= 0"),
         ("neuron_start.tau=1", r"^neuron_start\.tau must be a number of time steps greater than 1"),
         ("neuron_start.calibrate=7", "calibrate must be a rate between 0 and 1, or null"),
         ("compile=fast", r"compile must be true, false or options of torch\.compile"),
@@ -214,7 +231,7 @@ def test_damaged_checkpoint_is_refused_before_anything_is_written(trained, tiny)
         ("feature_loss=classifier task=classification model=classifier_small", "is for task=gen"),
         ("critic=patch critic.share=-1", r"^critic\.share must be a number >= 0, but it is -1"),
         ("critic=patch critic.trains=none", r"^critic\.trains must be decoder or all"),
-        ("critic=patch critic.warmup=1e6", r"^critic\.warmup must be a number of steps"),
+        ("critic=patch critic.warmup=1e6", r"^critic\.warmup must be an integer >= 0"),
         ("model.chroma_weight=1", r"^chroma_weight=1 is for images of 3(?s:.*)\n\(of .*FSVAE\)$"),
         ("dataset=nmnist", r"dataset=nmnist holds recordings.*task=classification"),
         ("task=generation model=classifier_small", "Classifier lacks training_loss, sample; "),
