@@ -47,6 +47,12 @@ SIZES = {
     },
 }
 
+#: What pytest is given to compare a device's backend with the definition.
+CONFORMANCE = {
+    "cuda": ("-m", "gpu", "tests/ops/alif/test_gpu.py"),
+    "cpu": ("tests/ops/alif/test_norm.py",),
+}
+
 COMPILERS = (
     "NVRTC, the compiler, is known to miscompile or to refuse kernels for compute capability 10.0 "
     "and 12.0 in CUDA 13.1 to 13.3. Where it is one of them, try another and prove again: "
@@ -56,7 +62,6 @@ COMPILERS = (
 
 #: The columns on the page of each CSV that a step writes.
 SHOWN = {
-    "conformance-*.csv": "case outcome difference",
     "neuron.csv": "neuron dtype T N median_ms p20_ms p80_ms share_of_floor plif_implementation",
     "norm.csv": "net variant dtype T saved_mb saved_ratio median_ms p20_ms p80_ms time_ratio",
     "frontier.csv": "net system dtype T peak_mb mb_per_sample median_ms p20_ms p80_ms time_ratio",
@@ -137,15 +142,12 @@ def steps(device: str, folder: Path) -> Iterator[Step]:
     def benchmark(name: str, *more: str) -> tuple[str, ...]:
         return (f"experiments/benchmark/{name}.py", *where, *sizes[name], *more)
 
-    yield Step("doctor", ("-m", "sj_taid.doctor"))
+    yield Step("doctor", ("-m", "sj_taid.doctor"), hint=hint)
     if device == "cuda":
         yield Step("registers", ("-m", "tests.ops.alif.nvrtc"))
-    conformance = ("-m", "tests.ops.alif.conformance", *where)
-    yield Step("kernel", (*conformance, "--tiny"), hint=hint)
     for dtype in ("float32", "float16", "bfloat16"):
-        cases = sizes.get("conformance", ())
-        arguments = (*conformance, "--dtypes", dtype, *cases)
-        yield Step(f"conformance {dtype}", arguments, hint=hint)
+        tests = (*CONFORMANCE[device], "-k", f"pair_of_options and -{dtype}-")
+        yield Step(f"conformance {dtype}", ("-m", "pytest", "-q", *tests), hint=hint)
     yield Step("neuron", benchmark("neuron"))
     for implementation, module in PLIF.items():
         if device == "cuda" and is_installed(module):
@@ -221,18 +223,13 @@ def make_page(machine: str, device: str, results: Sequence[Result], folder: Path
             tail = "\n".join(result.output.splitlines()[-40:])
             parts += [f"## {step.name} failed: {result.error}", f"`{step.command}`", step.hint]
             parts += [f"~~~text\n{tail}\n~~~"]
-        elif step.name in ("doctor", "registers", "kernel"):
+        elif step.arguments[0] == "-m":  # no benchmark
             parts += [f"## {step.name}", f"~~~text\n{result.output}\n~~~"]
     for pattern, names in SHOWN.items():
         for path in sorted(folder.glob(pattern)):
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
             parts.append(f"## {path.stem}")
-            if path.stem.startswith("conformance"):
-                equal = table["outcome"] == "equal"
-                parts.append(f"{equal.sum()} of the {len(table)} cases equal the definition.")
-                table = table[~equal]
-            if len(table):
-                parts.append(markdown(table.reindex(columns=names.split()).fillna("")))
+            parts.append(markdown(table.reindex(columns=names.split()).fillna("")))
     return "\n\n".join(filter(None, parts))
 
 

@@ -44,17 +44,19 @@ def test_self_test_passes_for_every_backend():
 
 
 @pytest.mark.parametrize("outcome", [1.0, RuntimeError("nvrtc: error: invalid value")])
-def test_doctor_reports_other_spikes_than_torchs_and_errors(outcome, monkeypatch, capsys):
+def test_doctor_reports_other_outputs_than_torchs_and_errors(outcome, monkeypatch, capsys):
     def step(x_seq, *_, backend, **__):
         if backend == "cupy" and isinstance(outcome, Exception):
             raise outcome
-        return (torch.full_like(x_seq, outcome if backend == "cupy" else 0.0),)
+        outputs = [torch.zeros_like(x_seq) for _ in range(3)]
+        outputs[2][0, 0, 0] = outcome if backend == "cupy" else 0.0  # one voltage
+        return tuple(outputs)
 
     monkeypatch.setattr(doctor, "alif_multi_step", step)
     monkeypatch.setattr(doctor, "fused_backends", lambda: [("cupy", "cpu")])
     monkeypatch.setattr(doctor.backends, "why_not", {"cupy": ImportError()}.get)
     assert doctor.main([]) == 1
-    said = "RuntimeError: nvrtc: error" if isinstance(outcome, Exception) else "other spikes than"
+    said = "RuntimeError: nvrtc: error" if isinstance(outcome, Exception) else "other outputs than"
     shown = capsys.readouterr().out
     assert f"self test of cupy: FAILED, {said}" in shown
     assert "backend cupy: no; ImportError: no message" in shown

@@ -96,6 +96,8 @@ def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # n
         program, *arguments = step.arguments
         if program == "-m":
             name, *arguments = arguments
+            if name == "pytest":
+                continue
         else:
             assert (prove.ROOT / program).is_file()
             name = Path(program).stem
@@ -113,7 +115,6 @@ def test_steps_time_each_plif_that_is_installed(monkeypatch, tmp_path):
 
 
 TOY = {
-    "conformance": "--cases 1",
     "neuron": "--steps 2 --neurons 64 --repeats 1 --only LIF",
     "norm": "--steps 3 --batch 2 --repeats 1 --dtypes float32 --nets '3 x [conv, norm, neuron]'",
     "frontier": "--nets spiking_vgg11_bn --batch 1 --steps 1 --dtypes float32 --repeats 1",
@@ -129,7 +130,7 @@ def test_prove_on_a_cpu(tmp_path):
     done = subprocess.run(command, cwd=prove.ROOT / "experiments", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = read_page(tmp_path)
-    assert "8 passed, 0 failed, 0 skipped" in page
-    assert "backend numba: works" in page and "bit for bit" in page
-    assert page.count("1 of the 1 cases equal the definition.") == 3
+    assert "7 passed, 0 failed, 0 skipped" in page
+    assert "self test of numba: equal to torch bit for bit" in page
+    assert len(re.findall("[1-9][0-9]* passed, [0-9]+ deselected", page)) == 3
     assert "| SpikingJelly PLIF |" in page and "| ALIF, one operator, bits |" in page

@@ -1,26 +1,16 @@
-"""Comparison of a fused backend with the definition: the cases, and a command.
+"""Comparison of a fused backend with the definition, in float64 on the CPU, over many cases.
 
-    python -m tests.ops.alif.conformance
-
-runs a compact set of cases in which every pair of options' values occurs, and compares outputs,
-final state and every gradient by name with the definition in float64 on the CPU. On a GPU they get
-the kernels of large inputs, and launches are counted, which proves that the kernels answered. Each
-case has a row in ``conformance-<dtype>.csv``. ``--tiny`` runs one small forward instead and
-compares it bit for bit.
+Outputs, final state and every gradient by name are compared, over combinations in which every pair
+of options' values occurs. On a GPU launches are counted, which proves that the kernels answered.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
 import math
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -29,8 +19,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from sj_taid._compat import FUNCTIONAL_STATES
-from sj_taid.functional import alif_multi_step
-from sj_taid.ops import backends, bits
+from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
 from sj_taid.ops.surrogate import DERIVATIVES
 from tests.helpers import HALF, Case, Leaves, differences, results, tensors
@@ -67,7 +56,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "norm": (None, "batch", "fixed"),
     "pack": (False, True),
 }
-#: For minutes, since each case compiles kernels of its own.
+#: For a GPU, on which each case compiles kernels of its own.
 COMPACT = OPTIONS | {
     "T": (1, 4, 17),
     "layout": ("images", "features", "odd"),
@@ -190,108 +179,6 @@ def _compare_launches(launches: Counter[str], expected: Mapping[str, int]) -> li
     return [] if same else [f"launches {dict(launches)}, expected {dict(expected)}"]
 
 
-# ---- the command ----
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cases; 1 if one of them fails."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=backends.PREFERENCE, default=device)
-    parser.add_argument("--tiny", action="store_true", help="one small forward, bit for bit")
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in OPTIONS["dtype"]]
-    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
-    parser.add_argument("--cases", type=int, help="at most so many of each dtype")
-    parser.add_argument("--out", type=Path, default=Path("benchmark-results"), help="a folder")
-    options = parser.parse_args(arguments)
-    (backend,) = backends.PREFERENCE[options.device]
-    backends.resolve(backend, torch.zeros(2, 3, device=options.device), surrogate.ATan())
-    launches: Counter[str] | None = None
-    threads: AbstractContextManager[Any] = nullcontext()
-    if options.device == "cuda":
-        from sj_taid.ops.alif import cuda
-
-        launches, threads = cuda.launches, use_large_kernels(cuda)
-    if options.tiny:
-        found = compare_tiny(backend, options.device, launches)
-        print("\n".join(found) or f"{backend}: equal to the definition, bit for bit")
-        return bool(found)
-    multi_step = partial(alif_multi_step, backend=backend)
-    run = partial(compare, multi_step=multi_step, device=options.device, launches=launches)
-    cases = [make_case(row) for row in pairwise(COMPACT)]
-    failed = 0
-    with threads:
-        for name in options.dtypes:
-            chosen = [case for case in cases if case.dtype == getattr(torch, name)]
-            path = options.out / f"conformance-{name}.csv"
-            failed += write(chosen[: options.cases], run, path)
-    return bool(failed)
-
-
 def use_large_kernels(cuda: Any) -> AbstractContextManager[Any]:
     """Give inputs of any size the kernels of large ones, with several neurons per thread."""
     return mock.patch.object(cuda, "_capacity", lambda device: 0)
-
-
-def write(cases: Sequence[Any], run: Callable[[Any], list[str]], path: Path) -> int:
-    """Write a row after each case; return how many differ from the definition."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["case", "outcome", "difference"])
-        broken = False
-        for case in cases:
-            print(case, end=": ", flush=True)  # first, so that one that never ends is named
-            if broken:
-                outcome, found = "not run", ["the GPU takes no more work of this process"]
-            else:
-                try:
-                    found = run(case)
-                except Exception as error:  # of a kernel, the driver or the compiler
-                    traceback.print_exc()
-                    found = [f"{type(error).__name__}: {error}"]
-                    broken = not _is_usable()
-                outcome = "failed" if found else "equal"
-            failed += outcome != "equal"
-            print(f"{outcome} {'; '.join(found)}", flush=True)
-            rows.writerow([case, outcome, "; ".join(found)])
-            file.flush()
-    print(f"{len(cases) - failed} of {len(cases)} cases equal the definition; wrote {path}")
-    return failed
-
-
-def _is_usable() -> bool:
-    """Whether the GPU still works; after an illegal access it refuses everything."""
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def compare_tiny(backend: str, device: str, launches: Counter[str] | None = None) -> list[str]:
-    """The differences of one small forward from the definition on the CPU, bit for bit.
-
-    With ``w = 0``, so that ``q`` is 1/2 wherever a sigmoid is computed.
-    """
-    x_seq = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    w, v_threshold = torch.zeros(()), torch.ones(())
-    options = Case().options() | {"store_v_seq": True}
-    expected: Any = reference.multi_step(x_seq, 0.0, w, v_threshold, **options)
-    if launches is not None:
-        launches.clear()
-    moved = (x_seq.to(device), 0.0, w.to(device), v_threshold.to(device))
-    outputs: Any = alif_multi_step(*moved, backend=backend, **options)
-    found = []
-    for name, output, want in zip(("spike_seq", "v", "v_seq"), outputs, expected, strict=True):
-        if count := int((output.cpu() != want).sum()):
-            found.append(f"{name}: {count} of {want.numel()} values differ")
-    return found + ([] if launches is None else _compare_launches(launches, {"forward": 1}))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,13 +1,11 @@
-"""The cases in which backends are compared with the definition, and their command."""
+"""The cases in which backends are compared with the definition."""
 
-import csv
 from collections import Counter
 
 import pytest
 import torch
 
 from sj_taid.ops.alif import reference
-from tests.ops.alif import conformance
 from tests.ops.alif.conformance import COMPACT, OPTIONS, compare, make_case, pairwise
 
 ROW = {name: values[0] for name, values in OPTIONS.items()} | {"T": 4}
@@ -59,50 +57,3 @@ def test_compare_names_wrong_bits_and_missing_launches():
         "the bits are not the spikes'",
         f"launches {{}}, expected {expected}",
     ]
-
-
-def rows_of(path):
-    return [*csv.DictReader(path.open(newline=""))]
-
-
-def test_command_writes_a_row_per_case(tmp_path, capsys):
-    pytest.importorskip("numba", reason="needs numba: pip install numba")
-    options = ["--device", "cpu", "--dtypes", "bfloat16", "--cases", "1", "--out", str(tmp_path)]
-    assert conformance.main(options) == 0
-    (row,) = rows_of(tmp_path / "conformance-bfloat16.csv")
-    assert row["outcome"] == "equal" and row["difference"] == "" and "bfloat16" in row["case"]
-    assert conformance.main(["--device", "cpu", "--tiny"]) == 0
-    assert "numba: equal to the definition, bit for bit" in capsys.readouterr().out
-
-
-def test_command_fails_for_a_single_wrong_bit(monkeypatch, capsys):
-    pytest.importorskip("numba", reason="needs numba: pip install numba")
-
-    def multi_step(*arguments, backend, **options):
-        spike_seq, v, v_seq = reference.multi_step(*arguments, **options)
-        v[0] = torch.nextafter(v[0], torch.tensor(9.0))
-        return spike_seq, v, v_seq
-
-    monkeypatch.setattr(conformance, "alif_multi_step", multi_step)
-    assert conformance.main(["--device", "cpu", "--tiny"]) == 1
-    assert "v: 1 of 64 values differ" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("usable", [True, False])
-def test_write_continues_after_an_error_unless_the_gpu_is_broken(
-    tmp_path, monkeypatch, capsys, usable
-):
-    def run(case):
-        if case == "second":
-            raise RuntimeError("an illegal memory access")
-        return []
-
-    monkeypatch.setattr(conformance, "_is_usable", lambda: usable)
-    failed = conformance.write(("first", "second", "third"), run, tmp_path / "rows.csv")
-    outcomes = {row["case"]: row["outcome"] for row in rows_of(tmp_path / "rows.csv")}
-    last = "equal" if usable else "not run"
-    assert outcomes == {"first": "equal", "second": "failed", "third": last}
-    assert failed == (1 if usable else 2)
-    output = capsys.readouterr()
-    assert "second: failed RuntimeError: an illegal memory access" in output.out
-    assert "Traceback" in output.err
