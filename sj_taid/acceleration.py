@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import functional, neuron
@@ -19,25 +19,16 @@ from . import _compat, _graph, _spikes, _sums, convert
 from ._checks import check_example_input, check_net
 from ._forward import PackingForward
 from ._fused_neuron import KINDS, FusedNeuron, restore
-from ._table import table
 from .fusion import fuse_norm, unfuse_norm
 from .ops import backends, surrogate
 from .ops.alif import reference
 from .packing import packed_spikes
+from .report import Row, table_of
 from .tracing import has_hooks
 
-__all__ = ["Acceleration", "Row", "accelerate", "unaccelerate"]
+__all__ = ["Acceleration", "accelerate", "unaccelerate"]
 
 _ALREADY = "on the fused operator already"
-
-
-class Row(NamedTuple):
-    """What was done with a neuron or norm: nothing, if ``done`` is empty."""
-
-    layer: str
-    kind: str
-    done: str
-    note: str
 
 
 def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
@@ -102,7 +93,7 @@ class Acceleration(AbstractContextManager["Acceleration"]):
     """The report of :func:`.accelerate`: ``print`` it. The end of ``with`` calls :meth:`undo`.
 
     Attributes:
-        rows: one :class:`Row` per neuron and norm.
+        rows: a :class:`~sj_taid.report.Row` for each neuron and norm.
         saved_bytes: bytes saved for backward, before and after, if there was an example input.
         step_ms: milliseconds of a training step, before and after, measured in turns.
     """
@@ -128,20 +119,18 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         find: Any = net.get_submodule
         mark = object()
         for site in convert.find_neurons(net, neuron.BaseNode):
-            node, kind, reason = site.node, type(site.node), _why_not(site)
+            node, reason = site.node, _why_not(site)
             note = reason or convert.describe_equality(site)
-            done = "" if reason else "fused operator"
-            rows[site.path] = Row(" = ".join(site.paths), kind.__name__, done, note)
+            rows[site.path] = site.row("" if reason else "fused operator", note)
             if not reason:
-                node.__class__, node._name, node._mark = _ACCELERATED[kind], site.path, mark
+                node.__class__, node._name, node._mark = _ACCELERATED[type(node)], site.path, mark
                 self._undo.append(partial(_restore, node, mark))
                 self._nodes.append(node)
-        for row in fuse_norm(net).rows:
-            name, done = type(find(row.norm)).__name__, f"fused into {row.neuron}"
-            note = row.note or "equal outputs to rounding"
-            rows[row.norm] = Row(row.norm, name, "" if row.note else done, note)
-            if not row.note:
-                self._undo.append(partial(_unfuse, find(row.neuron), find(row.norm).forward))
+        fused = fuse_norm(net)
+        rows |= {row.layer: row for row in fused.rows}
+        readers = {node.norm: node for node in net.modules() if isinstance(node, FusedNeuron)}
+        for norm in (find(row.layer) for row in fused.changed):
+            self._undo.append(partial(_unfuse, readers[norm], norm.forward))
         for norm, reader in _sums.recompute_sums(net).items():
             rows[norm] = rows[norm]._replace(
                 done=f"recomputed for {reader}", note="equal outputs, and its sum is not saved"
@@ -181,8 +170,7 @@ class Acceleration(AbstractContextManager["Acceleration"]):
                 f"saved for backward {old_bytes / 1e6:.3g} -> {new_bytes / 1e6:.3g} MB, "
                 f"step {old:.3g} -> {new:.3g} ms{slower}"
             )
-        rows = [(row.layer or "net", row.kind, row.done or "-", row.note) for row in self.rows]
-        return "\n".join([*lines, table(Row._fields, rows)])
+        return "\n".join([*lines, table_of(self.rows)])
 
 
 def _restore(node: Any, mark: object) -> None:

@@ -16,8 +16,8 @@ from spikingjelly.activation_based import base, functional, neuron
 from torch import Tensor, nn
 
 from ._checks import check_net, is_number
-from ._table import table
 from .monitoring import LayerState, monitor, spikes_of
+from .report import table
 
 __all__ = ["Calibrated", "CalibrationReport", "calibrate"]
 

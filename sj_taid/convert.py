@@ -4,8 +4,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from . import _compat
 from ._checks import check_example_input, check_net
 from ._fused_neuron import FusedNeuron, restore
-from ._table import table
 from .folding import fold_thresholds
 from .neuron import ALIFNode
 from .ops import backends
+from .report import Report, Row, table, table_of
 from .state import name_neurons
 
 #: Its sigmoid is 0, in float64 too: no leak, the IF neuron. Finite, so that averages keep it.
@@ -28,44 +27,6 @@ NO_LEAK_W = -1024.0
 
 #: Beginnings of the names under which torch keeps a module's hooks.
 _HOOKS = ("_forward", "_backward", "_is_full_backward")
-
-
-@dataclass(frozen=True)
-class Swap:
-    """What :func:`.swap_neurons` did with one neuron.
-
-    Attributes:
-        names: every path to it in the net.
-        kind: the class it had.
-        swapped: whether it was replaced.
-        note: how equal the outputs are, or why it was not replaced.
-    """
-
-    names: tuple[str, ...]
-    kind: str
-    swapped: bool
-    note: str
-
-
-@dataclass(frozen=True)
-class SwapReport:
-    """What :func:`.swap_neurons` did, one :class:`Swap` per neuron; ``print`` it for a table."""
-
-    rows: tuple[Swap, ...]
-
-    @property
-    def swapped(self) -> tuple[Swap, ...]:
-        """The neurons that were replaced."""
-        return tuple(row for row in self.rows if row.swapped)
-
-    @property
-    def kept(self) -> tuple[Swap, ...]:
-        """The neurons that were not, with the reason in ``note``."""
-        return tuple(row for row in self.rows if not row.swapped)
-
-    def __str__(self) -> str:
-        head = f"{len(self.swapped)} neurons swapped, {len(self.kept)} kept"
-        return f"{head}\n{_table(self.rows)}" if self.rows else head
 
 
 def swap_neurons(
@@ -78,7 +39,7 @@ def swap_neurons(
     min_v_threshold: float | None = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
     backend: str = backends.AUTO,
-) -> SwapReport:
+) -> Report:
     r"""Replace the LIF, PLIF and IF nodes of ``net`` by :class:`~sj_taid.ALIFNode`, in place.
 
     Each neuron keeps its options, ``training``, device, hooks and voltage, and PLIF its parameter
@@ -116,9 +77,9 @@ def swap_neurons(
 
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
     >>> print(swap_neurons(net))
-    1 neurons swapped, 0 kept
-    name  was      now   note
-    1     LIFNode  ALIF  equal outputs
+    1 neurons swapped, 0 left alone
+    layer  kind     done  note
+    1      LIFNode  ALIF  equal outputs
     """
     check_net(net, "swap_neurons")
     backends.check_name(backend)
@@ -143,11 +104,11 @@ def swap_neurons(
                 raise ValueError(f"the neuron {site.path!r}: {error}") from error
         no_leak = ", w frozen: no leak" if isinstance(site.node, neuron.IFNode) else ""
         note = reason or describe_equality(site) + no_leak
-        rows.append(Swap(site.paths, type(site.node).__name__, reason is None, note))
+        rows.append(site.row("" if reason else "ALIF", note))
     _replace(net, new_of)
     name_neurons(net)
     _compat.forget_reset_cache(net)
-    return SwapReport(tuple(rows))
+    return Report("neurons swapped", tuple(rows))
 
 
 def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False) -> nn.Module:
@@ -194,9 +155,9 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
             new_of[site.node] = _to_lif(site.node)
         else:
             paths = tuple(map(_path_in_net, site.paths))
-            refused.append(Swap(paths, type(site.node).__name__, False, reason))
+            refused.append(site._replace(paths=paths).row("", reason))
     if refused:
-        message = f"LIFNode cannot express {len(refused)} of the neurons:\n{_table(refused)}"
+        message = f"LIFNode cannot express {len(refused)} of the neurons:\n{table_of(refused)}"
         if strict:
             raise ValueError(f"{message}\nstrict=False leaves them as they are")
         warnings.warn(message, stacklevel=2)
@@ -216,6 +177,10 @@ class Site(NamedTuple):
     @property
     def path(self) -> str:
         return self.paths[0]
+
+    def row(self, done: str, note: str) -> Row:
+        """The neuron's row in a report."""
+        return Row(" = ".join(self.paths), type(self.node).__name__, done, note)
 
 
 def need_neurons(net: nn.Module, change: str) -> list[Site]:
@@ -442,10 +407,3 @@ def _count_channels(
     with torch.no_grad():
         trial(*example_input) if isinstance(example_input, tuple) else trial(example_input)
     return seen
-
-
-def _table(rows: Sequence[Swap]) -> str:
-    return table(
-        ("name", "was", "now", "note"),
-        [(" = ".join(r.names), r.kind, "ALIF" if r.swapped else "-", r.note) for r in rows],
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from spikingjelly.activation_based import layer
@@ -13,10 +12,10 @@ from ._checks import check_net
 from ._forward import Forward
 from ._fused_neuron import KINDS, FusedNeuron
 from ._norm_input import PassOn
-from ._table import table
+from .report import Report, Row
 from .tracing import has_hooks, trace
 
-__all__ = ["FuseReport", "FusedNorm", "fuse_norm", "unfuse_norm"]
+__all__ = ["fuse_norm", "unfuse_norm"]
 
 #: The classes that compute torch's batch norm over time and batch.
 KNOWN_NORMS = frozenset(
@@ -31,44 +30,7 @@ KNOWN_NORMS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class FusedNorm:
-    """The result of :func:`.fuse_norm` for one batch norm.
-
-    Attributes:
-        norm: its path in the net.
-        neuron: the path of the neuron that applies it now, or ``""``.
-        note: why it was left alone, or ``""``.
-    """
-
-    norm: str
-    neuron: str
-    note: str
-
-
-@dataclass(frozen=True)
-class FuseReport:
-    """The report of :func:`.fuse_norm`, one :class:`FusedNorm` per norm; ``print`` it."""
-
-    rows: tuple[FusedNorm, ...]
-
-    @property
-    def fused(self) -> tuple[FusedNorm, ...]:
-        """The norms that a neuron applies now."""
-        return tuple(row for row in self.rows if row.neuron)
-
-    @property
-    def kept(self) -> tuple[FusedNorm, ...]:
-        """The norms that were left alone, with the reason in ``note``."""
-        return tuple(row for row in self.rows if not row.neuron)
-
-    def __str__(self) -> str:
-        head = f"{len(self.fused)} norms fused, {len(self.kept)} left alone"
-        rows = [(row.norm, row.neuron or "-", row.note) for row in self.rows]
-        return f"{head}\n{table(('norm', 'neuron', 'note'), rows)}" if rows else head
-
-
-def fuse_norm(net: nn.Module) -> FuseReport:
+def fuse_norm(net: nn.Module) -> Report:
     r"""Let every :class:`~sj_taid.ALIFNode` apply the batch norm before it, in place.
 
     .. math::
@@ -98,8 +60,8 @@ def fuse_norm(net: nn.Module) -> FuseReport:
     ...     module.step_mode = "m"
     >>> print(fuse_norm(net))
     1 norms fused, 0 left alone
-    norm  neuron  note
-    1     2
+    layer  kind         done          note
+    1      BatchNorm2d  fused into 2  equal outputs to rounding
     """
     check_net(net, "fuse_norm")
     paths = {module: path for path, module in net.named_modules()}
@@ -112,8 +74,11 @@ def fuse_norm(net: nn.Module) -> FuseReport:
             note = traced.obstacles[norm]
         if note is None:
             reader.apply_norm(norm)
-        rows.append(FusedNorm(paths[norm], "" if note else paths[reader], note or ""))
-    return FuseReport(tuple(rows))
+        done = "" if note else f"fused into {paths[reader]}"
+        rows.append(
+            Row(paths[norm], type(norm).__name__, done, note or "equal outputs to rounding")
+        )
+    return Report("norms fused", tuple(rows))
 
 
 def unfuse_norm(net: nn.Module) -> None:
@@ -121,7 +86,7 @@ def unfuse_norm(net: nn.Module) -> None:
 
     >>> from sj_taid import ALIFNode
     >>> net = nn.Sequential(layer.BatchNorm2d(4, step_mode="m"), ALIFNode(step_mode="m"))
-    >>> len(fuse_norm(net).fused), unfuse_norm(net), net[1].norm
+    >>> len(fuse_norm(net).changed), unfuse_norm(net), net[1].norm
     (1, None, None)
     """
     check_net(net, "unfuse_norm")

@@ -14,9 +14,9 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ._checks import check_net
-from ._table import table
 from .convert import need_neurons
 from .neuron import ALIFNode
+from .report import table
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ def test_accelerated_net_is_swapped_after_undo_only():
     with accelerate(net):
         assert "unaccelerate(net)" in str(sj_taid.swap_neurons(net))
         assert b"sj_taid" not in pickle.dumps(sj_taid.to_lif(net))
-    assert len(sj_taid.swap_neurons(net).swapped) == 3
+    assert len(sj_taid.swap_neurons(net).changed) == 3
     with sj_taid.packed_spikes(net):
         assert b"sj_taid" not in pickle.dumps(sj_taid.to_lif(net))
 

@@ -101,7 +101,7 @@ def make_fused_net(mode="m"):
     )
     functional.set_step_mode(net, mode)
     if mode == "m":
-        assert len(sj_taid.fuse_norm(net).fused) == 1
+        assert len(sj_taid.fuse_norm(net).changed) == 1
     return net
 
 

@@ -33,7 +33,7 @@ def test_swap_zoo_net_has_equal_outputs_and_trains(name, kind):
 
     report = swap_neurons(net)
 
-    assert len(report.swapped) >= 4 and not report.kept
+    assert len(report.changed) >= 4 and not report.kept
     assert not any(type(module) is kind for module in net.modules())
     assert torch.equal(run(net, x), before_eval)
     after = run(net.train(), x)
@@ -122,7 +122,7 @@ def test_swap_keeps_a_shared_module_one_module():
     (row,) = swap_neurons(net).rows
     assert net["a"][1] is net["b"][0] is net["b"][2] is net["c"][1]
     assert isinstance(net["a"][1], ALIFNode)
-    assert row.names == ("a.1", "b.0", "b.2", "c.1")
+    assert row.layer == "a.1 = b.0 = b.2 = c.1"
 
 
 def test_swapped_neuron_that_still_runs_warns():
@@ -158,12 +158,12 @@ def test_swap_reports_what_it_keeps_with_the_reason():
     nodes = {name: node for name, (node, _) in reasons.items()}
     net = nn.ModuleDict(nodes | {"swapped": neuron.LIFNode()})
     report = swap_neurons(net, filter=lambda path, node: path != "declined")
-    assert [row.names for row in report.swapped] == [("swapped",)]
-    assert {row.names[0] for row in report.kept} == set(reasons)
-    assert all(row.note.startswith(reasons[row.names[0]][1]) for row in report.kept)
+    assert [row.layer for row in report.changed] == ["swapped"]
+    assert {row.layer for row in report.kept} == set(reasons)
+    assert all(row.note.startswith(reasons[row.layer][1]) for row in report.kept)
     assert all(net[name] is node for name, node in nodes.items())
     table = str(report)
-    assert table.startswith(f"1 neurons swapped, {len(reasons)} kept\n")
+    assert table.startswith(f"1 neurons swapped, {len(reasons)} left alone\n")
     assert "declined by filter" in table
     assert "nn.Sequential" in swap_neurons(neuron.LIFNode()).kept[0].note  # it has no parent
 
@@ -260,7 +260,7 @@ class TwoPaths(nn.Module):
 
 def test_swap_reports_channels_that_cannot_be_inferred():
     report = swap_neurons(TwoPaths(), channels="infer", example_input=(torch.rand(4, 3),))
-    assert {row.names[0]: row.note for row in report.kept} == {
+    assert {row.layer: row.note for row in report.kept} == {
         "shared": "example_input gave it 2 numbers of channels, not 1",
         "idle": "example_input gave it 0 numbers of channels, not 1",
     }

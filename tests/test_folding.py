@@ -96,7 +96,7 @@ def test_fold_takes_fused_norms():
     net = nn.Sequential(layer.Conv2d(2, 4, 3), trained_norm(), alif([0.5, 0.25, 0.5, 1.0])).eval()
     functional.set_step_mode(net, "m")
     apart = fold_silently(net)
-    assert sj_taid.fuse_norm(net).fused
+    assert sj_taid.fuse_norm(net).changed
     joined = fold_silently(net)
     assert net[2].norm is net[1]
     assert torch.equal(joined[1].weight, apart[1].weight)

@@ -38,7 +38,7 @@ def pair():
 def fused(net):
     """A copy of the net with its norms fused."""
     other = copy.deepcopy(net)
-    assert sj_taid.fuse_norm(other).fused
+    assert sj_taid.fuse_norm(other).changed
     return other
 
 
@@ -76,7 +76,7 @@ def test_fuse_norm_at_the_end_of_a_container():
     net = nn.Sequential(nn.Sequential(folded), nn.Sequential(alif()))
     expected = gradients(copy.deepcopy(net), images())
     (row,) = sj_taid.fuse_norm(net).rows
-    assert (row.norm, row.neuron) == ("0.0.1", "1.0")
+    assert (row.layer, row.done) == ("0.0.1", "fused into 1.0")
     assert_close(gradients(net, images()), expected)
     assert sj_taid.fuse_norm(net).kept[0].note == "fused already"
 
@@ -226,7 +226,7 @@ def test_fused_norm_with_its_neuron_replaced():
         assert passed_on.flatten(0, 1).shape == (6, 4, 5, 5) and "tensor(" in repr(passed_on)
     assert held.norm is net[0]
     sj_taid.unfuse_norm(net)
-    assert len(sj_taid.fuse_norm(net).fused) == 1 and net(images()).shape == images().shape
+    assert len(sj_taid.fuse_norm(net).changed) == 1 and net(images()).shape == images().shape
 
 
 def test_fused_norm_in_a_slice():
@@ -242,7 +242,7 @@ def test_fused_norm_replaced():
     with straight_error():
         net(images())
     sj_taid.unfuse_norm(net)
-    assert len(sj_taid.fuse_norm(net).fused) == 1 and net(images()).shape == images().shape
+    assert len(sj_taid.fuse_norm(net).changed) == 1 and net(images()).shape == images().shape
 
 
 @pytest.mark.parametrize("by_chance", [False, True])
@@ -258,7 +258,7 @@ def test_fused_norm_left_out_by_a_branch(by_chance):
 
     net = Net()
     torch.manual_seed(0)  # whose first number, 0.4963, applies the norm
-    assert sj_taid.fuse_norm(net).fused
+    assert sj_taid.fuse_norm(net).changed
     net.normalises = False
     with straight_error():
         for _ in range(64):

@@ -420,5 +420,5 @@ def test_packing_with_fused_norms():
         layer.Conv2d(4, 4, 3), layer.BatchNorm2d(4), ALIFNode(surrogate_function=ATAN),
     )  # fmt: skip
     functional.set_step_mode(net, "m")
-    assert len(sj_taid.fuse_norm(net).fused) == 2
+    assert len(sj_taid.fuse_norm(net).changed) == 2
     assert_packing_changes_nothing(net, images())
