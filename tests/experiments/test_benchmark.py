@@ -166,7 +166,7 @@ def test_published_extrapolates_to_all_epochs(measure, monkeypatch, tmp_path):
     monkeypatch.setattr(published, "PUBLISHED", tmp_path / "recipes.csv")
     table = measure(published, "--repeats", "1", "--batch", "3", "--threads", "1")
     assert [*table["recipe"]] == tiny
-    images = 300 * 60_000, 150 * 54_000  # the classifier holds back a tenth for validation
+    images = [300 * 60_000, 150 * 54_000]  # the classifier holds back a tenth for validation
     hours = [*table["ms_per_image"] * images / 3.6e6]
     assert [*table["core_hours"]] == pytest.approx(hours, rel=1e-4)
 

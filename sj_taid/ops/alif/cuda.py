@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import surrogate
 from . import autograd, kernels
 from .kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Grid, Options
 
@@ -27,17 +26,7 @@ cupy.cuda.nvrtc.getVersion()
 #: Launches by "forward", "backward" and "statistics", which prove that a call took this path.
 launches: Counter[str] = Counter()
 
-
-def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
-    """Why these kernels cannot take the call, or ``None``."""
-    if x_seq.device.type != "cuda":
-        return f"the input is on {x_seq.device}, expected on a CUDA device; move it: x.cuda()"
-    if x_seq.dtype not in kernels.SCALARS:
-        return (
-            f"the input is {x_seq.dtype}, expected one of {', '.join(map(str, kernels.SCALARS))}; "
-            "convert it, or use backend='torch'"
-        )
-    return surrogate.unsupported(surrogate_function)
+unsupported = partial(autograd.unsupported, "cuda")
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:

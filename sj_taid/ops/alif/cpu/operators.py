@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import surrogate
 from .. import autograd
 from . import loops, threads
 from .threads import Partition, ask_for_huge_pages, group_size, run
@@ -153,18 +152,7 @@ def _options(call: autograd.Forward | autograd.Backward) -> dict[str, Any]:
     }
 
 
-def unsupported(x_seq: Tensor, surrogate_function: Any) -> str | None:
-    """Why these loops cannot take the call, or ``None``."""
-    if x_seq.device.type != "cpu":
-        return f"the input is on {x_seq.device}, and these loops run on the CPU"
-    if x_seq.dtype not in DTYPES:
-        return (
-            f"the input is {x_seq.dtype}, expected one of {', '.join(map(str, DTYPES))}; "
-            "convert it, or use backend='torch'"
-        )
-    return surrogate.unsupported(surrogate_function)
-
-
+unsupported = partial(autograd.unsupported, "cpu")
 _ENGINE = autograd.register(
     "cpu",
     "CPU",
