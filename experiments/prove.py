@@ -35,12 +35,14 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Options of the steps. On a GPU each of them should take a minute at most.
 SIZES = {
     "cuda": {
-        "neuron": "--dtypes float32 bfloat16 --steps 4 16 --neurons 262144 4194304 --only cupy LIF",
+        "neuron": "--dtypes float32 bfloat16 --steps 4 16 --neurons 262144 4194304 "
+        "--only cupy 'SpikingJelly LIF' PLIF",
         "norm": "--steps 8 --batch 32 --repeats 20",
         "frontier": "--nets sew_resnet18 --steps 8 --batch 32 --neurons PLIF --levels 0 1",
     },
     "cpu": {
-        "neuron": "--steps 4 16 --neurons 4096 65536 --repeats 5 --only numba LIF",
+        "neuron": "--steps 4 16 --neurons 4096 65536 --repeats 5 "
+        "--only numba 'SpikingJelly LIF' PLIF",
         "norm": "--steps 4 --batch 2 --repeats 3 --dtypes float32 "
         "--nets 'norm + neuron' '3 x [conv, norm, neuron]'",
         "frontier": "--nets spiking_vgg11_bn --dtypes float32 --steps 4 --neurons PLIF --repeats 3",
@@ -127,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{results[-1].outcome:8}  {step.name}  {results[-1].error}".rstrip(), flush=True)
         page = make_page(machine, options.device, results, folder)
         (folder / "prove.md").write_text(page, encoding="utf-8")
-    print(f"attach to an issue: {folder / 'prove.md'} and the CSVs beside it")
+    print(f"attach to an issue: {folder / 'prove.md'} and the CSVs next to it")
     return 0 if all(result.outcome == PASSED for result in results) else 1
 
 
@@ -229,7 +231,7 @@ def make_page(machine: str, device: str, results: Sequence[Result], folder: Path
         for path in sorted(folder.glob(pattern)):
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
             parts.append(f"## {path.stem}")
-            parts.append(markdown(table.reindex(columns=names.split()).fillna("")))
+            parts.append(markdown(table.reindex(columns=names.split(), fill_value="")))
     return "\n\n".join(filter(None, parts))
 
 

@@ -35,13 +35,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CPU = torch.device("cpu")
 
 
-def parser(description: str | None, repeats: int = 0) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, repeats: int = 0, device: bool = True
+) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark; ``--repeats`` only where it has a default."""
     new = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    new.add_argument("--device", type=torch.device, default=device)
+    if device:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        new.add_argument("--device", type=torch.device, default=default)
     if repeats:
         new.add_argument("--repeats", type=int, default=repeats, help="timed calls per row")
     new.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -147,6 +150,11 @@ def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:
         table.to_csv(temporary, index=False, float_format="%.6g")
     print(f"wrote {path}")
     return table
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A benchmark's CSV; a commit such as 1843e8655129 is no number."""
+    return pd.read_csv(path, dtype={"commit": str})
 
 
 def command() -> str:

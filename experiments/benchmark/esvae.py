@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import CPU, interleave, parser, training_step, write_csv
+from common import interleave, parser, training_step, write_csv
 
 from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.config import compose
@@ -33,8 +33,7 @@ VARIANTS = {
 
 def main(arguments: Sequence[str] | None = None, extra: Sequence[str] = ()) -> None:
     """``extra`` are overrides for all variants."""
-    options_parser = parser(__doc__, repeats=5)
-    options_parser.set_defaults(device=CPU)
+    options_parser = parser(__doc__, repeats=5, device=False)
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     reuse_freed_memory()

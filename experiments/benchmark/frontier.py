@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from common import DTYPES, conditions, interleave, parser, write_csv
+from common import DTYPES, conditions, interleave, parser, read_csv, write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.compile:
         systems += [system._replace(compiled=True) for system in systems if not system.level]
     path = options.out / "frontier.csv"
-    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    rows = read_csv(path).to_dict("records") if path.exists() else []
     done = {tuple(row[key] for key in KEYS) for row in rows}
     for name, dtype, T in itertools.product(options.nets, options.dtypes, options.steps):
         case = (name, dtype, T, options.batch or NETS[name].batch)
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += measure(case, missing, options)
             write_csv(rows, path)
     if options.picture:
-        draw(pd.read_csv(path), options.picture)
+        draw(read_csv(path), options.picture)
 
 
 def measure(

@@ -15,7 +15,7 @@ forces one, and ``--append`` adds the rows of such a run to the same file.
     python experiments/benchmark/neuron.py --trace calls.jsonl
 
 times the fused calls of your own program instead: each that differs once, with how often it came,
-on random values, beside SpikingJelly's neurons with the same options, after a batch norm where the
+on random values, next to SpikingJelly's neurons with the same options, after a batch norm where the
 call has one. The share of the floor is then of the neuron alone.
 """
 
@@ -28,7 +28,17 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import DTYPES, Fresh, conditions, interleave, milliseconds, neurons, parser, write_csv
+from common import (
+    DTYPES,
+    Fresh,
+    conditions,
+    interleave,
+    milliseconds,
+    neurons,
+    parser,
+    read_csv,
+    write_csv,
+)
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import Tensor, nn
 
@@ -59,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check({TORCH: modules[TORCH]} | timed, device)
     path = options.out / "neuron.csv"
     append = options.append and path.exists()
-    rows = pd.read_csv(path).to_dict("records") if append else []
+    rows = read_csv(path).to_dict("records") if append else []
     for line, count, x_seq, replays in calls:
         print(f"{count} x {line}")
         timings = time_neurons(replays, x_seq, repeats)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import CPU, interleave, parser, training_step, write_csv
+from common import interleave, parser, training_step, write_csv
 from hydra.utils import get_class
 
 from sj_taid.training.allocator import reuse_freed_memory
@@ -23,8 +23,7 @@ PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options_parser = parser(__doc__, repeats=2)
-    options_parser.set_defaults(device=CPU)
+    options_parser = parser(__doc__, repeats=2, device=False)
     options_parser.add_argument("--batch", type=int, default=8, help="images in a step")
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
