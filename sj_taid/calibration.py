@@ -134,7 +134,7 @@ def calibrate(
             f"but it is {rate!r}"
         )
     by_step = run is None and all(getattr(m, "step_mode", "s") == "s" for m in net.modules())
-    run = run or ((lambda x_seq: [net(x) for x in x_seq]) if by_step else net)
+    run = run or (partial(_run_steps, net) if by_step else net)
     run_batch = partial(_run_from_rest, net, partial(run, x_seq))
     paths = {m: path for path, m in net.named_modules() if isinstance(m, neuron.BaseNode)}
     with _restore_states(net), monitor(net) as watch:
@@ -155,12 +155,25 @@ def calibrate(
     )
 
 
+def _run_steps(net: nn.Module, x_seq: Tensor) -> list[Any]:
+    try:
+        return [net(x) for x in x_seq]
+    except Exception as error:
+        error.add_note(f"calibrate ran net(x) for each x of x_seq: {_RUN}")
+        raise
+
+
+_RUN = (
+    "if the net loops over time itself give run=net, otherwise "
+    "run=lambda x_seq: [net(x) for x in x_seq]"
+)
+
+
 def _check_by_step(order: Iterable[nn.Module], steps: int) -> None:
     if min(Counter(order).values(), default=0) > steps:
         raise ValueError(
             "calibrate ran net(x) for each x of x_seq, but every neuron ran more than once in "
-            "each: if the net loops over time itself give run=net, otherwise "
-            "run=lambda x_seq: [net(x) for x in x_seq]"
+            f"each: {_RUN}"
         )
 
 

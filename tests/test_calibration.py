@@ -275,6 +275,9 @@ def test_calibrate_needs_run_for_a_net_that_loops_over_time():
     net, images = Loop(), torch.rand(32, 8)
     with pytest.raises(ValueError, match="loops over time itself give run=net, otherwise run=lam"):
         calibrate(net, images)
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
+        calibrate(net, torch.rand(32, 2, 9))  # as of images, each of which the net cannot take
+    assert "if the net loops over time itself give run=net" in caught.value.__notes__[0]
     assert net.neuron.v_threshold == 7.0
     assert not calibrate(net, images, run=net).missed
     assert net(images).mean().item() == pytest.approx(0.2, rel=0.02)
