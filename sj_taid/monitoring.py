@@ -73,12 +73,10 @@ class Monitor(AbstractContextManager["Monitor"]):
             raise ValueError(
                 f"expected 0 <= dead <= saturated <= 1, but dead={dead}, saturated={saturated}"
             )
-        self._net = net
         self._dead = dead
         self._saturated = saturated
-        sites = need_neurons(net, "watch")
-        self._counts = {site.path: _Count() for site in sites}
-        self._hooks = [site.node.register_forward_hook(self._counts[site.path]) for site in sites]
+        self._counts = {site.path: _Count(site.node) for site in need_neurons(net, "watch")}
+        self._hooks = [count.node.register_forward_hook(count) for count in self._counts.values()]
 
     def clear(self) -> None:
         """Forget the spikes counted so far."""
@@ -106,13 +104,13 @@ class Monitor(AbstractContextManager["Monitor"]):
         _warn("saturated", {p: r for p, r in rates.items() if r > self._saturated}, scale)
         begin = "torch.autograd.detect_anomaly() finds where it began."
         _warn("not finite", {p: r for p, r in rates.items() if math.isnan(r)}, begin)
-        warn_at_bound(dict(self._net.named_modules()))
+        warn_at_bound({path: count.node for path, count in self._counts.items()})
         return states
 
     def layers(self) -> dict[str, LayerState]:
         """The result of :meth:`state`, without a warning."""
         return {
-            path: LayerState(count.rate(), *tau_and_threshold(self._net.get_submodule(path)))
+            path: LayerState(count.rate(), *tau_and_threshold(count.node))
             for path, count in self._counts.items()
         }
 
@@ -130,7 +128,8 @@ class Monitor(AbstractContextManager["Monitor"]):
 class _Count:
     """The forward hook of one neuron, without a :class:`Monitor`, so that copies count apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, node: Any) -> None:
+        self.node = node
         self.clear()
 
     def clear(self) -> None:
@@ -141,6 +140,7 @@ class _Count:
         return float(self.spikes) / self.steps if self.steps else None
 
     def __call__(self, node: Any, inputs: Any, output: Tensor | Sequence[Tensor]) -> None:
+        self.node = node  # another has the hook after swap_neurons
         spikes = spikes_of(output)
         # A neuron whose voltage is NaN fires no spike: NaN and infinity times 0 make the sum NaN.
         v = torch.as_tensor(node.v).detach().sum(dtype=torch.float64)

@@ -100,7 +100,10 @@ def test_monitor_reads_the_neuron_that_took_anothers_place():
     swap_neurons(net)
     net[0].v_threshold.data.fill_(0.5)
     net(torch.tensor([[2.0, 0.0]]))
-    assert watch.state()["0"] == LayerState(firing_rate=0.5, tau=2.0, v_threshold=0.5)
+    expected = LayerState(firing_rate=0.5, tau=2.0, v_threshold=0.5)
+    assert watch.state()["0"] == expected
+    del net[0]
+    assert watch.state()["0"] == expected
 
 
 @pytest.mark.parametrize(
