@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -87,12 +86,16 @@ def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
     module, _, attribute = str(name).rpartition(".")
     roots = ["sj_taid"] if module == "sj_taid" else [r for r in TRUSTED if is_below(module, [r])]
     found, is_custom = None, name in (trust or ())
-    if is_custom or roots:
-        with suppress(ImportError, ValueError):  # a name without a module
+    reason: ImportError | None = None
+    if module and (is_custom or roots):
+        try:
             found = getattr(import_module(module), attribute, None)
+        except ImportError as error:
+            reason = error
     if is_custom:
         if found is None:
-            raise ValueError(f"trust names {name!r}, which cannot be imported")
+            why = reason or f"no {attribute} in {module or 'a module that it names'}"
+            raise ValueError(f"trust names {name!r}, which cannot be imported: {why}") from reason
         return found
     # Defined there: what such a module imports from elsewhere could do anything.
     is_public = isinstance(found, type) and attribute[0] != "_"

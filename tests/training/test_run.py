@@ -104,8 +104,11 @@ def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
     foreign = [*TINY_CLASSIFICATION, "neuron=lif", f"neuron._target_={name}"]
     with pytest.raises(ValueError, match=rf"names '{name}'.*add trust=\[{name}\]"):
         train(tiny(*foreign, tiny=False), tmp_path)
-    with pytest.raises(ValueError, match="trust names 'MyLIF', which cannot be imported"):
-        train(tiny(*foreign, "neuron._target_=MyLIF", "trust=[MyLIF]", tiny=False), tmp_path)
+    for wrong, why in (("MyLIF", "a module that"), ("no_such.MyLIF", "No module named 'no_such'")):
+        with pytest.raises(ValueError, match=f"trust names '{wrong}', which cannot.*{why}"):
+            train(
+                tiny(*foreign, f"neuron._target_={wrong}", f"trust=[{wrong}]", tiny=False), tmp_path
+            )
     assert not list(tmp_path.iterdir())
 
     train(tiny(*foreign, f"trust=[{name}]", tiny=False), tmp_path)
