@@ -103,7 +103,7 @@ def self_test(name: str, device: str) -> tuple[bool, str]:
     expected = fire("torch")
     start = time.perf_counter()
     try:
-        equal = all(map(torch.equal, fire(name), expected))
+        equal = all(torch.equal(*pair) for pair in zip(fire(name), expected, strict=True))
     except Exception as error:  # of a compiler, a driver or a kernel
         return False, f"self test of {name}: FAILED, {type(error).__name__}: {error}"
     seconds = time.perf_counter() - start

@@ -105,6 +105,17 @@ def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # n
             importlib.import_module(name).main(arguments)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", prove.SIZES)
+def test_conformance_steps_find_their_tests(device, tmp_path):
+    steps = [step for step in prove.steps(device, tmp_path) if "pytest" in step.arguments]
+    assert len(steps) == 3
+    for step in steps:
+        command = [sys.executable, *step.arguments, "--collect-only"]
+        done = subprocess.run(command, cwd=prove.ROOT, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout  # 5 where no test is selected
+
+
 def test_steps_time_each_plif_that_is_installed(monkeypatch, tmp_path):
     assert prove.is_installed("torch.nn") and not prove.is_installed("torch_not_there.nn")
     for installed in ([], ["cuda"], ["cuda", "triton"]):
@@ -132,5 +143,5 @@ def test_prove_on_a_cpu(tmp_path):
     page = read_page(tmp_path)
     assert "7 passed, 0 failed, 0 skipped" in page
     assert "self test of numba: equal to torch bit for bit" in page
-    assert len(re.findall("[1-9][0-9]* passed, [0-9]+ deselected", page)) == 3
+    assert len(re.findall("[1-9][0-9]* passed, [0-9]+ deselected", page)) == 3  # in one line each
     assert "| SpikingJelly PLIF |" in page and "| ALIF, one operator, bits |" in page

@@ -10,7 +10,14 @@ from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops.alif import reference
 from tests.helpers import Case, assert_close, assert_equal, results, tensors
-from tests.ops.alif.conformance import COMPACT, compare, make_case, pairwise, use_large_kernels
+from tests.ops.alif.conformance import (
+    COMPACT,
+    OPTIONS,
+    compare,
+    make_case,
+    pairwise,
+    use_large_kernels,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +43,12 @@ def check(case, leaves):
 
 
 @pytest.mark.parametrize("case", [make_case(row) for row in pairwise(COMPACT)], ids=str)
+def test_conforms(cuda, case):
+    """In a minute: what ``make gpu`` runs."""
+    test_every_pair_of_options(cuda, case)
+
+
+@pytest.mark.parametrize("case", [make_case(row) for row in pairwise(OPTIONS)], ids=str)
 def test_every_pair_of_options(cuda, case):
     with use_large_kernels(cuda):
         assert not compare(case, on_gpu, "cuda", cuda.launches)

@@ -25,7 +25,7 @@ from sj_taid.ops.alif import cpu
 from sj_taid.ops.alif.cpu import threads
 
 IMAGES = Case(shape=(6, 3, 5, 2, 3), norm="batch")
-# One surrogate, since numba compiles each anew; test_cpu.py has them all.
+# One surrogate, since numba compiles each again; test_cpu.py has them all.
 SOME = OPTIONS | {"norm": ("batch", "fixed"), "surrogate": ("ATan",)}
 CASES = [make_case(row) for row in pairwise(SOME)]
 SHAPES = [(6, 3, 5), (1, 2, 3, 2), (4, 700, 3), (2, 2, 130, 40), (3, 2, 70, 5, 5)]
