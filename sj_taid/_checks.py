@@ -36,7 +36,7 @@ def are_two_numbers(values: Any) -> bool:
 Rule = tuple[str, Callable[[Any], bool]]
 
 NUMBER: Rule = ("a number", lambda value: is_number(value) and value == value)  # infinite ones too
-WEIGHT: Rule = ("a number >= 0", lambda value: is_number(value) and value >= 0)
+NOT_NEGATIVE: Rule = ("a number >= 0", lambda value: is_number(value) and value >= 0)
 FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
 
 
@@ -56,7 +56,7 @@ def check(rule: Rule, **values: Any) -> None:
 check_numbers = partial(check, NUMBER)
 check_flags = partial(check, FLAG)
 check_sizes = partial(check, integer(1))
-check_weights = partial(check, WEIGHT)
+check_weights = partial(check, NOT_NEGATIVE)
 
 
 def check_example_input(example_input: Any) -> None:

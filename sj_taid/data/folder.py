@@ -74,7 +74,7 @@ class ImageFolder(ImageData):
         self.root = Path(self.root).expanduser()
         if self.test_root is not None:
             self.test_root = Path(self.test_root).expanduser()
-        if self.classes is None and self.root.is_dir():
+        if self.classes is None:
             self.classes = len(_class_names(self.root, "dataset.root")) or None
         super().__post_init__()
 

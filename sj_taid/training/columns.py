@@ -1,5 +1,7 @@
 """Columns of the tables of runs: title, unit and decimals of every metric and cost."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -7,11 +9,10 @@ import pandas as pd
 
 from ..model.esvae import PRIORS
 
+#: distances of samples, each with a precision and a recall
+DISTANCES = ("fad", "fad_published", "fid", "features")
 #: the metrics of samples that ESVAE has of each prior
-OF_SAMPLES = (
-    *("fad", "fad_published", "fad_published_median", "fid", "inception_score"),
-    *("features", "features_score"),
-)
+OF_SAMPLES = (*DISTANCES, "fad_published_median", "inception_score", "features_score")
 
 
 class Column(NamedTuple):
@@ -32,6 +33,10 @@ class Column(NamedTuple):
     @property
     def less_is_better(self) -> bool:
         return self.title.endswith("↓")
+
+    def of(self, what: str) -> Column:
+        """The same column of something else, which its title names before the arrow."""
+        return self._replace(title=f"{self.title[:-2]}, {what}{self.title[-2:]}")
 
     def text(self, values: pd.Series) -> str:
         """Mean ± standard deviation, or "" without a value."""
@@ -66,14 +71,11 @@ METRICS = {
     "validation_fad": Column("validation FAD, own autoencoder ↓", 1, 2),
 }
 METRICS |= {
-    f"{name}_{prior}": METRICS[name]._replace(title=f"{title[:-2]}, {prior} prior{title[-2:]}")
-    for name in OF_SAMPLES
-    for title in [METRICS[name].title]
-    for prior in PRIORS
+    f"{name}_{prior}": METRICS[name].of(f"{prior} prior") for name in OF_SAMPLES for prior in PRIORS
 }
 METRICS |= {
     f"{name}_{key}": Column(f"{key}, {METRICS[name].title[:-2]} ↑", 1, 2)
-    for name in ("fad", "fad_published", "fid", "features")
+    for name in DISTANCES
     for key in ("precision", "recall")
 }
 #: The costs of a run.

@@ -24,7 +24,7 @@ from ..model.rate import FittedPrior, spikes_from_rate
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
-from .columns import OF_SAMPLES
+from .columns import DISTANCES, OF_SAMPLES
 from .critic import PatchCritic
 from .evaluation import Evaluator, load_or_make
 from .feature_loss import FeatureLoss
@@ -59,6 +59,7 @@ class Generation(Autoencoding):
         "validation_fad",
         *OF_SAMPLES,
         *(f"{name}_{prior}" for name in OF_SAMPLES for prior in PRIORS),
+        *(f"{name}_{key}" for name in DISTANCES for key in ("precision", "recall")),
     )
 
     def __init__(

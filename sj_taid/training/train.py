@@ -132,8 +132,9 @@ def train(
 
 
 def count_classes(cfg: DictConfig) -> None:
-    """Let the data say how many classes there are, where the config does not."""
-    if cfg.dataset.get("classes") is None:
+    """Let the data say how many classes there are, where a part has to know and was not told."""
+    parts = (cfg.model, cfg.get("feature_loss") or {})
+    if any(part.get("classes", 0) is None for part in parts):
         cfg.dataset.classes = build_part(cfg, "dataset", cfg.trust).classes
 
 

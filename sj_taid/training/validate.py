@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import find_class
-from .._checks import FLAG, NUMBER, WEIGHT, Rule, check, integer, is_number
+from .._checks import FLAG, NOT_NEGATIVE, NUMBER, Rule, check, integer, is_number
 from .config import CONF, describe_missing
 
 
@@ -29,9 +30,9 @@ RULES: dict[str, Rule] = {
     "compile": COMPILE,
     "model.T": integer(1),
     "trainer.max_epochs": integer(0),
-    "trainer.limit_train_batches": _or_null(WEIGHT),
-    "trainer.limit_val_batches": _or_null(WEIGHT),
-    "trainer.limit_test_batches": _or_null(WEIGHT),
+    "trainer.limit_train_batches": _or_null(NOT_NEGATIVE),
+    "trainer.limit_val_batches": _or_null(NOT_NEGATIVE),
+    "trainer.limit_test_batches": _or_null(NOT_NEGATIVE),
     "dataset.image_size": integer(1),
     "dataset.batch_size": integer(1),
     "dataset.num_workers": integer(0),
@@ -39,7 +40,7 @@ RULES: dict[str, Rule] = {
     "dataset.crop": _or_null(integer(1)),
     "dataset.limit": _or_null(integer(1)),
     "dataset.erase": PROBABILITY,
-    "dataset.mixup": WEIGHT,
+    "dataset.mixup": NOT_NEGATIVE,
     "dataset.seed": integer(0),
     "surrogate.alpha": NUMBER,
     "surrogate.w": NUMBER,
@@ -50,9 +51,9 @@ RULES: dict[str, Rule] = {
     "neuron_start.v_reset": _or_null(NUMBER),
     "neuron_start.detach_reset": FLAG,
     "neuron_start.calibrate": _or_null(RATE),
-    "optimizer.lr": WEIGHT,
-    "optimizer.weight_decay": WEIGHT,
-    "task.lr_scale": _or_null(WEIGHT),
+    "optimizer.lr": NOT_NEGATIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "task.lr_scale": _or_null(NOT_NEGATIVE),
     "metric.samples": integer(1),
     "metric.autoencoder.latent_channels": integer(1),
     "metric.autoencoder.epochs": integer(0),
@@ -103,8 +104,11 @@ def validate(cfg: DictConfig) -> None:
         )
     objectives = [*task.objectives, "epochs", "parameters", "training_seconds"]
     if cfg.objective not in objectives:
-        known = ", ".join(objectives)
-        raise ValueError(f"objective must be one of {known}, but it is {cfg.objective!r}")
+        near = get_close_matches(str(cfg.objective), objectives, 1) or objectives[:1]
+        raise ValueError(
+            f"objective must be a metric of the task, but it is {cfg.objective!r}; did you mean "
+            f"{near[0]}?"
+        )
     callbacks = (cfg.get("callbacks") or {}).values()
     if any("StochasticWeightAveraging" in str(callback._target_) for callback in callbacks):
         raise ValueError(

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
+from sj_taid._build import find_class
 from sj_taid.data import Data, InMemory
 from sj_taid.training import columns, plot, run
 from sj_taid.training.config import compose
@@ -99,6 +100,10 @@ def test_recipe_trains(tiny, random_data, tmp_path, command):
     belongs = re.compile("_(median|range|precision|recall|floor|perfect)")
     named = {name for name in metrics.get("protocol", {}) if not belongs.search(name)}
     assert {cfg.objective, *named} <= columns.METRICS.keys()
+    objectives = find_class(cfg.task._target_).objectives
+    drawn = f"_{metrics.get('prior')}$|_(floor|perfect|median|range)"  # are not asked for by name
+    measured = {*named, *(name for name in metrics if name in columns.METRICS)}
+    assert {name for name in measured if not re.search(drawn, name)} <= {*objectives}
 
 
 def test_image_folder_counts_its_classes_and_names_the_confusion(tiny, tmp_path, monkeypatch):

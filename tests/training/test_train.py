@@ -197,13 +197,18 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
     cfg = compose("train", images)
     count_classes(cfg)
     assert cfg.feature_loss.classes == 2
+    cfg = compose("train", images[:2])  # a generator without one need not know
+    count_classes(cfg)
+    assert cfg.dataset.classes is None
+    with pytest.raises(FileNotFoundError, match=r"no folder at dataset\.root=nowhere"):
+        count_classes(compose("train", [images[0], "dataset.root=nowhere", images[2]]))
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("objective=typo", r"objective must be one of reconstruction, .*, but it is 'typo'"),
-        ("objective=validation_fid", "objective must be one of reconstruction, "),
+        ("objective=fadd", "objective must be a metric of the task, .*'fadd'; did you mean fad?"),
+        ("objective=validation_fid", "objective must be a metric of the task"),
         ("decoder.squeeze=time", r"^decoder\.squeeze must be 'spatial', 'all' or 'pixel'"),
         ("neuron.backend=fpga", "'fpga' is unknown"),
         ("trainer.max_epochs=abc", "max_epochs must be an integer >= 0, but it is 'abc'"),
