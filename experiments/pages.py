@@ -59,7 +59,7 @@ GENERATORS = [
     *("fsvae", "digits_small_cpu", "mnist_small_cpu", "mnist_fsvae_sharp"),
     *("fashion_mnist_fsvae_sharp", "cifar10_fsvae_cpu", "mnist_esvae_cpu"),
     *("fashion_mnist_esvae_cpu", "mnist_esvae_sharp", "fashion_mnist_esvae_sharp"),
-    "cifar10_esvae_cpu",
+    *("mnist_esvae_sharper", "fashion_mnist_esvae_sharper", "cifar10_esvae_cpu"),
 ]
 #: The choices of their runs; those of one experiment differ in decoder and neuron alone
 CHOICES = [
@@ -182,11 +182,16 @@ def best_runs() -> pd.DataFrame:
     return recipe_runs(BEST).query("neuron == 'alif'")
 
 
-def by_dataset(runs: pd.DataFrame, metric: str, ending: str) -> dict[str, str]:
-    """A metric on each data set, the median of a run's draws where it has several."""
+def medians(runs: pd.DataFrame, metric: str, ending: str = "") -> pd.Series:
+    """A metric, the median of a run's draws where it has several."""
     values = runs[f"{metric}{ending}"]
-    medians = runs.get(f"{metric}_median{ending}", values).fillna(values)
-    return {name: METRICS[metric].text(part) for name, part in medians.groupby(runs["dataset"])}
+    return runs.get(f"{metric}_median{ending}", values).fillna(values)
+
+
+def by_dataset(runs: pd.DataFrame, metric: str, ending: str) -> dict[str, str]:
+    """The text of a metric on each data set."""
+    groups = medians(runs, metric, ending).groupby(runs["dataset"])
+    return {name: METRICS[metric].text(part) for name, part in groups}
 
 
 def fad() -> pd.DataFrame:
@@ -234,7 +239,8 @@ def change_rows(choice: str, before: str) -> Iterator[dict[str, str]]:
 def changes(runs: pd.DataFrame, metric: str, choice: str, before: str) -> pd.DataFrame:
     """Changes of a metric in % against runs with ``before``: a column for each other choice."""
     (other,) = {"decoder", "neuron"} - {choice}
-    table = runs.pivot(index=["seed", other], columns=choice, values=metric)
+    values = runs.assign(value=medians(runs, metric))
+    table = values.pivot(index=["seed", other], columns=choice, values="value")
     relative = 100 * (table.div(table[before], axis="index") - 1)
     return relative.drop(columns=before).dropna(axis="columns", how="all")
 
