@@ -71,9 +71,6 @@ def swap_neurons(
         filter: ``filter(path, node)`` says whether to swap the node.
         backend: one of :func:`sj_taid.ops.backends.names`.
 
-    Returns:
-        The report: ``print`` it.
-
     Raises:
         ValueError: no neuron, bad ``channels``, or a value that ALIF cannot take; the net stays.
         TypeError: ``net`` is no module, or ``filter`` no function.
