@@ -34,7 +34,8 @@ def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
 def draw_grid(images: Tensor, path: Path, columns: int) -> None:
     """Draw a grid of images ``[n, C, H, W]`` in [-1, 1], row by row, about 1000 pixels wide."""
     columns = min(columns, len(images))
-    enlarged = F.interpolate(images, scale_factor=max(1, 1000 // (columns * images.shape[-1])))
+    factor = max(1, round(1000 / (columns * images.shape[-1])))
+    enlarged = F.interpolate(images, scale_factor=factor)
     options = {"padding": 4, "normalize": True, "value_range": (-1, 1), "pad_value": 1}
     with atomic_write(path) as temporary:
         save_image(enlarged, temporary, format="png", nrow=columns, **options)
