@@ -159,7 +159,7 @@ def generators() -> pd.DataFrame:
         runs = recipe_runs(recipe)
         for (neuron, decoder), group in runs.groupby(["neuron", "decoder"]):
             counts = "/".join(map(str, sorted(group["epochs"].unique())))
-            for prior, ending in priors.items():
+            for prior, ending in priors.items() if neuron == "alif" else [*priors.items()][:1]:
                 values = by_dataset(group, "fad_published", ending)
                 name = f"{model}, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
                 table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **values}
