@@ -21,7 +21,9 @@ DATA_SETS = {path.stem for path in (CONF / "dataset").glob("*.yaml")} - {"base",
 
 
 @pytest.mark.parametrize("name", sorted(DATA_SETS))
-def test_config_makes_its_data_module(name):
+def test_config_makes_its_data_module(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "images").mkdir(parents=True)  # where image_folder counts classes
     cfg = compose("train", [f"dataset={name}"]).dataset
     module = instantiate(cfg)
     assert module.name == (name if name != "image_folder" else "image_folder_images")  # its root's
