@@ -159,12 +159,14 @@ def generators() -> pd.DataFrame:
         runs = recipe_runs(recipe)
         for (neuron, decoder), group in runs.groupby(["neuron", "decoder"]):
             counts = "/".join(map(str, sorted(group["epochs"].unique())))
-            for prior, ending in priors.items() if neuron == "alif" else [*priors.items()][:1]:
-                values = by_dataset(group, "fad_published", ending)
+            # Of other neurons than ALIF only the first, which samples are drawn from.
+            for prior in priors if neuron == "alif" else [*priors][:1]:
+                values = by_dataset(group, "fad_published", priors[prior])
                 name = f"{model}, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
                 table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **values}
+    best = best_runs()
     for images, ending in BOUNDS.items():
-        values = by_dataset(best_runs(), "fad_published", ending)
+        values = by_dataset(best, "fad_published", ending)
         table.loc[images] = {"source": "this project", "epochs": "", **values}
     table = table.fillna("not measured").loc[[*MODELS, *table.index.difference(MODELS)]]
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS)
@@ -199,7 +201,8 @@ def fad() -> pd.DataFrame:
     model, priors = RECIPES[BEST]
     ours = {f"{model}, ALIF, TAID by pixel, {p} prior": end for p, end in priors.items()} | BOUNDS
     table = generators().set_index("FAD as published ↓").drop(columns=["CIFAR10", "CelebA"])
-    features = {name: by_dataset(best_runs(), "features", end) for name, end in ours.items()}
+    best = best_runs()
+    features = {name: by_dataset(best, "features", ending) for name, ending in ours.items()}
     for position, dataset in enumerate(("mnist", "fashion_mnist"), 2):
         column = pd.Series({name: values[dataset] for name, values in features.items()})
         table.insert(position, f"{DATASETS[dataset]}, EfficientNet ↓", column)
