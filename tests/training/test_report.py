@@ -132,9 +132,11 @@ def test_page_in_a_browser(page, browser):
 
     for summary in tab.locator("summary").all()[1:]:
         summary.tap()
+    height = tab.evaluate("document.documentElement.scrollHeight")
     for plot in tab.locator("[data-figure]").all():
         plot.scroll_into_view_if_needed()
         plot.locator(".main-svg").first.wait_for()
+    assert tab.evaluate("document.documentElement.scrollHeight") == height  # a tap hits what it saw
     assert tab.evaluate("document.documentElement.scrollWidth") == 390  # nothing sticks out
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     assert said == []
