@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .._extras import TRAIN, needs
-from .config import CONF, VERSION, describe_missing
+from .config import CONF, VERSION, describe_missing, select_overrides
 from .run import OVERRIDES
 
 #: commands whose arguments are Hydra's overrides of conf/<command>.yaml
@@ -103,7 +103,8 @@ def format_error(error: Exception) -> str:
     if is_missing:
         cause: Any = error.__cause__
         text = describe_missing(cause.full_key, cause.parent_node)
-        return f"{text} If its class takes it, add {override}" if "." in cause.full_key else text
+        of_a_class = "." in cause.full_key and cause.parent_node
+        return f"{text} If its class takes it, add {override}" if of_a_class else text
     if isinstance(error, CompactHydraException | OmegaConfBaseException):
         return " ".join(str(error).partition("Config search path")[0].split())
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
@@ -131,8 +132,10 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
             "hydra.run.dir=RUN"
         )
     others = [argument for argument in arguments if argument not in resumed]
+    left_out = [argument.removesuffix("=none") for argument in others]
+    repeated = select_overrides(OmegaConf.load(folder / OVERRIDES), left_out)
     quoted = str(folder).replace("'", "\\'")
-    return [*OmegaConf.load(folder / OVERRIDES), f"hydra.run.dir='{quoted}'", *others]
+    return [*repeated, f"hydra.run.dir='{quoted}'", *others]
 
 
 def _parser() -> argparse.ArgumentParser:

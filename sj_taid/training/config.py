@@ -32,11 +32,13 @@ def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> 
         return hydra.compose(config_name, list(overrides), **options)
 
 
-def describe_missing(key: str, known: Iterable[Any]) -> str:
+def describe_missing(key: str, known: Collection[Any]) -> str:
     """The error text for an unknown dotted key, with the nearest of those ``known``."""
-    if options := sorted(path.stem for path in Path(CONF, key).glob("*.yaml")):
-        return f"{key} is not chosen; choose {' or '.join(f'{key}={name}' for name in options)}"
     parent, dot, name = key.rpartition(".")
+    group = key if known else parent  # a group of which nothing is chosen has no keys
+    options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
+    if chosen := [f"{group}={option}" for option in options if option != "none"]:
+        return f"{group} is not chosen; choose {' or '.join(chosen)}"
     near = get_close_matches(name, map(str, known), 1)
     remedy = f"did you mean {parent}{dot}{near[0]}?" if near else "--cfg job shows what there is."
     return f"no key {key}; {remedy}"

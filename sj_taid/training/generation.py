@@ -135,7 +135,7 @@ class Generation(Autoencoding):
     def _check_critic(self, critic: PatchCritic) -> None:
         if self.trainer.world_size > 1:
             raise ValueError(
-                "a critic learns in one process: add trainer.devices=1, or critic=null"
+                "a critic learns in one process: add trainer.devices=1, or critic=none"
             )
         epochs = min(critic.epochs, self.trainer.max_epochs or 1)
         steps = int(self.trainer.num_training_batches) * epochs

@@ -91,6 +91,15 @@ def test_finished_run_resumes_with_a_critic(tiny, tmp_path):
     assert critic_of(tmp_path)["critic._extra_state"]["steps"] == 3
 
 
+def test_run_resumes_without_its_critic(tmp_path, sj_taid):
+    one_step = ["trainer.limit_train_batches=1", "pictures=false", "callbacks=quiet"]
+    command = ["train", *TINY_ESVAE, *one_step, f"hydra.run.dir={tmp_path}"]
+    sj_taid(*command, "critic=patch", "critic.warmup=0", "trainer.max_epochs=1")
+    assert critic_of(tmp_path)
+    sj_taid("train", f"resume={tmp_path}", "critic=none", "trainer.max_epochs=2")
+    assert not critic_of(tmp_path) and Run(tmp_path).metrics["epochs"] == 2
+
+
 def critic_of(folder):
     state = read_checkpoint(Run(folder).checkpoint)["state_dict"]
     return {name: value for name, value in state.items() if name.startswith("critic.")}
