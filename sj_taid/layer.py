@@ -5,7 +5,7 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import check_sizes, is_whole
+from ._checks import check_numbers, check_sizes, is_whole
 
 #: FSVAE's ratio of a step's weight to the next step's
 DECAY = 0.8
@@ -153,29 +153,35 @@ class TAID(_ImageDecoder):
 
 
 class FixedDecoder(_ImageDecoder):
-    r"""The weighting that TAID replaces: :math:`X = \sum_t d^{T-1-t} S[t]`, later steps weigh more.
+    r"""The weighting that TAID replaces: :math:`X = s \sum_t d^{T-1-t} S[t]`.
 
     Args:
         T: number of time steps.
         decay: the factor d per time step, in (0, 1].
+        scale: the factor s of all weights.
 
-    Source: Kamata et al. 2022, arXiv 2110.00375 (the read-out of FSVAE, with d = 0.8).
+    Raises:
+        ValueError: a bad argument; at a call, a wrong rank or another T.
+        TypeError: at a call, an input that is not floating point.
+
+    Source: Kamata et al. 2022, arXiv 2110.00375 (the read-out of FSVAE, with d = 0.8 and s = 1).
 
     >>> FixedDecoder(T=3, decay=0.5)(torch.ones(3, 1, 1))
     tensor([[1.7500]])
     """
 
-    def __init__(self, T: int, decay: float = DECAY) -> None:
+    def __init__(self, T: int, decay: float = DECAY, scale: float = 1.0) -> None:
         super().__init__(T)
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay must be in (0, 1], but it is {decay!r}")
-        self.decay = decay
+        check_numbers(scale=scale)
+        self.decay, self.scale = decay, scale
 
     def attention(self, x_seq: Tensor) -> Tensor:
         """The weights ``[T, 1, 1]``, the same for every input."""
         self._check(x_seq)
         # Computed at each call: a buffer converted to half precision stays rounded in float32.
-        return _decay_weights(self.T, self.decay, x_seq).view(self.T, 1, 1)
+        return self.scale * _decay_weights(self.T, self.decay, x_seq).view(self.T, 1, 1)
 
     def extra_repr(self) -> str:
-        return f"T={self.T}, decay={self.decay}, step_mode=m"
+        return f"T={self.T}, decay={self.decay}, scale={self.scale}, step_mode=m"

@@ -102,6 +102,8 @@ def test_fixed_decoder_weighs_later_steps_more():
     error = (decoder(s) - expected).abs().max()
     assert error <= TOLERANCE[F64]["value"] * expected.abs().max()
     assert not decoder.state_dict() and decoder.attention(s).shape == (5, 1, 1)
+    half = FixedDecoder(5, scale=0.5).double()
+    assert torch.equal(half(s), 0.5 * decoder(s)) and "scale=0.5" in repr(half)
 
 
 @MAKES
@@ -147,6 +149,7 @@ def test_decoders_bad_input(make):
         (TAID, {"reduction": 0}, "reduction must be"),
         (FixedDecoder, {"decay": 0.0}, r"decay must be in \(0, 1\]"),
         (FixedDecoder, {"decay": 1.5}, r"decay must be in \(0, 1\]"),
+        (FixedDecoder, {"scale": None}, "scale must be a number"),
     ],
 )
 def test_decoders_bad_arguments(make, options, message):
