@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
         rows.append(describe_training(run, "model", "decoder", "neuron", "dataset"))
         rows[-1] |= measure(decoder, image_seq, images)
         if rows[-1]["decoder"] != "fixed":
-            title = "{model}, {decoder}, {dataset}, seed {seed}".format(**rows[-1])
+            title = "{model}, {decoder}, {neuron}\n{dataset}, seed {seed}".format(**rows[-1])
             shares[title] = [share(decoder, x_seq) for x_seq in (image_seq, image_seq.flip(0))]
     write_csv(rows, result)
     if options.picture:

@@ -21,8 +21,9 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from .._build import is_below
 from .._extras import TRAIN, needs
-from .config import CONF, VERSION, describe_missing, select_overrides
+from .config import CONF, VERSION, describe_missing
 from .run import OVERRIDES
 
 #: commands whose arguments are Hydra's overrides of conf/<command>.yaml
@@ -103,7 +104,7 @@ def format_error(error: Exception) -> str:
     if is_missing:
         cause: Any = error.__cause__
         text = describe_missing(cause.full_key, cause.parent_node)
-        of_a_class = "." in cause.full_key and cause.parent_node
+        of_a_class = "." in cause.full_key and " is not chosen; " not in text
         return f"{text} If its class takes it, add {override}" if of_a_class else text
     if isinstance(error, CompactHydraException | OmegaConfBaseException):
         return " ".join(str(error).partition("Config search path")[0].split())
@@ -132,8 +133,9 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
             "hydra.run.dir=RUN"
         )
     others = [argument for argument in arguments if argument not in resumed]
-    left_out = [argument.removesuffix("=none") for argument in others]
-    repeated = select_overrides(OmegaConf.load(folder / OVERRIDES), left_out)
+    emptied = [other.removesuffix("=none") for other in others if other.endswith("=none")]
+    saved: Any = OmegaConf.load(folder / OVERRIDES)
+    repeated = [o for o in saved if not is_below(o.partition("=")[0].lstrip("+~"), emptied)]
     quoted = str(folder).replace("'", "\\'")
     return [*repeated, f"hydra.run.dir='{quoted}'", *others]
 

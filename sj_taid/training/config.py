@@ -35,7 +35,7 @@ def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> 
 def describe_missing(key: str, known: Collection[Any]) -> str:
     """The error text for an unknown dotted key, with the nearest of those ``known``."""
     parent, dot, name = key.rpartition(".")
-    group = key if known else parent  # a group of which nothing is chosen has no keys
+    group = parent if not known and Path(CONF, parent, "none.yaml").is_file() else key
     options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
     if chosen := [f"{group}={option}" for option in options if option != "none"]:
         return f"{group} is not chosen; choose {' or '.join(chosen)}"
