@@ -119,7 +119,7 @@ def gains() -> pd.DataFrame:
     """Memory, time and quality before and after, and where each was measured."""
     pairs = norms().query("net == 'norm + neuron'")
     nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 16")
-    decoders = frame(load_runs("fsvae"))[0]
+    decoders = load_frame(["fsvae"], *CHOICES).query("dataset == 'mnist'")
     classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
     one = "ALIF, one operator"
     rows = [
@@ -215,6 +215,19 @@ def decoders() -> pd.DataFrame:
     return pd.DataFrame(rows).rename(columns={"after": "decoder"}).drop(columns="before")
 
 
+def scales() -> pd.DataFrame:
+    """TAID next to the fixed decoder at several scales."""
+    scale = "decoder.scale"
+    runs = load_frame(["fsvae", "digits_small_cpu"], *CHOICES, scale)
+    runs = runs[(runs["neuron"] == "alif") & runs["decoder"].isin(["fixed", "taid"])]
+    runs[scale] = runs[scale].replace("default", "1").mask(runs["decoder"] == "taid", "")
+    groups = runs.groupby(["experiment", "decoder", scale], sort=False)
+    names = ["reconstruction", "fad"]
+    cells = groups.agg({name: METRICS[name].text for name in names})
+    cells.columns = pd.Index([METRICS[name].title for name in names])
+    return cells.assign(runs=groups.size().astype(str)).sort_index().reset_index()
+
+
 def generator_neurons() -> pd.DataFrame:
     """Changes in % by ALIF against LIF and PLIF, over pairs of runs of one decoder and seed."""
     rows = pd.DataFrame(chain(change_rows("neuron", "lif"), change_rows("neuron", "plif")))
@@ -228,7 +241,8 @@ def change_rows(choice: str, before: str) -> Iterator[dict[str, str]]:
         runs = load_frame([experiment], *CHOICES)
         if before not in runs[choice].unique():
             continue
-        metric = "fad_published" if "fad_published" in runs else "fad"
+        measured = runs.dropna(axis="columns")
+        metric = "fad_published" if "fad_published" in measured else "fad"
         error = changes(runs, "reconstruction", choice, before)
         distance = changes(runs, metric, choice, before)
         for after in error:
@@ -383,6 +397,22 @@ def distances() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def losses() -> pd.DataFrame:
+    """The best recipe with and without its losses, on a part of the training images."""
+    titles = {
+        "reconstruction": "reconstruction ↓",
+        "fad_published": "FAD as published ↓",
+        "fad_published_precision": "precision ↑",
+        "fad_published_recall": "recall ↑",
+    }
+    runs = chain(*(load_runs(f"{name}_{BEST}") for name in DATASETS))
+    table = frame([run for run in runs if "dataset.limit" in overrides(run)])[0]
+    table["critic"] = table["critic"].replace("default", "none")
+    groups = table.groupby(["dataset", "critic", "feature_loss"], sort=False)
+    shown = groups.agg({name: METRICS[name].text for name in titles})
+    return shown.rename(columns=titles).reset_index()
+
+
 def recipes() -> str:
     """A table for each experiment, over seeds."""
     sections = []
@@ -527,9 +557,11 @@ def esvae() -> pd.DataFrame:
 
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, fad, decoders, classifiers)},
-    **{table.__name__: table for table in (claims, attention, generator_neurons)},
+    **{table.__name__: table for table in (claims, attention, generator_neurons, scales)},
     **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, colour)},
-    **{table.__name__: table for table in (recipes, papers, models, memory, zoo, distances)},
+    **{
+        table.__name__: table for table in (recipes, papers, models, memory, zoo, distances, losses)
+    },
     **{table.__name__: table for table in (norm, neurons, esvae)},
     "start_map": lambda: start_maps.count_good_starts(start_maps.load_start_map()),
     "runs": every_run,
