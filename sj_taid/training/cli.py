@@ -116,7 +116,10 @@ def format_error(error: Exception) -> str:
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """Replace ``resume=RUN`` by the run's folder and overrides, over which other arguments win."""
+    """Replace ``resume=RUN`` by the run's folder and overrides, over which other arguments win.
+
+    Where one of these is ``GROUP=none``, the run's own overrides of that group are left out.
+    """
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
     if not resumed:
         return [*arguments]
