@@ -125,9 +125,12 @@ class Generation(Autoencoding):
             untrained = evaluator.evaluate_samples(model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
-    def on_train_start(self) -> None:
-        if self.critic:
+    def configure_optimizers(self) -> Any:
+        if self.critic:  # here, since a run's files change as soon as the optimizers are there
             self._check_critic(self.critic)
+        return super().configure_optimizers()
+
+    def on_train_start(self) -> None:
         if self._critic_epoch() <= 0:
             for prior in self.fitted_priors.values():
                 prior.clear()  # a resumed run's was fitted to an earlier encoder
@@ -138,7 +141,9 @@ class Generation(Autoencoding):
                 "a critic learns in one process: add trainer.devices=1, or critic=none"
             )
         epochs = min(critic.epochs, self.trainer.max_epochs or 1)
-        steps = int(self.trainer.num_training_batches) * epochs
+        batches = len(self.trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        limit = self.trainer.limit_train_batches
+        steps = epochs * (min(batches, limit) if isinstance(limit, int) else int(limit * batches))
         if critic.warmup >= steps:
             raise ValueError(
                 f"critic.warmup={critic.warmup} steps leave none of the {steps} of the critic's "

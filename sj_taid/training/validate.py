@@ -96,6 +96,9 @@ def validate(cfg: DictConfig) -> None:
             raise ValueError(
                 f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
             )
+    for part in ("critic", "feature_loss"):
+        if cfg.get(part) and "_target_" not in cfg[part]:
+            raise ValueError(describe_missing(part, cfg))
     loss = str(OmegaConf.select(cfg, "feature_loss._target_"))
     if loss.endswith("EfficientNetLoss") and OmegaConf.select(cfg, "metric.features"):
         raise ValueError(

@@ -99,6 +99,12 @@ def test_run_resumes_without_its_critic(tmp_path, sj_taid):
     sj_taid("train", f"resume={tmp_path}", "critic=none", "trainer.max_epochs=2")
     assert not critic_of(tmp_path) and Run(tmp_path).metrics["epochs"] == 2
 
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    with pytest.raises(SystemExit, match=r"warmup=300 steps leave none"):
+        sj_taid("train", f"resume={tmp_path}", "critic=patch", "trainer.max_epochs=3")
+    after = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    assert {path.name for path in before if before[path] != after.get(path)} <= {"train.log"}
+
 
 def critic_of(folder):
     state = read_checkpoint(Run(folder).checkpoint)["state_dict"]
@@ -123,4 +129,4 @@ def test_critic_needs_one_process(monkeypatch):
     monkeypatch.setattr(Generation, "trainer", SimpleNamespace(world_size=2))
     task = Generation(ESVAE(**SMALL), ADAM, critic=PatchCritic(1))
     with pytest.raises(ValueError, match=r"a critic learns in one process: add trainer\.devices=1"):
-        task.on_train_start()
+        task.configure_optimizers()

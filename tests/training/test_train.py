@@ -234,6 +234,7 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
         ("feature_loss=classifier dataset.classes=null", "learns from labels, but dataset"),
         ("feature_loss=efficientnet metric.features=true", "the network that metric.features mea"),
         ("feature_loss=classifier task=classification model=classifier_small", "is for task=gen"),
+        ("++critic.warmup=1", r"^critic is not chosen; choose critic=patch$"),
         ("critic=patch critic.share=-1", r"^critic\.share must be a number >= 0, but it is -1"),
         ("critic=patch critic.trains=none", r"^critic\.trains must be decoder or all"),
         ("critic=patch critic.warmup=1e6", r"^critic\.warmup must be an integer >= 0"),
