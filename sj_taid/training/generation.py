@@ -125,10 +125,10 @@ class Generation(Autoencoding):
             untrained = evaluator.evaluate_samples(model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
-    def configure_optimizers(self) -> Any:
-        if self.critic:  # here, since a run's files change as soon as the optimizers are there
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.critic:  # before the run's files change
             self._check_critic(self.critic)
-        return super().configure_optimizers()
 
     def on_train_start(self) -> None:
         if self._critic_epoch() <= 0:

@@ -126,7 +126,7 @@ def test_critic_needs_a_model_with_a_latent():
 
 
 def test_critic_needs_one_process(monkeypatch):
-    monkeypatch.setattr(Generation, "trainer", SimpleNamespace(world_size=2))
+    monkeypatch.setattr(Generation, "trainer", SimpleNamespace(world_size=2, precision="32-true"))
     task = Generation(ESVAE(**SMALL), ADAM, critic=PatchCritic(1))
     with pytest.raises(ValueError, match=r"a critic learns in one process: add trainer\.devices=1"):
-        task.configure_optimizers()
+        task.setup("fit")
