@@ -23,7 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .._build import is_below
 from .._extras import TRAIN, needs
-from .config import CONF, VERSION, describe_missing
+from .config import CONF, VERSION, describe_missing, override_key
 from .run import OVERRIDES
 
 #: commands whose arguments are Hydra's overrides of conf/<command>.yaml
@@ -103,9 +103,7 @@ def format_error(error: Exception) -> str:
     _, is_missing, override = str(error).partition("To append to your config use ")
     if is_missing:
         cause: Any = error.__cause__
-        text = describe_missing(cause.full_key, cause.parent_node)
-        of_a_class = "." in cause.full_key and " is not chosen; " not in text
-        return f"{text} If its class takes it, add {override}" if of_a_class else text
+        return describe_missing(cause.full_key, cause.parent_node, override)
     if isinstance(error, CompactHydraException | OmegaConfBaseException):
         return " ".join(str(error).partition("Config search path")[0].split())
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
@@ -138,7 +136,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     others = [argument for argument in arguments if argument not in resumed]
     emptied = [other.removesuffix("=none") for other in others if other.endswith("=none")]
     saved: Any = OmegaConf.load(folder / OVERRIDES)
-    repeated = [o for o in saved if not is_below(o.partition("=")[0].lstrip("+~"), emptied)]
+    repeated = [o for o in saved if not is_below(override_key(o), emptied)]
     quoted = str(folder).replace("'", "\\'")
     return [*repeated, f"hydra.run.dir='{quoted}'", *others]
 

@@ -32,8 +32,11 @@ def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> 
         return hydra.compose(config_name, list(overrides), **options)
 
 
-def describe_missing(key: str, known: Collection[Any]) -> str:
-    """The error text for an unknown dotted key, with the nearest of those ``known``."""
+def describe_missing(key: str, known: Collection[Any], override: str = "") -> str:
+    """The error text for an unknown dotted key, with the nearest of those ``known``.
+
+    ``override`` would add the key.
+    """
     parent, dot, name = key.rpartition(".")
     group = parent if not known and Path(CONF, parent, "none.yaml").is_file() else key
     options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
@@ -41,7 +44,14 @@ def describe_missing(key: str, known: Collection[Any]) -> str:
         return f"{group} is not chosen; choose {' or '.join(chosen)}"
     near = get_close_matches(name, map(str, known), 1)
     remedy = f"did you mean {parent}{dot}{near[0]}?" if near else "--cfg job shows what there is."
+    if override and dot:
+        remedy += f" If its class takes it, add {override}"
     return f"no key {key}; {remedy}"
+
+
+def override_key(override: str) -> str:
+    """The key of an override, as ``logger`` of ``~logger``."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 def select_overrides(overrides: Iterable[str], ignored: Collection[str] = ()) -> list[str]:
@@ -51,7 +61,7 @@ def select_overrides(overrides: Iterable[str], ignored: Collection[str] = ()) ->
         overrides: as on the command line.
         ignored: keys that are left out, with all below them, and whole overrides.
     """
-    last = {text.partition("=")[0].lstrip("+~"): text for text in overrides}
+    last = {override_key(text): text for text in overrides}
     return [
         text
         for key, text in last.items()
