@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import start_maps
@@ -113,6 +114,12 @@ def load_frame(names: Sequence[str], *keys: str) -> pd.DataFrame:
     """The runs of experiments with no choice on the command line beyond ``keys`` and the seed."""
     runs, known = chain(*map(load_runs, names)), {"experiment", "seed", *keys}
     return frame([run for run in runs if overrides(run).keys() <= known])[0]
+
+
+def over_seeds(groups: Any, names: Sequence[str]) -> pd.DataFrame:
+    """Mean and spread of metrics in each group of runs, under their titles."""
+    table = groups.agg({name: METRICS[name].text for name in names})
+    return table.rename(columns={name: METRICS[name].title for name in names})
 
 
 def gains() -> pd.DataFrame:
@@ -221,11 +228,9 @@ def scales() -> pd.DataFrame:
     runs = load_frame(["fsvae", "digits_small_cpu"], *CHOICES, scale)
     runs = runs[(runs["neuron"] == "alif") & runs["decoder"].isin(["fixed", "taid"])]
     runs[scale] = runs[scale].replace("default", "1").mask(runs["decoder"] == "taid", "")
-    groups = runs.groupby(["experiment", "decoder", scale], sort=False)
-    names = ["reconstruction", "fad"]
-    cells = groups.agg({name: METRICS[name].text for name in names})
-    cells.columns = pd.Index([METRICS[name].title for name in names])
-    return cells.assign(runs=groups.size().astype(str)).sort_index().reset_index()
+    groups = runs.groupby(["experiment", "decoder", scale])
+    table = over_seeds(groups, ["reconstruction", "fad"])
+    return table.assign(runs=groups.size().astype(str)).reset_index()
 
 
 def generator_neurons() -> pd.DataFrame:
@@ -399,18 +404,11 @@ def distances() -> pd.DataFrame:
 
 def losses() -> pd.DataFrame:
     """The best recipe with and without its losses, on a part of the training images."""
-    titles = {
-        "reconstruction": "reconstruction ↓",
-        "fad_published": "FAD as published ↓",
-        "fad_published_precision": "precision ↑",
-        "fad_published_recall": "recall ↑",
-    }
     runs = chain(*(load_runs(f"{name}_{BEST}") for name in DATASETS))
     table = frame([run for run in runs if "dataset.limit" in overrides(run)])[0]
     table["critic"] = table["critic"].replace("default", "none")
-    groups = table.groupby(["dataset", "critic", "feature_loss"], sort=False)
-    shown = groups.agg({name: METRICS[name].text for name in titles})
-    return shown.rename(columns=titles).reset_index()
+    names = ["reconstruction", *(f"fad_published{end}" for end in ("", "_precision", "_recall"))]
+    return over_seeds(table.groupby(["dataset", "critic", "feature_loss"]), names).reset_index()
 
 
 def recipes() -> str:
@@ -559,10 +557,8 @@ TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, fad, decoders, classifiers)},
     **{table.__name__: table for table in (claims, attention, generator_neurons, scales)},
     **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, colour)},
-    **{
-        table.__name__: table for table in (recipes, papers, models, memory, zoo, distances, losses)
-    },
-    **{table.__name__: table for table in (norm, neurons, esvae)},
+    **{table.__name__: table for table in (recipes, papers, models, memory, zoo, distances)},
+    **{table.__name__: table for table in (norm, neurons, esvae, losses)},
     "start_map": lambda: start_maps.count_good_starts(start_maps.load_start_map()),
     "runs": every_run,
 }
