@@ -136,7 +136,7 @@ def test_page_in_a_browser(page, browser):
     for plot in tab.locator("[data-figure]").all():
         plot.scroll_into_view_if_needed()
         plot.locator(".main-svg").first.wait_for()
-    assert tab.evaluate("document.documentElement.scrollHeight") == height  # a tap hits what it saw
+    assert tab.evaluate("document.documentElement.scrollHeight") == height  # drawing moves nothing
     assert tab.evaluate("document.documentElement.scrollWidth") == 390  # nothing sticks out
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     assert said == []
