@@ -385,21 +385,26 @@ def attention() -> pd.DataFrame:
 def distances() -> pd.DataFrame:
     """Where the distance of the best recipe's samples comes from."""
     rows, priors = [], RECIPES[BEST][1].items()
-    titles = {
-        "fad_published": ("FAD as published", ""),
-        "features": ("EfficientNet", ", EfficientNet"),
-    }
     images_of = BOUNDS | {f"samples of the {prior} prior": ending for prior, ending in priors}
     for dataset, runs in best_runs().groupby("dataset", sort=False):
         for images, ending in images_of.items():
             row = {"data": DATASETS[dataset], "images": images}
-            for distance, (title, of_it) in titles.items():
-                row[f"{title} ↓"] = by_dataset(runs, distance, ending)[dataset]
-                for key in ("precision", "recall"):
-                    name = f"{distance}_{key}"
-                    row[f"{key}{of_it} ↑"] = METRICS[name].text(runs[f"{name}{ending}"])
-            rows.append(row)
+            rows.append(row | both_distances(runs, ending))
     return pd.DataFrame(rows)
+
+
+def both_distances(runs: pd.DataFrame, ending: str = "") -> dict[str, str]:
+    """The distances of samples as published and by EfficientNet, with precision and recall."""
+    row = {}
+    for distance, title, of_it in (
+        ("fad_published", "FAD as published", ""),
+        ("features", "EfficientNet", ", EfficientNet"),
+    ):
+        row[f"{title} ↓"] = METRICS[distance].text(medians(runs, distance, ending))
+        for key in ("precision", "recall"):
+            name = f"{distance}_{key}"
+            row[f"{key}{of_it} ↑"] = METRICS[name].text(runs[f"{name}{ending}"])
+    return row
 
 
 def losses() -> pd.DataFrame:
@@ -407,8 +412,12 @@ def losses() -> pd.DataFrame:
     runs = chain(*(load_runs(f"{name}_{BEST}") for name in DATASETS))
     table = frame([run for run in runs if "dataset.limit" in overrides(run)])[0]
     table["critic"] = table["critic"].replace("default", "none")
-    names = ["reconstruction", *(f"fad_published{end}" for end in ("", "_precision", "_recall"))]
-    return over_seeds(table.groupby(["dataset", "critic", "feature_loss"]), names).reset_index()
+    rows = []
+    for (dataset, critic, loss), group in table.groupby(["dataset", "critic", "feature_loss"]):
+        row = {"data": DATASETS[dataset], "critic": critic, "feature_loss": loss}
+        row["reconstruction ↓"] = METRICS["reconstruction"].text(group["reconstruction"])
+        rows.append(row | both_distances(group))
+    return pd.DataFrame(rows)
 
 
 def recipes() -> str:
