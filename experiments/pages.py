@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 import start_maps
-from store import RESULTS, load_all_runs, load_runs, load_study, sort_key, store
+from store import FOLDERS, RESULTS, load_all_runs, load_runs, load_study, sort_key, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.columns import COLUMNS, METRICS, Column, format_metrics
@@ -365,8 +365,7 @@ def colour() -> pd.DataFrame:
 
 def attention() -> pd.DataFrame:
     """Reconstruction errors with the weights of image decoders changed."""
-    rows = pd.read_csv(RESULTS / "attention.csv")
-    rows["dataset"] = rows["dataset"].replace("image_folder", "CIFAR10")  # whose images they are
+    rows = pd.read_csv(RESULTS / "attention.csv").replace({"dataset": FOLDERS})
     rows["differs"] *= 100
     columns = {
         "sum": Column("sum of weights", 1, 2),

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from store import RESULTS, load_study, sort_key
+from store import FOLDERS, RESULTS, load_study, sort_key
 
 from sj_taid.training.columns import METRICS
 from sj_taid.training.plot import save
@@ -18,7 +18,7 @@ NEAR_BEST = 2.0
 
 def load_start_map(results: Path = RESULTS) -> pd.DataFrame:
     """The runs, with neurons in the order of ``NEURONS``."""
-    table = load_study("start_map", results)
+    table = load_study("start_map", results).replace({"dataset": FOLDERS})
     return table.assign(neuron=pd.Categorical(table["neuron"], NEURONS, ordered=True))
 
 

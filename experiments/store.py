@@ -15,6 +15,8 @@ from sj_taid.training.gather import Metrics, overrides
 from sj_taid.training.run import Run, read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+#: What the folders of images in results/ hold
+FOLDERS = {"image_folder": "cifar10"}  # as JPEG
 #: The experiments of so many runs that each run is a row of a CSV, and the choices in a row.
 STUDIES = ("start_map", "lr_scale")
 STUDIED = [
