@@ -67,6 +67,11 @@ CHOICES = [
     *("decoder", "neuron", "dataset", "dataset.batch_size", "dataset.image_size"),
     *("dataset.num_workers", "trainer.max_epochs", "trainer.precision"),
 ]
+#: The choices of the runs with and without losses
+LOSSES = [
+    *("dataset.limit", "trainer.max_epochs", "trainer.precision", "metric.draws"),
+    *("metric.features", "feature_loss", "critic", "critic.warmup"),
+]
 #: The paper's comparisons: its metrics, and the experiment that repeats it in small
 GENERATED = ("fad_published", "fid_published", "inception_score_published")
 CLAIMS = {
@@ -100,8 +105,9 @@ def fill(page: Path) -> str:
 
     def make(found: re.Match[str]) -> str:
         table = TABLES[found[2]]()
-        content = table if isinstance(table, str) else markdown(table)
-        return f"{found[1]}\n{content}\n{found[3]}"
+        if isinstance(table, pd.DataFrame):
+            table = markdown(table.replace({"dataset": DATASETS}))
+        return f"{found[1]}\n{table}\n{found[3]}"
 
     pattern = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(make, page.read_text(encoding="utf-8"))
@@ -387,7 +393,7 @@ def distances() -> pd.DataFrame:
     images_of = BOUNDS | {f"samples of the {prior} prior": ending for prior, ending in priors}
     for dataset, runs in best_runs().groupby("dataset", sort=False):
         for images, ending in images_of.items():
-            row = {"data": DATASETS[dataset], "images": images}
+            row = {"dataset": dataset, "images": images}
             rows.append(row | both_distances(runs, ending))
     return pd.DataFrame(rows)
 
@@ -408,12 +414,11 @@ def both_distances(runs: pd.DataFrame, ending: str = "") -> dict[str, str]:
 
 def losses() -> pd.DataFrame:
     """The best recipe with and without its losses, on a part of the training images."""
-    runs = chain(*(load_runs(f"{name}_{BEST}") for name in DATASETS))
-    table = frame([run for run in runs if "dataset.limit" in overrides(run)])[0]
-    table["critic"] = table["critic"].replace("default", "none")
+    runs = load_frame([f"{name}_{BEST}" for name in DATASETS], *LOSSES)
+    table = runs[runs["dataset.limit"] != "default"].replace({"critic": {"default": "none"}})
     rows = []
     for (dataset, critic, loss), group in table.groupby(["dataset", "critic", "feature_loss"]):
-        row = {"data": DATASETS[dataset], "critic": critic, "feature_loss": loss}
+        row = {"dataset": dataset, "critic": critic, "feature_loss": loss}
         row["reconstruction ↓"] = METRICS["reconstruction"].text(group["reconstruction"])
         rows.append(row | both_distances(group))
     return pd.DataFrame(rows)
