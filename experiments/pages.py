@@ -248,8 +248,7 @@ def generator_neurons() -> pd.DataFrame:
 
 def change_rows(choice: str, before: str) -> Iterator[dict[str, str]]:
     """The generators' changes in % against those with ``before``, a row for each other choice."""
-    for experiment in GENERATORS:
-        runs = load_frame([experiment], *CHOICES)
+    for name, runs in chain(*map(by_length, GENERATORS)):
         if before not in runs[choice].unique():
             continue
         measured = runs.dropna(axis="columns")
@@ -257,11 +256,18 @@ def change_rows(choice: str, before: str) -> Iterator[dict[str, str]]:
         error = changes(runs, "reconstruction", choice, before)
         distance = changes(runs, metric, choice, before)
         for after in error:
-            row = {"experiment": f"`{experiment}`", "before": f"`{before}`", "after": f"`{after}`"}
+            row = {"experiment": name, "before": f"`{before}`", "after": f"`{after}`"}
             row |= {"reconstruction, %": signed(error[after], 1)}
             row |= {"FAD, %": signed(distance[after], 1)}
             row["FAD through"] = "own autoencoder" if metric == "fad" else "the papers' autoencoder"
             yield row | {"pairs": str(error[after].count())}
+
+
+def by_length(experiment: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The runs of an experiment with generators, those of each number of epochs under a name."""
+    lengths = load_frame([experiment], *CHOICES).groupby("epochs")
+    for epochs, runs in lengths:
+        yield f"`{experiment}`" + f", {epochs} epochs" * (len(lengths) > 1), runs
 
 
 def changes(runs: pd.DataFrame, metric: str, choice: str, before: str) -> pd.DataFrame:
