@@ -2,7 +2,7 @@
 
     python experiments/benchmark/attention.py RUN ... [--picture FILE]
 
-writes ``results/attention.csv``, a row per run of a generator, on reconstructions of test images:
+adds to ``results/attention.csv`` a row per run of a generator, on reconstructions of test images:
 
 - ``sum`` of an image's weights; ``differs``: the share of power of the decoder's input that is
   not the same at all steps;
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe_training, load_images, write_csv
+from common import describe_training, load_images, read_csv, write_csv
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
         if rows[-1]["decoder"] != "fixed":
             title = "{model}, {decoder}, {neuron}\n{dataset}, seed {seed}".format(**rows[-1])
             shares[title] = [share(decoder, x_seq) for x_seq in (image_seq, image_seq.flip(0))]
-    write_csv(rows, result)
+    new = {row["trained_by"] for row in rows}
+    before = read_csv(result).to_dict("records") if result.is_file() else []
+    write_csv([*(row for row in before if row["trained_by"] not in new), *rows], result)
     if options.picture:
         draw(shares, options.picture)
 
