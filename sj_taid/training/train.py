@@ -88,12 +88,6 @@ def train(
     evaluator = build_evaluator(cfg)
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     data = build_data(cfg, cfg.trust)
-    if checkpoint is None:
-        calibrate_thresholds(cfg, task, data)
-        task.untrained_metrics = task.measure_untrained(data, evaluator)
-    if cfg.compile:
-        compile_model(task.model, cfg.compile)
-
     pictures, timer = Pictures(folder, cfg.pictures), Timer()  # a checkpoint keeps the seconds
     trainer = build_trainer(
         cfg,
@@ -107,6 +101,11 @@ def train(
             *callbacks,
         ],
     )
+    if checkpoint is None:
+        calibrate_thresholds(cfg, task, data)
+        task.untrained_metrics = task.measure_untrained(data, evaluator)
+    if cfg.compile:
+        compile_model(task.model, cfg.compile)
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     finalize_model(task, data, run, trainer)
 
