@@ -255,11 +255,13 @@ def change_rows(choice: str, before: str) -> Iterator[dict[str, str]]:
         metric = "fad_published" if "fad_published" in measured else "fad"
         error = changes(runs, "reconstruction", choice, before)
         distance = changes(runs, metric, choice, before)
+        second = changes(runs, "features", choice, before) if "features" in runs else {}
         for after in error:
             row = {"experiment": name, "before": f"`{before}`", "after": f"`{after}`"}
             row |= {"reconstruction, %": signed(error[after], 1)}
             row |= {"FAD, %": signed(distance[after], 1)}
             row["FAD through"] = "own autoencoder" if metric == "fad" else "the papers' autoencoder"
+            row["EfficientNet, %"] = signed(second[after], 1) if after in second else ""
             yield row | {"pairs": str(error[after].count())}
 
 

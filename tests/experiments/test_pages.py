@@ -110,14 +110,15 @@ def test_decoders_counts_no_run_of_other_choices(monkeypatch):
     def single(decoder, error, neuron="alif", *more):
         choices = {"decoder": decoder, "neuron": neuron}
         words = ["experiment=mnist_esvae_cpu", *(f"{k}={v}" for k, v in choices.items()), *more]
-        return metrics(words, choices, reconstruction=error, fad_published=2 * error)
+        values = {"reconstruction": error, "fad_published": 2 * error, "features": 3 * error}
+        return metrics(words, choices, **values)
 
     ours = [single("fixed", 0.04), single("taid", 0.05), single("taid", 9.0, "lif")]
     ours.append(single("taid", 9.0, "alif", "model.latent_channels=128"))
     known = defaultdict(lambda: [single("fixed", 0.04)], mnist_esvae_cpu=ours)
     monkeypatch.setattr(pages, "load_runs", lambda name: known[name])
     assert pages.decoders().to_numpy().tolist() == [
-        ["`mnist_esvae_cpu`", "`taid`", "+25.0", "+25.0", "the papers' autoencoder", "1"]
+        ["`mnist_esvae_cpu`", "`taid`", "+25.0", "+25.0", "the papers' autoencoder", "+25.0", "1"]
     ]
 
 
