@@ -127,7 +127,8 @@ def test_steps_time_each_plif_that_is_installed(monkeypatch, tmp_path):
 TOY = {
     "neuron": "--steps 2 --neurons 64 --repeats 1 --only LIF",
     "norm": "--steps 3 --batch 2 --repeats 1 --dtypes float32 --nets '3 x [conv, norm, neuron]'",
-    "frontier": "--nets spiking_vgg11_bn --batch 1 --steps 1 --dtypes float32 --repeats 1",
+    "frontier": "--nets spiking_vgg11_bn --neurons PLIF --levels 0 --batch 1 --steps 1 "
+    "--dtypes float32 --repeats 1",
 }
 
 
