@@ -389,8 +389,6 @@ def colour() -> pd.DataFrame:
 def attention() -> pd.DataFrame:
     """Reconstruction errors with the weights of image decoders changed."""
     rows = pd.read_csv(RESULTS / "attention.csv").replace({"dataset": FOLDERS})
-    epochs = "trainer.max_epochs"
-    rows[epochs] = rows["trained_by"].str.extract(rf"{epochs}=(\d+)").fillna("default")
     rows["differs"] *= 100
     columns = {
         "sum": Column("sum of weights", 1, 2),
@@ -400,7 +398,7 @@ def attention() -> pd.DataFrame:
         "reconstruction_mean": Column("mean weights", 1, 4),
         "reconstruction_equal": Column("equal weights", 1, 4),
     }
-    groups = rows.groupby(["dataset", "model", epochs, "decoder"], sort=False)
+    groups = rows.groupby(["dataset", "model", "epochs", "decoder"])
     table = groups.agg({name: column.text for name, column in columns.items()})
     table.columns = pd.Index([column.title for column in columns.values()])
     return table.assign(runs=groups.size().astype(str)).reset_index()
