@@ -24,8 +24,10 @@ _LAYERS = tuple(
     getattr(home, name) for home in (nn, layer) for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")
 )
 
-#: What folding changes of a neuron.
-_SCALED = frozenset({"v", "v_seq", "v_reset", "v_threshold"})
+#: What reads something that folding changes, of a neuron and of the layer before it.
+_SCALED = frozenset(
+    {"v", "v_seq", "v_reset", "v_threshold", "memories", "named_memories", "weight", "bias"}
+)
 
 
 @torch.no_grad()
@@ -37,7 +39,7 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
     with _watch_reads(net) as read:
         traced = trace(net, _is_source)
     for module in traced.untraced:  # it may read more than it did before it failed
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        code = getattr(inspect.unwrap(module.forward), "__code__", None)
         names = _SCALED.intersection(code.co_names) if code else _SCALED
         read = {m: min(names) for m in module.modules() if names} | read
     sources = {reader: source for source, reader in traced.readers.items()}
@@ -51,6 +53,8 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
             reason: str | None = f"a forward reads {read[node]} of it"
         elif source is None:
             reason = _why_no_scale(node) or _why_no_source(node, traced)
+        elif source in read:
+            reason = f"a forward reads {read[source]} of the {type(source).__name__} before it"
         else:
             reason = _why_no_scale(node) or _why_not_into(source, node, uses)
         if reason:
@@ -62,8 +66,8 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def _watch_reads(net: nn.Module) -> Iterator[dict[nn.Module, str]]:
-    """Record which neurons the forwards that are traced read one of ``_SCALED`` of."""
-    kinds = {m: type(m) for m in net.modules() if isinstance(m, neuron.BaseNode)}
+    """Record the neurons and layers that the forwards that are traced read ``_SCALED`` of."""
+    kinds = {m: type(m) for m in net.modules() if isinstance(m, neuron.BaseNode) or _is_source(m)}
     read: dict[nn.Module, str] = {}
 
     def get(node: Any, name: str) -> Any:
@@ -94,8 +98,8 @@ def _why_no_scale(node: Any) -> str | None:
     rest = (node.v_reset, node.v, _compat.reset_value(node, "v"))
     if len(threshold.unique()) > 1 and any(isinstance(v, float) and v != 0.0 for v in rest):
         return "its channels have several thresholds, but one reset voltage, which is not 0"
-    if has_hooks(node, "_forward_pre_hooks"):
-        return "it has a hook on its input"
+    if has_hooks(node, "_forward_pre_hooks", "_forward_hooks"):
+        return "it has hooks, which may read its voltage or change its input"
     return None
 
 

@@ -6,12 +6,16 @@ import copy
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+
+from ._forward import Forward
 
 #: A forward with more branches, or more ways through them, is not followed.
 _MOST_BRANCHES = 32
@@ -46,10 +50,11 @@ def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
         return is_source(module) or isinstance(module, neuron.BaseNode)
 
     tracing = _Tracing()
-    for parent in net.modules():
-        has_forward = type(parent).forward is not nn.Module.forward  # a ModuleList has none
-        if has_forward and not is_end(parent) and any(map(is_end, parent.modules())):
-            tracing.look_into(parent)
+    with _other_buffers(net):
+        for parent in net.modules():
+            has_forward = type(parent).forward is not nn.Module.forward  # a ModuleList has none
+            if has_forward and not is_end(parent) and any(map(is_end, parent.modules())):
+                tracing.look_into(parent)
     tracing.calls |= Counter(m for _, m in net.named_modules(remove_duplicate=False))
     return tracing.resolve(filter(is_end, net.modules()), is_source)
 
@@ -199,7 +204,12 @@ class _Tracing:
 
 def _unfolds(node: fx.Node) -> bool:
     """Whether the node restores time, ``[T * N, *]`` to ``[T, N, *]``."""
-    return (node.op, node.target, node.args[1:2]) == ("call_method", "unflatten", (0,))
+    if (node.op, node.target, node.args[1:2]) != ("call_method", "unflatten", (0,)):
+        return False
+    sizes: Any = node.args[2]
+    if isinstance(sizes, fx.Node):  # a slice of a shape
+        return sizes.target is operator.getitem and sizes.args[1] in (slice(2), slice(0, 2))
+    return len(sizes) == 2
 
 
 def _name(node: fx.Node) -> str:
@@ -256,29 +266,58 @@ def _graphs(parent: nn.Module, training: bool) -> list[fx.Graph]:
 
 
 def _graph(parent: nn.Module, training: bool, answers: list[bool]) -> fx.Graph:
-    """The calls on one way through the forward of ``parent``; the module is left as it was."""
-    before = dict(vars(parent))
-    containers = [
-        (held, copy.copy(held))
-        for held in _held(before, set())
-        if isinstance(held, list | set | dict)
-    ]
-    parent.training = training
-    seq_to_ann_forward, functional.seq_to_ann_forward = functional.seq_to_ann_forward, _fold
-    try:
-        with torch.random.fork_rng(devices=[]):  # a forward may draw
-            graph = _Tracer(answers).trace(parent)
-        stored = [name for name, value in vars(parent).items() if _holds_proxy(value)]
-    finally:
-        functional.seq_to_ann_forward = seq_to_ann_forward
-        vars(parent).clear()
-        vars(parent).update(before)
-        for container, content in containers:
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+    """The calls on one way through the forward of ``parent``; its modules are left as they were."""
+    if not isinstance(vars(parent).get("forward"), Forward | None):
+        raise TypeError("it was replaced")
+    with _same_attributes(parent):
+        parent.training = training
+        seq_to_ann_forward, functional.seq_to_ann_forward = functional.seq_to_ann_forward, _fold
+        try:
+            with torch.random.fork_rng(devices=[]):  # a forward may draw
+                graph = _Tracer(answers).trace(parent)
+        finally:
+            functional.seq_to_ann_forward = seq_to_ann_forward
+        attributes = (item for module in parent.modules() for item in vars(module).items())
+        stored = [name for name, value in attributes if _holds_proxy(value)]
     if stored:
         raise TypeError(f"it keeps what it computes as {', '.join(stored)}")
     return graph
+
+
+@contextmanager
+def _same_attributes(net: nn.Module) -> Iterator[None]:
+    """Restore the attributes of all modules of ``net``, and the containers in them."""
+    seen: set[int] = set()
+    before = [(vars(module), dict(vars(module))) for module in net.modules()]
+    containers = [
+        (held, copy.copy(held))
+        for _, attributes in before
+        for held in _held(attributes, seen)
+        if isinstance(held, list | set | dict)
+    ]
+    try:
+        yield
+    finally:
+        for attributes, content in before:
+            attributes.clear()
+            attributes.update(content)
+        for container, content in containers:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+
+
+@contextmanager
+def _other_buffers(net: nn.Module) -> Iterator[None]:
+    """Let all modules of ``net`` hold copies of their buffers, which a forward may change."""
+    before = [(module._buffers, dict(module._buffers)) for module in net.modules()]
+    try:
+        for buffers, content in before:
+            copies = {k: t.clone() for k, t in content.items() if t is not None and not is_lazy(t)}
+            buffers.update(copies)
+        yield
+    finally:
+        for buffers, content in before:
+            buffers.update(content)
 
 
 def _fold(x_seq: Tensor, modules: Any) -> Tensor:

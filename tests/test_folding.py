@@ -8,6 +8,7 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from spikingjelly.activation_based.model import spiking_resnet
 from torch import nn
+from torch.nn import functional as F
 
 import sj_taid
 from sj_taid import ALIFNode, to_lif
@@ -176,6 +177,17 @@ class UntracedReadout(nn.Module):
         return self.layers[-1].v
 
 
+class Tied(nn.Module):
+    """Decodes by the transposed weight of the layer, which ``read`` gives."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.block, self.read = behind(nn.Linear(4, 4)), read
+
+    def forward(self, x):
+        return F.linear(self.block(x), self.read(self.block[0]))
+
+
 class Own(nn.Linear):
     pass
 
@@ -210,7 +222,11 @@ def behind(*modules, **options):
         (TwoPlaces(), "ALIFNode is called in 2 places"),
         (behind(Own(4, 4)), "what the Own before it computes is not known"),
         (add_hook(0, "register_forward_hook"), "the Linear before it has hooks"),
-        (add_hook(1, "register_forward_pre_hook"), "it has a hook on its input"),
+        (add_hook(1, "register_forward_pre_hook"), "it has hooks"),
+        (add_hook(1, "register_forward_hook"), "it has hooks"),
+        (Tied(lambda layer: layer.weight), "a forward reads weight of the Linear before it"),
+        (Tied(lambda layer: layer.weight.t()), "a forward reads weight of the Linear before it"),
+        (Readout("memories"), "a forward reads memories of it"),
         (behind(layer.BatchNorm2d(4, affine=False)), "the BatchNorm2d before it has no weight"),
         (tie_weights(), "the Linear before it shares its parameters with another module"),
         (behind(nn.Linear(4, 4), v_threshold=-0.5), "only a positive and finite threshold scales"),

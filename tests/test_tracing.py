@@ -156,6 +156,37 @@ class Storing(Block):
         return self.sn(self.y_seq)
 
 
+class StoringBelow(Block):
+    def forward(self, x_seq):
+        self.sn.last = self.bn(x_seq)
+        return self.sn(self.sn.last)
+
+
+class Changing(Block):
+    """Changes a buffer in place, and its children."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(2))
+
+    def forward(self, x_seq):
+        self.calls += 1
+        self.bn.momentum /= 2
+        functional.reset_net(self.sn)
+        return self.sn(self.bn(x_seq))
+
+
+class Tokens(nn.Module):
+    """Folds tokens into the batch, too."""
+
+    def __init__(self, unflatten):
+        super().__init__()
+        self.bn, self.sn, self.unflatten = nn.BatchNorm1d(4), alif(), unflatten
+
+    def forward(self, x_seq):
+        return self.sn(self.unflatten(self.bn(x_seq.flatten(0, 2)), x_seq.shape))
+
+
 class Outer(nn.Module):
     """Reads what a block's norm gives, past the block."""
 
@@ -193,6 +224,11 @@ def add_hook(module):
     return module
 
 
+def replaced(block):
+    block.forward = lambda x_seq: block.sn(block.bn(x_seq) + x_seq)
+    return block
+
+
 def changed(change):
     net = nn.Sequential(norm(), alif())
     change(*net)
@@ -216,6 +252,13 @@ def changed(change):
         (ResidualInEval(), "a function, add, reads its output"),
         (Optional(), "a function, output, reads its output"),
         (Storing(), "it keeps what it computes as features"),
+        (StoringBelow(), "it keeps what it computes as last"),
+        (
+            replaced(Residual()),
+            "the forward of Residual cannot be traced (TypeError: it was replaced)",
+        ),
+        (Tokens(lambda x, shape: x.unflatten(0, shape[:3])), "a function, unflatten, reads"),
+        (Tokens(lambda x, shape: x.unflatten(0, (2, 3, 4))), "a function, unflatten, reads"),
         (Outer(), "reads its output"),
         (HeldTwice(), "reads its output"),
         (nn.Sequential(norm()), "nothing that can be traced reads its output"),
@@ -282,6 +325,15 @@ def test_trace_leaves_what_a_forward_stores_as_it_was():
     assert "as features, seen, last, y_seq" in next(iter(trace(net, is_norm).obstacles.values()))
     assert (net.features, net.seen, net.last) == ([], {"nothing": 0, "deep": [[]]}, ())
     assert net.features is features and net.seen is seen and not hasattr(net, "y_seq")
+
+
+def test_trace_leaves_buffers_and_children_as_they_were():
+    net = Changing()
+    net.sn(torch.rand(2, 1, 4))
+    calls, v, momentum = net.calls, net.sn.v.clone(), net.bn.momentum
+    assert sj_taid.accelerate(net).rows[0].done.startswith("fused into")
+    assert net.calls is calls and not calls.any()
+    assert torch.equal(net.sn.v, v) and net.bn.momentum == momentum
 
 
 def test_trace_draws_no_random_numbers():
