@@ -60,6 +60,11 @@ def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
         node.register_hook(mark_freed)
 
 
+def allows_hooks() -> bool:
+    """Whether ``saved_tensors_hooks`` may be opened; ``torch.func`` forbids them."""
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()
+
+
 def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     """The innermost open ``saved_tensors_hooks``: their pack and unpack functions."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -113,7 +113,7 @@ class _LayerForward(PackingForward):
     """Packs the spikes that a layer saves."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_on() or not args:
+        if not (self.is_on() and args and _graph.allows_hooks()):
             return self.run(*args, **kwargs)
         layer, spikes, outer = self.module, _spikes.find(args[0]), _graph.saving_hooks()
         # Only a forward of torch's or SpikingJelly's is known to pass its input on to one operator.

@@ -335,6 +335,26 @@ def test_packing_within_other_hooks():
     assert_packing_changes_nothing(net, images(), run)
 
 
+@pytest.mark.parametrize("forbidden", ["torch.func", "hooks"])
+def test_packing_where_hooks_are_forbidden(forbidden):
+    net = nn.Sequential(layer.AvgPool2d(2), ALIFNode(surrogate_function=ATAN))
+    functional.set_step_mode(net, "m")
+
+    def loss(x_seq):
+        functional.reset_net(net)
+        return net(x_seq).square().sum()
+
+    x_seq = images().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(x_seq), x_seq)
+    with sj_taid.packed_spikes(net):
+        if forbidden == "torch.func":
+            got = torch.func.grad(loss)(x_seq)
+        else:
+            with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+                (got,) = torch.autograd.grad(loss(x_seq), x_seq)
+    assert expected.any() and torch.equal(got, expected)
+
+
 def test_packing_step_by_step_and_by_keyword():
     class Net(nn.Module):
         def __init__(self):
