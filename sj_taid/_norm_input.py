@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ._forward import Forward
@@ -12,8 +13,20 @@ from ._forward import Forward
 class PassOn(Forward):
     """The forward of a batch norm that a neuron applies."""
 
-    def __call__(self, x: Tensor) -> NormInput:
-        return NormInput.wrap(x, self)
+    def __call__(self, *args: Any, **kwargs: Any) -> NormInput:
+        (x,) = (*args, *kwargs.values())  # torch calls it input, SpikingJelly x
+        norm = self.module
+        # In step mode "m" it folds time itself, so one step has the batch's dimensions.
+        norm._check_input_dim(x[:1].flatten(0, 1) if getattr(norm, "step_mode", "s") == "m" else x)
+        return NormInput.wrap(x, Call(self, torch.is_grad_enabled(), norm.training))
+
+
+class Call(NamedTuple):
+    """The call of a fused batch norm."""
+
+    forward: PassOn
+    with_grad: bool
+    training: bool
 
 
 class NormInput(Tensor):
@@ -23,17 +36,17 @@ class NormInput(Tensor):
     """
 
     x: Tensor
-    passed_on_by: PassOn
+    call: Call
 
     @classmethod
-    def wrap(cls, x: Tensor, passed_on_by: PassOn) -> NormInput:
+    def wrap(cls, x: Tensor, call: Call) -> NormInput:
         wrapped = x.as_subclass(cls)
-        wrapped.x, wrapped.passed_on_by = x, passed_on_by
+        wrapped.x, wrapped.call = x, call
         return wrapped
 
     def unflatten(self, dim: Any, sizes: Any) -> NormInput:
         """Done by containers that fold time; torch.compile cannot trace Tensor's own."""
-        return NormInput.wrap(self.x.unflatten(dim, sizes), self.passed_on_by)
+        return NormInput.wrap(self.x.unflatten(dim, sizes), self.call)
 
     @classmethod
     def __torch_function__(
@@ -43,7 +56,7 @@ class NormInput(Tensor):
         if func.__name__ not in _READS_NO_VALUE or not isinstance(wrapped, NormInput):
             raise not_normalised(func.__name__)
         result = func(wrapped.x, *args[1:], **(kwargs or {}))
-        return cls.wrap(result, wrapped.passed_on_by) if isinstance(result, Tensor) else result
+        return cls.wrap(result, wrapped.call) if isinstance(result, Tensor) else result
 
 
 #: What containers, gradient checkpointing, counters of operations and torch.compile do with a

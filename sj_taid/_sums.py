@@ -66,7 +66,8 @@ def _add(
 class NormForward(Forward):
     """The forward of a batch norm, around that of its class, whose output has a recipe."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        (x,) = (*args, *kwargs.values())  # torch calls it input, SpikingJelly x
         norm = self.module
         y: Any = type(norm).forward(norm, x)
         if torch.compiler.is_compiling() or not y.requires_grad or type(y) is not Tensor:

@@ -10,7 +10,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from .ops import backends
-from .ops.alif.norm import Norm
+from .ops.alif.norm import Norm, batch_norm
 from .ops.alif.reference import state_dtype
 
 __all__ = ["alif_multi_step", "alif_step", "lower_bound"]
@@ -79,6 +79,8 @@ def alif_multi_step(
         _check_parameter(name, parameter, x_seq)
     if norm is not None:
         _check_norm(norm, x_seq)
+        if not x_seq.numel():  # an empty batch has no statistics, but gradients: zeros
+            x_seq, norm = batch_norm(x_seq, norm), None
     return backends.resolve(backend, x_seq, surrogate_function).multi_step(
         x_seq,
         v,
@@ -89,7 +91,7 @@ def alif_multi_step(
         surrogate_function=surrogate_function,
         detach_reset=detach_reset,
         store_v_seq=store_v_seq,
-        norm=norm if x_seq.numel() else None,  # an empty batch has no statistics
+        norm=norm,
         return_bits=return_bits,
     )
 

@@ -129,15 +129,69 @@ def test_fused_norm_step_by_step():
         assert torch.equal(net(x), other(x))
 
 
-def test_fused_norm_on_an_empty_batch_keeps_its_statistics():
-    net = fused(pair())
-    before = net[0].running_mean.clone()
-    assert net(torch.rand(3, 0, 4, 5, 5)).shape == (3, 0, 4, 5, 5)
-    assert torch.equal(net[0].running_mean, before)
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_norm_on_an_empty_batch_keeps_its_statistics(training):
+    net = pair().train(training)
+    other, x_seq = fused(net), torch.rand(3, 0, 4, 5, 5)
+    expected = gradients(net, x_seq) | net.state_dict()
+    for name, value in (gradients(other, x_seq) | other.state_dict()).items():
+        assert torch.equal(value, expected[name]), name
+
+
+class Apart(nn.Module):
+    """Calls its norm in another mode than its neuron."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.conv, self.bn, self.sn, self.mode = layer.Conv2d(4, 4, 3), norm(), alif(), mode
+        self.conv.step_mode = "m"
+
+    def forward(self, x_seq):
+        training = self.bn.training
+        if self.mode == "eval":
+            self.bn.eval()
+        with torch.set_grad_enabled(self.mode != "no grad"):
+            y_seq = self.bn(self.conv(x_seq))
+        self.bn.train(training)
+        return self.sn(y_seq)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["no grad", "eval"])
+def test_fused_norm_has_the_modes_of_its_call(mode, training):
+    net = Apart(mode).train(training)
+    found = {}
+    for name, each in (("apart", net), ("fused", fused(net))):
+        torch.manual_seed(0)
+        spikes = each(images(size=9))
+        spikes.square().sum().backward()
+        learned = {k: p.grad for k, p in each.named_parameters() if p.grad is not None}
+        assert ("bn.weight" in learned) == (mode == "eval")
+        found[name] = {"spikes": spikes.detach(), **state_of(each), **learned}
+    assert_close(found["fused"], found["apart"])
+
+
+class ByName(nn.Module):
+    """Names the input of its norms, which torch and SpikingJelly do differently."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.sn1, self.bn2, self.sn2 = norm(), alif(), nn.BatchNorm2d(4), alif()
+
+    def forward(self, x_seq):
+        y_seq = self.sn1(self.bn1(x=x_seq))
+        return self.sn2(self.bn2(input=y_seq.flatten(0, 1)).unflatten(0, (3, 2)))
+
+
+def test_fused_norm_called_by_name():
+    net = ByName()
+    assert_close(gradients(fused(net), images()), gradients(net, images()))
 
 
 def test_fused_norm_on_bad_shapes():
     net = fused(pair())
+    with pytest.raises(ValueError, match="expected 4D input"):
+        net(torch.rand(3, 4, 4, 4))
     with pytest.raises(ValueError, match="more than one value per channel"):
         net(torch.rand(1, 1, 4, 1, 1))
     with pytest.raises(ValueError, match=r"norm's weight has 4 channels"):

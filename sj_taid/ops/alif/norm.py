@@ -51,17 +51,17 @@ class Norm(NamedTuple):
         return tracked and not self.use_batch_statistics
 
     @classmethod
-    def of(cls, module: Any) -> Norm:
-        """The norm that a module's forward would compute; counts the batch, as that does."""
+    def of(cls, module: Any, training: bool) -> Norm:
+        """The norm of a module's forward in either mode; counts the batch, as that does."""
         momentum = 0.0 if module.momentum is None else module.momentum
         # Statistics that are not tracked in training are used in eval mode all the same.
-        reads = module.track_running_stats or not module.training
-        if module.training and reads and module.num_batches_tracked is not None:
+        reads = module.track_running_stats or not training
+        if training and reads and module.num_batches_tracked is not None:
             module.num_batches_tracked.add_(1)
             if module.momentum is None:  # the plain average over all batches
                 momentum = 1.0 / float(module.num_batches_tracked)
-        use_batch_statistics = module.training or module.running_mean is None
-        shares = isinstance(module, nn.SyncBatchNorm) and module.training  # as torch: not in eval
+        use_batch_statistics = training or module.running_mean is None
+        shares = isinstance(module, nn.SyncBatchNorm) and training  # as torch: not in eval
         synchronised = shares and distributed.is_initialized()
         return cls(
             module.weight,
@@ -73,6 +73,11 @@ class Norm(NamedTuple):
             module.eps,
             (module.process_group or distributed.group.WORLD) if synchronised else None,
         )
+
+    def detach(self) -> Norm:
+        """The same norm, whose parameters receive no gradient."""
+        weight, bias = (t if t is None else t.detach() for t in (self.weight, self.bias))
+        return self._replace(weight=weight, bias=bias)
 
 
 def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:

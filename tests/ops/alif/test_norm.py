@@ -96,7 +96,7 @@ def test_norm_shares_statistics_in_training_alone(monkeypatch):
     for tracked in (True, False):
         group = object()
         module = torch.nn.SyncBatchNorm(3, track_running_stats=tracked, process_group=group)
-        assert Norm.of(module).group is group and Norm.of(module.eval()).group is None
+        assert Norm.of(module, True).group is group and Norm.of(module, False).group is None
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
