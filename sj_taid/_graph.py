@@ -62,7 +62,7 @@ def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
 
 def allows_hooks() -> bool:
     """Whether ``saved_tensors_hooks`` may be opened; ``torch.func`` forbids them."""
-    return torch._C._autograd._saved_tensors_hooks_is_enabled()
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
 
 
 def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import _compat, _graph, _spikes, _sums, convert
 from ._checks import check_example_input, check_net
@@ -214,6 +214,7 @@ def _why_not(site: convert.Site) -> str | None:
 def _measure(net: nn.Module, inputs: Any) -> tuple[Any, Any]:
     """Bytes saved by a training step and its milliseconds, each before and after, in turns."""
     net, turns = convert.copy_net(net), []
+    inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
     with torch.random.fork_rng({p.device for p in net.parameters() if p.is_cuda}):
         for _ in range(6):  # the first compiles the kernels
             before = _run_step(net, inputs)

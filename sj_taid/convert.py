@@ -42,10 +42,10 @@ def swap_neurons(
 ) -> Report:
     r"""Replace the LIF, PLIF and IF nodes of ``net`` by :class:`~sj_taid.ALIFNode`, in place.
 
-    Each neuron keeps its options, ``training``, device, hooks and voltage, and PLIF its parameter
-    ``w`` (unless ``channels`` makes it ``[C]`` or it is in half precision), so an optimiser made
-    before the swap still holds it. A module used in several places stays one module. The outputs
-    are
+    Each neuron keeps its options, ``training``, device, voltage, forward and backward hooks, and
+    PLIF its parameter ``w`` (unless ``channels`` makes it ``[C]`` or it is in half precision), so
+    an optimiser made before the swap still holds it. A module used in several places stays one
+    module. The outputs are
 
     * bit for bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a
       tau of 2, 4, 8 or 16;
@@ -358,7 +358,7 @@ def _nearest_w(tau: float, dtype: torch.dtype) -> float:
     ``-log(tau - 1)`` rounded to ``dtype`` can be a few units in the last place off; a neighbour
     is often exact.
     """
-    w = torch.tensor(-math.log(tau - 1.0), dtype=dtype)
+    w = torch.tensor(-math.log(tau - 1.0), dtype=dtype, device="cpu")  # not the default device
     candidates = [w]
     for direction in (-math.inf, math.inf):
         neighbour = w
@@ -376,7 +376,7 @@ def describe_equality(site: Site) -> str:
     if isinstance(node, neuron.ParametricLIFNode):
         equal = _compat.FUNCTIONAL_STATES or node.decay_input
     elif isinstance(node, neuron.LIFNode):
-        w = torch.tensor(nearest_w(node.tau, site.dtype), dtype=site.dtype)
+        w = torch.tensor(nearest_w(node.tau, site.dtype), dtype=site.dtype, device="cpu")
         equal = math.frexp(node.tau)[0] == 0.5 and w.sigmoid().item() * node.tau == 1.0
     return f"equal outputs{'' if equal else ' to rounding'}"
 

@@ -172,9 +172,9 @@ class FixedDecoder(_ImageDecoder):
 
     def __init__(self, T: int, decay: float = DECAY, scale: float = 1.0) -> None:
         super().__init__(T)
+        check_numbers(decay=decay, scale=scale)
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay must be in (0, 1], but it is {decay!r}")
-        check_numbers(scale=scale)
         self.decay, self.scale = decay, scale
 
     def attention(self, x_seq: Tensor) -> Tensor:

@@ -298,12 +298,12 @@ def _same_attributes(net: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for attributes, content in before:
+        for attributes, values in before:
             attributes.clear()
-            attributes.update(content)
-        for container, content in containers:
+            attributes.update(values)
+        for container, held in containers:
             container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+            (container.extend if isinstance(container, list) else container.update)(held)
 
 
 @contextmanager

@@ -145,13 +145,13 @@ def test_accelerated_neuron_is_equal_to_the_bit(kind, options):
 
 
 def test_accelerate_measures_on_a_copy():
-    net, x_seq = make_net(), images()
-    net(x_seq).sum().backward()
+    net, x_seq = make_net(), images().requires_grad_()
+    net(x_seq.detach()).sum().backward()
     grads = [p.grad.clone() for p in net.parameters()]
     buffers, v = [b.clone() for b in net.buffers()], net[2].v
     rng = torch.get_rng_state()
     report = accelerate(net, x_seq)
-    assert torch.equal(torch.get_rng_state(), rng) and net[2].v is v
+    assert torch.equal(torch.get_rng_state(), rng) and net[2].v is v and x_seq.grad is None
     assert all(map(torch.equal, grads, (p.grad for p in net.parameters())))
     assert all(map(torch.equal, buffers, net.buffers()))
     before, after = report.saved_bytes

@@ -215,6 +215,9 @@ def test_swap_takes_dtype_and_device_of_the_neighbours():
     net = nn.Sequential(on_meta, neuron.LIFNode(), nn.Linear(2, 2), neuron.IFNode())
     swap_neurons(net)
     assert net[1].w.device.type == "meta" and net[3].w.device.type == "cpu"
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(2, 2), neuron.LIFNode(tau=3.0))
+        assert "equal outputs" in swap_neurons(net).rows[0].note and net[1].w.is_meta
     net = nn.Sequential(nn.Linear(2, 2).half(), neuron.ParametricLIFNode().half())
     report = swap_neurons(net)
     assert net[1].w.dtype == torch.float32

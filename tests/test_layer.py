@@ -149,6 +149,7 @@ def test_decoders_bad_input(make):
         (TAID, {"reduction": 0}, "reduction must be"),
         (FixedDecoder, {"decay": 0.0}, r"decay must be in \(0, 1\]"),
         (FixedDecoder, {"decay": 1.5}, r"decay must be in \(0, 1\]"),
+        (FixedDecoder, {"decay": "a"}, "decay must be a number"),
         (FixedDecoder, {"scale": None}, "scale must be a number"),
     ],
 )

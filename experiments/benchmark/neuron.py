@@ -206,7 +206,7 @@ class Replay(nn.Module):
 
     def forward(self, x_seq: Tensor) -> Tensor:
         v = 0.0 if self.v is None else self.v
-        norm = None if self.norm is None else Norm.of(self.norm)
+        norm = None if self.norm is None else Norm.of(self.norm, self.norm.training)
         parameters = (self.w, self.v_threshold)
         return alif_multi_step(x_seq, v, *parameters, norm=norm, **self.options)[0]
 
