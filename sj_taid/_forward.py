@@ -17,6 +17,12 @@ class Forward:
             del self.module.forward
 
 
+def only_argument(*args: Any, **kwargs: Any) -> Any:
+    """The input of a batch norm, which torch names ``input`` and SpikingJelly ``x``."""
+    (x,) = (*args, *kwargs.values())
+    return x
+
+
 class PackingForward(Forward):
     """The forward of a module that packs, around that of its class."""
 

@@ -118,25 +118,31 @@ class FusedNeuron(_compat.BaseNode):
 
     def _input_and_norm(self, x: Tensor) -> tuple[Tensor, Norm | None]:
         """The input, and the batch norm to apply to it, which has to have passed it on."""
-        norm, call = self.norm, None
+        norm, call, learns = self.norm, None, True
         if isinstance(x, NormInput):
-            call, x = x.call, x.x
+            call, learns, x = x.call, x.learns(), x.x
             if norm is None:
                 raise not_normalised(self._label())
         if norm is None:
             return x, None
         # A recomputation (gradient checkpointing) is of what has run.
         recomputes = not torch.compiler.is_compiling() and _graph.recomputation() is not None
-        if (call and call.forward) is not vars(norm).get("forward") and not recomputes:
+        forward = call.forward if call else None
+        if forward is not vars(norm).get("forward") and not recomputes:
             raise RuntimeError(
                 f"{self._label()} expected its input straight from the batch norm that it applies "
                 "(sj_taid.fuse_norm), but the norm was replaced, a forward branched on a flag or "
                 "on chance, or a hook stands between: sj_taid.unfuse_norm(net) keeps the two apart"
             )
-        if call is None:
-            return x, Norm.of(norm, norm.training)
-        applied = Norm.of(norm, call.training)
-        return (x, applied) if call.with_grad else (x.detach(), applied.detach())
+        applied = Norm.of(norm, call.training if call else norm.training)
+        if call is None or call.with_grad:
+            return x, applied
+        if learns:
+            raise RuntimeError(
+                f"{self._label()} applies a batch norm that gradient checkpointing recomputes "
+                "without it: checkpoint both together"
+            )
+        return x, applied.detach()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle takes the voltages along, not the graph that made them.

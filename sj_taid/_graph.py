@@ -60,6 +60,12 @@ def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
         node.register_hook(mark_freed)
 
 
+def requires_grad(tensor: Tensor) -> bool:
+    """Whether a tensor of a subclass requires a gradient, without asking the subclass."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.requires_grad
+
+
 def allows_hooks() -> bool:
     """Whether ``saved_tensors_hooks`` may be opened; ``torch.func`` forbids them."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]

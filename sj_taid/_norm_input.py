@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._forward import Forward
+from . import _graph
+from ._forward import Forward, only_argument
 
 
 class PassOn(Forward):
     """The forward of a batch norm that a neuron applies."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> NormInput:
-        (x,) = (*args, *kwargs.values())  # torch calls it input, SpikingJelly x
-        norm = self.module
-        # In step mode "m" it folds time itself, so one step has the batch's dimensions.
-        norm._check_input_dim(x[:1].flatten(0, 1) if getattr(norm, "step_mode", "s") == "m" else x)
-        return NormInput.wrap(x, Call(self, torch.is_grad_enabled(), norm.training))
+        norm, x, with_grad = self.module, only_argument(*args, **kwargs), torch.is_grad_enabled()
+        # In step mode "m" the input is [T, N, C, *], and torch checks [N, C, *].
+        norm._check_input_dim(x[0] if getattr(norm, "step_mode", "s") == "m" else x)
+        return NormInput.wrap(x if with_grad else x.detach(), Call(self, with_grad, norm.training))
 
 
 class Call(NamedTuple):
@@ -43,6 +43,10 @@ class NormInput(Tensor):
         wrapped = x.as_subclass(cls)
         wrapped.x, wrapped.call = x, call
         return wrapped
+
+    def learns(self) -> bool:
+        """Whether a gradient is asked for, as behind reentrant checkpointing of the norm alone."""
+        return not torch.compiler.is_compiling() and _graph.requires_grad(self)
 
     def unflatten(self, dim: Any, sizes: Any) -> NormInput:
         """Done by containers that fold time; torch.compile cannot trace Tensor's own."""

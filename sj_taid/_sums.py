@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.pooling import _MaxPoolNd
 
 from . import _spikes
-from ._forward import Forward, PackingForward
+from ._forward import Forward, PackingForward, only_argument
 from ._fused_neuron import KINDS
 from .fusion import KNOWN_NORMS, is_norm
 from .ops.recipe import Recipe, recipe_of, set_recipe
@@ -67,8 +67,7 @@ class NormForward(Forward):
     """The forward of a batch norm, around that of its class, whose output has a recipe."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        (x,) = (*args, *kwargs.values())  # torch calls it input, SpikingJelly x
-        norm = self.module
+        norm, x = self.module, only_argument(*args, **kwargs)
         y: Any = type(norm).forward(norm, x)
         if torch.compiler.is_compiling() or not y.requires_grad or type(y) is not Tensor:
             return y

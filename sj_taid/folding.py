@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -24,9 +25,12 @@ _LAYERS = tuple(
     getattr(home, name) for home in (nn, layer) for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")
 )
 
-#: What reads something that folding changes, of a neuron and of the layer before it.
+#: The attributes of neurons and layers through which a forward can see what folding changes.
 _SCALED = frozenset(
-    {"v", "v_seq", "v_reset", "v_threshold", "memories", "named_memories", "weight", "bias"}
+    (
+        *("v", "v_seq", "v_reset", "v_threshold", "memories", "named_memories"),
+        *("weight", "bias", "parameters", "named_parameters", "state_dict"),
+    )
 )
 
 
@@ -39,8 +43,7 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
     with _watch_reads(net) as read:
         traced = trace(net, _is_source)
     for module in traced.untraced:  # it may read more than it did before it failed
-        code = getattr(inspect.unwrap(module.forward), "__code__", None)
-        names = _SCALED.intersection(code.co_names) if code else _SCALED
+        names = _SCALED & _find_names(module)
         read = {m: min(names) for m in module.modules() if names} | read
     sources = {reader: source for source, reader in traced.readers.items()}
     uses = Counter(p for module in net.modules() for p in module.parameters(recurse=False))
@@ -64,16 +67,34 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
     return kept
 
 
+def _find_names(module: nn.Module) -> set[str]:
+    """The names in the code of a module's forward, and of its methods that this names."""
+    names: set[str] = set()
+    forward = inspect.unwrap(module.forward)
+    codes = [getattr(f, "__code__", None) for f in (forward, type(module).forward)]
+    if None in codes:
+        return {*_SCALED}
+    while codes:
+        code: Any = codes.pop()
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        own = (name for name in {*code.co_names} - names if not hasattr(nn.Module, name))
+        methods = [getattr(type(module), name, None) for name in own]
+        codes += [method.__code__ for method in methods if inspect.isfunction(method)]
+        names.update(code.co_names)
+    return names
+
+
 @contextmanager
 def _watch_reads(net: nn.Module) -> Iterator[dict[nn.Module, str]]:
     """Record the neurons and layers that the forwards that are traced read ``_SCALED`` of."""
-    kinds = {m: type(m) for m in net.modules() if isinstance(m, neuron.BaseNode) or _is_source(m)}
+    known = {*_NEURONS, *_LAYERS, *KNOWN_NORMS}
+    kinds = {m: type(m) for m in net.modules() if type(m) in known}
     read: dict[nn.Module, str] = {}
 
     def get(node: Any, name: str) -> Any:
         if name in _SCALED:
-            read[node] = name
-        return object.__getattribute__(node, name)
+            read.setdefault(node, name)
+        return super(type(node), node).__getattribute__(name)
 
     try:
         for node, kind in kinds.items():
@@ -99,7 +120,7 @@ def _why_no_scale(node: Any) -> str | None:
     if len(threshold.unique()) > 1 and any(isinstance(v, float) and v != 0.0 for v in rest):
         return "its channels have several thresholds, but one reset voltage, which is not 0"
     if has_hooks(node, "_forward_pre_hooks", "_forward_hooks"):
-        return "it has hooks, which may read its voltage or change its input"
+        return "it has forward hooks, which may read its voltage or change its input"
     return None
 
 

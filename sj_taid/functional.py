@@ -79,7 +79,7 @@ def alif_multi_step(
         _check_parameter(name, parameter, x_seq)
     if norm is not None:
         _check_norm(norm, x_seq)
-        if not x_seq.numel():  # an empty batch has no statistics, but gradients: zeros
+        if not x_seq.numel():  # an empty batch has no statistics; its gradients are zeros
             x_seq, norm = batch_norm(x_seq, norm), None
     return backends.resolve(backend, x_seq, surrogate_function).multi_step(
         x_seq,
@@ -208,6 +208,11 @@ def _check_norm(norm: Norm, x_seq: Tensor) -> None:
     for name, tensor in norm._asdict().items():
         if isinstance(tensor, Tensor):
             _check_parameter(f"the norm's {name}", tensor, x_seq)
+    if norm.group is not None and not x_seq.numel():
+        raise ValueError(
+            "a SyncBatchNorm in training needs images in every process, but this one has "
+            f"{list(x_seq.shape)}; leave out the last, incomplete batch: drop_last=True"
+        )
     if norm.use_batch_statistics and 0 < x_seq.numel() <= x_seq.shape[2] and norm.group is None:
         raise ValueError(
             "a batch norm in training needs more than one value per channel, but the input is "

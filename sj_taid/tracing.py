@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from textwrap import shorten
@@ -50,7 +50,7 @@ def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
         return is_source(module) or isinstance(module, neuron.BaseNode)
 
     tracing = _Tracing()
-    with _other_buffers(net):
+    with _same_tensors(net):
         for parent in net.modules():
             has_forward = type(parent).forward is not nn.Module.forward  # a ModuleList has none
             if has_forward and not is_end(parent) and any(map(is_end, parent.modules())):
@@ -204,9 +204,12 @@ class _Tracing:
 
 def _unfolds(node: fx.Node) -> bool:
     """Whether the node restores time, ``[T * N, *]`` to ``[T, N, *]``."""
-    if (node.op, node.target, node.args[1:2]) != ("call_method", "unflatten", (0,)):
+    if (node.op, node.target) != ("call_method", "unflatten"):
         return False
-    sizes: Any = node.args[2]
+    given: Any = {**dict(zip(("dim", "sizes"), node.args[1:], strict=False)), **node.kwargs}
+    sizes = given["sizes"]
+    if given["dim"] != 0:
+        return False
     if isinstance(sizes, fx.Node):  # a slice of a shape
         return sizes.target is operator.getitem and sizes.args[1] in (slice(2), slice(0, 2))
     return len(sizes) == 2
@@ -266,9 +269,9 @@ def _graphs(parent: nn.Module, training: bool) -> list[fx.Graph]:
 
 
 def _graph(parent: nn.Module, training: bool, answers: list[bool]) -> fx.Graph:
-    """The calls on one way through the forward of ``parent``; its modules are left as they were."""
+    """The calls on one way through the forward of ``parent``."""
     if not isinstance(vars(parent).get("forward"), Forward | None):
-        raise TypeError("it was replaced")
+        raise TypeError("its forward was replaced")
     with _same_attributes(parent):
         parent.training = training
         seq_to_ann_forward, functional.seq_to_ann_forward = functional.seq_to_ann_forward, _fold
@@ -277,47 +280,64 @@ def _graph(parent: nn.Module, training: bool, answers: list[bool]) -> fx.Graph:
                 graph = _Tracer(answers).trace(parent)
         finally:
             functional.seq_to_ann_forward = seq_to_ann_forward
-        attributes = (item for module in parent.modules() for item in vars(module).items())
-        stored = [name for name, value in attributes if _holds_proxy(value)]
+        stored = [name for name, value in vars(parent).items() if _holds_proxy(value)]
+        for name, child in parent.named_modules():
+            if child is not parent and any(isinstance(v, fx.Proxy) for v in _attributes(child)):
+                stored.append(f"an attribute of {name}")
     if stored:
         raise TypeError(f"it keeps what it computes as {', '.join(stored)}")
     return graph
 
 
 @contextmanager
-def _same_attributes(net: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all modules of ``net``, and the containers in them."""
-    seen: set[int] = set()
-    before = [(vars(module), dict(vars(module))) for module in net.modules()]
-    containers = [
-        (held, copy.copy(held))
-        for _, attributes in before
-        for held in _held(attributes, seen)
-        if isinstance(held, list | set | dict)
-    ]
+def _same_attributes(parent: nn.Module) -> Iterator[None]:
+    """Restore the attributes of ``parent``, with all containers in them, and of its children."""
+    before = [(vars(module), dict(vars(module))) for module in parent.modules()]
+    inner: list[Any] = [*_held(dict(vars(parent)), set())]
+    inner += [held for attributes, _ in before for held in attributes.values() if _is_dict(held)]
+    containers = [(held, copy.copy(held)) for held in inner if isinstance(held, list | set | dict)]
     try:
         yield
     finally:
         for attributes, values in before:
             attributes.clear()
             attributes.update(values)
-        for container, held in containers:
+        for container, content in containers:
             container.clear()
-            (container.extend if isinstance(container, list) else container.update)(held)
+            (container.extend if isinstance(container, list) else container.update)(content)
 
 
 @contextmanager
-def _other_buffers(net: nn.Module) -> Iterator[None]:
-    """Let all modules of ``net`` hold copies of their buffers, which a forward may change."""
-    before = [(module._buffers, dict(module._buffers)) for module in net.modules()]
+def _same_tensors(net: nn.Module) -> Iterator[None]:
+    """Restore the values of all tensors that modules of ``net`` hold, but for parameters."""
+    tensors = {
+        id(held): held
+        for module in net.modules()
+        for held in _attributes(module)
+        if isinstance(held, Tensor) and not (isinstance(held, nn.Parameter) or is_lazy(held))
+    }
+    before = [
+        (tensor, tensor._version, tensor.detach().clone())
+        for tensor in tensors.values()
+        if not tensor.is_inference()
+    ]
     try:
-        for buffers, content in before:
-            copies = {k: t.clone() for k, t in content.items() if t is not None and not is_lazy(t)}
-            buffers.update(copies)
         yield
     finally:
-        for buffers, content in before:
-            buffers.update(content)
+        with torch.no_grad():
+            for tensor, version, value in before:
+                if tensor._version != version:
+                    tensor.copy_(value)
+
+
+def _attributes(module: nn.Module) -> Iterator[Any]:
+    """The attributes of a module, and what torch and SpikingJelly keep in dictionaries."""
+    for value in vars(module).values():
+        yield from value.values() if _is_dict(value) else (value,)
+
+
+def _is_dict(value: Any) -> bool:
+    return type(value) in (dict, OrderedDict)
 
 
 def _fold(x_seq: Tensor, modules: Any) -> Tensor:

@@ -188,8 +188,25 @@ class Tied(nn.Module):
         return F.linear(self.block(x), self.read(self.block[0]))
 
 
+class UntracedHelper(UntracedReadout):
+    def forward(self, x_seq):
+        for x in x_seq:
+            self.layers(x)
+        return self.read()
+
+    def read(self):
+        return next(layer.v for layer in self.layers[1:])
+
+
+def wrapped(net):
+    kind = type(net)
+    net.forward = lambda x: kind.forward(net, x)
+    return net
+
+
 class Own(nn.Linear):
-    pass
+    def __init_subclass__(cls, *, kind):
+        """No class is made of it without a kind."""
 
 
 class OwnNode(ALIFNode):
@@ -222,11 +239,16 @@ def behind(*modules, **options):
         (TwoPlaces(), "ALIFNode is called in 2 places"),
         (behind(Own(4, 4)), "what the Own before it computes is not known"),
         (add_hook(0, "register_forward_hook"), "the Linear before it has hooks"),
-        (add_hook(1, "register_forward_pre_hook"), "it has hooks"),
-        (add_hook(1, "register_forward_hook"), "it has hooks"),
+        (add_hook(1, "register_forward_pre_hook"), "it has forward hooks"),
+        (add_hook(1, "register_forward_hook"), "it has forward hooks"),
         (Tied(lambda layer: layer.weight), "a forward reads weight of the Linear before it"),
         (Tied(lambda layer: layer.weight.t()), "a forward reads weight of the Linear before it"),
+        (Tied(lambda layer: layer.bias.expand(4, 4)), "a forward reads bias of the Linear before"),
+        (Tied(lambda layer: next(layer.parameters())), "a forward reads parameters of the Linear"),
         (Readout("memories"), "a forward reads memories of it"),
+        (Readout("named_memories"), "a forward reads named_memories of it"),
+        (UntracedHelper(), "a forward reads v of it"),
+        (wrapped(UntracedReadout()), "a forward reads v of it"),
         (behind(layer.BatchNorm2d(4, affine=False)), "the BatchNorm2d before it has no weight"),
         (tie_weights(), "the Linear before it shares its parameters with another module"),
         (behind(nn.Linear(4, 4), v_threshold=-0.5), "only a positive and finite threshold scales"),

@@ -150,8 +150,9 @@ class Apart(nn.Module):
         training = self.bn.training
         if self.mode == "eval":
             self.bn.eval()
+        x_seq = self.conv(x_seq)
         with torch.set_grad_enabled(self.mode != "no grad"):
-            y_seq = self.bn(self.conv(x_seq))
+            y_seq = self.bn(x_seq)
         self.bn.train(training)
         return self.sn(y_seq)
 
@@ -246,6 +247,13 @@ def test_fused_norm_with_gradient_checkpointing(whole, reentrant):
         return checkpoint(block, x_seq if whole else net[0](x_seq), use_reentrant=reentrant)
 
     assert_close(gradients(net, images(), run), expected)
+
+
+def test_fused_norm_recomputed_without_its_neuron():
+    net = fused(pair())
+    x_seq = images().requires_grad_()
+    with pytest.raises(RuntimeError, match="checkpoint both together"):
+        net[1](checkpoint(net[0], x_seq, use_reentrant=True))
 
 
 def test_fused_norm_under_a_flop_counter():

@@ -35,10 +35,11 @@ class Block(nn.Module):
 
     def forward(self, x_seq):
         identity = self.stem(x_seq)
-        y = self.bn(self.conv(identity))
+        y = self.conv(identity)
+        y = self.bn(x=y) if self.add == "by name" else self.bn(y)
         if self.add == "in place":
             y += identity
-        elif self.add == "right":
+        elif self.add in ("right", "by name"):
             y = y + identity
         elif self.add == "left":
             y = identity + y
@@ -87,6 +88,7 @@ def pair(net, monkeypatch):
     [
         ("in place", neuron.LIFNode, {}),
         ("right", neuron.IFNode, {"v_reset": None}),
+        ("by name", neuron.IFNode, {}),
         ("left", neuron.ParametricLIFNode, {"detach_reset": True}),
         ("norms", neuron.ParametricLIFNode, {"decay_input": False, "v_reset": -0.25}),
         ("norms", ALIFNode, {}),

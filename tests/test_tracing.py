@@ -113,6 +113,12 @@ class Folding(nn.Module):
         return self.sn2(functional.seq_to_ann_forward(y_seq, [self.bn2]))
 
 
+class FoldingByName(Folding):
+    def forward(self, x_seq):
+        y_seq = self.sn1(self.bn1(x_seq.flatten(0, 1)).unflatten(dim=0, sizes=x_seq.shape[:2]))
+        return self.sn2(self.bn2(y_seq.flatten(0, 1)).unflatten(0, sizes=(3, -1)))
+
+
 class CalledTwice(Block):
     def forward(self, x_seq):
         return self.sn(self.bn(self.sn(self.bn(x_seq))))
@@ -163,14 +169,17 @@ class StoringBelow(Block):
 
 
 class Changing(Block):
-    """Changes a buffer in place, and its children."""
+    """Changes tensors in place, and its children."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(2))
+        self.again, self.cache, self.total = self.calls, {"calls": self.calls}, torch.zeros(2)
 
     def forward(self, x_seq):
         self.calls += 1
+        self.total += self.cache["calls"]
+        self.sn.v.zero_()
         self.bn.momentum /= 2
         functional.reset_net(self.sn)
         return self.sn(self.bn(x_seq))
@@ -252,10 +261,10 @@ def changed(change):
         (ResidualInEval(), "a function, add, reads its output"),
         (Optional(), "a function, output, reads its output"),
         (Storing(), "it keeps what it computes as features"),
-        (StoringBelow(), "it keeps what it computes as last"),
+        (StoringBelow(), "it keeps what it computes as an attribute of sn"),
         (
             replaced(Residual()),
-            "the forward of Residual cannot be traced (TypeError: it was replaced)",
+            "the forward of Residual cannot be traced (TypeError: its forward was replaced)",
         ),
         (Tokens(lambda x, shape: x.unflatten(0, shape[:3])), "a function, unflatten, reads"),
         (Tokens(lambda x, shape: x.unflatten(0, (2, 3, 4))), "a function, unflatten, reads"),
@@ -308,6 +317,7 @@ def test_trace_follows_calls_and_not_registration():
         nn.Sequential(Around(Around(norm())), nn.Sequential(Behind())),
         nn.Sequential(nn.Sequential(layer.SeqToANNContainer(nn.BatchNorm2d(4))), Around(alif())),
         Folding(),
+        FoldingByName(),
     ],
     ids=lambda net: type(net).__name__,
 )
@@ -330,10 +340,16 @@ def test_trace_leaves_what_a_forward_stores_as_it_was():
 def test_trace_leaves_buffers_and_children_as_they_were():
     net = Changing()
     net.sn(torch.rand(2, 1, 4))
-    calls, v, momentum = net.calls, net.sn.v.clone(), net.bn.momentum
-    assert sj_taid.accelerate(net).rows[0].done.startswith("fused into")
-    assert net.calls is calls and not calls.any()
+    calls, v, momentum = net.calls, net.sn.v.detach().clone(), net.bn.momentum
+    assert v.any() and sj_taid.accelerate(net).rows[0].done.startswith("fused into")
+    assert net.calls is net.again is net.cache["calls"] is calls
+    assert not calls.any() and not net.total.any()
     assert torch.equal(net.sn.v, v) and net.bn.momentum == momentum
+
+
+def test_trace_of_lazy_modules():
+    net = nn.Sequential(nn.LazyBatchNorm2d(), *changed(lambda bn, sn: None))
+    assert trace(net, lambda module: module is net[1]).readers == {net[1]: net[2]}
 
 
 def test_trace_draws_no_random_numbers():

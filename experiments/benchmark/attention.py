@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
         rows.append(describe_training(run, "model", "decoder", "neuron", "dataset"))
         rows[-1] |= {"epochs": run.metrics["epochs"], **measure(decoder, image_seq, images)}
         if rows[-1]["decoder"] != "fixed":
-            title = "{model}, {decoder}, {neuron}\n{dataset}, {epochs} epochs".format(**rows[-1])
+            title = "{model}, {decoder}, {neuron}\n{dataset}, {epochs} epochs, seed {seed}"
+            title = title.format(**rows[-1])
             shares[title] = [share(decoder, x_seq) for x_seq in (image_seq, image_seq.flip(0))]
     new = {row["trained_by"] for row in rows}
     before = read_csv(result).to_dict("records") if result.is_file() else []

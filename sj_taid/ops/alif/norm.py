@@ -52,7 +52,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, module: Any, training: bool) -> Norm:
-        """The norm of a module's forward in either mode; counts the batch, as that does."""
+        """What a module would compute in this mode; counts the batch, as its forward does."""
         momentum = 0.0 if module.momentum is None else module.momentum
         # Statistics that are not tracked in training are used in eval mode all the same.
         reads = module.track_running_stats or not training

@@ -97,6 +97,9 @@ def test_norm_shares_statistics_in_training_alone(monkeypatch):
         group = object()
         module = torch.nn.SyncBatchNorm(3, track_running_stats=tracked, process_group=group)
         assert Norm.of(module, True).group is group and Norm.of(module, False).group is None
+        with pytest.raises(ValueError, match="needs images in every process"):
+            operands = torch.rand(2, 0, 3), 0.0, torch.tensor(0.0), torch.tensor(1.0)
+            functional.alif_multi_step(*operands, norm=Norm.of(module, True))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
