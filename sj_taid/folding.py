@@ -25,13 +25,9 @@ _LAYERS = tuple(
     getattr(home, name) for home in (nn, layer) for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")
 )
 
-#: The attributes of neurons and layers through which a forward can see what folding changes.
-_SCALED = frozenset(
-    (
-        *("v", "v_seq", "v_reset", "v_threshold", "memories", "named_memories"),
-        *("weight", "bias", "parameters", "named_parameters", "state_dict"),
-    )
-)
+#: The attributes of a neuron and of a layer through which a forward can see what folding changes.
+_VOLTAGES = frozenset({"v", "v_seq", "v_reset", "v_threshold", "memories", "named_memories"})
+_WEIGHTS = frozenset({"weight", "bias", "parameters", "named_parameters", "state_dict"})
 
 
 @torch.no_grad()
@@ -43,8 +39,10 @@ def fold_thresholds(net: nn.Module) -> dict[str, str]:
     with _watch_reads(net) as read:
         traced = trace(net, _is_source)
     for module in traced.untraced:  # it may read more than it did before it failed
-        names = _SCALED & _find_names(module)
-        read = {m: min(names) for m in module.modules() if names} | read
+        names = _find_names(module)
+        for child in module.modules():
+            for name in sorted(names & (_WEIGHTS if _is_source(child) else _VOLTAGES)):
+                read.setdefault(child, name)
     sources = {reader: source for source, reader in traced.readers.items()}
     uses = Counter(p for module in net.modules() for p in module.parameters(recurse=False))
     kept = {}
@@ -73,7 +71,7 @@ def _find_names(module: nn.Module) -> set[str]:
     forward = inspect.unwrap(module.forward)
     codes = [getattr(f, "__code__", None) for f in (forward, type(module).forward)]
     if None in codes:
-        return {*_SCALED}
+        return {*_VOLTAGES, *_WEIGHTS}
     while codes:
         code: Any = codes.pop()
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
@@ -86,13 +84,13 @@ def _find_names(module: nn.Module) -> set[str]:
 
 @contextmanager
 def _watch_reads(net: nn.Module) -> Iterator[dict[nn.Module, str]]:
-    """Record the neurons and layers that the forwards that are traced read ``_SCALED`` of."""
+    """Record the neurons and layers of which traced forwards read voltages or weights."""
     known = {*_NEURONS, *_LAYERS, *KNOWN_NORMS}
     kinds = {m: type(m) for m in net.modules() if type(m) in known}
     read: dict[nn.Module, str] = {}
 
     def get(node: Any, name: str) -> Any:
-        if name in _SCALED:
+        if name in _VOLTAGES or name in _WEIGHTS:
             read.setdefault(node, name)
         return super(type(node), node).__getattribute__(name)
 
