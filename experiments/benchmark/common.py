@@ -158,10 +158,11 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def command() -> str:
-    """The command line of this process, from the root of the checkout and without ``--out``."""
-    out = argparse.ArgumentParser(add_help=False)
-    out.add_argument("--out")
-    _, others = out.parse_known_args(sys.argv[1:])
+    """The command line of this process, from the root of the checkout, without where it writes."""
+    outputs = argparse.ArgumentParser(add_help=False)
+    outputs.add_argument("--out")
+    outputs.add_argument("--picture")
+    _, others = outputs.parse_known_args(sys.argv[1:])
     script = Path(sys.argv[0]).resolve()
     root = Path(__file__).resolve().parents[2]
     name = script.relative_to(root) if script.is_relative_to(root) else script.name

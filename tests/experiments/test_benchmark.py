@@ -211,7 +211,7 @@ def test_norm_counts_saved_bytes(measure):
     assert saved[norm.RIVAL] == 1.0 > saved[ours[0]] > saved[ours[1]] > saved[ours[2]] > 0
 
 
-@pytest.mark.parametrize("out", [[], ["--out", "/a/place"], ["--ou=/a/place"]])
+@pytest.mark.parametrize("out", [[], ["--out", "/a/place"], ["--ou=/a/place"], ["--picture", "/a"]])
 def test_command_can_be_repeated_and_does_not_say_where_it_wrote(monkeypatch, out):
     arguments = [neuron.__file__, "--T", "4", *out, "--only", "ALIF torch"]
     monkeypatch.setattr(sys, "argv", arguments)
