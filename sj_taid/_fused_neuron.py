@@ -118,9 +118,10 @@ class FusedNeuron(_compat.BaseNode):
 
     def _input_and_norm(self, x: Tensor) -> tuple[Tensor, Norm | None]:
         """The input, and the batch norm to apply to it, which has to have passed it on."""
-        norm, call, learns = self.norm, None, True
+        norm, call = self.norm, None
+        passed: Any = x
         if isinstance(x, NormInput):
-            call, learns, x = x.call, x.learns(), x.x
+            call, x = x.call, x.x
             if norm is None:
                 raise not_normalised(self._label())
         if norm is None:
@@ -134,15 +135,14 @@ class FusedNeuron(_compat.BaseNode):
                 "(sj_taid.fuse_norm), but the norm was replaced, a forward branched on a flag or "
                 "on chance, or a hook stands between: sj_taid.unfuse_norm(net) keeps the two apart"
             )
-        applied = Norm.of(norm, call.training if call else norm.training)
-        if call is None or call.with_grad:
-            return x, applied
-        if learns:
+        frozen = call is not None and not call.with_grad
+        if frozen and passed.learns():
             raise RuntimeError(
                 f"{self._label()} applies a batch norm that gradient checkpointing recomputes "
                 "without it: checkpoint both together"
             )
-        return x, applied.detach()
+        applied = Norm.of(norm, call.training if call else norm.training)
+        return x, applied.detach() if frozen else applied
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle takes the voltages along, not the graph that made them.

@@ -292,17 +292,14 @@ def _graph(parent: nn.Module, training: bool, answers: list[bool]) -> fx.Graph:
 @contextmanager
 def _same_attributes(parent: nn.Module) -> Iterator[None]:
     """Restore the attributes of ``parent``, with all containers in them, and of its children."""
-    before = [(vars(module), dict(vars(module))) for module in parent.modules()]
-    inner: list[Any] = [*_held(dict(vars(parent)), set())]
-    inner += [held for attributes, _ in before for held in attributes.values() if _is_dict(held)]
-    containers = [(held, copy.copy(held)) for held in inner if isinstance(held, list | set | dict)]
+    held = [*_held(vars(parent), set())]
+    for module in parent.modules():
+        held += [vars(module), *filter(_is_dict, vars(module).values())]
+    before = [(each, copy.copy(each)) for each in held if isinstance(each, list | set | dict)]
     try:
         yield
     finally:
-        for attributes, values in before:
-            attributes.clear()
-            attributes.update(values)
-        for container, content in containers:
+        for container, content in before:
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(content)
 
