@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from . import _compat
 from ._checks import check_example_input, check_net
 from ._fused_neuron import FusedNeuron, restore
-from .folding import fold_thresholds
 from .neuron import ALIFNode
 from .ops import backends
-from .report import Report, Row, table, table_of
+from .report import Report, Row, table_of
 from .state import name_neurons
 
 #: Its sigmoid is 0, in float64 too: no leak, the IF neuron. Finite, so that averages keep it.
@@ -111,25 +110,16 @@ def swap_neurons(
     return Report("neurons swapped", tuple(rows))
 
 
-def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False) -> nn.Module:
+def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     r"""A copy of ``net`` with plain ``LIFNode`` s of the learned tau and threshold.
 
     It is for SpikingJelly's NIR export, counters, energy estimates and kernels. The outputs are
     equal bit for bit where tau is a power of two, and otherwise to rounding (LIF divides by tau).
     An ALIF without leak becomes an ``IFNode``. All channels must have one tau and one threshold.
 
-    With ``fold_threshold`` every threshold becomes 1, as some hardware and exporters need it, those
-    of SpikingJelly's LIF, PLIF and IF too. Voltages are divided by the threshold, per channel, and
-    so are the weight and bias of the norm, convolution or linear layer that only the neuron reads.
-    That leaves every spike as it is. Outputs are equal bit for bit where thresholds are powers of
-    two, and otherwise to rounding; gradients are not, since the surrogate keeps its width. A
-    threshold that cannot be folded, as of a voltage that a ``forward`` reads, stays, with a warning
-    that says why.
-
     Args:
         net: any module with :class:`~sj_taid.ALIFNode` s; it is not changed.
         strict: raise if a neuron is not expressible; otherwise warn and leave it as ALIF.
-        fold_threshold: put the thresholds into the layers before the neurons.
 
     Raises:
         ValueError: a neuron is not expressible and ``strict``; the message says which and why.
@@ -142,11 +132,6 @@ def to_lif(net: nn.Module, *, strict: bool = True, fold_threshold: bool = False)
     # A net that is one neuron has no parent to hold the new node.
     holder = nn.ModuleList([copy_net(net)])
     restore(holder)
-    unfolded = fold_thresholds(holder) if fold_threshold else {}
-    if unfolded:
-        rows = [(_path_in_net(path), reason) for path, reason in unfolded.items()]
-        message = f"these thresholds stay as they are:\n{table(('name', 'why'), rows)}"
-        warnings.warn(message, stacklevel=2)
     refused = []
     new_of: dict[nn.Module, nn.Module] = {}
     for site in find_neurons(holder, ALIFNode):

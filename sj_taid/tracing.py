@@ -28,14 +28,10 @@ class Traced(NamedTuple):
     readers: dict[nn.Module, nn.Module]
     #: for each source without one, the reason
     obstacles: dict[nn.Module, str]
-    #: for each neuron, the module that makes its input, or why none does
-    inputs: dict[nn.Module, nn.Module | str]
     #: the sources that see time folded into the batch, and whose readers do not
     folded: set[nn.Module]
     #: for each sum of a source and another module's output: the source, that module and the reader
     sums: list[tuple[nn.Module, nn.Module, nn.Module]]
-    #: the modules whose forward cannot be traced
-    untraced: list[nn.Module]
 
 
 def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
@@ -56,7 +52,7 @@ def trace(net: nn.Module, is_source: Callable[[nn.Module], bool]) -> Traced:
             if has_forward and not is_end(parent) and any(map(is_end, parent.modules())):
                 tracing.look_into(parent)
     tracing.calls |= Counter(m for _, m in net.named_modules(remove_duplicate=False))
-    return tracing.resolve(filter(is_end, net.modules()), is_source)
+    return tracing.resolve(filter(is_source, net.modules()))
 
 
 class _Port(NamedTuple):
@@ -81,7 +77,6 @@ class _Tracing:
         self.unfolded: set[_Port | str] = set()
         self.calls: Counter[nn.Module] = Counter()
         self.traced: set[nn.Module] = set()
-        self.untraced: list[nn.Module] = []
 
     def look_into(self, parent: nn.Module) -> None:
         """Note who reads what in the forward of ``parent``."""
@@ -90,7 +85,6 @@ class _Tracing:
         except Exception as error:  # whatever a forward does that symbols cannot follow
             why = shorten(f"{type(error).__name__}: {error}", 80)
             note = f"the forward of {type(parent).__name__} cannot be traced ({why})"
-            self.untraced.append(parent)
             for child in parent.children():
                 self.link(_Port(child, True), note)
                 self.link(note, _Port(child, False))
@@ -132,15 +126,10 @@ class _Tracing:
                     self.sums[maker] += [(makers[o], readers[t]) for o in others for t in totals]
         return called.values()
 
-    def resolve(
-        self, modules: Iterable[nn.Module], is_source: Callable[[nn.Module], bool]
-    ) -> Traced:
+    def resolve(self, sources: Iterable[nn.Module]) -> Traced:
         """Sort the sources into those with one reader and those without."""
-        result = Traced({}, {}, {}, set(), [], self.untraced)
-        for module in modules:
-            if not is_source(module):
-                result.inputs[module] = self._find_maker(_Port(module, False))
-                continue
+        result = Traced({}, {}, set(), [])
+        for module in sources:
             passed: list[_Port] = []
             reader = self._find_reader(_Port(module, True), passed)
             is_folded = bool(self.unfolded.intersection(passed))
