@@ -1,6 +1,5 @@
 """The benchmarks, on grids too small to mean anything, and their committed results."""
 
-import json
 import re
 import sys
 from functools import partial
@@ -22,9 +21,6 @@ import torch
 import zoo
 
 from sj_taid import FixedDecoder
-from sj_taid.ops import trace
-from sj_taid.ops.alif.reference import multi_step
-from tests.helpers import Case, results, tensors
 
 CPU = torch.device("cpu")
 RESULTS = Path(common.__file__).parent / "results"
@@ -112,43 +108,6 @@ def test_neuron_skips_a_rival_that_fails_but_never_ours(tmp_path, capsys):
         neuron.time_neurons({"ALIF torch": Fails()}, *case)
     with pytest.raises(SystemExit, match=r"--only cupi: expected parts of ALIF torch, .*LIF"):
         neuron.main(["--device", "cpu", "--only", "torch", "cupi", "--out", str(tmp_path)])
-
-
-@pytest.mark.parametrize("norm", [None, "batch", "fixed"])
-def test_neuron_times_each_call_of_a_trace(measure, tmp_path, monkeypatch, norm):
-    path = tmp_path / "calls.jsonl"
-    monkeypatch.setenv("SJ_TAID_TRACE", str(path))
-    traced = partial(trace.trace_calls(lambda _, *call, **more: multi_step(*call, **more)), None)
-    monkeypatch.delenv("SJ_TAID_TRACE")
-    case = Case(None, channels=5, shape=(3, 2, 5, 4), axes=(0, 1, 3, 2), norm=norm)
-    for again in (case, case.with_(frozen=("w",), pack=True, v_init=False), case):
-        results(traced, again)
-    leaves = tensors(case)
-    arguments = (leaves[name] for name in ("x", "v0", "w", "v_threshold"))
-    with torch.no_grad():
-        traced(*arguments, **case.options(), store_v_seq=True)
-    options = ["--trace", str(path), "--repeats", "1", "--only", "ALIF torch", "PLIF", "FlexSN"]
-    table = measure(neuron, *options)
-    assert [*table["calls"]] == [2, 2, 1, 1, 1, 1]
-    assert [*table["neuron"]] == ["ALIF torch", "SpikingJelly PLIF"] * 3
-    assert [json.loads(line)["grad"] == [] for line in table["call"][::2]] == [False, False, True]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (None, "No such file.*SJ_TAID_TRACE"),
-        ("", "expected a line for each fused call"),
-        ("T,N\n4,8\n", "got 'T,N': JSONDecodeError.*trace again"),
-        ('{"shape": [4, 8]}', "got .*KeyError"),
-    ],
-)
-def test_neuron_refuses_a_file_that_is_no_trace(tmp_path, text, expected):
-    path = tmp_path / "calls.jsonl"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(SystemExit, match=expected):
-        neuron.read_calls(path, ["ALIF torch"], CPU)
 
 
 def test_esvae_times_every_variant(measure):

@@ -21,7 +21,6 @@ from torch.autograd import forward_ad
 from .. import bits, surrogate
 from ..bits import is_dense
 from ..recipe import recipe_of
-from ..trace import trace_calls
 from . import norm as norms
 from .norm import Affine, Norm
 from .reference import state_dtype
@@ -313,7 +312,6 @@ class _Backward(torch.autograd.Function):
         )
 
 
-@trace_calls
 def multi_step(
     engine: Engine,
     x_seq: Tensor,
