@@ -175,13 +175,6 @@ class SpikingVAE(nn.Module):
             terms["chroma"] = self.chroma_weight * chroma.square().mean()
         return {"loss": torch.stack([*terms.values()]).sum(), **terms, "image": output}
 
-    def freeze_latent(self) -> None:
-        """Freeze all but the decoder, in eval mode: an image keeps its latent, the prior fits."""
-        learns = (self.from_latent, self.decoder, self.to_image, self.image_decoder)
-        for child in self.children():
-            if child not in learns:
-                child.eval().requires_grad_(False)
-
     def sample(self, n: int) -> Tensor:
         """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior.
 

@@ -21,9 +21,8 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .._build import is_below
 from .._extras import TRAIN, needs
-from .config import CONF, VERSION, describe_missing, override_key
+from .config import CONF, VERSION, describe_missing
 from .run import OVERRIDES
 
 #: commands whose arguments are Hydra's overrides of conf/<command>.yaml
@@ -114,10 +113,7 @@ def format_error(error: Exception) -> str:
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """Replace ``resume=RUN`` by the run's folder and overrides, over which other arguments win.
-
-    Where one of these is ``GROUP=none``, the run's own overrides of that group are left out.
-    """
+    """Replace ``resume=RUN`` by the run's folder and overrides, over which other arguments win."""
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
     if not resumed:
         return [*arguments]
@@ -134,9 +130,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
             "hydra.run.dir=RUN"
         )
     others = [argument for argument in arguments if argument not in resumed]
-    emptied = [other.removesuffix("=none") for other in others if other.endswith("=none")]
-    saved: Any = OmegaConf.load(folder / OVERRIDES)
-    repeated = [o for o in saved if not is_below(override_key(o), emptied)]
+    repeated: Any = OmegaConf.load(folder / OVERRIDES)
     quoted = str(folder).replace("'", "\\'")
     return [*repeated, f"hydra.run.dir='{quoted}'", *others]
 

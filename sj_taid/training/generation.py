@@ -25,7 +25,6 @@ from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
 from .columns import DISTANCES, OF_SAMPLES
-from .critic import PatchCritic
 from .evaluation import Evaluator, load_or_make
 from .feature_loss import FeatureLoss
 from .plot import draw_attention, draw_grid, draw_reconstructions
@@ -40,18 +39,11 @@ class Generation(Autoencoding):
         model, optimizer, lr_scale, scheduler: see :class:`~sj_taid.training.task.Task`.
         prior_lr_scale: ESVAE's learned prior learns at the optimizer's learning rate times this.
             None treats it as all other parameters.
-        critic: takes part in the last epochs, see :class:`~sj_taid.training.critic.PatchCritic`.
-            ESVAE's fitted prior is fitted when they start, if samples are drawn from it.
         feature_loss: joins the losses, see :class:`~sj_taid.training.feature_loss.FeatureLoss`.
 
     Raises:
-        ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior; a critic for
-            another model than ESVAE and FSVAE, for several processes, or with no step left in
-            which the generator hears it.
+        ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior.
     """
-
-    #: the checkpoint of a run that gets a critic when it resumes lacks one
-    strict_loading = False
 
     model_attributes: tuple[str, ...] = ("training_loss", "sample")
     objectives: tuple[str, ...] = (
@@ -69,18 +61,11 @@ class Generation(Autoencoding):
         lr_scale: float | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         prior_lr_scale: float | None = None,
-        critic: PatchCritic | None = None,
         feature_loss: FeatureLoss | None = None,
     ) -> None:
         super().__init__(model, optimizer, lr_scale, scheduler)
         self.prior_lr_scale = prior_lr_scale
-        self.critic = critic
         self.feature_loss = feature_loss
-        if critic and not isinstance(model, SpikingVAE):
-            raise ValueError(
-                f"a critic is for ESVAE and FSVAE, but the model is {type(model).__name__}; leave "
-                "out critic=, or choose model=esvae"
-            )
         if prior_lr_scale is None:
             return
         if not isinstance(self.model, ESVAE):
@@ -125,71 +110,16 @@ class Generation(Autoencoding):
             untrained = evaluator.evaluate_samples(model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.critic:  # before the run's files change
-            self._check_critic(self.critic)
-
     def on_train_start(self) -> None:
-        if self._critic_epoch() <= 0:
-            for prior in self.fitted_priors.values():
-                prior.clear()  # a resumed run's was fitted to an earlier encoder
-
-    def _check_critic(self, critic: PatchCritic) -> None:
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                "a critic learns in one process: add trainer.devices=1, or critic=none"
-            )
-        epochs = min(critic.epochs, self.trainer.max_epochs or 1)
-        batches = len(self.trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-        limit = self.trainer.limit_train_batches
-        steps = epochs * (min(batches, limit) if isinstance(limit, int) else int(limit * batches))
-        if critic.warmup >= steps:
-            raise ValueError(
-                f"critic.warmup={critic.warmup} steps leave none of the {steps} of the critic's "
-                f"{epochs} epochs; lower it, or raise critic.epochs and trainer.max_epochs"
-            )
-
-    def _critic_epoch(self) -> int:
-        """Epochs since the critic began; negative before."""
-        epochs = self.trainer.max_epochs or 1
-        return self.current_epoch - max(epochs - self.critic.epochs, 0) if self.critic else -1
-
-    def on_train_epoch_start(self) -> None:
-        epoch, model = self._critic_epoch(), self.model
-        if self.critic is None or epoch < 0:
-            return
-        if self.critic.trains == "decoder":
-            model.freeze_latent()
-        if epoch == 0:
-            self.critic.restart()
-        source = self.fitted_priors.get(getattr(model, "sample_from", ""))
-        if source and not source.fitted:
-            self.fit_prior(self.trainer.datamodule)  # type: ignore[attr-defined]
+        for prior in self.fitted_priors.values():
+            prior.clear()  # a resumed run's was fitted to an earlier encoder
 
     def losses(self, image: Tensor) -> dict[str, Tensor]:
         losses = super().losses(image)
         if self.feature_loss:
             losses["features"] = self.feature_loss(losses["image"], image)
             losses["loss"] = losses["loss"] + losses["features"]
-        if self.critic and self._critic_epoch() >= 0:
-            self._criticise(self.critic, losses, image)
         return losses
-
-    def _criticise(self, critic: PatchCritic, losses: dict[str, Tensor], image: Tensor) -> None:
-        """Teach the critic by half reconstructions, half samples; what it says joins the losses."""
-        model, output = self.model, losses["image"]
-        half = len(image) // 2
-        with eval_mode(model):  # as samples are drawn, and they leave the norms alone
-            with torch.no_grad():
-                latent = model.sample_latent(half)
-            samples = model.decode(latent)
-        (gradient,) = torch.autograd.grad(losses["loss"], output, retain_graph=True)
-        with torch.autocast(self.device.type, enabled=False):
-            fake = torch.cat([output[half:], samples]).float()
-            losses["critic"] = critic.teach(image, fake.detach())
-            if critic.steps > critic.warmup:
-                losses["loss"] = losses["loss"] + critic.pull(fake, gradient.float())
 
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's priors to the training images, not augmented."""

@@ -45,8 +45,6 @@ RESUME_MAY_CHANGE = (
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
     "trainer.log_every_n_steps",
-    "critic",
-    "task.critic",
     "callbacks",
     "logger",
     "pictures",

@@ -69,7 +69,6 @@ KEYS = {"cache_dir", "checkpoint", "compile", "objective", "pictures", "seed", "
 OF_ONE_TASK = {
     "loss": ("loss=", "classification", "loss"),
     "model.per_channel": ("neuron=alif_channel", "classification", "loss"),
-    "critic": ("critic=", "generation", "critic"),
     "feature_loss": ("feature_loss=", "generation", "feature_loss"),
 }
 
@@ -96,9 +95,8 @@ def validate(cfg: DictConfig) -> None:
             raise ValueError(
                 f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
             )
-    for part in ("critic", "feature_loss"):
-        if cfg.get(part) and "_target_" not in cfg[part]:
-            raise ValueError(describe_missing(part, cfg))
+    if cfg.get("feature_loss") and "_target_" not in cfg.feature_loss:
+        raise ValueError(describe_missing("feature_loss", cfg))
     loss = str(OmegaConf.select(cfg, "feature_loss._target_"))
     if loss.endswith("EfficientNetLoss") and OmegaConf.select(cfg, "metric.features"):
         raise ValueError(

@@ -65,7 +65,7 @@ def test_cli_usage(sj_taid, capsys):
         ("train +nueron=lif", r"no key nueron; did you mean neuron\?"),
         ("train trainer.max_epoch=1", r"^no key trainer\.max_epoch; did you mean .*\.max_epochs\?"),
         ("train model.x=1", r"^no key model\.x; --cfg job .* is\. If its class .* \+model\.x=1$"),
-        ("train critic.epochs=3", r"^critic is not chosen; choose critic=patch$"),
+        ("train feature_loss.weight=3", r"^feature_loss is not chosen; choose feature_loss=cla"),
         ("train callbacks=quiet callbacks.x=1", r"^no key callbacks\.x; .* add \+callbacks\.x=1$"),
         ("train loss.x=1", r"^loss is not chosen; choose loss=cross_entropy or loss=mse or"),
         ("train +model.x=1", "ESVAE cannot be built: .*unexpected keyword argument 'x'"),
@@ -126,11 +126,6 @@ def test_resume_arguments(tmp_path, name):
     assert saved == ["neuron=lif", "model.stages=[[4],[6]]"] and seed == "seed=1"
     cfg = config.compose("train", [where], return_hydra_config=True)
     assert cfg.hydra.run.dir == str(folder)
-    (folder / run.OVERRIDES).write_text(
-        "- critic=patch\n- critic.warmup=1\n- ~logger\n- +logger=csv\n"
-    )
-    *saved, _, choice = cli.resume_arguments([f"resume={folder}", "critic=none"])
-    assert saved == ["~logger", "+logger=csv"] and choice == "critic=none"
 
 
 def test_folder_name_tells_any_overrides_apart():
