@@ -1,4 +1,4 @@
-"""For PyTorch Lightning, the extra ``[lightning]``."""
+"""For PyTorch Lightning."""
 
 from typing import Any
 

@@ -206,7 +206,7 @@ def test_environment_lists_every_variable():
     found = {name for match in re.findall(pattern, code) for name in match if name}
     found.discard("ENVIRONMENT_VARIABLE")  # the constant that holds a name
     assert len(found) >= 4
-    named = set(re.findall(r"`([A-Z][A-Z_]+)`", TEXTS["environment"]))
+    named = set(re.findall(r"`([A-Z][A-Z_]+)`", TEXTS["install"]))
     assert found <= named
     assert {name for name in named if name.startswith("SJ_")} <= found
 
@@ -266,7 +266,7 @@ def test_pages_stay_short():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/notebooks/*.ipynb")), ids=lambda p: p.name)
 def test_notebook_has_no_outputs(path):
     """``make docs`` runs them, so that their outputs are those of the code next to them."""
-    nbformat = pytest.importorskip("nbformat", reason="needs the extra test")
+    nbformat = pytest.importorskip("nbformat", reason="needs the extra dev")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -1,4 +1,4 @@
-"""Wheel and sdist hold what they should, and a package index can show them."""
+"""Wheel and sdist hold what they should."""
 
 import configparser
 import os
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,6 @@ def run(*command, **options):
 
 
 @pytest.fixture(scope="module")
-def setup_cfg():
-    config = configparser.RawConfigParser()
-    config.read(ROOT / "setup.cfg", encoding="utf-8")
-    return config
-
-
-@pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The sdist, and the wheel that is built from it."""
     # Not "build" alone, which also names a folder of the checkout.
@@ -51,13 +43,6 @@ def built(tmp_path_factory):
         run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT, cwd=out)
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel
-
-
-@pytest.fixture(scope="module")
-def metadata(built):
-    with zipfile.ZipFile(built[1]) as wheel:
-        (path,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
-        return message_from_bytes(wheel.read(path))
 
 
 def test_wheel_holds_package_and_configs(built):
@@ -94,35 +79,8 @@ def test_sdist_holds_sources_only(built):
     folder = f"sj_taid-{sj_taid.__version__}"
     with tarfile.open(built[0]) as sdist:
         names = {name.removeprefix(f"{folder}/") for name in sdist.getnames()}
-    assert {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "setup.cfg"} <= names
-    assert not [name for name in names if name.startswith(("tests", "experiments", "docs"))]
-
-
-def test_index_accepts_wheel_and_sdist(built):
-    pytest.importorskip("twine", reason="needs the extra dev")
-    run(sys.executable, "-m", "twine", "check", "--strict", *built)
-
-
-def test_metadata_matches_setup_cfg(metadata, setup_cfg):
-    assert (metadata["Name"], metadata["Version"]) == ("sj-taid", sj_taid.__version__)
-    assert {*metadata.get_all("Provides-Extra")} == {*setup_cfg["options.extras_require"]}
-    url = setup_cfg["metadata"]["url"]
-    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
-    assert {"Documentation", "Changelog", "Issues"} <= set(addresses)
-    assert all(address.startswith(f"{url}/") for address in addresses.values())
-
-
-def test_description_links_resolve(metadata, setup_cfg):
-    url = setup_cfg["metadata"]["url"]
-    text = metadata.get_payload(decode=True).decode()
-    links = re.findall(r"(!?)\[[^]]*]\(([^)]+)\)", text)
-    assert all(link.startswith("https://") for _, link in links)
-    ours = [(picture, link) for picture, link in links if link.startswith(url)]
-    assert len(ours) > 5 and any(picture for picture, _ in ours)
-    for picture, link in ours:
-        kind, branch, path = link.removeprefix(f"{url}/").split("/", 2)
-        assert (kind, branch) == ("raw" if picture else "blob", "main")
-        assert (ROOT / path.partition("#")[0]).exists(), path
+    assert {"LICENSE", "README.md", "setup.cfg", "sj_taid/ops/alif/kernels.cu"} <= names
+    assert not [name for name in names if name.startswith(("experiments", "docs"))]
 
 
 def test_version_is_the_same_everywhere():
@@ -132,17 +90,9 @@ def test_version_is_the_same_everywhere():
     assert citation["license"] == "MIT"
 
 
-def test_workflow_runs_ci_on_each_python(setup_cfg):
-    job = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]["test"]
-    assert job["steps"][-1]["run"] == "bash .ci/run"
-    versions = re.findall(r":: (3\.\d+)", setup_cfg["metadata"]["classifiers"])
-    assert job["strategy"]["matrix"]["python"] == versions
-    assert setup_cfg["options"]["python_requires"] == f">={versions[0]}"
-
-
-def test_missing_package_remedy_is_the_whole_extra(setup_cfg):
-    extras = setup_cfg["options.extras_require"]
-    text = extras["train"]
-    text += "".join(extras[part] for part in re.findall(r"^sj-taid\[(\w+)]$", text, re.M))
+def test_missing_package_remedy_is_the_whole_extra():
+    config = configparser.RawConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    text = config["options.extras_require"]["train"]
     wanted = set(re.findall(r"^(?!sj-taid)(\w[\w-]*)", text, re.M))
     assert "safetensors" in wanted and set(TRAIN.split()) == wanted

@@ -1,4 +1,4 @@
-"""Metrics of generated images. Needs torchmetrics, in the extra ``[metric]``."""
+"""Metrics of generated images. Needs torchmetrics."""
 
 from .._extras import needs
 

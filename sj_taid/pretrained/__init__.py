@@ -1,4 +1,4 @@
-"""Trained models by name, from a folder or from the Hugging Face hub; nothing in them is code.
+"""Trained models, by name or from a folder; nothing in them is code.
 
 A model is a folder that ``sj-taid export`` writes: ``config.json`` (its class and arguments, the
 SHA-256 of its weights, the metrics of its run), ``model.safetensors`` and the card ``README.md``.
@@ -22,8 +22,7 @@ from ..thresholds import set_fixed_thresholds
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
-HUB = "hf://"
-REMEDY = "copy or export it again, or hf download OWNER/NAME --force-download"
+REMEDY = "copy or export it again"
 
 
 def list_models() -> list[str]:
@@ -39,9 +38,7 @@ def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
     """Create a model of :func:`.list_models`, or one from elsewhere, in eval mode.
 
     Args:
-        source: a name of :func:`.list_models`; a folder that ``sj-taid export`` has written; or
-            ``hf://OWNER/NAME`` on the Hugging Face hub (extra ``hub``), with ``@REVISION`` after it
-            for a certain revision.
+        source: a name of :func:`.list_models`, or a folder that ``sj-taid export`` has written.
         pretrained: load its weights (needs ``safetensors``); otherwise it is untrained.
 
     Raises:
@@ -55,7 +52,7 @@ def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
     >>> model.sample(4).shape
     torch.Size([4, 1, 16, 16])
     """
-    folder = _locate(source, pretrained)
+    folder = _locate(source)
     config = _read_config(folder / CONFIG)
     model = build(config["model"])
     if pretrained:
@@ -77,7 +74,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
     >>> sorted(read_config("fsvae_digits_taid"))
     ['metrics', 'model', 'sha256']
     """
-    return _read_config(_locate(source, pretrained=False) / CONFIG)
+    return _read_config(_locate(source) / CONFIG)
 
 
 def build(config: dict[str, Any]) -> nn.Module:
@@ -95,34 +92,17 @@ def build(config: dict[str, Any]) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _locate(source: str | Path, pretrained: bool) -> Path:
-    """The model's folder, downloaded if need be."""
-    source = str(source)
-    if source in list_models():
+def _locate(source: str | Path) -> Path:
+    """The model's folder."""
+    if str(source) in list_models():
         return Path(__file__).parent / source
-    folder = _download(source, pretrained) if source.startswith(HUB) else Path(source).expanduser()
+    folder = Path(source).expanduser()
     if not (folder / CONFIG).is_file():
         raise ValueError(
-            f"there is no model {source!r}; give one of {', '.join(list_models())}, a folder that "
-            f"sj-taid export has written, or {HUB}OWNER/NAME"
+            f"there is no model {str(source)!r}; give one of {', '.join(list_models())}, or a "
+            "folder that sj-taid export has written"
         )
     return folder
-
-
-def _download(source: str, pretrained: bool) -> Path:
-    with needs("huggingface_hub"):
-        from huggingface_hub import snapshot_download
-    repository, _, revision = source.removeprefix(HUB).partition("@")
-    files = [CONFIG, CARD, *[WEIGHTS] * pretrained]
-    try:
-        there = snapshot_download(repository, revision=revision or None, allow_patterns=files)
-    except (OSError, ValueError) as error:  # the hub's own are all one of them
-        raise ValueError(
-            f"{source} cannot be downloaded: {shorten(str(error), 300)}; expected "
-            f"{HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION, a model that is there and that you may "
-            "read (hf auth login), and internet on first use"
-        ) from error
-    return Path(there)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
