@@ -5,6 +5,7 @@ nothing, PLIF tau; ALIF and FlexSN learn tau and the threshold.
 """
 
 import argparse
+import gc
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from omegaconf import DictConfig
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from sj_taid import ALIFNode
 from sj_taid._graph import record_saved
@@ -87,6 +89,34 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end)
+
+
+def allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes that torch's CPU allocator gives during a call and, negative, gets back, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events: Any = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return [size for _, size in changes]
+
+
+def held_bytes(net: nn.Module, x_seq: Tensor) -> int:
+    """Bytes that torch's allocator holds after a forward from rest, beyond what it held before."""
+    held: list[Any] = []
+
+    def forward() -> None:
+        functional.reset_net(net)
+        held[:] = [net(x_seq)]
+        gc.collect()
+
+    forward()  # the first one compiles
+    held.clear()
+    functional.reset_net(net)
+    if not x_seq.is_cuda:
+        return sum(allocations(forward))
+    before = torch.cuda.memory_allocated(x_seq.device)
+    forward()
+    return torch.cuda.memory_allocated(x_seq.device) - before
 
 
 def saved_bytes(module: nn.Module, x_seq: Tensor) -> int:

@@ -28,14 +28,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from common import DTYPES, conditions, interleave, parser, read_csv, write_csv
+from common import DTYPES, allocations, conditions, interleave, parser, read_csv, write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
 from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spikformer
 from spikingjelly.activation_based.model.spiking_vgg import spiking_vgg11_bn
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from sj_taid import accelerate
 from sj_taid.training.allocator import reuse_freed_memory
@@ -229,11 +228,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events: Any = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate(size for _, size in changes))
+    return max(itertools.accumulate(allocations(step)))
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:

@@ -1,9 +1,10 @@
-"""What ``accelerate`` fuses in the nets of SpikingJelly's zoo, and the bytes that it saves.
+"""What ``accelerate`` fuses in spiking nets, and the bytes that it saves.
 
     python experiments/benchmark/zoo.py
 
-writes ``zoo.csv``: of each net with LIF neurons, the norms that are fused and why others are not,
-and the bytes saved for backward before and after, counted once per storage, without parameters.
+writes ``zoo.csv``: of each net, SpikingJelly's own with LIF neurons and small ones in the idioms of
+published nets, the norms that are fused and why others are not, and the bytes that torch's
+allocator holds after a forward, beyond what it held before, without and with ``accelerate``.
 """
 
 import argparse
@@ -11,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import published_nets
 import torch
-from common import conditions, parser, saved_bytes, write_csv
+from common import conditions, held_bytes, parser, write_csv
 from spikingjelly.activation_based import functional, neuron, surrogate
 from spikingjelly.activation_based.model import (
     masnn,
@@ -30,7 +32,7 @@ from torch import nn
 
 from sj_taid import accelerate
 
-#: How to make a net; those of spikformer_cifar10 and below are for 32 x 32 pixels.
+#: How to make a net of SpikingJelly; those of spikformer_cifar10 and below are for 32 x 32 pixels.
 NETS: dict[str, Callable[..., nn.Module]] = {
     "sew_resnet18": lambda **options: sew_resnet.sew_resnet18(cnf="ADD", **options),
     "spiking_resnet18": spiking_resnet.spiking_resnet18,
@@ -58,7 +60,8 @@ REASONS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     options_parser = parser(__doc__)
     add = options_parser.add_argument
-    add("--nets", nargs="+", choices=NETS, default=list(NETS))
+    names = [*NETS, *published_nets.NETS]
+    add("--nets", nargs="+", choices=names, default=names)
     add("--steps", type=int, default=4, metavar="T")
     add("--size", type=int, default=32, help="height and width of an image")
     options = options_parser.parse_args(arguments)
@@ -66,17 +69,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_csv([measure(name, options) for name in options.nets], options.out / "zoo.csv")
 
 
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name in published_nets.NETS:
+        return published_nets.build(name, width=16)
+    net = NETS[name](spiking_neuron=neuron.LIFNode, surrogate_function=surrogate.ATan())
+    functional.set_step_mode(net, "m")
+    return net
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The row of a net."""
-    torch.manual_seed(0)
-    net = NETS[name](spiking_neuron=neuron.LIFNode, surrogate_function=surrogate.ATan())
-    functional.set_step_mode(net.to(options.device), "m")
+    net = build(name).to(options.device)
     shape = (options.steps, 2, 3, options.size, options.size)
     x_seq = torch.rand(shape, device=options.device)
-    before = saved_bytes(net, x_seq)
-    functional.reset_net(net)
-    rows = accelerate(net).rows
-    norms = [row for row in rows if "Norm" in row.kind]
+    before = held_bytes(net, x_seq)
+    report = accelerate(net)
+    after = held_bytes(net, x_seq)
+    norms = [row for row in report.rows if "Norm" in row.kind]
     left = Counter(
         reason
         for row in norms
@@ -85,14 +95,15 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "net": name,
+        "written": "as published" if name in published_nets.NETS else "by SpikingJelly",
         "T": options.steps,
         "shape": list(shape),
-        "neurons": len(rows) - len(norms),
+        "neurons": len(report.rows) - len(norms),
         "norms": len(norms),
         "fused": sum(row.done.startswith("fused into") for row in norms),
         "left": ", ".join(f"{count} {reason}" for reason, count in left.items()),
         "before_mb": before / 1e6,
-        "after_mb": saved_bytes(net, x_seq) / 1e6,
+        "after_mb": after / 1e6,
         **conditions(options.device),
     }
 

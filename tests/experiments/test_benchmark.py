@@ -81,10 +81,12 @@ def test_half_precision_compares_one_and_two_operators(measure):
 
 
 def test_zoo_counts_norms_and_bytes(measure):
-    (row,) = measure(zoo, "--nets", "maxformer_cifar", "--steps", "1", "--size", "8").itertuples()
+    nets = ["maxformer_cifar", "SEWResNet"]
+    row, published = measure(zoo, "--nets", *nets, "--steps", "4", "--size", "8").itertuples()
     assert (row.fused, row.norms) == (6, 22) and row.after_mb < 0.5 * row.before_mb
     counts = map(int, re.findall(r"\d+", row.left))
     assert row.fused + sum(counts) == row.norms
+    assert (published.written, published.norms) == ("as published", 7)
 
 
 class Fails(torch.nn.Module):

@@ -1,0 +1,645 @@
+"""Small nets in the idioms in which published spiking nets are written.
+
+Each has its repository's places for norm, reshape, transposition, neuron, pooling, attention and
+sum, and none of its code. They take ``[T, N, 3, H, W]``, T a multiple of 2, H and W of 8.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CLASSES = 5
+OPTIONS = {"surrogate_function": surrogate.ATan(), "detach_reset": True, "step_mode": "m"}
+
+
+def lif(v_threshold: float = 0.5) -> Any:
+    return neuron.LIFNode(tau=2.0, v_threshold=v_threshold, **OPTIONS)
+
+
+def plif(v_threshold: float = 0.5) -> Any:
+    return neuron.ParametricLIFNode(init_tau=2.0, v_threshold=v_threshold, **OPTIONS)
+
+
+class Unit(nn.Module):
+    """A layer, a norm and a neuron, which their owner calls one by one."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.norm, self.neuron = layer, norm, lif()
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> Unit:
+    options: Any = {"padding": kernel // 2, "groups": groups, "bias": False}
+    return Unit(nn.Conv2d(inputs, outputs, kernel, stride, **options), nn.BatchNorm2d(outputs))
+
+
+def conv1d(inputs: int, outputs: int) -> Unit:
+    return Unit(nn.Conv1d(inputs, outputs, 1, bias=False), nn.BatchNorm1d(outputs))
+
+
+def linear(inputs: int, outputs: int) -> Unit:
+    return Unit(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs))
+
+
+def unfold(y: Tensor, x: Tensor) -> Tensor:
+    """``[T * N, C, ...]`` to ``[T, N, C, ...]``, of the steps and batch of x."""
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def normed(unit: Any, x: Tensor) -> Tensor:
+    return unfold(unit.norm(unit.layer(x.flatten(0, 1))), x)
+
+
+def fired(unit: Any, x: Tensor) -> Tensor:
+    return unit.neuron(normed(unit, x))
+
+
+def fired_tidy(unit: Any, x: Tensor) -> Tensor:
+    return unit.neuron(normed(unit, x).contiguous())
+
+
+def pooled(pool: Any, x: Tensor) -> Tensor:
+    return unfold(pool(x.flatten(0, 1).contiguous()), x)
+
+
+def heads(x: Tensor) -> Tensor:
+    """``[T, B, C, ...]`` to two heads of tokens, ``[T, B, 2, N, C / 2]``."""
+    x = x.flatten(3).transpose(-1, -2)
+    return x.reshape(*x.shape[:3], 2, -1).permute(0, 1, 3, 2, 4)
+
+
+class Net(nn.Module):
+    """A net whose head reads the mean over time and space."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, CLASSES)
+        self.pool, self.attention, self.last = nn.MaxPool2d(3, 2, 1), lif(0.1), lif()
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(3).mean(3).mean(0))
+
+
+class Spikformer(Net):
+    """ZK-Zhou/spikformer: norms of transposed tokens, pools and sums of spikes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.one, self.two, self.place = conv(3, width), conv(width, width), conv(width, width)
+        self.q, self.k, self.v, self.project = (linear(width, width) for _ in range(4))
+        self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pooled(self.pool, fired_tidy(self.one, x))
+        x = pooled(self.pool, fired_tidy(self.two, x)).contiguous()
+        x = fired_tidy(self.place, x) + x
+        x = x.flatten(-2).transpose(-1, -2)  # T, B, N, C
+        x = x + self.attend(x)
+        x = x + self.tokens(self.down, self.tokens(self.up, x))
+        return self.classify(x.transpose(-1, -2))
+
+    def tokens(self, unit: Any, x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+        y = unit.norm(unit.layer(x.flatten(0, 1)).transpose(-1, -2)).transpose(-1, -2)
+        return unit.neuron(y.reshape(shape or (*x.shape[:3], -1)).contiguous())
+
+    def attend(self, x: Tensor) -> Tensor:
+        T, B, N, C = x.shape
+        # Keys and values pass their neurons in another shape, as published.
+        shapes = ((T, B, N, C), (T, B, C, N), (T, B, C, N))
+        q, k, v = (
+            self.tokens(unit, x, s).reshape(T, B, N, 2, -1).permute(0, 1, 3, 2, 4).contiguous()
+            for unit, s in zip((self.q, self.k, self.v), shapes, strict=True)
+        )
+        y = ((q @ k.transpose(-2, -1)) * 0.125) @ v
+        y = self.attention(y.transpose(2, 3).reshape(T, B, N, C).contiguous())
+        return self.tokens(self.project, y)
+
+
+class SpikeDriven(Net):
+    """BICLab/Spike-Driven-Transformer: sums and pools of norms, a hook that is ``None``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.one, self.two, self.place = conv(3, width), conv(width, width), conv(width, width)
+        self.q, self.k, self.v, self.project = (conv(width, width, 1) for _ in range(4))
+        self.up, self.down = conv(width, 4 * width, 1), conv(4 * width, width, 1)
+        self.shortcut = lif()
+
+    def forward(self, x: Tensor, hook: dict[str, Tensor] | None = None) -> Tensor:
+        x = fired_tidy(self.one, x)
+        if hook is not None:
+            hook["one"] = x.detach()
+        y = self.pool(self.two.norm(self.two.layer(x.flatten(0, 1).contiguous())))
+        x = self.two.neuron(unfold(y, x).contiguous())
+        y = self.place.norm(self.place.layer(x.flatten(0, 1).contiguous())) + y
+        x, _ = self.attend(unfold(y, x).contiguous())
+        y = normed(self.up, self.up.neuron(x)).contiguous()
+        y = normed(self.down, self.down.neuron(y)).contiguous()
+        return self.classify(self.last(y + x))
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.shortcut(x)
+        q, k, v = (heads(fired_tidy(u, s)).contiguous() for u in (self.q, self.k, self.v))
+        y = q.mul(self.attention(k.mul(v).sum(dim=-2, keepdim=True)))
+        y = y.transpose(3, 4).reshape(x.shape).contiguous()
+        return normed(self.project, y).contiguous() + x, v
+
+
+class STAtten(SpikeDriven):
+    """STAtten: the spike-driven transformer with attention over blocks of two steps."""
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        T, B, C, H, W = x.shape
+        s, blocks = self.shortcut(x), (T // 2, 2, B, 2, H * W, C // 2)
+        units = (self.q, self.k, self.v)
+        steps = (heads(fired_tidy(u, s)).contiguous().view(blocks) for u in units)
+        q, k, v = (t.permute(0, 2, 3, 1, 4, 5).reshape(T // 2, B, 2, -1, C // 2) for t in steps)
+        y = torch.matmul(q, torch.matmul(k.transpose(-2, -1), v) / H)
+        y = y.reshape(T // 2, B, 2, 2, H * W, C // 2).permute(0, 3, 1, 2, 4, 5)
+        y = y.reshape(T, B, 2, H * W, C // 2).transpose(4, 3).reshape(T, B, C, -1).contiguous()
+        return normed(self.project, self.attention(y).reshape(x.shape)).contiguous() + x, v
+
+
+class PaddedNorm(nn.Module):
+    """A norm, padded with what it makes of zero by its running statistics."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm: Any = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, norm = F.pad(self.norm(x), [1] * 4), self.norm
+        gain = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
+        values = (norm.bias.detach() - norm.running_mean * gain).view(1, -1, 1, 1)
+        y[:, :, :1, :] = y[:, :, -1:, :] = values
+        y[:, :, :, :1] = y[:, :, :, -1:] = values
+        return y
+
+
+def rep_conv(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(width, width, 1, bias=False), PaddedNorm(width)),
+        nn.Conv2d(width, width, 3, groups=width, bias=False),
+        *(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.BatchNorm2d(width)),
+    )
+
+
+class MetaSpikeformer(Net):
+    """BICLab/Spike-Driven-Transformer-V2: padded norms, two norms in a row, Conv1d on tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.enter, self.wide = conv(3, width, stride=2), conv(width, 2 * width, 1)
+        self.depthwise = nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width)
+        self.narrow = conv(2 * width, width, 1)
+        self.q, self.k, self.v, self.project = (Unit(rep_conv(width), lif()) for _ in range(4))
+        self.up, self.down = conv1d(width, 4 * width), conv1d(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = normed(self.enter, x).contiguous()
+        y = self.narrow.neuron(normed(self.wide, self.wide.neuron(x)))
+        y = self.narrow.norm(self.narrow.layer(self.depthwise(y.flatten(0, 1))))
+        x = unfold(y, x) + x
+        x = x + self.attend(x)
+        y = normed(self.up, self.up.neuron(x.flatten(3))).contiguous()
+        y = normed(self.down, self.down.neuron(y))
+        return self.classify(self.last(x + y.reshape(x.shape).contiguous()))
+
+    def attend(self, x: Tensor) -> Tensor:
+        s = self.enter.neuron(x)
+        q, k, v = (unfold(u.layer(s.flatten(0, 1)), s) for u in (self.q, self.k, self.v))
+        q, k = heads(self.q.neuron(q)).contiguous(), heads(self.k.neuron(k)).contiguous()
+        y = (q @ (k.transpose(-2, -1) @ heads(self.v.neuron(v)).contiguous())) * 0.125
+        y = self.attention(y.transpose(3, 4).reshape(*x.shape[:3], -1).contiguous())
+        return unfold(self.project.layer(y.reshape(x.shape).flatten(0, 1)), x)
+
+
+class QKFormer(Net):
+    """zhouchenlin2096/QKFormer: attention by summed queries, pools between norm and neuron."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.one, self.two, self.three = conv(3, width), conv(width, width), conv(width, width)
+        self.short = conv(width, width, 1, 2)
+        self.q, self.k, self.project = (conv1d(width, width) for _ in range(3))
+        self.up, self.down = conv(width, 4 * width, 1), conv(4 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = fired(self.one, x)
+        y = fired_tidy(self.two, x).flatten(0, 1).contiguous()
+        y = unfold(self.pool(self.three.norm(self.three.layer(y))), x).contiguous()
+        x = self.three.neuron(y) + fired_tidy(self.short, x)
+        x = x + self.attend(x)
+        return self.classify(x + fired(self.down, fired(self.up, x)))
+
+    def attend(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(3)
+        T, B, C, N = tokens.shape
+        q, k = (
+            fired(unit, tokens).unsqueeze(2).reshape(T, B, 2, C // 2, N)
+            for unit in (self.q, self.k)
+        )
+        y = torch.mul(self.attention(torch.sum(q, dim=3, keepdim=True)), k).flatten(2, 3)
+        y = self.project.norm(self.project.layer(y.flatten(0, 1))).reshape(x.shape)
+        return self.project.neuron(y)
+
+
+class Spikingformer(Net):
+    """zhouchenlin2096/Spikingformer: neuron before convolution, tokens that are not contiguous."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.one, self.two = conv(3, width), conv(width, width)
+        self.q, self.k, self.v, self.project = (conv1d(width, width) for _ in range(4))
+        self.up, self.down = conv(width, 4 * width, 1), conv(4 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pooled(self.pool, fired(self.one, x))
+        x = normed(self.two, x)
+        x = x + self.attend(x)
+        y = self.down.neuron(normed(self.up, self.up.neuron(x)))
+        return self.classify(self.last(x + normed(self.down, y)))
+
+    def attend(self, x: Tensor) -> Tensor:
+        s = self.project.neuron(x).flatten(3)
+        q, k, v = (heads(fired(unit, s)) for unit in (self.q, self.k, self.v))
+        y = ((q @ k.transpose(-2, -1)) @ v) * 0.125
+        y = self.attention(y.transpose(3, 4).reshape(s.shape)).flatten(0, 1)
+        return self.project.norm(self.project.layer(y)).reshape(x.shape)
+
+
+class SGLFormer(Net):
+    """ZhangHanN1/SGLFormer: attention in windows, a head that convolves over tokens and time."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.one, self.two = conv(3, width), conv(width, width)
+        self.depthwise = conv(width, width, groups=width)
+        self.q, self.k, self.v, self.project = (conv(width, width, 1) for _ in range(4))
+        self.full_size = Unit(nn.Conv2d(width, width, (1, 4)), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = fired(self.one, x)
+        y = self.pool(self.two.norm(self.two.layer(x.flatten(0, 1))))
+        x = self.two.neuron(unfold(y, x))
+        x = x + fired(self.depthwise, x)
+        x = (x + self.attend(x)).flatten(3).permute(1, 2, 3, 0)
+        x = self.full_size.norm(self.full_size.layer(x))
+        return self.head(x.flatten(2).mean(2))
+
+    def attend(self, x: Tensor) -> Tensor:
+        T, B, C, H, W = x.shape
+        x = x.reshape(T, B, C, H // 2, 2, W // 2, 2).permute(0, 1, 4, 6, 2, 3, 5)
+        x = x.reshape(T, -1, C, H // 2, W // 2)
+        q, k, v = (heads(fired(unit, x)) for unit in (self.q, self.k, self.v))
+        y = self.attention(((q @ k.transpose(-2, -1)) @ v) * 0.125)
+        y = fired(self.project, y.transpose(3, 4).reshape(x.shape))
+        y = y.reshape(T, -1, 2, 2, C, H // 2, W // 2).permute(0, 1, 4, 5, 2, 6, 3)
+        return y.reshape(T, B, C, H, W)
+
+
+class OwnLIF(neuron.LIFNode):
+    """A neuron that only fills in defaults."""
+
+    def __init__(self) -> None:
+        super().__init__(tau=2.0, v_threshold=0.5, **OPTIONS)
+
+
+class OwnNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.seq_to_ann_forward(x, self.bn)
+
+
+class SpikingResformer(Net):
+    """xyshi2000/SpikingResformer: clones as shortcuts, halves of a norm, rates in a buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        convolution: Any = layer.Conv2d
+        self.enter = nn.Sequential(convolution(3, width, 3, 2, 1), OwnNorm(width))
+        self.lif, self.weights, self.leave = OwnLIF(), OwnLIF(), OwnLIF()
+        self.both = nn.Sequential(convolution(width, 2 * width, 2, 2), OwnNorm(2 * width))
+        self.project = nn.Sequential(convolution(width, width, 1), OwnNorm(width))
+        self.up, self.middle, self.down = (
+            nn.Sequential(OwnLIF(), convolution(a, b, k, padding=k // 2), OwnNorm(b))
+            for a, b, k in ((width, 2 * width, 1), (2 * width, 2 * width, 3), (2 * width, width, 1))
+        )
+        self.register_buffer("rate", torch.zeros(1, 1, 2, 1, 1))
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attend(self.enter(x))
+        shortcut, x = x.clone(), self.up(x)
+        inner = x.clone()
+        x = self.middle(x) + inner
+        return self.classify(self.down(x) + shortcut)
+
+    def attend(self, x: Tensor) -> Tensor:
+        T, B, C, _, _ = x.shape
+        shortcut, s = x.clone(), self.lif(x)
+        y = self.both(s).reshape(T, B, 2, C, -1)
+        first, second = y[:, :, :, : C // 2, :], y[:, :, :, C // 2 :, :]
+        s = s.reshape(T, B, 2, C // 2, -1)
+        if self.training:
+            rate = s.detach().mean((0, 1, 3, 4), keepdim=True)
+            self.rate: Tensor = 0.9 * self.rate + 0.1 * rate
+        scale = (self.rate * C).clamp(0.01).rsqrt()
+        weights = self.weights(torch.matmul(first.transpose(-1, -2), s) * scale)
+        y = self.leave((torch.matmul(second, weights) * 0.25).reshape(x.shape))
+        return self.project(y) + shortcut
+
+
+class SpikingUNet(nn.Module):
+    """AndyCao1125/SDDPM: an embedding added to a norm, skips concatenated, norms of outputs."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
+        self.one, self.same, self.up = conv(3, width), conv(width, width), conv(width, width)
+        self.down, self.block = conv(width, width, stride=2), conv(2 * width, width)
+        self.deep, self.short = conv(width, width), nn.Conv2d(2 * width, width, 1)
+        for unit in (self.one, self.same, self.up, self.down, self.block, self.deep):
+            unit.neuron = neuron.IFNode(v_threshold=0.7, **OPTIONS)
+        self.tail, self.out = nn.BatchNorm2d(width), nn.Conv2d(width, 3, 3, padding=1)
+        self.over_time, self.end = nn.Conv3d(3, 3, (3, 3, 1), padding=(1, 1, 0)), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        skip = normed(self.same, fired_tidy(self.one, x)).contiguous()
+        y = normed(self.down, self.down.neuron(skip)).contiguous()
+        y = F.interpolate(self.up.neuron(y).flatten(0, 1), scale_factor=2, mode="nearest")
+        y = unfold(self.up.norm(self.up.layer(y)), x).contiguous()
+        x = torch.cat([y, skip], dim=2)
+        y = normed(self.block, self.block.neuron(x)).contiguous()
+        times = self.embedding(torch.ones_like(x[0, :, :1, 0, 0]))[:, :, None, None]
+        y = torch.add(y, times.repeat(1, 1, H, W))
+        y = normed(self.deep, self.deep.neuron(y)).contiguous()
+        y = y + unfold(self.short(x.flatten(0, 1)), x).contiguous()
+        y = unfold(self.out(F.silu(self.tail(y.flatten(0, 1)))), x).contiguous()
+        z = self.over_time(y.permute(1, 2, 3, 4, 0)).permute(4, 0, 1, 2, 3)
+        z = unfold(self.end(z.flatten(0, 1)), x).contiguous()
+        return torch.sum((F.silu(z) + y) * weigh_steps(x), dim=0)
+
+
+def weigh_steps(x: Tensor) -> Tensor:
+    return 0.8 ** torch.arange(len(x) - 1, -1, -1, device=x.device).view(-1, 1, 1, 1, 1)
+
+
+class SpikingVQVAE(nn.Module):
+    """Arktis2022/Spiking-Diffusion: layers in a row, codes repeated over time, a loop over it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        up: Any = layer.ConvTranspose2d
+        self.encoder = nn.Sequential(
+            *(layer.Conv2d(3, width, 3, 2, 1), layer.BatchNorm2d(width), lif()),
+            *(layer.Conv2d(width, width, 1), layer.BatchNorm2d(width), lif()),
+        )
+        self.codes = nn.Embedding(8, width)
+        self.spikes = nn.Sequential(layer.Conv2d(width, width, 1), layer.BatchNorm2d(width), lif())
+        up1, up2 = up(width, width, 3, 2, 1, 1), up(width, 3, 3, 1, 1)
+        self.decoder = nn.Sequential(up1, layer.BatchNorm2d(width), lif(), up2)
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.encoder(x)
+        flat = z.mean(0).permute(0, 2, 3, 1).contiguous()
+        distances = (flat.unsqueeze(-2) - self.codes.weight).square().sum(-1)
+        codes = self.codes(distances.argmin(-1))
+        quantized = (flat + (codes - flat).detach()).permute(0, 3, 1, 2).contiguous()
+        spikes = self.spikes(torch.unsqueeze(quantized, 0).repeat(len(x), 1, 1, 1, 1))
+        loss = F.mse_loss(codes, flat.detach()) + F.mse_loss(flat, codes.detach())
+        loss = loss + torch.mean((self.trace(spikes) - self.trace(z.detach())) ** 2)
+        loss = loss + torch.mean((self.trace(spikes.detach()) - self.trace(z)) ** 2)
+        return torch.tanh(torch.sum(self.decoder(spikes) * weigh_steps(x), dim=0)), loss
+
+    def trace(self, x: Tensor) -> Tensor:
+        now, steps = torch.zeros_like(x[0]), []
+        for t in range(x.shape[0]):
+            now = now + (x[t, ...] - now) / 2
+            steps.append(now.unsqueeze(0))
+        return torch.cat(steps, dim=0)
+
+
+def norm_first(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        layer.SeqToANNContainer(
+            *(nn.ConstantPad2d(kernel // 2, 0.0), nn.BatchNorm2d(inputs)),
+            nn.Conv2d(inputs, outputs, kernel, stride, bias=False),
+        ),
+        plif(0.1),
+    )
+
+
+class SFOD(nn.Module):
+    """yimeng-fan/SFOD, loiccordone/object-detection-with-spiking-neural-networks: norm before
+    convolution, features that grow, and of several sizes concatenated."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = norm_first(3, width, 3), norm_first(width, width, 3, 2)
+        self.sew = nn.Sequential(norm_first(width, width // 2, 3), norm_first(width // 2, width, 3))
+        self.dense = nn.ModuleList(norm_first(i * width, width, 3) for i in (1, 2))
+        self.lateral, self.neck = norm_first(width, width, 1), norm_first(3 * width, width, 1)
+        up = nn.ConvTranspose2d(width, width, 4, 2, 1, bias=False)
+        self.up = layer.SeqToANNContainer(nn.BatchNorm2d(width), up)
+        self.boxes = nn.Conv2d(2 * width, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = self.one(x)
+        low = self.two(high)
+        features = [low * (1.0 - self.sew(low))]
+        for dense in self.dense:
+            features.append(dense(torch.cat(features, 2)))
+        both = (f.permute(1, 0, 2, 3, 4) for f in (high, torch.cat(features, 2)))  # N, T, C, H, W
+        high, low = (f.permute(1, 0, 2, 3, 4) for f in both)
+        y = torch.cat([self.lateral(high), self.up(self.neck(low))], 2).permute(1, 0, 2, 3, 4)
+        return self.boxes(y.sum(dim=1) / y.shape[1])
+
+
+def container(inputs: int, outputs: int, kernel: int = 3) -> Any:
+    convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    return layer.SeqToANNContainer(convolution, nn.BatchNorm2d(outputs))
+
+
+def pool() -> Any:
+    return layer.SeqToANNContainer(nn.MaxPool2d(2, 2))
+
+
+class Joint(nn.Module):
+    """Attention over time and channels, from spikes averaged over space."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.time = nn.Conv1d(4, 4, 3, padding="same", bias=False)
+        self.channel = nn.Conv1d(width, width, 3, padding="same", bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.mean(x.permute(1, 0, 2, 3, 4), dim=[3, 4])
+        over_channels = self.channel(y.permute(0, 2, 1)).permute(2, 0, 1)
+        weights = torch.sigmoid(self.time(y).permute(1, 0, 2) * over_channels)
+        return x * weights[:, :, :, None, None]
+
+
+class TCJANet(nn.Module):
+    """ridgerchu/TCJA: containers, pools of weighted spikes, dropout, votes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            *(container(3, width), lif(), pool(), container(width, width), lif()),
+            *(Joint(width), pool(), nn.AdaptiveAvgPool3d((None, 2, 2))),
+        )
+        classes = layer.SeqToANNContainer(nn.Linear(4 * width, 2 * CLASSES, bias=False))
+        self.fc = nn.Sequential(nn.Flatten(2), layer.Dropout(0.5, step_mode="m"), classes, lif(0.1))
+        self.vote = nn.AvgPool1d(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vote(self.fc(self.conv(x)).mean(0).unsqueeze(1)).squeeze(1)
+
+
+class Element(nn.Module):
+    """Two convolutions with neurons, joined with their input, in place where it can be."""
+
+    def __init__(self, width: int, join: str) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(container(width, width), plif(), container(width, width), plif())
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        if self.join == "ADD":
+            out += x
+        elif self.join == "AND":
+            out *= x
+        else:
+            out = x * (1.0 - out)
+        return out
+
+
+class SEWResNet(Net):
+    """fangwei123456/Spike-Element-Wise-ResNet, DVS Gesture: joined spikes, pools in containers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        first, *others = (Element(width, join) for join in ("ADD", "IAND", "AND"))
+        self.conv = nn.Sequential(container(3, width, 1), plif(), first, pool(), *others, pool())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.conv(x))
+
+
+class Basic(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(container(width, width), plif(), container(width, width))
+        self.sn = plif()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sn(x + self.conv(x))
+
+
+class SpikingResNet(Net):
+    """fangwei123456/Spike-Element-Wise-ResNet, DVS Gesture: sums of containers, then neurons."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        blocks = (Basic(width), pool(), Basic(width))
+        self.conv = nn.Sequential(container(3, width, 1), plif(), *blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.conv(x))
+
+
+class MaxFormer(Net):
+    """bic-L/MaxFormer: norms summed while folded, pools of norms, pools as mixers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.one, self.two, self.three = conv(3, width), conv(width, width), conv(width, width)
+        self.short, self.mixer = conv(width, width, 1, 2), nn.AvgPool2d(3, 1, 1)
+        self.depthwise = conv(width, width, 5, groups=width)
+        self.up, self.down = conv(width, 2 * width, 1), conv(2 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = fired_tidy(self.one, x)
+        x = fired_tidy(self.two, s)
+        x = self.pool(self.three.norm(self.three.layer(x.flatten(0, 1).contiguous())))
+        y = self.short.norm(self.short.layer(s.flatten(0, 1).contiguous()))
+        x = unfold(x + y, s).contiguous()
+        x = normed(self.depthwise, self.depthwise.neuron(x)).contiguous() + x
+        x = pooled(self.mixer, x).contiguous()
+        y = self.down.neuron(normed(self.up, self.up.neuron(x)).contiguous())
+        return self.classify(self.last(normed(self.down, y).contiguous() + x))
+
+
+class TdBN(nn.BatchNorm2d):
+    """A norm of one's own that has an ``__init__`` alone."""
+
+    def __init__(self, width: int, v_threshold: float = 1.0) -> None:
+        super().__init__(width)
+        nn.init.constant_(self.weight, v_threshold)
+
+
+class FirstBlock(nn.Module):
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn1, self.bn2, self.lif1, self.lif2 = TdBN(width), TdBN(width), lif(), lif()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride), TdBN(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, N = x.shape[:2]
+        y = self.bn1(self.conv1(x.flatten(0, 1)))
+        y = self.lif1(y.view(T, N, *y.shape[1:]))
+        y = self.bn2(self.conv2(y.flatten(0, 1))) + self.shortcut(x.flatten(0, 1))
+        return self.lif2(y.view(T, N, *y.shape[1:]))
+
+
+class ResNet19(Net):
+    """A first net of one's own: ``view``, a tdBN with defaults, ``nn.Identity`` as shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.conv, self.bn, self.lif = nn.Conv2d(3, width, 3, padding=1), TdBN(width), lif()
+        self.blocks = nn.Sequential(FirstBlock(width, width, 1), FirstBlock(width, width, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, N = x.shape[:2]
+        y = self.bn(self.conv(x.flatten(0, 1)))
+        return self.classify(self.blocks(self.lif(y.view(T, N, *y.shape[1:]))))
+
+
+NETS: dict[str, Callable[[int], nn.Module]] = {
+    kind.__name__: kind
+    for kind in (
+        *(Spikformer, SpikeDriven, STAtten, MetaSpikeformer, QKFormer, Spikingformer, SGLFormer),
+        *(SpikingResformer, MaxFormer, SpikingUNet, SpikingVQVAE, SFOD, TCJANet),
+        *(SEWResNet, SpikingResNet, ResNet19),
+    )
+}
+
+
+def build(name: str, width: int = 8) -> nn.Module:
+    """A net of that width, with norms of random weights and statistics, so that it fires."""
+    torch.manual_seed(0)
+    net = NETS[name](width)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            ranges = {"weight": (0.5, 2.0), "bias": (-0.2, 1.0)}
+            ranges |= {"running_mean": (-0.3, 0.3), "running_var": (0.5, 1.5)}
+            with torch.no_grad():
+                for tensor, (low, high) in ranges.items():
+                    getattr(module, tensor).uniform_(low, high)
+    return net
