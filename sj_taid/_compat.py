@@ -6,6 +6,7 @@ over explicit states, and ``BaseNode`` does the rest. In 0.0.0.0.14 ``BaseNode``
 the two, so that :class:`sj_taid.ALIFNode` is written once.
 """
 
+import inspect
 import warnings
 from importlib.metadata import version
 from typing import Any
@@ -14,8 +15,10 @@ from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
 SPIKINGJELLY_VERSION: str = version("spikingjelly")
-#: the neurons whose dynamics are those of ALIF; a subclass may do something else
+#: the neurons whose dynamics are those of ALIF; a subclass may do something else: plain_kind
 PLAIN_NEURONS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
+#: what 0.0.0.0.14 calls at each step, and 2.x does not call in a LIF, PLIF or IF
+HOOKS = frozenset({"neuronal_charge", "neuronal_fire", "neuronal_reset"})
 FUNCTIONAL_STATES: bool = hasattr(neuron.BaseNode, "single_step_functional_forward")
 
 
@@ -32,6 +35,21 @@ def warn_if_untested(spikingjelly_version: str) -> None:
 
 
 warn_if_untested(SPIKINGJELLY_VERSION)
+
+
+def plain_kind(node: nn.Module) -> type[neuron.BaseNode] | None:
+    """The neuron of ``PLAIN_NEURONS`` that ``node`` is, or a subclass with the same dynamics.
+
+    ``None`` if its class overrides anything but the constructor, what it prints and the backends
+    that it names: it may do something else.
+    """
+    kind = next((kind for kind in PLAIN_NEURONS if isinstance(node, kind)), None)
+    if kind is None:
+        return None
+    own = (vars(c) for c in type(node).__mro__ if c not in kind.__mro__)
+    names = {name for names in own for name in names if name[:2] != "__" or name == "__call__"}
+    known = {*dir(kind), *inspect.signature(kind).parameters, *HOOKS}
+    return None if names & known - {"extra_repr", "supported_backends"} else kind
 
 
 def forget_reset_cache(net: nn.Module) -> None:
@@ -71,7 +89,7 @@ else:
         v: Any
 
         def __init_subclass__(cls) -> None:
-            overridden = {"neuronal_charge", "neuronal_fire", "neuronal_reset"} & vars(cls).keys()
+            overridden = HOOKS & vars(cls).keys()
             if overridden:
                 raise TypeError(
                     f"{cls.__name__} overrides {', '.join(sorted(overridden))}, which ALIF does "

@@ -123,7 +123,7 @@ class Acceleration(AbstractContextManager["Acceleration"]):
             note = reason or convert.describe_equality(site)
             rows[site.path] = site.row("" if reason else "fused operator", note)
             if not reason:
-                node.__class__, node._name, node._mark = _ACCELERATED[type(node)], site.path, mark
+                node.__class__, node._name, node._mark = _accelerated(type(node)), site.path, mark
                 self._undo.append(partial(_restore, node, mark))
                 self._nodes.append(node)
         fused = fuse_norm(net)
@@ -294,3 +294,11 @@ class ParametricLIFNode(_Accelerated, neuron.ParametricLIFNode):
 #: They have SpikingJelly's names, which reports, errors and ``print(net)`` say.
 _ACCELERATED = {kind.__bases__[1]: kind for kind in _Accelerated.__subclasses__()}
 KINDS.update(_ACCELERATED.values())
+
+
+def _accelerated(kind: type) -> type:
+    """The accelerated class of a plain neuron, or of a subclass that only fills in defaults."""
+    if kind not in _ACCELERATED:
+        _ACCELERATED[kind] = type(kind.__name__, (_Accelerated, kind), {"__doc__": kind.__doc__})
+        KINDS.add(_ACCELERATED[kind])
+    return _ACCELERATED[kind]

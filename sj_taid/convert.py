@@ -55,9 +55,10 @@ def swap_neurons(
     IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is 0. No gradient
     leads away from there, so its ``w`` is frozen and only its threshold learns.
 
-    Kept and reported: other neurons and subclasses; a node that ``filter`` declines, whose
-    threshold is a tensor, whose tau is 1 or that has a precision policy; a ``net`` that is itself a
-    neuron. A neuron in a Python list is not seen, and warns when it runs: use ``nn.ModuleList``.
+    Kept and reported: other neurons, and subclasses that override methods; a node that ``filter``
+    declines, whose threshold is a tensor, whose tau is 1 or that has a precision policy; a ``net``
+    that is itself a neuron. A neuron in a Python list is not seen, and warns when it runs: use
+    ``nn.ModuleList``.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -236,7 +237,7 @@ def _why_keep(
         return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
     if not site.path:
         return "it is the net itself; put it in a module: nn.Sequential(net)"
-    if type(node) in _compat.PLAIN_NEURONS and filter is not None and not filter(site.path, node):
+    if _compat.plain_kind(node) and filter is not None and not filter(site.path, node):
         return "declined by filter"
     if counts != 1:
         return f"example_input gave it {counts} numbers of channels, not 1"
@@ -247,11 +248,11 @@ def why_no_alif(node: Any) -> str | None:
     """Why no ALIF has the outputs of a neuron, or ``None``."""
     if isinstance(node, FusedNeuron):
         return "accelerated: sj_taid.unaccelerate(net) first, which gives the neuron back"
-    if type(node) not in _compat.PLAIN_NEURONS:
+    if _compat.plain_kind(node) is None:
         known = next((kind for kind in _compat.PLAIN_NEURONS if isinstance(node, kind)), None)
         if known is None:
             return "not a LIF, PLIF or IF neuron"
-        return f"a subclass of {known.__name__}, which may behave differently"
+        return f"a subclass of {known.__name__} that overrides methods: it may behave differently"
     if isinstance(node.v_threshold, Tensor):
         return "its threshold is a tensor; ALIF starts from a number"
     if not _compat.has_default_precision(node):

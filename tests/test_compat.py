@@ -36,6 +36,46 @@ def test_node_is_a_base_node_of_spikingjelly():
     assert node.backend == "torch"
 
 
+def subclass(kind, **attributes):
+    return type("Own", (kind,), attributes)()
+
+
+@pytest.mark.parametrize(
+    ("node", "kind"),
+    [
+        *((kind(), kind) for kind in _compat.PLAIN_NEURONS),
+        (subclass(neuron.IFNode, __init__=lambda self: neuron.IFNode.__init__(self, 0.5)), "IF"),
+        (
+            subclass(neuron.LIFNode, supported_backends=("torch",), extra_repr=lambda self: ""),
+            "LIF",
+        ),
+        (subclass(neuron.LIFNode, helper=lambda self: None), "LIF"),
+        (subclass(subclass(neuron.LIFNode).__class__), "LIF"),
+        *(
+            (subclass(neuron.LIFNode, **{name: lambda self, x: x}), None)
+            for name in (
+                *("__call__", "forward", "multi_step_forward", "single_step_forward"),
+                *("neuronal_charge", "neuronal_fire", "neuronal_reset", "reset"),
+            )
+        ),
+        (subclass(neuron.LIFNode, tau=property(lambda self: 3.0, lambda self, tau: None)), None),
+        (ALIFNode(), None),
+        (nn.Linear(1, 1), None),
+    ],
+)
+def test_plain_kind_takes_subclasses_that_only_fill_in_defaults(node, kind):
+    kinds = {name: getattr(neuron, f"{name}Node") for name in ("IF", "LIF")}
+    assert _compat.plain_kind(node) is kinds.get(kind, kind)
+
+
+def test_plain_kind_refuses_a_mixin_that_comes_first():
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return super().forward(2.0 * x)
+
+    assert _compat.plain_kind(type("Own", (Doubled, neuron.LIFNode), {})()) is None
+
+
 @only_14
 def test_set_backend_reaches_the_node():
     net = nn.Sequential(nn.Linear(2, 2), ALIFNode())

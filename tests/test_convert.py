@@ -137,7 +137,13 @@ def test_swapped_neuron_that_still_runs_warns():
 
 
 class NoisyLIF(neuron.LIFNode):
-    pass
+    def forward(self, x):
+        return super().forward(x + torch.rand_like(x))
+
+
+class SlowLIF(neuron.LIFNode):
+    def __init__(self):
+        super().__init__(tau=4.0)
 
 
 def test_swap_reports_what_it_keeps_with_the_reason():
@@ -156,12 +162,13 @@ def test_swap_reports_what_it_keeps_with_the_reason():
     if _compat.FUNCTIONAL_STATES:
         reasons["policy"] = half, "it has a precision policy"
     nodes = {name: node for name, (node, _) in reasons.items()}
-    net = nn.ModuleDict(nodes | {"swapped": neuron.LIFNode()})
+    net = nn.ModuleDict(nodes | {"swapped": SlowLIF()})
     report = swap_neurons(net, filter=lambda path, node: path != "declined")
     assert [row.layer for row in report.changed] == ["swapped"]
     assert {row.layer for row in report.kept} == set(reasons)
     assert all(row.note.startswith(reasons[row.layer][1]) for row in report.kept)
     assert all(net[name] is node for name, node in nodes.items())
+    assert type(net["swapped"]) is ALIFNode and net["swapped"].tau == 4.0
     table = str(report)
     assert table.startswith(f"1 neurons swapped, {len(reasons)} left alone\n")
     assert "declined by filter" in table
