@@ -12,24 +12,23 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import start_maps
-from store import FOLDERS, RESULTS, load_all_runs, load_runs, load_study, sort_key, store
+from matplotlib.figure import Figure
+from store import FOLDERS, RESULTS, load_all_runs, load_runs, load_study, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
-from sj_taid.training.columns import COLUMNS, METRICS, Column, format_metrics
+from sj_taid.training.columns import METRICS, Column, format_metrics
 from sj_taid.training.files import atomic_write
 from sj_taid.training.gather import gather, overrides
-from sj_taid.training.tables import frame, markdown, present, summary
+from sj_taid.training.plot import save
+from sj_taid.training.tables import frame, markdown, summary
 
 ROOT = RESULTS.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "RESULTS.md", "results/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-PRETRAINED = ROOT / "sj_taid" / "pretrained"
 BENCHMARKS = ROOT / "experiments" / "benchmark" / "results"
 EPYC = BENCHMARKS / "epyc-2-cores"
 PLIF = "SpikingJelly PLIF"
@@ -39,50 +38,33 @@ DATASETS = {
     "cifar10": "CIFAR10",
     "celeba": "CelebA",
 }
-#: The papers' spiking generators, and the plain VAE that the first of them was compared with.
-MODELS = ["VAE", "FSVAE", "TAID", "ESVAE", "FSDDIM"]
-#: Our best recipes: model, the priors it draws from, and the ending of the metrics of each.
-RECIPES = {
-    "esvae_sharp": ("ESVAE", {"mixture": ""}),
-    "esvae_sharper": (
-        "ESVAE, exact counts",
-        {"flow": "", "mixture": "_mixture", "learned": "_learned"},
-    ),
-    "fsvae_sharp": ("FSVAE", {"learned": ""}),
-}
+#: The recipe of the shipped models: its samples by prior, what a perfect prior would draw, and
+#: training images in place of samples; each with the ending of its metrics.
 BEST = "esvae_sharper"
-#: What no generator, and no prior, can be expected to do better than.
-BOUNDS = {"training images": "_floor", "training images' rates, decoded": "_perfect"}
+OURS = {
+    "our ESVAE, flow prior": "",
+    "our ESVAE, mixture prior": "_mixture",
+    "our ESVAE, learned prior": "_learned",
+    "training images' rates, decoded": "_perfect",
+    "training images": "_floor",
+}
 #: The metrics in the list of models.
 ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published", "fad_published_recall")
-#: The experiments with generators of several decoders or neurons
+#: The experiments with generators of several decoders or neurons.
 GENERATORS = [
     *("fsvae", "digits_small_cpu", "mnist_small_cpu", "mnist_fsvae_sharp"),
     *("fashion_mnist_fsvae_sharp", "cifar10_fsvae_cpu", "mnist_esvae_cpu"),
     *("fashion_mnist_esvae_cpu", "mnist_esvae_sharp", "fashion_mnist_esvae_sharp"),
     *("mnist_esvae_sharper", "fashion_mnist_esvae_sharper", "cifar10_esvae_cpu"),
 ]
-#: The choices of their runs; those of one experiment differ in decoder and neuron alone
+#: The choices of their runs; those of one experiment differ in decoder and neuron alone.
 CHOICES = [
     *("decoder", "neuron", "dataset", "dataset.batch_size", "dataset.image_size"),
     *("dataset.num_workers", "trainer.max_epochs", "trainer.precision"),
 ]
-#: The choices of the runs with and without losses
-LOSSES = [
-    *("dataset.limit", "trainer.max_epochs", "trainer.precision", "metric.draws"),
-    *("metric.features", "feature_loss", "critic", "critic.warmup"),
-]
-#: The paper's comparisons: its metrics, and the experiment that repeats it in small
-GENERATED = ("fad_published", "fid_published", "inception_score_published")
-CLAIMS = {
-    ("cifar10", "FSVAE", "TAID"): (GENERATED, "cifar10_fsvae_cpu"),
-    ("celeba", "FSVAE", "TAID"): (GENERATED, ""),
-    ("mnist", "PLIF", "ALIF"): (("accuracy_published",), "mnist_classifier_cpu"),
-    ("cifar10", "PLIF", "ALIF"): (("accuracy_published",), "cifar10_classifier_cpu"),
-}
-#: The choice that makes a classifier's run one of protocol A or of B
-VALIDATION = "dataset.validation"
-DECODERS = {"fixed": "fixed decoder", "taid": "TAID", "taid_pixel": "TAID by pixel"}
+NEURONS = ["lif", "plif", "alif", "alif_channel"]  # each learns more than the one before
+#: A start whose accuracy is at most so many points below the best counts as near it.
+NEAR_BEST = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.folders:
         finished, _ = gather(options.folders)
         print(*store(finished), sep="\n")
-    start_maps.draw_all()
+    draw_starts(ROOT / "docs" / "images" / "start-map-mnist.png")
     for page in PAGES:
         with atomic_write(page) as temporary:
             temporary.write_text(fill(page), encoding="utf-8")
@@ -120,12 +102,6 @@ def load_frame(names: Sequence[str], *keys: str) -> pd.DataFrame:
     """The runs of experiments with no choice on the command line beyond ``keys`` and the seed."""
     runs, known = chain(*map(load_runs, names)), {"experiment", "seed", *keys}
     return frame([run for run in runs if overrides(run).keys() <= known])[0]
-
-
-def over_seeds(groups: Any, names: Sequence[str]) -> pd.DataFrame:
-    """Mean and spread of metrics in each group of runs, under their titles."""
-    table = groups.agg({name: METRICS[name].text for name in names})
-    return table.rename(columns={name: METRICS[name].title for name in names})
 
 
 def gains() -> pd.DataFrame:
@@ -160,41 +136,10 @@ def gain(what: str, table: pd.DataFrame, name: str, theirs: str, ours: str) -> d
     }
 
 
-def generators() -> pd.DataFrame:
-    """FAD as published of the papers' generators and of our best."""
-    rows = pd.read_csv(RESULTS / "published.csv").query("task == 'generation'")
-    fads = rows[rows["metric"] == "fad_published"]
-    papers = fads.pivot(index=["row", "source"], columns="dataset", values="value")
-    table = papers.map("{:g}".format).replace("nan", "not reported").reset_index("source")
-    epochs = rows[rows["metric"] == "epochs"].groupby("row")["value"].first()
-    table = table.assign(epochs=epochs.map("{:g}".format)).fillna({"epochs": "not reported"})
-    for recipe, (model, priors) in RECIPES.items():
-        runs = recipe_runs(recipe)
-        for (neuron, decoder), group in runs.groupby(["neuron", "decoder"]):
-            counts = "/".join(map(str, sorted(group["epochs"].unique())))
-            # Of other neurons than ALIF only the first, which samples are drawn from.
-            for prior in priors if neuron == "alif" else [*priors][:1]:
-                values = by_dataset(group, "fad_published", priors[prior])
-                name = f"{model}, {neuron.upper()}, {DECODERS.get(decoder, decoder)}, {prior} prior"
-                table.loc[name] = {"source": "this project, last epoch", "epochs": counts, **values}
-    best = best_runs()
-    for images, ending in BOUNDS.items():
-        values = by_dataset(best, "fad_published", ending)
-        table.loc[images] = {"source": "this project", "epochs": "", **values}
-    table = table.fillna("not measured").loc[[*MODELS, *table.index.difference(MODELS)]]
-    shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS)
-    return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
-
-
-def recipe_runs(recipe: str) -> pd.DataFrame:
-    """The runs of a recipe on all data sets that differ in decoder, neuron and precision alone."""
-    names = [f"{name}_{recipe}" for name in DATASETS]
-    return load_frame(names, "decoder", "neuron", "trainer.precision")
-
-
 def best_runs() -> pd.DataFrame:
-    """The runs of the best recipe, whose models come with the package."""
-    return recipe_runs(BEST).query("neuron == 'alif'")
+    """The runs of the best recipe with ALIF, on all data sets."""
+    runs = load_frame([f"{name}_{BEST}" for name in DATASETS], "neuron", "trainer.precision")
+    return runs[runs["neuron"] == "alif"]
 
 
 def medians(runs: pd.DataFrame, metric: str, ending: str = "") -> pd.Series:
@@ -203,40 +148,42 @@ def medians(runs: pd.DataFrame, metric: str, ending: str = "") -> pd.Series:
     return runs.get(f"{metric}_median{ending}", values).fillna(values)
 
 
-def by_dataset(runs: pd.DataFrame, metric: str, ending: str) -> dict[str, str]:
-    """The text of a metric on each data set."""
-    groups = medians(runs, metric, ending).groupby(runs["dataset"])
-    return {name: METRICS[metric].text(part) for name, part in groups}
+def generators() -> pd.DataFrame:
+    """FAD as published of the papers' generators and of ours."""
+    rows = pd.read_csv(RESULTS / "published.csv").query("task == 'generation'")
+    fads = rows[rows["metric"] == "fad_published"]
+    papers = fads.pivot(index=["row", "source"], columns="dataset", values="value")
+    table = papers.map("{:g}".format).replace("nan", "").reset_index("source")
+    epochs = rows[rows["metric"] == "epochs"].groupby("row")["value"].first()
+    table = table.assign(epochs=epochs.map("{:g}".format))
+    runs = best_runs()
+    for name, ending in OURS.items():
+        groups = medians(runs, "fad_published", ending).groupby(runs["dataset"])
+        values = {dataset: METRICS["fad_published"].text(part) for dataset, part in groups}
+        trained = {"epochs": "10"} if name.startswith("our") else {}
+        table.loc[name] = {"source": "this project, last epoch", **trained, **values}
+    shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS).fillna("")
+    return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
 
 
-def fad() -> pd.DataFrame:
-    """The rows of :func:`generators` for README, and a second distance of ours."""
-    model, priors = RECIPES[BEST]
-    ours = {f"{model}, ALIF, TAID by pixel, {p} prior": end for p, end in priors.items()} | BOUNDS
-    table = generators().set_index("FAD as published ↓").drop(columns=["CIFAR10", "CelebA"])
-    best = best_runs()
-    features = {name: by_dataset(best, "features", ending) for name, ending in ours.items()}
-    for position, dataset in enumerate(("mnist", "fashion_mnist"), 2):
-        column = pd.Series({name: values[dataset] for name, values in features.items()})
-        table.insert(position, f"{DATASETS[dataset]}, EfficientNet ↓", column)
-    return table.loc[["VAE", "FSVAE", "ESVAE", "FSDDIM", *ours]].fillna("").reset_index()
+def distances() -> pd.DataFrame:
+    """Where the distance of the best recipe's samples comes from."""
+    rows, two = [], Column("", 1, 2)
+    for dataset, runs in best_runs().groupby("dataset", sort=False):
+        for images, ending in OURS.items():
+            row = {"dataset": dataset, "images": images}
+            for name, what in (("fad_published", "FAD as published"), ("features", "EfficientNet")):
+                row[f"{what} ↓"] = two.text(medians(runs, name, ending))
+                row[f"precision, {what} ↑"] = two.text(runs[f"{name}_precision{ending}"])
+                row[f"recall, {what} ↑"] = two.text(runs[f"{name}_recall{ending}"])
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def decoders() -> pd.DataFrame:
     """Changes in % against the fixed decoder, over pairs of runs of one neuron and seed."""
-    rows = change_rows("decoder", "fixed")
-    return pd.DataFrame(rows).rename(columns={"after": "decoder"}).drop(columns="before")
-
-
-def scales() -> pd.DataFrame:
-    """TAID next to the fixed decoder at several scales."""
-    scale = "decoder.scale"
-    runs = load_frame(["fsvae", "digits_small_cpu"], *CHOICES, scale)
-    runs = runs[(runs["neuron"] == "alif") & runs["decoder"].isin(["fixed", "taid"])]
-    runs[scale] = runs[scale].replace("default", "1").mask(runs["decoder"] == "taid", "")
-    groups = runs.groupby(["experiment", "decoder", scale])
-    table = over_seeds(groups, ["reconstruction", "fad"])
-    return table.assign(runs=groups.size().astype(str)).reset_index()
+    rows = pd.DataFrame(change_rows("decoder", "fixed"))
+    return rows.rename(columns={"after": "decoder"}).drop(columns="before")
 
 
 def generator_neurons() -> pd.DataFrame:
@@ -248,28 +195,21 @@ def generator_neurons() -> pd.DataFrame:
 
 def change_rows(choice: str, before: str) -> Iterator[dict[str, str]]:
     """The generators' changes in % against those with ``before``, a row for each other choice."""
-    for name, runs in chain(*map(by_length, GENERATORS)):
-        if before not in runs[choice].unique():
-            continue
-        measured = runs.dropna(axis="columns")
-        metric = "fad_published" if "fad_published" in measured else "fad"
-        error = changes(runs, "reconstruction", choice, before)
-        distance = changes(runs, metric, choice, before)
-        second = changes(runs, "features", choice, before) if "features" in runs else {}
-        for after in error:
-            row = {"experiment": name, "before": f"`{before}`", "after": f"`{after}`"}
-            row |= {"reconstruction, %": signed(error[after], 1)}
-            row |= {"FAD, %": signed(distance[after], 1)}
-            row["FAD through"] = "own autoencoder" if metric == "fad" else "the papers' autoencoder"
-            row["EfficientNet, %"] = signed(second[after], 1) if after in second else ""
-            yield row | {"pairs": str(error[after].count())}
-
-
-def by_length(experiment: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The runs of an experiment with generators, those of each number of epochs under a name."""
-    lengths = load_frame([experiment], *CHOICES).groupby("epochs")
-    for epochs, runs in lengths:
-        yield f"`{experiment}`" + f", {epochs} epochs" * (len(lengths) > 1), runs
+    for experiment in GENERATORS:
+        lengths = load_frame([experiment], *CHOICES).groupby("epochs")
+        for epochs, runs in lengths:
+            if before not in runs[choice].unique():
+                continue
+            name = f"`{experiment}`" + f", {epochs} epochs" * (len(lengths) > 1)
+            metric = "fad_published" if "fad_published" in runs.dropna(axis="columns") else "fad"
+            error = changes(runs, "reconstruction", choice, before)
+            distance = changes(runs, metric, choice, before)
+            for after in error:
+                row = {"experiment": name, "before": f"`{before}`", "after": f"`{after}`"}
+                row |= {"reconstruction, %": signed(error[after])}
+                row |= {"FAD, %": signed(distance[after])}
+                row |= {"FAD through": "own autoencoder" if metric == "fad" else "the papers'"}
+                yield row | {"pairs": str(error[after].count())}
 
 
 def changes(runs: pd.DataFrame, metric: str, choice: str, before: str) -> pd.DataFrame:
@@ -281,164 +221,63 @@ def changes(runs: pd.DataFrame, metric: str, choice: str, before: str) -> pd.Dat
     return relative.drop(columns=before).dropna(axis="columns", how="all")
 
 
-def signed(change: pd.Series, decimals: int) -> str:
-    text = Column("", 1, decimals).text(change)
+def signed(change: pd.Series) -> str:
+    text = Column("", 1, 1).text(change)
     return text if text.startswith("-") else f"+{text}"
-
-
-def claims() -> pd.DataFrame:
-    """What the paper of TAID and ALIF says, what the same change does here, and a verdict."""
-    papers = pd.read_csv(RESULTS / "published.csv").set_index(["dataset", "row", "metric"])["value"]
-    rows = []
-    for (dataset, before, after), (metrics, experiment) in CLAIMS.items():
-        paper = []
-        for metric in metrics:
-            # The accuracy that PLIF's own paper has, where this one quotes no other.
-            quoted = papers.get((dataset, before, "accuracy_best_test_epoch"))
-            values = papers.get((dataset, before, metric), quoted), papers[dataset, after, metric]
-            numbers = " to ".join(f"{value / METRICS[metric].unit:g}" for value in values)
-            paper.append(f"{METRICS[metric].title.split(' as ')[0]} {numbers}")
-        row = {"claim": f"{after} instead of {before}, {DATASETS[dataset]}"}
-        row |= {"paper": ", ".join(paper)}
-        rows.append(row | measure_claim(experiment, after))
-    return pd.DataFrame(rows)
-
-
-def measure_claim(experiment: str, after: str) -> dict[str, str]:
-    """The changes between runs of one seed; the claim holds if all agree."""
-    if not experiment:
-        return {"here": "not measured", "verdict": "cannot be measured without the data"}
-    measure = fad_changes if after == "TAID" else accuracy_changes
-    here, better = [], []
-    for name, text, gains in measure(experiment):
-        here.append(f"{text}, better in {gains.sum()} of {len(gains)} seeds, {name}")
-        better.extend(gains)
-    verdict = "holds" if all(better) else "not seen" if any(better) else "does not hold"
-    return {"here": "; ".join(here), "verdict": f"{verdict} at this budget"}
-
-
-def fad_changes(experiment: str) -> Iterator[tuple[str, str, pd.Series]]:
-    """Runs of each length: their name, the change of FAD by TAID, and which seeds gain."""
-    for name, runs in by_length(experiment):
-        change = changes(runs, "fad", "decoder", "fixed")["taid"].dropna()
-        yield name, f"our FAD {signed(change, 0)} %", change < 0
-
-
-def accuracy_changes(experiment: str) -> Iterator[tuple[str, str, pd.Series]]:
-    """The runs' name, the change of accuracy from PLIF to ALIF, and which seeds gain."""
-    runs = [run for run in load_runs(experiment) if VALIDATION not in overrides(run)]
-    accuracies = frame(runs)[0].pivot(index="seed", columns="neuron", values="accuracy")
-    change = 100 * (accuracies["alif"] - accuracies["plif"]).dropna()
-    yield f"`{experiment}`", f"accuracy {signed(change, 2)} points", change > 0
 
 
 def classifiers() -> pd.DataFrame:
     """Accuracy of the small classifiers by neuron."""
     names = ["digits_classifier", "mnist_classifier", "fashion_mnist_recipe", "cifar10_classifier"]
-    rows = []
-    for name in (f"{name}_cpu" for name in names):
-        table = frame(load_runs(name))[0].assign(name=f"`{name}`")
-        if VALIDATION in table:
-            own = table[VALIDATION] != "default"
-            table.loc[own, "name"] += f", `{VALIDATION}=" + table[VALIDATION] + "`"
-        for label, runs in table.groupby("name"):
-            accuracies = runs.groupby("neuron")["accuracy"].agg(METRICS["accuracy"].text)
-            row = {"accuracy, last epoch, % ↑": label}
-            row |= {neuron: accuracies.get(neuron, "not run") for neuron in start_maps.NEURONS}
-            rows.append(row | {"epochs": str(runs["epochs"].max()), "runs": str(len(runs))})
-    return pd.DataFrame(rows)
+    runs = pd.concat(frame(load_runs(f"{name}_cpu"))[0] for name in names)
+    own = runs["dataset.validation"].fillna("default").ne("default")
+    runs["name"] = "`" + runs["experiment"] + "`" + own.map({True: ", protocol A", False: ""})
+    groups = runs.groupby(["name", "neuron"], sort=False)["accuracy"]
+    table = groups.agg(METRICS["accuracy"].text).unstack()[NEURONS].fillna("")
+    by_name = runs.groupby("name")
+    table = table.assign(epochs=by_name["epochs"].max(), runs=by_name.size()).astype(str)
+    return table.rename_axis(index="accuracy, last epoch, % ↑", columns=None).reset_index()
 
 
-def dead_start() -> pd.DataFrame:
-    """Accuracy and epochs from a start at which no neuron fires."""
-    table = summary(load_runs("mnist_dead_start_cpu"))
-    columns = ["neuron", "neuron_start.calibrate", COLUMNS["accuracy"].title, "epochs", "runs"]
-    return table[columns].rename(columns=start_maps.short).astype(str)
+def load_starts() -> pd.DataFrame:
+    """The sweep over starts: mean accuracy in % by data set, norm, calibration, neuron, start."""
+    table = load_study("start_map").replace({"dataset": FOLDERS})
+    table = table.rename(columns=lambda key: key.rpartition(".")[2])
+    table["neuron"] = pd.Categorical(table["neuron"], NEURONS, ordered=True)
+    table[["tau", "v_threshold"]] = table[["tau", "v_threshold"]].astype(float)
+    keys = ["dataset", "norm", "calibrate", "neuron", "tau", "v_threshold"]
+    return 100 * table.groupby(keys, observed=True)["accuracy"].mean()
 
 
-def lr_scale() -> pd.DataFrame:
-    """Accuracy by how much faster the neurons learn than the weights."""
-    rows = ["dataset", "model.norm", "neuron", start_maps.TAU, start_maps.THRESHOLD]
-    table = load_study("lr_scale")
-    cells = table.pivot_table("accuracy", rows, "task.lr_scale", COLUMNS["accuracy"].text)
-    ordered = cells[sorted(cells, key=sort_key)].fillna("").reset_index()
-    return ordered.rename(columns={row: start_maps.short(row) for row in rows})
+def start_map() -> pd.DataFrame:
+    """How many starts end near the best: of all neurons with the same data, and of each neuron."""
+    cells = load_starts()
+    by_map = ["dataset", "norm", "calibrate", "neuron"]
+    table = pd.DataFrame(index=cells.groupby(by_map, observed=True).size().index)
+    table["best, accuracy in %"] = cells.groupby(by_map, observed=True).max().map("{:.2f}".format)
+    for title, group in (("near the best of all", by_map[:-1]), ("near its own best", by_map)):
+        near = cells >= cells.groupby(group, observed=True).transform("max") - NEAR_BEST
+        counts = near.groupby(by_map, observed=True).agg(["sum", "size"]).astype(str)
+        table[title] = counts["sum"] + " of " + counts["size"]
+    return table.reset_index()
 
 
-def yardsticks() -> pd.DataFrame:
-    """FAD as published of images that no model drew, and how sharp they are."""
-    rows = pd.read_csv(RESULTS / "yardsticks.csv")
-    formats = {"fad_published": "{:.2f}", "gradient": "{:.3f}"}
-    shown = rows.assign(**{name: rows[name].map(form.format) for name, form in formats.items()})
-    table = shown.pivot(index="images", columns="dataset", values=[*formats])
-    titles = {"fad_published": COLUMNS["fad_published"].title, "gradient": "gradient"}
-    table.columns = pd.Index([f"{dataset}: {titles[name]}" for name, dataset in table.columns])
-    return table.loc[rows["images"].unique()].reset_index()
-
-
-def colour() -> pd.DataFrame:
-    """How much of CIFAR-10's colour reconstructions have."""
-    rows = pd.read_csv(RESULTS / "colour.csv")
-    shares = {
-        name: rows[name].map("{:.2f}".format) for name in ("grey", "red_green", "blue_yellow")
-    }
-    others = {"reconstruction ↓": rows["reconstruction"].map("{:.4f}".format)}
-    return rows[["subpixel", "chroma_weight"]].assign(**others, **shares)
-
-
-def attention() -> pd.DataFrame:
-    """Reconstruction errors with the weights of image decoders changed."""
-    rows = pd.read_csv(RESULTS / "attention.csv").replace({"dataset": FOLDERS})
-    rows["differs"] *= 100
-    columns = {
-        "sum": Column("sum of weights", 1, 2),
-        "differs": Column("differs between steps, %", 1, 1),
-        "reconstruction": Column("error as it is", 1, 4),
-        "reconstruction_permuted": Column("steps permuted", 1, 4),
-        "reconstruction_mean": Column("mean weights", 1, 4),
-        "reconstruction_equal": Column("equal weights", 1, 4),
-    }
-    groups = rows.groupby(["dataset", "model", "epochs", "decoder"])
-    table = groups.agg({name: column.text for name, column in columns.items()})
-    table.columns = pd.Index([column.title for column in columns.values()])
-    return table.assign(runs=groups.size().astype(str)).reset_index()
-
-
-def distances() -> pd.DataFrame:
-    """Where the distance of the best recipe's samples comes from."""
-    rows, priors = [], RECIPES[BEST][1].items()
-    images_of = BOUNDS | {f"samples of the {prior} prior": ending for prior, ending in priors}
-    for dataset, runs in best_runs().groupby("dataset", sort=False):
-        for images, ending in images_of.items():
-            row = {"dataset": dataset, "images": images}
-            rows.append(row | both_distances(runs, ending))
-    return pd.DataFrame(rows)
-
-
-def both_distances(runs: pd.DataFrame, ending: str = "") -> dict[str, str]:
-    """The distances of samples as published and by EfficientNet, with precision and recall."""
-    row = {}
-    for distance, title, of_it in (
-        ("fad_published", "FAD as published", ""),
-        ("features", "EfficientNet", ", EfficientNet"),
-    ):
-        row[f"{title} ↓"] = METRICS[distance].text(medians(runs, distance, ending))
-        for key in ("precision", "recall"):
-            name = f"{distance}_{key}"
-            row[f"{key}{of_it} ↑"] = METRICS[name].text(runs[f"{name}{ending}"])
-    return row
-
-
-def losses() -> pd.DataFrame:
-    """The best recipe with and without its losses, on a part of the training images."""
-    runs = load_frame([f"{name}_{BEST}" for name in DATASETS], *LOSSES)
-    table = runs[runs["dataset.limit"] != "default"].replace({"critic": {"default": "none"}})
-    rows = []
-    for (dataset, critic, loss), group in table.groupby(["dataset", "critic", "feature_loss"]):
-        row = {"dataset": dataset, "critic": critic, "feature_loss": loss}
-        row["reconstruction ↓"] = METRICS["reconstruction"].text(group["reconstruction"])
-        rows.append(row | both_distances(group))
-    return pd.DataFrame(rows)
+def draw_starts(path: Path) -> None:
+    """Draw the accuracy on MNIST without a norm over the start, as it is and calibrated."""
+    cells = load_starts().loc["mnist", "false"]
+    figure = Figure((12, 5.5), layout="constrained")
+    axes = figure.subplots(2, len(NEURONS), sharex=True, sharey=True)
+    maps = cells.groupby(["calibrate", "neuron"], observed=True, sort=False)
+    for axis, ((calibrate, neuron), part) in zip(axes.flat, maps, strict=True):
+        values = part.unstack().to_numpy()
+        shown = axis.imshow(values, vmin=cells.min(), vmax=cells.max(), aspect="auto")
+        axis.set_title(neuron + (", calibrated" if calibrate != "null" else ""), fontsize=9)
+        axis.set_xticks(range(values.shape[1]), part.index.unique("v_threshold"))
+        axis.set_yticks(range(values.shape[0]), part.index.unique("tau"))
+        axis.set(xlabel="v_threshold", ylabel="tau")
+        axis.label_outer()
+    figure.colorbar(shown, ax=axes, label=METRICS["accuracy"].title)
+    save(figure, path)
 
 
 def recipes() -> str:
@@ -451,56 +290,18 @@ def recipes() -> str:
     return "\n".join(sections)
 
 
-def papers() -> str:
-    """The papers' values: a table for each data set and task."""
-    rows = pd.read_csv(RESULTS / "published.csv", keep_default_na=False)
-    values = rows["value"] / rows["metric"].map(lambda name: COLUMNS[name].unit)
-    timed = pd.read_csv(EPYC / "published.csv").set_index("recipe")
-    hours = timed["core_hours"].map(lambda value: f"{float(f'{value:.2g}'):,.0f}")
-    sections = []
-    for (dataset, task), part in rows.assign(value=values).groupby(["dataset", "task"]):
-        table = part.pivot(index=["row", "source", "command"], columns="metric", values="value")
-        shown = table[present(table)].map("{:g}".format).replace("nan", "")
-        shown.columns = pd.Index([COLUMNS[name].title for name in shown])
-        shown["core-hours"] = shown.index.get_level_values("command").map(hours).fillna("")
-        sections.append(f"### {dataset}: {task}\n\n{markdown(shown.reset_index())}")
-    return "\n".join(sections)
-
-
-def every_run() -> str:
-    """The protocols, numbered, and the metrics' protocols of each run and later evaluation."""
-    runs = [*chain(*load_all_runs().values())]
-    protocols = {f"{name}: {how}" for m in runs for name, how in m.get("protocol", {}).items()}
-    numbers = {how: str(number) for number, how in enumerate(sorted(protocols), 1)}
-    rows = []
-    for run in runs:
-        protocol, later = run.get("protocol", {}), run["evaluations"]
-        at_once = protocol.keys() - {*chain(*(evaluation["metrics"] for evaluation in later))}
-        for measured, source in ((at_once, run), *((one["metrics"], one) for one in later)):
-            names = sorted(name for name in measured if name in protocol)
-            row = {"command": f"`{source['command']}`"}
-            row["protocols"] = ", ".join(numbers[f"{name}: {protocol[name]}"] for name in names)
-            rows.append(row | {key: str(source[key]) for key in ("commit", "machine", "threads")})
-    listed = "".join(f"{number}. {how}\n" for how, number in numbers.items())
-    return f"{listed}\n{markdown(pd.DataFrame(rows))}"
-
-
 def models() -> pd.DataFrame:
     """The models that come with the package, with the metrics of each card."""
     rows = []
     for name in list_models():
         metrics = read_config(name)["metrics"]
+        weights = ROOT / "sj_taid" / "pretrained" / name / WEIGHTS
         shown = {key: metrics[key] for key in ON_CARD if key in metrics}
-        rows.append(
-            {
-                "name": f"`{name}`",
-                "data": metrics["choices"]["dataset"],
-                "decoder": metrics["choices"].get("decoder") or "",
-                "parameters, M": f"{metrics['parameters'] / 1e6:.2f}",
-                "MB": f"{(PRETRAINED / name / WEIGHTS).stat().st_size / 1e6:.2f}",
-                "metrics": "; ".join(map(" ".join, format_metrics(shown).values())),
-            }
-        )
+        row = {"name": f"`{name}`", "data": metrics["choices"]["dataset"]}
+        row |= {"decoder": metrics["choices"].get("decoder") or ""}
+        row |= {"parameters, M": f"{metrics['parameters'] / 1e6:.2f}"}
+        row |= {"MB": f"{weights.stat().st_size / 1e6:.2f}"}
+        rows.append(row | {"metrics": "; ".join(map(" ".join, format_metrics(shown).values()))})
     return pd.DataFrame(rows)
 
 
@@ -584,13 +385,10 @@ def esvae() -> pd.DataFrame:
 
 
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
-    **{table.__name__: table for table in (gains, generators, fad, decoders, classifiers)},
-    **{table.__name__: table for table in (claims, attention, generator_neurons, scales)},
-    **{table.__name__: table for table in (dead_start, lr_scale, yardsticks, colour)},
-    **{table.__name__: table for table in (recipes, papers, models, memory, zoo, distances)},
-    **{table.__name__: table for table in (norm, neurons, esvae, losses)},
-    "start_map": lambda: start_maps.count_good_starts(start_maps.load_start_map()),
-    "runs": every_run,
+    **{table.__name__: table for table in (gains, generators, distances, models)},
+    **{table.__name__: table for table in (decoders, generator_neurons, classifiers)},
+    **{table.__name__: table for table in (start_map, recipes)},
+    **{table.__name__: table for table in (memory, zoo, norm, neurons, esvae)},
 }
 
 

@@ -131,7 +131,7 @@ def parse_arguments(command, is_benchmark, words):
     pytest.importorskip("hydra", reason="needs the extra train")
     from sj_taid.training import cli
 
-    is_script = is_benchmark or command in ("pages", "prove", "search")
+    is_script = is_benchmark or command in ("pages", "prove")
     if is_script or command in cli.OTHERS:
         module = importlib.import_module(command) if is_script else cli.import_command(command)
         with pytest.raises(Parsed):
@@ -251,13 +251,6 @@ def test_table_is_made_from_results(page):
 
     assert page in pages.PAGES
     assert read(page) == pages.fill(page), "make tables"
-
-
-def test_pages_stay_short():
-    words = re.sub(TABLE, "", read(ROOT / "README.md"), flags=re.S).split()
-    assert len(words) <= 700
-    assert len(read(ROOT / "RESULTS.md").splitlines()) <= 280
-    assert len(read(ROOT / "CHANGELOG.md").splitlines()) <= 100
 
 
 # ---- notebooks ----

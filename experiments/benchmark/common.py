@@ -22,7 +22,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from sj_taid import ALIFNode
@@ -136,22 +135,18 @@ def load_images(run: Run, n: int) -> Tensor:
 
 
 def training_step(cfg: DictConfig, batch: int) -> Callable[[], None]:
-    """A function that trains a config's model for a step on random images."""
+    """A function that trains a config's generator for a step on random images."""
     torch.manual_seed(0)
     model = instantiate(cfg.model).to(memory_format=torch.channels_last)
     optimizer = instantiate(cfg.optimizer)(model.parameters())
     size = cfg.dataset.image_size
     images = torch.rand(batch, cfg.dataset.channels, size, size) * 2 - 1
-    labels = torch.arange(batch) % (cfg.dataset.classes or 1)
     bfloat16 = cfg.trainer.precision == "bf16-mixed"
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            if hasattr(model, "training_loss"):
-                loss = model.training_loss(images)["loss"]
-            else:
-                loss = F.mse_loss(model(images), F.one_hot(labels, model.classes).float())
+            loss = model.training_loss(images)["loss"]
         loss.backward()
         optimizer.step()
 
