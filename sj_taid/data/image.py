@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from .._checks import check_flags
 from .base import LOCK, Data
 from .samples import InMemory
 
@@ -69,6 +70,7 @@ class Torchvision(ImageData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flags(download=self.download)
         self.root = Path(self.root).expanduser()
         self.path = self.root / self.folder
 

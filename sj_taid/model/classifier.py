@@ -6,7 +6,7 @@ from functools import partial
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
-from .._checks import are_two_numbers, check_sizes, is_whole
+from .._checks import are_two_numbers, check_flags, check_sizes, is_whole
 from ..fusion import fuse_norm
 from ..neuron import ALIFNode
 from .block import Neuron, check_images, check_widths, make_neuron, reset
@@ -85,6 +85,8 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(T=T, hidden=hidden, neurons_per_class=neurons_per_class)
+        check_flags(norm=norm, per_channel=per_channel)
+        check_flags(output_neuron=output_neuron, fused_norm=fused_norm)
         if not is_whole(classes) or classes < 2:
             raise ValueError(
                 f"classes must be an integer >= 2, but it is {classes!r}; "

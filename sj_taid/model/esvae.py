@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_weights
+from .._checks import check_flags, check_weights
 from .block import Neuron, eval_mode
 from .flow import FlowPrior
 from .rate import FittedPrior, GaussianMixturePrior, LearnedPrior, rbf_mmd, spikes_from_rate
@@ -76,6 +76,7 @@ class ESVAE(SpikingVAE):
         **kwargs: Any,
     ) -> None:
         check_weights(mmd_weight=mmd_weight)
+        check_flags(exact_counts=exact_counts)
         if sample_from not in PRIORS:
             names = ", ".join(PRIORS)
             raise ValueError(f"sample_from must be one of {names}, but it is {sample_from!r}")

@@ -9,7 +9,7 @@ from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_count, check_sizes, check_weights
+from .._checks import check_count, check_flags, check_sizes, check_weights
 from ..fusion import fuse_norm
 from ..layer import TAID
 from ..neuron import ALIFNode
@@ -84,6 +84,7 @@ class SpikingVAE(nn.Module):
         super().__init__()
         check_sizes(in_channels=in_channels, T=T, latent_channels=latent_channels)
         check_weights(gradient_weight=gradient_weight, chroma_weight=chroma_weight)
+        check_flags(fused_norm=fused_norm, subpixel=subpixel)
         if chroma_weight and in_channels != 3:
             raise ValueError(
                 f"chroma_weight={chroma_weight} is for images of 3 channels, but in_channels is "

@@ -15,6 +15,7 @@ from sj_taid.model import Classifier
 from sj_taid.model.classifier import paper_neuron
 from tests.model.conftest import assert_every_parameter_learns, images
 
+FLAGS = ("norm", "per_channel", "output_neuron", "fused_norm")
 SMALL = {"image_size": 8, "T": 4, "stages": [[6, 6], [8]], "hidden": 20, "neurons_per_class": 3}
 
 options = {k: v for k, v in paper_neuron.keywords.items() if k != "init_tau"}
@@ -155,6 +156,7 @@ def test_forward_is_the_mean_over_time_and_a_class():
         ({"dropout": (0.5,)}, r"dropout must be two probabilities in \[0, 1\)"),
         ({"dropout": (0.5, 1.0)}, r"dropout must be two probabilities in \[0, 1\)"),
         ({"neuron": ALIFNode}, "neurons in step mode 'm', but ALIFNode is in 's'"),
+        *(({flag: "off"}, f"{flag} must be True or False, but it is 'off'") for flag in FLAGS),
         ({"classes": np.float64(3)}, "classes must be an integer >= 2"),
     ],
 )

@@ -157,6 +157,8 @@ def test_sum_losses_of_colour():
         ({"hidden_channels": 0}, "hidden_channels must be an integer >= 1, but it is 0"),
         ({"hidden_channels": 4.5}, "hidden_channels must be an integer >= 1, but it is 4.5"),
         ({"hidden_channels": (4, 4.5)}, "hidden_channels must be numbers of channels"),
+        ({"fused_norm": "no"}, "fused_norm must be True or False, but it is 'no'"),
+        ({"subpixel": "no"}, "subpixel must be True or False, but it is 'no'"),
         ({"T": True}, "T must be an integer >= 1, but it is True"),
         ({"gradient_weight": float("nan")}, "gradient_weight must be a number >= 0, but it is nan"),
         ({"image_decoder": TAID(3)}, "the image decoder is for T=3, the model for T=6"),
@@ -176,6 +178,7 @@ def test_bad_arguments(kind, options, message):
     ("kind", "options", "message"),
     [
         (ESVAE, {"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
+        (ESVAE, {"exact_counts": "off"}, "exact_counts must be True or False, but it is 'off'"),
         (ESVAE, {"sample_from": "normal"}, "one of learned, mixture, flow, but it is 'normal'"),
         (ESVAE, {"components": 0}, "components must be an integer >= 1"),
         (FSVAE, {"k": 0}, "k must be an integer >= 1, but it is 0"),
