@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, Timer
 from omegaconf import DictConfig, OmegaConf
 
 from ..calibration import calibrate
+from ..model.block import seeded
 from .allocator import reuse_freed_memory
 from .callbacks import Pictures, RandomNumbers
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_priors
@@ -109,7 +110,8 @@ def train(
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     finalize_model(task, data, run, trainer)
 
-    metrics = measure(task, trainer, data, evaluator)
+    with seeded(cfg.seed):  # a resumed run came here another way
+        metrics = measure(task, trainer, data, evaluator)
     if not is_first_process():
         return {}
     metrics |= select_validation_metrics(task, data, pictures.epochs)
@@ -222,7 +224,8 @@ def select_validation_metrics(
 def measure_best_epoch(cfg: DictConfig, task: Task, data: Any, run: Run) -> dict[str, Any]:
     checkpoint = read_checkpoint(run.best)
     task.load_state_dict(checkpoint["state_dict"])
-    tested = test(task, build_tester(cfg), data)
+    with seeded(cfg.seed):
+        tested = test(task, build_tester(cfg), data)
     return rename_for_best_epoch(tested) | {"best_validation_epoch": checkpoint["epoch"] + 1}
 
 

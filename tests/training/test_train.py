@@ -134,6 +134,16 @@ def test_train_repeats_with_the_same_seed(tiny, trained, tmp_path):
         assert first[key] == second[key] != other[key]
 
 
+def test_train_measures_the_same_after_a_kill_before_the_metrics(tiny, trained):
+    longer = ["trainer.max_epochs=3", "trainer.limit_train_batches=null", "dataset.limit=300"]
+    there = run.Run(trained(*TINY, *longer))
+    before = there.metrics
+    (there.folder / run.METRICS).unlink()
+    after = train(tiny(*longer), there.folder)
+    differ = [k for k, v in before.items() if isinstance(v, float) and after[k] != v]
+    assert differ in ([], ["training_seconds"])
+
+
 class Stop(L.Callback):
     """Ends a long run in its third epoch."""
 
@@ -218,6 +228,9 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
         ("optimizer.lr=abc", r"optimizer\.lr must be a number >= 0"),
         ("neuron_start.tau=1", r"^neuron_start\.tau must be a number of time steps greater than 1"),
         ("neuron_start.calibrate=7", "calibrate must be a rate between 0 and 1, or null"),
+        ("dataset=mnist dataset.download=no", r"^dataset\.download must be True or False, but"),
+        ("model.exact_counts=off model=esvae_small", r"^model\.exact_counts must be True or False"),
+        ("optimizer=sgd optimizer.nesterov=no", r"optimizer\.nesterov must be True or False"),
         ("compile=fast", r"compile must be true, false or options of torch\.compile"),
         (
             "model.image_decoder=taid",
