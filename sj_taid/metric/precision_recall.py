@@ -101,6 +101,8 @@ def share_near(points: Tensor, others: Tensor, k: int) -> Tensor:
     >>> share_near(points, others, k=2)
     tensor(0.5000)
     """
+    mean = others.mean(0)  # far from 0, distances lose their digits
+    points, others = points - mean, others - mean
     chunks = (torch.cdist(part, others) for part in others.split(ROWS_AT_ONCE))
     radii = torch.cat([distances.kthvalue(k + 1).values for distances in chunks])  # 1st is itself
     chunks = (torch.cdist(part, others) for part in points.split(ROWS_AT_ONCE))

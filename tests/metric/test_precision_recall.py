@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sj_taid.metric import Precision, Recall
+from sj_taid.metric.precision_recall import share_near
 from tests.metric.pixels import Pixels
 
 REAL = [0.0, 1.0, 3.0, 4.0]  # the nearest other is 1 away from each
@@ -37,6 +38,12 @@ def test_precision_and_recall_take_as_many_of_each_kind(kind):
     assert 0.8 < first <= 1 and first * 100 == pytest.approx(round(first * 100), abs=1e-4)
     assert compute(kind(Pixels()), line[:500], line[500:], batch=50) == first
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_precision_of_features_far_from_0():
+    real, drawn = torch.randn(2, 60, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    shares = [share_near(drawn + offset, real + offset, 5) for offset in (0, 1000)]
+    assert shares[0] == shares[1] > 0.4
 
 
 def test_precision_refuses_too_few_images():
