@@ -37,6 +37,23 @@ def test_logger_has_config_and_metrics(tiny, tmp_path, monkeypatch, name):
     assert not (tmp_path / "tensorboard").exists()
 
 
+def test_csv_log_continues_and_survives_a_refusal(tiny, tmp_path):
+    def fit(epochs):
+        choices = [*TINY_AUTOENCODING, "logger=csv", f"trainer.max_epochs={epochs}"]
+        train(tiny(*choices, tiny=False), tmp_path)
+
+    fit(2)
+    log = tmp_path / "csv" / "metrics.csv"
+    before = log.read_text()
+    with pytest.raises(ValueError, match="must be at least the 2 epochs"):
+        fit(1)
+    assert log.read_text() == before
+    fit(3)
+    rows = [*csv.DictReader(log.open())]
+    assert log.read_text().startswith(before)
+    assert [row["epoch"] for row in rows if row["train/reconstruction"]] == ["0", "1", "2"]
+
+
 @pytest.mark.slow
 def test_wandb_has_a_run(tiny, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
