@@ -40,6 +40,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     reuse_freed_memory()
     run, trust = Run.find(cfg.checkpoint), cfg.trust
     with run.lock():
+        run.evaluations  # noqa: B018 - a damaged one is an error now, not after the measuring
         given, cfg = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
         for key, value in given.items():
             if value is not None:

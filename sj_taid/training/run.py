@@ -219,10 +219,17 @@ class Run:
         _write_json(metrics, self.folder / METRICS)
 
     def save_evaluation(self, evaluation: dict[str, Any]) -> Path:
-        """Add a file to the run's evaluations, named by the time."""
+        """Add a file to the run's evaluations; its number counts up, whatever the clock says."""
+        number = 1 + max((one.get("number", 0) for one in self._read_evaluations()), default=0)
         path = self.folder / EVALUATIONS / f"{datetime.now():%Y-%m-%dT%H-%M-%S-%f}.json"
-        _write_json(evaluation, path)
+        _write_json({"number": number, **evaluation}, path)
         return path
+
+    def _read_evaluations(self) -> list[dict[str, Any]]:
+        found = [read_json(path) for path in sorted((self.folder / EVALUATIONS).glob("*.json"))]
+        if not all({"metrics", "protocol"} <= evaluation.keys() for evaluation in found):
+            raise ValueError(f"{EVALUATIONS} holds JSON that sj-taid evaluate did not write")
+        return sorted(found, key=lambda evaluation: evaluation.get("number", 0))
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -233,9 +240,7 @@ class Run:
         Raises:
             ValueError: a file is damaged, or not what an evaluation writes.
         """
-        found = [read_json(path) for path in sorted((self.folder / EVALUATIONS).glob("*.json"))]
-        if not all({"metrics", "protocol"} <= evaluation.keys() for evaluation in found):
-            raise ValueError(f"{EVALUATIONS} holds JSON that sj-taid evaluate did not write")
+        found = self._read_evaluations()
         runs = [Run(self.folder), Run(self.folder, self.best)] if found else []
         here = {run.checkpoint_sha256() for run in runs if run.checkpoint.is_file()}
         return [one for one in found if not here or one.get("checkpoint_sha256") in here]

@@ -67,6 +67,11 @@ def test_gather_counts_the_evaluations_of_the_checkpoints_that_are_here(single):
         single.save_evaluation({"metrics": {name: 0.5}, "protocol": {}} | digest)
     read = gather.read(single)
     assert (read["fad"], read["accuracy"]) == (0.5, 0.5)
+    # Made while the clock was ahead: the next counts on from it.
+    path = single.save_evaluation({"metrics": {"fad": 2.0}, "protocol": {}} | digest)
+    path.rename(path.with_name("2130-01-01.json"))
+    single.save_evaluation({"metrics": {"fad": 1.0}, "protocol": {}} | digest)
+    assert gather.read(single)["fad"] == 1.0
 
 
 # ---- tables ----
