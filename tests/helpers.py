@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from sj_taid import swap_neurons
 from sj_taid.ops.alif.norm import Norm
@@ -46,6 +48,7 @@ class Case:
     frozen: tuple[str, ...] = ()
     norm: str | None = None  # by the "batch"'s statistics or "fixed" ones
     pack: bool = False
+    moved: bool = False  # what is saved for backward comes back in another layout
 
     def options(self) -> dict[str, Any]:
         names = ("decay_input", "v_reset", "surrogate_function", "detach_reset")
@@ -69,6 +72,7 @@ class Case:
             "_".join(("frozen", *self.frozen)) if self.frozen else "",
             self.norm or "",
             "bits" if self.pack else "",
+            "moved" if self.moved else "",
         )
         return "-".join(part for part in parts if part)
 
@@ -108,6 +112,12 @@ def tensors(case: Case, device: str = "cpu") -> Leaves:
     return {n: t.to(device).requires_grad_(n not in case.frozen) for n, t in leaves.items()}
 
 
+def reverse(t: Tensor) -> Tensor:
+    """A copy whose axes have the opposite order in memory."""
+    axes = tuple(reversed(range(t.dim())))
+    return t.permute(axes).clone(memory_format=torch.contiguous_format).permute(axes)
+
+
 def results(
     multi_step: Callable[..., Any],
     case: Case,
@@ -126,15 +136,16 @@ def results(
         mean = torch.linspace(-0.3, 0.9, case.shape[2]).to(leaves["weight"])
         moments = (mean, (1 + mean).square(), case.norm == "batch", 0.1, 1e-5)
         more["norm"] = Norm(leaves["weight"], leaves["bias"], *moments)
-    spike_seq, v_last, v_seq, *bits = multi_step(
-        leaves["x"],
-        leaves["v0"] if case.v_init else (case.v_reset or 0.0),
-        leaves["w"],
-        leaves["v_threshold"],
-        store_v_seq="v_seq" in through if store_v_seq is None else store_v_seq,
-        **case.options(),
-        **more,
-    )
+    with saved_tensors_hooks(reverse, lambda t: t) if case.moved else nullcontext():
+        spike_seq, v_last, v_seq, *bits = multi_step(
+            leaves["x"],
+            leaves["v0"] if case.v_init else (case.v_reset or 0.0),
+            leaves["w"],
+            leaves["v_threshold"],
+            store_v_seq="v_seq" in through if store_v_seq is None else store_v_seq,
+            **case.options(),
+            **more,
+        )
     outputs = {"spike_seq": spike_seq, "v": v_last}
     if v_seq is not None:
         outputs["v_seq"] = v_seq

@@ -51,6 +51,10 @@ def is_dense(x_seq: Tensor) -> bool:
     """
     if x_seq.is_contiguous():
         return True
+    # Under torch.func.vmap the batch lies between the values, and empty_like keeps its gap too.
+    axes = zip(x_seq.shape, x_seq.stride(), strict=True)
+    if 1 + sum((size - 1) * stride for size, stride in axes) != x_seq.numel():
+        return False
     # empty_like keeps the strides of dense tensors alone, and "meta" allocates nothing. No sorting
     # of the strides: torch.compile cannot where they are symbols.
     dense = x_seq.stride() == torch.empty_like(x_seq, device="meta").stride()

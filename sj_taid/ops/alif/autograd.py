@@ -154,6 +154,7 @@ def _schema(arguments: Any) -> str:
 def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :class:`Forward`, allocated: spikes and voltages in ``x_seq``'s layout."""
     call = Forward(*arguments)
+    check_layout(call.x_seq, steps=(call.v0,))
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     step, room = x_seq[0], x_seq.new_empty
     neurons, channels = step.numel(), 0 if call.eps is None else x_seq.shape[2]
@@ -171,6 +172,7 @@ def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
 def empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :class:`Backward`, allocated, in ``x_seq``'s layout."""
     call = Backward(*arguments)
+    check_layout(call.x_seq, (call.grad_spike_seq, call.grad_v_seq), (call.v0, call.grad_v))
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     channels = call.norm.shape[1] if call.norm is not None and call.need_norm else 0
     return (
@@ -186,6 +188,22 @@ def empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 def empty_statistics(x_seq: Tensor) -> Tensor:
     """Each channel's mean and variance, allocated."""
     return x_seq.new_empty((2, x_seq.shape[2]), dtype=torch.float64)
+
+
+def check_layout(
+    x_seq: Tensor, sequences: tuple[Tensor | None, ...] = (), steps: tuple[Tensor | None, ...] = ()
+) -> None:
+    """Raise an error unless the operator's tensors have the layout that kernels rely on."""
+    strides = x_seq.stride()
+    if not (
+        is_dense(x_seq)
+        and all(t is None or _has_strides(t, strides) for t in sequences)
+        and all(t is None or _has_strides(t, strides[1:]) for t in steps)
+    ):
+        raise ValueError(
+            "a fused operator takes a dense input with time outermost, and voltages and gradients "
+            "in its layout; sj_taid.functional.alif_multi_step makes any tensor so"
+        )
 
 
 _UNFUSED = "backend='torch' for ALIF, sj_taid.unaccelerate(net) for an accelerated net"
@@ -210,6 +228,7 @@ class _FusedALIF(torch.autograd.Function):
         ctx.has_v_seq, ctx.owns_norm = options["store_v_seq"], options["eps"] is not None
         affine = own_affine if ctx.owns_norm else affine
         ctx.compute, made_from = recipe or (_dense, (x_seq,))
+        ctx.strides = x_seq.stride()
         ctx.save_for_backward(v0, w, v_threshold, checkpoint, *affine, *made_from)
         ctx.mark_non_differentiable(checkpoint, packed, *own_affine)
         # An output that nobody used has no gradient to read.
@@ -223,17 +242,21 @@ class _FusedALIF(torch.autograd.Function):
         grad_v_seq: Tensor | None,
         *unused: None,
     ) -> tuple[Tensor | None, ...]:
-        v0, w, v_threshold, checkpoint, table, numbers, *made_from = _saved_tensors(ctx)
-        x_seq = _dense(ctx.compute(*made_from))
+        # Hooks on saved tensors need not keep their layout.
+        saved, strides = _saved_tensors(ctx), ctx.strides
+        v0, *made_from = saved[0], *saved[6:]
+        small = (t if t is None else t.contiguous() for t in saved[1:6])
+        w, v_threshold, checkpoint, table, numbers = small
+        x_seq, v0 = _arranged(ctx.compute(*made_from), strides), _arranged(v0, strides[1:])
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
         needs_ab = need_x and table is not None and not ctx.options["fixed_norm"]
         two_passes = needs_ab and not ctx.owns_norm
         # create_graph=True, and torch.func always
         backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         call = Backward(
-            grad_spike_seq=_arranged(grad_spike_seq, x_seq),
-            grad_v=_arranged(grad_v, x_seq[0]),
-            grad_v_seq=_arranged(grad_v_seq, x_seq) if ctx.has_v_seq else None,
+            grad_spike_seq=_arranged(grad_spike_seq, strides),
+            grad_v=_arranged(grad_v, strides[1:]),
+            grad_v_seq=_arranged(grad_v_seq, strides) if ctx.has_v_seq else None,
             x_seq=x_seq,
             v0=v0,
             w=w,
@@ -335,7 +358,7 @@ def multi_step(
     recipe = recipe_of(x_seq)
     x_seq = _dense(x_seq)
     dtype = state_dtype(x_seq.dtype)
-    v0 = _arranged(v, x_seq[0]) if isinstance(v, Tensor) else None
+    v0 = _arranged(v, x_seq.stride()[1:]) if isinstance(v, Tensor) else None
     w, v_threshold = w.to(dtype), v_threshold.to(dtype)
     if w.shape != v_threshold.shape:
         w, v_threshold = torch.broadcast_tensors(w, v_threshold)
@@ -385,11 +408,15 @@ def _dense(x_seq: Tensor) -> Tensor:
     return x_seq if is_dense(x_seq) else x_seq.contiguous()
 
 
-def _arranged(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    """``tensor`` in the memory layout of the dense ``like``; a copy only where it differs."""
-    if tensor is None:
-        return None
-    axes = zip(tensor.stride(), like.stride(), like.shape, strict=True)
-    if all(stride == wanted for stride, wanted, size in axes if size != 1):
+def _arranged(tensor: Any, strides: tuple[int, ...]) -> Any:
+    """``tensor``, or ``None``, in memory by ``strides``; a copy only where it is not."""
+    if tensor is None or _has_strides(tensor, strides):
         return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+def _has_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    if tensor.stride() == strides:
+        return True
+    axes = zip(tensor.stride(), strides, tensor.shape, strict=True)
+    return all(stride == wanted for stride, wanted, size in axes if size != 1)

@@ -88,6 +88,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def statistics(x_seq: Tensor) -> Tensor:
     """The ``statistics`` of the :class:`autograd.Engine`, reading the sequence once."""
+    autograd.check_layout(x_seq)
     channels = x_seq.shape[2]
     if x_seq.numel() == 0:
         return autograd.empty_statistics(x_seq).fill_(torch.nan)

@@ -55,6 +55,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "frozen": ((), ("w",), ("v_threshold",), ("x",), ("w", "v_threshold")),
     "norm": (None, "batch", "fixed"),
     "pack": (False, True),
+    "moved": (False, True),
 }
 #: For a GPU, on which each case compiles kernels of its own.
 COMPACT = OPTIONS | {

@@ -158,8 +158,9 @@ IMAGES = Case(shape=(4, 3, 5, 7, 3), channels=5)
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [None, 5], ids=["scalar", "channels"])
-def test_layouts(layout, channels):
-    case = IMAGES.with_(channels=channels)
+@pytest.mark.parametrize("moved", [False, True])
+def test_layouts(layout, channels, moved):
+    case = IMAGES.with_(channels=channels, moved=moved)
     leaves = laid_out(tensors(case), layout)
     assert_conforms(case, leaves)
     if layout in ("channels_last", "neurons_transposed"):  # dense ones are not copied
@@ -303,6 +304,32 @@ def test_gradients_of_each_sample_by_torch_func():
     got = torch.func.vmap(torch.func.grad(loss), 1)(leaves["x"])
     assert torch.equal(got.transpose(0, 1), torch.func.grad(loss)(leaves["x"]))
     assert got.count_nonzero()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("shape", [(1, 3, 5, 4), (4, 3, 5, 4)], ids=str)
+@pytest.mark.parametrize("axis", range(5))
+def test_vmap_over_any_axis_is_each_alone(shape, axis):
+    leaves = {name: leaf.detach() for name, leaf in tensors(Case(shape=shape)).items()}
+    x = torch.stack([leaves["x"] + k for k in range(-3, 3)], axis)  # the axis lies between others
+    got = torch.func.vmap(lambda x: fire({**leaves, "x": x}), axis)(x)
+    for spikes, alone in zip(got, x.unbind(axis), strict=True):
+        assert torch.equal(spikes, fire({**leaves, "x": alone}, reference.multi_step))
+
+
+def test_operators_refuse_other_layouts():
+    x, v0, w, v_threshold = (leaf.detach() for leaf in tensors(IMAGES).values())
+    moved, rest = LAYOUTS["channels_last"](x), (w, v_threshold, True, 0.0)
+    forward = (False, 0)
+    backward = (False, "ATan", 1.0, 3.0, True, True, True, True)
+    for operator, arguments in (
+        ("statistics", (LAYOUTS["time_inside"](x),)),
+        ("forward", (LAYOUTS["slice"](x), None, 0.0, *rest, *forward)),
+        ("forward", (moved, v0, 0.0, *rest, *forward)),
+        ("backward", (x, None, None, moved, None, 0.0, w, v_threshold, w, *rest[2:], *backward)),
+    ):
+        with pytest.raises(ValueError, match="dense input with time outermost"):
+            getattr(torch.ops.sj_taid, f"cpu_{operator}")(*arguments)
 
 
 @LEAVES

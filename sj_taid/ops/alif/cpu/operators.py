@@ -99,6 +99,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _statistics(x: Tensor) -> Tensor:
+    autograd.check_layout(x)
     first = _first_values(x)
     partition = _partition(x, len(first), whole=False)
     sums = partition.sums(3)
