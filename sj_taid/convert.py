@@ -5,16 +5,16 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from spikingjelly.activation_based import base, functional, neuron
+from spikingjelly.activation_based import base, neuron
 from torch import Tensor, nn
 
 from . import _compat
-from ._checks import check_example_input, check_net
+from ._checks import check_net
 from ._fused_neuron import FusedNeuron, restore
 from .neuron import ALIFNode
 from .ops import backends
@@ -31,8 +31,6 @@ _HOOKS = ("_forward", "_backward", "_is_full_backward")
 def swap_neurons(
     net: nn.Module,
     *,
-    channels: str | None = None,
-    example_input: Any = None,
     learn_tau: bool = True,
     learn_threshold: bool = True,
     min_v_threshold: float | None = None,
@@ -42,9 +40,8 @@ def swap_neurons(
     r"""Replace the LIF, PLIF and IF nodes of ``net`` by :class:`~sj_taid.ALIFNode`, in place.
 
     Each neuron keeps its options, ``training``, device, voltage, forward and backward hooks, and
-    PLIF its parameter ``w`` (unless ``channels`` makes it ``[C]`` or it is in half precision), so
-    an optimiser made before the swap still holds it. A module used in several places stays one
-    module. The outputs are
+    PLIF its parameter ``w`` (unless it is in half precision), so an optimiser made before the swap
+    still holds it. A module used in several places stays one module. The outputs are
 
     * bit for bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a
       tau of 2, 4, 8 or 16;
@@ -62,9 +59,6 @@ def swap_neurons(
 
     Args:
         net: any module with SpikingJelly neurons.
-        channels: ``None`` for one tau and threshold per layer; ``"infer"`` for one per channel,
-            counted by running ``example_input`` through a copy of ``net``.
-        example_input: an input of ``net`` (a tuple for several), for ``channels="infer"``.
         learn_tau: whether ``w`` receives a gradient; a frozen PLIF ``w`` stays frozen.
         learn_threshold: whether ``v_threshold`` receives a gradient.
         min_v_threshold: a lower bound that keeps the learned thresholds positive.
@@ -72,7 +66,7 @@ def swap_neurons(
         backend: one of :func:`sj_taid.ops.backends.names`.
 
     Raises:
-        ValueError: no neuron, bad ``channels``, or a value that ALIF cannot take; the net stays.
+        ValueError: no neuron, or a value that ALIF cannot take; the net stays.
         TypeError: ``net`` is no module, or ``filter`` no function.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
@@ -86,7 +80,6 @@ def swap_neurons(
     if not (filter is None or callable(filter)):
         raise TypeError(f"filter must be a function of a path and a node, but it is {filter!r:.80}")
     sites = need_neurons(net, "swap")
-    counts = _count_channels(net, sites, channels, example_input)
     options: dict[str, Any] = {
         "learn_tau": learn_tau,
         "learn_threshold": learn_threshold,
@@ -96,10 +89,10 @@ def swap_neurons(
     rows = []
     new_of: dict[nn.Module, nn.Module] = {}
     for site in sites:
-        reason = _why_keep(site, filter, len(counts[site.path]))
+        reason = _why_keep(site, filter)
         if reason is None:
             try:
-                new_of[site.node] = _to_alif(site, next(iter(counts[site.path])), **options)
+                new_of[site.node] = _to_alif(site, **options)
             except ValueError as error:
                 raise ValueError(f"the neuron {site.path!r}: {error}") from error
         no_leak = ", w frozen: no leak" if isinstance(site.node, neuron.IFNode) else ""
@@ -228,9 +221,7 @@ def _path_in_net(path: str) -> str:
     return path.removeprefix("0").removeprefix(".") or "net"
 
 
-def _why_keep(
-    site: Site, filter: Callable[[str, nn.Module], bool] | None, counts: int
-) -> str | None:
+def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
     """Why a neuron is not swapped, or ``None``."""
     node = site.node
     if isinstance(node, ALIFNode):
@@ -239,8 +230,6 @@ def _why_keep(
         return "it is the net itself; put it in a module: nn.Sequential(net)"
     if _compat.plain_kind(node) and filter is not None and not filter(site.path, node):
         return "declined by filter"
-    if counts != 1:
-        return f"example_input gave it {counts} numbers of channels, not 1"
     return why_no_alif(node)
 
 
@@ -282,12 +271,11 @@ def _why_no_lif(site: Site) -> str | None:
     return None
 
 
-def _to_alif(site: Site, channels: int | None, learn_tau: bool, **options: Any) -> ALIFNode:
+def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
     node = site.node
     alif = ALIFNode(
         decay_input=bool(getattr(node, "decay_input", False)),  # IF does not scale its input
         v_threshold=node.v_threshold,
-        channels=channels,
         learn_tau=learn_tau,
         **_shared_options(node),
         **options,
@@ -296,7 +284,7 @@ def _to_alif(site: Site, channels: int | None, learn_tau: bool, **options: Any) 
         alif.double()
     alif.to(site.device)
     if isinstance(node, neuron.ParametricLIFNode):
-        if channels is None and node.w.dtype == alif.w.dtype:
+        if node.w.dtype == alif.w.dtype:
             alif.w = node.w
         else:
             alif.w.data.copy_(node.w.detach())
@@ -365,31 +353,3 @@ def describe_equality(site: Site) -> str:
         w = torch.tensor(nearest_w(node.tau, site.dtype), dtype=site.dtype, device="cpu")
         equal = math.frexp(node.tau)[0] == 0.5 and w.sigmoid().item() * node.tau == 1.0
     return f"equal outputs{'' if equal else ' to rounding'}"
-
-
-def _count_channels(
-    net: nn.Module, sites: list[Site], channels: str | None, example_input: Any
-) -> dict[str, set[int | None]]:
-    """The numbers of channels that each neuron sees, by path; None is a layer's one tau."""
-    if channels is None:
-        return {site.path: {None} for site in sites}
-    if channels != "infer" or example_input is None:
-        raise ValueError(
-            "channels must be None, or 'infer' with an example_input that net accepts, but they "
-            f"are {channels!r} and {type(example_input).__name__}"
-        )
-    check_example_input(example_input)
-    # A copy, so that the net's statistics, states and flags stay as they are.
-    trial = copy_net(net).eval()
-    functional.reset_net(trial)  # its voltages may be of another batch
-    seen: dict[str, set[int | None]] = {site.path: set() for site in sites}
-
-    def record(path: str, node: Any, inputs: tuple[Any, ...]) -> None:
-        shape = inputs[0].shape if node.step_mode == "s" else inputs[0].shape[1:]
-        seen[path].add(shape[1] if len(shape) > 1 else None)
-
-    for path in seen:
-        trial.get_submodule(path).register_forward_pre_hook(partial(record, path))
-    with torch.no_grad():
-        trial(*example_input) if isinstance(example_input, tuple) else trial(example_input)
-    return seen

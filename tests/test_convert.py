@@ -231,51 +231,6 @@ def test_swap_takes_dtype_and_device_of_the_neighbours():
     assert "float32, not torch.float16" in report.rows[0].note
 
 
-@pytest.mark.parametrize("mode", ["s", "m"])
-def test_swap_infers_channels_without_changing_the_net(mode):
-    net = nn.Sequential(
-        layer.Conv2d(1, 3, 3),
-        layer.BatchNorm2d(3),
-        neuron.ParametricLIFNode(init_tau=3.0),
-        layer.Flatten(),
-        layer.Linear(3 * 4 * 4, 7),
-        neuron.LIFNode(),
-    )
-    functional.set_step_mode(net, mode)
-    x = torch.rand(2, 1, 6, 6) if mode == "s" else torch.rand(4, 2, 1, 6, 6)
-    unswapped = copy.deepcopy(net)
-    swap_neurons(net, channels="infer", example_input=x)
-    assert torch.equal(net[1].running_mean, unswapped[1].running_mean) and net[1].training
-    assert net[2].w.shape == net[2].v_threshold.shape == (3,)
-    assert net[5].w.shape == (7,)
-    assert torch.equal(net[2].w, unswapped[2].w.expand(3))
-    assert torch.equal(net(x), unswapped(x))
-
-
-@pytest.mark.parametrize("channels", ["infer", "all", 4])
-def test_swap_refuses_bad_channels(channels):
-    with pytest.raises(ValueError, match=f"'infer' with an example_input .* {channels!r} and None"):
-        swap_neurons(nn.Sequential(neuron.LIFNode()), channels=channels)
-
-
-class TwoPaths(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.shared, self.idle = neuron.LIFNode(), neuron.LIFNode()
-        self.shared.register_forward_pre_hook(lambda module, inputs: module.reset())
-
-    def forward(self, x):
-        return self.shared(x).sum() + self.shared(x[:, :2]).sum()
-
-
-def test_swap_reports_channels_that_cannot_be_inferred():
-    report = swap_neurons(TwoPaths(), channels="infer", example_input=(torch.rand(4, 3),))
-    assert {row.layer: row.note for row in report.kept} == {
-        "shared": "example_input gave it 2 numbers of channels, not 1",
-        "idle": "example_input gave it 0 numbers of channels, not 1",
-    }
-
-
 class Keeping(nn.Module):
     def __init__(self, kind):
         super().__init__()
@@ -296,9 +251,8 @@ def test_both_copy_a_net_that_keeps_what_it_computes(kind):
     for kept, copied in ((hidden, plain.hidden), (v, plain.sn.v)):
         assert torch.equal(copied, kept) and copied.grad_fn is None
     assert plain.linear.weight is not net.linear.weight
-    swap_neurons(net, channels="infer", example_input=torch.rand(2, 7, 3))
+    swap_neurons(net)
     assert net.hidden is hidden and net.sn.v is v
-    assert net.sn.channels == (None if kind is ALIFNode else 4)
 
 
 def test_to_lif_keeps_what_a_lif_node_has():
