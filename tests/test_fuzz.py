@@ -25,7 +25,6 @@ st = hypothesis.strategies
 BACKENDS = [name for name in backends.BACKENDS if backends.why_not(name) is None]
 SIZES = [pytest.param(60, id="some"), pytest.param(2000, id="many", marks=pytest.mark.fuzz)]
 sizes = pytest.mark.parametrize("examples", SIZES)
-HALF_OR_SINGLE = [torch.float32, torch.float16, torch.bfloat16]
 SURROGATES = {
     surrogate.Sigmoid: lambda u, a: a / (2 + 2 * np.cosh(np.clip(a * u, -700, 700))),
     surrogate.ATan: lambda u, a: a / 2 / (1 + (np.pi / 2 * a * u) ** 2),
@@ -66,7 +65,8 @@ def tensors(draw, shape, dtype, values=moderate | anything):
 @st.composite
 def calls(draw, backend, steps=st.integers(1, 6) | st.sampled_from([17, 300])):
     """The arguments of ``alif_multi_step``."""
-    dtype = draw(st.sampled_from([*HALF_OR_SINGLE, *[torch.float64] * (backend == "torch")]))
+    more = [torch.float16, torch.float64] if backend == "torch" else []
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, *more]))
     state = torch.promote_types(dtype, torch.float32)
     T = draw(steps)
     step = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))

@@ -25,17 +25,16 @@ from . import norm as norms
 from .norm import Affine, Norm
 from .reference import state_dtype
 
-#: of a fused operator's input; in other dtypes torch alone computes
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-def unsupported(device: str, x_seq: Tensor, surrogate_function: Any) -> str | None:
-    """Why a fused operator of a device cannot take the call, or ``None``."""
+def unsupported(
+    device: str, dtypes: tuple[torch.dtype, ...], x_seq: Tensor, surrogate_function: Any
+) -> str | None:
+    """Why a fused operator of a device and of these dtypes cannot take the call, or ``None``."""
     if x_seq.device.type != device:
         return f"the input is on {x_seq.device}, expected on {device}; move it: x.to({device!r})"
-    if x_seq.dtype not in DTYPES:
+    if x_seq.dtype not in dtypes:
         return (
-            f"the input is {x_seq.dtype}, expected one of {', '.join(map(str, DTYPES))}; "
+            f"the input is {x_seq.dtype}, expected one of {', '.join(map(str, dtypes))}; "
             "convert it, or use backend='torch'"
         )
     return surrogate.unsupported(surrogate_function)

@@ -26,7 +26,7 @@ cupy.cuda.nvrtc.getVersion()
 #: Launches by "forward", "backward" and "statistics", which prove that a call took this path.
 launches: Counter[str] = Counter()
 
-unsupported = partial(autograd.unsupported, "cuda")
+unsupported = partial(autograd.unsupported, "cuda", tuple(kernels.SCALARS))
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -17,7 +17,6 @@ from sj_taid.ops import backends, bits
 from sj_taid.ops.alif import reference
 from sj_taid.ops.surrogate import DERIVATIVES, exp, f32
 from tests.helpers import (
-    HALF,
     Case,
     assert_close,
     assert_equal,
@@ -36,6 +35,7 @@ import numba
 from sj_taid.ops.alif import cpu
 from sj_taid.ops.alif.cpu import loops, threads
 
+FLOATS = tuple(cpu.operators.DTYPES)
 # Two parts at least, and cheap: with GRAIN lowered to 1 it is worth any number of threads.
 WIDE = Case(shape=(2, 9001, 3), channels=3)
 
@@ -57,7 +57,7 @@ def assert_conforms(case, leaves=None):
         assert torch.equal(got[name], expected[name]), name
 
 
-@pytest.mark.parametrize("case", list(grid()), ids=str)
+@pytest.mark.parametrize("case", grid(FLOATS), ids=str)
 def test_conforms(case):
     assert_conforms(case)
 
@@ -96,7 +96,6 @@ def test_the_exponential_far_out():
 
 
 NOT_FINITE = Case(shape=(6, 40, 5))
-FLOATS = (torch.float32, torch.float16)
 
 
 @pytest.mark.parametrize("case", grid(FLOATS, NOT_FINITE), ids=str)
@@ -179,8 +178,8 @@ def narrow(values, out, dtype, n):
     loops._store_run(loops._at(values, 0), *to, dtype, 0, n, 0)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_conversions_of_half_precision_are_torchs(dtype):
+def test_conversions_of_bfloat16_are_torchs():
+    dtype = torch.bfloat16
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
     widened = torch.empty(len(every))
     widen(every.data_ptr(), widened.data_ptr(), cpu.operators.DTYPES[dtype], len(every))
@@ -212,31 +211,28 @@ def hostile(case):
 
 
 # Of several blocks, the last of them cut short.
-@pytest.mark.parametrize("case", grid(HALF, Case(shape=(3, 2, 5, 33, 19))), ids=str)
-def test_half_precision_equals_a_float32_copy(case):
+@pytest.mark.parametrize("case", grid(FLOATS[1:], Case(shape=(3, 2, 5, 33, 19))), ids=str)
+def test_bfloat16_equals_a_float32_copy(case):
     assert_equals_a_float32_copys(cpu.multi_step, case, hostile(case))
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_half_precision_in_any_shape(shape, dtype):
-    case = Case(shape=shape, dtype=dtype)
+def test_bfloat16_in_any_shape(shape):
+    case = Case(shape=shape, dtype=torch.bfloat16)
     assert_equals_a_float32_copys(cpu.multi_step, case, hostile(case))
     channels = shape[2] if len(shape) > 2 else None
     case = case.with_(v_init=False, channels=channels, frozen=("x",))
     assert_equals_a_float32_copys(cpu.multi_step, case, hostile(case))
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_half_precision_in_any_layout(layout, dtype):
-    case = IMAGES.with_(dtype=dtype)
+def test_bfloat16_in_any_layout(layout):
+    case = IMAGES.with_(dtype=torch.bfloat16)
     assert_equals_a_float32_copys(cpu.multi_step, case, laid_out(hostile(case), layout))
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_spikes_of_half_precision_as_bits(dtype):
-    x, v0, w, v_threshold = tensors(Case(shape=(11, 7, 130), dtype=dtype)).values()
+def test_spikes_of_bfloat16_as_bits():
+    x, v0, w, v_threshold = tensors(Case(shape=(11, 7, 130), dtype=torch.bfloat16)).values()
     spike_seq, _, _, _, packed, _, _ = torch.ops.sj_taid.cpu_forward(
         x.detach(), v0, 0.0, w, v_threshold, False, 0.0, False, 0, None, True
     )
@@ -521,6 +517,7 @@ def test_compiles_without_graph_breaks(dtype):
 def test_what_it_cannot_take_is_refused_with_the_reason():
     for x, reason in (
         (torch.zeros(2, 3, dtype=torch.float64), "float64, expected one of.*convert it"),
+        (torch.zeros(2, 3, dtype=torch.float16), "float16, expected one of.*convert it"),
         (torch.zeros(2, 3, device="meta"), "on meta"),
     ):
         with pytest.raises(backends.BackendUnavailableError, match=reason):

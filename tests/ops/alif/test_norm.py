@@ -10,7 +10,6 @@ from sj_taid import functional
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.norm import Norm, batch_norm
 from tests.helpers import (
-    HALF,
     TOLERANCE,
     Case,
     assert_equals_a_float32_copys,
@@ -27,6 +26,7 @@ from sj_taid.ops.alif.cpu import threads
 IMAGES = Case(shape=(6, 3, 5, 2, 3), norm="batch")
 # One surrogate, since numba compiles each again; test_cpu.py has them all.
 SOME = OPTIONS | {"norm": ("batch", "fixed"), "surrogate": ("ATan",)}
+SOME["dtype"] = tuple(cpu.operators.DTYPES)
 CASES = [make_case(row) for row in pairwise(SOME)]
 SHAPES = [(6, 3, 5), (1, 2, 3, 2), (4, 700, 3), (2, 2, 130, 40), (3, 2, 70, 5, 5)]
 
@@ -70,16 +70,13 @@ def test_norm_updates_statistics_with_and_without_parameters(shape, affine, trai
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("norm", ["batch", "fixed"])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("frozen", [(), ("x",), ("w",)])
 @pytest.mark.parametrize("whole", [0, threads.WHOLE])
-def test_half_precision_equals_a_float32_copy(
-    whole, frozen, channels_last, norm, dtype, monkeypatch
-):
+def test_bfloat16_equals_a_float32_copy(whole, frozen, channels_last, norm, monkeypatch):
     monkeypatch.setattr(threads, "WHOLE", whole)
-    axes = (0, 1, 3, 4, 2) if channels_last else None
+    axes, dtype = (0, 1, 3, 4, 2) if channels_last else None, torch.bfloat16
     case = Case(shape=(3, 2, 5, 33, 19), dtype=dtype, axes=axes, frozen=frozen, norm=norm)
     leaves = tensors(case)
     with torch.no_grad():
@@ -102,10 +99,10 @@ def test_norm_shares_statistics_in_training_alone(monkeypatch):
             functional.alif_multi_step(*operands, norm=Norm.of(module, True))
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("normalises", [True, False])
-def test_half_precision_allocates_no_float32(normalises, dtype):
+def test_bfloat16_allocates_no_float32(normalises):
     # Much larger than the rows of float32 that each thread keeps in its cache.
+    dtype = torch.bfloat16
     case = Case(shape=(8, 4, 64, 32, 32), dtype=dtype, norm="batch" if normalises else None)
     leaves = tensors(case)
     norm, g = norm_of(leaves) if normalises else None, torch.ones(case.shape, dtype=dtype)

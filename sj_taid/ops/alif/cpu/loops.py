@@ -39,7 +39,7 @@ CHUNK = 128
 LINE = 16
 
 #: types of a tensor's elements
-FLOAT32, BFLOAT16, FLOAT16, BYTE = range(4)
+FLOAT32, BFLOAT16, BYTE = range(3)
 
 
 class Arguments(ctypes.Structure):
@@ -180,9 +180,8 @@ def _overload_f32(x):
     return lambda x: np.float32(x)
 
 
-# Conversions in integers, which every CPU can vectorise. LLVM's own conversion of float16 calls a
-# function that is missing where the CPU lacks F16C. Each step is cast to 32 bits, since numba's
-# integers, and so the vectors' lanes, would have 64.
+# Conversions in integers, which every CPU can vectorise. Each step is cast to 32 bits, since
+# numba's integers, and so the vectors' lanes, would have 64.
 
 
 @_part
@@ -205,31 +204,6 @@ def _to_bfloat16(value):
     bits = _bits(value)
     rounded = np.uint32(bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.uint16(0x7FC0 if value != value else rounded)
-
-
-@_part
-def _from_float16(half):
-    magnitude = np.uint32(half & 0x7FFF)
-    bits = np.uint32((magnitude << 13) + (112 << 23))
-    if magnitude >= 31 << 10:  # infinity and NaN
-        bits = np.uint32(bits + (112 << 23))
-    if magnitude < 1 << 10:  # a multiple of 2**-24, as the last digits of 0.5 are
-        bits = _bits(_float(magnitude + (126 << 23)) - np.float32(0.5))
-    return _float(bits | np.uint32(half & 0x8000) << 16)
-
-
-@_part
-def _to_float16(value):
-    bits = _bits(value)
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    rounded = np.uint32(np.uint32(magnitude + 0xFFF + (bits >> 13 & 1) - (112 << 23)) >> 13)
-    if magnitude < 113 << 23:  # to a multiple of 2**-24, by the rounding of this sum
-        rounded = np.uint32(_bits(_float(magnitude) + np.float32(0.5)) - (126 << 23))
-    if magnitude >= 143 << 23:
-        rounded = np.uint32(31 << 10)
-    if value != value:
-        rounded = np.uint32(0x7E00)
-    return np.uint16(rounded | bits >> 16 & 0x8000)
 
 
 @_part
@@ -266,14 +240,10 @@ def _load_run(floats, halves, out, dtype, begin, end, ahead):
             _fetch(floats, first + ahead, last + ahead)
             for i in range(first, last):
                 out[i] = floats[i]
-        elif dtype == BFLOAT16:
-            _fetch(halves, first + ahead, last + ahead)
-            for i in range(first, last):
-                out[i] = _from_bfloat16(halves[i])
         else:
             _fetch(halves, first + ahead, last + ahead)
             for i in range(first, last):
-                out[i] = _from_float16(halves[i])
+                out[i] = _from_bfloat16(halves[i])
 
 
 @_part
@@ -300,10 +270,6 @@ def _store_run(values, floats, halves, small, dtype, begin, end, ahead):
             _fetch(halves, first + ahead, last + ahead)
             for i in range(first, last):
                 halves[i] = _to_bfloat16(values[i])
-        elif dtype == FLOAT16:
-            _fetch(halves, first + ahead, last + ahead)
-            for i in range(first, last):
-                halves[i] = _to_float16(values[i])
         else:
             for i in range(first, last):
                 small[i] = np.uint8(np.int32(values[i]))

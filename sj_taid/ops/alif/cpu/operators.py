@@ -14,11 +14,7 @@ from . import loops, threads
 from .threads import Partition, ask_for_huge_pages, group_size, run
 
 #: the loops' types for input, spikes and their gradients
-DTYPES = {
-    torch.float32: loops.FLOAT32,
-    torch.bfloat16: loops.BFLOAT16,
-    torch.float16: loops.FLOAT16,
-}
+DTYPES = {torch.float32: loops.FLOAT32, torch.bfloat16: loops.BFLOAT16}
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -153,7 +149,7 @@ def _options(call: autograd.Forward | autograd.Backward) -> dict[str, Any]:
     }
 
 
-unsupported = partial(autograd.unsupported, "cpu")
+unsupported = partial(autograd.unsupported, "cpu", tuple(DTYPES))
 _ENGINE = autograd.register(
     "cpu",
     "CPU",
