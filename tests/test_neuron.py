@@ -132,6 +132,7 @@ def test_lower_bound_blocks_gradients_further_down():
     assert p.grad.tolist() == [0.0, -1.0, 1.0, 1.0, -1.0]
 
 
+@pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")  # float16
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_keeps_float32_parameters_and_state(dtype):
     net = nn.Sequential(nn.Linear(4, 4), ALIFNode(step_mode="m")).to(dtype)
