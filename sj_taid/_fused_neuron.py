@@ -126,7 +126,7 @@ class FusedNeuron(_compat.BaseNode):
                 raise not_normalised(self._label())
         if norm is None:
             return x, None
-        # A recomputation (gradient checkpointing) is of what has run.
+        # A checkpoint's recomputation repeats a call that was checked.
         recomputes = not torch.compiler.is_compiling() and _graph.recomputation() is not None
         forward = call.forward if call else None
         if forward is not vars(norm).get("forward") and not recomputes:

@@ -1,4 +1,4 @@
-"""ALIF as functions of explicit state: validate, resolve the backend, call it."""
+"""ALIF as functions of explicit state."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ def alif_multi_step(
         Y[t] = \gamma\,\frac{X[t] - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
     Args:
-        x_seq: input current ``[T, N, *]``, any floating dtype. Half precision is computed in
-            float32.
+        x_seq: input current ``[T, N, *]``; half precision is computed in float32.
         v: membrane potential before the first step, ``[N, *]``, or a float for all neurons.
         w: ``-log(tau - 1)``, tau in time steps; a scalar, or ``[C]`` for axis 2 of ``x_seq``.
         v_threshold: threshold voltage; a scalar, or ``[C]``.
@@ -60,13 +59,9 @@ def alif_multi_step(
         ``return_bits`` also the bits.
 
     Raises:
-        TypeError: ``x_seq`` is not a floating tensor, ``w`` or ``v_threshold`` is not a tensor,
-            or ``v`` is neither a tensor nor a number.
+        TypeError: ``x_seq`` is not floating point, or another argument no tensor.
         ValueError: shapes, devices or the backend's name do not fit.
         BackendUnavailableError: the backend named cannot run here.
-
-    Source: Qiu et al. 2023, arXiv 2406.03046; the charge is PLIF's, Fang et al. 2021, arXiv
-    2007.05785, eqs. 9-10.
 
     >>> x = torch.tensor([[1.0], [1.0], [1.0]])
     >>> spikes, v, _ = alif_multi_step(x, 0.0, torch.tensor(0.0), torch.tensor(0.7))

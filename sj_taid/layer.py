@@ -57,24 +57,15 @@ class TAID(_ImageDecoder):
     r"""Temporal attention image decoding: a learned, input-dependent weight for each time step.
 
     .. math::
-        z &= \mathrm{mean}_{H,W}(S) \in [N, T, C] \quad\text{(spatial)},\qquad
-        z = \mathrm{mean}_{C,H,W}(S) \in [N, T] \quad\text{(all)} \\
-        a &= \mathrm{sigmoid}(\mathrm{Conv1d}_{T \to T}(z)) \quad\text{(spatial)},\qquad
-        a = \mathrm{sigmoid}(\mathrm{MLP}_{T \to T/r \to T}(z)) \quad\text{(all)} \\
-        X &= \sum_t a[t]\,S[t]
+        X = \sum_t a[t]\,S[t], \qquad
+        a = \mathrm{sigmoid}(\mathrm{Conv1d}_{T \to T}(\mathrm{mean}_{H,W}(S))) \in [N, T, C]
+        \quad\text{(squeeze="spatial")}
 
-    The third form squeezes nothing, so that each pixel has a weight. Its input is normalised over
-    T, H and W, which keeps the sigmoid out of saturation, and it starts as the fixed decoder,
-    :math:`d = 0.8`:
-
-    .. math::
-        a[t] = 2\,d^{\,T-1-t}\,\mathrm{sigmoid}(\mathrm{Conv2d}_{T \to T}(\mathrm{norm}(S)))
-        \in [N, T, C, H, W] \quad\text{(pixel)}
-
-    A drop-in for a fixed weighting of ``[T, N, C, H, W]`` or ``[T, N, C]``.
+    for S ``[T, N, C, H, W]`` or ``[T, N, C]``; ``docs/mathematics.md`` has the other
+    forms. ``"pixel"`` starts as the fixed decoder.
 
     Args:
-        T: number of time steps; part of the layer, as its weights mix them.
+        T: number of time steps.
         kernel_size: odd width of the convolution, along the channel axis for ``spatial`` and over
             the image for ``pixel``; 1 mixes time only.
         squeeze: ``"spatial"``, a weight for each step and channel; ``"all"``, one for each step; or

@@ -1,4 +1,4 @@
-"""ALIFNode: the parameters, the state and the step modes. The arithmetic is in ``functional``."""
+"""ALIFNode: parameters, state and step modes; :mod:`sj_taid.functional` computes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ class ALIFNode(FusedNeuron):
         V[t] &= (1 - S[t])\,H[t] + S[t]\,V_{reset} \quad\text{(hard)},\qquad
         V[t] = H[t] - S[t]\,V_{th} \quad\text{(soft)}
 
-    A drop-in for SpikingJelly's ``ParametricLIFNode``: the same arguments with the same defaults,
-    and its checkpoints' ``w`` loads (``strict=False``: they have no ``v_threshold``). Input
+    Takes the arguments of SpikingJelly's ``ParametricLIFNode`` with the same defaults. Input
     ``[N, *]`` in step mode ``"s"``, ``[T, N, *]`` in ``"m"``; spikes of the same shape and dtype.
 
     Args:
@@ -58,16 +57,13 @@ class ALIFNode(FusedNeuron):
         w: ``-log(tau - 1)``, float32, a scalar or ``[C]``.
         v_threshold: float32, a scalar or ``[C]``.
 
-    Both parameters stay float32 under ``.half()`` and ``.bfloat16()``, since a learning rate's step
-    would be lost in a half-precision scalar; the state ``v`` is float32 as well.
+    Both parameters and the state ``v`` stay float32 under ``.half()`` and ``.bfloat16()``: a
+    half-precision scalar would lose a learning rate's step.
 
     Raises:
-        ValueError: ``init_tau`` out of its range, an unknown backend or step mode, a threshold that
-            is NaN or below its bound, a reset that is not finite, a bad ``channels``; at a call,
-            shapes or devices that do not fit.
+        ValueError: an argument out of its range; at a call, shapes or devices that do not fit.
         TypeError: at a call, an input that is not floating point, or torch.fx's, as in NIR export.
-        RuntimeError: at a call with gradients, a state whose graph an earlier backward has freed;
-            with a fused norm, an input that is not the norm's.
+        RuntimeError: at a call with gradients, a state whose graph an earlier backward has freed.
 
     Source: Qiu et al., *When Spiking neural networks meet temporal attention image decoding and
     adaptive spiking neuron*, ICLR Tiny Papers 2023, arXiv 2406.03046.

@@ -17,14 +17,12 @@ def parameter_groups(
     Args:
         net: a module with :class:`~sj_taid.ALIFNode` s; PLIF's ``w`` counts too.
         lr: the learning rate of everything else.
-        lr_scale: the neurons learn at ``lr * lr_scale``. At 1 they hardly leave a bad start; from a
-            good one 1 to 10 are alike, as measured in ``RESULTS.md``.
-        weight_decay: of the neurons. It would pull ``w`` to 0, which is tau to 2, and thresholds
-            to 0. The others take the optimiser's own.
+        lr_scale: the neurons learn at ``lr * lr_scale``; 10 as measured in ``RESULTS.md``.
+        weight_decay: of the neurons; it pulls tau to 2 and thresholds to 0. The others take the
+            optimiser's own.
 
     Returns:
-        The groups ``"weights"`` and ``"neurons"`` without frozen parameters; empty ones are left
-        out.
+        The groups ``"weights"`` and ``"neurons"`` that have parameters, without frozen ones.
 
     Raises:
         ValueError: ``lr``, ``lr_scale`` or ``weight_decay`` is no number from 0.

@@ -1,4 +1,4 @@
-"""Neuron states: names for error messages, and a reset that cannot be forgotten."""
+"""States of neurons: their names in errors, and a reset before and after each sequence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

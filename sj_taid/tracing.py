@@ -135,7 +135,7 @@ class _Tracing:
             is_folded = bool(self.unfolded.intersection(passed))
             if isinstance(reader, str):
                 result.obstacles[module] = reader
-                # A sum is alone to see the norm's output: no other reader may find it unfinished.
+                # Only if the sum is the norm's single reader.
                 several = any(len(self.reads[port]) > 1 for port in passed)
                 for port in () if is_folded or several else passed:
                     result.sums.extend(self._find_sums(module, port))

@@ -1,4 +1,4 @@
-"""Models built from the neuron and the layers: import what you need from here."""
+"""Models built from the neuron and the layers."""
 
 from .autoencoder import Autoencoder
 from .classifier import Classifier

@@ -31,8 +31,7 @@ class Autoencoder(nn.Module):
         latent_channels: width of the code.
 
     Raises:
-        ValueError: sizes that do not fit, or images of another shape; outside training also
-            values beyond [-1, 1] or NaN.
+        ValueError: sizes that do not fit, or images of another shape or range.
 
     Source: the evaluation of Kamata et al. 2022, arXiv 2110.00375 (latent 64 for MNIST and
     FashionMNIST, 128 for CIFAR10 and CelebA).
@@ -86,6 +85,6 @@ class Autoencoder(nn.Module):
         return AutoencoderOutput(self.decoder(code), code)
 
     def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
-        """The squared error, as ``loss``; the same at all times, whatever the ``progress``."""
+        """The squared error, as ``loss``; ``progress`` changes nothing."""
         reconstruction = F.mse_loss(self(image).image, image)
         return {"loss": reconstruction, "reconstruction": reconstruction}

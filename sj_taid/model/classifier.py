@@ -25,16 +25,15 @@ paper_neuron = partial(
 
 
 class Classifier(nn.Module):
-    """PLIF-net, for still images and for frames of events.
+    """Spiking classifier (PLIF-net) of still images and of frames of events.
 
     Each stage is {convolution 3x3, batch norm, neuron} for each of its widths, then max pooling
     by 2; without the norm a convolution has a bias instead. The head is {dropout, linear, neuron}
     twice; the mean over time and over the neurons of a class is that class's rate. A dropout mask
     is shared by all time steps.
 
-    A still image is the input current of every step, so its first convolution and norm are
-    computed once. Every pass starts from rest and leaves the neurons at rest, so that two calls in
-    a row never mix; :func:`sj_taid.monitor` or a forward hook sees their activity.
+    A still image is the input current of every step. Every pass starts from rest and leaves the
+    neurons at rest; :func:`sj_taid.monitor` sees their activity.
 
     Args:
         in_channels: channels C of the input.
@@ -55,8 +54,7 @@ class Classifier(nn.Module):
         fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
 
     Raises:
-        ValueError: sizes that do not fit, or input of another shape; outside training also NaN or
-            infinite values.
+        ValueError: sizes that do not fit, or input of another shape or not finite.
 
     Source: Fang et al., ICCV 2021, arXiv 2007.05785 (the net); Qiu et al. 2023, arXiv 2406.03046
     (with ALIF).
@@ -147,6 +145,7 @@ class Classifier(nn.Module):
         if x.dim() == 5:
             x_seq = self.stem(x)
         else:
+            # The same at every step, so its first convolution and norm are computed once.
             x_seq = self.stem(x.unsqueeze(0)).expand(self.T, -1, -1, -1, -1)
         reset(self)
         outputs = self.head(self.features(x_seq))

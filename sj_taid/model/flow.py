@@ -13,7 +13,7 @@ from .rate import FittedPrior
 HIDDEN, COUPLINGS = 256, 8
 CLUSTERS, K_MEANS_STEPS = 30, 50
 EPOCHS, LR = 30, 2e-3
-#: Few rates have smaller batches, so that an epoch has about as many steps.
+#: The batch shrinks with the data, so every epoch has about 40 steps.
 STEPS, LARGEST_BATCH = 40, 512
 #: The share of rates that is held out, to stop after so many epochs without a better likelihood.
 HELD_OUT, PATIENCE = 0.1, 3

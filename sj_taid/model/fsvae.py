@@ -1,4 +1,4 @@
-"""Fully Spiking VAE, whose latent are spike trains from autoregressive networks."""
+"""FSVAE: a spiking VAE whose latent are spike trains from autoregressive networks."""
 
 from typing import Any, NamedTuple
 
@@ -33,9 +33,6 @@ class FSVAE(SpikingVAE):
         k: candidate spikes of each latent channel.
         own_sample_probability: the prior's scheduled sampling at the start and at the end of
             training, two probabilities. The first steps are never replaced: below T = 7 none is.
-
-    Raises:
-        TypeError, ValueError: a bad argument or bad images, as SpikingVAE.
 
     Source: Kamata et al. 2022, arXiv 2110.00375; the image decoder from Qiu et al. 2023,
     arXiv 2406.03046.

@@ -36,8 +36,8 @@ class SpikingVAE(nn.Module):
     image, and a last convolution 3x3 without neuron, which makes four pixels per position. Its
     output ``[T, N, C, H, W]`` becomes one image by the image decoder, then tanh.
 
-    Every pass starts from rest and leaves the neurons at rest, so that two calls in a row never
-    mix; :func:`sj_taid.monitor` or a forward hook sees their activity.
+    Every pass starts from rest and leaves the neurons at rest; :func:`sj_taid.monitor` sees their
+    activity.
 
     Args:
         in_channels: image channels C.
@@ -52,14 +52,12 @@ class SpikingVAE(nn.Module):
         fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
         subpixel: end in a convolution at half resolution with four channels per image channel, one
             for each pixel (Shi et al. 2016, arXiv 1609.05158). False is the published decoder, a
-            transposed block to full resolution and a convolution there: it takes half as long again
-            per step at 32x32, and learned less colour (``RESULTS.md``).
+            transposed block to full resolution and a convolution there.
         gradient_weight: weight of the mean absolute error of differences of neighbouring pixels,
             next to the squared error, for sharper images (Mathieu et al. 2016, arXiv 1511.05440,
             with signed differences).
         chroma_weight: weight of the squared error of colour, each channel's error less the mean of
-            the three, next to the squared error. Most of the variance of photographs is grey:
-            without it their colours are hardly learned (``RESULTS.md``).
+            the three, next to the squared error; for photographs (``RESULTS.md``).
 
     Raises:
         TypeError: ``neuron`` or ``image_decoder`` is none.

@@ -61,7 +61,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
 
 def save_priors(model: ESVAE, checkpoint: dict[str, Any], path: Path) -> None:
     """Put the fitted priors of ``model`` into the checkpoint that was read from ``path``."""
-    # Next to averaged weights Lightning saves those that go on training.
+    # With weight averaging Lightning also saves the unaveraged weights.
     for state in {"state_dict", "current_model_state"} & checkpoint.keys():
         for name, prior in model.fitted_priors.items():
             prior.state_dict(destination=checkpoint[state], prefix=f"model.{name}.")

@@ -109,7 +109,7 @@ def _pad(size: int) -> int:
 
 
 def group_size(channels: int, inner: int) -> int:
-    """How many channels a part has that is all of them."""
+    """Channels per part, where a part holds whole channels."""
     return min(channels, -(-RUN // inner))
 
 
