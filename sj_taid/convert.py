@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from spikingjelly.activation_based import base, neuron
@@ -20,6 +20,7 @@ from .neuron import ALIFNode
 from .ops import backends
 from .report import Report, Row, table_of
 from .state import name_neurons
+from .thresholds import warn_at_reset
 
 #: Its sigmoid is 0, in float64 too: no leak, the IF neuron. Finite, so that averages keep it.
 NO_LEAK_W = -1024.0
@@ -33,7 +34,7 @@ def swap_neurons(
     *,
     learn_tau: bool = True,
     learn_threshold: bool = True,
-    min_v_threshold: float | None = None,
+    min_v_threshold: float | Literal["auto"] | None = "auto",
     filter: Callable[[str, nn.Module], bool] | None = None,
     backend: str = backends.AUTO,
 ) -> Report:
@@ -61,7 +62,9 @@ def swap_neurons(
         net: any module with SpikingJelly neurons.
         learn_tau: whether ``w`` receives a gradient; a frozen PLIF ``w`` stays frozen.
         learn_threshold: whether ``v_threshold`` receives a gradient.
-        min_v_threshold: a lower bound that keeps the learned thresholds positive.
+        min_v_threshold: lower bound of the learned thresholds. ``"auto"`` is 1 % of the way from
+            the reset voltage (0 for a soft reset) to the threshold, since at the reset a neuron
+            fires at every step, without input; ``None`` leaves them free (the paper).
         filter: ``filter(path, node)`` says whether to swap the node.
         backend: one of :func:`sj_taid.ops.backends.names`.
 
@@ -73,7 +76,7 @@ def swap_neurons(
     >>> print(swap_neurons(net))
     1 neurons swapped, 0 left alone
     layer  kind     done  note
-    1      LIFNode  ALIF  equal outputs
+    1      LIFNode  ALIF  equal outputs, v_threshold >= 0.01
     """
     check_net(net, "swap_neurons")
     backends.check_name(backend)
@@ -95,8 +98,7 @@ def swap_neurons(
                 new_of[site.node] = _to_alif(site, **options)
             except ValueError as error:
                 raise ValueError(f"the neuron {site.path!r}: {error}") from error
-        no_leak = ", w frozen: no leak" if isinstance(site.node, neuron.IFNode) else ""
-        note = reason or describe_equality(site) + no_leak
+        note = reason or _describe_swap(site, new_of[site.node])
         rows.append(site.row("" if reason else "ALIF", note))
     _replace(net, new_of)
     name_neurons(net)
@@ -110,6 +112,10 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     It is for SpikingJelly's NIR export, counters, energy estimates and kernels. The outputs are
     equal bit for bit where tau is a power of two, and otherwise to rounding (LIF divides by tau).
     An ALIF without leak becomes an ``IFNode``. All channels must have one tau and one threshold.
+    Warns of thresholds at or below the reset voltage, where a neuron fires without input.
+
+    A ``LIFNode`` keeps tau and threshold as plain numbers, which its ``state_dict`` does not have:
+    save the ``state_dict`` of ``net``, and call this after loading it.
 
     Args:
         net: any module with :class:`~sj_taid.ALIFNode` s; it is not changed.
@@ -142,6 +148,7 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
         warnings.warn(message, stacklevel=2)
     _replace(holder, new_of)
     _compat.forget_reset_cache(holder)
+    warn_at_reset({_path_in_net(path): node for path, node in holder.named_modules()})
     return holder[0]
 
 
@@ -271,8 +278,22 @@ def _why_no_lif(site: Site) -> str | None:
     return None
 
 
+def _describe_swap(site: Site, alif: Any) -> str:
+    """How equal the outputs are, and what of ``alif`` does not learn freely."""
+    note = describe_equality(site)
+    if isinstance(site.node, neuron.IFNode):
+        note += ", w frozen: no leak"
+    if alif.min_v_threshold is not None:
+        note += f", v_threshold >= {alif.min_v_threshold:g}"
+    return note
+
+
 def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
     node = site.node
+    if options["min_v_threshold"] == "auto":
+        rest = node.v_reset or 0.0
+        can_fall = options["learn_threshold"] and node.v_threshold > rest
+        options["min_v_threshold"] = rest + 0.01 * (node.v_threshold - rest) if can_fall else None
     alif = ALIFNode(
         decay_input=bool(getattr(node, "decay_input", False)),  # IF does not scale its input
         v_threshold=node.v_threshold,

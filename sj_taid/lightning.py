@@ -6,6 +6,7 @@ from spikingjelly.activation_based import functional
 
 from ._extras import needs
 from .state import name_neurons
+from .thresholds import warn_at_reset
 
 with needs("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +16,8 @@ __all__ = ["ResetState"]
 
 class ResetState(Callback):
     """Reset every neuron before each batch of training, validation, test and prediction.
+
+    Warns after each epoch of thresholds that fell to the reset voltage.
 
     ``Trainer(callbacks=[ResetState()])``
     """
@@ -30,3 +33,6 @@ class ResetState(Callback):
     on_validation_batch_start = on_train_batch_start
     on_test_batch_start = on_train_batch_start
     on_predict_batch_start = on_train_batch_start
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        warn_at_reset(dict(pl_module.named_modules()))

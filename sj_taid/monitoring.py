@@ -17,6 +17,7 @@ from ._checks import check_net
 from .convert import need_neurons
 from .neuron import ALIFNode
 from .report import table
+from .thresholds import describe_at_reset, warn_at_reset
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         """Path -> :class:`LayerState`, over all inputs since the start or :meth:`clear`.
 
         Warns of dead and saturated layers, of voltages that were not finite, and of thresholds at
-        their ``min_v_threshold``.
+        their ``min_v_threshold`` or at the reset voltage.
         """
         states = self.layers()
         rates = {p: s.firing_rate for p, s in states.items() if s.firing_rate is not None}
@@ -104,8 +105,12 @@ class Monitor(AbstractContextManager["Monitor"]):
         _warn("saturated", {p: r for p, r in rates.items() if r > self._saturated}, scale)
         begin = "torch.autograd.detect_anomaly() finds where it began."
         _warn("not finite", {p: r for p, r in rates.items() if math.isnan(r)}, begin)
-        warn_at_bound({path: count.node for path, count in self._counts.items()})
+        warn_at_bound(self._nodes())
+        warn_at_reset(self._nodes())
         return states
+
+    def _nodes(self) -> dict[str, nn.Module]:
+        return {path: count.node for path, count in self._counts.items()}
 
     def layers(self) -> dict[str, LayerState]:
         """The result of :meth:`state`, without a warning."""
@@ -119,7 +124,8 @@ class Monitor(AbstractContextManager["Monitor"]):
             (path, *("-" if value is None else f"{value:.4g}" for value in astuple(state)))
             for path, state in self.layers().items()
         ]
-        return table(("layer", "rate", "tau", "threshold"), rows)
+        listed = table(("layer", "rate", "tau", "threshold"), rows)
+        return f"{listed}\n{describe_at_reset(self._nodes())}".rstrip()
 
     def __exit__(self, *error: object) -> None:
         self.remove()

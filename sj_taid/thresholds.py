@@ -1,8 +1,11 @@
-"""Thresholds that are plain numbers, which ``state_dict`` leaves out and calibration sets."""
+"""Thresholds that ``state_dict`` leaves out, and thresholds that fell to the reset voltage."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from spikingjelly.activation_based import neuron
 from torch import nn
 
 
@@ -32,3 +35,31 @@ def set_fixed_thresholds(net: nn.Module, thresholds: Mapping[str, Any]) -> None:
             raise ValueError(f"the threshold of {path} must be a float, but it is {value!r}")
     for path, value in thresholds.items():
         net.get_submodule(path).v_threshold = value
+
+
+def describe_at_reset(nodes: Mapping[str, nn.Module]) -> str:
+    """Names the neurons whose threshold is at or below their reset voltage; "" if there is none.
+
+    >>> from sj_taid import ALIFNode
+    >>> describe_at_reset({"low": ALIFNode(v_threshold=-0.5), "fine": ALIFNode()})[:50]
+    'thresholds at or below the reset voltage: low. The'
+    """
+    found = []
+    for path, node in nodes.items():
+        if isinstance(node, neuron.BaseNode):
+            threshold: Any = getattr(node, "effective_v_threshold", node.v_threshold)
+            rest = node.v_reset or 0.0  # a soft reset leaves it at 0
+            if (torch.as_tensor(threshold) <= rest).any():
+                found.append(path)
+    if not found:
+        return ""
+    return (
+        f"thresholds at or below the reset voltage: {', '.join(found)}. These neurons fire at "
+        "every step without any input: train with a min_v_threshold above their v_reset."
+    )
+
+
+def warn_at_reset(nodes: Mapping[str, nn.Module]) -> None:
+    """Warn of what :func:`describe_at_reset` finds."""
+    if text := describe_at_reset(nodes):
+        warnings.warn(text, stacklevel=3)

@@ -66,7 +66,8 @@ def test_swap_any_tau_gives_equal_spikes_and_close_voltages(tau, decay_input, v_
     # These inputs meet no threshold to the last bit, so rounding moves no spike.
     assert torch.equal(net(x), spikes)
     exact = tau in (2.0, 4.0, 16.0)  # no float32 w has the sigmoid 1/128
-    assert row.note == ("equal outputs" if exact else "equal outputs to rounding")
+    equal = "equal outputs" if exact else "equal outputs to rounding"
+    assert row.note.startswith(f"{equal}, v_threshold >= ")
     bound = 0.0 if exact else 1e-5
     torch.testing.assert_close(net[0].v, v, rtol=bound, atol=bound)
     back = to_lif(net)  # in the middle of a sequence
@@ -113,6 +114,27 @@ def test_swap_keeps_options_hooks_and_optimisers():
     assert calls == ["forward"]
     alif.reset()
     assert alif.v == 0.25
+
+
+@pytest.mark.parametrize(
+    ("v_threshold", "v_reset", "options", "bound"),
+    [
+        (1.0, 0.0, {}, 0.01),
+        (0.5, -0.5, {}, -0.49),
+        (2.0, None, {}, 0.02),
+        (1.0, 0.0, {"min_v_threshold": None}, None),
+        (1.0, 0.0, {"learn_threshold": False}, None),
+        (-1.0, 0.0, {}, None),  # as it already was
+    ],
+)
+def test_swap_keeps_thresholds_above_the_reset(v_threshold, v_reset, options, bound):
+    net = nn.Sequential(neuron.LIFNode(v_threshold=v_threshold, v_reset=v_reset))
+    (row,) = swap_neurons(net, **options).rows
+    assert net[0].min_v_threshold == pytest.approx(bound)
+    assert row.note.endswith("equal outputs" if bound is None else f", v_threshold >= {bound}")
+    with torch.no_grad():
+        net[0].v_threshold.fill_(-3.0)
+    assert net[0](torch.zeros(1, 1)).item() == (0.0 if bound else 1.0)
 
 
 def test_swap_keeps_a_shared_module_one_module():
@@ -279,6 +301,12 @@ def test_to_lif_keeps_what_a_lif_node_has():
     assert not plain.training
     x = torch.randn(5, 2, 3)
     assert torch.equal(plain(x), node(x))
+
+
+def test_to_lif_names_thresholds_at_the_reset():
+    net = nn.ModuleDict({"low": ALIFNode(v_threshold=-0.5), "fine": ALIFNode()})
+    with pytest.warns(UserWarning, match=r"at or below the reset voltage: low\. .*without any"):
+        to_lif(net)
 
 
 class OtherALIF(ALIFNode):

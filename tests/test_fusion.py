@@ -101,7 +101,7 @@ def test_fused_norm_without_parameters_or_statistics(options):
     assert_close(gradients(fused(net), images()), gradients(net, images()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_fused_norm_in_half_precision_on_the_torch_backend(training, dtype):
     net = pair().to(dtype).train(training)

@@ -1,5 +1,6 @@
 """The Lightning callback that resets neurons."""
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -40,7 +41,10 @@ def test_reset_state_starts_every_batch_from_rest(tmp_path):
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    trainer.fit(task, data, data)
+    with torch.no_grad():
+        task.net[1].v_threshold.fill_(-0.5)
+    with pytest.warns(UserWarning, match=r"at or below the reset voltage: net\.1\. "):
+        trainer.fit(task, data, data)
     trainer.test(task, data, verbose=False)
     trainer.predict(task, data)
     assert task.net[1].name == "net.1"

@@ -71,7 +71,7 @@ def test_monitor_names_dead_saturated_and_not_finite_layers():
 
 def test_monitor_names_thresholds_at_their_bound():
     net = nn.ModuleDict({"low": ALIFNode(v_threshold=0.5, min_v_threshold=0.1, channels=3)})
-    net["free"] = ALIFNode(v_threshold=0.0)
+    net["free"] = ALIFNode(v_threshold=0.05)
     net["high"] = ALIFNode(v_threshold=0.2, min_v_threshold=0.1)
     watch = monitor(net, dead=0.0, saturated=1.0)
     net["low"](torch.zeros(1, 3))
@@ -81,6 +81,20 @@ def test_monitor_names_thresholds_at_their_bound():
     with torch.no_grad():
         net["low"].v_threshold.copy_(torch.tensor([0.1, 0.05, 0.11]))
     with pytest.warns(UserWarning, match=r"at their lower bound: low \(0\.1, 2 of 3\)\. "):
+        watch.state()
+
+
+def test_monitor_names_thresholds_at_the_reset():
+    net = nn.ModuleDict({"per_channel": ALIFNode(channels=2), "soft": ALIFNode(v_reset=None)})
+    net["negative"], net["plain"] = ALIFNode(v_reset=-0.5, v_threshold=-0.4), neuron.LIFNode()
+    watch = monitor(net)
+    assert "reset voltage" not in str(watch)
+    with torch.no_grad():
+        net["per_channel"].v_threshold[1] = 0.0
+        net["soft"].v_threshold.fill_(-0.46)
+    text = "thresholds at or below the reset voltage: per_channel, soft. "
+    assert text in str(watch)
+    with pytest.warns(UserWarning, match=text):
         watch.state()
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from rich.progress import track
 
 from ..monitoring import warn_at_bound
+from ..thresholds import warn_at_reset
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
 
@@ -80,7 +81,9 @@ class Pictures(L.Callback):
     def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
         if not trainer.is_global_zero:
             return
-        warn_at_bound(dict(task.model.named_modules()))
+        nodes = dict(task.model.named_modules())
+        warn_at_bound(nodes)
+        warn_at_reset(nodes)
         if not self.draw:
             return
         loader: Any = trainer.test_dataloaders
