@@ -163,11 +163,6 @@ def test_committed_csv_is_whole(path):
     assert not table["command"].str.contains("--out").any()
 
 
-def test_every_machine_with_results_is_named():
-    named = re.findall(r"^\| `(.+?)`", (RESULTS / "README.md").read_text(encoding="utf-8"), re.M)
-    assert sorted(named) == sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
-
-
 class Content(torch.nn.Module):
     """Weighs a step by its own mean, whatever its place."""
 
@@ -189,17 +184,3 @@ def test_attention_of_weights_by_step_and_by_content():
     assert by_step["reconstruction_permuted"] != by_step["reconstruction"]
     assert by_step["reconstruction_mean"] == pytest.approx(by_step["reconstruction"])
     assert by_step["reconstruction_equal"] != by_step["reconstruction"]
-
-
-def test_attention_of_steps_that_are_alike():
-    images = torch.rand(5, 3, 4, 4)
-    row = attention.measure(FixedDecoder(4), images.expand(4, -1, -1, -1, -1), images)
-    assert row["differs"] == pytest.approx(0.0, abs=1e-12)
-    errors = {name: row[name] for name in row if name.startswith("reconstruction")}
-    assert errors == pytest.approx(dict.fromkeys(errors, row["reconstruction"]))
-
-
-def test_attention_picture(tmp_path):
-    shares = {"fixed": [attention.share(FixedDecoder(4), torch.rand(4, 2, 3, 4, 4))] * 2}
-    attention.draw(shares, tmp_path / "shares.png")
-    assert (tmp_path / "shares.png").stat().st_size > 5_000

@@ -66,17 +66,6 @@ def test_prove_names_its_files_by_the_machine_and_replaces_them(tmp_path, monkey
     assert "of another day" not in page
 
 
-def test_run_stops_a_step_that_hangs(tmp_path):
-    step = Step("hangs", ["-c", "import time; time.sleep(600)"])
-    outcome = prove.run(step, tmp_path, 0.5)
-    assert outcome.outcome == "failed" and outcome.error.startswith("stopped after 0 s (--minutes")
-
-
-def test_prove_names_the_steps_for_which_no_time_is_left(tmp_path, monkeypatch):
-    code, page = run_steps(monkeypatch, tmp_path, [Step("late", ["-c", "1/0"])], "--minutes", "0")
-    assert code == 1 and "| late | skipped | 0.0 | the 0 minutes are used up |" in page
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_prove_without_a_gpu_says_why(tmp_path, capsys, monkeypatch):
     def load():
@@ -103,25 +92,6 @@ def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # n
             name = Path(program).stem
         with pytest.raises(Parsed):
             importlib.import_module(name).main(arguments)
-
-
-@pytest.mark.slow
-def test_conformance_steps_of_a_gpu_find_their_tests(tmp_path):
-    steps = [step for step in prove.steps("cuda", tmp_path) if "pytest" in step.arguments]
-    assert len(steps) == 3
-    for step in steps:
-        command = [sys.executable, *step.arguments, "--collect-only"]
-        done = subprocess.run(command, cwd=prove.ROOT, capture_output=True, check=False)
-        assert done.returncode == 0, done.stdout  # 5 where no test is selected
-
-
-def test_steps_time_each_plif_that_is_installed(monkeypatch, tmp_path):
-    assert prove.is_installed("torch.nn") and not prove.is_installed("torch_not_there.nn")
-    for installed in ([], ["cuda"], ["cuda", "triton"]):
-        modules = [prove.PLIF[name] for name in installed]
-        monkeypatch.setattr(prove, "is_installed", modules.__contains__)
-        names = [step.name for step in prove.steps("cuda", tmp_path) if "PLIF" in step.name]
-        assert names == [f"neuron, PLIF by {name}" for name in installed]
 
 
 TOY = {

@@ -73,17 +73,8 @@ def press_ctrl_c(trainer):
     signal.raise_signal(signal.SIGINT)
 
 
-def terminate(trainer):
-    """As a cluster does where a job's time is over."""
-    signal.raise_signal(signal.SIGTERM)
-
-
 def spoil_loss(trainer):
     trainer.lightning_module.model.training_loss = lambda *_: {"loss": torch.tensor(torch.nan)}
-
-
-def spoil_weights(trainer):
-    next(trainer.lightning_module.parameters()).data.fill_(torch.inf)
 
 
 def fill_disk(trainer):
@@ -92,13 +83,9 @@ def fill_disk(trainer):
     Path(trainer.default_root_dir, "full").write_bytes(bytes(size))
 
 
-def make_read_only(trainer):
-    mount("--bind", "-o", "ro", trainer.default_root_dir, trainer.default_root_dir)
-
-
 def mount(*arguments):
     if os.geteuid() or subprocess.run(["mount", *arguments], check=False).returncode:
-        pytest.skip("needs root and mount, for a folder of its own kind")
+        pytest.skip("needs root and mount, for a disk of its own")
 
 
 def unmount(folder):
@@ -112,36 +99,28 @@ class Fault:
     Attributes:
         strike: does it, with the trainer.
         says: the message of a run that is stopped; none where its process is killed.
-        when: in the third "epoch", after its "last step", or before the "metrics" are written.
+        when: in the third "epoch", or before the "metrics" are written.
         mend: takes the cause away, in the run's folder.
-        job: further overrides.
     """
 
     strike: Callable
     says: str = ""
     when: str = "epoch"
     mend: Callable = lambda folder: None
-    job: tuple[str, ...] = ()
 
 
 RESUME = "Resume with: sj-taid train resume="
-UNWRITABLE = rf"(?s)last\.ckpt cannot be written .*make room.*{RESUME}"
 FAULTS = {
     "killed in an epoch": Fault(kill),
     "killed in writing a checkpoint": Fault(kill_within_checkpoint),
     "killed in writing metrics": Fault(kill_within_metrics, when="metrics"),
     "ctrl-c": Fault(press_ctrl_c, f"Stopped. {RESUME}"),
-    "terminated": Fault(terminate, f"Stopped. {RESUME}"),
     "loss": Fault(spoil_loss, "the loss is nan in epoch 3, after step 7: the model has diverged"),
-    "weights": Fault(spoil_weights, "a parameter is not finite in epoch 3, .* 9", "last step"),
     "loader": Fault(kill_loaders, r"DataLoader worker .*(killed by signal|exited unexpectedly)"),
-    "full disk": Fault(fill_disk, UNWRITABLE, mend=lambda folder: (folder / "full").unlink()),
-    "read-only": Fault(make_read_only, UNWRITABLE, mend=unmount, job=("~logger",)),
-    "read-only for a tracker": Fault(
-        make_read_only, rf"(?s)run/\.probe cannot be written .*{RESUME}", mend=unmount
-    ),
-    "read-only for metrics": Fault(
-        make_read_only, rf"(?s)metrics\.json cannot .*{RESUME}", "metrics", unmount, ("~logger",)
+    "full disk": Fault(
+        fill_disk,
+        rf"(?s)last\.ckpt cannot be written .*make room.*{RESUME}",
+        mend=lambda folder: (folder / "full").unlink(),
     ),
     "second process": Fault(kill_second_process),
 }
@@ -158,10 +137,6 @@ class Strike(L.Callback):
 
     def on_train_batch_start(self, trainer, task, batch, index):
         if self.fault.when == "epoch" and trainer.current_epoch == 2 and index == 1:
-            self.fault.strike(trainer)
-
-    def on_train_batch_end(self, trainer, *_):
-        if self.fault.when == "last step" and trainer.global_step == 9:
             self.fault.strike(trainer)
 
     def on_test_end(self, trainer, task):
@@ -223,7 +198,7 @@ def test_run_ends_as_if_the_fault_had_not_happened(
     name, job, undisturbed, sj_taid, stopped, tmp_path
 ):
     there, fault = run.Run(tmp_path / "run"), FAULTS[name]
-    arguments = [*job, *fault.job, f"hydra.run.dir={there.folder}"]
+    arguments = [*job, f"hydra.run.dir={there.folder}"]
     if name == "full disk":
         there.folder.mkdir()
         mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", there.folder)
@@ -259,15 +234,6 @@ def test_run_with_a_damaged_checkpoint_starts_again_when_it_is_moved_away(
     there.checkpoint.rename(tmp_path / "moved")
     sj_taid("train", *arguments, *QUIET)
     assert_same_weights(there.folder, undisturbed[1])
-
-
-def test_run_names_a_read_only_folder(stopped, job, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    mount("--bind", "-o", "ro", folder, folder)
-    said = stopped(*job, f"hydra.run.dir={folder}")
-    message = rf"{folder} cannot be written .*choose another folder with hydra\.run\.dir="
-    assert re.search(message, said), said
 
 
 @pytest.mark.slow

@@ -87,17 +87,11 @@ def values(name):
 @pytest.mark.parametrize(
     ("dtype", "T", "bytes_forward", "bytes_backward"),
     [
-        (torch.float32, 2, 16, 16),
         (torch.float32, 4, 16, 8),
-        (torch.float32, 8, 16, 4),
         (torch.float32, 16, 16, 4),
         (torch.float32, 24, 16, 8),
-        (torch.float16, 1, 16, 16),
-        (torch.float16, 2, 16, 8),
-        (torch.bfloat16, 2, 16, 8),
         (torch.float16, 4, 8, 8),
-        (torch.float16, 8, 8, 4),
-        (torch.float16, 16, 8, 4),
+        (torch.bfloat16, 2, 16, 8),
     ],
 )
 def test_every_byte_once_in_the_widest_accesses(dtype, T, bytes_forward, bytes_backward):
@@ -111,8 +105,7 @@ def test_every_byte_once_in_the_widest_accesses(dtype, T, bytes_forward, bytes_b
     assert_moved({forward: (1, 1, 8, 0), backward: (2, 1, 8, 8)}, options)
 
 
-@pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
-@pytest.mark.parametrize("T", [1, 4, 8, 24])
+@pytest.mark.parametrize(("dtype", "T"), [(torch.float32, 8), (torch.bfloat16, 24)])
 def test_bytes_with_a_norm_and_bits(dtype, T):
     """4 + 8 + 20 a neuron and step in float32, half of it in half, and a byte for 8 steps."""
     options = Options(dtype, T, 0.0, True, False, norm=True)
@@ -132,9 +125,8 @@ def test_bytes_with_a_norm_and_bits(dtype, T):
     assert_moved(moved, options)
 
 
-@pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
-def test_statistics_read_the_sequence_once(dtype):
-    vec = kernels.STATISTICS_VEC
+def test_statistics_read_the_sequence_once():
+    dtype, vec = torch.float32, kernels.STATISTICS_VEC
     name = kernels.statistics_name(dtype, vec, 1)
     text = nvrtc.ptx(kernels.source(), (name,), "compute_90")[name]
     # A group of 8 packs, one of a single pack, and the pivot.
@@ -168,30 +160,3 @@ def widths(text, direction):
     """Bytes of each access to global memory in a kernel's PTX."""
     pattern = rf"{direction}\.global(?:\.nc)?(?:\.v(\d))?\.[bufs](\d+)"
     return [int(n or 1) * int(bits) // 8 for n, bits in re.findall(pattern, text)]
-
-
-def test_wheels_are_newest_first(tmp_path):
-    """Wheels of CUDA 12 and before lie in cuda_nvrtc, later ones in cu13, which sorts before it."""
-    names = (
-        "cuda_nvrtc/lib/libnvrtc.so.12",
-        "cu13/lib/libnvrtc.so.13",
-        "cu11/lib/libnvrtc.so.11.2",
-    )
-    for name in (*names, "cu13/lib/libnvrtc-builtins.so.13.5"):
-        library = tmp_path / "nvidia" / name
-        library.parent.mkdir(parents=True, exist_ok=True)
-        library.touch()
-    found = nvrtc.wheels([str(tmp_path / "empty"), str(tmp_path)])
-    assert [path.name for path in found] == ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2"]
-
-
-def test_resources_show_the_compilers_log_after_an_error():
-    with pytest.raises(RuntimeError, match=r"(?s)COMPILATION.*kernels.cu\(1\): error"):
-        nvrtc.resources("__global__ void f() { x }", ("f",), "sm_90")
-
-
-def test_command_prints_registers(capsys):
-    nvrtc.main(["--arch", "sm_90"])
-    head, *rows = capsys.readouterr().out.splitlines()
-    assert re.match(r"NVRTC \d+\.\d+: 32 kernels for sm_90 compiled in", head) and len(rows) == 32
-    assert all(re.match(r" *\d+ registers, \d+ bytes spilled: alif_", row) for row in rows)
