@@ -78,7 +78,7 @@ def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
         ValueError: it is not trusted, or there is none.
         TypeError: ``trust`` is no list.
     """
-    # In a text, a part of a name would be found, too.
+    # `in` would find a part of a name in a text.
     if isinstance(trust, str) or not isinstance(trust, Collection | None):
         raise TypeError(
             f"trust must be a list of full names, such as [mypkg.MyLIF], but it is {trust!r}"

@@ -178,7 +178,7 @@ def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """A benchmark's CSV; a commit such as 1843e8655129 is no number."""
+    """A benchmark's CSV, with commits as text: 1843e8655129 would be read as a number."""
     return pd.read_csv(path, dtype={"commit": str})
 
 

@@ -104,7 +104,7 @@ class EventData(Data):
         archives.mkdir(parents=True, exist_ok=True)
 
     def _make_frames(self) -> None:
-        """Make the frames in a folder of their own, so that they are there whole or not at all."""
+        """Make the frames in a temporary folder, which is renamed when it is complete."""
         log.info("Making %s once, which takes minutes", self.frames)
         with TemporaryDirectory(dir=self.root) as temporary:
             events, frames = Path(temporary, "events_np"), Path(temporary, self.frames.name)

@@ -100,7 +100,7 @@ class Torchvision(ImageData):
 
 
 class TorchvisionInMemory(Torchvision):
-    """One that fits in memory."""
+    """A data set of torchvision that is loaded into memory."""
 
     def load(self) -> tuple[InMemory, InMemory]:
         return self._part(train=True), self._part(train=False)

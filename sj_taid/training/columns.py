@@ -35,7 +35,7 @@ class Column(NamedTuple):
         return self.title.endswith("↓")
 
     def of(self, what: str) -> Column:
-        """The same column of something else, which its title names before the arrow."""
+        """The same column for other samples, which its title names before the arrow."""
         return self._replace(title=f"{self.title[:-2]}, {what}{self.title[-2:]}")
 
     def text(self, values: pd.Series) -> str:

@@ -88,7 +88,7 @@ def folder_name(overrides: Sequence[str], ignored: Collection[str] = ()) -> str:
 
 
 class RemoveEmptyFolders(Callback):
-    """Removes the folders that Hydra made for a job that left nothing there, as one refused."""
+    """Removes the empty folders that Hydra made for a job, as for one that was refused."""
 
     missing: Sequence[Path] | None = None
 
@@ -115,7 +115,7 @@ def base_name(path: str) -> str:
 
 
 def as_float(number: float | None) -> float | None:
-    """A number as SpikingJelly's neurons insist on it; null stays."""
+    """The number as a float, which SpikingJelly's neurons insist on; null stays null."""
     return None if number is None else float(number)
 
 

@@ -139,7 +139,7 @@ def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
 
 
 def _label(axis: Axes, x: str, y: str) -> None:
-    """Name the axes, of which the horizontal one counts."""
+    """Label the axes; the horizontal one has whole numbers."""
     axis.set(xlabel=x, ylabel=y)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)

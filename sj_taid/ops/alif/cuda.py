@@ -126,7 +126,7 @@ def _grid(
     steps: int = 1,
     share: int = 1,
 ) -> Grid:
-    """The grid of one in ``share`` of the threads that run at a time."""
+    """The grid of a ``share``-th of the threads that run at a time."""
     x_seq = next(t for t in sequences if t is not None)  # one of its shape and layout
     return kernels.grid(
         x_seq,

@@ -106,7 +106,7 @@ _half_at, _byte_at = _pointer_to(types.uint16), _pointer_to(types.uint8)
 
 @intrinsic
 def _take(typing_context: Any, address: Any) -> Any:
-    """The counter at ``address``, which then is one more; no two threads get the same."""
+    """Add one to the counter at ``address``, atomically, and return its value before."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         number = context.get_value_type(types.intp)

@@ -1,0 +1,68 @@
+"""What the README promises of a net, by public names alone; its code is run by test_docs.py."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+import sj_taid
+
+X_SEQ = torch.rand(8, 2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def make_net():
+    torch.manual_seed(0)
+    options = {"v_threshold": 0.5, "surrogate_function": surrogate.ATan()}
+    net = nn.Sequential(
+        layer.Conv2d(2, 8, 3, padding=1),
+        layer.BatchNorm2d(8),
+        neuron.ParametricLIFNode(**options),
+        layer.Conv2d(8, 8, 3, padding=1),
+        layer.BatchNorm2d(8),
+        neuron.LIFNode(**options),
+        layer.Flatten(),
+        layer.Linear(8 * 8 * 8, 5),
+    )
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def train(net):
+    """The outputs and every gradient of a step, by name."""
+    with sj_taid.fresh_state(net):
+        outputs = net(X_SEQ)
+        outputs.square().sum().backward()
+    return {"outputs": outputs.detach()} | {n: p.grad for n, p in net.named_parameters()}
+
+
+def test_accelerate_saves_memory_and_keeps_outputs_gradients_and_checkpoints():
+    plain, net = make_net(), make_net()
+    report = sj_taid.accelerate(net, X_SEQ)
+    before, after = report.saved_bytes
+    assert after < before / 2
+    torch.testing.assert_close(train(net), train(plain), rtol=1e-3, atol=1e-4)
+    make_net().load_state_dict(net.state_dict())
+    report.undo()
+    assert [type(module) for module in net] == [type(module) for module in plain]
+
+
+def test_swap_neurons_learns_thresholds_and_to_lif_copies_plain_neurons():
+    net = make_net()
+    expected = net(X_SEQ)
+    functional.reset_net(net)
+    sj_taid.swap_neurons(net)
+    assert torch.equal(net(X_SEQ), expected)
+    functional.reset_net(net)
+    optimizer = torch.optim.AdamW(sj_taid.parameter_groups(net, lr=1e-2))
+    train(net)
+    optimizer.step()
+    assert net[2].v_threshold != 0.5 and net[2].tau != 2.0
+    plain = sj_taid.to_lif(net)
+    assert type(plain[2]) is type(plain[5]) is neuron.LIFNode
+    assert plain[2].v_threshold == pytest.approx(net[2].v_threshold.item())
+
+
+def test_taid_is_a_layer_whose_weights_learn():
+    taid = sj_taid.TAID(T=4)
+    taid(torch.rand(4, 2, 3, 8, 8)).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in taid.parameters())
