@@ -261,9 +261,7 @@ def test_run_of_two_processes_survives_the_death_of_one(job, tmp_path):
         said = process.communicate(timeout=60)[1]  # no hang
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in said, said
     assert torch.load(there.checkpoint, weights_only=True)["epoch"] <= 1
-    for folder in (there.folder, tmp_path / "undisturbed"):
-        with torchrun(folder) as process:
-            said = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, said
+    with torchrun(there.folder) as process:
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
     assert there.metrics["epochs"] == 4
-    assert_same_weights(there.folder, weights(tmp_path / "undisturbed"))
