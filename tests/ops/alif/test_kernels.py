@@ -106,6 +106,7 @@ ROW = {option: values[0] for option, values in OPTIONS.items()}
 ROW |= {"T": 4, "layout": "features", "decay_input": True, "v_init": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "line", "broken"), MUTATIONS, ids=lambda value: str(value)[:40]
 )
