@@ -1,4 +1,4 @@
-"""SpikingJelly's surrogate derivatives in closed form, for the fused backends.
+"""Surrogate derivatives in closed form, for the fused backends.
 
 Each one twice, as CUDA C and as a Python function for numba: a kernel cannot call the module.
 """
@@ -22,6 +22,8 @@ class Derivative(NamedTuple):
     derivative (``Rect``'s edge, say) lies at the same float32 number.
     """
 
+    #: of its function in CUDA and numba, unlike all others
+    name: str
     #: the attributes of the module from which ``constants`` computes ``(a, b)``
     parameters: tuple[str, ...]
     constants: Callable[..., tuple[float, float]]
@@ -53,108 +55,138 @@ def _s2nn(x: float, a: float, b: float) -> float:
     return a * e / ((f32(1.0) + e) * (f32(1.0) + e))
 
 
-#: Class name in ``spikingjelly.activation_based.surrogate`` -> its derivative. A class that the
-#: installed version lacks (``Rect`` on 0.0.0.0.14, for one) is never looked up.
-DERIVATIVES: dict[str, Derivative] = {
-    "Sigmoid": Derivative(
+_SPIKINGJELLYS = (
+    Derivative(
+        "Sigmoid",
         ("alpha",),
         lambda alpha: (alpha, 0.0),
         "float e = exponential(-fabsf(a * x)); float r = reciprocal(1.0f + e);"
         " return a * e * r * r;",
         _sigmoid,
     ),
-    "ATan": Derivative(
+    Derivative(
+        "ATan",
         ("alpha",),
         lambda alpha: (alpha / 2, math.pi / 2 * alpha),
         "float y = b * x; return a * reciprocal(fmaf(y, y, 1.0f));",
         lambda x, a, b: a / (f32(1.0) + (b * x) * (b * x)),
     ),
-    "PiecewiseQuadratic": Derivative(
+    Derivative(
+        "PiecewiseQuadratic",
         ("alpha",),
         lambda alpha: (alpha, 1 / alpha),
         "return fabsf(x) > b ? 0.0f : a - a * a * fabsf(x);",
         lambda x, a, b: f32(0.0) if abs(x) > b else a - a * a * abs(x),
     ),
-    "PiecewiseExp": Derivative(
+    Derivative(
+        "PiecewiseExp",
         ("alpha",),
         lambda alpha: (alpha / 2, alpha),
         "return a * exponential(-b * fabsf(x));",
         lambda x, a, b: a * exp(-b * abs(x)),
     ),
-    "SoftSign": Derivative(
+    Derivative(
+        "SoftSign",
         ("alpha",),
         lambda alpha: (1 / alpha, 1 / (2 * alpha)),
         "float r = reciprocal(a + fabsf(x)); return b * r * r;",
         lambda x, a, b: b / ((a + abs(x)) * (a + abs(x))),
     ),
-    "SuperSpike": Derivative(
+    Derivative(
+        "SuperSpike",
         ("alpha",),
         lambda alpha: (alpha, 0.0),
         "float r = reciprocal(1.0f + fabsf(x)); return a * r * r;",
         lambda x, a, b: a / ((f32(1.0) + abs(x)) * (f32(1.0) + abs(x))),
     ),
-    "Erf": Derivative(
+    Derivative(
+        "Erf",
         ("alpha",),
         lambda alpha: (alpha, alpha / math.sqrt(math.pi)),
         "return b * exponential(-(a * x) * (a * x));",
         lambda x, a, b: b * exp(-(a * x) * (a * x)),
     ),
-    "PiecewiseLeakyReLU": Derivative(
+    Derivative(
+        "PiecewiseLeakyReLU",
         ("w", "c"),
         lambda w, c: (w, c),
         f"return fabsf(x) < a ? {_LEAKY_AREA}f * reciprocal(a) : b;",
         lambda x, a, b: f32(_LEAKY_AREA) / a if abs(x) < a else b,
     ),
-    "LeakyKReLU": Derivative(
+    Derivative(
+        "LeakyKReLU",
         ("leak", "k"),
         lambda leak, k: (leak, k),
         "return x >= 0.0f ? b : a;",
         lambda x, a, b: b if x >= 0.0 else a,
     ),
-    "Rect": Derivative(
+    Derivative(
+        "Rect",
         ("alpha",),
         lambda alpha: (alpha, 0.5 / alpha),
         "return fabsf(x) < b ? a : 0.0f;",
         lambda x, a, b: a if abs(x) < b else f32(0.0),
     ),
-    "S2NN": Derivative(
+    Derivative(
+        "S2NN",
         ("alpha", "beta"),
         lambda alpha, beta: (alpha, beta),
         "float e = exponential(-fabsf(a * x)); float r = reciprocal(1.0f + (x < 0.0f ? e : x));"
         " return x < 0.0f ? a * e * r * r : b * r;",
         _s2nn,
     ),
-    "QPseudoSpike": Derivative(
+    Derivative(
+        "QPseudoSpike",
         ("alpha",),
         lambda alpha: (2 / (alpha - 1), -alpha),
         "return powf(1.0f + a * fabsf(x), b);",
         lambda x, a, b: (f32(1.0) + a * abs(x)) ** b,
     ),
-    "NonzeroSignLogAbs": Derivative(
+    Derivative(
+        "NonzeroSignLogAbs",
         ("alpha",),
         lambda alpha: (1 / alpha, 0.0),
         "return reciprocal(a + fabsf(x));",
         lambda x, a, b: f32(1.0) / (a + abs(x)),
     ),
-    "LogTailedReLU": Derivative(
+    Derivative(
+        "LogTailedReLU",
         ("alpha",),
         lambda alpha: (alpha, 0.0),
         "return x <= 0.0f ? a : x > 1.0f ? reciprocal(x) : 1.0f;",
         lambda x, a, b: a if x <= 0.0 else f32(1.0) / x if x > 1.0 else f32(1.0),
     ),
-    "FakeNumericalGradient": Derivative(
+    Derivative(
+        "FakeNumericalGradient",
         ("alpha",),
         lambda alpha: (alpha, 1 / alpha if alpha > 0 else math.inf),
         "return fabsf(x) < b ? a : reciprocal(fabsf(x));",
         lambda x, a, b: a if abs(x) < b else f32(1.0) / abs(x),
     ),
-    "DeterministicPass": Derivative(
-        (), lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0)
+    Derivative(
+        "DeterministicPass", (), lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0)
     ),
+)
+#: The class of a step function -> its derivative; ``DERIVATIVES[Mine] = Derivative(...)`` adds one.
+#: A subclass may override its parent's derivative, so it needs an entry of its own.
+#: The installed version of SpikingJelly may lack a class, as 0.0.0.0.14 lacks ``Rect``.
+DERIVATIVES: dict[type, Derivative] = {
+    getattr(surrogate, derivative.name): derivative
+    for derivative in _SPIKINGJELLYS
+    if hasattr(surrogate, derivative.name)
 }
-for _name, _derivative in DERIVATIVES.items():
-    # numba's linker distinguishes functions by their names, and keeps one of two that are equal.
-    _derivative.python.__name__ = _derivative.python.__qualname__ = _name
+
+
+def by_name(name: str) -> Derivative:
+    """The derivative that operators call ``name``.
+
+    Raises:
+        ValueError: not one entry of :data:`DERIVATIVES` has it.
+    """
+    found = [derivative for derivative in DERIVATIVES.values() if derivative.name == name]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} entries of DERIVATIVES have the name {name!r}, expected 1")
+    return found[0]
 
 
 def unsupported(surrogate_function: Any) -> str | None:
@@ -165,14 +197,13 @@ def unsupported(surrogate_function: Any) -> str | None:
     >>> unsupported(surrogate.ATan(spiking=False))
     'the surrogate ATan has spiking=False, which is no step function'
     """
-    kind = type(surrogate_function)
-    name = kind.__name__
-    # A subclass may override the derivative, so only SpikingJelly's own classes are known.
-    if name not in DERIVATIVES or kind is not getattr(surrogate, name, None):
+    name = type(surrogate_function).__name__
+    derivative = DERIVATIVES.get(type(surrogate_function))
+    if derivative is None:
         return f"the derivative of the surrogate {name} is not in sj_taid.ops.surrogate.DERIVATIVES"
-    if not surrogate_function.spiking:
+    if not getattr(surrogate_function, "spiking", True):
         return f"the surrogate {name} has spiking=False, which is no step function"
-    for parameter in DERIVATIVES[name].parameters:
+    for parameter in derivative.parameters:
         value = getattr(surrogate_function, parameter)
         if not isinstance(value, int | float):
             return (
@@ -183,12 +214,11 @@ def unsupported(surrogate_function: Any) -> str | None:
 
 
 def derivative_of(surrogate_function: Any) -> tuple[str, float, float]:
-    """The key in :data:`DERIVATIVES` and the constants ``(a, b)`` of a supported surrogate.
+    """The name in :data:`DERIVATIVES` and the constants ``(a, b)`` of a supported surrogate.
 
     >>> derivative_of(surrogate.PiecewiseQuadratic(alpha=4.0))
     ('PiecewiseQuadratic', 4.0, 0.25)
     """
-    name = type(surrogate_function).__name__
-    derivative = DERIVATIVES[name]
+    derivative = DERIVATIVES[type(surrogate_function)]
     a, b = derivative.constants(*(getattr(surrogate_function, p) for p in derivative.parameters))
-    return name, float(a), float(b)
+    return derivative.name, float(a), float(b)

@@ -10,26 +10,23 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import nn
 
-from sj_taid._compat import FUNCTIONAL_STATES
-from sj_taid.ops.surrogate import DERIVATIVES, derivative_of, unsupported
+from sj_taid.ops.surrogate import DERIVATIVES, by_name, derivative_of, unsupported
 from tests.helpers import TOLERANCE
 
 # Parameters other than the defaults, by the name of the constructor's argument. alpha is a float32
 # number, to which 0.0.0.0.14's LogTailedReLU rounds it.
 OTHER = {"alpha": 2.75, "beta": 0.4, "w": 0.75, "c": 0.2, "leak": 0.1, "k": 1.5}
-AVAILABLE = [name for name in DERIVATIVES if hasattr(surrogate, name)]
 
 
 def modules():
-    for name, changed in itertools.product(AVAILABLE, (False, True)):
-        kind = getattr(surrogate, name)
+    for kind, changed in itertools.product(DERIVATIVES, (False, True)):
         arguments = {k: v for k, v in OTHER.items() if k in inspect.signature(kind).parameters}
         yield kind(**arguments) if changed else kind()
 
 
 def points(module, dtype):
     """A grid that holds zero, every edge of a piecewise derivative and its two neighbours."""
-    numbers = [getattr(module, p) for p in DERIVATIVES[type(module).__name__].parameters]
+    numbers = [getattr(module, p) for p in DERIVATIVES[type(module)].parameters]
     edges = [0.0, 1.0, *numbers, *(f / n for f, n in itertools.product((0.5, 1), numbers) if n)]
     edges = torch.tensor(edges, dtype=dtype)
     edges = torch.cat([edges, 0.0 - edges])  # never -0.0, which no H - V_th is
@@ -57,20 +54,15 @@ def test_derivative_equals_spikingjellys(module, dtype):
     if dtype == torch.float32:
         # The kernels hold the constants in float32: the edges must not move by it.
         a, b = torch.tensor([a, b], dtype=dtype).tolist()
-    got = torch.tensor([DERIVATIVES[name].python(v, a, b) for v in x.tolist()], dtype=dtype)
+    got = torch.tensor([by_name(name).python(v, a, b) for v in x.tolist()], dtype=dtype)
     tolerance = TOLERANCE[dtype]["value"]
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_derivatives_are_of_classes_of_either_version():
-    only_in_2 = {"Rect", "SuperSpike", "DeterministicPass"}
-    assert set(DERIVATIVES) - set(AVAILABLE) == (set() if FUNCTIONAL_STATES else only_in_2)
-
-
-def test_derivatives_have_distinct_names_for_numba():
-    assert {name: d.python.__qualname__ for name, d in DERIVATIVES.items()} == {
-        name: name for name in DERIVATIVES
-    }
+def test_derivatives_have_names_of_their_own(monkeypatch):
+    monkeypatch.setitem(DERIVATIVES, Steeper, DERIVATIVES[surrogate.ATan])
+    with pytest.raises(ValueError, match="2 entries of DERIVATIVES have the name 'ATan'"):
+        by_name("ATan")
 
 
 class Steeper(surrogate.ATan):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,14 +49,13 @@ _NORM_BACKWARD_VEC: _Vecs = ((2, (4, 4)), (4, (2, 2)), (math.inf, (1, 2)))
 STATISTICS_VEC = 4
 
 
-@cache
 def source() -> str:
     """``kernels.cu`` after the constants above, and a struct with each surrogate's derivative."""
     constants = (f"constexpr int {name} = {globals()[name]};\n" for name in _CONSTANTS)
     structs = (
-        f"struct {name} {{ static __device__ __forceinline__ float derivative("
+        f"struct {derivative.name} {{ static __device__ __forceinline__ float derivative("
         f"float x, float a, float b) {{ {derivative.cuda} }} }};\n"
-        for name, derivative in DERIVATIVES.items()
+        for derivative in DERIVATIVES.values()
     )
     kernels = Path(__file__).with_name("kernels.cu").read_text()
     return "".join((*constants, '#line 1 "kernels.cu"\n', kernels, "\n", *structs))

@@ -37,9 +37,9 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 MARGIN = 2e-5
 #: Without the one whose backward raises on 0.0.0.0.14.
 SURROGATES = tuple(
-    name
-    for name in DERIVATIVES
-    if hasattr(surrogate, name) and (FUNCTIONAL_STATES or name != "NonzeroSignLogAbs")
+    derivative.name
+    for kind, derivative in DERIVATIVES.items()
+    if FUNCTIONAL_STATES or kind is not surrogate.NonzeroSignLogAbs
 )
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "surrogate": SURROGATES,

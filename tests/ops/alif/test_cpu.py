@@ -14,8 +14,8 @@ from spikingjelly.activation_based import surrogate
 from torch.autograd import forward_ad
 
 from sj_taid.ops import backends, bits
-from sj_taid.ops.alif import reference
-from sj_taid.ops.surrogate import DERIVATIVES, exp, f32
+from sj_taid.ops.alif import kernels, reference
+from sj_taid.ops.surrogate import DERIVATIVES, Derivative, exp, f32
 from tests.helpers import (
     Case,
     assert_close,
@@ -68,15 +68,54 @@ def test_every_surrogate(name):
     assert_conforms(Case(surrogate_function=getattr(surrogate, name)(), shape=(4, 50, 20)))
 
 
+def test_a_surrogate_of_ones_own(monkeypatch):
+    derivative = Derivative(
+        "Triangle",
+        ("width",),
+        lambda width: (1 / width, 0.0),
+        "return fmaxf(1.0f - a * fabsf(x), 0.0f);",
+        lambda x, a, b: max(f32(1.0) - a * abs(x), f32(0.0)),
+    )
+    case = Case(surrogate_function=Triangle())
+    with pytest.raises(backends.BackendUnavailableError, match=r"Triangle is not in .*DERIVATIVES"):
+        backends.resolve("numba", torch.zeros(2, 3), Triangle())
+    monkeypatch.setitem(DERIVATIVES, Triangle, derivative)
+    assert backends.resolve("numba", torch.zeros(2, 3), Triangle()).multi_step is cpu.multi_step
+    assert_conforms(case)
+    assert "struct Triangle" in kernels.source()
+
+
+class Triangle:
+    """Heaviside step; the derivative is max(1 - |x| / width, 0)."""
+
+    width = 2.0
+
+    def __call__(self, x):
+        return Step.apply(x, self.width)
+
+
+class Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, width):
+        ctx.save_for_backward(x)
+        ctx.width = width
+        return (x >= 0).to(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (1.0 - x.abs() / ctx.width).clamp(min=0.0), None
+
+
 def in_numba(derivative):
     """``derivative`` as the kernels compile it."""
     derivative = loops.smooth(derivative)
     return numba.njit(lambda x, a, b: derivative(x, a, b))
 
 
-@pytest.mark.parametrize("name", DERIVATIVES)
-def test_derivatives_are_computed_in_float32(name):
-    compiled = in_numba(DERIVATIVES[name].python)
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=lambda d: d.name)
+def test_derivatives_are_computed_in_float32(derivative):
+    compiled = in_numba(derivative.python)
     compiled.compile((numba.float32,) * 3)
     assert compiled.nopython_signatures[0].return_type == numba.float32
 

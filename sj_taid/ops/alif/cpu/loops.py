@@ -595,7 +595,10 @@ def backward_for(
     """The backward kernel for a surrogate and options; what is not needed costs nothing."""
     options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
     variant = "_".join(map(str, (name, *map(int, options))))
-    derivative = smooth(surrogate.DERIVATIVES[name].python)
+    python = surrogate.by_name(name).python
+    # numba's linker distinguishes functions by their names, and keeps one of two that are equal.
+    python.__name__ = python.__qualname__ = name
+    derivative = smooth(python)
 
     @_part
     def row(
