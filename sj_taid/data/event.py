@@ -23,6 +23,9 @@ from .samples import Files
 
 log = logging.getLogger(__name__)
 
+#: SpikingJelly's name for the folder of unpacked archives
+UNPACKED = "extract"
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class EventData(Data):
@@ -31,14 +34,14 @@ class EventData(Data):
     SpikingJelly cuts each recording into T pieces with the same number of events, on the first run.
 
     Args:
-        root: the folder that holds ``download`` with the archives, or SpikingJelly's ``events_np``
-            with all recordings or some.
+        root: the folder that holds ``download`` with the archives, ``extract`` with what is in
+            them, or SpikingJelly's ``events_np``; the last two with all recordings or some.
         T: number of frames.
         download: fetch missing archives, where SpikingJelly can; it replaces damaged ones.
 
     Raises:
         FileNotFoundError: none of these in ``root``, or an archive that is not whole.
-        RuntimeError: recordings or frames that cannot be read, or no training or test recording.
+        OSError: recordings or frames that cannot be read, or no training or test recording.
         ValueError: a folder that is none of the data set's classes.
     """
 
@@ -61,7 +64,7 @@ class EventData(Data):
     def prepare_data(self) -> None:
         if self.frames.is_dir():
             return
-        if not (self.root / "events_np").is_dir():
+        if not any((self.root / name).is_dir() for name in ("events_np", UNPACKED)):
             self._check_archives()
         with FileLock(self.root / LOCK):
             if not self.frames.is_dir():
@@ -70,7 +73,7 @@ class EventData(Data):
     def load(self) -> tuple[Files, Files]:
         train, test = self._split_frames()
         if not (train.paths and test.paths):
-            raise RuntimeError(
+            raise OSError(
                 f"{self.frames} has {len(train)} training and {len(test)} test recordings of "
                 f"{self.name}; it needs both"
             )
@@ -113,6 +116,11 @@ class EventData(Data):
                     Path(temporary, name).symlink_to((self.root / name).absolute())
             failure: Exception | None = None
             try:
+                if not events.is_dir() and (self.root / UNPACKED).is_dir():
+                    source = load_source(self.source)
+                    make = getattr(source, "create_raw_from_extracted", None)
+                    events.mkdir()
+                    (make or source.create_events_np_files)(self.root / UNPACKED, events)
                 options = {"data_type": "frame", "frames_number": self.T, "split_by": "number"}
                 load_source(self.source)(temporary, **self.part, **options)
             except Exception as error:  # of the network, the disk, or whatever SpikingJelly meets
@@ -122,7 +130,7 @@ class EventData(Data):
             lost = [str(path) for path in recordings if not (frames / path).is_file()]
             if failure or lost:
                 how = failure or "recordings that cannot be read"
-                raise RuntimeError(
+                raise OSError(
                     f"{self.name} in {self.root} cannot be made into frames ({how!r}): replace "
                     f"damaged files, of events_np {', '.join(lost[:3]) or 'none'}, and run again"
                 ) from failure

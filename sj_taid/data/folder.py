@@ -61,7 +61,7 @@ class ImageFolder(ImageData):
         FileNotFoundError: no such folder, or no image in it.
         ValueError: other classes in ``test_root`` than in ``root``; folders that are no classes,
             but the parts of a split.
-        RuntimeError: an image that cannot be read, or is smaller than ``crop``, when it is asked
+        OSError: an image that cannot be read, or is smaller than ``crop``, when it is asked
             for.
     """
 

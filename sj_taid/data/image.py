@@ -59,7 +59,7 @@ class Torchvision(ImageData):
 
     Raises:
         FileNotFoundError: no such folder and ``download`` is off.
-        RuntimeError: files that are missing or damaged, or a download that failed.
+        OSError: files that are missing or damaged, or a download that failed.
     """
 
     root: Path
@@ -92,7 +92,7 @@ class Torchvision(ImageData):
         try:
             yield
         except Exception as error:
-            raise RuntimeError(
+            raise OSError(
                 f"{name} in {self.path} is missing or damaged ({type(error).__name__}: {error}); "
                 "put whole files in its place, or move it away and run again with "
                 "dataset.download=true"

@@ -86,7 +86,7 @@ class Files(Samples):
         remedy: what to do about a file that cannot be read.
 
     Raises:
-        RuntimeError: a file that ``read`` cannot read, when it is asked for.
+        OSError: a file that ``read`` cannot read, when it is asked for.
     """
 
     paths: list[str]
@@ -100,7 +100,7 @@ class Files(Samples):
             return self.read(path), self.labels[index]
         except Exception as error:  # each format has errors of its own for a damaged file
             how = f"cannot be read ({type(error).__name__}: {error})"
-            raise RuntimeError(f"{path} {how}; {self.remedy}") from error
+            raise OSError(f"{path} {how}; {self.remedy}") from error
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return default_collate([self[index] for index in indices])

@@ -56,6 +56,15 @@ def test_nmnist(nmnist, caplog):
     assert first(module.train_dataloader())[0].shape == (2, 3, 2, 17, 17)
 
 
+def test_nmnist_takes_a_part_that_is_unpacked(nmnist):
+    for archive in (nmnist / "download").glob("*.zip"):
+        zipfile.ZipFile(archive).extractall(nmnist / "extract")
+        archive.unlink()
+    module = ready(data.NMNIST, nmnist, **EVENTS)
+    assert sorted(module.train_set.labels) == [0, 7] and module.test_set.labels == [3]
+    assert (nmnist / "extract" / "Train" / "0" / "00001.bin").is_file()
+
+
 def test_train_starts_calibrated_on_the_time_steps_of_recordings(nmnist, caplog):
     caplog.set_level("INFO", "sj_taid")
     tiny = [o for o in TINY_CLASSIFICATION if not o.startswith("model.T=")]
@@ -85,12 +94,12 @@ def test_nmnist_refuses_damaged_recordings(nmnist):
     module = ready(data.NMNIST, nmnist, **EVENTS)
     frames = nmnist / FRAMES
     cut(next((frames / "test").rglob("*.npz")))
-    with pytest.raises(RuntimeError, match=rf"00001\.npz cannot be read .*; move {frames} away"):
+    with pytest.raises(OSError, match=rf"00001\.npz cannot be read .*; move {frames} away"):
         first(module.test_dataloader())
     shutil.rmtree(frames)
     cut(nmnist / "events_np" / "test" / "3" / "00001.npz")
     said = r"cannot be made into frames .*: replace .* of events_np test/3/00001\.npz, and run"
-    with pytest.raises(RuntimeError, match=said):
+    with pytest.raises(OSError, match=said):
         ready(data.NMNIST, nmnist, **EVENTS)
     assert not frames.exists()
 
@@ -101,7 +110,7 @@ def test_nmnist_refuses_other_classes_and_an_empty_test_set(nmnist):
     with pytest.raises(ValueError, match=r"the classes 0, 1, .* 9, but it holds three; move"):
         ready(data.NMNIST, nmnist, **EVENTS)
     shutil.rmtree(nmnist / FRAMES / "test")
-    with pytest.raises(RuntimeError, match="has 2 training and 0 test recordings of nmnist"):
+    with pytest.raises(OSError, match="has 2 training and 0 test recordings of nmnist"):
         ready(data.NMNIST, nmnist, **EVENTS)
 
 
@@ -145,7 +154,7 @@ def test_cifar10_dvs_keeps_what_it_downloads(tmp_path, monkeypatch):
 
     monkeypatch.setattr("spikingjelly.datasets.base.download_url", download_url)
     message = r"cannot be made into frames \(OSError\('no route to host'\)\)"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(OSError, match=message):
         ready(data.CIFAR10DVS, tmp_path, download=True, **EVENTS)
     assert len([*(tmp_path / "download").iterdir()]) == 2
 

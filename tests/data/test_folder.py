@@ -74,7 +74,7 @@ def test_image_folder_crops_the_middle(tmp_path):
     ]
     assert shares[0].all() and shares[1].float().mean() < 0.3
     module = folder(tmp_path, test_root=str(tmp_path), crop=11)
-    with pytest.raises(RuntimeError, match=r"a\.png .* 12x10 pixels are fewer than dataset\.crop"):
+    with pytest.raises(OSError, match=r"a\.png .* 12x10 pixels are fewer than dataset\.crop"):
         first(module.test_dataloader())
 
 
@@ -98,9 +98,7 @@ def test_image_folder_names_a_damaged_image(tmp_path):
     Image.fromarray(np.zeros((9, 9), dtype=np.uint16)).save(tmp_path / "01.png")
     module = folder(tmp_path, test_share=0.5)
     for name, loader in (("00", module.train_dataloader()), ("01", module.test_dataloader())):
-        with pytest.raises(
-            RuntimeError, match=rf"{name}\.png cannot be read \(.*\); replace it, or"
-        ):
+        with pytest.raises(OSError, match=rf"{name}\.png cannot be read \(.*\); replace it, or"):
             first(loader)
 
 
@@ -137,8 +135,8 @@ def test_celeba_refuses_damaged_and_missing_files(celeba):
     module = ready(data.CelebA, celeba, channels=3)
     for damage in (cut, Path.unlink):
         damage(images / "000006.jpg")
-        with pytest.raises(RuntimeError, match=r"06\.jpg cannot be read .*; replace it, or move"):
+        with pytest.raises(OSError, match=r"06\.jpg cannot be read .*; replace it, or move"):
             first(module.test_dataloader())
     cut(celeba / "celeba" / "list_eval_partition.txt", 0.55)
-    with pytest.raises(RuntimeError, match=r"CelebA in .* is missing or damaged \(ValueError"):
+    with pytest.raises(OSError, match=r"CelebA in .* is missing or damaged \(ValueError"):
         ready(data.CelebA, celeba)

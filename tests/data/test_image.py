@@ -55,11 +55,11 @@ def test_mnist(tmp_path, cls, caplog):
     images = raw / "train-images-idx3-ubyte"
     for damage in (cut, lambda file: file.write_bytes(b"\0" * file.stat().st_size)):
         damage(images)
-        with pytest.raises(RuntimeError, match=DAMAGED) as info:
+        with pytest.raises(OSError, match=DAMAGED) as info:
             ready(cls, tmp_path)
         assert info.value.__cause__ is not None
     images.unlink()
-    with pytest.raises(RuntimeError, match=DAMAGED):
+    with pytest.raises(OSError, match=DAMAGED):
         ready(cls, tmp_path)
     shutil.rmtree(raw)
     message = rf"no {cls.__name__} at dataset\.root=.*holds {cls.__name__}/raw, or .*download=true"
@@ -89,7 +89,7 @@ def test_download_without_internet(tmp_path, monkeypatch, name):
         raise URLError("unreachable")
 
     monkeypatch.setattr(getattr(datasets, name), "download", download)
-    with pytest.raises(RuntimeError, match=rf"{name} in .*unreachable.*put whole files in") as info:
+    with pytest.raises(OSError, match=rf"{name} in .*unreachable.*put whole files in") as info:
         ready(getattr(data, name), tmp_path, channels=3, download=True)
     assert isinstance(info.value.__cause__, URLError)
 
@@ -126,5 +126,5 @@ def test_cifar10(cifar10):
     assert first(module.train_dataloader())[0].shape == (20, 3, 32, 32)
 
     cut(cifar10 / "data_batch_3")
-    with pytest.raises(RuntimeError, match=DAMAGED):
+    with pytest.raises(OSError, match=DAMAGED):
         ready(data.CIFAR10, cifar10.parent)
