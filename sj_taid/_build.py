@@ -44,8 +44,11 @@ def build(
     >>> build({"_target_": "sj_taid.FixedDecoder", "T": 8}).T
     8
     """
-    for name in _targets(config):
-        find_class(name, trust)
+    try:
+        for name in _targets(config):
+            find_class(name, trust)
+    except RecursionError as error:
+        raise ValueError("the config is nested too deep") from error
 
     def call(node: Any, arguments: Mapping[str, Any]) -> Any:
         if isinstance(node, list):

@@ -8,22 +8,27 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .._extras import TRAIN, needs
+from .._extras import REMEDY, TRAIN, needs
 from .config import CONF, VERSION, describe_missing
-from .run import OVERRIDES
+from .run import OVERRIDES, read_yaml
 
 #: commands whose arguments are Hydra's overrides of conf/<command>.yaml
 COMPOSED = {
@@ -38,7 +43,7 @@ OTHERS = {
     "export": "make a model that others can load from a run",
     "doctor": "say which backends work here, and why the others do not",
 }
-#: errors that a user makes, whose message is enough
+#: see is_users
 USER_ERRORS = (
     ValueError,
     TypeError,
@@ -61,8 +66,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print the errors of its jobs itself
     try:
         run_command(command, arguments)
-    except USER_ERRORS as error:
-        if before == "1":
+    except Exception as error:
+        if before == "1" or not is_users(error):
             raise
         sys.exit(format_error(error))
     finally:
@@ -72,7 +77,8 @@ def main() -> None:
 def run_command(command: str, arguments: Sequence[str]) -> None:
     if command in COMPOSED:
         GIVEN[:] = sys.argv
-        sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
+        train = command == "train"
+        sys.argv[1:] = resume_arguments(arguments) if train else quote_paths(arguments)
         hydra.main(CONF, command, VERSION)(run_composed)()
         return
     logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
@@ -83,8 +89,29 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
 
 def run_composed(cfg: DictConfig) -> Any:
     """Run the command that Hydra composed ``cfg`` for; Hydra's launchers call this."""
-    sys.argv[:] = GIVEN or sys.argv  # which Lightning repeats for the processes of further devices
-    return import_command(str(HydraConfig.get().job.config_name)).main(cfg)
+    if GIVEN:
+        sys.argv[:] = GIVEN  # which Lightning repeats for the processes of further devices
+    else:  # in a launcher's process
+        end_with_parent()
+    job = HydraConfig.get()
+    try:
+        return import_command(str(job.job.config_name)).main(cfg)
+    except Exception as error:
+        if job.mode == RunMode.MULTIRUN and is_users(error):
+            print(format_error(error), flush=True)  # Hydra raises it when all jobs have ended
+        raise
+
+
+def end_with_parent() -> None:
+    """End this process when its parent does, as when a sweep is killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def import_command(command: str) -> ModuleType:
@@ -93,6 +120,12 @@ def import_command(command: str) -> ModuleType:
         return import_module("sj_taid.doctor")
     with needs(TRAIN):
         return import_module(f"{__package__}.{command}")
+
+
+def is_users(error: Exception) -> bool:
+    """Whether it is an error that a user makes, whose message is enough."""
+    lightnings = type(error).__name__ == "MisconfigurationException"  # not imported for a typo
+    return isinstance(error, USER_ERRORS) or lightnings or REMEDY in str(error)
 
 
 def format_error(error: Exception) -> str:
@@ -107,6 +140,8 @@ def format_error(error: Exception) -> str:
         return " ".join(str(error).partition("Config search path")[0].split())
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
     text = str(error)
+    if " in DataLoader worker process " in text:  # with its traceback
+        text = text.strip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, OSError) and error.filename:  # the system's, which names no remedy
         text += "; give another path, or let this one be read and written"
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])
@@ -130,9 +165,24 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
             "hydra.run.dir=RUN"
         )
     others = [argument for argument in arguments if argument not in resumed]
-    repeated: Any = OmegaConf.load(folder / OVERRIDES)
-    quoted = str(folder).replace("'", "\\'")
-    return [*repeated, f"hydra.run.dir='{quoted}'", *others]
+    return [*read_yaml(folder / OVERRIDES), f"hydra.run.dir={quote(str(folder))}", *others]
+
+
+def quote_paths(arguments: Sequence[str]) -> list[str]:
+    """Let Hydra take the paths of a checkpoint and of an output as they are."""
+    parts = (argument.partition("=") for argument in arguments)
+    return [
+        f"{key}={quote(value)}" if key in ("checkpoint", "output") else key + equals + value
+        for key, equals, value in parts
+    ]
+
+
+def quote(text: str) -> str:
+    """The text as a value of Hydra's grammar, unless it is quoted already."""
+    if (text[:1] in ("'", '"') and text[-1] == text[0]) or not text:
+        return text
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), text)
+    return "'" + escaped.replace("${", "\\${") + "'"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint`` into a picture."""
     check_values(cfg)
-    if cfg.output and Path(cfg.output).is_dir():
-        raise ValueError(f"output must name a picture, but {cfg.output} is a folder: add a name")
+    if cfg.output and Path(cfg.output).suffix != ".png":
+        raise ValueError(f"output must name a picture, such as samples.png, but it is {cfg.output}")
     run = Run.find(cfg.checkpoint)
     model: Any = run.model(cfg.trust)
     if not hasattr(model, "sample"):

@@ -116,7 +116,37 @@ def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
         sj_taid("train", "resume=nowhere")
 
 
-@pytest.mark.parametrize("name", ["run", "it's neuron=lif,seed=0"])
+def test_cli_shortens_the_errors_of_workers_and_of_lightning():
+    class MisconfigurationException(Exception):  # as Lightning names it
+        pass
+
+    assert cli.is_users(MisconfigurationException()) and not cli.is_users(KeyError())
+    worker = "Caught OSError in DataLoader worker process 0.\nTraceback ...\nOSError: a.png: bad\n"
+    assert cli.format_error(OSError(worker)).splitlines()[0] == "a.png: bad"
+
+
+NAMES = [
+    "run",
+    "it's neuron=lif,seed=0",
+    "läufe",
+    "a b",
+    "${b}",
+    "a\\",
+    "a\\'b",
+    "[a]",
+    "{a:b}",
+    "a#",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_reach_hydra_as_they_are(name):
+    composed = config.compose("sample", cli.quote_paths([f"checkpoint={name}", "n=3"]))
+    assert composed.checkpoint == name and composed.n == 3
+    assert config.compose("sample", cli.quote_paths(["checkpoint='a b'"])).checkpoint == "a b"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_resume_arguments(tmp_path, name):
     folder = tmp_path / name
     assert cli.resume_arguments(["seed=1", "-m"]) == ["seed=1", "-m"]

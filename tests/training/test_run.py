@@ -221,6 +221,14 @@ def test_build_trusts_no_others(target):
         build({"a": [{"_target_": target, "_partial_": True}]}, ())
 
 
+def test_build_refuses_a_config_nested_too_deep():
+    config = {"_target_": "sj_taid.TAID"}
+    for _ in range(2000):
+        config = {"a": config}
+    with pytest.raises(ValueError, match="nested too deep"):
+        build(config, ())
+
+
 def test_build_trusts_no_part_of_a_name():
     with pytest.raises(TypeError, match=r"trust must be a list of full names.*'os\.system_info'"):
         build({"_target_": "os.system", "_partial_": True}, "os.system_info")

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import filelock
@@ -85,6 +86,18 @@ def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(uninterrupted, tm
         assert f"neuron={metrics['choices']['neuron']}" in metrics["command"]
         assert str(tmp_path) not in metrics["command"]
         assert_same_weights(folder, expected)
+
+
+@pytest.mark.slow
+def test_a_workers_process_ends_with_its_parent():
+    worker = "import time; from sj_taid.training.cli import end_with_parent as e; e(); print(1)"
+    arguments = [sys.executable, "-c", f"{worker}; time.sleep(99)"]
+    parent = [sys.executable, "-c", f"import subprocess; subprocess.run({arguments!r})"]
+    options = {"stdout": subprocess.PIPE, "env": ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}}
+    with subprocess.Popen(parent, **options) as process:
+        process.stdout.readline()
+        process.kill()
+        assert process.stdout.read() == b""  # which the worker held open
 
 
 def find(folder):

@@ -67,7 +67,8 @@ def test_train_command_leaves_everything_and_can_be_sampled(tmp_path, cache):
     [
         ("n=0", "n must be an integer >= 1, but it is 0"),
         ("columns=x", "columns must be an integer >= 1, but it is 'x'"),
-        ("output=.", r"output must name a picture, but \. is a folder"),
+        ("output=.", r"output must name a picture, such as samples\.png, but it is \."),
+        ("output=run/metrics.json", r"output must name a picture, .*metrics\.json"),
     ],
 )
 def test_sample_refuses_bad_values(override, message):
@@ -228,6 +229,11 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
         ("optimizer.lr=abc", r"optimizer\.lr must be a number >= 0"),
         ("neuron_start.tau=1", r"^neuron_start\.tau must be a number of time steps greater than 1"),
         ("neuron_start.calibrate=7", "calibrate must be a rate between 0 and 1, or null"),
+        ("trainer.accumulate_grad_batches=0", "accumulate_grad_batches must be an integer >= 1"),
+        ("trainer.check_val_every_n_epoch=0", "n_epoch must be an integer >= 1, or null, but it"),
+        ("metric.autoencoder.seed=abc", "seed must be an integer >= 0, but it is 'abc'"),
+        ("feature_loss=classifier feature_loss.classes=3", r"classes is 3, but .*\.classes is 10;"),
+        ("feature_loss=classifier feature_loss.channels=2", "channels is 2, but .* is 1; leave"),
         ("dataset=mnist dataset.download=no", r"^dataset\.download must be True or False, but"),
         ("model.exact_counts=off model=esvae_small", r"^model\.exact_counts must be True or False"),
         ("optimizer=sgd optimizer.nesterov=no", r"optimizer\.nesterov must be True or False"),
