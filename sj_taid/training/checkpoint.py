@@ -14,7 +14,7 @@ from torch import nn
 
 from ..model import ESVAE
 from ..thresholds import set_fixed_thresholds
-from .files import atomic_write, unwritable
+from .files import atomic_write
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -82,12 +82,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         with atomic_write(Path(path)) as temporary:
-            try:
-                torch.save(checkpoint, temporary)
-            except RuntimeError as error:
-                if "inline_container" not in str(error):  # torch's own writer of files
-                    raise
-                raise unwritable(Path(path), error) from error
+            torch.save(checkpoint, temporary)
 
 
 class BestCheckpoint(ModelCheckpoint):

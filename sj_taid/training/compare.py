@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .files import atomic_write
+from .files import atomic_write, check_replaceable
 from .gather import gather
 from .tables import frame, markdown, summary
 
@@ -20,8 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders that hold runs")
     parser.add_argument("--out", type=Path, help="where to write; default: the first folder")
     options = parser.parse_args(arguments)
+    out = options.out or options.folders[0]
+    check_replaceable(out / "results.csv", ",folder\n")  # what ends the head of each
+    check_replaceable(out / "results.md", "| runs ")
     finished, _ = gather(options.folders)
-    runs, out = [*finished.values()], options.out or options.folders[0]
+    runs = [*finished.values()]
     print(markdown(summary(runs)))
     with atomic_write(out / "results.csv") as temporary:
         frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(temporary, index=False)

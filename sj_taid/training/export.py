@@ -85,6 +85,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
 
     Raises:
         FileNotFoundError: the run is not finished, or has no checkpoint.
+        FileExistsError: the folder holds something else than an earlier export.
         ValueError: a bad name, a file in place of a folder, or a model of custom classes, which
             :func:`sj_taid.create_model` would not build.
     """
@@ -92,6 +93,11 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
         raise ValueError(f"name must be letters, digits, '.', '_' and '-', but it is {name!r}")
     if Path(run).is_file():
         raise ValueError(f"{run} is a file; give the run's folder, whose metrics go on the card")
+    folder = Path(out).expanduser() / name
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / pretrained.CONFIG).is_file():
+        raise FileExistsError(
+            f"{folder} holds files that are no earlier export; choose another --name or --out"
+        )
     finished = Run.find(run)
     metrics = merge_evaluations(finished.metrics, finished.evaluations)
     config: Any = OmegaConf.to_container(finished.config, resolve=True)
@@ -116,7 +122,6 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
         pretrained.CONFIG: json.dumps(description, indent=2, allow_nan=False).encode() + b"\n",
         pretrained.CARD: _card(name, model, metrics, config["dataset"]).encode(),
     }
-    folder = Path(out).expanduser() / name
     for file, data in files.items():
         with atomic_write(folder / file) as path:
             path.write_bytes(data)

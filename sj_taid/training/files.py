@@ -37,13 +37,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
-    except OSError as error:
-        if error.errno not in REFUSALS:
+    except (OSError, RuntimeError) as error:
+        is_torch = "inline_container" in str(error)  # torch's own writer of files
+        if not is_torch and getattr(error, "errno", None) not in REFUSALS:
             raise
         raise unwritable(path, error) from error
     finally:
         with suppress(OSError):  # where nothing can be written, nothing can be removed either
             temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path, mark: str) -> None:
+    """Refuse to write over a file that lacks the ``mark`` of those that are written there."""
+    if path.is_file() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(
+            f"{path} is there, and this command did not write it; move it away, or choose another "
+            "place with --out"
+        )
 
 
 def remove_leftovers(folder: Path) -> None:

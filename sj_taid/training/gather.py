@@ -27,7 +27,7 @@ def gather(folders: Sequence[Path]) -> tuple[dict[Path, Metrics], dict[Path, str
         found = run.Run(config.parent)
         try:
             finished[found.folder] = read(found)
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             left_out[found.folder] = str(error) if found.is_finished else "unfinished"
             print(f"left out: {found.folder} ({left_out[found.folder]})")
     if not finished:
@@ -42,8 +42,6 @@ def read(finished: run.Run) -> Metrics:
     """The metrics of a run, updated by later evaluations of its checkpoints."""
     metrics = finished.metrics
     finished.config  # noqa: B018 - a run with a damaged config is not whole
-    if not {"command", "overrides", "choices"} <= metrics.keys():
-        raise ValueError(f"{run.METRICS} lacks command, overrides and choices, which a run writes")
     evaluations = finished.evaluations
     metrics = run.merge_evaluations(metrics, evaluations) | {"evaluations": evaluations}
     if not METRICS.keys() & metrics.keys():

@@ -11,10 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from .._build import build
 from ..pretrained import list_models
@@ -145,12 +145,9 @@ class Run:
                 f"no {CONFIG} at {path}; keep a checkpoint in its run's folder, "
                 f"<run folder>/{CHECKPOINTS}/"
             )
-        try:
-            config = OmegaConf.load(path)
-        except (YAMLError, OmegaConfBaseException, OSError) as error:
-            raise ValueError(f"{CONFIG} is damaged: {' '.join(str(error).split())}") from error
-        if not isinstance(config, DictConfig):
-            raise ValueError(f"{CONFIG} is damaged: it holds no keys and values")
+        config = read_yaml(path)
+        if not (isinstance(config, DictConfig) and config):
+            raise ValueError(f"{path} is damaged: it holds no keys and values")
         return config
 
     def begin(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
@@ -213,7 +210,12 @@ class Run:
         """
         if not self.is_finished:
             raise FileNotFoundError(f"no {METRICS} in {self.folder}: finish the run first")
-        return read_json(self.folder / METRICS)
+        metrics = read_json(self.folder / METRICS)
+        if not {"command", "overrides", "choices"} <= metrics.keys():
+            raise ValueError(
+                f"{self.folder / METRICS} lacks command, overrides and choices, which a run writes"
+            )
+        return metrics
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         _write_json(metrics, self.folder / METRICS)
@@ -313,9 +315,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a run; empty if it holds no dictionary."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     return content if isinstance(content, dict) else {}
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file of a run. An alias, which no run writes, could stand for gigabytes."""
+    try:
+        tokens = yaml.scan(path.read_text(encoding="utf-8"))
+        if any(isinstance(token, yaml.AliasToken) for token in tokens):
+            raise ValueError("it has aliases")
+        return OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

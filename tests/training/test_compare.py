@@ -34,8 +34,11 @@ ORIGIN = '"command": "", "overrides": [], "choices": {}'
         (run.METRICS, b'{"fad": 1.0}', "lacks command, overrides and choices"),
         (run.METRICS, f"{{{ORIGIN}}}".encode(), "has none of accuracy, accuracy_best_test"),
         (run.METRICS, b"", "is damaged"),
-        (run.METRICS, b"[" * 10**5, "recursion"),
-        (run.CONFIG, b"[" * 10**4, "recursion"),
+        (run.METRICS, b"[" * 10**5, "metrics.json is damaged: maximum recursion depth"),
+        (run.METRICS, b"[1]", "lacks command, overrides and choices"),
+        (run.CONFIG, b"[" * 10**4, "config.yaml is damaged: maximum recursion depth"),
+        (run.CONFIG, b"a: &a [x]\nb: [*a, *a]", "config.yaml is damaged: it has aliases"),
+        (run.CONFIG, b"", "config.yaml is damaged: it holds no keys"),
         (f"{run.EVALUATIONS}/1.json", b"[1]", "JSON that sj-taid evaluate did not write"),
         (f"{run.EVALUATIONS}/1.json", b"{", "1.json is damaged"),
         (run.CONFIG, b"a: [}", "config.yaml is damaged"),
@@ -121,6 +124,25 @@ def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
     ]
     table = pd.read_csv(runs / "results.csv")[["fad", "neuron"]]
     assert table.to_numpy().tolist() == [[10, "lif"], [12, "lif"], [7, "alif"], [8, "alif"]]
+
+
+def test_compare_and_report_leave_files_of_others_alone(runs, tmp_path, sj_taid):
+    for command, out, name in (
+        ("compare", runs, "results.md"),
+        ("compare", runs, "results.csv"),
+        ("report", tmp_path / "notes.html", ""),
+        ("report", runs / "0" / run.METRICS, ""),
+    ):
+        path = out / name
+        before = path.read_text() if path.exists() else "mine"
+        path.write_text(before)
+        with pytest.raises(SystemExit, match=f"{path.name} is there, and this command did not"):
+            sj_taid(command, str(runs), f"--out={out}")
+        assert path.read_text() == before
+        if before == "mine":
+            path.unlink()
+    for _ in range(2):  # its own are replaced
+        compare.main([str(runs)])
 
 
 def test_compare_takes_a_single_run(single, sj_taid, tmp_path):

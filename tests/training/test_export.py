@@ -1,6 +1,7 @@
 """Export of a finished run: the model is the run's, its card complete, errors name a remedy."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -103,6 +104,11 @@ def test_export_errors(runs, tmp_path, sj_taid):
     train(compose("train", [*TINY_CLASSIFICATION, *foreign]), tmp_path / "run", command="")
     with pytest.raises(ValueError, match=r"names .*MyLIF"):
         export(tmp_path / "run", "tiny", tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="no earlier export; choose another"):
+        export(runs / "fsvae", "tiny", tmp_path)
+    shutil.rmtree(tmp_path / "tiny")
     Run(tmp_path / "run").folder.joinpath("metrics.json").unlink()
     with pytest.raises(SystemExit, match="finish the run first"):
         sj_taid("export", str(tmp_path / "run"), "--name", "tiny", "--out", str(tmp_path))

@@ -23,6 +23,10 @@ def test_atomic_write_reports_a_full_disk_alone(tmp_path):
         (tmp_path / "elsewhere").read_text()
     with pytest.raises(Unwritable, match="what was there before is whole"), atomic_write(path):
         raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(Unwritable, match="cannot be written"), atomic_write(path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+    with pytest.raises(RuntimeError, match="bug"), atomic_write(path):
+        raise RuntimeError("bug")
     assert path.read_text() == "before" and [*tmp_path.iterdir()] == [path]
 
 
