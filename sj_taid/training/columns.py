@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -88,12 +89,15 @@ COLUMNS = METRICS | COSTS
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Title and value, as text, of each metric, by its name; of ESVAE the title names the prior."""
-    shown = {key: column for key, column in METRICS.items() if key in metrics}
+    """Title and value, as text, of each metric, by its name."""
     return {
-        key: (
-            METRICS.get(f"{key}_{metrics.get('prior')}", column).title,
-            f"{metrics[key] / column.unit:.{column.decimals}f}",
-        )
-        for key, column in shown.items()
+        key: (column.title, f"{metrics[key] / column.unit:.{column.decimals}f}")
+        for key, column in METRICS.items()
+        if key in metrics
     }
+
+
+def learned_nothing(metrics: Mapping[str, Any]) -> bool:
+    """Whether a generator's samples are all alike, or no better than those before its training."""
+    is_uniform = metrics.get("sample_variance", 1.0) < 1e-6
+    return is_uniform or metrics.get("fad", 0.0) >= metrics.get("fad_untrained", math.inf)

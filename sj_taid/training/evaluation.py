@@ -14,6 +14,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from filelock import FileLock
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
@@ -39,6 +40,9 @@ from .files import atomic_write
 log = logging.getLogger(__name__)
 
 SAMPLES_AT_ONCE = 250
+#: of training images, for FAD's own autoencoder
+FEW = 1000
+FEW_IMAGES = "FAD's own autoencoder learns from %d images alone: take its FAD as a rough hint"
 #: names of the published autoencoders
 PUBLISHED = {"mnist": "mnist", "fashion_mnist": "fashion"}
 #: Only the first of several processes measures, so there is nothing to sum over them.
@@ -120,6 +124,7 @@ class Evaluator:
         values: dict[str, Any] = {}
         protocol = {}
         for distance, collection, batches in passes:
+            log.info("Measuring %s on %d samples", ", ".join(map(str, collection)), sum(batches))
             values |= _measure(model, collection, batches, self.seed, device)
             for name, metric in collection.items():
                 protocol[name] = f"{metric.protocol}, {sum(batches)} samples"
@@ -146,11 +151,10 @@ class Evaluator:
             groups.append(_group("fid", Inception(self.inception_weights), "inception_score"))
         if self.features:
             groups.append(_group("features", EfficientNetLite0(), "features_score"))
-        test_images = len(data.test_set)
         for name, metric in chain(*(group.items() for group in groups)):
-            self._check_enough(name, metric.needed, test_images if _real_states(metric) else None)
+            self._check_enough(name, metric.needed, data if _real_states(metric) else None)
         needed = 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)
-        self._check_enough("fad", needed, test_images)
+        self._check_enough("fad", needed, data)
         groups.append(_group("fad", AutoencoderCodes(self._trained_autoencoder(data))))
         metrics: dict[str, Metric | MetricCollection] = {}
         for group in groups:
@@ -172,14 +176,18 @@ class Evaluator:
         metrics: dict[str, Any] = {"fad_published": fad.to(device), **dict(neighbours.items())}
         return MetricCollection(metrics, compute_groups=False)
 
-    def _check_enough(self, name: str, needed: int, test_images: int | None = None) -> None:
+    def _check_enough(self, name: str, needed: int, data: ImageData | None) -> None:
         option = "features" if name.startswith("features") else "inception_weights"
         out = "" if name == "fad" else f", or leave it out with metric.{option}=false"
-        counts = {"metric.samples": self.samples, "the number of test images": test_images}
-        for what, count in counts.items():
-            if count is not None and count < needed:
+        counts = {"metric.samples": (self.samples, "metric.samples")}
+        if data is not None:
+            share = "dataset.test_share" if hasattr(data, "test_share") else "dataset.limit"
+            counts["the number of test images"] = len(data.test_set), share
+        for what, (count, key) in counts.items():
+            if count < needed:
                 raise ValueError(
-                    f"{name} needs at least {needed} images, but {what} is {count}; give more{out}"
+                    f"{name} needs at least {needed} images, but {what} is {count}; raise {key}"
+                    f"{out}"
                 )
 
     def _share_network(
@@ -218,6 +226,8 @@ class Evaluator:
             epochs = settings["epochs"]
             options = {"max_epochs": epochs, "limit_val_batches": 0}
             trainer = bare_trainer(self.accelerator, bar=True, **options)
+            if len(data.train_set) < FEW:
+                log.warning(FEW_IMAGES, len(data.train_set))
             log.info("Training FAD's autoencoder on %s for %d epochs, once", data.name, epochs)
             # From its own seed, so that every run looks through the same one.
             with seeded(settings["seed"]):
@@ -286,7 +296,10 @@ def load_or_make(
     with FileLock(f"{path}.lock"):
         if path.is_file():
             try:
-                load(torch.load(path, map_location="cpu", weights_only=True))
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+                if not all(leaf.isfinite().all() for leaf in tree_leaves(loaded)):
+                    raise ValueError("it holds values that are not finite")
+                load(loaded)
                 return
             except Exception as error:  # whatever is wrong with it, making it again is the remedy
                 log.warning("%s cannot be used (%s); making it again", path, error)

@@ -134,6 +134,8 @@ class Generation(Autoencoding):
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         model = self.model
         metrics = evaluator.evaluate_samples(model, data)
+        with seeded(evaluator.seed):
+            metrics["sample_variance"] = float(model.sample(64).var(0).mean())
         floor = _floor(data, evaluator, metrics["protocol"])
         for name, how in super().evaluate(data, evaluator)["protocol"].items():
             exact = ", exact spike counts" if self.fitted_priors else ""

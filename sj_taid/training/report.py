@@ -26,14 +26,15 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor
 from torchvision.utils import save_image
 
+from .._checks import check, integer
 from .._extras import needs
 from ..layer import TAID, FixedDecoder
 from ..model.block import seeded
 from .callbacks import Pictures, show_progress
 from .checkpoint import read_checkpoint
 from .columns import COLUMNS as MEASURED
-from .columns import METRICS, Column
-from .files import atomic_write
+from .columns import METRICS, Column, learned_nothing
+from .files import atomic_write, check_replaceable
 from .gather import Metrics, gather
 from .plot import time_shares
 from .run import Run, build_data
@@ -56,6 +57,10 @@ OPERATIONS = {
     "energy": Column("with memory, µJ", 1e6, 3),
 }
 COLUMNS = MEASURED | OPERATIONS
+
+
+#: in the template: tells a page of ours
+MARK = 'content="sj-taid report"'
 
 
 # ---- a run ----
@@ -228,14 +233,17 @@ def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
 def rank(runs: Mapping[Path, Metrics]) -> tuple[pd.DataFrame, list[str], str]:
     """A row for each run, the best first, the keys in which they differ, and the metric.
 
+    A generator that learned nothing comes last, however near a grey image is to few test images.
+
     The metric is the objective of the first run, or else the first there is.
     """
     table, keys = frame([*runs.values()])
     names = present(table, METRICS)
     objective = Run(next(iter(runs))).config.get("objective")
     metric = objective if objective in names else names[0]
-    ascending = METRICS[metric].less_is_better
-    table = table.assign(folder=[*runs]).sort_values(metric, ascending=ascending, kind="stable")
+    order = {"last": True, metric: METRICS[metric].less_is_better}
+    table = table.assign(folder=[*runs], last=[*map(learned_nothing, runs.values())])
+    table = table.sort_values([*order], ascending=[*order.values()], kind="stable")
     keys += ["seed"] if table["seed"].nunique() > 1 else []
     labels = [
         " ".join([f"{place}.", *(f"{key.rpartition('.')[2]}={row[key]}" for key in keys)])
@@ -302,10 +310,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--best", type=int, default=12, help="how many checkpoints to load")
     parser.add_argument("--trust", nargs="+", default=(), help="custom classes that runs name")
     options = parser.parse_args(arguments)
+    check(integer(0), best=options.best)
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
+    out = options.out or options.folders[0] / "report.html"
+    check_replaceable(out, MARK)
     runs, left_out = gather(options.folders)
     html = page(runs, left_out, options.best, options.trust)
-    out = options.out or options.folders[0] / "report.html"
     with atomic_write(out) as temporary:
         temporary.write_text(html, encoding="utf-8")
     print(f"{out}: {len(runs)} of {len(runs) + len(left_out)} runs")

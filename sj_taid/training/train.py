@@ -21,7 +21,7 @@ from ..model.block import seeded
 from .allocator import reuse_freed_memory
 from .callbacks import Pictures, RandomNumbers
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_priors
-from .columns import format_metrics
+from .columns import format_metrics, learned_nothing
 from .evaluate import (
     build_evaluator,
     build_tester,
@@ -129,6 +129,8 @@ def train(
     run.save_metrics(metrics)
     for title, value in format_metrics(metrics).values():
         log.info("%s: %s", title, value)
+    if learned_nothing(metrics):
+        log.warning("The samples are all alike, or no better by FAD than before the training.")
     return metrics
 
 

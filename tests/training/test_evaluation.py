@@ -118,7 +118,7 @@ def test_evaluate_samples_checks_all_metrics_before_a_training(evaluator, monkey
         evaluator.evaluate_samples(Noise(), data, only="fad")
     evaluator.samples = 40
     data.test_set = data.test_set.subset(range(4))
-    with pytest.raises(ValueError, match=r"fid .* but the number of test images is 4"):
+    with pytest.raises(ValueError, match=r"fid .* test images is 4; raise dataset\.limit,"):
         evaluator.evaluate_samples(Noise(), data, only="fad")
 
 
@@ -167,6 +167,14 @@ def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, 
     for other in (digits(name="fashion_mnist"), digits(image_size=32)):
         with pytest.raises(ValueError, match=r"mnist and fashion_mnist at 32x32, but .*=false"):
             evaluator.evaluate_samples(Noise(), other, only="fad")
+
+
+def test_load_or_make_refuses_what_is_not_finite(tmp_path, caplog):
+    path, loaded = tmp_path / "x.pt", {}
+    torch.save({"a": {"x": torch.tensor([1.0, torch.nan])}}, path)
+    load_or_make(path, loaded.update, lambda: {"a": {"x": torch.ones(2)}})
+    assert "x.pt cannot be used (it holds values that are not finite)" in caplog.text
+    assert_equal(loaded["a"], torch.load(path)["a"])
 
 
 def make_slowly(path, made):

@@ -86,6 +86,16 @@ def test_inspect_shows_what_the_checkpoint_does(sweep):
     assert len(raster["layout"]["yaxis"]["ticktext"]) == len(found["rates"]) == 12
 
 
+def test_page_shows_a_generator_that_learned_nothing_last(runs):
+    finished, _ = gather.gather([runs])
+    grey = finished[runs.resolve() / "1"]  # the best, but as good untrained
+    grey |= {"fad": 0.1, "fad_untrained": 0.1}
+    table, _, _ = report.rank(finished)
+    assert [*table["fad"]] == [7.0, 8.0, 10.0, 0.1]
+    grey |= {"fad_untrained": 5.0, "sample_variance": 0.0}
+    assert report.rank(finished)[0]["fad"].iloc[-1] == 0.1
+
+
 def test_page_shows_runs_without_checkpoints(runs):
     finished, left_out = gather.gather([runs])
     html = report.page(finished, left_out | {runs: "<script>"})
