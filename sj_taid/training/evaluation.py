@@ -297,7 +297,8 @@ def load_or_make(
         if path.is_file():
             try:
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
-                if not all(leaf.isfinite().all() for leaf in tree_leaves(loaded)):
+                tensors = [leaf for leaf in tree_leaves(loaded) if torch.is_tensor(leaf)]
+                if not all(tensor.isfinite().all() for tensor in tensors):
                     raise ValueError("it holds values that are not finite")
                 load(loaded)
                 return

@@ -111,7 +111,7 @@ def test_column_text_spreads_counts_that_differ():
 def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
     compare.main([str(runs)])
     shown = capsys.readouterr().out
-    assert "broken (metrics.json is damaged" in shown and "unfinished (unfinished)" in shown
+    assert "broken/metrics.json is damaged" in shown and "unfinished (unfinished)" in shown
     written = (runs / "results.md").read_text()
     assert written in shown
     head, _, *rows = cells(written)
