@@ -340,7 +340,7 @@ def _copy_voltage(old: Any, new: Any) -> None:
     new.v = old.v
 
 
-@torch.compiler.assume_constant_result
+@backends.constant_in_graphs
 def nearest_w(tau: float, dtype: torch.dtype) -> float:
     """:func:`_nearest_w`, whose cache Dynamo would warn of."""
     return _nearest_w(tau, dtype)

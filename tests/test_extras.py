@@ -14,10 +14,13 @@ from sj_taid._extras import TRAIN
 
 CODE = """
 import sys
+from spikingjelly.activation_based import functional, layer, neuron
+theirs = {*sys.modules}
 import sj_taid
 
-optional = ("lightning", "torchmetrics", "cupy", "numba", "hydra", "safetensors")
-assert not [name for name in optional if name in sys.modules]
+# Dynamo alone takes a second.
+heavy = {"lightning", "torchmetrics", "cupy", "numba", "hydra", "safetensors", "torch._dynamo"}
+assert not heavy & {*sys.modules} - theirs
 assert sj_taid.model.FSVAE
 for part, package in (("lightning", "lightning"), ("metric", "torchmetrics")):
     sys.modules[package] = None  # as if it were not installed

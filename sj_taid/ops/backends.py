@@ -13,7 +13,7 @@ is used and may fail to import without breaking the others.
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,6 +68,18 @@ NEEDS: dict[str, str] = {
 #: when experiments/benchmark/neuron.py has measured it on a GPU.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("numba",), "cuda": ("cupy",)}
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: _Function) -> _Function:
+    """Let torch.compile run ``function`` as it is, and use what it returns as a constant.
+
+    As ``torch.compiler.assume_constant_result``, without importing Dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 _warned: set[str] = set()
 #: why a backend does not import, saved for the process: each try would search all of sys.path
 _failures: dict[Callable[[], Backend], Exception | None] = {}
@@ -120,31 +132,30 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
     if name == AUTO:
         name = check_name(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
     if name != AUTO:
-        if reason := _find_obstacle(name, x_seq, surrogate_function):
-            raise BackendUnavailableError(reason) from why_not(name)
-        return BACKENDS[name]()
+        found = _find(name, x_seq, surrogate_function)
+        if isinstance(found, str):
+            raise BackendUnavailableError(found) from why_not(name)
+        return found
     # float64 is chosen where exactness counts, and only torch computes in it.
     torch_only = x_seq.dtype == torch.float64 or is_watched()
     for candidate in () if torch_only else PREFERENCE.get(x_seq.device.type, ()):
-        reason = _find_obstacle(candidate, x_seq, surrogate_function)
-        if reason is None:
-            return BACKENDS[candidate]()
-        _warn_once(f"{reason}. Falling back from {candidate!r}; say backend=... to choose.")
+        found = _find(candidate, x_seq, surrogate_function)
+        if not isinstance(found, str):
+            return found
+        _warn_once(f"{found}. Falling back from {candidate!r}; say backend=... to choose.")
     return _torch()
 
 
-def _find_obstacle(name: str, x_seq: Tensor, surrogate_function: Any) -> str | None:
-    """Why the backend cannot run this call, or ``None``."""
+def _find(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend | str:
+    """The backend, or why it cannot run this call."""
     if reason := _describe_failure(name):
         return reason
-    reason = BACKENDS[name]().unsupported(x_seq, surrogate_function)
-    return reason and f"backend {name!r} cannot take this call: {reason}"
+    backend = BACKENDS[name]()
+    reason = backend.unsupported(x_seq, surrogate_function)
+    return f"backend {name!r} cannot take this call: {reason}" if reason else backend
 
 
-# torch.compile runs the following as they are, and uses what they return as constants.
-
-
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _describe_failure(name: str) -> str | None:
     error = why_not(name)
     if error is None:
@@ -155,7 +166,7 @@ def _describe_failure(name: str) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
