@@ -1,0 +1,325 @@
+"""Run old nets: one import gives ``spikingjelly.clock_driven`` and ``spikingjelly.cext.neuron``.
+
+SpikingJelly had them up to 0.0.0.0.12, and most published nets import them. Import this first:
+
+>>> import sj_taid.clock_driven
+>>> from spikingjelly.clock_driven import layer, neuron, surrogate
+>>> neuron.MultiStepLIFNode(detach_reset=True, surrogate_function=surrogate.ATan()).step_mode
+'m'
+
+The old names stand for today's classes, or for subclasses that only fill in the defaults of then,
+so :func:`sj_taid.accelerate` and :func:`sj_taid.swap_neurons` take them, and a ``state_dict`` keeps
+its keys. A name without a counterpart raises an ``ImportError`` that says what to use instead.
+
+Source: SpikingJelly 0.0.0.0.12; for ``cext.neuron`` 0.0.0.0.4, whose arguments are given by name.
+"""
+
+import abc
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
+from typing import Any, ClassVar
+
+from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
+from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
+from torch import Tensor, nn
+
+from ._compat import FUNCTIONAL_STATES, HOOKS
+
+
+class _Old(nn.Module):
+    """The arguments of old neurons that today's do not take, before one of today's classes."""
+
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, *args: Any, backend: str = "torch", **options: Any) -> None:
+        if backend not in ("torch", "cupy"):
+            raise ValueError(f"backend must be 'torch' or 'cupy', but it is {backend!r}")
+        if backend == "cupy":
+            _explain_cupy()
+        options = self.defaults | options
+        chosen = options.get("surrogate_function")
+        if isinstance(chosen, str):
+            kind = getattr(surrogate, chosen, None)
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise ValueError(f"surrogate_function must be a name as 'ATan', not {chosen!r}")
+            alpha = {"alpha": options.pop("alpha")} if "alpha" in options else {}
+            options["surrogate_function"] = kind(**alpha)
+        super().__init__(*args, **options)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = HOOKS & vars(cls).keys()
+        if own and FUNCTIONAL_STATES:
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(sorted(own))}, which SpikingJelly 2.x does "
+                "not call in IF, LIF and PLIF: derive it from clock_driven's neuron.BaseNode"
+            )
+
+
+@cache
+def _explain_cupy() -> None:
+    """Say once that CuPy is not used."""
+    message = (
+        "backend='cupy' is taken and not used: the neurons are today's, which SpikingJelly runs as "
+        "it sees fit. sj_taid.accelerate(net) runs them on a fused operator"
+    )
+    warnings.warn(message, stacklevel=3)
+
+
+class IFNode(_Old, neuron.IFNode):
+    """Today's IF, step by step."""
+
+
+class LIFNode(_Old, neuron.LIFNode):
+    """Today's LIF, step by step."""
+
+
+class ParametricLIFNode(_Old, neuron.ParametricLIFNode):
+    """Today's PLIF, step by step."""
+
+
+class MultiStepIFNode(IFNode):
+    """Today's IF in step mode ``"m"``; ``v_seq`` is kept with ``node.store_v_seq = True``."""
+
+    defaults: ClassVar = {"step_mode": "m"}
+
+
+class MultiStepLIFNode(LIFNode):
+    """Today's LIF in step mode ``"m"``."""
+
+    defaults: ClassVar = {"step_mode": "m"}
+
+
+class MultiStepParametricLIFNode(ParametricLIFNode):
+    """Today's PLIF in step mode ``"m"``."""
+
+    defaults: ClassVar = {"step_mode": "m"}
+
+
+_CEXT = {"step_mode": "m", "surrogate_function": "ATan", "alpha": 2.0}
+
+
+class CextMultiStepIFNode(MultiStepIFNode):
+    """``cext.neuron.MultiStepIFNode``: its surrogate is a name."""
+
+    defaults: ClassVar = _CEXT
+
+
+class CextMultiStepLIFNode(MultiStepLIFNode):
+    """``cext.neuron.MultiStepLIFNode``: its surrogate is a name, its tau 100."""
+
+    defaults: ClassVar = _CEXT | {"tau": 100.0}
+
+
+class CextMultiStepParametricLIFNode(MultiStepParametricLIFNode):
+    """``cext.neuron.MultiStepParametricLIFNode``: its surrogate is a name."""
+
+    defaults: ClassVar = _CEXT
+
+
+class PeriodicEncoder(encoding.PeriodicEncoder):
+    """Today's, which gives the spikes of its constructor: ``spike[t % T]`` at call t."""
+
+    def __init__(self, spike: Tensor) -> None:
+        super().__init__(spike)
+        self.set_reset_value("spike", spike)
+        self.reset()
+
+
+class MultiStepDropout(layer.Dropout):
+    """Today's ``Dropout`` in step mode ``"m"``: one mask for all steps until a reset."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p, step_mode="m")
+
+
+class MultiStepDropout2d(layer.Dropout2d):
+    """Today's ``Dropout2d`` in step mode ``"m"``: one mask for all steps until a reset."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p, step_mode="m")
+
+
+if FUNCTIONAL_STATES:
+
+    class BaseNode(neuron.BaseNode, metaclass=abc.ABCMeta):
+        """The base of a net's own neurons, whose ``neuronal_charge`` runs on 2.x too."""
+
+        neuronal_charge = neuron.SimpleBaseNode.neuronal_charge
+        neuronal_fire = neuron.SimpleBaseNode.neuronal_fire
+        neuronal_reset = neuron.SimpleBaseNode.neuronal_reset
+
+        def single_step_functional_forward(
+            self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
+        ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+            before = dict(self._memories)
+            self._memories.update(zip(before, states, strict=True))
+            self.neuronal_charge(*inputs)
+            spike = self.neuronal_fire()
+            self.neuronal_reset(spike)
+            after = tuple(self._memories.values())
+            self._memories.update(before)
+            return (spike,), after
+
+    for _kind in (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode):
+        BaseNode.register(_kind)  # old code asks isinstance(node, neuron.BaseNode)
+
+    class SurrogateFunctionBase(surrogate.SurrogateFunctionBase):
+        """The base of a net's own surrogate with one parameter, ``alpha``."""
+
+        def __init__(self, alpha: float, spiking: bool = True) -> None:
+            super().__init__(spiking, alpha=alpha)
+
+    class MultiArgsSurrogateFunctionBase(surrogate.SurrogateFunctionBase):
+        """The base of a net's own surrogate that writes ``forward`` itself."""
+
+        def __init__(self, spiking: bool, *args: Any, **kwargs: Any) -> None:
+            super().__init__(spiking)
+else:
+    BaseNode = neuron.BaseNode  # type: ignore[misc]
+    SurrogateFunctionBase = surrogate.SurrogateFunctionBase  # type: ignore[misc]
+    MultiArgsSurrogateFunctionBase = surrogate.MultiArgsSurrogateFunctionBase  # type: ignore[misc]
+
+
+def make_net(
+    make: Callable[..., nn.Module],
+    *args: Any,
+    single_step_neuron: Callable[..., nn.Module] | None = None,
+    multi_step_neuron: Callable[..., nn.Module] | None = None,
+    T: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Today's net ``make`` with old arguments: ``T`` repeats an input without time, [N, *]."""
+    net = make(*args, spiking_neuron=single_step_neuron or multi_step_neuron, **options)
+    if multi_step_neuron is not None:
+        functional.set_step_mode(net, "m")
+    if T is not None:
+        net.register_forward_pre_hook(partial(_repeat, T))
+    return net
+
+
+def _repeat(T: int, net: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    (x,) = inputs
+    return (x.expand(T, *x.shape) if x.dim() == 4 else x,)
+
+
+def _nets(today: ModuleType) -> dict[str, Any]:
+    """The names of an old module of nets."""
+    makers = {n: make for n, make in vars(today).items() if n.startswith(("sew_", "spiking_"))}
+    old = {name: partial(make_net, make) for name, make in makers.items()}
+    return old | {f"multi_step_{name}": make for name, make in old.items()}
+
+
+def _layer(name: str, lacking: type) -> type:
+    """A layer of today's, in 0.0.0.0.14 with the base that it lacks there to run."""
+    today: type = getattr(layer, name)
+    if FUNCTIONAL_STATES:
+        return today
+    place = {"__module__": "spikingjelly.clock_driven.layer"}  # where pickle finds it
+    return type(f"MultiStep{name}", (today, lacking), place)
+
+
+def _named(*kinds: type) -> dict[str, Any]:
+    return {kind.__name__: kind for kind in kinds}
+
+
+#: the old modules, and their names that differ from today's module of that name
+NAMES: dict[str, dict[str, Any]] = {
+    "clock_driven": {},
+    **{f"clock_driven.{name}": {} for name in ("accelerating", "ann2snn", "base", "functional")},
+    **{f"clock_driven.{name}": {} for name in ("lava_exchange", "monitor", "rnn", "spike_op")},
+    "clock_driven.encoding": _named(PeriodicEncoder),
+    "clock_driven.layer": {
+        **_named(MultiStepDropout, MultiStepDropout2d),
+        "MultiStepTemporalWiseAttention": _layer("TemporalWiseAttention", nn.Module),
+        **{
+            f"MultiStepThresholdDependent{kind.__name__}": _layer(
+                f"ThresholdDependent{kind.__name__}", kind
+            )
+            for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        },
+    },
+    "clock_driven.model": {},
+    "clock_driven.model.parametric_lif_net": {},
+    "clock_driven.model.sew_resnet": _nets(sew_resnet),
+    "clock_driven.model.spiking_resnet": _nets(spiking_resnet),
+    "clock_driven.model.spiking_vgg": _nets(spiking_vgg),
+    "clock_driven.neuron": {
+        **_named(IFNode, LIFNode, ParametricLIFNode),
+        **_named(MultiStepIFNode, MultiStepLIFNode, MultiStepParametricLIFNode),
+        **{"BaseNode": BaseNode, "surrogate": surrogate},
+    },
+    "clock_driven.surrogate": _named(SurrogateFunctionBase, MultiArgsSurrogateFunctionBase),
+    "cext": {},
+    "cext.layer": {},
+    "cext.neuron": {
+        kind.__name__.removeprefix("Cext"): kind
+        for kind in (
+            *(CextMultiStepIFNode, CextMultiStepLIFNode),
+            CextMultiStepParametricLIFNode,
+        )
+    },
+}
+#: what to use for an old module, or for one of its names
+GONE = {
+    "clock_driven.accelerating": "sj_taid.accelerate",
+    "clock_driven.ann2snn": "spikingjelly.activation_based.ann2snn",
+    "clock_driven.lava_exchange": "spikingjelly.activation_based.lava_exchange",
+    "clock_driven.model.parametric_lif_net": "spikingjelly.activation_based.model."
+    "parametric_lif_net, whose checkpoints have other keys",
+    "clock_driven.monitor": "sj_taid.monitor",
+    "clock_driven.spike_op": "torch.nn.functional",
+    "cext.layer": "torch.nn",
+    "cext.neuron": "clock_driven.neuron",
+    "clock_driven.functional.fuse_convbn2d": "torch.nn.utils.fusion.fuse_conv_bn_eval",
+    "clock_driven.layer.ConvBatchNorm2d": "nn.Sequential(nn.Conv2d(...), nn.BatchNorm2d(...))",
+    "clock_driven.layer.STDPLearner": "spikingjelly.activation_based.learning.STDPLearner",
+    "clock_driven.neuron.AdaptiveBaseNode": "neuron.AdaptBaseNode",
+    "clock_driven.neuron.GeneralNode": "a subclass of neuron.BaseNode",
+    "clock_driven.surrogate.PiecewiseLeakyReLU": "spikingjelly.activation_based.surrogate."
+    "PiecewiseLeakyReLU if an inner slope of 1/(2w) will do: it was 1/w",
+    "clock_driven.surrogate.check_cuda_grad": "torch.autograd.gradcheck",
+}
+
+
+class _OldModule(ModuleType):
+    """A module of old names; any other raises an error that says what to use."""
+
+    def __init__(self, name: str, names: dict[str, Any]) -> None:
+        super().__init__(f"spikingjelly.{name}")
+        vars(self).update(names, __path__=[])
+        sys.modules[self.__name__] = self
+        parent, _, child = self.__name__.rpartition(".")
+        setattr(sys.modules[parent], child, self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        module = self.__name__.removeprefix("spikingjelly.")
+        instead = GONE.get(f"{module}.{name}") or GONE.get(module)
+        if instead is None and name.startswith("MultiStep"):
+            instead = f'{name.removeprefix("MultiStep")}(..., step_mode="m")'
+        instead = instead or "what spikingjelly.activation_based has"
+        raise ImportError(f"{self.__name__}.{name} is not in this SpikingJelly: use {instead}")
+
+
+def _same_names(name: str) -> dict[str, Any]:
+    """The names of today's module."""
+    package, _, module = name.partition(".")
+    if package == "cext" or not module or name in GONE:
+        return {}
+    today = import_module(f"spikingjelly.activation_based.{module}")
+    names = {name: value for name, value in vars(today).items() if not name.startswith("_")}
+    if FUNCTIONAL_STATES:
+        names.pop("PiecewiseLeakyReLU", None)  # GONE says why
+    return names
+
+
+if "spikingjelly.clock_driven" in sys.modules:
+    raise ImportError("import sj_taid.clock_driven before spikingjelly.clock_driven")
+for _name, _names in NAMES.items():
+    _OldModule(_name, _same_names(_name) | _names)

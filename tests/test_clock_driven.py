@@ -1,0 +1,440 @@
+"""Old nets: the names, defaults and equations of SpikingJelly 0.0.0.0.12 on both versions."""
+
+import copy
+import importlib
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from spikingjelly import activation_based as today
+from torch import nn
+
+import sj_taid
+import sj_taid.clock_driven as shim
+from sj_taid import ALIFNode, _compat
+from sj_taid._compat import FUNCTIONAL_STATES
+
+# Not by import statements, which linters sort in front of sj_taid.clock_driven.
+base, encoding, functional, layer, model, neuron, rnn, surrogate = (
+    importlib.import_module(f"spikingjelly.clock_driven.{name}")
+    for name in ("base", "encoding", "functional", "layer", "model", "neuron", "rnn", "surrogate")
+)
+cext_neuron = importlib.import_module("spikingjelly.cext.neuron")
+
+MULTI_STEP = (
+    neuron.MultiStepIFNode,
+    neuron.MultiStepLIFNode,
+    neuron.MultiStepParametricLIFNode,
+)
+SINGLE_STEP = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
+CEXT = (
+    cext_neuron.MultiStepIFNode,
+    cext_neuron.MultiStepLIFNode,
+    cext_neuron.MultiStepParametricLIFNode,
+)
+ONLY_2 = pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 has it as it was")
+
+
+@pytest.mark.parametrize(
+    ("old", "names"),
+    {
+        base: "MemoryModule",
+        encoding: "LatencyEncoder PoissonEncoder StatefulEncoder WeightedPhaseEncoder",
+        functional: "first_spike_index kaiming_normal_conv_linear_weight kernel_dot_product "
+        "multi_step_forward redundant_one_hot reset_net seq_to_ann_forward set_threshold_margin "
+        "spike_similar_loss temporal_efficient_training_cross_entropy",
+        layer: "Dropout Dropout2d DropConnectLinear ElementWiseRecurrentContainer "
+        "LinearRecurrentContainer MultiStepContainer NeuNorm PrintShapeModule SeqToANNContainer "
+        "SynapseFilter",
+        neuron: "EIFNode LIAFNode QIFNode",
+        rnn: "SpikingGRU SpikingLSTM SpikingVanillaRNN",
+        surrogate: "ATan Erf NonzeroSignLogAbs PiecewiseExp PiecewiseQuadratic QPseudoSpike S2NN "
+        "Sigmoid SoftSign SquarewaveFourierSeries atan heaviside sigmoid",
+    }.items(),
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_name_is_todays(old, names):
+    module = importlib.import_module(old.__name__.replace("clock_driven", "activation_based"))
+    assert all(getattr(old, name) is getattr(module, name) for name in names.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "defaults"),
+    [
+        *((kind, {"step_mode": "s"}) for kind in SINGLE_STEP),
+        *((kind, {"step_mode": "m"}) for kind in MULTI_STEP),
+        *((kind, {"step_mode": "m", "surrogate": "ATan", "alpha": 2.0}) for kind in CEXT),
+    ],
+)
+def test_neuron_has_the_defaults_of_then(kind, defaults):
+    node = kind()
+    expected = {"surrogate": "Sigmoid", "alpha": 4.0, "v_threshold": 1.0, "v_reset": 0.0}
+    expected |= {"detach_reset": False} | defaults
+    found = {name: getattr(node, name) for name in expected if hasattr(node, name)}
+    function = node.surrogate_function
+    assert found | {"surrogate": type(function).__name__, "alpha": function.alpha} == expected
+    if isinstance(node, neuron.LIFNode):
+        assert node.tau == (100.0 if kind in CEXT else 2.0) and node.decay_input
+    if isinstance(node, neuron.ParametricLIFNode):
+        assert node.w.item() == 0.0 and node.decay_input  # 1/tau = 1/2
+
+
+@pytest.mark.parametrize("kind", MULTI_STEP)
+@pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
+@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize("decay_input", [False, True])
+def test_neuron_computes_the_documented_equations(kind, v_reset, detach_reset, decay_input):
+    leaky = kind is not neuron.MultiStepIFNode
+    options = {"v_reset": v_reset, "detach_reset": detach_reset}
+    tau = {neuron.MultiStepLIFNode: "tau", neuron.MultiStepParametricLIFNode: "init_tau"}
+    if leaky:
+        options |= {tau[kind]: 3.0, "decay_input": decay_input}
+    node = kind(surrogate_function=surrogate.ATan(), **options)
+    x_seq = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0)) * 2.0
+    x_seq.requires_grad_()
+
+    v, spikes, rest = torch.full((4, 3), v_reset or 0.0), [], v_reset or 0.0
+    for x in x_seq:
+        if not leaky:
+            v = v + x
+        elif decay_input:
+            v = v + (x - (v - rest)) / 3.0
+        else:
+            v = v - (v - rest) / 3.0 + x
+        spike = surrogate.ATan()(v - 1.0)
+        s = spike.detach() if detach_reset else spike
+        v = v - s if v_reset is None else (1.0 - s) * v + s * v_reset
+        spikes.append(spike)
+    expected = torch.stack(spikes)
+    weights = torch.linspace(0.5, 1.5, expected.numel()).view_as(expected)
+    (gradient,) = torch.autograd.grad((expected * weights).sum() + v.sum(), x_seq)
+
+    out = node(x_seq)
+    assert torch.equal(out, expected)
+    (found,) = torch.autograd.grad((out * weights).sum() + node.v.sum(), x_seq)
+    torch.testing.assert_close(found, gradient)
+    node.reset()
+    assert node.v == rest
+    node.store_v_seq = True
+    node(x_seq)
+    assert torch.equal(node.v_seq[-1], node.v)
+
+
+@pytest.mark.parametrize("kind", [*MULTI_STEP, *CEXT])
+def test_multi_step_neuron_is_one_of_todays_and_taken(kind):
+    single = getattr(neuron, kind.__name__.rpartition("MultiStep")[2])
+    plain = getattr(today.neuron, single.__name__)
+    net = nn.Sequential(nn.Linear(4, 3), kind(detach_reset=True))
+    x_seq = torch.rand(4, 2, 4) * 3.0
+    before = net(x_seq)
+    functional.reset_net(net)
+    assert isinstance(net[1], (single, plain)) and isinstance(net[1], neuron.BaseNode)
+    assert _compat.plain_kind(net[1]) is plain
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(copied(x_seq), before)
+    with sj_taid.accelerate(copy.deepcopy(net)) as report:
+        assert report.rows[0].done == "fused operator"
+    assert sj_taid.swap_neurons(net).changed and type(net[1]) is ALIFNode
+    torch.testing.assert_close(net(x_seq), before)
+
+
+def test_surrogate_is_a_module_or_its_name():
+    assert neuron.LIFNode(surrogate_function="Erf").surrogate_function.alpha == 2.0
+    node = cext_neuron.MultiStepIFNode(surrogate_function="Sigmoid", alpha=3.0)
+    assert node.surrogate_function.alpha == 3.0
+    for name in ("atan", "heaviside", "Atan"):
+        with pytest.raises(ValueError, match=f"a name as 'ATan', not '{name}'"):
+            neuron.MultiStepIFNode(surrogate_function=name)
+
+
+def test_backend_cupy_is_explained_once():
+    shim._explain_cupy.cache_clear()
+    with pytest.warns(UserWarning, match="'cupy' is taken and not used") as caught:
+        neuron.MultiStepLIFNode(backend="cupy")
+        neuron.MultiStepIFNode(backend="cupy")
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        neuron.MultiStepLIFNode(backend="torch")
+    with pytest.raises(ValueError, match="must be 'torch' or 'cupy', but it is 'lava'"):
+        neuron.MultiStepLIFNode(backend="lava")
+
+
+@pytest.mark.parametrize(
+    ("dropout", "p", "shape"),
+    [
+        (layer.MultiStepDropout, 0.5, (4, 2, 40)),
+        (layer.MultiStepDropout2d, 0.5, (4, 2, 40, 3, 3)),
+    ],
+)
+def test_dropout_keeps_its_mask_over_time_until_a_reset(dropout, p, shape):
+    torch.manual_seed(0)
+    module, x_seq = dropout(), torch.ones(shape)
+    out = module(x_seq)
+    assert module.p == p and {*out.unique().tolist()} == {0.0, 2.0}
+    assert torch.equal(out, out[:1].expand(shape)) and torch.equal(module(x_seq), out)
+    module.reset()
+    assert not torch.equal(module(x_seq), out)
+    assert torch.equal(module.eval()(x_seq), x_seq)
+
+
+@pytest.mark.parametrize(("dims", "shape"), [(1, ()), (1, (5,)), (2, (5, 5)), (3, (5, 5, 2))])
+def test_threshold_dependent_norm_is_a_norm_over_time_and_batch(dims, shape):
+    norm = getattr(layer, f"MultiStepThresholdDependentBatchNorm{dims}d")(0.7, 1, 3)
+    plain = getattr(nn, f"BatchNorm{dims}d")(3)
+    assert [*norm.state_dict()] == [*plain.state_dict()]
+    x_seq = torch.rand(4, 2, 3, *shape)
+    expected = 0.7 * plain(x_seq.flatten(0, 1)).view_as(x_seq)  # alpha v_th is the gain
+    torch.testing.assert_close(norm(x_seq), expected)
+    assert torch.equal(norm.running_var, plain.running_var)
+    assert torch.equal(copy.deepcopy(norm)(x_seq), pickle.loads(pickle.dumps(norm))(x_seq))
+
+
+def test_temporal_wise_attention_weighs_steps():
+    attention = layer.MultiStepTemporalWiseAttention(T=4, reduction=2)
+    assert [*attention.state_dict()] == ["sharedMLP.0.weight", "sharedMLP.2.weight"]
+    x_seq = torch.rand(4, 2, 3, 5, 5) + 1.0
+    shares = (attention(x_seq) / x_seq).detach().flatten(2)
+    torch.testing.assert_close(shares, shares[..., :1].expand_as(shares))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "x", "expected"),
+    [
+        (encoding.PoissonEncoder(), torch.tensor([0.0, 1.0]), [[0, 1]] * 3),
+        (encoding.LatencyEncoder(3), torch.tensor([1.0, 0.5, 0.0]), torch.eye(3).tolist()),
+        (encoding.PeriodicEncoder(torch.eye(2)), None, [[1, 0], [0, 1], [1, 0]]),
+        (encoding.WeightedPhaseEncoder(3), torch.tensor([0.625]), [[1], [0], [1]]),
+    ],
+)
+def test_encoder_gives_a_step_a_call(encoder, x, expected):
+    out = [encoder() if x is None else encoder(x) for _ in range(3)]
+    assert [step.float().tolist() for step in out] == expected
+
+
+#: the keys of a checkpoint that 0.0.0.0.12 wrote of ``old_net``
+KEYS = [
+    *("0.0.weight", "0.0.bias"),
+    *(f"0.1.{name}" for name in ("weight", "bias", "running_mean", "running_var")),
+    *("0.1.num_batches_tracked", "1.w", "2.0.weight", "2.0.bias", "3.weight", "3.bias"),
+    *("3.running_mean", "3.running_var", "3.num_batches_tracked", "6.w"),
+]
+
+
+def old_net():
+    return nn.Sequential(
+        layer.SeqToANNContainer(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)),
+        neuron.MultiStepParametricLIFNode(init_tau=3.0),
+        layer.SeqToANNContainer(nn.Conv2d(2, 2, 3)),
+        layer.MultiStepThresholdDependentBatchNorm2d(1.0, 1.0, 2),
+        neuron.MultiStepLIFNode(),
+        layer.MultiStepDropout2d(0.2),
+        cext_neuron.MultiStepParametricLIFNode(init_tau=2.0),
+    )
+
+
+def test_checkpoint_of_then_loads():
+    state = {key: torch.full_like(value, 2) for key, value in old_net().state_dict().items()}
+    assert [*state] == KEYS
+    state["6.w"] = state["6.w"].reshape(1)  # cext's was of shape [1]
+    net = old_net()
+    net.load_state_dict(state)
+    assert net[1].w.item() == 2.0 and net[6].w.item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "options"),
+    [
+        (model.sew_resnet, "sew_resnet18", {"cnf": "ADD"}),
+        (model.spiking_resnet, "spiking_resnet18", {}),
+    ],
+)
+def test_model_is_todays_with_the_arguments_of_then(module, name, options):
+    home = importlib.import_module(module.__name__.replace("clock_driven", "activation_based"))
+    options = {"num_classes": 5, "surrogate_function": surrogate.ATan(), **options}
+    plain = getattr(home, name)(spiking_neuron=neuron.LIFNode, **options).eval()
+    single = getattr(module, name)(single_step_neuron=neuron.LIFNode, **options).eval()
+    many = getattr(module, f"multi_step_{name}")(
+        T=2, multi_step_neuron=neuron.MultiStepLIFNode, **options
+    ).eval()
+    x = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        for net in (single, many):
+            net.load_state_dict(plain.state_dict())
+        steps = torch.stack([plain(x), plain(x)])
+        assert torch.equal(torch.stack([single(x), single(x)]), steps)
+        out = many(x)
+        functional.reset_net(many)
+        assert torch.equal(many(torch.stack([x, x])), out)
+        torch.testing.assert_close(out, steps)
+
+
+def test_vgg_is_todays_with_the_arguments_of_then():
+    with torch.device("meta"):
+        net = model.spiking_vgg.multi_step_spiking_vgg11_bn(multi_step_neuron=MULTI_STEP[0])
+        plain = today.model.spiking_vgg.spiking_vgg11_bn(spiking_neuron=today.neuron.IFNode)
+    assert [*net.state_dict()] == [*plain.state_dict()]
+    assert net.features[2].step_mode == net.features[0].step_mode == "m"
+
+
+@pytest.mark.parametrize(
+    ("statement", "use"),
+    [
+        ("from spikingjelly.clock_driven import accelerating as a; a.x", r"sj_taid\.accelerate"),
+        ("from spikingjelly.clock_driven.ann2snn import parser", r"activation_based\.ann2snn"),
+        ("from spikingjelly.clock_driven import lava_exchange as a; a.x", "based.lava_exchange"),
+        ("from spikingjelly.clock_driven.monitor import Monitor", r"sj_taid\.monitor"),
+        ("from spikingjelly.clock_driven.spike_op import spike_linear", r"torch\.nn\.functional"),
+        ("from spikingjelly.clock_driven.model.parametric_lif_net import MNISTNet", "other keys"),
+        ("from spikingjelly.clock_driven.layer import ConvBatchNorm2d", "nn.Sequential"),
+        ("from spikingjelly.clock_driven.layer import STDPLearner", r"learning\.STDPLearner"),
+        ("from spikingjelly.clock_driven.layer import DCT", "what spikingjelly.activation_based"),
+        ("from spikingjelly.clock_driven.neuron import AdaptiveBaseNode", "AdaptBaseNode"),
+        ("from spikingjelly.clock_driven.neuron import GeneralNode", r"of neuron\.BaseNode"),
+        ("from spikingjelly.clock_driven.neuron import MultiStepEIFNode", r"EIFNode\(..., step"),
+        ("from spikingjelly.clock_driven import nothing", "what spikingjelly.activation_based"),
+        ("from spikingjelly.cext.layer import SparseLinear", r"torch\.nn"),
+        ("from spikingjelly.cext.neuron import LIFNode", r"clock_driven\.neuron"),
+        *(
+            pytest.param(f"from spikingjelly.clock_driven.{name}", use, marks=ONLY_2)
+            for name, use in {
+                "functional import fuse_convbn2d": "fuse_conv_bn_eval",
+                "surrogate import PiecewiseLeakyReLU": "slope",
+                "surrogate import check_cuda_grad": "gradcheck",
+            }.items()
+        ),
+    ],
+)
+def test_name_without_a_counterpart_says_what_to_use(statement, use):
+    with pytest.raises(ImportError, match=f"is not in this SpikingJelly: use .*{use}"):
+        exec(statement)
+
+
+def test_import_comes_first():
+    with pytest.raises(ImportError, match=r"import sj_taid\.clock_driven before"):
+        importlib.reload(shim)
+
+
+def test_own_neuron_runs_and_is_reported():
+    class Own(neuron.BaseNode):
+        def __init__(self):
+            super().__init__(surrogate_function=surrogate.ATan())
+            self.register_memory("calls", 0)
+
+        def neuronal_charge(self, x):
+            self.v = 0.5 * self.v + x
+            self.calls += 1
+
+    net = nn.Sequential(layer.MultiStepContainer(Own()))
+    x_seq = torch.tensor([0.6, 0.8, 0.4]).view(3, 1, 1)
+    assert net(x_seq).flatten().tolist() == [0.0, 1.0, 0.0]  # v = 0.6, 1.1 -> 0, 0.4
+    node = net[0][0]
+    assert node.calls == 3 and math.isclose(node.v.item(), 0.4, abs_tol=1e-6)
+    functional.reset_net(net)
+    assert node.calls == 0 and node.v == 0.0
+    net.append(neuron.MultiStepIFNode())
+    (row,) = sj_taid.swap_neurons(net).kept
+    assert row.note == "not a LIF, PLIF or IF neuron"
+
+
+@pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 calls the hooks")
+def test_own_lif_with_a_hook_that_nobody_calls_raises():
+    with pytest.raises(TypeError, match=r"Own overrides neuronal_charge, which SpikingJelly 2\.x"):
+        type("Own", (neuron.LIFNode,), {"neuronal_charge": lambda self, x: None})
+
+
+def test_own_surrogate_runs_and_is_reported():
+    class Triangle(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, alpha):
+            ctx.save_for_backward(x)
+            return surrogate.heaviside(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.relu(1.0 - ctx.saved_tensors[0].abs()), None
+
+    class Own(surrogate.SurrogateFunctionBase):
+        def __init__(self, alpha=1.0, spiking=True):
+            super().__init__(alpha, spiking)
+
+        @staticmethod
+        def spiking_function(x, alpha):
+            return Triangle.apply(x, alpha)
+
+    class Many(surrogate.MultiArgsSurrogateFunctionBase):
+        def __init__(self, spiking=True):
+            super().__init__(spiking)
+
+        def forward(self, x):
+            return Triangle.apply(x, 1.0)
+
+    for function in (Own(), Many()):
+        net = nn.Sequential(neuron.MultiStepIFNode(surrogate_function=function))
+        x_seq = torch.full((1, 1, 1), 0.75, requires_grad=True)
+        net(x_seq).sum().backward()
+        assert x_seq.grad.item() == 0.75
+        assert "derivative of the surrogate" in sj_taid.accelerate(net).rows[0].note
+
+
+class Published(nn.Module):
+    """A net as papers publish them: norms on [T N, C, H, W], reshaped in front of neurons."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.lif = neuron.MultiStepLIFNode(tau=2.0, detach_reset=True, backend="cupy")
+        self.pool = layer.SeqToANNContainer(nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.plif = cext_neuron.MultiStepParametricLIFNode(
+            init_tau=2.0, detach_reset=True, surrogate_function="ATan"
+        )
+        self.dropout, self.head = layer.MultiStepDropout(0.5), nn.Linear(4 * 16, 3)
+
+    def forward(self, x_seq):
+        T, N, _, H, W = x_seq.shape
+        x = self.norm(self.conv(x_seq.flatten(0, 1))).reshape(T, N, -1, H, W).contiguous()
+        return self.head(self.dropout(self.plif(self.pool(self.lif(x))).flatten(2))).mean(0)
+
+
+@pytest.mark.filterwarnings("ignore:backend='cupy'")
+def test_published_net_runs_and_is_accelerated():
+    torch.manual_seed(0)
+    net = Published()
+    plain = copy.deepcopy(net)
+    plain.lif = today.neuron.LIFNode(tau=2.0, detach_reset=True, step_mode="m")
+    plain.plif = today.neuron.ParametricLIFNode(
+        detach_reset=True, surrogate_function=surrogate.ATan(), step_mode="m"
+    )
+    x_seq = torch.rand(4, 2, 2, 8, 8) * 4.0
+    found = []
+    for kind, one in (("plain", plain), ("old", net), ("accelerated", net)):
+        if kind == "accelerated":
+            rows = {row.layer: row for row in sj_taid.accelerate(net).rows}
+            assert rows["lif"].done == rows["plif"].done == "fused operator"
+        torch.manual_seed(1)
+        out = one(x_seq)
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in one.parameters())])
+        one.zero_grad()
+        functional.reset_net(one)
+    for name, tensors in zip(("old", "accelerated"), found[1:], strict=True):
+        for tensor, expected in zip(tensors, found[0], strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 has no counters")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore:backend='cupy'")
+def test_energy_of_a_published_net_is_that_of_the_accelerated(training):
+    op_counter = importlib.import_module("spikingjelly.activation_based.op_counter")
+    torch.manual_seed(0)
+    plain = Published().train(training)
+    fast = copy.deepcopy(plain)
+    sj_taid.accelerate(fast)
+    x_seq, reports = torch.rand(4, 2, 2, 8, 8) * 4.0, []
+    for net in (plain, fast):
+        torch.manual_seed(1)  # for dropout
+        reports.append(op_counter.estimate_simple_energy(net, (x_seq,)))
+    assert reports[0] == reports[1] and reports[0].counts["ac"] > 0
