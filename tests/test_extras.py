@@ -1,6 +1,5 @@
 """``import sj_taid`` stays light; its parts come when they are used, or say what to install."""
 
-import json
 import re
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import pytest
 from spikingjelly.activation_based import functional as theirs
 
 import sj_taid
-from sj_taid._extras import TRAIN
 
 CODE = """
 import sys
@@ -48,38 +46,6 @@ def test_parts_are_attributes(part, monkeypatch):
     assert getattr(sj_taid, part) is import_module(f"sj_taid.{part}")
     with pytest.raises(AttributeError, match="no attribute 'metrics'"):
         sj_taid.metrics
-
-
-BARE = """
-import json, sys
-
-for package in ("lightning", "matplotlib", "pandas", "plotly", "rich", "safetensors"):
-    sys.modules[package] = None
-from sj_taid.training import cli
-
-said = {}
-for name in cli.COMPOSED | cli.OTHERS:
-    try:
-        cli.import_command(name).main(["--help"])
-    except ModuleNotFoundError as error:
-        said[name] = str(error).partition("; to get it: pip install ")[2]
-    except SystemExit as error:
-        said[name] = error.code
-print(json.dumps(said))
-"""
-
-
-@pytest.mark.slow
-def test_commands_that_lack_a_package_say_what_to_install():
-    pytest.importorskip("hydra", reason="needs the extra train")
-    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    # It needs nothing.
-    assert said.pop("doctor") == 0
-    assert {"train", "compare", "export", "report"} <= said.keys()
-    for command, remedy in said.items():
-        assert remedy == TRAIN, command
 
 
 UNTRAINED = """

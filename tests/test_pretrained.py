@@ -86,36 +86,6 @@ def test_files_are_small_and_name_no_path(name):
     assert sum(path.stat().st_size for path in PACKAGE.glob("*/*")) <= 15 * MEGABYTE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_metrics_of_the_card_are_measured_again(name, tmp_path):
-    """Where the data are: by the card's command, with the weights of the package."""
-    pytest.importorskip("hydra", reason="needs the extra train")
-    from sj_taid.model.block import seeded
-    from sj_taid.training.config import compose
-    from sj_taid.training.evaluate import build_evaluator, measure
-    from sj_taid.training.evaluation import bare_trainer
-    from sj_taid.training.run import build_part
-
-    stated = pretrained.read_config(name)["metrics"]
-    cfg = compose("train", [*stated["overrides"], f"cache_dir={tmp_path}"])
-    data = build_part(cfg, "dataset")
-    try:
-        data.prepare_data()
-        data.setup()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    task = build_part(cfg, "task", model=create_model(name, pretrained=True), optimizer=None)
-    with seeded(cfg.seed):
-        measured = measure(task, bare_trainer("cpu"), data, build_evaluator(cfg))
-    # FAD looks through an autoencoder that each machine trains for itself.
-    tolerance = {"accuracy": 0.005, "reconstruction": 0.03, "fad": 0.25}
-    both = tolerance.keys() & measured.keys()
-    assert both and both == tolerance.keys() & stated.keys()
-    for metric in both:
-        assert measured[metric] == pytest.approx(stated[metric], rel=tolerance[metric]), metric
-
-
 def test_create_model_from_a_folder(folder):
     assert_has_the_shipped_weights(create_model(folder, pretrained=True))
     with pytest.raises(ValueError, match=f"no model 'typo'; give one of .*{NAME}.*, or a folder"):
