@@ -6,7 +6,7 @@ with needs("lightning torchvision scikit-learn filelock"):
     from .base import Data
     from .event import CIFAR10DVS, NMNIST, DVS128Gesture
     from .folder import CelebA, ImageFolder
-    from .image import CIFAR10, MNIST, Digits, FashionMNIST, ImageData
+    from .image import CIFAR10, MNIST, Digits, ImageData
     from .samples import Files, InMemory, Samples
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "DVS128Gesture",
     "Data",
     "Digits",
-    "FashionMNIST",
     "Files",
     "ImageData",
     "ImageFolder",

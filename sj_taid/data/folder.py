@@ -6,7 +6,6 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 
@@ -136,6 +135,7 @@ def _class_names(root: Path, option: str) -> list[str]:
     return names
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class CelebA(Torchvision):
     """CelebA's aligned faces, 218x178: the 148 pixels in the middle, resized.
 
@@ -145,8 +145,7 @@ class CelebA(Torchvision):
     Source: Z. Liu, P. Luo, X. Wang and X. Tang, ICCV 2015.
     """
 
-    source = datasets.CelebA
-    folder = source.base_folder
+    source: str = "CelebA"
     counts = (162_770, 19_962)
     TRAIN, VALIDATION, TEST = "0", "1", "2"  # in the partition
 

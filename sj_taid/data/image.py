@@ -1,10 +1,9 @@
-"""Still images in memory: scikit-learn's digits, and MNIST, FashionMNIST and CIFAR10."""
+"""Still images in memory: scikit-learn's digits, MNIST and what has its files, and CIFAR10."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from filelock import FileLock
@@ -54,36 +53,40 @@ class Torchvision(ImageData):
     """A data set that torchvision can fetch.
 
     Args:
+        source: its class in ``torchvision.datasets``.
         root: the folder that holds the data set's own folder.
         download: fetch it if files are missing.
 
     Raises:
+        ValueError: torchvision has no such class.
         FileNotFoundError: no such folder and ``download`` is off.
         OSError: files that are missing or damaged, or a download that failed.
     """
 
+    source: str
     root: Path
     download: bool = False
-
-    source: ClassVar[type[datasets.VisionDataset]]
-    folder: ClassVar[str]  # the data set's own, in root
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flags(download=self.download)
+        if self.source not in datasets.__all__:
+            raise ValueError(f"source must be a class of torchvision.datasets, not {self.source!r}")
+        self.read = getattr(datasets, self.source)
         self.root = Path(self.root).expanduser()
+        self.folder = getattr(self.read, "base_folder", f"{self.source}/raw")
         self.path = self.root / self.folder
 
     def prepare_data(self) -> None:
         if self.download:
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / LOCK), self._remedy():
-                self.source(self.root, download=True)  # does nothing where the files are whole
+                self.read(self.root, download=True)  # does nothing where the files are whole
 
     @contextmanager
     def _remedy(self) -> Iterator[None]:
         """Name the remedy for whatever torchvision's checks and readers find."""
-        name = self.source.__name__
+        name = self.source
         if not (self.download or self.path.is_dir()):
             raise FileNotFoundError(
                 f"no {name} at dataset.root={self.root}: point it to the folder that holds "
@@ -107,40 +110,31 @@ class TorchvisionInMemory(Torchvision):
 
     def _part(self, train: bool) -> InMemory:
         with self._remedy():
-            source = self.source(self.root, train=train)
+            source = self.read(self.root, train=train)
         self.class_names = source.classes
         pixels = torch.as_tensor(source.data)  # [n, H, W] or [n, H, W, C]
         images = pixels.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
         return self._in_memory(images, torch.as_tensor(source.targets))
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class MNIST(TorchvisionInMemory):
-    """MNIST: 60000 training and 10000 test images of 28x28.
+    """MNIST, or as ``source`` another data set in its files, such as FashionMNIST.
 
-    Source: Y. LeCun, C. Cortes and C. Burges, 1998.
+    Both have 60000 training and 10000 test images of 28x28. Sources: Y. LeCun, C. Cortes and
+    C. Burges, 1998; H. Xiao, K. Rasul and R. Vollgraf, arXiv 1708.07747.
     """
 
-    source = datasets.MNIST
-    folder = "MNIST/raw"
+    source: str = "MNIST"
     counts = (60_000, 10_000)
 
 
-class FashionMNIST(MNIST):
-    """FashionMNIST: clothes, in MNIST's format and numbers.
-
-    Source: H. Xiao, K. Rasul and R. Vollgraf, arXiv 1708.07747.
-    """
-
-    source = datasets.FashionMNIST
-    folder = "FashionMNIST/raw"
-
-
+@dataclass(kw_only=True, eq=False, repr=False)
 class CIFAR10(TorchvisionInMemory):
     """CIFAR10: 50000 training and 10000 test images of 3x32x32.
 
     Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
     """
 
-    source = datasets.CIFAR10
-    folder = source.base_folder
+    source: str = "CIFAR10"
     counts = (50_000, 10_000)

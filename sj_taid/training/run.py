@@ -54,7 +54,6 @@ RESUME_MAY_CHANGE = (
     "dataset.root",
     "dataset.test_root",
     "dataset.download",
-    "dataset.num_workers",
     "metric.inception_weights",
     "metric.published_autoencoders",
     "metric.features",

@@ -41,10 +41,11 @@ def write_idx(root, folder="MNIST"):
     return raw
 
 
-@pytest.mark.parametrize("cls", [data.MNIST, data.FashionMNIST])
-def test_mnist(tmp_path, cls, caplog):
-    raw = write_idx(tmp_path, cls.__name__)
-    mnist = ready(cls, tmp_path, image_size=32, limit=60)
+@pytest.mark.parametrize("source", ["MNIST", "FashionMNIST", "KMNIST"])
+def test_mnist(tmp_path, source, caplog):
+    raw = write_idx(tmp_path, source)
+    options = {"source": source, "image_size": 32, "limit": 60}
+    mnist = ready(data.MNIST, tmp_path, **options)
     images, labels = first(mnist.test_dataloader())
     assert images.shape == (50, 1, 32, 32) and labels.dtype == torch.int64
     assert len(mnist.train_set) == len(mnist.test_set) == 60
@@ -56,15 +57,20 @@ def test_mnist(tmp_path, cls, caplog):
     for damage in (cut, lambda file: file.write_bytes(b"\0" * file.stat().st_size)):
         damage(images)
         with pytest.raises(OSError, match=DAMAGED) as info:
-            ready(cls, tmp_path)
+            ready(data.MNIST, tmp_path, **options)
         assert info.value.__cause__ is not None
     images.unlink()
     with pytest.raises(OSError, match=DAMAGED):
-        ready(cls, tmp_path)
+        ready(data.MNIST, tmp_path, **options)
     shutil.rmtree(raw)
-    message = rf"no {cls.__name__} at dataset\.root=.*holds {cls.__name__}/raw, or .*download=true"
+    message = rf"no {source} at dataset\.root=.*holds {source}/raw, or .*download=true"
     with pytest.raises(FileNotFoundError, match=message):
-        ready(cls, tmp_path)
+        ready(data.MNIST, tmp_path, **options)
+
+
+def test_mnist_of_an_unknown_source():
+    with pytest.raises(ValueError, match="source must be a class of torchvision"):
+        ready(data.MNIST, "nowhere", source="os")
 
 
 def test_mnist_is_downloaded_once(tmp_path, monkeypatch):

@@ -42,6 +42,14 @@ def test_recipe_composes(name):
     assert name.startswith(cfg.dataset.name) or not name.endswith(("_cpu", "_sharp", "_sharper"))
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("dataset/*.yaml")))
+def test_data_set_composes(name):
+    if name in ("base", "recordings"):  # of which the others are made
+        return
+    cfg = compose("train", [f"dataset={name}", "dataset.classes=3"])
+    assert cfg.dataset.name.startswith(name) and instantiate(cfg.dataset).classes == 3
+
+
 @pytest.mark.parametrize(
     ("row", "command"), PUBLISHED[["row", "command"]].drop_duplicates().to_records(index=False)
 )
