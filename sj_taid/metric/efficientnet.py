@@ -31,10 +31,9 @@ IMAGES_AT_ONCE = 8  # more is no faster on a CPU
 class EfficientNetLite0(Features):
     """EfficientNet-Lite0 on images in [-1, 1]: the 1280 features before its classifier.
 
-    ``classifier`` maps them to the 1000 logits of ImageNet's classes. As the network was trained,
-    images are resized to 224x224 (bicubic) and run from -1 to 1; grey ones are repeated to three
-    channels, and values are rounded to 8 bits, as in a file. Its weights are an installed package's
-    (Apache-2.0), read as tensors. An image takes 0.8 GFLOP.
+    As the network was trained, images are resized to 224x224 (bicubic) and run from -1 to 1; grey
+    ones are repeated to three channels, and values are rounded to 8 bits, as in a file. Its weights
+    are an installed package's (Apache-2.0), read as tensors. An image takes 0.8 GFLOP.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -52,11 +51,9 @@ class EfficientNetLite0(Features):
         tensors = [*_read_weights().values()]
         with torch.device("meta"):  # draws no random weights
             self.network = make_network()
-            self.classifier = nn.Linear(self.num_features, 1000)
-        folded = dict(zip(self.network.state_dict(), _fold_norms(tensors[:-2]), strict=True))
+        features = tensors[:-2]  # without the classifier
+        folded = dict(zip(self.network.state_dict(), _fold_norms(features), strict=True))
         self.network.load_state_dict(folded, assign=True)
-        weight, bias = tensors[-2:]
-        self.classifier.load_state_dict({"weight": weight, "bias": bias}, assign=True)
         self.freeze()
 
     def extract(self, images: Tensor) -> Tensor:

@@ -124,10 +124,6 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
         name: ``"mnist"`` or ``"fashion"``; images are ``[N, 1, 32, 32]`` in [-1, 1].
         kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
 
-    Attributes:
-        codes: its network with the batch norm's statistics of the training, for
-            :class:`Precision`, which needs the features of each image by itself.
-
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that holds something else, or images of another shape, not finite or
@@ -144,8 +140,7 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
         remedy = "get it from https://github.com/kamata1729/FullySpikingVAE, folder metrics"
         try:
             path = weights
-            super().__init__(PublishedCodes(path, by_batch=True), **kwargs)
-            self.codes = PublishedCodes(path, by_batch=False)
+            super().__init__(PublishedCodes(path), **kwargs)
             path = statistics
             with np.load(path) as arrays:
                 mean, covariance = (torch.tensor(arrays[key]).double() for key in ("mu", "sigma"))
@@ -170,14 +165,14 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
 class PublishedCodes(Features):
     """Codes of the papers' autoencoder, whose weights are in the file ``path``.
 
-    Batch norm takes the statistics of each batch, as in the papers, or those of the training.
+    Batch norm takes the statistics of each batch, as in the papers.
     """
 
     num_features = 64
 
-    def __init__(self, path: Path, by_batch: bool) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        norm = partial(nn.BatchNorm2d, track_running_stats=not by_batch)
+        norm = partial(nn.BatchNorm2d, track_running_stats=False)
         blocks = (
             (nn.Conv2d(a, b, 3, 2, 1), norm(b), nn.LeakyReLU())
             for a, b in pairwise((1, 32, 64, 128, 256))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torchmetrics
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torchmetrics.image import inception
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from .._extras import needs
@@ -90,79 +90,45 @@ def _download(url: str) -> Path:
     return path
 
 
-class InceptionScore(torchmetrics.Metric):
+class InceptionScore(inception.InceptionScore):
     r"""Inception score: is each generated image of one class, and are there all classes?
 
     .. math::
         \mathrm{IS} = \exp\, \mathbb{E}_x\, \mathrm{KL}(p(y|x)\,|\,p(y))
 
-    the mean over ``splits`` parts of the images; from 1 to the number of classes, higher is better.
-
-    Unlike torchmetrics' own it draws nothing, and is right where processes have seen unequal
-    numbers of batches: images are dealt to the parts in turn, and states are float64 sums. With one
-    part both agree.
+    the mean over 10 parts of the images; from 1 to the number of classes, higher is better. It is
+    torchmetrics' own, which deals the images to the parts at random.
 
     Args:
-        features: the network that turns images into features, :class:`~sj_taid.metric.Inception`
-            or, for another score of the same formula, EfficientNetLite0.
-        classifier: from features to logits, its ``classifier``.
-        splits: number of parts.
-        kwargs: those of ``torchmetrics.Metric``.
+        features: the network, whose ``classifier`` maps features to logits.
+        kwargs: those of torchmetrics' ``InceptionScore``.
 
     Raises:
         ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, fewer images than
-            classes. No part's score is more than its number of images: 5,000 in 10 parts cap it at
-            500.
+            classes.
 
     Source: Salimans et al. 2016, arXiv 1606.03498, section 4.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    feature_network = "features"  # torchmetrics' FeatureShare looks here
-
-    probability: Tensor
-    entropy: Tensor
-    count: Tensor
-
-    def __init__(
-        self, features: Features, classifier: nn.Linear, splits: int = 10, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.features = features
-        self.classifier = classifier
-        self.splits = splits
-        classes = classifier.out_features
-        self.needed = max(splits, classes)
+    def __init__(self, features: Any, **kwargs: Any) -> None:
+        super().__init__(feature=features, **kwargs)
+        self.classifier = features.classifier
+        self.needed = self.classifier.out_features
         self.protocol = (
-            f"Inception score's formula on {classes} classes of {features.description}, mean of "
-            f"{splits} splits, "
-            f"torchmetrics {torchmetrics.__version__}"
+            f"Inception score by {self.needed} classes of {features.description}, mean of "
+            f"{self.splits} splits, torchmetrics {torchmetrics.__version__}"
         )
-        zeros = torch.zeros(splits, classes, dtype=torch.float64)
-        self.add_state("probability", zeros, dist_reduce_fx="sum")
-        self.add_state("entropy", zeros[:, 0].clone(), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(splits, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, imgs: Tensor) -> None:
         """Add images ``[N, C, H, W]`` in [-1, 1]."""
-        p = self.classifier(self.features(imgs)).double().softmax(1)
-        turn = (self.count.sum() + torch.arange(len(p), device=p.device)) % self.splits
-        dealt = F.one_hot(turn, self.splits)
-        self.probability += dealt.double().t() @ p
-        self.entropy += dealt.double().t() @ torch.special.entr(p).sum(1)
-        self.count += dealt.sum(0)
+        self.features.append(self.classifier(self.inception(imgs)))
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]  # without the standard deviation
         """The score of all images so far."""
-        count = int(self.count.sum())
+        count = sum(map(len, self.features))
         if count < self.needed:
             raise ValueError(
-                f"the Inception score got {count} images; {self.splits} splits and "
-                f"{self.classifier.out_features} classes need at least {self.needed}, and the "
-                "papers use 5000: add images"
+                f"the Inception score got {count} images; {self.needed} classes need at least as "
+                "many, and the papers use 5000: add images"
             )
-        marginal = self.probability / self.count.unsqueeze(1)
-        divergence = torch.special.entr(marginal).sum(1) - self.entropy / self.count
-        return divergence.exp().mean()
+        return super().compute()[0]

@@ -140,6 +140,7 @@ def silence_notes() -> None:
         r".*smaller than the logging interval",  # nothing is logged by the step
         r".*does not have many workers",  # images in memory are faster without
         r"Checkpoint directory .* exists and is not empty",  # a run that resumes
+        r"Metric `InceptionScore` will save all",
         r"The dirpath has changed",  # in a folder that was moved
     ):
         warnings.filterwarnings("ignore", note)

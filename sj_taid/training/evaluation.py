@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import lightning as L
@@ -64,11 +63,8 @@ class Evaluator:
             :class:`~sj_taid.metric.PublishedFrechetAutoencoderDistance`: adds FAD as published, of
             20 batches of 256 samples, for MNIST and FashionMNIST at 32x32.
         features: adds the Frechet distance through :class:`~sj_taid.metric.EfficientNetLite0`.
-        draws: number of draws of ``samples`` images each, whose FADs have a median and a range.
-        cache_dir: folder of what is made once: FAD's autoencoder, statistics of test images, and
-            metrics of training images.
-        seed: seed of the first draw, and each further one has the next; the global random state is
-            left alone.
+        cache_dir: folder of what is made once: FAD's autoencoder and statistics of test images.
+        seed: of the samples; the global random state is left alone.
         accelerator: Lightning's; all but ``"cpu"`` use a GPU where there is one.
     """
 
@@ -77,7 +73,6 @@ class Evaluator:
     inception_weights: str | Path | Literal[False] | None = None
     published_autoencoders: str | Path | Literal[False] | None = None
     features: bool = False
-    draws: int = 3
     cache_dir: Path = Path("~/.cache/sj-taid")
     seed: int = 0
     accelerator: str = "auto"
@@ -91,9 +86,8 @@ class Evaluator:
         """Metrics of images that a model samples, and their protocols.
 
         ``fad`` and, where they are asked for, ``fad_published``, ``fid`` and ``features`` are
-        Frechet distances, each with its ``_precision`` and ``_recall``; with the last two come
-        ``inception_score`` and ``features_score``. ``_median`` and ``_range`` of both FADs are
-        those of several draws, of which the first gives all other metrics.
+        Frechet distances; ``fad_precision`` and ``fad_recall`` come with the first,
+        ``inception_score`` with ``fid``.
 
         Args:
             model: a module that has ``sample(n)``; moved to the metrics' device.
@@ -116,14 +110,14 @@ class Evaluator:
             metrics, published = MetricCollection({only: metrics[only]}), None
         starts = range(0, self.samples, SAMPLES_AT_ONCE)
         batches = [min(SAMPLES_AT_ONCE, self.samples - start) for start in starts]
-        passes = [("fad", metrics, batches)]
+        passes = [(metrics, batches)]
         if published:
             fad: Any = published["fad_published"]
-            passes.append(("fad_published", published, [fad.batch_size] * fad.batches))
+            passes.append((published, [fad.batch_size] * fad.batches))
         model.to(device)
         values: dict[str, Any] = {}
         protocol = {}
-        for distance, collection, batches in passes:
+        for collection, batches in passes:
             log.info("Measuring %s on %d samples", ", ".join(map(str, collection)), sum(batches))
             values |= _measure(model, collection, batches, self.seed, device)
             for name, metric in collection.items():
@@ -132,30 +126,25 @@ class Evaluator:
                     protocol[name] += " against the published statistics of the test images"
                 elif _real_states(metric):
                     protocol[name] += f" against {data.describe_test_set()}"
-            if self.draws > 1 and not only:
-                alone = MetricCollection({distance: collection[distance]})
-                drawn = [values[distance]]
-                for draw in range(1, self.draws):
-                    alone.reset()
-                    drawn += _measure(model, alone, batches, self.seed + draw, device).values()
-                spread = {"median": median(drawn), "range": max(drawn) - min(drawn)}
-                values |= {f"{distance}_{name}": value for name, value in spread.items()}
-                how = f"{protocol[distance]}, of {self.draws} draws"
-                protocol |= {f"{distance}_{name}": how for name in spread}
         return values | {"protocol": protocol}
 
     def prepare_metrics(self, data: ImageData, device: torch.device) -> MetricCollection:
         """The metrics, already updated with the test images."""
-        groups = []
+        groups: list[dict[str, Any]] = []
         if self.inception_weights:
-            groups.append(_group("fid", Inception(self.inception_weights), "inception_score"))
+            inception = Inception(self.inception_weights)
+            score = InceptionScore(inception, **ALONE)
+            groups.append({"fid": _distance(inception), "inception_score": score})
         if self.features:
-            groups.append(_group("features", EfficientNetLite0(), "features_score"))
+            groups.append({"features": _distance(EfficientNetLite0())})
         for name, metric in chain(*(group.items() for group in groups)):
             self._check_enough(name, metric.needed, data if _real_states(metric) else None)
         needed = 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)
         self._check_enough("fad", needed, data)
-        groups.append(_group("fad", AutoencoderCodes(self._trained_autoencoder(data))))
+        codes = AutoencoderCodes(self._trained_autoencoder(data))
+        kinds = {"fad_precision": Precision, "fad_recall": Recall}
+        neighbours = {name: kind(codes, **ALONE) for name, kind in kinds.items()}
+        groups.append({"fad": _distance(codes), **neighbours})
         metrics: dict[str, Metric | MetricCollection] = {}
         for group in groups:
             metrics |= self._share_network(group, data, device).items()
@@ -172,9 +161,7 @@ class Evaluator:
                 "metric.published_autoencoders=false"
             )
         fad = PublishedFrechetAutoencoderDistance(self.published_autoencoders, name, **ALONE)
-        neighbours = self._share_network(_neighbours("fad_published", fad.codes), data, device)
-        metrics: dict[str, Any] = {"fad_published": fad.to(device), **dict(neighbours.items())}
-        return MetricCollection(metrics, compute_groups=False)
+        return MetricCollection({"fad_published": fad.to(device)})
 
     def _check_enough(self, name: str, needed: int, data: ImageData | None) -> None:
         option = "features" if name.startswith("features") else "inception_weights"
@@ -182,7 +169,9 @@ class Evaluator:
         counts = {"metric.samples": (self.samples, "metric.samples")}
         if data is not None:
             share = "dataset.test_share" if hasattr(data, "test_share") else "dataset.limit"
-            counts["the number of test images"] = len(data.test_set), share
+            if data.test_name == "validation":
+                share = "dataset.validation"
+            counts[f"the number of {data.test_name} images"] = len(data.test_set), share
         for what, (count, key) in counts.items():
             if count < needed:
                 raise ValueError(
@@ -257,21 +246,11 @@ def _measure(
     with seeded(seed):
         for n in show_progress(batches, "Sampling, in batches"):
             metrics.update(model.sample(n).to(device), real=False)
-    return {name: float(value) for name, value in metrics.compute().items()}
+        return {name: float(value) for name, value in metrics.compute().items()}
 
 
-def _group(name: str, network: Any, score: str | None = None) -> dict[str, Any]:
-    """The metrics of a network's features; ``score`` names that of its classes, if it has any."""
-    distance = FrechetDistance(network, reset_real_features=False, **ALONE)
-    group = {name: distance, **_neighbours(name, network)}
-    if score:
-        group[score] = InceptionScore(network, network.classifier, **ALONE)
-    return group
-
-
-def _neighbours(name: str, network: Features) -> dict[str, Any]:
-    kinds = {"precision": Precision, "recall": Recall}
-    return {f"{name}_{key}": kind(network, **ALONE) for key, kind in kinds.items()}
+def _distance(network: Features) -> FrechetDistance:
+    return FrechetDistance(network, reset_real_features=False, **ALONE)
 
 
 def bare_trainer(accelerator: str, bar: bool = False, **options: Any) -> L.Trainer:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from .._checks import check_sizes, check_weights
 from ..data import ImageData
-from ..metric import EfficientNetLite0
 from ..model.block import seeded
 from .classification import Classification
 from .evaluation import bare_trainer, load_or_make
@@ -30,47 +29,8 @@ class FeatureLoss(nn.Module):
     .. math::
         \mathrm{weight} \sum_l \mathrm{mean}\, |f_l(\hat x) - f_l(x)|
 
-    over the outputs :math:`f_l` of a network's first blocks. The network must not be one that the
-    images are measured through.
-
-    Args:
-        blocks: of the network, in eval mode; they do not learn.
-        weight: of the loss.
-
-    Raises:
-        ValueError: a weight below 0.
-
-    Source: Johnson et al. 2016, arXiv 1603.08155.
-    """
-
-    def __init__(self, blocks: nn.Sequential, weight: float) -> None:
-        super().__init__()
-        check_weights(weight=weight)
-        self.weight = weight
-        self.blocks = blocks.requires_grad_(False)
-
-    def prepare(self, data: ImageData, cache_dir: Path) -> None:
-        """Train or load the network before a new run on these images."""
-
-    def convert(self, image: Tensor) -> Tensor:
-        """The network's input for images ``[N, C, H, W]`` in [-1, 1]."""
-        return image
-
-    def forward(self, output: Tensor, image: Tensor) -> Tensor:
-        """The loss of reconstructions ``output`` of ``image``, ``[N, C, H, W]``."""
-        self.blocks.eval()  # Lightning puts all in training mode
-        output, image = self.convert(output), self.convert(image)
-        errors = []
-        for block in self.blocks:
-            output, image = block(output), block(image)
-            errors.append(F.l1_loss(output, image))
-        return self.weight * torch.stack(errors).sum()
-
-
-class ClassifierLoss(FeatureLoss):
-    """:class:`FeatureLoss` through a small plain classifier of the same training images.
-
-    Three blocks of convolution, batch norm, ReLU and pooling, trained once and cached.
+    over the outputs :math:`f_l` of the three blocks, of convolution, batch norm, ReLU and pooling,
+    of a small plain classifier of the same training images. It is trained once and cached.
 
     Args:
         channels, classes: of the data set.
@@ -78,17 +38,21 @@ class ClassifierLoss(FeatureLoss):
 
     Raises:
         ValueError: a weight below 0, or a data set without classes.
+
+    Source: Johnson et al. 2016, arXiv 1603.08155.
     """
 
     def __init__(self, channels: int, classes: int | None, weight: float = 0.3) -> None:
+        super().__init__()
         if classes is None:
             raise ValueError(
-                "feature_loss=classifier learns from labels, but dataset.classes is null; choose "
-                "feature_loss=efficientnet, or leave it out"
+                "feature_loss=classifier learns from labels, but dataset.classes is null; leave it "
+                "out"
             )
         check_sizes(channels=channels, classes=classes)
-        super().__init__(_blocks(channels), weight)
-        self.channels, self.classes = channels, classes
+        check_weights(weight=weight)
+        self.channels, self.classes, self.weight = channels, classes, weight
+        self.blocks = _blocks(channels).requires_grad_(False)
 
     def prepare(self, data: ImageData, cache_dir: Path) -> None:
         """Train the classifier, or load the one that was trained in an earlier run."""
@@ -121,26 +85,14 @@ class ClassifierLoss(FeatureLoss):
         name = f"classifier-{data.name}-{made_by}.pt"
         load_or_make(cache_dir / name, self.blocks.load_state_dict, make)
 
-
-class EfficientNetLoss(FeatureLoss):
-    """:class:`FeatureLoss` through the first three stages of EfficientNet-Lite0.
-
-    Images are resized to 64x64, grey ones repeated to three channels.
-
-    Args:
-        weight: of the loss.
-
-    Raises:
-        ValueError, ModuleNotFoundError: see :class:`~sj_taid.metric.EfficientNetLite0`.
-    """
-
-    def __init__(self, weight: float = 3e-3) -> None:
-        network: Any = EfficientNetLite0().network
-        super().__init__(network[:6], weight)
-
-    def convert(self, image: Tensor) -> Tensor:
-        rgb = image.expand(-1, 3, -1, -1)
-        return F.interpolate(rgb, (64, 64), mode="bilinear", align_corners=False)
+    def forward(self, output: Tensor, image: Tensor) -> Tensor:
+        """The loss of reconstructions ``output`` of ``image``, ``[N, C, H, W]`` in [-1, 1]."""
+        self.blocks.eval()  # Lightning puts all in training mode
+        errors = []
+        for block in self.blocks:
+            output, image = block(output), block(image)
+            errors.append(F.l1_loss(output, image))
+        return self.weight * torch.stack(errors).sum()
 
 
 def _blocks(channels: int) -> nn.Sequential:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import ImageData
-from ..model.block import eval_mode, seeded
+from ..model.block import seeded
 from ..model.esvae import ESVAE, PRIORS
-from ..model.rate import FittedPrior, spikes_from_rate
+from ..model.rate import FittedPrior
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
-from .columns import DISTANCES, OF_SAMPLES
-from .evaluation import Evaluator, load_or_make
+from .columns import OF_SAMPLES
+from .evaluation import Evaluator
 from .feature_loss import FeatureLoss
 from .plot import draw_attention, draw_grid, draw_reconstructions
 
@@ -51,7 +50,7 @@ class Generation(Autoencoding):
         "validation_fad",
         *OF_SAMPLES,
         *(f"{name}_{prior}" for name in OF_SAMPLES for prior in PRIORS),
-        *(f"{name}_{key}" for name in DISTANCES for key in ("precision", "recall")),
+        *("fad_precision", "fad_recall"),
     )
 
     def __init__(
@@ -136,7 +135,6 @@ class Generation(Autoencoding):
         metrics = evaluator.evaluate_samples(model, data)
         with seeded(evaluator.seed):
             metrics["sample_variance"] = float(model.sample(64).var(0).mean())
-        floor = _floor(data, evaluator, metrics["protocol"])
         for name, how in super().evaluate(data, evaluator)["protocol"].items():
             exact = ", exact spike counts" if self.fitted_priors else ""
             metrics["protocol"][name] = how + exact
@@ -145,7 +143,6 @@ class Generation(Autoencoding):
             validated = _only_fad(evaluator).evaluate_samples(model, validation, only="fad")
             metrics["validation_fad"] = validated["fad"]
             metrics["protocol"]["validation_fad"] = validated["protocol"]["fad"]
-        _add(metrics, floor, "floor", "samples: training images")
         if self.fitted_priors:
             metrics["prior"] = model.sample_from
             fitted = [name for name, prior in self.fitted_priors.items() if prior.fitted]
@@ -153,10 +150,10 @@ class Generation(Autoencoding):
                 if prior != model.sample_from:
                     with model.draw_from(prior):
                         others = evaluator.evaluate_samples(model, data)
-                    _add(metrics, others, prior, f"drawn from the prior {prior}")
-            once = replace(evaluator, draws=1)
-            perfect = once.evaluate_samples(PerfectPrior(data, model), data)
-            _add(metrics, perfect, "perfect", "samples: decoded from the rates of training images")
+                    for name, how in others["protocol"].items():
+                        metrics[f"{name}_{prior}"] = others[name]
+                        how = f"{how}, drawn from the prior {prior}"
+                        metrics["protocol"][f"{name}_{prior}"] = how
         return metrics
 
     @torch.no_grad()
@@ -168,50 +165,6 @@ class Generation(Autoencoding):
             sequence = model.decode_sequence(model.latent_spikes(images))
             decoder: Any = model.image_decoder
             draw_attention(decoder.attention(sequence), folder / "attention.png")
-
-
-class TrainingImages(nn.Module):
-    """In the place of a model: its samples are training images, none twice while they last."""
-
-    def __init__(self, data: ImageData) -> None:
-        super().__init__()
-        self.loader: Any = data.train_samples()
-        generator = torch.Generator().manual_seed(0)
-        self.order = cycle(torch.randperm(len(data.train_set), generator=generator).tolist())
-
-    def sample(self, n: int) -> Tensor:
-        batch = self.loader.dataset.__getitems__([*islice(self.order, n)])
-        return self.loader.collate_fn(batch)[0]
-
-
-class PerfectPrior(TrainingImages):
-    """ESVAE with the rates of training images in the place of a prior's."""
-
-    def __init__(self, data: ImageData, model: ESVAE) -> None:
-        super().__init__(data)
-        self.model = model
-
-    def sample(self, n: int) -> Tensor:
-        model = self.model
-        images = super().sample(n).to(next(self.parameters()).device)
-        with eval_mode(model), torch.no_grad():
-            return model.decode(spikes_from_rate(model.rate(images), model.T))
-
-
-def _add(metrics: dict[str, Any], others: dict[str, Any], ending: str, what: str) -> None:
-    """Add the metrics of other samples under names with an ending."""
-    for name, how in others["protocol"].items():
-        metrics[f"{name}_{ending}"] = others[name]
-        metrics["protocol"][f"{name}_{ending}"] = f"{how}, {what}"
-
-
-def _floor(data: ImageData, evaluator: Evaluator, protocol: dict[str, str]) -> dict[str, Any]:
-    """The metrics of training images, measured once for all runs of this protocol."""
-    floor: dict[str, Any] = {}
-    once = replace(evaluator, draws=1)
-    path = evaluator.cache_path("floor", data, *protocol.values(), data.fingerprint())
-    load_or_make(path, floor.update, lambda: once.evaluate_samples(TrainingImages(data), data))
-    return floor
 
 
 def _only_fad(evaluator: Evaluator) -> Evaluator:

@@ -57,7 +57,6 @@ RESUME_MAY_CHANGE = (
     "metric.inception_weights",
     "metric.published_autoencoders",
     "metric.features",
-    "metric.draws",
 )
 
 

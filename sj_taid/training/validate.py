@@ -64,7 +64,6 @@ RULES: dict[str, Rule] = {
     "metric.autoencoder.epochs": integer(0),
     "metric.autoencoder.batch_size": integer(1),
     "metric.autoencoder.seed": integer(0),
-    "metric.draws": _or_null(integer(1)),
     "metric.features": _or_null(FLAG),
     "n": integer(1),
     "columns": integer(1),
@@ -103,12 +102,6 @@ def validate(cfg: DictConfig) -> None:
             )
     if cfg.get("feature_loss") and "_target_" not in cfg.feature_loss:
         raise ValueError(describe_missing("feature_loss", cfg))
-    loss = str(OmegaConf.select(cfg, "feature_loss._target_"))
-    if loss.endswith("EfficientNetLoss") and OmegaConf.select(cfg, "metric.features"):
-        raise ValueError(
-            "feature_loss=efficientnet trains on the network that metric.features measures "
-            "through; choose feature_loss=classifier, or metric.features=false"
-        )
     objectives = [*task.objectives, "epochs", "parameters", "training_seconds"]
     if cfg.objective not in objectives:
         near = get_close_matches(str(cfg.objective), objectives, 1) or objectives[:1]

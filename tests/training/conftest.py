@@ -45,6 +45,16 @@ TINY = [
     *TINY_TRAINER,
 ]
 
+# Trained so far that the images depend on the latent.
+TINY_ESVAE = [
+    "model=esvae",
+    "model.components=2",
+    *(o for o in TINY[1:] if ".k=" not in o),
+    "dataset.batch_size=64",
+    "trainer.limit_train_batches=22",
+    "optimizer.lr=1e-2",
+]
+
 TINY_AUTOENCODING = [
     "task=autoencoding",
     "model.hidden_channels=[4,6]",

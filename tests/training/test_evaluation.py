@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from sj_taid.data import Digits
-from sj_taid.metric import AutoencoderCodes, FrechetDistance
-from sj_taid.model import Autoencoder
+from sj_taid.metric import FrechetDistance
 from sj_taid.training import evaluation
 from sj_taid.training.evaluation import Evaluator, load_or_make
 from tests.data.made_up import cut, ready
@@ -88,20 +87,13 @@ def test_evaluate_samples_is_reproducible_and_leaves_the_random_state_alone(eval
     state = torch.random.get_rng_state()
     first = evaluator.evaluate_samples(model, data)
     assert torch.equal(torch.random.get_rng_state(), state)
-    names = {"fad", "fad_precision", "fad_recall", "fad_median", "fad_range"}
+    names = {"fad", "fad_precision", "fad_recall"}
     assert set(first) == names | {"protocol"} and set(first["protocol"]) == names
     assert first["protocol"]["fad"].endswith("40 samples against 359 test images at 8x8")
-    assert first["protocol"]["fad_median"] == first["protocol"]["fad"] + ", of 3 draws"
+    assert 0 <= first["fad_recall"] <= first["fad_precision"] <= 1
     assert evaluator.evaluate_samples(model, data) == first
-    evaluator.draws = 1
-    draws = []
-    for evaluator.seed in (0, 1, 2):
-        values = evaluator.evaluate_samples(model, data)
-        assert set(values) == {"fad", "fad_precision", "fad_recall", "protocol"}
-        draws.append(values["fad"])
-    assert draws[0] == first["fad"] and len({*draws}) == 3
-    assert first["fad_median"] == sorted(draws)[1]
-    assert first["fad_range"] == max(draws) - min(draws)
+    evaluator.seed = 1
+    assert evaluator.evaluate_samples(model, data)["fad"] != first["fad"]
     evaluator.autoencoder["seed"] = 2  # the protocol names the autoencoder
     assert evaluator.evaluate_samples(model, data)["protocol"] != first["protocol"]
 
@@ -125,13 +117,10 @@ def test_evaluate_samples_checks_all_metrics_before_a_training(evaluator, monkey
 def test_evaluate_samples_measures_features_in_one_pass(evaluator, monkeypatch):
     network = Network("weights.pth")
     monkeypatch.setattr(evaluation, "EfficientNetLite0", lambda: network)
-    evaluator.features, evaluator.draws, data = True, 1, digits()
+    evaluator.features, data = True, digits()
     values = evaluator.evaluate_samples(Noise(), data)
     assert network.calls == len(data.test_dataloader()) + 1
-    assert values["features"] > 0 and 1 <= values["features_score"] <= 4
-    assert 0 <= values["features_recall"] <= values["features_precision"] <= 1
-    assert values["protocol"]["features_recall"].startswith("recall by 5 nearest neighbours in 4 ")
-    assert values["protocol"]["features_score"].endswith(", 40 samples")
+    assert values["features"] > 0
     assert evaluator.evaluate_samples(Noise(), data) == values  # the test images' were cached
     assert network.calls == len(data.test_dataloader()) + 2
     evaluator.samples = 4
@@ -147,7 +136,6 @@ def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, 
             assert (folder, name) == (tmp_path, "fashion")
             super().__init__(Network("weights.pth"), reset_real_features=False, **options)
             self.update(torch.rand(9, 1, 32, 32), real=True)
-            self.codes = AutoencoderCodes(Autoencoder(1, 32, (4,), 2))
 
         def update(self, images, real):
             assert real or len(images) == self.batch_size
@@ -158,9 +146,6 @@ def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, 
     data = digits(name="fashion_mnist", image_size=32, limit=40)
     values = evaluator.evaluate_samples(Noise(32), data)
     assert values["fad_published"] > 0 and values["fad"] > 0
-    assert values["fad_published_median"] > 0 and values["fad_published_range"] > 0
-    assert values["fad_published_precision"] >= 0 and values["fad_published_recall"] >= 0
-    assert "256 samples against 40 test images" in values["protocol"]["fad_published_recall"]
     assert values["protocol"]["fad_published"].endswith(
         "256 samples against the published statistics of the test images"
     )

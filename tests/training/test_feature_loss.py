@@ -1,22 +1,18 @@
 """The feature loss: its value, its classifier, and a run with it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from sj_taid.metric import efficientnet
-from sj_taid.training import feature_loss
 from sj_taid.training.checkpoint import read_checkpoint
-from sj_taid.training.feature_loss import ClassifierLoss, EfficientNetLoss
+from sj_taid.training.feature_loss import FeatureLoss
 from sj_taid.training.run import Run, build_part
 from sj_taid.training.train import train
-from tests.training.test_prior import TINY_ESVAE
+from tests.training.conftest import TINY_ESVAE
 
 
 def test_feature_loss_is_the_error_after_each_block():
-    loss = ClassifierLoss(1, 10, weight=0.5).train()
+    loss = FeatureLoss(1, 10, weight=0.5).train()
     before = {name: value.clone() for name, value in loss.state_dict().items()}
     output, image = torch.rand(2, 3, 1, 8, 8)
     output.requires_grad_()
@@ -30,18 +26,6 @@ def test_feature_loss_is_the_error_after_each_block():
     torch.testing.assert_close(loss.state_dict(), before, rtol=0, atol=0)  # batch norms too
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_feature_loss_through_efficientnet(channels, monkeypatch):
-    network = efficientnet.make_network()
-    monkeypatch.setattr(feature_loss, "EfficientNetLite0", lambda: SimpleNamespace(network=network))
-    loss = EfficientNetLoss()
-    output, image = torch.rand(2, 3, channels, 8, 8)
-    output.requires_grad_()
-    assert loss(image, image) == 0
-    loss(output, image).backward()
-    assert output.grad.abs().sum() > 0 and not any(p.requires_grad for p in loss.parameters())
-
-
 @pytest.fixture(scope="module")
 def digits(tiny):
     data = build_part(tiny("dataset.image_size=16"), "dataset")
@@ -51,7 +35,7 @@ def digits(tiny):
 
 def test_classifier_learns_and_is_cached(digits, tmp_path, caplog):
     caplog.set_level("INFO")
-    first, second = ClassifierLoss(1, 10), ClassifierLoss(1, 10)
+    first, second = FeatureLoss(1, 10), FeatureLoss(1, 10)
     first.prepare(digits, tmp_path)
     accuracy = float(caplog.messages[-1].split()[-2])
     assert accuracy > 90, caplog.messages

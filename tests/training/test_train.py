@@ -250,7 +250,6 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
             r"^feature_loss\.weight must be a number >= 0, but it is -1$",
         ),
         ("feature_loss=classifier dataset.classes=null", "learns from labels, but dataset"),
-        ("feature_loss=efficientnet metric.features=true", "the network that metric.features mea"),
         ("feature_loss=classifier task=classification model=classifier_small", "is for task=gen"),
         ("++feature_loss.weight=1", r"^feature_loss is not chosen; choose feature_loss=cla"),
         ("model.chroma_weight=1", r"^chroma_weight=1 is for images of 3(?s:.*)\n\(of .*FSVAE\)$"),
