@@ -142,6 +142,8 @@ class Evaluator:
         needed = 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)
         self._check_enough("fad", needed, data)
         codes = AutoencoderCodes(self._trained_autoencoder(data))
+        if len(data.train_set) < FEW:
+            codes.description += f", trained on {len(data.train_set)} images alone"
         kinds = {"fad_precision": Precision, "fad_recall": Recall}
         neighbours = {name: kind(codes, **ALONE) for name, kind in kinds.items()}
         groups.append({"fad": _distance(codes), **neighbours})

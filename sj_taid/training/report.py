@@ -28,7 +28,6 @@ from torchvision.utils import save_image
 
 from .._checks import check, integer
 from .._extras import needs
-from ..layer import TAID, FixedDecoder
 from ..model.block import seeded
 from .callbacks import Pictures, show_progress
 from .checkpoint import read_checkpoint
@@ -36,7 +35,6 @@ from .columns import COLUMNS as MEASURED
 from .columns import METRICS, Column, learned_nothing
 from .files import atomic_write, check_replaceable
 from .gather import Metrics, gather
-from .plot import time_shares
 from .run import Run, build_data
 from .tables import frame, heading, present
 
@@ -86,15 +84,10 @@ def inspect(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
         # A model that also steps through time ends with its pass over the whole sequence.
         return lambda node, inputs, output: spikes.update({name: output})
 
-    def record_shares(decoder: Any, inputs: tuple[Tensor]) -> None:
-        found["shares"] = time_shares(decoder.attention(*inputs)).mean(1)
-
     with ExitStack() as hooks, seeded(SEED), torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, BaseNode):
                 hooks.enter_context(module.register_forward_hook(record_spikes(name)))
-            elif isinstance(module, TAID | FixedDecoder):
-                hooks.enter_context(module.register_forward_pre_hook(record_shares))
         output = model(images)
     if hasattr(output, "image"):
         found["reconstructions"] = png(images, output.image)
@@ -119,16 +112,14 @@ def png(*rows: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def read_training(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, dict[str, float]]]]:
-    """The logged values and the neurons' parameters over the epochs, from the checkpoint."""
+def read_training(run: Run) -> Iterator[dict[str, Any]]:
+    """The logged values over the epochs, from the checkpoint."""
     states = read_checkpoint(Run.find(run.folder).checkpoint).get("callbacks", {})
-    state = states.get(Pictures.__qualname__, {"epochs": [], "history": []})
-    logged = [
-        {"epoch": epoch, "stage": stage, "name": name, "value": value}
-        for epoch, values in enumerate(state["epochs"], 1)
-        for (stage, _, name), value in ((key.partition("/"), x) for key, x in values.items())
-    ]
-    return logged, state["history"]
+    epochs = states.get(Pictures.__qualname__, {"epochs": []})["epochs"]
+    for epoch, values in enumerate(epochs, 1):
+        for key, value in values.items():
+            stage, _, name = key.partition("/")
+            yield {"epoch": epoch, "stage": stage, "name": name, "value": value}
 
 
 # ---- figures ----
@@ -149,20 +140,16 @@ def to_json(figure: Figure, height: int = 300) -> str:
     return figure.to_json()
 
 
-def lines(rows: pd.DataFrame, x: str, y: str, height: int = 300, **options: Any) -> str:
-    """Lines over whole steps; the page's table is the legend of runs."""
-    figure = px.line(rows, x=x, y=y, **options).update_layout(showlegend="run" not in rows)
-    figure.update_xaxes(dtick=max(1, round(rows[x].max() / 8)))
-    return to_json(figure, height)
-
-
 def curves(epochs: list[dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
     """Learning curves: a figure for each logged name, with all runs in it."""
     dashes = {"train": "dot", "val": "solid"}
     options: dict[str, Any] = {"line_dash": "stage", "line_dash_map": dashes, "markers": True}
     for name, part in pd.DataFrame(epochs).groupby("name", sort=False) if epochs else ():
         title = f"{name} over the epochs (dotted: in training)"
-        yield lines(part, "epoch", "value", title=title, **options, **by_run)
+        figure = px.line(part, x="epoch", y="value", title=title, **options, **by_run)
+        figure.update_layout(showlegend=False)
+        figure.update_xaxes(dtick=max(1, round(part["epoch"].max() / 8)))  # whole ones
+        yield to_json(figure)
 
 
 def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
@@ -175,33 +162,6 @@ def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterato
         figure.update_layout(showlegend=False, xaxis_title=None)
         figure.update_yaxes(autorange="reversed")
         yield to_json(figure, 110 + len(found) * (14 + 7 * len(runs)))
-
-
-def attention(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
-    """The share of each time step in the image, a mean over the test images."""
-    rows = [
-        {"run": label, "channel": channel, "time step": step, "share": share}
-        for label, found in runs.items()
-        for step, shares in enumerate(found["shares"].tolist() if "shares" in found else (), 1)
-        for channel, share in enumerate(shares)
-    ]
-    if rows:
-        title = "share of each time step in the image"
-        table = pd.DataFrame(rows)
-        yield lines(table, "time step", "share", title=title, line_dash="channel", **by_run)
-
-
-def parameters(history: list[dict[str, dict[str, float]]]) -> Iterator[str]:
-    """tau and V_th of every layer over the epochs; entry 0 is the start."""
-    rows = [
-        {"epoch": epoch, "layer": layer, **values}
-        for epoch, layers in enumerate(history)
-        for layer, values in layers.items()
-    ]
-    finite = pd.DataFrame(rows).replace(np.inf, np.nan)
-    for name, title in (("tau", "τ, time steps"), ("v_threshold", "V_th")) if rows else ():
-        options = {"color": "layer", "title": title}
-        yield lines(finite, "epoch", name, max(300, 100 + 20 * len(history[0])), **options)
 
 
 def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
@@ -264,12 +224,10 @@ def page(
     details: dict[str, dict[str, Any]] = {}
     for label, folder in show_progress([*table["folder"].items()], "Reading runs"):
         command = runs[folder]["command"]
-        one = {"folder": folder, "command": command, "parameters": [], "raster": []}
+        one = {"folder": folder, "command": command, "raster": []}
         details[label] = one
         try:
-            logged, history = read_training(Run(folder))
-            epochs += [{"run": label, **value} for value in logged]
-            one["parameters"] = [*parameters(history)]
+            epochs += [{"run": label, **value} for value in read_training(Run(folder))]
             if len(details) <= best:
                 one |= inspect(Run(folder), tuple(trust))
         except Exception as error:  # whatever is wrong with a run, the others are shown
@@ -296,7 +254,7 @@ def page(
         left_out=left_out,
         sections={
             "Learning curves": [*curves(epochs, by_run)],
-            "Firing and decoding": [*rates(details, by_run), *attention(details, by_run)],
+            "Firing": [*rates(details, by_run)],
         },
     )
 

@@ -1,7 +1,6 @@
 """The command line: arguments reach Hydra, and a user's errors are a few lines."""
 
 import atexit
-import importlib
 import json
 import re
 import shlex
@@ -12,7 +11,6 @@ import lightning as L
 import pytest
 from omegaconf import OmegaConf
 
-from sj_taid import doctor
 from sj_taid.training import cli, config, run
 from tests.training.conftest import TINY_AUTOENCODING
 
@@ -101,7 +99,9 @@ def test_cli_reports_a_users_error_in_lines(
         sj_taid(*arguments.split())
     text = str(ended.value)
     assert re.search(message, text), text
-    lines = capsys.readouterr().err.splitlines() + text.splitlines()
+    said = capsys.readouterr()
+    assert "-m seed" not in arguments or re.search(message, said.out)  # before the sweep's end
+    lines = said.err.splitlines() + text.splitlines()
     assert "Traceback" not in "".join(lines)
     assert len(lines) <= 3
     left = [*tmp_path.rglob("*")]
@@ -239,11 +239,3 @@ def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):
 def test_train_names_an_objective_that_it_did_not_measure(train, caplog):
     train("trainer.max_epochs=0", "objective=validation_reconstruction")
     assert "did not measure its objective, validation_reconstruction" in caplog.text
-
-
-def test_doctor_asks_for_the_commit_when_a_run_starts(monkeypatch):
-    doctor.commit.cache_clear()
-    asked = []
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: asked.append(1) or pytest.fail())
-    importlib.reload(doctor)
-    assert not asked

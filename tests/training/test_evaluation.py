@@ -94,6 +94,8 @@ def test_evaluate_samples_is_reproducible_and_leaves_the_random_state_alone(eval
     assert evaluator.evaluate_samples(model, data) == first
     evaluator.seed = 1
     assert evaluator.evaluate_samples(model, data)["fad"] != first["fad"]
+    few = evaluator.evaluate_samples(model, digits(limit=40), only="fad")["protocol"]["fad"]
+    assert "trained on 40 images alone" in few and "alone" not in first["protocol"]["fad"]
     evaluator.autoencoder["seed"] = 2  # the protocol names the autoencoder
     assert evaluator.evaluate_samples(model, data)["protocol"] != first["protocol"]
 

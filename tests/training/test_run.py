@@ -247,10 +247,3 @@ def test_two_folders_of_images_have_two_names():
     roots = ("photos/a", "photos/b", "elsewhere/a/")
     cfgs = [compose("train", ["dataset=image_folder", f"dataset.root={root}"]) for root in roots]
     assert [cfg.dataset.name for cfg in cfgs] == [f"image_folder_{name}" for name in "aba"]
-
-
-def test_a_run_may_have_the_name_of_a_model(tmp_path):
-    checkpoint = tmp_path / "esvae_mnist_taid" / runs.CHECKPOINTS / "last.ckpt"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
-    assert Run.find(tmp_path / "esvae_mnist_taid").checkpoint == checkpoint
