@@ -19,10 +19,9 @@ from store import FOLDERS, RESULTS, load_all_runs, load_runs, load_study, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.columns import METRICS, Column, format_metrics
+from sj_taid.training.compare import frame, gather, markdown, overrides, summary
 from sj_taid.training.files import atomic_write
-from sj_taid.training.gather import gather, overrides
 from sj_taid.training.plot import save
-from sj_taid.training.tables import frame, markdown, summary
 
 ROOT = RESULTS.parent
 PAGES = [

@@ -28,7 +28,7 @@ import torch
 
 from sj_taid import __version__, doctor
 from sj_taid.ops import backends
-from sj_taid.training.tables import markdown
+from sj_taid.training.compare import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
+from sj_taid.training.compare import Metrics, overrides
 from sj_taid.training.config import folder_name
 from sj_taid.training.files import atomic_write
-from sj_taid.training.gather import Metrics, overrides
 from sj_taid.training.run import Run, read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

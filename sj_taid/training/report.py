@@ -33,10 +33,9 @@ from .callbacks import Pictures, show_progress
 from .checkpoint import read_checkpoint
 from .columns import COLUMNS as MEASURED
 from .columns import METRICS, Column, learned_nothing
+from .compare import Metrics, frame, gather, heading, present
 from .files import atomic_write, check_replaceable
-from .gather import Metrics, gather
 from .run import Run, build_data
-from .tables import frame, heading, present
 
 with needs("'spikingjelly>=2' plotly jinja2"):
     import jinja2

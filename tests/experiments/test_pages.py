@@ -10,7 +10,7 @@ import pytest
 import store
 from omegaconf import OmegaConf
 
-from sj_taid.training import columns, gather, run
+from sj_taid.training import columns, compare, run
 from tests.training.conftest import CONF, metrics
 
 ACCURACIES = {"plif": [0.9, 0.1, 0.2, 0.3], "alif": [0.94, 0.935, 0.925, 0.91]}
@@ -34,14 +34,14 @@ def sweep(tmp_path_factory):
         config = {"seed": seed, "model": {"norm": False}, "task": {"lr_scale": 10}}
         config["neuron_start"] = start | {"calibrate": None}
         OmegaConf.save(OmegaConf.create(config), single.folder / run.CONFIG)
-    return gather.gather([folder])[0]
+    return compare.gather([folder])[0]
 
 
 # ---- the store ----
 
 
 def test_store_names_runs_by_their_choices(runs, tmp_path):
-    finished, _ = gather.gather([runs])
+    finished, _ = compare.gather([runs])
     finished[tmp_path / "other"] = metrics(["neuron=lif"], fad=1.0)
     lines = [*store.store(finished, tmp_path)]
     assert lines[-1] == f"not stored: {tmp_path / 'other'} (it is no run of experiment=...)"
@@ -111,7 +111,7 @@ def test_stored_runs_are_of_experiments_and_have_names_for_any_command_line():
         assert re.fullmatch(r"[A-Za-z0-9._-]{1,120}", path.stem), path
         stored = run.read_json(path)
         assert {"command", "commit", "machine", "evaluations", "choices"} <= stored.keys()
-        assert gather.overrides(stored)["experiment"] == path.parent.name
+        assert compare.overrides(stored)["experiment"] == path.parent.name
 
 
 @pytest.mark.parametrize("study", store.STUDIES)

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from sj_taid.training import columns, compare, gather, run, tables
+from sj_taid.training import columns, compare, run
 from tests.training.conftest import cells, metrics
 
 
@@ -21,7 +21,7 @@ def single(tmp_path):
 
 def test_gather_counts_a_run_once_however_its_folder_is_named(runs, tmp_path):
     (tmp_path / "link").symlink_to(runs)
-    finished, left_out = gather.gather([runs, runs / ".." / runs.name, tmp_path / "link"])
+    finished, left_out = compare.gather([runs, runs / ".." / runs.name, tmp_path / "link"])
     assert len(finished) == 4 and len(left_out) == 2
 
 
@@ -51,7 +51,7 @@ def test_gather_leaves_out_a_damaged_run_with_the_reason(single, capsys, file, c
     (single.folder / file).parent.mkdir(exist_ok=True)
     (single.folder / file).write_bytes(content)
     with pytest.raises(FileNotFoundError, match=f"no finished run below {single.folder}; an"):
-        gather.gather([single.folder])
+        compare.gather([single.folder])
     left_out = capsys.readouterr().out
     assert left_out.startswith(f"left out: {single.folder} (") and reason in left_out
 
@@ -59,32 +59,32 @@ def test_gather_leaves_out_a_damaged_run_with_the_reason(single, capsys, file, c
 def test_gather_counts_the_evaluations_of_the_checkpoints_that_are_here(single):
     evaluation = {"metrics": {"fad": 3.0}, "protocol": {"fad": "by eye"}}
     single.save_evaluation(evaluation | {"checkpoint_sha256": "of one that is not here"})
-    read = gather.read(single)  # without any checkpoint all count
+    read = compare.read(single)  # without any checkpoint all count
     assert read["fad"] == 3.0 and read["protocol"]["fad"] == "by eye"
     single.checkpoint.parent.mkdir()
     single.checkpoint.write_bytes(b"now")
-    assert gather.read(single)["fad"] == 3.5
+    assert compare.read(single)["fad"] == 3.5
     single.best.write_bytes(b"the best")
     for there, name in ((single, "fad"), (run.Run(single.folder, single.best), "accuracy")):
         digest = {"checkpoint_sha256": there.checkpoint_sha256()}
         single.save_evaluation({"metrics": {name: 0.5}, "protocol": {}} | digest)
-    read = gather.read(single)
+    read = compare.read(single)
     assert (read["fad"], read["accuracy"]) == (0.5, 0.5)
     # Made while the clock was ahead: the next counts on from it.
     path = single.save_evaluation({"metrics": {"fad": 2.0}, "protocol": {}} | digest)
     path.rename(path.with_name("2130-01-01.json"))
     single.save_evaluation({"metrics": {"fad": 1.0}, "protocol": {}} | digest)
-    assert gather.read(single)["fad"] == 1.0
+    assert compare.read(single)["fad"] == 1.0
 
 
 # ---- tables ----
 
 
 def test_summary_keeps_protocols_apart(runs):
-    first, *others = gather.gather([runs])[0].values()
-    assert "FAD, own autoencoder ↓" in tables.summary([first, *others])
+    first, *others = compare.gather([runs])[0].values()
+    assert "FAD, own autoencoder ↓" in compare.summary([first, *others])
     first["protocol"] = {"fad": "by eye"}
-    mixed = tables.summary([first, *others])
+    mixed = compare.summary([first, *others])
     title = "FAD, own autoencoder ↓ (of different protocols)"
     assert {*mixed[title]} == {"7.50 ± 0.71", "10.00, 12.00"}
 
@@ -95,7 +95,7 @@ def test_frame_takes_a_choice_over_a_metric_of_its_name_and_over_a_folder():
         metrics(["dataset=image_folder", f"+loss={loss}"], {"dataset": name}) | {"loss": 0.5}
         for loss, name in zip(("mse", "tet"), names, strict=True)
     ]
-    table, keys = tables.frame(two)
+    table, keys = compare.frame(two)
     assert keys == ["dataset", "loss"]
     assert [*table["dataset"]] == names and [*table["loss"]] == ["mse", "tet"]
 

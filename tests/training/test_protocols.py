@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sj_taid.data import Digits
-from sj_taid.training import columns, evaluation, gather, run
+from sj_taid.training import columns, compare, evaluation, run
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
@@ -93,7 +93,7 @@ def test_best_validation_epoch_is_saved_and_tested(job, tmp_path, monkeypatch):
     of_best = evaluated(tmp_path / run.CHECKPOINTS / "best.ckpt")["metrics"]
     assert of_best.keys() == {"accuracy_best_validation_epoch", "loss_best_validation_epoch"}
     assert all(value == metrics[name] for name, value in of_best.items())
-    read = gather.read(run.Run(tmp_path))
+    read = compare.read(run.Run(tmp_path))
     assert {name: read[name] for name in metrics} == metrics
 
 

@@ -11,7 +11,7 @@ import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 
 from sj_taid.model.block import seeded
-from sj_taid.training import cli, gather, load_model, report, run
+from sj_taid.training import cli, compare, load_model, report, run
 from sj_taid.training.train import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -83,7 +83,7 @@ def test_inspect_shows_what_the_checkpoint_does(sweep):
 
 
 def test_page_shows_a_generator_that_learned_nothing_last(runs):
-    finished, _ = gather.gather([runs])
+    finished, _ = compare.gather([runs])
     grey = finished[runs.resolve() / "1"]  # the best, but as good untrained
     grey |= {"fad": 0.1, "fad_untrained": 0.1}
     table, _, _ = report.rank(finished)
@@ -93,7 +93,7 @@ def test_page_shows_a_generator_that_learned_nothing_last(runs):
 
 
 def test_page_shows_runs_without_checkpoints(runs):
-    finished, left_out = gather.gather([runs])
+    finished, left_out = compare.gather([runs])
     html = report.page(finished, left_out | {runs: "<script>"})
     assert html.count("no checkpoint at") == 4 and "data-figure" in html
     assert "metrics.json is damaged" in html and "&lt;script&gt;" in html
