@@ -13,12 +13,10 @@ from . import functional as functional
 from .acceleration import accelerate, unaccelerate
 from .calibration import calibrate
 from .convert import swap_neurons, to_lif
-from .fusion import fuse_norm, unfuse_norm
 from .layer import TAID, FixedDecoder
 from .monitoring import monitor
 from .neuron import ALIFNode
 from .optim import parameter_groups
-from .packing import packed_spikes
 from .pretrained import create_model, list_models
 from .state import fresh_state, name_neurons
 
@@ -30,16 +28,13 @@ __all__ = [
     "calibrate",
     "create_model",
     "fresh_state",
-    "fuse_norm",
     "list_models",
     "monitor",
     "name_neurons",
-    "packed_spikes",
     "parameter_groups",
     "swap_neurons",
     "to_lif",
     "unaccelerate",
-    "unfuse_norm",
 ]
 __version__ = "0.1.0"
 

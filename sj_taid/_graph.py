@@ -60,10 +60,9 @@ def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
         node.register_hook(mark_freed)
 
 
-def requires_grad(tensor: Tensor) -> bool:
-    """Whether a tensor of a subclass requires a gradient, without asking the subclass."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.requires_grad
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` runs, such as ``vmap`` or ``grad``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def allows_hooks() -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import _compat
 from ._checks import check_net
-from ._fused_neuron import FusedNeuron, restore
+from ._fused_neuron import Accelerated, restore
 from .neuron import ALIFNode
 from .ops import backends
 from .report import Report, Row, table_of
@@ -242,7 +242,7 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
 
 def why_no_alif(node: Any) -> str | None:
     """Why no ALIF has the outputs of a neuron, or ``None``."""
-    if isinstance(node, FusedNeuron):
+    if isinstance(node, Accelerated):
         return "accelerated: sj_taid.unaccelerate(net) first, which gives the neuron back"
     if _compat.plain_kind(node) is None:
         known = next((kind for kind in _compat.PLAIN_NEURONS if isinstance(node, kind)), None)

@@ -10,7 +10,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from .ops import backends
-from .ops.alif.norm import Norm, batch_norm
+from .ops.alif.norm import Layout, Norm, batch_norm
 from .ops.alif.reference import state_dtype
 
 __all__ = ["alif_multi_step", "alif_step", "lower_bound"]
@@ -28,6 +28,7 @@ def alif_multi_step(
     detach_reset: bool = False,
     store_v_seq: bool = False,
     norm: Norm | None = None,
+    layout: Layout | None = None,
     backend: str = backends.AUTO,
     return_bits: bool = False,
 ) -> tuple[Any, ...]:
@@ -49,7 +50,9 @@ def alif_multi_step(
             :class:`~sj_taid.ALIFNode`.
         store_v_seq: also return the voltage of every step.
         norm: a batch norm over axis 2; its running statistics are updated in place where the
-            batch's own are used.
+            batch's own are used and were not taken before.
+        layout: shape ``[T, *]`` and strides that spikes and voltages have, in ``x_seq``'s memory
+            order, as if ``x_seq`` had been permuted; only of the fused backends.
         return_bits: also return the spikes as bits, uint8 ``[ceil(T / 8), neurons]``:
             :mod:`sj_taid.ops.bits`.
 
@@ -69,13 +72,14 @@ def alif_multi_step(
     ([0.0, 1.0, 0.0], [0.5])
     """
     _check_sequence(x_seq)
-    v = _check_state(v, x_seq)
+    v = _check_state(v, x_seq, (x_seq.shape if layout is None else layout[0])[1:])
     for name, parameter in (("w", w), ("v_threshold", v_threshold)):
         _check_parameter(name, parameter, x_seq)
     if norm is not None:
         _check_norm(norm, x_seq)
         if not x_seq.numel():  # an empty batch has no statistics; its gradients are zeros
             x_seq, norm = batch_norm(x_seq, norm), None
+    options = {} if layout is None else {"layout": layout}
     return backends.resolve(backend, x_seq, surrogate_function).multi_step(
         x_seq,
         v,
@@ -88,6 +92,7 @@ def alif_multi_step(
         store_v_seq=store_v_seq,
         norm=norm,
         return_bits=return_bits,
+        **options,
     )
 
 
@@ -162,17 +167,17 @@ def _check_sequence(x_seq: Tensor) -> None:
         )
 
 
-def _check_state(v: Tensor | float, x_seq: Tensor) -> Tensor | float:
+def _check_state(v: Tensor | float, x_seq: Tensor, shape: tuple[int, ...]) -> Tensor | float:
     if not isinstance(v, Tensor):
         if isinstance(v, int | float | torch.SymFloat):
             return v
         raise TypeError(
             f"the membrane potential v must be a tensor or a number, but it is {v!r}; 0.0 is rest"
         )
-    if v.shape != x_seq.shape[1:]:
+    if v.shape != shape:
         raise ValueError(
             f"the membrane potential has shape {list(v.shape)}, but one step of the input has "
-            f"{list(x_seq.shape[1:])}; reset between sequences: functional.reset_net(net)"
+            f"{list(shape)}; reset between sequences: functional.reset_net(net)"
         )
     _check_device("the membrane potential", v, x_seq)
     if not torch.compiler.is_compiling() and v.is_inference() and torch.is_grad_enabled():

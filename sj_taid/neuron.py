@@ -10,16 +10,16 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
-from . import _graph, functional
+from . import _compat, _graph, functional
 from ._checks import check_flags, check_numbers, is_number, is_whole
-from ._fused_neuron import KINDS, FusedNeuron
+from ._fused_neuron import FusedNeuron
 from .ops import backends
 from .ops.alif.reference import state_dtype
 
 __all__ = ["ALIFNode"]
 
 
-class ALIFNode(FusedNeuron):
+class ALIFNode(FusedNeuron, _compat.BaseNode):
     r"""Leaky integrate-and-fire neuron that learns its time constant *and* its threshold.
 
     "Adaptive" means adapted by learning; elsewhere ALIF often names a neuron whose threshold
@@ -193,6 +193,24 @@ class ALIFNode(FusedNeuron):
             self._check_state(v, inputs[0].shape[1:] if step_mode == "m" else inputs[0].shape)
         return states
 
+    def _start(self, x_seq: Tensor) -> Tensor | float:
+        return self.materialize_states((x_seq,), (self.v,), "m")[0]
+
+    def single_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """One step ``[N, *]`` with explicit state; nothing on the module changes."""
+        x_seq = functional.as_sequence(inputs[0])
+        spike_seq, v, _ = self._multi_step(x_seq, states[0], store_v_seq=False)
+        return (spike_seq[0],), (v,)
+
+    def multi_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """A sequence ``[T, N, *]`` with explicit state; nothing on the module changes."""
+        spike_seq, v, _ = self._multi_step(inputs[0], states[0], store_v_seq=False)
+        return (spike_seq,), (v,)
+
     def _operands(self, x_seq: Tensor) -> dict[str, Any]:
         return {
             "w": self.w,
@@ -242,9 +260,6 @@ class ALIFNode(FusedNeuron):
             return tensor.to(moved.device, torch.float32) if lowered else moved
 
         return super()._apply(keep_float32)
-
-
-KINDS.add(ALIFNode)
 
 
 def _range(parameter: Tensor) -> str:

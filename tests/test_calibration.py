@@ -93,7 +93,7 @@ def make_fused_net():
         neuron.LIFNode(v_threshold=5.0, store_v_seq=True),
     )
     functional.set_step_mode(net, "m")
-    assert len(sj_taid.fuse_norm(net).changed) == 1
+    sj_taid.accelerate(net)
     return net
 
 
@@ -125,7 +125,7 @@ def test_calibrate_changes_only_thresholds(training):
 def test_calibrate_takes_a_fused_norm_as_the_norm_before(training):
     net = make_fused_net().train(training)
     apart = copy.deepcopy(net)
-    sj_taid.unfuse_norm(apart)
+    sj_taid.unaccelerate(apart)
     found, expected = (calibrate(each, images()) for each in (net, apart))
     assert not found.missed
     torch.testing.assert_close(thresholds(net), thresholds(apart), rtol=1e-3, atol=0.0)

@@ -1,4 +1,4 @@
-"""Bytes saved for backward and time of a training step: norm and neuron apart, fused, with bits.
+"""Bytes saved for backward and time of a training step: norm and neuron apart, and accelerated.
 
     python experiments/benchmark/norm.py
 
@@ -23,7 +23,7 @@ from common import DTYPES, conditions, interleave, parser, saved_bytes, write_cs
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
-from sj_taid import ALIFNode, fuse_norm, packed_spikes, swap_neurons
+from sj_taid import ALIFNode, accelerate, swap_neurons
 from sj_taid.training.allocator import reuse_freed_memory
 
 PAIR, SMALL = "norm + neuron", "2 x [conv, norm, neuron]"
@@ -53,13 +53,10 @@ def variants(name: str, compile_too: bool) -> dict[str, nn.Module]:
     two = make(name, neuron.LIFNode)
     swap_neurons(two)
     one = copy.deepcopy(two)
-    fuse_norm(one)
+    accelerate(one)
     nets = {"SpikingJelly LIF": make(name, neuron.LIFNode)}
     nets[RIVAL] = make(name, neuron.ParametricLIFNode)
-    nets |= {"ALIF, two operators": two, "ALIF, one operator": one}
-    if name != PAIR:  # which has no layer that saves spikes
-        nets["ALIF, one operator, bits"] = packed = copy.deepcopy(one)
-        packed_spikes(packed)
+    nets |= {"ALIF, two operators": two, "ALIF, accelerated": one}
     if compile_too:
         nets["ALIF torch, compiled"] = compiled = copy.deepcopy(two)
         for module in compiled.modules():

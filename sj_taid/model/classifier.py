@@ -7,7 +7,7 @@ from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
 from .._checks import are_two_numbers, check_flags, check_sizes, is_whole
-from ..fusion import fuse_norm
+from ..acceleration import accelerate
 from ..neuron import ALIFNode
 from .block import Neuron, check_images, check_widths, make_neuron, reset
 
@@ -51,7 +51,7 @@ class Classifier(nn.Module):
             ``channels=``, which ALIF takes.
         output_neuron: False leaves the last neurons out: the outputs are their input currents,
             unbounded, as losses of logits need them.
-        fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
+        fused_norm: :func:`sj_taid.accelerate` the net, which fuses norms with neurons.
 
     Raises:
         ValueError: sizes that do not fit, or input of another shape or not finite.
@@ -133,7 +133,7 @@ class Classifier(nn.Module):
         if not output_neuron:
             del self.head[-1]
         if fused_norm:
-            fuse_norm(self)
+            accelerate(self)
 
     def forward(self, x: Tensor, each_step: bool = False) -> Tensor:
         """Firing rates ``[N, classes]`` in [0, 1], or mean currents without output neurons.

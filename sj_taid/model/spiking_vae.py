@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import check_count, check_flags, check_sizes, check_weights
-from ..fusion import fuse_norm
+from ..acceleration import accelerate
 from ..layer import TAID
 from ..neuron import ALIFNode
 from .block import Neuron, check_images, encoder_shape, eval_mode, reset, spiking_block
@@ -49,7 +49,7 @@ class SpikingVAE(nn.Module):
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
         image_decoder: :class:`~sj_taid.TAID` (default) or :class:`~sj_taid.FixedDecoder`, made for
             the same T.
-        fused_norm: let ALIF neurons apply the norm before them: :func:`sj_taid.fuse_norm`.
+        fused_norm: :func:`sj_taid.accelerate` the net, which fuses norms with neurons.
         subpixel: end in a convolution at half resolution with four channels per image channel, one
             for each pixel (Shi et al. 2016, arXiv 1609.05158). False is the published decoder, a
             transposed block to full resolution and a convolution there.
@@ -127,7 +127,7 @@ class SpikingVAE(nn.Module):
         self.to_image = layer.SeqToANNContainer(*last)
         self.image_decoder = image_decoder
         if fused_norm:
-            fuse_norm(self)
+            accelerate(self)
 
     def _make_latent(self, neuron: Neuron) -> None:
         """Make the subclass's modules between encoder and decoder."""

@@ -30,6 +30,8 @@ class Backend(NamedTuple):
 
     multi_step: Callable[..., tuple[Any, ...]]
     unsupported: Callable[[Tensor, Any], str | None]
+    #: the ``statistics`` of its :class:`.alif.autograd.Engine`, if it is fused
+    statistics: Callable[[Tensor], Tensor] | None = None
 
 
 class BackendUnavailableError(RuntimeError):
@@ -43,13 +45,13 @@ def _torch() -> Backend:
 def _numba() -> Backend:
     from .alif import cpu
 
-    return Backend(cpu.multi_step, cpu.unsupported)
+    return Backend(cpu.multi_step, cpu.unsupported, cpu.ENGINE.statistics)
 
 
 def _cupy() -> Backend:
     from .alif import cuda
 
-    return Backend(cuda.multi_step, cuda.unsupported)
+    return Backend(cuda.multi_step, cuda.unsupported, cuda.ENGINE.statistics)
 
 
 #: Name -> a function that imports the backend, or raises the original exception.
@@ -144,6 +146,11 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
             return found
         _warn_once(f"{found}. Falling back from {candidate!r}; say backend=... to choose.")
     return _torch()
+
+
+def statistics_of(x_seq: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The ``statistics`` of the backend that runs such a sequence, or ``None`` if none is fused."""
+    return resolve(AUTO, x_seq, None).statistics
 
 
 def _find(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend | str:

@@ -20,9 +20,8 @@ from torch.autograd import forward_ad
 
 from .. import bits, surrogate
 from ..bits import is_dense
-from ..recipe import recipe_of
 from . import norm as norms
-from .norm import Affine, Norm
+from .norm import Affine, Layout, Norm
 from .reference import state_dtype
 
 
@@ -37,7 +36,7 @@ def unsupported(
             f"the input is {x_seq.dtype}, expected one of {', '.join(map(str, dtypes))}; "
             "convert it, or use backend='torch'"
         )
-    return surrogate.unsupported(surrogate_function)
+    return surrogate_function and surrogate.unsupported(surrogate_function)
 
 
 class Engine(NamedTuple):
@@ -57,9 +56,8 @@ class Engine(NamedTuple):
     ``grad_x_seq`` is that of ``x_seq``, ``gain G_y``. Otherwise :mod:`.norm` makes A and B, ``ab``,
     of the sums alone, and all else comes from a second backward, which is given ``ab``.
 
-    Where ``takes_statistics``, a call with ``eps``, ``weight`` and ``bias`` does all of a norm: its
-    ``table`` and ``numbers`` are those of :class:`.norm.Affine`. Backward, given ``numbers``, then
-    gives ``grad_x_seq`` at once, and as ``norm_sums`` the gradients of bias and weight.
+    Where ``takes_numbers``, backward is given the ``numbers`` of :class:`.norm.Affine` and gives
+    ``grad_x_seq`` at once, and as ``norm_sums`` the gradients of bias and weight.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -68,14 +66,14 @@ class Engine(NamedTuple):
     statistics: Callable[[Tensor], Tensor]
     #: T, dtype -> how many voltages per neuron forward saves for backward's recomputation
     checkpoints: Callable[[int, torch.dtype], int]
-    #: whether forward and backward of such an x_seq can do all of a norm
-    takes_statistics: Callable[[Tensor], bool] = lambda x_seq: False
+    #: whether the backward of such an x_seq can do all of a norm
+    takes_numbers: Callable[[Tensor], bool] = lambda x_seq: False
 
 
 class Forward(NamedTuple):
     """The arguments of a forward, in the operator's order.
 
-    Its results are spikes, V, every V, checkpoint, bits, table and numbers.
+    Its results are spikes, V, every V, checkpoint and bits.
     """
 
     x_seq: Tensor
@@ -89,9 +87,6 @@ class Forward(NamedTuple):
     checkpoints: int
     norm: Tensor | None = None
     pack: bool = False
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float | None = None
 
 
 class Backward(NamedTuple):
@@ -130,7 +125,7 @@ def register(name: str, dispatch_key: str, engine: Engine) -> Engine:
     """Make ``engine``'s functions the operators ``sj_taid::{name}_forward`` and so on."""
     operators = {}
     for what, arguments, results, fake in (
-        ("forward", _schema(Forward), 7, empty_outputs),
+        ("forward", _schema(Forward), 5, empty_outputs),
         ("backward", _schema(Backward), 4, empty_gradients),
         ("statistics", "Tensor x_seq", 1, empty_statistics),
     ):
@@ -156,15 +151,13 @@ def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
     check_layout(call.x_seq, steps=(call.v0,))
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     step, room = x_seq[0], x_seq.new_empty
-    neurons, channels = step.numel(), 0 if call.eps is None else x_seq.shape[2]
+    neurons = step.numel()
     return (
         torch.empty_like(x_seq),
         torch.empty_like(step, dtype=dtype),
         torch.empty_like(x_seq, dtype=dtype) if call.store_v_seq else room(0, dtype=dtype),
         room((call.checkpoints, neurons), dtype=dtype),
         room((call.pack * bits.count_bytes(len(x_seq)), neurons), dtype=torch.uint8),
-        room((3, channels), dtype=torch.float32),
-        room((5, channels), dtype=torch.float64),
     )
 
 
@@ -215,21 +208,22 @@ class _FusedALIF(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         # One parameter: apply looks at each of the signature's at every call.
-        x_seq, v0, w, v_threshold, weight, bias, affine, engine, options, *_ = inputs
+        x_seq, v0, w, v_threshold, _, _, affine, engine, options, _, layout, _ = inputs
         tensors = {"x_seq": x_seq, "v0": v0, "w": w, "v_threshold": v_threshold, "norm": affine[0]}
-        return engine.forward(*Forward(**tensors, weight=weight, bias=bias, **options))
+        spike_seq, v, v_seq, *rest = engine.forward(*Forward(**tensors, **options))
+        if layout is not None:
+            spike_seq, v = _laid_out(spike_seq, layout), _laid_out(v, _of_step(layout))
+            v_seq = _laid_out(v_seq, layout) if options["store_v_seq"] else v_seq
+        return spike_seq, v, v_seq, *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x_seq, v0, w, v_threshold = inputs[:4]
-        affine, ctx.engine, options, ctx.options, ctx.group, recipe = inputs[6:]
-        checkpoint, packed, *own_affine = output[3:]
-        ctx.has_v_seq, ctx.owns_norm = options["store_v_seq"], options["eps"] is not None
-        affine = own_affine if ctx.owns_norm else affine
-        ctx.compute, made_from = recipe or (_dense, (x_seq,))
-        ctx.strides = x_seq.stride()
-        ctx.save_for_backward(v0, w, v_threshold, checkpoint, *affine, *made_from)
-        ctx.mark_non_differentiable(checkpoint, packed, *own_affine)
+        affine, ctx.engine, options, ctx.options, ctx.layout, ctx.group = inputs[6:]
+        checkpoint, packed = output[3:]
+        ctx.has_v_seq, ctx.form = options["store_v_seq"], (x_seq.shape, x_seq.stride())
+        ctx.save_for_backward(x_seq, v0, w, v_threshold, checkpoint, *affine)
+        ctx.mark_non_differentiable(checkpoint, packed)
         # An output that nobody used has no gradient to read.
         ctx.set_materialize_grads(False)
 
@@ -242,14 +236,19 @@ class _FusedALIF(torch.autograd.Function):
         *unused: None,
     ) -> tuple[Tensor | None, ...]:
         # Hooks on saved tensors need not keep their layout.
-        saved, strides = _saved_tensors(ctx), ctx.strides
-        v0, *made_from = saved[0], *saved[6:]
-        small = (t if t is None else t.contiguous() for t in saved[1:6])
+        saved, (_, strides) = _saved_tensors(ctx), ctx.form
+        small = (t if t is None else t.contiguous() for t in saved[2:])
         w, v_threshold, checkpoint, table, numbers = small
-        x_seq, v0 = _arranged(ctx.compute(*made_from), strides), _arranged(v0, strides[1:])
+        x_seq, v0 = _arranged(saved[0], strides), _arranged(saved[1], strides[1:])
+        if ctx.layout is not None:
+            form = ctx.form
+            grad_spike_seq = _in_order(grad_spike_seq, ctx.layout, form)
+            grad_v = _in_order(grad_v, _of_step(ctx.layout), _of_step(form))
+            grad_v_seq = _in_order(grad_v_seq, ctx.layout, form) if ctx.has_v_seq else None
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
         needs_ab = need_x and table is not None and not ctx.options["fixed_norm"]
-        two_passes = needs_ab and not ctx.owns_norm
+        does_norm = needs_ab and ctx.group is None and ctx.engine.takes_numbers(x_seq)
+        two_passes = needs_ab and not does_norm
         # create_graph=True, and torch.func always
         backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         call = Backward(
@@ -267,7 +266,7 @@ class _FusedALIF(torch.autograd.Function):
             need_v_threshold=need_v_threshold,
             norm=table,
             need_norm=table is not None,
-            numbers=numbers if ctx.owns_norm else None,
+            numbers=numbers if does_norm else None,
             **ctx.options,
         )
         first = call
@@ -275,7 +274,7 @@ class _FusedALIF(torch.autograd.Function):
             first = call._replace(need_x=False, need_v0=False, need_w=False, need_v_threshold=False)
         grad_x_seq, grad_v0, grad_parameters, norm_sums = backward(ctx.engine, *first)
         grad_weight = grad_bias = None
-        if ctx.owns_norm:
+        if does_norm:
             grad_bias, grad_weight = norm_sums.float().unbind()
         elif table is not None:
             affine = Affine(table, numbers)
@@ -348,16 +347,19 @@ def multi_step(
     store_v_seq: bool,
     norm: Norm | None = None,
     return_bits: bool = False,
+    layout: Layout | None = None,
 ) -> tuple[Any, ...]:
     """:func:`sj_taid.ops.alif.reference.multi_step` by a fused engine.
 
     A dense ``x_seq`` with time outermost is taken in its own layout (contiguous, channels-last);
-    any other is made contiguous once. What has a recipe is not saved.
+    any other is made contiguous once. Voltages and results have the ``layout``, if there is one.
     """
-    recipe = recipe_of(x_seq)
     x_seq = _dense(x_seq)
     dtype = state_dtype(x_seq.dtype)
-    v0 = _arranged(v, x_seq.stride()[1:]) if isinstance(v, Tensor) else None
+    v0 = v if isinstance(v, Tensor) else None
+    if layout is not None:
+        v0 = _in_order(v0, _of_step(layout), _of_step((x_seq.shape, x_seq.stride())))
+    v0 = _arranged(v0, x_seq.stride()[1:])
     w, v_threshold = w.to(dtype), v_threshold.to(dtype)
     if w.shape != v_threshold.shape:
         w, v_threshold = torch.broadcast_tensors(w, v_threshold)
@@ -369,9 +371,6 @@ def multi_step(
             "(torch.func.vjp, jacrev), or backend='torch' with a surrogate that defines jvp"
         )
     name, a, b = surrogate.derivative_of(surrogate_function)
-    eps = None
-    if norm is not None and not norm.fixed and norm.group is None:
-        eps = norm.eps if engine.takes_statistics(x_seq) else None
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     neuron: dict[str, Any] = {
         "v_init": 0.0 if isinstance(v, Tensor) else v,
@@ -382,7 +381,6 @@ def multi_step(
         "store_v_seq": store_v_seq,
         "checkpoints": engine.checkpoints(x_seq.shape[0], x_seq.dtype) if saves else 0,
         "pack": return_bits,
-        "eps": eps,
     }
     backward = neuron | {
         "detach_reset": detach_reset,
@@ -392,15 +390,29 @@ def multi_step(
         "fixed_norm": norm is not None and norm.fixed,
     }
     affine: Affine | tuple[None, None] = (None, None)
-    if norm is not None and eps is None:
-        affine = norms.affine(norm, x_seq, engine.statistics)
+    if norm is not None:
+        affine = norm.affine or norms.affine(norm, x_seq, engine.statistics)
     run = _FusedALIF.apply if saves else _FusedALIF.forward
-    rest = (affine, engine, forward, backward, norm and norm.group, recipe)
-    spike_seq, v_last, v_seq, _, packed, _, numbers = run(*leaves, *rest)
-    if norm is not None and eps is not None:
-        norms.update_running(norm, numbers[0], numbers[4])
+    rest = (affine, engine, forward, backward, layout, norm and norm.group)
+    spike_seq, v_last, v_seq, _, packed = run(*leaves, *rest)
     results = (spike_seq, v_last, v_seq if store_v_seq else None)
     return (*results, packed) if return_bits else results
+
+
+def _of_step(layout: Layout) -> Layout:
+    """The layout of one step of a sequence."""
+    shape, strides = layout
+    return shape[1:], strides[1:]
+
+
+def _laid_out(tensor: Tensor, layout: Layout) -> Tensor:
+    """The tensor in a layout of its memory; no view, which autograd would not let change."""
+    return tensor.new_empty(0).set_(tensor.untyped_storage(), 0, *layout)
+
+
+def _in_order(tensor: Any, layout: Layout, form: Layout) -> Any:
+    """``tensor``, or ``None``, of a ``layout`` in the form of the same memory."""
+    return None if tensor is None else _arranged(tensor, layout[1]).as_strided(*form)
 
 
 def _dense(x_seq: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+#: the shape and strides of a sequence
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
 
 class Norm(NamedTuple):
     """A batch norm over axis 2 of ``[T, N, C, *]``; every tensor is ``[C]``, or ``None``."""
@@ -43,6 +46,8 @@ class Norm(NamedTuple):
     eps: float
     #: the process group that the statistics are taken over; ``None`` for this process alone
     group: Any = None
+    #: the numbers of :func:`affine`, if the statistics have been taken already
+    affine: Affine | None = None
 
     @property
     def fixed(self) -> bool:
@@ -61,8 +66,6 @@ class Norm(NamedTuple):
             if module.momentum is None:  # the plain average over all batches
                 momentum = 1.0 / float(module.num_batches_tracked)
         use_batch_statistics = training or module.running_mean is None
-        shares = isinstance(module, nn.SyncBatchNorm) and training  # as torch: not in eval
-        synchronised = shares and distributed.is_initialized()
         return cls(
             module.weight,
             module.bias,
@@ -71,13 +74,20 @@ class Norm(NamedTuple):
             use_batch_statistics,
             momentum,
             module.eps,
-            (module.process_group or distributed.group.WORLD) if synchronised else None,
+            group_of(module) if training else None,  # as torch: not in eval
         )
 
     def detach(self) -> Norm:
         """The same norm, whose parameters receive no gradient."""
         weight, bias = (t if t is None else t.detach() for t in (self.weight, self.bias))
         return self._replace(weight=weight, bias=bias)
+
+
+def group_of(module: nn.Module) -> Any:
+    """The process group over which a module takes the statistics of a batch, if there is one."""
+    if not (isinstance(module, nn.SyncBatchNorm) and distributed.is_initialized()):
+        return None
+    return module.process_group or distributed.group.WORLD
 
 
 def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
@@ -158,7 +168,9 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
 
     ``statistics`` gives each channel's mean and biased variance as float64 ``[2, C]``.
     """
-    if norm.running_mean is None or norm.running_var is None or not norm.fixed:
+    if not x_seq.numel():  # of a group, in which other processes have images
+        mean, var = x_seq.new_zeros((2, x_seq.shape[2]), dtype=torch.float64)
+    elif norm.running_mean is None or norm.running_var is None or not norm.fixed:
         mean, var = statistics(x_seq)
     else:
         mean, var = norm.running_mean.double(), norm.running_var.double()

@@ -49,15 +49,14 @@ class Arguments(ctypes.Structure):
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("counters", "scratch", "x", "v0", "q", "threshold", "norm", "numbers", "weight"),
-                *("bias", "ab", "spike", "v", "v_seq", "bits", "grad_spike", "grad_v", "grad_x"),
+                *("counters", "scratch", "x", "v0", "q", "threshold", "norm", "numbers"),
+                *("ab", "spike", "v", "v_seq", "bits", "grad_spike", "grad_v", "grad_x"),
                 *("grad_v_seq", "grad_v0", "sums", "norm_sums", "scratch_size", "parts", "ranges"),
                 *("part_size", "block", "pitch", "length", "group", "whole", "steps", "neurons"),
                 *("inner", "channels", "dtype", "fixed_norm", "decay_input", "soft"),
             )
         ),
         *((name, ctypes.c_float) for name in ("v_init", "v_rest", "a", "b")),
-        ("eps", ctypes.c_double),
     )
 
 
@@ -475,14 +474,11 @@ def _kernel(name, compute_part):
 
 @_part
 def _forward_part(a, scratch, part):
-    """Spikes and voltages; with ``whole``, from a norm whose statistics it takes first."""
+    """Spikes and voltages."""
     place, begin, end, channel, width = _place(a, part)
     v_rest, decay_input, soft = a.v_rest, a.decay_input != 0, a.soft != 0
     q, threshold = _row(scratch, a, _Q), _row(scratch, a, _THRESHOLD)
     spike, bits = _row(scratch, a, _SPIKE), _row(scratch, a, _BITS)
-    if a.whole:
-        _statistics_of_part(a, scratch, part)
-        _make_norm(a, channel, width)
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
         _spread_parameters(scratch, a, first, n, channel, width)
@@ -490,8 +486,7 @@ def _forward_part(a, scratch, part):
         _start(now, a.v0, a.v_init, place, first, n)
         for t in range(a.steps):
             x_row = _input_row(scratch, a, t, first - begin)
-            if not a.whole:
-                _load(a.x, a.dtype, place, t, first, n, x_row, 1)
+            _load(a.x, a.dtype, place, t, first, n, x_row, 1)
             y_row = _neuron_input(scratch, a, x_row, n)
             # Never the row it reads from, which would look like a loop-carried dependence.
             after = _row(scratch, a, _VOLTAGES + (t + 1) % 2)
@@ -553,34 +548,6 @@ def _add_deviations(out, x, shift, mean, n):
     for i in range(n):
         deviation = (x[i] - shift[i]) - mean[i]
         out[i] += deviation * deviation
-
-
-@_part
-def _make_norm(a, channel, width):
-    """The numbers of :class:`..norm.Affine` from the sums, and the unbiased variance."""
-    sums, numbers = _double_at(a.sums, 0), _double_at(a.numbers, 0)
-    table, weight, bias = _at(a.norm, 0), _double_at(a.weight, 0), _double_at(a.bias, 0)
-    neurons = np.float64(a.neurons // a.channels)
-    count = neurons * a.steps
-    for c in range(channel, channel + width):
-        mean = sums[c] / neurons
-        var = sums[2 * a.channels + c] / count
-        var += max(sums[a.channels + c] / neurons - mean * mean, 0.0)
-        mean += table[c]
-        rate = 1 / np.sqrt(var + a.eps)
-        gain = rate * weight[c] if a.weight else rate
-        shift = np.float32(mean)
-        offset = (shift - mean) * gain
-        if a.bias:
-            offset += bias[c]
-        table[c] = shift
-        table[a.channels + c] = np.float32(gain)
-        table[2 * a.channels + c] = np.float32(offset)
-        numbers[c] = mean
-        numbers[a.channels + c] = rate
-        numbers[2 * a.channels + c] = gain
-        numbers[3 * a.channels + c] = count
-        numbers[4 * a.channels + c] = var * count / (count - 1)
 
 
 @cache

@@ -19,26 +19,16 @@ DTYPES = {torch.float32: loops.FLOAT32, torch.bfloat16: loops.BFLOAT16}
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Forward(*arguments)
-    outputs = spike_seq, v, v_seq, _, bits, table, numbers = autograd.empty_outputs(*arguments)
-    x, whole = call.x_seq, call.eps is not None
-    q, threshold = _parameters(call, whole or call.norm is not None)
-    partition = _partition(x, len(q), whole)
-    weight = bias = None
-    if whole:
-        weight, bias = (t if t is None else t.double() for t in (call.weight, call.bias))
-        table[0] = _first_values(x)
+    outputs = spike_seq, v, v_seq, _, bits = autograd.empty_outputs(*arguments)
+    q, threshold = _parameters(call, call.norm is not None)
+    partition = _partition(call.x_seq, len(q), whole=False)
     ask_for_huge_pages(spike_seq, v_seq)
     run(
         loops.compile_kernel(loops.forward),
         partition,
         q=q,
         threshold=threshold,
-        norm=table if whole else call.norm,
-        sums=partition.sums(3) if whole else None,
-        numbers=numbers,
-        weight=weight,
-        bias=bias,
-        eps=call.eps,
+        norm=call.norm,
         spike=spike_seq,
         v=v,
         v_seq=v_seq,
@@ -150,10 +140,10 @@ def _options(call: autograd.Forward | autograd.Backward) -> dict[str, Any]:
 
 
 unsupported = partial(autograd.unsupported, "cpu", tuple(DTYPES))
-_ENGINE = autograd.register(
+ENGINE = autograd.register(
     "cpu",
     "CPU",
     autograd.Engine(_forward, _backward, _statistics, lambda T, dtype: 0, _has_channels_in_cache),
 )
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
-multi_step = partial(autograd.multi_step, _ENGINE)
+multi_step = partial(autograd.multi_step, ENGINE)

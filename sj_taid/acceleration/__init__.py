@@ -1,0 +1,5 @@
+"""Less memory and time for the nets one has: README.md beside this file draws how."""
+
+from .accelerate import Acceleration, accelerate, unaccelerate
+
+__all__ = ["Acceleration", "accelerate", "unaccelerate"]

@@ -1,0 +1,268 @@
+"""``accelerate(net)``, its report, and ``unaccelerate(net)``."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .. import _graph, convert
+from .._checks import check_example_input, check_net
+from .._fused_neuron import Accelerated, restore
+from ..ops import backends, surrogate
+from ..report import Row, table_of
+from .modules import AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
+
+_FUSED, _ALREADY = "fused operator", "on the fused operator already"
+_WAITS, _APART = "waits", "computed apart: read by "
+#: times of a step that differ by less are called equal
+_NOISE = 0.05
+
+
+def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
+    """Train ``net`` in less memory and time with equal outputs; changes it in place.
+
+    Its LIF, PLIF, IF and ALIF neurons run on the fused operator and learn what they learned before.
+    A batch norm waits for whoever reads its output: such a neuron computes both as one operation,
+    anything else the norm alone. Spikes, their sums, and sums of a norm's output are saved for
+    backward as bits and bytes, or computed again.
+
+    Outputs are equal as :func:`.swap_neurons` promises, and to rounding behind a norm. Every module
+    stays the same object, with its parameters, ``state_dict`` keys, hooks and voltages, so
+    optimizers and checkpoints made before go on working; the class of a norm or neuron becomes a
+    subclass of its own, and no other module is touched. In half precision these neurons compute,
+    and keep voltages, in float32.
+
+    Args:
+        net: any module with SpikingJelly neurons, ALIF included, in step mode ``"m"``.
+        example_input: an input of ``net`` (a tuple for several), to measure a training step before
+            and after, on a copy. The report then says what read each norm.
+
+    Raises:
+        ValueError: ``net`` has no neuron.
+        TypeError: ``net`` is no module, or ``example_input`` neither a tensor nor a tuple.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Unflatten(0, (2, -1)))
+    >>> net.append(neuron.LIFNode(step_mode="m"))[-1]
+    LIFNode(
+      v_threshold=1.0, v_reset=0.0, detach_reset=False, step_mode=m, backend=torch, tau=2.0
+      (surrogate_function): Sigmoid(alpha=4.0, spiking=True)
+    )
+    >>> report = accelerate(net)
+    >>> print(net(torch.rand(6, 4)).shape, report, sep="\\n")
+    torch.Size([2, 3, 3])
+    1 of 1 neurons on the fused operator, 1 of 1 norms fused, spikes saved as bits
+    layer  kind         done                note
+    1      BatchNorm1d  fused into 3        equal outputs to rounding
+    3      LIFNode      fused operator      equal outputs
+    """
+    check_net(net, "accelerate")
+    convert.need_neurons(net, "accelerate")
+    report = Acceleration(net)
+    if example_input is not None:
+        check_example_input(example_input)
+        report.measure(example_input)
+    report.change(net)
+    return report
+
+
+def unaccelerate(net: nn.Module) -> None:
+    """Undo :func:`.accelerate` in place: every norm and neuron gets its class back.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
+    >>> report = accelerate(net)
+    >>> unaccelerate(net)
+    >>> type(net[1]) is neuron.LIFNode
+    True
+    """
+    check_net(net, "unaccelerate")
+    restore(net)
+
+
+class Acceleration:
+    """The report of :func:`.accelerate`: ``print`` it, after a step for what read each norm.
+
+    Attributes:
+        saved_bytes: bytes saved for backward, before and after, if there was an example input.
+        step_ms: milliseconds of a training step, before and after: the least of turns.
+    """
+
+    saved_bytes: tuple[int, int] | None = None
+    step_ms: tuple[float, float] | None = None
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+        #: the rows of neurons, and of norms that have not been changed
+        self._neurons: dict[str, Row] = {}
+        self._other_norms: dict[str, Row] = {}
+        #: what read each norm of a copy that ran the example
+        self._readers: dict[str, dict[str, None]] = {}
+
+    def change(self, net: nn.Module) -> None:
+        """Exchange the classes of neurons and norms."""
+        for site in convert.find_neurons(net, neuron.BaseNode):
+            reason = _why_not(site, net)
+            note = reason or convert.describe_equality(site)
+            self._neurons[site.path] = site.row("" if reason else _FUSED, note)
+            if not reason:
+                accelerate_module(site.node, site.path)
+        has_readers = any(isinstance(module, AcceleratedALIF) for module in net.modules())
+        for path, module in net.named_modules():
+            if not isinstance(module, _BatchNorm) or isinstance(module, AcceleratedNorm):
+                continue
+            reason = why_no_norm(module) if has_readers else "no neuron is on the fused operator"
+            if reason:
+                self._other_norms[path] = Row(path, type(module).__name__, "", reason)
+            else:
+                accelerate_module(module, path, self._readers.get(path, {}))
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """A :class:`~sj_taid.report.Row` for each neuron and norm."""
+        rows = self._neurons | self._norms()
+        return tuple(rows[path] for path, _ in self._net.named_modules() if path in rows)
+
+    def _norms(self) -> dict[str, Row]:
+        modules = self._net.named_modules()
+        return self._other_norms | {
+            path: _norm_row(path, module)
+            for path, module in modules
+            if isinstance(module, AcceleratedNorm)
+        }
+
+    @torch.inference_mode(False)
+    def measure(self, inputs: Any) -> None:
+        """Run training steps of a copy before and after, in turns."""
+        trial, turns = convert.copy_net(self._net), []
+        inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
+        with torch.random.fork_rng({p.device for p in trial.parameters() if p.is_cuda}):
+            for _ in range(6):  # the first compiles the kernels
+                before = _run_step(trial, inputs)
+                Acceleration(trial).change(trial)
+                turns.append((before, _run_step(trial, inputs)))
+                self._readers = {
+                    path: module.readers
+                    for path, module in trial.named_modules()
+                    if isinstance(module, AcceleratedNorm)
+                }
+                unaccelerate(trial)
+        (old_bytes, _), (new_bytes, _) = turns[0]
+        self.saved_bytes = (old_bytes, new_bytes)
+        old, new = (min(ms for _, ms in steps) for steps in zip(*turns, strict=True))
+        self.step_ms = (old, new)
+
+    def __str__(self) -> str:
+        neurons, norms = self._neurons.values(), self._norms().values()
+        fused = sum((row.done or row.note) in (_FUSED, _ALREADY) for row in neurons)
+        lines = [f"{fused} of {len(neurons)} neurons on the fused operator, {_count_norms(norms)}"]
+        if self.saved_bytes and self.step_ms:
+            (old_bytes, new_bytes), (old, new) = self.saved_bytes, self.step_ms
+            equal = abs(new - old) <= _NOISE * old
+            step = "no difference measurable" if equal else f"{old:.3g} -> {new:.3g} ms"
+            saved = f"{old_bytes / 1e6:.3g} -> {new_bytes / 1e6:.3g} MB"
+            lines.append(f"saved for backward {saved}, step {step}")
+        return "\n".join([*lines, table_of(_merge(self.rows))])
+
+
+def _count_norms(norms: Collection[Row]) -> str:
+    """The totals of norms: how many are fused, and what read the others."""
+    fused = sum(row.done.startswith("fused into") for row in norms)
+    waiting = sum(row.done == _WAITS for row in norms)
+    others = Counter(
+        row.note.removeprefix(_APART).partition(",")[0]
+        for row in norms
+        if row.note.startswith(_APART)
+    )
+    apart = [f"{count} read by {reader}" for reader, count in others.most_common()]
+    apart += [f"{waiting} not run yet"] if waiting else []
+    return f"{fused} of {len(norms)} norms fused" + (f" ({', '.join(apart)})" if apart else "")
+
+
+def _norm_row(path: str, norm: AcceleratedNorm) -> Row:
+    """What has been done with the output of a norm."""
+    kind, readers = type(norm).__name__, list(norm.readers)
+    fused = [reader for reader in readers if reader.startswith("fused into")]
+    others = ", ".join(reader for reader in readers if reader not in fused)
+    if not readers:
+        return Row(path, kind, _WAITS, "not run yet")
+    if not fused:
+        return Row(path, kind, "", _APART + others)
+    also = f"; also read by {others}" if others else ""
+    return Row(path, kind, ", ".join(fused), f"equal outputs to rounding{also}")
+
+
+def _merge(rows: Iterable[Row]) -> list[Row]:
+    """The rows, equal ones as one."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kind, row.done.partition(" into ")[0], row.note), []).append(row)
+    merged = []
+    for (_, done, _), (first, *rest) in groups.items():
+        if rest:
+            done += " each" * (done != first.done)
+            first = first._replace(layer=f"{first.layer} and {len(rest)} more", done=done)
+        merged.append(first)
+    return merged
+
+
+def _why_not(site: convert.Site, net: nn.Module) -> str | None:
+    """Why a neuron is left as it is, or ``None``."""
+    node = site.node
+    if isinstance(node, Accelerated):
+        return _ALREADY
+    if isinstance(node, convert.ALIFNode):
+        reason = "its backend is torch" if node.backend == "torch" else None
+    else:
+        reason = convert.why_no_alif(node)
+    if reason or (reason := surrogate.unsupported(node.surrogate_function)):
+        return reason
+    if node.step_mode != "m":
+        parent = net.get_submodule(site.path.rpartition(".")[0])
+        if isinstance(parent, layer.MultiStepContainer | layer.StepModeContainer):
+            return (
+                f"its {type(parent).__name__} steps: put the neuron, in step mode 'm', in its place"
+            )
+        if "Recurrent" in type(parent).__name__:
+            return "recurrent: each step reads the one before"
+        return (
+            "it runs step by step: functional.set_step_mode(net, 'm') first, but only if the net's "
+            "forward takes the whole sequence [T, N, *] and does not loop over time"
+        )
+    if any(map(callable, vars(node).values())) or _has_hooks(node.surrogate_function):
+        return "a function of its own or a hook in it, which the fused operator would not call"
+    x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
+    backend = backends.resolve(backends.AUTO, x, node.surrogate_function)
+    if backend.statistics is None:
+        return f"no fused operator for {x.dtype} on {x.device.type}: python -m sj_taid.doctor"
+    return None
+
+
+def _has_hooks(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+@torch.enable_grad()
+def _run_step(net: nn.Module, inputs: Any) -> tuple[int, float]:
+    """Forward from rest and, if something requires a gradient, backward: saved bytes and ms."""
+    functional.reset_net(net)
+    start = time.perf_counter()
+
+    def forward() -> list[Tensor]:
+        outputs = tree_leaves(net(*inputs) if isinstance(inputs, tuple) else net(inputs))
+        return [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+
+    losses, saved = _graph.record_saved(net, forward)
+    saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved)
+    del saved
+    if losses:
+        torch.stack(losses).sum().backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return saved_bytes, 1e3 * (time.perf_counter() - start)

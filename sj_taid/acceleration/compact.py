@@ -1,0 +1,384 @@
+"""Tensors that are saved for backward in fewer bytes, because they know how to be restored.
+
+A :class:`Compact` is an ordinary tensor with a :class:`Packing`. Its views are compact too. An
+operation on it runs on the plain tensor, with ``saved_tensors_hooks`` open for that one call, which
+save the packing instead of what lies, unchanged, in the tensor's memory. Where torch does not ask,
+as in a custom ``autograd.Function``, the tensor is saved as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from .. import _graph
+from ..ops.bits import pack, unpack_into
+
+#: the largest whole number that one byte holds
+_LARGEST = 255
+#: how many tensors a sum may be computed again from
+_MOST_TERMS = 4
+
+#: They give access to memory that autograd does not see, so the values are no longer known.
+_EXPOSES = {
+    *(Tensor.data.__get__, Tensor.data.__set__, Tensor.data_ptr, Tensor.numpy),  # type: ignore[attr-defined]
+    *(Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__, Tensor.__array__),
+    *(Tensor.set_, Tensor.resize_, Tensor.share_memory_),
+}
+#: Their result has no value that their inputs do not have.
+_COPIES = {
+    *("clone", "contiguous", "reshape", "flatten", "to", "float", "half", "bfloat16"),
+    *("cat", "concat", "stack", "max_pool1d", "max_pool2d", "max_pool3d"),
+}
+_ADDS = {"add", "__add__", "__radd__"}
+_ADDS_IN_PLACE = {"add_", "__iadd__"}
+_MULTIPLIES = {"mul", "multiply", "__mul__", "__rmul__"}
+_CONTRACTS = {"matmul", "__matmul__", "bmm", "mm"}
+#: autocast casts their inputs
+_LOWERS = _CONTRACTS | {
+    *("linear", "conv1d", "conv2d", "conv3d", "einsum", "addmm", "baddbmm"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+}
+#: their backward reads the shape of the input, not its values
+_POOLS = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3)}
+
+
+class Term(NamedTuple):
+    """A tensor of a sum: what is saved of it, and the function that restores it from that."""
+
+    parts: tuple[Tensor, ...]
+    restore: Callable[..., Tensor]
+    size: int = 1
+    peak: int | None = None
+    is_reference: bool = False
+
+
+class Packing:
+    """How the values of a dense tensor are saved.
+
+    ``peak``: the largest value, if all are whole numbers from 0. ``terms``: how many tensors they
+    are the sum of.
+    """
+
+    peak: int | None = None
+    terms = 1
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.address, self.version = address_of(tensor), tensor._version
+        self.dtype, self.is_known = tensor.dtype, True
+
+    def describes(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` shows these values, all or some, unchanged."""
+        return (
+            self.is_known
+            and tensor._version == self.version
+            and tensor.dtype == self.dtype
+            and address_of(tensor) == self.address
+        )
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """What to save of ``tensor``, which shows these values."""
+        raise NotImplementedError
+
+    def restore(self, *parts: Tensor) -> Tensor:
+        """All the values, in a tensor of the same memory order."""
+        raise NotImplementedError
+
+    def term(self, tensor: Tensor) -> Term:
+        """``tensor``, which shows these values, as a term of a sum."""
+        view = (tensor.shape, tensor.stride(), tensor.storage_offset())
+        restore = partial(_restore_view, self.restore, view)
+        return Term(self.parts(tensor), restore, self.terms, self.peak)
+
+
+class Counts(Packing):
+    """Spikes, saved as bits, and whole numbers up to 255, saved as bytes."""
+
+    def __init__(
+        self, tensor: Tensor, peak: int = 1, bits: Tensor | None = None, steps: int = 0
+    ) -> None:
+        super().__init__(tensor)
+        self.peak, self._size, self._saved = peak, tensor.numel(), bits
+        self._steps = steps or math.gcd(self._size, 8)
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        if self._saved is None:
+            values = tensor.detach().as_strided((self._size,), (1,), 0)
+            is_spikes = self.peak == 1
+            self._saved = pack(values.view(self._steps, -1)) if is_spikes else values.byte()
+        return (self._saved,)
+
+    def restore(self, *parts: Tensor) -> Tensor:
+        (saved,) = parts
+        if self.peak != 1:
+            return saved.to(self.dtype)
+        spikes = torch.empty(self._size, dtype=self.dtype, device=saved.device)
+        unpack_into(saved, spikes.view(self._steps, -1))
+        return spikes
+
+
+class Sum(Packing):
+    """A sum of two tensors."""
+
+    def __init__(self, tensor: Tensor, first: Term, second: Term) -> None:
+        super().__init__(tensor)
+        self._first, self._second = first, second
+        self.terms = first.size + second.size
+        if first.peak is not None and second.peak is not None:
+            self.peak = first.peak + second.peak
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return self._first.parts + self._second.parts
+
+    def restore(self, *parts: Tensor) -> Tensor:
+        count = len(self._first.parts)
+        return self._first.restore(*parts[:count]) + self._second.restore(*parts[count:])
+
+
+class Known(Tensor):
+    """A tensor that says how to save it: :class:`Compact`, or a norm's output."""
+
+    def packing(self) -> Packing | None:
+        """How the values are saved, if they are known."""
+        raise NotImplementedError
+
+    def learn(self, packing: Packing) -> None:
+        """Take the packing of values that have changed in place."""
+        raise NotImplementedError
+
+    def memory(self) -> Tensor:
+        """The tensor that holds the values."""
+        raise NotImplementedError
+
+    def term(self) -> Term | None:
+        """The tensor as a term of a sum, if its values are known."""
+        packing = self.packing()
+        return packing.term(self) if packing else None
+
+    def exposed(self) -> Tensor:
+        """The tensor for an operation that hands out its memory."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, func.__name__
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _EXPOSES:
+                args = tuple(t.exposed() if isinstance(t, Known) else t for t in args)
+                return func(*args, **kwargs)
+            if name == "__get__" or torch.compiler.is_compiling() or not _graph.allows_hooks():
+                return func(*args, **kwargs)
+            if name in _LOWERS:
+                args = tuple(_lowered(t) if isinstance(t, Compact) else t for t in args)
+            tensors = [t for t in _flat((*args, *kwargs.values())) if isinstance(t, Tensor)]
+            known = [t for t in tensors if isinstance(t, Known)]
+            # Options, such as alpha of an addition, may change what the result is.
+            takes = kwargs.keys() <= {"ceil_mode", "dim"}
+            peak = _peak_of(name, args, tensors) if takes else None
+            terms = () if kwargs else _terms(name, args)
+            with saving(known, _plane(name, tensors)):
+                result = func(*args, **kwargs)
+            if isinstance(result, Tensor):
+                _describe(result, known, peak, terms)
+            return result
+
+
+class Compact(Known):
+    """A tensor with a packing."""
+
+    _packing: Packing
+
+    def packing(self) -> Packing | None:
+        return self._packing if self._packing.describes(self) else None
+
+    def learn(self, packing: Packing) -> None:
+        self._packing = packing
+
+    def memory(self) -> Tensor:
+        return self
+
+    def exposed(self) -> Tensor:
+        self._packing.is_known = False
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # as a plain tensor
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            return repr(self.as_subclass(Tensor))
+
+
+def compact(tensor: Tensor, packing: Packing) -> Tensor:
+    """Let a plain ``tensor`` know its packing."""
+    tensor.__class__ = Compact
+    tensor._packing = packing  # type: ignore[attr-defined]
+    return tensor
+
+
+@contextmanager
+def saving(known: Iterable[Known], plane: int | None = None) -> Iterator[None]:
+    """Save what ``known`` tensors show as their packings, until the end of ``with``.
+
+    ``plane``: of pooling, how many pixels a plane has. Of its input the shape alone is saved, and
+    indices into at most 32,768 pixels in 16 bits instead of 64.
+    """
+    packings = [packing for tensor in known if (packing := tensor.packing())]
+    pools = plane is not None
+    if not (packings or pools) or not torch.is_grad_enabled() or _graph.is_checkpointed():
+        yield
+        return
+    outer_pack, outer_unpack = _graph.saving_hooks() or (_same, _same)
+
+    def pack_saved(tensor: Tensor) -> Any:
+        # Pooling's backward is known to read no value of its input on these devices.
+        if pools and tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda"):
+            form = (tensor.shape, tensor.stride())
+            options: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
+            return (), partial(torch.empty_strided, *form, **options)
+        if plane is not None and tensor.dtype == torch.int64 and plane <= 1 << 15:
+            return (outer_pack(tensor.to(torch.int16)),), Tensor.long
+        for packing in packings:
+            if packing.describes(tensor):
+                term = packing.term(tensor)
+                return tuple(map(outer_pack, term.parts)), term.restore
+        return (outer_pack(tensor),), _same
+
+    def unpack_saved(saved: Any) -> Tensor:
+        parts, restore = saved
+        return restore(*map(outer_unpack, parts))
+
+    try:
+        with saved_tensors_hooks(pack_saved, unpack_saved):
+            yield
+    finally:
+        packings.clear()  # autograd's graph holds both hooks
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _restore_view(restore: Callable[..., Tensor], view: tuple[Any, ...], *parts: Tensor) -> Tensor:
+    return restore(*parts).as_strided(*view)
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where the tensor's memory is; 0 if it has none."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a wrapper, such as torch.func's
+        return 0
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    """The values, and those of lists and tuples among them."""
+    return [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _lowered(tensor: Any) -> Any:
+    """``tensor`` as autocast would cast it, which would save a tensor that nobody knows."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype != torch.float32:
+        return tensor
+    peak, cast = _peak([tensor]), tensor.to(torch.get_autocast_dtype(device))
+    return compact(cast, Counts(cast, peak)) if peak is not None else cast
+
+
+def _peak(tensor: Any) -> int | None:
+    packing = tensor.packing() if isinstance(tensor, Known) else None
+    return packing.peak if packing else None
+
+
+def _peak_of(name: str, args: tuple[Any, ...], tensors: list[Tensor]) -> int | None:
+    """The largest value of an operation's result, if all are whole numbers from 0."""
+    peaks = [peak for tensor in tensors if (peak := _peak(tensor)) is not None]
+    if not peaks or len(peaks) < len(tensors):
+        return None
+    # A dilated window may lie in the padding, of which nothing is the greatest.
+    dilated = "max_pool" in name and any(d not in (1, (1,), (1, 1), (1, 1, 1)) for d in args[4:5])
+    if name in _COPIES and not dilated:
+        return max(peaks)
+    if len(peaks) != 2 or len(args) != 2:
+        return None
+    first, second = peaks
+    if name in _ADDS | _ADDS_IN_PLACE:
+        return first + second
+    if name in _MULTIPLIES:
+        return first * second
+    return first * second * args[0].shape[-1] if name in _CONTRACTS else None
+
+
+def _plane(name: str, tensors: list[Tensor]) -> int | None:
+    """How many pixels a plane of a pooling layer's input has."""
+    return tensors[0].shape[-int(name[-2]) :].numel() if name in _POOLS else None
+
+
+def _terms(name: str, args: tuple[Any, ...]) -> tuple[Term, ...]:
+    """The two terms of a sum, taken before an addition in place changes one; none of other calls.
+
+    A tensor that is the sum of too many stands for itself.
+    """
+    is_sum = name in _ADDS | _ADDS_IN_PLACE and len(args) == 2
+    if not is_sum or not torch.is_grad_enabled() or _graph.saving_hooks():
+        return ()
+    if not all(isinstance(t, Tensor) for t in args) or _form(args[0]) != _form(args[1]):
+        return ()
+    terms = [(isinstance(t, Known) and t.term()) or _reference(t) for t in args]
+    if sum(term.size for term in terms) > _MOST_TERMS:
+        pairs = zip(args, terms, strict=True)
+        terms = [_reference(t) if term.size > 1 else term for t, term in pairs]
+    return () if all(term.is_reference for term in terms) else tuple(terms)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _reference(tensor: Tensor) -> Term:
+    """A term that stays in memory, where it mostly is anyway."""
+    values, version = tensor.detach(), tensor._version
+
+    def restore() -> Tensor:
+        if values._version != version:
+            raise RuntimeError(
+                "a term of a sum that an accelerated neuron reads was changed in place before the "
+                "backward: write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
+            )
+        return values
+
+    return Term((), restore, is_reference=True)
+
+
+def _describe(
+    result: Tensor, known: list[Known], peak: int | None, terms: tuple[Term, ...]
+) -> None:
+    """Let the result of an operation know how it is saved."""
+    if result.is_inference():
+        return
+    for tensor in known:
+        if isinstance(tensor, Compact) and tensor._packing.describes(result):
+            if not isinstance(result, Known):  # a view
+                compact(result, tensor._packing)
+            return
+    if not terms and (peak is None or peak > _LARGEST or not _is_dense(result)):
+        return
+    memory = result.memory() if isinstance(result, Known) else result
+    packing = Sum(memory, *terms) if terms else Counts(memory, peak or 0)
+    result.learn(packing) if isinstance(result, Known) else compact(result, packing)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory, in any order."""
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0
+    return whole and tensor.stride() == torch.empty_like(tensor, device="meta").stride()

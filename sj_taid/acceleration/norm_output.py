@@ -1,0 +1,364 @@
+"""The output of a batch norm, computed by whoever reads it.
+
+:class:`NormOutput` has no memory. A neuron on the fused operator takes the norm's input and numbers
+instead, and computes norm and spikes in one. Any other operation computes the values and goes on as
+if they had always been there; its gradient passes through :class:`_Wait`, whose backward is that of
+torch's batch norm.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+
+from .. import _graph
+from ..ops.alif import norm as norms
+from ..ops.alif.norm import Affine, Norm
+from .compact import Known, Packing, Term, compact, saving
+
+_aten = torch.ops.aten
+#: operations that change the shape alone, and their equals for another memory order
+_VIEWS: dict[Any, Any] = {
+    _aten.view.default: _aten.view.default,
+    _aten._unsafe_view.default: _aten.view.default,
+    _aten._reshape_alias.default: lambda tensor, size, stride: tensor.view(size),
+    **{
+        operation: operation
+        for operation in (
+            *(_aten.transpose.int, _aten.permute.default, _aten.t.default, _aten.unsqueeze.default),
+            *(_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims),
+            *(_aten.alias.default, _aten.detach.default),
+        )
+    },
+}
+#: the nodes of autograd's graph that these operations make, and ``clone``
+_VIEW_NODES = {
+    *("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Unsqueeze", "Squeeze"),
+    *("Alias", "Clone"),
+}
+
+
+class NormCall:
+    """A call of a batch norm: its input ``[M, C, *]``, dense with M outermost, and its numbers."""
+
+    def __init__(self, x: Tensor, norm: Norm, affine: Affine, readers: dict[str, None]) -> None:
+        self.x, self.norm, self.affine, self._version = x, norm, affine, _version(x)
+        #: names of what read the output, for the report
+        self.readers = readers
+        self.has_hooks = self.is_fused = False
+
+    def check_input(self) -> None:
+        """Raise an error if the input has changed since the call."""
+        if _version(self.x) != self._version:
+            raise RuntimeError(
+                "the input of an accelerated batch norm was changed in place before its output was "
+                "read: write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
+            )
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """The norm's output, in the input's shape and memory order."""
+        self.check_input()
+        x, norm = _with_last_axis(self.x), self.norm
+        # A batch's own statistics once more by torch, so that the values are torch's bit for bit.
+        takes = not norm.fixed and norm.group is None
+        mean, var = (None, None) if takes else self.statistics()
+        y = F.batch_norm(x, mean, var, norm.weight, norm.bias, takes, 0.0, norm.eps)
+        return y.view(self.x.shape) if y.stride() == x.stride() else _arranged(y, self.x)
+
+    def view(self, at: Tensor, made: Tensor) -> Tensor:
+        """The values at ``at``, in the memory order of ``made``."""
+        values = self.values().as_strided(at.shape, at.stride(), at.storage_offset())
+        return values if at is made else _arranged(values, made)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance, in the dtype that torch's operators ask for."""
+        numbers, (weight, bias, running, *_) = self.affine.numbers, self.norm
+        like = next((t for t in (weight, bias, running) if t is not None), self.x)
+        return numbers[0].to(like.dtype), (numbers[1].pow(-2) - self.norm.eps).to(like.dtype)
+
+
+class _Wait(torch.autograd.Function):
+    """Makes a :class:`NormOutput`; its backward is the batch norm's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Any, bias: Any, call: NormCall, shape: torch.Size
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.call = call
+        at = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        made = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=_order_of(x))
+        if len(shape) > x.dim():
+            at, made = at.unflatten(0, shape[:2]), made.unflatten(0, shape[:2])
+        return NormOutput.of(call, at, made)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        call, needs = ctx.call, ctx.needs_input_grad[:3]
+        grad, shape = grad.reshape(x.shape), x.shape
+        if call.norm.group is not None:
+            return (*_synchronised_backward(call, x, grad, needs), None, None)
+        norm, (mean, var) = call.norm, call.statistics()
+        rate = (var.double() + norm.eps).rsqrt().to(var.dtype)
+        # Torch takes both in one memory order, without looking.
+        x, grad = _with_last_axis(x), _with_last_axis(grad)
+        order = _order_of(x)
+        grads = _aten.native_batch_norm_backward(
+            *(grad.contiguous(memory_format=order), x.contiguous(memory_format=order), weight),
+            *((mean, var) if norm.fixed else (None, None)),
+            *(mean, rate, not norm.fixed, norm.eps, needs),
+        )
+        return (grads[0].view(shape) if needs[0] else None, *grads[1:], None, None)
+
+
+def _synchronised_backward(
+    call: NormCall, x: Tensor, grad: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight and bias by the statistics of all processes."""
+    affine = call.affine
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    shift, gain, _ = (row.view(-1, *[1] * (x.dim() - 2)) for row in affine.table)
+    deviation = x.float() - shift
+    sums = torch.stack([grad.double().sum(axes), (grad * deviation).double().sum(axes)])
+    grad_weight, grad_bias = norms.gradients(affine, sums)
+    grad_x = None
+    if needs[0]:
+        a, b = norms.mean_terms(affine, sums, call.norm.group)
+        a, b = (row.view_as(shift) for row in (a, b))
+        grad_x = (gain * grad - a - b * deviation).to(x.dtype)
+    return grad_x, grad_weight if needs[1] else None, grad_bias if needs[2] else None
+
+
+class _Content:
+    """What a :class:`NormOutput` and its views show: a call's output, or values in memory."""
+
+    def __init__(self, call: NormCall, at: Tensor, made: Tensor) -> None:
+        self.call, self._at, self._made = call, at, made
+        self.values: Tensor | None = None
+        self.packing: Packing | None = None  # of the values
+
+    def hold(self) -> Tensor:
+        """Compute the values and keep them, since they may change in place."""
+        if self.values is None:
+            self.values = self.compute(self._at, self._made)
+        return self.values
+
+    def compute(self, at: Tensor, made: Tensor) -> Tensor:
+        if self.values is not None:
+            return self.values.as_strided(made.shape, made.stride(), made.storage_offset())
+        return self.call.view(at, made)
+
+
+class Reading(NamedTuple):
+    """How a neuron reads a norm's output: the norm's input as ``[T, N, C, *]``, and the norm."""
+
+    x_seq: Tensor
+    norm: Norm
+    #: shape and strides of what the neuron was given, in the memory of ``x_seq``
+    layout: tuple[torch.Size, tuple[int, ...]]
+
+
+class NormOutput(Known):
+    """The output of a batch norm, without memory.
+
+    ``at`` is a tensor without memory that shows where the values are in the norm's input, ``made``
+    one that shows where they would be in torch's own output.
+    """
+
+    @staticmethod
+    def __new__(cls, content: _Content, at: Tensor, made: Tensor) -> NormOutput:
+        return Tensor._make_wrapper_subclass(
+            cls,
+            made.shape,
+            strides=made.stride(),
+            storage_offset=made.storage_offset(),
+            dtype=made.dtype,
+            device=content.call.x.device,
+        )
+
+    def __init__(self, content: _Content, at: Tensor, made: Tensor) -> None:
+        self._content, self._at, self._made = content, at, made
+
+    @classmethod
+    def of(cls, call: NormCall, at: Tensor, made: Tensor) -> NormOutput:
+        """The output of a call, by itself."""
+        # One object where the memory order is the input's, so that views are taken once.
+        made = at if at.stride() == made.stride() else made
+        return cls(_Content(call, at, made), at, made)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, first = kwargs or {}, args[0] if args else None
+        if isinstance(first, NormOutput):
+            if func in _VIEWS and (view := first._view(func, args[1:])) is not None:
+                return view
+            if func is _aten.clone.default and first._content.values is None:
+                made = func(first._made, **kwargs)
+                return NormOutput.of(first._content.call, first._at, made)
+        is_mutable, name = func._schema.is_mutable, func._schema.name.removeprefix("aten::")
+        changed = kwargs.get("out", first) if is_mutable else None
+
+        def read(output: NormOutput) -> Tensor:
+            if is_mutable or func.is_view:
+                output._content.hold()
+            return output.computed(name)
+
+        args, kwargs = tree_map_only(NormOutput, read, (args, kwargs))
+        result = func(*args, **kwargs)
+        return changed if isinstance(changed, NormOutput) else result
+
+    def _view(self, func: Any, args: tuple[Any, ...]) -> NormOutput | None:
+        try:
+            at = _VIEWS[func](self._at, *args)
+        except RuntimeError:  # no view of the input's memory
+            return None
+        made = at if self._made is self._at else func(self._made, *args)
+        return NormOutput(self._content, at, made)
+
+    def computed(self, reader: str) -> Tensor:
+        """The values, outside autograd's graph, for ``reader``."""
+        if _graph.recomputation() is None:
+            self._content.call.readers[reader] = None
+        return self._content.compute(self._at, self._made)
+
+    def plain(self, reader: str) -> Tensor:
+        """The values as a tensor of autograd's graph that has memory."""
+        values, packing = _Read.apply(self, reader), self.packing()
+        return compact(values, packing) if packing else values
+
+    def read_as_one(self, reader: str, has_channels: bool) -> Reading | str:
+        """What a neuron computes norm and spikes of in one, or why it cannot.
+
+        ``has_channels``: whether it has parameters per channel, on axis 2 of what it was given.
+        """
+        content = self._content
+        call, x, steps = content.call, content.call.x, self._at.shape[0]
+        if content.values is not None:
+            return "its values were changed"
+        if call.has_hooks or (self.requires_grad and not _comes_from(self.grad_fn)):
+            return "a hook or a function of its own stands between"
+        if not x.numel():
+            return "the batch is empty"
+        if x.shape[0] % steps or (steps > 1 and self._at.stride(0) * steps != x.numel()):
+            return "time is not the outermost axis in memory"
+        shape, strides = self._at.shape, self._at.stride()
+        if has_channels and (shape[2:3], strides[2:3]) != (x.shape[1:2], x.stride()[1:2]):
+            return "its channels are not those of the norm"
+        call.check_input()
+        call.is_fused = True
+        norm = call.norm
+        if not self.requires_grad:
+            x, norm = x.detach(), norm.detach()
+        call.readers[f"fused into {reader}"] = None
+        return Reading(x.unflatten(0, (steps, -1)), norm, (shape, strides))
+
+    def packing(self) -> Packing | None:
+        """That of values changed in place; a waiting output is saved as it is, without memory."""
+        values, packing = self._content.values, self._content.packing
+        is_known = values is not None and packing is not None and packing.describes(values)
+        return packing if is_known else None
+
+    def learn(self, packing: Packing) -> None:
+        self._content.packing = packing
+
+    def memory(self) -> Tensor:
+        return self._content.hold()
+
+    def term(self) -> Term | None:
+        if self._content.values is not None:
+            return super().term()
+        return Term((), partial(self._content.call.view, self._at, self._made))
+
+    def exposed(self) -> Tensor:
+        self._content.hold()
+        return self.plain("its memory")
+
+    def register_hook(self, hook: Any) -> Any:
+        self._watch()
+        return super().register_hook(hook)
+
+    def retain_grad(self) -> None:
+        self._watch()
+        super().retain_grad()
+
+    def _watch(self) -> None:
+        call = self._content.call
+        if call.is_fused:
+            raise RuntimeError(
+                "a neuron has read this norm's output as one operation with the norm, and no "
+                "gradient will reach it: register the hook before the neuron runs, or "
+                "sj_taid.unaccelerate(net)"
+            )
+        call.has_hooks = True
+
+    def tolist(self) -> Any:
+        return self.plain("tolist").tolist()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain("pickle").__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.plain("deepcopy").__deepcopy__(memo)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return repr(self.plain("print"))
+
+
+class _Read(torch.autograd.Function):
+    """The values of a :class:`NormOutput` as a plain tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, output: NormOutput, reader: str) -> Tensor:
+        return output.computed(reader).detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def wait(
+    x: Tensor, shape: torch.Size, norm: Norm, affine: Affine, readers: dict[str, None]
+) -> Tensor:
+    """The output of ``norm`` of ``x`` ``[M, C, *]``, in ``shape``: that of x, M unfolded or not."""
+    call = NormCall(x, norm._replace(affine=affine), affine, readers)
+    with torch._C.DisableTorchFunctionSubclass(), saving([x] if isinstance(x, Known) else []):
+        return _Wait.apply(x, norm.weight, norm.bias, call, shape)
+
+
+def _comes_from(node: Any) -> bool:
+    """Whether views alone lie between a node of autograd's graph and a norm."""
+    while node is not None and re.sub(r"Backward\d*", "", node.name()) in _VIEW_NODES:
+        ((node, _),) = node.next_functions
+    return isinstance(node, _Wait._backward_cls)
+
+
+def _order_of(x: Tensor) -> torch.memory_format:
+    """The memory format of torch's batch norm of ``x``: channels last, or contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    is_last = last is not None and x.is_contiguous(memory_format=last)
+    return last if last and is_last and not x.is_contiguous() else torch.contiguous_format
+
+
+def _with_last_axis(x: Tensor) -> Tensor:
+    """``[M, C, L]`` as ``[M, C, L, 1]``, which torch takes with channels last in memory too."""
+    return x.unsqueeze(-1) if x.dim() == 3 else x
+
+
+def _arranged(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` in the memory order of ``like``."""
+    out = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
+    return out.copy_(tensor.view(like.shape) if tensor.shape != like.shape else tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
