@@ -16,7 +16,7 @@ demo: $(VENV)/demo ## Train a small ESVAE on handwritten digits and draw its pic
 	@echo "For sj-taid in this shell: source $(BIN)/activate"
 
 # The extra is that of the CUDA which torch is built for.
-gpu: install ## Prove the CUDA kernels on this machine's GPU, and time them; ten minutes
+gpu: install ## Prove the CUDA kernels on this machine's GPU, and time them; twenty minutes
 	cuda=$$($(BIN)/python -c "import torch; print((torch.version.cuda or '').split('.')[0])"); \
 	  test -z "$$cuda" || $(BIN)/python -m pip install --quiet --editable ".[cuda$$cuda]"
 	$(BIN)/python experiments/prove.py

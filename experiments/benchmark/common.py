@@ -6,6 +6,7 @@ nothing, PLIF tau; ALIF and FlexSN learn tau and the threshold.
 
 import argparse
 import gc
+import itertools
 import os
 import re
 import shlex
@@ -116,6 +117,18 @@ def held_bytes(net: nn.Module, x_seq: Tensor) -> int:
     before = torch.cuda.memory_allocated(x_seq.device)
     forward()
     return torch.cuda.memory_allocated(x_seq.device) - before
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most that torch's allocator holds during a step, beyond what it held before."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    return max(itertools.accumulate(allocations(step)))
 
 
 def saved_bytes(module: nn.Module, x_seq: Tensor) -> int:

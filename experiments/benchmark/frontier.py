@@ -19,7 +19,6 @@ recomputes whole modules. Its levels 2 to 4 search by a GPU's allocator, so a CP
 """
 
 import argparse
-import gc
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from common import DTYPES, allocations, conditions, interleave, parser, read_csv, write_csv
+from common import DTYPES, conditions, interleave, parser, peak_bytes, read_csv, write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
@@ -217,18 +216,6 @@ def train_step(net: nn.Module, x_seq: Tensor, dtype: torch.dtype) -> None:
     nn.functional.cross_entropy(rates.float(), labels).backward()
     functional.reset_net(net)
     net.zero_grad()
-
-
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most that torch's allocator holds during a step, beyond what it held before."""
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    return max(itertools.accumulate(allocations(step)))
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:

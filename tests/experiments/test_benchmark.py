@@ -3,8 +3,10 @@
 import re
 import sys
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
+import any_net
 import attention
 import common
 import esvae
@@ -15,6 +17,10 @@ import pandas as pd
 import pytest
 import torch
 import zoo
+from spikingjelly.activation_based.layer import SeqToANNContainer
+from spikingjelly.activation_based.neuron import LIFNode
+from spikingjelly.activation_based.surrogate import ATan
+from torch import nn
 
 from sj_taid import FixedDecoder
 
@@ -26,6 +32,7 @@ FACTS = ["command", "commit", "threads", "machine", "torch_version", "spikingjel
 TIMES = ["p20_ms", "median_ms", "p80_ms"]
 #: The columns of each CSV, beyond FACTS, with a value in every row.
 SCHEMAS = {
+    "any_net": [*TIMES, "net", "system", "held_mb", "peak_mb", "largest_batch", "difference"],
     "esvae": [*TIMES, "work", "batch", "ms_per_image", "ratio"],
     "frontier": [*TIMES, *frontier.KEYS, "size", "peak_mb", "mb_per_sample", "time_ratio"],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
@@ -41,7 +48,8 @@ def measure(tmp_path):
     def run(script, *options, **more):
         device = [] if script is esvae else ["--device", "cpu"]  # it has no other
         script.main([*device, "--out", str(tmp_path), *options], **more)
-        return read_csv(tmp_path / f"{script.__name__}.csv")
+        (path,) = tmp_path.glob(f"{script.__name__}*.csv")
+        return read_csv(path)
 
     return run
 
@@ -74,6 +82,25 @@ def test_zoo_counts_norms_and_bytes(measure):
     counts = map(int, re.findall(r"\d+", row.left))
     assert row.fused + sum(counts) == row.norms
     assert (published.written, published.norms) == ("as published", 7)
+
+
+def tiny():
+    neurons = (LIFNode(surrogate_function=ATan(), step_mode="m") for _ in range(2))
+    layers = [SeqToANNContainer(nn.Conv2d(c, 8, 3), nn.BatchNorm2d(8)) for c in (2, 8)]
+    return nn.Sequential(*chain(*zip(layers, neurons, strict=True)))
+
+
+def test_any_net_measures_its_gain(measure):
+    options = ["--shape", "4", "4", "2", "16", "16", "--repeats", "1", "--budget", "0.01"]
+    plain, ours = measure(any_net, f"{__name__}:tiny", *options).itertuples()
+    assert (plain.system, ours.system) == ("plain", "accelerate")
+    assert plain.held_mb > ours.held_mb and plain.peak_mb > ours.peak_mb
+    assert ours.largest_batch > plain.largest_batch > 4 and ours.difference < 1e-4
+    assert plain.largest_batch * plain.mb_per_sample == pytest.approx(10, rel=0.2)
+    with pytest.raises(SystemExit, match=r"nothing:make: .*; expected package\.module:factory"):
+        measure(any_net, "nothing:make", *options)
+    with pytest.raises(SystemExit, match="expected a batch of 2 or more"):
+        measure(any_net, f"{__name__}:tiny", "--shape", "4", "1", "2", "8", "8")
 
 
 class Fails(torch.nn.Module):
@@ -127,14 +154,14 @@ def test_frontier_measures_what_is_missing(measure, monkeypatch, tmp_path):
     assert picture.stat().st_size > 10_000
 
 
-def test_frontier_peak_is_of_live_tensors():
+def test_peak_is_of_live_tensors():
     def step():
         first = torch.empty(1000)
         second = torch.empty(500)
         del first
         return second, torch.empty(900)
 
-    assert frontier.peak_bytes(step, CPU) == 4 * 1500
+    assert common.peak_bytes(step, CPU) == 4 * 1500
 
 
 def test_norm_counts_saved_bytes(measure):

@@ -99,6 +99,7 @@ TOY = {
     "norm": "--steps 3 --batch 2 --repeats 1 --dtypes float32 --nets '3 x [conv, norm, neuron]'",
     "frontier": "--nets spiking_vgg11_bn --neurons PLIF --levels 0 --batch 1 --steps 1 "
     "--dtypes float32 --repeats 1",
+    "any_net sew_resnet18": "any_net:sew_resnet18 --shape 2 2 3 32 32 --repeats 1",
 }
 
 
@@ -117,7 +118,8 @@ def test_prove_on_a_cpu(tmp_path):
     done = subprocess.run(command, cwd=prove.ROOT / "experiments", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = read_page(tmp_path)
-    assert "6 passed, 0 failed, 0 skipped" in page
+    assert "7 passed, 0 failed, 0 skipped" in page
     assert "self test of numba: equal to torch bit for bit" in page
     assert len(re.findall("[1-9][0-9]* passed, [0-9]+ deselected", page)) == 2  # in one line each
+    assert "issue 740" in page and "| accelerate | float32 | [2, 2, 3, 32, 32] |" in page
     assert "| SpikingJelly PLIF |" in page and "| ALIF, one operator, bits |" in page

@@ -1,0 +1,153 @@
+"""What ``accelerate`` gains in any net: bytes, time, and the largest batch that fits.
+
+    PYTHONPATH=. python experiments/benchmark/any_net.py my_nets:make --shape 4 16 3 32 32
+
+writes ``any_net-make.csv`` with a row for the plain net and one for the accelerated net that
+``my_nets.make()`` gives; ``--compile`` adds ``torch.compile`` of both. The shape is that of the
+input, ``[T, N, ...]``; of a net that repeats an image itself, ``[N, ...]``, say ``--batch-axis 0``.
+A step is forward, a loss of all outputs, and backward, from rest; bfloat16 is autocast.
+
+``held_mb`` is what torch's allocator holds after a forward, beyond what it held before, and
+``peak_mb`` the most during a step. ``largest_batch`` is what fits into the budget, in GB, with the
+net's weights and no optimizer: the peak grows in proportion to the batch, as half the batch shows.
+``difference`` is the largest between outputs or gradients, relative to that tensor's largest value.
+"""
+
+import argparse
+import copy
+import math
+import pkgutil
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from common import DTYPES, conditions, held_bytes, interleave, parser, peak_bytes, write_csv
+from spikingjelly.activation_based import functional, neuron, surrogate
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sj_taid import accelerate
+from sj_taid.training.allocator import reuse_freed_memory
+
+
+def sew_resnet18() -> nn.Module:
+    """SpikingJelly's, for ImageNet, with IF neurons, as in its issue 740."""
+    return zoo("sew_resnet:sew_resnet18", spiking_neuron=neuron.IFNode, cnf="ADD")
+
+
+def spikformer() -> nn.Module:
+    """SpikingJelly's, for CIFAR10."""
+    return zoo("spikformer:spikformer_cifar10", spiking_neuron=neuron.LIFNode)
+
+
+def zoo(path: str, **options: Any) -> nn.Module:
+    options |= {"surrogate_function": surrogate.ATan(), "detach_reset": True}
+    net = pkgutil.resolve_name(f"spikingjelly.activation_based.model.{path}")(**options)
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_parser = parser(__doc__, repeats=5)
+    add = options_parser.add_argument
+    add("net", help="package.module:factory, a function without arguments")
+    add("--shape", nargs="+", type=int, required=True, help="of the input")
+    add("--batch-axis", type=int, default=1, help="the axis of the shape that is the batch")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--budget", type=float, default=24.0, help="memory in GB")
+    add("--compile", action="store_true", help="torch.compile too")
+    options = options_parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    reuse_freed_memory()
+    torch.manual_seed(0)
+    try:
+        factory = pkgutil.resolve_name(options.net)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SystemExit(f"{options.net}: {error}; expected package.module:factory") from error
+    rows = measure(factory(), options)
+    shown = pd.DataFrame(rows).drop(columns=["shape", *conditions(options.device)])
+    print(shown.to_string(index=False))
+    write_csv(rows, options.out / f"any_net-{options.net.rpartition(':')[2]}.csv")
+
+
+def measure(net: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each system."""
+    net = net.to(options.device)
+    x = torch.rand(options.shape, device=options.device)
+    batch = options.shape[options.batch_axis]
+    if batch < 2:
+        raise SystemExit(f"--shape {options.shape}: expected a batch of 2 or more, for its half")
+    systems: dict[str, Any] = {"plain": net, "accelerate": copy.deepcopy(net)}
+    print(accelerate(systems["accelerate"]))
+    if options.compile:
+        for name in [*systems]:
+            label = f"{name} + torch.compile"
+            systems[label] = torch.compile(copy.deepcopy(systems[name]), dynamic=False)
+    weights = sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
+    results = {name: train_step(one, x, options.dtype) for name, one in systems.items()}
+    steps = {name: partial(train_step, one, x, options.dtype) for name, one in systems.items()}
+    times = interleave(steps, options.repeats, options.device)
+    rows = []
+    for name, one in systems.items():
+        peak = peak_bytes(steps[name], options.device)
+        half = x.narrow(options.batch_axis, 0, batch // 2).clone()
+        half_peak = peak_bytes(partial(train_step, one, half, options.dtype), options.device)
+        per_sample = (peak - half_peak) / (batch - batch // 2)
+        left = 1e9 * options.budget - weights - (peak - per_sample * batch)
+        with autocast(x, options.dtype):
+            held = held_bytes(one, x)
+        tensor, difference = compare(results[name], results["plain"])
+        rows.append(
+            {
+                **{"net": options.net, "system": name, "dtype": options.dtype},
+                **{"shape": options.shape, "batch": batch, "held_mb": held / 1e6},
+                **{"peak_mb": peak / 1e6, "mb_per_sample": per_sample / 1e6},
+                **{
+                    "budget_gb": options.budget,
+                    "largest_batch": math.floor(left / max(per_sample, 1)),
+                },
+                **times[name]._asdict(),
+                "time_ratio": times[name].median_ms / times["plain"].median_ms,
+                **{"difference": difference, "differs_most": tensor},
+                **conditions(options.device),
+            }
+        )
+    return rows
+
+
+def autocast(x: Tensor, dtype: str) -> torch.autocast:
+    return torch.autocast(x.device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+def train_step(net: nn.Module, x: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Forward from rest, loss and backward; the output and the gradients by name."""
+    torch.manual_seed(1)  # for dropout
+    functional.reset_net(net)
+    with autocast(x, dtype):
+        outputs = [t for t in tree_leaves(net(x)) if isinstance(t, Tensor) and t.requires_grad]
+    losses = [(t.float() * torch.rand_like(t, dtype=torch.float32)).sum() for t in outputs]
+    torch.stack(losses).sum().backward()
+    named = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+    named |= {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    functional.reset_net(net)
+    net.zero_grad()
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in named.items()}
+
+
+def compare(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> tuple[str, float]:
+    """The tensor that differs most, and by how much of its largest value."""
+    largest = {name: tensor.abs().max().item() for name, tensor in plain.items()}
+    # The gradient of a bias in front of a norm is zero but for rounding.
+    least = 0.01 * max(largest.values())
+    differences = {
+        name: (ours[name] - tensor).abs().max().item() / max(largest[name], least)
+        for name, tensor in plain.items()
+    }
+    name = max(differences, key=lambda name: differences[name])
+    return name, differences[name]
+
+
+if __name__ == "__main__":
+    main()
