@@ -201,31 +201,38 @@ def check_layout(
 _UNFUSED = "backend='torch' for ALIF, sj_taid.unaccelerate(net) for an accelerated net"
 
 
+def _run(*inputs: Any) -> tuple[Tensor, ...]:
+    # One parameter: apply looks at each of the signature's at every call.
+    x_seq, v0, w, v_threshold, _, _, affine, engine, options, _, layout, _ = inputs
+    tensors = {"x_seq": x_seq, "v0": v0, "w": w, "v_threshold": v_threshold, "norm": affine[0]}
+    spike_seq, v, v_seq, *rest = engine.forward(*Forward(**tensors, **options))
+    if layout is not None:
+        spike_seq, v = _laid_out(spike_seq, layout), _laid_out(v, _of_step(layout))
+        v_seq = _laid_out(v_seq, layout) if options["store_v_seq"] else v_seq
+    return spike_seq, v, v_seq, *rest
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_seq, v0, w, v_threshold = inputs[:4]
+    affine, ctx.engine, options, ctx.options, ctx.layout, ctx.group = inputs[6:]
+    ctx.has_v_seq, ctx.form = options["store_v_seq"], (x_seq.shape, x_seq.stride())
+    ctx.save_for_backward(x_seq, v0, w, v_threshold, output[3], *affine)
+    # An output that nobody used has no gradient to read.
+    ctx.set_materialize_grads(False)
+
+
 class _FusedALIF(torch.autograd.Function):
-    # forward and setup_context apart, as torch.func's transforms ask for
-    generate_vmap_rule = True
+    """The operator in autograd; ``None`` for outputs that were not asked for, which cost time."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        # One parameter: apply looks at each of the signature's at every call.
-        x_seq, v0, w, v_threshold, _, _, affine, engine, options, _, layout, _ = inputs
-        tensors = {"x_seq": x_seq, "v0": v0, "w": w, "v_threshold": v_threshold, "norm": affine[0]}
-        spike_seq, v, v_seq, *rest = engine.forward(*Forward(**tensors, **options))
-        if layout is not None:
-            spike_seq, v = _laid_out(spike_seq, layout), _laid_out(v, _of_step(layout))
-            v_seq = _laid_out(v_seq, layout) if options["store_v_seq"] else v_seq
-        return spike_seq, v, v_seq, *rest
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x_seq, v0, w, v_threshold = inputs[:4]
-        affine, ctx.engine, options, ctx.options, ctx.layout, ctx.group = inputs[6:]
-        checkpoint, packed = output[3:]
-        ctx.has_v_seq, ctx.form = options["store_v_seq"], (x_seq.shape, x_seq.stride())
-        ctx.save_for_backward(x_seq, v0, w, v_threshold, checkpoint, *affine)
-        ctx.mark_non_differentiable(checkpoint, packed)
-        # An output that nobody used has no gradient to read.
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        output = _run(*inputs)
+        _save(ctx, inputs, output)
+        spike_seq, v, v_seq, _, packed = output
+        if not inputs[8]["pack"]:
+            return spike_seq, v, v_seq if ctx.has_v_seq else None, None, None
+        ctx.mark_non_differentiable(packed)
+        return spike_seq, v, v_seq if ctx.has_v_seq else None, None, packed
 
     @staticmethod
     def backward(
@@ -283,11 +290,12 @@ class _FusedALIF(torch.autograd.Function):
             ab = norms.mean_terms(affine, norm_sums, ctx.group)
             call = call._replace(ab=ab, need_norm=False)
             grad_x_seq, grad_v0, grad_parameters, _ = backward(ctx.engine, *call)
+        parameters = grad_parameters.unbind()
         return (
             grad_x_seq if need_x else None,
             grad_v0 if need_v0 else None,
-            grad_parameters[0] if need_w else None,
-            grad_parameters[-1] if need_v_threshold else None,
+            parameters[0] if need_w else None,
+            parameters[-1] if need_v_threshold else None,
             grad_weight if need_weight else None,
             grad_bias if need_bias else None,
             *[None] * 6,
@@ -307,6 +315,21 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
             "forward: write h = h + o instead of h += o, change parameters after the backward, "
             f"or use what does not read the input again: {_UNFUSED}"
         ) from error
+
+
+class _TransformedALIF(_FusedALIF):
+    """The same for torch.func and torch.compile, which ask for forward and context apart.
+
+    That takes apply twice the time.
+    """
+
+    generate_vmap_rule = True
+    forward = staticmethod(_run)  # type: ignore[assignment]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[3:])
 
 
 class _Backward(torch.autograd.Function):
@@ -392,7 +415,10 @@ def multi_step(
     affine: Affine | tuple[None, None] = (None, None)
     if norm is not None:
         affine = norm.affine or norms.affine(norm, x_seq, engine.statistics)
-    run = _FusedALIF.apply if saves else _FusedALIF.forward
+    run = _run
+    if saves:
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        run = (_TransformedALIF if transformed else _FusedALIF).apply
     rest = (affine, engine, forward, backward, layout, norm and norm.group)
     spike_seq, v_last, v_seq, _, packed = run(*leaves, *rest)
     results = (spike_seq, v_last, v_seq if store_v_seq else None)

@@ -7,7 +7,6 @@ device and PyTorch's current stream, read at every launch (backward runs in anot
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -38,11 +37,11 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         return outputs
     options = _options(call, call.store_v_seq)
     sequences = (x_seq, call.v0, *outputs[:5])
-    name = partial(options.forward_name, pack=call.pack)
-    grid = _grid(sequences, _channels(call), options.forward_vec(), name)
+    vec = options.forward_vec()
+    grid, name = _grid(sequences, _channels(call), vec, (Options.forward_name, options, call.pack))
     tensors = (*sequences, call.w, call.v_threshold, call.norm)
     scalars = (_float(call.v_init), _float(call.v_reset), call.w.dim(), x_seq.shape[0])
-    _launch("forward", name(grid.vec, grid.lanes), grid, tensors, *scalars)
+    _launch("forward", name, grid, tensors, *scalars)
     return outputs
 
 
@@ -59,24 +58,17 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     options = _options(call, call.grad_v_seq is not None)
     needs = NEED_X * call.need_x | NEED_W * call.need_w | NEED_V_THRESHOLD * call.need_v_threshold
     needs |= NEED_NORM * call.need_norm
-    name = partial(
-        options.backward_name,
-        detach_reset=call.detach_reset,
-        needs=needs,
-        surrogate=call.surrogate,
-    )
+    kernel = (Options.backward_name, options, call.detach_reset, needs, call.surrogate)
     sequences = (
         *(grad_spike_seq, call.grad_v, call.grad_v_seq, x_seq, call.v0, call.checkpoint),
         *(grad_x_seq, grad_v0),
     )
-    grid = _grid(sequences, _channels(call), options.backward_vec(), name)
+    grid, name = _grid(sequences, _channels(call), options.backward_vec(), kernel)
     parameters = len(grad_parameters)
     partial_sums = call.w.new_empty((parameters + 2 * call.need_norm, grid.threads * grid.lanes))
     tensors = (*sequences, call.w, call.v_threshold, call.norm, call.ab, partial_sums)
     floats = map(_float, (call.v_init, call.v_reset, call.a, call.b))
-    _launch(
-        "backward", name(grid.vec, grid.lanes), grid, tensors, *floats, call.w.dim(), len(x_seq)
-    )
+    _launch("backward", name, grid, tensors, *floats, call.w.dim(), len(x_seq))
     sums = grid.reduce(partial_sums)
     if call.need_norm:
         norm_sums.copy_(sums[parameters:])
@@ -92,11 +84,12 @@ def statistics(x_seq: Tensor) -> Tensor:
     channels = x_seq.shape[2]
     if x_seq.numel() == 0:
         return autograd.empty_statistics(x_seq).fill_(torch.nan)
-    name = partial(kernels.statistics_name, x_seq.dtype)
+    kernel = (kernels.statistics_name, x_seq.dtype)
     # Half of the threads keep memory busy, and write half as many sums.
-    grid = _grid((x_seq,), channels, kernels.STATISTICS_VEC, name, steps=len(x_seq), share=2)
+    vec = kernels.STATISTICS_VEC
+    grid, name = _grid((x_seq,), channels, vec, kernel, steps=len(x_seq), share=2)
     partial_sums = x_seq.new_empty((2, grid.threads * grid.lanes), dtype=torch.float64)
-    _launch("statistics", name(grid.vec, grid.lanes), grid, (x_seq, partial_sums))
+    _launch("statistics", name, grid, (x_seq, partial_sums))
     mean, square = grid.reduce(partial_sums) / (x_seq.numel() // channels)
     pivot = x_seq.as_strided((channels,), (x_seq.stride(2),))
     return torch.stack([pivot + mean, (square - mean * mean).clamp_(min=0)])
@@ -118,25 +111,45 @@ def _channels(call: autograd.Forward | autograd.Backward) -> int:
     return call.w.numel() if call.norm is None else call.norm.shape[1]
 
 
+#: makes a kernel's name: a function, its first argument, and those behind ``vec`` and ``lanes``
+_Kernel = tuple[Any, ...]
+
+
 def _grid(
     sequences: tuple[Tensor | None, ...],
     channels: int,
     vec: int,
-    name: Callable[[int, int], str],
+    kernel: _Kernel,
     steps: int = 1,
     share: int = 1,
-) -> Grid:
-    """The grid of a ``share``-th of the threads that run at a time."""
+) -> tuple[Grid, str]:
+    """The grid of a ``share``-th of the threads that run at a time, and the kernel's name."""
     x_seq = next(t for t in sequences if t is not None)  # one of its shape and layout
-    return kernels.grid(
-        x_seq,
-        channels,
-        vec,
-        kernels.is_aligned(*sequences),
-        _capacity(x_seq.device),
-        lambda vec, lanes: _resident(x_seq.device, name(vec, lanes)) // share,
-        steps,
-    )
+    aligned, device = kernels.is_aligned(*sequences), x_seq.device
+    layout = tuple(x_seq.shape), x_seq.stride()
+    return _plan(layout, device, _capacity(device), channels, vec, aligned, kernel, steps, share)
+
+
+@cache
+def _plan(
+    layout: tuple[tuple[int, ...], tuple[int, ...]],
+    device: torch.device,
+    capacity: int,
+    channels: int,
+    vec: int,
+    aligned: bool,
+    kernel: _Kernel,
+    steps: int,
+    share: int,
+) -> tuple[Grid, str]:
+    make_name, first, *rest = kernel
+
+    def resident(vec: int, lanes: int) -> int:
+        return _resident(device, make_name(first, vec, lanes, *rest)) // share
+
+    x_seq = torch.empty_strided(*layout, device="meta")
+    grid = kernels.grid(x_seq, channels, vec, aligned, capacity, resident, steps)
+    return grid, make_name(first, grid.vec, grid.lanes, *rest)
 
 
 class _CurrentStream:

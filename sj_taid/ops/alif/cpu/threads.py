@@ -103,6 +103,12 @@ class Partition(NamedTuple):
         return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
+@cache
+def _sizes(partition: Partition) -> loops.Arguments:
+    """The arguments that the partition decides."""
+    return loops.Arguments(**partition._asdict())
+
+
 def _pad(size: int) -> int:
     """An odd number of cache lines: otherwise all rows would compete for the same cache sets."""
     return size // 32 * 32 + 48
@@ -120,17 +126,13 @@ def run(kernel: Any, partition: Partition, **arguments: Tensor | float | None) -
     """
     work = partition.steps * partition.neurons
     threads = max(1, min(torch.get_num_threads(), partition.parts, work // GRAIN))
-    arguments |= partition._asdict()
-    arguments["counters"] = torch.zeros(2, dtype=torch.int64, device="cpu")
-    size = threads * partition.scratch_size
-    arguments["scratch"] = torch.empty(size, dtype=torch.float32, device="cpu")
-    record = loops.Arguments(
-        **{
-            name: value.data_ptr() if isinstance(value, Tensor) else value
-            for name, value in arguments.items()
-            if value is not None
-        }
-    )
+    counters = (ctypes.c_int64 * 2)()
+    scratch = torch.empty(threads * partition.scratch_size, dtype=torch.float32, device="cpu")
+    record = loops.Arguments.from_buffer_copy(_sizes(partition))
+    record.counters, record.scratch = ctypes.addressof(counters), scratch.data_ptr()
+    for name, value in arguments.items():
+        if value is not None:
+            setattr(record, name, value.data_ptr() if isinstance(value, Tensor) else value)
     address = ctypes.addressof(record)
     function = _FUNCTION(kernel.address)
     if threads == 1:
