@@ -371,6 +371,18 @@ def neurons() -> pd.DataFrame:
     return table.map("{:.1f}".format).reset_index()
 
 
+def small() -> pd.DataFrame:
+    """Microseconds of small layers, of the host alone."""
+    rows = pd.read_csv(EPYC / "small.csv")
+    rows["layer"] = rows["norm"].map({False: "neuron", True: "norm and neuron"})
+    index = ["layer", "T", "work"]
+    table = 1e3 * rows.pivot(index=index, columns="neuron", values="median_ms")
+    for name in ("numba", "cupy"):
+        table[f"{name} / PLIF"] = table[f"ALIF {name}"] / table[PLIF]
+    digits = {name: "{:.2f}" if "/" in name else "{:.0f}" for name in table}
+    return table.apply(lambda column: column.map(digits[column.name].format)).reset_index()
+
+
 def esvae() -> pd.DataFrame:
     """Milliseconds per image of the sharp recipe's step and of variants of it."""
     rows = pd.read_csv(BENCHMARKS / "epyc-avx2-2-cores" / "esvae.csv")
@@ -387,7 +399,7 @@ TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, distances, models)},
     **{table.__name__: table for table in (decoders, generator_neurons, classifiers)},
     **{table.__name__: table for table in (start_map, recipes)},
-    **{table.__name__: table for table in (memory, zoo, norm, neurons, esvae)},
+    **{table.__name__: table for table in (memory, zoo, norm, neurons, small, esvae)},
 }
 
 

@@ -15,6 +15,7 @@ import neuron
 import norm
 import pandas as pd
 import pytest
+import small
 import torch
 import zoo
 from spikingjelly.activation_based.layer import SeqToANNContainer
@@ -23,6 +24,7 @@ from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
 
 from sj_taid import FixedDecoder
+from sj_taid.ops import backends
 
 CPU = torch.device("cpu")
 RESULTS = Path(common.__file__).parent / "results"
@@ -36,6 +38,7 @@ SCHEMAS = {
     "esvae": [*TIMES, "work", "batch", "ms_per_image", "ratio"],
     "frontier": [*TIMES, *frontier.KEYS, "size", "peak_mb", "mb_per_sample", "time_ratio"],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
+    "small": [*TIMES, "neuron", "norm", "T", "work"],
     "norm": ["net", "variant", "dtype", "T", "step", "saved_mb", "saved_ratio", "device"],
     "zoo": ["net", "T", "shape", "neurons", "norms", "fused", "before_mb", "after_mb", "device"],
 }
@@ -46,7 +49,7 @@ def measure(tmp_path):
     """Run a benchmark with options, and read the CSV that it writes."""
 
     def run(script, *options, **more):
-        device = [] if script is esvae else ["--device", "cpu"]  # it has no other
+        device = [] if script in (esvae, small) else ["--device", "cpu"]  # they have no other
         script.main([*device, "--out", str(tmp_path), *options], **more)
         (path,) = tmp_path.glob(f"{script.__name__}*.csv")
         return read_csv(path)
@@ -73,6 +76,13 @@ def test_neuron_times_and_appends(measure):
     ours = ["ALIF torch", "SpikingJelly PLIF"]
     assert [*table["neuron"]] == [*ours, *ours, *["SpikingJelly LIF"] * 2]
     assert [*table["N"]] == [64, 64, 128, 128, 64, 128]
+
+
+def test_small_times_both_backends(measure):
+    before = dict(backends.BACKENDS), sys.modules.get("cupy")
+    table = measure(small, "--repeats", "2", "--steps", "2")
+    assert len(table) == 2 * 2 * 4 and {"ALIF numba", "ALIF cupy"} < {*table["neuron"]}
+    assert (dict(backends.BACKENDS), sys.modules.get("cupy")) == before
 
 
 def test_zoo_counts_norms_and_bytes(measure):
