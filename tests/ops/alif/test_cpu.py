@@ -272,7 +272,7 @@ def test_bfloat16_in_any_layout(layout):
 
 def test_spikes_of_bfloat16_as_bits():
     x, v0, w, v_threshold = tensors(Case(shape=(11, 7, 130), dtype=torch.bfloat16)).values()
-    spike_seq, _, _, _, packed, _, _ = torch.ops.sj_taid.cpu_forward(
+    spike_seq, _, _, _, packed = torch.ops.sj_taid.cpu_forward(
         x.detach(), v0, 0.0, w, v_threshold, False, 0.0, False, 0, None, True
     )
     assert spike_seq.any() and torch.equal(packed, bits.pack(spike_seq))
@@ -519,19 +519,18 @@ def test_later_processes_load_what_is_compiled(tmp_path):
 def test_operators(case, v_init):
     """Schema, no aliasing, and fake outputs of the right shapes, dtypes and strides."""
     x_seq, v0, w, v_threshold = (leaf.detach() for leaf in tensors(case).values())
-    table, parameters = torch.rand(3, len(w)), (torch.rand(len(w)), torch.rand(len(w)))
+    table = torch.rand(3, len(w))
     neuron = (x_seq, v0 if v_init else None, 0.0, w, v_threshold)
     options = (case.decay_input, case.v_reset)
     forward, plain = (*neuron, *options, True, 0), (*neuron, *options, False, 0)
     gradients, saved = (torch.ones_like(x_seq), None, None), (*neuron, x_seq.new_empty(0))
     backward = (*gradients, *saved, *options, False, "ATan", 1.0, 3.0)
     with_norm = (*backward, True, v_init, True, True, table)
-    numbers = torch.rand(5, len(w), dtype=torch.float64)
+    numbers = torch.rand(4, len(w), dtype=torch.float64)
     for operator, arguments in (
         ("statistics", (x_seq,)),
         ("forward", forward),
         ("forward", (*plain, table, True)),
-        ("forward", (*plain, None, True, *parameters, 1e-5)),
         ("backward", (*backward, True, v_init, True, True)),
         ("backward", (*backward, False, False, False, True)),
         ("backward", with_norm),

@@ -126,7 +126,7 @@ def test_cases_of_the_mutations_are_green_unbroken(launcher):
 def test_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "SEGMENT", 4)
     monkeypatch.setattr(kernels, "LONGEST_SWEEP", 8)
-    with Host(tmp_path, kernels.source.__wrapped__()).patched() as host:
+    with Host(tmp_path, kernels.source()).patched() as host:
         check(host, make_case(ROW | {"T": 13}))
 
 
