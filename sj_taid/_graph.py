@@ -65,6 +65,14 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def address_of(tensor: Tensor) -> int:
+    """Where the tensor's memory is; 0 if it has none, as a wrapper."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
 def allows_hooks() -> bool:
     """Whether ``saved_tensors_hooks`` may be opened; ``torch.func`` forbids them."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
@@ -80,7 +88,8 @@ def record_saved(net: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[
     saved: dict[int, Tensor] = {}  # tensors, so that they live and no address comes twice
 
     def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
+        if address := address_of(tensor):
+            saved[address] = tensor
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):

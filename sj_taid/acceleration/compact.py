@@ -39,7 +39,7 @@ _COPIES = {
 }
 _ADDS = {"add", "__add__", "__radd__"}
 _ADDS_IN_PLACE = {"add_", "__iadd__"}
-_MULTIPLIES = {"mul", "multiply", "__mul__", "__rmul__"}
+_MULTIPLIES = {"mul", "multiply", "__mul__", "__rmul__", "mul_", "__imul__"}
 _CONTRACTS = {"matmul", "__matmul__", "bmm", "mm"}
 #: autocast casts their inputs
 _LOWERS = _CONTRACTS | {
@@ -71,7 +71,7 @@ class Packing:
     terms = 1
 
     def __init__(self, tensor: Tensor) -> None:
-        self.address, self.version = address_of(tensor), tensor._version
+        self.address, self.version = _graph.address_of(tensor), tensor._version
         self.dtype, self.is_known = tensor.dtype, True
 
     def describes(self, tensor: Tensor) -> bool:
@@ -80,7 +80,7 @@ class Packing:
             self.is_known
             and tensor._version == self.version
             and tensor.dtype == self.dtype
-            and address_of(tensor) == self.address
+            and _graph.address_of(tensor) == self.address
         )
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -273,14 +273,6 @@ def _restore_view(restore: Callable[..., Tensor], view: tuple[Any, ...], *parts:
     return restore(*parts).as_strided(*view)
 
 
-def address_of(tensor: Tensor) -> int:
-    """Where the tensor's memory is; 0 if it has none."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # a wrapper, such as torch.func's
-        return 0
-
-
 def _flat(values: Iterable[Any]) -> list[Any]:
     """The values, and those of lists and tuples among them."""
     return [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
@@ -309,6 +301,8 @@ def _peak_of(name: str, args: tuple[Any, ...], tensors: list[Tensor]) -> int | N
     dilated = "max_pool" in name and any(d not in (1, (1,), (1, 1), (1, 1, 1)) for d in args[4:5])
     if name in _COPIES and not dilated:
         return max(peaks)
+    if name == "__rsub__" and peaks == [1] and args[1:] == (1,):
+        return 1  # the complement of spikes
     if len(peaks) != 2 or len(args) != 2:
         return None
     first, second = peaks

@@ -81,7 +81,8 @@ def why_no_norm(module: nn.Module) -> str | None:
 
 def _steps_aside() -> bool:
     """Whether something traces, counts or transforms operations, and needs the plain module's."""
-    return torch.jit.is_tracing() or is_watched() or _graph.is_transformed()
+    traces = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return traces or is_watched() or _graph.is_transformed()
 
 
 class AcceleratedNorm(_Exchanged):

@@ -216,7 +216,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x_seq, v0, w, v_threshold = inputs[:4]
     affine, ctx.engine, options, ctx.options, ctx.layout, ctx.group = inputs[6:]
     ctx.has_v_seq, ctx.form = options["store_v_seq"], (x_seq.shape, x_seq.stride())
-    ctx.save_for_backward(x_seq, v0, w, v_threshold, output[3], *affine)
+    ctx.count = affine[2]
+    ctx.save_for_backward(x_seq, v0, w, v_threshold, output[3], *affine[:2])
     # An output that nobody used has no gradient to read.
     ctx.set_materialize_grads(False)
 
@@ -254,6 +255,7 @@ class _FusedALIF(torch.autograd.Function):
             grad_v_seq = _in_order(grad_v_seq, ctx.layout, form) if ctx.has_v_seq else None
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
         needs_ab = need_x and table is not None and not ctx.options["fixed_norm"]
+        affine = None if table is None else Affine(table, numbers, ctx.count)
         does_norm = needs_ab and ctx.group is None and ctx.engine.takes_numbers(x_seq)
         two_passes = needs_ab and not does_norm
         # create_graph=True, and torch.func always
@@ -273,7 +275,7 @@ class _FusedALIF(torch.autograd.Function):
             need_v_threshold=need_v_threshold,
             norm=table,
             need_norm=table is not None,
-            numbers=numbers if does_norm else None,
+            numbers=affine.all_numbers() if affine and does_norm else None,
             **ctx.options,
         )
         first = call
@@ -283,10 +285,9 @@ class _FusedALIF(torch.autograd.Function):
         grad_weight = grad_bias = None
         if does_norm:
             grad_bias, grad_weight = norm_sums.float().unbind()
-        elif table is not None:
-            affine = Affine(table, numbers)
+        elif affine is not None:
             grad_weight, grad_bias = norms.gradients(affine, norm_sums)
-        if two_passes:
+        if affine is not None and two_passes:
             ab = norms.mean_terms(affine, norm_sums, ctx.group)
             call = call._replace(ab=ab, need_norm=False)
             grad_x_seq, grad_v0, grad_parameters, _ = backward(ctx.engine, *call)
@@ -412,7 +413,7 @@ def multi_step(
         "b": b,
         "fixed_norm": norm is not None and norm.fixed,
     }
-    affine: Affine | tuple[None, None] = (None, None)
+    affine: Affine | tuple[None, None, None] = (None, None, None)
     if norm is not None:
         affine = norm.affine or norms.affine(norm, x_seq, engine.statistics)
     run = _run

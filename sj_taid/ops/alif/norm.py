@@ -150,7 +150,7 @@ def update_running(norm: Norm, mean: Tensor, var: Tensor) -> None:
         norm.running_var.lerp_(var.to(norm.running_var.dtype), norm.momentum)
 
 
-def _unbiased(var: Tensor, count: Tensor) -> Tensor:
+def _unbiased(var: Tensor, count: Any) -> Tensor:
     return var * (count / (count - 1))
 
 
@@ -158,8 +158,14 @@ class Affine(NamedTuple):
     """The norm as ``y = (x - shift) gain + offset``."""
 
     table: Tensor  #: shift, gain and offset, float32 ``[3, C]``: what the kernels read
-    #: mean, r, gain, and how many values a channel has over all processes; float64 ``[4, C]``
-    numbers: Tensor
+    numbers: Tensor  #: mean and r, float64 ``[2, C]``
+    count: Any  #: how many values a channel has over all processes
+
+    def all_numbers(self) -> Tensor:
+        """Mean, r, gain and count, float64 ``[4, C]``."""
+        mean, rate = self.numbers
+        gain = self.table[1].double()
+        return torch.stack([mean, rate, gain, torch.ones_like(mean) * self.count])
 
 
 @torch.no_grad()
@@ -174,7 +180,7 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
         mean, var = statistics(x_seq)
     else:
         mean, var = norm.running_mean.double(), norm.running_var.double()
-    count = torch.full_like(mean, x_seq.numel() / len(mean))
+    count: Any = x_seq.numel() / len(mean)
     if not norm.fixed:
         if norm.group is not None:
             mean, var, count = _combined(mean, var, count, norm.group)
@@ -186,15 +192,16 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
     if norm.bias is not None:
         offset = offset + norm.bias
     table = torch.stack([shift, gain.float(), offset.float()])
-    return Affine(table, torch.stack([mean, rate, gain, count]))
+    return Affine(table, torch.stack([mean, rate]), count)
 
 
-def _combined(mean: Tensor, var: Tensor, count: Tensor, group: Any) -> list[Tensor]:
+def _combined(mean: Tensor, var: Tensor, count: float, group: Any) -> list[Tensor]:
     """The statistics of all the group's processes together, and their count."""
-    moments = torch.stack([count, count * mean, count * (var + mean.square())])
+    own = torch.full_like(mean, count)
+    moments = torch.stack([own, own * mean, own * (var + mean.square())])
     distributed.all_reduce(moments, group=group)
-    count, mean, square = moments[0], *(moments[1:] / moments[0])
-    return [mean, square - mean.square(), count]
+    total, mean, square = moments[0], *(moments[1:] / moments[0])
+    return [mean, square - mean.square(), total]
 
 
 def gradients(affine: Affine, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +214,7 @@ def gradients(affine: Affine, sums: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_terms(affine: Affine, sums: Tensor, group: Any) -> Tensor:
     """A and B, float32 ``[2, C]``: how G_x depends on the batch's statistics, of all processes."""
-    mean, rate, gain, count = affine.numbers
+    mean, rate, gain, count = affine.all_numbers()
     if group is not None:
         sums = sums.clone()
         distributed.all_reduce(sums, group=group)
