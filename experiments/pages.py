@@ -42,7 +42,6 @@ DATASETS = {
 BEST = "esvae_sharper"
 OURS = {
     "our ESVAE, flow prior": "",
-    "our ESVAE, mixture prior": "_mixture",
     "our ESVAE, learned prior": "_learned",
     "training images' rates, decoded": "_perfect",
     "training images": "_floor",

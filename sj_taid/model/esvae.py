@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from .._checks import check_flags, check_weights
 from .block import Neuron, eval_mode
 from .flow import FlowPrior
-from .rate import FittedPrior, GaussianMixturePrior, LearnedPrior, rbf_mmd, spikes_from_rate
+from .rate import LearnedPrior, rbf_mmd, spikes_from_rate
 from .spiking_vae import SpikingVAE
 
 #: what samples can be drawn from
-PRIORS = ("learned", "mixture", "flow")
+PRIORS = ("learned", "flow")
 
 
 class ESVAEOutput(NamedTuple):
@@ -34,9 +34,8 @@ class ESVAE(SpikingVAE):
         z[t] = 1[r > u[t]],\ u[t] \sim U(0, 1)
 
     Trained by the squared error and ``mmd_weight`` times the MMD of ``r_q`` and ``r_p``. Samples
-    come from the learned prior :math:`r_p`, ``prior``, or, after :meth:`fit_prior`, from one fitted
-    to the training images' :math:`r_q`: a mixture of Gaussians, ``mixture``, or a normalising flow,
-    ``flow``.
+    come from the learned prior :math:`r_p`, ``prior``, or, after :meth:`fit_prior`, from a
+    normalising flow fitted to the training images' :math:`r_q`, ``flow``.
 
     In eval mode a reconstruction has exactly :math:`T r_q` spikes in each channel, at random steps:
     on MNIST the squared error is a quarter below that of spikes drawn as above. In training they
@@ -45,10 +44,8 @@ class ESVAE(SpikingVAE):
     All other arguments are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Args:
-        sample_from: the prior that :meth:`sample` draws from, ``"learned"``, ``"mixture"`` or
-            ``"flow"``; the model has a flow only if it is ``"flow"``.
-        components: Gaussians in the mixture.
-        iterations: of the mixture's fit, at most.
+        sample_from: the prior that :meth:`sample` draws from, ``"learned"`` or ``"flow"``; the
+            model has a flow only if it is ``"flow"``.
         mmd_weight: weight of the MMD next to the squared error.
         exact_counts: :math:`T r` spikes, rounded, in each channel at random steps also in training:
             the decoder learns from a latent without noise in its counts.
@@ -69,8 +66,6 @@ class ESVAE(SpikingVAE):
         self,
         *args: Any,
         sample_from: str = "learned",
-        components: int = 10,
-        iterations: int = 100,
         mmd_weight: float = 1e-3,
         exact_counts: bool = False,
         **kwargs: Any,
@@ -81,8 +76,6 @@ class ESVAE(SpikingVAE):
             names = ", ".join(PRIORS)
             raise ValueError(f"sample_from must be one of {names}, but it is {sample_from!r}")
         self.sample_from = sample_from
-        self.components = components
-        self.iterations = iterations
         self.mmd_weight = mmd_weight
         self.exact_counts = exact_counts
         super().__init__(*args, **kwargs)
@@ -90,9 +83,7 @@ class ESVAE(SpikingVAE):
     def _make_latent(self, neuron: Neuron) -> None:
         d = self.latent_channels
         self.prior = LearnedPrior(d)
-        self.mixture = GaussianMixturePrior(d, self.components, self.T, self.iterations)
-        if self.sample_from == "flow":
-            self.flow = FlowPrior(d, self.T)
+        self.flow = FlowPrior(d, self.T) if self.sample_from == "flow" else None
 
     def forward(self, image: Tensor) -> ESVAEOutput:
         """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1]."""
@@ -116,32 +107,29 @@ class ESVAE(SpikingVAE):
         return spikes_from_rate(self._source(self.sample_from)(n), self.T)
 
     def _source(self, name: str) -> nn.Module:
-        priors = {"learned": self.prior, **self.fitted_priors}
-        if name not in priors:
-            remedy = "; train a model with sample_from=flow for one" if name == "flow" else ""
+        source = {"learned": self.prior, "flow": self.flow}.get(name)
+        if source is None:
             raise ValueError(
-                f"this model samples from {' or '.join(priors)}, but not from {name!r}{remedy}"
+                f"this model does not sample from {name!r}; choose learned, or train a model with "
+                "sample_from=flow"
             )
-        return priors[name]
-
-    @property
-    def fitted_priors(self) -> dict[str, FittedPrior]:
-        """The priors that :meth:`fit_prior` fits, by name."""
-        return {child.name: child for child in self.children() if isinstance(child, FittedPrior)}
+        return source
 
     def fit_prior(self, images: Iterable[Tensor], seed: int = 0) -> None:
-        """Fit the mixture, and the flow where there is one, to the rates of training images.
+        """Fit the flow, which the model must have, to the rates of training images.
 
         Args:
             images: batches ``[N, C, H, W]``, or all in one tensor.
-            seed: of the fits; the flow leaves the global random state alone.
+            seed: of the fit; the global random state is left alone.
 
         In eval mode and without gradient; after, every module is back in its own mode.
 
         Raises:
             TypeError: batches that are no tensors, as those with labels.
-            ValueError: fewer images than components, or none; see :class:`ESVAE` for bad images.
+            ValueError: a model without a flow, or fewer than 30 images; see :class:`ESVAE` for bad
+                images.
         """
+        flow: Any = self._source("flow")
         images = images.split(256) if isinstance(images, Tensor) else images
         with eval_mode(self), torch.no_grad():
             rates = [self.rate(_check_batch(image)).float() for image in images]
@@ -149,11 +137,7 @@ class ESVAE(SpikingVAE):
             raise ValueError(
                 "no batch of images to fit the prior to; an iterator gives its batches only once"
             )
-        together = torch.cat(rates)
-        for prior in self.fitted_priors.values():
-            prior.check_enough(len(together))  # all, before one is fitted
-        for prior in self.fitted_priors.values():
-            prior.fit(together, seed)
+        flow.fit(torch.cat(rates), seed)
 
     @contextmanager
     def draw_from(self, source: str) -> Iterator[None]:

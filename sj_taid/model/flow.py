@@ -1,4 +1,4 @@
-"""A normalising flow over rates: a prior that is fitted after training."""
+"""A normalising flow over rates: the prior of ESVAE that is fitted after training."""
 
 import math
 from copy import deepcopy
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .block import seeded
-from .rate import FittedPrior
+from .rate import check_rates
 
 HIDDEN, COUPLINGS = 256, 8
 CLUSTERS, K_MEANS_STEPS = 30, 50
 EPOCHS, LR = 30, 2e-3
-#: The batch shrinks with the data, so every epoch has about 40 steps.
+#: The batch shrinks with the data, so every epoch has at least about 40 steps.
 STEPS, LARGEST_BATCH = 40, 512
 #: The share of rates that is held out, to stop after so many epochs without a better likelihood.
 HELD_OUT, PATIENCE = 0.1, 3
 
 
-class FlowPrior(FittedPrior):
+class FlowPrior(nn.Module):
     r"""Normalising flow, conditioned on a cluster, fitted to the ranks of training images' rates.
 
     Affine couplings :math:`f_k` map the normal scores ``x`` of the ranks in cluster k to noise,
@@ -29,12 +29,12 @@ class FlowPrior(FittedPrior):
         r_c = Q_c(\Phi(x_c)), \quad x = f_k^{-1}(z), \ z \sim N(0, I), \ k \sim w
 
     with the quantile function :math:`Q_c` of the training rates of channel c, and the share
-    :math:`w_k` of cluster k in them. The 30 clusters are by k-means. Eight couplings of 256 hidden
-    units learn by maximum likelihood until that of a tenth of the rates, held out, no longer
-    improves; a rate's rank is drawn again in each epoch, between those of its neighbours.
-
-    Without clusters a flow from one Gaussian draws images between those of different classes, as it
-    is continuous.
+    :math:`w_k` of cluster k in them. Most rates are 0 or 1, or nearly, and no smooth density has
+    that shape; ranks have one (a copula). The 30 clusters are by k-means: a flow from one Gaussian
+    is continuous, and without them it draws images between those of different classes. Eight
+    couplings of 256 hidden units learn by maximum likelihood until that of a tenth of the rates,
+    held out, no longer improves; a rate's rank is drawn again in each epoch, between those of its
+    neighbours. All tensors are in a checkpoint.
 
     Args:
         channels: latent channels d.
@@ -43,19 +43,30 @@ class FlowPrior(FittedPrior):
     Raises:
         RuntimeError: at a call, a flow that is not fitted.
 
-    Source: Dinh et al., RealNVP, arXiv 1605.08803.
+    Source: Dinh et al., RealNVP, arXiv 1605.08803; fitting after training as in Ghosh et al.,
+    arXiv 1903.12436.
     """
 
+    cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
     shares: Tensor  #: of the clusters, ``[30]``
-    name = "flow"
-    needed = CLUSTERS
 
     def __init__(self, channels: int, levels: int = 16) -> None:
-        super().__init__(channels, levels)
+        super().__init__()
+        self.levels = levels
+        self.register_buffer("cumulative", torch.zeros(channels, levels + 1))
+        self.register_buffer("shares", torch.zeros(CLUSTERS))
         with torch.random.fork_rng([]):  # leaves the weights of the model as they are without it
             self.couplings = nn.ModuleList(Coupling(channels, i) for i in range(COUPLINGS))
-        self.register_buffer("shares", torch.zeros(CLUSTERS))
         self.requires_grad_(False)  # it learns in fit, not with the model
+
+    @property
+    def fitted(self) -> bool:
+        """Whether :meth:`fit` has succeeded, or a fitted flow was loaded."""
+        return bool(self.cumulative.any())
+
+    def clear(self) -> None:
+        """Undo :meth:`fit`."""
+        self.cumulative.zero_()
 
     def fit(self, rates: Tensor, seed: int = 0) -> None:
         """Fit the flow to ``rates`` ``[n, d]``; the global random state is left alone.
@@ -64,14 +75,20 @@ class FlowPrior(FittedPrior):
             ValueError: fewer than 30 rates, of another width, or outside [0, 1].
             FloatingPointError: the fit has diverged.
         """
-        self.check(rates)
+        d = len(self.cumulative)
+        if rates.dim() != 2 or rates.shape[1] != d:
+            raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
+        check_enough(len(rates))
+        check_rates(rates)
         with seeded(seed), torch.inference_mode(False), torch.enable_grad():
             rates = rates.clone().float()
-            trained = FlowPrior(rates.shape[1], self.levels).to(rates)
-            trained.count(rates)
+            levels = (rates * self.levels).round().long()
+            trained = FlowPrior(d, self.levels).to(rates)
+            for level in range(self.levels + 1):
+                trained.cumulative[:, level] = (levels <= level).double().mean(0)
             cluster = k_means(rates)
             trained.shares.copy_(cluster.bincount(minlength=CLUSTERS) / len(rates))
-            trained.learn((rates * self.levels).round().long(), cluster)
+            trained.learn(levels, cluster)
         self.load_state_dict(trained.state_dict())
 
     def learn(self, levels: Tensor, cluster: Tensor) -> None:
@@ -101,7 +118,8 @@ class FlowPrior(FittedPrior):
                 break
         if not math.isfinite(best[0]):
             raise FloatingPointError(
-                "the fit of the flow has diverged; draw from a mixture: sample_from='mixture'"
+                "the fit of the flow has diverged; draw from the learned prior: "
+                "sample_from='learned'"
             )
         self.couplings.load_state_dict(best[1])
 
@@ -121,12 +139,34 @@ class FlowPrior(FittedPrior):
         return (x.square().sum(1) / 2 - volume).mean() / x.shape[1]
 
     def draw(self, n: int) -> Tensor:
+        """Draw ``n`` ranks ``[n, d]`` in [0, 1]."""
         x = torch.randn(n, len(self.cumulative)).to(self.cumulative)
         cluster = torch.multinomial(self.shares.float(), n, replacement=True)
         for coupling in reversed(self.couplings):
             scale, shift = coupling(x, cluster)
             x = (x - shift) * (-scale).exp()
         return torch.special.ndtr(x)
+
+    def forward(self, n: int) -> Tensor:
+        """Draw ``n`` rates ``[n, d]``."""
+        if not self.fitted:
+            raise RuntimeError(
+                "the flow is not fitted; call model.fit_prior(images), or draw from the "
+                "learned prior: sample_from='learned'"
+            )
+        if n == 0:
+            return self.cumulative.new_zeros(0, len(self.cumulative))
+        rank = self.draw(n)
+        level = torch.searchsorted(self.cumulative, rank.t().contiguous()).clamp(max=self.levels)
+        return level.t().to(rank.dtype) / self.levels
+
+
+def check_enough(n: int) -> None:
+    """Refuse to fit a flow to the rates of ``n`` images, if they are too few."""
+    if n < CLUSTERS:
+        raise ValueError(
+            f"a flow needs the rates of at least {CLUSTERS} images, but got {n}; give more"
+        )
 
 
 def k_means(points: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from ..model import ESVAE
+from ..model.flow import FlowPrior
 from ..thresholds import set_fixed_thresholds
 from .files import atomic_write
 
@@ -59,12 +59,11 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
         ) from error
 
 
-def save_priors(model: ESVAE, checkpoint: dict[str, Any], path: Path) -> None:
-    """Put the fitted priors of ``model`` into the checkpoint that was read from ``path``."""
+def save_flow(flow: FlowPrior, checkpoint: dict[str, Any], path: Path) -> None:
+    """Put the fitted flow into the checkpoint that was read from ``path``."""
     # With weight averaging Lightning also saves the unaveraged weights.
     for state in {"state_dict", "current_model_state"} & checkpoint.keys():
-        for name, prior in model.fitted_priors.items():
-            prior.state_dict(destination=checkpoint[state], prefix=f"model.{name}.")
+        flow.state_dict(destination=checkpoint[state], prefix="model.flow.")
     AtomicCheckpointIO().save_checkpoint(checkpoint, path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..data import ImageData
 from ..model.block import seeded
 from ..model.esvae import ESVAE, PRIORS
-from ..model.rate import FittedPrior
+from ..model.flow import FlowPrior, check_enough
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
@@ -76,9 +75,9 @@ class Generation(Autoencoding):
             raise ValueError(f"task.prior_lr_scale must be >= 0, but it is {prior_lr_scale}")
 
     @property
-    def fitted_priors(self) -> dict[str, FittedPrior]:
-        """The priors of ESVAE that are fitted after training, by name; other models have none."""
-        return getattr(self.model, "fitted_priors", {})
+    def flow(self) -> FlowPrior | None:
+        """The prior that is fitted after training, of an ESVAE with ``sample_from="flow"``."""
+        return getattr(self.model, "flow", None)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = super().parameter_groups()
@@ -96,8 +95,8 @@ class Generation(Autoencoding):
                 "task=generation measures its samples, but there is no metric; choose one of "
                 "conf/metric, or task=autoencoding, which draws no samples"
             )
-        for prior in self.fitted_priors.values():
-            prior.check_enough(len(data.train_set))  # now, not after the training
+        if self.flow:
+            check_enough(len(data.train_set))  # now, not after the training
         if self.feature_loss:
             self.feature_loss.prepare(data, evaluator.cache_dir)
         if data.validation_set is not None:  # now, for errors before the training
@@ -105,13 +104,13 @@ class Generation(Autoencoding):
                 validation = data.test_on_validation()
                 _only_fad(evaluator).prepare_metrics(validation, torch.device("cpu"))
         model = self.model
-        with model.draw_from("learned") if self.fitted_priors else nullcontext():
+        with model.draw_from("learned") if self.flow else nullcontext():
             untrained = evaluator.evaluate_samples(model, data, only="fad")
         return {"fad_untrained": untrained["fad"]}
 
     def on_train_start(self) -> None:
-        for prior in self.fitted_priors.values():
-            prior.clear()  # a resumed run's was fitted to an earlier encoder
+        if self.flow:
+            self.flow.clear()  # a resumed run's was fitted to an earlier encoder
 
     def losses(self, image: Tensor) -> dict[str, Tensor]:
         losses = super().losses(image)
@@ -121,14 +120,12 @@ class Generation(Autoencoding):
         return losses
 
     def fit_prior(self, data: ImageData) -> None:
-        """Fit ESVAE's priors to the training images, not augmented."""
-        if self.fitted_priors:
+        """Fit ESVAE's flow to the training images, not augmented."""
+        if self.flow:
             batches = show_progress(data.train_samples(), "Rates of the training images")
             # The seed leaves the random state to a run that resumes with more epochs.
-            with seeded(0), warnings.catch_warnings(record=True) as caught:
+            with seeded(0):
                 self.model.fit_prior(image.to(self.device) for image, _ in batches)
-            for warning in caught:
-                log.warning("While the prior was fitted: %s", warning.message)
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         model = self.model
@@ -136,24 +133,21 @@ class Generation(Autoencoding):
         with seeded(evaluator.seed):
             metrics["sample_variance"] = float(model.sample(64).var(0).mean())
         for name, how in super().evaluate(data, evaluator)["protocol"].items():
-            exact = ", exact spike counts" if self.fitted_priors else ""
+            exact = ", exact spike counts" if isinstance(model, ESVAE) else ""
             metrics["protocol"][name] = how + exact
         if data.validation_set is not None:
             validation = data.test_on_validation()
             validated = _only_fad(evaluator).evaluate_samples(model, validation, only="fad")
             metrics["validation_fad"] = validated["fad"]
             metrics["protocol"]["validation_fad"] = validated["protocol"]["fad"]
-        if self.fitted_priors:
+        if isinstance(model, ESVAE):
             metrics["prior"] = model.sample_from
-            fitted = [name for name, prior in self.fitted_priors.items() if prior.fitted]
-            for prior in ("learned", *fitted):
-                if prior != model.sample_from:
-                    with model.draw_from(prior):
-                        others = evaluator.evaluate_samples(model, data)
-                    for name, how in others["protocol"].items():
-                        metrics[f"{name}_{prior}"] = others[name]
-                        how = f"{how}, drawn from the prior {prior}"
-                        metrics["protocol"][f"{name}_{prior}"] = how
+            if self.flow:
+                with model.draw_from("learned"):
+                    others = evaluator.evaluate_samples(model, data)
+                for name, how in others["protocol"].items():
+                    metrics[f"{name}_learned"] = others[name]
+                    metrics["protocol"][f"{name}_learned"] = f"{how}, drawn from the prior learned"
         return metrics
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from ..calibration import calibrate
 from ..model.block import seeded
 from .allocator import reuse_freed_memory
 from .callbacks import Pictures, RandomNumbers
-from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_priors
+from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_flow
 from .columns import format_metrics, learned_nothing
 from .evaluate import (
     build_evaluator,
@@ -208,8 +208,9 @@ def finalize_model(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:
         task.load_state_dict(checkpoint["state_dict"])
     task.to(trainer.strategy.root_device)
     task.fit_prior(data)
-    if checkpoint and hasattr(task.model, "fitted_priors") and is_first_process():
-        save_priors(task.model, checkpoint, run.checkpoint)
+    flow = getattr(task.model, "flow", None)
+    if checkpoint and flow and is_first_process():
+        save_flow(flow, checkpoint, run.checkpoint)
 
 
 def select_validation_metrics(

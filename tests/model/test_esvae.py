@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sj_taid.model import ESVAE
+from sj_taid.model import ESVAE, flow
+from sj_taid.model.flow import FlowPrior
 from sj_taid.model.rate import rbf_mmd
 from tests.model.conftest import images
 
@@ -47,22 +48,22 @@ def test_training_compiles_to_one_graph():
     assert all(p.grad is not None for p in model.encoder.parameters())
 
 
-@pytest.mark.parametrize("source", ["mixture", "flow"])
-def test_sample_from_a_fitted_prior(source):
-    model = ESVAE(**SMALL, sample_from=source, components=2)
-    with pytest.raises(RuntimeError, match=f"the {source} is not fitted"):
+def test_sample_from_the_fitted_flow(monkeypatch):
+    monkeypatch.setattr(flow, "EPOCHS", 1)
+    model = ESVAE(**SMALL, sample_from="flow")
+    with pytest.raises(RuntimeError, match="the flow is not fitted"):
         model.sample(2)
     with model.draw_from("learned"):
         assert model.sample(2).shape == (2, 1, 8, 8)
-    assert model.sample_from == source
+    assert model.sample_from == "flow"
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.fit_prior(images(8) for _ in range(4))
-    assert model.training and all(prior.fitted for prior in model.fitted_priors.values())
+    assert model.training and model.flow.fitted
     for name, value in model.state_dict().items():
-        if not name.startswith(("mixture", "flow")):
+        if not name.startswith("flow"):
             assert torch.equal(value, before[name]), name
 
-    other = ESVAE(**SMALL, sample_from=source, components=2)
+    other = ESVAE(**SMALL, sample_from="flow")
     other.load_state_dict(model.state_dict())
     torch.manual_seed(0)
     drawn = model.sample(5)
@@ -79,36 +80,31 @@ def test_flow_leaves_the_weights_as_they_are_without():
     for name, value in without.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     without.sample_from = "flow"
-    with pytest.raises(ValueError, match=r"learned or mixture, .*'flow'; train .*sample_from=flow"):
+    with pytest.raises(ValueError, match=r"does not sample from 'flow'; .*sample_from=flow"):
         without.sample(1)
+    with pytest.raises(ValueError, match=r"does not sample from 'flow'; .*sample_from=flow"):
+        without.fit_prior(images(30))
 
 
-def test_fit_prior_uses_the_rates_in_eval_mode():
-    model = ESVAE(**SMALL, components=1)
+def test_fit_prior_uses_the_rates_in_eval_mode(monkeypatch):
+    given = []
+    monkeypatch.setattr(FlowPrior, "fit", lambda self, rates, seed: given.append(rates))
+    model = ESVAE(**SMALL, sample_from="flow")
     batches = [images(8), images(4)]
     model.fit_prior(batches)
-    rates = torch.cat([model.eval().rate(image) for image in batches])
-    assert torch.allclose(model.mixture.means[0], rates.mean(0), atol=1e-6)
-    model.fit_prior(batches[1])
-    assert torch.allclose(model.mixture.means[0], rates[8:].mean(0), atol=1e-6)
-
-
-def test_fit_prior_fits_no_prior_if_one_cannot_be():
-    model = ESVAE(**SMALL, sample_from="flow", components=2)
-    with pytest.raises(ValueError, match="a flow needs the rates of at least 30 images, but got 8"):
-        model.fit_prior([images(8)])
-    assert not model.mixture.fitted
+    assert torch.equal(given[0], torch.cat([model.eval().rate(image) for image in batches]))
 
 
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
         ([], ValueError, "no batch of images to fit the prior to"),
+        ([images(8)], ValueError, "a flow needs the rates of at least 30 images, but got 8"),
         ([(images(8), 0)], TypeError, r"images alone, but got a tuple; .*for image, label in"),
     ],
 )
 def test_fit_prior_to_bad_batches(batches, error, message):
-    model = ESVAE(**SMALL)
+    model = ESVAE(**SMALL, sample_from="flow")
     with pytest.raises(error, match=message):
         model.fit_prior(batches)
-    assert not model.mixture.fitted
+    assert not model.flow.fitted

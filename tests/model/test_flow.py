@@ -1,4 +1,4 @@
-"""The flow: its arithmetic, and the rates that it draws."""
+"""The flow: its fit, and the rates that it draws."""
 
 import pytest
 import torch
@@ -67,6 +67,10 @@ def test_draw_inverts_the_couplings(monkeypatch):
     assert {*cluster.tolist()} == {1, 3}
 
 
+def weight(prior):
+    return next(prior.couplings.parameters())
+
+
 def test_clusters_draw_less_between_groups(monkeypatch):
     monkeypatch.setattr(flow, "EPOCHS", 15)
     group = (torch.arange(500) % 5 == 0).float()[:, None]
@@ -83,10 +87,10 @@ def test_clusters_draw_less_between_groups(monkeypatch):
 
 
 def test_ranks_are_between_those_of_the_neighbours():
-    prior = FlowPrior(1, levels=2)
-    prior.count(torch.tensor([[0.0], [0.0], [0.5], [1.0]]))
-    levels = torch.tensor([[0], [1], [2]]).repeat(1000, 1)
-    rank = torch.special.ndtr(prior.draw_scores(levels)).view(1000, 3)
+    prior = FlowPrior(2, levels=2)
+    prior.cumulative.copy_(torch.tensor([[0.5, 0.75, 1.0]]))  # of the levels 0, 0, 1, 2
+    levels = torch.tensor([[0, 0], [1, 1], [2, 2]]).repeat(1000, 1)
+    rank = torch.special.ndtr(prior.draw_scores(levels))[:, 0].view(1000, 3)
     for column, (low, high) in zip(rank.T, ((0, 0.5), (0.5, 0.75), (0.75, 1)), strict=True):
         assert low <= column.min() < low + 0.01 and high - 0.01 < column.max() <= high
 
@@ -104,6 +108,39 @@ def test_flow_draws_what_no_gaussian_has(monkeypatch):
     assert not any(parameter.requires_grad for parameter in prior.parameters())
 
 
+def test_flow_draws_correlated_rates_of_0_and_1(monkeypatch):
+    """No smooth density has that shape; the ranks of the flow's draws have."""
+    monkeypatch.setattr(flow, "EPOCHS", 15)
+    score = torch.randn(2000, 1)
+    other = score + 0.3 * torch.randn(2000, 1)
+    rates = torch.cat([score > 0.5, other > 0.5, other < 0.5], 1).float()
+    prior = FlowPrior(3, levels=4)
+    prior.fit(rates)
+    drawn = prior(4000)
+    assert drawn.unique().tolist() == [0, 1]
+    assert torch.allclose(drawn.mean(0), rates.mean(0), atol=0.05)
+    assert torch.allclose(torch.corrcoef(drawn.T), torch.corrcoef(rates.T), atol=0.15)
+
+
+def test_fitted_flow_in_a_state_dict(tmp_path):
+    prior, other, larger = FlowPrior(2, 4).double(), FlowPrior(2, 4).double(), FlowPrior(2, 8)
+    prior.fit(torch.rand(100, 2).round())
+    torch.save(prior.state_dict(), tmp_path / "flow.pt")
+    state = torch.load(tmp_path / "flow.pt", weights_only=True)
+    other.load_state_dict(state)
+    drawn = []
+    for flows in (prior, other):
+        torch.manual_seed(0)
+        drawn.append(flows(500))
+    assert torch.equal(*drawn) and drawn[0].dtype == torch.float64
+    assert other(0).shape == (0, 2)
+    other.clear()
+    assert not other.fitted
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        larger.load_state_dict(state)
+    assert not larger.fitted
+
+
 def test_fit_depends_on_the_seed_alone():
     rates = bent(100)
     priors = [FlowPrior(3, levels=10) for _ in range(3)]
@@ -112,7 +149,7 @@ def test_fit_depends_on_the_seed_alone():
         with torch.no_grad():
             prior.fit(rates, seed)
         assert torch.equal(torch.get_rng_state(), before)
-    first, again, other = (prior.couplings[0].net[0].weight for prior in priors)
+    first, again, other = map(weight, priors)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -120,7 +157,7 @@ def test_fit_depends_on_the_seed_alone():
     ("make", "error", "message"),
     [
         (lambda: FlowPrior(2)(3), RuntimeError, "the flow is not fitted.*sample_from='learned'"),
-        (lambda: FlowPrior(2).fit(torch.rand(29, 2)), ValueError, "at least 30 images, but got 29"),
+        (lambda: FlowPrior(2).fit(torch.rand(4, 2)), ValueError, "at least 5 images, but got 4"),
         (lambda: FlowPrior(2).fit(torch.ones(50, 2) * 2), ValueError, "clamp"),
         (lambda: FlowPrior(2).fit(torch.rand(50, 3)), ValueError, "expected rates"),
     ],
@@ -148,21 +185,21 @@ def test_fit_stops_at_the_best_epoch(monkeypatch):
     def measure(self, *scores):
         if torch.is_grad_enabled():
             return loss(self, *scores)
-        states.append(self.couplings[0].net[0].weight.clone())
+        states.append(weight(self).clone())
         return torch.tensor(next(held_out))
 
     monkeypatch.setattr(FlowPrior, "loss", measure)
     prior = FlowPrior(3, levels=10)
     prior.fit(bent(100))
     assert len(states) == 5
-    assert torch.equal(prior.couplings[0].net[0].weight, states[1])
+    assert torch.equal(weight(prior), states[1])
 
 
 def test_fit_that_diverges_says_so(monkeypatch):
     nan = torch.tensor(float("nan"), requires_grad=True)
     monkeypatch.setattr(FlowPrior, "loss", lambda *_: nan * 1)
     prior = FlowPrior(3, levels=10)
-    with pytest.raises(FloatingPointError, match=r"diverged; .*sample_from='mixture'"):
+    with pytest.raises(FloatingPointError, match=r"diverged; .*sample_from='learned'"):
         prior.fit(bent(100))
     assert not prior.fitted
 

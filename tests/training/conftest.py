@@ -48,7 +48,7 @@ TINY = [
 # Trained so far that the images depend on the latent.
 TINY_ESVAE = [
     "model=esvae",
-    "model.components=2",
+    "model.sample_from=flow",
     *(o for o in TINY[1:] if ".k=" not in o),
     "dataset.batch_size=64",
     "trainer.limit_train_batches=22",

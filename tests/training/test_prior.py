@@ -1,14 +1,13 @@
 """ESVAE's priors in a run: fitted at the end of training, measured and sampled."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from torch.optim import Adam
 
-from sj_taid.model import ESVAE, FSVAE
+from sj_taid.model import ESVAE, FSVAE, flow
 from sj_taid.training import sample
 from sj_taid.training.config import compose
 from sj_taid.training.generation import Generation
@@ -18,6 +17,13 @@ from tests.training.conftest import TINY_ESVAE
 
 SMALL = {"image_size": 8, "T": 2, "hidden_channels": (4, 8), "latent_channels": 3}
 ADAM = partial(Adam, lr=1e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_fits():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "EPOCHS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -30,46 +36,32 @@ def esvae(tiny):
     return lambda *overrides: tiny(*TINY_ESVAE, *overrides, tiny=False)
 
 
-def test_train_fits_the_mixture_and_measures_both_priors(finished):
-    assert load_model(finished).mixture.fitted
+def test_train_fits_the_flow_and_measures_both_priors(finished):
+    assert load_model(finished).flow.fitted
     metrics = Run(finished).metrics
-    assert metrics["fad"] > 0 and metrics["fad_mixture"] > 0
-    assert metrics["fad"] != metrics["fad_mixture"]
-    assert metrics["protocol"]["fad_mixture"].endswith("the prior mixture")
+    assert metrics["prior"] == "flow" and metrics["fad"] > 0 and metrics["fad_learned"] > 0
+    assert metrics["fad"] != metrics["fad_learned"]
+    assert metrics["protocol"]["fad_learned"].endswith("the prior learned")
     assert (finished / "attention.png").is_file()
 
 
-def test_train_measures_the_models_own_prior_first(esvae, tmp_path, finished, caplog):
-    caplog.set_level("INFO")
-    metrics = train(esvae("model.sample_from=flow"), tmp_path)
-    first = Run(finished).metrics
-    assert (metrics["prior"], first["prior"]) == ("flow", "learned")
-    assert f"FAD, own autoencoder ↓: {metrics['fad']:.2f}" in caplog.messages
-    assert metrics["parameters"] > first["parameters"]  # the flow's too
-    assert metrics["fad"] not in (first["fad"], first["fad_mixture"])
-    assert metrics["fad_mixture"] == first["fad_mixture"]
-    assert metrics["fad_learned"] == first["fad"]
-    assert load_model(tmp_path).flow.fitted
-    assert metrics["fad_untrained"] == first["fad_untrained"]
+def test_train_without_a_flow(esvae, tmp_path, finished):
+    metrics, other = train(esvae("model.sample_from=learned"), tmp_path), Run(finished).metrics
+    assert metrics["prior"] == "learned" and "fad_learned" not in metrics
+    assert metrics["parameters"] < other["parameters"]  # the flow's too
+    assert metrics["fad"] == other["fad_learned"]
+    assert metrics["fad_untrained"] == other["fad_untrained"]
 
 
 def test_train_needs_enough_images_for_the_prior(esvae, tmp_path):
     with pytest.raises(ValueError, match="a flow needs the rates of at least 30 images, but got 8"):
-        train(esvae("model.sample_from=flow", "dataset.limit=8"), tmp_path)
+        train(esvae("dataset.limit=8"), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
-
-
-def test_fit_prior_logs_warnings_in_a_line(caplog, recwarn):
-    alike = SimpleNamespace(train_samples=lambda: [(torch.zeros(4, 1, 8, 8), None)])
-    Generation(ESVAE(**SMALL, components=4), ADAM).fit_prior(alike)
-    (message,) = caplog.messages
-    assert message.startswith("While the prior was fitted: ") and "\n" not in message
-    assert not recwarn.list
 
 
 def test_sample_from_either_prior_of_esvae(folder, monkeypatch):
     drawn = set()
-    for prior in ("learned", "mixture"):
+    for prior in ("learned", "flow"):
         sample.main(compose("sample", [f"checkpoint={folder}", "n=4", f"sample_from={prior}"]))
         drawn.add((folder / f"samples-{prior}-seed0.png").read_bytes())
     assert len(drawn) == 2
@@ -115,31 +107,31 @@ EARLY = f"{{_target_: {EARLY}, monitor: val/reconstruction, patience: 0, stoppin
         (["trainer.max_epochs=3", f"+callbacks.early={EARLY}"], 1),
     ],
 )
-def test_train_fits_the_mixture_however_it_ends(esvae, tmp_path, options, epochs):
-    metrics = train(esvae("model.sample_from=mixture", *options), tmp_path)
+def test_train_fits_the_flow_however_it_ends(esvae, tmp_path, options, epochs):
+    metrics = train(esvae(*options), tmp_path)
     assert metrics["epochs"] == epochs and metrics["fad"] > 0
-    assert not epochs or load_model(tmp_path).mixture.fitted
+    assert not epochs or load_model(tmp_path).flow.fitted
 
 
 @pytest.mark.slow
-def test_resumed_run_fits_the_mixture_that_a_kill_prevented(esvae, tmp_path, monkeypatch, finished):
+def test_resumed_run_fits_the_flow_that_a_kill_prevented(esvae, tmp_path, monkeypatch, finished):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(Generation, "fit_prior", lambda *_: 1 / 0)  # as a kill after the training
         train(esvae(), tmp_path)
-    assert not load_model(tmp_path).mixture.fitted
+    assert not load_model(tmp_path).flow.fitted
     metrics = train(esvae(), tmp_path)
-    assert metrics["fad_mixture"] == Run(finished).metrics["fad_mixture"]
-    assert load_model(tmp_path).mixture.fitted
+    assert metrics["fad"] == Run(finished).metrics["fad"]
+    assert load_model(tmp_path).flow.fitted
 
 
 @pytest.mark.slow
-def test_train_fits_the_mixture_to_averaged_weights(esvae, tmp_path):
+def test_train_fits_the_flow_to_averaged_weights(esvae, tmp_path):
     average = "lightning.pytorch.callbacks.EMAWeightAveraging"
     averaged = [f"+callbacks.ema._target_={average}", "+callbacks.ema.decay=1"]
-    cfg = esvae(*averaged, "optimizer.lr=1", "model.sample_from=mixture", "trainer.max_epochs=2")
+    cfg = esvae(*averaged, "optimizer.lr=1", "trainer.max_epochs=2")
     metrics = train(cfg, tmp_path)
     assert metrics["fad"] > 0
-    assert load_model(tmp_path).mixture.cumulative.unique().numel() > 2
+    assert load_model(tmp_path).flow.cumulative.unique().numel() > 2
 
     # Killed before its metrics it has no epoch left, and measures the averaged weights still.
     (tmp_path / "metrics.json").unlink()
@@ -157,7 +149,7 @@ class Stop(L.Callback):
 @pytest.mark.slow
 def test_resumed_finished_run_is_unfinished_until_it_ends(folder, cache, sj_taid):
     there = Run(folder)
-    shorter, config, means = there.metrics, there.config, load_model(folder).mixture.means
+    shorter, config, shares = there.metrics, there.config, load_model(folder).flow.shares
     there.begin(config, [*TINY_ESVAE, f"cache_dir={cache}"])  # as the command line does
     there.save_metrics(shorter)
     longer = ["train", f"resume={folder}", "trainer.max_epochs=4"]
@@ -168,7 +160,7 @@ def test_resumed_finished_run_is_unfinished_until_it_ends(folder, cache, sj_taid
     with pytest.raises(SystemExit, match="Stopped"):
         sj_taid(*longer, f"+callbacks.stop._target_={__name__}.Stop")
     assert not there.is_finished and there.config.trainer.max_epochs == 4
-    assert not load_model(folder).mixture.fitted  # that of the first epoch's encoder
+    assert not load_model(folder).flow.fitted  # that of the first epoch's encoder
     sj_taid(*longer[:-1], "trainer.max_epochs=3")
     assert there.metrics["epochs"] == 3
-    assert not torch.equal(load_model(folder).mixture.means, means)
+    assert not torch.equal(load_model(folder).flow.shares, shares)
