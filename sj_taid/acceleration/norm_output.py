@@ -283,6 +283,15 @@ class NormOutput(Known):
         self._content.hold()
         return self.plain("its memory")
 
+    @property
+    def data(self) -> Tensor:
+        return self.exposed().data
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        self._content.hold()
+        self.computed("data").copy_(values)
+
     def register_hook(self, hook: Any) -> Any:
         self._watch()
         return super().register_hook(hook)
