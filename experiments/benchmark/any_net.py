@@ -43,8 +43,8 @@ def spikformer() -> nn.Module:
 
 
 def zoo(path: str, **options: Any) -> nn.Module:
-    options |= {"surrogate_function": surrogate.ATan(), "detach_reset": True}
-    net = pkgutil.resolve_name(f"spikingjelly.activation_based.model.{path}")(**options)
+    make = pkgutil.resolve_name(f"spikingjelly.activation_based.model.{path}")
+    net = make(surrogate_function=surrogate.ATan(), detach_reset=True, **options)
     functional.set_step_mode(net, "m")
     return net
 
@@ -60,45 +60,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--compile", action="store_true", help="torch.compile too")
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    reuse_freed_memory()
     torch.manual_seed(0)
+    reuse_freed_memory()
     try:
         factory = pkgutil.resolve_name(options.net)
     except (ImportError, AttributeError, ValueError) as error:
         raise SystemExit(f"{options.net}: {error}; expected package.module:factory") from error
     rows = measure(factory(), options)
-    shown = pd.DataFrame(rows).drop(columns=["shape", *conditions(options.device)])
-    print(shown.to_string(index=False))
+    print(pd.DataFrame(rows).iloc[:, :-2].to_string(index=False))
     write_csv(rows, options.out / f"any_net-{options.net.rpartition(':')[2]}.csv")
 
 
 def measure(net: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each system."""
     net = net.to(options.device)
-    x = torch.rand(options.shape, device=options.device)
-    batch = options.shape[options.batch_axis]
+    x, batch = torch.rand(options.shape, device=options.device), options.shape[options.batch_axis]
     if batch < 2:
         raise SystemExit(f"--shape {options.shape}: expected a batch of 2 or more, for its half")
     systems: dict[str, Any] = {"plain": net, "accelerate": copy.deepcopy(net)}
-    print(accelerate(systems["accelerate"]))
+    report = accelerate(systems["accelerate"])
     if options.compile:
-        for name in [*systems]:
-            label = f"{name} + torch.compile"
-            systems[label] = torch.compile(copy.deepcopy(systems[name]), dynamic=False)
+        for name, one in [*systems.items()]:
+            compiled = torch.compile(copy.deepcopy(one), dynamic=False)
+            systems[f"{name} + torch.compile"] = compiled
     weights = sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
-    results = {name: train_step(one, x, options.dtype) for name, one in systems.items()}
     steps = {name: partial(train_step, one, x, options.dtype) for name, one in systems.items()}
+    results = {name: step() for name, step in steps.items()}
+    print(report)
     times = interleave(steps, options.repeats, options.device)
-    rows = []
+    half_x, rows = x.narrow(options.batch_axis, 0, batch // 2).clone(), []
     for name, one in systems.items():
         peak = peak_bytes(steps[name], options.device)
-        half = x.narrow(options.batch_axis, 0, batch // 2).clone()
-        half_peak = peak_bytes(partial(train_step, one, half, options.dtype), options.device)
+        half = partial(train_step, one, half_x, options.dtype)
+        half_peak = peak_bytes(half, options.device)
         per_sample = (peak - half_peak) / (batch - batch // 2)
         left = 1e9 * options.budget - weights - (peak - per_sample * batch)
         with autocast(x, options.dtype):
             held = held_bytes(one, x)
-        tensor, difference = compare(results[name], results["plain"])
+        differs_most, difference = compare(results[name], results["plain"])
         rows.append(
             {
                 **{"net": options.net, "system": name, "dtype": options.dtype},
@@ -110,9 +109,9 @@ def measure(net: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]
                 },
                 **times[name]._asdict(),
                 "time_ratio": times[name].median_ms / times["plain"].median_ms,
-                **{"difference": difference, "differs_most": tensor},
-                **conditions(options.device),
+                **{"difference": difference, "differs_most": differs_most},
             }
+            | conditions(options.device)
         )
     return rows
 
