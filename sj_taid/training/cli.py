@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -102,6 +103,7 @@ def run_composed(cfg: DictConfig) -> Any:
         raise
 
 
+@cache
 def end_with_parent() -> None:
     """End this process when its parent does, as when a sweep is killed."""
     parent = os.getppid()

@@ -91,11 +91,6 @@ def test_validation_refuses_impossible_values(validation, message):
         ready(data.Digits, validation=validation)
 
 
-def test_test_on_validation_needs_a_validation_set():
-    with pytest.raises(ValueError, match="has no validation set; add"):
-        ready(data.Digits).test_on_validation()
-
-
 def test_fingerprint_is_of_the_samples_alone():
     whole = ready(data.Digits).fingerprint()
     for options in ({"validation": 0.0}, {"batch_size": 7, "augment": "affine"}):

@@ -1,6 +1,5 @@
 """The command line: arguments reach Hydra, and a user's errors are a few lines."""
 
-import atexit
 import json
 import re
 import shlex
@@ -9,7 +8,6 @@ import sys
 
 import lightning as L
 import pytest
-from omegaconf import OmegaConf
 
 from sj_taid.training import cli, config, run
 from tests.training.conftest import TINY_AUTOENCODING
@@ -213,17 +211,6 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
     interrupt(2)
     sj_taid("train", f"resume={folder}")
     assert run.Run(folder).metrics["epochs"] == 2
-
-
-def test_empty_folders_go_when_the_process_ends(tmp_path, monkeypatch):
-    ends = []
-    monkeypatch.setattr(atexit, "register", lambda *call: ends.append(call))
-    cfg = OmegaConf.create({"hydra": {"run": {"dir": str(tmp_path / "runs" / "mnist")}}})
-    config.RemoveEmptyFolders().on_run_start(cfg)
-    (tmp_path / "runs" / "mnist").mkdir(parents=True)
-    ((remove, folders),) = ends
-    remove(folders)
-    assert not [*tmp_path.iterdir()]
 
 
 def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):

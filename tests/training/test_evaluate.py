@@ -3,13 +3,11 @@
 import hashlib
 import json
 import subprocess
-from importlib import import_module
 
 import pytest
 from omegaconf import OmegaConf
 
 from sj_taid.metric import FrechetDistance
-from sj_taid.model import ESVAE
 from sj_taid.training import evaluation, run
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
@@ -96,22 +94,6 @@ def test_evaluate_without_the_weights_of_the_run(folder, caplog):
     caplog.clear()
     assert evaluate(composed(folder, "metric.inception_weights=false"))["metrics"]["fad"] > 0
     assert "No FID" not in caplog.text
-
-
-def test_evaluate_can_download_data(folder, monkeypatch):
-    built = []
-    module = import_module("sj_taid.training.evaluate")
-    monkeypatch.setattr(module, "build_data", lambda cfg, *_, **__: built.append(cfg) or 1 / 0)
-    monkeypatch.setattr(run.Run, "model", lambda *_: ESVAE(image_size=8, hidden_channels=(4, 8)))
-    with pytest.raises(ZeroDivisionError):
-        evaluate(composed(folder, "dataset.download=true"))
-    assert built[0].dataset.download is True and "test_root" not in built[0].dataset
-
-
-def test_compose_takes_the_cache_of_this_machine(monkeypatch):
-    assert composed("run").cache_dir is None  # as in the run
-    monkeypatch.setenv("SJ_TAID_CACHE", "elsewhere")
-    assert composed("run").cache_dir == "elsewhere"
 
 
 def test_evaluate_classifier(tiny, tmp_path):

@@ -186,20 +186,3 @@ def test_load_or_make_makes_in_one_of_several_processes(tmp_path):
         process.join()
         assert process.exitcode == 0
     assert made.get() == 1 and made.empty()
-
-
-def test_samples_are_moved_to_the_device_of_the_metrics():
-    class Metrics(dict):
-        def update(self, images, real):
-            self["device"] = images.device.type
-
-        def compute(self):
-            return {}
-
-    class OnTheCpu:
-        def sample(self, n):
-            return torch.zeros(n, 1, 8, 8)
-
-    metrics = Metrics()
-    evaluation._measure(OnTheCpu(), metrics, [2], 0, torch.device("meta"))
-    assert metrics["device"] == "meta"

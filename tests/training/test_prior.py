@@ -94,25 +94,6 @@ def test_generation_bad_prior_lr_scale(kind, optimizer, scale, message):
         Generation(kind(**SMALL), optimizer, prior_lr_scale=scale).parameter_groups()
 
 
-EARLY = "lightning.pytorch.callbacks.EarlyStopping"
-EARLY = f"{{_target_: {EARLY}, monitor: val/reconstruction, patience: 0, stopping_threshold: 1e9}}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "epochs"),
-    [
-        (["+trainer.max_steps=3"], 1),
-        (["trainer.max_epochs=0"], 0),
-        (["trainer.max_epochs=3", f"+callbacks.early={EARLY}"], 1),
-    ],
-)
-def test_train_fits_the_flow_however_it_ends(esvae, tmp_path, options, epochs):
-    metrics = train(esvae(*options), tmp_path)
-    assert metrics["epochs"] == epochs and metrics["fad"] > 0
-    assert not epochs or load_model(tmp_path).flow.fitted
-
-
 @pytest.mark.slow
 def test_resumed_run_fits_the_flow_that_a_kill_prevented(esvae, tmp_path, monkeypatch, finished):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):

@@ -13,7 +13,6 @@ import torch
 
 from sj_taid.training import run
 from sj_taid.training.callbacks import RandomNumbers
-from sj_taid.training.config import compose
 from sj_taid.training.train import train
 from tests.training.conftest import (
     ENVIRONMENT,
@@ -116,11 +115,3 @@ def test_random_numbers_restores_this_devices_state(monkeypatch):
     for _ in range(2):
         resumed.on_fit_start(None, None)
     assert taken == [state] and torch.equal(torch.rand(3), expected)
-
-
-def test_compose_gives_every_sweep_a_folder():
-    folders = set()
-    for _ in range(2):
-        cfg = compose("train", return_hydra_config=True)
-        folders |= {cfg.hydra.sweep.dir, cfg.hydra.run.dir}
-    assert len(folders) == 4
