@@ -44,11 +44,6 @@ def build(
     >>> build({"_target_": "sj_taid.FixedDecoder", "T": 8}).T
     8
     """
-    try:
-        for name in _targets(config):
-            find_class(name, trust)
-    except RecursionError as error:
-        raise ValueError("the config is nested too deep") from error
 
     def call(node: Any, arguments: Mapping[str, Any]) -> Any:
         if isinstance(node, list):
@@ -71,7 +66,12 @@ def build(
         except (AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(f"{name} cannot be built: {error}") from error
 
-    return call(config, arguments)
+    try:
+        for name in _targets(config):
+            find_class(name, trust)
+        return call(config, arguments)
+    except RecursionError as error:
+        raise ValueError("the config is nested too deep") from error
 
 
 def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
