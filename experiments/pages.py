@@ -47,7 +47,7 @@ OURS = {
     "training images": "_floor",
 }
 #: The metrics in the list of models.
-ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published", "fad_published_recall")
+ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published", "fad_recall")
 #: The experiments with generators of several decoders or neurons.
 GENERATORS = [
     *("fsvae", "digits_small_cpu", "mnist_small_cpu", "mnist_fsvae_sharp"),
