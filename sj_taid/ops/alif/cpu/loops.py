@@ -550,6 +550,20 @@ def _add_deviations(out, x, shift, mean, n):
         out[i] += deviation * deviation
 
 
+def _derivative(name: str) -> Any:
+    """A surrogate's derivative, for numba."""
+    python = surrogate.by_name(name).python
+    # numba's linker distinguishes functions by their names, and keeps one of two that are equal.
+    python.__name__ = python.__qualname__ = name
+    return smooth(python)
+
+
+@_part
+def _add_norm_to_sums(a, part, grad_offset, grad_gain, first, n):
+    _add_to_sums(a, a.norm_sums, 0, 2, part, grad_offset, first, n)
+    _add_to_sums(a, a.norm_sums, 1, 2, part, grad_gain, first, n)
+
+
 @cache
 def backward_for(
     name: str,
@@ -562,10 +576,7 @@ def backward_for(
     """The backward kernel for a surrogate and options; what is not needed costs nothing."""
     options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
     variant = "_".join(map(str, (name, *map(int, options))))
-    python = surrogate.by_name(name).python
-    # numba's linker distinguishes functions by their names, and keeps one of two that are equal.
-    python.__name__ = python.__qualname__ = name
-    derivative = smooth(python)
+    derivative = _derivative(name)
 
     @_part
     def row(
@@ -631,8 +642,7 @@ def backward_for(
             if a.grad_v0:
                 _store(grad_now, a.grad_v0, FLOAT32, place, 0, first, n, 0)
             if a.norm_sums:
-                _add_to_sums(a, a.norm_sums, 0, 2, part, grad_offset, first, n)
-                _add_to_sums(a, a.norm_sums, 1, 2, part, grad_gain, first, n)
+                _add_norm_to_sums(a, part, grad_offset, grad_gain, first, n)
             if learn_w:
                 _add_to_sums(a, a.sums, 0, 2, part, grad_q, first, n)
             if learn_threshold:
