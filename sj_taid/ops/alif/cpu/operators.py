@@ -73,12 +73,14 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
     # numpy's functions cost a fraction of torch's for a few numbers.
     total = sums.numpy().sum(0)
-    rate = q.numpy().astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):  # torch warns of neither
-        total[0] *= rate * (1 - rate)  # dq/dw
+    if call.need_w:
+        rate = q.numpy().astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):  # torch warns of neither
+            total[0] *= rate * (1 - rate)  # dq/dw
     if call.w.dim() == 0:
         total = total.sum(1)
-    grad_parameters.numpy()[:] = total[list(needs)].reshape(grad_parameters.shape)
+    asked = total[1 - call.need_w : 1 + call.need_v_threshold]
+    grad_parameters.numpy()[:] = asked.reshape(grad_parameters.shape)
     if sums_of_norm is not None:
         norm_sums.numpy()[:] = sums_of_norm.numpy().sum(0)
     return gradients
