@@ -17,7 +17,9 @@ from sj_taid._extras import TRAIN
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sj_taid"
-DEVELOPERS = {PACKAGE / "ops" / "alif" / "README.md", ROOT / "conf" / "README.md"}
+DEVELOPERS = {*PACKAGE.rglob("README.md"), ROOT / "conf" / "README.md"} - {
+    *PACKAGE.glob("pretrained/**/README.md")
+}
 
 
 def read(name):

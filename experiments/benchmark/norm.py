@@ -56,7 +56,7 @@ def variants(name: str, compile_too: bool) -> dict[str, nn.Module]:
     accelerate(one)
     nets = {"SpikingJelly LIF": make(name, neuron.LIFNode)}
     nets[RIVAL] = make(name, neuron.ParametricLIFNode)
-    nets |= {"ALIF, two operators": two, "ALIF, accelerated": one}
+    nets |= {"ALIF, two operators": two, "ALIF, one operator": one}
     if compile_too:
         nets["ALIF torch, compiled"] = compiled = copy.deepcopy(two)
         for module in compiled.modules():
