@@ -54,11 +54,12 @@ GENERATORS = [
     *("fashion_mnist_fsvae_sharp", "cifar10_fsvae_cpu", "mnist_esvae_cpu"),
     *("fashion_mnist_esvae_cpu", "mnist_esvae_sharp", "fashion_mnist_esvae_sharp"),
     *("mnist_esvae_sharper", "fashion_mnist_esvae_sharper", "cifar10_esvae_cpu"),
+    "celeba_fsvae_cpu",
 ]
 #: The choices of their runs; those of one experiment differ in decoder and neuron alone.
 CHOICES = [
     *("decoder", "neuron", "dataset", "dataset.batch_size", "dataset.image_size"),
-    *("dataset.num_workers", "trainer.max_epochs", "trainer.precision"),
+    *("dataset.num_workers", "metric.features", "trainer.max_epochs", "trainer.precision"),
 ]
 NEURONS = ["lif", "plif", "alif", "alif_channel"]  # each learns more than the one before
 #: A start whose accuracy is at most so many points below the best counts as near it.
