@@ -112,6 +112,7 @@ def held_bytes(net: nn.Module, x_seq: Tensor) -> int:
     forward()  # the first one compiles
     held.clear()
     functional.reset_net(net)
+    gc.collect()
     if not x_seq.is_cuda:
         return sum(allocations(forward))
     before = torch.cuda.memory_allocated(x_seq.device)

@@ -367,7 +367,7 @@ class SpikingUNet(nn.Module):
         self.down, self.block = conv(width, width, stride=2), conv(2 * width, width)
         self.deep, self.short = conv(width, width), nn.Conv2d(2 * width, width, 1)
         for unit in (self.one, self.same, self.up, self.down, self.block, self.deep):
-            unit.neuron = neuron.IFNode(v_threshold=0.7, **OPTIONS)
+            unit.neuron = neuron.IFNode(v_threshold=0.6, **OPTIONS)
         self.tail, self.out = nn.BatchNorm2d(width), nn.Conv2d(width, 3, 3, padding=1)
         self.over_time, self.end = nn.Conv3d(3, 3, (3, 3, 1), padding=(1, 1, 0)), nn.BatchNorm2d(3)
 

@@ -1,0 +1,194 @@
+"""Whoever reads a norm's output gets what a plain norm gives, in forward and backward."""
+
+import copy
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import sj_taid
+from tests.acceleration.alike import EVALUATION, assert_alike, is_fragile, results
+from tests.acceleration.random_nets import TOUCHES, Scale
+
+KERNEL = torch.linspace(-1, 1, 4 * 4 * 9, dtype=torch.float64).view(4, 4, 3, 3)
+
+
+class NoGradient(torch.autograd.Function):
+    """Straight through, by a function of one's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Viewed(torch.autograd.Function):
+    """Hands on a view of its argument."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def written(y):
+    y = y.clone()
+    y[:, :, 0] = y[:, :, 1].detach()
+    return y
+
+
+def out(y):
+    into = torch.empty_like(y.detach())
+    torch.mul(y.detach(), 2, out=into)
+    return into + y
+
+
+def hooked_later(step, y):
+    z = y.view(-1)
+    if y.requires_grad:
+        y.register_hook(lambda grad: 0.5 * grad)
+    return z.view(y.shape)
+
+
+def peeked_without_gradients(step, y):
+    with torch.inference_mode():
+        step.seen.append((y * 2).sum().clone())
+    return y
+
+
+def checkpointed(reentrant):
+    return lambda step, y: checkpoint(lambda z: z * z.sigmoid(), y, use_reentrant=reentrant)
+
+
+def autocast(step, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        step.seen.append(torch.tensor(float(torch.mm(y[0, 0, 0], y[0, 0, 0].T).dtype.itemsize)))
+    return y
+
+
+def shown(step, y):
+    step.seen.append(
+        torch.tensor([float(torch.tensor(y.tolist()).sum()), float("grad" in repr(y))])
+    )
+    return y
+
+
+def counted(step, y):
+    facts = [y.element_size(), y.numel(), y.dim(), y.is_contiguous(), y.storage_offset(), len(y)]
+    step.seen.append(torch.tensor([float(fact) for fact in [*facts, *y.stride()]]))
+    return y
+
+
+#: besides ``TOUCHES``: all that reads a norm's output, ``[T, N, C, H, W]``
+READERS = TOUCHES | {
+    "nothing": lambda step, y: y,
+    "own function straight through": lambda step, y: y + NoGradient.apply(y),
+    "own function of a view": lambda step, y: Viewed.apply(y),
+    "own function of a view of it": lambda step, y: Scale.apply(y.flatten(0, 1)).view(y.shape),
+    "written into a copy": lambda step, y: written(y),
+    "out": lambda step, y: out(y),
+    "hook after a view": hooked_later,
+    "inference mode": peeked_without_gradients,
+    "checkpoint": checkpointed(reentrant=False),
+    "reentrant checkpoint": checkpointed(reentrant=True),
+    "autocast": autocast,
+    "printed": shown,
+    "facts": counted,
+    "functional convolution": lambda step, y: nn.functional.conv2d(
+        y.flatten(0, 1), KERNEL.to(y), padding=1
+    ).view(y.shape),
+    "matmul": lambda step, y: y @ y.transpose(-1, -2) @ y,
+    "einsum": lambda step, y: torch.einsum("tnchw,tndhw->tnchw", y, y),
+    "layer norm": lambda step, y: nn.functional.layer_norm(y, y.shape[-2:]),
+    "max pool": lambda step, y: nn.functional.max_pool2d(y.flatten(0, 1), 3, 1, 1).view(y.shape),
+    "pixels": lambda step, y: y.flatten(0, 1).roll(1, -1).view(y.shape),
+    "boolean mask": lambda step, y: y.masked_fill(y > 1, 0.5) + y[y > 0].sum(),
+    "gather": lambda step, y: y.gather(0, torch.zeros_like(y, dtype=torch.long)) + y,
+    "sort": lambda step, y: y.sort(-1).values,
+    "scalars": lambda step, y: y * float(y.detach()[0, 0, 0, 0, 0]) + y.max().item(),
+    "foreach": lambda step, y: sum(torch._foreach_mul([y, y], 2)),
+    "deepcopy": lambda step, y: y + copy.deepcopy(y.detach()),
+    "gradient inside": lambda step, y: (
+        y + torch.autograd.grad(y.square().sum(), y, retain_graph=True)[0].detach()
+        if y.requires_grad
+        else y
+    ),
+    "data in place": lambda step, y: (y.data[:, :, 0].mul_(0.5), y)[1],
+    "data replaced": lambda step, y: (setattr(y, "data", 0.5 * y.detach()), y)[1],
+    "returned": lambda step, y: (step.more.append(y), y)[1],
+}
+
+
+class Net(nn.Module):
+    """A convolution, a norm, a neuron and a layer; what reads the norm's output, or the spikes."""
+
+    def __init__(self, reader, place):
+        super().__init__()
+        self.conv, self.norm = layer.Conv2d(3, 4, 3, padding=1), layer.BatchNorm2d(4)
+        options = {"surrogate_function": surrogate.ATan(), "v_threshold": 0.5}
+        self.lif, self.head = neuron.LIFNode(**options), layer.Conv2d(4, 2, 3)
+        functional.set_step_mode(self, "m")
+        self.reader, self.place, self.more = READERS[reader], place, []
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+
+    def forward(self, x):
+        self.more = []
+        y = self.norm(self.conv(x))
+        if self.place == "norm, then neuron":
+            y = self.reader(self, y)
+        spikes = self.lif(y)
+        if self.place == "norm behind the neuron":
+            y = self.reader(self, y)
+        elif self.place == "spikes":
+            spikes = self.reader(self, spikes)
+        out = self.head(spikes)
+        if self.place == "spikes behind a layer":
+            spikes = self.reader(self, spikes)
+        more, self.more = self.more, []
+        return out, y.mean(0), spikes.mean(0), *more
+
+
+#: where the reader stands, and whether in training
+PLACES = {"norm, then neuron": True, "norm behind the neuron": False}
+PLACES |= {"spikes": True, "spikes behind a layer": True}
+#: what may come too late, and be refused, once the neuron has read
+LATE = ("in place", "assign", "tensor hook", "retain", "hook after", "inside", "data")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_reader(reader, place):
+    for seed in range(30):
+        torch.manual_seed(seed)
+        net = Net(reader, place).train(PLACES[place])
+        x = torch.randn(3, 2, 3, 4, 5)
+        if not is_fragile(net, x):
+            break
+    fast = copy.deepcopy(net)
+    sj_taid.accelerate(fast)
+    if (reader, place) == ("data in place", "spikes behind a layer"):
+        pytest.skip("plain autograd takes the changed values for what the layer has read")
+    options = {"context": torch.enable_grad if PLACES[place] else EVALUATION}
+    late = "behind" in place and any(word in reader for word in LATE)
+    try:
+        expected = results(copy.deepcopy(net), x, **options)
+    except RuntimeError:
+        assert late
+        return
+    exact = results(copy.deepcopy(net).double(), x.double(), **options)
+    try:
+        got = results(fast, x, **options)
+    except RuntimeError as error:
+        # A change, a hook or a gradient of it may be refused once the neuron has read.
+        assert late and len(str(error)) < 400, error
+        return
+    assert_alike(got, expected, exact)

@@ -1,0 +1,97 @@
+"""Tools that count, trace, transform or show a net say of an accelerated one what they say."""
+
+import copy
+from importlib import import_module
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import sj_taid
+from sj_taid._compat import FUNCTIONAL_STATES
+
+
+def count(kind):
+    """A counter of SpikingJelly's."""
+
+    def tool(net, x):
+        if not FUNCTIONAL_STATES:
+            pytest.skip("0.0.0.0.14 has no counters")
+        counters = import_module("spikingjelly.activation_based.op_counter")
+        counter = getattr(counters, kind)()
+        with counters.DispatchCounterMode([counter]):
+            net(x)
+        return counter.get_total()
+
+    return tool
+
+
+def count_flops(net, x):
+    with FlopCounterMode(display=False) as counter:
+        net(x).sum().backward()
+    return counter.get_total_flops()
+
+
+def trace(net, x):
+    traced = torch.jit.trace(net.eval(), x, check_trace=False)
+    functional.reset_net(net)
+    return traced(x)
+
+
+def export(net, x):
+    return torch.export.export(net.eval(), (x,), strict=False).module()(x)
+
+
+def summary(net, x):
+    """As Meta-SpikeFormer prints its net."""
+    torchinfo = pytest.importorskip("torchinfo", reason="needs torchinfo")
+    found = torchinfo.summary(net, input_data=x, verbose=0)
+    return found.total_mult_adds, found.total_params, found.total_output_bytes
+
+
+def per_sample(net, x):
+    return torch.func.vmap(lambda x: net.eval()(x), in_dims=1)(x.unsqueeze(2))
+
+
+def old_and_new_values(net, x):
+    """A norm's output as a hook sees it, by functions that ask torch nothing."""
+    seen = []
+    hooks = (
+        lambda m, args, y: seen.append(torch.tensor(y.tolist())),
+        lambda m, args, y: seen.append(torch.tensor([float(v) for v in y.flatten()[:9]])),
+        lambda m, args, y: seen.append(
+            torch.tensor(float(repr(y[0, 0, 0, 0, 0]).split("(")[1][:6]))
+        ),
+    )
+    for hook in hooks:
+        net[1].register_forward_hook(hook)
+    net(x)
+    return seen
+
+
+TOOLS = {
+    **{kind: count(kind) for kind in ("ACCounter", "MACCounter", "SynOpCounter", "FlopCounter")},
+    **{kind: count(kind) for kind in ("NeuronStateCounter", "MemoryAccessCounter")},
+    **{tool.__name__: tool for tool in (count_flops, trace, export, summary)},
+    **{tool.__name__: tool for tool in (per_sample, old_and_new_values)},
+}
+
+
+@pytest.mark.parametrize("name", TOOLS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_tool_says_the_same(name):
+    if not FUNCTIONAL_STATES and name in ("export", "per_sample"):
+        pytest.skip("0.0.0.0.14's neurons run in TorchScript")
+    torch.manual_seed(0)
+    options = {"surrogate_function": surrogate.ATan(), "v_threshold": 0.4}
+    plain = nn.Sequential(
+        *(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), neuron.LIFNode(**options)),
+        *(layer.MaxPool2d(2), layer.Conv2d(4, 4, 3), neuron.ParametricLIFNode(**options)),
+    )
+    functional.set_step_mode(plain, "m")
+    fast, x = copy.deepcopy(plain), torch.rand(4, 2, 2, 8, 8) * 3
+    sj_taid.accelerate(fast)
+    expected, got = (TOOLS[name](net, x) for net in (plain, fast))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
