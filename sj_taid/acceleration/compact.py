@@ -37,6 +37,8 @@ _COPIES = {
     *("clone", "contiguous", "reshape", "flatten", "to", "float", "half", "bfloat16"),
     *("cat", "concat", "stack", "max_pool1d", "max_pool2d", "max_pool3d"),
 }
+#: options of theirs that change no value
+_OPTIONS = {"dim", "stride", "padding", "dilation", "ceil_mode", "return_indices"}
 _ADDS = {"add", "__add__", "__radd__"}
 _ADDS_IN_PLACE = {"add_", "__iadd__"}
 _MULTIPLIES = {"mul", "multiply", "__mul__", "__rmul__", "mul_", "__imul__"}
@@ -182,8 +184,7 @@ class Known(Tensor):
             tensors = [t for t in _flat((*args, *kwargs.values())) if isinstance(t, Tensor)]
             known = [t for t in tensors if isinstance(t, Known)]
             # Options, such as alpha of an addition, may change what the result is.
-            takes = kwargs.keys() <= {"ceil_mode", "dim"}
-            peak = _peak_of(name, args, tensors) if takes else None
+            peak = _peak_of(name, args, kwargs, tensors) if kwargs.keys() <= _OPTIONS else None
             terms = () if kwargs else _terms(name, args)
             with saving(known, _plane(name, tensors)):
                 result = func(*args, **kwargs)
@@ -209,6 +210,15 @@ class Compact(Known):
     def exposed(self) -> Tensor:
         self._packing.is_known = False
         return self
+
+    def view(self, *shape: Any) -> Tensor:
+        """As of a contiguous tensor, such as a plain neuron's: what is no view is copied."""
+        try:
+            return super().view(*shape)
+        except RuntimeError:
+            if self.is_contiguous():
+                raise
+            return self.reshape(*shape)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # as a plain tensor
         with torch._C.DisableTorchFunctionSubclass():
@@ -296,13 +306,16 @@ def _peak(tensor: Any) -> int | None:
     return packing.peak if packing else None
 
 
-def _peak_of(name: str, args: tuple[Any, ...], tensors: list[Tensor]) -> int | None:
+def _peak_of(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+) -> int | None:
     """The largest value of an operation's result, if all are whole numbers from 0."""
     peaks = [peak for tensor in tensors if (peak := _peak(tensor)) is not None]
     if not peaks or len(peaks) < len(tensors):
         return None
     # A dilated window may lie in the padding, of which nothing is the greatest.
-    dilated = "max_pool" in name and any(d not in (1, (1,), (1, 1), (1, 1, 1)) for d in args[4:5])
+    dilations = (*args[4:5], kwargs.get("dilation", 1))
+    dilated = "max_pool" in name and any(d not in (1, (1,), (1, 1), (1, 1, 1)) for d in dilations)
     if name in _COPIES and not dilated:
         return max(peaks)
     if name == "__rsub__" and peaks == [1] and args[1:] == (1,):
@@ -336,7 +349,9 @@ def _terms(name: str, args: tuple[Any, ...]) -> tuple[Term, ...]:
     if sum(term.size for term in terms) > _MOST_TERMS:
         pairs = zip(args, terms, strict=True)
         terms = [_reference(t) if term.size > 1 else term for t, term in pairs]
-    return () if all(term.is_reference for term in terms) else tuple(terms)
+    # What changes in place cannot be referred to.
+    is_lost = terms[0].is_reference if name in _ADDS_IN_PLACE else False
+    return () if is_lost or all(term.is_reference for term in terms) else tuple(terms)
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

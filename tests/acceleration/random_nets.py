@@ -186,6 +186,8 @@ TOUCHES = {
     "add in place on a view": change(lambda y: y[:, :1].add_(0.5)),
     "assign": change(lambda y: y.select(1, 0).fill_(0.3)),
     "flat view in place": lambda step, y: y.reshape(-1).mul_(0.9).view(y.shape),
+    "view": lambda step, y: y.view(len(y), -1).view(y.shape),
+    "summand in place": lambda step, y: torch.ones_like(y).add_(y).square(),
     "cast": lambda step, y: y.to(torch.float64).to(y.dtype),
     "iterate": lambda step, y: torch.stack([*y]),
     "function": lambda step, y: Scale.apply(y),
