@@ -334,13 +334,14 @@ def memory() -> pd.DataFrame:
 
 
 def zoo() -> pd.DataFrame:
-    """What is fused in the nets of the zoo, and the bytes saved for backward."""
+    """What is fused in the nets of the zoo, and the bytes held after a forward."""
     rows = pd.read_csv(EPYC / "zoo.csv", keep_default_na=False)
     columns = {
+        "written": rows["written"],
         "net": rows["net"],
         "neurons": rows["neurons"],
         "norms fused": [f"{row.fused} of {row.norms}" for row in rows.itertuples()],
-        "the others are": rows["left"],
+        "the others are read by": rows["left"],
         "MB before": rows["before_mb"].map("{:.3g}".format),
         "after": rows["after_mb"].map("{:.3g}".format),
         "ratio": (rows["after_mb"] / rows["before_mb"]).map("{:.2f}".format),

@@ -83,7 +83,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     kinds = dict(net.named_modules())
     norms = [row for row in report.rows if isinstance(kinds[row.layer], _BatchNorm)]
     readers = Counter(
-        row.note.removeprefix(APART).partition(",")[0] for row in norms if not row.done
+        row.note.removeprefix(APART).partition(",")[0].removesuffix("_with_indices").rstrip("_")
+        for row in norms
+        if not row.done
     )
     return {
         "net": name,

@@ -41,7 +41,7 @@ SCHEMAS = {
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
     "small": [*TIMES, "neuron", "norm", "T", "work"],
     "norm": ["net", "variant", "dtype", "T", "step", "saved_mb", "saved_ratio", "device"],
-    "zoo": ["net", "T", "shape", "neurons", "norms", "fused", "before_mb", "after_mb", "device"],
+    "zoo": ["net", "written", "T", "shape", "neurons", "norms", "fused", "before_mb", "after_mb"],
 }
 
 
