@@ -106,7 +106,7 @@ def load_frame(names: Sequence[str], *keys: str) -> pd.DataFrame:
 def gains() -> pd.DataFrame:
     """Memory, time and quality before and after, and where each was measured."""
     pairs = norms().query("net == 'norm + neuron'")
-    nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 16")
+    nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 8")
     decoders = load_frame(["fsvae"], *CHOICES).query("dataset == 'mnist'")
     classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
     one = "ALIF, one operator"

@@ -65,7 +65,7 @@ class Term(NamedTuple):
 class Packing:
     """How the values of a dense tensor are saved.
 
-    ``peak``: the largest value, if all are whole numbers from 0. ``terms``: how many tensors they
+    ``peak``: no value is larger, if all are whole numbers from 0. ``terms``: how many tensors they
     are the sum of.
     """
 
@@ -377,7 +377,7 @@ def _describe(
     result: Tensor, known: list[Known], peak: int | None, terms: tuple[Term, ...]
 ) -> None:
     """Let the result of an operation know how it is saved."""
-    if result.is_inference():
+    if result.is_inference() or not result.is_floating_point():
         return
     for tensor in known:
         if isinstance(tensor, Compact) and tensor._packing.describes(result):
