@@ -105,11 +105,9 @@ def load_frame(names: Sequence[str], *keys: str) -> pd.DataFrame:
 
 def gains() -> pd.DataFrame:
     """Memory, time and quality before and after, and where each was measured."""
-    pairs = norms().query("net == 'norm + neuron'")
     nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 8")
     decoders = load_frame(["fsvae"], *CHOICES).query("dataset == 'mnist'")
     classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
-    one = "ALIF, one operator"
     former = read_zoo().query("net == 'Spikformer'")
     held = {"SpikingJelly LIF": "before_mb", "LIF accelerate": "after_mb"}
     kept = [former[["machine"]].assign(neuron=k, kb=1e3 * former[v]) for k, v in held.items()]
@@ -123,7 +121,6 @@ def gains() -> pd.DataFrame:
         ),
         ("SEW-ResNet-18: training step, ms", nets, "median_ms", PLIF, "PLIF accelerate"),
         ("Spikformer as published: held after forward, kB", pd.concat(kept), "kb", *held),
-        ("norm and neuron, ms", pairs, "median_ms", PLIF, one),
         ("FSVAE on MNIST, reconstruction error", decoders, "reconstruction", "fixed", "taid"),
         ("classifier on MNIST, accuracy in %", classifiers, "accuracy", "plif", "alif"),
     ]
