@@ -37,7 +37,7 @@ test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
 	$(BIN)/python -m pytest -m kernels
 
-fuzz: install ## Test 2,000 random calls of the neuron; minutes
+fuzz: install ## Test 2,000 random calls of the neuron and 2,000 random nets; minutes
 	$(BIN)/python -m pytest -m fuzz
 
 docs: $(VENV)/docs ## Make HTML in build/docs

@@ -192,3 +192,14 @@ def test_reader(reader, place):
         assert late and len(str(error)) < 400, error
         return
     assert_alike(got, expected, exact)
+
+
+def test_norm_whose_input_changes_raises_an_error():
+    net, x = Net("nothing", "norm, then neuron"), torch.randn(3, 2, 3, 4, 5)
+    sj_taid.accelerate(net)
+    h = net.conv(x)
+    y = net.norm(h)
+    h += 1
+    for read in (net.lif, torch.Tensor.sum):
+        with pytest.raises(RuntimeError, match=r"changed in place .* h = h \+ o"):
+            read(y)
