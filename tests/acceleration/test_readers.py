@@ -51,6 +51,11 @@ def out(y):
     return into + y
 
 
+def saved_on_cpu(step, y):
+    with torch.autograd.graph.save_on_cpu():
+        return (y + y).square()
+
+
 def hooked_later(step, y):
     z = y.view(-1)
     if y.requires_grad:
@@ -121,6 +126,12 @@ READERS = TOUCHES | {
         if y.requires_grad
         else y
     ),
+    "counts in a row": lambda step, y: torch.cat([y + y, y])[: len(y)].square(),
+    "counts pooled": lambda step, y: (
+        nn.functional.max_pool2d((y + y + y).flatten(0, 1), 3, 1, 1).view(y.shape).square()
+    ),
+    "many summands": lambda step, y: sum([y] * 7).square(),
+    "saved on cpu": saved_on_cpu,
     "data in place": lambda step, y: (y.data[:, :, 0].mul_(0.5), y)[1],
     "data replaced": lambda step, y: (setattr(y, "data", 0.5 * y.detach()), y)[1],
     "returned": lambda step, y: (step.more.append(y), y)[1],
