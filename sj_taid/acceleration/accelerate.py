@@ -49,19 +49,14 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
         ValueError: ``net`` has no neuron.
         TypeError: ``net`` is no module, or ``example_input`` neither a tensor nor a tuple.
 
-    >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Unflatten(0, (2, -1)))
-    >>> net.append(neuron.LIFNode(step_mode="m"))[-1]
-    LIFNode(
-      v_threshold=1.0, v_reset=0.0, detach_reset=False, step_mode=m, backend=torch, tau=2.0
-      (surrogate_function): Sigmoid(alpha=4.0, spiking=True)
-    )
+    >>> net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), neuron.LIFNode(step_mode="m"))
     >>> report = accelerate(net)
-    >>> print(net(torch.rand(6, 4)).shape, report, sep="\\n")
-    torch.Size([2, 3, 3])
-    1 of 1 neurons on the fused operator, 1 of 1 norms fused, spikes saved as bits
-    layer  kind         done                note
-    1      BatchNorm1d  fused into 3        equal outputs to rounding
-    3      LIFNode      fused operator      equal outputs
+    >>> spikes = net(torch.rand(4, 2, 3, 5))
+    >>> print(report)
+    1 of 1 neurons on the fused operator, 1 of 1 norms fused
+    layer  kind         done            note
+    0      BatchNorm1d  fused into 1    equal outputs to rounding
+    1      LIFNode      fused operator  equal outputs
     """
     check_net(net, "accelerate")
     convert.need_neurons(net, "accelerate")
