@@ -123,7 +123,7 @@ def parse_arguments(command, is_benchmark, words):
     pytest.importorskip("hydra", reason="needs the extra train")
     from sj_taid.training import cli
 
-    is_script = is_benchmark or command in ("pages", "prove")
+    is_script = is_benchmark or command in ("measure", "pages", "prove")
     if is_script or command in cli.OTHERS:
         module = importlib.import_module(command) if is_script else cli.import_command(command)
         with pytest.raises(Parsed):
