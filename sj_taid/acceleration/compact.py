@@ -297,8 +297,9 @@ def _lowered(tensor: Any) -> Any:
     device = tensor.device.type
     if not torch.is_autocast_enabled(device) or tensor.dtype != torch.float32:
         return tensor
-    peak, cast = _peak([tensor]), tensor.to(torch.get_autocast_dtype(device))
-    return compact(cast, Counts(cast, peak)) if peak is not None else cast
+    cast = tensor.to(torch.get_autocast_dtype(device))
+    _describe(cast, [], _peak(tensor), ())
+    return cast
 
 
 def _peak(tensor: Any) -> int | None:
