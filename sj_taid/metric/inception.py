@@ -9,6 +9,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torchmetrics.image import inception
 from torchmetrics.image.fid import NoTrainInceptionV3
+from torchmetrics.utilities.data import dim_zero_cat
 
 from .._extras import needs
 from .frechet import Features
@@ -112,6 +113,8 @@ class InceptionScore(inception.InceptionScore):
 
     def __init__(self, features: Any, **kwargs: Any) -> None:
         super().__init__(feature=features, **kwargs)
+        # torchmetrics gathers batch by batch, and waits for ever where a process has fewer.
+        self.add_state("features", [], dist_reduce_fx="cat")
         self.classifier = features.classifier
         self.needed = self.classifier.out_features
         self.protocol = (
@@ -125,7 +128,7 @@ class InceptionScore(inception.InceptionScore):
 
     def compute(self) -> Tensor:  # type: ignore[override]  # without the standard deviation
         """The score of all images so far."""
-        count = sum(map(len, self.features))
+        count = len(dim_zero_cat(self.features))
         if count < self.needed:
             raise ValueError(
                 f"the Inception score got {count} images; {self.needed} classes need at least as "
