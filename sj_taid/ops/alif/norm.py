@@ -175,33 +175,34 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
     ``statistics`` gives each channel's mean and biased variance as float64 ``[2, C]``.
     """
     if not x_seq.numel():  # of a group, in which other processes have images
-        mean, var = x_seq.new_zeros((2, x_seq.shape[2]), dtype=torch.float64)
+        numbers = x_seq.new_zeros((2, x_seq.shape[2]), dtype=torch.float64)
     elif norm.running_mean is None or norm.running_var is None or not norm.fixed:
-        mean, var = statistics(x_seq)
+        numbers = statistics(x_seq)
     else:
-        mean, var = norm.running_mean.double(), norm.running_var.double()
-    count: Any = x_seq.numel() / len(mean)
+        numbers = torch.stack([norm.running_mean, norm.running_var]).double()
+    count: Any = x_seq.numel() / numbers.shape[1]
+    if not norm.fixed and norm.group is not None:
+        numbers, count = _combined(numbers, count, norm.group)
+    shift, var = numbers.float()
     if not norm.fixed:
-        if norm.group is not None:
-            mean, var, count = _combined(mean, var, count, norm.group)
-        update_running(norm, mean, _unbiased(var, count))
-    rate = (var + norm.eps).rsqrt()
+        update_running(norm, shift, _unbiased(var, count))
+    mean, rate = numbers
+    rate.add_(norm.eps).rsqrt_()  # the variance until here
     gain = rate if norm.weight is None else rate * norm.weight
-    shift = mean.float()
     offset = (shift - mean) * gain
     if norm.bias is not None:
-        offset = offset + norm.bias
-    table = torch.stack([shift, gain.float(), offset.float()])
-    return Affine(table, torch.stack([mean, rate]), count)
+        offset += norm.bias
+    return Affine(torch.stack([shift, gain, offset]).float(), numbers, count)
 
 
-def _combined(mean: Tensor, var: Tensor, count: float, group: Any) -> list[Tensor]:
-    """The statistics of all the group's processes together, and their count."""
+def _combined(numbers: Tensor, count: float, group: Any) -> tuple[Tensor, Tensor]:
+    """Mean and variance of all the group's processes together, and their count."""
+    mean, var = numbers
     own = torch.full_like(mean, count)
     moments = torch.stack([own, own * mean, own * (var + mean.square())])
     distributed.all_reduce(moments, group=group)
     total, mean, square = moments[0], *(moments[1:] / moments[0])
-    return [mean, square - mean.square(), total]
+    return torch.stack([mean, square - mean.square()]), total
 
 
 def gradients(affine: Affine, sums: Tensor) -> tuple[Tensor, Tensor]:
