@@ -564,19 +564,15 @@ def _add_norm_to_sums(a, part, grad_offset, grad_gain, first, n):
     _add_to_sums(a, a.norm_sums, 1, 2, part, grad_gain, first, n)
 
 
-@cache
-def backward_for(
-    name: str,
+def _backward_row(
+    derivative: Callable[..., Any],
     decay_input: bool,
     soft: bool,
     detach_reset: bool,
     learn_w: bool,
     learn_threshold: bool,
-) -> Callable[[Any], None]:
-    """The backward kernel for a surrogate and options; what is not needed costs nothing."""
-    options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
-    variant = "_".join(map(str, (name, *map(int, options))))
-    derivative = _derivative(name)
+) -> Callable[..., None]:
+    """One step backward of neighbouring neurons."""
 
     @_part
     def row(
@@ -603,6 +599,23 @@ def backward_for(
                 grad_q[i] += grad_h * _charge_by_q(x[i], v[i], v_rest, decay_input)
             grad_x[i] = grad_h * q[i] if decay_input else grad_h
             grad_v[i] = grad_h - grad_h * q[i]
+
+    return row
+
+
+@cache
+def backward_for(
+    name: str,
+    decay_input: bool,
+    soft: bool,
+    detach_reset: bool,
+    learn_w: bool,
+    learn_threshold: bool,
+) -> Callable[[Any], None]:
+    """The backward kernel for a surrogate and options; what is not needed costs nothing."""
+    options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
+    variant = "_".join(map(str, (name, *map(int, options))))
+    row = _backward_row(_derivative(name), *options)
 
     @_part
     def backward_part(a, scratch, part):
