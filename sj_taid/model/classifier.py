@@ -33,7 +33,8 @@ class Classifier(nn.Module):
     is shared by all time steps.
 
     A still image is the input current of every step. Every pass starts from rest and leaves the
-    neurons at rest; :func:`sj_taid.monitor` sees their activity.
+    neurons at rest; :func:`sj_taid.monitor` sees their activity. The net is accelerated
+    (:func:`sj_taid.accelerate`).
 
     Args:
         in_channels: channels C of the input.
@@ -51,7 +52,6 @@ class Classifier(nn.Module):
             ``channels=``, which ALIF takes.
         output_neuron: False leaves the last neurons out: the outputs are their input currents,
             unbounded, as losses of logits need them.
-        fused_norm: :func:`sj_taid.accelerate` the net, which fuses norms with neurons.
 
     Raises:
         ValueError: sizes that do not fit, or input of another shape or not finite.
@@ -79,12 +79,10 @@ class Classifier(nn.Module):
         norm: bool = True,
         per_channel: bool = False,
         output_neuron: bool = True,
-        fused_norm: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(T=T, hidden=hidden, neurons_per_class=neurons_per_class)
-        check_flags(norm=norm, per_channel=per_channel)
-        check_flags(output_neuron=output_neuron, fused_norm=fused_norm)
+        check_flags(norm=norm, per_channel=per_channel, output_neuron=output_neuron)
         if not is_whole(classes) or classes < 2:
             raise ValueError(
                 f"classes must be an integer >= 2, but it is {classes!r}; "
@@ -132,8 +130,7 @@ class Classifier(nn.Module):
         )
         if not output_neuron:
             del self.head[-1]
-        if fused_norm:
-            accelerate(self)
+        accelerate(self)
 
     def forward(self, x: Tensor, each_step: bool = False) -> Tensor:
         """Firing rates ``[N, classes]`` in [0, 1], or mean currents without output neurons.

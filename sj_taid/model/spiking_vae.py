@@ -37,7 +37,7 @@ class SpikingVAE(nn.Module):
     output ``[T, N, C, H, W]`` becomes one image by the image decoder, then tanh.
 
     Every pass starts from rest and leaves the neurons at rest; :func:`sj_taid.monitor` sees their
-    activity.
+    activity. The net is accelerated (:func:`sj_taid.accelerate`).
 
     Args:
         in_channels: image channels C.
@@ -49,7 +49,6 @@ class SpikingVAE(nn.Module):
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
         image_decoder: :class:`~sj_taid.TAID` (default) or :class:`~sj_taid.FixedDecoder`, made for
             the same T.
-        fused_norm: :func:`sj_taid.accelerate` the net, which fuses norms with neurons.
         subpixel: end in a convolution at half resolution with four channels per image channel, one
             for each pixel (Shi et al. 2016, arXiv 1609.05158). False is the published decoder, a
             transposed block to full resolution and a convolution there.
@@ -74,7 +73,6 @@ class SpikingVAE(nn.Module):
         latent_channels: int = 128,
         neuron: Neuron = original_neuron,
         image_decoder: nn.Module | None = None,
-        fused_norm: bool = True,
         subpixel: bool = True,
         gradient_weight: float = 0.0,
         chroma_weight: float = 0.0,
@@ -82,7 +80,7 @@ class SpikingVAE(nn.Module):
         super().__init__()
         check_sizes(in_channels=in_channels, T=T, latent_channels=latent_channels)
         check_weights(gradient_weight=gradient_weight, chroma_weight=chroma_weight)
-        check_flags(fused_norm=fused_norm, subpixel=subpixel)
+        check_flags(subpixel=subpixel)
         if chroma_weight and in_channels != 3:
             raise ValueError(
                 f"chroma_weight={chroma_weight} is for images of 3 channels, but in_channels is "
@@ -126,8 +124,7 @@ class SpikingVAE(nn.Module):
         )
         self.to_image = layer.SeqToANNContainer(*last)
         self.image_decoder = image_decoder
-        if fused_norm:
-            accelerate(self)
+        accelerate(self)
 
     def _make_latent(self, neuron: Neuron) -> None:
         """Make the subclass's modules between encoder and decoder."""

@@ -15,7 +15,7 @@ from sj_taid.model import Classifier
 from sj_taid.model.classifier import paper_neuron
 from tests.model.conftest import assert_every_parameter_learns, images
 
-FLAGS = ("norm", "per_channel", "output_neuron", "fused_norm")
+FLAGS = ("norm", "per_channel", "output_neuron")
 SMALL = {"image_size": 8, "T": 4, "stages": [[6, 6], [8]], "hidden": 20, "neurons_per_class": 3}
 
 options = {k: v for k, v in paper_neuron.keywords.items() if k != "init_tau"}

@@ -157,7 +157,6 @@ def test_sum_losses_of_colour():
         ({"hidden_channels": 0}, "hidden_channels must be an integer >= 1, but it is 0"),
         ({"hidden_channels": 4.5}, "hidden_channels must be an integer >= 1, but it is 4.5"),
         ({"hidden_channels": (4, 4.5)}, "hidden_channels must be numbers of channels"),
-        ({"fused_norm": "no"}, "fused_norm must be True or False, but it is 'no'"),
         ({"subpixel": "no"}, "subpixel must be True or False, but it is 'no'"),
         ({"T": True}, "T must be an integer >= 1, but it is True"),
         ({"gradient_weight": float("nan")}, "gradient_weight must be a number >= 0, but it is nan"),
