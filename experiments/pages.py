@@ -9,7 +9,7 @@ CSVs in experiments/benchmark/results/, so no number is copied by hand.
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -48,15 +48,7 @@ OURS = {
 }
 #: The metrics in the list of models.
 ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published", "fad_recall")
-#: The experiments with generators of several decoders or neurons.
-GENERATORS = [
-    *("fsvae", "digits_small_cpu", "mnist_small_cpu", "mnist_fsvae_sharp"),
-    *("fashion_mnist_fsvae_sharp", "cifar10_fsvae_cpu", "mnist_esvae_cpu"),
-    *("fashion_mnist_esvae_cpu", "mnist_esvae_sharp", "fashion_mnist_esvae_sharp"),
-    *("mnist_esvae_sharper", "fashion_mnist_esvae_sharper", "cifar10_esvae_cpu"),
-    "celeba_fsvae_cpu",
-]
-#: The choices of their runs; those of one experiment differ in decoder and neuron alone.
+#: The choices of the generators that are compared; they differ in decoder and neuron alone.
 CHOICES = [
     *("decoder", "neuron", "dataset", "dataset.batch_size", "dataset.image_size"),
     *("dataset.num_workers", "metric.features", "trainer.max_epochs", "trainer.precision"),
@@ -106,25 +98,21 @@ def load_frame(names: Sequence[str], *keys: str) -> pd.DataFrame:
 def gains() -> pd.DataFrame:
     """Memory, time and quality before and after, and where each was measured."""
     nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 8")
-    decoders = load_frame(["fsvae"], *CHOICES).query("dataset == 'mnist'")
+    fsvae = load_frame(["fsvae"], *CHOICES).query("dataset == 'mnist'")
     classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
     former = read_zoo().query("net == 'Spikformer'")
     held = {"SpikingJelly LIF": "before_mb", "LIF accelerate": "after_mb"}
     kept = [former[["machine"]].assign(neuron=k, kb=1e3 * former[v]) for k, v in held.items()]
+    step, ours = "SEW-ResNet-18: training step", "PLIF accelerate"
+    error, accuracy = "FSVAE on MNIST, reconstruction error", "classifier on MNIST, accuracy in %"
     rows = [
-        (
-            "SEW-ResNet-18: training step, MB per sample",
-            nets,
-            "mb_per_sample",
-            PLIF,
-            "PLIF accelerate",
-        ),
-        ("SEW-ResNet-18: training step, ms", nets, "median_ms", PLIF, "PLIF accelerate"),
-        ("Spikformer as published: held after forward, kB", pd.concat(kept), "kb", *held),
-        ("FSVAE on MNIST, reconstruction error", decoders, "reconstruction", "fixed", "taid"),
-        ("classifier on MNIST, accuracy in %", classifiers, "accuracy", "plif", "alif"),
+        gain(f"{step}, MB per sample", nets, "mb_per_sample", PLIF, ours),
+        gain(f"{step}, ms", nets, "median_ms", PLIF, ours),
+        gain("Spikformer as published: held after forward, kB", pd.concat(kept), "kb", *held),
+        gain(error, fsvae, "reconstruction", "fixed", "taid"),
+        gain(accuracy, classifiers, "accuracy", "plif", "alif"),
     ]
-    return pd.DataFrame([gain(*row) for row in rows])
+    return pd.DataFrame(rows)
 
 
 def gain(what: str, table: pd.DataFrame, name: str, theirs: str, ours: str) -> dict[str, str]:
@@ -188,61 +176,44 @@ def distances() -> pd.DataFrame:
 
 def decoders() -> pd.DataFrame:
     """Changes in % against the fixed decoder, over pairs of runs of one neuron and seed."""
-    rows = pd.DataFrame(change_rows("decoder", "fixed"))
-    return rows.rename(columns={"after": "decoder"}).drop(columns="before")
+    return changes("decoder", "fixed")
 
 
 def generator_neurons() -> pd.DataFrame:
     """Changes in % by ALIF against LIF and PLIF, over pairs of runs of one decoder and seed."""
-    rows = pd.DataFrame(chain(change_rows("neuron", "lif"), change_rows("neuron", "plif")))
-    shown = rows[rows["after"] == "`alif`"].sort_values("experiment", kind="stable")
-    return shown.rename(columns={"before": "ALIF instead of"}).drop(columns="after")
+    table = pd.concat({f"`{name}`": changes("neuron", name) for name in ("lif", "plif")})
+    table = table[table["neuron"] == "`alif`"].drop(columns="neuron").droplevel(1)
+    table.insert(1, "ALIF instead of", table.index)
+    return table.sort_values("experiment", kind="stable")
 
 
-def change_rows(choice: str, before: str) -> Iterator[dict[str, str]]:
+def changes(choice: str, before: str) -> pd.DataFrame:
     """The generators' changes in % against those with ``before``, a row for each other choice."""
-    for experiment in GENERATORS:
-        lengths = load_frame([experiment], *CHOICES).groupby("epochs")
-        for epochs, runs in lengths:
-            if before not in runs[choice].unique():
-                continue
-            name = f"`{experiment}`" + f", {epochs} epochs" * (len(lengths) > 1)
-            metric = "fad_published" if "fad_published" in runs.dropna(axis="columns") else "fad"
-            error = changes(runs, "reconstruction", choice, before)
-            distance = changes(runs, metric, choice, before)
-            for after in error:
-                row = {"experiment": name, "before": f"`{before}`", "after": f"`{after}`"}
-                row |= {"reconstruction, %": signed(error[after])}
-                row |= {"FAD, %": signed(distance[after])}
-                row |= {"FAD through": "own autoencoder" if metric == "fad" else "the papers'"}
-                yield row | {"pairs": str(error[after].count())}
-
-
-def changes(runs: pd.DataFrame, metric: str, choice: str, before: str) -> pd.DataFrame:
-    """Changes of a metric in % against runs with ``before``: a column for each other choice."""
+    runs = load_frame(sorted(load_all_runs()), *CHOICES).dropna(subset="reconstruction")
+    lengths = runs.groupby("experiment")["epochs"].transform("nunique")
+    runs["row"] = "`" + runs["experiment"] + "`"
+    runs.loc[lengths > 1, "row"] += ", " + runs["epochs"].astype(str) + " epochs"
+    papers = runs["fad_published"].notna().groupby(runs["row"]).transform("all")
+    runs["FAD through"] = papers.map({True: "the papers'", False: "own autoencoder"})
+    runs["FAD, %"] = medians(runs, "fad_published").where(papers, medians(runs, "fad"))
+    runs["reconstruction, %"] = runs["reconstruction"]
     (other,) = {"decoder", "neuron"} - {choice}
-    values = runs.assign(value=medians(runs, metric))
-    table = values.pivot(index=["seed", other], columns=choice, values="value")
-    relative = 100 * (table.div(table[before], axis="index") - 1)
-    return relative.drop(columns=before).dropna(axis="columns", how="all")
+    plain = runs[runs[choice] == before]
+    pairs = runs[runs[choice] != before].merge(
+        plain, on=["row", "seed", other], suffixes=("", " before"), validate="many_to_one"
+    )
+    for title in ("reconstruction, %", "FAD, %"):
+        pairs[title] = 100 * (pairs[title] / pairs[f"{title} before"] - 1)
+    groups = pairs.groupby(["experiment", "epochs", "row", choice])
+    table = groups[["reconstruction, %", "FAD, %"]].agg(signed)
+    table = table.assign(**{"FAD through": groups["FAD through"].first()}, pairs=groups.size())
+    table = table.droplevel(["experiment", "epochs"]).rename_axis(["experiment", choice])
+    return table.rename("`{}`".format, level=choice).reset_index().astype(str)
 
 
 def signed(change: pd.Series) -> str:
     text = Column("", 1, 1).text(change)
     return text if text.startswith("-") else f"+{text}"
-
-
-def classifiers() -> pd.DataFrame:
-    """Accuracy of the small classifiers by neuron."""
-    names = ["digits_classifier", "mnist_classifier", "fashion_mnist_recipe", "cifar10_classifier"]
-    runs = pd.concat(frame(load_runs(f"{name}_cpu"))[0] for name in names)
-    own = runs["dataset.validation"].fillna("default").ne("default")
-    runs["name"] = "`" + runs["experiment"] + "`" + own.map({True: ", protocol A", False: ""})
-    groups = runs.groupby(["name", "neuron"], sort=False)["accuracy"]
-    table = groups.agg(METRICS["accuracy"].text).unstack()[NEURONS].fillna("")
-    by_name = runs.groupby("name")
-    table = table.assign(epochs=by_name["epochs"].max(), runs=by_name.size()).astype(str)
-    return table.rename_axis(index="accuracy, last epoch, % ↑", columns=None).reset_index()
 
 
 def load_starts() -> pd.DataFrame:
@@ -314,11 +285,6 @@ def models() -> pd.DataFrame:
 # ---- benchmarks ----
 
 
-def norms() -> pd.DataFrame:
-    rows = pd.read_csv(EPYC / "norm.csv")
-    return rows[rows["dtype"] == "float32"].rename(columns={"variant": "neuron"})
-
-
 def frontier() -> pd.DataFrame:
     """Training steps of whole nets, by what makes the step."""
     rows = pd.read_csv(EPYC / "frontier.csv")
@@ -361,37 +327,47 @@ def zoo() -> pd.DataFrame:
 
 def norm() -> pd.DataFrame:
     """Milliseconds of norm and neuron and of two blocks with them, forward and backward."""
-    rows = norms()
-    rows = rows[~rows["neuron"].str.endswith("bits")]
-    table = rows.pivot(index="net", columns="neuron", values="median_ms")
-    table = table.loc[rows["net"].unique(), rows["neuron"].unique()]
-    one, two = table["ALIF, one operator"], table["ALIF, two operators"]
-    table["one / two"], table["one / PLIF"] = one / two, one / table[PLIF]
-    digits = {name: "{:.2f}" if "/" in name else "{:.1f}" for name in table}
-    return table.apply(lambda column: column.map(digits[column.name].format)).reset_index()
+    rows = pd.read_csv(EPYC / "norm.csv").query("dtype == 'float32'")
+    rows = rows[~rows["variant"].str.endswith("bits")].rename(columns={"variant": "neuron"})
+    one = "ALIF, one operator"
+    ratios = {"one / two": (one, "ALIF, two operators"), "one / PLIF": (one, PLIF)}
+    table = compare_times(rows, "net", "{:.1f}", ratios)
+    order = ["net", *rows["neuron"].unique(), *ratios]
+    return table.sort_values("net", ascending=False)[order]
 
 
 def neurons() -> pd.DataFrame:
     """Milliseconds of the largest layer, without and with its memory reused."""
     files = {"given back": "neuron.csv", "reused": "neuron-reused-memory.csv"}
-    rows = pd.concat({memory: pd.read_csv(EPYC / name) for memory, name in files.items()})
-    rows = rows.rename_axis(["freed memory", None]).reset_index("freed memory")
+    tables = {memory: pd.read_csv(EPYC / name) for memory, name in files.items()}
+    rows = pd.concat(tables, names=["freed memory"]).reset_index("freed memory")
     rows = rows[(rows["N"] == rows["N"].max()) & (rows["T"] >= 8)]
-    table = rows.pivot(index=["freed memory", "T"], columns="neuron", values="median_ms")
-    table["PLIF / ALIF numba"] = table[PLIF] / table["ALIF numba"]
-    return table.map("{:.1f}".format).reset_index()
+    ratios = {"PLIF / ALIF numba": (PLIF, "ALIF numba")}
+    return compare_times(rows, ["freed memory", "T"], "{:.1f}", ratios, "{:.1f}")
 
 
 def small() -> pd.DataFrame:
     """Microseconds of small layers, of the host alone."""
     rows = pd.read_csv(EPYC / "small.csv")
     rows["layer"] = rows["norm"].map({False: "neuron", True: "norm and neuron"})
-    index = ["layer", "T", "work"]
-    table = 1e3 * rows.pivot(index=index, columns="neuron", values="median_ms")
-    for name in ("numba", "cupy"):
-        table[f"{name} / PLIF"] = table[f"ALIF {name}"] / table[PLIF]
-    digits = {name: "{:.2f}" if "/" in name else "{:.0f}" for name in table}
-    return table.apply(lambda column: column.map(digits[column.name].format)).reset_index()
+    rows["median_ms"] *= 1e3
+    ratios = {f"{name} / PLIF": (f"ALIF {name}", PLIF) for name in ("numba", "cupy")}
+    return compare_times(rows, ["layer", "T", "work"], "{:.0f}", ratios)
+
+
+def compare_times(
+    rows: pd.DataFrame,
+    index: str | list[str],
+    digits: str,
+    ratios: dict[str, tuple[str, str]],
+    ratio_digits: str = "{:.2f}",
+) -> pd.DataFrame:
+    """The median times by neuron, and ratios of two neurons' times by title."""
+    table = rows.pivot(index=index, columns="neuron", values="median_ms")
+    text = table.map(digits.format)
+    for title, (ours, theirs) in ratios.items():
+        text[title] = (table[ours] / table[theirs]).map(ratio_digits.format)
+    return text.reset_index()
 
 
 def esvae() -> pd.DataFrame:
@@ -408,8 +384,7 @@ def esvae() -> pd.DataFrame:
 
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, distances, models)},
-    **{table.__name__: table for table in (decoders, generator_neurons, classifiers)},
-    **{table.__name__: table for table in (start_map, recipes)},
+    **{table.__name__: table for table in (decoders, generator_neurons, start_map, recipes)},
     **{table.__name__: table for table in (memory, zoo, norm, neurons, small, esvae)},
 }
 

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from collections import defaultdict
 
 import pages
 import pandas as pd
@@ -68,19 +67,26 @@ def test_store_adds_a_study_as_rows_and_replaces_equal_ones(sweep, tmp_path):
 # ---- the tables ----
 
 
-def test_decoders_counts_no_run_of_other_choices(monkeypatch):
-    def single(decoder, error, neuron="alif", *more):
-        choices = {"decoder": decoder, "neuron": neuron}
-        words = ["experiment=mnist_esvae_cpu", *(f"{k}={v}" for k, v in choices.items()), *more]
-        values = {"reconstruction": error, "fad_published": 2 * error}
-        return metrics(words, choices, **values)
+def single(decoder, neuron, seed, error, *more):
+    choices = {"decoder": decoder, "neuron": neuron}
+    words = ["experiment=mnist_esvae_cpu", *(f"{k}={v}" for k, v in choices.items()), *more]
+    return metrics(words, choices, seed, reconstruction=error, fad_published=2 * error, fad=1.0)
 
-    ours = [single("fixed", 0.04), single("taid", 0.05), single("taid", 9.0, "lif")]
-    ours.append(single("taid", 9.0, "alif", "model.latent_channels=128"))
-    known = defaultdict(lambda: [single("fixed", 0.04)], mnist_esvae_cpu=ours)
-    monkeypatch.setattr(pages, "load_runs", lambda name: known[name])
+
+def test_changes_are_between_runs_of_one_seed_and_decoder_or_neuron(monkeypatch):
+    runs = [
+        *(single("fixed", "lif", 0, 2.0), single("taid", "lif", 0, 1.0)),
+        *(single("fixed", "lif", 1, 4.0), single("taid", "lif", 1, 5.0)),
+        *(single("taid", "alif", 0, 9.0), single("fixed", "plif", 0, 9.0)),
+        single("taid", "lif", 1, 9.0, "model.latent_channels=128"),  # of other choices
+    ]
+    monkeypatch.setattr(pages, "load_all_runs", lambda: ["mnist_esvae_cpu"])
+    monkeypatch.setattr(pages, "load_runs", lambda name: runs)
     assert pages.decoders().to_numpy().tolist() == [
-        ["`mnist_esvae_cpu`", "`taid`", "+25.0", "+25.0", "the papers'", "1"]
+        ["`mnist_esvae_cpu`", "`taid`", *["-12.5 ± 53.0"] * 2, "the papers'", "2"]
+    ]
+    assert pages.generator_neurons().to_numpy().tolist() == [
+        ["`mnist_esvae_cpu`", "`lif`", *["+800.0"] * 2, "the papers'", "1"]
     ]
 
 
@@ -119,18 +125,3 @@ def test_stored_studies_have_all_columns(study):
     table = store.load_study(study)
     assert [*table] == [*store.STUDIED, "accuracy", "commit", "machine"]
     assert table["accuracy"].between(0, 1).all()
-
-
-def test_changes_are_between_runs_of_one_seed_and_decoder_or_neuron():
-    rows = [
-        *(("fixed", "lif", 0, 2.0), ("taid", "lif", 0, 1.0), ("fixed", "lif", 1, 4.0)),
-        *(("taid", "lif", 1, 5.0), ("taid", "alif", 0, 9.0), ("fixed", "plif", 0, 9.0)),
-    ]
-    runs = pd.DataFrame(rows, columns=["decoder", "neuron", "seed", "fad"])
-    changes = pages.changes(runs, "fad", "decoder", "fixed")
-    assert [*changes] == ["taid"] and sorted(changes["taid"].dropna()) == [-50.0, 25.0]
-    changes = pages.changes(runs, "fad", "neuron", "lif")
-    assert {name: [*changes[name].dropna()] for name in changes} == {
-        "alif": [800.0],
-        "plif": [350.0],
-    }
