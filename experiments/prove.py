@@ -9,7 +9,6 @@ step, so it is there whatever happens. The exit code is 0 if all steps passed.
 """
 
 import argparse
-import importlib.util
 import os
 import re
 import shlex
@@ -19,7 +18,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,14 +66,6 @@ COMPILERS = (
     "`SJ_TAID_BACKEND=torch` computes without the kernels."
 )
 
-#: The columns on the page of each CSV that a step writes.
-SHOWN = {
-    "neuron.csv": "neuron dtype T N median_ms p20_ms p80_ms share_of_floor plif_implementation",
-    "norm.csv": "net variant dtype T saved_mb saved_ratio median_ms p20_ms p80_ms time_ratio",
-    "any_net-*.csv": "system dtype shape held_mb peak_mb largest_batch budget_gb median_ms p20_ms "
-    "p80_ms time_ratio difference",
-    "frontier.csv": "net system dtype T peak_mb mb_per_sample median_ms p20_ms p80_ms time_ratio",
-}
 #: What others measured, by the CSV that it compares with.
 PUBLISHED = {
     "any_net-sew_resnet18": "Published, for 4 x 112 x 3 x 224 x 224 in bfloat16 on an RTX 4090 "
@@ -83,8 +73,6 @@ PUBLISHED = {
     "Triton neurons 129 ms and 8.0 GiB.",
 }
 OUTCOMES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
-#: The modules of SpikingJelly's other implementations of PLIF.
-PLIF = {"cuda": "spikingjelly._ops.plif._C", "triton": "triton"}
 
 
 class Step(NamedTuple):
@@ -129,9 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = torch.cuda.get_device_name() if options.device == "cuda" else doctor.cpu_name()
     folder = options.out.absolute() / slug(machine)
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in (*SHOWN, "*.txt"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in (*folder.glob("*.csv"), *folder.glob("*.txt")):
+        path.unlink()
     results: list[Result] = []
     end = time.monotonic() + 60 * options.minutes
     for step in steps(options.device, folder):
@@ -152,13 +139,6 @@ def steps(device: str, folder: Path) -> Iterator[Step]:
     (backend,) = backends.PREFERENCE[device]
     contract = {backends.ENVIRONMENT_VARIABLE: backend}  # that backend, or an error
     hint = COMPILERS if device == "cuda" else ""
-    where = ("--device", device, "--out", str(folder))
-    sizes = {name: shlex.split(options) for name, options in SIZES[device].items()}
-
-    def benchmark(name: str, *more: str) -> tuple[str, ...]:
-        script = name.partition(" ")[0]
-        return (f"experiments/benchmark/{script}.py", *where, *sizes[name], *more)
-
     yield Step("doctor", ("-m", "sj_taid.doctor"), hint=hint)
     if device == "cuda":
         yield Step("registers", ("-m", "tests.ops.alif.nvrtc"))
@@ -167,21 +147,10 @@ def steps(device: str, folder: Path) -> Iterator[Step]:
         tests = shlex.split(CONFORMANCE[device].format(dtype))
         # -v names a case before it runs, also one that never ends.
         yield Step(f"conformance {dtype}", ("-m", "pytest", "-v", *tests), hint=hint)
-    yield Step("neuron", benchmark("neuron"))
-    for implementation, module in PLIF.items():
-        if device == "cuda" and is_installed(module):
-            arguments = benchmark("neuron", "--only", "PLIF", "--append")
-            environment = {"SJ_PLIF_CUDA_IMPLEMENTATION": implementation}
-            yield Step(f"neuron, PLIF by {implementation}", arguments, environment)
-    for name in sizes:
-        if name != "neuron":
-            yield Step(name, benchmark(name), contract)
-
-
-def is_installed(module: str) -> bool:
-    with suppress(ModuleNotFoundError):  # of a package around it
-        return importlib.util.find_spec(module) is not None
-    return False
+    for name, options in SIZES[device].items():
+        script = f"experiments/benchmark/{name.partition(' ')[0]}.py"
+        where = ("--device", device, "--out", str(folder))
+        yield Step(name, (script, *where, *shlex.split(options)), contract)
 
 
 def run(step: Step, folder: Path, seconds: float) -> Result:
@@ -246,11 +215,11 @@ def make_page(machine: str, device: str, results: Sequence[Result], folder: Path
         elif step.arguments[0] == "-m":  # no benchmark
             shown = result.output.splitlines()[-1] if "pytest" in step.arguments else result.output
             parts += [f"## {step.name}", f"~~~text\n{shown}\n~~~"]
-    for pattern, names in SHOWN.items():
-        for path in sorted(folder.glob(pattern)):
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
-            parts += [f"## {path.stem}", PUBLISHED.get(path.stem, "")]
-            parts.append(markdown(table.reindex(columns=names.split(), fill_value="")))
+    for path in sorted(folder.glob("*.csv")):
+        table = pd.read_csv(path, dtype=str, keep_default_na=False).fillna("")
+        # What follows is the same in every row.
+        measured = table.loc[:, :"device"].drop(columns="device")
+        parts += [f"## {path.stem}", PUBLISHED.get(path.stem, ""), markdown(measured)]
     return "\n\n".join(filter(None, parts))
 
 
