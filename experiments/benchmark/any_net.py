@@ -23,10 +23,18 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import DTYPES, conditions, held_bytes, interleave, parser, peak_bytes, write_csv
+from common import (
+    DTYPES,
+    autocast,
+    held_bytes,
+    interleave,
+    parser,
+    peak_bytes,
+    train_step,
+    write_csv,
+)
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sj_taid import accelerate
 from sj_taid.training.allocator import reuse_freed_memory
@@ -59,24 +67,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--budget", type=float, default=24.0, help="memory in GB")
     add("--compile", action="store_true", help="torch.compile too")
     options = options_parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    if options.shape[options.batch_axis] < 2:
+        raise SystemExit(f"--shape {options.shape}: expected a batch of 2 or more, for its half")
     torch.manual_seed(0)
     reuse_freed_memory()
     try:
         factory = pkgutil.resolve_name(options.net)
     except (ImportError, AttributeError, ValueError) as error:
         raise SystemExit(f"{options.net}: {error}; expected package.module:factory") from error
-    rows = measure(factory(), options)
-    print(pd.DataFrame(rows).iloc[:, :-2].to_string(index=False))
-    write_csv(rows, options.out / f"any_net-{options.net.rpartition(':')[2]}.csv")
+    table = measure(factory(), options)
+    name = f"any_net-{options.net.rpartition(':')[2]}.csv"
+    write_csv(table, options.out / name, options.device)
 
 
-def measure(net: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(net: nn.Module, options: argparse.Namespace) -> pd.DataFrame:
     """A row for each system."""
     net = net.to(options.device)
     x, batch = torch.rand(options.shape, device=options.device), options.shape[options.batch_axis]
-    if batch < 2:
-        raise SystemExit(f"--shape {options.shape}: expected a batch of 2 or more, for its half")
+    half_x = x.narrow(options.batch_axis, 0, batch // 2).clone()
     systems: dict[str, Any] = {"plain": net, "accelerate": copy.deepcopy(net)}
     report = accelerate(systems["accelerate"])
     if options.compile:
@@ -87,52 +95,31 @@ def measure(net: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]
     steps = {name: partial(train_step, one, x, options.dtype) for name, one in systems.items()}
     results = {name: step() for name, step in steps.items()}
     print(report)
-    times = interleave(steps, options.repeats, options.device)
-    half_x, rows = x.narrow(options.batch_axis, 0, batch // 2).clone(), []
+    table = interleave(steps, options.repeats, options.device)
+    table["time_ratio"] = table["median_ms"] / table["median_ms"]["plain"]
+    rows: dict[str, dict[str, Any]] = {}
     for name, one in systems.items():
         peak = peak_bytes(steps[name], options.device)
-        half = partial(train_step, one, half_x, options.dtype)
-        half_peak = peak_bytes(half, options.device)
+        half_peak = peak_bytes(partial(train_step, one, half_x, options.dtype), options.device)
         per_sample = (peak - half_peak) / (batch - batch // 2)
         left = 1e9 * options.budget - weights - (peak - per_sample * batch)
-        with autocast(x, options.dtype):
+        with autocast(options.device, options.dtype):
             held = held_bytes(one, x)
         differs_most, difference = compare(results[name], results["plain"])
-        rows.append(
-            {
-                **{"net": options.net, "system": name, "dtype": options.dtype},
-                **{"shape": options.shape, "batch": batch, "held_mb": held / 1e6},
-                **{"peak_mb": peak / 1e6, "mb_per_sample": per_sample / 1e6},
-                **{
-                    "budget_gb": options.budget,
-                    "largest_batch": math.floor(left / max(per_sample, 1)),
-                },
-                **times[name]._asdict(),
-                "time_ratio": times[name].median_ms / times["plain"].median_ms,
-                **{"difference": difference, "differs_most": differs_most},
-            }
-            | conditions(options.device)
-        )
-    return rows
-
-
-def autocast(x: Tensor, dtype: str) -> torch.autocast:
-    return torch.autocast(x.device.type, DTYPES[dtype], enabled=dtype != "float32")
-
-
-def train_step(net: nn.Module, x: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Forward from rest, loss and backward; the output and the gradients by name."""
-    torch.manual_seed(1)  # for dropout
-    functional.reset_net(net)
-    with autocast(x, dtype):
-        outputs = [t for t in tree_leaves(net(x)) if isinstance(t, Tensor) and t.requires_grad]
-    losses = [(t.float() * torch.rand_like(t, dtype=torch.float32)).sum() for t in outputs]
-    torch.stack(losses).sum().backward()
-    named = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
-    named |= {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-    functional.reset_net(net)
-    net.zero_grad()
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in named.items()}
+        rows[name] = {
+            "dtype": options.dtype,
+            "shape": options.shape,
+            "batch": batch,
+            "held_mb": held / 1e6,
+            "peak_mb": peak / 1e6,
+            "mb_per_sample": per_sample / 1e6,
+            "budget_gb": options.budget,
+            "largest_batch": math.floor(left / max(per_sample, 1)),
+            "difference": difference,
+            "differs_most": differs_most,
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index").join(table).rename_axis("system")
+    return table.reset_index().assign(net=options.net)
 
 
 def compare(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> tuple[str, float]:

@@ -16,12 +16,15 @@ reverse order, next to the fixed decoder's.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from common import describe_training, load_images, read_csv, write_csv
+from common import write_csv
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +33,7 @@ from sj_taid import FixedDecoder
 from sj_taid.model.block import seeded
 from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.plot import save, time_shares
-from sj_taid.training.run import Run
+from sj_taid.training.run import Run, build_data
 
 RESULT = Path(__file__).resolve().parents[2] / "results" / "attention.csv"
 COLOURS = ("tab:red", "tab:green", "tab:blue")
@@ -48,17 +51,30 @@ def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
     for run in map(Run.find, options.runs):
         images = load_images(run, options.images)
         decoder, image_seq = decode(run.model(), images)
-        rows.append(describe_training(run, "model", "decoder", "neuron", "dataset"))
-        rows[-1] |= {"epochs": run.metrics["epochs"], **measure(decoder, image_seq, images)}
+        rows.append(describe(run) | measure(decoder, image_seq, images))
         if rows[-1]["decoder"] != "fixed":
             title = "{model}, {decoder}, {neuron}\n{dataset}, {epochs} epochs, seed {seed}"
             title = title.format(**rows[-1])
             shares[title] = [share(decoder, x_seq) for x_seq in (image_seq, image_seq.flip(0))]
-    new = {row["trained_by"] for row in rows}
-    before = read_csv(result).to_dict("records") if result.is_file() else []
-    write_csv([*(row for row in before if row["trained_by"] not in new), *rows], result)
+    write_csv(pd.DataFrame(rows), result, keys=["trained_by"])
     if options.picture:
         draw(shares, options.picture)
+
+
+def load_images(run: Run, n: int) -> Tensor:
+    """The first ``n`` test images of a run's data."""
+    data = build_data(run.config)
+    batches = islice(data.test_dataloader(), -(-n // data.batch_size))
+    return torch.cat([image for image, _ in batches])[:n]
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """A run's choices, command, commit, seed and epochs, without its paths."""
+    words = run.metrics["command"].split()
+    command = " ".join(word for word in words if not re.search(r"root=|run\.dir=", word))
+    chosen = {k: run.metrics["choices"][k] for k in ("model", "decoder", "neuron", "dataset")}
+    trained = {"trained_by": command, "trained_at": run.metrics["commit"], "seed": run.config.seed}
+    return chosen | trained | {"epochs": run.metrics["epochs"]}
 
 
 @seeded(0)

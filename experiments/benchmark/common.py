@@ -8,22 +8,19 @@ import argparse
 import gc
 import itertools
 import os
-import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 from sj_taid import ALIFNode
 from sj_taid._graph import record_saved
@@ -31,35 +28,41 @@ from sj_taid.doctor import cpu_name
 from sj_taid.ops import backends
 from sj_taid.training.files import atomic_write
 from sj_taid.training.provenance import provenance
-from sj_taid.training.run import Run, build_data
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU = torch.device("cpu")
 
 
 def parser(
-    description: str | None, repeats: int = 0, device: bool = True
+    description: str | None,
+    repeats: int = 0,
+    device: bool = True,
+    dtypes: Sequence[str] = (),
+    steps: Sequence[int] = (),
+    nets: Iterable[str] = (),
 ) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark; ``--repeats`` only where it has a default."""
+    """A parser with the options that benchmarks share; each only where it has a default."""
     new = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = new.add_argument
+    add("--out", type=Path, default=Path("benchmark-results"), help="a folder")
     if device:
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        new.add_argument("--device", type=torch.device, default=default)
+        add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     if repeats:
-        new.add_argument("--repeats", type=int, default=repeats, help="timed calls per row")
-    new.add_argument("--threads", type=int, default=torch.get_num_threads())
-    new.add_argument("--out", type=Path, default=Path("benchmark-results"), help="a folder")
+        add("--repeats", type=int, default=repeats, help="timed calls per row")
+    if dtypes:
+        add("--dtypes", nargs="+", choices=DTYPES, default=dtypes)
+    if steps:
+        add("--steps", nargs="+", type=int, default=steps, metavar="T")
+    if nets:
+        add("--nets", nargs="+", choices=[*nets], default=[*nets])
     return new
 
 
-class Timing(NamedTuple):
-    """Milliseconds: the median and the 20 % and 80 % quantiles."""
-
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Autocast to a lower ``dtype``, and none to float32."""
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
 def interleave(
@@ -67,14 +70,17 @@ def interleave(
     repeats: int,
     device: torch.device = CPU,
     warm_up: int = 1,
-) -> dict[str, Timing]:
-    """Time functions in turn, round by round, so that a slow moment affects them all alike."""
+) -> pd.DataFrame:
+    """Milliseconds of each function: the median and the 20 % and 80 % quantiles.
+
+    They are timed in turn, round by round, so that a slow moment affects them all alike.
+    """
     rounds = [
         {name: milliseconds(function, device) for name, function in functions.items()}
         for _ in range(warm_up + repeats)
     ]
-    quantiles = pd.DataFrame(rounds[warm_up:]).quantile([0.5, 0.2, 0.8])
-    return {name: Timing(*quantiles[name]) for name in functions}
+    quantiles = pd.DataFrame(rounds[warm_up:]).quantile([0.5, 0.2, 0.8]).T
+    return quantiles.set_axis(["median_ms", "p20_ms", "p80_ms"], axis="columns")
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
@@ -89,6 +95,21 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end)
+
+
+def train_step(net: nn.Module, x: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Forward from rest, a loss of all outputs, backward; the outputs and gradients by name."""
+    torch.manual_seed(1)  # for dropout
+    functional.reset_net(net)
+    with autocast(x.device, dtype):
+        outputs = [t for t in tree_leaves(net(x)) if isinstance(t, Tensor) and t.requires_grad]
+    losses = [(t.float() * torch.rand_like(t, dtype=torch.float32)).sum() for t in outputs]
+    torch.stack(losses).sum().backward()
+    named = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+    named |= {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    functional.reset_net(net)
+    net.zero_grad()
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in named.items()}
 
 
 def allocations(call: Callable[[], object]) -> list[int]:
@@ -141,54 +162,27 @@ def saved_bytes(module: nn.Module, x_seq: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in counted)
 
 
-def load_images(run: Run, n: int) -> Tensor:
-    """The first ``n`` test images of a run's data."""
-    data = build_data(run.config)
-    batches = islice(data.test_dataloader(), -(-n // data.batch_size))
-    return torch.cat([image for image, _ in batches])[:n]
+def write_csv(
+    table: pd.DataFrame, path: Path, device: torch.device = CPU, keys: Sequence[str] = ()
+) -> None:
+    """Write and print a table, with this process's command, commit, versions and machine.
 
-
-def training_step(cfg: DictConfig, batch: int) -> Callable[[], None]:
-    """A function that trains a config's generator for a step on random images."""
-    torch.manual_seed(0)
-    model = instantiate(cfg.model).to(memory_format=torch.channels_last)
-    optimizer = instantiate(cfg.optimizer)(model.parameters())
-    size = cfg.dataset.image_size
-    images = torch.rand(batch, cfg.dataset.channels, size, size) * 2 - 1
-    bfloat16 = cfg.trainer.precision == "bf16-mixed"
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss = model.training_loss(images)["loss"]
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def describe_training(run: Run, *choices: str) -> dict[str, Any]:
-    """A run's choices, command, commit and seed, without its paths."""
-    words = run.metrics["command"].split()
-    command = " ".join(word for word in words if not re.search(r"root=|run\.dir=", word))
-    chosen = {name: run.metrics["choices"][name] for name in choices}
-    trained = {"trained_by": command, "trained_at": run.metrics["commit"], "seed": run.config.seed}
-    return chosen | trained
-
-
-def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> pd.DataFrame:
-    """Write rows, each with this process's command, commit, versions and machine.
-
-    A row that already has them, from an earlier run, keeps its own.
+    With ``keys`` the rows that are there already stay, but for those with the same keys.
     """
+    print(table.to_string(index=False))
     facts = provenance()
     facts |= {f"{name}_version": number for name, number in facts.pop("versions").items()}
-    shared = {"command": command(), **facts}
-    table = pd.DataFrame([row | shared | row for row in rows])
+    table = table.assign(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        plif_implementation=os.environ.get("SJ_PLIF_CUDA_IMPLEMENTATION", "auto"),
+        command=command(),
+        **facts,
+    )
+    if keys and path.exists():
+        table = pd.concat([read_csv(path), table]).drop_duplicates(keys, keep="last")
     with atomic_write(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g")
     print(f"wrote {path}")
-    return table
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -206,14 +200,6 @@ def command() -> str:
     root = Path(__file__).resolve().parents[2]
     name = script.relative_to(root) if script.is_relative_to(root) else script.name
     return shlex.join(["python", str(name), *others])
-
-
-def conditions(device: torch.device) -> dict[str, object]:
-    """What a neuron's time depends on beyond the provenance of every row."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "plif_implementation": os.environ.get("SJ_PLIF_CUDA_IMPLEMENTATION", "auto"),
-    }
 
 
 def neurons(device: torch.device) -> dict[str, nn.Module]:

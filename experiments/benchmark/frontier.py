@@ -2,7 +2,7 @@
 
     python experiments/benchmark/frontier.py --nets sew_resnet18 --steps 4
 
-adds its rows to ``frontier.csv`` and leaves out those that are there, so it can run in pieces.
+adds its rows to ``frontier.csv``, in place of equal ones, so it can run in pieces.
 ``--compile`` adds ``torch.compile`` of each system, which takes minutes; ``--picture FILE`` draws
 all rows. A step is forward, loss and backward from rest on ``[T, N, 3, H, W]``; bfloat16 is
 autocast.
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from common import DTYPES, conditions, interleave, parser, peak_bytes, read_csv, write_csv
+from common import interleave, parser, peak_bytes, read_csv, train_step, write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
@@ -116,11 +116,10 @@ KEYS = ["net", "dtype", "T", "batch", "neuron", "system"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options_parser = parser(__doc__, repeats=5)
+    options_parser = parser(
+        __doc__, repeats=5, dtypes=["float32", "bfloat16"], steps=[4, 8, 16], nets=NETS
+    )
     add = options_parser.add_argument
-    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    add("--steps", nargs="+", type=int, default=[4, 8, 16], metavar="T")
-    add("--nets", nargs="+", choices=NETS, default=list(NETS))
     add("--neurons", nargs="+", choices=NEURONS, default=list(NEURONS))
     add("--batch", type=int, help="without it each net has its own")
     levels = [0, 1, 2, 3, 4] if torch.cuda.is_available() else [0, 1]
@@ -128,36 +127,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--compile", action="store_true", help="torch.compile too, without memopt")
     add("--picture", type=Path, help="a PNG to draw, of the rows in float32 with PLIF")
     options = options_parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     reuse_freed_memory()
     choices = itertools.product(options.neurons, (False, True), options.levels)
     systems = [System(*choice) for choice in choices]
     if options.compile:
         systems += [system._replace(compiled=True) for system in systems if not system.level]
     path = options.out / "frontier.csv"
-    rows = read_csv(path).to_dict("records") if path.exists() else []
-    done = {tuple(row[key] for key in KEYS) for row in rows}
     for name, dtype, T in itertools.product(options.nets, options.dtypes, options.steps):
         case = (name, dtype, T, options.batch or NETS[name].batch)
-        if missing := [s for s in systems if (*case, s.neuron, str(s)) not in done]:
-            rows += measure(case, missing, options)
-            write_csv(rows, path)
+        table = measure(case, systems, options)
+        write_csv(table.reset_index(), path, options.device, KEYS)
     if options.picture:
         draw(read_csv(path), options.picture)
 
 
 def measure(
     case: tuple[str, str, int, int], systems: Sequence[System], options: argparse.Namespace
-) -> list[dict[str, Any]]:
+) -> pd.DataFrame:
     """Measure systems, and time them in turns with PLIF; a row for each."""
     name, dtype, T, batch = case
     size = NETS[name].size
     x_seq = torch.rand(T, 2 * batch, 3, size, size, device=options.device)
-    steps: dict[System, Callable[[], None]] = {}
+    steps: dict[System, Callable[[], object]] = {}
     peaks: dict[System, list[int]] = {}
     for system in dict.fromkeys([RIVAL, *systems]):
         net = make(name, system, x_seq[:, :batch])
-        step = partial(train_step, net, x_seq[:, :batch], DTYPES[dtype])
+        step, double = (partial(train_step, net, x, dtype) for x in (x_seq[:, :batch], x_seq))
         try:
             step()  # compiles
         except Exception as error:
@@ -165,26 +160,16 @@ def measure(
                 raise
             print(f"skipped {name}, {system.neuron}, {system}: {error}")
             continue
-        double = partial(train_step, net, x_seq, DTYPES[dtype])
         peaks[system] = [peak_bytes(one, options.device) for one in (step, double)]
         steps[system] = step
     calls = {f"{system.neuron} {system}": step for system, step in steps.items()}
-    times = interleave(calls, options.repeats, options.device, warm_up=0)  # they have run
-    rows = []
-    for system in filter(steps.__contains__, systems):
-        peak, doubled = peaks[system]
-        row = dict(zip(KEYS, (*case, system.neuron, str(system)), strict=True))
-        row |= {
-            "size": size,
-            "peak_mb": peak / 1e6,
-            "mb_per_sample": (doubled - peak) / batch / 1e6,
-        }
-        time = times[f"{system.neuron} {system}"]
-        row |= time._asdict()
-        row["time_ratio"] = time.median_ms / times[f"{RIVAL.neuron} {RIVAL}"].median_ms
-        rows.append(row | conditions(options.device))
-    print(pd.DataFrame(rows).iloc[:, :-2].to_string(index=False))
-    return rows
+    table = interleave(calls, options.repeats, options.device, warm_up=0)  # they have run
+    table["time_ratio"] = table["median_ms"] / table["median_ms"].iloc[0]
+    peak, double_peak = pd.DataFrame(peaks.values(), table.index).T.to_numpy() / 1e6
+    table = table.assign(size=size, peak_mb=peak, mb_per_sample=(double_peak - peak) / batch)
+    rows = [(*case, system.neuron, str(system)) for system in steps]
+    table.index = pd.MultiIndex.from_tuples(rows, names=KEYS)
+    return table[[system in systems for system in steps]]
 
 
 def make(name: str, system: System, x_seq: Tensor) -> Any:
@@ -206,16 +191,6 @@ def make(name: str, system: System, x_seq: Tensor) -> Any:
     if system.accelerated:
         accelerate(net)
     return torch.compile(net, dynamic=False) if system.compiled else net
-
-
-def train_step(net: nn.Module, x_seq: Tensor, dtype: torch.dtype) -> None:
-    """Forward from rest, loss and backward; what it made is freed at the end."""
-    with torch.autocast(x_seq.device.type, dtype, enabled=dtype != torch.float32):
-        rates = net(x_seq).mean(0)
-    labels = torch.arange(len(rates), device=x_seq.device) % rates.shape[1]
-    nn.functional.cross_entropy(rates.float(), labels).backward()
-    functional.reset_net(net)
-    net.zero_grad()
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:

@@ -14,49 +14,36 @@ forces one, and ``--append`` adds the rows of such a run to the same file.
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pandas as pd
 import torch
-from common import (
-    DTYPES,
-    conditions,
-    interleave,
-    milliseconds,
-    neurons,
-    parser,
-    read_csv,
-    write_csv,
-)
+from common import DTYPES, interleave, milliseconds, neurons, parser, write_csv
 from torch import Tensor, nn
 
 COPY, TORCH, FLEX_SN = "copy", "ALIF torch", "SpikingJelly FlexSN"
+#: What tells a row from others.
+KEYS = ["neuron", "dtype", "T", "N", "device", "plif_implementation"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options_parser = parser(__doc__, repeats=30)
+    options_parser = parser(__doc__, repeats=30, dtypes=["float32"], steps=[1, 2, 4, 8, 16, 32])
     add = options_parser.add_argument
-    add("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
-    add("--steps", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="T")
     sizes = [2**14, 2**18, 2**22] if torch.cuda.is_available() else [2**12, 2**15, 2**18]
     add("--neurons", nargs="+", type=int, default=sizes, metavar="N")
     add("--only", nargs="+", default=[""], help="neurons whose name contains this")
     add("--append", action="store_true", help="keep the rows already there")
     options = options_parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    device, repeats = options.device, options.repeats
-    modules = neurons(device)
+    modules = neurons(options.device)
     if missing := [part for part in options.only if not any(part in name for name in modules)]:
         raise SystemExit(f"--only {' '.join(missing)}: expected parts of {', '.join(modules)}")
     timed = {name: modules[name] for name in modules if any(p in name for p in options.only)}
-    check({TORCH: modules[TORCH]} | timed, device)
-    path = options.out / "neuron.csv"
-    append = options.append and path.exists()
-    rows = read_csv(path).to_dict("records") if append else []
+    check({TORCH: modules[TORCH]} | timed, options.device)
+    tables = {}
     for dtype, T, N in itertools.product(options.dtypes, options.steps, options.neurons):
-        x_seq = torch.randn(T, N, device=device).to(DTYPES[dtype]).requires_grad_()
-        rows += time_neurons(timed, x_seq, repeats)
-    write_csv(rows, path)
+        x_seq = torch.randn(T, N, device=options.device).to(DTYPES[dtype]).requires_grad_()
+        tables[dtype, T, N] = time_neurons(timed, x_seq, options.repeats)
+    table = pd.concat(tables, names=["dtype", "T", "N", "neuron"]).reset_index()
+    write_csv(table, options.out / "neuron.csv", options.device, KEYS if options.append else ())
 
 
 def check(modules: dict[str, nn.Module], device: torch.device) -> None:
@@ -69,9 +56,7 @@ def check(modules: dict[str, nn.Module], device: torch.device) -> None:
             raise SystemExit(f"{name} gives other spikes than {TORCH}; nothing was timed")
 
 
-def time_neurons(
-    modules: dict[str, nn.Module], x_seq: Tensor, repeats: int
-) -> list[dict[str, Any]]:
+def time_neurons(modules: dict[str, nn.Module], x_seq: Tensor, repeats: int) -> pd.DataFrame:
     """Time forward and backward of the modules on one input; a row for each."""
     T, N, device = len(x_seq), x_seq[0].numel(), x_seq.device
     dtype = str(x_seq.dtype).removeprefix("torch.")
@@ -93,20 +78,17 @@ def time_neurons(
             if name.startswith("ALIF") and not isinstance(error, torch.OutOfMemoryError):
                 raise  # ours take every size and dtype
             print(f"skipped {name} at {dtype}, T={T}, N={N}: {error}")
-    timings = interleave(calls, repeats, device, warm_up=3)
-    bytes_per_ms = 2 * grad.nbytes / timings.pop(COPY).median_ms
+    table = interleave(calls, repeats, device, warm_up=3)
+    bytes_per_ms = 2 * grad.nbytes / table["median_ms"][COPY]
     # Forward reads x and writes spikes and the last voltage; backward reads x and the spikes'
     # gradient and writes x's.
     floor_ms = (5 * grad.nbytes + 4 * N) / bytes_per_ms
-    rows = [
-        {"neuron": name, "dtype": dtype, "T": T, "N": N}
-        | timing._asdict()
-        | {"first_call_ms": first_ms[name], "share_of_floor": floor_ms / timing.median_ms}
-        | {"copy_GB_per_s": bytes_per_ms / 1e6, **conditions(device)}
-        for name, timing in timings.items()
-    ]
-    print(pd.DataFrame(rows).iloc[:, :9].to_string(index=False, header=False))
-    return rows
+    table = table.drop(COPY)
+    return table.assign(
+        first_call_ms=pd.Series(first_ms, dtype=float),
+        share_of_floor=floor_ms / table["median_ms"],
+        copy_GB_per_s=bytes_per_ms / 1e6,
+    )
 
 
 if __name__ == "__main__":

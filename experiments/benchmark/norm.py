@@ -16,10 +16,10 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
+import pandas as pd
 import torch
-from common import DTYPES, conditions, interleave, parser, saved_bytes, write_csv
+from common import DTYPES, autocast, interleave, parser, saved_bytes, write_csv
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
@@ -66,66 +66,54 @@ def variants(name: str, compile_too: bool) -> dict[str, nn.Module]:
     return nets
 
 
-class Step(nn.Module):
-    """A forward pass from rest, under autocast for a lower ``dtype``."""
+def forward(net: nn.Module, x_seq: Tensor, dtype: str) -> Tensor:
+    """A forward pass from rest."""
+    functional.reset_net(net)
+    with autocast(x_seq.device, dtype):
+        return net(x_seq)
 
-    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.net = net
-        self.dtype = dtype
 
-    def forward(self, x_seq: Tensor) -> Tensor:
-        functional.reset_net(self.net)
-        lower = self.dtype != torch.float32
-        with torch.autocast(x_seq.device.type, self.dtype, enabled=lower):
-            return self.net(x_seq)
-
-    def train_step(self, x_seq: Tensor, gradient: Tensor) -> None:
-        self(x_seq).backward(gradient)
-        self.zero_grad()
-        functional.reset_net(self.net)
+def train_step(net: nn.Module, x_seq: Tensor, dtype: str, gradient: Tensor) -> None:
+    forward(net, x_seq, dtype).backward(gradient)
+    net.zero_grad()
+    functional.reset_net(net)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options_parser = parser(__doc__, repeats=7)
+    options_parser = parser(
+        __doc__, repeats=7, dtypes=["float32", "bfloat16"], steps=[4, 8, 16], nets=NETS
+    )
     add = options_parser.add_argument
-    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    add("--steps", nargs="+", type=int, default=[4, 8, 16], metavar="T")
     add("--batch", type=int, default=8)
-    add("--nets", nargs="+", choices=NETS, default=list(NETS))
     add("--compile", action="store_true", help="also torch.compile of the torch backend")
     options = options_parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     reuse_freed_memory()
     grid = itertools.product(options.nets, options.dtypes, options.steps)
-    rows = [row for case in grid for row in measure(*case, options)]
-    write_csv(rows, options.out / "norm.csv")
+    tables = {case: measure(*case, options) for case in grid}
+    table = pd.concat(tables, names=["net", "dtype", "T", "variant"])
+    write_csv(table.reset_index(), options.out / "norm.csv", options.device)
 
 
-def measure(name: str, dtype: str, T: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, dtype: str, T: int, options: argparse.Namespace) -> pd.DataFrame:
     """Count the bytes of a net's variants and time them; a row for each."""
     sizes = {PAIR: (32, 128, 14, 14), SMALL: (8, 32, 16, 16)}
     size = sizes.get(name, (options.batch, 3, 32, 32))
     x_seq = torch.rand(T, *size, device=options.device)
     if name == PAIR:  # as a convolution under autocast leaves it
         x_seq = x_seq.to(DTYPES[dtype])
-    calls = {
-        variant: Step(net.to(options.device), DTYPES[dtype])
-        for variant, net in variants(name, options.compile).items()
-    }
-    saved = {variant: saved_bytes(call, x_seq) for variant, call in calls.items()}
+    nets = {key: net.to(options.device) for key, net in variants(name, options.compile).items()}
+    with autocast(options.device, dtype):
+        saved = {variant: saved_bytes(net, x_seq) for variant, net in nets.items()}
     with torch.no_grad():
-        gradient = torch.randn_like(calls[RIVAL](x_seq))
-    steps = {variant: partial(call.train_step, x_seq, gradient) for variant, call in calls.items()}
-    times = interleave(steps, options.repeats, options.device, warm_up=2)
-    rows = []
-    for variant, count in saved.items():
-        row = {"net": name, "variant": variant, "dtype": dtype, "T": T, "step": list(size)}
-        row |= {"saved_mb": count / 1e6, "saved_ratio": count / saved[RIVAL]}
-        row |= times[variant]._asdict()
-        row["time_ratio"] = times[variant].median_ms / times[RIVAL].median_ms
-        rows.append(row | conditions(options.device))
-    return rows
+        gradient = torch.randn_like(forward(nets[RIVAL], x_seq, dtype))
+    steps = {key: partial(train_step, net, x_seq, dtype, gradient) for key, net in nets.items()}
+    table = interleave(steps, options.repeats, options.device, warm_up=2)
+    return table.assign(
+        step=str(list(size)),
+        saved_mb=pd.Series(saved) / 1e6,
+        saved_ratio=pd.Series(saved) / saved[RIVAL],
+        time_ratio=table["median_ms"] / table["median_ms"][RIVAL],
+    )
 
 
 if __name__ == "__main__":

@@ -50,8 +50,21 @@ def unfold(y: Tensor, x: Tensor) -> Tensor:
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
+def folded(unit: Any, x: Tensor) -> Tensor:
+    return unit.norm(unit.layer(x.flatten(0, 1)))
+
+
 def normed(unit: Any, x: Tensor) -> Tensor:
-    return unfold(unit.norm(unit.layer(x.flatten(0, 1))), x)
+    return unfold(folded(unit, x), x)
+
+
+def normed_spikes(unit: Any, x: Tensor) -> Tensor:
+    """The neuron before the layer and its norm."""
+    return normed(unit, unit.neuron(x))
+
+
+def normed_spikes_tidy(unit: Any, x: Tensor) -> Tensor:
+    return normed_spikes(unit, x).contiguous()
 
 
 def fired(unit: Any, x: Tensor) -> Tensor:
@@ -133,12 +146,10 @@ class SpikeDriven(Net):
         x = fired_tidy(self.one, x)
         if hook is not None:
             hook["one"] = x.detach()
-        y = self.pool(self.two.norm(self.two.layer(x.flatten(0, 1).contiguous())))
+        y = self.pool(folded(self.two, x))
         x = self.two.neuron(unfold(y, x).contiguous())
-        y = self.place.norm(self.place.layer(x.flatten(0, 1).contiguous())) + y
-        x, _ = self.attend(unfold(y, x).contiguous())
-        y = normed(self.up, self.up.neuron(x)).contiguous()
-        y = normed(self.down, self.down.neuron(y)).contiguous()
+        x, _ = self.attend(unfold(folded(self.place, x) + y, x).contiguous())
+        y = normed_spikes_tidy(self.down, normed_spikes_tidy(self.up, x))
         return self.classify(self.last(y + x))
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,12 +212,11 @@ class MetaSpikeformer(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         x = normed(self.enter, x).contiguous()
-        y = self.narrow.neuron(normed(self.wide, self.wide.neuron(x)))
+        y = self.narrow.neuron(normed_spikes(self.wide, x))
         y = self.narrow.norm(self.narrow.layer(self.depthwise(y.flatten(0, 1))))
         x = unfold(y, x) + x
         x = x + self.attend(x)
-        y = normed(self.up, self.up.neuron(x.flatten(3))).contiguous()
-        y = normed(self.down, self.down.neuron(y))
+        y = normed_spikes(self.down, normed_spikes_tidy(self.up, x.flatten(3)))
         return self.classify(self.last(x + y.reshape(x.shape).contiguous()))
 
     def attend(self, x: Tensor) -> Tensor:
@@ -244,8 +254,7 @@ class QKFormer(Net):
             for unit in (self.q, self.k)
         )
         y = torch.mul(self.attention(torch.sum(q, dim=3, keepdim=True)), k).flatten(2, 3)
-        y = self.project.norm(self.project.layer(y.flatten(0, 1))).reshape(x.shape)
-        return self.project.neuron(y)
+        return self.project.neuron(folded(self.project, y).reshape(x.shape))
 
 
 class Spikingformer(Net):
@@ -261,15 +270,14 @@ class Spikingformer(Net):
         x = pooled(self.pool, fired(self.one, x))
         x = normed(self.two, x)
         x = x + self.attend(x)
-        y = self.down.neuron(normed(self.up, self.up.neuron(x)))
-        return self.classify(self.last(x + normed(self.down, y)))
+        return self.classify(self.last(x + normed_spikes(self.down, normed_spikes(self.up, x))))
 
     def attend(self, x: Tensor) -> Tensor:
         s = self.project.neuron(x).flatten(3)
         q, k, v = (heads(fired(unit, s)) for unit in (self.q, self.k, self.v))
         y = ((q @ k.transpose(-2, -1)) @ v) * 0.125
-        y = self.attention(y.transpose(3, 4).reshape(s.shape)).flatten(0, 1)
-        return self.project.norm(self.project.layer(y)).reshape(x.shape)
+        y = self.attention(y.transpose(3, 4).reshape(s.shape))
+        return folded(self.project, y).reshape(x.shape)
 
 
 class SGLFormer(Net):
@@ -284,8 +292,7 @@ class SGLFormer(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         x = fired(self.one, x)
-        y = self.pool(self.two.norm(self.two.layer(x.flatten(0, 1))))
-        x = self.two.neuron(unfold(y, x))
+        x = self.two.neuron(unfold(self.pool(folded(self.two, x)), x))
         x = x + fired(self.depthwise, x)
         x = (x + self.attend(x)).flatten(3).permute(1, 2, 3, 0)
         x = self.full_size.norm(self.full_size.layer(x))
@@ -374,15 +381,13 @@ class SpikingUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
         skip = normed(self.same, fired_tidy(self.one, x)).contiguous()
-        y = normed(self.down, self.down.neuron(skip)).contiguous()
+        y = normed_spikes_tidy(self.down, skip)
         y = F.interpolate(self.up.neuron(y).flatten(0, 1), scale_factor=2, mode="nearest")
         y = unfold(self.up.norm(self.up.layer(y)), x).contiguous()
         x = torch.cat([y, skip], dim=2)
-        y = normed(self.block, self.block.neuron(x)).contiguous()
         times = self.embedding(torch.ones_like(x[0, :, :1, 0, 0]))[:, :, None, None]
-        y = torch.add(y, times.repeat(1, 1, H, W))
-        y = normed(self.deep, self.deep.neuron(y)).contiguous()
-        y = y + unfold(self.short(x.flatten(0, 1)), x).contiguous()
+        y = torch.add(normed_spikes_tidy(self.block, x), times.repeat(1, 1, H, W))
+        y = normed_spikes_tidy(self.deep, y) + unfold(self.short(x.flatten(0, 1)), x).contiguous()
         y = unfold(self.out(F.silu(self.tail(y.flatten(0, 1)))), x).contiguous()
         z = self.over_time(y.permute(1, 2, 3, 4, 0)).permute(4, 0, 1, 2, 3)
         z = unfold(self.end(z.flatten(0, 1)), x).contiguous()
@@ -525,18 +530,6 @@ class Element(nn.Module):
         return out
 
 
-class SEWResNet(Net):
-    """fangwei123456/Spike-Element-Wise-ResNet, DVS Gesture: joined spikes, pools in containers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        first, *others = (Element(width, join) for join in ("ADD", "IAND", "AND"))
-        self.conv = nn.Sequential(container(3, width, 1), plif(), first, pool(), *others, pool())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.conv(x))
-
-
 class Basic(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -552,11 +545,21 @@ class SpikingResNet(Net):
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        blocks = (Basic(width), pool(), Basic(width))
-        self.conv = nn.Sequential(container(3, width, 1), plif(), *blocks)
+        self.conv = nn.Sequential(container(3, width, 1), plif(), *self.blocks(width))
+
+    def blocks(self, width: int) -> list[nn.Module]:
+        return [Basic(width), pool(), Basic(width)]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.conv(x))
+
+
+class SEWResNet(SpikingResNet):
+    """The same repository's own: joined spikes, pools in containers."""
+
+    def blocks(self, width: int) -> list[nn.Module]:
+        add, iand, both = (Element(width, join) for join in ("ADD", "IAND", "AND"))
+        return [add, pool(), iand, both, pool()]
 
 
 class MaxFormer(Net):
@@ -572,13 +575,12 @@ class MaxFormer(Net):
     def forward(self, x: Tensor) -> Tensor:
         s = fired_tidy(self.one, x)
         x = fired_tidy(self.two, s)
-        x = self.pool(self.three.norm(self.three.layer(x.flatten(0, 1).contiguous())))
-        y = self.short.norm(self.short.layer(s.flatten(0, 1).contiguous()))
-        x = unfold(x + y, s).contiguous()
-        x = normed(self.depthwise, self.depthwise.neuron(x)).contiguous() + x
+        x = self.pool(folded(self.three, x)) + folded(self.short, s)
+        x = unfold(x, s).contiguous()
+        x = normed_spikes_tidy(self.depthwise, x) + x
         x = pooled(self.mixer, x).contiguous()
-        y = self.down.neuron(normed(self.up, self.up.neuron(x)).contiguous())
-        return self.classify(self.last(normed(self.down, y).contiguous() + x))
+        y = normed_spikes_tidy(self.down, normed_spikes_tidy(self.up, x))
+        return self.classify(self.last(y + x))
 
 
 class TdBN(nn.BatchNorm2d):
@@ -587,6 +589,11 @@ class TdBN(nn.BatchNorm2d):
     def __init__(self, width: int, v_threshold: float = 1.0) -> None:
         super().__init__(width)
         nn.init.constant_(self.weight, v_threshold)
+
+
+def view(y: Tensor, x: Tensor) -> Tensor:
+    T, N = x.shape[:2]
+    return y.view(T, N, *y.shape[1:])
 
 
 class FirstBlock(nn.Module):
@@ -600,11 +607,9 @@ class FirstBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride), TdBN(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        T, N = x.shape[:2]
-        y = self.bn1(self.conv1(x.flatten(0, 1)))
-        y = self.lif1(y.view(T, N, *y.shape[1:]))
+        y = self.lif1(view(self.bn1(self.conv1(x.flatten(0, 1))), x))
         y = self.bn2(self.conv2(y.flatten(0, 1))) + self.shortcut(x.flatten(0, 1))
-        return self.lif2(y.view(T, N, *y.shape[1:]))
+        return self.lif2(view(y, x))
 
 
 class ResNet19(Net):
@@ -616,9 +621,8 @@ class ResNet19(Net):
         self.blocks = nn.Sequential(FirstBlock(width, width, 1), FirstBlock(width, width, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        T, N = x.shape[:2]
-        y = self.bn(self.conv(x.flatten(0, 1)))
-        return self.classify(self.blocks(self.lif(y.view(T, N, *y.shape[1:]))))
+        y = view(self.bn(self.conv(x.flatten(0, 1))), x)
+        return self.classify(self.blocks(self.lif(y)))
 
 
 NETS: dict[str, Callable[[int], nn.Module]] = {

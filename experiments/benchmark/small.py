@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pandas as pd
 import torch
 from common import Fresh, interleave, parser, write_csv
 from spikingjelly.activation_based import layer, neuron, surrogate
@@ -114,22 +115,17 @@ def passes(module: nn.Module, T: int) -> dict[str, Callable[[], object]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options_parser = parser(__doc__, repeats=2000, device=False)
-    options_parser.add_argument("--steps", nargs="+", type=int, default=[4], metavar="T")
-    options = options_parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    rows = []
+    options = parser(__doc__, repeats=2000, device=False, steps=[4]).parse_args(arguments)
+    tables = {}
     backends.why_not("numba")  # which registers its operators on import
     with cupy_without_launches():
-        for T, norm in itertools.product(options.steps, (False, True)):
+        for norm, T in itertools.product((False, True), options.steps):
             calls = {name: passes(module, T) for name, module in variants(norm).items()}
             for work in ("forward", "forward and backward"):
                 turns = {name: both[work] for name, both in calls.items()}
-                rows += [
-                    {"neuron": name, "norm": norm, "T": T, "work": work} | timing._asdict()
-                    for name, timing in interleave(turns, options.repeats, warm_up=20).items()
-                ]
-    write_csv(rows, options.out / "small.csv")
+                tables[norm, T, work] = interleave(turns, options.repeats, warm_up=20)
+    table = pd.concat(tables, names=["norm", "T", "work", "neuron"])
+    write_csv(table.reset_index(), options.out / "small.csv")
 
 
 if __name__ == "__main__":

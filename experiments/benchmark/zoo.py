@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pandas as pd
 import published_nets
 import torch
-from common import conditions, held_bytes, parser, write_csv
+from common import held_bytes, parser, write_csv
 from spikingjelly.activation_based import functional, neuron, surrogate
 from spikingjelly.activation_based.model import (
     masnn,
@@ -52,15 +53,12 @@ APART = "computed apart: read by "
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options_parser = parser(__doc__)
-    add = options_parser.add_argument
-    names = [*NETS, *published_nets.NETS]
-    add("--nets", nargs="+", choices=names, default=names)
-    add("--steps", type=int, default=4, metavar="T")
-    add("--size", type=int, default=32, help="height and width of an image")
+    options_parser = parser(__doc__, nets=[*NETS, *published_nets.NETS])
+    options_parser.add_argument("--steps", type=int, default=4, metavar="T")
+    options_parser.add_argument("--size", type=int, default=32, help="height and width of an image")
     options = options_parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    write_csv([measure(name, options) for name in options.nets], options.out / "zoo.csv")
+    table = pd.DataFrame([measure(name, options) for name in options.nets])
+    write_csv(table, options.out / "zoo.csv", options.device)
 
 
 def build(name: str) -> nn.Module:
@@ -98,7 +96,6 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "left": ", ".join(f"{count} {reader}" for reader, count in readers.most_common()),
         "before_mb": before / 1e6,
         "after_mb": after / 1e6,
-        **conditions(options.device),
     }
 
 
