@@ -11,7 +11,7 @@ from tests.training.conftest import TINY_ESVAE
 
 
 def test_measure_adds_an_evaluation(trained):
-    run = Run(trained(*TINY_ESVAE))
+    run = Run(trained(*TINY_ESVAE, "model.sample_from=learned"))  # a flow takes longer to fit
     measure.main([str(run.folder), "--draws", "2"])
     (evaluation,) = run.evaluations
     metrics, protocol = evaluation["metrics"], evaluation["protocol"]
