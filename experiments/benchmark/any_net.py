@@ -15,10 +15,8 @@ net's weights and no optimizer: the peak grows in proportion to the batch, as ha
 
 import argparse
 import copy
-import math
 import pkgutil
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -27,9 +25,8 @@ from common import (
     DTYPES,
     autocast,
     held_bytes,
-    interleave,
+    measure_steps,
     parser,
-    peak_bytes,
     train_step,
     write_csv,
 )
@@ -67,8 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--budget", type=float, default=24.0, help="memory in GB")
     add("--compile", action="store_true", help="torch.compile too")
     options = options_parser.parse_args(arguments)
-    if options.shape[options.batch_axis] < 2:
-        raise SystemExit(f"--shape {options.shape}: expected a batch of 2 or more, for its half")
     torch.manual_seed(0)
     reuse_freed_memory()
     try:
@@ -84,42 +79,28 @@ def measure(net: nn.Module, options: argparse.Namespace) -> pd.DataFrame:
     """A row for each system."""
     net = net.to(options.device)
     x, batch = torch.rand(options.shape, device=options.device), options.shape[options.batch_axis]
-    half_x = x.narrow(options.batch_axis, 0, batch // 2).clone()
     systems: dict[str, Any] = {"plain": net, "accelerate": copy.deepcopy(net)}
     report = accelerate(systems["accelerate"])
     if options.compile:
         for name, one in [*systems.items()]:
             compiled = torch.compile(copy.deepcopy(one), dynamic=False)
             systems[f"{name} + torch.compile"] = compiled
-    weights = sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
-    steps = {name: partial(train_step, one, x, options.dtype) for name, one in systems.items()}
-    results = {name: step() for name, step in steps.items()}
+    results = {name: train_step(one, x, options.dtype) for name, one in systems.items()}
     print(report)
-    table = interleave(steps, options.repeats, options.device)
-    table["time_ratio"] = table["median_ms"] / table["median_ms"]["plain"]
-    rows: dict[str, dict[str, Any]] = {}
+    table = measure_steps(systems, x, options.batch_axis, options.dtype, options.repeats)
     for name, one in systems.items():
-        peak = peak_bytes(steps[name], options.device)
-        half_peak = peak_bytes(partial(train_step, one, half_x, options.dtype), options.device)
-        per_sample = (peak - half_peak) / (batch - batch // 2)
-        left = 1e9 * options.budget - weights - (peak - per_sample * batch)
         with autocast(options.device, options.dtype):
-            held = held_bytes(one, x)
+            table.loc[name, "held_mb"] = held_bytes(one, x) / 1e6
         differs_most, difference = compare(results[name], results["plain"])
-        rows[name] = {
-            "dtype": options.dtype,
-            "shape": options.shape,
-            "batch": batch,
-            "held_mb": held / 1e6,
-            "peak_mb": peak / 1e6,
-            "mb_per_sample": per_sample / 1e6,
-            "budget_gb": options.budget,
-            "largest_batch": math.floor(left / max(per_sample, 1)),
-            "difference": difference,
-            "differs_most": differs_most,
-        }
-    table = pd.DataFrame.from_dict(rows, orient="index").join(table).rename_axis("system")
-    return table.reset_index().assign(net=options.net)
+        table.loc[name, "differs_most"] = differs_most
+        table.loc[name, "difference"] = difference
+    weights = sum(t.nbytes for t in (*net.parameters(), *net.buffers())) / 1e6
+    per_sample = table["mb_per_sample"]
+    left = 1e3 * options.budget - weights - (table["peak_mb"] - per_sample * batch)
+    table["largest_batch"] = left // per_sample.clip(lower=1e-6)
+    facts = {"net": options.net, "dtype": options.dtype, "shape": str(options.shape)}
+    table = table.assign(**facts, batch=batch, budget_gb=options.budget)
+    return table.rename_axis("system").reset_index()
 
 
 def compare(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> tuple[str, float]:

@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,28 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     return max(itertools.accumulate(allocations(step)))
+
+
+def measure_steps(
+    nets: Mapping[str, nn.Module], x: Tensor, batch_axis: int, dtype: str, repeats: int
+) -> pd.DataFrame:
+    """Peak and time of nets' training steps, in turns, and what each sample adds to the peak.
+
+    What a sample adds is taken from half the batch; times are relative to the first net's.
+    """
+    batch = x.shape[batch_axis]
+    if batch < 2:
+        raise SystemExit(f"shape {[*x.shape]}: expected a batch of 2 or more, for its half")
+    half_x = x.narrow(batch_axis, 0, batch // 2).clone()
+    steps = {name: partial(train_step, net, x, dtype) for name, net in nets.items()}
+    table = interleave(steps, repeats, x.device)
+    table["time_ratio"] = table["median_ms"] / table["median_ms"].iloc[0]
+    for name, net in nets.items():
+        half_step = partial(train_step, net, half_x, dtype)
+        peak, half_peak = (peak_bytes(step, x.device) / 1e6 for step in (steps[name], half_step))
+        table.loc[name, "peak_mb"] = peak
+        table.loc[name, "mb_per_sample"] = (peak - half_peak) / (batch - batch // 2)
+    return table
 
 
 def saved_bytes(module: nn.Module, x_seq: Tensor) -> int:

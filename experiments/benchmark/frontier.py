@@ -10,8 +10,8 @@ autocast.
 ``peak_mb`` is the most that torch's allocator held during a step, beyond what it held before:
 activations, temporary tensors, gradients of parameters. On a GPU that is ``max_memory_allocated``.
 On a CPU it is counted from the allocations that the profiler records, those inside of fused
-operators and oneDNN's reordered copies too. ``mb_per_sample`` is what each sample adds to the peak,
-from a batch of twice the size, so gradients of parameters are not in it.
+operators and oneDNN's reordered copies too. ``mb_per_sample`` is what each sample adds to the peak
+of half the batch, so gradients of parameters are not in it.
 
 Nets have SpikingJelly's width, but VGG one linear layer behind its convolutions: the gradient of
 the three for ImageNet takes 500 MB. Lists of layers are cut into blocks, since ``memopt``
@@ -21,13 +21,12 @@ recomputes whole modules. Its levels 2 to 4 search by a GPU's allocator, so a CP
 import argparse
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from common import interleave, parser, peak_bytes, read_csv, train_step, write_csv
+from common import measure_steps, parser, read_csv, write_csv
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
@@ -147,29 +146,13 @@ def measure(
     """Measure systems, and time them in turns with PLIF; a row for each."""
     name, dtype, T, batch = case
     size = NETS[name].size
-    x_seq = torch.rand(T, 2 * batch, 3, size, size, device=options.device)
-    steps: dict[System, Callable[[], object]] = {}
-    peaks: dict[System, list[int]] = {}
-    for system in dict.fromkeys([RIVAL, *systems]):
-        net = make(name, system, x_seq[:, :batch])
-        step, double = (partial(train_step, net, x, dtype) for x in (x_seq[:, :batch], x_seq))
-        try:
-            step()  # compiles
-        except Exception as error:
-            if not system.compiled:
-                raise
-            print(f"skipped {name}, {system.neuron}, {system}: {error}")
-            continue
-        peaks[system] = [peak_bytes(one, options.device) for one in (step, double)]
-        steps[system] = step
-    calls = {f"{system.neuron} {system}": step for system, step in steps.items()}
-    table = interleave(calls, options.repeats, options.device, warm_up=0)  # they have run
-    table["time_ratio"] = table["median_ms"] / table["median_ms"].iloc[0]
-    peak, double_peak = pd.DataFrame(peaks.values(), table.index).T.to_numpy() / 1e6
-    table = table.assign(size=size, peak_mb=peak, mb_per_sample=(double_peak - peak) / batch)
-    rows = [(*case, system.neuron, str(system)) for system in steps]
+    x_seq = torch.rand(T, batch, 3, size, size, device=options.device)
+    all_systems = [*dict.fromkeys([RIVAL, *systems])]
+    nets = {f"{s.neuron} {s}": make(name, s, x_seq) for s in all_systems}
+    table = measure_steps(nets, x_seq, 1, dtype, options.repeats).assign(size=size)
+    rows = [(*case, system.neuron, str(system)) for system in all_systems]
     table.index = pd.MultiIndex.from_tuples(rows, names=KEYS)
-    return table[[system in systems for system in steps]]
+    return table[[system in systems for system in all_systems]]
 
 
 def make(name: str, system: System, x_seq: Tensor) -> Any:
