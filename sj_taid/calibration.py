@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
-from ._checks import check_net, is_number
+from ._checks import check, check_net, is_number
 from .monitoring import monitor, spikes_of
 from .report import table
 from .state import fresh_state
@@ -52,7 +51,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What :func:`.calibrate` did, one :class:`Calibrated` per layer; ``print`` it for a table."""
+    """What :func:`.calibrate` did, layer by layer; ``print`` it for a table."""
 
     rows: tuple[Calibrated, ...]
 
@@ -90,10 +89,9 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     and not 0. A threshold of ``[C]`` has a rate per channel. It stays above the reset voltage (with
     a soft reset, above 0) and at or above ALIF's ``min_v_threshold``.
 
-    Works on every SpikingJelly neuron in step mode ``"m"`` whose output is 0 or 1, with the net in
-    the mode it is in. Only thresholds change: running statistics, gradients and torch's random
-    numbers stay, and the net is reset. Thresholds of SpikingJelly's own neurons are plain numbers,
-    which ``state_dict`` leaves out: :mod:`sj_taid.thresholds` saves them.
+    Works on every SpikingJelly neuron in step mode ``"m"``, with the net in the mode it is in. Only
+    thresholds change, and the net is reset. Thresholds of SpikingJelly's own neurons are plain
+    numbers, which ``state_dict`` leaves out: :mod:`sj_taid.thresholds` saves them.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -108,7 +106,6 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
 
     Raises:
         ValueError: ``rate`` is not in (0, 1), or ``net`` has no neurons in step mode ``"m"``.
-        TypeError: ``net`` is no module.
 
     >>> from sj_taid import ALIFNode
     >>> net = nn.Sequential(nn.Linear(8, 64), ALIFNode(v_threshold=10.0, step_mode="m"))
@@ -117,11 +114,7 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     (0.0, 0.1, ())
     """
     check_net(net, "calibrate")
-    if not (is_number(rate) and 0.0 < rate < 1.0):
-        raise ValueError(
-            f"rate must be spikes per neuron and time step, more than 0 and less than 1, as 0.2, "
-            f"but it is {rate!r}"
-        )
+    check(("more than 0 and less than 1", lambda x: is_number(x) and 0.0 < x < 1.0), rate=rate)
     paths = {m: path for path, m in net.named_modules() if isinstance(m, neuron.BaseNode)}
     if paths and all(node.step_mode == "s" for node in paths):
         raise ValueError(
@@ -134,26 +127,29 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     def calibrate_next(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         def fire() -> Tensor:
             node.reset()
-            return spikes_of(node.forward(*args, **kwargs))
+            return spikes_of(node.forward(*args, **kwargs)).ne(0)
 
         notes[node] = _search(node, fire, rate)
         node.reset()
 
-    with fresh_state(net), _restored(net), monitor(net) as watch:
-        _run(net, x_seq, paths, lambda node, *_: calls.update([node]))
-        before = watch.layers()
-        watch.clear()
-        uses = Counter(id(node.v_threshold) for node in paths)
-        notes |= {node: _why_not(node, calls[node], uses[id(node.v_threshold)]) for node in paths}
-        _run(net, x_seq, [node for node in paths if not notes[node]], calibrate_next)
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    with fresh_state(net), monitor(net) as watch:
+        try:
+            _run(net, x_seq, paths, lambda node, *_: calls.update([node]))
+            before = watch.layers()
+            watch.clear()
+            uses = Counter(id(node.v_threshold) for node in paths)
+            notes |= {n: _why_not(n, calls[n], uses[id(n.v_threshold)]) for n in paths}
+            _run(net, x_seq, [node for node in paths if not notes[node]], calibrate_next)
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
         after = watch.layers()
     rows = []
     for node, path in paths.items():
         old, new = before[path], after[path]
-        is_nan = new.firing_rate is not None and math.isnan(new.firing_rate)
-        note = "its voltage is not finite" if is_nan else notes[node]
         rates = old.firing_rate, new.firing_rate
-        rows.append(Calibrated(path, *rates, old.v_threshold, new.v_threshold, note))
+        rows.append(Calibrated(path, *rates, old.v_threshold, new.v_threshold, notes[node]))
     return CalibrationReport(tuple(rows))
 
 
@@ -186,76 +182,42 @@ def _why_not(node: Any, calls: int, uses: int) -> str:
 
 def _search(node: Any, fire: Callable[[], Tensor], rate: float) -> str:
     """Set the threshold with which ``node`` fires at ``rate``; why it does not, or ""."""
-    before = _threshold(node).double()
-    if before.dim() > 1:
-        return f"its threshold has the shape {list(before.shape)}"
+    before = torch.as_tensor(node.v_threshold, dtype=torch.float64).detach().clone()
     floor = node.v_reset or 0.0
     bound = getattr(node, "min_v_threshold", None)
+
+    def set_threshold(threshold: Tensor) -> None:
+        if isinstance(node.v_threshold, Tensor):
+            node.v_threshold.copy_(threshold)
+        else:
+            node.v_threshold = threshold.item()
 
     def threshold_at(exponent: Tensor) -> Tensor:
         threshold = floor + exponent.exp2()
         return threshold if bound is None else threshold.clamp(min=bound)
 
-    def fire_at(exponent: Tensor) -> Tensor:
-        _set_threshold(node, threshold_at(exponent))
-        return fire()
+    def rates_at(exponent: Tensor) -> Tensor:
+        """Spikes per neuron and step of ``[T, N, C, *]``, in the shape of the threshold."""
+        set_threshold(threshold_at(exponent))
+        spikes = fire()
+        axes = [axis for axis in range(spikes.dim()) if axis != 2 or before.numel() == 1]
+        return spikes.double().mean(axes).reshape(before.shape)
 
     # The least distance from the reset voltage that float32 resolves.
     least = _RANGE[0] if floor == 0.0 else math.log2(abs(floor)) - 20.0
     low, high = torch.full_like(before, least), torch.full_like(before, _RANGE[1])
-    spikes = fire_at(low)
-    if not ((spikes == 0) | (spikes == 1)).all():
-        _set_threshold(node, before)
-        return "its output is not 0 or 1"
-    most = at_low = _rates(spikes, before)
+    most = at_low = rates_at(low)
     at_high = torch.zeros_like(most)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        found = _rates(fire_at(middle), before)
+        found = rates_at(middle)
         fires = found >= most.clamp(max=rate)
         low, at_low = torch.where(fires, middle, low), torch.where(fires, found, at_low)
         high, at_high = torch.where(fires, high, middle), torch.where(fires, at_high, found)
     nearer = (at_high > 0) & (rate - at_high < at_low - rate)
-    threshold = threshold_at(torch.where(nearer, high, low))
-    _set_threshold(node, torch.where(most > 0, threshold, before))
+    set_threshold(torch.where(most > 0, threshold_at(torch.where(nearer, high, low)), before))
     rates = torch.where(nearer, at_high, at_low)
     off = rates[(rates - rate).abs() > TOLERANCE * rate]
     channels = f"in {off.numel()} of {rates.numel()} channels, " if rates.dim() else ""
     nearest = f"{channels}the nearest is {off.mean():.3g}"
     return f"no threshold gives the rate: {nearest}" if off.numel() else ""
-
-
-def _rates(spikes: Tensor, threshold: Tensor) -> Tensor:
-    """Spikes per neuron and step of ``[T, N, C, *]``, in the shape of ``threshold``."""
-    axes = [axis for axis in range(spikes.dim()) if axis != 2 or threshold.numel() == 1]
-    return spikes.mean(axes, dtype=torch.float64).reshape(threshold.shape)
-
-
-def _threshold(node: Any) -> Tensor:
-    value = node.v_threshold
-    return value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-
-
-def _set_threshold(node: Any, threshold: Tensor) -> None:
-    if isinstance(node.v_threshold, Tensor):
-        node.v_threshold.copy_(threshold)
-    else:
-        node.v_threshold = threshold.item()
-
-
-@contextmanager
-def _restored(net: nn.Module) -> Iterator[None]:
-    """Restore the buffers of ``net`` afterwards, and after an error the thresholds."""
-    nodes = (module for module in net.modules() if isinstance(module, neuron.BaseNode))
-    thresholds = [(node, _threshold(node).clone()) for node in nodes]
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
-    try:
-        yield
-    except BaseException:
-        for node, threshold in thresholds:
-            _set_threshold(node, threshold)
-        raise
-    finally:
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):  # so that graphs that saved it stay valid
-                buffer.copy_(value)

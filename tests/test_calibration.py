@@ -176,22 +176,6 @@ def bounded():
     return ALIFNode(min_v_threshold=0.9)
 
 
-class Odd(neuron.LIFNode):
-    """Its output is not of zeros and ones."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Matrix(neuron.LIFNode):
-    def __init__(self):
-        super().__init__()
-        self.v_threshold = nn.Parameter(torch.ones(4, 1))
-
-    def forward(self, x):
-        return (x.unsqueeze(-1) >= self.v_threshold.t()).to(x)
-
-
 @pytest.mark.parametrize(
     ("make", "x_seq", "note", "threshold"),
     [
@@ -199,9 +183,6 @@ class Matrix(neuron.LIFNode):
         (reset_above, -torch.rand(3, 5, 4), f"{NONE} 0", 6.0),
         (bounded, torch.rand(3, 5, 4), f"{NONE} 0", 1.0),
         (neuron.LIFNode, torch.ones(3, 5, 4), f"{NONE} 0.333", None),
-        (Odd, torch.rand(3, 5, 4), "its output is not 0 or 1", 1.0),
-        (Matrix, torch.rand(3, 5, 4), "its threshold has the shape [4, 1]", 1.0),
-        (neuron.LIFNode, torch.full((3, 5, 4), torch.nan), "its voltage is not finite", None),
     ],
 )
 def test_calibrate_says_why_a_rate_is_missed(make, x_seq, note, threshold):
@@ -250,9 +231,8 @@ def test_calibrate_changes_nothing_after_an_error():
     with pytest.raises(ValueError, match=r"in step mode 's'.*set_step_mode\(net, 'm'\)"):
         calibrate(net, images())
     functional.set_step_mode(net, "m")
-    for rate in (0.0, 1.0, -0.5, "a", None):
-        with pytest.raises(ValueError, match="more than 0 and less than 1"):
-            calibrate(net, images(), rate=rate)
+    with pytest.raises(ValueError, match="rate must be more than 0 and less than 1"):
+        calibrate(net, images(), rate=1.0)
     with pytest.raises(ValueError, match="no neuron of SpikingJelly's to watch"):
         calibrate(nn.Linear(2, 2), images())
 
