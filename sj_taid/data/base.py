@@ -52,7 +52,7 @@ class Data(L.LightningDataModule):
         seed: seed of these draws; a run's own seed does not change it.
 
     Raises:
-        ValueError: an unknown ``augment``; a share out of its range, or that leaves nothing;
+        ValueError: an unknown ``augment``; a share out of its range; a part without samples;
             ``"own"`` where there is none; other classes than the data set has, or none to mix.
     """
 
@@ -127,6 +127,13 @@ class Data(L.LightningDataModule):
         self.train_set = self._limit(train)
         self.validation_set = None if validation is None else self._interleave(validation)
         self.test_set = self._interleave(test)
+        parts = {"training": self.train_set, "testing": self.test_set}
+        parts |= {"validation": self.validation_set} if self.validation_set is not None else {}
+        if empty := [part for part, samples in parts.items() if not len(samples)]:
+            raise ValueError(
+                f"{self.name} has no samples for {' and '.join(empty)}; choose larger shares, or "
+                "add samples"
+            )
 
     def test_on_validation(self) -> Self:
         """The same data, with the validation set in place of the test set."""
@@ -189,11 +196,6 @@ class Data(L.LightningDataModule):
         if self.validation == "own":
             return train, self.load_validation()
         rest, drawn = train.draw(round(len(train) * self.validation), self.seed)
-        if not (rest and drawn):
-            raise ValueError(
-                f"dataset.validation={self.validation} of the {len(train)} training samples leaves "
-                f"{len(rest)} for training and {len(drawn)} for validation; choose another share"
-            )
         return train.subset(rest), train.subset(drawn)
 
     def _interleave(self, samples: Samples) -> Samples:

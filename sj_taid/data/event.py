@@ -23,9 +23,6 @@ from .samples import Files
 
 log = logging.getLogger(__name__)
 
-#: SpikingJelly's name for the folder of unpacked archives
-UNPACKED = "extract"
-
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class EventData(Data):
@@ -41,8 +38,7 @@ class EventData(Data):
 
     Raises:
         FileNotFoundError: none of these in ``root``, or an archive that is not whole.
-        OSError: recordings or frames that cannot be read, or no training or test recording.
-        ValueError: a folder that is none of the data set's classes.
+        OSError: recordings or frames that cannot be read.
     """
 
     root: Path
@@ -64,32 +60,17 @@ class EventData(Data):
     def prepare_data(self) -> None:
         if self.frames.is_dir():
             return
-        if not any((self.root / name).is_dir() for name in ("events_np", UNPACKED)):
+        if not any((self.root / name).is_dir() for name in ("events_np", "extract")):
             self._check_archives()
         with FileLock(self.root / LOCK):
             if not self.frames.is_dir():
                 self._make_frames()
 
     def load(self) -> tuple[Files, Files]:
-        train, test = self._split_frames()
-        if not (train.paths and test.paths):
-            raise OSError(
-                f"{self.frames} has {len(train)} training and {len(test)} test recordings of "
-                f"{self.name}; it needs both"
-            )
-        return train, test
-
-    def _split_frames(self) -> tuple[Files, Files]:
         return self._files(self.frames / "train"), self._files(self.frames / "test")
 
     def _files(self, folder: Path) -> Files:
         paths = sorted(folder.glob("*/*.npz"))
-        unknown = sorted({path.parent.name for path in paths} - {*self.class_names})
-        if unknown:
-            raise ValueError(
-                f"{folder} must hold folders of the classes {', '.join(self.class_names)}, but it "
-                f"holds {', '.join(unknown)}; move them away"
-            )
         labels = [self.class_names.index(path.parent.name) for path in paths]
         remedy = f"move {self.frames} away and run again, which makes its frames again"
         return Files([str(path) for path in paths], labels, read_frames, remedy)
@@ -98,42 +79,33 @@ class EventData(Data):
         source, archives = load_source(self.source), self.root / "download"
         lacks = [r for r in source.resource_url_md5() if not check_integrity(archives / r[0], r[2])]
         if lacks and not (self.download and source.downloadable()):
-            fetch = f"fetch them from {lacks[0][1]}"
+            where = ", ".join(f"{name} from {url}" for name, url, _ in lacks)
             raise FileNotFoundError(
-                f"no {self.name} at dataset.root={self.root}: expected events_np, or download with "
-                f"{', '.join(name for name, _, _ in lacks)}, whole; "
-                + ("add dataset.download=true" if source.downloadable() else fetch)
+                f"no {self.name} at dataset.root={self.root}: it needs events_np, or the folder "
+                f"download with {where}; dataset.download=true fetches what anyone may have"
             )
         archives.mkdir(parents=True, exist_ok=True)
 
     def _make_frames(self) -> None:
         """Make the frames in a temporary folder, which is renamed when it is complete."""
         log.info("Making %s once, which takes minutes", self.frames)
+        source, extracted = load_source(self.source), self.root / "extract"
         with TemporaryDirectory(dir=self.root) as temporary:
             events, frames = Path(temporary, "events_np"), Path(temporary, self.frames.name)
             for name in ("download", "events_np"):
                 if (self.root / name).is_dir():
                     Path(temporary, name).symlink_to((self.root / name).absolute())
-            failure: Exception | None = None
             try:
-                if not events.is_dir() and (self.root / UNPACKED).is_dir():
-                    source = load_source(self.source)
-                    make = getattr(source, "create_raw_from_extracted", None)
+                if not events.is_dir() and extracted.is_dir():
                     events.mkdir()
-                    (make or source.create_events_np_files)(self.root / UNPACKED, events)
+                    source.create_raw_from_extracted(extracted, events)
                 options = {"data_type": "frame", "frames_number": self.T, "split_by": "number"}
-                load_source(self.source)(temporary, **self.part, **options)
+                source(temporary, **self.part, **options)
             except Exception as error:  # of the network, the disk, or whatever SpikingJelly meets
-                failure = error
-            # 0.0.0.0.14 leaves out in silence what it cannot read.
-            recordings = [path.relative_to(events) for path in events.rglob("*.npz")]
-            lost = [str(path) for path in recordings if not (frames / path).is_file()]
-            if failure or lost:
-                how = failure or "recordings that cannot be read"
                 raise OSError(
-                    f"{self.name} in {self.root} cannot be made into frames ({how!r}): replace "
-                    f"damaged files, of events_np {', '.join(lost[:3]) or 'none'}, and run again"
-                ) from failure
+                    f"{self.name} in {self.root} cannot be made into frames ({error!r}); replace "
+                    "damaged files, and run again"
+                ) from error
             if not events.is_symlink():
                 events.rename(self.root / "events_np")
             frames.rename(self.frames)
@@ -145,7 +117,7 @@ def read_frames(path: str) -> Tensor:
 
 
 def load_source(name: str) -> Any:
-    """SpikingJelly's class, also where torchaudio, which 2.x imports for sounds, is broken."""
+    """SpikingJelly's class, also where torchaudio, which it imports for sounds, is broken."""
     stand_in = ModuleType("torchaudio")
     try:
         import torchaudio  # noqa: F401
@@ -196,5 +168,5 @@ class CIFAR10DVS(EventData):
         *("dog", "frog", "horse", "ship", "truck"),
     )
 
-    def _split_frames(self) -> tuple[Files, Files]:
+    def load(self) -> tuple[Files, Files]:
         return self._files(self.frames).hold_out(0.1)

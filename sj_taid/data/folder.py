@@ -13,7 +13,6 @@ from .image import ImageData, Torchvision
 from .samples import Files
 
 UNLABELLED = -1
-SPLIT = {"train", "test", "val", "valid", "validation"}
 
 
 def image_files(
@@ -58,10 +57,8 @@ class ImageFolder(ImageData):
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
-        ValueError: other classes in ``test_root`` than in ``root``; folders that are no classes,
-            but the parts of a split.
-        OSError: an image that cannot be read, or is smaller than ``crop``, when it is asked
-            for.
+        ValueError: other classes in ``test_root`` than in ``root``, or a share out of its range.
+        OSError: an image that cannot be read, or is smaller than ``crop``, when it is asked for.
     """
 
     root: Path
@@ -73,6 +70,8 @@ class ImageFolder(ImageData):
         self.root = Path(self.root).expanduser()
         if self.test_root is not None:
             self.test_root = Path(self.test_root).expanduser()
+        if not 0 < self.test_share < 1:
+            raise ValueError(f"dataset.test_share must be in (0, 1), but it is {self.test_share}")
         if self.classes is None:
             self.classes = len(_class_names(self.root, "dataset.root")) or None
         super().__post_init__()
@@ -87,14 +86,7 @@ class ImageFolder(ImageData):
         self.class_names = names
         files = self._scan(self.root, names)
         if self.test_root is None:
-            train, test = files.hold_out(self.test_share)
-            if not (0 < self.test_share < 1 and len(train) and len(test)):
-                raise ValueError(
-                    f"dataset.test_share={self.test_share} of the {len(files)} images in "
-                    f"{self.root} leaves {len(train)} for training and {len(test)} for testing; "
-                    "choose another share, or give a folder for testing as dataset.test_root"
-                )
-            return train, test
+            return files.hold_out(self.test_share)
         test_names = _class_names(self.test_root, "dataset.test_root")
         if test_names != names:
             raise ValueError(
@@ -116,7 +108,6 @@ class ImageFolder(ImageData):
             if not found:
                 raise FileNotFoundError(
                     f"no image in {folder}: expected files that end in {', '.join(IMG_EXTENSIONS)}"
-                    "; point dataset.root to a folder of images, or of one such folder per class"
                 )
             paths += found
             labels += [label] * len(found)
@@ -126,13 +117,7 @@ class ImageFolder(ImageData):
 def _class_names(root: Path, option: str) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {option}={root}; point it to a folder of images")
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if "train" in names and SPLIT.issuperset(names):
-        raise ValueError(
-            f"{option}={root} holds the parts of a split ({', '.join(names)}), not classes; choose "
-            f"dataset.root={root / 'train'} and dataset.test_root={root / 'test'}"
-        )
-    return names
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

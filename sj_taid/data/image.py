@@ -58,7 +58,6 @@ class Torchvision(ImageData):
         download: fetch it if files are missing.
 
     Raises:
-        ValueError: torchvision has no such class.
         FileNotFoundError: no such folder and ``download`` is off.
         OSError: files that are missing or damaged, or a download that failed.
     """
@@ -70,8 +69,6 @@ class Torchvision(ImageData):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flags(download=self.download)
-        if self.source not in datasets.__all__:
-            raise ValueError(f"source must be a class of torchvision.datasets, not {self.source!r}")
         self.read = getattr(datasets, self.source)
         self.root = Path(self.root).expanduser()
         self.folder = getattr(self.read, "base_folder", f"{self.source}/raw")

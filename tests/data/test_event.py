@@ -81,13 +81,10 @@ def test_nmnist_refuses_missing_and_damaged_archives(nmnist, damage):
     archive = nmnist / "download" / "Test.zip"
     damage(archive)
     left = archive.exists()
-    message = r"no nmnist at dataset\.root=.*expected events_np, or download with Test\.zip, whole"
-    with pytest.raises(FileNotFoundError, match=f"{message}; fetch them from https://there/Test"):
+    message = r"no nmnist at dataset\.root=.* folder download with Test\.zip from https://there/Test"
+    with pytest.raises(FileNotFoundError, match=message):
         ready(data.NMNIST, nmnist, **EVENTS)
     assert archive.exists() == left
-    with pytest.raises(FileNotFoundError, match=r"with Train\.zip, Test\.zip, whole"):
-        ready(data.NMNIST, nmnist / "nowhere", **EVENTS)
-    assert not (nmnist / "nowhere").exists()
 
 
 def test_nmnist_refuses_damaged_recordings(nmnist):
@@ -98,20 +95,9 @@ def test_nmnist_refuses_damaged_recordings(nmnist):
         first(module.test_dataloader())
     shutil.rmtree(frames)
     cut(nmnist / "events_np" / "test" / "3" / "00001.npz")
-    said = r"cannot be made into frames .*: replace .* of events_np test/3/00001\.npz, and run"
-    with pytest.raises(OSError, match=said):
+    with pytest.raises(OSError, match="cannot be made into frames .*; replace damaged files"):
         ready(data.NMNIST, nmnist, **EVENTS)
     assert not frames.exists()
-
-
-def test_nmnist_refuses_other_classes_and_an_empty_test_set(nmnist):
-    ready(data.NMNIST, nmnist, **EVENTS)
-    (nmnist / FRAMES / "test" / "3").rename(nmnist / FRAMES / "test" / "three")
-    with pytest.raises(ValueError, match=r"the classes 0, 1, .* 9, but it holds three; move"):
-        ready(data.NMNIST, nmnist, **EVENTS)
-    shutil.rmtree(nmnist / FRAMES / "test")
-    with pytest.raises(OSError, match="has 2 training and 0 test recordings of nmnist"):
-        ready(data.NMNIST, nmnist, **EVENTS)
 
 
 def test_nmnist_starts_over_after_an_interrupted_preparation(nmnist, monkeypatch):
@@ -141,9 +127,6 @@ def test_cifar10_dvs_tests_on_the_last_tenth_of_each_class(tmp_path):
     assert names == ["airplane_9.npz", "truck_9.npz"]
     assert module.test_set.labels == [0, 9] and module.train_set.labels == [0] * 9 + [9] * 9
     assert first(module.test_dataloader())[0].shape == (2, T, 2, 128, 128)
-
-    with pytest.raises(FileNotFoundError, match=r"truck\.zip, whole; add dataset\.download=true"):
-        ready(data.CIFAR10DVS, tmp_path / "nowhere", **EVENTS)
 
 
 def test_cifar10_dvs_keeps_what_it_downloads(tmp_path, monkeypatch):

@@ -47,8 +47,6 @@ def test_image_folder_with_a_folder_per_class(tmp_path):
 
     with pytest.raises(ValueError, match=r"classes=10, but test has 2 classes \(cat, dog\); .*=2"):
         folder(tmp_path / "train", classes=10)
-    with pytest.raises(ValueError, match=r"holds the parts of a split \(test, train\).*/train and"):
-        folder(tmp_path)
     shutil.rmtree(tmp_path / "test" / "dog")
     with pytest.raises(ValueError, match=r"test_root=.*must hold.*\(cat, dog\), but holds cat"):
         folder(**apart)
@@ -86,8 +84,7 @@ def test_image_folder_refuses_missing_folders_and_empty_parts(tmp_path):
     with pytest.raises(ValueError, match=r"classes=10, but .* holds no folders of classes; set"):
         folder(tmp_path, classes=10)
     write_images(tmp_path, 4)
-    for share in (0.1, 1.5):
-        message = rf"test_share={share} of the 4 images in .* leaves .*; choose another share"
+    for share, message in ((0.1, "no samples for testing"), (1.5, r"test_share must be in \(0, 1\)")):
         with pytest.raises(ValueError, match=message):
             folder(tmp_path, test_share=share)
 

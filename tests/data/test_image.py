@@ -4,6 +4,7 @@ import pickle
 import shutil
 import struct
 from collections import Counter
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -41,7 +42,7 @@ def write_idx(root, folder="MNIST"):
     return raw
 
 
-@pytest.mark.parametrize("source", ["MNIST", "FashionMNIST", "KMNIST"])
+@pytest.mark.parametrize("source", ["MNIST", "FashionMNIST"])
 def test_mnist(tmp_path, source, caplog):
     raw = write_idx(tmp_path, source)
     options = {"source": source, "image_size": 32, "limit": 60}
@@ -53,24 +54,14 @@ def test_mnist(tmp_path, source, caplog):
     assert -1 <= images.min() < images.max() <= 1
     assert "has 600 training and 100 test samples, not the published 60000" in caplog.text
 
-    images = raw / "train-images-idx3-ubyte"
-    for damage in (cut, lambda file: file.write_bytes(b"\0" * file.stat().st_size)):
-        damage(images)
-        with pytest.raises(OSError, match=DAMAGED) as info:
+    for damage in (cut, Path.unlink):
+        damage(raw / "train-images-idx3-ubyte")
+        with pytest.raises(OSError, match=DAMAGED):
             ready(data.MNIST, tmp_path, **options)
-        assert info.value.__cause__ is not None
-    images.unlink()
-    with pytest.raises(OSError, match=DAMAGED):
-        ready(data.MNIST, tmp_path, **options)
     shutil.rmtree(raw)
     message = rf"no {source} at dataset\.root=.*holds {source}/raw, or .*download=true"
     with pytest.raises(FileNotFoundError, match=message):
         ready(data.MNIST, tmp_path, **options)
-
-
-def test_mnist_of_an_unknown_source():
-    with pytest.raises(ValueError, match="source must be a class of torchvision"):
-        ready(data.MNIST, "nowhere", source="os")
 
 
 def test_mnist_is_downloaded_once(tmp_path, monkeypatch):
