@@ -22,7 +22,7 @@ from sj_taid.model import ESVAE
 from sj_taid.model.block import eval_mode
 from sj_taid.model.rate import spikes_from_rate
 from sj_taid.training.evaluate import build_evaluator
-from sj_taid.training.provenance import provenance
+from sj_taid.training.process import provenance
 from sj_taid.training.run import Run, build_data
 
 

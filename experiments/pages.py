@@ -65,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="folders that hold runs to store")
     options = parser.parse_args(arguments)
     if options.folders:
-        finished, _ = gather(options.folders)
-        print(*store(finished), sep="\n")
+        print(*store(gather(options.folders)), sep="\n")
     draw_starts(ROOT / "docs" / "images" / "start-map-mnist.png")
     for page in PAGES:
         with atomic_write(page) as temporary:

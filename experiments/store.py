@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from sj_taid.training.compare import Metrics, overrides
 from sj_taid.training.config import folder_name
 from sj_taid.training.files import atomic_write
-from sj_taid.training.run import Run, read_json
+from sj_taid.training.run import Run
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 #: What the folders of images in results/ hold
@@ -33,7 +33,8 @@ STUDIED = [
 
 def load_runs(experiment: str, results: Path = RESULTS) -> list[Metrics]:
     """The metrics of an experiment's runs."""
-    return [read_json(path) for path in sorted((results / "runs" / experiment).glob("*.json"))]
+    paths = sorted((results / "runs" / experiment).glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def load_all_runs(results: Path = RESULTS) -> dict[str, list[Metrics]]:

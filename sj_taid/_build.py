@@ -66,12 +66,9 @@ def build(
         except (AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(f"{name} cannot be built: {error}") from error
 
-    try:
-        for name in _targets(config):
-            find_class(name, trust)
-        return call(config, arguments)
-    except RecursionError as error:
-        raise ValueError("the config is nested too deep") from error
+    for name in _targets(config):
+        find_class(name, trust)
+    return call(config, arguments)
 
 
 def find_class(name: Any, trust: Collection[str] | None = None) -> Any:

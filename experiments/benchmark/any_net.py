@@ -34,7 +34,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 from sj_taid import accelerate
-from sj_taid.training.allocator import reuse_freed_memory
+from sj_taid.training.process import reuse_freed_memory
 
 
 def sew_resnet18() -> nn.Module:

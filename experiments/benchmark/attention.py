@@ -31,8 +31,8 @@ from torch.nn import functional as F
 
 from sj_taid import FixedDecoder
 from sj_taid.model.block import seeded
-from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.plot import save, time_shares
+from sj_taid.training.process import reuse_freed_memory
 from sj_taid.training.run import Run, build_data
 
 RESULT = Path(__file__).resolve().parents[2] / "results" / "attention.csv"

@@ -28,7 +28,7 @@ from sj_taid._graph import record_saved
 from sj_taid.doctor import cpu_name
 from sj_taid.ops import backends
 from sj_taid.training.files import atomic_write
-from sj_taid.training.provenance import provenance
+from sj_taid.training.process import provenance
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from common import CPU, autocast, interleave, parser, write_csv
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.config import compose
+from sj_taid.training.process import reuse_freed_memory
 
 RECIPE_OF = "experiment=mnist_esvae_sharp"
 RECIPE = "as configured"

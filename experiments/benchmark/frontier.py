@@ -35,8 +35,8 @@ from spikingjelly.activation_based.model.spiking_vgg import spiking_vgg11_bn
 from torch import Tensor, nn
 
 from sj_taid import accelerate
-from sj_taid.training.allocator import reuse_freed_memory
 from sj_taid.training.plot import save
+from sj_taid.training.process import reuse_freed_memory
 
 
 class Block(nn.Sequential):

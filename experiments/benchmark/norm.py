@@ -24,7 +24,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
 from sj_taid import ALIFNode, accelerate, swap_neurons
-from sj_taid.training.allocator import reuse_freed_memory
+from sj_taid.training.process import reuse_freed_memory
 
 PAIR, SMALL = "norm + neuron", "2 x [conv, norm, neuron]"
 LAYERS = "3 x [conv, norm, neuron]"

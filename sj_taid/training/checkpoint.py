@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
+from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,21 +20,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read what Lightning saved.
 
     Raises:
-        ValueError: not a checkpoint, damaged, or one that would run code.
+        ValueError: not a whole checkpoint, or one that would run code.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["state_dict"]
         return checkpoint
     except Exception as error:  # each kind of damage has an error of its own
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, UnpicklingError):  # where torch advises to load it all the same
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it names {code[1]}, code that would run" if code else "no pickle of tensors"
-            error.args = (reason,)
         raise ValueError(
-            f"{path} is not a whole checkpoint of tensors ({reason}); replace it by one that "
-            "sj-taid wrote, or move it away and give the same command again to train from the start"
+            f"{path} is not a whole checkpoint of tensors ({type(error).__name__}); replace it by "
+            "one that sj-taid wrote, or move it away and give the same command again to train from "
+            "the start"
         ) from error
 
 
@@ -80,8 +75,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
+        content = BytesIO()
+        torch.save(checkpoint, content)  # into a file its error does not say that the disk is full
         with atomic_write(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+            temporary.write_bytes(content.getbuffer())
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -24,12 +23,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .._extras import REMEDY, TRAIN, needs
-from .config import CONF, VERSION, describe_missing
-from .run import OVERRIDES, read_yaml
+from .config import CONF, VERSION
+from .run import OVERRIDES
 
 #: commands whose arguments are Hydra's overrides of conf/<command>.yaml
 COMPOSED = {
@@ -78,8 +77,7 @@ def main() -> None:
 def run_command(command: str, arguments: Sequence[str]) -> None:
     if command in COMPOSED:
         GIVEN[:] = sys.argv
-        train = command == "train"
-        sys.argv[1:] = resume_arguments(arguments) if train else quote_paths(arguments)
+        sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
         hydra.main(CONF, command, VERSION)(run_composed)()
         return
     logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
@@ -131,21 +129,9 @@ def is_users(error: Exception) -> bool:
 
 
 def format_error(error: Exception) -> str:
-    """The message of a user's error, one to three lines."""
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is missing; give {error.full_key}=..., see --help"
-    _, is_missing, override = str(error).partition("To append to your config use ")
-    if is_missing:
-        cause: Any = error.__cause__
-        return describe_missing(cause.full_key, cause.parent_node, override)
-    if isinstance(error, CompactHydraException | OmegaConfBaseException):
-        return " ".join(str(error).partition("Config search path")[0].split())
+    """The message of a user's error."""
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
-    text = str(error)
-    if " in DataLoader worker process " in text:  # with its traceback
-        text = text.strip().splitlines()[-1].partition(": ")[2]
-    if isinstance(error, OSError) and error.filename:  # the system's, which names no remedy
-        text += "; give another path, or let this one be read and written"
+    text = str(error).partition("\nConfig search path")[0]
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])
 
 
@@ -160,31 +146,12 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
         )
     name = resumed[-1].removeprefix("resume=")
     folder = Path(name).expanduser().absolute()
-    if not name or not (folder / OVERRIDES).is_file():
+    if not (folder / OVERRIDES).is_file():
         raise FileNotFoundError(
-            f"resume= needs the folder of a run, which holds {OVERRIDES}, but got "
-            f"{name or 'nothing'}; give resume=RUN, or repeat the run's command with "
-            "hydra.run.dir=RUN"
+            f"resume= needs the folder of a run, which holds {OVERRIDES}, but got {folder}"
         )
     others = [argument for argument in arguments if argument not in resumed]
-    return [*read_yaml(folder / OVERRIDES), f"hydra.run.dir={quote(str(folder))}", *others]
-
-
-def quote_paths(arguments: Sequence[str]) -> list[str]:
-    """Let Hydra take the paths of a checkpoint and of an output as they are."""
-    parts = (argument.partition("=") for argument in arguments)
-    return [
-        f"{key}={quote(value)}" if key in ("checkpoint", "output") else key + equals + value
-        for key, equals, value in parts
-    ]
-
-
-def quote(text: str) -> str:
-    """The text as a value of Hydra's grammar, unless it is quoted already."""
-    if (text[:1] in ("'", '"') and text[-1] == text[0]) or not text:
-        return text
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), text)
-    return "'" + escaped.replace("${", "\\${") + "'"
+    return [*OmegaConf.load(folder / OVERRIDES), f"hydra.run.dir='{folder}'", *others]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,48 +15,37 @@ import pandas as pd
 from .columns import COLUMNS, METRICS
 from .files import atomic_write, check_replaceable
 from .run import CONFIG, Run, merge_evaluations
-from .run import METRICS as FILE
 
 #: The content of a run's ``metrics.json``.
 Metrics = dict[str, Any]
 
 
-def gather(folders: Sequence[Path]) -> tuple[dict[Path, Metrics], dict[Path, str]]:
-    """The metrics of every finished run below ``folders``, and why others are left out (printed).
+def gather(folders: Iterable[Path]) -> dict[Path, Metrics]:
+    """The metrics of every finished run below ``folders``; why others are left out is printed.
 
     Raises:
-        FileNotFoundError: there is no finished run, or no such folder.
+        FileNotFoundError: there is no finished run.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}; give folders that hold runs")
-    finished, left_out = {}, {}
+    finished = {}
     # One folder may hold another of them.
     configs = {path.resolve() for folder in folders for path in folder.rglob(CONFIG)}
     for config in sorted(configs):
-        found = Run(config.parent)
         try:
-            finished[found.folder] = read(found)
+            finished[config.parent] = read(Run(config.parent))
         except (OSError, ValueError) as error:
-            left_out[found.folder] = str(error) if found.is_finished else "unfinished"
-            print(f"left out: {found.folder} ({left_out[found.folder]})")
+            print(f"left out: {config.parent} ({error})")
     if not finished:
         raise FileNotFoundError(
             f"no finished run below {', '.join(map(str, folders))}; an interrupted one resumes "
             "when its command is repeated"
         )
-    return finished, left_out
+    return finished
 
 
-def read(finished: Run) -> Metrics:
+def read(run: Run) -> Metrics:
     """The metrics of a run, updated by later evaluations of its checkpoints."""
-    metrics = finished.metrics
-    finished.config  # noqa: B018 - a run with a damaged config is not whole
-    evaluations = finished.evaluations
-    metrics = merge_evaluations(metrics, evaluations) | {"evaluations": evaluations}
-    if not METRICS.keys() & metrics.keys():
-        raise ValueError(f"{FILE} has none of {', '.join(METRICS)}")
-    return metrics
+    metrics, evaluations = run.metrics, run.evaluations
+    return merge_evaluations(metrics, evaluations) | {"evaluations": evaluations}
 
 
 def overrides(metrics: Metrics) -> dict[str, str]:
@@ -115,16 +104,14 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "sj-taid compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("sj-taid compare", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders that hold runs")
     parser.add_argument("--out", type=Path, help="where to write; default: the first folder")
     options = parser.parse_args(arguments)
     out = options.out or options.folders[0]
     check_replaceable(out / "results.csv", ",folder\n")  # what ends the head of each
     check_replaceable(out / "results.md", "| runs ")
-    finished, _ = gather(options.folders)
+    finished = gather(options.folders)
     runs = [*finished.values()]
     print(markdown(summary(runs)))
     with atomic_write(out / "results.csv") as temporary:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import is_below
@@ -32,28 +28,6 @@ def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> 
         return hydra.compose(config_name, list(overrides), **options)
 
 
-def describe_missing(key: str, known: Collection[Any], override: str = "") -> str:
-    """The error text for an unknown dotted key, with the nearest of those ``known``.
-
-    ``override`` would add the key.
-    """
-    parent, dot, name = key.rpartition(".")
-    group = parent if not known and Path(CONF, parent, "none.yaml").is_file() else key
-    options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
-    if chosen := [f"{group}={option}" for option in options if option != "none"]:
-        return f"{group} is not chosen; choose {' or '.join(chosen)}"
-    near = get_close_matches(name, map(str, known), 1)
-    remedy = f"did you mean {parent}{dot}{near[0]}?" if near else "--cfg job shows what there is."
-    if override and dot:
-        remedy += f" If its class takes it, add {override}"
-    return f"no key {key}; {remedy}"
-
-
-def override_key(override: str) -> str:
-    """The key of an override, as ``logger`` of ``~logger``."""
-    return override.partition("=")[0].lstrip("+~")
-
-
 def select_overrides(overrides: Iterable[str], ignored: Collection[str] = ()) -> list[str]:
     """The last override of each key.
 
@@ -61,7 +35,7 @@ def select_overrides(overrides: Iterable[str], ignored: Collection[str] = ()) ->
         overrides: as on the command line.
         ignored: keys that are left out, with all below them, and whole overrides.
     """
-    last = {override_key(text): text for text in overrides}
+    last = {text.partition("=")[0].lstrip("+~"): text for text in overrides}
     return [
         text
         for key, text in last.items()
@@ -73,11 +47,7 @@ def folder_name(overrides: Sequence[str], ignored: Collection[str] = ()) -> str:
     """The folder of a sweep's job, ``neuron-lif-seed-0`` for ``neuron=lif seed=0``.
 
     Letters, digits, ``.``, ``_`` and ``-`` alone, at most 120 of them. Where that leaves something
-    out, a hash tells the jobs apart.
-
-    Args:
-        overrides: the job's.
-        ignored: see :func:`select_overrides`.
+    out, a hash tells the jobs apart. See :func:`select_overrides` for the arguments.
     """
     text = ",".join(sorted(select_overrides(overrides, ignored))) or "default"
     name = re.sub(r"[^A-Za-z0-9._]+", "-", text)
@@ -85,28 +55,6 @@ def folder_name(overrides: Sequence[str], ignored: Collection[str] = ()) -> str:
         return name
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"{name[:103].strip('-.')}-{digest}".lstrip("-")
-
-
-class RemoveEmptyFolders(Callback):
-    """Removes the empty folders that Hydra made for a job, as for one that was refused."""
-
-    missing: Sequence[Path] | None = None
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.run.dir).absolute()
-        self.missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        atexit.register(remove_empty, self.missing)  # Ctrl-C ends no job
-
-    def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
-        of_a_sweep = [Path(config.hydra.runtime.output_dir)]
-        remove_empty(of_a_sweep if self.missing is None else self.missing)
-
-
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders, from the innermost on, until one holds something."""
-    with suppress(OSError):
-        for path in folders:
-            path.rmdir()
 
 
 def base_name(path: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 
 from ..model.block import seeded
-from .allocator import reuse_freed_memory
 from .columns import format_metrics
 from .evaluation import Evaluator, bare_trainer
-from .provenance import command_line, provenance
+from .process import command_line, provenance, reuse_freed_memory, silence_notes
 from .run import Run, build_data, build_part, flatten
 from .task import Task
 from .validate import validate
@@ -40,7 +38,6 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     reuse_freed_memory()
     run, trust = Run.find(cfg.checkpoint), cfg.trust
     with run.lock():
-        run.evaluations  # noqa: B018 - a damaged one is an error now, not after the measuring
         given, cfg = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
         for key, value in given.items():
             if value is not None:
@@ -129,18 +126,3 @@ def test(task: Task, trainer: L.Trainer, data: L.LightningDataModule) -> dict[st
 def rename_for_best_epoch(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics under the names of the epoch that was best on the validation set."""
     return {f"{name}_best_validation_epoch": value for name, value in metrics.items()}
-
-
-def silence_notes() -> None:
-    """Silence warnings of libraries about what is intended, or what no user can change."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices and services
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
-    for note in (
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
-        r".*smaller than the logging interval",  # nothing is logged by the step
-        r".*does not have many workers",  # images in memory are faster without
-        r"Checkpoint directory .* exists and is not empty",  # a run that resumes
-        r"Metric `InceptionScore` will save all",
-        r"The dirpath has changed",  # in a folder that was moved
-    ):
-        warnings.filterwarnings("ignore", note)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from filelock import FileLock
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
@@ -39,9 +38,6 @@ from .files import atomic_write
 log = logging.getLogger(__name__)
 
 SAMPLES_AT_ONCE = 250
-#: of training images, for FAD's own autoencoder
-FEW = 1000
-FEW_IMAGES = "FAD's own autoencoder learns from %d images alone: take its FAD as a rough hint"
 #: names of the published autoencoders
 PUBLISHED = {"mnist": "mnist", "fashion_mnist": "fashion"}
 #: Only the first of several processes measures, so there is nothing to sum over them.
@@ -98,8 +94,8 @@ class Evaluator:
             The metrics, and under ``protocol`` how each was measured.
 
         Raises:
-            ValueError: too few samples or test images for one of the metrics, or images that FAD as
-                published does not take.
+            ValueError: too few samples or test images for a metric, or images that it does not
+                take.
         """
         gpu = self.accelerator != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if gpu else "cpu")
@@ -142,8 +138,6 @@ class Evaluator:
         needed = 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)
         self._check_enough("fad", needed, data)
         codes = AutoencoderCodes(self._trained_autoencoder(data))
-        if len(data.train_set) < FEW:
-            codes.description += f", trained on {len(data.train_set)} images alone"
         kinds = {"fad_precision": Precision, "fad_recall": Recall}
         neighbours = {name: kind(codes, **ALONE) for name, kind in kinds.items()}
         groups.append({"fad": _distance(codes), **neighbours})
@@ -166,20 +160,12 @@ class Evaluator:
         return MetricCollection({"fad_published": fad.to(device)})
 
     def _check_enough(self, name: str, needed: int, data: ImageData | None) -> None:
-        option = "features" if name.startswith("features") else "inception_weights"
-        out = "" if name == "fad" else f", or leave it out with metric.{option}=false"
-        counts = {"metric.samples": (self.samples, "metric.samples")}
+        counts = {"metric.samples": self.samples}
         if data is not None:
-            share = "dataset.test_share" if hasattr(data, "test_share") else "dataset.limit"
-            if data.test_name == "validation":
-                share = "dataset.validation"
-            counts[f"the number of {data.test_name} images"] = len(data.test_set), share
-        for what, (count, key) in counts.items():
+            counts[f"the number of {data.test_name} images"] = len(data.test_set)
+        for what, count in counts.items():
             if count < needed:
-                raise ValueError(
-                    f"{name} needs at least {needed} images, but {what} is {count}; raise {key}"
-                    f"{out}"
-                )
+                raise ValueError(f"{name} needs at least {needed} images, but {what} is {count}")
 
     def _share_network(
         self, group: dict[str, Any], data: ImageData, device: torch.device
@@ -217,8 +203,6 @@ class Evaluator:
             epochs = settings["epochs"]
             options = {"max_epochs": epochs, "limit_val_batches": 0}
             trainer = bare_trainer(self.accelerator, bar=True, **options)
-            if len(data.train_set) < FEW:
-                log.warning(FEW_IMAGES, len(data.train_set))
             log.info("Training FAD's autoencoder on %s for %d epochs, once", data.name, epochs)
             # From its own seed, so that every run looks through the same one.
             with seeded(settings["seed"]):
@@ -275,20 +259,11 @@ def load_or_make(
     """Load what is cached at ``path``, or make and cache it, in one of several processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if path.is_file():
-            try:
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-                tensors = [leaf for leaf in tree_leaves(loaded) if torch.is_tensor(leaf)]
-                if not all(tensor.isfinite().all() for tensor in tensors):
-                    raise ValueError("it holds values that are not finite")
-                load(loaded)
-                return
-            except Exception as error:  # whatever is wrong with it, making it again is the remedy
-                log.warning("%s cannot be used (%s); making it again", path, error)
-        made = make()
-        with atomic_write(path) as whole:
-            torch.save(made, whole)
-    load(made)
+        if not path.is_file():
+            made = make()
+            with atomic_write(path) as whole:
+                torch.save(made, whole)
+        load(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _real_states(metric: Any) -> dict[str, Any]:

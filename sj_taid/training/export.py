@@ -58,9 +58,7 @@ model = sj_taid.create_model("{name}", pretrained=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "sj-taid export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("sj-taid export", description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--name", required=True, help="letters, digits, '.', '_' and '-'")
     parser.add_argument(

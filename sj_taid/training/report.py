@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor
 from torchvision.utils import save_image
 
-from .._checks import check, integer
 from .._extras import needs
 from ..model.block import seeded
 from .callbacks import Pictures, show_progress
@@ -35,6 +31,7 @@ from .columns import COLUMNS as MEASURED
 from .columns import METRICS, Column, learned_nothing
 from .compare import Metrics, frame, gather, heading, present
 from .files import atomic_write, check_replaceable
+from .process import silence_notes
 from .run import Run, build_data
 
 with needs("'spikingjelly>=2' plotly jinja2"):
@@ -54,8 +51,6 @@ OPERATIONS = {
     "energy": Column("with memory, µJ", 1e6, 3),
 }
 COLUMNS = MEASURED | OPERATIONS
-
-
 #: in the template: tells a page of ours
 MARK = 'content="sj-taid report"'
 
@@ -63,19 +58,17 @@ MARK = 'content="sj-taid report"'
 # ---- a run ----
 
 
-@cache
-def first_images(dataset: str, trust: tuple[str, ...] = ()) -> Tensor:
-    """The first images ``[N, C, H, W]``, or frames ``[T, N, C, H, W]``, of a test set."""
-    cfg = OmegaConf.create({"dataset": OmegaConf.create(dataset)})
-    data = build_data(cfg, trust, num_workers=0, batch_size=IMAGES)
+def first_images(run: Run, trust: Sequence[str] = ()) -> Tensor:
+    """The first images ``[N, C, H, W]``, or frames ``[T, N, C, H, W]``, of a run's test set."""
+    data = build_data(run.config, trust, num_workers=0, batch_size=IMAGES)
     x, _ = next(iter(data.test_dataloader()))
     return x.transpose(0, 1) if x.dim() == 5 else x
 
 
-def inspect(run: Run, trust: tuple[str, ...] = ()) -> dict[str, Any]:
+def inspect(run: Run, trust: Sequence[str] = ()) -> dict[str, Any]:
     """Samples, reconstructions, spikes and costs of a run's checkpoint."""
     model: Any = run.model(trust)
-    images = first_images(OmegaConf.to_yaml(run.config.dataset), trust)
+    images = first_images(run, trust)
     spikes: dict[str, Tensor] = {}
     found: dict[str, Any] = {}
 
@@ -113,9 +106,8 @@ def png(*rows: Tensor) -> str:
 
 def read_training(run: Run) -> Iterator[dict[str, Any]]:
     """The logged values over the epochs, from the checkpoint."""
-    states = read_checkpoint(Run.find(run.folder).checkpoint).get("callbacks", {})
-    epochs = states.get(Pictures.__qualname__, {"epochs": []})["epochs"]
-    for epoch, values in enumerate(epochs, 1):
+    checkpoint = read_checkpoint(Run.find(run.folder).checkpoint)
+    for epoch, values in enumerate(checkpoint["callbacks"][Pictures.__qualname__]["epochs"], 1):
         for key, value in values.items():
             stage, _, name = key.partition("/")
             yield {"epoch": epoch, "stage": stage, "name": name, "value": value}
@@ -211,13 +203,8 @@ def rank(runs: Mapping[Path, Metrics]) -> tuple[pd.DataFrame, list[str], str]:
     return table.set_axis(labels), keys, metric
 
 
-def page(
-    runs: Mapping[Path, Metrics],
-    left_out: Mapping[Path, str],
-    best: int = 12,
-    trust: Sequence[str] = (),
-) -> str:
-    """The HTML of the runs, and of what ``gather`` left out, by the runs' folders."""
+def page(runs: Mapping[Path, Metrics], best: int = 12, trust: Sequence[str] = ()) -> str:
+    """The HTML of the runs, by their folders."""
     table, keys, metric = rank(runs)
     epochs: list[dict[str, Any]] = []
     details: dict[str, dict[str, Any]] = {}
@@ -228,7 +215,7 @@ def page(
         try:
             epochs += [{"run": label, **value} for value in read_training(Run(folder))]
             if len(details) <= best:
-                one |= inspect(Run(folder), tuple(trust))
+                one |= inspect(Run(folder), trust)
         except Exception as error:  # whatever is wrong with a run, the others are shown
             one["note"] = f"{type(error).__name__}: {error}"
 
@@ -250,7 +237,6 @@ def page(
         },
         runs=details,
         colours=colours,
-        left_out=left_out,
         sections={
             "Learning curves": [*curves(epochs, by_run)],
             "Firing": [*rates(details, by_run)],
@@ -259,20 +245,16 @@ def page(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "sj-taid report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("sj-taid report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders that hold runs")
     parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
     parser.add_argument("--best", type=int, default=12, help="how many checkpoints to load")
     parser.add_argument("--trust", nargs="+", default=(), help="custom classes that runs name")
     options = parser.parse_args(arguments)
-    check(integer(0), best=options.best)
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
+    silence_notes()
     out = options.out or options.folders[0] / "report.html"
     check_replaceable(out, MARK)
-    runs, left_out = gather(options.folders)
-    html = page(runs, left_out, options.best, options.trust)
+    runs = gather(options.folders)
     with atomic_write(out) as temporary:
-        temporary.write_text(html, encoding="utf-8")
-    print(f"{out}: {len(runs)} of {len(runs) + len(left_out)} runs")
+        temporary.write_text(page(runs, options.best, options.trust), encoding="utf-8")
+    print(f"{out}: {len(runs)} runs")

@@ -6,20 +6,17 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from .._build import build
+from .._build import build, is_below
 from ..pretrained import list_models
-from .config import is_below
-from .files import atomic_write, remove_leftovers, unwritable
+from .files import atomic_write
 
 if TYPE_CHECKING:  # the command line imports this before torch
     from torch import nn
@@ -80,7 +77,6 @@ class Run:
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: ``path`` is another file.
         """
         path = Path(path).expanduser().absolute()
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
@@ -90,62 +86,39 @@ class Run:
                 create = f"sj_taid.create_model({path.name!r}, pretrained=True)"
                 hint = f"that is a model of the package, not a run; in Python {create} loads it"
             raise FileNotFoundError(f"no checkpoint at {path}; {hint}")
-        if run.checkpoint.suffix != ".ckpt":
-            raise ValueError(
-                f"expected a run's folder or a checkpoint in it, a .ckpt file, but got {path}; "
-                f"give {path.parent}"
-            )
         return run
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes out of the folder; an empty folder stays empty.
+        """Keep other processes out of the folder.
 
         The first process of a distributed run holds the lock for all.
 
         Raises:
             TimeoutError: another process holds it.
-            OSError: the folder cannot be written.
         """
         if not is_first_process():
             yield
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / LOCK).acquire(blocking=False)
         except Timeout as error:
             raise TimeoutError(
                 f"another process is running in {self.folder}; wait until it ends, or {ELSEWHERE}"
             ) from error
-        except OSError as error:
-            raise unwritable(self.folder, error, ELSEWHERE) from error
         with lock:
-            for name in ("", CHECKPOINTS, EVALUATIONS):
-                remove_leftovers(self.folder / name)
-            try:
-                yield
-            finally:
-                if [*self.folder.iterdir()] == [self.folder / LOCK]:
-                    with suppress(OSError):  # read-only
-                        (self.folder / LOCK).unlink()
+            yield
 
     @property
     def config(self) -> DictConfig:
         """The config that the run was started with.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: the file is damaged.
+            FileNotFoundError: there is none; keep a checkpoint in its run's folder.
         """
-        path = self.folder / CONFIG
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no {CONFIG} at {path}; keep a checkpoint in its run's folder, "
-                f"<run folder>/{CHECKPOINTS}/"
-            )
-        config = read_yaml(path)
-        if not (isinstance(config, DictConfig) and config):
-            raise ValueError(f"{path} is damaged: it holds no keys and values")
+        config = OmegaConf.load(self.folder / CONFIG)
+        assert isinstance(config, DictConfig)
         return config
 
     def begin(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
@@ -204,43 +177,28 @@ class Run:
 
         Raises:
             FileNotFoundError: the run is not finished.
-            ValueError: the file is damaged.
         """
         if not self.is_finished:
             raise FileNotFoundError(f"no {METRICS} in {self.folder}: finish the run first")
-        metrics = read_json(self.folder / METRICS)
-        if not {"command", "overrides", "choices"} <= metrics.keys():
-            raise ValueError(
-                f"{self.folder / METRICS} lacks command, overrides and choices, which a run writes"
-            )
-        return metrics
+        return json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         _write_json(metrics, self.folder / METRICS)
 
     def save_evaluation(self, evaluation: dict[str, Any]) -> Path:
-        """Add a file to the run's evaluations; its number counts up, whatever the clock says."""
-        number = 1 + max((one.get("number", 0) for one in self._read_evaluations()), default=0)
+        """Add a file, named by the time, to the run's evaluations."""
         path = self.folder / EVALUATIONS / f"{datetime.now():%Y-%m-%dT%H-%M-%S-%f}.json"
-        _write_json({"number": number, **evaluation}, path)
+        _write_json(evaluation, path)
         return path
-
-    def _read_evaluations(self) -> list[dict[str, Any]]:
-        found = [read_json(path) for path in sorted((self.folder / EVALUATIONS).glob("*.json"))]
-        if not all({"metrics", "protocol"} <= evaluation.keys() for evaluation in found):
-            raise ValueError(f"{EVALUATIONS} holds JSON that sj-taid evaluate did not write")
-        return sorted(found, key=lambda evaluation: evaluation.get("number", 0))
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
         """The later evaluations of the checkpoints that are here, the oldest first.
 
         Those of a checkpoint that was replaced are left out. Without any checkpoint all count.
-
-        Raises:
-            ValueError: a file is damaged, or not what an evaluation writes.
         """
-        found = self._read_evaluations()
+        paths = sorted((self.folder / EVALUATIONS).glob("*.json"))
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         runs = [Run(self.folder), Run(self.folder, self.best)] if found else []
         here = {run.checkpoint_sha256() for run in runs if run.checkpoint.is_file()}
         return [one for one in found if not here or one.get("checkpoint_sha256") in here]
@@ -266,13 +224,11 @@ def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn
 
     Args:
         run_or_checkpoint: a run's folder, or a checkpoint in it.
-        trust: full names of custom classes that the run's config may name next to those of this
-            package, SpikingJelly's neurons and surrogates, ``torch.optim`` and torch's losses.
+        trust: full names of custom classes that the run's config may name, as ``mypkg.MyLIF``.
 
     Raises:
         FileNotFoundError: no checkpoint there, or no config in its run's folder.
-        ValueError: not a checkpoint, damaged, of another model, or a config that names classes
-            which are not trusted.
+        ValueError: no whole checkpoint of this model, or a class that is not trusted.
     """
     return Run.find(run_or_checkpoint).model(trust)
 
@@ -309,33 +265,9 @@ def merge_evaluations(
     return metrics
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run; empty if it holds no dictionary."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return content if isinstance(content, dict) else {}
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file of a run. An alias, which no run writes, could stand for gigabytes."""
-    try:
-        tokens = yaml.scan(path.read_text(encoding="utf-8"))
-        if any(isinstance(token, yaml.AliasToken) for token in tokens):
-            raise ValueError("it has aliases")
-        return OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-
-
 def _write_json(content: dict[str, Any], path: Path) -> None:
-    wrong = [
-        key
-        for key, value in flatten(content).items()
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
-    if wrong:
+    numbers = {key: value for key, value in flatten(content).items() if isinstance(value, float)}
+    if wrong := [key for key, value in numbers.items() if not math.isfinite(value)]:
         raise FloatingPointError(
             f"{', '.join(wrong)}: not a finite number, so {path} is not written; the model has "
             "diverged: train it with a lower optimizer.lr, or with trainer.gradient_clip_val=1.0"

@@ -18,20 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..calibration import calibrate
 from ..model.block import seeded
-from .allocator import reuse_freed_memory
 from .callbacks import Pictures, RandomNumbers
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_flow
 from .columns import format_metrics, learned_nothing
-from .evaluate import (
-    build_evaluator,
-    build_tester,
-    measure,
-    rename_for_best_epoch,
-    silence_notes,
-    test,
-)
-from .files import report_unwritable
-from .provenance import command_line, provenance
+from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
+from .process import command_line, provenance, reuse_freed_memory, silence_notes
 from .run import METRICS, Run, build_data, build_part, is_first_process
 from .task import Task
 from .validate import validate
@@ -44,13 +35,11 @@ def main(cfg: DictConfig) -> float | None:
     job = HydraConfig.get()
     run = Run(job.runtime.output_dir)
     choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
-    with run.lock(), explain_resuming(run), report_unwritable(run.folder):
+    with run.lock(), explain_resuming(run):
         origin = {"choices": choices, **command_line("train", job)}
         metrics = train(cfg, run.folder, repeated=list_repeated_overrides(job), **origin)
     if is_first_process():
         log.info("%s", closing_lines(run))
-        if cfg.objective not in metrics:
-            log.warning("This run did not measure its objective, %s.", cfg.objective)
     return metrics.get(cfg.objective)
 
 
@@ -71,7 +60,6 @@ def train(
     Raises:
         ValueError: the config is wrong, or does not fit the run that is in the folder.
         FloatingPointError: the model has diverged. The checkpoint of the epoch before stays.
-        OSError: a file cannot be written. What was there before is whole.
     """
     validate(cfg)
     silence_notes()

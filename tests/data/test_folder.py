@@ -84,7 +84,10 @@ def test_image_folder_refuses_missing_folders_and_empty_parts(tmp_path):
     with pytest.raises(ValueError, match=r"classes=10, but .* holds no folders of classes; set"):
         folder(tmp_path, classes=10)
     write_images(tmp_path, 4)
-    for share, message in ((0.1, "no samples for testing"), (1.5, r"test_share must be in \(0, 1\)")):
+    for share, message in (
+        (0.1, "no samples for testing"),
+        (1.5, r"test_share must be in \(0, 1\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             folder(tmp_path, test_share=share)
 

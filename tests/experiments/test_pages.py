@@ -1,6 +1,7 @@
 """The committed runs and the tables made of them."""
 
 import itertools
+import json
 import re
 
 import pages
@@ -33,14 +34,14 @@ def sweep(tmp_path_factory):
         config = {"seed": seed, "model": {"norm": False}, "task": {"lr_scale": 10}}
         config["neuron_start"] = start | {"calibrate": None}
         OmegaConf.save(OmegaConf.create(config), single.folder / run.CONFIG)
-    return compare.gather([folder])[0]
+    return compare.gather([folder])
 
 
 # ---- the store ----
 
 
 def test_store_names_runs_by_their_choices(runs, tmp_path):
-    finished, _ = compare.gather([runs])
+    finished = compare.gather([runs])
     finished[tmp_path / "other"] = metrics(["neuron=lif"], fad=1.0)
     lines = [*store.store(finished, tmp_path)]
     assert lines[-1] == f"not stored: {tmp_path / 'other'} (it is no run of experiment=...)"
@@ -115,7 +116,7 @@ def test_stored_runs_are_of_experiments_and_have_names_for_any_command_line():
     for path in store.RESULTS.glob("runs/*/*.json"):
         assert path.parent.name in recipes
         assert re.fullmatch(r"[A-Za-z0-9._-]{1,120}", path.stem), path
-        stored = run.read_json(path)
+        stored = json.loads(path.read_text())
         assert {"command", "commit", "machine", "evaluations", "choices"} <= stored.keys()
         assert compare.overrides(stored)["experiment"] == path.parent.name
 

@@ -38,7 +38,7 @@ def test_cli_reports_a_typo_before_heavy_imports():
         check=False,
     )
     assert done.returncode == 1 and done.stdout.strip() == "imported []"
-    assert "alif" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "alif" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_cli_usage(sj_taid, capsys):
@@ -57,55 +57,43 @@ def test_cli_usage(sj_taid, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train nueron=lif", r"^no key nueron; did you mean neuron\?$"),
-        ("train +nueron=lif", r"no key nueron; did you mean neuron\?"),
-        ("train trainer.max_epoch=1", r"^no key trainer\.max_epoch; did you mean .*\.max_epochs\?"),
-        ("train model.x=1", r"^no key model\.x; --cfg job .* is\. If its class .* \+model\.x=1$"),
-        ("train feature_loss.weight=3", r"^feature_loss is not chosen; choose feature_loss=cla"),
-        ("train callbacks=quiet callbacks.x=1", r"^no key callbacks\.x; .* add \+callbacks\.x=1$"),
-        ("train loss.x=1", r"^loss is not chosen; choose loss=cross_entropy or loss=mse or"),
+        ("train +nueron=lif", "the config has no nueron; there are .* neuron,"),
+        ("train trainer.max_epoch=1", r"Could not override 'trainer\.max_epoch'"),
         ("train +model.x=1", "ESVAE cannot be built: .*unexpected keyword argument 'x'"),
-        ("train neuron=alef", "Could not find 'neuron/alef' Available options in 'neuron': alif"),
+        ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
         ("train foo", "missing EQUAL"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
-        ("train resume=", r"needs the folder of a run.*but got nothing; give resume=RUN"),
-        ("train resume=nowhere", r"needs the folder of a run.*but got nowhere; give resume=RUN"),
+        ("train resume=nowhere", r"needs the folder of a run.*but got .*nowhere"),
         ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),
         ("train trust=mypkg.MyLIF", r"trust must be a list of full .* it is 'mypkg\.MyLIF'"),
-        ("train trust=0", r"trust must be a list of full .* it is 0"),
-        ("train model.T=0", r"^model\.T must be an integer >= 1, but it is 0"),
-        ("train trainer.accelerator=tpuu", "Available names are.* full_key: trainer"),
-        ("train optimizer._target_=torch.Foo", "target 'torch.Foo'.* full_key: optimizer"),
-        ("train neuron._target_=os.system", r"'os\.system': no public class .*add trust="),
-        ("train -m seed=0 neuron._target_=os.system", r"'os\.system': no public class"),
-        ("train hydra.run.dir=file", "File exists: '.*file'; give another path"),
-        ("train hydra.run.dir=file/x", "Not a directory: '.*file/x'; give another path"),
+        ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
+        ("train trainer.accelerator=tpuu", "Available names are(?s:.*)full_key: trainer"),
+        ("train optimizer._target_=torch.Foo", "target 'torch.Foo'(?s:.*)full_key: optimizer"),
+        (
+            "train -m seed=0 neuron._target_=os.system",
+            r"'os\.system': no public class .*add trust=",
+        ),
+        ("train hydra.run.dir=file", "File exists: '.*file'"),
         ("evaluate checkpoint=nowhere", "no checkpoint at .*nowhere; a run leaves it in"),
         ("sample checkpoint=esvae_mnist_taid", "a model of the package, not a run; in Python sj_"),
-        ("sample checkpoint=file", r"a \.ckpt file, but got .*file; give "),
-        ("sample", "checkpoint is missing; give checkpoint="),
-        ("compare nowhere", "no folder nowhere; give folders that hold runs"),
+        ("sample", "Missing mandatory value: checkpoint"),
+        ("compare nowhere", "no finished run below nowhere"),
     ],
 )
-def test_cli_reports_a_users_error_in_lines(
+def test_cli_reports_a_users_error_without_a_traceback(
     sj_taid, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    (tmp_path / "runs" / "digits").mkdir(parents=True)
     with pytest.raises(SystemExit) as ended:
         sj_taid(*arguments.split())
     text = str(ended.value)
     assert re.search(message, text), text
     said = capsys.readouterr()
     assert "-m seed" not in arguments or re.search(message, said.out)  # before the sweep's end
-    lines = said.err.splitlines() + text.splitlines()
-    assert "Traceback" not in "".join(lines)
-    assert len(lines) <= 3
-    left = [*tmp_path.rglob("*")]
-    assert {path.name for path in left if path.is_file()} <= {"file", "multirun.yaml"}
-    empty = [path for path in left if path.is_dir() and not any(path.iterdir())]
-    assert empty == [tmp_path / "runs" / "digits"]  # which was there before
+    assert "Traceback" not in said.err + text
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {"file", ".lock", "multirun.yaml"}
 
 
 def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
@@ -114,39 +102,8 @@ def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
         sj_taid("train", "resume=nowhere")
 
 
-def test_cli_shortens_the_errors_of_workers_and_of_lightning():
-    class MisconfigurationException(Exception):  # as Lightning names it
-        pass
-
-    assert cli.is_users(MisconfigurationException()) and not cli.is_users(KeyError())
-    worker = "Caught OSError in DataLoader worker process 0.\nTraceback ...\nOSError: a.png: bad\n"
-    assert cli.format_error(OSError(worker)).splitlines()[0] == "a.png: bad"
-
-
-NAMES = [
-    "run",
-    "it's neuron=lif,seed=0",
-    "läufe",
-    "a b",
-    "${b}",
-    "a\\",
-    "a\\'b",
-    "[a]",
-    "{a:b}",
-    "a#",
-]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_paths_reach_hydra_as_they_are(name):
-    composed = config.compose("sample", cli.quote_paths([f"checkpoint={name}", "n=3"]))
-    assert composed.checkpoint == name and composed.n == 3
-    assert config.compose("sample", cli.quote_paths(["checkpoint='a b'"])).checkpoint == "a b"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_resume_arguments(tmp_path, name):
-    folder = tmp_path / name
+def test_resume_arguments(tmp_path):
+    folder = tmp_path / "it is neuron=lif,seed=0 [a]"
     assert cli.resume_arguments(["seed=1", "-m"]) == ["seed=1", "-m"]
     folder.mkdir()
     (folder / run.OVERRIDES).write_text("- neuron=lif\n- model.stages=[[4],[6]]\n")
@@ -221,8 +178,3 @@ def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):
     assert metrics["epochs"] == 0 and "seed=3" in metrics["overrides"]
     assert metrics["command"] == shlex.join(["sj-taid", "train", *metrics["overrides"]])
     assert str(tmp_path) not in metrics["command"]
-
-
-def test_train_names_an_objective_that_it_did_not_measure(train, caplog):
-    train("trainer.max_epochs=0", "objective=validation_reconstruction")
-    assert "did not measure its objective, validation_reconstruction" in caplog.text

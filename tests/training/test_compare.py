@@ -21,39 +21,14 @@ def single(tmp_path):
 
 def test_gather_counts_a_run_once_however_its_folder_is_named(runs, tmp_path):
     (tmp_path / "link").symlink_to(runs)
-    finished, left_out = compare.gather([runs, runs / ".." / runs.name, tmp_path / "link"])
-    assert len(finished) == 4 and len(left_out) == 2
+    assert len(compare.gather([runs, runs / ".." / runs.name, tmp_path / "link"])) == 4
 
 
-ORIGIN = '"command": "", "overrides": [], "choices": {}'
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "reason"),
-    [
-        (run.METRICS, b'{"fad": 1.0}', "lacks command, overrides and choices"),
-        (run.METRICS, f"{{{ORIGIN}}}".encode(), "has none of accuracy, accuracy_best_test"),
-        (run.METRICS, b"", "is damaged"),
-        (run.METRICS, b"[" * 10**5, "metrics.json is damaged: maximum recursion depth"),
-        (run.METRICS, b"[1]", "lacks command, overrides and choices"),
-        (run.CONFIG, b"[" * 10**4, "config.yaml is damaged: maximum recursion depth"),
-        (run.CONFIG, b"a: &a [x]\nb: [*a, *a]", "config.yaml is damaged: it has aliases"),
-        (run.CONFIG, b"", "config.yaml is damaged: it holds no keys"),
-        (f"{run.EVALUATIONS}/1.json", b"[1]", "JSON that sj-taid evaluate did not write"),
-        (f"{run.EVALUATIONS}/1.json", b"{", "1.json is damaged"),
-        (run.CONFIG, b"a: [}", "config.yaml is damaged"),
-        (run.CONFIG, b"a: ${", "config.yaml is damaged"),
-        (run.CONFIG, b"- 1", "config.yaml is damaged"),
-        (run.CONFIG, b"\xff\xfe", "codec can't decode"),
-    ],
-)
-def test_gather_leaves_out_a_damaged_run_with_the_reason(single, capsys, file, content, reason):
-    (single.folder / file).parent.mkdir(exist_ok=True)
-    (single.folder / file).write_bytes(content)
+def test_gather_leaves_out_a_damaged_run_with_the_reason(single, capsys):
+    (single.folder / run.METRICS).write_text('{"fad": 3')
     with pytest.raises(FileNotFoundError, match=f"no finished run below {single.folder}; an"):
         compare.gather([single.folder])
-    left_out = capsys.readouterr().out
-    assert left_out.startswith(f"left out: {single.folder} (") and reason in left_out
+    assert capsys.readouterr().out.startswith(f"left out: {single.folder} (Expecting")
 
 
 def test_gather_counts_the_evaluations_of_the_checkpoints_that_are_here(single):
@@ -70,18 +45,13 @@ def test_gather_counts_the_evaluations_of_the_checkpoints_that_are_here(single):
         single.save_evaluation({"metrics": {name: 0.5}, "protocol": {}} | digest)
     read = compare.read(single)
     assert (read["fad"], read["accuracy"]) == (0.5, 0.5)
-    # Made while the clock was ahead: the next counts on from it.
-    path = single.save_evaluation({"metrics": {"fad": 2.0}, "protocol": {}} | digest)
-    path.rename(path.with_name("2130-01-01.json"))
-    single.save_evaluation({"metrics": {"fad": 1.0}, "protocol": {}} | digest)
-    assert compare.read(single)["fad"] == 1.0
 
 
 # ---- tables ----
 
 
 def test_summary_keeps_protocols_apart(runs):
-    first, *others = compare.gather([runs])[0].values()
+    first, *others = compare.gather([runs]).values()
     assert "FAD, own autoencoder ↓" in compare.summary([first, *others])
     first["protocol"] = {"fad": "by eye"}
     mixed = compare.summary([first, *others])
@@ -111,7 +81,7 @@ def test_column_text_spreads_counts_that_differ():
 def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
     compare.main([str(runs)])
     shown = capsys.readouterr().out
-    assert "broken/metrics.json is damaged" in shown and "unfinished (unfinished)" in shown
+    assert "broken (Expecting" in shown and "unfinished: finish the run first" in shown
     written = (runs / "results.md").read_text()
     assert written in shown
     head, _, *rows = cells(written)
@@ -148,10 +118,3 @@ def test_compare_and_report_leave_files_of_others_alone(runs, tmp_path, sj_taid)
 def test_compare_takes_a_single_run(single, sj_taid, tmp_path):
     sj_taid("compare", str(single.folder), "--out", str(tmp_path / "out"))
     assert cells((tmp_path / "out" / "results.md").read_text())[2][:2] == ["3.50", "2"]
-
-
-def test_compare_and_report_say_what_cannot_be_written(runs, tmp_path, sj_taid):
-    (taken := tmp_path / "taken").write_text("")
-    for command in ("compare", "report"):
-        with pytest.raises(SystemExit, match="taken"):
-            sj_taid(command, str(runs), f"--out={taken}/below")

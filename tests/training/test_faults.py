@@ -1,6 +1,5 @@
 """Faults done to a run: it says what happened, and ends as if nothing had."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -45,22 +44,12 @@ def kill(*_):
 
 
 def write_half(path):
-    path.write_bytes(b"{half")
+    path.write_text("{half")
     kill()
 
 
 def kill_within_checkpoint(trainer):
-    torch.save = lambda content, path: write_half(path)
-
-
-def kill_within_metrics(trainer):
-    Path.replace = lambda path, target: write_half(path)
-
-
-def kill_loaders(trainer):
-    for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGKILL)
-        worker.join()
+    Path.write_bytes = lambda path, content: write_half(path)
 
 
 def kill_second_process(trainer):
@@ -113,13 +102,12 @@ RESUME = "Resume with: sj-taid train resume="
 FAULTS = {
     "killed in an epoch": Fault(kill),
     "killed in writing a checkpoint": Fault(kill_within_checkpoint),
-    "killed in writing metrics": Fault(kill_within_metrics, when="metrics"),
+    "killed before metrics": Fault(kill, when="metrics"),
     "ctrl-c": Fault(press_ctrl_c, f"Stopped. {RESUME}"),
     "loss": Fault(spoil_loss, "the loss is nan in epoch 3, after step 7: the model has diverged"),
-    "loader": Fault(kill_loaders, r"DataLoader worker .*(killed by signal|exited unexpectedly)"),
     "full disk": Fault(
         fill_disk,
-        rf"(?s)last\.ckpt cannot be written .*make room.*{RESUME}",
+        rf"(?s)No space left on device.*{RESUME}",
         mend=lambda folder: (folder / "full").unlink(),
     ),
     "second process": Fault(kill_second_process),

@@ -1,7 +1,6 @@
 """A run's folder: what is locked, saved, refused, and called when it is loaded."""
 
 import os
-import pickle
 
 import pytest
 import torch
@@ -22,17 +21,6 @@ class MyLIF(neuron.LIFNode):
     """A custom neuron."""
 
 
-def test_lock_removes_what_a_killed_writer_left_and_leaves_files_of_others(tmp_path):
-    others = [tmp_path / "notes" / ".fad.npz.1.tmp", tmp_path / ".mine.tmp"]
-    (tmp_path / ".folder.tmp").mkdir()
-    others[0].parent.mkdir()
-    left = tmp_path / ".metrics.json.17.tmp"
-    for path in (*others, left):
-        path.touch()
-    with Run(tmp_path).lock():
-        assert not left.exists() and all(path.exists() for path in others)
-
-
 def test_lock_admits_one_process_at_a_time(tmp_path, monkeypatch):
     with Run(tmp_path / "run").lock():
         message = r"another process .*/run; wait .*hydra\.run\.dir"
@@ -43,7 +31,6 @@ def test_lock_admits_one_process_at_a_time(tmp_path, monkeypatch):
         monkeypatch.setattr(rank_zero_only, "rank", 1)  # of the same distributed run
         with Run(tmp_path / "run").lock():
             pass
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nothing was left
 
 
 def test_save_metrics_refuses_what_is_not_finite(tmp_path):
@@ -104,11 +91,9 @@ def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
     foreign = [*TINY_CLASSIFICATION, "neuron=lif", f"neuron._target_={name}"]
     with pytest.raises(ValueError, match=rf"names '{name}'.*add trust=\[{name}\]"):
         train(tiny(*foreign, tiny=False), tmp_path)
-    for wrong, why in (("MyLIF", "a module that"), ("no_such.MyLIF", "No module named 'no_such'")):
-        with pytest.raises(ValueError, match=f"trust names '{wrong}', which cannot.*{why}"):
-            train(
-                tiny(*foreign, f"neuron._target_={wrong}", f"trust=[{wrong}]", tiny=False), tmp_path
-            )
+    wrong = ["neuron._target_=no_such.MyLIF", "trust=[no_such.MyLIF]"]
+    with pytest.raises(ValueError, match=r"trust names 'no_such\.MyLIF', which cannot"):
+        train(tiny(*foreign, *wrong, tiny=False), tmp_path)
     assert not list(tmp_path.iterdir())
 
     train(tiny(*foreign, f"trust=[{name}]", tiny=False), tmp_path)
@@ -146,9 +131,6 @@ def test_load_model_refuses_other_models_and_foreign_classes(trained, tmp_path):
         with pytest.raises(ValueError, match=message):
             load_model(folder)
     assert not (tmp_path / "touched").exists()
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no config\.yaml at"):
-        load_model(folder)
 
 
 class Hostile:
@@ -156,28 +138,17 @@ class Hostile:
         return os.system, ("touch hacked",)
 
 
-def save_half(content, path):
-    torch.save({"state_dict": {}}, path)
-    path.write_bytes(path.read_bytes()[:100])
-
-
 @pytest.mark.parametrize(
-    ("save", "reason"),
-    [
-        (torch.save, r"names posix\.system, code"),
-        (lambda content, path: path.write_bytes(pickle.dumps(content, 2)), r"names posix\.system"),
-        (save_half, r"is not a whole checkpoint .* move it away"),
-        (lambda _, path: path.write_bytes(b"not a checkpoint"), "is not a whole checkpoint"),
-        (lambda _, path: path.touch(), "is not a whole checkpoint"),
-    ],
+    "save",
+    [torch.save, lambda content, path: path.write_bytes(b"PK half"), lambda _, path: path.touch()],
 )
-def test_read_checkpoint_refuses_code_and_damage(tmp_path, monkeypatch, save, reason):
+def test_read_checkpoint_refuses_code_and_damage(tmp_path, monkeypatch, save):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.ckpt"
     save({"state_dict": Hostile()}, path)
-    with pytest.raises(ValueError, match=reason) as info:
+    with pytest.raises(ValueError, match=r"is not a whole checkpoint .* move it away") as info:
         read_checkpoint(path)
-    assert "weights_only" not in f"{info.value} {info.value.__cause__}"
+    assert "weights_only" not in str(info.value)  # torch's advice to load it all the same
     assert not (tmp_path / "hacked").exists()
 
 
@@ -219,15 +190,6 @@ def test_neurons_start_at_whole_numbers(name):
 def test_build_trusts_no_others(target):
     with pytest.raises(ValueError, match=r"no public class of .* add trust="):
         build({"a": [{"_target_": target, "_partial_": True}]}, ())
-
-
-def test_build_refuses_a_config_nested_too_deep():
-    config = {"_target_": "sj_taid.TAID"}
-    for depth in range(2000):
-        config = {"a": config}
-        if depth in (800, 1999):
-            with pytest.raises(ValueError, match="nested too deep"):
-                build(config, ())
 
 
 def test_build_resolves_nothing(tmp_path):

@@ -62,18 +62,9 @@ def test_train_command_leaves_everything_and_can_be_sampled(tmp_path, cache):
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("n=0", "n must be an integer >= 1, but it is 0"),
-        ("columns=x", "columns must be an integer >= 1, but it is 'x'"),
-        ("output=.", r"output must name a picture, such as samples\.png, but it is \."),
-        ("output=run/metrics.json", r"output must name a picture, .*metrics\.json"),
-    ],
-)
-def test_sample_refuses_bad_values(override, message):
-    with pytest.raises(ValueError, match=message):
-        sample.main(compose("sample", ["checkpoint=nowhere", override]))
+def test_sample_refuses_to_write_over_other_files():
+    with pytest.raises(ValueError, match=r"output must name a picture, .*metrics\.json"):
+        sample.main(compose("sample", ["checkpoint=nowhere", "output=run/metrics.json"]))
 
 
 def test_train_with_the_documented_scheduler(tiny, tmp_path):
@@ -218,49 +209,27 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("objective=fadd", "objective must be a metric of the task, .*'fadd'; did you mean fad?"),
-        ("objective=validation_fid", "objective must be a metric of the task"),
+        ("objective=fadd", "objective=fadd is none of reconstruction"),
         ("decoder.squeeze=time", r"^decoder\.squeeze must be 'spatial', 'all' or 'pixel'"),
         ("neuron.backend=fpga", "'fpga' is unknown"),
-        ("trainer.max_epochs=abc", "max_epochs must be an integer >= 0, but it is 'abc'"),
-        ("surrogate=atan surrogate.alpha=abc", r"surrogate\.alpha must be a number"),
-        ("+dataset.crop=0", "crop must be an integer >= 1, or null, but it is 0"),
-        ("dataset.erase=1.5", r"dataset\.erase must be a probability, but it is 1\.5"),
-        ("optimizer.lr=abc", r"optimizer\.lr must be a number >= 0"),
-        ("neuron_start.tau=1", r"^neuron_start\.tau must be a number of time steps greater than 1"),
-        ("neuron_start.calibrate=7", "calibrate must be a rate between 0 and 1, or null"),
-        ("trainer.accumulate_grad_batches=0", "accumulate_grad_batches must be an integer >= 1"),
-        ("trainer.check_val_every_n_epoch=0", "n_epoch must be an integer >= 1, or null, but it"),
-        ("metric.autoencoder.seed=abc", "seed must be an integer >= 0, but it is 'abc'"),
+        ("pictures=no compile=off", "^compile, pictures must be true or false$"),
+        ("neuron_start.calibrate=7", "rate must be more than 0 and less than 1"),
         ("feature_loss=classifier feature_loss.classes=3", r"classes is 3, but .*\.classes is 10;"),
-        ("feature_loss=classifier feature_loss.channels=2", "channels is 2, but .* is 1; leave"),
-        ("dataset=mnist dataset.download=no", r"^dataset\.download must be True or False, but"),
-        ("model.exact_counts=off model=esvae_small", r"^model\.exact_counts must be True or False"),
-        ("optimizer=sgd optimizer.nesterov=no", r"optimizer\.nesterov must be True or False"),
-        ("compile=fast", r"compile must be true, false or options of torch\.compile"),
-        (
-            "model.image_decoder=taid",
-            "it is 'taid'; on the command line choose it with decoder=NAME",
-        ),
+        ("model.T=0", r"T must be an integer >= 1, but it is 0"),
+        ("model.image_decoder=taid", "is 'taid'; on the command line choose it with decoder=NAME"),
         ("dataset.image_size=9", "cannot be halved"),
         ("loss=tet", "is for task=classification; add that, or leave loss= out"),
         ("neuron=alif_channel", "is for task=classification; add that"),
-        (
-            "feature_loss=classifier feature_loss.weight=-1",
-            r"^feature_loss\.weight must be a number >= 0, but it is -1$",
-        ),
+        ("feature_loss=classifier feature_loss.weight=-1", r"^feature_loss\.weight must be a"),
         ("feature_loss=classifier dataset.classes=null", "learns from labels, but dataset"),
         ("feature_loss=classifier task=classification model=classifier_small", "is for task=gen"),
-        ("++feature_loss.weight=1", r"^feature_loss is not chosen; choose feature_loss=cla"),
         ("model.chroma_weight=1", r"^chroma_weight=1 is for images of 3(?s:.*)\n\(of .*FSVAE\)$"),
         ("dataset=nmnist", r"dataset=nmnist holds recordings.*task=classification"),
         ("task=generation model=classifier_small", "Classifier lacks training_loss, sample; "),
-        ("task=generation model=autoencoder", "Autoencoder lacks sample; choose another task="),
         (
             "+callbacks.swa._target_=lightning.pytorch.callbacks.StochasticWeightAveraging",
             "other weights than the saved ones .* take WeightAveraging",
         ),
-        ("task=classification model=esvae_small", "ESVAE lacks classes; "),
         (
             "task=classification model=classifier_small dataset.classes=null",
             "classes must be an integer >= 2",

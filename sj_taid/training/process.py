@@ -1,0 +1,64 @@
+"""What a process sets up once, and what of it is saved next to metrics."""
+
+import ctypes
+import logging
+import os
+import platform
+import shlex
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..doctor import commit, cpu_name
+from .config import select_overrides
+
+
+def reuse_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones.
+
+    By default it gives every large block back to the kernel, and a training step on the CPU spends
+    more time on fresh pages than on arithmetic.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def silence_notes() -> None:
+    """Silence warnings of libraries about what is intended, or what no user can change."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices and services
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
+    for note in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
+        r".*smaller than the logging interval",  # nothing is logged by the step
+        r".*does not have many workers",  # images in memory are faster without
+        r"Checkpoint directory .* exists and is not empty",  # a run that resumes
+        r"Metric `InceptionScore` will save all",
+        r"The dirpath has changed",  # in a folder that was moved
+    ):
+        warnings.filterwarnings("ignore", note)
+
+
+def command_line(command: str, job: Any) -> dict[str, Any]:
+    """The overrides and the command of Hydra's job, without this machine's paths."""
+    ignored = job.job.config.override_dirname.exclude_keys
+    overrides = select_overrides(job.overrides.task, ignored)
+    return {"overrides": overrides, "command": shlex.join(["sj-taid", command, *overrides])}
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit, threads and machine of this process."""
+    packages = ("spikingjelly", "torch", "lightning")
+    return {
+        "versions": {"sj-taid": __version__, **{name: version(name) for name in packages}},
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+    }
