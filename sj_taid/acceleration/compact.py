@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
 
 from .. import _graph
 from ..ops.bits import pack, unpack_into
@@ -32,12 +33,17 @@ _EXPOSES = {
     *(Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__, Tensor.__array__),
     *(Tensor.set_, Tensor.resize_, Tensor.share_memory_),
 }
+#: the module whose functions change memory that autograd does not see
+_COLLECTIVES = "torch.distributed.distributed_c10d"
+#: They give a gradient of their own to a tensor, which is their first argument or an input.
+_HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+_GRADIENTS = {torch.autograd.grad, torch.autograd.backward}
 #: Their result has no value that their inputs do not have.
 _COPIES = {
     *("clone", "contiguous", "reshape", "flatten", "to", "float", "half", "bfloat16"),
     *("cat", "concat", "stack", "max_pool1d", "max_pool2d", "max_pool3d"),
 }
-#: options of theirs that change no value
+#: options of theirs
 _OPTIONS = {"dim", "stride", "padding", "dilation", "ceil_mode", "return_indices"}
 _ADDS = {"add", "__add__", "__radd__"}
 _ADDS_IN_PLACE = {"add_", "__iadd__"}
@@ -168,19 +174,28 @@ class Known(Tensor):
         """The tensor for an operation that hands out its memory."""
         raise NotImplementedError
 
+    def watch(self) -> None:
+        """Prepare for a gradient of its own, or for a hook that takes one."""
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs, name = kwargs or {}, func.__name__
+        if name in _LOWERS:
+            args = tuple(_lowered(t) if isinstance(t, Compact) else t for t in args)
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _EXPOSES:
-                args = tuple(t.exposed() if isinstance(t, Known) else t for t in args)
+            if func in _EXPOSES or getattr(func, "__module__", None) == _COLLECTIVES:
+                args, kwargs = tree_map_only(Known, lambda t: t.exposed(), (args, kwargs))
+                return func(*args, **kwargs)
+            if func in _HOOKS | _GRADIENTS:
+                inputs = args[1] if func is torch.autograd.grad else kwargs.get("inputs")
+                for tensor in args[:1] if func in _HOOKS else inputs or ():
+                    if isinstance(tensor, Known):
+                        tensor.watch()
                 return func(*args, **kwargs)
             if name == "__get__" or torch.compiler.is_compiling() or not _graph.allows_hooks():
                 return func(*args, **kwargs)
-            if name in _LOWERS:
-                args = tuple(_lowered(t) if isinstance(t, Compact) else t for t in args)
             tensors = [t for t in _flat((*args, *kwargs.values())) if isinstance(t, Tensor)]
             known = [t for t in tensors if isinstance(t, Known)]
             # Options, such as alpha of an addition, may change what the result is.
@@ -212,13 +227,23 @@ class Compact(Known):
         return self
 
     def view(self, *shape: Any) -> Tensor:
-        """As of a contiguous tensor, such as a plain neuron's: what is no view is copied."""
+        """As of a contiguous tensor, such as a plain neuron's spikes: their memory order changes.
+
+        What is itself a view is copied.
+        """
         try:
             return super().view(*shape)
         except RuntimeError:
             if self.is_contiguous():
                 raise
-            return self.reshape(*shape)
+            if self._base is not None:
+                return self.reshape(*shape)
+        peak = _peak(self)
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            self.data = self.as_subclass(Tensor).contiguous()
+            if peak is not None:
+                self._packing = Counts(self, peak)
+        return super().view(*shape)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # as a plain tensor
         with torch._C.DisableTorchFunctionSubclass():
@@ -297,9 +322,7 @@ def _lowered(tensor: Any) -> Any:
     device = tensor.device.type
     if not torch.is_autocast_enabled(device) or tensor.dtype != torch.float32:
         return tensor
-    cast = tensor.to(torch.get_autocast_dtype(device))
-    _describe(cast, [], _peak(tensor), ())
-    return cast
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _peak(tensor: Any) -> int | None:
@@ -385,9 +408,11 @@ def _describe(
             if not isinstance(result, Known):  # a view
                 compact(result, tensor._packing)
             return
-    if not terms and (peak is None or peak > _LARGEST or not _is_dense(result)):
+    if not terms and (peak is None or peak > _LARGEST):
         return
     memory = result.memory() if isinstance(result, Known) else result
+    if not _is_dense(memory):
+        return
     packing = Sum(memory, *terms) if terms else Counts(memory, peak or 0)
     result.learn(packing) if isinstance(result, Known) else compact(result, packing)
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import _compat, _graph, convert
 from .._fused_neuron import Accelerated, FusedNeuron
 from ..neuron import ALIFNode
-from ..ops import backends
+from ..ops import backends, surrogate
 from ..ops.alif import norm as norms
 from ..ops.alif.norm import Norm
 from ..ops.alif.reference import state_dtype
@@ -111,7 +111,10 @@ class AcceleratedNorm(_Exchanged):
             flat = flat.contiguous()
         norm = Norm.of(module, module.training)
         affine = norms.affine(norm, flat.unsqueeze(0), statistics)
-        return wait(flat, x.shape, norm, affine, self.readers)
+        output = wait(flat, x.shape, norm, affine, self.readers)
+        if module._backward_hooks:
+            output.watch()
+        return output
 
 
 class AcceleratedALIF(_Exchanged):
@@ -131,7 +134,8 @@ class AcceleratedALIF(_Exchanged):
             spike_seq, v_last, v_seq, *bits = super()._multi_step(  # type: ignore[misc]
                 x_seq, v, store_v_seq, return_bits=with_grad, **options
             )
-        if not spike_seq.is_inference():
+        # A surrogate with spiking=False gives no spikes.
+        if not spike_seq.is_inference() and not surrogate.unsupported(node.surrogate_function):
             packed = bits[0] if bits else None
             steps = len(spike_seq) if bits else 0
             compact(spike_seq, Counts(spike_seq, bits=packed, steps=steps))

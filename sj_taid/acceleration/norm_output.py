@@ -53,6 +53,16 @@ class NormCall:
         self.readers = readers
         self.has_hooks = self.is_fused = False
 
+    def watch(self) -> None:
+        """Let no neuron read the output as one operation, since something takes its gradient."""
+        if self.is_fused:
+            raise RuntimeError(
+                "a neuron has read this norm's output as one operation with the norm, and no "
+                "gradient will reach it: register the hook, or call retain_grad(), before the "
+                "neuron runs, or sj_taid.unaccelerate(net)"
+            )
+        self.has_hooks = True
+
     def check_input(self) -> None:
         """Raise an error if the input has changed since the call."""
         if _version(self.x) != self._version:
@@ -69,7 +79,8 @@ class NormCall:
         # A batch's own statistics once more by torch, so that the values are torch's bit for bit.
         takes = not norm.fixed and norm.group is None
         mean, var = (None, None) if takes else self.statistics()
-        y = F.batch_norm(x, mean, var, norm.weight, norm.bias, takes, 0.0, norm.eps)
+        weight, bias = self.affine.parameters(norm)
+        y = F.batch_norm(x, mean, var, weight, bias, takes, 0.0, norm.eps)
         return y.view(self.x.shape) if y.stride() == x.stride() else _arranged(y, self.x)
 
     def view(self, at: Tensor, made: Tensor) -> Tensor:
@@ -107,7 +118,7 @@ class _Wait(torch.autograd.Function):
         if call.norm.group is not None:
             return (*_synchronised_backward(call, x, grad, needs), None, None)
         norm, (mean, var) = call.norm, call.statistics()
-        rate = (var.double() + norm.eps).rsqrt().to(var.dtype)
+        rate = call.affine.numbers[1].to(var.dtype)
         # Torch takes both in one memory order, without looking.
         x, grad = _with_last_axis(x), _with_last_axis(grad)
         order = _order_of(x)
@@ -119,13 +130,27 @@ class _Wait(torch.autograd.Function):
         return (grads[0].view(shape) if needs[0] else None, *grads[1:], None, None)
 
 
+def _watched(register: Any) -> Any:
+    def register_and_watch(node: Any, hook: Any) -> Any:
+        node.call.watch()
+        return register(node, hook)
+
+    return register_and_watch
+
+
+# A hook on the node in autograd's graph counts as one on the norm's output.
+_node: Any = _Wait._backward_cls
+_node.register_hook = _watched(_node.register_hook)
+_node.register_prehook = _watched(_node.register_prehook)
+
+
 def _synchronised_backward(
     call: NormCall, x: Tensor, grad: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight and bias by the statistics of all processes."""
     affine = call.affine
     axes = [axis for axis in range(x.dim()) if axis != 1]
-    shift, gain, _ = (row.view(-1, *[1] * (x.dim() - 2)) for row in affine.table)
+    shift, gain, _ = (row.view(-1, *[1] * (x.dim() - 2)) for row in affine.table[:3])
     deviation = x.float() - shift
     sums = torch.stack([grad.double().sum(axes), (grad * deviation).double().sum(axes)])
     grad_weight, grad_bias = norms.gradients(affine, sums)
@@ -205,7 +230,14 @@ class NormOutput(Known):
             if func is _aten.clone.default and first._content.values is None:
                 made = func(first._made, **kwargs)
                 return NormOutput.of(first._content.call, first._at, made)
-        is_mutable, name = func._schema.is_mutable, func._schema.name.removeprefix("aten::")
+        name = func._schema.name.removeprefix("aten::")
+        if torch.Tag.inplace_view in func.tags and isinstance(first, NormOutput):
+            raise RuntimeError(
+                f"{name} cannot change the shape of an accelerated norm's output in place: write "
+                f"y = y.{name.rstrip('_')}(...), or sj_taid.unaccelerate(net)"
+            )
+        # Schemas of other libraries, such as c10d's, do not say what they change.
+        is_mutable = func._schema.is_mutable or func.namespace != "aten"
         changed = kwargs.get("out", first) if is_mutable else None
 
         def read(output: NormOutput) -> Tensor:
@@ -292,23 +324,8 @@ class NormOutput(Known):
         self._content.hold()
         self.computed("data").copy_(values)
 
-    def register_hook(self, hook: Any) -> Any:
-        self._watch()
-        return super().register_hook(hook)
-
-    def retain_grad(self) -> None:
-        self._watch()
-        super().retain_grad()
-
-    def _watch(self) -> None:
-        call = self._content.call
-        if call.is_fused:
-            raise RuntimeError(
-                "a neuron has read this norm's output as one operation with the norm, and no "
-                "gradient will reach it: register the hook before the neuron runs, or "
-                "sj_taid.unaccelerate(net)"
-            )
-        call.has_hooks = True
+    def watch(self) -> None:
+        self._content.call.watch()
 
     def tolist(self) -> Any:
         return self.plain("tolist").tolist()
@@ -335,9 +352,7 @@ class _Read(torch.autograd.Function):
         return grad, None
 
 
-def wait(
-    x: Tensor, shape: torch.Size, norm: Norm, affine: Affine, readers: dict[str, None]
-) -> Tensor:
+def wait(x: Tensor, shape: torch.Size, norm: Norm, affine: Affine, readers: dict[str, None]) -> Any:
     """The output of ``norm`` of ``x`` ``[M, C, *]``, in ``shape``: that of x, M unfolded or not."""
     call = NormCall(x, norm._replace(affine=affine), affine, readers)
     with torch._C.DisableTorchFunctionSubclass(), saving([x] if isinstance(x, Known) else []):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -63,6 +64,32 @@ def hooked_later(step, y):
     return z.view(y.shape)
 
 
+def hooked_by_class(step, y):
+    if y.requires_grad:
+        torch.Tensor.register_hook(y, lambda grad: 0.5 * grad)
+    return y
+
+
+def hooked_at_node(step, y):
+    if y.requires_grad:
+        y.grad_fn.register_prehook(lambda grads: (0.5 * grads[0], *grads[1:]))
+    return y
+
+
+def summed_in_a_view(y):
+    whole = y.clone()
+    part = whole[1:]
+    part += y[:-1]
+    return torch.cat([whole[:1], part[:1].square(), part[1:].square()])
+
+
+def written_through_a_view(step, y):
+    z = y + 0 * y
+    z.transpose(-1, -2).contiguous().view(-1)[:9] = 0
+    z.view(-1)[:9] = 0
+    return z
+
+
 def peeked_without_gradients(step, y):
     with torch.inference_mode():
         step.seen.append((y * 2).sum().clone())
@@ -101,6 +128,10 @@ READERS = TOUCHES | {
     "written into a copy": lambda step, y: written(y),
     "out": lambda step, y: out(y),
     "hook after a view": hooked_later,
+    "tensor hook by the class": hooked_by_class,
+    "tensor hook at the node": hooked_at_node,
+    "sum in a view": lambda step, y: summed_in_a_view(y),
+    "written through a view": written_through_a_view,
     "inference mode": peeked_without_gradients,
     "checkpoint": checkpointed(reentrant=False),
     "reentrant checkpoint": checkpointed(reentrant=True),
@@ -214,3 +245,104 @@ def test_norm_whose_input_changes_raises_an_error():
     for read in (net.lif, torch.Tensor.sum):
         with pytest.raises(RuntimeError, match=r"changed in place .* h = h \+ o"):
             read(y)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norm_output_stays_when_parameters_change(training):
+    norm = layer.BatchNorm2d(3).train(training)
+    net = nn.ModuleList([norm, neuron.LIFNode(step_mode="m")])
+    expected = copy.deepcopy(norm)(x := torch.randn(2, 3, 4, 5))
+    sj_taid.accelerate(net)
+    with torch.no_grad():
+        y = norm(x)
+        factor = torch.ones(3, requires_grad=True)
+        with torch.enable_grad():
+            loss = (factor.view(3, 1, 1) * y).sum()
+        for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
+            tensor.data.add_(1)
+        assert torch.equal(y + 0, expected)
+    loss.backward()
+    torch.testing.assert_close(factor.grad, expected.detach().sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda y: y.unsqueeze_(1), lambda y: y.transpose_(1, 2), lambda y: y.t_()]
+)
+def test_norm_output_keeps_its_shape(change):
+    net = nn.ModuleList([nn.BatchNorm1d(3), neuron.LIFNode(step_mode="m")])
+    sj_taid.accelerate(net)
+    with pytest.raises(RuntimeError, match=r"write y = y\.\w+\(\.\.\.\)"):
+        change(net[0](torch.randn(4, 3)))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda y, loss: torch.autograd.grad(loss, y, allow_unused=True),
+        lambda y, loss: y.view(-1).retain_grad(),
+        lambda y, loss: y.grad_fn.register_hook(print),
+    ],
+)
+def test_gradient_of_a_fused_norm_is_refused(ask):
+    net = Net("nothing", "norm, then neuron")
+    sj_taid.accelerate(net)
+    y = net.norm(net.conv(torch.randn(3, 2, 3, 4, 5)))
+    with pytest.raises(RuntimeError, match="no gradient will reach it"):
+        ask(y, net.lif(y).sum())
+
+
+def test_norm_with_a_backward_hook_is_apart():
+    net = Net("nothing", "norm, then neuron")
+    fast, seen = copy.deepcopy(net), []
+    sj_taid.accelerate(fast)
+    for module in (net, fast):
+        with pytest.warns(FutureWarning, match="backward_hook"):
+            module.norm.register_backward_hook(lambda _, __, grads: seen.append(grads[0].clone()))
+            module(torch.ones(3, 2, 3, 4, 5))[0].sum().backward()
+    torch.testing.assert_close(*seen)
+
+
+@pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call:RuntimeWarning")
+def test_neuron_whose_surrogate_gives_no_spikes():
+    net = Net("nothing", "spikes")
+    fast, x = copy.deepcopy(net), torch.randn(3, 2, 3, 4, 5)
+    sj_taid.accelerate(fast)
+    for module in (net, fast):
+        module.lif.surrogate_function.set_spiking_mode(False)
+        module(x)[0].sum().backward()
+    torch.testing.assert_close(fast.head.weight.grad, net.head.weight.grad)
+
+
+def test_spikes_and_norm_outputs_in_collectives(tmp_path):
+    net, x = Net("nothing", "spikes"), torch.randn(3, 2, 3, 4, 5)
+    sj_taid.accelerate(net)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        y = net.norm(net.conv(x)).detach()
+        spikes = net.lif(y)
+        expected = torch.cat([y, spikes])
+        for tensor in (y, spikes):
+            dist.all_reduce(tensor)
+            assert tensor.packing() is None
+        assert torch.equal(torch.cat([y, spikes]), expected)
+        got = [torch.empty(y.shape)]
+        dist.all_gather(got, y)
+        assert torch.equal(got[0], y)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_view_of_spikes_in_another_memory_order_is_a_view():
+    net = nn.ModuleList([layer.BatchNorm1d(3), neuron.LIFNode(step_mode="m", v_threshold=0.1)])
+    sj_taid.accelerate(net)
+    y = net[0](torch.randn(6, 3, 5)).unflatten(0, (2, 3)).transpose(-1, -2)
+    spikes = net[1](y)
+    assert not spikes.is_contiguous()
+    kept = spikes.clone()
+    weight = torch.randn(5, 3, requires_grad=True)
+    loss = (spikes.view(-1, 5, 3) * weight).sum()
+    loss.backward()
+    torch.testing.assert_close(weight.grad, kept.flatten(0, 1).sum(0))
+    spikes.view(-1)[: spikes.numel() // 2] = 0
+    assert torch.equal(spikes, torch.cat([0 * kept[:1], kept[1:]]))

@@ -157,9 +157,18 @@ def _unbiased(var: Tensor, count: Any) -> Tensor:
 class Affine(NamedTuple):
     """The norm as ``y = (x - shift) gain + offset``."""
 
-    table: Tensor  #: shift, gain and offset, float32 ``[3, C]``: what the kernels read
+    #: float32: shift, gain and offset, which the kernels read, and weight and bias as they were
+    table: Tensor
     numbers: Tensor  #: mean and r, float64 ``[2, C]``
     count: Any  #: how many values a channel has over all processes
+
+    def parameters(self, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias at the call, whatever has become of those of ``norm``."""
+        rows = iter(self.table[3:])
+        weight, bias = (
+            None if t is None else next(rows).to(t.dtype) for t in (norm.weight, norm.bias)
+        )
+        return weight, bias
 
     def all_numbers(self) -> Tensor:
         """Mean, r, gain and count, float64 ``[4, C]``."""
@@ -192,7 +201,8 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
     offset = (shift - mean) * gain
     if norm.bias is not None:
         offset += norm.bias
-    return Affine(torch.stack([shift, gain, offset]).float(), numbers, count)
+    parameters = (t for t in (norm.weight, norm.bias) if t is not None)
+    return Affine(torch.stack([shift, gain, offset, *parameters]).float(), numbers, count)
 
 
 def _combined(numbers: Tensor, count: float, group: Any) -> tuple[Tensor, Tensor]:
