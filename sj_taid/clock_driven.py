@@ -41,6 +41,8 @@ class _Old(nn.Module):
         if backend == "cupy":
             _explain_cupy()
         options = self.defaults | options
+        for unused in ("cupy_fp32_inference", "lava_s_cale"):
+            options.pop(unused, None)
         chosen = options.get("surrogate_function")
         if isinstance(chosen, str):
             kind = getattr(surrogate, chosen, None)

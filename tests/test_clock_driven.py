@@ -160,7 +160,8 @@ def test_backend_cupy_is_explained_once():
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        neuron.MultiStepLIFNode(backend="torch")
+        neuron.MultiStepLIFNode(backend="torch", lava_s_cale=64)
+        neuron.LIFNode(cupy_fp32_inference=True)
     with pytest.raises(ValueError, match="must be 'torch' or 'cupy', but it is 'lava'"):
         neuron.MultiStepLIFNode(backend="lava")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from ..report import Row, table_of
 from .modules import AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
 
 _FUSED, _ALREADY = "fused operator", "on the fused operator already"
-_WAITS, _APART = "waits", "computed apart: read by "
 #: times of a step that differ by less are called equal
 _NOISE = 0.05
 
@@ -64,7 +63,7 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     if example_input is not None:
         check_example_input(example_input)
         report.measure(example_input)
-    report.change(net)
+    report.change()
     return report
 
 
@@ -100,8 +99,9 @@ class Acceleration:
         #: what read each norm of a copy that ran the example
         self._readers: dict[str, dict[str, None]] = {}
 
-    def change(self, net: nn.Module) -> None:
+    def change(self) -> None:
         """Exchange the classes of neurons and norms."""
+        net = self._net
         for site in convert.find_neurons(net, neuron.BaseNode):
             reason = _why_not(site, net)
             note = reason or convert.describe_equality(site)
@@ -121,16 +121,9 @@ class Acceleration:
     @property
     def rows(self) -> tuple[Row, ...]:
         """A :class:`~sj_taid.report.Row` for each neuron and norm."""
-        rows = self._neurons | self._norms()
+        rows = self._neurons | self._other_norms
+        rows |= {path: _norm_row(path, norm) for path, norm in _accelerated_norms(self._net)}
         return tuple(rows[path] for path, _ in self._net.named_modules() if path in rows)
-
-    def _norms(self) -> dict[str, Row]:
-        modules = self._net.named_modules()
-        return self._other_norms | {
-            path: _norm_row(path, module)
-            for path, module in modules
-            if isinstance(module, AcceleratedNorm)
-        }
 
     @torch.inference_mode(False)
     def measure(self, inputs: Any) -> None:
@@ -140,13 +133,9 @@ class Acceleration:
         with torch.random.fork_rng({p.device for p in trial.parameters() if p.is_cuda}):
             for _ in range(6):  # the first compiles the kernels
                 before = _run_step(trial, inputs)
-                Acceleration(trial).change(trial)
+                Acceleration(trial).change()
                 turns.append((before, _run_step(trial, inputs)))
-                self._readers = {
-                    path: module.readers
-                    for path, module in trial.named_modules()
-                    if isinstance(module, AcceleratedNorm)
-                }
+                self._readers = {path: norm.readers for path, norm in _accelerated_norms(trial)}
                 unaccelerate(trial)
         (old_bytes, _), (new_bytes, _) = turns[0]
         self.saved_bytes = (old_bytes, new_bytes)
@@ -154,9 +143,10 @@ class Acceleration:
         self.step_ms = (old, new)
 
     def __str__(self) -> str:
-        neurons, norms = self._neurons.values(), self._norms().values()
+        neurons = self._neurons.values()
         fused = sum((row.done or row.note) in (_FUSED, _ALREADY) for row in neurons)
-        lines = [f"{fused} of {len(neurons)} neurons on the fused operator, {_count_norms(norms)}"]
+        norms = _count_norms(self._net, len(self._other_norms))
+        lines = [f"{fused} of {len(neurons)} neurons on the fused operator, {norms}"]
         if self.saved_bytes and self.step_ms:
             (old_bytes, new_bytes), (old, new) = self.saved_bytes, self.step_ms
             equal = abs(new - old) <= _NOISE * old
@@ -166,30 +156,40 @@ class Acceleration:
         return "\n".join([*lines, table_of(_merge(self.rows))])
 
 
-def _count_norms(norms: Collection[Row]) -> str:
-    """The totals of norms: how many are fused, and what read the others."""
-    fused = sum(row.done.startswith("fused into") for row in norms)
-    waiting = sum(row.done == _WAITS for row in norms)
-    others = Counter(
-        row.note.removeprefix(_APART).partition(",")[0]
-        for row in norms
-        if row.note.startswith(_APART)
-    )
-    apart = [f"{count} read by {reader}" for reader, count in others.most_common()]
-    apart += [f"{waiting} not run yet"] if waiting else []
-    return f"{fused} of {len(norms)} norms fused" + (f" ({', '.join(apart)})" if apart else "")
+def _accelerated_norms(net: nn.Module) -> Iterator[tuple[str, AcceleratedNorm]]:
+    modules = net.named_modules()
+    return ((path, norm) for path, norm in modules if isinstance(norm, AcceleratedNorm))
+
+
+def _split_readers(norm: AcceleratedNorm) -> tuple[list[str], list[str]]:
+    """The neurons that a norm is fused into, and what else has read its output."""
+    fused = [reader for reader in norm.readers if reader.startswith("fused into")]
+    return fused, [reader for reader in norm.readers if reader not in fused]
+
+
+def _count_norms(net: nn.Module, others: int) -> str:
+    """How many norms are fused, and what has read the rest; ``others`` are not accelerated."""
+    fused = waiting = 0
+    readers: Counter[str] = Counter()
+    for _, norm in _accelerated_norms(net):
+        neurons, apart = _split_readers(norm)
+        fused += bool(neurons)
+        waiting += not norm.readers
+        readers.update(apart[:1] if not neurons else ())
+    rest = [f"{count} read by {reader}" for reader, count in readers.most_common()]
+    rest += [f"{waiting} not run yet"] if waiting else []
+    total = fused + waiting + readers.total() + others
+    return f"{fused} of {total} norms fused" + (f" ({', '.join(rest)})" if rest else "")
 
 
 def _norm_row(path: str, norm: AcceleratedNorm) -> Row:
     """What has been done with the output of a norm."""
-    kind, readers = type(norm).__name__, list(norm.readers)
-    fused = [reader for reader in readers if reader.startswith("fused into")]
-    others = ", ".join(reader for reader in readers if reader not in fused)
-    if not readers:
-        return Row(path, kind, _WAITS, "not run yet")
+    kind, (fused, others) = type(norm).__name__, _split_readers(norm)
+    if not norm.readers:
+        return Row(path, kind, "waits", "not run yet")
     if not fused:
-        return Row(path, kind, "", _APART + others)
-    also = f"; also read by {others}" if others else ""
+        return Row(path, kind, "", f"computed apart: read by {', '.join(others)}")
+    also = f"; also read by {', '.join(others)}" if others else ""
     return Row(path, kind, ", ".join(fused), f"equal outputs to rounding{also}")
 
 
