@@ -40,23 +40,17 @@ def swap_neurons(
 ) -> Report:
     r"""Replace the LIF, PLIF and IF nodes of ``net`` by :class:`~sj_taid.ALIFNode`, in place.
 
-    Each neuron keeps its options, ``training``, device, voltage, forward and backward hooks, and
-    PLIF its parameter ``w`` (unless it is in half precision), so an optimiser made before the swap
-    still holds it. A module used in several places stays one module. The outputs are
-
-    * bit for bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a
-      tau of 2, 4, 8 or 16;
-    * equal to rounding otherwise, as LIF divides by tau and ALIF multiplies by
-      :math:`\mathrm{sigmoid}(w)`, which some powers of two have no ``w`` for: a spike can differ
-      where the voltage meets the threshold to the last bits.
+    Each neuron keeps its options, voltage and hooks, and PLIF its parameter ``w`` (unless it is in
+    half precision), so an optimiser made before the swap still holds it. The outputs are bit for
+    bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a tau of 2,
+    4, 8 or 16; else equal to rounding, as LIF divides by tau and ALIF multiplies by
+    :math:`\mathrm{sigmoid}(w)`.
 
     IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is 0. No gradient
     leads away from there, so its ``w`` is frozen and only its threshold learns.
 
-    Kept and reported: other neurons, and subclasses that override methods; a node that ``filter``
-    declines, whose threshold is a tensor, whose tau is 1 or that has a precision policy; a ``net``
-    that is itself a neuron. A neuron in a Python list is not seen, and warns when it runs: use
-    ``nn.ModuleList``.
+    The report says which neurons are kept and why: those of other kinds, or that ALIF cannot
+    express. One in a Python list is not seen, and warns when it runs: use ``nn.ModuleList``.
 
     Args:
         net: any module with SpikingJelly neurons.

@@ -47,9 +47,8 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
         saturated: firing rate above which a layer hardly passes any information on.
 
     Returns:
-        A :class:`.Monitor`. It counts on the neurons' device, without synchronisation until it is
-        read. A copy or pickle of ``net`` counts for itself. The graphs of a net compiled before
-        have no hooks, so its rates are ``None``: call ``torch.compiler.reset()`` in between.
+        A :class:`.Monitor`, which counts without synchronisation until it is read. The graphs of a
+        net compiled before have no hooks: call ``torch.compiler.reset()`` in between.
 
     Raises:
         ValueError: not ``0 <= dead <= saturated <= 1``, or ``net`` has no neurons.
@@ -66,8 +65,7 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
 
 
 class Monitor(AbstractContextManager["Monitor"]):
-    """The spike counter that :func:`.monitor` returns, on until :meth:`remove` or the end of
-    ``with``."""
+    """A counter of spikes, on until :meth:`remove` or the end of ``with``."""
 
     def __init__(self, net: nn.Module, dead: float, saturated: float) -> None:
         if not 0.0 <= dead <= saturated <= 1.0:

@@ -92,37 +92,11 @@ def test_create_model_from_a_folder(folder):
         create_model("typo")
 
 
-def test_damaged_weights_and_those_of_another_model(folder):
-    remedy = "copy or export it again"
-    change_model(folder, hidden=7)
-    with pytest.raises(ValueError, match=rf"config\.json: .*size mismatch.*; {remedy}") as raised:
-        create_model(folder, pretrained=True)
-    assert "\n" not in str(raised.value)
+def test_weights_with_another_digest_than_the_configs(folder):
     (folder / "model.safetensors").write_bytes(b"half")
-    said = rf"as config\.json states, but .* has {digest(folder)}: they are damaged or .*; {remedy}"
+    said = rf"as config\.json states, but .* has {digest(folder)}: they are damaged or .*again"
     with pytest.raises(ValueError, match=said):
         create_model(folder, pretrained=True)
-    change(folder, sha256=digest(folder))
-    with pytest.raises(ValueError, match=rf"does not fit config\.json: .*eader.*; {remedy}"):
-        create_model(folder, pretrained=True)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        create_model(folder, pretrained=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is no JSON"),
-        ("[]", "has no 'model', a dict"),
-        ('{"model": "FSVAE"}', "has no 'model', a dict"),
-        ('{"model": {}, "sha256": 11}', "has no 'sha256', a str"),
-    ],
-)
-def test_damaged_config(folder, text, message):
-    (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"config\.json .*{message}.*; copy or export it again"):
-        create_model(folder)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,7 @@ class Inception(Features):
     Raises:
         FileNotFoundError: no such file.
         ModuleNotFoundError: torch-fidelity, which builds the network, is not installed.
-        RuntimeError: the download failed.
-        ValueError: the file is damaged or of something else, or images of another shape.
+        ValueError: images of another shape.
     """
 
     num_features = 2048
@@ -38,19 +37,15 @@ class Inception(Features):
         with needs("torch-fidelity"):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
         path = _download(url) if weights == "download" else Path(weights).expanduser()
-        remedy = f"get {url} and give its path, or give 'download' where there is internet"
         if not path.is_file():
-            raise FileNotFoundError(f"no Inception weights at {path}; {remedy}")
-        try:
-            # torch-fidelity unpickles whatever it is given: let only tensors come that far.
-            torch.load(path, map_location="cpu", weights_only=True)
-            with torch.random.fork_rng(devices=[]):  # layers draw weights before they are loaded
-                self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
-        except Exception as error:
-            raise ValueError(
-                f"{path} does not hold all of the Inception weights ({type(error).__name__}); "
-                f"{remedy}"
-            ) from error
+            raise FileNotFoundError(
+                f"no Inception weights at {path}; get {url} and give its path, or give 'download' "
+                "where there is internet"
+            )
+        # torch-fidelity unpickles whatever it is given: let only tensors come that far.
+        torch.load(path, map_location="cpu", weights_only=True)
+        with torch.random.fork_rng(devices=[]):  # layers draw weights before they are loaded
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
         last = self.network.fc
         self.classifier = nn.Linear(last.in_features, last.out_features, False, device="meta")
         self.classifier.weight = last.weight
@@ -80,15 +75,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _download(url: str) -> Path:
     """Fetch the weights, unless they are there, to where torch-fidelity keeps them."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # The name ends with the first digits of the file's hash.
-            torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[1])
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(f"{url} cannot be fetched ({error}); put it at {path}") from error
-    return path
+    name = url.rsplit("/", 1)[1]  # whose end is the beginning of the file's hash
+    torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
 class InceptionScore(inception.InceptionScore):

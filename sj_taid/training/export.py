@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,10 +59,8 @@ model = sj_taid.create_model("{name}", pretrained=True)
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("sj-taid export", description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument("--name", required=True, help="letters, digits, '.', '_' and '-'")
-    parser.add_argument(
-        "--out", type=Path, default=Path(), help="parent folder of the new folder NAME"
-    )
+    parser.add_argument("--name", required=True, help="the model's name, and its folder's")
+    parser.add_argument("--out", type=Path, default=Path(), help="parent of the folder NAME")
     parser.add_argument("--half", action="store_true", help="store the layers' weights as float16")
     options = parser.parse_args(arguments)
     folder = export(**vars(options))
@@ -76,7 +73,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
 
     Args:
         run: the folder of a finished run.
-        name: the model's name: letters, digits, ``.``, ``_`` and ``-``.
+        name: the model's name.
         out: parent of the model's folder.
         half: store the weights of convolutions and linear layers as float16. Biases, norms, neurons
             and buffers keep their dtype.
@@ -84,13 +81,8 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     Raises:
         FileNotFoundError: the run is not finished, or has no checkpoint.
         FileExistsError: the folder holds something else than an earlier export.
-        ValueError: a bad name, a file in place of a folder, or a model of custom classes, which
-            :func:`sj_taid.create_model` would not build.
+        ValueError: a model of custom classes, which :func:`sj_taid.create_model` would not build.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
-        raise ValueError(f"name must be letters, digits, '.', '_' and '-', but it is {name!r}")
-    if Path(run).is_file():
-        raise ValueError(f"{run} is a file; give the run's folder, whose metrics go on the card")
     folder = Path(out).expanduser() / name
     if folder.is_dir() and any(folder.iterdir()) and not (folder / pretrained.CONFIG).is_file():
         raise FileExistsError(

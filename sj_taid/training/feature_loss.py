@@ -57,13 +57,6 @@ class FeatureLoss(nn.Module):
     def prepare(self, data: ImageData, cache_dir: Path) -> None:
         """Train the classifier, or load the one that was trained in an earlier run."""
 
-        for name, own in (("channels", self.channels), ("classes", self.classes)):
-            if own != getattr(data, name):
-                raise ValueError(
-                    f"feature_loss.{name} is {own}, but dataset.{name} is {getattr(data, name)}; "
-                    f"leave feature_loss.{name} out"
-                )
-
         def make() -> dict[str, Any]:
             log.info("Training the classifier of the feature loss for %d epochs, once", EPOCHS)
             train_data = data.without_augmentation()

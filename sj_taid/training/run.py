@@ -15,7 +15,6 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import build, is_below
-from ..pretrained import list_models
 from .files import atomic_write
 
 if TYPE_CHECKING:  # the command line imports this before torch
@@ -81,11 +80,10 @@ class Run:
         path = Path(path).expanduser().absolute()
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
         if not run.checkpoint.is_file():
-            hint = f"a run leaves it in <run folder>/{CHECKPOINTS}/ after its first epoch"
-            if path.name in list_models():
-                create = f"sj_taid.create_model({path.name!r}, pretrained=True)"
-                hint = f"that is a model of the package, not a run; in Python {create} loads it"
-            raise FileNotFoundError(f"no checkpoint at {path}; {hint}")
+            raise FileNotFoundError(
+                f"no checkpoint at {path}; a run leaves it in <run folder>/{CHECKPOINTS}/ after "
+                "its first epoch"
+            )
         return run
 
     @contextmanager
@@ -151,15 +149,11 @@ class Run:
         """
         if not (self.checkpoint.is_file() or self.is_finished):
             return None
-        found = self.differences(cfg)
-        wrong = [f"{k} ({found[k]})" for k in found if not is_below(k, RESUME_MAY_CHANGE)]
-        if wrong:
-            more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            if {"task.scheduler.T_max", "trainer.max_epochs"} <= found.keys():
-                more += "; the learning rate's schedule depends on trainer.max_epochs"
+        found = self.differences(cfg).items()
+        if wrong := [f"{k} ({both})" for k, both in found if not is_below(k, RESUME_MAY_CHANGE)]:
             raise ValueError(
-                f"{self.folder} holds a run with other settings: {'; '.join(wrong[:4])}{more}; "
-                f"resume it with its own, or {ELSEWHERE}"
+                f"{self.folder} holds a run with other settings: {'; '.join(wrong)}; resume it "
+                f"with its own, or {ELSEWHERE}"
             )
         return self.checkpoint if self.checkpoint.is_file() else None
 

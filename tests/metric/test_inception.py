@@ -125,30 +125,15 @@ def fidelity():
 
 
 @pytest.mark.usefixtures("fidelity")
-def test_inception_says_where_weights_go(tmp_path, monkeypatch):
+def test_inception_says_where_weights_go_and_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "weights.pth"
     with pytest.raises(FileNotFoundError, match=r"no Inception weights at .*get https://.*\.pth"):
         Inception(path)
-    torch.save({"fc.weight": torch.zeros(2, 2)}, path)
-    whole = path.read_bytes()
-    for content in (whole, whole[:100], b"", pickle.dumps(Evil())):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"does not hold all of .*get https://") as info:
-            Inception(path)
-        assert info.value.__cause__ is not None
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(pickle.UnpicklingError):
+        Inception(path)
     assert not Path("touched").exists()
-
-
-@pytest.mark.usefixtures("fidelity")
-def test_inception_download_that_fails_says_where_weights_go(tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"no route to host\); put it at .*checkpoints"):
-        Inception("download")
 
 
 def test_inception_with_made_up_weights(fidelity, tmp_path, monkeypatch):

