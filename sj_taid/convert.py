@@ -64,7 +64,7 @@ def swap_neurons(
 
     Raises:
         ValueError: no neuron, or a value that ALIF cannot take; the net stays.
-        TypeError: ``net`` is no module, or ``filter`` no function.
+        TypeError: ``net`` is no module.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
     >>> print(swap_neurons(net))
@@ -73,9 +73,6 @@ def swap_neurons(
     1      LIFNode  ALIF  equal outputs, v_threshold >= 0.01
     """
     check_net(net, "swap_neurons")
-    backends.check_name(backend)
-    if not (filter is None or callable(filter)):
-        raise TypeError(f"filter must be a function of a path and a node, but it is {filter!r:.80}")
     sites = need_neurons(net, "swap")
     options: dict[str, Any] = {
         "learn_tau": learn_tau,

@@ -42,14 +42,9 @@ class FeatureLoss(nn.Module):
     Source: Johnson et al. 2016, arXiv 1603.08155.
     """
 
-    def __init__(self, channels: int, classes: int | None, weight: float = 0.3) -> None:
+    def __init__(self, channels: int, classes: int, weight: float = 0.3) -> None:
         super().__init__()
-        if classes is None:
-            raise ValueError(
-                "feature_loss=classifier learns from labels, but dataset.classes is null; leave it "
-                "out"
-            )
-        check_sizes(channels=channels, classes=classes)
+        check_sizes(channels=channels, classes=classes)  # a data set without labels has None
         check_weights(weight=weight)
         self.channels, self.classes, self.weight = channels, classes, weight
         self.blocks = _blocks(channels).requires_grad_(False)

@@ -40,7 +40,7 @@ class Generation(Autoencoding):
         feature_loss: joins the losses, see :class:`~sj_taid.training.feature_loss.FeatureLoss`.
 
     Raises:
-        ValueError: ``prior_lr_scale`` is negative, or the model has no learned prior.
+        ValueError: ``prior_lr_scale`` for a model without a learned prior.
     """
 
     model_attributes: tuple[str, ...] = ("training_loss", "sample")
@@ -64,15 +64,11 @@ class Generation(Autoencoding):
         super().__init__(model, optimizer, lr_scale, scheduler)
         self.prior_lr_scale = prior_lr_scale
         self.feature_loss = feature_loss
-        if prior_lr_scale is None:
-            return
-        if not isinstance(self.model, ESVAE):
+        if prior_lr_scale is not None and not isinstance(self.model, ESVAE):
             raise ValueError(
                 f"task.prior_lr_scale={prior_lr_scale} is for ESVAE's learned prior, but the model "
                 f"is {type(self.model).__name__}; leave it out, or choose model=esvae"
             )
-        if prior_lr_scale < 0:
-            raise ValueError(f"task.prior_lr_scale must be >= 0, but it is {prior_lr_scale}")
 
     @property
     def flow(self) -> FlowPrior | None:

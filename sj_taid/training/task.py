@@ -84,11 +84,6 @@ class Task(L.LightningModule):
 
     def learning_rate(self) -> float:
         """The optimizer's, of which others are multiples."""
-        if "lr" not in self.optimizer.keywords:
-            raise ValueError(
-                "the optimizer has no lr, of which task.lr_scale or task.prior_lr_scale is a "
-                "multiple; give optimizer.lr, or task.lr_scale=null"
-            )
         return self.optimizer.keywords["lr"]
 
     def model_input(self, x: Tensor) -> Tensor:

@@ -221,7 +221,10 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
         ("loss=tet", "is for task=classification; add that, or leave loss= out"),
         ("neuron=alif_channel", "is for task=classification; add that"),
         ("feature_loss=classifier feature_loss.weight=-1", r"^feature_loss\.weight must be a"),
-        ("feature_loss=classifier dataset.classes=null", "learns from labels, but dataset"),
+        (
+            "feature_loss=classifier dataset.classes=null",
+            r"^feature_loss\.classes must be",
+        ),
         ("feature_loss=classifier task=classification model=classifier_small", "is for task=gen"),
         ("model.chroma_weight=1", r"^chroma_weight=1 is for images of 3(?s:.*)\n\(of .*FSVAE\)$"),
         ("dataset=nmnist", r"dataset=nmnist holds recordings.*task=classification"),
