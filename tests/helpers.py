@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from torch import Tensor, nn
+from spikingjelly.activation_based import surrogate
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sj_taid import swap_neurons
 from sj_taid.ops.alif.norm import Norm
 
 Leaves = dict[str, Tensor]
@@ -274,23 +273,3 @@ def assert_statistics_of_a_mean_far_from_zero(
     mean, var = statistics(x)
     assert (mean - exact.mean(axes)).abs().max() <= 1e-9 * 1e3
     assert (var / exact.var(axes, correction=0) - 1).abs().max() <= bound
-
-
-def trained_norm(**options: Any) -> nn.Module:
-    """A batch norm of four channels with random statistics and parameters."""
-    norm = layer.BatchNorm2d(4, **options)
-    with torch.no_grad():
-        norm.weight.uniform_(0.5, 2.0)
-        norm.bias.uniform_(-0.3, 0.5)
-        norm.running_mean.uniform_(-1.0, 1.0)
-        norm.running_var.uniform_(0.5, 2.0)
-    return norm
-
-
-def build_swapped(make: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    """A net of SpikingJelly's zoo, multi-step, of four classes, whose neurons are ALIF."""
-    options |= {"spiking_neuron": neuron.LIFNode, "surrogate_function": surrogate.ATan()}
-    net = make(num_classes=4, **options)
-    functional.set_step_mode(net, "m")
-    swap_neurons(net)
-    return net

@@ -39,15 +39,6 @@ def resolve(name):
     return backends.resolve(name, X, surrogate.ATan())
 
 
-def test_resolve_torch_is_the_reference():
-    assert resolve("torch").multi_step is reference.multi_step
-
-
-def test_resolve_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match=r"'cuda-magic' is unknown.*'auto', 'torch'"):
-        resolve("cuda-magic")
-
-
 @pytest.mark.usefixtures("broken")
 def test_resolve_explicit_name_raises_from_the_original_exception():
     with pytest.raises(backends.BackendUnavailableError, match=r"ModuleNotFound.*fastlib") as info:
@@ -74,20 +65,17 @@ def test_resolve_refuses_an_unsupported_call_with_its_reason(monkeypatch):
 
 @pytest.mark.usefixtures("broken")
 def test_resolve_auto_takes_the_environment_variable_or_raises(monkeypatch):
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "torch")
-    assert resolve("auto").multi_step is reference.multi_step
+    for value in ("torch", ""):  # empty: as not set
+        monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, value)
+        with nullcontext() if value else pytest.warns(RuntimeWarning):
+            assert resolve("auto").multi_step is reference.multi_step
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "broken")
     with pytest.raises(backends.BackendUnavailableError):
         resolve("auto")
-
-
-def test_resolve_names_a_bad_environment_variable(monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cuda-magic")
     with pytest.raises(ValueError, match=r"SJ_TAID_BACKEND='cuda-magic' is unknown.*'torch'"):
         resolve("auto")
     assert resolve("torch").multi_step is reference.multi_step
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "")  # as not set
-    assert resolve("auto")
 
 
 class Watching(TorchDispatchMode):
@@ -112,7 +100,7 @@ def test_resolve_auto_takes_torch_while_a_dispatch_mode_watches(monkeypatch):
 
 @pytest.mark.parametrize("counter", ["ACCounter", "MACCounter", "NeuronStateCounter"])
 @pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode])
-@pytest.mark.parametrize("v_reset", [0.0, -0.5, None])
+@pytest.mark.parametrize("v_reset", [-0.5, None])
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 def test_counters_read_the_same_after_a_swap(step_mode, v_reset, kind, counter):
     counters = pytest.importorskip("spikingjelly.activation_based.op_counter")
@@ -151,14 +139,14 @@ def test_watching_changes_no_result():
 def test_why_not_runs_no_operator():
     """Or the first call under a counter of operations fails, or is counted."""
     script = """
-from tests.ops.test_backends import Watching
+from torch.utils._python_dispatch import TorchDispatchMode
 import sj_taid
 
-def refuse(self, function, *_):
-    raise AssertionError(function)
+class Refusing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, *_):
+        raise AssertionError(function)
 
-Watching.__torch_dispatch__ = refuse
-with Watching():
+with Refusing():
     print(sj_taid.ops.backends.why_not("numba"))
 """
     printed = subprocess.check_output([sys.executable, "-c", script], text=True)

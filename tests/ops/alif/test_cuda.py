@@ -1,7 +1,6 @@
 """The launcher's logic, with the driver's calls replaced: see host.py."""
 
 import threading
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,24 +9,15 @@ from spikingjelly.activation_based import surrogate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_taid.ops.alif import autograd, kernels, reference
-from sj_taid.ops.alif.kernels import (
-    BLOCK,
-    NEED_NORM,
-    NEED_V_THRESHOLD,
-    NEED_W,
-    NEED_X,
-    Options,
-)
+from sj_taid.ops.alif.kernels import BLOCK, NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
 from tests.helpers import (
     Case,
     assert_close,
-    assert_equal,
     assert_not_finite_alike,
     assert_statistics_of_a_mean_far_from_zero,
     results,
     tensors,
 )
-from tests.ops.alif.conformance import use_large_kernels
 from tests.ops.alif.host import CompileError, needs_gxx
 
 CASE = Case(shape=(4, 3, 8, 2))
@@ -46,12 +36,6 @@ def fire(launcher, x_seq, **options):
     return launcher.cuda.multi_step(x_seq, 0.0, *parameters, **options)
 
 
-def needs_of(launcher):
-    """What each launch of backward computed."""
-    names = (launch.name for launch in launcher.launches)
-    return [int(name.split(",")[-2]) for name in names if name.startswith("alif_backward")]
-
-
 def count_saved_bytes(call):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -63,35 +47,28 @@ def count_saved_bytes(call):
 
 
 @needs_gxx
-def test_use_large_kernels_gives_few_neurons_the_kernels_of_many(launcher):
-    launcher.capacity = 2**18  # of a GPU: a thread takes one neuron while others have none
-    run(launcher)
-    with use_large_kernels(launcher.cuda):
-        run(launcher)
-    names = [launch.name.split(",")[:3] for launch in launcher.launches]
-    assert names == [
-        [f"alif_{direction}<float", "4", vec]
-        for vecs in ("11", "42")
-        for direction, vec in zip(("forward", "backward"), vecs, strict=True)
-    ]
-
-
-@needs_gxx
 @pytest.mark.parametrize(
     ("norm", "frozen", "needs"),
     [
-        ("batch", (), [NEED_NORM, ALL]),
-        ("batch", ("x",), [NEED_NORM | NEED_W | NEED_V_THRESHOLD]),
+        (None, ("w",), [ALL & ~NEED_W]),
+        (None, ("v_threshold",), [ALL & ~NEED_V_THRESHOLD]),
+        (None, ("x",), [ALL & ~NEED_X]),
+        (None, ("w", "v_threshold", "v0"), [NEED_X]),
+        ("batch", (), [NEED_NORM, ALL]),  # the norm's sums first, if x needs them
+        ("batch", ("x",), [NEED_NORM | ALL & ~NEED_X]),
         ("fixed", (), [NEED_NORM | ALL]),
     ],
 )
-def test_norm_takes_a_backward_for_its_sums_first_if_x_needs_them(launcher, norm, frozen, needs):
-    run(launcher, NORM.with_(norm=norm, frozen=frozen))
-    assert needs_of(launcher) == needs
+def test_backward_computes_only_what_is_needed(launcher, norm, frozen, needs):
+    got = run(launcher, (NORM if norm else CASE).with_(norm=norm, frozen=frozen))
+    assert {f"grad_{name}" for name in frozen}.isdisjoint(got)
+    names = [launch.name for launch in launcher.launches]
+    backward = [name.split(",") for name in names if name.startswith("alif_backward")]
+    assert [int(name[-2]) for name in backward] == needs
 
 
 @needs_gxx
-@pytest.mark.parametrize("shape", [(8, 16, 3, 6, 6), (3, 2, 4, 33, 33), (2, 64, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 4, 33, 33), (2, 64, 8)], ids=str)
 @pytest.mark.parametrize(("outlier", "bound"), [(0.0, 1e-6), (10.0, 1e-4)])
 def test_statistics_of_a_mean_far_from_zero(launcher, shape, outlier, bound):
     assert_statistics_of_a_mean_far_from_zero(launcher.cuda.statistics, shape, outlier, bound)
@@ -163,22 +140,12 @@ def test_resident_threads_are_read_from_the_loaded_kernel(launcher, monkeypatch)
     assert launcher.real.capacity(device) == 3 * 2048
 
 
-@needs_gxx
-@pytest.mark.parametrize("argument", [0.5, True, torch.zeros(())])
-def test_host_refuses_an_argument_of_another_width(launcher, monkeypatch, argument):
-    """CuPy passes a float in 64 bits where the kernels take 32, and says nothing."""
-    monkeypatch.setattr(launcher.cuda, "_pointer", lambda tensor: argument)
-    with pytest.raises(TypeError, match="width"):
-        run(launcher)
-
-
 # ---- what is saved, computed and copied ----
 
 
 @needs_gxx
 @pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
-@pytest.mark.parametrize("T", [4, 16, 24])
-@pytest.mark.parametrize("v_init", [False, True])
+@pytest.mark.parametrize(("T", "v_init"), [(4, False), (16, True), (24, True)])
 def test_forward_saves_the_input_the_parameters_and_checkpoints(launcher, dtype, T, v_init):
     case = CASE.with_(shape=(T, 3, 8, 2), dtype=dtype, v_init=v_init)
     neurons = 3 * 8 * 2
@@ -205,15 +172,6 @@ def test_a_float_start_allocates_nothing(launcher):
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
     parameters = 2 * 4
     assert allocated - parameters == x_seq.nbytes + x_seq[0].nbytes  # spikes and last voltage
-
-
-@needs_gxx
-@pytest.mark.parametrize("frozen", [("w",), ("v_threshold",), ("x",), ("w", "v_threshold", "v0")])
-def test_backward_computes_only_what_is_needed(launcher, frozen):
-    got = run(launcher, CASE.with_(frozen=frozen))
-    assert {f"grad_{name}" for name in frozen}.isdisjoint(got)
-    bits = {"x": NEED_X, "w": NEED_W, "v_threshold": NEED_V_THRESHOLD}
-    assert needs_of(launcher) == [sum(bit for name, bit in bits.items() if name not in frozen)]
 
 
 @needs_gxx
@@ -254,9 +212,8 @@ def test_any_other_layout_is_made_contiguous_once(launcher, view):
 @pytest.mark.parametrize("norm", [None, "fixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("v_reset", [0.0, 0.25, None])
-@pytest.mark.parametrize("detach_reset", [False, True])
-def test_infinities_and_nan(launcher, v_reset, detach_reset, dtype, norm):
-    channels = None if norm else 5
+def test_infinities_and_nan(launcher, v_reset, dtype, norm):
+    channels, detach_reset = None if norm else 5, dtype == torch.float16
     case = Case(v_reset, detach_reset, True, channels, dtype, (6, 40, 5), norm=norm)
     assert_not_finite_alike(launcher.cuda.multi_step, reference.multi_step, case)
 
@@ -362,14 +319,6 @@ def test_grid_has_positions_beyond_32_bits():
     assert g.size == 2**32 and type(g.size) is int and g.vec == 4
 
 
-def test_backward_vec_is_bounded_by_registers():
-    for dtype in kernels.SCALARS:
-        for T in range(1, 129):
-            options = Options(dtype, T, 0.0, True, False)
-            values = options.backward_vec() * (T if kernels.longest_sweep(dtype) >= T else 8)
-            assert values <= 16
-
-
 # ---- what is refused ----
 
 
@@ -398,7 +347,7 @@ def test_function_shows_the_compilers_log(launcher, monkeypatch):
     assert isinstance(info.value.__cause__, CompileError)
 
 
-# ---- torch.compile and the operators ----
+# ---- torch.compile ----
 
 
 @needs_gxx
@@ -414,14 +363,3 @@ def test_operators_pass_opcheck(launcher):
     torch.library.opcheck(
         on_cpu.backward, (*gradients, x_seq, v0, 0.0, w, threshold, checkpoint, *rest)
     )
-
-
-@needs_gxx
-@pytest.mark.parametrize(
-    "case", [CASE.with_(shape=(24, 3, 8, 2), channels=8), NORM], ids=["channels", "norm"]
-)
-def test_multi_step_compiles_without_graph_breaks(launcher, case):
-    on_cpu = autograd.register(f"cupy_on_host_{case.norm}", "CPU", launcher.cuda.ENGINE)
-    eager = partial(autograd.multi_step, on_cpu)
-    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
-    assert_equal(results(compiled, case), results(eager, case))

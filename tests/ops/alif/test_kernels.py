@@ -110,17 +110,13 @@ ROW |= {"T": 4, "layout": "features", "decay_input": True, "v_init": True}
 @pytest.mark.parametrize(
     ("options", "line", "broken"), MUTATIONS, ids=lambda value: str(value)[:40]
 )
-def test_breaking_one_line_turns_conformance_red(tmp_path, options, line, broken):
+def test_breaking_one_line_turns_conformance_red(launcher, tmp_path, options, line, broken):
+    check(launcher, make_case(ROW | options))
     source = kernels.source()
     assert line in source
     host = Host(tmp_path, source.replace(line, broken))
     with host.patched(), pytest.raises(AssertionError):
         check(host, make_case(ROW | options))
-
-
-def test_cases_of_the_mutations_are_green_unbroken(launcher):
-    for options, _, _ in MUTATIONS:
-        check(launcher, make_case(ROW | options))
 
 
 def test_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
@@ -131,21 +127,18 @@ def test_kernels_take_their_constants_from_python(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", [False, True], ids=["as it is", "one neuron too far"])
-def test_kernels_run_clean_under_sanitizers(tmp_path, broken):
+def test_kernels_run_clean_under_sanitizers(tmp_path):
     """In a process that checks every memory access: see sanitized.py."""
     libraries = [
         subprocess.check_output([GXX, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     result = subprocess.run(
-        [sys.executable, "-m", "tests.ops.alif.sanitized", tmp_path, *["--broken"] * broken],
+        [sys.executable, "-m", "tests.ops.alif.sanitized", tmp_path],
         env=os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"},
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
     )
-    if broken:
-        assert "heap-buffer-overflow" in result.stderr
-    else:
-        assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("clean launches") == 1, result.stdout + result.stderr
+    assert "heap-buffer-overflow" in result.stderr

@@ -1,8 +1,5 @@
 """The definition of ALIF: a trace worked by hand, gradcheck, and gradients derived on paper."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -62,10 +59,8 @@ def test_fires_at_the_threshold():
 
 # A detached reset is left out: its gradient is not the derivative of the forward pass, by design.
 @pytest.mark.parametrize("case", [c for c in grid(dtypes=(F64,)) if not c.detach_reset], ids=str)
-@pytest.mark.parametrize(
-    "smooth", [surrogate.Sigmoid(spiking=False), surrogate.ATan(spiking=False)], ids=["sig", "atan"]
-)
-def test_gradcheck_with_smooth_surrogates(case, smooth):
+def test_gradcheck_with_a_smooth_surrogate(case):
+    smooth = surrogate.Sigmoid(spiking=False)
     case = case.with_(surrogate_function=smooth, shape=(4, 2, 3), channels=case.channels and 3)
     leaves = tensors(case)
 
@@ -189,13 +184,3 @@ def test_half_input_is_computed_in_float32(dtype):
     assert got["v"].dtype == got["grad_w"].dtype == torch.float32
     assert torch.equal(got["spike_seq"].float(), exact["spike_seq"])
     assert torch.equal(got["v"], exact["v"])
-
-
-def test_the_readme_names_every_file_and_tests_that_exist():
-    folder = Path(reference.__file__).parent
-    readme = (folder / "README.md").read_text()
-    files = {path.name for path in folder.iterdir() if path.is_file()}
-    assert files - {"README.md", "__init__.py"} <= set(re.findall(r"`(\w+\.\w+)`", readme))
-    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", readme)
-    assert len(named) > 5 and all(f"def {name}(" in tests for name in named)
