@@ -125,6 +125,7 @@ def test_accelerate_trains_alike_and_unaccelerate_gives_the_net_back(name):
     plain.load_state_dict(net.state_dict())
     unaccelerate(net)
     assert attributes_of(net) == before
+    accelerate(loaded)  # twice changes nothing
     unaccelerate(loaded)
     assert attributes_of(loaded) == before
     for have, want in zip(train(loaded, x_seq), expected, strict=True):
@@ -229,14 +230,14 @@ def test_accelerated_net_runs_step_by_step():
     assert_close([torch.stack([net(x) for x in x_seq])], [expected])
 
 
-def test_accelerate_twice():
+def test_unaccelerate_a_pickled_net():
     net = make_net()
-    before, first = attributes_of(net), accelerate(net)
-    once, second = attributes_of(net), accelerate(net)
-    assert str(second).splitlines()[0] == str(first).splitlines()[0]
-    assert attributes_of(net) == once
-    unaccelerate(net)
-    assert attributes_of(net) == before
+    before = attributes_of(net)
+    accelerate(net)
+    net(images())
+    other = pickle.loads(pickle.dumps(net))
+    unaccelerate(other)
+    assert attributes_of(other) == before
 
 
 def test_unaccelerate_after_parametrize():
@@ -255,21 +256,6 @@ def test_accelerated_net_is_swapped_after_unaccelerate_only():
     assert b"sj_taid" not in pickle.dumps(sj_taid.to_lif(net))
     unaccelerate(net)
     assert len(sj_taid.swap_neurons(net).changed) == 3
-
-
-def test_accelerated_net_copies_and_pickles():
-    net, x_seq = make_net(), images()
-    before = attributes_of(net)
-    accelerate(net)
-    net(x_seq)
-    accelerated = attributes_of(net)
-    copies = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
-    expected = train(net, x_seq, 1)
-    for other in copies:
-        assert type(other[2]) is type(net[2])
-        assert all(map(torch.equal, train(other, x_seq, 1), expected))
-        unaccelerate(other)
-        assert attributes_of(other) == before and attributes_of(net) == accelerated
 
 
 def test_accelerated_neurons_are_named_as_before():
@@ -394,28 +380,3 @@ def test_accelerate_after_memopt(level, fused, monkeypatch):
     report = accelerate(net)
     assert_close(train(net, x_seq), expected)
     assert sum(row.done.startswith("fused into") for row in report.rows) == fused
-
-
-def test_accelerated_net_under_autocast():
-    net, x_seq = make_net(), images()
-    accelerate(net)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = net(x_seq)
-    output.float().sum().backward()
-    assert output.dtype == torch.bfloat16
-    assert all(p.grad.isfinite().all() for p in net.parameters())
-
-
-def test_accelerate_a_net_in_ddp(tmp_path):
-    net, x_seq = make_net(), images()
-    expected, before = train(copy.deepcopy(net), x_seq), attributes_of(net)
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(net)
-        accelerate(wrapped, x_seq)
-        assert_close(train(wrapped, x_seq), expected)
-        unaccelerate(wrapped)
-        assert attributes_of(net) == before
-    finally:
-        torch.distributed.destroy_process_group()

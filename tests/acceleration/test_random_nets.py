@@ -207,16 +207,14 @@ def test_accelerated_nets_in_threads():
         list(pool.map(run, [0, 1, 14, 20, 25, 30] * 2))
 
 
-def ddp_worker(rank, folder):
+def ddp_worker(rank, folder, nets):
     torch.set_num_threads(1)
     path = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", init_method=path, rank=rank, world_size=2)
-    for seed in range(8):
-        net = draw_ddp(seed)
-        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(10 * seed + rank))
-        options = {"run": lambda net: nn.parallel.DistributedDataParallel(net)}
+    for seed, net in enumerate(nets):
+        x = ddp_input(seed, rank)
         expected, got, exact = (
-            results(n, x.to(dtype), **options)
+            results(n, x.to(dtype), run=lambda net: nn.parallel.DistributedDataParallel(net))
             for n, dtype in (
                 (copy.deepcopy(net), torch.float32),
                 (accelerated(copy.deepcopy(net)), torch.float32),
@@ -224,8 +222,16 @@ def ddp_worker(rank, folder):
             )
         )
         assert_alike(got, expected, exact)
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    sj_taid.accelerate(wrapped)
+    sj_taid.unaccelerate(wrapped)
+    assert not any("sj_taid" in str(type(module)) for module in net.modules())
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def ddp_input(seed, rank):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(10 * seed + rank))
 
 
 def draw_ddp(seed):
@@ -235,19 +241,16 @@ def draw_ddp(seed):
         net = nn.Sequential(
             *(draw_way(*EVERY_WAY[(7 * seed + 11 * i) % len(EVERY_WAY)]) for i in range(2))
         )
-        xs = [
-            torch.randn(SHAPE, generator=torch.Generator().manual_seed(10 * seed + rank))
-            for rank in range(2)
-        ]
-        if not any(is_fragile(net, x) for x in xs):
+        if not any(is_fragile(net, ddp_input(seed, rank)) for rank in range(2)):
             return net
     raise AssertionError("no net whose spikes survive rounding")
 
 
 @pytest.mark.slow
 def test_accelerated_nets_in_two_processes(tmp_path):
+    nets = [draw_ddp(seed) for seed in range(3)]
     torch.multiprocessing.start_processes(
-        ddp_worker, args=(tmp_path,), nprocs=2, start_method="forkserver"
+        ddp_worker, args=(tmp_path, nets), nprocs=2, start_method="forkserver"
     )
 
 
