@@ -23,16 +23,7 @@ def test_learns_to_reconstruct():
     assert errors[-1] < 0.6 * errors[0]
 
 
-def test_bad_sizes_and_images():
-    for change, message in (
-        (
-            {"image_size": 12, "hidden_channels": (4, 4, 4)},
-            "image_size=12 cannot be halved 3 times",
-        ),
-        ({"latent_channels": 0}, "latent_channels must be an integer >= 1, but it is 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Autoencoder(**SMALL | change)
+def test_bad_images():
     model = Autoencoder(**SMALL).eval()
     with pytest.raises(
         ValueError, match=r"expects images \[N, 1, 8, 8\], but got \[2, 1, 16, 16\]"

@@ -15,7 +15,6 @@ from sj_taid.model import Classifier
 from sj_taid.model.classifier import paper_neuron
 from tests.model.conftest import assert_every_parameter_learns, images
 
-FLAGS = ("norm", "per_channel", "output_neuron")
 SMALL = {"image_size": 8, "T": 4, "stages": [[6, 6], [8]], "hidden": 20, "neurons_per_class": 3}
 
 options = {k: v for k, v in paper_neuron.keywords.items() if k != "init_tau"}
@@ -84,14 +83,6 @@ def test_forward_of_an_image_equals_repeating_it(training):
     assert torch.equal(model(image), model(repeated))
 
 
-def test_forward_twice_never_mixes():
-    model = Classifier(**SMALL).eval()
-    image = images(6)
-    first = model(image)
-    model(images(5))
-    assert torch.equal(model(image), first)
-
-
 def test_dropout_mask_is_shared_by_the_steps_of_a_pass():
     model = Classifier(**SMALL)
     hidden = model.head[:1]
@@ -107,13 +98,11 @@ def test_dropout_mask_is_shared_by_the_steps_of_a_pass():
 
 def test_compiled_graph_whatever_other_nets_live():
     torch.compiler.reset()
-    other = Classifier(**SMALL)
+    other, model = Classifier(**SMALL), Classifier(**SMALL).eval()
     functional.reset_net(other)  # SpikingJelly 2.x remembers it as long as it lives
-    model = Classifier(**SMALL).eval()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    image = images(6)
-    first = compiled(image)
+    first = compiled(image := images(6))
     del other
     gc.collect()
     assert torch.equal(compiled(image), first) and torch.equal(model(image), first)
@@ -146,17 +135,13 @@ def test_forward_is_the_mean_over_time_and_a_class():
     ("change", "message"),
     [
         ({"T": 0}, "T must be an integer >= 1, but it is 0"),
-        ({"neurons_per_class": 0}, "neurons_per_class must be an integer >= 1, but it is 0"),
-        ({"classes": None}, "classes must be an integer >= 2, but it is None"),
         ({"stages": []}, "stages must hold the widths of at least one stage"),
-        ({"stages": [[4], []]}, "each of at least one convolution"),
         ({"stages": [[4], [0]]}, r"stages\[1\]\[0\] must be an integer >= 1, but it is 0"),
         ({"stages": [4]}, r"stages\[0\] must be numbers of channels"),
         ({"stages": [[4]] * 4}, "image_size=8 cannot be pooled 4 times.*at least 16"),
-        ({"dropout": (0.5,)}, r"dropout must be two probabilities in \[0, 1\)"),
         ({"dropout": (0.5, 1.0)}, r"dropout must be two probabilities in \[0, 1\)"),
         ({"neuron": ALIFNode}, "neurons in step mode 'm', but ALIFNode is in 's'"),
-        *(({flag: "off"}, f"{flag} must be True or False, but it is 'off'") for flag in FLAGS),
+        ({"norm": "off"}, "norm must be True or False, but it is 'off'"),
         ({"classes": np.float64(3)}, "classes must be an integer >= 2"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 
 from sj_taid.model import flow
 from sj_taid.model.block import seeded
-from sj_taid.model.flow import Coupling, FlowPrior
+from sj_taid.model.flow import FlowPrior
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,6 @@ def noise(prior, x, cluster):
         scale, shift = coupling(x, cluster)
         x = x * scale.exp() + shift
     return x
-
-
-def test_coupling_passes_half_of_the_channels_on():
-    first, second = Coupling(4, 0), Coupling(4, 1)
-    assert first.mask.sum() == 2 and torch.equal(second.mask, 1 - first.mask)
-    for coupling in (first, random_flow(4).couplings[0]):
-        scale, shift = coupling(torch.randn(5, 4), torch.arange(5))
-        assert not scale[:, first.mask.bool()].any() and not shift[:, first.mask.bool()].any()
 
 
 def test_loss_is_the_density_by_its_jacobian():

@@ -65,17 +65,12 @@ def test_prior_sample_equals_rerunning_every_prefix(prior):
     assert 0 < z.mean() < 1
 
 
-def test_posterior_gradients_and_batch_norm(posterior):
+def test_posterior_updates_its_norm_once(posterior):
     posterior.train()
     norm = posterior.net[0][0][1]
     before = norm.num_batches_tracked.clone()
-    x_seq = spikes().requires_grad_()
-    z, q = posterior(x_seq, picks())
+    posterior(spikes(), picks())
     assert norm.num_batches_tracked == before + 1  # by the pass with gradient alone
-    assert posterior.training and posterior.net.training
-    (z.sum() + q.sum()).backward()
-    assert x_seq.grad.abs().sum() > 0
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in posterior.parameters())
 
 
 def test_autocast_casts_without_a_graph_are_cleared():

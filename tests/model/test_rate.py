@@ -113,7 +113,3 @@ def test_learned_prior_learns_through_the_mmd():
         optimizer.step()
     assert rbf_mmd(target, prior(256)).item() < first / 20
     assert ((prior(64) >= 0) & (prior(64) <= 1)).all()
-
-
-def test_learned_prior_follows_the_models_dtype():
-    assert LearnedPrior(2).double()(3).dtype == F64

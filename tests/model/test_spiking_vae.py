@@ -53,15 +53,6 @@ def test_forward_twice_never_mixes(kind, training):
 
 
 @KINDS
-def test_forward_and_sample_leave_the_neurons_at_rest(kind):
-    model = make(kind)
-    model.training_loss(images(2), progress=1.0)
-    model.sample(2)
-    neurons = [m for m in model.modules() if isinstance(m, ALIFNode)]
-    assert neurons and all(node.v == node.v_reset for node in neurons)
-
-
-@KINDS
 def test_encode_equals_repeating_the_image(kind):
     model = make(kind).double().eval()
     image = images().double()
@@ -108,18 +99,12 @@ def test_takes_any_spikingjelly_neuron(kind, neuron):
 
 
 @KINDS
-def test_takes_numpys_whole_numbers(kind):
-    model = make(kind, hidden_channels=np.int64(4), T=np.int64(6))
-    assert model.sample(2).shape == (2, 1, 8, 8)
-
-
-@KINDS
 def test_sample_needs_no_mode_and_changes_nothing(kind):
     model = make(kind)
     model(images())
     frozen = model.decoder[0][0][1].eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    drawn = model.sample(5)
+    drawn = model.sample(np.int64(5))
     assert drawn.shape == (5, 1, 8, 8) and not drawn.requires_grad
     assert model.training and model.to_latent.training and not frozen.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -147,60 +132,41 @@ def test_sum_losses_of_colour():
     assert losses["loss"].item() == pytest.approx(4.5 / 6 + 2.25 / 6)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+BAD = {
+    (ESVAE, FSVAE): [
         ({"chroma_weight": 3.0}, "chroma_weight=3.0 is for images of 3 channels, but in_channels"),
         ({"latent_channels": 0}, "latent_channels must be an integer >= 1, but it is 0"),
-        ({"in_channels": 1.0}, "in_channels must be an integer >= 1, but it is 1.0"),
         ({"hidden_channels": (0, 4)}, r"hidden_channels\[0\] must be an integer >= 1, but it is 0"),
-        ({"hidden_channels": 0}, "hidden_channels must be an integer >= 1, but it is 0"),
-        ({"hidden_channels": 4.5}, "hidden_channels must be an integer >= 1, but it is 4.5"),
         ({"hidden_channels": (4, 4.5)}, "hidden_channels must be numbers of channels"),
+        ({"hidden_channels": ()}, "cannot be halved 0 times"),
+        ({"image_size": 12, "hidden_channels": (4, 4, 4)}, "cannot be halved 3 times"),
         ({"subpixel": "no"}, "subpixel must be True or False, but it is 'no'"),
         ({"T": True}, "T must be an integer >= 1, but it is True"),
         ({"gradient_weight": float("nan")}, "gradient_weight must be a number >= 0, but it is nan"),
         ({"image_decoder": TAID(3)}, "the image decoder is for T=3, the model for T=6"),
-        ({"image_size": 9, "hidden_channels": 4}, "image_size=9 cannot be halved 1 times"),
-        ({"image_size": 12, "hidden_channels": (4, 4, 4)}, "cannot be halved 3 times"),
-        ({"hidden_channels": ()}, "cannot be halved 0 times"),
+        ({"image_decoder": TAID}, r"image_decoder must be a layer, such as TAID\(6\)"),
         ({"neuron": ALIFNode}, "neurons in step mode 'm', but ALIFNode is in 's'"),
+        ({"neuron": ALIFNode(step_mode="m")}, "neuron must make a neuron each time it is called"),
     ],
-)
-@KINDS
-def test_bad_arguments(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        make(kind, **options)
+    (ESVAE,): [
+        ({"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
+        ({"exact_counts": "off"}, "exact_counts must be True or False, but it is 'off'"),
+        ({"sample_from": "normal"}, "one of learned, flow, but it is 'normal'"),
+    ],
+    (FSVAE,): [
+        ({"k": 0}, "k must be an integer >= 1, but it is 0"),
+        ({"own_sample_probability": (10, 30)}, r"two probabilities in \[0, 1\], but it is"),
+        ({"own_sample_probability": (0.1,)}, "must be two probabilities"),
+    ],
+}
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
-    [
-        (ESVAE, {"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
-        (ESVAE, {"exact_counts": "off"}, "exact_counts must be True or False, but it is 'off'"),
-        (ESVAE, {"sample_from": "normal"}, "one of learned, flow, but it is 'normal'"),
-        (FSVAE, {"k": 0}, "k must be an integer >= 1, but it is 0"),
-        (FSVAE, {"own_sample_probability": (10, 30)}, r"two probabilities in \[0, 1\], but it is"),
-        (FSVAE, {"own_sample_probability": (0.1,)}, "must be two probabilities"),
-        (FSVAE, {"own_sample_probability": 0.1}, "must be two probabilities"),
-    ],
+    [(kind, *row) for kinds, rows in BAD.items() for kind in kinds for row in rows],
 )
-def test_bad_arguments_of_one_model(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        make(kind, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_decoder": TAID}, r"image_decoder must be a layer, such as TAID\(6\)"),
-        ({"neuron": ALIFNode(step_mode="m")}, "neuron must make a neuron each time it is called"),
-        ({"decoder": TAID(6)}, "unexpected keyword argument 'decoder'"),
-    ],
-)
-@KINDS
-def test_bad_parts(kind, options, message):
-    with pytest.raises(TypeError, match=message):
+def test_bad_arguments(kind, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make(kind, **options)
 
 
