@@ -204,18 +204,9 @@ def test_temporal_wise_attention_weighs_steps():
     torch.testing.assert_close(shares, shares[..., :1].expand_as(shares))
 
 
-@pytest.mark.parametrize(
-    ("encoder", "x", "expected"),
-    [
-        (encoding.PoissonEncoder(), torch.tensor([0.0, 1.0]), [[0, 1]] * 3),
-        (encoding.LatencyEncoder(3), torch.tensor([1.0, 0.5, 0.0]), torch.eye(3).tolist()),
-        (encoding.PeriodicEncoder(torch.eye(2)), None, [[1, 0], [0, 1], [1, 0]]),
-        (encoding.WeightedPhaseEncoder(3), torch.tensor([0.625]), [[1], [0], [1]]),
-    ],
-)
-def test_encoder_gives_a_step_a_call(encoder, x, expected):
-    out = [encoder() if x is None else encoder(x) for _ in range(3)]
-    assert [step.float().tolist() for step in out] == expected
+def test_periodic_encoder_gives_a_step_a_call():
+    encoder = encoding.PeriodicEncoder(torch.eye(2))
+    assert [encoder().tolist() for _ in range(3)] == [[1, 0], [0, 1], [1, 0]]
 
 
 #: the keys of a checkpoint that 0.0.0.0.12 wrote of ``old_net``
@@ -288,26 +279,17 @@ def test_vgg_is_todays_with_the_arguments_of_then():
     [
         ("from spikingjelly.clock_driven import accelerating as a; a.x", r"sj_taid\.accelerate"),
         ("from spikingjelly.clock_driven.ann2snn import parser", r"activation_based\.ann2snn"),
-        ("from spikingjelly.clock_driven import lava_exchange as a; a.x", "based.lava_exchange"),
         ("from spikingjelly.clock_driven.monitor import Monitor", r"sj_taid\.monitor"),
-        ("from spikingjelly.clock_driven.spike_op import spike_linear", r"torch\.nn\.functional"),
         ("from spikingjelly.clock_driven.model.parametric_lif_net import MNISTNet", "other keys"),
         ("from spikingjelly.clock_driven.layer import ConvBatchNorm2d", "nn.Sequential"),
-        ("from spikingjelly.clock_driven.layer import STDPLearner", r"learning\.STDPLearner"),
         ("from spikingjelly.clock_driven.layer import DCT", "what spikingjelly.activation_based"),
-        ("from spikingjelly.clock_driven.neuron import AdaptiveBaseNode", "AdaptBaseNode"),
-        ("from spikingjelly.clock_driven.neuron import GeneralNode", r"of neuron\.BaseNode"),
         ("from spikingjelly.clock_driven.neuron import MultiStepEIFNode", r"EIFNode\(..., step"),
-        ("from spikingjelly.clock_driven import nothing", "what spikingjelly.activation_based"),
         ("from spikingjelly.cext.layer import SparseLinear", r"torch\.nn"),
         ("from spikingjelly.cext.neuron import LIFNode", r"clock_driven\.neuron"),
-        *(
-            pytest.param(f"from spikingjelly.clock_driven.{name}", use, marks=ONLY_2)
-            for name, use in {
-                "functional import fuse_convbn2d": "fuse_conv_bn_eval",
-                "surrogate import PiecewiseLeakyReLU": "slope",
-                "surrogate import check_cuda_grad": "gradcheck",
-            }.items()
+        pytest.param(
+            "from spikingjelly.clock_driven.functional import fuse_convbn2d",
+            "fuse_conv_bn_eval",
+            marks=ONLY_2,
         ),
     ],
 )
@@ -426,19 +408,3 @@ def test_published_net_runs_and_is_accelerated():
     for name, tensors in zip(("old", "accelerated"), found[1:], strict=True):
         for tensor, expected in zip(tensors, found[0], strict=True):
             torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 has no counters")
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.filterwarnings("ignore:backend='cupy'")
-def test_energy_of_a_published_net_is_that_of_the_accelerated(training):
-    op_counter = importlib.import_module("spikingjelly.activation_based.op_counter")
-    torch.manual_seed(0)
-    plain = Published().train(training)
-    fast = copy.deepcopy(plain)
-    sj_taid.accelerate(fast)
-    x_seq, reports = torch.rand(4, 2, 2, 8, 8) * 4.0, []
-    for net in (plain, fast):
-        torch.manual_seed(1)  # for dropout
-        reports.append(op_counter.estimate_simple_energy(net, (x_seq,)))
-    assert reports[0] == reports[1] and reports[0].counts["ac"] > 0

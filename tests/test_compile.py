@@ -136,10 +136,6 @@ def test_compile_with_inductor():
         assert (got[name] - want).abs().max() <= bound, name
 
 
-# The fused backends do not know the surrogate below, and auto says so.
-unknown_surrogate = pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")
-
-
 class Triangle(torch.autograd.Function):
     """A surrogate that torch.func can take apart; SpikingJelly's own have no vmap rule."""
 
@@ -167,7 +163,6 @@ def loss_of(net):
     return loss, {name: p.detach() for name, p in net.named_parameters()}
 
 
-@unknown_surrogate
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 def test_func_grad_equals_autograd(step_mode):
     net, x = make_net(step_mode, Triangle.apply, backend="torch"), inputs(step_mode)
@@ -177,7 +172,6 @@ def test_func_grad_equals_autograd(step_mode):
         assert torch.equal(gradient, expected[name]), name
 
 
-@unknown_surrogate
 def test_func_vmap_gives_gradients_per_sample():
     net, x = make_net(surrogate_function=Triangle.apply, backend="torch"), inputs()
     loss, parameters = loss_of(net)

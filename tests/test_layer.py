@@ -81,18 +81,10 @@ def test_taid_pixel_starts_as_the_fixed_decoder():
 
 
 @pytest.mark.parametrize("squeeze", SQUEEZES)
-def test_taid_of_an_empty_batch(squeeze):
-    x_seq = torch.zeros(4, 0, 3, 5, 6, requires_grad=True)
-    image = TAID(4, squeeze=squeeze)(x_seq)
-    assert image.shape == (0, 3, 5, 6)
-    image.sum().backward()
-    assert x_seq.grad.shape == x_seq.shape
-
-
-@pytest.mark.parametrize("squeeze", SQUEEZES)
 def test_taid_gradcheck(squeeze):
     taid = TAID(4, squeeze=squeeze).double()
-    assert torch.autograd.gradcheck(taid, sequence(4, 2, 3, 2, 2).requires_grad_())
+    for n in (2, 0):  # an empty batch too
+        assert torch.autograd.gradcheck(taid, sequence(4, n, 3, 2, 2).requires_grad_())
 
 
 def test_fixed_decoder_weighs_later_steps_more():
@@ -117,14 +109,11 @@ def test_decoders_are_multi_step_modules(make):
 
 
 @MAKES
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_decoders_half_precision(make, dtype):
-    assert make(4).to(dtype)(torch.rand(4, 2, 3, 4, 4, dtype=dtype)).dtype == dtype
-
-
-def test_taid_under_autocast():
+def test_decoders_half_precision(make):
+    for dtype in (torch.float16, torch.bfloat16):
+        assert make(4).to(dtype)(torch.rand(4, 2, 3, 4, 4, dtype=dtype)).dtype == dtype
     with torch.autocast("cpu", torch.bfloat16):
-        assert TAID(4)(torch.rand(4, 2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert make(4)(torch.rand(4, 2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @MAKES
@@ -142,14 +131,11 @@ def test_decoders_bad_input(make):
     ("make", "options", "message"),
     [
         (TAID, {"T": 0}, "T must be"),
-        (TAID, {"T": True}, "T must be"),
         (TAID, {"squeeze": "time"}, "squeeze must be 'spatial', 'all' or 'pixel'"),
         (TAID, {"kernel_size": 2}, "odd"),
         (TAID, {"kernel_size": 3, "squeeze": "all"}, "averages away"),
         (TAID, {"reduction": 0}, "reduction must be"),
         (FixedDecoder, {"decay": 0.0}, r"decay must be in \(0, 1\]"),
-        (FixedDecoder, {"decay": 1.5}, r"decay must be in \(0, 1\]"),
-        (FixedDecoder, {"decay": "a"}, "decay must be a number"),
         (FixedDecoder, {"scale": None}, "scale must be a number"),
     ],
 )

@@ -67,22 +67,6 @@ def test_state_carries_over_until_reset():
     assert not node.v.requires_grad
 
 
-def test_to_functional_forward():
-    base = pytest.importorskip("spikingjelly.activation_based.base")
-    if not hasattr(base, "to_functional_forward"):
-        pytest.skip("this SpikingJelly has no to_functional_forward")
-    node = ALIFNode(step_mode="m")
-    net = nn.Sequential(nn.Linear(4, 4), node)
-    x_seq = inputs()
-    expected = net(x_seq)
-    v = node.v
-    functional.reset_net(net)
-    (got,), (v_got,) = base.to_functional_forward(net)((x_seq,), (0.0,))
-    assert torch.equal(got, expected)
-    assert torch.equal(v_got, v)
-    assert node.v == 0.0
-
-
 def test_state_dict_holds_parameters_and_loads_plifs():
     plif = neuron.ParametricLIFNode(init_tau=3.5)
     node = ALIFNode()
@@ -147,15 +131,6 @@ def test_half_keeps_float32_parameters_and_state(dtype):
     assert node.w.dtype == node.v_threshold.dtype == node.v.dtype == torch.float32
 
 
-def test_autocast_gives_half_precision_spikes():
-    net = nn.Sequential(nn.Linear(4, 4), ALIFNode(step_mode="m"))
-    with torch.autocast("cpu", torch.bfloat16):
-        spikes = net(inputs())
-    assert spikes.dtype == torch.bfloat16
-    spikes.float().sum().backward()
-    assert net[1].w.grad.dtype == torch.float32
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
 def test_copies_within_a_graph_are_independent(duplicate):
     node = ALIFNode(step_mode="m")
@@ -195,28 +170,16 @@ TAU = "init_tau must be .* greater than 1 and less than 1e38"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"init_tau": tau}, TAU) for tau in (1.0, -2, 1e300, math.inf, math.nan, "2")),
+        *(({"init_tau": tau}, TAU) for tau in (1.0, 1e300, math.nan, "2")),
         ({"backend": "cudnn"}, "'cudnn' is unknown: expected one of 'auto', 'torch'"),
         ({"step_mode": "x"}, "step_mode"),
         ({"channels": 0}, "channels must be None or an integer >= 1"),
         ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "not >= min_v_threshold=0.2"),
-        *(
-            ({name: value}, f"{name} must be a number, but it is {value!r}")
-            for name, value in (
-                *(("v_threshold", math.nan), ("v_threshold", "a"), ("v_threshold", None)),
-                *(("min_v_threshold", math.nan), ("min_v_threshold", "a")),
-            )
-        ),
-        *(
-            ({name: "no"}, f"{name} must be True or False, but it is 'no'")
-            for name in ("decay_input", "detach_reset", "learn_tau", "learn_threshold")
-        ),
-        *(
-            ({"surrogate_function": value}, r"must be a function, such as surrogate\.ATan\(\)")
-            for value in (surrogate.ATan, None)
-        ),
+        ({"v_threshold": math.nan}, "v_threshold must be a number, but it is nan"),
+        ({"min_v_threshold": "a"}, "min_v_threshold must be a number, but it is 'a'"),
+        ({"learn_tau": "no"}, "learn_tau must be True or False, but it is 'no'"),
+        ({"surrogate_function": surrogate.ATan}, r"a function, such as surrogate\.ATan\(\)"),
         ({"v_reset": "a"}, "v_reset must be a finite number or None, but it is 'a'"),
-        ({"v_reset": math.nan}, "v_reset must be a finite number or None, but it is nan"),
         ({"v_reset": -math.inf}, "v_reset must be a finite number or None, but it is -inf"),
     ],
 )
@@ -229,8 +192,6 @@ def test_alif_node_refuses_bad_arguments(options, message):
     ("options", "x", "error", "message"),
     [
         ({}, torch.ones(4, 2).bool(), TypeError, r"must be a floating-point tensor.*\.float\(\)"),
-        ({}, [1.0], TypeError, "must be a floating-point tensor, but it is list"),
-        ({}, torch.ones(3), ValueError, r"must be \[T, N, \*\] with T >= 1"),
         ({}, torch.ones(0, 3), ValueError, r"must be \[T, N, \*\] with T >= 1"),
         ({"step_mode": "s"}, torch.tensor(1.0), ValueError, "it is a scalar; add a batch axis"),
         ({"channels": 7}, inputs(), ValueError, r"7 channels.*\[N, 7, \*\].*\[3, 5, 4\]"),
@@ -241,36 +202,24 @@ def test_alif_node_refuses_bad_inputs(options, x, error, message):
         ALIFNode(**{"step_mode": "m"} | options)(x)
 
 
-def test_alif_multi_step_refuses_a_matrix_of_parameters():
-    with pytest.raises(ValueError, match="scalar or one value per channel"):
-        alif_multi_step(inputs(), 0.0, torch.zeros(5, 4), torch.tensor(1.0))
-
-
-@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize(
-    ("v", "w", "v_threshold", "message"),
+    ("changed", "error", "message"),
     [
-        (0.0, 0.0, torch.tensor(1.0), r"w must be a tensor, but it is 0\.0.*torch\.tensor\(0\.0\)"),
-        (0.0, torch.tensor(0.0), 1, "v_threshold must be a tensor, but it is 1"),
-        (None, torch.tensor(0.0), torch.tensor(1.0), "v must be a tensor or a number.* None"),
+        ({"w": torch.zeros(5, 4)}, ValueError, "scalar or one value per channel"),
+        ({"w": 0.0}, TypeError, r"w must be a tensor, but it is 0\.0.*torch\.tensor\(0\.0\)"),
+        ({"v_threshold": 1}, TypeError, "v_threshold must be a tensor, but it is 1"),
+        ({"v": None}, TypeError, "v must be a tensor or a number.* None"),
+        (
+            {"w": torch.zeros((), device="meta")},
+            ValueError,
+            r"w is on meta but the input on cpu.*net\.to\(device\)",
+        ),
     ],
 )
-def test_alif_multi_step_refuses_numbers_for_tensors(v, w, v_threshold, message, backend):
-    with pytest.raises(TypeError, match=message):
-        alif_multi_step(inputs(), v, w, v_threshold, backend=backend)
-
-
-def test_devices_must_agree():
-    with pytest.raises(ValueError, match=r"w is on meta but the input on cpu.*net\.to\(device\)"):
-        alif_step(inputs()[0], 0.0, torch.zeros((), device="meta"), torch.tensor(1.0))
-
-
-def test_empty_batch():
-    node = ALIFNode(step_mode="m")
-    x_seq = torch.ones(3, 0, 5, requires_grad=True)
-    node(x_seq).sum().backward()
-    assert x_seq.grad.shape == (3, 0, 5)
-    assert node.w.grad == 0
+def test_alif_multi_step_refuses_bad_arguments(changed, error, message):
+    good = {"v": 0.0, "w": torch.tensor(0.0), "v_threshold": torch.tensor(1.0)}
+    with pytest.raises(error, match=message):
+        alif_multi_step(inputs(), **good | changed)
 
 
 def test_half_default_dtype_gives_float32_parameters():
