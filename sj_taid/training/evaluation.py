@@ -165,7 +165,9 @@ class Evaluator:
             counts[f"the number of {data.test_name} images"] = len(data.test_set)
         for what, count in counts.items():
             if count < needed:
-                raise ValueError(f"{name} needs at least {needed} images, but {what} is {count}")
+                raise ValueError(
+                    f"{name} needs at least {needed} images, but {what} is {count}; give more"
+                )
 
     def _share_network(
         self, group: dict[str, Any], data: ImageData, device: torch.device

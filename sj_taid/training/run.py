@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,8 +179,10 @@ class Run:
         _write_json(metrics, self.folder / METRICS)
 
     def save_evaluation(self, evaluation: dict[str, Any]) -> Path:
-        """Add a file, named by the time, to the run's evaluations."""
-        path = self.folder / EVALUATIONS / f"{datetime.now():%Y-%m-%dT%H-%M-%S-%f}.json"
+        """Add a file to the run's evaluations, whose numbers count up whatever the clock says."""
+        folder = self.folder / EVALUATIONS
+        number = 1 + max((int(path.stem) for path in folder.glob("[0-9]*.json")), default=0)
+        path = folder / f"{number:04}.json"
         _write_json(evaluation, path)
         return path
 
@@ -191,7 +192,7 @@ class Run:
 
         Those of a checkpoint that was replaced are left out. Without any checkpoint all count.
         """
-        paths = sorted((self.folder / EVALUATIONS).glob("*.json"))
+        paths = sorted((self.folder / EVALUATIONS).glob("[0-9]*.json"))
         found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         runs = [Run(self.folder), Run(self.folder, self.best)] if found else []
         here = {run.checkpoint_sha256() for run in runs if run.checkpoint.is_file()}

@@ -7,9 +7,24 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import find_class
+from .._checks import FLAG, NOT_NEGATIVE, Rule, check, integer
 from .config import CONF
 from .run import flatten
 
+#: what libraries would take, or refuse in words that do not name the key
+RULES: dict[str, Rule] = {
+    "seed": integer(0),
+    "pictures": FLAG,
+    "compile": (
+        "true, false or options, as '{mode: max-autotune}'",
+        lambda value: isinstance(value, bool | DictConfig),
+    ),
+    "metric.features": FLAG,
+    "dataset.batch_size": integer(1),
+    "dataset.num_workers": integer(0),
+    "optimizer.lr": NOT_NEGATIVE,
+    "trainer.max_epochs": integer(0),
+}
 #: keys of a config next to its groups
 KEYS = {"cache_dir", "checkpoint", "compile", "objective", "pictures", "seed", "trust"}
 #: what one task alone takes: the choice that sets it, the task, and what is in its config alone
@@ -30,6 +45,9 @@ def validate(cfg: DictConfig) -> None:
     words = {key for key, value in flatten(OmegaConf.to_container(cfg)).items() if is_word(value)}
     if words:
         raise ValueError(f"{', '.join(sorted(words))} must be true or false")
+    for key, rule in RULES.items():
+        if (value := OmegaConf.select(cfg, key)) is not None:
+            check(rule, **{key: value})
     keys = KEYS | {path.name for path in Path(CONF).iterdir() if path.is_dir()}
     if unknown := cfg.keys() - keys:
         raise ValueError(

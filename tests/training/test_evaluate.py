@@ -74,6 +74,8 @@ def test_evaluate_repeats_the_metrics_of_training(folder):
     other = evaluate(composed(folder, "seed=1"))
     assert other["metrics"]["fad"] != first["metrics"]["fad"] and other["seed"] == 1
     assert evaluations_of(folder) == [first, again, other]
+    names = sorted(path.name for path in (folder / "evaluations").iterdir())
+    assert names == ["0001.json", "0002.json", "0003.json"]  # whatever the clock says
 
 
 def test_evaluate_fid_and_inception_score(folder, monkeypatch):
