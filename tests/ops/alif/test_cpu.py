@@ -454,8 +454,7 @@ LATER = Case(frozen=("w", "v_threshold"))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 def test_later_processes_load_what_is_compiled(tmp_path):
-    # The second first compiles, in the state in which the first did: numba then gives equal names
-    # to equally named functions, and the linker takes one for the other.
+    # The second process compiles another kernel first.
     assert_conforms(LATER)  # forward is loaded before
     outputs = []
     for v_resets in ([None], [0.0, None]):
