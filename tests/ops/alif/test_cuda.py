@@ -160,7 +160,7 @@ def test_norm_saves_the_input_and_numbers_per_channel(launcher, T):
     case = NORM.with_(shape=(T, *NORM.shape[1:]), v_init=False)
     neurons, channels = 3 * 4 * 4 * 4, 4
     expected = 4 * (T + kernels.checkpoints(T, torch.float32)) * neurons
-    expected += 2 * 4 + channels * (3 * 4 + 2 * 8)
+    expected += 2 * 4 + channels * (5 * 4 + 2 * 8)
     assert count_saved_bytes(lambda: run(launcher, case)) == expected
 
 
