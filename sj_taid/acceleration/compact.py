@@ -35,9 +35,11 @@ _EXPOSES = {
 }
 #: the module whose functions change memory that autograd does not see
 _COLLECTIVES = "torch.distributed.distributed_c10d"
-#: They give a gradient of their own to a tensor, which is their first argument or an input.
-_HOOKS = {Tensor.register_hook, Tensor.retain_grad}
-_GRADIENTS = {torch.autograd.grad, torch.autograd.backward}
+#: They take the gradient of tensors: which argument these are; of backward it is ``inputs``.
+_GRADIENTS: dict[Any, int | None] = {
+    **{Tensor.register_hook: 0, Tensor.retain_grad: 0},
+    **{torch.autograd.grad: 1, torch.autograd.backward: None},
+}
 #: Their result has no value that their inputs do not have.
 _COPIES = {
     *("clone", "contiguous", "reshape", "flatten", "to", "float", "half", "bfloat16"),
@@ -188,9 +190,9 @@ class Known(Tensor):
             if func in _EXPOSES or getattr(func, "__module__", None) == _COLLECTIVES:
                 args, kwargs = tree_map_only(Known, lambda t: t.exposed(), (args, kwargs))
                 return func(*args, **kwargs)
-            if func in _HOOKS | _GRADIENTS:
-                inputs = args[1] if func is torch.autograd.grad else kwargs.get("inputs")
-                for tensor in args[:1] if func in _HOOKS else inputs or ():
+            if func in _GRADIENTS:
+                at = _GRADIENTS[func]
+                for tensor in _flat([kwargs.get("inputs") if at is None else args[at]]):
                     if isinstance(tensor, Known):
                         tensor.watch()
                 return func(*args, **kwargs)
