@@ -98,6 +98,7 @@ def gains() -> pd.DataFrame:
     """Memory, time and quality before and after, and where each was measured."""
     nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 8")
     fsvae = load_frame(["fsvae"], *CHOICES).query("dataset == 'mnist'")
+    faces = load_frame(["celeba_esvae_cpu"], *CHOICES)
     classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
     former = read_zoo().query("net == 'Spikformer'")
     held = {"SpikingJelly LIF": "before_mb", "LIF accelerate": "after_mb"}
@@ -109,6 +110,7 @@ def gains() -> pd.DataFrame:
         gain(f"{step}, ms", nets, "median_ms", PLIF, ours),
         gain("Spikformer as published: held after forward, kB", pd.concat(kept), "kb", *held),
         gain(error, fsvae, "reconstruction", "fixed", "taid"),
+        gain("ESVAE on faces, reconstruction error", faces, "reconstruction", "fixed", "taid"),
         gain(accuracy, classifiers, "accuracy", "plif", "alif"),
     ]
     return pd.DataFrame(rows)
