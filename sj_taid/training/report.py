@@ -12,6 +12,7 @@ import base64
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor
 from torchvision.utils import save_image
@@ -60,7 +62,13 @@ MARK = 'content="sj-taid report"'
 
 def first_images(run: Run, trust: Sequence[str] = ()) -> Tensor:
     """The first images ``[N, C, H, W]``, or frames ``[T, N, C, H, W]``, of a run's test set."""
-    data = build_data(run.config, trust, num_workers=0, batch_size=IMAGES)
+    return _first_images(OmegaConf.to_yaml(run.config.dataset), tuple(trust))
+
+
+@cache  # most runs of a page have the same data
+def _first_images(dataset: str, trust: tuple[str, ...]) -> Tensor:
+    cfg = OmegaConf.create({"dataset": OmegaConf.create(dataset)})
+    data = build_data(cfg, trust, num_workers=0, batch_size=IMAGES)
     x, _ = next(iter(data.test_dataloader()))
     return x.transpose(0, 1) if x.dim() == 5 else x
 
