@@ -75,9 +75,12 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _download(url: str) -> Path:
     """Fetch the weights, unless they are there, to where torch-fidelity keeps them."""
-    name = url.rsplit("/", 1)[1]  # whose end is the beginning of the file's hash
-    torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    return Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The name ends with the first digits of the file's hash.
+        torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[1])
+    return path
 
 
 class InceptionScore(inception.InceptionScore):
