@@ -117,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = torch.cuda.get_device_name() if options.device == "cuda" else doctor.cpu_name()
     folder = options.out.absolute() / slug(machine)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (*folder.glob("*.csv"), *folder.glob("*.txt")):
-        path.unlink()
+    for name in SIZES[options.device]:  # of an earlier run
+        (folder / f"{name.replace(' ', '-')}.csv").unlink(missing_ok=True)
     results: list[Result] = []
     end = time.monotonic() + 60 * options.minutes
     for step in steps(options.device, folder):
