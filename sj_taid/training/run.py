@@ -113,9 +113,14 @@ class Run:
 
         Raises:
             FileNotFoundError: there is none; keep a checkpoint in its run's folder.
+            ValueError: the file holds something else.
         """
-        config = OmegaConf.load(self.folder / CONFIG)
-        assert isinstance(config, DictConfig)
+        path = self.folder / CONFIG
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig):
+            raise ValueError(
+                f"{path} must hold keys and values, but it holds a list; put back the run's own"
+            )
         return config
 
     def begin(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:

@@ -189,3 +189,9 @@ def test_build_resolves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"decoder\.T must be .* '\$\{oc\.create"):
         runs.build_part(cfg, "decoder")
     assert not (tmp_path / "hacked").exists()
+
+
+def test_config_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / runs.CONFIG).write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"config\.yaml must hold keys and values"):
+        _ = Run(tmp_path).config
