@@ -45,7 +45,7 @@ _COPIES = {
     *("clone", "contiguous", "reshape", "flatten", "to", "float", "half", "bfloat16"),
     *("cat", "concat", "stack", "max_pool1d", "max_pool2d", "max_pool3d"),
 }
-#: options of theirs
+#: options that leave the largest value of a result known
 _OPTIONS = {"dim", "stride", "padding", "dilation", "ceil_mode", "return_indices"}
 _ADDS = {"add", "__add__", "__radd__"}
 _ADDS_IN_PLACE = {"add_", "__iadd__"}

@@ -127,9 +127,12 @@ class Data(L.LightningDataModule):
         self.train_set = self._limit(train)
         self.validation_set = None if validation is None else self._interleave(validation)
         self.test_set = self._interleave(test)
-        parts = {"training": self.train_set, "testing": self.test_set}
-        parts |= {"validation": self.validation_set} if self.validation_set is not None else {}
-        if empty := [part for part, samples in parts.items() if not len(samples)]:
+        parts = {
+            "training": self.train_set,
+            "testing": self.test_set,
+            "validation": self.validation_set,
+        }
+        if empty := [name for name, part in parts.items() if part is not None and not len(part)]:
             raise ValueError(
                 f"{self.name} has no samples for {' and '.join(empty)}; choose larger shares, or "
                 "add samples"
