@@ -326,49 +326,15 @@ def zoo() -> pd.DataFrame:
     return pd.DataFrame(columns).astype(str)
 
 
-def norm() -> pd.DataFrame:
-    """Milliseconds of norm and neuron and of two blocks with them, forward and backward."""
-    rows = pd.read_csv(EPYC / "norm.csv").query("dtype == 'float32'")
-    rows = rows[~rows["variant"].str.endswith("bits")].rename(columns={"variant": "neuron"})
-    one = "ALIF, one operator"
-    ratios = {"one / two": (one, "ALIF, two operators"), "one / PLIF": (one, PLIF)}
-    table = compare_times(rows, "net", "{:.1f}", ratios)
-    order = ["net", *rows["neuron"].unique(), *ratios]
-    return table.sort_values("net", ascending=False)[order]
-
-
 def neurons() -> pd.DataFrame:
     """Milliseconds of the largest layer, without and with its memory reused."""
     files = {"given back": "neuron.csv", "reused": "neuron-reused-memory.csv"}
     tables = {memory: pd.read_csv(EPYC / name) for memory, name in files.items()}
     rows = pd.concat(tables, names=["freed memory"]).reset_index("freed memory")
     rows = rows[(rows["N"] == rows["N"].max()) & (rows["T"] >= 8)]
-    ratios = {"PLIF / ALIF numba": (PLIF, "ALIF numba")}
-    return compare_times(rows, ["freed memory", "T"], "{:.1f}", ratios, "{:.1f}")
-
-
-def small() -> pd.DataFrame:
-    """Microseconds of small layers, of the host alone."""
-    rows = pd.read_csv(EPYC / "small.csv")
-    rows["layer"] = rows["norm"].map({False: "neuron", True: "norm and neuron"})
-    rows["median_ms"] *= 1e3
-    ratios = {f"{name} / PLIF": (f"ALIF {name}", PLIF) for name in ("numba", "cupy")}
-    return compare_times(rows, ["layer", "T", "work"], "{:.0f}", ratios)
-
-
-def compare_times(
-    rows: pd.DataFrame,
-    index: str | list[str],
-    digits: str,
-    ratios: dict[str, tuple[str, str]],
-    ratio_digits: str = "{:.2f}",
-) -> pd.DataFrame:
-    """The median times by neuron, and ratios of two neurons' times by title."""
-    table = rows.pivot(index=index, columns="neuron", values="median_ms")
-    text = table.map(digits.format)
-    for title, (ours, theirs) in ratios.items():
-        text[title] = (table[ours] / table[theirs]).map(ratio_digits.format)
-    return text.reset_index()
+    table = rows.pivot(index=["freed memory", "T"], columns="neuron", values="median_ms")
+    table["PLIF / ALIF numba"] = table[PLIF] / table["ALIF numba"]
+    return table.map("{:.1f}".format).reset_index()
 
 
 def esvae() -> pd.DataFrame:
@@ -386,7 +352,7 @@ def esvae() -> pd.DataFrame:
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, distances, models)},
     **{table.__name__: table for table in (decoders, generator_neurons, start_map, recipes)},
-    **{table.__name__: table for table in (memory, zoo, norm, neurons, small, esvae)},
+    **{table.__name__: table for table in (memory, zoo, neurons, esvae)},
 }
 
 

@@ -35,8 +35,8 @@ SIZES = {
     "cuda": {
         "neuron": "--dtypes float32 bfloat16 --steps 4 16 --neurons 262144 4194304 "
         "--only cupy 'SpikingJelly LIF' PLIF",
-        "norm": "--steps 8 --batch 32 --repeats 20",
         "frontier": "--nets sew_resnet18 --steps 8 --batch 32 --neurons PLIF --levels 0 1",
+        "any_net norm_and_neuron": "any_net:norm_and_neuron --shape 8 32 128 14 14 --repeats 20",
         "any_net sew_resnet18": "any_net:sew_resnet18 --shape 4 112 3 224 224 --dtype bfloat16 "
         "--repeats 10 --compile",
         "any_net spikformer": "any_net:spikformer --shape 4 64 3 32 32 --dtype bfloat16 "
@@ -45,9 +45,8 @@ SIZES = {
     "cpu": {
         "neuron": "--steps 4 16 --neurons 4096 65536 --repeats 5 "
         "--only numba 'SpikingJelly LIF' PLIF",
-        "norm": "--steps 4 --batch 2 --repeats 3 --dtypes float32 "
-        "--nets 'norm + neuron' '3 x [conv, norm, neuron]'",
         "frontier": "--nets spiking_vgg11_bn --dtypes float32 --steps 4 --neurons PLIF --repeats 3",
+        "any_net norm_and_neuron": "any_net:norm_and_neuron --shape 4 8 128 14 14 --repeats 3",
         "any_net sew_resnet18": "any_net:sew_resnet18 --shape 4 2 3 64 64 --repeats 3",
     },
 }

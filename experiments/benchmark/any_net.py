@@ -30,7 +30,7 @@ from common import (
     train_step,
     write_csv,
 )
-from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
 from sj_taid import accelerate
@@ -45,6 +45,13 @@ def sew_resnet18() -> nn.Module:
 def spikformer() -> nn.Module:
     """SpikingJelly's, for CIFAR10."""
     return zoo("spikformer:spikformer_cifar10", spiking_neuron=neuron.LIFNode)
+
+
+def norm_and_neuron() -> nn.Module:
+    """That pair alone, on ``[T, N, 128, H, W]``."""
+    net = nn.Sequential(layer.BatchNorm2d(128), neuron.LIFNode(surrogate_function=surrogate.ATan()))
+    functional.set_step_mode(net, "m")
+    return net
 
 
 def zoo(path: str, **options: Any) -> nn.Module:

@@ -1,8 +1,4 @@
-"""Shared by the benchmarks: neurons, command-line options, timing, CSVs with provenance.
-
-All neurons are leaky integrate-and-fire with tau = 2, threshold 1 and an ATan surrogate. LIF learns
-nothing, PLIF tau; ALIF and FlexSN learn tau and the threshold.
-"""
+"""Shared by the benchmarks: command-line options, timing, bytes, CSVs with provenance."""
 
 import argparse
 import gc
@@ -18,15 +14,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from sj_taid import ALIFNode
-from sj_taid._graph import record_saved
 from sj_taid.doctor import cpu_name
-from sj_taid.ops import backends
 from sj_taid.training.files import atomic_write
 from sj_taid.training.process import provenance
 
@@ -176,15 +169,6 @@ def measure_steps(
     return table
 
 
-def saved_bytes(module: nn.Module, x_seq: Tensor) -> int:
-    """Bytes of the storages that one call saves for backward, without parameters."""
-    # A parameter's cast under autocast has another storage but its shape.
-    shapes = {tuple(sorted(p.shape)) for p in module.parameters() if p.dim() > 1}
-    _, saved = record_saved(module, lambda: module(x_seq.requires_grad_()))
-    counted = [tensor for tensor in saved if tuple(sorted(tensor.shape)) not in shapes]
-    return sum(tensor.untyped_storage().nbytes() for tensor in counted)
-
-
 def write_csv(
     table: pd.DataFrame, path: Path, device: torch.device = CPU, keys: Sequence[str] = ()
 ) -> None:
@@ -223,46 +207,3 @@ def command() -> str:
     root = Path(__file__).resolve().parents[2]
     name = script.relative_to(root) if script.is_relative_to(root) else script.name
     return shlex.join(["python", str(name), *others])
-
-
-def neurons(device: torch.device) -> dict[str, nn.Module]:
-    """Modules from ``[T, N]`` to ``[T, N]``, by name, that start from rest at every call."""
-    modules: dict[str, nn.Module] = {}
-    options = {"step_mode": "m", "surrogate_function": surrogate.ATan()}
-    for backend in backends.BACKENDS:
-        node = ALIFNode(**options, backend=backend).to(device)
-        try:
-            node(torch.zeros(1, 1, device=device))
-        except backends.BackendUnavailableError as error:
-            print(f"skipped ALIF {backend}: {error}")
-        else:
-            modules[f"ALIF {backend}"] = Fresh(node)
-    modules["SpikingJelly LIF"] = Fresh(neuron.LIFNode(**options))
-    modules["SpikingJelly PLIF"] = Fresh(neuron.ParametricLIFNode(**options))
-    parameters = (nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(())))
-    flex_sn = neuron.FlexSN(alif_step, 1, static_inputs=parameters)
-    modules["SpikingJelly FlexSN"] = Fresh(flex_sn)
-    return {name: module.to(device) for name, module in modules.items()}
-
-
-class Fresh(nn.Module):
-    """A SpikingJelly neuron that is reset before every call."""
-
-    def __init__(self, node: nn.Module) -> None:
-        super().__init__()
-        self.node = node
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        functional.reset_net(self.node)
-        return self.node(x_seq)
-
-
-# FlexSN takes a function that captures no module, so this one is global.
-FIRE = surrogate.ATan()
-
-
-def alif_step(x: Tensor, v: Tensor, w: Tensor, v_threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """A step of ALIF, for SpikingJelly's FlexSN to fuse."""
-    h = v + (x - v) * torch.sigmoid(w)
-    spike = FIRE(h - v_threshold)
-    return spike, (1.0 - spike) * h

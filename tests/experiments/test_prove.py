@@ -53,7 +53,7 @@ def test_prove_names_its_files_by_the_machine_and_replaces_them(tmp_path, monkey
     out = tmp_path / "out"
     folder = out / "nvidia-h100-80gb-hbm3"
     folder.mkdir(parents=True)
-    (folder / "norm.csv").write_text("neuron\nof another day\n")
+    (folder / "frontier.csv").write_text("neuron\nof another day\n")
     rows = ("T,N,device,commit", "4,8,a GPU,1234", "1")
     write = f"import sys; print(*{rows}, sep='\\n', file=open(sys.argv[1], 'w'))"
     steps = [Step("writes", ["-c", write, str(folder / "neuron.csv")])]
