@@ -160,21 +160,6 @@ class SpikeDriven(Net):
         return normed(self.project, y).contiguous() + x, v
 
 
-class STAtten(SpikeDriven):
-    """STAtten: the spike-driven transformer with attention over blocks of two steps."""
-
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        T, B, C, H, W = x.shape
-        s, blocks = self.shortcut(x), (T // 2, 2, B, 2, H * W, C // 2)
-        units = (self.q, self.k, self.v)
-        steps = (heads(fired_tidy(u, s)).contiguous().view(blocks) for u in units)
-        q, k, v = (t.permute(0, 2, 3, 1, 4, 5).reshape(T // 2, B, 2, -1, C // 2) for t in steps)
-        y = torch.matmul(q, torch.matmul(k.transpose(-2, -1), v) / H)
-        y = y.reshape(T // 2, B, 2, 2, H * W, C // 2).permute(0, 3, 1, 2, 4, 5)
-        y = y.reshape(T, B, 2, H * W, C // 2).transpose(4, 3).reshape(T, B, C, -1).contiguous()
-        return normed(self.project, self.attention(y).reshape(x.shape)).contiguous() + x, v
-
-
 class PaddedNorm(nn.Module):
     """A norm, padded with what it makes of zero by its running statistics."""
 
@@ -255,58 +240,6 @@ class QKFormer(Net):
         )
         y = torch.mul(self.attention(torch.sum(q, dim=3, keepdim=True)), k).flatten(2, 3)
         return self.project.neuron(folded(self.project, y).reshape(x.shape))
-
-
-class Spikingformer(Net):
-    """zhouchenlin2096/Spikingformer: neuron before convolution, tokens that are not contiguous."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.one, self.two = conv(3, width), conv(width, width)
-        self.q, self.k, self.v, self.project = (conv1d(width, width) for _ in range(4))
-        self.up, self.down = conv(width, 4 * width, 1), conv(4 * width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pooled(self.pool, fired(self.one, x))
-        x = normed(self.two, x)
-        x = x + self.attend(x)
-        return self.classify(self.last(x + normed_spikes(self.down, normed_spikes(self.up, x))))
-
-    def attend(self, x: Tensor) -> Tensor:
-        s = self.project.neuron(x).flatten(3)
-        q, k, v = (heads(fired(unit, s)) for unit in (self.q, self.k, self.v))
-        y = ((q @ k.transpose(-2, -1)) @ v) * 0.125
-        y = self.attention(y.transpose(3, 4).reshape(s.shape))
-        return folded(self.project, y).reshape(x.shape)
-
-
-class SGLFormer(Net):
-    """ZhangHanN1/SGLFormer: attention in windows, a head that convolves over tokens and time."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.one, self.two = conv(3, width), conv(width, width)
-        self.depthwise = conv(width, width, groups=width)
-        self.q, self.k, self.v, self.project = (conv(width, width, 1) for _ in range(4))
-        self.full_size = Unit(nn.Conv2d(width, width, (1, 4)), nn.BatchNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = fired(self.one, x)
-        x = self.two.neuron(unfold(self.pool(folded(self.two, x)), x))
-        x = x + fired(self.depthwise, x)
-        x = (x + self.attend(x)).flatten(3).permute(1, 2, 3, 0)
-        x = self.full_size.norm(self.full_size.layer(x))
-        return self.head(x.flatten(2).mean(2))
-
-    def attend(self, x: Tensor) -> Tensor:
-        T, B, C, H, W = x.shape
-        x = x.reshape(T, B, C, H // 2, 2, W // 2, 2).permute(0, 1, 4, 6, 2, 3, 5)
-        x = x.reshape(T, -1, C, H // 2, W // 2)
-        q, k, v = (heads(fired(unit, x)) for unit in (self.q, self.k, self.v))
-        y = self.attention(((q @ k.transpose(-2, -1)) @ v) * 0.125)
-        y = fired(self.project, y.transpose(3, 4).reshape(x.shape))
-        y = y.reshape(T, -1, 2, 2, C, H // 2, W // 2).permute(0, 1, 4, 5, 2, 6, 3)
-        return y.reshape(T, B, C, H, W)
 
 
 class OwnLIF(neuron.LIFNode):
@@ -530,57 +463,17 @@ class Element(nn.Module):
         return out
 
 
-class Basic(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(container(width, width), plif(), container(width, width))
-        self.sn = plif()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.sn(x + self.conv(x))
-
-
-class SpikingResNet(Net):
-    """fangwei123456/Spike-Element-Wise-ResNet, DVS Gesture: sums of containers, then neurons."""
+class SEWResNet(Net):
+    """fangwei123456/Spike-Element-Wise-ResNet, DVS Gesture: joined spikes, pools in containers."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        self.conv = nn.Sequential(container(3, width, 1), plif(), *self.blocks(width))
-
-    def blocks(self, width: int) -> list[nn.Module]:
-        return [Basic(width), pool(), Basic(width)]
+        add, iand, both = (Element(width, join) for join in ("ADD", "IAND", "AND"))
+        blocks = (add, pool(), iand, both, pool())
+        self.conv = nn.Sequential(container(3, width, 1), plif(), *blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.conv(x))
-
-
-class SEWResNet(SpikingResNet):
-    """The same repository's own: joined spikes, pools in containers."""
-
-    def blocks(self, width: int) -> list[nn.Module]:
-        add, iand, both = (Element(width, join) for join in ("ADD", "IAND", "AND"))
-        return [add, pool(), iand, both, pool()]
-
-
-class MaxFormer(Net):
-    """bic-L/MaxFormer: norms summed while folded, pools of norms, pools as mixers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.one, self.two, self.three = conv(3, width), conv(width, width), conv(width, width)
-        self.short, self.mixer = conv(width, width, 1, 2), nn.AvgPool2d(3, 1, 1)
-        self.depthwise = conv(width, width, 5, groups=width)
-        self.up, self.down = conv(width, 2 * width, 1), conv(2 * width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        s = fired_tidy(self.one, x)
-        x = fired_tidy(self.two, s)
-        x = self.pool(folded(self.three, x)) + folded(self.short, s)
-        x = unfold(x, s).contiguous()
-        x = normed_spikes_tidy(self.depthwise, x) + x
-        x = pooled(self.mixer, x).contiguous()
-        y = normed_spikes_tidy(self.down, normed_spikes_tidy(self.up, x))
-        return self.classify(self.last(y + x))
 
 
 class TdBN(nn.BatchNorm2d):
@@ -628,9 +521,8 @@ class ResNet19(Net):
 NETS: dict[str, Callable[[int], nn.Module]] = {
     kind.__name__: kind
     for kind in (
-        *(Spikformer, SpikeDriven, STAtten, MetaSpikeformer, QKFormer, Spikingformer, SGLFormer),
-        *(SpikingResformer, MaxFormer, SpikingUNet, SpikingVQVAE, SFOD, TCJANet),
-        *(SEWResNet, SpikingResNet, ResNet19),
+        *(Spikformer, SpikeDriven, MetaSpikeformer, QKFormer, SpikingResformer),
+        *(SpikingUNet, SpikingVQVAE, SFOD, TCJANet, SEWResNet, ResNet19),
     )
 }
 

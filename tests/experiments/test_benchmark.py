@@ -88,19 +88,14 @@ def test_zoo_counts_norms_and_bytes(measure):
 PUBLISHED = {
     "Spikformer": (9, 0.38),
     "SpikeDriven": (5, 0.36),
-    "STAtten": (5, 0.36),
     "MetaSpikeformer": (6, 0.52),
     "QKFormer": (8, 0.36),
-    "Spikingformer": (6, 0.34),
-    "SGLFormer": (6, 0.37),
     "SpikingResformer": (2, 0.40),
-    "MaxFormer": (3, 0.38),
     "SpikingUNet": (3, 0.52),
     "SpikingVQVAE": (4, 0.42),
     "SFOD": (0, 0.48),
     "TCJANet": (2, 0.39),
     "SEWResNet": (7, 0.32),
-    "SpikingResNet": (3, 0.28),
     "ResNet19": (3, 0.35),
 }
 
