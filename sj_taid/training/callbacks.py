@@ -1,8 +1,7 @@
-"""Callbacks and the logger of a run: progress, pictures, random numbers and a CSV file."""
+"""Callbacks of a run: progress, pictures and random numbers."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,7 @@ from typing import Any
 import lightning as L
 import rich
 import torch
-from lightning.pytorch import loggers
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from rich.progress import track
 
 from ..monitoring import warn_at_bound
@@ -125,23 +121,3 @@ class RandomNumbers(L.Callback):
             if torch.cuda.is_available() and len(cuda):
                 torch.cuda.set_rng_state(cuda)
             self.loaded = {}
-
-
-class AppendingWriter(ExperimentWriter):
-    """Adds rows to a CSV file that is there, where Lightning's own deletes it."""
-
-    def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                self.metrics_keys = next(csv.reader(file), [])
-
-
-class CSVLogger(loggers.CSVLogger):
-    """Lightning's, whose file a resumed run continues."""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        self._experiment = self._experiment or AppendingWriter(self.log_dir)
-        return self._experiment

@@ -12,8 +12,8 @@ from tests.training.conftest import TINY_AUTOENCODING
 def logged_metric(where, folder):
     """The metric that a tracker saved, next to the config."""
     if where == "csv":
-        assert "lr: 0.001" in (folder / "csv" / "hparams.yaml").read_text()
-        with (folder / "csv" / "metrics.csv").open() as file:
+        assert "lr: 0.001" in (folder / "csv" / "version_0" / "hparams.yaml").read_text()
+        with (folder / "csv" / "version_0" / "metrics.csv").open() as file:
             return [
                 float(row["reconstruction"])
                 for row in csv.DictReader(file)
@@ -37,20 +37,19 @@ def test_logger_has_config_and_metrics(tiny, tmp_path, monkeypatch, name):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_csv_log_continues_and_survives_a_refusal(tiny, tmp_path):
+def test_resumed_run_leaves_its_csv_log_alone(tiny, tmp_path):
     def fit(epochs):
         choices = [*TINY_AUTOENCODING, "logger=csv", f"trainer.max_epochs={epochs}"]
         train(tiny(*choices, tiny=False), tmp_path)
 
     fit(2)
-    log = tmp_path / "csv" / "metrics.csv"
-    before = log.read_text()
+    before = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
     with pytest.raises(ValueError, match="must be at least the 2 epochs"):
         fit(1)
-    assert log.read_text() == before
     fit(3)
-    rows = [*csv.DictReader(log.open())]
-    assert log.read_text().startswith(before)
+    first, second = sorted(tmp_path.glob("csv/*/metrics.csv"))
+    assert first.read_text() == before
+    rows = [row for path in (first, second) for row in csv.DictReader(path.open())]
     assert [row["epoch"] for row in rows if row["train/reconstruction"]] == ["0", "1", "2"]
 
 
