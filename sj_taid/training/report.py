@@ -1,8 +1,8 @@
 """A page of runs: ``sj-taid report FOLDER ... [--out FILE]``.
 
 Its table and learning curves have every finished run below the folders. The checkpoints of the best
-runs are loaded too, on the CPU, for samples from one seed and the spikes of one image. The page is
-one HTML file that needs no network.
+runs are loaded too, on the CPU, for samples from one seed, firing rates and costs. The page is one
+HTML file that needs no network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from omegaconf import OmegaConf
@@ -43,8 +42,8 @@ with needs("'spikingjelly>=2' plotly jinja2"):
     from plotly.offline import get_plotlyjs
     from spikingjelly.activation_based.op_counter import estimate_simple_energy
 
-#: The same samples, images and neurons are shown of all runs.
-SEED, IMAGES, NEURONS = 0, 8, 12
+#: The same samples and images are shown of all runs.
+SEED, IMAGES = 0, 8
 #: The cost of one pass of one image.
 OPERATIONS = {
     "synop": Column("synaptic operations, k", 1e3, 1),
@@ -74,20 +73,20 @@ def _first_images(dataset: str, trust: tuple[str, ...]) -> Tensor:
 
 
 def inspect(run: Run, trust: Sequence[str] = ()) -> dict[str, Any]:
-    """Samples, reconstructions, spikes and costs of a run's checkpoint."""
+    """Samples, reconstructions, firing rates and costs of a run's checkpoint."""
     model: Any = run.model(trust)
     images = first_images(run, trust)
-    spikes: dict[str, Tensor] = {}
+    rates: dict[str, float] = {}
     found: dict[str, Any] = {}
 
-    def record_spikes(name: str) -> Callable[..., None]:
+    def record_rate(name: str) -> Callable[..., None]:
         # A model that also steps through time ends with its pass over the whole sequence.
-        return lambda node, inputs, output: spikes.update({name: output})
+        return lambda node, inputs, output: rates.update({name: float(output.mean())})
 
     with ExitStack() as hooks, seeded(SEED), torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, BaseNode):
-                hooks.enter_context(module.register_forward_hook(record_spikes(name)))
+                hooks.enter_context(module.register_forward_hook(record_rate(name)))
         output = model(images)
     if hasattr(output, "image"):
         found["reconstructions"] = png(images, output.image)
@@ -97,11 +96,7 @@ def inspect(run: Run, trust: Sequence[str] = ()) -> dict[str, Any]:
     with seeded(SEED):
         energy = estimate_simple_energy(model, (images.narrow(-4, 0, 1),))
     costs = {"compute": energy.energy_compute_pj, "energy": energy.energy_total_pj}
-    return found | {
-        "operations": energy.counts | costs,
-        "rates": {name: float(s.mean()) for name, s in spikes.items()},
-        "raster": [*raster({name: s[:, 0].flatten(1) for name, s in spikes.items()})],
-    }
+    return found | {"operations": energy.counts | costs, "rates": rates}
 
 
 def png(*rows: Tensor) -> str:
@@ -134,7 +129,6 @@ def to_json(figure: Figure, height: int = 300) -> str:
         title_font_size=14,
         legend={"font_size": 10, "title": None},
         yaxis={"title": None, "automargin": True, "ticklabelstandoff": 4},
-        coloraxis_showscale=False,
     )
     return figure.to_json()
 
@@ -161,29 +155,6 @@ def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterato
         figure.update_layout(showlegend=False, xaxis_title=None)
         figure.update_yaxes(autorange="reversed")
         yield to_json(figure, 110 + len(found) * (14 + 7 * len(runs)))
-
-
-def raster(layers: Mapping[str, Tensor]) -> Iterator[str]:
-    """Spikes ``[T, n]`` of each layer: a row for each of some neurons, a gap between layers."""
-    rows: list[Tensor] = []
-    ticks = {}
-    for name, spikes in layers.items():
-        steps, n = spikes.shape
-        picked = spikes[:, torch.linspace(0, n - 1, min(n, NEURONS)).int()].T
-        ticks[name] = sum(map(len, rows)) + len(picked) / 2
-        rows += [picked, torch.full((2, steps), torch.nan)]
-    if rows:
-        figure = px.imshow(
-            torch.cat(rows).numpy(),
-            x=np.arange(1, steps + 1),
-            aspect="auto",
-            color_continuous_scale=["rgba(128,128,128,0.15)", "#e4572e"],
-            labels={"x": "time step", "y": "neuron", "color": "spike"},
-            title=f"spikes of one image, {NEURONS} neurons per layer",
-        )
-        figure.update_xaxes(showgrid=False)
-        figure.update_yaxes(showgrid=False, tickvals=[*ticks.values()], ticktext=[*ticks])
-        yield to_json(figure, 80 + 5 * sum(map(len, rows)))
 
 
 # ---- the page ----
@@ -217,9 +188,7 @@ def page(runs: Mapping[Path, Metrics], best: int = 12, trust: Sequence[str] = ()
     epochs: list[dict[str, Any]] = []
     details: dict[str, dict[str, Any]] = {}
     for label, folder in show_progress([*table["folder"].items()], "Reading runs"):
-        command = runs[folder]["command"]
-        one = {"folder": folder, "command": command, "raster": []}
-        details[label] = one
+        details[label] = one = {"folder": folder, "command": runs[folder]["command"]}
         try:
             epochs += [{"run": label, **value} for value in read_training(Run(folder))]
             if len(details) <= best:

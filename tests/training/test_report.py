@@ -51,7 +51,6 @@ def test_page_has_everything(page, sweep):
         ("reconstruction over the epochs", 1),
         ("latent over the epochs", 1),
         ("spikes per neuron and time step", 1),
-        ("spikes of one image", 2),
     ):
         assert len([title for title in titles if part in title]) == count, part
     assert html.count('<img src="data:image/png;base64,') == 4  # samples and reconstructions
@@ -78,8 +77,7 @@ def test_inspect_shows_what_the_checkpoint_does(sweep):
     with seeded(report.SEED), torch.no_grad():
         model(data)
     assert found["rates"]["to_latent.1"] == pytest.approx(float(fired[0].mean()))
-    (raster,) = map(json.loads, found["raster"])
-    assert len(raster["layout"]["yaxis"]["ticktext"]) == len(found["rates"]) == 12
+    assert len(found["rates"]) == 12
 
 
 def test_page_shows_a_generator_that_learned_nothing_last(runs):
