@@ -26,16 +26,12 @@ class ESVAEOutput(NamedTuple):
 
 
 class ESVAE(SpikingVAE):
-    r"""Efficient Spiking VAE: the latent is a rate, from which the spikes of each step are drawn.
+    """Efficient Spiking VAE: the latent is a rate, from which the spikes of each step are drawn.
 
-    .. math::
-        r_q = \mathrm{mean}_t\, \mathrm{encoder}(x)[t], \quad
-        r_p = \mathrm{sigmoid}(W n + b),\ n \sim N(0, I); \qquad
-        z[t] = 1[r > u[t]],\ u[t] \sim U(0, 1)
-
-    Trained by the squared error and ``mmd_weight`` times the MMD of ``r_q`` and ``r_p``. Samples
-    come from the learned prior :math:`r_p`, ``prior``, or, after :meth:`fit_prior`, from a
-    normalising flow fitted to the training images' :math:`r_q`, ``flow``.
+    ``docs/mathematics.md`` has the equations. Trained by the squared error and ``mmd_weight`` times
+    the MMD of the rates :math:`r_q` of images and :math:`r_p` of the prior. Samples come from the
+    learned prior, ``prior``, or, after :meth:`fit_prior`, from a normalising flow fitted to the
+    training images' :math:`r_q`, ``flow``.
 
     In eval mode a reconstruction has exactly :math:`T r_q` spikes in each channel, at random steps:
     on MNIST the squared error is a quarter below that of spikes drawn as above. In training they

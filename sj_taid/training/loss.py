@@ -5,20 +5,15 @@ from torch.nn import functional as F
 
 
 class TET(nn.Module):
-    r"""Temporal efficient training: the loss of each time step, not that of their mean.
+    """Temporal efficient training: the loss of each time step, not that of their mean.
 
-    With the outputs :math:`O[t]` of T steps and the label y
-
-    .. math::
-        L = (1 - \lambda) \frac{1}{T} \sum_t \mathrm{CE}(O[t], y)
-          + \lambda \frac{1}{T} \sum_t \mathrm{MSE}(O[t], \phi)
-
-    The first term asks every step for the right answer; the second keeps outputs from growing. The
-    outputs are currents, not spikes: a classifier with ``output_neuron=False``.
+    The cross entropy asks every step for the right answer; the squared error to ``phi`` keeps
+    outputs from growing (``docs/training.md`` has the equation). The outputs are currents, not
+    spikes: a classifier with ``output_neuron=False``.
 
     Args:
-        mse_share: lambda, in [0, 1].
-        phi: where the second term pulls every output; the paper takes the threshold, 1.
+        mse_share: of the squared error, in [0, 1]; the cross entropy has the rest.
+        phi: where the squared error pulls every output; the paper takes the threshold, 1.
         label_smoothing: of the cross entropy, in [0, 1].
 
     Raises:
