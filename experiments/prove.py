@@ -65,12 +65,6 @@ COMPILERS = (
     "`SJ_TAID_BACKEND=torch` computes without the kernels."
 )
 
-#: What others measured, by the CSV that it compares with.
-PUBLISHED = {
-    "any_net-sew_resnet18": "Published, for 4 x 112 x 3 x 224 x 224 in bfloat16 on an RTX 4090 "
-    "(SpikingJelly's issue 740): eager 232 ms and 10.1 GiB, compiled 145 ms and 6.9 GiB, with "
-    "Triton neurons 129 ms and 8.0 GiB.",
-}
 OUTCOMES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 
@@ -218,7 +212,7 @@ def make_page(machine: str, device: str, results: Sequence[Result], folder: Path
         table = pd.read_csv(path, dtype=str, keep_default_na=False).fillna("")
         # What follows is the same in every row.
         measured = table.loc[:, :"device"].drop(columns="device")
-        parts += [f"## {path.stem}", PUBLISHED.get(path.stem, ""), markdown(measured)]
+        parts += [f"## {path.stem}", markdown(measured)]
     return "\n\n".join(filter(None, parts))
 
 

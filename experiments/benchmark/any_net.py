@@ -38,7 +38,11 @@ from sj_taid.training.process import reuse_freed_memory
 
 
 def sew_resnet18() -> nn.Module:
-    """SpikingJelly's, for ImageNet, with IF neurons, as in its issue 740."""
+    """SpikingJelly's, for ImageNet, with IF neurons.
+
+    Its issue 740 has, on an RTX 4090 in bfloat16 at 4 x 112 x 3 x 224 x 224, eager 232 ms and 10.1
+    GiB, compiled 145 ms and 6.9 GiB, with Triton neurons 129 ms and 8.0 GiB.
+    """
     return zoo("sew_resnet:sew_resnet18", spiking_neuron=neuron.IFNode, cnf="ADD")
 
 
