@@ -8,6 +8,7 @@ from html import unescape
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 
 from sj_taid.model.block import seeded
@@ -68,7 +69,7 @@ def test_inspect_shows_what_the_checkpoint_does(sweep):
     model = load_model(folder)
     with seeded(report.SEED):
         assert found["samples"] == report.png(*model.sample(2 * report.IMAGES).chunk(2))
-    data = report.first_images(run.Run(folder))
+    data = report.first_images(OmegaConf.to_yaml(run.Run(folder).config.dataset))
     counter, fired = SynOpCounter(), []
     with DispatchCounterMode([counter]), seeded(report.SEED), torch.no_grad():
         model(data[:1])
