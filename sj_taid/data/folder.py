@@ -131,7 +131,6 @@ class CelebA(Torchvision):
     """
 
     source: str = "CelebA"
-    counts = (162_770, 19_962)
     TRAIN, VALIDATION, TEST = "0", "1", "2"  # in the partition
 
     def load(self) -> tuple[Files, Files]:

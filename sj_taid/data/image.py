@@ -123,7 +123,6 @@ class MNIST(TorchvisionInMemory):
     """
 
     source: str = "MNIST"
-    counts = (60_000, 10_000)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -134,4 +133,3 @@ class CIFAR10(TorchvisionInMemory):
     """
 
     source: str = "CIFAR10"
-    counts = (50_000, 10_000)
