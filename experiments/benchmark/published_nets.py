@@ -412,38 +412,6 @@ def pool() -> Any:
     return layer.SeqToANNContainer(nn.MaxPool2d(2, 2))
 
 
-class Joint(nn.Module):
-    """Attention over time and channels, from spikes averaged over space."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.time = nn.Conv1d(4, 4, 3, padding="same", bias=False)
-        self.channel = nn.Conv1d(width, width, 3, padding="same", bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.mean(x.permute(1, 0, 2, 3, 4), dim=[3, 4])
-        over_channels = self.channel(y.permute(0, 2, 1)).permute(2, 0, 1)
-        weights = torch.sigmoid(self.time(y).permute(1, 0, 2) * over_channels)
-        return x * weights[:, :, :, None, None]
-
-
-class TCJANet(nn.Module):
-    """ridgerchu/TCJA: containers, pools of weighted spikes, dropout, votes."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            *(container(3, width), lif(), pool(), container(width, width), lif()),
-            *(Joint(width), pool(), nn.AdaptiveAvgPool3d((None, 2, 2))),
-        )
-        classes = layer.SeqToANNContainer(nn.Linear(4 * width, 2 * CLASSES, bias=False))
-        self.fc = nn.Sequential(nn.Flatten(2), layer.Dropout(0.5, step_mode="m"), classes, lif(0.1))
-        self.vote = nn.AvgPool1d(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.vote(self.fc(self.conv(x)).mean(0).unsqueeze(1)).squeeze(1)
-
-
 class Element(nn.Module):
     """Two convolutions with neurons, joined with their input, in place where it can be."""
 
@@ -476,54 +444,10 @@ class SEWResNet(Net):
         return self.classify(self.conv(x))
 
 
-class TdBN(nn.BatchNorm2d):
-    """A norm of one's own that has an ``__init__`` alone."""
-
-    def __init__(self, width: int, v_threshold: float = 1.0) -> None:
-        super().__init__(width)
-        nn.init.constant_(self.weight, v_threshold)
-
-
-def view(y: Tensor, x: Tensor) -> Tensor:
-    T, N = x.shape[:2]
-    return y.view(T, N, *y.shape[1:])
-
-
-class FirstBlock(nn.Module):
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn1, self.bn2, self.lif1, self.lif2 = TdBN(width), TdBN(width), lif(), lif()
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride), TdBN(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.lif1(view(self.bn1(self.conv1(x.flatten(0, 1))), x))
-        y = self.bn2(self.conv2(y.flatten(0, 1))) + self.shortcut(x.flatten(0, 1))
-        return self.lif2(view(y, x))
-
-
-class ResNet19(Net):
-    """A first net of one's own: ``view``, a tdBN with defaults, ``nn.Identity`` as shortcut."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.conv, self.bn, self.lif = nn.Conv2d(3, width, 3, padding=1), TdBN(width), lif()
-        self.blocks = nn.Sequential(FirstBlock(width, width, 1), FirstBlock(width, width, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = view(self.bn(self.conv(x.flatten(0, 1))), x)
-        return self.classify(self.blocks(self.lif(y)))
-
-
 NETS: dict[str, Callable[[int], nn.Module]] = {
-    kind.__name__: kind
-    for kind in (
-        *(Spikformer, SpikeDriven, MetaSpikeformer, QKFormer, SpikingResformer),
-        *(SpikingUNet, SpikingVQVAE, SFOD, TCJANet, SEWResNet, ResNet19),
-    )
+    **{kind.__name__: kind for kind in (Spikformer, SpikeDriven, MetaSpikeformer, QKFormer)},
+    **{kind.__name__: kind for kind in (SpikingResformer, SpikingUNet, SpikingVQVAE, SFOD)},
+    "SEWResNet": SEWResNet,
 }
 
 
