@@ -1,18 +1,13 @@
 """Training of a classifier, on still images or on frames of events."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data import Data
-from ..model import Classifier
 from .plot import draw_confusion, draw_recordings
 from .task import Task
 
@@ -22,9 +17,9 @@ class Classification(Task):
 
     The accuracy in training is then that of the class with the larger part.
 
+    All other arguments are those of :class:`~sj_taid.training.task.Task`.
+
     Args:
-        model: the classifier.
-        optimizer: and ``lr_scale``, ``scheduler``: see :class:`Task`.
         loss: takes the outputs ``[N, classes]``, or with ``each_step`` those of each time step,
             ``[T, N, classes]``, and the classes' probabilities ``[N, classes]``. None is the mean
             squared error.
@@ -37,17 +32,10 @@ class Classification(Task):
         *("loss", "loss_best_validation_epoch", "validation_accuracy", "validation_loss"),
     )
 
-    def __init__(
-        self,
-        model: Classifier,
-        optimizer: partial[Any],
-        lr_scale: float | None = None,
-        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
-        loss: nn.Module | None = None,
-    ) -> None:
-        super().__init__(model, optimizer, lr_scale, scheduler)
+    def __init__(self, *args: Any, loss: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.loss = loss or nn.MSELoss()
-        self.confusion = MulticlassConfusionMatrix(model.classes)
+        self.confusion = MulticlassConfusionMatrix(self.model.classes)
 
     def model_input(self, x: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` as they are; of frames of events the time first, ``[T, N, *]``.

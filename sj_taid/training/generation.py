@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
 from ..data import ImageData
 from ..model.block import seeded
@@ -33,8 +29,9 @@ log = logging.getLogger(__name__)
 class Generation(Autoencoding):
     """Autoencoding by a model that also has ``sample(n)``, whose samples are measured and drawn.
 
+    All other arguments are those of :class:`~sj_taid.training.task.Task`.
+
     Args:
-        model, optimizer, lr_scale, scheduler: see :class:`~sj_taid.training.task.Task`.
         prior_lr_scale: ESVAE's learned prior learns at the optimizer's learning rate times this.
             None treats it as all other parameters.
         feature_loss: joins the losses, see :class:`~sj_taid.training.feature_loss.FeatureLoss`.
@@ -54,14 +51,12 @@ class Generation(Autoencoding):
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: partial[Any],
-        lr_scale: float | None = None,
-        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        *args: Any,
         prior_lr_scale: float | None = None,
         feature_loss: FeatureLoss | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model, optimizer, lr_scale, scheduler)
+        super().__init__(*args, **kwargs)
         self.prior_lr_scale = prior_lr_scale
         self.feature_loss = feature_loss
         if prior_lr_scale is not None and not isinstance(self.model, ESVAE):
