@@ -32,9 +32,9 @@ class Unit(nn.Module):
         self.layer, self.norm, self.neuron = layer, norm, lif()
 
 
-def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> Unit:
-    options: Any = {"padding": kernel // 2, "groups": groups, "bias": False}
-    return Unit(nn.Conv2d(inputs, outputs, kernel, stride, **options), nn.BatchNorm2d(outputs))
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> Unit:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return Unit(convolution, nn.BatchNorm2d(outputs))
 
 
 def conv1d(inputs: int, outputs: int) -> Unit:

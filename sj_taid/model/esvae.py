@@ -111,14 +111,11 @@ class ESVAE(SpikingVAE):
             )
         return source
 
-    def fit_prior(self, images: Iterable[Tensor], seed: int = 0) -> None:
+    def fit_prior(self, images: Iterable[Tensor]) -> None:
         """Fit the flow, which the model must have, to the rates of training images.
 
-        Args:
-            images: batches ``[N, C, H, W]``, or all in one tensor.
-            seed: of the fit; the global random state is left alone.
-
-        In eval mode and without gradient; after, every module is back in its own mode.
+        ``images`` are batches ``[N, C, H, W]``, or all in one tensor. In eval mode and without
+        gradient; after, every module is back in its own mode, and the random state as before.
 
         Raises:
             TypeError: batches that are no tensors, as those with labels.
@@ -133,7 +130,7 @@ class ESVAE(SpikingVAE):
             raise ValueError(
                 "no batch of images to fit the prior to; an iterator gives its batches only once"
             )
-        flow.fit(torch.cat(rates), seed)
+        flow.fit(torch.cat(rates))
 
     @contextmanager
     def draw_from(self, source: str) -> Iterator[None]:

@@ -145,7 +145,7 @@ def _label(axis: Axes, x: str, y: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def save(figure: Figure, path: Path, dpi: int = 130, **options: Any) -> None:
+def save(figure: Figure, path: Path, **options: Any) -> None:
     """Write a figure as PNG, atomically; ``options`` are those of ``savefig``."""
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, format="png", **options)
+        figure.savefig(temporary, dpi=130, format="png", **options)

@@ -80,7 +80,7 @@ def test_flow_is_built_by_name_and_leaves_the_other_weights():
 
 def test_fit_prior_uses_the_rates_in_eval_mode(monkeypatch):
     given = []
-    monkeypatch.setattr(FlowPrior, "fit", lambda self, rates, seed: given.append(rates))
+    monkeypatch.setattr(FlowPrior, "fit", lambda self, rates: given.append(rates))
     model = ESVAE(**SMALL, sample_from="flow")
     batches = [images(8), images(4)]
     model.fit_prior(batches)
