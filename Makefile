@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LEGACY := .venv-legacy
+# SpikingJelly's former version alone; all else is that of .venv.
+LEGACY := build/legacy
 # Each file of tests in one process, as many at a time as there are cores, each in one thread.
-PYTEST := -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+PYTEST := -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help demo gpu test slow test-legacy kernels fuzz docs tables lint format build install clean
+.PHONY: help demo gpu test slow test-all test-legacy kernels fuzz docs tables lint format build install clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -21,7 +22,7 @@ gpu: install ## Prove the CUDA kernels on this machine's GPU, and time them; twe
 	  test -z "$$cuda" || $(BIN)/python -m pip install --quiet --editable ".[cuda$$cuda]"
 	$(BIN)/python experiments/prove.py
 
-test slow test-legacy: export OMP_NUM_THREADS := 1
+test slow test-all test-legacy: export OMP_NUM_THREADS := 1
 
 test: install lint ## Lint, type check and test
 	$(BIN)/python $(PYTEST)
@@ -29,10 +30,15 @@ test: install lint ## Lint, type check and test
 slow: install ## Test runs, faults, sweeps, pages and all else that takes long
 	$(BIN)/python $(PYTEST) -m slow
 
-# Without training, and without the tests of kernels alone, which do not know SpikingJelly.
-NOT_LEGACY := experiments data training test_cpu.py test_cuda.py test_kernels.py test_nvrtc.py
-test-legacy: $(LEGACY)/installed ## Test the library on SpikingJelly 0.0.0.0.14
-	$(LEGACY)/bin/python $(PYTEST) -m "not fuzz and not kernels" tests sj_taid $(NOT_LEGACY:%=--ignore-glob=*/%)
+test-all: install ## Test what test and slow do, in one go
+	$(BIN)/python $(PYTEST) -m "not kernels and not fuzz and not ray"
+
+# Without training, and without what does not know SpikingJelly: metrics, pages, kernels alone.
+NOT_LEGACY := experiments data metric training test_docs.py test_packaging.py
+NOT_LEGACY += test_cpu.py test_cuda.py test_kernels.py test_nvrtc.py
+test-legacy: install $(LEGACY) ## Test the library on SpikingJelly 0.0.0.0.14
+	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python $(PYTEST) -m "not fuzz and not kernels" \
+	  tests sj_taid $(NOT_LEGACY:%=--ignore-glob=*/%)
 
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
 	$(BIN)/python -m pytest -m kernels
@@ -40,7 +46,7 @@ kernels: install ## Test every combination of the CUDA kernels' options; minutes
 fuzz: install ## Test 2,000 random calls of the neuron and 2,000 random nets; minutes
 	$(BIN)/python -m pytest -m fuzz
 
-docs: $(VENV)/docs ## Make HTML in build/docs
+docs: install ## Make HTML in build/docs
 	$(BIN)/sphinx-build -E -W --keep-going docs build/docs
 
 tables: install ## Fill the tables of README, RESULTS and docs from the results
@@ -74,14 +80,8 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@ $(VENV)/demo
 
-$(VENV)/docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
-	touch $@
-
-$(LEGACY)/installed: setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(LEGACY)
-	$(LEGACY)/bin/python -m pip install --quiet --editable ".[test-legacy]" "spikingjelly==0.0.0.0.14"
-	touch $@
+$(LEGACY): | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ "spikingjelly==0.0.0.0.14"
 
 clean: ## Remove what these commands made
-	rm -rf $(VENV) $(LEGACY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

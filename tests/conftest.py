@@ -16,6 +16,9 @@ def _reproducible():
 
 
 def pytest_collection_modifyitems(items):
+    # Files with slow tests first: none of them is then the last that one process alone runs.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False")

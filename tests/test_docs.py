@@ -1,4 +1,4 @@
-"""The pages are executed: Python runs, commands parse, links resolve, tables match results."""
+"""The pages: commands parse, links resolve, tables match results; test_readme.py runs Python."""
 
 import argparse
 import importlib
@@ -8,12 +8,15 @@ import re
 import shlex
 from pathlib import Path
 
+import pages
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import sj_taid
+from sj_taid.training import cli
+from sj_taid.training.config import compose
+from tests.test_readme import PAGES, ROOT, TEXTS, blocks, read
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 RESULTS = [ROOT / "RESULTS.md", ROOT / "results" / "README.md"]
 #: pages with instructions, those for developers included
 GUIDES = [*PAGES, *(ROOT / path for path in ("CONTRIBUTING.md", "conf/README.md"))]
@@ -27,32 +30,8 @@ def name_of(page):
     return f"{page.parent.name}/{page.stem}"
 
 
-def read(path):
-    return path.read_text(encoding="utf-8")
-
-
-TEXTS = {page.stem: read(page) for page in PAGES}
-
-
-def blocks(language):
-    return [
-        pytest.param(block, id=f"{name}-{number}")
-        for name, text in TEXTS.items()
-        for number, block in enumerate(re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S))
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("block", blocks("python"))
-def test_python_block_runs_alone(block):
-    exec(compile(block, "block", "exec"), {"__name__": "block"})
-
-
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_yaml_block_composes(block, tmp_path):
-    pytest.importorskip("hydra", reason="needs the extra train")
-    from sj_taid.training.config import compose
-
     tmp_path.joinpath("dataset").mkdir()
     tmp_path.joinpath("dataset", "mine.yaml").write_text(block, encoding="utf-8")
     cfg = compose("train", ["dataset=mine", f"hydra.searchpath=[file://{tmp_path}]"])
@@ -105,7 +84,6 @@ def test_command_parses(line):
         assert "sj-taid" not in words, "no distribution of this name is published"
     elif program == "python" and words[0].endswith(".py"):
         assert (ROOT / words[0]).is_file()
-        pytest.importorskip("pandas", reason="needs the extra train")
         with pytest.raises(Parsed):
             importlib.import_module(Path(words[0]).stem).main(words[1:])
     elif program == "python":
@@ -116,9 +94,6 @@ def test_command_parses(line):
 
 def parse_arguments(command, *words):
     """Those of ``sj-taid``."""
-    pytest.importorskip("hydra", reason="needs the extra train")
-    from sj_taid.training import cli
-
     if command in cli.OTHERS:
         with pytest.raises(Parsed):
             cli.import_command(command).main(list(words))
@@ -127,10 +102,6 @@ def parse_arguments(command, *words):
 
 
 def compose_each(config, words):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from sj_taid.training.config import compose
-
     choices = [
         [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         if override.is_sweep_override()
@@ -166,7 +137,6 @@ def test_links_resolve(page):
 @pytest.mark.parametrize("name", ["sj_taid", *(f"sj_taid.{part}" for part in sj_taid._PARTS)])
 def test_api_lists_every_public_name(name):
     if f"automodule:: {name}\n   :members:\n" not in TEXTS["api"]:
-        pytest.importorskip({"sj_taid.lightning": "lightning"}.get(name, "torch"))
         for public in importlib.import_module(name).__all__:
             assert re.search(rf":: {name}\.{public}$", TEXTS["api"], re.M), public
 
@@ -196,8 +166,5 @@ def test_table_is_made_from_results(page):
     tables = r"<!-- table: \w+ -->.*?<!-- end -->"
     by_hand = re.findall(r"^\|.*\|$", re.sub(tables, "", read(page), flags=re.S), re.M)
     assert not [row for row in by_hand if re.search(r"\|\s*[-+]?\d+\.\d+[^|\w.]*\|", row)]
-    pytest.importorskip("pandas", reason="the tables are made with the extra train")
-    import pages
-
     assert page in pages.PAGES
     assert read(page) == pages.fill(page), "make tables"

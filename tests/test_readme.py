@@ -1,4 +1,7 @@
-"""What the README promises of a net, by public names alone; its code is run by test_docs.py."""
+"""What the README promises of a net, by public names alone; and the Python of all pages."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +10,8 @@ from torch import nn
 
 import sj_taid
 
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 X_SEQ = torch.rand(8, 2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -66,3 +71,25 @@ def test_taid_is_a_layer_whose_weights_learn():
     taid = sj_taid.TAID(T=4)
     taid(torch.rand(4, 2, 3, 8, 8)).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in taid.parameters())
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+TEXTS = {page.stem: read(page) for page in PAGES}
+
+
+def blocks(language):
+    """Those of README and docs."""
+    return [
+        pytest.param(block, id=f"{name}-{number}")
+        for name, text in TEXTS.items()
+        for number, block in enumerate(re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S))
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_block_runs_alone(block):
+    exec(compile(block, "block", "exec"), {"__name__": "block"})
