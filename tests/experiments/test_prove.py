@@ -93,10 +93,7 @@ def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # n
             importlib.import_module(name).main(arguments)
 
 
-TOY = {
-    "neuron": "--steps 2 --neurons 64 --repeats 1 --only numba PLIF",
-    "any_net sew_resnet18": "any_net:sew_resnet18 --shape 2 2 3 32 32 --repeats 1",
-}
+TOY = {"any_net sew_resnet18": "any_net:sew_resnet18 --shape 2 2 3 32 32 --repeats 1"}
 
 
 @pytest.mark.slow
@@ -110,8 +107,7 @@ def test_prove_on_a_cpu(tmp_path, monkeypatch):
     code = prove.main(["--device", "cpu", "--minutes", "60", "--out", str(tmp_path)])
     page = read_page(tmp_path)
     assert code == 0, page
-    assert "5 passed, 0 failed, 0 skipped" in page
+    assert "4 passed, 0 failed, 0 skipped" in page
     assert "self test of numba: equal to torch bit for bit" in page
     assert len(re.findall("[1-9][0-9]* passed, [0-9]+ deselected", page)) == 2  # in one line each
     assert re.search(r"\| accelerate .*\[2, 2, 3, 32, 32\] \|", page)
-    assert "| SpikingJelly PLIF |" in page and "| ALIF numba |" in page

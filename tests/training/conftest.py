@@ -1,11 +1,11 @@
 """A run small enough for a test, through the real configs."""
 
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -86,10 +86,18 @@ def command(*arguments):
 
 def exit_code(*arguments):
     """How a command line ends in a process of its own."""
-    done = subprocess.run(
-        command(*arguments), env=ENVIRONMENT, capture_output=True, check=False, timeout=300
-    )
-    return done.returncode
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=run_command, args=arguments)
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode
+
+
+def run_command(*arguments):
+    multiprocessing.set_start_method(None, force=True)  # the platform's, of what it starts itself
+    torch.set_num_threads(1)
+    sys.argv = ["sj-taid", *arguments]
+    cli.main()
 
 
 def weights(run_or_checkpoint):

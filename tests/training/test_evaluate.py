@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,7 +11,7 @@ from sj_taid.training import evaluation, run
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
 from sj_taid.training.train import train
-from tests.training.conftest import TINY, TINY_CLASSIFICATION, Network, command, write_images
+from tests.training.conftest import TINY, TINY_CLASSIFICATION, Network, write_images
 
 
 def composed(folder, *overrides):
@@ -35,22 +34,15 @@ def evaluations_of(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("evaluations/*.json"))]
 
 
-@pytest.mark.slow
-def test_evaluate_command(folder, tmp_path):
+def test_evaluate_command(folder, tmp_path, sj_taid, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     before = metrics_of(folder)
     checkpoint = folder / run.CHECKPOINTS / "last.ckpt"
-    done = subprocess.run(
-        command("evaluate", f"checkpoint={checkpoint}", "metric.samples=12"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    assert "metric.inception_weights=FILE" in done.stdout
+    sj_taid("evaluate", f"checkpoint={checkpoint}", "metric.samples=12")
+    said = capfd.readouterr()
+    assert not said.err and "metric.inception_weights=FILE" in said.out
     (path,) = folder.glob("evaluations/*.json")
-    assert done.stdout.rstrip().endswith(str(path))
+    assert said.out.rstrip().endswith(str(path))
     (evaluation,) = evaluations_of(folder)
     figures, protocol = evaluation["metrics"], evaluation["protocol"]
     assert figures["fad"] > 0 and figures["fad"] != before["fad"]
@@ -61,7 +53,7 @@ def test_evaluate_command(folder, tmp_path):
     assert evaluation["command"] == "sj-taid evaluate metric.samples=12"
     assert evaluation["versions"] and metrics_of(folder) == before
     assert evaluation["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    assert f"FAD, own autoencoder ↓: {figures['fad']:.2f}\n" in done.stdout
+    assert f"FAD, own autoencoder ↓: {figures['fad']:.2f}\n" in said.out
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
 
 

@@ -154,7 +154,9 @@ def job(tmp_path_factory):
 def undisturbed(tiny, job, tmp_path_factory):
     """The metrics and weights of the run that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return train(tiny(*job, tiny=False), folder), weights(folder)
+    metrics = train(tiny(*job, tiny=False), folder)
+    assert not {"tensorboard", "csv", "lightning_logs"} & {path.name for path in folder.iterdir()}
+    return metrics, weights(folder)
 
 
 @pytest.fixture

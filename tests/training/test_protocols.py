@@ -1,6 +1,7 @@
 """Metrics by epoch and set: the last epoch, the best on validation, the best on the test set."""
 
 import json
+import shutil
 
 import lightning as L
 import pytest
@@ -64,23 +65,31 @@ def evaluated(checkpoint):
     return evaluate(cfg)
 
 
-def test_best_validation_epoch_is_saved_and_tested(job, tmp_path, monkeypatch):
-    tested_in = []
-    test_dataloader = Digits.test_dataloader
-    monkeypatch.setattr(
-        Digits,
-        "test_dataloader",
-        lambda self: tested_in.append(self.trainer.state.fn.value) or test_dataloader(self),
-    )
-    cfg = job(*with_callbacks(Spoil))
-    metrics = train(cfg, tmp_path, command="")
-    assert set(tested_in) == {"test"}  # never in training
+@pytest.fixture(scope="module")
+def spoiled(tiny, tmp_path_factory):
+    """A finished run, and in which functions of the trainer it read the test set."""
+    folder, tested_in = tmp_path_factory.mktemp("spoiled"), set()
+    with pytest.MonkeyPatch.context() as patch:
+        test_dataloader = Digits.test_dataloader
+        patch.setattr(
+            Digits,
+            "test_dataloader",
+            lambda self: tested_in.add(self.trainer.state.fn.value) or test_dataloader(self),
+        )
+        train(tiny(*JOB, *with_callbacks(Spoil), tiny=False), folder, command="")
+    return folder, tested_in
 
+
+def test_best_validation_epoch_is_saved_and_tested(spoiled, tmp_path):
+    original, tested_in = spoiled
+    assert tested_in == {"test"}  # never in training
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    metrics, objective = run.Run(tmp_path).metrics, run.Run(tmp_path).config.objective
     values = logged(tmp_path, "val/accuracy")
     best = values.index(max(values)) + 1
     assert best < 3 and metrics["best_validation_epoch"] == best
     assert torch.load(run.Run(tmp_path).best, weights_only=True)["epoch"] == best - 1
-    assert metrics["validation_accuracy"] == values[-1] == metrics[cfg.objective]
+    assert metrics["validation_accuracy"] == values[-1] == metrics[objective]
     assert metrics["accuracy_best_validation_epoch"] > 2 * metrics["accuracy"]
     assert "accuracy_best_test_epoch" not in metrics
     how = "trained on 1294 samples, tested on 359, validated on 144"
@@ -109,8 +118,8 @@ def test_best_test_epoch_counts_without_a_validation_set(job, tmp_path):
 
 
 @pytest.mark.slow
-def test_best_validation_epoch_survives_a_kill(job, tmp_path):
-    undisturbed = train(job(*with_callbacks(Spoil)), tmp_path / "undisturbed")
+def test_best_validation_epoch_survives_a_kill(job, spoiled, tmp_path):
+    undisturbed = run.Run(spoiled[0]).metrics
     with pytest.raises(SystemExit, match="killed"):
         train(job(*with_callbacks(Spoil, Kill)), tmp_path / "run")
     assert not list(tmp_path.rglob(".*.tmp"))
@@ -119,7 +128,7 @@ def test_best_validation_epoch_survives_a_kill(job, tmp_path):
         assert metrics[name] == undisturbed[name], name
     for checkpoint in ("best", "last"):
         path = f"{run.CHECKPOINTS}/{checkpoint}.ckpt"
-        assert_same_weights(tmp_path / "run" / path, weights(tmp_path / "undisturbed" / path))
+        assert_same_weights(tmp_path / "run" / path, weights(spoiled[0] / path))
     # A folder that is moved keeps its best epoch.
     (tmp_path / "run").rename(tmp_path / "moved")
     schedule = "task.scheduler.T_max=4"  # the run's own, which it keeps

@@ -17,8 +17,8 @@ TASKS = {"generation": TINY, "classification": TINY_CLASSIFICATION}
 
 
 @pytest.mark.slow
-def test_compiled_model_trains_and_saves_alike(tiny, tmp_path):
-    eager = train(tiny(*TINY_CLASSIFICATION, tiny=False), tmp_path / "eager")
+def test_compiled_model_trains_and_saves_alike(tiny, trained, tmp_path):
+    eager = run.Run(trained(*TINY_CLASSIFICATION)).metrics
     options = [*TINY_CLASSIFICATION, "compile={backend:eager}"]
     # A run needs three graphs, to train, validate and test; so does each further one of a sweep.
     with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):

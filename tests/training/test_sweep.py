@@ -40,19 +40,28 @@ def uninterrupted(tiny, tmp_path_factory):
     return ended
 
 
+CORES, SUBMITIT = ["cores", "hydra.launcher.n_jobs=2"], ["submitit_local"]
+RAY = ["gpus", "hydra.launcher.ray.remote.num_gpus=0"]
+
+
 @pytest.mark.parametrize(
-    "launcher",
+    ("first", "then"),
     [
-        pytest.param(["cores", "hydra.launcher.n_jobs=2"], marks=pytest.mark.slow),
-        pytest.param(["submitit_local"], marks=pytest.mark.slow),
-        pytest.param(["gpus", "hydra.launcher.ray.remote.num_gpus=0"], marks=pytest.mark.ray),
+        pytest.param(CORES, SUBMITIT, marks=pytest.mark.slow),
+        pytest.param(RAY, RAY, marks=pytest.mark.ray),
     ],
-    ids=lambda launcher: launcher[0],
+    ids=["cores", "ray"],
 )
-def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, launcher):
-    sweep = command(
-        "train", "-m", *SWEEP, *JOB, "callbacks=quiet", f"hydra.sweep.dir={tmp_path}",
-        f"hydra/launcher={launcher[0]}", *launcher[1:],
+def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(
+    uninterrupted, tmp_path, first, then
+):
+    """By the same launcher, or by another."""
+    sweep, resumed = (
+        command(
+            "train", "-m", *SWEEP, *JOB, "callbacks=quiet", f"hydra.sweep.dir={tmp_path}",
+            f"hydra/launcher={name}", *more,
+        )
+        for name, *more in (first, then)
     )  # fmt: skip
     options = {
         "cwd": tmp_path,
@@ -71,7 +80,7 @@ def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(uninterrupted, tm
         filelock.FileLock(lock).acquire(timeout=60).lock.release()
     assert len(find(tmp_path)) < 2
 
-    done = subprocess.run(sweep, **options, check=False)
+    done = subprocess.run(resumed, **options, check=False)
     assert done.returncode == 0, done.stdout
     folders = {path.parent: json.loads(path.read_text()) for path in find(tmp_path)}
     assert len(folders) == 2
