@@ -23,11 +23,7 @@ base, encoding, functional, layer, model, neuron, rnn, surrogate = (
 )
 cext_neuron = importlib.import_module("spikingjelly.cext.neuron")
 
-MULTI_STEP = (
-    neuron.MultiStepIFNode,
-    neuron.MultiStepLIFNode,
-    neuron.MultiStepParametricLIFNode,
-)
+MULTI_STEP = (neuron.MultiStepIFNode, neuron.MultiStepLIFNode, neuron.MultiStepParametricLIFNode)
 SINGLE_STEP = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
 CEXT = (
     cext_neuron.MultiStepIFNode,
@@ -168,10 +164,7 @@ def test_backend_cupy_is_explained_once():
 
 @pytest.mark.parametrize(
     ("dropout", "p", "shape"),
-    [
-        (layer.MultiStepDropout, 0.5, (4, 2, 40)),
-        (layer.MultiStepDropout2d, 0.5, (4, 2, 40, 3, 3)),
-    ],
+    [(layer.MultiStepDropout, 0.5, (4, 2, 40)), (layer.MultiStepDropout2d, 0.5, (4, 2, 40, 3, 3))],
 )
 def test_dropout_keeps_its_mask_over_time_until_a_reset(dropout, p, shape):
     torch.manual_seed(0)

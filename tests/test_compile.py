@@ -22,11 +22,7 @@ OPTIONS = {
 
 
 def make_net(step_mode="m", surrogate_function=surrogate.ATan(), backend="auto", **options):
-    shared = {
-        "v_threshold": 0.2,
-        "surrogate_function": surrogate_function,
-        "backend": backend,
-    }
+    shared = {"v_threshold": 0.2, "surrogate_function": surrogate_function, "backend": backend}
     net = nn.Sequential(
         layer.Linear(4, 5), ALIFNode(**shared, **options), layer.Linear(5, 3), ALIFNode(**shared)
     )

@@ -115,8 +115,7 @@ def test_config_calls_nothing_but_models_and_neurons(folder, target, part):
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [{"new_argument": 1}, {"hidden": -1}, {"neuron": 7}, {"_partial_": True}],
+    "changed", [{"new_argument": 1}, {"hidden": -1}, {"neuron": 7}, {"_partial_": True}]
 )
 def test_config_of_another_version(folder, changed):
     change_model(folder, **changed)

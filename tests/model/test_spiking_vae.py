@@ -65,12 +65,7 @@ def test_encode_equals_repeating_the_image(kind):
 
 @pytest.mark.parametrize(
     "decoder",
-    [
-        TAID,
-        partial(TAID, squeeze="all", reduction=1),
-        partial(TAID, squeeze="pixel"),
-        FixedDecoder,
-    ],
+    [TAID, partial(TAID, squeeze="all", reduction=1), partial(TAID, squeeze="pixel"), FixedDecoder],
 )
 @pytest.mark.parametrize(
     ("kind", "options"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.io import decode_image
 
-from sj_taid.training.plot import draw_confusion, draw_grid, draw_recordings
+from sj_taid.training.plot import draw_confusion, draw_recordings
 
 
 @pytest.mark.parametrize("names", [[], ["a", "b"], ["a gesture of both hands" * 4] * 2], ids=len)
@@ -12,12 +12,6 @@ def test_draw_confusion_cuts_no_class_name(tmp_path, names):
     draw_confusion(torch.tensor([[5, 1], [0, 7]]), names, tmp_path / "a.png")
     white = decode_image(tmp_path / "a.png").eq(255).all(0)
     assert white[[0, -1]].all() and white[:, [0, -1]].all()
-
-
-@pytest.mark.parametrize("size", [8, 32, 64, 2000])
-def test_draw_grid_is_about_1000_pixels_wide(tmp_path, size):
-    draw_grid(torch.zeros(2, 1, 4, size), tmp_path / "a.png", 1)
-    assert 700 <= decode_image(tmp_path / "a.png").shape[-1] - 8 <= max(1400, size)
 
 
 def test_draw_recordings_colours_both_polarities(tmp_path):

@@ -77,11 +77,7 @@ def values(name):
 
 @pytest.mark.parametrize(
     ("dtype", "T", "bytes_forward", "bytes_backward"),
-    [
-        (torch.float32, 16, 16, 4),
-        (torch.float32, 24, 16, 8),
-        (torch.float16, 4, 8, 8),
-    ],
+    [(torch.float32, 16, 16, 4), (torch.float32, 24, 16, 8), (torch.float16, 4, 8, 8)],
 )
 def test_every_byte_once_in_the_widest_accesses(dtype, T, bytes_forward, bytes_backward):
     """Counted in the compiled code: 8 + 12 bytes a neuron and step in float32, 4 + 6 in half."""
