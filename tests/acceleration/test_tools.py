@@ -44,13 +44,6 @@ def export(net, x):
     return torch.export.export(net.eval(), (x,), strict=False).module()(x)
 
 
-def summary(net, x):
-    """As Meta-SpikeFormer prints its net."""
-    torchinfo = pytest.importorskip("torchinfo", reason="needs torchinfo")
-    found = torchinfo.summary(net, input_data=x, verbose=0)
-    return found.total_mult_adds, found.total_params, found.total_output_bytes
-
-
 def per_sample(net, x):
     return torch.func.vmap(lambda x: net.eval()(x), in_dims=1)(x.unsqueeze(2))
 
@@ -58,7 +51,7 @@ def per_sample(net, x):
 TOOLS = {
     **{kind: count(kind) for kind in ("ACCounter", "MACCounter", "SynOpCounter", "FlopCounter")},
     **{kind: count(kind) for kind in ("NeuronStateCounter", "MemoryAccessCounter")},
-    **{tool.__name__: tool for tool in (count_flops, trace, export, summary, per_sample)},
+    **{tool.__name__: tool for tool in (count_flops, trace, export, per_sample)},
 }
 
 

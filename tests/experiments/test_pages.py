@@ -119,10 +119,3 @@ def test_stored_runs_are_of_experiments_and_have_names_for_any_command_line():
         stored = json.loads(path.read_text())
         assert {"command", "commit", "machine", "evaluations", "choices"} <= stored.keys()
         assert compare.overrides(stored)["experiment"] == path.parent.name
-
-
-@pytest.mark.parametrize("study", store.STUDIES)
-def test_stored_studies_have_all_columns(study):
-    table = store.load_study(study)
-    assert [*table] == [*store.STUDIED, "accuracy", "commit", "machine"]
-    assert table["accuracy"].between(0, 1).all()

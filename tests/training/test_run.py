@@ -13,6 +13,7 @@ from sj_taid.training import Run, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
+from sj_taid.training.files import atomic_write
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_AUTOENCODING, TINY_CLASSIFICATION
 
@@ -195,3 +196,13 @@ def test_config_that_is_no_mapping_is_refused(tmp_path):
     (tmp_path / runs.CONFIG).write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"config\.yaml must hold keys and values"):
         _ = Run(tmp_path).config
+
+
+def test_atomic_write_leaves_what_was_there_after_an_error(tmp_path):
+    path = tmp_path / "below" / "file"
+    with atomic_write(path) as temporary:
+        temporary.write_text("before")
+    with pytest.raises(OSError, match="no space"), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("no space")
+    assert path.read_text() == "before" and [*path.parent.iterdir()] == [path]

@@ -13,11 +13,24 @@ from tests.helpers import HALF, TOLERANCE, Case, grid, results, tensors
 F64 = torch.float64
 
 
-def trace(x, v0, v_reset, decay_input):
+@pytest.mark.parametrize(
+    ("x", "rest", "v_reset", "decay_input", "spikes", "v"),
+    [
+        # H = 0.5 | 0.5 + (1 - 0.5)/2 = 0.75 fires | 0.25 | 0.25 + (2 - 0.25)/2 = 1.125 fires
+        ([1.0, 1.0, 0.5, 2.0], 0.0, 0.0, True, [0, 1, 0, 1], [0.5, 0.0, 0.25, 0.0]),
+        # H = 0.5 | 0.75 fires, V = 0.05 | 0.05 + 0.45/2 = 0.275 | 0.275 + 1.725/2 = 1.1375 fires
+        ([1.0, 1.0, 0.5, 2.0], 0.0, None, True, [0, 1, 0, 1], [0.5, 0.05, 0.275, 0.4375]),
+        # From V = -0.25, whose distance to the reset voltage decays:
+        # H = 0.25 | 0.25 - 0.5/2 + 0.5 = 0.5 | 0.5 - 0.75/2 + 0.6 = 0.725 fires | 0.25
+        ([0.5, 0.5, 0.6, 0.5], -0.25, -0.25, False, [0, 0, 1, 0], [0.25, 0.5, -0.25, 0.25]),
+        ([1.4], 0.0, 0.0, True, [1], [0.0]),  # at the threshold
+    ],
+)
+def test_trace(x, rest, v_reset, decay_input, spikes, v):
     x_seq = torch.tensor(x, dtype=F64).view(-1, 1)
-    spikes, v, v_seq = reference.multi_step(
+    spike_seq, v_last, v_seq = reference.multi_step(
         x_seq,
-        v0,
+        rest,
         torch.zeros((), dtype=F64),  # w = 0: tau = 2, q = 1/2
         torch.tensor(0.7, dtype=F64),
         decay_input=decay_input,
@@ -26,35 +39,8 @@ def trace(x, v0, v_reset, decay_input):
         detach_reset=False,
         store_v_seq=True,
     )
-    assert torch.equal(v, v_seq[-1])
-    return spikes.flatten().tolist(), v_seq.flatten().tolist()
-
-
-def test_trace_hard_reset():
-    # H = 0.5 | 0.5 + (1 - 0.5)/2 = 0.75 fires | 0.25 | 0.25 + (2 - 0.25)/2 = 1.125 fires
-    spikes, v = trace([1.0, 1.0, 0.5, 2.0], 0.0, 0.0, decay_input=True)
-    assert spikes == [0, 1, 0, 1]
-    assert v == pytest.approx([0.5, 0.0, 0.25, 0.0])
-
-
-def test_trace_soft_reset():
-    # H = 0.5 | 0.75 fires, V = 0.05 | 0.05 + 0.45/2 = 0.275 | 0.275 + 1.725/2 = 1.1375 fires
-    spikes, v = trace([1.0, 1.0, 0.5, 2.0], 0.0, None, decay_input=True)
-    assert spikes == [0, 1, 0, 1]
-    assert v == pytest.approx([0.5, 0.05, 0.275, 0.4375])
-
-
-def test_trace_without_decay_input_and_with_another_reset_voltage():
-    # From V = -0.25, whose distance to the reset voltage decays:
-    # H = 0.25 | 0.25 - 0.5/2 + 0.5 = 0.5 | 0.5 - 0.75/2 + 0.6 = 0.725 fires | 0.25
-    spikes, v = trace([0.5, 0.5, 0.6, 0.5], -0.25, -0.25, decay_input=False)
-    assert spikes == [0, 0, 1, 0]
-    assert v == pytest.approx([0.25, 0.5, -0.25, 0.25])
-
-
-def test_fires_at_the_threshold():
-    spikes, _ = trace([1.4], 0.0, 0.0, decay_input=True)
-    assert spikes == [1]
+    assert torch.equal(v_last, v_seq[-1]) and spike_seq.flatten().tolist() == spikes
+    assert v_seq.flatten().tolist() == pytest.approx(v)
 
 
 # A detached reset is left out: its gradient is not the derivative of the forward pass, by design.
