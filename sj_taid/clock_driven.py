@@ -72,55 +72,28 @@ def _explain_cupy() -> None:
     warnings.warn(message, stacklevel=3)
 
 
-class IFNode(_Old, neuron.IFNode):
-    """Today's IF, step by step."""
+def _define(name: str, *bases: Any, **defaults: Any) -> Any:
+    """A class of this module, where pickle finds it: today's with the defaults of then."""
+    return type(name, bases, {"defaults": defaults, "__module__": __name__})
 
 
-class LIFNode(_Old, neuron.LIFNode):
-    """Today's LIF, step by step."""
+IFNode = _define("IFNode", _Old, neuron.IFNode)
+LIFNode = _define("LIFNode", _Old, neuron.LIFNode)
+ParametricLIFNode = _define("ParametricLIFNode", _Old, neuron.ParametricLIFNode)
 
+# v_seq is kept with node.store_v_seq = True.
+_MULTI = {"step_mode": "m"}
+MultiStepIFNode = _define("MultiStepIFNode", IFNode, **_MULTI)
+MultiStepLIFNode = _define("MultiStepLIFNode", LIFNode, **_MULTI)
+MultiStepParametricLIFNode = _define("MultiStepParametricLIFNode", ParametricLIFNode, **_MULTI)
 
-class ParametricLIFNode(_Old, neuron.ParametricLIFNode):
-    """Today's PLIF, step by step."""
-
-
-class MultiStepIFNode(IFNode):
-    """Today's IF in step mode ``"m"``; ``v_seq`` is kept with ``node.store_v_seq = True``."""
-
-    defaults: ClassVar = {"step_mode": "m"}
-
-
-class MultiStepLIFNode(LIFNode):
-    """Today's LIF in step mode ``"m"``."""
-
-    defaults: ClassVar = {"step_mode": "m"}
-
-
-class MultiStepParametricLIFNode(ParametricLIFNode):
-    """Today's PLIF in step mode ``"m"``."""
-
-    defaults: ClassVar = {"step_mode": "m"}
-
-
-_CEXT = {"step_mode": "m", "surrogate_function": "ATan", "alpha": 2.0}
-
-
-class CextMultiStepIFNode(MultiStepIFNode):
-    """``cext.neuron.MultiStepIFNode``: its surrogate is a name."""
-
-    defaults: ClassVar = _CEXT
-
-
-class CextMultiStepLIFNode(MultiStepLIFNode):
-    """``cext.neuron.MultiStepLIFNode``: its surrogate is a name, its tau 100."""
-
-    defaults: ClassVar = _CEXT | {"tau": 100.0}
-
-
-class CextMultiStepParametricLIFNode(MultiStepParametricLIFNode):
-    """``cext.neuron.MultiStepParametricLIFNode``: its surrogate is a name."""
-
-    defaults: ClassVar = _CEXT
+# Of cext.neuron, where a surrogate is a name.
+_CEXT = _MULTI | {"surrogate_function": "ATan", "alpha": 2.0}
+CextMultiStepIFNode = _define("CextMultiStepIFNode", MultiStepIFNode, **_CEXT)
+CextMultiStepLIFNode = _define("CextMultiStepLIFNode", MultiStepLIFNode, **_CEXT, tau=100.0)
+CextMultiStepParametricLIFNode = _define(
+    "CextMultiStepParametricLIFNode", MultiStepParametricLIFNode, **_CEXT
+)
 
 
 class PeriodicEncoder(encoding.PeriodicEncoder):
@@ -260,10 +233,7 @@ NAMES: dict[str, dict[str, Any]] = {
     "cext.layer": {},
     "cext.neuron": {
         kind.__name__.removeprefix("Cext"): kind
-        for kind in (
-            *(CextMultiStepIFNode, CextMultiStepLIFNode),
-            CextMultiStepParametricLIFNode,
-        )
+        for kind in (CextMultiStepIFNode, CextMultiStepLIFNode, CextMultiStepParametricLIFNode)
     },
 }
 #: what to use for an old module, or for one of its names
