@@ -97,7 +97,7 @@ class Acceleration:
         self._neurons: dict[str, Row] = {}
         self._other_norms: dict[str, Row] = {}
         #: what read each norm of a copy that ran the example
-        self._readers: dict[str, dict[str, None]] = {}
+        self._readers: dict[str, dict[str, bool]] = {}
 
     def change(self) -> None:
         """Exchange the classes of neurons and norms."""
@@ -107,7 +107,7 @@ class Acceleration:
             note = reason or convert.describe_equality(site)
             self._neurons[site.path] = site.row("" if reason else _FUSED, note)
             if not reason:
-                accelerate_module(site.node, site.path)
+                accelerate_module(site.node, _name=site.path)
         has_readers = any(isinstance(module, AcceleratedALIF) for module in net.modules())
         for path, module in net.named_modules():
             if not isinstance(module, _BatchNorm) or isinstance(module, AcceleratedNorm):
@@ -116,7 +116,7 @@ class Acceleration:
             if reason:
                 self._other_norms[path] = Row(path, type(module).__name__, "", reason)
             else:
-                accelerate_module(module, path, self._readers.get(path, {}))
+                accelerate_module(module, readers=self._readers.get(path, {}))
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -161,35 +161,27 @@ def _accelerated_norms(net: nn.Module) -> Iterator[tuple[str, AcceleratedNorm]]:
     return ((path, norm) for path, norm in modules if isinstance(norm, AcceleratedNorm))
 
 
-def _split_readers(norm: AcceleratedNorm) -> tuple[list[str], list[str]]:
-    """The neurons that a norm is fused into, and what else has read its output."""
-    fused = [reader for reader in norm.readers if reader.startswith("fused into")]
-    return fused, [reader for reader in norm.readers if reader not in fused]
-
-
 def _count_norms(net: nn.Module, others: int) -> str:
     """How many norms are fused, and what has read the rest; ``others`` are not accelerated."""
-    fused = waiting = 0
-    readers: Counter[str] = Counter()
+    states: Counter[str] = Counter()
     for _, norm in _accelerated_norms(net):
-        neurons, apart = _split_readers(norm)
-        fused += bool(neurons)
-        waiting += not norm.readers
-        readers.update(apart[:1] if not neurons else ())
-    rest = [f"{count} read by {reader}" for reader, count in readers.most_common()]
-    rest += [f"{waiting} not run yet"] if waiting else []
-    total = fused + waiting + readers.total() + others
-    return f"{fused} of {total} norms fused" + (f" ({', '.join(rest)})" if rest else "")
+        first = next((f"read by {reader}" for reader in norm.readers), "not run yet")
+        states["fused" if any(norm.readers.values()) else first] += 1
+    total, fused = states.total() + others, states.pop("fused", 0)
+    rest = ", ".join(f"{count} {state}" for state, count in states.most_common())
+    return f"{fused} of {total} norms fused" + (f" ({rest})" if rest else "")
 
 
 def _norm_row(path: str, norm: AcceleratedNorm) -> Row:
     """What has been done with the output of a norm."""
-    kind, (fused, others) = type(norm).__name__, _split_readers(norm)
-    if not norm.readers:
+    kind, readers = type(norm).__name__, norm.readers
+    fused = [f"fused into {reader}" for reader, is_fused in readers.items() if is_fused]
+    others = ", ".join(reader for reader, is_fused in readers.items() if not is_fused)
+    if not readers:
         return Row(path, kind, "waits", "not run yet")
     if not fused:
-        return Row(path, kind, "", f"computed apart: read by {', '.join(others)}")
-    also = f"; also read by {', '.join(others)}" if others else ""
+        return Row(path, kind, "", f"computed apart: read by {others}")
+    also = f"; also read by {others}" if others else ""
     return Row(path, kind, ", ".join(fused), f"equal outputs to rounding{also}")
 
 
@@ -220,27 +212,24 @@ def _why_not(site: convert.Site, net: nn.Module) -> str | None:
         return reason
     if node.step_mode != "m":
         parent = net.get_submodule(site.path.rpartition(".")[0])
+        container = type(parent).__name__
         if isinstance(parent, layer.MultiStepContainer | layer.StepModeContainer):
-            return (
-                f"its {type(parent).__name__} steps: put the neuron, in step mode 'm', in its place"
-            )
-        if "Recurrent" in type(parent).__name__:
+            return f"its {container} steps: put the neuron, in step mode 'm', in its place"
+        if "Recurrent" in container:
             return "recurrent: each step reads the one before"
         return (
             "it runs step by step: functional.set_step_mode(net, 'm') first, but only if the net's "
             "forward takes the whole sequence [T, N, *] and does not loop over time"
         )
-    if any(map(callable, vars(node).values())) or _has_hooks(node.surrogate_function):
+    function = node.surrogate_function
+    hooks = function._forward_hooks or function._forward_pre_hooks or function._backward_hooks
+    if hooks or any(map(callable, vars(node).values())):
         return "a function of its own or a hook in it, which the fused operator would not call"
     x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
     backend = backends.resolve(backends.AUTO, x, node.surrogate_function)
     if backend.statistics is None:
         return f"no fused operator for {x.dtype} on {x.device.type}: python -m sj_taid.doctor"
     return None
-
-
-def _has_hooks(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 @torch.enable_grad()

@@ -30,7 +30,7 @@ _MOST_TERMS = 4
 #: They give access to memory that autograd does not see, so the values are no longer known.
 _EXPOSES = {
     *(Tensor.data.__get__, Tensor.data.__set__, Tensor.data_ptr, Tensor.numpy),  # type: ignore[attr-defined]
-    *(Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__, Tensor.__array__),
+    *(Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__, Tensor.__array__, Tensor.tolist),
     *(Tensor.set_, Tensor.resize_, Tensor.share_memory_),
 }
 #: the module whose functions change memory that autograd does not see
@@ -47,8 +47,8 @@ _COPIES = {
 }
 #: options that leave the largest value of a result known
 _OPTIONS = {"dim", "stride", "padding", "dilation", "ceil_mode", "return_indices"}
-_ADDS = {"add", "__add__", "__radd__"}
 _ADDS_IN_PLACE = {"add_", "__iadd__"}
+_ADDS = _ADDS_IN_PLACE | {"add", "__add__", "__radd__"}
 _MULTIPLIES = {"mul", "multiply", "__mul__", "__rmul__", "mul_", "__imul__"}
 _CONTRACTS = {"matmul", "__matmul__", "bmm", "mm"}
 #: autocast casts their inputs
@@ -104,7 +104,10 @@ class Packing:
     def term(self, tensor: Tensor) -> Term:
         """``tensor``, which shows these values, as a term of a sum."""
         view = (tensor.shape, tensor.stride(), tensor.storage_offset())
-        restore = partial(_restore_view, self.restore, view)
+
+        def restore(*parts: Tensor) -> Tensor:
+            return self.restore(*parts).as_strided(*view)
+
         return Term(self.parts(tensor), restore, self.terms, self.peak)
 
 
@@ -155,17 +158,19 @@ class Sum(Packing):
 class Known(Tensor):
     """A tensor that says how to save it: :class:`Compact`, or a norm's output."""
 
+    _packing: Packing
+
     def packing(self) -> Packing | None:
         """How the values are saved, if they are known."""
-        raise NotImplementedError
+        return self._packing if self._packing.describes(self) else None
 
     def learn(self, packing: Packing) -> None:
         """Take the packing of values that have changed in place."""
-        raise NotImplementedError
+        self._packing = packing
 
     def memory(self) -> Tensor:
         """The tensor that holds the values."""
-        raise NotImplementedError
+        return self
 
     def term(self) -> Term | None:
         """The tensor as a term of a sum, if its values are known."""
@@ -174,10 +179,27 @@ class Known(Tensor):
 
     def exposed(self) -> Tensor:
         """The tensor for an operation that hands out its memory."""
-        raise NotImplementedError
+        self._packing.is_known = False
+        return self
+
+    def plain(self, reader: str) -> Tensor:
+        """A tensor of no class of its own, for ``reader``."""
+        return self.as_subclass(Tensor)
 
     def watch(self) -> None:
         """Prepare for a gradient of its own, or for a hook that takes one."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # as a plain tensor
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.plain("pickle").__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.plain("deepcopy").__deepcopy__(memo)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            return repr(self.plain("print"))
 
     @classmethod
     def __torch_function__(
@@ -203,7 +225,8 @@ class Known(Tensor):
             # Options, such as alpha of an addition, may change what the result is.
             peak = _peak_of(name, args, kwargs, tensors) if kwargs.keys() <= _OPTIONS else None
             terms = () if kwargs else _terms(name, args)
-            with saving(known, _plane(name, tensors)):
+            plane = tensors[0].shape[-int(name[-2]) :].numel() if name in _POOLS else None
+            with saving(known, plane):
                 result = func(*args, **kwargs)
             if isinstance(result, Tensor):
                 _describe(result, known, peak, terms)
@@ -211,22 +234,7 @@ class Known(Tensor):
 
 
 class Compact(Known):
-    """A tensor with a packing."""
-
-    _packing: Packing
-
-    def packing(self) -> Packing | None:
-        return self._packing if self._packing.describes(self) else None
-
-    def learn(self, packing: Packing) -> None:
-        self._packing = packing
-
-    def memory(self) -> Tensor:
-        return self
-
-    def exposed(self) -> Tensor:
-        self._packing.is_known = False
-        return self
+    """A tensor with memory and a packing."""
 
     def view(self, *shape: Any) -> Tensor:
         """As of a contiguous tensor, such as a plain neuron's spikes: their memory order changes.
@@ -246,18 +254,6 @@ class Compact(Known):
             if peak is not None:
                 self._packing = Counts(self, peak)
         return super().view(*shape)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # as a plain tensor
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor).__deepcopy__(memo)
-
-    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
-            return repr(self.as_subclass(Tensor))
 
 
 def compact(tensor: Tensor, packing: Packing) -> Tensor:
@@ -310,10 +306,6 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _restore_view(restore: Callable[..., Tensor], view: tuple[Any, ...], *parts: Tensor) -> Tensor:
-    return restore(*parts).as_strided(*view)
-
-
 def _flat(values: Iterable[Any]) -> list[Any]:
     """The values, and those of lists and tuples among them."""
     return [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
@@ -349,16 +341,11 @@ def _peak_of(
     if len(peaks) != 2 or len(args) != 2:
         return None
     first, second = peaks
-    if name in _ADDS | _ADDS_IN_PLACE:
+    if name in _ADDS:
         return first + second
     if name in _MULTIPLIES:
         return first * second
     return first * second * args[0].shape[-1] if name in _CONTRACTS else None
-
-
-def _plane(name: str, tensors: list[Tensor]) -> int | None:
-    """How many pixels a plane of a pooling layer's input has."""
-    return tensors[0].shape[-int(name[-2]) :].numel() if name in _POOLS else None
 
 
 def _terms(name: str, args: tuple[Any, ...]) -> tuple[Term, ...]:
@@ -366,7 +353,7 @@ def _terms(name: str, args: tuple[Any, ...]) -> tuple[Term, ...]:
 
     A tensor that is the sum of too many stands for itself.
     """
-    is_sum = name in _ADDS | _ADDS_IN_PLACE and len(args) == 2
+    is_sum = name in _ADDS and len(args) == 2
     if not is_sum or not torch.is_grad_enabled() or _graph.saving_hooks():
         return ()
     if not all(isinstance(t, Tensor) for t in args) or _form(args[0]) != _form(args[1]):

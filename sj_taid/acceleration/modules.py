@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..ops.alif.reference import state_dtype
 from ..ops.bits import is_dense
 from ..ops.watching import is_watched
 from .compact import Compact, Counts, Known, compact, saving
-from .norm_output import NormOutput, wait
+from .norm_output import NormCall, NormOutput, wait
 
 
 class _Exchanged(Accelerated):
@@ -45,27 +46,20 @@ def accelerated_class(kind: Any) -> type:
     return type(kind.__name__, (mixin, kind), names)
 
 
-def accelerate_module(module: Any, path: str, readers: dict[str, None] | None = None) -> None:
-    """Exchange the class of a norm or neuron, which is at ``path`` in its net."""
+def accelerate_module(module: Any, **attributes: Any) -> None:
+    """Exchange the class of a norm, which needs ``readers``, or of a neuron, with its ``_name``."""
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind)
-    if isinstance(module, AcceleratedNorm):
-        module.readers = {} if readers is None else readers
-    else:
-        module._name = path
+    vars(module).update(attributes)
 
 
 #: what a subclass may not override to be the norm that it is a subclass of
 _NORM_METHODS = ("forward", "__call__", "_check_input_dim")
 _KNOWN_NORMS = {
-    getattr(home, name)
+    kind
     for home in (nn, layer)
-    for name in (
-        *(f"BatchNorm{n}d" for n in (1, 2, 3)),
-        *(f"ThresholdDependentBatchNorm{n}d" for n in (1, 2, 3)),
-        "SyncBatchNorm",
-    )
-    if hasattr(home, name)
+    for name, kind in vars(home).items()
+    if re.fullmatch(r"(ThresholdDependent)?BatchNorm\dd|SyncBatchNorm", name)
 }
 
 
@@ -88,8 +82,8 @@ def _steps_aside() -> bool:
 class AcceleratedNorm(_Exchanged):
     """A batch norm whose output waits for its reader."""
 
-    #: what has read the output, for the report
-    readers: dict[str, None]
+    #: what has read the output, for the report, and whether as one operation
+    readers: dict[str, bool]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())
@@ -110,8 +104,8 @@ class AcceleratedNorm(_Exchanged):
         if not is_dense(flat):
             flat = flat.contiguous()
         norm = Norm.of(module, module.training)
-        affine = norms.affine(norm, flat.unsqueeze(0), statistics)
-        output = wait(flat, x.shape, norm, affine, self.readers)
+        norm = norm._replace(affine=norms.affine(norm, flat.unsqueeze(0), statistics))
+        output = wait(NormCall(flat, norm, self.readers), x.shape)
         if module._backward_hooks:
             output.watch()
         return output
@@ -128,16 +122,15 @@ class AcceleratedALIF(_Exchanged):
             return super()._multi_step(x_seq, v, store_v_seq)  # type: ignore[misc]
         if isinstance(x_seq, NormOutput):
             x_seq, options = _read(node, x_seq)
-        with_grad = torch.is_grad_enabled()
+        return_bits = torch.is_grad_enabled()
         known = [x_seq] if isinstance(x_seq, Known) else []
         with torch._C.DisableTorchFunctionSubclass(), saving(known):
             spike_seq, v_last, v_seq, *bits = super()._multi_step(  # type: ignore[misc]
-                x_seq, v, store_v_seq, return_bits=with_grad, **options
+                x_seq, v, store_v_seq, return_bits=return_bits, **options
             )
         # A surrogate with spiking=False gives no spikes.
         if not spike_seq.is_inference() and not surrogate.unsupported(node.surrogate_function):
-            packed = bits[0] if bits else None
-            steps = len(spike_seq) if bits else 0
+            packed, steps = (bits[0], len(spike_seq)) if bits else (None, 0)
             compact(spike_seq, Counts(spike_seq, bits=packed, steps=steps))
         return spike_seq, v_last, v_seq
 
@@ -149,9 +142,7 @@ def _read(node: Any, output: NormOutput) -> tuple[Tensor, dict[str, Any]]:
     if backends.resolve(backend, output, node.surrogate_function).statistics is None:
         return output.plain(f"{name}, which is not on a fused operator"), {}
     reading = output.read_as_one(name, has_channels=getattr(node, "channels", None) is not None)
-    if isinstance(reading, str):
-        return output.plain(f"{name}: {reading}"), {}
-    return reading.x_seq, {"norm": reading.norm, "layout": reading.layout}
+    return (output.plain(f"{name}: {reading}"), {}) if isinstance(reading, str) else reading
 
 
 class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import _graph
 from ..ops.alif import norm as norms
-from ..ops.alif.norm import Affine, Norm
+from ..ops.alif.norm import Norm
 from .compact import Known, Packing, Term, compact, saving
 
 _aten = torch.ops.aten
@@ -47,10 +47,9 @@ _VIEW_NODES = {
 class NormCall:
     """A call of a batch norm: its input ``[M, C, *]``, dense with M outermost, and its numbers."""
 
-    def __init__(self, x: Tensor, norm: Norm, affine: Affine, readers: dict[str, None]) -> None:
-        self.x, self.norm, self.affine, self._version = x, norm, affine, _version(x)
-        #: names of what read the output, for the report
-        self.readers = readers
+    def __init__(self, x: Tensor, norm: Norm, readers: dict[str, bool]) -> None:
+        self.x, self.norm, self.readers, self._version = x, norm, readers, _version(x)
+        self.affine: Any = norm.affine
         self.has_hooks = self.is_fused = False
 
     def watch(self) -> None:
@@ -116,7 +115,7 @@ class _Wait(torch.autograd.Function):
         call, needs = ctx.call, ctx.needs_input_grad[:3]
         grad, shape = grad.reshape(x.shape), x.shape
         if call.norm.group is not None:
-            return (*_synchronised_backward(call, x, grad, needs), None, None)
+            return (*_synchronised_backward(call, x, grad), None, None)
         norm, (mean, var) = call.norm, call.statistics()
         rate = call.affine.numbers[1].to(var.dtype)
         # Torch takes both in one memory order, without looking.
@@ -144,22 +143,16 @@ _node.register_hook = _watched(_node.register_hook)
 _node.register_prehook = _watched(_node.register_prehook)
 
 
-def _synchronised_backward(
-    call: NormCall, x: Tensor, grad: Tensor, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
+@torch.enable_grad()
+def _synchronised_backward(call: NormCall, x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight and bias by the statistics of all processes."""
-    affine = call.affine
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    shift, gain, _ = (row.view(-1, *[1] * (x.dim() - 2)) for row in affine.table[:3])
-    deviation = x.float() - shift
-    sums = torch.stack([grad.double().sum(axes), (grad * deviation).double().sum(axes)])
-    grad_weight, grad_bias = norms.gradients(affine, sums)
-    grad_x = None
-    if needs[0]:
-        a, b = norms.mean_terms(affine, sums, call.norm.group)
-        a, b = (row.view_as(shift) for row in (a, b))
-        grad_x = (gain * grad - a - b * deviation).to(x.dtype)
-    return grad_x, grad_weight if needs[1] else None, grad_bias if needs[2] else None
+    tensors = (x.float(), *call.affine.parameters(call.norm))
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    x, weight, bias = leaves  # type: ignore[assignment]
+    norm = call.norm._replace(weight=weight, bias=bias, running_mean=None, running_var=None)
+    y = norms.batch_norm(x.unsqueeze(0), norm).squeeze(0)
+    grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], grad.to(y.dtype)))
+    return tuple(None if t is None else next(grads) for t in leaves)
 
 
 class _Content:
@@ -180,15 +173,6 @@ class _Content:
         if self.values is not None:
             return self.values.as_strided(made.shape, made.stride(), made.storage_offset())
         return self.call.view(at, made)
-
-
-class Reading(NamedTuple):
-    """How a neuron reads a norm's output: the norm's input as ``[T, N, C, *]``, and the norm."""
-
-    x_seq: Tensor
-    norm: Norm
-    #: shape and strides of what the neuron was given, in the memory of ``x_seq``
-    layout: tuple[torch.Size, tuple[int, ...]]
 
 
 class NormOutput(Known):
@@ -260,7 +244,7 @@ class NormOutput(Known):
     def computed(self, reader: str) -> Tensor:
         """The values, outside autograd's graph, for ``reader``."""
         if _graph.recomputation() is None:
-            self._content.call.readers[reader] = None
+            self._content.call.readers.setdefault(reader, False)
         return self._content.compute(self._at, self._made)
 
     def plain(self, reader: str) -> Tensor:
@@ -268,10 +252,12 @@ class NormOutput(Known):
         values, packing = _Read.apply(self, reader), self.packing()
         return compact(values, packing) if packing else values
 
-    def read_as_one(self, reader: str, has_channels: bool) -> Reading | str:
+    def read_as_one(self, reader: str, has_channels: bool) -> tuple[Tensor, dict[str, Any]] | str:
         """What a neuron computes norm and spikes of in one, or why it cannot.
 
-        ``has_channels``: whether it has parameters per channel, on axis 2 of what it was given.
+        That is the norm's input as ``[T, N, C, *]``, the norm, and the layout of what the neuron
+        was given in the input's memory. ``has_channels``: whether the neuron has parameters per
+        channel, on axis 2 of what it was given.
         """
         content = self._content
         call, x, steps = content.call, content.call.x, self._at.shape[0]
@@ -291,8 +277,8 @@ class NormOutput(Known):
         norm = call.norm
         if not self.requires_grad:
             x, norm = x.detach(), norm.detach()
-        call.readers[f"fused into {reader}"] = None
-        return Reading(x.unflatten(0, (steps, -1)), norm, (shape, strides))
+        call.readers[reader] = True
+        return x.unflatten(0, (steps, -1)), {"norm": norm, "layout": (shape, strides)}
 
     def packing(self) -> Packing | None:
         """That of values changed in place; a waiting output is saved as it is, without memory."""
@@ -327,18 +313,6 @@ class NormOutput(Known):
     def watch(self) -> None:
         self._content.call.watch()
 
-    def tolist(self) -> Any:
-        return self.plain("tolist").tolist()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.plain("pickle").__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.plain("deepcopy").__deepcopy__(memo)
-
-    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        return repr(self.plain("print"))
-
 
 class _Read(torch.autograd.Function):
     """The values of a :class:`NormOutput` as a plain tensor."""
@@ -352,9 +326,9 @@ class _Read(torch.autograd.Function):
         return grad, None
 
 
-def wait(x: Tensor, shape: torch.Size, norm: Norm, affine: Affine, readers: dict[str, None]) -> Any:
-    """The output of ``norm`` of ``x`` ``[M, C, *]``, in ``shape``: that of x, M unfolded or not."""
-    call = NormCall(x, norm._replace(affine=affine), affine, readers)
+def wait(call: NormCall, shape: torch.Size) -> Any:
+    """The output of a call, in ``shape``: that of its input, M unfolded or not."""
+    x, norm = call.x, call.norm
     with torch._C.DisableTorchFunctionSubclass(), saving([x] if isinstance(x, Known) else []):
         return _Wait.apply(x, norm.weight, norm.bias, call, shape)
 
