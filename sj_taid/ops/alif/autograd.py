@@ -230,10 +230,9 @@ class _FusedALIF(torch.autograd.Function):
         output = _run(*inputs)
         _save(ctx, inputs, output)
         spike_seq, v, v_seq, _, packed = output
-        if not inputs[8]["pack"]:
-            return spike_seq, v, v_seq if ctx.has_v_seq else None, None, None
         ctx.mark_non_differentiable(packed)
-        return spike_seq, v, v_seq if ctx.has_v_seq else None, None, packed
+        packs = inputs[8]["pack"]
+        return spike_seq, v, v_seq if ctx.has_v_seq else None, None, packed if packs else None
 
     @staticmethod
     def backward(
@@ -257,7 +256,6 @@ class _FusedALIF(torch.autograd.Function):
         needs_ab = need_x and table is not None and not ctx.options["fixed_norm"]
         affine = None if table is None else Affine(table, numbers, ctx.count)
         does_norm = needs_ab and ctx.group is None and ctx.engine.takes_numbers(x_seq)
-        two_passes = needs_ab and not does_norm
         # create_graph=True, and torch.func always
         backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         call = Backward(
@@ -278,19 +276,19 @@ class _FusedALIF(torch.autograd.Function):
             numbers=affine.all_numbers() if affine and does_norm else None,
             **ctx.options,
         )
-        first = call
-        if two_passes:  # the norm's sums first, then all that depends on them or can wait
+        sums = None
+        if affine and needs_ab and not does_norm:
+            # The norm's sums first, then all that depends on them or can wait.
             first = call._replace(need_x=False, need_v0=False, need_w=False, need_v_threshold=False)
-        grad_x_seq, grad_v0, grad_parameters, norm_sums = backward(ctx.engine, *first)
+            *_, sums = backward(ctx.engine, *first)
+            ab = norms.mean_terms(affine, sums, ctx.group)
+            call = call._replace(ab=ab, need_norm=False)
+        grad_x_seq, grad_v0, grad_parameters, norm_sums = backward(ctx.engine, *call)
         grad_weight = grad_bias = None
         if does_norm:
             grad_bias, grad_weight = norm_sums.float().unbind()
-        elif affine is not None:
-            grad_weight, grad_bias = norms.gradients(affine, norm_sums)
-        if affine is not None and two_passes:
-            ab = norms.mean_terms(affine, norm_sums, ctx.group)
-            call = call._replace(ab=ab, need_norm=False)
-            grad_x_seq, grad_v0, grad_parameters, _ = backward(ctx.engine, *call)
+        elif affine:
+            grad_weight, grad_bias = norms.gradients(affine, norm_sums if sums is None else sums)
         parameters = grad_parameters.unbind()
         return (
             grad_x_seq if need_x else None,
@@ -378,7 +376,7 @@ def multi_step(
     A dense ``x_seq`` with time outermost is taken in its own layout (contiguous, channels-last);
     any other is made contiguous once. Voltages and results have the ``layout``, if there is one.
     """
-    x_seq = _dense(x_seq)
+    x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
     dtype = state_dtype(x_seq.dtype)
     v0 = v if isinstance(v, Tensor) else None
     if layout is not None:
@@ -440,10 +438,6 @@ def _laid_out(tensor: Tensor, layout: Layout) -> Tensor:
 def _in_order(tensor: Any, layout: Layout, form: Layout) -> Any:
     """``tensor``, or ``None``, of a ``layout`` in the form of the same memory."""
     return None if tensor is None else _arranged(tensor, layout[1]).as_strided(*form)
-
-
-def _dense(x_seq: Tensor) -> Tensor:
-    return x_seq if is_dense(x_seq) else x_seq.contiguous()
 
 
 def _arranged(tensor: Any, strides: tuple[int, ...]) -> Any:

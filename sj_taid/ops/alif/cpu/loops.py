@@ -184,23 +184,13 @@ def _overload_f32(x):
 
 
 @_part
-def _bits(value):
-    return np.float32(value).view(np.uint32)
-
-
-@_part
-def _float(bits):
-    return np.uint32(bits).view(np.float32)
-
-
-@_part
 def _from_bfloat16(half):
-    return _float(np.uint32(half) << 16)
+    return np.uint32(np.uint32(half) << 16).view(np.float32)
 
 
 @_part
 def _to_bfloat16(value):
-    bits = _bits(value)
+    bits = np.float32(value).view(np.uint32)
     rounded = np.uint32(bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.uint16(0x7FC0 if value != value else rounded)
 
@@ -558,12 +548,6 @@ def _derivative(name: str) -> Any:
     return smooth(python)
 
 
-@_part
-def _add_norm_to_sums(a, part, grad_offset, grad_gain, first, n):
-    _add_to_sums(a, a.norm_sums, 0, 2, part, grad_offset, first, n)
-    _add_to_sums(a, a.norm_sums, 1, 2, part, grad_gain, first, n)
-
-
 def _backward_row(
     derivative: Callable[..., Any],
     decay_input: bool,
@@ -655,7 +639,8 @@ def backward_for(
             if a.grad_v0:
                 _store(grad_now, a.grad_v0, FLOAT32, place, 0, first, n, 0)
             if a.norm_sums:
-                _add_norm_to_sums(a, part, grad_offset, grad_gain, first, n)
+                _add_to_sums(a, a.norm_sums, 0, 2, part, grad_offset, first, n)
+                _add_to_sums(a, a.norm_sums, 1, 2, part, grad_gain, first, n)
             if learn_w:
                 _add_to_sums(a, a.sums, 0, 2, part, grad_q, first, n)
             if learn_threshold:

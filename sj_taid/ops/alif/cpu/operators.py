@@ -20,7 +20,7 @@ DTYPES = {torch.float32: loops.FLOAT32, torch.bfloat16: loops.BFLOAT16}
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Forward(*arguments)
     outputs = spike_seq, v, v_seq, _, bits = autograd.empty_outputs(*arguments)
-    q, threshold = _parameters(call, call.norm is not None)
+    q, threshold = _parameters(call)
     partition = _partition(call.x_seq, len(q), whole=False)
     ask_for_huge_pages(spike_seq, v_seq)
     run(
@@ -42,7 +42,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Backward(*arguments)
     gradients = grad_x, grad_v0, grad_parameters, norm_sums = autograd.empty_gradients(*call)
     x, whole = call.x_seq, call.numbers is not None
-    q, threshold = _parameters(call, call.norm is not None)
+    q, threshold = _parameters(call)
     partition = _partition(x, len(q), whole)
     ask_for_huge_pages(grad_x)
     sums = partition.sums(2)
@@ -88,7 +88,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _statistics(x: Tensor) -> Tensor:
     autograd.check_layout(x)
-    first = _first_values(x)
+    first = x.as_strided((x.shape[2],), (x.stride(2),)).float().contiguous()  # of each channel
     partition = _partition(x, len(first), whole=False)
     sums = partition.sums(3)
     kernel = loops.compile_kernel(loops.statistics)
@@ -99,16 +99,9 @@ def _statistics(x: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([mean + first.numpy(), var]))
 
 
-def _first_values(x: Tensor) -> Tensor:
-    """Each channel's first value, as float32."""
-    return x.as_strided((x.shape[2],), (x.stride(2),)).float().contiguous()
-
-
-def _parameters(
-    call: autograd.Forward | autograd.Backward, normalises: bool
-) -> tuple[Tensor, Tensor]:
+def _parameters(call: autograd.Forward | autograd.Backward) -> tuple[Tensor, Tensor]:
     """``q`` and the threshold, one per channel if there is a norm or they are."""
-    width = call.x_seq.shape[2] if normalises else call.w.numel()
+    width = call.w.numel() if call.norm is None else call.x_seq.shape[2]
     q, threshold = call.w.sigmoid(), call.v_threshold
     return q.expand(width).contiguous(), threshold.expand(width).contiguous()
 
