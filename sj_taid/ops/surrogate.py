@@ -24,13 +24,14 @@ class Derivative(NamedTuple):
 
     #: of its function in CUDA and numba, unlike all others
     name: str
-    #: the attributes of the module from which ``constants`` computes ``(a, b)``
-    parameters: tuple[str, ...]
+    #: computes ``(a, b)`` from attributes of the module
     constants: Callable[..., tuple[float, float]]
     #: the body of ``float f(float x, float a, float b)``; ``reciprocal`` is the kernels' ``1 / x``
     cuda: str
     #: of operators, ``math``, :func:`exp` and, around each number, :func:`f32`
     python: Callable[[float, float, float], float]
+    #: the names of these attributes
+    parameters: tuple[str, ...] = ("alpha",)
 
 
 def exp(x: float) -> float:
@@ -58,7 +59,6 @@ def _s2nn(x: float, a: float, b: float) -> float:
 _SPIKINGJELLYS = (
     Derivative(
         "Sigmoid",
-        ("alpha",),
         lambda alpha: (alpha, 0.0),
         "float e = exponential(-fabsf(a * x)); float r = reciprocal(1.0f + e);"
         " return a * e * r * r;",
@@ -66,105 +66,94 @@ _SPIKINGJELLYS = (
     ),
     Derivative(
         "ATan",
-        ("alpha",),
         lambda alpha: (alpha / 2, math.pi / 2 * alpha),
         "float y = b * x; return a * reciprocal(fmaf(y, y, 1.0f));",
         lambda x, a, b: a / (f32(1.0) + (b * x) * (b * x)),
     ),
     Derivative(
         "PiecewiseQuadratic",
-        ("alpha",),
         lambda alpha: (alpha, 1 / alpha),
         "return fabsf(x) > b ? 0.0f : a - a * a * fabsf(x);",
         lambda x, a, b: f32(0.0) if abs(x) > b else a - a * a * abs(x),
     ),
     Derivative(
         "PiecewiseExp",
-        ("alpha",),
         lambda alpha: (alpha / 2, alpha),
         "return a * exponential(-b * fabsf(x));",
         lambda x, a, b: a * exp(-b * abs(x)),
     ),
     Derivative(
         "SoftSign",
-        ("alpha",),
         lambda alpha: (1 / alpha, 1 / (2 * alpha)),
         "float r = reciprocal(a + fabsf(x)); return b * r * r;",
         lambda x, a, b: b / ((a + abs(x)) * (a + abs(x))),
     ),
     Derivative(
         "SuperSpike",
-        ("alpha",),
         lambda alpha: (alpha, 0.0),
         "float r = reciprocal(1.0f + fabsf(x)); return a * r * r;",
         lambda x, a, b: a / ((f32(1.0) + abs(x)) * (f32(1.0) + abs(x))),
     ),
     Derivative(
         "Erf",
-        ("alpha",),
         lambda alpha: (alpha, alpha / math.sqrt(math.pi)),
         "return b * exponential(-(a * x) * (a * x));",
         lambda x, a, b: b * exp(-(a * x) * (a * x)),
     ),
     Derivative(
         "PiecewiseLeakyReLU",
-        ("w", "c"),
         lambda w, c: (w, c),
         f"return fabsf(x) < a ? {_LEAKY_AREA}f * reciprocal(a) : b;",
         lambda x, a, b: f32(_LEAKY_AREA) / a if abs(x) < a else b,
+        ("w", "c"),
     ),
     Derivative(
         "LeakyKReLU",
-        ("leak", "k"),
         lambda leak, k: (leak, k),
         "return x >= 0.0f ? b : a;",
         lambda x, a, b: b if x >= 0.0 else a,
+        ("leak", "k"),
     ),
     Derivative(
         "Rect",
-        ("alpha",),
         lambda alpha: (alpha, 0.5 / alpha),
         "return fabsf(x) < b ? a : 0.0f;",
         lambda x, a, b: a if abs(x) < b else f32(0.0),
     ),
     Derivative(
         "S2NN",
-        ("alpha", "beta"),
         lambda alpha, beta: (alpha, beta),
         "float e = exponential(-fabsf(a * x)); float r = reciprocal(1.0f + (x < 0.0f ? e : x));"
         " return x < 0.0f ? a * e * r * r : b * r;",
         _s2nn,
+        ("alpha", "beta"),
     ),
     Derivative(
         "QPseudoSpike",
-        ("alpha",),
         lambda alpha: (2 / (alpha - 1), -alpha),
         "return powf(1.0f + a * fabsf(x), b);",
         lambda x, a, b: (f32(1.0) + a * abs(x)) ** b,
     ),
     Derivative(
         "NonzeroSignLogAbs",
-        ("alpha",),
         lambda alpha: (1 / alpha, 0.0),
         "return reciprocal(a + fabsf(x));",
         lambda x, a, b: f32(1.0) / (a + abs(x)),
     ),
     Derivative(
         "LogTailedReLU",
-        ("alpha",),
         lambda alpha: (alpha, 0.0),
         "return x <= 0.0f ? a : x > 1.0f ? reciprocal(x) : 1.0f;",
         lambda x, a, b: a if x <= 0.0 else f32(1.0) / x if x > 1.0 else f32(1.0),
     ),
     Derivative(
         "FakeNumericalGradient",
-        ("alpha",),
         lambda alpha: (alpha, 1 / alpha if alpha > 0 else math.inf),
         "return fabsf(x) < b ? a : reciprocal(fabsf(x));",
         lambda x, a, b: a if abs(x) < b else f32(1.0) / abs(x),
     ),
     Derivative(
-        "DeterministicPass", (), lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0)
+        "DeterministicPass", lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0), ()
     ),
 )
 #: The class of a step function -> its derivative; ``DERIVATIVES[Mine] = Derivative(...)`` adds one.

@@ -78,10 +78,10 @@ def test_every_surrogate(name):
 def test_a_surrogate_of_ones_own(monkeypatch):
     derivative = Derivative(
         "Triangle",
-        ("width",),
         lambda width: (1 / width, 0.0),
         "return fmaxf(1.0f - a * fabsf(x), 0.0f);",
         lambda x, a, b: max(f32(1.0) - a * abs(x), f32(0.0)),
+        ("width",),
     )
     case = Case(surrogate_function=Triangle())
     with pytest.raises(backends.BackendUnavailableError, match=r"Triangle is not in .*DERIVATIVES"):
