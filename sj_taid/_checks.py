@@ -5,7 +5,7 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def check_net(net: Any, function: str) -> None:
@@ -57,15 +57,6 @@ check_numbers = partial(check, NUMBER)
 check_flags = partial(check, FLAG)
 check_sizes = partial(check, integer(1))
 check_weights = partial(check, NOT_NEGATIVE)
-
-
-def check_example_input(example_input: Any) -> None:
-    """Raise a ``TypeError`` unless it is a tensor or a tuple of inputs."""
-    if not isinstance(example_input, Tensor | tuple):
-        raise TypeError(
-            "example_input must be a tensor, or a tuple for several inputs, but it is a "
-            f"{type(example_input).__name__}"
-        )
 
 
 def check_count(n: Any) -> None:

@@ -208,12 +208,7 @@ def _check_norm(norm: Norm, x_seq: Tensor) -> None:
     for name, tensor in norm._asdict().items():
         if isinstance(tensor, Tensor):
             _check_parameter(f"the norm's {name}", tensor, x_seq)
-    if norm.group is not None and not x_seq.numel():
-        raise ValueError(
-            "a SyncBatchNorm in training needs images in every process, but this one has "
-            f"{list(x_seq.shape)}; leave out the last, incomplete batch: drop_last=True"
-        )
-    if norm.use_batch_statistics and 0 < x_seq.numel() <= x_seq.shape[2] and norm.group is None:
+    if norm.use_batch_statistics and 0 < x_seq.numel() <= x_seq.shape[2]:
         raise ValueError(
             "a batch norm in training needs more than one value per channel, but the input is "
             f"{list(x_seq.shape)}; give a larger batch, or call eval()"

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _graph, convert
-from .._checks import check_example_input, check_net
+from .._checks import check_net
 from .._fused_neuron import Accelerated, restore
 from ..ops import backends, surrogate
 from ..report import Row, table_of
@@ -61,7 +61,11 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     convert.need_neurons(net, "accelerate")
     report = Acceleration(net)
     if example_input is not None:
-        check_example_input(example_input)
+        if not isinstance(example_input, Tensor | tuple):
+            raise TypeError(
+                "example_input must be a tensor, or a tuple for several inputs, but it is a "
+                f"{type(example_input).__name__}"
+            )
         report.measure(example_input)
     report.change()
     return report

@@ -53,13 +53,13 @@ def accelerate_module(module: Any, **attributes: Any) -> None:
     vars(module).update(attributes)
 
 
-#: what a subclass may not override to be the norm that it is a subclass of
+#: what a subclass may not override to be the norm that it is a subclass of; SyncBatchNorm is none
 _NORM_METHODS = ("forward", "__call__", "_check_input_dim")
 _KNOWN_NORMS = {
     kind
     for home in (nn, layer)
     for name, kind in vars(home).items()
-    if re.fullmatch(r"(ThresholdDependent)?BatchNorm\dd|SyncBatchNorm", name)
+    if re.fullmatch(r"(ThresholdDependent)?BatchNorm\dd", name)
 }
 
 
@@ -93,13 +93,13 @@ class AcceleratedNorm(_Exchanged):
         if torch.compiler.is_compiling() or type(x) not in (Tensor, Compact) or _steps_aside():
             return super().forward(x)  # type: ignore[misc]
         folds = getattr(self, "step_mode", "s") == "m"
-        statistics = backends.statistics_of(x)
+        statistics = backends.resolve(backends.AUTO, x, None).statistics
         if statistics is None or x.dim() < 2 + folds or x.shape[1 + folds] != module.num_features:
             return super().forward(x)  # type: ignore[misc]
         flat = x.flatten(0, 1) if folds else x
         module._check_input_dim(flat)
         least = flat.shape[1] if module.training or module.running_mean is None else 0
-        if flat.numel() <= least and not (module.training and norms.group_of(module)):
+        if flat.numel() <= least:
             return super().forward(x)  # type: ignore[misc]  # torch's error, or an empty batch
         if not is_dense(flat):
             flat = flat.contiguous()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from .. import _graph
-from ..ops.alif import norm as norms
+from ..ops.alif.autograd import arranged
 from ..ops.alif.norm import Norm
 from .compact import Known, Packing, Term, compact, saving
 
@@ -76,16 +76,15 @@ class NormCall:
         self.check_input()
         x, norm = _with_last_axis(self.x), self.norm
         # A batch's own statistics once more by torch, so that the values are torch's bit for bit.
-        takes = not norm.fixed and norm.group is None
-        mean, var = (None, None) if takes else self.statistics()
+        mean, var = self.statistics() if norm.fixed else (None, None)
         weight, bias = self.affine.parameters(norm)
-        y = F.batch_norm(x, mean, var, weight, bias, takes, 0.0, norm.eps)
-        return y.view(self.x.shape) if y.stride() == x.stride() else _arranged(y, self.x)
+        y = F.batch_norm(x, mean, var, weight, bias, not norm.fixed, 0.0, norm.eps)
+        return arranged(y.view(self.x.shape), self.x.stride())
 
     def view(self, at: Tensor, made: Tensor) -> Tensor:
         """The values at ``at``, in the memory order of ``made``."""
         values = self.values().as_strided(at.shape, at.stride(), at.storage_offset())
-        return values if at is made else _arranged(values, made)
+        return arranged(values, made.stride())
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance, in the dtype that torch's operators ask for."""
@@ -114,8 +113,6 @@ class _Wait(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         call, needs = ctx.call, ctx.needs_input_grad[:3]
         grad, shape = grad.reshape(x.shape), x.shape
-        if call.norm.group is not None:
-            return (*_synchronised_backward(call, x, grad), None, None)
         norm, (mean, var) = call.norm, call.statistics()
         rate = call.affine.numbers[1].to(var.dtype)
         # Torch takes both in one memory order, without looking.
@@ -141,18 +138,6 @@ def _watched(register: Any) -> Any:
 _node: Any = _Wait._backward_cls
 _node.register_hook = _watched(_node.register_hook)
 _node.register_prehook = _watched(_node.register_prehook)
-
-
-@torch.enable_grad()
-def _synchronised_backward(call: NormCall, x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of input, weight and bias by the statistics of all processes."""
-    tensors = (x.float(), *call.affine.parameters(call.norm))
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    x, weight, bias = leaves  # type: ignore[assignment]
-    norm = call.norm._replace(weight=weight, bias=bias, running_mean=None, running_var=None)
-    y = norms.batch_norm(x.unsqueeze(0), norm).squeeze(0)
-    grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], grad.to(y.dtype)))
-    return tuple(None if t is None else next(grads) for t in leaves)
 
 
 class _Content:
@@ -265,8 +250,6 @@ class NormOutput(Known):
             return "its values were changed"
         if call.has_hooks or (self.requires_grad and not _comes_from(self.grad_fn)):
             return "a hook or a function of its own stands between"
-        if not x.numel():
-            return "the batch is empty"
         if x.shape[0] % steps or (steps > 1 and self._at.stride(0) * steps != x.numel()):
             return "time is not the outermost axis in memory"
         shape, strides = self._at.shape, self._at.stride()
@@ -350,12 +333,6 @@ def _order_of(x: Tensor) -> torch.memory_format:
 def _with_last_axis(x: Tensor) -> Tensor:
     """``[M, C, L]`` as ``[M, C, L, 1]``, which torch takes with channels last in memory too."""
     return x.unsqueeze(-1) if x.dim() == 3 else x
-
-
-def _arranged(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` in the memory order of ``like``."""
-    out = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
-    return out.copy_(tensor.view(like.shape) if tensor.shape != like.shape else tensor)
 
 
 def _version(tensor: Tensor) -> int:

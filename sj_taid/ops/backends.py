@@ -148,11 +148,6 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
     return _torch()
 
 
-def statistics_of(x_seq: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The ``statistics`` of the backend that runs such a sequence, or ``None`` if none is fused."""
-    return resolve(AUTO, x_seq, None).statistics
-
-
 def _find(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend | str:
     """The backend, or why it cannot run this call."""
     if reason := _describe_failure(name):

@@ -203,7 +203,7 @@ _UNFUSED = "backend='torch' for ALIF, sj_taid.unaccelerate(net) for an accelerat
 
 def _run(*inputs: Any) -> tuple[Tensor, ...]:
     # One parameter: apply looks at each of the signature's at every call.
-    x_seq, v0, w, v_threshold, _, _, affine, engine, options, _, layout, _ = inputs
+    x_seq, v0, w, v_threshold, _, _, affine, engine, options, _, layout = inputs
     tensors = {"x_seq": x_seq, "v0": v0, "w": w, "v_threshold": v_threshold, "norm": affine[0]}
     spike_seq, v, v_seq, *rest = engine.forward(*Forward(**tensors, **options))
     if layout is not None:
@@ -214,10 +214,9 @@ def _run(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_seq, v0, w, v_threshold = inputs[:4]
-    affine, ctx.engine, options, ctx.options, ctx.layout, ctx.group = inputs[6:]
+    affine, ctx.engine, options, ctx.options, ctx.layout = inputs[6:]
     ctx.has_v_seq, ctx.form = options["store_v_seq"], (x_seq.shape, x_seq.stride())
-    ctx.count = affine[2]
-    ctx.save_for_backward(x_seq, v0, w, v_threshold, output[3], *affine[:2])
+    ctx.save_for_backward(x_seq, v0, w, v_threshold, output[3], *affine)
     # An output that nobody used has no gradient to read.
     ctx.set_materialize_grads(False)
 
@@ -246,7 +245,7 @@ class _FusedALIF(torch.autograd.Function):
         saved, (_, strides) = _saved_tensors(ctx), ctx.form
         small = (t if t is None else t.contiguous() for t in saved[2:])
         w, v_threshold, checkpoint, table, numbers = small
-        x_seq, v0 = _arranged(saved[0], strides), _arranged(saved[1], strides[1:])
+        x_seq, v0 = arranged(saved[0], strides), arranged(saved[1], strides[1:])
         if ctx.layout is not None:
             form = ctx.form
             grad_spike_seq = _in_order(grad_spike_seq, ctx.layout, form)
@@ -254,14 +253,14 @@ class _FusedALIF(torch.autograd.Function):
             grad_v_seq = _in_order(grad_v_seq, ctx.layout, form) if ctx.has_v_seq else None
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
         needs_ab = need_x and table is not None and not ctx.options["fixed_norm"]
-        affine = None if table is None else Affine(table, numbers, ctx.count)
-        does_norm = needs_ab and ctx.group is None and ctx.engine.takes_numbers(x_seq)
+        affine = None if table is None else Affine(table, numbers)
+        does_norm = needs_ab and ctx.engine.takes_numbers(x_seq)
         # create_graph=True, and torch.func always
         backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         call = Backward(
-            grad_spike_seq=_arranged(grad_spike_seq, strides),
-            grad_v=_arranged(grad_v, strides[1:]),
-            grad_v_seq=_arranged(grad_v_seq, strides) if ctx.has_v_seq else None,
+            grad_spike_seq=arranged(grad_spike_seq, strides),
+            grad_v=arranged(grad_v, strides[1:]),
+            grad_v_seq=arranged(grad_v_seq, strides) if ctx.has_v_seq else None,
             x_seq=x_seq,
             v0=v0,
             w=w,
@@ -273,7 +272,7 @@ class _FusedALIF(torch.autograd.Function):
             need_v_threshold=need_v_threshold,
             norm=table,
             need_norm=table is not None,
-            numbers=affine.all_numbers() if affine and does_norm else None,
+            numbers=affine.all_numbers(x_seq) if affine and does_norm else None,
             **ctx.options,
         )
         sums = None
@@ -281,7 +280,7 @@ class _FusedALIF(torch.autograd.Function):
             # The norm's sums first, then all that depends on them or can wait.
             first = call._replace(need_x=False, need_v0=False, need_w=False, need_v_threshold=False)
             *_, sums = backward(ctx.engine, *first)
-            ab = norms.mean_terms(affine, sums, ctx.group)
+            ab = norms.mean_terms(affine, sums, x_seq)
             call = call._replace(ab=ab, need_norm=False)
         grad_x_seq, grad_v0, grad_parameters, norm_sums = backward(ctx.engine, *call)
         grad_weight = grad_bias = None
@@ -297,7 +296,7 @@ class _FusedALIF(torch.autograd.Function):
             parameters[-1] if need_v_threshold else None,
             grad_weight if need_weight else None,
             grad_bias if need_bias else None,
-            *[None] * 6,
+            *[None] * 5,
         )
 
 
@@ -381,7 +380,7 @@ def multi_step(
     v0 = v if isinstance(v, Tensor) else None
     if layout is not None:
         v0 = _in_order(v0, _of_step(layout), _of_step((x_seq.shape, x_seq.stride())))
-    v0 = _arranged(v0, x_seq.stride()[1:])
+    v0 = arranged(v0, x_seq.stride()[1:])
     w, v_threshold = w.to(dtype), v_threshold.to(dtype)
     if w.shape != v_threshold.shape:
         w, v_threshold = torch.broadcast_tensors(w, v_threshold)
@@ -411,14 +410,14 @@ def multi_step(
         "b": b,
         "fixed_norm": norm is not None and norm.fixed,
     }
-    affine: Affine | tuple[None, None, None] = (None, None, None)
+    affine: Affine | tuple[None, None] = (None, None)
     if norm is not None:
         affine = norm.affine or norms.affine(norm, x_seq, engine.statistics)
     run = _run
     if saves:
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         run = (_TransformedALIF if transformed else _FusedALIF).apply
-    rest = (affine, engine, forward, backward, layout, norm and norm.group)
+    rest = (affine, engine, forward, backward, layout)
     spike_seq, v_last, v_seq, _, packed = run(*leaves, *rest)
     results = (spike_seq, v_last, v_seq if store_v_seq else None)
     return (*results, packed) if return_bits else results
@@ -437,10 +436,10 @@ def _laid_out(tensor: Tensor, layout: Layout) -> Tensor:
 
 def _in_order(tensor: Any, layout: Layout, form: Layout) -> Any:
     """``tensor``, or ``None``, of a ``layout`` in the form of the same memory."""
-    return None if tensor is None else _arranged(tensor, layout[1]).as_strided(*form)
+    return None if tensor is None else arranged(tensor, layout[1]).as_strided(*form)
 
 
-def _arranged(tensor: Any, strides: tuple[int, ...]) -> Any:
+def arranged(tensor: Any, strides: tuple[int, ...]) -> Any:
     """``tensor``, or ``None``, in memory by ``strides``; a copy only where it is not."""
     if tensor is None or _has_strides(tensor, strides):
         return tensor

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 #: the shape and strides of a sequence
@@ -44,8 +44,6 @@ class Norm(NamedTuple):
     #: weight of the batch's statistics in the updated running ones
     momentum: float
     eps: float
-    #: the process group that the statistics are taken over; ``None`` for this process alone
-    group: Any = None
     #: the numbers of :func:`affine`, if the statistics have been taken already
     affine: Affine | None = None
 
@@ -74,7 +72,6 @@ class Norm(NamedTuple):
             use_batch_statistics,
             momentum,
             module.eps,
-            group_of(module) if training else None,  # as torch: not in eval
         )
 
     def detach(self) -> Norm:
@@ -83,18 +80,9 @@ class Norm(NamedTuple):
         return self._replace(weight=weight, bias=bias)
 
 
-def group_of(module: nn.Module) -> Any:
-    """The process group over which a module takes the statistics of a batch, if there is one."""
-    if not (isinstance(module, nn.SyncBatchNorm) and distributed.is_initialized()):
-        return None
-    return module.process_group or distributed.group.WORLD
-
-
 def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
     """Torch's batch norm over time, batch and space of ``x_seq`` ``[T, N, C, *]``."""
     x = x_seq.flatten(0, 1)
-    if norm.group is not None and norm.use_batch_statistics:
-        return _synchronised(x, norm).unflatten(0, x_seq.shape[:2])
     # torch wants one dtype, which for a net in half precision is that of x, float32.
     weight, bias, mean, var = (t if t is None else t.to(x.dtype) for t in norm[:4])
     y = F.batch_norm(x, mean, var, weight, bias, norm.use_batch_statistics, norm.momentum, norm.eps)
@@ -105,62 +93,12 @@ def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
     return y.unflatten(0, x_seq.shape[:2])
 
 
-def _synchronised(x: Tensor, norm: Norm) -> Tensor:
-    """The norm of ``x`` ``[n, C, *]`` by the statistics of all processes of the group.
-
-    Gradients pass through the sums over the processes.
-    """
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    per_channel = (-1, *[1] * (x.dim() - 2))
-    count = x.new_tensor(x.numel() // x.shape[1], dtype=torch.float64)
-    sums = torch.stack([count.expand(x.shape[1]), x.double().sum(axes)])
-    total = _SumOverProcesses.apply(sums, norm.group)
-    mean = total[1] / total[0]
-    deviation = x.double() - mean.view(per_channel)
-    var = _SumOverProcesses.apply(deviation.square().sum(axes), norm.group) / total[0]
-    update_running(norm, mean.detach(), _unbiased(var.detach(), total[0].detach()))
-    y = (deviation * (var + norm.eps).rsqrt().view(per_channel)).to(x.dtype)
-    if norm.weight is not None:
-        y = y * norm.weight.view(per_channel)
-    return y if norm.bias is None else y + norm.bias.view(per_channel)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over the processes of a group; its gradient is summed over them too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group, total = group, x.clone()
-        distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _SumOverProcesses.apply(grad, ctx.group), None
-
-
-@torch.no_grad()
-def update_running(norm: Norm, mean: Tensor, var: Tensor) -> None:
-    """Move the running statistics towards a batch's, ``var`` being the unbiased variance.
-
-    ``running = (1 - momentum) running + momentum batch``, as in torch.
-    """
-    if norm.running_mean is not None and norm.running_var is not None:
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_(var.to(norm.running_var.dtype), norm.momentum)
-
-
-def _unbiased(var: Tensor, count: Any) -> Tensor:
-    return var * (count / (count - 1))
-
-
 class Affine(NamedTuple):
     """The norm as ``y = (x - shift) gain + offset``."""
 
     #: float32: shift, gain and offset, which the kernels read, and weight and bias as they were
     table: Tensor
     numbers: Tensor  #: mean and r, float64 ``[2, C]``
-    count: Any  #: how many values a channel has over all processes
 
     def parameters(self, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias at the call, whatever has become of those of ``norm``."""
@@ -170,11 +108,11 @@ class Affine(NamedTuple):
         )
         return weight, bias
 
-    def all_numbers(self) -> Tensor:
-        """Mean, r, gain and count, float64 ``[4, C]``."""
+    def all_numbers(self, x_seq: Tensor) -> Tensor:
+        """Mean, r, gain and the number of values, float64 ``[4, C]``."""
         mean, rate = self.numbers
-        gain = self.table[1].double()
-        return torch.stack([mean, rate, gain, torch.ones_like(mean) * self.count])
+        count = torch.full_like(mean, x_seq.numel() / len(mean))
+        return torch.stack([mean, rate, self.table[1].double(), count])
 
 
 @torch.no_grad()
@@ -183,18 +121,14 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
 
     ``statistics`` gives each channel's mean and biased variance as float64 ``[2, C]``.
     """
-    if not x_seq.numel():  # of a group, in which other processes have images
-        numbers = x_seq.new_zeros((2, x_seq.shape[2]), dtype=torch.float64)
-    elif norm.running_mean is None or norm.running_var is None or not norm.fixed:
-        numbers = statistics(x_seq)
-    else:
-        numbers = torch.stack([norm.running_mean, norm.running_var]).double()
-    count: Any = x_seq.numel() / numbers.shape[1]
-    if not norm.fixed and norm.group is not None:
-        numbers, count = _combined(numbers, count, norm.group)
+    running: Any = (norm.running_mean, norm.running_var)
+    numbers = torch.stack(running).double() if norm.fixed else statistics(x_seq)
     shift, var = numbers.float()
     if not norm.fixed:
-        update_running(norm, shift, _unbiased(var, count))
+        count = x_seq.numel() / len(var)
+        for old, new in zip(running, (shift, var * (count / (count - 1))), strict=True):
+            if old is not None:
+                old.lerp_(new.to(old.dtype), norm.momentum)
     mean, rate = numbers
     rate.add_(norm.eps).rsqrt_()  # the variance until here
     gain = rate if norm.weight is None else rate * norm.weight
@@ -202,33 +136,20 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
     if norm.bias is not None:
         offset += norm.bias
     parameters = (t for t in (norm.weight, norm.bias) if t is not None)
-    return Affine(torch.stack([shift, gain, offset, *parameters]).float(), numbers, count)
-
-
-def _combined(numbers: Tensor, count: float, group: Any) -> tuple[Tensor, Tensor]:
-    """Mean and variance of all the group's processes together, and their count."""
-    mean, var = numbers
-    own = torch.full_like(mean, count)
-    moments = torch.stack([own, own * mean, own * (var + mean.square())])
-    distributed.all_reduce(moments, group=group)
-    total, mean, square = moments[0], *(moments[1:] / moments[0])
-    return torch.stack([mean, square - mean.square()]), total
+    return Affine(torch.stack([shift, gain, offset, *parameters]).float(), numbers)
 
 
 def gradients(affine: Affine, sums: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of weight and bias.
 
-    ``sums`` are those of G_y and of G_y (x - shift) in this process, float64 ``[2, C]``.
+    ``sums`` are those of G_y and of G_y (x - shift), float64 ``[2, C]``.
     """
     return (affine.numbers[1] * _centred(affine, sums)).float(), sums[0].float()
 
 
-def mean_terms(affine: Affine, sums: Tensor, group: Any) -> Tensor:
-    """A and B, float32 ``[2, C]``: how G_x depends on the batch's statistics, of all processes."""
-    mean, rate, gain, count = affine.all_numbers()
-    if group is not None:
-        sums = sums.clone()
-        distributed.all_reduce(sums, group=group)
+def mean_terms(affine: Affine, sums: Tensor, x_seq: Tensor) -> Tensor:
+    """A and B, float32 ``[2, C]``: how G_x depends on the batch's statistics."""
+    mean, rate, gain, count = affine.all_numbers(x_seq)
     b = gain * rate * rate * _centred(affine, sums) / count
     a = gain * sums[0] / count - b * (mean - affine.table[0])
     return torch.stack([a, b]).float()

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from sj_taid import functional
@@ -78,18 +76,6 @@ def test_bfloat16_equals_a_float32_copy(whole, frozen, channels_last, norm, monk
     assert torch.equal(statistics(x), statistics(x.float()))
 
 
-def test_norm_shares_statistics_in_training_alone(monkeypatch):
-    """As torch's, which reduces nothing in eval mode, with running statistics or without."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    for tracked in (True, False):
-        group = object()
-        module = torch.nn.SyncBatchNorm(3, track_running_stats=tracked, process_group=group)
-        assert Norm.of(module, True).group is group and Norm.of(module, False).group is None
-        with pytest.raises(ValueError, match="needs images in every process"):
-            operands = torch.rand(2, 0, 3), 0.0, torch.tensor(0.0), torch.tensor(1.0)
-            functional.alif_multi_step(*operands, norm=Norm.of(module, True))
-
-
 @pytest.mark.parametrize("normalises", [True, False])
 def test_bfloat16_allocates_no_float32(normalises):
     # Much larger than the rows of float32 that each thread keeps in its cache.
@@ -158,61 +144,3 @@ def test_a_step_is_a_sequence_of_one(backend):
         x[None], *arguments, norm=norm, backend=backend
     )
     assert torch.equal(spike, spike_seq[0]) and torch.equal(v, v_last)
-
-
-WORLD, SIZES = 2, (2, 4)
-
-
-def run_shared(multi_step, affine, group=None, rank=None):
-    """Outputs, gradients and statistics of the whole batch, or of a process's share of it."""
-    leaves = tensors(Case(shape=(4, sum(SIZES), 5, 3, 3), norm="batch" if affine else None))
-    cotangent = torch.randn(leaves["x"].shape, generator=torch.Generator().manual_seed(9))
-    if rank is not None:
-        first = sum(SIZES[:rank])
-        part = slice(first, first + SIZES[rank])
-        leaves["x"] = leaves["x"].detach()[:, part].clone().requires_grad_()
-        cotangent = cotangent[:, part]
-    norm = norm_of(leaves)._replace(group=group)
-    spike_seq, _, v_seq = call(multi_step, leaves, norm, store_v_seq=True)
-    wanted = {name: leaf for name, leaf in leaves.items() if name != "v0"}
-    grads = torch.autograd.grad([spike_seq, v_seq], list(wanted.values()), [cotangent] * 2)
-    named = dict(zip(wanted, grads, strict=True))
-    statistics = {"mean": norm.running_mean, "var": norm.running_var}
-    return {"spike_seq": spike_seq.detach()} | named | statistics
-
-
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    init = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=WORLD)
-    found = {
-        (affine, multi_step.__module__): run_shared(multi_step, affine, dist.group.WORLD, rank)
-        for affine in (True, False)
-        for multi_step in (cpu.multi_step, reference.multi_step)
-    }
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_statistics_over_two_processes_equal_one(tmp_path):
-    mp.start_processes(worker, args=(tmp_path,), nprocs=WORLD, start_method="forkserver")
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
-    for affine, backend in ranks[0]:
-        want = run_shared(reference.multi_step, affine)
-        parts = [rank[affine, backend] for rank in ranks]
-        for name in ("spike_seq", "x"):
-            whole = torch.cat([part[name] for part in parts], dim=1)
-            torch.testing.assert_close(whole, want[name], rtol=0, atol=1e-5)
-        for name in {
-            "weight",
-            "bias",
-            "w",
-            "v_threshold",
-        } & want.keys():  # each process has its own share
-            total = sum(part[name] for part in parts)
-            torch.testing.assert_close(total, want[name], rtol=1e-5, atol=1e-4)
-        for name in ("mean", "var"):
-            torch.testing.assert_close(parts[0][name], want[name], rtol=1e-5, atol=1e-6)
-            assert torch.equal(parts[0][name], parts[1][name])
