@@ -32,14 +32,10 @@ def alif_multi_step(
     backend: str = backends.AUTO,
     return_bits: bool = False,
 ) -> tuple[Any, ...]:
-    r"""Run an ALIF neuron over a sequence; :class:`~sj_taid.ALIFNode` has its equations.
+    """Run an ALIF neuron over a sequence; :class:`~sj_taid.ALIFNode` has its equations.
 
-    With ``norm`` the neuron runs on the batch norm of X, as one operator: only ``backend="torch"``
-    writes the norm's output :math:`Y` and saves it for backward. :math:`\mu` and :math:`\sigma^2`
-    are each channel's mean and biased variance over T, N and the axes behind C, or running ones.
-
-    .. math::
-        Y[t] = \gamma\,\frac{X[t] - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+    With ``norm`` the neuron runs on torch's batch norm of X, over T, N and the axes behind C, as
+    one operator: only ``backend="torch"`` writes the norm's output and saves it for backward.
 
     Args:
         x_seq: input current ``[T, N, *]``; half precision is computed in float32.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -97,9 +97,7 @@ class Acceleration:
 
     def __init__(self, net: nn.Module) -> None:
         self._net = net
-        #: the rows of neurons, and of norms that have not been changed
         self._neurons: dict[str, Row] = {}
-        self._other_norms: dict[str, Row] = {}
         #: what read each norm of a copy that ran the example
         self._readers: dict[str, dict[str, bool]] = {}
 
@@ -112,21 +110,16 @@ class Acceleration:
             self._neurons[site.path] = site.row("" if reason else _FUSED, note)
             if not reason:
                 accelerate_module(site.node, _name=site.path)
-        has_readers = any(isinstance(module, AcceleratedALIF) for module in net.modules())
-        for path, module in net.named_modules():
-            if not isinstance(module, _BatchNorm) or isinstance(module, AcceleratedNorm):
-                continue
-            reason = why_no_norm(module) if has_readers else "no neuron is on the fused operator"
-            if reason:
-                self._other_norms[path] = Row(path, type(module).__name__, "", reason)
-            else:
-                accelerate_module(module, readers=self._readers.get(path, {}))
+        if not any(isinstance(module, AcceleratedALIF) for module in net.modules()):
+            return
+        for path, norm in _norms(net):
+            if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
+                accelerate_module(norm, readers=self._readers.get(path, {}))
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """A :class:`~sj_taid.report.Row` for each neuron and norm."""
-        rows = self._neurons | self._other_norms
-        rows |= {path: _norm_row(path, norm) for path, norm in _accelerated_norms(self._net)}
+        rows = self._neurons | {path: _norm_row(path, norm) for path, norm in _norms(self._net)}
         return tuple(rows[path] for path, _ in self._net.named_modules() if path in rows)
 
     @torch.inference_mode(False)
@@ -139,7 +132,11 @@ class Acceleration:
                 before = _run_step(trial, inputs)
                 Acceleration(trial).change()
                 turns.append((before, _run_step(trial, inputs)))
-                self._readers = {path: norm.readers for path, norm in _accelerated_norms(trial)}
+                self._readers = {
+                    path: norm.readers
+                    for path, norm in _norms(trial)
+                    if isinstance(norm, AcceleratedNorm)
+                }
                 unaccelerate(trial)
         (old_bytes, _), (new_bytes, _) = turns[0]
         self.saved_bytes = (old_bytes, new_bytes)
@@ -149,7 +146,7 @@ class Acceleration:
     def __str__(self) -> str:
         neurons = self._neurons.values()
         fused = sum((row.done or row.note) in (_FUSED, _ALREADY) for row in neurons)
-        norms = _count_norms(self._net, len(self._other_norms))
+        norms = _count_norms(self._net)
         lines = [f"{fused} of {len(neurons)} neurons on the fused operator, {norms}"]
         if self.saved_bytes and self.step_ms:
             (old_bytes, new_bytes), (old, new) = self.saved_bytes, self.step_ms
@@ -160,33 +157,35 @@ class Acceleration:
         return "\n".join([*lines, table_of(_merge(self.rows))])
 
 
-def _accelerated_norms(net: nn.Module) -> Iterator[tuple[str, AcceleratedNorm]]:
-    modules = net.named_modules()
-    return ((path, norm) for path, norm in modules if isinstance(norm, AcceleratedNorm))
+def _norms(net: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    return [(path, m) for path, m in net.named_modules() if isinstance(m, _BatchNorm)]
 
 
-def _count_norms(net: nn.Module, others: int) -> str:
-    """How many norms are fused, and what has read the rest; ``others`` are not accelerated."""
-    states: Counter[str] = Counter()
-    for _, norm in _accelerated_norms(net):
-        first = next((f"read by {reader}" for reader in norm.readers), "not run yet")
-        states["fused" if any(norm.readers.values()) else first] += 1
-    total, fused = states.total() + others, states.pop("fused", 0)
+def _count_norms(net: nn.Module) -> str:
+    """How many norms are fused, and what has read the rest."""
+    norms, states = _norms(net), Counter[str]()
+    for _, norm in norms:
+        if isinstance(norm, AcceleratedNorm):
+            first = next((f"read by {reader}" for reader in norm.readers), "not run yet")
+            states["fused" if any(norm.readers.values()) else first] += 1
+    fused = states.pop("fused", 0)
     rest = ", ".join(f"{count} {state}" for state, count in states.most_common())
-    return f"{fused} of {total} norms fused" + (f" ({rest})" if rest else "")
+    return f"{fused} of {len(norms)} norms fused" + (f" ({rest})" if rest else "")
 
 
-def _norm_row(path: str, norm: AcceleratedNorm) -> Row:
-    """What has been done with the output of a norm."""
-    kind, readers = type(norm).__name__, norm.readers
-    fused = [f"fused into {reader}" for reader, is_fused in readers.items() if is_fused]
-    others = ", ".join(reader for reader, is_fused in readers.items() if not is_fused)
-    if not readers:
-        return Row(path, kind, "waits", "not run yet")
-    if not fused:
+def _norm_row(path: str, norm: nn.Module) -> Row:
+    """What has been done with a norm, or with its output."""
+    kind = type(norm).__name__
+    if not isinstance(norm, AcceleratedNorm):
+        return Row(path, kind, "", why_no_norm(norm) or "no neuron is on the fused operator")
+    fused = [f"fused into {reader}" for reader, is_fused in norm.readers.items() if is_fused]
+    others = ", ".join(reader for reader, is_fused in norm.readers.items() if not is_fused)
+    if fused:
+        also = f"; also read by {others}" if others else ""
+        return Row(path, kind, ", ".join(fused), f"equal outputs to rounding{also}")
+    if others:
         return Row(path, kind, "", f"computed apart: read by {others}")
-    also = f"; also read by {others}" if others else ""
-    return Row(path, kind, ", ".join(fused), f"equal outputs to rounding{also}")
+    return Row(path, kind, "waits", "not run yet")
 
 
 def _merge(rows: Iterable[Row]) -> list[Row]:

@@ -79,6 +79,10 @@ class Packing:
 
     peak: int | None = None
     terms = 1
+    #: what to save of a tensor that shows these values
+    parts: Callable[[Tensor], tuple[Tensor, ...]]
+    #: all the values of these parts, in a tensor of the same memory order
+    restore: Callable[..., Tensor]
 
     def __init__(self, tensor: Tensor) -> None:
         self.address, self.version = _graph.address_of(tensor), tensor._version
@@ -92,14 +96,6 @@ class Packing:
             and tensor.dtype == self.dtype
             and _graph.address_of(tensor) == self.address
         )
-
-    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """What to save of ``tensor``, which shows these values."""
-        raise NotImplementedError
-
-    def restore(self, *parts: Tensor) -> Tensor:
-        """All the values, in a tensor of the same memory order."""
-        raise NotImplementedError
 
     def term(self, tensor: Tensor) -> Term:
         """``tensor``, which shows these values, as a term of a sum."""

@@ -120,26 +120,25 @@ class AcceleratedALIF(_Exchanged):
         node: Any = self
         if torch.compiler.is_compiling() or _steps_aside():
             return super()._multi_step(x_seq, v, store_v_seq)  # type: ignore[misc]
+        gives_spikes = not surrogate.unsupported(node.surrogate_function)
         if isinstance(x_seq, NormOutput):
-            x_seq, options = _read(node, x_seq)
+            x_seq, options = _read(node, x_seq, gives_spikes)
         return_bits = torch.is_grad_enabled()
         known = [x_seq] if isinstance(x_seq, Known) else []
         with torch._C.DisableTorchFunctionSubclass(), saving(known):
             spike_seq, v_last, v_seq, *bits = super()._multi_step(  # type: ignore[misc]
                 x_seq, v, store_v_seq, return_bits=return_bits, **options
             )
-        # A surrogate with spiking=False gives no spikes.
-        if not spike_seq.is_inference() and not surrogate.unsupported(node.surrogate_function):
+        if gives_spikes and not spike_seq.is_inference():
             packed, steps = (bits[0], len(spike_seq)) if bits else (None, 0)
             compact(spike_seq, Counts(spike_seq, bits=packed, steps=steps))
         return spike_seq, v_last, v_seq
 
 
-def _read(node: Any, output: NormOutput) -> tuple[Tensor, dict[str, Any]]:
+def _read(node: Any, output: NormOutput, gives_spikes: bool) -> tuple[Tensor, dict[str, Any]]:
     """What a neuron computes of a norm's output: the input of the operator, and its options."""
     name = node._name or type(node).__name__
-    backend = node.backend if isinstance(node, ALIFNode) else backends.AUTO
-    if backends.resolve(backend, output, node.surrogate_function).statistics is None:
+    if not gives_spikes or (isinstance(node, ALIFNode) and node.backend == "torch"):
         return output.plain(f"{name}, which is not on a fused operator"), {}
     reading = output.read_as_one(name, has_channels=getattr(node, "channels", None) is not None)
     return (output.plain(f"{name}: {reading}"), {}) if isinstance(reading, str) else reading

@@ -13,7 +13,7 @@ is used and may fail to import without breaking the others.
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,15 +70,13 @@ NEEDS: dict[str, str] = {
 #: when experiments/benchmark/neuron.py has measured it on a GPU.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("numba",), "cuda": ("cupy",)}
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
-def constant_in_graphs(function: _Function) -> _Function:
+def constant_in_graphs(function: Any) -> Any:
     """Let torch.compile run ``function`` as it is, and use what it returns as a constant.
 
     As ``torch.compiler.assume_constant_result``, without importing Dynamo, which takes a second.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True
     return function
 
 

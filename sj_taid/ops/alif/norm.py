@@ -3,20 +3,15 @@
 The definition is torch's own batch norm over time, batch and space. Its result has the dtype of the
 state: it is never rounded to that of a half-precision input.
 
-The fused backends never write that result. With mean mu and variance var of a channel over its n
-values,
+The fused backends never write that result: README.md has their forward, ``(x - shift) gain +
+offset``, and gradients. With mean mu and variance var of a channel over its n values,
 
-    r = (var + eps)^(-1/2)      gain = weight r      y = (x - shift) gain + offset
+    r = (var + eps)^(-1/2)      gain = weight r
     shift = mu rounded to float32      offset = bias - (mu - shift) gain
-
-which is accurate also if mu is large compared with the deviation. Their backward sums over G_y, the
-gradient of y, and over G_y (x - shift), and then
-
-    dbias = sum G_y      dweight = r (sum G_y (x - shift) - (mu - shift) sum G_y)
-    G_x = gain G_y - A - B (x - shift)      G_x = gain G_y with running statistics
     B = gain r dweight / n      A = gain dbias / n - B (mu - shift)
 
-Saved for backward: the input, and numbers per channel.
+which is accurate also if mu is large compared with the deviation. Saved for backward: the input,
+and numbers per channel.
 """
 
 from __future__ import annotations
