@@ -76,18 +76,14 @@ class CalibrationReport:
 
 @torch.no_grad()
 def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationReport:
-    r"""Set every neuron's threshold so that its layer fires at ``rate``, in place.
+    """Set every neuron's threshold so that its layer fires at ``rate``, in place.
 
     For a net that starts dead or saturated. One pass of a batch, from rest: where it reaches a
-    neuron, bisection finds the threshold on the input that the calibrated layers before it give,
-
-    .. math::
-        V_{th} = \max\,\{\vartheta : r(\vartheta) \ge \text{rate}\}, \qquad
-        r(\vartheta) = \frac{1}{T N \ldots} \sum_{t, n, \ldots} S_\vartheta[t, n, \ldots]
-
-    to 1e-4 of its distance from the reset voltage, or the next greater one if its rate is nearer
-    and not 0. A threshold of ``[C]`` has a rate per channel. It stays above the reset voltage (with
-    a soft reset, above 0) and at or above ALIF's ``min_v_threshold``.
+    neuron, bisection finds, on the input that the calibrated layers before it give, the greatest
+    threshold with at least this rate, to 1e-4 of its distance from the reset voltage, or the next
+    greater one if its rate is nearer and not 0. A threshold of ``[C]`` has a rate per channel. It
+    stays above the reset voltage (with a soft reset, above 0) and at or above ALIF's
+    ``min_v_threshold``.
 
     Works on every SpikingJelly neuron in step mode ``"m"``, with the net in the mode it is in. Only
     thresholds change, and the net is reset. Thresholds of SpikingJelly's own neurons are plain
