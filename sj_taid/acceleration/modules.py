@@ -53,8 +53,9 @@ def accelerate_module(module: Any, **attributes: Any) -> None:
     vars(module).update(attributes)
 
 
-#: what a subclass may not override to be the norm that it is a subclass of; SyncBatchNorm is none
+#: what a subclass may not override to be the norm that it is a subclass of
 _NORM_METHODS = ("forward", "__call__", "_check_input_dim")
+#: not SyncBatchNorm, whose statistics are those of all processes
 _KNOWN_NORMS = {
     kind
     for home in (nn, layer)
