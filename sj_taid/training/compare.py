@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from .columns import COLUMNS, METRICS
-from .files import atomic_write
+from .files import atomic_write, check_replaceable
 from .run import CONFIG, Run, merge_evaluations
 
 #: The content of a run's ``metrics.json``.
@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where to write; default: the first folder")
     options = parser.parse_args(arguments)
     out = options.out or options.folders[0]
+    check_replaceable(out / "results.csv", ",folder\n")  # what ends the head of each
+    check_replaceable(out / "results.md", "| runs ")
     finished = gather(options.folders)
     runs = [*finished.values()]
     print(markdown(summary(runs)))

@@ -31,7 +31,7 @@ from .checkpoint import read_checkpoint
 from .columns import COLUMNS as MEASURED
 from .columns import METRICS, Column, learned_nothing
 from .compare import Metrics, frame, gather, heading, present
-from .files import atomic_write
+from .files import atomic_write, check_replaceable
 from .process import silence_notes
 from .run import Run, build_data
 
@@ -52,6 +52,8 @@ OPERATIONS = {
     "energy": Column("with memory, µJ", 1e6, 3),
 }
 COLUMNS = MEASURED | OPERATIONS
+#: in the template: tells a page of ours
+MARK = 'content="sj-taid report"'
 
 
 # ---- a run ----
@@ -224,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     silence_notes()
     out = options.out or options.folders[0] / "report.html"
+    check_replaceable(out, MARK)
     runs = gather(options.folders)
     with atomic_write(out) as temporary:
         temporary.write_text(page(runs, options.best, options.trust), encoding="utf-8")

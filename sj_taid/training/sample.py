@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint`` into a picture."""
+    if cfg.output and Path(cfg.output).suffix != ".png":  # it may be a file of another kind
+        raise ValueError(f"output must name a picture, such as samples.png, but it is {cfg.output}")
     run = Run.find(cfg.checkpoint)
     model: Any = run.model(cfg.trust)
     if not hasattr(model, "sample"):

@@ -11,7 +11,7 @@ from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
 from sj_taid.data import Digits
-from sj_taid.training import run
+from sj_taid.training import run, sample
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.train import count_classes, train
@@ -54,6 +54,11 @@ def test_train_command_leaves_everything_and_can_be_sampled(tmp_path, cache, sj_
     sj_taid("sample", f"checkpoint={folder}", "n=6", "seed=3")
     assert mpimg.imread(folder / "samples-seed3.png").std() > 0
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
+
+
+def test_sample_refuses_to_write_over_other_files():
+    with pytest.raises(ValueError, match=r"output must name a picture, .*metrics\.json"):
+        sample.main(compose("sample", ["checkpoint=nowhere", "output=run/metrics.json"]))
 
 
 def test_train_with_the_documented_scheduler(tiny, tmp_path):
