@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import lightning as L
 import torch
@@ -17,6 +18,8 @@ from torchvision.transforms import v2
 
 from .augment import AUGMENTATIONS, mix, transform_each
 from .samples import Batch, Files, Samples
+
+log = logging.getLogger(__name__)
 
 #: In a data set's folder: one process fetches and converts, while the others wait.
 LOCK = ".lock"
@@ -66,6 +69,8 @@ class Data(L.LightningDataModule):
     validation: float | Literal["own"] | None = None
     seed: int = 0
 
+    #: published numbers of training and test samples; others are logged
+    counts: ClassVar[tuple[int, int] | None] = None
     #: known once the samples are loaded; empty where the data set has none
     class_names: Sequence[str] = field(init=False, default=())
     train_set: Samples = field(init=False)
@@ -115,6 +120,9 @@ class Data(L.LightningDataModule):
                 f"dataset.classes={self.classes}, but {self.name} has {len(names)} classes "
                 f"({', '.join(names)}); set dataset.classes={len(names)}"
             )
+        if self.counts not in (None, (len(train), len(test))):
+            published = "%s has %d training and %d test samples, not the published %d and %d"
+            log.warning(published, self.name, len(train), len(test), *self.counts)
         train, validation = self._split(train)
         self.train_set = self._limit(train)
         self.validation_set = None if validation is None else self._interleave(validation)

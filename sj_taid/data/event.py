@@ -131,24 +131,24 @@ def load_source(name: str) -> Any:
 
 
 class NMNIST(EventData):
-    """N-MNIST: MNIST's 70000 digits in front of a moving camera, 34x34.
+    """N-MNIST: MNIST's digits in front of a moving camera, 34x34.
 
     Source: G. Orchard, A. Jayawant, G. K. Cohen and N. Thakor, Frontiers in Neuroscience 2015.
     """
 
     source = "n_mnist:NMNIST"
+    counts = (60_000, 10_000)
     class_names = tuple("0123456789")
 
 
 class DVS128Gesture(EventData):
-    """DVS128 Gesture: 1464 recordings of eleven gestures of hands and arms, 128x128.
-
-    Of 23 persons for training and 6 others for testing.
+    """DVS128 Gesture: eleven gestures of hands and arms, 128x128; 23 persons, 6 others for testing.
 
     Source: A. Amir et al., CVPR 2017.
     """
 
     source = "dvs128_gesture:DVS128Gesture"
+    counts = (1176, 288)
     class_names = tuple(sorted(map(str, range(11))))  # as text: 0, 1, 10, 2, ...
 
 
@@ -162,6 +162,7 @@ class CIFAR10DVS(EventData):
 
     source = "cifar10_dvs:CIFAR10DVS"
     part: ClassVar[dict[str, bool]] = {}
+    counts = (9000, 1000)
     class_names = (
         *("airplane", "automobile", "bird", "cat", "deer"),
         *("dog", "frog", "horse", "ship", "truck"),

@@ -131,6 +131,7 @@ class CelebA(Torchvision):
     """
 
     source: str = "CelebA"
+    counts = (162_770, 19_962)
     TRAIN, VALIDATION, TEST = "0", "1", "2"  # in the partition
 
     def load(self) -> tuple[Files, Files]:

@@ -123,6 +123,7 @@ class MNIST(TorchvisionInMemory):
     """
 
     source: str = "MNIST"
+    counts = (60_000, 10_000)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -133,3 +134,4 @@ class CIFAR10(TorchvisionInMemory):
     """
 
     source: str = "CIFAR10"
+    counts = (50_000, 10_000)

@@ -40,12 +40,13 @@ def nmnist(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_nmnist(nmnist):
+def test_nmnist(nmnist, caplog):
     module = ready(data.NMNIST, nmnist, **EVENTS)
     frames, labels = first(module.train_dataloader())
     assert frames.shape == (2, T, 2, 34, 34) and frames.dtype == torch.float32
     assert sorted(labels.tolist()) == [0, 7] and module.test_set.labels == [3]
     assert (frames[:, :, 1, 2, 30] == 40 / T).all() and frames.sum() == 2 * 40
+    assert "has 2 training and 1 test samples, not the published 60000" in caplog.text
     assert {path.name for path in nmnist.iterdir()} == {"download", "events_np", FRAMES, ".lock"}
     assert len([*(nmnist / "download").iterdir()]) == 2
 

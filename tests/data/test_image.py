@@ -43,7 +43,7 @@ def write_idx(root, folder="MNIST"):
 
 
 @pytest.mark.parametrize("source", ["MNIST", "FashionMNIST"])
-def test_mnist(tmp_path, source):
+def test_mnist(tmp_path, source, caplog):
     raw = write_idx(tmp_path, source)
     options = {"source": source, "image_size": 32, "limit": 60}
     mnist = ready(data.MNIST, tmp_path, **options)
@@ -52,6 +52,7 @@ def test_mnist(tmp_path, source):
     assert len(mnist.train_set) == len(mnist.test_set) == 60
     assert [*Counter(mnist.test_set.labels).values()] == [6] * 10
     assert -1 <= images.min() < images.max() <= 1
+    assert "has 600 training and 100 test samples, not the published 60000" in caplog.text
 
     for damage in (cut, Path.unlink):
         damage(raw / "train-images-idx3-ubyte")
