@@ -46,16 +46,15 @@ def accelerated_class(kind: Any) -> type:
     return type(kind.__name__, (mixin, kind), names)
 
 
-def accelerate_module(module: Any, **attributes: Any) -> None:
-    """Exchange the class of a norm, which needs ``readers``, or of a neuron, with its ``_name``."""
+def accelerate_module(module: Any) -> None:
+    """Exchange the class of a norm, which then needs ``readers``, or of a neuron."""
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind)
-    vars(module).update(attributes)
 
 
 #: what a subclass may not override to be the norm that it is a subclass of
 _NORM_METHODS = ("forward", "__call__", "_check_input_dim")
-#: not SyncBatchNorm, whose statistics are those of all processes
+#: the norms whose output can wait
 _KNOWN_NORMS = {
     kind
     for home in (nn, layer)
@@ -66,6 +65,8 @@ _KNOWN_NORMS = {
 
 def why_no_norm(module: nn.Module) -> str | None:
     """Why the output of a norm cannot wait, or ``None``."""
+    if isinstance(module, nn.SyncBatchNorm):
+        return "its statistics are those of all processes"
     kinds = type(module).__mro__
     known = next((n for n, kind in enumerate(kinds) if kind in _KNOWN_NORMS), None)
     own = {name for kind in kinds[:known] for name in _NORM_METHODS if name in vars(kind)}
@@ -123,7 +124,7 @@ class AcceleratedALIF(_Exchanged):
             return super()._multi_step(x_seq, v, store_v_seq)  # type: ignore[misc]
         gives_spikes = not surrogate.unsupported(node.surrogate_function)
         if isinstance(x_seq, NormOutput):
-            x_seq, options = _read(node, x_seq, gives_spikes)
+            x_seq, options = _read(node, x_seq)
         return_bits = torch.is_grad_enabled()
         known = [x_seq] if isinstance(x_seq, Known) else []
         with torch._C.DisableTorchFunctionSubclass(), saving(known):
@@ -136,10 +137,11 @@ class AcceleratedALIF(_Exchanged):
         return spike_seq, v_last, v_seq
 
 
-def _read(node: Any, output: NormOutput, gives_spikes: bool) -> tuple[Tensor, dict[str, Any]]:
+def _read(node: Any, output: NormOutput) -> tuple[Tensor, dict[str, Any]]:
     """What a neuron computes of a norm's output: the input of the operator, and its options."""
     name = node._name or type(node).__name__
-    if not gives_spikes or (isinstance(node, ALIFNode) and node.backend == "torch"):
+    backend = node.backend if isinstance(node, ALIFNode) else backends.AUTO
+    if backends.resolve(backend, output, node.surrogate_function).statistics is None:
         return output.plain(f"{name}, which is not on a fused operator"), {}
     reading = output.read_as_one(name, has_channels=getattr(node, "channels", None) is not None)
     return (output.plain(f"{name}: {reading}"), {}) if isinstance(reading, str) else reading

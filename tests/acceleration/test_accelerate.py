@@ -14,6 +14,9 @@ import sj_taid
 from sj_taid import ALIFNode, accelerate, unaccelerate
 from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.acceleration.accelerate import _run_step
+from sj_taid.ops import backends
+from sj_taid.ops.alif import reference
+from sj_taid.ops.alif.norm import Norm
 from tests import zoo
 
 ATAN = surrogate.ATan()
@@ -201,6 +204,26 @@ def test_accelerate_leaves_what_it_cannot_run():
     assert attributes_of(net) == before and not any(row.done for row in report.rows)
     for row, note in zip(report.rows, LEFT, strict=True):
         assert row.note.startswith(note)
+
+
+def test_a_backend_that_is_not_fused_reads_the_norms_values(monkeypatch):
+    plain = backends.Backend(reference.multi_step, lambda x_seq, surrogate_function: None)
+    monkeypatch.setitem(backends.BACKENDS, "mine", lambda: plain)
+    net = make_net([partial(ALIFNode, backend="mine")] * 3)
+    other = copy.deepcopy(net)
+    report = accelerate(net)
+    assert_close(train(net, images()), train(other, images()))
+    assert str(report).count("computed apart: read by") == 2
+
+
+def test_sync_batch_norm_stays_as_it_is():
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(make_net())
+    report = accelerate(net)
+    rows = [row for row in report.rows if row.kind == "SyncBatchNorm"]
+    assert {row.note for row in rows} == {"its statistics are those of all processes"}
+    assert len(rows) == 2 and all(type(net[n]) is nn.SyncBatchNorm for n in (1, 7))
+    with pytest.raises(TypeError, match="takes the statistics of all processes"):
+        Norm.of(net[1], training=True)
 
 
 def test_accelerate_raises_before_it_changes_the_net():

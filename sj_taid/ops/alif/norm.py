@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 #: the shape and strides of a sequence
@@ -50,7 +50,16 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, module: Any, training: bool) -> Norm:
-        """What a module would compute in this mode; counts the batch, as its forward does."""
+        """What a module would compute in this mode; counts the batch, as its forward does.
+
+        Raises:
+            TypeError: a SyncBatchNorm in training, whose statistics are those of all processes.
+        """
+        if training and isinstance(module, nn.SyncBatchNorm):
+            raise TypeError(
+                "a SyncBatchNorm in training takes the statistics of all processes, which a fused "
+                "norm does not; run it before the neuron, as a module of its own"
+            )
         momentum = 0.0 if module.momentum is None else module.momentum
         # Statistics that are not tracked in training are used in eval mode all the same.
         reads = module.track_running_stats or not training
