@@ -98,7 +98,12 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
                 "init_tau must be a number of time steps greater than 1 and less than 1e38, but it "
                 f"is {init_tau!r}"
             )
-        check_flags(decay_input=decay_input, detach_reset=detach_reset, store_v_seq=store_v_seq)
+        if not isinstance(store_v_seq, bool):  # where PLIF of 0.0.0.0.14 has backend
+            raise TypeError(
+                f"store_v_seq must be True or False, but it is {store_v_seq!r}; a backend is given "
+                "by its name: backend=..."
+            )
+        check_flags(decay_input=decay_input, detach_reset=detach_reset)
         check_flags(learn_tau=learn_tau, learn_threshold=learn_threshold)
         check_numbers(v_threshold=v_threshold)
         v_threshold = float(v_threshold)
