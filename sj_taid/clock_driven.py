@@ -73,15 +73,17 @@ def _explain_cupy() -> None:
 
 
 def _define(name: str, *bases: Any, **defaults: Any) -> Any:
-    """A class of this module, where pickle finds it: today's with the defaults of then."""
-    return type(name, bases, {"defaults": defaults, "__module__": __name__})
+    """Define a neuron of this module: today's with old defaults."""
+    filled_in = ", ".join(f"{key}={value!r}" for key, value in defaults.items())
+    text = f"Today's neuron with {filled_in or 'its own defaults'}, and the old arguments."
+    return type(name, bases, {"__doc__": text, "defaults": defaults, "__module__": __name__})
 
 
 IFNode = _define("IFNode", _Old, neuron.IFNode)
 LIFNode = _define("LIFNode", _Old, neuron.LIFNode)
 ParametricLIFNode = _define("ParametricLIFNode", _Old, neuron.ParametricLIFNode)
 
-# v_seq is kept with node.store_v_seq = True.
+# node.store_v_seq = True keeps v_seq.
 _MULTI = {"step_mode": "m"}
 MultiStepIFNode = _define("MultiStepIFNode", IFNode, **_MULTI)
 MultiStepLIFNode = _define("MultiStepLIFNode", LIFNode, **_MULTI)
