@@ -78,10 +78,10 @@ class Run:
         """
         path = Path(path).expanduser().absolute()
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
-        if not run.checkpoint.is_file():
+        if not run.checkpoint.is_file() or not (run.folder / CONFIG).is_file():
             raise FileNotFoundError(
-                f"no checkpoint at {path}; a run leaves it in <run folder>/{CHECKPOINTS}/ after "
-                "its first epoch"
+                f"no checkpoint of a run at {path}; expected a run's folder, or a file in its "
+                f"{CHECKPOINTS}/, which has one after the first epoch"
             )
         return run
 

@@ -90,6 +90,9 @@ def exit_code(*arguments):
     process = context.Process(target=run_command, args=arguments)
     process.start()
     process.join(timeout=300)
+    if process.is_alive():
+        process.kill()
+        process.join()
     return process.exitcode
 
 

@@ -74,7 +74,12 @@ def test_cli_usage(sj_taid, capsys):
             r"'os\.system': no public class .*add trust=",
         ),
         ("train hydra.run.dir=file", "File exists: '.*file'"),
-        ("evaluate checkpoint=nowhere", "no checkpoint at .*nowhere; a run leaves it in"),
+        (
+            "evaluate checkpoint=nowhere",
+            "no checkpoint of a run at .*nowhere; expected a run's folder",
+        ),
+        ("sample checkpoint=file", "no checkpoint of a run at .*file"),
+        ("sample checkpoint=nowhere n=0", "n must be an integer >= 1, but it is 0"),
         ("sample", "Missing mandatory value: checkpoint"),
         ("compare nowhere", "no finished run below nowhere"),
     ],

@@ -96,7 +96,7 @@ def test_page_shows_runs_without_checkpoints(runs):
     for metrics in finished.values():
         metrics["command"] = "<script>"
     html = report.page(finished)
-    assert html.count("no checkpoint at") == html.count("&lt;script&gt;") == 4
+    assert html.count("no checkpoint of a run at") == html.count("&lt;script&gt;") == 4
 
 
 @pytest.fixture
