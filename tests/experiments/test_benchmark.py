@@ -133,6 +133,22 @@ def test_neuron_check_refuses_other_spikes():
         neuron.check(modules | {"ALIF broken": torch.nn.Threshold(0.5, 0.0)}, CPU)
 
 
+class Fails(nn.Module):
+    def forward(self, x_seq):
+        raise RuntimeError("no such kernel")
+
+
+def test_neuron_skips_a_rival_that_fails_but_never_ours(tmp_path, capsys):
+    case = (torch.zeros(2, 8), 1)
+    assert neuron.time_neurons({"SpikingJelly LIF": Fails()}, *case).empty
+    said = capsys.readouterr().out
+    assert "skipped SpikingJelly LIF at float32, T=2, N=8: no such kernel" in said
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        neuron.time_neurons({"ALIF torch": Fails()}, *case)
+    with pytest.raises(SystemExit, match=r"--only cupi: expected parts of ALIF torch, .*LIF"):
+        neuron.main(["--device", "cpu", "--only", "torch", "cupi", "--out", str(tmp_path)])
+
+
 def test_esvae_times_every_variant(measure):
     tiny = ["model.hidden_channels=[4]", "model.T=2", "model.latent_channels=4"]
     table = measure(esvae, "--repeats", "1", extra=[*tiny, "dataset.image_size=8"])
