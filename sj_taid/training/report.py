@@ -59,9 +59,13 @@ MARK = 'content="sj-taid report"'
 # ---- a run ----
 
 
+def first_images(run: Run, trust: Sequence[str] = ()) -> Tensor:
+    """The first images ``[N, C, H, W]``, or frames ``[T, N, C, H, W]``, of a run's test set."""
+    return _first_images(OmegaConf.to_yaml(run.config.dataset), tuple(trust))
+
+
 @cache  # most runs of a page have the same data
-def first_images(dataset: str, trust: tuple[str, ...] = ()) -> Tensor:
-    """The first test images ``[N, C, H, W]``, or frames ``[T, N, C, H, W]``, by a config's YAML."""
+def _first_images(dataset: str, trust: tuple[str, ...]) -> Tensor:
     cfg = OmegaConf.create({"dataset": OmegaConf.create(dataset)})
     data = build_data(cfg, trust, num_workers=0, batch_size=IMAGES)
     x, _ = next(iter(data.test_dataloader()))
@@ -71,7 +75,7 @@ def first_images(dataset: str, trust: tuple[str, ...] = ()) -> Tensor:
 def inspect(run: Run, trust: Sequence[str] = ()) -> dict[str, Any]:
     """Samples, reconstructions, firing rates and costs of a run's checkpoint."""
     model: Any = run.model(trust)
-    images = first_images(OmegaConf.to_yaml(run.config.dataset), tuple(trust))
+    images = first_images(run, trust)
     rates: dict[str, float] = {}
     found: dict[str, Any] = {}
 

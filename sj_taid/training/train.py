@@ -73,18 +73,15 @@ def train(
     origin = {"choices": {}, "overrides": [], "command": "", **origin, **provenance()}
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    # In this layout convolutions are faster, in bfloat16 above all.
-    model = build_part(cfg, "model", cfg.trust).to(memory_format=torch.channels_last)
-    task = build_part(cfg, "task", cfg.trust, model=model, optimizer=instantiate(cfg.optimizer))
+    task = build_task(cfg)
     evaluator = build_evaluator(cfg)
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     data = build_data(cfg, cfg.trust)
     pictures, timer = Pictures(folder, cfg.pictures), Timer()  # a checkpoint keeps the seconds
-    trainer = instantiate(
-        cfg.trainer,
-        default_root_dir=folder,
-        logger=instantiate(cfg.logger)(save_dir=folder) if cfg.get("logger") else False,
-        callbacks=[
+    trainer = build_trainer(
+        cfg,
+        run,
+        [
             LambdaCallback(on_fit_start=lambda trainer, _: save_start(run, cfg, repeated, trainer)),
             *build_checkpoint_callbacks(run, task, data),
             timer,
@@ -92,7 +89,6 @@ def train(
             pictures,
             *callbacks,
         ],
-        plugins=[AtomicCheckpointIO()],
     )
     if checkpoint is None:
         calibrate_thresholds(cfg, task, data)
@@ -133,6 +129,13 @@ def count_classes(cfg: DictConfig) -> None:
         cfg.dataset.classes = build_part(cfg, "dataset", cfg.trust).classes
 
 
+def build_task(cfg: DictConfig) -> Task:
+    # In this layout convolutions are faster, in bfloat16 above all.
+    model = build_part(cfg, "model", cfg.trust).to(memory_format=torch.channels_last)
+    optimizer = instantiate(cfg.optimizer)
+    return build_part(cfg, "task", cfg.trust, model=model, optimizer=optimizer)
+
+
 def calibrate_thresholds(cfg: DictConfig, task: Task, data: Any) -> None:
     if rate := cfg.neuron_start.get("calibrate"):
         images, _ = next(iter(data.train_dataloader()))
@@ -163,6 +166,16 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
         return [last]
     options |= {"filename": run.best.stem, "monitor": f"val/{task.chosen_by}", "mode": "max"}
     return [BestCheckpoint(**options), last]  # the last one keeps the state of the best
+
+
+def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
+    return instantiate(
+        cfg.trainer,
+        default_root_dir=run.folder,
+        logger=instantiate(cfg.logger)(save_dir=run.folder) if cfg.get("logger") else False,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+    )
 
 
 def save_start(

@@ -8,7 +8,6 @@ from html import unescape
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 
 from sj_taid.model.block import seeded
@@ -69,7 +68,7 @@ def test_inspect_shows_what_the_checkpoint_does(sweep):
     model = load_model(folder)
     with seeded(report.SEED):
         assert found["samples"] == report.png(*model.sample(2 * report.IMAGES).chunk(2))
-    data = report.first_images(OmegaConf.to_yaml(run.Run(folder).config.dataset))
+    data = report.first_images(run.Run(folder))
     counter, fired = SynOpCounter(), []
     with DispatchCounterMode([counter]), seeded(report.SEED), torch.no_grad():
         model(data[:1])
