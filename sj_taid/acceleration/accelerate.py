@@ -109,14 +109,12 @@ class Acceleration:
             note = reason or convert.describe_equality(site)
             self._neurons[site.path] = site.row("" if reason else _FUSED, note)
             if not reason:
-                accelerate_module(site.node)
-                vars(site.node)["_name"] = site.path
+                accelerate_module(site.node)._name = site.path
         if not any(isinstance(module, AcceleratedALIF) for module in net.modules()):
             return
         for path, norm in _norms(net):
             if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
-                accelerate_module(norm)
-                vars(norm)["readers"] = self._readers.get(path, {})
+                accelerate_module(norm).readers = self._readers.get(path, {})
 
     @property
     def rows(self) -> tuple[Row, ...]:

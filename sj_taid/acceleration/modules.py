@@ -46,10 +46,11 @@ def accelerated_class(kind: Any) -> type:
     return type(kind.__name__, (mixin, kind), names)
 
 
-def accelerate_module(module: Any) -> None:
-    """Exchange the class of a norm, which then needs ``readers``, or of a neuron."""
+def accelerate_module(module: Any) -> Any:
+    """Exchange the class of a norm, which then needs ``readers``, or of a neuron; returns it."""
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind)
+    return module
 
 
 #: what a subclass may not override to be the norm that it is a subclass of
@@ -122,7 +123,6 @@ class AcceleratedALIF(_Exchanged):
         node: Any = self
         if torch.compiler.is_compiling() or _steps_aside():
             return super()._multi_step(x_seq, v, store_v_seq)  # type: ignore[misc]
-        gives_spikes = not surrogate.unsupported(node.surrogate_function)
         if isinstance(x_seq, NormOutput):
             x_seq, options = _read(node, x_seq)
         return_bits = torch.is_grad_enabled()
@@ -131,7 +131,8 @@ class AcceleratedALIF(_Exchanged):
             spike_seq, v_last, v_seq, *bits = super()._multi_step(  # type: ignore[misc]
                 x_seq, v, store_v_seq, return_bits=return_bits, **options
             )
-        if gives_spikes and not spike_seq.is_inference():
+        # A surrogate with spiking=False gives no spikes.
+        if not spike_seq.is_inference() and not surrogate.unsupported(node.surrogate_function):
             packed, steps = (bits[0], len(spike_seq)) if bits else (None, 0)
             compact(spike_seq, Counts(spike_seq, bits=packed, steps=steps))
         return spike_seq, v_last, v_seq
