@@ -28,6 +28,26 @@ original_neuron = partial(
 )
 
 
+class SubpixelConv2d(nn.Conv2d):
+    """Convolution 3x3 to twice the height and width, four pixels per position.
+
+    The four have equal weights at the start (Aitken et al. 2017, arXiv 1707.02937) and one bias, or
+    images get stripes.
+
+    Args:
+        in_channels, out_channels: of the images ``[N, C, H, W]``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.weight = nn.Parameter(self.weight.detach().repeat_interleave(4, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        x = F.conv2d(x, self.weight, self.bias.repeat_interleave(4), padding=1)
+        return F.pixel_shuffle(x, 2)
+
+
 class SpikingVAE(nn.Module):
     """Spiking autoencoder of images; its subclasses FSVAE and ESVAE define the latent.
 
@@ -49,9 +69,9 @@ class SpikingVAE(nn.Module):
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
         image_decoder: :class:`~sj_taid.TAID` (default) or :class:`~sj_taid.FixedDecoder`, made for
             the same T.
-        subpixel: end in a convolution at half resolution with four channels per image channel, one
-            for each pixel (Shi et al. 2016, arXiv 1609.05158). False is the published decoder, a
-            transposed block to full resolution and a convolution there.
+        subpixel: end in a convolution at half resolution that makes four pixels per position (Shi
+            et al. 2016, arXiv 1609.05158). False is the published decoder, a transposed block to
+            full resolution and a convolution there.
         gradient_weight: weight of the mean absolute error of differences of neighbouring pixels,
             next to the squared error, for sharper images (Mathieu et al. 2016, arXiv 1511.05440,
             with signed differences).
@@ -117,12 +137,8 @@ class SpikingVAE(nn.Module):
         self.decoder = nn.Sequential(
             *(spiking_block(double(a, b), neuron) for a, b in pairwise(reverse))
         )
-        last: list[nn.Module] = (
-            [nn.Conv2d(widths[0], 4 * in_channels, 3, padding=1), nn.PixelShuffle(2)]
-            if subpixel
-            else [nn.ConvTranspose2d(widths[0], in_channels, 3, padding=1)]
-        )
-        self.to_image = layer.SeqToANNContainer(*last)
+        last = SubpixelConv2d if subpixel else partial(nn.ConvTranspose2d, kernel_size=3, padding=1)
+        self.to_image = layer.SeqToANNContainer(last(widths[0], in_channels))
         self.image_decoder = image_decoder
         accelerate(self)
 

@@ -29,8 +29,9 @@ class FeatureLoss(nn.Module):
     .. math::
         \mathrm{weight} \sum_l \mathrm{mean}\, |f_l(\hat x) - f_l(x)|
 
-    over the outputs :math:`f_l` of the three blocks, of convolution, batch norm, ReLU and pooling,
-    of a small plain classifier of the same training images. It is trained once and cached.
+    over the outputs :math:`f_l` of the three blocks, of convolution, batch norm, ReLU and average
+    pooling (max pooling makes stripes), of a small plain classifier of the same training images. It
+    is trained once and cached.
 
     Args:
         channels, classes: of the data set.
@@ -70,7 +71,7 @@ class FeatureLoss(nn.Module):
             return blocks.state_dict()
 
         made_by = f"{EPOCHS}x{WIDTH}-{data.fingerprint(data.train_set)}"
-        name = f"classifier-{data.name}-{made_by}.pt"
+        name = f"features-{data.name}-{made_by}.pt"
         load_or_make(cache_dir / name, self.blocks.load_state_dict, make)
 
     def forward(self, output: Tensor, image: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class FeatureLoss(nn.Module):
 def _blocks(channels: int) -> nn.Sequential:
     def block(a: int, b: int) -> nn.Sequential:
         conv = nn.Conv2d(a, b, 3, padding=1)
-        return nn.Sequential(conv, nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+        return nn.Sequential(conv, nn.BatchNorm2d(b), nn.ReLU(), nn.AvgPool2d(2))
 
     return nn.Sequential(
         block(channels, WIDTH), block(WIDTH, 2 * WIDTH), block(2 * WIDTH, 4 * WIDTH)

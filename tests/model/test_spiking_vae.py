@@ -7,9 +7,11 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional
 from torch import nn
+from torch.nn import functional as F
 
 from sj_taid import TAID, ALIFNode, FixedDecoder
 from sj_taid.model import ESVAE, FSVAE
+from sj_taid.model.spiking_vae import SubpixelConv2d
 from tests.model.conftest import assert_every_parameter_learns, frozen_alif, images, lif, plif
 
 SIZES = {"image_size": 8, "T": 6, "hidden_channels": (6, 12), "latent_channels": 10}
@@ -61,6 +63,18 @@ def test_encode_equals_repeating_the_image(kind):
     functional.reset_net(model)
     repeated = model.to_latent(model.encoder(model.stem(x_seq)).flatten(2))
     assert torch.equal(repeated, expected)
+
+
+def test_subpixel_convolution():
+    torch.manual_seed(0)
+    conv, x = SubpixelConv2d(2, 3), torch.randn(2, 2, 4, 5)
+    pixels = F.pixel_unshuffle(conv(x), 2).unflatten(1, (3, 4))
+    assert pixels.std() > 0 and torch.equal(pixels, pixels[:, :, :1].expand_as(pixels))
+    nn.init.normal_(conv.weight)  # [C_out * 4, C_in, 3, 3]
+    plain = nn.Conv2d(2, 12, 3, padding=1)
+    plain.load_state_dict({"weight": conv.weight, "bias": conv.bias.repeat_interleave(4)})
+    assert torch.equal(conv(x), F.pixel_shuffle(plain(x), 2))
+    assert set(conv.state_dict()) == {"weight", "bias"} and conv.bias.shape == (3,)
 
 
 @pytest.mark.parametrize(
