@@ -15,6 +15,7 @@ import neuron
 import pandas as pd
 import published_nets
 import pytest
+import stripes
 import torch
 import zoo
 from spikingjelly.activation_based.layer import SeqToANNContainer
@@ -221,3 +222,11 @@ def test_attention_of_weights_by_step_and_by_content():
     assert by_step["reconstruction_permuted"] != by_step["reconstruction"]
     assert by_step["reconstruction_mean"] == pytest.approx(by_step["reconstruction"])
     assert by_step["reconstruction_equal"] != by_step["reconstruction"]
+
+
+def test_stripes_of_columns():
+    images = torch.rand(50, 1, 16, 16)
+    striped = images + torch.tensor([0.0, 0.4]).repeat(8)
+    assert stripes.stripes(images) == pytest.approx(1, abs=0.2)
+    assert stripes.stripes(striped) > 4
+    assert stripes.stripes(striped.mT) == pytest.approx(1, abs=0.2)
