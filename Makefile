@@ -81,7 +81,8 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	touch $@ $(VENV)/demo
 
 $(LEGACY): | $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ "spikingjelly==0.0.0.0.14"
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@.part "spikingjelly==0.0.0.0.14"
+	mv $@.part $@
 
 clean: ## Remove what these commands made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

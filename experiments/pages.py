@@ -98,7 +98,7 @@ def gains() -> pd.DataFrame:
     """Memory, time and quality before and after, and where each was measured."""
     nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 8")
     fsvae = load_frame(["fsvae"], *CHOICES).query("dataset == 'mnist'")
-    faces = load_frame(["celeba_esvae_cpu"], *CHOICES)
+    faces = load_frame(["celeba_esvae_cpu"], *CHOICES).query("epochs == 4")
     classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
     former = read_zoo().query("net == 'Spikformer'")
     held = {"SpikingJelly LIF": "before_mb", "LIF accelerate": "after_mb"}

@@ -20,8 +20,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, mark: str) -> None:
-    """Refuse to write over a file that lacks the ``mark`` of those that are written there."""
-    if path.is_file() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+    """Refuse a folder, and a file that lacks the ``mark`` of those that are written there."""
+    if path.is_dir() or (
+        path.is_file() and mark not in path.read_text(encoding="utf-8", errors="replace")
+    ):
         raise FileExistsError(
             f"{path} is there, and this command did not write it; move it away, or choose another "
             "place with --out"

@@ -111,6 +111,8 @@ def test_compare_and_report_leave_files_of_others_alone(runs, tmp_path, sj_taid)
         assert path.read_text() == before
         if before == "mine":
             path.unlink()
+    with pytest.raises(SystemExit, match=f"{tmp_path.name} is there, and this command did not"):
+        sj_taid("report", str(runs), f"--out={tmp_path}")
     for _ in range(2):  # its own are replaced
         compare.main([str(runs)])
 
