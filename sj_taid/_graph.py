@@ -26,7 +26,7 @@ class Past:
         return recomputation() not in (None, self.made_in) and not self.resumed
 
 
-#: by the tensor itself: an attribute of it would be saved along with it
+#: keyed by the tensor: an attribute of it would be saved by torch.save
 past_of = WeakTensorKeyDictionary()
 
 

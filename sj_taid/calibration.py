@@ -10,10 +10,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from ._checks import check, check_net, is_number
+from .convert import need_neurons
 from .monitoring import monitor, spikes_of
 from .report import table
 from .state import fresh_state
@@ -22,8 +23,8 @@ __all__ = ["Calibrated", "CalibrationReport", "calibrate"]
 
 #: Relative tolerance on the target firing rate.
 TOLERANCE = 0.2
-#: The distances of a threshold from its lowest value that are searched, as powers of 2, and the
-#: number of bisections: the threshold is found to 1e-4 of the distance.
+#: log2 of the threshold's distance from its lowest value: the interval searched. The bisections
+#: narrow it to 1e-4, relative.
 _RANGE = (-60.0, 60.0)
 _BISECTIONS = 20
 
@@ -64,7 +65,7 @@ class CalibrationReport:
         head = f"{len(self.rows) - len(self.missed)} layers calibrated, {len(self.missed)} missed"
         lines = [
             (
-                row.name,
+                row.name or "net",
                 "-" if row.rate is None else f"{row.rate_before:.4g} -> {row.rate:.4g}",
                 f"{row.v_threshold_before:.4g} -> {row.v_threshold:.4g}",
                 row.note,
@@ -78,12 +79,13 @@ class CalibrationReport:
 def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationReport:
     """Set every neuron's threshold so that its layer fires at ``rate``, in place.
 
-    For a net that starts dead or saturated. One pass of a batch, from rest: where it reaches a
-    neuron, bisection finds, on the input that the calibrated layers before it give, the greatest
-    threshold with at least this rate, to 1e-4 of its distance from the reset voltage, or the next
-    greater one if its rate is nearer and not 0. A threshold of ``[C]`` has a rate per channel. It
-    stays above the reset voltage (with a soft reset, above 0) and at or above ALIF's
-    ``min_v_threshold``.
+    For a net that starts dead or saturated. It runs one batch from rest, and calibrates neuron by
+    neuron in the order of the forward, so that each sees what the calibrated ones before it give.
+    Bisection finds the greatest threshold whose rate is at least ``rate``, or the next greater one
+    if its rate is nearer and not 0, to 1e-4 of its distance from the reset voltage. A threshold of
+    ``[C]`` gets the rate in each channel. It stays above the reset voltage (with a soft reset,
+    above 0) and at or above ALIF's ``min_v_threshold``: calibrate before
+    :func:`~sj_taid.swap_neurons`, which bounds it by the threshold of that moment.
 
     Works on every SpikingJelly neuron in step mode ``"m"``, with the net in the mode it is in. Only
     thresholds change, and the net is reset. Thresholds of SpikingJelly's own neurons are plain
@@ -111,8 +113,8 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     """
     check_net(net, "calibrate")
     check(("more than 0 and less than 1", lambda x: is_number(x) and 0.0 < x < 1.0), rate=rate)
-    paths = {m: path for path, m in net.named_modules() if isinstance(m, neuron.BaseNode)}
-    if paths and all(node.step_mode == "s" for node in paths):
+    paths = {site.node: site.path for site in need_neurons(net, "calibrate")}
+    if all(node.step_mode == "s" for node in paths):
         raise ValueError(
             "calibrate runs net(x_seq) on a whole sequence, but all neurons are in step mode 's'; "
             "change it: functional.set_step_mode(net, 'm')"
@@ -215,5 +217,6 @@ def _search(node: Any, fire: Callable[[], Tensor], rate: float) -> str:
     rates = torch.where(nearer, at_high, at_low)
     off = rates[(rates - rate).abs() > TOLERANCE * rate]
     channels = f"in {off.numel()} of {rates.numel()} channels, " if rates.dim() else ""
+    from_bound = "" if bound is None else f" from min_v_threshold={bound:g} up"
     nearest = f"{channels}the nearest is {off.mean():.3g}"
-    return f"no threshold gives the rate: {nearest}" if off.numel() else ""
+    return f"no threshold{from_bound} gives the rate: {nearest}" if off.numel() else ""

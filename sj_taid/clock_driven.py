@@ -274,7 +274,7 @@ class _OldModule(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         module = self.__name__.removeprefix("spikingjelly.")
-        instead = GONE.get(f"{module}.{name}") or GONE.get(module)
+        instead = GONE.get(f"{module}.{name.removeprefix('MultiStep')}") or GONE.get(module)
         if instead is None and name.startswith("MultiStep"):
             instead = f'{name.removeprefix("MultiStep")}(..., step_mode="m")'
         instead = instead or "what spikingjelly.activation_based has"

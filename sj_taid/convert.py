@@ -6,12 +6,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
-from spikingjelly.activation_based import base, neuron
+from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import _compat
 from ._checks import check_net
@@ -22,7 +22,8 @@ from .report import Report, Row, table_of
 from .state import name_neurons
 from .thresholds import warn_at_reset
 
-#: Its sigmoid is 0, in float64 too: no leak, the IF neuron. Finite, so that averages keep it.
+#: ``w`` of a neuron without leak (IF): its sigmoid is 0, in float64 too. Not -inf, which would make
+#: averaged weights NaN.
 NO_LEAK_W = -1024.0
 
 #: Beginnings of the names under which torch keeps a module's hooks.
@@ -50,7 +51,7 @@ def swap_neurons(
     leads away from there, so its ``w`` is frozen and only its threshold learns.
 
     The report says which neurons are kept and why: those of other kinds, or that ALIF cannot
-    express. One in a Python list is not seen, and warns when it runs: use ``nn.ModuleList``.
+    express. A neuron that only a Python list or dict holds is not seen: use ``nn.ModuleList``.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -81,7 +82,7 @@ def swap_neurons(
         "backend": backend,
     }
     rows = []
-    new_of: dict[nn.Module, nn.Module] = {}
+    new_of: dict[Any, Any] = {}
     for site in sites:
         reason = _why_keep(site, filter)
         if reason is None:
@@ -91,6 +92,9 @@ def swap_neurons(
                 raise ValueError(f"the neuron {site.path!r}: {error}") from error
         note = reason or _describe_swap(site, new_of[site.node])
         rows.append(site.row("" if reason else "ALIF", note))
+    for old, new in new_of.items():  # after the last error, as the two share w
+        if isinstance(old, neuron.ParametricLIFNode):
+            new.w.requires_grad_(learn_tau and old.w.requires_grad)
     _replace(net, new_of)
     name_neurons(net)
     _compat.forget_reset_cache(net)
@@ -120,27 +124,26 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     0.5
     """
     check_net(net, "to_lif")
-    # A net that is one neuron has no parent to hold the new node.
-    holder = nn.ModuleList([copy_net(net)])
-    restore(holder)
+    copied = copy_net(net)
+    restore(copied)
     refused = []
     new_of: dict[nn.Module, nn.Module] = {}
-    for site in find_neurons(holder, ALIFNode):
+    for site in find_neurons(copied, ALIFNode):
         reason = _why_no_lif(site)
         if reason is None:
             new_of[site.node] = _to_lif(site.node)
         else:
-            paths = tuple(map(_path_in_net, site.paths))
-            refused.append(site._replace(paths=paths).row("", reason))
+            refused.append(site.row("", reason))
     if refused:
         message = f"LIFNode cannot express {len(refused)} of the neurons:\n{table_of(refused)}"
         if strict:
             raise ValueError(f"{message}\nstrict=False leaves them as they are")
         warnings.warn(message, stacklevel=2)
-    _replace(holder, new_of)
-    _compat.forget_reset_cache(holder)
-    warn_at_reset({_path_in_net(path): node for path, node in holder.named_modules()})
-    return holder[0]
+    _replace(copied, new_of)
+    plain = new_of.get(copied, copied)  # a net may be one neuron
+    _compat.forget_reset_cache(plain)
+    warn_at_reset(dict(plain.named_modules()))
+    return plain
 
 
 class Site(NamedTuple):
@@ -157,7 +160,7 @@ class Site(NamedTuple):
 
     def row(self, done: str, note: str) -> Row:
         """The neuron's row in a report."""
-        return Row(" = ".join(self.paths), type(self.node).__name__, done, note)
+        return Row(" = ".join(self.paths) or "net", type(self.node).__name__, done, note)
 
 
 def need_neurons(net: nn.Module, change: str) -> list[Site]:
@@ -206,17 +209,10 @@ def _warn_replaced(module: nn.Module, inputs: Any) -> None:
 
 
 def copy_net(net: nn.Module) -> nn.Module:
-    """A deep copy with the voltages too, which torch does not copy if they have a graph."""
-    memories = (m.memories() for m in net.modules() if isinstance(m, base.MemoryModule))
-    attributes = (vars(m).values() for m in net.modules())
-    held = chain.from_iterable(chain(memories, attributes))
+    """A deep copy; tensors with a graph, which torch refuses to copy, are copied without it."""
+    held = tree_leaves([vars(module) for module in net.modules()])
     computed = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
     return copy.deepcopy(net, {id(value): value.detach().clone() for value in computed})
-
-
-def _path_in_net(path: str) -> str:
-    """A path in the list that holds the net, as a path in the net."""
-    return path.removeprefix("0").removeprefix(".") or "net"
 
 
 def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
@@ -300,7 +296,6 @@ def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
             alif.w = node.w
         else:
             alif.w.data.copy_(node.w.detach())
-        alif.w.requires_grad_(learn_tau and node.w.requires_grad)
     elif isinstance(node, neuron.LIFNode):
         alif.w.data.fill_(nearest_w(node.tau, alif.w.dtype))
     else:

@@ -1,4 +1,4 @@
-"""``python -m sj_taid.doctor``: which backends work here, why the others do not, and the remedy.
+"""Print which backends work here, why the others do not, and how to get them.
 
 ``python -m torch.utils.collect_env`` says the rest of the machine.
 """

@@ -171,7 +171,7 @@ class FixedDecoder(_ImageDecoder):
     def attention(self, x_seq: Tensor) -> Tensor:
         """The weights ``[T, 1, 1]``, the same for every input."""
         self._check(x_seq)
-        # Computed at each call: a buffer converted to half precision stays rounded in float32.
+        # Not a buffer: .half().float() would leave it rounded to half precision.
         return self.scale * _decay_weights(self.T, self.decay, x_seq).view(self.T, 1, 1)
 
     def extra_repr(self) -> str:

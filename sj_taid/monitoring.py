@@ -97,12 +97,16 @@ class Monitor(AbstractContextManager["Monitor"]):
         rates = {p: s.firing_rate for p, s in states.items() if s.firing_rate is not None}
         scale = (
             "sj_taid.calibrate(net, x_seq) sets their v_threshold for the firing rate that you "
-            "choose; or scale their input (tdBN, learning rate)."
+            "choose; or put a norm before them."
         )
-        _warn("dead", {p: r for p, r in rates.items() if r < self._dead}, scale)
-        _warn("saturated", {p: r for p, r in rates.items() if r > self._saturated}, scale)
+        _warn("dead layers", {p: r for p, r in rates.items() if r < self._dead}, scale)
+        _warn("saturated layers", {p: r for p, r in rates.items() if r > self._saturated}, scale)
         begin = "torch.autograd.detect_anomaly() finds where it began."
-        _warn("not finite", {p: r for p, r in rates.items() if math.isnan(r)}, begin)
+        _warn(
+            "layers with voltages that are not finite",
+            {p: r for p, r in rates.items() if math.isnan(r)},
+            begin,
+        )
         warn_at_bound(self._nodes())
         warn_at_reset(self._nodes())
         return states
@@ -119,7 +123,7 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     def __str__(self) -> str:
         rows = [
-            (path, *("-" if value is None else f"{value:.4g}" for value in astuple(state)))
+            (path or "net", *("-" if value is None else f"{value:.4g}" for value in astuple(state)))
             for path, state in self.layers().items()
         ]
         listed = table(("layer", "rate", "tau", "threshold"), rows)
@@ -159,8 +163,8 @@ def spikes_of(output: Tensor | Sequence[Tensor]) -> Tensor:
 
 def _warn(what: str, rates: dict[str, float], remedy: str) -> None:
     if rates:
-        listed = ", ".join(f"{path} ({rate:.2g})" for path, rate in rates.items())
-        message = f"{what} layers, spikes per neuron and step: {listed}. {remedy}"
+        listed = ", ".join(f"{path or 'net'} ({rate:.2g})" for path, rate in rates.items())
+        message = f"{what}, spikes per neuron and step: {listed}. {remedy}"
         warnings.warn(message, stacklevel=3)
 
 
@@ -172,12 +176,11 @@ def warn_at_bound(nodes: Mapping[str, nn.Module]) -> None:
             bounded = node.v_threshold.detach() <= node.min_v_threshold
             if bounded.any():
                 share = f"{int(bounded.sum())} of {bounded.numel()}"
-                listed.append(f"{path} ({node.min_v_threshold:g}, {share})")
+                listed.append(f"{path or 'net'} ({node.min_v_threshold:g}, {share})")
     if listed:
         warnings.warn(
-            f"thresholds at their lower bound: {', '.join(listed)}. They can fall no "
-            "further; give them a smaller learning rate (parameter_groups) or another "
-            "min_v_threshold.",
+            f"thresholds at their lower bound: {', '.join(listed)}. They rise again "
+            "when the loss asks for it; another min_v_threshold lets them fall further.",
             stacklevel=3,
         )
 

@@ -57,12 +57,13 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         w: ``-log(tau - 1)``, float32, a scalar or ``[C]``.
         v_threshold: float32, a scalar or ``[C]``.
 
-    Both parameters and the state ``v`` stay float32 under ``.half()`` and ``.bfloat16()``: a
-    half-precision scalar would lose a learning rate's step.
+    Both parameters and the state ``v`` stay float32 under ``.half()`` and ``.bfloat16()``: in
+    half precision an optimiser's small steps would round to nothing.
 
     Raises:
         ValueError: an argument out of its range; at a call, shapes or devices that do not fit.
-        TypeError: at a call, an input that is not floating point, or torch.fx's, as in NIR export.
+        TypeError: an option of a wrong type; at a call, an input that is not floating point, or a
+            proxy of torch.fx, as in NIR export, which needs :func:`~sj_taid.to_lif`.
         RuntimeError: at a call with gradients, a state whose graph an earlier backward has freed.
 
     Source: Qiu et al., *When Spiking neural networks meet temporal attention image decoding and

@@ -50,7 +50,7 @@ def describe_at_reset(nodes: Mapping[str, nn.Module]) -> str:
             threshold: Any = getattr(node, "effective_v_threshold", node.v_threshold)
             rest = node.v_reset or 0.0  # a soft reset leaves it at 0
             if (torch.as_tensor(threshold) <= rest).any():
-                found.append(path)
+                found.append(path or "net")
     if not found:
         return ""
     return (

@@ -166,6 +166,7 @@ def test_calibrate_reports_neurons_without_a_threshold_of_their_own():
 
 
 NONE = "no threshold gives the rate: the nearest is"
+BOUNDED = "no threshold from min_v_threshold=0.9 up gives the rate: the nearest is 0"
 
 
 def reset_above():
@@ -181,7 +182,7 @@ def bounded():
     [
         (ALIFNode, torch.zeros(3, 5, 4), f"{NONE} 0", 1.0),
         (reset_above, -torch.rand(3, 5, 4), f"{NONE} 0", 6.0),
-        (bounded, torch.rand(3, 5, 4), f"{NONE} 0", 1.0),
+        (bounded, torch.rand(3, 5, 4), BOUNDED, 1.0),
         (neuron.LIFNode, torch.ones(3, 5, 4), f"{NONE} 0.333", None),
     ],
 )
@@ -233,7 +234,7 @@ def test_calibrate_changes_nothing_after_an_error():
     functional.set_step_mode(net, "m")
     with pytest.raises(ValueError, match="rate must be more than 0 and less than 1"):
         calibrate(net, images(), rate=1.0)
-    with pytest.raises(ValueError, match="no neuron of SpikingJelly's to watch"):
+    with pytest.raises(ValueError, match="no neuron of SpikingJelly's to calibrate"):
         calibrate(nn.Linear(2, 2), images())
 
     net.append(layer.Linear(63, 1, step_mode="m"))  # after both neurons

@@ -277,6 +277,7 @@ def test_vgg_is_todays_with_the_arguments_of_then():
         ("from spikingjelly.clock_driven.layer import ConvBatchNorm2d", "nn.Sequential"),
         ("from spikingjelly.clock_driven.layer import DCT", "what spikingjelly.activation_based"),
         ("from spikingjelly.clock_driven.neuron import MultiStepEIFNode", r"EIFNode\(..., step"),
+        ("from spikingjelly.clock_driven.neuron import MultiStepGeneralNode", "neuron.BaseNode"),
         ("from spikingjelly.cext.layer import SparseLinear", r"torch\.nn"),
         ("from spikingjelly.cext.neuron import LIFNode", r"clock_driven\.neuron"),
         pytest.param(

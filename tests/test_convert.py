@@ -202,6 +202,10 @@ def test_swap_leaves_the_net_as_it_was_after_an_error():
     with pytest.raises(ValueError, match=r"the neuron '1': .*min_v_threshold"):
         swap_neurons(net, min_v_threshold=0.5)
     assert all(type(node) is neuron.LIFNode for node in net)
+    net = nn.Sequential(neuron.ParametricLIFNode(), neuron.LIFNode(v_threshold=0.1))
+    with pytest.raises(ValueError, match=r"the neuron '1': .*min_v_threshold"):
+        swap_neurons(net, min_v_threshold=0.5, learn_tau=False)
+    assert type(net[0]) is neuron.ParametricLIFNode and net[0].w.requires_grad
     with pytest.raises(ValueError, match="ModuleList has no neuron of SpikingJelly's to swap"):
         swap_neurons(nn.ModuleList([nn.Linear(1, 1)]))
     with pytest.raises(ValueError, match="'torhc' is unknown"):
@@ -258,6 +262,7 @@ class Keeping(nn.Module):
 
     def forward(self, x_seq):
         self.hidden = self.linear(x_seq)
+        self.features = {"all": [self.hidden]}
         return self.sn(self.hidden)
 
 
@@ -268,6 +273,7 @@ def test_both_copy_a_net_that_keeps_what_it_computes(kind):
     hidden, v = net.hidden, net.sn.v
     assert hidden.grad_fn is not None and v.grad_fn is not None
     plain = to_lif(net)
+    assert plain.features["all"][0] is plain.hidden
     for kept, copied in ((hidden, plain.hidden), (v, plain.sn.v)):
         assert torch.equal(copied, kept) and copied.grad_fn is None
     assert plain.linear.weight is not net.linear.weight
