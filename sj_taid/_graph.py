@@ -1,7 +1,6 @@
 """What happened to a voltage since its forward, without reading its autograd graph.
 
-Reading what a graph saved would run the hooks of gradient checkpointing and offloading. The only
-file that uses ``torch._C``.
+Reading what a graph saved would run the hooks of gradient checkpointing and offloading.
 """
 
 from collections.abc import Callable
@@ -62,7 +61,7 @@ def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
 
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` runs, such as ``vmap`` or ``grad``."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._are_functorch_transforms_active()
 
 
 def address_of(tensor: Tensor) -> int:
@@ -73,6 +72,11 @@ def address_of(tensor: Tensor) -> int:
         return 0
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor has changed in place; 0 of an inference tensor, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def allows_hooks() -> bool:
     """Whether ``saved_tensors_hooks`` may be opened; ``torch.func`` forbids them."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
@@ -81,6 +85,12 @@ def allows_hooks() -> bool:
 def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     """The innermost open ``saved_tensors_hooks``: their pack and unpack functions."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def has_other_hooks() -> bool:
+    """Whether ``saved_tensors_hooks`` are open that are not those of :func:`record_saved`."""
+    hooks = saving_hooks()
+    return hooks is not None and getattr(hooks[0], "__module__", None) != __name__
 
 
 def record_saved(net: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[Tensor]]:

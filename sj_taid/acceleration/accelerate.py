@@ -231,7 +231,7 @@ def _why_not(site: convert.Site, net: nn.Module) -> str | None:
     x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
     backend = backends.resolve(backends.AUTO, x, node.surrogate_function)
     if backend.statistics is None:
-        return f"no fused operator for {x.dtype} on {x.device.type}: python -m sj_taid.doctor"
+        return f"no fused operator for {x.dtype} on {x.device.type}"
     return None
 
 

@@ -35,7 +35,7 @@ _EXPOSES = {
 }
 #: the module whose functions change memory that autograd does not see
 _COLLECTIVES = "torch.distributed.distributed_c10d"
-#: They take the gradient of tensors: which argument these are; of backward it is ``inputs``.
+#: They take the gradient of tensors: the position of that argument; ``None``: it is ``inputs``.
 _GRADIENTS: dict[Any, int | None] = {
     **{Tensor.register_hook: 0, Tensor.retain_grad: 0},
     **{torch.autograd.grad: 1, torch.autograd.backward: None},
@@ -110,12 +110,10 @@ class Packing:
 class Counts(Packing):
     """Spikes, saved as bits, and whole numbers up to 255, saved as bytes."""
 
-    def __init__(
-        self, tensor: Tensor, peak: int = 1, bits: Tensor | None = None, steps: int = 0
-    ) -> None:
+    def __init__(self, tensor: Tensor, peak: int = 1, bits: Tensor | None = None) -> None:
         super().__init__(tensor)
         self.peak, self._size, self._saved = peak, tensor.numel(), bits
-        self._steps = steps or math.gcd(self._size, 8)
+        self._steps = math.gcd(self._size, 8) if bits is None else len(tensor)
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         if self._saved is None:
@@ -198,6 +196,7 @@ class Known(Tensor):
             return repr(self.plain("print"))
 
     @classmethod
+    @torch._disable_dynamo
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -233,9 +232,10 @@ class Compact(Known):
     """A tensor with memory and a packing."""
 
     def view(self, *shape: Any) -> Tensor:
-        """As of a contiguous tensor, such as a plain neuron's spikes: their memory order changes.
+        """A view as of contiguous spikes, which a plain neuron's are.
 
-        What is itself a view is copied.
+        Spikes in another memory order change theirs. If they are a view themselves, they are
+        copied.
         """
         try:
             return super().view(*shape)
@@ -350,7 +350,7 @@ def _terms(name: str, args: tuple[Any, ...]) -> tuple[Term, ...]:
     A tensor that is the sum of too many stands for itself.
     """
     is_sum = name in _ADDS and len(args) == 2
-    if not is_sum or not torch.is_grad_enabled() or _graph.saving_hooks():
+    if not is_sum or not torch.is_grad_enabled() or _graph.has_other_hooks():
         return ()
     if not all(isinstance(t, Tensor) for t in args) or _form(args[0]) != _form(args[1]):
         return ()
@@ -369,17 +369,17 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 def _reference(tensor: Tensor) -> Term:
     """A term that stays in memory, where it mostly is anyway."""
-    values, version = tensor.detach(), tensor._version
+    values, version = tensor.detach(), _graph.version_of(tensor)
 
-    def restore() -> Tensor:
-        if values._version != version:
+    def restore(value: Tensor) -> Tensor:
+        if _graph.version_of(values) != version:
             raise RuntimeError(
                 "a term of a sum that an accelerated neuron reads was changed in place before the "
                 "backward: write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
             )
-        return values
+        return value
 
-    return Term((), restore, is_reference=True)
+    return Term((values,), restore, is_reference=True)
 
 
 def _describe(
@@ -389,8 +389,10 @@ def _describe(
     if result.is_inference() or not result.is_floating_point():
         return
     for tensor in known:
-        if isinstance(tensor, Compact) and tensor._packing.describes(result):
-            if not isinstance(result, Known):  # a view
+        if isinstance(tensor, Compact) and tensor._packing.describes(result):  # a view
+            # What is detached from a sum must not keep its terms.
+            is_cut = tensor.requires_grad and not result.requires_grad
+            if not isinstance(result, Known) and not (is_cut and tensor._packing.terms > 1):
                 compact(result, tensor._packing)
             return
     if not terms and (peak is None or peak > _LARGEST):

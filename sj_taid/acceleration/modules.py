@@ -21,7 +21,7 @@ from ..ops.alif.reference import state_dtype
 from ..ops.bits import is_dense
 from ..ops.watching import is_watched
 from .compact import Compact, Counts, Known, compact, saving
-from .norm_output import NormCall, NormOutput, wait
+from .norm_output import NormOutput, wait
 
 
 class _Exchanged(Accelerated):
@@ -47,13 +47,13 @@ def accelerated_class(kind: Any) -> type:
 
 
 def accelerate_module(module: Any) -> Any:
-    """Exchange the class of a norm, which then needs ``readers``, or of a neuron; returns it."""
+    """Give a norm or a neuron its accelerated class, and return it; set ``readers`` on a norm."""
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind)
     return module
 
 
-#: what a subclass may not override to be the norm that it is a subclass of
+#: a subclass that overrides one of these may compute something other than batch norm
 _NORM_METHODS = ("forward", "__call__", "_check_input_dim")
 #: the norms whose output can wait
 _KNOWN_NORMS = {
@@ -108,7 +108,7 @@ class AcceleratedNorm(_Exchanged):
             flat = flat.contiguous()
         norm = Norm.of(module, module.training)
         norm = norm._replace(affine=norms.affine(norm, flat.unsqueeze(0), statistics))
-        output = wait(NormCall(flat, norm, self.readers), x.shape)
+        output = wait(flat, norm, self.readers, x.shape)
         if module._backward_hooks:
             output.watch()
         return output
@@ -133,8 +133,7 @@ class AcceleratedALIF(_Exchanged):
             )
         # A surrogate with spiking=False gives no spikes.
         if not spike_seq.is_inference() and not surrogate.unsupported(node.surrogate_function):
-            packed, steps = (bits[0], len(spike_seq)) if bits else (None, 0)
-            compact(spike_seq, Counts(spike_seq, bits=packed, steps=steps))
+            compact(spike_seq, Counts(spike_seq, 1, *bits))
         return spike_seq, v_last, v_seq
 
 

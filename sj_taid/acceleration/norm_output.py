@@ -45,10 +45,14 @@ _VIEW_NODES = {
 
 
 class NormCall:
-    """A call of a batch norm: its input ``[M, C, *]``, dense with M outermost, and its numbers."""
+    """A call of a batch norm: its input ``[M, C, *]``, dense with M outermost, and its numbers.
+
+    Without their graph, which a detached output must not keep alive.
+    """
 
     def __init__(self, x: Tensor, norm: Norm, readers: dict[str, bool]) -> None:
-        self.x, self.norm, self.readers, self._version = x, norm, readers, _version(x)
+        self.x, self.norm, self.readers = x.detach(), norm.detach(), readers
+        self._version = _graph.version_of(x)
         self.affine: Any = norm.affine
         self.has_hooks = self.is_fused = False
 
@@ -64,7 +68,7 @@ class NormCall:
 
     def check_input(self) -> None:
         """Raise an error if the input has changed since the call."""
-        if _version(self.x) != self._version:
+        if _graph.version_of(self.x) != self._version:
             raise RuntimeError(
                 "the input of an accelerated batch norm was changed in place before its output was "
                 "read: write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
@@ -98,10 +102,10 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, call: NormCall, shape: torch.Size
+        ctx: Any, x: Tensor, weight: Any, bias: Any, norm: Norm, call: NormCall, shape: torch.Size
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.call = call
+        ctx.call, ctx.inputs = call, (x, norm)
         at = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         made = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=_order_of(x))
         if len(shape) > x.dim():
@@ -123,7 +127,7 @@ class _Wait(torch.autograd.Function):
             *((mean, var) if norm.fixed else (None, None)),
             *(mean, rate, not norm.fixed, norm.eps, needs),
         )
-        return (grads[0].view(shape) if needs[0] else None, *grads[1:], None, None)
+        return (grads[0].view(shape) if needs[0] else None, *grads[1:], None, None, None)
 
 
 def _watched(register: Any) -> Any:
@@ -189,6 +193,7 @@ class NormOutput(Known):
         return cls(_Content(call, at, made), at, made)
 
     @classmethod
+    @torch._disable_dynamo
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -245,10 +250,12 @@ class NormOutput(Known):
         channel, on axis 2 of what it was given.
         """
         content = self._content
-        call, x, steps = content.call, content.call.x, self._at.shape[0]
+        call, steps = content.call, self._at.shape[0]
+        x, norm = call.x, call.norm
         if content.values is not None:
             return "its values were changed"
-        if call.has_hooks or (self.requires_grad and not _comes_from(self.grad_fn)):
+        node = _norm_node(self.grad_fn)
+        if call.has_hooks or (self.requires_grad and node is None):
             return "a hook or a function of its own stands between"
         if x.shape[0] % steps or (steps > 1 and self._at.stride(0) * steps != x.numel()):
             return "time is not the outermost axis in memory"
@@ -257,9 +264,8 @@ class NormOutput(Known):
             return "its channels are not those of the norm"
         call.check_input()
         call.is_fused = True
-        norm = call.norm
-        if not self.requires_grad:
-            x, norm = x.detach(), norm.detach()
+        if node is not None:
+            x, norm = node.inputs
         call.readers[reader] = True
         return x.unflatten(0, (steps, -1)), {"norm": norm, "layout": (shape, strides)}
 
@@ -309,18 +315,17 @@ class _Read(torch.autograd.Function):
         return grad, None
 
 
-def wait(call: NormCall, shape: torch.Size) -> Any:
-    """The output of a call, in ``shape``: that of its input, M unfolded or not."""
-    x, norm = call.x, call.norm
+def wait(x: Tensor, norm: Norm, readers: dict[str, bool], shape: torch.Size) -> Any:
+    """The output of a norm of ``x``, in ``shape``: that of ``x``, M unfolded or not."""
     with torch._C.DisableTorchFunctionSubclass(), saving([x] if isinstance(x, Known) else []):
-        return _Wait.apply(x, norm.weight, norm.bias, call, shape)
+        return _Wait.apply(x, norm.weight, norm.bias, norm, NormCall(x, norm, readers), shape)
 
 
-def _comes_from(node: Any) -> bool:
-    """Whether views alone lie between a node of autograd's graph and a norm."""
+def _norm_node(node: Any) -> Any:
+    """The norm's node in autograd's graph, if views alone lie between it and ``node``."""
     while node is not None and re.sub(r"Backward\d*", "", node.name()) in _VIEW_NODES:
         ((node, _),) = node.next_functions
-    return isinstance(node, _Wait._backward_cls)
+    return node if isinstance(node, _Wait._backward_cls) else None
 
 
 def _order_of(x: Tensor) -> torch.memory_format:
@@ -333,7 +338,3 @@ def _order_of(x: Tensor) -> torch.memory_format:
 def _with_last_axis(x: Tensor) -> Tensor:
     """``[M, C, L]`` as ``[M, C, L, 1]``, which torch takes with channels last in memory too."""
     return x.unsqueeze(-1) if x.dim() == 3 else x
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

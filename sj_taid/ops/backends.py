@@ -1,10 +1,11 @@
 """The backends: their names, whether they work here and why not, and which one runs a call.
 
-A backend is a module with two functions:
+A :class:`Backend` has these functions:
 
 * ``multi_step(x_seq, v, w, v_threshold, *, ...)`` with the signature and the results of
   :func:`sj_taid.ops.alif.reference.multi_step`;
-* ``unsupported(x_seq, surrogate_function)``: why it cannot take this call, or ``None``.
+* ``unsupported(x_seq, surrogate_function)``: why it cannot take this call, or ``None``;
+* ``statistics(x)``, if it is fused: the numbers of a batch norm.
 
 :data:`BACKENDS` holds functions that import these modules, so that a backend costs nothing until it
 is used and may fail to import without breaking the others.

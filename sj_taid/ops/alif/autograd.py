@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ... import _graph
 from .. import bits, surrogate
 from ..bits import is_dense
 from . import norm as norms
@@ -415,7 +416,7 @@ def multi_step(
         affine = norm.affine or norms.affine(norm, x_seq, engine.statistics)
     run = _run
     if saves:
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        transformed = torch.compiler.is_compiling() or _graph.is_transformed()
         run = (_TransformedALIF if transformed else _FusedALIF).apply
     rest = (affine, engine, forward, backward, layout)
     spike_seq, v_last, v_seq, _, packed = run(*leaves, *rest)
