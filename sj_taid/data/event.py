@@ -79,10 +79,11 @@ class EventData(Data):
         source, archives = load_source(self.source), self.root / "download"
         lacks = [r for r in source.resource_url_md5() if not check_integrity(archives / r[0], r[2])]
         if lacks and not (self.download and source.downloadable()):
+            remedy = "; dataset.download=true fetches them" if source.downloadable() else ""
             where = ", ".join(f"{name} from {url}" for name, url, _ in lacks)
             raise FileNotFoundError(
                 f"no {self.name} at dataset.root={self.root}: it needs events_np, or the folder "
-                f"download with {where}; dataset.download=true fetches what anyone may have"
+                f"download with {where}{remedy}"
             )
         archives.mkdir(parents=True, exist_ok=True)
 

@@ -46,7 +46,7 @@ class Samples(Dataset):
         return sorted(order[n:]), sorted(order[:n])
 
     def _interleave(self, order: Iterable[int]) -> list[int]:
-        # Classes at one position are in the order of their first samples, at random where that is.
+        # Samples at equal positions stay in the order of their classes' first samples.
         position = {i: (n + 0.5) / len(m) for m in self._by_class(order) for n, i in enumerate(m)}
         return sorted(position, key=position.__getitem__)
 

@@ -150,9 +150,9 @@ class FlowPrior(nn.Module):
     def forward(self, n: int) -> Tensor:
         """Draw ``n`` rates ``[n, d]``."""
         if not self.fitted:
-            raise RuntimeError(
-                "the flow is not fitted; call model.fit_prior(images), or draw from the "
-                "learned prior: sample_from='learned'"
+            raise ValueError(
+                "the flow is not fitted, which is done after training: resume the run, call "
+                "model.fit_prior(images), or draw from the learned prior: sample_from='learned'"
             )
         if n == 0:
             return self.cumulative.new_zeros(0, len(self.cumulative))

@@ -63,16 +63,22 @@ class Pictures(L.Callback):
         self.draw = draw
         self.history: list[dict[str, dict[str, float]]] = []
         self.epochs: list[dict[str, float]] = []
+        self.validated = False
 
     def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
         if not self.history:  # not so when a run is resumed
             self.history.append(neuron_parameters(task.model))
 
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+        self.validated = not trainer.sanity_checking
+
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
         self.history.append(neuron_parameters(task.model))
+        # Lightning keeps the values of an earlier validation.
+        ours = ("train/", "val/") if self.validated else ("train/",)
+        self.validated = False
         logged = trainer.callback_metrics.items()  # other callbacks' too, such as learning rates
-        ours = {name: float(x) for name, x in logged if name.startswith(("train/", "val/"))}
-        self.epochs.append(ours)
+        self.epochs.append({name: float(x) for name, x in logged if name.startswith(ours)})
 
     def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
         if not trainer.is_global_zero:
@@ -114,7 +120,7 @@ class RandomNumbers(L.Callback):
         self.loaded = state
 
     def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
-        # Later Lightning makes the loader's iterator, which draws the epoch's order.
+        # Here, since Lightning makes the loader's iterator, which draws the epoch's order, later.
         if self.loaded:
             torch.set_rng_state(self.loaded["cpu"])
             cuda = self.loaded["cuda"]

@@ -82,7 +82,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's checkpoint of the best epoch, known again where the run's folder was moved."""
+    """Lightning's checkpoint of the best epoch, found again after the run's folder was moved."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         path = Path(str(self.dirpath), f"{self.filename}.ckpt")

@@ -33,8 +33,12 @@ def select_overrides(overrides: Iterable[str], ignored: Collection[str] = ()) ->
 
     Args:
         overrides: as on the command line.
-        ignored: keys that are left out, with all below them, and whole overrides.
+        ignored: keys that are left out, with all below them, and whole overrides. Not the folders
+            of ``dataset=image_folder``, which say what the data are.
     """
+    overrides = [*overrides]
+    if "dataset=image_folder" in overrides:
+        ignored = {*ignored} - {"dataset.root", "dataset.test_root"}
     last = {text.partition("=")[0].lstrip("+~"): text for text in overrides}
     return [
         text

@@ -38,8 +38,8 @@ from .files import atomic_write
 log = logging.getLogger(__name__)
 
 SAMPLES_AT_ONCE = 250
-#: names of the published autoencoders
-PUBLISHED = {"mnist": "mnist", "fashion_mnist": "fashion"}
+#: source of the data -> name of the published autoencoder
+PUBLISHED = {"MNIST": "mnist", "FashionMNIST": "fashion"}
 #: Only the first of several processes measures, so there is nothing to sum over them.
 ALONE = {"sync_on_compute": False}
 
@@ -149,7 +149,7 @@ class Evaluator:
     def _prepare_published(self, data: ImageData, device: torch.device) -> MetricCollection | None:
         if not self.published_autoencoders:
             return None
-        name = PUBLISHED.get(str(data.name))
+        name = PUBLISHED.get(getattr(data, "source", ""))
         if name is None or data.image_size != 32:
             raise ValueError(
                 f"FAD as published is of {' and '.join(PUBLISHED)} at 32x32, but the data set is "

@@ -131,7 +131,8 @@ def _card(name: str, model: nn.Module, metrics: dict[str, Any], data: dict[str, 
     else:
         shape = [1, data["channels"], data["image_size"], data["image_size"]]
         shape = [data["T"], *shape] if "T" in data else shape
-        pipeline, usage = "image-classification", f"output = model(torch.zeros({shape}))"
+        pipeline = "image-classification" if hasattr(model, "classes") else "image-to-image"
+        usage = f"output = model(torch.zeros({shape}))"
     protocol = metrics.get("protocol", {})
     table = (
         f"| {title} | {value} | {protocol.get(key, 'test set, after the last epoch')} |"

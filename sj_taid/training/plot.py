@@ -110,8 +110,8 @@ def draw_attention(attention: Tensor, path: Path) -> None:
 
 def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -> None:
     """Draw metrics over the epochs: ``train/<name>`` and ``val/<name>`` in one plot per name."""
-    names = list(dict.fromkeys(key.split("/")[1] for key in epochs[-1]))
     table = pd.DataFrame(epochs, index=range(1, len(epochs) + 1))
+    names = list(dict.fromkeys(key.split("/")[1] for key in table))
     figure = Figure((5.2 * len(names), 4), layout="tight")
     axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):

@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint`` into a picture."""
     if cfg.output and Path(cfg.output).suffix != ".png":  # it may be a file of another kind
         raise ValueError(f"output must name a picture, such as samples.png, but it is {cfg.output}")
-    check_sizes(n=cfg.n)
+    check_sizes(n=cfg.n, columns=cfg.columns)
     run = Run.find(cfg.checkpoint)
     model: Any = run.model(cfg.trust)
     if not hasattr(model, "sample"):

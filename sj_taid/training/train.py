@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def train(
-    cfg: DictConfig, folder: Path, *, repeated: Sequence[str] | None = None, **origin: Any
+    cfg: DictConfig, folder: str | Path, *, repeated: Sequence[str] | None = None, **origin: Any
 ) -> dict[str, Any]:
     """Train, test, measure and draw what the task asks for; everything is left in ``folder``.
 
@@ -77,7 +77,7 @@ def train(
     evaluator = build_evaluator(cfg)
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     data = build_data(cfg, cfg.trust)
-    pictures, timer = Pictures(folder, cfg.pictures), Timer()  # a checkpoint keeps the seconds
+    pictures, timer = Pictures(run.folder, cfg.pictures), Timer()  # a checkpoint keeps the seconds
     trainer = build_trainer(
         cfg,
         run,
@@ -204,10 +204,10 @@ def finalize_model(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:
 def select_validation_metrics(
     task: Task, data: Any, epochs: Sequence[dict[str, float]]
 ) -> dict[str, float]:
-    """The last of the epochs' metrics on the validation set; without one, the best on the test."""
+    """The metrics of the last validated epoch; without a validation set, the best on the test."""
     if data.validation_set is not None:
-        last = [item for epoch in epochs[-1:] for item in epoch.items()]
-        return {k.replace("val/", "validation_"): v for k, v in last if k.startswith("val/")}
+        logged = [item for epoch in epochs for item in epoch.items()]  # of a name the last counts
+        return {k.replace("val/", "validation_"): v for k, v in logged if k.startswith("val/")}
     values = [epoch[key] for epoch in epochs if (key := f"val/{task.chosen_by}") in epoch]
     return {f"{task.chosen_by}_best_test_epoch": max(values)} if values else {}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import find_class
-from .._checks import FLAG, NOT_NEGATIVE, Rule, check, integer
+from .._checks import FLAG, NOT_NEGATIVE, Rule, check, integer, is_number
 from .config import CONF
 from .run import flatten
 
@@ -20,10 +20,13 @@ RULES: dict[str, Rule] = {
         lambda value: isinstance(value, bool | DictConfig),
     ),
     "metric.features": FLAG,
+    "metric.samples": integer(1),
+    "dataset.limit": integer(1),
     "dataset.batch_size": integer(1),
     "dataset.num_workers": integer(0),
     "optimizer.lr": NOT_NEGATIVE,
     "trainer.max_epochs": integer(0),
+    "trainer.limit_test_batches": ("more than 0", lambda x: is_number(x) and x > 0),
 }
 #: keys of a config next to its groups
 KEYS = {"cache_dir", "checkpoint", "compile", "objective", "pictures", "seed", "trust"}

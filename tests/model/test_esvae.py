@@ -44,7 +44,7 @@ def test_training_loss_is_the_squared_error_and_the_weighted_mmd():
 def test_sample_from_the_fitted_flow(monkeypatch):
     monkeypatch.setattr(flow, "EPOCHS", 1)
     model = ESVAE(**SMALL, sample_from="flow")
-    with pytest.raises(RuntimeError, match="the flow is not fitted"):
+    with pytest.raises(ValueError, match="the flow is not fitted"):
         model.sample(2)
     with model.draw_from("learned"):
         assert model.sample(2).shape == (2, 1, 8, 8)

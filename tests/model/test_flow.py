@@ -150,7 +150,7 @@ def test_fit_depends_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: FlowPrior(2)(3), RuntimeError, "the flow is not fitted.*sample_from='learned'"),
+        (lambda: FlowPrior(2)(3), ValueError, "the flow is not fitted.*sample_from='learned'"),
         (lambda: FlowPrior(2).fit(torch.rand(4, 2)), ValueError, "at least 5 images, but got 4"),
         (lambda: FlowPrior(2).fit(torch.ones(50, 2) * 2), ValueError, "clamp"),
         (lambda: FlowPrior(2).fit(torch.rand(50, 3)), ValueError, "expected rates"),

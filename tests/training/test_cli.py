@@ -80,6 +80,7 @@ def test_cli_usage(sj_taid, capsys):
         ),
         ("sample checkpoint=file", "no checkpoint of a run at .*file"),
         ("sample checkpoint=nowhere n=0", "n must be an integer >= 1, but it is 0"),
+        ("sample checkpoint=nowhere columns=0", "columns must be an integer >= 1"),
         ("sample", "Missing mandatory value: checkpoint"),
         ("compare nowhere", "no finished run below nowhere"),
     ],
@@ -115,6 +116,10 @@ def test_resume_arguments(tmp_path):
     assert saved == ["neuron=lif", "model.stages=[[4],[6]]"] and seed == "seed=1"
     cfg = config.compose("train", [where], return_hydra_config=True)
     assert cfg.hydra.run.dir == str(folder)
+    (folder / run.OVERRIDES).write_text("- ~logger\n- +trainer.max_steps=50\n")
+    arguments = [f"resume={folder}", "logger=csv", "+trainer.max_steps=80"]
+    cfg = config.compose("train", cli.resume_arguments(arguments))
+    assert cfg.logger.name == "csv" and cfg.trainer.max_steps == 80
 
 
 def test_folder_name_tells_any_overrides_apart():
@@ -136,6 +141,9 @@ def test_folder_name_leaves_out_paths_and_looks():
     ignored = job.config.override_dirname.exclude_keys
     looks = ["callbacks=quiet", "callbacks.progress_bar.x=5", "~logger", "+cache_dir=/x", "seed=1"]
     assert config.folder_name(looks, ignored) == "seed-1"
+    folders = [["dataset=image_folder", f"dataset.root={name}/train"] for name in ("cats", "dogs")]
+    assert len({config.folder_name(folder, ignored) for folder in folders}) == 2
+    assert config.folder_name(["dataset=mnist", "dataset.root=/x"], ignored) == "dataset-mnist"
     # Other callbacks may change what is trained.
     averaged = ["+callbacks.ema.decay=0.9", "callbacks=mine"]
     names = {config.folder_name([one], ignored) for one in averaged}

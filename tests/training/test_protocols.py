@@ -118,6 +118,16 @@ def test_best_test_epoch_counts_without_a_validation_set(job, tmp_path):
 
 
 @pytest.mark.slow
+def test_epochs_without_validation_have_no_metrics_of_it(job, tmp_path):
+    every_second = ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3", "pictures=true"]
+    cfg = job("dataset.validation=0.1", "trainer.limit_train_batches=2", *every_second)
+    metrics = train(cfg, str(tmp_path))
+    checkpoint = read_checkpoint(run.Run(tmp_path).checkpoint)
+    values = [epoch.get("val/loss") for epoch in checkpoint["callbacks"]["Pictures"]["epochs"]]
+    assert values == [None, metrics["validation_loss"], None]
+    assert (tmp_path / "curves.png").is_file()
+
+
 def test_best_validation_epoch_survives_a_kill(job, spoiled, tmp_path):
     undisturbed = run.Run(spoiled[0]).metrics
     with pytest.raises(SystemExit, match="killed"):
