@@ -46,6 +46,12 @@ OURS = {
     "training images' rates, decoded": "_perfect",
     "training images": "_floor",
 }
+DISTANCES = {
+    "fad_published": "FAD as published ↓",
+    "features": "EfficientNet ↓",
+    "fad_precision": "precision, own autoencoder ↑",
+    "fad_recall": "recall, own autoencoder ↑",
+}
 #: The metrics in the list of models.
 ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published", "fad_recall")
 #: The choices of the generators that are compared; they differ in decoder and neuron alone.
@@ -133,7 +139,8 @@ def gain(what: str, table: pd.DataFrame, name: str, theirs: str, ours: str) -> d
 
 def best_runs() -> pd.DataFrame:
     """The runs of the best recipe with ALIF, on all data sets."""
-    runs = load_frame([f"{name}_{BEST}" for name in DATASETS], "neuron", "trainer.precision")
+    keys = ("neuron", "metric.features", "trainer.precision")
+    runs = load_frame([f"{name}_{BEST}" for name in DATASETS], *keys)
     return runs[runs["neuron"] == "alif"]
 
 
@@ -155,7 +162,7 @@ def generators() -> pd.DataFrame:
     for name, ending in OURS.items():
         groups = medians(runs, "fad_published", ending).groupby(runs["dataset"])
         values = {dataset: METRICS["fad_published"].text(part) for dataset, part in groups}
-        trained = {"epochs": "10"} if name.startswith("our") else {}
+        trained = {"epochs": str(runs["epochs"].max())} if name.startswith("our") else {}
         table.loc[name] = {"source": "this project, last epoch", **trained, **values}
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS).fillna("")
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
@@ -166,12 +173,8 @@ def distances() -> pd.DataFrame:
     rows, two = [], Column("", 1, 2)
     for dataset, runs in best_runs().groupby("dataset", sort=False):
         for images, ending in OURS.items():
-            row = {"dataset": dataset, "images": images}
-            for name, what in (("fad_published", "FAD as published"), ("features", "EfficientNet")):
-                row[f"{what} ↓"] = two.text(medians(runs, name, ending))
-                row[f"precision, {what} ↑"] = two.text(runs[f"{name}_precision{ending}"])
-                row[f"recall, {what} ↑"] = two.text(runs[f"{name}_recall{ending}"])
-            rows.append(row)
+            shown = {what: two.text(medians(runs, name, ending)) for name, what in DISTANCES.items()}
+            rows.append({"dataset": dataset, "images": images} | shown)
     return pd.DataFrame(rows)
 
 
