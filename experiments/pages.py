@@ -173,7 +173,7 @@ def distances() -> pd.DataFrame:
     rows, two = [], Column("", 1, 2)
     for dataset, runs in best_runs().groupby("dataset", sort=False):
         for images, ending in OURS.items():
-            shown = {what: two.text(medians(runs, name, ending)) for name, what in DISTANCES.items()}
+            shown = {title: two.text(medians(runs, n, ending)) for n, title in DISTANCES.items()}
             rows.append({"dataset": dataset, "images": images} | shown)
     return pd.DataFrame(rows)
 
