@@ -125,8 +125,8 @@ class Data(L.LightningDataModule):
             log.warning(published, self.name, len(train), len(test), *self.counts)
         train, validation = self._split(train)
         self.train_set = self._limit(train)
-        self.validation_set = None if validation is None else self._interleave(validation)
-        self.test_set = self._interleave(test)
+        self.validation_set = None if validation is None else self._limit_and_interleave(validation)
+        self.test_set = self._limit_and_interleave(test)
         parts = {
             "training": self.train_set,
             "testing": self.test_set,
@@ -201,7 +201,7 @@ class Data(L.LightningDataModule):
         rest, drawn = train.draw(round(len(train) * self.validation), self.seed)
         return train.subset(rest), train.subset(drawn)
 
-    def _interleave(self, samples: Samples) -> Samples:
+    def _limit_and_interleave(self, samples: Samples) -> Samples:
         # In the order of their folders, the first batches and pictures would be of one class.
         samples = self._limit(samples)
         return samples.interleave() if isinstance(samples, Files) else samples
