@@ -149,11 +149,12 @@ class Evaluator:
     def _prepare_published(self, data: ImageData, device: torch.device) -> MetricCollection | None:
         if not self.published_autoencoders:
             return None
-        name = PUBLISHED.get(getattr(data, "source", ""))
+        source = getattr(data, "source", data.name)
+        name = PUBLISHED.get(source)
         if name is None or data.image_size != 32:
             raise ValueError(
                 f"FAD as published is of {' and '.join(PUBLISHED)} at 32x32, but the data set is "
-                f"{data.name} at {data.image_size}x{data.image_size}; leave it out with "
+                f"{source} at {data.image_size}x{data.image_size}; leave it out with "
                 "metric.published_autoencoders=false"
             )
         fad = PublishedFrechetAutoencoderDistance(self.published_autoencoders, name, **ALONE)

@@ -136,14 +136,17 @@ def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, 
 
     monkeypatch.setattr(evaluation, "PublishedFrechetAutoencoderDistance", Published)
     evaluator.published_autoencoders = tmp_path
-    data = digits(name="fashion_mnist", image_size=32, limit=40)
+    data = digits(image_size=32, limit=40)
+    data.source = "FashionMNIST"
     values = evaluator.evaluate_samples(Noise(32), data)
     assert values["fad_published"] > 0 and values["fad"] > 0
     assert values["protocol"]["fad_published"].endswith(
         "256 samples against the published statistics of the test images"
     )
-    for other in (digits(name="fashion_mnist"), digits(image_size=32)):
-        with pytest.raises(ValueError, match=r"mnist and fashion_mnist at 32x32, but .*=false"):
+    small = digits()
+    small.source = "FashionMNIST"
+    for other in (small, digits(image_size=32)):
+        with pytest.raises(ValueError, match=r"MNIST and FashionMNIST at 32x32, but .*=false"):
             evaluator.evaluate_samples(Noise(), other, only="fad")
 
 
