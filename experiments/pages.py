@@ -49,11 +49,11 @@ OURS = {
 DISTANCES = {
     "fad_published": "FAD as published ↓",
     "features": "EfficientNet ↓",
-    "fad_precision": "precision, own autoencoder ↑",
-    "fad_recall": "recall, own autoencoder ↑",
+    "fad_precision": "precision, FAD's features ↑",
+    "fad_recall": "recall, FAD's features ↑",
 }
 #: The metrics in the list of models.
-ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published", "fad_recall")
+ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published_median", "fad_recall")
 #: The choices of the generators that are compared; they differ in decoder and neuron alone.
 CHOICES = [
     *("decoder", "neuron", "dataset", "dataset.batch_size", "dataset.image_size"),

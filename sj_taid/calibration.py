@@ -81,10 +81,10 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
 
     For a net that starts dead or saturated. It runs one batch from rest, and calibrates neuron by
     neuron in the order of the forward, so that each sees what the calibrated ones before it give.
-    Bisection finds the greatest threshold whose rate is at least ``rate``, or the next greater one
-    if its rate is nearer and not 0, to 1e-4 of its distance from the reset voltage. A threshold of
-    ``[C]`` gets the rate in each channel. It stays above the reset voltage (with a soft reset,
-    above 0) and at or above ALIF's ``min_v_threshold``: calibrate before
+    Bisection finds, to 1e-4 of its distance from the reset voltage, the greatest threshold whose
+    rate is at least ``rate``; if the rate of the next greater one is nearer, and not 0, that is
+    taken. A threshold of ``[C]`` gets the rate in each channel. It stays above the reset voltage
+    (with a soft reset, above 0) and at or above ALIF's ``min_v_threshold``: calibrate before
     :func:`~sj_taid.swap_neurons`, which bounds it by the threshold of that moment.
 
     Works on every SpikingJelly neuron in step mode ``"m"``, with the net in the mode it is in. Only

@@ -47,7 +47,7 @@ def accelerated_class(kind: Any) -> type:
 
 
 def accelerate_module(module: Any) -> Any:
-    """Give a norm or a neuron its accelerated class, and return it; set ``readers`` on a norm."""
+    """Give a norm or a neuron its accelerated class; the caller must set a norm's ``readers``."""
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind)
     return module
@@ -121,6 +121,8 @@ class AcceleratedALIF(_Exchanged):
         self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool, **options: Any
     ) -> tuple[Any, ...]:
         node: Any = self
+        if torch.compiler.is_compiling() and isinstance(x_seq, NormOutput):
+            x_seq = _plain(x_seq)
         if torch.compiler.is_compiling() or _steps_aside():
             return super()._multi_step(x_seq, v, store_v_seq)  # type: ignore[misc]
         if isinstance(x_seq, NormOutput):
@@ -135,6 +137,11 @@ class AcceleratedALIF(_Exchanged):
         if not spike_seq.is_inference() and not surrogate.unsupported(node.surrogate_function):
             compact(spike_seq, Counts(spike_seq, 1, *bits))
         return spike_seq, v_last, v_seq
+
+
+@torch._disable_dynamo
+def _plain(output: NormOutput) -> Tensor:
+    return output.plain("a compiled neuron")
 
 
 def _read(node: Any, output: NormOutput) -> tuple[Tensor, dict[str, Any]]:

@@ -44,16 +44,10 @@ _VIEW_NODES = {
 }
 
 
-class NormCall:
-    """A call of a batch norm: its input ``[M, C, *]``, dense with M outermost, and its numbers.
+class _Watch:
+    """Whether something takes the gradient of a norm's output, and whether a neuron has read it."""
 
-    Without their graph, which a detached output must not keep alive.
-    """
-
-    def __init__(self, x: Tensor, norm: Norm, readers: dict[str, bool]) -> None:
-        self.x, self.norm, self.readers = x.detach(), norm.detach(), readers
-        self._version = _graph.version_of(x)
-        self.affine: Any = norm.affine
+    def __init__(self) -> None:
         self.has_hooks = self.is_fused = False
 
     def watch(self) -> None:
@@ -65,6 +59,19 @@ class NormCall:
                 "neuron runs, or sj_taid.unaccelerate(net)"
             )
         self.has_hooks = True
+
+
+class NormCall:
+    """A call of a batch norm: its input ``[M, C, *]``, dense with M outermost, and its numbers.
+
+    All detached: a detached output must not keep the graph alive.
+    """
+
+    def __init__(self, x: Tensor, norm: Norm, readers: dict[str, bool]) -> None:
+        self.x, self.norm, self.readers = x.detach(), norm.detach(), readers
+        self._version = _graph.version_of(x)
+        self.affine: Any = norm.affine
+        self.gradient = _Watch()
 
     def check_input(self) -> None:
         """Raise an error if the input has changed since the call."""
@@ -98,27 +105,34 @@ class NormCall:
 
 
 class _Wait(torch.autograd.Function):
-    """Makes a :class:`NormOutput`; its backward is the batch norm's."""
+    """Makes a :class:`NormOutput`; its backward is the batch norm's.
+
+    The node in autograd's graph holds no tensor but those saved for backward, which may be freed,
+    checkpointed or offloaded, and numbers per channel.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Any, bias: Any, norm: Norm, call: NormCall, shape: torch.Size
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.call, ctx.inputs = call, (x, norm)
+        ctx.gradient, ctx.norm = call.gradient, call.norm
+        ctx.statistics, ctx.rate = call.statistics(), call.affine.numbers[1]
         at = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         made = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=_order_of(x))
         if len(shape) > x.dim():
             at, made = at.unflatten(0, shape[:2]), made.unflatten(0, shape[:2])
-        return NormOutput.of(call, at, made)
+        output = NormOutput.of(call, at, made)
+        output._inputs = x, norm
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        call, needs = ctx.call, ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[:3]
         grad, shape = grad.reshape(x.shape), x.shape
-        norm, (mean, var) = call.norm, call.statistics()
-        rate = call.affine.numbers[1].to(var.dtype)
+        norm, (mean, var) = ctx.norm, ctx.statistics
+        rate = ctx.rate.to(var.dtype)
         # Torch takes both in one memory order, without looking.
         x, grad = _with_last_axis(x), _with_last_axis(grad)
         order = _order_of(x)
@@ -132,7 +146,7 @@ class _Wait(torch.autograd.Function):
 
 def _watched(register: Any) -> Any:
     def register_and_watch(node: Any, hook: Any) -> Any:
-        node.call.watch()
+        node.gradient.watch()
         return register(node, hook)
 
     return register_and_watch
@@ -171,6 +185,9 @@ class NormOutput(Known):
     one that shows where they would be in torch's own output.
     """
 
+    #: the norm's input and the norm, of the output and its views that have a graph
+    _inputs: tuple[Tensor, Norm] | None = None
+
     @staticmethod
     def __new__(cls, content: _Content, at: Tensor, made: Tensor) -> NormOutput:
         return Tensor._make_wrapper_subclass(
@@ -203,7 +220,9 @@ class NormOutput(Known):
                 return view
             if func is _aten.clone.default and first._content.values is None:
                 made = func(first._made, **kwargs)
-                return NormOutput.of(first._content.call, first._at, made)
+                copied = NormOutput.of(first._content.call, first._at, made)
+                copied._inputs = first._inputs if torch.is_grad_enabled() else None
+                return copied
         name = func._schema.name.removeprefix("aten::")
         if torch.Tag.inplace_view in func.tags and isinstance(first, NormOutput):
             raise RuntimeError(
@@ -229,7 +248,10 @@ class NormOutput(Known):
         except RuntimeError:  # no view of the input's memory
             return None
         made = at if self._made is self._at else func(self._made, *args)
-        return NormOutput(self._content, at, made)
+        view = NormOutput(self._content, at, made)
+        if func is not _aten.detach.default and torch.is_grad_enabled():
+            view._inputs = self._inputs
+        return view
 
     def computed(self, reader: str) -> Tensor:
         """The values, outside autograd's graph, for ``reader``."""
@@ -254,8 +276,8 @@ class NormOutput(Known):
         x, norm = call.x, call.norm
         if content.values is not None:
             return "its values were changed"
-        node = _norm_node(self.grad_fn)
-        if call.has_hooks or (self.requires_grad and node is None):
+        direct = self._inputs is not None and _comes_from_norm(self.grad_fn)
+        if call.gradient.has_hooks or (self.requires_grad and not direct):
             return "a hook or a function of its own stands between"
         if x.shape[0] % steps or (steps > 1 and self._at.stride(0) * steps != x.numel()):
             return "time is not the outermost axis in memory"
@@ -263,9 +285,9 @@ class NormOutput(Known):
         if has_channels and (shape[2:3], strides[2:3]) != (x.shape[1:2], x.stride()[1:2]):
             return "its channels are not those of the norm"
         call.check_input()
-        call.is_fused = True
-        if node is not None:
-            x, norm = node.inputs
+        call.gradient.is_fused = True
+        if self.requires_grad and self._inputs is not None:
+            x, norm = self._inputs
         call.readers[reader] = True
         return x.unflatten(0, (steps, -1)), {"norm": norm, "layout": (shape, strides)}
 
@@ -300,7 +322,7 @@ class NormOutput(Known):
         self.computed("data").copy_(values)
 
     def watch(self) -> None:
-        self._content.call.watch()
+        self._content.call.gradient.watch()
 
 
 class _Read(torch.autograd.Function):
@@ -321,11 +343,11 @@ def wait(x: Tensor, norm: Norm, readers: dict[str, bool], shape: torch.Size) -> 
         return _Wait.apply(x, norm.weight, norm.bias, norm, NormCall(x, norm, readers), shape)
 
 
-def _norm_node(node: Any) -> Any:
-    """The norm's node in autograd's graph, if views alone lie between it and ``node``."""
+def _comes_from_norm(node: Any) -> bool:
+    """Whether views alone lie between a node of autograd's graph and a norm."""
     while node is not None and re.sub(r"Backward\d*", "", node.name()) in _VIEW_NODES:
         ((node, _),) = node.next_functions
-    return node if isinstance(node, _Wait._backward_cls) else None
+    return isinstance(node, _Wait._backward_cls)
 
 
 def _order_of(x: Tensor) -> torch.memory_format:

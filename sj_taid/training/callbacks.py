@@ -120,7 +120,7 @@ class RandomNumbers(L.Callback):
         self.loaded = state
 
     def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
-        # Here, since Lightning makes the loader's iterator, which draws the epoch's order, later.
+        # Here, before Lightning makes the loader's iterator, which draws the epoch's order.
         if self.loaded:
             torch.set_rng_state(self.loaded["cpu"])
             cuda = self.loaded["cuda"]

@@ -28,18 +28,25 @@ def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> 
         return hydra.compose(config_name, list(overrides), **options)
 
 
-def select_overrides(overrides: Iterable[str], ignored: Collection[str] = ()) -> list[str]:
+def key_of(override: str) -> str:
+    """The key that an override of the command line sets, adds or deletes."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def select_overrides(
+    overrides: Iterable[str], ignored: Collection[str] = (), dataset: str = ""
+) -> list[str]:
     """The last override of each key.
 
     Args:
         overrides: as on the command line.
-        ignored: keys that are left out, with all below them, and whole overrides. Not the folders
-            of ``dataset=image_folder``, which say what the data are.
+        ignored: keys that are left out, with all below them, and whole overrides.
+        dataset: the choice of ``dataset=``. The folders of ``image_folder`` are kept, since they
+            say what the data are.
     """
-    overrides = [*overrides]
-    if "dataset=image_folder" in overrides:
+    if dataset == "image_folder":
         ignored = {*ignored} - {"dataset.root", "dataset.test_root"}
-    last = {text.partition("=")[0].lstrip("+~"): text for text in overrides}
+    last = {key_of(text): text for text in overrides}
     return [
         text
         for key, text in last.items()
@@ -47,13 +54,13 @@ def select_overrides(overrides: Iterable[str], ignored: Collection[str] = ()) ->
     ]
 
 
-def folder_name(overrides: Sequence[str], ignored: Collection[str] = ()) -> str:
+def folder_name(overrides: Sequence[str], ignored: Collection[str] = (), dataset: str = "") -> str:
     """The folder of a sweep's job, ``neuron-lif-seed-0`` for ``neuron=lif seed=0``.
 
     Letters, digits, ``.``, ``_`` and ``-`` alone, at most 120 of them. Where that leaves something
     out, a hash tells the jobs apart. See :func:`select_overrides` for the arguments.
     """
-    text = ",".join(sorted(select_overrides(overrides, ignored))) or "default"
+    text = ",".join(sorted(select_overrides(overrides, ignored, dataset))) or "default"
     name = re.sub(r"[^A-Za-z0-9._]+", "-", text)
     if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", text, re.ASCII):
         return name

@@ -46,9 +46,11 @@ def silence_notes() -> None:
 
 
 def command_line(command: str, job: Any) -> dict[str, Any]:
-    """The overrides and the command of Hydra's job, without this machine's paths."""
+    """The overrides and the command of Hydra's job, without paths that do not matter."""
     ignored = job.job.config.override_dirname.exclude_keys
-    overrides = select_overrides(job.overrides.task, ignored)
+    overrides = select_overrides(
+        job.overrides.task, ignored, job.runtime.choices.get("dataset", "")
+    )
     return {"overrides": overrides, "command": shlex.join(["sj-taid", command, *overrides])}
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
@@ -265,6 +266,17 @@ def test_detached_output_keeps_no_graph():
     assert held and not any(saved() for saved in held)
     for got, want in zip(kept, expected, strict=True):
         torch.testing.assert_close(got + 0, want)
+
+
+def test_backward_frees_the_input_of_a_norm():
+    net = Net("nothing", "norm, then neuron")
+    sj_taid.accelerate(net)
+    x = net.conv(torch.randn(3, 2, 3, 4, 5))
+    memory = StorageWeakRef(x.untyped_storage())
+    loss = net.norm(x).square().sum()
+    del x
+    loss.backward()
+    assert memory.expired() and loss.grad_fn is not None
 
 
 def test_sum_with_an_inference_tensor():

@@ -117,9 +117,10 @@ def test_resume_arguments(tmp_path):
     cfg = config.compose("train", [where], return_hydra_config=True)
     assert cfg.hydra.run.dir == str(folder)
     (folder / run.OVERRIDES).write_text("- ~logger\n- +trainer.max_steps=50\n")
-    arguments = [f"resume={folder}", "logger=csv", "+trainer.max_steps=80"]
-    cfg = config.compose("train", cli.resume_arguments(arguments))
-    assert cfg.logger.name == "csv" and cfg.trainer.max_steps == 80
+    for plus in ("+", ""):
+        arguments = [f"resume={folder}", "logger=csv", f"{plus}trainer.max_steps=80"]
+        cfg = config.compose("train", cli.resume_arguments(arguments))
+        assert cfg.logger.name == "csv" and cfg.trainer.max_steps == 80
 
 
 def test_folder_name_tells_any_overrides_apart():
@@ -137,12 +138,16 @@ def test_folder_name_tells_any_overrides_apart():
 
 
 def test_folder_name_leaves_out_paths_and_looks():
-    job = config.compose("train", return_hydra_config=True).hydra.job
+    hydra = {"return_hydra_config": True}
+    job = config.compose("train", **hydra).hydra.job
     ignored = job.config.override_dirname.exclude_keys
     looks = ["callbacks=quiet", "callbacks.progress_bar.x=5", "~logger", "+cache_dir=/x", "seed=1"]
     assert config.folder_name(looks, ignored) == "seed-1"
-    folders = [["dataset=image_folder", f"dataset.root={name}/train"] for name in ("cats", "dogs")]
-    assert len({config.folder_name(folder, ignored) for folder in folders}) == 2
+    jobs = [
+        config.compose("train", ["dataset=image_folder", f"dataset.root={name}/train"], **hydra)
+        for name in ("cats", "dogs")
+    ]
+    assert len({job.hydra.sweep.subdir for job in jobs}) == 2
     assert config.folder_name(["dataset=mnist", "dataset.root=/x"], ignored) == "dataset-mnist"
     # Other callbacks may change what is trained.
     averaged = ["+callbacks.ema.decay=0.9", "callbacks=mine"]
