@@ -87,7 +87,7 @@ class NormCall:
         self.check_input()
         x, norm = _with_last_axis(self.x), self.norm
         # A batch's own statistics once more by torch, so that the values are torch's bit for bit.
-        mean, var = self.statistics() if norm.fixed else (None, None)
+        mean, var = _statistics(norm, x) if norm.fixed else (None, None)
         weight, bias = self.affine.parameters(norm)
         y = F.batch_norm(x, mean, var, weight, bias, not norm.fixed, 0.0, norm.eps)
         return arranged(y.view(self.x.shape), self.x.stride())
@@ -96,12 +96,6 @@ class NormCall:
         """The values at ``at``, in the memory order of ``made``."""
         values = self.values().as_strided(at.shape, at.stride(), at.storage_offset())
         return arranged(values, made.stride())
-
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance, in the dtype that torch's operators ask for."""
-        numbers, (weight, bias, running, *_) = self.affine.numbers, self.norm
-        like = next((t for t in (weight, bias, running) if t is not None), self.x)
-        return numbers[0].to(like.dtype), (numbers[1].pow(-2) - self.norm.eps).to(like.dtype)
 
 
 class _Wait(torch.autograd.Function):
@@ -117,7 +111,6 @@ class _Wait(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient, ctx.norm = call.gradient, call.norm
-        ctx.statistics, ctx.rate = call.statistics(), call.affine.numbers[1]
         at = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         made = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=_order_of(x))
         if len(shape) > x.dim():
@@ -131,8 +124,8 @@ class _Wait(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grad, shape = grad.reshape(x.shape), x.shape
-        norm, (mean, var) = ctx.norm, ctx.statistics
-        rate = ctx.rate.to(var.dtype)
+        norm, (mean, var) = ctx.norm, _statistics(ctx.norm, x)
+        rate = norm.affine.numbers[1].to(var.dtype)
         # Torch takes both in one memory order, without looking.
         x, grad = _with_last_axis(x), _with_last_axis(grad)
         order = _order_of(x)
@@ -348,6 +341,13 @@ def _comes_from_norm(node: Any) -> bool:
     while node is not None and re.sub(r"Backward\d*", "", node.name()) in _VIEW_NODES:
         ((node, _),) = node.next_functions
     return isinstance(node, _Wait._backward_cls)
+
+
+def _statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a norm of ``x``, in the dtype that torch's operators ask for."""
+    numbers, (weight, bias, running, *_) = norm.affine.numbers, norm
+    like = next((t for t in (weight, bias, running) if t is not None), x)
+    return numbers[0].to(like.dtype), (numbers[1].pow(-2) - norm.eps).to(like.dtype)
 
 
 def _order_of(x: Tensor) -> torch.memory_format:
