@@ -128,6 +128,7 @@ def test_epochs_without_validation_have_no_metrics_of_it(job, tmp_path):
     assert (tmp_path / "curves.png").is_file()
 
 
+@pytest.mark.slow
 def test_best_validation_epoch_survives_a_kill(job, spoiled, tmp_path):
     undisturbed = run.Run(spoiled[0]).metrics
     with pytest.raises(SystemExit, match="killed"):
