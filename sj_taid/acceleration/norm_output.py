@@ -70,7 +70,6 @@ class NormCall:
     def __init__(self, x: Tensor, norm: Norm, readers: dict[str, bool]) -> None:
         self.x, self.norm, self.readers = x.detach(), norm.detach(), readers
         self._version = _graph.version_of(x)
-        self.affine: Any = norm.affine
         self.gradient = _Watch()
 
     def check_input(self) -> None:
@@ -85,10 +84,11 @@ class NormCall:
     def values(self) -> Tensor:
         """The norm's output, in the input's shape and memory order."""
         self.check_input()
-        x, norm = _with_last_axis(self.x), self.norm
+        norm: Any = self.norm
+        x = _with_last_axis(self.x)
         # A batch's own statistics once more by torch, so that the values are torch's bit for bit.
         mean, var = _statistics(norm, x) if norm.fixed else (None, None)
-        weight, bias = self.affine.parameters(norm)
+        weight, bias = norm.affine.parameters(norm)
         y = F.batch_norm(x, mean, var, weight, bias, not norm.fixed, 0.0, norm.eps)
         return arranged(y.view(self.x.shape), self.x.stride())
 
@@ -266,12 +266,14 @@ class NormOutput(Known):
         """
         content = self._content
         call, steps = content.call, self._at.shape[0]
-        x, norm = call.x, call.norm
         if content.values is not None:
             return "its values were changed"
-        direct = self._inputs is not None and _comes_from_norm(self.grad_fn)
-        if call.gradient.has_hooks or (self.requires_grad and not direct):
+        inputs: Any = (call.x, call.norm)
+        if self.requires_grad:
+            inputs = self._inputs if _comes_from_norm(self.grad_fn) else None
+        if call.gradient.has_hooks or inputs is None:
             return "a hook or a function of its own stands between"
+        x, norm = inputs
         if x.shape[0] % steps or (steps > 1 and self._at.stride(0) * steps != x.numel()):
             return "time is not the outermost axis in memory"
         shape, strides = self._at.shape, self._at.stride()
@@ -279,8 +281,6 @@ class NormOutput(Known):
             return "its channels are not those of the norm"
         call.check_input()
         call.gradient.is_fused = True
-        if self.requires_grad and self._inputs is not None:
-            x, norm = self._inputs
         call.readers[reader] = True
         return x.unflatten(0, (steps, -1)), {"norm": norm, "layout": (shape, strides)}
 
