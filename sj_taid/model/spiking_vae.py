@@ -38,12 +38,13 @@ class SubpixelConv2d(nn.Conv2d):
         in_channels, out_channels: of the images ``[N, C, H, W]``.
     """
 
+    bias: nn.Parameter
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
         self.weight = nn.Parameter(self.weight.detach().repeat_interleave(4, 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.bias is not None
         x = F.conv2d(x, self.weight, self.bias.repeat_interleave(4), padding=1)
         return F.pixel_shuffle(x, 2)
 
