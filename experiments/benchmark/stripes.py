@@ -4,7 +4,7 @@
 
 adds to ``results/stripes.csv`` three rows per run, of test images, of their reconstructions and of
 samples: ``columns`` is the power of the finest frequency across columns, which stripes of one pixel
-have, over the mean of the next three; ``rows`` likewise; ``reconstruction`` is the error.
+have, over the mean of the next three; ``rows`` likewise.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import torch
 from attention import describe, load_images
 from common import write_csv
 from torch import Tensor
-from torch.nn import functional as F
 
 from sj_taid.model.block import seeded
 from sj_taid.training.process import reuse_freed_memory
@@ -44,11 +43,8 @@ def measure(run: Run, n: int) -> list[dict[str, Any]]:
     test = load_images(run, n)
     made = torch.cat([model(batch).image for batch in test.split(100)])
     samples = torch.cat([model.sample(len(batch)) for batch in test.split(100)])
-    error = F.mse_loss(made, test).item()
     return [
-        describe(run)
-        | {"images": name, "columns": stripes(images), "rows": stripes(images.mT)}
-        | ({"reconstruction": error} if images is made else {})
+        describe(run) | {"images": name, "columns": stripes(images), "rows": stripes(images.mT)}
         for name, images in {"test": test, "reconstructions": made, "samples": samples}.items()
     ]
 
