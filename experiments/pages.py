@@ -46,6 +46,7 @@ OURS = {
     "training images' rates, decoded": "_perfect",
     "training images": "_floor",
 }
+#: The metrics in the table of distances.
 DISTANCES = {
     "fad_published": "FAD as published ↓",
     "features": "EfficientNet ↓",

@@ -46,7 +46,7 @@ def silence_notes() -> None:
 
 
 def command_line(command: str, job: Any) -> dict[str, Any]:
-    """The overrides and the command of Hydra's job, without paths that do not matter."""
+    """The overrides and the command of Hydra's job, without paths that are no choices."""
     ignored = job.job.config.override_dirname.exclude_keys
     overrides = select_overrides(
         job.overrides.task, ignored, job.runtime.choices.get("dataset", "")
