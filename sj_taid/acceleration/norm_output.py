@@ -71,6 +71,7 @@ class NormCall:
         self.x, self.norm, self.readers = x.detach(), norm.detach(), readers
         self._version = _graph.version_of(x)
         self.gradient = _Watch()
+        self.saves_input = torch.is_grad_enabled() and not _graph.is_checkpointed()
 
     def check_input(self) -> None:
         """Raise an error if the input has changed since the call."""
@@ -299,7 +300,8 @@ class NormOutput(Known):
     def term(self) -> Term | None:
         if self._content.values is not None:
             return super().term()
-        return Term((), partial(self._content.call.view, self._at, self._made))
+        call = self._content.call  # the term keeps its input
+        return Term((), partial(call.view, self._at, self._made)) if call.saves_input else None
 
     def exposed(self) -> Tensor:
         self._content.hold()

@@ -279,6 +279,23 @@ def test_backward_frees_the_input_of_a_norm():
     assert memory.expired() and loss.grad_fn is not None
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_sum_frees_the_input_of_a_checkpointed_norm(reentrant):
+    net, memories = Net("nothing", "norm, then neuron"), []
+    sj_taid.accelerate(net)
+
+    def block(x):
+        x = net.conv(x)
+        memories.append(StorageWeakRef(x.untyped_storage()))
+        return net.norm(x)
+
+    x, shortcut = torch.randn(3, 2, 3, 4, 5, requires_grad=True), torch.randn(3, 2, 4, 4, 5)
+    loss = (shortcut + checkpoint(block, x, use_reentrant=reentrant)).square().sum()
+    assert memories[0].expired()
+    loss.backward()
+    assert len(memories) == 2 and x.grad.abs().sum() > 0
+
+
 def test_sum_with_an_inference_tensor():
     net, x = Net("nothing", "norm, then neuron"), torch.randn(3, 2, 3, 4, 5)
     plain, grads = copy.deepcopy(net), []
