@@ -54,8 +54,8 @@ class PerfectPrior(TrainingImages):
             return model.decode(spikes_from_rate(model.rate(images), model.T))
 
 
-def measure(run: Run, draws: int, trust: Sequence[str] = ()) -> dict[str, Any]:
-    """The metrics, and under ``protocol`` how each was measured."""
+def measure(run: Run, draws: int, trust: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The metrics, and how each was measured."""
     cfg = run.config
     cfg.trust = [*trust]
     model: Any = run.model(trust)
@@ -82,7 +82,7 @@ def measure(run: Run, draws: int, trust: Sequence[str] = ()) -> dict[str, Any]:
         for name, how in found.pop("protocol").items():
             metrics[f"{name}_{ending}"] = found[name]
             protocol[f"{name}_{ending}"] = f"{how}, {what}"
-    return metrics | {"protocol": protocol}
+    return metrics, protocol
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,8 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     run = Run.find(options.run)
     with run.lock():
-        metrics = measure(run, options.draws, options.trust)
-        protocol = metrics.pop("protocol")
+        metrics, protocol = measure(run, options.draws, options.trust)
         evaluation = {"metrics": metrics, "protocol": protocol, "seed": run.config.seed}
         command = {"command": f"python experiments/measure.py RUN --draws {options.draws}"}
         sha256 = {"checkpoint_sha256": run.checkpoint_sha256()}

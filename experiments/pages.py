@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from store import FOLDERS, RESULTS, load_all_runs, load_runs, load_study, store
+from matplotlib.ticker import LogFormatter
+from store import FOLDERS, RESULTS, experiments, load_runs, load_study, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.columns import METRICS, Column, format_metrics
@@ -28,6 +29,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "RESULTS.md", "results/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+IMAGES = ROOT / "docs" / "images"
 BENCHMARKS = ROOT / "experiments" / "benchmark" / "results"
 EPYC = BENCHMARKS / "epyc-2-cores"
 PLIF = "SpikingJelly PLIF"
@@ -73,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.folders:
         print(*store(gather(options.folders)), sep="\n")
-    draw_starts(ROOT / "docs" / "images" / "start-map-mnist.png")
+    draw_starts(IMAGES / "start-map-mnist.png")
+    draw_frontier(IMAGES / "frontier.png")
     for page in PAGES:
         with atomic_write(page) as temporary:
             temporary.write_text(fill(page), encoding="utf-8")
@@ -194,7 +197,7 @@ def generator_neurons() -> pd.DataFrame:
 
 def changes(choice: str, before: str) -> pd.DataFrame:
     """The generators' changes in % against those with ``before``, a row for each other choice."""
-    runs = load_frame(sorted(load_all_runs()), *CHOICES).dropna(subset="reconstruction")
+    runs = load_frame(experiments(), *CHOICES).dropna(subset="reconstruction")
     lengths = runs.groupby("experiment")["epochs"].transform("nunique")
     runs["row"] = "`" + runs["experiment"] + "`"
     runs.loc[lengths > 1, "row"] += ", " + runs["epochs"].astype(str) + " epochs"
@@ -265,10 +268,10 @@ def draw_starts(path: Path) -> None:
 def recipes() -> str:
     """A table for each experiment, over seeds."""
     sections = []
-    for name, runs in load_all_runs().items():
+    for name in experiments():
         config = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
         comment = "\n".join(re.findall(r"^# ([^@].*)", config, re.M))
-        sections.append(f"### `{name}`\n\n{comment}\n\n{markdown(summary(runs))}")
+        sections.append(f"### `{name}`\n\n{comment}\n\n{markdown(summary(load_runs(name)))}")
     return "\n".join(sections)
 
 
@@ -309,6 +312,33 @@ def memory() -> pd.DataFrame:
     table = rows.pivot(index=["dtype", "neuron"], columns="net", values="cell")
     order = rows[["dtype", "neuron"]].drop_duplicates()
     return table.loc[[*order.itertuples(index=False, name=None)]].fillna("").reset_index()
+
+
+def draw_frontier(path: Path) -> None:
+    """Draw bytes against time in float32, a panel for each net and a line over T for each system.
+
+    Times are shown as PLIF's in SpikingJelly times the ratio to it, since runs differ in speed.
+    """
+    rows = pd.read_csv(EPYC / "frontier.csv").query("dtype == 'float32' and neuron == 'PLIF'")
+    rival = rows[rows["system"] == "SpikingJelly"].set_index(["net", "T"])["median_ms"]
+    rows = rows.join(rival.rename("rival_ms"), on=["net", "T"])
+    rows["ms_per_sample"] = rows["time_ratio"] * rows["rival_ms"] / rows["batch"]
+    systems = rows["system"].unique()
+    figure = Figure((9.0, 7.5), layout="constrained")
+    for axis, (net, part) in zip(figure.subplots(2, 2).flat, rows.groupby("net"), strict=True):
+        for system in systems:
+            line = part[part["system"] == system].sort_values("T")
+            points = line[["ms_per_sample", "mb_per_sample"]].to_numpy()
+            axis.loglog(*points.T, "o-", markersize=4, label=system)
+            for T, point in zip(line["T"], points, strict=True):
+                axis.annotate(T, point, (4, -9), textcoords="offset points", fontsize=7)
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter(LogFormatter())
+            scale.set_minor_formatter(LogFormatter())
+        axis.set(title=net, xlabel="ms per sample", ylabel="peak per sample, MB")
+        axis.margins(0.1)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save(figure, path)
 
 
 def read_zoo() -> pd.DataFrame:

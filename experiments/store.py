@@ -37,10 +37,9 @@ def load_runs(experiment: str, results: Path = RESULTS) -> list[Metrics]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def load_all_runs(results: Path = RESULTS) -> dict[str, list[Metrics]]:
-    """The metrics of all runs, by experiment."""
-    names = sorted(path.name for path in (results / "runs").iterdir())
-    return {name: load_runs(name, results) for name in names}
+def experiments() -> list[str]:
+    """The names of the experiments that have runs."""
+    return sorted(path.name for path in (RESULTS / "runs").iterdir())
 
 
 def load_study(study: str, results: Path = RESULTS) -> pd.DataFrame:

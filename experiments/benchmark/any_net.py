@@ -2,10 +2,11 @@
 
     PYTHONPATH=. python experiments/benchmark/any_net.py my_nets:make --shape 4 16 3 32 32
 
-writes ``any_net-make.csv`` with a row for the plain net and one for the accelerated net that
-``my_nets.make()`` gives; ``--compile`` adds ``torch.compile`` of both. The shape is that of the
-input, ``[T, N, ...]``; of a net that repeats an image itself, ``[N, ...]``, say ``--batch-axis 0``.
-A step is forward, a loss of all outputs, and backward, from rest; bfloat16 is autocast.
+adds to ``any_net-make.csv`` a row for the plain net and one for the accelerated net that
+``my_nets.make()`` gives, in place of equal ones; ``--compile`` adds ``torch.compile`` of both. The
+shape is that of the input, ``[T, N, ...]``; of a net that repeats an image itself, ``[N, ...]``,
+say ``--batch-axis 0``. A step is forward, a loss of all outputs, and backward, from rest; bfloat16
+is autocast.
 
 ``held_mb`` is what torch's allocator holds after a forward, beyond what it held before, and
 ``peak_mb`` the most during a step. ``largest_batch`` is what fits into the budget, in GB, with the
@@ -15,6 +16,7 @@ net's weights and no optimizer: the peak grows in proportion to the batch, as ha
 
 import argparse
 import copy
+import math
 import pkgutil
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +37,9 @@ from torch import Tensor, nn
 
 from sj_taid import accelerate
 from sj_taid.training.process import reuse_freed_memory
+
+#: What tells a row from others.
+KEYS = ["net", "dtype", "shape", "system"]
 
 
 def sew_resnet18() -> nn.Module:
@@ -83,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"{options.net}: {error}; expected package.module:factory") from error
     table = measure(factory(), options)
     name = f"any_net-{options.net.rpartition(':')[2]}.csv"
-    write_csv(table, options.out / name, options.device)
+    write_csv(table, options.out / name, options.device, KEYS)
 
 
 def measure(net: nn.Module, options: argparse.Namespace) -> pd.DataFrame:
@@ -116,15 +121,12 @@ def measure(net: nn.Module, options: argparse.Namespace) -> pd.DataFrame:
 
 def compare(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> tuple[str, float]:
     """The tensor that differs most, and by how much of its largest value."""
-    largest = {name: tensor.abs().max().item() for name, tensor in plain.items()}
+    largest = pd.Series({name: tensor.abs().max().item() for name, tensor in plain.items()})
     # The gradient of a bias in front of a norm is zero but for rounding.
-    least = 0.01 * max(largest.values())
-    differences = {
-        name: (ours[name] - tensor).abs().max().item() / max(largest[name], least)
-        for name, tensor in plain.items()
-    }
-    name = max(differences, key=lambda name: differences[name])
-    return name, differences[name]
+    largest = largest.clip(lower=0.01 * largest.max())
+    difference = pd.Series({name: (ours[name] - t).abs().max().item() for name, t in plain.items()})
+    difference = (difference / largest).fillna(math.inf)  # NaN differs most
+    return str(difference.idxmax()), difference.max()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python experiments/benchmark/frontier.py --nets sew_resnet18 --steps 4
 
 adds its rows to ``frontier.csv``, in place of equal ones, so it can run in pieces.
-``--compile`` adds ``torch.compile`` of each system, which takes minutes; ``--picture FILE`` draws
-all rows. A step is forward, loss and backward from rest on ``[T, N, 3, H, W]``; bfloat16 is
-autocast.
+``--compile`` adds ``torch.compile`` of each system, which takes minutes. A step is forward, loss
+and backward from rest on ``[T, N, 3, H, W]``; bfloat16 is autocast.
 
 ``peak_mb`` is the most that torch's allocator held during a step, beyond what it held before:
 activations, temporary tensors, gradients of parameters. On a GPU that is ``max_memory_allocated``.
@@ -21,21 +20,17 @@ recomputes whole modules. Its levels 2 to 4 search by a GPU's allocator, so a CP
 import argparse
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from common import measure_steps, parser, read_csv, write_csv
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from common import measure_steps, parser, write_csv
 from spikingjelly.activation_based import functional, layer, memopt, neuron, surrogate
 from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spikformer
 from spikingjelly.activation_based.model.spiking_vgg import spiking_vgg11_bn
 from torch import Tensor, nn
 
 from sj_taid import accelerate
-from sj_taid.training.plot import save
 from sj_taid.training.process import reuse_freed_memory
 
 
@@ -124,20 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     levels = [0, 1, 2, 3, 4] if torch.cuda.is_available() else [0, 1]
     add("--levels", nargs="+", type=int, choices=range(5), default=levels, help="of memopt")
     add("--compile", action="store_true", help="torch.compile too, without memopt")
-    add("--picture", type=Path, help="a PNG to draw, of the rows in float32 with PLIF")
     options = options_parser.parse_args(arguments)
     reuse_freed_memory()
     choices = itertools.product(options.neurons, (False, True), options.levels)
     systems = [System(*choice) for choice in choices]
     if options.compile:
         systems += [system._replace(compiled=True) for system in systems if not system.level]
-    path = options.out / "frontier.csv"
     for name, dtype, T in itertools.product(options.nets, options.dtypes, options.steps):
         case = (name, dtype, T, options.batch or NETS[name].batch)
         table = measure(case, systems, options)
-        write_csv(table.reset_index(), path, options.device, KEYS)
-    if options.picture:
-        draw(read_csv(path), options.picture)
+        write_csv(table.reset_index(), options.out / "frontier.csv", options.device, KEYS)
 
 
 def measure(
@@ -174,32 +165,6 @@ def make(name: str, system: System, x_seq: Tensor) -> Any:
     if system.accelerated:
         accelerate(net)
     return torch.compile(net, dynamic=False) if system.compiled else net
-
-
-def draw(table: pd.DataFrame, path: Path) -> None:
-    """Draw bytes against time, a panel for each net and a line over T for each system."""
-    table = table[(table["dtype"] == "float32") & (table["neuron"] == RIVAL.neuron)]
-    # Rows of different runs compare by their ratio to PLIF, which each run times in turns.
-    rival = table[table["system"] == str(RIVAL)].set_index(["net", "T"])["median_ms"]
-    table = table.join(rival.rename("rival_ms"), on=["net", "T"])
-    table["ms_per_sample"] = table["time_ratio"] * table["rival_ms"] / table["batch"]
-    systems = table["system"].unique()
-    figure = Figure((9.0, 7.5), layout="constrained")
-    axes = figure.subplots(2, 2).flat
-    for axis, (name, rows) in zip(axes, table.groupby("net"), strict=False):
-        for number, system in enumerate(systems):
-            line = rows[rows["system"] == system].sort_values("T")
-            points = line[["ms_per_sample", "mb_per_sample"]].to_numpy()
-            axis.loglog(*points.T, f"C{number}o-", markersize=4, label=system)
-            for T, point in zip(line["T"], points, strict=True):
-                axis.annotate(T, point, (4, -9), textcoords="offset points", fontsize=7)
-        for scale in (axis.xaxis, axis.yaxis):
-            scale.set_major_formatter(LogFormatter())
-            scale.set_minor_formatter(LogFormatter())
-        axis.set(title=name, xlabel="ms per sample", ylabel="peak per sample, MB")
-        axis.margins(0.1)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    save(figure, path)
 
 
 if __name__ == "__main__":

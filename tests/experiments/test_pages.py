@@ -47,7 +47,7 @@ def test_store_names_runs_by_their_choices(runs, tmp_path):
     assert lines[-1] == f"not stored: {tmp_path / 'other'} (it is no run of experiment=...)"
     stored = sorted(path.stem for path in (tmp_path / "runs" / "mnist_small_cpu").iterdir())
     assert stored == ["neuron-lif-seed-0", "neuron-lif-seed-1", "seed-0", "seed-1"]
-    loaded = store.load_all_runs(tmp_path)["mnist_small_cpu"]
+    loaded = store.load_runs("mnist_small_cpu", tmp_path)
     assert [one["fad"] for one in loaded] == [10.0, 12.0, 7.0, 8.0]
 
 
@@ -81,7 +81,7 @@ def test_changes_are_between_runs_of_one_seed_and_decoder_or_neuron(monkeypatch)
         *(single("taid", "alif", 0, 9.0), single("fixed", "plif", 0, 9.0)),
         single("taid", "lif", 1, 9.0, "model.latent_channels=128"),  # of other choices
     ]
-    monkeypatch.setattr(pages, "load_all_runs", lambda: ["mnist_esvae_cpu"])
+    monkeypatch.setattr(pages, "experiments", lambda: ["mnist_esvae_cpu"])
     monkeypatch.setattr(pages, "load_runs", lambda name: runs)
     assert pages.decoders().to_numpy().tolist() == [
         ["`mnist_esvae_cpu`", "`taid`", *["-12.5 ± 53.0"] * 2, "the papers'", "2"]
