@@ -28,8 +28,8 @@ def read_image(path: str, mode: str, size: int, crop: int | None = None) -> Tens
     with Image.open(path) as opened:
         image: Image.Image = opened
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"):  # convert would cut at 255, not scale
-            raise ValueError("it has 16 bits per pixel; convert it to 8")
+        if image.mode[0] in "IF":  # convert would cut at 255, not scale
+            raise ValueError("it has more than 8 bits per pixel and channel; convert it to 8")
         image = image.convert(mode)
         if crop is not None:
             if crop > min(image.size):  # center_crop would add a black border

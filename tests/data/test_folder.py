@@ -71,6 +71,8 @@ def test_image_folder_crops_the_middle(tmp_path):
         for crop in (4, None)
     ]
     assert shares[0].all() and shares[1].float().mean() < 0.3
+    crops = (4, 5, None)
+    assert len({folder(tmp_path, test_root=tmp_path, crop=n).fingerprint() for n in crops}) == 3
     module = folder(tmp_path, test_root=str(tmp_path), crop=11)
     with pytest.raises(OSError, match=r"a\.png .* 12x10 pixels are fewer than dataset\.crop"):
         first(module.test_dataloader())
@@ -92,13 +94,14 @@ def test_image_folder_refuses_missing_folders_and_empty_parts(tmp_path):
             folder(tmp_path, test_share=share)
 
 
-def test_image_folder_names_a_damaged_image(tmp_path):
-    write_images(tmp_path, 2)
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_image_folder_names_a_damaged_image(tmp_path, dtype):
+    write_images(tmp_path, 1)
     cut(tmp_path / "00.png")
-    Image.fromarray(np.zeros((9, 9), dtype=np.uint16)).save(tmp_path / "01.png")
+    Image.fromarray(np.zeros((9, 9), dtype)).save(tmp_path / "01.tif")
     module = folder(tmp_path, test_share=0.5)
     for name, loader in (("00", module.train_dataloader()), ("01", module.test_dataloader())):
-        with pytest.raises(OSError, match=rf"{name}\.png cannot be read \(.*\); replace it, or"):
+        with pytest.raises(OSError, match=rf"{name}\.\w+ cannot be read \(.*\); replace it, or"):
             first(loader)
 
 
