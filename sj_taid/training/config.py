@@ -34,17 +34,18 @@ def key_of(override: str) -> str:
 
 
 def select_overrides(
-    overrides: Iterable[str], ignored: Collection[str] = (), dataset: str = ""
+    overrides: Iterable[str], ignored: Collection[str] = (), data_class: str = ""
 ) -> list[str]:
     """The last override of each key.
 
     Args:
         overrides: as on the command line.
         ignored: keys that are left out, with all below them, and whole overrides.
-        dataset: the choice of ``dataset=``. The folders of ``image_folder`` are kept, since they
-            say what the data are.
+        data_class: the full name of the data set's class. The folders of an ``ImageFolder``, or of
+            a custom class, are kept, since they say what the data are.
     """
-    if dataset == "image_folder":
+    module, _, name = data_class.rpartition(".")
+    if name == "ImageFolder" or (name and not is_below(module, ["sj_taid"])):
         ignored = {*ignored} - {"dataset.root", "dataset.test_root"}
     last = {key_of(text): text for text in overrides}
     return [
@@ -54,13 +55,15 @@ def select_overrides(
     ]
 
 
-def folder_name(overrides: Sequence[str], ignored: Collection[str] = (), dataset: str = "") -> str:
+def folder_name(
+    overrides: Sequence[str], ignored: Collection[str] = (), data_class: str = ""
+) -> str:
     """The folder of a sweep's job, ``neuron-lif-seed-0`` for ``neuron=lif seed=0``.
 
     Letters, digits, ``.``, ``_`` and ``-`` alone, at most 120 of them. Where that leaves something
     out, a hash tells the jobs apart. See :func:`select_overrides` for the arguments.
     """
-    text = ",".join(sorted(select_overrides(overrides, ignored, dataset))) or "default"
+    text = ",".join(sorted(select_overrides(overrides, ignored, data_class))) or "default"
     name = re.sub(r"[^A-Za-z0-9._]+", "-", text)
     if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", text, re.ASCII):
         return name

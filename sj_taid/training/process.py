@@ -45,12 +45,10 @@ def silence_notes() -> None:
         warnings.filterwarnings("ignore", note)
 
 
-def command_line(command: str, job: Any) -> dict[str, Any]:
+def command_line(command: str, job: Any, data_class: str = "") -> dict[str, Any]:
     """The overrides and the command of Hydra's job, without paths that are no choices."""
     ignored = job.job.config.override_dirname.exclude_keys
-    overrides = select_overrides(
-        job.overrides.task, ignored, job.runtime.choices.get("dataset", "")
-    )
+    overrides = select_overrides(job.overrides.task, ignored, data_class)
     return {"overrides": overrides, "command": shlex.join(["sj-taid", command, *overrides])}
 
 
