@@ -81,6 +81,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.write_bytes(content.getbuffer())
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Lightning's checkpoint of the last epoch, a class of its own next to others of yours."""
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's checkpoint of the best epoch, found again after the run's folder was moved."""
 

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ..model.esvae import PRIORS
-
-#: the metrics of samples, which ESVAE has of each prior
+#: the metrics of samples; of an ESVAE with a flow also NAME_learned, from the learned prior
 OF_SAMPLES = ("fad", "fad_published", "fid", "features", "inception_score")
 
 
@@ -70,9 +68,7 @@ METRICS = {
     "validation_reconstruction": Column("validation reconstruction ↓", 1, 4),
     "validation_fad": Column("validation FAD, own autoencoder ↓", 1, 2),
 }
-METRICS |= {
-    f"{name}_{prior}": METRICS[name].of(f"{prior} prior") for name in OF_SAMPLES for prior in PRIORS
-}
+METRICS |= {f"{name}_learned": METRICS[name].of("learned prior") for name in OF_SAMPLES}
 #: The costs of a run.
 COSTS = {
     "epochs": Column("epochs", 1, 0),

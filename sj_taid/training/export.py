@@ -1,7 +1,7 @@
 """Export the model of a finished run.
 
-Writes a folder for ``sj_taid.create_model``: the weights of the run's last checkpoint, the model's
-config, and a card with its command and metrics.
+Writes a folder for ``sj_taid.create_model``: the weights of the run's last checkpoint, or of the
+one that is named, the model's config, and a card with its command and metrics.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ model = sj_taid.create_model("{name}", pretrained=True)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("sj-taid export", description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("run", type=Path, help="a finished run's folder, or a checkpoint in it")
     parser.add_argument("--name", required=True, help="the model's name, and its folder's")
     parser.add_argument("--out", type=Path, default=Path(), help="parent of the folder NAME")
     parser.add_argument("--half", action="store_true", help="store the layers' weights as float16")
@@ -72,7 +72,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     """Write the model of a run into ``out / name``, over an earlier export.
 
     Args:
-        run: the folder of a finished run.
+        run: a finished run's folder, or a checkpoint in it.
         name: the model's name.
         out: parent of the model's folder.
         half: store the weights of convolutions and linear layers as float16. Biases, norms, neurons
@@ -110,7 +110,9 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     files = {
         pretrained.WEIGHTS: content,
         pretrained.CONFIG: json.dumps(description, indent=2, allow_nan=False).encode() + b"\n",
-        pretrained.CARD: _card(name, model, metrics, config["dataset"]).encode(),
+        pretrained.CARD: _card(
+            name, model, metrics, config["dataset"], finished.checkpoint == finished.best
+        ).encode(),
     }
     for file, data in files.items():
         with atomic_write(folder / file) as path:
@@ -125,7 +127,9 @@ def _remove_backends(config: Any) -> Any:
     return [_remove_backends(part) for part in config] if isinstance(config, list) else config
 
 
-def _card(name: str, model: nn.Module, metrics: dict[str, Any], data: dict[str, Any]) -> str:
+def _card(
+    name: str, model: nn.Module, metrics: dict[str, Any], data: dict[str, Any], is_best: bool
+) -> str:
     if hasattr(model, "sample"):
         pipeline, usage = "unconditional-image-generation", "images = model.sample(16)"
     else:
@@ -137,7 +141,8 @@ def _card(name: str, model: nn.Module, metrics: dict[str, Any], data: dict[str, 
     table = (
         f"| {title} | {value} | {protocol.get(key, 'test set, after the last epoch')} |"
         for key, (title, value) in format_metrics(metrics).items()
-        if "_best_" not in key  # those are of another checkpoint
+        # the others are of another checkpoint
+        if (key.endswith("_best_validation_epoch") if is_best else "_best_" not in key)
     )
     return CARD.format(
         name=name,

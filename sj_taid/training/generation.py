@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data import ImageData
 from ..model.block import seeded
-from ..model.esvae import ESVAE, PRIORS
+from ..model.esvae import ESVAE
 from ..model.flow import FlowPrior, check_enough
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
@@ -45,7 +45,7 @@ class Generation(Autoencoding):
         *Autoencoding.objectives,
         "validation_fad",
         *OF_SAMPLES,
-        *(f"{name}_{prior}" for name in OF_SAMPLES for prior in PRIORS),
+        *(f"{name}_learned" for name in OF_SAMPLES),
         *("fad_precision", "fad_recall"),
     )
 

@@ -19,7 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from ..calibration import calibrate
 from ..model.block import seeded
 from .callbacks import Pictures, RandomNumbers
-from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint, save_flow
+from .checkpoint import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    LastCheckpoint,
+    read_checkpoint,
+    save_flow,
+)
 from .columns import format_metrics, learned_nothing
 from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
@@ -36,7 +42,7 @@ def main(cfg: DictConfig) -> float | None:
     run = Run(job.runtime.output_dir)
     choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
     with run.lock(), explain_resuming(run):
-        origin = {"choices": choices, **command_line("train", job)}
+        origin = {"choices": choices, **command_line("train", job, cfg.dataset._target_)}
         metrics = train(cfg, run.folder, repeated=list_repeated_overrides(job), **origin)
     if is_first_process():
         log.info("%s", closing_lines(run))
@@ -77,7 +83,10 @@ def train(
     evaluator = build_evaluator(cfg)
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     data = build_data(cfg, cfg.trust)
-    pictures, timer = Pictures(run.folder, cfg.pictures), Timer()  # a checkpoint keeps the seconds
+    pictures = Pictures(run.folder, cfg.pictures)
+    options: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
+    # A checkpoint keeps its seconds; where there is a Timer, Lightning ignores max_time itself.
+    timer = Timer(options.get("max_time"))
     trainer = build_trainer(
         cfg,
         run,
@@ -161,7 +170,7 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
         "enable_version_counter": False,
         "save_on_train_epoch_end": True,
     }
-    last = ModelCheckpoint(filename=run.checkpoint.stem, **options)
+    last = LastCheckpoint(filename=run.checkpoint.stem, **options)
     if not saves_best_epoch(task, data):
         return [last]
     options |= {"filename": run.best.stem, "monitor": f"val/{task.chosen_by}", "mode": "max"}

@@ -49,7 +49,7 @@ def validate(cfg: DictConfig) -> None:
     if words:
         raise ValueError(f"{', '.join(sorted(words))} must be true or false")
     for key, rule in RULES.items():
-        if (value := OmegaConf.select(cfg, key)) is not None:
+        if (value := OmegaConf.select(cfg, key)) is not None or key == "seed":
             check(rule, **{key: value})
     keys = KEYS | {path.name for path in Path(CONF).iterdir() if path.is_dir()}
     if unknown := cfg.keys() - keys:
@@ -59,8 +59,8 @@ def validate(cfg: DictConfig) -> None:
     task, data = (find_class(cfg[part]._target_, cfg.trust) for part in ("task", "dataset"))
     if not issubclass(data, task.takes):
         raise ValueError(
-            f"dataset={cfg.dataset.name} holds recordings, which only a classifier takes; "
-            "add task=classification, or choose a data set of images"
+            f"{cfg.task._target_} takes a {task.takes.__name__}, but dataset={cfg.dataset.name} is "
+            f"a {data.__name__}; for recordings add task=classification"
         )
     for key, (choice, name, own) in OF_ONE_TASK.items():
         if OmegaConf.select(cfg, key) and own not in cfg.task:

@@ -62,6 +62,7 @@ def test_cli_usage(sj_taid, capsys):
         ("train +model.x=1", "ESVAE cannot be built: .*unexpected keyword argument 'x'"),
         ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
         ("train foo", "missing EQUAL"),
+        ("train seed=null", "seed must be an integer >= 0, but it is None"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
         ("train resume=nowhere", r"needs the folder of a run.*but got .*nowhere"),
         ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),
@@ -116,8 +117,8 @@ def test_resume_arguments(tmp_path):
     assert saved == ["neuron=lif", "model.stages=[[4],[6]]"] and seed == "seed=1"
     cfg = config.compose("train", [where], return_hydra_config=True)
     assert cfg.hydra.run.dir == str(folder)
-    (folder / run.OVERRIDES).write_text("- ~logger\n- +trainer.max_steps=50\n")
-    for plus in ("+", ""):
+    for given, plus in (("+", "+"), ("+", ""), ("++", "")):
+        (folder / run.OVERRIDES).write_text(f"- ~logger\n- {given}trainer.max_steps=50\n")
         arguments = [f"resume={folder}", "logger=csv", f"{plus}trainer.max_steps=80"]
         cfg = config.compose("train", cli.resume_arguments(arguments))
         assert cfg.logger.name == "csv" and cfg.trainer.max_steps == 80
@@ -148,6 +149,9 @@ def test_folder_name_leaves_out_paths_and_looks():
         for name in ("cats", "dogs")
     ]
     assert len({job.hydra.sweep.subdir for job in jobs}) == 2
+    roots = ["dataset.root=/x", "dataset=mine"]
+    assert "root-x" in config.folder_name(roots, ignored, "mypkg.Photographs")
+    assert config.folder_name(roots, ignored, "sj_taid.data.MNIST") == "dataset-mine"
     assert config.folder_name(["dataset=mnist", "dataset.root=/x"], ignored) == "dataset-mnist"
     # Other callbacks may change what is trained.
     averaged = ["+callbacks.ema.decay=0.9", "callbacks=mine"]

@@ -88,6 +88,15 @@ def test_export_of_later_evaluations(runs, tmp_path):
     assert "| 50.00 | by hand |" in card and "90.00" not in card
 
 
+def test_export_of_the_best_epoch(tmp_path):
+    folder = tmp_path / "run"
+    metrics = train(compose("train", [*CLASSIFIER, "dataset.validation=0.1"]), folder, command="")
+    card = (export(Run(folder).best, "best", tmp_path) / "README.md").read_text()
+    best = metrics["accuracy_best_validation_epoch"]
+    assert f"| accuracy, best validation epoch, % ↑ | {100 * best:.2f} |" in card
+    assert "last epoch" not in card
+
+
 def test_export_errors(runs, tmp_path, sj_taid):
     mine = f"{MyLIF.__module__}.{MyLIF.__name__}"
     foreign = ["neuron=lif", f"neuron._target_={mine}", f"trust=[{mine}]"]

@@ -69,6 +69,14 @@ def test_train_with_the_documented_scheduler(tiny, tmp_path):
     assert state["_last_lr"] == [pytest.approx(1e-5)]
 
 
+def test_train_for_a_time_and_keep_every_epoch(tiny, tmp_path):
+    every = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, save_top_k: -1}"
+    options = ["+trainer.max_time=00:00:00:02", f"+callbacks.every={every}"]
+    metrics = train(tiny("trainer.max_epochs=1000", *options), tmp_path)
+    assert 0 < metrics["epochs"] < 1000
+    assert len([*tmp_path.rglob("*.ckpt")]) >= metrics["epochs"] + 1
+
+
 #: a neuron, ALIF in two ways among them, for each image decoder
 CHOICES = [
     *(f"neuron={name}" for name in options("neuron") if not name.startswith("alif")),
