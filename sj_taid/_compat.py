@@ -15,6 +15,8 @@ from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
 SPIKINGJELLY_VERSION: str = version("spikingjelly")
+#: the bases of neurons with a voltage, a threshold and a reset; 0.0.0.0.14 has the first alone
+NEURONS = (neuron.BaseNode, getattr(neuron, "SimpleBaseNode", neuron.BaseNode))
 #: the neurons whose dynamics are those of ALIF; a subclass may do something else: plain_kind
 PLAIN_NEURONS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 #: what 0.0.0.0.14 calls at each step, and 2.x does not call in a LIF, PLIF or IF

@@ -87,9 +87,10 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     (with a soft reset, above 0) and at or above ALIF's ``min_v_threshold``: calibrate before
     :func:`~sj_taid.swap_neurons`, which bounds it by the threshold of that moment.
 
-    Works on every SpikingJelly neuron in step mode ``"m"``, with the net in the mode it is in. Only
-    thresholds change, and the net is reset. Thresholds of SpikingJelly's own neurons are plain
-    numbers, which ``state_dict`` leaves out: :mod:`sj_taid.thresholds` saves them.
+    Works on every neuron of SpikingJelly's ``BaseNode`` or ``SimpleBaseNode`` in step mode ``"m"``,
+    with the net in the mode it is in; others, such as ``PSN``, it does not see. Only thresholds
+    change, and the net is reset. Thresholds of SpikingJelly's own neurons are plain numbers, which
+    ``state_dict`` leaves out: :mod:`sj_taid.thresholds` saves them.
 
     Args:
         net: any module with SpikingJelly neurons.

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
 from . import _compat
 from ._checks import check_net
@@ -165,13 +165,13 @@ class Site(NamedTuple):
 
 def need_neurons(net: nn.Module, change: str) -> list[Site]:
     """Every neuron of ``net``; an error if there is none to ``change``, as in "swap"."""
-    sites = find_neurons(net, neuron.BaseNode)
+    sites = find_neurons(net, _compat.NEURONS)
     if not sites:
         raise ValueError(f"{type(net).__name__} has no neuron of SpikingJelly's to {change}")
     return sites
 
 
-def find_neurons(net: nn.Module, kind: type) -> list[Site]:
+def find_neurons(net: nn.Module, kind: type | tuple[type, ...]) -> list[Site]:
     """Every neuron of ``kind`` in ``net``, once."""
     paths = defaultdict(list)
     for path, module in net.named_modules(remove_duplicate=False):
@@ -210,9 +210,18 @@ def _warn_replaced(module: nn.Module, inputs: Any) -> None:
 
 def copy_net(net: nn.Module) -> nn.Module:
     """A deep copy; tensors with a graph, which torch refuses to copy, are copied without it."""
-    held = tree_leaves([vars(module) for module in net.modules()])
-    computed = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(net, {id(value): value.detach().clone() for value in computed})
+    with _CopyComputed():
+        return copy.deepcopy(net)
+
+
+class _CopyComputed(TorchFunctionMode):
+    """Lets ``deepcopy`` copy tensors with a graph, wherever a net keeps them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
 
 
 def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import neuron
 from torch import nn
+
+from . import _compat
 
 
 def fixed_thresholds(net: nn.Module) -> dict[str, float]:
@@ -46,7 +47,7 @@ def describe_at_reset(nodes: Mapping[str, nn.Module]) -> str:
     """
     found = []
     for path, node in nodes.items():
-        if isinstance(node, neuron.BaseNode):
+        if isinstance(node, _compat.NEURONS):
             threshold: Any = getattr(node, "effective_v_threshold", node.v_threshold)
             rest = node.v_reset or 0.0  # a soft reset leaves it at 0
             if (torch.as_tensor(threshold) <= rest).any():

@@ -9,7 +9,7 @@ from spikingjelly.activation_based.model import sew_resnet
 from torch import nn
 
 import sj_taid
-from sj_taid import ALIFNode, calibrate
+from sj_taid import ALIFNode, _compat, calibrate, monitor
 from sj_taid.model import Classifier
 
 
@@ -19,6 +19,21 @@ def set_thresholds(net, value):
             node.v_threshold.data.fill_(value)
         elif isinstance(node, neuron.BaseNode):
             node.v_threshold = value
+
+
+@pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no SimpleBaseNode")
+def test_calibrate_and_monitor_see_neurons_of_ones_own():
+    class Mine(neuron.SimpleBaseNode):
+        def neuronal_charge(self, x):
+            self.v = self.v * 0.5 + x
+
+    net = nn.Sequential(nn.Linear(8, 64), Mine(step_mode="m", v_threshold=50.0))
+    x_seq = torch.rand(4, 32, 8)
+    assert calibrate(net, x_seq, rate=0.1).rows[0].rate == pytest.approx(0.1, abs=0.01)
+    with monitor(net) as watch:
+        net(x_seq)
+    assert watch.layers()["1"].firing_rate == pytest.approx(0.1, abs=0.01)
+    assert sj_taid.swap_neurons(net).kept[0].note == "not a LIF, PLIF or IF neuron"
 
 
 @pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, ALIFNode])

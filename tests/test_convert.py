@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -262,7 +263,8 @@ class Keeping(nn.Module):
 
     def forward(self, x_seq):
         self.hidden = self.linear(x_seq)
-        self.features = {"all": [self.hidden]}
+        self.features = {"all": [self.hidden], "by": partial(torch.add, self.hidden)}
+        self.features["itself"] = self.features
         return self.sn(self.hidden)
 
 
@@ -273,7 +275,8 @@ def test_both_copy_a_net_that_keeps_what_it_computes(kind):
     hidden, v = net.hidden, net.sn.v
     assert hidden.grad_fn is not None and v.grad_fn is not None
     plain = to_lif(net)
-    assert plain.features["all"][0] is plain.hidden
+    assert plain.features["all"][0] is plain.hidden is plain.features["by"].args[0]
+    assert plain.features["itself"] is plain.features
     for kept, copied in ((hidden, plain.hidden), (v, plain.sn.v)):
         assert torch.equal(copied, kept) and copied.grad_fn is None
     assert plain.linear.weight is not net.linear.weight

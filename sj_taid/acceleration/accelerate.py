@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based import functional, layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import _graph, convert
+from .. import _compat, _graph, convert
 from .._checks import check_net
 from .._fused_neuron import Accelerated, restore
 from ..ops import backends, surrogate
@@ -104,7 +104,7 @@ class Acceleration:
     def change(self) -> None:
         """Exchange the classes of neurons and norms."""
         net = self._net
-        for site in convert.find_neurons(net, neuron.BaseNode):
+        for site in convert.find_neurons(net, _compat.NEURONS):
             reason = _why_not(site, net)
             note = reason or convert.describe_equality(site)
             self._neurons[site.path] = site.row("" if reason else _FUSED, note)
