@@ -21,7 +21,7 @@ class Past:
         self.resumed = False  # a later forward started from it
 
     def is_lost_start(self) -> bool:
-        """Whether a backward is recomputing a forward that cannot have started from here."""
+        """Whether checkpointing recomputes a forward from another voltage, which is gone."""
         return recomputation() not in (None, self.made_in) and not self.resumed
 
 

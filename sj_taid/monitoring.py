@@ -40,6 +40,9 @@ class LayerState:
 def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Monitor:
     """Count the spikes of the neurons of ``net``, SpikingJelly's own too, by forward hooks.
 
+    Neurons are those of ``BaseNode`` and ``SimpleBaseNode``; others, such as ``PSN``, it does not
+    see.
+
     Args:
         net: a module with neurons.
         dead: firing rate below which a layer counts as dead: it passes nothing on, and may
@@ -142,18 +145,18 @@ class _Count:
 
     def clear(self) -> None:
         self.spikes: Tensor | float = 0.0
-        self.steps = 0
+        self.steps: Tensor | float = 0.0  # a tensor: torch.compile compiles for every number
 
     def rate(self) -> float | None:
-        return float(self.spikes) / self.steps if self.steps else None
+        return float(self.spikes) / float(self.steps) if self.steps else None
 
     def __call__(self, node: Any, inputs: Any, output: Tensor | Sequence[Tensor]) -> None:
         self.node = node  # another has the hook after swap_neurons
-        spikes = spikes_of(output)
+        spikes = spikes_of(output).detach()
         # A neuron whose voltage is NaN fires no spike: NaN and infinity times 0 make the sum NaN.
         v = torch.as_tensor(node.v).detach().sum(dtype=torch.float64)
-        self.spikes = self.spikes + spikes.detach().ne(0).sum(dtype=torch.float64) + 0.0 * v
-        self.steps += spikes.numel()
+        self.spikes = self.spikes + spikes.ne(0).sum(dtype=torch.float64) + 0.0 * v
+        self.steps = self.steps + spikes.new_full((), spikes.numel(), dtype=torch.float64)
 
 
 def spikes_of(output: Tensor | Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from spikingjelly.activation_based import functional, layer, surrogate
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sj_taid import TAID, ALIFNode, fresh_state
+from sj_taid import TAID, ALIFNode, fresh_state, monitor
 from sj_taid.ops import backends
 from tests.helpers import TOLERANCE, assert_equal
 
@@ -71,6 +71,30 @@ def test_compile_once_with_resets():
         with fresh_state(net):
             compiled(x).sum().backward()
     assert counter.frame_count == 1
+
+
+def test_compile_once_with_a_monitor():
+    net, x = make_net(), inputs()
+    counter = CompileCounterWithBackend("aot_eager")
+    with monitor(net) as watch:
+        compiled = torch.compile(net, fullgraph=True, backend=counter)
+        graphs = []
+        for _ in range(6):
+            with fresh_state(net):
+                spikes = compiled(x)
+            graphs.append(counter.frame_count)
+    assert graphs[2:] == graphs[2:3] * 4
+    assert watch.layers()["3"].firing_rate == pytest.approx(spikes.mean().item())
+
+
+@pytest.mark.filterwarnings("error:backend")
+def test_exported_program_is_of_torch_alone():
+    net, x = make_net(surrogate_function=surrogate.Sigmoid()).eval(), inputs()
+    expected = net(x)
+    functional.reset_net(net)
+    program = torch.export.export(net, (x,))
+    assert "sj_taid" not in str(program.graph)
+    assert torch.equal(program.module()(x), expected)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

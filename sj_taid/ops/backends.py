@@ -14,6 +14,7 @@ is used and may fail to import without breaking the others.
 import os
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -82,8 +83,6 @@ def constant_in_graphs(function: Any) -> Any:
 
 
 _warned: set[str] = set()
-#: why a backend does not import, saved for the process: each try would search all of sys.path
-_failures: dict[Callable[[], Backend], Exception | None] = {}
 
 
 def names() -> tuple[str, ...]:
@@ -110,14 +109,16 @@ def why_not(name: str) -> Exception | None:
     >>> why_not("torch") is None
     True
     """
-    load = BACKENDS[check_name(name)]
-    if load not in _failures:
-        try:
-            load()
-            _failures[load] = None
-        except Exception as error:  # any failure of an optional dependency
-            _failures[load] = error
-    return _failures[load]
+    return _failure_of(BACKENDS[check_name(name)])
+
+
+@cache  # each try would search all of sys.path
+def _failure_of(load: Callable[[], Backend]) -> Exception | None:
+    try:
+        load()
+    except Exception as error:  # any failure of an optional dependency
+        return error
+    return None
 
 
 def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
@@ -126,8 +127,8 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
     An explicit ``name`` runs or raises :class:`BackendUnavailableError`, from the original
     exception. ``"auto"`` takes the environment variable ``SJ_TAID_BACKEND`` if set (as an explicit
     name), else the best backend for the tensor's device that works, and says once why a better one
-    does not. It takes torch silently for float64, and while a ``TorchDispatchMode`` watches, such
-    as SpikingJelly's operation counters.
+    does not. It takes torch silently for float64, during ``torch.export``, and while a
+    ``TorchDispatchMode`` watches, such as SpikingJelly's operation counters.
     """
     check_name(name)
     if name == AUTO:
@@ -137,8 +138,10 @@ def resolve(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend:
         if isinstance(found, str):
             raise BackendUnavailableError(found) from why_not(name)
         return found
-    # float64 is chosen where exactness counts, and only torch computes in it.
-    torch_only = x_seq.dtype == torch.float64 or is_watched()
+    # float64 is chosen where exactness counts, and only torch computes in it; an exported program
+    # should run where this package is not installed.
+    is_double = x_seq.dtype == torch.float64
+    torch_only = is_double or is_watched() or torch.compiler.is_exporting()
     for candidate in () if torch_only else PREFERENCE.get(x_seq.device.type, ()):
         found = _find(candidate, x_seq, surrogate_function)
         if not isinstance(found, str):
