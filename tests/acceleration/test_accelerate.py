@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 from functools import partial
 
 import pytest
@@ -404,6 +405,16 @@ def test_accelerated_net_with_compiled_blocks(shortcut):
     for block in net[-3:]:
         block.compile(backend="aot_eager")
     assert_close(train(net, x_seq, 1), expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for the CPU with g++")
+def test_accelerated_net_with_inductor():
+    """Which gives convolutions another memory order than the graph was traced with."""
+    torch._dynamo.reset()
+    net, x_seq = make_residual_net(), images()
+    expected = train(copy.deepcopy(net), x_seq, 1)
+    accelerate(net)
+    assert_close(train(torch.compile(net), x_seq, 1), expected)
 
 
 def test_saved_bytes_are_those_of_training(monkeypatch):

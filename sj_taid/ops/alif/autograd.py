@@ -89,6 +89,9 @@ class Forward(NamedTuple):
     norm: Tensor | None = None
     pack: bool = False
 
+    def check_layout(self) -> None:
+        check_layout(self.x_seq, steps=(self.v0,))
+
 
 class Backward(NamedTuple):
     """The arguments of backward, in the operator's order: gradients of x, v0, parameters, sums."""
@@ -117,6 +120,9 @@ class Backward(NamedTuple):
     fixed_norm: bool = False
     ab: Tensor | None = None
     numbers: Tensor | None = None
+
+    def check_layout(self) -> None:
+        check_layout(self.x_seq, (self.grad_spike_seq, self.grad_v_seq), (self.v0, self.grad_v))
 
 
 _library = torch.library.Library("sj_taid", "FRAGMENT")
@@ -149,7 +155,6 @@ def _schema(arguments: Any) -> str:
 def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :class:`Forward`, allocated: spikes and voltages in ``x_seq``'s layout."""
     call = Forward(*arguments)
-    check_layout(call.x_seq, steps=(call.v0,))
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     step, room = x_seq[0], x_seq.new_empty
     neurons = step.numel()
@@ -165,7 +170,6 @@ def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
 def empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """The results of :class:`Backward`, allocated, in ``x_seq``'s layout."""
     call = Backward(*arguments)
-    check_layout(call.x_seq, (call.grad_spike_seq, call.grad_v_seq), (call.v0, call.grad_v))
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     channels = call.norm.shape[1] if call.norm is not None and call.need_norm else 0
     return (
@@ -186,7 +190,10 @@ def empty_statistics(x_seq: Tensor) -> Tensor:
 def check_layout(
     x_seq: Tensor, sequences: tuple[Tensor | None, ...] = (), steps: tuple[Tensor | None, ...] = ()
 ) -> None:
-    """Raise an error unless the operator's tensors have the layout that kernels rely on."""
+    """Raise an error unless the operator's tensors have the layout that kernels rely on.
+
+    Not while a graph is compiled: Inductor tries other layouts, and restores them at the operator.
+    """
     strides = x_seq.stride()
     if not (
         is_dense(x_seq)

@@ -31,6 +31,7 @@ unsupported = partial(autograd.unsupported, "cuda", tuple(kernels.SCALARS))
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """The ``forward`` of the :class:`autograd.Engine`."""
     call = autograd.Forward(*arguments)
+    call.check_layout()
     outputs = autograd.empty_outputs(*arguments)
     x_seq = call.x_seq
     if x_seq.numel() == 0:
@@ -48,6 +49,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
 def backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The ``backward`` of the :class:`autograd.Engine`."""
     call = autograd.Backward(*arguments)
+    call.check_layout()
     x_seq = call.x_seq
     grad_x_seq, grad_v0, grad_parameters, norm_sums = autograd.empty_gradients(*call)
     if x_seq.numel() == 0:

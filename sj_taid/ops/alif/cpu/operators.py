@@ -19,6 +19,7 @@ DTYPES = {torch.float32: loops.FLOAT32, torch.bfloat16: loops.BFLOAT16}
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Forward(*arguments)
+    call.check_layout()
     outputs = spike_seq, v, v_seq, _, bits = autograd.empty_outputs(*arguments)
     q, threshold = _parameters(call)
     partition = _partition(call.x_seq, len(q), whole=False)
@@ -40,6 +41,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = autograd.Backward(*arguments)
+    call.check_layout()
     gradients = grad_x, grad_v0, grad_parameters, norm_sums = autograd.empty_gradients(*call)
     x, whole = call.x_seq, call.numbers is not None
     q, threshold = _parameters(call)
