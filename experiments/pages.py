@@ -295,7 +295,8 @@ def models() -> pd.DataFrame:
 
 def frontier() -> pd.DataFrame:
     """Training steps of whole nets, by what makes the step."""
-    rows = pd.read_csv(EPYC / "frontier.csv")
+    order = ["dtype", "neuron", "system"]
+    rows = pd.read_csv(EPYC / "frontier.csv").sort_values(order, ascending=[False, True, True])
     first = rows["system"].where(rows["system"] == "SpikingJelly", rows["neuron"])
     last = rows["neuron"].where(rows["system"] == "SpikingJelly", rows["system"])
     return rows.assign(neuron=first.str.cat(last, sep=" "))
@@ -371,6 +372,22 @@ def neurons() -> pd.DataFrame:
     return table.map("{:.1f}".format).reset_index()
 
 
+def norm_and_neuron() -> pd.DataFrame:
+    """Time and memory of a batch norm and a LIF neuron alone, relative to the plain pair's."""
+    rows = pd.read_csv(EPYC / "any_net-norm_and_neuron.csv")
+    plain = rows[rows["system"] == "plain"].set_index(["shape", "dtype"])["held_mb"]
+    held = rows["held_mb"] / rows.join(plain.rename("plain"), on=["shape", "dtype"])["plain"]
+    columns = {
+        "shape": rows["shape"],
+        "dtype": rows["dtype"],
+        "pair": rows["system"],
+        "ms": rows["median_ms"].map("{:.3g}".format),
+        "of plain's time": rows["time_ratio"].map("{:.2f}".format),
+        "of plain's bytes held": held.map("{:.2f}".format),
+    }
+    return pd.DataFrame(columns)
+
+
 def esvae() -> pd.DataFrame:
     """Milliseconds per image of the sharp recipe's step and of variants of it."""
     rows = pd.read_csv(BENCHMARKS / "epyc-avx2-2-cores" / "esvae.csv")
@@ -386,7 +403,7 @@ def esvae() -> pd.DataFrame:
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, distances, models)},
     **{table.__name__: table for table in (decoders, generator_neurons, start_map, recipes)},
-    **{table.__name__: table for table in (memory, zoo, neurons, esvae)},
+    **{table.__name__: table for table in (memory, zoo, neurons, norm_and_neuron, esvae)},
 }
 
 
