@@ -219,8 +219,7 @@ class _CopyComputed(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            tensor, memo = args
-            return memo.setdefault(id(tensor), tensor.detach().clone())
+            return args[0].detach().clone()
         return func(*args, **(kwargs or {}))
 
 

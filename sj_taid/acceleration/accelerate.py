@@ -48,6 +48,7 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
         ValueError: ``net`` has no neuron.
         TypeError: ``net`` is no module, or ``example_input`` neither a tensor nor a tuple.
 
+    >>> from spikingjelly.activation_based import neuron
     >>> net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), neuron.LIFNode(step_mode="m"))
     >>> report = accelerate(net)
     >>> spikes = net(torch.rand(4, 2, 3, 5))
@@ -74,6 +75,7 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
 def unaccelerate(net: nn.Module) -> None:
     """Undo :func:`.accelerate` in place: every norm and neuron gets its class back.
 
+    >>> from spikingjelly.activation_based import neuron
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
     >>> report = accelerate(net)
     >>> unaccelerate(net)

@@ -81,7 +81,8 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     Raises:
         FileNotFoundError: the run is not finished, or has no checkpoint.
         FileExistsError: the folder holds something else than an earlier export.
-        ValueError: a model of custom classes, which :func:`sj_taid.create_model` would not build.
+        ValueError: a model of custom classes, which :func:`sj_taid.create_model` would not build,
+            or a checkpoint that was not tested.
     """
     folder = Path(out).expanduser() / name
     if folder.is_dir() and any(folder.iterdir()) and not (folder / pretrained.CONFIG).is_file():
@@ -89,6 +90,8 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
             f"{folder} holds files that are no earlier export; choose another --name or --out"
         )
     finished = Run.find(run)
+    if finished.checkpoint not in (finished.best, Run(finished.folder).checkpoint):
+        raise ValueError(f"{finished.checkpoint} was not tested; export the run, or its best.ckpt")
     metrics = merge_evaluations(finished.metrics, finished.evaluations)
     config: Any = OmegaConf.to_container(finished.config, resolve=True)
     architecture = _remove_backends(config["model"])

@@ -11,11 +11,11 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.utils import save_image
 
+from .. import _compat
 from ..layer import FixedDecoder
 from ..monitoring import tau_and_threshold
 from .files import atomic_write
@@ -25,7 +25,7 @@ def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
     """The name, tau and V_th (their means, where a layer has many) of every neuron in ``net``."""
     found = {}
     for name, node in net.named_modules():
-        if isinstance(node, BaseNode):
+        if isinstance(node, _compat.NEURONS):
             tau, threshold = tau_and_threshold(node)
             found[name] = {"tau": np.inf if tau is None else tau, "v_threshold": threshold}
     return found

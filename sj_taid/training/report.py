@@ -20,10 +20,10 @@ from typing import Any
 import pandas as pd
 import torch
 from omegaconf import OmegaConf
-from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor
 from torchvision.utils import save_image
 
+from .. import _compat
 from .._extras import needs
 from ..model.block import seeded
 from .callbacks import Pictures, show_progress
@@ -85,7 +85,7 @@ def inspect(run: Run, trust: Sequence[str] = ()) -> dict[str, Any]:
 
     with ExitStack() as hooks, seeded(SEED), torch.no_grad():
         for name, module in model.named_modules():
-            if isinstance(module, BaseNode):
+            if isinstance(module, _compat.NEURONS):
                 hooks.enter_context(module.register_forward_hook(record_rate(name)))
         output = model(images)
     if hasattr(output, "image"):

@@ -59,8 +59,8 @@ def validate(cfg: DictConfig) -> None:
     task, data = (find_class(cfg[part]._target_, cfg.trust) for part in ("task", "dataset"))
     if not issubclass(data, task.takes):
         raise ValueError(
-            f"{cfg.task._target_} takes a {task.takes.__name__}, but dataset={cfg.dataset.name} is "
-            f"a {data.__name__}; for recordings add task=classification"
+            f"{task.__name__} takes {task.takes.__name__}, but dataset={cfg.dataset.name} is "
+            f"{data.__name__}; for recordings add task=classification"
         )
     for key, (choice, name, own) in OF_ONE_TASK.items():
         if OmegaConf.select(cfg, key) and own not in cfg.task:

@@ -8,6 +8,7 @@ import pages
 import pandas as pd
 import pytest
 import store
+from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
 from sj_taid.training import columns, compare, run
@@ -103,6 +104,13 @@ def test_start_map_counts_the_starts_near_the_best(sweep, tmp_path, monkeypatch)
 
 
 # ---- the committed results ----
+
+
+def test_pages_draw_and_tabulate_the_stored_benchmarks(tmp_path):
+    pages.draw_frontier(tmp_path / "frontier.png")
+    assert mpimg.imread(tmp_path / "frontier.png").std() > 0
+    table = pages.norm_and_neuron()
+    assert {*table["of plain's time"][table["pair"] == "plain"]} == {"1.00"}
 
 
 def test_published_values_have_a_column_and_a_source():

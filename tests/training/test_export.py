@@ -95,6 +95,9 @@ def test_export_of_the_best_epoch(tmp_path):
     best = metrics["accuracy_best_validation_epoch"]
     assert f"| accuracy, best validation epoch, % ↑ | {100 * best:.2f} |" in card
     assert "last epoch" not in card
+    other = shutil.copy(Run(folder).checkpoint, Run(folder).best.with_name("epoch=0.ckpt"))
+    with pytest.raises(ValueError, match=r"epoch=0\.ckpt was not tested; export the run, or its"):
+        export(other, "other", tmp_path)
 
 
 def test_export_errors(runs, tmp_path, sj_taid):

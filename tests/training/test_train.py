@@ -229,7 +229,10 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
         ("feature_loss=classifier dataset.classes=null", r"^feature_loss\.classes must be"),
         ("feature_loss=classifier task=classification model=classifier_small", "is for task=gen"),
         ("model.chroma_weight=1", r"^chroma_weight=1 is for images of 3(?s:.*)\n\(of .*FSVAE\)$"),
-        ("dataset=nmnist", r"dataset=nmnist holds recordings.*task=classification"),
+        (
+            "dataset=nmnist",
+            r"takes ImageData, but dataset=nmnist is NMNIST; for recordings add task=cl",
+        ),
         ("task=generation model=classifier_small", "Classifier lacks training_loss, sample; "),
         (
             "+callbacks.swa._target_=lightning.pytorch.callbacks.StochasticWeightAveraging",

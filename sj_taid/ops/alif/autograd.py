@@ -153,7 +153,10 @@ def _schema(arguments: Any) -> str:
 
 
 def empty_outputs(*arguments: Any) -> tuple[Tensor, ...]:
-    """The results of :class:`Forward`, allocated: spikes and voltages in ``x_seq``'s layout."""
+    """The results of :class:`Forward`, allocated: spikes and voltages in ``x_seq``'s layout.
+
+    The kernels check layouts, not this: Inductor traces it with others, which it restores later.
+    """
     call = Forward(*arguments)
     x_seq, dtype = call.x_seq, state_dtype(call.x_seq.dtype)
     step, room = x_seq[0], x_seq.new_empty
@@ -190,10 +193,7 @@ def empty_statistics(x_seq: Tensor) -> Tensor:
 def check_layout(
     x_seq: Tensor, sequences: tuple[Tensor | None, ...] = (), steps: tuple[Tensor | None, ...] = ()
 ) -> None:
-    """Raise an error unless the operator's tensors have the layout that kernels rely on.
-
-    Not while a graph is compiled: Inductor tries other layouts, and restores them at the operator.
-    """
+    """Raise an error unless the operator's tensors have the layout that kernels rely on."""
     strides = x_seq.stride()
     if not (
         is_dense(x_seq)
