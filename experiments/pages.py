@@ -375,8 +375,7 @@ def neurons() -> pd.DataFrame:
 def norm_and_neuron() -> pd.DataFrame:
     """Time and memory of a batch norm and a LIF neuron alone, relative to the plain pair's."""
     rows = pd.read_csv(EPYC / "any_net-norm_and_neuron.csv")
-    plain = rows[rows["system"] == "plain"].set_index(["shape", "dtype"])["held_mb"]
-    held = rows["held_mb"] / rows.join(plain.rename("plain"), on=["shape", "dtype"])["plain"]
+    held = rows["held_mb"] / rows.groupby(["shape", "dtype"])["held_mb"].transform("first")
     columns = {
         "shape": rows["shape"],
         "dtype": rows["dtype"],

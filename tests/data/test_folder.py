@@ -100,8 +100,9 @@ def test_image_folder_names_a_damaged_image(tmp_path, dtype):
     cut(tmp_path / "00.png")
     Image.fromarray(np.zeros((9, 9), dtype)).save(tmp_path / "01.tif")
     module = folder(tmp_path, test_share=0.5)
-    for name, loader in (("00", module.train_dataloader()), ("01", module.test_dataloader())):
-        with pytest.raises(OSError, match=rf"{name}\.\w+ cannot be read \(.*\); replace it, or"):
+    loaders = {r"00\.png": module.train_dataloader(), r"01\.tif": module.test_dataloader()}
+    for name, loader in loaders.items():
+        with pytest.raises(OSError, match=rf"{name} cannot be read \(.*\); replace it, or"):
             first(loader)
 
 

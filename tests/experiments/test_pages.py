@@ -8,7 +8,6 @@ import pages
 import pandas as pd
 import pytest
 import store
-from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
 from sj_taid.training import columns, compare, run
@@ -107,8 +106,9 @@ def test_start_map_counts_the_starts_near_the_best(sweep, tmp_path, monkeypatch)
 
 
 def test_pages_draw_and_tabulate_the_stored_benchmarks(tmp_path):
-    pages.draw_frontier(tmp_path / "frontier.png")
-    assert mpimg.imread(tmp_path / "frontier.png").std() > 0
+    picture = tmp_path / "frontier.png"
+    pages.draw_frontier(picture)
+    assert picture.stat().st_size > 10_000
     table = pages.norm_and_neuron()
     assert {*table["of plain's time"][table["pair"] == "plain"]} == {"1.00"}
 
