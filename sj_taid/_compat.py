@@ -54,11 +54,13 @@ def plain_kind(node: nn.Module) -> type[neuron.BaseNode] | None:
     return None if names & known - {"extra_repr", "supported_backends"} else kind
 
 
-def forget_reset_cache(net: nn.Module) -> None:
-    """Clear 2.x's cache of the modules that ``reset_net`` resets, after a swap."""
+def forget_reset_cache() -> None:
+    """Clear 2.x's cache of the modules that ``reset_net`` resets, after a swap.
+
+    All of it, as the net may be a part of others.
+    """
     if FUNCTIONAL_STATES:
-        for module in net.modules():
-            functional.invalidate_reset_cache(module)
+        functional.net_config._RESET_MODULE_CACHE.clear()
 
 
 def reset_value(node: neuron.BaseNode, memory: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ._checks import check, check_net, is_number
 from .convert import need_neurons
@@ -176,6 +177,10 @@ def _why_not(node: Any, calls: int, uses: int) -> str:
         return f"it is called {calls} times, and has one threshold"
     if uses > 1 and isinstance(node.v_threshold, Tensor):
         return "another neuron shares its threshold"
+    if is_parametrized(node, "v_threshold"):
+        return "its threshold is parametrized"
+    if torch.as_tensor(node.v_threshold).eq(math.inf).all():
+        return "its threshold is infinite: it never fires"
     return ""
 
 

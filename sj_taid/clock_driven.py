@@ -9,9 +9,10 @@ SpikingJelly had them up to 0.0.0.0.12, and most published nets import them. Imp
 
 The old names stand for today's classes, or for subclasses that only fill in the defaults of then,
 so :func:`sj_taid.accelerate` and :func:`sj_taid.swap_neurons` take them, and a ``state_dict`` keeps
-its keys. A name without a counterpart raises an ``ImportError`` that says what to use instead.
+its keys. A name without a counterpart raises an error that says what to use instead.
 
-Source: SpikingJelly 0.0.0.0.12; for ``cext.neuron`` 0.0.0.0.4, whose arguments are given by name.
+Source: SpikingJelly 0.0.0.0.12, with ``backend`` given by name; for ``cext.neuron`` 0.0.0.0.4, with
+all arguments given by name.
 """
 
 import abc
@@ -20,6 +21,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
+from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -271,14 +273,26 @@ class _OldModule(ModuleType):
         setattr(sys.modules[parent], child, self)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
+        raise AttributeError(self.explain(name))
+
+    def explain(self, name: str) -> str:
+        """What to use in place of a name."""
         module = self.__name__.removeprefix("spikingjelly.")
         instead = GONE.get(f"{module}.{name.removeprefix('MultiStep')}") or GONE.get(module)
         if instead is None and name.startswith("MultiStep"):
             instead = f'{name.removeprefix("MultiStep")}(..., step_mode="m")'
         instead = instead or "what spikingjelly.activation_based has"
-        raise ImportError(f"{self.__name__}.{name} is not in this SpikingJelly: use {instead}")
+        return f"{self.__name__}.{name} is not in this SpikingJelly: use {instead}"
+
+
+class _Explainer(MetaPathFinder):
+    """Says the same of ``from module import name``, where Python drops an ``AttributeError``."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        parent, _, name = fullname.rpartition(".")
+        module = sys.modules.get(parent)
+        if isinstance(module, _OldModule):
+            raise ImportError(module.explain(name))
 
 
 def _same_names(name: str) -> dict[str, Any]:
@@ -295,5 +309,6 @@ def _same_names(name: str) -> dict[str, Any]:
 
 if "spikingjelly.clock_driven" in sys.modules:
     raise ImportError("import sj_taid.clock_driven before spikingjelly.clock_driven")
+sys.meta_path.append(_Explainer())
 for _name, _names in NAMES.items():
     _OldModule(_name, _same_names(_name) | _names)

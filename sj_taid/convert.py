@@ -97,7 +97,7 @@ def swap_neurons(
             new.w.requires_grad_(learn_tau and old.w.requires_grad)
     _replace(net, new_of)
     name_neurons(net)
-    _compat.forget_reset_cache(net)
+    _compat.forget_reset_cache()
     return Report("neurons swapped", tuple(rows))
 
 
@@ -141,7 +141,6 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
         warnings.warn(message, stacklevel=2)
     _replace(copied, new_of)
     plain = new_of.get(copied, copied)  # a net may be one neuron
-    _compat.forget_reset_cache(plain)
     warn_at_reset(dict(plain.named_modules()))
     return plain
 
@@ -177,9 +176,9 @@ def find_neurons(net: nn.Module, kind: type | tuple[type, ...]) -> list[Site]:
     for path, module in net.named_modules(remove_duplicate=False):
         paths[module].append(path)
     sites = []
-    near = next(filter(torch.is_floating_point, net.parameters()), torch.empty(0))
+    near = next(filter(Tensor.is_floating_point, net.parameters()), torch.empty(0))
     for module, names in paths.items():
-        near = next(filter(torch.is_floating_point, module.parameters(recurse=False)), near)
+        near = next(filter(Tensor.is_floating_point, module.parameters(recurse=False)), near)
         if isinstance(module, kind):
             sites.append(Site(module, tuple(names), near.device, near.dtype))
     return sites
@@ -232,6 +231,8 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
         return "it is the net itself; put it in a module: nn.Sequential(net)"
     if _compat.plain_kind(node) and filter is not None and not filter(site.path, node):
         return "declined by filter"
+    if node.v_threshold == math.inf:
+        return "its threshold is infinite: it never fires"
     return why_no_alif(node)
 
 
@@ -297,7 +298,7 @@ def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
         **options,
     )
     if site.dtype == torch.float64:
-        alif.double()
+        alif.double().v_threshold.data.fill_(node.v_threshold)
     alif.to(site.device)
     if isinstance(node, neuron.ParametricLIFNode):
         if node.w.dtype == alif.w.dtype:

@@ -15,7 +15,8 @@ def parameter_groups(
     """Groups for any torch optimiser: the neurons' parameters, and all others.
 
     Args:
-        net: a module with :class:`~sj_taid.ALIFNode` s; PLIF's ``w`` counts too.
+        net: a module with :class:`~sj_taid.ALIFNode` s or PLIFs, whose parameters include those of
+            their surrogates and parametrizations.
         lr: the learning rate of everything else.
         lr_scale: the neurons learn at ``lr * lr_scale``; 10 as measured in ``RESULTS.md``.
         weight_decay: of the neurons; it pulls tau to 2 and thresholds to 0. The others take the
@@ -40,7 +41,7 @@ def parameter_groups(
         parameter
         for module in net.modules()
         if isinstance(module, ALIFNode | neuron.ParametricLIFNode)
-        for parameter in module.parameters(recurse=False)
+        for parameter in module.parameters()
     }
     learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
     groups = [

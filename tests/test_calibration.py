@@ -1,12 +1,14 @@
 """``calibrate``: the target rate on any net, nothing else changed, and why it is missed."""
 
 import copy
+import math
 
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import sj_taid
 from sj_taid import ALIFNode, _compat, calibrate, monitor
@@ -158,11 +160,15 @@ class Hostile(nn.Module):
         )
         self.other.v_threshold = self.one.v_threshold
         self.stepped = layer.MultiStepContainer(neuron.LIFNode())
+        self.positive = ALIFNode(step_mode="m")
+        register_parametrization(self.positive, "v_threshold", nn.Softplus())
+        self.readout = neuron.LIFNode(step_mode="m", v_threshold=math.inf)
         self.fine = neuron.LIFNode(step_mode="m", v_threshold=7.0)
 
     def forward(self, x_seq):
         x_seq = self.twice(self.second(self.twice(self.first(x_seq))))
-        return self.fine(self.first.bias + self.stepped(self.other(self.one(x_seq))))
+        x_seq = self.first.bias + self.stepped(self.other(self.one(x_seq)))
+        return self.fine(x_seq), self.readout(self.positive(x_seq))
 
 
 def test_calibrate_reports_neurons_without_a_threshold_of_their_own():
@@ -175,9 +181,11 @@ def test_calibrate_reports_neurons_without_a_threshold_of_their_own():
         "one": shares,
         "other": shares,
         "stepped.0": "it is in step mode 's'; calibrate sees whole sequences alone",
+        "positive": "its threshold is parametrized",
+        "readout": "its threshold is infinite: it never fires",
     }
     assert all(row.v_threshold == row.v_threshold_before for row in report.missed)
-    assert report.rows[1].rate is None and "1 layers calibrated, 5 missed" in str(report)
+    assert report.rows[1].rate is None and "1 layers calibrated, 7 missed" in str(report)
 
 
 NONE = "no threshold gives the rate: the nearest is"

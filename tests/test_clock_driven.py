@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from spikingjelly import activation_based as today
@@ -288,8 +289,16 @@ def test_vgg_is_todays_with_the_arguments_of_then():
     ],
 )
 def test_name_without_a_counterpart_says_what_to_use(statement, use):
-    with pytest.raises(ImportError, match=f"is not in this SpikingJelly: use .*{use}"):
+    error = AttributeError if statement.endswith("a.x") else ImportError
+    with pytest.raises(error, match=f"is not in this SpikingJelly: use .*{use}"):
         exec(statement)
+
+
+def test_name_without_a_counterpart_can_be_asked_for():
+    assert not hasattr(neuron, "MultiStepEIFNode")
+    add = np.frompyfunc(lambda a, b: a + b, 2, 1)  # pickle looks for it in all modules
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(add)
 
 
 def test_import_comes_first():

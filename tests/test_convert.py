@@ -181,6 +181,7 @@ def test_swap_reports_what_it_keeps_with_the_reason():
         "declined": (neuron.LIFNode(), "declined by filter"),
         "threshold": (threshold, "its threshold is a tensor"),
         "untau": (untau, "its tau is 1.0"),
+        "readout": (neuron.LIFNode(v_threshold=math.inf), "its threshold is infinite"),
     }
     if _compat.FUNCTIONAL_STATES:
         reasons["policy"] = half, "it has a precision policy"
@@ -229,6 +230,10 @@ def test_swap_lets_reset_net_find_the_new_neurons():
     old = list(net.modules())  # keeps SpikingJelly's cached references alive
     functional.reset_net(net)
     functional.reset_net(net[2])
+    swap_neurons(net[2])  # a part of the net
+    net(torch.rand(1, 2))
+    functional.reset_net(net)
+    assert net[2][0].v == 0.0
     swap_neurons(net)
     net(torch.rand(1, 2))
     functional.reset_net(net[2])
@@ -243,6 +248,12 @@ def test_swap_takes_dtype_and_device_of_the_neighbours():
     swap_neurons(net)
     assert net[1].w.dtype == net[1].v_threshold.dtype == torch.float64
     assert net[1].w.sigmoid().item() == pytest.approx(1.0 / 3.0, rel=1e-15)
+    net = nn.Sequential(nn.Linear(2, 2).double(), neuron.LIFNode(v_threshold=0.3))
+    swap_neurons(net)
+    assert net[1].v_threshold.item() == 0.3
+    net = nn.Sequential(nn.LazyLinear(2, dtype=torch.float64), neuron.LIFNode())
+    swap_neurons(net)
+    assert net[1].w.dtype == torch.float64
     on_meta = nn.Linear(2, 2, device="meta")
     net = nn.Sequential(on_meta, neuron.LIFNode(), nn.Linear(2, 2), neuron.IFNode())
     swap_neurons(net)

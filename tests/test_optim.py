@@ -4,6 +4,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import neuron
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from sj_taid import ALIFNode, parameter_groups
 
@@ -24,6 +25,13 @@ def test_parameter_groups_hold_every_learned_parameter_once():
     assert neurons["params"] == [shared.w, shared.v_threshold, net[4].v_threshold, net[5].w]
     assert (weights["lr"], neurons["lr"], neurons["weight_decay"]) == (0.1, 0.05, 0.2)
     assert "weight_decay" not in weights
+
+
+def test_parameter_groups_know_a_parametrized_threshold():
+    node = ALIFNode(v_threshold=0.5)
+    register_parametrization(node, "v_threshold", nn.Softplus())
+    (neurons,) = parameter_groups(node, lr=0.1)
+    assert {*neurons["params"]} == {node.w, node.parametrizations.v_threshold.original}
 
 
 def test_parameter_groups_learn_at_their_rates_under_a_scheduler():
