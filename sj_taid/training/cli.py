@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .._extras import REMEDY, TRAIN, needs
-from .config import CONF, VERSION, key_of, select_overrides
+from .config import CONF, VERSION, key_of, quote, select_overrides
 from .run import OVERRIDES
 
 #: commands whose arguments are Hydra's overrides of conf/<command>.yaml
@@ -154,7 +154,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     started_with = [*OmegaConf.load(folder / OVERRIDES)]
     added = {key_of(override) for override in started_with if override.startswith("+")}
     others = [f"++{other}" if other.partition("=")[0] in added else other for other in others]
-    return select_overrides([*started_with, f"hydra.run.dir='{folder}'", *others])
+    return select_overrides([*started_with, f"hydra.run.dir={quote(str(folder))}", *others])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,6 +33,11 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def quote(text: str) -> str:
+    """The text as a value of Hydra's overrides."""
+    return "'" + text.replace("'", r"\'") + "'"
+
+
 def select_overrides(
     overrides: Iterable[str], ignored: Collection[str] = (), data_class: str = ""
 ) -> list[str]:

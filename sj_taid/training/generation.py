@@ -146,9 +146,9 @@ class Generation(Autoencoding):
         model = self.model
         draw_grid(model.sample(64), folder / "samples.png", 16)
         draw_reconstructions(images, model(images).image, folder / "reconstructions.png")
-        if isinstance(model, SpikingVAE):
+        decoder: Any = getattr(model, "image_decoder", None)
+        if isinstance(model, SpikingVAE) and hasattr(decoder, "attention"):
             sequence = model.decode_sequence(model.latent_spikes(images))
-            decoder: Any = model.image_decoder
             draw_attention(decoder.attention(sequence), folder / "attention.png")
 
 

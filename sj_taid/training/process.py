@@ -32,7 +32,8 @@ def reuse_freed_memory() -> None:
 
 def silence_notes() -> None:
     """Silence warnings of libraries about what is intended, or what no user can change."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices and services
+    # devices and services
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not there
     for note in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch

@@ -97,6 +97,10 @@ class Task(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         load_weights(self.model, checkpoint, self.trainer.ckpt_path or "the checkpoint")
         self.untrained_metrics = checkpoint["untrained_metrics"]
+        fit = checkpoint["loops"]["fit_loop"]
+        if not fit["epoch_loop.batch_progress"]["is_last_batch"]:  # max_steps or max_time ended it
+            for count in ("total", "current"):
+                fit["epoch_progress"][count]["processed"] -= 1
         trained, epochs = checkpoint["epoch"] + 1, self.trainer.max_epochs
         if epochs is not None and 0 <= epochs < trained:
             raise ValueError(

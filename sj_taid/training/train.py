@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from .checkpoint import (
     save_flow,
 )
 from .columns import format_metrics, learned_nothing
+from .config import quote
 from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
 from .run import METRICS, Run, build_data, build_part, is_first_process
@@ -178,12 +180,14 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
 
 
 def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
+    if wandb := sys.modules.get("wandb"):
+        wandb.finish()  # or Lightning goes on with the run of a sweep's job before
     return instantiate(
         cfg.trainer,
         default_root_dir=run.folder,
         logger=instantiate(cfg.logger)(save_dir=run.folder) if cfg.get("logger") else False,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *instantiate(cfg.trainer.get("plugins") or [])],
     )
 
 
@@ -271,7 +275,7 @@ def closing_lines(run: Run) -> str:
 def list_repeated_overrides(job: Any) -> list[str]:
     """The overrides of a command line that ``resume=`` repeats, and where custom configs are."""
     custom = [
-        f"{source.schema}://{source.path}"
+        quote(f"{source.schema}://{source.path}")
         for source in job.runtime.config_sources
         if source.provider.endswith("command-line")
     ]

@@ -28,6 +28,8 @@ RULES: dict[str, Rule] = {
     "trainer.max_epochs": integer(0),
     "trainer.limit_test_batches": ("more than 0", lambda x: is_number(x) and x > 0),
 }
+#: of these, what null does not stand for a default of
+NEVER_NULL = {"seed", "trainer.max_epochs"}
 #: keys of a config next to its groups
 KEYS = {"cache_dir", "checkpoint", "compile", "objective", "pictures", "seed", "trust"}
 #: what one task alone takes: the choice that sets it, the task, and what is in its config alone
@@ -35,6 +37,12 @@ OF_ONE_TASK = {
     "loss": ("loss=", "classification", "loss"),
     "model.per_channel": ("neuron=alif_channel", "classification", "loss"),
     "feature_loss": ("feature_loss=", "generation", "feature_loss"),
+}
+#: arguments of Lightning's Trainer that have a place of their own
+OUTSIDE_TRAINER = {
+    "logger": "logger=",
+    "callbacks": "callbacks=",
+    "default_root_dir": "hydra.run.dir=",
 }
 
 
@@ -49,7 +57,7 @@ def validate(cfg: DictConfig) -> None:
     if words:
         raise ValueError(f"{', '.join(sorted(words))} must be true or false")
     for key, rule in RULES.items():
-        if (value := OmegaConf.select(cfg, key)) is not None or key == "seed":
+        if (value := OmegaConf.select(cfg, key)) is not None or key in NEVER_NULL:
             check(rule, **{key: value})
     keys = KEYS | {path.name for path in Path(CONF).iterdir() if path.is_dir()}
     if unknown := cfg.keys() - keys:
@@ -70,6 +78,9 @@ def validate(cfg: DictConfig) -> None:
     objectives = [*task.objectives, "epochs", "parameters", "training_seconds"]
     if cfg.objective not in objectives:
         raise ValueError(f"objective={cfg.objective} is none of {', '.join(objectives)}")
+    for key, instead in OUTSIDE_TRAINER.items():
+        if key in cfg.trainer:
+            raise ValueError(f"trainer.{key} is set by {instead}; give that")
     callbacks = (cfg.get("callbacks") or {}).values()
     if any("StochasticWeightAveraging" in str(callback._target_) for callback in callbacks):
         raise ValueError(

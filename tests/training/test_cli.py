@@ -109,7 +109,7 @@ def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
 
 
 def test_resume_arguments(tmp_path):
-    folder = tmp_path / "it is neuron=lif,seed=0 [a]"
+    folder = tmp_path / "it's neuron=lif,seed=0 [a]"
     assert cli.resume_arguments(["seed=1", "-m"]) == ["seed=1", "-m"]
     folder.mkdir()
     (folder / run.OVERRIDES).write_text("- neuron=lif\n- model.stages=[[4],[6]]\n")
@@ -171,7 +171,7 @@ class CtrlC(L.Callback):
 
 
 def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_path):
-    custom = tmp_path / "custom" / "callbacks"
+    custom = tmp_path / "one's own" / "callbacks"
     custom.mkdir(parents=True)
     folder = tmp_path / "run"
 
@@ -193,8 +193,10 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
 
 def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):
     caplog.set_level("INFO")
-    train("trainer.max_epochs=0", "callbacks=quiet", "seed=3", "pictures=true")
+    options = ["callbacks=quiet", "seed=3", "pictures=true", "+trainer.profiler=simple"]
+    train("trainer.max_epochs=0", *options)
     assert f"Metrics: {tmp_path / 'run' / run.METRICS}" in caplog.messages[-1]
+    assert "FIT Profiler Report" in caplog.text
     metrics = json.loads((tmp_path / "run" / run.METRICS).read_text())
     assert metrics["epochs"] == 0 and "seed=3" in metrics["overrides"]
     assert metrics["command"] == shlex.join(["sj-taid", "train", *metrics["overrides"]])

@@ -42,9 +42,10 @@ def test_resumed_run_has_config_and_metrics_in_a_csv_log_of_its_own(tiny, tmp_pa
 
 
 @pytest.mark.slow
-def test_wandb_has_a_run(tiny, tmp_path, monkeypatch):
+def test_wandb_has_a_run_for_each_job(tiny, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train(tiny(*TINY_AUTOENCODING, "logger=wandb", tiny=False), tmp_path)
+    for job in "ab":
+        train(tiny(*TINY_AUTOENCODING, "logger=wandb", tiny=False), tmp_path / job)
     wandb.finish()
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert all(list((tmp_path / job).glob("wandb/offline-run-*/*.wandb")) for job in "ab")

@@ -14,7 +14,7 @@ from sj_taid.data import Digits
 from sj_taid.training import run, sample
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
-from sj_taid.training.train import count_classes, train
+from sj_taid.training.train import build_trainer, count_classes, train
 from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, command, write_images
 
 PICTURES = [
@@ -75,6 +75,37 @@ def test_train_for_a_time_and_keep_every_epoch(tiny, tmp_path):
     metrics = train(tiny("trainer.max_epochs=1000", *options), tmp_path)
     assert 0 < metrics["epochs"] < 1000
     assert len([*tmp_path.rglob("*.ckpt")]) >= metrics["epochs"] + 1
+
+
+def test_train_goes_on_within_the_epoch_that_max_steps_ended(tiny, tmp_path):
+    steps = [tiny("trainer.max_epochs=3", f"+trainer.max_steps={n}") for n in (3, 6)]
+    train(steps[0], tmp_path)
+    assert train(steps[1], tmp_path)["epochs"] == 3
+    assert read_checkpoint(run.Run(tmp_path).checkpoint)["global_step"] == 6
+
+
+def test_build_trainer_takes_plugins(tiny, tmp_path):
+    double = "[{_target_: lightning.pytorch.plugins.precision.DoublePrecision}]"
+    cfg = tiny(f"+trainer.plugins={double}", "~trainer.precision")
+    assert build_trainer(cfg, run.Run(tmp_path), []).precision == "64-true"
+
+
+class LastStep(torch.nn.Module):
+    """A decoder of one's own."""
+
+    def __init__(self, T):
+        super().__init__()
+        self.T = T
+
+    def forward(self, x_seq):
+        return x_seq[-1]
+
+
+def test_train_with_a_decoder_of_ones_own(tiny, tmp_path):
+    name = f"{__name__}.LastStep"
+    decoder = [f"decoder._target_={name}", "~decoder.kernel_size", "~decoder.squeeze"]
+    train(tiny(*decoder, f"trust=[{name}]", "pictures=true"), tmp_path)
+    assert (tmp_path / "samples.png").is_file() and not (tmp_path / "attention.png").exists()
 
 
 #: a neuron, ALIF in two ways among them, for each image decoder
@@ -222,6 +253,8 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
         ("trainer.limit_test_batches=0", r"^trainer\.limit_test_batches must be more than 0"),
         ("optimizer.lr=abc", r"^optimizer\.lr must be a number >= 0, but it is 'abc'"),
         ("trainer.max_epochs=1.5", r"^trainer\.max_epochs must be an integer >= 0"),
+        ("trainer.max_epochs=null", r"^trainer\.max_epochs must be an integer >= 0"),
+        ("+trainer.logger=false", r"^trainer\.logger is set by logger=; give that"),
         ("model.image_decoder=taid", "is 'taid'; on the command line choose it with decoder=NAME"),
         ("loss=tet", "is for task=classification; add that, or leave loss= out"),
         ("neuron=alif_channel", "is for task=classification; add that"),
