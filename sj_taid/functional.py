@@ -68,6 +68,7 @@ def alif_multi_step(
     ([0.0, 1.0, 0.0], [0.5])
     """
     _check_sequence(x_seq)
+    x_seq = _savable(x_seq)
     v = _check_state(v, x_seq, (x_seq.shape if layout is None else layout[0])[1:])
     for name, parameter in (("w", w), ("v_threshold", v_threshold)):
         _check_parameter(name, parameter, x_seq)
@@ -176,9 +177,14 @@ def _check_state(v: Tensor | float, x_seq: Tensor, shape: tuple[int, ...]) -> Te
             f"{list(shape)}; reset between sequences: functional.reset_net(net)"
         )
     _check_device("the membrane potential", v, x_seq)
-    if not torch.compiler.is_compiling() and v.is_inference() and torch.is_grad_enabled():
-        v = v.clone()  # autograd cannot save what inference mode made
-    return v.to(state_dtype(x_seq.dtype))
+    return _savable(v).to(state_dtype(x_seq.dtype))
+
+
+def _savable(x: Tensor) -> Tensor:
+    """``x``, or a copy where autograd could not save it, which inference mode made."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.is_inference():
+        return x
+    return x.clone()
 
 
 def _check_parameter(name: str, parameter: Tensor, x_seq: Tensor) -> None:

@@ -67,18 +67,19 @@ class Term(NamedTuple):
     restore: Callable[..., Tensor]
     size: int = 1
     peak: int | None = None
-    is_reference: bool = False
+    references: int = 0
 
 
 class Packing:
     """How the values of a dense tensor are saved.
 
     ``peak``: no value is larger, if all are whole numbers from 0. ``terms``: how many tensors they
-    are the sum of.
+    are the sum of; ``references``: how many of these stay in memory.
     """
 
     peak: int | None = None
     terms = 1
+    references = 0
     #: what to save of a tensor that shows these values
     parts: Callable[[Tensor], tuple[Tensor, ...]]
     #: all the values of these parts, in a tensor of the same memory order
@@ -104,7 +105,7 @@ class Packing:
         def restore(*parts: Tensor) -> Tensor:
             return self.restore(*parts).as_strided(*view)
 
-        return Term(self.parts(tensor), restore, self.terms, self.peak)
+        return Term(self.parts(tensor), restore, self.terms, self.peak, self.references)
 
 
 class Counts(Packing):
@@ -138,6 +139,7 @@ class Sum(Packing):
         super().__init__(tensor)
         self._first, self._second = first, second
         self.terms = first.size + second.size
+        self.references = first.references + second.references
         if first.peak is not None and second.peak is not None:
             self.peak = first.peak + second.peak
 
@@ -189,11 +191,20 @@ class Known(Tensor):
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
-            return self.plain("deepcopy").__deepcopy__(memo)
+            values = self.plain("deepcopy")
+            values = values.detach() if self.is_leaf else values
+            return values.__deepcopy__(memo).requires_grad_(self.requires_grad)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.unbind()) if self.dim() else super().__iter__()
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             return repr(self.plain("print"))
+
+    def __format__(self, spec: str) -> str:
+        with torch._C.DisableTorchFunctionSubclass():
+            return format(self.plain("print"), spec)
 
     @classmethod
     @torch._disable_dynamo
@@ -223,8 +234,9 @@ class Known(Tensor):
             plane = tensors[0].shape[-int(name[-2]) :].numel() if name in _POOLS else None
             with saving(known, plane):
                 result = func(*args, **kwargs)
-            if isinstance(result, Tensor):
-                _describe(result, known, peak, terms)
+            for tensor in _flat([result]):
+                if isinstance(tensor, Tensor):
+                    _describe(tensor, known, peak, terms)
             return result
 
 
@@ -347,20 +359,25 @@ def _peak_of(
 def _terms(name: str, args: tuple[Any, ...]) -> tuple[Term, ...]:
     """The two terms of a sum, taken before an addition in place changes one; none of other calls.
 
-    A tensor that is the sum of too many stands for itself.
+    A tensor that is not known, or is the sum of too many, stays in memory for it: one at most, as
+    two take more memory than their sum, and none that may change, outside the graph or in place.
     """
     is_sum = name in _ADDS and len(args) == 2
     if not is_sum or not torch.is_grad_enabled() or _graph.has_other_hooks():
         return ()
     if not all(isinstance(t, Tensor) for t in args) or _form(args[0]) != _form(args[1]):
         return ()
-    terms = [(isinstance(t, Known) and t.term()) or _reference(t) for t in args]
-    if sum(term.size for term in terms) > _MOST_TERMS:
-        pairs = zip(args, terms, strict=True)
-        terms = [_reference(t) if term.size > 1 else term for t, term in pairs]
-    # What changes in place cannot be referred to.
-    is_lost = terms[0].is_reference if name in _ADDS_IN_PLACE else False
-    return () if is_lost or all(term.is_reference for term in terms) else tuple(terms)
+    terms = [t.term() if isinstance(t, Known) else None for t in args]
+    if sum(term.size if term else 1 for term in terms) > _MOST_TERMS:
+        terms = [term if term and term.size == 1 else None for term in terms]
+    stays = [t.grad_fn is not None for t in args]
+    stays[0] &= name not in _ADDS_IN_PLACE
+    terms = [
+        _reference(t) if term is None and stay else term
+        for t, term, stay in zip(args, terms, stays, strict=True)
+    ]
+    known = [term for term in terms if term]
+    return tuple(known) if len(known) == 2 and sum(t.references for t in known) < 2 else ()
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
@@ -368,7 +385,7 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _reference(tensor: Tensor) -> Term:
-    """A term that stays in memory, where it mostly is anyway."""
+    """A term that stays in memory."""
     values, version = tensor.detach(), _graph.version_of(tensor)
 
     def restore(value: Tensor) -> Tensor:
@@ -379,7 +396,7 @@ def _reference(tensor: Tensor) -> Term:
             )
         return value
 
-    return Term((values,), restore, is_reference=True)
+    return Term((values,), restore, references=1)
 
 
 def _describe(
@@ -390,10 +407,14 @@ def _describe(
         return
     for tensor in known:
         if isinstance(tensor, Compact) and tensor._packing.describes(result):  # a view
-            # What is detached from a sum must not keep its terms.
-            is_cut = tensor.requires_grad and not result.requires_grad
-            if not isinstance(result, Known) and not (is_cut and tensor._packing.terms > 1):
-                compact(result, tensor._packing)
+            packing = tensor._packing
+            if packing.terms > 1 and tensor.requires_grad and not result.requires_grad:
+                # What is detached from a sum must not keep its terms, and may change its values.
+                packing.is_known = False
+                packing = Packing(result)
+                packing.is_known = False
+            if not isinstance(result, Known):
+                compact(result, packing)
             return
     if not terms and (peak is None or peak > _LARGEST):
         return

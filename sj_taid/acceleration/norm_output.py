@@ -71,6 +71,7 @@ class NormCall:
         self.x, self.norm, self.readers = x.detach(), norm.detach(), readers
         self._version = _graph.version_of(x)
         self.gradient = _Watch()
+        self.hooks = _graph.saving_hooks()
         self.saves_input = torch.is_grad_enabled() and not _graph.is_checkpointed()
 
     def check_input(self) -> None:
@@ -181,10 +182,13 @@ class NormOutput(Known):
 
     #: the norm's input and the norm, of the output and its views that have a graph
     _inputs: tuple[Tensor, Norm] | None = None
+    _content: _Content
+    _at: Tensor
+    _made: Tensor
 
     @staticmethod
     def __new__(cls, content: _Content, at: Tensor, made: Tensor) -> NormOutput:
-        return Tensor._make_wrapper_subclass(
+        output = Tensor._make_wrapper_subclass(
             cls,
             made.shape,
             strides=made.stride(),
@@ -192,9 +196,9 @@ class NormOutput(Known):
             dtype=made.dtype,
             device=content.call.x.device,
         )
-
-    def __init__(self, content: _Content, at: Tensor, made: Tensor) -> None:
-        self._content, self._at, self._made = content, at, made
+        # Not in __init__, which torch.Tensor(y) would call with y.
+        output._content, output._at, output._made = content, at, made
+        return output
 
     @classmethod
     def of(cls, call: NormCall, at: Tensor, made: Tensor) -> NormOutput:
@@ -274,6 +278,9 @@ class NormOutput(Known):
             inputs = self._inputs if _comes_from_norm(self.grad_fn) else None
         if call.gradient.has_hooks or inputs is None:
             return "a hook or a function of its own stands between"
+        # Hooks around the checkpoint may give its recomputation the values.
+        if _graph.is_checkpointed() and call.hooks != _graph.saving_hooks():
+            return "gradient checkpointing begins between them"
         x, norm = inputs
         if x.shape[0] % steps or (steps > 1 and self._at.stride(0) * steps != x.numel()):
             return "time is not the outermost axis in memory"

@@ -425,6 +425,30 @@ def test_saved_bytes_are_those_of_training(monkeypatch):
     assert saved[0] == before and saved[1] < 0.85 * unpacked
 
 
+class Branches(nn.Module):
+    """The sum of spikes and of layers of them."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.lif = neuron.LIFNode(step_mode="m")
+        self.branches, self.head = (
+            nn.ModuleList(nn.Linear(64, 64) for _ in range(count)),
+            nn.Linear(64, 64),
+        )
+
+    def forward(self, x):
+        spikes = h = self.lif(x)
+        for branch in self.branches:
+            h = h + branch(spikes)
+        return self.head(h)
+
+
+def test_a_sum_is_never_saved_in_more_bytes_than_it_has():
+    x = 2 * torch.rand(8, 4, 64)
+    saved = [accelerate(Branches(count), x).saved_bytes[1] for count in (1, 2, 3, 4)]
+    assert saved == [x.nbytes + x.nbytes // 32] * 4
+
+
 class Block(nn.Sequential):
     """What memopt recomputes."""
 

@@ -113,7 +113,29 @@ def shown(step, y):
     step.seen.append(
         torch.tensor([float(torch.tensor(y.tolist()).sum()), float("grad" in repr(y))])
     )
+    step.seen.append(torch.tensor([float(f"{y[0, 0, 0, 0, 0]:.1f}")]))
     return y
+
+
+def written_step_by_step(step, y):
+    for image in y:
+        image.data[:, 0] = 0.25
+    for part in y.chunk(2, dim=2):
+        part.data.mul_(0.5)
+    return y
+
+
+def written_behind_a_sum(step, y):
+    total = y + y.square()
+    total.detach().numpy()[:] *= 0.5
+    return total
+
+
+def summed_with_what_changes(step, y):
+    noise, sums = torch.empty_like(y.detach()), []
+    for value in (0.25, 0.5):
+        sums.append(y + noise.fill_(value))
+    return sums[0].square() + sums[1].square()
 
 
 def counted(step, y):
@@ -137,6 +159,9 @@ READERS = TOUCHES | {
     "written through a view": written_through_a_view,
     "inference mode": peeked_without_gradients,
     "checkpoint": checkpointed(reentrant=False),
+    "checkpoint in a checkpoint": lambda step, y: checkpoint(
+        READERS["checkpoint"], step, y, use_reentrant=False
+    ),
     "reentrant checkpoint": checkpointed(reentrant=True),
     "autocast": autocast,
     "printed": shown,
@@ -166,6 +191,12 @@ READERS = TOUCHES | {
     ),
     "many summands": lambda step, y: sum([y] * 7).square(),
     "saved on cpu": saved_on_cpu,
+    "data in place, step by step": written_step_by_step,
+    "data of a sum in place": written_behind_a_sum,
+    "sum with what changes": summed_with_what_changes,
+    "deepcopy of a leaf": lambda step, y: y + copy.deepcopy(y.detach().requires_grad_()).detach(),
+    "parameter": lambda step, y: y + nn.Parameter((y + y.square()).clone()).detach(),
+    "legacy constructor": lambda step, y: y + torch.Tensor(y.detach()),
     "data in place": lambda step, y: (y.data[:, :, 0].mul_(0.5), y)[1],
     "data replaced": lambda step, y: (setattr(y, "data", 0.5 * y.detach()), y)[1],
     "returned": lambda step, y: (step.more.append(y), y)[1],
@@ -220,7 +251,7 @@ def test_reader(reader, place):
             break
     fast = copy.deepcopy(net)
     sj_taid.accelerate(fast)
-    if (reader, place) == ("data in place", "spikes behind a layer"):
+    if reader.startswith("data in place") and place == "spikes behind a layer":
         pytest.skip("plain autograd takes the changed values for what the layer has read")
     options = {"context": torch.enable_grad if PLACES[place] else EVALUATION}
     late = "behind" in place and any(word in reader for word in LATE)
@@ -307,6 +338,46 @@ def test_sum_with_an_inference_tensor():
         step.head(step.lif(y) + teacher).square().sum().backward()
         grads.append([p.grad for p in step.parameters()])
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("around", ["save_on_cpu", "checkpoint", "nothing"])
+def test_checkpoint_that_starts_between_norm_and_neuron(around):
+    net, x = Net("nothing", "spikes"), torch.randn(3, 2, 3, 4, 5)
+    fast = copy.deepcopy(net)
+    sj_taid.accelerate(fast)
+
+    def spike(step, y):
+        functional.reset_net(step)
+        return step.lif(y)
+
+    def forward(step, x):
+        y = step.norm(step.conv(x))
+        return step.head(checkpoint(spike, step, y, use_reentrant=False))
+
+    grads = []
+    for step in (net, fast):
+        if around == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                out = forward(step, x)
+        elif around == "checkpoint":
+            out = checkpoint(forward, step, x, use_reentrant=False)
+        else:
+            out = forward(step, x)
+        out.square().sum().backward()
+        grads.append([p.grad for p in step.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_neuron_on_an_inference_tensor():
+    node, grads = neuron.ParametricLIFNode(step_mode="m"), []
+    with torch.inference_mode():
+        x = torch.rand(4, 3, 5)
+    for net in (nn.Sequential(copy.deepcopy(node)), nn.Sequential(node)):
+        if grads:
+            sj_taid.accelerate(net)
+        net(x).sum().backward()
+        grads.append(net[0].w.grad)
+    torch.testing.assert_close(*grads)
 
 
 def test_norm_whose_input_changes_raises_an_error():
