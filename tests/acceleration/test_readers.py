@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
+from sj_taid._compat import FUNCTIONAL_STATES
 from tests.acceleration.alike import EVALUATION, assert_alike, is_fragile, results
 from tests.acceleration.random_nets import TOUCHES, Scale
 
@@ -340,6 +341,7 @@ def test_sum_with_an_inference_tensor():
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14's JIT fails in a checkpoint")
 @pytest.mark.parametrize("around", ["save_on_cpu", "checkpoint", "nothing"])
 def test_checkpoint_that_starts_between_norm_and_neuron(around):
     net, x = Net("nothing", "spikes"), torch.randn(3, 2, 3, 4, 5)
