@@ -286,7 +286,11 @@ class _OldModule(ModuleType):
 
 
 class _Explainer(MetaPathFinder):
-    """Says the same of ``from module import name``, where Python drops an ``AttributeError``."""
+    """Says the same of ``from module import name``.
+
+    There Python drops an ``AttributeError`` and looks for a module of that name: the modules of old
+    names are packages to it.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         parent, _, name = fullname.rpartition(".")

@@ -231,9 +231,10 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
         return "it is the net itself; put it in a module: nn.Sequential(net)"
     if _compat.plain_kind(node) and filter is not None and not filter(site.path, node):
         return "declined by filter"
-    if node.v_threshold == math.inf:
+    reason = why_no_alif(node)
+    if reason is None and node.v_threshold == math.inf:
         return "its threshold is infinite: it never fires"
-    return why_no_alif(node)
+    return reason
 
 
 def why_no_alif(node: Any) -> str | None:

@@ -41,7 +41,8 @@ def parameter_groups(
         parameter
         for module in net.modules()
         if isinstance(module, ALIFNode | neuron.ParametricLIFNode)
-        for parameter in module.parameters()
+        for name, parameter in module.named_parameters()
+        if "." not in name or name.startswith(("parametrizations.", "surrogate_function."))
     }
     learned = [parameter for parameter in net.parameters() if parameter.requires_grad]
     groups = [

@@ -171,7 +171,7 @@ class SlowLIF(neuron.LIFNode):
 
 def test_swap_reports_what_it_keeps_with_the_reason():
     threshold, untau, half = neuron.LIFNode(), neuron.LIFNode(), neuron.LIFNode()
-    threshold.v_threshold = torch.tensor(1.0)
+    threshold.v_threshold = torch.ones(3)
     untau.tau = 1.0
     half._neuron_precision = (torch.float16, "fp32", "fp32")
     reasons = {

@@ -34,6 +34,14 @@ def test_parameter_groups_know_a_parametrized_threshold():
     assert {*neurons["params"]} == {node.w, node.parametrizations.v_threshold.original}
 
 
+def test_parameter_groups_leave_layers_of_a_neuron_among_the_weights():
+    node = ALIFNode()
+    node.recurrent = nn.Linear(2, 2)
+    weights, neurons = parameter_groups(node, lr=0.1)
+    assert weights["params"] == [*node.recurrent.parameters()]
+    assert neurons["params"] == [node.w, node.v_threshold]
+
+
 def test_parameter_groups_learn_at_their_rates_under_a_scheduler():
     net = nn.Sequential(nn.Linear(2, 2), ALIFNode(v_threshold=0.3))
     optimizer = torch.optim.SGD(parameter_groups(net, lr=0.1, lr_scale=10.0), weight_decay=0.5)

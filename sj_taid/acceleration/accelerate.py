@@ -153,7 +153,7 @@ class Acceleration:
         if self.saved_bytes and self.step_ms:
             (old_bytes, new_bytes), (old, new) = self.saved_bytes, self.step_ms
             equal = abs(new - old) <= _NOISE * old
-            step = "no difference measurable" if equal else f"{old:.3g} -> {new:.3g} ms"
+            step = "no difference measurable" if equal else f"{old:.4g} -> {new:.4g} ms"
             saved = f"{old_bytes / 1e6:.3g} -> {new_bytes / 1e6:.3g} MB"
             lines.append(f"saved for backward {saved}, step {step}")
         return "\n".join([*lines, table_of(_merge(self.rows))])

@@ -9,6 +9,7 @@ as in a custom ``autograd.Function``, the tensor is saved as it is.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,8 @@ from ..ops.bits import pack, unpack_into
 _LARGEST = 255
 #: how many tensors a sum may be computed again from
 _MOST_TERMS = 4
+#: All values are restored for a part of them. A smaller part than one of so many is saved as it is.
+_MOST_PARTS = 16
 
 #: They give access to memory that autograd does not see, so the values are no longer known.
 _EXPOSES = {
@@ -91,12 +94,19 @@ class Packing:
 
     def describes(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` shows these values, all or some, unchanged."""
+        return self.is_known and self.shares_memory(tensor)
+
+    def shares_memory(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is in the same memory, in which autograd has changed nothing."""
         return (
-            self.is_known
-            and tensor._version == self.version
+            tensor._version == self.version
             and tensor.dtype == self.dtype
             and _graph.address_of(tensor) == self.address
         )
+
+    def expose(self) -> None:
+        """Know the values no longer."""
+        self.is_known = False
 
     def term(self, tensor: Tensor) -> Term:
         """``tensor``, which shows these values, as a term of a sum."""
@@ -151,6 +161,18 @@ class Sum(Packing):
         return self._first.restore(*parts[:count]) + self._second.restore(*parts[count:])
 
 
+class Detached(Packing):
+    """Of what is detached from a sum, whose terms it must not keep: its values are not known."""
+
+    def __init__(self, tensor: Tensor, whole: Packing) -> None:
+        super().__init__(tensor)
+        self.is_known, self._whole = False, weakref.ref(whole)
+
+    def expose(self) -> None:
+        if whole := self._whole():
+            whole.expose()
+
+
 class Known(Tensor):
     """A tensor that says how to save it: :class:`Compact`, or a norm's output."""
 
@@ -175,7 +197,7 @@ class Known(Tensor):
 
     def exposed(self) -> Tensor:
         """The tensor for an operation that hands out its memory."""
-        self._packing.is_known = False
+        self._packing.expose()
         return self
 
     def plain(self, reader: str) -> Tensor:
@@ -193,9 +215,10 @@ class Known(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             values = self.plain("deepcopy")
             values = values.detach() if self.is_leaf else values
+            memo.setdefault(id(memo), []).append(values)  # or the next tensor may get its id
             return values.__deepcopy__(memo).requires_grad_(self.requires_grad)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Tensor]:  # torch's does not ask __torch_function__
         return iter(self.unbind()) if self.dim() else super().__iter__()
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
@@ -294,7 +317,7 @@ def saving(known: Iterable[Known], plane: int | None = None) -> Iterator[None]:
         if plane is not None and tensor.dtype == torch.int64 and plane <= 1 << 15:
             return (outer_pack(tensor.to(torch.int16)),), Tensor.long
         for packing in packings:
-            if packing.describes(tensor):
+            if packing.describes(tensor) and not _is_small_part(tensor):
                 term = packing.term(tensor)
                 return tuple(map(outer_pack, term.parts)), term.restore
         return (outer_pack(tensor),), _same
@@ -308,6 +331,10 @@ def saving(known: Iterable[Known], plane: int | None = None) -> Iterator[None]:
             yield
     finally:
         packings.clear()  # autograd's graph holds both hooks
+
+
+def _is_small_part(tensor: Tensor) -> bool:
+    return tensor.nbytes * _MOST_PARTS < tensor.untyped_storage().nbytes()
 
 
 def _same(value: Any) -> Any:
@@ -406,13 +433,10 @@ def _describe(
     if result.is_inference() or not result.is_floating_point():
         return
     for tensor in known:
-        if isinstance(tensor, Compact) and tensor._packing.describes(result):  # a view
+        if isinstance(tensor, Compact) and tensor._packing.shares_memory(result):  # a view
             packing = tensor._packing
             if packing.terms > 1 and tensor.requires_grad and not result.requires_grad:
-                # What is detached from a sum must not keep its terms, and may change its values.
-                packing.is_known = False
-                packing = Packing(result)
-                packing.is_known = False
+                packing = Detached(result, packing)
             if not isinstance(result, Known):
                 compact(result, packing)
             return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageData
+from ..layer import TAID, FixedDecoder
 from ..model.block import seeded
 from ..model.esvae import ESVAE
 from ..model.flow import FlowPrior, check_enough
@@ -146,8 +147,8 @@ class Generation(Autoencoding):
         model = self.model
         draw_grid(model.sample(64), folder / "samples.png", 16)
         draw_reconstructions(images, model(images).image, folder / "reconstructions.png")
-        decoder: Any = getattr(model, "image_decoder", None)
-        if isinstance(model, SpikingVAE) and hasattr(decoder, "attention"):
+        decoder = getattr(model, "image_decoder", None)
+        if isinstance(model, SpikingVAE) and isinstance(decoder, TAID | FixedDecoder):
             sequence = model.decode_sequence(model.latent_spikes(images))
             draw_attention(decoder.attention(sequence), folder / "attention.png")
 

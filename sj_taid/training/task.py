@@ -101,8 +101,8 @@ class Task(L.LightningModule):
         if not fit["epoch_loop.batch_progress"]["is_last_batch"]:  # max_steps or max_time ended it
             for count in ("total", "current"):
                 fit["epoch_progress"][count]["processed"] -= 1
-        trained, epochs = checkpoint["epoch"] + 1, self.trainer.max_epochs
-        if epochs is not None and 0 <= epochs < trained:
+        trained, epochs = checkpoint["epoch"] + 1, self.trainer.max_epochs or 0
+        if epochs < trained:
             raise ValueError(
                 f"trainer.max_epochs must be at least the {trained} epochs that are trained, but "
                 f"it is {epochs}; give more, or choose another folder with hydra.run.dir=..."

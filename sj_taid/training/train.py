@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> float | None:
     job = HydraConfig.get()
     run = Run(job.runtime.output_dir)
     choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
-    with run.lock(), explain_resuming(run):
+    with run.lock(), ending_wandb_run(), explain_resuming(run):
         origin = {"choices": choices, **command_line("train", job, cfg.dataset._target_)}
         metrics = train(cfg, run.folder, repeated=list_repeated_overrides(job), **origin)
     if is_first_process():
@@ -180,14 +180,12 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
 
 
 def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
-    if wandb := sys.modules.get("wandb"):
-        wandb.finish()  # or Lightning goes on with the run of a sweep's job before
     return instantiate(
         cfg.trainer,
         default_root_dir=run.folder,
         logger=instantiate(cfg.logger)(save_dir=run.folder) if cfg.get("logger") else False,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO(), *instantiate(cfg.trainer.get("plugins") or [])],
+        plugins=[AtomicCheckpointIO()],
     )
 
 
@@ -238,6 +236,18 @@ def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
     for tracker in trainer.loggers:
         tracker.log_metrics(numbers, step=trainer.global_step)
         tracker.finalize("success")
+
+
+@contextmanager
+def ending_wandb_run() -> Iterator[None]:
+    """End a run of W&B that begins within, or Lightning continues it in a sweep's next job."""
+    before = getattr(sys.modules.get("wandb"), "run", None)
+    try:
+        yield
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb and wandb.run is not before:
+            wandb.finish()
 
 
 @contextmanager

@@ -43,6 +43,7 @@ OUTSIDE_TRAINER = {
     "logger": "logger=",
     "callbacks": "callbacks=",
     "default_root_dir": "hydra.run.dir=",
+    "plugins": "trainer.precision= and trainer.strategy=",
 }
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sj_taid
 from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid.acceleration import compact
 from tests.acceleration.alike import EVALUATION, assert_alike, is_fragile, results
 from tests.acceleration.random_nets import TOUCHES, Scale
 
@@ -196,7 +197,7 @@ READERS = TOUCHES | {
     "data of a sum in place": written_behind_a_sum,
     "sum with what changes": summed_with_what_changes,
     "deepcopy of a leaf": lambda step, y: y + copy.deepcopy(y.detach().requires_grad_()).detach(),
-    "parameter": lambda step, y: y + nn.Parameter((y + y.square()).clone()).detach(),
+    "parameter": lambda step, y: y + nn.Parameter(y + y.square()).detach(),
     "legacy constructor": lambda step, y: y + torch.Tensor(y.detach()),
     "data in place": lambda step, y: (y.data[:, :, 0].mul_(0.5), y)[1],
     "data replaced": lambda step, y: (setattr(y, "data", 0.5 * y.detach()), y)[1],
@@ -368,6 +369,34 @@ def test_checkpoint_that_starts_between_norm_and_neuron(around):
         out.square().sum().backward()
         grads.append([p.grad for p in step.parameters()])
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_deepcopy_of_many():
+    net = Net("nothing", "spikes")
+    sj_taid.accelerate(net)
+    with torch.no_grad():
+        made = [net.norm(net.conv(torch.randn(3, 2, 3, 4, 5))) for _ in range(20)]
+        made += [net.lif(y.clone()) for y in made]
+    for copied, original in zip(copy.deepcopy(made), made, strict=True):
+        assert torch.equal(copied, original)
+
+
+@pytest.mark.parametrize("split", [torch.unbind, lambda y: [y[t] for t in range(len(y))]])
+def test_loop_over_many_steps_does_not_restore_all_for_each(split, monkeypatch):
+    net = nn.Sequential(neuron.LIFNode(step_mode="m"))
+    sj_taid.accelerate(net)
+    restored = []
+    restore = compact.Counts.restore
+    monkeypatch.setattr(
+        compact.Counts, "restore", lambda *parts: restored.append(1) or restore(*parts)
+    )
+    head = nn.Linear(8, 8)
+    for steps, most in ((8, 8), (40, 0)):
+        restored.clear()
+        spikes = net(2 * torch.rand(steps, 2, 8))
+        torch.stack([head(y) for y in split(spikes)]).sum().backward()
+        functional.reset_net(net)
+        assert len(restored) == most
 
 
 def test_neuron_on_an_inference_tensor():

@@ -14,7 +14,7 @@ from sj_taid.data import Digits
 from sj_taid.training import run, sample
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
-from sj_taid.training.train import build_trainer, count_classes, train
+from sj_taid.training.train import count_classes, train
 from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, command, write_images
 
 PICTURES = [
@@ -82,12 +82,6 @@ def test_train_goes_on_within_the_epoch_that_max_steps_ended(tiny, tmp_path):
     train(steps[0], tmp_path)
     assert train(steps[1], tmp_path)["epochs"] == 3
     assert read_checkpoint(run.Run(tmp_path).checkpoint)["global_step"] == 6
-
-
-def test_build_trainer_takes_plugins(tiny, tmp_path):
-    double = "[{_target_: lightning.pytorch.plugins.precision.DoublePrecision}]"
-    cfg = tiny(f"+trainer.plugins={double}", "~trainer.precision")
-    assert build_trainer(cfg, run.Run(tmp_path), []).precision == "64-true"
 
 
 class LastStep(torch.nn.Module):
@@ -255,6 +249,7 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
         ("trainer.max_epochs=1.5", r"^trainer\.max_epochs must be an integer >= 0"),
         ("trainer.max_epochs=null", r"^trainer\.max_epochs must be an integer >= 0"),
         ("+trainer.logger=false", r"^trainer\.logger is set by logger=; give that"),
+        ("+trainer.plugins=[]", r"^trainer\.plugins is set by trainer\.precision= and"),
         ("model.image_decoder=taid", "is 'taid'; on the command line choose it with decoder=NAME"),
         ("loss=tet", "is for task=classification; add that, or leave loss= out"),
         ("neuron=alif_channel", "is for task=classification; add that"),
