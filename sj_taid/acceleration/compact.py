@@ -27,7 +27,7 @@ from ..ops.bits import pack, unpack_into
 _LARGEST = 255
 #: how many tensors a sum may be computed again from
 _MOST_TERMS = 4
-#: All values are restored for a part of them. A smaller part than one of so many is saved as it is.
+#: A part smaller than one of so many is saved as it is: to restore it, all values would be.
 _MOST_PARTS = 16
 
 #: They give access to memory that autograd does not see, so the values are no longer known.
