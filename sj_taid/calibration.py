@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ._checks import check, check_net, is_number
-from .convert import need_neurons
+from .convert import need_neurons, why_silent
 from .monitoring import monitor, spikes_of
 from .report import table
 from .state import fresh_state
@@ -179,9 +179,7 @@ def _why_not(node: Any, calls: int, uses: int) -> str:
         return "another neuron shares its threshold"
     if is_parametrized(node, "v_threshold"):
         return "its threshold is parametrized"
-    if torch.as_tensor(node.v_threshold).eq(math.inf).all():
-        return "its threshold is infinite: it never fires"
-    return ""
+    return why_silent(node) or ""
 
 
 def _search(node: Any, fire: Callable[[], Tensor], rate: float) -> str:

@@ -231,10 +231,7 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
         return "it is the net itself; put it in a module: nn.Sequential(net)"
     if _compat.plain_kind(node) and filter is not None and not filter(site.path, node):
         return "declined by filter"
-    reason = why_no_alif(node)
-    if reason is None and node.v_threshold == math.inf:
-        return "its threshold is infinite: it never fires"
-    return reason
+    return why_no_alif(node) or why_silent(node)
 
 
 def why_no_alif(node: Any) -> str | None:
@@ -251,6 +248,12 @@ def why_no_alif(node: Any) -> str | None:
     if not _compat.has_default_precision(node):
         return "it has a precision policy of its own"
     return why_no_w(getattr(node, "tau", 2.0))
+
+
+def why_silent(node: Any) -> str | None:
+    """Why a neuron never fires, such as one that is read out by its voltage, or ``None``."""
+    threshold = torch.as_tensor(node.v_threshold, device="cpu")  # not the default device
+    return "its threshold is infinite: it never fires" if threshold.eq(math.inf).all() else None
 
 
 def why_no_w(tau: float) -> str | None:

@@ -397,22 +397,21 @@ def _terms(name: str, args: tuple[Any, ...]) -> tuple[Term, ...]:
     terms = [t.term() if isinstance(t, Known) else None for t in args]
     if sum(term.size if term else 1 for term in terms) > _MOST_TERMS:
         terms = [term if term and term.size == 1 else None for term in terms]
-    stays = [t.grad_fn is not None for t in args]
-    stays[0] &= name not in _ADDS_IN_PLACE
-    terms = [
-        _reference(t) if term is None and stay else term
-        for t, term, stay in zip(args, terms, stays, strict=True)
-    ]
-    known = [term for term in terms if term]
-    return tuple(known) if len(known) == 2 and sum(t.references for t in known) < 2 else ()
+    if terms[0] is None and name in _ADDS_IN_PLACE:
+        return ()
+    pairs = zip(args, terms, strict=True)
+    pair = tuple(found for t, term in pairs if (found := term or _reference(t)))
+    return pair if len(pair) == 2 and sum(term.references for term in pair) < 2 else ()
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def _reference(tensor: Tensor) -> Term:
-    """A term that stays in memory."""
+def _reference(tensor: Tensor) -> Term | None:
+    """A term that stays in memory; ``None`` outside the graph, where it may change."""
+    if tensor.grad_fn is None:
+        return None
     values, version = tensor.detach(), _graph.version_of(tensor)
 
     def restore(value: Tensor) -> Tensor:

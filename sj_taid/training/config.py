@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import is_below
@@ -35,7 +36,7 @@ def key_of(override: str) -> str:
 
 def quote(text: str) -> str:
     """The text as a value of Hydra's overrides."""
-    return "'" + text.replace("'", r"\'") + "'"
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def select_overrides(

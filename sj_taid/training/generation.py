@@ -147,10 +147,9 @@ class Generation(Autoencoding):
         model = self.model
         draw_grid(model.sample(64), folder / "samples.png", 16)
         draw_reconstructions(images, model(images).image, folder / "reconstructions.png")
-        decoder = getattr(model, "image_decoder", None)
-        if isinstance(model, SpikingVAE) and isinstance(decoder, TAID | FixedDecoder):
+        if isinstance(model, SpikingVAE) and isinstance(model.image_decoder, TAID | FixedDecoder):
             sequence = model.decode_sequence(model.latent_spikes(images))
-            draw_attention(decoder.attention(sequence), folder / "attention.png")
+            draw_attention(model.image_decoder.attention(sequence), folder / "attention.png")
 
 
 def _only_fad(evaluator: Evaluator) -> Evaluator:
