@@ -143,7 +143,7 @@ def gain(what: str, table: pd.DataFrame, name: str, theirs: str, ours: str) -> d
 
 def best_runs() -> pd.DataFrame:
     """The runs of the best recipe with ALIF, on all data sets."""
-    keys = ("neuron", "metric.features", "trainer.precision")
+    keys = ("neuron", "metric.features", "trainer.precision", "trainer.max_epochs")
     runs = load_frame([f"{name}_{BEST}" for name in DATASETS], *keys)
     return runs[runs["neuron"] == "alif"]
 
@@ -163,6 +163,7 @@ def generators() -> pd.DataFrame:
     epochs = rows[rows["metric"] == "epochs"].groupby("row")["value"].first()
     table = table.assign(epochs=epochs.map("{:g}".format))
     runs = best_runs()
+    runs = runs[runs["epochs"] == runs["epochs"].max()]
     for name, ending in OURS.items():
         groups = medians(runs, "fad_published", ending).groupby(runs["dataset"])
         values = {dataset: METRICS["fad_published"].text(part) for dataset, part in groups}
@@ -175,10 +176,10 @@ def generators() -> pd.DataFrame:
 def distances() -> pd.DataFrame:
     """Where the distance of the best recipe's samples comes from."""
     rows, two = [], Column("", 1, 2)
-    for dataset, runs in best_runs().groupby("dataset", sort=False):
+    for (dataset, epochs), runs in best_runs().groupby(["dataset", "epochs"], sort=False):
         for images, ending in OURS.items():
             shown = {title: two.text(medians(runs, n, ending)) for n, title in DISTANCES.items()}
-            rows.append({"dataset": dataset, "images": images} | shown)
+            rows.append({"dataset": dataset, "epochs": epochs, "images": images} | shown)
     return pd.DataFrame(rows)
 
 
