@@ -155,20 +155,19 @@ def medians(runs: pd.DataFrame, metric: str, ending: str = "") -> pd.Series:
 
 
 def generators() -> pd.DataFrame:
-    """FAD as published of the papers' generators and of ours."""
+    """FAD as published of the papers' generators and of our longest runs."""
     rows = pd.read_csv(RESULTS / "published.csv").query("task == 'generation'")
     fads = rows[rows["metric"] == "fad_published"]
     papers = fads.pivot(index=["row", "source"], columns="dataset", values="value")
     table = papers.map("{:g}".format).replace("nan", "").reset_index("source")
     epochs = rows[rows["metric"] == "epochs"].groupby("row")["value"].first()
     table = table.assign(epochs=epochs.map("{:g}".format))
-    runs = best_runs()
-    runs = runs[runs["epochs"] == runs["epochs"].max()]
+    runs = best_runs().query("epochs == epochs.max()")
     for name, ending in OURS.items():
         groups = medians(runs, "fad_published", ending).groupby(runs["dataset"])
         values = {dataset: METRICS["fad_published"].text(part) for dataset, part in groups}
-        trained = {"epochs": str(runs["epochs"].max())} if name.startswith("our") else {}
-        table.loc[name] = {"source": "this project, last epoch", **trained, **values}
+        trained = {} if ending == "_floor" else {"epochs": str(runs["epochs"].max())}
+        table.loc[name] = {"source": "this project", **trained, **values}
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS).fillna("")
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
 
@@ -176,11 +175,12 @@ def generators() -> pd.DataFrame:
 def distances() -> pd.DataFrame:
     """Where the distance of the best recipe's samples comes from."""
     rows, two = [], Column("", 1, 2)
-    for (dataset, epochs), runs in best_runs().groupby(["dataset", "epochs"], sort=False):
+    for (dataset, epochs), runs in best_runs().groupby(["dataset", "epochs"]):
         for images, ending in OURS.items():
             shown = {title: two.text(medians(runs, n, ending)) for n, title in DISTANCES.items()}
-            rows.append({"dataset": dataset, "epochs": epochs, "images": images} | shown)
-    return pd.DataFrame(rows)
+            trained = "" if ending == "_floor" else epochs
+            rows.append({"dataset": dataset, "epochs": trained, "images": images} | shown)
+    return pd.DataFrame(rows).drop_duplicates(["dataset", "epochs", "images"])
 
 
 def decoders() -> pd.DataFrame:
