@@ -180,7 +180,7 @@ def distances() -> pd.DataFrame:
             shown = {title: two.text(medians(runs, n, ending)) for n, title in DISTANCES.items()}
             trained = "" if ending == "_floor" else epochs
             rows.append({"dataset": dataset, "epochs": trained, "images": images} | shown)
-    return pd.DataFrame(rows).drop_duplicates(["dataset", "epochs", "images"])
+    return pd.DataFrame(rows).drop_duplicates(["dataset", "epochs", "images"], keep="last")
 
 
 def decoders() -> pd.DataFrame:
