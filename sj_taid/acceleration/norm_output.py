@@ -196,6 +196,8 @@ class NormOutput(Known):
             dtype=made.dtype,
             device=content.call.x.device,
         )
+        # C++ that takes its memory raises an error, and does not read address 0.
+        torch._C._set_throw_on_mutable_data_ptr(output)
         # Not in __init__, which torch.Tensor(y) would call with y.
         output._content, output._at, output._made = content, at, made
         return output

@@ -422,6 +422,14 @@ def test_norm_whose_input_changes_raises_an_error():
             read(y)
 
 
+def test_memory_of_a_norm_output_is_refused_in_cpp():
+    net = nn.Sequential(layer.BatchNorm2d(4), neuron.LIFNode())
+    functional.set_step_mode(net, "m")
+    sj_taid.accelerate(net)
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(net[0](torch.randn(2, 2, 4, 3, 3)).detach())
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_norm_output_stays_when_parameters_change(training):
     norm = layer.BatchNorm2d(3).train(training)
