@@ -35,7 +35,7 @@ class Calibrated:
     """What :func:`.calibrate` did with one layer of neurons.
 
     Attributes:
-        name: its path in the net.
+        layer: its path in the net.
         rate_before: spikes per neuron and time step before; ``None`` for a layer that does not run.
         rate: the same after.
         v_threshold_before: threshold voltage before, the mean over channels.
@@ -43,7 +43,7 @@ class Calibrated:
         note: why the layer, or some of its channels, misses the rate, or ``""``.
     """
 
-    name: str
+    layer: str
     rate_before: float | None
     rate: float | None
     v_threshold_before: float
@@ -66,7 +66,7 @@ class CalibrationReport:
         head = f"{len(self.rows) - len(self.missed)} layers calibrated, {len(self.missed)} missed"
         lines = [
             (
-                row.name or "net",
+                row.layer or "net",
                 "-" if row.rate is None else f"{row.rate_before:.4g} -> {row.rate:.4g}",
                 f"{row.v_threshold_before:.4g} -> {row.v_threshold:.4g}",
                 row.note,
@@ -139,7 +139,7 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
             before = watch.layers()
             watch.clear()
             uses = Counter(id(node.v_threshold) for node in paths)
-            notes |= {n: _why_not(n, calls[n], uses[id(n.v_threshold)]) for n in paths}
+            notes |= {n: _why_not(n, calls[n], uses[id(n.v_threshold)]) or "" for n in paths}
             _run(net, x_seq, [node for node in paths if not notes[node]], calibrate_next)
         finally:
             for buffer, value in buffers:
@@ -167,8 +167,8 @@ def _run(net: Any, x_seq: Any, nodes: Iterable[nn.Module], hook: Callable[..., A
             handle.remove()
 
 
-def _why_not(node: Any, calls: int, uses: int) -> str:
-    """Why the threshold of ``node`` stays, or ""."""
+def _why_not(node: Any, calls: int, uses: int) -> str | None:
+    """Why the threshold of ``node`` stays, or ``None``."""
     if node.step_mode == "s":
         return "it is in step mode 's'; calibrate sees whole sequences alone"
     if not calls:
@@ -179,7 +179,7 @@ def _why_not(node: Any, calls: int, uses: int) -> str:
         return "another neuron shares its threshold"
     if is_parametrized(node, "v_threshold"):
         return "its threshold is parametrized"
-    return why_silent(node) or ""
+    return why_silent(node)
 
 
 def _search(node: Any, fire: Callable[[], Tensor], rate: float) -> str:

@@ -98,7 +98,7 @@ def swap_neurons(
     _replace(net, new_of)
     name_neurons(net)
     _compat.forget_reset_cache()
-    return Report("neurons swapped", tuple(rows))
+    return Report(tuple(rows))
 
 
 def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ._checks import check_net
 from .convert import need_neurons
-from .neuron import ALIFNode
 from .report import table
-from .thresholds import describe_at_reset, warn_at_reset
+from .thresholds import describe_at_reset, threshold_of, warn_at_bound, warn_at_reset
 
 
 @dataclass(frozen=True)
@@ -171,31 +170,13 @@ def _warn(what: str, rates: dict[str, float], remedy: str) -> None:
         warnings.warn(message, stacklevel=3)
 
 
-def warn_at_bound(nodes: Mapping[str, nn.Module]) -> None:
-    """Warn of thresholds at or below their ``min_v_threshold``."""
-    listed = []
-    for path, node in nodes.items():
-        if isinstance(node, ALIFNode) and node.min_v_threshold is not None:
-            bounded = node.v_threshold.detach() <= node.min_v_threshold
-            if bounded.any():
-                share = f"{int(bounded.sum())} of {bounded.numel()}"
-                listed.append(f"{path or 'net'} ({node.min_v_threshold:g}, {share})")
-    if listed:
-        warnings.warn(
-            f"thresholds at their lower bound: {', '.join(listed)}. They rise again "
-            "when the loss asks for it; another min_v_threshold lets them fall further.",
-            stacklevel=3,
-        )
-
-
 def tau_and_threshold(node: Any) -> tuple[float | None, float]:
     """The tau, if it has one, and threshold of a neuron, their means over its channels."""
     if isinstance(node, neuron.ParametricLIFNode):
         tau = 1.0 / node.w.sigmoid()
     else:
         tau = getattr(node, "tau", None)
-    threshold = node.effective_v_threshold if isinstance(node, ALIFNode) else node.v_threshold
-    return None if tau is None else _mean(tau), _mean(threshold)
+    return None if tau is None else _mean(tau), _mean(threshold_of(node))
 
 
 def _mean(value: Tensor | float) -> float:

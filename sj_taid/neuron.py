@@ -62,8 +62,8 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
 
     Raises:
         ValueError: an argument out of its range; at a call, shapes or devices that do not fit.
-        TypeError: an option of a wrong type; at a call, an input that is not floating point, or a
-            proxy of torch.fx, as in NIR export, which needs :func:`~sj_taid.to_lif`.
+        TypeError: at a call, an input that is not floating point, or a proxy of torch.fx, as in
+            NIR export, which needs :func:`~sj_taid.to_lif`.
         RuntimeError: at a call with gradients, a state whose graph an earlier backward has freed.
 
     Source: Qiu et al., *When Spiking neural networks meet temporal attention image decoding and
@@ -99,13 +99,13 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
                 "init_tau must be a number of time steps greater than 1 and less than 1e38, but it "
                 f"is {init_tau!r}"
             )
-        if not isinstance(store_v_seq, bool):  # where PLIF of 0.0.0.0.14 has backend
-            raise TypeError(
-                f"store_v_seq must be True or False, but it is {store_v_seq!r}; a backend is given "
-                "by its name: backend=..."
-            )
-        check_flags(decay_input=decay_input, detach_reset=detach_reset)
-        check_flags(learn_tau=learn_tau, learn_threshold=learn_threshold)
+        check_flags(
+            decay_input=decay_input,
+            detach_reset=detach_reset,
+            store_v_seq=store_v_seq,
+            learn_tau=learn_tau,
+            learn_threshold=learn_threshold,
+        )
         check_numbers(v_threshold=v_threshold)
         v_threshold = float(v_threshold)
         if isinstance(surrogate_function, type) or not callable(surrogate_function):

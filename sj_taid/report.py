@@ -25,14 +25,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What a function changed in a net; ``print`` it for a table.
+    """What :func:`.swap_neurons` changed in a net; ``print`` it for a table.
 
     Attributes:
-        what: what was done, as in "neurons swapped".
         rows: a :class:`Row` for each neuron or norm.
     """
 
-    what: str
     rows: tuple[Row, ...]
 
     @property
@@ -46,7 +44,7 @@ class Report:
         return tuple(row for row in self.rows if not row.done)
 
     def __str__(self) -> str:
-        head = f"{len(self.changed)} {self.what}, {len(self.kept)} left alone"
+        head = f"{len(self.changed)} neurons swapped, {len(self.kept)} left alone"
         return f"{head}\n{table_of(self.rows)}" if self.rows else head
 
 

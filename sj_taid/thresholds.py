@@ -1,4 +1,4 @@
-"""Thresholds that ``state_dict`` leaves out, and thresholds that fell to the reset voltage."""
+"""Thresholds that ``state_dict`` leaves out, and warnings of thresholds that fell too far."""
 
 import warnings
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import _compat
+from .neuron import ALIFNode
 
 
 def fixed_thresholds(net: nn.Module) -> dict[str, float]:
@@ -38,6 +39,11 @@ def set_fixed_thresholds(net: nn.Module, thresholds: Mapping[str, Any]) -> None:
         net.get_submodule(path).v_threshold = value
 
 
+def threshold_of(node: Any) -> Any:
+    """The threshold that a neuron fires at, which ALIF's ``min_v_threshold`` bounds."""
+    return getattr(node, "effective_v_threshold", node.v_threshold)
+
+
 def describe_at_reset(nodes: Mapping[str, nn.Module]) -> str:
     """Names the neurons whose threshold is at or below their reset voltage; "" if there is none.
 
@@ -48,9 +54,8 @@ def describe_at_reset(nodes: Mapping[str, nn.Module]) -> str:
     found = []
     for path, node in nodes.items():
         if isinstance(node, _compat.NEURONS):
-            threshold: Any = getattr(node, "effective_v_threshold", node.v_threshold)
             rest = node.v_reset or 0.0  # a soft reset leaves it at 0
-            if (torch.as_tensor(threshold) <= rest).any():
+            if (torch.as_tensor(threshold_of(node)) <= rest).any():
                 found.append(path or "net")
     if not found:
         return ""
@@ -64,3 +69,20 @@ def warn_at_reset(nodes: Mapping[str, nn.Module]) -> None:
     """Warn of what :func:`describe_at_reset` finds."""
     if text := describe_at_reset(nodes):
         warnings.warn(text, stacklevel=3)
+
+
+def warn_at_bound(nodes: Mapping[str, nn.Module]) -> None:
+    """Warn of thresholds at or below their ``min_v_threshold``."""
+    listed = []
+    for path, node in nodes.items():
+        if isinstance(node, ALIFNode) and node.min_v_threshold is not None:
+            bounded = node.v_threshold.detach() <= node.min_v_threshold
+            if bounded.any():
+                share = f"{int(bounded.sum())} of {bounded.numel()}"
+                listed.append(f"{path or 'net'} ({node.min_v_threshold:g}, {share})")
+    if listed:
+        warnings.warn(
+            f"thresholds at their lower bound: {', '.join(listed)}. They rise again "
+            "when the loss asks for it; another min_v_threshold lets them fall further.",
+            stacklevel=3,
+        )

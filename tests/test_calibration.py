@@ -175,7 +175,7 @@ def test_calibrate_reports_neurons_without_a_threshold_of_their_own():
     net = Hostile()
     report = calibrate(net, torch.rand(6, 16, 8))
     shares = "another neuron shares its threshold"
-    assert {row.name: row.note for row in report.missed} == {
+    assert {row.layer: row.note for row in report.missed} == {
         "twice": "it is called 2 times, and has one threshold",
         "idle": "it does not run on x_seq",
         "one": shares,

@@ -151,7 +151,7 @@ def test_repr_shows_parameters_and_options():
 
 def test_alif_node_refuses_a_backend_by_position():
     """As PLIF of 0.0.0.0.14 takes it."""
-    with pytest.raises(TypeError, match="it is 'torch'; a backend is given by its name"):
+    with pytest.raises(ValueError, match="store_v_seq must be True or False, but it is 'torch'"):
         ALIFNode(2.0, True, 1.0, 0.0, surrogate.ATan(), False, "m", "torch")
 
 
