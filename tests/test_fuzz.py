@@ -167,7 +167,7 @@ def check_gradients(call, s, before, h, x, q, threshold, eps, tiny):
     finite = all(np.isfinite(a).all() and (np.abs(a) < 10).all() for a in (x, before, threshold, h))
     if not finite or len(s) > 20 or s.size == 0:
         return
-    # The derivation by hand, beside it the same in magnitudes: what rounding is relative to.
+    # The derivation by hand, and next to it the same in magnitudes: what rounding is relative to.
     share = 32 * len(s) * eps
     q_size = q + tiny / share  # a sigmoid below tiny may be 0
     fires, alpha = call["surrogate_function"], call["surrogate_function"].alpha

@@ -1,4 +1,4 @@
-"""Less memory and time for the nets one has: README.md beside this file draws how."""
+"""Less memory and time for the nets one has: README.md next to this file draws how."""
 
 from .accelerate import Acceleration, accelerate, unaccelerate
 

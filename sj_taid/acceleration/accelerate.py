@@ -60,16 +60,15 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     """
     check_net(net, "accelerate")
     convert.need_neurons(net, "accelerate")
-    report = Acceleration(net)
-    if example_input is not None:
-        if not isinstance(example_input, Tensor | tuple):
-            raise TypeError(
-                "example_input must be a tensor, or a tuple for several inputs, but it is a "
-                f"{type(example_input).__name__}"
-            )
-        report.measure(example_input)
-    report.change()
-    return report
+    if example_input is None:
+        return Acceleration(net, _exchange_classes(net, {}))
+    if not isinstance(example_input, Tensor | tuple):
+        raise TypeError(
+            "example_input must be a tensor, or a tuple for several inputs, but it is a "
+            f"{type(example_input).__name__}"
+        )
+    readers, saved_bytes, step_ms = _measure(net, example_input)
+    return Acceleration(net, _exchange_classes(net, readers), saved_bytes, step_ms)
 
 
 def unaccelerate(net: nn.Module) -> None:
@@ -94,56 +93,21 @@ class Acceleration:
         step_ms: milliseconds of a training step, before and after: the least of turns.
     """
 
-    saved_bytes: tuple[int, int] | None = None
-    step_ms: tuple[float, float] | None = None
-
-    def __init__(self, net: nn.Module) -> None:
-        self._net = net
-        self._neurons: dict[str, Row] = {}
-        #: what read each norm of a copy that ran the example
-        self._readers: dict[str, dict[str, bool]] = {}
-
-    def change(self) -> None:
-        """Exchange the classes of neurons and norms."""
-        net = self._net
-        for site in convert.find_neurons(net, _compat.NEURONS):
-            reason = _why_not(site, net)
-            note = reason or convert.describe_equality(site)
-            self._neurons[site.path] = site.row("" if reason else _FUSED, note)
-            if not reason:
-                accelerate_module(site.node)._name = site.path
-        if not any(isinstance(module, AcceleratedALIF) for module in net.modules()):
-            return
-        for path, norm in _norms(net):
-            if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
-                accelerate_module(norm).readers = self._readers.get(path, {})
+    def __init__(
+        self,
+        net: nn.Module,
+        neurons: dict[str, Row],
+        saved_bytes: tuple[int, int] | None = None,
+        step_ms: tuple[float, float] | None = None,
+    ) -> None:
+        self._net, self._neurons = net, neurons
+        self.saved_bytes, self.step_ms = saved_bytes, step_ms
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """A :class:`~sj_taid.report.Row` for each neuron and norm."""
         rows = self._neurons | {path: _norm_row(path, norm) for path, norm in _norms(self._net)}
         return tuple(rows[path] for path, _ in self._net.named_modules() if path in rows)
-
-    @torch.inference_mode(False)
-    def measure(self, inputs: Any) -> None:
-        """Run training steps of a copy before and after, in turns."""
-        trial, turns = convert.copy_net(self._net), []
-        inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
-        with torch.random.fork_rng({p.device for p in trial.parameters() if p.is_cuda}):
-            for _ in range(6):  # the first compiles the kernels
-                before = _run_step(trial, inputs)
-                Acceleration(trial).change()
-                turns.append((before, _run_step(trial, inputs)))
-                self._readers = {
-                    path: norm.readers
-                    for path, norm in _norms(trial)
-                    if isinstance(norm, AcceleratedNorm)
-                }
-                unaccelerate(trial)
-        (old_bytes, _), (new_bytes, _) = turns[0]
-        self.saved_bytes = (old_bytes, new_bytes)
-        old, new = (min(ms for _, ms in steps) for steps in zip(*turns, strict=True))
-        self.step_ms = (old, new)
 
     def __str__(self) -> str:
         neurons = self._neurons.values()
@@ -157,6 +121,45 @@ class Acceleration:
             saved = f"{old_bytes / 1e6:.3g} -> {new_bytes / 1e6:.3g} MB"
             lines.append(f"saved for backward {saved}, step {step}")
         return "\n".join([*lines, table_of(_merge(self.rows))])
+
+
+def _exchange_classes(net: nn.Module, readers: dict[str, dict[str, bool]]) -> dict[str, Row]:
+    """Give neurons and norms their accelerated classes; a row for each neuron.
+
+    ``readers``: what has read each norm of a copy of ``net``, which its report starts with.
+    """
+    rows = {}
+    for site in convert.find_neurons(net, _compat.NEURONS):
+        reason = _why_not(site, net)
+        note = reason or convert.describe_equality(site)
+        rows[site.path] = site.row("" if reason else _FUSED, note)
+        if not reason:
+            accelerate_module(site.node)._name = site.path
+    if any(isinstance(module, AcceleratedALIF) for module in net.modules()):
+        for path, norm in _norms(net):
+            if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
+                accelerate_module(norm).readers = readers.get(path, {})
+    return rows
+
+
+@torch.inference_mode(False)
+def _measure(
+    net: nn.Module, inputs: Any
+) -> tuple[dict[str, dict[str, bool]], tuple[int, int], tuple[float, float]]:
+    """Run training steps of a copy before and after, in turns: readers, saved bytes and ms."""
+    trial, turns = convert.copy_net(net), []
+    inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
+    with torch.random.fork_rng({p.device for p in trial.parameters() if p.is_cuda}):
+        for _ in range(6):  # the first compiles the kernels
+            before = _run_step(trial, inputs)
+            _exchange_classes(trial, {})
+            turns.append((before, _run_step(trial, inputs)))
+            norms = _norms(trial)
+            readers = {path: n.readers for path, n in norms if isinstance(n, AcceleratedNorm)}
+            unaccelerate(trial)
+    (old_bytes, _), (new_bytes, _) = turns[0]
+    old, new = (min(ms for _, ms in steps) for steps in zip(*turns, strict=True))
+    return readers, (old_bytes, new_bytes), (old, new)
 
 
 def _norms(net: nn.Module) -> list[tuple[str, _BatchNorm]]:

@@ -76,12 +76,12 @@ class Term(NamedTuple):
 class Packing:
     """How the values of a dense tensor are saved.
 
-    ``peak``: no value is larger, if all are whole numbers from 0. ``terms``: how many tensors they
-    are the sum of; ``references``: how many of these stay in memory.
+    ``peak``: an upper bound of the values if all are whole numbers >= 0, else ``None``. ``size``:
+    how many tensors they are the sum of; ``references``: how many of these stay in memory.
     """
 
     peak: int | None = None
-    terms = 1
+    size = 1
     references = 0
     #: what to save of a tensor that shows these values
     parts: Callable[[Tensor], tuple[Tensor, ...]]
@@ -115,7 +115,7 @@ class Packing:
         def restore(*parts: Tensor) -> Tensor:
             return self.restore(*parts).as_strided(*view)
 
-        return Term(self.parts(tensor), restore, self.terms, self.peak, self.references)
+        return Term(self.parts(tensor), restore, self.size, self.peak, self.references)
 
 
 class Counts(Packing):
@@ -123,12 +123,12 @@ class Counts(Packing):
 
     def __init__(self, tensor: Tensor, peak: int = 1, bits: Tensor | None = None) -> None:
         super().__init__(tensor)
-        self.peak, self._size, self._saved = peak, tensor.numel(), bits
-        self._steps = math.gcd(self._size, 8) if bits is None else len(tensor)
+        self.peak, self._numel, self._saved = peak, tensor.numel(), bits
+        self._steps = math.gcd(self._numel, 8) if bits is None else len(tensor)
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         if self._saved is None:
-            values = tensor.detach().as_strided((self._size,), (1,), 0)
+            values = tensor.detach().as_strided((self._numel,), (1,), 0)
             is_spikes = self.peak == 1
             self._saved = pack(values.view(self._steps, -1)) if is_spikes else values.byte()
         return (self._saved,)
@@ -137,7 +137,7 @@ class Counts(Packing):
         (saved,) = parts
         if self.peak != 1:
             return saved.to(self.dtype)
-        spikes = torch.empty(self._size, dtype=self.dtype, device=saved.device)
+        spikes = torch.empty(self._numel, dtype=self.dtype, device=saved.device)
         unpack_into(saved, spikes.view(self._steps, -1))
         return spikes
 
@@ -148,7 +148,7 @@ class Sum(Packing):
     def __init__(self, tensor: Tensor, first: Term, second: Term) -> None:
         super().__init__(tensor)
         self._first, self._second = first, second
-        self.terms = first.size + second.size
+        self.size = first.size + second.size
         self.references = first.references + second.references
         if first.peak is not None and second.peak is not None:
             self.peak = first.peak + second.peak
@@ -162,7 +162,7 @@ class Sum(Packing):
 
 
 class Detached(Packing):
-    """Of what is detached from a sum, whose terms it must not keep: its values are not known."""
+    """The packing of what is detached from a sum: it keeps no terms, so its values are unknown."""
 
     def __init__(self, tensor: Tensor, whole: Packing) -> None:
         super().__init__(tensor)
@@ -386,8 +386,8 @@ def _peak_of(
 def _terms(name: str, args: tuple[Any, ...]) -> tuple[Term, ...]:
     """The two terms of a sum, taken before an addition in place changes one; none of other calls.
 
-    A tensor that is not known, or is the sum of too many, stays in memory for it: one at most, as
-    two take more memory than their sum, and none that may change, outside the graph or in place.
+    A tensor that is not known, or is the sum of too many, is a term that stays in memory: one at
+    most, since two take more than their sum, and none that may change, as one outside the graph.
     """
     is_sum = name in _ADDS and len(args) == 2
     if not is_sum or not torch.is_grad_enabled() or _graph.has_other_hooks():
@@ -434,7 +434,7 @@ def _describe(
     for tensor in known:
         if isinstance(tensor, Compact) and tensor._packing.shares_memory(result):  # a view
             packing = tensor._packing
-            if packing.terms > 1 and tensor.requires_grad and not result.requires_grad:
+            if packing.size > 1 and tensor.requires_grad and not result.requires_grad:
                 packing = Detached(result, packing)
             if not isinstance(result, Known):
                 compact(result, packing)
@@ -442,13 +442,13 @@ def _describe(
     if not terms and (peak is None or peak > _LARGEST):
         return
     memory = result.memory() if isinstance(result, Known) else result
-    if not _is_dense(memory):
+    if not _fills_memory(memory):
         return
     packing = Sum(memory, *terms) if terms else Counts(memory, peak or 0)
     result.learn(packing) if isinstance(result, Known) else compact(result, packing)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def _fills_memory(tensor: Tensor) -> bool:
     """Whether the tensor fills its memory, in any order."""
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0
     return whole and tensor.stride() == torch.empty_like(tensor, device="meta").stride()

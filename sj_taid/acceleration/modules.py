@@ -106,7 +106,7 @@ class AcceleratedNorm(_Exchanged):
             return super().forward(x)  # type: ignore[misc]  # torch's error, or an empty batch
         if not is_dense(flat):
             flat = flat.contiguous()
-        norm = Norm.of(module, module.training)
+        norm = Norm.of(module)
         norm = norm._replace(affine=norms.affine(norm, flat.unsqueeze(0), statistics))
         output = wait(flat, norm, self.readers, x.shape)
         if module._backward_hooks:

@@ -127,14 +127,14 @@ class _Wait(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         grad, shape = grad.reshape(x.shape), x.shape
         norm, (mean, var) = ctx.norm, _statistics(ctx.norm, x)
-        rate = norm.affine.numbers[1].to(var.dtype)
+        rstd = norm.affine.mean_rstd[1].to(var.dtype)
         # Torch takes both in one memory order, without looking.
         x, grad = _with_last_axis(x), _with_last_axis(grad)
         order = _order_of(x)
         grads = _aten.native_batch_norm_backward(
             *(grad.contiguous(memory_format=order), x.contiguous(memory_format=order), weight),
             *((mean, var) if norm.fixed else (None, None)),
-            *(mean, rate, not norm.fixed, norm.eps, needs),
+            *(mean, rstd, not norm.fixed, norm.eps, needs),
         )
         return (grads[0].view(shape) if needs[0] else None, *grads[1:], None, None, None)
 
@@ -342,7 +342,7 @@ class _Read(torch.autograd.Function):
 
 
 def wait(x: Tensor, norm: Norm, readers: dict[str, bool], shape: torch.Size) -> Any:
-    """The output of a norm of ``x``, in ``shape``: that of ``x``, M unfolded or not."""
+    """The output of a norm of ``x`` ``[M, C, *]``, in ``shape``: that, or ``[T, N, C, *]``."""
     with torch._C.DisableTorchFunctionSubclass(), saving([x] if isinstance(x, Known) else []):
         return _Wait.apply(x, norm.weight, norm.bias, norm, NormCall(x, norm, readers), shape)
 
@@ -356,9 +356,9 @@ def _comes_from_norm(node: Any) -> bool:
 
 def _statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of a norm of ``x``, in the dtype that torch's operators ask for."""
-    numbers, (weight, bias, running, *_) = norm.affine.numbers, norm
+    (mean, rstd), (weight, bias, running, *_) = norm.affine.mean_rstd, norm
     like = next((t for t in (weight, bias, running) if t is not None), x)
-    return numbers[0].to(like.dtype), (numbers[1].pow(-2) - norm.eps).to(like.dtype)
+    return mean.to(like.dtype), (rstd.pow(-2) - norm.eps).to(like.dtype)
 
 
 def _order_of(x: Tensor) -> torch.memory_format:

@@ -17,7 +17,6 @@ from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.acceleration.accelerate import _run_step
 from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
-from sj_taid.ops.alif.norm import Norm
 from tests import zoo
 
 ATAN = surrogate.ATan()
@@ -223,8 +222,6 @@ def test_sync_batch_norm_stays_as_it_is():
     rows = [row for row in report.rows if row.kind == "SyncBatchNorm"]
     assert {row.note for row in rows} == {"its statistics are those of all processes"}
     assert len(rows) == 2 and all(type(net[n]) is nn.SyncBatchNorm for n in (1, 7))
-    with pytest.raises(TypeError, match="takes the statistics of all processes"):
-        Norm.of(net[1], training=True)
 
 
 def test_accelerate_raises_before_it_changes_the_net():

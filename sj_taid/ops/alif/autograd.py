@@ -57,7 +57,7 @@ class Engine(NamedTuple):
     ``grad_x_seq`` is that of ``x_seq``, ``gain G_y``. Otherwise :mod:`.norm` makes A and B, ``ab``,
     of the sums alone, and all else comes from a second backward, which is given ``ab``.
 
-    Where ``takes_numbers``, backward is given the ``numbers`` of :class:`.norm.Affine` and gives
+    Where ``does_norm``, backward is given the ``numbers`` of :class:`.norm.Affine` and gives
     ``grad_x_seq`` at once, and as ``norm_sums`` the gradients of bias and weight.
     """
 
@@ -68,7 +68,7 @@ class Engine(NamedTuple):
     #: T, dtype -> how many voltages per neuron forward saves for backward's recomputation
     checkpoints: Callable[[int, torch.dtype], int]
     #: whether the backward of such an x_seq can do all of a norm
-    takes_numbers: Callable[[Tensor], bool] = lambda x_seq: False
+    does_norm: Callable[[Tensor], bool] = lambda x_seq: False
 
 
 class Forward(NamedTuple):
@@ -252,7 +252,7 @@ class _FusedALIF(torch.autograd.Function):
         # Hooks on saved tensors need not keep their layout.
         saved, (_, strides) = _saved_tensors(ctx), ctx.form
         small = (t if t is None else t.contiguous() for t in saved[2:])
-        w, v_threshold, checkpoint, table, numbers = small
+        w, v_threshold, checkpoint, table, mean_rstd = small
         x_seq, v0 = arranged(saved[0], strides), arranged(saved[1], strides[1:])
         if ctx.layout is not None:
             form = ctx.form
@@ -261,8 +261,8 @@ class _FusedALIF(torch.autograd.Function):
             grad_v_seq = _in_order(grad_v_seq, ctx.layout, form) if ctx.has_v_seq else None
         need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
         needs_ab = need_x and table is not None and not ctx.options["fixed_norm"]
-        affine = None if table is None else Affine(table, numbers)
-        does_norm = needs_ab and ctx.engine.takes_numbers(x_seq)
+        affine = None if table is None else Affine(table, mean_rstd)
+        does_norm = needs_ab and ctx.engine.does_norm(x_seq)
         # create_graph=True, and torch.func always
         backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         call = Backward(
@@ -280,7 +280,7 @@ class _FusedALIF(torch.autograd.Function):
             need_v_threshold=need_v_threshold,
             norm=table,
             need_norm=table is not None,
-            numbers=affine.all_numbers(x_seq) if affine and does_norm else None,
+            numbers=affine.numbers(x_seq) if affine and does_norm else None,
             **ctx.options,
         )
         sums = None
@@ -443,7 +443,7 @@ def _laid_out(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 def _in_order(tensor: Any, layout: Layout, form: Layout) -> Any:
-    """``tensor``, or ``None``, of a ``layout`` in the form of the same memory."""
+    """View ``tensor`` of ``layout``, or ``None``, as ``form``: a layout of the same memory."""
     return None if tensor is None else arranged(tensor, layout[1]).as_strided(*form)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 #: the shape and strides of a sequence
@@ -49,17 +49,9 @@ class Norm(NamedTuple):
         return tracked and not self.use_batch_statistics
 
     @classmethod
-    def of(cls, module: Any, training: bool) -> Norm:
-        """What a module would compute in this mode; counts the batch, as its forward does.
-
-        Raises:
-            TypeError: a SyncBatchNorm in training, whose statistics are those of all processes.
-        """
-        if training and isinstance(module, nn.SyncBatchNorm):
-            raise TypeError(
-                "a SyncBatchNorm in training takes the statistics of all processes, which a fused "
-                "norm does not; run it before the neuron, as a module of its own"
-            )
+    def of(cls, module: Any) -> Norm:
+        """What a batch norm module would compute; counts the batch, as its forward does."""
+        training: bool = module.training
         momentum = 0.0 if module.momentum is None else module.momentum
         # Statistics that are not tracked in training are used in eval mode all the same.
         reads = module.track_running_stats or not training
@@ -102,7 +94,7 @@ class Affine(NamedTuple):
 
     #: float32: shift, gain and offset, which the kernels read, and weight and bias as they were
     table: Tensor
-    numbers: Tensor  #: mean and r, float64 ``[2, C]``
+    mean_rstd: Tensor  #: mean and r, float64 ``[2, C]``
 
     def parameters(self, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias at the call, whatever has become of those of ``norm``."""
@@ -112,11 +104,11 @@ class Affine(NamedTuple):
         )
         return weight, bias
 
-    def all_numbers(self, x_seq: Tensor) -> Tensor:
+    def numbers(self, x_seq: Tensor) -> Tensor:
         """Mean, r, gain and the number of values, float64 ``[4, C]``."""
-        mean, rate = self.numbers
+        mean, rstd = self.mean_rstd
         count = torch.full_like(mean, x_seq.numel() / len(mean))
-        return torch.stack([mean, rate, self.table[1].double(), count])
+        return torch.stack([mean, rstd, self.table[1].double(), count])
 
 
 @torch.no_grad()
@@ -126,21 +118,21 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
     ``statistics`` gives each channel's mean and biased variance as float64 ``[2, C]``.
     """
     running: Any = (norm.running_mean, norm.running_var)
-    numbers = torch.stack(running).double() if norm.fixed else statistics(x_seq)
-    shift, var = numbers.float()
+    mean_rstd = torch.stack(running).double() if norm.fixed else statistics(x_seq)
+    shift, var = mean_rstd.float()
     if not norm.fixed:
         count = x_seq.numel() / len(var)
         for old, new in zip(running, (shift, var * (count / (count - 1))), strict=True):
             if old is not None:
                 old.lerp_(new.to(old.dtype), norm.momentum)
-    mean, rate = numbers
-    rate.add_(norm.eps).rsqrt_()  # the variance until here
-    gain = rate if norm.weight is None else rate * norm.weight
+    mean, rstd = mean_rstd
+    rstd.add_(norm.eps).rsqrt_()  # the variance until here
+    gain = rstd if norm.weight is None else rstd * norm.weight
     offset = (shift - mean) * gain
     if norm.bias is not None:
         offset += norm.bias
     parameters = (t for t in (norm.weight, norm.bias) if t is not None)
-    return Affine(torch.stack([shift, gain, offset, *parameters]).float(), numbers)
+    return Affine(torch.stack([shift, gain, offset, *parameters]).float(), mean_rstd)
 
 
 def gradients(affine: Affine, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,17 +140,17 @@ def gradients(affine: Affine, sums: Tensor) -> tuple[Tensor, Tensor]:
 
     ``sums`` are those of G_y and of G_y (x - shift), float64 ``[2, C]``.
     """
-    return (affine.numbers[1] * _centred(affine, sums)).float(), sums[0].float()
+    return (affine.mean_rstd[1] * _centred(affine, sums)).float(), sums[0].float()
 
 
 def mean_terms(affine: Affine, sums: Tensor, x_seq: Tensor) -> Tensor:
     """A and B, float32 ``[2, C]``: how G_x depends on the batch's statistics."""
-    mean, rate, gain, count = affine.all_numbers(x_seq)
-    b = gain * rate * rate * _centred(affine, sums) / count
+    mean, rstd, gain, count = affine.numbers(x_seq)
+    b = gain * rstd * rstd * _centred(affine, sums) / count
     a = gain * sums[0] / count - b * (mean - affine.table[0])
     return torch.stack([a, b]).float()
 
 
 def _centred(affine: Affine, sums: Tensor) -> Tensor:
     """The sum of G_y (x - mu)."""
-    return sums[1] - (affine.numbers[0] - affine.table[0]) * sums[0]
+    return sums[1] - (affine.mean_rstd[0] - affine.table[0]) * sums[0]

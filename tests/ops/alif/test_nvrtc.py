@@ -121,7 +121,7 @@ def test_statistics_read_the_sequence_once():
 
 
 def assert_moved(moved, options):
-    """``moved``: sequences read and written by each kernel, and the bytes beside them.
+    """``moved``: sequences read and written by each kernel, and the bytes next to them.
 
     Beside those, forward reads a voltage and writes one, backward reads it and the last one's
     gradient, writes a gradient, and all of them move one at the segments' bounds.
@@ -130,14 +130,14 @@ def assert_moved(moved, options):
     texts = nvrtc.ptx(kernels.source(), tuple(moved), "compute_90")
     segmented = kernels.longest_sweep(dtype) < T
     steps = kernels.SEGMENT if segmented else T
-    for name, (reads, writes, read_beside, written_beside) in moved.items():
+    for name, (reads, writes, read_state, written_state) in moved.items():
         vec, forward = int(name.split(",")[2]), name.startswith("alif_forward")
         sequence, state, width = steps * vec * dtype.itemsize, vec * 4, vec * dtype.itemsize
         read, written = widths(texts[name], "ld"), widths(texts[name], "st")
-        read_beside += state * (1 if forward else 2 + segmented)
-        written_beside += state * (1 + segmented if forward else 1)
-        assert sum(read) == reads * sequence + read_beside, name
-        assert sum(written) == writes * sequence + written_beside, name
+        read_state += state * (1 if forward else 2 + segmented)
+        written_state += state * (1 + segmented if forward else 1)
+        assert sum(read) == reads * sequence + read_state, name
+        assert sum(written) == writes * sequence + written_state, name
         assert read.count(width) >= reads * steps and written.count(width) >= writes * steps
 
 

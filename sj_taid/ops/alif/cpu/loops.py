@@ -674,14 +674,14 @@ def _make_terms(a, channel, width):
     sums, numbers = _double_at(a.norm_sums, 0), _double_at(a.numbers, 0)
     table, ab, channels = _at(a.norm, 0), _at(a.ab, 0), a.channels
     for c in range(channel, channel + width):
-        mean, rate = numbers[c], numbers[channels + c]
+        mean, rstd = numbers[c], numbers[channels + c]
         gain, count = numbers[2 * channels + c], numbers[3 * channels + c]
         far = mean - table[c]
         centred = sums[channels + c] - far * sums[c]
-        b = gain * rate * rate * centred / count
+        b = gain * rstd * rstd * centred / count
         ab[c] = np.float32(gain * sums[c] / count - b * far)
         ab[channels + c] = np.float32(b)
-        sums[channels + c] = rate * centred
+        sums[channels + c] = rstd * centred
 
 
 @_part

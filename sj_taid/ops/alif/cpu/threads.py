@@ -60,8 +60,8 @@ if hasattr(os, "register_at_fork"):
 class Partition(NamedTuple):
     """How the neurons are distributed, a function of the shape alone.
 
-    A part is one of ``ranges`` of the neurons of ``group`` channels. With ``whole`` it is all of
-    them, whose values a thread has room for twice.
+    Each group of ``group`` channels is cut into ``ranges`` parts. With ``whole`` a part is a whole
+    group, and a thread has room for its input and its gradient.
     """
 
     parts: int
