@@ -1,4 +1,4 @@
-"""The two versions of SpikingJelly: the only file that knows them and their private names.
+"""The two versions of SpikingJelly: which is installed, and one base class for both.
 
 In 2.x a neuron implements ``single_step_functional_forward`` and ``multi_step_functional_forward``
 over explicit states, and ``BaseNode`` does the rest. In 0.0.0.0.14 ``BaseNode`` calls

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .block import seeded
+from .._context import seeded
 from .rate import check_rates
 
 HIDDEN, COUPLINGS = 256, 8
@@ -41,7 +41,7 @@ class FlowPrior(nn.Module):
         levels: time steps of which a rate is the mean.
 
     Raises:
-        RuntimeError: at a call, a flow that is not fitted.
+        ValueError: at a call, a flow that is not fitted.
 
     Source: Dinh et al., RealNVP, arXiv 1605.08803; fitting after training as in Ghosh et al.,
     arXiv 1903.12436.
