@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_taid._context import eval_mode
 from sj_taid.data import ImageData
 from sj_taid.model import ESVAE
-from sj_taid.model.block import eval_mode
 from sj_taid.model.rate import spikes_from_rate
 from sj_taid.training.evaluate import build_evaluator
 from sj_taid.training.process import provenance
@@ -31,7 +31,7 @@ class TrainingImages(nn.Module):
 
     def __init__(self, data: ImageData) -> None:
         super().__init__()
-        self.loader: Any = data.train_samples()
+        self.loader: Any = data.plain_train_dataloader()
         generator = torch.Generator().manual_seed(0)
         self.order = cycle(torch.randperm(len(data.train_set), generator=generator).tolist())
 

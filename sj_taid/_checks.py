@@ -56,13 +56,4 @@ def check(rule: Rule, **values: Any) -> None:
 check_numbers = partial(check, NUMBER)
 check_flags = partial(check, FLAG)
 check_sizes = partial(check, integer(1))
-check_weights = partial(check, NOT_NEGATIVE)
-
-
-def check_count(n: Any) -> None:
-    """Raise a ``ValueError`` unless ``n`` is a number of images to sample."""
-    if not is_whole(n) or n < 0:
-        raise ValueError(
-            f"sample needs a number of images, an integer >= 0, but got {n!r:.80}; "
-            "give one, such as sample(16)"
-        )
+check_not_negative = partial(check, NOT_NEGATIVE)

@@ -5,7 +5,7 @@ from typing import Any
 from spikingjelly.activation_based import neuron
 from torch import nn
 
-from ._checks import check_net, check_weights
+from ._checks import check_net, check_not_negative
 from .neuron import ALIFNode
 
 
@@ -36,7 +36,7 @@ def parameter_groups(
     [('weights', 2, 0.001, 0.01), ('neurons', 2, 0.01, 0.0)]
     """
     check_net(net, "parameter_groups")
-    check_weights(lr=lr, lr_scale=lr_scale, weight_decay=weight_decay)
+    check_not_negative(lr=lr, lr_scale=lr_scale, weight_decay=weight_decay)
     neurons = {
         parameter
         for module in net.modules()

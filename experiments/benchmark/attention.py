@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sj_taid import FixedDecoder
-from sj_taid.model.block import seeded
+from sj_taid._context import seeded
 from sj_taid.training.plot import save, time_shares
 from sj_taid.training.process import reuse_freed_memory
 from sj_taid.training.run import Run, build_data

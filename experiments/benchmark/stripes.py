@@ -18,7 +18,7 @@ from attention import describe, load_images
 from common import write_csv
 from torch import Tensor
 
-from sj_taid.model.block import seeded
+from sj_taid._context import seeded
 from sj_taid.training.process import reuse_freed_memory
 from sj_taid.training.run import Run
 

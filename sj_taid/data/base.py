@@ -182,7 +182,7 @@ class Data(L.LightningDataModule):
             mixing = partial(mix, alpha=self.mixup, classes=self.classes)
         return self._loader(self.train_set, augmentations, mixing, **options)
 
-    def train_samples(self) -> DataLoader:
+    def plain_train_dataloader(self) -> DataLoader:
         """The training samples once, in their order and as they are."""
         return self._loader(self.train_set)
 

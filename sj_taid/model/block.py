@@ -1,8 +1,7 @@
-"""Building blocks of the spiking models: a layer, a batch norm and a neuron, on ``[T, N, *]``."""
+"""Shared by the models: checks of their inputs, reset, and the block of layer, norm and neuron."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,26 +97,6 @@ def reset(*nets: nn.Module) -> None:
         for module in net.modules():
             if isinstance(module, base.MemoryModule):
                 module.reset()
-
-
-@contextmanager
-def eval_mode(net: nn.Module) -> Iterator[None]:
-    """Put ``net`` in eval mode inside; after, every module is back in its own mode."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw random numbers from ``seed`` inside; the global random state is left alone."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # all are seeded
-        torch.manual_seed(seed)
-        yield
 
 
 def spiking_block(

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_flags, check_weights
-from .block import Neuron, eval_mode
+from .._checks import check_flags, check_not_negative
+from .._context import eval_mode
+from .block import Neuron
 from .flow import FlowPrior
 from .rate import LearnedPrior, rbf_mmd, spikes_from_rate
 from .spiking_vae import SpikingVAE
@@ -66,7 +67,7 @@ class ESVAE(SpikingVAE):
         exact_counts: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_weights(mmd_weight=mmd_weight)
+        check_not_negative(mmd_weight=mmd_weight)
         check_flags(exact_counts=exact_counts)
         if sample_from not in PRIORS:
             names = ", ".join(PRIORS)

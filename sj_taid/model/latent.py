@@ -12,7 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .block import Neuron, eval_mode, reset, spiking_block
+from .._context import eval_mode
+from .block import Neuron, reset, spiking_block
 
 
 class LatentNetwork(nn.Module):

@@ -9,11 +9,12 @@ from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_count, check_flags, check_sizes, check_weights
+from .._checks import check, check_flags, check_not_negative, check_sizes, integer
+from .._context import eval_mode
 from ..acceleration import accelerate
 from ..layer import TAID
 from ..neuron import ALIFNode
-from .block import Neuron, check_images, encoder_shape, eval_mode, reset, spiking_block
+from .block import Neuron, check_images, encoder_shape, reset, spiking_block
 
 #: ALIF that starts as the neuron of the original FSVAE: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
 #: rectangular surrogate of width 1 (both SpikingJelly versions have it under this name).
@@ -100,7 +101,7 @@ class SpikingVAE(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(in_channels=in_channels, T=T, latent_channels=latent_channels)
-        check_weights(gradient_weight=gradient_weight, chroma_weight=chroma_weight)
+        check_not_negative(gradient_weight=gradient_weight, chroma_weight=chroma_weight)
         check_flags(subpixel=subpixel)
         if chroma_weight and in_channels != 3:
             raise ValueError(
@@ -196,7 +197,7 @@ class SpikingVAE(nn.Module):
         Raises:
             ValueError: ``n`` is no integer >= 0.
         """
-        check_count(n)
+        check(integer(0), n=n)
         with eval_mode(self), torch.no_grad():
             return self.decode(self.sample_latent(n))
 

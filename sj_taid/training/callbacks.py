@@ -1,4 +1,4 @@
-"""Callbacks of a run: progress, pictures and random numbers."""
+"""Callbacks of a run: progress, history and random numbers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import track
 
-from ..monitoring import warn_at_bound
-from ..thresholds import warn_at_reset
+from ..thresholds import warn_at_bound, warn_at_reset
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
 
@@ -50,8 +49,8 @@ class ProgressBar(RichProgressBar):
         return {stage: logged[key] for stage, key in keys.items() if key in logged}
 
 
-class Pictures(L.Callback):
-    """Records metrics and neurons' parameters over training, and draws everything at its end.
+class History(L.Callback):
+    """Metrics and neurons' parameters of each epoch, drawn after the test.
 
     Args:
         folder: where to draw.
@@ -61,19 +60,19 @@ class Pictures(L.Callback):
     def __init__(self, folder: Path, draw: bool) -> None:
         self.folder = folder
         self.draw = draw
-        self.history: list[dict[str, dict[str, float]]] = []
+        self.parameters: list[dict[str, dict[str, float]]] = []
         self.epochs: list[dict[str, float]] = []
         self.validated = False
 
     def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
-        if not self.history:  # not so when a run is resumed
-            self.history.append(neuron_parameters(task.model))
+        if not self.parameters:  # not so when a run is resumed
+            self.parameters.append(neuron_parameters(task.model))
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         self.validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: Any) -> None:
-        self.history.append(neuron_parameters(task.model))
+        self.parameters.append(neuron_parameters(task.model))
         # Lightning keeps the values of an earlier validation.
         ours = ("train/", "val/") if self.validated else ("train/",)
         self.validated = False
@@ -95,14 +94,14 @@ class Pictures(L.Callback):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             part = "test" if data.validation_set is None else "validation"
             draw_curves(self.epochs, self.folder / "curves.png", f"{part} set")
-            if self.history[0]:
-                draw_parameters(self.history, self.folder / "parameters.png")
+            if self.parameters[0]:
+                draw_parameters(self.parameters, self.folder / "parameters.png")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "epochs": self.epochs}
+        return {"parameters": self.parameters, "epochs": self.epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history, self.epochs = state["history"], state["epochs"]
+        self.parameters, self.epochs = state["parameters"], state["epochs"]
 
 
 class RandomNumbers(L.Callback):

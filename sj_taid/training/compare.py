@@ -113,9 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_replaceable(out / "results.md", "| runs ")
     finished = gather(options.folders)
     runs = [*finished.values()]
-    print(markdown(summary(runs)))
+    text = markdown(summary(runs))
+    print(text)
     with atomic_write(out / "results.csv") as temporary:
         frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(temporary, index=False)
     with atomic_write(out / "results.md") as temporary:
-        temporary.write_text(markdown(summary(runs)), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     print(f"results.csv and results.md are in {out}")

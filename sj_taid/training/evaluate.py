@@ -11,9 +11,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 
-from ..model.block import seeded
+from .._context import seeded
 from .columns import format_metrics
-from .evaluation import Evaluator, bare_trainer
+from .evaluator import Evaluator, bare_trainer
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
 from .run import Run, build_data, build_part, flatten
 from .task import Task

@@ -1,4 +1,4 @@
-"""Metrics of the images that a model samples: FAD, FID and the Inception score."""
+"""Metrics of the images that a model samples."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from filelock import FileLock
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
+from .._context import seeded
 from ..data import ImageData
 from ..metric import (
     AutoencoderCodes,
@@ -30,7 +31,6 @@ from ..metric import (
 )
 from ..metric.precision_recall import NEIGHBOURS
 from ..model import Autoencoder
-from ..model.block import seeded
 from .autoencoding import Autoencoding
 from .callbacks import ProgressBar, show_progress
 from .files import atomic_write

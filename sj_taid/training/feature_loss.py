@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_sizes, check_weights
+from .._checks import check_not_negative, check_sizes
+from .._context import seeded
 from ..data import ImageData
-from ..model.block import seeded
 from .classification import Classification
-from .evaluation import bare_trainer, load_or_make
+from .evaluator import bare_trainer, load_or_make
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class FeatureLoss(nn.Module):
     def __init__(self, channels: int, classes: int, weight: float = 0.3) -> None:
         super().__init__()
         check_sizes(channels=channels, classes=classes)  # a data set without labels has None
-        check_weights(weight=weight)
+        check_not_negative(weight=weight)
         self.channels, self.classes, self.weight = channels, classes, weight
         self.blocks = _blocks(channels).requires_grad_(False)
 

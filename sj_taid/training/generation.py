@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._context import seeded
 from ..data import ImageData
 from ..layer import TAID, FixedDecoder
-from ..model.block import seeded
 from ..model.esvae import ESVAE
 from ..model.flow import FlowPrior, check_enough
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
 from .columns import OF_SAMPLES
-from .evaluation import Evaluator
+from .evaluator import Evaluator
 from .feature_loss import FeatureLoss
 from .plot import draw_attention, draw_grid, draw_reconstructions
 
@@ -81,7 +81,7 @@ class Generation(Autoencoding):
             return groups
         return [*groups, {"params": prior, "lr": self.learning_rate() * self.prior_lr_scale}]
 
-    def measure_untrained(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, float]:
+    def before_training(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, float]:
         if evaluator is None:
             raise ValueError(
                 "task=generation measures its samples, but there is no metric; choose one of "
@@ -114,7 +114,7 @@ class Generation(Autoencoding):
     def fit_prior(self, data: ImageData) -> None:
         """Fit ESVAE's flow to the training images, not augmented."""
         if self.flow:
-            batches = show_progress(data.train_samples(), "Rates of the training images")
+            batches = show_progress(data.plain_train_dataloader(), "Rates of the training images")
             # The seed leaves the random state to a run that resumes with more epochs.
             with seeded(0):
                 self.model.fit_prior(image.to(self.device) for image, _ in batches)

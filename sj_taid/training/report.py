@@ -24,9 +24,9 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from .. import _compat
+from .._context import seeded
 from .._extras import needs
-from ..model.block import seeded
-from .callbacks import Pictures, show_progress
+from .callbacks import History, show_progress
 from .checkpoint import read_checkpoint
 from .columns import COLUMNS as MEASURED
 from .columns import METRICS, Column, learned_nothing
@@ -110,7 +110,7 @@ def png(*rows: Tensor) -> str:
 def read_training(run: Run) -> Iterator[dict[str, Any]]:
     """The logged values over the epochs, from the checkpoint."""
     checkpoint = read_checkpoint(Run.find(run.folder).checkpoint)
-    for epoch, values in enumerate(checkpoint["callbacks"][Pictures.__qualname__]["epochs"], 1):
+    for epoch, values in enumerate(checkpoint["callbacks"][History.__qualname__]["epochs"], 1):
         for key, value in values.items():
             stage, _, name = key.partition("/")
             yield {"epoch": epoch, "stage": stage, "name": name, "value": value}

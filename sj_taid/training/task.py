@@ -18,7 +18,7 @@ from ..thresholds import fixed_thresholds
 from .checkpoint import load_weights
 
 if TYPE_CHECKING:
-    from .evaluation import Evaluator
+    from .evaluator import Evaluator
 
 
 class Task(L.LightningModule):
@@ -124,8 +124,8 @@ class Task(L.LightningModule):
             "trainer.gradient_clip_val=1.0"
         )
 
-    def measure_untrained(self, data: Any, evaluator: Evaluator | None) -> dict[str, float]:
-        """Metrics of the untrained model.
+    def before_training(self, data: Any, evaluator: Evaluator | None) -> dict[str, float]:
+        """Check and prepare what training needs; metrics of the untrained model.
 
         Every process of a distributed run measures: while one makes what is cached, the others wait
         at its file lock, as in a collective they would hit the time limit.

@@ -17,9 +17,9 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, Timer
 from omegaconf import DictConfig, OmegaConf
 
+from .._context import seeded
 from ..calibration import calibrate
-from ..model.block import seeded
-from .callbacks import Pictures, RandomNumbers
+from .callbacks import History, RandomNumbers
 from .checkpoint import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -85,7 +85,7 @@ def train(
     evaluator = build_evaluator(cfg)
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     data = build_data(cfg, cfg.trust)
-    pictures = Pictures(run.folder, cfg.pictures)
+    history = History(run.folder, cfg.pictures)
     options: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
     # A checkpoint keeps its seconds; where there is a Timer, Lightning ignores max_time itself.
     timer = Timer(options.get("max_time"))
@@ -97,13 +97,13 @@ def train(
             *build_checkpoint_callbacks(run, task, data),
             timer,
             RandomNumbers(),
-            pictures,
+            history,
             *callbacks,
         ],
     )
     if checkpoint is None:
         calibrate_thresholds(cfg, task, data)
-        task.untrained_metrics = task.measure_untrained(data, evaluator)
+        task.untrained_metrics = task.before_training(data, evaluator)
     if cfg.compile:
         compile_model(task.model, cfg.compile)
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
@@ -113,7 +113,7 @@ def train(
         metrics = measure(task, trainer, data, evaluator)
     if not is_first_process():
         return {}
-    metrics |= select_validation_metrics(task, data, pictures.epochs)
+    metrics |= select_validation_metrics(task, data, history.epochs)
     if saves_best_epoch(task, data) and run.best.is_file():
         metrics |= measure_best_epoch(cfg, task, data, run)
     log_metrics(trainer, metrics)

@@ -64,7 +64,7 @@ def test_only_training_samples_vary():
     assert torch.equal(images(plain.test_dataloader()), images(varied.test_dataloader()))
     assert all(labels.dim() == 1 for _, labels in varied.val_dataloader())
     x, labels = first(varied.train_dataloader())
-    assert labels.dim() == 2 and not torch.equal(x, first(varied.train_samples())[0])
+    assert labels.dim() == 2 and not torch.equal(x, first(varied.plain_train_dataloader())[0])
     _, labels = first(varied.without_augmentation().train_dataloader())
     assert labels.dim() == 1 and varied.mixup == 1.0
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from sj_taid._context import seeded
 from sj_taid.model import flow
-from sj_taid.model.block import seeded
 from sj_taid.model.flow import FlowPrior
 
 

@@ -66,7 +66,7 @@ def test_train_learns_digits_under_its_schedule(tiny, tmp_path):
     metrics = train(tiny("task=classification", *small, tiny=False), tmp_path)
     assert metrics["accuracy"] > 0.6
     checkpoint = read_checkpoint(run.Run(tmp_path).checkpoint)
-    epochs = checkpoint["callbacks"]["Pictures"]["epochs"]
+    epochs = checkpoint["callbacks"]["History"]["epochs"]
     assert epochs[-1]["train/loss"] < epochs[0]["train/loss"]
     names = itertools.product(("train", "val"), ("accuracy", "loss"))
     assert set(epochs[-1]) == {*map("/".join, names)}
@@ -80,7 +80,7 @@ def test_train_calibrates_and_saves_thresholds(classify, tmp_path, monkeypatch, 
     def calibrate(net, images, *, rate):
         before.append(list(thresholds(net).values()))
         report = sj_taid.calibrate(net, images, rate=rate)
-        calibrated.append({row.name: row.v_threshold for row in report.rows})
+        calibrated.append({row.layer: row.v_threshold for row in report.rows})
         assert rate == 0.1 and {round(row.rate, 1) for row in report.rows} == {0.1}
         return report
 

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sj_taid.metric import FrechetDistance
-from sj_taid.training import evaluation, run
+from sj_taid.training import evaluator, run
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
 from sj_taid.training.train import train
@@ -71,7 +71,7 @@ def test_evaluate_repeats_the_metrics_of_training(folder):
 
 
 def test_evaluate_fid_and_inception_score(folder, monkeypatch):
-    monkeypatch.setattr(evaluation, "Inception", Network)
+    monkeypatch.setattr(evaluator, "Inception", Network)
     after = evaluate(composed(folder, "metric.inception_weights=weights.pth", "metric.samples=20"))
     figures, protocol = after["metrics"], after["protocol"]
     assert figures["fid"] > 0 and 1 <= figures["inception_score"] <= 4

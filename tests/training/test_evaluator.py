@@ -9,8 +9,7 @@ import torch
 
 from sj_taid.data import Digits
 from sj_taid.metric import FrechetDistance
-from sj_taid.training import evaluation
-from sj_taid.training.evaluation import Evaluator, load_or_make
+from sj_taid.training.evaluator import Evaluator, load_or_make
 from tests.data.made_up import ready
 from tests.training.conftest import Network
 
@@ -58,7 +57,7 @@ def test_evaluator_makes_autoencoder_and_statistics_once(evaluator, tmp_path, mo
     files = set(evaluator.cache_dir.glob("*.pt"))
     assert {file.name.split("-")[0] for file in files} == {"autoencoder", "statistics"}
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "bare_trainer", None)
+        patch.setattr("sj_taid.training.evaluator.bare_trainer", None)
         patch.setattr(data, "test_dataloader", None)
         assert_equal(states(evaluator, data), first)
 
@@ -93,7 +92,7 @@ def test_evaluate_samples_is_reproducible_and_leaves_the_random_state_alone(eval
 
 def test_evaluate_samples_checks_all_metrics_before_a_training(evaluator, monkeypatch):
     data = digits()
-    monkeypatch.setattr(evaluation, "Inception", Network)
+    monkeypatch.setattr("sj_taid.training.evaluator.Inception", Network)
     evaluator.inception_weights = "weights.pth"
     only_fad = evaluator.evaluate_samples(Noise(), data, only="fad")
     assert set(only_fad) == {"fad", "protocol"}
@@ -109,7 +108,7 @@ def test_evaluate_samples_checks_all_metrics_before_a_training(evaluator, monkey
 
 def test_evaluate_samples_measures_features_in_one_pass(evaluator, monkeypatch):
     network = Network("weights.pth")
-    monkeypatch.setattr(evaluation, "EfficientNetLite0", lambda: network)
+    monkeypatch.setattr("sj_taid.training.evaluator.EfficientNetLite0", lambda: network)
     evaluator.features, data = True, digits()
     values = evaluator.evaluate_samples(Noise(), data)
     assert network.calls == len(data.test_dataloader()) + 1
@@ -134,7 +133,7 @@ def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, 
             assert real or len(images) == self.batch_size
             super().update(images[..., :8, :8], real)
 
-    monkeypatch.setattr(evaluation, "PublishedFrechetAutoencoderDistance", Published)
+    monkeypatch.setattr("sj_taid.training.evaluator.PublishedFrechetAutoencoderDistance", Published)
     evaluator.published_autoencoders = tmp_path
     data = digits(image_size=32, limit=40)
     data.source = "FashionMNIST"

@@ -50,7 +50,7 @@ def test_run_has_a_feature_loss(tiny, tmp_path):
     train(tiny(*job, "feature_loss=classifier", tiny=False), tmp_path)
     state = read_checkpoint(Run(tmp_path).checkpoint)
     assert "feature_loss.blocks.0.0.weight" in state["state_dict"]
-    (epoch,) = state["callbacks"]["Pictures"]["epochs"]
+    (epoch,) = state["callbacks"]["History"]["epochs"]
     assert epoch["train/features"] > 0
     learned = sum(len(group["params"]) for group in state["optimizer_states"][0]["param_groups"])
     assert learned == len([*Run(tmp_path).model().parameters()])

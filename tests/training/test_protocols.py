@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sj_taid.data import Digits
-from sj_taid.training import columns, compare, evaluation, run
+from sj_taid.training import columns, compare, evaluator, run
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
@@ -57,7 +57,7 @@ def job(tiny):
 
 def logged(folder, name):
     checkpoint = torch.load(run.Run(folder).checkpoint, weights_only=True)
-    return [epoch[name] for epoch in checkpoint["callbacks"]["Pictures"]["epochs"]]
+    return [epoch[name] for epoch in checkpoint["callbacks"]["History"]["epochs"]]
 
 
 def evaluated(checkpoint):
@@ -123,7 +123,7 @@ def test_epochs_without_validation_have_no_metrics_of_it(job, tmp_path):
     cfg = job("dataset.validation=0.1", "trainer.limit_train_batches=2", *every_second)
     metrics = train(cfg, str(tmp_path))
     checkpoint = read_checkpoint(run.Run(tmp_path).checkpoint)
-    values = [epoch.get("val/loss") for epoch in checkpoint["callbacks"]["Pictures"]["epochs"]]
+    values = [epoch.get("val/loss") for epoch in checkpoint["callbacks"]["History"]["epochs"]]
     assert values == [None, metrics["validation_loss"], None]
     assert (tmp_path / "curves.png").is_file()
 
@@ -157,7 +157,7 @@ def test_validation_set_is_for_classifiers_by_default(tiny):
 def test_generator_is_measured_on_validation_images_by_fad_alone(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"fad needs at least 6 images, but the number of .* is 3"):
         train(tiny("dataset.validation=0.002"), tmp_path / "few")
-    monkeypatch.setattr(evaluation, "Inception", Network)
+    monkeypatch.setattr(evaluator, "Inception", Network)
     inception = ["metric.inception_weights=weights.pth", "metric.samples=10"]
     cfg = tiny("dataset.validation=0.005", "objective=validation_fad", *inception)
     metrics = train(cfg, tmp_path)
@@ -175,7 +175,7 @@ def test_autoencoder_is_measured_and_drawn_on_validation_images(tiny, tmp_path):
     monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
     options = [monitor, "pictures=true", "dataset.validation=0.1"]
     metrics = train(tiny(*TINY_AUTOENCODING, *options, tiny=False), tmp_path)
-    (epoch,) = read_checkpoint(run.Run(tmp_path).checkpoint)["callbacks"]["Pictures"]["epochs"]
+    (epoch,) = read_checkpoint(run.Run(tmp_path).checkpoint)["callbacks"]["History"]["epochs"]
     assert epoch and all(name.startswith(("train/", "val/")) for name in epoch)
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"reconstructions.png", "curves.png"} and "fad" not in metrics

@@ -10,7 +10,7 @@ import pytest
 import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 
-from sj_taid.model.block import seeded
+from sj_taid._context import seeded
 from sj_taid.training import cli, compare, load_model, report, run
 from sj_taid.training.train import train
 

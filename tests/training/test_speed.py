@@ -66,7 +66,7 @@ def test_process_waits_for_measurements_before_the_others(tiny, tmp_path, monkey
         raise SystemExit("measured")
 
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    monkeypatch.setattr(Generation, "measure_untrained", measured)
+    monkeypatch.setattr(Generation, "before_training", measured)
     with pytest.raises(SystemExit, match="measured"):
         train(tiny(), tmp_path)
     assert not list(tmp_path.iterdir())  # the first process writes

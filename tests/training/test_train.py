@@ -200,9 +200,9 @@ def test_interrupted_run_resumes_in_its_folder_with_its_choices(
     assert metrics["command"].count("trainer.max_epochs") == 1
     assert metrics["training_seconds"] > before["callbacks"]["Timer"]["time_elapsed"]["train"]
     resumed = torch.load(there.checkpoint, weights_only=True)
-    pictures, earlier = (saved["callbacks"]["Pictures"] for saved in (resumed, before))
-    assert len(pictures["history"]) == 5 and len(pictures["epochs"]) == 4
-    assert pictures["epochs"][:2] == earlier["epochs"] and resumed["global_step"] == 2 * 4
+    history, earlier = (saved["callbacks"]["History"] for saved in (resumed, before))
+    assert len(history["parameters"]) == 5 and len(history["epochs"]) == 4
+    assert history["epochs"][:2] == earlier["epochs"] and resumed["global_step"] == 2 * 4
     assert [path.name for path in place.iterdir()] == [there.folder.name]
 
     capsys.readouterr()
