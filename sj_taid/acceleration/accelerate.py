@@ -11,6 +11,7 @@ import torch
 from spikingjelly.activation_based import functional, layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _compat, _graph, convert
@@ -212,6 +213,8 @@ def _why_not(site: convert.Site, net: nn.Module) -> str | None:
     node = site.node
     if isinstance(node, Accelerated):
         return _ALREADY
+    if is_parametrized(node):
+        return "it is parametrized"
     if isinstance(node, convert.ALIFNode):
         reason = "its backend is torch" if node.backend == "torch" else None
     else:

@@ -54,7 +54,7 @@ _ADDS_IN_PLACE = {"add_", "__iadd__"}
 _ADDS = _ADDS_IN_PLACE | {"add", "__add__", "__radd__"}
 _MULTIPLIES = {"mul", "multiply", "__mul__", "__rmul__", "mul_", "__imul__"}
 _CONTRACTS = {"matmul", "__matmul__", "bmm", "mm"}
-#: autocast casts their inputs
+#: of two tensors and more, autocast casts them
 _LOWERS = _CONTRACTS | {
     *("linear", "conv1d", "conv2d", "conv3d", "einsum", "addmm", "baddbmm"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
@@ -235,7 +235,7 @@ class Known(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs, name = kwargs or {}, func.__name__
-        if name in _LOWERS:
+        if name in _LOWERS and sum(isinstance(t, Tensor) for t in args) > 1:
             args = tuple(_lowered(t) if isinstance(t, Compact) else t for t in args)
         with torch._C.DisableTorchFunctionSubclass():
             if func in _EXPOSES or getattr(func, "__module__", None) == _COLLECTIVES:
@@ -265,26 +265,6 @@ class Known(Tensor):
 
 class Compact(Known):
     """A tensor with memory and a packing."""
-
-    def view(self, *shape: Any) -> Tensor:
-        """A view as of contiguous spikes, which a plain neuron's are.
-
-        Spikes in another memory order change theirs. If they are a view themselves, they are
-        copied.
-        """
-        try:
-            return super().view(*shape)
-        except RuntimeError:
-            if self.is_contiguous():
-                raise
-            if self._base is not None:
-                return self.reshape(*shape)
-        peak = _peak(self)
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            self.data = self.as_subclass(Tensor).contiguous()
-            if peak is not None:
-                self._packing = Counts(self, peak)
-        return super().view(*shape)
 
 
 def compact(tensor: Tensor, packing: Packing) -> Tensor:
@@ -349,7 +329,7 @@ def _flat(values: Iterable[Any]) -> list[Any]:
 def _lowered(tensor: Any) -> Any:
     """``tensor`` as autocast would cast it, which would save a tensor that nobody knows."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype != torch.float32:
+    if tensor.dtype != torch.float32 or tensor.is_meta or not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 

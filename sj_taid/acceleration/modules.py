@@ -10,18 +10,20 @@ import torch
 from spikingjelly.activation_based import layer, neuron
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import _compat, _graph, convert
 from .._fused_neuron import Accelerated, FusedNeuron
 from ..neuron import ALIFNode
 from ..ops import backends, surrogate
 from ..ops.alif import norm as norms
+from ..ops.alif.autograd import arranged
 from ..ops.alif.norm import Norm
 from ..ops.alif.reference import state_dtype
 from ..ops.bits import is_dense
 from ..ops.watching import is_watched
 from .compact import Compact, Counts, Known, compact, saving
-from .norm_output import NormOutput, wait
+from .norm_output import NormOutput, memory_order, wait
 
 
 class _Exchanged(Accelerated):
@@ -54,7 +56,7 @@ def accelerate_module(module: Any) -> Any:
 
 
 #: a subclass that overrides one of these may compute something other than batch norm
-_NORM_METHODS = ("forward", "__call__", "_check_input_dim")
+_NORM_METHODS = ("forward", "super_forward", "__call__", "_check_input_dim")
 #: the norms whose output can wait
 _KNOWN_NORMS = {
     kind
@@ -73,6 +75,8 @@ def why_no_norm(module: nn.Module) -> str | None:
     own = {name for kind in kinds[:known] for name in _NORM_METHODS if name in vars(kind)}
     if known is None or own:
         return f"{type(module).__name__} is not known to compute torch's batch norm"
+    if is_parametrized(module):
+        return "it is parametrized"
     return "its forward was replaced" if "forward" in vars(module) else None
 
 
@@ -94,6 +98,8 @@ class AcceleratedNorm(_Exchanged):
         if isinstance(x, NormOutput):
             x = x.plain("batch_norm")
         if torch.compiler.is_compiling() or type(x) not in (Tensor, Compact) or _steps_aside():
+            return super().forward(x)  # type: ignore[misc]
+        if x.is_inference():  # which does not count its changes, so the output cannot wait
             return super().forward(x)  # type: ignore[misc]
         folds = getattr(self, "step_mode", "s") == "m"
         statistics = backends.resolve(backends.AUTO, x, None).statistics
@@ -125,6 +131,7 @@ class AcceleratedALIF(_Exchanged):
             x_seq = _plain(x_seq)
         if torch.compiler.is_compiling() or _steps_aside():
             return super()._multi_step(x_seq, v, store_v_seq)  # type: ignore[misc]
+        strides = self._strides(x_seq)
         if isinstance(x_seq, NormOutput):
             x_seq, options = _read(node, x_seq)
         return_bits = torch.is_grad_enabled()
@@ -133,10 +140,18 @@ class AcceleratedALIF(_Exchanged):
             spike_seq, v_last, v_seq, *bits = super()._multi_step(  # type: ignore[misc]
                 x_seq, v, store_v_seq, return_bits=return_bits, **options
             )
+            fired, spike_seq = spike_seq, arranged(spike_seq, strides)
+        if spike_seq is not fired:  # the bits have the other memory order
+            bits = []
         # A surrogate with spiking=False gives no spikes.
         if not spike_seq.is_inference() and not surrogate.unsupported(node.surrogate_function):
             compact(spike_seq, Counts(spike_seq, 1, *bits))
         return spike_seq, v_last, v_seq
+
+    def _strides(self, x_seq: Tensor) -> tuple[int, ...]:
+        """The strides of the plain neuron's spikes."""
+        dense = x_seq if is_dense(x_seq) else torch.empty(x_seq.shape, device="meta")
+        return dense.stride()
 
 
 @torch._disable_dynamo
@@ -162,8 +177,16 @@ class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
             return self.kind.multi_step_forward(self, x_seq, *args, **kwargs)  # type: ignore[attr-defined]
         spike_seq = super().multi_step_forward(x_seq)
         # 0.0.0.0.14 computes, and gives spikes, in float32 under autocast.
-        autocast = torch.is_autocast_enabled(x_seq.device.type)
-        return spike_seq.float() if autocast and not _compat.FUNCTIONAL_STATES else spike_seq
+        lowers = not _compat.FUNCTIONAL_STATES and torch.is_autocast_enabled(x_seq.device.type)
+        return spike_seq.float() if lowers else spike_seq
+
+    def _strides(self, x_seq: Tensor) -> tuple[int, ...]:
+        # torch.stack of its steps keeps channels last alone.
+        if x_seq.is_contiguous():
+            return x_seq.stride()
+        step = torch.empty_strided(x_seq.shape[1:], x_seq.stride()[1:], device="meta")
+        strides = torch.empty_like(step, memory_format=memory_order(step)).stride()
+        return step.numel(), *strides
 
     def _start(self, x_seq: Tensor) -> Tensor | float:
         """As in SpikingJelly: 2.x moves a voltage, and starts again if its shape is another."""

@@ -114,7 +114,7 @@ class _Wait(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.gradient, ctx.norm = call.gradient, call.norm
         at = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        made = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=_order_of(x))
+        made = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=memory_order(x))
         if len(shape) > x.dim():
             at, made = at.unflatten(0, shape[:2]), made.unflatten(0, shape[:2])
         output = NormOutput.of(call, at, made)
@@ -130,7 +130,7 @@ class _Wait(torch.autograd.Function):
         rstd = norm.affine.mean_rstd[1].to(var.dtype)
         # Torch takes both in one memory order, without looking.
         x, grad = _with_last_axis(x), _with_last_axis(grad)
-        order = _order_of(x)
+        order = memory_order(x)
         grads = _aten.native_batch_norm_backward(
             *(grad.contiguous(memory_format=order), x.contiguous(memory_format=order), weight),
             *((mean, var) if norm.fixed else (None, None)),
@@ -231,7 +231,7 @@ class NormOutput(Known):
             )
         # Schemas of other libraries, such as c10d's, do not say what they change.
         is_mutable = func._schema.is_mutable or func.namespace != "aten"
-        changed = kwargs.get("out", first) if is_mutable else None
+        given = kwargs.get("out", first)
 
         def read(output: NormOutput) -> Tensor:
             if is_mutable or func.is_view:
@@ -240,7 +240,8 @@ class NormOutput(Known):
 
         args, kwargs = tree_map_only(NormOutput, read, (args, kwargs))
         result = func(*args, **kwargs)
-        return changed if isinstance(changed, NormOutput) else result
+        changed = kwargs.get("out", args[0] if args else None)
+        return given if result is changed else result
 
     def _view(self, func: Any, args: tuple[Any, ...]) -> NormOutput | None:
         try:
@@ -361,7 +362,7 @@ def _statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(like.dtype), (rstd.pow(-2) - norm.eps).to(like.dtype)
 
 
-def _order_of(x: Tensor) -> torch.memory_format:
+def memory_order(x: Tensor) -> torch.memory_format:
     """The memory format of torch's batch norm of ``x``: channels last, or contiguous."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     is_last = last is not None and x.is_contiguous(memory_format=last)

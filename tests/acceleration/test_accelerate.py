@@ -191,6 +191,7 @@ LEFT = {
     "it runs step by step: functional.set_step_mode": neuron.LIFNode(),
     "no fused operator for torch.float64": neuron.ParametricLIFNode(),
     "its backend is torch": ALIFNode(backend="torch"),
+    "it is parametrized": neuron.ParametricLIFNode(),
 }
 
 
@@ -199,11 +200,46 @@ def test_accelerate_leaves_what_it_cannot_run():
     functional.set_step_mode(net, "m")
     net[3].v_threshold, net[4].forward, net[5].step_mode = torch.tensor(1.0), net[3].forward, "s"
     net[6].double()
+    nn.utils.parametrize.register_parametrization(net[8], "w", nn.Identity())
     before = attributes_of(net)
     report = accelerate(net)
     assert attributes_of(net) == before and not any(row.done for row in report.rows)
     for row, note in zip(report.rows, LEFT, strict=True):
         assert row.note.startswith(note)
+
+
+class Half(layer.BatchNorm2d):
+    def super_forward(self, x):
+        return 0.5 * super().super_forward(x)
+
+
+def test_accelerate_leaves_norms_that_it_does_not_know():
+    parametrized = nn.BatchNorm2d(3)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
+    net = nn.Sequential(Half(3), parametrized, neuron.LIFNode(step_mode="m"))
+    notes = [row.note for row in accelerate(net).rows[:2]]
+    assert notes == ["Half is not known to compute torch's batch norm", "it is parametrized"]
+    nn.utils.parametrize.remove_parametrizations(parametrized, "weight")
+
+
+def test_accelerated_net_on_meta():
+    net = make_net().to("meta")
+    accelerate(net)
+    assert net(images().to("meta")).shape == make_net()(images()).shape
+
+
+def test_running_statistics_in_the_loss():
+    grads = []
+    for net in (plain := make_net(), copy.deepcopy(plain)):
+        if grads:
+            accelerate(net)
+        loss = 0.0
+        for _ in range(2):
+            functional.reset_net(net)
+            loss = loss + net(images()).sum() + (net[1].weight * net[1].running_var).sum()
+        loss.backward()
+        grads.append(net[1].weight.grad)
+    assert_close(*grads)
 
 
 def test_a_backend_that_is_not_fused_reads_the_norms_values(monkeypatch):

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
+from sj_taid import ALIFNode
 from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.acceleration import compact
 from tests.acceleration.alike import EVALUATION, assert_alike, is_fragile, results
@@ -81,6 +82,16 @@ def hooked_at_node(step, y):
     return y
 
 
+@torch.library.custom_op("sj_taid_tests::half", mutates_args=())
+def half(y: torch.Tensor) -> torch.Tensor:
+    return y / 2
+
+
+def read_by_a_custom_operator(step, y):
+    step.seen.append(half(y.detach()))
+    return y
+
+
 def summed_in_a_view(y):
     whole = y.clone()
     part = whole[1:]
@@ -107,7 +118,8 @@ def checkpointed(reentrant):
 
 def autocast(step, y):
     with torch.autocast("cpu", torch.bfloat16):
-        step.seen.append(torch.tensor(float(torch.mm(y[0, 0, 0], y[0, 0, 0].T).dtype.itemsize)))
+        for z in (torch.mm(y[0, 0, 0], y[0, 0, 0].T), torch.einsum("tnchw->nc", y)):
+            step.seen.append(torch.tensor(float(z.dtype.itemsize)))
     return y
 
 
@@ -154,6 +166,8 @@ READERS = TOUCHES | {
     "own function of a view of it": lambda step, y: Scale.apply(y.flatten(0, 1)).view(y.shape),
     "written into a copy": lambda step, y: written(y),
     "out": lambda step, y: out(y),
+    "custom operator": read_by_a_custom_operator,
+    "operator that draws": lambda step, y: nn.functional.rrelu(y, 0.1, 0.2, training=True),
     "hook after a view": hooked_later,
     "tensor hook by the class": hooked_by_class,
     "tensor hook at the node": hooked_at_node,
@@ -422,6 +436,16 @@ def test_norm_whose_input_changes_raises_an_error():
             read(y)
 
 
+def test_norm_in_inference_mode_does_not_wait():
+    net, x = Net("nothing", "norm, then neuron").eval(), torch.randn(3, 2, 4, 4, 5)
+    sj_taid.accelerate(net)
+    with torch.inference_mode():
+        h = 2 * x
+        y, expected = net.norm(h), net.norm(2 * x).clone()
+        h += 1
+        assert torch.equal(y, expected)
+
+
 def test_memory_of_a_norm_output_is_refused_in_cpp():
     net = nn.Sequential(layer.BatchNorm2d(4), neuron.LIFNode())
     functional.set_step_mode(net, "m")
@@ -516,16 +540,26 @@ def test_spikes_and_norm_outputs_in_collectives(tmp_path):
         dist.destroy_process_group()
 
 
-def test_view_of_spikes_in_another_memory_order_is_a_view():
-    net = nn.ModuleList([layer.BatchNorm1d(3), neuron.LIFNode(step_mode="m", v_threshold=0.1)])
-    sj_taid.accelerate(net)
-    y = net[0](torch.randn(6, 3, 5)).unflatten(0, (2, 3)).transpose(-1, -2)
-    spikes = net[1](y)
-    assert not spikes.is_contiguous()
-    kept = spikes.clone()
-    weight = torch.randn(5, 3, requires_grad=True)
-    loss = (spikes.view(-1, 5, 3) * weight).sum()
-    loss.backward()
-    torch.testing.assert_close(weight.grad, kept.flatten(0, 1).sum(0))
-    spikes.view(-1)[: spikes.numel() // 2] = 0
-    assert torch.equal(spikes, torch.cat([0 * kept[:1], kept[1:]]))
+@pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda y: y,
+        lambda y: y.transpose(-1, -2),
+        lambda y: y.flatten(3).transpose(-1, -2).contiguous(),
+        lambda y: y.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(y.shape),
+    ],
+)
+def test_spikes_have_the_memory_order_of_the_plain_neurons(shape, kind):
+    net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), kind(step_mode="m")])
+    fast, grads = copy.deepcopy(net), []
+    sj_taid.accelerate(fast)
+    x = torch.randn(4, 2, 3, 5, 6)
+    for norm, node in (net, fast):
+        y = shape(norm(x))
+        spikes = node(y)
+        (spikes * torch.linspace(0, 1, x.numel()).view(spikes.shape)).square().sum().backward()
+        grads.append((spikes, norm.weight.grad))
+    (spikes, grad), (expected, expected_grad) = reversed(grads)
+    assert spikes.stride() == expected.stride() and torch.equal(spikes, expected)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)

@@ -124,7 +124,8 @@ def affine(norm: Norm, x_seq: Tensor, statistics: Callable[[Tensor], Tensor]) ->
         count = x_seq.numel() / len(var)
         for old, new in zip(running, (shift, var * (count / (count - 1))), strict=True):
             if old is not None:
-                old.lerp_(new.to(old.dtype), norm.momentum)
+                # As in torch's own batch norm, autograd does not count this change.
+                old.data.lerp_(new.to(old.dtype), norm.momentum)
     mean, rstd = mean_rstd
     rstd.add_(norm.eps).rsqrt_()  # the variance until here
     gain = rstd if norm.weight is None else rstd * norm.weight
