@@ -54,6 +54,13 @@ def plain_kind(node: nn.Module) -> type[neuron.BaseNode] | None:
     return None if names & known - {"extra_repr", "supported_backends"} else kind
 
 
+def added_names(node: nn.Module) -> set[str]:
+    """The public names that the class of a LIF, PLIF or IF has and that neuron has not."""
+    kind = plain_kind(node)
+    own = (vars(c) for c in type(node).__mro__ if kind and c not in kind.__mro__)
+    return {name for names in own for name in names if name[0] != "_"} - {*dir(kind)}
+
+
 def forget_reset_cache() -> None:
     """Clear 2.x's cache of the modules that ``reset_net`` resets, after a swap.
 

@@ -35,14 +35,14 @@ from ._compat import FUNCTIONAL_STATES, HOOKS
 class _Old(nn.Module):
     """The arguments of old neurons that today's do not take, before one of today's classes."""
 
-    defaults: ClassVar[dict[str, Any]] = {}
+    _defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, *args: Any, backend: str = "torch", **options: Any) -> None:
         if backend not in ("torch", "cupy"):
             raise ValueError(f"backend must be 'torch' or 'cupy', but it is {backend!r}")
         if backend == "cupy":
             _explain_cupy()
-        options = self.defaults | options
+        options = self._defaults | options
         for unused in ("cupy_fp32_inference", "lava_s_cale"):
             options.pop(unused, None)
         chosen = options.get("surrogate_function")
@@ -78,7 +78,7 @@ def _define(name: str, *bases: Any, **defaults: Any) -> Any:
     """Define a neuron of this module: today's with old defaults."""
     filled_in = ", ".join(f"{key}={value!r}" for key, value in defaults.items())
     text = f"Today's neuron with {filled_in or 'its own defaults'}, and the old arguments."
-    return type(name, bases, {"__doc__": text, "defaults": defaults, "__module__": __name__})
+    return type(name, bases, {"__doc__": text, "_defaults": defaults, "__module__": __name__})
 
 
 IFNode = _define("IFNode", _Old, neuron.IFNode)
@@ -144,7 +144,10 @@ if FUNCTIONAL_STATES:
             self._memories.update(before)
             return (spike,), after
 
-    for _kind in (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode):
+    for _kind in (
+        *(neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode),
+        *(neuron.EIFNode, neuron.QIFNode, neuron.IzhikevichNode),
+    ):
         BaseNode.register(_kind)  # old code asks isinstance(node, neuron.BaseNode)
 
     class SurrogateFunctionBase(surrogate.SurrogateFunctionBase):
@@ -256,10 +259,16 @@ GONE = {
     "clock_driven.layer.STDPLearner": "spikingjelly.activation_based.learning.STDPLearner",
     "clock_driven.neuron.AdaptiveBaseNode": "neuron.AdaptBaseNode",
     "clock_driven.neuron.GeneralNode": "a subclass of neuron.BaseNode",
+    "clock_driven.surrogate.LeakyKReLU": "spikingjelly.activation_based.surrogate.LeakyKReLU, "
+    "which takes (leak, k, spiking): it took (spiking, leak, k)",
     "clock_driven.surrogate.PiecewiseLeakyReLU": "spikingjelly.activation_based.surrogate."
     "PiecewiseLeakyReLU if an inner slope of 1/(2w) will do: it was 1/w",
+    "clock_driven.surrogate.piecewise_leaky_relu": "spikingjelly.activation_based.surrogate."
+    "piecewise_leaky_relu if an inner slope of 1/(2w) will do: it was 1/w",
     "clock_driven.surrogate.check_cuda_grad": "torch.autograd.gradcheck",
 }
+#: names of today's surrogates that are something else than of old; GONE says why
+_OTHERS = {"LeakyKReLU", "PiecewiseLeakyReLU", "piecewise_leaky_relu"}
 
 
 class _OldModule(ModuleType):
@@ -307,7 +316,7 @@ def _same_names(name: str) -> dict[str, Any]:
     today = import_module(f"spikingjelly.activation_based.{module}")
     names = {name: value for name, value in vars(today).items() if not name.startswith("_")}
     if FUNCTIONAL_STATES:
-        names.pop("PiecewiseLeakyReLU", None)  # GONE says why
+        names = {key: value for key, value in names.items() if key not in _OTHERS}
     return names
 
 

@@ -166,7 +166,10 @@ def need_neurons(net: nn.Module, change: str) -> list[Site]:
     """Every neuron of ``net``; an error if there is none to ``change``, as in "swap"."""
     sites = find_neurons(net, _compat.NEURONS)
     if not sites:
-        raise ValueError(f"{type(net).__name__} has no neuron of SpikingJelly's to {change}")
+        raise ValueError(
+            f"{type(net).__name__} has no neuron of SpikingJelly's BaseNode or SimpleBaseNode to "
+            f"{change}"
+        )
     return sites
 
 
@@ -231,6 +234,8 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
         return "it is the net itself; put it in a module: nn.Sequential(net)"
     if _compat.plain_kind(node) and filter is not None and not filter(site.path, node):
         return "declined by filter"
+    if names := _compat.added_names(node):
+        return f"a subclass that adds {', '.join(sorted(names))}, which ALIF lacks"
     return why_no_alif(node) or why_silent(node)
 
 
@@ -245,6 +250,8 @@ def why_no_alif(node: Any) -> str | None:
         return f"a subclass of {known.__name__} that overrides methods: it may behave differently"
     if isinstance(node.v_threshold, Tensor):
         return "its threshold is a tensor; ALIF starts from a number"
+    if isinstance(w := getattr(node, "w", None), Tensor) and w.dim():
+        return f"its w has the shape {[*w.shape]}; ALIF takes over a scalar"
     if not _compat.has_default_precision(node):
         return "it has a precision policy of its own"
     return why_no_w(getattr(node, "tau", 2.0))

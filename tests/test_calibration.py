@@ -257,7 +257,7 @@ def test_calibrate_changes_nothing_after_an_error():
     functional.set_step_mode(net, "m")
     with pytest.raises(ValueError, match="rate must be more than 0 and less than 1"):
         calibrate(net, images(), rate=1.0)
-    with pytest.raises(ValueError, match="no neuron of SpikingJelly's to calibrate"):
+    with pytest.raises(ValueError, match=r"no neuron of .*SimpleBaseNode to calibrate"):
         calibrate(nn.Linear(2, 2), images())
 
     net.append(layer.Linear(63, 1, step_mode="m"))  # after both neurons

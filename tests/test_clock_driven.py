@@ -128,7 +128,7 @@ def test_multi_step_neuron_is_one_of_todays_and_taken(kind):
     before = net(x_seq)
     functional.reset_net(net)
     assert isinstance(net[1], (single, plain)) and isinstance(net[1], neuron.BaseNode)
-    assert _compat.plain_kind(net[1]) is plain
+    assert _compat.plain_kind(net[1]) is plain and not _compat.added_names(net[1])
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(copied(x_seq), before)
     fast = copy.deepcopy(net)
@@ -285,6 +285,16 @@ def test_vgg_is_todays_with_the_arguments_of_then():
             "from spikingjelly.clock_driven.functional import fuse_convbn2d",
             "fuse_conv_bn_eval",
             marks=ONLY_2,
+        ),
+        *(
+            pytest.param(
+                f"from spikingjelly.clock_driven.surrogate import {name}", was, marks=ONLY_2
+            )
+            for name, was in (
+                ("LeakyKReLU", "it took"),
+                ("PiecewiseLeakyReLU", "it was 1/w"),
+                ("piecewise_leaky_relu", "it was 1/w"),
+            )
         ),
     ],
 )

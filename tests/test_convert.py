@@ -8,6 +8,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from sj_taid import ALIFNode, _compat, swap_neurons, to_lif
 from tests.zoo import ZOO, build
@@ -164,6 +165,11 @@ class NoisyLIF(neuron.LIFNode):
         return super().forward(x + torch.rand_like(x))
 
 
+class CountingLIF(neuron.LIFNode):
+    def penalty(self):
+        return 0.0
+
+
 class SlowLIF(neuron.LIFNode):
     def __init__(self):
         super().__init__(tau=4.0)
@@ -172,10 +178,16 @@ class SlowLIF(neuron.LIFNode):
 def test_swap_reports_what_it_keeps_with_the_reason():
     threshold, untau, half = neuron.LIFNode(), neuron.LIFNode(), neuron.LIFNode()
     threshold.v_threshold = torch.ones(3)
+    channels, parametrized = neuron.ParametricLIFNode(), neuron.ParametricLIFNode()
+    channels.w = nn.Parameter(torch.zeros(3, 1, 1))
+    register_parametrization(parametrized, "w", nn.Identity())
     untau.tau = 1.0
     half._neuron_precision = (torch.float16, "fp32", "fp32")
     reasons = {
         "subclass": (NoisyLIF(), "a subclass of LIFNode"),
+        "adds": (CountingLIF(), "a subclass that adds penalty"),
+        "channels": (channels, "its w has the shape [3, 1, 1]"),
+        "parametrized": (parametrized, "a subclass that adds w"),
         "other": (neuron.EIFNode(), "not a LIF, PLIF or IF"),
         "alif": (ALIFNode(), "already ALIF; its backend stays auto"),
         "declined": (neuron.LIFNode(), "declined by filter"),
@@ -208,7 +220,7 @@ def test_swap_leaves_the_net_as_it_was_after_an_error():
     with pytest.raises(ValueError, match=r"the neuron '1': .*min_v_threshold"):
         swap_neurons(net, min_v_threshold=0.5, learn_tau=False)
     assert type(net[0]) is neuron.ParametricLIFNode and net[0].w.requires_grad
-    with pytest.raises(ValueError, match="ModuleList has no neuron of SpikingJelly's to swap"):
+    with pytest.raises(ValueError, match=r"no neuron of .*SimpleBaseNode to swap"):
         swap_neurons(nn.ModuleList([nn.Linear(1, 1)]))
     with pytest.raises(ValueError, match="'torhc' is unknown"):
         swap_neurons(net, backend="torhc")

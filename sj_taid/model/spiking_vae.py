@@ -5,7 +5,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from spikingjelly.activation_based import layer, surrogate
+from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,17 +14,18 @@ from .._context import eval_mode
 from ..acceleration import accelerate
 from ..layer import TAID
 from ..neuron import ALIFNode
+from ..ops.surrogate import Rect
 from .block import Neuron, check_images, encoder_shape, reset, spiking_block
 
 #: ALIF that starts as the neuron of the original FSVAE: V[t] = 0.25 V[t-1] + X, threshold 0.2 and a
-#: rectangular surrogate of width 1 (both SpikingJelly versions have it under this name).
+#: rectangular surrogate of width and height 1.
 original_neuron = partial(
     ALIFNode,
     init_tau=4 / 3,
     decay_input=False,
     v_threshold=0.2,
     v_reset=0.0,
-    surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
+    surrogate_function=Rect(alpha=1.0),
     step_mode="m",
 )
 

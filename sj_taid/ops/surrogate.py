@@ -7,12 +7,47 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from spikingjelly.activation_based import surrogate
+from torch import Tensor
 
 from .._compat import FUNCTIONAL_STATES
 
 # SpikingJelly 2.x's inner slope of PiecewiseLeakyReLU, and 0.0.0.0.14's, which is twice that.
 _LEAKY_AREA = 0.5 if FUNCTIONAL_STATES else 1.0
+
+if FUNCTIONAL_STATES:
+    Rect = surrogate.Rect
+else:
+
+    class _RectStep(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor, alpha: float) -> Tensor:
+            return surrogate.heaviside(x)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+            x, ctx.alpha = inputs
+            ctx.save_for_backward(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            (x,) = ctx.saved_tensors
+            return grad * ctx.alpha * (x.abs() < 0.5 / ctx.alpha), None
+
+    class Rect(surrogate.SurrogateFunctionBase):  # type: ignore[no-redef]
+        """2.x's rectangle of height alpha and width 1 / alpha, which 0.0.0.0.14 lacks."""
+
+        def __init__(self, alpha: float = 1.0, spiking: bool = True) -> None:
+            super().__init__(alpha, spiking)
+
+        @staticmethod
+        def spiking_function(x: Tensor, alpha: float) -> Tensor:
+            return _RectStep.apply(x, alpha)
+
+        @staticmethod
+        def primitive_function(x: Tensor, alpha: float) -> Tensor:
+            return (alpha * x + 0.5).clamp(0.0, 1.0)
 
 
 class Derivative(NamedTuple):
@@ -156,13 +191,14 @@ _SPIKINGJELLYS = (
         "DeterministicPass", lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0), ()
     ),
 )
+_KINDS = vars(surrogate) | {"Rect": Rect}
 #: The class of a step function -> its derivative; ``DERIVATIVES[Mine] = Derivative(...)`` adds one.
 #: A subclass may override its parent's derivative, so it needs an entry of its own.
-#: The installed version of SpikingJelly may lack a class, as 0.0.0.0.14 lacks ``Rect``.
+#: The installed version of SpikingJelly may lack a class.
 DERIVATIVES: dict[type, Derivative] = {
-    getattr(surrogate, derivative.name): derivative
+    _KINDS[derivative.name]: derivative
     for derivative in _SPIKINGJELLYS
-    if hasattr(surrogate, derivative.name)
+    if derivative.name in _KINDS
 }
 
 

@@ -3,9 +3,10 @@
 from functools import partial
 
 import torch
-from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based import neuron
 
 from sj_taid.model.spiking_vae import original_neuron
+from sj_taid.ops.surrogate import Rect
 
 lif = partial(
     neuron.LIFNode,
@@ -13,7 +14,7 @@ lif = partial(
     decay_input=False,
     v_threshold=0.2,
     v_reset=0.0,
-    surrogate_function=surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0),
+    surrogate_function=Rect(alpha=1.0),
     step_mode="m",
 )
 plif = partial(neuron.ParametricLIFNode, **original_neuron.keywords)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sj_taid import TAID, ALIFNode, FixedDecoder
 from sj_taid.model import ESVAE, FSVAE
-from sj_taid.model.spiking_vae import SubpixelConv2d
+from sj_taid.model.spiking_vae import SubpixelConv2d, original_neuron
 from tests.model.conftest import assert_every_parameter_learns, frozen_alif, images, lif, plif
 
 SIZES = {"image_size": 8, "T": 6, "hidden_channels": (6, 12), "latent_channels": 10}
@@ -33,6 +33,12 @@ def test_forward_at_the_originals_sizes(kind, size, channels, width):
     assert output.q.shape == output.p.shape
     assert output.q.shape == ((1, 128) if kind is ESVAE else (2, 1, 128, 20))
     assert model.encoder[-1][0][0].out_channels == width
+
+
+def test_original_neuron_has_a_surrogate_of_width_and_height_1():
+    x = (0.2 + torch.tensor([[-0.6, -0.4, 0.0, 0.4, 0.6]])).requires_grad_()
+    original_neuron(step_mode="s")(x).sum().backward()
+    assert x.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -128,7 +128,7 @@ def test_compose_starts_fsvae_at_the_originals_neuron(tiny):
     cfg = tiny(tiny=False).neuron
     assert (cfg.init_tau, cfg.v_threshold, cfg.v_reset) == (pytest.approx(4 / 3), 0.2, 0.0)
     assert not cfg.decay_input and not cfg.detach_reset
-    assert cfg.surrogate_function._target_.endswith("PiecewiseLeakyReLU")
+    assert cfg.surrogate_function._target_.endswith("Rect")
 
 
 def test_train_refuses_weights_of_another_precision(tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import subprocess
 import sys
 import threading
 
@@ -516,6 +517,24 @@ def test_what_it_cannot_take_is_refused_with_the_reason():
 def test_auto_takes_the_loops_but_for_float64(dtype, taken):
     backend = backends.resolve("auto", torch.zeros(2, 3, dtype=dtype), surrogate.ATan())
     assert backend.multi_step is taken.multi_step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("import os; os.environ['NUMBA_DISABLE_JIT'] = '1'", "NUMBA_DISABLE_JIT is set"),
+        (
+            "from numba.core import caching; caching.CacheImpl._locator_classes = []",
+            "compile again in every process",
+        ),
+    ],
+)
+def test_auto_runs_where_numba_cannot_compile_or_cache(place, said):
+    use = "import torch, sj_taid; sj_taid.ALIFNode(step_mode='m')(torch.rand(4, 2, 3))"
+    script = [sys.executable, "-c", f"{place}; {use}"]
+    run = subprocess.run(script, capture_output=True, text=True)
+    assert run.returncode == 0 and said in run.stderr, run.stderr
 
 
 def test_scratch_memory_does_not_follow_the_default_dtype():

@@ -21,6 +21,7 @@ parts whose bounds depend on the shape alone: the number of threads changes no b
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -82,7 +83,18 @@ def scratch_rows(steps):
 def compile_kernel(kernel: Callable[[Any], None]) -> Any:
     """A C function of the address of :class:`Arguments`, which needs no interpreter to run."""
     signature = types.void(types.CPointer(from_dtype(np.dtype(Arguments))))
-    return cfunc(signature, cache=True, error_model="numpy")(kernel)
+    try:
+        return cfunc(signature, cache=True, error_model="numpy")(kernel)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        warnings.warn(
+            "numba finds no folder that it may write to: the loops compile again in every process. "
+            "Set NUMBA_CACHE_DIR to one",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return cfunc(signature, error_model="numpy")(kernel)
 
 
 def _pointer_to(kind: Any) -> Any:
