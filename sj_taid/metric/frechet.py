@@ -38,7 +38,8 @@ class Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_values(self, images, bound=1.0)
-        return self.extract(images)
+        with torch.autocast(images.device.type, enabled=False):  # or metrics would be in bfloat16
+            return self.extract(images.to(torch.promote_types(images.dtype, torch.float32)))
 
     def extract(self, images: Tensor) -> Tensor:
         raise NotImplementedError

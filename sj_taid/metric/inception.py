@@ -116,7 +116,8 @@ class InceptionScore(inception.InceptionScore):
 
     def update(self, imgs: Tensor) -> None:
         """Add images ``[N, C, H, W]`` in [-1, 1]."""
-        self.features.append(self.classifier(self.inception(imgs)))
+        with torch.autocast(imgs.device.type, enabled=False):
+            self.features.append(self.classifier(self.inception(imgs)))
 
     def compute(self) -> Tensor:  # type: ignore[override]  # without the standard deviation
         """The score of all images so far."""

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import rich
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, Timer
 from rich.progress import track
 
 from ..thresholds import warn_at_bound, warn_at_reset
@@ -102,6 +102,10 @@ class History(L.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.parameters, self.epochs = state["parameters"], state["epochs"]
+
+
+class Stopwatch(Timer):
+    """Lightning's ``Timer``, of which there may be another: each needs a class of its own."""
 
 
 class RandomNumbers(L.Callback):

@@ -94,7 +94,7 @@ def run_composed(cfg: DictConfig) -> Any:
         end_with_parent()
     job = HydraConfig.get()
     try:
-        return import_command(str(job.job.config_name)).main(cfg)
+        return import_command(job.job.name).main(cfg)
     except Exception as error:
         if job.mode == RunMode.MULTIRUN and is_users(error):
             print(format_error(error), flush=True)  # Hydra raises it when all jobs have ended

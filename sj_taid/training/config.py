@@ -42,7 +42,7 @@ def quote(text: str) -> str:
 def select_overrides(
     overrides: Iterable[str], ignored: Collection[str] = (), data_class: str = ""
 ) -> list[str]:
-    """The last override of each key.
+    """The last override of each key, and its deletion before one that adds it again.
 
     Args:
         overrides: as on the command line.
@@ -53,10 +53,15 @@ def select_overrides(
     module, _, name = data_class.rpartition(".")
     if name == "ImageFolder" or (name and not is_below(module, ["sj_taid"])):
         ignored = {*ignored} - {"dataset.root", "dataset.test_root"}
-    last = {key_of(text): text for text in overrides}
+    last: dict[str, list[str]] = {}
+    for text in overrides:
+        # What "+" adds may have to be deleted before.
+        deleted = [earlier for earlier in last.get(key_of(text), ()) if earlier.startswith("~")]
+        last[key_of(text)] = [*(deleted if text.startswith("+") else ()), text]
     return [
         text
-        for key, text in last.items()
+        for key, texts in last.items()
+        for text in texts
         if text.lstrip("+") not in ignored and not is_below(key, ignored)
     ]
 

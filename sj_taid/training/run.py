@@ -163,7 +163,12 @@ class Run:
 
     def is_complete(self, cfg: DictConfig) -> bool:
         """Whether the run is finished, and ``cfg`` does not ask for more epochs or steps."""
-        return self.is_finished and not any(is_below(k, LENGTH) for k in self.differences(cfg))
+        if not self.is_finished:
+            return False
+        changed = {key for key in self.differences(cfg) if is_below(key, LENGTH)}
+        if cfg.trainer.max_epochs < self.config.trainer.max_epochs:
+            changed.discard("trainer.max_epochs")
+        return not changed
 
     @property
     def is_finished(self) -> bool:

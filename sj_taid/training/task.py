@@ -101,6 +101,10 @@ class Task(L.LightningModule):
         if not fit["epoch_loop.batch_progress"]["is_last_batch"]:  # max_steps or max_time ended it
             for count in ("total", "current"):
                 fit["epoch_progress"][count]["processed"] -= 1
+        for callback in self.trainer.early_stopping_callbacks:
+            if checkpoint["callbacks"].get(callback.state_key, {}).get("stopped_epoch"):
+                # It has ended the training, which Lightning would take up again.
+                self.trainer.fit_loop.max_epochs = fit["epoch_progress"]["current"]["processed"]
         trained, epochs = checkpoint["epoch"] + 1, self.trainer.max_epochs or 0
         if epochs < trained:
             raise ValueError(

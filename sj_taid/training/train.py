@@ -14,12 +14,12 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from .._context import seeded
 from ..calibration import calibrate
-from .callbacks import History, RandomNumbers
+from .callbacks import History, RandomNumbers, Stopwatch
 from .checkpoint import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -83,12 +83,12 @@ def train(
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     task = build_task(cfg)
     evaluator = build_evaluator(cfg)
-    callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
+    callbacks = [instantiate(c) for c in (cfg.get("callbacks") or {}).values() if c]
     data = build_data(cfg, cfg.trust)
     history = History(run.folder, cfg.pictures)
     options: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
     # A checkpoint keeps its seconds; where there is a Timer, Lightning ignores max_time itself.
-    timer = Timer(options.get("max_time"))
+    timer = Stopwatch(options.get("max_time"))
     trainer = build_trainer(
         cfg,
         run,

@@ -83,7 +83,7 @@ def validate(cfg: DictConfig) -> None:
         if key in cfg.trainer:
             raise ValueError(f"trainer.{key} is set by {instead}; give that")
     callbacks = (cfg.get("callbacks") or {}).values()
-    if any("StochasticWeightAveraging" in str(callback._target_) for callback in callbacks):
+    if any(c and "StochasticWeightAveraging" in str(c._target_) for c in callbacks):
         raise ValueError(
             "Lightning's StochasticWeightAveraging averages after the last checkpoint is written, "
             "so other weights than the saved ones would be measured; take WeightAveraging or "

@@ -29,6 +29,18 @@ def test_frechet_distance_equals_scipys_matrix_root(batch):
     assert float(metric.compute()) == pytest.approx(expected, rel=1e-6)
 
 
+def test_frechet_distance_is_not_rounded_under_autocast():
+    images, found = torch.rand(300, 1, 8, 8), []
+    metric = FrechetDistance(AutoencoderCodes(Autoencoder(1, 8, (4,), 2)))
+    for enabled in (False, True):
+        metric.reset()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            metric.update(images, real=True)
+            metric.update(0.5 * images, real=False)
+        found.append(metric.compute())
+    assert torch.equal(*found)
+
+
 def test_frechet_distance_refuses_too_few_images():
     metric = FrechetDistance(Pixels())
     metric.update(torch.rand(50, 1, 2, 2), real=True)

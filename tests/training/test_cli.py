@@ -124,6 +124,14 @@ def test_resume_arguments(tmp_path):
         assert cfg.logger.name == "csv" and cfg.trainer.max_steps == 80
 
 
+def test_command_keeps_a_deletion_before_an_addition():
+    step = "{_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 5}"
+    anew = ["task=classification", "~task.scheduler", f"+task.scheduler={step}"]
+    assert config.select_overrides([*anew, *anew]) == anew
+    assert config.select_overrides(["~logger", "logger=csv"]) == ["logger=csv"]
+    assert "T_max" not in config.compose("train", anew).task.scheduler
+
+
 def test_folder_name_tells_any_overrides_apart():
     assert config.folder_name(["seed=0", "neuron=lif"]) == "neuron-lif-seed-0"
     many = [
@@ -189,6 +197,14 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
     interrupt(2)
     sj_taid("train", f"resume={folder}")
     assert run.Run(folder).metrics["epochs"] == 2
+
+
+def test_train_by_a_primary_config_of_ones_own(train, tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nseed: 3\n")
+    timer = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00'}"
+    callbacks = ["callbacks.progress_bar=null", f"+callbacks.timer={timer}"]
+    train(*callbacks, "--config-dir", str(tmp_path), "--config-name", "mine")
+    assert run.Run(tmp_path / "run").metrics["seed"] == 3
 
 
 def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):

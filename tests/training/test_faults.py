@@ -201,6 +201,19 @@ def test_run_ends_as_if_the_fault_had_not_happened(
 
 
 @pytest.mark.slow
+def test_run_that_early_stopping_has_ended_stays_ended(job, tiny, tmp_path, monkeypatch):
+    options = "monitor: val/reconstruction, min_delta: 100, patience: 1"
+    stop = f"{{_target_: lightning.pytorch.callbacks.EarlyStopping, {options}}}"
+    cfg = tiny(*job, f"+callbacks.stop={stop}", "trainer.max_epochs=6", tiny=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "save_metrics", lambda *_: press_ctrl_c(None))
+        with pytest.raises(KeyboardInterrupt):
+            train(cfg, tmp_path)
+    left = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
+    assert train(cfg, tmp_path)["epochs"] == left["epoch"] + 1 == 2
+
+
+@pytest.mark.slow
 def test_run_of_two_processes_ends_with_the_death_of_one_and_resumes(job, sj_taid, tmp_path):
     there = run.Run(tmp_path / "run")
     arguments = [

@@ -62,6 +62,8 @@ def test_resume_allows_what_may_change_alone(tmp_path):
 
     cfg.dataset.root, cfg.callbacks = "b", {"bar": "wide"}
     assert run.resume(cfg) == run.checkpoint and run.is_complete(cfg)
+    shorter = OmegaConf.merge(cfg, {"trainer": {"max_epochs": 0}, "task": {"scheduler": None}})
+    assert run.is_complete(shorter)  # as a sweep's job that was trained longer
     cfg.trainer.max_epochs = 2
     with pytest.raises(ValueError, match=r"T_max \(1, now 2\); resume"):
         run.resume(cfg)
@@ -74,7 +76,6 @@ def test_resume_allows_what_may_change_alone(tmp_path):
     [
         ("model.hidden_channels=[4,8]", r"a run with other settings: model\.hidden_channels"),
         ("model=fsvae_small", "a run with other settings: decoder"),
-        ("trainer.max_epochs=0", "must be at least the 1 epochs .* it is 0"),
     ],
 )
 def test_train_refuses_a_finished_run_with_other_settings(trained, tiny, change, message):
@@ -83,6 +84,13 @@ def test_train_refuses_a_finished_run_with_other_settings(trained, tiny, change,
     with pytest.raises(ValueError, match=message):
         train(tiny(*TINY_AUTOENCODING, change, tiny=False), folder)
     assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_train_refuses_fewer_epochs_than_are_trained(trained, tiny):
+    folder = trained(*TINY_AUTOENCODING)
+    (folder / runs.METRICS).unlink()
+    with pytest.raises(ValueError, match="must be at least the 1 epochs .* it is 0"):
+        train(tiny(*TINY_AUTOENCODING, "trainer.max_epochs=0", tiny=False), folder)
 
 
 def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):

@@ -198,7 +198,7 @@ def test_interrupted_run_resumes_in_its_folder_with_its_choices(
     assert metrics["fad_untrained"] == whole["fad_untrained"]
     assert metrics["epochs"] == 4 and metrics["choices"]["neuron"] == "lif"
     assert metrics["command"].count("trainer.max_epochs") == 1
-    assert metrics["training_seconds"] > before["callbacks"]["Timer"]["time_elapsed"]["train"]
+    assert metrics["training_seconds"] > before["callbacks"]["Stopwatch"]["time_elapsed"]["train"]
     resumed = torch.load(there.checkpoint, weights_only=True)
     history, earlier = (saved["callbacks"]["History"] for saved in (resumed, before))
     assert len(history["parameters"]) == 5 and len(history["epochs"]) == 4
