@@ -89,7 +89,7 @@ def test_train_refuses_a_finished_run_with_other_settings(trained, tiny, change,
 def test_train_refuses_fewer_epochs_than_are_trained(trained, tiny):
     folder = trained(*TINY_AUTOENCODING)
     (folder / runs.METRICS).unlink()
-    with pytest.raises(ValueError, match="must be at least the 1 epochs .* it is 0"):
+    with pytest.raises(ValueError, match=r"must be at least the 1 epochs .* it is 0"):
         train(tiny(*TINY_AUTOENCODING, "trainer.max_epochs=0", tiny=False), folder)
 
 
