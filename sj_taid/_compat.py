@@ -9,6 +9,7 @@ the two, so that :class:`sj_taid.ALIFNode` is written once.
 import inspect
 import warnings
 from importlib.metadata import version
+from types import FunctionType
 from typing import Any
 
 from spikingjelly.activation_based import functional, neuron
@@ -48,17 +49,26 @@ def plain_kind(node: nn.Module) -> type[neuron.BaseNode] | None:
     kind = next((kind for kind in PLAIN_NEURONS if isinstance(node, kind)), None)
     if kind is None:
         return None
-    own = (vars(c) for c in type(node).__mro__ if c not in kind.__mro__)
-    names = {name for names in own for name in names if name[:2] != "__" or name == "__call__"}
+    own = _attributes_below(kind, node)
+    names = {name for name in own if name[:2] != "__" or name == "__call__"}
     known = {*dir(kind), *inspect.signature(kind).parameters, *HOOKS}
     return None if names & known - {"extra_repr", "supported_backends"} else kind
 
 
-def added_names(node: nn.Module) -> set[str]:
-    """The public names that the class of a LIF, PLIF or IF has and that neuron has not."""
+def added_methods(node: nn.Module) -> set[str]:
+    """The public methods and properties that a subclass of LIF, PLIF or IF adds."""
     kind = plain_kind(node)
-    own = (vars(c) for c in type(node).__mro__ if kind and c not in kind.__mro__)
-    return {name for names in own for name in names if name[0] != "_"} - {*dir(kind)}
+    own = _attributes_below(kind, node) if kind else {}
+    kinds = FunctionType | property | classmethod | staticmethod
+    return {name for name, value in own.items() if name[0] != "_" and isinstance(value, kinds)} - {
+        *dir(kind)
+    }
+
+
+def _attributes_below(kind: type, node: nn.Module) -> dict[str, Any]:
+    """The attributes of the classes between a node's and ``kind``."""
+    own = (vars(c) for c in reversed(type(node).__mro__) if c not in kind.__mro__)
+    return {name: value for attributes in own for name, value in attributes.items()}
 
 
 def forget_reset_cache() -> None:

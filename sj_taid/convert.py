@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from . import _compat
@@ -234,7 +235,9 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
         return "it is the net itself; put it in a module: nn.Sequential(net)"
     if _compat.plain_kind(node) and filter is not None and not filter(site.path, node):
         return "declined by filter"
-    if names := _compat.added_names(node):
+    if is_parametrized(node):
+        return "it is parametrized"
+    if names := _compat.added_methods(node):
         return f"a subclass that adds {', '.join(sorted(names))}, which ALIF lacks"
     return why_no_alif(node) or why_silent(node)
 

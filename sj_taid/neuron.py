@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -145,7 +144,6 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         self.v_threshold = nn.Parameter(
             torch.full(shape, v_threshold, dtype=dtype), requires_grad=learn_threshold
         )
-        self.register_load_state_dict_post_hook(_warn_below_bound)
 
     @property
     def name(self) -> str:
@@ -263,18 +261,6 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             return tensor.to(moved.device, torch.float32) if lowered else moved
 
         return super()._apply(keep_float32)
-
-
-def _warn_below_bound(node: ALIFNode, keys: Any) -> None:
-    """Warn if a loaded threshold is below the bound, which a checkpoint does not have."""
-    bound, threshold = node.min_v_threshold, node.v_threshold
-    if bound is not None and not threshold.is_meta and (threshold < bound).any():
-        warnings.warn(
-            f"{node._label()} uses its min_v_threshold={bound:g} in place of the loaded "
-            f"v_threshold={_range(threshold)}; if the saved net had a lower bound, give this net "
-            "the same: swap_neurons(net, min_v_threshold=...)",
-            stacklevel=2,
-        )
 
 
 def _range(parameter: Tensor) -> str:

@@ -28,7 +28,7 @@ class Report:
     """What :func:`.swap_neurons` changed in a net; ``print`` it for a table.
 
     Attributes:
-        rows: a :class:`Row` for each neuron or norm.
+        rows: a :class:`Row` for each neuron.
     """
 
     rows: tuple[Row, ...]

@@ -128,7 +128,7 @@ def test_multi_step_neuron_is_one_of_todays_and_taken(kind):
     before = net(x_seq)
     functional.reset_net(net)
     assert isinstance(net[1], (single, plain)) and isinstance(net[1], neuron.BaseNode)
-    assert _compat.plain_kind(net[1]) is plain and not _compat.added_names(net[1])
+    assert _compat.plain_kind(net[1]) is plain and not _compat.added_methods(net[1])
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(copied(x_seq), before)
     fast = copy.deepcopy(net)

@@ -171,6 +171,8 @@ class CountingLIF(neuron.LIFNode):
 
 
 class SlowLIF(neuron.LIFNode):
+    slow_tau = 4.0
+
     def __init__(self):
         super().__init__(tau=4.0)
 
@@ -187,7 +189,7 @@ def test_swap_reports_what_it_keeps_with_the_reason():
         "subclass": (NoisyLIF(), "a subclass of LIFNode"),
         "adds": (CountingLIF(), "a subclass that adds penalty"),
         "channels": (channels, "its w has the shape [3, 1, 1]"),
-        "parametrized": (parametrized, "a subclass that adds w"),
+        "parametrized": (parametrized, "it is parametrized"),
         "other": (neuron.EIFNode(), "not a LIF, PLIF or IF"),
         "alif": (ALIFNode(), "already ALIF; its backend stays auto"),
         "declined": (neuron.LIFNode(), "declined by filter"),

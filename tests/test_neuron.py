@@ -155,13 +155,6 @@ def test_alif_node_refuses_a_backend_by_position():
         ALIFNode(2.0, True, 1.0, 0.0, surrogate.ATan(), False, "m", "torch")
 
 
-def test_loaded_threshold_below_the_bound_warns():
-    saved = ALIFNode(v_threshold=0.05).state_dict()
-    ALIFNode(min_v_threshold=0.05).load_state_dict(saved)
-    with pytest.warns(UserWarning, match="min_v_threshold=0.1 in place of the .* v_threshold=0.05"):
-        ALIFNode(min_v_threshold=0.1).load_state_dict(saved)
-
-
 def test_alif_node_takes_integers_and_numpy_numbers():
     node = ALIFNode(init_tau=2, v_threshold=1, v_reset=0, step_mode="m")
     x_seq = inputs()

@@ -1,6 +1,6 @@
 """What ``accelerate`` gains in any net: bytes, time, and the largest batch that fits.
 
-    PYTHONPATH=. python experiments/benchmark/any_net.py my_nets:make --shape 4 16 3 32 32
+    python experiments/benchmark/any_net.py my_nets:make --shape 4 16 3 32 32
 
 adds to ``any_net-make.csv`` a row for the plain net and one for the accelerated net that
 ``my_nets.make()`` gives, in place of equal ones; ``--compile`` adds ``torch.compile`` of both. The
@@ -18,6 +18,7 @@ import argparse
 import copy
 import math
 import pkgutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     reuse_freed_memory()
     try:
+        sys.path.append(".")  # next to the script's own folder
         factory = pkgutil.resolve_name(options.net)
     except (ImportError, AttributeError, ValueError) as error:
         raise SystemExit(f"{options.net}: {error}; expected package.module:factory") from error

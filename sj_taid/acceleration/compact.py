@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
@@ -35,6 +35,7 @@ _EXPOSES = {
     *(Tensor.data.__get__, Tensor.data.__set__, Tensor.data_ptr, Tensor.numpy),  # type: ignore[attr-defined]
     *(Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__, Tensor.__array__, Tensor.tolist),
     *(Tensor.set_, Tensor.resize_, Tensor.share_memory_),
+    *(Tensor.apply_, Tensor.map_, Tensor.map2_),
 }
 #: the module whose functions change memory that autograd does not see
 _COLLECTIVES = "torch.distributed.distributed_c10d"
@@ -216,7 +217,9 @@ class Known(Tensor):
             values = self.plain("deepcopy")
             values = values.detach() if self.is_leaf else values
             memo.setdefault(id(memo), []).append(values)  # or the next tensor may get its id
-            return values.__deepcopy__(memo).requires_grad_(self.requires_grad)
+            copied = values.__deepcopy__(memo).requires_grad_(self.requires_grad)
+            is_parameter = isinstance(self, nn.Parameter)
+            return nn.Parameter(copied, self.requires_grad) if is_parameter else copied
 
     def __iter__(self) -> Iterator[Tensor]:  # torch's does not ask __torch_function__
         return iter(self.unbind()) if self.dim() else super().__iter__()
@@ -235,6 +238,11 @@ class Known(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs, name = kwargs or {}, func.__name__
+        # A subclass of someone else's decides itself.
+        if not all(kind is Tensor or issubclass(kind, Known) for kind in types):
+            with torch._C.DisableTorchFunctionSubclass():
+                args, kwargs = tree_map_only(Known, lambda t: t.plain(name), (args, kwargs))
+            return func(*args, **kwargs)
         if name in _LOWERS and sum(isinstance(t, Tensor) for t in args) > 1:
             args = tuple(_lowered(t) if isinstance(t, Compact) else t for t in args)
         with torch._C.DisableTorchFunctionSubclass():

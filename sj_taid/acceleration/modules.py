@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from spikingjelly.activation_based import layer, neuron
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -99,7 +99,7 @@ class AcceleratedNorm(_Exchanged):
             x = x.plain("batch_norm")
         if torch.compiler.is_compiling() or type(x) not in (Tensor, Compact) or _steps_aside():
             return super().forward(x)  # type: ignore[misc]
-        if x.is_inference():  # which does not count its changes, so the output cannot wait
+        if x.is_inference():  # it does not count its changes, so the output cannot wait
             return super().forward(x)  # type: ignore[misc]
         folds = getattr(self, "step_mode", "s") == "m"
         statistics = backends.resolve(backends.AUTO, x, None).statistics
@@ -173,7 +173,10 @@ class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
     """A LIF, PLIF or IF neuron on the fused operator; all else is its own."""
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or isinstance(x_seq, fx.Proxy) or _steps_aside():
+        is_sequence = isinstance(x_seq, NormOutput) or (
+            isinstance(x_seq, Tensor) and x_seq.is_floating_point() and x_seq.dim() > 1
+        )
+        if args or kwargs or not is_sequence or _steps_aside():
             return self.kind.multi_step_forward(self, x_seq, *args, **kwargs)  # type: ignore[attr-defined]
         spike_seq = super().multi_step_forward(x_seq)
         # 0.0.0.0.14 computes, and gives spikes, in float32 under autocast.
@@ -185,6 +188,7 @@ class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
         if x_seq.is_contiguous():
             return x_seq.stride()
         step = torch.empty_strided(x_seq.shape[1:], x_seq.stride()[1:], device="meta")
+        step = torch.empty_like(step)  # dense
         strides = torch.empty_like(step, memory_format=memory_order(step)).stride()
         return step.numel(), *strides
 

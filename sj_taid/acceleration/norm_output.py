@@ -161,6 +161,7 @@ class _Content:
         self.values: Tensor | None = None
         self.packing: Packing | None = None  # of the values
 
+    @torch.inference_mode(False)
     def hold(self) -> Tensor:
         """Compute the values and keep them, since they may change in place."""
         if self.values is None:
@@ -323,6 +324,12 @@ class NormOutput(Known):
 
     @data.setter
     def data(self, values: Tensor) -> None:
+        if (values.shape, values.dtype, values.device) != (self.shape, self.dtype, self.device):
+            raise RuntimeError(
+                "the data of an accelerated norm's output keeps its shape, dtype and device: take "
+                "a sum with 0 for a parameter, nn.Parameter(y.detach() + 0), or "
+                "sj_taid.unaccelerate(net)"
+            )
         self._content.hold()
         self.computed("data").copy_(values)
 

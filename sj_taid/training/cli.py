@@ -78,7 +78,7 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
     if command in COMPOSED:
         GIVEN[:] = sys.argv
         sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
-        hydra.main(CONF, command, VERSION)(run_composed)()
+        hydra.main(CONF, command, VERSION)(lambda cfg: run_composed(command, cfg))()
         return
     logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
     logging.getLogger("sj_taid").setLevel(logging.INFO)
@@ -86,7 +86,7 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
         sys.exit(code)
 
 
-def run_composed(cfg: DictConfig) -> Any:
+def run_composed(command: str, cfg: DictConfig) -> Any:
     """Run the command that Hydra composed ``cfg`` for; Hydra's launchers call this."""
     if GIVEN:
         sys.argv[:] = GIVEN  # which Lightning repeats for the processes of further devices
@@ -94,7 +94,7 @@ def run_composed(cfg: DictConfig) -> Any:
         end_with_parent()
     job = HydraConfig.get()
     try:
-        return import_command(job.job.name).main(cfg)
+        return import_command(command).main(cfg)
     except Exception as error:
         if job.mode == RunMode.MULTIRUN and is_users(error):
             print(format_error(error), flush=True)  # Hydra raises it when all jobs have ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from .checkpoint import load_weights
 
 if TYPE_CHECKING:
     from .evaluator import Evaluator
+
+log = logging.getLogger(__name__)
 
 
 class Task(L.LightningModule):
@@ -102,9 +105,11 @@ class Task(L.LightningModule):
             for count in ("total", "current"):
                 fit["epoch_progress"][count]["processed"] -= 1
         for callback in self.trainer.early_stopping_callbacks:
-            if checkpoint["callbacks"].get(callback.state_key, {}).get("stopped_epoch"):
-                # It has ended the training, which Lightning would take up again.
-                self.trainer.fit_loop.max_epochs = fit["epoch_progress"]["current"]["processed"]
+            state = checkpoint["callbacks"].get(callback.state_key, {})
+            if state.get("stopping_reason_message"):  # Lightning would take the training up again
+                log.info("Early stopping: %s", state["stopping_reason_message"])
+                epochs = fit["epoch_progress"]["current"]["processed"]
+                self.trainer.fit_loop.max_epochs = max(epochs, self.trainer.min_epochs or 0)
         trained, epochs = checkpoint["epoch"] + 1, self.trainer.max_epochs or 0
         if epochs < trained:
             raise ValueError(

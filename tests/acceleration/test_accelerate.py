@@ -219,7 +219,16 @@ def test_accelerate_leaves_norms_that_it_does_not_know():
     net = nn.Sequential(Half(3), parametrized, neuron.LIFNode(step_mode="m"))
     notes = [row.note for row in accelerate(net).rows[:2]]
     assert notes == ["Half is not known to compute torch's batch norm", "it is parametrized"]
-    nn.utils.parametrize.remove_parametrizations(parametrized, "weight")
+    nn.utils.parametrize.remove_parametrizations(parametrized, "weight")  # raises in a subclass
+
+
+@pytest.mark.parametrize("x_seq", [torch.tensor([[2], [0], [3]]), torch.tensor([2.0, 0.0, 3.0])])
+def test_accelerated_neuron_takes_what_the_plain_one_does(x_seq):
+    net = nn.Sequential(neuron.LIFNode(step_mode="m"))
+    expected = net(x_seq)
+    functional.reset_net(net)
+    accelerate(net)
+    assert torch.equal(net(x_seq), expected)
 
 
 def test_accelerated_net_on_meta():

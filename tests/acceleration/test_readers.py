@@ -108,7 +108,7 @@ def written_through_a_view(step, y):
 
 def peeked_without_gradients(step, y):
     with torch.inference_mode():
-        step.seen.append((y * 2).sum().clone())
+        step.seen.append((y * 2).sum() + sum(image.mean() for image in y))
     return y
 
 
@@ -214,6 +214,7 @@ READERS = TOUCHES | {
     "parameter": lambda step, y: y + nn.Parameter(y + y.square()).detach(),
     "legacy constructor": lambda step, y: y + torch.Tensor(y.detach()),
     "data in place": lambda step, y: (y.data[:, :, 0].mul_(0.5), y)[1],
+    "data in place by apply": lambda step, y: (y.detach().apply_(lambda v: v + 1), y)[1],
     "data replaced": lambda step, y: (setattr(y, "data", 0.5 * y.detach()), y)[1],
     "returned": lambda step, y: (step.more.append(y), y)[1],
 }
@@ -446,6 +447,35 @@ def test_norm_in_inference_mode_does_not_wait():
         assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_parameter_of_what_is_known(place):
+    net = nn.Sequential(layer.BatchNorm2d(4), neuron.LIFNode())
+    functional.set_step_mode(net, "m")
+    sj_taid.accelerate(net)
+    net.values = nn.Parameter(net[: place + 1](torch.randn(2, 2, 4, 3, 3)).detach())
+    assert isinstance(copy.deepcopy(net).values, nn.Parameter)
+    if place:
+        assert net.double().values.dtype == torch.float64
+    else:
+        with pytest.raises(RuntimeError, match="keeps its shape, dtype and device"):
+            net.double()
+
+
+class Foreign(torch.Tensor):
+    """Another's subclass."""
+
+
+def test_other_subclasses_keep_their_class():
+    net = Net("nothing", "spikes")
+    sj_taid.accelerate(net)
+    y = net.norm(net.conv(torch.randn(3, 2, 3, 4, 5)))
+    for known in (y, net.lif(y)):
+        other = torch.ones(known.shape).as_subclass(Foreign)
+        product = known * other
+        assert type(product) is type(other * known) is Foreign
+        assert torch.equal(product.as_subclass(torch.Tensor), known + 0)
+
+
 def test_memory_of_a_norm_output_is_refused_in_cpp():
     net = nn.Sequential(layer.BatchNorm2d(4), neuron.LIFNode())
     functional.set_step_mode(net, "m")
@@ -548,6 +578,7 @@ def test_spikes_and_norm_outputs_in_collectives(tmp_path):
         lambda y: y.transpose(-1, -2),
         lambda y: y.flatten(3).transpose(-1, -2).contiguous(),
         lambda y: y.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(y.shape),
+        lambda y: y.permute(1, 0, 3, 4, 2).contiguous().permute(1, 0, 4, 2, 3),
     ],
 )
 def test_spikes_have_the_memory_order_of_the_plain_neurons(shape, kind):

@@ -126,10 +126,10 @@ def test_resume_arguments(tmp_path):
 
 def test_command_keeps_a_deletion_before_an_addition():
     step = "{_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 5}"
-    anew = ["task=classification", "~task.scheduler", f"+task.scheduler={step}"]
-    assert config.select_overrides([*anew, *anew]) == anew
+    replaced = ["task=classification", "~task.scheduler", f"+task.scheduler={step}"]
+    assert config.select_overrides([*replaced, *replaced]) == replaced
     assert config.select_overrides(["~logger", "logger=csv"]) == ["logger=csv"]
-    assert "T_max" not in config.compose("train", anew).task.scheduler
+    assert "T_max" not in config.compose("train", replaced).task.scheduler
 
 
 def test_folder_name_tells_any_overrides_apart():

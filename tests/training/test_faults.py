@@ -201,16 +201,27 @@ def test_run_ends_as_if_the_fault_had_not_happened(
 
 
 @pytest.mark.slow
-def test_run_that_early_stopping_has_ended_stays_ended(job, tiny, tmp_path, monkeypatch):
-    options = "monitor: val/reconstruction, min_delta: 100, patience: 1"
+@pytest.mark.parametrize(
+    ("when", "least", "epochs"),
+    [
+        ("min_delta: 100, patience: 1", 0, 2),
+        ("stopping_threshold: 100", 0, 1),
+        ("min_delta: 100, patience: 1", 3, 3),
+    ],
+)
+def test_run_that_early_stopping_has_ended_stays_ended(
+    when, least, epochs, job, tiny, tmp_path, monkeypatch
+):
+    options = f"monitor: val/reconstruction, {when}"
     stop = f"{{_target_: lightning.pytorch.callbacks.EarlyStopping, {options}}}"
-    cfg = tiny(*job, f"+callbacks.stop={stop}", "trainer.max_epochs=6", tiny=False)
+    length = ["trainer.max_epochs=6", f"+trainer.min_epochs={least}"]
+    cfg = tiny(*job, f"+callbacks.stop={stop}", *length, tiny=False)
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "save_metrics", lambda *_: press_ctrl_c(None))
         with pytest.raises(KeyboardInterrupt):
             train(cfg, tmp_path)
     left = torch.load(run.Run(tmp_path).checkpoint, weights_only=True)
-    assert train(cfg, tmp_path)["epochs"] == left["epoch"] + 1 == 2
+    assert train(cfg, tmp_path)["epochs"] == left["epoch"] + 1 == epochs
 
 
 @pytest.mark.slow

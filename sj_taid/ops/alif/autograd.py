@@ -57,7 +57,7 @@ class Engine(NamedTuple):
     ``grad_x_seq`` is that of ``x_seq``, ``gain G_y``. Otherwise :mod:`.norm` makes A and B, ``ab``,
     of the sums alone, and all else comes from a second backward, which is given ``ab``.
 
-    Where ``does_norm``, backward is given the ``numbers`` of :class:`.norm.Affine` and gives
+    Where ``does_norm``, backward is given the ``kernel_numbers`` of :class:`.norm.Affine` and gives
     ``grad_x_seq`` at once, and as ``norm_sums`` the gradients of bias and weight.
     """
 
@@ -280,7 +280,7 @@ class _FusedALIF(torch.autograd.Function):
             need_v_threshold=need_v_threshold,
             norm=table,
             need_norm=table is not None,
-            numbers=affine.numbers(x_seq) if affine and does_norm else None,
+            numbers=affine.kernel_numbers(x_seq) if affine and does_norm else None,
             **ctx.options,
         )
         sums = None

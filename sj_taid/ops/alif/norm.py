@@ -104,7 +104,7 @@ class Affine(NamedTuple):
         )
         return weight, bias
 
-    def numbers(self, x_seq: Tensor) -> Tensor:
+    def kernel_numbers(self, x_seq: Tensor) -> Tensor:
         """Mean, r, gain and the number of values, float64 ``[4, C]``."""
         mean, rstd = self.mean_rstd
         count = torch.full_like(mean, x_seq.numel() / len(mean))
@@ -146,7 +146,7 @@ def gradients(affine: Affine, sums: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_terms(affine: Affine, sums: Tensor, x_seq: Tensor) -> Tensor:
     """A and B, float32 ``[2, C]``: how G_x depends on the batch's statistics."""
-    mean, rstd, gain, count = affine.numbers(x_seq)
+    mean, rstd, gain, count = affine.kernel_numbers(x_seq)
     b = gain * rstd * rstd * _centred(affine, sums) / count
     a = gain * sums[0] / count - b * (mean - affine.table[0])
     return torch.stack([a, b]).float()

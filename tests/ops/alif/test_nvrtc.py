@@ -123,7 +123,7 @@ def test_statistics_read_the_sequence_once():
 def assert_moved(moved, options):
     """``moved``: sequences read and written by each kernel, and the bytes next to them.
 
-    Beside those, forward reads a voltage and writes one, backward reads it and the last one's
+    Next to those, forward reads a voltage and writes one, backward reads it and the last one's
     gradient, writes a gradient, and all of them move one at the segments' bounds.
     """
     dtype, T = options.dtype, options.steps
