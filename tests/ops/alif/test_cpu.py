@@ -73,7 +73,7 @@ def test_every_pair_of_options(case):
 @pytest.mark.parametrize("name", SURROGATES)
 def test_every_surrogate(name):
     # Thousands of values of H - V_th, on both sides of every edge.
-    assert_conforms(Case(surrogate_function=getattr(surrogate, name)(), shape=(4, 50, 20)))
+    assert_conforms(Case(surrogate_function=SURROGATES[name](), shape=(4, 50, 20)))
 
 
 def test_a_surrogate_of_ones_own(monkeypatch):
@@ -147,7 +147,7 @@ def test_infinities_and_nan_behind_running_statistics(dtype, v_reset):
 # Whose backward SpikingJelly sets to 0 outside of the support even where what comes in is NaN.
 @pytest.mark.parametrize("name", sorted({*SURROGATES} - {"PiecewiseQuadratic"}))
 def test_infinities_and_nan_through_every_surrogate(name):
-    case = NOT_FINITE.with_(surrogate_function=getattr(surrogate, name)(), channels=5)
+    case = NOT_FINITE.with_(surrogate_function=SURROGATES[name](), channels=5)
     assert_not_finite_alike(cpu.multi_step, reference.multi_step, case)
 
 
