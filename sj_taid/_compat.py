@@ -60,9 +60,8 @@ def added_methods(node: nn.Module) -> set[str]:
     kind = plain_kind(node)
     own = _attributes_below(kind, node) if kind else {}
     kinds = FunctionType | property | classmethod | staticmethod
-    return {name for name, value in own.items() if name[0] != "_" and isinstance(value, kinds)} - {
-        *dir(kind)
-    }
+    methods = {name for name, value in own.items() if isinstance(value, kinds)}
+    return {name for name in methods - {*dir(kind)} if name[0] != "_"}
 
 
 def _attributes_below(kind: type, node: nn.Module) -> dict[str, Any]:

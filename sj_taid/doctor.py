@@ -78,7 +78,7 @@ def availability() -> Iterator[str]:
         else:
             first_line = (str(reason).strip() or "no message").splitlines()[0]
             yield f"backend {name}: no; {type(reason).__name__}: {first_line}"
-            yield f"    it needs {backends.NEEDS.get(name, 'what its import says')}"
+            yield f"    it needs {backends.needed_by(name)}"
 
 
 def fused_backends() -> Iterator[tuple[str, str]]:

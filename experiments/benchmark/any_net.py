@@ -83,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = options_parser.parse_args(arguments)
     torch.manual_seed(0)
     reuse_freed_memory()
+    sys.path.append(".")  # Python looks in the script's folder, not where the user is
     try:
-        sys.path.append(".")  # next to the script's own folder
         factory = pkgutil.resolve_name(options.net)
     except (ImportError, AttributeError, ValueError) as error:
         raise SystemExit(f"{options.net}: {error}; expected package.module:factory") from error

@@ -99,7 +99,7 @@ class AcceleratedNorm(_Exchanged):
             x = x.plain("batch_norm")
         if torch.compiler.is_compiling() or type(x) not in (Tensor, Compact) or _steps_aside():
             return super().forward(x)  # type: ignore[misc]
-        if x.is_inference():  # it does not count its changes, so the output cannot wait
+        if x.is_inference():  # its changes are not counted, so the output cannot wait
             return super().forward(x)  # type: ignore[misc]
         folds = getattr(self, "step_mode", "s") == "m"
         statistics = backends.resolve(backends.AUTO, x, None).statistics

@@ -159,6 +159,11 @@ def _find(name: str, x_seq: Tensor, surrogate_function: Any) -> Backend | str:
     return f"backend {name!r} cannot take this call: {reason}" if reason else backend
 
 
+def needed_by(name: str) -> str:
+    """What a backend needs, in words."""
+    return NEEDS.get(name, "what its import says")
+
+
 @constant_in_graphs
 def _describe_failure(name: str) -> str | None:
     error = why_not(name)
@@ -166,7 +171,7 @@ def _describe_failure(name: str) -> str | None:
         return None
     return (
         f"backend {name!r} is not available here: {type(error).__name__}: {error}. "
-        f"It needs {NEEDS.get(name, 'what its import says')}"
+        f"It needs {needed_by(name)}"
     )
 
 

@@ -108,8 +108,8 @@ class Task(L.LightningModule):
             state = checkpoint["callbacks"].get(callback.state_key, {})
             if state.get("stopping_reason_message"):  # Lightning would take the training up again
                 log.info("Early stopping: %s", state["stopping_reason_message"])
-                epochs = fit["epoch_progress"]["current"]["processed"]
-                self.trainer.fit_loop.max_epochs = max(epochs, self.trainer.min_epochs or 0)
+                ended_after = fit["epoch_progress"]["current"]["processed"]
+                self.trainer.fit_loop.max_epochs = max(ended_after, self.trainer.min_epochs or 0)
         trained, epochs = checkpoint["epoch"] + 1, self.trainer.max_epochs or 0
         if epochs < trained:
             raise ValueError(
