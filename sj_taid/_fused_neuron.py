@@ -59,7 +59,8 @@ class FusedNeuron:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle takes the voltages along, not the graph that made them.
-        return _compat.detach_state(self.__dict__)
+        state: Any = super().__getstate__()
+        return _compat.detach_state(state)
 
 
 class Accelerated:

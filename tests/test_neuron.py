@@ -132,8 +132,11 @@ def test_half_keeps_float32_parameters_and_state(dtype):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
-def test_copies_within_a_graph_are_independent(duplicate):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copies_within_a_graph_are_independent(duplicate, compiled):
     node = ALIFNode(step_mode="m")
+    if compiled:
+        node.compile(backend="eager", dynamic=False)
     x_seq = inputs()
     node(x_seq)
     twin = duplicate(node)
