@@ -30,6 +30,7 @@ from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spik
 from torch import Tensor, nn
 
 from ._compat import FUNCTIONAL_STATES, HOOKS
+from .neuron import ALIFNode
 
 
 class _Old(nn.Module):
@@ -146,7 +147,7 @@ if FUNCTIONAL_STATES:
 
     for _kind in (
         *(neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode),
-        *(neuron.EIFNode, neuron.QIFNode, neuron.IzhikevichNode),
+        *(neuron.EIFNode, neuron.QIFNode, neuron.IzhikevichNode, ALIFNode),
     ):
         BaseNode.register(_kind)  # old code asks isinstance(node, neuron.BaseNode)
 

@@ -137,6 +137,7 @@ def test_multi_step_neuron_is_one_of_todays_and_taken(kind):
     sj_taid.unaccelerate(fast)
     assert type(fast[1]) is kind
     assert sj_taid.swap_neurons(net).changed and type(net[1]) is ALIFNode
+    assert isinstance(net[1], neuron.BaseNode)
     torch.testing.assert_close(net(x_seq), before)
 
 
