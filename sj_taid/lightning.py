@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from spikingjelly.activation_based import functional
-
 from ._extras import needs
 from .state import name_neurons
 from .thresholds import warn_at_reset
 
 with needs("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from torchmetrics import Metric, MetricCollection
 
 __all__ = ["ResetState"]
 
@@ -28,7 +27,11 @@ class ResetState(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        functional.reset_net(pl_module)
+        module: Any
+        for module in pl_module.modules():
+            # SpikingJelly's reset_net would reset metrics too.
+            if hasattr(module, "reset") and not isinstance(module, Metric | MetricCollection):
+                module.reset()
 
     on_validation_batch_start = on_train_batch_start
     on_test_batch_start = on_train_batch_start

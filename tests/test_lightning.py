@@ -10,6 +10,7 @@ from sj_taid import ALIFNode
 
 def test_reset_state_starts_every_batch_from_rest(tmp_path):
     from lightning.pytorch import LightningModule, Trainer
+    from torchmetrics import SumMetric
 
     from sj_taid.lightning import ResetState
 
@@ -18,9 +19,11 @@ def test_reset_state_starts_every_batch_from_rest(tmp_path):
             super().__init__()
             self.net = nn.Sequential(nn.Linear(3, 2), ALIFNode(v_threshold=0.1))
             self.starts = []
+            self.steps = SumMetric()  # whose reset is not for the neurons'
 
         def training_step(self, x, i):
             self.starts.append(self.net[1].v)
+            self.steps.update(1)
             return self.net(x).mean()
 
         validation_step = test_step = predict_step = training_step
@@ -50,3 +53,4 @@ def test_reset_state_starts_every_batch_from_rest(tmp_path):
     assert task.net[1].name == "net.1"
     # Two batches of the sanity check, two epochs of training and validation, test, predict.
     assert task.starts == [0.0] * (2 + 2 * 2 * 3 + 3 + 3)
+    assert task.steps.compute() == len(task.starts)
