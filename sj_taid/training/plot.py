@@ -20,6 +20,9 @@ from ..layer import FixedDecoder
 from ..monitoring import tau_and_threshold
 from .files import atomic_write
 
+#: how many class names a side of the confusion matrix has room for
+_MOST_NAMES = 40
+
 
 def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
     """The name, tau and V_th (their means, where a layer has many) of every neuron in ``net``."""
@@ -126,15 +129,23 @@ def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -
 
 
 def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix: rows are true classes, columns predicted ones."""
+    """Draw a confusion matrix: rows are true classes, columns predicted ones.
+
+    Of more than 40 classes some are named, and the counts are colours alone.
+    """
     from sklearn.metrics import ConfusionMatrixDisplay  # a second to import
 
-    size = 1 + 0.6 * len(counts)
+    step = -(-len(counts) // _MOST_NAMES)
+    size = 1 + 0.6 * len(counts) / step
     figure = Figure((size, size))
     axis = figure.subplots()
     display = ConfusionMatrixDisplay(counts.cpu().numpy(), display_labels=names or None)
     rotation = "vertical" if max(map(len, names), default=0) > 3 else "horizontal"
-    display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation=rotation)
+    looks = {"cmap": "Blues", "colorbar": False, "xticks_rotation": rotation}
+    display.plot(ax=axis, include_values=step == 1, **looks)
+    for side in (axis.xaxis, axis.yaxis):
+        for number, tick in enumerate(side.get_major_ticks()):
+            tick.set_visible(number % step == 0)
     axis.set(xlabel="predicted class", ylabel="true class")
     save(figure, path, bbox_inches="tight")  # as large as the names need
 

@@ -14,6 +14,13 @@ def test_draw_confusion_cuts_no_class_name(tmp_path, names):
     assert white[[0, -1]].all() and white[:, [0, -1]].all()
 
 
+def test_draw_confusion_of_many_classes(tmp_path):
+    draw_confusion(
+        torch.eye(300, dtype=torch.int64), [f"class {i}" for i in range(300)], tmp_path / "a.png"
+    )
+    assert max(decode_image(tmp_path / "a.png").shape) < 4000
+
+
 def test_draw_recordings_colours_both_polarities(tmp_path):
     frames = torch.zeros(1, 2, 2, 2, 2)
     frames[0, 0, 0, 0, 0] = 4.0  # darker, in the first frame
