@@ -151,7 +151,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
             f"resume= needs the folder of a run, which holds {OVERRIDES}, but got {folder}"
         )
     others = [argument for argument in arguments if argument not in resumed]
-    started_with = [*OmegaConf.load(folder / OVERRIDES)]
+    started_with: Any = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES))
     added = {key_of(override) for override in started_with if override.startswith("+")}
     others = [f"++{other}" if other.partition("=")[0] in added else other for other in others]
     return select_overrides([*started_with, f"hydra.run.dir={quote(str(folder))}", *others])

@@ -21,7 +21,7 @@ from .._extras import needs
 from ..thresholds import fixed_thresholds
 from .columns import format_metrics
 from .files import atomic_write
-from .run import Run, merge_evaluations
+from .run import Run, merge_evaluations, remove_backends
 
 with needs("safetensors"):
     from safetensors.torch import save
@@ -94,7 +94,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
         raise ValueError(f"{finished.checkpoint} was not tested; export the run, or its best.ckpt")
     metrics = merge_evaluations(finished.metrics, finished.evaluations)
     config: Any = OmegaConf.to_container(finished.config, resolve=True)
-    architecture = _remove_backends(config["model"])
+    architecture = remove_backends(config["model"])
     model = pretrained.build(architecture)  # an error leaves no half of an export
     trained = finished.model()
     weights = {key: tensor.contiguous() for key, tensor in trained.state_dict().items()}
@@ -121,13 +121,6 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
         with atomic_write(folder / file) as path:
             path.write_bytes(data)
     return folder
-
-
-def _remove_backends(config: Any) -> Any:
-    """Leave the neurons' backend to the machine that loads the model."""
-    if isinstance(config, dict):
-        return {k: _remove_backends(value) for k, value in config.items() if k != "backend"}
-    return [_remove_backends(part) for part in config] if isinstance(config, list) else config
 
 
 def _card(

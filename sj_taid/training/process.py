@@ -5,11 +5,15 @@ import logging
 import os
 import platform
 import shlex
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from .. import __version__
 from ..doctor import commit, cpu_name
@@ -46,10 +50,28 @@ def silence_notes() -> None:
         warnings.filterwarnings("ignore", note)
 
 
+@contextmanager
+def ending_wandb_run() -> Iterator[None]:
+    """End a run of W&B that begins within, or Lightning continues it in a sweep's next job."""
+    before = getattr(sys.modules.get("wandb"), "run", None)
+    try:
+        yield
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb and wandb.run is not before:
+            wandb.finish()
+
+
+def given_overrides(job: Any) -> list[str]:
+    """The overrides of Hydra's job as they were given, interpolations unresolved."""
+    overrides: Any = OmegaConf.to_container(job.overrides.task)
+    return overrides
+
+
 def command_line(command: str, job: Any, data_class: str = "") -> dict[str, Any]:
     """The overrides and the command of Hydra's job, without paths that are no choices."""
     ignored = job.job.config.override_dirname.exclude_keys
-    overrides = select_overrides(job.overrides.task, ignored, data_class)
+    overrides = select_overrides(given_overrides(job), ignored, data_class)
     return {"overrides": overrides, "command": shlex.join(["sj-taid", command, *overrides])}
 
 

@@ -52,6 +52,8 @@ RESUME_MAY_CHANGE = (
     "metric.inception_weights",
     "metric.published_autoencoders",
     "metric.features",
+    "neuron.backend",
+    "model.neuron.backend",
 )
 
 
@@ -162,12 +164,21 @@ class Run:
         return self.checkpoint if self.checkpoint.is_file() else None
 
     def is_complete(self, cfg: DictConfig) -> bool:
-        """Whether the run is finished, and ``cfg`` does not ask for more epochs or steps."""
+        """Whether the run is finished, and ``cfg`` does not ask for more epochs or steps.
+
+        Raises:
+            FileNotFoundError: ``cfg`` asks for more, and there is no checkpoint to resume from.
+        """
         if not self.is_finished:
             return False
         changed = {key for key in self.differences(cfg) if is_below(key, LENGTH)}
         if cfg.trainer.max_epochs < self.config.trainer.max_epochs:
             changed.discard("trainer.max_epochs")
+        if changed and not self.checkpoint.is_file():
+            raise FileNotFoundError(
+                f"the run in {self.folder} is finished, and its checkpoint is gone, so it cannot "
+                f"train longer; {ELSEWHERE}"
+            )
         return not changed
 
     @property
@@ -218,7 +229,9 @@ class Run:
 
         from .checkpoint import load_weights, read_checkpoint
 
-        model = build_part(self.config, "model", trust)
+        config = self.config
+        config.model = remove_backends(OmegaConf.to_container(config.model))
+        model = build_part(config, "model", trust)
         load_weights(model, read_checkpoint(self.checkpoint), self.checkpoint)
         # The layout it was trained in: another rounds otherwise.
         return model.to(memory_format=torch.channels_last).eval()
@@ -243,6 +256,13 @@ def build_part(cfg: DictConfig, part: str, trust: Collection[str] = (), **argume
     groups = {k: group for k, group in cfg.items() if isinstance(group, DictConfig)}
     keys = {str(group.get("_target_")): str(key) for key, group in groups.items()}
     return build(OmegaConf.to_container(cfg[part], resolve=True), trust, keys, **arguments)
+
+
+def remove_backends(config: Any) -> Any:
+    """Leave the neurons' backend to the machine that loads the model."""
+    if isinstance(config, dict):
+        return {k: remove_backends(value) for k, value in config.items() if k != "backend"}
+    return [remove_backends(part) for part in config] if isinstance(config, list) else config
 
 
 def build_data(cfg: DictConfig, trust: Collection[str] = (), **arguments: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from .._context import seeded
@@ -30,7 +29,14 @@ from .checkpoint import (
 from .columns import format_metrics, learned_nothing
 from .config import quote
 from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
-from .process import command_line, provenance, reuse_freed_memory, silence_notes
+from .process import (
+    command_line,
+    ending_wandb_run,
+    given_overrides,
+    provenance,
+    reuse_freed_memory,
+    silence_notes,
+)
 from .run import METRICS, Run, build_data, build_part, is_first_process
 from .task import Task
 from .validate import validate
@@ -43,14 +49,15 @@ def main(cfg: DictConfig) -> float | None:
     job = HydraConfig.get()
     run = Run(job.runtime.output_dir)
     choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
-    with run.lock(), ending_wandb_run(), explain_resuming(run):
+    with run.lock(), explain_resuming(run):
         origin = {"choices": choices, **command_line("train", job, cfg.dataset._target_)}
-        metrics = train(cfg, run.folder, repeated=list_repeated_overrides(job), **origin)
+        metrics = train(cfg, run.folder, repeated=list_repeated_arguments(job), **origin)
     if is_first_process():
         log.info("%s", closing_lines(run))
     return metrics.get(cfg.objective)
 
 
+@ending_wandb_run()
 def train(
     cfg: DictConfig, folder: str | Path, *, repeated: Sequence[str] | None = None, **origin: Any
 ) -> dict[str, Any]:
@@ -83,7 +90,6 @@ def train(
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     task = build_task(cfg)
     evaluator = build_evaluator(cfg)
-    callbacks = [instantiate(c) for c in (cfg.get("callbacks") or {}).values() if c]
     data = build_data(cfg, cfg.trust)
     history = History(run.folder, cfg.pictures)
     options: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
@@ -98,7 +104,7 @@ def train(
             timer,
             RandomNumbers(),
             history,
-            *callbacks,
+            *build_callbacks(cfg),
         ],
     )
     if checkpoint is None:
@@ -179,6 +185,14 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
     return [BestCheckpoint(**options), last]  # the last one keeps the state of the best
 
 
+def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
+    """The config's own callbacks; a progress bar only where the trainer shall have one."""
+    callbacks = [instantiate(c) for c in (cfg.get("callbacks") or {}).values() if c]
+    if cfg.trainer.enable_progress_bar:
+        return callbacks
+    return [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+
+
 def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
     return instantiate(
         cfg.trainer,
@@ -239,18 +253,6 @@ def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
 
 
 @contextmanager
-def ending_wandb_run() -> Iterator[None]:
-    """End a run of W&B that begins within, or Lightning continues it in a sweep's next job."""
-    before = getattr(sys.modules.get("wandb"), "run", None)
-    try:
-        yield
-    finally:
-        wandb = sys.modules.get("wandb")
-        if wandb and wandb.run is not before:
-            wandb.finish()
-
-
-@contextmanager
 def explain_resuming(run: Run) -> Iterator[None]:
     """Add to an error, or to an interrupt, how the run resumes."""
 
@@ -282,12 +284,12 @@ def closing_lines(run: Run) -> str:
     return "\n".join(lines)
 
 
-def list_repeated_overrides(job: Any) -> list[str]:
-    """The overrides of a command line that ``resume=`` repeats, and where custom configs are."""
-    custom = [
-        quote(f"{source.schema}://{source.path}")
-        for source in job.runtime.config_sources
-        if source.provider.endswith("command-line")
-    ]
-    search_path = [f"hydra.searchpath=[{','.join(custom)}]"] if custom else []
-    return [*job.overrides.task, *search_path]
+def list_repeated_arguments(job: Any) -> list[str]:
+    """The command line that ``resume=`` repeats: overrides, and where custom configs are."""
+    sources = job.runtime.config_sources
+    flags = [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
+    if job.job.config_name != "train":
+        flags.append(f"--config-name={job.job.config_name}")
+    searched = [s for s in sources if s.provider == "hydra.searchpath in command-line"]
+    paths = ",".join(quote(f"{s.schema}://{s.path}") for s in searched)
+    return [*flags, *given_overrides(job), *([f"hydra.searchpath=[{paths}]"] if paths else [])]

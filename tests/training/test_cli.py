@@ -199,12 +199,23 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
     assert run.Run(folder).metrics["epochs"] == 2
 
 
-def test_train_by_a_primary_config_of_ones_own(train, tmp_path):
+def test_train_by_a_primary_config_of_ones_own(train, sj_taid, tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nseed: 3\n")
     timer = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00'}"
     callbacks = ["callbacks.progress_bar=null", f"+callbacks.timer={timer}"]
     train(*callbacks, "--config-dir", str(tmp_path), "--config-name", "mine")
-    assert run.Run(tmp_path / "run").metrics["seed"] == 3
+    folder = tmp_path / "run"
+    assert run.Run(folder).metrics["seed"] == 3
+    sj_taid("train", f"resume={folder}", "trainer.max_epochs=2")
+    metrics = run.Run(folder).metrics
+    assert (metrics["epochs"], metrics["seed"]) == (2, 3)
+
+
+def test_resume_keeps_interpolations(train, sj_taid, tmp_path):
+    cosine = "_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true"
+    train(f"task.scheduler={{{cosine}, T_max: ${{trainer.max_epochs}}}}")
+    with pytest.raises(SystemExit, match=r"T_max \(1, now 2\)"):
+        sj_taid("train", f"resume={tmp_path / 'run'}", "trainer.max_epochs=2")
 
 
 def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):

@@ -67,6 +67,10 @@ def test_resume_allows_what_may_change_alone(tmp_path):
         run.resume(cfg)
     cfg.task.scheduler.T_max = 1
     assert run.resume(cfg) == run.checkpoint and not run.is_complete(cfg)
+    run.checkpoint.unlink()
+    with pytest.raises(FileNotFoundError, match="its checkpoint is gone"):
+        run.is_complete(cfg)
+    run.checkpoint.touch()
     cfg.trainer.max_epochs = 0  # as of a sweep whose job was trained longer
     assert run.resume(cfg) == run.checkpoint and run.is_complete(cfg)
 
@@ -130,6 +134,14 @@ def test_load_model_refuses_other_models_and_foreign_classes(trained, tmp_path):
         with pytest.raises(ValueError, match=message):
             load_model(folder)
     assert not (tmp_path / "touched").exists()
+
+
+def test_load_model_and_resume_where_the_backend_is_not(trained, tiny):
+    folder = trained(*TINY_CLASSIFICATION)
+    path = folder / runs.CONFIG
+    path.write_text(path.read_text().replace("backend: auto", "backend: triton"))
+    assert any(getattr(m, "backend", "") == "auto" for m in load_model(folder).modules())
+    assert Run(folder).resume(tiny(*TINY_CLASSIFICATION, tiny=False))
 
 
 class Hostile:

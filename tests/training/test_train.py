@@ -14,7 +14,7 @@ from sj_taid.data import Digits
 from sj_taid.training import run, sample
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
-from sj_taid.training.train import count_classes, train
+from sj_taid.training.train import build_callbacks, count_classes, train
 from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, command, write_images
 
 PICTURES = [
@@ -273,3 +273,8 @@ def test_train_names_what_is_expected(cache, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         train(cfg, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_trainer_option_alone_takes_away_the_progress_bar():
+    assert len(build_callbacks(compose("train"))) == 1
+    assert not build_callbacks(compose("train", ["trainer.enable_progress_bar=false"]))
