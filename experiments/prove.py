@@ -58,23 +58,15 @@ CONFORMANCE = {
     "-k '(test_conforms or pair_of_options) and -{}-'",
 }
 
-COMPILERS = (
-    "NVRTC, the compiler, is known to miscompile or to refuse kernels for compute capability 10.0 "
-    "and 12.0 in CUDA 13.1 to 13.3. Where it is one of them, try another and prove again: "
-    "`pip install 'nvidia-cuda-nvrtc==13.0.*'`, or `'nvidia-cuda-nvrtc>=13.4'`. Until then "
-    "`SJ_TAID_BACKEND=torch` computes without the kernels."
-)
-
 OUTCOMES = PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 
 class Step(NamedTuple):
-    """Arguments of Python, run in the root of the checkout; the hint is shown if it fails."""
+    """Arguments of Python, run in the root of the checkout."""
 
     name: str
     arguments: Sequence[str]
     environment: Mapping[str, str] = {}
-    hint: str = ""
 
     @property
     def command(self) -> str:
@@ -131,15 +123,14 @@ def steps(device: str, folder: Path) -> Iterator[Step]:
     """The steps for a device, in order."""
     (backend,) = backends.PREFERENCE[device]
     contract = {backends.ENVIRONMENT_VARIABLE: backend}  # that backend, or an error
-    hint = COMPILERS if device == "cuda" else ""
-    yield Step("doctor", ("-m", "sj_taid.doctor"), hint=hint)
+    yield Step("doctor", ("-m", "sj_taid.doctor"))
     if device == "cuda":
         yield Step("registers", ("-m", "tests.ops.alif.nvrtc"))
     half = ("float16", "bfloat16") if device == "cuda" else ("bfloat16",)  # all the loops take
     for dtype in ("float32", *half):
         tests = shlex.split(CONFORMANCE[device].format(dtype))
         # -v names a case before it runs, also one that never ends.
-        yield Step(f"conformance {dtype}", ("-m", "pytest", "-v", *tests), hint=hint)
+        yield Step(f"conformance {dtype}", ("-m", "pytest", "-v", *tests))
     for name, options in SIZES[device].items():
         script = f"experiments/benchmark/{name.partition(' ')[0]}.py"
         where = ("--device", device, "--out", str(folder))
@@ -203,7 +194,7 @@ def make_page(machine: str, device: str, results: Sequence[Result], folder: Path
         step = result.step
         if result.outcome == FAILED:
             tail = "\n".join(result.output.splitlines()[-40:])
-            parts += [f"## {step.name} failed: {result.error}", f"`{step.command}`", step.hint]
+            parts += [f"## {step.name} failed: {result.error}", f"`{step.command}`"]
             parts += [f"~~~text\n{tail}\n~~~"]
         elif step.arguments[0] == "-m":  # no benchmark
             shown = result.output.splitlines()[-1] if "pytest" in step.arguments else result.output
@@ -213,7 +204,7 @@ def make_page(machine: str, device: str, results: Sequence[Result], folder: Path
         # What follows is the same in every row.
         measured = table.loc[:, :"device"].drop(columns="device")
         parts += [f"## {path.stem}", markdown(measured)]
-    return "\n\n".join(filter(None, parts))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

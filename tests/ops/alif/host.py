@@ -54,7 +54,7 @@ class Host:
         self.dry = None  # a set while only the names of the kernels are collected
         self._functions = {}
         self._device = self._stream = None
-        self.cuda = self._load_cuda()
+        self.cuda = self.load_cuda(self.make_cupy())
 
     def collect(self, run):
         """The kernels that ``run`` launches, without running them."""
@@ -92,13 +92,13 @@ class Host:
         subprocess.run([GXX, *self.flags, unit, "-o", library], check=True)
         return ctypes.CDLL(str(library))
 
-    def _load_cuda(self):
-        """``cuda.py`` over this stand-in, under a name of its own and without its operators."""
+    def load_cuda(self, cupy):
+        """``cuda.py`` over this CuPy, under a name of its own and without its operators."""
         path = Path(autograd.__file__).with_name("cuda.py")
         spec = importlib.util.spec_from_file_location("sj_taid.ops.alif.cuda_on_host", path)
         module = importlib.util.module_from_spec(spec)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, "cupy", self._cupy())
+            patch.setitem(sys.modules, "cupy", cupy)
             patch.setattr(autograd, "register", lambda name, key, engine: engine)
             spec.loader.exec_module(module)
         self.real = SimpleNamespace(capacity=module._capacity, resident=module._resident)
@@ -106,7 +106,7 @@ class Host:
         module._resident = lambda device, name: self.capacity
         return module
 
-    def _cupy(self):
+    def make_cupy(self):
         @contextmanager
         def from_external(stream):
             self._stream = stream.__cuda_stream__()

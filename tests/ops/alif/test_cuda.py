@@ -322,6 +322,21 @@ def test_grid_has_positions_beyond_32_bits():
 # ---- what is refused ----
 
 
+def test_import_fails_where_kernels_would(host, monkeypatch):
+    cupy = host.make_cupy()
+    cupy.cuda.nvrtc.getVersion = lambda: (13, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9 + device, 0))
+    with pytest.raises(ImportError, match="pip install 'nvidia-cuda-nvrtc==13"):
+        host.load_cuda(cupy)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ImportError, match="ROCm"):
+        host.load_cuda(cupy)
+    cupy.cuda.Stream = SimpleNamespace()  # as before CuPy 14
+    with pytest.raises(AttributeError, match="from_external"):
+        host.load_cuda(cupy)
+
+
 def test_unsupported_says_why_not(launcher):
     unsupported = launcher.cuda.unsupported
     assert "on cpu" in unsupported(torch.zeros(2, 3), surrogate.ATan())
