@@ -77,6 +77,11 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is captured, whose replays change memory that no version counts."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def allows_hooks() -> bool:
     """Whether ``saved_tensors_hooks`` may be opened; ``torch.func`` forbids them."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]

@@ -258,6 +258,6 @@ def _run_step(net: nn.Module, inputs: Any) -> tuple[int, float]:
     del saved
     if losses:
         torch.stack(losses).sum().backward()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for device in {parameter.device for parameter in net.parameters() if parameter.is_cuda}:
+        torch.cuda.synchronize(device)
     return saved_bytes, 1e3 * (time.perf_counter() - start)

@@ -92,15 +92,17 @@ class Packing:
     def __init__(self, tensor: Tensor) -> None:
         self.address, self.version = _graph.address_of(tensor), tensor._version
         self.dtype, self.is_known = tensor.dtype, True
+        self._captured = _graph.is_capturing()
 
     def describes(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` shows these values, all or some, unchanged."""
         return self.is_known and self.shares_memory(tensor)
 
     def shares_memory(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` is in the same memory, in which autograd has changed nothing."""
+        """Whether ``tensor`` is in the same memory, in which nothing has changed."""
         return (
-            tensor._version == self.version
+            self._captured == _graph.is_capturing()  # a replay of the graph may have changed it
+            and tensor._version == self.version
             and tensor.dtype == self.dtype
             and _graph.address_of(tensor) == self.address
         )

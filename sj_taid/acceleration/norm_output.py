@@ -69,13 +69,18 @@ class NormCall:
 
     def __init__(self, x: Tensor, norm: Norm, readers: dict[str, bool]) -> None:
         self.x, self.norm, self.readers = x.detach(), norm.detach(), readers
-        self._version = _graph.version_of(x)
+        self._version, self._captured = _graph.version_of(x), _graph.is_capturing()
         self.gradient = _Watch()
         self.hooks = _graph.saving_hooks()
         self.saves_input = torch.is_grad_enabled() and not _graph.is_checkpointed()
 
     def check_input(self) -> None:
-        """Raise an error if the input has changed since the call."""
+        """Raise an error if the input has, or may have, changed since the call."""
+        if self._captured != _graph.is_capturing():
+            raise RuntimeError(
+                "the output of an accelerated batch norm is read outside of the CUDA graph that "
+                "made it: capture what reads it too, or sj_taid.unaccelerate(net)"
+            )
         if _graph.version_of(self.x) != self._version:
             raise RuntimeError(
                 "the input of an accelerated batch norm was changed in place before its output was "
@@ -127,14 +132,15 @@ class _Wait(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         grad, shape = grad.reshape(x.shape), x.shape
         norm, (mean, var) = ctx.norm, _statistics(ctx.norm, x)
-        rstd = norm.affine.mean_rstd[1].to(var.dtype)
+        # As torch's forward saves them: in float32 on a GPU, in the parameters' dtype on a CPU.
+        saved = norm.affine.mean_rstd.to(torch.float32 if x.is_cuda else var.dtype)
         # Torch takes both in one memory order, without looking.
         x, grad = _with_last_axis(x), _with_last_axis(grad)
         order = memory_order(x)
         grads = _aten.native_batch_norm_backward(
             *(grad.contiguous(memory_format=order), x.contiguous(memory_format=order), weight),
             *((mean, var) if norm.fixed else (None, None)),
-            *(mean, rstd, not norm.fixed, norm.eps, needs),
+            *(*saved, not norm.fixed, norm.eps, needs),
         )
         return (grads[0].view(shape) if needs[0] else None, *grads[1:], None, None, None)
 

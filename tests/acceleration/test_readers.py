@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
-from sj_taid import ALIFNode
+from sj_taid import ALIFNode, _graph
 from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.acceleration import compact
 from tests.acceleration.alike import EVALUATION, assert_alike, is_fragile, results
@@ -435,6 +435,19 @@ def test_norm_whose_input_changes_raises_an_error():
     for read in (net.lif, torch.Tensor.sum):
         with pytest.raises(RuntimeError, match=r"changed in place .* h = h \+ o"):
             read(y)
+
+
+def test_what_a_cuda_graph_made_is_not_known_outside(monkeypatch):
+    net, x = Net("nothing", "norm, then neuron"), torch.randn(3, 2, 3, 4, 5)
+    sj_taid.accelerate(net)
+    monkeypatch.setattr(_graph, "is_capturing", lambda: True)
+    y = net.norm(net.conv(x))
+    spikes = net.lif(y)
+    assert spikes.packing()
+    monkeypatch.undo()
+    assert spikes.packing() is None  # a replay may have changed them
+    with pytest.raises(RuntimeError, match="outside of the CUDA graph that made it"):
+        y.sum()
 
 
 def test_norm_in_inference_mode_does_not_wait():
