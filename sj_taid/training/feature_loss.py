@@ -66,7 +66,7 @@ class FeatureLoss(nn.Module):
                 adam = partial(torch.optim.Adam, lr=2e-3)
                 task = Classification(network, adam, loss=nn.CrossEntropyLoss())
                 trainer.fit(task, train_data)
-            (tested,) = trainer.test(task, train_data, verbose=False)
+                (tested,) = trainer.test(task, train_data, verbose=False)
             log.info("Its accuracy on the test images is %.2f %%", 100 * tested["test/accuracy"])
             return blocks.state_dict()
 

@@ -36,11 +36,15 @@ def digits(tiny):
 def test_classifier_learns_and_is_cached(digits, tmp_path, caplog):
     caplog.set_level("INFO")
     first, second = FeatureLoss(1, 10), FeatureLoss(1, 10)
+    torch.manual_seed(7)
     first.prepare(digits, tmp_path)
+    drawn = torch.rand(3)
     accuracy = float(caplog.messages[-1].split()[-2])
     assert accuracy > 90, caplog.messages
     trained = first.state_dict()
+    torch.manual_seed(7)
     second.prepare(digits, tmp_path)
+    assert torch.equal(torch.rand(3), drawn)  # cached or not, a run draws the same
     assert caplog.messages[-1].endswith(f"{accuracy:.2f} %")  # it is not trained again
     torch.testing.assert_close(second.state_dict(), trained, rtol=0, atol=0)
 
