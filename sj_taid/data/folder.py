@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from glob import iglob
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -99,12 +100,9 @@ class ImageFolder(ImageData):
         paths, labels = [], []
         classes = [(label, root / name) for label, name in enumerate(names)]
         for label, folder in classes or [(UNLABELLED, root)]:
-            found = sorted(
-                str(path)
-                for path in folder.rglob("*")
-                if path.suffix.lower() in IMG_EXTENSIONS
-                and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-            )
+            # Unlike Path.rglob it follows links and leaves out what is hidden.
+            inside = iglob("**/*", root_dir=folder, recursive=True)  # noqa: PTH207
+            found = sorted(str(folder / n) for n in inside if n.lower().endswith(IMG_EXTENSIONS))
             if not found:
                 raise FileNotFoundError(
                     f"no image in {folder}: expected files that end in {', '.join(IMG_EXTENSIONS)}"

@@ -1,5 +1,6 @@
 """What every data set shares: its config, its parts and their order, its fingerprint."""
 
+import dataclasses
 import shutil
 from collections import Counter
 from functools import partial
@@ -119,6 +120,9 @@ def test_fingerprint_of_files_follows_their_names_sizes_and_bytes(tmp_path):
             pixels = torch.randint(256, (8, 8), dtype=torch.uint8).numpy()
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.bmp")
     assert len({fingerprint(tmp_path / name, test_share=0.5) for name in "ab"}) == 2
+    files = ready(data.ImageFolder, here, classes=None).train_set
+    relabelled = dataclasses.replace(files, labels=[1] * len(files))
+    assert relabelled.identity() != files.identity()
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

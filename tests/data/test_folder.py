@@ -52,6 +52,14 @@ def test_image_folder_with_a_folder_per_class(tmp_path):
         folder(**apart)
 
 
+def test_image_folder_follows_links(tmp_path):
+    write_images(tmp_path / "elsewhere", 4)
+    write_images(tmp_path / "root" / "cat", 6)
+    (tmp_path / "root" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    module = folder(tmp_path / "root")
+    assert len(module.train_set) + len(module.test_set) == 10
+
+
 def test_read_image_turns_as_the_file_says(tmp_path):
     half = np.zeros((4, 8), dtype=np.uint8)
     half[:, :4] = 255
