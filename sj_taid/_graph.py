@@ -78,7 +78,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def is_capturing() -> bool:
-    """Whether a CUDA graph is captured, whose replays change memory that no version counts."""
+    """Whether a CUDA graph is being captured: its replays change memory without a version."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

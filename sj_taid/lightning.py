@@ -8,7 +8,7 @@ from .thresholds import warn_at_reset
 
 with needs("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from torchmetrics import Metric, MetricCollection
+    from torchmetrics import Metric, MetricCollection, MetricTracker
 
 __all__ = ["ResetState"]
 
@@ -30,7 +30,8 @@ class ResetState(Callback):
         module: Any
         for module in pl_module.modules():
             # SpikingJelly's reset_net would reset metrics too.
-            if hasattr(module, "reset") and not isinstance(module, Metric | MetricCollection):
+            is_metric = isinstance(module, Metric | MetricCollection | MetricTracker)
+            if hasattr(module, "reset") and not is_metric:
                 module.reset()
 
     on_validation_batch_start = on_train_batch_start

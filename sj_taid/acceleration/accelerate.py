@@ -258,6 +258,7 @@ def _run_step(net: nn.Module, inputs: Any) -> tuple[int, float]:
     del saved
     if losses:
         torch.stack(losses).sum().backward()
-    for device in {parameter.device for parameter in net.parameters() if parameter.is_cuda}:
+    tensors = [t for t in (*net.parameters(), *tree_leaves(inputs)) if isinstance(t, Tensor)]
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.synchronize(device)
     return saved_bytes, 1e3 * (time.perf_counter() - start)

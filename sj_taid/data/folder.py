@@ -46,7 +46,8 @@ class ImageFolder(ImageData):
     """The images of any folder.
 
     Each folder in ``root`` is a class, in the order of their names; without any, the images are
-    unlabelled. Hidden files and folders, whose names begin with a dot, are left out.
+    unlabelled. Links are followed; hidden files and folders, whose names begin with a dot, are
+    left out.
 
     Args:
         root: the folder, for training.

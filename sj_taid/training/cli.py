@@ -136,7 +136,7 @@ def format_error(error: Exception) -> str:
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """Replace ``resume=RUN`` by the run's folder and overrides, over which other arguments win."""
+    """Replace ``resume=RUN`` by the run's folder and arguments, over which others win."""
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
     if not resumed:
         return [*arguments]
@@ -151,10 +151,13 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
             f"resume= needs the folder of a run, which holds {OVERRIDES}, but got {folder}"
         )
     others = [argument for argument in arguments if argument not in resumed]
-    started_with: Any = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES))
+    saved: Any = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES))
+    flags = [argument for argument in saved if argument.startswith("--")]
+    started_with = [argument for argument in saved if argument not in flags]
     added = {key_of(override) for override in started_with if override.startswith("+")}
     others = [f"++{other}" if other.partition("=")[0] in added else other for other in others]
-    return select_overrides([*started_with, f"hydra.run.dir={quote(str(folder))}", *others])
+    overrides = [*started_with, f"hydra.run.dir={quote(str(folder))}", *others]
+    return [*flags, *select_overrides(overrides)]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -131,7 +131,7 @@ def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -
 def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
     """Draw a confusion matrix: rows are true classes, columns predicted ones.
 
-    Of more than 40 classes some are named, and the counts are colours alone.
+    Of many classes only some are named, and the counts are colours alone.
     """
     from sklearn.metrics import ConfusionMatrixDisplay  # a second to import
 

@@ -1,4 +1,4 @@
-"""What a process sets up once, and what of it is saved next to metrics."""
+"""What a process sets up and ends, and what of it is saved next to metrics."""
 
 import ctypes
 import logging

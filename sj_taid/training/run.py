@@ -152,6 +152,7 @@ class Run:
 
         Raises:
             ValueError: ``cfg`` differs from the run's config in more than may change.
+            FileNotFoundError: a finished run shall train longer, and its checkpoint is gone.
         """
         if not (self.checkpoint.is_file() or self.is_finished):
             return None
@@ -161,24 +162,22 @@ class Run:
                 f"{self.folder} holds a run with other settings: {'; '.join(wrong)}; resume it "
                 f"with its own, or {ELSEWHERE}"
             )
-        return self.checkpoint if self.checkpoint.is_file() else None
+        if self.checkpoint.is_file():
+            return self.checkpoint
+        if not self.is_complete(cfg):
+            raise FileNotFoundError(
+                f"the run in {self.folder} is finished and its checkpoint is gone, so it cannot "
+                f"train longer; {ELSEWHERE}"
+            )
+        return None
 
     def is_complete(self, cfg: DictConfig) -> bool:
-        """Whether the run is finished, and ``cfg`` does not ask for more epochs or steps.
-
-        Raises:
-            FileNotFoundError: ``cfg`` asks for more, and there is no checkpoint to resume from.
-        """
+        """Whether the run is finished, and ``cfg`` does not ask for more epochs or steps."""
         if not self.is_finished:
             return False
         changed = {key for key in self.differences(cfg) if is_below(key, LENGTH)}
         if cfg.trainer.max_epochs < self.config.trainer.max_epochs:
             changed.discard("trainer.max_epochs")
-        if changed and not self.checkpoint.is_file():
-            raise FileNotFoundError(
-                f"the run in {self.folder} is finished, and its checkpoint is gone, so it cannot "
-                f"train longer; {ELSEWHERE}"
-            )
         return not changed
 
     @property
@@ -261,7 +260,9 @@ def build_part(cfg: DictConfig, part: str, trust: Collection[str] = (), **argume
 def remove_backends(config: Any) -> Any:
     """Leave the neurons' backend to the machine that loads the model."""
     if isinstance(config, dict):
-        return {k: remove_backends(value) for k, value in config.items() if k != "backend"}
+        is_neuron = is_below(str(config.get("_target_")), ["sj_taid", "spikingjelly"])
+        kept = {k: value for k, value in config.items() if not (is_neuron and k == "backend")}
+        return {k: remove_backends(value) for k, value in kept.items()}
     return [remove_backends(part) for part in config] if isinstance(config, list) else config
 
 

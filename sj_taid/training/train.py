@@ -69,7 +69,7 @@ def train(
     Args:
         cfg: the run's config.
         folder: the run's folder.
-        repeated: overrides of the command line, which ``resume=`` repeats.
+        repeated: arguments of the command line that ``resume=`` repeats.
         origin: saved in ``metrics.json`` next to the metrics, such as the command.
 
     Raises:
@@ -90,6 +90,7 @@ def train(
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     task = build_task(cfg)
     evaluator = build_evaluator(cfg)
+    callbacks = build_callbacks(cfg)
     data = build_data(cfg, cfg.trust)
     history = History(run.folder, cfg.pictures)
     options: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
@@ -104,7 +105,7 @@ def train(
             timer,
             RandomNumbers(),
             history,
-            *build_callbacks(cfg),
+            *callbacks,
         ],
     )
     if checkpoint is None:
@@ -186,11 +187,10 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
 
 
 def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
-    """The config's own callbacks; a progress bar only where the trainer shall have one."""
+    """The config's callbacks, without a progress bar if the trainer shall have none."""
     callbacks = [instantiate(c) for c in (cfg.get("callbacks") or {}).values() if c]
-    if cfg.trainer.enable_progress_bar:
-        return callbacks
-    return [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    hides = cfg.trainer.get("enable_progress_bar") is False
+    return [c for c in callbacks if not (hides and isinstance(c, ProgressBar))]
 
 
 def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.Trainer:

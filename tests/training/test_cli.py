@@ -206,7 +206,8 @@ def test_train_by_a_primary_config_of_ones_own(train, sj_taid, tmp_path):
     train(*callbacks, "--config-dir", str(tmp_path), "--config-name", "mine")
     folder = tmp_path / "run"
     assert run.Run(folder).metrics["seed"] == 3
-    sj_taid("train", f"resume={folder}", "trainer.max_epochs=2")
+    moved = (tmp_path / "mine.yaml").rename(tmp_path / "run" / "mine.yaml").parent
+    sj_taid("train", f"resume={folder}", "trainer.max_epochs=2", "--config-dir", str(moved))
     metrics = run.Run(folder).metrics
     assert (metrics["epochs"], metrics["seed"]) == (2, 3)
 

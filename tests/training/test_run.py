@@ -69,7 +69,7 @@ def test_resume_allows_what_may_change_alone(tmp_path):
     assert run.resume(cfg) == run.checkpoint and not run.is_complete(cfg)
     run.checkpoint.unlink()
     with pytest.raises(FileNotFoundError, match="its checkpoint is gone"):
-        run.is_complete(cfg)
+        run.resume(cfg)
     run.checkpoint.touch()
     cfg.trainer.max_epochs = 0  # as of a sweep whose job was trained longer
     assert run.resume(cfg) == run.checkpoint and run.is_complete(cfg)
@@ -142,6 +142,8 @@ def test_load_model_and_resume_where_the_backend_is_not(trained, tiny):
     path.write_text(path.read_text().replace("backend: auto", "backend: triton"))
     assert any(getattr(m, "backend", "") == "auto" for m in load_model(folder).modules())
     assert Run(folder).resume(tiny(*TINY_CLASSIFICATION, tiny=False))
+    custom = {"_target_": "mypkg.Net", "backend": "resnet18"}
+    assert runs.remove_backends({"model": [custom]}) == {"model": [custom]}
 
 
 class Hostile:

@@ -18,19 +18,19 @@ from torch import Tensor
 from . import autograd, kernels
 from .kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Grid, Options
 
+if torch.version.hip:
+    raise ImportError("the kernels are for NVIDIA GPUs, not for ROCm")
 # CuPy imports without a driver and without NVRTC, and fails at the first call: rather fail here.
 cupy.cuda.runtime.getDeviceCount()
 _from_external = cupy.cuda.Stream.from_external  # since CuPy 14
 _nvrtc = cupy.cuda.nvrtc.getVersion()
-if torch.version.hip:
-    raise ImportError("the kernels are for NVIDIA GPUs, not for ROCm")
 if (13, 1) <= _nvrtc <= (13, 3) and any(
     torch.cuda.get_device_capability(device)[0] in (10, 12)
     for device in range(torch.cuda.device_count())
 ):
     raise ImportError(
-        "NVRTC 13.1 to 13.3 miscompiles some kernels for compute capability 10.0 and 12.0; take "
-        "another: pip install 'nvidia-cuda-nvrtc==13.0.*', or 'nvidia-cuda-nvrtc>=13.4'"
+        "NVRTC 13.1 to 13.3 miscompiles some kernels on GPUs of compute capability 10 and 12; "
+        "take another: pip install 'nvidia-cuda-nvrtc==13.0.*', or 'nvidia-cuda-nvrtc>=13.4'"
     )
 
 #: Launches by "forward", "backward" and "statistics", which prove that a call took this path.

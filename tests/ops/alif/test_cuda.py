@@ -329,11 +329,11 @@ def test_import_fails_where_kernels_would(host, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9 + device, 0))
     with pytest.raises(ImportError, match="pip install 'nvidia-cuda-nvrtc==13"):
         host.load_cuda(cupy)
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    with pytest.raises(ImportError, match="ROCm"):
-        host.load_cuda(cupy)
     cupy.cuda.Stream = SimpleNamespace()  # as before CuPy 14
     with pytest.raises(AttributeError, match="from_external"):
+        host.load_cuda(cupy)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ImportError, match="ROCm"):
         host.load_cuda(cupy)
 
 
