@@ -226,10 +226,12 @@ class Run:
         """The model of the checkpoint, in eval mode; see :func:`load_model`."""
         import torch
 
+        from ..ops import backends
         from .checkpoint import load_weights, read_checkpoint
 
         config = self.config
-        config.model = remove_backends(OmegaConf.to_container(config.model))
+        here = [name for name in backends.BACKENDS if backends.why_not(name) is None]
+        config.model = remove_backends(OmegaConf.to_container(config.model), here)
         model = build_part(config, "model", trust)
         load_weights(model, read_checkpoint(self.checkpoint), self.checkpoint)
         # The layout it was trained in: another rounds otherwise.
@@ -257,13 +259,15 @@ def build_part(cfg: DictConfig, part: str, trust: Collection[str] = (), **argume
     return build(OmegaConf.to_container(cfg[part], resolve=True), trust, keys, **arguments)
 
 
-def remove_backends(config: Any) -> Any:
-    """Leave the neurons' backend to the machine that loads the model."""
-    if isinstance(config, dict):
-        is_neuron = is_below(str(config.get("_target_")), ["sj_taid", "spikingjelly"])
-        kept = {k: value for k, value in config.items() if not (is_neuron and k == "backend")}
-        return {k: remove_backends(value) for k, value in kept.items()}
-    return [remove_backends(part) for part in config] if isinstance(config, list) else config
+def remove_backends(config: Any, kept: Collection[str] = ()) -> Any:
+    """Leave the neurons' backend, but for ``kept`` ones, to the machine that loads the model."""
+    if isinstance(config, list):
+        return [remove_backends(part, kept) for part in config]
+    if not isinstance(config, dict):
+        return config
+    if is_below(str(config.get("_target_")), ["sj_taid", "spikingjelly"]):
+        config = {k: v for k, v in config.items() if k != "backend" or v in kept}
+    return {key: remove_backends(value, kept) for key, value in config.items()}
 
 
 def build_data(cfg: DictConfig, trust: Collection[str] = (), **arguments: Any) -> Any:
