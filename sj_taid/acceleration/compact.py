@@ -101,10 +101,10 @@ class Packing:
     def shares_memory(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is in the same memory, in which nothing has changed."""
         return (
-            self._captured == _graph.is_capturing()  # a replay of the graph may have changed it
-            and tensor._version == self.version
+            tensor._version == self.version
             and tensor.dtype == self.dtype
             and _graph.address_of(tensor) == self.address
+            and self._captured == _graph.is_capturing()  # or a replay may have changed it
         )
 
     def expose(self) -> None:

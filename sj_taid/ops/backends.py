@@ -112,6 +112,11 @@ def why_not(name: str) -> Exception | None:
     return _failure_of(BACKENDS[check_name(name)])
 
 
+def works(name: str) -> bool:
+    """Whether ``name`` is a backend, and works on this machine."""
+    return name in BACKENDS and why_not(name) is None
+
+
 @cache  # each try would search all of sys.path
 def _failure_of(load: Callable[[], Backend]) -> Exception | None:
     try:

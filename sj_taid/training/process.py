@@ -52,7 +52,7 @@ def silence_notes() -> None:
 
 @contextmanager
 def ending_wandb_run() -> Iterator[None]:
-    """End a run of W&B that begins within, or Lightning continues it in a sweep's next job."""
+    """End a run of W&B that begins within, or Lightning continues it in the next run."""
     before = getattr(sys.modules.get("wandb"), "run", None)
     try:
         yield

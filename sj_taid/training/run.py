@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,8 +230,7 @@ class Run:
         from .checkpoint import load_weights, read_checkpoint
 
         config = self.config
-        here = [name for name in backends.BACKENDS if backends.why_not(name) is None]
-        config.model = remove_backends(OmegaConf.to_container(config.model), here)
+        config.model = remove_backends(OmegaConf.to_container(config.model), backends.works)
         model = build_part(config, "model", trust)
         load_weights(model, read_checkpoint(self.checkpoint), self.checkpoint)
         # The layout it was trained in: another rounds otherwise.
@@ -259,15 +258,15 @@ def build_part(cfg: DictConfig, part: str, trust: Collection[str] = (), **argume
     return build(OmegaConf.to_container(cfg[part], resolve=True), trust, keys, **arguments)
 
 
-def remove_backends(config: Any, kept: Collection[str] = ()) -> Any:
-    """Leave the neurons' backend, but for ``kept`` ones, to the machine that loads the model."""
+def remove_backends(config: Any, keeps: Callable[[str], bool] = lambda name: False) -> Any:
+    """Leave the neurons' backend to the machine that loads the model, unless it ``keeps`` it."""
     if isinstance(config, list):
-        return [remove_backends(part, kept) for part in config]
+        return [remove_backends(part, keeps) for part in config]
     if not isinstance(config, dict):
         return config
     if is_below(str(config.get("_target_")), ["sj_taid", "spikingjelly"]):
-        config = {k: v for k, v in config.items() if k != "backend" or v in kept}
-    return {key: remove_backends(value, kept) for key, value in config.items()}
+        config = {k: v for k, v in config.items() if k != "backend" or keeps(v)}
+    return {key: remove_backends(value, keeps) for key, value in config.items()}
 
 
 def build_data(cfg: DictConfig, trust: Collection[str] = (), **arguments: Any) -> Any:
