@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ._checks import check, check_net, is_number
-from .convert import need_neurons, why_silent
 from .monitoring import monitor, spikes_of
+from .neurons import need_neurons, why_silent
 from .report import table
 from .state import fresh_state
 

@@ -1,31 +1,34 @@
 """Conversion of SpikingJelly's neurons to ALIF and back, with equal outputs."""
 
-import copy
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from spikingjelly.activation_based import neuron
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.overrides import TorchFunctionMode
 
 from . import _compat
 from ._checks import check_net
-from ._fused_neuron import Accelerated, restore
+from ._fused_neuron import restore
 from .neuron import ALIFNode
+from .neurons import (
+    NO_LEAK_W,
+    Site,
+    copy_net,
+    describe_equality,
+    find_neurons,
+    nearest_w,
+    need_neurons,
+    why_no_alif,
+    why_silent,
+)
 from .ops import backends
-from .report import Report, Row, table_of
+from .report import Report, table_of
 from .state import name_neurons
 from .thresholds import warn_at_reset
-
-#: ``w`` of a neuron without leak (IF): its sigmoid is 0, in float64 too. Not -inf, which would make
-#: averaged weights NaN.
-NO_LEAK_W = -1024.0
 
 #: Beginnings of the names under which torch keeps a module's hooks.
 _HOOKS = ("_forward", "_backward", "_is_full_backward")
@@ -146,48 +149,6 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     return plain
 
 
-class Site(NamedTuple):
-    """A neuron, every path to it, and the device and dtype of the parameters before it."""
-
-    node: Any
-    paths: tuple[str, ...]
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def path(self) -> str:
-        return self.paths[0]
-
-    def row(self, done: str, note: str) -> Row:
-        """The neuron's row in a report."""
-        return Row(" = ".join(self.paths) or "net", type(self.node).__name__, done, note)
-
-
-def need_neurons(net: nn.Module, change: str) -> list[Site]:
-    """Every neuron of ``net``; an error if there is none to ``change``, as in "swap"."""
-    sites = find_neurons(net, _compat.NEURONS)
-    if not sites:
-        raise ValueError(
-            f"{type(net).__name__} has no neuron of SpikingJelly's BaseNode or SimpleBaseNode to "
-            f"{change}"
-        )
-    return sites
-
-
-def find_neurons(net: nn.Module, kind: type | tuple[type, ...]) -> list[Site]:
-    """Every neuron of ``kind`` in ``net``, once."""
-    paths = defaultdict(list)
-    for path, module in net.named_modules(remove_duplicate=False):
-        paths[module].append(path)
-    sites = []
-    near = next(filter(Tensor.is_floating_point, net.parameters()), torch.empty(0))
-    for module, names in paths.items():
-        near = next(filter(Tensor.is_floating_point, module.parameters(recurse=False)), near)
-        if isinstance(module, kind):
-            sites.append(Site(module, tuple(names), near.device, near.dtype))
-    return sites
-
-
 def _replace(net: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
     """Replace neurons of ``net`` by others, which take over their hooks."""
     for old, new in new_of.items():
@@ -211,21 +172,6 @@ def _warn_replaced(module: nn.Module, inputs: Any) -> None:
     )
 
 
-def copy_net(net: nn.Module) -> nn.Module:
-    """A deep copy; tensors with a graph, which torch refuses to copy, are copied without it."""
-    with _CopyComputed():
-        return copy.deepcopy(net)
-
-
-class _CopyComputed(TorchFunctionMode):
-    """Lets ``deepcopy`` copy tensors with a graph, wherever a net keeps them."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
-
-
 def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
     """Why a neuron is not swapped, or ``None``."""
     node = site.node
@@ -240,35 +186,6 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
     if names := _compat.added_methods(node):
         return f"a subclass that adds {', '.join(sorted(names))}, which ALIF lacks"
     return why_no_alif(node) or why_silent(node)
-
-
-def why_no_alif(node: Any) -> str | None:
-    """Why no ALIF has the outputs of a neuron, or ``None``."""
-    if isinstance(node, Accelerated):
-        return "accelerated: sj_taid.unaccelerate(net) first, which gives the neuron back"
-    if _compat.plain_kind(node) is None:
-        known = next((kind for kind in _compat.PLAIN_NEURONS if isinstance(node, kind)), None)
-        if known is None:
-            return "not a LIF, PLIF or IF neuron"
-        return f"a subclass of {known.__name__} that overrides methods: it may behave differently"
-    if isinstance(node.v_threshold, Tensor):
-        return "its threshold is a tensor; ALIF starts from a number"
-    if isinstance(w := getattr(node, "w", None), Tensor) and w.dim():
-        return f"its w has the shape {[*w.shape]}; ALIF takes over a scalar"
-    if not _compat.has_default_precision(node):
-        return "it has a precision policy of its own"
-    return why_no_w(getattr(node, "tau", 2.0))
-
-
-def why_silent(node: Any) -> str | None:
-    """Why a neuron never fires, such as one that is read out by its voltage, or ``None``."""
-    threshold = torch.as_tensor(node.v_threshold, device="cpu")  # not the default device
-    return "its threshold is infinite: it never fires" if threshold.eq(math.inf).all() else None
-
-
-def why_no_w(tau: float) -> str | None:
-    """Why no ``w`` gives a LIF's tau, or ``None``."""
-    return f"its tau is {tau}, and sigmoid(w) = 1/tau needs more than 1" if tau <= 1.0 else None
 
 
 def _why_no_lif(site: Site) -> str | None:
@@ -347,39 +264,3 @@ def _shared_options(node: Any) -> dict[str, Any]:
 def _copy_voltage(old: Any, new: Any) -> None:
     new.set_reset_value("v", _compat.reset_value(old, "v"))
     new.v = old.v
-
-
-@backends.constant_in_graphs
-def nearest_w(tau: float, dtype: torch.dtype) -> float:
-    """:func:`_nearest_w`, whose cache Dynamo would warn of."""
-    return _nearest_w(tau, dtype)
-
-
-@lru_cache
-def _nearest_w(tau: float, dtype: torch.dtype) -> float:
-    """The ``w`` of ``dtype`` whose sigmoid is nearest to ``1/tau``.
-
-    ``-log(tau - 1)`` rounded to ``dtype`` can be a few units in the last place off; a neighbour
-    is often exact.
-    """
-    w = torch.tensor(-math.log(tau - 1.0), dtype=dtype, device="cpu")  # not the default device
-    candidates = [w]
-    for direction in (-math.inf, math.inf):
-        neighbour = w
-        for _ in range(16):
-            neighbour = torch.nextafter(neighbour, torch.full_like(w, direction))
-            candidates.append(neighbour)
-    return min(candidates, key=lambda c: abs(c.sigmoid().item() - 1.0 / tau)).item()
-
-
-def describe_equality(site: Site) -> str:
-    """How equal the outputs of an ALIF are to those of a neuron."""
-    node, equal = site.node, True
-    if site.dtype.itemsize < 4:
-        return f"equal outputs to rounding, computes in float32, not {site.dtype}"
-    if isinstance(node, neuron.ParametricLIFNode):
-        equal = _compat.FUNCTIONAL_STATES or node.decay_input
-    elif isinstance(node, neuron.LIFNode):
-        w = torch.tensor(nearest_w(node.tau, site.dtype), dtype=site.dtype, device="cpu")
-        equal = math.frexp(node.tau)[0] == 0.5 and w.sigmoid().item() * node.tau == 1.0
-    return f"equal outputs{'' if equal else ' to rounding'}"

@@ -14,7 +14,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ._checks import check_net
-from .convert import need_neurons
+from .neurons import need_neurons
 from .report import table
 from .thresholds import describe_at_reset, threshold_of, warn_at_bound, warn_at_reset
 

@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import _compat, _graph, convert
+from .. import _compat, _graph, neurons
 from .._checks import check_net
 from .._fused_neuron import Accelerated, restore
+from ..neuron import ALIFNode
 from ..ops import backends, surrogate
 from ..report import Row, table_of
 from .modules import AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
@@ -60,7 +61,7 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     1      LIFNode      fused operator  equal outputs
     """
     check_net(net, "accelerate")
-    convert.need_neurons(net, "accelerate")
+    neurons.need_neurons(net, "accelerate")
     if example_input is None:
         return Acceleration(net, _exchange_classes(net, {}))
     if not isinstance(example_input, Tensor | tuple):
@@ -130,9 +131,9 @@ def _exchange_classes(net: nn.Module, readers: dict[str, dict[str, bool]]) -> di
     ``readers``: what has read each norm of a copy of ``net``, which its report starts with.
     """
     rows = {}
-    for site in convert.find_neurons(net, _compat.NEURONS):
+    for site in neurons.find_neurons(net, _compat.NEURONS):
         reason = _why_not(site, net)
-        note = reason or convert.describe_equality(site)
+        note = reason or neurons.describe_equality(site)
         rows[site.path] = site.row("" if reason else _FUSED, note)
         if not reason:
             accelerate_module(site.node)._name = site.path
@@ -148,7 +149,7 @@ def _measure(
     net: nn.Module, inputs: Any
 ) -> tuple[dict[str, dict[str, bool]], tuple[int, int], tuple[float, float]]:
     """Run training steps of a copy before and after, in turns: readers, saved bytes and ms."""
-    trial, turns = convert.copy_net(net), []
+    trial, turns = neurons.copy_net(net), []
     inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
     with torch.random.fork_rng({p.device for p in trial.parameters() if p.is_cuda}):
         for _ in range(6):  # the first compiles the kernels
@@ -208,17 +209,17 @@ def _merge(rows: Iterable[Row]) -> list[Row]:
     return merged
 
 
-def _why_not(site: convert.Site, net: nn.Module) -> str | None:
+def _why_not(site: neurons.Site, net: nn.Module) -> str | None:
     """Why a neuron is left as it is, or ``None``."""
     node = site.node
     if isinstance(node, Accelerated):
         return _ALREADY
     if is_parametrized(node):
         return "it is parametrized"
-    if isinstance(node, convert.ALIFNode):
+    if isinstance(node, ALIFNode):
         reason = "its backend is torch" if node.backend == "torch" else None
     else:
-        reason = convert.why_no_alif(node)
+        reason = neurons.why_no_alif(node)
     if reason or (reason := surrogate.unsupported(node.surrogate_function)):
         return reason
     if node.step_mode != "m":

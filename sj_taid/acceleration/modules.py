@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from .. import _compat, _graph, convert
+from .. import _compat, _graph, neurons
 from .._fused_neuron import Accelerated, FusedNeuron
 from ..neuron import ALIFNode
 from ..ops import backends, surrogate
@@ -202,12 +202,12 @@ class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
     def _operands(self, x_seq: Tensor) -> dict[str, Any]:
         node: Any = self
         dtype = state_dtype(x_seq.dtype)
-        w = getattr(node, "w", convert.NO_LEAK_W)  # PLIF's own, or IF's
+        w = getattr(node, "w", neurons.NO_LEAK_W)  # PLIF's own, or IF's
         if isinstance(node, neuron.LIFNode):
             tau = float(node.tau)
-            if reason := convert.why_no_w(tau):
+            if reason := neurons.why_no_w(tau):
                 raise ValueError(f"{self._label()}: {reason}; sj_taid.unaccelerate(net) first")
-            w = convert.nearest_w(tau, dtype)
+            w = neurons.nearest_w(tau, dtype)
         operands = {
             name: value if isinstance(value, Tensor) else x_seq.new_full((), value, dtype=dtype)
             for name, value in {"w": w, "v_threshold": node.v_threshold}.items()
