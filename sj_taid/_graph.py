@@ -1,6 +1,6 @@
-"""What happened to a voltage since its forward, without reading its autograd graph.
+"""What torch's private state says: of a voltage's past, memory, hooks on what is saved, and modes.
 
-Reading what a graph saved would run the hooks of gradient checkpointing and offloading.
+No function reads what a graph saved, which would run the hooks of checkpointing and offloading.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _python_dispatch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -62,6 +63,22 @@ def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` runs, such as ``vmap`` or ``grad``."""
     return torch._C._are_functorch_transforms_active()
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode, such as SpikingJelly's counters, sees each operation of torch.
+
+    To it a fused call would be one operator that it knows nothing of. The modes of torch.compile
+    and of selective checkpointing take such operators as they are.
+    """
+    return _python_dispatch.is_in_torch_dispatch_mode(include_infra_modes=False) and any(
+        not mode.is_infra_mode() and type(mode).__module__ != "torch.utils.checkpoint"
+        for mode in _python_dispatch._get_current_dispatch_mode_stack()
+    )
+
+
+#: the context in which modes do not count operations, those that SpikingJelly's neurons do not have
+hide_from_modes = _python_dispatch._disable_current_modes
 
 
 def address_of(tensor: Tensor) -> int:

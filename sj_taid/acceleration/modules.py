@@ -21,7 +21,6 @@ from ..ops.alif.autograd import arranged
 from ..ops.alif.norm import Norm
 from ..ops.alif.reference import state_dtype
 from ..ops.bits import is_dense
-from ..ops.watching import is_watched
 from .compact import Compact, Counts, Known, compact, saving
 from .norm_output import NormOutput, memory_order, wait
 
@@ -83,7 +82,7 @@ def why_no_norm(module: nn.Module) -> str | None:
 def _steps_aside() -> bool:
     """Whether something traces, counts or transforms operations, and needs the plain module's."""
     traces = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    return traces or is_watched() or _graph.is_transformed()
+    return traces or _graph.is_watched() or _graph.is_transformed()
 
 
 class AcceleratedNorm(_Exchanged):

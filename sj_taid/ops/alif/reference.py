@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._graph import hide_from_modes, is_watched
 from .. import bits
-from ..watching import hide_from_modes, is_watched
 from .norm import Norm, batch_norm
 
 
