@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import sj_taid
 from sj_taid import ALIFNode, _graph, accelerate, unaccelerate
 from sj_taid._compat import FUNCTIONAL_STATES
-from sj_taid.acceleration.accelerate import _run_step
+from sj_taid.acceleration.report import run_step
 from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
 from tests import zoo
@@ -173,7 +173,7 @@ class NamedOutput(nn.Sequential):
 
 def test_accelerate_measures_the_backward_of_nested_outputs():
     net = NamedOutput(*make_net())
-    _run_step(net, images())
+    run_step(net, images())
     assert all(p.grad is not None for p in net.parameters())
 
 

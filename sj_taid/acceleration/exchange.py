@@ -1,0 +1,137 @@
+"""``accelerate`` and ``unaccelerate``: whose class is exchanged, and why others' is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import layer
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .. import _compat
+from .._checks import check_net
+from .._fused_neuron import Accelerated, restore
+from ..neuron import ALIFNode
+from ..neurons import Site, describe_equality, find_neurons, need_neurons, why_no_alif
+from ..ops import backends, surrogate
+from ..report import Row
+from .modules import AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
+from .report import ALREADY, FUSED, Acceleration, measure, norms_of
+
+
+def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
+    """Train ``net`` in less memory and time with equal outputs; changes it in place.
+
+    Its LIF, PLIF, IF and ALIF neurons run on the fused operator and learn what they learned before.
+    A batch norm waits for whoever reads its output: such a neuron computes both as one operation,
+    anything else the norm alone. Spikes, their sums, and sums of a norm's output are saved for
+    backward as bits and bytes, or computed again.
+
+    Outputs are equal as :func:`.swap_neurons` promises, and to rounding behind a norm. Every module
+    stays the same object, with its parameters, ``state_dict`` keys, hooks and voltages, so
+    optimizers and checkpoints made before go on working; the class of a norm or neuron becomes a
+    subclass of its own, and no other module is touched. In half precision these neurons compute,
+    and keep voltages, in float32.
+
+    Args:
+        net: any module with SpikingJelly neurons, ALIF included, in step mode ``"m"``.
+        example_input: an input of ``net`` (a tuple for several), to measure a training step before
+            and after, on a copy. The report then says what read each norm.
+
+    Raises:
+        ValueError: ``net`` has no neuron.
+        TypeError: ``net`` is no module, or ``example_input`` neither a tensor nor a tuple.
+
+    >>> from spikingjelly.activation_based import neuron
+    >>> net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), neuron.LIFNode(step_mode="m"))
+    >>> report = accelerate(net)
+    >>> spikes = net(torch.rand(4, 2, 3, 5))
+    >>> print(report)
+    1 of 1 neurons on the fused operator, 1 of 1 norms fused
+    layer  kind         done            note
+    0      BatchNorm1d  fused into 1    equal outputs to rounding
+    1      LIFNode      fused operator  equal outputs
+    """
+    check_net(net, "accelerate")
+    need_neurons(net, "accelerate")
+    if example_input is None:
+        return Acceleration(net, _exchange_classes(net))
+    if not isinstance(example_input, Tensor | tuple):
+        raise TypeError(
+            "example_input must be a tensor, or a tuple for several inputs, but it is a "
+            f"{type(example_input).__name__}"
+        )
+    readers, saved_bytes, step_ms = measure(net, example_input, _exchange_classes, unaccelerate)
+    return Acceleration(net, _exchange_classes(net, readers), saved_bytes, step_ms)
+
+
+def unaccelerate(net: nn.Module) -> None:
+    """Undo :func:`.accelerate` in place: every norm and neuron gets its class back.
+
+    >>> from spikingjelly.activation_based import neuron
+    >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
+    >>> report = accelerate(net)
+    >>> unaccelerate(net)
+    >>> type(net[1]) is neuron.LIFNode
+    True
+    """
+    check_net(net, "unaccelerate")
+    restore(net)
+
+
+def _exchange_classes(
+    net: nn.Module, readers: Mapping[str, dict[str, bool]] | None = None
+) -> dict[str, Row]:
+    """Give neurons and norms their accelerated classes; a row for each neuron.
+
+    ``readers``: what has read each norm of a copy of ``net``, which its report starts with.
+    """
+    rows = {}
+    for site in find_neurons(net, _compat.NEURONS):
+        reason = _why_not(site, net)
+        note = reason or describe_equality(site)
+        rows[site.path] = site.row("" if reason else FUSED, note)
+        if not reason:
+            accelerate_module(site.node)._name = site.path
+    if any(isinstance(module, AcceleratedALIF) for module in net.modules()):
+        for path, norm in norms_of(net):
+            if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
+                accelerate_module(norm).readers = (readers or {}).get(path, {})
+    return rows
+
+
+def _why_not(site: Site, net: nn.Module) -> str | None:
+    """Why a neuron is left as it is, or ``None``."""
+    node = site.node
+    if isinstance(node, Accelerated):
+        return ALREADY
+    if is_parametrized(node):
+        return "it is parametrized"
+    if isinstance(node, ALIFNode):
+        reason = "its backend is torch" if node.backend == "torch" else None
+    else:
+        reason = why_no_alif(node)
+    if reason or (reason := surrogate.unsupported(node.surrogate_function)):
+        return reason
+    if node.step_mode != "m":
+        parent = net.get_submodule(site.path.rpartition(".")[0])
+        container = type(parent).__name__
+        if isinstance(parent, layer.MultiStepContainer | layer.StepModeContainer):
+            return f"its {container} steps: put the neuron, in step mode 'm', in its place"
+        if "Recurrent" in container:
+            return "recurrent: each step reads the one before"
+        return (
+            "it runs step by step: functional.set_step_mode(net, 'm') first, but only if the net's "
+            "forward takes the whole sequence [T, N, *] and does not loop over time"
+        )
+    function = node.surrogate_function
+    hooks = function._forward_hooks or function._forward_pre_hooks or function._backward_hooks
+    if hooks or any(map(callable, vars(node).values())):
+        return "a function of its own or a hook in it, which the fused operator would not call"
+    x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
+    backend = backends.resolve(backends.AUTO, x, node.surrogate_function)
+    if backend.statistics is None:
+        return f"no fused operator for {x.dtype} on {x.device.type}"
+    return None
