@@ -40,7 +40,7 @@ class Site(NamedTuple):
 
 def need_neurons(net: nn.Module, change: str) -> list[Site]:
     """Every neuron of ``net``; an error if there is none to ``change``, as in "swap"."""
-    sites = find_neurons(net, _compat.NEURONS)
+    sites = find_neurons(net)
     if not sites:
         raise ValueError(
             f"{type(net).__name__} has no neuron of SpikingJelly's BaseNode or SimpleBaseNode to "
@@ -49,7 +49,7 @@ def need_neurons(net: nn.Module, change: str) -> list[Site]:
     return sites
 
 
-def find_neurons(net: nn.Module, kind: type | tuple[type, ...]) -> list[Site]:
+def find_neurons(net: nn.Module, kind: type | tuple[type, ...] = _compat.NEURONS) -> list[Site]:
     """Every neuron of ``kind`` in ``net``, once."""
     paths = defaultdict(list)
     for path, module in net.named_modules(remove_duplicate=False):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sj_taid import create_model, list_models, pretrained
+from sj_taid.acceleration.modules import AcceleratedALIF
 
 pytest.importorskip("safetensors", reason="needs safetensors")
 
@@ -51,6 +52,7 @@ def assert_has_the_shipped_weights(model):
 def test_create_model_of_the_package(name):
     model = create_model(name, pretrained=True)
     assert not model.training
+    assert any(isinstance(module, AcceleratedALIF) for module in model.modules())
     assert not torch.equal(*(next(m.parameters()) for m in (model, create_model(name))))
     if hasattr(model, "sample"):
         output = model.sample(4)

@@ -7,6 +7,7 @@ in milliseconds per image without loading.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from common import CPU, autocast, interleave, parser, write_csv
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 
 from sj_taid.training.config import compose
 from sj_taid.training.process import reuse_freed_memory
+from sj_taid.training.run import build_model
 
 RECIPE_OF = "experiment=mnist_esvae_sharp"
 RECIPE = "as configured"
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, extra: Sequence[str] = ()) -> N
 def train_step(cfg: DictConfig) -> Callable[[], None]:
     """A function that trains a config's generator for a step on random images."""
     torch.manual_seed(0)
-    model = instantiate(cfg.model).to(memory_format=torch.channels_last)
+    model: Any = build_model(cfg)
     optimizer = instantiate(cfg.optimizer)(model.parameters())
     size = cfg.dataset.image_size
     images = torch.rand(cfg.dataset.batch_size, cfg.dataset.channels, size, size) * 2 - 1

@@ -10,7 +10,6 @@ from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .. import _compat
 from .._checks import check_net
 from .._fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
@@ -89,7 +88,7 @@ def _exchange_classes(
     ``readers``: what has read each norm of a copy of ``net``, which its report starts with.
     """
     rows = {}
-    for site in find_neurons(net, _compat.NEURONS):
+    for site in find_neurons(net):
         reason = _why_not(site, net)
         note = reason or describe_equality(site)
         rows[site.path] = site.row("" if reason else FUSED, note)

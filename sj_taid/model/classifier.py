@@ -7,7 +7,6 @@ from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
 from .._checks import are_two_numbers, check_flags, check_sizes, is_whole
-from ..acceleration import accelerate
 from ..neuron import ALIFNode
 from .block import Neuron, check_images, check_widths, make_neuron, reset
 
@@ -33,8 +32,7 @@ class Classifier(nn.Module):
     is shared by all time steps.
 
     A still image is the input current of every step. Every pass starts from rest and leaves the
-    neurons at rest; :func:`sj_taid.monitor` sees their activity. The net is accelerated
-    (:func:`sj_taid.accelerate`).
+    neurons at rest; :func:`sj_taid.monitor` sees their activity.
 
     Args:
         in_channels: channels C of the input.
@@ -130,7 +128,6 @@ class Classifier(nn.Module):
         )
         if not output_neuron:
             del self.head[-1]
-        accelerate(self)
 
     def forward(self, x: Tensor, each_step: bool = False) -> Tensor:
         """Firing rates ``[N, classes]`` in [0, 1], or mean currents without output neurons.

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from .._checks import check, check_flags, check_not_negative, check_sizes, integer
 from .._context import eval_mode
-from ..acceleration import accelerate
 from ..layer import TAID
 from ..neuron import ALIFNode
 from ..ops.surrogate import Rect
@@ -60,7 +59,7 @@ class SpikingVAE(nn.Module):
     output ``[T, N, C, H, W]`` becomes one image by the image decoder, then tanh.
 
     Every pass starts from rest and leaves the neurons at rest; :func:`sj_taid.monitor` sees their
-    activity. The net is accelerated (:func:`sj_taid.accelerate`).
+    activity.
 
     Args:
         in_channels: image channels C.
@@ -143,7 +142,6 @@ class SpikingVAE(nn.Module):
         last = SubpixelConv2d if subpixel else partial(nn.ConvTranspose2d, kernel_size=3, padding=1)
         self.to_image = layer.SeqToANNContainer(last(widths[0], in_channels))
         self.image_decoder = image_decoder
-        accelerate(self)
 
     def _make_latent(self, neuron: Neuron) -> None:
         """Make the subclass's modules between encoder and decoder."""

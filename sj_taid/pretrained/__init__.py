@@ -16,6 +16,8 @@ from torch import nn
 
 from .. import _build
 from .._extras import needs
+from ..acceleration import accelerate
+from ..neurons import find_neurons
 from ..thresholds import set_fixed_thresholds
 
 CONFIG = "config.json"
@@ -76,6 +78,8 @@ def build(config: dict[str, Any]) -> nn.Module:
             f"{CONFIG} does not describe a model of this version of sj-taid: {error}; its metrics "
             "name the version that it is of"
         ) from error
+    if find_neurons(model):
+        accelerate(model)
     # The memory layout that runs are trained in: another one rounds otherwise.
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -37,7 +37,7 @@ from .process import (
     reuse_freed_memory,
     silence_notes,
 )
-from .run import METRICS, Run, build_data, build_part, is_first_process
+from .run import METRICS, Run, build_data, build_model, build_part, is_first_process
 from .task import Task
 from .validate import validate
 
@@ -148,8 +148,7 @@ def count_classes(cfg: DictConfig) -> None:
 
 
 def build_task(cfg: DictConfig) -> Task:
-    # In this layout convolutions are faster, in bfloat16 above all.
-    model = build_part(cfg, "model", cfg.trust).to(memory_format=torch.channels_last)
+    model = build_model(cfg, cfg.trust)
     optimizer = instantiate(cfg.optimizer)
     return build_part(cfg, "task", cfg.trust, model=model, optimizer=optimizer)
 

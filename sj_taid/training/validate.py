@@ -15,6 +15,7 @@ from .run import flatten
 RULES: dict[str, Rule] = {
     "seed": integer(0),
     "pictures": FLAG,
+    "accelerate": FLAG,
     "compile": (
         "true, false or options, as '{mode: max-autotune}'",
         lambda value: isinstance(value, bool | DictConfig),
@@ -31,7 +32,16 @@ RULES: dict[str, Rule] = {
 #: of these, what null does not stand for a default of
 NEVER_NULL = {"seed", "trainer.max_epochs"}
 #: keys of a config next to its groups
-KEYS = {"cache_dir", "checkpoint", "compile", "objective", "pictures", "seed", "trust"}
+KEYS = {
+    "accelerate",
+    "cache_dir",
+    "checkpoint",
+    "compile",
+    "objective",
+    "pictures",
+    "seed",
+    "trust",
+}
 #: what one task alone takes: the choice that sets it, the task, and what is in its config alone
 OF_ONE_TASK = {
     "loss": ("loss=", "classification", "loss"),

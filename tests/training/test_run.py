@@ -9,12 +9,13 @@ from omegaconf import OmegaConf
 from spikingjelly.activation_based import neuron
 
 from sj_taid._build import build
+from sj_taid.acceleration.modules import AcceleratedNorm
 from sj_taid.training import Run, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.files import atomic_write
-from sj_taid.training.train import train
+from sj_taid.training.train import build_task, train
 from tests.training.conftest import TINY_AUTOENCODING, TINY_CLASSIFICATION
 
 
@@ -144,6 +145,21 @@ def test_load_model_and_resume_where_the_backend_is_not(trained, tiny):
     assert Run(folder).resume(tiny(*TINY_CLASSIFICATION, tiny=False))
     custom = {"_target_": "mypkg.Net", "backend": "resnet18"}
     assert runs.remove_backends({"model": [custom]}) == {"model": [custom]}
+
+
+def is_accelerated(model):
+    return any(isinstance(module, AcceleratedNorm) for module in model.modules())
+
+
+def test_models_are_accelerated_if_the_config_says_so(trained, tiny):
+    cfg = tiny(*TINY_CLASSIFICATION, tiny=False)
+    assert is_accelerated(build_task(cfg).model)
+    folder = trained(*TINY_CLASSIFICATION, "accelerate=false")
+    assert not is_accelerated(load_model(folder))
+    assert Run(folder).resume(cfg)  # equal to rounding, as another backend is
+    path = folder / runs.CONFIG
+    path.write_text(path.read_text().replace("accelerate: false\n", ""))
+    assert is_accelerated(load_model(folder))  # as all were before the key was
 
 
 class Hostile:
