@@ -85,7 +85,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
             or a checkpoint that was not tested.
     """
     folder = Path(out).expanduser() / name
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / pretrained.CONFIG).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
         raise FileExistsError(
             f"{folder} holds files that are no earlier export; choose another --name or --out"
         )
@@ -121,6 +121,15 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
         with atomic_write(folder / file) as path:
             path.write_bytes(data)
     return folder
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether the folder's config is one of ours: that of another program has the same name."""
+    try:
+        config = json.loads((folder / pretrained.CONFIG).read_bytes())
+        return "sha256" in config and "sj-taid" in config["metrics"]["versions"]
+    except Exception:  # whatever else the file holds
+        return False
 
 
 def _card(
