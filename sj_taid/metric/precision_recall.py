@@ -1,5 +1,6 @@
 """Precision and recall of generated images: fidelity and variety, each by itself."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,9 +102,11 @@ def share_near(points: Tensor, others: Tensor, k: int) -> Tensor:
     >>> share_near(points, others, k=2)
     tensor(0.5000)
     """
-    mean = others.mean(0)  # far from 0, distances lose their digits
-    points, others = points - mean, others - mean
-    chunks = (torch.cdist(part, others) for part in others.split(ROWS_AT_ONCE))
-    radii = torch.cat([distances.kthvalue(k + 1).values for distances in chunks])  # 1st is itself
-    chunks = (torch.cdist(part, others) for part in points.split(ROWS_AT_ONCE))
-    return torch.cat([(distances <= radii).any(1) for distances in chunks]).float().mean()
+    # Exact where groups lie far apart: by a product of matrices, as torch would, or in float32,
+    # distances that are small next to the largest features or distances lose their digits.
+    points, others = points.double(), others.double()
+    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    chunks = (distances(part, others) for part in others.split(ROWS_AT_ONCE))
+    radii = torch.cat([near.kthvalue(k + 1).values for near in chunks])  # 1st is itself
+    chunks = (distances(part, others) for part in points.split(ROWS_AT_ONCE))
+    return torch.cat([(near <= radii).any(1) for near in chunks]).float().mean()

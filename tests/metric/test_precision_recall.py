@@ -40,10 +40,33 @@ def test_precision_and_recall_take_as_many_of_each_kind(kind):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_precision_of_features_far_from_0():
-    real, drawn = torch.randn(2, 60, 64, generator=torch.Generator().manual_seed(0)).unbind()
-    shares = [share_near(drawn + offset, real + offset, 5) for offset in (0, 1000)]
-    assert shares[0] == shares[1] > 0.4
+def spread(kind, features, size, generator):
+    """Put features far from 0: all of them, in two or three groups, one alone, or along a line."""
+    n = len(features)
+    if kind == "all":
+        return features + size
+    if kind == "one":
+        return torch.cat([features[:1] + size, features[1:]])
+    if kind == "line":
+        return features + size * torch.rand(n, 1, generator=generator)
+    return features + size * torch.randint(int(kind), (n, 1), generator=generator)
+
+
+def exact_distances(points, others):
+    """Of differences in float64, which are exact."""
+    rows = [(point.double() - others.double()).norm(dim=1) for point in points]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("size", [300.0, 1e5, 1e7])
+@pytest.mark.parametrize("kind", ["all", "one", "line", "2", "3"])
+def test_precision_of_features_far_from_each_other(kind, size):
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randn(1100, 24, generator=generator) for _ in range(2)]  # more than are at once
+    points, others = (spread(kind, features, size, generator) for features in sets)
+    radii = exact_distances(others, others).kthvalue(6).values
+    expected = (exact_distances(points, others) <= radii).any(1).double().mean().item()
+    assert share_near(points, others, 5).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_precision_refuses_too_few_images():
