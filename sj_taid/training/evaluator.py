@@ -3,9 +3,11 @@
 import hashlib
 import json
 import logging
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -178,9 +180,13 @@ class Evaluator:
         comparing = {name: metric for name, metric in group.items() if _real_states(metric)}
 
         def load(states: dict[str, Any]) -> None:
-            for name, metric in comparing.items():
-                for key, value in states[name].items():
-                    setattr(metric, key, value)
+            found = [
+                (metric, key, states[name][key])
+                for name, metric in comparing.items()
+                for key in _real_states(metric)
+            ]
+            for metric, key, value in found:  # once nothing is missing
+                setattr(metric, key, value)
 
         def make() -> dict[str, Any]:
             batches = data.test_dataloader()
@@ -259,14 +265,25 @@ def bare_trainer(accelerator: str, bar: bool = False, **options: Any) -> L.Train
 def load_or_make(
     path: Path, load: Callable[[dict[str, Any]], Any], make: Callable[[], dict[str, Any]]
 ) -> None:
-    """Load what is cached at ``path``, or make and cache it, in one of several processes."""
+    """Load what is cached at ``path``, or make and cache it, in one of several processes.
+
+    A damaged file is made again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if not path.is_file():
-            made = make()
-            with atomic_write(path) as whole:
-                torch.save(made, whole)
-        load(torch.load(path, map_location="cpu", weights_only=True))
+        if path.is_file():
+            content = path.read_bytes()
+            try:
+                if part := zipfile.ZipFile(BytesIO(content)).testzip():  # torch tests no checksums
+                    raise ValueError(f"{part} is not what was written")
+                load(torch.load(BytesIO(content), map_location="cpu", weights_only=True))
+                return
+            except Exception as error:  # whatever the damage leads to
+                log.warning("%s is damaged (%s); it is made again", path, type(error).__name__)
+        made = make()
+        with atomic_write(path) as whole:
+            torch.save(made, whole)
+        load(made)
 
 
 def _real_states(metric: Any) -> dict[str, Any]:

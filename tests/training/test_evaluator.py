@@ -1,7 +1,9 @@
 """Evaluating samples: what is cached, and no disturbance of the global random state."""
 
+import io
 import logging
 import multiprocessing
+import pickle
 import time
 
 import pytest
@@ -72,6 +74,52 @@ def test_evaluator_makes_autoencoder_and_statistics_once(evaluator, tmp_path, mo
     data.batch_size, data.augment, data.erase, data.mixup = 10, "flip", 0.5, 0.5
     torch.manual_seed(1)
     torch.testing.assert_close(states(evaluator, data), first)
+
+
+def pickled(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+class Code:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("a pickle's code ran",)
+
+
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "truncated": lambda whole: whole[: len(whole) // 2],
+    "end lost": lambda whole: whole[:-9],
+    "begins late": lambda whole: whole[100:],
+    "zeros": lambda whole: bytes(len(whole)),
+    "text": lambda whole: b"404: not found",
+    "a bit": lambda whole: whole[: (n := len(whole) // 2)] + bytes([whole[n] ^ 1]) + whole[n + 1 :],
+    "module": lambda whole: pickled({"x": torch.nn.Linear(1, 1)}),
+    "code": lambda whole: pickled({"x": Code()}),
+    "plain pickle": lambda whole: pickle.dumps(Code()),
+    "another's": lambda whole: pickled({"x": torch.ones(2)}),
+    "a part": lambda whole: pickled(dict([*torch.load(io.BytesIO(whole)).items()][:1])),
+    "no dictionary": lambda whole: pickled([1.0]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_cache_is_named_and_made_again(evaluator, caplog, damage):
+    data = digits(limit=40)
+    first = states(evaluator, data)
+    for path in evaluator.cache_dir.glob("*.pt"):
+        whole = path.read_bytes()
+        path.write_bytes(DAMAGES[damage](whole))
+        caplog.clear()
+        assert_equal(states(evaluator, data), first)
+        (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert f"{path} is damaged" in warning.getMessage()
+        caplog.clear()
+        states(evaluator, data)
+        assert not caplog.records
 
 
 def test_evaluate_samples_is_reproducible_and_leaves_the_random_state_alone(evaluator):
