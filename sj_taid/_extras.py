@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 #: All packages of the extra ``train``: sj-taid is not on PyPI, so its extra has no short name.
 TRAIN = (
-    "lightning torchmetrics torch-fidelity safetensors hydra-core hydra-joblib-launcher filelock "
-    "torchvision scikit-learn tensorboard matplotlib pandas tabulate rich"
+    "lightning torchmetrics torch-fidelity safetensors hydra-core hydra-joblib-launcher joblib "
+    "filelock torchvision scikit-learn tensorboard matplotlib pandas tabulate rich"
 )
 REMEDY = "; to get it: pip install "
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -52,6 +53,7 @@ USER_ERRORS = (
     CompactHydraException,
     OmegaConfBaseException,
 )
+MULTIRUN = {"-m", "--multirun"}
 #: the command line as it was given
 GIVEN: list[str] = []
 
@@ -78,6 +80,8 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
     if command in COMPOSED:
         GIVEN[:] = sys.argv
         sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
+        if MULTIRUN & {*arguments}:
+            end_workers_with_sweep()
         hydra.main(CONF, command, VERSION)(lambda cfg: run_composed(command, cfg))()
         return
     logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
@@ -101,13 +105,22 @@ def run_composed(command: str, cfg: DictConfig) -> Any:
         raise
 
 
+def end_workers_with_sweep() -> None:
+    """Let joblib's workers end with this process: those that wait for a job would stay."""
+    from joblib.parallel import BACKENDS, register_parallel_backend
+
+    register_parallel_backend("loky", partial(BACKENDS["loky"], initializer=end_with_parent))
+
+
 @cache
 def end_with_parent() -> None:
-    """End this process when its parent does, as when a sweep is killed."""
-    parent = os.getppid()
+    """End this process when its parent does, as when a sweep is killed, even before this call."""
+    starter = multiprocessing.parent_process()  # the sweep, if joblib runs the jobs; else None
+    parent = starter.pid if starter else os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        # Process 1 adopts those whose parent has died; in a container it may be the sweep itself.
+        while os.getppid() == parent and (starter or parent != 1):
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -140,7 +153,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
     if not resumed:
         return [*arguments]
-    if {"-m", "--multirun"} & {*arguments}:
+    if MULTIRUN & {*arguments}:
         raise ValueError(
             "resume= is for one run, without -m; a sweep resumes when its command is repeated"
         )
