@@ -1,5 +1,7 @@
 """Run old nets: one import gives ``spikingjelly.clock_driven`` and ``spikingjelly.cext.neuron``.
 
+The import adds these modules to ``sys.modules`` and ``spikingjelly``, for the whole process, and to
+``sys.meta_path`` a finder that finds nothing: it says what to use for a name of them that is gone.
 SpikingJelly had them up to 0.0.0.0.12, and most published nets import them. Import this first:
 
 >>> import sj_taid.clock_driven
@@ -7,9 +9,9 @@ SpikingJelly had them up to 0.0.0.0.12, and most published nets import them. Imp
 >>> neuron.MultiStepLIFNode(detach_reset=True, surrogate_function=surrogate.ATan()).step_mode
 'm'
 
-The old names stand for today's classes, or for subclasses that only fill in the defaults of then,
-so :func:`sj_taid.accelerate` and :func:`sj_taid.swap_neurons` take them, and a ``state_dict`` keeps
-its keys. A name without a counterpart raises an error that says what to use instead.
+The old names stand for today's classes, or for subclasses that only fill in the defaults of then or
+compute what these did, so :func:`sj_taid.accelerate` and :func:`sj_taid.swap_neurons` take them,
+and a ``state_dict`` keeps its keys.
 
 Source: SpikingJelly 0.0.0.0.12, with ``backend`` given by name; for ``cext.neuron`` 0.0.0.0.4, with
 all arguments given by name.
@@ -25,9 +27,11 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any, ClassVar
 
-from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
+import torch
+from spikingjelly.activation_based import encoding, functional, layer, neuron, rnn, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
 from ._compat import FUNCTIONAL_STATES, HOOKS
 from .neuron import ALIFNode
@@ -168,6 +172,65 @@ else:
     MultiArgsSurrogateFunctionBase = surrogate.MultiArgsSurrogateFunctionBase  # type: ignore[misc]
 
 
+class SpikingLSTMCell(rnn.SpikingLSTMCell):
+    """Today's without its bound of the cell's state, c <= 1."""
+
+    def forward(self, x: Tensor, hc: Any = None) -> tuple[Tensor, Tensor]:
+        h, c = x.new_zeros(2, len(x), self.hidden_size) if hc is None else hc
+        i, f, g, o = (self.linear_ih(x) + self.linear_hh(h)).chunk(4, dim=1)
+        fire = self.surrogate_function1
+        fire_g = fire if self.surrogate_function2 is None else self.surrogate_function2
+        c = fire(f) * c + fire(i) * fire_g(g)
+        return fire(o) * c, c
+
+
+class _OldRNN(rnn.SpikingRNNBase):
+    """Today's, of one layer."""
+
+    def forward(self, x: Tensor, states: Any = None) -> tuple[Tensor, Any]:
+        if self.num_layers > 1:
+            name = type(self).__name__
+            raise NotImplementedError(
+                f"in 0.0.0.0.12 a {name} of several layers computed something else, or raised: "
+                f"use spikingjelly.activation_based.rnn.{name}, and train again"
+            )
+        return super().forward(x, states)
+
+
+class SpikingGRU(_OldRNN, rnn.SpikingGRU):
+    """Today's, of one layer: with more, 0.0.0.0.12's raised, or dropped and started otherwise."""
+
+
+class SpikingVanillaRNN(_OldRNN, rnn.SpikingVanillaRNN):
+    """Today's, of one layer: in 0.0.0.0.12 the next read a single sample for the whole batch."""
+
+
+class SpikingLSTM(_OldRNN, rnn.SpikingLSTM):
+    """Today's with the cell of then, and layers that read the one below at the step before."""
+
+    @staticmethod
+    def base_cell() -> type[nn.Module]:
+        return SpikingLSTMCell
+
+    def forward(self, x: Tensor, states: Any = None) -> tuple[Tensor, Any]:
+        if self.bidirectional:
+            return super().forward(x, states)
+        shape = (2, self.num_layers, x.shape[1], self.hidden_size)
+        starts = x.new_zeros(shape) if states is None else torch.stack(states)
+        ends = []
+        for i, cell in enumerate(self.cells):
+            state, y = tuple(starts[:, i]), []
+            for step in x:
+                state = cell(step, state)
+                y.append(state[0])
+            ends.append(torch.stack(state))
+            out = torch.stack(y)
+            x = torch.cat([starts[:1, i], out[:-1]])
+            mask = torch.ones_like(x[:1] if self.invariant_dropout_mask else x)
+            x = x * dropout(mask, self.dropout_p, self.training)
+        return out, tuple(torch.stack(ends, 1))
+
+
 def make_net(
     make: Callable[..., nn.Module],
     *args: Any,
@@ -214,7 +277,7 @@ def _named(*kinds: type) -> dict[str, Any]:
 NAMES: dict[str, dict[str, Any]] = {
     "clock_driven": {},
     **{f"clock_driven.{name}": {} for name in ("accelerating", "ann2snn", "base", "functional")},
-    **{f"clock_driven.{name}": {} for name in ("lava_exchange", "monitor", "rnn", "spike_op")},
+    **{f"clock_driven.{name}": {} for name in ("lava_exchange", "monitor", "spike_op")},
     "clock_driven.encoding": _named(PeriodicEncoder),
     "clock_driven.layer": {
         **_named(MultiStepDropout, MultiStepDropout2d),
@@ -236,6 +299,7 @@ NAMES: dict[str, dict[str, Any]] = {
         **_named(MultiStepIFNode, MultiStepLIFNode, MultiStepParametricLIFNode),
         **{"BaseNode": BaseNode, "surrogate": surrogate},
     },
+    "clock_driven.rnn": _named(SpikingGRU, SpikingLSTM, SpikingLSTMCell, SpikingVanillaRNN),
     "clock_driven.surrogate": _named(SurrogateFunctionBase, MultiArgsSurrogateFunctionBase),
     "cext": {},
     "cext.layer": {},
@@ -257,6 +321,10 @@ GONE = {
     "cext.neuron": "clock_driven.neuron",
     "clock_driven.functional.fuse_convbn2d": "torch.nn.utils.fusion.fuse_conv_bn_eval",
     "clock_driven.layer.ConvBatchNorm2d": "nn.Sequential(nn.Conv2d(...), nn.BatchNorm2d(...))",
+    **{
+        f"clock_driven.layer.{name}": "a copy of 0.0.0.0.12's: no later version has it"
+        for name in ("AXAT", "ChannelsPool", "DCT")
+    },
     "clock_driven.layer.STDPLearner": "spikingjelly.activation_based.learning.STDPLearner",
     "clock_driven.neuron.AdaptiveBaseNode": "neuron.AdaptBaseNode",
     "clock_driven.neuron.GeneralNode": "a subclass of neuron.BaseNode",
@@ -273,7 +341,7 @@ _OTHERS = {"LeakyKReLU", "PiecewiseLeakyReLU", "piecewise_leaky_relu"}
 
 
 class _OldModule(ModuleType):
-    """A module of old names; any other raises an error that says what to use."""
+    """A module of old names; one that is gone raises an error that says what to use."""
 
     def __init__(self, name: str, names: dict[str, Any]) -> None:
         super().__init__(f"spikingjelly.{name}")
@@ -283,16 +351,17 @@ class _OldModule(ModuleType):
         setattr(sys.modules[parent], child, self)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(self.explain(name))
+        raise AttributeError(self.explain(name) or f"{self.__name__} has no attribute {name!r}")
 
-    def explain(self, name: str) -> str:
-        """What to use in place of a name."""
+    def explain(self, name: str) -> str | None:
+        """What to use in place of a name of then, or ``None`` for any other."""
+        if name[:1] in ("", "_"):
+            return None
         module = self.__name__.removeprefix("spikingjelly.")
         instead = GONE.get(f"{module}.{name.removeprefix('MultiStep')}") or GONE.get(module)
         if instead is None and name.startswith("MultiStep"):
             instead = f'{name.removeprefix("MultiStep")}(..., step_mode="m")'
-        instead = instead or "what spikingjelly.activation_based has"
-        return f"{self.__name__}.{name} is not in this SpikingJelly: use {instead}"
+        return instead and f"{self.__name__}.{name} is not in this SpikingJelly: use {instead}"
 
 
 class _Explainer(MetaPathFinder):
@@ -305,8 +374,8 @@ class _Explainer(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         parent, _, name = fullname.rpartition(".")
         module = sys.modules.get(parent)
-        if isinstance(module, _OldModule):
-            raise ImportError(module.explain(name))
+        if isinstance(module, _OldModule) and (explanation := module.explain(name)):
+            raise ImportError(explanation)
 
 
 def _same_names(name: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ ONLY_2 = pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 has it as 
         "LinearRecurrentContainer MultiStepContainer NeuNorm PrintShapeModule SeqToANNContainer "
         "SynapseFilter",
         neuron: "EIFNode LIAFNode QIFNode",
-        rnn: "SpikingGRU SpikingLSTM SpikingVanillaRNN",
+        rnn: "SpikingRNNBase SpikingRNNCellBase SpikingVanillaRNNCell",
         surrogate: "ATan Erf NonzeroSignLogAbs PiecewiseExp PiecewiseQuadratic QPseudoSpike S2NN "
         "Sigmoid SoftSign SquarewaveFourierSeries atan heaviside sigmoid",
     }.items(),
@@ -204,6 +204,71 @@ def test_periodic_encoder_gives_a_step_a_call():
     assert [encoder().tolist() for _ in range(3)] == [[1, 0], [0, 1], [1, 0]]
 
 
+def lstm_of_then(net, x_seq, states):
+    """0.0.0.0.12's: layer i reads what layer i - 1 gave at the step before, and c grows freely."""
+    h, c = states.unbind()
+    outputs = []
+    for x in x_seq:
+        below, before = [x, *h[:-1]], list(zip(h, c, strict=True))
+        h, c = [], []
+        for cell, x, (h_i, c_i) in zip(net.cells, below, before, strict=True):
+            fire = cell.surrogate_function1
+            fire_g = cell.surrogate_function2 or fire
+            i, f, g, o = torch.split(cell.linear_ih(x) + cell.linear_hh(h_i), net.hidden_size, 1)
+            c.append(fire(f) * c_i + fire(i) * fire_g(g))
+            h.append(fire(o) * c[-1])
+        outputs.append(h[-1])
+    return torch.stack(outputs), torch.stack([*map(torch.stack, (h, c))])
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("start", ["zero", "given"])
+@pytest.mark.parametrize("second", [None, surrogate.ATan()])
+def test_lstm_computes_what_it_did(layers, start, second):
+    torch.manual_seed(0)
+    net = rnn.SpikingLSTM(5, 4, layers, surrogate_function2=second)
+    x_seq, states = torch.randn(6, 2, 5) * 3.0, torch.zeros(2, layers, 2, 4)
+    if start == "given":
+        states = torch.rand(2, layers, 2, 4) * 2.0
+    expected, expected_states = lstm_of_then(net, x_seq, states)
+    found, found_states = net(x_seq, tuple(states) if start == "given" else None)
+    assert torch.equal(found, expected) and torch.equal(torch.stack(found_states), expected_states)
+    assert expected_states[1].max() > 1.0  # today's c is at most 1
+    gradients = [
+        torch.autograd.grad(out.sum(), [*net.parameters()], allow_unused=True)
+        for out in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_lstm_drops_between_layers(invariant):
+    net = rnn.SpikingLSTM(5, 64, 2, True, 0.5, invariant)
+    read = []
+    net.cells[1].linear_ih.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    net(torch.randn(6, 2, 5), tuple(torch.ones(2, 2, 2, 64)))
+    assert {*read[0].unique().tolist()} == {0.0, 2.0}  # of the start's ones
+    dropped = torch.stack(read) == 0.0
+    assert (dropped[0] <= dropped).all() == invariant
+    net.eval()(torch.randn(6, 2, 5), tuple(torch.ones(2, 2, 2, 64)))
+    assert (read[6] == 1.0).all()
+
+
+@pytest.mark.parametrize("kind", ["SpikingGRU", "SpikingLSTM", "SpikingVanillaRNN"])
+def test_rnn_of_one_layer_is_one_of_todays_and_others_say_why_not(kind):
+    net, x_seq = getattr(rnn, kind)(5, 4, 1, bidirectional=True), torch.rand(6, 2, 5)
+    plain = getattr(today.rnn, kind)(5, 4, 1, bidirectional=True)
+    assert isinstance(net, type(plain)) and [*net.state_dict()] == [*plain.state_dict()]
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x_seq)[0], net(x_seq)[0])
+    if kind != "SpikingLSTM":
+        plain.load_state_dict(net.state_dict())
+        assert torch.equal(net(x_seq)[0], plain(x_seq)[0])
+        with pytest.raises(NotImplementedError, match=f"use spikingjelly.*rnn.{kind}, and train"):
+            getattr(rnn, kind)(5, 4, 2)(x_seq)
+    with pytest.raises(NotImplementedError, match=f"a {kind} of several layers computed"):
+        getattr(rnn, kind)(5, 4, 2, bidirectional=True)(x_seq)
+
+
 #: the keys of a checkpoint that 0.0.0.0.12 wrote of ``old_net``
 KEYS = [
     *("0.0.weight", "0.0.bias"),
@@ -277,7 +342,7 @@ def test_vgg_is_todays_with_the_arguments_of_then():
         ("from spikingjelly.clock_driven.monitor import Monitor", r"sj_taid\.monitor"),
         ("from spikingjelly.clock_driven.model.parametric_lif_net import MNISTNet", "other keys"),
         ("from spikingjelly.clock_driven.layer import ConvBatchNorm2d", "nn.Sequential"),
-        ("from spikingjelly.clock_driven.layer import DCT", "what spikingjelly.activation_based"),
+        ("from spikingjelly.clock_driven.layer import DCT", r"a copy of 0\.0\.0\.0\.12's"),
         ("from spikingjelly.clock_driven.neuron import MultiStepEIFNode", r"EIFNode\(..., step"),
         ("from spikingjelly.clock_driven.neuron import MultiStepGeneralNode", "neuron.BaseNode"),
         ("from spikingjelly.cext.layer import SparseLinear", r"torch\.nn"),
@@ -303,6 +368,20 @@ def test_name_without_a_counterpart_says_what_to_use(statement, use):
     error = AttributeError if statement.endswith("a.x") else ImportError
     with pytest.raises(error, match=f"is not in this SpikingJelly: use .*{use}"):
         exec(statement)
+
+
+@pytest.mark.parametrize("name", shim.NAMES)
+def test_module_is_imported_by_importlibs_idiom(name):
+    """``__import__`` gives the last module of a dotted name if it is asked for any name of it."""
+    for fromlist in ([""], ["_"], ["__name__"], ["*"]):
+        module = __import__(f"spikingjelly.{name}", fromlist=fromlist)
+        assert module is importlib.import_module(f"spikingjelly.{name}")
+
+
+def test_unknown_name_is_missing_as_in_any_module():
+    with pytest.raises(ImportError, match="cannot import name 'Typo'"):
+        exec("from spikingjelly.clock_driven.layer import Typo")
+    assert __import__("spikingjelly.clock_driven.layer", fromlist=["Typo"]) is layer
 
 
 def test_name_without_a_counterpart_can_be_asked_for():
