@@ -23,15 +23,23 @@ if torch.version.hip:
 # CuPy imports without a driver and without NVRTC, and fails at the first call: rather fail here.
 cupy.cuda.runtime.getDeviceCount()
 _from_external = cupy.cuda.Stream.from_external  # since CuPy 14
-_nvrtc = cupy.cuda.nvrtc.getVersion()
-if (13, 1) <= _nvrtc <= (13, 3) and any(
-    torch.cuda.get_device_capability(device)[0] in (10, 12)
-    for device in range(torch.cuda.device_count())
-):
-    raise ImportError(
-        "NVRTC 13.1 to 13.3 miscompiles some kernels on GPUs of compute capability 10 and 12; "
-        "take another: pip install 'nvidia-cuda-nvrtc==13.0.*', or 'nvidia-cuda-nvrtc>=13.4'"
-    )
+#: of NVRTC, which compiles the kernels
+nvrtc_version: tuple[int, int] = cupy.cuda.nvrtc.getVersion()
+
+
+def _check_compiler() -> None:
+    """Raise if NVRTC is not trusted with a GPU here."""
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if (13, 1) <= nvrtc_version <= (13, 3) and any(major >= 10 for major, _ in gpus):
+        raise ImportError(
+            "NVRTC 13.1 to 13.3 is not trusted on compute capability 10 and 12: there it failed on "
+            "kernels of other projects or miscompiled them, though none of ours is known. On Linux "
+            "put another next to torch's: pip install --target ~/nvrtc 'nvidia-cuda-nvrtc==13.4.*' "
+            "and export LD_PRELOAD=~/nvrtc/nvidia/cu13/lib/libnvrtc.so.13 (docs/install.md)"
+        )
+
+
+_check_compiler()
 
 #: Launches by "forward", "backward" and "statistics", which prove that a call took this path.
 launches: Counter[str] = Counter()

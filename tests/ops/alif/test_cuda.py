@@ -322,13 +322,27 @@ def test_grid_has_positions_beyond_32_bits():
 # ---- what is refused ----
 
 
+def load_with(host, monkeypatch, nvrtc, *capabilities):
+    """Import ``cuda.py`` with this version of NVRTC and GPUs of these compute capabilities."""
+    cupy = host.make_cupy()
+    cupy.cuda.nvrtc.getVersion = lambda: nvrtc
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    return host.load_cuda(cupy)
+
+
+@pytest.mark.parametrize("nvrtc", [(13, 1), (13, 2), (13, 3)])
+@pytest.mark.parametrize("capability", [(10, 0), (10, 3), (12, 0), (12, 1)])
+def test_import_refuses_a_compiler_that_is_not_trusted(host, monkeypatch, nvrtc, capability):
+    with pytest.raises(ImportError, match=r"--target ~/nvrtc 'nvidia-cuda-nvrtc==13\.4"):
+        load_with(host, monkeypatch, nvrtc, (9, 0), capability)
+    assert load_with(host, monkeypatch, nvrtc, (9, 0), (8, 6)).nvrtc_version == nvrtc
+    for trusted in ((12, 9), (13, 0), (13, 4)):
+        assert load_with(host, monkeypatch, trusted, capability).nvrtc_version == trusted
+
+
 def test_import_fails_where_kernels_would(host, monkeypatch):
     cupy = host.make_cupy()
-    cupy.cuda.nvrtc.getVersion = lambda: (13, 2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9 + device, 0))
-    with pytest.raises(ImportError, match="pip install 'nvidia-cuda-nvrtc==13"):
-        host.load_cuda(cupy)
     cupy.cuda.Stream = SimpleNamespace()  # as before CuPy 14
     with pytest.raises(AttributeError, match="from_external"):
         host.load_cuda(cupy)
