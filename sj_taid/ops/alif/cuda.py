@@ -27,9 +27,23 @@ _from_external = cupy.cuda.Stream.from_external  # since CuPy 14
 nvrtc_version: tuple[int, int] = cupy.cuda.nvrtc.getVersion()
 
 
+def _is_known(capability: tuple[int, int]) -> bool:
+    """Whether NVRTC compiles for a GPU; for a newer one CuPy takes the newest that NVRTC knows."""
+    known = cupy.cuda.nvrtc.getSupportedArchs()
+    architecture = min(10 * capability[0] + capability[1], max(known))
+    return architecture in known and architecture // 10 == capability[0]
+
+
 def _check_compiler() -> None:
-    """Raise if NVRTC is not trusted with a GPU here."""
+    """Raise if NVRTC cannot compile for the GPUs here, or is not trusted with one of them."""
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    # One that it knows is enough: torch of the same CUDA does not run on the others either.
+    if gpus and not any(map(_is_known, gpus)):
+        version, gpu = ("{}.{}".format(*pair) for pair in (nvrtc_version, gpus[0]))
+        raise ImportError(
+            f"NVRTC {version} cannot compile for compute capability {gpu}: take torch and CuPy of "
+            "another CUDA, 12 for a GPU older than 7.5"
+        )
     if (13, 1) <= nvrtc_version <= (13, 3) and any(major >= 10 for major, _ in gpus):
         raise ImportError(
             "NVRTC 13.1 to 13.3 is not trusted on compute capability 10 and 12: there it failed on "

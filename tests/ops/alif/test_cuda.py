@@ -326,6 +326,9 @@ def load_with(host, monkeypatch, nvrtc, *capabilities):
     """Import ``cuda.py`` with this version of NVRTC and GPUs of these compute capabilities."""
     cupy = host.make_cupy()
     cupy.cuda.nvrtc.getVersion = lambda: nvrtc
+    oldest = (75,) if nvrtc >= (13, 0) else (50, 60, 61, 70, 75)
+    known = (*oldest, 80, 86, 89, 90, 100, *((103,) if nvrtc > (12, 8) else ()), 120)
+    cupy.cuda.nvrtc.getSupportedArchs = lambda: known
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
     return host.load_cuda(cupy)
@@ -339,6 +342,24 @@ def test_import_refuses_a_compiler_that_is_not_trusted(host, monkeypatch, nvrtc,
     assert load_with(host, monkeypatch, nvrtc, (9, 0), (8, 6)).nvrtc_version == nvrtc
     for trusted in ((12, 9), (13, 0), (13, 4)):
         assert load_with(host, monkeypatch, trusted, capability).nvrtc_version == trusted
+
+
+@pytest.mark.parametrize(
+    ("nvrtc", "capability"),
+    [
+        *(((13, 0), old) for old in ((5, 0), (6, 0), (6, 1), (7, 0))),
+        ((12, 8), (10, 3)),  # between two that it knows
+        *((nvrtc, (13, 0)) for nvrtc in ((12, 8), (13, 0))),  # its newest does not run there
+    ],
+)
+def test_import_refuses_gpus_that_the_compiler_does_not_know(host, monkeypatch, nvrtc, capability):
+    version, gpu = ("{}.{}".format(*pair) for pair in (nvrtc, capability))
+    with pytest.raises(ImportError, match=f"NVRTC {version} cannot compile for .*ability {gpu}: "):
+        load_with(host, monkeypatch, nvrtc, capability)
+    load_with(host, monkeypatch, nvrtc, capability, (8, 0))  # torch runs on the second alone
+    load_with(host, monkeypatch, (12, 8), (12, 1))  # runs what is compiled for 12.0
+    load_with(host, monkeypatch, (12, 8), (6, 0))
+    load_with(host, monkeypatch, nvrtc)
 
 
 def test_import_fails_where_kernels_would(host, monkeypatch):
