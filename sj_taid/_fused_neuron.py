@@ -71,14 +71,14 @@ class Accelerated:
 
 
 def restore(net: nn.Module) -> None:
-    """Give every accelerated module of ``net`` its class back."""
-    for module in net.modules():
-        if not isinstance(module, Accelerated):
-            continue
-        kind: Any = type(module)
-        if "kind" in vars(kind):
-            module.__class__ = kind.kind
-        else:  # a class that parametrize has made of it
-            kind.__bases__ = tuple(getattr(base, "kind", base) for base in kind.__bases__)
+    """Give every accelerated module of ``net`` its class back, or raise before the first."""
+    modules: Any = {p: m for p, m in net.named_modules() if isinstance(m, Accelerated)}
+    if changed := [p or "net" for p, m in modules.items() if "kind" not in vars(type(m))]:
+        raise ValueError(
+            f"the class of {', '.join(changed)} was changed after accelerate, so its own cannot be "
+            "given back: torch.nn.utils.parametrize.remove_parametrizations first, if that did it"
+        )
+    for module in modules.values():
+        module.__class__ = module.kind
         for name in ("readers", "_name"):
             vars(module).pop(name, None)

@@ -121,7 +121,8 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
         strict: raise if a neuron is not expressible; otherwise warn and leave it as ALIF.
 
     Raises:
-        ValueError: a neuron is not expressible and ``strict``; the message says which and why.
+        ValueError: a neuron is not expressible and ``strict``, or was parametrized after
+            :func:`.accelerate`; the message says which and why.
         TypeError: ``net`` is no module.
 
     >>> to_lif(nn.Sequential(ALIFNode(init_tau=2.0, v_threshold=0.5)))[0].v_threshold

@@ -69,6 +69,9 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
 def unaccelerate(net: nn.Module) -> None:
     """Undo :func:`.accelerate` in place: every norm and neuron gets its class back.
 
+    Raises:
+        ValueError: a norm or neuron was parametrized since; the net stays.
+
     >>> from spikingjelly.activation_based import neuron
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
     >>> report = accelerate(net)

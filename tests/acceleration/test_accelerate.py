@@ -306,13 +306,24 @@ def test_unaccelerate_a_pickled_net():
     assert attributes_of(other) == before
 
 
-def test_unaccelerate_after_parametrize():
+@pytest.mark.parametrize("parametrized", [{"4": "w"}, {"7": "bias"}, {"1": "weight", "4": "w"}])
+def test_unaccelerate_refuses_what_was_parametrized_since(parametrized):
     net, x_seq = make_net(), images()
+    plain, before = copy.deepcopy(net), attributes_of(net)
     accelerate(net)
-    nn.utils.parametrize.register_parametrization(net[4], "w", nn.Identity())
+    names = [(net[int(n)], name) for n, name in parametrized.items()]
+    for module, name in names:
+        nn.utils.parametrize.register_parametrization(module, name, nn.Identity())
+    changed = attributes_of(net)
+    refused = pytest.raises(ValueError, match=f"class of {', '.join(parametrized)} was.*remove_p")
+    for undo in (unaccelerate, sj_taid.to_lif, partial(accelerate, example_input=x_seq)):
+        with refused:
+            undo(net)
+    assert attributes_of(net) == changed
+    for module, name in names:
+        nn.utils.parametrize.remove_parametrizations(module, name)
     unaccelerate(net)
-    assert not any("sj_taid" in str(kind) for module in net for kind in type(module).__mro__)
-    net(x_seq).sum().backward()
+    assert attributes_of(net) == before and torch.equal(net(x_seq), plain(x_seq))
 
 
 def test_accelerated_net_is_swapped_after_unaccelerate_only():
