@@ -19,6 +19,7 @@ from .monitoring import monitor, spikes_of
 from .neurons import need_neurons, why_silent
 from .report import table
 from .state import fresh_state
+from .thresholds import fixed_thresholds
 
 __all__ = ["Calibrated", "CalibrationReport", "calibrate"]
 
@@ -53,9 +54,16 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What :func:`.calibrate` did, layer by layer; ``print`` it for a table."""
+    """What :func:`.calibrate` did, layer by layer; ``print`` it for a table.
+
+    Attributes:
+        rows: a :class:`Calibrated` for each layer.
+        fixed_thresholds: path -> the threshold of a LIF, PLIF or IF, which no ``state_dict`` has;
+            :func:`~sj_taid.thresholds.set_fixed_thresholds` puts them back.
+    """
 
     rows: tuple[Calibrated, ...]
+    fixed_thresholds: dict[str, float]
 
     @property
     def missed(self) -> tuple[Calibrated, ...]:
@@ -73,7 +81,14 @@ class CalibrationReport:
             )
             for row in self.rows
         ]
-        return f"{head}\n{table(('layer', 'rate', 'threshold', 'note'), lines)}"
+        listed = f"{head}\n{table(('layer', 'rate', 'threshold', 'note'), lines)}"
+        if not self.fixed_thresholds:
+            return listed
+        return (
+            f"{listed}\n{len(self.fixed_thresholds)} thresholds are no parameters and in no "
+            "state_dict: save report.fixed_thresholds with it, and after load_state_dict call "
+            "sj_taid.thresholds.set_fixed_thresholds(net, them); sj-taid train does both"
+        )
 
 
 @torch.no_grad()
@@ -91,7 +106,7 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     Works on every neuron of SpikingJelly's ``BaseNode`` or ``SimpleBaseNode`` in step mode ``"m"``,
     with the net in the mode it is in; others, such as ``PSN``, it does not see. Only thresholds
     change, and the net is reset. Thresholds of SpikingJelly's own neurons are plain numbers, which
-    ``state_dict`` leaves out: :mod:`sj_taid.thresholds` saves them.
+    ``state_dict`` leaves out: save the report's ``fixed_thresholds`` with it.
 
     Args:
         net: any module with SpikingJelly neurons.
@@ -150,7 +165,7 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
         old, new = before[path], after[path]
         rates = old.firing_rate, new.firing_rate
         rows.append(Calibrated(path, *rates, old.v_threshold, new.v_threshold, notes[node]))
-    return CalibrationReport(tuple(rows))
+    return CalibrationReport(tuple(rows), fixed_thresholds(net))
 
 
 def _run(net: Any, x_seq: Any, nodes: Iterable[nn.Module], hook: Callable[..., Any]) -> None:

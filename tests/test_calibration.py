@@ -1,6 +1,7 @@
 """``calibrate``: the target rate on any net, nothing else changed, and why it is missed."""
 
 import copy
+import io
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization
 import sj_taid
 from sj_taid import ALIFNode, _compat, calibrate, monitor
 from sj_taid.model import Classifier
+from sj_taid.thresholds import fixed_thresholds, set_fixed_thresholds
 
 
 def set_thresholds(net, value):
@@ -230,6 +232,73 @@ def test_calibrate_takes_the_nearest_rate_above_0_and_counts_channels_that_miss(
     (row,) = calibrate(net, x_seq).missed
     assert row.note == "no threshold gives the rate: in 2 of 4 channels, the nearest is 0"
     assert net[0].v_threshold[1:3].tolist() == [1.0, 1.0]
+
+
+class Tree(nn.Module):
+    """Neurons of these kinds below other modules, one of them used twice by another path."""
+
+    def __init__(self, kinds):
+        super().__init__()
+        self.stem = nn.Linear(8, 32)
+        blocks = [nn.Sequential(nn.Linear(32, 32), kind(v_threshold=9.0)) for kind in kinds]
+        self.deep = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+        self.last = self.deep["blocks"][-1]
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x_seq):
+        x_seq = self.stem(x_seq)
+        for block in self.deep["blocks"]:
+            x_seq = block(x_seq)
+        return x_seq
+
+
+LIF, PLIF, IF = neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode
+SAVED = pytest.mark.parametrize(
+    ("kinds", "fixed"),
+    [
+        ((LIF,), (0,)),
+        ((PLIF, PLIF), (0, 1)),
+        ((IF, ALIFNode, LIF, PLIF), (0, 2, 3)),
+        ((ALIFNode, ALIFNode), ()),
+    ],
+)
+
+
+@SAVED
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_calibrated_thresholds_are_saved_and_put_back(kinds, fixed, accelerated):
+    torch.manual_seed(1)
+    net, fresh, x_seq = Tree(kinds), Tree(kinds), 4 * torch.rand(4, 32, 8)
+    if accelerated:
+        sj_taid.accelerate(net)
+    report = calibrate(net, x_seq)
+    paths = [f"deep.blocks.{n}.1" for n in fixed]
+    assert [*report.fixed_thresholds] == paths
+    last = str(report).splitlines()[-1]
+    assert (f"{len(paths)} thresholds" in last and "set_fixed_thresholds" in last) == bool(paths)
+    expected = net(x_seq)
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "thresholds": report.fixed_thresholds}, file)
+    file.seek(0)
+    saved = torch.load(file)
+    fresh.load_state_dict(saved["net"])
+    assert torch.equal(fresh(x_seq), expected) == (not paths)
+    functional.reset_net(fresh)
+    set_fixed_thresholds(fresh, saved["thresholds"])
+    assert torch.equal(fresh(x_seq), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["deep.blocks.1.1", "deep.blocks.0", "deep.blocks.7.1", "stem", ""]
+)
+def test_set_fixed_thresholds_refuses_other_names(wrong):
+    """Those of an ALIF, of a module without a threshold, and of none."""
+    net = Tree((IF, ALIFNode, LIF))
+    there = ["deep.blocks.0.1", "deep.blocks.2.1"]
+    with pytest.raises(ValueError, match=f"at {wrong!r}; there are") as info:
+        set_fixed_thresholds(net, {"deep.blocks.0.1": 0.5, wrong: 0.5})
+    assert str(there) in str(info.value)
+    assert fixed_thresholds(net) == dict.fromkeys(there, 9.0)
 
 
 def test_calibrate_runs_a_net_that_repeats_its_image():

@@ -91,5 +91,6 @@ def blocks(language):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("python"))
-def test_python_block_runs_alone(block):
+def test_python_block_runs_alone(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "block", "exec"), {"__name__": "block"})
