@@ -1,4 +1,4 @@
-"""What torch's private state says: of a voltage's past, memory, hooks on what is saved, and modes.
+"""What torch's private state says: of modes, memory, and hooks on what is saved.
 
 No function reads what a graph saved, which would run the hooks of checkpointing and offloading.
 """
@@ -8,26 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _python_dispatch
-from torch.utils.weak import WeakTensorKeyDictionary
-
-
-class Past:
-    """What happened to one voltage."""
-
-    def __init__(self) -> None:
-        self.made_in = recomputation()
-        self.freed = False  # a backward went through its forward and freed the graph
-        self.resumed = False  # a later forward started from it
-
-    def is_lost_start(self) -> bool:
-        """Whether checkpointing recomputes a forward from another voltage, which is gone."""
-        return recomputation() not in (None, self.made_in) and not self.resumed
-
-
-#: keyed by the tensor: an attribute of it would be saved by torch.save
-past_of = WeakTensorKeyDictionary()
 
 
 def recomputation() -> int | None:
@@ -36,28 +19,23 @@ def recomputation() -> int | None:
     return None if node is None else node._sequence_nr()
 
 
-def follow(v: Tensor, *others: Tensor | None, name: str) -> None:
-    """Record the :class:`Past` of a forward's last voltage; ``others`` are its other outputs.
-
-    Does nothing under ``torch.compile`` and ``torch.func``, which hide the graph: there PyTorch's
-    own error comes at the backward.
-
-    >>> w = torch.ones(1, requires_grad=True)
-    >>> v = w * w
-    >>> follow(v, name="hidden")
-    >>> past_of[v].freed, v.sum().backward(), past_of[v].freed
-    (False, None, True)
-    """
+def is_eager() -> bool:
+    """Whether torch computes now, and nothing compiles, traces, watches or transforms it."""
     if torch.compiler.is_compiling():
-        return
-    past_of[v] = past = Past()
+        return False
+    return not (
+        torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
-    def mark_freed(*_: Any) -> None:
-        past.freed |= not torch._C._autograd._get_current_graph_task_keep_graph()
 
-    for node in {t.grad_fn for t in (v, *others) if t is not None and t.grad_fn is not None}:
-        node.metadata["neuron"] = name  # type: ignore[index]  # a property, stubbed as a method
-        node.register_hook(mark_freed)
+def steps_aside() -> bool:
+    """Whether something traces, counts or transforms operations, and needs plain modules."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return True
+    return is_watched() or is_transformed()
 
 
 def is_transformed() -> bool:
@@ -133,5 +111,14 @@ def record_saved(net: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[
 
 def is_checkpointed() -> bool:
     """Whether gradient checkpointing decides what is saved."""
-    hooks = saving_hooks()
+    return are_checkpoints(saving_hooks())
+
+
+def are_checkpoints(hooks: Any) -> bool:
+    """Whether these ``saved_tensors_hooks`` are those of gradient checkpointing."""
     return getattr(hooks and hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` where no transform of ``torch.func`` runs, without its Python."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]

@@ -10,7 +10,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from .ops import backends
-from .ops.alif.norm import Layout, Norm, batch_norm
+from .ops.alif.norm import Norm, batch_norm
 from .ops.alif.reference import state_dtype
 
 __all__ = ["alif_multi_step", "alif_step", "lower_bound"]
@@ -28,7 +28,6 @@ def alif_multi_step(
     detach_reset: bool = False,
     store_v_seq: bool = False,
     norm: Norm | None = None,
-    layout: Layout | None = None,
     backend: str = backends.AUTO,
     return_bits: bool = False,
 ) -> tuple[Any, ...]:
@@ -47,8 +46,6 @@ def alif_multi_step(
         store_v_seq: also return the voltage of every step.
         norm: a batch norm over axis 2; its running statistics are updated in place where the
             batch's own are used and were not taken before.
-        layout: shape ``[T, *]`` and strides that spikes and voltages have, in ``x_seq``'s memory
-            order, as if ``x_seq`` had been permuted; only of the fused backends.
         return_bits: also return the spikes as bits, uint8 ``[ceil(T / 8), neurons]``:
             :mod:`sj_taid.ops.bits`.
 
@@ -67,16 +64,15 @@ def alif_multi_step(
     >>> spikes.flatten().tolist(), v.tolist()  # H = 0.5, 0.75 (fires), 0.5
     ([0.0, 1.0, 0.0], [0.5])
     """
-    _check_sequence(x_seq)
-    x_seq = _savable(x_seq)
-    v = _check_state(v, x_seq, (x_seq.shape if layout is None else layout[0])[1:])
-    for name, parameter in (("w", w), ("v_threshold", v_threshold)):
-        _check_parameter(name, parameter, x_seq)
+    check_call(x_seq, v, w, v_threshold)
+    x_seq = savable(x_seq)
+    if isinstance(v, Tensor):
+        v = savable(v).to(state_dtype(x_seq.dtype))
     if norm is not None:
         _check_norm(norm, x_seq)
         if not x_seq.numel():  # an empty batch has no statistics; its gradients are zeros
-            x_seq, norm = batch_norm(x_seq, norm), None
-    options = {} if layout is None else {"layout": layout}
+            y_seq = batch_norm(x_seq.to(state_dtype(x_seq.dtype)), norm)
+            x_seq, norm = y_seq.to(x_seq.dtype), None
     return backends.resolve(backend, x_seq, surrogate_function).multi_step(
         x_seq,
         v,
@@ -89,7 +85,6 @@ def alif_multi_step(
         store_v_seq=store_v_seq,
         norm=norm,
         return_bits=return_bits,
-        **options,
     )
 
 
@@ -155,32 +150,39 @@ def _check_floating(name: str, x: Tensor) -> None:
         )
 
 
-def _check_sequence(x_seq: Tensor) -> None:
+def check_call(x_seq: Tensor, v: Any, w: Any, v_threshold: Any) -> None:
+    """Raise an error unless a sequence, its start and the parameters fit each other.
+
+    A parameter that is ``None`` is a number, which fits.
+    """
     _check_floating("x_seq", x_seq)
     if x_seq.dim() < 2 or x_seq.shape[0] == 0:
         raise ValueError(
             f"x_seq must be [T, N, *] with T >= 1, but its shape is {list(x_seq.shape)}; "
             "for one time step [N, *] use alif_step, or step_mode='s' on the node"
         )
+    _check_state(v, x_seq)
+    for name, parameter in (("w", w), ("v_threshold", v_threshold)):
+        if parameter is not None:
+            _check_parameter(name, parameter, x_seq)
 
 
-def _check_state(v: Tensor | float, x_seq: Tensor, shape: tuple[int, ...]) -> Tensor | float:
+def _check_state(v: Any, x_seq: Tensor) -> None:
     if not isinstance(v, Tensor):
         if isinstance(v, int | float | torch.SymFloat):
-            return v
+            return
         raise TypeError(
             f"the membrane potential v must be a tensor or a number, but it is {v!r}; 0.0 is rest"
         )
-    if v.shape != shape:
+    if v.shape != x_seq.shape[1:]:
         raise ValueError(
             f"the membrane potential has shape {list(v.shape)}, but one step of the input has "
-            f"{list(shape)}; reset between sequences: functional.reset_net(net)"
+            f"{list(x_seq.shape[1:])}; reset between sequences: functional.reset_net(net)"
         )
     _check_device("the membrane potential", v, x_seq)
-    return _savable(v).to(state_dtype(x_seq.dtype))
 
 
-def _savable(x: Tensor) -> Tensor:
+def savable(x: Tensor) -> Tensor:
     """``x``, or a copy where autograd could not save it, which inference mode made."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.is_inference():
         return x

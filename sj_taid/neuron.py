@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -64,7 +65,6 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         ValueError: an argument out of its range; at a call, shapes or devices that do not fit.
         TypeError: at a call, an input that is not floating point, or a proxy of torch.fx, as in
             NIR export, which needs :func:`~sj_taid.to_lif`.
-        RuntimeError: at a call with gradients, a state whose graph an earlier backward has freed.
 
     Source: Qiu et al., *When Spiking neural networks meet temporal attention image decoding and
     adaptive spiking neuron*, ICLR Tiny Papers 2023, arXiv 2406.03046.
@@ -201,24 +201,25 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """One step ``[N, *]`` with explicit state; nothing on the module changes."""
-        x_seq = functional.as_sequence(inputs[0])
-        spike_seq, v, _ = self._multi_step(x_seq, states[0], store_v_seq=False)
+        spike_seq, v, *_ = self._run(functional.as_sequence(inputs[0]), states[0], False)
         return (spike_seq[0],), (v,)
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """A sequence ``[T, N, *]`` with explicit state; nothing on the module changes."""
-        spike_seq, v, _ = self._multi_step(inputs[0], states[0], store_v_seq=False)
+        spike_seq, v, *_ = self._run(inputs[0], states[0], False)
         return (spike_seq,), (v,)
 
-    def _operands(self, x_seq: Tensor) -> dict[str, Any]:
-        return {
-            "w": self.w,
-            "v_threshold": self.effective_v_threshold,
-            "decay_input": self.decay_input,
-            "backend": self.backend,
-        }
+    _numbers = attrgetter("decay_input", "v_reset", "detach_reset", "_backend")
+    #: the id of the voltage that the last forward ended with, and the recomputation it was part of
+    _end: tuple[int, int | None] = 0, None
+
+    def _constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
+        return None, self.decay_input, None
+
+    def _operands(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.w, self.effective_v_threshold
 
     def extra_repr(self) -> str:
         with torch.no_grad():
@@ -229,29 +230,28 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             f"channels={self.channels}, step_mode={self.step_mode}, backend={self.backend}"
         )
 
+    def _run(self, x_seq: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...]:
+        results = super()._run(x_seq, *arguments, **options)
+        if not torch.compiler.is_compiling():
+            vars(self)["_end"] = id(results[1]), _graph.recomputation()
+        return results
+
     def _check_state(self, v: Tensor, step_shape: torch.Size) -> None:
         if v.shape != step_shape:
             raise ValueError(
                 f"{self._label()} holds a membrane potential of shape {list(v.shape)} from an "
                 f"earlier input, but one step of this input has {list(step_shape)}; {_REMEDY}"
             )
-        past = None if torch.compiler.is_compiling() else _graph.past_of.get(v)
-        if past is None:
+        if torch.compiler.is_compiling() or (node := _graph.recomputation()) is None:
             return
-        if past.is_lost_start():
+        end, made_in = self._end
+        if id(v) == end and made_in != node:
             raise RuntimeError(
                 f"{self._label()} is recomputed in a backward (gradient checkpointing) from the "
                 "voltage that its forward ended with, not the one it started from: checkpoint with "
                 "SpikingJelly 2's memopt.checkpoint_module(net), which keeps the states, or reset "
                 "inside the function: "
                 "checkpoint(lambda x: (functional.reset_net(net), net(x))[1], x)"
-            )
-        past.resumed = True
-        if past.freed and torch.is_grad_enabled() and v.grad_fn is not None:
-            raise RuntimeError(
-                f"{self._label()} holds a membrane potential whose graph was freed by an earlier "
-                f"backward, so no backward can pass through it again; {_REMEDY}, or "
-                "functional.detach_net(net) to keep the voltages (truncated BPTT)"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import _compat
+from ._fused_neuron import NO_LEAK_W as NO_LEAK_W
 from ._fused_neuron import Accelerated
 from .ops import backends
 from .report import Row
-
-#: ``w`` of a neuron without leak (IF): its sigmoid is 0, in float64 too. Not -inf, which would make
-#: averaged weights NaN.
-NO_LEAK_W = -1024.0
 
 
 class Site(NamedTuple):

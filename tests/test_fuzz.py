@@ -143,7 +143,7 @@ def check_alif(call):
         if call["v_reset"] is None:
             expected = h - s * threshold
         else:
-            expected = (1 - s) * np.where(h == np.inf, call["v_reset"], h) + s * call["v_reset"]
+            expected = (1 - s) * h + s * call["v_reset"]
         reset = np.where(s, np.abs(threshold), 0)  # without a spike not even NaN matters
         close = np.abs(v_seq - expected) <= error + 2 * eps * (np.abs(h) + reset)
         same = (v_seq == expected) | (np.isnan(v_seq) & np.isnan(expected))

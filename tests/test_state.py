@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sj_taid import ALIFNode, _compat, fresh_state, name_neurons, swap_neurons
-from tests.helpers import grid
 
 
 def make_net(**options):
@@ -19,47 +18,26 @@ def make_net(**options):
 
 def test_state_that_cannot_be_carried_names_neuron_and_remedy():
     net = make_net()
-    net(torch.rand(5, 2, 4)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"the neuron '1'.*freed.*reset_net.*detach_net"):
-        net(torch.rand(5, 2, 4))
+    net(torch.rand(5, 2, 4))
+    name_neurons(net)
     with pytest.raises(ValueError, match=r"the neuron '1'.*\[2, 3\].*\[6, 3\].*reset_net\(net\)"):
         net(torch.rand(5, 6, 4))
     node = ALIFNode()
-    node(torch.rand(2, 3)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"ALIFNode\(tau=2"):
-        node(torch.rand(2, 3))
+    node(torch.rand(2, 3))
+    with pytest.raises(ValueError, match=r"ALIFNode\(tau=2"):
+        node(torch.rand(4, 3))
     name_neurons(nn.ModuleDict({"hidden": node}))
-    with pytest.raises(RuntimeError, match="the neuron 'hidden'"):
-        node(torch.rand(2, 3))
+    with pytest.raises(ValueError, match="the neuron 'hidden'"):
+        node(torch.rand(4, 3))
 
 
-@pytest.mark.parametrize("T", [None, 1, 5])
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("case", grid(dtypes=(torch.float32, torch.bfloat16)), ids=str)
-def test_state_tells_a_freed_graph_from_a_live_one(case, backend, T):
-    node = ALIFNode(
-        **case.options(), backend=backend, store_v_seq=True, step_mode="m" if T else "s"
-    )
-    x = torch.randn(*([T] if T else []), 3, 5, dtype=case.dtype) + 1.0
-    for output in ("spikes", "v", "v_seq") if T else ("spikes", "v"):
-        functional.reset_net(node)
-        spikes = node(x)
-        v = node.v
-        loss = (spikes if output == "spikes" else getattr(node, output)).sum()
-        node(x)
-        loss.backward(retain_graph=True)
-        node.v = v
-        node(x)
-        node.v = v
-        loss.backward()
-        with pytest.raises(RuntimeError, match=r"freed.*reset_net.*detach_net"):
-            node(x)
-        with pytest.raises(RuntimeError, match="second time"):
-            v.sum().backward()
-        with torch.no_grad():
-            node(x)
-        node.v = v.detach()
-        node(x)
+def test_forgotten_reset_is_torchs_error():
+    net = make_net()
+    net(torch.rand(5, 2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        net(torch.rand(5, 2, 4)).sum().backward()
+    functional.detach_net(net)
+    net(torch.rand(5, 2, 4)).sum().backward()
 
 
 @pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])

@@ -134,6 +134,6 @@ def _why_not(site: Site, net: nn.Module) -> str | None:
         return "a function of its own or a hook in it, which the fused operator would not call"
     x = torch.empty(1, 1, dtype=site.dtype, device=site.device)
     backend = backends.resolve(backends.AUTO, x, node.surrogate_function)
-    if backend.statistics is None:
+    if backend.engine is None:
         return f"no fused operator for {x.dtype} on {x.device.type}"
     return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,14 +17,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from .. import _compat, _graph, neurons
 from .._fused_neuron import Accelerated, FusedNeuron
 from ..neuron import ALIFNode
-from ..ops import backends, surrogate
-from ..ops.alif import norm as norms
 from ..ops.alif.autograd import arranged
-from ..ops.alif.norm import Norm
-from ..ops.alif.reference import state_dtype
+from ..ops.alif.plan import Plans
 from ..ops.bits import is_dense
 from .compact import Compact, Counts, Known, compact, saving
-from .norm_output import NormOutput, memory_order, wait
+from .norm_output import NormOutput, decide, memory_order, wait
 
 
 class _Exchanged(Accelerated):
@@ -44,7 +43,16 @@ def accelerated_class(kind: Any) -> type:
     else:
         mixin = AcceleratedALIF if issubclass(kind, ALIFNode) else AcceleratedNeuron
     names = {"kind": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    if mixin is AcceleratedNeuron:
+        names["_numbers"] = attrgetter("v_reset", "detach_reset", "v_threshold", *_charges(kind))
     return type(kind.__name__, (mixin, kind), names)
+
+
+def _charges(kind: type) -> tuple[str, ...]:
+    """The plain attributes that a LIF, PLIF or IF charges by."""
+    if issubclass(kind, neuron.LIFNode):
+        return "decay_input", "tau"
+    return ("decay_input",) if issubclass(kind, neuron.ParametricLIFNode) else ()
 
 
 def accelerate_module(module: Any) -> Any:
@@ -93,64 +101,90 @@ class AcceleratedNorm(_Exchanged):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())
-        module: Any = self
-        if isinstance(x, NormOutput):
+        if type(x) is NormOutput:
             x = x.plain("batch_norm")
-        if torch.compiler.is_compiling() or type(x) not in (Tensor, Compact) or _steps_aside():
+        # Where the input has no graph, waiting saves nothing.
+        waits = type(x) in _WAITS and x.requires_grad and torch.is_grad_enabled()
+        if not (waits and _graph.is_eager()):
             return super().forward(x)  # type: ignore[misc]
-        if x.is_inference():  # its changes are not counted, so the output cannot wait
-            return super().forward(x)  # type: ignore[misc]
-        folds = getattr(self, "step_mode", "s") == "m"
-        statistics = backends.resolve(backends.AUTO, x, None).statistics
-        if statistics is None or x.dim() < 2 + folds or x.shape[1 + folds] != module.num_features:
-            return super().forward(x)  # type: ignore[misc]
-        flat = x.flatten(0, 1) if folds else x
-        module._check_input_dim(flat)
-        least = flat.shape[1] if module.training or module.running_mean is None else 0
-        if flat.numel() <= least:
-            return super().forward(x)  # type: ignore[misc]  # torch's error, or an empty batch
-        if not is_dense(flat):
-            flat = flat.contiguous()
-        norm = Norm.of(module)
-        norm = norm._replace(affine=norms.affine(norm, flat.unsqueeze(0), statistics))
-        output = wait(flat, norm, self.readers, x.shape)
-        if module._backward_hooks:
-            output.watch()
-        return output
+        module: Any = self
+        step_mode = vars(module).get("_step_mode")
+        tensors = module.weight, module.bias, module.running_mean, module.running_var
+        with torch._C.DisableTorchFunctionSubclass():
+            key = (
+                *(x.shape, x.stride(), x.dtype, x.device, x.is_inference(), step_mode),
+                *(_NORM_NUMBERS(module), *map(_form, tensors)),
+            )
+            plans = Plans.of(self)
+            waiting = plans.get(key, key)
+            if waiting is key:
+                waiting = plans.keep(key, decide(module, x, step_mode == "m"))
+            if waiting is not None:
+                return wait(module, x, waiting, *tensors)
+        return super().forward(x)  # type: ignore[misc]
+
+
+def _form(tensor: Tensor | None) -> Any:
+    """What of a parameter or buffer a plan depends on."""
+    if tensor is None:
+        return None
+    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+#: the inputs whose norm can wait
+_WAITS = (Tensor, Compact)
+_NORM_NUMBERS = attrgetter("training", "momentum", "eps", "track_running_stats", "num_features")
 
 
 class AcceleratedALIF(_Exchanged):
     """An ALIF that computes the norm before it too, and gives spikes that are saved as bits."""
 
-    def _multi_step(
-        self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool, **options: Any
-    ) -> tuple[Any, ...]:
-        node: Any = self
-        if torch.compiler.is_compiling() and isinstance(x_seq, NormOutput):
-            x_seq = _plain(x_seq)
-        if torch.compiler.is_compiling() or _steps_aside():
-            return super()._multi_step(x_seq, v, store_v_seq)  # type: ignore[misc]
-        strides = self._strides(x_seq)
-        if isinstance(x_seq, NormOutput):
-            x_seq, options = _read(node, x_seq)
-        return_bits = torch.is_grad_enabled()
-        known = [x_seq] if isinstance(x_seq, Known) else []
-        with torch._C.DisableTorchFunctionSubclass(), saving(known):
-            spike_seq, v_last, v_seq, *bits = super()._multi_step(  # type: ignore[misc]
-                x_seq, v, store_v_seq, return_bits=return_bits, **options
-            )
-            fired, spike_seq = spike_seq, arranged(spike_seq, strides)
-        if spike_seq is not fired:  # the bits have the other memory order
-            bits = []
-        # A surrogate with spiking=False gives no spikes.
-        if not spike_seq.is_inference() and not surrogate.unsupported(node.surrogate_function):
-            compact(spike_seq, Counts(spike_seq, 1, *bits))
-        return spike_seq, v_last, v_seq
+    _takes = Tensor, nn.Parameter, Compact
 
-    def _strides(self, x_seq: Tensor) -> tuple[int, ...]:
-        """The strides of the plain neuron's spikes."""
-        dense = x_seq if is_dense(x_seq) else torch.empty(x_seq.shape, device="meta")
-        return dense.stride()
+    def _run(
+        self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool, *unused: Any
+    ) -> tuple[Any, ...]:
+        if not _graph.is_eager():
+            x_seq = _plain(x_seq) if isinstance(x_seq, NormOutput) else x_seq
+            return super()._run(x_seq, v, store_v_seq)  # type: ignore[misc]
+        norm, source, pack = None, x_seq, torch.is_grad_enabled()
+        if type(x_seq) is NormOutput:
+            found = x_seq.read_as_one(getattr(self, "channels", None) is not None)
+            if isinstance(found, str):
+                source = x_seq = x_seq.plain(f"{self._reader()}: {found}")
+            else:
+                norm, source = found, found.x
+        hooks = saving([source]) if isinstance(source, Known) else _NOTHING
+        with torch._C.DisableTorchFunctionSubclass(), hooks:
+            spike_seq, v_last, v_seq, bits = super()._run(  # type: ignore[misc]
+                x_seq, v, store_v_seq, pack, norm
+            )
+            if bits is None:
+                return spike_seq, v_last, v_seq, None
+            if norm is not None:
+                x_seq.mark_read(self._reader())
+            strides = x_seq.stride()
+            if not x_seq.is_contiguous():
+                strides = self._strides(x_seq.shape, strides)
+            if spike_seq.stride() != strides:  # the bits have the other memory order
+                fired, spike_seq = spike_seq, arranged(spike_seq, strides)
+                bits = bits if spike_seq is fired else None
+        compact(spike_seq, Counts(spike_seq, 1, bits))
+        return spike_seq, v_last, v_seq, None
+
+    def _run_operators(self, x_seq: Tensor, *arguments: Any) -> tuple[Any, ...]:
+        if isinstance(x_seq, NormOutput):
+            x_seq = x_seq.plain(f"{self._reader()}, which is not on a fused operator")
+        return super()._run_operators(x_seq, *arguments)  # type: ignore[misc]
+
+    def _reader(self) -> str:
+        node: Any = self
+        return node._name or type(node).__name__
+
+    def _strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+        """The strides of the plain neuron's spikes for an input of these."""
+        x_seq = torch.empty_strided(shape, strides, device="meta")
+        return strides if is_dense(x_seq) else torch.empty(shape, device="meta").stride()
 
 
 @torch._disable_dynamo
@@ -158,38 +192,46 @@ def _plain(output: NormOutput) -> Tensor:
     return output.plain("a compiled neuron")
 
 
-def _read(node: Any, output: NormOutput) -> tuple[Tensor, dict[str, Any]]:
-    """What a neuron computes of a norm's output: the input of the operator, and its options."""
-    name = node._name or type(node).__name__
-    backend = node.backend if isinstance(node, ALIFNode) else backends.AUTO
-    if backends.resolve(backend, output, node.surrogate_function).statistics is None:
-        return output.plain(f"{name}, which is not on a fused operator"), {}
-    reading = output.read_as_one(name, has_channels=getattr(node, "channels", None) is not None)
-    return (output.plain(f"{name}: {reading}"), {}) if isinstance(reading, str) else reading
+_NOTHING = torch._C.DisableTorchFunctionSubclass()
 
 
 class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
     """A LIF, PLIF or IF neuron on the fused operator; all else is its own."""
 
+    def _constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
+        node: Any = self
+        v_threshold = None if isinstance(node.v_threshold, Tensor) else float(node.v_threshold)
+        if isinstance(node, neuron.ParametricLIFNode):
+            return None, node.decay_input, v_threshold
+        if not isinstance(node, neuron.LIFNode):  # IF
+            return -math.inf, False, v_threshold
+        tau = float(node.tau)
+        if reason := neurons.why_no_w(tau):
+            raise ValueError(f"{self._label()}: {reason}; sj_taid.unaccelerate(net) first")
+        return neurons.nearest_w(tau, dtype), node.decay_input, v_threshold
+
+    def _operands(self) -> tuple[Tensor | None, Tensor | None]:
+        node: Any = self
+        v_threshold = node.v_threshold if isinstance(node.v_threshold, Tensor) else None
+        return getattr(node, "w", None), v_threshold
+
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         is_sequence = isinstance(x_seq, NormOutput) or (
             isinstance(x_seq, Tensor) and x_seq.is_floating_point() and x_seq.dim() > 1
         )
-        if args or kwargs or not is_sequence or _steps_aside():
+        aside = not _graph.is_eager() and _graph.steps_aside()
+        if args or kwargs or not is_sequence or aside:
             return self.kind.multi_step_forward(self, x_seq, *args, **kwargs)  # type: ignore[attr-defined]
         spike_seq = super().multi_step_forward(x_seq)
         # 0.0.0.0.14 computes, and gives spikes, in float32 under autocast.
         lowers = not _compat.FUNCTIONAL_STATES and torch.is_autocast_enabled(x_seq.device.type)
         return spike_seq.float() if lowers else spike_seq
 
-    def _strides(self, x_seq: Tensor) -> tuple[int, ...]:
+    def _strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
         # torch.stack of its steps keeps channels last alone.
-        if x_seq.is_contiguous():
-            return x_seq.stride()
-        step = torch.empty_strided(x_seq.shape[1:], x_seq.stride()[1:], device="meta")
-        step = torch.empty_like(step)  # dense
-        strides = torch.empty_like(step, memory_format=memory_order(step)).stride()
-        return step.numel(), *strides
+        step = torch.empty_like(torch.empty_strided(shape[1:], strides[1:], device="meta"))  # dense
+        inner = torch.empty_like(step, memory_format=memory_order(step)).stride()
+        return step.numel(), *inner
 
     def _start(self, x_seq: Tensor) -> Tensor | float:
         """As in SpikingJelly: 2.x moves a voltage, and starts again if its shape is another."""
@@ -197,18 +239,3 @@ class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
         if isinstance(v, Tensor) and _compat.FUNCTIONAL_STATES:
             v = v.to(x_seq.device) if v.shape == x_seq.shape[1:] else self.v_reset or 0.0
         return v
-
-    def _operands(self, x_seq: Tensor) -> dict[str, Any]:
-        node: Any = self
-        dtype = state_dtype(x_seq.dtype)
-        w = getattr(node, "w", neurons.NO_LEAK_W)  # PLIF's own, or IF's
-        if isinstance(node, neuron.LIFNode):
-            tau = float(node.tau)
-            if reason := neurons.why_no_w(tau):
-                raise ValueError(f"{self._label()}: {reason}; sj_taid.unaccelerate(net) first")
-            w = neurons.nearest_w(tau, dtype)
-        operands = {
-            name: value if isinstance(value, Tensor) else x_seq.new_full((), value, dtype=dtype)
-            for name, value in {"w": w, "v_threshold": node.v_threshold}.items()
-        }
-        return operands | {"decay_input": getattr(node, "decay_input", False)}

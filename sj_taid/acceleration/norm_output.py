@@ -9,17 +9,22 @@ torch's batch norm.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch._prims_common import suggest_memory_format
 from torch.utils._pytree import tree_map_only
 
 from .. import _graph
-from ..ops.alif.autograd import arranged
-from ..ops.alif.norm import Norm
+from .._fused_neuron import NormInput
+from ..ops import backends
+from ..ops.alif.autograd import arranged, cast_numbers
+from ..ops.alif.plan import Dynamics, Engine, NormSpec, Plans, Spec, find_norm_plan, table
+from ..ops.bits import is_dense
 from .compact import Known, Packing, Term, compact, saving
 
 _aten = torch.ops.aten
@@ -61,44 +66,228 @@ class _Watch:
         self.has_hooks = True
 
 
-class NormCall:
-    """A call of a batch norm: its input ``[M, C, *]``, dense with M outermost, and its numbers.
+class Place:
+    """Where a norm's output, or a view of it, lies; the same at every call of one plan.
 
-    All detached: a detached output must not keep the graph alive.
+    ``at`` is a tensor without memory that shows where the values are in the norm's input, ``made``
+    one that shows where they would be in torch's own output.
     """
 
-    def __init__(self, x: Tensor, norm: Norm, readers: dict[str, bool]) -> None:
-        self.x, self.norm, self.readers = x.detach(), norm.detach(), readers
-        self._version = _graph.version_of(x)
-        self.is_captured = _graph.is_capturing()
+    __slots__ = ("at", "made", "views", "waiting")
+
+    def __init__(self, waiting: Waiting, at: Tensor, made: Tensor) -> None:
+        # One object where the memory order is the input's, so that views are taken once.
+        self.waiting, self.at, self.made = waiting, at, at if at.stride() == made.stride() else made
+        #: views by operation and arguments; ``None`` where they are none of the input's memory
+        self.views = Plans()
+
+    def view(self, func: Any, args: tuple[Any, ...]) -> Place | None:
+        """The place of a view."""
+        key = func, *map(_hashable, args)
+        found = self.views.get(key, self)
+        return found if found is not self else self.views.keep(key, self._view(func, args))
+
+    def _view(self, func: Any, args: tuple[Any, ...]) -> Place | None:
+        try:
+            at = _VIEWS[func](self.at, *args)
+        except RuntimeError:  # no view of the input's memory
+            return None
+        made = at if self.made is self.at else func(self.made, *args)
+        return Place(self.waiting, at, made)
+
+    def copy(self, order: torch.memory_format) -> Place:
+        """The place of a clone."""
+        found = self.views.get(order)
+        if found is None:
+            made = torch.clone(self.made, memory_format=order)
+            found = self.views.keep(order, Place(self.waiting, self.at, made))
+        return found
+
+    def why_apart(self, has_channels: bool) -> str | None:
+        """Why no neuron computes this as one operation with the norm, or ``None``.
+
+        ``has_channels``: whether the neuron has parameters per channel, on axis 2.
+        """
+        (steps, *_), (time, *_), norm = self.at.shape, self.at.stride(), self.waiting.spec
+        if self.waiting.rows % steps or (steps > 1 and time * steps != norm.size):
+            return "time is not the outermost axis in memory"
+        axis = self.at.shape[2:3], self.at.stride()[2:3]
+        if has_channels and axis != ((norm.channels,), (norm.inner,)):
+            return "its channels are not those of the norm"
+        return None
+
+    def spec(self, dynamics: Dynamics, per_channel: bool, *flags: bool) -> Spec:
+        """The spec of a neuron that reads this as one operation with the norm."""
+        norm, steps = self.waiting.spec, self.at.shape[0]
+        neurons = norm.size // steps
+        return Spec(
+            *(dynamics, norm.dtype, norm.device, steps, neurons, norm.channels),
+            norm.inner if norm.channels > 1 else neurons,
+            *(tuple(self.at.shape), self.at.stride(), per_channel, True, norm.fixed, *flags),
+        )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Waiting:
+    """A batch norm's call, decided in advance."""
+
+    def __init__(self, module: Any, x: Tensor, folds: bool, spec: NormSpec, engine: Engine) -> None:
+        self.spec, self.plan = spec, find_norm_plan(engine, spec)
+        self.folds, self.copies = folds, not is_dense(x)
+        #: those of the plain module's input ``[M, C, *]``
+        self.strides = (x.flatten(0, 1) if folds else x).stride()
+        tensors = module.weight, module.bias, module.running_mean, module.running_var
+        given = [t for t in tensors if t is not None]
+        self.has_weight, self.has_bias = module.weight is not None, module.bias is not None
+        #: the dtype that torch's operators ask for
+        self.dtype = given[0].dtype if given else x.dtype
+        self.casts = any(t.dtype != torch.float32 or not t.is_contiguous() for t in given)
+        axis = 1 + folds
+        self.rows = x.shape[:axis].numel()
+        at = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        at = torch.empty(x.shape, dtype=x.dtype, device="meta") if self.copies else at
+        flat = at.flatten(0, 1) if folds else at
+        order = memory_order(flat)
+        if self.copies:  # the plain module's input is not dense
+            strided = torch.empty_strided(flat.shape, self.strides, device="meta")
+            order = suggest_memory_format(strided)
+        made = torch.empty_like(flat, memory_format=order).view(x.shape)
+        self.place = Place(self, at, made)
+        reads = module.track_running_stats or not module.training
+        self.reads = reads and module.running_mean is not None
+        self.counts = module.training and reads and module.num_batches_tracked is not None
+
+    def flat(self, x: Tensor) -> Tensor:
+        """The input as the plain module gets it."""
+        return _laid_out(x.flatten(0, 1) if self.folds else x, self.strides)
+
+    def numbers(self, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, batches: Any) -> Any:
+        """The norm's numbers for ``x``; its running statistics are updated."""
+        if not self.reads:
+            mean = var = None
+        if self.casts:
+            return cast_numbers(self.plan, x, (weight, bias, mean, var), batches)
+        return self.plan.numbers(x, weight, bias, mean, var, batches)
+
+
+def decide(module: Any, x: Tensor, folds: bool) -> Waiting | None:
+    """How a norm waits for an input like ``x``; ``None`` if it does not, but is torch's own."""
+    engine, axis = backends.resolve(backends.AUTO, x, None).engine, 1 + folds
+    if (
+        engine is None
+        or x.is_inference()
+        or x.dim() <= axis
+        or x.shape[axis] != module.num_features
+    ):
+        return None
+    try:
+        module._check_input_dim(x.flatten(0, 1) if folds else x)
+    except (ValueError, AssertionError):
+        return None
+    uses_batch = module.training or module.running_mean is None
+    if x.numel() <= (x.shape[axis] if uses_batch else 0):
+        return None  # torch's error, or an empty batch
+    reads = module.track_running_stats or not module.training
+    averages = module.training and reads and module.num_batches_tracked is not None
+    dense = x if is_dense(x) else torch.empty(x.shape, device="meta")
+    spec = NormSpec(
+        *(x.dtype, x.device, x.numel(), x.shape[axis]),
+        dense.stride(axis) if x.shape[axis] > 1 else x.numel(),
+        not uses_batch,
+        module.momentum if module.momentum is not None or averages else 0.0,
+        module.eps,
+    )
+    return Waiting(module, x, folds, spec, engine)
+
+
+class NormCall:
+    """A call of a batch norm: its input, dense with its first axis outermost, and its numbers.
+
+    All detached: a detached output must not keep the graph alive. ``strides``: the plain module's
+    input has these.
+    """
+
+    def __init__(self, x: Tensor, numbers: Tensor, waiting: Waiting, readers: Any) -> None:
+        self.x, self.waiting, self.readers = x.detach(), waiting, readers
+        self.torch_norm = _TorchNorm(numbers, waiting)
+        self._version = x._version
+        self.is_captured = x.is_cuda and _graph.is_capturing()
         self.gradient = _Watch()
         self.hooks = _graph.saving_hooks()
-        self.saves_input = torch.is_grad_enabled() and not _graph.is_checkpointed()
 
     def check_input(self) -> None:
         """Raise an error if the input has changed since the call."""
-        if _graph.version_of(self.x) != self._version:
+        if self.x._version != self._version:
             raise RuntimeError(
                 "the input of an accelerated batch norm was changed in place before its output was "
                 "read: write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
             )
 
-    @torch.no_grad()
-    def values(self) -> Tensor:
-        """The norm's output, in the input's shape and memory order."""
+    def values(self, made: Tensor) -> Tensor:
+        """The norm's output, in the memory order of ``made``."""
         self.check_input()
-        norm: Any = self.norm
-        x = _with_last_axis(self.x)
-        # A batch's own statistics once more by torch, so that the values are torch's bit for bit.
-        mean, var = _statistics(norm, x) if norm.fixed else (None, None)
-        weight, bias = norm.affine.parameters(norm)
-        y = F.batch_norm(x, mean, var, weight, bias, not norm.fixed, 0.0, norm.eps)
-        return arranged(y.view(self.x.shape), self.x.stride())
-
-    def view(self, at: Tensor, made: Tensor) -> Tensor:
-        """The values at ``at``, in the memory order of ``made``."""
-        values = self.values().as_strided(at.shape, at.stride(), at.storage_offset())
+        values = self.torch_norm.forward(self.x).view(made.shape)
         return arranged(values, made.stride())
+
+
+class _TorchNorm:
+    """Torch's own batch norm of a call: values and gradients are torch's bit for bit.
+
+    So the statistics of a batch are taken once more, in the order in which the plain module's input
+    lies in memory.
+    """
+
+    def __init__(self, numbers: Tensor, waiting: Waiting) -> None:
+        self.numbers, self._waiting = numbers, waiting
+        self._saved: Any = None  # for backward, by the last forward
+
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None]:
+        """Running mean and variance at the call; zeros, which torch updates, for a batch's own."""
+        waiting, (mean, rstd) = self._waiting, self.numbers[:2]
+        if not waiting.reads:
+            return None, None
+        if not waiting.spec.fixed:
+            return mean.new_zeros(mean.shape, dtype=waiting.dtype), rstd.new_zeros(
+                rstd.shape, dtype=waiting.dtype
+            )
+        return mean.to(waiting.dtype), (rstd.pow(-2) - waiting.spec.eps).to(waiting.dtype)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        waiting, spec, running = self._waiting, self._waiting.spec, self._statistics()
+        weight, bias = table(self.numbers)[3:5].to(waiting.dtype).unbind()
+        given = (
+            *(waiting.flat(x), weight if waiting.has_weight else None),
+            *(bias if waiting.has_bias else None, *running),
+        )
+        options = (not spec.fixed, 0.0, spec.eps, torch.backends.cudnn.enabled)
+        forward: Any = torch._batch_norm_impl_index
+        y, mean, rstd, reserve, kind = forward(*given, *options)
+        self._saved = kind, running, (mean, rstd, not spec.fixed, spec.eps), reserve
+        return y
+
+    def backward(
+        self, x: Tensor, weight: Tensor | None, grad: Tensor, needs: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        if self._saved is None:  # nobody has read the values
+            self.forward(x)
+        kind, running, numbers, reserve = self._saved
+        flat = self._waiting.flat(x)
+        grad_x, *others = _aten._batch_norm_impl_index_backward(
+            kind, flat, grad.reshape(flat.shape), weight, *running, *numbers, needs, reserve
+        )
+        return grad_x.view(x.shape) if needs[0] else None, *others
+
+
+def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``x`` in memory by ``strides``, along which values may repeat; as it is for a graph of it."""
+    if x.stride() == strides or (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    once = x[tuple(slice(None) if stride else slice(1) for stride in strides)]
+    return arranged(once, strides).as_strided(x.shape, strides)
 
 
 class _Wait(torch.autograd.Function):
@@ -109,36 +298,20 @@ class _Wait(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, norm: Norm, call: NormCall, shape: torch.Size
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, call: NormCall) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.gradient, ctx.norm = call.gradient, call.norm
-        at = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        made = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=memory_order(x))
-        if len(shape) > x.dim():
-            at, made = at.unflatten(0, shape[:2]), made.unflatten(0, shape[:2])
-        output = NormOutput.of(call, at, made)
-        output._inputs = x, norm
+        # Not the call, which holds the input.
+        ctx.gradient, ctx.torch_norm = call.gradient, call.torch_norm
+        place = call.waiting.place
+        output = NormOutput(_Content(call, partial(call.values, place.made)), place)
+        output._inputs = NormInput(x, weight, bias, call.torch_norm.numbers, place)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grad, shape = grad.reshape(x.shape), x.shape
-        norm, (mean, var) = ctx.norm, _statistics(ctx.norm, x)
-        # As torch's forward saves them: in float32 on a GPU, in the parameters' dtype on a CPU.
-        saved = norm.affine.mean_rstd.to(torch.float32 if x.is_cuda else var.dtype)
-        # Torch takes both in one memory order, without looking.
-        x, grad = _with_last_axis(x), _with_last_axis(grad)
-        order = memory_order(x)
-        grads = _aten.native_batch_norm_backward(
-            *(grad.contiguous(memory_format=order), x.contiguous(memory_format=order), weight),
-            *((mean, var) if norm.fixed else (None, None)),
-            *(*saved, not norm.fixed, norm.eps, needs),
-        )
-        return (grads[0].view(shape) if needs[0] else None, *grads[1:], None, None, None)
+        grads = ctx.torch_norm.backward(x, weight, grad, ctx.needs_input_grad[:3])
+        return *grads, None
 
 
 def _watched(register: Any) -> Any:
@@ -149,6 +322,8 @@ def _watched(register: Any) -> Any:
     return register_and_watch
 
 
+_wait = _graph.apply_of(_Wait)
+
 # A hook on the node in autograd's graph counts as one on the norm's output.
 _node: Any = _Wait._backward_cls
 _node.register_hook = _watched(_node.register_hook)
@@ -158,8 +333,8 @@ _node.register_prehook = _watched(_node.register_prehook)
 class _Content:
     """What a :class:`NormOutput` and its views show: a call's output, or values in memory."""
 
-    def __init__(self, call: NormCall, at: Tensor, made: Tensor) -> None:
-        self.call, self._at, self._made = call, at, made
+    def __init__(self, call: NormCall, compute: Callable[[], Tensor]) -> None:
+        self.call, self.compute = call, compute
         self.values: Tensor | None = None
         self.packing: Packing | None = None  # of the values
 
@@ -173,50 +348,44 @@ class _Content:
                 "an accelerated batch norm's output was made in a CUDA graph, whose replays would "
                 "not change a slice of it: write y = y + 0 first, or sj_taid.unaccelerate(net)"
             )
-        self.values = self.compute(self._at, self._made)
+        self.values = self.compute()
         return self.values
 
-    def compute(self, at: Tensor, made: Tensor) -> Tensor:
-        if self.values is not None:
-            return self.values.as_strided(made.shape, made.stride(), made.storage_offset())
-        return self.call.view(at, made)
+    def show(self, made: Tensor) -> Tensor:
+        """The values of a view."""
+        return _shown(self.compute if self.values is None else self.hold, made)
+
+
+def _shown(compute: Callable[[], Tensor], made: Tensor, strides: Any = None) -> Tensor:
+    """What ``made`` would show of what ``compute`` gives; in memory by ``strides``, if given."""
+    values = compute().as_strided(made.shape, made.stride(), made.storage_offset())
+    return arranged(values, strides or made.stride())
 
 
 class NormOutput(Known):
-    """The output of a batch norm, without memory.
+    """The output of a batch norm, without memory."""
 
-    ``at`` is a tensor without memory that shows where the values are in the norm's input, ``made``
-    one that shows where they would be in torch's own output.
-    """
-
-    #: the norm's input and the norm, of the output and its views that have a graph
-    _inputs: tuple[Tensor, Norm] | None = None
+    #: what a neuron reads instead, of the output and its views that have a graph
+    _inputs: NormInput | None = None
     _content: _Content
-    _at: Tensor
-    _made: Tensor
+    _place: Place
 
     @staticmethod
-    def __new__(cls, content: _Content, at: Tensor, made: Tensor) -> NormOutput:
+    def __new__(cls, content: _Content, place: Place) -> NormOutput:
+        made = place.made
         output = Tensor._make_wrapper_subclass(
             cls,
             made.shape,
             strides=made.stride(),
             storage_offset=made.storage_offset(),
             dtype=made.dtype,
-            device=content.call.x.device,
+            device=content.call.waiting.spec.device,
         )
         # C++ that takes its memory raises an error, and does not read address 0.
         torch._C._set_throw_on_mutable_data_ptr(output)
         # Not in __init__, which torch.Tensor(y) would call with y.
-        output._content, output._at, output._made = content, at, made
+        output._content, output._place = content, place
         return output
-
-    @classmethod
-    def of(cls, call: NormCall, at: Tensor, made: Tensor) -> NormOutput:
-        """The output of a call, by itself."""
-        # One object where the memory order is the input's, so that views are taken once.
-        made = at if at.stride() == made.stride() else made
-        return cls(_Content(call, at, made), at, made)
 
     @classmethod
     @torch._disable_dynamo
@@ -228,10 +397,7 @@ class NormOutput(Known):
             if func in _VIEWS and (view := first._view(func, args[1:])) is not None:
                 return view
             if func is _aten.clone.default and first._content.values is None:
-                made = func(first._made, **kwargs)
-                copied = NormOutput.of(first._content.call, first._at, made)
-                copied._inputs = first._inputs if torch.is_grad_enabled() else None
-                return copied
+                return first._copy(kwargs.get("memory_format", torch.preserve_format))
         name = func._schema.name.removeprefix("aten::")
         if torch.Tag.inplace_view in func.tags and isinstance(first, NormOutput):
             raise RuntimeError(
@@ -253,56 +419,62 @@ class NormOutput(Known):
         return given if result is changed else result
 
     def _view(self, func: Any, args: tuple[Any, ...]) -> NormOutput | None:
-        try:
-            at = _VIEWS[func](self._at, *args)
-        except RuntimeError:  # no view of the input's memory
+        place = self._place.view(func, args)
+        if place is None:
             return None
-        made = at if self._made is self._at else func(self._made, *args)
-        view = NormOutput(self._content, at, made)
-        if func is not _aten.detach.default and torch.is_grad_enabled():
-            view._inputs = self._inputs
+        view = NormOutput(self._content, place)
+        if func is not _aten.detach.default and torch.is_grad_enabled() and self._inputs:
+            view._inputs = self._inputs._replace(place=place)
         return view
+
+    def _copy(self, order: torch.memory_format) -> NormOutput:
+        """A clone; it waits too."""
+        content, place = self._content, self._place.copy(order)
+        compute = partial(_shown, content.compute, self._place.made, place.made.stride())
+        copied = NormOutput(_Content(content.call, compute), place)
+        if torch.is_grad_enabled() and self._inputs:
+            copied._inputs = self._inputs._replace(place=place)
+        return copied
 
     def computed(self, reader: str) -> Tensor:
         """The values, outside autograd's graph, for ``reader``."""
         if _graph.recomputation() is None:
             self._content.call.readers.setdefault(reader, False)
-        return self._content.compute(self._at, self._made)
+        return self._content.show(self._place.made)
 
     def plain(self, reader: str) -> Tensor:
         """The values as a tensor of autograd's graph that has memory."""
         values, packing = _Read.apply(self, reader), self.packing()
         return compact(values, packing) if packing else values
 
-    def read_as_one(self, reader: str, has_channels: bool) -> tuple[Tensor, dict[str, Any]] | str:
+    def read_as_one(self, has_channels: bool) -> NormInput | str:
         """What a neuron computes norm and spikes of in one, or why it cannot.
 
-        That is the norm's input as ``[T, N, C, *]``, the norm, and the layout of what the neuron
-        was given in the input's memory. ``has_channels``: whether the neuron has parameters per
-        channel, on axis 2 of what it was given.
+        ``has_channels``: whether the neuron has parameters per channel, on axis 2.
         """
-        content = self._content
-        call, steps = content.call, self._at.shape[0]
+        content, inputs = self._content, self._inputs
+        call = content.call
         if content.values is not None:
             return "its values were changed"
-        inputs: Any = (call.x, call.norm)
-        if self.requires_grad:
-            inputs = self._inputs if _comes_from_norm(self.grad_fn) else None
-        if call.gradient.has_hooks or inputs is None:
+        if not torch.is_grad_enabled():
+            return "no gradient is asked for"
+        with torch._C.DisableTorchFunctionSubclass():
+            node = self.grad_fn
+        if call.gradient.has_hooks or inputs is None or not _comes_from_norm(node):
             return "a hook or a function of its own stands between"
         # Hooks around the checkpoint may give its recomputation the values.
-        if _graph.is_checkpointed() and call.hooks != _graph.saving_hooks():
+        hooks = _graph.saving_hooks()
+        if call.hooks != hooks and _graph.are_checkpoints(hooks):
             return "gradient checkpointing begins between them"
-        x, norm = inputs
-        if x.shape[0] % steps or (steps > 1 and self._at.stride(0) * steps != x.numel()):
-            return "time is not the outermost axis in memory"
-        shape, strides = self._at.shape, self._at.stride()
-        if has_channels and (shape[2:3], strides[2:3]) != (x.shape[1:2], x.stride()[1:2]):
-            return "its channels are not those of the norm"
+        if reason := self._place.why_apart(has_channels):
+            return reason
         call.check_input()
-        call.gradient.is_fused = True
-        call.readers[reader] = True
-        return x.unflatten(0, (steps, -1)), {"norm": norm, "layout": (shape, strides)}
+        return inputs
+
+    def mark_read(self, reader: str) -> None:
+        """Note that a neuron has read the output as one operation with the norm."""
+        call = self._content.call
+        call.gradient.is_fused = call.readers[reader] = True
 
     def packing(self) -> Packing | None:
         """That of values changed in place; a waiting output is saved as it is, without memory."""
@@ -319,8 +491,10 @@ class NormOutput(Known):
     def term(self) -> Term | None:
         if self._content.values is not None:
             return super().term()
-        call = self._content.call  # the term keeps its input
-        return Term((), partial(call.view, self._at, self._made)) if call.saves_input else None
+        content = self._content  # the term keeps the norm's input
+        if _graph.are_checkpoints(content.call.hooks):
+            return None
+        return Term((), partial(_shown, content.compute, self._place.made))
 
     def exposed(self) -> Tensor:
         self._content.hold()
@@ -357,24 +531,25 @@ class _Read(torch.autograd.Function):
         return grad, None
 
 
-def wait(x: Tensor, norm: Norm, readers: dict[str, bool], shape: torch.Size) -> Any:
-    """The output of a norm of ``x`` ``[M, C, *]``, in ``shape``: that, or ``[T, N, C, *]``."""
-    with torch._C.DisableTorchFunctionSubclass(), saving([x] if isinstance(x, Known) else []):
-        return _Wait.apply(x, norm.weight, norm.bias, norm, NormCall(x, norm, readers), shape)
+def wait(module: Any, x: Tensor, waiting: Waiting, weight: Any, bias: Any, *running: Any) -> Any:
+    """The output of a norm of ``x``."""
+    with saving([x]) if isinstance(x, Known) else nullcontext():
+        x = x.contiguous() if waiting.copies else x
+        batches = module.num_batches_tracked if waiting.counts else None
+        numbers = waiting.numbers(x, weight, bias, *running, batches)
+        call = NormCall(x, numbers, waiting, module.readers)
+        if module._backward_hooks:
+            call.gradient.watch()
+        return _wait(x, weight, bias, call)
 
 
 def _comes_from_norm(node: Any) -> bool:
     """Whether views alone lie between a node of autograd's graph and a norm."""
-    while node is not None and re.sub(r"Backward\d*", "", node.name()) in _VIEW_NODES:
+    while type(node) is not _node:
+        if node is None or re.sub(r"Backward\d*", "", node.name()) not in _VIEW_NODES:
+            return False
         ((node, _),) = node.next_functions
-    return isinstance(node, _Wait._backward_cls)
-
-
-def _statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of a norm of ``x``, in the dtype that torch's operators ask for."""
-    (mean, rstd), (weight, bias, running, *_) = norm.affine.mean_rstd, norm
-    like = next((t for t in (weight, bias, running) if t is not None), x)
-    return mean.to(like.dtype), (rstd.pow(-2) - norm.eps).to(like.dtype)
+    return True
 
 
 def memory_order(x: Tensor) -> torch.memory_format:
@@ -382,8 +557,3 @@ def memory_order(x: Tensor) -> torch.memory_format:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     is_last = last is not None and x.is_contiguous(memory_format=last)
     return last if last and is_last and not x.is_contiguous() else torch.contiguous_format
-
-
-def _with_last_axis(x: Tensor) -> Tensor:
-    """``[M, C, L]`` as ``[M, C, L, 1]``, which torch takes with channels last in memory too."""
-    return x.unsqueeze(-1) if x.dim() == 3 else x

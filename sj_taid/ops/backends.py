@@ -5,7 +5,7 @@ A :class:`Backend` has these functions:
 * ``multi_step(x_seq, v, w, v_threshold, *, ...)`` with the signature and the results of
   :func:`sj_taid.ops.alif.reference.multi_step`;
 * ``unsupported(x_seq, surrogate_function)``: why it cannot take this call, or ``None``;
-* ``statistics(x)``, if it is fused: the numbers of a batch norm.
+* those of its ``engine``, if it is fused: :class:`.alif.plan.Engine`.
 
 :data:`BACKENDS` holds functions that import these modules, so that a backend costs nothing until it
 is used and may fail to import without breaking the others.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._graph import is_watched
 from .alif import reference
+from .alif.plan import Engine
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "SJ_TAID_BACKEND"
@@ -32,8 +33,7 @@ class Backend(NamedTuple):
 
     multi_step: Callable[..., tuple[Any, ...]]
     unsupported: Callable[[Tensor, Any], str | None]
-    #: the ``statistics`` of its :class:`.alif.autograd.Engine`, if it is fused
-    statistics: Callable[[Tensor], Tensor] | None = None
+    engine: Engine | None = None
 
 
 class BackendUnavailableError(RuntimeError):
@@ -47,13 +47,13 @@ def _torch() -> Backend:
 def _numba() -> Backend:
     from .alif import cpu
 
-    return Backend(cpu.multi_step, cpu.unsupported, cpu.ENGINE.statistics)
+    return Backend(cpu.multi_step, cpu.unsupported, cpu.ENGINE)
 
 
 def _cupy() -> Backend:
     from .alif import cuda
 
-    return Backend(cuda.multi_step, cuda.unsupported, cuda.ENGINE.statistics)
+    return Backend(cuda.multi_step, cuda.unsupported, cuda.ENGINE)
 
 
 #: Name -> a function that imports the backend, or raises the original exception.

@@ -5,6 +5,7 @@ Each one twice, as CUDA C and as a Python function for numba: a kernel cannot ca
 
 import math
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -236,6 +237,25 @@ def unsupported(surrogate_function: Any) -> str | None:
                 "only a plain number is taken"
             )
     return None
+
+
+def key_of(surrogate_function: Any) -> tuple[Any, ...]:
+    """All that a surrogate's derivative depends on.
+
+    >>> key_of(surrogate.ATan(alpha=3.0)) == key_of(surrogate.ATan(alpha=2.0))
+    False
+    """
+    kind = type(surrogate_function)
+    read = _READERS.get(kind)
+    if read is None:
+        if kind not in DERIVATIVES:
+            return kind, surrogate_function
+        read = _READERS[kind] = attrgetter("__class__", *DERIVATIVES[kind].parameters)
+    return read(surrogate_function), getattr(surrogate_function, "spiking", True)
+
+
+#: a class of :data:`DERIVATIVES` -> what reads the constants of its modules
+_READERS: dict[type, Any] = {}
 
 
 def derivative_of(surrogate_function: Any) -> tuple[str, float, float]:

@@ -9,7 +9,8 @@ and equal layers share them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Dynamics(NamedTuple):
     """What a neuron computes: how it charges, fires and resets.
 
     ``w`` and ``v_threshold`` are numbers where they do not learn; ``None`` where they are tensors,
-    which a call is given.
+    which a call is given. A ``w`` of -inf is no leak: then H = V + X, for an infinite V too.
     """
 
     w: float | None
@@ -152,6 +153,32 @@ def table(numbers: Tensor) -> Tensor:
     return numbers[2:].view(torch.float32).view(6, -1)
 
 
+class Plans(dict[Any, Any]):
+    """A module's plans by key; copied and pickled as none.
+
+    A key is all that a call's plan depends on, so that no plan is ever wrong.
+    """
+
+    MOST = 64
+
+    @classmethod
+    def of(cls, module: Any) -> Plans:
+        """Those of a module."""
+        attributes = vars(module)
+        found = attributes.get("_plans")
+        return attributes.setdefault("_plans", cls()) if found is None else found
+
+    def keep(self, key: Any, plan: Any) -> Any:
+        """Store a plan and return it; forget the oldest of too many, since shapes may vary."""
+        while len(self) >= self.MOST:
+            self.pop(next(iter(self), None), None)
+        self[key] = plan
+        return plan
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Plans, ()
+
+
 class Engine(NamedTuple):
     """A backend's makers of plans, and bits of spikes."""
 
@@ -161,3 +188,17 @@ class Engine(NamedTuple):
     pack: Callable[[Tensor], Tensor]
     #: bits, and spikes ``[T, neurons]`` that they are written into
     unpack_into: Callable[[Tensor, Tensor], None]
+    #: T, dtype -> how many voltages per neuron forward saves for backward's recomputation
+    checkpoints: Callable[[int, torch.dtype], int] = lambda steps, dtype: 0
+
+
+@lru_cache(maxsize=1024)
+def find_plan(engine: Engine, spec: Spec) -> Plan:
+    """The plan of a spec, made once for all equal calls."""
+    return engine.plan(spec)
+
+
+@lru_cache(maxsize=1024)
+def find_norm_plan(engine: Engine, spec: NormSpec) -> NormPlan:
+    """The plan of a norm's spec, made once for all equal calls."""
+    return engine.norm(spec)

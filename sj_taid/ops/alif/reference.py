@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._graph import hide_from_modes, is_watched
+from ..._graph import is_watched
 from .. import bits
 from .norm import Norm, batch_norm
 
@@ -41,25 +41,12 @@ def charge(x: Tensor, v: Tensor, q: Tensor, decay_input: bool, v_reset: float | 
 def reset(
     h: Tensor, spike: Tensor, v_threshold: Tensor, v_reset: float | None, detach_reset: bool
 ) -> Tensor:
-    """Hard: ``V = (1 - S) H + S V_reset``. Soft (``v_reset=None``): ``V = H - S V_th``.
-
-    A hard reset recovers from ``H = inf``, an overflow in half precision: ``H`` counts as
-    ``V_reset`` there, so that ``V`` is ``V_reset`` and passes no gradient.
-    """
+    """Hard: ``V = (1 - S) H + S V_reset``. Soft (``v_reset=None``): ``V = H - S V_th``."""
     if detach_reset:
         spike = spike.detach()
     if v_reset is None:
         return h - spike * v_threshold
-    h = _without_overflow(h, v_reset)
     return (1.0 - spike) * h + spike * v_reset
-
-
-def _without_overflow(h: Tensor, v_reset: float) -> Tensor:
-    if not is_watched():
-        return h.masked_fill(h == math.inf, v_reset)
-    # SpikingJelly's counter of neuron states follows a voltage by its memory: change it in place.
-    with hide_from_modes():
-        return h.masked_fill_(h == math.inf, v_reset)
 
 
 def multi_step(

@@ -150,13 +150,19 @@ def test_equals_spikingjellys_plif_to_the_bit(dtype, v_reset, decay_input):
         assert 0.0 < error <= TOLERANCE[dtype]["value"] * plif.v.abs().max().item()
 
 
-def test_a_hard_reset_recovers_from_an_infinite_voltage():
-    x_seq = torch.tensor([[7e4], [1.4], [0.5]]).half().requires_grad_()  # 7e4 is inf in float16
-    w, v_threshold = torch.zeros((), requires_grad=True), torch.tensor(0.6, requires_grad=True)
-    spikes, v, _ = alif_multi_step(x_seq, 0.0, w, v_threshold, v_reset=0.25, backend="torch")
-    assert spikes.flatten().tolist() == [1, 1, 0] and v == 0.5
-    v.sum().backward()
-    assert v_threshold.grad.isfinite() and x_seq.grad.flatten()[0] == 0.0
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("v_reset", [0.0, 0.25, None])
+def test_voltages_that_are_not_finite_are_spikingjellys(value, v_reset):
+    x_seq = torch.full((5, 1), 1.5)
+    x_seq[1] = value
+    plif = neuron.ParametricLIFNode(v_reset=v_reset, step_mode="m", store_v_seq=True)
+    expected = plif(x_seq)
+    one = torch.ones(())
+    spikes, _, v_seq = alif_multi_step(
+        x_seq, v_reset or 0.0, 0 * one, one, v_reset=v_reset, store_v_seq=True, backend="torch"
+    )
+    assert torch.equal(spikes, expected)
+    torch.testing.assert_close(v_seq, plif.v_seq, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -6,9 +6,11 @@ Whatever a tensor's dtype and layout, its values pass through rows of float32 in
 :func:`_load` and :func:`_store` alone know both, and every other loop runs over contiguous rows, as
 a function of its own, so that LLVM vectorises it.
 
-With a batch's statistics, a part is all neurons of some channels. Its input stays in the cache
-while it is summed and then used, and so does the gradient of the norm's output until it is turned
-into the input's: memory is read and written once.
+Where a channel's values fit the cache, backward of a norm takes all neurons of some channels as a
+part. Their input and the gradient of the norm's output stay there until the latter is turned into
+the input's gradient: memory is read and written once. Elsewhere it runs twice, for the sums that
+the norm needs and for all else. The thread that computes the last part makes what all parts' sums
+are for.
 
 Spikes and voltages equal the reference's bit for bit: the same operations in the same order, which
 LLVM neither fuses nor reorders. It may do so only in the surrogates' derivatives and in the sums
@@ -44,33 +46,50 @@ FLOAT32, BFLOAT16, BYTE = range(3)
 
 
 class Arguments(ctypes.Structure):
-    """What a kernel is called with: addresses, 0 for no tensor; sizes and options; floats."""
+    """What a kernel is called with: counters, addresses (0 for no tensor), sizes and options."""
 
     _fields_ = (
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("counters", "scratch", "x", "v0", "q", "threshold", "norm", "numbers"),
-                *("ab", "spike", "v", "v_seq", "bits", "grad_spike", "grad_v", "grad_x"),
-                *("grad_v_seq", "grad_v0", "sums", "norm_sums", "scratch_size", "parts", "ranges"),
-                *("part_size", "block", "pitch", "length", "group", "whole", "steps", "neurons"),
-                *("inner", "channels", "dtype", "fixed_norm", "decay_input", "soft"),
+                *("threads", "taken", "done"),  # counters, by their places
+                *("scratch", "x", "v0", "q", "threshold", "numbers", "spike", "v", "v_seq", "bits"),
+                *("grad_spike", "grad_v", "grad_v_seq", "grad_x", "grad_v0", "grad_w"),
+                *("grad_threshold", "grad_weight", "grad_bias", "weight", "bias"),
+                *("running_mean", "running_var", "batches"),
+                *("parts", "ranges", "part_size", "block", "pitch", "length", "group", "whole"),
+                *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
+                *("dtype", "per_channel", "norm", "fixed_norm", "norm_sums", "ab", "sums_only"),
+                *("decay_input", "soft", "plain_average"),
             )
         ),
-        *((name, ctypes.c_float) for name in ("v_init", "v_rest", "a", "b")),
+        *((name, ctypes.c_float) for name in ("v_init", "v_rest", "q_value", "threshold_value")),
+        *((name, ctypes.c_float) for name in ("a", "b")),
+        *((name, ctypes.c_double) for name in ("count", "momentum", "eps")),
     )
 
 
+#: counters of :class:`Arguments`: threads that began, parts that were begun and that are done
+_THREADS, _TAKEN, _DONE = range(3)
 # Rows of scratch memory, then T rows of voltages (two at least), then the rows of the input.
 _Q, _THRESHOLD, _SPIKE, _GRAD_X, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _BITS = range(8)
 _SHIFT, _GAIN, _OFFSET, _Y, _GRAD_OFFSET, _GRAD_GAIN, _A, _B, _VOLTAGES = range(8, 17)
+
+#: backward's sums over neurons, and how many there are
+GRAD_Q, GRAD_THRESHOLD, GRAD_OFFSET, GRAD_GAIN, SUMS = range(5)
+#: a norm's: the number that a part's differences are to, their sum, and that of their squares
+PIVOT, DIFFERENCES, SQUARES, MOMENTS = range(4)
+#: neighbours of a channel that are worth a sum of their own; as many as are summed in float32
+RUN, STRETCH = 64, 1024
+#: rows that are summed in float32, and columns of one, where neighbours have different channels
+ROWS, COLUMNS = 32, 2048
 
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
 _part = register_jitable(error_model="numpy")
 # Cached, since numba would take a second registration for another function.
 smooth = cache(register_jitable(error_model="numpy", fastmath={"contract"}))
-_sum = register_jitable(error_model="numpy", fastmath={"reassoc"})
+_sum = register_jitable(error_model="numpy", fastmath={"reassoc", "contract"})
 
 
 @_part
@@ -113,18 +132,21 @@ def _pointer_to(kind: Any) -> Any:
 
 _at, _double_at = _pointer_to(types.float32), _pointer_to(types.float64)
 _half_at, _byte_at = _pointer_to(types.uint16), _pointer_to(types.uint8)
+_number_at = _pointer_to(types.int64)
 
 
 @intrinsic
-def _take(typing_context: Any, address: Any) -> Any:
-    """Add one to the counter at ``address``, atomically, and return its value before."""
+def _take(typing_context: Any, arguments: Any, place: Any) -> Any:
+    """Add one to the counter at a ``place``, atomically, and return its value before."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         number = context.get_value_type(types.intp)
-        counter = builder.inttoptr(arguments[0], number.as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(number, 1), "monotonic")
+        counters = builder.bitcast(arguments[0], number.as_pointer())
+        counter = builder.gep(counters, [arguments[1]])
+        # Whoever counts the last part sees what all others wrote.
+        return builder.atomic_rmw("add", counter, ir.Constant(number, 1), "acq_rel")
 
-    return types.intp(types.intp), generate
+    return types.intp(arguments, types.intp), generate
 
 
 @intrinsic
@@ -229,22 +251,26 @@ def _load(x, dtype, place, t, first, n, out, ahead):
     done = 0
     while done < n:
         here, length = _segment(place, t, first, n, done)
-        _load_run(_at(x, here), _half_at(x, here), out, dtype, done, done + length, ahead)
+        floats, halves, small = _at(x, here), _half_at(x, here), _byte_at(x, here)
+        _load_run(floats, halves, small, out, dtype, done, done + length, ahead)
         done += length
 
 
 @_part
-def _load_run(floats, halves, out, dtype, begin, end, ahead):
+def _load_run(floats, halves, small, out, dtype, begin, end, ahead):
     for first in range(begin, end, CHUNK):
         last = min(first + CHUNK, end)
         if dtype == FLOAT32:
             _fetch(floats, first + ahead, last + ahead)
             for i in range(first, last):
                 out[i] = floats[i]
-        else:
+        elif dtype == BFLOAT16:
             _fetch(halves, first + ahead, last + ahead)
             for i in range(first, last):
                 out[i] = _from_bfloat16(halves[i])
+        else:
+            for i in range(first, last):
+                out[i] = np.float32(small[i])
 
 
 @_part
@@ -366,6 +392,12 @@ def _pack_row(spike, bits, value, n):
 
 
 @_part
+def _unpack_row(bits, spike, k, n):
+    for i in range(n):
+        spike[i] = np.float32(np.int32(np.int32(bits[i]) >> k) & np.int32(1))
+
+
+@_part
 def _forward_row(x, v, spike, v_next, q, threshold, v_rest, decay_input, soft, n):
     for i in range(n):
         spike[i], v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
@@ -430,6 +462,12 @@ def _neuron_input(scratch, a, x_row, n):
 
 
 @_part
+def _table(a):
+    """The address of a norm's rows of float32: shift, gain, offset."""
+    return a.numbers + 16 * a.channels
+
+
+@_part
 def _spread_rows(scratch, a, k, values, rows, first, n, channel, width):
     """The rows from ``k`` on: ``rows`` values of each neuron's channel."""
     for j in range(rows):
@@ -438,23 +476,56 @@ def _spread_rows(scratch, a, k, values, rows, first, n, channel, width):
 
 
 @_part
-def _spread_parameters(scratch, a, first, n, channel, width):
-    """The rows of q, the threshold, and a norm's numbers."""
-    _spread_rows(scratch, a, _Q, a.q, 1, first, n, channel, width)
-    _spread_rows(scratch, a, _THRESHOLD, a.threshold, 1, first, n, channel, width)
-    if a.norm:
-        _spread_rows(scratch, a, _SHIFT, a.norm, 3, first, n, channel, width)
+def _spread_parameter(scratch, a, k, values, value, first, n, channel, width):
+    """The row ``k``: the values of each neuron's channel, or of all, or ``value``."""
+    if values and a.per_channel:
+        _spread_rows(scratch, a, k, values, 1, first, n, channel, width)
+    else:
+        _fill(_row(scratch, a, k), _at(values, 0)[0] if values else value, n)
 
 
 @_part
-def _add_to_sums(a, sums, kind, kinds, part, row, first, n):
-    """Add a row to the sums of this ``kind``, one per channel."""
+def _spread_parameters(scratch, a, first, n, channel, width):
+    """The rows of q, the threshold, and a norm's numbers."""
+    _spread_parameter(scratch, a, _Q, a.q, a.q_value, first, n, channel, width)
+    value = a.threshold_value
+    _spread_parameter(scratch, a, _THRESHOLD, a.threshold, value, first, n, channel, width)
+    if a.norm:
+        _spread_rows(scratch, a, _SHIFT, _table(a), 3, first, n, channel, width)
+
+
+@_part
+def _sums(a, part, kind, kinds, channel):
+    """Sums over neurons of this ``kind``, one per channel, made in a part."""
+    return _double_at(a.scratch, (part % a.ranges * kinds + kind) * a.channels + channel)
+
+
+@_part
+def _clear_sums(a, part, kinds):
     channel, width = _channels(a, part)
-    here = _double_at(sums, (part % a.ranges * kinds + kind) * a.channels + channel)
-    _gather(here, row, first, n, a.inner, width)
+    for kind in range(kinds):
+        sums = _sums(a, part, kind, kinds, channel)
+        for c in range(width):
+            sums[c] = 0.0
 
 
-def _kernel(name, compute_part):
+@_part
+def _total(a, kind, kinds, channel):
+    """The sum of this ``kind`` over all parts of a channel."""
+    total = 0.0
+    for part in range(a.ranges):
+        total += _sums(a, part, kind, kinds, channel)[0]
+    return total
+
+
+@_part
+def _add_to_sums(a, kind, part, row, first, n):
+    """Add a row to the sums of this ``kind``."""
+    channel, width = _channels(a, part)
+    _gather(_sums(a, part, kind, SUMS, channel), row, first, n, a.inner, width)
+
+
+def _kernel(name, compute_part, finish):
     """The kernel that computes parts until none is left, under a name of its own.
 
     The linker keeps one of two functions of the same name. A kernel encloses only plain functions
@@ -464,14 +535,22 @@ def _kernel(name, compute_part):
 
     def kernel(pointer):
         a = carray(pointer, 1)[0]
-        scratch = a.scratch + 4 * a.scratch_size * _take(a.counters)
-        part = _take(a.counters + 8)
+        scratch = a.scratch + 8 * a.sums_size + 4 * a.scratch_size * _take(pointer, _THREADS)
+        part = _take(pointer, _TAKEN)
         while part < a.parts:
-            compute_part(a, scratch, part)
-            part = _take(a.counters + 8)
+            if a.ranges:  # there are neurons
+                compute_part(a, scratch, part)
+            if _take(pointer, _DONE) == a.parts - 1:
+                finish(a)
+            part = _take(pointer, _TAKEN)
 
     kernel.__qualname__ = name
     return kernel
+
+
+@_part
+def _nothing(a):
+    pass
 
 
 @_part
@@ -497,59 +576,50 @@ def _forward_part(a, scratch, part):
             if a.v_seq:
                 _store(after, a.v_seq, FLOAT32, place, t, first, n, 1)
             if a.bits:
-                if t % 8 == 0:
-                    _fill(bits, np.float32(0), n)
-                _pack_row(spike, bits, np.float32(1 << t % 8), n)
-                if t % 8 == 7 or t == a.steps - 1:
-                    _store(bits, a.bits, BYTE, place, t // 8, first, n, 0)
+                _store_bits(a, bits, spike, place, t, first, n)
             now = after
         _store(now, a.v, FLOAT32, place, 0, first, n, 0)
 
 
 @_part
-def _statistics_of_part(a, scratch, part):
-    """Sums over a channel's neurons: means over time, their squares, and squared deviations.
+def _store_bits(a, bits, spike, place, t, first, n):
+    """Add the spikes of step ``t`` to a row of bits, and write what is full."""
+    if t % 8 == 0:
+        _fill(bits, np.float32(0), n)
+    _pack_row(spike, bits, np.float32(1 << t % 8), n)
+    if t % 8 == 7 or t == a.steps - 1:
+        _store(bits, a.bits, BYTE, place, t // 8, first, n, 0)
 
-    They are of ``x`` minus the channel's first value, in ``norm``, which loses no digits.
-    """
-    place, begin, end, channel, width = _place(a, part)
-    shift, mean = _row(scratch, a, _SHIFT), _row(scratch, a, _GAIN)
-    square = _row(scratch, a, _OFFSET)
+
+@_part
+def _pack_part(a, scratch, part):
+    """Bits of spikes."""
+    place, begin, end, _, _ = _place(a, part)
+    spike, bits = _row(scratch, a, _SPIKE), _row(scratch, a, _BITS)
     for first in range(begin, end, a.block):
-        n, here = min(a.block, end - first), first - begin
-        _spread_rows(scratch, a, _SHIFT, a.norm, 1, first, n, channel, width)
-        _fill(mean, np.float32(0), n)
+        n = min(a.block, end - first)
         for t in range(a.steps):
-            x_row = _input_row(scratch, a, t, here)
-            _load(a.x, a.dtype, place, t, first, n, x_row, 1)
-            _add_differences(mean, x_row, shift, n)
-        for i in range(n):
-            mean[i] /= np.float32(a.steps)
-        _add_to_sums(a, a.sums, 0, 3, part, mean, first, n)
-        for i in range(n):
-            square[i] = mean[i] * mean[i]
-        _add_to_sums(a, a.sums, 1, 3, part, square, first, n)
-        _fill(square, np.float32(0), n)
-        for t in range(a.steps):
-            _add_deviations(square, _input_row(scratch, a, t, here), shift, mean, n)
-        _add_to_sums(a, a.sums, 2, 3, part, square, first, n)
-
-
-forward = _kernel("forward", _forward_part)
-statistics = _kernel("statistics", _statistics_of_part)
+            _load(a.spike, a.dtype, place, t, first, n, spike, 1)
+            _store_bits(a, bits, spike, place, t, first, n)
 
 
 @_part
-def _add_differences(out, x, shift, n):
-    for i in range(n):
-        out[i] += x[i] - shift[i]
+def _unpack_part(a, scratch, part):
+    """Spikes of bits."""
+    place, begin, end, _, _ = _place(a, part)
+    spike, bits = _row(scratch, a, _SPIKE), _row(scratch, a, _BITS)
+    for first in range(begin, end, a.block):
+        n = min(a.block, end - first)
+        for t in range(a.steps):
+            if t % 8 == 0:
+                _load(a.bits, BYTE, place, t // 8, first, n, bits, 0)
+            _unpack_row(bits, spike, np.int32(t % 8), n)
+            _store(spike, a.spike, a.dtype, place, t, first, n, 1)
 
 
-@_part
-def _add_deviations(out, x, shift, mean, n):
-    for i in range(n):
-        deviation = (x[i] - shift[i]) - mean[i]
-        out[i] += deviation * deviation
+forward = _kernel("forward", _forward_part, _nothing)
+pack = _kernel("pack", _pack_part, _nothing)
+unpack = _kernel("unpack", _unpack_part, _nothing)
 
 
 def _derivative(name: str) -> Any:
@@ -622,11 +692,12 @@ def backward_for(
         grad_q, grad_threshold = _row(scratch, a, _GRAD_Q), _row(scratch, a, _GRAD_THRESHOLD)
         grad_offset, grad_gain = _row(scratch, a, _GRAD_OFFSET), _row(scratch, a, _GRAD_GAIN)
         grad_spike, grad_now = _row(scratch, a, _SPIKE), _row(scratch, a, _GRAD_V)
+        _clear_sums(a, part, SUMS)
         for first in range(begin, end, a.block):
             n, here = min(a.block, end - first), first - begin
             _spread_parameters(scratch, a, first, n, channel, width)
             if a.ab and not a.whole:
-                _spread_rows(scratch, a, _A, a.ab, 2, first, n, channel, width)
+                _spread_rows(scratch, a, _A, _terms(a), 2, first, n, channel, width)
             _recompute(scratch, a, place, first, n, here, decay_input, soft)
             _start(grad_now, a.grad_v, zero, place, first, n)
             for row_of_zeros in (grad_q, grad_threshold, grad_spike, grad_offset, grad_gain):
@@ -646,24 +717,23 @@ def backward_for(
                 )  # fmt: skip
                 if a.norm_sums:
                     _add_norm(grad_offset, grad_gain, grad_x, x_row, shift, n)
-                if a.grad_x and not a.whole:
+                if a.grad_x and not a.whole and not a.sums_only:
                     _store_grad_x(scratch, a, place, t, first, n, here, -1)
             if a.grad_v0:
                 _store(grad_now, a.grad_v0, FLOAT32, place, 0, first, n, 0)
             if a.norm_sums:
-                _add_to_sums(a, a.norm_sums, 0, 2, part, grad_offset, first, n)
-                _add_to_sums(a, a.norm_sums, 1, 2, part, grad_gain, first, n)
+                _add_to_sums(a, GRAD_OFFSET, part, grad_offset, first, n)
+                _add_to_sums(a, GRAD_GAIN, part, grad_gain, first, n)
             if learn_w:
-                _add_to_sums(a, a.sums, 0, 2, part, grad_q, first, n)
+                _add_to_sums(a, GRAD_Q, part, grad_q, first, n)
             if learn_threshold:
-                _add_to_sums(a, a.sums, 1, 2, part, grad_threshold, first, n)
+                _add_to_sums(a, GRAD_THRESHOLD, part, grad_threshold, first, n)
         if a.whole:
-            _make_terms(a, channel, width)
-            if a.grad_x:
-                _finish_part(scratch, a, place, begin, end, channel, width)
+            _norm_gradients(a, channel, width)
+            _finish_part(scratch, a, place, begin, end, channel, width)
 
     row.__qualname__, backward_part.__qualname__ = f"row_{variant}", f"backward_part_{variant}"
-    return _kernel(f"backward_{variant}", backward_part)
+    return _kernel(f"backward_{variant}", backward_part, _finish_backward)
 
 
 @_part
@@ -681,19 +751,53 @@ def _recompute(scratch, a, place, first, n, here, decay_input, soft):
 
 
 @_part
-def _make_terms(a, channel, width):
-    """A and B of :mod:`..norm` from the sums, which become the gradients of bias and weight."""
-    sums, numbers = _double_at(a.norm_sums, 0), _double_at(a.numbers, 0)
-    table, ab, channels = _at(a.norm, 0), _at(a.ab, 0), a.channels
+def _terms(a):
+    """The address of A and B, after the sums."""
+    return a.scratch + 8 * SUMS * a.ranges * a.channels
+
+
+@_part
+def _norm_gradients(a, channel, width):
+    """A and B of :mod:`..norm`, and the gradients of weight and bias, from the sums."""
+    mean, rstd = _double_at(a.numbers, 0), _double_at(a.numbers, a.channels)
+    shift, gain = _at(_table(a), 0), _at(_table(a), a.channels)
+    a_terms, b_terms = _at(_terms(a), 0), _at(_terms(a), a.channels)
+    grad_weight, grad_bias = _at(a.grad_weight, 0), _at(a.grad_bias, 0)
     for c in range(channel, channel + width):
-        mean, rstd = numbers[c], numbers[channels + c]
-        gain, count = numbers[2 * channels + c], numbers[3 * channels + c]
-        far = mean - table[c]
-        centred = sums[channels + c] - far * sums[c]
-        b = gain * rstd * rstd * centred / count
-        ab[c] = np.float32(gain * sums[c] / count - b * far)
-        ab[channels + c] = np.float32(b)
-        sums[channels + c] = rstd * centred
+        total, far = _total(a, GRAD_OFFSET, SUMS, c), mean[c] - shift[c]
+        centred = _total(a, GRAD_GAIN, SUMS, c) - far * total
+        b = gain[c] * rstd[c] * rstd[c] * centred / a.count
+        a_terms[c], b_terms[c] = gain[c] * total / a.count - b * far, b
+        if a.grad_weight:
+            grad_weight[c] = rstd[c] * centred
+        if a.grad_bias:
+            grad_bias[c] = total
+
+
+@_part
+def _finish_backward(a):
+    """The gradients of parameters, from the sums."""
+    if a.norm_sums and not a.whole:
+        _norm_gradients(a, 0, a.channels)
+    if a.grad_w:
+        _parameter_gradient(a, a.grad_w, GRAD_Q)
+    if a.grad_threshold:
+        _parameter_gradient(a, a.grad_threshold, GRAD_THRESHOLD)
+
+
+@_part
+def _parameter_gradient(a, out, kind):
+    gradient, q, total = _at(out, 0), _at(a.q, 0), 0.0
+    for c in range(a.channels):
+        here = _total(a, kind, SUMS, c)
+        if kind == GRAD_Q:
+            rate = np.float64(q[c * a.per_channel])
+            here *= rate * (1 - rate)  # dq/dw
+        if a.per_channel:
+            gradient[c] = here
+        total += here
+    if not a.per_channel:
+        gradient[0] = total
 
 
 @_part
@@ -701,8 +805,8 @@ def _finish_part(scratch, a, place, begin, end, channel, width):
     """Write the input's gradient, from that of the norm's output and the input, both in cache."""
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
-        _spread_rows(scratch, a, _SHIFT, a.norm, 3, first, n, channel, width)
-        _spread_rows(scratch, a, _A, a.ab, 2, first, n, channel, width)
+        _spread_rows(scratch, a, _SHIFT, _table(a), 3, first, n, channel, width)
+        _spread_rows(scratch, a, _A, _terms(a), 2, first, n, channel, width)
         for t in range(a.steps):
             _store_grad_x(scratch, a, place, t, first, n, first - begin, 1)
 
@@ -724,3 +828,155 @@ def _store_grad_x(scratch, a, place, t, first, n, here, ahead):
 def _input_gradient_row(x, grad, shift, gain, a, b, n):
     for i in range(n):
         grad[i] = gain[i] * grad[i] - a[i] - b[i] * (x[i] - shift[i])
+
+
+@_sum
+def _moments(x, pivot, n):
+    """The sums of differences to ``pivot`` and of their squares, in float32."""
+    differences, squares = np.float32(0), np.float32(0)
+    for i in range(n):
+        difference = x[i] - pivot
+        differences += difference
+        squares += difference * difference
+    return differences, squares
+
+
+@_sum
+def _add_moments(x, pivot, differences, squares, n):
+    """The same, column by column."""
+    for i in range(n):
+        difference = x[i] - pivot[i]
+        differences[i] += difference
+        squares[i] += difference * difference
+
+
+@_part
+def _values(a, here, n, row, ahead):
+    """``n`` neighbouring values of the input, as float32."""
+    if a.dtype == FLOAT32:
+        return _at(a.x, here)
+    _load_run(_at(a.x, here), _half_at(a.x, here), _byte_at(a.x, here), row, a.dtype, 0, n, ahead)
+    return row
+
+
+@_part
+def _sum_runs(a, row, begin, end, channel, width, pivots, differences, squares):
+    """Moments of some channels in the samples ``begin`` to ``end``, a run of neighbours at once."""
+    for sample in range(begin, end):
+        for c in range(width):
+            start = (sample * a.channels + channel + c) * a.inner
+            for first in range(0, a.inner, STRETCH):
+                n = min(STRETCH, a.inner - first)
+                x = _values(a, start + first, n, row, 0)
+                if sample == begin and first == 0:
+                    difference, _ = _moments(x, x[0], n)
+                    pivots[c] = _finite(x[0] + difference / np.float32(n))
+                difference, square = _moments(x, np.float32(pivots[c]), n)
+                differences[c] += difference
+                squares[c] += square
+
+
+@_part
+def _finite(x):
+    return x if abs(x) < np.float32(np.inf) else np.float32(0)
+
+
+@_part
+def _sum_columns(a, scratch, begin, end, channel, width, pivots, differences, squares):
+    """The same where neighbours have different channels: in rows of ``block`` samples."""
+    x_row, pivot = _row(scratch, a, 0), _row(scratch, a, 1)
+    difference, square = _row(scratch, a, 2), _row(scratch, a, 3)
+    start, stride, columns = channel * a.inner, a.channels * a.inner, width * a.inner
+    x = _values(a, begin * stride + start, columns, x_row, 0)
+    for c in range(width):
+        pivots[c] = x[c * a.inner]
+    first, last, finds_pivot = begin, min(begin + ROWS * a.block, end), True
+    while first < end:
+        n = columns * min(a.block, last - first)
+        _spread(pivot, pivots, 0, n, a.inner, width)
+        _fill(difference, np.float32(0), n)
+        _fill(square, np.float32(0), n)
+        for sample in range(first, last, a.block):
+            n = columns * min(a.block, last - sample)
+            x = _values(a, sample * stride + start, n, x_row, a.block * stride)
+            _add_moments(x, pivot, difference, square, n)
+        n = columns * min(a.block, last - first)
+        _gather(differences, difference, 0, n, a.inner, width)
+        if finds_pivot:
+            for c in range(width):
+                mean = pivots[c] + differences[c] / np.float64((last - first) * a.inner)
+                pivots[c], differences[c] = _finite(np.float32(mean)), 0.0
+            finds_pivot = False
+        else:
+            _gather(squares, square, 0, n, a.inner, width)
+            first, last = last, min(last + ROWS * a.block, end)
+
+
+@_part
+def _statistics_of_part(a, scratch, part):
+    """Moments of some channels in some samples."""
+    channel, width = _channels(a, part)
+    begin = part % a.ranges * a.part_size
+    end = min(begin + a.part_size, a.steps)
+    _clear_sums(a, part, MOMENTS)
+    pivots = _sums(a, part, PIVOT, MOMENTS, channel)
+    differences = _sums(a, part, DIFFERENCES, MOMENTS, channel)
+    squares = _sums(a, part, SQUARES, MOMENTS, channel)
+    if a.inner >= RUN:
+        row = _row(scratch, a, 0)
+        _sum_runs(a, row, begin, end, channel, width, pivots, differences, squares)
+    else:
+        _sum_columns(a, scratch, begin, end, channel, width, pivots, differences, squares)
+
+
+@_part
+def _mean_and_variance(a, channel):
+    """Of a channel, from the moments of all parts."""
+    pivot, differences, squares = _sums(a, 0, PIVOT, MOMENTS, channel)[0], 0.0, 0.0
+    for part in range(a.ranges):
+        n = min(a.part_size, a.steps - part * a.part_size) * a.inner
+        far = _sums(a, part, PIVOT, MOMENTS, channel)[0] - pivot
+        here = _sums(a, part, DIFFERENCES, MOMENTS, channel)[0]
+        differences += here + n * far
+        squares += _sums(a, part, SQUARES, MOMENTS, channel)[0] + far * (2 * here + n * far)
+    mean = differences / a.count
+    var = squares / a.count - mean * mean
+    return pivot + mean, 0.0 if var < 0 else var
+
+
+@_part
+def _finish_norm(a):
+    """The norm's numbers per channel, from moments or the running statistics, which move."""
+    momentum, counter = a.momentum, _number_at(a.batches, 0)
+    if a.batches:
+        counter[0] += 1
+        if a.plain_average:
+            momentum = 1 / np.float64(counter[0])
+    weight, bias = _at(a.weight, 0), _at(a.bias, 0)
+    running_mean, running_var = _at(a.running_mean, 0), _at(a.running_var, 0)
+    means, rstds = _double_at(a.numbers, 0), _double_at(a.numbers, a.channels)
+    for c in range(a.channels):
+        mean, var = 0.0, 0.0
+        if a.fixed_norm:
+            mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
+        elif a.ranges:
+            mean, var = _mean_and_variance(a, c)
+            if a.running_mean:
+                running_mean[c] += momentum * (mean - running_mean[c])
+            if a.running_var:
+                running_var[c] += momentum * (var * (a.count / (a.count - 1)) - running_var[c])
+        rstd, shift = 1 / np.sqrt(var + a.eps), np.float32(mean)
+        scale, offset = np.float32(1), np.float32(0)
+        if a.weight:
+            scale = weight[c]
+        if a.bias:
+            offset = bias[c]
+        gain = scale * rstd
+        means[c], rstds[c] = mean, rstd
+        row = _at(_table(a), c)
+        row[0], row[a.channels] = shift, gain
+        row[2 * a.channels] = offset + (shift - mean) * gain
+        row[3 * a.channels], row[4 * a.channels] = scale, offset
+
+
+statistics = _kernel("statistics", _statistics_of_part, _finish_norm)

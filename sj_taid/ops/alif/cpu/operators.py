@@ -1,146 +1,233 @@
-"""Backend "numba": operators on tensors over the compiled loops."""
+"""Backend "numba": plans of calls, and bits of spikes, over the compiled loops."""
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .. import autograd
+from ... import bits
+from .. import autograd, plan
 from . import loops, threads
-from .threads import Partition, ask_for_huge_pages, group_size, run
+from .threads import Call, Partition, ask_for_huge_pages
 
 #: the loops' types for input, spikes and their gradients
 DTYPES = {torch.float32: loops.FLOAT32, torch.bfloat16: loops.BFLOAT16}
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = autograd.Forward(*arguments)
-    call.check_layout()
-    outputs = spike_seq, v, v_seq, _, bits = autograd.empty_outputs(*arguments)
-    q, threshold = _parameters(call)
-    partition = _partition(call.x_seq, len(q), whole=False)
-    ask_for_huge_pages(spike_seq, v_seq)
-    run(
-        loops.compile_kernel(loops.forward),
-        partition,
-        q=q,
-        threshold=threshold,
-        norm=call.norm,
-        spike=spike_seq,
-        v=v,
-        v_seq=v_seq,
-        bits=bits,
-        **_options(call),
-    )
-    return outputs
+class Plan:
+    """A :class:`..plan.Spec` on the CPU."""
+
+    def __init__(self, spec: plan.Spec) -> None:
+        self.spec, neuron = spec, spec.dynamics
+        self.step = spec.shape[1:], spec.strides[1:]
+        self.parameter = (spec.channels,) if spec.per_channel else ()
+        self.bits = bits.count_bytes(spec.steps), spec.neurons
+        self.options = {
+            "dtype": DTYPES[spec.dtype],
+            "per_channel": spec.per_channel,
+            "norm": spec.norm,
+            "fixed_norm": spec.fixed_norm,
+            "decay_input": neuron.decay_input,
+            "soft": neuron.v_reset is None,
+            "v_rest": neuron.v_reset or 0.0,
+            "q_value": _sigmoid(neuron.w),
+            "threshold_value": neuron.v_threshold or 0.0,
+            "a": neuron.a,
+            "b": neuron.b,
+            "count": spec.steps * spec.neurons / max(spec.channels, 1),
+        }
+        self.forwards = Call(loops.forward, self._partition(whole=False), **self.options)
+        self.backwards: dict[plan.Needs, Call] = {}
+
+    def _partition(self, whole: bool) -> Partition:
+        spec = self.spec
+        return Partition.of_neurons(spec.steps, spec.neurons, spec.inner, spec.channels, whole)
+
+    def forward(
+        self,
+        x: Tensor,
+        v0: Tensor | None,
+        v_init: float,
+        w: Tensor | None,
+        v_threshold: Tensor | None,
+        numbers: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        spec, device = self.spec, self.spec.device
+        spike = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=device)
+        v = torch.empty_strided(*self.step, dtype=torch.float32, device=device)
+        v_seq = packed = None
+        if spec.store_v_seq:
+            v_seq = torch.empty_strided(
+                spec.shape, spec.strides, dtype=torch.float32, device=device
+            )
+        if spec.pack:
+            packed = torch.empty(self.bits, dtype=torch.uint8, device=device)
+        ask_for_huge_pages(spike, v_seq)
+        self.forwards(
+            v_init,
+            x=x,
+            v0=v0,
+            q=None if w is None else w.sigmoid(),
+            threshold=v_threshold,
+            numbers=numbers,
+            spike=spike,
+            v=v,
+            v_seq=v_seq,
+            bits=packed,
+        )
+        return spike, v, v_seq, None, packed
+
+    def backward(
+        self,
+        needs: plan.Needs,
+        grad_spike: Tensor | None,
+        grad_v: Tensor | None,
+        grad_v_seq: Tensor | None,
+        x: Tensor,
+        v0: Tensor | None,
+        v_init: float,
+        w: Tensor | None,
+        v_threshold: Tensor | None,
+        checkpoint: Tensor | None,
+        numbers: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        call = self.backwards.get(needs) or self._backward(needs)
+        device = self.spec.device
+        grad_x = grad_v0 = grad_w = grad_threshold = grad_weight = grad_bias = None
+        if needs.x:
+            grad_x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+            ask_for_huge_pages(grad_x)
+        if needs.v0:
+            grad_v0 = torch.empty_strided(*self.step, dtype=torch.float32, device=device)
+        if needs.w:
+            grad_w = torch.empty(self.parameter, dtype=torch.float32, device=device)
+        if needs.v_threshold:
+            grad_threshold = torch.empty(self.parameter, dtype=torch.float32, device=device)
+        if needs.norm:
+            channels = self.spec.channels
+            grad_weight = torch.empty(channels, dtype=torch.float32, device=device)
+            grad_bias = torch.empty(channels, dtype=torch.float32, device=device)
+        call(
+            v_init,
+            x=x,
+            v0=v0,
+            q=None if w is None else w.sigmoid(),
+            threshold=v_threshold,
+            numbers=numbers,
+            grad_spike=grad_spike,
+            grad_v=grad_v,
+            grad_v_seq=grad_v_seq,
+            grad_x=grad_x,
+            grad_v0=grad_v0,
+            grad_w=grad_w,
+            grad_threshold=grad_threshold,
+            grad_weight=grad_weight,
+            grad_bias=grad_bias,
+        )
+        return grad_x, grad_v0, grad_w, grad_threshold, grad_weight, grad_bias
+
+    def _backward(self, needs: plan.Needs) -> Call:
+        """The call for these gradients: in two passes where those of x need a norm's sums first."""
+        spec, neuron = self.spec, self.spec.dynamics
+        kernel = loops.backward_for(
+            neuron.surrogate,
+            neuron.decay_input,
+            neuron.v_reset is None,
+            neuron.detach_reset,
+            needs.w,
+            needs.v_threshold,
+        )
+        needs_sums = spec.norm and not spec.fixed_norm and needs.x
+        passes: tuple[dict[str, float], ...] = ({"norm_sums": needs.norm},)
+        whole = needs_sums and self._has_channels_in_cache()
+        if whole:
+            passes = ({"norm_sums": True, "ab": True},)
+        elif needs_sums:
+            passes = {"norm_sums": True, "sums_only": True}, {"ab": True}
+        call = Call(kernel, self._partition(whole), *passes, **self.options)
+        return self.backwards.setdefault(needs, call)
+
+    def _has_channels_in_cache(self) -> bool:
+        """Whether all values of the channels of a part, at least one, fit the cache."""
+        spec = self.spec
+        channels = threads.group_size(spec.channels, spec.inner)
+        return 0 < self.options["count"] * channels <= threads.WHOLE
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = autograd.Backward(*arguments)
-    call.check_layout()
-    gradients = grad_x, grad_v0, grad_parameters, norm_sums = autograd.empty_gradients(*call)
-    x, whole = call.x_seq, call.numbers is not None
-    q, threshold = _parameters(call)
-    partition = _partition(x, len(q), whole)
-    ask_for_huge_pages(grad_x)
-    sums = partition.sums(2)
-    sums_of_norm = partition.sums(2) if call.need_norm else None
-    needs = call.need_w, call.need_v_threshold
-    # The first of two backwards takes the kernel of the second, rather than wait for another one.
-    learned = (True, True) if call.need_norm and not call.need_x else needs
-    options = call.surrogate, call.decay_input, call.v_reset is None, call.detach_reset, *learned
-    run(
-        loops.compile_kernel(loops.backward_for(*options)),
-        partition,
-        q=q,
-        threshold=threshold,
-        norm=call.norm,
-        ab=torch.empty((2, len(q)), dtype=torch.float32) if whole else call.ab,
-        numbers=call.numbers,
-        fixed_norm=call.fixed_norm,
-        grad_spike=call.grad_spike_seq,
-        grad_v=call.grad_v,
-        grad_v_seq=call.grad_v_seq,
-        grad_x=grad_x,
-        grad_v0=grad_v0,
-        sums=sums,
-        norm_sums=sums_of_norm,
-        a=call.a,
-        b=call.b,
-        **_options(call),
-    )
-    # numpy's functions cost a fraction of torch's for a few numbers.
-    total = sums.numpy().sum(0)
-    if call.need_w:
-        rate = q.numpy().astype(np.float64)
-        with np.errstate(invalid="ignore", over="ignore"):  # torch warns of neither
-            total[0] *= rate * (1 - rate)  # dq/dw
-    if call.w.dim() == 0:
-        total = total.sum(1)
-    asked = total[1 - call.need_w : 1 + call.need_v_threshold]
-    grad_parameters.numpy()[:] = asked.reshape(grad_parameters.shape)
-    if sums_of_norm is not None:
-        norm_sums.numpy()[:] = sums_of_norm.numpy().sum(0)
-    return gradients
+def _sigmoid(w: float | None) -> float:
+    """As torch computes it in float32."""
+    return 0.0 if w is None else float(torch.tensor(w, dtype=torch.float32, device="cpu").sigmoid())
 
 
-def _statistics(x: Tensor) -> Tensor:
-    autograd.check_layout(x)
-    first = x.as_strided((x.shape[2],), (x.stride(2),)).float().contiguous()  # of each channel
-    partition = _partition(x, len(first), whole=False)
-    sums = partition.sums(3)
-    kernel = loops.compile_kernel(loops.statistics)
-    run(kernel, partition, x=x, norm=first, sums=sums, dtype=DTYPES[x.dtype])
-    with np.errstate(invalid="ignore"):  # of infinities, of which torch does not warn either
-        mean, square, deviation = sums.numpy().sum(0) / (x[0].numel() // len(first))
-        var = deviation / len(x) + np.maximum(square - mean * mean, 0)
-    return torch.from_numpy(np.stack([mean + first.numpy(), var]))
+class NormPlan:
+    """A :class:`..plan.NormSpec` on the CPU."""
+
+    def __init__(self, spec: plan.NormSpec) -> None:
+        self.shape = 5, spec.channels
+        sample = spec.channels * spec.inner
+        samples = 0 if spec.fixed or not sample else spec.size // sample
+        self.call = Call(
+            loops.statistics,
+            Partition.of_samples(samples, spec.inner, spec.channels),
+            dtype=DTYPES[spec.dtype],
+            fixed_norm=spec.fixed,
+            plain_average=spec.momentum is None,
+            momentum=spec.momentum or 0.0,
+            eps=spec.eps,
+            count=max(samples * spec.inner, 1),
+        )
+
+    def numbers(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        batches: Tensor | None,
+    ) -> Tensor:
+        numbers = torch.empty(self.shape, dtype=torch.float64, device="cpu")
+        self.call(
+            x=x,
+            weight=weight,
+            bias=bias,
+            running_mean=running_mean,
+            running_var=running_var,
+            batches=batches,
+            numbers=numbers,
+        )
+        return numbers
 
 
-def _parameters(call: autograd.Forward | autograd.Backward) -> tuple[Tensor, Tensor]:
-    """``q`` and the threshold, one per channel if there is a norm or they are."""
-    width = call.w.numel() if call.norm is None else call.x_seq.shape[2]
-    q, threshold = call.w.sigmoid(), call.v_threshold
-    return q.expand(width).contiguous(), threshold.expand(width).contiguous()
+@lru_cache(maxsize=256)
+def _bits(kernel: Any, steps: int, neurons: int, dtype: torch.dtype) -> Call:
+    return Call(kernel, Partition.of_neurons(steps, neurons, 1, 1), dtype=DTYPES[dtype])
 
 
-def _partition(x: Tensor, channels: int, whole: bool) -> Partition:
-    return Partition.of(len(x), x.numel() // len(x), _inner(x, channels), channels, whole)
+def pack(spikes: Tensor) -> Tensor:
+    """:func:`sj_taid.ops.bits.pack`."""
+    if spikes.dtype not in DTYPES:
+        return bits.pack(spikes)
+    steps, neurons = spikes.shape
+    packed = torch.empty((bits.count_bytes(steps), neurons), dtype=torch.uint8, device="cpu")
+    _bits(loops.pack, steps, neurons, spikes.dtype)(spike=spikes, bits=packed)
+    return packed
 
 
-def _inner(x: Tensor, channels: int) -> int:
-    """Neuron ``i`` has channel ``i // inner % channels``."""
-    return x.stride(2) if channels > 1 else max(x.numel() // len(x), 1)
+def unpack_into(packed: Tensor, spikes: Tensor) -> None:
+    """:func:`sj_taid.ops.bits.unpack_into`."""
+    if spikes.dtype in DTYPES:
+        _bits(loops.unpack, *spikes.shape, spikes.dtype)(spike=spikes, bits=packed)
+    else:
+        bits.unpack_into(packed, spikes)
 
 
-def _has_channels_in_cache(x: Tensor) -> bool:
-    """Whether all values of the channels of a part, at least one, fit the cache."""
-    channels = x.shape[2]
-    values = x.numel() // channels * group_size(channels, _inner(x, channels))
-    return 0 < values <= threads.WHOLE
-
-
-def _options(call: autograd.Forward | autograd.Backward) -> dict[str, Any]:
-    return {
-        "x": call.x_seq,
-        "dtype": DTYPES[call.x_seq.dtype],
-        "v0": call.v0,
-        "v_init": call.v_init,
-        "v_rest": call.v_reset,
-        "decay_input": call.decay_input,
-        "soft": call.v_reset is None,
-    }
-
+ENGINE = plan.Engine(plan=Plan, norm=NormPlan, pack=pack, unpack_into=unpack_into)
 
 unsupported = partial(autograd.unsupported, "cpu", tuple(DTYPES))
-ENGINE = autograd.register(
-    "cpu",
-    "CPU",
-    autograd.Engine(_forward, _backward, _statistics, lambda T, dtype: 0, _has_channels_in_cache),
-)
+OPERATORS = autograd.register("cpu", "CPU", ENGINE)
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
-multi_step = partial(autograd.multi_step, ENGINE)
+multi_step = partial(autograd.multi_step, ENGINE, OPERATORS)

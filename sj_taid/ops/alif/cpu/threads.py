@@ -50,18 +50,16 @@ def _gomp() -> Any:
     return ctypes.CDLL(str(libraries[0])) if libraries else None
 
 
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
 # A forked child inherits the pool but not its threads.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 class Partition(NamedTuple):
-    """How the neurons are distributed, a function of the shape alone.
+    """How the work is distributed, a function of the shape alone.
 
-    Each group of ``group`` channels is cut into ``ranges`` parts. With ``whole`` a part is a whole
-    group, and a thread has room for its input and its gradient.
+    Each group of ``group`` channels is cut into ``ranges`` parts, none where there is no work. With
+    ``whole`` a part is a whole group, and a thread has room for its input and its gradient.
     """
 
     parts: int
@@ -72,6 +70,7 @@ class Partition(NamedTuple):
     length: int
     group: int
     whole: bool
+    sums_size: int
     scratch_size: int
     steps: int
     neurons: int
@@ -79,34 +78,46 @@ class Partition(NamedTuple):
     channels: int
 
     @classmethod
-    @cache
-    def of(cls, steps: int, neurons: int, inner: int, channels: int, whole: bool) -> Partition:
+    def of_neurons(
+        cls, steps: int, neurons: int, inner: int, channels: int, whole: bool = False
+    ) -> Partition:
+        """Parts of a step's neurons, for all steps."""
+        inner = inner if channels > 1 else max(neurons, 1)
         rows = loops.scratch_rows(steps)
         block = min(max(SCRATCH // (rows + steps), BLOCK[0]), BLOCK[1]) // 64 * 64
+        group, length = max(channels, 1), _pad(block)
+        part_size = block * max(1, -(-neurons // (block * PARTS)))
         if whole:
             group = group_size(channels, inner)
-            part_size, ranges = neurons // channels * group, 1
+            part_size = neurons // channels * group
             length = _pad(part_size)
-        else:
-            group, length = max(channels, 1), _pad(block)
-            part_size = block * max(1, -(-neurons // (block * PARTS)))
-            ranges = -(-neurons // part_size)
-        parts = ranges * -(-channels // group)
-        shape = steps, neurons, inner, channels
+        ranges = 1 if whole else -(-neurons // part_size)
+        parts = max(ranges * -(-channels // group), 1)
         pitch = _pad(block)
         scratch = rows * pitch + (1 + whole) * steps * length
-        return cls(parts, ranges, part_size, block, pitch, length, group, whole, scratch, *shape)
+        sums = (loops.SUMS * ranges + 1) * channels
+        shape = steps, neurons, inner, channels
+        return cls(
+            parts, ranges, part_size, block, pitch, length, group, whole, sums, scratch, *shape
+        )
 
-    def sums(self, kinds: int) -> Tensor:
-        """Room for sums over the neurons of each channel, zeros."""
-        shape = self.ranges, kinds, self.channels
-        return torch.zeros(shape, dtype=torch.float64, device="cpu")
-
-
-@cache
-def _sizes(partition: Partition) -> loops.Arguments:
-    """The arguments that the partition decides."""
-    return loops.Arguments(**partition._asdict())
+    @classmethod
+    def of_samples(cls, samples: int, inner: int, channels: int) -> Partition:
+        """Parts of ``[samples, channels, inner]``, for a norm's statistics: ``steps`` samples."""
+        sample = inner * channels
+        block, group, pitch = 1, channels, _pad(loops.STRETCH)
+        if inner < loops.RUN:
+            group = min(channels, loops.COLUMNS // inner)
+            block = max(1, loops.COLUMNS // sample)
+            pitch = _pad(block * group * inner)
+        part_size = max(1, -(-samples // PARTS), GRAIN // (group * inner))
+        ranges = -(-samples // part_size)
+        if ranges < 8 and inner >= loops.RUN:  # large samples: channels are parts, too
+            group = max(1, channels * ranges // 8)
+        parts = max(ranges * -(-channels // group), 1)
+        sums = loops.MOMENTS * ranges * channels
+        shape = samples, sample, inner, channels
+        return cls(parts, ranges, part_size, block, pitch, 0, group, False, sums, 4 * pitch, *shape)
 
 
 def _pad(size: int) -> int:
@@ -119,31 +130,47 @@ def group_size(channels: int, inner: int) -> int:
     return min(channels, -(-RUN // inner))
 
 
-def run(kernel: Any, partition: Partition, **arguments: Tensor | float | None) -> None:
-    """Call the kernel on as many threads as torch may use and the work is worth.
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
-    The arguments are those of :class:`.loops.Arguments`; what is missing or ``None`` is 0.
-    """
-    work = partition.steps * partition.neurons
-    threads = max(1, min(torch.get_num_threads(), partition.parts, work // GRAIN))
-    counters = (ctypes.c_int64 * 2)()
-    scratch = torch.empty(threads * partition.scratch_size, dtype=torch.float32, device="cpu")
-    record = loops.Arguments.from_buffer_copy(_sizes(partition))
-    record.counters, record.scratch = ctypes.addressof(counters), scratch.data_ptr()
-    for name, value in arguments.items():
-        if value is not None:
-            setattr(record, name, value.data_ptr() if isinstance(value, Tensor) else value)
-    address = ctypes.addressof(record)
-    function = _FUNCTION(kernel.address)
-    if threads == 1:
-        function(address)
-    elif os.getpid() == PROCESS and (gomp := _gomp()):
-        gomp.GOMP_parallel(function, ctypes.c_void_p(address), threads, 0)
-    else:
-        others = [_pool().submit(function, address) for _ in range(threads - 1)]
-        function(address)
-        for other in others:
-            other.result()
+
+@cache
+def _function(kernel: Any) -> Any:
+    return _FUNCTION(loops.compile_kernel(kernel).address)
+
+
+class Call:
+    """A kernel, and what of its arguments is known in advance: all but addresses."""
+
+    def __init__(
+        self, kernel: Any, partition: Partition, *passes: dict[str, float], **options: Any
+    ):
+        self.function = _function(kernel)
+        self.scratch_size, self.sums_size = partition.scratch_size, partition.sums_size
+        self.threads = max(1, min(partition.parts, partition.steps * partition.neurons // GRAIN))
+        arguments = partition._asdict() | options
+        self.passes = [loops.Arguments(**arguments | more) for more in passes or ({},)]
+
+    def __call__(self, v_init: float = 0.0, **tensors: Tensor | None) -> None:
+        """Run it on as many threads as torch may use and the work is worth."""
+        threads = min(torch.get_num_threads(), self.threads)
+        size = 2 * self.sums_size + threads * self.scratch_size
+        scratch = torch.empty(size, dtype=torch.float32, device="cpu")
+        for arguments in self.passes:
+            record = loops.Arguments.from_buffer_copy(arguments)
+            record.scratch, record.v_init = scratch.data_ptr(), v_init
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    setattr(record, name, tensor.data_ptr())
+            address = ctypes.addressof(record)
+            if threads == 1:
+                self.function(address)
+            elif os.getpid() == PROCESS and (gomp := _gomp()):
+                gomp.GOMP_parallel(self.function, ctypes.c_void_p(address), threads, 0)
+            else:
+                others = [_pool().submit(self.function, address) for _ in range(threads - 1)]
+                self.function(address)
+                for other in others:
+                    other.result()
 
 
 @cache
@@ -152,11 +179,11 @@ def _madvise() -> Any:
     return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
-def ask_for_huge_pages(*tensors: Tensor) -> None:
+def ask_for_huge_pages(*tensors: Tensor | None) -> None:
     """Let the system back large new tensors, and what reuses their memory, by huge pages."""
     for tensor in tensors:
         # Twice the size, so that one huge page lies within wherever the tensor begins.
-        if tensor.nbytes >= 2 * HUGE and (madvise := _madvise()):
+        if tensor is not None and tensor.nbytes >= 2 * HUGE and (madvise := _madvise()):
             first = -(-tensor.data_ptr() // HUGE) * HUGE
             last = (tensor.data_ptr() + tensor.nbytes) // HUGE * HUGE
             madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)

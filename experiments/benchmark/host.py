@@ -1,0 +1,185 @@
+"""What Python and small operations cost: CPU time of accelerated norms and neurons, and of nets.
+
+    python experiments/benchmark/host.py
+
+writes ``host.csv``: forward and backward of a norm and a LIF, and of a LIF alone, in layers of
+several sizes; of views of spikes and a convolution of them; and training steps and forwards
+without gradients of small nets in the idioms of published ones. Each system takes turns with its
+rival, ``plain`` first; times are medians of the process's CPU time and of wall time, and ratios are
+of CPU time. Layers below a million values run on one thread.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import published_nets
+import torch
+from common import parser, train_step, write_csv
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sj_taid import ALIFNode, accelerate
+from sj_taid.training.process import reuse_freed_memory
+
+#: sequences, and how many turns they are measured for
+LAYERS = {
+    (4, 2, 8, 4, 4): 400,
+    (8, 2, 8, 4, 4): 400,
+    (4, 2, 64, 16, 16): 200,
+    (8, 32, 128, 14, 14): 20,
+}
+#: values from which all threads compute
+LARGE = 1 << 20
+OPTIONS = {"step_mode": "m", "surrogate_function": surrogate.ATan(), "detach_reset": True}
+
+Systems = Mapping[str, Callable[[], object]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_parser = parser(__doc__, device=False, nets=published_nets.NETS)
+    options_parser.add_argument("--turns", type=float, default=1.0, help="of the usual number")
+    options = options_parser.parse_args(arguments)
+    reuse_freed_memory()
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, shape: Sequence[int], systems: Systems, turns: int) -> None:
+        table = take_turns(systems, max(3, int(turns * options.turns)))
+        rows.extend({"what": what, "shape": [*shape], **row} for row in table)
+
+    for shape, turns in LAYERS.items():
+        with threads(shape):
+            add("norm and LIF", shape, norm_and_neuron(shape), turns)
+            add("LIF", shape, neuron_alone(shape), turns)
+    spikes = (4, 2, 8, 16, 16)
+    with threads(spikes):
+        add("view of spikes, 1,000 times", spikes, views(spikes), 100)
+        add("convolution of spikes, 100 times", spikes, convolutions(spikes), 100)
+        for name in options.nets:
+            steps, forwards = whole_nets(name)
+            add(f"{name}: training step", (4, 2, 3, 32, 32), steps, 40)
+            add(f"{name}: without gradients", (4, 2, 3, 32, 32), forwards, 40)
+    table = pd.DataFrame(rows)
+    print(summary(table).to_string())
+    write_csv(table, options.out / "host.csv")
+
+
+class threads:
+    """As many threads as a layer of this shape gets."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.count = 1 if torch.Size(shape).numel() < LARGE else torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.count)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def take_turns(systems: Systems, turns: int) -> list[dict[str, Any]]:
+    """Microseconds of each system, and the ratio to the first."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
+    for turn in range(turns + 3):
+        for name, call in systems.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            now = (time.process_time() - cpu) * 1e6, (time.perf_counter() - wall) * 1e6
+            if turn >= 3:
+                times[name].append(now)
+    medians = {name: pd.DataFrame(values).median() for name, values in times.items()}
+    first = next(iter(medians.values()))
+    return [
+        {"system": n, "cpu_us": m[0], "wall_us": m[1], "cpu_ratio": m[0] / first[0]}
+        for n, m in medians.items()
+    ]
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Median and worst ratio of the nets, by what they do."""
+    nets = table[table["what"].str.contains(":") & (table["system"] == "accelerate")]
+    does = nets["what"].str.partition(": ")[2]
+    return nets.groupby(does)["cpu_ratio"].agg(["count", "median", "max"])
+
+
+def step(net: nn.Module, x: Tensor, grad: Tensor) -> None:
+    functional.reset_net(net)
+    net(x).backward(grad)
+
+
+def _steps(nets: Mapping[str, nn.Module], shape: Sequence[int]) -> Systems:
+    x, grad = torch.randn(*shape).requires_grad_(), torch.randn(*shape)
+    return {name: partial(step, net, x, grad) for name, net in nets.items()}
+
+
+def norm_and_neuron(shape: Sequence[int]) -> Systems:
+    """A norm and a LIF: plain, accelerated, torch's norm with ALIF, and with PLIF."""
+
+    def pair(node: nn.Module) -> nn.Module:
+        return nn.Sequential(layer.BatchNorm2d(shape[2], step_mode="m"), node)
+
+    nets = {"plain": pair(neuron.LIFNode(**OPTIONS)), "accelerate": pair(neuron.LIFNode(**OPTIONS))}
+    nets["plain PLIF"] = pair(neuron.ParametricLIFNode(**OPTIONS))
+    nets["norm, then ALIF"] = pair(ALIFNode(**OPTIONS))
+    nets["accelerate ALIF"] = pair(ALIFNode(**OPTIONS))
+    accelerate(nets["accelerate"])
+    accelerate(nets["accelerate ALIF"])
+    return _steps(nets, shape)
+
+
+def neuron_alone(shape: Sequence[int]) -> Systems:
+    nets = {name: nn.Sequential(neuron.LIFNode(**OPTIONS)) for name in ("plain", "accelerate")}
+    accelerate(nets["accelerate"])
+    return _steps(nets, shape)
+
+
+def _spikes(shape: Sequence[int]) -> dict[str, Tensor]:
+    """Spikes as a plain tensor, and accelerated ones."""
+    net = nn.Sequential(neuron.LIFNode(**OPTIONS))
+    accelerate(net)
+    spikes = net(torch.rand(*shape).requires_grad_())
+    return {"plain": spikes.detach().as_subclass(Tensor).requires_grad_(), "accelerate": spikes}
+
+
+def views(shape: Sequence[int]) -> Systems:
+    def call(spikes: Tensor) -> None:
+        for _ in range(1000):
+            spikes.flatten(0, 1)
+
+    return {name: partial(call, spikes) for name, spikes in _spikes(shape).items()}
+
+
+def convolutions(shape: Sequence[int]) -> Systems:
+    weight = torch.rand(8, shape[2], 1, 1).requires_grad_()
+
+    def call(spikes: Tensor) -> None:
+        for _ in range(100):
+            F.conv2d(spikes, weight)
+
+    return {name: partial(call, s.flatten(0, 1)) for name, s in _spikes(shape).items()}
+
+
+def whole_nets(name: str) -> tuple[Systems, Systems]:
+    """Training steps of a net, and forwards without gradients."""
+    torch.manual_seed(0)
+    plain, fast = (published_nets.build(name, width=16) for _ in range(2))
+    fast.load_state_dict(plain.state_dict())
+    accelerate(fast)
+    x = torch.rand(4, 2, 3, 32, 32)
+
+    def forward(net: nn.Module) -> None:
+        functional.reset_net(net)
+        with torch.no_grad():
+            net(x)
+
+    nets = {"plain": plain, "accelerate": fast}
+    steps = {kind: partial(train_step, net, x, "float32") for kind, net in nets.items()}
+    return steps, {kind: partial(forward, net) for kind, net in nets.items()}
+
+
+if __name__ == "__main__":
+    main()
