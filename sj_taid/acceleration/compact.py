@@ -34,7 +34,7 @@ _MOST_PARTS = 16
 _EXPOSES = {
     *(Tensor.data.__get__, Tensor.data.__set__, Tensor.data_ptr, Tensor.numpy),  # type: ignore[attr-defined]
     *(Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__, Tensor.__array__, Tensor.tolist),
-    *(Tensor.set_, Tensor.resize_, Tensor.share_memory_),
+    Tensor.share_memory_,
     *(Tensor.apply_, Tensor.map_, Tensor.map2_),
 }
 #: the module whose functions change memory that autograd does not see

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map_only
 
 from .. import _graph
@@ -41,6 +42,15 @@ _VIEWS: dict[Any, Any] = {
             *(_aten.alias.default, _aten.detach.default),
         )
     },
+}
+#: the operations in place that change the shape alone
+_CHANGES: dict[Any, Any] = {
+    _aten.unsqueeze_.default: _aten.unsqueeze.default,
+    _aten.squeeze_.default: _aten.squeeze.default,
+    _aten.squeeze_.dim: _aten.squeeze.dim,
+    _aten.squeeze_.dims: _aten.squeeze.dims,
+    _aten.transpose_.default: _aten.transpose.int,
+    _aten.t_.default: _aten.t.default,
 }
 #: the nodes of autograd's graph that these operations make, and ``clone``
 _VIEW_NODES = {
@@ -398,12 +408,9 @@ class NormOutput(Known):
                 return view
             if func is _aten.clone.default and first._content.values is None:
                 return first._copy(kwargs.get("memory_format", torch.preserve_format))
+            if torch.Tag.inplace_view in func.tags:
+                return first._change_shape(func, args[1:])
         name = func._schema.name.removeprefix("aten::")
-        if torch.Tag.inplace_view in func.tags and isinstance(first, NormOutput):
-            raise RuntimeError(
-                f"{name} cannot change the shape of an accelerated norm's output in place: write "
-                f"y = y.{name.rstrip('_')}(...), or sj_taid.unaccelerate(net)"
-            )
         # Schemas of other libraries, such as c10d's, do not say what they change.
         is_mutable = func._schema.is_mutable or func.namespace != "aten"
         given = kwargs.get("out", first)
@@ -435,6 +442,23 @@ class NormOutput(Known):
         if torch.is_grad_enabled() and self._inputs:
             copied._inputs = self._inputs._replace(place=place)
         return copied
+
+    def _change_shape(self, func: Any, args: tuple[Any, ...]) -> NormOutput:
+        """The same object as a view of itself."""
+        view = _CHANGES.get(func)
+        if view is None:
+            name = func._schema.name.removeprefix("aten::")
+            raise RuntimeError(
+                f"{name} cannot change an accelerated norm's output, which has no memory of its "
+                "own: write y = y + 0 first, or sj_taid.unaccelerate(net)"
+            )
+        place: Any = self._place.view(view, args)
+        self._place = place
+        if self._inputs:
+            self._inputs = self._inputs._replace(place=place)
+        with no_dispatch():  # of the wrapper itself
+            func(self, *args)
+        return self
 
     def computed(self, reader: str) -> Tensor:
         """The values, outside autograd's graph, for ``reader``."""

@@ -68,3 +68,81 @@ def test_norm_apart_is_torchs_bit_for_bit(layout, dtype):
         assert type(y) is NormOutput
         assert all(map(torch.equal, *found)), (training, affine, tracked)
         torch.testing.assert_close(*penalties, rtol=1e-2, atol=1e-2)
+
+
+def behind_a_view(change):
+    def changed(y):
+        view = y.view(4, 2, *y.shape[1:])
+        change(view)
+        return view
+
+    return changed
+
+
+def seen_by_others(y):
+    before = y.view(-1)
+    y.unsqueeze_(0)
+    return y + before.view(y.shape)
+
+
+#: what changes the shape of a norm's output [8, 4, 3, 4] in place, and whether a neuron then reads
+#: both as one
+CHANGES = {
+    "unsqueeze_": (lambda y: y.unsqueeze_(1), True),
+    "unsqueeze_ by the class": (lambda y: torch.Tensor.unsqueeze_(y, -1), True),
+    "squeeze_": (lambda y: y.unsqueeze_(1).squeeze_(), True),
+    "squeeze_ an axis": (lambda y: y.unsqueeze_(1).squeeze_(1), True),
+    "squeeze_ axes": (lambda y: y.unsqueeze_(1).unsqueeze_(0).squeeze_((0, 2)), True),
+    "transpose_": (lambda y: y.transpose_(-1, -2), True),
+    "transpose_ time": (lambda y: y.transpose_(0, 1), False),
+    "swapaxes_": (lambda y: y.swapaxes_(1, 2), True),
+    "swapdims_": (lambda y: y.swapdims_(1, 3), True),
+    "t_": (lambda y: y.flatten(1).t_(), False),
+    "t_ twice": (lambda y: y.flatten(1).t_().t_(), True),
+    "of a view": (behind_a_view(lambda y: y.unsqueeze_(2)), True),
+    "of a view, transposed": (behind_a_view(lambda y: y.transpose_(-1, -2)), True),
+    "of a detached one": (lambda y: (y.detach().unsqueeze_(0), y)[1], True),
+    "then a view": (lambda y: y.unsqueeze_(0).flatten(0, 1), True),
+    "then in place": (lambda y: y.unsqueeze_(1).mul_(2), False),
+    "after in place": (lambda y: y.mul_(2).unsqueeze_(1), False),
+    "then read": (lambda y: y.unsqueeze_(1) * 2, False),
+    "views before": (seen_by_others, False),
+    "a view in place, then it": (lambda y: (behind_a_view(lambda v: v.t_)(y), y * 2)[1], False),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_shape_changes_in_place(name):
+    change, is_fused = CHANGES[name]
+    plain = nn.ModuleList(
+        [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]
+    )
+    plain[2].surrogate_function, plain[2].v_threshold = surrogate.ATan(), 0.3
+    fast, x, found = copy.deepcopy(plain), torch.randn(8, 3, 5, 6), []
+    report = sj_taid.accelerate(fast)
+    for conv, norm, node in (plain, fast):
+        z = change(y := norm(conv(x)))
+        spikes = node(z)
+        weights = torch.linspace(-1, 1, spikes.numel()).view(spikes.shape)
+        (spikes * weights).sum().backward()
+        facts = [(t.shape, t.stride(), t._version, t._is_view()) for t in (y, z)]
+        found.append((facts, spikes + 0, [p.grad for p in (conv.weight, *norm.parameters())]))
+    (facts, spikes, gradients), (expected_facts, expected, expected_gradients) = reversed(found)
+    assert facts == expected_facts and torch.equal(spikes, expected)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
+    assert (report.rows[0].done == "fused into 2") is is_fused, str(report)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y.as_strided_((3,), (1,)),
+        lambda y: y.detach().set_(torch.ones(2)),
+        lambda y: y.detach().resize_(2),
+    ],
+)
+def test_other_memory_for_a_norm_output_is_refused(change):
+    net = nn.ModuleList([nn.BatchNorm1d(3), neuron.LIFNode(step_mode="m")])
+    sj_taid.accelerate(net)
+    with pytest.raises(RuntimeError, match=r"has no memory of its own: write y = y \+ 0 first"):
+        change(net[0](torch.randn(4, 3, requires_grad=True).clone()))
