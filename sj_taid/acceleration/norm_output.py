@@ -403,6 +403,9 @@ class NormOutput(Known):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs, first = kwargs or {}, args[0] if args else None
+        if torch.is_inference_mode_enabled():  # a view of it would be no inference tensor
+            with torch.inference_mode(False), torch.no_grad():
+                return func(*args, **kwargs)
         if isinstance(first, NormOutput):
             if func in _VIEWS and (view := first._view(func, args[1:])) is not None:
                 return view

@@ -9,6 +9,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
 import sj_taid
+from sj_taid.acceleration.compact import Compact
 from sj_taid.acceleration.norm_output import NormOutput
 
 LAST = {"memory_format": torch.channels_last}
@@ -146,3 +147,46 @@ def test_other_memory_for_a_norm_output_is_refused(change):
     sj_taid.accelerate(net)
     with pytest.raises(RuntimeError, match=r"has no memory of its own: write y = y \+ 0 first"):
         change(net[0](torch.randn(4, 3, requires_grad=True).clone()))
+
+
+#: what a hook that logs may do with a norm's output [8, 4, 3, 4] or with spikes in inference mode
+PEEKS = {
+    "detach": lambda y: y.detach().mean(),
+    "detach, then in place": lambda y: y.detach().clone().mul_(2).sum(),
+    "views": lambda y: y.view(-1).unsqueeze(0).transpose(0, 1).flatten().sum(),
+    "composed views": lambda y: y.reshape(8, -1).swapaxes(0, 1).unflatten(0, (4, 12)).sum(1),
+    "shape in place": lambda y: y.detach().unsqueeze_(0).swapaxes_(1, 2).squeeze_().std(),
+    "slices": lambda y: sum(part[::2].mean() for part in y.chunk(2)),
+    "a loop": lambda y: torch.stack([image.max() for image in y]),
+    "data": lambda y: y.data.sum(),
+    "in place": lambda y: y.detach().add_(1).sum(),
+    "numpy": lambda y: torch.as_tensor(float(y.detach().numpy().sum())),
+    "a list": lambda y: torch.tensor(y.tolist()).sum(),
+    "cast": lambda y: y.to(torch.float64).sum(),
+    "contiguous": lambda y: y.transpose(0, 1).contiguous().view(-1)[3],
+    "copied": lambda y: copy.deepcopy(y.detach()).sum(),
+    "shown": lambda y: torch.tensor(float(len(f"{y.detach()}"))),
+    "a norm of it": lambda y: nn.functional.batch_norm(y, None, None, training=True).std(),
+    "a sum with it": lambda y: (y + y.detach()).std() + torch.linalg.norm(y),
+}
+
+
+@pytest.mark.parametrize("peek", PEEKS.values(), ids=PEEKS)
+def test_hooks_read_in_inference_mode(peek):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m"))
+    fast, x, found, kinds = copy.deepcopy(plain), torch.randn(8, 3, 5, 6), [], set()
+    sj_taid.accelerate(fast)
+
+    @torch.inference_mode()
+    def log(module, inputs, output):
+        kinds.add(type(output))
+        found[-1].append(peek(output).clone())
+
+    for net in (plain, fast):
+        found.append([])
+        for module in net[1:]:
+            module.register_forward_hook(log)
+        net(x).sum().backward()
+        found[-1] += [net[1].weight.grad, net[2].v.detach()]
+    assert kinds == {torch.Tensor, NormOutput, Compact}
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
