@@ -29,6 +29,8 @@ class NormInput(NamedTuple):
     numbers: Tensor
     #: what of them a plan depends on; it makes the spec of a call
     place: Any
+    #: which of x, weight and bias required a gradient at the norm's call
+    needs: tuple[bool, ...]
 
 
 class _Call(NamedTuple):
@@ -94,7 +96,7 @@ class FusedNeuron:
         """
         w, v_threshold = self._operands()
         if norm is not None:
-            x, weight, bias, numbers, place = norm
+            x, weight, bias, numbers, place, _ = norm
         elif type(x_seq) in self._takes and _graph.is_eager():
             x, weight, bias, numbers = x_seq, None, None, None
             place = x.shape, x.stride(), x.dtype, x.device, x.is_inference()

@@ -312,9 +312,9 @@ class _Wait(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         # Not the call, which holds the input.
         ctx.gradient, ctx.torch_norm = call.gradient, call.torch_norm
-        place = call.waiting.place
+        place, numbers = call.waiting.place, call.torch_norm.numbers
         output = NormOutput(_Content(call, partial(call.values, place.made)), place)
-        output._inputs = NormInput(x, weight, bias, call.torch_norm.numbers, place)
+        output._inputs = NormInput(x, weight, bias, numbers, place, ctx.needs_input_grad[:3])
         return output
 
     @staticmethod
@@ -485,10 +485,13 @@ class NormOutput(Known):
             return "its values were changed"
         if not torch.is_grad_enabled():
             return "no gradient is asked for"
-        with torch._C.DisableTorchFunctionSubclass():
-            node = self.grad_fn
-        if call.gradient.has_hooks or inputs is None or not _comes_from_norm(node):
+        if call.gradient.has_hooks or inputs is None or not _norm_node(self._node):
             return "a hook or a function of its own stands between"
+        x, weight, bias, *_, needed = inputs
+        needs_weight = weight is not None and weight.requires_grad
+        needs_bias = bias is not None and bias.requires_grad
+        if (x.requires_grad, needs_weight, needs_bias) != needed:
+            return "its input or parameters require a gradient no longer, or only since"
         # Hooks around the checkpoint may give its recomputation the values.
         hooks = _graph.saving_hooks()
         if call.hooks != hooks and _graph.are_checkpoints(hooks):
@@ -526,6 +529,23 @@ class NormOutput(Known):
     def exposed(self) -> Tensor:
         self._content.hold()
         return self.plain("its memory")
+
+    @property
+    def _node(self) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().grad_fn
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """The node in autograd's graph: who asks for it may register a hook, unseen if on a view's.
+
+        Where a neuron went past it, the norm's own, which refuses hooks.
+        """
+        node, gradient = self._node, self._content.call.gradient
+        if (norm_node := _norm_node(node)) and gradient.is_fused:
+            return norm_node
+        gradient.has_hooks |= norm_node is not None
+        return node
 
     @property
     def data(self) -> Tensor:
@@ -570,13 +590,13 @@ def wait(module: Any, x: Tensor, waiting: Waiting, weight: Any, bias: Any, *runn
         return _wait(x, weight, bias, call)
 
 
-def _comes_from_norm(node: Any) -> bool:
-    """Whether views alone lie between a node of autograd's graph and a norm."""
+def _norm_node(node: Any) -> Any:
+    """The norm's node in autograd's graph, if views alone lie between it and ``node``."""
     while type(node) is not _node:
         if node is None or re.sub(r"Backward\d*", "", node.name()) not in _VIEW_NODES:
-            return False
+            return None
         ((node, _),) = node.next_functions
-    return True
+    return node
 
 
 def memory_order(x: Tensor) -> torch.memory_format:

@@ -190,3 +190,79 @@ def test_hooks_read_in_inference_mode(peek):
         found[-1] += [net[1].weight.grad, net[2].v.detach()]
     assert kinds == {torch.Tensor, NormOutput, Compact}
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def thrice(gradients):
+    return tuple(None if g is None else 3 * g for g in gradients)
+
+
+#: what takes or changes the gradient of a view of a norm's output
+TAKERS = {
+    "hook": lambda view: view.register_hook(lambda g: 3 * g),
+    "node's hook": lambda view: view.grad_fn.register_hook(lambda into, out: thrice(into)),
+    "node's prehook": lambda view: view.grad_fn.register_prehook(thrice),
+    "its edge's node": lambda view: torch.autograd.graph.get_gradient_edge(
+        view
+    ).node.register_prehook(thrice),
+}
+VIEWS = {
+    "itself": lambda y: y,
+    "flat": lambda y: y.flatten(2),
+    "transposed": lambda y: y.view(4, 2, *y.shape[1:]).transpose(-1, -2),
+    "shape in place": lambda y: y.unsqueeze_(1),
+    "a clone's": lambda y: y.contiguous(memory_format=torch.channels_last).unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
+def test_hooks_on_a_view_are_called_or_refused(take, view):
+    plain = nn.ModuleList(
+        [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]
+    )
+    fast, x, found = copy.deepcopy(plain), torch.randn(8, 3, 5, 6), []
+    report = sj_taid.accelerate(fast)
+    for conv, norm, node in (plain, fast):
+        take(y := view(norm(conv(x))))
+        (node(y) * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        found.append([p.grad for p in (conv.weight, *norm.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    conv, norm, node = fast
+    node(y := view(norm(conv(x))))
+    assert report.rows[0].done == "fused into 2"
+    with pytest.raises(RuntimeError, match="no gradient will reach it"):
+        take(y)
+    node.reset()
+    nodes = [(y := view(norm(conv(x)))).grad_fn]  # who has the node may register a hook later
+    spikes, seen = node(y), []
+    nodes[0].register_prehook(seen.append)
+    spikes.sum().backward()
+    assert len(seen) == 1
+
+
+def frozen(x, norm):
+    norm.requires_grad_(False)
+
+
+def frozen_in_part(x, norm):
+    norm.bias.requires_grad_(False)
+
+
+def thawed(x, norm):
+    norm.weight.requires_grad_()
+
+
+@pytest.mark.parametrize("change", [frozen, frozen_in_part, thawed])
+def test_gradients_are_those_of_the_norms_call(change):
+    plain = nn.ModuleList(
+        [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]
+    )
+    plain[1].weight.requires_grad_(change is not thawed)
+    fast, x, found = copy.deepcopy(plain), torch.randn(8, 3, 5, 6), []
+    sj_taid.accelerate(fast)
+    for conv, norm, node in (plain, fast):
+        y = norm(h := conv(x))
+        change(h, norm)
+        (node(y) * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        found.append({name: p.grad for name, p in nn.ModuleList([conv, norm]).named_parameters()})
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
