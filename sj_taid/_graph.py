@@ -55,10 +55,6 @@ def is_watched() -> bool:
     )
 
 
-#: the context in which modes do not count operations, those that SpikingJelly's neurons do not have
-hide_from_modes = _python_dispatch._disable_current_modes
-
-
 def address_of(tensor: Tensor) -> int:
     """Where the tensor's memory is; 0 if it has none, as a wrapper."""
     try:
@@ -72,9 +68,9 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured: its replays change memory without a version."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph of work on ``tensor`` is captured: its replays change no version."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def allows_hooks() -> bool:

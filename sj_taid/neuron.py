@@ -132,6 +132,8 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             step_mode=step_mode,
             store_v_seq=store_v_seq,
         )
+        # The id of the voltage that the last forward ended with, and its recomputation.
+        self._end: tuple[int, int | None] = 0, None
         self.backend = backend
         self.decay_input = decay_input
         self.channels = None if channels is None else int(channels)
@@ -212,8 +214,6 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         return (spike_seq,), (v,)
 
     _numbers = attrgetter("decay_input", "v_reset", "detach_reset", "_backend")
-    #: the id of the voltage that the last forward ended with, and the recomputation it was part of
-    _end: tuple[int, int | None] = 0, None
 
     def _constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
         return None, self.decay_input, None

@@ -92,7 +92,7 @@ class Packing:
     def __init__(self, tensor: Tensor) -> None:
         self.address, self.version = _graph.address_of(tensor), tensor._version
         self.dtype, self.is_known = tensor.dtype, True
-        self._captured = _graph.is_capturing()
+        self._captured = _graph.is_capturing(tensor)
 
     def describes(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` shows these values, all or some, unchanged."""
@@ -104,7 +104,7 @@ class Packing:
             tensor._version == self.version
             and tensor.dtype == self.dtype
             and _graph.address_of(tensor) == self.address
-            and self._captured == _graph.is_capturing()  # or a replay may have changed it
+            and self._captured == _graph.is_capturing(tensor)  # or a replay may have changed it
         )
 
     def expose(self) -> None:

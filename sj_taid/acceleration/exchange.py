@@ -46,7 +46,7 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     >>> from spikingjelly.activation_based import neuron
     >>> net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), neuron.LIFNode(step_mode="m"))
     >>> report = accelerate(net)
-    >>> spikes = net(torch.rand(4, 2, 3, 5))
+    >>> spikes = net(torch.rand(4, 2, 3, 5, requires_grad=True))
     >>> print(report)
     1 of 1 neurons on the fused operator, 1 of 1 norms fused
     layer  kind         done            note

@@ -106,6 +106,8 @@ class AcceleratedNorm(_Exchanged):
         # Where the input has no graph, waiting saves nothing.
         waits = type(x) in _WAITS and x.requires_grad and torch.is_grad_enabled()
         if not (waits and _graph.is_eager()):
+            if torch.is_grad_enabled() and not x.requires_grad:
+                self.readers.setdefault(NO_GRADIENT, False)
             return super().forward(x)  # type: ignore[misc]
         module: Any = self
         step_mode = vars(module).get("_step_mode")
@@ -131,6 +133,8 @@ def _form(tensor: Tensor | None) -> Any:
     return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
+#: stands for the readers of a norm that did not wait
+NO_GRADIENT = "nothing, since its input requires no gradient"
 #: the inputs whose norm can wait
 _WAITS = (Tensor, Compact)
 _NORM_NUMBERS = attrgetter("training", "momentum", "eps", "track_running_stats", "num_features")

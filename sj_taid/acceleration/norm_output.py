@@ -224,7 +224,7 @@ class NormCall:
         self.x, self.waiting, self.readers = x.detach(), waiting, readers
         self.torch_norm = _TorchNorm(numbers, waiting)
         self._version = x._version
-        self.is_captured = x.is_cuda and _graph.is_capturing()
+        self.is_captured = _graph.is_capturing(x)
         self.gradient = _Watch()
         self.hooks = _graph.saving_hooks()
 
@@ -353,7 +353,7 @@ class _Content:
         """Compute the values and keep them, since they may change in place."""
         if self.values is not None:
             return self.values
-        if self.call.is_captured and not _graph.is_capturing():
+        if self.call.is_captured and not _graph.is_capturing(self.call.x):
             raise RuntimeError(
                 "an accelerated batch norm's output was made in a CUDA graph, whose replays would "
                 "not change a slice of it: write y = y + 0 first, or sj_taid.unaccelerate(net)"

@@ -161,7 +161,7 @@ def draw_way(form, way):
 
 @pytest.mark.parametrize(("form", "way"), EVERY_WAY)
 def test_way_is_fused(form, way):
-    step, x = draw_way(form, way), torch.randn(SHAPE)
+    step, x = draw_way(form, way), torch.randn(SHAPE, requires_grad=True)
     # A plain neuron's spikes are contiguous, so that any view of them works.
     step.neuron.register_forward_hook(lambda module, args, y: y.view(len(y), -1).view(y.shape))
     report = sj_taid.accelerate(step)

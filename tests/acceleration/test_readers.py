@@ -440,7 +440,7 @@ def test_norm_whose_input_changes_raises_an_error():
 def test_what_a_cuda_graph_made_is_not_kept_outside(monkeypatch):
     net, x = Net("nothing", "norm, then neuron"), torch.randn(3, 2, 3, 4, 5)
     sj_taid.accelerate(net)
-    monkeypatch.setattr(_graph, "is_capturing", lambda: True)
+    monkeypatch.setattr(_graph, "is_capturing", lambda tensor: True)
     y = net.norm(net.conv(x))
     spikes = net.lif(y)
     assert spikes.packing()
@@ -466,7 +466,8 @@ def test_parameter_of_what_is_known(place):
     net = nn.Sequential(layer.BatchNorm2d(4), neuron.LIFNode())
     functional.set_step_mode(net, "m")
     sj_taid.accelerate(net)
-    net.values = nn.Parameter(net[: place + 1](torch.randn(2, 2, 4, 3, 3)).detach())
+    x = torch.randn(2, 2, 4, 3, 3, requires_grad=True)
+    net.values = nn.Parameter(net[: place + 1](x).detach())
     assert isinstance(copy.deepcopy(net).values, nn.Parameter)
     if place:
         assert net.double().values.dtype == torch.float64
@@ -495,7 +496,9 @@ def test_memory_of_a_norm_output_is_refused_in_cpp():
     functional.set_step_mode(net, "m")
     sj_taid.accelerate(net)
     with pytest.raises(RuntimeError, match="Cannot access data pointer"):
-        torch.utils.dlpack.to_dlpack(net[0](torch.randn(2, 2, 4, 3, 3)).detach())
+        torch.utils.dlpack.to_dlpack(
+            net[0](torch.randn(2, 2, 4, 3, 3, requires_grad=True)).detach()
+        )
 
 
 @pytest.mark.parametrize("training", [True, False])
