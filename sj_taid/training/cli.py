@@ -22,7 +22,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -50,7 +50,7 @@ USER_ERRORS = (
     TypeError,
     OSError,
     FloatingPointError,
-    CompactHydraException,
+    HydraException,
     OmegaConfBaseException,
 )
 MULTIRUN = {"-m", "--multirun"}

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import is_below
@@ -35,8 +37,15 @@ def key_of(override: str) -> str:
 
 
 def quote(text: str) -> str:
-    """The text as a value of Hydra's overrides."""
-    return QuotedString(text, Quote.single).with_quotes()
+    """The text as a value of Hydra's overrides, in quotes where it would be read as another."""
+    try:
+        value = OverridesParser.create().parse_override(f"key={text}").value()
+    except HydraException:
+        value = None
+    if value == text and "$" not in text:
+        return text
+    # A backslash before "${" says that it is no interpolation, and those before it are doubled.
+    return QuotedString(re.sub(r"(\\*)\$\{", r"\1\1\\${", text), Quote.single).with_quotes()
 
 
 def select_overrides(

@@ -274,12 +274,15 @@ def closing_lines(run: Run) -> str:
     """The picture to open, the metrics, and a command to try next."""
     here = Path.cwd()
     folder = run.folder.relative_to(here) if run.folder.is_relative_to(here) else run.folder
+    if str(folder).startswith("~"):  # not of a user
+        folder = run.folder
     pictures = [folder / f"{name}.png" for name in ("samples", "confusion", "reconstructions")]
     lines = [f"Picture: {path}" for path in pictures if path.is_file()][:1]
     lines.append(f"Metrics: {folder / METRICS}")
     if run.checkpoint.is_file():
         command = "sample" if run.config.get("metric") else "evaluate"
-        lines.append(f"Next:    sj-taid {command} checkpoint={shlex.quote(str(folder))}")
+        checkpoint = shlex.quote(f"checkpoint={quote(str(folder))}")  # for Hydra, and for the shell
+        lines.append(f"Next:    sj-taid {command} {checkpoint}")
     return "\n".join(lines)
 
 

@@ -1,15 +1,20 @@
 """The command line: arguments reach Hydra, and a user's errors are a few lines."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from itertools import product
 
 import lightning as L
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from sj_taid.training import cli, config, run
+from sj_taid.training.train import closing_lines, explain_resuming
 from tests.training.conftest import TINY_AUTOENCODING
 
 
@@ -122,6 +127,54 @@ def test_resume_arguments(tmp_path):
         arguments = [f"resume={folder}", "logger=csv", f"{plus}trainer.max_steps=80"]
         cfg = config.compose("train", cli.resume_arguments(arguments))
         assert cfg.logger.name == "csv" and cfg.trainer.max_steps == 80
+
+
+SIGNS = "=,'\"[]{}<>;:#~!&|? $*()\\%@^`+-"
+FOLDERS = [
+    *("run", "1", "1e3", "0x1", "null", "true", "nan", "on", "2026-01-02", "a-b.c_d", "été", "上"),
+    *SIGNS,
+    *(f"a{sign}b" for sign in SIGNS),
+    *(f"{first}{sign}" for first, sign in product("'\\$~", SIGNS)),
+    *("${seed}", "a\\${b}", "a\\\\${b}", "$(seq 9)", "`seq 9`", "a\nb", "~root", "it's a=[é]"),
+]
+
+
+def read_override(text):
+    """The value that Hydra gives the key."""
+    return OmegaConf.create({"x": OverridesParser.create().parse_override(text).value()}).x
+
+
+def test_closing_command_can_be_pasted(tmp_path, monkeypatch):
+    """Into a shell, whose arguments Hydra reads."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sj-taid").write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    (tmp_path / "bin" / "sj-taid").chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.defpath}"}
+    monkeypatch.chdir(tmp_path)
+    commands = []
+    for folder in [tmp_path / "runs" / name for name in FOLDERS]:
+        there = run.Run(folder)
+        there.begin(OmegaConf.create({"metric": {"samples": 1}}), ["seed=1"])
+        there.checkpoint.parent.mkdir()
+        there.checkpoint.touch()
+        for here in (folder.parent, folder.parents[1]):
+            monkeypatch.chdir(here)
+            commands.append(closing_lines(there).partition("Next: ")[2])
+        with pytest.raises(SystemExit) as stopped, explain_resuming(there):
+            raise SystemExit
+        commands.append(str(stopped.value).partition("Resume with: ")[2])
+    done = subprocess.run(["sh", "-c", ";".join(commands)], env=environment, capture_output=True)
+    assert not done.stderr, done.stderr
+    said = done.stdout.decode().split("\0")
+    assert len(said) == 1 + 2 * len(commands)
+    for number, folder in enumerate(FOLDERS):
+        folder = tmp_path / "runs" / folder
+        arguments = said[6 * number : 6 * number + 6]
+        for here, argument in zip((folder.parent, tmp_path), arguments[1:4:2], strict=True):
+            monkeypatch.chdir(here)
+            assert run.Run.find(read_override(argument)).folder == folder, argument
+        _, resumed = cli.resume_arguments(arguments[5:])
+        assert read_override(resumed) == str(folder), resumed
 
 
 def test_command_keeps_a_deletion_before_an_addition():
