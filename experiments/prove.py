@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("torch finds no GPU here, so nothing was run:")
-        print(*doctor.availability(), sep="\n")
+        print(doctor.check_backend("cupy")[1])
         print("What a CPU can do of it: python experiments/prove.py --device cpu")
         return 1
     machine = torch.cuda.get_device_name() if options.device == "cuda" else doctor.cpu_name()

@@ -1,15 +1,16 @@
-"""Print which backends work here, why the others do not, and how to get them.
+"""Print what a bug report needs, which backends work here, why the others do not, and the remedy.
 
-``python -m torch.utils.collect_env`` says the rest of the machine.
+A backend works if it computes on its device what torch does. ``python -m torch.utils.collect_env``
+says the rest of the machine.
 """
 
 import argparse
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import distributions
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from . import __version__
 from .functional import alif_multi_step
 from .ops import backends
 
-PACKAGES = ("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cuda13x", "triton")
+PACKAGES = (
+    *("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cuda13x"),
+    *("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "triton"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,11 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"sj-taid {__version__}, commit {commit() or 'unknown, not a checkout'}")
     for package, number in installed().items():
         print(package, number or "is not installed")
-    print(*availability(), sep="\n")
-    tests = [self_test(name, device) for name, device in fused_backends()]
-    for _, line in tests:
-        print(line)
-    return 0 if all(equal for equal, _ in tests) else 1
+    print("torch.version.cuda", torch.version.cuda)
+    print(*gpus(), sep="\n")
+    cupys = sorted(set(packages_distributions().get("cupy", ())))
+    if len(cupys) > 1:
+        print(f"{' and '.join(cupys)} break each other: pip uninstall {' '.join(cupys)}, then")
+        print(f"    {backends.needed_by('cupy')}")
+    if backends.works("cupy"):
+        from .ops.alif.cuda import nvrtc_version
+
+        print("NVRTC, as CuPy loaded it: {}.{}".format(*nvrtc_version))
+    passed, lines = zip(*map(check_backend, backends.BACKENDS), strict=True)
+    print(*lines, sep="\n")
+    return 0 if all(passed) else 1
 
 
 def installed() -> dict[str, str | None]:
@@ -69,23 +81,28 @@ def commit() -> str | None:
     return run.stdout.strip()
 
 
-def availability() -> Iterator[str]:
-    """Each backend: works, or the original reason why not and what it needs."""
-    for name in backends.BACKENDS:
-        reason = backends.why_not(name)
-        if reason is None:
-            yield f"backend {name}: works"
-        else:
-            first_line = (str(reason).strip() or "no message").splitlines()[0]
-            yield f"backend {name}: no; {type(reason).__name__}: {first_line}"
-            yield f"    it needs {backends.needed_by(name)}"
+def gpus() -> list[str]:
+    """The GPUs as nvidia-smi knows them, whatever torch and CuPy see."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"no GPU known, since nvidia-smi does not run: {error}"]
+    return [f"GPU, compute capability, driver: {line}" for line in run.stdout.splitlines()]
 
 
-def fused_backends() -> Iterator[tuple[str, str]]:
-    """The backends other than torch that work here, each with its device."""
-    for device, names in backends.PREFERENCE.items():
-        if device == "cpu" or torch.cuda.is_available():
-            yield from ((name, device) for name in names if backends.why_not(name) is None)
+def check_backend(name: str) -> tuple[bool, str]:
+    """Whether a backend that should work does, and a report: the original reason why not."""
+    if (reason := backends.why_not(name)) is not None:
+        message = str(reason).strip().replace("\n", "\n    ") or "no message"
+        why = f"backend {name}: no; {type(reason).__name__}: {message}"
+        return True, f"{why}\n    it needs {backends.needed_by(name)}"
+    device = next((d for d, names in backends.PREFERENCE.items() if name in names), None)
+    if device is None:
+        return True, f"backend {name}: works"
+    if device == "cuda" and not torch.cuda.is_available():
+        return True, f"backend {name}: no; torch.cuda.is_available() is False"
+    return self_test(name, device)
 
 
 def self_test(name: str, device: str) -> tuple[bool, str]:
@@ -105,11 +122,12 @@ def self_test(name: str, device: str) -> tuple[bool, str]:
     try:
         equal = all(torch.equal(*pair) for pair in zip(fire(name), expected, strict=True))
     except Exception as error:  # of a compiler, a driver or a kernel
-        return False, f"self test of {name}: FAILED, {type(error).__name__}: {error}"
+        return False, f"backend {name}: FAILED, {type(error).__name__}: {error}"
+    if not equal:
+        return False, f"backend {name}: FAILED, other outputs than torch's; please report it"
     seconds = time.perf_counter() - start
-    passed = f"equal to torch bit for bit; its first call took {seconds:.2f} s"
-    failed = "FAILED, other outputs than torch's; please report it"
-    return equal, f"self test of {name}: {passed if equal else failed}"
+    equals = f"its outputs equal torch's bit for bit, its first call took {seconds:.2f} s"
+    return True, f"backend {name}: works; {equals}"
 
 
 if __name__ == "__main__":

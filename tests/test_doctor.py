@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,39 +27,104 @@ def test_doctor_runs_as_a_module(monkeypatch, capsys):
     assert backends.NEEDS.keys() == backends.BACKENDS.keys() - {"torch"}
 
 
-def test_availability_gives_the_original_reason_and_the_remedy(monkeypatch):
-    def load():
-        raise ImportError("libfast.so: cannot open\nsecond line")
+@pytest.fixture
+def report(monkeypatch, capsys):
+    """Run the doctor as if these lines of nvidia-smi and this torch were here; its output."""
 
-    monkeypatch.setattr(backends, "BACKENDS", {"cupy": load})
-    assert list(doctor.availability()) == [
-        "backend cupy: no; ImportError: libfast.so: cannot open",
+    def run(smi="", cuda=None, returns=0):
+        def query(command, **_):
+            if smi is None:
+                raise FileNotFoundError(2, "No such file or directory", command[0])
+            return subprocess.CompletedProcess(command, 0, stdout=smi)
+
+        monkeypatch.setattr(doctor, "commit", lambda: "abc")
+        monkeypatch.setattr(doctor.subprocess, "run", query)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert doctor.main([]) == returns
+        return capsys.readouterr().out
+
+    return run
+
+
+def fail(error):
+    def load():
+        raise error
+
+    return load
+
+
+def test_doctor_prints_what_a_bug_report_needs(report):
+    card = "NVIDIA H100 80GB HBM3, 9.0, 580.65.06"
+    output = report(smi=f"{card}\n{card}\n", cuda="13.2")
+    assert output.count(f"GPU, compute capability, driver: {card}\n") == 2
+    assert "torch.version.cuda 13.2\n" in output
+    for package in ("torch", "spikingjelly", "cupy-cuda13x", "nvidia-cuda-nvrtc"):
+        assert f"\n{package} " in output
+    assert "torch.version.cuda None" in report(smi=None) != output
+
+
+def test_cupy_does_not_work_with_a_cpu_build_of_torch(report, monkeypatch):
+    """Whatever CuPy sees: a torch without CUDA has no tensors for it."""
+    backends._failure_of.cache_clear()
+    monkeypatch.setitem(sys.modules, "sj_taid.ops.alif.cuda", SimpleNamespace())
+    output = report(cuda=None)
+    backends._failure_of.cache_clear()
+    assert f"backend cupy: no; ImportError: torch {torch.__version__} is built without" in output
+    assert "backend cupy: works" not in output
+
+
+def test_cupy_does_not_work_without_a_device_for_torch(monkeypatch):
+    monkeypatch.setattr(backends, "BACKENDS", {"cupy": lambda: None})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.check_backend("cupy") == (
+        True,
+        "backend cupy: no; torch.cuda.is_available() is False",
+    )
+
+
+def test_doctor_names_two_cupys(report, monkeypatch):
+    found = {"cupy": ["cupy-cuda13x", "cupy-cuda12x", "cupy-cuda12x"]}
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: found)
+    wheels = "cupy-cuda12x and cupy-cuda13x break each other: pip uninstall cupy-cuda12x cupy-cuda"
+    assert wheels in report()
+    found["cupy"] = ["cupy-cuda13x"]
+    assert "break each other" not in report()
+
+
+def test_backend_gives_the_original_reason_and_the_remedy(monkeypatch):
+    """All of its message: CuPy's begins with a line of ``=``."""
+    error = ImportError("====\nFailed to import CuPy.\n\n  libcuda.so.1: cannot open\n")
+    monkeypatch.setattr(backends, "BACKENDS", {"cupy": fail(error)})
+    passed, text = doctor.check_backend("cupy")
+    assert passed and text.splitlines() == [
+        "backend cupy: no; ImportError: ====",
+        *("    Failed to import CuPy.", "    ", "      libcuda.so.1: cannot open"),
         f"    it needs {backends.NEEDS['cupy']}",
     ]
 
 
-def test_self_test_passes_for_every_backend():
-    for name, device in doctor.fused_backends():
-        equal, line = doctor.self_test(name, device)
-        assert equal, line
+def test_every_backend_works_or_says_why_not():
+    for name in backends.BACKENDS:
+        passed, text = doctor.check_backend(name)
+        assert passed, text
+        assert text.startswith(f"backend {name}: " + ("works" if backends.works(name) else "no; "))
 
 
 @pytest.mark.parametrize("outcome", [1.0, RuntimeError("nvrtc: error: invalid value")])
-def test_doctor_reports_other_outputs_than_torchs_and_errors(outcome, monkeypatch, capsys):
+def test_doctor_reports_other_outputs_than_torchs_and_errors(outcome, report, monkeypatch):
     def step(x_seq, *_, backend, **__):
-        if backend == "cupy" and isinstance(outcome, Exception):
+        if backend == "fast" and isinstance(outcome, Exception):
             raise outcome
         outputs = [torch.zeros_like(x_seq) for _ in range(3)]
-        outputs[2][0, 0, 0] = outcome if backend == "cupy" else 0.0  # one voltage
+        outputs[2][0, 0, 0] = outcome if backend == "fast" else 0.0  # one voltage
         return tuple(outputs)
 
     monkeypatch.setattr(doctor, "alif_multi_step", step)
-    monkeypatch.setattr(doctor, "fused_backends", lambda: [("cupy", "cpu")])
-    monkeypatch.setattr(doctor.backends, "why_not", {"cupy": ImportError()}.get)
-    assert doctor.main([]) == 1
+    monkeypatch.setattr(backends, "BACKENDS", {"fast": lambda: None, "cupy": fail(ImportError())})
+    monkeypatch.setitem(backends.PREFERENCE, "cpu", ("fast",))
+    shown = report(returns=1)
     said = "RuntimeError: nvrtc: error" if isinstance(outcome, Exception) else "other outputs than"
-    shown = capsys.readouterr().out
-    assert f"self test of cupy: FAILED, {said}" in shown
+    assert f"backend fast: FAILED, {said}" in shown
     assert "backend cupy: no; ImportError: no message" in shown
 
 
@@ -80,5 +146,7 @@ def test_commit_is_this_checkouts_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_fused_backends_has_the_gpu():
-    assert ("cupy", "cuda") in list(doctor.fused_backends())
+def test_doctor_runs_the_gpu(capsys):
+    assert doctor.main([]) == 0
+    output = capsys.readouterr().out
+    assert "backend cupy: works; its outputs equal torch's" in output and "\nNVRTC, as" in output

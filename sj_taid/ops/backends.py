@@ -51,6 +51,8 @@ def _numba() -> Backend:
 
 
 def _cupy() -> Backend:
+    if torch.version.cuda is None:  # CuPy may find a GPU that this torch does not
+        raise ImportError(f"torch {torch.__version__} is built without CUDA")
     from .alif import cuda
 
     return Backend(cuda.multi_step, cuda.unsupported, cuda.ENGINE)
@@ -62,8 +64,8 @@ BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch, "numba": _numba, 
 #: Name -> what it needs, for messages.
 NEEDS: dict[str, str] = {
     "numba": "pip install numba",
-    "cupy": "an NVIDIA driver and, to match torch.version.cuda, "
-    'pip install "cupy-cuda12x[ctk]>=14.2" or pip install "cupy-cuda13x[ctk]>=14.2"',
+    "cupy": "a torch of CUDA, an NVIDIA driver and, to match torch.version.cuda, "
+    f'pip install "cupy-cuda{(torch.version.cuda or "13").partition(".")[0]}x[ctk]>=14.2"',
 }
 
 #: Device type -> the names "auto" tries, best first; other devices take torch.
