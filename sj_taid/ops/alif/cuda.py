@@ -211,6 +211,11 @@ def _launch(
 @cache
 def _function(device: int, name: str) -> Any:
     """The kernel ``name`` loaded on ``device``: compiled by NVRTC once, saved on disk by CuPy."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a kernel is not loaded yet, and a CUDA graph being captured cannot load it: "
+            "run one training step before capturing"
+        )
     module = cupy.RawModule(
         code=kernels.source(), options=kernels.COMPILER_OPTIONS, name_expressions=(name,)
     )

@@ -397,6 +397,18 @@ def test_function_shows_the_compilers_log(launcher, monkeypatch):
     assert isinstance(info.value.__cause__, CompileError)
 
 
+def test_function_is_not_loaded_while_a_graph_is_captured(launcher, monkeypatch):
+    function, captured = launcher.cuda._function, [True]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured[0])
+    with pytest.raises(RuntimeError, match="run one training step before capturing"):
+        function(0, "alif_forward<1>")
+    captured[0] = False
+    loaded = function(0, "alif_forward<1>")  # an error is not kept
+    captured[0] = True
+    assert function(0, "alif_forward<1>") is loaded
+
+
 # ---- torch.compile ----
 
 

@@ -119,6 +119,16 @@ def test_cuda_graph_replays_with_current_parameters():
     assert all(torch.equal(c, e) for c, e in zip(captured, expected, strict=True))
 
 
+def test_first_call_in_a_capture_says_what_to_do(cuda):
+    x_seq, w, threshold = (tensors(CASE, "cuda")[n] for n in ("x", "w", "v_threshold"))
+    cuda._function.cache_clear()
+    with (
+        pytest.raises(RuntimeError, match="run one training step before capturing"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        on_gpu(x_seq, 0.0, w, threshold, **CASE.options())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_under_autocast(cuda, dtype):
     net = nn.Sequential(
