@@ -3,11 +3,12 @@
 No function reads what a graph saved, which would run the hooks of checkpointing and offloading.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _python_dispatch
@@ -89,20 +90,36 @@ def has_other_hooks() -> bool:
     return hooks is not None and getattr(hooks[0], "__module__", None) != __name__
 
 
-def record_saved(net: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-    """What ``forward`` gives, and what it saves for backward: each storage once, no parameters."""
-    saved: dict[int, Tensor] = {}  # tensors, so that they live and no address comes twice
+def record_saved(forward: Callable[[], Any], there: Iterable[Tensor]) -> tuple[Any, int]:
+    """What ``forward`` gives, and the bytes that it saves for backward.
+
+    The memory of what was ``there`` before does not count, of a view its own bytes do, and several
+    views of one memory are at most that memory.
+
+    >>> x = torch.ones(4, 2, requires_grad=True) * 1.0
+    >>> record_saved(lambda: (x.sin(), x.t().sin()), [])[1], record_saved(x[:3].sin, [])[1]
+    (32, 24)
+    >>> record_saved(x.sin, [x[1:]])[1], record_saved(x[0].expand(9, 2).sin, [])[1]
+    (0, 8)
+    """
+    known = {address_of(tensor) for tensor in there} | {0}
+    saved: dict[int, tuple[int, dict[Any, int]]] = {}  # of each memory its bytes, and its views'
+    alive = []  # so that no address comes twice
 
     def note(tensor: Tensor) -> Tensor:
-        if address := address_of(tensor):
-            saved[address] = tensor
+        if (address := address_of(tensor)) not in known:
+            alive.append(tensor)
+            dims = zip(tensor.stride(), tensor.shape, strict=True)
+            axes = sorted((stride, length) for stride, length in dims if stride and length != 1)
+            view = (tensor.dtype, tensor.storage_offset(), *axes)
+            shown = tensor.itemsize * math.prod(length for _, length in axes)
+            size = tensor.untyped_storage().nbytes()
+            saved.setdefault(address, (size, {}))[1][view] = shown
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         output = forward()
-    for parameter in net.parameters():
-        saved.pop(parameter.untyped_storage().data_ptr(), None)
-    return output, [*saved.values()]
+    return output, sum(min(size, sum(views.values())) for size, views in saved.values())
 
 
 def is_checkpointed() -> bool:

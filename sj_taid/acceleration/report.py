@@ -27,7 +27,8 @@ class Acceleration:
     """The report of :func:`.accelerate`: ``print`` it, after a step for what read each norm.
 
     Attributes:
-        saved_bytes: bytes saved for backward, before and after, if there was an example input.
+        saved_bytes: bytes saved for backward, before and after, if there was an example input;
+            not that input itself, nor parameters and buffers.
         step_ms: milliseconds of a training step, before and after: the least of turns.
     """
 
@@ -134,18 +135,17 @@ def measure(
 def run_step(net: nn.Module, inputs: Any) -> tuple[int, float]:
     """Forward from rest and, if something requires a gradient, backward: saved bytes and ms."""
     functional.reset_net(net)
-    start = time.perf_counter()
 
     def forward() -> list[Tensor]:
         outputs = tree_leaves(net(*inputs) if isinstance(inputs, tuple) else net(inputs))
         return [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
 
-    losses, saved = _graph.record_saved(net, forward)
-    saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved)
-    del saved
+    given = (*net.parameters(), *net.buffers(), *tree_leaves(inputs))
+    tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
+    start = time.perf_counter()
+    losses, saved_bytes = _graph.record_saved(forward, tensors)
     if losses:
         torch.stack(losses).sum().backward()
-    tensors = [t for t in (*net.parameters(), *tree_leaves(inputs)) if isinstance(t, Tensor)]
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.synchronize(device)
     return saved_bytes, 1e3 * (time.perf_counter() - start)

@@ -1,0 +1,57 @@
+"""The report of ``accelerate``: what counts as saved for backward."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from sj_taid import _graph, accelerate
+from sj_taid.acceleration.report import run_step
+from tests.acceleration.test_accelerate import images, make_net
+
+#: what is saved of values ``h`` ``[4, 2, 6]``, in parts of their bytes
+SAVED = {
+    "all": (lambda h: h.sin(), 1),
+    "all, twice": (lambda h: h.sin() + h.cos(), 1),
+    "all, transposed too": (lambda h: h.sin() + h.transpose(0, 2).cos().transpose(0, 2), 1),
+    "all, flattened too": (lambda h: h.sin() + h.flatten().cos().view_as(h), 1),
+    "a slice": (lambda h: h[:1].sin(), 1 / 4),
+    "a part of the channels": (lambda h: h[..., 3:].sin(), 1 / 2),
+    "a part, transposed too": (lambda h: h[:2].sin() + h[:2].mT.cos().mT, 1 / 2),
+    "all and a slice": (lambda h: h.sin()[:1] + h[:1].cos(), 1),
+    "the other way round": (lambda h: h[:1].cos() + h.sin(), 1),
+    "two parts": (lambda h: h[:1].sin() + h[2:3].cos(), 1 / 2),
+    "all parts": (lambda h: sum(part.sin() for part in h.chunk(3, -1)), 1),
+    "more than all": (lambda h: h[:3].sin() + h[1:].cos(), 1),
+    "a row, repeated": (lambda h: h[:1].expand(9, 2, 6).sin(), 1 / 4),
+    "nothing": (lambda h: h + 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_saved_bytes_are_those_of_views(name):
+    function, share = SAVED[name]
+    h = torch.rand(4, 2, 6, requires_grad=True) * 1.0
+    output, saved = _graph.record_saved(lambda: function(h), [])
+    assert saved == share * h.nbytes and output.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("net", "inputs"),
+    [
+        (nn.Linear(6, 3), torch.rand(5, 6)),
+        (nn.Linear(6, 3), torch.rand(100, 6)[::7]),
+        (nn.BatchNorm1d(6).eval(), torch.rand(5, 6, requires_grad=True)),
+        (nn.Bilinear(6, 6, 3), (torch.rand(2, 5, 6)[0], torch.rand(1, 6).expand(5, 6))),
+    ],
+)
+def test_inputs_parameters_and_buffers_do_not_count_as_saved(net, inputs):
+    assert run_step(net, inputs)[0] == 0
+
+
+@pytest.mark.parametrize("view", [lambda data: data[:4], lambda data: (data[8:12],)])
+def test_an_example_of_a_data_set_counts_as_its_copy(view):
+    example = view(images(steps=40))
+    copied = tree_map(torch.clone, example)
+    saved = [accelerate(make_net(), x).saved_bytes for x in (example, copied)]
+    assert saved[0] == saved[1]
