@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -62,9 +63,18 @@ class Acceleration:
         return "\n".join([*lines, table_of(_merge(self.rows))])
 
 
-def norms_of(net: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """The batch norms of ``net``, by path."""
-    return [(path, m) for path, m in net.named_modules() if isinstance(m, _BatchNorm)]
+def norms_of(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The norms of ``net``, by path: batch norms, and layers that are named as norms are."""
+    return [
+        (path, module)
+        for path, module in net.named_modules()
+        if isinstance(module, _BatchNorm)
+        or (not module._modules and any(map(_is_norm, type(module).__mro__)))
+    ]
+
+
+def _is_norm(kind: type) -> bool:
+    return re.fullmatch(r"[A-Za-z]\w*Norm(\dd)?", kind.__name__) is not None
 
 
 def _count_norms(net: nn.Module) -> str:
@@ -82,6 +92,8 @@ def _count_norms(net: nn.Module) -> str:
 def _norm_row(path: str, norm: nn.Module) -> Row:
     """What has been done with a norm, or with its output."""
     kind = type(norm).__name__
+    if not isinstance(norm, _BatchNorm):
+        return Row(path, kind, "", "no batch norm: no mean and variance per channel of the batch")
     if not isinstance(norm, AcceleratedNorm):
         return Row(path, kind, "", why_no_norm(norm) or "no neuron is on the fused operator")
     fused = [f"fused into {reader}" for reader, is_fused in norm.readers.items() if is_fused]

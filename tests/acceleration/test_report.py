@@ -1,7 +1,8 @@
-"""The report of ``accelerate``: what counts as saved for backward."""
+"""The report of ``accelerate``: which norms it names, and what counts as saved for backward."""
 
 import pytest
 import torch
+from spikingjelly.activation_based import layer
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -55,3 +56,59 @@ def test_an_example_of_a_data_set_counts_as_its_copy(view):
     copied = tree_map(torch.clone, example)
     saved = [accelerate(make_net(), x).saved_bytes for x in (example, copied)]
     assert saved[0] == saved[1]
+
+
+class RMSNorm(nn.Module):
+    def forward(self, x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.transpose(-1, -3)).transpose(-1, -3)
+
+
+class LN(nn.LayerNorm):
+    pass
+
+
+class PreNorm(nn.Module):
+    def __init__(self, norm, layer):
+        super().__init__()
+        self.norm, self.layer = norm, layer
+
+    def forward(self, x):
+        return self.layer(self.norm(x))
+
+
+class Normalize(nn.Module):
+    def forward(self, x):
+        return x - 0.5
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        layer.SeqToANNContainer(nn.GroupNorm(2, 4)),
+        layer.GroupNorm(2, 4, step_mode="m"),
+        layer.SeqToANNContainer(nn.InstanceNorm2d(4)),
+        nn.LayerNorm([4, 6, 6]),
+        PreNorm(LN(6), layer.Conv2d(4, 4, 1, step_mode="m")),
+        layer.SeqToANNContainer(LayerNorm2d(4)),
+        PreNorm(RMSNorm(), nn.Identity()),
+        layer.SeqToANNContainer(nn.LocalResponseNorm(2)),
+    ],
+)
+def test_norms_that_are_no_batch_norms_are_named_and_stay(norm):
+    net = make_net()
+    net.insert(5, norm)
+    net.insert(0, Normalize())
+    net.append(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    report = accelerate(net)
+    net(images()).sum().backward()
+    rows = {row.layer: row for row in report.rows if "on the fused operator" not in row.note}
+    left = {path: row for path, row in rows.items() if not row.done}
+    (path,) = left
+    assert left[path].note == "no batch norm: no mean and variance per channel of the batch"
+    assert left[path].kind == type(net.get_submodule(path)).__name__ and path.startswith("6")
+    assert str(report).startswith("3 of 3 neurons on the fused operator, 2 of 3 norms fused\n")
