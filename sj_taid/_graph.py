@@ -64,6 +64,11 @@ def address_of(tensor: Tensor) -> int:
         return 0
 
 
+def shares_memory(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are in one memory."""
+    return 0 != address_of(tensor) == address_of(other)
+
+
 def version_of(tensor: Tensor) -> int:
     """How often the tensor has changed in place; 0 of an inference tensor, which does not count."""
     return 0 if tensor.is_inference() else tensor._version
@@ -74,14 +79,17 @@ def is_capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def allows_hooks() -> bool:
-    """Whether ``saved_tensors_hooks`` may be opened; ``torch.func`` forbids them."""
-    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+#: whether ``saved_tensors_hooks`` may be opened; ``torch.func`` forbids them
+allows_hooks = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 
 
 def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     """The innermost open ``saved_tensors_hooks``: their pack and unpack functions."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
 def has_other_hooks() -> bool:
@@ -135,3 +143,8 @@ def are_checkpoints(hooks: Any) -> bool:
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` where no transform of ``torch.func`` runs, without its Python."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def is_dynamo_near() -> bool:
+    """Whether a graph of torch.compile is traced, or runs around this call."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None

@@ -1,67 +1,35 @@
 """Tensors that are saved for backward in fewer bytes, because they know how to be restored.
 
 A :class:`Compact` is an ordinary tensor with a :class:`Packing`. Its views are compact too. An
-operation on it runs on the plain tensor, with ``saved_tensors_hooks`` open for that one call, which
-save the packing instead of what lies, unchanged, in the tensor's memory. Where torch does not ask,
-as in a custom ``autograd.Function``, the tensor is saved as it is.
+operation on it runs on the plain tensor, with hooks open for that one call that save the packing
+instead of what lies, unchanged, in the tensor's memory. Where torch does not ask, as in a custom
+``autograd.Function``, the tensor is saved as it is.
+
+What a function does is said by :data:`_HANDLERS`. One that is not there is an operation: if its
+result shows the memory of a compact tensor, the values are no longer known.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import partial
+from types import GetSetDescriptorType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from .. import _graph
-from ..ops.bits import pack, unpack_into
+from ..ops import backends
 
 #: the largest whole number that one byte holds
 _LARGEST = 255
-#: how many tensors a sum may be computed again from
-_MOST_TERMS = 4
 #: A part smaller than one of so many is saved as it is: to restore it, all values would be.
 _MOST_PARTS = 16
-
-#: They give access to memory that autograd does not see, so the values are no longer known.
-_EXPOSES = {
-    *(Tensor.data.__get__, Tensor.data.__set__, Tensor.data_ptr, Tensor.numpy),  # type: ignore[attr-defined]
-    *(Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__, Tensor.__array__, Tensor.tolist),
-    Tensor.share_memory_,
-    *(Tensor.apply_, Tensor.map_, Tensor.map2_),
-}
-#: the module whose functions change memory that autograd does not see
-_COLLECTIVES = "torch.distributed.distributed_c10d"
-#: They take the gradient of tensors: the position of that argument; ``None``: it is ``inputs``.
-_GRADIENTS: dict[Any, int | None] = {
-    **{Tensor.register_hook: 0, Tensor.retain_grad: 0},
-    **{torch.autograd.grad: 1, torch.autograd.backward: None},
-}
-#: Their result has no value that their inputs do not have.
-_COPIES = {
-    *("clone", "contiguous", "reshape", "flatten", "to", "float", "half", "bfloat16"),
-    *("cat", "concat", "stack", "max_pool1d", "max_pool2d", "max_pool3d"),
-}
-#: options that leave the largest value of a result known
-_OPTIONS = {"dim", "stride", "padding", "dilation", "ceil_mode", "return_indices"}
-_ADDS_IN_PLACE = {"add_", "__iadd__"}
-_ADDS = _ADDS_IN_PLACE | {"add", "__add__", "__radd__"}
-_MULTIPLIES = {"mul", "multiply", "__mul__", "__rmul__", "mul_", "__imul__"}
-_CONTRACTS = {"matmul", "__matmul__", "bmm", "mm"}
-#: of two tensors and more, autocast casts them
-_LOWERS = _CONTRACTS | {
-    *("linear", "conv1d", "conv2d", "conv3d", "einsum", "addmm", "baddbmm"),
-    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-}
-#: their backward reads the shape of the input, not its values
-_POOLS = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3)}
 
 
 class Term(NamedTuple):
@@ -90,35 +58,47 @@ class Packing:
     restore: Callable[..., Tensor]
 
     def __init__(self, tensor: Tensor) -> None:
-        self.address, self.version = _graph.address_of(tensor), tensor._version
-        self.dtype, self.is_known = tensor.dtype, True
-        self._captured = _graph.is_capturing(tensor)
+        self.address, self.size_in_memory = tensor.data_ptr(), tensor.nbytes
+        self.version, self.dtype, self.is_known = tensor._version, tensor.dtype, True
+        self._is_cuda = tensor.is_cuda
+        self._captured = self._is_cuda and _graph.is_capturing(tensor)
 
     def describes(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` shows these values, all or some, unchanged."""
-        return self.is_known and self.shares_memory(tensor)
+        return self.is_known and tensor._version == self.version and self.shares_memory(tensor)
 
     def shares_memory(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` is in the same memory, in which nothing has changed."""
-        return (
-            tensor._version == self.version
-            and tensor.dtype == self.dtype
-            and _graph.address_of(tensor) == self.address
-            and self._captured == _graph.is_capturing(tensor)  # or a replay may have changed it
-        )
+        """Whether ``tensor`` is numbers of the same kind in the memory of one that is alive."""
+        try:
+            offset = tensor.data_ptr() - self.address
+        except RuntimeError:  # a wrapper, which has no memory
+            return False
+        if not 0 <= offset < self.size_in_memory or tensor.dtype != self.dtype:
+            return False
+        # Or a replay may have changed it.
+        return not self._is_cuda or self._captured == _graph.is_capturing(tensor)
 
     def expose(self) -> None:
         """Know the values no longer."""
         self.is_known = False
 
+    def of_part(self, part: Tensor, whole: Tensor) -> Packing:
+        """The packing of a tensor that shows some or all of these values."""
+        return self
+
+    def restorer(self, tensor: Tensor) -> Callable[..., Tensor]:
+        """The function that restores ``tensor``, which shows these values, from its parts."""
+        view = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return partial(_restore, self.restore, view)
+
     def term(self, tensor: Tensor) -> Term:
         """``tensor``, which shows these values, as a term of a sum."""
-        view = (tensor.shape, tensor.stride(), tensor.storage_offset())
-
-        def restore(*parts: Tensor) -> Tensor:
-            return self.restore(*parts).as_strided(*view)
-
+        restore = self.restorer(tensor)
         return Term(self.parts(tensor), restore, self.size, self.peak, self.references)
+
+
+def _restore(restore: Callable[..., Tensor], view: Any, *parts: Tensor) -> Tensor:
+    return restore(*parts).as_strided(*view)
 
 
 class Counts(Packing):
@@ -127,13 +107,15 @@ class Counts(Packing):
     def __init__(self, tensor: Tensor, peak: int = 1, bits: Tensor | None = None) -> None:
         super().__init__(tensor)
         self.peak, self._numel, self._saved = peak, tensor.numel(), bits
-        self._steps = math.gcd(self._numel, 8) if bits is None else len(tensor)
+        self._steps = math.gcd(self._numel, 8) if bits is None else tensor.shape[0]
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         if self._saved is None:
             values = tensor.detach().as_strided((self._numel,), (1,), 0)
             is_spikes = self.peak == 1
-            self._saved = pack(values.view(self._steps, -1)) if is_spikes else values.byte()
+            self._saved = (
+                backends.pack(values.view(self._steps, -1)) if is_spikes else values.byte()
+            )
         return (self._saved,)
 
     def restore(self, *parts: Tensor) -> Tensor:
@@ -141,39 +123,8 @@ class Counts(Packing):
         if self.peak != 1:
             return saved.to(self.dtype)
         spikes = torch.empty(self._numel, dtype=self.dtype, device=saved.device)
-        unpack_into(saved, spikes.view(self._steps, -1))
+        backends.unpack_into(saved, spikes.view(self._steps, -1))
         return spikes
-
-
-class Sum(Packing):
-    """A sum of two tensors."""
-
-    def __init__(self, tensor: Tensor, first: Term, second: Term) -> None:
-        super().__init__(tensor)
-        self._first, self._second = first, second
-        self.size = first.size + second.size
-        self.references = first.references + second.references
-        if first.peak is not None and second.peak is not None:
-            self.peak = first.peak + second.peak
-
-    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return self._first.parts + self._second.parts
-
-    def restore(self, *parts: Tensor) -> Tensor:
-        count = len(self._first.parts)
-        return self._first.restore(*parts[:count]) + self._second.restore(*parts[count:])
-
-
-class Detached(Packing):
-    """The packing of what is detached from a sum: it keeps no terms, so its values are unknown."""
-
-    def __init__(self, tensor: Tensor, whole: Packing) -> None:
-        super().__init__(tensor)
-        self.is_known, self._whole = False, weakref.ref(whole)
-
-    def expose(self) -> None:
-        if whole := self._whole():
-            whole.expose()
 
 
 class Known(Tensor):
@@ -183,7 +134,8 @@ class Known(Tensor):
 
     def packing(self) -> Packing | None:
         """How the values are saved, if they are known."""
-        return self._packing if self._packing.describes(self) else None
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._packing if self._packing.describes(self) else None
 
     def learn(self, packing: Packing) -> None:
         """Take the packing of values that have changed in place."""
@@ -235,42 +187,12 @@ class Known(Tensor):
             return format(self.plain("print"), spec)
 
     @classmethod
-    @torch._disable_dynamo
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs, name = kwargs or {}, func.__name__
-        # A subclass of someone else's decides itself.
-        if not all(kind is Tensor or issubclass(kind, Known) for kind in types):
-            with torch._C.DisableTorchFunctionSubclass():
-                args, kwargs = tree_map_only(Known, lambda t: t.plain(name), (args, kwargs))
-            return func(*args, **kwargs)
-        if name in _LOWERS and sum(isinstance(t, Tensor) for t in args) > 1:
-            args = tuple(_lowered(t) if isinstance(t, Compact) else t for t in args)
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _EXPOSES or getattr(func, "__module__", None) == _COLLECTIVES:
-                args, kwargs = tree_map_only(Known, lambda t: t.exposed(), (args, kwargs))
-                return func(*args, **kwargs)
-            if func in _GRADIENTS:
-                at = _GRADIENTS[func]
-                for tensor in _flat([kwargs.get("inputs") if at is None else args[at]]):
-                    if isinstance(tensor, Known):
-                        tensor.watch()
-                return func(*args, **kwargs)
-            if name == "__get__" or torch.compiler.is_compiling() or not _graph.allows_hooks():
-                return func(*args, **kwargs)
-            tensors = [t for t in _flat((*args, *kwargs.values())) if isinstance(t, Tensor)]
-            known = [t for t in tensors if isinstance(t, Known)]
-            # Options, such as alpha of an addition, may change what the result is.
-            peak = _peak_of(name, args, kwargs, tensors) if kwargs.keys() <= _OPTIONS else None
-            terms = () if kwargs else _terms(name, args)
-            plane = tensors[0].shape[-int(name[-2]) :].numel() if name in _POOLS else None
-            with saving(known, plane):
-                result = func(*args, **kwargs)
-            for tensor in _flat([result]):
-                if isinstance(tensor, Tensor):
-                    _describe(tensor, known, peak, terms)
-            return result
+        if _graph.is_dynamo_near():
+            return _handle_apart(func, types, args, kwargs or {})
+        return _handle(func, types, args, kwargs or {})
 
 
 class Compact(Known):
@@ -284,56 +206,104 @@ def compact(tensor: Tensor, packing: Packing) -> Tensor:
     return tensor
 
 
-@contextmanager
-def saving(known: Iterable[Known], plane: int | None = None) -> Iterator[None]:
-    """Save what ``known`` tensors show as their packings, until the end of ``with``.
+# ---- what functions do ---------------------------------------------------------------------------
 
-    ``plane``: of pooling, how many pixels a plane has. Of its input the shape alone is saved, and
-    indices into at most 32,768 pixels in 16 bits instead of 64.
-    """
-    packings = [packing for tensor in known if (packing := tensor.packing())]
-    pools = plane is not None
-    if not (packings or pools) or not torch.is_grad_enabled() or _graph.is_checkpointed():
-        yield
+
+def _handle(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for kind in types:
+        if kind is not Compact and kind is not Tensor and not issubclass(kind, Known):
+            return _leave(func, args, kwargs)  # another's subclass, which decides itself
+    with torch._C.DisableTorchFunctionSubclass():
+        return _HANDLERS.get(func, _operate)(func, args, kwargs)
+
+
+#: the same while a graph of torch.compile runs or is traced, which breaks there
+_handle_apart = torch._disable_dynamo(_handle)
+
+
+def _leave(func: Any, args: Any, kwargs: Any) -> Any:
+    name = func.__name__
+    with torch._C.DisableTorchFunctionSubclass():
+        args, kwargs = tree_map_only(Known, lambda t: t.plain(name), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _ask(func: Any, args: Any, kwargs: Any) -> Any:
+    """A question about a tensor, which reads and shows no values."""
+    return func(*args, **kwargs)
+
+
+def _view(func: Any, args: Any, kwargs: Any) -> Any:
+    """A view, or a copy where there is none: they save no values for backward."""
+    result = func(*args, **kwargs)
+    source = args[0] if args else None
+    if type(source) is not Compact or not source._packing.is_known:
+        return result
+    packing, base = source._packing, source._base
+    if source._version != packing.version:
+        return result
+    if type(result) is not Tensor:
+        for part in result if isinstance(result, list | tuple) else ():
+            _describe_view(part, source, packing)
+    elif result._base is (source if base is None else base) and result.dtype == packing.dtype:
+        result.__class__ = Compact
+        result._packing = packing if packing.size == 1 else packing.of_part(result, source)
+    else:
+        _describe_view(result, source, packing)
+    return result
+
+
+def _describe_view(result: Tensor, source: Tensor, packing: Packing) -> None:
+    """Let a view of ``source``, or its copy, know its packing."""
+    if result.is_inference():
         return
-    outer_pack, outer_unpack = _graph.saving_hooks() or (_same, _same)
-
-    def pack_saved(tensor: Tensor) -> Any:
-        # Pooling's backward is known to read no value of its input on these devices.
-        if pools and tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda"):
-            form = (tensor.shape, tensor.stride())
-            options: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
-            return (), partial(torch.empty_strided, *form, **options)
-        if plane is not None and tensor.dtype == torch.int64 and plane <= 1 << 15:
-            return (outer_pack(tensor.to(torch.int16)),), Tensor.long
-        for packing in packings:
-            if packing.describes(tensor) and not _is_small_part(tensor):
-                term = packing.term(tensor)
-                return tuple(map(outer_pack, term.parts)), term.restore
-        return (outer_pack(tensor),), _same
-
-    def unpack_saved(saved: Any) -> Tensor:
-        parts, restore = saved
-        return restore(*map(outer_unpack, parts))
-
-    try:
-        with saved_tensors_hooks(pack_saved, unpack_saved):
-            yield
-    finally:
-        packings.clear()  # autograd's graph holds both hooks
+    if packing.describes(result):
+        compact(result, packing.of_part(result, source))
+    elif _graph.shares_memory(result, source):
+        packing.expose()  # other numbers in the same memory
+    elif packing.peak is not None and packing.dtype == result.dtype and _fills_memory(result):
+        compact(result, Counts(result, packing.peak))
 
 
-def _is_small_part(tensor: Tensor) -> bool:
-    return tensor.nbytes * _MOST_PARTS < tensor.untyped_storage().nbytes()
+def _expose(func: Any, args: Any, kwargs: Any) -> Any:
+    """Access to memory that autograd does not see, so that the values are no longer known."""
+    args, kwargs = tree_map_only(Known, lambda t: t.exposed(), (args, kwargs))
+    return func(*args, **kwargs)
 
 
-def _same(value: Any) -> Any:
-    return value
+def _watch(tensors: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """The handler of a function that takes the gradient of ``tensors(args, kwargs)``."""
+
+    def handle(func: Any, args: Any, kwargs: Any) -> Any:
+        for tensor in _flat([tensors(args, kwargs)]):
+            if isinstance(tensor, Known):
+                tensor.watch()
+        return func(*args, **kwargs)
+
+    return handle
 
 
-def _flat(values: Iterable[Any]) -> list[Any]:
-    """The values, and those of lists and tuples among them."""
-    return [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
+def _operate(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation on values, which may save them."""
+    if getattr(func, "__module__", None) == "torch.distributed.distributed_c10d":
+        return _expose(func, args, kwargs)
+    return _run(func, args, kwargs, None)
+
+
+def _contract(peak_of: Any = None) -> Callable[..., Any]:
+    """The handler of an operation whose tensors autocast casts."""
+
+    def handle(func: Any, args: Any, kwargs: Any) -> Any:
+        if torch._C._is_any_autocast_enabled() and sum(isinstance(t, Tensor) for t in args) > 1:
+            args = tuple(_lowered(t) if isinstance(t, Compact) else t for t in args)
+        peak = peak_of(args) if peak_of and not kwargs else None
+        known = _known(args, kwargs)
+        result = run_saving(known, func, args, kwargs)
+        if peak is not None:
+            describe(result, known, peak)
+        return result
+
+    return handle
 
 
 def _lowered(tensor: Any) -> Any:
@@ -341,7 +311,29 @@ def _lowered(tensor: Any) -> Any:
     device = tensor.device.type
     if tensor.dtype != torch.float32 or tensor.is_meta or not torch.is_autocast_enabled(device):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return _copy(Tensor.to, (tensor, torch.get_autocast_dtype(device)), {})
+
+
+def _copy(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation whose result has no value that its tensors do not have."""
+    peak = None
+    if kwargs.keys() <= {"dim"}:
+        peaks = [_peak(t) for t in _flat(args) if isinstance(t, Tensor)]
+        peak = None if None in peaks else max(peaks, default=None)  # type: ignore[type-var]
+    return _run(func, args, kwargs, peak)
+
+
+def _pool(dimensions: int, keeps_values: bool) -> Callable[..., Any]:
+    """The handler of a pooling, of whose input the shape alone is read in backward."""
+
+    def handle(func: Any, args: Any, kwargs: Any) -> Any:
+        dilation = args[4] if len(args) > 4 else kwargs.get("dilation", 1)
+        # A dilated window may lie in the padding, of which nothing is the greatest.
+        known = keeps_values and dilation in (1, (1,), (1, 1), (1, 1, 1))
+        plane = args[0].shape[-dimensions:].numel() if args else None
+        return _run(func, args, kwargs, _peak(args[0]) if known and args else None, plane)
+
+    return handle
 
 
 def _peak(tensor: Any) -> int | None:
@@ -349,96 +341,252 @@ def _peak(tensor: Any) -> int | None:
     return packing.peak if packing else None
 
 
-def _peak_of(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
-) -> int | None:
-    """The largest value of an operation's result, if all are whole numbers from 0."""
-    peaks = [peak for tensor in tensors if (peak := _peak(tensor)) is not None]
-    if not peaks or len(peaks) < len(tensors):
-        return None
-    # A dilated window may lie in the padding, of which nothing is the greatest.
-    dilations = (*args[4:5], kwargs.get("dilation", 1))
-    dilated = "max_pool" in name and any(d not in (1, (1,), (1, 1), (1, 1, 1)) for d in dilations)
-    if name in _COPIES and not dilated:
-        return max(peaks)
-    if name == "__rsub__" and peaks == [1] and args[1:] == (1,):
-        return 1  # the complement of spikes
-    if len(peaks) != 2 or len(args) != 2:
-        return None
-    first, second = peaks
-    if name in _ADDS:
-        return first + second
-    if name in _MULTIPLIES:
-        return first * second
-    return first * second * args[0].shape[-1] if name in _CONTRACTS else None
+def _peaks(combine: Callable[[int, int, Any], int]) -> Callable[[Any], int | None]:
+    def peak_of(args: Any) -> int | None:
+        if len(args) != 2:
+            return None
+        first, second = map(_peak, args)
+        return None if first is None or second is None else combine(first, second, args[0])
+
+    return peak_of
 
 
-def _terms(name: str, args: tuple[Any, ...]) -> tuple[Term, ...]:
-    """The two terms of a sum, taken before an addition in place changes one; none of other calls.
+def _binary(combine: Callable[[int, int, Any], int]) -> Callable[..., Any]:
+    """The handler of an operation of two tensors whose largest value follows from theirs."""
+    peak_of = _peaks(combine)
 
-    A tensor that is not known, or is the sum of too many, is a term that stays in memory: one at
-    most, since two take more than their sum, and none that may change, as one outside the graph.
-    """
-    is_sum = name in _ADDS and len(args) == 2
-    if not is_sum or not torch.is_grad_enabled() or _graph.has_other_hooks():
-        return ()
-    if not all(isinstance(t, Tensor) for t in args) or _form(args[0]) != _form(args[1]):
-        return ()
-    terms = [t.term() if isinstance(t, Known) else None for t in args]
-    if sum(term.size if term else 1 for term in terms) > _MOST_TERMS:
-        terms = [term if term and term.size == 1 else None for term in terms]
-    if terms[0] is None and name in _ADDS_IN_PLACE:
-        return ()
-    pairs = zip(args, terms, strict=True)
-    pair = tuple(found for t, term in pairs if (found := term or _reference(t)))
-    return pair if len(pair) == 2 and sum(term.references for term in pair) < 2 else ()
+    def handle(func: Any, args: Any, kwargs: Any) -> Any:
+        return _run(func, args, kwargs, None if kwargs else peak_of(args))
+
+    return handle
 
 
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+def _subtract(func: Any, args: Any, kwargs: Any) -> Any:
+    """``1 - spikes`` are spikes."""
+    is_complement = not kwargs and args[1:] == (1,) and _peak(args[0]) == 1
+    return _run(func, args, kwargs, 1 if is_complement else None)
 
 
-def _reference(tensor: Tensor) -> Term | None:
-    """A term that stays in memory; ``None`` outside the graph, where it may change."""
-    if tensor.grad_fn is None:
-        return None
-    values, version = tensor.detach(), _graph.version_of(tensor)
-
-    def restore(value: Tensor) -> Tensor:
-        if _graph.version_of(values) != version:
-            raise RuntimeError(
-                "a term of a sum that an accelerated neuron reads was changed in place before the "
-                "backward: write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
-            )
-        return value
-
-    return Term((values,), restore, references=1)
+def _run(func: Any, args: Any, kwargs: Any, peak: int | None, plane: int | None = None) -> Any:
+    """Run an operation with hooks open, and let its result know how it is saved."""
+    known = _known(args, kwargs)
+    result = run_saving(known, func, args, kwargs, plane)
+    for tensor in result if isinstance(result, list | tuple) else [result]:
+        if isinstance(tensor, Tensor):
+            describe(tensor, known, peak)
+    return result
 
 
-def _describe(
-    result: Tensor, known: list[Known], peak: int | None, terms: tuple[Term, ...]
+def _known(args: Any, kwargs: Any) -> list[Known]:
+    """The known tensors among arguments, and lists of them."""
+    known: list[Known] = []
+    for values in (args, kwargs.values()) if kwargs else (args,):
+        for value in values:
+            if isinstance(value, Known):
+                known.append(value)
+            elif isinstance(value, list | tuple):
+                known += [v for v in value if isinstance(v, Known)]
+    return known
+
+
+def describe(
+    result: Tensor, known: Iterable[Any], peak: int | None, packing: Packing | None = None
 ) -> None:
-    """Let the result of an operation know how it is saved."""
-    if result.is_inference() or not result.is_floating_point():
+    """Let the result of an operation know its packing, or that of whole numbers up to ``peak``."""
+    if result.is_inference():
         return
     for tensor in known:
-        if isinstance(tensor, Compact) and tensor._packing.shares_memory(result):  # a view
-            packing = tensor._packing
-            if packing.size > 1 and tensor.requires_grad and not result.requires_grad:
-                packing = Detached(result, packing)
-            if not isinstance(result, Known):
-                compact(result, packing)
-            return
-    if not terms and (peak is None or peak > _LARGEST):
+        others = type(tensor) is Compact and tensor is not result
+        if others and _graph.shares_memory(result, tensor):
+            tensor._packing.expose()  # shown by a function that is no view
+    if packing is None and (peak is None or peak > _LARGEST):
+        return
+    if not result.is_floating_point():
         return
     memory = result.memory() if isinstance(result, Known) else result
     if not _fills_memory(memory):
         return
-    packing = Sum(memory, *terms) if terms else Counts(memory, peak or 0)
+    packing = packing or Counts(memory, peak or 0)
     result.learn(packing) if isinstance(result, Known) else compact(result, packing)
 
 
 def _fills_memory(tensor: Tensor) -> bool:
     """Whether the tensor fills its memory, in any order."""
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0
-    return whole and tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+    if not whole or tensor.is_contiguous():
+        return whole
+    return tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    """The values, and those of lists and tuples among them."""
+    return [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
+
+
+# ---- what is saved -------------------------------------------------------------------------------
+
+
+class Saving:
+    """``saved_tensors_hooks`` that save what they know as its packing.
+
+    ``plane``: of pooling, how many pixels a plane has. Of its input the shape alone is saved, and
+    indices into at most 32,768 pixels in 16 bits instead of 64.
+    """
+
+    __slots__ = ("outer", "packings", "plane")
+
+    def __init__(self, packings: list[Packing], plane: int | None, outer: Any) -> None:
+        self.packings, self.plane, self.outer = packings, plane, outer
+
+    def __enter__(self) -> None:
+        _graph.push_hooks(self.pack, Saving.unpack)
+
+    def __exit__(self, *error: object) -> None:
+        _graph.pop_hooks()
+        self.packings = []  # autograd's graph holds both hooks
+
+    def pack(self, tensor: Tensor) -> Any:
+        outer, parts, restore = self.outer, (tensor,), _same
+        if self.plane is not None and (found := _pooled(tensor, self.plane)):
+            parts, restore = found
+        for packing in self.packings:
+            is_small = tensor.nbytes * _MOST_PARTS < packing.size_in_memory
+            if not is_small and packing.describes(tensor):
+                parts, restore = packing.parts(tensor), packing.restorer(tensor)
+                break
+        return outer, parts if outer is None else tuple(map(outer[0], parts)), restore
+
+    @staticmethod
+    def unpack(saved: Any) -> Tensor:
+        outer, parts, restore = saved
+        return restore(*(parts if outer is None else map(outer[1], parts)))
+
+
+def _pooled(tensor: Tensor, plane: int) -> Any:
+    """How a pooling's backward restores its input and its indices."""
+    # It is known to read no value of its input on these devices.
+    if tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda"):
+        options: Any = {"dtype": tensor.dtype, "device": tensor.device}
+        return (), partial(torch.empty_strided, tensor.shape, tensor.stride(), **options)
+    if tensor.dtype == torch.int64 and plane <= 1 << 15:
+        return (tensor.to(torch.int16),), Tensor.long
+    return None
+
+
+_NOTHING = nullcontext()
+
+
+def saving(known: Iterable[Known], plane: int | None = None) -> Any:
+    """The context in which what ``known`` tensors show is saved as their packings."""
+    packings = []
+    for tensor in known:
+        if packing := tensor.packing():
+            packings.append(packing)
+    if (not packings and plane is None) or not torch.is_grad_enabled():
+        return _NOTHING
+    outer = _graph.saving_hooks()
+    is_checkpointed = outer is not None and _graph.are_checkpoints(outer)
+    return _NOTHING if is_checkpointed else Saving(packings, plane, outer)
+
+
+def run_saving(
+    known: list[Known], func: Any, args: Any, kwargs: Any, plane: int | None = None
+) -> Any:
+    """Run an operation while what ``known`` tensors show is saved as their packings."""
+    if not _graph.allows_hooks():  # torch.func forbids them
+        return func(*args, **kwargs)
+    with saving(known, plane):
+        return func(*args, **kwargs)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def _both(names: str) -> list[Any]:
+    """The functions of these names, as methods and in torch."""
+    homes = (Tensor, torch)
+    return [getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)]
+
+
+_POOLS = {
+    getattr(home, f"{kind}_pool{n}d{ending}"): _pool(n, kind == "max")
+    for kind in ("max", "avg", "adaptive_avg")
+    for n in (1, 2, 3)
+    for ending in ("", "_with_indices")
+    for home in (F, torch)
+    if hasattr(home, f"{kind}_pool{n}d{ending}")
+}
+_ATTRIBUTES = {
+    name: getattr(torch._C.TensorBase, name).__get__
+    for name, kind in vars(torch._C.TensorBase).items()
+    if isinstance(kind, GetSetDescriptorType)
+}
+_TURNED = [_ATTRIBUTES.pop(name) for name in ("T", "mT", "H", "mH") if name in _ATTRIBUTES]
+_MEMORY = [_ATTRIBUTES.pop(name) for name in ("data", "real", "imag", "_base")]
+#: A function of torch -> the function that handles it; another one is :func:`_operate`.
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(
+        [
+            *_ATTRIBUTES.values(),
+            *_both(
+                "size stride dim ndimension numel nelement storage_offset element_size get_device"
+            ),
+            *_both("is_floating_point is_complex is_contiguous is_inference is_signed is_tensor"),
+            *_both("type requires_grad_ __len__ is_set_to is_same_size backward"),
+            Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+            Tensor.grad.__set__,  # type: ignore[attr-defined]
+        ],
+        _ask,
+    ),
+    **dict.fromkeys(
+        [
+            *_both("view reshape flatten unflatten transpose swapaxes swapdims permute t"),
+            *_both("squeeze unsqueeze detach narrow select chunk split tensor_split unbind"),
+            *_both("movedim moveaxis adjoint __getitem__ view_as reshape_as alias contiguous"),
+            *_TURNED,
+        ],
+        _view,
+    ),
+    **dict.fromkeys(
+        [
+            *(*_MEMORY, Tensor.data.__set__, Tensor.data_ptr, Tensor.numpy),  # type: ignore[attr-defined]
+            *(Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__, Tensor.__array__),
+            *(Tensor.tolist, Tensor.share_memory_),
+            *(Tensor.apply_, Tensor.map_, Tensor.map2_),
+        ],
+        _expose,
+    ),
+    **dict.fromkeys(
+        [Tensor.register_hook, Tensor.retain_grad], _watch(lambda args, kwargs: args[0])
+    ),
+    torch.autograd.grad: _watch(lambda args, kwargs: args[1]),
+    torch.autograd.backward: _watch(lambda args, kwargs: kwargs.get("inputs")),
+    **dict.fromkeys(_both("clone to float half bfloat16 cat concat stack"), _copy),
+    **_POOLS,
+    **dict.fromkeys(
+        _both("mul multiply __mul__ __rmul__ mul_ __imul__"), _binary(lambda a, b, _: a * b)
+    ),
+    **dict.fromkeys(
+        _both("matmul __matmul__ bmm mm"),
+        _contract(_peaks(lambda a, b, first: a * b * first.shape[-1])),
+    ),
+    **dict.fromkeys(
+        [F.linear, torch.einsum, *_both("conv1d conv2d conv3d addmm baddbmm")], _contract()
+    ),
+    **dict.fromkeys(_both("conv_transpose1d conv_transpose2d conv_transpose3d"), _contract()),
+    Tensor.__rsub__: _subtract,
+}
+
+
+def implements(*functions: Any) -> Callable[[Any], Any]:
+    """Let a function handle these functions of torch."""
+
+    def register(handler: Any) -> Any:
+        _HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -20,6 +21,7 @@ from ..neuron import ALIFNode
 from ..ops.alif.autograd import arranged
 from ..ops.alif.plan import Plans
 from ..ops.bits import is_dense
+from . import sums as sums
 from .compact import Compact, Counts, Known, compact, saving
 from .norm_output import NormOutput, decide, memory_order, wait
 
@@ -113,10 +115,10 @@ class AcceleratedNorm(_Exchanged):
         step_mode = vars(module).get("_step_mode")
         tensors = module.weight, module.bias, module.running_mean, module.running_var
         with torch._C.DisableTorchFunctionSubclass():
-            key = (
-                *(x.shape, x.stride(), x.dtype, x.device, x.is_inference(), step_mode),
-                *(_NORM_NUMBERS(module), *map(_form, tensors)),
-            )
+            forms = [x.stride(), x.is_inference(), step_mode, _NORM_NUMBERS(module)]
+            for tensor in tensors:  # neither comprehension nor function, which take as long
+                forms.append(tensor if tensor is None else (_FORM(tensor), tensor.stride()))
+            key = (_FORM(x), *forms)
             plans = Plans.of(self)
             waiting = plans.get(key, key)
             if waiting is key:
@@ -126,17 +128,11 @@ class AcceleratedNorm(_Exchanged):
         return super().forward(x)  # type: ignore[misc]
 
 
-def _form(tensor: Tensor | None) -> Any:
-    """What of a parameter or buffer a plan depends on."""
-    if tensor is None:
-        return None
-    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
 #: stands for the readers of a norm that did not wait
 NO_GRADIENT = "nothing, since its input requires no gradient"
 #: the inputs whose norm can wait
 _WAITS = (Tensor, Compact)
+_FORM = attrgetter("__class__", "shape", "dtype", "device")
 _NORM_NUMBERS = attrgetter("training", "momentum", "eps", "track_running_stats", "num_features")
 
 
@@ -158,7 +154,7 @@ class AcceleratedALIF(_Exchanged):
                 source = x_seq = x_seq.plain(f"{self._reader()}: {found}")
             else:
                 norm, source = found, found.x
-        hooks = saving([source]) if isinstance(source, Known) else _NOTHING
+        hooks = saving([source]) if isinstance(source, Known) else nullcontext()
         with torch._C.DisableTorchFunctionSubclass(), hooks:
             spike_seq, v_last, v_seq, bits = super()._run(  # type: ignore[misc]
                 x_seq, v, store_v_seq, pack, norm
@@ -194,9 +190,6 @@ class AcceleratedALIF(_Exchanged):
 @torch._disable_dynamo
 def _plain(output: NormOutput) -> Tensor:
     return output.plain("a compiled neuron")
-
-
-_NOTHING = torch._C.DisableTorchFunctionSubclass()
 
 
 class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):

@@ -398,35 +398,9 @@ class NormOutput(Known):
         return output
 
     @classmethod
-    @torch._disable_dynamo
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs, first = kwargs or {}, args[0] if args else None
-        if torch.is_inference_mode_enabled():  # a view of it would be no inference tensor
-            with torch.inference_mode(False), torch.no_grad():
-                return func(*args, **kwargs)
-        if isinstance(first, NormOutput):
-            if func in _VIEWS and (view := first._view(func, args[1:])) is not None:
-                return view
-            if func is _aten.clone.default and first._content.values is None:
-                return first._copy(kwargs.get("memory_format", torch.preserve_format))
-            if torch.Tag.inplace_view in func.tags:
-                return first._change_shape(func, args[1:])
-        name = func._schema.name.removeprefix("aten::")
-        # Schemas of other libraries, such as c10d's, do not say what they change.
-        is_mutable = func._schema.is_mutable or func.namespace != "aten"
-        given = kwargs.get("out", first)
-
-        def read(output: NormOutput) -> Tensor:
-            if is_mutable or func.is_view:
-                output._content.hold()
-            return output.computed(name)
-
-        args, kwargs = tree_map_only(NormOutput, read, (args, kwargs))
-        result = func(*args, **kwargs)
-        changed = kwargs.get("out", args[0] if args else None)
-        return given if result is changed else result
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dispatch = _dispatch_apart if _graph.is_dynamo_near() else _dispatch
+        return dispatch(func, args, kwargs or {})
 
     def _view(self, func: Any, args: tuple[Any, ...]) -> NormOutput | None:
         place = self._place.view(func, args)
@@ -564,6 +538,38 @@ class NormOutput(Known):
 
     def watch(self) -> None:
         self._content.call.gradient.watch()
+
+
+def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
+    first = args[0] if args else None
+    if torch.is_inference_mode_enabled():  # a view of it would be no inference tensor
+        with torch.inference_mode(False), torch.no_grad():
+            return func(*args, **kwargs)
+    if isinstance(first, NormOutput):
+        if func in _VIEWS and (view := first._view(func, args[1:])) is not None:
+            return view
+        if func is _aten.clone.default and first._content.values is None:
+            return first._copy(kwargs.get("memory_format", torch.preserve_format))
+        if torch.Tag.inplace_view in func.tags:
+            return first._change_shape(func, args[1:])
+    name = func._schema.name.removeprefix("aten::")
+    # Schemas of other libraries, such as c10d's, do not say what they change.
+    is_mutable = func._schema.is_mutable or func.namespace != "aten"
+    given = kwargs.get("out", first)
+
+    def read(output: NormOutput) -> Tensor:
+        if is_mutable or func.is_view:
+            output._content.hold()
+        return output.computed(name)
+
+    args, kwargs = tree_map_only(NormOutput, read, (args, kwargs))
+    result = func(*args, **kwargs)
+    changed = kwargs.get("out", args[0] if args else None)
+    return given if result is changed else result
+
+
+#: the same while a graph of torch.compile runs or is traced, which breaks there
+_dispatch_apart = torch._disable_dynamo(_dispatch)
 
 
 class _Read(torch.autograd.Function):

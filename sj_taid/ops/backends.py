@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .._graph import is_watched
+from . import bits
 from .alif import reference
 from .alif.plan import Engine
 
@@ -85,6 +86,25 @@ def constant_in_graphs(function: Any) -> Any:
 
 
 _warned: set[str] = set()
+
+
+def pack(spikes: Tensor) -> Tensor:
+    """:func:`.bits.pack` by the best backend that works on the tensor's device."""
+    engine = _engine_of(spikes.device.type)
+    return bits.pack(spikes) if engine is None else engine.pack(spikes)
+
+
+def unpack_into(packed: Tensor, spikes: Tensor) -> None:
+    """:func:`.bits.unpack_into` by the best backend that works on the tensor's device."""
+    engine = _engine_of(spikes.device.type)
+    unpack = bits.unpack_into if engine is None else engine.unpack_into
+    unpack(packed, spikes)
+
+
+@cache
+def _engine_of(device: str) -> Engine | None:
+    working = (BACKENDS[name]() for name in PREFERENCE.get(device, ()) if works(name))
+    return next((backend.engine for backend in working), None)
 
 
 def names() -> tuple[str, ...]:

@@ -601,3 +601,44 @@ def test_spikes_have_the_memory_order_of_the_plain_neurons(shape, kind):
     (spikes, grad), (expected, expected_grad) = reversed(grads)
     assert spikes.stride() == expected.stride() and torch.equal(spikes, expected)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
+
+
+#: ways to write into spikes' memory that no version of theirs counts
+WRITES = {
+    "numpy": lambda s: s.detach().numpy().fill(0.3),
+    "numpy of a view": lambda s: s.detach().mT.numpy().fill(0.3),
+    "turned twice": lambda s: s.detach().T.T.swapaxes(0, 1).numpy().fill(0.3),
+    "data": lambda s: s.data.fill_(0.3),
+    "data of a view": lambda s: s.flatten(1).data.fill_(0.3),
+    "other numbers": lambda s: s.detach().view(torch.int32).numpy().fill(0x3E99999A),
+    "complex": lambda s: torch.view_as_complex(s.detach().unflatten(-1, (-1, 2))).numpy().fill(0.3),
+    "set_ of a storage": lambda s: torch.empty(0).set_(s.untyped_storage()).fill_(0.3),
+    "storage": lambda s: torch.asarray(s.detach().untyped_storage(), dtype=s.dtype).fill_(0.3),
+    "dlpack": lambda s: torch.from_dlpack(s.detach()).fill_(0.3),
+    "unsafe_split": lambda s: [part.fill_(0.3) for part in s.detach().unsafe_split(1)],
+    "unsafe_chunk": lambda s: [part.fill_(0.3) for part in torch.unsafe_chunk(s.detach(), 2)],
+    "as_strided": lambda s: s.detach().as_strided((s.numel(),), (1,)).numpy().fill(0.3),
+    "a list": lambda s: [part.numpy().fill(0.3) for part in s.detach().unbind()],
+    "expanded": lambda s: s.detach().expand_as(s).numpy().fill(0.3),
+    "windows": lambda s: s.detach().unfold(0, 1, 1).numpy().fill(0.3),
+    "diagonals": lambda s: [torch.diagonal(m, k).numpy().fill(0.3)
+                            for m in s.detach().flatten(0, 2) for k in range(-7, 8)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_is_written_behind_autograds_back_is_in_the_gradient(name, norm):
+    spiking = [layer.BatchNorm2d(4)] if norm else []
+    options = {"v_threshold": 0.5, "surrogate_function": surrogate.ATan()}
+    plain = nn.Sequential(*spiking, neuron.LIFNode(**options), layer.Conv2d(4, 3, 3))
+    functional.set_step_mode(plain, "m")
+    fast, x = copy.deepcopy(plain), torch.randn(4, 2, 4, 8, 8, requires_grad=True)
+    sj_taid.accelerate(fast)
+    found = []
+    for *before, conv in (plain, fast):
+        spikes = nn.Sequential(*before)(x)
+        WRITES[name](spikes)
+        conv(spikes).square().mean().backward()
+        found.append(conv.weight.grad)
+    torch.testing.assert_close(*found)

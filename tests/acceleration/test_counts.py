@@ -1,0 +1,93 @@
+"""What a call costs: Python frames and operators of torch, which a busy machine does not change."""
+
+import sys
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+import sj_taid
+
+pytest.importorskip("numba", reason="needs numba: pip install numba")
+
+OPTIONS = {"step_mode": "m", "surrogate_function": surrogate.ATan(), "detach_reset": True}
+
+
+def frames(function):
+    """How many Python functions a call enters, and how many of them are this package's."""
+    entered = []
+
+    def see(frame, event, argument):
+        if event == "call":
+            entered.append(frame.f_code.co_filename)
+
+    sys.setprofile(see)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return len(entered), sum("sj_taid" in file for file in entered)
+
+
+def operators(function):
+    """How many of torch's operators a call runs that stand within no other."""
+    with torch.autograd.profiler.profile() as profiler:
+        function()
+    outer = [e for e in profiler.function_events if e.name.startswith("aten::")]
+    return sum(not (e.cpu_parent and e.cpu_parent.name.startswith("aten::")) for e in outer)
+
+
+def counts(net):
+    """Frames, those of this package, and operators, of a forward and of its backward."""
+    x, grad = (torch.rand(4, 2, 8, 4, 4) for _ in range(2))
+    x.requires_grad_()
+    outputs = []
+
+    def forward():
+        outputs.append(net(x))
+
+    def backward():
+        torch.autograd.backward([outputs.pop().as_subclass(torch.Tensor)], [grad])
+
+    found = {}
+    for count in (frames, frames, operators):  # the first time decides
+        functional.reset_net(net)
+        found[count] = count(forward), count(backward)
+    (forward_frames, forward_ours), (_, backward_ours) = found[frames]
+    return forward_frames, forward_ours, backward_ours, *found[operators]
+
+
+def make(node, norm):
+    norms = [layer.BatchNorm2d(8, step_mode="m")] if norm else []
+    net = nn.Sequential(*norms, node)
+    sj_taid.accelerate(net)
+    return net
+
+
+@pytest.mark.parametrize(
+    "kind", [neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode, sj_taid.ALIFNode]
+)
+@pytest.mark.parametrize(
+    ("norm", "most"), [(True, (110, 50, 20, 12, 10)), (False, (70, 45, 20, 12, 10))]
+)
+def test_a_call_is_decided_in_advance(norm, most, kind):
+    node = kind(**OPTIONS)
+    # A parameter's gradient is a tensor, and added to the one before.
+    *most, limit = most
+    most = *most, limit + 2 * len([*node.parameters()])
+    found = counts(make(node, norm))
+    assert all(count <= limit for count, limit in zip(found, most, strict=True)), found
+
+
+def test_without_gradients_nothing_is_added():
+    net = make(neuron.LIFNode(**OPTIONS), True)
+    plain = nn.Sequential(layer.BatchNorm2d(8, step_mode="m"))
+    x = torch.rand(4, 2, 8, 4, 4)
+    with torch.no_grad():
+        net(x), plain(x)
+        functional.reset_net(net)
+        assert type(net[0](x)) is torch.Tensor
+        assert operators(lambda: net[0](x)) == operators(lambda: plain[0](x))
+        spikes = net[1](x)
+    assert type(spikes) is torch.Tensor
