@@ -123,7 +123,7 @@ class AcceleratedNorm(_Exchanged):
             waiting = plans.get(key, key)
             if waiting is key:
                 waiting = plans.keep(key, decide(module, x, step_mode == "m"))
-            if waiting is not None:
+            if waiting is not None and waiting.pays():
                 return wait(module, x, waiting, *tensors)
         return super().forward(x)  # type: ignore[misc]
 

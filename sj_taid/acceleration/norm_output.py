@@ -144,9 +144,13 @@ def _hashable(value: Any) -> Any:
 class Waiting:
     """A batch norm's call, decided in advance."""
 
+    #: Calls in a row whose output was read by others than neurons and sums; after so many the norm
+    #: is torch's own, which is faster then, but for one call in so many more.
+    PATIENCE, AGAIN = 3, 64
+
     def __init__(self, module: Any, x: Tensor, folds: bool, spec: NormSpec, engine: Engine) -> None:
         self.spec, self.plan = spec, find_norm_plan(engine, spec)
-        self.folds, self.copies = folds, not is_dense(x)
+        self.folds, self.copies, self.idle = folds, not is_dense(x), 0
         #: those of the plain module's input ``[M, C, *]``
         self.strides = (x.flatten(0, 1) if folds else x).stride()
         tensors = module.weight, module.bias, module.running_mean, module.running_var
@@ -169,6 +173,11 @@ class Waiting:
         reads = module.track_running_stats or not module.training
         self.reads = reads and module.running_mean is not None
         self.counts = module.training and reads and module.num_batches_tracked is not None
+
+    def pays(self) -> bool:
+        """Whether to wait once more."""
+        self.idle += 1
+        return self.idle <= self.PATIENCE or self.idle % self.AGAIN == 0
 
     def flat(self, x: Tensor) -> Tensor:
         """The input as the plain module gets it."""
@@ -479,6 +488,7 @@ class NormOutput(Known):
         """Note that a neuron has read the output as one operation with the norm."""
         call = self._content.call
         call.gradient.is_fused = call.readers[reader] = True
+        call.waiting.idle = 0
 
     def packing(self) -> Packing | None:
         """That of values changed in place; a waiting output is saved as it is, without memory."""
@@ -498,6 +508,7 @@ class NormOutput(Known):
         content = self._content  # the term keeps the norm's input
         if _graph.are_checkpoints(content.call.hooks):
             return None
+        content.call.waiting.idle = 0
         return Term((), partial(_shown, content.compute, self._place.made))
 
     def exposed(self) -> Tensor:

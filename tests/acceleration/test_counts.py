@@ -8,6 +8,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import sj_taid
+from sj_taid.acceleration.norm_output import Waiting
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 
@@ -91,3 +92,27 @@ def test_without_gradients_nothing_is_added():
         assert operators(lambda: net[0](x)) == operators(lambda: plain[0](x))
         spikes = net[1](x)
     assert type(spikes) is torch.Tensor
+
+
+def test_a_norm_that_no_neuron_reads_is_torchs_after_a_while():
+    net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
+    sj_taid.accelerate(net)
+    norm, node = net
+    x = torch.rand(4, 2, 3, 2, 2, requires_grad=True)
+
+    def waits(read):
+        read(y := norm(x))
+        return type(y) is not torch.Tensor
+
+    patience = Waiting.PATIENCE
+    assert [waits(torch.sin) for _ in range(6)] == [True] * patience + [False] * (6 - patience)
+    while not waits(lambda y: y):
+        pass
+    while not waits(node):  # from here on it is read as one operation
+        node.reset()
+    node.reset()
+    for _ in range(2 * patience):
+        assert waits(node)
+        node.reset()
+    for _ in range(2 * patience):
+        assert waits(lambda y: (y + x).sum())  # which is saved as its terms
