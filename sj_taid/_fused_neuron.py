@@ -57,11 +57,11 @@ class FusedNeuron:
     backend: Any = backends.AUTO
     _name = ""  # its path in the net, which errors say
     #: the kinds of tensors that a plan takes
-    _takes: tuple[type, ...] = (Tensor, nn.Parameter)
+    _takes: Any = (Tensor, nn.Parameter)
     #: gives the plain attributes of a node that a call depends on, apart from its surrogate
     _numbers: Any
 
-    def _constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
+    def _constants(self, dtype: torch.dtype) -> tuple[Any, bool, Any]:
         """``w`` of a dtype, ``decay_input`` and the threshold; ``None`` for what is a tensor."""
         raise NotImplementedError
 
@@ -125,7 +125,7 @@ class FusedNeuron:
             return self._run_operators(x_seq, v, w, v_threshold, store_v_seq)
         if adapts:
             x, v0, w, v_threshold = _adapt(spec, x, v0, w, v_threshold)
-        v_init = 0.0 if v0 is not None else v
+        v_init: Any = 0.0 if v0 is not None else v
         if saves:
             leaves = x, v0, w, v_threshold, weight, bias
             return apply_fused(*leaves, plan, spec, v_init, numbers, self._name)

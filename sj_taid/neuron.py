@@ -233,7 +233,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     def _run(self, x_seq: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...]:
         results = super()._run(x_seq, *arguments, **options)
         if not torch.compiler.is_compiling():
-            vars(self)["_end"] = id(results[1]), _graph.recomputation()
+            self.__dict__["_end"] = id(results[1]), _graph.recomputation()
         return results
 
     def _check_state(self, v: Tensor, step_shape: torch.Size) -> None:

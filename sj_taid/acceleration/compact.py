@@ -246,8 +246,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
         for part in result if isinstance(result, list | tuple) else ():
             _describe_view(part, source, packing)
     elif result._base is (source if base is None else base) and result.dtype == packing.dtype:
-        result.__class__ = Compact
-        result._packing = packing if packing.size == 1 else packing.of_part(result, source)
+        compact(result, packing if packing.size == 1 else packing.of_part(result, source))
     else:
         _describe_view(result, source, packing)
     return result
@@ -446,7 +445,8 @@ class Saving:
         self.packings = []  # autograd's graph holds both hooks
 
     def pack(self, tensor: Tensor) -> Any:
-        outer, parts, restore = self.outer, (tensor,), _same
+        outer, restore = self.outer, _same
+        parts: tuple[Tensor, ...] = (tensor,)
         if self.plane is not None and (found := _pooled(tensor, self.plane)):
             parts, restore = found
         for packing in self.packings:
@@ -537,8 +537,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
             ),
             *_both("is_floating_point is_complex is_contiguous is_inference is_signed is_tensor"),
             *_both("type requires_grad_ __len__ is_set_to is_same_size backward"),
-            Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
-            Tensor.grad.__set__,  # type: ignore[attr-defined]
+            *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
         ],
         _ask,
     ),

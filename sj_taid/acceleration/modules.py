@@ -147,6 +147,7 @@ class AcceleratedALIF(_Exchanged):
         if not _graph.is_eager():
             x_seq = _plain(x_seq) if isinstance(x_seq, NormOutput) else x_seq
             return super()._run(x_seq, v, store_v_seq)  # type: ignore[misc]
+        output: Any = x_seq
         norm, source, pack = None, x_seq, torch.is_grad_enabled()
         if type(x_seq) is NormOutput:
             found = x_seq.read_as_one(getattr(self, "channels", None) is not None)
@@ -162,7 +163,7 @@ class AcceleratedALIF(_Exchanged):
             if bits is None:
                 return spike_seq, v_last, v_seq, None
             if norm is not None:
-                x_seq.mark_read(self._reader())
+                output.mark_read(self._reader())
             strides = x_seq.stride()
             if not x_seq.is_contiguous():
                 strides = self._strides(x_seq.shape, strides)

@@ -130,11 +130,10 @@ class Place:
         """The spec of a neuron that reads this as one operation with the norm."""
         norm, steps = self.waiting.spec, self.at.shape[0]
         neurons = norm.size // steps
-        return Spec(
-            *(dynamics, norm.dtype, norm.device, steps, neurons, norm.channels),
-            norm.inner if norm.channels > 1 else neurons,
-            *(tuple(self.at.shape), self.at.stride(), per_channel, True, norm.fixed, *flags),
-        )
+        inner = norm.inner if norm.channels > 1 else neurons
+        place: Any = (norm.channels, inner, tuple(self.at.shape), self.at.stride())
+        options: Any = (per_channel, True, norm.fixed, *flags)
+        return Spec(dynamics, norm.dtype, norm.device, steps, neurons, *place, *options)
 
 
 def _hashable(value: Any) -> Any:
@@ -407,7 +406,9 @@ class NormOutput(Known):
         return output
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         dispatch = _dispatch_apart if _graph.is_dynamo_near() else _dispatch
         return dispatch(func, args, kwargs or {})
 
@@ -595,12 +596,14 @@ class _Read(torch.autograd.Function):
         return grad, None
 
 
-def wait(module: Any, x: Tensor, waiting: Waiting, weight: Any, bias: Any, *running: Any) -> Any:
+def wait(
+    module: Any, x: Tensor, waiting: Waiting, weight: Any, bias: Any, mean: Any, var: Any
+) -> Any:
     """The output of a norm of ``x``."""
     with saving([x]) if isinstance(x, Known) else nullcontext():
         x = x.contiguous() if waiting.copies else x
         batches = module.num_batches_tracked if waiting.counts else None
-        numbers = waiting.numbers(x, weight, bias, *running, batches)
+        numbers = waiting.numbers(x, weight, bias, mean, var, batches)
         call = NormCall(x, numbers, waiting, module.readers)
         if module._backward_hooks:
             call.gradient.watch()

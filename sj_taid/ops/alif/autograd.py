@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ... import _graph
@@ -77,7 +77,7 @@ _NO_GRADIENTS = (None,) * 5
 
 
 def _gradients(
-    ctx: Any, grad_spike_seq: Any, grad_v: Any, grad_v_seq: Any = None, *unused: None
+    ctx: Any, grad_spike_seq: Any, grad_v: Any, grad_v_seq: Any = None, *unused: Any
 ) -> tuple[Tensor | None, ...]:
     """The plan's backward."""
     plan, spec, v_init, strides, name = ctx.call
@@ -88,9 +88,9 @@ def _gradients(
     if numbers is not None and not numbers.is_contiguous():
         numbers = numbers.contiguous()
     step = spec.strides[1:]
-    *needs, need_weight, need_bias = ctx.needs_input_grad[:6]
+    need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
     arguments = (
-        Needs(*needs, need_weight or need_bias),
+        Needs(need_x, need_v0, need_w, need_v_threshold, need_weight or need_bias),
         arranged(grad_spike_seq, spec.strides),
         arranged(grad_v, step),
         arranged(grad_v_seq, spec.strides),
@@ -135,7 +135,7 @@ class TransformedALIF(FusedALIF):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
         x, v0, w, v_threshold, _, _, plan, _, v_init, _, _ = inputs
         return plan.forward(x, v0, v_init, w, v_threshold, None)
 
@@ -364,7 +364,8 @@ def multi_step(
     any other is made contiguous once.
     """
     dtype, kind = state_dtype(x_seq.dtype), x_seq.dtype
-    transformed = torch.compiler.is_compiling() or _graph.is_transformed()
+    # What is traced, transformed or no plain tensor takes the registered operators.
+    transformed = not _graph.is_eager() or type(x_seq) not in (Tensor, nn.Parameter)
     if transformed and norm is not None:  # torch's own norm, which it compiles and transforms
         x_seq, norm = batch_norm(x_seq.to(dtype), norm), None
     x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
@@ -383,7 +384,7 @@ def multi_step(
     name, a, b = surrogate.derivative_of(surrogate_function)
     dynamics = (decay_input, v_reset, detach_reset, name, a, b)
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    v_init = 0.0 if v0 is not None else v
+    v_init: Any = 0.0 if v0 is not None else v
     if transformed:
         checkpoints = engine.checkpoints(len(x_seq), x_seq.dtype) if saves else 0
         operators = operators._replace(
@@ -394,8 +395,8 @@ def multi_step(
         run = TransformedALIF.apply if saves else TransformedALIF.forward
         spike_seq, v_last, v_seq, _ = run(*arguments)
         spike_seq, v_seq = spike_seq.to(kind), v_seq if store_v_seq else None
-        packed = (bits.pack(spike_seq),) if return_bits else ()
-        return spike_seq, v_last, v_seq, *packed
+        results: tuple[Any, ...] = (spike_seq, v_last, v_seq)
+        return (*results, bits.pack(spike_seq)) if return_bits else results
     spec = spec_of(
         *(x_seq, Dynamics(None, decay_input, None, *dynamics[1:]), w.dim() > 0),
         *(norm is not None, norm is not None and norm.fixed, store_v_seq, return_bits, saves),
@@ -425,15 +426,17 @@ def _numbers(engine: Engine, norm: Norm, x_seq: Tensor, neurons: int) -> Tensor:
         x_seq.stride(2) if x_seq.shape[2] > 1 else neurons,
         *(norm.fixed, norm.momentum, norm.eps),
     )
-    return cast_numbers(find_norm_plan(engine, spec), x_seq, norm[:4], None)
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return cast_numbers(find_norm_plan(engine, spec), x_seq, tensors, None)
 
 
 @torch.no_grad()
 def cast_numbers(plan: NormPlan, x: Tensor, tensors: Any, batches: Tensor | None) -> Tensor:
     """A norm's numbers, where its weight, bias and running statistics have any dtype."""
     floats = [t if t is None else t.float().contiguous() for t in tensors]
-    numbers = plan.numbers(x, *floats, batches)
-    for old, new in zip(tensors[2:], floats[2:], strict=True):
+    weight, bias, mean, var = floats
+    numbers = plan.numbers(x, weight, bias, mean, var, batches)
+    for old, new in zip(tensors[2:], (mean, var), strict=True):
         if old is not None and new is not old:
             old.data.copy_(new)
     return numbers
