@@ -1,8 +1,7 @@
-"""Run old nets: one import gives ``spikingjelly.clock_driven`` and ``spikingjelly.cext.neuron``.
+"""Run old nets: one import gives the modules, arguments and bases that they were written for.
 
-The import adds these modules to ``sys.modules`` and ``spikingjelly``, for the whole process, and to
-``sys.meta_path`` a finder that finds nothing: it says what to use for a name of them that is gone.
-SpikingJelly had them up to 0.0.0.0.12, and most published nets import them. Import this first:
+Up to 0.0.0.0.12 SpikingJelly had ``spikingjelly.clock_driven`` and ``spikingjelly.cext.neuron``,
+which most published nets import. Import this first:
 
 >>> import sj_taid.clock_driven
 >>> from spikingjelly.clock_driven import layer, neuron, surrogate
@@ -13,15 +12,25 @@ The old names stand for today's classes, or for subclasses that only fill in the
 compute what these did, so :func:`sj_taid.accelerate` and :func:`sj_taid.swap_neurons` take them,
 and a ``state_dict`` keeps its keys.
 
+What the import does, for the whole process:
+
+* It adds the old modules to ``sys.modules`` and ``spikingjelly``.
+* It adds to ``sys.meta_path`` a finder that finds nothing: for ``from clock_driven.x import y`` it
+  says what to use in place of a ``y`` that is gone.
+* On SpikingJelly 2.x, for nets of 0.0.0.0.14, it changes ``activation_based`` itself: the
+  constructors of its neurons take ``backend`` and do not use it, a subclass of
+  ``neuron.BaseNode`` that defines ``neuronal_charge`` runs, and ``neuron.surrogate`` and
+  ``functional.set_backend`` exist.
+
 Source: SpikingJelly 0.0.0.0.12, with ``backend`` given by name; for ``cext.neuron`` 0.0.0.0.4, with
 all arguments given by name.
 """
 
-import abc
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from types import ModuleType
@@ -34,7 +43,9 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from ._compat import FUNCTIONAL_STATES, HOOKS
-from .neuron import ALIFNode
+
+if "spikingjelly.clock_driven" in sys.modules:
+    raise ImportError("import sj_taid.clock_driven before spikingjelly.clock_driven")
 
 
 class _Old(nn.Module):
@@ -43,10 +54,7 @@ class _Old(nn.Module):
     _defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, *args: Any, backend: str = "torch", **options: Any) -> None:
-        if backend not in ("torch", "cupy"):
-            raise ValueError(f"backend must be 'torch' or 'cupy', but it is {backend!r}")
-        if backend == "cupy":
-            _explain_cupy()
+        _check_backend(backend)
         options = self._defaults | options
         for unused in ("cupy_fp32_inference", "lava_s_cale"):
             options.pop(unused, None)
@@ -59,14 +67,13 @@ class _Old(nn.Module):
             options["surrogate_function"] = kind(**alpha)
         super().__init__(*args, **options)
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        own = HOOKS & vars(cls).keys()
-        if own and FUNCTIONAL_STATES:
-            raise TypeError(
-                f"{cls.__name__} overrides {', '.join(sorted(own))}, which SpikingJelly 2.x does "
-                "not call in IF, LIF and PLIF: derive it from clock_driven's neuron.BaseNode"
-            )
+
+def _check_backend(backend: str) -> None:
+    """Check a backend of then, which is not used."""
+    if backend not in ("torch", "cupy"):
+        raise ValueError(f"backend must be 'torch' or 'cupy', but it is {backend!r}")
+    if backend == "cupy":
+        _explain_cupy()
 
 
 @cache
@@ -76,7 +83,7 @@ def _explain_cupy() -> None:
         "backend='cupy' is taken and not used: the neurons are today's, which SpikingJelly runs as "
         "it sees fit. sj_taid.accelerate(net) runs them on a fused operator"
     )
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)
 
 
 def _define(name: str, *bases: Any, **defaults: Any) -> Any:
@@ -130,31 +137,6 @@ class MultiStepDropout2d(layer.Dropout2d):
 
 if FUNCTIONAL_STATES:
 
-    class BaseNode(neuron.BaseNode, metaclass=abc.ABCMeta):
-        """The base of a net's own neurons, whose ``neuronal_charge`` runs on 2.x too."""
-
-        neuronal_charge = neuron.SimpleBaseNode.neuronal_charge
-        neuronal_fire = neuron.SimpleBaseNode.neuronal_fire
-        neuronal_reset = neuron.SimpleBaseNode.neuronal_reset
-
-        def single_step_functional_forward(
-            self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
-        ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-            before = dict(self._memories)
-            self._memories.update(zip(before, states, strict=True))
-            self.neuronal_charge(*inputs)
-            spike = self.neuronal_fire()
-            self.neuronal_reset(spike)
-            after = tuple(self._memories.values())
-            self._memories.update(before)
-            return (spike,), after
-
-    for _kind in (
-        *(neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode),
-        *(neuron.EIFNode, neuron.QIFNode, neuron.IzhikevichNode, ALIFNode),
-    ):
-        BaseNode.register(_kind)  # old code asks isinstance(node, neuron.BaseNode)
-
     class SurrogateFunctionBase(surrogate.SurrogateFunctionBase):
         """The base of a net's own surrogate with one parameter, ``alpha``."""
 
@@ -167,9 +149,93 @@ if FUNCTIONAL_STATES:
         def __init__(self, spiking: bool, *args: Any, **kwargs: Any) -> None:
             super().__init__(spiking)
 else:
-    BaseNode = neuron.BaseNode  # type: ignore[misc]
     SurrogateFunctionBase = surrogate.SurrogateFunctionBase  # type: ignore[misc]
     MultiArgsSurrogateFunctionBase = surrogate.MultiArgsSurrogateFunctionBase  # type: ignore[misc]
+
+
+# ---- what 0.0.0.0.14's neurons took and had, on 2.x ----
+
+
+def _take_backend(kind: type) -> None:
+    """Let a neuron's constructor take ``backend``, by name or where it was: at ``store_v_seq``."""
+    init: Any = kind.__init__  # type: ignore[misc]
+    place = [*inspect.signature(kind).parameters].index("store_v_seq")
+
+    @wraps(init)
+    def __init__(self: nn.Module, *args: Any, backend: str = "torch", **options: Any) -> None:
+        if len(args) > place and isinstance(args[place], str):
+            backend, args = args[place], args[:place] + args[place + 1 :]
+        _check_backend(backend)
+        init(self, *args, **options)
+
+    kind.__init__ = __init__  # type: ignore[misc]
+
+
+def set_backend(net: nn.Module, backend: str, instance: Any = nn.Module) -> None:
+    """0.0.0.0.14's ``functional.set_backend``, which changes nothing: 2.x has no backends."""
+    _check_backend(backend)
+
+
+def _forward_by_hooks(
+    self: Any, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """A ``single_step_functional_forward`` by ``HOOKS``, in which 0.0.0.0.14's neurons compute."""
+    before = dict(self._memories)
+    self._memories.update(zip(before, states, strict=True))
+    self.neuronal_charge(*inputs)
+    spike = self.neuronal_fire()
+    self.neuronal_reset(spike)
+    after = tuple(self._memories.values())
+    self._memories.update(before)
+    return (spike,), after
+
+
+def _forward_step_by_step(self: Any, x_seq: Tensor) -> Tensor:
+    """A ``multi_step_forward`` of a neuron's own ``single_step_forward``."""
+    spikes, voltages = zip(*((self.single_step_forward(x), self.v) for x in x_seq), strict=True)
+    self.v_seq = torch.stack(voltages) if self.store_v_seq else None
+    return torch.stack(spikes)
+
+
+def _v_float_to_tensor(self: Any, x: Tensor) -> None:
+    """Give the voltage the shape of the input."""
+    if isinstance(self.v, float):
+        self.v = torch.full_like(x.detach(), self.v)
+
+
+def _check_subclass(cls: Any, **options: Any) -> None:
+    """Call what a net's own neuron overrides as 0.0.0.0.14 did, or raise."""
+    super(neuron.BaseNode, cls).__init_subclass__(**options)
+    own, other = vars(cls).keys(), cls.single_step_functional_forward is not _forward_by_hooks
+    if (hooks := HOOKS & own) and (other or issubclass(cls, neuron.AdaptBaseNode)):
+        raise TypeError(
+            f"{cls.__name__} overrides {', '.join(sorted(hooks))}, which SpikingJelly 2.x does not "
+            f"call in {cls.__base__.__name__}: derive it from neuron.BaseNode"
+        )
+    steps_of_today = cls.multi_step_forward.__module__.startswith("spikingjelly.")
+    if "single_step_forward" in own and steps_of_today:
+        cls.multi_step_forward = _forward_step_by_step
+
+
+if FUNCTIONAL_STATES:
+    for _name in (
+        *("AdaptBaseNode", "BaseNode", "EIFNode", "IFNode", "IzhikevichNode", "KLIFNode"),
+        *("LIFNode", "ParametricLIFNode", "QIFNode"),
+    ):
+        _take_backend(getattr(neuron, _name))
+    for _name in HOOKS:
+        setattr(neuron.BaseNode, _name, getattr(neuron.SimpleBaseNode, _name))
+    for _name, _value in {
+        "__init_subclass__": classmethod(_check_subclass),
+        "backend": "torch",
+        "jit_hard_reset": staticmethod(neuron.BaseNode.apply_hard_reset),
+        "jit_soft_reset": staticmethod(neuron.BaseNode.apply_soft_reset),
+        "single_step_functional_forward": _forward_by_hooks,
+        "v_float_to_tensor": _v_float_to_tensor,
+    }.items():
+        setattr(neuron.BaseNode, _name, _value)
+    neuron.surrogate = surrogate
+    functional.set_backend = set_backend
 
 
 class SpikingLSTMCell(rnn.SpikingLSTMCell):
@@ -297,7 +363,7 @@ NAMES: dict[str, dict[str, Any]] = {
     "clock_driven.neuron": {
         **_named(IFNode, LIFNode, ParametricLIFNode),
         **_named(MultiStepIFNode, MultiStepLIFNode, MultiStepParametricLIFNode),
-        **{"BaseNode": BaseNode, "surrogate": surrogate},
+        "surrogate": surrogate,
     },
     "clock_driven.rnn": _named(SpikingGRU, SpikingLSTM, SpikingLSTMCell, SpikingVanillaRNN),
     "clock_driven.surrogate": _named(SurrogateFunctionBase, MultiArgsSurrogateFunctionBase),
@@ -390,8 +456,6 @@ def _same_names(name: str) -> dict[str, Any]:
     return names
 
 
-if "spikingjelly.clock_driven" in sys.modules:
-    raise ImportError("import sj_taid.clock_driven before spikingjelly.clock_driven")
 sys.meta_path.append(_Explainer())
 for _name, _names in NAMES.items():
     _OldModule(_name, _same_names(_name) | _names)

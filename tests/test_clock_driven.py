@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 import math
 import pickle
 import warnings
@@ -419,9 +420,146 @@ def test_own_neuron_runs_and_is_reported():
 
 
 @pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 calls the hooks")
-def test_own_lif_with_a_hook_that_nobody_calls_raises():
-    with pytest.raises(TypeError, match=r"Own overrides neuronal_charge, which SpikingJelly 2\.x"):
-        type("Own", (neuron.LIFNode,), {"neuronal_charge": lambda self, x: None})
+@pytest.mark.parametrize(
+    "kind",
+    [neuron.LIFNode, *(getattr(today.neuron, f"{name}Node") for name in ("IF", "AdaptBase"))],
+)
+@pytest.mark.parametrize("hook", ["neuronal_charge", "neuronal_fire", "neuronal_reset"])
+def test_own_lif_with_a_hook_that_nobody_calls_raises(kind, hook):
+    what = rf"Own overrides {hook}, which SpikingJelly 2\.x does not call in {kind.__name__}: "
+    with pytest.raises(TypeError, match=what):
+        type("Own", (kind,), {hook: lambda self, x: None})
+
+
+# ---- nets of 0.0.0.0.14's activation_based ----
+
+TOOK_BACKEND = [
+    *("AdaptBaseNode", "BaseNode", "EIFNode", "IFNode", "IzhikevichNode", "KLIFNode", "LIFNode"),
+    *("ParametricLIFNode", "QIFNode"),
+]
+
+
+@pytest.mark.parametrize("name", TOOK_BACKEND)
+def test_neuron_takes_the_backend_of_then(name):
+    """By name and by place: behind ``step_mode``, before ``store_v_seq``."""
+    kind = getattr(today.neuron, name)
+    defaults = [p.default for p in inspect.signature(kind).parameters.values()]
+    before = defaults[: -2 if FUNCTIONAL_STATES else -3]  # without step_mode and what follows
+    for node in (
+        kind(*before, "m", "torch", True),
+        kind(*before, "m", "torch", store_v_seq=True),
+        kind(*before, step_mode="m", backend="torch", store_v_seq=True),
+    ):
+        assert node.step_mode == "m" and node.backend == "torch" and node.store_v_seq
+    with pytest.raises((ValueError, NotImplementedError)):
+        kind(backend="none")
+
+
+@ONLY_2
+def test_backend_of_then_is_explained_once():
+    shim._explain_cupy.cache_clear()
+    with pytest.warns(UserWarning, match="'cupy' is taken and not used") as caught:
+        net = nn.Sequential(today.neuron.LIFNode(backend="cupy"), today.neuron.IFNode())
+        today.functional.set_backend(net, "cupy", today.neuron.LIFNode)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.raises(ValueError, match="but it is 'lava'"):
+        today.functional.set_backend(net, "lava")
+    assert today.neuron.LIFNode(2.0, True, 1.0, 0.0, surrogate.ATan(), True, "m", True).store_v_seq
+
+
+class Leaky(today.neuron.BaseNode):
+    """A neuron as nets of 0.0.0.0.14 define their own."""
+
+    def __init__(self, v_threshold=1.0, v_reset=0.0, backend="torch", store_v_seq=False):
+        function = today.neuron.surrogate.ATan()
+        super().__init__(v_threshold, v_reset, function, True, "m", backend, store_v_seq)
+
+    def neuronal_charge(self, x):
+        self.v = 0.5 * self.v + x
+
+
+class Stepping(Leaky):
+    def single_step_forward(self, x):
+        self.v_float_to_tensor(x)
+        assert self.v.shape == x.shape
+        self.neuronal_charge(2.0 * x)
+        spike = self.neuronal_fire()
+        self.neuronal_reset(spike)
+        return spike
+
+
+class Resetting(Leaky):
+    def neuronal_reset(self, spike):
+        if self.v_reset is None:
+            self.v = self.jit_soft_reset(self.v, spike, self.v_threshold)
+        else:
+            self.v = self.jit_hard_reset(self.v, spike, self.v_reset)
+
+
+class Both(Stepping):
+    def multi_step_forward(self, x_seq):
+        return torch.stack([self.single_step_forward(0.5 * x) for x in x_seq])
+
+
+class Inherits(Both):
+    def single_step_forward(self, x):
+        return super().single_step_forward(-x)
+
+
+def test_own_multi_step_forward_of_then_is_called():
+    x_seq = torch.rand(5, 2, 3)
+    expected = Leaky()(x_seq)  # 0.5 and 2.0
+    assert torch.equal(Both()(x_seq), expected) and torch.equal(Inherits()(-x_seq), expected)
+
+
+@pytest.mark.parametrize("kind", [Leaky, Stepping, Resetting])
+@pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_own_neuron_of_then_computes_its_hooks(kind, v_reset, step_mode):
+    node = kind(0.5, v_reset, store_v_seq=True)
+    x_seq = torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(0))
+    v, spikes, voltages = torch.full((2, 3), v_reset or 0.0), [], []
+    for x in x_seq:
+        v = 0.5 * v + x * (2.0 if kind is Stepping else 1.0)
+        spikes.append((v >= 0.5).float())
+        v = v - 0.5 * spikes[-1] if v_reset is None else torch.where(v >= 0.5, v_reset, v)
+        voltages.append(v)
+    node.step_mode = step_mode
+    for _ in range(2):
+        out = node(x_seq) if step_mode == "m" else torch.stack([node(x) for x in x_seq])
+        torch.testing.assert_close(out, torch.stack(spikes))
+        torch.testing.assert_close(node.v, v)
+        if step_mode == "m":
+            torch.testing.assert_close(node.v_seq, torch.stack(voltages))
+        node.reset()
+        assert node.v == (v_reset or 0.0)
+
+
+class Residual(nn.Module):
+    """A block as nets of 0.0.0.0.14 write it."""
+
+    def __init__(self, channels, node=today.neuron.LIFNode, **options):
+        super().__init__()
+        self.conv = today.layer.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn, self.sn = today.layer.BatchNorm2d(channels), node(**options)
+        self.own = Leaky()
+        today.functional.set_step_mode(self, "m")
+        today.functional.set_backend(self, "torch", instance=node)
+
+    def forward(self, x):
+        return self.own(self.sn(self.bn(self.conv(x))) + x)
+
+
+@pytest.mark.parametrize("node", [today.neuron.LIFNode, today.neuron.ParametricLIFNode])
+def test_net_of_then_runs_and_is_accelerated(node):
+    net = Residual(2, node, detach_reset=True, backend="torch", surrogate_function=surrogate.ATan())
+    x_seq = torch.rand(4, 2, 2, 5, 5) * 3.0
+    out = net(x_seq)
+    functional.reset_net(net)
+    report = sj_taid.accelerate(net)
+    torch.testing.assert_close(net(x_seq), out)
+    assert "1 of 2 neurons on the fused operator, 1 of 1 norms fused" in str(report)
+    assert type(pickle.loads(pickle.dumps(net)).own) is Leaky
 
 
 def test_own_surrogate_runs_and_is_reported():
