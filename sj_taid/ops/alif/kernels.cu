@@ -25,8 +25,6 @@
 
 typedef long long index_t;
 
-constexpr float FLOAT_MAX = 3.402823466e38f;
-
 __device__ constexpr int steps_in_registers(int T) { return T <= LONGEST_SWEEP ? T : SEGMENT; }
 __device__ constexpr int steps_left(int T) { return T <= LONGEST_SWEEP ? 0 : T % SEGMENT; }
 
@@ -263,8 +261,9 @@ struct Neuron {
 
   __device__ __forceinline__ bool fires(float h, int i) const { return h >= v_threshold[lane(i)]; }
 
+  // (1 - S) H + S V_reset: where S = 1 and H = inf that is NaN.
   __device__ __forceinline__ float reset(float h, int i) const {
-    float after_spike = RESET == SOFT ? h - v_threshold[lane(i)] : v_reset;
+    float after_spike = RESET == SOFT ? h - v_threshold[lane(i)] : fmaf(0.0f, h, v_reset);
     return fires(h, i) ? after_spike : h;
   }
 
@@ -392,14 +391,13 @@ __device__ __forceinline__ void backward_segment(
       const bool fired = neuron.fires(h_t, i);
       if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];
       // dL/dS is that from upstream, and that through the reset unless detached.
-      const bool overflow = RESET != SOFT && h_t > FLOAT_MAX;
-      const float above_reset = RESET == HARD ? h_t - neuron.v_reset : h_t;
-      const float lost_by_spike = RESET == SOFT ? threshold : overflow ? 0.0f : above_reset;
-      const float grad = DETACH_RESET ? grad_s : fmaf(-grad_v[i], lost_by_spike, grad_s);
+      const float gained = RESET == HARD ? fmaf(grad_v[i], neuron.v_reset, grad_s) : grad_s;
+      const float lost = RESET == SOFT ? threshold : h_t;
+      const float grad = DETACH_RESET ? grad_s : fmaf(-grad_v[i], lost, gained);
       const float through_spike = grad * Surrogate::derivative(h_t - threshold, a, b);
       // Products, not selections, as in PyTorch: what is not finite stays so.
       const float past_reset = RESET == SOFT || !fired ? 1.0f : 0.0f;
-      const float grad_h = fmaf(past_reset, overflow ? 0.0f : grad_v[i], through_spike);
+      const float grad_h = fmaf(past_reset, grad_v[i], through_spike);
       if (NEEDS & NEED_V_THRESHOLD) {
         sums.v_threshold[lane] -= through_spike;
         if (RESET == SOFT)

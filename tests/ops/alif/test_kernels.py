@@ -75,7 +75,8 @@ PACK = HARD | {"pack": True}
 MUTATIONS = [
     # gradients of the neuron
     (SOFT | {"detach_reset": True}, "fmaf(fired ? -1.0f : 0.0f, grad_v[i],", "fmaf(0, 0,"),
-    (HARD, "fmaf(-grad_v[i], lost_by_spike, grad_s)", "grad_s"),
+    (HARD, "fmaf(-grad_v[i], lost, gained)", "gained"),
+    (HARD, "fmaf(grad_v[i], neuron.v_reset, grad_s)", "grad_s"),
     (HARD, "RESET == SOFT || !fired ? 1.0f : 0.0f", "1.0f"),
     (HARD, "fmaf(-q, grad_h, grad_h)", "grad_h"),
     (SOFT, "if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];", ""),
