@@ -6,23 +6,26 @@ device and PyTorch's current stream, read at every launch (backward runs in anot
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from functools import cache, partial
-from typing import Any
+from functools import cache, lru_cache, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import cupy
-import numpy as np
 import torch
 from torch import Tensor
 
+from .. import bits
 from . import autograd, kernels
-from .kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Grid, Options
+from .kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Grid, Kernel
+from .plan import Engine, Needs, NormSpec, Spec
 
 if torch.version.hip:
     raise ImportError("the kernels are for NVIDIA GPUs, not for ROCm")
 # CuPy imports without a driver and without NVRTC, and fails at the first call: rather fail here.
 cupy.cuda.runtime.getDeviceCount()
-_from_external = cupy.cuda.Stream.from_external  # since CuPy 14
+_Address = cupy.cuda.function.CPointer  # what CuPy passes to the driver as it is
 #: of NVRTC, which compiles the kernels
 nvrtc_version: tuple[int, int] = cupy.cuda.nvrtc.getVersion()
 
@@ -55,161 +58,266 @@ def _check_compiler() -> None:
 
 _check_compiler()
 
-#: Launches by "forward", "backward" and "statistics", which prove that a call took this path.
+#: Launches by a kernel's name in ``kernels.cu``, which prove that a call took this path.
 launches: Counter[str] = Counter()
 
 unsupported = partial(autograd.unsupported, "cuda", tuple(kernels.SCALARS))
 
+_Maybe = Tensor | None
 
-def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The ``forward`` of the :class:`autograd.Engine`."""
-    call = autograd.Forward(*arguments)
-    call.check_layout()
-    outputs = autograd.empty_outputs(*arguments)
-    x_seq = call.x_seq
-    if x_seq.numel() == 0:
+
+class _Launch(NamedTuple):
+    """A kernel on a device, its grid, and what no call changes of the struct that it takes."""
+
+    name: str
+    device: int | None
+    kernel: Any
+    blocks: tuple[int]
+    threads: tuple[int]
+    constants: array[int]
+    sums: tuple[int, int]  #: the shape of what its threads write to be added up, if anything
+
+    def __call__(self, *tensors: _Maybe, v_init: float | None = None) -> None:
+        if torch._C._cuda_getDevice() != self.device:
+            with torch.cuda.device(self.device):
+                self(*tensors, v_init=v_init)
+            return
+        struct = self.constants[:]
+        for tensor in tensors:
+            struct.append(0 if tensor is None else tensor.data_ptr())
+        if v_init is not None:
+            struct.frombytes(array("f", (v_init, 0.0)).tobytes())
+        stream = SimpleNamespace(ptr=torch._C._cuda_getCurrentRawStream(self.device))
+        # The driver copies the struct before this returns.
+        arguments = (_Address(struct.buffer_info()[0]),)
+        self.kernel(self.blocks, self.threads, arguments, stream=stream)
+        launches[self.name] += 1
+
+
+class _Plan:
+    """The :class:`.plan.Plan` of the kernels."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.prepare_forward = cache(partial(_prepare_forward, spec))
+        self.prepare_backward = cache(partial(_prepare_backward, spec))
+        on: dict[str, Any] = {"device": spec.device}
+        float32: dict[str, Any] = on | {"dtype": torch.float32}
+        order, step = (spec.shape, spec.strides), (spec.shape[1:], spec.strides[1:])
+        self.new = partial(torch.empty, **float32)
+        self.new_v = partial(torch.empty_strided, *step, **float32)
+        self.new_v_seq = partial(torch.empty_strided, *order, **float32)
+        self.new_spikes = partial(torch.empty_strided, *order, dtype=spec.dtype, **on)
+        size = (bits.count_bytes(spec.steps), spec.neurons)
+        self.new_bits = partial(torch.empty, size, dtype=torch.uint8, **on)
+        saved = kernels.checkpoints(spec.steps, spec.dtype) if spec.saves else 0
+        self.checkpoint = (saved, spec.neurons) if saved else None
+
+    def forward(
+        self, x: Tensor, v0: _Maybe, v_init: float, w: _Maybe, v_threshold: _Maybe, numbers: _Maybe
+    ) -> tuple[Tensor, Tensor, _Maybe, _Maybe, _Maybe]:
+        launch = self.prepare_forward(kernels.is_aligned(x, v0))  # what torch allocates is
+        outputs = (
+            self.new_spikes(),
+            self.new_v(),
+            self.new_v_seq() if self.spec.store_v_seq else None,
+            self.new(self.checkpoint) if self.checkpoint else None,
+            self.new_bits() if self.spec.pack else None,
+        )
+        launch(x, v0, *outputs, w, v_threshold, numbers, v_init=v_init)
         return outputs
-    options = _options(call, call.store_v_seq)
-    sequences = (x_seq, call.v0, *outputs[:5])
-    vec = options.forward_vec()
-    grid, name = _grid(sequences, _channels(call), vec, (Options.forward_name, options, call.pack))
-    tensors = (*sequences, call.w, call.v_threshold, call.norm)
-    scalars = (_float(call.v_init), _float(call.v_reset), call.w.dim(), x_seq.shape[0])
-    _launch("forward", name, grid, tensors, *scalars)
-    return outputs
+
+    def backward(
+        self, needs: Needs, grad_spike: _Maybe, grad_v: _Maybe, grad_v_seq: _Maybe, x: Tensor,
+        v0: _Maybe, v_init: float, w: _Maybe, v_threshold: _Maybe, checkpoint: _Maybe,
+        numbers: _Maybe,
+    ) -> tuple[_Maybe, ...]:  # fmt: skip
+        if grad_spike is None:  # unused spikes are too rare for kernels of their own
+            grad_spike = torch.zeros_like(x)
+        given, parameters = (grad_spike, grad_v, grad_v_seq, x, v0, checkpoint), (w, v_threshold)
+        run = self.prepare_backward(needs, grad_v_seq is not None, kernels.is_aligned(*given))
+        new, channels, ab = self.new, self.spec.channels, None
+        grad_weight, grad_bias = (new(channels), new(channels)) if needs.norm else (None, None)
+        if run.first and run.norm:
+            ab, sums = new((2, channels)), new(run.first.sums)
+            run.first(*given, None, None, *parameters, numbers, None, sums, v_init=v_init)
+            run.norm(sums, numbers, ab, grad_weight, grad_bias)
+        grad_x = torch.empty_like(x) if needs.x else None
+        grad_v0 = self.new_v() if needs.v0 else None
+        sums = new(run.main.sums)
+        run.main(*given, grad_x, grad_v0, *parameters, numbers, ab, sums, v_init=v_init)
+        if run.norm and not run.first:
+            run.norm(sums, numbers, None, grad_weight, grad_bias)
+        size = (channels,) * self.spec.per_channel
+        grad_w = new(size) if needs.w else None
+        grad_v_threshold = new(size) if needs.v_threshold else None
+        if run.parameters:
+            run.parameters(sums, grad_w, grad_v_threshold)
+        return grad_x, grad_v0, grad_w, grad_v_threshold, grad_weight, grad_bias
 
 
-def backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The ``backward`` of the :class:`autograd.Engine`."""
-    call = autograd.Backward(*arguments)
-    call.check_layout()
-    x_seq = call.x_seq
-    grad_x_seq, grad_v0, grad_parameters, norm_sums = autograd.empty_gradients(*call)
-    if x_seq.numel() == 0:
-        return grad_x_seq, grad_v0, grad_parameters.zero_(), norm_sums.zero_()
-    grad_spike_seq = call.grad_spike_seq
-    if grad_spike_seq is None:  # unused spikes are too rare for kernels of their own
-        grad_spike_seq = torch.zeros_like(x_seq)
-    options = _options(call, call.grad_v_seq is not None)
-    needs = NEED_X * call.need_x | NEED_W * call.need_w | NEED_V_THRESHOLD * call.need_v_threshold
-    needs |= NEED_NORM * call.need_norm
-    kernel = (Options.backward_name, options, call.detach_reset, needs, call.surrogate)
-    sequences = (
-        *(grad_spike_seq, call.grad_v, call.grad_v_seq, x_seq, call.v0, call.checkpoint),
-        *(grad_x_seq, grad_v0),
-    )
-    grid, name = _grid(sequences, _channels(call), options.backward_vec(), kernel)
-    parameters = len(grad_parameters)
-    partial_sums = call.w.new_empty((parameters + 2 * call.need_norm, grid.threads * grid.lanes))
-    tensors = (*sequences, call.w, call.v_threshold, call.norm, call.ab, partial_sums)
-    floats = map(_float, (call.v_init, call.v_reset, call.a, call.b))
-    _launch("backward", name, grid, tensors, *floats, call.w.dim(), len(x_seq))
-    sums = grid.reduce(partial_sums)
-    if call.need_norm:
-        norm_sums.copy_(sums[parameters:])
-    sums = sums[:parameters]
-    if call.w.dim() == 0 and grid.channels > 1:
-        sums = sums.sum(1)
-    return grad_x_seq, grad_v0, sums.view(grad_parameters.shape), norm_sums
+class _Backward(NamedTuple):
+    """The launches of a backward."""
+
+    first: _Launch | None  #: makes the norm's sums alone, where x's gradient needs them
+    norm: _Launch | None
+    main: _Launch
+    parameters: _Launch | None
 
 
-def statistics(x_seq: Tensor) -> Tensor:
-    """The ``statistics`` of the :class:`autograd.Engine`, reading the sequence once."""
-    autograd.check_layout(x_seq)
-    channels = x_seq.shape[2]
-    if x_seq.numel() == 0:
-        return autograd.empty_statistics(x_seq).fill_(torch.nan)
-    kernel = (kernels.statistics_name, x_seq.dtype)
-    # Half of the threads keep memory busy, and write half as many sums.
-    vec = kernels.STATISTICS_VEC
-    grid, name = _grid((x_seq,), channels, vec, kernel, steps=len(x_seq), share=2)
-    partial_sums = x_seq.new_empty((2, grid.threads * grid.lanes), dtype=torch.float64)
-    _launch("statistics", name, grid, (x_seq, partial_sums))
-    mean, square = grid.reduce(partial_sums) / (x_seq.numel() // channels)
-    pivot = x_seq.as_strided((channels,), (x_seq.stride(2),))
-    return torch.stack([pivot + mean, (square - mean * mean).clamp_(min=0)])
+class _NormPlan:
+    """The :class:`.plan.NormPlan` of the kernels."""
+
+    def __init__(self, spec: NormSpec) -> None:
+        self.fixed = spec.fixed
+        self.prepare = cache(partial(_prepare_norm, spec))
+        self.new = partial(torch.empty, dtype=torch.float64, device=spec.device)
+        self.shape = (5, spec.channels)
+
+    def numbers(
+        self, x: Tensor, weight: _Maybe, bias: _Maybe, running_mean: _Maybe, running_var: _Maybe,
+        batches: _Maybe,
+    ) -> Tensor:  # fmt: skip
+        statistics, launch = self.prepare(self.fixed or kernels.is_aligned(x))
+        sums, numbers = self.new(statistics.sums) if statistics else None, self.new(self.shape)
+        if statistics:
+            statistics(x, sums, batches)
+        launch(x, sums, batches, weight, bias, running_mean, running_var, numbers)
+        return numbers
 
 
-ENGINE = autograd.register(
-    "cupy", "CUDA", autograd.Engine(forward, backward, statistics, kernels.checkpoints)
-)
-#: :func:`sj_taid.ops.alif.reference.multi_step`, fused: 1 launch forward, 2 backward
-multi_step = partial(autograd.multi_step, ENGINE)
+def _prepare_forward(spec: Spec, aligned: bool) -> _Launch:
+    kernel = kernels.forward(spec)
+    return _prepare_threads(spec, spec.neurons, kernel, aligned, _constants(spec))[0]
 
 
-def _options(call: autograd.Forward | autograd.Backward, v_seq: bool) -> Options:
-    x_seq, norm = call.x_seq, call.norm is not None
-    return Options(x_seq.dtype, x_seq.shape[0], call.v_reset, call.decay_input, v_seq, norm)
+def _prepare_backward(spec: Spec, needs: Needs, v_seq: bool, aligned: bool) -> _Backward:
+    def prepare(needs: int) -> tuple[_Launch, Grid]:
+        sums = 2 * bool(needs & NEED_NORM) + (needs & (NEED_W | NEED_V_THRESHOLD)).bit_count()
+        kernel = kernels.backward(spec, needs, v_seq)
+        return _prepare_threads(spec, spec.neurons, kernel, aligned, _constants(spec), sums)
+
+    learns = NEED_W * needs.w | NEED_V_THRESHOLD * needs.v_threshold
+    both = spec.norm and needs.x and not spec.fixed_norm
+    # By running statistics x's gradient has no terms to subtract, which the kernel knows by this.
+    norm_sums = spec.norm and not both and (needs.norm or spec.fixed_norm)
+    first, norm_grid = prepare(NEED_NORM) if both else (None, None)
+    main, grid = prepare(NEED_X * needs.x | learns | NEED_NORM * norm_sums)
+    norm = parameters = None
+    if both or needs.norm:
+        count = _words("d", spec.steps * spec.neurons / max(1, spec.channels))
+        norm = _prepare_adders(spec, "norm_gradients<float>", (norm_grid or grid).partials, count)
+    if learns:
+        partials = grid.partials if spec.per_channel else (grid.sums, 1, 1)
+        before, turns = array("q", (2 * norm_sums,)), needs.w + needs.v_threshold
+        parameters = _prepare_adders(spec, "parameter_gradients<float>", partials, before, turns)
+    return _Backward(first, norm, main, parameters)
 
 
-def _channels(call: autograd.Forward | autograd.Backward) -> int:
-    return call.w.numel() if call.norm is None else call.norm.shape[1]
+def _prepare_norm(spec: NormSpec, aligned: bool) -> tuple[_Launch | None, _Launch]:
+    statistics, partials = None, (0, 1, spec.channels)
+    if not spec.fixed:
+        # Half of the threads keep memory busy, and write half as many sums.
+        kernel = kernels.statistics(spec.dtype)
+        statistics, grid = _prepare_threads(spec, spec.size, kernel, aligned, sums=2, share=2)
+        partials = grid.partials
+    more = array("q", (spec.inner, spec.momentum is None))
+    more += _words("d", spec.size / max(1, spec.channels), spec.momentum or 0.0, spec.eps)
+    name = f"norm_numbers<{kernels.SCALARS[spec.dtype]},{spec.fixed:d}>"
+    return statistics, _prepare_adders(spec, name, partials, more)
 
 
-#: makes a kernel's name: a function, its first argument, and those behind ``vec`` and ``lanes``
-_Kernel = tuple[Any, ...]
+def pack(spike_seq: Tensor) -> Tensor:
+    """:func:`.bits.pack` in one launch."""
+    steps, neurons = spike_seq.shape
+    packed = spike_seq.new_empty((bits.count_bytes(steps), neurons), dtype=torch.uint8)
+    _launch_bits("pack_bits", spike_seq, packed)
+    return packed
 
 
-def _grid(
-    sequences: tuple[Tensor | None, ...],
-    channels: int,
-    vec: int,
-    kernel: _Kernel,
-    steps: int = 1,
-    share: int = 1,
-) -> tuple[Grid, str]:
-    """The grid of a ``share``-th of the threads that run at a time, and the kernel's name."""
-    x_seq = next(t for t in sequences if t is not None)  # one of its shape and layout
-    aligned, device = kernels.is_aligned(*sequences), x_seq.device
-    layout = tuple(x_seq.shape), x_seq.stride()
-    return _plan(layout, device, _capacity(device), channels, vec, aligned, kernel, steps, share)
+def unpack_into(packed: Tensor, spike_seq: Tensor) -> None:
+    """:func:`.bits.unpack_into` in one launch."""
+    _launch_bits("unpack_bits", spike_seq, packed)
 
 
-@cache
-def _plan(
-    layout: tuple[tuple[int, ...], tuple[int, ...]],
-    device: torch.device,
-    capacity: int,
-    channels: int,
-    vec: int,
+def _launch_bits(name: str, spike_seq: Tensor, packed: Tensor) -> None:
+    aligned, (steps, neurons) = kernels.is_aligned(spike_seq, packed), spike_seq.shape
+    about = (name, spike_seq.dtype, steps, neurons, aligned, spike_seq.device)
+    _prepare_bits(*about)(spike_seq, packed)
+
+
+@lru_cache(maxsize=1024)
+def _prepare_bits(
+    name: str, dtype: torch.dtype, steps: int, neurons: int, aligned: bool, device: torch.device
+) -> _Launch:
+    widest = kernels.ALIGNMENT // dtype.itemsize
+    vec = widest if aligned and neurons % widest == 0 else 1
+    threads = bits.count_bytes(steps) * neurons // vec
+    constants, blocks = array("q", (threads, steps, neurons)), -(-threads // kernels.BLOCK)
+    return _prepare(device, f"{name}<{kernels.SCALARS[dtype]},{vec}>", constants, blocks)
+
+
+ENGINE = Engine(_Plan, _NormPlan, pack, unpack_into, kernels.checkpoints)
+OPERATORS = autograd.register("cupy", "CUDA", ENGINE)
+#: :func:`sj_taid.ops.alif.reference.multi_step`, fused
+multi_step = partial(autograd.multi_step, ENGINE, OPERATORS)
+
+
+def _words(kind: str, *values: float) -> array[int]:
+    """Floats in 8 bytes each ("d"), or two by two ("f")."""
+    return array("q", array(kind, values).tobytes())
+
+
+def _constants(spec: Spec) -> array[int]:
+    d = spec.dynamics
+    numbers = (d.v_reset or 0.0, d.w or 0.0, d.v_threshold or 0.0, d.a, d.b, 0.0)
+    return _words("f", *numbers) + array("q", (spec.per_channel, spec.steps))
+
+
+def _prepare_threads(
+    spec: Spec | NormSpec,
+    size: int,
+    kernel: Kernel,
     aligned: bool,
-    kernel: _Kernel,
-    steps: int,
-    share: int,
-) -> tuple[Grid, str]:
-    make_name, first, *rest = kernel
+    constants: array[int] = array("q"),
+    sums: int = 0,
+    share: int = 1,
+) -> tuple[_Launch, Grid]:
+    """A launch of a ``share``-th of the threads that run at a time; each writes its ``sums``."""
+    device = spec.device
 
     def resident(vec: int, lanes: int) -> int:
-        return _resident(device, make_name(first, vec, lanes, *rest)) // share
+        return _resident(device, kernel.name(vec, lanes)) // share
 
-    x_seq = torch.empty_strided(*layout, device="meta")
-    grid = kernels.grid(x_seq, channels, vec, aligned, capacity, resident, steps)
-    return grid, make_name(first, grid.vec, grid.lanes, *rest)
-
-
-class _CurrentStream:
-    """PyTorch's current stream under the protocol that CuPy reads."""
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, torch.cuda.current_stream().cuda_stream
+    layout = (size, spec.inner, spec.channels)
+    grid = kernels.grid(*layout, kernel.vec, aligned, _capacity(device), resident)
+    name, constants = kernel.name(grid.vec, grid.lanes), array("q", grid.arguments) + constants
+    return _prepare(device, name, constants, grid.blocks, sums=(sums, grid.sums)), grid
 
 
-def _launch(
-    direction: str, name: str, grid: Grid, tensors: tuple[Tensor | None, ...], *scalars: Any
-) -> None:
-    device = next(t.device for t in tensors if t is not None)
-    # A Python int is passed in 64 bits, a NumPy scalar in its own width.
-    sizes = (grid.size, grid.threads, grid.inner, grid.channels)
-    arguments = (*map(_pointer, tensors), *scalars, *sizes)
-    with torch.cuda.device(device):  # where CuPy loads modules and launches
-        function = _function(device.index, name)
-        with _from_external(_CurrentStream()):
-            function((grid.blocks,), (kernels.BLOCK,), arguments)
-    launches[direction] += 1
+def _prepare_adders(
+    spec: Spec | NormSpec, name: str, partials: tuple[int, ...], more: array[int], turns: int = 1
+) -> _Launch:
+    """A launch of a block per channel, ``turns`` times, that adds up what threads wrote."""
+    constants, blocks = array("q", partials) + more, partials[-1] * turns
+    return _prepare(spec.device, name, constants, blocks, kernels.ADDERS)
+
+
+def _prepare(
+    device: torch.device,
+    name: str,
+    constants: array[int],
+    blocks: int,
+    threads: int = kernels.BLOCK,
+    sums: tuple[int, int] = (0, 0),
+) -> _Launch:
+    short, kernel = name.partition("<")[0], _function(device.index, name)
+    # Without work too: then sums are of nothing, and a batch counts.
+    return _Launch(short, device.index, kernel, (max(1, blocks),), (threads,), constants, sums)
 
 
 @cache
-def _function(device: int, name: str) -> Any:
+def _function(device: int | None, name: str) -> Any:
     """The kernel ``name`` loaded on ``device``: compiled by NVRTC once, saved on disk by CuPy."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -220,7 +328,8 @@ def _function(device: int, name: str) -> Any:
         code=kernels.source(), options=kernels.COMPILER_OPTIONS, name_expressions=(name,)
     )
     try:
-        return module.get_function(name)
+        with torch.cuda.device(device):
+            return module.get_function(name)
     except cupy.cuda.compiler.CompileException as error:
         raise RuntimeError(f"NVRTC could not compile {name}:\n{error}") from error
 
@@ -243,12 +352,3 @@ def _processors(device: torch.device) -> tuple[int, int]:
     """How many multiprocessors the GPU has, and how many threads each of them holds."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.max_threads_per_multi_processor
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    """The address of the data, 0 for a tensor that is absent or has no elements."""
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def _float(value: float | None) -> np.float32:
-    return np.float32(value or 0.0)

@@ -1,15 +1,20 @@
-// ALIF over a whole sequence, and the batch norm before it: one kernel for forward, one for backward,
-// one for the norm's statistics. README.md derives the gradients; reference.py is the definition.
+// ALIF over a whole sequence, and the batch norm before it: a kernel for forward and one for backward,
+// the norm's statistics and numbers, sums over threads, spikes as bits. README.md derives the
+// gradients; reference.py is the definition.
 //
 // A step of the sequence is `size` neurons in storage order, so any dense layout will do. A thread
 // owns VEC neighbouring neurons, carries them through time in registers, and continues with those
 // VEC * threads further. `threads` is a multiple of the distance, in packs of VEC, after which the
 // channels repeat, so that a thread stays in one channel (or in the same VEC channels, LANES = VEC):
-// it reads its parameters once and sums their gradients in registers. No shared memory, no atomics,
-// no synchronisation: results do not depend on the order in which threads run.
+// it reads its parameters once and sums their gradients in registers. Each writes its sums; a block per
+// channel adds them up, in shared memory and a fixed order. No atomics: results do not depend on the
+// order in which threads run.
 //
 // With NORM the neuron's input is y = (x - shift) gain + offset, computed in registers in forward and
 // again in backward, whose first launch makes the norm's sums (NEED_NORM).
+//
+// A kernel takes one struct by value. Its members are of 8 bytes, or pairs of floats, in the order in
+// which cuda.py packs them: first what is the same for all calls of a plan.
 //
 // Up to LONGEST_SWEEP steps fit in registers. For longer sequences T stands for every length with the
 // same remainder modulo SEGMENT: forward saves the voltage every SEGMENT steps (`checkpoint`), backward
@@ -20,10 +25,16 @@
 // written as fmaf.
 //
 // No standard headers: NVRTC compiles this text for a GPU and, under a prelude that defines the CUDA
-// keywords, a C++ compiler for the tests. BLOCK, SEGMENT, LONGEST_SWEEP, the values of RESET and the
-// bits of NEEDS come from kernels.py.
+// keywords, a C++ compiler for the tests. BLOCK, ADDERS, SEGMENT, LONGEST_SWEEP, the values of
+// RESET and CHARGE and the bits of NEEDS come from kernels.py.
 
 typedef long long index_t;
+
+// How neurons or values are distributed over threads: kernels.Grid.
+struct Grid { index_t size, threads, inner, channels; };
+
+// Where a channel's sums by threads lie: `run` neighbours in each of `rows`.
+struct Partials { index_t rows, run, channels; };
 
 __device__ constexpr int steps_in_registers(int T) { return T <= LONGEST_SWEEP ? T : SEGMENT; }
 __device__ constexpr int steps_left(int T) { return T <= LONGEST_SWEEP ? 0 : T % SEGMENT; }
@@ -34,7 +45,8 @@ __device__ constexpr int steps_left(int T) { return T <= LONGEST_SWEEP ? 0 : T %
 __device__ constexpr int resident_blocks(bool soft, bool norm, int needs, bool grad_v_seq,
                                          bool left) {
   const bool writes_and_sums = needs & NEED_X && needs != NEED_X;
-  return grad_v_seq ? 3 : 6 - norm - (soft || (norm && writes_and_sums)) - left;
+  const bool all = soft && needs & NEED_X && needs & NEED_NORM;
+  return grad_v_seq ? 3 : 6 - norm - (soft || (norm && writes_and_sums)) - (left || all);
 }
 
 // ---- numbers -----------------------------------------------------------------------------------
@@ -122,6 +134,12 @@ template <> struct Word<32> { typedef uint4 type; };
 // In PTX on the GPU: the compiler would split most plain assignments into 4 bytes each, and delay a
 // plain load until the word is used, so that the latencies of a sequence's loads add up.
 #ifdef __CUDA_ARCH__
+__device__ __forceinline__ void load_word(const unsigned char* from, unsigned char& word) {
+  unsigned short wide;
+  asm volatile("ld.global.nc.u8 %0, [%1];" : "=h"(wide) : "l"(from));
+  word = (unsigned char)wide;
+}
+
 __device__ __forceinline__ void load_word(const unsigned short* from, unsigned short& word) {
   asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(word) : "l"(from));
 }
@@ -216,31 +234,45 @@ __device__ __forceinline__ void load_or_fill(const float* from, index_t at, floa
 
 // ---- the neuron --------------------------------------------------------------------------------
 
+// A norm's numbers: mean and r of each channel in float64, then these rows of float32.
+enum Row { SHIFT, GAIN, OFFSET, WEIGHT, BIAS };
+
+__device__ __forceinline__ float* table_of(double* numbers, index_t channels) {
+  return reinterpret_cast<float*>(numbers + 2 * channels);
+}
+
+// What does not change between the calls of a neuron's plan.
+struct Constants : Grid {
+  float v_reset, w, v_threshold, a, b, unused;  // a and b: the surrogate's
+  index_t stride, steps;
+};
+
 // The parameters of a thread's neurons: one set for all (LANES = 1) or one for each (LANES = VEC).
-template <int LANES, int RESET, bool DECAY_INPUT, bool NORM>
+template <int LANES, int RESET, int CHARGE, bool NORM>
 struct Neuron {
   float q[LANES], v_threshold[LANES], v_reset;
   float shift[LANES], gain[LANES], offset[LANES];  // of the norm
   float a[LANES], b[LANES];                        // what x's gradient lacks: a + b (x - shift)
 
-  // `at` is the position of the thread's first neuron in a step; w and the threshold are of every
-  // channel (`stride` 1) or one for all (0). With LANES > 1 neighbours are of successive channels.
-  __device__ __forceinline__ Neuron(const float* w, const float* threshold, index_t stride,
-                                    float v_reset, const float* norm, const float* ab, index_t at,
-                                    index_t inner, index_t channels)
-      : v_reset(RESET == HARD ? v_reset : 0.0f) {
-    const index_t first = at / inner % channels;
+  // `at` is the position of the thread's first neuron in a step. w and the threshold are numbers, or
+  // tensors of every channel (`stride` 1) or one for all (0). With LANES > 1 neighbours are of
+  // successive channels.
+  __device__ __forceinline__ Neuron(const Constants& c, const float* w, const float* threshold,
+                                    double* numbers, const float* ab, index_t at)
+      : v_reset(RESET == HARD ? c.v_reset : 0.0f) {
+    const index_t first = at / c.inner % c.channels;
 #pragma unroll
     for (int i = 0; i < LANES; ++i) {
       const index_t channel = first + i;
-      q[i] = 1.0f / (1.0f + expf(-w[channel * stride]));
-      v_threshold[i] = threshold[channel * stride];
+      q[i] = 1.0f / (1.0f + expf(-(w ? w[channel * c.stride] : c.w)));
+      v_threshold[i] = threshold ? threshold[channel * c.stride] : c.v_threshold;
       if (NORM) {
-        shift[i] = norm[channel];
-        gain[i] = norm[channels + channel];
-        offset[i] = norm[2 * channels + channel];
+        const float* table = table_of(numbers, c.channels) + channel;
+        shift[i] = table[SHIFT * c.channels];
+        gain[i] = table[GAIN * c.channels];
+        offset[i] = table[OFFSET * c.channels];
         a[i] = ab ? ab[channel] : 0.0f;
-        b[i] = ab ? ab[channels + channel] : 0.0f;
+        b[i] = ab ? ab[c.channels + channel] : 0.0f;
       }
     }
   }
@@ -256,7 +288,9 @@ struct Neuron {
   // PyTorch's order of operations, unfused.
   __device__ __forceinline__ float charge(float x, float v, int i) const {
     float above_reset = RESET == HARD ? v - v_reset : v;
-    return DECAY_INPUT ? v + (x - above_reset) * q[lane(i)] : v - above_reset * q[lane(i)] + x;
+    if (CHARGE == NO_LEAK) return v + x;  // for an infinite v too
+    if (CHARGE == DECAY_INPUT) return v + (x - above_reset) * q[lane(i)];
+    return v - above_reset * q[lane(i)] + x;
   }
 
   __device__ __forceinline__ bool fires(float h, int i) const { return h >= v_threshold[lane(i)]; }
@@ -311,40 +345,46 @@ __device__ __forceinline__ void forward_segment(const N& neuron, const scalar_t*
   }
 }
 
-template <class scalar_t, int T, int VEC, int LANES, int RESET, bool DECAY_INPUT, bool STORE_V_SEQ,
+template <class scalar_t>
+struct Forward : Constants {
+  const scalar_t* x;
+  const float* v0;
+  scalar_t* spike;
+  float *v_last, *v_seq, *checkpoint;
+  unsigned char* bits;
+  const float *w, *v_threshold;
+  double* numbers;
+  float v_init, unused;
+};
+
+template <class scalar_t, int T, int VEC, int LANES, int RESET, int CHARGE, bool STORE_V_SEQ,
           bool NORM, bool PACK>
-__global__ void __launch_bounds__(BLOCK, 8)
-alif_forward(const scalar_t* __restrict__ x, const float* __restrict__ v0,
-             scalar_t* __restrict__ spike, float* __restrict__ v_last, float* __restrict__ v_seq,
-             float* __restrict__ checkpoint, unsigned char* __restrict__ bits,
-             const float* __restrict__ w, const float* __restrict__ v_threshold,
-             const float* __restrict__ norm, float v_init, float v_reset, index_t stride,
-             index_t steps, index_t size, index_t threads, index_t inner, index_t channels) {
+__global__ void __launch_bounds__(BLOCK, 8) alif_forward(const Forward<scalar_t> c) {
   constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T), BYTES = SEGMENT / 8;
   static_assert(!PACK || T <= LONGEST_SWEEP || SEGMENT % 8 == 0, "a segment fills its bytes");
-  const int segments = T <= LONGEST_SWEEP ? 1 : (int)(steps / SEGMENT);
-  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
-  if (thread >= threads) return;
-  const Neuron<LANES, RESET, DECAY_INPUT, NORM> neuron(w, v_threshold, stride, v_reset, norm, nullptr,
-                                                       thread * VEC, inner, channels);
+  const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);
+  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, size = c.size;
+  if (thread >= c.threads) return;
+  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, c.w, c.v_threshold, c.numbers, nullptr,
+                                                       thread * VEC);
 #pragma unroll 1
-  for (index_t at = thread * VEC; at < size; at += threads * VEC) {
+  for (index_t at = thread * VEC; at < size; at += c.threads * VEC) {
     float v[VEC];
-    load_or_fill(v0, at, v_init, v);
+    load_or_fill(c.v0, at, c.v_init, v);
 #pragma unroll 1
     for (int segment = 0; segment < segments; ++segment) {
-      if (segment > 0 && checkpoint) store(v, checkpoint + (segment - 1) * size + at);
-      forward_segment<STEPS, STORE_V_SEQ, PACK>(
-          neuron, x, spike, v_seq, bits, segment * STEPS * size + at, segment * BYTES * size + at,
-          size, v);
+      if (segment > 0 && c.checkpoint) store(v, c.checkpoint + (segment - 1) * size + at);
+      forward_segment<STEPS, STORE_V_SEQ, PACK>(neuron, c.x, c.spike, c.v_seq, c.bits,
+                                                segment * STEPS * size + at,
+                                                segment * BYTES * size + at, size, v);
     }
     if constexpr (LEFT > 0) {
-      if (checkpoint) store(v, checkpoint + (segments - 1) * size + at);
-      forward_segment<LEFT, STORE_V_SEQ, PACK>(
-          neuron, x, spike, v_seq, bits, segments * STEPS * size + at, segments * BYTES * size + at,
-          size, v);
+      if (c.checkpoint) store(v, c.checkpoint + (segments - 1) * size + at);
+      forward_segment<LEFT, STORE_V_SEQ, PACK>(neuron, c.x, c.spike, c.v_seq, c.bits,
+                                               segments * STEPS * size + at,
+                                               segments * BYTES * size + at, size, v);
     }
-    store(v, v_last + at);
+    store(v, c.v_last + at);
   }
 }
 
@@ -359,9 +399,9 @@ struct Sums {
 
 // STEPS steps that begin at `here`: from dL/dV after them to dL/dV before them, in `grad_v`.
 template <int STEPS, bool GRAD_V_SEQ, bool DETACH_RESET, int NEEDS, class Surrogate, int LANES,
-          int RESET, bool DECAY_INPUT, bool NORM, class scalar_t, int VEC>
+          int RESET, int CHARGE, bool NORM, class scalar_t, int VEC>
 __device__ __forceinline__ void backward_segment(
-    const Neuron<LANES, RESET, DECAY_INPUT, NORM>& neuron, const scalar_t* grad_spike,
+    const Neuron<LANES, RESET, CHARGE, NORM>& neuron, const scalar_t* grad_spike,
     const float* grad_v_seq, const scalar_t* x, scalar_t* grad_x, float a, float b, index_t here,
     index_t size, const float (&v_start)[VEC], float (&grad_v)[VEC], Sums<LANES>& sums) {
   Pack<scalar_t, VEC> x_t[STEPS], grad_spike_t[STEPS];
@@ -403,9 +443,11 @@ __device__ __forceinline__ void backward_segment(
         if (RESET == SOFT)
           sums.v_threshold[lane] = fmaf(fired ? -1.0f : 0.0f, grad_v[i], sums.v_threshold[lane]);
       }
-      if (NEEDS & NEED_W)
-        sums.w[lane] = fmaf(grad_h, DECAY_INPUT ? h_t - v : v - neuron.v_reset, sums.w[lane]);
-      const float grad_y = DECAY_INPUT ? grad_h * q : grad_h;
+      if (NEEDS & NEED_W) {
+        const float leaked = CHARGE == DECAY_INPUT ? h_t - v : v - neuron.v_reset;
+        sums.w[lane] = fmaf(grad_h, leaked, sums.w[lane]);
+      }
+      const float grad_y = CHARGE == DECAY_INPUT ? grad_h * q : grad_h;
       grad_x_t[i] = grad_y;
       if (NORM) {
         const float centred = neuron.centred(to_float(x_t[t].lane[i]), i);
@@ -418,72 +460,79 @@ __device__ __forceinline__ void backward_segment(
         grad_x_t[i] = NEEDS & NEED_NORM ? neuron.gain[lane] * grad_y
                                         : fmaf(neuron.gain[lane], grad_y, -coupled);
       }
-      grad_v[i] = fmaf(-q, grad_h, grad_h);
+      grad_v[i] = CHARGE == NO_LEAK ? grad_h : fmaf(-q, grad_h, grad_h);
     }
     if (NEEDS & NEED_X) store(grad_x_t, grad_x + here + t * size);
   }
 }
 
-template <class scalar_t, int T, int VEC, int LANES, int RESET, bool DECAY_INPUT, bool GRAD_V_SEQ,
+template <class scalar_t>
+struct Backward : Constants {
+  const scalar_t* grad_spike;
+  const float *grad_v_last, *grad_v_seq;
+  const scalar_t* x;
+  const float *v0, *checkpoint;
+  scalar_t* grad_x;
+  float* grad_v0;
+  const float *w, *v_threshold;
+  double* numbers;
+  const float* ab;
+  float* partial;
+  float v_init, unused;
+};
+
+template <class scalar_t, int T, int VEC, int LANES, int RESET, int CHARGE, bool GRAD_V_SEQ,
           bool NORM, bool DETACH_RESET, int NEEDS, class Surrogate>
 __global__ void
 __launch_bounds__(BLOCK, resident_blocks(RESET == SOFT, NORM, NEEDS, GRAD_V_SEQ,
                                          steps_left(T) > 0))
-alif_backward(const scalar_t* __restrict__ grad_spike, const float* __restrict__ grad_v_last,
-              const float* __restrict__ grad_v_seq, const scalar_t* __restrict__ x,
-              const float* __restrict__ v0, const float* __restrict__ checkpoint,
-              scalar_t* __restrict__ grad_x, float* __restrict__ grad_v0,
-              const float* __restrict__ w, const float* __restrict__ v_threshold,
-              const float* __restrict__ norm, const float* __restrict__ ab,
-              float* __restrict__ partial, float v_init, float v_reset, float a, float b,
-              index_t stride, index_t steps, index_t size, index_t threads, index_t inner,
-              index_t channels) {
+alif_backward(const Backward<scalar_t> c) {
   constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T);
-  const int segments = T <= LONGEST_SWEEP ? 1 : (int)(steps / SEGMENT);
-  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
-  if (thread >= threads) return;
-  const Neuron<LANES, RESET, DECAY_INPUT, NORM> neuron(w, v_threshold, stride, v_reset, norm, ab,
-                                                       thread * VEC, inner, channels);
+  const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);
+  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, size = c.size;
+  if (thread >= c.threads) return;
+  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, c.w, c.v_threshold, c.numbers, c.ab,
+                                                       thread * VEC);
   Sums<LANES> sums = {};
 #pragma unroll 1
-  for (index_t at = thread * VEC; at < size; at += threads * VEC) {
+  for (index_t at = thread * VEC; at < size; at += c.threads * VEC) {
     float v[VEC], grad_v[VEC];
-    load_or_fill(grad_v_last, at, 0.0f, grad_v);
+    load_or_fill(c.grad_v_last, at, 0.0f, grad_v);
     if constexpr (LEFT > 0) {
-      load(checkpoint + (segments - 1) * size + at, v);
+      load(c.checkpoint + (segments - 1) * size + at, v);
       backward_segment<LEFT, GRAD_V_SEQ, DETACH_RESET, NEEDS, Surrogate>(
-          neuron, grad_spike, grad_v_seq, x, grad_x, a, b, segments * STEPS * size + at, size, v,
-          grad_v, sums);
+          neuron, c.grad_spike, c.grad_v_seq, c.x, c.grad_x, c.a, c.b, segments * STEPS * size + at,
+          size, v, grad_v, sums);
     }
 #pragma unroll 1
     for (int segment = segments - 1; segment >= 0; --segment) {
       if (segment > 0)
-        load(checkpoint + (segment - 1) * size + at, v);
+        load(c.checkpoint + (segment - 1) * size + at, v);
       else
-        load_or_fill(v0, at, v_init, v);
+        load_or_fill(c.v0, at, c.v_init, v);
       backward_segment<STEPS, GRAD_V_SEQ, DETACH_RESET, NEEDS, Surrogate>(
-          neuron, grad_spike, grad_v_seq, x, grad_x, a, b, segment * STEPS * size + at, size, v,
-          grad_v, sums);
+          neuron, c.grad_spike, c.grad_v_seq, c.x, c.grad_x, c.a, c.b, segment * STEPS * size + at,
+          size, v, grad_v, sums);
     }
-    if (grad_v0) store(grad_v, grad_v0 + at);
+    if (c.grad_v0) store(grad_v, c.grad_v0 + at);
   }
 #pragma unroll
   for (int i = 0; i < LANES; ++i) {
     const float q = neuron.q[i];
     // dH/dw = q (1-q) (X - (V - V_reset)), which is (1-q) (H - V); or -q (1-q) (V - V_reset).
-    const float dw = DECAY_INPUT ? 1.0f - q : -q * (1.0f - q);
-    const float dy = DECAY_INPUT ? q : 1.0f;
+    const float dw = CHARGE == DECAY_INPUT ? 1.0f - q : -q * (1.0f - q);
+    const float dy = CHARGE == DECAY_INPUT ? q : 1.0f;
     index_t slot = thread * LANES + i;
     auto put = [&](float sum) {
-      partial[slot] = sum;
-      slot += threads * LANES;
+      c.partial[slot] = sum;
+      slot += c.threads * LANES;
     };
-    if (NEEDS & NEED_W) put(sums.w[i] * dw);
-    if (NEEDS & NEED_V_THRESHOLD) put(sums.v_threshold[i]);
     if (NEEDS & NEED_NORM) {
       put(sums.h[i] * dy);
       put(sums.h_x[i] * dy);
     }
+    if (NEEDS & NEED_W) put(sums.w[i] * dw);
+    if (NEEDS & NEED_V_THRESHOLD) put(sums.v_threshold[i]);
   }
 }
 
@@ -521,25 +570,258 @@ __device__ __forceinline__ void add_group(const scalar_t* x, index_t apart,
 
 // Of a whole sequence, `size` values: per thread and lane the sums of x - pivot and of its square. A
 // channel's pivot is its first value, so that a large mean loses no digits.
+template <class scalar_t>
+struct Statistics : Grid {
+  const scalar_t* x;
+  double* partial;
+  index_t* batches;  // counted here for norm_numbers, whose blocks all read it
+};
+
 template <class scalar_t, int VEC, int LANES>
-__global__ void __launch_bounds__(BLOCK, 8)
-channel_statistics(const scalar_t* __restrict__ x, double* __restrict__ partial, index_t size,
-                   index_t threads, index_t inner, index_t channels) {
-  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, apart = threads * VEC;
-  if (thread >= threads) return;
+__global__ void __launch_bounds__(BLOCK, 8) channel_statistics(const Statistics<scalar_t> c) {
+  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, apart = c.threads * VEC;
+  if (thread == 0 && c.batches) ++*c.batches;
+  if (thread >= c.threads) return;
   float pivot[LANES];
   double sum[LANES] = {}, square[LANES] = {};
-  const index_t first = thread * VEC / inner % channels;
+  const index_t first = thread * VEC / c.inner % c.channels;
 #pragma unroll
-  for (int i = 0; i < LANES; ++i) pivot[i] = to_float(x[(first + i) * inner]);
+  for (int i = 0; i < LANES; ++i) pivot[i] = to_float(c.x[(first + i) * c.inner]);
   index_t at = thread * VEC;
 #pragma unroll 1
-  for (; at + 7 * apart < size; at += 8 * apart) add_group<8, VEC>(x + at, apart, pivot, sum, square);
+  for (; at + 7 * apart < c.size; at += 8 * apart)
+    add_group<8, VEC>(c.x + at, apart, pivot, sum, square);
 #pragma unroll 1
-  for (; at < size; at += apart) add_group<1, VEC>(x + at, apart, pivot, sum, square);
+  for (; at < c.size; at += apart) add_group<1, VEC>(c.x + at, apart, pivot, sum, square);
 #pragma unroll
   for (int i = 0; i < LANES; ++i) {
-    partial[thread * LANES + i] = sum[i];
-    partial[(threads + thread) * LANES + i] = square[i];
+    c.partial[thread * LANES + i] = sum[i];
+    c.partial[(c.threads + thread) * LANES + i] = square[i];
+  }
+}
+
+// ---- sums over threads: a block per channel ----------------------------------------------------
+
+// Runs a phase on every thread of the block, and waits for all of them. In the host build, where one
+// thread runs after another, the first of a block runs it for all.
+template <class Phase>
+__device__ __forceinline__ void together(Phase phase) {
+#ifdef __CUDA_ARCH__
+  phase((int)threadIdx.x);
+  __syncthreads();
+#else
+  if (threadIdx.x == 0)
+    for (int thread = 0; thread < ADDERS; ++thread) phase(thread);
+#endif
+}
+
+// A thread's share of a channel's partial sums: every ADDERS-th of them, 8 asked for together.
+template <class sum_t>
+__device__ __forceinline__ double add_share(const sum_t* from, const Partials& p, int thread) {
+  const unsigned int run = p.run, rows = p.rows, down = ADDERS / run, right = ADDERS % run;
+  unsigned int row = thread / run, at = thread % run;
+  const index_t apart = p.channels * run, further = down * apart + right;
+  const sum_t* here = from + row * apart + at;
+  double total = 0.0;
+  while (row < rows) {
+    sum_t group[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      group[k] = row < rows ? *here : 0;
+      row += down;
+      at += right;
+      here += further;
+      if (at >= run) {
+        ++row;
+        at -= run;
+        here += apart - run;
+      }
+    }
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2)
+#pragma unroll
+      for (int k = 0; k < half; ++k) group[k] += group[k + half];
+    total += group[0];
+  }
+  return total;
+}
+
+// Adds up SUMS sums of the block's channel, and calls `finish` with them once. `partial` has them one
+// behind the other, each of every thread.
+template <int SUMS, class sum_t, class Finish>
+__device__ __forceinline__ void add_up(const sum_t* partial, const Partials& p, index_t channel,
+                                       Finish finish) {
+  __shared__ double sums[SUMS][ADDERS];
+  together([&](int thread) {
+    for (int k = 0; k < SUMS; ++k)
+      sums[k][thread] =
+          add_share(partial + (k * p.rows * p.channels + channel) * p.run, p, thread);
+  });
+  for (int half = ADDERS / 2; half > 0; half /= 2)
+    together([&](int thread) {
+      if (thread < half)
+        for (int k = 0; k < SUMS; ++k) sums[k][thread] += sums[k][thread + half];
+    });
+  together([&](int thread) {
+    if (thread == 0) finish(sums);
+  });
+}
+
+template <class scalar_t>
+struct Numbers : Partials {
+  index_t inner, average;  // whether momentum is 1 / batches
+  double count, momentum, eps;
+  const scalar_t* x;
+  const double* partial;
+  index_t* batches;
+  const float *weight, *bias;
+  float *running_mean, *running_var;
+  double* numbers;
+};
+
+// The numbers by the batch's statistics, which move the running ones; FIXED: by the running ones.
+template <class scalar_t, bool FIXED>
+__global__ void __launch_bounds__(ADDERS) norm_numbers(const Numbers<scalar_t> c) {
+  const index_t channel = blockIdx.x, channels = c.channels;
+  if (channel >= channels) return;
+  auto write = [&](double mean, double var) {
+    const double r = 1.0 / sqrt(var + c.eps);
+    const float weight = c.weight ? c.weight[channel] : 1.0f;
+    const float bias = c.bias ? c.bias[channel] : 0.0f, shift = (float)mean;
+    c.numbers[channel] = mean;
+    c.numbers[channels + channel] = r;
+    float* table = table_of(c.numbers, channels) + channel;
+    table[SHIFT * channels] = shift;
+    table[GAIN * channels] = (float)(weight * r);
+    table[OFFSET * channels] = (float)(bias + (shift - mean) * (weight * r));
+    table[WEIGHT * channels] = weight;
+    table[BIAS * channels] = bias;
+  };
+  if constexpr (FIXED) {
+    if (threadIdx.x != 0) return;
+    if (channel == 0 && c.batches) ++*c.batches;
+    write(c.running_mean[channel], c.running_var[channel]);
+  } else {
+    add_up<2>(c.partial, c, channel, [&](const double (&sums)[2][ADDERS]) {
+      if (c.count == 0.0) return write(0.0, 0.0);  // of no values, which move nothing
+      const double pivot = to_float(c.x[channel * c.inner]), apart = sums[0][0] / c.count;
+      const double square = sums[1][0] / c.count - apart * apart;
+      const double mean = pivot + apart, var = square < 0.0 ? 0.0 : square;
+      const double momentum = c.average && c.batches ? 1.0 / *c.batches : c.momentum;
+      auto move = [&](float& running, double to) {
+        running = (float)((1.0 - momentum) * running + momentum * to);
+      };
+      if (c.running_mean) move(c.running_mean[channel], mean);
+      if (c.running_var) move(c.running_var[channel], var * (c.count / (c.count - 1.0)));
+      write(mean, var);
+    });
+  }
+}
+
+template <class sum_t>
+struct NormGradients : Partials {
+  double count;
+  const sum_t* partial;
+  double* numbers;
+  float *ab, *grad_weight, *grad_bias;  // null if not needed
+};
+
+// A and B, and the gradients of weight and bias, from the sums of y's gradient and of its product
+// with x - shift.
+template <class sum_t>
+__global__ void __launch_bounds__(ADDERS) norm_gradients(const NormGradients<sum_t> c) {
+  const index_t channel = blockIdx.x, channels = c.channels;
+  if (channel >= channels) return;
+  add_up<2>(c.partial, c, channel, [&](const double (&sums)[2][ADDERS]) {
+    const float* table = table_of(c.numbers, channels) + channel;
+    const double r = c.numbers[channels + channel], gain = table[GAIN * channels];
+    const double rest = c.numbers[channel] - table[SHIFT * channels];
+    const double sum = sums[0][0], centred = sums[1][0] - rest * sum;  // with x - mean
+    if (c.grad_weight) c.grad_weight[channel] = (float)(r * centred);
+    if (c.grad_bias) c.grad_bias[channel] = (float)sum;
+    if (c.ab) {
+      const double b = gain * r * r * centred / c.count;
+      c.ab[channel] = (float)(gain * sum / c.count - b * rest);
+      c.ab[channels + channel] = (float)b;
+    }
+  });
+}
+
+template <class sum_t>
+struct ParameterGradients : Partials {
+  index_t before;  // sums in front of theirs, which are the norm's
+  const sum_t* partial;
+  float *grad_w, *grad_v_threshold;  // null if not needed
+};
+
+// The gradients of w and the threshold, each in blocks of its own. All sums are of one channel where
+// these are scalars.
+template <class sum_t>
+__global__ void __launch_bounds__(ADDERS) parameter_gradients(const ParameterGradients<sum_t> c) {
+  if (c.channels == 0) return;
+  const index_t channel = blockIdx.x % c.channels, turn = blockIdx.x / c.channels;
+  float* to = turn == 0 && c.grad_w ? c.grad_w : c.grad_v_threshold;
+  add_up<1>(c.partial + (c.before + turn) * c.rows * c.channels * c.run, c, channel,
+            [&](const double (&sums)[1][ADDERS]) { to[channel] = (float)sums[0][0]; });
+}
+
+// ---- spikes as bits ----------------------------------------------------------------------------
+
+template <class scalar_t>
+struct Spikes {
+  index_t threads, steps, neurons;
+  scalar_t* spike;
+  unsigned char* bits;
+};
+
+// What a thread moves: the bytes of VEC neurons for 8 steps, or as many as there are, at most `rows`.
+template <class scalar_t, int VEC>
+struct Bytes {
+  scalar_t* spike;
+  unsigned char* bits;
+  index_t rows;
+
+  __device__ __forceinline__ Bytes(const Spikes<scalar_t>& c, index_t thread) {
+    const index_t packs = c.neurons / VEC, word = thread / packs, at = thread % packs * VEC;
+    spike = c.spike + 8 * word * c.neurons + at;
+    bits = c.bits + word * c.neurons + at;
+    rows = c.steps - 8 * word;
+  }
+};
+
+template <class scalar_t, int VEC>
+__global__ void __launch_bounds__(BLOCK) pack_bits(const Spikes<scalar_t> c) {
+  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
+  if (thread >= c.threads) return;
+  const Bytes<scalar_t, VEC> own(c, thread);
+  Pack<scalar_t, VEC> spikes[8];
+  Pack<unsigned char, VEC> bytes;
+#pragma unroll
+  for (int t = 0; t < 8; ++t)
+    if (t < own.rows) fetch(own.spike + t * c.neurons, spikes[t]);
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) {
+    unsigned int byte = 0;
+#pragma unroll
+    for (int t = 0; t < 8; ++t)
+      if (t < own.rows && to_float(spikes[t].lane[i]) != 0.0f) byte |= 1u << t;
+    bytes.lane[i] = (unsigned char)byte;
+  }
+  store(bytes, own.bits);
+}
+
+template <class scalar_t, int VEC>
+__global__ void __launch_bounds__(BLOCK) unpack_bits(const Spikes<scalar_t> c) {
+  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
+  if (thread >= c.threads) return;
+  const Bytes<scalar_t, VEC> own(c, thread);
+  Pack<unsigned char, VEC> bytes;
+  fetch(own.bits, bytes);
+#pragma unroll
+  for (int t = 0; t < 8; ++t) {
+    float spikes[VEC];
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) spikes[i] = bytes.lane[i] >> t & 1 ? 1.0f : 0.0f;
+    if (t < own.rows) store(spikes, own.spike + t * c.neurons);
   }
 }

@@ -14,17 +14,21 @@ import torch
 from torch import Tensor
 
 from ..surrogate import DERIVATIVES
+from .plan import Spec
 
 #: The C++ types of the kernels, by the input's dtype.
 SCALARS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 BLOCK = 128  # threads per block
+ADDERS = 512  # the same where a block adds up a channel's sums
 SEGMENT = 8  # steps per segment
 LONGEST_SWEEP = 16  # steps without segments, in float32; half precision takes SEGMENT
 SOFT, HARD, HARD_TO_ZERO = range(3)
+ADD_INPUT, DECAY_INPUT, NO_LEAK = range(3)
 NEED_X, NEED_W, NEED_V_THRESHOLD, NEED_NORM = 1, 2, 4, 8
 _CONSTANTS = (
-    *("BLOCK", "SEGMENT", "LONGEST_SWEEP", "SOFT", "HARD", "HARD_TO_ZERO"),
+    *("BLOCK", "ADDERS", "SEGMENT", "LONGEST_SWEEP", "SOFT", "HARD", "HARD_TO_ZERO"),
+    *("ADD_INPUT", "DECAY_INPUT", "NO_LEAK"),
     *("NEED_X", "NEED_W", "NEED_V_THRESHOLD", "NEED_NORM"),
 )
 
@@ -46,7 +50,6 @@ _BACKWARD_VEC: _Vecs = (
     (math.inf, (2, 2)),
 )
 _NORM_BACKWARD_VEC: _Vecs = ((2, (4, 4)), (4, (2, 2)), (math.inf, (1, 2)))
-STATISTICS_VEC = 4
 
 
 def source() -> str:
@@ -77,72 +80,58 @@ def checkpoints(steps: int, dtype: torch.dtype) -> int:
     return 0 if steps <= longest_sweep(dtype) else (steps - 1) // SEGMENT
 
 
-class Options(NamedTuple):
-    """What a kernel is specialised for, apart from the number of neurons per thread."""
+class Kernel(NamedTuple):
+    """A specialised kernel, for any number of neurons per thread, ``VEC``, up to ``vec``."""
 
-    dtype: torch.dtype
-    steps: int
-    v_reset: float | None
-    decay_input: bool
-    v_seq: bool
-    norm: bool = False
+    vec: int
+    before: str  #: what comes in its C++ name before and after ``VEC`` and ``LANES``
+    after: str = ""
 
-    @property
-    def template_steps(self) -> int:
-        """``T`` of the template; beyond a single sweep only the rest after the segments counts.
-
-        >>> [Options(torch.half, t, 0.0, True, False).template_steps for t in (8, 9, 16, 17)]
-        [8, 17, 24, 17]
-        """
-        if self.steps <= longest_sweep(self.dtype):
-            return self.steps
-        return LONGEST_SWEEP + 1 + (self.steps - 1) % SEGMENT
-
-    @property
-    def reset(self) -> int:
-        """``RESET`` of the template."""
-        if self.v_reset is None:
-            return SOFT
-        return HARD if self.v_reset else HARD_TO_ZERO
-
-    def forward_name(self, vec: int, lanes: int, pack: bool = False) -> str:
-        """The C++ name of the forward kernel."""
-        return f"alif_forward<{self._arguments(vec, lanes)},{int(pack)}>"
-
-    def backward_name(
-        self, vec: int, lanes: int, detach_reset: bool, needs: int, surrogate: str
-    ) -> str:
-        """The C++ name of the backward kernel."""
-        arguments = self._arguments(vec, lanes)
-        return f"alif_backward<{arguments},{int(detach_reset)},{needs},{surrogate}>"
-
-    def forward_vec(self) -> int:
-        """The most neurons per thread of the forward kernel."""
-        return self._widest(_NORM_FORWARD_VEC if self.norm else _FORWARD_VEC)
-
-    def backward_vec(self) -> int:
-        """The most neurons per thread of the backward kernel without spilling registers."""
-        return self._widest(_NORM_BACKWARD_VEC if self.norm else _BACKWARD_VEC)
-
-    def _widest(self, table: _Vecs) -> int:
-        # Voltages are float32 whatever the input is, and so are their gradients.
-        column = 0 if self.dtype == torch.float32 or self.v_seq else 1
-        return next(vecs for steps, vecs in table if self.steps <= steps)[column]
-
-    def _arguments(self, vec: int, lanes: int) -> str:
-        return (
-            f"{SCALARS[self.dtype]},{self.template_steps},{vec},{lanes},{self.reset},"
-            f"{int(self.decay_input)},{int(self.v_seq)},{int(self.norm)}"
-        )
+    def name(self, vec: int, lanes: int) -> str:
+        """The C++ name."""
+        return f"{self.before},{vec},{lanes}{self.after}>"
 
 
-def statistics_name(dtype: torch.dtype, vec: int, lanes: int) -> str:
-    """The C++ name of the kernel that computes a norm's statistics."""
-    return f"channel_statistics<{SCALARS[dtype]},{vec},{lanes}>"
+def forward(spec: Spec) -> Kernel:
+    """The forward kernel."""
+    vecs = _NORM_FORWARD_VEC if spec.norm else _FORWARD_VEC
+    return _specialise("alif_forward", spec, spec.store_v_seq, vecs, f"{spec.pack:d}")
+
+
+def backward(spec: Spec, needs: int, v_seq: bool) -> Kernel:
+    """The backward kernel, which spills no registers; ``v_seq`` may have a gradient."""
+    vecs = _NORM_BACKWARD_VEC if spec.norm else _BACKWARD_VEC
+    more = f"{spec.dynamics.detach_reset:d},{needs},{spec.dynamics.surrogate}"
+    return _specialise("alif_backward", spec, v_seq, vecs, more)
+
+
+def statistics(dtype: torch.dtype) -> Kernel:
+    """The kernel that computes a norm's statistics."""
+    return Kernel(4, f"channel_statistics<{SCALARS[dtype]}")
+
+
+def _specialise(name: str, spec: Spec, v_seq: bool, vecs: _Vecs, more: str) -> Kernel:
+    # Voltages are float32 whatever the input is, and so are their gradients.
+    column = 0 if spec.dtype == torch.float32 or v_seq else 1
+    vec = next(vec for steps, vec in vecs if spec.steps <= steps)[column]
+    w, decay_input, _, v_reset, *_ = spec.dynamics
+    reset = SOFT if v_reset is None else HARD if v_reset else HARD_TO_ZERO
+    charge = NO_LEAK if w == -math.inf else DECAY_INPUT if decay_input else ADD_INPUT
+    before = f"{name}<{SCALARS[spec.dtype]},{template_steps(spec.steps, spec.dtype)}"
+    return Kernel(vec, before, f",{reset},{charge},{v_seq:d},{spec.norm:d},{more}")
+
+
+def template_steps(steps: int, dtype: torch.dtype) -> int:
+    """``T`` of the templates; beyond a single sweep only the rest after the segments counts.
+
+    >>> [template_steps(steps, torch.half) for steps in (8, 9, 16, 17)]
+    [8, 17, 24, 17]
+    """
+    return steps if steps <= longest_sweep(dtype) else LONGEST_SWEEP + 1 + (steps - 1) % SEGMENT
 
 
 class Grid(NamedTuple):
-    """How the neurons of one step are distributed over threads.
+    """How the neurons of one step, or a norm's values, are distributed over threads.
 
     Neuron ``i`` of a step, in storage order, has channel ``i / inner % channels``. A thread takes
     ``vec`` neighbours, then those ``vec * threads`` further, and so on; ``threads = rows * period``
@@ -168,31 +157,41 @@ class Grid(NamedTuple):
         """Blocks to launch."""
         return -(-self.threads // BLOCK)
 
-    def reduce(self, partial: Tensor) -> Tensor:
-        """Sum each channel of ``partial``, ``[sums, threads * lanes]``: one launch."""
-        inner = 1 if self.lanes > 1 else self.period // self.channels
-        return partial.view(len(partial), self.rows, self.channels, inner).sum((1, 3))
+    @property
+    def sums(self) -> int:
+        """How many numbers the threads write for each sum."""
+        return self.threads * self.lanes
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """The members of ``Grid`` in ``kernels.cu``."""
+        return self.size, self.threads, self.inner, self.channels
+
+    @property
+    def partials(self) -> tuple[int, int, int]:
+        """The members of ``Partials`` in ``kernels.cu``: where a channel's sums lie."""
+        return self.rows, self.period * self.lanes // max(1, self.channels), self.channels
 
 
 def grid(
-    x_seq: Tensor,
+    size: int,
+    inner: int,
     channels: int,
     vec: int,
     aligned: bool,
     capacity: int,
     resident: Callable[[int, int], int],
-    steps: int = 1,
 ) -> Grid:
-    """Distribute the neurons of ``x_seq`` ``[T, N, *]`` over threads.
+    """Distribute ``size`` neurons over threads.
 
-    ``channels`` is 1 or ``x_seq``'s; ``vec`` the most neurons per thread, which is halved until
-    packs divide a step and its channels evenly, and while too few threads would be left to fill
-    the GPU; ``aligned`` whether all tensors start at a multiple of 16 bytes; ``capacity`` how many
-    threads the GPU holds, ``resident(vec, lanes)`` how many of the kernel's; ``steps`` how many
-    steps are taken as one.
+    ``vec`` is the most neurons per thread, which is halved until packs divide a step and its
+    channels evenly, and while too few threads would be left to fill the GPU; ``aligned`` whether
+    all tensors start at a multiple of 16 bytes; ``capacity`` how many threads the GPU holds,
+    ``resident(vec, lanes)`` how many of the kernel's.
     """
-    size = x_seq[0].numel() * steps
-    inner = x_seq.stride(2) if channels > 1 else 1
+    if size == 0:
+        return Grid(0, 1, channels, 1, 1, 0, channels)
+    inner = inner if channels > 1 else 1
     while vec > 1 and not (
         aligned
         and size % vec == 0
@@ -225,4 +224,8 @@ def resident_threads(registers: int, processors: int, threads_per_processor: int
 
 def is_aligned(*tensors: Tensor | None) -> bool:
     """Whether every tensor given starts at a multiple of 16 bytes."""
-    return all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return addresses % ALIGNMENT == 0

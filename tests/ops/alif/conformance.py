@@ -21,7 +21,9 @@ from torch import Tensor
 from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
-from sj_taid.ops.surrogate import DERIVATIVES
+from sj_taid.ops.alif.autograd import spec_of
+from sj_taid.ops.alif.plan import Dynamics, Spec
+from sj_taid.ops.surrogate import DERIVATIVES, derivative_of
 from tests.helpers import HALF, Case, Leaves, differences, results, tensors
 
 #: Name -> one step's shape and the order of a sequence's axes in memory. Images: neighbours share a
@@ -111,6 +113,17 @@ def make_case(row: Mapping[str, Any]) -> Case:
     )
 
 
+def make_spec(case: Case, x: Tensor | None = None, **changes: Any) -> Spec:
+    """The spec of a case's call, in which w and the threshold learn."""
+    x = tensors(case)["x"] if x is None else x
+    constants = (case.v_reset, case.detach_reset, *derivative_of(case.surrogate_function))
+    dynamics = Dynamics(None, case.decay_input, None, *constants)
+    norm = (case.norm is not None, case.norm == "fixed")
+    options = ("v_seq" in case.through, case.pack, True)
+    spec = spec_of(x, dynamics, case.channels is not None, *norm, *options)
+    return spec._replace(**changes)
+
+
 def tensors_off_threshold(case: Case) -> Leaves:
     """:func:`tensors` in which no neuron comes near its threshold."""
     leaves = tensors(case)
@@ -168,11 +181,17 @@ def compare(
 
 
 def expected_launches(case: Case) -> dict[str, int]:
-    """The launches that the CUDA kernels take."""
-    if case.norm != "batch":
-        return {"forward": 1, "backward": 1}
-    # The input's gradient needs sums over all of the input first.
-    return {"statistics": 1, "forward": 1, "backward": 1 if "x" in case.frozen else 2}
+    """The launches that the CUDA kernels take, by name."""
+    expected = {"alif_forward": 1, "alif_backward": 1}
+    if case.norm:
+        expected |= {"norm_numbers": 1, "norm_gradients": 1}
+    if case.norm == "batch":
+        expected["channel_statistics"] = 1
+        # The input's gradient needs sums over all of the input first.
+        expected["alif_backward"] = 2 - ("x" in case.frozen)
+    if not {"w", "v_threshold"} <= set(case.frozen):
+        expected["parameter_gradients"] = 1
+    return expected
 
 
 def _compare_launches(launches: Counter[str], expected: Mapping[str, int]) -> list[str]:

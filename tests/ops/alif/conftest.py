@@ -13,6 +13,7 @@ def host(tmp_path_factory):
 def launcher(host):
     """``host`` for one test: no launch recorded yet, every option as at the start."""
     host.launches.clear()
+    host.guarded.clear()
     host.cuda.launches.clear()
     host.cuda._function.cache_clear()
     host.capacity = 16

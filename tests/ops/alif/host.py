@@ -12,12 +12,13 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -50,10 +51,11 @@ class Host:
         self.source = source or kernels.source()
         self.flags = (*FLAGS, *flags)
         self.launches = []
+        self.guarded = []  # the devices made current
         self.capacity = 16
         self.dry = None  # a set while only the names of the kernels are collected
         self._functions = {}
-        self._device = self._stream = None
+        self.current = threading.local()  # a thread's device and stream
         self.cuda = self.load_cuda(self.make_cupy())
 
     def collect(self, run):
@@ -77,10 +79,8 @@ class Host:
         with ThreadPoolExecutor(_AT_A_TIME) as pool:
             for library, unit in zip(pool.map(self._compile, units), units, strict=True):
                 for i, name in enumerate(unit):
-                    function = getattr(library, f"kernel_{i}")
-                    widths = getattr(library, f"kernel_{i}_widths")
-                    widths.restype = ctypes.POINTER(ctypes.c_int)
-                    self._functions[name] = function, widths()
+                    size = getattr(library, f"kernel_{i}_size")()
+                    self._functions[name] = getattr(library, f"kernel_{i}"), size
 
     def _compile(self, names):
         exports = "".join(f"EXPORT(kernel_{i}, {name})\n" for i, name in enumerate(names))
@@ -99,7 +99,7 @@ class Host:
         module = importlib.util.module_from_spec(spec)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, "cupy", cupy)
-            patch.setattr(autograd, "register", lambda name, key, engine: engine)
+            patch.setattr(autograd, "register", lambda name, key, engine: None)
             spec.loader.exec_module(module)
         self.real = SimpleNamespace(capacity=module._capacity, resident=module._resident)
         module._capacity = lambda device: self.capacity
@@ -107,40 +107,32 @@ class Host:
         return module
 
     def make_cupy(self):
-        @contextmanager
-        def from_external(stream):
-            self._stream = stream.__cuda_stream__()
-            yield
-            self._stream = None
-
         return SimpleNamespace(
             RawModule=self._module,
             cuda=SimpleNamespace(
                 runtime=SimpleNamespace(getDeviceCount=lambda: 1, driverGetVersion=lambda: 13010),
                 nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
-                Stream=SimpleNamespace(from_external=from_external),
+                function=SimpleNamespace(CPointer=Address),
                 compiler=SimpleNamespace(CompileException=CompileError),
             ),
         )
 
     def _module(self, code, options, name_expressions):
-        return SimpleNamespace(get_function=lambda name: lambda *call: self._launch(name, *call))
+        return SimpleNamespace(get_function=lambda name: partial(self._launch, name))
 
-    def _launch(self, name, grid, block, arguments):
+    def _launch(self, name, grid, block, arguments, *, stream):
         if self.dry is not None:
             self.dry.add(name)
             return
         if name not in self._functions:
             self.build([name])
-        function, widths = self._functions[name]
-        values = [_as_cupy_passes(argument) for argument in arguments]
-        expected = [widths[i] for i in range(len(values) + 1)]
-        assert [ctypes.sizeof(v) for v in values] + [0] == expected, f"arguments of {name}"
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        function(*grid, *block, pointers)
+        function, size = self._functions[name]
+        (struct,) = arguments
+        assert struct.size == size, f"the struct of {name}"
+        function(*grid, *block, ctypes.c_void_p(struct.ptr))
         self.launches.append(
             SimpleNamespace(
-                name=name, grid=grid, block=block, stream=self._stream, device=self._device
+                name=name, grid=grid, block=block, stream=stream.ptr, device=self._get("device")
             )
         )
 
@@ -150,20 +142,29 @@ class Host:
 
         @contextmanager
         def device(index):
-            self._device = index
+            before, self.current.device = self._get("device"), index
+            self.guarded.append(index)
             yield
-            self._device = None
+            self.current.device = before
 
+        stand_ins = {
+            "_cuda_getDevice": lambda: self._get("device"),
+            "_cuda_getCurrentRawStream": lambda device: self._get("stream"),
+        }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "device", device)
-            patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0x5EED))
+            for name, function in stand_ins.items():
+                patch.setattr(torch._C, name, function, raising=False)
             yield self
 
+    def _get(self, name):
+        return getattr(self.current, name, None)
 
-def _as_cupy_passes(argument):
-    """CuPy's rule: a Python int takes 64 bits, a NumPy scalar its own width."""
-    if type(argument) is int:
-        return ctypes.c_longlong(argument)
-    if type(argument) is np.float32:
-        return ctypes.c_float(argument)
-    raise TypeError(f"CuPy would pass {argument!r} in a width the kernels do not expect")
+
+class Address:
+    """CuPy's ``CPointer``: of what the driver copies, here with its size."""
+
+    def __init__(self, ptr):
+        struct = sys._getframe(1).f_locals["struct"]
+        assert struct.buffer_info()[0] == ptr
+        self.ptr, self.size = ptr, len(struct) * struct.itemsize

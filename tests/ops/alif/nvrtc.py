@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from sj_taid.ops.alif import kernels
+from sj_taid.ops.alif.plan import Dynamics, Spec
 
 
 class Resources(NamedTuple):
@@ -157,9 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     needs = kernels.NEED_X | kernels.NEED_W | kernels.NEED_V_THRESHOLD
     names = []
     for dtype, steps in itertools.product(kernels.SCALARS, (1, 2, 4, 8, 16, 24)):
-        o = kernels.Options(dtype, steps, 0.0, True, False)
-        names.append(o.forward_name(o.forward_vec(), 1))
-        names.append(o.backward_name(o.backward_vec(), 1, False, needs, "Sigmoid"))
+        dynamics = Dynamics(None, True, None, 0.0, False, "Sigmoid", 0.0, 0.0)
+        about = (dynamics, dtype, torch.device("cuda"), steps, 1, 1, 1, (), (), *[False] * 6)
+        for kernel in (kernels.forward(Spec(*about)), kernels.backward(Spec(*about), needs, False)):
+            names.append(kernel.name(kernel.vec, 1))
     start = time.perf_counter()
     found = resources(kernels.source(), tuple(dict.fromkeys(names)), arch)
     seconds = time.perf_counter() - start

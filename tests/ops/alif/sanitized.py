@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from sj_taid.ops.alif import kernels
+from sj_taid.ops.alif.plan import NormSpec
 from tests.helpers import results
 from tests.ops.alif.conformance import OPTIONS, make_case, pairwise, tensors_off_threshold
 from tests.ops.alif.host import Host
@@ -22,10 +23,21 @@ MEMORY = {name: OPTIONS[name] for name in ("layout", "per_channel", "v_init", "n
 MEMORY |= {"T": (1, 7, 29), "dtype": (torch.float32, torch.float16), "frozen": ((), ("x",))}
 
 
+def run_alone(engine, x, packed):
+    """The kernels that no neuron's call launches."""
+    about = (x.dtype, x.device, x.numel(), x.shape[2], x.stride(2))
+    statistics = torch.rand(2, x.shape[2])
+    engine.norm(NormSpec(*about, True, None, 1e-5)).numbers(x, None, None, *statistics, None)
+    spikes = torch.empty(len(x), x[0].numel(), dtype=x.dtype)
+    if packed is not None:
+        engine.unpack_into(packed, spikes)
+        assert torch.equal(engine.pack(spikes), packed)
+
+
 def main(directory):
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     source = kernels.source()
-    broken = source.replace("thread >= threads", "thread > threads")
+    broken = source.replace("thread >= c.threads", "thread > c.threads")
     broken = broken.replace("at < size", "at <= size")
     fixed = {name: values[:1] for name, values in OPTIONS.items()}
     cases = [make_case(row) for row in pairwise(fixed | MEMORY)]
@@ -34,7 +46,9 @@ def main(directory):
         with host.patched():
             host.build({name for case in chosen for name in host.kernels(case)})
             for case in chosen:
-                results(host.cuda.multi_step, case, tensors_off_threshold(case))
+                leaves = tensors_off_threshold(case)
+                got = results(host.cuda.multi_step, case, leaves)
+                run_alone(host.cuda.ENGINE, leaves["x"].detach(), got.get("bits"))
         print(len(host.launches), "clean launches", flush=True)
 
 

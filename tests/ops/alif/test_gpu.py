@@ -11,7 +11,9 @@ from torch import nn
 import sj_taid
 from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step
+from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
+from sj_taid.ops.alif.plan import find_plan
 from tests.helpers import Case, assert_close, assert_equal, results, tensors
 from tests.ops.alif.conformance import (
     COMPACT,
@@ -122,6 +124,7 @@ def test_cuda_graph_replays_with_current_parameters():
 def test_first_call_in_a_capture_says_what_to_do(cuda):
     x_seq, w, threshold = (tensors(CASE, "cuda")[n] for n in ("x", "w", "v_threshold"))
     cuda._function.cache_clear()
+    find_plan.cache_clear()
     with (
         pytest.raises(RuntimeError, match="run one training step before capturing"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
@@ -140,7 +143,7 @@ def test_under_autocast(cuda, dtype):
     out.float().square().sum().backward()
     assert net[1].w.grad.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in net.parameters())
-    assert cuda.launches == {"forward": 1, "backward": 1}
+    assert cuda.launches == {"alif_forward": 1, "alif_backward": 1, "parameter_gradients": 1}
 
 
 @pytest.mark.parametrize("T", [4, 24])
@@ -156,6 +159,14 @@ def test_same_numbers_in_two_runs(channels):
     case = CASE.with_(shape=(8, 256, 32, 49), channels=channels)
     leaves = tensors(case, "cuda")
     assert_equal(results(on_gpu, case, leaves), results(on_gpu, case, leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_bits_are_packed_and_unpacked(cuda, dtype):
+    spikes = torch.randint(0, 2, (13, 4096), device="cuda").to(dtype)
+    packed, back = cuda.ENGINE.pack(spikes), torch.full_like(spikes, 7.0)
+    cuda.ENGINE.unpack_into(packed, back)
+    assert torch.equal(packed, bits.pack(spikes)) and torch.equal(back, spikes)
 
 
 def test_more_than_2_to_the_31_elements():
@@ -174,7 +185,7 @@ def test_more_than_2_to_the_31_elements():
 
 def test_auto_takes_the_kernels(cuda):
     alif_multi_step(torch.randn(4, 8, device="cuda"), 0.0, *torch.ones(2, device="cuda"))
-    assert cuda.launches == {"forward": 1}
+    assert cuda.launches == {"alif_forward": 1}
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -4,13 +4,14 @@ import itertools
 import os
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
 import torch
 
 from sj_taid.ops.alif import kernels
-from tests.ops.alif.conformance import OPTIONS, compare, make_case, pairwise
+from tests.ops.alif.conformance import OPTIONS, compare, make_case, make_spec, pairwise
 from tests.ops.alif.host import GXX, Host, needs_gxx
 
 pytestmark = needs_gxx
@@ -82,23 +83,33 @@ MUTATIONS = [
     (SOFT, "if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];", ""),
     # the charge, the last voltage, segments, channels, the stride over neurons
     (HARD, "v + (x - above_reset) * q[lane(i)]", "v + x * q[lane(i)]"),
-    (HARD, "    store(v, v_last + at);", ""),
-    (HARD | LONG, "load(checkpoint + (segment - 1) * size + at, v);", "load(checkpoint + at, v);"),
+    (HARD, "    store(v, c.v_last + at);", ""),
+    (HARD | LONG, "load(c.checkpoint + (segment - 1) * size + at, v);",
+     "load(c.checkpoint + at, v);"),
     (HARD | {"per_channel": True}, "channel = first + i", "channel = first"),
-    (HARD | {"layout": "images"}, "at += threads * VEC", "at += size"),
+    (HARD | {"layout": "images"}, "at += c.threads * VEC", "at += size"),
     # the norm: backward's input, the channel's numbers, the terms of x's gradient, the gain's
     (NORM, "neuron.charge(neuron.input(to_float(x_t[t].lane[i]), i), v, i)",
      "neuron.charge(to_float(x_t[t].lane[i]), v, i)"),
-    (NORM, "norm[2 * channels + channel]", "norm[channel]"),
+    (NORM, "table[OFFSET * c.channels]", "table[SHIFT * c.channels]"),
     (NORM, "ab ? ab[channel] : 0.0f", "0.0f"),
-    (NORM, "ab ? ab[channels + channel] : 0.0f", "0.0f"),
+    (NORM, "ab ? ab[c.channels + channel] : 0.0f", "0.0f"),
     (NORM, "fmaf(neuron.gain[lane], grad_y, -coupled)", "grad_y - coupled"),
     (NORM | {"norm": "fixed"}, "neuron.gain[lane] * grad_y", "grad_y"),
     (NORM, "sums.h_x[lane] = fmaf(grad_h, centred,", "sums.h_x[lane] = fmaf(grad_h, centred + 1,"),
     (NORM, "put(sums.h[i] * dy);", "put(sums.h[i]);"),
-    # statistics, bits
-    (NORM | LONG, "for (; at < size; at += apart)", "for (; at < 0; at += apart)"),
+    # statistics, the norm's numbers, sums over threads, bits
+    (NORM | LONG, "for (; at < c.size; at += apart)", "for (; at < 0; at += apart)"),
     (NORM | LONG, "deviation + (double)total", "(double)total"),
+    (NORM, "pivot + apart, var", "apart, var"),
+    (NORM, "(float)(weight * r)", "weight"),
+    (NORM, "(float)(r * centred)", "(float)centred"),
+    (NORM, "sums[1][0] - rest * sum", "sums[0][0]"),
+    (NORM, "gain * sum / c.count - b * rest", "0"),
+    (NORM, "gain * r * r * centred", "gain * centred"),
+    (HARD, "sums[k][thread] += sums[k][thread + half]", ""),
+    (HARD | {"per_channel": True}, "blockIdx.x / c.channels", "0"),
+    (NORM | {"norm": "fixed"}, "(c.before + turn)", "turn"),
     (PACK, "1u << t % 8", "1u"),
     (PACK | {"T": 16}, "bits + byte_here + t / 8 * size", "bits + byte_here"),
     (PACK | LONG, "segment * BYTES * size + at", "at"),
@@ -118,6 +129,44 @@ def test_breaking_one_line_turns_conformance_red(launcher, tmp_path, options, li
     host = Host(tmp_path, source.replace(line, broken))
     with host.patched(), pytest.raises(AssertionError):
         check(host, make_case(ROW | options))
+
+
+@pytest.mark.parametrize(
+    ("rows", "run", "channels"),
+    [
+        (0, 1, 4),
+        (1, 1, 1),
+        (7, 3, 5),
+        (600, 1, 4),
+        (2, 512, 3),
+        (2, 513, 3),
+        (3, 5000, 2),
+        (9999, 1, 1),
+    ],
+)
+def test_sums_over_threads_are_of_every_thread_once_in_any_order(
+    launcher, backwards, rows, run, channels
+):
+    x = torch.rand(2, rows * channels * run)
+    want, found = x.view(2, rows, channels, run).double().sum((1, 3)).float(), []
+    for host in (launcher, backwards):
+        with host.patched():
+            found.append(torch.full((2, channels), torch.nan))
+            about = (make_spec(make_case(ROW)), "parameter_gradients<float>", (rows, run, channels))
+            host.cuda._prepare_adders(*about, array("q", [0]), turns=2)(x, *found[-1])
+    torch.testing.assert_close(found[0], want, rtol=1e-6, atol=0)
+    assert torch.equal(*found)
+
+
+@pytest.fixture(scope="module")
+def backwards(tmp_path_factory):
+    """A host on which the threads of a block run from the last to the first."""
+    source = kernels.source()
+    assert source.count("phase(thread);") == 1
+    return Host(
+        tmp_path_factory.mktemp("backwards"),
+        source.replace("phase(thread);", "phase(ADDERS - 1 - thread);"),
+    )
 
 
 def test_kernels_take_their_constants_from_python(tmp_path, monkeypatch):

@@ -1,14 +1,16 @@
 """The kernels as NVIDIA's compiler sees them: registers, spills, the width of accesses."""
 
+import math
 import re
 
 import pytest
 import torch
 
 from sj_taid.ops.alif import kernels
-from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Options
+from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
+from tests.helpers import Case
 from tests.ops.alif import nvrtc
-from tests.ops.alif.conformance import pairwise
+from tests.ops.alif.conformance import SURROGATES, make_spec, pairwise
 
 try:
     nvrtc.library()
@@ -30,27 +32,48 @@ OPTIONS = {
     "per_lane": (False, True),
     "v_seq": (False, True),
     "detach_reset": (False, True),
-    "decay_input": (False, True),
+    "charge": ("decay", "no decay", "no leak"),
     "surrogate": ("Sigmoid", "S2NN", "QPseudoSpike"),
     "needs": ("no norm", NEED_NORM | ALL & ~NEED_X, NEED_NORM, ALL, NEED_NORM | ALL),
     "pack": (False, True),
 }
 
 
+def make(dtype, steps, v_reset=0.0, **options):
+    """The spec of a call, and the names of kernels for as many neurons a thread as they take."""
+    changes = {"steps": steps} | {n: options.pop(n) for n in ("norm", "pack") if n in options}
+    case = Case(v_reset, **options, dtype=dtype, shape=(1, 1, 1), through=("spike_seq",))
+    return make_spec(case, **changes)
+
+
+def widest(kernel, per_lane=False):
+    return kernel.name(kernel.vec, kernel.vec if per_lane else 1)
+
+
 def names():
     for row in pairwise(OPTIONS):
         norm = row["needs"] != "no norm"
-        options = Options(
-            row["dtype"], row["T"], row["v_reset"], row["decay_input"], row["v_seq"], norm
+        spec = make(
+            row["dtype"],
+            row["T"],
+            row["v_reset"],
+            detach_reset=row["detach_reset"],
+            decay_input=row["charge"] != "no decay",
+            surrogate_function=SURROGATES[row["surrogate"]](),
+            norm=norm,
+            pack=row["pack"],
         )
-        vec = options.forward_vec()
-        yield options.forward_name(vec, vec if row["per_lane"] else 1, row["pack"])
-        vec = options.backward_vec()
-        lanes, needs = vec if row["per_lane"] else 1, row["needs"] if norm else ALL
-        yield options.backward_name(vec, lanes, row["detach_reset"], needs, row["surrogate"])
-    for dtype in kernels.SCALARS:
-        for lanes in (1, kernels.STATISTICS_VEC):
-            yield kernels.statistics_name(dtype, kernels.STATISTICS_VEC, lanes)
+        if row["charge"] == "no leak":
+            spec = spec._replace(dynamics=spec.dynamics._replace(w=-math.inf))
+        needs, v_seq = row["needs"] if norm else ALL, row["v_seq"]
+        yield widest(kernels.forward(spec._replace(store_v_seq=v_seq)), row["per_lane"])
+        yield widest(kernels.backward(spec, needs, v_seq), row["per_lane"])
+    yield from ("norm_gradients<float>", "parameter_gradients<float>")
+    for dtype, scalar in kernels.SCALARS.items():
+        statistics, vec = kernels.statistics(dtype), kernels.ALIGNMENT // dtype.itemsize
+        yield from (widest(statistics), widest(statistics, per_lane=True))
+        yield from (f"norm_numbers<{scalar},{fixed}>" for fixed in (0, 1))
+        yield from (f"{name}_bits<{scalar},{n}>" for name in ("pack", "unpack") for n in (1, vec))
 
 
 NAMES = tuple(dict.fromkeys(names()))
@@ -71,6 +94,8 @@ def test_16_bytes_are_spilled_at_most_and_none_up_to_16_values(arch):
 
 def values(name):
     """Steps in registers times neurons a thread, from a kernel's name."""
+    if not name.startswith("alif"):
+        return 0
     steps, vec = map(int, name.split(",")[1:3])
     return (steps if steps <= kernels.LONGEST_SWEEP else kernels.SEGMENT) * vec
 
@@ -81,52 +106,51 @@ def values(name):
 )
 def test_every_byte_once_in_the_widest_accesses(dtype, T, bytes_forward, bytes_backward):
     """Counted in the compiled code: 8 + 12 bytes a neuron and step in float32, 4 + 6 in half."""
-    options = Options(dtype, T, 0.0, True, False)
-    assert options.forward_vec() * dtype.itemsize == bytes_forward
-    assert options.backward_vec() * dtype.itemsize == bytes_backward
-    forward = options.forward_name(options.forward_vec(), 1)
-    backward = options.backward_name(options.backward_vec(), 1, False, ALL, "ATan")
+    spec = make(dtype, T)
+    forward, backward = kernels.forward(spec), kernels.backward(spec, ALL, False)
+    assert forward.vec * dtype.itemsize == bytes_forward
+    assert backward.vec * dtype.itemsize == bytes_backward
     # w and the threshold are read once a thread, which writes a sum for each of them.
-    assert_moved({forward: (1, 1, 8, 0), backward: (2, 1, 8, 8)}, options)
+    assert_moved({widest(forward): (1, 1, 8, 0), widest(backward): (2, 1, 8, 8)}, spec)
 
 
 @pytest.mark.parametrize(("dtype", "T"), [(torch.float32, 8), (torch.bfloat16, 24)])
 def test_bytes_with_a_norm_and_bits(dtype, T):
     """4 + 8 + 20 a neuron and step in float32, half of it in half, and a byte for 8 steps."""
-    options = Options(dtype, T, 0.0, True, False, norm=True)
-    vec = options.backward_vec()
+    spec = make(dtype, T, norm=True, pack=True)
     sums, only_x, single_pass = (
-        options.backward_name(vec, 1, False, needs, "ATan")
+        widest(kernels.backward(spec, needs, False))
         for needs in (NEED_NORM | ALL & ~NEED_X, NEED_X, NEED_NORM | ALL)
     )
-    bits = options.forward_vec() * -(-min(T, kernels.SEGMENT) // 8)
+    forward = kernels.forward(spec)
+    bits = forward.vec * -(-min(T, kernels.SEGMENT) // 8)
     table, ab, all_sums = 3 * 4, 2 * 4, 4 * 4
     moved = {
-        options.forward_name(options.forward_vec(), 1, True): (1, 1, 8 + table, bits),
+        widest(forward): (1, 1, 8 + table, bits),
         sums: (2, 0, 8 + table, all_sums),
         only_x: (2, 1, 8 + table + ab, 0),
         single_pass: (2, 1, 8 + table, all_sums),
     }
-    assert_moved(moved, options)
+    assert_moved(moved, spec)
 
 
 def test_statistics_read_the_sequence_once():
-    dtype, vec = torch.float32, kernels.STATISTICS_VEC
-    name = kernels.statistics_name(dtype, vec, 1)
+    dtype = torch.float32
+    vec, name = kernels.statistics(dtype).vec, widest(kernels.statistics(dtype))
     text = nvrtc.ptx(kernels.source(), (name,), "compute_90")[name]
-    # A group of 8 packs, one of a single pack, and the pivot.
-    assert sum(widths(text, "ld")) == (8 + 1) * vec * dtype.itemsize + dtype.itemsize
+    # A group of 8 packs, one of a single pack, the pivot, and the counter of batches.
+    assert sum(widths(text, "ld")) == (8 + 1) * vec * dtype.itemsize + dtype.itemsize + 8
     assert widths(text, "ld").count(vec * dtype.itemsize) == 9
-    assert sum(widths(text, "st")) == 2 * 8
+    assert sum(widths(text, "st")) == 2 * 8 + 8
 
 
-def assert_moved(moved, options):
+def assert_moved(moved, spec):
     """``moved``: sequences read and written by each kernel, and the bytes next to them.
 
     Next to those, forward reads a voltage and writes one, backward reads it and the last one's
     gradient, writes a gradient, and all of them move one at the segments' bounds.
     """
-    dtype, T = options.dtype, options.steps
+    dtype, T = spec.dtype, spec.steps
     texts = nvrtc.ptx(kernels.source(), tuple(moved), "compute_90")
     segmented = kernels.longest_sweep(dtype) < T
     steps = kernels.SEGMENT if segmented else T
