@@ -373,19 +373,32 @@ def neurons() -> pd.DataFrame:
     return table.map("{:.1f}".format).reset_index()
 
 
-def norm_and_neuron() -> pd.DataFrame:
-    """Time and memory of a batch norm and a LIF neuron alone, relative to the plain pair's."""
-    rows = pd.read_csv(EPYC / "any_net-norm_and_neuron.csv")
-    held = rows["held_mb"] / rows.groupby(["shape", "dtype"])["held_mb"].transform("first")
+def host_layers() -> pd.DataFrame:
+    """CPU time of small and large layers and of operations on spikes, relative to their rivals'."""
+    rows = _host()
+    rows = rows[~rows["what"].str.contains(":")]
     columns = {
-        "shape": rows["shape"],
-        "dtype": rows["dtype"],
-        "pair": rows["system"],
-        "ms": rows["median_ms"].map("{:.3g}".format),
-        "of plain's time": rows["time_ratio"].map("{:.2f}".format),
-        "of plain's bytes held": held.map("{:.2f}".format),
+        "what": rows["what"],
+        "[T, N, C, H, W]": rows["shape"],
+        "system": rows["system"],
+        "CPU ms": (rows["cpu_us"] / 1e3).map("{:.3g}".format),
+        "of plain's": rows["cpu_ratio"].map("{:.2f}".format),
     }
     return pd.DataFrame(columns)
+
+
+def host_nets() -> pd.DataFrame:
+    """CPU time of nets, accelerated, relative to the plain nets'."""
+    rows = _host().query("system == 'accelerate'")
+    parts = rows["what"].str.partition(": ")
+    rows = rows.assign(net=parts[0], does=parts[2]).query("does != ''")
+    table = rows.pivot(index="net", columns="does", values="cpu_ratio")
+    table.loc["median"] = table.median()
+    return table.map("{:.2f}".format).rename_axis(None, axis="columns").reset_index()
+
+
+def _host() -> pd.DataFrame:
+    return pd.read_csv(BENCHMARKS / "epyc-avx2-2-cores" / "host.csv")
 
 
 def esvae() -> pd.DataFrame:
@@ -403,7 +416,7 @@ def esvae() -> pd.DataFrame:
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, distances, models)},
     **{table.__name__: table for table in (decoders, generator_neurons, start_map, recipes)},
-    **{table.__name__: table for table in (memory, zoo, neurons, norm_and_neuron, esvae)},
+    **{table.__name__: table for table in (memory, zoo, neurons, host_layers, host_nets, esvae)},
 }
 
 

@@ -11,6 +11,7 @@ import attention
 import common
 import esvae
 import frontier
+import host
 import neuron
 import pandas as pd
 import published_nets
@@ -36,6 +37,7 @@ SCHEMAS = {
     "any_net": [*TIMES, "net", "system", "held_mb", "peak_mb", "largest_batch", "difference"],
     "esvae": [*TIMES, "work", "batch", "ms_per_image", "ratio"],
     "frontier": [*TIMES, *frontier.KEYS, "size", "peak_mb", "mb_per_sample", "time_ratio"],
+    "host": ["what", "shape", "system", "cpu_us", "wall_us", "cpu_ratio"],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
     "small": [*TIMES, "neuron", "norm", "T", "work"],
     "norm": ["net", "variant", "dtype", "T", "step", "saved_mb", "saved_ratio", "device"],
@@ -48,7 +50,7 @@ def measure(tmp_path):
     """Run a benchmark with options, and read the CSV that it writes."""
 
     def run(script, *options, **more):
-        device = [] if script is esvae else ["--device", "cpu"]  # it has no other
+        device = [] if script in (esvae, host) else ["--device", "cpu"]  # it has no other
         script.main([*device, "--out", str(tmp_path), *options], **more)
         (path,) = tmp_path.glob(f"{script.__name__}*.csv")
         return read_csv(path)
@@ -231,3 +233,11 @@ def test_stripes_of_columns():
     assert stripes.stripes(images) == pytest.approx(1, abs=0.2)
     assert stripes.stripes(striped) > 4
     assert stripes.stripes(striped.mT) == pytest.approx(1, abs=0.2)
+
+
+def test_host_takes_turns(measure, monkeypatch):
+    monkeypatch.setattr(host, "LAYERS", {(2, 2, 4, 2, 2): 4})
+    table = measure(host, "--turns", "0.01", "--nets", "SFOD")
+    assert set(table["what"]) >= {"norm and LIF", "LIF", "SFOD: training step"}
+    plain = table[table["system"] == "plain"]
+    assert (plain["cpu_ratio"] == 1).all() and (table["cpu_us"] > 0).all()
