@@ -60,8 +60,7 @@ class Packing:
     def __init__(self, tensor: Tensor) -> None:
         self.address, self.size_in_memory = tensor.data_ptr(), tensor.nbytes
         self.version, self.dtype, self.is_known = tensor._version, tensor.dtype, True
-        self._is_cuda = tensor.is_cuda
-        self._captured = self._is_cuda and _graph.is_capturing(tensor)
+        self._captured = _graph.is_capturing(tensor)
 
     def describes(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` shows these values, all or some, unchanged."""
@@ -75,8 +74,7 @@ class Packing:
             return False
         if not 0 <= offset < self.size_in_memory or tensor.dtype != self.dtype:
             return False
-        # Or a replay may have changed it.
-        return not self._is_cuda or self._captured == _graph.is_capturing(tensor)
+        return self._captured == _graph.is_capturing(tensor)  # or a replay may have changed it
 
     def expose(self) -> None:
         """Know the values no longer."""
