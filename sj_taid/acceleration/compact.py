@@ -63,18 +63,37 @@ class Packing:
         self._captured = _graph.is_capturing(tensor)
 
     def describes(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` shows these values, all or some, unchanged."""
-        return self.is_known and tensor._version == self.version and self.shares_memory(tensor)
+        """Whether ``tensor`` shows these values, all or some, unchanged.
 
-    def shares_memory(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` is numbers of the same kind in the memory of one that is alive."""
+        The memory of one that shows them must be alive: its addresses are compared.
+        """
+        if not self.is_known or tensor._version != self.version or tensor.dtype != self.dtype:
+            return False
         try:
             offset = tensor.data_ptr() - self.address
         except RuntimeError:  # a wrapper, which has no memory
             return False
-        if not 0 <= offset < self.size_in_memory or tensor.dtype != self.dtype:
-            return False
-        return self._captured == _graph.is_capturing(tensor)  # or a replay may have changed it
+        # Or a replay may have changed it.
+        shows = 0 <= offset < self.size_in_memory
+        return shows and self._captured == _graph.is_capturing(tensor)
+
+    def saves_alone(self, tensor: Tensor) -> bool:
+        """Whether :meth:`save` is all that an operation on ``tensor`` needs, which is the usual."""
+        is_whole = self.is_known and tensor._version == self.version and self.size == 1
+        return is_whole and not (
+            torch._C._is_any_autocast_enabled()
+            or _graph.is_capturing(tensor) != self._captured
+            or not torch.is_grad_enabled()
+            or not _graph.allows_hooks()
+            or _graph.saving_hooks() is not None
+        )
+
+    def save(self, tensor: Tensor) -> Any:
+        """:meth:`Saving.pack` for these values alone."""
+        is_small = tensor.nbytes * _MOST_PARTS < self.size_in_memory
+        if is_small or not self.describes(tensor):
+            return None, (tensor,), _same
+        return None, self.parts(tensor), self.restorer(tensor)
 
     def expose(self) -> None:
         """Know the values no longer."""
@@ -291,6 +310,14 @@ def _contract(peak_of: Any = None) -> Callable[..., Any]:
     """The handler of an operation whose tensors autocast casts."""
 
     def handle(func: Any, args: Any, kwargs: Any) -> Any:
+        if not kwargs and type(args[0]) is Compact and not isinstance(args[1], Known):
+            packing = args[0]._packing
+            if peak_of is None and packing.saves_alone(args[0]):
+                _graph.push_hooks(packing.save, Saving.unpack)
+                try:
+                    return func(*args)
+                finally:
+                    _graph.pop_hooks()
         if torch._C._is_any_autocast_enabled() and sum(isinstance(t, Tensor) for t in args) > 1:
             args = tuple(_lowered(t) if isinstance(t, Compact) else t for t in args)
         peak = peak_of(args) if peak_of and not kwargs else None
