@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from spikingjelly.activation_based import surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sj_taid.ops import bits
+import sj_taid
+from sj_taid.ops import backends, bits
 from sj_taid.ops.alif import autograd, kernels, reference
 from sj_taid.ops.alif.kernels import BLOCK, NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
 from sj_taid.ops.alif.plan import Needs, NormSpec, table
@@ -161,6 +162,27 @@ def test_launches_are_few_and_torch_only_allocates(launcher, case, constant, for
             call.backward(outputs, grads, Needs(True, True, learns, learns, case.norm is not None))
         assert [launch.name.partition("<")[0] for launch in launcher.launches] == backward
     assert operators == {"empty", "empty_strided", "empty_like"}
+
+
+@needs_gxx
+@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode])
+def test_an_accelerated_net_takes_these_launches(launcher, monkeypatch, kind):
+    cuda = launcher.cuda
+    backend = backends.Backend(cuda.multi_step, lambda x_seq, function: None, cuda.ENGINE)
+    monkeypatch.setitem(backends.BACKENDS, "numba", lambda: backend)  # for tensors on the CPU
+    plain = nn.Sequential(layer.BatchNorm2d(3), kind(), layer.Conv2d(3, 2, 3))
+    functional.set_step_mode(plain, "m")
+    accelerated, found = copy.deepcopy(plain), []
+    sj_taid.accelerate(accelerated)
+    x_seq = torch.randn(4, 2, 3, 6, 6, requires_grad=True)
+    for net in (plain, accelerated):
+        net(x_seq).square().sum().backward()
+        found.append([*net.buffers(), *(p.grad for p in net.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    last = ["parameter_gradients"] if kind is neuron.ParametricLIFNode else []
+    backward = ["unpack_bits", "alif_backward", *SECOND, *last]  # the convolution's first
+    names = [launch.name.partition("<")[0] for launch in launcher.launches]
+    assert names == [*BATCH, *backward]
 
 
 @needs_gxx
