@@ -122,7 +122,7 @@ def test_counters_read_the_same_after_a_swap(step_mode, v_reset, kind, counter):
 
 
 def test_watching_changes_no_result():
-    x = torch.full((2, 1), torch.inf, requires_grad=True)
+    x = torch.full((2, 1), 2.0, requires_grad=True)
     options = {"decay_input": True, "surrogate_function": surrogate.ATan(), "detach_reset": False}
     found = []
     for mode in (Watching(), nullcontext()):

@@ -57,7 +57,7 @@ class Arguments(ctypes.Structure):
                 *("grad_spike", "grad_v", "grad_v_seq", "grad_x", "grad_v0", "grad_w"),
                 *("grad_threshold", "grad_weight", "grad_bias", "weight", "bias"),
                 *("running_mean", "running_var", "batches"),
-                *("parts", "ranges", "part_size", "block", "pitch", "length", "group", "whole"),
+                *("parts", "ranges", "part_size", "block", "x_size", "group", "whole"),
                 *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
                 *("dtype", "per_channel", "norm", "fixed_norm", "norm_sums", "ab", "sums_only"),
                 *("decay_input", "soft", "plain_average"),
@@ -72,17 +72,22 @@ class Arguments(ctypes.Structure):
 #: counters of :class:`Arguments`: threads that began, parts that were begun and that are done
 _THREADS, _TAKEN, _DONE = range(3)
 # Rows of scratch memory, then T rows of voltages (two at least), then the rows of the input.
-_Q, _THRESHOLD, _SPIKE, _GRAD_X, _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _BITS = range(8)
-_SHIFT, _GAIN, _OFFSET, _Y, _GRAD_OFFSET, _GRAD_GAIN, _A, _B, _VOLTAGES = range(8, 17)
+_Q, _THRESHOLD, _SHIFT, _GAIN, _OFFSET, _A, _B = range(7)
+_GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _GRAD_OFFSET, _GRAD_GAIN = range(7, 12)
+# Those that a loop is given come last: it checks that they lie outside of all of the above.
+_X, _SPIKE, _BITS, _GRAD_Y, _SPARE, _VOLTAGES = range(12, 18)
+#: values of a row at most, and floats from one to the next: a constant, so that a loop need not
+#: check whether rows overlap, and an odd number of cache lines, or all would compete for the same
+ROW, _PITCH = 1024, 1024 + LINE
 
 #: backward's sums over neurons, and how many there are
 GRAD_Q, GRAD_THRESHOLD, GRAD_OFFSET, GRAD_GAIN, SUMS = range(5)
-#: a norm's: the number that a part's differences are to, their sum, and that of their squares
+#: a norm's: the number that differences are to, their sum, and that of their squares
 PIVOT, DIFFERENCES, SQUARES, MOMENTS = range(4)
-#: neighbours of a channel that are worth a sum of their own; as many as are summed in float32
-RUN, STRETCH = 64, 1024
-#: rows that are summed in float32, and columns of one, where neighbours have different channels
-ROWS, COLUMNS = 32, 2048
+#: neighbours of a channel from which on they are summed one run after the other
+RUN = 128
+#: rows that are summed in float32
+ROWS = 32
 
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
@@ -92,10 +97,9 @@ smooth = cache(register_jitable(error_model="numpy", fastmath={"contract"}))
 _sum = register_jitable(error_model="numpy", fastmath={"reassoc", "contract"})
 
 
-@_part
-def scratch_rows(steps):
-    """How many rows of scratch memory the kernels need, without those of the input."""
-    return _VOLTAGES + max(steps, 2)
+def scratch_size(steps: int, x_size: int, gradients: bool) -> int:
+    """Floats of a thread: rows, and ``x_size`` values of the input, and gradients, a step."""
+    return (_VOLTAGES + max(steps, 2)) * _PITCH + (1 + gradients) * steps * x_size
 
 
 @cache
@@ -179,15 +183,10 @@ def _charge_by_q(x, v, v_rest, decay_input):
 
 
 @_part
-def _no_overflow(h, v_rest):
-    return v_rest if h == np.float32(np.inf) else h
-
-
-@_part
 def _reset(h, spike, threshold, v_rest, soft):
     if soft:
         return h - spike * threshold
-    return (np.float32(1) - spike) * _no_overflow(h, v_rest) + spike * v_rest
+    return (np.float32(1) - spike) * h + spike * v_rest
 
 
 @smooth
@@ -242,6 +241,43 @@ def _segment(place, t, first, n, done):
     segment, inside = divmod(first + done, run)
     here = t * neurons + start + segment * stride + inside - done
     return here, min(n - done, run - inside)
+
+
+@_part
+def _is_row(dtype, place, first, n):
+    """Whether ``n`` neurons of a part from ``first`` on lie in memory as a row of float32."""
+    return dtype == FLOAT32 and first % place[1] + n <= place[1]
+
+
+@_part
+def _read(x, dtype, place, t, first, n, row, ahead):
+    """A row of the ``n`` neurons of a part from ``first`` on at step ``t``: a copy, if need be."""
+    if not _is_row(dtype, place, first, n):
+        _load(x, dtype, place, t, first, n, row, ahead)
+        return row
+    here, _ = _segment(place, t, first, n, 0)
+    ahead *= place[3]
+    _fetch(_at(x, here), ahead, ahead + n)
+    return _at(x, here)
+
+
+@_part
+def _target(out, dtype, place, t, first, n, row):
+    """Where to write a row that :func:`_write` then brings there, if it is not there yet."""
+    if not _is_row(dtype, place, first, n):
+        return row
+    here, _ = _segment(place, t, first, n, 0)
+    return _at(out, here)
+
+
+@_part
+def _write(values, out, dtype, place, t, first, n, ahead):
+    if not _is_row(dtype, place, first, n):
+        _store(values, out, dtype, place, t, first, n, ahead)
+    else:
+        here, _ = _segment(place, t, first, n, 0)
+        ahead *= place[3]
+        _fetch(_at(out, here), ahead, ahead + n)
 
 
 @_part
@@ -324,19 +360,6 @@ def _add(out, values, n):
 
 
 @_part
-def _multiply(out, values, n):
-    for i in range(n):
-        out[i] *= values[i]
-
-
-@_part
-def _add_norm(grad_offset, grad_gain, grad, x, shift, n):
-    for i in range(n):
-        grad_offset[i] += grad[i]
-        grad_gain[i] += grad[i] * (x[i] - shift[i])
-
-
-@_part
 def _spread(out, values, first, n, inner, channels):
     """The channel's value for each of the ``n`` neurons from ``first`` on."""
     done = 0
@@ -373,16 +396,24 @@ def _gather(sums, values, first, n, inner, channels):
 
 
 @_part
-def _step(x, v, q, threshold, v_rest, decay_input, soft):
-    h = _charge(x, v, q, v_rest, decay_input)
-    fired = np.float32(h - threshold >= np.float32(0))
-    return fired, _reset(h, fired, threshold, v_rest, soft)
+def _row(scratch, k):
+    return _at(scratch, k * _PITCH)
 
 
 @_part
-def _normalise(x, y, shift, gain, offset, n):
+def _input(scratch, x, i, norm):
+    """What the neuron reads: the input, or its norm."""
+    shift, gain, offset = _row(scratch, _SHIFT), _row(scratch, _GAIN), _row(scratch, _OFFSET)
+    return (x[i] - shift[i]) * gain[i] + offset[i] if norm else x[i]
+
+
+@_part
+def _forward_row(scratch, x, v, spike, v_next, norm, v_rest, decay_input, soft, n):
+    q, threshold = _row(scratch, _Q), _row(scratch, _THRESHOLD)
     for i in range(n):
-        y[i] = (x[i] - shift[i]) * gain[i] + offset[i]
+        h = _charge(_input(scratch, x, i, norm), v[i], q[i], v_rest, decay_input)
+        fired = np.float32(h - threshold[i] >= np.float32(0))
+        spike[i], v_next[i] = fired, _reset(h, fired, threshold[i], v_rest, soft)
 
 
 @_part
@@ -395,18 +426,6 @@ def _pack_row(spike, bits, value, n):
 def _unpack_row(bits, spike, k, n):
     for i in range(n):
         spike[i] = np.float32(np.int32(np.int32(bits[i]) >> k) & np.int32(1))
-
-
-@_part
-def _forward_row(x, v, spike, v_next, q, threshold, v_rest, decay_input, soft, n):
-    for i in range(n):
-        spike[i], v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
-
-
-@_part
-def _recompute_row(x, v, v_next, q, threshold, v_rest, decay_input, soft, n):
-    for i in range(n):
-        _, v_next[i] = _step(x[i], v[i], q[i], threshold[i], v_rest, decay_input, soft)
 
 
 @_part
@@ -433,32 +452,27 @@ def _place(a, part):
 
 
 @_part
-def _row(scratch, a, k):
-    return _at(scratch, k * a.pitch)
+def _room(scratch, a, t, here):
+    """A row of the input for each step of a block; with ``whole`` of a part, from ``here`` on."""
+    rows = _VOLTAGES + max(a.steps, 2)
+    return _at(scratch, rows * _PITCH + t * a.x_size + here * a.whole)
 
 
 @_part
-def _input_row(scratch, a, t, here):
-    """The input at step ``t``, of a block; with ``whole`` of a part, from ``here`` on."""
-    return _at(scratch, scratch_rows(a.steps) * a.pitch + t * a.length + here * a.whole)
+def _input_row(scratch, a, place, t, first, n, here):
+    """The input at step ``t``: in memory, or as :func:`_recompute` left it."""
+    return _target(a.x, a.dtype, place, t, first, n, _room(scratch, a, t, here))
 
 
 @_part
-def _grad_x_row(scratch, a, t, here):
+def _grad_row(scratch, a, place, t, first, n, here):
     """The gradient of what the neuron reads: one row, or with ``whole`` one for each step."""
     if a.whole:
-        return _input_row(scratch, a, a.steps + t, here)
-    return _row(scratch, a, _GRAD_X)
-
-
-@_part
-def _neuron_input(scratch, a, x_row, n):
-    """The row that the neuron reads: the input's, or its norm."""
-    if not a.norm:
-        return x_row
-    y_row, shift = _row(scratch, a, _Y), _row(scratch, a, _SHIFT)
-    _normalise(x_row, y_row, shift, _row(scratch, a, _GAIN), _row(scratch, a, _OFFSET), n)
-    return y_row
+        return _room(scratch, a, a.steps + t, here)
+    row = _row(scratch, _GRAD_Y)
+    if a.norm or not a.grad_x:
+        return row
+    return _target(a.grad_x, a.dtype, place, t, first, n, row)
 
 
 @_part
@@ -472,7 +486,7 @@ def _spread_rows(scratch, a, k, values, rows, first, n, channel, width):
     """The rows from ``k`` on: ``rows`` values of each neuron's channel."""
     for j in range(rows):
         value = _at(values, j * a.channels + channel)
-        _spread(_row(scratch, a, k + j), value, first, n, a.inner, width)
+        _spread(_row(scratch, k + j), value, first, n, a.inner, width)
 
 
 @_part
@@ -481,7 +495,7 @@ def _spread_parameter(scratch, a, k, values, value, first, n, channel, width):
     if values and a.per_channel:
         _spread_rows(scratch, a, k, values, 1, first, n, channel, width)
     else:
-        _fill(_row(scratch, a, k), _at(values, 0)[0] if values else value, n)
+        _fill(_row(scratch, k), _at(values, 0)[0] if values else value, n)
 
 
 @_part
@@ -510,19 +524,19 @@ def _clear_sums(a, part, kinds):
 
 
 @_part
-def _total(a, kind, kinds, channel):
-    """The sum of this ``kind`` over all parts of a channel."""
+def _total(a, kind, channel):
+    """Backward's sum of this ``kind`` over all parts of a channel."""
     total = 0.0
     for part in range(a.ranges):
-        total += _sums(a, part, kind, kinds, channel)[0]
+        total += _sums(a, part, kind, SUMS, channel)[0]
     return total
 
 
 @_part
-def _add_to_sums(a, kind, part, row, first, n):
-    """Add a row to the sums of this ``kind``."""
+def _add_to_sums(scratch, a, kind, part, k, first, n):
+    """Add the row ``k`` to the sums of this ``kind``."""
     channel, width = _channels(a, part)
-    _gather(_sums(a, part, kind, SUMS, channel), row, first, n, a.inner, width)
+    _gather(_sums(a, part, kind, SUMS, channel), _row(scratch, k), first, n, a.inner, width)
 
 
 def _kernel(name, compute_part, finish):
@@ -557,33 +571,31 @@ def _nothing(a):
 def _forward_part(a, scratch, part):
     """Spikes and voltages."""
     place, begin, end, channel, width = _place(a, part)
-    v_rest, decay_input, soft = a.v_rest, a.decay_input != 0, a.soft != 0
-    q, threshold = _row(scratch, a, _Q), _row(scratch, a, _THRESHOLD)
-    spike, bits = _row(scratch, a, _SPIKE), _row(scratch, a, _BITS)
+    norm, v_rest, decay_input, soft = a.norm != 0, a.v_rest, a.decay_input != 0, a.soft != 0
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
         _spread_parameters(scratch, a, first, n, channel, width)
-        now = _row(scratch, a, _VOLTAGES)
+        now = _row(scratch, _VOLTAGES)
         _start(now, a.v0, a.v_init, place, first, n)
         for t in range(a.steps):
-            x_row = _input_row(scratch, a, t, first - begin)
-            _load(a.x, a.dtype, place, t, first, n, x_row, 1)
-            y_row = _neuron_input(scratch, a, x_row, n)
+            x = _read(a.x, a.dtype, place, t, first, n, _row(scratch, _X), 1)
+            spike = _target(a.spike, a.dtype, place, t, first, n, _row(scratch, _SPIKE))
             # Never the row it reads from, which would look like a loop-carried dependence.
-            after = _row(scratch, a, _VOLTAGES + (t + 1) % 2)
-            _forward_row(y_row, now, spike, after, q, threshold, v_rest, decay_input, soft, n)
-            _store(spike, a.spike, a.dtype, place, t, first, n, 1)
+            after = _row(scratch, _VOLTAGES + (t + 1) % 2)
+            _forward_row(scratch, x, now, spike, after, norm, v_rest, decay_input, soft, n)
+            _write(spike, a.spike, a.dtype, place, t, first, n, 1)
             if a.v_seq:
                 _store(after, a.v_seq, FLOAT32, place, t, first, n, 1)
             if a.bits:
-                _store_bits(a, bits, spike, place, t, first, n)
+                _store_bits(scratch, a, spike, place, t, first, n)
             now = after
         _store(now, a.v, FLOAT32, place, 0, first, n, 0)
 
 
 @_part
-def _store_bits(a, bits, spike, place, t, first, n):
+def _store_bits(scratch, a, spike, place, t, first, n):
     """Add the spikes of step ``t`` to a row of bits, and write what is full."""
+    bits = _row(scratch, _BITS)
     if t % 8 == 0:
         _fill(bits, np.float32(0), n)
     _pack_row(spike, bits, np.float32(1 << t % 8), n)
@@ -595,26 +607,26 @@ def _store_bits(a, bits, spike, place, t, first, n):
 def _pack_part(a, scratch, part):
     """Bits of spikes."""
     place, begin, end, _, _ = _place(a, part)
-    spike, bits = _row(scratch, a, _SPIKE), _row(scratch, a, _BITS)
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
         for t in range(a.steps):
-            _load(a.spike, a.dtype, place, t, first, n, spike, 1)
-            _store_bits(a, bits, spike, place, t, first, n)
+            spike = _read(a.spike, a.dtype, place, t, first, n, _row(scratch, _SPIKE), 1)
+            _store_bits(scratch, a, spike, place, t, first, n)
 
 
 @_part
 def _unpack_part(a, scratch, part):
     """Spikes of bits."""
     place, begin, end, _, _ = _place(a, part)
-    spike, bits = _row(scratch, a, _SPIKE), _row(scratch, a, _BITS)
+    bits = _row(scratch, _BITS)
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
         for t in range(a.steps):
             if t % 8 == 0:
                 _load(a.bits, BYTE, place, t // 8, first, n, bits, 0)
+            spike = _target(a.spike, a.dtype, place, t, first, n, _row(scratch, _SPIKE))
             _unpack_row(bits, spike, np.int32(t % 8), n)
-            _store(spike, a.spike, a.dtype, place, t, first, n, 1)
+            _write(spike, a.spike, a.dtype, place, t, first, n, 1)
 
 
 forward = _kernel("forward", _forward_part, _nothing)
@@ -637,33 +649,36 @@ def _backward_row(
     detach_reset: bool,
     learn_w: bool,
     learn_threshold: bool,
+    norm: bool,
 ) -> Callable[..., None]:
     """One step backward of neighbouring neurons."""
 
     @_part
-    def row(
-        x, v, grad_spike, grad_v, grad_x, grad_q, grad_threshold,
-        q, threshold, v_rest, a, b, n,
-    ):  # fmt: skip
+    def row(scratch, x, v, grad_spike, grad_y, v_rest, a, b, n):
+        q, threshold, shift = _row(scratch, _Q), _row(scratch, _THRESHOLD), _row(scratch, _SHIFT)
+        grad_v = _row(scratch, _GRAD_V)
+        grad_q, grad_threshold = _row(scratch, _GRAD_Q), _row(scratch, _GRAD_THRESHOLD)
+        grad_offset, grad_gain = _row(scratch, _GRAD_OFFSET), _row(scratch, _GRAD_GAIN)
         for i in range(n):
-            h = _charge(x[i], v[i], q[i], v_rest, decay_input)
+            y = _input(scratch, x, i, norm)
+            h = _charge(y, v[i], q[i], v_rest, decay_input)
             over = h - threshold[i]
             spike = np.float32(over >= np.float32(0))
             through = grad_spike[i]
             if not detach_reset:
-                by_spike = -threshold[i] if soft else v_rest - _no_overflow(h, v_rest)
-                through += grad_v[i] * by_spike
+                through += grad_v[i] * (-threshold[i] if soft else v_rest - h)
             through *= np.float32(derivative(over, a, b))
             # Products, not choices, as torch's: what is not finite stays so.
-            past_reset = grad_v[i] if soft else (np.float32(1) - spike) * grad_v[i]
-            if not soft and h == np.float32(np.inf):
-                past_reset = np.float32(0)
-            grad_h = through + past_reset
+            grad_h = through + (grad_v[i] if soft else (np.float32(1) - spike) * grad_v[i])
             if learn_threshold:
                 grad_threshold[i] -= through + (spike * grad_v[i] if soft else np.float32(0))
             if learn_w:
-                grad_q[i] += grad_h * _charge_by_q(x[i], v[i], v_rest, decay_input)
-            grad_x[i] = grad_h * q[i] if decay_input else grad_h
+                grad_q[i] += grad_h * _charge_by_q(y, v[i], v_rest, decay_input)
+            grad = grad_h * q[i] if decay_input else grad_h
+            if norm:
+                grad_offset[i] += grad
+                grad_gain[i] += grad * (x[i] - shift[i])
+            grad_y[i] = grad
             grad_v[i] = grad_h - grad_h * q[i]
 
     return row
@@ -677,57 +692,51 @@ def backward_for(
     detach_reset: bool,
     learn_w: bool,
     learn_threshold: bool,
+    norm: bool,
 ) -> Callable[[Any], None]:
     """The backward kernel for a surrogate and options; what is not needed costs nothing."""
-    options = (decay_input, soft, detach_reset, learn_w, learn_threshold)
+    options = (decay_input, soft, detach_reset, learn_w, learn_threshold, norm)
     variant = "_".join(map(str, (name, *map(int, options))))
     row = _backward_row(_derivative(name), *options)
 
     @_part
     def backward_part(a, scratch, part):
         place, begin, end, channel, width = _place(a, part)
-        zero, v_rest = np.float32(0), a.v_rest
-        q_row, threshold_row = _row(scratch, a, _Q), _row(scratch, a, _THRESHOLD)
-        shift, y_row = _row(scratch, a, _SHIFT), _row(scratch, a, _Y)
-        grad_q, grad_threshold = _row(scratch, a, _GRAD_Q), _row(scratch, a, _GRAD_THRESHOLD)
-        grad_offset, grad_gain = _row(scratch, a, _GRAD_OFFSET), _row(scratch, a, _GRAD_GAIN)
-        grad_spike, grad_now = _row(scratch, a, _SPIKE), _row(scratch, a, _GRAD_V)
+        zero, grad_now = np.float32(0), _row(scratch, _GRAD_V)
         _clear_sums(a, part, SUMS)
         for first in range(begin, end, a.block):
             n, here = min(a.block, end - first), first - begin
             _spread_parameters(scratch, a, first, n, channel, width)
             if a.ab and not a.whole:
                 _spread_rows(scratch, a, _A, _terms(a), 2, first, n, channel, width)
-            _recompute(scratch, a, place, first, n, here, decay_input, soft)
+            _recompute(scratch, a, place, first, n, here, norm, decay_input, soft)
             _start(grad_now, a.grad_v, zero, place, first, n)
-            for row_of_zeros in (grad_q, grad_threshold, grad_spike, grad_offset, grad_gain):
-                _fill(row_of_zeros, zero, n)
+            grad_spike = _row(scratch, _SPIKE)
+            for k in (_GRAD_Q, _GRAD_THRESHOLD, _SPIKE, _GRAD_OFFSET, _GRAD_GAIN):
+                _fill(_row(scratch, k), zero, n)
             for t in range(a.steps - 1, -1, -1):
                 if a.grad_v_seq:
-                    _load(a.grad_v_seq, FLOAT32, place, t, first, n, y_row, -1)
-                    _add(grad_now, y_row, n)
+                    spare = _row(scratch, _SPARE)
+                    grad_v = _read(a.grad_v_seq, FLOAT32, place, t, first, n, spare, -1)
+                    _add(grad_now, grad_v, n)
                 if a.grad_spike:
-                    _load(a.grad_spike, a.dtype, place, t, first, n, grad_spike, -1)
-                x_row = _input_row(scratch, a, t, here)
-                grad_x = _grad_x_row(scratch, a, t, here)
-                row(
-                    _neuron_input(scratch, a, x_row, n), _row(scratch, a, _VOLTAGES + t),
-                    grad_spike, grad_now, grad_x, grad_q, grad_threshold,
-                    q_row, threshold_row, v_rest, a.a, a.b, n,
-                )  # fmt: skip
-                if a.norm_sums:
-                    _add_norm(grad_offset, grad_gain, grad_x, x_row, shift, n)
+                    copy = _row(scratch, _SPIKE)
+                    grad_spike = _read(a.grad_spike, a.dtype, place, t, first, n, copy, -1)
+                x = _input_row(scratch, a, place, t, first, n, here)
+                grad_y = _grad_row(scratch, a, place, t, first, n, here)
+                v = _row(scratch, _VOLTAGES + t)
+                row(scratch, x, v, grad_spike, grad_y, a.v_rest, a.a, a.b, n)
                 if a.grad_x and not a.whole and not a.sums_only:
                     _store_grad_x(scratch, a, place, t, first, n, here, -1)
             if a.grad_v0:
                 _store(grad_now, a.grad_v0, FLOAT32, place, 0, first, n, 0)
             if a.norm_sums:
-                _add_to_sums(a, GRAD_OFFSET, part, grad_offset, first, n)
-                _add_to_sums(a, GRAD_GAIN, part, grad_gain, first, n)
+                _add_to_sums(scratch, a, GRAD_OFFSET, part, _GRAD_OFFSET, first, n)
+                _add_to_sums(scratch, a, GRAD_GAIN, part, _GRAD_GAIN, first, n)
             if learn_w:
-                _add_to_sums(a, GRAD_Q, part, grad_q, first, n)
+                _add_to_sums(scratch, a, GRAD_Q, part, _GRAD_Q, first, n)
             if learn_threshold:
-                _add_to_sums(a, GRAD_THRESHOLD, part, grad_threshold, first, n)
+                _add_to_sums(scratch, a, GRAD_THRESHOLD, part, _GRAD_THRESHOLD, first, n)
         if a.whole:
             _norm_gradients(a, channel, width)
             _finish_part(scratch, a, place, begin, end, channel, width)
@@ -737,17 +746,15 @@ def backward_for(
 
 
 @_part
-def _recompute(scratch, a, place, first, n, here, decay_input, soft):
+def _recompute(scratch, a, place, first, n, here, norm, decay_input, soft):
     """Load the input of all steps, and compute the voltages before each."""
-    q, threshold = _row(scratch, a, _Q), _row(scratch, a, _THRESHOLD)
-    _start(_row(scratch, a, _VOLTAGES), a.v0, a.v_init, place, first, n)
+    spike = _row(scratch, _SPARE)
+    _start(_row(scratch, _VOLTAGES), a.v0, a.v_init, place, first, n)
     for t in range(a.steps):
-        x_row = _input_row(scratch, a, t, here)
-        _load(a.x, a.dtype, place, t, first, n, x_row, 1)
+        x = _read(a.x, a.dtype, place, t, first, n, _room(scratch, a, t, here), 1)
         if t < a.steps - 1:
-            y_row = _neuron_input(scratch, a, x_row, n)
-            v, v_next = _row(scratch, a, _VOLTAGES + t), _row(scratch, a, _VOLTAGES + t + 1)
-            _recompute_row(y_row, v, v_next, q, threshold, a.v_rest, decay_input, soft, n)
+            v, after = _row(scratch, _VOLTAGES + t), _row(scratch, _VOLTAGES + t + 1)
+            _forward_row(scratch, x, v, spike, after, norm, a.v_rest, decay_input, soft, n)
 
 
 @_part
@@ -764,14 +771,12 @@ def _norm_gradients(a, channel, width):
     a_terms, b_terms = _at(_terms(a), 0), _at(_terms(a), a.channels)
     grad_weight, grad_bias = _at(a.grad_weight, 0), _at(a.grad_bias, 0)
     for c in range(channel, channel + width):
-        total, far = _total(a, GRAD_OFFSET, SUMS, c), mean[c] - shift[c]
-        centred = _total(a, GRAD_GAIN, SUMS, c) - far * total
+        total, far = _total(a, GRAD_OFFSET, c), mean[c] - shift[c]
+        centred = _total(a, GRAD_GAIN, c) - far * total
         b = gain[c] * rstd[c] * rstd[c] * centred / a.count
         a_terms[c], b_terms[c] = gain[c] * total / a.count - b * far, b
         if a.grad_weight:
-            grad_weight[c] = rstd[c] * centred
-        if a.grad_bias:
-            grad_bias[c] = total
+            grad_weight[c], grad_bias[c] = rstd[c] * centred, total
 
 
 @_part
@@ -789,13 +794,13 @@ def _finish_backward(a):
 def _parameter_gradient(a, out, kind):
     gradient, q, total = _at(out, 0), _at(a.q, 0), 0.0
     for c in range(a.channels):
-        here = _total(a, kind, SUMS, c)
+        here = _total(a, kind, c)
         if kind == GRAD_Q:
             rate = np.float64(q[c * a.per_channel])
             here *= rate * (1 - rate)  # dq/dw
+        total += here
         if a.per_channel:
             gradient[c] = here
-        total += here
     if not a.per_channel:
         gradient[0] = total
 
@@ -805,7 +810,7 @@ def _finish_part(scratch, a, place, begin, end, channel, width):
     """Write the input's gradient, from that of the norm's output and the input, both in cache."""
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
-        _spread_rows(scratch, a, _SHIFT, _table(a), 3, first, n, channel, width)
+        _spread_rows(scratch, a, _SHIFT, _table(a), 2, first, n, channel, width)
         _spread_rows(scratch, a, _A, _terms(a), 2, first, n, channel, width)
         for t in range(a.steps):
             _store_grad_x(scratch, a, place, t, first, n, first - begin, 1)
@@ -814,20 +819,22 @@ def _finish_part(scratch, a, place, begin, end, channel, width):
 @_part
 def _store_grad_x(scratch, a, place, t, first, n, here, ahead):
     """Write the input's gradient, from that of what the neuron reads."""
-    grad, gain = _grad_x_row(scratch, a, t, here), _row(scratch, a, _GAIN)
-    if a.fixed_norm:
-        _multiply(grad, gain, n)
-    if a.ab:
-        x_row, shift = _input_row(scratch, a, t, here), _row(scratch, a, _SHIFT)
-        a_row, b_row = _row(scratch, a, _A), _row(scratch, a, _B)
-        _input_gradient_row(x_row, grad, shift, gain, a_row, b_row, n)
-    _store(grad, a.grad_x, a.dtype, place, t, first, n, ahead)
+    grad = _grad_row(scratch, a, place, t, first, n, here)
+    if a.norm:
+        x = _input_row(scratch, a, place, t, first, n, here)
+        out = _target(a.grad_x, a.dtype, place, t, first, n, _row(scratch, _SPARE))
+        _input_gradient_row(scratch, x, grad, out, a.ab != 0, n)
+        grad = out
+    _write(grad, a.grad_x, a.dtype, place, t, first, n, ahead)
 
 
 @_part
-def _input_gradient_row(x, grad, shift, gain, a, b, n):
+def _input_gradient_row(scratch, x, grad, out, ab, n):
+    shift, gain = _row(scratch, _SHIFT), _row(scratch, _GAIN)
+    a, b = _row(scratch, _A), _row(scratch, _B)
     for i in range(n):
-        grad[i] = gain[i] * grad[i] - a[i] - b[i] * (x[i] - shift[i])
+        scaled = gain[i] * grad[i]
+        out[i] = scaled - a[i] - b[i] * (x[i] - shift[i]) if ab else scaled
 
 
 @_sum
@@ -851,6 +858,11 @@ def _add_moments(x, pivot, differences, squares, n):
 
 
 @_part
+def _finite(x):
+    return x if abs(x) < np.inf else 0.0
+
+
+@_part
 def _values(a, here, n, row, ahead):
     """``n`` neighbouring values of the input, as float32."""
     if a.dtype == FLOAT32:
@@ -865,51 +877,47 @@ def _sum_runs(a, row, begin, end, channel, width, pivots, differences, squares):
     for sample in range(begin, end):
         for c in range(width):
             start = (sample * a.channels + channel + c) * a.inner
-            for first in range(0, a.inner, STRETCH):
-                n = min(STRETCH, a.inner - first)
+            if sample == begin:
+                x = _values(a, start, RUN, row, 0)
+                difference, _ = _moments(x, x[0], RUN)
+                pivots[c] = _finite(x[0] + difference / np.float32(RUN))
+            for first in range(0, a.inner, ROW):
+                n = min(ROW, a.inner - first)
                 x = _values(a, start + first, n, row, 0)
-                if sample == begin and first == 0:
-                    difference, _ = _moments(x, x[0], n)
-                    pivots[c] = _finite(x[0] + difference / np.float32(n))
                 difference, square = _moments(x, np.float32(pivots[c]), n)
                 differences[c] += difference
                 squares[c] += square
 
 
 @_part
-def _finite(x):
-    return x if abs(x) < np.float32(np.inf) else np.float32(0)
-
-
-@_part
 def _sum_columns(a, scratch, begin, end, channel, width, pivots, differences, squares):
     """The same where neighbours have different channels: in rows of ``block`` samples."""
-    x_row, pivot = _row(scratch, a, 0), _row(scratch, a, 1)
-    difference, square = _row(scratch, a, 2), _row(scratch, a, 3)
+    pivot, difference, square = _row(scratch, 1), _row(scratch, 2), _row(scratch, 3)
     start, stride, columns = channel * a.inner, a.channels * a.inner, width * a.inner
-    x = _values(a, begin * stride + start, columns, x_row, 0)
+    x = _values(a, begin * stride + start, columns, _row(scratch, 0), 0)
     for c in range(width):
         pivots[c] = x[c * a.inner]
-    first, last, finds_pivot = begin, min(begin + ROWS * a.block, end), True
+    first, last, finds_pivot = begin, min(begin + ROWS // 4 * a.block, end), True
     while first < end:
-        n = columns * min(a.block, last - first)
-        _spread(pivot, pivots, 0, n, a.inner, width)
-        _fill(difference, np.float32(0), n)
-        _fill(square, np.float32(0), n)
+        most = columns * min(a.block, last - first)
+        _spread(pivot, pivots, 0, most, a.inner, width)
+        _fill(difference, np.float32(0), most)
+        _fill(square, np.float32(0), most)
         for sample in range(first, last, a.block):
             n = columns * min(a.block, last - sample)
-            x = _values(a, sample * stride + start, n, x_row, a.block * stride)
+            here = sample * stride + start
+            x = _values(a, here, n, _row(scratch, 0), a.block * stride)
             _add_moments(x, pivot, difference, square, n)
-        n = columns * min(a.block, last - first)
-        _gather(differences, difference, 0, n, a.inner, width)
+        _gather(differences, difference, 0, most, a.inner, width)
         if finds_pivot:
             for c in range(width):
-                mean = pivots[c] + differences[c] / np.float64((last - first) * a.inner)
+                mean = pivots[c] + differences[c] / ((last - first) * a.inner)
                 pivots[c], differences[c] = _finite(np.float32(mean)), 0.0
             finds_pivot = False
         else:
-            _gather(squares, square, 0, n, a.inner, width)
-            first, last = last, min(last + ROWS * a.block, end)
+            _gather(squares, square, 0, most, a.inner, width)
+            first = last
+        last = min(first + ROWS * a.block, end)
 
 
 @_part
@@ -923,7 +931,7 @@ def _statistics_of_part(a, scratch, part):
     differences = _sums(a, part, DIFFERENCES, MOMENTS, channel)
     squares = _sums(a, part, SQUARES, MOMENTS, channel)
     if a.inner >= RUN:
-        row = _row(scratch, a, 0)
+        row = _row(scratch, 0)
         _sum_runs(a, row, begin, end, channel, width, pivots, differences, squares)
     else:
         _sum_columns(a, scratch, begin, end, channel, width, pivots, differences, squares)
@@ -961,22 +969,21 @@ def _finish_norm(a):
             mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
         elif a.ranges:
             mean, var = _mean_and_variance(a, c)
+            unbiased = var * (a.count / (a.count - 1))
             if a.running_mean:
-                running_mean[c] += momentum * (mean - running_mean[c])
+                running_mean[c] = momentum * mean + (1 - momentum) * running_mean[c]
             if a.running_var:
-                running_var[c] += momentum * (var * (a.count / (a.count - 1)) - running_var[c])
-        rstd, shift = 1 / np.sqrt(var + a.eps), np.float32(mean)
-        scale, offset = np.float32(1), np.float32(0)
+                running_var[c] = momentum * unbiased + (1 - momentum) * running_var[c]
+        scale, added = np.float32(1), np.float32(0)
         if a.weight:
             scale = weight[c]
         if a.bias:
-            offset = bias[c]
-        gain = scale * rstd
-        means[c], rstds[c] = mean, rstd
-        row = _at(_table(a), c)
-        row[0], row[a.channels] = shift, gain
-        row[2 * a.channels] = offset + (shift - mean) * gain
-        row[3 * a.channels], row[4 * a.channels] = scale, offset
+            added = bias[c]
+        means[c], rstds[c] = mean, 1 / np.sqrt(var + a.eps)
+        row, gain = _at(_table(a), c), scale * rstds[c]
+        row[0], row[a.channels] = mean, gain
+        row[2 * a.channels] = added + (row[0] - mean) * gain
+        row[3 * a.channels], row[4 * a.channels] = scale, added
 
 
 statistics = _kernel("statistics", _statistics_of_part, _finish_norm)

@@ -139,6 +139,7 @@ class Plan:
             neuron.detach_reset,
             needs.w,
             needs.v_threshold,
+            spec.norm,
         )
         needs_sums = spec.norm and not spec.fixed_norm and needs.x
         passes: tuple[dict[str, float], ...] = ({"norm_sums": needs.norm},)

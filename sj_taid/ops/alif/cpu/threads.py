@@ -24,8 +24,8 @@ from . import loops
 
 #: floats of a block's rows, which stay in the second-level cache
 SCRATCH = 24 * 1024
-#: neurons per block, at least (long sequences) and at most
-BLOCK = (64, 4096)
+#: neurons per block at least, for long sequences
+BLOCK = 64
 #: element-steps that are worth a thread
 GRAIN = 1 << 15
 #: bytes from which a tensor is worth huge pages, and the size of one
@@ -66,8 +66,7 @@ class Partition(NamedTuple):
     ranges: int
     part_size: int
     block: int
-    pitch: int
-    length: int
+    x_size: int
     group: int
     whole: bool
     sums_size: int
@@ -83,41 +82,58 @@ class Partition(NamedTuple):
     ) -> Partition:
         """Parts of a step's neurons, for all steps."""
         inner = inner if channels > 1 else max(neurons, 1)
-        rows = loops.scratch_rows(steps)
-        block = min(max(SCRATCH // (rows + steps), BLOCK[0]), BLOCK[1]) // 64 * 64
-        group, length = max(channels, 1), _pad(block)
+        block = min(max(SCRATCH // (18 + 2 * steps), BLOCK), loops.ROW) // 64 * 64
+        group, x_size = max(channels, 1), _pad(block)
         part_size = block * max(1, -(-neurons // (block * PARTS)))
         if whole:
             group = group_size(channels, inner)
             part_size = neurons // channels * group
-            length = _pad(part_size)
+            x_size = _pad(part_size)
+            pieces = -(-inner * group // block)
+            if inner * group % pieces == 0 and inner * group // pieces >= 320: block = inner * group // pieces
         ranges = 1 if whole else -(-neurons // part_size)
-        parts = max(ranges * -(-channels // group), 1)
-        pitch = _pad(block)
-        scratch = rows * pitch + (1 + whole) * steps * length
-        sums = (loops.SUMS * ranges + 1) * channels
-        shape = steps, neurons, inner, channels
         return cls(
-            parts, ranges, part_size, block, pitch, length, group, whole, sums, scratch, *shape
+            parts=max(ranges * -(-channels // group), 1),
+            ranges=ranges,
+            part_size=part_size,
+            block=block,
+            x_size=x_size,
+            group=group,
+            whole=whole,
+            sums_size=(loops.SUMS * ranges + 1) * channels,
+            scratch_size=loops.scratch_size(steps, x_size, whole),
+            steps=steps,
+            neurons=neurons,
+            inner=inner,
+            channels=channels,
         )
 
     @classmethod
     def of_samples(cls, samples: int, inner: int, channels: int) -> Partition:
         """Parts of ``[samples, channels, inner]``, for a norm's statistics: ``steps`` samples."""
-        sample = inner * channels
-        block, group, pitch = 1, channels, _pad(loops.STRETCH)
+        block, group = 1, channels
         if inner < loops.RUN:
-            group = min(channels, loops.COLUMNS // inner)
-            block = max(1, loops.COLUMNS // sample)
-            pitch = _pad(block * group * inner)
-        part_size = max(1, -(-samples // PARTS), GRAIN // (group * inner))
+            group = min(channels, loops.ROW // inner)
+            block = max(1, loops.ROW // (inner * channels))
+        part_size = max(-(-samples // PARTS * 2), GRAIN // max(group * inner, 1), 1)
         ranges = -(-samples // part_size)
         if ranges < 8 and inner >= loops.RUN:  # large samples: channels are parts, too
             group = max(1, channels * ranges // 8)
-        parts = max(ranges * -(-channels // group), 1)
-        sums = loops.MOMENTS * ranges * channels
-        shape = samples, sample, inner, channels
-        return cls(parts, ranges, part_size, block, pitch, 0, group, False, sums, 4 * pitch, *shape)
+        return cls(
+            parts=max(ranges * -(-channels // max(group, 1)), 1),
+            ranges=ranges,
+            part_size=part_size,
+            block=block,
+            x_size=0,
+            group=group,
+            whole=False,
+            sums_size=loops.MOMENTS * ranges * channels,
+            scratch_size=loops.scratch_size(0, 0, False),
+            steps=samples,
+            neurons=inner * channels,
+            inner=inner,
+            channels=channels,
+        )
 
 
 def _pad(size: int) -> int:
