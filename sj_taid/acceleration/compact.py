@@ -52,6 +52,8 @@ class Packing:
     peak: int | None = None
     size = 1
     references = 0
+    #: whether it only tells another packing of what happens to the memory
+    is_detached = False
     #: what to save of a tensor that shows these values
     parts: Callable[[Tensor], tuple[Tensor, ...]]
     #: all the values of these parts, in a tensor of the same memory order
@@ -181,6 +183,7 @@ class Known(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # as a plain tensor
         with torch._C.DisableTorchFunctionSubclass():
+            self.exposed()  # copy.copy shares it
             return self.plain("pickle").__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
@@ -254,10 +257,10 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
     """A view, or a copy where there is none: they save no values for backward."""
     result = func(*args, **kwargs)
     source = args[0] if args else None
-    if type(source) is not Compact or not source._packing.is_known:
+    if type(source) is not Compact:
         return result
     packing, base = source._packing, source._base
-    if source._version != packing.version:
+    if not (packing.is_known or packing.is_detached) or source._version != packing.version:
         return result
     if type(result) is not Tensor:
         for part in result if isinstance(result, list | tuple) else ():
@@ -273,7 +276,7 @@ def _describe_view(result: Tensor, source: Tensor, packing: Packing) -> None:
     """Let a view of ``source``, or its copy, know its packing."""
     if result.is_inference():
         return
-    if packing.describes(result):
+    if packing.describes(result) or (packing.is_detached and _graph.shares_memory(result, source)):
         compact(result, packing.of_part(result, source))
     elif _graph.shares_memory(result, source):
         packing.expose()  # other numbers in the same memory
@@ -561,7 +564,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
                 "size stride dim ndimension numel nelement storage_offset element_size get_device"
             ),
             *_both("is_floating_point is_complex is_contiguous is_inference is_signed is_tensor"),
-            *_both("type requires_grad_ __len__ is_set_to is_same_size backward"),
+            *_both("tolist type requires_grad_ __len__ is_set_to is_same_size backward"),
             *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
         ],
         _ask,
@@ -579,7 +582,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
         [
             *(*_MEMORY, Tensor.data.__set__, Tensor.data_ptr, Tensor.numpy),  # type: ignore[attr-defined]
             *(Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__, Tensor.__array__),
-            *(Tensor.tolist, Tensor.share_memory_),
+            Tensor.share_memory_,
             *(Tensor.apply_, Tensor.map_, Tensor.map2_),
         ],
         _expose,

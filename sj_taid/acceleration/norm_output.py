@@ -512,7 +512,7 @@ class NormOutput(Known):
         content.call.waiting.idle = 0
         return Term((), partial(_shown, content.compute, self._place.made))
 
-    def exposed(self) -> Tensor:
+    def exposed(self) -> Any:
         self._content.hold()
         return self.plain("its memory")
 
@@ -566,7 +566,7 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
             return first._change_shape(func, args[1:])
     name = func._schema.name.removeprefix("aten::")
     # Schemas of other libraries, such as c10d's, do not say what they change.
-    is_mutable = func._schema.is_mutable or func.namespace != "aten"
+    is_mutable = func._schema.is_mutable or func.namespace != "aten" or name.startswith("unsafe_")
     given = kwargs.get("out", first)
 
     def read(output: NormOutput) -> Tensor:

@@ -42,6 +42,8 @@ class Sum(Packing):
 class Detached(Packing):
     """The packing of what is detached from a sum: it keeps no terms, so its values are unknown."""
 
+    is_detached = True
+
     def __init__(self, tensor: Tensor, whole: Packing) -> None:
         super().__init__(tensor)
         self.is_known, self._whole = False, weakref.ref(whole)

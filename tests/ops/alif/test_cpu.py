@@ -446,7 +446,7 @@ def compile_again(folder, v_resets, found):
     loops.backward_for.cache_clear()
     for v_reset in v_resets:
         assert_conforms(LATER.with_(v_reset=v_reset))
-        kernel = loops.backward_for("ATan", True, v_reset is None, False, False, False)
+        kernel = loops.backward_for("ATan", True, v_reset is None, False, False, False, False)
         found.put("loaded" if loops.compile_kernel(kernel).cache_hits else "compiled")
 
 

@@ -33,7 +33,7 @@ HUGE = 1 << 21
 #: parts of the work, at most: a parameter's gradient is summed in each, then over them
 PARTS = 64
 #: neighbouring floats that a part has at least of each sample, where it is all of some channels
-RUN = 128
+RUN = 320
 #: values of such a part, at most
 WHOLE = 1 << 17
 
@@ -90,7 +90,8 @@ class Partition(NamedTuple):
             part_size = neurons // channels * group
             x_size = _pad(part_size)
             pieces = -(-inner * group // block)
-            if inner * group % pieces == 0 and inner * group // pieces >= 320: block = inner * group // pieces
+            if inner * group % pieces == 0 and inner * group // pieces >= RUN:
+                block = inner * group // pieces
         ranges = 1 if whole else -(-neurons // part_size)
         return cls(
             parts=max(ranges * -(-channels // group), 1),

@@ -1,0 +1,164 @@
+"""Spikes and sums are saved by their packings for as long as these are what lies in memory."""
+
+import copy
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from spikingjelly.activation_based import layer, neuron, surrogate
+from torch import nn
+from torch.utils import dlpack
+
+import sj_taid
+
+
+class Net(nn.Module):
+    """Two neurons behind a layer and a norm, something done to their spikes or sums, a layer."""
+
+    def __init__(self, write, place):
+        super().__init__()
+        options = {"surrogate_function": surrogate.ATan(), "v_threshold": 0.4, "step_mode": "m"}
+        self.conv, self.norm = layer.Conv2d(3, 4, 3, step_mode="m"), layer.BatchNorm2d(4)
+        self.norm.step_mode = "m"
+        self.lif, self.plif = neuron.LIFNode(**options), neuron.ParametricLIFNode(**options)
+        self.head = layer.Conv2d(4, 2, 3, step_mode="m")
+        self.write, self.place = write, (PLACES | WAITING)[place]
+
+    def forward(self, x):
+        values = self.place(self, self.norm(h := self.conv(x)), h)
+        self.write(values)
+        return self.head(values)
+
+
+#: what is written to
+PLACES = {
+    "spikes": lambda net, y, h: net.lif(y),
+    "counts": lambda net, y, h: net.lif(y) + net.plif(y),
+    "a sum": lambda net, y, h: y + h,
+    "a sum in place": lambda net, y, h: net.lif(y).add_(h),
+}
+WAITING = {"a norm's output": lambda net, y, h: y}
+
+
+def fill(values):
+    """Write to what lies in memory as numbers, of numpy or torch."""
+    if isinstance(values, np.ndarray):
+        values[...] = 0.3
+    else:
+        torch.as_tensor(values).fill_(0.3)
+
+
+def replaced(s):
+    other = torch.zeros(s.shape)
+    other.data = s.detach()
+    other.fill_(0.3)
+
+
+def set_memory(s):
+    pointer = ctypes.cast(s.data_ptr(), ctypes.POINTER(ctypes.c_float))
+    pointer[3] = 0.3
+
+
+class Writes(torch.autograd.Function):
+    """Writes to its argument and does not say so."""
+
+    @staticmethod
+    def forward(ctx, s):
+        s.data.fill_(0.3)
+        return s.view_as(s)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+#: ways to memory, of which autograd does not know that they write
+WAYS = {
+    "numpy": lambda s: fill(s.numpy()),
+    "numpy's array": lambda s: fill(np.asarray(s)),
+    "numpy of a step": lambda s: fill(s[1].numpy()),
+    "numpy in a loop": lambda s: [fill(step.numpy()) for step in s],
+    "numpy of a transposed one": lambda s: fill(s.mT.numpy()),
+    "numpy of its parts": lambda s: fill(s.tensor_split(2)[0].numpy()),
+    "numpy of windows": lambda s: fill(s.unfold(3, 2, 2).numpy()),
+    "numpy of a diagonal": lambda s: fill(torch.diagonal(s, dim1=0, dim2=1).data.numpy()),
+    "numpy of all as one": lambda s: fill(torch.broadcast_tensors(s, s)[0].squeeze().numpy()),
+    "parts that are no views": lambda s: fill(s.unsafe_chunk(2)[0]),
+    "other parts": lambda s: fill(torch.unsafe_split(s, 1, 2)[1]),
+    "whole numbers": lambda s: s.view(torch.int32).numpy().fill(0x3E99999A),
+    "bytes": lambda s: s.view(torch.uint8).data.fill_(62),
+    "complex numbers": lambda s: torch.view_as_complex(s.unflatten(-1, (-1, 2))).numpy().fill(0.3),
+    "real numbers": lambda s: fill(s.real.numpy()),
+    "data": lambda s: s.data.mul_(0.3),
+    "data of a view": lambda s: s.view(-1).data[:9].fill_(0.3),
+    "the storage": lambda s: s.untyped_storage().copy_(
+        torch.ones(s.nbytes).byte().untyped_storage()
+    ),
+    "its address": set_memory,
+    "from_dlpack": lambda s: fill(torch.from_dlpack(s)),
+    "numpy's from_dlpack": lambda s: fill(dlpack.from_dlpack(np.from_dlpack(s))),
+    "set_ to the storage": lambda s: fill(torch.empty(0).set_(s.untyped_storage(), 2, (5,), (3,))),
+    "a shallow copy": lambda s: fill(copy.copy(s)),
+    "an alias": lambda s: fill(torch.ops.aten.alias(s).numpy()),
+    "element by element": lambda s: s.apply_(lambda value: 0.3),
+    "a function that hides it": Writes.apply,
+    "a view with other signs": lambda s: torch._neg_view(s).data.fill_(-0.3),
+}
+
+
+@pytest.mark.parametrize("place", [*PLACES, *WAITING])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_written_unseen_is_what_backward_reads(way, place):
+    plain = Net(lambda values: WAYS[way](values.detach()), place)
+    fast, x, found = copy.deepcopy(plain), torch.randn(4, 2, 3, 8, 8), []
+    sj_taid.accelerate(fast)
+    for net in (plain, fast):
+        out = net(x)
+        out.square().mean().backward()
+        found.append((out.detach(), net.head.weight.grad))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+#: what reads memory, and leaves it as it is
+READS = {
+    "a layer": lambda net, s: net.head(s),
+    "two layers": lambda net, s: (net.head(s), net.head(s)),
+    "layers of pixels": lambda net, s: (
+        nn.functional.conv2d(s.flatten(0, 1), net.conv.weight[:, :1, :1, :1].expand(-1, 4, -1, -1)),
+        nn.functional.conv1d(
+            s.flatten(0, 1).flatten(2), net.conv.weight[:, :1, 0, :1].repeat(1, 4, 1)
+        ),
+    ),
+    "a neuron": lambda net, s: net.lif(s),
+    "a norm": lambda net, s: net.norm(s),
+    "a norm and a neuron": lambda net, s: net.plif(net.norm(s)),
+    "pooling": lambda net, s: nn.functional.max_pool2d(s.flatten(0, 1), 2),
+    "attention": lambda net, s: (s @ s.mT) @ s,
+    "softmax": lambda net, s: s.softmax(-1),
+    "a sum": lambda net, s: s + s.detach(),
+    "a rate": lambda net, s: float(s.mean()) + s.sum(0).max().item(),
+    "print": lambda net, s: f"{s} {s.shape} {s[0, 0, 0, 0, 0].item():.1f}",
+    "a list": lambda net, s: s.tolist(),
+    "a mask": lambda net, s: (s > 0).float() + s[s > 0].sum(),
+    "a copy": lambda net, s: (s.clone(), copy.deepcopy(s.detach()), torch.tensor(s.tolist())),
+    "views": lambda net, s: (s[1:], s.mT.unsqueeze(0), s.chunk(2), torch.stack([*s])),
+    "half precision": lambda net, s: s.to(torch.bfloat16),
+    "backward": lambda net, s: net.head(s).sum().backward(),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_what_reads_leaves_the_packing(read, place):
+    net = Net(lambda values: None, place)
+    sj_taid.accelerate(net)
+    values = net.place(net, net.norm(h := net.conv(torch.randn(4, 2, 3, 8, 8))), h)
+    for node in (net.lif, net.plif):
+        node.reset()
+    assert values.packing() is not None
+    read(net, values)
+    assert values.packing() is not None
+    with torch.no_grad():
+        values.mul_(1)
+    assert values.packing() is None
