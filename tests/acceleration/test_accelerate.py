@@ -537,3 +537,21 @@ def test_accelerate_after_memopt(level, fused, monkeypatch):
     report = accelerate(net)
     assert_close(train(net, x_seq), expected)
     assert sum(row.done.startswith("fused into") for row in report.rows) == fused
+
+
+@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode])
+@pytest.mark.parametrize("v_reset", [0.0, -0.5, None])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_training_that_diverged_shows(kind, v_reset, value):
+    plain = nn.Sequential(kind(v_reset=v_reset, step_mode="m", surrogate_function=ATAN))
+    fast, x = copy.deepcopy(plain), torch.full((6, 1, 3), 1.5)
+    x[1, 0, 0], x[2, 0, 1] = value, value
+    accelerate(fast)
+    found = []
+    for net in (plain, fast):
+        leaf = x.clone().requires_grad_()
+        spikes = net(leaf)
+        spikes.sum().backward()
+        found.append((spikes.detach() + 0, net[0].v.detach(), leaf.grad))
+    for got, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)

@@ -43,6 +43,8 @@ LINE = 16
 
 #: types of a tensor's elements
 FLOAT32, BFLOAT16, BYTE = range(3)
+#: how a neuron charges
+LEAK, DECAY_INPUT, NO_LEAK = range(3)
 
 
 class Arguments(ctypes.Structure):
@@ -60,7 +62,7 @@ class Arguments(ctypes.Structure):
                 *("parts", "ranges", "part_size", "block", "x_size", "group", "whole"),
                 *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
                 *("dtype", "per_channel", "norm", "fixed_norm", "norm_sums", "ab", "sums_only"),
-                *("decay_input", "soft", "plain_average"),
+                *("charge", "soft", "plain_average"),
             )
         ),
         *((name, ctypes.c_float) for name in ("v_init", "v_rest", "q_value", "threshold_value")),
@@ -171,15 +173,17 @@ def _prefetch(typing_context: Any, pointer: Any, offset: Any) -> Any:
 
 
 @_part
-def _charge(x, v, q, v_rest, decay_input):
-    if decay_input:
+def _charge(x, v, q, v_rest, charge):
+    if charge == DECAY_INPUT:
         return v + (x - (v - v_rest)) * q
+    if charge == NO_LEAK:
+        return v + x  # for an infinite v too
     return v - (v - v_rest) * q + x
 
 
 @_part
-def _charge_by_q(x, v, v_rest, decay_input):
-    return x - (v - v_rest) if decay_input else v_rest - v
+def _charge_by_q(x, v, v_rest, charge):
+    return x - (v - v_rest) if charge == DECAY_INPUT else v_rest - v
 
 
 @_part
@@ -408,10 +412,10 @@ def _input(scratch, x, i, norm):
 
 
 @_part
-def _forward_row(scratch, x, v, spike, v_next, norm, v_rest, decay_input, soft, n):
+def _forward_row(scratch, x, v, spike, v_next, norm, v_rest, charge, soft, n):
     q, threshold = _row(scratch, _Q), _row(scratch, _THRESHOLD)
     for i in range(n):
-        h = _charge(_input(scratch, x, i, norm), v[i], q[i], v_rest, decay_input)
+        h = _charge(_input(scratch, x, i, norm), v[i], q[i], v_rest, charge)
         fired = np.float32(h - threshold[i] >= np.float32(0))
         spike[i], v_next[i] = fired, _reset(h, fired, threshold[i], v_rest, soft)
 
@@ -571,7 +575,7 @@ def _nothing(a):
 def _forward_part(a, scratch, part):
     """Spikes and voltages."""
     place, begin, end, channel, width = _place(a, part)
-    norm, v_rest, decay_input, soft = a.norm != 0, a.v_rest, a.decay_input != 0, a.soft != 0
+    norm, v_rest, charge, soft = a.norm != 0, a.v_rest, a.charge, a.soft != 0
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
         _spread_parameters(scratch, a, first, n, channel, width)
@@ -582,7 +586,7 @@ def _forward_part(a, scratch, part):
             spike = _target(a.spike, a.dtype, place, t, first, n, _row(scratch, _SPIKE))
             # Never the row it reads from, which would look like a loop-carried dependence.
             after = _row(scratch, _VOLTAGES + (t + 1) % 2)
-            _forward_row(scratch, x, now, spike, after, norm, v_rest, decay_input, soft, n)
+            _forward_row(scratch, x, now, spike, after, norm, v_rest, charge, soft, n)
             _write(spike, a.spike, a.dtype, place, t, first, n, 1)
             if a.v_seq:
                 _store(after, a.v_seq, FLOAT32, place, t, first, n, 1)
@@ -644,7 +648,7 @@ def _derivative(name: str) -> Any:
 
 def _backward_row(
     derivative: Callable[..., Any],
-    decay_input: bool,
+    charge: int,
     soft: bool,
     detach_reset: bool,
     learn_w: bool,
@@ -661,7 +665,7 @@ def _backward_row(
         grad_offset, grad_gain = _row(scratch, _GRAD_OFFSET), _row(scratch, _GRAD_GAIN)
         for i in range(n):
             y = _input(scratch, x, i, norm)
-            h = _charge(y, v[i], q[i], v_rest, decay_input)
+            h = _charge(y, v[i], q[i], v_rest, charge)
             over = h - threshold[i]
             spike = np.float32(over >= np.float32(0))
             through = grad_spike[i]
@@ -673,13 +677,13 @@ def _backward_row(
             if learn_threshold:
                 grad_threshold[i] -= through + (spike * grad_v[i] if soft else np.float32(0))
             if learn_w:
-                grad_q[i] += grad_h * _charge_by_q(y, v[i], v_rest, decay_input)
-            grad = grad_h * q[i] if decay_input else grad_h
+                grad_q[i] += grad_h * _charge_by_q(y, v[i], v_rest, charge)
+            grad = grad_h * q[i] if charge == DECAY_INPUT else grad_h
             if norm:
                 grad_offset[i] += grad
                 grad_gain[i] += grad * (x[i] - shift[i])
             grad_y[i] = grad
-            grad_v[i] = grad_h - grad_h * q[i]
+            grad_v[i] = grad_h if charge == NO_LEAK else grad_h - grad_h * q[i]
 
     return row
 
@@ -687,7 +691,7 @@ def _backward_row(
 @cache
 def backward_for(
     name: str,
-    decay_input: bool,
+    charge: int,
     soft: bool,
     detach_reset: bool,
     learn_w: bool,
@@ -695,7 +699,7 @@ def backward_for(
     norm: bool,
 ) -> Callable[[Any], None]:
     """The backward kernel for a surrogate and options; what is not needed costs nothing."""
-    options = (decay_input, soft, detach_reset, learn_w, learn_threshold, norm)
+    options = (charge, soft, detach_reset, learn_w, learn_threshold, norm)
     variant = "_".join(map(str, (name, *map(int, options))))
     row = _backward_row(_derivative(name), *options)
 
@@ -709,7 +713,7 @@ def backward_for(
             _spread_parameters(scratch, a, first, n, channel, width)
             if a.ab and not a.whole:
                 _spread_rows(scratch, a, _A, _terms(a), 2, first, n, channel, width)
-            _recompute(scratch, a, place, first, n, here, norm, decay_input, soft)
+            _recompute(scratch, a, place, first, n, here, norm, charge, soft)
             _start(grad_now, a.grad_v, zero, place, first, n)
             grad_spike = _row(scratch, _SPIKE)
             for k in (_GRAD_Q, _GRAD_THRESHOLD, _SPIKE, _GRAD_OFFSET, _GRAD_GAIN):
@@ -746,7 +750,7 @@ def backward_for(
 
 
 @_part
-def _recompute(scratch, a, place, first, n, here, norm, decay_input, soft):
+def _recompute(scratch, a, place, first, n, here, norm, charge, soft):
     """Load the input of all steps, and compute the voltages before each."""
     spike = _row(scratch, _SPARE)
     _start(_row(scratch, _VOLTAGES), a.v0, a.v_init, place, first, n)
@@ -754,7 +758,7 @@ def _recompute(scratch, a, place, first, n, here, norm, decay_input, soft):
         x = _read(a.x, a.dtype, place, t, first, n, _room(scratch, a, t, here), 1)
         if t < a.steps - 1:
             v, after = _row(scratch, _VOLTAGES + t), _row(scratch, _VOLTAGES + t + 1)
-            _forward_row(scratch, x, v, spike, after, norm, a.v_rest, decay_input, soft, n)
+            _forward_row(scratch, x, v, spike, after, norm, a.v_rest, charge, soft, n)
 
 
 @_part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,12 +26,14 @@ class Plan:
         self.step = spec.shape[1:], spec.strides[1:]
         self.parameter = (spec.channels,) if spec.per_channel else ()
         self.bits = bits.count_bytes(spec.steps), spec.neurons
+        has_leak = neuron.w != -math.inf
+        self.charge = int(neuron.decay_input) if has_leak else loops.NO_LEAK
         self.options = {
             "dtype": DTYPES[spec.dtype],
             "per_channel": spec.per_channel,
             "norm": spec.norm,
             "fixed_norm": spec.fixed_norm,
-            "decay_input": neuron.decay_input,
+            "charge": self.charge,
             "soft": neuron.v_reset is None,
             "v_rest": neuron.v_reset or 0.0,
             "q_value": _sigmoid(neuron.w),
@@ -134,7 +137,7 @@ class Plan:
         spec, neuron = self.spec, self.spec.dynamics
         kernel = loops.backward_for(
             neuron.surrogate,
-            neuron.decay_input,
+            self.charge,
             neuron.v_reset is None,
             neuron.detach_reset,
             needs.w,
