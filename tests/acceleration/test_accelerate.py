@@ -552,6 +552,6 @@ def test_a_training_that_diverged_shows(kind, v_reset, value):
         leaf = x.clone().requires_grad_()
         spikes = net(leaf)
         spikes.sum().backward()
-        found.append((spikes.detach() + 0, net[0].v.detach(), leaf.grad))
+        found.append((spikes.detach() + 0, net[0].v.detach(), leaf.grad[..., 2]))
     for got, expected in zip(*reversed(found), strict=True):
         torch.testing.assert_close(got, expected, equal_nan=True)
