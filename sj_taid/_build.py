@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any
+
+from ._kinds import check_kinds
 
 #: Modules whose public classes a config may name: they do nothing but what their arguments say.
 TRUSTED = (
@@ -17,6 +21,12 @@ TRUSTED = (
     "spikingjelly.activation_based.surrogate",
     "torch.nn.modules.loss",
     "torch.optim",
+)
+
+#: what classes raise, next to ValueError, on arguments that they cannot take
+UNFIT = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
+    *(RuntimeError, TypeError),
 )
 
 
@@ -40,7 +50,8 @@ def build(
         arguments: for the outermost class, over those of the config.
 
     Raises:
-        ValueError: a class that is not trusted, or that does not take its arguments.
+        ValueError: a class that is not trusted, or that does not take its arguments: by their kinds
+            (:func:`sj_taid._kinds.check_kinds`), or by itself.
 
     >>> build({"_target_": "sj_taid.FixedDecoder", "T": 8}).T
     8
@@ -57,15 +68,18 @@ def build(
         name = values.pop("_target_")
         target, is_partial = find_class(name, trust), values.pop("_partial_", False)
         try:
+            check_kinds(target, values)
             return partial(target, **values) if is_partial else target(**values)
         except ValueError as error:
-            if keys and name in keys and str(error).partition(" ")[0] in values:
+            if keys and name in keys and re.split(r"\W", str(error), maxsplit=1)[0] in values:
                 error.args = (f"{keys[name]}.{error}",)
             else:
                 error.add_note(f"(of {name})")
             raise
-        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{name} cannot be built: {error}") from error
+        except UNFIT as error:
+            # An assertion may have no words but its own line.
+            words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+            raise ValueError(f"{name} cannot be built: {words.splitlines()[0]}") from error
 
     for name in _targets(config):
         find_class(name, trust)

@@ -1,8 +1,10 @@
 """Argument validation shared by the public functions."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -32,11 +34,18 @@ def are_two_numbers(values: Any) -> bool:
     return isinstance(values, Sequence) and len(values) == 2 and all(map(is_number, values))
 
 
+def expand_home(path: str | Path) -> Path:
+    """The path, its ``~`` replaced if it is a user's; pathlib raises if it is not."""
+    return Path(os.path.expanduser(str(path)))  # noqa: PTH111
+
+
 #: what a value must be, in words, and whether it is
 Rule = tuple[str, Callable[[Any], bool]]
 
 NUMBER: Rule = ("a number", lambda value: is_number(value) and value == value)  # infinite ones too
 NOT_NEGATIVE: Rule = ("a number >= 0", lambda value: is_number(value) and value >= 0)
+#: Path would take "" for the folder that one is in.
+PATH: Rule = ("a path", lambda value: isinstance(value, str | Path) and str(value) != "")
 FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 
+from .._checks import expand_home
 from .image import ImageData, Torchvision
 from .samples import Files
 
@@ -69,9 +70,9 @@ class ImageFolder(ImageData):
     crop: int | None = None
 
     def __post_init__(self) -> None:
-        self.root = Path(self.root).expanduser()
+        self.root = expand_home(self.root)
         if self.test_root is not None:
-            self.test_root = Path(self.test_root).expanduser()
+            self.test_root = expand_home(self.test_root)
         if not 0 < self.test_share < 1:
             raise ValueError(f"dataset.test_share must be in (0, 1), but it is {self.test_share}")
         if self.classes is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from .._checks import check_flags
+from .._checks import check_flags, expand_home
 from .base import LOCK, Data
 from .samples import InMemory
 
@@ -70,7 +70,7 @@ class Torchvision(ImageData):
         super().__post_init__()
         check_flags(download=self.download)
         self.read = getattr(datasets, self.source)
-        self.root = Path(self.root).expanduser()
+        self.root = expand_home(self.root)
         self.folder = getattr(self.read, "base_folder", f"{self.source}/raw")
         self.path = self.root / self.folder
 

@@ -12,6 +12,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from .._checks import expand_home
 from ..model.autoencoder import Autoencoder
 from ..model.block import check_values
 
@@ -135,7 +136,7 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
     batch_size, batches = 256, 20
 
     def __init__(self, folder: str | Path, name: str, **kwargs: Any) -> None:
-        folder = Path(folder).expanduser()
+        folder = expand_home(folder)
         super().__init__(PublishedCodes(folder / f"{name}_64.pth"), **kwargs)
         with np.load(folder / f"{name}_test_64.npz") as arrays:
             mean, covariance = (torch.tensor(arrays[key]).double() for key in ("mu", "sigma"))

@@ -11,6 +11,7 @@ from torchmetrics.image import inception
 from torchmetrics.image.fid import NoTrainInceptionV3
 from torchmetrics.utilities.data import dim_zero_cat
 
+from .._checks import expand_home
 from .._extras import needs
 from .frechet import Features
 
@@ -36,7 +37,7 @@ class Inception(Features):
         super().__init__()
         with needs("torch-fidelity"):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-        path = _download(url) if weights == "download" else Path(weights).expanduser()
+        path = _download(url) if weights == "download" else expand_home(weights)
         if not path.is_file():
             raise FileNotFoundError(
                 f"no Inception weights at {path}; get {url} and give its path, or give 'download' "

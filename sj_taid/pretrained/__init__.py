@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import _build
+from .._checks import expand_home
 from .._extras import needs
 from ..acceleration import accelerate
 from ..neurons import find_neurons
@@ -88,7 +89,7 @@ def _locate(source: str | Path) -> Path:
     """The model's folder."""
     if str(source) in list_models():
         return Path(__file__).parent / source
-    folder = Path(source).expanduser()
+    folder = expand_home(source)
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"there is no model {str(source)!r}; give one of {', '.join(list_models())}, or a "

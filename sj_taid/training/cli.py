@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib import import_module
-from pathlib import Path
 from threading import Thread
 from types import ModuleType
 from typing import Any
@@ -27,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .._checks import expand_home
 from .._extras import REMEDY, TRAIN, needs
 from .config import CONF, VERSION, key_of, quote, select_overrides
 from .run import OVERRIDES
@@ -158,7 +158,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
             "resume= is for one run, without -m; a sweep resumes when its command is repeated"
         )
     name = resumed[-1].removeprefix("resume=")
-    folder = Path(name).expanduser().absolute()
+    folder = expand_home(name).absolute()
     if not (folder / OVERRIDES).is_file():
         raise FileNotFoundError(
             f"resume= needs the folder of a run, which holds {OVERRIDES}, but got {folder}"

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import is_below
+from .._checks import expand_home, is_number
 
 #: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
 #: plain files of links, the checkout's own.
@@ -93,12 +94,12 @@ def folder_name(
 
 def base_name(path: str) -> str:
     """The last part of a path, which names a folder of custom images."""
-    return Path(path).expanduser().absolute().name
+    return expand_home(path).absolute().name
 
 
-def as_float(number: float | None) -> float | None:
-    """The number as a float, which SpikingJelly's neurons insist on; null stays null."""
-    return None if number is None else float(number)
+def as_float(number: Any) -> Any:
+    """A number as a float, which SpikingJelly's neurons insist on; all else as it is."""
+    return float(number) if is_number(number) else number
 
 
 # Hydra names a job's folder in the process that runs the job, which has imported little more than

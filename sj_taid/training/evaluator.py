@@ -18,7 +18,9 @@ from filelock import FileLock
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
+from .._checks import expand_home
 from .._context import seeded
+from .._kinds import check_kinds
 from ..data import ImageData
 from ..metric import (
     AutoencoderCodes,
@@ -76,7 +78,8 @@ class Evaluator:
     accelerator: str = "auto"
 
     def __post_init__(self) -> None:
-        self.cache_dir = Path(self.cache_dir).expanduser()  # a config gives a string
+        self.cache_dir = expand_home(self.cache_dir)  # a config gives a string
+        check_kinds(Evaluator._trained_autoencoder, self.autoencoder, "autoencoder.")
 
     def evaluate_samples(
         self, model: Any, data: ImageData, only: str | None = None
@@ -139,7 +142,7 @@ class Evaluator:
             self._check_enough(name, metric.needed, data if _real_states(metric) else None)
         needed = 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)
         self._check_enough("fad", needed, data)
-        codes = AutoencoderCodes(self._trained_autoencoder(data))
+        codes = AutoencoderCodes(self._trained_autoencoder(data, **self.autoencoder))
         kinds = {"fad_precision": Precision, "fad_recall": Recall}
         neighbours = {name: kind(codes, **ALONE) for name, kind in kinds.items()}
         groups.append({"fad": _distance(codes), **neighbours})
@@ -201,20 +204,26 @@ class Evaluator:
         load_or_make(path, load, make)
         return shared.to(device)  # what was loaded too
 
-    def _trained_autoencoder(self, data: ImageData) -> Autoencoder:
-        settings = dict(self.autoencoder)
-        widths = settings["hidden_channels"], settings["latent_channels"]
+    def _trained_autoencoder(
+        self,
+        data: ImageData,
+        hidden_channels: int | Sequence[int],
+        latent_channels: int,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+    ) -> Autoencoder:
+        widths = hidden_channels, latent_channels
         untrained = partial(Autoencoder, data.channels, data.image_size, *widths)
 
         def train() -> dict[str, torch.Tensor]:
             train_data = data.without_augmentation()
-            train_data.batch_size = settings["batch_size"]
-            epochs = settings["epochs"]
+            train_data.batch_size = batch_size
             options = {"max_epochs": epochs, "limit_val_batches": 0}
             trainer = bare_trainer(self.accelerator, bar=True, **options)
             log.info("Training FAD's autoencoder on %s for %d epochs, once", data.name, epochs)
             # From its own seed, so that every run looks through the same one.
-            with seeded(settings["seed"]):
+            with seeded(seed):
                 task = Autoencoding(untrained(), partial(torch.optim.AdamW, lr=1e-3))
                 trainer.fit(task, train_data)
             error = float(trainer.callback_metrics["train/reconstruction"])
@@ -222,7 +231,7 @@ class Evaluator:
             return task.model.state_dict()
 
         autoencoder = untrained()
-        training = json.dumps(settings, sort_keys=True, default=list)
+        training = json.dumps(dict(self.autoencoder), sort_keys=True, default=list)
         parts = training, repr(autoencoder), data.fingerprint(data.train_set)
         path = self.cache_path("autoencoder", data, *parts)
         load_or_make(path, autoencoder.load_state_dict, train)

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from .. import pretrained
+from .._checks import expand_home
 from .._extras import needs
 from ..thresholds import fixed_thresholds
 from .columns import format_metrics
@@ -84,7 +85,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
         ValueError: a model of custom classes, which :func:`sj_taid.create_model` would not build,
             or a checkpoint that was not tested.
     """
-    folder = Path(out).expanduser() / name
+    folder = expand_home(out) / name
     if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
         raise FileExistsError(
             f"{folder} holds files that are no earlier export; choose another --name or --out"

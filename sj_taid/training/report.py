@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from .. import _compat
+from .._checks import check, integer
 from .._context import seeded
 from .._extras import needs
 from .callbacks import History, show_progress
@@ -228,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--best", type=int, default=12, help="how many checkpoints to load")
     parser.add_argument("--trust", nargs="+", default=(), help="custom classes that runs name")
     options = parser.parse_args(arguments)
+    check(integer(0), best=options.best)
     silence_notes()
     out = options.out or options.folders[0] / "report.html"
     check_replaceable(out, MARK)

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import build, is_below
+from .._checks import expand_home
 from .files import atomic_write
 
 if TYPE_CHECKING:  # the command line imports this before torch
@@ -79,7 +80,7 @@ class Run:
         Raises:
             FileNotFoundError: there is no checkpoint.
         """
-        path = Path(path).expanduser().absolute()
+        path = expand_home(path).absolute()
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
         if not run.checkpoint.is_file() or not (run.folder / CONFIG).is_file():
             raise FileNotFoundError(

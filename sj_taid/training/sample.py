@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from .._checks import check_sizes
+from .._checks import check, check_sizes, integer
 from .plot import draw_grid
 from .run import Run
 
@@ -22,6 +22,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.output and Path(cfg.output).suffix != ".png":  # it may be a file of another kind
         raise ValueError(f"output must name a picture, such as samples.png, but it is {cfg.output}")
     check_sizes(n=cfg.n, columns=cfg.columns)
+    check(integer(0), seed=cfg.seed)
     run = Run.find(cfg.checkpoint)
     model: Any = run.model(cfg.trust)
     if not hasattr(model, "sample"):

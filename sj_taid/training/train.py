@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, Progres
 from omegaconf import DictConfig, OmegaConf
 
 from .._context import seeded
+from .._kinds import check_kinds
 from ..calibration import calibrate
 from .callbacks import History, RandomNumbers, Stopwatch
 from .checkpoint import (
@@ -149,12 +151,12 @@ def count_classes(cfg: DictConfig) -> None:
 
 def build_task(cfg: DictConfig) -> Task:
     model = build_model(cfg, cfg.trust)
-    optimizer = instantiate(cfg.optimizer)
+    optimizer = instantiate_checked(cfg.optimizer, "optimizer")
     return build_part(cfg, "task", cfg.trust, model=model, optimizer=optimizer)
 
 
 def calibrate_thresholds(cfg: DictConfig, task: Task, data: Any) -> None:
-    if rate := cfg.neuron_start.get("calibrate"):
+    if (rate := cfg.neuron_start.get("calibrate")) is not None:
         images, _ = next(iter(data.train_dataloader()))
         log.info("%s", calibrate(task.model, task.model_input(images), rate=rate))
 
@@ -187,19 +189,30 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
 
 def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
     """The config's callbacks, without a progress bar if the trainer shall have none."""
-    callbacks = [instantiate(c) for c in (cfg.get("callbacks") or {}).values() if c]
+    parts = (cfg.get("callbacks") or {}).items()
+    callbacks = [instantiate_checked(part, f"callbacks.{name}") for name, part in parts if part]
     hides = cfg.trainer.get("enable_progress_bar") is False
     return [c for c in callbacks if not (hides and isinstance(c, ProgressBar))]
 
 
 def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
-    return instantiate(
+    logger = instantiate_checked(cfg.logger, "logger") if cfg.get("logger") else None
+    return instantiate_checked(
         cfg.trainer,
+        "trainer",
         default_root_dir=run.folder,
-        logger=instantiate(cfg.logger)(save_dir=run.folder) if cfg.get("logger") else False,
+        logger=logger(save_dir=run.folder) if logger else False,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
     )
+
+
+def instantiate_checked(part: DictConfig, key: str, **arguments: Any) -> Any:
+    """What Hydra makes of a part of the config, whose values are of the kinds that it declares."""
+    with suppress(ImportError, AttributeError):  # which Hydra explains
+        values: Any = OmegaConf.to_container(part, resolve=True)
+        check_kinds(resolve_name(part._target_), values, f"{key}.")
+    return instantiate(part, **arguments)
 
 
 def save_start(

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import find_class
-from .._checks import FLAG, NOT_NEGATIVE, Rule, check, integer, is_number
+from .._checks import FLAG, NOT_NEGATIVE, PATH, Rule, check, integer, is_number, is_whole
+from .._kinds import check_kinds
 from .config import CONF
-from .run import flatten
 
-#: what libraries would take, or refuse in words that do not name the key
+SHARE: Rule = ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+POSITIVE: Rule = ("a number > 0", lambda value: is_number(value) and value > 0)
+#: What no class takes, and ranges that libraries do not check, or in words that do not name the
+#: key. The kinds of all other values are checked where their classes are called.
 RULES: dict[str, Rule] = {
-    "seed": integer(0),
+    "seed": ("an integer >= 0, below 2^32", lambda value: is_whole(value) and 0 <= value < 2**32),
+    "cache_dir": PATH,
     "pictures": FLAG,
     "accelerate": FLAG,
     "compile": (
         "true, false or options, as '{mode: max-autotune}'",
         lambda value: isinstance(value, bool | DictConfig),
     ),
-    "metric.features": FLAG,
+    "neuron_start.calibrate": ("between 0 and 1", lambda value: is_number(value) and 0 < value < 1),
+    "surrogate.alpha": POSITIVE,
+    "loss.label_smoothing": SHARE,
     "metric.samples": integer(1),
+    "metric.autoencoder.epochs": integer(1),
+    "metric.autoencoder.batch_size": integer(1),
+    "dataset.erase": SHARE,
+    "dataset.mixup": NOT_NEGATIVE,
     "dataset.limit": integer(1),
     "dataset.batch_size": integer(1),
     "dataset.num_workers": integer(0),
     "optimizer.lr": NOT_NEGATIVE,
     "trainer.max_epochs": integer(0),
-    "trainer.limit_test_batches": ("more than 0", lambda x: is_number(x) and x > 0),
+    "trainer.accumulate_grad_batches": integer(1),
+    "trainer.check_val_every_n_epoch": integer(1),
+    "trainer.limit_test_batches": POSITIVE,
 }
 #: of these, what null does not stand for a default of
 NEVER_NULL = {"seed", "trainer.max_epochs"}
@@ -61,12 +74,9 @@ def validate(cfg: DictConfig) -> None:
     """Check what the classes of a config cannot: they check their own arguments.
 
     Raises:
-        ValueError: choices that do not fit together, a key that nothing reads, a class that is not
-            trusted, or a word where Hydra expects true or false.
+        ValueError: choices that do not fit together, a key that nothing reads, or a class that is
+            not trusted.
     """
-    words = {key for key, value in flatten(OmegaConf.to_container(cfg)).items() if is_word(value)}
-    if words:
-        raise ValueError(f"{', '.join(sorted(words))} must be true or false")
     for key, rule in RULES.items():
         if (value := OmegaConf.select(cfg, key)) is not None or key in NEVER_NULL:
             check(rule, **{key: value})
@@ -76,6 +86,8 @@ def validate(cfg: DictConfig) -> None:
             f"the config has no {', '.join(map(str, unknown))}; there are {', '.join(sorted(keys))}"
         )
     task, data = (find_class(cfg[part]._target_, cfg.trust) for part in ("task", "dataset"))
+    values: Any = OmegaConf.to_container(cfg.dataset, resolve=True)
+    check_kinds(data, values, "dataset.")  # before the model, which takes some of them too
     if not issubclass(data, task.takes):
         raise ValueError(
             f"{task.__name__} takes {task.takes.__name__}, but dataset={cfg.dataset.name} is "
@@ -99,8 +111,3 @@ def validate(cfg: DictConfig) -> None:
             "so other weights than the saved ones would be measured; take WeightAveraging or "
             "EMAWeightAveraging of lightning.pytorch.callbacks"
         )
-
-
-def is_word(value: object) -> bool:
-    """Whether it is a flag to YAML, but to Hydra a text, which Python counts as true."""
-    return isinstance(value, str) and value.lower() in ("yes", "no", "on", "off")
