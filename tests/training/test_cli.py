@@ -67,7 +67,7 @@ def test_cli_usage(sj_taid, capsys):
         ("train +model.x=1", "ESVAE cannot be built: .*unexpected keyword argument 'x'"),
         ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
         ("train foo", "missing EQUAL"),
-        ("train seed=null", "seed must be an integer >= 0, below 2^32, but it is None"),
+        ("train seed=null", "seed must be an integer >= 0, below 2.32, but it is None"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
         ("train resume=nowhere", r"needs the folder of a run.*but got .*nowhere"),
         ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),
