@@ -31,7 +31,7 @@ PAGES = [
 ]
 IMAGES = ROOT / "docs" / "images"
 BENCHMARKS = ROOT / "experiments" / "benchmark" / "results"
-EPYC = BENCHMARKS / "epyc-2-cores"
+EPYC, AVX2 = BENCHMARKS / "epyc-2-cores", BENCHMARKS / "epyc-avx2-2-cores"
 PLIF = "SpikingJelly PLIF"
 DATASETS = {
     "mnist": "MNIST",
@@ -344,7 +344,7 @@ def draw_frontier(path: Path) -> None:
 
 
 def read_zoo() -> pd.DataFrame:
-    return pd.read_csv(EPYC / "zoo.csv", keep_default_na=False)
+    return pd.read_csv(AVX2 / "zoo.csv", keep_default_na=False)
 
 
 def zoo() -> pd.DataFrame:
@@ -398,12 +398,12 @@ def host_nets() -> pd.DataFrame:
 
 
 def _host() -> pd.DataFrame:
-    return pd.read_csv(BENCHMARKS / "epyc-avx2-2-cores" / "host.csv")
+    return pd.read_csv(AVX2 / "host.csv")
 
 
 def esvae() -> pd.DataFrame:
     """Milliseconds per image of the sharp recipe's step and of variants of it."""
-    rows = pd.read_csv(BENCHMARKS / "epyc-avx2-2-cores" / "esvae.csv")
+    rows = pd.read_csv(AVX2 / "esvae.csv")
     columns = {
         "work": rows["work"],
         "batch": rows["batch"],
