@@ -2,10 +2,11 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 
 import sj_taid
@@ -266,3 +267,35 @@ def test_gradients_are_those_of_the_norms_call(change):
         (node(y) * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
         found.append({name: p.grad for name, p in nn.ModuleList([conv, norm]).named_parameters()})
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+#: the orders of the axes of a norm's input [T, N, C, H, W] in memory
+ORDERS = {
+    "contiguous": (0, 1, 2, 3, 4),
+    "channels last": (0, 1, 3, 4, 2),
+    "columns first": (0, 1, 2, 4, 3),
+    "batch outermost": (1, 0, 2, 3, 4),
+}
+KINDS = {
+    **{kind.__name__: kind for kind in (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)},
+    "ALIFNode": sj_taid.ALIFNode,
+    "ALIFNode per channel": partial(sj_taid.ALIFNode, channels=3),
+}
+
+
+@pytest.mark.parametrize("axes", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_neuron_fuses_in_every_memory_order(kind, axes):
+    node = kind(step_mode="m", surrogate_function=surrogate.ATan())
+    plain = nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), node)
+    fast = copy.deepcopy(plain)
+    x = torch.randn(4, 2, 3, 5, 6).permute(axes).contiguous().permute(*map(axes.index, range(5)))
+    report, found = sj_taid.accelerate(fast), []
+    for net in (plain, fast):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        spikes = net(leaf)
+        (spikes * torch.linspace(-1, 1, spikes.numel()).view(spikes.shape)).sum().backward()
+        found.append((spikes.detach() + 0, spikes.stride(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-4, atol=1e-5)
+    assert report.rows[0].done == "fused into 1", str(report)
