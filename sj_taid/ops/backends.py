@@ -5,7 +5,7 @@ A :class:`Backend` has these functions:
 * ``multi_step(x_seq, v, w, v_threshold, *, ...)`` with the signature and the results of
   :func:`sj_taid.ops.alif.reference.multi_step`;
 * ``unsupported(x_seq, surrogate_function)``: why it cannot take this call, or ``None``;
-* those of its ``engine``, if it is fused: :class:`.alif.plan.Engine`.
+* those of its ``engine``, if it is fused.
 
 :data:`BACKENDS` holds functions that import these modules, so that a backend costs nothing until it
 is used and may fail to import without breaking the others.
@@ -23,7 +23,6 @@ from torch import Tensor
 from .._graph import is_watched
 from . import bits
 from .alif import reference
-from .alif.plan import Engine
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "SJ_TAID_BACKEND"
@@ -34,7 +33,8 @@ class Backend(NamedTuple):
 
     multi_step: Callable[..., tuple[Any, ...]]
     unsupported: Callable[[Tensor, Any], str | None]
-    engine: Engine | None = None
+    #: its plans, if it is fused: an ``alif.plan.Engine``
+    engine: Any = None
 
 
 class BackendUnavailableError(RuntimeError):
@@ -102,7 +102,7 @@ def unpack_into(packed: Tensor, spikes: Tensor) -> None:
 
 
 @cache
-def _engine_of(device: str) -> Engine | None:
+def _engine_of(device: str) -> Any:
     working = (BACKENDS[name]() for name in PREFERENCE.get(device, ()) if works(name))
     return next((backend.engine for backend in working), None)
 
