@@ -54,7 +54,7 @@ class FusedNeuron:
     surrogate_function: Any
     detach_reset: Any
     extra_repr: Any
-    backend: Any = backends.AUTO
+    _backend: Any = backends.AUTO
     _name = ""  # its path in the net, which errors say
     #: the kinds of tensors that a plan takes
     _takes: Any = (Tensor, nn.Parameter)
@@ -108,8 +108,12 @@ class FusedNeuron:
             for tensor in (x, v0, w, v_threshold, weight, bias):
                 if tensor is not None and tensor.requires_grad:
                     saves = True
+        node_numbers = self._numbers(self)
+        for number in node_numbers:
+            if isinstance(number, Tensor):
+                node_numbers = _values(node_numbers, v_threshold)
         key = (
-            *(place, saves, store_v_seq, pack, self._numbers(self)),
+            *(place, saves, store_v_seq, pack, node_numbers),
             derivatives.key_of(self.surrogate_function),
             v0 if v0 is None else _form(v0),
             w if w is None else _form(w),
@@ -138,13 +142,14 @@ class FusedNeuron:
         """Check a call, and choose its backend and plan."""
         functional.check_call(x_seq, v, w, v_threshold)
         function = self.surrogate_function
-        engine = backends.resolve(self.backend, x_seq, function).engine
+        engine = backends.resolve(self._backend, x_seq, function).engine
         if engine is None:
             return _Call(None, None, False)  # type: ignore[arg-type]
         dtype = state_dtype(x_seq.dtype)
         number, decay_input, threshold = self._constants(dtype)
+        v_reset = None if self.v_reset is None else float(self.v_reset)
         dynamics = Dynamics(
-            *(number, decay_input, threshold, self.v_reset, self.detach_reset),
+            *(number, decay_input, threshold, v_reset, self.detach_reset),
             *derivatives.derivative_of(function),
         )
         tensors = [t for t in (w, v_threshold) if t is not None]
@@ -184,7 +189,7 @@ class FusedNeuron:
             surrogate_function=self.surrogate_function,
             detach_reset=self.detach_reset,
             store_v_seq=store_v_seq,
-            backend=self.backend,
+            backend=self._backend,
         )
         return *results, None
 
@@ -196,6 +201,14 @@ class FusedNeuron:
         # A copy or a pickle takes the voltages along, not the graph that made them.
         state: Any = super().__getstate__()
         return _compat.detach_state(state)
+
+
+def _values(numbers: tuple[Any, ...], v_threshold: Tensor | None) -> tuple[Any, ...]:
+    """The values of attributes, of which some are tensors; the threshold is read at each call."""
+    return tuple(
+        None if number is v_threshold else number.item() if isinstance(number, Tensor) else number
+        for number in numbers
+    )
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
@@ -235,5 +248,6 @@ def restore(net: nn.Module) -> None:
         )
     for module in modules.values():
         module.__class__ = module.kind
-        for name in ("readers", "_name", "_plans"):
+        keeps_name = isinstance(module, FusedNeuron)  # which is a name of its own
+        for name in ("readers", "_plans") if keeps_name else ("readers", "_plans", "_name"):
             vars(module).pop(name, None)

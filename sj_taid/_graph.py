@@ -130,11 +130,6 @@ def record_saved(forward: Callable[[], Any], there: Iterable[Tensor]) -> tuple[A
     return output, sum(min(size, sum(views.values())) for size, views in saved.values())
 
 
-def is_checkpointed() -> bool:
-    """Whether gradient checkpointing decides what is saved."""
-    return are_checkpoints(saving_hooks())
-
-
 def are_checkpoints(hooks: Any) -> bool:
     """Whether these ``saved_tensors_hooks`` are those of gradient checkpointing."""
     return getattr(hooks and hooks[0], "__module__", None) == "torch.utils.checkpoint"

@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sj_taid import accelerate
+from sj_taid.acceleration.modules import NO_GRADIENT
 
 #: How to make a net of SpikingJelly; those of spikformer_cifar10 and below are for 32 x 32 pixels.
 NETS: dict[str, Callable[..., nn.Module]] = {
@@ -81,7 +82,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     kinds = dict(net.named_modules())
     norms = [row for row in report.rows if isinstance(kinds[row.layer], _BatchNorm)]
     readers = Counter(
-        row.note.removeprefix(APART).partition(",")[0].removesuffix("_with_indices").rstrip("_")
+        row.note.removeprefix(APART)
+        .replace(NO_GRADIENT, "no one")
+        .partition(",")[0]
+        .removesuffix("_with_indices")
+        .rstrip("_")
         for row in norms
         if not row.done
     )

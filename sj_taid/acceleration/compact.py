@@ -564,7 +564,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
                 "size stride dim ndimension numel nelement storage_offset element_size get_device"
             ),
             *_both("is_floating_point is_complex is_contiguous is_inference is_signed is_tensor"),
-            *_both("tolist type requires_grad_ __len__ is_set_to is_same_size backward"),
+            *_both("tolist type requires_grad_ __len__ is_set_to is_same_size"),
             *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
         ],
         _ask,
@@ -590,6 +590,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         [Tensor.register_hook, Tensor.retain_grad], _watch(lambda args, kwargs: args[0])
     ),
+    Tensor.backward: _watch(lambda args, kwargs: kwargs.get("inputs", (*args, *[None] * 5)[4])),
     torch.autograd.grad: _watch(lambda args, kwargs: args[1]),
     torch.autograd.backward: _watch(lambda args, kwargs: kwargs.get("inputs")),
     **dict.fromkeys(_both("clone to float half bfloat16 cat concat stack"), _copy),

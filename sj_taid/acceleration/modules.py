@@ -89,12 +89,6 @@ def why_no_norm(module: nn.Module) -> str | None:
     return "its forward was replaced" if "forward" in vars(module) else None
 
 
-def _steps_aside() -> bool:
-    """Whether something traces, counts or transforms operations, and needs the plain module's."""
-    traces = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    return traces or _graph.is_watched() or _graph.is_transformed()
-
-
 class AcceleratedNorm(_Exchanged):
     """A batch norm whose output waits for its reader."""
 

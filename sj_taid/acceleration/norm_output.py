@@ -201,6 +201,12 @@ def decide(module: Any, x: Tensor, folds: bool) -> Waiting | None:
         or x.shape[axis] != module.num_features
     ):
         return None
+    tensors = module.weight, module.bias, module.running_mean, module.running_var
+    if any(t is not None and (len(t), t.device) != (x.shape[axis], x.device) for t in tensors):
+        return None  # torch's error: kernels read by addresses
+    batches = module.num_batches_tracked
+    if batches is not None and batches.device != x.device:
+        return None
     try:
         module._check_input_dim(x.flatten(0, 1) if folds else x)
     except (ValueError, AssertionError):

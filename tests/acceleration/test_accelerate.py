@@ -555,3 +555,39 @@ def test_a_training_that_diverged_shows(kind, v_reset, value):
         found.append((spikes.detach() + 0, net[0].v.detach(), leaf.grad[..., 2]))
     for got, expected in zip(*reversed(found), strict=True):
         torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight", nn.Parameter(torch.ones(3))),
+        ("bias", nn.Parameter(torch.ones(6))),
+        ("running_mean", torch.zeros(3)),
+        ("running_var", torch.ones(5, device="meta")),
+    ],
+)
+def test_a_norm_whose_tensors_do_not_fit_raises_torchs_error(name, value):
+    net = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), neuron.LIFNode(step_mode="m"))
+    accelerate(net)
+    setattr(net[1], name, value)
+    with pytest.raises(RuntimeError):
+        net(torch.rand(4, 3, 2, 2))
+
+
+def test_attributes_that_are_tensors_count_by_their_values():
+    node = neuron.LIFNode(step_mode="m", surrogate_function=ATAN)
+    net, x = nn.Sequential(node), torch.full((8, 1, 2), 2.0)
+    accelerate(net)
+    node.tau = torch.tensor(2.0)
+    assert net(x).sum() == 16
+    node.reset()
+    node.tau.fill_(50.0)
+    assert net(x).sum() == 0
+
+
+def test_backward_to_a_norms_output_that_a_neuron_has_read_raises():
+    net = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), neuron.LIFNode(step_mode="m"))
+    accelerate(net)
+    spikes = net[2](y := net[1](net[0](torch.rand(4, 3, 2, 2))))
+    with pytest.raises(RuntimeError, match="no gradient will reach it"):
+        spikes.backward(torch.ones_like(spikes), inputs=[y])

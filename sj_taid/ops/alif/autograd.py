@@ -230,8 +230,12 @@ def register(name: str, dispatch_key: str, engine: Engine) -> Operators:
         check_layout(x, steps=(v0,))
         plan = plan_of(x, w, (*dynamics,), store_v_seq, checkpoints > 0)
         outputs = plan.forward(x, v0, v_init, w, v_threshold, None)
-        empty = empty_outputs(x, v0, v_init, w, v_threshold, *dynamics, False, 0)
-        return tuple(e if o is None else o for o, e in zip(outputs[:4], empty, strict=True))
+        spike_seq, v, v_seq, checkpoint, _ = outputs
+        if v_seq is None:
+            v_seq = v.new_empty(0)
+        if checkpoint is None:
+            checkpoint = v.new_empty((0, x[0].numel()))
+        return spike_seq, v, v_seq, checkpoint
 
     def backward(
         grad_spike: Any, grad_v: Any, grad_v_seq: Any, x: Tensor, v0: Any, *rest: Any
@@ -246,21 +250,20 @@ def register(name: str, dispatch_key: str, engine: Engine) -> Operators:
         )
         return tuple(x.new_empty(0) if grad is None else grad for grad in grads[:4])
 
-    for what, tensors, options, results, function, fake in (
+    neuron = "Tensor x, Tensor? v0, float v_init, Tensor w, Tensor v_threshold"
+    gradients = "Tensor? grad_spike, Tensor? grad_v, Tensor? grad_v_seq"
+    needs = "bool need_x, bool need_v0, bool need_w, bool need_v_threshold"
+    for what, arguments, function, fake in (
         (
-            *("forward", "Tensor x, Tensor? v0, float v_init, Tensor w, Tensor v_threshold"),
-            *(f"{_DYNAMICS}, bool store_v_seq, int checkpoints", 4, forward, empty_outputs),
+            *("forward", f"{neuron}, {_DYNAMICS}, bool store_v_seq, int checkpoints"),
+            *(forward, empty_outputs),
         ),
         (
-            "backward",
-            "Tensor? grad_spike, Tensor? grad_v, Tensor? grad_v_seq, Tensor x, Tensor? v0, "
-            "float v_init, Tensor w, Tensor v_threshold, Tensor checkpoint",
-            f"{_DYNAMICS}, bool need_x, bool need_v0, bool need_w, bool need_v_threshold",
-            *(4, backward, empty_gradients),
+            *("backward", f"{gradients}, {neuron}, Tensor checkpoint, {_DYNAMICS}, {needs}"),
+            *(backward, empty_gradients),
         ),
     ):
-        returns = ", ".join(["Tensor"] * results)
-        _library.define(f"{name}_{what}({tensors}, {options}) -> ({returns})")
+        _library.define(f"{name}_{what}({arguments}) -> (Tensor, Tensor, Tensor, Tensor)")
         _library.impl(f"{name}_{what}", function, dispatch_key)
         torch.library.register_fake(f"sj_taid::{name}_{what}", fake, lib=_library)
     operators = torch.ops.sj_taid

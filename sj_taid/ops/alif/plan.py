@@ -9,6 +9,7 @@ and equal layers share them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -170,8 +171,9 @@ class Plans(dict[Any, Any]):
 
     def keep(self, key: Any, plan: Any) -> Any:
         """Store a plan and return it; forget the oldest of too many, since shapes may vary."""
-        while len(self) >= self.MOST:
-            self.pop(next(iter(self), None), None)
+        if len(self) >= self.MOST:
+            with suppress(RuntimeError, StopIteration):  # another thread keeps one, or forgets
+                self.pop(next(iter(self)), None)
         self[key] = plan
         return plan
 
