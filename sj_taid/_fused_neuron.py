@@ -248,6 +248,5 @@ def restore(net: nn.Module) -> None:
         )
     for module in modules.values():
         module.__class__ = module.kind
-        keeps_name = isinstance(module, FusedNeuron)  # which is a name of its own
-        for name in ("readers", "_plans") if keeps_name else ("readers", "_plans", "_name"):
+        for name in ("readers", "_name", "_plans"):
             vars(module).pop(name, None)

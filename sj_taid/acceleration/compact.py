@@ -253,6 +253,11 @@ def _ask(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+def _list(func: Any, args: Any, kwargs: Any) -> Any:
+    """The values as a list, which shows no memory."""
+    return func(args[0].plain("tolist"))
+
+
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
     """A view, or a copy where there is none: they save no values for backward."""
     result = func(*args, **kwargs)
@@ -564,11 +569,12 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
                 "size stride dim ndimension numel nelement storage_offset element_size get_device"
             ),
             *_both("is_floating_point is_complex is_contiguous is_inference is_signed is_tensor"),
-            *_both("tolist type requires_grad_ __len__ is_set_to is_same_size"),
+            *_both("type requires_grad_ __len__ is_set_to is_same_size"),
             *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
         ],
         _ask,
     ),
+    Tensor.tolist: _list,
     **dict.fromkeys(
         [
             *_both("view reshape flatten unflatten transpose swapaxes swapdims permute t"),

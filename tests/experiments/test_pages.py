@@ -109,8 +109,8 @@ def test_pages_draw_and_tabulate_the_stored_benchmarks(tmp_path):
     picture = tmp_path / "frontier.png"
     pages.draw_frontier(picture)
     assert picture.stat().st_size > 10_000
-    table = pages.norm_and_neuron()
-    assert {*table["of plain's time"][table["pair"] == "plain"]} == {"1.00"}
+    table = pages.host_layers()
+    assert {*table["of plain's"][table["system"] == "plain"]} == {"1.00"}
 
 
 def test_published_values_have_a_column_and_a_source():
