@@ -54,7 +54,8 @@ class FusedNeuron:
     surrogate_function: Any
     detach_reset: Any
     extra_repr: Any
-    _backend: Any = backends.AUTO
+    #: not _backend, which SpikingJelly 0.0.0.0.14 sets
+    _fused_backend: Any = backends.AUTO
     _name = ""  # its path in the net, which errors say
     #: the kinds of tensors that a plan takes
     _takes: Any = (Tensor, nn.Parameter)
@@ -142,7 +143,7 @@ class FusedNeuron:
         """Check a call, and choose its backend and plan."""
         functional.check_call(x_seq, v, w, v_threshold)
         function = self.surrogate_function
-        engine = backends.resolve(self._backend, x_seq, function).engine
+        engine = backends.resolve(self._fused_backend, x_seq, function).engine
         if engine is None:
             return _Call(None, None, False)  # type: ignore[arg-type]
         dtype = state_dtype(x_seq.dtype)
@@ -189,7 +190,7 @@ class FusedNeuron:
             surrogate_function=self.surrogate_function,
             detach_reset=self.detach_reset,
             store_v_seq=store_v_seq,
-            backend=self._backend,
+            backend=self._fused_backend,
         )
         return *results, None
 

@@ -155,11 +155,11 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     @property
     def backend(self) -> str:
         """The backend asked for, one of ``supported_backends``."""
-        return self._backend
+        return self._fused_backend
 
     @backend.setter
     def backend(self, value: str) -> None:
-        self._backend = backends.check_name(value)
+        self._fused_backend = backends.check_name(value)
 
     @property
     def supported_backends(self) -> tuple[str, ...]:
@@ -213,7 +213,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         spike_seq, v, *_ = self._run(inputs[0], states[0], False)
         return (spike_seq,), (v,)
 
-    _numbers = attrgetter("decay_input", "v_reset", "detach_reset", "_backend")
+    _numbers = attrgetter("decay_input", "v_reset", "detach_reset", "_fused_backend")
 
     def _constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
         return None, self.decay_input, None
