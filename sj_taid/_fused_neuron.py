@@ -113,6 +113,7 @@ class FusedNeuron:
         for number in node_numbers:
             if isinstance(number, Tensor):
                 node_numbers = _values(node_numbers, v_threshold)
+                break
         key = (
             *(place, saves, store_v_seq, pack, node_numbers),
             derivatives.key_of(self.surrogate_function),

@@ -175,10 +175,11 @@ class Waiting:
 
     def pays(self) -> bool:
         """Whether to wait once more."""
-        if _graph.are_checkpoints(_graph.saving_hooks()):
-            return True  # a recomputation must do what the forward did
         self.idle += 1
-        return self.idle <= self.PATIENCE or self.idle % self.AGAIN == 0
+        if self.idle <= self.PATIENCE or self.idle % self.AGAIN == 0:
+            return True
+        # A recomputation must do what the forward did.
+        return _graph.are_checkpoints(_graph.saving_hooks())
 
     def flat(self, x: Tensor) -> Tensor:
         """The input as the plain module gets it."""
