@@ -88,6 +88,8 @@ def test_command_parses(line):
             importlib.import_module(Path(words[0]).stem).main(words[1:])
     elif program == "python":
         assert words[0] == "-c" or importlib.util.find_spec(words[1])
+    elif program == "export":
+        assert re.fullmatch(r"\w+=\S+", *words)
     else:
         assert program == "pytest"
 

@@ -143,13 +143,13 @@ def _hashable(value: Any) -> Any:
 class Waiting:
     """A batch norm's call, decided in advance."""
 
-    #: Calls in a row whose output was read by others than neurons and sums; after so many the norm
-    #: is torch's own, which is faster then, but for one call in so many more.
-    PATIENCE, AGAIN = 3, 64
+    #: ``idle`` counts calls since a neuron or a sum has read the output, from 1 in a new plan. From
+    #: so many on the norm is torch's own, which is faster then, but for one call in so many more.
+    PATIENCE, AGAIN = 4, 64
 
     def __init__(self, module: Any, x: Tensor, folds: bool, spec: NormSpec, engine: Engine) -> None:
         self.spec, self.plan = spec, find_norm_plan(engine, spec)
-        self.folds, self.copies, self.idle = folds, not is_dense(x), 0
+        self.folds, self.copies, self.idle = folds, not is_dense(x), 1
         #: those of the plain module's input ``[M, C, *]``
         self.strides = (x.flatten(0, 1) if folds else x).stride()
         tensors = module.weight, module.bias, module.running_mean, module.running_var
@@ -181,6 +181,11 @@ class Waiting:
         # A recomputation must do what the forward did.
         return _graph.are_checkpoints(_graph.saving_hooks())
 
+    @property
+    def is_trial(self) -> bool:
+        """Whether nothing says that a neuron or a sum will read this call's output."""
+        return self.idle > 1 and self.reads and not self.spec.fixed
+
     def flat(self, x: Tensor) -> Tensor:
         """The input as the plain module gets it."""
         return _laid_out(x.flatten(0, 1) if self.folds else x, self.strides)
@@ -190,8 +195,12 @@ class Waiting:
         if not self.reads:
             mean = var = None
         if self.casts:
-            return cast_numbers(self.plan, x, (weight, bias, mean, var), batches)
-        return self.plan.numbers(x, weight, bias, mean, var, batches)
+            numbers = cast_numbers(self.plan, x, (weight, bias, mean, var), batches)
+        else:
+            numbers = self.plan.numbers(x, weight, bias, mean, var, batches)
+        if mean is not None and not self.spec.fixed:
+            torch._C._increment_version((mean, var))
+        return numbers
 
 
 def decide(module: Any, x: Tensor, folds: bool) -> Waiting | None:
@@ -237,9 +246,11 @@ class NormCall:
     input has these.
     """
 
-    def __init__(self, x: Tensor, numbers: Tensor, waiting: Waiting, readers: Any) -> None:
-        self.x, self.waiting, self.readers = x.detach(), waiting, readers
-        self.torch_norm = _TorchNorm(numbers, waiting)
+    def __init__(
+        self, x: Tensor, numbers: Tensor, waiting: Waiting, readers: Any, trial: Trial | None
+    ) -> None:
+        self.x, self.waiting, self.readers, self._trial = x.detach(), waiting, readers, trial
+        self.torch_norm = _TorchNorm(numbers, waiting, trial)
         self._version = x._version
         self.is_captured = _graph.is_capturing(x)
         self.gradient = _Watch()
@@ -253,11 +264,58 @@ class NormCall:
                 "read: write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
             )
 
+    def keep_waiting(self) -> None:
+        """Note that a neuron or a sum reads the output."""
+        self.waiting.idle = 0
+        if self._trial:
+            self._trial.keep_fused()
+
     def values(self, made: Tensor) -> Tensor:
         """The norm's output, in the memory order of ``made``."""
         self.check_input()
         values = self.torch_norm.forward(self.x).view(made.shape)
         return arranged(values, made.stride())
+
+
+class Trial:
+    """The running statistics of a call of which nobody knows yet who reads its output.
+
+    The fused norm's differ from torch's by rounding. Which of both a net gets depends on who reads
+    its norm, never on how often this process has called it: a training that is resumed ends as one
+    that was not interrupted.
+    """
+
+    def __init__(self, module: Any) -> None:
+        """Before the fused norm moves them."""
+        self.running = module.running_mean, module.running_var
+        self._before = [t.clone() for t in self.running]
+        momentum = module.momentum
+        self.momentum = 1 / float(module.num_batches_tracked + 1) if momentum is None else momentum
+        self._fused: list[Tensor] | None = None
+        self._versions: list[int] = []
+
+    def note(self) -> None:
+        """Note that they are this call's, until something else changes them."""
+        self._versions = [t._version for t in self.running]
+
+    def _set(self, values: list[Tensor]) -> bool:
+        if is_own := self._versions == [t._version for t in self.running]:
+            for tensor, value in zip(self.running, values, strict=True):
+                tensor.copy_(value)
+        return is_own
+
+    def begin_torch(self) -> bool:
+        """Set them back for torch's update, at the first reader other than a neuron or a sum."""
+        if self._fused is not None:
+            return False
+        self._fused = [t.clone() for t in self.running]
+        return self._set(self._before)
+
+    def keep_fused(self) -> None:
+        """Take the fused norm's: a neuron or a sum reads the output."""
+        if self._fused is not None:
+            self._set(self._fused)
+        self._fused, self._versions = [], []
 
 
 class _TorchNorm:
@@ -267,8 +325,8 @@ class _TorchNorm:
     lies in memory.
     """
 
-    def __init__(self, numbers: Tensor, waiting: Waiting) -> None:
-        self.numbers, self._waiting = numbers, waiting
+    def __init__(self, numbers: Tensor, waiting: Waiting, trial: Trial | None) -> None:
+        self.numbers, self._waiting, self._trial = numbers, waiting, trial
         self._saved: Any = None  # for backward, by the last forward
 
     def _statistics(self) -> tuple[Tensor | None, Tensor | None]:
@@ -284,15 +342,21 @@ class _TorchNorm:
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        waiting, spec, running = self._waiting, self._waiting.spec, self._statistics()
+        waiting, spec, trial = self._waiting, self._waiting.spec, self._trial
+        running: Any = self._statistics()
+        momentum, updates = 0.0, trial is not None and trial.begin_torch()
+        if updates:
+            running, momentum = trial.running, trial.momentum
         weight, bias = table(self.numbers)[3:5].to(waiting.dtype).unbind()
         given = (
             *(waiting.flat(x), weight if waiting.has_weight else None),
             *(bias if waiting.has_bias else None, *running),
         )
-        options = (not spec.fixed, 0.0, spec.eps, torch.backends.cudnn.enabled)
+        options = (not spec.fixed, momentum, spec.eps, torch.backends.cudnn.enabled)
         forward: Any = torch._batch_norm_impl_index
         y, mean, rstd, reserve, kind = forward(*given, *options)
+        if updates:
+            trial.note()
         self._saved = kind, running, (mean, rstd, not spec.fixed, spec.eps), reserve
         return y
 
@@ -498,7 +562,7 @@ class NormOutput(Known):
         """Note that a neuron has read the output as one operation with the norm."""
         call = self._content.call
         call.gradient.is_fused = call.readers[reader] = True
-        call.waiting.idle = 0
+        call.keep_waiting()
 
     def packing(self) -> Packing | None:
         """That of values changed in place; a waiting output is saved as it is, without memory."""
@@ -518,7 +582,7 @@ class NormOutput(Known):
         content = self._content  # the term keeps the norm's input
         if _graph.are_checkpoints(content.call.hooks):
             return None
-        content.call.waiting.idle = 0
+        content.call.keep_waiting()
         return Term((), partial(_shown, content.compute, self._place.made))
 
     def exposed(self) -> Any:
@@ -612,8 +676,11 @@ def wait(
     with saving([x]) if isinstance(x, Known) else nullcontext():
         x = x.contiguous() if waiting.copies else x
         batches = module.num_batches_tracked if waiting.counts else None
+        trial = Trial(module) if waiting.is_trial else None
         numbers = waiting.numbers(x, weight, bias, mean, var, batches)
-        call = NormCall(x, numbers, waiting, module.readers)
+        if trial:
+            trial.note()
+        call = NormCall(x, numbers, waiting, module.readers, trial)
         if module._backward_hooks:
             call.gradient.watch()
         return _wait(x, weight, bias, call)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from spikingjelly.activation_based import layer, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import sj_taid
@@ -62,7 +62,7 @@ def test_norm_apart_is_torchs_bit_for_bit(layout, dtype):
             inputs, y = [leaf, *module.parameters()], module(leaf.view_as(leaf))
             gradients = torch.autograd.grad(loss := y * factors, inputs, factors, retain_graph=True)
             unread = torch.autograd.grad(module(leaf.view_as(leaf)), inputs, factors)
-            found.append([y * 1, *gradients, *unread])
+            found.append([y * 1, *gradients, *unread, *module.buffers()])
             strides = [t.stride() for t in (y, *found[-1])]
             found[-1].append(torch.tensor([n for axes in strides for n in axes]))
             graph = torch.autograd.grad(loss.sum(), leaf, create_graph=True)[0].square().sum()
@@ -70,6 +70,34 @@ def test_norm_apart_is_torchs_bit_for_bit(layout, dtype):
         assert type(y) is NormOutput
         assert all(map(torch.equal, *found)), (training, affine, tracked)
         torch.testing.assert_close(*penalties, rtol=1e-2, atol=1e-2)
+
+
+READERS = {
+    "neuron": lambda y, node: node(y).sum(),
+    "sum": lambda y, node: node(y + y.new_ones(y.shape)).sum(),
+    "others": lambda y, node: y.square().sum() + y.sin().sum(),
+    "neuron first": lambda y, node: node(y).sum() + y.square().sum(),
+    "neuron last": lambda y, node: y.square().sum() + node(y).sum(),
+}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_running_statistics_do_not_depend_on_the_calls_before(read, momentum):
+    """As in a training that is resumed."""
+    plain = nn.Sequential(layer.BatchNorm2d(3, momentum=momentum), neuron.LIFNode())
+    functional.set_step_mode(plain, "m")
+    accelerated, resumed = copy.deepcopy(plain), copy.deepcopy(plain)
+    sj_taid.accelerate(accelerated)
+    for x in torch.randn(8, 4, 2, 32, 32, 3, requires_grad=True).movedim(-1, 3):
+        sj_taid.accelerate(resumed)
+        for net in (plain, accelerated, resumed):
+            functional.reset_net(net)
+            read(net[0](x), net[1]).backward()
+        sj_taid.unaccelerate(resumed)
+        assert all(map(torch.equal, accelerated.buffers(), resumed.buffers()))
+        if read is READERS["others"]:
+            assert all(map(torch.equal, accelerated.buffers(), plain.buffers()))
 
 
 def behind_a_view(change):
