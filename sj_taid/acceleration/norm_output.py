@@ -343,9 +343,10 @@ class _TorchNorm:
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         waiting, spec, trial = self._waiting, self._waiting.spec, self._trial
+        trial = trial if trial and trial.begin_torch() else None
         running: Any = self._statistics()
-        momentum, updates = 0.0, trial is not None and trial.begin_torch()
-        if updates:
+        momentum = 0.0
+        if trial:
             running, momentum = trial.running, trial.momentum
         weight, bias = table(self.numbers)[3:5].to(waiting.dtype).unbind()
         given = (
@@ -355,7 +356,7 @@ class _TorchNorm:
         options = (not spec.fixed, momentum, spec.eps, torch.backends.cudnn.enabled)
         forward: Any = torch._batch_norm_impl_index
         y, mean, rstd, reserve, kind = forward(*given, *options)
-        if updates:
+        if trial:
             trial.note()
         self._saved = kind, running, (mean, rstd, not spec.fixed, spec.eps), reserve
         return y
