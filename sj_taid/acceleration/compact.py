@@ -82,20 +82,29 @@ class Packing:
     def saves_alone(self, tensor: Tensor) -> bool:
         """Whether :meth:`save` is all that an operation on ``tensor`` needs, which is the usual."""
         is_whole = self.is_known and tensor._version == self.version and self.size == 1
-        return is_whole and not (
-            torch._C._is_any_autocast_enabled()
-            or _graph.is_capturing(tensor) != self._captured
-            or not torch.is_grad_enabled()
-            or not _graph.allows_hooks()
-            or _graph.saving_hooks() is not None
+        return (
+            is_whole
+            and torch.is_grad_enabled()
+            and not torch._C._is_any_autocast_enabled()
+            and _graph.allows_hooks()
+            and _graph.saving_hooks() is None
+            and (not tensor.is_cuda or _graph.is_capturing(tensor) == self._captured)
         )
 
     def save(self, tensor: Tensor) -> Any:
-        """:meth:`Saving.pack` for these values alone."""
+        """:meth:`Saving.pack` for these values alone, of which :meth:`saves_alone` is true."""
+        if not 0 <= tensor.data_ptr() - self.address < self.size_in_memory:
+            return tensor
         is_small = tensor.nbytes * _MOST_PARTS < self.size_in_memory
-        if is_small or not self.describes(tensor):
-            return None, (tensor,), _same
-        return None, self.parts(tensor), self.restorer(tensor)
+        if is_small or tensor.dtype != self.dtype:
+            return tensor
+        view = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return self.restore, self.parts(tensor), view
+
+    @staticmethod
+    def unpack(saved: Any) -> Tensor:
+        """The tensor of which :meth:`save` was called."""
+        return saved if isinstance(saved, Tensor) else saved[0](*saved[1]).as_strided(*saved[2])
 
     def expose(self) -> None:
         """Know the values no longer."""
@@ -321,7 +330,7 @@ def _contract(peak_of: Any = None) -> Callable[..., Any]:
         if not kwargs and type(args[0]) is Compact and not isinstance(args[1], Known):
             packing = args[0]._packing
             if peak_of is None and packing.saves_alone(args[0]):
-                _graph.push_hooks(packing.save, Saving.unpack)
+                _graph.push_hooks(packing.save, Packing.unpack)
                 try:
                     return func(*args)
                 finally:
