@@ -155,6 +155,25 @@ class Counts(Packing):
         return spikes
 
 
+class Scaled(Packing):
+    """Whole numbers times a constant, saved as the whole numbers."""
+
+    def __init__(self, whole: Tensor, packing: Packing, scale: Callable[[Tensor], Tensor]) -> None:
+        """Before the multiplication, which may be in place: of ``whole``, all of its memory."""
+        self._parts, self._restore, self._scale = packing.parts(whole), packing.restore, scale
+
+    def of(self, tensor: Tensor) -> Packing:
+        """The packing of the product."""
+        super().__init__(tensor)
+        return self
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return self._parts
+
+    def restore(self, *parts: Tensor) -> Tensor:
+        return self._scale(self._restore(*parts))
+
+
 class Known(Tensor):
     """A tensor that says how to save it: :class:`Compact`, or a norm's output."""
 
@@ -392,12 +411,36 @@ def _peaks(combine: Callable[[int, int, Any], int]) -> Callable[[Any], int | Non
     return peak_of
 
 
-def _binary(combine: Callable[[int, int, Any], int]) -> Callable[..., Any]:
-    """The handler of an operation of two tensors whose largest value follows from theirs."""
-    peak_of = _peaks(combine)
+def _multiply(peak_of: Any = None) -> Callable[..., Any]:
+    """The handler of a product, or of a quotient, which may be one with a constant."""
 
     def handle(func: Any, args: Any, kwargs: Any) -> Any:
-        return _run(func, args, kwargs, None if kwargs else peak_of(args))
+        if kwargs or len(args) != 2 or type(args[1]) not in (int, float):
+            return _run(func, args, kwargs, peak_of(args) if peak_of and not kwargs else None)
+        whole, number = args
+        packing = whole.packing() if type(whole) is Compact and torch.is_grad_enabled() else None
+        is_whole = packing is not None and packing.peak is not None and packing.size == 1
+        if not is_whole or not _fills_memory(whole):
+            return _run(func, args, kwargs, None)
+        operation: Any = torch.mul if peak_of else torch.div
+        scaled = Scaled(whole, packing, partial(operation, other=number))
+        result = run_saving([whole], func, args, kwargs)
+        if result.dtype == packing.dtype and result.stride() == whole.stride():
+            describe(result, [whole], None, scaled.of(result))
+        return result
+
+    return handle
+
+
+def _linear(contract: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler of a linear layer, which would save a copy of spikes that are not contiguous."""
+
+    def handle(func: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs or type(args[0]) is not Compact or args[0].dim() < 3 or args[0].is_contiguous():
+            return contract(func, args, kwargs)
+        x, weight, bias = (*args, None)[:3]
+        y = contract(func, (_view(Tensor.contiguous, (x,), {}), weight), {})
+        return y if bias is None else y.add_(bias)  # as torch: not within the matrix product
 
     return handle
 
@@ -611,16 +654,17 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_both("clone to float half bfloat16 cat concat stack"), _copy),
     **_POOLS,
     **dict.fromkeys(
-        _both("mul multiply __mul__ __rmul__ mul_ __imul__"), _binary(lambda a, b, _: a * b)
+        _both("mul multiply __mul__ __rmul__ mul_ __imul__"),
+        _multiply(_peaks(lambda a, b, _: a * b)),
     ),
+    **dict.fromkeys(_both("div divide __truediv__ div_ __itruediv__"), _multiply()),
     **dict.fromkeys(
         _both("matmul __matmul__ bmm mm"),
         _contract(_peaks(lambda a, b, first: a * b * first.shape[-1])),
     ),
-    **dict.fromkeys(
-        [F.linear, torch.einsum, *_both("conv1d conv2d conv3d addmm baddbmm")], _contract()
-    ),
+    **dict.fromkeys([torch.einsum, *_both("conv1d conv2d conv3d addmm baddbmm")], _contract()),
     **dict.fromkeys(_both("conv_transpose1d conv_transpose2d conv_transpose3d"), _contract()),
+    F.linear: _linear(_contract()),
     Tensor.__rsub__: _subtract,
 }
 
