@@ -418,9 +418,9 @@ def _multiply(peak_of: Any = None) -> Callable[..., Any]:
         if kwargs or len(args) != 2 or type(args[1]) not in (int, float):
             return _run(func, args, kwargs, peak_of(args) if peak_of and not kwargs else None)
         whole, number = args
-        packing = whole.packing() if type(whole) is Compact and torch.is_grad_enabled() else None
+        packing: Any = whole.packing() if type(whole) is Compact else None
         is_whole = packing is not None and packing.peak is not None and packing.size == 1
-        if not is_whole or not _fills_memory(whole):
+        if not is_whole or not torch.is_grad_enabled() or not _fills_memory(whole):
             return _run(func, args, kwargs, None)
         operation: Any = torch.mul if peak_of else torch.div
         scaled = Scaled(whole, packing, partial(operation, other=number))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .. import _compat
 from .._checks import check_net
 from .._fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
@@ -17,11 +19,18 @@ from ..neurons import Site, describe_equality, find_neurons, need_neurons, why_n
 from ..ops import backends, surrogate
 from ..ops.bits import LARGEST_BYTE
 from ..report import Row
-from .modules import AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
+from .modules import DESCRIBE, AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
+from .own import OwnNeuron, describe_module, find_described
 from .report import ALREADY, FUSED, Acceleration, measure, norms_of
 
 
-def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
+def accelerate(
+    net: nn.Module,
+    example_input: Any = None,
+    *,
+    known: Mapping[type, Any] | None = None,
+    check: bool = True,
+) -> Acceleration:
     """Train ``net`` in less memory and time with equal outputs; changes it in place.
 
     Its LIF, PLIF, IF, integer LIF and ALIF neurons run on the fused operator and learn what they
@@ -39,10 +48,16 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
         net: any module with SpikingJelly neurons, ALIF included, in step mode ``"m"``.
         example_input: an input of ``net`` (a tuple for several), to measure a training step before
             and after, on a copy. The report then says what read each norm.
+        known: classes of the net's own and what they compute: a description of
+            :mod:`sj_taid.known`, or a function of the module that gives one.
+        check: compare each described module with its description at its first call that gives
+            more than one value.
 
     Raises:
-        ValueError: ``net`` has no neuron.
-        TypeError: ``net`` is no module, or ``example_input`` neither a tensor nor a tuple.
+        ValueError: ``net`` has no neuron. At a module's first call: it does not compute what its
+            description says.
+        TypeError: ``net`` is no module, ``example_input`` neither a tensor nor a tuple, or
+            something in ``known`` no description of such a class.
 
     >>> from spikingjelly.activation_based import neuron
     >>> net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), neuron.LIFNode(step_mode="m"))
@@ -55,16 +70,18 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     1      LIFNode      fused operator  equal outputs
     """
     check_net(net, "accelerate")
-    need_neurons(net, "accelerate")
+    exchange = partial(_exchange_classes, known=known or {}, check=check)
+    if not any(type(module) in (known or {}) for module in net.modules()):
+        need_neurons(net, "accelerate")
     if example_input is None:
-        return Acceleration(net, _exchange_classes(net))
+        return Acceleration(net, exchange(net))
     if not isinstance(example_input, Tensor | tuple):
         raise TypeError(
             "example_input must be a tensor, or a tuple for several inputs, but it is a "
             f"{type(example_input).__name__}"
         )
-    readers, saved_bytes, step_ms = measure(net, example_input, _exchange_classes, unaccelerate)
-    return Acceleration(net, _exchange_classes(net, readers), saved_bytes, step_ms)
+    readers, saved_bytes, step_ms = measure(net, example_input, exchange, unaccelerate)
+    return Acceleration(net, exchange(net, readers), saved_bytes, step_ms)
 
 
 def unaccelerate(net: nn.Module) -> None:
@@ -85,23 +102,36 @@ def unaccelerate(net: nn.Module) -> None:
 
 
 def _exchange_classes(
-    net: nn.Module, readers: Mapping[str, dict[str, bool]] | None = None
+    net: nn.Module,
+    readers: Mapping[str, dict[str, bool]] | None = None,
+    *,
+    known: Mapping[type, Any],
+    check: bool,
 ) -> dict[str, Row]:
     """Give neurons and norms their accelerated classes; a row for each neuron.
 
     ``readers``: what has read each norm of a copy of ``net``, which its report starts with.
     """
+    described, readers = find_described(net, known), readers or {}
     rows = {}
+    for path, (module, description) in described.items():
+        describe_module(module, description, path, check)
+        if isinstance(module, OwnNeuron):
+            rows[path] = Row(path, type(module).__name__, FUSED, f"as {description}")
     for site in find_neurons(net):
-        reason = _why_not(site, net)
-        note = reason or describe_equality(site)
-        rows[site.path] = site.row("" if reason else FUSED, note)
-        if not reason:
-            accelerate_module(site.node)._name = site.path
-    if any(isinstance(module, AcceleratedALIF) for module in net.modules()):
+        if site.path not in rows:
+            reason = _why_not(site, net)
+            rows[site.path] = site.row("" if reason else FUSED, reason or describe_equality(site))
+            if not reason:
+                accelerate_module(site.node)._name = site.path
+    if any(isinstance(module, AcceleratedALIF | OwnNeuron) for module in net.modules()):
+        norm: Any
         for path, norm in norms_of(net):
             if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
-                accelerate_module(norm).readers = (readers or {}).get(path, {})
+                accelerate_module(norm)
+            elif path not in described:
+                continue
+            norm.readers = readers.get(path, {})
     return rows
 
 
@@ -116,6 +146,8 @@ def _why_not(site: Site, net: nn.Module) -> str | None:
         reason = "its backend is torch" if node.backend == "torch" else None
     else:
         reason = why_no_alif(node)
+        if reason and _compat.plain_kind(node) is None:
+            reason += DESCRIBE
     if reason or (reason := surrogate.unsupported(node.surrogate_function)):
         return reason
     if (levels := surrogate.levels_of(node.surrogate_function)) > LARGEST_BYTE:

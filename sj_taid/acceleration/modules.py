@@ -27,25 +27,26 @@ from .compact import Compact, Counts, Known, compact, saving
 from .norm_output import NormOutput, decide, memory_order, wait
 
 
-class _Exchanged(Accelerated):
+class Exchanged(Accelerated):
+    """An accelerated module: ``mixin`` is what its class adds to its ``kind``."""
+
+    mixin: type
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made when needed: copy and pickle would not find it by its name.
-        return _new, (self.kind,), self.__getstate__()
+        return _new, (self.kind, self.mixin), self.__getstate__()
 
 
-def _new(kind: type) -> Any:
-    made: Any = accelerated_class(kind)
+def _new(kind: type, mixin: type) -> Any:
+    made: Any = accelerated_class(kind, mixin)
     return made.__new__(made)
 
 
 @cache
-def accelerated_class(kind: Any) -> type:
-    """The accelerated subclass of a class of norms or neurons, with the same name."""
-    if issubclass(kind, _BatchNorm):
-        mixin: type = AcceleratedNorm
-    else:
-        mixin = AcceleratedALIF if issubclass(kind, ALIFNode) else AcceleratedNeuron
-    names = {"kind": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+def accelerated_class(kind: Any, mixin: Any) -> type:
+    """The subclass of a class of norms or neurons that adds ``mixin``, with the same name."""
+    names = {"kind": kind, "mixin": mixin}
+    names |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     if mixin is AcceleratedNeuron:
         names["_numbers"] = attrgetter("v_reset", "detach_reset", "v_threshold", *_charges(kind))
     return type(kind.__name__, (mixin, kind), names)
@@ -61,10 +62,16 @@ def _charges(kind: type) -> tuple[str, ...]:
 def accelerate_module(module: Any) -> Any:
     """Give a norm or a neuron its accelerated class; the caller must set a norm's ``readers``."""
     kind: Any = type(module)
-    module.__class__ = accelerated_class(kind)
+    if issubclass(kind, _BatchNorm):
+        mixin: type = AcceleratedNorm
+    else:
+        mixin = AcceleratedALIF if issubclass(kind, ALIFNode) else AcceleratedNeuron
+    module.__class__ = accelerated_class(kind, mixin)
     return module
 
 
+#: what the report says of a class that it does not know
+DESCRIBE = "; known= may say what it computes: docs/accelerate.md, Your net's classes"
 #: a subclass that overrides one of these may compute something other than batch norm
 _NORM_METHODS = ("forward", "super_forward", "__call__", "_check_input_dim")
 #: the norms whose output can wait
@@ -84,20 +91,26 @@ def why_no_norm(module: nn.Module) -> str | None:
     known = next((n for n, kind in enumerate(kinds) if kind in _KNOWN_NORMS), None)
     own = {name for kind in kinds[:known] for name in _NORM_METHODS if name in vars(kind)}
     if known is None or own:
-        return f"{type(module).__name__} is not known to compute torch's batch norm"
+        return f"{type(module).__name__} is not known to compute torch's batch norm{DESCRIBE}"
     if is_parametrized(module):
         return "it is parametrized"
     return "its forward was replaced" if "forward" in vars(module) else None
 
 
-class AcceleratedNorm(_Exchanged):
+class AcceleratedNorm(Exchanged):
     """A batch norm whose output waits for its reader."""
 
     #: what has read the output, for the report, and whether as one operation
     readers: dict[str, bool]
+    #: gives the weight, bias, running mean and variance of a norm
+    _tensors: Any = attrgetter("weight", "bias", "running_mean", "running_var")
+    #: the running statistics of the last call, if nobody knows yet who reads its output
+    _trial: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())
+        if self._trial is not None:
+            self._trial.close()
         if type(x) is NormOutput:
             x = x.plain("batch_norm")
         # Where the input has no graph, waiting saves nothing.
@@ -107,20 +120,24 @@ class AcceleratedNorm(_Exchanged):
                 self.readers.setdefault(NO_GRADIENT, False)
             return super().forward(x)  # type: ignore[misc]
         module: Any = self
-        step_mode = vars(module).get("_step_mode")
-        tensors = module.weight, module.bias, module.running_mean, module.running_var
+        folds, tensors = self._folds, self._tensors(module)
         with torch._C.DisableTorchFunctionSubclass():
-            forms = [x.stride(), x.is_inference(), step_mode, _NORM_NUMBERS(module)]
+            forms = [x.stride(), x.is_inference(), folds, _NORM_NUMBERS(module)]
             for tensor in tensors:  # neither comprehension nor function, which take as long
                 forms.append(tensor if tensor is None else (_FORM(tensor), tensor.stride()))
             key = (_FORM(x), *forms)
             plans = Plans.of(self)
             waiting = plans.get(key, key)
             if waiting is key:
-                waiting = plans.keep(key, decide(module, x, step_mode == "m"))
+                waiting = plans.keep(key, decide(module, x, folds, tensors))
             if waiting is not None and waiting.pays():
                 return wait(module, x, waiting, *tensors)
         return super().forward(x)  # type: ignore[misc]
+
+    @property
+    def _folds(self) -> bool:
+        """Whether the input is ``[T, N, C, *]``, not ``[M, C, *]``."""
+        return vars(self).get("_step_mode") == "m"
 
 
 #: stands for the readers of a norm that did not wait
@@ -131,7 +148,7 @@ _FORM = attrgetter("__class__", "shape", "dtype", "device")
 _NORM_NUMBERS = attrgetter("training", "momentum", "eps", "track_running_stats", "num_features")
 
 
-class AcceleratedALIF(_Exchanged):
+class AcceleratedALIF(Exchanged):
     """An ALIF that computes the norm before it too, and gives spikes that are saved as bits."""
 
     _takes = Tensor, nn.Parameter, Compact

@@ -147,14 +147,15 @@ class Waiting:
     #: is torch's own, which is faster then, but for one call in so many more.
     PATIENCE, AGAIN = 3, 64
 
-    def __init__(self, module: Any, x: Tensor, folds: bool, spec: NormSpec, engine: Engine) -> None:
+    def __init__(
+        self, module: Any, x: Tensor, folds: bool, tensors: Any, spec: NormSpec, engine: Engine
+    ) -> None:
         self.spec, self.plan = spec, find_norm_plan(engine, spec)
         self.folds, self.copies, self.idle = folds, not is_dense(x), 0
         #: those of the plain module's input ``[M, C, *]``
         self.strides = (x.flatten(0, 1) if folds else x).stride()
-        tensors = module.weight, module.bias, module.running_mean, module.running_var
         given = [t for t in tensors if t is not None]
-        self.has_weight, self.has_bias = module.weight is not None, module.bias is not None
+        self.has_weight, self.has_bias = (t is not None for t in tensors[:2])
         #: the dtype that torch's operators ask for
         self.dtype = given[0].dtype if given else x.dtype
         self.casts = any(t.dtype != torch.float32 or not t.is_contiguous() for t in given)
@@ -195,16 +196,15 @@ class Waiting:
         if not self.reads:
             mean = var = None
         if self.casts:
-            numbers = cast_numbers(self.plan, x, (weight, bias, mean, var), batches)
-        else:
-            numbers = self.plan.numbers(x, weight, bias, mean, var, batches)
-        if mean is not None and not self.spec.fixed:
-            torch._C._increment_version((mean, var))
-        return numbers
+            return cast_numbers(self.plan, x, (weight, bias, mean, var), batches)
+        return self.plan.numbers(x, weight, bias, mean, var, batches)
 
 
-def decide(module: Any, x: Tensor, folds: bool) -> Waiting | None:
-    """How a norm waits for an input like ``x``; ``None`` if it does not, but is torch's own."""
+def decide(module: Any, x: Tensor, folds: bool, tensors: Any) -> Waiting | None:
+    """How a norm waits for an input like ``x``; ``None`` if it does not, but is torch's own.
+
+    ``tensors``: its weight, bias, running mean and variance, or ``None`` for each.
+    """
     engine, axis = backends.resolve(backends.AUTO, x, None).engine, 1 + folds
     if (
         engine is None
@@ -213,7 +213,6 @@ def decide(module: Any, x: Tensor, folds: bool) -> Waiting | None:
         or x.shape[axis] != module.num_features
     ):
         return None
-    tensors = module.weight, module.bias, module.running_mean, module.running_var
     if any(t is not None and (len(t), t.device) != (x.shape[axis], x.device) for t in tensors):
         return None  # torch's error: kernels read by addresses
     batches = module.num_batches_tracked
@@ -236,7 +235,7 @@ def decide(module: Any, x: Tensor, folds: bool) -> Waiting | None:
         module.momentum if module.momentum is not None or averages else 0.0,
         module.eps,
     )
-    return Waiting(module, x, folds, spec, engine)
+    return Waiting(module, x, folds, tensors, spec, engine)
 
 
 class NormCall:
@@ -292,30 +291,36 @@ class Trial:
         momentum = module.momentum
         self.momentum = 1 / float(module.num_batches_tracked + 1) if momentum is None else momentum
         self._fused: list[Tensor] | None = None
-        self._versions: list[int] = []
+        self._is_open = True
 
-    def note(self) -> None:
-        """Note that they are this call's, until something else changes them."""
-        self._versions = [t._version for t in self.running]
+    def close(self) -> None:
+        """Leave them as they are: the norm's next call moves them on."""
+        self._is_open = False
 
-    def _set(self, values: list[Tensor]) -> bool:
-        if is_own := self._versions == [t._version for t in self.running]:
-            for tensor, value in zip(self.running, values, strict=True):
-                tensor.copy_(value)
-        return is_own
+    def _set(self, values: list[Tensor]) -> None:
+        for tensor, value in zip(self.running, values, strict=True):
+            tensor.copy_(value)
 
     def begin_torch(self) -> bool:
         """Set them back for torch's update, at the first reader other than a neuron or a sum."""
-        if self._fused is not None:
+        if not self._is_open or self._fused is not None:
             return False
         self._fused = [t.clone() for t in self.running]
-        return self._set(self._before)
+        self._set(self._before)
+        return True
 
     def keep_fused(self) -> None:
         """Take the fused norm's: a neuron or a sum reads the output."""
-        if self._fused is not None:
+        if self._is_open and self._fused is not None:
             self._set(self._fused)
-        self._fused, self._versions = [], []
+        self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a copied norm has no call
+        return _no_trial, ()
+
+
+def _no_trial() -> None:
+    return None
 
 
 class _TorchNorm:
@@ -356,8 +361,6 @@ class _TorchNorm:
         options = (not spec.fixed, momentum, spec.eps, torch.backends.cudnn.enabled)
         forward: Any = torch._batch_norm_impl_index
         y, mean, rstd, reserve, kind = forward(*given, *options)
-        if trial:
-            trial.note()
         self._saved = kind, running, (mean, rstd, not spec.fixed, spec.eps), reserve
         return y
 
@@ -679,8 +682,7 @@ def wait(
         batches = module.num_batches_tracked if waiting.counts else None
         trial = Trial(module) if waiting.is_trial else None
         numbers = waiting.numbers(x, weight, bias, mean, var, batches)
-        if trial:
-            trial.note()
+        module._trial = trial
         call = NormCall(x, numbers, waiting, module.readers, trial)
         if module._backward_hooks:
             call.gradient.watch()

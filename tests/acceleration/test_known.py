@@ -1,0 +1,252 @@
+"""Classes of a net's own, in the idioms of published ones, and what describes them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+import sj_taid
+from sj_taid import known
+from sj_taid._graph import record_saved
+from sj_taid.acceleration.compact import Compact
+
+pytest.importorskip("numba", reason="needs numba: pip install numba")
+
+
+class Quant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, most):
+        ctx.save_for_backward(x)
+        ctx.most = most
+        return x.clamp(0, most).round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * ((x >= 0) & (x <= ctx.most)), None
+
+
+class MemoryUpdate(nn.Module):
+    """A leaky membrane that gives counts, with a detached soft reset."""
+
+    def forward(self, x):
+        memory, count, counts = torch.zeros_like(x[0]), torch.zeros_like(x[0]), []
+        for step in x:
+            memory = (memory - count.detach()) * 0.25 + step
+            count = Quant.apply(memory, 4)
+            counts.append(count)
+        return torch.stack(counts)
+
+
+class MultiSpike(nn.Module):
+    """Rounds its input to a count, which it divides."""
+
+    def __init__(self, most=8, divisor=4):
+        super().__init__()
+        self.most, self.divisor = most, divisor
+
+    def forward(self, x):
+        return Quant.apply(x, self.most) / self.divisor
+
+
+class Fire(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x > 0).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (1.0 - x.abs()).clamp(min=0)
+
+
+class LIFSpike(nn.Module):
+    """A hard reset, firing above the threshold, time on axis 1."""
+
+    def forward(self, x):
+        memory, spikes = 0, []
+        for t in range(x.shape[1]):
+            memory = memory * 0.5 + x[:, t]
+            spike = Fire.apply(memory - 1.0)
+            memory = (1 - spike) * memory
+            spikes.append(spike)
+        return torch.stack(spikes, 1)
+
+
+class Stateful(LIFSpike):
+    """It keeps its voltage, and time is on axis 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.mem = None
+
+    def forward(self, x):
+        spikes = []
+        for step in x:
+            self.mem = step if self.mem is None else self.mem * 0.5 + step
+            spike = Fire.apply(self.mem - 1.0)
+            self.mem = (1 - spike) * self.mem
+            spikes.append(spike)
+        return torch.stack(spikes)
+
+    def reset(self):
+        self.mem = None
+
+
+class TDBN(nn.BatchNorm2d):
+    """Threshold-dependent batch norm over ``[T, N, C, H, W]``, written out."""
+
+    def __init__(self, channels, alpha=1.0, v_threshold=0.5):
+        super().__init__(channels)
+        self.alpha, self.v_threshold = alpha, v_threshold
+
+    def forward(self, x):
+        axes = [0, 1, 3, 4]
+        if self.training:
+            mean, var = x.mean(axes), x.var(axes, unbiased=False)
+            with torch.no_grad():
+                size = x.numel() / x.shape[2]
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * size / (size - 1), self.momentum)
+                self.num_batches_tracked += 1
+        else:
+            mean, var = self.running_mean, self.running_var
+        shape = (1, 1, -1, 1, 1)
+        x = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
+        x = self.alpha * self.v_threshold * x
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+
+class TDBN3d(nn.BatchNorm3d):
+    """The same over ``[N, C, T, H, W]``."""
+
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+TRIANGLE = surrogate.PiecewiseQuadratic(alpha=1.0)
+LIF = {"tau": 2.0, "v_reset": 0.0, "surrogate_function": TRIANGLE, "strict": True}
+COUNTS = known.IntegerLIF(tau=4 / 3, levels=4, detach_reset=True)
+KNOWN = {
+    MemoryUpdate: COUNTS,
+    MultiSpike: lambda m: known.IntegerLIF(tau=None, levels=m.most, divisor=m.divisor),
+    LIFSpike: known.LIF(**LIF, time_axis=1),
+    Stateful: known.LIF(**LIF, voltage="mem"),
+}
+
+
+def train(net, x):
+    """Output, gradients by name and buffers of a step."""
+    functional.reset_net(net)
+    x = x.clone().requires_grad_()
+    y = net(x)
+    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    found = {"output": y.detach() + 0, "input": x.grad}
+    found |= {name: p.grad for name, p in net.named_parameters()}
+    return found | dict(net.named_buffers())
+
+
+@pytest.mark.parametrize("norm", [None, layer.BatchNorm2d, TDBN])
+@pytest.mark.parametrize("kind", KNOWN, ids=lambda kind: kind.__name__)
+def test_described_nets_compute_what_they_did(kind, norm):
+    norms = {None: [], TDBN: [TDBN(6)], layer.BatchNorm2d: [layer.BatchNorm2d(6, step_mode="m")]}
+    plain = nn.Sequential(
+        layer.Conv2d(3, 6, 3, step_mode="m"), *norms[norm], kind(), layer.Conv2d(6, 4, 1)
+    )
+    functional.set_step_mode(plain, "m")
+    fast = copy.deepcopy(plain)
+    described = KNOWN | {
+        TDBN: lambda m: known.BatchNorm(scale=m.alpha * m.v_threshold, channel_axis=2)
+    }
+    report = sj_taid.accelerate(fast, known=described)
+    assert [*fast.state_dict()] == [*plain.state_dict()]
+    for net in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        reference = copy.deepcopy(plain)
+        for _ in range(3):
+            x = torch.randn(4, 2, 3, 8, 8) * 2
+            expected, found = train(reference, x), train(net, x)
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    assert isinstance(fast[:-1](x.requires_grad_()), Compact)
+    if norm and kind is not LIFSpike:  # whose time is not outermost in memory
+        assert any(row.done.startswith("fused into") for row in report.rows), str(report)
+    sj_taid.unaccelerate(fast)
+    assert [type(m) for m in fast] == [type(m) for m in plain]
+    assert {*vars(fast[-2])} == {*vars(plain[-2])}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_over_time_apart(training):
+    plain = nn.Sequential(nn.Conv3d(3, 5, 1), TDBN3d(5), nn.Tanh(), MultiSpike()).train(training)
+    fast = copy.deepcopy(plain)
+    sj_taid.accelerate(fast, known=KNOWN | {TDBN3d: known.BatchNorm(scale=0.5, scales_bias=True)})
+    for _ in range(6):
+        x = torch.randn(2, 3, 4, 6, 6)
+        torch.testing.assert_close(train(fast, x), train(plain, x), rtol=1e-4, atol=1e-4)
+
+
+FALSE = {
+    "other decay": (MemoryUpdate, known.IntegerLIF(tau=2.0, detach_reset=True), "output"),
+    "no state": (MemoryUpdate, known.IntegerLIF(tau=None, detach_reset=True), "output"),
+    "other levels": (MemoryUpdate, known.IntegerLIF(tau=4 / 3, levels=3), "output"),
+    "reset with gradient": (MemoryUpdate, known.IntegerLIF(tau=4 / 3), "gradient"),
+    "other window": (
+        MultiSpike,
+        known.IntegerLIF(tau=None, levels=8, window=(0, 4), divisor=4),
+        "gradient",
+    ),
+    "no divisor": (MultiSpike, known.IntegerLIF(tau=None, levels=8), "output"),
+    "other axis": (LIFSpike, known.LIF(**LIF), "output"),
+    "other surrogate": (
+        *(LIFSpike, known.LIF(**LIF | {"surrogate_function": surrogate.ATan()}, time_axis=1)),
+        "gradient",
+    ),
+    "soft reset": (LIFSpike, known.LIF(**LIF | {"v_reset": None}, time_axis=1), "output"),
+    "scaled bias": (
+        TDBN,
+        known.BatchNorm(scale=0.5, scales_bias=True, channel_axis=2),
+        "gradient of bias",
+    ),
+    "other scale": (TDBN, known.BatchNorm(scale=0.6, channel_axis=2), "output"),
+}
+
+
+@pytest.mark.parametrize("name", FALSE)
+def test_a_false_description_raises_at_the_first_call(name):
+    kind, description, what = FALSE[name]
+    net = nn.Sequential(kind(5) if kind is TDBN else kind(), neuron.LIFNode(step_mode="m"))
+    sj_taid.accelerate(net, known={kind: description})
+    net(torch.zeros(4, 2, 5, 3, 3))  # shows nothing
+    x = torch.randn(4, 2, 5, 16, 16) * 4
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=rf"^{kind.__name__} at '0' is not .*: \d+% of its {what}"
+        ):
+            net(x)
+    sj_taid.unaccelerate(net)
+    sj_taid.accelerate(net, known={kind: description}, check=False)
+    net(x)
+
+
+def test_what_is_no_description_leaves_the_net():
+    net = nn.Sequential(MemoryUpdate(), TDBN(3))
+    for wrong in ({TDBN: 3}, {TDBN: lambda m: None}, {MemoryUpdate: known.BatchNorm()}):
+        with pytest.raises(TypeError, match="known"):
+            sj_taid.accelerate(net, known={MemoryUpdate: COUNTS} | wrong)
+        assert [type(m) for m in net] == [MemoryUpdate, TDBN]
+    for arguments in ({"tau": 0.5}, {"levels": 0}, {"v_reset": 0.0}, {"time_axis": -1}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            known.IntegerLIF(**{"tau": 2.0} | arguments)
+
+
+def test_counts_behind_a_norm_are_saved_in_four_bits():
+    net = nn.Sequential(layer.BatchNorm2d(8, step_mode="m"), MemoryUpdate())
+    x = torch.randn(4, 2, 8, 16, 16, requires_grad=True)
+    _, plain = record_saved(lambda: net(x * 1).square(), [])
+    sj_taid.accelerate(net, known=KNOWN)
+    net(x)  # checks
+    _, saved = record_saved(lambda: net(x * 1).square(), [])
+    assert saved < 0.4 * plain
