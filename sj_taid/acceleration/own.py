@@ -179,5 +179,6 @@ def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple
 def describe_module(module: Any, description: Any, path: str, check: bool) -> None:
     """Let a module run as its description says."""
     own: Any = OwnNorm if isinstance(description, BatchNorm) else OwnNeuron
-    module.__class__ = accelerated_class(type(module), own)
+    kind: Any = type(module)
+    module.__class__ = accelerated_class(kind, own)
     module._description, module._is_unchecked, module._name = description, check, path
