@@ -2,6 +2,9 @@
 
 from importlib import metadata
 
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
 project = "sj-taid"
 author = "sj-taid developers"
 version = release = metadata.version("sj-taid")
@@ -9,7 +12,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
 ]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -20,6 +22,7 @@ nb_execution_timeout = 600
 nb_output_stderr = "remove"
 html_theme = "furo"
 html_title = "sj-taid"
+html_math_renderer = "mathml"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False  # Lightning's are long, and written for its own pages
@@ -28,3 +31,16 @@ nitpicky = True
 nitpick_ignore_regex = [("py:(class|meth)", r"(?!sj_taid\.).*")]
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+
+
+def setup(app):
+    """Write formulas as MathML, which browsers draw without MathJax and thus without internet."""
+
+    def render(display):
+        def visit(translator, node):
+            translator.body.append(convert(node.astext(), display=display))
+            raise SkipNode
+
+        return visit, None
+
+    app.add_html_math_renderer("mathml", render("inline"), render("block"))
