@@ -5,6 +5,7 @@ No function reads what a graph saved, which would run the hooks of checkpointing
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,11 +84,8 @@ def is_capturing(tensor: Tensor) -> bool:
 allows_hooks = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 
 
-def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """The innermost open ``saved_tensors_hooks``: their pack and unpack functions."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
+#: the innermost open ``saved_tensors_hooks``: their pack and unpack functions, or ``None``
+saving_hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
 push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 

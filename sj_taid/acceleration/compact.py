@@ -82,20 +82,29 @@ class Packing:
     def saves_alone(self, tensor: Tensor) -> bool:
         """Whether :meth:`save` is all that an operation on ``tensor`` needs, which is the usual."""
         is_whole = self.is_known and tensor._version == self.version and self.size == 1
-        return is_whole and not (
-            torch._C._is_any_autocast_enabled()
-            or _graph.is_capturing(tensor) != self._captured
-            or not torch.is_grad_enabled()
-            or not _graph.allows_hooks()
-            or _graph.saving_hooks() is not None
+        return (
+            is_whole
+            and torch.is_grad_enabled()
+            and not torch._C._is_any_autocast_enabled()
+            and _graph.allows_hooks()
+            and _graph.saving_hooks() is None
+            and (not tensor.is_cuda or _graph.is_capturing(tensor) == self._captured)
         )
 
     def save(self, tensor: Tensor) -> Any:
-        """:meth:`Saving.pack` for these values alone."""
+        """:meth:`Saving.pack` for these values alone, of which :meth:`saves_alone` is true."""
+        if not 0 <= tensor.data_ptr() - self.address < self.size_in_memory:
+            return tensor
         is_small = tensor.nbytes * _MOST_PARTS < self.size_in_memory
-        if is_small or not self.describes(tensor):
-            return None, (tensor,), _same
-        return None, self.parts(tensor), self.restorer(tensor)
+        if is_small or tensor.dtype != self.dtype:
+            return tensor
+        view = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return self.restore, self.parts(tensor), view
+
+    @staticmethod
+    def unpack(saved: Any) -> Tensor:
+        """The tensor of which :meth:`save` was called."""
+        return saved if isinstance(saved, Tensor) else saved[0](*saved[1]).as_strided(*saved[2])
 
     def expose(self) -> None:
         """Know the values no longer."""
@@ -144,6 +153,25 @@ class Counts(Packing):
         spikes = torch.empty(self._numel, dtype=self.dtype, device=saved.device)
         backends.unpack_into(saved, spikes.view(self._steps, -1))
         return spikes
+
+
+class Scaled(Packing):
+    """Whole numbers times a constant, saved as the whole numbers."""
+
+    def __init__(self, whole: Tensor, packing: Packing, scale: Callable[[Tensor], Tensor]) -> None:
+        """Before the multiplication, which may be in place: of ``whole``, all of its memory."""
+        self._parts, self._restore, self._scale = packing.parts(whole), packing.restore, scale
+
+    def of(self, tensor: Tensor) -> Packing:
+        """The packing of the product."""
+        super().__init__(tensor)
+        return self
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return self._parts
+
+    def restore(self, *parts: Tensor) -> Tensor:
+        return self._scale(self._restore(*parts))
 
 
 class Known(Tensor):
@@ -321,7 +349,7 @@ def _contract(peak_of: Any = None) -> Callable[..., Any]:
         if not kwargs and type(args[0]) is Compact and not isinstance(args[1], Known):
             packing = args[0]._packing
             if peak_of is None and packing.saves_alone(args[0]):
-                _graph.push_hooks(packing.save, Saving.unpack)
+                _graph.push_hooks(packing.save, Packing.unpack)
                 try:
                     return func(*args)
                 finally:
@@ -383,12 +411,36 @@ def _peaks(combine: Callable[[int, int, Any], int]) -> Callable[[Any], int | Non
     return peak_of
 
 
-def _binary(combine: Callable[[int, int, Any], int]) -> Callable[..., Any]:
-    """The handler of an operation of two tensors whose largest value follows from theirs."""
-    peak_of = _peaks(combine)
+def _multiply(peak_of: Any = None) -> Callable[..., Any]:
+    """The handler of a product, or of a quotient, which may be one with a constant."""
 
     def handle(func: Any, args: Any, kwargs: Any) -> Any:
-        return _run(func, args, kwargs, None if kwargs else peak_of(args))
+        if kwargs or len(args) != 2 or type(args[1]) not in (int, float):
+            return _run(func, args, kwargs, peak_of(args) if peak_of and not kwargs else None)
+        whole, number = args
+        packing = whole.packing() if type(whole) is Compact and torch.is_grad_enabled() else None
+        is_whole = packing is not None and packing.peak is not None and packing.size == 1
+        if not is_whole or not _fills_memory(whole):
+            return _run(func, args, kwargs, None)
+        operation: Any = torch.mul if peak_of else torch.div
+        scaled = Scaled(whole, packing, partial(operation, other=number))
+        result = run_saving([whole], func, args, kwargs)
+        if result.dtype == packing.dtype and result.stride() == whole.stride():
+            describe(result, [whole], None, scaled.of(result))
+        return result
+
+    return handle
+
+
+def _linear(contract: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler of a linear layer, which would save a copy of spikes that are not contiguous."""
+
+    def handle(func: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs or type(args[0]) is not Compact or args[0].dim() < 3 or args[0].is_contiguous():
+            return contract(func, args, kwargs)
+        x, weight, bias = (*args, None)[:3]
+        y = contract(func, (_view(Tensor.contiguous, (x,), {}), weight), {})
+        return y if bias is None else y.add_(bias)  # as torch: not within the matrix product
 
     return handle
 
@@ -602,16 +654,17 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_both("clone to float half bfloat16 cat concat stack"), _copy),
     **_POOLS,
     **dict.fromkeys(
-        _both("mul multiply __mul__ __rmul__ mul_ __imul__"), _binary(lambda a, b, _: a * b)
+        _both("mul multiply __mul__ __rmul__ mul_ __imul__"),
+        _multiply(_peaks(lambda a, b, _: a * b)),
     ),
+    **dict.fromkeys(_both("div divide __truediv__ div_ __itruediv__"), _multiply()),
     **dict.fromkeys(
         _both("matmul __matmul__ bmm mm"),
         _contract(_peaks(lambda a, b, first: a * b * first.shape[-1])),
     ),
-    **dict.fromkeys(
-        [F.linear, torch.einsum, *_both("conv1d conv2d conv3d addmm baddbmm")], _contract()
-    ),
+    **dict.fromkeys([torch.einsum, *_both("conv1d conv2d conv3d addmm baddbmm")], _contract()),
     **dict.fromkeys(_both("conv_transpose1d conv_transpose2d conv_transpose3d"), _contract()),
+    F.linear: _linear(_contract()),
     Tensor.__rsub__: _subtract,
 }
 

@@ -143,13 +143,13 @@ def _hashable(value: Any) -> Any:
 class Waiting:
     """A batch norm's call, decided in advance."""
 
-    #: ``idle`` counts calls since a neuron or a sum has read the output, from 1 in a new plan. From
-    #: so many on the norm is torch's own, which is faster then, but for one call in so many more.
-    PATIENCE, AGAIN = 4, 64
+    #: Calls in a row whose output was read by others than neurons and sums; after so many the norm
+    #: is torch's own, which is faster then, but for one call in so many more.
+    PATIENCE, AGAIN = 3, 64
 
     def __init__(self, module: Any, x: Tensor, folds: bool, spec: NormSpec, engine: Engine) -> None:
         self.spec, self.plan = spec, find_norm_plan(engine, spec)
-        self.folds, self.copies, self.idle = folds, not is_dense(x), 1
+        self.folds, self.copies, self.idle = folds, not is_dense(x), 0
         #: those of the plain module's input ``[M, C, *]``
         self.strides = (x.flatten(0, 1) if folds else x).stride()
         tensors = module.weight, module.bias, module.running_mean, module.running_var
@@ -184,7 +184,7 @@ class Waiting:
     @property
     def is_trial(self) -> bool:
         """Whether nothing says that a neuron or a sum will read this call's output."""
-        return self.idle > 1 and self.reads and not self.spec.fixed
+        return self.idle > 0 and self.reads and not self.spec.fixed
 
     def flat(self, x: Tensor) -> Tensor:
         """The input as the plain module gets it."""
@@ -266,7 +266,7 @@ class NormCall:
 
     def keep_waiting(self) -> None:
         """Note that a neuron or a sum reads the output."""
-        self.waiting.idle = 0
+        self.waiting.idle = -1  # the next call is no trial
         if self._trial:
             self._trial.keep_fused()
 

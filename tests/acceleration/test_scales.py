@@ -1,0 +1,88 @@
+"""Spikes and counts times a constant, and linear layers of spikes in another memory order."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from torch import nn
+from torch.nn import functional as F
+
+import sj_taid
+from sj_taid._graph import record_saved
+
+SCALES = {
+    "times": lambda x: x * 0.125,
+    "times a third": lambda x: x * 0.3,
+    "constant first": lambda x: 3 * x,
+    "torch.mul": lambda x: torch.mul(x, 0.3),
+    "in place": lambda x: x.mul_(0.3),
+    "in place, operator": lambda x: times_in_place(x, 0.7),
+    "over": lambda x: x / 3,
+    "torch.div": lambda x: torch.div(x, 7.0),
+    "over, in place": lambda x: x.div_(3),
+    "infinite": lambda x: x * float("inf"),
+    "of a part": lambda x: x[1:] * 0.3,
+    "of a transposed": lambda x: x.transpose(1, 2) * 0.3,
+    "twice": lambda x: x * 0.3 * 0.7,
+    "then a whole number": lambda x: x * 0.5 + 1,
+    "rounded": lambda x: torch.div(x, 3, rounding_mode="floor"),
+}
+#: whose products are not saved as whole numbers
+UNKNOWN = ("of a part", "of a transposed", "twice", "then a whole number", "rounded")
+
+
+def times_in_place(x, number):
+    x *= number
+    return x
+
+
+def spikes_of(dtype):
+    """The same spikes with a graph, plain and accelerated."""
+    net = nn.Sequential(neuron.LIFNode(step_mode="m", tau=1.5))
+    sj_taid.accelerate(net)
+    spikes = net(torch.rand(8, 3, 8, 16).mul(3).to(dtype).requires_grad_())
+    assert 0 < spikes.mean() < 1
+    return spikes.detach().as_subclass(torch.Tensor).clone().requires_grad_() * 1, spikes
+
+
+def counts_of(dtype):
+    """Products of spikes."""
+    return [spikes @ spikes.transpose(-1, -2) for spikes in spikes_of(dtype)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [spikes_of, counts_of])
+@pytest.mark.parametrize("name", SCALES)
+def test_multiples_are_saved_as_whole_numbers(name, make, dtype):
+    found = []
+    for x in make(dtype):
+        scaled = SCALES[name](x)
+        leaf = torch.linspace(-1, 1, scaled.shape[-1] * 5).view(5, -1).to(dtype).requires_grad_()
+        y, saved = record_saved(lambda scaled=scaled, leaf=leaf: F.linear(scaled, leaf), [leaf])
+        grad = torch.autograd.grad(y.sum(), leaf)[0]
+        found.append((y + 0, grad, scaled.stride(), scaled.nbytes / saved))
+    (y, grad, strides, _), (fast, fast_grad, fast_strides, gain) = found
+    assert strides == fast_strides
+    torch.testing.assert_close(fast, y, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(fast_grad, grad, rtol=0, atol=0, equal_nan=True)
+    most = dtype.itemsize * (8 if make is spikes_of else 1)
+    assert gain == (1 if name in UNKNOWN else most)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axes", [(1, 2), (0, 1), (2, 3)])
+def test_a_linear_layer_of_transposed_spikes_saves_bits(axes, dtype, bias):
+    found = []
+    for x in spikes_of(dtype):
+        x = x.transpose(*axes)
+        linear = nn.Linear(x.shape[-1], 5, bias=bias, dtype=dtype)
+        nn.init.constant_(linear.weight, 0.3)
+        with torch.no_grad():
+            linear.weight += torch.linspace(0, 1, linear.weight.numel()).view(5, -1)
+        if bias:
+            nn.init.constant_(linear.bias, 0.7)
+        y, saved = record_saved(lambda x=x, linear=linear: linear(x), [*linear.parameters()])
+        grads = torch.autograd.grad(y.square().sum(), [x, *linear.parameters()])
+        found.append([y + 0, *grads])
+    assert all(map(torch.equal, *found))
+    assert saved <= x.nbytes / dtype.itemsize / 8
