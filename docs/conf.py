@@ -1,5 +1,6 @@
 """Sphinx: the pages are Markdown (MyST) and notebooks, the API pages come from the docstrings."""
 
+import re
 from importlib import metadata
 
 from docutils.nodes import SkipNode
@@ -38,7 +39,12 @@ def setup(app):
 
     def render(display):
         def visit(translator, node):
-            translator.body.append(convert(node.astext(), display=display))
+            # As latex2mathml knows them.
+            text = node.astext().replace("aligned}", "align*}").replace(r"\_", "_")
+            mathml = re.sub(
+                r'columnalign="(\w+)"', r'style="text-align: \1"', convert(text, display=display)
+            )
+            translator.body.append(mathml)
             raise SkipNode
 
         return visit, None
