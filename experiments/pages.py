@@ -230,14 +230,6 @@ def signed(change: pd.Series) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
-def image_decoders() -> pd.DataFrame:
-    """The error of an autoencoder of digits, by image decoder, over seeds."""
-    rows = pd.read_csv(RESULTS / "image_decoders.csv")
-    groups = rows.groupby("decoder", sort=False)["error"]
-    errors = groups.agg(METRICS["reconstruction"].text).rename("error ↓")
-    return errors.to_frame().assign(seeds=groups.size().astype(str)).reset_index()
-
-
 def load_starts() -> pd.DataFrame:
     """The sweep over starts: mean accuracy in % by data set, norm, calibration, neuron, start."""
     table = load_study("start_map").replace({"dataset": FOLDERS})
@@ -428,8 +420,7 @@ def esvae() -> pd.DataFrame:
 
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, distances, models)},
-    **{table.__name__: table for table in (decoders, generator_neurons, image_decoders)},
-    **{table.__name__: table for table in (start_map, recipes)},
+    **{table.__name__: table for table in (decoders, generator_neurons, start_map, recipes)},
     **{table.__name__: table for table in (memory, zoo, neurons, host_layers, host_nets, esvae)},
 }
 
