@@ -18,8 +18,10 @@ from torch import Tensor, nn
 SPIKINGJELLY_VERSION: str = version("spikingjelly")
 #: the bases of neurons with a voltage, a threshold and a reset; 0.0.0.0.14 has the first alone
 NEURONS = (neuron.BaseNode, getattr(neuron, "SimpleBaseNode", neuron.BaseNode))
+#: integer LIF, a subclass of LIF, which 0.0.0.0.14 lacks
+INTEGER_LIF: tuple[Any, ...] = (neuron.ILIFNode,) if hasattr(neuron, "ILIFNode") else ()
 #: the neurons whose dynamics are those of ALIF; a subclass may do something else: plain_kind
-PLAIN_NEURONS = (neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
+PLAIN_NEURONS = (*INTEGER_LIF, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 #: what 0.0.0.0.14 calls at each step, and 2.x does not call in a LIF, PLIF or IF
 HOOKS = frozenset({"neuronal_charge", "neuronal_fire", "neuronal_reset"})
 FUNCTIONAL_STATES: bool = hasattr(neuron.BaseNode, "single_step_functional_forward")

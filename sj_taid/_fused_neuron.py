@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,10 @@ class FusedNeuron:
     _numbers: Any
 
     def _constants(self, dtype: torch.dtype) -> tuple[Any, bool, Any]:
-        """``w`` of a dtype, ``decay_input`` and the threshold; ``None`` for what is a tensor."""
+        """``w`` of a dtype, ``decay_input`` and the threshold; ``None`` for what is a tensor.
+
+        A ``w`` of -inf is no leak, one of inf no state.
+        """
         raise NotImplementedError
 
     def _operands(self) -> tuple[Tensor | None, Tensor | None]:
@@ -149,10 +153,11 @@ class FusedNeuron:
             return _Call(None, None, False)  # type: ignore[arg-type]
         dtype = state_dtype(x_seq.dtype)
         number, decay_input, threshold = self._constants(dtype)
+        functional.check_counts(function, self.v_reset, number != math.inf)
         v_reset = None if self.v_reset is None else float(self.v_reset)
         dynamics = Dynamics(
             *(number, decay_input, threshold, v_reset, self.detach_reset),
-            *derivatives.derivative_of(function),
+            *(*derivatives.derivative_of(function), derivatives.levels_of(function)),
         )
         tensors = [t for t in (w, v_threshold) if t is not None]
         per_channel = any(t.dim() for t in tensors)
@@ -177,7 +182,7 @@ class FusedNeuron:
         """The same by any backend, for what compiles, transforms or traces."""
         dtype = state_dtype(x_seq.dtype)
         number, decay_input, threshold = self._constants(dtype)
-        if w is None:
+        if w is None and number != math.inf:
             w = x_seq.new_full((), max(number, NO_LEAK_W), dtype=dtype)
         if v_threshold is None:
             v_threshold = x_seq.new_full((), threshold, dtype=dtype)

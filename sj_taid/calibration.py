@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._checks import check, check_net, is_number
 from .monitoring import monitor, spikes_of
 from .neurons import need_neurons, why_silent
+from .ops.surrogate import counts, levels_of
 from .report import table
 from .state import fresh_state
 from .thresholds import fixed_thresholds
@@ -37,7 +38,8 @@ class Calibrated:
 
     Attributes:
         layer: its path in the net.
-        rate_before: spikes per neuron and time step before; ``None`` for a layer that does not run.
+        rate_before: spikes per neuron and time step before, or the mean count; ``None`` for a layer
+            that does not run.
         rate: the same after.
         v_threshold_before: threshold voltage before, the mean over channels.
         v_threshold: the same after.
@@ -112,7 +114,8 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
         net: any module with SpikingJelly neurons.
         x_seq: what ``net`` takes, one batch, as large as you can: a rate has steps of 1 / (number
             of neurons, samples and time steps), for a channel of a linear layer 1 / (T N).
-        rate: spikes per neuron and time step, in (0, 1).
+        rate: spikes per neuron and time step, in (0, 1). A neuron that counts to D gives D times as
+            many, a mean count of 0.8 where D is 4: as many as spikes in D steps.
 
     Returns:
         The report. A layer is missed if its rate, or a channel's, is more than 20 % off. A neuron
@@ -142,9 +145,10 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     def calibrate_next(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         def fire() -> Tensor:
             node.reset()
-            return spikes_of(node.forward(*args, **kwargs)).ne(0)
+            spikes = spikes_of(node.forward(*args, **kwargs))
+            return spikes if counts(node.surrogate_function) else spikes.ne(0)
 
-        notes[node] = _search(node, fire, rate)
+        notes[node] = _search(node, fire, rate * levels_of(node.surrogate_function))
         node.reset()
 
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]

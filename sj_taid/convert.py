@@ -26,6 +26,7 @@ from .neurons import (
     why_silent,
 )
 from .ops import backends
+from .ops.surrogate import counts
 from .report import Report, table_of
 from .state import name_neurons
 from .thresholds import warn_at_reset
@@ -43,13 +44,13 @@ def swap_neurons(
     filter: Callable[[str, nn.Module], bool] | None = None,
     backend: str = backends.AUTO,
 ) -> Report:
-    r"""Replace the LIF, PLIF and IF nodes of ``net`` by :class:`~sj_taid.ALIFNode`, in place.
+    r"""Replace the LIF, PLIF, IF and integer LIF nodes of ``net`` by ALIF, in place.
 
     Each neuron keeps its options, voltage and hooks, and PLIF its parameter ``w`` (unless it is in
     half precision), so an optimiser made before the swap still holds it. The outputs are bit for
-    bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, and for LIF with a tau of 2,
-    4, 8 or 16; else equal to rounding, as LIF divides by tau and ALIF multiplies by
-    :math:`\mathrm{sigmoid}(w)`.
+    bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, for LIF with a tau of 2, 4, 8
+    or 16, and for integer LIF with one of these or 4/3, its default; else equal to rounding, as LIF
+    divides by tau and ALIF multiplies by :math:`\mathrm{sigmoid}(w)`.
 
     IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is 0. No gradient
     leads away from there, so its ``w`` is frozen and only its threshold learns.
@@ -110,8 +111,9 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
 
     It is for SpikingJelly's NIR export, counters, energy estimates and kernels. The outputs are
     equal bit for bit where tau is a power of two, and otherwise to rounding (LIF divides by tau).
-    An ALIF without leak becomes an ``IFNode``. All channels must have one tau and one threshold.
-    Warns of thresholds at or below the reset voltage, where a neuron fires without input.
+    An ALIF without leak becomes an ``IFNode``, one that counts an ``ILIFNode``. All channels must
+    have one tau and one threshold. Warns of thresholds at or below the reset voltage, where a
+    neuron fires without input.
 
     A ``LIFNode`` keeps tau and threshold as plain numbers, which its ``state_dict`` does not have:
     save the ``state_dict`` of ``net``, and call this after loading it.
@@ -203,6 +205,17 @@ def _why_no_lif(site: Site) -> str | None:
         return "its tau is 1 to float32's precision; LIF needs more"
     if taus[0] == math.inf and node.decay_input:
         return "its tau is infinite, so that its input has no effect"
+    if counts(node.surrogate_function):
+        return _why_no_integer_lif(node, taus[0])
+    return None
+
+
+def _why_no_integer_lif(node: ALIFNode, tau: float) -> str | None:
+    """Why an integer LIF cannot express an ALIF that counts, or ``None``."""
+    if not _compat.INTEGER_LIF:
+        return "it counts, and SpikingJelly 0.0.0.0.14 has no ILIFNode"
+    if node.decay_input or tau == math.inf:
+        return "it counts, and an ILIFNode has a finite tau and decay_input=False"
     return None
 
 
@@ -249,7 +262,10 @@ def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
 def _to_lif(node: ALIFNode) -> neuron.BaseNode:
     tau, v_threshold = (t.max().item() for t in (node.tau, node.effective_v_threshold))
     options = {"v_threshold": v_threshold, **_shared_options(node)}
-    if tau == math.inf:
+    if counts(node.surrogate_function):
+        del options["v_reset"]
+        plain = _compat.INTEGER_LIF[0](tau=tau, **options)
+    elif tau == math.inf:
         plain = neuron.IFNode(**options)
     else:
         plain = neuron.LIFNode(tau=tau, decay_input=node.decay_input, **options)

@@ -12,6 +12,8 @@ from torch import Tensor
 from .ops import backends
 from .ops.alif.norm import Norm, batch_norm
 from .ops.alif.reference import state_dtype
+from .ops.bits import LARGEST_BYTE
+from .ops.surrogate import counts, levels_of
 
 __all__ = ["alif_multi_step", "alif_step", "lower_bound"]
 
@@ -19,7 +21,7 @@ __all__ = ["alif_multi_step", "alif_step", "lower_bound"]
 def alif_multi_step(
     x_seq: Tensor,
     v: Tensor | float,
-    w: Tensor,
+    w: Tensor | None,
     v_threshold: Tensor,
     *,
     decay_input: bool = True,
@@ -39,15 +41,16 @@ def alif_multi_step(
     Args:
         x_seq: input current ``[T, N, *]``; half precision is computed in float32.
         v: membrane potential before the first step, ``[N, *]``, or a float for all neurons.
-        w: ``-log(tau - 1)``, tau in time steps; a scalar, or ``[C]`` for axis 2 of ``x_seq``.
+        w: ``-log(tau - 1)``, tau in time steps; a scalar, or ``[C]`` for axis 2 of ``x_seq``. For
+            counts ``None`` is no state: each step is charged by its input alone.
         v_threshold: threshold voltage; a scalar, or ``[C]``.
         decay_input, v_reset, surrogate_function, detach_reset, backend: as of
             :class:`~sj_taid.ALIFNode`.
         store_v_seq: also return the voltage of every step.
         norm: a batch norm over axis 2; its running statistics are updated in place where the
             batch's own are used and were not taken before.
-        return_bits: also return the spikes as bits, uint8 ``[ceil(T / 8), neurons]``:
-            :mod:`sj_taid.ops.bits`.
+        return_bits: also return the spikes as bits, uint8 ``[ceil(T / 8), neurons]``, or counts in
+            four bits up to 15, in bytes up to 255: :mod:`sj_taid.ops.bits`.
 
     Returns:
         Spikes ``[T, N, *]`` in ``x_seq``'s dtype; the last voltage ``[N, *]``; the voltages
@@ -65,6 +68,7 @@ def alif_multi_step(
     ([0.0, 1.0, 0.0], [0.5])
     """
     check_call(x_seq, v, w, v_threshold)
+    check_counts(surrogate_function, v_reset, w is not None, return_bits)
     x_seq = savable(x_seq)
     if isinstance(v, Tensor):
         v = savable(v).to(state_dtype(x_seq.dtype))
@@ -89,7 +93,7 @@ def alif_multi_step(
 
 
 def alif_step(
-    x: Tensor, v: Tensor | float, w: Tensor, v_threshold: Tensor, **options: Any
+    x: Tensor, v: Tensor | float, w: Tensor | None, v_threshold: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """One time step of :func:`alif_multi_step`, bit for bit: ``x`` ``[N, *]`` -> spikes, voltage.
 
@@ -165,6 +169,29 @@ def check_call(x_seq: Tensor, v: Any, w: Any, v_threshold: Any) -> None:
     for name, parameter in (("w", w), ("v_threshold", v_threshold)):
         if parameter is not None:
             _check_parameter(name, parameter, x_seq)
+
+
+def check_counts(
+    surrogate_function: Any, v_reset: Any, has_state: bool = True, return_bits: bool = False
+) -> None:
+    """Raise an error unless the options fit spikes, or counts."""
+    if not counts(surrogate_function):
+        if not has_state:
+            raise ValueError(
+                "w=None is a neuron without state, which gives counts alone; take "
+                "surrogate_function=sj_taid.ops.surrogate.MultiLevelSpikeCount(4)"
+            )
+    elif v_reset is not None:
+        raise ValueError(
+            "a neuron that counts needs a soft reset, which subtracts the count times the "
+            f"threshold, but v_reset={v_reset!r} would set one voltage after any count; take "
+            "v_reset=None"
+        )
+    elif return_bits and levels_of(surrogate_function) > LARGEST_BYTE:
+        raise ValueError(
+            f"return_bits holds counts up to {LARGEST_BYTE}, but the neuron counts to "
+            f"{levels_of(surrogate_function)}; leave it out"
+        )
 
 
 def _check_state(v: Any, x_seq: Tensor) -> None:

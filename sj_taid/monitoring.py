@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ._checks import check_net
 from .neurons import need_neurons
+from .ops.surrogate import counts, levels_of
 from .report import table
 from .thresholds import describe_at_reset, threshold_of, warn_at_bound, warn_at_reset
 
@@ -24,8 +25,9 @@ class LayerState:
     """One layer of neurons.
 
     Attributes:
-        firing_rate: spikes per neuron and time step, in [0, 1], negative ones included; ``None``
-            before the first input, NaN if a voltage was not finite.
+        firing_rate: spikes per neuron and time step, in [0, 1], negative ones included; of a neuron
+            that counts to D the mean count, in [0, D], as a count of n is n spikes to a weight.
+            ``None`` before the first input, NaN if a voltage was not finite.
         tau: membrane time constant in time steps, the mean over channels; ``None`` for a neuron
             without one.
         v_threshold: threshold voltage, the mean over channels.
@@ -46,7 +48,8 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
         net: a module with neurons.
         dead: firing rate below which a layer counts as dead: it passes nothing on, and may
             receive no gradient. A rule of thumb, as is the next.
-        saturated: firing rate above which a layer hardly passes any information on.
+        saturated: firing rate above which a layer hardly passes any information on; of a neuron
+            that counts to D, that share of D.
 
     Returns:
         A :class:`.Monitor`, which counts without synchronisation until it is read. The graphs of a
@@ -102,7 +105,8 @@ class Monitor(AbstractContextManager["Monitor"]):
             "choose; or put a norm before them."
         )
         _warn("dead layers", {p: r for p, r in rates.items() if r < self._dead}, scale)
-        _warn("saturated layers", {p: r for p, r in rates.items() if r > self._saturated}, scale)
+        most = {p: r for p, r in rates.items() if r > self._saturated * self._counts[p].levels()}
+        _warn("saturated layers", most, scale)
         begin = "torch.autograd.detect_anomaly() finds where it began."
         _warn(
             "layers with voltages that are not finite",
@@ -146,6 +150,10 @@ class _Count:
         self.spikes: Tensor | float = 0.0
         self.steps: Tensor | float = 0.0  # a tensor: torch.compile compiles for every number
 
+    def levels(self) -> int:
+        """The most that a step gives."""
+        return levels_of(self.node.surrogate_function)
+
     def rate(self) -> float | None:
         return float(self.spikes) / float(self.steps) if self.steps else None
 
@@ -154,7 +162,8 @@ class _Count:
         spikes = spikes_of(output).detach()
         # A neuron whose voltage is NaN fires no spike: NaN and infinity times 0 make the sum NaN.
         v = torch.as_tensor(node.v).detach().sum(dtype=torch.float64)
-        self.spikes = self.spikes + spikes.ne(0).sum(dtype=torch.float64) + 0.0 * v
+        fired = spikes if counts(node.surrogate_function) else spikes.ne(0)
+        self.spikes = self.spikes + fired.sum(dtype=torch.float64) + 0.0 * v
         self.steps = self.steps + spikes.new_full((), spikes.numel(), dtype=torch.float64)
 
 

@@ -12,12 +12,15 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
 from . import _compat, _graph, functional
-from ._checks import check_flags, check_numbers, is_number, is_whole
+from ._checks import check_flags, check_numbers, check_sizes, is_number, is_whole
 from ._fused_neuron import FusedNeuron
 from .ops import backends
 from .ops.alif.reference import state_dtype
+from .ops.surrogate import MultiLevelSpikeCount, counts, levels_of
 
 __all__ = ["ALIFNode"]
+
+_SIGMOID = surrogate.Sigmoid()
 
 
 class ALIFNode(FusedNeuron, _compat.BaseNode):
@@ -53,6 +56,12 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         learn_tau: whether ``w`` receives a gradient.
         learn_threshold: whether ``v_threshold`` receives a gradient.
         min_v_threshold: lower bound of the threshold used; ``None`` leaves it free (the paper).
+        levels: the most that a step gives. With D > 1 the neuron is an integer one: it gives counts
+            :math:`S = \mathrm{round}(\mathrm{clamp}(H / V_{th}, 0, D))`, half to even, with the
+            gradient :math:`1 / V_{th}` where :math:`0 \le H / V_{th} \le D`, and needs
+            ``v_reset=None``. For another window give ``surrogate_function=
+            sj_taid.ops.surrogate.MultiLevelSpikeCount(D, grad_window=(low, high))`` instead.
+            I-LIF (arXiv 2407.20708) has ``init_tau=4/3, decay_input=False``.
 
     Attributes:
         w: ``-log(tau - 1)``, float32, a scalar or ``[C]``.
@@ -74,6 +83,9 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     [0.0, 1.0, 0.0]
     >>> sorted(node.state_dict())
     ['v_threshold', 'w']
+    >>> node = ALIFNode(levels=4, v_reset=None, decay_input=False, step_mode="m")
+    >>> node(torch.tensor([[2.7], [1.0], [9.0]])).flatten().tolist()  # H = 2.7, 0.85, 8.925
+    [3.0, 1.0, 4.0]
     """
 
     def __init__(
@@ -82,7 +94,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         decay_input: bool = True,
         v_threshold: float = 1.0,
         v_reset: float | None = 0.0,
-        surrogate_function: Callable[[Tensor], Tensor] = surrogate.Sigmoid(),
+        surrogate_function: Callable[[Tensor], Tensor] = _SIGMOID,
         detach_reset: bool = False,
         step_mode: str = "s",
         store_v_seq: bool = False,
@@ -92,6 +104,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         learn_tau: bool = True,
         learn_threshold: bool = True,
         min_v_threshold: float | None = None,
+        levels: int = 1,
     ) -> None:
         # From about 3.4e38 on, 1/sigmoid(w) is infinite in float32.
         if not (is_number(init_tau) and 1.0 < init_tau < 1e38):
@@ -113,6 +126,13 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
                 "surrogate_function must be a function, such as surrogate.ATan(), but it is "
                 f"{surrogate_function!r}"
             )
+        surrogate_function = _counting(levels, surrogate_function)
+        if counts(surrogate_function) and not v_threshold > 0.0:
+            raise ValueError(
+                "a neuron that counts divides by its threshold: v_threshold must be more than 0, "
+                f"but it is {v_threshold}"
+            )
+        functional.check_counts(surrogate_function, v_reset)
         if v_reset is not None and not (is_number(v_reset) and math.isfinite(v_reset)):
             raise ValueError(f"v_reset must be a finite number or None, but it is {v_reset!r}")
         if channels is not None and not (is_whole(channels) and channels >= 1):
@@ -165,6 +185,15 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     def supported_backends(self) -> tuple[str, ...]:
         """The names that ``backend`` takes."""
         return backends.names()
+
+    @property
+    def levels(self) -> int:
+        """The most that a step gives: 1 for spikes.
+
+        >>> ALIFNode(levels=4, v_reset=None).levels
+        4
+        """
+        return levels_of(self.surrogate_function)
 
     @property
     def tau(self) -> Tensor:
@@ -224,8 +253,9 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     def extra_repr(self) -> str:
         with torch.no_grad():
             tau, threshold = map(_range, (self.tau, self.effective_v_threshold))
+        levels = f"levels={self.levels}, " if counts(self.surrogate_function) else ""
         return (
-            f"tau={tau}, v_threshold={threshold}, v_reset={self.v_reset}, "
+            f"tau={tau}, v_threshold={threshold}, v_reset={self.v_reset}, {levels}"
             f"decay_input={self.decay_input}, detach_reset={self.detach_reset}, "
             f"channels={self.channels}, step_mode={self.step_mode}, backend={self.backend}"
         )
@@ -261,6 +291,19 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             return tensor.to(moved.device, torch.float32) if lowered else moved
 
         return super()._apply(keep_float32)
+
+
+def _counting(levels: int, surrogate_function: Any) -> Any:
+    """The surrogate of a neuron of ``levels``."""
+    check_sizes(levels=levels)
+    if levels == 1 or (counts(surrogate_function) and levels_of(surrogate_function) == levels):
+        return surrogate_function
+    if surrogate_function is not _SIGMOID:
+        raise ValueError(
+            f"levels={levels} has the surrogate MultiLevelSpikeCount({levels}), but "
+            f"surrogate_function is {surrogate_function!r}; leave one of the two out"
+        )
+    return MultiLevelSpikeCount(levels)
 
 
 def _range(parameter: Tensor) -> str:

@@ -15,6 +15,7 @@ from . import _compat
 from ._fused_neuron import NO_LEAK_W as NO_LEAK_W
 from ._fused_neuron import Accelerated
 from .ops import backends
+from .ops.surrogate import counts
 from .report import Row
 
 
@@ -84,6 +85,8 @@ def why_no_alif(node: Any) -> str | None:
         if known is None:
             return "not a LIF, PLIF or IF neuron"
         return f"a subclass of {known.__name__} that overrides methods: it may behave differently"
+    if counts(node.surrogate_function) and not isinstance(node, _compat.INTEGER_LIF):
+        return "its surrogate counts by H - V_th; ALIF counts by H / V_th"
     if isinstance(node.v_threshold, Tensor):
         return "its threshold is a tensor; ALIF starts from a number"
     if isinstance(w := getattr(node, "w", None), Tensor) and w.dim():
@@ -137,4 +140,6 @@ def describe_equality(site: Site) -> str:
     elif isinstance(node, neuron.LIFNode):
         w = torch.tensor(nearest_w(node.tau, site.dtype), dtype=site.dtype, device="cpu")
         equal = math.frexp(node.tau)[0] == 0.5 and w.sigmoid().item() * node.tau == 1.0
+        if isinstance(node, _compat.INTEGER_LIF):  # multiplies by 1 - 1/tau
+            equal = bool(1.0 - w.sigmoid() == torch.tensor(1.0 - 1.0 / node.tau, dtype=w.dtype))
     return f"equal outputs{'' if equal else ' to rounding'}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sj_taid.ops.alif.norm import Norm
+from sj_taid.ops.surrogate import MultiLevelSpikeCount, counts
 
 Leaves = dict[str, Tensor]
 HALF = (torch.float16, torch.bfloat16)
@@ -48,6 +49,7 @@ class Case:
     norm: str | None = None  # by the "batch"'s statistics or "fixed" ones
     pack: bool = False
     moved: bool = False  # what is saved for backward comes back in another layout
+    stateless: bool = False  # of counts
 
     def options(self) -> dict[str, Any]:
         names = ("decay_input", "v_reset", "surrogate_function", "detach_reset")
@@ -72,6 +74,7 @@ class Case:
             self.norm or "",
             "bits" if self.pack else "",
             "moved" if self.moved else "",
+            "stateless" if self.stateless else "",
         )
         return "-".join(part for part in parts if part)
 
@@ -85,6 +88,16 @@ def grid(
     booleans = (False, True)
     values = ((0.0, -0.25, None), booleans, booleans, (None, base.shape[2]), dtypes)
     return [base.with_(**dict(zip(names, row, strict=True))) for row in itertools.product(*values)]
+
+
+def count_grid(
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF), base: Case | None = None
+) -> list[Case]:
+    """The same of counts: detach x charge x granularity x dtype."""
+    fires = MultiLevelSpikeCount(4, grad_window=(-0.5, 3.75))
+    cases = grid(dtypes, (base or Case()).with_(surrogate_function=fires))
+    cases = [case for case in cases if case.v_reset is None]
+    return cases + [case.with_(stateless=True) for case in cases if case.decay_input]
 
 
 def tensors(case: Case, device: str = "cpu") -> Leaves:
@@ -139,7 +152,7 @@ def results(
         spike_seq, v_last, v_seq, *bits = multi_step(
             leaves["x"],
             leaves["v0"] if case.v_init else (case.v_reset or 0.0),
-            leaves["w"],
+            None if case.stateless else leaves["w"],
             leaves["v_threshold"],
             store_v_seq="v_seq" in through if store_v_seq is None else store_v_seq,
             **case.options(),
@@ -157,7 +170,8 @@ def results(
         for n, o in outputs.items()
         if n in through
     }
-    wanted = {n: t for n, t in leaves.items() if t.requires_grad and (n != "v0" or case.v_init)}
+    given = {"v0": case.v_init, "w": not case.stateless}
+    wanted = {n: t for n, t in leaves.items() if t.requires_grad and given.get(n, True)}
     grads = torch.autograd.grad(
         [outputs[n] for n in cotangents],
         list(wanted.values()),
@@ -255,11 +269,32 @@ def assert_not_finite_alike(
             for i, value in enumerate((torch.inf, -torch.inf, torch.nan)):
                 leaf.masked_fill_(kind == i, value)
     got, expected = (results(f, case, leaves) for f in (multi_step, reference))
-    assert expected["grad_x"].isfinite().any() and expected["grad_x"].isnan().any()
+    # A count passes no gradient where it is not finite.
+    seen = expected["v" if counts(case.surrogate_function) else "grad_x"]
+    assert seen.isfinite().any() and seen.isnan().any()
     for name, want in expected.items():
         exact = name == "spike_seq" or (name in ("v", "v_seq") and not case.norm)
         bound = 0.0 if exact else TOLERANCE[want.dtype]["value"]
         torch.testing.assert_close(got[name], want, rtol=bound, atol=bound, equal_nan=True)
+
+
+def assert_counts_at_their_edges(
+    multi_step: Callable[..., Any], reference: Callable[..., Any], **changes: Any
+) -> None:
+    """Counts and gradients where H / V_th is a half or a bound of the window, and next to it."""
+    steps = torch.arange(-8, 32) / 4
+    for threshold in (1.0, 0.3, 3.0):
+        near = [steps * threshold]
+        near += [torch.nextafter(near[0], near[0] + sign) for sign in (-1, 1)]
+        x = torch.stack(near).reshape(1, -1, 1).to(changes.get("dtype", torch.float32))
+        for window in (None, (-0.5, 4.25), (1.0, 1.0)):
+            fires = MultiLevelSpikeCount(4, grad_window=window)
+            case = Case(None, False, False, None, x.dtype, (*x.shape,), fires).with_(**changes)
+            leaves = tensors(case) | {"x": x.requires_grad_()}
+            leaves["v_threshold"] = torch.tensor(threshold, requires_grad=True)
+            got, expected = (results(f, case, leaves) for f in (multi_step, reference))
+            assert_close(got, expected, case.dtype, scale=100)
+            assert expected["spike_seq"].unique().tolist() == [0, 1, 2, 3, 4]
 
 
 def assert_statistics_of_a_mean_far_from_zero(

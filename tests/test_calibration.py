@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -58,6 +59,19 @@ def test_calibrate_reaches_the_rate_in_every_layer(kind):
         functional.reset_net(net)
         for path, state in watch.state().items():
             assert state.firing_rate == pytest.approx(0.15, rel=0.2), (path, threshold)
+
+
+@pytest.mark.parametrize("levels", [4, 15])
+def test_calibrate_gives_a_mean_count_of_the_rate_times_what_a_step_gives(levels):
+    make = partial(ALIFNode, levels=levels, v_reset=None, step_mode="m")
+    net = nn.Sequential(nn.Linear(8, 64), make(v_threshold=9.0), nn.Linear(64, 32), make())
+    x_seq = torch.rand(4, 32, 8)
+    report = calibrate(net, x_seq, rate=0.1)
+    assert not report.missed, str(report)
+    with monitor(net) as watch, torch.no_grad():
+        net(x_seq)
+    for state in (watch.layers()["1"], watch.layers()["3"]):
+        assert state.firing_rate == pytest.approx(0.1 * levels, rel=0.05)
 
 
 def small_net(make, **options):

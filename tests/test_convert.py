@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from sj_taid import ALIFNode, _compat, swap_neurons, to_lif
+from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.zoo import ZOO, build
 
 needs_2 = pytest.mark.skipif(
@@ -345,6 +346,27 @@ class OtherALIF(ALIFNode):
     pass
 
 
+@needs_2
+@pytest.mark.parametrize("window", [None, (-0.5, 3.0)])
+@pytest.mark.parametrize("tau", [4.0 / 3.0, 2.0, 1.7])
+def test_integer_lif_is_swapped_and_back(tau, window):
+    fires = MultiLevelSpikeCount(3, grad_window=window)
+    net = nn.Sequential(neuron.ILIFNode(tau, 0.6, fires, True, "m"))
+    x_seq = 2 * torch.randn(5, 3, 7)
+    expected = run(net, x_seq)
+    report = swap_neurons(net)
+    assert net[0].levels == 3 and net[0].min_v_threshold == 0.006
+    equal = "to rounding, " if tau == 1.7 else ", "
+    assert (
+        report.rows[0].note == f"equal outputs {equal}".replace(" ,", ",") + "v_threshold >= 0.006"
+    )
+    back = to_lif(net)
+    assert type(back[0]) is neuron.ILIFNode and back[0].surrogate_function is not None
+    assert back[0].tau == pytest.approx(tau) and back[0].detach_reset
+    for other in (net, back):
+        assert torch.equal(run(other, x_seq), expected)
+
+
 def test_to_lif_names_what_it_cannot_express():
     equal, thresholds, diverged = (ALIFNode(channels=3) for _ in range(3))
     one, deaf = ALIFNode(), ALIFNode()
@@ -366,6 +388,9 @@ def test_to_lif_names_what_it_cannot_express():
         partly = to_lif(net, strict=False)
     assert type(partly["equal"]) is neuron.LIFNode
     assert type(partly["thresholds"]) is ALIFNode
+    reason = "decay_input=False" if _compat.INTEGER_LIF else "no ILIFNode"
+    with pytest.raises(ValueError, match=f"it counts, and .*{reason}"):
+        to_lif(nn.Sequential(ALIFNode(levels=4, v_reset=None)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

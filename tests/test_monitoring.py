@@ -48,6 +48,16 @@ def test_monitor_counts_over_calls():
     assert watch.state()["0"].firing_rate is None
 
 
+def test_monitor_counts_a_count_as_so_many_spikes():
+    net = nn.ModuleDict({n: ALIFNode(levels=4, v_reset=None, init_tau=1.1) for n in ("few", "all")})
+    with monitor(net, saturated=0.9) as watch:
+        counts = net["few"](torch.tensor([[0.0, 2.4, 3.3]]))
+        net["all"](torch.full((1, 3), 9.0))
+    with pytest.warns(UserWarning, match=r"^saturated layers.*step: all \(4\)\. "):
+        state = watch.state()
+    assert counts.tolist() == [[0, 2, 3]] and state["few"].firing_rate == pytest.approx(5 / 3)
+
+
 def test_monitor_names_dead_saturated_and_not_finite_layers():
     net = nn.ModuleDict({name: ALIFNode() for name in ("dead", "busy", "fine", "nan")})
     net["plain"] = neuron.LIFNode()

@@ -12,6 +12,7 @@ from torch import nn
 
 from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step, alif_step, lower_bound
+from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import HALF
 
 OPTIONS = [
@@ -19,6 +20,7 @@ OPTIONS = [
     {"v_reset": None, "detach_reset": True},
     {"v_reset": -0.25, "decay_input": False},
     {"channels": 5},
+    {"surrogate_function": MultiLevelSpikeCount(4), "v_reset": None, "decay_input": False},
 ]
 
 
@@ -46,13 +48,22 @@ def test_alif_node_gives_equal_bits_in_every_step_mode(options):
         (spike,), states = node.single_step_functional_forward((x,), states)
         spikes.append(spike)
 
-    assert 0.05 < sequence.mean() < 0.95
+    assert 0.05 < sequence.mean() / node.levels < 0.95
     for other, v in ((steps, v_steps), (explicit, v_explicit), (torch.stack(spikes), states[0])):
         assert torch.equal(sequence, other)
         assert torch.equal(v_sequence, v)
     others = {name: value for name, value in options.items() if name != "channels"}
     spike, _ = alif_step(x_seq[0], start, node.w, node.v_threshold, backend="torch", **others)
     assert torch.equal(spike, sequence[0])
+
+
+@pytest.mark.parametrize("channels", [None, 5])
+def test_a_neuron_that_counts_learns_tau_and_threshold(channels):
+    node = ALIFNode(1.5, levels=4, v_reset=None, channels=channels, step_mode="m")
+    counts = node(2 * inputs())
+    assert counts.unique().tolist() == [0, 1, 2, 3, 4] and "levels=4" in repr(node)
+    counts.square().sum().backward()
+    assert node.w.grad.ne(0).all() and node.v_threshold.grad.ne(0).all()
 
 
 def test_state_carries_over_until_reset():
@@ -180,6 +191,16 @@ TAU = "init_tau must be .* greater than 1 and less than 1e38"
         ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "not >= min_v_threshold=0.2"),
         ({"v_threshold": math.nan}, "v_threshold must be a number, but it is nan"),
         ({"min_v_threshold": "a"}, "min_v_threshold must be a number, but it is 'a'"),
+        ({"levels": 0}, "levels must be an integer >= 1, but it is 0"),
+        ({"levels": 4}, "soft reset.*but v_reset=0.0.*take v_reset=None"),
+        (
+            {"levels": 4, "v_reset": None, "surrogate_function": surrogate.ATan()},
+            r"MultiLevelSpikeCount\(4\), but surrogate_function is ATan.*leave one of the two out",
+        ),
+        (
+            {"levels": 4, "v_reset": None, "v_threshold": 0.0},
+            "v_threshold must be more than 0, but it is 0.0",
+        ),
         ({"learn_tau": "no"}, "learn_tau must be True or False, but it is 'no'"),
         ({"surrogate_function": surrogate.ATan}, r"a function, such as surrogate\.ATan\(\)"),
         ({"v_reset": "a"}, "v_reset must be a finite number or None, but it is 'a'"),

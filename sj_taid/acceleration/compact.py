@@ -24,10 +24,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from .. import _graph
-from ..ops import backends
+from ..ops import backends, bits
 
-#: the largest whole number that one byte holds
-_LARGEST = 255
 #: A part smaller than one of so many is saved as it is: to restore it, all values would be.
 _MOST_PARTS = 16
 
@@ -130,29 +128,31 @@ def _restore(restore: Callable[..., Tensor], view: Any, *parts: Tensor) -> Tenso
 
 
 class Counts(Packing):
-    """Spikes, saved as bits, and whole numbers up to 255, saved as bytes."""
+    """Whole numbers: spikes, saved as bits; up to 15, as four bits; up to 255, as bytes."""
 
-    def __init__(self, tensor: Tensor, peak: int = 1, bits: Tensor | None = None) -> None:
+    def __init__(self, tensor: Tensor, peak: int = 1, packed: Tensor | None = None) -> None:
         super().__init__(tensor)
-        self.peak, self._numel, self._saved = peak, tensor.numel(), bits
-        self._steps = math.gcd(self._numel, 8) if bits is None else tensor.shape[0]
+        self.peak, self._numel, self._saved = peak, tensor.numel(), packed
+        self._steps = math.gcd(self._numel, 8) if packed is None else tensor.shape[0]
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         if self._saved is None:
-            values = tensor.detach().as_strided((self._numel,), (1,), 0)
-            is_spikes = self.peak == 1
-            self._saved = (
-                backends.pack(values.view(self._steps, -1)) if is_spikes else values.byte()
-            )
+            values = tensor.detach().as_strided((self._numel,), (1,), 0).view(self._steps, -1)
+            packs = backends.pack, backends.pack_counts
+            self._saved = bits.pack_whole(values, self.peak or 0, *packs)
         return (self._saved,)
 
     def restore(self, *parts: Tensor) -> Tensor:
         (saved,) = parts
-        if self.peak != 1:
+        peak = self.peak or 0
+        if peak > bits.LARGEST_HALF:
             return saved.to(self.dtype)
-        spikes = torch.empty(self._numel, dtype=self.dtype, device=saved.device)
-        backends.unpack_into(saved, spikes.view(self._steps, -1))
-        return spikes
+        values = torch.empty(self._numel, dtype=self.dtype, device=saved.device)
+        if peak == 1:
+            backends.unpack_into(saved, values.view(self._steps, -1))
+        else:
+            backends.unpack_counts_into(saved, values)
+        return values
 
 
 class Scaled(Packing):
@@ -483,7 +483,7 @@ def describe(
         others = type(tensor) is Compact and tensor is not result
         if others and _graph.shares_memory(result, tensor):
             tensor._packing.expose()  # shown by a function that is no view
-    if packing is None and (peak is None or peak > _LARGEST):
+    if packing is None and (peak is None or peak > bits.LARGEST_BYTE):
         return
     if not result.is_floating_point():
         return

@@ -15,6 +15,7 @@ from .._fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
 from ..neurons import Site, describe_equality, find_neurons, need_neurons, why_no_alif
 from ..ops import backends, surrogate
+from ..ops.bits import LARGEST_BYTE
 from ..report import Row
 from .modules import AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
 from .report import ALREADY, FUSED, Acceleration, measure, norms_of
@@ -23,10 +24,10 @@ from .report import ALREADY, FUSED, Acceleration, measure, norms_of
 def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     """Train ``net`` in less memory and time with equal outputs; changes it in place.
 
-    Its LIF, PLIF, IF and ALIF neurons run on the fused operator and learn what they learned before.
-    A batch norm waits for whoever reads its output: such a neuron computes both as one operation,
-    anything else the norm alone. Spikes, their sums, and sums of a norm's output are saved for
-    backward as bits and bytes, or computed again.
+    Its LIF, PLIF, IF, integer LIF and ALIF neurons run on the fused operator and learn what they
+    learned before. A batch norm waits for whoever reads its output: such a neuron computes both as
+    one operation, anything else the norm alone. Spikes, counts, their sums, and sums of a norm's
+    output are saved for backward as bits and bytes, or computed again.
 
     Outputs are equal as :func:`.swap_neurons` promises, and to rounding behind a norm. Every module
     stays the same object, with its parameters, ``state_dict`` keys, hooks and voltages, so
@@ -117,6 +118,8 @@ def _why_not(site: Site, net: nn.Module) -> str | None:
         reason = why_no_alif(node)
     if reason or (reason := surrogate.unsupported(node.surrogate_function)):
         return reason
+    if (levels := surrogate.levels_of(node.surrogate_function)) > LARGEST_BYTE:
+        return f"it counts to {levels}, and a byte, which saves a count, to {LARGEST_BYTE}"
     if node.step_mode != "m":
         parent = net.get_submodule(site.path.rpartition(".")[0])
         container = type(parent).__name__

@@ -21,6 +21,7 @@ from ..neuron import ALIFNode
 from ..ops.alif.autograd import arranged
 from ..ops.alif.plan import Plans
 from ..ops.bits import is_dense
+from ..ops.surrogate import levels_of
 from . import sums as sums
 from .compact import Compact, Counts, Known, compact, saving
 from .norm_output import NormOutput, decide, memory_order, wait
@@ -156,6 +157,8 @@ class AcceleratedALIF(_Exchanged):
             )
             if bits is None:
                 return spike_seq, v_last, v_seq, None
+            # Bits of spikes have an axis of time, counts have not.
+            peak = 1 if bits.dim() == 2 else levels_of(self.surrogate_function)  # type: ignore[attr-defined]
             if norm is not None:
                 output.mark_read(self._reader())
             strides = x_seq.stride()
@@ -164,7 +167,7 @@ class AcceleratedALIF(_Exchanged):
             if spike_seq.stride() != strides:  # the bits have the other memory order
                 fired, spike_seq = spike_seq, arranged(spike_seq, strides)
                 bits = bits if spike_seq is fired else None
-        compact(spike_seq, Counts(spike_seq, 1, bits))
+        compact(spike_seq, Counts(spike_seq, peak, bits))
         return spike_seq, v_last, v_seq, None
 
     def _run_operators(self, x_seq: Tensor, *arguments: Any) -> tuple[Any, ...]:

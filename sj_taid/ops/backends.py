@@ -101,6 +101,19 @@ def unpack_into(packed: Tensor, spikes: Tensor) -> None:
     unpack(packed, spikes)
 
 
+def pack_counts(counts: Tensor) -> Tensor:
+    """:func:`.bits.pack_counts` by the best backend that works on the tensor's device."""
+    engine = _engine_of(counts.device.type)
+    return bits.pack_counts(counts) if engine is None else engine.pack_counts(counts)
+
+
+def unpack_counts_into(packed: Tensor, counts: Tensor) -> None:
+    """:func:`.bits.unpack_counts_into` by the best backend that works on the tensor's device."""
+    engine = _engine_of(counts.device.type)
+    unpack = bits.unpack_counts_into if engine is None else engine.unpack_counts_into
+    unpack(packed, counts)
+
+
 @cache
 def _engine_of(device: str) -> Any:
     working = (BACKENDS[name]() for name in PREFERENCE.get(device, ()) if works(name))

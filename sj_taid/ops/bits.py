@@ -1,14 +1,21 @@
-"""Spikes as bits along time: the format, in plain torch.
+"""Spikes as bits along time, and counts as four bits: the formats, in plain torch.
 
 ``bits`` is uint8 ``[ceil(T / 8), neurons]``: bit ``k`` of byte ``w`` is the neuron's spike at time
 step ``8 w + k``. The neurons are in memory order, so any dense layout with time outermost
 (contiguous, channels-last) has the same bits.
+
+Counts up to 15 are uint8 ``[ceil(values / 2)]``: two neighbours in memory a byte, the first in its
+lower half. Not along time, which may be one step. A NaN comes back as some count.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 STEPS_PER_BYTE = 8
+#: the largest counts that four bits and a byte hold
+LARGEST_HALF, LARGEST_BYTE = 15, 255
 
 
 def pack(spike_seq: Tensor) -> Tensor:
@@ -35,6 +42,43 @@ def unpack_into(bits: Tensor, spike_seq: Tensor) -> None:
     masks = 1 << torch.arange(STEPS_PER_BYTE, dtype=torch.uint8, device=bits.device).unsqueeze(1)
     for byte, rows in zip(bits, _in_memory_order(spike_seq).split(STEPS_PER_BYTE), strict=True):
         torch.ne(byte & masks[: len(rows)], 0, out=rows)
+
+
+def pack_counts(counts: Tensor) -> Tensor:
+    """The half bytes of a flat tensor of whole numbers from 0 to 15.
+
+    >>> pack_counts(torch.tensor([1.0, 2.0, 15.0]))
+    tensor([33, 15], dtype=torch.uint8)
+    """
+    halves = counts.byte() & LARGEST_HALF
+    packed = halves[::2].clone()
+    packed[: len(halves) // 2] |= halves[1::2] << 4
+    return packed
+
+
+def unpack_counts_into(packed: Tensor, counts: Tensor) -> None:
+    """Write the counts of ``packed`` into a flat tensor.
+
+    >>> counts = torch.empty(3)
+    >>> unpack_counts_into(torch.tensor([33, 15], dtype=torch.uint8), counts)
+    >>> counts.tolist()
+    [1.0, 2.0, 15.0]
+    """
+    counts[::2] = packed & LARGEST_HALF
+    counts[1::2] = packed[: len(counts) // 2] >> 4
+
+
+def pack_whole(
+    values: Tensor,
+    most: int,
+    pack: Callable[[Tensor], Tensor] = pack,
+    pack_counts: Callable[[Tensor], Tensor] = pack_counts,
+) -> Tensor:
+    """Whole numbers of a dense ``[T, *]`` from 0 to ``most``: as bits, half bytes or bytes."""
+    if most == 1:
+        return pack(_in_memory_order(values))
+    flat = values.as_strided((values.numel(),), (1,))
+    return pack_counts(flat) if most <= LARGEST_HALF else flat.byte()
 
 
 def count_bytes(steps: int) -> int:

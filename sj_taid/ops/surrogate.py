@@ -12,6 +12,7 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
+from .._checks import check_sizes
 from .._compat import FUNCTIONAL_STATES
 
 # SpikingJelly 2.x's inner slope of PiecewiseLeakyReLU, and 0.0.0.0.14's, which is twice that.
@@ -51,8 +52,53 @@ else:
             return (alpha * x + 0.5).clamp(0.0, 1.0)
 
 
+if hasattr(surrogate, "MultiLevelSpikeCount"):
+    MultiLevelSpikeCount = surrogate.MultiLevelSpikeCount
+else:
+
+    class _Count(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Tensor, most: int, low: float, high: float) -> Tensor:
+            return x.clamp(0, most).round()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            x, _, *ctx.window = inputs
+            ctx.save_for_backward(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            (x,), (low, high) = ctx.saved_tensors, ctx.window
+            return grad * ((x >= low) & (x <= high)), None, None, None
+
+    class MultiLevelSpikeCount(surrogate.MultiArgsSurrogateFunctionBase):  # type: ignore[no-redef]
+        """2.x's ``round(clamp(x, 0, D))``, straight-through in a window, which 0.0.0.0.14 lacks."""
+
+        def __init__(
+            self,
+            max_spike_count: int,
+            spiking: bool = True,
+            grad_window: tuple[float, float] | None = None,
+        ) -> None:
+            super().__init__(spiking)
+            check_sizes(max_spike_count=max_spike_count)
+            self.max_spike_count = int(max_spike_count)
+            self.grad_min, self.grad_max = grad_window or (0.0, float(max_spike_count))
+            if not self.grad_min <= self.grad_max:
+                raise ValueError(f"grad_window must be (low, high), but it is {grad_window}")
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.spiking:
+                return x.clamp(0, self.max_spike_count)
+            return _Count.apply(x, self.max_spike_count, self.grad_min, self.grad_max)
+
+
 class Derivative(NamedTuple):
     """One surrogate's derivative, a function of ``x = H - V_th`` and two constants ``a`` and ``b``.
+
+    That of :class:`MultiLevelSpikeCount` is a function of ``x = H / V_th``, by which it counts.
 
     The constants are computed in double precision, as SpikingJelly does: then a step in the
     derivative (``Rect``'s edge, say) lies at the same float32 number.
@@ -191,8 +237,15 @@ _SPIKINGJELLYS = (
     Derivative(
         "DeterministicPass", lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0), ()
     ),
+    Derivative(
+        "MultiLevelSpikeCount",
+        lambda most, low, high: (low, high),
+        "return x >= a && x <= b ? 1.0f : 0.0f;",
+        lambda x, a, b: f32(1.0) if (x >= a) & (x <= b) else f32(0.0),
+        ("max_spike_count", "grad_min", "grad_max"),
+    ),
 )
-_KINDS = vars(surrogate) | {"Rect": Rect}
+_KINDS = vars(surrogate) | {"Rect": Rect, "MultiLevelSpikeCount": MultiLevelSpikeCount}
 #: The class of a step function -> its derivative; ``DERIVATIVES[Mine] = Derivative(...)`` adds one.
 #: A subclass may override its parent's derivative, so it needs an entry of its own.
 #: The installed version of SpikingJelly may lack a class.
@@ -201,6 +254,20 @@ DERIVATIVES: dict[type, Derivative] = {
     for derivative in _SPIKINGJELLYS
     if derivative.name in _KINDS
 }
+
+
+def counts(surrogate_function: Any) -> bool:
+    """Whether it gives counts, of H / V_th, not spikes."""
+    return isinstance(surrogate_function, MultiLevelSpikeCount)
+
+
+def levels_of(surrogate_function: Any) -> int:
+    """The most that a step gives: 1 for spikes.
+
+    >>> levels_of(surrogate.ATan()), levels_of(MultiLevelSpikeCount(4))
+    (1, 4)
+    """
+    return surrogate_function.max_spike_count if counts(surrogate_function) else 1
 
 
 def by_name(name: str) -> Derivative:

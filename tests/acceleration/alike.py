@@ -61,7 +61,7 @@ def spikes(net, x, nudge=0.0, between=functional.reset_net, run=lambda net: net,
             module.register_forward_pre_hook(
                 lambda _, args: (args[0] + nudge * args[0].detach().abs().max().clamp(1.0),)
             )
-            module.register_forward_hook(lambda _, args, y: seen.append(y.detach() > 0.5))
+            module.register_forward_hook(lambda _, args, y: seen.append(y.detach().round().char()))
     results(net, x, between, torch.no_grad, run)
     return seen
 

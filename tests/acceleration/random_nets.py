@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
+from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid.ops.surrogate import MultiLevelSpikeCount
 
 T, N, C, H, W = SHAPE = (5, 2, 6, 4, 3)
 L = H * W
@@ -378,7 +380,19 @@ def draw_step(rng):
     return step
 
 
+def draw_integer_neuron(rng):
+    # No voltage comes near the window's bounds, where rounding would change a gradient.
+    fires = MultiLevelSpikeCount(int(rng.integers(1, 6)), grad_window=(-90.0, 90.0))
+    options = {"surrogate_function": fires, "v_threshold": 0.5, "step_mode": "m"}
+    options["detach_reset"] = bool(rng.random() < 0.5)
+    if FUNCTIONAL_STATES and rng.random() < 0.7:
+        return neuron.ILIFNode(tau=float(rng.choice([4 / 3, 1.7, 2.0])), **options)
+    return sj_taid.ALIFNode(v_reset=None, decay_input=bool(rng.random() < 0.5), **options)
+
+
 def draw_neuron(rng):
+    if rng.random() < 0.2:
+        return draw_integer_neuron(rng)
     options = {"surrogate_function": surrogate.ATan(), "v_threshold": 0.5, "step_mode": "m"}
     options |= {"v_reset": None if rng.random() < 0.3 else 0.0, "detach_reset": rng.random() < 0.5}
     kinds = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode, sj_taid.ALIFNode)

@@ -17,6 +17,7 @@ from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.acceleration.report import run_step
 from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
+from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests import zoo
 
 ATAN = surrogate.ATan()
@@ -36,6 +37,13 @@ def make_net(kinds=KINDS, **options):
     )
     functional.set_step_mode(net, "m")
     return net
+
+
+def make_integer_net(most):
+    """A net that counts to ``most``, with SpikingJelly's neurons where it has them."""
+    ours = partial(ALIFNode, v_reset=None)
+    theirs = neuron.ILIFNode if FUNCTIONAL_STATES else partial(ours, 4 / 3, False)
+    return make_net((theirs, ours, theirs), surrogate_function=MultiLevelSpikeCount(most)), images()
 
 
 def images(steps=4, channels=2, size=6):
@@ -76,6 +84,7 @@ NETS = {
     "v_seq": lambda: (make_net(v_reset=-0.25, store_v_seq=True), images()),
     "no-decay": lambda: (make_net(KINDS[:2] + KINDS[:1], decay_input=False), images()),
     "alif": lambda: (make_net((KINDS[1], ALIFNode, KINDS[2])), images()),
+    **{f"counts to {most}": partial(make_integer_net, most) for most in (1, 4, 15, 16)},
     "channels-last": lambda: (make_net(), images().transpose(2, 4).contiguous().transpose(2, 4)),
     **{name: partial(zoo.build, name, neuron.LIFNode) for name in zoo.ZOO},
 }
@@ -135,6 +144,48 @@ def test_accelerate_trains_alike_and_unaccelerate_gives_the_net_back(name):
         assert torch.equal(have, want)
 
 
+@pytest.mark.parametrize(("most", "bits"), [(1, 1), (2, 4), (15, 4), (16, 8), (255, 8)])
+def test_counts_are_saved_in_few_bits(most, bits):
+    net = nn.Sequential(ALIFNode(v_threshold=0.02, v_reset=None, levels=most, step_mode="m"))
+    plain, grads = copy.deepcopy(net), []
+    accelerate(net)
+    x_seq = 16 * torch.rand(8, 3, 5, 7)
+    for node in (plain, net):
+        weight = torch.ones(7, 2, requires_grad=True)
+        counts = node(x_seq)
+        (counts @ weight).square().sum().backward()
+        grads.append(weight.grad)
+    assert counts.max() == most and torch.equal(*grads)
+    (saved,) = counts._packing.parts(counts)
+    assert 8 * saved.nbytes == bits * counts.numel()
+
+
+@pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 has no ILIFNode")
+@pytest.mark.parametrize("tau", [4 / 3, 2.0, 4.0, 1.7])
+@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize("window", [None, (-0.5, 3.25)])
+def test_integer_lif_is_equal_to_the_bit(tau, detach_reset, window):
+    fires, found = MultiLevelSpikeCount(4, grad_window=window), []
+    plain = neuron.ILIFNode(tau, 0.7, fires, detach_reset, "m", store_v_seq=True)
+    fast = nn.Sequential(copy.deepcopy(plain))
+    note = accelerate(fast).rows[0].note
+    assert note == f"equal outputs{' to rounding' if tau == 1.7 else ''}"
+    torch.manual_seed(0)
+    x = 2 * torch.randn(5, 3, 7, 11)
+    for net in (plain, fast):
+        x_seq = x.clone().requires_grad_()
+        counts = net(x_seq)
+        torch.manual_seed(1)
+        counts.backward(torch.randn(x.shape))
+        node = net if net is plain else net[0]
+        found.append([counts.as_subclass(torch.Tensor), node.v, node.v_seq, x_seq.grad])
+    assert found[0][0].unique().tolist() == [0, 1, 2, 3, 4]
+    rounding = {"rtol": 1e-5, "atol": 1e-5}
+    for i, (have, want) in enumerate(zip(*found, strict=True)):
+        exact = i < 3 and tau != 1.7
+        torch.testing.assert_close(have, want, **{"rtol": 0, "atol": 0} if exact else rounding)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"v_reset": None}, {"detach_reset": True}])
 def test_accelerated_neuron_is_equal_to_the_bit(kind, options):
@@ -192,6 +243,8 @@ LEFT = {
     "no fused operator for torch.float64": neuron.ParametricLIFNode(),
     "its backend is torch": ALIFNode(backend="torch"),
     "it is parametrized": neuron.ParametricLIFNode(),
+    "its surrogate counts by H - V_th": neuron.LIFNode(surrogate_function=MultiLevelSpikeCount(4)),
+    "it counts to 256": ALIFNode(levels=256, v_reset=None),
 }
 
 

@@ -66,6 +66,8 @@ def test_tool_says_the_same(name):
         *(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), neuron.LIFNode(**options)),
         *(layer.MaxPool2d(2), layer.Conv2d(4, 4, 3), neuron.ParametricLIFNode(**options)),
     )
+    if FUNCTIONAL_STATES and name not in ("export", "per_sample"):  # SpikingJelly's cannot
+        plain.extend([neuron.ILIFNode(v_threshold=0.2), layer.Conv2d(4, 2, 1)])
     functional.set_step_mode(plain, "m")
     fast, x = copy.deepcopy(plain), torch.rand(4, 2, 2, 8, 8) * 3
     sj_taid.accelerate(fast)

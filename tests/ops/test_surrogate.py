@@ -10,18 +10,26 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import nn
 
-from sj_taid.ops.surrogate import DERIVATIVES, by_name, derivative_of, unsupported
+from sj_taid.ops.surrogate import (
+    DERIVATIVES,
+    MultiLevelSpikeCount,
+    by_name,
+    derivative_of,
+    unsupported,
+)
 from tests.helpers import TOLERANCE
 
 # Parameters other than the defaults, by the name of the constructor's argument. alpha is a float32
 # number, to which 0.0.0.0.14's LogTailedReLU rounds it.
-OTHER = {"alpha": 2.75, "beta": 0.4, "w": 0.75, "c": 0.2, "leak": 0.1, "k": 1.5}
+OTHER: dict[str, object] = {"alpha": 2.75, "beta": 0.4, "w": 0.75, "c": 0.2, "leak": 0.1, "k": 1.5}
+OTHER |= {"grad_window": (-0.5, 3.25)}
 
 
 def modules():
     for kind, changed in itertools.product(DERIVATIVES, (False, True)):
         arguments = {k: v for k, v in OTHER.items() if k in inspect.signature(kind).parameters}
-        yield kind(**arguments) if changed else kind()
+        needed = {"max_spike_count": 4} if kind is MultiLevelSpikeCount else {}
+        yield kind(**needed | arguments) if changed else kind(**needed)
 
 
 def points(module, dtype):
@@ -76,6 +84,7 @@ class Steeper(surrogate.ATan):
         (surrogate.SquarewaveFourierSeries(), "the surrogate SquarewaveFourierSeries is not in"),
         (torch.relu, "is not in"),
         (surrogate.Sigmoid(spiking=False), "spiking=False"),
+        (MultiLevelSpikeCount(4, spiking=False), "spiking=False"),
         (surrogate.Sigmoid(alpha=nn.Parameter(torch.tensor(4.0))), "alpha .* Parameter"),
         (surrogate.Sigmoid(alpha=torch.tensor(4.0)), "alpha .* Tensor"),
     ],

@@ -6,6 +6,7 @@ a norm's numbers per channel, and the plan's checkpoints; the rest is recomputed
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -181,7 +182,10 @@ class _Backward(torch.autograd.Function):
 # ---- for torch.compile and torch.func ------------------------------------------------------------
 
 _library = torch.library.Library("sj_taid", "FRAGMENT")
-_DYNAMICS = "bool decay_input, float? v_reset, bool detach_reset, str surrogate, float a, float b"
+_DYNAMICS = (
+    "bool decay_input, float? v_reset, bool detach_reset, str surrogate, float a, float b, "
+    "int levels"
+)
 
 
 class Operators(NamedTuple):
@@ -197,7 +201,7 @@ class Operators(NamedTuple):
     checkpoints: int = 0
 
     def forward(
-        self, x: Tensor, v0: Any, v_init: float, w: Tensor, v_threshold: Tensor, numbers: None
+        self, x: Tensor, v0: Any, v_init: float, w: Any, v_threshold: Tensor, numbers: None
     ) -> tuple[Tensor, ...]:
         return self.forward_operator(
             *(x, v0, v_init, w, v_threshold, *self.dynamics, self.store_v_seq, self.checkpoints)
@@ -216,19 +220,18 @@ def register(name: str, dispatch_key: str, engine: Engine) -> Operators:
     """Make a backend's plans the operators ``sj_taid::{name}_forward`` and ``{name}_backward``."""
 
     def plan_of(
-        x: Tensor, w: Tensor, dynamics: tuple[Any, ...], store_v_seq: bool, saves: bool
+        x: Tensor, w: Any, v_threshold: Tensor, dynamics: Any, store_v_seq: bool, saves: bool
     ) -> Plan:
-        decay_input, *rest = dynamics
-        constants = Dynamics(None, decay_input, None, *rest)
-        spec = spec_of(x, constants, w.dim() > 0, store_v_seq=store_v_seq, saves=saves)
+        constants = _dynamics_of(w, dynamics)
+        spec = spec_of(x, constants, v_threshold.dim() > 0, store_v_seq=store_v_seq, saves=saves)
         return find_plan(engine, spec)
 
     def forward(
-        x: Tensor, v0: Any, v_init: float, w: Tensor, v_threshold: Tensor, *options: Any
+        x: Tensor, v0: Any, v_init: float, w: Any, v_threshold: Tensor, *options: Any
     ) -> tuple[Tensor, ...]:
         *dynamics, store_v_seq, checkpoints = options
         check_layout(x, steps=(v0,))
-        plan = plan_of(x, w, (*dynamics,), store_v_seq, checkpoints > 0)
+        plan = plan_of(x, w, v_threshold, dynamics, store_v_seq, checkpoints > 0)
         outputs = plan.forward(x, v0, v_init, w, v_threshold, None)
         spike_seq, v, v_seq, checkpoint, _ = outputs
         if v_seq is None:
@@ -242,7 +245,7 @@ def register(name: str, dispatch_key: str, engine: Engine) -> Operators:
     ) -> tuple[Tensor, ...]:
         v_init, w, v_threshold, checkpoint, *dynamics, need_x, need_v0, need_w, need_v = rest
         check_layout(x, (grad_spike, grad_v_seq), (v0, grad_v))
-        plan = plan_of(x, w, (*dynamics,), grad_v_seq is not None, True)
+        plan = plan_of(x, w, v_threshold, dynamics, grad_v_seq is not None, True)
         needs = Needs(need_x, need_v0, need_w, need_v, False)
         grads = plan.backward(
             *(needs, grad_spike, grad_v, grad_v_seq, x, v0, v_init, w, v_threshold),
@@ -250,7 +253,7 @@ def register(name: str, dispatch_key: str, engine: Engine) -> Operators:
         )
         return tuple(x.new_empty(0) if grad is None else grad for grad in grads[:4])
 
-    neuron = "Tensor x, Tensor? v0, float v_init, Tensor w, Tensor v_threshold"
+    neuron = "Tensor x, Tensor? v0, float v_init, Tensor? w, Tensor v_threshold"
     gradients = "Tensor? grad_spike, Tensor? grad_v, Tensor? grad_v_seq"
     needs = "bool need_x, bool need_v0, bool need_w, bool need_v_threshold"
     for what, arguments, function, fake in (
@@ -274,7 +277,7 @@ def register(name: str, dispatch_key: str, engine: Engine) -> Operators:
 
 
 def empty_outputs(
-    x: Tensor, v0: Any, v_init: float, w: Tensor, v_threshold: Tensor, *options: Any
+    x: Tensor, v0: Any, v_init: float, w: Any, v_threshold: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     """The results of a forward operator, allocated: spikes and voltages in ``x``'s layout.
 
@@ -292,14 +295,14 @@ def empty_outputs(
 
 def empty_gradients(
     grad_spike: Any, grad_v: Any, grad_v_seq: Any, x: Tensor, v0: Any, v_init: float,
-    w: Tensor, v_threshold: Tensor, checkpoint: Tensor, *options: Any,
+    w: Any, v_threshold: Tensor, checkpoint: Tensor, *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The results of a backward operator, allocated, in ``x``'s layout."""
     *_, need_x, need_v0, need_w, need_v_threshold = options
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
         torch.empty_like(x[0], dtype=state_dtype(x.dtype)) if need_v0 else x.new_empty(0),
-        torch.empty_like(w) if need_w else x.new_empty(0),
+        torch.empty_like(v_threshold) if need_w else x.new_empty(0),
         torch.empty_like(v_threshold) if need_v_threshold else x.new_empty(0),
     )
 
@@ -321,6 +324,12 @@ def check_layout(
 
 
 # ---- calls ---------------------------------------------------------------------------------------
+
+
+def _dynamics_of(w: Tensor | None, options: Any) -> Dynamics:
+    """The dynamics of a call with tensors; ``options``: all others of a :class:`Dynamics`."""
+    decay_input, *rest = options
+    return Dynamics(math.inf if w is None else None, decay_input, None, *rest)
 
 
 def spec_of(
@@ -350,7 +359,7 @@ def multi_step(
     operators: Operators,
     x_seq: Tensor,
     v: Tensor | float,
-    w: Tensor,
+    w: Tensor | None,
     v_threshold: Tensor,
     *,
     decay_input: bool,
@@ -373,10 +382,13 @@ def multi_step(
         x_seq, norm = batch_norm(x_seq.to(dtype), norm), None
     x_seq = x_seq if is_dense(x_seq) else x_seq.contiguous()
     v0 = arranged(v if isinstance(v, Tensor) else None, x_seq.stride()[1:])
-    w, v_threshold = w.to(dtype), v_threshold.to(dtype)
-    if w.shape != v_threshold.shape:
-        w, v_threshold = torch.broadcast_tensors(w, v_threshold)
-    w, v_threshold = w.contiguous(), v_threshold.contiguous()
+    v_threshold = v_threshold.to(dtype)
+    if w is not None:
+        w = w.to(dtype)
+        if w.shape != v_threshold.shape:
+            w, v_threshold = torch.broadcast_tensors(w, v_threshold)
+        w = w.contiguous()
+    v_threshold = v_threshold.contiguous()
     weight, bias = (None, None) if norm is None else norm[:2]
     leaves = (x_seq, v0, w, v_threshold, weight, bias)
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in leaves):
@@ -384,8 +396,8 @@ def multi_step(
             "a fused ALIF backend has no forward-mode derivatives: use reverse mode "
             "(torch.func.vjp, jacrev), or backend='torch' with a surrogate that defines jvp"
         )
-    name, a, b = surrogate.derivative_of(surrogate_function)
-    dynamics = (decay_input, v_reset, detach_reset, name, a, b)
+    fires = (*surrogate.derivative_of(surrogate_function), surrogate.levels_of(surrogate_function))
+    dynamics = (decay_input, v_reset, detach_reset, *fires)
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     v_init: Any = 0.0 if v0 is not None else v
     if transformed:
@@ -399,9 +411,9 @@ def multi_step(
         spike_seq, v_last, v_seq, _ = run(*arguments)
         spike_seq, v_seq = spike_seq.to(kind), v_seq if store_v_seq else None
         results: tuple[Any, ...] = (spike_seq, v_last, v_seq)
-        return (*results, bits.pack(spike_seq)) if return_bits else results
+        return (*results, bits.pack_whole(spike_seq, fires[-1])) if return_bits else results
     spec = spec_of(
-        *(x_seq, Dynamics(None, decay_input, None, *dynamics[1:]), w.dim() > 0),
+        *(x_seq, _dynamics_of(w, dynamics), v_threshold.dim() > 0),
         *(norm is not None, norm is not None and norm.fixed, store_v_seq, return_bits, saves),
     )
     numbers = None if norm is None else _numbers(engine, norm, x_seq, spec.neurons)

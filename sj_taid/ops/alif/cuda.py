@@ -99,6 +99,7 @@ class _Plan:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
+        self.counts = spec.dynamics.levels if spec.dynamics.counts else 0
         self.prepare_forward = cache(partial(_prepare_forward, spec))
         self.prepare_backward = cache(partial(_prepare_backward, spec))
         on: dict[str, Any] = {"device": spec.device}
@@ -122,9 +123,12 @@ class _Plan:
             self.new_v(),
             self.new_v_seq() if self.spec.store_v_seq else None,
             self.new(self.checkpoint) if self.checkpoint else None,
-            self.new_bits() if self.spec.pack else None,
+            self.new_bits() if self.spec.pack and not self.counts else None,
         )
         launch(x, v0, *outputs, w, v_threshold, numbers, v_init=v_init)
+        if self.spec.pack and self.counts:
+            packed = bits.pack_whole(outputs[0], self.counts, pack, pack_counts)
+            return *outputs[:4], packed
         return outputs
 
     def backward(
@@ -240,6 +244,18 @@ def unpack_into(packed: Tensor, spike_seq: Tensor) -> None:
     _launch_bits("unpack_bits", spike_seq, packed)
 
 
+def pack_counts(counts: Tensor) -> Tensor:
+    """:func:`.bits.pack_counts` in one launch."""
+    packed = counts.new_empty(-(-len(counts) // 2), dtype=torch.uint8)
+    _launch_bits("pack_counts", counts.unsqueeze(0), packed)
+    return packed
+
+
+def unpack_counts_into(packed: Tensor, counts: Tensor) -> None:
+    """:func:`.bits.unpack_counts_into` in one launch."""
+    _launch_bits("unpack_counts", counts.unsqueeze(0), packed)
+
+
 def _launch_bits(name: str, spike_seq: Tensor, packed: Tensor) -> None:
     aligned, (steps, neurons) = kernels.is_aligned(spike_seq, packed), spike_seq.shape
     about = (name, spike_seq.dtype, steps, neurons, aligned, spike_seq.device)
@@ -253,11 +269,16 @@ def _prepare_bits(
     widest = kernels.ALIGNMENT // dtype.itemsize
     vec = widest if aligned and neurons % widest == 0 else 1
     threads = bits.count_bytes(steps) * neurons // vec
+    if name.endswith("counts"):  # of one step, in pairs
+        threads = -(-neurons // max(2, vec))
     constants, blocks = array("q", (threads, steps, neurons)), -(-threads // kernels.BLOCK)
     return _prepare(device, f"{name}<{kernels.SCALARS[dtype]},{vec}>", constants, blocks)
 
 
-ENGINE = Engine(_Plan, _NormPlan, pack, unpack_into, kernels.checkpoints)
+ENGINE = Engine(
+    *(_Plan, _NormPlan, pack, unpack_into, pack_counts, unpack_counts_into),
+    checkpoints=kernels.checkpoints,
+)
 OPERATORS = autograd.register("cupy", "CUDA", ENGINE)
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
 multi_step = partial(autograd.multi_step, ENGINE, OPERATORS)
@@ -270,7 +291,7 @@ def _words(kind: str, *values: float) -> array[int]:
 
 def _constants(spec: Spec) -> array[int]:
     d = spec.dynamics
-    numbers = (d.v_reset or 0.0, d.w or 0.0, d.v_threshold or 0.0, d.a, d.b, 0.0)
+    numbers = (d.v_reset or 0.0, d.w or 0.0, d.v_threshold or 0.0, d.a, d.b, d.levels)
     return _words("f", *numbers) + array("q", (spec.per_channel, spec.steps))
 
 

@@ -243,29 +243,31 @@ __device__ __forceinline__ float* table_of(double* numbers, index_t channels) {
 
 // What does not change between the calls of a neuron's plan.
 struct Constants : Grid {
-  float v_reset, w, v_threshold, a, b, unused;  // a and b: the surrogate's
+  float v_reset, w, v_threshold, a, b, levels;  // a and b: the surrogate's
   index_t stride, steps;
 };
 
 // The parameters of a thread's neurons: one set for all (LANES = 1) or one for each (LANES = VEC).
 template <int LANES, int RESET, int CHARGE, bool NORM>
 struct Neuron {
-  float q[LANES], v_threshold[LANES], v_reset;
+  float q[LANES], v_threshold[LANES], v_reset, levels;
   float shift[LANES], gain[LANES], offset[LANES];  // of the norm
   float a[LANES], b[LANES];                        // what x's gradient lacks: a + b (x - shift)
+  float inverse[LANES];                            // of the threshold, for counts
 
   // `at` is the position of the thread's first neuron in a step. w and the threshold are numbers, or
   // tensors of every channel (`stride` 1) or one for all (0). With LANES > 1 neighbours are of
   // successive channels.
   __device__ __forceinline__ Neuron(const Constants& c, const float* w, const float* threshold,
                                     double* numbers, const float* ab, index_t at)
-      : v_reset(RESET == HARD ? c.v_reset : 0.0f) {
+      : v_reset(RESET == HARD ? c.v_reset : 0.0f), levels(c.levels) {
     const index_t first = at / c.inner % c.channels;
 #pragma unroll
     for (int i = 0; i < LANES; ++i) {
       const index_t channel = first + i;
       q[i] = 1.0f / (1.0f + expf(-(w ? w[channel * c.stride] : c.w)));
       v_threshold[i] = threshold ? threshold[channel * c.stride] : c.v_threshold;
+      inverse[i] = 1.0f / v_threshold[i];
       if (NORM) {
         const float* table = table_of(numbers, c.channels) + channel;
         shift[i] = table[SHIFT * c.channels];
@@ -288,15 +290,38 @@ struct Neuron {
   // PyTorch's order of operations, unfused.
   __device__ __forceinline__ float charge(float x, float v, int i) const {
     float above_reset = RESET == HARD ? v - v_reset : v;
+    if (CHARGE == NO_STATE) return x;
     if (CHARGE == NO_LEAK) return v + x;  // for an infinite v too
     if (CHARGE == DECAY_INPUT) return v + (x - above_reset) * q[lane(i)];
+    if (RESET == COUNTS) return v * (1.0f - q[lane(i)]) + x;
     return v - above_reset * q[lane(i)] + x;
   }
 
   __device__ __forceinline__ bool fires(float h, int i) const { return h >= v_threshold[lane(i)]; }
 
+  // H / V_th, by which a neuron counts, as IEEE rounds it and PyTorch: 1 / V_th, and two corrections
+  // by the remainder. The compiler's division branches, and loads do not move across branches.
+  __device__ __forceinline__ float over(float h, int i) const {
+    const float threshold = v_threshold[lane(i)], y = inverse[lane(i)], rough = h * y;
+    const float near = fmaf(fmaf(-rough, threshold, h), y, rough);
+    const float exact = fmaf(fmaf(-near, threshold, h), y, near);
+    return exact == exact ? exact : rough;  // of infinities
+  }
+
+  // Half to even; NaN stays NaN.
+  __device__ __forceinline__ float count(float over) const {
+    const float positive = over < 0.0f ? 0.0f : over;
+    return rintf(positive > levels ? levels : positive);
+  }
+
+  // A spike, or a count.
+  __device__ __forceinline__ float output(float h, int i) const {
+    return RESET == COUNTS ? count(over(h, i)) : fires(h, i) ? 1.0f : 0.0f;
+  }
+
   // (1 - S) H + S V_reset: where S = 1 and H = inf that is NaN.
   __device__ __forceinline__ float reset(float h, int i) const {
+    if (RESET == COUNTS) return h - output(h, i) * v_threshold[lane(i)];
     float after_spike = RESET == SOFT ? h - v_threshold[lane(i)] : fmaf(0.0f, h, v_reset);
     return fires(h, i) ? after_spike : h;
   }
@@ -326,9 +351,8 @@ __device__ __forceinline__ void forward_segment(const N& neuron, const scalar_t*
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       const float h = neuron.charge(neuron.input(x_t[t][i], i), v[i], i);
-      const bool fired = neuron.fires(h, i);
-      s[i] = fired ? 1.0f : 0.0f;
-      if (fired) byte[i] |= 1u << t % 8;
+      s[i] = neuron.output(h, i);
+      if (PACK && s[i] != 0.0f) byte[i] |= 1u << t % 8;
       v[i] = neuron.reset(h, i);
     }
     store(s, spike + here + t * size);
@@ -404,6 +428,7 @@ __device__ __forceinline__ void backward_segment(
     const Neuron<LANES, RESET, CHARGE, NORM>& neuron, const scalar_t* grad_spike,
     const float* grad_v_seq, const scalar_t* x, scalar_t* grad_x, float a, float b, index_t here,
     index_t size, const float (&v_start)[VEC], float (&grad_v)[VEC], Sums<LANES>& sums) {
+  constexpr bool soft = RESET == SOFT || RESET == COUNTS;
   Pack<scalar_t, VEC> x_t[STEPS], grad_spike_t[STEPS];
   float h[STEPS][VEC];
 #pragma unroll
@@ -428,20 +453,22 @@ __device__ __forceinline__ void backward_segment(
       const float threshold = neuron.v_threshold[lane], q = neuron.q[lane], h_t = h[t][i];
       const float v = t == 0 ? v_start[i] : neuron.reset_again(h[t == 0 ? 0 : t - 1][i], i);
       const float grad_s = to_float(grad_spike_t[t].lane[i]);
+      const float over = RESET == COUNTS ? neuron.over(h_t, i) : h_t - threshold;
       const bool fired = neuron.fires(h_t, i);
       if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];
       // dL/dS is that from upstream, and that through the reset unless detached.
       const float gained = RESET == HARD ? fmaf(grad_v[i], neuron.v_reset, grad_s) : grad_s;
-      const float lost = RESET == SOFT ? threshold : h_t;
+      const float lost = soft ? threshold : h_t;
       const float grad = DETACH_RESET ? grad_s : fmaf(-grad_v[i], lost, gained);
-      const float through_spike = grad * Surrogate::derivative(h_t - threshold, a, b);
+      float through_spike = grad * Surrogate::derivative(over, a, b);
+      if (RESET == COUNTS) through_spike *= neuron.inverse[lane];
       // Products, not selections, as in PyTorch: what is not finite stays so.
-      const float past_reset = RESET == SOFT || !fired ? 1.0f : 0.0f;
+      const float past_reset = soft || !fired ? 1.0f : 0.0f;
       const float grad_h = fmaf(past_reset, grad_v[i], through_spike);
       if (NEEDS & NEED_V_THRESHOLD) {
-        sums.v_threshold[lane] -= through_spike;
-        if (RESET == SOFT)
-          sums.v_threshold[lane] = fmaf(fired ? -1.0f : 0.0f, grad_v[i], sums.v_threshold[lane]);
+        sums.v_threshold[lane] -= RESET == COUNTS ? through_spike * over : through_spike;
+        const float taken = RESET == COUNTS ? -neuron.count(over) : fired ? -1.0f : 0.0f;
+        if (soft) sums.v_threshold[lane] = fmaf(taken, grad_v[i], sums.v_threshold[lane]);
       }
       if (NEEDS & NEED_W) {
         const float leaked = CHARGE == DECAY_INPUT ? h_t - v : v - neuron.v_reset;
@@ -460,7 +487,8 @@ __device__ __forceinline__ void backward_segment(
         grad_x_t[i] = NEEDS & NEED_NORM ? neuron.gain[lane] * grad_y
                                         : fmaf(neuron.gain[lane], grad_y, -coupled);
       }
-      grad_v[i] = CHARGE == NO_LEAK ? grad_h : fmaf(-q, grad_h, grad_h);
+      const float kept = CHARGE == NO_LEAK ? grad_h : fmaf(-q, grad_h, grad_h);
+      grad_v[i] = CHARGE == NO_STATE ? 0.0f : kept;
     }
     if (NEEDS & NEED_X) store(grad_x_t, grad_x + here + t * size);
   }
@@ -484,8 +512,8 @@ struct Backward : Constants {
 template <class scalar_t, int T, int VEC, int LANES, int RESET, int CHARGE, bool GRAD_V_SEQ,
           bool NORM, bool DETACH_RESET, int NEEDS, class Surrogate>
 __global__ void
-__launch_bounds__(BLOCK, resident_blocks(RESET == SOFT, NORM, NEEDS, GRAD_V_SEQ,
-                                         steps_left(T) > 0))
+__launch_bounds__(BLOCK, resident_blocks(RESET == SOFT || RESET == COUNTS, NORM, NEEDS,
+                                         GRAD_V_SEQ, steps_left(T) > 0))
 alif_backward(const Backward<scalar_t> c) {
   constexpr int STEPS = steps_in_registers(T), LEFT = steps_left(T);
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);
@@ -823,5 +851,60 @@ __global__ void __launch_bounds__(BLOCK) unpack_bits(const Spikes<scalar_t> c) {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) spikes[i] = bytes.lane[i] >> t & 1 ? 1.0f : 0.0f;
     if (t < own.rows) store(spikes, own.spike + t * c.neurons);
+  }
+}
+
+// ---- counts as four bits -----------------------------------------------------------------------
+
+// What a thread moves of one step: pairs of neighbours, 16 bytes of counts, or one pair that may be
+// half (VEC = 1).
+template <class scalar_t, int VEC>
+struct Pairs {
+  static constexpr int COUNT = VEC == 1 ? 1 : VEC / 2, VALUES = 2 * COUNT;
+  scalar_t* count;
+  unsigned char* bytes;
+  index_t left;  // values from here on
+
+  __device__ __forceinline__ Pairs(const Spikes<scalar_t>& c, index_t thread)
+      : count(c.spike + thread * VALUES), bytes(c.bits + thread * COUNT),
+        left(c.neurons - thread * VALUES) {}
+};
+
+template <class scalar_t, int VEC>
+__global__ void __launch_bounds__(BLOCK) pack_counts(const Spikes<scalar_t> c) {
+  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
+  if (thread >= c.threads) return;
+  typedef Pairs<scalar_t, VEC> Own;
+  const Own own(c, thread);
+  float values[Own::VALUES] = {};
+  if constexpr (VEC == 1) {
+    for (int i = 0; i < 2; ++i)
+      if (i < own.left) values[i] = to_float(own.count[i]);
+  } else {
+    load(own.count, values);
+  }
+  Pack<unsigned char, Own::COUNT> bytes;
+#pragma unroll
+  for (int i = 0; i < Own::COUNT; ++i)
+    bytes.lane[i] = (unsigned char)((int)values[2 * i] & 15 | (int)values[2 * i + 1] << 4);
+  store(bytes, own.bytes);
+}
+
+template <class scalar_t, int VEC>
+__global__ void __launch_bounds__(BLOCK) unpack_counts(const Spikes<scalar_t> c) {
+  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
+  if (thread >= c.threads) return;
+  typedef Pairs<scalar_t, VEC> Own;
+  const Own own(c, thread);
+  Pack<unsigned char, Own::COUNT> bytes;
+  fetch(own.bytes, bytes);
+  float values[Own::VALUES];
+#pragma unroll
+  for (int i = 0; i < Own::VALUES; ++i) values[i] = bytes.lane[i / 2] >> i % 2 * 4 & 15;
+  if constexpr (VEC == 1) {
+    for (int i = 0; i < 2; ++i)
+      if (i < own.left) from_float(values[i], own.count[i]);
+  } else {
+    store(values, own.count);
   }
 }

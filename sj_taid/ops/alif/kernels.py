@@ -23,12 +23,12 @@ BLOCK = 128  # threads per block
 ADDERS = 512  # the same where a block adds up a channel's sums
 SEGMENT = 8  # steps per segment
 LONGEST_SWEEP = 16  # steps without segments, in float32; half precision takes SEGMENT
-SOFT, HARD, HARD_TO_ZERO = range(3)
-ADD_INPUT, DECAY_INPUT, NO_LEAK = range(3)
+SOFT, HARD, HARD_TO_ZERO, COUNTS = range(4)  # counts reset softly
+ADD_INPUT, DECAY_INPUT, NO_LEAK, NO_STATE = range(4)
 NEED_X, NEED_W, NEED_V_THRESHOLD, NEED_NORM = 1, 2, 4, 8
 _CONSTANTS = (
-    *("BLOCK", "ADDERS", "SEGMENT", "LONGEST_SWEEP", "SOFT", "HARD", "HARD_TO_ZERO"),
-    *("ADD_INPUT", "DECAY_INPUT", "NO_LEAK"),
+    *("BLOCK", "ADDERS", "SEGMENT", "LONGEST_SWEEP", "SOFT", "HARD", "HARD_TO_ZERO", "COUNTS"),
+    *("ADD_INPUT", "DECAY_INPUT", "NO_LEAK", "NO_STATE"),
     *("NEED_X", "NEED_W", "NEED_V_THRESHOLD", "NEED_NORM"),
 )
 
@@ -95,7 +95,8 @@ class Kernel(NamedTuple):
 def forward(spec: Spec) -> Kernel:
     """The forward kernel."""
     vecs = _NORM_FORWARD_VEC if spec.norm else _FORWARD_VEC
-    return _specialise("alif_forward", spec, spec.store_v_seq, vecs, f"{spec.pack:d}")
+    packs = spec.pack and not spec.dynamics.counts  # counts by a kernel of their own
+    return _specialise("alif_forward", spec, spec.store_v_seq, vecs, f"{packs:d}")
 
 
 def backward(spec: Spec, needs: int, v_seq: bool) -> Kernel:
@@ -116,7 +117,9 @@ def _specialise(name: str, spec: Spec, v_seq: bool, vecs: _Vecs, more: str) -> K
     vec = next(vec for steps, vec in vecs if spec.steps <= steps)[column]
     w, decay_input, _, v_reset, *_ = spec.dynamics
     reset = SOFT if v_reset is None else HARD if v_reset else HARD_TO_ZERO
-    charge = NO_LEAK if w == -math.inf else DECAY_INPUT if decay_input else ADD_INPUT
+    reset = COUNTS if spec.dynamics.counts else reset
+    charge = DECAY_INPUT if decay_input else ADD_INPUT
+    charge = NO_LEAK if w == -math.inf else NO_STATE if w == math.inf else charge
     before = f"{name}<{SCALARS[spec.dtype]},{template_steps(spec.steps, spec.dtype)}"
     return Kernel(vec, before, f",{reset},{charge},{v_seq:d},{spec.norm:d},{more}")
 

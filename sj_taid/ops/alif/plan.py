@@ -16,12 +16,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+#: the surrogate of counts, :class:`sj_taid.ops.surrogate.MultiLevelSpikeCount`
+COUNT = "MultiLevelSpikeCount"
+
 
 class Dynamics(NamedTuple):
     """What a neuron computes: how it charges, fires and resets.
 
     ``w`` and ``v_threshold`` are numbers where they do not learn; ``None`` where they are tensors,
-    which a call is given. A ``w`` of -inf is no leak: then H = V + X, for an infinite V too.
+    which a call is given. A ``w`` of -inf is no leak: then H = V + X, for an infinite V too. One of
+    inf, of counts alone, is no state: H = X.
     """
 
     w: float | None
@@ -32,6 +36,12 @@ class Dynamics(NamedTuple):
     surrogate: str  #: the name of an entry of :data:`sj_taid.ops.surrogate.DERIVATIVES`
     a: float  #: constants of its derivative
     b: float
+    levels: int = 1  #: the most that a step gives
+
+    @property
+    def counts(self) -> bool:
+        """Whether a step gives a count, after which the reset is soft, not a spike."""
+        return self.surrogate == COUNT
 
 
 class Spec(NamedTuple):
@@ -55,7 +65,7 @@ class Spec(NamedTuple):
     norm: bool
     fixed_norm: bool  #: whether its statistics are the running ones
     store_v_seq: bool
-    pack: bool  #: whether forward gives the spikes as bits, too
+    pack: bool  #: whether forward gives the spikes as bits too, or the counts packed
     saves: bool  #: whether a backward may follow
 
 
@@ -190,6 +200,9 @@ class Engine(NamedTuple):
     pack: Callable[[Tensor], Tensor]
     #: bits, and spikes ``[T, neurons]`` that they are written into
     unpack_into: Callable[[Tensor, Tensor], None]
+    #: the same of flat counts up to 15
+    pack_counts: Callable[[Tensor], Tensor]
+    unpack_counts_into: Callable[[Tensor, Tensor], None]
     #: T, dtype -> how many voltages per neuron forward saves for backward's recomputation
     checkpoints: Callable[[int, torch.dtype], int] = lambda steps, dtype: 0
 

@@ -4,7 +4,7 @@ Every faster path is tested against this file. It is written to be read: one lin
 equation, differentiated by autograd.
 
 Symbols: ``q = sigmoid(w) = 1/tau`` with tau in time steps; ``X`` input current, ``V`` membrane
-potential after the reset, ``H`` before it, ``S`` spikes, all dimensionless.
+potential after the reset, ``H`` before it, ``S`` spikes or counts, all dimensionless.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._graph import is_watched
-from .. import bits
+from .. import bits, surrogate
 from .norm import Norm, batch_norm
 
 
@@ -26,16 +26,39 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def charge(x: Tensor, v: Tensor, q: Tensor, decay_input: bool, v_reset: float | None) -> Tensor:
+def charge(
+    x: Tensor,
+    v: Tensor,
+    q: Tensor | None,
+    decay_input: bool,
+    v_reset: float | None,
+    counts: bool = False,
+) -> Tensor:
     """``H = V + q (X - (V - V_reset))``; without ``decay_input`` ``H = V - q (V - V_reset) + X``.
 
-    The order of operations is SpikingJelly's, and the fused kernels repeat it unfused: then the
-    same float32 inputs give the same spikes on every path.
+    Without ``q`` there is no state: ``H = X``. The order of operations is SpikingJelly's, for
+    ``counts`` that of its ``ILIFNode``, and the fused kernels repeat it unfused: then the same
+    float32 inputs give the same spikes on every path.
     """
+    if q is None:
+        return x
     v_rest = 0.0 if v_reset is None else v_reset
     if decay_input:
         return v + (x - (v - v_rest)) * q
+    if counts:
+        return v * (1.0 - q) + x
     return v - (v - v_rest) * q + x
+
+
+def fire(h: Tensor, v_threshold: Tensor, surrogate_function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A spike where ``H >= V_th``, or a count: ``round(clamp(H / V_th, 0, D))``, half to even.
+
+    Counts are those of :class:`~sj_taid.ops.surrogate.MultiLevelSpikeCount`, which has D and the
+    window of ``H / V_th``, bounds included, where ``dS/d(H / V_th)`` is 1, and not 0.
+    """
+    if surrogate.counts(surrogate_function):
+        return surrogate_function(h / v_threshold)
+    return surrogate_function(h - v_threshold)
 
 
 def reset(
@@ -52,7 +75,7 @@ def reset(
 def multi_step(
     x_seq: Tensor,
     v: Tensor | float,
-    w: Tensor,
+    w: Tensor | None,
     v_threshold: Tensor,
     *,
     decay_input: bool,
@@ -65,11 +88,12 @@ def multi_step(
 ) -> tuple[Any, ...]:
     """Run ``x_seq`` ``[T, N, *]``, or the batch ``norm`` of it, from ``v`` ``[N, *]``.
 
-    ``w`` and ``v_threshold`` are scalars or per channel, ``[C]`` on axis 2 of ``x_seq``.
+    ``w`` and ``v_threshold`` are scalars or per channel, ``[C]`` on axis 2 of ``x_seq``; without
+    ``w`` there is no state.
 
     Returns spikes ``[T, N, *]`` in ``x_seq``'s dtype, the last ``V`` ``[N, *]`` and, if
     ``store_v_seq``, every ``V`` ``[T, N, *]``, both in ``state_dtype``. With ``return_bits`` also
-    :func:`.bits.pack` of the spikes.
+    :func:`.bits.pack_whole` of the spikes or counts.
     """
     dtype = state_dtype(x_seq.dtype)
     y_seq = x_seq if norm is None else batch_norm(x_seq.to(dtype), norm)
@@ -81,20 +105,23 @@ def multi_step(
         names = getattr(surrogate_function, "__dict__", ())
         for value in (math.pi, *(getattr(surrogate_function, name) for name in names)):
             isinstance(value, float)
-    q = per_channel(w.to(dtype).sigmoid(), x_seq)
+    q = None if w is None else per_channel(w.to(dtype).sigmoid(), x_seq)
     threshold = per_channel(v_threshold.to(dtype), x_seq)
+    counts = surrogate.counts(surrogate_function)
     stacks_v = store_v_seq or is_watched()  # SpikingJelly's neurons always do, which is counted
     spike_seq, v_seq = [], []
     for y in y_seq:
-        h = charge(y.to(dtype), v, q, decay_input, v_reset)
-        spike = surrogate_function(h - threshold)
+        h = charge(y.to(dtype), v, q, decay_input, v_reset, counts)
+        spike = fire(h, threshold, surrogate_function)
         v = reset(h, spike, threshold, v_reset, detach_reset)
         spike_seq.append(spike.to(x_seq.dtype))
         if stacks_v:
             v_seq.append(v)
     every_v = torch.stack(v_seq) if stacks_v else None
     outputs = (torch.stack(spike_seq), v, every_v if store_v_seq else None)
-    return (*outputs, bits.pack(outputs[0])) if return_bits else outputs
+    if not return_bits:
+        return outputs
+    return *outputs, bits.pack_whole(outputs[0], surrogate.levels_of(surrogate_function))
 
 
 def per_channel(parameter: Tensor, x_seq: Tensor) -> Tensor:

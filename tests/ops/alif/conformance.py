@@ -6,11 +6,13 @@ of options' values occurs. On a GPU launches are counted, which proves that the 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -23,7 +25,13 @@ from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.autograd import spec_of
 from sj_taid.ops.alif.plan import Dynamics, Spec
-from sj_taid.ops.surrogate import DERIVATIVES, derivative_of
+from sj_taid.ops.surrogate import (
+    DERIVATIVES,
+    MultiLevelSpikeCount,
+    counts,
+    derivative_of,
+    levels_of,
+)
 from tests.helpers import HALF, Case, Leaves, differences, results, tensors
 
 #: Name -> one step's shape and the order of a sequence's axes in memory. Images: neighbours share a
@@ -41,7 +49,14 @@ MARGIN = 2e-5
 SURROGATES = {
     derivative.name: kind
     for kind, derivative in DERIVATIVES.items()
-    if FUNCTIONAL_STATES or kind is not surrogate.NonzeroSignLogAbs
+    if kind is not MultiLevelSpikeCount
+    and (FUNCTIONAL_STATES or kind is not surrogate.NonzeroSignLogAbs)
+}
+COUNTS = {
+    "counts": partial(MultiLevelSpikeCount, 4),
+    "window": partial(MultiLevelSpikeCount, 6, grad_window=(-0.5, 3.25)),
+    "one": partial(MultiLevelSpikeCount, 1),
+    "many": partial(MultiLevelSpikeCount, 40),
 }
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "surrogate": tuple(SURROGATES),
@@ -58,6 +73,16 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "norm": (None, "batch", "fixed"),
     "pack": (False, True),
     "moved": (False, True),
+}
+#: The same of neurons that count, in fewer combinations, since each compiles.
+COUNT_OPTIONS = OPTIONS | {
+    "T": (1, 4, 24),
+    "layout": ("images", "features", "odd"),
+    "through": OPTIONS["through"][:2],
+    "frozen": ((), ("x",), ("w", "v_threshold")),
+    "surrogate": tuple(COUNTS),
+    "v_reset": (None,),
+    "stateless": (False, True),
 }
 #: For a GPU, on which each case compiles kernels of its own.
 COMPACT = OPTIONS | {
@@ -107,7 +132,7 @@ def make_case(row: Mapping[str, Any]) -> Case:
     return Case(
         channels=step[1] if row.pop("per_channel") else None,
         shape=(row.pop("T"), *step),
-        surrogate_function=SURROGATES[row.pop("surrogate")](),
+        surrogate_function=(SURROGATES | COUNTS)[row.pop("surrogate")](),
         axes=axes,
         **row,
     )
@@ -116,8 +141,10 @@ def make_case(row: Mapping[str, Any]) -> Case:
 def make_spec(case: Case, x: Tensor | None = None, **changes: Any) -> Spec:
     """The spec of a case's call, in which w and the threshold learn."""
     x = tensors(case)["x"] if x is None else x
-    constants = (case.v_reset, case.detach_reset, *derivative_of(case.surrogate_function))
-    dynamics = Dynamics(None, case.decay_input, None, *constants)
+    fires = case.surrogate_function
+    constants = (case.v_reset, case.detach_reset, *derivative_of(fires), levels_of(fires))
+    w = math.inf if case.stateless else None
+    dynamics = Dynamics(w, case.decay_input, None, *constants)
     norm = (case.norm is not None, case.norm == "fixed")
     options = ("v_seq" in case.through, case.pack, True)
     spec = spec_of(x, dynamics, case.channels is not None, *norm, *options)
@@ -138,13 +165,24 @@ def tensors_off_threshold(case: Case) -> Leaves:
 
 
 def _least_distance(case: Case, leaves: Leaves) -> Tensor:
-    """``|H - V_th|`` at each neuron's step nearest to its threshold."""
+    """``|H - V_th|`` at each neuron's step nearest to its threshold.
+
+    Of counts, that of ``H / V_th`` from a half or a bound of the window.
+    """
     distances: list[Tensor] = []
 
     def fire(x: Tensor) -> Tensor:
         distances.append(x.detach().abs())
         return surrogate.ATan()(x)
 
+    def watch(module: Any, inputs: Any) -> None:
+        x = inputs[0].detach()
+        edges = (x.floor() + 0.5, module.grad_min, module.grad_max)
+        distances.append(torch.stack([(x - edge).abs() for edge in edges]).amin(0))
+
+    if counts(case.surrogate_function):
+        fire = copy.deepcopy(case.surrogate_function)
+        fire.register_forward_pre_hook(watch)
     case = case.with_(surrogate_function=fire, through=("spike_seq",))
     results(reference.multi_step, case, _double(leaves))
     return torch.stack(distances).amin(0)
@@ -173,7 +211,8 @@ def compare(
     exact = results(reference.multi_step, case.with_(pack=False), _double(leaves))
     expected = {n: t.to(got[n].dtype) if n in got else t for n, t in exact.items()}
     found = [*differences(got, expected, math.prod(case.shape) / (case.channels or 1))]
-    if packed is not None and not torch.equal(packed, bits.pack(got["spike_seq"])):
+    most = levels_of(case.surrogate_function)
+    if packed is not None and not torch.equal(packed, bits.pack_whole(got["spike_seq"], most)):
         found.append("the bits are not the spikes'")
     if launches is not None:
         found += _compare_launches(launches, expected_launches(case))
@@ -189,7 +228,10 @@ def expected_launches(case: Case) -> dict[str, int]:
         expected["channel_statistics"] = 1
         # The input's gradient needs sums over all of the input first.
         expected["alif_backward"] = 2 - ("x" in case.frozen)
-    if not {"w", "v_threshold"} <= set(case.frozen):
+    if case.pack and counts(case.surrogate_function):
+        packed = {1: "pack_bits", 40: None}.get(levels_of(case.surrogate_function), "pack_counts")
+        expected |= {packed: 1} if packed else {}
+    if {"w", "v_threshold"} - {*case.frozen, *(["w"] if case.stateless else [])}:
         expected["parameter_gradients"] = 1
     return expected
 

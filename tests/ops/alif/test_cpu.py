@@ -12,21 +12,38 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch.autograd import forward_ad
 
-from sj_taid.ops import backends
+from sj_taid.ops import backends, bits
 from sj_taid.ops.alif import kernels, reference
-from sj_taid.ops.surrogate import DERIVATIVES, Derivative, exp, f32
+from sj_taid.ops.surrogate import (
+    DERIVATIVES,
+    Derivative,
+    MultiLevelSpikeCount,
+    derivative_of,
+    exp,
+    f32,
+    levels_of,
+)
 from tests.helpers import (
     Case,
     assert_close,
+    assert_counts_at_their_edges,
     assert_equal,
     assert_equals_a_float32_copys,
     assert_not_finite_alike,
     assert_same_bits,
+    count_grid,
     grid,
     results,
     tensors,
 )
-from tests.ops.alif.conformance import OPTIONS, SURROGATES, compare, make_case, pairwise
+from tests.ops.alif.conformance import (
+    COUNT_OPTIONS,
+    OPTIONS,
+    SURROGATES,
+    compare,
+    make_case,
+    pairwise,
+)
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 import numba
@@ -56,16 +73,25 @@ def assert_conforms(case, leaves=None):
         assert torch.equal(got[name], expected[name]), name
 
 
-@pytest.mark.parametrize("case", grid(FLOATS), ids=str)
+@pytest.mark.parametrize("case", grid(FLOATS) + count_grid(FLOATS), ids=str)
 def test_conforms(case):
     assert_conforms(case)
+
+
+@pytest.mark.parametrize("changes", [{}, {"stateless": True}, {"dtype": torch.bfloat16}], ids=str)
+def test_counts_at_their_edges(changes):
+    assert_counts_at_their_edges(cpu.multi_step, reference.multi_step, **changes)
 
 
 # One surrogate, since numba compiles each again.
 SOME = OPTIONS | {"surrogate": ("ATan",), "dtype": FLOATS}
 
 
-@pytest.mark.parametrize("case", [make_case(row) for row in pairwise(SOME)], ids=str)
+SOME_COUNTS = COUNT_OPTIONS | {"dtype": FLOATS}
+ROWS = [*pairwise(SOME), *pairwise(SOME_COUNTS)]
+
+
+@pytest.mark.parametrize("case", map(make_case, ROWS), ids=str)
 def test_every_pair_of_options(case):
     assert not compare(case, cpu.multi_step)
 
@@ -132,7 +158,7 @@ def test_a_derivative_may_use_exp_and_any_function_of_math():
 NOT_FINITE = Case(shape=(6, 40, 5))
 
 
-@pytest.mark.parametrize("case", grid(FLOATS, NOT_FINITE), ids=str)
+@pytest.mark.parametrize("case", grid(FLOATS, NOT_FINITE) + count_grid(FLOATS, NOT_FINITE), ids=str)
 def test_infinities_and_nan(case):
     assert_not_finite_alike(cpu.multi_step, reference.multi_step, case)
 
@@ -164,6 +190,7 @@ def hostile(case):
     return leaves
 
 
+COUNTED = Case(v_reset=None, surrogate_function=MultiLevelSpikeCount(4))
 SHAPES = [
     (1, 1),  # one step of one neuron
     (5, 3),  # no channel axis
@@ -183,6 +210,7 @@ def test_shapes(shape):
         Case(shape=shape),
         Case(shape=shape, v_init=False, through=("spike_seq", "v")),
         Case(shape=shape, v_init=False, channels=shape[2] if len(shape) > 2 else None),
+        COUNTED.with_(shape=shape),
     ):
         assert_conforms(case)
         half = case.with_(dtype=torch.bfloat16)
@@ -252,9 +280,24 @@ def test_conversions_of_bfloat16_are_torchs():
 
 
 # Of several blocks, the last of them cut short.
-@pytest.mark.parametrize("case", grid(FLOATS[1:], Case(shape=(3, 2, 5, 33, 19))), ids=str)
+BLOCKS = Case(shape=(3, 2, 5, 33, 19))
+
+
+@pytest.mark.parametrize("case", grid(FLOATS[1:], BLOCKS) + count_grid(FLOATS[1:], BLOCKS), ids=str)
 def test_bfloat16_equals_a_float32_copy(case):
     assert_equals_a_float32_copys(cpu.multi_step, case, hostile(case))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 7, 2 * loops.ROW + 33])
+def test_counts_are_packed_and_unpacked(dtype, size):
+    counts = torch.arange(size).remainder(16).to(dtype)
+    packed = cpu.ENGINE.pack_counts(counts)
+    assert torch.equal(packed, bits.pack_counts(counts)) and len(packed) == -(-size // 2)
+    for unpack_into in (cpu.ENGINE.unpack_counts_into, bits.unpack_counts_into):
+        back = torch.full_like(counts, 7.0)
+        unpack_into(packed, back)
+        assert torch.equal(back, counts)
 
 
 def test_no_grad():
@@ -313,7 +356,7 @@ def test_vmap_over_any_axis_is_each_alone(shape, axis):
 def test_operators_refuse_other_layouts():
     x, v0, w, v_threshold = (leaf.detach() for leaf in tensors(IMAGES).values())
     moved = LAYOUTS["channels_last"](x)
-    dynamics = (True, 0.0, False, "ATan", 1.0, 3.0)
+    dynamics = (True, 0.0, False, "ATan", 1.0, 3.0, 1)
     forward = (0.0, w, v_threshold, *dynamics, False, 0)
     backward = (0.0, w, v_threshold, w, *dynamics, True, True, True, True)
     for operator, arguments in (
@@ -470,19 +513,28 @@ def test_later_processes_load_what_is_compiled(tmp_path):
     assert outputs == [["compiled"], ["compiled", "loaded"]]
 
 
-@pytest.mark.parametrize("case", [WIDE, IMAGES.with_(dtype=torch.bfloat16, v_reset=None)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(WIDE, IMAGES.with_(dtype=torch.bfloat16, v_reset=None)),
+        *(COUNTED, COUNTED.with_(stateless=True)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("v_init", [True, False])
 def test_operators(case, v_init):
     """Schema, no aliasing, and fake outputs of the right shapes, dtypes and strides."""
     x_seq, v0, w, v_threshold = (leaf.detach() for leaf in tensors(case).values())
+    w = None if case.stateless else w
     neuron = (x_seq, v0 if v_init else None, 0.0, w, v_threshold)
-    dynamics = (case.decay_input, case.v_reset, False, "ATan", 1.0, 3.0)
+    fires = (*derivative_of(case.surrogate_function), levels_of(case.surrogate_function))
+    dynamics = (case.decay_input, case.v_reset, False, *fires)
     gradients, saved = (torch.ones_like(x_seq), None, None), (*neuron, x_seq.new_empty(0))
     backward = (*gradients, *saved, *dynamics)
     for operator, arguments in (
         ("forward", (*neuron, *dynamics, True, 0)),
         ("forward", (*neuron, *dynamics, False, 0)),
-        ("backward", (*backward, True, v_init, True, True)),
+        ("backward", (*backward, True, v_init, w is not None, True)),
         ("backward", (*backward, False, False, False, True)),
     ):
         torch.library.opcheck(

@@ -20,9 +20,11 @@ from sj_taid.ops import backends, bits
 from sj_taid.ops.alif import autograd, kernels, reference
 from sj_taid.ops.alif.kernels import BLOCK, NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
 from sj_taid.ops.alif.plan import Needs, NormSpec, table
+from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
     Case,
     assert_close,
+    assert_counts_at_their_edges,
     assert_not_finite_alike,
     assert_statistics_of_a_mean_far_from_zero,
     results,
@@ -424,6 +426,22 @@ def test_bits_are_packed_and_unpacked(launcher, dtype, T, neurons):
     assert engine.pack(spikes[:, :0]).shape == (len(want), 0)
 
 
+@needs_gxx
+@pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 7, 80])
+def test_counts_are_packed_and_unpacked(launcher, dtype, size):
+    counts, engine = torch.randint(0, 16, (size,)).to(dtype), launcher.cuda.ENGINE
+    for given in (counts, shifted(counts)):
+        got = engine.pack_counts(given)
+        assert torch.equal(got, bits.pack_counts(counts))
+        for back in (torch.full_like(counts, 7.0), shifted(torch.full_like(counts, 7.0))):
+            engine.unpack_counts_into(got, back)
+            assert torch.equal(back, counts)
+    at_once = {launch.name.partition(",")[2] for launch in launcher.launches}
+    assert at_once == ({"1>", f"{16 // dtype.itemsize}>"} if size == 80 else {"1>"})
+    assert engine.pack_counts(counts[:0]).shape == (0,)
+
+
 # ---- where it is launched ----
 
 
@@ -562,6 +580,21 @@ def test_infinities_and_nan(launcher, v_reset, dtype, norm):
     decay_input = dtype == torch.float32
     case = Case(v_reset, detach_reset, decay_input, channels, dtype, (6, 40, 5), norm=norm)
     assert_not_finite_alike(launcher.cuda.multi_step, reference.multi_step, case)
+
+
+@needs_gxx
+@pytest.mark.parametrize("stateless", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_infinities_and_nan_of_counts(launcher, dtype, stateless):
+    case = Case(None, stateless, True, 5, dtype, (6, 40, 5), MultiLevelSpikeCount(4))
+    case = case.with_(stateless=stateless)
+    assert_not_finite_alike(launcher.cuda.multi_step, reference.multi_step, case)
+
+
+@needs_gxx
+@pytest.mark.parametrize("changes", [{}, {"stateless": True}, {"dtype": torch.float16}], ids=str)
+def test_counts_at_their_edges(launcher, changes):
+    assert_counts_at_their_edges(launcher.cuda.multi_step, reference.multi_step, **changes)
 
 
 @needs_gxx
@@ -760,7 +793,7 @@ def test_operators_pass_opcheck(launcher, channels):
     case = CASE.with_(shape=(24, 3, 8, 2), channels=channels)
     neuron = [t.detach() for t in tensors(case).values()]
     neuron.insert(2, 0.0)
-    dynamics, operators = (True, None, False, "ATan", 1.0, 3.14), torch.ops.sj_taid
+    dynamics, operators = (True, None, False, "ATan", 1.0, 3.14, 1), torch.ops.sj_taid
     forward = getattr(operators, f"cupy_on_host_{channels}_forward")
     torch.library.opcheck(forward, (*neuron, *dynamics, True, 2))
     *outputs, checkpoint = forward(*neuron, *dynamics, True, 2)

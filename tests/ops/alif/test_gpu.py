@@ -17,6 +17,7 @@ from sj_taid.ops.alif.plan import find_plan
 from tests.helpers import Case, assert_close, assert_equal, results, tensors
 from tests.ops.alif.conformance import (
     COMPACT,
+    COUNT_OPTIONS,
     OPTIONS,
     compare,
     make_case,
@@ -47,7 +48,10 @@ def check(case, leaves):
     assert_gives(results(on_gpu, case, leaves), case, leaves)
 
 
-@pytest.mark.parametrize("case", [make_case(row) for row in pairwise(COMPACT)], ids=str)
+ROWS = [*pairwise(COMPACT), *pairwise(COUNT_OPTIONS)]
+
+
+@pytest.mark.parametrize("case", map(make_case, ROWS), ids=str)
 def test_conforms(cuda, case):
     """In a minute: what ``make gpu`` runs."""
     test_every_pair_of_options(cuda, case)

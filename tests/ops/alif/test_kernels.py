@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from sj_taid.ops.alif import kernels
-from tests.ops.alif.conformance import OPTIONS, compare, make_case, make_spec, pairwise
+from tests.ops.alif.conformance import (
+    COUNT_OPTIONS,
+    OPTIONS,
+    compare,
+    make_case,
+    make_spec,
+    pairwise,
+)
 from tests.ops.alif.host import GXX, Host, needs_gxx
 
 pytestmark = needs_gxx
@@ -30,7 +37,7 @@ def check(host, case):
     assert not compare(case, cuda.multi_step, launches=cuda.launches)
 
 
-CASES = [make_case(row) for row in pairwise(OPTIONS)]
+CASES = [make_case(row) for row in (*pairwise(OPTIONS), *pairwise(COUNT_OPTIONS))]
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +80,23 @@ def test_every_combination(launcher, T):
 SOFT, HARD = {"v_reset": None}, {"v_reset": -0.25}
 NORM, LONG = HARD | {"norm": "batch"}, {"T": 24}
 PACK = HARD | {"pack": True}
+COUNTS = SOFT | {"surrogate": "counts", "decay_input": False}
 MUTATIONS = [
     # gradients of the neuron
-    (SOFT | {"detach_reset": True}, "fmaf(fired ? -1.0f : 0.0f, grad_v[i],", "fmaf(0, 0,"),
+    (SOFT | {"detach_reset": True}, "fmaf(taken, grad_v[i],", "fmaf(0, 0,"),
     (HARD, "fmaf(-grad_v[i], lost, gained)", "gained"),
     (HARD, "fmaf(grad_v[i], neuron.v_reset, grad_s)", "grad_s"),
     (HARD, "RESET == SOFT || !fired ? 1.0f : 0.0f", "1.0f"),
     (HARD, "fmaf(-q, grad_h, grad_h)", "grad_h"),
     (SOFT, "if (GRAD_V_SEQ) grad_v[i] += grad_v_t[i];", ""),
+    # the same of counts
+    (COUNTS, "v * (1.0f - q[lane(i)]) + x", "v * q[lane(i)] + x"),
+    (COUNTS, "rintf(positive > levels ? levels : positive)", "rintf(positive)"),
+    (COUNTS, "over < 0.0f ? 0.0f : over", "over"),
+    (COUNTS, "h - output(h, i) * v_threshold[lane(i)]", "h"),
+    (COUNTS, "through_spike *= neuron.inverse[lane];", ";"),
+    (COUNTS, "RESET == COUNTS ? through_spike * over : through_spike", "through_spike"),
+    (COUNTS, "-neuron.count(over) :", "0.0f :"),
     # the charge, the last voltage, segments, channels, the stride over neurons
     (HARD, "v + (x - above_reset) * q[lane(i)]", "v + x * q[lane(i)]"),
     (HARD, "    store(v, c.v_last + at);", ""),

@@ -10,7 +10,7 @@ from sj_taid.ops.alif import kernels
 from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
 from tests.helpers import Case
 from tests.ops.alif import nvrtc
-from tests.ops.alif.conformance import SURROGATES, make_spec, pairwise
+from tests.ops.alif.conformance import COUNTS, SURROGATES, make_spec, pairwise
 
 try:
     nvrtc.library()
@@ -28,11 +28,11 @@ ALL = NEED_X | NEED_W | NEED_V_THRESHOLD
 OPTIONS = {
     "T": (4, 8, 16, 23),
     "dtype": tuple(kernels.SCALARS),
-    "v_reset": (0.0, -0.25, None),
+    "v_reset": (0.0, -0.25, None, "counts"),
     "per_lane": (False, True),
     "v_seq": (False, True),
     "detach_reset": (False, True),
-    "charge": ("decay", "no decay", "no leak"),
+    "charge": ("decay", "no decay", "no leak", "no state"),
     "surrogate": ("Sigmoid", "S2NN", "QPseudoSpike"),
     "needs": ("no norm", NEED_NORM | ALL & ~NEED_X, NEED_NORM, ALL, NEED_NORM | ALL),
     "pack": (False, True),
@@ -53,18 +53,20 @@ def widest(kernel, per_lane=False):
 def names():
     for row in pairwise(OPTIONS):
         norm = row["needs"] != "no norm"
+        counts = row["v_reset"] == "counts" or row["charge"] == "no state"
         spec = make(
             row["dtype"],
             row["T"],
-            row["v_reset"],
+            None if counts else row["v_reset"],
             detach_reset=row["detach_reset"],
             decay_input=row["charge"] != "no decay",
-            surrogate_function=SURROGATES[row["surrogate"]](),
+            surrogate_function=(COUNTS["counts"] if counts else SURROGATES[row["surrogate"]])(),
             norm=norm,
             pack=row["pack"],
         )
-        if row["charge"] == "no leak":
-            spec = spec._replace(dynamics=spec.dynamics._replace(w=-math.inf))
+        if row["charge"] in ("no leak", "no state"):
+            w = -math.inf if row["charge"] == "no leak" else math.inf
+            spec = spec._replace(dynamics=spec.dynamics._replace(w=w))
         needs, v_seq = row["needs"] if norm else ALL, row["v_seq"]
         yield widest(kernels.forward(spec._replace(store_v_seq=v_seq)), row["per_lane"])
         yield widest(kernels.backward(spec, needs, v_seq), row["per_lane"])
@@ -73,7 +75,8 @@ def names():
         statistics, vec = kernels.statistics(dtype), kernels.ALIGNMENT // dtype.itemsize
         yield from (widest(statistics), widest(statistics, per_lane=True))
         yield from (f"norm_numbers<{scalar},{fixed}>" for fixed in (0, 1))
-        yield from (f"{name}_bits<{scalar},{n}>" for name in ("pack", "unpack") for n in (1, vec))
+        for what in ("pack_bits", "unpack_bits", "pack_counts", "unpack_counts"):
+            yield from (f"{what}<{scalar},{n}>" for n in (1, vec))
 
 
 NAMES = tuple(dict.fromkeys(names()))

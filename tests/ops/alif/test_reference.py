@@ -1,5 +1,7 @@
 """The definition of ALIF: a trace worked by hand, gradcheck, and gradients derived on paper."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from spikingjelly.activation_based import neuron, surrogate
 from sj_taid import _compat
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops.alif import reference
-from tests.helpers import HALF, TOLERANCE, Case, grid, results, tensors
+from sj_taid.ops.surrogate import MultiLevelSpikeCount, counts, levels_of
+from tests.helpers import HALF, TOLERANCE, Case, count_grid, grid, results, tensors
 
 F64 = torch.float64
 
@@ -43,6 +46,68 @@ def test_trace(x, rest, v_reset, decay_input, spikes, v):
     assert v_seq.flatten().tolist() == pytest.approx(v)
 
 
+# With V_th = 0.5 and D = 4, and tau = 4/3, of which a quarter of the voltage stays:
+# H = 0.6, in thresholds 1.2: 1 | 0.1/4 + 1.3 = 1.325, 2.65: 3 | -0.175/4 + 6 = 5.95625: 4, and
+# 3.95625 are left | 0.9890625 - 1 = -0.0109375: 0
+STATEFUL = ([0.6, 1.3, 6.0, -1.0], [1, 3, 4, 0], [0.1, -0.175, 3.95625, -0.0109375])
+# H = X, in thresholds 0.5: 0 | 1.5: 2 | 2.5: 2 | 3.5: 4 | 18: 4
+STATELESS = ([0.25, 0.75, 1.25, 1.75, 9.0], [0, 2, 2, 4, 4], [0.25, -0.25, 0.25, -0.25, 7.0])
+
+
+@pytest.mark.parametrize(
+    ("w", "decay_input", "trace"),
+    [
+        (math.log(3.0), False, STATEFUL),
+        # The same H, as the input is scaled by q = 3/4.
+        (math.log(3.0), True, ([x * 4 / 3 for x in STATEFUL[0]], *STATEFUL[1:])),
+        (None, False, STATELESS),
+        (None, True, STATELESS),
+    ],
+)
+def test_trace_of_counts(w, decay_input, trace):
+    x, expected, v = trace
+    spike_seq, v_last, v_seq = alif_multi_step(
+        torch.tensor(x, dtype=F64).view(-1, 1),
+        0.0,
+        w if w is None else torch.tensor(w, dtype=F64),
+        torch.tensor(0.5, dtype=F64),
+        decay_input=decay_input,
+        v_reset=None,
+        surrogate_function=MultiLevelSpikeCount(4),
+        store_v_seq=True,
+        backend="torch",
+    )
+    assert torch.equal(v_last, v_seq[-1]) and spike_seq.flatten().tolist() == expected
+    assert v_seq.flatten().tolist() == pytest.approx(v)
+
+
+@pytest.mark.parametrize("x", [torch.inf, -torch.inf, torch.nan])
+def test_counts_of_what_is_not_finite(x):
+    fires = MultiLevelSpikeCount(4)
+    spikes, _, _ = alif_multi_step(
+        torch.tensor([[x]]), 0.0, None, torch.ones(()), v_reset=None, surrogate_function=fires
+    )
+    expected = torch.tensor([[x]]).clamp(0, 4)  # NaN stays NaN
+    torch.testing.assert_close(spikes, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"v_reset": 0.0}, "soft reset.*but v_reset=0.0.*take v_reset=None"),
+        ({"w": None, "surrogate_function": surrogate.ATan()}, "without state, which gives counts"),
+        (
+            {"return_bits": True, "surrogate_function": MultiLevelSpikeCount(256)},
+            "return_bits holds counts up to 255.*counts to 256; leave it out",
+        ),
+    ],
+)
+def test_options_that_fit_no_counts_are_refused(options, expected):
+    fits = {"w": torch.zeros(()), "v_reset": None, "surrogate_function": MultiLevelSpikeCount(4)}
+    with pytest.raises(ValueError, match=expected):
+        alif_multi_step(torch.ones(2, 3), 0.0, v_threshold=torch.ones(()), **fits | options)
+
+
 # A detached reset is left out: its gradient is not the derivative of the forward pass, by design.
 @pytest.mark.parametrize("case", [c for c in grid(dtypes=(F64,)) if not c.detach_reset], ids=str)
 def test_gradcheck_with_a_smooth_surrogate(case):
@@ -66,7 +131,11 @@ def derived_gradients(case, leaves, cotangents):
         dL/dV_th = -gs g + hard: -Gv (V_reset - H) g    soft: Gv (-S + V_th g)
         dL/dw    = q (1 - q) dL/dH * (decay_input ? X - (V - V_reset) : -(V - V_reset))
         Gv[t-1]  = gv[t-1] + dL/dH (1 - q)
+
+    For counts g is 1 / V_th in the window, else 0, and stands for H / V_th g in dL/dV_th. Without
+    state Gv[t-1] is gv[t-1].
     """
+    most, counted = levels_of(case.surrogate_function), counts(case.surrogate_function)
     x, v0, w, v_th = (leaves[n].detach().numpy() for n in ("x", "v0", "w", "v_threshold"))
     if case.channels is not None:
         w, v_th = w[:, None], v_th[:, None]
@@ -77,7 +146,8 @@ def derived_gradients(case, leaves, cotangents):
     for x_t in x:
         before.append(v)
         h = v + (x_t - (v - rest)) * q if case.decay_input else v - (v - rest) * q + x_t
-        s = (h >= v_th).astype(float)
+        h = x_t if case.stateless else h
+        s = np.rint(np.clip(h / v_th, 0, most)) if counted else (h >= v_th).astype(float)
         v = h - s * v_th if case.v_reset is None else (1 - s) * h + s * rest
         charged.append(h)
         spikes.append(s)
@@ -89,27 +159,28 @@ def derived_gradients(case, leaves, cotangents):
         gv = carry + gv_seq[t]
         h, s, v, gs = charged[t], spikes[t], before[t], gs_seq[t]
         g = alpha / 2 / (1 + (np.pi / 2 * alpha * (h - v_th)) ** 2)
+        g_threshold = g
+        if counted:
+            window = case.surrogate_function.grad_min, case.surrogate_function.grad_max
+            g = (h / v_th >= window[0]) * (h / v_th <= window[1]) / v_th
+            g_threshold = h / v_th * g
         attached = 0.0 if case.detach_reset else 1.0
         if case.v_reset is None:
             dv_dh = 1 - attached * v_th * g
-            gth += -gs * g + gv * (-s + attached * v_th * g)
+            gth += -gs * g_threshold + gv * (-s + attached * v_th * g_threshold)
         else:
             dv_dh = (1 - s) + attached * (rest - h) * g
             gth += -gs * g - attached * gv * (rest - h) * g
         gh = gs * g + gv * dv_dh
-        gx[t] = gh * (q if case.decay_input else 1.0)
+        gx[t] = gh * (q if case.decay_input and not case.stateless else 1.0)
         gw += q * (1 - q) * gh * ((x[t] if case.decay_input else 0.0) - (v - rest))
-        carry = gh * (1 - q)
+        carry = gh * (0.0 if case.stateless else 1 - q)
     axes = (0, 1, 2) if case.channels is None else (0, 2)
-    return {
-        "grad_x": gx,
-        "grad_v0": carry,
-        "grad_w": gw.sum(axes),
-        "grad_v_threshold": gth.sum(axes),
-    }
+    gradients = {"grad_x": gx, "grad_v0": carry, "grad_v_threshold": gth.sum(axes)}
+    return gradients if case.stateless else gradients | {"grad_w": gw.sum(axes)}
 
 
-@pytest.mark.parametrize("case", grid(dtypes=(F64,)), ids=str)
+@pytest.mark.parametrize("case", grid(dtypes=(F64,)) + count_grid(dtypes=(F64,)), ids=str)
 def test_every_gradient_equals_the_derivation(case):
     case = case.with_(shape=(6, 3, 5, 4))
     leaves = tensors(case)
@@ -119,7 +190,7 @@ def test_every_gradient_equals_the_derivation(case):
         torch.randn(got[name].shape, generator=g, dtype=F64).numpy()
         for name in ("spike_seq", "v", "v_seq")
     ]
-    assert 0.05 < got["spike_seq"].mean() < 0.95
+    assert 0.05 < got["spike_seq"].mean() / levels_of(case.surrogate_function) < 0.95
     for name, want in derived_gradients(case, leaves, cotangents).items():
         error = np.abs(got[name].numpy() - want).max()
         assert error <= TOLERANCE[F64]["value"] * max(1.0, np.abs(want).max()), name

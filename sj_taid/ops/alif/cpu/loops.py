@@ -35,6 +35,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
 from ... import surrogate
+from ..plan import COUNT
 
 #: values of a row that are copied while as many of another are fetched
 CHUNK = 128
@@ -43,8 +44,8 @@ LINE = 16
 
 #: types of a tensor's elements
 FLOAT32, BFLOAT16, BYTE = range(3)
-#: how a neuron charges
-LEAK, DECAY_INPUT, NO_LEAK = range(3)
+#: how a neuron charges; without state for counts alone
+LEAK, DECAY_INPUT, NO_LEAK, NO_STATE = range(4)
 
 
 class Arguments(ctypes.Structure):
@@ -62,11 +63,11 @@ class Arguments(ctypes.Structure):
                 *("parts", "ranges", "part_size", "block", "x_size", "group", "whole"),
                 *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
                 *("dtype", "per_channel", "norm", "fixed_norm", "norm_sums", "ab", "sums_only"),
-                *("charge", "soft", "plain_average"),
+                *("charge", "soft", "counts", "plain_average"),
             )
         ),
         *((name, ctypes.c_float) for name in ("v_init", "v_rest", "q_value", "threshold_value")),
-        *((name, ctypes.c_float) for name in ("a", "b")),
+        *((name, ctypes.c_float) for name in ("a", "b", "levels")),
         *((name, ctypes.c_double) for name in ("count", "momentum", "eps")),
     )
 
@@ -179,6 +180,22 @@ def _charge(x, v, q, v_rest, charge):
     if charge == NO_LEAK:
         return v + x  # for an infinite v too
     return v - (v - v_rest) * q + x
+
+
+@_part
+def _charge_count(x, v, q, charge):
+    if charge == NO_STATE:
+        return x
+    if charge == LEAK:
+        return v * (np.float32(1) - q) + x
+    return _charge(x, v, q, np.float32(0), charge)
+
+
+@_part
+def _count(over, levels):
+    """``over`` in thresholds, rounded half to even; choices that leave NaN as it is."""
+    over = np.float32(0) if over < np.float32(0) else over
+    return np.rint(levels if over > levels else over)
 
 
 @_part
@@ -421,6 +438,24 @@ def _forward_row(scratch, x, v, spike, v_next, norm, v_rest, charge, soft, n):
 
 
 @_part
+def _count_row(scratch, x, v, count, v_next, norm, levels, charge, n):
+    q, threshold = _row(scratch, _Q), _row(scratch, _THRESHOLD)
+    for i in range(n):
+        h = _charge_count(_input(scratch, x, i, norm), v[i], q[i], charge)
+        counted = _count(h / threshold[i], levels)
+        count[i], v_next[i] = counted, h - counted * threshold[i]
+
+
+@_part
+def _step_row(scratch, a, x, v, spike, v_next, norm, charge, soft, counts, n):
+    """One step forward of neighbouring neurons: spikes, or counts."""
+    if counts:
+        _count_row(scratch, x, v, spike, v_next, norm, a.levels, charge, n)
+    else:
+        _forward_row(scratch, x, v, spike, v_next, norm, a.v_rest, charge, soft, n)
+
+
+@_part
 def _pack_row(spike, bits, value, n):
     for i in range(n):
         bits[i] += spike[i] * value
@@ -575,7 +610,7 @@ def _nothing(a):
 def _forward_part(a, scratch, part):
     """Spikes and voltages."""
     place, begin, end, channel, width = _place(a, part)
-    norm, v_rest, charge, soft = a.norm != 0, a.v_rest, a.charge, a.soft != 0
+    norm, charge, soft, counts = a.norm != 0, a.charge, a.soft != 0, a.counts != 0
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
         _spread_parameters(scratch, a, first, n, channel, width)
@@ -586,7 +621,7 @@ def _forward_part(a, scratch, part):
             spike = _target(a.spike, a.dtype, place, t, first, n, _row(scratch, _SPIKE))
             # Never the row it reads from, which would look like a loop-carried dependence.
             after = _row(scratch, _VOLTAGES + (t + 1) % 2)
-            _forward_row(scratch, x, now, spike, after, norm, v_rest, charge, soft, n)
+            _step_row(scratch, a, x, now, spike, after, norm, charge, soft, counts, n)
             _write(spike, a.spike, a.dtype, place, t, first, n, 1)
             if a.v_seq:
                 _store(after, a.v_seq, FLOAT32, place, t, first, n, 1)
@@ -633,9 +668,51 @@ def _unpack_part(a, scratch, part):
             _write(spike, a.spike, a.dtype, place, t, first, n, 1)
 
 
+@_part
+def _pack_counts_part(a, scratch, part):
+    """Half bytes of counts, of one step: a part and a block begin at an even neuron."""
+    place, begin, end, _, _ = _place(a, part)
+    for first in range(begin, end, a.block):
+        n = min(a.block, end - first)
+        counts = _read(a.spike, a.dtype, place, 0, first, n, _row(scratch, _SPIKE), 1)
+        _pack_count_row(counts, _byte_at(a.bits, first // 2), n)
+
+
+@_part
+def _pack_count_row(counts, halves, n):
+    for i in range(n // 2):
+        low, high = np.int32(counts[2 * i]), np.int32(counts[2 * i + 1])
+        halves[i] = np.uint8(low & np.int32(15) | high << np.int32(4))
+    if n % 2:
+        halves[n // 2] = np.uint8(np.int32(counts[n - 1]) & np.int32(15))
+
+
+@_part
+def _unpack_counts_part(a, scratch, part):
+    """Counts of half bytes."""
+    place, begin, end, _, _ = _place(a, part)
+    for first in range(begin, end, a.block):
+        n = min(a.block, end - first)
+        counts = _target(a.spike, a.dtype, place, 0, first, n, _row(scratch, _SPIKE))
+        _unpack_count_row(_byte_at(a.bits, first // 2), counts, n)
+        _write(counts, a.spike, a.dtype, place, 0, first, n, 1)
+
+
+@_part
+def _unpack_count_row(halves, counts, n):
+    for i in range(n // 2):
+        both = np.int32(halves[i])
+        counts[2 * i] = np.float32(both & np.int32(15))
+        counts[2 * i + 1] = np.float32(both >> np.int32(4))
+    if n % 2:
+        counts[n - 1] = np.float32(np.int32(halves[n // 2]) & np.int32(15))
+
+
 forward = _kernel("forward", _forward_part, _nothing)
 pack = _kernel("pack", _pack_part, _nothing)
 unpack = _kernel("unpack", _unpack_part, _nothing)
+pack_counts = _kernel("pack_counts", _pack_counts_part, _nothing)
+unpack_counts = _kernel("unpack_counts", _unpack_counts_part, _nothing)
 
 
 def _derivative(name: str) -> Any:
@@ -648,6 +725,7 @@ def _derivative(name: str) -> Any:
 
 def _backward_row(
     derivative: Callable[..., Any],
+    counts: bool,
     charge: int,
     soft: bool,
     detach_reset: bool,
@@ -658,24 +736,32 @@ def _backward_row(
     """One step backward of neighbouring neurons."""
 
     @_part
-    def row(scratch, x, v, grad_spike, grad_y, v_rest, a, b, n):
+    def row(scratch, x, v, grad_spike, grad_y, v_rest, levels, a, b, n):
         q, threshold, shift = _row(scratch, _Q), _row(scratch, _THRESHOLD), _row(scratch, _SHIFT)
         grad_v = _row(scratch, _GRAD_V)
         grad_q, grad_threshold = _row(scratch, _GRAD_Q), _row(scratch, _GRAD_THRESHOLD)
         grad_offset, grad_gain = _row(scratch, _GRAD_OFFSET), _row(scratch, _GRAD_GAIN)
         for i in range(n):
             y = _input(scratch, x, i, norm)
-            h = _charge(y, v[i], q[i], v_rest, charge)
-            over = h - threshold[i]
-            spike = np.float32(over >= np.float32(0))
+            if counts:
+                h = _charge_count(y, v[i], q[i], charge)
+                over = h / threshold[i]
+                spike = _count(over, levels)
+            else:
+                h = _charge(y, v[i], q[i], v_rest, charge)
+                over = h - threshold[i]
+                spike = np.float32(over >= np.float32(0))
             through = grad_spike[i]
             if not detach_reset:
                 through += grad_v[i] * (-threshold[i] if soft else v_rest - h)
             through *= np.float32(derivative(over, a, b))
+            if counts:
+                through /= threshold[i]
             # Products, not choices, as torch's: what is not finite stays so.
             grad_h = through + (grad_v[i] if soft else (np.float32(1) - spike) * grad_v[i])
             if learn_threshold:
-                grad_threshold[i] -= through + (spike * grad_v[i] if soft else np.float32(0))
+                by_threshold = through * over if counts else through
+                grad_threshold[i] -= by_threshold + (spike * grad_v[i] if soft else np.float32(0))
             if learn_w:
                 grad_q[i] += grad_h * _charge_by_q(y, v[i], v_rest, charge)
             grad = grad_h * q[i] if charge == DECAY_INPUT else grad_h
@@ -683,7 +769,10 @@ def _backward_row(
                 grad_offset[i] += grad
                 grad_gain[i] += grad * (x[i] - shift[i])
             grad_y[i] = grad
-            grad_v[i] = grad_h if charge == NO_LEAK else grad_h - grad_h * q[i]
+            if charge == NO_STATE:
+                grad_v[i] = np.float32(0)
+            else:
+                grad_v[i] = grad_h if charge == NO_LEAK else grad_h - grad_h * q[i]
 
     return row
 
@@ -701,7 +790,8 @@ def backward_for(
     """The backward kernel for a surrogate and options; what is not needed costs nothing."""
     options = (charge, soft, detach_reset, learn_w, learn_threshold, norm)
     variant = "_".join(map(str, (name, *map(int, options))))
-    row = _backward_row(_derivative(name), *options)
+    counts = name == COUNT
+    row = _backward_row(_derivative(name), counts, *options)
 
     @_part
     def backward_part(a, scratch, part):
@@ -713,7 +803,7 @@ def backward_for(
             _spread_parameters(scratch, a, first, n, channel, width)
             if a.ab and not a.whole:
                 _spread_rows(scratch, a, _A, _terms(a), 2, first, n, channel, width)
-            _recompute(scratch, a, place, first, n, here, norm, charge, soft)
+            _recompute(scratch, a, place, first, n, here, norm, charge, soft, counts)
             _start(grad_now, a.grad_v, zero, place, first, n)
             grad_spike = _row(scratch, _SPIKE)
             for k in (_GRAD_Q, _GRAD_THRESHOLD, _SPIKE, _GRAD_OFFSET, _GRAD_GAIN):
@@ -729,7 +819,7 @@ def backward_for(
                 x = _input_row(scratch, a, place, t, first, n, here)
                 grad_y = _grad_row(scratch, a, place, t, first, n, here)
                 v = _row(scratch, _VOLTAGES + t)
-                row(scratch, x, v, grad_spike, grad_y, a.v_rest, a.a, a.b, n)
+                row(scratch, x, v, grad_spike, grad_y, a.v_rest, a.levels, a.a, a.b, n)
                 if a.grad_x and not a.whole and not a.sums_only:
                     _store_grad_x(scratch, a, place, t, first, n, here, -1)
             if a.grad_v0:
@@ -750,7 +840,7 @@ def backward_for(
 
 
 @_part
-def _recompute(scratch, a, place, first, n, here, norm, charge, soft):
+def _recompute(scratch, a, place, first, n, here, norm, charge, soft, counts):
     """Load the input of all steps, and compute the voltages before each."""
     spike = _row(scratch, _SPARE)
     _start(_row(scratch, _VOLTAGES), a.v0, a.v_init, place, first, n)
@@ -758,7 +848,7 @@ def _recompute(scratch, a, place, first, n, here, norm, charge, soft):
         x = _read(a.x, a.dtype, place, t, first, n, _room(scratch, a, t, here), 1)
         if t < a.steps - 1:
             v, after = _row(scratch, _VOLTAGES + t), _row(scratch, _VOLTAGES + t + 1)
-            _forward_row(scratch, x, v, spike, after, norm, a.v_rest, charge, soft, n)
+            _step_row(scratch, a, x, v, spike, after, norm, charge, soft, counts, n)
 
 
 @_part

@@ -26,8 +26,8 @@ class Plan:
         self.step = spec.shape[1:], spec.strides[1:]
         self.parameter = (spec.channels,) if spec.per_channel else ()
         self.bits = bits.count_bytes(spec.steps), spec.neurons
-        has_leak = neuron.w != -math.inf
-        self.charge = int(neuron.decay_input) if has_leak else loops.NO_LEAK
+        charges: dict[Any, int] = {-math.inf: loops.NO_LEAK, math.inf: loops.NO_STATE}
+        self.charge = charges.get(neuron.w, int(neuron.decay_input))
         self.options = {
             "dtype": DTYPES[spec.dtype],
             "per_channel": spec.per_channel,
@@ -35,6 +35,8 @@ class Plan:
             "fixed_norm": spec.fixed_norm,
             "charge": self.charge,
             "soft": neuron.v_reset is None,
+            "counts": neuron.counts,
+            "levels": neuron.levels,
             "v_rest": neuron.v_reset or 0.0,
             "q_value": _sigmoid(neuron.w),
             "threshold_value": neuron.v_threshold or 0.0,
@@ -66,7 +68,8 @@ class Plan:
             v_seq = torch.empty_strided(
                 spec.shape, spec.strides, dtype=torch.float32, device=device
             )
-        if spec.pack:
+        counts = spec.dynamics.counts
+        if spec.pack and not counts:
             packed = torch.empty(self.bits, dtype=torch.uint8, device=device)
         ask_for_huge_pages(spike, v_seq)
         self.forwards(
@@ -81,6 +84,8 @@ class Plan:
             v_seq=v_seq,
             bits=packed,
         )
+        if spec.pack and counts:
+            packed = bits.pack_whole(spike, spec.dynamics.levels, pack, pack_counts)
         return spike, v, v_seq, None, packed
 
     def backward(
@@ -229,7 +234,31 @@ def unpack_into(packed: Tensor, spikes: Tensor) -> None:
         bits.unpack_into(packed, spikes)
 
 
-ENGINE = plan.Engine(plan=Plan, norm=NormPlan, pack=pack, unpack_into=unpack_into)
+def pack_counts(counts: Tensor) -> Tensor:
+    """:func:`sj_taid.ops.bits.pack_counts`."""
+    if counts.dtype not in DTYPES:
+        return bits.pack_counts(counts)
+    packed = torch.empty(-(-len(counts) // 2), dtype=torch.uint8, device="cpu")
+    _bits(loops.pack_counts, 1, len(counts), counts.dtype)(spike=counts, bits=packed)
+    return packed
+
+
+def unpack_counts_into(packed: Tensor, counts: Tensor) -> None:
+    """:func:`sj_taid.ops.bits.unpack_counts_into`."""
+    if counts.dtype in DTYPES:
+        _bits(loops.unpack_counts, 1, len(counts), counts.dtype)(spike=counts, bits=packed)
+    else:
+        bits.unpack_counts_into(packed, counts)
+
+
+ENGINE = plan.Engine(
+    plan=Plan,
+    norm=NormPlan,
+    pack=pack,
+    unpack_into=unpack_into,
+    pack_counts=pack_counts,
+    unpack_counts_into=unpack_counts_into,
+)
 
 unsupported = partial(autograd.unsupported, "cpu", tuple(DTYPES))
 OPERATORS = autograd.register("cpu", "CPU", ENGINE)
