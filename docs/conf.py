@@ -1,6 +1,10 @@
 """Sphinx: the pages are Markdown (MyST) and notebooks, the API pages come from the docstrings."""
 
+import re
 from importlib import metadata
+
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
 
 project = "sj-taid"
 author = "sj-taid developers"
@@ -9,7 +13,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
 ]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -20,6 +23,7 @@ nb_execution_timeout = 600
 nb_output_stderr = "remove"
 html_theme = "furo"
 html_title = "sj-taid"
+html_math_renderer = "mathml"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False  # Lightning's are long, and written for its own pages
@@ -28,3 +32,21 @@ nitpicky = True
 nitpick_ignore_regex = [("py:(class|meth)", r"(?!sj_taid\.).*")]
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+
+
+def setup(app):
+    """Write formulas as MathML, which browsers draw without MathJax and thus without internet."""
+
+    def render(display):
+        def visit(translator, node):
+            # As latex2mathml knows them.
+            text = node.astext().replace("aligned}", "align*}").replace(r"\_", "_")
+            mathml = re.sub(
+                r'columnalign="(\w+)"', r'style="text-align: \1"', convert(text, display=display)
+            )
+            translator.body.append(mathml)
+            raise SkipNode
+
+        return visit, None
+
+    app.add_html_math_renderer("mathml", render("inline"), render("block"))

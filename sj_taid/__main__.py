@@ -2,23 +2,24 @@
 
 import sys
 
+from ._commands import parser
 from ._extras import REMEDY
 
 
 def main() -> None:
-    """Run :mod:`sj_taid.training.cli`, or the doctor alone where its packages are missing."""
+    """Run :mod:`sj_taid.training.cli`, or the help and doctor where its packages are missing."""
     try:
         from .training import cli
-
-        cli.main()
     except ModuleNotFoundError as error:
         if REMEDY not in str(error):
             raise
-        if sys.argv[1:2] != ["doctor"]:
-            sys.exit(f"sj-taid, all but doctor, needs the extra train: {error}")
+        command = parser().parse_args(sys.argv[1:2]).command
+        if command != "doctor":
+            sys.exit(f"sj-taid {command} needs the extra train: {error}")
         from . import doctor
 
         sys.exit(doctor.main(sys.argv[2:]))
+    cli.main()
 
 
 if __name__ == "__main__":

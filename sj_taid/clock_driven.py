@@ -1,5 +1,15 @@
 """Run old nets: one import gives the modules, arguments and bases that they were written for.
 
+What the import does, for the whole process:
+
+* It adds the old modules to ``sys.modules`` and ``spikingjelly``.
+* It adds to ``sys.meta_path`` a finder that finds nothing: for ``from clock_driven.x import y`` it
+  says what to use in place of a ``y`` that is gone.
+* On SpikingJelly 2.x, for nets of 0.0.0.0.14, it changes ``activation_based`` itself: the
+  constructors of its neurons take ``backend`` and do not use it, a subclass of
+  ``neuron.BaseNode`` that defines ``neuronal_charge`` runs, and ``neuron.surrogate`` and
+  ``functional.set_backend`` exist.
+
 Up to 0.0.0.0.12 SpikingJelly had ``spikingjelly.clock_driven`` and ``spikingjelly.cext.neuron``,
 which most published nets import. Import this first:
 
@@ -11,16 +21,6 @@ which most published nets import. Import this first:
 The old names stand for today's classes, or for subclasses that only fill in the defaults of then or
 compute what these did, so :func:`sj_taid.accelerate` and :func:`sj_taid.swap_neurons` take them,
 and a ``state_dict`` keeps its keys.
-
-What the import does, for the whole process:
-
-* It adds the old modules to ``sys.modules`` and ``spikingjelly``.
-* It adds to ``sys.meta_path`` a finder that finds nothing: for ``from clock_driven.x import y`` it
-  says what to use in place of a ``y`` that is gone.
-* On SpikingJelly 2.x, for nets of 0.0.0.0.14, it changes ``activation_based`` itself: the
-  constructors of its neurons take ``backend`` and do not use it, a subclass of
-  ``neuron.BaseNode`` that defines ``neuronal_charge`` runs, and ``neuron.surrogate`` and
-  ``functional.set_backend`` exist.
 
 Source: SpikingJelly 0.0.0.0.12, with ``backend`` given by name; for ``cext.neuron`` 0.0.0.0.4, with
 all arguments given by name.
@@ -434,7 +434,8 @@ class _Explainer(MetaPathFinder):
     """Says the same of ``from module import name``.
 
     There Python drops an ``AttributeError`` and looks for a module of that name: the modules of old
-    names are packages to it.
+    names are packages to it. An ``ImportError`` would be shown, but also stop ``hasattr``, and
+    ``pickle``, which asks all modules for the name of a function that has no module.
     """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:

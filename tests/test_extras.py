@@ -45,12 +45,13 @@ import sys
 sys.modules["omegaconf"] = None
 from sj_taid.__main__ import main
 
-sys.argv[1:] = ["doctor"]
-try:
-    main()
-except SystemExit as ended:
-    assert not ended.code
-sys.argv[1:] = ["--help"]
+for command in ("doctor", "--help"):
+    sys.argv[1:] = [command]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code
+sys.argv[1:] = ["train"]
 main()
 """
 
@@ -59,5 +60,6 @@ main()
 def test_command_line_without_the_extra_train_is_one_line():
     done = run(UNTRAINED)
     assert done.returncode == 1 and "backend torch: works" in done.stdout
-    said = r"sj-taid, .* extra train: .*omegaconf.*; to get it: pip install .* hydra-core .*\n"
+    assert "draw images" in done.stdout and 'pip install "sj-taid[train]"' in done.stdout
+    said = r"sj-taid train needs the extra train: .*omegaconf.*; to get it: pip install \"sj-.*\n"
     assert re.fullmatch(said, done.stderr)

@@ -1,6 +1,5 @@
 """The wheel holds what it should; the version and the remedies for missing packages are right."""
 
-import configparser
 import re
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 import yaml
 
 import sj_taid
-from sj_taid._extras import TRAIN
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,11 +40,3 @@ def test_version_is_the_same_everywhere():
     heading = re.search(r"^## (\S+)", read("CHANGELOG.md"), re.M)
     citation = yaml.safe_load(read("CITATION.cff"))
     assert heading[1] == citation["version"] == sj_taid.__version__
-
-
-def test_missing_package_remedy_is_the_whole_extra():
-    config = configparser.RawConfigParser()
-    config.read_string(read("setup.cfg"))
-    text = config["options.extras_require"]["train"]
-    wanted = set(re.findall(r"^(?!sj-taid)(\w[\w-]*)", text, re.M))
-    assert "safetensors" in wanted and set(TRAIN.split()) == wanted

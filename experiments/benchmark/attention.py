@@ -143,22 +143,24 @@ def share(decoder: Any, x_seq: Tensor) -> Tensor:
 
 def draw(shares: dict[str, list[Tensor]], path: Path) -> None:
     """A plot per run: as it is, with the steps in reverse order, and the fixed decoder's."""
-    figure = Figure((3.2 * len(shares), 3), layout="tight")
+    figure = Figure((3.2 * len(shares), 3.3), layout="constrained")
     axes = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
     for axis, (title, pair) in zip(axes, shares.items(), strict=True):
         T = len(pair[0])
         steps = range(1, T + 1)
-        for values, style, name in zip(pair, ("-o", ":"), ("as it is", "reversed"), strict=True):
-            for channel, colour in zip(values.T, COLOURS, strict=False):
-                label = name if colour == COLOURS[0] else None
-                axis.plot(steps, channel, style, color=colour, markersize=3, label=label)
+        colours = COLOURS if pair[0].shape[1] > 1 else ("tab:orange",)
+        for values, style in zip(pair, ("-o", ":"), strict=True):
+            for channel, colour in zip(values.T, colours, strict=True):
+                axis.plot(steps, channel, style, color=colour, markersize=3)
         fixed = time_shares(FixedDecoder(T).attention(torch.ones(T, 1, 1)))
-        axis.plot(steps, fixed.flatten(), "k--", linewidth=1, label="fixed decoder")
+        axis.plot(steps, fixed.flatten(), "k--", linewidth=1)
         axis.set(title=title, xlabel="time step t")
         axis.grid(alpha=0.3)
     axes[0].set(ylabel=r"share of the image, $a[t] / \sum a$")
     axes[0].set_ylim(bottom=0)
-    axes[0].legend(fontsize=8)
+    styles = {"learned": "o-k", "learned, steps in reverse": ":k", "fixed decoder": "--k"}
+    lines = [axes[0].plot([], [], style, markersize=3)[0] for style in styles.values()]
+    figure.legend(lines, styles, loc="outside lower center", ncols=3)
     save(figure, path)
 
 

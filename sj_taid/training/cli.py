@@ -5,7 +5,6 @@ Lightning and matplotlib are imported by the commands that need them: a typo is 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import multiprocessing
 import os
@@ -27,23 +26,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .._checks import expand_home
+from .._commands import COMPOSED, parser
 from .._extras import REMEDY, TRAIN, needs
 from .config import CONF, VERSION, key_of, quote, select_overrides
 from .run import OVERRIDES
 
-#: commands whose arguments are Hydra's overrides of conf/<command>.yaml
-COMPOSED = {
-    "train": "train a model, or with -m every job of a sweep",
-    "evaluate": "measure a run's checkpoint again",
-    "sample": "draw images from a trained model",
-}
-#: commands with options of their own
-OTHERS = {
-    "compare": "compare runs in a table",
-    "report": "show runs on one HTML page",
-    "export": "make a model that others can load from a run",
-    "doctor": "say which backends work here, and why the others do not",
-}
 #: see is_users
 USER_ERRORS = (
     ValueError,
@@ -63,7 +50,7 @@ def main() -> None:
 
     A user's error ends the process with its message; ``HYDRA_FULL_ERROR=1`` shows its traceback.
     """
-    command, arguments = _parser().parse_args(sys.argv[1:2]).command, sys.argv[2:]
+    command, arguments = parser().parse_args(sys.argv[1:2]).command, sys.argv[2:]
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print the errors of its jobs itself
     try:
@@ -171,11 +158,3 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     others = [f"++{other}" if other.partition("=")[0] in added else other for other in others]
     overrides = [*started_with, f"hydra.run.dir={quote(str(folder))}", *others]
     return [*flags, *select_overrides(overrides)]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("sj-taid", epilog="sj-taid COMMAND --help says what it takes")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text in (COMPOSED | OTHERS).items():
-        commands.add_parser(name, help=text, add_help=False)
-    return parser

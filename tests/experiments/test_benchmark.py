@@ -12,6 +12,7 @@ import common
 import esvae
 import frontier
 import host
+import image_decoders
 import neuron
 import pandas as pd
 import published_nets
@@ -241,3 +242,12 @@ def test_host_takes_turns(measure, monkeypatch):
     assert set(table["what"]) >= {"norm and LIF", "LIF", "SFOD: training step"}
     plain = table[table["system"] == "plain"]
     assert (plain["cpu_ratio"] == 1).all() and (table["cpu_us"] > 0).all()
+
+
+def test_image_decoders_start_alike_and_learn(tmp_path):
+    image_decoders.main(["--seeds", "1", "--epochs", "1"], tmp_path / "errors.csv")
+    table = common.read_csv(tmp_path / "errors.csv")
+    assert [*table["decoder"]] == [*image_decoders.DECODERS]
+    assert (table["error"] < 0.7).all()  # zeros have 0.72
+    first, second = (image_decoders.make_net(0, image_decoders.DECODERS["taid"]) for _ in "12")
+    torch.testing.assert_close(first.state_dict(), second.state_dict())

@@ -13,6 +13,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from sj_taid._commands import COMPOSED, OTHERS
 from sj_taid.training import cli, config, run
 from sj_taid.training.train import closing_lines, explain_resuming
 from tests.training.conftest import TINY_AUTOENCODING
@@ -54,7 +55,7 @@ def test_cli_usage(sj_taid, capsys):
     with pytest.raises(SystemExit, match="0"):
         sj_taid("--help")
     text = capsys.readouterr().out
-    assert all(line in text for line in (cli.COMPOSED | cli.OTHERS).values())
+    assert all(line in text for line in (COMPOSED | OTHERS).values())
     sj_taid("doctor")
     assert "backend torch: works" in capsys.readouterr().out
 
@@ -105,6 +106,15 @@ def test_cli_reports_a_users_error_without_a_traceback(
     assert "Traceback" not in said.err + text
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert left <= {"file", ".lock", "multirun.yaml"}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+def test_help_has_a_line_for_each_key(sj_taid, capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        sj_taid(command, "--help")
+    said = capsys.readouterr().out
+    keys = run.flatten(OmegaConf.to_container(config.compose(command)))
+    assert {*re.findall(r"^  ([\w.]+)  ", said, re.M)} == {*keys} and "neuron" not in said
 
 
 def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
