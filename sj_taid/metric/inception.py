@@ -106,8 +106,6 @@ class InceptionScore(inception.InceptionScore):
 
     def __init__(self, features: Any, **kwargs: Any) -> None:
         super().__init__(feature=features, **kwargs)
-        # torchmetrics gathers batch by batch, and waits for ever where a process has fewer.
-        self.add_state("features", [], dist_reduce_fx="cat")
         self.classifier = features.classifier
         self.needed = self.classifier.out_features
         self.protocol = (

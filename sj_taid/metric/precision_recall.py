@@ -1,6 +1,5 @@
 """Precision and recall of generated images: fidelity and variety, each by itself."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +7,11 @@ import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from .._extras import needs
 from .frechet import Features
+
+with needs("torch-fidelity"):
+    from torch_fidelity.metric_prc import prc_features_to_metric
 
 NEIGHBOURS = 5
 ROWS_AT_ONCE = 1000  # of a matrix of distances
@@ -36,7 +39,7 @@ class Precision(torchmetrics.Metric):
         ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, no more than k
             images of a kind.
 
-    Source: Kynkäänniemi et al. 2019, arXiv 1904.06991.
+    torch-fidelity computes it, in float64. Source: Kynkäänniemi et al. 2019, arXiv 1904.06991.
     """
 
     is_differentiable = False
@@ -63,23 +66,29 @@ class Precision(torchmetrics.Metric):
         (self.real_features if real else self.fake_features).append(self.features(imgs))
 
     def compute(self) -> Tensor:
-        """The precision of all images so far."""
-        real, generated = self._equal_sets()
-        return share_near(generated, real, self.k)
-
-    def _equal_sets(self) -> list[Tensor]:
-        """The features of as many real as generated images."""
-        sets = {}
+        """The precision, or the recall, of all images so far."""
+        sets = []
         for kind, parts in {"real": self.real_features, "generated": self.fake_features}.items():
-            sets[kind] = features = dim_zero_cat(parts) if len(parts) else torch.zeros(0)
+            # In float64 it is exact where groups lie far apart, by a product of matrices too.
+            features = dim_zero_cat(parts).double() if len(parts) else torch.zeros(0)
             if len(features) < self.needed:
                 raise ValueError(
                     f"precision and recall by {self.k} nearest neighbours need at least "
                     f"{self.needed} images of each kind, but got {len(features)} {kind} ones; add "
                     "images"
                 )
-        n, generator = min(map(len, sets.values())), torch.Generator().manual_seed(0)
-        return [x[torch.randperm(len(x), generator=generator)[:n]] for x in sets.values()]
+            sets.append(features)
+        n, generator = min(map(len, sets)), torch.Generator().manual_seed(0)
+        real, generated = (x[torch.randperm(len(x), generator=generator)[:n]] for x in sets)
+        found = prc_features_to_metric(
+            generated,
+            real,
+            prc_neighborhood=self.k,
+            prc_batch_size=ROWS_AT_ONCE,
+            save_cpu_ram=True,
+            verbose=False,
+        )
+        return torch.tensor(found[type(self).__name__.lower()])
 
 
 class Recall(Precision):
@@ -87,26 +96,3 @@ class Recall(Precision):
 
     It is :class:`Precision` with real and generated images swapped.
     """
-
-    def compute(self) -> Tensor:
-        """The recall of all images so far."""
-        real, generated = self._equal_sets()
-        return share_near(real, generated, self.k)
-
-
-def share_near(points: Tensor, others: Tensor, k: int) -> Tensor:
-    """The share of ``points`` ``[n, d]`` that are as near to one of ``others`` as its k-th is.
-
-    >>> others = torch.tensor([[0.0], [1.0], [3.0], [9.0]])  # whose second neighbours are
-    >>> points = torch.tensor([[-4.0], [-3.0], [1.0], [18.0]])  # 3, 2, 3 and 8 away
-    >>> share_near(points, others, k=2)
-    tensor(0.5000)
-    """
-    # Exact where groups lie far apart: by a product of matrices, as torch would, or in float32,
-    # distances that are small next to the largest features or distances lose their digits.
-    points, others = points.double(), others.double()
-    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-    chunks = (distances(part, others) for part in others.split(ROWS_AT_ONCE))
-    radii = torch.cat([near.kthvalue(k + 1).values for near in chunks])  # 1st is itself
-    chunks = (distances(part, others) for part in points.split(ROWS_AT_ONCE))
-    return torch.cat([(near <= radii).any(1) for near in chunks]).float().mean()

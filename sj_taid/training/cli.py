@@ -22,14 +22,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from .._checks import expand_home
 from .._commands import COMPOSED, parser
 from .._extras import REMEDY, TRAIN, needs
-from .config import CONF, VERSION, key_of, quote, select_overrides
-from .run import OVERRIDES
+from .config import CONF, VERSION
 
 #: see is_users
 USER_ERRORS = (
@@ -40,9 +38,6 @@ USER_ERRORS = (
     HydraException,
     OmegaConfBaseException,
 )
-MULTIRUN = {"-m", "--multirun"}
-#: the command line as it was given
-GIVEN: list[str] = []
 
 
 def main() -> None:
@@ -65,11 +60,19 @@ def main() -> None:
 
 def run_command(command: str, arguments: Sequence[str]) -> None:
     if command in COMPOSED:
-        GIVEN[:] = sys.argv
-        sys.argv[1:] = resume_arguments(arguments) if command == "train" else arguments
-        if MULTIRUN & {*arguments}:
+        given, process = [*sys.argv], os.getpid()
+
+        def run_job(cfg: DictConfig) -> Any:
+            if os.getpid() == process:
+                sys.argv[:] = given  # which Lightning repeats for the processes of further devices
+            else:  # a launcher's
+                end_with_parent()
+            return run_composed(command, cfg)
+
+        sys.argv[1:] = arguments
+        if {"-m", "--multirun"} & {*arguments}:
             end_workers_with_sweep()
-        hydra.main(CONF, command, VERSION)(lambda cfg: run_composed(command, cfg))()
+        hydra.main(CONF, command, VERSION)(run_job)()
         return
     logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
     logging.getLogger("sj_taid").setLevel(logging.INFO)
@@ -78,16 +81,11 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
 
 
 def run_composed(command: str, cfg: DictConfig) -> Any:
-    """Run the command that Hydra composed ``cfg`` for; Hydra's launchers call this."""
-    if GIVEN:
-        sys.argv[:] = GIVEN  # which Lightning repeats for the processes of further devices
-    else:  # in a launcher's process
-        end_with_parent()
-    job = HydraConfig.get()
+    """Run the command that Hydra composed ``cfg`` for."""
     try:
         return import_command(command).main(cfg)
     except Exception as error:
-        if job.mode == RunMode.MULTIRUN and is_users(error):
+        if HydraConfig.get().mode == RunMode.MULTIRUN and is_users(error):
             print(format_error(error), flush=True)  # Hydra raises it when all jobs have ended
         raise
 
@@ -133,28 +131,3 @@ def format_error(error: Exception) -> str:
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
     text = str(error).partition("\nConfig search path")[0]
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])
-
-
-def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """Replace ``resume=RUN`` by the run's folder and arguments, over which others win."""
-    resumed = [argument for argument in arguments if argument.startswith("resume=")]
-    if not resumed:
-        return [*arguments]
-    if MULTIRUN & {*arguments}:
-        raise ValueError(
-            "resume= is for one run, without -m; a sweep resumes when its command is repeated"
-        )
-    name = resumed[-1].removeprefix("resume=")
-    folder = expand_home(name).absolute()
-    if not (folder / OVERRIDES).is_file():
-        raise FileNotFoundError(
-            f"resume= needs the folder of a run, which holds {OVERRIDES}, but got {folder}"
-        )
-    others = [argument for argument in arguments if argument not in resumed]
-    saved: Any = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES))
-    flags = [argument for argument in saved if argument.startswith("--")]
-    started_with = [argument for argument in saved if argument not in flags]
-    added = {key_of(override) for override in started_with if override.startswith("+")}
-    others = [f"++{other}" if other.partition("=")[0] in added else other for other in others]
-    overrides = [*started_with, f"hydra.run.dir={quote(str(folder))}", *others]
-    return [*flags, *select_overrides(overrides)]

@@ -71,6 +71,8 @@ METRICS = {
 METRICS |= {f"{name}_learned": METRICS[name].of("learned prior") for name in OF_SAMPLES}
 #: The costs of a run.
 COSTS = {
+    "energy": Column("energy of a sample, µJ", 1, 2, spread=False),
+    "firing_rate": Column("spikes per neuron and step", 1, 3, spread=False),
     "epochs": Column("epochs", 1, 0),
     "parameters": Column("parameters, M", 1e6, 2, spread=False),
     "training_seconds": Column("training, min", 60, 1, spread=False),
@@ -87,7 +89,11 @@ def format_metrics(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     }
 
 
+def are_alike(metrics: Mapping[str, Any]) -> bool:
+    """Whether a generator's samples are all the same."""
+    return metrics.get("sample_variance", 1.0) < 1e-6
+
+
 def learned_nothing(metrics: Mapping[str, Any]) -> bool:
     """Whether a generator's samples are all alike, or no better than those before its training."""
-    is_uniform = metrics.get("sample_variance", 1.0) < 1e-6
-    return is_uniform or metrics.get("fad", 0.0) >= metrics.get("fad_untrained", math.inf)
+    return are_alike(metrics) or metrics.get("fad", 0.0) >= metrics.get("fad_untrained", math.inf)

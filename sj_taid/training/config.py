@@ -22,6 +22,8 @@ from .._checks import expand_home, is_number
 CONF = next(str(p / "conf") for p in Path(__file__).parents[1:3] if (p / "conf").is_dir())
 #: the Hydra version whose behaviour is meant
 VERSION = "1.3"
+#: a run's config, with its interpolations
+CONFIG = "config.yaml"
 #: an override that names a folder as it is
 PLAIN = r"[\w.]+=[\w.]*\w"
 
@@ -52,27 +54,21 @@ def quote(text: str) -> str:
 def select_overrides(
     overrides: Iterable[str], ignored: Collection[str] = (), data_class: str = ""
 ) -> list[str]:
-    """The last override of each key, and its deletion before one that adds it again.
+    """The overrides that are choices.
 
     Args:
         overrides: as on the command line.
-        ignored: keys that are left out, with all below them, and whole overrides.
+        ignored: keys that are none, with all below them, and whole overrides.
         data_class: the full name of the data set's class. The folders of an ``ImageFolder``, or of
             a custom class, are kept, since they say what the data are.
     """
     module, _, name = data_class.rpartition(".")
     if name == "ImageFolder" or (name and not is_below(module, ["sj_taid"])):
         ignored = {*ignored} - {"dataset.root", "dataset.test_root"}
-    last: dict[str, list[str]] = {}
-    for text in overrides:
-        # What "+" adds may have to be deleted before.
-        deleted = [earlier for earlier in last.get(key_of(text), ()) if earlier.startswith("~")]
-        last[key_of(text)] = [*(deleted if text.startswith("+") else ()), text]
     return [
         text
-        for key, texts in last.items()
-        for text in texts
-        if text.lstrip("+") not in ignored and not is_below(key, ignored)
+        for text in overrides
+        if text.lstrip("+") not in ignored and not is_below(key_of(text), ignored)
     ]
 
 
@@ -102,7 +98,19 @@ def as_float(number: Any) -> Any:
     return float(number) if is_number(number) else number
 
 
+def run_folder(resume: str | None, new: str) -> str:
+    """The folder of the run to resume, or of a new one."""
+    if resume is None:
+        return new
+    folder = expand_home(resume).absolute()
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"resume= needs the folder of a run, which holds {CONFIG}, but got {folder}"
+        )
+    return str(folder)
+
+
 # Hydra names a job's folder in the process that runs the job, which has imported little more than
 # this module.
-for resolver in (as_float, base_name, folder_name):
+for resolver in (as_float, base_name, folder_name, run_folder):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

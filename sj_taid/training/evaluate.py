@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch import distributed
+from torch import Tensor, distributed
 
-from .._context import seeded
-from .columns import format_metrics
-from .evaluator import Evaluator, bare_trainer
+from .._compat import NEURONS
+from .._context import eval_mode, seeded
+from .callbacks import ProgressBar
+from .columns import COSTS, format_metrics
+from .evaluator import Evaluator
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
-from .run import Run, build_data, build_part, flatten
+from .run import Run, build_data, build_part, flatten, merge
 from .task import Task
 from .validate import validate
 
@@ -39,12 +43,8 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     run, trust = Run.find(cfg.checkpoint), cfg.trust
     with run.lock():
         given, cfg = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
-        for key, value in given.items():
-            if value is not None:
-                group = key.partition(".")[0]
-                if group != key and not cfg.get(group):
-                    raise ValueError(f"{key} is given, but the run has no {group}; leave it out")
-                OmegaConf.update(cfg, key, value)
+        OmegaConf.resolve(cfg.dataset)  # whose name may be that of its folder
+        merge(cfg, {key: value for key, value in given.items() if value is not None})
         cfg.trust = trust  # what the run says of itself is no reason to trust it
         validate(cfg)
         model = run.model(trust)
@@ -55,6 +55,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         protocol = metrics.pop("protocol", {})
         protocol = {name: protocol[name] for name in metrics if name in protocol}
         if run.checkpoint == run.best:
+            metrics = {name: value for name, value in metrics.items() if name not in COSTS}
             protocol, metrics = rename_for_best_epoch(protocol), rename_for_best_epoch(metrics)
         evaluation = {
             "protocol": protocol,
@@ -78,8 +79,15 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
 
 def build_tester(cfg: DictConfig, bar: bool = False) -> L.Trainer:
     """A trainer for a test outside of a run, under the run's settings."""
-    keys = ("accelerator", "precision", "limit_test_batches")
-    return bare_trainer(bar=bar, **{key: cfg.trainer[key] for key in keys})
+    return L.Trainer(
+        **{key: cfg.trainer[key] for key in ("accelerator", "precision", "limit_test_batches")},
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=bar,
+        callbacks=[ProgressBar()] if bar else None,
+    )
 
 
 def build_evaluator(cfg: DictConfig) -> Evaluator | None:
@@ -103,7 +111,7 @@ def measure(
         distributed.destroy_process_group()
     if not trainer.is_global_zero:
         return tested
-    metrics = tested | task.evaluate(data, evaluator)
+    metrics = tested | task.evaluate(data, evaluator) | measure_costs(task, data)
     protocol = metrics.get("protocol", {})
     validated = {f"{task.chosen_by}_best_test_epoch", *(f"validation_{name}" for name in tested)}
     for option, loader, names in (
@@ -115,6 +123,40 @@ def measure(
             for name in names & protocol.keys():
                 protocol[name] += f", stopped by trainer.{option}={limit}"
     return metrics
+
+
+@torch.no_grad()
+def measure_costs(task: Task, data: L.LightningDataModule) -> dict[str, float]:
+    """The neurons' mean firing rate, and the energy of one pass of one test sample.
+
+    The energy, in µJ, is SpikingJelly's estimate: additions where the input is spikes (0.9 pJ),
+    multiply-accumulates elsewhere (4.6 pJ), and 24.96 pJ for each byte of memory.
+    """
+    x, _ = next(iter(data.test_dataloader()))
+    x = x[:8].to(next(task.model.parameters()).device)
+    fired, neurons = 0.0, 0
+
+    def count(node: Any, inputs: Any, output: Tensor) -> None:
+        nonlocal fired, neurons
+        fired, neurons = fired + float(output.sum()), neurons + output.numel()
+
+    costs: dict[str, float] = {}
+    with ExitStack() as contexts, eval_mode(task.model):
+        contexts.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            from spikingjelly.activation_based.op_counter import estimate_simple_energy
+
+            with seeded(0):
+                energy = estimate_simple_energy(task.model, (task.model_input(x[:1]),))
+            costs["energy"] = energy.energy_total_pj / 1e6
+        except Exception as error:  # a custom model's, or SpikingJelly 0.0.0.0.14 has no such thing
+            log.info("No estimate of the energy (%s: %s)", type(error).__name__, error)
+        for module in task.model.modules():
+            if isinstance(module, NEURONS):
+                contexts.enter_context(module.register_forward_hook(count))
+        with seeded(0):
+            task.model(task.model_input(x))
+    return costs | ({"firing_rate": fired / neurons} if neurons else {})
 
 
 def test(task: Task, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, Any]:

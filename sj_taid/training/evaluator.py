@@ -3,18 +3,14 @@
 import hashlib
 import json
 import logging
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from filelock import FileLock
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
@@ -35,9 +31,8 @@ from ..metric import (
 )
 from ..metric.precision_recall import NEIGHBOURS
 from ..model import Autoencoder
-from .autoencoding import Autoencoding
-from .callbacks import ProgressBar, show_progress
-from .files import atomic_write
+from .cache import fit, load_or_make
+from .callbacks import show_progress
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +97,9 @@ class Evaluator:
             ValueError: too few samples or test images for a metric, or images that it does not
                 take.
         """
-        gpu = self.accelerator != "cpu" and torch.cuda.is_available()
-        device = torch.device("cuda" if gpu else "cpu")
         with seeded(self.seed):  # loading the test images draws numbers too
-            metrics = self.prepare_metrics(data, device)
-            published = self._prepare_published(data, device)
+            metrics = self.prepare_metrics(data)
+            published = self._prepare_published(data)
         if only:
             metrics, published = MetricCollection({only: metrics[only]}), None
         starts = range(0, self.samples, SAMPLES_AT_ONCE)
@@ -115,12 +108,15 @@ class Evaluator:
         if published:
             fad: Any = published["fad_published"]
             passes.append((published, [fad.batch_size] * fad.batches))
-        model.to(device)
+        model.to(self.device)
         values: dict[str, Any] = {}
         protocol = {}
         for collection, batches in passes:
             log.info("Measuring %s on %d samples", ", ".join(map(str, collection)), sum(batches))
-            values |= _measure(model, collection, batches, self.seed, device)
+            with seeded(self.seed):
+                for n in show_progress(batches, "Sampling, in batches"):
+                    collection.update(model.sample(n).to(self.device), real=False)
+                values |= {name: float(value) for name, value in collection.compute().items()}
             for name, metric in collection.items():
                 protocol[name] = f"{metric.protocol}, {sum(batches)} samples"
                 if isinstance(metric, PublishedFrechetAutoencoderDistance):
@@ -129,7 +125,12 @@ class Evaluator:
                     protocol[name] += f" against {data.describe_test_set()}"
         return values | {"protocol": protocol}
 
-    def prepare_metrics(self, data: ImageData, device: torch.device) -> MetricCollection:
+    @property
+    def device(self) -> torch.device:
+        gpu = self.accelerator != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda" if gpu else "cpu")
+
+    def prepare_metrics(self, data: ImageData) -> MetricCollection:
         """The metrics, already updated with the test images."""
         groups: list[dict[str, Any]] = []
         if self.inception_weights:
@@ -148,10 +149,10 @@ class Evaluator:
         groups.append({"fad": _distance(codes), **neighbours})
         metrics: dict[str, Metric | MetricCollection] = {}
         for group in groups:
-            metrics |= self._share_network(group, data, device).items()
+            metrics |= self._share_network(group, data).items()
         return MetricCollection(metrics, compute_groups=False)
 
-    def _prepare_published(self, data: ImageData, device: torch.device) -> MetricCollection | None:
+    def _prepare_published(self, data: ImageData) -> MetricCollection | None:
         if not self.published_autoencoders:
             return None
         source = getattr(data, "source", data.name)
@@ -163,7 +164,7 @@ class Evaluator:
                 "metric.published_autoencoders=false"
             )
         fad = PublishedFrechetAutoencoderDistance(self.published_autoencoders, name, **ALONE)
-        return MetricCollection({"fad_published": fad.to(device)})
+        return MetricCollection({"fad_published": fad.to(self.device)})
 
     def _check_enough(self, name: str, needed: int, data: ImageData | None) -> None:
         counts = {"metric.samples": self.samples}
@@ -175,11 +176,9 @@ class Evaluator:
                     f"{name} needs at least {needed} images, but {what} is {count}; give more"
                 )
 
-    def _share_network(
-        self, group: dict[str, Any], data: ImageData, device: torch.device
-    ) -> FeatureShare:
+    def _share_network(self, group: dict[str, Any], data: ImageData) -> FeatureShare:
         """Metrics of one network, which runs once for all, updated with the test images."""
-        shared = FeatureShare(group).to(device)
+        shared = FeatureShare(group).to(self.device)
         comparing = {name: metric for name, metric in group.items() if _real_states(metric)}
 
         def load(states: dict[str, Any]) -> None:
@@ -194,7 +193,7 @@ class Evaluator:
         def make() -> dict[str, Any]:
             batches = data.test_dataloader()
             for images, _ in show_progress(batches, "Statistics of the test images"):
-                moved = images.to(device)
+                moved = images.to(self.device)
                 for metric in comparing.values():
                     metric.update(moved, real=True)
             return {name: _real_states(metric) for name, metric in comparing.items()}
@@ -202,7 +201,7 @@ class Evaluator:
         protocols = (metric.protocol for metric in comparing.values())
         path = self.cache_path("statistics", data, *protocols, data.fingerprint())
         load_or_make(path, load, make)
-        return shared.to(device)  # what was loaded too
+        return shared.to(self.device)  # what was loaded too
 
     def _trained_autoencoder(
         self,
@@ -217,18 +216,21 @@ class Evaluator:
         untrained = partial(Autoencoder, data.channels, data.image_size, *widths)
 
         def train() -> dict[str, torch.Tensor]:
-            train_data = data.without_augmentation()
-            train_data.batch_size = batch_size
-            options = {"max_epochs": epochs, "limit_val_batches": 0}
-            trainer = bare_trainer(self.accelerator, bar=True, **options)
             log.info("Training FAD's autoencoder on %s for %d epochs, once", data.name, epochs)
             # From its own seed, so that every run looks through the same one.
             with seeded(seed):
-                task = Autoencoding(untrained(), partial(torch.optim.AdamW, lr=1e-3))
-                trainer.fit(task, train_data)
-            error = float(trainer.callback_metrics["train/reconstruction"])
+                network = untrained().to(self.device)
+                adam = torch.optim.AdamW(network.parameters(), lr=1e-3)
+                error = fit(
+                    network,
+                    adam,
+                    lambda images, _: network.training_loss(images)["loss"],
+                    data,
+                    epochs,
+                    batch_size,
+                )
             log.info("It is in %s; its reconstruction error is %.4f", self.cache_dir, error)
-            return task.model.state_dict()
+            return network.state_dict()
 
         autoencoder = untrained()
         training = json.dumps(dict(self.autoencoder), sort_keys=True, default=list)
@@ -243,56 +245,8 @@ class Evaluator:
         return self.cache_dir / f"{kind}-{data.name}-{digest}.pt"
 
 
-def _measure(
-    model: Any, metrics: MetricCollection, batches: Sequence[int], seed: int, device: torch.device
-) -> dict[str, float]:
-    """The metrics of samples that are drawn from ``seed``."""
-    with seeded(seed):
-        for n in show_progress(batches, "Sampling, in batches"):
-            metrics.update(model.sample(n).to(device), real=False)
-        return {name: float(value) for name, value in metrics.compute().items()}
-
-
 def _distance(network: Features) -> FrechetDistance:
     return FrechetDistance(network, reset_real_features=False, **ALONE)
-
-
-def bare_trainer(accelerator: str, bar: bool = False, **options: Any) -> L.Trainer:
-    """Lightning's trainer on one device, without logs and checkpoints."""
-    return L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=bar,
-        callbacks=[ProgressBar()] if bar else None,
-        **options,
-    )
-
-
-def load_or_make(
-    path: Path, load: Callable[[dict[str, Any]], Any], make: Callable[[], dict[str, Any]]
-) -> None:
-    """Load what is cached at ``path``, or make and cache it, in one of several processes.
-
-    A damaged file is made again.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.is_file():
-            content = path.read_bytes()
-            try:
-                if part := zipfile.ZipFile(BytesIO(content)).testzip():  # torch tests no checksums
-                    raise ValueError(f"{part} is not what was written")
-                load(torch.load(BytesIO(content), map_location="cpu", weights_only=True))
-                return
-            except Exception as error:  # whatever the damage leads to
-                log.warning("%s is damaged (%s); it is made again", path, type(error).__name__)
-        made = make()
-        with atomic_write(path) as whole:
-            torch.save(made, whole)
-        load(made)
 
 
 def _real_states(metric: Any) -> dict[str, Any]:

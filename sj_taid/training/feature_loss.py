@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch.nn import functional as F
 from .._checks import check_not_negative, check_sizes
 from .._context import seeded
 from ..data import ImageData
-from .classification import Classification
-from .evaluator import bare_trainer, load_or_make
+from .cache import fit, load_or_make
 
 log = logging.getLogger(__name__)
 
@@ -55,19 +53,16 @@ class FeatureLoss(nn.Module):
 
         def make() -> dict[str, Any]:
             log.info("Training the classifier of the feature loss for %d epochs, once", EPOCHS)
-            train_data = data.without_augmentation()
-            train_data.batch_size = 64
-            trainer = bare_trainer("cpu", bar=True, max_epochs=EPOCHS, limit_val_batches=0)
             with seeded(0):
                 blocks = _blocks(self.channels)
                 head = (nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * WIDTH, self.classes))
-                network: Any = nn.Sequential(blocks, *head)
-                network.classes = self.classes
-                adam = partial(torch.optim.Adam, lr=2e-3)
-                task = Classification(network, adam, loss=nn.CrossEntropyLoss())
-                trainer.fit(task, train_data)
-                (tested,) = trainer.test(task, train_data, verbose=False)
-            log.info("Its accuracy on the test images is %.2f %%", 100 * tested["test/accuracy"])
+                network = nn.Sequential(blocks, *head)
+                adam = torch.optim.Adam(network.parameters(), lr=2e-3)
+                fit(network, adam, lambda x, y: F.cross_entropy(network(x), y), data, EPOCHS, 64)
+            with torch.no_grad(), seeded(0):  # of the loader
+                hits = [network(x).argmax(1) == label for x, label in data.test_dataloader()]
+            accuracy = torch.cat(hits).float().mean()
+            log.info("Its accuracy on the test images is %.2f %%", 100 * accuracy)
             return blocks.state_dict()
 
         made_by = f"{EPOCHS}x{WIDTH}-{data.fingerprint(data.train_set)}"

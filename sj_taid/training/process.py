@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from .. import __version__
 from ..doctor import commit, cpu_name
-from .config import select_overrides
+from .config import key_of, select_overrides
 
 
 def reuse_freed_memory() -> None:
@@ -68,10 +68,21 @@ def given_overrides(job: Any) -> list[str]:
     return overrides
 
 
-def command_line(command: str, job: Any, data_class: str = "") -> dict[str, Any]:
-    """The overrides and the command of Hydra's job, without paths that are no choices."""
+def command_line(
+    command: str, job: Any, data_class: str = "", earlier: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The overrides and the command of Hydra's job, without paths that are no choices.
+
+    Args:
+        command: the command's name.
+        job: Hydra's config of the job.
+        data_class: see :func:`~sj_taid.training.config.select_overrides`.
+        earlier: overrides that the job's are added to, or replace.
+    """
     ignored = job.job.config.override_dirname.exclude_keys
     overrides = select_overrides(given_overrides(job), ignored, data_class)
+    replaced = {key_of(override) for override in overrides}
+    overrides = [*(one for one in earlier if key_of(one) not in replaced), *overrides]
     return {"overrides": overrides, "command": shlex.join(["sj-taid", command, *overrides])}
 
 

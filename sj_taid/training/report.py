@@ -1,8 +1,8 @@
 """A page of runs: ``sj-taid report FOLDER ... [--out FILE]``.
 
-Its table and learning curves have every finished run below the folders. The checkpoints of the best
-runs are loaded too, on the CPU, for samples from one seed, firing rates and costs. The page is one
-HTML file that needs no network.
+It has the table of ``sj-taid compare``, the best first, the learning curves of every finished run
+below the folders, and pictures of the best, whose checkpoints are loaded on the CPU. The page is
+one HTML file that needs no network.
 """
 
 from __future__ import annotations
@@ -10,94 +10,68 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import cache
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from torchvision.utils import save_image
 
-from .. import _compat
-from .._checks import check, integer
 from .._context import seeded
 from .._extras import needs
 from .callbacks import History, show_progress
 from .checkpoint import read_checkpoint
-from .columns import COLUMNS as MEASURED
-from .columns import METRICS, Column, learned_nothing
-from .compare import Metrics, frame, gather, heading, present
+from .columns import METRICS, learned_nothing
+from .compare import Metrics, frame, gather, present, summary
 from .files import atomic_write, check_replaceable
 from .process import silence_notes
 from .run import Run, build_data
 
-with needs("'spikingjelly>=2' plotly jinja2"):
+with needs("plotly jinja2"):
     import jinja2
     import plotly.express as px
-    from plotly.graph_objects import Figure
     from plotly.offline import get_plotlyjs
-    from spikingjelly.activation_based.op_counter import estimate_simple_energy
 
 #: The same samples and images are shown of all runs.
 SEED, IMAGES = 0, 8
-#: The cost of one pass of one image.
-OPERATIONS = {
-    "synop": Column("synaptic operations, k", 1e3, 1),
-    "mac": Column("multiply-accumulates, k", 1e3, 1),
-    "compute": Column("arithmetic, µJ", 1e6, 3),
-    "energy": Column("with memory, µJ", 1e6, 3),
-}
-COLUMNS = MEASURED | OPERATIONS
 #: in the template: tells a page of ours
 MARK = 'content="sj-taid report"'
 
 
-# ---- a run ----
+def rank(runs: Mapping[Path, Metrics]) -> tuple[dict[Path, Metrics], str]:
+    """The runs, the best first, and the metric: the first run's objective, or else the first.
+
+    A generator that learned nothing comes last, however near a grey image is to few test images.
+    """
+    names = present(frame([*runs.values()])[0], METRICS)
+    objective = Run(next(iter(runs))).config.get("objective")
+    metric = objective if objective in names else names[0]
+    sign = 1 if METRICS[metric].less_is_better else -1
+
+    def place(item: tuple[Path, Metrics]) -> tuple[bool, float]:
+        return learned_nothing(item[1]), sign * item[1].get(metric, sign * math.inf)
+
+    return dict(sorted(runs.items(), key=place)), metric
 
 
-def first_images(run: Run, trust: Sequence[str] = ()) -> Tensor:
-    """The first images ``[N, C, H, W]``, or frames ``[T, N, C, H, W]``, of a run's test set."""
-    return _first_images(OmegaConf.to_yaml(run.config.dataset), tuple(trust))
-
-
-@cache  # most runs of a page have the same data
-def _first_images(dataset: str, trust: tuple[str, ...]) -> Tensor:
-    cfg = OmegaConf.create({"dataset": OmegaConf.create(dataset)})
-    data = build_data(cfg, trust, num_workers=0, batch_size=IMAGES)
-    x, _ = next(iter(data.test_dataloader()))
-    return x.transpose(0, 1) if x.dim() == 5 else x
-
-
-def inspect(run: Run, trust: Sequence[str] = ()) -> dict[str, Any]:
-    """Samples, reconstructions, firing rates and costs of a run's checkpoint."""
+@torch.no_grad()
+def draw(run: Run, trust: Sequence[str] = ()) -> list[str]:
+    """Samples of a run's model, and test images above their reconstructions, as far as it has."""
     model: Any = run.model(trust)
-    images = first_images(run, trust)
-    rates: dict[str, float] = {}
-    found: dict[str, Any] = {}
-
-    def record_rate(name: str) -> Callable[..., None]:
-        # A model that also steps through time ends with its pass over the whole sequence.
-        return lambda node, inputs, output: rates.update({name: float(output.mean())})
-
-    with ExitStack() as hooks, seeded(SEED), torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, _compat.NEURONS):
-                hooks.enter_context(module.register_forward_hook(record_rate(name)))
-        output = model(images)
-    if hasattr(output, "image"):
-        found["reconstructions"] = png(images, output.image)
+    pictures = []
     if hasattr(model, "sample"):
         with seeded(SEED):
-            found["samples"] = png(*model.sample(2 * IMAGES).chunk(2))
-    with seeded(SEED):
-        energy = estimate_simple_energy(model, (images.narrow(-4, 0, 1),))
-    costs = {"compute": energy.energy_compute_pj, "energy": energy.energy_total_pj}
-    return found | {"operations": energy.counts | costs, "rates": rates}
+            pictures.append(png(*model.sample(2 * IMAGES).chunk(2)))
+    if hasattr(model, "training_loss"):
+        data = build_data(run.config, trust, num_workers=0, batch_size=IMAGES)
+        images, _ = next(iter(data.test_dataloader()))
+        with seeded(SEED):
+            pictures.append(png(images, model(images).image))
+    return pictures
 
 
 def png(*rows: Tensor) -> str:
@@ -108,7 +82,7 @@ def png(*rows: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def read_training(run: Run) -> Iterator[dict[str, Any]]:
+def read_curves(run: Run) -> Iterator[dict[str, Any]]:
     """The logged values over the epochs, from the checkpoint."""
     checkpoint = read_checkpoint(Run.find(run.folder).checkpoint)
     for epoch, values in enumerate(checkpoint["callbacks"][History.__qualname__]["epochs"], 1):
@@ -117,108 +91,53 @@ def read_training(run: Run) -> Iterator[dict[str, Any]]:
             yield {"epoch": epoch, "stage": stage, "name": name, "value": value}
 
 
-# ---- figures ----
-
-
-def to_json(figure: Figure, height: int = 300) -> str:
-    """A figure as JSON; the page sets width and colours."""
-    figure.update_layout(
-        height=height,
-        margin={"l": 50, "r": 10, "t": 36, "b": 40},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        title_font_size=14,
-        legend={"font_size": 10, "title": None},
-        yaxis={"title": None, "automargin": True, "ticklabelstandoff": 4},
-    )
-    return figure.to_json()
-
-
-def curves(epochs: list[dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
-    """Learning curves: a figure for each logged name, with all runs in it."""
-    dashes = {"train": "dot", "val": "solid"}
-    options: dict[str, Any] = {"line_dash": "stage", "line_dash_map": dashes, "markers": True}
+def draw_curves(epochs: list[dict[str, Any]], colours: dict[str, str]) -> Iterator[str]:
+    """A figure, as JSON, for each logged name, with all runs in it."""
+    lines = {"color": "choices", "line_group": "run", "line_dash": "stage"}
+    looks: dict[str, Any] = {"line_dash_map": {"train": "dot", "val": "solid"}, "markers": True}
+    looks["color_discrete_map"] = colours
     for name, part in pd.DataFrame(epochs).groupby("name", sort=False) if epochs else ():
         title = f"{name} over the epochs (dotted: in training)"
-        figure = px.line(part, x="epoch", y="value", title=title, **options, **by_run)
-        figure.update_layout(showlegend=False)
+        figure = px.line(part, "epoch", "value", title=title, **lines, **looks)
         figure.update_xaxes(dtick=max(1, round(part["epoch"].max() / 8)))  # whole ones
-        yield to_json(figure)
-
-
-def rates(runs: Mapping[str, dict[str, Any]], by_run: dict[str, Any]) -> Iterator[str]:
-    """Firing rates by layer."""
-    found = pd.DataFrame({label: one["rates"] for label, one in runs.items() if "rates" in one})
-    if len(found):
-        rows = found.rename_axis("layer").reset_index().melt("layer", None, "run", "rate").dropna()
-        title = "spikes per neuron and time step"
-        figure = px.bar(rows, x="rate", y="layer", barmode="group", title=title, **by_run)
-        figure.update_layout(showlegend=False, xaxis_title=None)
-        figure.update_yaxes(autorange="reversed")
-        yield to_json(figure, 110 + len(found) * (14 + 7 * len(runs)))
-
-
-# ---- the page ----
-
-
-def rank(runs: Mapping[Path, Metrics]) -> tuple[pd.DataFrame, list[str], str]:
-    """A row for each run, the best first, the keys in which they differ, and the metric.
-
-    A generator that learned nothing comes last, however near a grey image is to few test images.
-
-    The metric is the objective of the first run, or else the first there is.
-    """
-    table, keys = frame([*runs.values()])
-    names = present(table, METRICS)
-    objective = Run(next(iter(runs))).config.get("objective")
-    metric = objective if objective in names else names[0]
-    order = {"last": True, metric: METRICS[metric].less_is_better}
-    table = table.assign(folder=[*runs], last=[*map(learned_nothing, runs.values())])
-    table = table.sort_values([*order], ascending=[*order.values()], kind="stable")
-    keys += ["seed"] if table["seed"].nunique() > 1 else []
-    labels = [
-        " ".join([f"{place}.", *(f"{key.rpartition('.')[2]}={row[key]}" for key in keys)])
-        for place, row in enumerate(table.to_dict("records"), 1)
-    ]
-    return table.set_axis(labels), keys, metric
+        figure.update_yaxes(title=None, automargin=True)
+        clear = dict.fromkeys(("paper_bgcolor", "plot_bgcolor"), "rgba(0,0,0,0)")
+        margin = {"l": 50, "r": 10, "t": 36, "b": 40}
+        figure.update_layout(height=300, margin=margin, title_font_size=14, **clear)
+        yield figure.update_layout(showlegend=False).to_json()
 
 
 def page(runs: Mapping[Path, Metrics], best: int = 12, trust: Sequence[str] = ()) -> str:
     """The HTML of the runs, by their folders."""
-    table, keys, metric = rank(runs)
+    runs, metric = rank(runs)
+    table, keys = frame([*runs.values()])
+    rows = summary([*runs.values()])
+    labels = [" ".join(f"{key}={row[key]}" for key in keys) for row in table.to_dict("records")]
+    colours = dict(zip(dict.fromkeys(labels), cycle(px.colors.qualitative.Plotly), strict=False))
     epochs: list[dict[str, Any]] = []
-    details: dict[str, dict[str, Any]] = {}
-    for label, folder in show_progress([*table["folder"].items()], "Reading runs"):
-        details[label] = one = {"folder": folder, "command": runs[folder]["command"]}
+    pictures: dict[str, list[str]] = {}
+    notes = []
+    for folder, label in show_progress([*zip(runs, labels, strict=True)], "Reading runs"):
         try:
-            epochs += [{"run": label, **value} for value in read_training(Run(folder))]
-            if len(details) <= best:
-                one |= inspect(Run(folder), trust)
+            epochs += [
+                {"run": str(folder), "choices": label, **value}
+                for value in read_curves(Run(folder))
+            ]
+            if label not in pictures and len(pictures) < best:
+                pictures[label] = draw(Run(folder), trust)
         except Exception as error:  # whatever is wrong with a run, the others are shown
-            one["note"] = f"{type(error).__name__}: {error}"
-
-    table = table.join(
-        pd.DataFrame([one.get("operations", {}) for one in details.values()], table.index)
-    )
-    shown = present(table, COLUMNS)
-    colours = dict(zip(details, cycle(px.colors.qualitative.Plotly), strict=False))
-    by_run = {"color": "run", "color_discrete_map": colours}
+            notes.append(f"{folder}: {type(error).__name__}: {error}")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined).render(
         plotly=get_plotlyjs(),
+        count=len(runs),
         ranked_by=METRICS[metric].title,
-        heads=[*keys, *(heading(n, table) if n in METRICS else COLUMNS[n].title for n in shown)],
-        rows={
-            label: [(row[key], row[key]) for key in keys]
-            + [(row[name], COLUMNS[name].text(pd.Series([row[name]]))) for name in shown]
-            for label, row in table.iterrows()
-        },
-        runs=details,
+        heads=rows.columns,
+        rows=dict(zip(colours, rows.to_numpy().tolist(), strict=True)),
         colours=colours,
-        sections={
-            "Learning curves": [*curves(epochs, by_run)],
-            "Firing": [*rates(details, by_run)],
-        },
+        curves=[*draw_curves(epochs, colours)],
+        pictures={label: images for label, images in pictures.items() if images},
+        notes=notes,
     )
 
 
@@ -229,7 +148,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--best", type=int, default=12, help="how many checkpoints to load")
     parser.add_argument("--trust", nargs="+", default=(), help="custom classes that runs name")
     options = parser.parse_args(arguments)
-    check(integer(0), best=options.best)
     silence_notes()
     out = options.out or options.folders[0] / "report.html"
     check_replaceable(out, MARK)

@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from .._build import build, is_below
 from .._checks import expand_home
+from ..acceleration import accelerate
+from ..neurons import find_neurons
+from ..ops import backends
+from .config import CONFIG
 from .files import atomic_write
 
-if TYPE_CHECKING:  # the command line imports this before torch
-    from torch import nn
-
-CONFIG = "config.yaml"
-OVERRIDES = "overrides.yaml"
+ORIGIN = "origin.json"
 METRICS = "metrics.json"
 EVALUATIONS = "evaluations"
 CHECKPOINTS = "checkpoints"
@@ -113,7 +115,7 @@ class Run:
 
     @property
     def config(self) -> DictConfig:
-        """The config that the run was started with.
+        """The config that the run was started with, with its interpolations.
 
         Raises:
             FileNotFoundError: there is none; keep a checkpoint in its run's folder.
@@ -127,22 +129,23 @@ class Run:
             )
         return config
 
-    def begin(self, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
-        """Save the config, and the overrides of the command line, which ``resume=`` repeats.
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The choices and the command that the run was started with."""
+        return json.loads((self.folder / ORIGIN).read_text(encoding="utf-8"))
 
-        A finished run that resumes is unfinished again.
-        """
+    def begin(self, cfg: DictConfig, origin: dict[str, Any]) -> None:
+        """Save the config, and where it is from. A finished run is unfinished again."""
         (self.folder / METRICS).unlink(missing_ok=True)
         with atomic_write(self.folder / CONFIG) as path:
-            path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-        if overrides is not None:
-            with atomic_write(self.folder / OVERRIDES) as path:
-                OmegaConf.save(OmegaConf.create([*overrides]), path)
+            path.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+        _write_json(origin, self.folder / ORIGIN)
 
     def differences(self, cfg: DictConfig) -> dict[str, str]:
         """The keys in which ``cfg`` and the run's config differ, each with both values."""
-        saved = flatten(OmegaConf.to_container(self.config))
-        given = flatten(OmegaConf.to_container(cfg, resolve=True))
+        saved, given = (
+            flatten(OmegaConf.to_container(c, resolve=True)) for c in (self.config, cfg)
+        )
         return {
             key: f"{saved.get(key)}, now {given.get(key)}"
             for key in sorted(saved.keys() | given.keys())
@@ -226,11 +229,11 @@ class Run:
 
     def model(self, trust: Collection[str] = ()) -> nn.Module:
         """The model of the checkpoint, in eval mode; see :func:`load_model`."""
-        from ..ops import backends
-        from .checkpoint import load_weights, read_checkpoint
+        from .checkpoint import load_weights, read_checkpoint  # and Lightning with it
 
         config = self.config
-        config.model = remove_backends(OmegaConf.to_container(config.model), backends.works)
+        model = OmegaConf.to_container(config.model, resolve=True)
+        config.model = remove_backends(model, backends.works)
         model = build_model(config, trust)
         load_weights(model, read_checkpoint(self.checkpoint), self.checkpoint)
         return model.eval()
@@ -250,6 +253,19 @@ def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn
     return Run.find(run_or_checkpoint).model(trust)
 
 
+def merge(cfg: DictConfig, given: Mapping[str, Any]) -> None:
+    """Put values into a run's config, by their keys.
+
+    Raises:
+        ValueError: a value in a group that the run does not have.
+    """
+    for key, value in given.items():
+        group = key.partition(".")[0]
+        if group != key and cfg.get(group) is None:
+            raise ValueError(f"{key} is given, but the run has no {group}; leave it out")
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+
+
 def build_part(cfg: DictConfig, part: str, trust: Collection[str] = (), **arguments: Any) -> Any:
     """The object that a part of a config describes, see :func:`sj_taid._build.build`."""
     groups = {k: group for k, group in cfg.items() if isinstance(group, DictConfig)}
@@ -259,11 +275,6 @@ def build_part(cfg: DictConfig, part: str, trust: Collection[str] = (), **argume
 
 def build_model(cfg: DictConfig, trust: Collection[str] = ()) -> nn.Module:
     """The config's model, untrained, in the form in which it is trained and measured."""
-    import torch
-
-    from ..acceleration import accelerate
-    from ..neurons import find_neurons
-
     model = build_part(cfg, "model", trust)
     if cfg.get("accelerate", True) and find_neurons(model):
         accelerate(model)

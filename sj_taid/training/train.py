@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +30,7 @@ from .checkpoint import (
     save_flow,
 )
 from .columns import format_metrics, learned_nothing
-from .config import quote
+from .config import key_of, quote
 from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
 from .process import (
     command_line,
@@ -39,7 +40,7 @@ from .process import (
     reuse_freed_memory,
     silence_notes,
 )
-from .run import METRICS, Run, build_data, build_model, build_part, is_first_process
+from .run import METRICS, Run, build_data, build_model, build_part, is_first_process, merge
 from .task import Task
 from .validate import validate
 
@@ -49,20 +50,28 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> float | None:
     """Train the job that Hydra composed, unless it is finished; returns the objective's value."""
     job = HydraConfig.get()
+    if cfg.resume and job.mode == RunMode.MULTIRUN:
+        raise ValueError(
+            "resume= is for one run, without -m; a sweep resumes when its command is repeated"
+        )
     run = Run(job.runtime.output_dir)
-    choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
     with run.lock(), explain_resuming(run):
-        origin = {"choices": choices, **command_line("train", job, cfg.dataset._target_)}
-        metrics = train(cfg, run.folder, repeated=list_repeated_arguments(job), **origin)
+        choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
+        earlier: Sequence[str] = ()
+        if cfg.resume:
+            keys = [key_of(override) for override in given_overrides(job)]
+            given = {key: OmegaConf.select(cfg, key) for key in keys if key != "resume"}
+            cfg, choices, earlier = run.config, run.origin["choices"], run.origin["overrides"]
+            merge(cfg, given)
+        origin = command_line("train", job, cfg.dataset._target_, earlier)
+        metrics = train(cfg, run.folder, choices=choices, **origin)
     if is_first_process():
         log.info("%s", closing_lines(run))
     return metrics.get(cfg.objective)
 
 
 @ending_wandb_run()
-def train(
-    cfg: DictConfig, folder: str | Path, *, repeated: Sequence[str] | None = None, **origin: Any
-) -> dict[str, Any]:
+def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     """Train, test, measure and draw what the task asks for; everything is left in ``folder``.
 
     An interrupted run in ``folder`` resumes from its last epoch. In a distributed run every process
@@ -71,8 +80,8 @@ def train(
     Args:
         cfg: the run's config.
         folder: the run's folder.
-        repeated: arguments of the command line that ``resume=`` repeats.
-        origin: saved in ``metrics.json`` next to the metrics, such as the command.
+        origin: saved in ``metrics.json`` next to the metrics: ``choices``, ``overrides`` and
+            ``command`` of the command line.
 
     Raises:
         ValueError: the config is wrong, or does not fit the run that is in the folder.
@@ -90,31 +99,36 @@ def train(
     origin = {"choices": {}, "overrides": [], "command": "", **origin, **provenance()}
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    task = build_task(cfg)
+    model = build_model(cfg, cfg.trust)
+    optimizer = instantiate_checked(cfg.optimizer, "optimizer")
+    task: Task = build_part(cfg, "task", cfg.trust, model=model, optimizer=optimizer)
     evaluator = build_evaluator(cfg)
-    callbacks = build_callbacks(cfg)
+    parts = (cfg.get("callbacks") or {}).items()
+    callbacks = [instantiate_checked(part, f"callbacks.{name}") for name, part in parts if part]
+    logger = instantiate_checked(cfg.logger, "logger") if cfg.get("logger") else None
     data = build_data(cfg, cfg.trust)
     history = History(run.folder, cfg.pictures)
-    options: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
     # A checkpoint keeps its seconds; where there is a Timer, Lightning ignores max_time itself.
-    timer = Stopwatch(options.get("max_time"))
-    trainer = build_trainer(
-        cfg,
-        run,
-        [
-            LambdaCallback(on_fit_start=lambda trainer, _: save_start(run, cfg, repeated, trainer)),
-            *build_checkpoint_callbacks(run, task, data),
-            timer,
-            RandomNumbers(),
-            history,
-            *callbacks,
-        ],
+    timer = Stopwatch(cfg.trainer.get("max_time"))
+    begin = LambdaCallback(on_fit_start=lambda trainer, _: save_start(run, cfg, origin, trainer))
+    checkpoints = build_checkpoint_callbacks(run, task, data)
+    callbacks = [begin, *checkpoints, timer, RandomNumbers(), history, *callbacks]
+    if cfg.trainer.get("enable_progress_bar") is False:
+        callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
+    trainer = instantiate_checked(
+        cfg.trainer,
+        "trainer",
+        default_root_dir=run.folder,
+        logger=logger(save_dir=run.folder) if logger else False,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
     )
     if checkpoint is None:
-        calibrate_thresholds(cfg, task, data)
+        calibrate_thresholds(task, data, cfg.neuron_start.get("calibrate"))
         task.untrained_metrics = task.before_training(data, evaluator)
     if cfg.compile:
-        compile_model(task.model, cfg.compile)
+        compile_model(model, cfg.compile)
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     finalize_model(task, data, run, trainer)
 
@@ -124,12 +138,13 @@ def train(
         return {}
     metrics |= select_validation_metrics(task, data, history.epochs)
     if saves_best_epoch(task, data) and run.best.is_file():
-        metrics |= measure_best_epoch(cfg, task, data, run)
+        with seeded(cfg.seed):
+            metrics |= measure_best_epoch(task, build_tester(cfg), data, run)
     log_metrics(trainer, metrics)
     metrics |= {
         **task.untrained_metrics,
         "epochs": trainer.current_epoch,
-        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "training_seconds": round(timer.time_elapsed(), 1),
         "seed": cfg.seed,
         **origin,
@@ -149,14 +164,8 @@ def count_classes(cfg: DictConfig) -> None:
         cfg.dataset.classes = build_part(cfg, "dataset", cfg.trust).classes
 
 
-def build_task(cfg: DictConfig) -> Task:
-    model = build_model(cfg, cfg.trust)
-    optimizer = instantiate_checked(cfg.optimizer, "optimizer")
-    return build_part(cfg, "task", cfg.trust, model=model, optimizer=optimizer)
-
-
-def calibrate_thresholds(cfg: DictConfig, task: Task, data: Any) -> None:
-    if (rate := cfg.neuron_start.get("calibrate")) is not None:
+def calibrate_thresholds(task: Task, data: Any, rate: float | None) -> None:
+    if rate is not None:
         images, _ = next(iter(data.train_dataloader()))
         log.info("%s", calibrate(task.model, task.model_input(images), rate=rate))
 
@@ -187,26 +196,6 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
     return [BestCheckpoint(**options), last]  # the last one keeps the state of the best
 
 
-def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
-    """The config's callbacks, without a progress bar if the trainer shall have none."""
-    parts = (cfg.get("callbacks") or {}).items()
-    callbacks = [instantiate_checked(part, f"callbacks.{name}") for name, part in parts if part]
-    hides = cfg.trainer.get("enable_progress_bar") is False
-    return [c for c in callbacks if not (hides and isinstance(c, ProgressBar))]
-
-
-def build_trainer(cfg: DictConfig, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
-    logger = instantiate_checked(cfg.logger, "logger") if cfg.get("logger") else None
-    return instantiate_checked(
-        cfg.trainer,
-        "trainer",
-        default_root_dir=run.folder,
-        logger=logger(save_dir=run.folder) if logger else False,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-    )
-
-
 def instantiate_checked(part: DictConfig, key: str, **arguments: Any) -> Any:
     """What Hydra makes of a part of the config, whose values are of the kinds that it declares."""
     with suppress(ImportError, AttributeError):  # which Hydra explains
@@ -215,12 +204,10 @@ def instantiate_checked(part: DictConfig, key: str, **arguments: Any) -> Any:
     return instantiate(part, **arguments)
 
 
-def save_start(
-    run: Run, cfg: DictConfig, overrides: Sequence[str] | None, trainer: L.Trainer
-) -> None:
-    """Save the config and the overrides, once the checkpoint is loaded and nothing is refused."""
+def save_start(run: Run, cfg: DictConfig, origin: dict[str, Any], trainer: L.Trainer) -> None:
+    """Save what the run is made of, once the checkpoint is loaded and nothing is refused."""
     if is_first_process():
-        run.begin(cfg, overrides)
+        run.begin(cfg, origin)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     for tracker in trainer.loggers:
         tracker.log_hyperparams(config)
@@ -249,11 +236,10 @@ def select_validation_metrics(
     return {f"{task.chosen_by}_best_test_epoch": max(values)} if values else {}
 
 
-def measure_best_epoch(cfg: DictConfig, task: Task, data: Any, run: Run) -> dict[str, Any]:
+def measure_best_epoch(task: Task, tester: L.Trainer, data: Any, run: Run) -> dict[str, Any]:
     checkpoint = read_checkpoint(run.best)
     task.load_state_dict(checkpoint["state_dict"])
-    with seeded(cfg.seed):
-        tested = test(task, build_tester(cfg), data)
+    tested = test(task, tester, data)
     return rename_for_best_epoch(tested) | {"best_validation_epoch": checkpoint["epoch"] + 1}
 
 
@@ -271,7 +257,7 @@ def explain_resuming(run: Run) -> Iterator[None]:
     def advice() -> str:
         if not run.checkpoint.is_file() or run.is_finished:  # by an earlier command
             return "Give the same command again, since no epoch was complete."
-        return f"Resume with: sj-taid train resume={shlex.quote(str(run.folder))}"
+        return f"Resume with: sj-taid train {_argument('resume', run.folder)}"
 
     try:
         yield
@@ -294,17 +280,10 @@ def closing_lines(run: Run) -> str:
     lines.append(f"Metrics: {folder / METRICS}")
     if run.checkpoint.is_file():
         command = "sample" if run.config.get("metric") else "evaluate"
-        checkpoint = shlex.quote(f"checkpoint={quote(str(folder))}")  # for Hydra, and for the shell
-        lines.append(f"Next:    sj-taid {command} {checkpoint}")
+        lines.append(f"Next:    sj-taid {command} {_argument('checkpoint', folder)}")
     return "\n".join(lines)
 
 
-def list_repeated_arguments(job: Any) -> list[str]:
-    """The command line that ``resume=`` repeats: overrides, and where custom configs are."""
-    sources = job.runtime.config_sources
-    flags = [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
-    if job.job.config_name != "train":
-        flags.append(f"--config-name={job.job.config_name}")
-    searched = [s for s in sources if s.provider == "hydra.searchpath in command-line"]
-    paths = ",".join(quote(f"{s.schema}://{s.path}") for s in searched)
-    return [*flags, *given_overrides(job), *([f"hydra.searchpath=[{paths}]"] if paths else [])]
+def _argument(key: str, folder: Path) -> str:
+    """An override that the shell leaves to Hydra, and that Hydra reads as this folder."""
+    return shlex.quote(f"{key}={quote(str(folder))}")

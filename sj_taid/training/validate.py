@@ -19,6 +19,7 @@ POSITIVE: Rule = ("a number > 0", lambda value: is_number(value) and value > 0)
 RULES: dict[str, Rule] = {
     "seed": ("an integer >= 0, below 2^32", lambda value: is_whole(value) and 0 <= value < 2**32),
     "cache_dir": PATH,
+    "resume": PATH,
     "pictures": FLAG,
     "accelerate": FLAG,
     "compile": (
@@ -52,6 +53,7 @@ KEYS = {
     "compile",
     "objective",
     "pictures",
+    "resume",
     "seed",
     "trust",
 }
@@ -80,7 +82,7 @@ def validate(cfg: DictConfig) -> None:
     for key, rule in RULES.items():
         if (value := OmegaConf.select(cfg, key)) is not None or key in NEVER_NULL:
             check(rule, **{key: value})
-    keys = KEYS | {path.name for path in Path(CONF).iterdir() if path.is_dir()}
+    keys = KEYS | {path.name for path in Path(CONF).iterdir() if path.is_dir()} - {"experiment"}
     if unknown := cfg.keys() - keys:
         raise ValueError(
             f"the config has no {', '.join(map(str, unknown))}; there are {', '.join(sorted(keys))}"

@@ -12,9 +12,10 @@ import lightning as L
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sj_taid._commands import COMPOSED, OTHERS
-from sj_taid.training import cli, config, run
+from sj_taid.training import config, run
 from sj_taid.training.train import closing_lines, explain_resuming
 from tests.training.conftest import TINY_AUTOENCODING
 
@@ -119,24 +120,8 @@ def test_help_has_a_line_for_each_key(sj_taid, capsys, command):
 
 def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(FileNotFoundError, match="needs the folder of a run"):
+    with pytest.raises(OmegaConfBaseException, match="needs the folder of a run"):
         sj_taid("train", "resume=nowhere")
-
-
-def test_resume_arguments(tmp_path):
-    folder = tmp_path / "it's neuron=lif,seed=0 [a]"
-    assert cli.resume_arguments(["seed=1", "-m"]) == ["seed=1", "-m"]
-    folder.mkdir()
-    (folder / run.OVERRIDES).write_text("- neuron=lif\n- model.stages=[[4],[6]]\n")
-    *saved, where, seed = cli.resume_arguments([f"resume={folder}", "seed=1"])
-    assert saved == ["neuron=lif", "model.stages=[[4],[6]]"] and seed == "seed=1"
-    cfg = config.compose("train", [where], return_hydra_config=True)
-    assert cfg.hydra.run.dir == str(folder)
-    for given, plus in (("+", "+"), ("+", ""), ("++", "")):
-        (folder / run.OVERRIDES).write_text(f"- ~logger\n- {given}trainer.max_steps=50\n")
-        arguments = [f"resume={folder}", "logger=csv", f"{plus}trainer.max_steps=80"]
-        cfg = config.compose("train", cli.resume_arguments(arguments))
-        assert cfg.logger.name == "csv" and cfg.trainer.max_steps == 80
 
 
 SIGNS = "=,'\"[]{}<>;:#~!&|? $*()\\%@^`+-"
@@ -164,7 +149,7 @@ def test_closing_command_can_be_pasted(tmp_path, monkeypatch):
     commands = []
     for folder in [tmp_path / "runs" / name for name in FOLDERS]:
         there = run.Run(folder)
-        there.begin(OmegaConf.create({"metric": {"samples": 1}}), ["seed=1"])
+        there.begin(OmegaConf.create({"metric": {"samples": 1}}), {})
         there.checkpoint.parent.mkdir()
         there.checkpoint.touch()
         for here in (folder.parent, folder.parents[1]):
@@ -179,20 +164,10 @@ def test_closing_command_can_be_pasted(tmp_path, monkeypatch):
     assert len(said) == 1 + 2 * len(commands)
     for number, folder in enumerate(FOLDERS):
         folder = tmp_path / "runs" / folder
-        arguments = said[6 * number : 6 * number + 6]
-        for here, argument in zip((folder.parent, tmp_path), arguments[1:4:2], strict=True):
+        arguments = said[6 * number + 1 : 6 * number + 6 : 2]
+        for here, argument in zip((folder.parent, tmp_path, tmp_path), arguments, strict=True):
             monkeypatch.chdir(here)
             assert run.Run.find(read_override(argument)).folder == folder, argument
-        _, resumed = cli.resume_arguments(arguments[5:])
-        assert read_override(resumed) == str(folder), resumed
-
-
-def test_command_keeps_a_deletion_before_an_addition():
-    step = "{_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 5}"
-    replaced = ["task=classification", "~task.scheduler", f"+task.scheduler={step}"]
-    assert config.select_overrides([*replaced, *replaced]) == replaced
-    assert config.select_overrides(["~logger", "logger=csv"]) == ["logger=csv"]
-    assert "T_max" not in config.compose("train", replaced).task.scheduler
 
 
 def test_folder_name_tells_any_overrides_apart():
@@ -244,22 +219,18 @@ class CtrlC(L.Callback):
 def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_path):
     custom = tmp_path / "one's own" / "callbacks"
     custom.mkdir(parents=True)
+    (custom / "mine.yaml").write_text(f"ctrl_c:\n  _target_: {__name__}.CtrlC\n  epoch: 0\n")
     folder = tmp_path / "run"
-
-    def interrupt(epoch):
-        text = f"progress_bar:\n  _target_: {__name__}.CtrlC\n  epoch: {epoch}\n"
-        (custom / "mine.yaml").write_text(text)
-
-    interrupt(0)
     with pytest.raises(SystemExit, match=r"Stopped\. Give the same command again"):
         train("callbacks=mine", "trainer.max_epochs=2", "--config-dir", str(custom.parent))
-    interrupt(1)
-    message = rf"Resume with: sj-taid train resume={re.escape(shlex.quote(str(folder)))}$"
+    message = rf"Resume with: sj-taid train {re.escape(shlex.quote(f'resume={folder}'))}$"
     with pytest.raises(SystemExit, match=message):
-        sj_taid("train", f"resume={folder}")
-    interrupt(2)
-    sj_taid("train", f"resume={folder}")
-    assert run.Run(folder).metrics["epochs"] == 2
+        sj_taid("train", f"resume={folder}", "+callbacks.ctrl_c.epoch=1")
+    with pytest.raises(SystemExit, match="Stopped"):
+        sj_taid("train", f"resume={folder}")  # its config is the last one
+    sj_taid("train", f"resume={folder}", "callbacks=quiet")
+    metrics = run.Run(folder).metrics
+    assert metrics["epochs"] == 2 and metrics["choices"]["callbacks"] == "mine"
 
 
 def test_train_by_a_primary_config_of_ones_own(train, sj_taid, tmp_path):
@@ -269,8 +240,8 @@ def test_train_by_a_primary_config_of_ones_own(train, sj_taid, tmp_path):
     train(*callbacks, "--config-dir", str(tmp_path), "--config-name", "mine")
     folder = tmp_path / "run"
     assert run.Run(folder).metrics["seed"] == 3
-    moved = (tmp_path / "mine.yaml").rename(tmp_path / "run" / "mine.yaml").parent
-    sj_taid("train", f"resume={folder}", "trainer.max_epochs=2", "--config-dir", str(moved))
+    (tmp_path / "mine.yaml").unlink()
+    sj_taid("train", f"resume={folder}", "trainer.max_epochs=2")
     metrics = run.Run(folder).metrics
     assert (metrics["epochs"], metrics["seed"]) == (2, 3)
 
@@ -280,6 +251,33 @@ def test_resume_keeps_interpolations(train, sj_taid, tmp_path):
     train(f"task.scheduler={{{cosine}, T_max: ${{trainer.max_epochs}}}}")
     with pytest.raises(SystemExit, match=r"T_max \(1, now 2\)"):
         sj_taid("train", f"resume={tmp_path / 'run'}", "trainer.max_epochs=2")
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("experiment=fsvae", "the config has no experiment"),
+        ("seed=1", "a run with other settings: seed"),
+        ("metric.samples=9", "the run has no metric; leave it out"),
+    ],
+)
+def test_resume_refuses_what_the_run_does_not_have(train, sj_taid, tmp_path, choice, message):
+    train()
+    before = run.Run(tmp_path / "run").config
+    with pytest.raises(SystemExit, match=message):
+        sj_taid("train", f"resume={tmp_path / 'run'}", choice)
+    assert run.Run(tmp_path / "run").config == before
+
+
+def test_resume_takes_choices_as_the_start_does(train, sj_taid, tmp_path):
+    train("~logger", "+trainer.max_steps=5")
+    folder = tmp_path / "run"
+    sj_taid("train", f"resume={folder}", "logger=csv", "trainer.max_epochs=2", "pictures=true")
+    there = run.Run(folder)
+    assert (there.config.logger.name, there.config.trainer.max_steps) == ("csv", 5)
+    words = there.metrics["command"].split()
+    assert words[-1] == "trainer.max_epochs=2" and "+trainer.max_steps=5" in words
+    assert (folder / "csv").is_dir() and (folder / "reconstructions.png").is_file()
 
 
 def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):

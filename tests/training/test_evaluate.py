@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+from contextlib import ExitStack
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from sj_taid._compat import NEURONS
+from sj_taid._context import seeded
 from sj_taid.metric import FrechetDistance
 from sj_taid.training import evaluator, run
 from sj_taid.training.config import compose
@@ -47,7 +51,7 @@ def test_evaluate_command(folder, tmp_path, sj_taid, monkeypatch, capfd):
     figures, protocol = evaluation["metrics"], evaluation["protocol"]
     assert figures["fad"] > 0 and figures["fad"] != before["fad"]
     assert {"fad", "fad_recall", "reconstruction"} < protocol.keys()
-    assert figures.keys() - protocol.keys() == {"sample_variance"}
+    assert figures.keys() - protocol.keys() == {"sample_variance", "energy", "firing_rate"}
     assert "12 samples" in protocol["fad"]
     assert evaluation["overrides"] == ["metric.samples=12"]
     assert evaluation["command"] == "sj-taid evaluate metric.samples=12"
@@ -68,6 +72,25 @@ def test_evaluate_repeats_the_metrics_of_training(folder):
     assert evaluations_of(folder) == [first, again, other]
     names = sorted(path.name for path in (folder / "evaluations").iterdir())
     assert names == ["0001.json", "0002.json", "0003.json"]  # whatever the clock says
+
+
+def test_energy_and_firing_rate_are_those_of_a_pass(folder):
+    counter = pytest.importorskip("spikingjelly.activation_based.op_counter")  # not in 0.0.0.0.14
+    metrics, model = metrics_of(folder), run.load_model(folder)
+    images, _ = next(iter(run.build_data(run.Run(folder).config).test_dataloader()))
+    monitored = []
+    with ExitStack() as hooks, seeded(0), torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, NEURONS):
+                hook = module.register_forward_hook(
+                    lambda node, x, s: monitored.append(s.flatten())
+                )
+                hooks.enter_context(hook)
+        model(images[:8])
+    assert metrics["firing_rate"] == pytest.approx(float(torch.cat(monitored).mean()), rel=1e-4)
+    with seeded(0), torch.no_grad():
+        counted = counter.estimate_simple_energy(model, (images[:1],))
+    assert metrics["energy"] == pytest.approx(counted.energy_total_pj / 1e6)
 
 
 def test_evaluate_fid_and_inception_score(folder, monkeypatch):

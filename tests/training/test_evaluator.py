@@ -3,7 +3,6 @@
 import io
 import logging
 import multiprocessing
-import pickle
 import time
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 
 from sj_taid.data import Digits
 from sj_taid.metric import FrechetDistance
-from sj_taid.training.evaluator import Evaluator, load_or_make
+from sj_taid.training.cache import load_or_make
+from sj_taid.training.evaluator import Evaluator
 from tests.data.made_up import ready
 from tests.training.conftest import Network
 
@@ -41,7 +41,7 @@ def evaluator(tmp_path):
 
 def states(evaluator, data):
     """The weights of FAD's autoencoder, and the statistics of the test images."""
-    fad = evaluator.prepare_metrics(data, torch.device("cpu"))["fad"]
+    fad = evaluator.prepare_metrics(data)["fad"]
     real = {name: state for name, state in fad.metric_state.items() if "real" in name}
     return dict(fad.inception.state_dict()) | real
 
@@ -59,7 +59,7 @@ def test_evaluator_makes_autoencoder_and_statistics_once(evaluator, tmp_path, mo
     files = set(evaluator.cache_dir.glob("*.pt"))
     assert {file.name.split("-")[0] for file in files} == {"autoencoder", "statistics"}
     with monkeypatch.context() as patch:
-        patch.setattr("sj_taid.training.evaluator.bare_trainer", None)
+        patch.setattr("sj_taid.training.evaluator.fit", None)
         patch.setattr(data, "test_dataloader", None)
         assert_equal(states(evaluator, data), first)
 
@@ -92,17 +92,10 @@ class Code:
 DAMAGES = {
     "empty": lambda whole: b"",
     "truncated": lambda whole: whole[: len(whole) // 2],
-    "end lost": lambda whole: whole[:-9],
-    "begins late": lambda whole: whole[100:],
-    "zeros": lambda whole: bytes(len(whole)),
-    "text": lambda whole: b"404: not found",
     "a bit": lambda whole: whole[: (n := len(whole) // 2)] + bytes([whole[n] ^ 1]) + whole[n + 1 :],
-    "module": lambda whole: pickled({"x": torch.nn.Linear(1, 1)}),
     "code": lambda whole: pickled({"x": Code()}),
-    "plain pickle": lambda whole: pickle.dumps(Code()),
     "another's": lambda whole: pickled({"x": torch.ones(2)}),
     "a part": lambda whole: pickled(dict([*torch.load(io.BytesIO(whole)).items()][:1])),
-    "no dictionary": lambda whole: pickled([1.0]),
 }
 
 

@@ -120,11 +120,9 @@ class Stop(L.Callback):
 
 
 @pytest.mark.slow
-def test_resumed_finished_run_is_unfinished_until_it_ends(folder, cache, sj_taid):
+def test_resumed_finished_run_is_unfinished_until_it_ends(folder, sj_taid):
     there = Run(folder)
     shorter, config, shares = there.metrics, there.config, load_model(folder).flow.shares
-    there.begin(config, [*TINY_ESVAE, f"cache_dir={cache}"])  # as the command line does
-    there.save_metrics(shorter)
     longer = ["train", f"resume={folder}", "trainer.max_epochs=4"]
     with pytest.raises(SystemExit, match=r"dataset\.validation \(None, now 0\.5\)"):
         sj_taid(*longer, "dataset.validation=0.5")

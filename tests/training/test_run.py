@@ -15,7 +15,7 @@ from sj_taid.training import run as runs
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.files import atomic_write
-from sj_taid.training.train import build_task, train
+from sj_taid.training.train import train
 from tests.training.conftest import TINY_AUTOENCODING, TINY_CLASSIFICATION
 
 
@@ -51,7 +51,7 @@ def test_resume_allows_what_may_change_alone(tmp_path):
     }
     cfg, run = OmegaConf.create(config), Run(tmp_path)
     assert run.resume(cfg) is None
-    run.begin(cfg)
+    run.begin(cfg, {})
     changed = OmegaConf.create(config | {"seed": 1})
     assert run.resume(changed) is None  # no epoch is saved
     run.save_metrics({"fad": 3.0})
@@ -128,7 +128,7 @@ def test_load_model_refuses_other_models_and_foreign_classes(trained, tmp_path):
         ("hidden: 8", "hidden: 9", "", other),
         (target, "os.system", "", r"names 'os\.system'.*you trust it"),
         (target, "sj_taid.ops.alif.kernels.Path.touch", "", "you trust it"),
-        ("\n  neuron:\n", "\n  neuron: ${evil}\n  ignored:\n", evil, "you trust it"),
+        ("\n  neuron: ${neuron}\n", "\n  neuron: ${evil}\n", evil, "you trust it"),
     ):
         assert old in text
         path.write_text(text.replace(old, new) + end)
@@ -153,7 +153,7 @@ def is_accelerated(model):
 
 def test_models_are_accelerated_if_the_config_says_so(trained, tiny):
     cfg = tiny(*TINY_CLASSIFICATION, tiny=False)
-    assert is_accelerated(build_task(cfg).model)
+    assert is_accelerated(runs.build_model(cfg))
     folder = trained(*TINY_CLASSIFICATION, "accelerate=false")
     assert not is_accelerated(load_model(folder))
     assert Run(folder).resume(cfg)  # equal to rounding, as another backend is

@@ -14,7 +14,7 @@ from sj_taid.data import Digits
 from sj_taid.training import cli, run, sample
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
-from sj_taid.training.train import build_callbacks, count_classes, train
+from sj_taid.training.train import count_classes, train
 from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, command, write_images
 
 PICTURES = [
@@ -189,10 +189,10 @@ def test_interrupted_run_resumes_in_its_folder_with_its_choices(
     before = torch.load(there.checkpoint, weights_only=True)
     assert before["epoch"] == 1 and not there.is_finished
     with pytest.raises(SystemExit, match="must be at least the 2 epochs that are trained"):
-        sj_taid("train", f"resume={there.folder}", "trainer.max_epochs=1")
+        sj_taid("train", f"resume='{there.folder}'", "trainer.max_epochs=1")
     assert there.config.trainer.max_epochs == 500
 
-    again = ["train", f"resume={there.folder}"]
+    again = ["train", f"resume='{there.folder}'"]
     sj_taid(*again, "trainer.max_epochs=4")
     metrics = there.metrics
     assert metrics["fad_untrained"] == whole["fad_untrained"]
@@ -238,18 +238,12 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
     [
         ("objective=fadd", "objective=fadd is none of reconstruction"),
         ("decoder.squeeze=time", r"^decoder\.squeeze must be 'spatial', 'all' or 'pixel'"),
-        ("pictures=no", "^pictures must be True or False, but it is 'no'"),
-        ("compile=off", "^compile must be true, false or options"),
         ("pictures=maybe", "^pictures must be True or False, but it is 'maybe'"),
         ("compile=maybe", "^compile must be true, false or options"),
-        ("seed=-1", "^seed must be an integer >= 0"),
         ("dataset.limit=0.1", r"^dataset\.limit must be an integer >= 1"),
-        ("metric.samples=1e3", r"^metric\.samples must be an integer >= 1"),
         ("trainer.limit_test_batches=0", r"^trainer\.limit_test_batches must be a number > 0"),
         ("optimizer.lr=abc", r"^optimizer\.lr must be a number >= 0, but it is 'abc'"),
-        ("trainer.max_epochs=1.5", r"^trainer\.max_epochs must be an integer >= 0"),
         ("trainer.max_epochs=null", r"^trainer\.max_epochs must be an integer >= 0"),
-        ("+trainer.logger=false", r"^trainer\.logger is set by logger=; give that"),
         ("+trainer.plugins=[]", r"^trainer\.plugins is set by trainer\.precision= and"),
         ("model.image_decoder=taid", "is 'taid'; on the command line choose it with decoder=NAME"),
         ("loss=tet", "is for task=classification; add that, or leave loss= out"),
@@ -258,60 +252,18 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
         ("feature_loss=classifier dataset.classes=null", r"^feature_loss\.classes must be"),
         ("feature_loss=classifier task=classification model=classifier_small", "is for task=gen"),
         ("model.chroma_weight=1", r"^model\.chroma_weight=1 is for images of 3 channels"),
-        (
-            "dataset.batch_size='32'",
-            r"^dataset\.batch_size must be an integer >= 1, but it is '32'",
-        ),
         ("dataset.classes=10.0", r"^dataset\.classes must be an integer of 64 bits or null, but"),
-        ("dataset.image_size=[8,8]", r"^dataset\.image_size must be an integer of 64 bits, but"),
-        (f"dataset.channels={2**63}", r"^dataset\.channels must be an integer of 64 bits, but"),
-        ("dataset.name=7", r"^dataset\.name must be text or null, but it is 7"),
-        ("dataset.augment={}", r"^dataset\.augment must be text or null, but it is \{\}"),
         ("dataset.erase=1.5", r"^dataset\.erase must be a number from 0 to 1"),
         ("dataset.validation=true", r"^dataset\.validation must be a number or 'own' or null, but"),
         ("dataset=mnist dataset.root=''", r"^dataset\.root must be a path, but it is ''"),
-        (
-            "dataset=mnist dataset.download=1",
-            r"^dataset\.download must be True or False, but it is 1",
-        ),
-        ("cache_dir=[a]", r"^cache_dir must be a path, but it is \['a'\]"),
-        (
-            "model.hidden_channels=[4,x]",
-            r"^model\.hidden_channels must be .* \[an integer of 64 bits",
-        ),
         ("neuron_start.tau=x neuron=lif", r"^neuron\.tau must be a number, but it is 'x'"),
-        (
-            "neuron_start.decay_input=off",
-            r"^neuron\.decay_input must be True or False, but it is 'off'",
-        ),
         ("neuron_start.calibrate=2", r"^neuron_start\.calibrate must be between 0 and 1"),
         ("surrogate=atan surrogate.alpha=-1", r"^surrogate\.alpha must be a number > 0"),
-        ("+surrogate.spiking=yes", r"^surrogate\.spiking must be True or False, but it is 'yes'"),
-        (
-            "optimizer.weight_decay=none",
-            r"^optimizer\.weight_decay must be a number, but it is 'none'",
-        ),
-        (
-            "+optimizer.betas=[0.9,b]",
-            r"^optimizer\.betas must be \[a number, \.\.\.\], but it is \[",
-        ),
-        (
-            "+trainer.deterministic=maybe",
-            r"^trainer\.deterministic must be .* or 'warn' or null, but",
-        ),
+        ("+optimizer.betas=[0.9,b]", r"^optimizer\.betas must be \[a number, \.\.\.\], but"),
         ("trainer.precision=31", r"^trainer\.precision must be 64 or 32 or .*, but it is 31"),
-        ("logger.default_hp_metric=no", r"^logger\.default_hp_metric must be True or False, but"),
-        (
-            "+callbacks.progress_bar.refresh_rate=x",
-            r"^callbacks\.progress_bar\.refresh_rate must be an",
-        ),
+        ("+callbacks.progress_bar.refresh_rate=x", r"^callbacks\.progress_bar\.refresh_rate must"),
         ("metric.autoencoder.seed=x", r"^metric\.autoencoder\.seed must be an integer of 64 bits"),
-        ("metric.autoencoder.epochs=0", r"^metric\.autoencoder\.epochs must be an integer >= 1"),
-        ("metric.features=on", r"^metric\.features must be True or False, but it is 'on'"),
-        (
-            "dataset=nmnist",
-            r"takes ImageData, but dataset=nmnist is NMNIST; for recordings add task=cl",
-        ),
+        ("dataset=nmnist", r"takes ImageData, but dataset=nmnist is NMNIST; for recordings add"),
         ("task=generation model=classifier_small", "Classifier lacks training_loss, sample; "),
         (
             "+callbacks.swa._target_=lightning.pytorch.callbacks.StochasticWeightAveraging",
@@ -359,8 +311,3 @@ def test_train_refuses_nonsense_wherever_it_is(tmp_path, monkeypatch, choices):
         name = key.rpartition(".")[2]
         assert name in str(refused.value) or "${" in str(leaves[key]), (key, refused.value)
         assert not (tmp_path / "run").exists()
-
-
-def test_trainer_option_alone_takes_away_the_progress_bar():
-    assert len(build_callbacks(compose("train"))) == 1
-    assert not build_callbacks(compose("train", ["trainer.enable_progress_bar=false"]))

@@ -1,0 +1,77 @@
+"""What is made once: networks that metrics and losses look through, and files that keep them."""
+
+import logging
+import zipfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from ..data import ImageData
+from .callbacks import show_progress
+from .files import atomic_write
+
+log = logging.getLogger(__name__)
+
+
+def fit(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    data: ImageData,
+    epochs: int,
+    batch_size: int,
+) -> float:
+    """Train a network on the training images as they are; the last epoch's mean loss.
+
+    Args:
+        network: is trained where it is, and left in eval mode.
+        optimizer: of the network's parameters.
+        loss: of a batch of images and its labels.
+        data: the images.
+        epochs: how often each image is seen.
+        batch_size: of the training.
+    """
+    device = next(network.parameters()).device
+    plain = data.without_augmentation()
+    plain.batch_size, plain.trainer = batch_size, None  # of a distributed run each process has all
+    network.train()
+    losses: list[Tensor] = []
+    for _ in range(epochs):
+        losses = []
+        for images, labels in show_progress(plain.train_dataloader(), "Training, once"):
+            optimizer.zero_grad()
+            value = loss(images.to(device), labels.to(device))
+            value.backward()
+            optimizer.step()
+            losses.append(value.detach())
+    network.eval()
+    return float(torch.stack(losses).mean())
+
+
+def load_or_make(
+    path: Path, load: Callable[[dict[str, Any]], Any], make: Callable[[], dict[str, Any]]
+) -> None:
+    """Load what is cached at ``path``, or make and cache it, in one of several processes.
+
+    A damaged file is made again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.is_file():
+            content = path.read_bytes()
+            try:
+                if part := zipfile.ZipFile(BytesIO(content)).testzip():  # torch tests no checksums
+                    raise ValueError(f"{part} is not what was written")
+                load(torch.load(BytesIO(content), map_location="cpu", weights_only=True))
+                return
+            except Exception as error:  # whatever the damage leads to
+                log.warning("%s is damaged (%s); it is made again", path, type(error).__name__)
+        made = make()
+        with atomic_write(path) as whole:
+            torch.save(made, whole)
+        load(made)
