@@ -9,6 +9,7 @@ COMPOSED = {
     "train": "train a model, or with -m every job of a sweep",
     "evaluate": "measure a run's checkpoint again",
     "sample": "draw images from a trained model",
+    "walk": "draw images on the way from one test image to another",
 }
 #: commands with options of their own
 OTHERS = {

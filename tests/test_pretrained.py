@@ -65,7 +65,8 @@ def test_create_model_of_the_package(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_card_is_complete(name):
+def test_card_is_complete(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the card's code saves a picture
     card = (PACKAGE / name / "README.md").read_text(encoding="utf-8")
     config = pretrained.read_config(name)
     metrics = config["metrics"]

@@ -1,13 +1,13 @@
 """ESVAE: a spiking VAE whose latent is a firing rate, and whose prior is drawn in one pass."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_flags, check_not_negative
+from .._checks import check, check_flags, check_not_negative, integer
 from .._context import eval_mode
 from .block import Neuron
 from .flow import FlowPrior
@@ -32,7 +32,7 @@ class ESVAE(SpikingVAE):
     ``docs/mathematics.md`` has the equations. Trained by the squared error and ``mmd_weight`` times
     the MMD of the rates :math:`r_q` of images and :math:`r_p` of the prior. Samples come from the
     learned prior, ``prior``, or, after :meth:`fit_prior`, from a normalising flow fitted to the
-    training images' :math:`r_q`, ``flow``.
+    training images' :math:`r_q`, ``flow``; with labels, of the class that is asked for.
 
     In eval mode a reconstruction has exactly :math:`T r_q` spikes in each channel, at random steps:
     on MNIST the squared error is a quarter below that of spikes drawn as above. In training they
@@ -99,9 +99,30 @@ class ESVAE(SpikingVAE):
     def _spikes(self, rate: Tensor) -> Tensor:
         return spikes_from_rate(rate, self.T, exact=self.exact_counts or not self.training)
 
-    def sample_latent(self, n: int) -> Tensor:
+    @property
+    def labels(self) -> list[int]:
+        """The classes that :meth:`sample` can be asked for: those the flow was fitted with."""
+        return self.flow.classes if self.flow and self.sample_from == "flow" else []
+
+    def sample_latent(self, n: int, labels: Tensor | None = None) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior that ``sample_from`` names."""
-        return spikes_from_rate(self._source(self.sample_from)(n), self.T)
+        source = self._source(self.sample_from)
+        return spikes_from_rate(source(n) if labels is None else source(n, labels), self.T)
+
+    def walk(self, a: Tensor, b: Tensor, steps: int = 8) -> Tensor:
+        """Images ``[steps, C, H, W]`` on the way from image ``a`` to ``b``, each ``[C, H, W]``.
+
+        They are decoded from rates at equal steps between those of ``a`` and ``b``, with exact
+        spike counts; in eval mode, without gradient.
+
+        Raises:
+            ValueError: ``steps`` is no integer >= 2; see :class:`ESVAE` for bad images.
+        """
+        check(integer(2), steps=steps)
+        with eval_mode(self), torch.no_grad():
+            first, last = self.rate(torch.stack([a, b]))
+            way = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device)
+            return self.decode(self._spikes(torch.lerp(first, last, way[:, None])))
 
     def _source(self, name: str) -> nn.Module:
         source = {"learned": self.prior, "flow": self.flow}.get(name)
@@ -112,16 +133,23 @@ class ESVAE(SpikingVAE):
             )
         return source
 
-    def fit_prior(self, images: Iterable[Tensor]) -> None:
+    def fit_prior(
+        self, images: Iterable[Tensor], labels: Sequence[int] | Tensor | None = None
+    ) -> None:
         """Fit the flow, which the model must have, to the rates of training images.
 
-        ``images`` are batches ``[N, C, H, W]``, or all in one tensor. In eval mode and without
-        gradient; after, every module is back in its own mode, and the random state as before.
+        In eval mode and without gradient; after, every module is back in its own mode, and the
+        random state as before.
+
+        Args:
+            images: batches ``[N, C, H, W]``, or all in one tensor.
+            labels: the class of each image, in the order of all of them, for
+                ``sample(n, label=...)``.
 
         Raises:
             TypeError: batches that are no tensors, as those with labels.
-            ValueError: a model without a flow, or fewer than 30 images; see :class:`ESVAE` for bad
-                images.
+            ValueError: a model without a flow, fewer than 30 images, or other labels than
+                :meth:`.FlowPrior.fit` takes; see :class:`ESVAE` for bad images.
         """
         flow: Any = self._source("flow")
         images = images.split(256) if isinstance(images, Tensor) else images
@@ -131,7 +159,7 @@ class ESVAE(SpikingVAE):
             raise ValueError(
                 "no batch of images to fit the prior to; an iterator gives its batches only once"
             )
-        flow.fit(torch.cat(rates))
+        flow.fit(torch.cat(rates), labels)
 
     @contextmanager
     def draw_from(self, source: str) -> Iterator[None]:
@@ -153,6 +181,6 @@ def _check_batch(image: Any) -> Tensor:
     if not isinstance(image, Tensor):
         raise TypeError(
             f"expected batches of images alone, but got a {type(image).__name__}; of a loader with "
-            "labels give (image for image, label in loader)"
+            "labels, not shuffled, give (image for image, label in loader), and all labels= apart"
         )
     return image

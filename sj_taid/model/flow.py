@@ -1,6 +1,7 @@
 """A normalising flow over rates: the prior of ESVAE that is fitted after training."""
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
@@ -31,7 +32,9 @@ class FlowPrior(nn.Module):
     with the quantile function :math:`Q_c` of the training rates of channel c, and the share
     :math:`w_k` of cluster k in them. Most rates are 0 or 1, or nearly, and no smooth density has
     that shape; ranks have one (a copula). The 30 clusters are by k-means: a flow from one Gaussian
-    is continuous, and without them it draws images between those of different classes. Eight
+    is continuous, and without them it draws images between those of different classes. Fitted with
+    labels, every class has clusters of its own, three where there are ten classes, and the flow
+    draws the class that is asked for. Eight
     couplings of 256 hidden units learn by maximum likelihood until that of a tenth of the rates,
     held out, no longer improves; a rate's rank is drawn again in each epoch, between those of its
     neighbours. All tensors are in a checkpoint.
@@ -49,12 +52,14 @@ class FlowPrior(nn.Module):
 
     cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
     shares: Tensor  #: of the clusters, ``[30]``
+    labels: Tensor  #: the class of each cluster, ``[30]``; -1 without labels
 
     def __init__(self, channels: int, levels: int = 16) -> None:
         super().__init__()
         self.levels = levels
         self.register_buffer("cumulative", torch.zeros(channels, levels + 1))
         self.register_buffer("shares", torch.zeros(CLUSTERS))
+        self.register_buffer("labels", torch.full((CLUSTERS,), -1))
         with torch.random.fork_rng([]):  # leaves the weights of the model as they are without it
             self.couplings = nn.ModuleList(Coupling(channels, i) for i in range(COUPLINGS))
         self.requires_grad_(False)  # it learns in fit, not with the model
@@ -64,15 +69,28 @@ class FlowPrior(nn.Module):
         """Whether :meth:`fit` has succeeded, or a fitted flow was loaded."""
         return bool(self.cumulative.any())
 
+    @property
+    def classes(self) -> list[int]:
+        """The labels that the flow was fitted with, in order; empty without."""
+        return self.labels[self.labels >= 0].unique().tolist() if self.fitted else []
+
     def clear(self) -> None:
         """Undo :meth:`fit`."""
         self.cumulative.zero_()
 
-    def fit(self, rates: Tensor, seed: int = 0) -> None:
+    def fit(
+        self, rates: Tensor, labels: Sequence[int] | Tensor | None = None, seed: int = 0
+    ) -> None:
         """Fit the flow to ``rates`` ``[n, d]``; the global random state is left alone.
 
+        Args:
+            rates: of training images.
+            labels: the class of each, an integer >= 0; None fits a flow that knows no classes.
+            seed: of the fit.
+
         Raises:
-            ValueError: fewer than 30 rates, of another width, or outside [0, 1].
+            ValueError: fewer than 30 rates, of another width, or outside [0, 1]; labels that are
+                not one for each, or of more than 30 classes.
             FloatingPointError: the fit has diverged.
         """
         d = len(self.cumulative)
@@ -80,16 +98,28 @@ class FlowPrior(nn.Module):
             raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
         check_enough(len(rates))
         check_rates(rates)
+        labels = _check_labels(labels, len(rates)).to(rates.device)
         with seeded(seed), torch.inference_mode(False), torch.enable_grad():
             rates = rates.clone().float()
             levels = (rates * self.levels).round().long()
             trained = FlowPrior(d, self.levels).to(rates)
             for level in range(self.levels + 1):
                 trained.cumulative[:, level] = (levels <= level).double().mean(0)
-            cluster = k_means(rates)
-            trained.shares.copy_(cluster.bincount(minlength=CLUSTERS) / len(rates))
+            cluster = trained.find_clusters(rates, labels)
             trained.learn(levels, cluster)
         self.load_state_dict(trained.state_dict())
+
+    def find_clusters(self, rates: Tensor, labels: Tensor) -> Tensor:
+        """The cluster ``[n]`` of each rate, by k-means within the classes; keeps what they are."""
+        classes = labels.unique().tolist()
+        size = CLUSTERS // len(classes)
+        cluster = torch.empty_like(labels)
+        for number, label in enumerate(classes):
+            first = number * size
+            cluster[labels == label] = first + k_means(rates[labels == label], size)
+            self.labels[first : first + size] = label
+        self.shares.copy_(cluster.bincount(minlength=CLUSTERS) / len(rates))
+        return cluster
 
     def learn(self, levels: Tensor, cluster: Tensor) -> None:
         """Maximise the likelihood of training rates' levels ``[n, d]`` in clusters ``[n]``."""
@@ -138,17 +168,20 @@ class FlowPrior(nn.Module):
             x, volume = x * scale.exp() + shift, volume + scale.sum(1)
         return (x.square().sum(1) / 2 - volume).mean() / x.shape[1]
 
-    def draw(self, n: int) -> Tensor:
+    def draw(self, n: int, labels: Tensor | None = None) -> Tensor:
         """Draw ``n`` ranks ``[n, d]`` in [0, 1]."""
         x = torch.randn(n, len(self.cumulative)).to(self.cumulative)
-        cluster = torch.multinomial(self.shares.float(), n, replacement=True)
+        shares = self.shares.float().expand(n, -1)
+        if labels is not None:
+            shares = shares * (self.labels == labels.to(self.labels)[:, None])
+        cluster = torch.multinomial(shares, 1).squeeze(1)
         for coupling in reversed(self.couplings):
             scale, shift = coupling(x, cluster)
             x = (x - shift) * (-scale).exp()
         return torch.special.ndtr(x)
 
-    def forward(self, n: int) -> Tensor:
-        """Draw ``n`` rates ``[n, d]``."""
+    def forward(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """Draw ``n`` rates ``[n, d]``, of the classes ``labels`` ``[n]`` if they are given."""
         if not self.fitted:
             raise ValueError(
                 "the flow is not fitted, which is done after training: resume the run, call "
@@ -156,7 +189,7 @@ class FlowPrior(nn.Module):
             )
         if n == 0:
             return self.cumulative.new_zeros(0, len(self.cumulative))
-        rank = self.draw(n)
+        rank = self.draw(n, labels)
         level = torch.searchsorted(self.cumulative, rank.t().contiguous()).clamp(max=self.levels)
         return level.t().to(rank.dtype) / self.levels
 
@@ -169,12 +202,29 @@ def check_enough(n: int) -> None:
         )
 
 
-def k_means(points: Tensor) -> Tensor:
+def _check_labels(labels: Sequence[int] | Tensor | None, n: int) -> Tensor:
+    """Labels ``[n]``, all -1 if there are none."""
+    if labels is None:
+        return torch.full((n,), -1)
+    labels = torch.as_tensor(labels)
+    if labels.shape != (n,) or labels.is_floating_point() or labels.min() < 0:
+        raise ValueError(
+            f"expected labels that are integers >= 0, one for each of {n} images, but got "
+            f"{list(labels.shape)}: {labels.tolist()!s:.60}"
+        )
+    if (classes := len(labels.unique())) > CLUSTERS:
+        raise ValueError(
+            f"a flow takes labels of at most {CLUSTERS} classes, but got {classes}; leave them out"
+        )
+    return labels
+
+
+def k_means(points: Tensor, clusters: int) -> Tensor:
     """The cluster of each of ``points`` ``[n, d]``, by Lloyd's k-means, ``[n]``."""
-    centers = points[torch.randperm(len(points), device=points.device)[:CLUSTERS]]
+    centers = points[torch.randperm(len(points), device=points.device)[:clusters]]
     for _ in range(K_MEANS_STEPS):
         cluster = torch.cdist(points, centers).argmin(1)
-        one_hot = F.one_hot(cluster, CLUSTERS).to(points)
+        one_hot = F.one_hot(cluster, len(centers)).to(points)
         size = one_hot.sum(0)[:, None]
         centers = torch.where(size > 0, one_hot.t() @ points / size.clamp(min=1), centers)
     return cluster

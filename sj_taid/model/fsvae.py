@@ -78,8 +78,8 @@ class FSVAE(SpikingVAE):
         """Draw the decoder's input ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
         return self.posterior(self.encode(image), self._picks(len(image)))[0]
 
-    def sample_latent(self, n: int) -> Tensor:
-        """Draw latent spikes ``[T, n, latent]`` from the prior, step by step."""
+    def sample_latent(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """Draw latent spikes ``[T, n, latent]`` from the prior, step by step; it has no classes."""
         return self.prior.sample(self._picks(n))
 
     def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check, check_flags, check_not_negative, check_sizes, integer
+from .._checks import check, check_flags, check_not_negative, check_sizes, integer, is_whole
 from .._context import eval_mode
 from ..layer import TAID
 from ..neuron import ALIFNode
@@ -188,18 +189,50 @@ class SpikingVAE(nn.Module):
             terms["chroma"] = self.chroma_weight * chroma.square().mean()
         return {"loss": torch.stack([*terms.values()]).sum(), **terms, "image": output}
 
-    def sample(self, n: int) -> Tensor:
+    @property
+    def labels(self) -> list[int]:
+        """The classes that :meth:`sample` can be asked for: those of an ESVAE's labelled flow."""
+        return []
+
+    def sample(self, n: int, label: int | Sequence[int] | Tensor | None = None) -> Tensor:
         """Draw ``n`` images ``[n, C, H, W]`` in [-1, 1] from the prior.
 
         Without gradient and in eval mode; after, every module is back in its own mode.
 
+        Args:
+            n: number of images.
+            label: their class, or one for each, out of ``labels``. None draws classes by
+                their share in the training images.
+
         Raises:
-            ValueError: ``n`` is no integer >= 0.
+            ValueError: ``n`` is no integer >= 0, or ``label`` is none of ``labels``.
         """
         check(integer(0), n=n)
+        labels = None if label is None else self._check_label(n, label)
         with eval_mode(self), torch.no_grad():
-            return self.decode(self.sample_latent(n))
+            return self.decode(self.sample_latent(n, labels))
 
-    def sample_latent(self, n: int) -> Tensor:
-        """Draw latent spikes ``[T, n, latent]`` from the prior."""
+    def _check_label(self, n: int, label: int | Sequence[int] | Tensor) -> Tensor:
+        """The class of each of ``n`` images, ``[n]``."""
+        if not self.labels:
+            raise ValueError(
+                "label needs an ESVAE that samples from a flow fitted with labels, by "
+                "model.fit_prior(images, labels=...); leave label out"
+            )
+        given: Any = label.tolist() if isinstance(label, Tensor) else label
+        labels = [given] * n if is_whole(given) else [*given]
+        if len(labels) != n or not {*labels} <= {*self.labels}:
+            raise ValueError(
+                f"label must be one of {self.labels}, or a list of {n} of them, one for each "
+                f"image, but it is {given!r:.80}"
+            )
+        return torch.tensor(labels)
+
+    def sample_latent(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """Draw latent spikes ``[T, n, latent]`` from the prior, of the classes in ``labels``."""
         raise NotImplementedError
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` encoded and decoded again; in eval mode, without gradient."""
+        with eval_mode(self), torch.no_grad():
+            return self(images).image

@@ -40,10 +40,10 @@ tags: [spiking-neural-networks, spikingjelly]
 
 {kind} of sj-taid, {parameters:,} parameters; `config.json` has the commit, versions and machine.
 
-Trained by `{command}`.
+Trained by `{command}`.{fitted}
 
 ```python
-import torch
+{imports}
 
 import sj_taid
 
@@ -137,12 +137,18 @@ def _card(
     name: str, model: nn.Module, metrics: dict[str, Any], data: dict[str, Any], is_best: bool
 ) -> str:
     if hasattr(model, "sample"):
-        pipeline, usage = "unconditional-image-generation", "images = model.sample(16)"
+        pipeline = "unconditional-image-generation"
+        imports = "from torchvision.utils import save_image"
+        usage = "images = model.sample(16)\n"
+        if labels := getattr(model, "labels", []):
+            usage += f"images = model.sample(16, label={labels[-1]})  # one of {labels}\n"
+        usage += 'save_image(images, "images.png", normalize=True, value_range=(-1, 1))'
     else:
         shape = [1, data["channels"], data["image_size"], data["image_size"]]
         shape = [data["T"], *shape] if "T" in data else shape
         pipeline = "image-classification" if hasattr(model, "classes") else "image-to-image"
-        usage = f"output = model(torch.zeros({shape}))"
+        imports, usage = "import torch", f"output = model(torch.zeros({shape}))"
+    fitted = metrics.get("prior_fitted")
     protocol = metrics.get("protocol", {})
     table = (
         f"| {title} | {value} | {protocol.get(key, 'test set, after the last epoch')} |"
@@ -156,6 +162,8 @@ def _card(
         kind=type(model).__name__,
         parameters=metrics["parameters"],
         command=metrics["command"],
+        fitted=f"\nThe flow was fitted again by `{fitted['command']}`." if fitted else "",
+        imports=imports,
         usage=usage,
         metrics="\n".join(table),
     )

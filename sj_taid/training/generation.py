@@ -15,14 +15,14 @@ from .._context import seeded
 from ..data import ImageData
 from ..layer import TAID, FixedDecoder
 from ..model.esvae import ESVAE
-from ..model.flow import FlowPrior, check_enough
+from ..model.flow import CLUSTERS, FlowPrior, check_enough
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
 from .columns import OF_SAMPLES, are_alike
 from .evaluator import Evaluator
 from .feature_loss import FeatureLoss
-from .plot import draw_attention, draw_grid, draw_reconstructions
+from .plot import draw_attention, draw_classes, draw_grid, draw_reconstructions
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +112,15 @@ class Generation(Autoencoding):
         return losses
 
     def fit_prior(self, data: ImageData) -> None:
-        """Fit ESVAE's flow to the training images, not augmented."""
+        """Fit ESVAE's flow to the training images, not augmented, and to their labels if any."""
         if self.flow:
+            labels = data.train_set.labels
+            is_labelled = 1 < len({*labels}) <= CLUSTERS
             batches = show_progress(data.plain_train_dataloader(), "Rates of the training images")
             # The seed leaves the random state to a run that resumes with more epochs.
             with seeded(0):
-                self.model.fit_prior(image.to(self.device) for image, _ in batches)
+                images = (image.to(self.device) for image, _ in batches)
+                self.model.fit_prior(images, labels if is_labelled else None)
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         model = self.model
@@ -148,7 +151,11 @@ class Generation(Autoencoding):
     @torch.no_grad()
     def draw(self, images: Tensor, folder: Path) -> None:
         model = self.model
-        draw_grid(model.sample(64), folder / "samples.png", 16)
+        if labels := getattr(model, "labels", []):
+            names = self.trainer.datamodule.class_names  # type: ignore[attr-defined]
+            draw_classes(model, labels, folder / "samples.png", 16, names)
+        else:
+            draw_grid(model.sample(64), folder / "samples.png", 16)
         draw_reconstructions(images, model(images).image, folder / "reconstructions.png")
         if isinstance(model, SpikingVAE) and isinstance(model.image_decoder, TAID | FixedDecoder):
             sequence = model.decode_sequence(model.latent_spikes(images))

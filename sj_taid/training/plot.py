@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 
 from .. import _compat
 from ..layer import FixedDecoder
@@ -22,6 +22,8 @@ from .files import atomic_write
 
 #: how many class names a side of the confusion matrix has room for
 _MOST_NAMES = 40
+#: of figures
+DPI = 130
 
 
 def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
@@ -34,14 +36,37 @@ def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
     return found
 
 
-def draw_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Draw a grid of images ``[n, C, H, W]`` in [-1, 1], row by row, about 1000 pixels wide."""
+def draw_grid(images: Tensor, path: Path, columns: int, names: Sequence[str] = ()) -> None:
+    """Draw a grid of images ``[n, C, H, W]`` in [-1, 1], row by row, about 1000 pixels wide.
+
+    ``names`` stand at the left of the rows.
+    """
     columns = min(columns, len(images))
     factor = max(1, round(1000 / (columns * images.shape[-1])))
     enlarged = F.interpolate(images, scale_factor=factor)
     options = {"padding": 4, "normalize": True, "value_range": (-1, 1), "pad_value": 1}
-    with atomic_write(path) as temporary:
-        save_image(enlarged, temporary, format="png", nrow=columns, **options)
+    grid = make_grid(enlarged, nrow=columns, **options)
+    if not names:
+        with atomic_write(path) as temporary:
+            save_image(grid, temporary, format="png")
+        return
+    height, width = grid.shape[1:]
+    figure = Figure((width / DPI, height / DPI))
+    axis = figure.add_axes((0, 0, 1, 1), frameon=False)
+    axis.imshow(grid.permute(1, 2, 0).cpu(), interpolation="none")
+    row = (height - 4) / len(names)
+    axis.set_yticks([2 + (n + 0.5) * row for n in range(len(names))], names)
+    axis.tick_params(left=False, bottom=False, labelbottom=False)
+    save(figure, path, bbox_inches="tight", pad_inches=0.05)
+
+
+def draw_classes(
+    model: Any, labels: Sequence[int], path: Path, columns: int, names: Sequence[str] = ()
+) -> None:
+    """Draw a row of samples for each class of ``labels``, with its name or else its number."""
+    each = [label for label in labels for _ in range(columns)]
+    titles = [names[label] if names else str(label) for label in labels]
+    draw_grid(model.sample(len(each), label=each), path, columns, titles)
 
 
 def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path) -> None:
@@ -160,4 +185,4 @@ def _label(axis: Axes, x: str, y: str) -> None:
 def save(figure: Figure, path: Path, **options: Any) -> None:
     """Write a figure as PNG, atomically; ``options`` are those of ``savefig``."""
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png", **options)
+        figure.savefig(temporary, dpi=DPI, format="png", **options)

@@ -80,11 +80,54 @@ def test_flow_is_built_by_name_and_leaves_the_other_weights():
 
 def test_fit_prior_uses_the_rates_in_eval_mode(monkeypatch):
     given = []
-    monkeypatch.setattr(FlowPrior, "fit", lambda self, rates: given.append(rates))
+    monkeypatch.setattr(FlowPrior, "fit", lambda self, *arguments: given.append(arguments))
     model = ESVAE(**SMALL, sample_from="flow")
     batches = [images(8), images(4)]
-    model.fit_prior(batches)
-    assert torch.equal(given[0], torch.cat([model.eval().rate(image) for image in batches]))
+    model.fit_prior(batches, labels=[3] * 12)
+    (rates, labels), *_ = given
+    assert torch.equal(rates, torch.cat([model.eval().rate(image) for image in batches]))
+    assert labels == [3] * 12
+
+
+def test_sample_of_a_class(monkeypatch):
+    monkeypatch.setattr(flow, "EPOCHS", 1)
+    model = ESVAE(**SMALL, sample_from="flow")
+    with pytest.raises(ValueError, match=r"label needs an ESVAE .*fit_prior.*; leave label out"):
+        model.sample(2, label=3)
+    model.fit_prior(images(40), labels=torch.arange(40) % 2 + 3)
+    assert model.labels == [3, 4]
+    drawn = []
+    monkeypatch.setattr(model.flow, "forward", lambda n, labels: drawn.append(labels.tolist()))
+    monkeypatch.setattr("sj_taid.model.esvae.spikes_from_rate", lambda *_: torch.zeros(6, 3, 10))
+    for label in (4, [3, 4, 3], torch.tensor([4, 4, 3])):
+        assert model.sample(3, label=label).shape == (3, 1, 8, 8)
+    assert drawn == [[4, 4, 4], [3, 4, 3], [4, 4, 3]]
+    for label in (7, [3, 4], [3, 4, 7]):
+        with pytest.raises(ValueError, match=r"one of \[3, 4\], or a list of 3 of them"):
+            model.sample(3, label=label)
+    with model.draw_from("learned"), pytest.raises(ValueError, match="leave label out"):
+        model.sample(3, label=3)
+
+
+def test_walk_is_decoded_from_rates_between_those_of_both_images(monkeypatch):
+    model = ESVAE(**SMALL)
+    rates = torch.tensor([[0.0] * 10, [1.0] * 10])
+    monkeypatch.setattr(model, "rate", lambda both: rates)
+    monkeypatch.setattr(model, "decode", lambda z_seq: z_seq.sum(0))
+    counts = model.walk(*images(2), steps=7)
+    assert torch.equal(counts, torch.arange(7.0)[:, None].expand(7, 10))
+    assert model.training
+    with pytest.raises(ValueError, match="steps must be an integer >= 2"):
+        model.walk(*images(2), steps=1)
+
+
+def test_walk_begins_and_ends_at_the_reconstructions(monkeypatch):
+    model, both = ESVAE(**SMALL).eval(), images(2)
+    rates = torch.rand(2, 10).round()  # of 0 and 1, where no step is random
+    monkeypatch.setattr(model, "rate", lambda both: rates)
+    walk = model.walk(*both, steps=3)
+    assert walk.shape == (3, 1, 8, 8)
+    torch.testing.assert_close(walk[[0, -1]], model.reconstruct(both))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +135,7 @@ def test_fit_prior_uses_the_rates_in_eval_mode(monkeypatch):
     [
         ([], ValueError, "no batch of images to fit the prior to"),
         ([images(8)], ValueError, "a flow needs the rates of at least 30 images, but got 8"),
-        ([(images(8), 0)], TypeError, r"images alone, but got a tuple; .*for image, label in"),
+        ([(images(8), 0)], TypeError, r"images alone, but got a tuple; .*for image, label in.*="),
     ],
 )
 def test_fit_prior_to_bad_batches(batches, error, message):

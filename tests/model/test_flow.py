@@ -52,7 +52,7 @@ def test_draw_inverts_the_couplings(monkeypatch):
     prior, z = random_flow().double(), torch.randn(5, 3).double()
     monkeypatch.setattr(torch, "randn", lambda *shape: z)
     with seeded(0):
-        cluster = torch.multinomial(prior.shares, 5, replacement=True)
+        cluster = torch.multinomial(prior.shares.expand(5, -1), 1)[:, 0]
     with seeded(0):
         x = torch.special.ndtri(prior.draw(5))
     torch.testing.assert_close(noise(prior, x, cluster), z, atol=1e-6, rtol=1e-6)
@@ -76,6 +76,59 @@ def test_clusters_draw_less_between_groups(monkeypatch):
         of_one_group.append((high.all(1) | ~high.any(1)).float().mean())
         assert high[:, 0].float().mean().item() == pytest.approx(0.2, abs=0.05)
     assert of_one_group[1] > of_one_group[0] + 0.05
+
+
+def test_flow_draws_the_class_that_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(flow, "CLUSTERS", 7)  # two a class, and one is left over
+    monkeypatch.setattr(flow, "EPOCHS", 10)
+    labels = torch.tensor([7, 7, 7, 2, 2, 4]).repeat(100)
+    centers = {2: 0.0, 4: 0.6, 7: 0.3}
+    rates = 0.05 * torch.rand(600, 3)
+    rates[:, 1] += torch.tensor([centers[label] for label in labels.tolist()])
+    fitted, prior = FlowPrior(3, levels=100), FlowPrior(3, levels=100)
+    fitted.fit(rates, labels.tolist())
+    torch.save(fitted.state_dict(), tmp_path / "flow.pt")
+    prior.load_state_dict(torch.load(tmp_path / "flow.pt", weights_only=True))
+    assert prior.classes == [2, 4, 7] and prior.labels.tolist() == [2, 2, 4, 4, 7, 7, -1]
+
+    def nearest(rates):
+        return (rates[:, 1:2] - torch.tensor([*centers.values()])).abs().argmin(1)
+
+    asked = torch.tensor([2, 4, 7]).repeat(300)
+    hits = nearest(prior(900, asked)) == torch.arange(3).repeat(300)
+    assert hits.float().mean() > 0.9
+    shares = nearest(prior(900)).bincount(minlength=3) / 900
+    assert shares.tolist() == pytest.approx([1 / 3, 1 / 6, 1 / 2], abs=0.1)
+
+
+def test_flow_without_labels_has_no_classes():
+    prior = FlowPrior(3, levels=10)
+    prior.fit(bent(100), torch.arange(100) % 2)
+    assert prior.classes == [0, 1]
+    prior.fit(bent(100))
+    assert prior.classes == [] and (prior.labels == -1).all()
+
+
+def test_class_of_fewer_rates_than_clusters(monkeypatch):
+    monkeypatch.setattr(flow, "CLUSTERS", 20)
+    prior = FlowPrior(3, levels=10)
+    prior.fit(bent(100), [0] * 98 + [1] * 2)
+    assert prior(50, torch.ones(50)).shape == (50, 3)
+    assert prior.shares[10:].sum().item() == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1], r"one for each of 50 images, but got \[2\]: \[0, 1\]"),
+        ([-1] * 50, "integers >= 0"),
+        ([0.5] * 50, "integers >= 0"),
+        (range(50), "at most 5 classes, but got 50; leave them out"),
+    ],
+)
+def test_bad_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        FlowPrior(3).fit(bent(50), labels)
 
 
 def test_ranks_are_between_those_of_the_neighbours():
@@ -141,7 +194,7 @@ def test_fit_depends_on_the_seed_alone():
     for prior, seed in zip(priors, (0, 0, 1), strict=True):
         before = torch.get_rng_state()
         with torch.no_grad():
-            prior.fit(rates, seed)
+            prior.fit(rates, seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
     first, again, other = map(weight, priors)
     assert torch.equal(first, again) and not torch.equal(first, other)

@@ -41,6 +41,21 @@ def test_original_neuron_has_a_surrogate_of_width_and_height_1():
     assert x.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
 
 
+@KINDS
+def test_reconstruct_is_forward_in_eval_mode(kind):
+    model, image = make(kind), images()
+    torch.manual_seed(0)
+    made = model.reconstruct(image)
+    assert model.training and not made.requires_grad
+    torch.manual_seed(0)
+    assert torch.equal(made, model.eval()(image).image)
+
+
+def test_fsvae_has_no_classes():
+    with pytest.raises(ValueError, match=r"label needs an ESVAE .*; leave label out"):
+        make(FSVAE).sample(2, label=7)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @KINDS
 def test_forward_twice_never_mixes(kind, training):

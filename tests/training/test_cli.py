@@ -90,6 +90,8 @@ def test_cli_usage(sj_taid, capsys):
         ("sample checkpoint=nowhere n=0", "n must be an integer >= 1, but it is 0"),
         ("sample checkpoint=nowhere columns=0", "columns must be an integer >= 1"),
         ("sample", "Missing mandatory value: checkpoint"),
+        ("walk checkpoint=nowhere steps=1", "steps must be an integer >= 2, but it is 1"),
+        ("walk checkpoint=nowhere output=run.json", "output must name a picture"),
         ("compare nowhere", "no finished run below nowhere"),
     ],
 )

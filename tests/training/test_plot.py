@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.io import decode_image
 
-from sj_taid.training.plot import draw_confusion, draw_recordings
+from sj_taid.training.plot import draw_classes, draw_confusion, draw_recordings
 
 
 @pytest.mark.parametrize("names", [[], ["a", "b"], ["a gesture of both hands" * 4] * 2], ids=len)
@@ -19,6 +19,21 @@ def test_draw_confusion_of_many_classes(tmp_path):
         torch.eye(300, dtype=torch.int64), [f"class {i}" for i in range(300)], tmp_path / "a.png"
     )
     assert max(decode_image(tmp_path / "a.png").shape) < 4000
+
+
+class Shades:
+    """A generator that draws its classes in shades of grey."""
+
+    def sample(self, n, label):
+        return torch.tensor(label).div(4)[:, None, None, None].expand(n, 1, 8, 8)
+
+
+def test_draw_classes_has_a_named_row_for_each(tmp_path):
+    draw_classes(Shades(), [0, 2, 4], tmp_path / "a.png", 5, ["a", "-", "ankle boot", "-", "b"])
+    picture = decode_image(tmp_path / "a.png")[0]
+    columns, rows = picture[:, -150].unique_consecutive(), picture.eq(255).all(1)
+    assert [shade for shade in columns.tolist() if shade < 255] == [127, 191]
+    assert not rows.all() and picture[:, :20].lt(100).any()  # words at the left
 
 
 def test_draw_recordings_colours_both_polarities(tmp_path):

@@ -1,14 +1,16 @@
 """ESVAE's priors in a run: fitted at the end of training, measured and sampled."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from torch.optim import Adam
+from torchvision.io import decode_image
 
 from sj_taid.model import ESVAE, FSVAE, flow
-from sj_taid.training import sample
+from sj_taid.training import plot, sample, walk
 from sj_taid.training.config import compose
 from sj_taid.training.generation import Generation
 from sj_taid.training.run import Run, load_model
@@ -43,6 +45,7 @@ def test_train_fits_the_flow_and_measures_both_priors(finished):
     assert metrics["fad"] != metrics["fad_learned"]
     assert metrics["protocol"]["fad_learned"].endswith("the prior learned")
     assert (finished / "attention.png").is_file()
+    assert load_model(finished).labels == [*range(10)]
 
 
 def test_train_without_a_flow(esvae, tmp_path, finished):
@@ -70,6 +73,50 @@ def test_sample_from_either_prior_of_esvae(folder, monkeypatch):
     monkeypatch.setattr(Run, "model", lambda *_: FSVAE(**SMALL))
     with pytest.raises(ValueError, match=r"sample_from is for model=esvae, but this is a FSVAE"):
         sample.main(compose("sample", [f"checkpoint={folder}", "sample_from=learned"]))
+
+
+def test_sample_of_classes(folder, monkeypatch):
+    drawn = []
+    for module in (plot, sample):
+        record = lambda images, path, *how: drawn.append((path.name, len(images), *how))  # noqa: E731
+        monkeypatch.setattr(module, "draw_grid", record)
+
+    def main(*choices):
+        sample.main(compose("sample", [f"checkpoint={folder}", "columns=2", "n=6", *choices]))
+
+    for label in ("7", "all", "[3,5]"):
+        main(f"label={label}")
+    every = [str(label) for label in range(10)]
+    assert drawn == [
+        ("samples-label7-seed0.png", 6, 2),
+        ("samples-rows-seed0.png", 20, 2, every),
+        ("samples-rows-seed0.png", 4, 2, ["3", "5"]),
+    ]
+    for label in ("12", "[3,12]", "some"):
+        with pytest.raises(ValueError, match="label must be one of"):
+            main(f"label={label}")
+    with pytest.raises(ValueError, match="leave label out"):
+        main("label=all", "sample_from=learned")
+
+
+@pytest.mark.parametrize(
+    ("labels", "given"), [([0, 1] * 5, True), ([-1] * 10, False), ([*range(31)], False)]
+)
+def test_generation_fits_the_flow_to_labels_of_2_to_30_classes(labels, given, monkeypatch):
+    task, fitted = Generation(ESVAE(**SMALL, sample_from="flow"), ADAM), []
+    monkeypatch.setattr(task.model, "fit_prior", lambda images, labels: fitted.append(labels))
+    data = SimpleNamespace(labels=labels)
+    task.fit_prior(SimpleNamespace(train_set=data, plain_train_dataloader=lambda: []))
+    assert fitted == [labels if given else None]
+
+
+def test_walk_between_test_images(folder, monkeypatch):
+    walk.main(compose("walk", [f"checkpoint={folder}", "n=3", "steps=4"]))
+    side = 31 * 8 + 4
+    assert decode_image(folder / "walk-seed0.png").shape == (3, 3 * side + 4, 4 * side + 4)
+    monkeypatch.setattr(Run, "model", lambda *_: FSVAE(**SMALL))
+    with pytest.raises(ValueError, match="a walk needs model=esvae, but this is a FSVAE"):
+        walk.main(compose("walk", [f"checkpoint={folder}"]))
 
 
 @pytest.mark.parametrize(("lr_scale", "expected"), [(3, [1e-3, 3e-3, 1e-2]), (None, [1e-3, 1e-2])])

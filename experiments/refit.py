@@ -1,0 +1,68 @@
+"""Fit the flow of a model that comes with the package again, as runs on its data set.
+
+    python experiments/refit.py NAME FOLDER dataset.root=DATA [--seeds 0 1] [--without-labels]
+
+writes a run into ``FOLDER/NAME-SEED`` for each seed of the fit. ``sj-taid evaluate``,
+``experiments/measure.py`` and ``sj-taid export RUN --name NAME --half --out sj_taid/pretrained``
+make a model of it again. The net stays as it was trained, in the float16 that it is stored in.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sj_taid._context import seeded
+from sj_taid.pretrained import create_model, read_config
+from sj_taid.training.checkpoint import AtomicCheckpointIO
+from sj_taid.training.columns import OF_SAMPLES
+from sj_taid.training.config import compose
+from sj_taid.training.process import provenance, reuse_freed_memory
+from sj_taid.training.run import Run, build_data
+
+#: the metrics of the samples, which are others after the fit
+STALE = {
+    f"{name}{ending}"
+    for name in (*OF_SAMPLES, "fad_precision", "fad_recall", "sample_variance")
+    for ending in ("", "_median", "_range")
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help="an ESVAE of sj_taid.list_models() with a flow")
+    parser.add_argument("folder", type=Path, help="for the runs")
+    parser.add_argument("overrides", nargs="*", help="of the run, such as dataset.root=DATA")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the fits")
+    parser.add_argument("--without-labels", action="store_true")
+    options = parser.parse_args(arguments)
+    reuse_freed_memory()
+    described = read_config(options.name)
+    metrics = {k: value for k, value in described["metrics"].items() if k not in STALE}
+    cfg = compose("train", [*metrics["overrides"], *options.overrides])
+    cfg.model = described["model"]  # whose surrogate may have another name now
+    model: Any = create_model(options.name, pretrained=True)
+    data = build_data(cfg)
+    with torch.no_grad(), seeded(0):
+        rates = torch.cat([model.rate(image) for image, _ in data.plain_train_dataloader()])
+    labels = None if options.without_labels else data.train_set.labels
+    told = f"python experiments/refit.py {options.name}{' --without-labels' * (labels is None)}"
+    for seed in options.seeds:
+        model.flow.fit(rates, labels, seed)
+        run = Run(options.folder / f"{options.name}-{seed}")
+        run.begin(cfg)
+        state = {f"model.{key}": value for key, value in model.state_dict().items()}
+        thresholds = described.get("fixed_thresholds", {})
+        checkpoint = {"state_dict": state, "fixed_thresholds": thresholds}
+        AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
+        fitted = {"command": f"{told} --seeds {seed}", "seed": seed, **provenance()}
+        run.save_metrics(metrics | {"prior_fitted": fitted})
+        print(run.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Fitting the flow of a model of the package again."""
+
+from types import SimpleNamespace
+
+import pytest
+import refit
+import torch
+
+from sj_taid import create_model
+from sj_taid.model import flow
+from sj_taid.training.export import export
+from sj_taid.training.run import Run
+
+NAME = "esvae_mnist_taid"
+
+
+@pytest.mark.parametrize("options", [[], ["--without-labels"]])
+def test_refit_makes_runs_that_can_be_exported(options, tmp_path, monkeypatch):
+    batches = [(torch.rand(20, 1, 32, 32) * 2 - 1, None) for _ in range(3)]
+    samples = SimpleNamespace(labels=[0, 1] * 30)
+    data = SimpleNamespace(train_set=samples, plain_train_dataloader=lambda: batches)
+    monkeypatch.setattr(refit, "build_data", lambda cfg: data)
+    monkeypatch.setattr(flow, "EPOCHS", 1)
+    refit.main([NAME, str(tmp_path), "dataset.root=elsewhere", *options, "--seeds", "0", "1"])
+    first, second = (Run(tmp_path / f"{NAME}-{seed}") for seed in (0, 1))
+    assert first.config.dataset.root == "elsewhere"
+    assert second.metrics["prior_fitted"]["seed"] == 1
+    assert ("--without-labels" in second.metrics["prior_fitted"]["command"]) == bool(options)
+    shipped, model, other = create_model(NAME, pretrained=True), first.model(), second.model()
+    assert model.labels == ([] if options else [0, 1])
+    assert not torch.equal(model.flow.shares, other.flow.shares)
+    assert torch.equal(model.to_latent[0][0].weight, shipped.to_latent[0][0].weight)
+    card = (export(first.folder, "mine", tmp_path) / "README.md").read_text()
+    assert ("label=1)  # one of [0, 1]" in card) != bool(options)
+    assert "fitted again by `python experiments/refit.py" in card
