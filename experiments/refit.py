@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in options.seeds:
         model.flow.fit(rates, labels, seed)
         run = Run(options.folder / f"{options.name}-{seed}")
-        run.begin(cfg)
+        run.begin(cfg, provenance())
         state = {f"model.{key}": value for key, value in model.state_dict().items()}
         thresholds = described.get("fixed_thresholds", {})
         checkpoint = {"state_dict": state, "fixed_thresholds": thresholds}

@@ -255,5 +255,5 @@ def restore(net: nn.Module) -> None:
         )
     for module in modules.values():
         module.__class__ = module.kind
-        for name in ("readers", "_name", "_plans", "_trial", "_description", "_is_unchecked"):
+        for name in ("readers", "_name", "_plans", "_trial", "_description", "_unchecked"):
             vars(module).pop(name, None)

@@ -24,14 +24,14 @@ class Own(Exchanged):
     """A module whose class is described."""
 
     _description: Any
-    #: whether its first call must still show that the description is right
-    _is_unchecked: bool
+    #: empty once a call has shown that the description is right; DataParallel's replicas share it
+    _unchecked: list[str]
     _name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x: Any = args[0] if len(args) == 1 and not kwargs else None
         takes = isinstance(x, Tensor) and x.is_floating_point() and _graph.is_eager()
-        if not takes or (self._is_unchecked and not self._check(x)):
+        if not takes or (self._unchecked and not self._check(x)):
             return self.kind.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         return self._run_described(x)
 
@@ -45,11 +45,14 @@ class Own(Exchanged):
         x = x.plain("check") if isinstance(x, Known) else x
         found = []
         for run in (_run_plain, _run_described):
-            module: Any = neurons.copy_net(self)  # type: ignore[arg-type]
-            leaf = x.detach().clone().requires_grad_()
+            module: Any = neurons.copy_net(self).float()  # type: ignore[arg-type]
+            leaf = x.detach().float().clone().requires_grad_()
             y = run(module, leaf)
-            if not isinstance(y, Tensor) or y.shape != x.shape:
-                raise TypeError(f"{self._label()} does not give a tensor like its input")
+            if not isinstance(y, Tensor) or y.shape != x.shape or not y.requires_grad:
+                raise TypeError(
+                    f"{self._label()} must give a tensor of its input's shape that has a gradient, "
+                    "to be compared with its description; leave it out of known="
+                )
             leaves = {"the input": leaf, **dict(module.named_parameters())}
             factors = torch.linspace(-1, 1, y.numel()).to(y).view(y.shape)
             grads = torch.autograd.grad(y, [*leaves.values()], factors, allow_unused=True)
@@ -61,12 +64,13 @@ class Own(Exchanged):
         for name, value in plain.items():
             if (other := described[name]) is not None and value is not None:
                 self._compare(name, value, other)
-        self._is_unchecked = False
+        self._unchecked.clear()
         return True
 
     def _compare(self, name: str, value: Tensor, described: Tensor) -> None:
         scale = float(value.abs().max())
-        differs = ~torch.isclose(described.float(), value.float(), rtol=1e-3, atol=1e-3 * scale)
+        described, value = described.float(), value.float()
+        differs = ~torch.isclose(described, value, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
         # A voltage that rounds to the other side of the threshold changes a spike, and all after.
         if (share := float(differs.float().mean())) > 0.01:
             ours, theirs = (float(t[differs].flatten()[0]) for t in (described, value))
@@ -181,4 +185,5 @@ def describe_module(module: Any, description: Any, path: str, check: bool) -> No
     own: Any = OwnNorm if isinstance(description, BatchNorm) else OwnNeuron
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind, own)
-    module._description, module._is_unchecked, module._name = description, check, path
+    module._description, module._name = description, path
+    module._unchecked = ["outputs, gradients and buffers"] if check else []

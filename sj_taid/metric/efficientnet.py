@@ -3,6 +3,7 @@
 import hashlib
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,12 @@ class EfficientNetLite0(Features):
         with needs(PACKAGES):
             from timm import create_model
         with torch.device("meta"):  # draws no random weights
-            self.network = create_model("tf_efficientnet_lite0")
+            network: Any = create_model("tf_efficientnet_lite0")
         # The package has other names for the same tensors in the same order.
-        named = dict(zip(self.network.state_dict(), weights.values(), strict=True))
-        self.network.load_state_dict(named, assign=True)
-        self.network.reset_classifier(0)
+        named = dict(zip(network.state_dict(), weights.values(), strict=True))
+        network.load_state_dict(named, assign=True)
+        network.reset_classifier(0)
+        self.network: Any = network
         self.freeze()
 
     def extract(self, images: Tensor) -> Tensor:

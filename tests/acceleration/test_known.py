@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from published_nets import KNOWN as INTEGER
+from published_nets import MemoryUpdate, MultiSpike
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
@@ -14,42 +16,6 @@ from sj_taid._graph import record_saved
 from sj_taid.acceleration.compact import Compact
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
-
-
-class Quant(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, most):
-        ctx.save_for_backward(x)
-        ctx.most = most
-        return x.clamp(0, most).round()
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return grad * ((x >= 0) & (x <= ctx.most)), None
-
-
-class MemoryUpdate(nn.Module):
-    """A leaky membrane that gives counts, with a detached soft reset."""
-
-    def forward(self, x):
-        memory, count, counts = torch.zeros_like(x[0]), torch.zeros_like(x[0]), []
-        for step in x:
-            memory = (memory - count.detach()) * 0.25 + step
-            count = Quant.apply(memory, 4)
-            counts.append(count)
-        return torch.stack(counts)
-
-
-class MultiSpike(nn.Module):
-    """Rounds its input to a count, which it divides."""
-
-    def __init__(self, most=8, divisor=4):
-        super().__init__()
-        self.most, self.divisor = most, divisor
-
-    def forward(self, x):
-        return Quant.apply(x, self.most) / self.divisor
 
 
 class Fire(torch.autograd.Function):
@@ -130,10 +96,7 @@ class TDBN3d(nn.BatchNorm3d):
 
 TRIANGLE = surrogate.PiecewiseQuadratic(alpha=1.0)
 LIF = {"tau": 2.0, "v_reset": 0.0, "surrogate_function": TRIANGLE, "strict": True}
-COUNTS = known.IntegerLIF(tau=4 / 3, levels=4, detach_reset=True)
-KNOWN = {
-    MemoryUpdate: COUNTS,
-    MultiSpike: lambda m: known.IntegerLIF(tau=None, levels=m.most, divisor=m.divisor),
+KNOWN = INTEGER | {
     LIFSpike: known.LIF(**LIF, time_axis=1),
     Stateful: known.LIF(**LIF, voltage="mem"),
 }
@@ -195,7 +158,7 @@ FALSE = {
     "reset with gradient": (MemoryUpdate, known.IntegerLIF(tau=4 / 3), "gradient"),
     "other window": (
         MultiSpike,
-        known.IntegerLIF(tau=None, levels=8, window=(0, 4), divisor=4),
+        known.IntegerLIF(tau=None, levels=8, window=(0, 4), divisor=8),
         "gradient",
     ),
     "no divisor": (MultiSpike, known.IntegerLIF(tau=None, levels=8), "output"),
@@ -235,11 +198,31 @@ def test_what_is_no_description_leaves_the_net():
     net = nn.Sequential(MemoryUpdate(), TDBN(3))
     for wrong in ({TDBN: 3}, {TDBN: lambda m: None}, {MemoryUpdate: known.BatchNorm()}):
         with pytest.raises(TypeError, match="known"):
-            sj_taid.accelerate(net, known={MemoryUpdate: COUNTS} | wrong)
+            sj_taid.accelerate(net, known=INTEGER | wrong)
         assert [type(m) for m in net] == [MemoryUpdate, TDBN]
     for arguments in ({"tau": 0.5}, {"levels": 0}, {"v_reset": 0.0}, {"time_axis": -1}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             known.IntegerLIF(**{"tau": 2.0} | arguments)
+
+
+class Blocked(nn.Module):
+    def forward(self, x):
+        return x.round().detach()
+
+
+def test_what_cannot_be_compared_raises():
+    net = nn.Sequential(nn.Linear(3, 3), Blocked())
+    sj_taid.accelerate(net, known={Blocked: known.IntegerLIF(tau=None)})
+    with pytest.raises(TypeError, match=r"^Blocked at '1' must give a tensor"):
+        net(torch.rand(4, 3))
+
+
+def test_half_precision_is_compared_in_float32():
+    net = nn.Sequential(nn.BatchNorm2d(5), MemoryUpdate())
+    sj_taid.accelerate(net, known=KNOWN)
+    x = torch.randn(16, 5, 8, 8, requires_grad=True)
+    assert net(x.bfloat16()).dtype == torch.bfloat16
+    assert not net[1]._unchecked
 
 
 def test_counts_behind_a_norm_are_saved_in_four_bits():
