@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad(), seeded(0):
         rates = torch.cat([model.rate(image) for image, _ in data.plain_train_dataloader()])
     labels = None if options.without_labels else data.train_set.labels
-    told = f"python experiments/refit.py {options.name} FOLDER{' --without-labels' * (labels is None)}"
+    told = (
+        f"python experiments/refit.py {options.name} FOLDER{' --without-labels' * (labels is None)}"
+    )
     for seed in options.seeds:
         model.flow.fit(rates, labels, seed)
         run = Run(options.folder / f"{options.name}-{seed}")

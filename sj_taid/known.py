@@ -14,27 +14,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
 from spikingjelly.activation_based import surrogate
 
-from ._checks import check, check_flags, check_numbers, check_sizes, integer
+from ._checks import (
+    Rule,
+    are_two_numbers,
+    check,
+    check_flags,
+    check_numbers,
+    integer,
+    is_number,
+    is_whole,
+)
 from .neurons import why_no_w
+from .ops.bits import LARGEST_BYTE
 from .ops.surrogate import MultiLevelSpikeCount, unsupported
 
 __all__ = ["LIF", "BatchNorm", "IntegerLIF"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Neuron:
+_NAME: Rule = ("a name or None", lambda name: name is None or isinstance(name, str))
+_COUNT: Rule = ("an integer from 1 to 255", lambda n: is_whole(n) and 1 <= n <= LARGEST_BYTE)
+_POSITIVE: Rule = ("a number above 0", lambda value: is_number(value) and value > 0)
+
+
+class Description:
+    """What a class computes; its ``repr`` has what differs from the defaults."""
+
+    def __repr__(self) -> str:
+        given: Any = ((f, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        said = [
+            f"{f.name}={value!r}"
+            for f, value in given
+            if f.default is MISSING or value != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(said)})"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Neuron(Description):
     """What the descriptions of neurons have in common.
 
     Attributes:
         time_axis: the axis of time of the input and the output.
-        voltage: the attribute that keeps the voltage from one call to the next, a tensor or a
-            number; ``None`` if each call starts from 0.
+        voltage: the attribute that keeps the voltage after the reset from one call to the next, a
+            tensor, a number or ``None``; ``None`` here if each call starts from 0.
     """
 
     tau: float | None
@@ -49,13 +77,14 @@ class Neuron:
         check_numbers(v_threshold=self.v_threshold)
         check(integer(0), time_axis=self.time_axis)
         check_flags(decay_input=self.decay_input, detach_reset=self.detach_reset)
+        check(_NAME, voltage=self.voltage)
         if self.tau is not None:
             check_numbers(tau=self.tau)
             if reason := why_no_w(self.tau):
                 raise ValueError(f"no such neuron: {reason}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LIF(Neuron):
     r"""A leaky integrate-and-fire neuron.
 
@@ -85,6 +114,7 @@ class LIF(Neuron):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(tau=self.tau)
         if reason := unsupported(self.surrogate_function):
             raise ValueError(f"surrogate_function: {reason}")
 
@@ -98,7 +128,7 @@ class LIF(Neuron):
     divisor = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class IntegerLIF(Neuron):
     r"""A neuron that gives counts (I-LIF), or rounds its input to them.
 
@@ -127,7 +157,11 @@ class IntegerLIF(Neuron):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(levels=self.levels)
+        check(_COUNT, levels=self.levels)
+        check(_POSITIVE, v_threshold=self.v_threshold, divisor=self.divisor)
+        window = self.window
+        if window is not None and not (are_two_numbers(window) and window[0] <= window[1]):
+            raise ValueError(f"window must be two numbers, the lower first, but it is {window!r}")
         if self.v_reset is not None or self.decay_input:
             raise ValueError("counts have a soft reset, v_reset=None, and decay_input=False")
 
@@ -140,8 +174,8 @@ class IntegerLIF(Neuron):
         return MultiLevelSpikeCount(self.levels, grad_window=self.window)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchNorm:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BatchNorm(Description):
     r"""A subclass of torch's batch norm that scales what it normalises, such as tdBN.
 
     .. math:: y = \text{scale} \cdot \text{weight} \frac{x - \mu}{\sqrt{\sigma^2 + eps}} + bias

@@ -31,7 +31,7 @@ def test_check_net_refuses_what_is_no_module(name):
 
 def test_check_net_is_tested_for_every_function():
     functions = {n for n in sj_taid.__all__ if n[0].islower()}
-    assert functions - set(NETS) == {"create_model", "list_models"}
+    assert functions - set(NETS) == {"create_model", "known", "list_models"}
 
 
 @pytest.mark.parametrize("kind", [ESVAE, FSVAE])

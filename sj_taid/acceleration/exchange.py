@@ -15,13 +15,13 @@ from .. import _compat
 from .._checks import check_net
 from .._fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
-from ..neurons import Site, describe_equality, find_neurons, need_neurons, why_no_alif
+from ..neurons import Site, copy_net, describe_equality, find_neurons, need_neurons, why_no_alif
 from ..ops import backends, surrogate
 from ..ops.bits import LARGEST_BYTE
 from ..report import Row
 from .modules import DESCRIBE, AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
-from .own import OwnNeuron, describe_module, find_described
-from .report import ALREADY, FUSED, Acceleration, measure, norms_of
+from .own import OwnNeuron, describe_module, find_described, why_not_described
+from .report import ALREADY, FUSED, Acceleration, measure, norms_of, run_step
 
 
 def accelerate(
@@ -50,8 +50,8 @@ def accelerate(
             and after, on a copy. The report then says what read each norm.
         known: classes of the net's own and what they compute: a description of
             :mod:`sj_taid.known`, or a function of the module that gives one.
-        check: compare each described module with its description at its first call that gives
-            more than one value.
+        check: compare each described module with its description, in training and in eval mode,
+            at its first call that gives more than one value.
 
     Raises:
         ValueError: ``net`` has no neuron. At a module's first call: it does not compute what its
@@ -71,7 +71,7 @@ def accelerate(
     """
     check_net(net, "accelerate")
     exchange = partial(_exchange_classes, known=known or {}, check=check)
-    if not any(type(module) in (known or {}) for module in net.modules()):
+    if not any(type(m) in (known or {}) or isinstance(m, OwnNeuron) for m in net.modules()):
         need_neurons(net, "accelerate")
     if example_input is None:
         return Acceleration(net, exchange(net))
@@ -80,6 +80,11 @@ def accelerate(
             "example_input must be a tensor, or a tuple for several inputs, but it is a "
             f"{type(example_input).__name__}"
         )
+    if known and check:
+        trial = copy_net(net)
+        exchange(trial)
+        run_step(trial, example_input)
+    exchange = partial(exchange, check=False)
     readers, saved_bytes, step_ms = measure(net, example_input, exchange, unaccelerate)
     return Acceleration(net, exchange(net, readers), saved_bytes, step_ms)
 
@@ -116,8 +121,15 @@ def _exchange_classes(
     rows = {}
     for path, (module, description) in described.items():
         describe_module(module, description, path, check)
+    for path, module in net.named_modules():
+        kind = type(module).__name__
         if isinstance(module, OwnNeuron):
-            rows[path] = Row(path, type(module).__name__, FUSED, f"as {description}")
+            done, note = (
+                (FUSED, f"as {module._description}") if path in described else ("", ALREADY)
+            )
+            rows[path] = Row(path, kind, done, note)
+        elif reason := why_not_described(module, known):
+            rows[path] = Row(path, kind, "", reason)
     for site in find_neurons(net):
         if site.path not in rows:
             reason = _why_not(site, net)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import _graph, neurons
-from .._fused_neuron import FusedNeuron
+from .._fused_neuron import Accelerated, FusedNeuron
 from ..known import BatchNorm, Neuron
 from ..ops.alif.plan import Plans
 from .compact import Known
@@ -24,60 +25,80 @@ class Own(Exchanged):
     """A module whose class is described."""
 
     _description: Any
-    #: empty once a call has shown that the description is right; DataParallel's replicas share it
-    _unchecked: list[str]
+    #: the values of ``training`` in which nothing has shown yet that the description is right;
+    #: DataParallel's replicas share it
+    _unchecked: set[bool]
     _name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x: Any = args[0] if len(args) == 1 and not kwargs else None
-        takes = isinstance(x, Tensor) and x.is_floating_point() and _graph.is_eager()
-        if not takes or (self._unchecked and not self._check(x)):
-            return self.kind.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        given = (*args, *kwargs.values())
+        x: Any = given[0] if len(given) == 1 else None
+        takes = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 and x.numel() > 0
+        module: Any = self
+        if not takes or not _graph.is_eager():
+            return module.kind.forward(module, *args, **kwargs)
+        if module.training in self._unchecked and not self._check(x):
+            return module.kind.forward(module, x)
         return self._run_described(x)
 
     def _run_described(self, x: Any) -> Any:
         raise NotImplementedError
 
+    def _examples(self, x: Tensor) -> list[Tensor]:
+        """The inputs of the two calls that are compared."""
+        return [x, x]
+
+    def _state(self) -> dict[str, Any]:
+        """What a call leaves, besides buffers."""
+        return {}
+
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _check(self, x: Tensor) -> bool:
         """Compare the description with the module; ``False`` if its output tells nothing yet."""
-        x = x.plain("check") if isinstance(x, Known) else x
-        found = []
-        for run in (_run_plain, _run_described):
-            module: Any = neurons.copy_net(self).float()  # type: ignore[arg-type]
-            leaf = x.detach().float().clone().requires_grad_()
-            y = run(module, leaf)
-            if not isinstance(y, Tensor) or y.shape != x.shape or not y.requires_grad:
+        x = x.values() if isinstance(x, Known) else x
+        plain, described = (self._results(run, x.detach().float()) for run in (_run_plain, _run))
+        if plain["output"].unique().numel() < 2:
+            return False
+        for name, value in plain.items():
+            self._compare(name, value, described[name])
+        self._unchecked.discard(self.training)  # type: ignore[attr-defined]
+        return True
+
+    def _results(self, run: Any, x: Tensor) -> dict[str, Any]:
+        """What two calls of a copy in a row give: outputs, gradients, buffers and state."""
+        module: Any = neurons.copy_net(self).float()  # type: ignore[arg-type]
+        leaf = x.clone().requires_grad_()
+        inputs = self._examples(leaf)
+        outputs = [run(module, example) for example in inputs]
+        for example, y in zip(inputs, outputs, strict=True):
+            if not isinstance(y, Tensor) or y.shape != example.shape or not y.requires_grad:
                 raise TypeError(
                     f"{self._label()} must give a tensor of its input's shape that has a gradient, "
                     "to be compared with its description; leave it out of known="
                 )
-            leaves = {"the input": leaf, **dict(module.named_parameters())}
-            factors = torch.linspace(-1, 1, y.numel()).to(y).view(y.shape)
-            grads = torch.autograd.grad(y, [*leaves.values()], factors, allow_unused=True)
-            values = {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
-            found.append({"output": y.detach()} | values | dict(module.named_buffers()))
-        plain, described = found
-        if plain["output"].unique().numel() < 2:
-            return False
-        for name, value in plain.items():
-            if (other := described[name]) is not None and value is not None:
-                self._compare(name, value, other)
-        self._unchecked.clear()
-        return True
+        y = torch.cat([y.flatten() for y in outputs])
+        leaves = {"the input": leaf, **dict(module.named_parameters())}
+        factors = torch.linspace(-1, 1, y.numel()).to(y)
+        grads = torch.autograd.grad(y, [*leaves.values()], factors, allow_unused=True)
+        values = {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        buffers = {n: b for n, b in module.named_buffers() if n != "num_batches_tracked"}
+        return {"output": y.detach()} | values | buffers | module._state()
 
-    def _compare(self, name: str, value: Tensor, described: Tensor) -> None:
+    def _compare(self, name: str, value: Any, described: Any) -> None:
+        if value is None and described is None:
+            return
+        pair = (torch.as_tensor(0.0 if t is None else t) for t in (value, described))
+        value, described = torch.broadcast_tensors(*(t.detach().float().cpu() for t in pair))
         scale = float(value.abs().max())
-        described, value = described.float(), value.float()
         differs = ~torch.isclose(described, value, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
         # A voltage that rounds to the other side of the threshold changes a spike, and all after.
         if (share := float(differs.float().mean())) > 0.01:
             ours, theirs = (float(t[differs].flatten()[0]) for t in (described, value))
             raise ValueError(
                 f"{self._label()} is not {self._description}: {share:.0%} of its {name} differ, as "
-                f"{theirs:.4g} of the class, {ours:.4g} of the description; mend it, or leave the "
-                "class out of known="
+                f"{theirs:.4g} of the class, {ours:.4g} of the description; correct it, or leave "
+                "the class out of known="
             )
 
     def _label(self) -> str:
@@ -85,11 +106,10 @@ class Own(Exchanged):
 
 
 def _run_plain(module: Any, x: Tensor) -> Any:
-    module.__class__ = module.kind
-    return module(x)
+    return module.kind.forward(module, x)
 
 
-def _run_described(module: Any, x: Tensor) -> Any:
+def _run(module: Any, x: Tensor) -> Any:
     return module._run_described(x)
 
 
@@ -109,6 +129,20 @@ class OwnNeuron(Own):
             setattr(self, voltage, v)
         y = y.transpose(0, axis) if axis else y
         return y if described.divisor == 1.0 else y / described.divisor
+
+    def _examples(self, x: Tensor) -> list[Tensor]:
+        # The second is so large that every count comes, and has several steps.
+        described = self._description
+        most = abs(described.v_threshold) * getattr(described, "levels", 1)
+        large = x * (2 * most / x.detach().abs().mean().clamp(min=1e-6))
+        axis = described.time_axis
+        if described.tau is not None and large.shape[axis] == 1:
+            large = torch.cat([large] * 3, axis)
+        return [x, large]
+
+    def _state(self) -> dict[str, Any]:
+        name = self._description.voltage
+        return {} if name is None else {f"attribute {name!r}": getattr(self, name)}
 
 
 class DescribedNeuron(AcceleratedALIF, FusedNeuron):
@@ -161,21 +195,39 @@ class OwnNorm(Own, AcceleratedNorm):
         return weight, bias, mean, var
 
 
+def why_not_described(module: nn.Module, known: Mapping[type, Any]) -> str | None:
+    """Why a module stays as it is whose class, or a class of which is described; or ``None``."""
+    if type(module) in known:
+        if is_parametrized(module):
+            return "it is parametrized"
+        return "its forward was replaced" if "forward" in vars(module) else None
+    if isinstance(module, Accelerated):
+        return None
+    parent = next((kind for kind in type(module).__mro__ if kind in known), None)
+    return f"a subclass of {parent.__name__}, which known= names: name it too" if parent else None
+
+
 def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple[Any, Any]]:
     """The modules of ``net`` whose class is described, and their descriptions, by path."""
     found = {}
     for path, module in net.named_modules():
-        if (description := known.get(type(module))) is None:
+        description: Any = known.get(type(module))
+        if description is None or why_not_described(module, known):
             continue
         if not isinstance(description, Neuron | BatchNorm) and callable(description):
             description = description(module)
         if not isinstance(description, Neuron | BatchNorm):
             raise TypeError(f"known= takes descriptions of sj_taid.known, not {description!r:.80}")
-        if isinstance(description, BatchNorm) and not isinstance(module, _BatchNorm):
-            raise TypeError(
-                "known.BatchNorm describes subclasses of torch's batch norms, but "
-                f"{type(module).__name__} is none; batch norms within it are known as they are"
-            )
+        if isinstance(description, BatchNorm):
+            if not isinstance(module, _BatchNorm):
+                raise TypeError(
+                    "known.BatchNorm describes subclasses of torch's batch norms, but "
+                    f"{type(module).__name__} is none; batch norms within it are known as they are"
+                )
+            if description.scale != 1.0 and module.weight is module.running_mean is None:
+                raise TypeError(
+                    f"known.BatchNorm scales a weight or running statistics, and {path!r} has none"
+                )
         found[path] = module, description
     return found
 
@@ -186,4 +238,4 @@ def describe_module(module: Any, description: Any, path: str, check: bool) -> No
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind, own)
     module._description, module._name = description, path
-    module._unchecked = ["outputs, gradients and buffers"] if check else []
+    module._unchecked = {True, False} if check else set()

@@ -220,8 +220,8 @@ class SpikingVAE(nn.Module):
                 "model.fit_prior(images, labels=...); leave label out"
             )
         given: Any = label.tolist() if isinstance(label, Tensor) else label
-        labels = [given] * n if is_whole(given) else [*given]
-        if len(labels) != n or not {*labels} <= {*self.labels}:
+        labels = [*given] if isinstance(given, Sequence) else [given] * n
+        if not all(map(is_whole, labels)) or len(labels) != n or not {*labels} <= {*self.labels}:
             raise ValueError(
                 f"label must be one of {self.labels}, or a list of {n} of them, one for each "
                 f"image, but it is {given!r:.80}"

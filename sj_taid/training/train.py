@@ -60,6 +60,12 @@ def main(cfg: DictConfig) -> float | None:
         earlier: Sequence[str] = ()
         if cfg.resume:
             keys = [key_of(override) for override in given_overrides(job)]
+            # What a group sets elsewhere would be lost.
+            if groups := sorted({*keys} & {*choices} - {"callbacks", "logger", "trainer"}):
+                raise ValueError(
+                    f"resume= takes single values, not {groups[0]}=, which chooses many; leave it "
+                    "out, or start a new run"
+                )
             given = {key: OmegaConf.select(cfg, key) for key in keys if key != "resume"}
             cfg, choices, earlier = run.config, run.origin["choices"], run.origin["overrides"]
             merge(cfg, given)

@@ -200,9 +200,75 @@ def test_what_is_no_description_leaves_the_net():
         with pytest.raises(TypeError, match="known"):
             sj_taid.accelerate(net, known=INTEGER | wrong)
         assert [type(m) for m in net] == [MemoryUpdate, TDBN]
-    for arguments in ({"tau": 0.5}, {"levels": 0}, {"v_reset": 0.0}, {"time_axis": -1}):
+    wrong = [{"tau": 0.5}, {"levels": 0}, {"levels": 256}, {"v_reset": 0.0}, {"time_axis": -1}]
+    wrong += [{"divisor": 0}, {"v_threshold": -1.0}, {"window": (3, 1)}, {"voltage": 3}]
+    for arguments in wrong:
         with pytest.raises(ValueError, match=next(iter(arguments))):
             known.IntegerLIF(**{"tau": 2.0} | arguments)
+
+
+class Learned(LIFSpike):
+    """Its decay is a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.decay = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return super().forward(x + (self.decay - self.decay.detach()))
+
+
+class Raw(Stateful):
+    """It keeps the voltage before the reset."""
+
+    def forward(self, x):
+        spikes = []
+        for step in x:
+            rest = 0.0 if self.mem is None else (self.mem <= 1.0) * self.mem * 0.5
+            self.mem = rest + step
+            spikes.append(Fire.apply(self.mem - 1.0))
+        return torch.stack(spikes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "description", "steps", "what"),
+    [
+        (Learned, known.LIF(**LIF, time_axis=1), 4, "gradient of decay"),
+        (Stateful, known.LIF(**LIF), 4, "output|gradient of the input"),
+        (Raw, known.LIF(**LIF, voltage="mem"), 4, "gradient|attribute 'mem'"),
+        (MemoryUpdate, known.IntegerLIF(tau=3.0, detach_reset=True), 1, "output"),
+        (MemoryUpdate, known.IntegerLIF(tau=4 / 3, levels=8, detach_reset=True), 4, "output"),
+    ],
+)
+def test_what_the_first_input_does_not_show_is_checked(kind, description, steps, what):
+    net = nn.Sequential(kind(), neuron.LIFNode(step_mode="m"))
+    sj_taid.accelerate(net, known={kind: description})
+    x = torch.rand(4, steps, 64) if description.time_axis else torch.rand(steps, 4, 64)
+    with pytest.raises(ValueError, match=f"of its ({what})"):
+        net(x * 1.5)
+
+
+def test_the_report_measures_without_the_check():
+    net = nn.Sequential(layer.BatchNorm2d(8, step_mode="m"), MemoryUpdate())
+    report = sj_taid.accelerate(net, torch.randn(4, 2, 8, 16, 16, requires_grad=True), known=KNOWN)
+    before, after = report.saved_bytes
+    assert after < 0.5 * before
+    assert report.rows[0].note == "equal outputs to rounding"
+    assert sj_taid.accelerate(net, known=KNOWN).rows[1].note == "on the fused operator already"
+
+
+def test_what_stays_plain_is_in_the_report():
+    class Sub(MemoryUpdate):
+        pass
+
+    net = nn.Sequential(MemoryUpdate(), MemoryUpdate(), Sub(), MemoryUpdate())
+    net[1].forward = lambda x: x
+    net[3].register_forward_hook(lambda module, inputs, output: output * 0.5)
+    notes = [row.note for row in sj_taid.accelerate(net, known=KNOWN).rows]
+    assert notes[1] == "its forward was replaced" and notes[2].startswith("a subclass of Memory")
+    x = torch.randn(4, 2, 64)
+    torch.testing.assert_close(net[3](x=x), 0.5 * MemoryUpdate()(x))  # the hook once
+    assert torch.equal(net[0](x[:, 0, 0]), MemoryUpdate()(x[:, 0, 0]))
 
 
 class Blocked(nn.Module):
@@ -222,7 +288,7 @@ def test_half_precision_is_compared_in_float32():
     sj_taid.accelerate(net, known=KNOWN)
     x = torch.randn(16, 5, 8, 8, requires_grad=True)
     assert net(x.bfloat16()).dtype == torch.bfloat16
-    assert not net[1]._unchecked
+    assert net[1]._unchecked == {False}
 
 
 def test_counts_behind_a_norm_are_saved_in_four_bits():

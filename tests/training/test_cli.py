@@ -258,7 +258,8 @@ def test_resume_keeps_interpolations(train, sj_taid, tmp_path):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("experiment=fsvae", "the config has no experiment"),
+        ("experiment=fsvae", "single values, not experiment=, which chooses many"),
+        ("dataset=mnist", "single values, not dataset="),
         ("seed=1", "a run with other settings: seed"),
         ("metric.samples=9", "the run has no metric; leave it out"),
     ],
