@@ -182,7 +182,7 @@ def test_a_false_description_raises_at_the_first_call(name):
     kind, description, what = FALSE[name]
     net = nn.Sequential(kind(5) if kind is TDBN else kind(), neuron.LIFNode(step_mode="m"))
     sj_taid.accelerate(net, known={kind: description})
-    net(torch.zeros(4, 2, 5, 3, 3))  # shows nothing
+    net(torch.zeros(4, 2, 5, 16, 16))  # shows nothing
     x = torch.randn(4, 2, 5, 16, 16) * 4
     for _ in range(2):
         with pytest.raises(
