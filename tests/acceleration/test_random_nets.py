@@ -254,7 +254,7 @@ def test_accelerated_nets_in_two_processes(tmp_path):
     )
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_net(seed):
     check(seed)
 
