@@ -255,5 +255,13 @@ def restore(net: nn.Module) -> None:
         )
     for module in modules.values():
         module.__class__ = module.kind
-        for name in ("readers", "_name", "_plans", "_trial", "_description", "_unchecked"):
+        for name in (
+            "readers",
+            "_name",
+            "_plans",
+            "_trial",
+            "_description",
+            "_unchecked",
+            "_channel_axis",
+        ):
             vars(module).pop(name, None)

@@ -102,6 +102,8 @@ class AcceleratedNorm(Exchanged):
 
     #: what has read the output, for the report, and whether as one operation
     readers: dict[str, bool]
+    #: the axis of channels of a class of the net's own
+    _channel_axis = 1
     #: gives the weight, bias, running mean and variance of a norm
     _tensors: Any = attrgetter("weight", "bias", "running_mean", "running_var")
     #: the running statistics of the last call, if nobody knows yet who reads its output
@@ -120,7 +122,9 @@ class AcceleratedNorm(Exchanged):
                 self.readers.setdefault(NO_GRADIENT, False)
             return super().forward(x)  # type: ignore[misc]
         module: Any = self
-        folds, tensors = self._folds, self._tensors(module)
+        # Whether the input is [T, N, C, *], not [M, C, *].
+        folds = vars(module).get("_step_mode") == "m" or self._channel_axis == 2
+        tensors = self._tensors(module)
         with torch._C.DisableTorchFunctionSubclass():
             forms = [x.stride(), x.is_inference(), folds, _NORM_NUMBERS(module)]
             for tensor in tensors:  # neither comprehension nor function, which take as long
@@ -133,11 +137,6 @@ class AcceleratedNorm(Exchanged):
             if waiting is not None and waiting.pays():
                 return wait(module, x, waiting, *tensors)
         return super().forward(x)  # type: ignore[misc]
-
-    @property
-    def _folds(self) -> bool:
-        """Whether the input is ``[T, N, C, *]``, not ``[M, C, *]``."""
-        return vars(self).get("_step_mode") == "m"
 
 
 #: stands for the readers of a norm that did not wait

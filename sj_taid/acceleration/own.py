@@ -180,10 +180,6 @@ class OwnNorm(Own, AcceleratedNorm):
     def _check_input_dim(self, x: Tensor) -> None:
         """Take any shape, as the class does."""
 
-    @property
-    def _folds(self) -> bool:
-        return self._description.channel_axis == 2
-
     @staticmethod
     def _tensors(module: Any) -> tuple[Any, ...]:
         weight, bias, mean, var = AcceleratedNorm._tensors(module)
@@ -238,4 +234,6 @@ def describe_module(module: Any, description: Any, path: str, check: bool) -> No
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind, own)
     module._description, module._name = description, path
+    if own is OwnNorm:
+        module._channel_axis = description.channel_axis
     module._unchecked = {True, False} if check else set()
