@@ -123,11 +123,8 @@ def _exchange_classes(
         describe_module(module, description, path, check)
     for path, module in net.named_modules():
         kind = type(module).__name__
-        if isinstance(module, OwnNeuron):
-            done, note = (
-                (FUSED, f"as {module._description}") if path in described else ("", ALREADY)
-            )
-            rows[path] = Row(path, kind, done, note)
+        if isinstance(module, OwnNeuron) and path in described:
+            rows[path] = Row(path, kind, FUSED, f"as {module._description}")
         elif reason := why_not_described(module, known):
             rows[path] = Row(path, kind, "", reason)
     for site in find_neurons(net):

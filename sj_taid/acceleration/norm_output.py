@@ -348,11 +348,11 @@ class _TorchNorm:
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         waiting, spec, trial = self._waiting, self._waiting.spec, self._trial
-        trial = trial if trial and trial.begin_torch() else None
-        running: Any = self._statistics()
-        momentum = 0.0
-        if trial:
+        running: Any
+        if trial and trial.begin_torch():
             running, momentum = trial.running, trial.momentum
+        else:
+            running, momentum = self._statistics(), 0.0
         weight, bias = table(self.numbers)[3:5].to(waiting.dtype).unbind()
         given = (
             *(waiting.flat(x), weight if waiting.has_weight else None),

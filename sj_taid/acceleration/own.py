@@ -19,6 +19,7 @@ from ..known import BatchNorm, Neuron
 from ..ops.alif.plan import Plans
 from .compact import Known
 from .modules import AcceleratedALIF, AcceleratedNorm, Exchanged, accelerated_class
+from .report import ALREADY
 
 
 class Own(Exchanged):
@@ -198,7 +199,7 @@ def why_not_described(module: nn.Module, known: Mapping[type, Any]) -> str | Non
             return "it is parametrized"
         return "its forward was replaced" if "forward" in vars(module) else None
     if isinstance(module, Accelerated):
-        return None
+        return ALREADY if isinstance(module, OwnNeuron) else None
     parent = next((kind for kind in type(module).__mro__ if kind in known), None)
     return f"a subclass of {parent.__name__}, which known= names: name it too" if parent else None
 

@@ -119,17 +119,7 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     begin = LambdaCallback(on_fit_start=lambda trainer, _: save_start(run, cfg, origin, trainer))
     checkpoints = build_checkpoint_callbacks(run, task, data)
     callbacks = [begin, *checkpoints, timer, RandomNumbers(), history, *callbacks]
-    if cfg.trainer.get("enable_progress_bar") is False:
-        callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
-    trainer = instantiate_checked(
-        cfg.trainer,
-        "trainer",
-        default_root_dir=run.folder,
-        logger=logger(save_dir=run.folder) if logger else False,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
-    )
+    trainer = build_trainer(cfg.trainer, run, logger, callbacks)
     if checkpoint is None:
         calibrate_thresholds(task, data, cfg.neuron_start.get("calibrate"))
         task.untrained_metrics = task.before_training(data, evaluator)
@@ -200,6 +190,23 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
         return [last]
     options |= {"filename": run.best.stem, "monitor": f"val/{task.chosen_by}", "mode": "max"}
     return [BestCheckpoint(**options), last]  # the last one keeps the state of the best
+
+
+def build_trainer(
+    part: DictConfig, run: Run, logger: Any, callbacks: Sequence[L.Callback]
+) -> L.Trainer:
+    """Lightning's trainer, which leaves everything in the run's folder."""
+    if part.get("enable_progress_bar") is False:
+        callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
+    return instantiate_checked(
+        part,
+        "trainer",
+        default_root_dir=run.folder,
+        logger=logger(save_dir=run.folder) if logger else False,
+        callbacks=[*callbacks],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+    )
 
 
 def instantiate_checked(part: DictConfig, key: str, **arguments: Any) -> Any:
