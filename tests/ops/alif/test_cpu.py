@@ -484,13 +484,14 @@ def test_a_forked_child_makes_its_own_threads():
 
 
 def compile_again(folder, v_resets, found):
-    """A process whose kernels of backward are on disk in ``folder`` at most."""
+    """A process whose rows of backward are on disk in ``folder`` at most."""
     numba.config.CACHE_DIR = str(folder)
-    loops.backward_for.cache_clear()
+    loops.row_for.cache_clear()
     for v_reset in v_resets:
         assert_conforms(LATER.with_(v_reset=v_reset))
-        kernel = loops.backward_for("ATan", True, v_reset is None, False, False, False, False)
-        found.put("loaded" if loops.compile_kernel(kernel).cache_hits else "compiled")
+        row = loops.row_for("ATan", True, v_reset is None, False, False, False, False)
+        compiled = loops.compile_function(row, loops.ROW_SIGNATURE)
+        found.put("loaded" if compiled.cache_hits else "compiled")
 
 
 LATER = Case(frozen=("w", "v_threshold"))
@@ -499,7 +500,7 @@ LATER = Case(frozen=("w", "v_threshold"))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 def test_later_processes_load_what_is_compiled(tmp_path):
-    # The second process compiles another kernel first.
+    # The second process compiles another row first.
     assert_conforms(LATER)  # forward is loaded before
     outputs = []
     for v_resets in ([None], [0.0, None]):

@@ -12,6 +12,9 @@ the input's gradient: memory is read and written once. Elsewhere it runs twice, 
 the norm needs and for all else. The thread that computes the last part makes what all parts' sums
 are for.
 
+A row of one step backward is the one loop that is compiled for each surrogate and its options: a
+function of its own, of which the kernel gets the address.
+
 Spikes and voltages equal the reference's bit for bit: the same operations in the same order, which
 LLVM neither fuses nor reorders. It may do so only in the surrogates' derivatives and in the sums
 over neurons. A parameter's gradient is summed in float32 over time and in float64 over neurons, in
@@ -63,7 +66,7 @@ class Arguments(ctypes.Structure):
                 *("parts", "ranges", "part_size", "block", "x_size", "group", "whole"),
                 *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
                 *("dtype", "per_channel", "norm", "fixed_norm", "norm_sums", "ab", "sums_only"),
-                *("charge", "soft", "counts", "plain_average"),
+                *("charge", "soft", "counts", "plain_average", "row"),
             )
         ),
         *((name, ctypes.c_float) for name in ("v_init", "v_rest", "q_value", "threshold_value")),
@@ -105,12 +108,16 @@ def scratch_size(steps: int, x_size: int, gradients: bool) -> int:
     return (_VOLTAGES + max(steps, 2)) * _PITCH + (1 + gradients) * steps * x_size
 
 
+KERNEL_SIGNATURE = types.void(types.CPointer(from_dtype(np.dtype(Arguments))))
+_POINTERS, _FLOATS = [types.CPointer(types.float32)] * 4, [types.float32] * 4
+ROW_SIGNATURE = types.void(types.intp, *_POINTERS, *_FLOATS, types.intp)
+
+
 @cache
-def compile_kernel(kernel: Callable[[Any], None]) -> Any:
-    """A C function of the address of :class:`Arguments`, which needs no interpreter to run."""
-    signature = types.void(types.CPointer(from_dtype(np.dtype(Arguments))))
+def compile_function(function: Callable[..., None], signature: Any = KERNEL_SIGNATURE) -> Any:
+    """A C function, which needs no interpreter to run: a kernel or a row."""
     try:
-        return cfunc(signature, cache=True, error_model="numpy")(kernel)
+        return cfunc(signature, cache=True, error_model="numpy")(function)
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
@@ -120,7 +127,7 @@ def compile_kernel(kernel: Callable[[Any], None]) -> Any:
             RuntimeWarning,
             stacklevel=2,
         )
-        return cfunc(signature, error_model="numpy")(kernel)
+        return cfunc(signature, error_model="numpy")(function)
 
 
 def _pointer_to(kind: Any) -> Any:
@@ -171,6 +178,32 @@ def _prefetch(typing_context: Any, pointer: Any, offset: Any) -> Any:
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@intrinsic
+def _call_row(
+    typing_context: Any,
+    address: Any,
+    scratch: Any,
+    x: Any,
+    v: Any,
+    grad_spike: Any,
+    grad_y: Any,
+    v_rest: Any,
+    levels: Any,
+    a: Any,
+    b: Any,
+    n: Any,
+) -> Any:
+    """Call the function of :func:`row_for` at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kinds = [context.get_value_type(kind) for kind in ROW_SIGNATURE.args]
+        function = ir.FunctionType(ir.VoidType(), kinds).as_pointer()
+        builder.call(builder.inttoptr(values[0], function), values[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, *ROW_SIGNATURE.args), generate
 
 
 @_part
@@ -723,9 +756,9 @@ def _derivative(name: str) -> Any:
     return smooth(python)
 
 
-def _backward_row(
-    derivative: Callable[..., Any],
-    counts: bool,
+@cache
+def row_for(
+    name: str,
     charge: int,
     soft: bool,
     detach_reset: bool,
@@ -733,9 +766,9 @@ def _backward_row(
     learn_threshold: bool,
     norm: bool,
 ) -> Callable[..., None]:
-    """One step backward of neighbouring neurons."""
+    """One step backward of neighbouring neurons, for a surrogate and options."""
+    counts, derivative = name == COUNT, _derivative(name)
 
-    @_part
     def row(scratch, x, v, grad_spike, grad_y, v_rest, levels, a, b, n):
         q, threshold, shift = _row(scratch, _Q), _row(scratch, _THRESHOLD), _row(scratch, _SHIFT)
         grad_v = _row(scratch, _GRAD_V)
@@ -774,69 +807,55 @@ def _backward_row(
             else:
                 grad_v[i] = grad_h if charge == NO_LEAK else grad_h - grad_h * q[i]
 
+    options = (charge, soft, detach_reset, learn_w, learn_threshold, norm)
+    row.__qualname__ = "_".join(map(str, ("row", name, *map(int, options))))
     return row
 
 
-@cache
-def backward_for(
-    name: str,
-    charge: int,
-    soft: bool,
-    detach_reset: bool,
-    learn_w: bool,
-    learn_threshold: bool,
-    norm: bool,
-) -> Callable[[Any], None]:
-    """The backward kernel for a surrogate and options; what is not needed costs nothing."""
-    options = (charge, soft, detach_reset, learn_w, learn_threshold, norm)
-    variant = "_".join(map(str, (name, *map(int, options))))
-    counts = name == COUNT
-    row = _backward_row(_derivative(name), counts, *options)
-
-    @_part
-    def backward_part(a, scratch, part):
-        place, begin, end, channel, width = _place(a, part)
-        zero, grad_now = np.float32(0), _row(scratch, _GRAD_V)
-        _clear_sums(a, part, SUMS)
-        for first in range(begin, end, a.block):
-            n, here = min(a.block, end - first), first - begin
-            _spread_parameters(scratch, a, first, n, channel, width)
-            if a.ab and not a.whole:
-                _spread_rows(scratch, a, _A, _terms(a), 2, first, n, channel, width)
-            _recompute(scratch, a, place, first, n, here, norm, charge, soft, counts)
-            _start(grad_now, a.grad_v, zero, place, first, n)
-            grad_spike = _row(scratch, _SPIKE)
-            for k in (_GRAD_Q, _GRAD_THRESHOLD, _SPIKE, _GRAD_OFFSET, _GRAD_GAIN):
-                _fill(_row(scratch, k), zero, n)
-            for t in range(a.steps - 1, -1, -1):
-                if a.grad_v_seq:
-                    spare = _row(scratch, _SPARE)
-                    grad_v = _read(a.grad_v_seq, FLOAT32, place, t, first, n, spare, -1)
-                    _add(grad_now, grad_v, n)
-                if a.grad_spike:
-                    copy = _row(scratch, _SPIKE)
-                    grad_spike = _read(a.grad_spike, a.dtype, place, t, first, n, copy, -1)
-                x = _input_row(scratch, a, place, t, first, n, here)
-                grad_y = _grad_row(scratch, a, place, t, first, n, here)
-                v = _row(scratch, _VOLTAGES + t)
-                row(scratch, x, v, grad_spike, grad_y, a.v_rest, a.levels, a.a, a.b, n)
-                if a.grad_x and not a.whole and not a.sums_only:
-                    _store_grad_x(scratch, a, place, t, first, n, here, -1)
-            if a.grad_v0:
-                _store(grad_now, a.grad_v0, FLOAT32, place, 0, first, n, 0)
-            if a.norm_sums:
-                _add_to_sums(scratch, a, GRAD_OFFSET, part, _GRAD_OFFSET, first, n)
-                _add_to_sums(scratch, a, GRAD_GAIN, part, _GRAD_GAIN, first, n)
-            if learn_w:
-                _add_to_sums(scratch, a, GRAD_Q, part, _GRAD_Q, first, n)
-            if learn_threshold:
-                _add_to_sums(scratch, a, GRAD_THRESHOLD, part, _GRAD_THRESHOLD, first, n)
-        if a.whole:
-            _norm_gradients(a, channel, width)
-            _finish_part(scratch, a, place, begin, end, channel, width)
-
-    row.__qualname__, backward_part.__qualname__ = f"row_{variant}", f"backward_part_{variant}"
-    return _kernel(f"backward_{variant}", backward_part, _finish_backward)
+@_part
+def _backward_part(a, scratch, part):
+    """Gradients of input, initial voltage and parameters."""
+    place, begin, end, channel, width = _place(a, part)
+    norm, charge, soft, counts = a.norm != 0, a.charge, a.soft != 0, a.counts != 0
+    zero, grad_now = np.float32(0), _row(scratch, _GRAD_V)
+    _clear_sums(a, part, SUMS)
+    for first in range(begin, end, a.block):
+        n, here = min(a.block, end - first), first - begin
+        _spread_parameters(scratch, a, first, n, channel, width)
+        if a.ab and not a.whole:
+            _spread_rows(scratch, a, _A, _terms(a), 2, first, n, channel, width)
+        _recompute(scratch, a, place, first, n, here, norm, charge, soft, counts)
+        _start(grad_now, a.grad_v, zero, place, first, n)
+        grad_spike = _row(scratch, _SPIKE)
+        for k in (_GRAD_Q, _GRAD_THRESHOLD, _SPIKE, _GRAD_OFFSET, _GRAD_GAIN):
+            _fill(_row(scratch, k), zero, n)
+        for t in range(a.steps - 1, -1, -1):
+            if a.grad_v_seq:
+                spare = _row(scratch, _SPARE)
+                grad_v = _read(a.grad_v_seq, FLOAT32, place, t, first, n, spare, -1)
+                _add(grad_now, grad_v, n)
+            if a.grad_spike:
+                copy = _row(scratch, _SPIKE)
+                grad_spike = _read(a.grad_spike, a.dtype, place, t, first, n, copy, -1)
+            x = _input_row(scratch, a, place, t, first, n, here)
+            grad_y = _grad_row(scratch, a, place, t, first, n, here)
+            v = _row(scratch, _VOLTAGES + t)
+            numbers = a.v_rest, a.levels, a.a, a.b
+            _call_row(a.row, scratch, x, v, grad_spike, grad_y, *numbers, n)
+            if a.grad_x and not a.whole and not a.sums_only:
+                _store_grad_x(scratch, a, place, t, first, n, here, -1)
+        if a.grad_v0:
+            _store(grad_now, a.grad_v0, FLOAT32, place, 0, first, n, 0)
+        if a.norm_sums:
+            _add_to_sums(scratch, a, GRAD_OFFSET, part, _GRAD_OFFSET, first, n)
+            _add_to_sums(scratch, a, GRAD_GAIN, part, _GRAD_GAIN, first, n)
+        if a.grad_w:
+            _add_to_sums(scratch, a, GRAD_Q, part, _GRAD_Q, first, n)
+        if a.grad_threshold:
+            _add_to_sums(scratch, a, GRAD_THRESHOLD, part, _GRAD_THRESHOLD, first, n)
+    if a.whole:
+        _norm_gradients(a, channel, width)
+        _finish_part(scratch, a, place, begin, end, channel, width)
 
 
 @_part
@@ -1080,4 +1099,5 @@ def _finish_norm(a):
         row[3 * a.channels], row[4 * a.channels] = scale, added
 
 
+backward = _kernel("backward", _backward_part, _finish_backward)
 statistics = _kernel("statistics", _statistics_of_part, _finish_norm)

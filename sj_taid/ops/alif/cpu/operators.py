@@ -140,7 +140,7 @@ class Plan:
     def _backward(self, needs: plan.Needs) -> Call:
         """The call for these gradients: in two passes where those of x need a norm's sums first."""
         spec, neuron = self.spec, self.spec.dynamics
-        kernel = loops.backward_for(
+        function = loops.row_for(
             neuron.surrogate,
             self.charge,
             neuron.v_reset is None,
@@ -149,6 +149,7 @@ class Plan:
             needs.v_threshold,
             spec.norm,
         )
+        row = loops.compile_function(function, loops.ROW_SIGNATURE).address
         needs_sums = spec.norm and not spec.fixed_norm and needs.x
         passes: tuple[dict[str, float], ...] = ({"norm_sums": needs.norm},)
         whole = needs_sums and self._has_channels_in_cache()
@@ -156,7 +157,7 @@ class Plan:
             passes = ({"norm_sums": True, "ab": True},)
         elif needs_sums:
             passes = {"norm_sums": True, "sums_only": True}, {"ab": True}
-        call = Call(kernel, self._partition(whole), *passes, **self.options)
+        call = Call(loops.backward, self._partition(whole), *passes, row=row, **self.options)
         return self.backwards.setdefault(needs, call)
 
     def _has_channels_in_cache(self) -> bool:

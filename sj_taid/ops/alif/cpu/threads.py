@@ -152,7 +152,7 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @cache
 def _function(kernel: Any) -> Any:
-    return _FUNCTION(loops.compile_kernel(kernel).address)
+    return _FUNCTION(loops.compile_function(kernel).address)
 
 
 class Call:
