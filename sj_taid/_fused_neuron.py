@@ -58,6 +58,8 @@ class FusedNeuron:
     #: not _backend, which SpikingJelly 0.0.0.0.14 sets
     _fused_backend: Any = backends.AUTO
     _name = ""  # its path in the net, which errors say
+    #: counts are divided by it
+    _divisor = 1.0
     #: the kinds of tensors that a plan takes
     _takes: Any = (Tensor, nn.Parameter)
     #: gives the plain attributes of a node that a call depends on, apart from its surrogate
@@ -158,6 +160,7 @@ class FusedNeuron:
         dynamics = Dynamics(
             *(number, decay_input, threshold, v_reset, self.detach_reset),
             *(*derivatives.derivative_of(function), derivatives.levels_of(function)),
+            self._divisor,
         )
         tensors = [t for t in (w, v_threshold) if t is not None]
         per_channel = any(t.dim() for t in tensors)
@@ -198,7 +201,8 @@ class FusedNeuron:
             store_v_seq=store_v_seq,
             backend=self._fused_backend,
         )
-        return *results, None
+        y, *rest = results
+        return y if self._divisor == 1.0 else y / self._divisor, *rest, None
 
     def _label(self) -> str:
         kind = type(self).__name__

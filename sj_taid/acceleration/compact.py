@@ -159,7 +159,10 @@ class Scaled(Packing):
     """Whole numbers times a constant, saved as the whole numbers."""
 
     def __init__(self, whole: Tensor, packing: Packing, scale: Callable[[Tensor], Tensor]) -> None:
-        """Before the multiplication, which may be in place: of ``whole``, all of its memory."""
+        """Before the multiplication, which may be in place: of ``whole``, all of its memory.
+
+        ``scale`` multiplies in place.
+        """
         self._parts, self._restore, self._scale = packing.parts(whole), packing.restore, scale
 
     def of(self, tensor: Tensor) -> Packing:
@@ -426,7 +429,7 @@ def _multiply(peak_of: Any = None) -> Callable[..., Any]:
         is_whole = packing is not None and packing.peak is not None and packing.size == 1
         if not is_whole or not torch.is_grad_enabled() or not _fills_memory(whole):
             return _run(func, args, kwargs, None)
-        operation: Any = torch.mul if peak_of else torch.div
+        operation: Any = Tensor.mul_ if peak_of else Tensor.div_
         scaled = Scaled(whole, packing, partial(operation, other=number))
         result = run_saving([whole], func, args, kwargs)
         if result.dtype == packing.dtype and result.stride() == whole.stride():

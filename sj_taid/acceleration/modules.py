@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..ops.alif.plan import Plans
 from ..ops.bits import is_dense
 from ..ops.surrogate import levels_of
 from . import sums as sums
-from .compact import Compact, Counts, Known, compact, saving
+from .compact import Compact, Counts, Known, Packing, Scaled, compact, saving
 from .norm_output import NormOutput, decide, memory_order, wait
 
 
@@ -151,6 +151,7 @@ class AcceleratedALIF(Exchanged):
     """An ALIF that computes the norm before it too, and gives spikes that are saved as bits."""
 
     _takes = Tensor, nn.Parameter, Compact
+    _divisor: float
 
     def _run(
         self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool, *unused: Any
@@ -183,7 +184,13 @@ class AcceleratedALIF(Exchanged):
             if spike_seq.stride() != strides:  # the bits have the other memory order
                 fired, spike_seq = spike_seq, arranged(spike_seq, strides)
                 bits = bits if spike_seq is fired else None
-        compact(spike_seq, Counts(spike_seq, peak, bits))
+        packing: Packing = Counts(spike_seq, peak, bits)
+        if self._divisor != 1.0:
+            if bits is None:  # which are made of counts, not of these
+                return spike_seq, v_last, v_seq, None
+            divide = partial(Tensor.div_, other=self._divisor)
+            packing = Scaled(spike_seq, packing, divide).of(spike_seq)
+        compact(spike_seq, packing)
         return spike_seq, v_last, v_seq, None
 
     def _run_operators(self, x_seq: Tensor, *arguments: Any) -> tuple[Any, ...]:

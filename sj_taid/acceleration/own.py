@@ -128,8 +128,7 @@ class OwnNeuron(Own):
         y, v, *_ = node._run(x_seq, v, False)
         if voltage is not None:
             setattr(self, voltage, v)
-        y = y.transpose(0, axis) if axis else y
-        return y if described.divisor == 1.0 else y / described.divisor
+        return y.transpose(0, axis) if axis else y
 
     def _examples(self, x: Tensor) -> list[Tensor]:
         # The second is so large that every count comes, and has several steps.
@@ -153,7 +152,7 @@ class DescribedNeuron(AcceleratedALIF, FusedNeuron):
     _numbers = attrgetter("v_reset", "detach_reset")  # the rest never changes
 
     def __init__(self, described: Any, name: str) -> None:
-        self._described, self._name = described, name
+        self._described, self._divisor, self._name = described, described.divisor, name
         self.v_reset, self.detach_reset = described.v_reset, described.detach_reset
         self.surrogate_function = described.surrogate_function
 

@@ -100,6 +100,7 @@ class _Plan:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.counts = spec.dynamics.levels if spec.dynamics.counts else 0
+        self.divisor = spec.dynamics.divisor
         self.prepare_forward = cache(partial(_prepare_forward, spec))
         self.prepare_backward = cache(partial(_prepare_backward, spec))
         on: dict[str, Any] = {"device": spec.device}
@@ -126,10 +127,12 @@ class _Plan:
             self.new_bits() if self.spec.pack and not self.counts else None,
         )
         launch(x, v0, *outputs, w, v_threshold, numbers, v_init=v_init)
+        packed = outputs[4]
         if self.spec.pack and self.counts:
             packed = bits.pack_whole(outputs[0], self.counts, pack, pack_counts)
-            return *outputs[:4], packed
-        return outputs
+        if self.divisor != 1.0:
+            outputs[0].div_(self.divisor)
+        return *outputs[:4], packed
 
     def backward(
         self, needs: Needs, grad_spike: _Maybe, grad_v: _Maybe, grad_v_seq: _Maybe, x: Tensor,
@@ -138,6 +141,8 @@ class _Plan:
     ) -> tuple[_Maybe, ...]:  # fmt: skip
         if grad_spike is None:  # unused spikes are too rare for kernels of their own
             grad_spike = torch.zeros_like(x)
+        elif self.divisor != 1.0:
+            grad_spike = grad_spike / self.divisor
         given, parameters = (grad_spike, grad_v, grad_v_seq, x, v0, checkpoint), (w, v_threshold)
         run = self.prepare_backward(needs, grad_v_seq is not None, kernels.is_aligned(*given))
         new, channels, ab = self.new, self.spec.channels, None

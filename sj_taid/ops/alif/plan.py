@@ -37,6 +37,7 @@ class Dynamics(NamedTuple):
     a: float  #: constants of its derivative
     b: float
     levels: int = 1  #: the most that a step gives
+    divisor: float = 1.0  #: a count is divided by it
 
     @property
     def counts(self) -> bool:
@@ -65,7 +66,7 @@ class Spec(NamedTuple):
     norm: bool
     fixed_norm: bool  #: whether its statistics are the running ones
     store_v_seq: bool
-    pack: bool  #: whether forward gives the spikes as bits too, or the counts packed
+    pack: bool  #: whether forward gives the spikes as bits too, or the counts packed, undivided
     saves: bool  #: whether a backward may follow
 
 

@@ -24,7 +24,7 @@ from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.autograd import spec_of
-from sj_taid.ops.alif.plan import Dynamics, Spec
+from sj_taid.ops.alif.plan import Dynamics, Engine, Needs, Spec
 from sj_taid.ops.surrogate import (
     DERIVATIVES,
     MultiLevelSpikeCount,
@@ -217,6 +217,46 @@ def compare(
     if launches is not None:
         found += _compare_launches(launches, expected_launches(case))
     return found
+
+
+#: levels, shape and divisor; in memory two steps of the second share a byte
+DIVIDED = [
+    (4, (1, 2, 3, 4), 4.0),
+    (8, (3, 1, 5, 7), 3.0),
+    (20, (2, 2, 3), 0.3),
+    (1, (9, 1, 5), 2.0),
+]
+
+
+def check_divided_counts(
+    engine: Engine, levels: int, shape: tuple[int, ...], divisor: float, dtype: torch.dtype,
+    device: str = "cpu",
+) -> None:  # fmt: skip
+    """Whether a plan divides counts as torch does, and packs them undivided."""
+    torch.manual_seed(0)
+    fires = derivative_of(MultiLevelSpikeCount(levels))
+    whole = Dynamics(0.0, False, 1.0, None, False, *fires, levels)
+    x = (torch.rand(shape, device=device) * 1.5 * levels).to(dtype)
+    grad = torch.randn(shape, device=device).to(dtype)
+
+    def run(dynamics: Dynamics, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        plan = engine.plan(spec_of(x, dynamics, False, pack=True, saves=True))
+        counts, _, _, checkpoint, packed = plan.forward(x, None, 0.0, None, None, None)
+        needs, none = Needs(True, False, False, False, False), (None, None)
+        grads = plan.backward(needs, grad, *none, x, None, 0.0, *none, checkpoint, None)
+        assert packed is not None and grads[0] is not None
+        return counts, packed, grads[0]
+
+    counts, packed, _ = run(whole, grad)
+    divided, packed_too, grad_x = run(whole._replace(divisor=divisor), grad)
+    assert counts.unique().numel() > 1
+    assert torch.equal(divided, counts / divisor)
+    assert torch.equal(packed_too, packed)
+    assert torch.equal(packed, bits.pack_whole(counts, levels))
+    # Half precision rounds the gradient that torch divides, and not ours.
+    expected = run(whole, grad / divisor)[2]
+    rtol, atol = (1e-6, 0.0) if dtype == torch.float32 else (2e-2, 1e-2)
+    torch.testing.assert_close(grad_x, expected, rtol=rtol, atol=atol)
 
 
 def expected_launches(case: Case) -> dict[str, int]:

@@ -25,7 +25,16 @@ class Plan:
         self.spec, neuron = spec, spec.dynamics
         self.step = spec.shape[1:], spec.strides[1:]
         self.parameter = (spec.channels,) if spec.per_channel else ()
-        self.bits = bits.count_bytes(spec.steps), spec.neurons
+        self.packs = spec.pack
+        self.bits: tuple[int, ...] = bits.count_bytes(spec.steps), spec.neurons
+        if neuron.levels > 1:
+            halves = neuron.levels <= bits.LARGEST_HALF
+            values = spec.steps * spec.neurons
+            self.bits = (-(-values // 2) if halves else values,)
+            # A byte holds two neighbours: of an odd number of them those of two steps.
+            self.packs &= not halves or spec.steps == 1 or spec.neurons % 2 == 0
+        #: whether counts are divided after they are packed
+        self.divides = spec.pack and not self.packs
         charges: dict[Any, int] = {-math.inf: loops.NO_LEAK, math.inf: loops.NO_STATE}
         self.charge = charges.get(neuron.w, int(neuron.decay_input))
         self.options = {
@@ -37,6 +46,7 @@ class Plan:
             "soft": neuron.v_reset is None,
             "counts": neuron.counts,
             "levels": neuron.levels,
+            "divisor": neuron.divisor,
             "v_rest": neuron.v_reset or 0.0,
             "q_value": _sigmoid(neuron.w),
             "threshold_value": neuron.v_threshold or 0.0,
@@ -44,7 +54,9 @@ class Plan:
             "b": neuron.b,
             "count": spec.steps * spec.neurons / max(spec.channels, 1),
         }
-        self.forwards = Call(loops.forward, self._partition(whole=False), **self.options)
+        divisor = 1.0 if self.divides else neuron.divisor
+        options = self.options | {"divisor": divisor}
+        self.forwards = Call(loops.forward, self._partition(whole=False), **options)
         self.backwards: dict[plan.Needs, Call] = {}
 
     def _partition(self, whole: bool) -> Partition:
@@ -68,8 +80,7 @@ class Plan:
             v_seq = torch.empty_strided(
                 spec.shape, spec.strides, dtype=torch.float32, device=device
             )
-        counts = spec.dynamics.counts
-        if spec.pack and not counts:
+        if self.packs:
             packed = torch.empty(self.bits, dtype=torch.uint8, device=device)
         ask_for_huge_pages(spike, v_seq)
         self.forwards(
@@ -84,8 +95,9 @@ class Plan:
             v_seq=v_seq,
             bits=packed,
         )
-        if spec.pack and counts:
+        if self.divides:
             packed = bits.pack_whole(spike, spec.dynamics.levels, pack, pack_counts)
+            spike /= spec.dynamics.divisor
         return spike, v, v_seq, None, packed
 
     def backward(
