@@ -216,6 +216,9 @@ class Known(Tensor):
     def watch(self) -> None:
         """Prepare for a gradient of its own, or for a hook that takes one."""
 
+    def keep_waiting(self) -> None:
+        """Note that an operation saves less since it knows the tensor."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:  # as a plain tensor
         with torch._C.DisableTorchFunctionSubclass():
             self.exposed()  # copy.copy shares it
@@ -397,6 +400,8 @@ def _pool(dimensions: int, keeps_values: bool) -> Callable[..., Any]:
         dilation = args[4] if len(args) > 4 else kwargs.get("dilation", 1)
         # A dilated window may lie in the padding, of which nothing is the greatest.
         known = keeps_values and dilation in (1, (1,), (1, 1), (1, 1, 1))
+        if args and isinstance(args[0], Known):
+            args[0].keep_waiting()
         plane = args[0].shape[-dimensions:].numel() if args else None
         return _run(func, args, kwargs, _peak(args[0]) if known and args else None, plane)
 

@@ -143,8 +143,8 @@ def _hashable(value: Any) -> Any:
 class Waiting:
     """A batch norm's call, decided in advance."""
 
-    #: Calls in a row whose output was read by others than neurons and sums; after so many the norm
-    #: is torch's own, which is faster then, but for one call in so many more.
+    #: Calls in a row whose output was read by others than neurons, sums and pools; after so many
+    #: the norm is torch's own, which is faster then, but for one call in so many more.
     PATIENCE, AGAIN = 3, 64
 
     def __init__(
@@ -184,7 +184,7 @@ class Waiting:
 
     @property
     def is_trial(self) -> bool:
-        """Whether nothing says that a neuron or a sum will read this call's output."""
+        """Whether nothing says that a neuron, a sum or a pool will read this call's output."""
         return self.idle > 0 and self.reads and not self.spec.fixed
 
     def flat(self, x: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class NormCall:
             )
 
     def keep_waiting(self) -> None:
-        """Note that a neuron or a sum reads the output."""
+        """Note that a neuron, a sum or a pool reads the output, which saves less then."""
         self.waiting.idle = -1  # the next call is no trial
         if self._trial:
             self._trial.keep_fused()
@@ -302,7 +302,7 @@ class Trial:
             tensor.copy_(value)
 
     def begin_torch(self) -> bool:
-        """Set them back for torch's update, at the first reader other than a neuron or a sum."""
+        """Set them back for torch's update, at the first other reader than neuron, sum or pool."""
         if not self._is_open or self._fused is not None:
             return False
         self._fused = [t.clone() for t in self.running]
@@ -310,7 +310,7 @@ class Trial:
         return True
 
     def keep_fused(self) -> None:
-        """Take the fused norm's: a neuron or a sum reads the output."""
+        """Take the fused norm's: a neuron, a sum or a pool reads the output."""
         if self._is_open and self._fused is not None:
             self._set(self._fused)
         self.close()
@@ -630,6 +630,9 @@ class NormOutput(Known):
 
     def watch(self) -> None:
         self._content.call.gradient.watch()
+
+    def keep_waiting(self) -> None:
+        self._content.call.keep_waiting()
 
 
 def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:

@@ -116,3 +116,6 @@ def test_a_norm_that_no_neuron_reads_is_torchs_after_a_while():
         node.reset()
     for _ in range(2 * patience):
         assert waits(lambda y: (y + x).sum())  # which is saved as its terms
+    for pool in (nn.functional.max_pool2d, nn.functional.avg_pool2d):  # they save its shape alone
+        for _ in range(2 * patience):
+            assert waits(lambda y, pool=pool: pool(y.flatten(0, 1), 2))

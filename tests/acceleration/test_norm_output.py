@@ -75,6 +75,7 @@ def test_norm_apart_is_torchs_bit_for_bit(layout, dtype):
 READERS = {
     "neuron": lambda y, node: node(y).sum(),
     "sum": lambda y, node: node(y + y.new_ones(y.shape)).sum(),
+    "pool": lambda y, node: node(nn.functional.max_pool2d(y.flatten(0, 1), 2).unsqueeze(0)).sum(),
     "others": lambda y, node: y.square().sum() + y.sin().sum(),
     "neuron first": lambda y, node: node(y).sum() + y.square().sum(),
     "neuron last": lambda y, node: y.square().sum() + node(y).sum(),
