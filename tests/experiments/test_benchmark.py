@@ -10,6 +10,7 @@ import attention
 import classes
 import common
 import frontier
+import integer
 import pandas as pd
 import published_nets
 import pytest
@@ -34,6 +35,7 @@ SCHEMAS = {
     "any_net": [*TIMES, "net", "system", "held_mb", "peak_mb", "largest_batch", "difference"],
     "esvae": [*TIMES, "work", "batch", "ms_per_image", "ratio"],
     "frontier": [*TIMES, *frontier.KEYS, "size", "peak_mb", "mb_per_sample", "time_ratio"],
+    "integer": [*TIMES, "system", "peak_mb", "mb_per_sample", "time_ratio"],
     "host": ["what", "shape", "system", "cpu_us", "wall_us", "cpu_ratio"],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
     "small": [*TIMES, "neuron", "norm", "T", "work"],
@@ -99,6 +101,13 @@ def test_zoo_saves_bytes_of_published_nets(measure):
     for net, fused, ratio in zip(table["net"], table["fused"], ratios, strict=True):
         assert fused >= PUBLISHED[net][0] and ratio <= PUBLISHED[net][1], (net, fused, ratio)
     assert PUBLISHED.keys() == published_nets.NETS.keys()
+
+
+def test_integer_neurons_in_one_step_take_less_than_four_steps(measure):
+    table = measure(integer, "--batch", "2", "--repeats", "1").set_index("system")
+    peaks = table["mb_per_sample"]
+    assert peaks["integer LIF"] < 0.5 * peaks["LIF"]
+    assert peaks["integer LIF, accelerate"] < 0.4 * peaks["integer LIF"]
 
 
 def tiny():
