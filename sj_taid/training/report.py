@@ -1,15 +1,13 @@
 """A page of runs: ``sj-taid report FOLDER ... [--out FILE]``.
 
 It has the table of ``sj-taid compare``, the best first, the learning curves of every finished run
-below the folders, and pictures of the best, whose checkpoints are loaded on the CPU. The page is
-one HTML file that needs no network.
+below the folders, and the pictures of the best. The page is one HTML file that needs no network.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
@@ -17,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor
-from torchvision.utils import save_image
 
-from .._context import seeded
 from .._extras import needs
 from .callbacks import History, show_progress
 from .checkpoint import read_checkpoint
@@ -29,15 +23,13 @@ from .columns import METRICS, learned_nothing
 from .compare import Metrics, frame, gather, present, summary
 from .files import atomic_write, check_replaceable
 from .process import silence_notes
-from .run import Run, build_data
+from .run import Run
 
 with needs("plotly jinja2"):
     import jinja2
     import plotly.express as px
     from plotly.offline import get_plotlyjs
 
-#: The same samples and images are shown of all runs.
-SEED, IMAGES = 0, 8
 #: in the template: tells a page of ours
 MARK = 'content="sj-taid report"'
 
@@ -58,28 +50,11 @@ def rank(runs: Mapping[Path, Metrics]) -> tuple[dict[Path, Metrics], str]:
     return dict(sorted(runs.items(), key=place)), metric
 
 
-@torch.no_grad()
-def draw(run: Run, trust: Sequence[str] = ()) -> list[str]:
-    """Samples of a run's model, and test images above their reconstructions, as far as it has."""
-    model: Any = run.model(trust)
-    pictures = []
-    if hasattr(model, "sample"):
-        with seeded(SEED):
-            pictures.append(png(*model.sample(2 * IMAGES).chunk(2)))
-    if hasattr(model, "training_loss"):
-        data = build_data(run.config, trust, num_workers=0, batch_size=IMAGES)
-        images, _ = next(iter(data.test_dataloader()))
-        with seeded(SEED):
-            pictures.append(png(images, model(images).image))
-    return pictures
-
-
-def png(*rows: Tensor) -> str:
-    """Rows of images ``[N, C, H, W]`` in [-1, 1], as a data URL."""
-    file = io.BytesIO()
-    options = {"padding": 1, "normalize": True, "value_range": (-1, 1)}
-    save_image(torch.cat(rows), file, format="png", nrow=len(rows[0]), **options)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+def pictures(folder: Path) -> list[str]:
+    """What the run drew of its model, as data URLs."""
+    files = [folder / f"{name}.png" for name in ("samples", "reconstructions", "confusion")]
+    codes = [base64.b64encode(file.read_bytes()).decode() for file in files if file.is_file()]
+    return [f"data:image/png;base64,{code}" for code in codes]
 
 
 def read_curves(run: Run) -> Iterator[dict[str, Any]]:
@@ -107,7 +82,7 @@ def draw_curves(epochs: list[dict[str, Any]], colours: dict[str, str]) -> Iterat
         yield figure.update_layout(showlegend=False).to_json()
 
 
-def page(runs: Mapping[Path, Metrics], best: int = 12, trust: Sequence[str] = ()) -> str:
+def page(runs: Mapping[Path, Metrics], best: int = 12) -> str:
     """The HTML of the runs, by their folders."""
     runs, metric = rank(runs)
     table, keys = frame([*runs.values()])
@@ -115,7 +90,7 @@ def page(runs: Mapping[Path, Metrics], best: int = 12, trust: Sequence[str] = ()
     labels = [" ".join(f"{key}={row[key]}" for key in keys) for row in table.to_dict("records")]
     colours = dict(zip(dict.fromkeys(labels), cycle(px.colors.qualitative.Plotly), strict=False))
     epochs: list[dict[str, Any]] = []
-    pictures: dict[str, list[str]] = {}
+    shown: dict[str, list[str]] = {}
     notes = []
     for folder, label in show_progress([*zip(runs, labels, strict=True)], "Reading runs"):
         try:
@@ -123,8 +98,8 @@ def page(runs: Mapping[Path, Metrics], best: int = 12, trust: Sequence[str] = ()
                 {"run": str(folder), "choices": label, **value}
                 for value in read_curves(Run(folder))
             ]
-            if label not in pictures and len(pictures) < best:
-                pictures[label] = draw(Run(folder), trust)
+            if label not in shown and len(shown) < best:
+                shown[label] = pictures(folder)
         except Exception as error:  # whatever is wrong with a run, the others are shown
             notes.append(f"{folder}: {type(error).__name__}: {error}")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -136,7 +111,7 @@ def page(runs: Mapping[Path, Metrics], best: int = 12, trust: Sequence[str] = ()
         rows=dict(zip(colours, rows.to_numpy().tolist(), strict=True)),
         colours=colours,
         curves=[*draw_curves(epochs, colours)],
-        pictures={label: images for label, images in pictures.items() if images},
+        pictures={label: images for label, images in shown.items() if images},
         notes=notes,
     )
 
@@ -145,13 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("sj-taid report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders that hold runs")
     parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
-    parser.add_argument("--best", type=int, default=12, help="how many checkpoints to load")
-    parser.add_argument("--trust", nargs="+", default=(), help="custom classes that runs name")
+    parser.add_argument("--best", type=int, default=12, help="how many to show pictures of")
     options = parser.parse_args(arguments)
     silence_notes()
     out = options.out or options.folders[0] / "report.html"
     check_replaceable(out, MARK)
     runs = gather(options.folders)
     with atomic_write(out) as temporary:
-        temporary.write_text(page(runs, options.best, options.trust), encoding="utf-8")
+        temporary.write_text(page(runs, options.best), encoding="utf-8")
     print(f"{out}: {len(runs)} runs")
