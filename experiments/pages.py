@@ -19,8 +19,16 @@ from matplotlib.ticker import LogFormatter
 from store import FOLDERS, RESULTS, experiments, load_runs, load_study, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
-from sj_taid.training.columns import METRICS, Column, format_metrics
-from sj_taid.training.compare import frame, gather, markdown, overrides, summary
+from sj_taid.training.compare import (
+    METRICS,
+    Column,
+    format_metrics,
+    frame,
+    gather,
+    markdown,
+    overrides,
+    summary,
+)
 from sj_taid.training.files import atomic_write
 from sj_taid.training.plot import save
 

@@ -17,7 +17,7 @@ import torch
 from sj_taid._context import seeded
 from sj_taid.pretrained import create_model, read_config
 from sj_taid.training.checkpoint import AtomicCheckpointIO
-from sj_taid.training.columns import OF_SAMPLES
+from sj_taid.training.compare import OF_SAMPLES
 from sj_taid.training.config import compose
 from sj_taid.training.process import provenance, reuse_freed_memory
 from sj_taid.training.run import Run, build_data

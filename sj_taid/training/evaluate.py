@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from .._compat import NEURONS
 from .._context import eval_mode, seeded
 from .callbacks import ProgressBar
-from .columns import COSTS, format_metrics
+from .compare import COSTS, format_metrics
 from .evaluator import Evaluator
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
 from .run import Run, build_data, build_part, flatten, merge

@@ -20,7 +20,7 @@ from .. import pretrained
 from .._checks import expand_home
 from .._extras import needs
 from ..thresholds import fixed_thresholds
-from .columns import format_metrics
+from .compare import format_metrics
 from .files import atomic_write
 from .run import Run, merge_evaluations, remove_backends
 

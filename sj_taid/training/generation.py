@@ -19,7 +19,7 @@ from ..model.flow import CLUSTERS, FlowPrior, check_enough
 from ..model.spiking_vae import SpikingVAE
 from .autoencoding import Autoencoding
 from .callbacks import show_progress
-from .columns import OF_SAMPLES, are_alike
+from .compare import OF_SAMPLES, are_alike
 from .evaluator import Evaluator
 from .feature_loss import FeatureLoss
 from .plot import draw_attention, draw_classes, draw_grid, draw_reconstructions

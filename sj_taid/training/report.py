@@ -19,8 +19,7 @@ import pandas as pd
 from .._extras import needs
 from .callbacks import History, show_progress
 from .checkpoint import read_checkpoint
-from .columns import METRICS, learned_nothing
-from .compare import Metrics, frame, gather, present, summary
+from .compare import METRICS, Metrics, frame, gather, learned_nothing, present, summary
 from .files import atomic_write, check_replaceable
 from .process import silence_notes
 from .run import Run
@@ -42,7 +41,7 @@ def rank(runs: Mapping[Path, Metrics]) -> tuple[dict[Path, Metrics], str]:
     names = present(frame([*runs.values()])[0], METRICS)
     objective = Run(next(iter(runs))).config.get("objective")
     metric = objective if objective in names else names[0]
-    sign = 1 if METRICS[metric].less_is_better else -1
+    sign = 1 if METRICS[metric].title.endswith("↓") else -1
 
     def place(item: tuple[Path, Metrics]) -> tuple[bool, float]:
         return learned_nothing(item[1]), sign * item[1].get(metric, sign * math.inf)

@@ -29,7 +29,7 @@ from .checkpoint import (
     read_checkpoint,
     save_flow,
 )
-from .columns import format_metrics, learned_nothing
+from .compare import format_metrics, learned_nothing
 from .config import key_of, quote
 from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
 from .process import (

@@ -10,7 +10,7 @@ import pytest
 import store
 from omegaconf import OmegaConf
 
-from sj_taid.training import columns, compare, run
+from sj_taid.training import compare, run
 from tests.training.conftest import CONF, metrics
 
 ACCURACIES = {"plif": [0.9, 0.1, 0.2, 0.3], "alif": [0.94, 0.935, 0.925, 0.91]}
@@ -115,7 +115,7 @@ def test_pages_draw_and_tabulate_the_stored_benchmarks(tmp_path):
 
 def test_published_values_have_a_column_and_a_source():
     published = pd.read_csv(store.RESULTS / "published.csv")
-    assert set(published["metric"]) <= columns.COLUMNS.keys()
+    assert set(published["metric"]) <= compare.COLUMNS.keys()
     assert published["source"].notna().all() and (published["value"] > 0).all()
 
 

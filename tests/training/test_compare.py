@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from sj_taid.training import columns, compare, run
+from sj_taid.training import compare, run
 from tests.training.conftest import cells, metrics
 
 
@@ -71,7 +71,7 @@ def test_frame_takes_a_choice_over_a_metric_of_its_name_and_over_a_folder():
 
 
 def test_column_text_spreads_counts_that_differ():
-    epochs = columns.COLUMNS["epochs"]
+    epochs = compare.COLUMNS["epochs"]
     assert [epochs.text(pd.Series(pair)) for pair in ([12, 20], [20, 20])] == ["16 ± 6", "20"]
 
 

@@ -11,7 +11,7 @@ from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid._build import find_class
 from sj_taid.data import Data, InMemory
-from sj_taid.training import columns, plot, run
+from sj_taid.training import compare, plot, run
 from sj_taid.training.config import compose
 from sj_taid.training.train import train
 from tests.training.conftest import CONF, TINY, TINY_CLASSIFICATION, write_images
@@ -92,8 +92,8 @@ def test_recipe_trains(tiny, random_data, tmp_path, kind):
     # Precision and recall of another prior have no columns of their own.
     other = re.compile("_(precision|recall)_")
     named = {name for name in metrics.get("protocol", {}) if not other.search(name)}
-    assert {cfg.objective, *named} <= columns.METRICS.keys()
-    measured = named | metrics.keys() & columns.METRICS.keys()
+    assert {cfg.objective, *named} <= compare.METRICS.keys()
+    measured = named | metrics.keys() & compare.METRICS.keys()
     assert measured <= {*find_class(cfg.task._target_).objectives}
 
 

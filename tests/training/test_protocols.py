@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sj_taid.data import Digits
-from sj_taid.training import columns, compare, evaluator, run
+from sj_taid.training import compare, evaluator, run
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
@@ -167,7 +167,7 @@ def test_generator_is_measured_on_validation_images_by_fad_alone(tiny, tmp_path,
     for name in ("fad", "reconstruction"):
         assert "359 test images at 8x8" in metrics["protocol"][name]
         assert "7 validation images at 8x8" in metrics["protocol"][f"validation_{name}"]
-    assert metrics["protocol"].keys() <= columns.METRICS.keys()
+    assert metrics["protocol"].keys() <= compare.METRICS.keys()
     assert not run.Run(tmp_path).best.exists()
 
 
