@@ -59,7 +59,7 @@ def measure(run: Run, draws: int, trust: Sequence[str]) -> tuple[dict[str, Any],
     cfg = run.config
     cfg.trust = [*trust]
     model: Any = run.model(trust)
-    data, evaluator = build_data(cfg, trust), build_evaluator(cfg)
+    data, evaluator = build_data(cfg), build_evaluator(cfg)
     if evaluator is None:
         raise ValueError(f"{run.folder} holds no generator")
     metrics: dict[str, Any] = {}

@@ -28,25 +28,12 @@ def show_progress(items: Iterable[Any], description: str) -> Iterable[Any]:
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich bar within 80 columns, with the task's first metric alone."""
+    """Lightning's rich bar, where there is a viewer."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if not has_viewer():
             self.disable()
-
-    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
-        *columns, _ = super().configure_columns(trainer)  # without the speed
-        columns[1].bar_width = 10
-        return columns
-
-    def get_metrics(
-        self, trainer: L.Trainer, pl_module: Any
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        logged = super().get_metrics(trainer, pl_module)
-        name = pl_module.chosen_by or "reconstruction"
-        keys = {stage: f"{stage}/{name}" for stage in ("train", "val")}
-        return {stage: logged[key] for stage, key in keys.items() if key in logged}
 
 
 class History(L.Callback):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from .files import atomic_write, check_replaceable
-from .run import CONFIG, Run, merge_evaluations
+from .run import CONFIG, Run
 
 #: The content of a run's ``metrics.json``.
 Metrics = dict[str, Any]
@@ -103,17 +103,14 @@ def learned_nothing(metrics: Mapping[str, Any]) -> bool:
 
 
 def gather(folders: Iterable[Path]) -> dict[Path, Metrics]:
-    """The metrics of every finished run below ``folders``; why others are left out is printed.
-
-    Raises:
-        FileNotFoundError: there is no finished run.
-    """
+    """The metrics of every finished run below ``folders``; why others are left out is printed."""
     finished = {}
     # One folder may hold another of them.
     configs = {path.resolve() for folder in folders for path in folder.rglob(CONFIG)}
     for config in sorted(configs):
         try:
-            finished[config.parent] = read(Run(config.parent))
+            run = Run(config.parent)
+            finished[run.folder] = run.latest_metrics | {"evaluations": run.evaluations}
         except (OSError, ValueError) as error:
             print(f"left out: {config.parent} ({error})")
     if not finished:
@@ -122,12 +119,6 @@ def gather(folders: Iterable[Path]) -> dict[Path, Metrics]:
             "when its command is repeated"
         )
     return finished
-
-
-def read(run: Run) -> Metrics:
-    """The metrics of a run, updated by later evaluations of its checkpoints."""
-    metrics, evaluations = run.metrics, run.evaluations
-    return merge_evaluations(metrics, evaluations) | {"evaluations": evaluations}
 
 
 def overrides(metrics: Metrics) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Configs: composed by Hydra from ``conf``, and the folder names of a sweep's jobs."""
+"""Configs: composed by Hydra from ``conf``, checked, and named by their choices."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from .._build import is_below
-from .._checks import expand_home, is_number
+from .._build import find_class, is_below
+from .._checks import (
+    FLAG,
+    NOT_NEGATIVE,
+    PATH,
+    Rule,
+    check,
+    expand_home,
+    integer,
+    is_number,
+    is_whole,
+)
+from .._kinds import check_kinds
 
 #: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
 #: plain files of links, the checkout's own.
@@ -24,8 +33,46 @@ CONF = next(str(p / "conf") for p in Path(__file__).parents[1:3] if (p / "conf")
 VERSION = "1.3"
 #: a run's config, with its interpolations
 CONFIG = "config.yaml"
-#: an override that names a folder as it is
-PLAIN = r"[\w.]+=[\w.]*\w"
+
+SHARE: Rule = ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+POSITIVE: Rule = ("a number > 0", lambda value: is_number(value) and value > 0)
+#: What no class takes, and ranges that libraries do not check, or in words that do not name the
+#: key. The kinds of all other values are checked where their classes are called.
+RULES: dict[str, Rule] = {
+    "seed": ("an integer >= 0, below 2^32", lambda value: is_whole(value) and 0 <= value < 2**32),
+    "cache_dir": PATH,
+    "resume": PATH,
+    "pictures": FLAG,
+    "accelerate": FLAG,
+    "compile": (
+        "true, false or options, as '{mode: max-autotune}'",
+        lambda value: isinstance(value, bool | DictConfig),
+    ),
+    "neuron_start.calibrate": ("between 0 and 1", lambda value: is_number(value) and 0 < value < 1),
+    "surrogate.alpha": POSITIVE,
+    "loss.label_smoothing": SHARE,
+    "metric.samples": integer(1),
+    "metric.autoencoder.epochs": integer(1),
+    "metric.autoencoder.batch_size": integer(1),
+    "dataset.erase": SHARE,
+    "dataset.mixup": NOT_NEGATIVE,
+    "dataset.limit": integer(1),
+    "dataset.batch_size": integer(1),
+    "dataset.num_workers": integer(0),
+    "optimizer.lr": NOT_NEGATIVE,
+    "trainer.max_epochs": integer(0),
+    "trainer.accumulate_grad_batches": integer(1),
+    "trainer.check_val_every_n_epoch": integer(1),
+    "trainer.limit_test_batches": POSITIVE,
+}
+#: of these, what null does not stand for a default of
+NEVER_NULL = {"seed", "trainer.max_epochs"}
+#: what one task alone takes: the choice that sets it, the task, and what is in its config alone
+OF_ONE_TASK = {
+    "loss": ("loss=", "classification", "loss"),
+    "model.per_channel": ("neuron=alif_channel", "classification", "loss"),
+    "feature_loss": ("feature_loss=", "generation", "feature_loss"),
+}
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> DictConfig:
@@ -39,31 +86,21 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def quote(text: str) -> str:
-    """The text as a value of Hydra's overrides, in quotes where it would be read as another."""
-    try:
-        value = OverridesParser.create().parse_override(f"key={text}").value()
-    except HydraException:
-        value = None
-    if value == text and "$" not in text:
-        return text
-    # A backslash before "${" says that it is no interpolation, and those before it are doubled.
-    return QuotedString(re.sub(r"(\\*)\$\{", r"\1\1\\${", text), Quote.single).with_quotes()
+def quote(folder: Path) -> str:
+    """The folder as a value of Hydra's overrides."""
+    text = str(folder)
+    is_plain = re.fullmatch(r"[A-Za-z/][\w./-]*", text, re.ASCII)
+    return text if is_plain else QuotedString(text, Quote.single).with_quotes()
 
 
 def select_overrides(
     overrides: Iterable[str], ignored: Collection[str] = (), data_class: str = ""
 ) -> list[str]:
-    """The overrides that are choices.
+    """The overrides that are choices: not of ``ignored`` keys, with all below them, or overrides.
 
-    Args:
-        overrides: as on the command line.
-        ignored: keys that are none, with all below them, and whole overrides.
-        data_class: the full name of the data set's class. The folders of an ``ImageFolder``, or of
-            a custom class, are kept, since they say what the data are.
+    The folders of an ``ImageFolder``, or of a custom ``data_class``, say what the data are.
     """
-    module, _, name = data_class.rpartition(".")
-    if name == "ImageFolder" or (name and not is_below(module, ["sj_taid"])):
+    if data_class.endswith(".ImageFolder") or not is_below(data_class or "sj_taid", ["sj_taid"]):
         ignored = {*ignored} - {"dataset.root", "dataset.test_root"}
     return [
         text
@@ -82,7 +119,8 @@ def folder_name(
     """
     text = ",".join(sorted(select_overrides(overrides, ignored, data_class))) or "default"
     name = re.sub(r"[^A-Za-z0-9._]+", "-", text)
-    if len(name) <= 120 and re.fullmatch(rf"{PLAIN}(,{PLAIN})*", text, re.ASCII):
+    plain = r"[\w.]+=[\w.]*\w"
+    if len(name) <= 120 and re.fullmatch(rf"{plain}(,{plain})*", text, re.ASCII):
         return name
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"{name[:103].strip('-.')}-{digest}".lstrip("-")
@@ -108,6 +146,51 @@ def run_folder(resume: str | None, new: str) -> str:
             f"resume= needs the folder of a run, which holds {CONFIG}, but got {folder}"
         )
     return str(folder)
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check what the classes of a config cannot: they check their own arguments.
+
+    Raises:
+        ValueError: choices that do not fit together, a key that nothing reads, or a class that is
+            not trusted.
+    """
+    for key, rule in RULES.items():
+        if (value := OmegaConf.select(cfg, key)) is not None or key in NEVER_NULL:
+            check(rule, **{key: value})
+    groups = {path.name for path in Path(CONF).iterdir() if path.is_dir()} - {"experiment"}
+    keys = groups | {key for key in RULES if "." not in key} | {"checkpoint", "objective", "trust"}
+    if unknown := cfg.keys() - keys:
+        raise ValueError(
+            f"the config has no {', '.join(map(str, unknown))}; there are {', '.join(sorted(keys))}"
+        )
+    task, data = (find_class(cfg[part]._target_, cfg.trust) for part in ("task", "dataset"))
+    values: Any = OmegaConf.to_container(cfg.dataset, resolve=True)
+    check_kinds(data, values, "dataset.")  # before the model, which takes some of them too
+    if not issubclass(data, task.takes):
+        raise ValueError(
+            f"{task.__name__} takes {task.takes.__name__}, but dataset={cfg.dataset.name} is "
+            f"{data.__name__}; for recordings add task=classification"
+        )
+    for key, (choice, name, own) in OF_ONE_TASK.items():
+        if OmegaConf.select(cfg, key) and own not in cfg.task:
+            raise ValueError(
+                f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
+            )
+    objectives = [*task.objectives, "epochs", "parameters", "training_seconds"]
+    if cfg.objective not in objectives:
+        raise ValueError(f"objective={cfg.objective} is none of {', '.join(objectives)}")
+    if own := {"logger", "callbacks", "default_root_dir", "plugins"} & cfg.trainer.keys():
+        raise ValueError(
+            f"trainer.{own.pop()} is set by the run; choose logger=, callbacks=, hydra.run.dir= or "
+            "trainer.precision="
+        )
+    callbacks = (cfg.get("callbacks") or {}).values()
+    if any(c and "StochasticWeightAveraging" in str(c._target_) for c in callbacks):
+        raise ValueError(
+            "StochasticWeightAveraging would measure other weights than the saved ones; take "
+            "WeightAveraging or EMAWeightAveraging of lightning.pytorch.callbacks"
+        )
 
 
 # Hydra names a job's folder in the process that runs the job, which has imported little more than

@@ -17,11 +17,11 @@ from .._compat import NEURONS
 from .._context import eval_mode, seeded
 from .callbacks import ProgressBar
 from .compare import COSTS, format_metrics
+from .config import validate
 from .evaluator import Evaluator
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
 from .run import Run, build_data, build_part, flatten, merge
 from .task import Task
-from .validate import validate
 
 log = logging.getLogger(__name__)
 
@@ -32,24 +32,21 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
-    """Measure the checkpoint ``cfg.checkpoint`` again; the result is a file in its run's folder.
+    """Measure ``cfg.checkpoint`` as ``cfg`` says; the result is a file in its run's folder.
 
-    Args:
-        cfg: what to measure, and what to do otherwise than its run did.
-        origin: saved next to the metrics, such as the command.
+    ``origin``, such as the command, is saved next to the metrics.
     """
     silence_notes()
     reuse_freed_memory()
-    run, trust = Run.find(cfg.checkpoint), cfg.trust
+    run = Run.find(cfg.checkpoint)
     with run.lock():
         given, cfg = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
         OmegaConf.resolve(cfg.dataset)  # whose name may be that of its folder
-        merge(cfg, {key: value for key, value in given.items() if value is not None})
-        cfg.trust = trust  # what the run says of itself is no reason to trust it
+        merge(cfg, {k: value for k, value in given.items() if value is not None or k == "trust"})
         validate(cfg)
-        model = run.model(trust)
-        data = build_data(cfg, trust)
-        task = build_part(cfg, "task", trust, model=model, optimizer=None)
+        model = run.model(cfg.trust)
+        data = build_data(cfg)
+        task = build_part(cfg, "task", model=model, optimizer=None)
         with seeded(cfg.seed):
             metrics = measure(task, build_tester(cfg, bar=True), data, build_evaluator(cfg))
         protocol = metrics.pop("protocol", {})
@@ -68,11 +65,6 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         path = run.save_evaluation(evaluation)
     for title, value in format_metrics(metrics).values():
         log.info("%s: %s", title, value)
-    if cfg.get("metric") and cfg.metric.inception_weights is None:
-        log.info(
-            "No FID and no Inception score without weights: add metric.inception_weights=FILE, "
-            "or =download with internet."
-        )
     log.info("All metrics are in %s", path)
     return evaluation
 
@@ -95,7 +87,7 @@ def build_evaluator(cfg: DictConfig) -> Evaluator | None:
     if not cfg.get("metric"):
         return None
     options = {"cache_dir": cfg.cache_dir, "seed": cfg.seed, "accelerator": cfg.trainer.accelerator}
-    return build_part(cfg, "metric", cfg.trust, **options)
+    return build_part(cfg, "metric", **options)
 
 
 def measure(
@@ -114,12 +106,11 @@ def measure(
     metrics = tested | task.evaluate(data, evaluator) | measure_costs(task, data)
     protocol = metrics.get("protocol", {})
     validated = {f"{task.chosen_by}_best_test_epoch", *(f"validation_{name}" for name in tested)}
-    for option, loader, names in (
-        ("limit_test_batches", data.test_dataloader, {*tested, *rename_for_best_epoch(tested)}),
-        ("limit_val_batches", data.val_dataloader, validated),
+    for option, names in (
+        ("limit_test_batches", {*tested, *rename_for_best_epoch(tested)}),
+        ("limit_val_batches", validated),
     ):
-        limit = getattr(trainer, option)  # an int is a number of batches, a float a share
-        if limit < (len(loader()) if isinstance(limit, int) else 1.0):
+        if isinstance(limit := getattr(trainer, option), int) or limit < 1.0:
             for name in names & protocol.keys():
                 protocol[name] += f", stopped by trainer.{option}={limit}"
     return metrics

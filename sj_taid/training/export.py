@@ -22,7 +22,7 @@ from .._extras import needs
 from ..thresholds import fixed_thresholds
 from .compare import format_metrics
 from .files import atomic_write
-from .run import Run, merge_evaluations, remove_backends
+from .run import Run, remove_backends
 
 with needs("safetensors"):
     from safetensors.torch import save
@@ -93,7 +93,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     finished = Run.find(run)
     if finished.checkpoint not in (finished.best, Run(finished.folder).checkpoint):
         raise ValueError(f"{finished.checkpoint} was not tested; export the run, or its best.ckpt")
-    metrics = merge_evaluations(finished.metrics, finished.evaluations)
+    metrics = finished.latest_metrics
     config: Any = OmegaConf.to_container(finished.config, resolve=True)
     architecture = remove_backends(config["model"])
     model = pretrained.build(architecture)  # an error leaves no half of an export

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,7 @@ RESUME_MAY_CHANGE = (
 class Run:
     """A run's folder: its config, checkpoints, metrics and evaluations, and the lock on it all.
 
-    Args:
-        folder: the run's folder.
-        checkpoint: one of its checkpoints; by default the last.
+    ``checkpoint`` is one of its checkpoints, by default the last.
     """
 
     def __init__(self, folder: str | Path, checkpoint: Path | None = None) -> None:
@@ -77,11 +75,7 @@ class Run:
 
     @classmethod
     def find(cls, path: str | Path) -> Run:
-        """The run at ``path``: its folder, or a checkpoint in it.
-
-        Raises:
-            FileNotFoundError: there is no checkpoint.
-        """
+        """The run at ``path``: its folder, or a checkpoint in it, which must be there."""
         path = expand_home(path).absolute()
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
         if not run.checkpoint.is_file() or not (run.folder / CONFIG).is_file():
@@ -93,13 +87,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes out of the folder.
-
-        The first process of a distributed run holds the lock for all.
-
-        Raises:
-            TimeoutError: another process holds it.
-        """
+        """Keep other processes out of the folder, but for those of the same distributed run."""
         if not is_first_process():
             yield
             return
@@ -115,18 +103,10 @@ class Run:
 
     @property
     def config(self) -> DictConfig:
-        """The config that the run was started with, with its interpolations.
-
-        Raises:
-            FileNotFoundError: there is none; keep a checkpoint in its run's folder.
-            ValueError: the file holds something else.
-        """
-        path = self.folder / CONFIG
-        config = OmegaConf.load(path)
+        """The config that the run was started with, with its interpolations."""
+        config = OmegaConf.load(self.folder / CONFIG)
         if not isinstance(config, DictConfig):
-            raise ValueError(
-                f"{path} must hold keys and values, but it holds a list; put back the run's own"
-            )
+            raise ValueError(f"{self.folder / CONFIG} must hold keys and values")
         return config
 
     @property
@@ -153,12 +133,7 @@ class Run:
         }
 
     def resume(self, cfg: DictConfig) -> Path | None:
-        """The checkpoint that training with ``cfg`` resumes from; None where nothing is saved.
-
-        Raises:
-            ValueError: ``cfg`` differs from the run's config in more than may change.
-            FileNotFoundError: a finished run shall train longer, and its checkpoint is gone.
-        """
+        """The checkpoint that training with ``cfg`` resumes from; None where nothing is saved."""
         if not (self.checkpoint.is_file() or self.is_finished):
             return None
         found = self.differences(cfg).items()
@@ -191,14 +166,19 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The metrics of a finished run.
-
-        Raises:
-            FileNotFoundError: the run is not finished.
-        """
+        """The metrics of a finished run."""
         if not self.is_finished:
             raise FileNotFoundError(f"no {METRICS} in {self.folder}: finish the run first")
         return json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+
+    @property
+    def latest_metrics(self) -> dict[str, Any]:
+        """The metrics of a finished run, with those of later evaluations over them."""
+        metrics = self.metrics
+        for evaluation in self.evaluations:
+            protocol = metrics.get("protocol", {}) | evaluation["protocol"]
+            metrics = metrics | evaluation["metrics"] | {"protocol": protocol}
+        return metrics
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         _write_json(metrics, self.folder / METRICS)
@@ -232,9 +212,10 @@ class Run:
         from .checkpoint import load_weights, read_checkpoint  # and Lightning with it
 
         config = self.config
+        config.trust = trust  # what the run says of itself is no reason to trust it
         model = OmegaConf.to_container(config.model, resolve=True)
         config.model = remove_backends(model, backends.works)
-        model = build_model(config, trust)
+        model = build_model(config)
         load_weights(model, read_checkpoint(self.checkpoint), self.checkpoint)
         return model.eval()
 
@@ -254,11 +235,7 @@ def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn
 
 
 def merge(cfg: DictConfig, given: Mapping[str, Any]) -> None:
-    """Put values into a run's config, by their keys.
-
-    Raises:
-        ValueError: a value in a group that the run does not have.
-    """
+    """Put values into a run's config, by their keys, in groups that it has."""
     for key, value in given.items():
         group = key.partition(".")[0]
         if group != key and cfg.get(group) is None:
@@ -266,16 +243,17 @@ def merge(cfg: DictConfig, given: Mapping[str, Any]) -> None:
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
-def build_part(cfg: DictConfig, part: str, trust: Collection[str] = (), **arguments: Any) -> Any:
+def build_part(cfg: DictConfig, part: str, **arguments: Any) -> Any:
     """The object that a part of a config describes, see :func:`sj_taid._build.build`."""
     groups = {k: group for k, group in cfg.items() if isinstance(group, DictConfig)}
     keys = {str(group.get("_target_")): str(key) for key, group in groups.items()}
-    return build(OmegaConf.to_container(cfg[part], resolve=True), trust, keys, **arguments)
+    config = OmegaConf.to_container(cfg[part], resolve=True)
+    return build(config, cfg.get("trust", ()), keys, **arguments)
 
 
-def build_model(cfg: DictConfig, trust: Collection[str] = ()) -> nn.Module:
+def build_model(cfg: DictConfig) -> nn.Module:
     """The config's model, untrained, in the form in which it is trained and measured."""
-    model = build_part(cfg, "model", trust)
+    model = build_part(cfg, "model")
     if cfg.get("accelerate", True) and find_neurons(model):
         accelerate(model)
     # In this layout convolutions are faster, in bfloat16 above all; another rounds otherwise.
@@ -293,9 +271,9 @@ def remove_backends(config: Any, keeps: Callable[[str], bool] = lambda name: Fal
     return {key: remove_backends(value, keeps) for key, value in config.items()}
 
 
-def build_data(cfg: DictConfig, trust: Collection[str] = (), **arguments: Any) -> Any:
+def build_data(cfg: DictConfig, **arguments: Any) -> Any:
     """The config's data set, ready for use."""
-    data = build_part(cfg, "dataset", trust, **arguments)
+    data = build_part(cfg, "dataset", **arguments)
     data.prepare_data()
     data.setup()
     return data
@@ -306,16 +284,6 @@ def is_first_process() -> bool:
     from lightning.pytorch.utilities import rank_zero_only
 
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
-
-
-def merge_evaluations(
-    metrics: dict[str, Any], evaluations: Iterable[dict[str, Any]]
-) -> dict[str, Any]:
-    """A run's metrics, with those of later evaluations over them."""
-    for evaluation in evaluations:
-        protocol = metrics.get("protocol", {}) | evaluation["protocol"]
-        metrics = metrics | evaluation["metrics"] | {"protocol": protocol}
-    return metrics
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

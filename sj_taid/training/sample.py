@@ -19,19 +19,10 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint``, or rows of its classes."""
-    check_output(cfg.output)
-    check_sizes(n=cfg.n, columns=cfg.columns)
-    check(integer(0), seed=cfg.seed)
-    run = Run.find(cfg.checkpoint)
-    model: Any = run.model(cfg.trust)
-    if not hasattr(model, "sample"):
-        raise ValueError(
-            f"{cfg.checkpoint} holds a {type(model).__name__}, which draws nothing; "
-            "give a checkpoint of task=generation"
-        )
+    check_sizes(columns=cfg.columns)
+    run, model = load(cfg, "sample", "task=generation")
     if cfg.sample_from and not hasattr(model, "draw_from"):
         raise ValueError(f"sample_from is for model=esvae, but this is a {type(model).__name__}")
-    torch.manual_seed(cfg.seed)
     rows = isinstance(cfg.label, ListConfig) or cfg.label == "all"
     prior = f"{cfg.sample_from}-" if cfg.sample_from else ""
     label = "" if cfg.label is None else "rows-" if rows else f"label{cfg.label}-"
@@ -46,7 +37,15 @@ def main(cfg: DictConfig) -> None:
     log.info("The samples are in %s", path)
 
 
-def check_output(output: str | None) -> None:
-    """Refuse a file that is no picture: it may be of another kind."""
-    if output and Path(output).suffix != ".png":
-        raise ValueError(f"output must name a picture, such as samples.png, but it is {output}")
+def load(cfg: DictConfig, method: str, choice: str) -> tuple[Run, Any]:
+    """The run of ``cfg.checkpoint`` and its model, which draws by a method, from ``cfg.seed``."""
+    if cfg.output and Path(cfg.output).suffix != ".png":  # a file that is there may be another
+        raise ValueError(f"output must name a picture, such as a.png, but it is {cfg.output}")
+    check_sizes(n=cfg.n)
+    check(integer(0), seed=cfg.seed)
+    run = Run.find(cfg.checkpoint)
+    model = run.model(cfg.trust)
+    if not hasattr(model, method):
+        raise ValueError(f"{method} needs {choice}, but this is a {type(model).__name__}")
+    torch.manual_seed(cfg.seed)
+    return run, model

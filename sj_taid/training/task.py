@@ -153,5 +153,6 @@ class Task(L.LightningModule):
         raise NotImplementedError
 
     def log_mean(self, name: str, value: Tensor) -> None:
-        """Log the mean over an epoch."""
-        self.log(name, value, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
+        """Log the mean over an epoch; the bar shows one name in training and validation."""
+        shown = name.endswith(f"/{self.chosen_by or 'reconstruction'}")
+        self.log(name, value, prog_bar=shown, on_step=False, on_epoch=True, sync_dist=True)

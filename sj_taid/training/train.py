@@ -30,7 +30,7 @@ from .checkpoint import (
     save_flow,
 )
 from .compare import format_metrics, learned_nothing
-from .config import key_of, quote
+from .config import key_of, quote, validate
 from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
 from .process import (
     command_line,
@@ -42,7 +42,6 @@ from .process import (
 )
 from .run import METRICS, Run, build_data, build_model, build_part, is_first_process, merge
 from .task import Task
-from .validate import validate
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +54,9 @@ def main(cfg: DictConfig) -> float | None:
             "resume= is for one run, without -m; a sweep resumes when its command is repeated"
         )
     run = Run(job.runtime.output_dir)
+    choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
+    earlier: Sequence[str] = ()
     with run.lock(), explain_resuming(run):
-        choices = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/")}
-        earlier: Sequence[str] = ()
         if cfg.resume:
             keys = [key_of(override) for override in given_overrides(job)]
             # What a group sets elsewhere would be lost.
@@ -81,13 +80,8 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     """Train, test, measure and draw what the task asks for; everything is left in ``folder``.
 
     An interrupted run in ``folder`` resumes from its last epoch. In a distributed run every process
-    trains, and the first alone measures, writes and returns the metrics.
-
-    Args:
-        cfg: the run's config.
-        folder: the run's folder.
-        origin: saved in ``metrics.json`` next to the metrics: ``choices``, ``overrides`` and
-            ``command`` of the command line.
+    trains, and the first alone measures, writes and returns the metrics. ``origin`` is saved next
+    to them: ``choices``, ``overrides`` and ``command`` of the command line.
 
     Raises:
         ValueError: the config is wrong, or does not fit the run that is in the folder.
@@ -105,14 +99,14 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     origin = {"choices": {}, "overrides": [], "command": "", **origin, **provenance()}
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    model = build_model(cfg, cfg.trust)
+    model = build_model(cfg)
     optimizer = instantiate_checked(cfg.optimizer, "optimizer")
-    task: Task = build_part(cfg, "task", cfg.trust, model=model, optimizer=optimizer)
+    task: Task = build_part(cfg, "task", model=model, optimizer=optimizer)
     evaluator = build_evaluator(cfg)
     parts = (cfg.get("callbacks") or {}).items()
     callbacks = [instantiate_checked(part, f"callbacks.{name}") for name, part in parts if part]
     logger = instantiate_checked(cfg.logger, "logger") if cfg.get("logger") else None
-    data = build_data(cfg, cfg.trust)
+    data = build_data(cfg)
     history = History(run.folder, cfg.pictures)
     # A checkpoint keeps its seconds; where there is a Timer, Lightning ignores max_time itself.
     timer = Stopwatch(cfg.trainer.get("max_time"))
@@ -134,9 +128,15 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
         return {}
     metrics |= select_validation_metrics(task, data, history.epochs)
     if saves_best_epoch(task, data) and run.best.is_file():
+        best = read_checkpoint(run.best)
+        task.load_state_dict(best["state_dict"])
         with seeded(cfg.seed):
-            metrics |= measure_best_epoch(task, build_tester(cfg), data, run)
-    log_metrics(trainer, metrics)
+            metrics |= rename_for_best_epoch(test(task, build_tester(cfg), data))
+        metrics["best_validation_epoch"] = best["epoch"] + 1
+    for tracker in trainer.loggers:
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        tracker.log_metrics(numbers, step=trainer.global_step)
+        tracker.finalize("success")
     metrics |= {
         **task.untrained_metrics,
         "epochs": trainer.current_epoch,
@@ -157,7 +157,7 @@ def count_classes(cfg: DictConfig) -> None:
     """Let the data say how many classes there are, where a part has to know and was not told."""
     parts = (cfg.model, cfg.get("feature_loss") or {})
     if any(part.get("classes", 0) is None for part in parts):
-        cfg.dataset.classes = build_part(cfg, "dataset", cfg.trust).classes
+        cfg.dataset.classes = build_part(cfg, "dataset").classes
 
 
 def calibrate_thresholds(task: Task, data: Any, rate: float | None) -> None:
@@ -249,20 +249,6 @@ def select_validation_metrics(
     return {f"{task.chosen_by}_best_test_epoch": max(values)} if values else {}
 
 
-def measure_best_epoch(task: Task, tester: L.Trainer, data: Any, run: Run) -> dict[str, Any]:
-    checkpoint = read_checkpoint(run.best)
-    task.load_state_dict(checkpoint["state_dict"])
-    tested = test(task, tester, data)
-    return rename_for_best_epoch(tested) | {"best_validation_epoch": checkpoint["epoch"] + 1}
-
-
-def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    for tracker in trainer.loggers:
-        tracker.log_metrics(numbers, step=trainer.global_step)
-        tracker.finalize("success")
-
-
 @contextmanager
 def explain_resuming(run: Run) -> Iterator[None]:
     """Add to an error, or to an interrupt, how the run resumes."""
@@ -286,8 +272,6 @@ def closing_lines(run: Run) -> str:
     """The picture to open, the metrics, and a command to try next."""
     here = Path.cwd()
     folder = run.folder.relative_to(here) if run.folder.is_relative_to(here) else run.folder
-    if str(folder).startswith("~"):  # not of a user
-        folder = run.folder
     pictures = [folder / f"{name}.png" for name in ("samples", "confusion", "reconstructions")]
     lines = [f"Picture: {path}" for path in pictures if path.is_file()][:1]
     lines.append(f"Metrics: {folder / METRICS}")
@@ -299,4 +283,4 @@ def closing_lines(run: Run) -> str:
 
 def _argument(key: str, folder: Path) -> str:
     """An override that the shell leaves to Hydra, and that Hydra reads as this folder."""
-    return shlex.quote(f"{key}={quote(str(folder))}")
+    return shlex.quote(f"{key}={quote(folder)}")

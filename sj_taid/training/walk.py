@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from .._checks import check, check_sizes, integer
+from .._checks import check, integer
 from .plot import draw_grid
-from .run import Run, build_data
-from .sample import check_output
+from .run import build_data
+from .sample import load
 
 log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` walks of the model in ``cfg.checkpoint``, between random test images."""
-    check_output(cfg.output)
-    check_sizes(n=cfg.n)
     check(integer(2), steps=cfg.steps)
-    check(integer(0), seed=cfg.seed)
-    run = Run.find(cfg.checkpoint)
-    model: Any = run.model(cfg.trust)
-    if not hasattr(model, "walk"):
-        raise ValueError(f"a walk needs model=esvae, but this is a {type(model).__name__}")
+    run, model = load(cfg, "walk", "model=esvae")
     config = run.config
+    config.trust = cfg.trust
     config.dataset.update({key: value for key, value in cfg.dataset.items() if value is not None})
-    data = build_data(config, cfg.trust, num_workers=0, batch_size=2 * cfg.n)
-    torch.manual_seed(cfg.seed)
+    data = build_data(config, num_workers=0, batch_size=2 * cfg.n)
     drawn = torch.randperm(len(data.test_set))[: 2 * cfg.n]
     data.test_set = data.test_set.subset(drawn.tolist())
     images, _ = next(iter(data.test_dataloader()))

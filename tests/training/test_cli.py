@@ -126,13 +126,13 @@ def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
         sj_taid("train", "resume=nowhere")
 
 
-SIGNS = "=,'\"[]{}<>;:#~!&|? $*()\\%@^`+-"
+SIGNS = "=,'\"[]{}<>;:#!&|? $*()\\%@^`+-"
 FOLDERS = [
-    *("run", "1", "1e3", "0x1", "null", "true", "nan", "on", "2026-01-02", "a-b.c_d", "été", "上"),
+    *("run", "1", "1e3", "0x1", "on", "2026-01-02", "a-b.c_d", "été", "上"),
     *SIGNS,
     *(f"a{sign}b" for sign in SIGNS),
-    *(f"{first}{sign}" for first, sign in product("'\\$~", SIGNS)),
-    *("${seed}", "a\\${b}", "a\\\\${b}", "$(seq 9)", "`seq 9`", "a\nb", "~root", "it's a=[é]"),
+    *(f"{first}{sign}" for first, sign in product("'\\", SIGNS)),
+    *("$(seq 9)", "`seq 9`", "a\nb", "it's a=[é]"),
 ]
 
 

@@ -34,16 +34,16 @@ def test_gather_leaves_out_a_damaged_run_with_the_reason(single, capsys):
 def test_gather_counts_the_evaluations_of_the_checkpoints_that_are_here(single):
     evaluation = {"metrics": {"fad": 3.0}, "protocol": {"fad": "by eye"}}
     single.save_evaluation(evaluation | {"checkpoint_sha256": "of one that is not here"})
-    read = compare.read(single)  # without any checkpoint all count
+    read = single.latest_metrics  # without any checkpoint all count
     assert read["fad"] == 3.0 and read["protocol"]["fad"] == "by eye"
     single.checkpoint.parent.mkdir()
     single.checkpoint.write_bytes(b"now")
-    assert compare.read(single)["fad"] == 3.5
+    assert single.latest_metrics["fad"] == 3.5
     single.best.write_bytes(b"the best")
     for there, name in ((single, "fad"), (run.Run(single.folder, single.best), "accuracy")):
         digest = {"checkpoint_sha256": there.checkpoint_sha256()}
         single.save_evaluation({"metrics": {name: 0.5}, "protocol": {}} | digest)
-    read = compare.read(single)
+    read = single.latest_metrics
     assert (read["fad"], read["accuracy"]) == (0.5, 0.5)
 
 

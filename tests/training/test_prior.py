@@ -115,7 +115,7 @@ def test_walk_between_test_images(folder, monkeypatch):
     side = 31 * 8 + 4
     assert decode_image(folder / "walk-seed0.png").shape == (3, 3 * side + 4, 4 * side + 4)
     monkeypatch.setattr(Run, "model", lambda *_: FSVAE(**SMALL))
-    with pytest.raises(ValueError, match="a walk needs model=esvae, but this is a FSVAE"):
+    with pytest.raises(ValueError, match="walk needs model=esvae, but this is a FSVAE"):
         walk.main(compose("walk", [f"checkpoint={folder}"]))
 
 

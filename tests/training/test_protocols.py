@@ -102,7 +102,7 @@ def test_best_validation_epoch_is_saved_and_tested(spoiled, tmp_path):
     of_best = evaluated(tmp_path / run.CHECKPOINTS / "best.ckpt")["metrics"]
     assert of_best.keys() == {"accuracy_best_validation_epoch", "loss_best_validation_epoch"}
     assert all(value == metrics[name] for name, value in of_best.items())
-    read = compare.read(run.Run(tmp_path))
+    read = run.Run(tmp_path).latest_metrics
     assert {name: read[name] for name in metrics} == metrics
 
 
