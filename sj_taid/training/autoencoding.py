@@ -20,7 +20,7 @@ class Autoencoding(Task):
 
     takes = ImageData
     model_attributes: tuple[str, ...] = ("training_loss",)
-    objectives: tuple[str, ...] = ("reconstruction", "validation_reconstruction")
+    objectives: tuple[str, ...] = ("reconstruction",)
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision in ("16-true", "bf16-true", "64-true"):

@@ -26,15 +26,9 @@ def fit(
     epochs: int,
     batch_size: int,
 ) -> float:
-    """Train a network on the training images as they are; the last epoch's mean loss.
+    """Train a network, left in eval mode, on the training images as they are.
 
-    Args:
-        network: is trained where it is, and left in eval mode.
-        optimizer: of the network's parameters.
-        loss: of a batch of images and its labels.
-        data: the images.
-        epochs: how often each image is seen.
-        batch_size: of the training.
+    ``loss`` is that of a batch of images and its labels; returned is its mean in the last epoch.
     """
     device = next(network.parameters()).device
     plain = data.without_augmentation()

@@ -27,10 +27,7 @@ class Classification(Task):
 
     chosen_by = "accuracy"
     model_attributes: tuple[str, ...] = ("classes",)
-    objectives = (
-        *("accuracy", "accuracy_best_test_epoch", "accuracy_best_validation_epoch"),
-        *("loss", "loss_best_validation_epoch", "validation_accuracy", "validation_loss"),
-    )
+    objectives = ("accuracy", "loss")
 
     def __init__(self, *args: Any, loss: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

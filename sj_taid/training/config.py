@@ -177,9 +177,9 @@ def validate(cfg: DictConfig) -> None:
             raise ValueError(
                 f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
             )
-    objectives = [*task.objectives, "epochs", "parameters", "training_seconds"]
-    if cfg.objective not in objectives:
-        raise ValueError(f"objective={cfg.objective} is none of {', '.join(objectives)}")
+    metrics = "|".join(task.objectives)
+    if not re.fullmatch(rf"(validation_)?({metrics})(_[a-z_]+)?", cfg.objective):
+        raise ValueError(f"objective={cfg.objective} is none of {metrics}, also of validation_...")
     if own := {"logger", "callbacks", "default_root_dir", "plugins"} & cfg.trainer.keys():
         raise ValueError(
             f"trainer.{own.pop()} is set by the run; choose logger=, callbacks=, hydra.run.dir= or "

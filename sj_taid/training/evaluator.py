@@ -1,10 +1,12 @@
 """Metrics of the images that a model samples."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -76,10 +78,12 @@ class Evaluator:
         self.cache_dir = expand_home(self.cache_dir)  # a config gives a string
         check_kinds(Evaluator._trained_autoencoder, self.autoencoder, "autoencoder.")
 
-    def evaluate_samples(
-        self, model: Any, data: ImageData, only: str | None = None
-    ) -> dict[str, Any]:
-        """Metrics of images that a model samples, and their protocols.
+    def fad_alone(self) -> Evaluator:
+        """The same without the metrics for which validation images may be too few."""
+        return replace(self, inception_weights=None, published_autoencoders=None, features=False)
+
+    def evaluate_samples(self, model: Any, data: ImageData) -> dict[str, Any]:
+        """Metrics of images that a model samples, and under ``protocol`` how each was measured.
 
         ``fad`` and, where they are asked for, ``fad_published``, ``fid`` and ``features`` are
         Frechet distances; ``fad_precision`` and ``fad_recall`` come with the first,
@@ -88,36 +92,22 @@ class Evaluator:
         Args:
             model: a module that has ``sample(n)``; moved to the metrics' device.
             data: the test images to compare with.
-            only: one metric, computed alone. The others are prepared too, for their errors.
-
-        Returns:
-            The metrics, and under ``protocol`` how each was measured.
 
         Raises:
             ValueError: too few samples or test images for a metric, or images that it does not
                 take.
         """
-        with seeded(self.seed):  # loading the test images draws numbers too
-            metrics = self.prepare_metrics(data)
-            published = self._prepare_published(data)
-        if only:
-            metrics, published = MetricCollection({only: metrics[only]}), None
-        starts = range(0, self.samples, SAMPLES_AT_ONCE)
-        batches = [min(SAMPLES_AT_ONCE, self.samples - start) for start in starts]
-        passes = [(metrics, batches)]
-        if published:
-            fad: Any = published["fad_published"]
-            passes.append((published, [fad.batch_size] * fad.batches))
+        passes = self.prepare(data)
         model.to(self.device)
         values: dict[str, Any] = {}
         protocol = {}
-        for collection, batches in passes:
-            log.info("Measuring %s on %d samples", ", ".join(map(str, collection)), sum(batches))
+        for metrics, batches in passes:
+            log.info("Measuring %s on %d samples", ", ".join(map(str, metrics)), sum(batches))
             with seeded(self.seed):
                 for n in show_progress(batches, "Sampling, in batches"):
-                    collection.update(model.sample(n).to(self.device), real=False)
-                values |= {name: float(value) for name, value in collection.compute().items()}
-            for name, metric in collection.items():
+                    metrics.update(model.sample(n).to(self.device), real=False)
+                values |= {name: float(value) for name, value in metrics.compute().items()}
+            for name, metric in metrics.items():
                 protocol[name] = f"{metric.protocol}, {sum(batches)} samples"
                 if isinstance(metric, PublishedFrechetAutoencoderDistance):
                     protocol[name] += " against the published statistics of the test images"
@@ -130,8 +120,8 @@ class Evaluator:
         gpu = self.accelerator != "cpu" and torch.cuda.is_available()
         return torch.device("cuda" if gpu else "cpu")
 
-    def prepare_metrics(self, data: ImageData) -> MetricCollection:
-        """The metrics, already updated with the test images."""
+    def prepare(self, data: ImageData) -> list[tuple[MetricCollection, list[int]]]:
+        """Metrics, already updated with the test images, and the batches of samples they take."""
         groups: list[dict[str, Any]] = []
         if self.inception_weights:
             inception = Inception(self.inception_weights)
@@ -143,18 +133,22 @@ class Evaluator:
             self._check_enough(name, metric.needed, data if _real_states(metric) else None)
         needed = 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)
         self._check_enough("fad", needed, data)
-        codes = AutoencoderCodes(self._trained_autoencoder(data, **self.autoencoder))
-        kinds = {"fad_precision": Precision, "fad_recall": Recall}
-        neighbours = {name: kind(codes, **ALONE) for name, kind in kinds.items()}
-        groups.append({"fad": _distance(codes), **neighbours})
-        metrics: dict[str, Metric | MetricCollection] = {}
-        for group in groups:
-            metrics |= self._share_network(group, data).items()
-        return MetricCollection(metrics, compute_groups=False)
+        published = self._published(data)
+        with seeded(self.seed):  # loading the test images draws numbers too
+            codes = AutoencoderCodes(self._trained_autoencoder(data, **self.autoencoder))
+            kinds = {"fad_precision": Precision, "fad_recall": Recall}
+            neighbours = {name: kind(codes, **ALONE) for name, kind in kinds.items()}
+            groups.append({"fad": _distance(codes), **neighbours})
+            metrics: dict[str, Metric | MetricCollection] = {}
+            for group in groups:
+                metrics |= self._share_network(group, data).items()
+        starts = range(0, self.samples, SAMPLES_AT_ONCE)
+        batches = [min(SAMPLES_AT_ONCE, self.samples - start) for start in starts]
+        return [(MetricCollection(metrics, compute_groups=False), batches), *published]
 
-    def _prepare_published(self, data: ImageData) -> MetricCollection | None:
+    def _published(self, data: ImageData) -> list[tuple[MetricCollection, list[int]]]:
         if not self.published_autoencoders:
-            return None
+            return []
         source = getattr(data, "source", data.name)
         name = PUBLISHED.get(source)
         if name is None or data.image_size != 32:
@@ -164,7 +158,8 @@ class Evaluator:
                 "metric.published_autoencoders=false"
             )
         fad = PublishedFrechetAutoencoderDistance(self.published_autoencoders, name, **ALONE)
-        return MetricCollection({"fad_published": fad.to(self.device)})
+        metrics = MetricCollection({"fad_published": fad.to(self.device)})
+        return [(metrics, [fad.batch_size] * fad.batches)]
 
     def _check_enough(self, name: str, needed: int, data: ImageData | None) -> None:
         counts = {"metric.samples": self.samples}
@@ -172,9 +167,7 @@ class Evaluator:
             counts[f"the number of {data.test_name} images"] = len(data.test_set)
         for what, count in counts.items():
             if count < needed:
-                raise ValueError(
-                    f"{name} needs at least {needed} images, but {what} is {count}; give more"
-                )
+                raise ValueError(f"{name} needs at least {needed} images, but {what} is {count}")
 
     def _share_network(self, group: dict[str, Any], data: ImageData) -> FeatureShare:
         """Metrics of one network, which runs once for all, updated with the test images."""

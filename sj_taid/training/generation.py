@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .autoencoding import Autoencoding
 from .callbacks import show_progress
 from .compare import OF_SAMPLES, are_alike
 from .evaluator import Evaluator
-from .feature_loss import FeatureLoss
+from .loss import FeatureLoss
 from .plot import draw_attention, draw_classes, draw_grid, draw_reconstructions
 
 log = logging.getLogger(__name__)
@@ -30,25 +29,18 @@ log = logging.getLogger(__name__)
 class Generation(Autoencoding):
     """Autoencoding by a model that also has ``sample(n)``, whose samples are measured and drawn.
 
-    All other arguments are those of :class:`~sj_taid.training.task.Task`.
-
     Args:
+        *args, **kwargs: those of :class:`~sj_taid.training.task.Task`.
         prior_lr_scale: ESVAE's learned prior learns at the optimizer's learning rate times this.
             None treats it as all other parameters.
-        feature_loss: joins the losses, see :class:`~sj_taid.training.feature_loss.FeatureLoss`.
+        feature_loss: joins the losses, see :class:`~sj_taid.training.loss.FeatureLoss`.
 
     Raises:
         ValueError: ``prior_lr_scale`` for a model without a learned prior.
     """
 
     model_attributes: tuple[str, ...] = ("training_loss", "sample")
-    objectives: tuple[str, ...] = (
-        *Autoencoding.objectives,
-        "validation_fad",
-        *OF_SAMPLES,
-        *(f"{name}_learned" for name in OF_SAMPLES),
-        *("fad_precision", "fad_recall"),
-    )
+    objectives: tuple[str, ...] = (*Autoencoding.objectives, *OF_SAMPLES)
 
     def __init__(
         self,
@@ -73,31 +65,28 @@ class Generation(Autoencoding):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = super().parameter_groups()
-        prior = [] if self.prior_lr_scale is None else [*self.model.prior.parameters()]
-        together = {*self.model.parameters()} - {*prior}
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p in together]
         if self.prior_lr_scale is None:
             return groups
-        return [*groups, {"params": prior, "lr": self.learning_rate() * self.prior_lr_scale}]
+        prior = dict.fromkeys(self.model.prior.parameters())
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p not in prior]
+        return [*groups, {"params": [*prior], "lr": self.learning_rate() * self.prior_lr_scale}]
 
     def before_training(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, float]:
+        # What may fail at the end of the training is tried here.
         if evaluator is None:
             raise ValueError(
-                "task=generation measures its samples, but there is no metric; choose one of "
-                "conf/metric, or task=autoencoding, which draws no samples"
+                "task=generation measures its samples: choose a metric=, or task=autoencoding"
             )
         if self.flow:
-            check_enough(len(data.train_set))  # now, not after the training
+            check_enough(len(data.train_set))
         if self.feature_loss:
             self.feature_loss.prepare(data, evaluator.cache_dir)
-        if data.validation_set is not None:  # now, for errors before the training
-            with seeded(evaluator.seed):
-                validation = data.test_on_validation()
-                _only_fad(evaluator).prepare_metrics(validation)
-        model = self.model
-        with model.draw_from("learned") if self.flow else nullcontext():
-            untrained = evaluator.evaluate_samples(model, data, only="fad")
+        evaluator.prepare(data)
+        if data.validation_set is not None:
+            evaluator.fad_alone().prepare(data.test_on_validation())
+        with self.model.draw_from("learned") if self.flow else nullcontext():
+            untrained = evaluator.fad_alone().evaluate_samples(self.model, data)
         return {"fad_untrained": untrained["fad"]}
 
     def on_train_start(self) -> None:
@@ -134,8 +123,7 @@ class Generation(Autoencoding):
             exact = ", exact spike counts" if isinstance(model, ESVAE) else ""
             metrics["protocol"][name] = how + exact
         if data.validation_set is not None:
-            validation = data.test_on_validation()
-            validated = _only_fad(evaluator).evaluate_samples(model, validation, only="fad")
+            validated = evaluator.fad_alone().evaluate_samples(model, data.test_on_validation())
             metrics["validation_fad"] = validated["fad"]
             metrics["protocol"]["validation_fad"] = validated["protocol"]["fad"]
         if isinstance(model, ESVAE):
@@ -160,8 +148,3 @@ class Generation(Autoencoding):
         if isinstance(model, SpikingVAE) and isinstance(model.image_decoder, TAID | FixedDecoder):
             sequence = model.decode_sequence(model.latent_spikes(images))
             draw_attention(model.image_decoder.attention(sequence), folder / "attention.png")
-
-
-def _only_fad(evaluator: Evaluator) -> Evaluator:
-    """Leave out the metrics for which validation images may be too few."""
-    return replace(evaluator, inception_weights=None, published_autoencoders=None, features=False)

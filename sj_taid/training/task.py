@@ -41,7 +41,7 @@ class Task(L.LightningModule):
     Attributes:
         takes: the data sets that it can learn from.
         model_attributes: what its model must have.
-        objectives: the metrics that ``objective`` can name.
+        objectives: the metrics that ``objective`` can name, of the test set or another.
         chosen_by: the metric, higher is better, that chooses the best epoch; None chooses none.
         untrained_metrics: of the model before training, which a checkpoint keeps.
     """
@@ -82,7 +82,7 @@ class Task(L.LightningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups of parameters, some with learning rates of their own."""
         if self.lr_scale is None:
-            return [{"params": [*self.parameters()]}]
+            return [{"params": [p for p in self.parameters() if p.requires_grad]}]
         return parameter_groups(self, self.learning_rate(), lr_scale=self.lr_scale)
 
     def learning_rate(self) -> float:

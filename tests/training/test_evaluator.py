@@ -41,7 +41,8 @@ def evaluator(tmp_path):
 
 def states(evaluator, data):
     """The weights of FAD's autoencoder, and the statistics of the test images."""
-    fad = evaluator.prepare_metrics(data)["fad"]
+    ((metrics, _),) = evaluator.prepare(data)
+    fad = metrics["fad"]
     real = {name: state for name, state in fad.metric_state.items() if "real" in name}
     return dict(fad.inception.state_dict()) | real
 
@@ -135,16 +136,15 @@ def test_evaluate_samples_checks_all_metrics_before_a_training(evaluator, monkey
     data = digits()
     monkeypatch.setattr("sj_taid.training.evaluator.Inception", Network)
     evaluator.inception_weights = "weights.pth"
-    only_fad = evaluator.evaluate_samples(Noise(), data, only="fad")
-    assert set(only_fad) == {"fad", "protocol"}
+    assert "fid" not in evaluator.fad_alone().evaluate_samples(Noise(), data)
     evaluator.samples = Network.num_features
     monkeypatch.setattr(evaluator, "_trained_autoencoder", None)  # not so far
     with pytest.raises(ValueError, match=r"fid needs at least 5 images, but metric\.samples is 4"):
-        evaluator.evaluate_samples(Noise(), data, only="fad")
+        evaluator.prepare(data)
     evaluator.samples = 40
     data.test_set = data.test_set.subset(range(4))
     with pytest.raises(ValueError, match=r"fid .* test images is 4"):
-        evaluator.evaluate_samples(Noise(), data, only="fad")
+        evaluator.prepare(data)
 
 
 def test_evaluate_samples_measures_features_in_one_pass(evaluator, monkeypatch):
@@ -187,7 +187,7 @@ def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, 
     small.source = "FashionMNIST"
     for other in (small, digits(image_size=32)):
         with pytest.raises(ValueError, match=r"MNIST and FashionMNIST at 32x32, but .*=false"):
-            evaluator.evaluate_samples(Noise(), other, only="fad")
+            evaluator.prepare(other)
 
 
 def make_slowly(path, made):

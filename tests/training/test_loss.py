@@ -1,4 +1,4 @@
-"""TET's loss against values worked by hand, and the losses from the configs."""
+"""TET against values worked by hand, the feature loss, and the losses from the configs."""
 
 import math
 
@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from sj_taid.training import run
-from sj_taid.training.loss import TET
+from sj_taid.training.checkpoint import read_checkpoint
+from sj_taid.training.loss import TET, FeatureLoss
 from sj_taid.training.train import train
-from tests.training.conftest import CONF, TINY_CLASSIFICATION
+from tests.training.conftest import CONF, TINY_CLASSIFICATION, TINY_ESVAE
 
 # One sample of class 0 at two steps: softmax (1/2, 1/2), then (3/4, 1/4).
 OUTPUTS = torch.tensor([[[0.0, 0.0]], [[math.log(3), 0.0]]])
@@ -61,3 +62,51 @@ def test_loss_config_trains(tiny, tmp_path, name, data):
     assert metrics["loss"] > 0 and 0 <= metrics["accuracy"] <= 1
     last = run.load_model(tmp_path).head[-1]
     assert isinstance(last, torch.nn.Linear) == (name != "mse")  # currents, or rates
+
+
+def test_feature_loss_is_the_error_after_each_block():
+    loss = FeatureLoss(1, 10, weight=0.5).train()
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    output, image = torch.rand(2, 3, 1, 8, 8)
+    output.requires_grad_()
+    found, expected, layers = loss(output, image), 0.0, [output, image]
+    for block in loss.blocks:
+        layers = [block(layer) for layer in layers]
+        expected = expected + 0.5 * F.l1_loss(*layers)
+    assert torch.allclose(found, expected)
+    found.backward()
+    assert output.grad.abs().sum() > 0
+    torch.testing.assert_close(loss.state_dict(), before, rtol=0, atol=0)  # batch norms too
+
+
+@pytest.fixture(scope="module")
+def digits(tiny):
+    data = run.build_part(tiny("dataset.image_size=16"), "dataset")
+    data.setup()
+    return data
+
+
+def test_classifier_learns_and_is_cached(digits, tmp_path, caplog):
+    caplog.set_level("INFO")
+    first, second = FeatureLoss(1, 10), FeatureLoss(1, 10)
+    torch.manual_seed(7)
+    first.prepare(digits, tmp_path)
+    drawn = torch.rand(3)
+    assert float(caplog.messages[-1].split()[-1]) < 0.5, caplog.messages
+    trained = first.state_dict()
+    torch.manual_seed(7)
+    second.prepare(digits, tmp_path)
+    assert torch.equal(torch.rand(3), drawn)  # cached or not, a run draws the same
+    assert len([text for text in caplog.messages if "Training" in text]) == 1
+    torch.testing.assert_close(second.state_dict(), trained, rtol=0, atol=0)
+
+
+def test_run_has_a_feature_loss(tiny, tmp_path):
+    job = [*TINY_ESVAE, "trainer.limit_train_batches=2", "logger=csv"]
+    train(tiny(*job, "feature_loss=classifier", tiny=False), tmp_path)
+    state = read_checkpoint(run.Run(tmp_path).checkpoint)
+    assert "feature_loss.blocks.0.0.weight" in state["state_dict"]
+    (epoch,) = state["callbacks"]["History"]["epochs"]
+    assert epoch["train/features"] > 0
+    learned = sum(len(group["params"]) for group in state["optimizer_states"][0]["param_groups"])
+    assert learned == sum(p.requires_grad for p in run.Run(tmp_path).model().parameters())
