@@ -99,7 +99,7 @@ def parse_arguments(command, *words):
     """Those of ``sj-taid``."""
     if command in OTHERS:
         with pytest.raises(Parsed):
-            cli.import_command(command).main(list(words))
+            cli.find_main(command)(list(words))
     else:
         compose_each(command, [word for word in words if word != "-m" and "resume=" not in word])
 

@@ -37,12 +37,7 @@ class ProgressBar(RichProgressBar):
 
 
 class History(L.Callback):
-    """Metrics and neurons' parameters of each epoch, drawn after the test.
-
-    Args:
-        folder: where to draw.
-        draw: whether to draw.
-    """
+    """Metrics and neurons' parameters of each epoch, drawn into ``folder`` after the test."""
 
     def __init__(self, folder: Path, draw: bool) -> None:
         self.folder = folder

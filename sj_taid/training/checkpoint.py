@@ -11,35 +11,25 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from ..model.flow import FlowPrior
 from ..thresholds import set_fixed_thresholds
 from .files import atomic_write
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what Lightning saved.
-
-    Raises:
-        ValueError: not a whole checkpoint, or one that would run code.
-    """
+    """Read what Lightning saved: a whole checkpoint, which runs no code."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["state_dict"]
         return checkpoint
     except Exception as error:  # each kind of damage has an error of its own
         raise ValueError(
-            f"{path} is not a whole checkpoint of tensors ({type(error).__name__}); replace it by "
-            "one that sj-taid wrote, or move it away and give the same command again to train from "
-            "the start"
+            f"{path} is not a whole checkpoint of tensors ({type(error).__name__}); replace it, or "
+            "move it away and give the same command again to train from the start"
         ) from error
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Load the model's part of the checkpoint that was read from ``path``.
-
-    Raises:
-        ValueError: the checkpoint is of another model.
-    """
+    """Load the model's part of the checkpoint that was read from ``path``."""
     state = checkpoint["state_dict"].items()
     try:
         model.load_state_dict(
@@ -52,14 +42,6 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
             f"{path} is not a checkpoint of this run's model ({error}); leave out "
             "the choices that change the model, or give a checkpoint of this run"
         ) from error
-
-
-def save_flow(flow: FlowPrior, checkpoint: dict[str, Any], path: Path) -> None:
-    """Put the fitted flow into the checkpoint that was read from ``path``."""
-    # With weight averaging Lightning also saves the unaveraged weights.
-    for state in {"state_dict", "current_model_state"} & checkpoint.keys():
-        flow.state_dict(destination=checkpoint[state], prefix="model.flow.")
-    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -17,9 +17,8 @@ class Classification(Task):
 
     The accuracy in training is then that of the class with the larger part.
 
-    All other arguments are those of :class:`~sj_taid.training.task.Task`.
-
     Args:
+        *args, **kwargs: those of :class:`~sj_taid.training.task.Task`.
         loss: takes the outputs ``[N, classes]``, or with ``each_step`` those of each time step,
             ``[T, N, classes]``, and the classes' probabilities ``[N, classes]``. None is the mean
             squared error.
@@ -35,11 +34,7 @@ class Classification(Task):
         self.confusion = MulticlassConfusionMatrix(self.model.classes)
 
     def model_input(self, x: Tensor) -> Tensor:
-        """Images ``[N, C, H, W]`` as they are; of frames of events the time first, ``[T, N, *]``.
-
-        Raises:
-            ValueError: the recordings have another number of frames than the model has steps.
-        """
+        """Images ``[N, C, H, W]`` as they are; frames of events time first, ``[T, N, *]``."""
         if x.dim() != 5:
             return x
         if x.shape[1] != self.model.T:

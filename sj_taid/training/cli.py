@@ -11,11 +11,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
 from threading import Thread
-from types import ModuleType
 from typing import Any
 
 import hydra
@@ -31,12 +30,8 @@ from .config import CONF, VERSION
 
 #: see is_users
 USER_ERRORS = (
-    ValueError,
-    TypeError,
-    OSError,
-    FloatingPointError,
-    HydraException,
-    OmegaConfBaseException,
+    *(ValueError, TypeError, OSError, FloatingPointError),
+    *(HydraException, OmegaConfBaseException),
 )
 
 
@@ -49,7 +44,7 @@ def main() -> None:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print the errors of its jobs itself
     try:
-        run_command(command, arguments)
+        (run_composed if command in COMPOSED else run_other)(command, arguments)
     except Exception as error:
         if before == "1" or not is_users(error):
             raise
@@ -58,36 +53,34 @@ def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = before or "0"
 
 
-def run_command(command: str, arguments: Sequence[str]) -> None:
-    if command in COMPOSED:
-        given, process = [*sys.argv], os.getpid()
+def run_composed(command: str, arguments: Sequence[str]) -> None:
+    """Run a command, in each job of a sweep, with the config that Hydra composes."""
+    given, process = [*sys.argv], os.getpid()
 
-        def run_job(cfg: DictConfig) -> Any:
-            if os.getpid() == process:
-                sys.argv[:] = given  # which Lightning repeats for the processes of further devices
-            else:  # a launcher's
-                end_with_parent()
-            return run_composed(command, cfg)
+    def run_job(cfg: DictConfig) -> Any:
+        if os.getpid() == process:
+            sys.argv[:] = given  # which Lightning repeats for the processes of further devices
+        else:  # a launcher's
+            end_with_parent()
+        try:
+            return find_main(command)(cfg)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN and is_users(error):
+                print(format_error(error), flush=True)  # Hydra raises it when all jobs have ended
+            raise
 
-        sys.argv[1:] = arguments
-        if {"-m", "--multirun"} & {*arguments}:
-            end_workers_with_sweep()
-        hydra.main(CONF, command, VERSION)(run_job)()
-        return
+    sys.argv[1:] = arguments
+    if {"-m", "--multirun"} & {*arguments}:
+        end_workers_with_sweep()
+    hydra.main(CONF, command, VERSION)(run_job)()
+
+
+def run_other(command: str, arguments: Sequence[str]) -> None:
+    """Run a command that has options of its own."""
     logging.basicConfig(format="%(message)s")  # as Hydra does for its commands
     logging.getLogger("sj_taid").setLevel(logging.INFO)
-    if code := import_command(command).main(arguments):
+    if code := find_main(command)(arguments):
         sys.exit(code)
-
-
-def run_composed(command: str, cfg: DictConfig) -> Any:
-    """Run the command that Hydra composed ``cfg`` for."""
-    try:
-        return import_command(command).main(cfg)
-    except Exception as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN and is_users(error):
-            print(format_error(error), flush=True)  # Hydra raises it when all jobs have ended
-        raise
 
 
 def end_workers_with_sweep() -> None:
@@ -112,12 +105,14 @@ def end_with_parent() -> None:
     Thread(target=watch, daemon=True).start()
 
 
-def import_command(command: str) -> ModuleType:
-    """The module of a command."""
+def find_main(command: str) -> Callable[[Any], Any]:
+    """The function of a command, from its module."""
     if command == "doctor":
-        return import_module("sj_taid.doctor")
+        return import_module("sj_taid.doctor").main
     with needs(TRAIN):
-        return import_module(f"{__package__}.{command}")
+        if command == "walk":
+            return import_module(f"{__package__}.sample").walk
+        return import_module(f"{__package__}.{command}").main
 
 
 def is_users(error: Exception) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import find_class, is_below
@@ -84,13 +83,6 @@ def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> 
 def key_of(override: str) -> str:
     """The key that an override of the command line sets, adds or deletes."""
     return override.partition("=")[0].lstrip("+~")
-
-
-def quote(folder: Path) -> str:
-    """The folder as a value of Hydra's overrides."""
-    text = str(folder)
-    is_plain = re.fullmatch(r"[A-Za-z/][\w./-]*", text, re.ASCII)
-    return text if is_plain else QuotedString(text, Quote.single).with_quotes()
 
 
 def select_overrides(
@@ -178,12 +170,13 @@ def validate(cfg: DictConfig) -> None:
                 f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
             )
     metrics = "|".join(task.objectives)
-    if not re.fullmatch(rf"(validation_)?({metrics})(_[a-z_]+)?", cfg.objective):
+    if not re.fullmatch(rf"(validation_)?({metrics})(_[a-z_]+)?", str(cfg.objective)):
         raise ValueError(f"objective={cfg.objective} is none of {metrics}, also of validation_...")
-    if own := {"logger", "callbacks", "default_root_dir", "plugins"} & cfg.trainer.keys():
+    own = {"logger", "callbacks", "default_root_dir", "plugins", "enable_progress_bar"}
+    if taken := own & cfg.trainer.keys():
         raise ValueError(
-            f"trainer.{own.pop()} is set by the run; choose logger=, callbacks=, hydra.run.dir= or "
-            "trainer.precision="
+            f"trainer.{taken.pop()} is set by the run; choose logger=, callbacks=, hydra.run.dir= "
+            "or trainer.precision="
         )
     callbacks = (cfg.get("callbacks") or {}).values()
     if any(c and "StochasticWeightAveraging" in str(c._target_) for c in callbacks):

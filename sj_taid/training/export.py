@@ -86,12 +86,16 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
             or a checkpoint that was not tested.
     """
     folder = expand_home(out) / name
-    if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
+    config_file = folder / pretrained.CONFIG  # that of another program has the same name
+    before = config_file.read_text("utf-8", "replace") if config_file.is_file() else ""
+    is_ours = '"sha256"' in before and '"sj-taid"' in before
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
         raise FileExistsError(
             f"{folder} holds files that are no earlier export; choose another --name or --out"
         )
     finished = Run.find(run)
-    if finished.checkpoint not in (finished.best, Run(finished.folder).checkpoint):
+    is_best = finished.checkpoint == finished.best
+    if not is_best and finished.checkpoint != Run(finished.folder).checkpoint:
         raise ValueError(f"{finished.checkpoint} was not tested; export the run, or its best.ckpt")
     metrics = finished.latest_metrics
     config: Any = OmegaConf.to_container(finished.config, resolve=True)
@@ -114,9 +118,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     files = {
         pretrained.WEIGHTS: content,
         pretrained.CONFIG: json.dumps(description, indent=2, allow_nan=False).encode() + b"\n",
-        pretrained.CARD: _card(
-            name, model, metrics, config["dataset"], finished.checkpoint == finished.best
-        ).encode(),
+        pretrained.CARD: _card(name, model, metrics, config["dataset"], is_best).encode(),
     }
     for file, data in files.items():
         with atomic_write(folder / file) as path:
@@ -124,18 +126,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     return folder
 
 
-def _is_export(folder: Path) -> bool:
-    """Whether the folder's config is one of ours: that of another program has the same name."""
-    try:
-        config = json.loads((folder / pretrained.CONFIG).read_bytes())
-        return "sha256" in config and "sj-taid" in config["metrics"]["versions"]
-    except Exception:  # whatever else the file holds
-        return False
-
-
-def _card(
-    name: str, model: nn.Module, metrics: dict[str, Any], data: dict[str, Any], is_best: bool
-) -> str:
+def _card(name: str, model: nn.Module, metrics: Any, data: Any, is_best: bool) -> str:
     if hasattr(model, "sample"):
         pipeline = "unconditional-image-generation"
         imports = "from torchvision.utils import save_image"

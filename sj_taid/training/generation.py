@@ -16,12 +16,12 @@ from ..layer import TAID, FixedDecoder
 from ..model.esvae import ESVAE
 from ..model.flow import CLUSTERS, FlowPrior, check_enough
 from ..model.spiking_vae import SpikingVAE
-from .autoencoding import Autoencoding
 from .callbacks import show_progress
 from .compare import OF_SAMPLES, are_alike
 from .evaluator import Evaluator
 from .loss import FeatureLoss
 from .plot import draw_attention, draw_classes, draw_grid, draw_reconstructions
+from .task import Autoencoding
 
 log = logging.getLogger(__name__)
 

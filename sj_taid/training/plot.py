@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.utilities.plot import plot_confusion_matrix
 from torchvision.utils import make_grid, save_image
 
 from .. import _compat
@@ -158,20 +159,14 @@ def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
 
     Of many classes only some are named, and the counts are colours alone.
     """
-    from sklearn.metrics import ConfusionMatrixDisplay  # a second to import
-
     step = -(-len(counts) // _MOST_NAMES)
+    labels = [*(names or map(str, range(len(counts))))]
+    labels = [label if n % step == 0 else "" for n, label in enumerate(labels)]
     size = 1 + 0.6 * len(counts) / step
     figure = Figure((size, size))
-    axis = figure.subplots()
-    display = ConfusionMatrixDisplay(counts.cpu().numpy(), display_labels=names or None)
-    rotation = "vertical" if max(map(len, names), default=0) > 3 else "horizontal"
-    looks = {"cmap": "Blues", "colorbar": False, "xticks_rotation": rotation}
-    display.plot(ax=axis, include_values=step == 1, **looks)
-    for side in (axis.xaxis, axis.yaxis):
-        for number, tick in enumerate(side.get_major_ticks()):
-            tick.set_visible(number % step == 0)
-    axis.set(xlabel="predicted class", ylabel="true class")
+    plot_confusion_matrix(
+        counts, figure.subplots(), add_text=step == 1, labels=labels, cmap="Blues"
+    )
     save(figure, path, bbox_inches="tight")  # as large as the names need
 
 

@@ -5,10 +5,8 @@ import logging
 import os
 import platform
 import shlex
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -26,12 +24,10 @@ def reuse_freed_memory() -> None:
     By default it gives every large block back to the kernel, and a training step on the CPU spends
     more time on fresh pages than on arithmetic.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD of malloc.h
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def silence_notes() -> None:
@@ -50,18 +46,6 @@ def silence_notes() -> None:
         warnings.filterwarnings("ignore", note)
 
 
-@contextmanager
-def ending_wandb_run() -> Iterator[None]:
-    """End a run of W&B that begins within, or Lightning continues it in the next run."""
-    before = getattr(sys.modules.get("wandb"), "run", None)
-    try:
-        yield
-    finally:
-        wandb = sys.modules.get("wandb")
-        if wandb and wandb.run is not before:
-            wandb.finish()
-
-
 def given_overrides(job: Any) -> list[str]:
     """The overrides of Hydra's job as they were given, interpolations unresolved."""
     overrides: Any = OmegaConf.to_container(job.overrides.task)
@@ -73,11 +57,7 @@ def command_line(
 ) -> dict[str, Any]:
     """The overrides and the command of Hydra's job, without paths that are no choices.
 
-    Args:
-        command: the command's name.
-        job: Hydra's config of the job.
-        data_class: see :func:`~sj_taid.training.config.select_overrides`.
-        earlier: overrides that the job's are added to, or replace.
+    The job's overrides are added to ``earlier`` ones, or replace them.
     """
     ignored = job.job.config.override_dirname.exclude_keys
     overrides = select_overrides(given_overrides(job), ignored, data_class)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -40,7 +40,6 @@ RESUME_MAY_CHANGE = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
-    "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
     "trainer.log_every_n_steps",
     "callbacks",
@@ -85,28 +84,14 @@ class Run:
             )
         return run
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[Any]:
         """Keep other processes out of the folder, but for those of the same distributed run."""
-        if not is_first_process():
-            yield
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(self.folder / LOCK).acquire(blocking=False)
-        except Timeout as error:
-            raise TimeoutError(
-                f"another process is running in {self.folder}; wait until it ends, or {ELSEWHERE}"
-            ) from error
-        with lock:
-            yield
+        return FileLock(self.folder / LOCK, timeout=0) if is_first_process() else nullcontext()
 
     @property
     def config(self) -> DictConfig:
         """The config that the run was started with, with its interpolations."""
-        config = OmegaConf.load(self.folder / CONFIG)
-        if not isinstance(config, DictConfig):
-            raise ValueError(f"{self.folder / CONFIG} must hold keys and values")
+        config: Any = OmegaConf.load(self.folder / CONFIG)
         return config
 
     @property

@@ -1,4 +1,4 @@
-"""``sj-taid sample``: draw images from a trained model."""
+"""``sj-taid sample`` and ``sj-taid walk``: draw images by a trained model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig
 
 from .._checks import check, check_sizes, integer
 from .plot import draw_classes, draw_grid
-from .run import Run
+from .run import Run, build_data
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,23 @@ def main(cfg: DictConfig) -> None:
             asked = {} if cfg.label is None else {"label": cfg.label}
             draw_grid(model.sample(cfg.n, **asked), path, cfg.columns)
     log.info("The samples are in %s", path)
+
+
+def walk(cfg: DictConfig) -> None:
+    """Draw ``cfg.n`` walks of the model in ``cfg.checkpoint``, between random test images."""
+    check(integer(2), steps=cfg.steps)
+    run, model = load(cfg, "walk", "model=esvae")
+    config = run.config
+    config.trust = cfg.trust
+    config.dataset.update({key: value for key, value in cfg.dataset.items() if value is not None})
+    data = build_data(config, num_workers=0, batch_size=2 * cfg.n)
+    drawn = torch.randperm(len(data.test_set))[: 2 * cfg.n]
+    data.test_set = data.test_set.subset(drawn.tolist())
+    images, _ = next(iter(data.test_dataloader()))
+    walks = [model.walk(a, b, cfg.steps) for a, b in zip(images[::2], images[1::2], strict=False)]
+    path = Path(cfg.output or run.folder / f"walk-seed{cfg.seed}.png")
+    draw_grid(torch.cat(walks), path, cfg.steps)
+    log.info("The walks are in %s", path)
 
 
 def load(cfg: DictConfig, method: str, choice: str) -> tuple[Run, Any]:

@@ -1,4 +1,4 @@
-"""The base of all tasks: a LightningModule with hooks of our own for measuring and drawing."""
+"""LightningModules with hooks for measuring and drawing: the base of all, and autoencoding."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..data import Data
+from ..data import Data, ImageData
 from ..optim import parameter_groups
 from ..thresholds import fixed_thresholds
 from .checkpoint import load_weights
+from .plot import draw_reconstructions
 
 if TYPE_CHECKING:
     from .evaluator import Evaluator
@@ -43,7 +45,6 @@ class Task(L.LightningModule):
         model_attributes: what its model must have.
         objectives: the metrics that ``objective`` can name, of the test set or another.
         chosen_by: the metric, higher is better, that chooses the best epoch; None chooses none.
-        untrained_metrics: of the model before training, which a checkpoint keeps.
     """
 
     takes: type[Data] = Data
@@ -62,16 +63,12 @@ class Task(L.LightningModule):
         super().__init__()
         lacks = [name for name in self.model_attributes if not hasattr(model, name)]
         if lacks:
-            raise TypeError(
-                f"{type(self).__name__} needs a model that has {', '.join(self.model_attributes)}, "
-                f"but {type(model).__name__} lacks {', '.join(lacks)}; choose another task=, or "
-                "another model="
-            )
+            name = type(model).__name__
+            raise TypeError(f"{name} lacks {', '.join(lacks)}; choose another model= or task=")
         self.model = model
         self.optimizer = optimizer
         self.lr_scale = lr_scale
         self.scheduler = scheduler
-        self.untrained_metrics: dict[str, float] = {}
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())
@@ -95,11 +92,9 @@ class Task(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fixed_thresholds"] = fixed_thresholds(self.model)
-        checkpoint["untrained_metrics"] = self.untrained_metrics
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         load_weights(self.model, checkpoint, self.trainer.ckpt_path or "the checkpoint")
-        self.untrained_metrics = checkpoint["untrained_metrics"]
         fit = checkpoint["loops"]["fit_loop"]
         if not fit["epoch_loop.batch_progress"]["is_last_batch"]:  # max_steps or max_time ended it
             for count in ("total", "current"):
@@ -114,7 +109,7 @@ class Task(L.LightningModule):
         if epochs < trained:
             raise ValueError(
                 f"trainer.max_epochs must be at least the {trained} epochs that are trained, but "
-                f"it is {epochs}; give more, or choose another folder with hydra.run.dir=..."
+                f"it is {epochs}"
             )
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -156,3 +151,59 @@ class Task(L.LightningModule):
         """Log the mean over an epoch; the bar shows one name in training and validation."""
         shown = name.endswith(f"/{self.chosen_by or 'reconstruction'}")
         self.log(name, value, prog_bar=shown, on_step=False, on_epoch=True, sync_dist=True)
+
+
+class Autoencoding(Task):
+    """Training by the model's own ``training_loss(image, progress)``.
+
+    It gives ``loss`` and its terms, and may give ``image``, the reconstruction. Called with images,
+    the model returns an object with ``image``, too.
+    """
+
+    takes = ImageData
+    model_attributes: tuple[str, ...] = ("training_loss",)
+    objectives: tuple[str, ...] = ("reconstruction",)
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision in ("16-true", "bf16-true", "64-true"):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} has no 32-bit weights, in which alone "
+                "images are measured and drawn; choose trainer.precision=bf16-mixed, or 16-mixed"
+            )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        image, _ = batch
+        losses = self.losses(image)
+        losses.pop("image", None)
+        loss = losses.pop("loss")
+        for name, part in losses.items():
+            self.log_mean(f"train/{name}", part)
+        return loss
+
+    def losses(self, image: Tensor) -> dict[str, Tensor]:
+        """``loss`` and what is logged next to it, for images ``[N, C, H, W]``."""
+        epochs = max((self.trainer.max_epochs or 1) - 1, 1)
+        progress = min(self.current_epoch / epochs, 1.0)  # 0 in the first epoch, 1 in the last
+        return self.model.training_loss(image, progress)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self._log_reconstruction("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self._log_reconstruction("test", batch)
+
+    def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
+        how = "mean squared error, images in [-1, 1], "
+        protocol = {"reconstruction": how + data.describe_test_set()}
+        if data.validation_set is not None:
+            protocol["validation_reconstruction"] = (
+                how + data.test_on_validation().describe_test_set()
+            )
+        return {"protocol": protocol}
+
+    def draw(self, images: Tensor, folder: Path) -> None:
+        draw_reconstructions(images, self.model(images).image, folder / "reconstructions.png")
+
+    def _log_reconstruction(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        image, _ = batch
+        self.log_mean(f"{stage}/reconstruction", F.mse_loss(self.model(image).image, image))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,25 +15,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from .._context import seeded
 from .._kinds import check_kinds
 from ..calibration import calibrate
 from .callbacks import History, RandomNumbers, Stopwatch
-from .checkpoint import (
-    AtomicCheckpointIO,
-    BestCheckpoint,
-    LastCheckpoint,
-    read_checkpoint,
-    save_flow,
-)
+from .checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
 from .compare import format_metrics, learned_nothing
-from .config import key_of, quote, validate
+from .config import key_of, validate
 from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
 from .process import (
     command_line,
-    ending_wandb_run,
     given_overrides,
     provenance,
     reuse_freed_memory,
@@ -75,7 +68,6 @@ def main(cfg: DictConfig) -> float | None:
     return metrics.get(cfg.objective)
 
 
-@ending_wandb_run()
 def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     """Train, test, measure and draw what the task asks for; everything is left in ``folder``.
 
@@ -113,10 +105,20 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     begin = LambdaCallback(on_fit_start=lambda trainer, _: save_start(run, cfg, origin, trainer))
     checkpoints = build_checkpoint_callbacks(run, task, data)
     callbacks = [begin, *checkpoints, timer, RandomNumbers(), history, *callbacks]
-    trainer = build_trainer(cfg.trainer, run, logger, callbacks)
+    trainer: L.Trainer = instantiate_checked(
+        cfg.trainer,
+        "trainer",
+        default_root_dir=run.folder,
+        logger=logger(save_dir=run.folder) if logger else False,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+    )
     if checkpoint is None:
         calibrate_thresholds(task, data, cfg.neuron_start.get("calibrate"))
-        task.untrained_metrics = task.before_training(data, evaluator)
+        origin["untrained"] = task.before_training(data, evaluator)
+    else:
+        origin["untrained"] = run.origin["untrained"]
     if cfg.compile:
         compile_model(model, cfg.compile)
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
@@ -133,12 +135,9 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
         with seeded(cfg.seed):
             metrics |= rename_for_best_epoch(test(task, build_tester(cfg), data))
         metrics["best_validation_epoch"] = best["epoch"] + 1
-    for tracker in trainer.loggers:
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        tracker.log_metrics(numbers, step=trainer.global_step)
-        tracker.finalize("success")
+    log_metrics(trainer, metrics)
     metrics |= {
-        **task.untrained_metrics,
+        **origin.pop("untrained"),
         "epochs": trainer.current_epoch,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_seconds": round(timer.time_elapsed(), 1),
@@ -192,23 +191,6 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
     return [BestCheckpoint(**options), last]  # the last one keeps the state of the best
 
 
-def build_trainer(
-    part: DictConfig, run: Run, logger: Any, callbacks: Sequence[L.Callback]
-) -> L.Trainer:
-    """Lightning's trainer, which leaves everything in the run's folder."""
-    if part.get("enable_progress_bar") is False:
-        callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
-    return instantiate_checked(
-        part,
-        "trainer",
-        default_root_dir=run.folder,
-        logger=logger(save_dir=run.folder) if logger else False,
-        callbacks=[*callbacks],
-        plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
-    )
-
-
 def instantiate_checked(part: DictConfig, key: str, **arguments: Any) -> Any:
     """What Hydra makes of a part of the config, whose values are of the kinds that it declares."""
     with suppress(ImportError, AttributeError):  # which Hydra explains
@@ -235,7 +217,10 @@ def finalize_model(task: Task, data: Any, run: Run, trainer: L.Trainer) -> None:
     task.fit_prior(data)
     flow = getattr(task.model, "flow", None)
     if checkpoint and flow and is_first_process():
-        save_flow(flow, checkpoint, run.checkpoint)
+        # With weight averaging Lightning also saves the unaveraged weights.
+        for state in {"state_dict", "current_model_state"} & checkpoint.keys():
+            flow.state_dict(destination=checkpoint[state], prefix="model.flow.")
+        AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
 
 
 def select_validation_metrics(
@@ -249,6 +234,16 @@ def select_validation_metrics(
     return {f"{task.chosen_by}_best_test_epoch": max(values)} if values else {}
 
 
+def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
+    """Tell the run's trackers its metrics, and end them."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    for tracker in trainer.loggers:
+        tracker.log_metrics(numbers, step=trainer.global_step)
+        tracker.finalize("success")
+        if isinstance(tracker, WandbLogger):  # or Lightning would continue it in the next run
+            tracker.experiment.finish()
+
+
 @contextmanager
 def explain_resuming(run: Run) -> Iterator[None]:
     """Add to an error, or to an interrupt, how the run resumes."""
@@ -256,7 +251,7 @@ def explain_resuming(run: Run) -> Iterator[None]:
     def advice() -> str:
         if not run.checkpoint.is_file() or run.is_finished:  # by an earlier command
             return "Give the same command again, since no epoch was complete."
-        return f"Resume with: sj-taid train {_argument('resume', run.folder)}"
+        return f"Resume with: sj-taid train resume={run.folder}"
 
     try:
         yield
@@ -277,10 +272,5 @@ def closing_lines(run: Run) -> str:
     lines.append(f"Metrics: {folder / METRICS}")
     if run.checkpoint.is_file():
         command = "sample" if run.config.get("metric") else "evaluate"
-        lines.append(f"Next:    sj-taid {command} {_argument('checkpoint', folder)}")
+        lines.append(f"Next:    sj-taid {command} checkpoint={folder}")
     return "\n".join(lines)
-
-
-def _argument(key: str, folder: Path) -> str:
-    """An override that the shell leaves to Hydra, and that Hydra reads as this folder."""
-    return shlex.quote(f"{key}={quote(folder)}")

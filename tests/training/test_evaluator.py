@@ -93,7 +93,6 @@ class Code:
 DAMAGES = {
     "empty": lambda whole: b"",
     "truncated": lambda whole: whole[: len(whole) // 2],
-    "a bit": lambda whole: whole[: (n := len(whole) // 2)] + bytes([whole[n] ^ 1]) + whole[n + 1 :],
     "code": lambda whole: pickled({"x": Code()}),
     "another's": lambda whole: pickled({"x": torch.ones(2)}),
     "a part": lambda whole: pickled(dict([*torch.load(io.BytesIO(whole)).items()][:1])),

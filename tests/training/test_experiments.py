@@ -106,7 +106,7 @@ def test_image_folder_counts_its_classes_and_names_the_confusion(tiny, tmp_path,
     monkeypatch.setattr(plot, "save", lambda figure, path, **_: drawn.append(figure))
     choices = [*data, *TINY_CLASSIFICATION, "pictures=true"]
     train(tiny(*choices, tiny=False), tmp_path / "run")
-    (figure,) = (figure for figure in drawn if figure.axes[0].get_xlabel() == "predicted class")
+    (figure,) = (figure for figure in drawn if figure.axes[0].get_xlabel() == "Predicted class")
     names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert names == ["cat", "dog", "emu"]
     assert run.load_model(tmp_path / "run").classes == 3

@@ -10,7 +10,7 @@ from torch.optim import Adam
 from torchvision.io import decode_image
 
 from sj_taid.model import ESVAE, FSVAE, flow
-from sj_taid.training import plot, sample, walk
+from sj_taid.training import plot, sample
 from sj_taid.training.config import compose
 from sj_taid.training.generation import Generation
 from sj_taid.training.run import Run, load_model
@@ -111,12 +111,12 @@ def test_generation_fits_the_flow_to_labels_of_2_to_30_classes(labels, given, mo
 
 
 def test_walk_between_test_images(folder, monkeypatch):
-    walk.main(compose("walk", [f"checkpoint={folder}", "n=3", "steps=4"]))
+    sample.walk(compose("walk", [f"checkpoint={folder}", "n=3", "steps=4"]))
     side = 31 * 8 + 4
     assert decode_image(folder / "walk-seed0.png").shape == (3, 3 * side + 4, 4 * side + 4)
     monkeypatch.setattr(Run, "model", lambda *_: FSVAE(**SMALL))
     with pytest.raises(ValueError, match="walk needs model=esvae, but this is a FSVAE"):
-        walk.main(compose("walk", [f"checkpoint={folder}"]))
+        sample.walk(compose("walk", [f"checkpoint={folder}"]))
 
 
 @pytest.mark.parametrize(("lr_scale", "expected"), [(3, [1e-3, 3e-3, 1e-2]), (None, [1e-3, 1e-2])])

@@ -25,7 +25,7 @@ class MyLIF(neuron.LIFNode):
 
 def test_lock_admits_one_process_at_a_time(tmp_path, monkeypatch):
     with Run(tmp_path / "run").lock():
-        message = r"another process .*/run; wait .*hydra\.run\.dir"
+        message = r"lock '.*/run/\.lock' could not be acquired"
         with pytest.raises(TimeoutError, match=message), Run(tmp_path / "run").lock():
             pytest.fail("held twice")
         with Run(tmp_path / "other").lock():
@@ -228,12 +228,6 @@ def test_build_resolves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"decoder\.T must be .* '\$\{oc\.create"):
         runs.build_part(cfg, "decoder")
     assert not (tmp_path / "hacked").exists()
-
-
-def test_config_that_is_no_mapping_is_refused(tmp_path):
-    (tmp_path / runs.CONFIG).write_text("[1, 2]")
-    with pytest.raises(ValueError, match=r"config\.yaml must hold keys and values"):
-        _ = Run(tmp_path).config
 
 
 def test_atomic_write_leaves_what_was_there_after_an_error(tmp_path):
