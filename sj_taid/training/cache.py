@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 def fit(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss: Callable[[Tensor, Tensor], Tensor],
     data: ImageData,
     epochs: int,
     batch_size: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
     """Train a network, left in eval mode, on the training images as they are.
 

@@ -172,8 +172,8 @@ def validate(cfg: DictConfig) -> None:
     metrics = "|".join(task.objectives)
     if not re.fullmatch(rf"(validation_)?({metrics})(_[a-z_]+)?", str(cfg.objective)):
         raise ValueError(f"objective={cfg.objective} is none of {metrics}, also of validation_...")
-    own = {"logger", "callbacks", "default_root_dir", "plugins", "enable_progress_bar"}
-    if taken := own & cfg.trainer.keys():
+    reserved = {"logger", "callbacks", "default_root_dir", "plugins", "enable_progress_bar"}
+    if taken := reserved & cfg.trainer.keys():
         raise ValueError(
             f"trainer.{taken.pop()} is set by the run; choose logger=, callbacks=, hydra.run.dir= "
             "or trainer.precision="

@@ -217,10 +217,10 @@ class Evaluator:
                 error = fit(
                     network,
                     adam,
-                    lambda images, _: network.training_loss(images)["loss"],
                     data,
                     epochs,
                     batch_size,
+                    lambda x, _: network.training_loss(x)["loss"],
                 )
             log.info("It is in %s; its reconstruction error is %.4f", self.cache_dir, error)
             return network.state_dict()

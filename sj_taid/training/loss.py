@@ -109,7 +109,7 @@ class FeatureLoss(nn.Module):
                 network = nn.Sequential(blocks, *head)
                 adam = torch.optim.Adam(network.parameters(), lr=2e-3)
                 error = fit(
-                    network, adam, lambda x, y: F.cross_entropy(network(x), y), data, EPOCHS, 64
+                    network, adam, data, EPOCHS, 64, lambda x, y: F.cross_entropy(network(x), y)
                 )
             log.info("Its cross entropy is %.3f", error)
             return blocks.state_dict()

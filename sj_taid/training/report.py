@@ -56,9 +56,9 @@ def pictures(folder: Path) -> list[str]:
     return [f"data:image/png;base64,{code}" for code in codes]
 
 
-def read_curves(run: Run) -> Iterator[dict[str, Any]]:
+def read_curves(folder: Path) -> Iterator[dict[str, Any]]:
     """The logged values over the epochs, from the checkpoint."""
-    checkpoint = read_checkpoint(Run.find(run.folder).checkpoint)
+    checkpoint = read_checkpoint(Run.find(folder).checkpoint)
     for epoch, values in enumerate(checkpoint["callbacks"][History.__qualname__]["epochs"], 1):
         for key, value in values.items():
             stage, _, name = key.partition("/")
@@ -93,10 +93,8 @@ def page(runs: Mapping[Path, Metrics], best: int = 12) -> str:
     notes = []
     for folder, label in show_progress([*zip(runs, labels, strict=True)], "Reading runs"):
         try:
-            epochs += [
-                {"run": str(folder), "choices": label, **value}
-                for value in read_curves(Run(folder))
-            ]
+            of_run = {"run": str(folder), "choices": label}
+            epochs += [of_run | value for value in read_curves(folder)]
             if label not in shown and len(shown) < best:
                 shown[label] = pictures(folder)
         except Exception as error:  # whatever is wrong with a run, the others are shown

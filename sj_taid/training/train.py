@@ -247,19 +247,16 @@ def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
 @contextmanager
 def explain_resuming(run: Run) -> Iterator[None]:
     """Add to an error, or to an interrupt, how the run resumes."""
-
-    def advice() -> str:
-        if not run.checkpoint.is_file() or run.is_finished:  # by an earlier command
-            return "Give the same command again, since no epoch was complete."
-        return f"Resume with: sj-taid train resume={run.folder}"
-
+    advice = f"Resume with: sj-taid train resume={run.folder}"
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:  # Ctrl-C, and a cluster's time limit
-        raise SystemExit(f"Stopped. {advice()}") from error
+        if not run.checkpoint.is_file() or run.is_finished:  # by an earlier command
+            advice = "Give the same command again, since no epoch was complete."
+        raise SystemExit(f"Stopped. {advice}") from error
     except (OSError, RuntimeError) as error:
         if run.checkpoint.is_file():
-            error.add_note(f"Then: {advice()}")
+            error.add_note(f"Then: {advice}")
         raise
 
 
