@@ -95,8 +95,8 @@ def page(runs: Mapping[Path, Metrics], best: int = 12) -> str:
         try:
             of_run = {"run": str(folder), "choices": label}
             epochs += [of_run | value for value in read_curves(folder)]
-            if label not in shown and len(shown) < best:
-                shown[label] = pictures(folder)
+            if label not in shown and len(shown) < best and (drawn := pictures(folder)):
+                shown[label] = drawn
         except Exception as error:  # whatever is wrong with a run, the others are shown
             notes.append(f"{folder}: {type(error).__name__}: {error}")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def page(runs: Mapping[Path, Metrics], best: int = 12) -> str:
         rows=dict(zip(colours, rows.to_numpy().tolist(), strict=True)),
         colours=colours,
         curves=[*draw_curves(epochs, colours)],
-        pictures={label: images for label, images in shown.items() if images},
+        pictures=shown,
         notes=notes,
     )
 
