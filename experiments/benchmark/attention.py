@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from common import write_csv
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
 
 def load_images(run: Run, n: int) -> Tensor:
     """The first ``n`` test images of a run's data."""
-    data = build_data(run.config)
+    data = build_data(OmegaConf.create({"dataset": run.config.dataset}))
     batches = islice(data.test_dataloader(), -(-n // data.batch_size))
     return torch.cat([image for image, _ in batches])[:n]
 

@@ -15,7 +15,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from .._context import seeded
@@ -28,6 +27,7 @@ from .config import key_of, validate
 from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
 from .process import (
     command_line,
+    ending_wandb_run,
     given_overrides,
     provenance,
     reuse_freed_memory,
@@ -68,6 +68,7 @@ def main(cfg: DictConfig) -> float | None:
     return metrics.get(cfg.objective)
 
 
+@ending_wandb_run()
 def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     """Train, test, measure and draw what the task asks for; everything is left in ``folder``.
 
@@ -235,13 +236,11 @@ def select_validation_metrics(
 
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
-    """Tell the run's trackers its metrics, and end them."""
+    """Tell the run's trackers its metrics, and that it has succeeded."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
     for tracker in trainer.loggers:
         tracker.log_metrics(numbers, step=trainer.global_step)
         tracker.finalize("success")
-        if isinstance(tracker, WandbLogger):  # or Lightning would continue it in the next run
-            tracker.experiment.finish()
 
 
 @contextmanager
