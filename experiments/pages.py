@@ -20,6 +20,7 @@ from store import FOLDERS, RESULTS, experiments, load_runs, load_study, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.compare import (
+    COLUMNS,
     METRICS,
     Column,
     format_metrics,
@@ -325,6 +326,35 @@ def models() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+#: rows of :func:`integer_neurons` by the choices of a run, and the benchmark's system
+INTEGER = {
+    ("lif", "default"): ("LIF, four steps", "LIF"),
+    ("alif", "false"): ("integer, one step, threshold fixed", "integer LIF"),
+    ("alif", "default"): ("integer, one step, threshold learned", "integer LIF"),
+}
+
+
+def integer_neurons() -> pd.DataFrame:
+    """Integer neurons in one step against LIF in four, and their net's step under accelerate."""
+    choices = ("neuron", "surrogate", "neuron_start.v_reset", "model.T")
+    learned = ("neuron.learn_tau", "neuron.learn_threshold")
+    given = ("dataset", "dataset.num_workers", "trainer.accelerator")
+    runs = load_frame(["cifar10_classifier_cpu"], *choices, *learned, *given)
+    runs = runs[runs["trainer.accelerator"] == "cpu"]
+    steps = pd.read_csv(AVX2 / "integer.csv").set_index("system")
+    rows = []
+    for (kind, learns), (name, system) in INTEGER.items():
+        part = runs[(runs["neuron"] == kind) & (runs["neuron.learn_threshold"] == learns)]
+        shown = {
+            COLUMNS[key].title: COLUMNS[key].text(part[key])
+            for key in ("accuracy", "firing_rate", "energy")
+        }
+        step = steps.loc[f"{system}, accelerate"]
+        shown |= {"MB per sample": f"{step['mb_per_sample']:.2f}"}
+        rows.append({"neuron": name} | shown | {"step, ms": f"{step['median_ms']:.0f}"})
+    return pd.DataFrame(rows)
+
+
 # ---- benchmarks ----
 
 
@@ -461,7 +491,7 @@ def esvae() -> pd.DataFrame:
 TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
     **{table.__name__: table for table in (gains, generators, distances, models)},
     **{table.__name__: table for table in (decoders, generator_neurons, start_map, recipes)},
-    "classes": classes,
+    **{table.__name__: table for table in (classes, integer_neurons)},
     **{table.__name__: table for table in (memory, zoo, neurons, host_layers, host_nets, esvae)},
 }
 

@@ -106,15 +106,7 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     begin = LambdaCallback(on_fit_start=lambda trainer, _: save_start(run, cfg, origin, trainer))
     checkpoints = build_checkpoint_callbacks(run, task, data)
     callbacks = [begin, *checkpoints, timer, RandomNumbers(), history, *callbacks]
-    trainer: L.Trainer = instantiate_checked(
-        cfg.trainer,
-        "trainer",
-        default_root_dir=run.folder,
-        logger=logger(save_dir=run.folder) if logger else False,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
-    )
+    trainer = build_trainer(cfg.trainer, run, logger, callbacks)
     if checkpoint is None:
         calibrate_thresholds(task, data, cfg.neuron_start.get("calibrate"))
         origin["untrained"] = task.before_training(data, evaluator)
@@ -131,11 +123,8 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
         return {}
     metrics |= select_validation_metrics(task, data, history.epochs)
     if saves_best_epoch(task, data) and run.best.is_file():
-        best = read_checkpoint(run.best)
-        task.load_state_dict(best["state_dict"])
         with seeded(cfg.seed):
-            metrics |= rename_for_best_epoch(test(task, build_tester(cfg), data))
-        metrics["best_validation_epoch"] = best["epoch"] + 1
+            metrics |= measure_best_epoch(task, build_tester(cfg), data, run)
     log_metrics(trainer, metrics)
     metrics |= {
         **origin.pop("untrained"),
@@ -192,6 +181,21 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
     return [BestCheckpoint(**options), last]  # the last one keeps the state of the best
 
 
+def build_trainer(
+    part: DictConfig, run: Run, logger: Any, callbacks: Sequence[L.Callback]
+) -> L.Trainer:
+    """Lightning's trainer, which leaves everything in the run's folder."""
+    return instantiate_checked(
+        part,
+        "trainer",
+        default_root_dir=run.folder,
+        logger=logger(save_dir=run.folder) if logger else False,
+        callbacks=[*callbacks],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+    )
+
+
 def instantiate_checked(part: DictConfig, key: str, **arguments: Any) -> Any:
     """What Hydra makes of a part of the config, whose values are of the kinds that it declares."""
     with suppress(ImportError, AttributeError):  # which Hydra explains
@@ -233,6 +237,13 @@ def select_validation_metrics(
         return {k.replace("val/", "validation_"): v for k, v in logged if k.startswith("val/")}
     values = [epoch[key] for epoch in epochs if (key := f"val/{task.chosen_by}") in epoch]
     return {f"{task.chosen_by}_best_test_epoch": max(values)} if values else {}
+
+
+def measure_best_epoch(task: Task, tester: L.Trainer, data: Any, run: Run) -> dict[str, Any]:
+    checkpoint = read_checkpoint(run.best)
+    task.load_state_dict(checkpoint["state_dict"])
+    tested = test(task, tester, data)
+    return rename_for_best_epoch(tested) | {"best_validation_epoch": checkpoint["epoch"] + 1}
 
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
