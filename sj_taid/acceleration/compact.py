@@ -177,6 +177,16 @@ class Scaled(Packing):
         return self._scale(self._restore(*parts))
 
 
+class Unknown(Packing):
+    """The packing of a tensor that is saved as it is, but for its shape alone by a pool."""
+
+    is_detached = True
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor)
+        self.is_known = False
+
+
 class Known(Tensor):
     """A tensor that says how to save it: :class:`Compact`, or a norm's output."""
 
@@ -216,8 +226,8 @@ class Known(Tensor):
     def watch(self) -> None:
         """Prepare for a gradient of its own, or for a hook that takes one."""
 
-    def keep_waiting(self) -> None:
-        """Note that an operation saves less since it knows the tensor."""
+    def note_pool(self) -> None:
+        """Note that a pool reads the tensor, of which it saves the shape alone."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # as a plain tensor
         with torch._C.DisableTorchFunctionSubclass():
@@ -401,7 +411,7 @@ def _pool(dimensions: int, keeps_values: bool) -> Callable[..., Any]:
         # A dilated window may lie in the padding, of which nothing is the greatest.
         known = keeps_values and dilation in (1, (1,), (1, 1), (1, 1, 1))
         if args and isinstance(args[0], Known):
-            args[0].keep_waiting()
+            args[0].note_pool()
         plane = args[0].shape[-dimensions:].numel() if args else None
         return _run(func, args, kwargs, _peak(args[0]) if known and args else None, plane)
 

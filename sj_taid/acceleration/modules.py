@@ -23,7 +23,7 @@ from ..ops.alif.plan import Plans
 from ..ops.bits import is_dense
 from ..ops.surrogate import levels_of
 from . import sums as sums
-from .compact import Compact, Counts, Known, Packing, Scaled, compact, saving
+from .compact import Compact, Counts, Known, Packing, Scaled, Unknown, compact, saving
 from .norm_output import NormOutput, decide, memory_order, wait
 
 
@@ -136,6 +136,9 @@ class AcceleratedNorm(Exchanged):
                 waiting = plans.keep(key, decide(module, x, folds, tensors))
             if waiting is not None and waiting.pays():
                 return wait(module, x, waiting, *tensors)
+            if waiting is not None and waiting.is_pooled:
+                y = super().forward(x)  # type: ignore[misc]
+                return compact(y, Unknown(y))
         return super().forward(x)  # type: ignore[misc]
 
 
@@ -184,12 +187,13 @@ class AcceleratedALIF(Exchanged):
             if spike_seq.stride() != strides:  # the bits have the other memory order
                 fired, spike_seq = spike_seq, arranged(spike_seq, strides)
                 bits = bits if spike_seq is fired else None
-        packing: Packing = Counts(spike_seq, peak, bits)
-        if self._divisor != 1.0:
-            if bits is None:  # which are made of counts, not of these
-                return spike_seq, v_last, v_seq, None
-            divide = partial(Tensor.div_, other=self._divisor)
-            packing = Scaled(spike_seq, packing, divide).of(spike_seq)
+        divisor = self._divisor
+        if divisor == 1.0:
+            packing: Packing = Counts(spike_seq, peak, bits)
+        else:
+            whole = spike_seq if bits is not None else (spike_seq.detach() * divisor).round_()
+            divide = partial(Tensor.div_, other=divisor)
+            packing = Scaled(whole, Counts(whole, peak, bits), divide).of(spike_seq)
         compact(spike_seq, packing)
         return spike_seq, v_last, v_seq, None
 

@@ -143,9 +143,11 @@ def _hashable(value: Any) -> Any:
 class Waiting:
     """A batch norm's call, decided in advance."""
 
-    #: Calls in a row whose output was read by others than neurons, sums and pools; after so many
-    #: the norm is torch's own, which is faster then, but for one call in so many more.
+    #: Calls in a row whose output was read by others than neurons and sums; after so many the norm
+    #: is torch's own, which is faster then, but for one call in so many more.
     PATIENCE, AGAIN = 3, 64
+    #: whether a pool has read an output
+    is_pooled = False
 
     def __init__(
         self, module: Any, x: Tensor, folds: bool, tensors: Any, spec: NormSpec, engine: Engine
@@ -184,7 +186,7 @@ class Waiting:
 
     @property
     def is_trial(self) -> bool:
-        """Whether nothing says that a neuron, a sum or a pool will read this call's output."""
+        """Whether nothing says that a neuron or a sum will read this call's output."""
         return self.idle > 0 and self.reads and not self.spec.fixed
 
     def flat(self, x: Tensor) -> Tensor:
@@ -264,7 +266,7 @@ class NormCall:
             )
 
     def keep_waiting(self) -> None:
-        """Note that a neuron, a sum or a pool reads the output, which saves less then."""
+        """Note that a neuron or a sum reads the output."""
         self.waiting.idle = -1  # the next call is no trial
         if self._trial:
             self._trial.keep_fused()
@@ -302,7 +304,7 @@ class Trial:
             tensor.copy_(value)
 
     def begin_torch(self) -> bool:
-        """Set them back for torch's update, at the first other reader than neuron, sum or pool."""
+        """Set them back for torch's update, at the first reader other than a neuron or a sum."""
         if not self._is_open or self._fused is not None:
             return False
         self._fused = [t.clone() for t in self.running]
@@ -310,7 +312,7 @@ class Trial:
         return True
 
     def keep_fused(self) -> None:
-        """Take the fused norm's: a neuron, a sum or a pool reads the output."""
+        """Take the fused norm's: a neuron or a sum reads the output."""
         if self._is_open and self._fused is not None:
             self._set(self._fused)
         self.close()
@@ -631,8 +633,8 @@ class NormOutput(Known):
     def watch(self) -> None:
         self._content.call.gradient.watch()
 
-    def keep_waiting(self) -> None:
-        self._content.call.keep_waiting()
+    def note_pool(self) -> None:
+        self._content.call.waiting.is_pooled = True
 
 
 def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:

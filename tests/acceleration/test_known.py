@@ -283,6 +283,14 @@ def test_what_cannot_be_compared_raises():
         net(torch.rand(4, 3))
 
 
+@pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call:RuntimeWarning")
+def test_half_precision_without_a_fused_operator_is_divided_too():
+    net, x = nn.Sequential(MultiSpike(8, 3)), torch.randn(4, 5) * 4
+    plain = copy.deepcopy(net).half()
+    sj_taid.accelerate(net, known=KNOWN, check=False)
+    torch.testing.assert_close(net(x.half()), plain(x.half()), rtol=0, atol=1e-3)
+
+
 def test_half_precision_is_compared_in_float32():
     net = nn.Sequential(nn.BatchNorm2d(5), MemoryUpdate())
     sj_taid.accelerate(net, known=KNOWN)
@@ -299,3 +307,24 @@ def test_counts_behind_a_norm_are_saved_in_four_bits():
     net(x)  # checks
     _, saved = record_saved(lambda: net(x * 1).square(), [])
     assert saved < 0.4 * plain
+
+
+def test_divided_counts_in_another_memory_order_are_saved_in_four_bits():
+    """As tokens behind a linear layer and a transposed norm."""
+    norm, node = nn.BatchNorm1d(32), MultiSpike()
+    net = nn.ModuleList([nn.Linear(16, 32), norm, node, nn.Conv1d(32, 8, 1)])
+
+    def run(tokens):
+        y = node(norm(net[0](tokens).transpose(-1, -2)))
+        return net[3](y), y
+
+    tokens = torch.randn(4, 64, 16, requires_grad=True)
+    there = [tokens, *net.parameters()]
+    (expected, counts), plain = record_saved(lambda: run(tokens), there)
+    sj_taid.accelerate(net, known=KNOWN, check=False)
+    (got, ours), saved = record_saved(lambda: run(tokens), there)
+    assert type(ours) is Compact and torch.equal(ours, counts)
+    assert torch.equal(got, expected) and saved < 0.6 * plain
+    weight = net[3].weight
+    grads = [torch.autograd.grad(y.square().sum(), weight)[0] for y in (got, expected)]
+    torch.testing.assert_close(*grads)

@@ -37,7 +37,7 @@ class Dynamics(NamedTuple):
     a: float  #: constants of its derivative
     b: float
     levels: int = 1  #: the most that a step gives
-    divisor: float = 1.0  #: a count is divided by it
+    divisor: float = 1.0  #: a count is divided by it; 1 where a step gives a spike
 
     @property
     def counts(self) -> bool:

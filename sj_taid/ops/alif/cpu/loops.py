@@ -730,7 +730,7 @@ def _pack_counts_part(a, scratch, part):
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
         counts = _read(a.spike, a.dtype, place, 0, first, n, _row(scratch, _SPIKE), 1)
-        _store_counts(a, counts, place, 0, first, n)
+        _pack_count_row(counts, _byte_at(a.bits, first // 2), n)
 
 
 @_part

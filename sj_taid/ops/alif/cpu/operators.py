@@ -25,6 +25,7 @@ class Plan:
         self.spec, neuron = spec, spec.dynamics
         self.step = spec.shape[1:], spec.strides[1:]
         self.parameter = (spec.channels,) if spec.per_channel else ()
+        #: whether forward packs; a pass of its own does where it cannot
         self.packs = spec.pack
         self.bits: tuple[int, ...] = bits.count_bytes(spec.steps), spec.neurons
         if neuron.levels > 1:
@@ -33,8 +34,7 @@ class Plan:
             self.bits = (-(-values // 2) if halves else values,)
             # A byte holds two neighbours: of an odd number of them those of two steps.
             self.packs &= not halves or spec.steps == 1 or spec.neurons % 2 == 0
-        #: whether counts are divided after they are packed
-        self.divides = spec.pack and not self.packs
+        self.packs_after = spec.pack and not self.packs
         charges: dict[Any, int] = {-math.inf: loops.NO_LEAK, math.inf: loops.NO_STATE}
         self.charge = charges.get(neuron.w, int(neuron.decay_input))
         self.options = {
@@ -54,7 +54,7 @@ class Plan:
             "b": neuron.b,
             "count": spec.steps * spec.neurons / max(spec.channels, 1),
         }
-        divisor = 1.0 if self.divides else neuron.divisor
+        divisor = 1.0 if self.packs_after else neuron.divisor
         options = self.options | {"divisor": divisor}
         self.forwards = Call(loops.forward, self._partition(whole=False), **options)
         self.backwards: dict[plan.Needs, Call] = {}
@@ -95,9 +95,10 @@ class Plan:
             v_seq=v_seq,
             bits=packed,
         )
-        if self.divides:
+        if self.packs_after:
             packed = bits.pack_whole(spike, spec.dynamics.levels, pack, pack_counts)
-            spike /= spec.dynamics.divisor
+            if spec.dynamics.divisor != 1.0:
+                spike /= spec.dynamics.divisor
         return spike, v, v_seq, None, packed
 
     def backward(
