@@ -20,7 +20,6 @@ from store import FOLDERS, RESULTS, experiments, load_runs, load_study, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.compare import (
-    COLUMNS,
     METRICS,
     Column,
     format_metrics,
@@ -135,6 +134,10 @@ def gains() -> pd.DataFrame:
         gain("`TAID`, ESVAE on faces: error", faces, "reconstruction", *decoders),
         gain(
             "`ALIFNode`, classifier on MNIST: accuracy, %", classifiers, "accuracy", "lif", "alif"
+        ),
+        gain(
+            "`ALIFNode(levels=4)`, one step for four, classifier on CIFAR10: accuracy, %",
+            *(integer_runs(), "accuracy", "LIF, four steps", INTEGER["alif", "default"]),
         ),
     ]
     return pd.DataFrame(rows)
@@ -326,32 +329,38 @@ def models() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-#: rows of :func:`integer_neurons` by the choices of a run, and the benchmark's system
+#: neurons of :func:`integer_runs` by their choices
 INTEGER = {
-    ("lif", "default"): ("LIF, four steps", "LIF"),
-    ("alif", "false"): ("integer, one step, threshold fixed", "integer LIF"),
-    ("alif", "default"): ("integer, one step, threshold learned", "integer LIF"),
+    ("lif", "default"): "LIF, four steps",
+    ("alif", "false"): "integer, one step, threshold fixed",
+    ("alif", "default"): "integer, one step, threshold learned",
 }
 
 
-def integer_neurons() -> pd.DataFrame:
-    """Integer neurons in one step against LIF in four, and their net's step under accelerate."""
-    choices = ("neuron", "surrogate", "neuron_start.v_reset", "model.T")
+def integer_runs() -> pd.DataFrame:
+    """Runs of a classifier with LIF in four steps, or integer neurons in one."""
+    choices = ("neuron", "surrogate", "neuron_start.v_reset", "model.T", "trainer.accelerator")
     learned = ("neuron.learn_tau", "neuron.learn_threshold")
-    given = ("dataset", "dataset.num_workers", "trainer.accelerator")
+    given = ("dataset", "dataset.num_workers")
     runs = load_frame(["cifar10_classifier_cpu"], *choices, *learned, *given)
-    runs = runs[runs["trainer.accelerator"] == "cpu"]
+    runs = runs[runs["trainer.accelerator"] == "cpu"]  # the others are another comparison's
+    kinds = zip(runs["neuron"], runs["neuron.learn_threshold"], strict=True)
+    return runs.assign(neuron=[INTEGER[kind] for kind in kinds])
+
+
+def integer_neurons() -> pd.DataFrame:
+    """Integer neurons in one step against LIF in four, and their net's step with accelerate."""
+    runs, rows = integer_runs(), []
     steps = pd.read_csv(AVX2 / "integer.csv").set_index("system")
-    rows = []
-    for (kind, learns), (name, system) in INTEGER.items():
-        part = runs[(runs["neuron"] == kind) & (runs["neuron.learn_threshold"] == learns)]
-        shown = {
-            COLUMNS[key].title: COLUMNS[key].text(part[key])
-            for key in ("accuracy", "firing_rate", "energy")
-        }
-        step = steps.loc[f"{system}, accelerate"]
-        shown |= {"MB per sample": f"{step['mb_per_sample']:.2f}"}
-        rows.append({"neuron": name} | shown | {"step, ms": f"{step['median_ms']:.0f}"})
+    for name in INTEGER.values():
+        part = runs[runs["neuron"] == name]
+        step = steps.loc["LIF, accelerate" if "LIF" in name else "integer LIF, accelerate"]
+        spikes = part["firing_rate"] * (4 if "four" in name else 1)
+        shown = {METRICS["accuracy"].title: METRICS["accuracy"].text(part["accuracy"])}
+        costs = {"spikes per neuron": Column("", 1, 2).text(spikes)}
+        costs |= {"MB per sample": f"{step['mb_per_sample']:.2f}"}
+        costs |= {"step, ms": f"{step['median_ms']:.0f}"}
+        rows.append({"neuron": name} | shown | costs)
     return pd.DataFrame(rows)
 
 

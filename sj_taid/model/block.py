@@ -9,6 +9,7 @@ from spikingjelly.activation_based import base, layer
 from torch import Tensor, nn
 
 from .._checks import check_sizes, is_whole
+from ..ops.surrogate import levels_of
 
 Neuron = Callable[..., nn.Module]
 """Makes a SpikingJelly neuron in step mode ``"m"`` each time it is called."""
@@ -114,6 +115,10 @@ def spiking_block(
         else nn.BatchNorm2d(synapse.out_channels)
     )
     node = make_neuron(neuron)
+    if levels_of(getattr(node, "surrogate_function", None)) > 1:
+        raise ValueError(
+            "a generator draws spikes, and these neurons count: take another surrogate_function"
+        )
     with torch.no_grad():
         norm.weight.fill_(alpha * float(torch.as_tensor(node.v_threshold).mean()))
     # The container folds time into the batch once for both layers.

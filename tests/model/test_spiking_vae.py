@@ -42,6 +42,13 @@ def test_original_neuron_has_a_surrogate_of_width_and_height_1():
 
 
 @KINDS
+def test_neurons_that_count_are_refused(kind):
+    neuron = partial(ALIFNode, levels=4, v_reset=None, step_mode="m")
+    with pytest.raises(ValueError, match="a generator draws spikes"):
+        make(kind, neuron=neuron)
+
+
+@KINDS
 def test_reconstruct_is_forward_in_eval_mode(kind):
     model, image = make(kind), images()
     torch.manual_seed(0)
