@@ -18,7 +18,7 @@ class Classification(Task):
     The accuracy in training is then that of the class with the larger part.
 
     Args:
-        *args, **kwargs: those of :class:`~sj_taid.training.task.Task`.
+        args, kwargs: those of :class:`~sj_taid.training.task.Task`.
         loss: takes the outputs ``[N, classes]``, or with ``each_step`` those of each time step,
             ``[T, N, classes]``, and the classes' probabilities ``[N, classes]``. None is the mean
             squared error.
