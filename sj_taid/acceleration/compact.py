@@ -50,8 +50,8 @@ class Packing:
     peak: int | None = None
     size = 1
     references = 0
-    #: whether it only tells another packing of what happens to the memory
-    is_detached = False
+    #: whether views have it too, though the values are unknown
+    marks_views = False
     #: what to save of a tensor that shows these values
     parts: Callable[[Tensor], tuple[Tensor, ...]]
     #: all the values of these parts, in a tensor of the same memory order
@@ -180,7 +180,7 @@ class Scaled(Packing):
 class Unknown(Packing):
     """The packing of a tensor that is saved as it is, but for its shape alone by a pool."""
 
-    is_detached = True
+    marks_views = True
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__(tensor)
@@ -313,7 +313,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
     if type(source) is not Compact:
         return result
     packing, base = source._packing, source._base
-    if not (packing.is_known or packing.is_detached) or source._version != packing.version:
+    if not (packing.is_known or packing.marks_views) or source._version != packing.version:
         return result
     if type(result) is not Tensor:
         for part in result if isinstance(result, list | tuple) else ():
@@ -329,7 +329,7 @@ def _describe_view(result: Tensor, source: Tensor, packing: Packing) -> None:
     """Let a view of ``source``, or its copy, know its packing."""
     if result.is_inference():
         return
-    if packing.describes(result) or (packing.is_detached and _graph.shares_memory(result, source)):
+    if packing.describes(result) or (packing.marks_views and _graph.shares_memory(result, source)):
         compact(result, packing.of_part(result, source))
     elif _graph.shares_memory(result, source):
         packing.expose()  # other numbers in the same memory

@@ -134,11 +134,12 @@ class AcceleratedNorm(Exchanged):
             waiting = plans.get(key, key)
             if waiting is key:
                 waiting = plans.keep(key, decide(module, x, folds, tensors))
-            if waiting is not None and waiting.pays():
-                return wait(module, x, waiting, *tensors)
-            if waiting is not None and waiting.is_pooled:
-                y = super().forward(x)  # type: ignore[misc]
-                return compact(y, Unknown(y))
+            if waiting is not None:
+                if waiting.pays():
+                    return wait(module, x, waiting, *tensors)
+                if waiting.is_pooled:
+                    y = super().forward(x)  # type: ignore[misc]
+                    return compact(y, Unknown(y))
         return super().forward(x)  # type: ignore[misc]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _graph
-from .compact import Known, Packing, Term, _peak, describe, implements, saving
+from .compact import Known, Packing, Term, Unknown, _peak, describe, implements, saving
 
 #: how many tensors a sum may be computed again from
 _MOST_TERMS = 4
@@ -39,14 +39,12 @@ class Sum(Packing):
         return Detached(part, self) if detached else self
 
 
-class Detached(Packing):
+class Detached(Unknown):
     """The packing of what is detached from a sum: it keeps no terms, so its values are unknown."""
-
-    is_detached = True
 
     def __init__(self, tensor: Tensor, whole: Packing) -> None:
         super().__init__(tensor)
-        self.is_known, self._whole = False, weakref.ref(whole)
+        self._whole = weakref.ref(whole)
 
     def expose(self) -> None:
         if whole := self._whole():

@@ -81,6 +81,18 @@ def pack_whole(
     return pack_counts(flat) if most <= LARGEST_HALF else flat.byte()
 
 
+def packed_shape(most: int, steps: int, neurons: int) -> tuple[int, ...]:
+    """The shape of what :func:`pack_whole` gives.
+
+    >>> packed_shape(1, 9, 5), packed_shape(4, 1, 5), packed_shape(20, 1, 5)
+    ((2, 5), (3,), (5,))
+    """
+    if most == 1:
+        return count_bytes(steps), neurons
+    values = steps * neurons
+    return (-(-values // 2) if most <= LARGEST_HALF else values,)
+
+
 def count_bytes(steps: int) -> int:
     """Bytes per neuron for a number of time steps."""
     return -(-steps // STEPS_PER_BYTE)

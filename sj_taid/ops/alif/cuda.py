@@ -110,7 +110,7 @@ class _Plan:
         self.new_v = partial(torch.empty_strided, *step, **float32)
         self.new_v_seq = partial(torch.empty_strided, *order, **float32)
         self.new_spikes = partial(torch.empty_strided, *order, dtype=spec.dtype, **on)
-        size = (bits.count_bytes(spec.steps), spec.neurons)
+        size = bits.packed_shape(1, spec.steps, spec.neurons)
         self.new_bits = partial(torch.empty, size, dtype=torch.uint8, **on)
         saved = kernels.checkpoints(spec.steps, spec.dtype) if spec.saves else 0
         self.checkpoint = (saved, spec.neurons) if saved else None
@@ -239,7 +239,7 @@ def _prepare_norm(spec: NormSpec, aligned: bool) -> tuple[_Launch | None, _Launc
 def pack(spike_seq: Tensor) -> Tensor:
     """:func:`.bits.pack` in one launch."""
     steps, neurons = spike_seq.shape
-    packed = spike_seq.new_empty((bits.count_bytes(steps), neurons), dtype=torch.uint8)
+    packed = spike_seq.new_empty(bits.packed_shape(1, steps, neurons), dtype=torch.uint8)
     _launch_bits("pack_bits", spike_seq, packed)
     return packed
 
@@ -251,7 +251,8 @@ def unpack_into(packed: Tensor, spike_seq: Tensor) -> None:
 
 def pack_counts(counts: Tensor) -> Tensor:
     """:func:`.bits.pack_counts` in one launch."""
-    packed = counts.new_empty(-(-len(counts) // 2), dtype=torch.uint8)
+    shape = bits.packed_shape(bits.LARGEST_HALF, 1, len(counts))
+    packed = counts.new_empty(shape, dtype=torch.uint8)
     _launch_bits("pack_counts", counts.unsqueeze(0), packed)
     return packed
 

@@ -182,30 +182,17 @@ def _prefetch(typing_context: Any, pointer: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def _call_row(
-    typing_context: Any,
-    address: Any,
-    scratch: Any,
-    x: Any,
-    v: Any,
-    grad_spike: Any,
-    grad_y: Any,
-    v_rest: Any,
-    levels: Any,
-    divisor: Any,
-    a: Any,
-    b: Any,
-    n: Any,
-) -> Any:
+def _call_row(typing_context: Any, address: Any, arguments: Any) -> Any:
     """Call the function of :func:`row_for` at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         kinds = [context.get_value_type(kind) for kind in ROW_SIGNATURE.args]
         function = ir.FunctionType(ir.VoidType(), kinds).as_pointer()
-        builder.call(builder.inttoptr(values[0], function), values[1:])
+        given = cgutils.unpack_tuple(builder, values[1], len(kinds))
+        builder.call(builder.inttoptr(values[0], function), given)
         return context.get_dummy_value()
 
-    return types.void(types.intp, *ROW_SIGNATURE.args), generate
+    return types.void(types.intp, types.Tuple(ROW_SIGNATURE.args)), generate
 
 
 @_part
@@ -863,7 +850,7 @@ def _backward_part(a, scratch, part):
             grad_y = _grad_row(scratch, a, place, t, first, n, here)
             v = _row(scratch, _VOLTAGES + t)
             numbers = a.v_rest, a.levels, a.divisor, a.a, a.b
-            _call_row(a.row, scratch, x, v, grad_spike, grad_y, *numbers, n)
+            _call_row(a.row, (scratch, x, v, grad_spike, grad_y, *numbers, n))
             if a.grad_x and not a.whole and not a.sums_only:
                 _store_grad_x(scratch, a, place, t, first, n, here, -1)
         if a.grad_v0:

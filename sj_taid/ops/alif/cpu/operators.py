@@ -25,16 +25,12 @@ class Plan:
         self.spec, neuron = spec, spec.dynamics
         self.step = spec.shape[1:], spec.strides[1:]
         self.parameter = (spec.channels,) if spec.per_channel else ()
-        #: whether forward packs; a pass of its own does where it cannot
-        self.packs = spec.pack
-        self.bits: tuple[int, ...] = bits.count_bytes(spec.steps), spec.neurons
-        if neuron.levels > 1:
-            halves = neuron.levels <= bits.LARGEST_HALF
-            values = spec.steps * spec.neurons
-            self.bits = (-(-values // 2) if halves else values,)
-            # A byte holds two neighbours: of an odd number of them those of two steps.
-            self.packs &= not halves or spec.steps == 1 or spec.neurons % 2 == 0
-        self.packs_after = spec.pack and not self.packs
+        self.bits = bits.packed_shape(neuron.levels, spec.steps, spec.neurons)
+        # A byte holds two neighbours: of an odd number of them those of two steps.
+        halves = 1 < neuron.levels <= bits.LARGEST_HALF
+        straddles = halves and spec.steps > 1 and spec.neurons % 2 == 1
+        #: whether forward packs, or a pass after it
+        self.packs, self.packs_after = spec.pack and not straddles, spec.pack and straddles
         charges: dict[Any, int] = {-math.inf: loops.NO_LEAK, math.inf: loops.NO_STATE}
         self.charge = charges.get(neuron.w, int(neuron.decay_input))
         self.options = {
@@ -235,7 +231,8 @@ def pack(spikes: Tensor) -> Tensor:
     if spikes.dtype not in DTYPES:
         return bits.pack(spikes)
     steps, neurons = spikes.shape
-    packed = torch.empty((bits.count_bytes(steps), neurons), dtype=torch.uint8, device="cpu")
+    shape = bits.packed_shape(1, steps, neurons)
+    packed = torch.empty(shape, dtype=torch.uint8, device="cpu")
     _bits(loops.pack, steps, neurons, spikes.dtype)(spike=spikes, bits=packed)
     return packed
 
@@ -252,7 +249,8 @@ def pack_counts(counts: Tensor) -> Tensor:
     """:func:`sj_taid.ops.bits.pack_counts`."""
     if counts.dtype not in DTYPES:
         return bits.pack_counts(counts)
-    packed = torch.empty(-(-len(counts) // 2), dtype=torch.uint8, device="cpu")
+    shape = bits.packed_shape(bits.LARGEST_HALF, 1, len(counts))
+    packed = torch.empty(shape, dtype=torch.uint8, device="cpu")
     _bits(loops.pack_counts, 1, len(counts), counts.dtype)(spike=counts, bits=packed)
     return packed
 
