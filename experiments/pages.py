@@ -20,6 +20,7 @@ from store import FOLDERS, RESULTS, experiments, load_runs, load_study, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.compare import (
+    COSTS,
     METRICS,
     Column,
     format_metrics,
@@ -358,6 +359,7 @@ def integer_neurons() -> pd.DataFrame:
         spikes = part["firing_rate"] * (4 if "four" in name else 1)
         shown = {METRICS["accuracy"].title: METRICS["accuracy"].text(part["accuracy"])}
         costs = {"spikes per neuron": Column("", 1, 2).text(spikes)}
+        costs |= {COSTS["energy"].title: COSTS["energy"].text(part["energy"])}
         costs |= {"MB per sample": f"{step['mb_per_sample']:.2f}"}
         costs |= {"step, ms": f"{step['median_ms']:.0f}"}
         rows.append({"neuron": name} | shown | costs)

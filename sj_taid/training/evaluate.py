@@ -18,6 +18,7 @@ from .._context import eval_mode, seeded
 from .callbacks import ProgressBar
 from .compare import COSTS, format_metrics
 from .config import validate
+from .energy import estimate_energy
 from .evaluator import Evaluator
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
 from .run import Run, build_data, build_part, flatten, merge
@@ -118,11 +119,7 @@ def measure(
 
 @torch.no_grad()
 def measure_costs(task: Task, data: L.LightningDataModule) -> dict[str, float]:
-    """The neurons' mean firing rate, and the energy of one pass of one test sample.
-
-    The energy, in µJ, is SpikingJelly's estimate: additions where the input is spikes (0.9 pJ),
-    multiply-accumulates elsewhere (4.6 pJ), and 24.96 pJ for each byte of memory.
-    """
+    """The neurons' mean firing rate, and the energy of one pass of one test sample in µJ."""
     x, _ = next(iter(data.test_dataloader()))
     x = x[:8].to(next(task.model.parameters()).device)
     fired, neurons = 0.0, 0
@@ -135,11 +132,8 @@ def measure_costs(task: Task, data: L.LightningDataModule) -> dict[str, float]:
     with ExitStack() as contexts, eval_mode(task.model):
         contexts.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            from spikingjelly.activation_based.op_counter import estimate_simple_energy
-
             with seeded(0):
-                energy = estimate_simple_energy(task.model, (task.model_input(x[:1]),))
-            costs["energy"] = energy.energy_total_pj / 1e6
+                costs["energy"] = estimate_energy(task.model, task.model_input(x[:1]))
         except Exception as error:  # a custom model's, or SpikingJelly 0.0.0.0.14 has no such thing
             log.info("No estimate of the energy (%s: %s)", type(error).__name__, error)
         for module in task.model.modules():
