@@ -52,6 +52,8 @@ class Packing:
     references = 0
     #: whether views have it too, though the values are unknown
     marks_views = False
+    #: whether any operation saves it, not sums alone
+    is_saved = True
     #: what to save of a tensor that shows these values
     parts: Callable[[Tensor], tuple[Tensor, ...]]
     #: all the values of these parts, in a tensor of the same memory order
@@ -82,6 +84,7 @@ class Packing:
         is_whole = self.is_known and tensor._version == self.version and self.size == 1
         return (
             is_whole
+            and self.is_saved
             and torch.is_grad_enabled()
             and not torch._C._is_any_autocast_enabled()
             and _graph.allows_hooks()
@@ -117,8 +120,8 @@ class Packing:
         view = tensor.shape, tensor.stride(), tensor.storage_offset()
         return partial(_restore, self.restore, view)
 
-    def term(self, tensor: Tensor) -> Term:
-        """``tensor``, which shows these values, as a term of a sum."""
+    def term(self, tensor: Tensor) -> Term | None:
+        """``tensor``, which shows these values, as a term of a sum, if it may be one."""
         restore = self.restorer(tensor)
         return Term(self.parts(tensor), restore, self.size, self.peak, self.references)
 
@@ -177,16 +180,6 @@ class Scaled(Packing):
         return self._scale(self._restore(*parts))
 
 
-class Unknown(Packing):
-    """The packing of a tensor that is saved as it is, but for its shape alone by a pool."""
-
-    marks_views = True
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__(tensor)
-        self.is_known = False
-
-
 class Known(Tensor):
     """A tensor that says how to save it: :class:`Compact`, or a norm's output."""
 
@@ -206,7 +199,7 @@ class Known(Tensor):
         return self
 
     def term(self) -> Term | None:
-        """The tensor as a term of a sum, if its values are known."""
+        """The tensor as a term of a sum, if it may be one."""
         packing = self.packing()
         return packing.term(self) if packing else None
 
@@ -319,7 +312,8 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
         for part in result if isinstance(result, list | tuple) else ():
             _describe_view(part, source, packing)
     elif result._base is (source if base is None else base) and result.dtype == packing.dtype:
-        compact(result, packing if packing.size == 1 else packing.of_part(result, source))
+        is_usual = packing.size == 1 and packing.is_saved
+        compact(result, packing if is_usual else packing.of_part(result, source))
     else:
         _describe_view(result, source, packing)
     return result
@@ -587,7 +581,7 @@ def saving(known: Iterable[Known], plane: int | None = None) -> Any:
     """The context in which what ``known`` tensors show is saved as their packings."""
     packings = []
     for tensor in known:
-        if packing := tensor.packing():
+        if (packing := tensor.packing()) and packing.is_saved:
             packings.append(packing)
     if (not packings and plane is None) or not torch.is_grad_enabled():
         return _NOTHING

@@ -23,8 +23,8 @@ from ..ops.alif.plan import Plans
 from ..ops.bits import is_dense
 from ..ops.surrogate import levels_of
 from . import sums as sums
-from .compact import Compact, Counts, Known, Packing, Scaled, Unknown, compact, saving
-from .norm_output import NormOutput, decide, memory_order, wait
+from .compact import Compact, Counts, Known, Packing, Scaled, compact, saving
+from .norm_output import NormOutput, Recomputed, decide, memory_order, wait
 
 
 class Exchanged(Accelerated):
@@ -104,6 +104,8 @@ class AcceleratedNorm(Exchanged):
     readers: dict[str, bool]
     #: the axis of channels of a class of the net's own
     _channel_axis = 1
+    #: whether all that it computes is torch's batch norm of these tensors
+    _is_torchs = True
     #: gives the weight, bias, running mean and variance of a norm
     _tensors: Any = attrgetter("weight", "bias", "running_mean", "running_var")
     #: the running statistics of the last call, if nobody knows yet who reads its output
@@ -137,9 +139,9 @@ class AcceleratedNorm(Exchanged):
             if waiting is not None:
                 if waiting.pays():
                     return wait(module, x, waiting, *tensors)
-                if waiting.is_pooled:
+                if waiting.marks:
                     y = super().forward(x)  # type: ignore[misc]
-                    return compact(y, Unknown(y))
+                    return compact(y, Recomputed(y, x, waiting, tensors))
         return super().forward(x)  # type: ignore[misc]
 
 

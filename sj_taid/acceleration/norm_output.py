@@ -27,6 +27,7 @@ from ..ops.alif.autograd import arranged, cast_numbers
 from ..ops.alif.plan import Dynamics, Engine, NormSpec, Plans, Spec, find_norm_plan, table
 from ..ops.bits import is_dense
 from .compact import Known, Packing, Term, compact, saving
+from .sums import Detached
 
 _aten = torch.ops.aten
 #: operations that change the shape alone, and their equals for another memory order
@@ -143,11 +144,11 @@ def _hashable(value: Any) -> Any:
 class Waiting:
     """A batch norm's call, decided in advance."""
 
-    #: Calls in a row whose output was read by others than neurons and sums; after so many the norm
-    #: is torch's own, which is faster then, but for one call in so many more.
+    #: Calls in a row whose output no neuron read; after so many the norm is torch's own, which is
+    #: faster then, but for one call in so many more.
     PATIENCE, AGAIN = 3, 64
-    #: whether a pool has read an output
-    is_pooled = False
+    #: whether a sum or a pool has read an output, which let less of known values be saved
+    marks = False
 
     def __init__(
         self, module: Any, x: Tensor, folds: bool, tensors: Any, spec: NormSpec, engine: Engine
@@ -156,6 +157,7 @@ class Waiting:
         self.folds, self.copies, self.idle = folds, not is_dense(x), 0
         #: those of the plain module's input ``[M, C, *]``
         self.strides = (x.flatten(0, 1) if folds else x).stride()
+        self.is_torchs = module._is_torchs
         given = [t for t in tensors if t is not None]
         self.has_weight, self.has_bias = (t is not None for t in tensors[:2])
         #: the dtype that torch's operators ask for
@@ -186,8 +188,15 @@ class Waiting:
 
     @property
     def is_trial(self) -> bool:
-        """Whether nothing says that a neuron or a sum will read this call's output."""
+        """Whether nothing says that a neuron will read this call's output."""
         return self.idle > 0 and self.reads and not self.spec.fixed
+
+    def unused_statistics(self) -> tuple[Tensor | None, ...]:
+        """Running statistics for torch's norm by a batch's own, which takes their dtype."""
+        if not self.reads or self.dtype == self.spec.dtype:
+            return None, None
+        shape = 2, self.spec.channels
+        return torch.zeros(shape, dtype=self.dtype, device=self.spec.device).unbind()
 
     def flat(self, x: Tensor) -> Tensor:
         """The input as the plain module gets it."""
@@ -260,13 +269,10 @@ class NormCall:
     def check_input(self) -> None:
         """Raise an error if the input has changed since the call."""
         if self.x._version != self._version:
-            raise RuntimeError(
-                "the input of an accelerated batch norm was changed in place before its output was "
-                "read: write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
-            )
+            raise _changed()
 
     def keep_waiting(self) -> None:
-        """Note that a neuron or a sum reads the output."""
+        """Note that a neuron reads the output."""
         self.waiting.idle = -1  # the next call is no trial
         if self._trial:
             self._trial.keep_fused()
@@ -276,6 +282,47 @@ class NormCall:
         self.check_input()
         values = self.torch_norm.forward(self.x).view(made.shape)
         return arranged(values, made.stride())
+
+
+def _changed() -> RuntimeError:
+    return RuntimeError(
+        "the input of an accelerated batch norm was changed in place before its output was read: "
+        "write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
+    )
+
+
+class Recomputed(Packing):
+    """The output of torch's own norm, computed again in backward as a term of a neuron's sum."""
+
+    is_saved = False
+
+    def __init__(self, y: Tensor, x: Tensor, waiting: Waiting, tensors: Any) -> None:
+        super().__init__(y)
+        self._waiting, self._is_term = waiting, type(x) is Tensor and x.dtype == y.dtype
+        if self._is_term:
+            given = x, *(tensors if waiting.spec.fixed else (*tensors[:2], None, None))
+            self._given: Any = [None if t is None else t.detach() for t in given]
+            self._versions = [None if t is None else t._version for t in given]
+
+    def term(self, tensor: Tensor) -> Term | None:
+        return super().term(tensor) if self._is_term and self._waiting.is_torchs else None
+
+    def of_part(self, part: Tensor, whole: Tensor) -> Packing:
+        return Detached.of(part, whole, self)
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return ()  # the norm's backward keeps its input
+
+    def restore(self, *parts: Tensor) -> Tensor:
+        for tensor, version in zip(self._given, self._versions, strict=True):
+            if tensor is not None and tensor._version != version:
+                raise _changed()
+        waiting, (x, weight, bias, *running) = self._waiting, self._given
+        fixed, eps = waiting.spec.fixed, waiting.spec.eps
+        mean, var = running if fixed else waiting.unused_statistics()
+        flat = x.flatten(0, 1) if waiting.folds else x
+        options: Any = not fixed, 0.0, eps, torch.backends.cudnn.enabled
+        return torch.batch_norm(flat, weight, bias, mean, var, *options).view(x.shape)
 
 
 class Trial:
@@ -304,7 +351,7 @@ class Trial:
             tensor.copy_(value)
 
     def begin_torch(self) -> bool:
-        """Set them back for torch's update, at the first reader other than a neuron or a sum."""
+        """Set them back for torch's update, at the first reader other than a neuron."""
         if not self._is_open or self._fused is not None:
             return False
         self._fused = [t.clone() for t in self.running]
@@ -312,7 +359,7 @@ class Trial:
         return True
 
     def keep_fused(self) -> None:
-        """Take the fused norm's: a neuron or a sum reads the output."""
+        """Take the fused norm's: a neuron reads the output."""
         if self._is_open and self._fused is not None:
             self._set(self._fused)
         self.close()
@@ -336,19 +383,15 @@ class _TorchNorm:
         self.numbers, self._waiting, self._trial = numbers, waiting, trial
         self._saved: Any = None  # for backward, by the last forward
 
-    def _statistics(self) -> tuple[Tensor | None, Tensor | None]:
-        """Running mean and variance at the call; zeros, which torch updates, for a batch's own."""
+    def _statistics(self) -> tuple[Tensor | None, ...]:
+        """Running mean and variance at the call."""
         waiting, (mean, rstd) = self._waiting, self.numbers[:2]
-        if not waiting.reads:
-            return None, None
-        if not waiting.spec.fixed:
-            return mean.new_zeros(mean.shape, dtype=waiting.dtype), rstd.new_zeros(
-                rstd.shape, dtype=waiting.dtype
-            )
+        if not (waiting.reads and waiting.spec.fixed):
+            return waiting.unused_statistics()
         return mean.to(waiting.dtype), (rstd.pow(-2) - waiting.spec.eps).to(waiting.dtype)
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
+        """The values for the detached ``x``."""
         waiting, spec, trial = self._waiting, self._waiting.spec, self._trial
         running: Any
         if trial and trial.begin_torch():
@@ -370,7 +413,7 @@ class _TorchNorm:
         self, x: Tensor, weight: Tensor | None, grad: Tensor, needs: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         if self._saved is None:  # nobody has read the values
-            self.forward(x)
+            self.forward(x.detach())
         kind, running, numbers, reserve = self._saved
         flat = self._waiting.flat(x)
         grad_x, *others = _aten._batch_norm_impl_index_backward(
@@ -591,7 +634,10 @@ class NormOutput(Known):
         content = self._content  # the term keeps the norm's input
         if _graph.are_checkpoints(content.call.hooks):
             return None
-        content.call.keep_waiting()
+        waiting = content.call.waiting
+        waiting.marks = True
+        if not waiting.is_torchs:
+            content.call.keep_waiting()
         return Term((), partial(_shown, content.compute, self._place.made))
 
     def exposed(self) -> Any:
@@ -634,7 +680,7 @@ class NormOutput(Known):
         self._content.call.gradient.watch()
 
     def note_pool(self) -> None:
-        self._content.call.waiting.is_pooled = True
+        self._content.call.waiting.marks = True
 
 
 def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
@@ -659,7 +705,10 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
             output._content.hold()
         return output.computed(name)
 
-    args, kwargs = tree_map_only(NormOutput, read, (args, kwargs))
+    if kwargs or any(isinstance(value, list | tuple) for value in args):
+        args, kwargs = tree_map_only(NormOutput, read, (args, kwargs))
+    else:  # the usual, in a tenth of the time
+        args = [read(value) if isinstance(value, NormOutput) else value for value in args]
     result = func(*args, **kwargs)
     changed = kwargs.get("out", args[0] if args else None)
     return given if result is changed else result

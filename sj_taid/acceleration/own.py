@@ -174,6 +174,8 @@ class DescribedNeuron(AcceleratedALIF, FusedNeuron):
 class OwnNorm(Own, AcceleratedNorm):
     """A norm of a net's own; what it does with its buffers and parameters is torch's."""
 
+    _is_torchs = False
+
     def _run_described(self, x: Any) -> Any:
         return AcceleratedNorm.forward(self, x)
 

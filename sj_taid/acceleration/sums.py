@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _graph
-from .compact import Known, Packing, Term, Unknown, _peak, describe, implements, saving
+from .compact import Known, Packing, Term, _peak, describe, implements, saving
 
 #: how many tensors a sum may be computed again from
 _MOST_TERMS = 4
@@ -35,16 +35,24 @@ class Sum(Packing):
         return self._first.restore(*parts[:count]) + self._second.restore(*parts[count:])
 
     def of_part(self, part: Tensor, whole: Tensor) -> Packing:
-        detached = whole.requires_grad and not part.requires_grad
-        return Detached(part, self) if detached else self
+        return Detached.of(part, whole, self)
 
 
-class Detached(Unknown):
-    """The packing of what is detached from a sum: it keeps no terms, so its values are unknown."""
+class Detached(Packing):
+    """The packing of what is detached from a sum or a term: it keeps no other tensor alive, so its
+    values are unknown."""
+
+    marks_views = True
 
     def __init__(self, tensor: Tensor, whole: Packing) -> None:
         super().__init__(tensor)
-        self._whole = weakref.ref(whole)
+        self.is_known, self._whole = False, weakref.ref(whole)
+
+    @staticmethod
+    def of(part: Tensor, whole: Tensor, packing: Packing) -> Packing:
+        """The packing of a part of ``whole``, which may be detached from it."""
+        detached = whole.requires_grad and not part.requires_grad
+        return Detached(part, packing) if detached else packing
 
     def expose(self) -> None:
         if whole := self._whole():
