@@ -241,9 +241,10 @@ class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
         return getattr(node, "w", None), v_threshold
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        is_sequence = isinstance(x_seq, NormOutput) or (
-            isinstance(x_seq, Tensor) and x_seq.is_floating_point() and x_seq.dim() > 1
-        )
+        with torch._C.DisableTorchFunctionSubclass():
+            is_sequence = isinstance(x_seq, NormOutput) or (
+                isinstance(x_seq, Tensor) and x_seq.is_floating_point() and x_seq.dim() > 1
+            )
         aside = not _graph.is_eager() and _graph.steps_aside()
         if args or kwargs or not is_sequence or aside:
             return self.kind.multi_step_forward(self, x_seq, *args, **kwargs)  # type: ignore[attr-defined]

@@ -34,7 +34,10 @@ class Own(Exchanged):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         x: Any = given[0] if len(given) == 1 else None
-        takes = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 and x.numel() > 0
+        with torch._C.DisableTorchFunctionSubclass():  # three questions in a tenth of the time
+            takes = (
+                isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 and x.numel() > 0
+            )
         module: Any = self
         if not takes or not _graph.is_eager():
             return module.kind.forward(module, *args, **kwargs)
