@@ -147,7 +147,7 @@ class Waiting:
     #: Calls in a row whose output no neuron read; after so many the norm is torch's own, which is
     #: faster then, but for one call in so many more.
     PATIENCE, AGAIN = 3, 64
-    #: whether a sum or a pool has read an output, which let less of known values be saved
+    #: whether a sum or a pool has read an output: behind one that knows what it is, less is saved
     marks = False
 
     def __init__(
