@@ -7,7 +7,6 @@ mean and standard deviation over seeds, as ``results.md`` does; ``results.csv`` 
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -95,11 +94,6 @@ def format_metrics(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 def are_alike(metrics: Mapping[str, Any]) -> bool:
     """Whether a generator's samples are all the same."""
     return metrics.get("sample_variance", 1.0) < 1e-6
-
-
-def learned_nothing(metrics: Mapping[str, Any]) -> bool:
-    """Whether a generator's samples are all alike, or no better than those before its training."""
-    return are_alike(metrics) or metrics.get("fad", 0.0) >= metrics.get("fad_untrained", math.inf)
 
 
 def gather(folders: Iterable[Path]) -> dict[Path, Metrics]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ class Generation(Autoencoding):
             group["params"] = [p for p in group["params"] if p not in prior]
         return [*groups, {"params": [*prior], "lr": self.learning_rate() * self.prior_lr_scale}]
 
-    def before_training(self, data: ImageData, evaluator: Evaluator | None) -> dict[str, float]:
+    def before_training(self, data: ImageData, evaluator: Evaluator | None) -> None:
         # What may fail at the end of the training is tried here.
         if evaluator is None:
             raise ValueError(
@@ -85,9 +84,6 @@ class Generation(Autoencoding):
         evaluator.prepare(data)
         if data.validation_set is not None:
             evaluator.fad_alone().prepare(data.test_on_validation())
-        with self.model.draw_from("learned") if self.flow else nullcontext():
-            untrained = evaluator.fad_alone().evaluate_samples(self.model, data)
-        return {"fad_untrained": untrained["fad"]}
 
     def on_train_start(self) -> None:
         if self.flow:

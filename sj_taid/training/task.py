@@ -128,13 +128,12 @@ class Task(L.LightningModule):
             "trainer.gradient_clip_val=1.0"
         )
 
-    def before_training(self, data: Any, evaluator: Evaluator | None) -> dict[str, float]:
-        """Check and prepare what training needs; metrics of the untrained model.
+    def before_training(self, data: Any, evaluator: Evaluator | None) -> None:
+        """Check and prepare what training needs.
 
-        Every process of a distributed run measures: while one makes what is cached, the others wait
-        at its file lock, as in a collective they would hit the time limit.
+        Every process of a distributed run does: while one makes what is cached, the others wait at
+        its file lock, as in a collective they would hit the time limit.
         """
-        return {}
 
     def fit_prior(self, data: Any) -> None:
         """Fit the trained model's prior, if it has one to fit."""

@@ -22,7 +22,7 @@ from .._kinds import check_kinds
 from ..calibration import calibrate
 from .callbacks import History, RandomNumbers, Stopwatch
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
-from .compare import format_metrics, learned_nothing
+from .compare import are_alike, format_metrics
 from .config import key_of, validate
 from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
 from .process import (
@@ -109,9 +109,7 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     trainer = build_trainer(cfg.trainer, run, logger, callbacks)
     if checkpoint is None:
         calibrate_thresholds(task, data, cfg.neuron_start.get("calibrate"))
-        origin["untrained"] = task.before_training(data, evaluator)
-    else:
-        origin["untrained"] = run.origin["untrained"]
+        task.before_training(data, evaluator)
     if cfg.compile:
         compile_model(model, cfg.compile)
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
@@ -127,7 +125,6 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
             metrics |= measure_best_epoch(task, build_tester(cfg), data, run)
     log_metrics(trainer, metrics)
     metrics |= {
-        **origin.pop("untrained"),
         "epochs": trainer.current_epoch,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_seconds": round(timer.time_elapsed(), 1),
@@ -137,8 +134,8 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     run.save_metrics(metrics)
     for title, value in format_metrics(metrics).values():
         log.info("%s: %s", title, value)
-    if learned_nothing(metrics):
-        log.warning("The samples are all alike, or no better by FAD than before the training.")
+    if are_alike(metrics):
+        log.warning("The samples are all alike.")
     return metrics
 
 

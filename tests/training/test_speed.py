@@ -54,7 +54,7 @@ def test_two_processes_measure_once(tmp_path, cache):
     )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / run.METRICS).read_text())
-    assert metrics["fad"] > 0 and metrics["fad_untrained"] > 0
+    assert metrics["fad"] > 0
     assert done.stdout.count("FAD, own autoencoder ↓: ") == 1
     assert "MEMBER: 2/2" in done.stderr
 
