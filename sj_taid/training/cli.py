@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from threading import Thread
 from typing import Any
@@ -60,8 +60,6 @@ def run_composed(command: str, arguments: Sequence[str]) -> None:
     def run_job(cfg: DictConfig) -> Any:
         if os.getpid() == process:
             sys.argv[:] = given  # which Lightning repeats for the processes of further devices
-        else:  # a launcher's
-            end_with_parent()
         try:
             return find_main(command)(cfg)
         except Exception as error:
@@ -84,21 +82,18 @@ def run_other(command: str, arguments: Sequence[str]) -> None:
 
 
 def end_workers_with_sweep() -> None:
-    """Let joblib's workers end with this process: those that wait for a job would stay."""
+    """Let joblib's workers end with this process, also when it is killed."""
     from joblib.parallel import BACKENDS, register_parallel_backend
 
     register_parallel_backend("loky", partial(BACKENDS["loky"], initializer=end_with_parent))
 
 
-@cache
 def end_with_parent() -> None:
-    """End this process when its parent does, as when a sweep is killed, even before this call."""
-    starter = multiprocessing.parent_process()  # the sweep, if joblib runs the jobs; else None
-    parent = starter.pid if starter else os.getppid()
+    """End this worker when the process that started it does, even if it has already."""
+    parent: Any = multiprocessing.parent_process()
 
     def watch() -> None:
-        # Process 1 adopts those whose parent has died; in a container it may be the sweep itself.
-        while os.getppid() == parent and (starter or parent != 1):
+        while os.getppid() == parent.pid:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 

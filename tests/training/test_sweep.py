@@ -6,14 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import filelock
 import pytest
 import torch
 
-from sj_taid.training import cli, run
+from sj_taid.training import run
 from sj_taid.training.callbacks import RandomNumbers
 from sj_taid.training.train import train
 from tests.training.conftest import (
@@ -111,16 +109,14 @@ STARTERS = {
         "from sj_taid.training.cli import end_workers_with_sweep as e; from joblib import *; e();"
         "Parallel(2)([delayed(exec)('', {{}}), delayed(exec)({0!r}, {{}})])"
     ),
-    "subprocess": "import subprocess, sys; subprocess.run([sys.executable, '-c', {0!r}])",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("starter", "late"),
-    [("joblib", True), ("joblib", False), ("idle", False), ("subprocess", False)],
+    ("starter", "late"), [("joblib", True), ("joblib", False), ("idle", False)]
 )
-def test_a_workers_process_ends_with_its_parent(starter, late):
+def test_a_worker_ends_with_its_parent(starter, late):
     parent = [sys.executable, "-c", STARTERS[starter].format(WORKER.format(late=late))]
     with subprocess.Popen(parent, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
         said = b""
@@ -130,32 +126,6 @@ def test_a_workers_process_ends_with_its_parent(starter, late):
         started = time.monotonic()
         process.stdout.read()  # to its end: a worker holds it open
     assert time.monotonic() - started < 60
-
-
-@pytest.mark.parametrize(
-    ("starter", "parents", "ends"),
-    [
-        (None, [7, 7, 1], True),
-        (None, [7, 7, 7], False),
-        (None, [1, 1], True),  # lost before it asks
-        (7, [7, 7, 1], True),
-        (7, [1], True),
-        (7, [9], True),  # which adopts orphans too
-        (1, [1, 1, 1], False),  # in a container
-        (1, [1, 9], True),
-    ],
-)
-def test_end_with_parent(monkeypatch, starter, parents, ends):
-    asked, killed = iter(parents), []
-    started_by = starter and SimpleNamespace(pid=starter)
-    monkeypatch.setattr(cli.multiprocessing, "parent_process", lambda: started_by)
-    monkeypatch.setattr(cli.os, "getppid", lambda: next(asked))
-    monkeypatch.setattr(cli.os, "kill", lambda *_: killed.append(True))
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(cli, "Thread", lambda target, daemon: SimpleNamespace(start=target))
-    with nullcontext() if ends else pytest.raises(StopIteration):
-        cli.end_with_parent.__wrapped__()
-    assert bool(killed) == ends
 
 
 def find(folder):
