@@ -10,6 +10,7 @@ in the same batches of all classes.
 """
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice, pairwise
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from attention import describe
 from common import write_csv
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -57,6 +57,15 @@ def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
     reuse_freed_memory()
     rows = [row for run in map(Run.find, options.runs) for row in measure(run, options.published)]
     write_csv(pd.DataFrame(rows), result, keys=KEYS)
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """A run's choices, command, commit, seed and epochs, without its paths."""
+    words = run.metrics["command"].split()
+    command = " ".join(word for word in words if not re.search(r"root=|run\.dir=", word))
+    chosen = {k: run.metrics["choices"][k] for k in ("model", "decoder", "neuron", "dataset")}
+    trained = {"trained_by": command, "trained_at": run.metrics["commit"], "seed": run.config.seed}
+    return chosen | trained | {"epochs": run.metrics["epochs"]}
 
 
 @seeded(0)

@@ -201,7 +201,6 @@ def command() -> str:
     """The command line of this process, from the root of the checkout, without where it writes."""
     outputs = argparse.ArgumentParser(add_help=False)
     outputs.add_argument("--out")
-    outputs.add_argument("--picture")
     _, others = outputs.parse_known_args(sys.argv[1:])
     script = Path(sys.argv[0]).resolve()
     root = Path(__file__).resolve().parents[2]

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import any_net
-import attention
 import classes
 import common
 import frontier
@@ -14,15 +13,12 @@ import integer
 import pandas as pd
 import published_nets
 import pytest
-import stripes
 import torch
 import zoo
 from spikingjelly.activation_based.layer import SeqToANNContainer
 from spikingjelly.activation_based.neuron import LIFNode
 from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
-
-from sj_taid import FixedDecoder
 
 CPU = torch.device("cpu")
 RESULTS = Path(common.__file__).parent / "results"
@@ -38,8 +34,6 @@ SCHEMAS = {
     "integer": [*TIMES, "system", "peak_mb", "mb_per_sample", "time_ratio"],
     "host": ["what", "shape", "system", "cpu_us", "wall_us", "cpu_ratio"],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
-    "small": [*TIMES, "neuron", "norm", "T", "work"],
-    "norm": ["net", "variant", "dtype", "T", "step", "saved_mb", "saved_ratio", "device"],
     "zoo": ["net", "written", "T", "shape", "neurons", "norms", "fused", "before_mb", "after_mb"],
 }
 
@@ -151,29 +145,6 @@ def test_committed_csv_is_whole(path):
     assert not table["command"].str.contains("--out").any()
 
 
-class Content(torch.nn.Module):
-    """Weighs a step by its own mean, whatever its place."""
-
-    def attention(self, x_seq):
-        return x_seq.mean((2, 3, 4))[..., None]
-
-    def forward(self, x_seq):
-        return attention.weigh(self.attention(x_seq), x_seq)
-
-
-def test_attention_of_weights_by_step_and_by_content():
-    T, images = 6, torch.rand(5, 3, 4, 4)
-    image_seq = torch.arange(1.0, T + 1).view(T, 1, 1, 1, 1) * images / 100
-    by_step = attention.measure(FixedDecoder(T), image_seq, images)
-    by_content = attention.measure(Content(), image_seq, images)
-    assert [by_step["follows_step"], by_content["follows_content"]] == pytest.approx([1.0, 1.0])
-    assert by_step["follows_content"] < 0.9 > by_content["follows_step"]
-    assert by_content["reconstruction_permuted"] == pytest.approx(by_content["reconstruction"])
-    assert by_step["reconstruction_permuted"] != by_step["reconstruction"]
-    assert by_step["reconstruction_mean"] == pytest.approx(by_step["reconstruction"])
-    assert by_step["reconstruction_equal"] != by_step["reconstruction"]
-
-
 class Shades:
     """A generator whose flow has the classes 3 and 5, each of one shade of grey."""
 
@@ -207,11 +178,3 @@ def test_classes_are_asked_for_by_their_shares_and_compared():
 def test_frechet_distance_of_two_gaussians():
     mean, covariance = torch.zeros(2).double(), torch.eye(2).double()
     assert classes.frechet(mean, covariance, mean + 1, 4 * covariance) == pytest.approx(2 + 2)
-
-
-def test_stripes_of_columns():
-    images = torch.rand(50, 1, 16, 16)
-    striped = images + torch.tensor([0.0, 0.4]).repeat(8)
-    assert stripes.stripes(images) == pytest.approx(1, abs=0.2)
-    assert stripes.stripes(striped) > 4
-    assert stripes.stripes(striped.mT) == pytest.approx(1, abs=0.2)
