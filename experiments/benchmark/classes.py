@@ -24,6 +24,7 @@ from common import write_csv
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.image.fid import _compute_fid
 
 from sj_taid._context import seeded
 from sj_taid.data import ImageData
@@ -166,20 +167,13 @@ def compare(
 
 def row_of(images: Encoded, real: tuple[Tensor, Tensor]) -> dict[str, Any]:
     read = (images.asked == images.read).double().mean().item()
-    fad = frechet(*real, *moments(images.codes))
+    fad = _compute_fid(*real, *moments(images.codes)).item()
     return {"n": len(images.codes), "read": read if images.asked[0] >= 0 else None, "fad": fad}
 
 
 def moments(codes: Tensor) -> tuple[Tensor, Tensor]:
     codes = codes.double()
     return codes.mean(0), codes.T.cov()
-
-
-def frechet(mean: Tensor, covariance: Tensor, other_mean: Tensor, other: Tensor) -> float:
-    """The squared Frechet distance of two Gaussians."""
-    roots = torch.linalg.eigvals(covariance @ other).sqrt().real.sum()
-    distance = (mean - other_mean).square().sum() + covariance.trace() + other.trace() - 2 * roots
-    return distance.item()
 
 
 if __name__ == "__main__":

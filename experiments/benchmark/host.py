@@ -10,9 +10,9 @@ of CPU time. Layers below a million values run on one thread.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import published_nets
@@ -44,66 +44,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_parser.add_argument("--turns", type=float, default=1.0, help="of the usual number")
     options = options_parser.parse_args(arguments)
     reuse_freed_memory()
-    rows: list[dict[str, Any]] = []
+    tables: list[pd.DataFrame] = []
 
     def add(what: str, shape: Sequence[int], systems: Systems, turns: int) -> None:
         table = take_turns(systems, max(3, int(turns * options.turns)))
-        rows.extend({"what": what, "shape": [*shape], **row} for row in table)
+        table.insert(0, "what", what)
+        table.insert(1, "shape", str([*shape]))
+        tables.append(table)
 
     for shape, turns in LAYERS.items():
         with threads(shape):
             add("norm and LIF", shape, norm_and_neuron(shape), turns)
             add("LIF", shape, neuron_alone(shape), turns)
-    spikes = (4, 2, 8, 16, 16)
+    spikes, images = (4, 2, 8, 16, 16), (4, 2, 3, 32, 32)
     with threads(spikes):
         add("view of spikes, 1,000 times", spikes, views(spikes), 100)
         add("convolution of spikes, 100 times", spikes, convolutions(spikes), 100)
         for name in options.nets:
-            steps, forwards = whole_nets(name)
-            add(f"{name}: training step", (4, 2, 3, 32, 32), steps, 40)
-            add(f"{name}: without gradients", (4, 2, 3, 32, 32), forwards, 40)
-    table = pd.DataFrame(rows)
-    print(summary(table).to_string())
-    write_csv(table, options.out / "host.csv")
+            steps, forwards = whole_nets(name, images)
+            add(f"{name}: training step", images, steps, 40)
+            add(f"{name}: without gradients", images, forwards, 40)
+    write_csv(pd.concat(tables), options.out / "host.csv")
 
 
-class threads:
+@contextmanager
+def threads(shape: Sequence[int]) -> Iterator[None]:
     """As many threads as a layer of this shape gets."""
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        self.count = 1 if torch.Size(shape).numel() < LARGE else torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.count)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self.before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if torch.Size(shape).numel() < LARGE else before)
+    yield
+    torch.set_num_threads(before)
 
 
-def take_turns(systems: Systems, turns: int) -> list[dict[str, Any]]:
-    """Microseconds of each system, and the ratio to the first."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
-    for turn in range(turns + 3):
-        for name, call in systems.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            now = (time.process_time() - cpu) * 1e6, (time.perf_counter() - wall) * 1e6
-            if turn >= 3:
-                times[name].append(now)
-    medians = {name: pd.DataFrame(values).median() for name, values in times.items()}
-    first = next(iter(medians.values()))
-    return [
-        {"system": n, "cpu_us": m[0], "wall_us": m[1], "cpu_ratio": m[0] / first[0]}
-        for n, m in medians.items()
-    ]
+def take_turns(systems: Systems, turns: int) -> pd.DataFrame:
+    """Microseconds of each system, medians, and the ratio to the first."""
+    rows = [(name, *times(call)) for _ in range(3 + turns) for name, call in systems.items()]
+    table = pd.DataFrame(rows[3 * len(systems) :], columns=["system", "cpu_us", "wall_us"])
+    medians = table.groupby("system", sort=False).median()
+    return medians.assign(cpu_ratio=medians["cpu_us"] / medians["cpu_us"].iloc[0]).reset_index()
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Median and worst ratio of the nets, by what they do."""
-    nets = table[table["what"].str.contains(":") & (table["system"] == "accelerate")]
-    does = nets["what"].str.partition(": ")[2]
-    return nets.groupby(does)["cpu_ratio"].agg(["count", "median", "max"])
+def times(call: Callable[[], object]) -> tuple[float, float]:
+    """Microseconds of this process, and those that pass."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return 1e6 * (time.process_time() - cpu), 1e6 * (time.perf_counter() - wall)
 
 
 def step(net: nn.Module, x: Tensor, grad: Tensor) -> None:
@@ -122,10 +107,13 @@ def norm_and_neuron(shape: Sequence[int]) -> Systems:
     def pair(node: nn.Module) -> nn.Module:
         return nn.Sequential(layer.BatchNorm2d(shape[2], step_mode="m"), node)
 
-    nets = {"plain": pair(neuron.LIFNode(**OPTIONS)), "accelerate": pair(neuron.LIFNode(**OPTIONS))}
-    nets["plain PLIF"] = pair(neuron.ParametricLIFNode(**OPTIONS))
-    nets["norm, then ALIF"] = pair(ALIFNode(**OPTIONS))
-    nets["accelerate ALIF"] = pair(ALIFNode(**OPTIONS))
+    nets = {
+        "plain": pair(neuron.LIFNode(**OPTIONS)),
+        "accelerate": pair(neuron.LIFNode(**OPTIONS)),
+        "plain PLIF": pair(neuron.ParametricLIFNode(**OPTIONS)),
+        "norm, then ALIF": pair(ALIFNode(**OPTIONS)),
+        "accelerate ALIF": pair(ALIFNode(**OPTIONS)),
+    }
     accelerate(nets["accelerate"])
     accelerate(nets["accelerate ALIF"])
     return _steps(nets, shape)
@@ -163,13 +151,13 @@ def convolutions(shape: Sequence[int]) -> Systems:
     return {name: partial(call, s.flatten(0, 1)) for name, s in _spikes(shape).items()}
 
 
-def whole_nets(name: str) -> tuple[Systems, Systems]:
+def whole_nets(name: str, shape: Sequence[int]) -> tuple[Systems, Systems]:
     """Training steps of a net, and forwards without gradients."""
     torch.manual_seed(0)
     plain, fast = (published_nets.build(name, width=16) for _ in range(2))
     fast.load_state_dict(plain.state_dict())
     accelerate(fast, known=published_nets.KNOWN)
-    x = torch.rand(4, 2, 3, 32, 32)
+    x = torch.rand(*shape)
 
     def forward(net: nn.Module) -> None:
         functional.reset_net(net)
