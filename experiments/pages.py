@@ -3,13 +3,13 @@
     python experiments/pages.py [FOLDER ...]
 
 Finished runs of experiments below the folders are first copied into results/. Each table stands
-between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made of the runs in results/ and of the
-CSVs in experiments/benchmark/results/, so no number is copied by hand.
+between ``<!-- table: NAME -->`` and ``<!-- end -->``. The function of its name makes it of the runs
+in results/ and of the CSVs in experiments/benchmark/results/: no number is copied by hand.
 """
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def fill(page: Path) -> str:
     """The text of a page, with its tables up to date."""
 
     def make(found: re.Match[str]) -> str:
-        table = TABLES[found[2]]()
+        table = globals()[found[2]]()
         if isinstance(table, pd.DataFrame):
             table = markdown(table.replace({"dataset": DATASETS}))
         return f"{found[1]}\n{table}\n{found[3]}"
@@ -116,39 +116,33 @@ def load_frame(names: Sequence[str], *keys: str) -> pd.DataFrame:
 def gains() -> pd.DataFrame:
     """Memory, time and quality, each with SpikingJelly's LIF or FSVAE's image decoder before."""
     nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 8")
-    fsvae = load_frame(["fsvae"], *CHOICES).query("dataset == 'mnist'")
-    faces = load_frame(["celeba_esvae_cpu"], *CHOICES).query("epochs == 4")
-    classifiers = frame(load_runs("mnist_classifier_cpu"))[0]
-    former = read_zoo().query("net == 'Spikformer'").melt(["net"], ["before_mb", "after_mb"])
-    former["neuron"], former["kb"] = former["variable"], 1e3 * former["value"]
-    step, neurons = (
-        "`accelerate`, training step of SEW-ResNet-18",
-        ("SpikingJelly LIF", "LIF accelerate"),
-    )
-    held = "`accelerate`, Spikformer as published: held after a forward, kB"
-    decoders = ("fixed", "taid")
+    nets, lif = nets.set_index("neuron"), ("SpikingJelly LIF", "LIF accelerate")
+    held = read_zoo().set_index("net").loc["Spikformer", ["before_mb", "after_mb"]].astype(float)
+    kilobytes = "`accelerate`, Spikformer as published: held after a forward, kB"
+    fsvae = load_frame(["fsvae"], *CHOICES).query("dataset == 'mnist'").set_index("decoder")
+    faces = load_frame(["celeba_esvae_cpu"], *CHOICES).query("epochs == 4").set_index("decoder")
+    digits = frame(load_runs("mnist_classifier_cpu"))[0].set_index("neuron")
+    counting = integer_runs().set_index("neuron")
+    step = "`accelerate`, training step of SEW-ResNet-18"
     rows = [
-        gain(f"{step}: MB per sample", nets, "mb_per_sample", *neurons),
-        gain(f"{step}: ms", nets, "median_ms", *neurons),
-        gain(held, former, "kb", "before_mb", "after_mb"),
-        gain("`TAID`, FSVAE on MNIST: error", fsvae, "reconstruction", *decoders),
-        gain("`TAID`, ESVAE on faces: error", faces, "reconstruction", *decoders),
-        gain(
-            "`ALIFNode`, classifier on MNIST: accuracy, %", classifiers, "accuracy", "lif", "alif"
-        ),
+        gain(f"{step}: MB per sample", nets["mb_per_sample"], *lif),
+        gain(f"{step}: ms", nets["median_ms"], *lif),
+        gain(kilobytes, 1e3 * held, *held.index),
+        gain("`TAID`, FSVAE on MNIST: error", fsvae["reconstruction"], "fixed", "taid"),
+        gain("`TAID`, ESVAE on faces: error", faces["reconstruction"], "fixed", "taid"),
+        gain("`ALIFNode`, classifier on MNIST: accuracy, %", digits["accuracy"], "lif", "alif"),
         gain(
             "`ALIFNode(levels=4)`, one step for four, classifier on CIFAR10: accuracy, %",
-            *(integer_runs(), "accuracy", "LIF, four steps", INTEGER["alif", "default"]),
+            *(counting["accuracy"], INTEGER["lif", "default"], INTEGER["alif", "default"]),
         ),
     ]
     return pd.DataFrame(rows)
 
 
-def gain(what: str, table: pd.DataFrame, name: str, theirs: str, ours: str) -> dict[str, str]:
-    """A row of :func:`gains`: ``name`` of the neuron or decoder ``theirs`` and of ``ours``."""
-    column = METRICS.get(name, Column(what, 1, 0, spread=False))
-    rows = table.set_index("decoder" if ours == "taid" else "neuron")
-    before, after = rows.loc[[theirs], name], rows.loc[[ours], name]
+def gain(what: str, values: pd.Series, theirs: str, ours: str) -> dict[str, str]:
+    """A row of :func:`gains`: the values of the neuron or decoder ``theirs`` and of ``ours``."""
+    column = METRICS.get(str(values.name), Column(what, 1, 0, spread=False))
+    before, after = values.loc[[theirs]], values.loc[[ours]]
     more, ratio = after.mean() - before.mean(), after.mean() / before.mean()
     return {
         "what": what,
@@ -320,13 +314,17 @@ def models() -> pd.DataFrame:
     rows = []
     for name in list_models():
         metrics = read_config(name)["metrics"]
-        weights = ROOT / "sj_taid" / "pretrained" / name / WEIGHTS
-        shown = {key: metrics[key] for key in ON_CARD if key in metrics}
-        row = {"name": f"`{name}`", "data": metrics["choices"]["dataset"]}
-        row |= {"decoder": metrics["choices"].get("decoder") or ""}
-        row |= {"parameters, M": f"{metrics['parameters'] / 1e6:.2f}"}
-        row |= {"MB": f"{weights.stat().st_size / 1e6:.2f}"}
-        rows.append(row | {"metrics": "; ".join(map(" ".join, format_metrics(shown).values()))})
+        size = (ROOT / "sj_taid" / "pretrained" / name / WEIGHTS).stat().st_size
+        shown = format_metrics({key: metrics[key] for key in ON_CARD if key in metrics})
+        row = {
+            "name": f"`{name}`",
+            "data": metrics["choices"]["dataset"],
+            "decoder": metrics["choices"].get("decoder") or "",
+            "parameters, M": f"{metrics['parameters'] / 1e6:.2f}",
+            "MB": f"{size / 1e6:.2f}",
+            "metrics": "; ".join(map(" ".join, shown.values())),
+        }
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -357,12 +355,15 @@ def integer_neurons() -> pd.DataFrame:
         part = runs[runs["neuron"] == name]
         step = steps.loc["LIF, accelerate" if "LIF" in name else "integer LIF, accelerate"]
         spikes = part["firing_rate"] * (4 if "four" in name else 1)
-        shown = {METRICS["accuracy"].title: METRICS["accuracy"].text(part["accuracy"])}
-        costs = {"spikes per neuron": Column("", 1, 2).text(spikes)}
-        costs |= {COSTS["energy"].title: COSTS["energy"].text(part["energy"])}
-        costs |= {"MB per sample": f"{step['mb_per_sample']:.2f}"}
-        costs |= {"step, ms": f"{step['median_ms']:.0f}"}
-        rows.append({"neuron": name} | shown | costs)
+        row = {
+            "neuron": name,
+            METRICS["accuracy"].title: METRICS["accuracy"].text(part["accuracy"]),
+            "spikes per neuron": Column("", 1, 2).text(spikes),
+            COSTS["energy"].title: COSTS["energy"].text(part["energy"]),
+            "MB per sample": f"{step['mb_per_sample']:.2f}",
+            "step, ms": f"{step['median_ms']:.0f}",
+        }
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -497,14 +498,6 @@ def esvae() -> pd.DataFrame:
         "of the recipe's step": rows["ratio"].map("{:.2f}".format),
     }
     return pd.DataFrame(columns)
-
-
-TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
-    **{table.__name__: table for table in (gains, generators, distances, models)},
-    **{table.__name__: table for table in (decoders, generator_neurons, start_map, recipes)},
-    **{table.__name__: table for table in (classes, integer_neurons)},
-    **{table.__name__: table for table in (memory, zoo, neurons, host_layers, host_nets, esvae)},
-}
 
 
 if __name__ == "__main__":
