@@ -70,18 +70,9 @@ def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator
         path = results / "maps" / f"{study}.csv"
         before = [load_study(study, results)] if path.is_file() else []
         table = pd.concat([*before, pd.DataFrame(new)]).drop_duplicates(STUDIED, keep="last")
-        table = table.sort_values(STUDIED, key=lambda values: values.map(sort_key))
         with atomic_write(path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.5f")
         yield f"stored: {path}"
-
-
-def sort_key(value: Any) -> tuple[bool, float, str]:
-    """Numbers by size, then words by the alphabet."""
-    try:
-        return (False, float(value), "")
-    except ValueError:
-        return (True, 0.0, str(value))
 
 
 def study_row(folder: Path, metrics: Metrics) -> dict[str, Any]:

@@ -9,7 +9,6 @@ classes by their shares; a class's is between its images of all draws and its te
 in the same batches of all classes.
 """
 
-import argparse
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from common import write_csv
+from common import RESULTS, parser, write_csv
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,7 +33,6 @@ from sj_taid.training.evaluator import PUBLISHED
 from sj_taid.training.process import reuse_freed_memory
 from sj_taid.training.run import Run, build_data
 
-RESULT = Path(__file__).resolve().parents[2] / "results" / "classes.csv"
 BATCH, BATCHES, DRAWS = 256, 20, 3  # batches as the papers have them
 EPOCHS = 4  # of the classifier
 KEYS = ["dataset", "epochs", "images", "fit_seed", "draw", "class"]
@@ -48,16 +46,15 @@ class Encoded(NamedTuple):
     read: Tensor
 
 
-def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="of an ESVAE with a flow")
-    parser.add_argument("--published", type=Path, required=True, help="the papers' autoencoders")
-    options = parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_parser = parser(__doc__, device=False, out=RESULTS)
+    add = options_parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="of an ESVAE with a flow")
+    add("--published", type=Path, required=True, help="the papers' autoencoders")
+    options = options_parser.parse_args(arguments)
     reuse_freed_memory()
     rows = [row for run in map(Run.find, options.runs) for row in measure(run, options.published)]
-    write_csv(pd.DataFrame(rows), result, keys=KEYS)
+    write_csv(pd.DataFrame(rows), options.out / "classes.csv", keys=KEYS)
 
 
 def describe(run: Run) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from sj_taid.training.process import provenance
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU = torch.device("cpu")
+#: of the findings, next to the runs that they are of
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def parser(
@@ -34,13 +36,14 @@ def parser(
     dtypes: Sequence[str] = (),
     steps: Sequence[int] = (),
     nets: Iterable[str] = (),
+    out: Path = Path("benchmark-results"),
 ) -> argparse.ArgumentParser:
     """A parser with the options that benchmarks share; each only where it has a default."""
     new = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = new.add_argument
-    add("--out", type=Path, default=Path("benchmark-results"), help="a folder")
+    add("--out", type=Path, default=out, help="a folder")
     if device:
         add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     if repeats:

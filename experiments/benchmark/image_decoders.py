@@ -6,13 +6,11 @@ writes to ``results/image_decoders.csv`` a row per decoder and seed: ``error``, 
 error of the test images, in [-1, 1]. Seven minutes on one core.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pandas as pd
 import torch
-from common import write_csv
+from common import RESULTS, parser, write_csv
 from sklearn.datasets import load_digits
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
@@ -21,7 +19,6 @@ from torch.nn import functional as F
 from sj_taid import TAID, FixedDecoder, accelerate, fresh_state
 from sj_taid._context import seeded
 
-RESULT = Path(__file__).resolve().parents[2] / "results" / "image_decoders.csv"
 T = 8
 #: By the names of docs/taid.md, in its order.
 DECODERS: dict[str, Callable[[], nn.Module]] = {
@@ -33,11 +30,11 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
-    options = parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options_parser = parser(__doc__, device=False, out=RESULTS)
+    options_parser.add_argument("--seeds", type=int, default=3)
+    options_parser.add_argument("--epochs", type=int, default=30)
+    options = options_parser.parse_args(arguments)
     images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     test = torch.arange(len(images)) % 5 == 0
     rows = [
@@ -46,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, result: Path = RESULT) -> None:
         for name, make in DECODERS.items()
         for seed in range(options.seeds)
     ]
-    write_csv(pd.DataFrame(rows), result)
+    write_csv(pd.DataFrame(rows), options.out / "image_decoders.csv")
 
 
 def make_net(seed: int, decoder: Callable[[], nn.Module]) -> nn.Sequential:
