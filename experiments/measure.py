@@ -21,9 +21,8 @@ from sj_taid._context import eval_mode
 from sj_taid.data import ImageData
 from sj_taid.model import ESVAE
 from sj_taid.model.rate import spikes_from_rate
-from sj_taid.training.evaluate import build_evaluator
 from sj_taid.training.process import provenance
-from sj_taid.training.run import Run, build_data
+from sj_taid.training.run import Run, build_data, build_part
 
 
 class TrainingImages(nn.Module):
@@ -59,7 +58,7 @@ def measure(run: Run, draws: int, trust: Sequence[str]) -> tuple[dict[str, Any],
     cfg = run.config
     cfg.trust = [*trust]
     model: Any = run.model(trust)
-    data, evaluator = build_data(cfg), build_evaluator(cfg)
+    data, evaluator = build_data(cfg), build_part(cfg, "metric")
     if evaluator is None:
         raise ValueError(f"{run.folder} holds no generator")
     metrics: dict[str, Any] = {}

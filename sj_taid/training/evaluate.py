@@ -49,7 +49,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
         data = build_data(cfg)
         task = build_part(cfg, "task", model=model, optimizer=None)
         with seeded(cfg.seed):
-            metrics = measure(task, build_tester(cfg, bar=True), data, build_evaluator(cfg))
+            metrics = measure(task, build_tester(cfg, bar=True), data, build_part(cfg, "metric"))
         protocol = metrics.pop("protocol", {})
         protocol = {name: protocol[name] for name in metrics if name in protocol}
         if run.checkpoint == run.best:
@@ -81,14 +81,6 @@ def build_tester(cfg: DictConfig, bar: bool = False) -> L.Trainer:
         enable_progress_bar=bar,
         callbacks=[ProgressBar()] if bar else None,
     )
-
-
-def build_evaluator(cfg: DictConfig) -> Evaluator | None:
-    """The evaluator of the model's samples; None where the task draws none."""
-    if not cfg.get("metric"):
-        return None
-    options = {"cache_dir": cfg.cache_dir, "seed": cfg.seed, "accelerator": cfg.trainer.accelerator}
-    return build_part(cfg, "metric", **options)
 
 
 def measure(

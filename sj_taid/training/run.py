@@ -55,6 +55,8 @@ RESUME_MAY_CHANGE = (
     "metric.inception_weights",
     "metric.published_autoencoders",
     "metric.features",
+    "metric.cache_dir",
+    "metric.accelerator",
     "neuron.backend",
     "model.neuron.backend",
 )
@@ -229,7 +231,9 @@ def merge(cfg: DictConfig, given: Mapping[str, Any]) -> None:
 
 
 def build_part(cfg: DictConfig, part: str, **arguments: Any) -> Any:
-    """The object that a part of a config describes, see :func:`sj_taid._build.build`."""
+    """The object that a part of a config describes, see :func:`sj_taid._build.build`, or None."""
+    if cfg.get(part) is None:
+        return None
     groups = {k: group for k, group in cfg.items() if isinstance(group, DictConfig)}
     keys = {str(group.get("_target_")): str(key) for key, group in groups.items()}
     config = OmegaConf.to_container(cfg[part], resolve=True)

@@ -24,7 +24,7 @@ from .callbacks import History, RandomNumbers, Stopwatch
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
 from .compare import are_alike, format_metrics
 from .config import key_of, validate
-from .evaluate import build_evaluator, build_tester, measure, rename_for_best_epoch, test
+from .evaluate import build_tester, measure, rename_for_best_epoch, test
 from .process import (
     command_line,
     ending_wandb_run,
@@ -95,7 +95,7 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     model = build_model(cfg)
     optimizer = instantiate_checked(cfg.optimizer, "optimizer")
     task: Task = build_part(cfg, "task", model=model, optimizer=optimizer)
-    evaluator = build_evaluator(cfg)
+    evaluator = build_part(cfg, "metric")
     parts = (cfg.get("callbacks") or {}).items()
     callbacks = [instantiate_checked(part, f"callbacks.{name}") for name, part in parts if part]
     logger = instantiate_checked(cfg.logger, "logger") if cfg.get("logger") else None
