@@ -45,21 +45,15 @@ def fit(
     return float(torch.stack(losses).mean())
 
 
-def load_or_make(
-    path: Path, load: Callable[[dict[str, Any]], Any], make: Callable[[], dict[str, Any]]
-) -> None:
-    """Load what is cached at ``path``, or make and cache it, in one of several processes.
-
-    A damaged file is made again.
-    """
+def cached(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is cached at ``path``; one of several processes makes it, and again if it is damaged."""
     with FileLock(f"{path}.lock"):
         if path.is_file():
             try:
-                load(torch.load(path, map_location="cpu", weights_only=True))
-                return
+                return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # whatever the damage leads to
                 log.warning("%s is damaged (%s); it is made again", path, type(error).__name__)
         made = make()
         with atomic_write(path) as whole:
             torch.save(made, whole)
-        load(made)
+        return made

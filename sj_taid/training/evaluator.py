@@ -33,7 +33,7 @@ from ..metric import (
 )
 from ..metric.precision_recall import NEIGHBOURS
 from ..model import Autoencoder
-from .cache import fit, load_or_make
+from .cache import cached, fit
 from .callbacks import show_progress
 
 log = logging.getLogger(__name__)
@@ -174,15 +174,6 @@ class Evaluator:
         shared = FeatureShare(group).to(self.device)
         comparing = {name: metric for name, metric in group.items() if _real_states(metric)}
 
-        def load(states: dict[str, Any]) -> None:
-            found = [
-                (metric, key, states[name][key])
-                for name, metric in comparing.items()
-                for key in _real_states(metric)
-            ]
-            for metric, key, value in found:  # once nothing is missing
-                setattr(metric, key, value)
-
         def make() -> dict[str, Any]:
             batches = data.test_dataloader()
             for images, _ in show_progress(batches, "Statistics of the test images"):
@@ -193,7 +184,9 @@ class Evaluator:
 
         protocols = (metric.protocol for metric in comparing.values())
         path = self.cache_path("statistics", data, *protocols, data.fingerprint())
-        load_or_make(path, load, make)
+        for name, states in cached(path, make).items():
+            for key, state in states.items():
+                setattr(comparing[name], key, state)
         return shared.to(self.device)  # what was loaded too
 
     def _trained_autoencoder(
@@ -229,7 +222,7 @@ class Evaluator:
         training = json.dumps(dict(self.autoencoder), sort_keys=True, default=list)
         parts = training, repr(autoencoder), data.fingerprint(data.train_set)
         path = self.cache_path("autoencoder", data, *parts)
-        load_or_make(path, autoencoder.load_state_dict, train)
+        autoencoder.load_state_dict(cached(path, train))
         return autoencoder
 
     def cache_path(self, kind: str, data: ImageData, *parts: str) -> Path:

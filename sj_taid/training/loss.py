@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .._checks import check_not_negative, check_sizes
 from .._context import seeded
 from ..data import ImageData
-from .cache import fit, load_or_make
+from .cache import cached, fit
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class FeatureLoss(nn.Module):
 
         made_by = f"{EPOCHS}x{WIDTH}-{data.fingerprint(data.train_set)}"
         name = f"features-{data.name}-{made_by}.pt"
-        load_or_make(cache_dir / name, self.blocks.load_state_dict, make)
+        self.blocks.load_state_dict(cached(cache_dir / name, make))
 
     def forward(self, output: Tensor, image: Tensor) -> Tensor:
         """The loss of reconstructions ``output`` of ``image``, ``[N, C, H, W]`` in [-1, 1]."""
