@@ -8,21 +8,22 @@ in results/ and of the CSVs in experiments/benchmark/results/: no number is copi
 """
 
 import argparse
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from store import FOLDERS, RESULTS, experiments, load_runs, load_study, store
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.compare import (
     COSTS,
     METRICS,
     Column,
+    Metrics,
     format_metrics,
     frame,
     gather,
@@ -30,15 +31,16 @@ from sj_taid.training.compare import (
     overrides,
     summary,
 )
+from sj_taid.training.config import folder_name
 from sj_taid.training.files import atomic_write
 from sj_taid.training.plot import save
 
-ROOT = RESULTS.parent
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 PAGES = [
     *(ROOT / name for name in ("README.md", "RESULTS.md", "results/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-IMAGES = ROOT / "docs" / "images"
 BENCHMARKS = ROOT / "experiments" / "benchmark" / "results"
 EPYC, AVX2 = BENCHMARKS / "epyc-2-cores", BENCHMARKS / "epyc-avx2-2-cores"
 PLIF = "SpikingJelly PLIF"
@@ -84,11 +86,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.folders:
         print(*store(gather(options.folders)), sep="\n")
-    draw_starts(IMAGES / "start-map-mnist.png")
-    draw_frontier(IMAGES / "frontier.png")
+    draw_frontier(ROOT / "docs" / "images" / "frontier.png")
     for page in PAGES:
         with atomic_write(page) as temporary:
             temporary.write_text(fill(page), encoding="utf-8")
+
+
+def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator[str]:
+    """Copy the metrics of experiments' runs into results; yields a line for each."""
+    for folder, metrics in finished.items():
+        choices = overrides(metrics) | {"seed": str(metrics["seed"])}
+        experiment = choices.pop("experiment", "")
+        if not experiment:
+            yield f"not stored: {folder} (it is no run of experiment=...)"
+            continue
+        name = folder_name([f"{key}={value}" for key, value in choices.items()])
+        path = results / "runs" / experiment / f"{name}.json"
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        yield f"stored: {path}"
 
 
 def fill(page: Path) -> str:
@@ -105,6 +121,17 @@ def fill(page: Path) -> str:
 
 
 # ---- runs ----
+
+
+def load_runs(experiment: str, results: Path = RESULTS) -> list[Metrics]:
+    """The metrics of an experiment's runs."""
+    paths = sorted((results / "runs" / experiment).glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def experiments() -> list[str]:
+    """The names of the experiments that have runs."""
+    return sorted(path.name for path in (RESULTS / "runs").iterdir())
 
 
 def load_frame(names: Sequence[str], *keys: str) -> pd.DataFrame:
@@ -237,20 +264,14 @@ def signed(change: pd.Series) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
-def load_starts() -> pd.DataFrame:
-    """The sweep over starts: mean accuracy in % by data set, norm, calibration, neuron, start."""
-    table = load_study("start_map").replace({"dataset": FOLDERS})
-    table = table.rename(columns=lambda key: key.rpartition(".")[2])
-    table["neuron"] = pd.Categorical(table["neuron"], NEURONS, ordered=True)
-    table[["tau", "v_threshold"]] = table[["tau", "v_threshold"]].astype(float)
-    keys = ["dataset", "norm", "calibrate", "neuron", "tau", "v_threshold"]
-    return 100 * table.groupby(keys, observed=True)["accuracy"].mean()
-
-
 def start_map() -> pd.DataFrame:
     """How many starts end near the best: of all neurons with the same data, and of each neuron."""
-    cells = load_starts()
+    rows = pd.read_csv(RESULTS / "maps" / "start_map.csv", dtype=str, keep_default_na=False)
+    rows = rows.rename(columns=lambda key: key.rpartition(".")[2])
+    rows = rows.replace({"dataset": {"image_folder": "cifar10"}}).astype({"accuracy": float})
+    rows["neuron"] = pd.Categorical(rows["neuron"], NEURONS, ordered=True)
     by_map = ["dataset", "norm", "calibrate", "neuron"]
+    cells = 100 * rows.groupby([*by_map, "tau", "v_threshold"], observed=True)["accuracy"].mean()
     table = pd.DataFrame(index=cells.groupby(by_map, observed=True).size().index)
     table["best, accuracy in %"] = cells.groupby(by_map, observed=True).max().map("{:.2f}".format)
     for title, group in (("near the best of all", by_map[:-1]), ("near its own best", by_map)):
@@ -258,24 +279,6 @@ def start_map() -> pd.DataFrame:
         counts = near.groupby(by_map, observed=True).agg(["sum", "size"]).astype(str)
         table[title] = counts["sum"] + " of " + counts["size"]
     return table.reset_index()
-
-
-def draw_starts(path: Path) -> None:
-    """Draw the accuracy on MNIST without a norm over the start, as it is and calibrated."""
-    cells = load_starts().loc["mnist", "false"]
-    figure = Figure((12, 5.5), layout="constrained")
-    axes = figure.subplots(2, len(NEURONS), sharex=True, sharey=True)
-    maps = cells.groupby(["calibrate", "neuron"], observed=True, sort=False)
-    for axis, ((calibrate, neuron), part) in zip(axes.flat, maps, strict=True):
-        values = part.unstack().to_numpy()
-        shown = axis.imshow(values, vmin=cells.min(), vmax=cells.max(), aspect="auto")
-        axis.set_title(neuron + (", calibrated" if calibrate != "null" else ""), fontsize=9)
-        axis.set_xticks(range(values.shape[1]), part.index.unique("v_threshold"))
-        axis.set_yticks(range(values.shape[0]), part.index.unique("tau"))
-        axis.set(xlabel="v_threshold", ylabel="tau")
-        axis.label_outer()
-    figure.colorbar(shown, ax=axes, label=METRICS["accuracy"].title)
-    save(figure, path)
 
 
 def classes() -> pd.DataFrame:
