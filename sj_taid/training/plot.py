@@ -148,7 +148,6 @@ def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -
             if f"{stage}/{name}" in table:
                 curve = table[f"{stage}/{name}"].dropna()
                 axis.plot(curve, marker="o", markersize=3, label=label)
-        axis.xaxis.get_major_locator().set_params(integer=True)
         _label(axis, "epoch", name)
         axis.legend(fontsize=8)
     save(figure, path)
