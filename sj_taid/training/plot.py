@@ -137,6 +137,16 @@ def draw_attention(attention: Tensor, path: Path) -> None:
     save(figure, path)
 
 
+#: what the terms of a generator's loss are, by the names that they are logged under
+TERMS = {
+    "reconstruction": "mean squared error",
+    "latent": "distance of latent and prior",
+    "gradient": "error of neighbouring pixels' differences",
+    "chroma": "error of colour",
+    "features": "error of a classifier's features",
+}
+
+
 def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -> None:
     """Draw metrics over the epochs: ``train/<name>`` and ``val/<name>`` in one plot per name."""
     table = pd.DataFrame(epochs, index=range(1, len(epochs) + 1))
@@ -148,7 +158,7 @@ def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -
             if f"{stage}/{name}" in table:
                 curve = table[f"{stage}/{name}"].dropna()
                 axis.plot(curve, marker="o", markersize=3, label=label)
-        _label(axis, "epoch", name)
+        _label(axis, "epoch", TERMS.get(name, name))
         axis.legend(fontsize=8)
     save(figure, path)
 
