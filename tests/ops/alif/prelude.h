@@ -1,6 +1,6 @@
 // What turns kernels.cu into C++: CUDA's keywords, the thread's indices, and a launch that runs the
 // grid one thread after another.
-#include <cmath>
+#include <math.h>
 
 #define __global__
 #define __device__

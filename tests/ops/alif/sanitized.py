@@ -7,6 +7,7 @@ every pair of the options that decide which memory a kernel accesses. At the end
 works, which the sanitizer must find.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def run_alone(engine, x, packed):
 
 
 def main(directory):
+    del os.environ["LD_PRELOAD"]  # for the compiler, which it would slow down
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     source = kernels.source()
     broken = source.replace("thread >= c.threads", "thread > c.threads")

@@ -33,6 +33,7 @@ def _poison():
 
 
 def check(host, case):
+    host.build(host.kernels(case))  # together: faster than singly
     cuda = host.cuda
     assert not compare(case, cuda.multi_step, launches=cuda.launches)
 
@@ -42,7 +43,7 @@ CASES = [make_case(row) for row in (*pairwise(OPTIONS), *pairwise(COUNT_OPTIONS)
 
 @pytest.fixture(scope="module")
 def built(request, host):
-    """``host`` with the kernels of all selected cases, compiled together: faster than singly."""
+    """``host`` with the kernels of all selected cases, compiled together."""
     calls = [getattr(item, "callspec", None) for item in request.session.items]
     cases = [call.params["case"] for call in calls if call and call.params.get("case") in CASES]
     with host.patched():
