@@ -20,7 +20,7 @@ except OSError as error:
 
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"needs NVRTC: {WHY_NOT}")
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+OTHERS = [pytest.param(arch, marks=pytest.mark.kernels) for arch in ("sm_80", "sm_100")]
 ALL = NEED_X | NEED_W | NEED_V_THRESHOLD
 
 # What decides the registers of a thread: the greediest surrogates, the longest single sweep of half
@@ -83,7 +83,7 @@ NAMES = tuple(dict.fromkeys(names()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["sm_90", *OTHERS])
 def test_16_bytes_are_spilled_at_most_and_none_up_to_16_values(arch):
     found = nvrtc.resources(kernels.source(), NAMES, arch)
     assert found.keys() == set(NAMES)
