@@ -34,8 +34,8 @@ def test_compiled_graphs_serve_all_epochs(monkeypatch):
     torch.compiler.reset()
     passes, insert = [], Prior._insert_own_samples
     monkeypatch.setattr(Prior, "_insert_own_samples", lambda *a: passes.append(a) or insert(*a))
-    T = Prior.FIRST_OWN_SAMPLE + 2  # the shortest in which one of these is an input
-    sizes = {"image_size": 4, "T": T, "hidden_channels": (2,), "latent_channels": 2, "k": 2}
+    monkeypatch.setattr(Prior, "FIRST_OWN_SAMPLE", 1)  # or 7 steps would be compiled
+    sizes = {"image_size": 4, "T": 3, "hidden_channels": (2,), "latent_channels": 2, "k": 2}
     model = FSVAE(**sizes, own_sample_probability=(0.0, 1.0))
     counter = CompileCounterWithBackend("eager")
     model.compile(backend=counter, dynamic=False)

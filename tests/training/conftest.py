@@ -7,10 +7,12 @@ import shlex
 import shutil
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from sj_taid.training import cli, load_model, run
@@ -20,7 +22,7 @@ from tests.metric.pixels import Pixels, classifier
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 #: of commands in processes of their own
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)}
 
 TINY_TRAINER = [
     "trainer.max_epochs=1",
@@ -79,16 +81,20 @@ def write_images(folder, n, size=(20, 24), mode="RGB", suffix="png"):
         Image.new(mode, size, i).save(folder / f"{i:02}.{suffix}")
 
 
-def command(*arguments):
-    """A command line for another process."""
-    return [sys.executable, "-m", "sj_taid", *arguments]
+def start(folder, *arguments):
+    """Start ``python -m sj_taid`` in ``folder``, where its output goes.
 
-
-def exit_code(*arguments):
-    """How a command line ends in a process of its own."""
+    It is forked from a process that has the imports done: see tests/conftest.py.
+    """
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=run_command, args=arguments)
+    process = context.Process(target=run_command, args=(folder, *arguments))
     process.start()
+    return process
+
+
+def exit_code(folder, *arguments):
+    """How a command ends, within five minutes."""
+    process = start(folder, *arguments)
     process.join(timeout=300)
     if process.is_alive():
         process.kill()
@@ -96,11 +102,19 @@ def exit_code(*arguments):
     return process.exitcode
 
 
-def run_command(*arguments):
-    multiprocessing.set_start_method(None, force=True)  # the platform's, of what it starts itself
+def run_command(folder, *arguments):
+    os.setsid()
+    os.chdir(folder)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_CREAT | os.O_APPEND | os.O_WRONLY), descriptor)
+    os.environ |= ENVIRONMENT
+    rank_zero_only.rank = int(os.environ.get("RANK", 0))  # torchrun's, as Lightning's import reads
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # the platform's, of what it starts itself
+    # What Lightning starts for further devices, and joblib's workers, are of this module.
+    main = sys.modules["__main__"] = import_module("sj_taid.__main__")
     sys.argv = ["sj-taid", *arguments]
-    cli.main()
+    main.main()
 
 
 def weights(run_or_checkpoint):

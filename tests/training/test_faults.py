@@ -4,21 +4,23 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sj_taid.training import run
 from sj_taid.training.train import train
 from tests.training.conftest import (
-    ENVIRONMENT,
     assert_same_weights,
     exit_code,
+    run_command,
     weights,
     write_images,
 )
@@ -187,7 +189,7 @@ def test_run_ends_as_if_the_fault_had_not_happened(
         fault.mend(there.folder)
         assert re.search(fault.says, said), said
     else:
-        killed = exit_code("train", *arguments, *with_fault(name), *QUIET)
+        killed = exit_code(tmp_path, "train", *arguments, *with_fault(name), *QUIET)
         assert killed == -signal.SIGKILL
     left = torch.load(there.checkpoint, weights_only=True)
     assert left["epoch"] == 1 and not there.is_finished
@@ -224,19 +226,24 @@ def test_run_that_early_stopping_has_ended_stays_ended(
     assert train(cfg, tmp_path)["epochs"] == left["epoch"] + 1 == epochs
 
 
+#: torchrun --standalone --nproc-per-node=2, whose processes begin with the imports done
+TORCHRUN = LaunchConfig(
+    *(1, 1, 2), max_restarts=0, start_method="forkserver",
+    run_id="run", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+)  # fmt: skip
+
+
 @pytest.mark.slow
 def test_run_of_two_processes_ends_with_the_death_of_one_and_resumes(job, sj_taid, tmp_path):
     there = run.Run(tmp_path / "run")
     arguments = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        "-m", "sj_taid", "train", *job, f"hydra.run.dir={there.folder}",
+        *job, f"hydra.run.dir={there.folder}",
         "trainer.devices=2", "dataset.num_workers=0",  # a fork among threads may hang
         *with_fault("second process"),
     ]  # fmt: skip
-    ended = subprocess.run(
-        arguments, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode != 0 and "Signal 9 (SIGKILL)" in ended.stderr, ended.stderr
+    launch = elastic_launch(TORCHRUN, run_command)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ChildFailedError, match=r"9 \(SIGKILL\)"):
+        pool.submit(launch, tmp_path, "train", *arguments).result()
     assert torch.load(there.checkpoint, weights_only=True)["epoch"] <= 1
     sj_taid("train", f"resume={there.folder}", "trainer.devices=1", *QUIET)
     assert there.metrics["epochs"] == 4

@@ -1,7 +1,6 @@
 """Precision and speed by config: the same metrics when compiled and from several processes."""
 
 import json
-import subprocess
 
 import pytest
 import torch
@@ -11,20 +10,20 @@ from torch._dynamo.utils import counters
 from sj_taid.training import run
 from sj_taid.training.generation import Generation
 from sj_taid.training.train import train
-from tests.training.conftest import TINY, TINY_CLASSIFICATION, command
+from tests.training.conftest import TINY, TINY_CLASSIFICATION, exit_code
 
 TASKS = {"generation": TINY, "classification": TINY_CLASSIFICATION}
 
 
 @pytest.mark.slow
 def test_compiled_model_trains_and_saves_alike(tiny, trained, tmp_path):
-    eager = run.Run(trained(*TINY_CLASSIFICATION)).metrics
-    options = [*TINY_CLASSIFICATION, "compile={backend:eager}"]
+    small = [*TINY_CLASSIFICATION, "model.stages=[[4]]"]
+    eager = run.Run(trained(*small)).metrics
     # A run needs three graphs, to train, validate and test; so does each further one of a sweep.
     with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
         for name in ("compiled", "again"):
             counters.clear()
-            compiled = train(tiny(*options, tiny=False), tmp_path / name)
+            compiled = train(tiny(*small, "compile={backend:eager}", tiny=False), tmp_path / name)
             assert counters["stats"]["unique_graphs"] == 3
             assert (compiled["loss"], compiled["accuracy"]) == (eager["loss"], eager["accuracy"])
     run.load_model(tmp_path / "compiled")  # whose keys are those of a model that is not compiled
@@ -45,18 +44,17 @@ def test_precision_keeps_float32_weights_and_accumulation_takes_fewer_steps(
 
 @pytest.mark.slow
 def test_two_processes_measure_once(tmp_path, cache):
-    arguments = command(
+    arguments = [
         "train", *TINY, "trainer.devices=2", "callbacks=quiet", "~logger", f"cache_dir={cache}",
         f"hydra.run.dir={tmp_path / 'run'}",
-    )  # fmt: skip
-    done = subprocess.run(
-        arguments, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    ]  # fmt: skip
+    ended = exit_code(tmp_path, *arguments)
+    said, notes = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+    assert ended == 0, notes
     metrics = json.loads((tmp_path / "run" / run.METRICS).read_text())
     assert metrics["fad"] > 0
-    assert done.stdout.count("FAD, own autoencoder ↓: ") == 1
-    assert "MEMBER: 2/2" in done.stderr
+    assert said.count("FAD, own autoencoder ↓: ") == 1
+    assert "MEMBER: 2/2" in notes
 
 
 def test_process_waits_for_measurements_before_the_others(tiny, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Sweeps: a folder for each job, none overwritten, and a killed sweep resumes."""
 
+import inspect
 import json
 import os
 import signal
@@ -11,14 +12,15 @@ import filelock
 import pytest
 import torch
 
-from sj_taid.training import run
+from sj_taid.training import cli, run
 from sj_taid.training.callbacks import RandomNumbers
 from sj_taid.training.train import train
 from tests.training.conftest import (
     ENVIRONMENT,
     TINY_CLASSIFICATION,
     assert_same_weights,
-    command,
+    exit_code,
+    start,
     weights,
 )
 
@@ -57,31 +59,21 @@ def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(
 ):
     """By the same launcher, or by another."""
     sweep, resumed = (
-        command(
-            "train", "-m", *SWEEP, *JOB, "callbacks=quiet", f"hydra.sweep.dir={tmp_path}",
-            f"hydra/launcher={name}", *more,
-        )
+        ["train", "-m", *SWEEP, *JOB, "callbacks=quiet", f"hydra.sweep.dir={tmp_path}",
+         f"hydra/launcher={name}", *more]
         for name, *more in (first, then)
     )  # fmt: skip
-    options = {
-        "cwd": tmp_path,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-        "env": ENVIRONMENT,
-    }
-    with subprocess.Popen(sweep, start_new_session=True, **options) as process:
-        while process.poll() is None and not list(tmp_path.glob(f"*/{run.CHECKPOINTS}/last.ckpt")):
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        said = process.communicate()[0]
-    assert process.returncode == -signal.SIGKILL, said
+    process = start(tmp_path, *sweep)
+    while process.is_alive() and not list(tmp_path.glob(f"*/{run.CHECKPOINTS}/last.ckpt")):
+        time.sleep(0.02)
+    assert process.is_alive(), (tmp_path / "stderr").read_text()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
     for lock in tmp_path.glob(f"*/{run.LOCK}"):  # a cluster's processes outlive the launcher
         filelock.FileLock(lock).acquire(timeout=60).lock.release()
     assert len(find(tmp_path)) < 2
 
-    done = subprocess.run(resumed, **options, check=False)
-    assert done.returncode == 0, done.stdout
+    assert exit_code(tmp_path, *resumed) == 0, (tmp_path / "stderr").read_text()
     folders = {path.parent: json.loads(path.read_text()) for path in find(tmp_path)}
     assert len(folders) == 2
     for folder, metrics in folders.items():
@@ -92,12 +84,13 @@ def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(
         assert_same_weights(folder, expected)
 
 
-WORKER = """
-import multiprocessing, os, time
-from sj_taid.training.cli import end_with_parent
+WORKER = f"""
+import multiprocessing, os, signal, time
+from threading import Thread
 
+{inspect.getsource(cli.end_with_parent)}
 print(0, flush=True)
-while {late} and os.getppid() == multiprocessing.parent_process().pid:  # killed before it asks
+while {{late}} and os.getppid() == multiprocessing.parent_process().pid:  # killed before it asks
     time.sleep(0.1)
 end_with_parent()
 print(1, flush=True)
@@ -118,7 +111,8 @@ STARTERS = {
 )
 def test_a_worker_ends_with_its_parent(starter, late):
     parent = [sys.executable, "-c", STARTERS[starter].format(WORKER.format(late=late))]
-    with subprocess.Popen(parent, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
+    environment = os.environ | ENVIRONMENT
+    with subprocess.Popen(parent, stdout=subprocess.PIPE, env=environment) as process:
         said = b""
         while len(said.splitlines()) < (1 if late else 2):
             said += process.stdout.read1()

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 
 import lightning as L
 import pytest
@@ -15,7 +14,7 @@ from sj_taid.training import cli, run, sample
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.train import count_classes, train
-from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, command, write_images
+from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, exit_code, write_images
 
 PICTURES = [
     f"{name}.png" for name in ("samples", "reconstructions", "parameters", "attention", "curves")
@@ -30,12 +29,10 @@ def options(group):
 def test_train_command_leaves_everything_and_can_be_sampled(tmp_path, cache, sj_taid, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
-    train_it = command(
-        "train", *TINY, "pictures=true", f"hydra.run.dir={folder}", f"cache_dir={cache}"
-    )
-    done = subprocess.run(train_it, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and not done.stderr, done.stderr  # nobody else's notes either
-    said = done.stdout.splitlines()
+    arguments = [*TINY, "pictures=true", f"hydra.run.dir={folder}", f"cache_dir={cache}"]
+    assert exit_code(tmp_path, "train", *arguments) == 0
+    assert not (tmp_path / "stderr").read_text()  # nobody else's notes either
+    said = (tmp_path / "stdout").read_text().splitlines()
     assert all(said)  # no progress bar, and no blank line in its place
     assert said[-3:] == [
         "Picture: run/samples.png",
