@@ -103,11 +103,14 @@ def test_prove_on_a_cpu(tmp_path, monkeypatch):
         "pair_of_options)", "pair_of_options) and soft-detach-decay"
     )
     monkeypatch.setitem(prove.CONFORMANCE, "cpu", few)
+    steps = prove.steps
+    other = "conformance float32"  # the command is the same
+    monkeypatch.setattr(prove, "steps", lambda *a: [s for s in steps(*a) if s.name != other])
     monkeypatch.setitem(prove.SIZES, "cpu", TOY)
     code = prove.main(["--device", "cpu", "--minutes", "60", "--out", str(tmp_path)])
     page = read_page(tmp_path)
     assert code == 0, page
-    assert "4 passed, 0 failed, 0 skipped" in page
+    assert "3 passed, 0 failed, 0 skipped" in page
     assert "backend numba: works; its outputs equal torch's bit for bit" in page
-    assert len(re.findall("[1-9][0-9]* passed, [0-9]+ deselected", page)) == 2  # in one line each
+    assert len(re.findall("[1-9][0-9]* passed, [0-9]+ deselected", page)) == 1
     assert re.search(r"\| accelerate .*\[2, 2, 128, 8, 8\] \|", page)

@@ -13,6 +13,8 @@ def small(monkeypatch):
     monkeypatch.setattr(flow, "HIDDEN", 32)
     monkeypatch.setattr(flow, "COUPLINGS", 4)
     monkeypatch.setattr(flow, "EPOCHS", 2)
+    monkeypatch.setattr(flow, "STEPS", 15)
+    monkeypatch.setattr(flow, "LR", 3 * flow.LR)
     monkeypatch.setattr(flow, "CLUSTERS", 5)
 
 
@@ -64,7 +66,7 @@ def weight(prior):
 
 
 def test_clusters_draw_less_between_groups(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 15)
+    monkeypatch.setattr(flow, "EPOCHS", 10)
     group = (torch.arange(500) % 5 == 0).float()[:, None]
     rates, of_one_group = 0.2 * torch.rand(500, 3) + 0.8 * group, []
     for clusters in (1, 5):
@@ -141,7 +143,7 @@ def test_ranks_are_between_those_of_the_neighbours():
 
 
 def test_flow_draws_what_no_gaussian_has(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 15)
+    monkeypatch.setattr(flow, "EPOCHS", 10)
     prior = FlowPrior(3, levels=100)
     assert not prior.fitted
     prior.fit(bent())
@@ -155,7 +157,7 @@ def test_flow_draws_what_no_gaussian_has(monkeypatch):
 
 def test_flow_draws_correlated_rates_of_0_and_1(monkeypatch):
     """No smooth density has that shape; the ranks of the flow's draws have."""
-    monkeypatch.setattr(flow, "EPOCHS", 15)
+    monkeypatch.setattr(flow, "EPOCHS", 10)
     score = torch.randn(2000, 1)
     other = score + 0.3 * torch.randn(2000, 1)
     rates = torch.cat([score > 0.5, other > 0.5, other < 0.5], 1).float()
@@ -226,7 +228,7 @@ def test_fit_that_fails_changes_nothing(monkeypatch):
 
 
 def test_fit_stops_at_the_best_epoch(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 30)
+    monkeypatch.setattr(flow, "EPOCHS", 9)
     held_out, states, loss = iter([3.0, 1.0, 2.0, 2.0, 2.0]), [], FlowPrior.loss
 
     def measure(self, *scores):
