@@ -33,11 +33,11 @@ slow: install ## Test runs, faults, sweeps, pages and all else that takes long
 test-all: install ## Test what test and slow do, in one go
 	$(BIN)/python $(PYTEST) -m "not kernels and not fuzz and not ray"
 
-# Without training, and without what does not know SpikingJelly: metrics, pages, kernels alone.
-NOT_LEGACY := experiments data metric training test_docs.py test_packaging.py
+# The unit tests, without training and what does not know SpikingJelly: metrics, pages, kernels alone.
+NOT_LEGACY := experiments data metric training test_docs.py test_packaging.py test_flow.py
 NOT_LEGACY += test_cpu.py test_cuda.py test_kernels.py test_nvrtc.py
 test-legacy: install $(LEGACY) ## Test the library on SpikingJelly 0.0.0.0.14
-	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python $(PYTEST) -m "not fuzz and not kernels" \
+	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python $(PYTEST) \
 	  tests sj_taid $(NOT_LEGACY:%=--ignore-glob=*/%)
 
 kernels: install ## Test every combination of the CUDA kernels' options; minutes
