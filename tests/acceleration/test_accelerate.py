@@ -403,20 +403,6 @@ def test_accelerated_neurons_are_named_as_before():
         net["b"](x_seq)
 
 
-def test_accelerate_shared_neuron_and_hooks():
-    shared, seen = neuron.LIFNode(surrogate_function=ATAN, step_mode="m"), []
-    shared.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    net, x_seq = (
-        nn.Sequential(nn.Linear(5, 5), shared, nn.Linear(5, 5), shared),
-        torch.randn(4, 3, 5),
-    )
-    net(x_seq)
-    shared.reset()
-    assert accelerate(net).rows[0].layer == "1 = 3"
-    net(x_seq)
-    assert all(map(torch.equal, seen[:2], seen[2:])) and len(seen) == 4
-
-
 def test_accelerated_voltage_of_another_batch():
     net, x_seq = make_net().eval(), images()
     accelerate(net)
@@ -637,11 +623,3 @@ def test_attributes_that_are_tensors_count_by_their_values():
     node.reset()
     node.tau.fill_(50.0)
     assert net(x).sum() == 0
-
-
-def test_backward_to_a_norms_output_that_a_neuron_has_read_raises():
-    net = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), neuron.LIFNode(step_mode="m"))
-    accelerate(net)
-    spikes = net[2](y := net[1](net[0](torch.rand(4, 3, 2, 2))))
-    with pytest.raises(RuntimeError, match="no gradient will reach it"):
-        spikes.backward(torch.ones_like(spikes), inputs=[y])

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
-from sj_taid import ALIFNode, _graph
+from sj_taid import _graph
 from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.acceleration import compact
 from tests.acceleration.alike import EVALUATION, assert_alike, is_fragile, results
@@ -575,29 +575,3 @@ def test_spikes_and_norm_outputs_in_collectives(tmp_path):
         assert torch.equal(got[0], y)
     finally:
         dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode, neuron.ParametricLIFNode])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        lambda y: y,
-        lambda y: y.transpose(-1, -2),
-        lambda y: y.flatten(3).transpose(-1, -2).contiguous(),
-        lambda y: y.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(y.shape),
-        lambda y: y.permute(1, 0, 3, 4, 2).contiguous().permute(1, 0, 4, 2, 3),
-    ],
-)
-def test_spikes_have_the_memory_order_of_the_plain_neurons(shape, kind):
-    net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), kind(step_mode="m")])
-    fast, grads = copy.deepcopy(net), []
-    sj_taid.accelerate(fast)
-    x = torch.randn(4, 2, 3, 5, 6)
-    for norm, node in (net, fast):
-        y = shape(norm(x))
-        spikes = node(y)
-        (spikes * torch.linspace(0, 1, x.numel()).view(spikes.shape)).square().sum().backward()
-        grads.append((spikes, norm.weight.grad))
-    (spikes, grad), (expected, expected_grad) = reversed(grads)
-    assert spikes.stride() == expected.stride() and torch.equal(spikes, expected)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)

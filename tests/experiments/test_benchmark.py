@@ -126,16 +126,6 @@ def test_any_net_measures_its_gain(measure):
     assert found == ("w", float("inf"))
 
 
-def test_peak_is_of_live_tensors():
-    def step():
-        first = torch.empty(1000)
-        second = torch.empty(500)
-        del first
-        return second, torch.empty(900)
-
-    assert common.peak_bytes(step, CPU) == 4 * 1500
-
-
 @pytest.mark.parametrize(
     "path", [*RESULTS.glob("*/*.csv")], ids=lambda path: f"{path.parent.name}/{path.stem}"
 )

@@ -101,7 +101,6 @@ class Host:
             patch.setitem(sys.modules, "cupy", cupy)
             patch.setattr(autograd, "register", lambda name, key, engine: None)
             spec.loader.exec_module(module)
-        self.real = SimpleNamespace(capacity=module._capacity, resident=module._resident)
         module._capacity = lambda device: self.capacity
         module._resident = lambda device, name: self.capacity
         return module

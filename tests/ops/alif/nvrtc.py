@@ -84,15 +84,6 @@ def resources(source: str, names: tuple[str, ...], arch: str) -> dict[str, Resou
     }
 
 
-def ptx(source: str, names: tuple[str, ...], arch: str) -> dict[str, str]:
-    """The PTX of each kernel for a virtual ``arch``, such as ``"compute_90"``."""
-    with _Program(source, names, (f"--gpu-architecture={arch}",)) as program:
-        text = program.ptx()
-        mangled = {program.lowered_name(name): name for name in names}
-    bodies = re.split(r"\.weak \.entry ", text)[1:]
-    return {mangled[body[: body.index("(")]]: body for body in bodies}
-
-
 def _read_number(pattern: str, entry: str) -> int:
     match = re.search(pattern, entry)
     if match is None:
@@ -122,9 +113,6 @@ class _Program:
 
     def log(self) -> str:
         return self._text("ProgramLog")
-
-    def ptx(self) -> str:
-        return self._text("PTX")
 
     def lowered_name(self, name: str) -> str:
         lowered = ctypes.c_char_p()

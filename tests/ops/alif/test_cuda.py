@@ -2,8 +2,6 @@
 
 import copy
 import math
-import sys
-import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -189,25 +187,6 @@ def test_an_accelerated_net_takes_these_launches(launcher, monkeypatch, kind):
 
 
 @needs_gxx
-@pytest.mark.parametrize(("case", "forward", "backward"), [(CASE, 3, 4), (NORM, 7, 6)])
-def test_a_call_takes_few_python_frames(launcher, case, forward, backward):
-    def count(frame, event, argument):
-        if event == "call" and "sj_taid/ops" in frame.f_code.co_filename:
-            frames.append(frame.f_code.co_name)
-
-    call = Call(launcher, case)
-    outputs = call.forward()
-    grads = call.gradients_of(outputs)
-    call.backward(outputs, grads)
-    for run, most in ((call.forward, forward), (lambda: call.backward(outputs, grads), backward)):
-        frames = []
-        sys.setprofile(count)
-        run()
-        sys.setprofile(None)
-        assert len(frames) == most, frames
-
-
-@needs_gxx
 def test_constants_are_the_same_as_tensors(launcher):
     case = NORM.with_(channels=4)
     leaves = tensors(case)
@@ -250,23 +229,6 @@ def test_no_leak_is_a_plain_sum_for_infinite_voltages_too(launcher, v_reset):
     torch.testing.assert_close(
         call.backward(outputs, grads, Needs(True, True, *[False] * 3))[:2], want, **same
     )
-
-
-@needs_gxx
-@pytest.mark.parametrize("norm", [None, "batch", "fixed"])
-@pytest.mark.parametrize("needed", range(5))
-def test_gradients_are_those_needed(launcher, norm, needed):
-    call = Call(launcher, NORM.with_(norm=norm))
-    outputs = call.forward()
-    grads = call.gradients_of(outputs)
-    needs = Needs(*(i == needed and (i < 4 or norm is not None) for i in range(5)))
-    some = call.backward(outputs, grads, needs)
-    every = call.backward(outputs, grads)
-    given = [False] * 6 if norm is None and needed == 4 else [*needs, needs.norm]
-    assert [t is not None for t in some] == given
-    for have, want in zip(some, every, strict=True):
-        if have is not None:
-            torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
 
 
 @needs_gxx
@@ -453,25 +415,6 @@ def test_counts_are_divided(launcher, levels, shape, divisor, dtype):
 
 
 @needs_gxx
-def test_launch_uses_the_threads_current_stream(launcher):
-    """PyTorch runs backward in a thread of its own, with the stream of the forward made current."""
-    call = Call(launcher, CASE)
-    launcher.current.stream = 1
-    outputs = call.forward()
-    grads = call.gradients_of(outputs)
-
-    def in_another_thread():
-        launcher.current.stream = 2
-        call.backward(outputs, grads)
-
-    thread = threading.Thread(target=in_another_thread)
-    thread.start()
-    thread.join()
-    assert [launch.stream for launch in launcher.launches] == [1, 2, 2]
-    launcher.current.stream = None
-
-
-@needs_gxx
 def test_a_device_is_made_current_only_where_another_one_is(launcher):
     call = Call(launcher, CASE)
     call.forward()
@@ -500,14 +443,6 @@ def test_function_is_loaded_once_per_device_and_kernel(launcher, monkeypatch):
     assert [arguments["name_expressions"] for arguments in loaded] == [("a",), ("a",), ("b",)]
     assert all(arguments["code"] == kernels.source() for arguments in loaded)
     assert all("--fmad=false" in arguments["options"] for arguments in loaded)
-
-
-def test_resident_threads_are_read_from_the_loaded_kernel(launcher, monkeypatch):
-    cuda, device = launcher.cuda, torch.device("cuda:0")
-    monkeypatch.setattr(cuda, "_function", lambda index, name: SimpleNamespace(num_regs=82))
-    monkeypatch.setattr(cuda, "_processors", lambda device: (3, 2048))
-    assert launcher.real.resident(device, "a") == 3 * 5 * BLOCK
-    assert launcher.real.capacity(device) == 3 * 2048
 
 
 # ---- what is saved, computed and copied ----
