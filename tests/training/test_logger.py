@@ -47,8 +47,6 @@ def test_wandb_has_a_run_for_each_job_of_a_sweep(sj_taid, tiny, cache, tmp_path,
     options = [*TINY_AUTOENCODING, f"cache_dir={cache}", f"hydra.sweep.dir={tmp_path}"]
     sj_taid("train", "-m", "logger=wandb", "seed=0,1", *options)
     assert len(list(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))) == 2
-    for seed in (2, 3):  # as Optuna calls it
-        cfg = tiny(*TINY_AUTOENCODING, "logger=wandb", f"seed={seed}", tiny=False)
-        train(cfg, tmp_path / str(seed))
-    assert len(list(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))) == 4
+    train(tiny(*TINY_AUTOENCODING, "logger=wandb", tiny=False), tmp_path / "2")  # as Optuna does
+    assert len(list(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))) == 3
     assert wandb.run is None
