@@ -25,6 +25,7 @@ ADAM = partial(Adam, lr=1e-3)
 def short_fits():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "EPOCHS", 2)
+        patch.setattr(flow, "STEPS", 10)
         yield
 
 
