@@ -76,12 +76,6 @@ def hooked_by_class(step, y):
     return y
 
 
-def hooked_at_node(step, y):
-    if y.requires_grad:
-        y.grad_fn.register_prehook(lambda grads: (0.5 * grads[0], *grads[1:]))
-    return y
-
-
 @torch.library.custom_op("sj_taid_tests::half", mutates_args=())
 def half(y: torch.Tensor) -> torch.Tensor:
     return y / 2
@@ -139,12 +133,6 @@ def written_step_by_step(step, y):
     return y
 
 
-def written_behind_a_sum(step, y):
-    total = y + y.square()
-    total.detach().numpy()[:] *= 0.5
-    return total
-
-
 def summed_with_what_changes(step, y):
     noise, sums = torch.empty_like(y.detach()), []
     for value in (0.25, 0.5):
@@ -170,7 +158,6 @@ READERS = TOUCHES | {
     "operator that draws": lambda step, y: nn.functional.rrelu(y, 0.1, 0.2, training=True),
     "hook after a view": hooked_later,
     "tensor hook by the class": hooked_by_class,
-    "tensor hook at the node": hooked_at_node,
     "sum in a view": lambda step, y: summed_in_a_view(y),
     "written through a view": written_through_a_view,
     "inference mode": peeked_without_gradients,
@@ -208,13 +195,11 @@ READERS = TOUCHES | {
     "many summands": lambda step, y: sum([y] * 7).square(),
     "saved on cpu": saved_on_cpu,
     "data in place, step by step": written_step_by_step,
-    "data of a sum in place": written_behind_a_sum,
     "sum with what changes": summed_with_what_changes,
     "deepcopy of a leaf": lambda step, y: y + copy.deepcopy(y.detach().requires_grad_()).detach(),
     "parameter": lambda step, y: y + nn.Parameter(y + y.square()).detach(),
     "legacy constructor": lambda step, y: y + torch.Tensor(y.detach()),
     "data in place": lambda step, y: (y.data[:, :, 0].mul_(0.5), y)[1],
-    "data in place by apply": lambda step, y: (y.detach().apply_(lambda v: v + 1), y)[1],
     "data replaced": lambda step, y: (setattr(y, "data", 0.5 * y.detach()), y)[1],
     "returned": lambda step, y: (step.more.append(y), y)[1],
 }
