@@ -52,7 +52,7 @@ class Packing:
     references = 0
     #: whether views have it too, though the values are unknown
     marks_views = False
-    #: whether any operation saves it, not sums alone
+    #: whether every operation may save it; else sums alone do
     is_saved = True
     #: what to save of a tensor that shows these values
     parts: Callable[[Tensor], tuple[Tensor, ...]]

@@ -70,9 +70,16 @@ def accelerate(
     1      LIFNode      fused operator  equal outputs
     """
     check_net(net, "accelerate")
-    exchange = partial(_exchange_classes, known=known or {}, check=check)
-    if not any(type(m) in (known or {}) or isinstance(m, OwnNeuron) for m in net.modules()):
-        need_neurons(net, "accelerate")
+    known = known or {}
+    for kind in known:
+        if not isinstance(kind, type):
+            raise TypeError(f"known= has a class for each description, not {kind!r:.80}")
+    exchange = partial(_exchange_classes, known=known, check=check)
+    if not any(type(m) in known or isinstance(m, OwnNeuron) for m in net.modules()):
+        names = ", ".join(kind.__name__ for kind in known)
+        need_neurons(
+            net, f"accelerate, nor a module of known= ({names})" if known else "accelerate"
+        )
     if example_input is None:
         return Acceleration(net, exchange(net))
     if not isinstance(example_input, Tensor | tuple):

@@ -139,7 +139,7 @@ class AcceleratedNorm(Exchanged):
             if waiting is not None:
                 if waiting.pays():
                     return wait(module, x, waiting, *tensors)
-                if waiting.marks:
+                if waiting.is_marked:
                     y = super().forward(x)  # type: ignore[misc]
                     return compact(y, Recomputed(y, x, waiting, tensors))
         return super().forward(x)  # type: ignore[misc]
@@ -215,6 +215,12 @@ class AcceleratedALIF(Exchanged):
         return strides if is_dense(x_seq) else torch.empty(shape, device="meta").stride()
 
 
+def is_float_sequence(x: Any) -> bool:
+    """Whether ``x`` is a float tensor of several axes; asked without torch's slow dispatch."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
+
+
 @torch._disable_dynamo
 def _plain(output: NormOutput) -> Tensor:
     return output.plain("a compiled neuron")
@@ -241,10 +247,7 @@ class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
         return getattr(node, "w", None), v_threshold
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            is_sequence = isinstance(x_seq, NormOutput) or (
-                isinstance(x_seq, Tensor) and x_seq.is_floating_point() and x_seq.dim() > 1
-            )
+        is_sequence = isinstance(x_seq, NormOutput) or is_float_sequence(x_seq)
         aside = not _graph.is_eager() and _graph.steps_aside()
         if args or kwargs or not is_sequence or aside:
             return self.kind.multi_step_forward(self, x_seq, *args, **kwargs)  # type: ignore[attr-defined]

@@ -147,8 +147,8 @@ class Waiting:
     #: Calls in a row whose output no neuron read; after so many the norm is torch's own, which is
     #: faster then, but for one call in so many more.
     PATIENCE, AGAIN = 3, 64
-    #: whether a sum or a pool has read an output: behind one that knows what it is, less is saved
-    marks = False
+    #: whether a sum or a pool has read an output: both save less of one that is known
+    is_marked = False
 
     def __init__(
         self, module: Any, x: Tensor, folds: bool, tensors: Any, spec: NormSpec, engine: Engine
@@ -157,7 +157,8 @@ class Waiting:
         self.folds, self.copies, self.idle = folds, not is_dense(x), 0
         #: those of the plain module's input ``[M, C, *]``
         self.strides = (x.flatten(0, 1) if folds else x).stride()
-        self.is_torchs = module._is_torchs
+        #: whether torch's batch norm of the input is the output
+        self.is_recomputable = module._is_torchs and not self.copies
         given = [t for t in tensors if t is not None]
         self.has_weight, self.has_bias = (t is not None for t in tensors[:2])
         #: the dtype that torch's operators ask for
@@ -192,9 +193,10 @@ class Waiting:
         return self.idle > 0 and self.reads and not self.spec.fixed
 
     def unused_statistics(self) -> tuple[Tensor | None, ...]:
-        """Running statistics for torch's norm by a batch's own, which takes their dtype."""
+        """Running statistics for a norm by a batch's own, which moves and never reads them."""
         if not self.reads or self.dtype == self.spec.dtype:
             return None, None
+        # In half precision the result depends on their dtype.
         shape = 2, self.spec.channels
         return torch.zeros(shape, dtype=self.dtype, device=self.spec.device).unbind()
 
@@ -269,7 +271,7 @@ class NormCall:
     def check_input(self) -> None:
         """Raise an error if the input has changed since the call."""
         if self.x._version != self._version:
-            raise _changed()
+            raise _changed("its output was read")
 
     def keep_waiting(self) -> None:
         """Note that a neuron reads the output."""
@@ -284,40 +286,44 @@ class NormCall:
         return arranged(values, made.stride())
 
 
-def _changed() -> RuntimeError:
+def _changed(before: str) -> RuntimeError:
+    """The error of a norm's input that has changed since the call."""
     return RuntimeError(
-        "the input of an accelerated batch norm was changed in place before its output was read: "
-        "write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
+        f"the input of an accelerated batch norm was changed in place before {before}: write "
+        "h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
     )
 
 
 class Recomputed(Packing):
-    """The output of torch's own norm, computed again in backward as a term of a neuron's sum."""
+    """The output of torch's own norm: a sum keeps it as the norm's input, which backward keeps.
+
+    All else saves it as it is.
+    """
 
     is_saved = False
 
     def __init__(self, y: Tensor, x: Tensor, waiting: Waiting, tensors: Any) -> None:
         super().__init__(y)
-        self._waiting, self._is_term = waiting, type(x) is Tensor and x.dtype == y.dtype
-        if self._is_term:
-            given = x, *(tensors if waiting.spec.fixed else (*tensors[:2], None, None))
-            self._given: Any = [None if t is None else t.detach() for t in given]
-            self._versions = [None if t is None else t._version for t in given]
+        self._waiting, self._version = waiting, x._version
+        self._x: Any = None
+        if waiting.is_recomputable and type(x) is Tensor and x.dtype == y.dtype:
+            self._x = x.detach()
+            # Copies: training moves running statistics, unseen by their version.
+            self._numbers = [None if t is None else t.detach().clone() for t in tensors]
 
     def term(self, tensor: Tensor) -> Term | None:
-        return super().term(tensor) if self._is_term and self._waiting.is_torchs else None
+        return None if self._x is None else super().term(tensor)
 
     def of_part(self, part: Tensor, whole: Tensor) -> Packing:
         return Detached.of(part, whole, self)
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return ()  # the norm's backward keeps its input
+        return ()
 
     def restore(self, *parts: Tensor) -> Tensor:
-        for tensor, version in zip(self._given, self._versions, strict=True):
-            if tensor is not None and tensor._version != version:
-                raise _changed()
-        waiting, (x, weight, bias, *running) = self._waiting, self._given
+        waiting, x, (weight, bias, *running) = self._waiting, self._x, self._numbers
+        if x._version != self._version:
+            raise _changed("the backward")
         fixed, eps = waiting.spec.fixed, waiting.spec.eps
         mean, var = running if fixed else waiting.unused_statistics()
         flat = x.flatten(0, 1) if waiting.folds else x
@@ -330,7 +336,8 @@ class Trial:
 
     The fused norm's differ from torch's by rounding. Which of both a net gets depends on who reads
     its norm, never on how often this process has called it: a training that is resumed ends as one
-    that was not interrupted.
+    that was not interrupted. But a norm that is called again before anything reads its output keeps
+    the fused norm's.
     """
 
     def __init__(self, module: Any) -> None:
@@ -635,8 +642,8 @@ class NormOutput(Known):
         if _graph.are_checkpoints(content.call.hooks):
             return None
         waiting = content.call.waiting
-        waiting.marks = True
-        if not waiting.is_torchs:
+        waiting.is_marked = True
+        if not waiting.is_recomputable:
             content.call.keep_waiting()
         return Term((), partial(_shown, content.compute, self._place.made))
 
@@ -680,7 +687,7 @@ class NormOutput(Known):
         self._content.call.gradient.watch()
 
     def note_pool(self) -> None:
-        self._content.call.waiting.marks = True
+        self._content.call.waiting.is_marked = True
 
 
 def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
@@ -707,7 +714,7 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
 
     if kwargs or any(isinstance(value, list | tuple) for value in args):
         args, kwargs = tree_map_only(NormOutput, read, (args, kwargs))
-    else:  # the usual, in a tenth of the time
+    else:  # the usual, without the walk
         args = [read(value) if isinstance(value, NormOutput) else value for value in args]
     result = func(*args, **kwargs)
     changed = kwargs.get("out", args[0] if args else None)

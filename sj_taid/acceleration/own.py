@@ -18,7 +18,13 @@ from .._fused_neuron import Accelerated, FusedNeuron
 from ..known import BatchNorm, Neuron
 from ..ops.alif.plan import Plans
 from .compact import Known
-from .modules import AcceleratedALIF, AcceleratedNorm, Exchanged, accelerated_class
+from .modules import (
+    AcceleratedALIF,
+    AcceleratedNorm,
+    Exchanged,
+    accelerated_class,
+    is_float_sequence,
+)
 from .report import ALREADY
 
 
@@ -34,12 +40,8 @@ class Own(Exchanged):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         x: Any = given[0] if len(given) == 1 else None
-        with torch._C.DisableTorchFunctionSubclass():  # three questions in a tenth of the time
-            takes = (
-                isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 and x.numel() > 0
-            )
         module: Any = self
-        if not takes or not _graph.is_eager():
+        if not is_float_sequence(x) or not _graph.is_eager():
             return module.kind.forward(module, *args, **kwargs)
         if module.training in self._unchecked and not self._check(x):
             return module.kind.forward(module, x)

@@ -6,8 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: whole numbers up to this one are spike counts; a byte holds them
-LARGEST_COUNT = 255
+from ..ops.bits import LARGEST_HALF
+
+_aten = torch.ops.aten
+#: which arguments of an operation may be spikes or counts
+_ACTIVATIONS: dict[Any, tuple[int, ...]] = {
+    _aten.mm.default: (0, 1),
+    _aten.addmm.default: (1,),
+    _aten.bmm.default: (0, 1),
+    _aten.baddbmm.default: (1, 2),
+    _aten.convolution.default: (0,),
+}
 
 
 @torch.no_grad()
@@ -15,9 +24,10 @@ def estimate_energy(model: nn.Module, x: Tensor) -> float:
     """Energy of ``model(x)`` in µJ, by SpikingJelly's ``SimpleEnergyProfiler``.
 
     Additions where a layer's input is spikes (0.9 pJ), multiply-accumulates elsewhere (4.6 pJ),
-    and 24.96 pJ for each byte of weights and states that is moved. SpikingJelly takes counts, as
-    an integer neuron's, for real numbers; here a count c is c spikes, c additions for each weight,
-    as on hardware that unrolls it into steps (Luo et al., arXiv 2407.20708).
+    and 24.96 pJ for each byte of weights and states that is moved. SpikingJelly takes an integer
+    neuron's counts for real numbers; here a count c is c spikes, c additions for each weight, as on
+    hardware that unrolls it into steps (Luo et al., arXiv 2407.20708). Counts are whole numbers up
+    to 15; divided ones are real numbers.
 
     Raises:
         ImportError: SpikingJelly 0.0.0.0.14, which has no counters of energy.
@@ -25,35 +35,56 @@ def estimate_energy(model: nn.Module, x: Tensor) -> float:
     from spikingjelly.activation_based.op_counter.simple_energy import SimpleEnergyProfiler
 
     profiler = SimpleEnergyProfiler()
-    for counter in (profiler.mac_counter, profiler.ac_counter):
-        for operation in profiler.synop_counter.rules:
-            counter.rules[operation] = _sum_over_steps(counter.rules[operation])
+    macs, additions = profiler.mac_counter.rules, profiler.ac_counter.rules
     memory: Any = profiler.memory_counter
+    for operation, activations in _ACTIVATIONS.items():
+        macs[operation] = _multiply(macs[operation], activations)
+        additions[operation] = _add(additions[operation], activations)
     for event, rule in memory.rules.items():
         if event[1] in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            memory.rules[event] = _read_weights_each_step(memory, rule)
+            memory.rules[event] = _read_weights(memory, rule)
     profiler.bind_model(model)
     with profiler:
         model(x)
     return profiler.get_report().energy_total_pj / 1e6
 
 
-def _sum_over_steps(rule: Callable[..., int]) -> Callable[..., int]:
-    """The rule of an operation's cost, summed over the binary steps of its counts."""
+def _multiply(rule: Callable[..., int], activations: tuple[int, ...]) -> Callable[..., int]:
+    """The rule of an operation's multiply-accumulates, of which counts need none."""
 
     def count(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> int:
-        return sum(rule(step, kwargs, out) for step in _unroll(args))
+        has_counts = any(_levels(args[i]) > 1 for i in activations)
+        return 0 if has_counts else rule(args, kwargs, out)
 
     return count
 
 
-def _read_weights_each_step(counter: Any, rule: Callable[..., int]) -> Callable[..., int]:
-    """The rule of a layer's memory: of counts, each binary step reads its weights."""
+def _add(rule: Callable[..., int], activations: tuple[int, ...]) -> Callable[..., int]:
+    """The rule of an operation's additions, for counts."""
+
+    def count(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> int:
+        levels = [_levels(args[i]) for i in activations]
+        if max(levels) <= 1:
+            return rule(args, kwargs, out)
+        if len(levels) == 2 and min(levels) > 0:  # a product of counts, or of counts and spikes
+            x, y = (args[i].double() for i in activations)
+            return int((x @ y).sum())
+        i = activations[levels.index(max(levels))]
+        return sum(rule((*args[:i], step, *args[i + 1 :]), kwargs, out) for step in _steps(args[i]))
+
+    return count
+
+
+def _read_weights(counter: Any, rule: Callable[..., int]) -> Callable[..., int]:
+    """The rule of a layer's memory: each binary step of counts reads its weights.
+
+    The counter keeps the parts of what a rule gives, in a private attribute.
+    """
 
     def count(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> int:
         read = 0
-        for step in _unroll(args):
-            rule(module, step, kwargs, out)
+        for step in _steps(args[0]):
+            rule(module, (step, *args[1:]), kwargs, out)
             read += counter._pending_metrics["weight_read_bytes"]
         counter._pending_metrics["weight_read_bytes"] = read
         return sum(counter._pending_metrics.values())
@@ -61,15 +92,12 @@ def _read_weights_each_step(counter: Any, rule: Callable[..., int]) -> Callable[
     return count
 
 
-def _unroll(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The arguments with their first counts c as binary steps 1 <= c, 2 <= c, ... of spikes."""
-    for i, x in enumerate(args):
-        if isinstance(x, Tensor) and (levels := _levels(x)) > 1:
-            return (
-                (*args[:i], (x >= level).to(x.dtype), *args[i + 1 :])
-                for level in range(1, levels + 1)
-            )
-    return iter((args,))
+def _steps(x: Tensor) -> Iterator[Tensor]:
+    """Counts c as steps of spikes, where 1 <= c, 2 <= c, ...; anything else as it is."""
+    if (levels := _levels(x)) <= 1:
+        yield x
+    for level in range(1, levels + 1) if levels > 1 else ():
+        yield (x >= level).to(x.dtype)
 
 
 def _levels(x: Tensor) -> int:
@@ -77,5 +105,5 @@ def _levels(x: Tensor) -> int:
     if not (x.numel() and x.is_floating_point()):
         return 0
     least, most = x.aminmax()
-    is_whole = least >= 0 and most <= LARGEST_COUNT and bool(x.eq(x.round()).all())
+    is_whole = least >= 0 and most <= LARGEST_HALF and bool(x.eq(x.round()).all())
     return int(most) if is_whole else 0

@@ -185,7 +185,38 @@ def test_a_sum_in_front_of_a_neuron_saves_its_terms_at_every_call(add, training,
         assert all(map(torch.equal, net.buffers(), plain.buffers()))
 
 
-def test_a_term_that_changes_before_backward_raises_an_error():
+def late_statistics(norm, h):
+    norm.train()
+    norm(3 + 4 * h.detach().requires_grad_())
+    norm.eval()
+
+
+def late_parameters(norm, h):
+    norm.weight.data.mul_(3)
+    norm.bias.data.add_(1)
+
+
+@pytest.mark.parametrize("change", [late_statistics, late_parameters])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_term_is_computed_again_from_the_numbers_of_its_call(change, training):
+    """The neuron's gradient is that before the change, at every call."""
+    net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
+    net[0].train(training)
+    sj_taid.accelerate(net)
+    norm, node = net
+    for _ in range(3 * Waiting.PATIENCE):
+        h = torch.rand(4, 2, 3, 4, 4, requires_grad=True) * 1.0
+        shortcut = (h * 2).detach().requires_grad_() * 1.0
+        spikes = node(norm(h) + shortcut)
+        node.reset()
+        loss = (spikes * torch.linspace(0, 1, 4)).sum()
+        (expected,) = torch.autograd.grad(loss, shortcut, retain_graph=True)
+        change(norm, h)
+        (found,) = torch.autograd.grad(loss, shortcut)
+        assert torch.equal(found, expected)
+
+
+def test_a_term_whose_input_changes_before_backward_raises_an_error():
     net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
     sj_taid.accelerate(net)
     norm, node = net
@@ -199,6 +230,21 @@ def test_a_term_that_changes_before_backward_raises_an_error():
                 spikes.sum().backward()
         else:
             spikes.sum().backward()
+
+
+def test_a_norm_of_what_is_not_dense_keeps_its_copy_alone():
+    net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
+    sj_taid.accelerate(net)
+    norm, node = net
+    for _ in range(3 * Waiting.PATIENCE):
+        h = torch.rand(2, 4, 3, 2, 2, requires_grad=True) * 1.0
+        spikes = node(norm(h.transpose(0, 1)) + torch.rand(4, 2, 3, 2, 2, requires_grad=True) * 2)
+        node.reset()
+        memory = weakref.ref(h.untyped_storage())
+        h.detach().add_(1)  # the plain norm has saved a copy, too
+        del h
+        assert memory() is None
+        spikes.sum().backward()
 
 
 def test_features_that_are_kept_keep_no_input():

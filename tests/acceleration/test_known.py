@@ -276,6 +276,14 @@ class Blocked(nn.Module):
         return x.round().detach()
 
 
+def test_a_class_that_is_not_in_the_net_is_named():
+    net = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"nor a module of known= \(MultiSpike\)$"):
+        sj_taid.accelerate(net, known={MultiSpike: known.IntegerLIF(tau=None)})
+    with pytest.raises(TypeError, match=r"^known= has a class for each description, not 'Mul"):
+        sj_taid.accelerate(net, known={"MultiSpike": known.IntegerLIF(tau=None)})
+
+
 def test_what_cannot_be_compared_raises():
     net = nn.Sequential(nn.Linear(3, 3), Blocked())
     sj_taid.accelerate(net, known={Blocked: known.IntegerLIF(tau=None)})

@@ -22,6 +22,29 @@ def test_by_hand():
     assert estimate_energy(net, numbers) == pytest.approx(6 * (MULTIPLICATION + read) + biases)
 
 
+class Attention(nn.Module):
+    def forward(self, x):
+        return (x @ x.transpose(-1, -2)) @ x
+
+
+def test_products_of_counts_by_hand():
+    counts = torch.tensor([[[2.0, 0.0], [1.0, 3.0]]])
+    # x x^T = [[4, 2], [2, 10]] by 18 additions; times x = [[10, 6], [14, 30]] by 60.
+    assert estimate_energy(Attention(), counts) == pytest.approx(78 * ADDITION)
+    spikes = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+    # [[1, 1], [1, 2]] by 5, then [[2, 1], [3, 2]] by 8.
+    assert estimate_energy(Attention(), spikes) == pytest.approx(13 * ADDITION)
+
+
+@pytest.mark.parametrize("value", [2.0, 3.0])
+def test_whole_weights_and_biases_are_no_counts(value):
+    net, x = nn.Linear(3, 2), torch.randint(0, 2, (4, 3)).float()
+    for parameter in net.parameters():
+        nn.init.constant_(parameter, value)
+    for inputs in (x, x + 0.5, x * 255):  # spikes, real numbers, pixels
+        assert estimate_energy(net, inputs) == pytest.approx(energy_by_spikingjelly(net, inputs))
+
+
 LAYERS = {
     "linear": lambda: nn.Linear(6, 5, bias=False),
     "convolution": lambda: layer.Conv2d(4, 6, 3, stride=2, bias=False, step_mode="m"),
