@@ -1,5 +1,6 @@
 """The command ``sj-taid``, or ``python -m sj_taid``; a missing package is an error of one line."""
 
+import signal
 import sys
 
 from ._commands import parser
@@ -7,6 +8,14 @@ from ._extras import REMEDY
 
 
 def main() -> None:
+    """Run a command; Ctrl-C ends it without a traceback."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def run() -> None:
     """Run :mod:`sj_taid.training.cli`, or the help and doctor where its packages are missing."""
     try:
         from .training import cli

@@ -98,7 +98,9 @@ def are_alike(metrics: Mapping[str, Any]) -> bool:
 
 def gather(folders: Iterable[Path]) -> dict[Path, Metrics]:
     """The metrics of every finished run below ``folders``; why others are left out is printed."""
-    finished = {}
+    folders, finished = [*folders], {}
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise FileNotFoundError(f"no folder {', '.join(missing)}")
     # One folder may hold another of them.
     configs = {path.resolve() for folder in folders for path in folder.rglob(CONFIG)}
     for config in sorted(configs):

@@ -11,8 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sj_taid.__main__ import main
 from sj_taid._commands import COMPOSED, OTHERS
-from sj_taid.training import config, run
+from sj_taid.training import cli, config, run
 from tests.training.conftest import TINY_AUTOENCODING
 
 
@@ -88,7 +89,7 @@ def test_cli_usage(sj_taid, capsys):
         ("sample", "Missing mandatory value: checkpoint"),
         ("walk checkpoint=nowhere steps=1", "steps must be an integer >= 2, but it is 1"),
         ("walk checkpoint=nowhere output=run.json", "output must name a picture"),
-        ("compare nowhere", "no finished run below nowhere"),
+        ("compare . nowhere", "no folder nowhere"),
     ],
 )
 def test_cli_reports_a_users_error_without_a_traceback(
@@ -114,6 +115,16 @@ def test_help_has_a_line_for_each_key(sj_taid, capsys, command):
     said = capsys.readouterr().out
     keys = run.flatten(OmegaConf.to_container(config.compose(command)))
     assert {*re.findall(r"^  ([\w.]+)  ", said, re.M)} == {*keys} and "neuron" not in said
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
 
 
 def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
