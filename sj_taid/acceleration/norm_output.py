@@ -308,8 +308,9 @@ class Recomputed(Packing):
         self._x: Any = None
         if waiting.is_recomputable and type(x) is Tensor and x.dtype == y.dtype:
             self._x = x.detach()
+            numbers = tensors if waiting.spec.fixed else (*tensors[:2], None, None)
             # Copies: training moves running statistics, unseen by their version.
-            self._numbers = [None if t is None else t.detach().clone() for t in tensors]
+            self._numbers = [None if t is None else t.detach().clone() for t in numbers]
 
     def term(self, tensor: Tensor) -> Term | None:
         return None if self._x is None else super().term(tensor)
