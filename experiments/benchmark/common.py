@@ -201,11 +201,12 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def command() -> str:
-    """The command line of this process, from the root of the checkout, without where it writes."""
+    """The command line of this process, without where it writes, and where what it reads lies."""
     outputs = argparse.ArgumentParser(add_help=False)
     outputs.add_argument("--out")
     _, others = outputs.parse_known_args(sys.argv[1:])
     script = Path(sys.argv[0]).resolve()
     root = Path(__file__).resolve().parents[2]
     name = script.relative_to(root) if script.is_relative_to(root) else script.name
-    return shlex.join(["python", str(name), *others])
+    given = [Path(word).name if Path(word).is_absolute() else word for word in others]
+    return shlex.join(["python", str(name), *given])

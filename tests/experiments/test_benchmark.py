@@ -161,3 +161,9 @@ def test_classes_are_asked_for_by_their_shares_and_compared():
     assert rows["fad"]["d"].item() == pytest.approx(0, abs=0.01)
     assert rows["fad"]["f"].item() == pytest.approx(6, abs=0.01)
     assert rows["fad"]["d"].item() < rows["fad"]["all", "0"] < rows["fad"]["f"].item()
+
+
+def test_a_command_names_no_folder_of_this_machine(monkeypatch):
+    words = ["/home/me/x.py", "/data/run-0", "run-1", "--published", "/data/fad", "--out", "/out"]
+    monkeypatch.setattr("sys.argv", words)
+    assert common.command() == "python x.py run-0 run-1 --published fad"
