@@ -10,9 +10,10 @@ in results/ and of the CSVs in experiments/benchmark/results/: no number is copi
 import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -107,14 +108,24 @@ def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator
         yield f"stored: {path}"
 
 
+#: the functions of the tables, by name
+TABLES: dict[str, Callable[[], Any]] = {}
+
+
+def makes_table(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Let a function make the table of its name."""
+    TABLES[make.__name__] = make
+    return make
+
+
 def fill(page: Path) -> str:
     """The text of a page, with its tables up to date."""
 
     def make(found: re.Match[str]) -> str:
-        table = globals()[found[2]]()
-        if isinstance(table, pd.DataFrame):
-            table = markdown(table.replace({"dataset": DATASETS}))
-        return f"{found[1]}\n{table}\n{found[3]}"
+        made = TABLES[found[2]]()
+        if isinstance(made, pd.DataFrame):
+            made = markdown(made.replace({"dataset": DATASETS}))
+        return f"{found[1]}\n{made}\n{found[3]}"
 
     pattern = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(make, page.read_text(encoding="utf-8"))
@@ -140,6 +151,7 @@ def load_frame(names: Sequence[str], *keys: str) -> pd.DataFrame:
     return frame([run for run in runs if overrides(run).keys() <= known])[0]
 
 
+@makes_table
 def gains() -> pd.DataFrame:
     """Memory, time and quality, each with SpikingJelly's LIF or FSVAE's image decoder before."""
     nets = frontier().query("net == 'sew_resnet18' and dtype == 'float32' and T == 8")
@@ -193,6 +205,7 @@ def medians(runs: pd.DataFrame, metric: str, ending: str = "") -> pd.Series:
     return runs.get(f"{metric}_median{ending}", values).fillna(values)
 
 
+@makes_table
 def generators() -> pd.DataFrame:
     """FAD as published of the papers' generators and of our longest runs."""
     rows = pd.read_csv(RESULTS / "published.csv").query("task == 'generation'")
@@ -211,6 +224,7 @@ def generators() -> pd.DataFrame:
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
 
 
+@makes_table
 def distances() -> pd.DataFrame:
     """Where the distance of the best recipe's samples comes from."""
     rows, two = [], Column("", 1, 2)
@@ -222,11 +236,13 @@ def distances() -> pd.DataFrame:
     return pd.DataFrame(rows).drop_duplicates(["dataset", "epochs", "images"], keep="last")
 
 
+@makes_table
 def decoders() -> pd.DataFrame:
     """Changes in % against the fixed decoder, over pairs of runs of one neuron and seed."""
     return changes("decoder", "fixed")
 
 
+@makes_table
 def generator_neurons() -> pd.DataFrame:
     """Changes in % by ALIF against LIF and PLIF, over pairs of runs of one decoder and seed."""
     table = pd.concat({f"`{name}`": changes("neuron", name) for name in ("lif", "plif")})
@@ -264,6 +280,7 @@ def signed(change: pd.Series) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
+@makes_table
 def start_map() -> pd.DataFrame:
     """How many starts end near the best: of all neurons with the same data, and of each neuron."""
     rows = pd.read_csv(RESULTS / "maps" / "start_map.csv", dtype=str, keep_default_na=False)
@@ -281,6 +298,7 @@ def start_map() -> pd.DataFrame:
     return table.reset_index()
 
 
+@makes_table
 def classes() -> pd.DataFrame:
     """The share of images that are read as their class, and FAD as published, of each class."""
     rows = pd.read_csv(RESULTS / "classes.csv")
@@ -302,6 +320,7 @@ def classes() -> pd.DataFrame:
     return pd.DataFrame(columns).reset_index()
 
 
+@makes_table
 def recipes() -> str:
     """A table for each experiment, over seeds."""
     sections = []
@@ -312,6 +331,7 @@ def recipes() -> str:
     return "\n".join(sections)
 
 
+@makes_table
 def models() -> pd.DataFrame:
     """The models that come with the package, with the metrics of each card."""
     rows = []
@@ -350,6 +370,7 @@ def integer_runs() -> pd.DataFrame:
     return runs.assign(neuron=[INTEGER[kind] for kind in kinds])
 
 
+@makes_table
 def integer_neurons() -> pd.DataFrame:
     """Integer neurons in one step against LIF in four, and their net's step with accelerate."""
     runs, rows = integer_runs(), []
@@ -396,6 +417,7 @@ def frontier() -> pd.DataFrame:
     return rows.assign(neuron=first.str.cat(last, sep=" "))
 
 
+@makes_table
 def memory() -> pd.DataFrame:
     """Peak bytes per sample and time of a step over those of SpikingJelly's PLIF, T = 8."""
     rows = frontier().query("T == 8")
@@ -437,6 +459,7 @@ def read_zoo() -> pd.DataFrame:
     return pd.read_csv(AVX2 / "zoo.csv", keep_default_na=False)
 
 
+@makes_table
 def zoo() -> pd.DataFrame:
     """What is fused in the nets of both zoos, and the bytes held after a forward."""
     rows = read_zoo()
@@ -452,6 +475,7 @@ def zoo() -> pd.DataFrame:
     return pd.DataFrame(columns).astype(str)
 
 
+@makes_table
 def neurons() -> pd.DataFrame:
     """Milliseconds of the largest layer, without and with its memory reused."""
     files = {"given back": "neuron.csv", "reused": "neuron-reused-memory.csv"}
@@ -463,6 +487,7 @@ def neurons() -> pd.DataFrame:
     return table.map("{:.1f}".format).reset_index()
 
 
+@makes_table
 def host_layers() -> pd.DataFrame:
     """CPU time of small and large layers and of operations on spikes, relative to their rivals'."""
     rows = _host()
@@ -477,6 +502,7 @@ def host_layers() -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+@makes_table
 def host_nets() -> pd.DataFrame:
     """CPU time of nets, accelerated, relative to the plain nets'."""
     rows = _host().query("system == 'accelerate'")
@@ -491,6 +517,7 @@ def _host() -> pd.DataFrame:
     return pd.read_csv(AVX2 / "host.csv")
 
 
+@makes_table
 def esvae() -> pd.DataFrame:
     """Milliseconds per image of the sharp recipe's step and of variants of it."""
     rows = pd.read_csv(AVX2 / "esvae.csv")

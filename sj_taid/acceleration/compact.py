@@ -12,6 +12,7 @@ result shows the memory of a compact tensor, the values are no longer known.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -54,6 +55,8 @@ class Packing:
     marks_views = False
     #: whether every operation may save it; else sums alone do
     is_saved = True
+    #: whether it keeps other tensors alive, which what is detached must not
+    holds_others = False
     #: what to save of a tensor that shows these values
     parts: Callable[[Tensor], tuple[Tensor, ...]]
     #: all the values of these parts, in a tensor of the same memory order
@@ -113,7 +116,8 @@ class Packing:
 
     def of_part(self, part: Tensor, whole: Tensor) -> Packing:
         """The packing of a tensor that shows some or all of these values."""
-        return self
+        is_detached = whole.requires_grad and not part.requires_grad
+        return Detached(part, self) if self.holds_others and is_detached else self
 
     def restorer(self, tensor: Tensor) -> Callable[..., Tensor]:
         """The function that restores ``tensor``, which shows these values, from its parts."""
@@ -178,6 +182,23 @@ class Scaled(Packing):
 
     def restore(self, *parts: Tensor) -> Tensor:
         return self._scale(self._restore(*parts))
+
+
+class Detached(Packing):
+    """The packing of what is detached from a sum or a term: its values are unknown.
+
+    So it keeps no other tensor alive.
+    """
+
+    marks_views = True
+
+    def __init__(self, tensor: Tensor, whole: Packing) -> None:
+        super().__init__(tensor)
+        self.is_known, self._whole = False, weakref.ref(whole)
+
+    def expose(self) -> None:
+        if whole := self._whole():
+            whole.expose()
 
 
 class Known(Tensor):
@@ -312,8 +333,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
         for part in result if isinstance(result, list | tuple) else ():
             _describe_view(part, source, packing)
     elif result._base is (source if base is None else base) and result.dtype == packing.dtype:
-        is_usual = packing.size == 1 and packing.is_saved
-        compact(result, packing if is_usual else packing.of_part(result, source))
+        compact(result, packing.of_part(result, source) if packing.holds_others else packing)
     else:
         _describe_view(result, source, packing)
     return result

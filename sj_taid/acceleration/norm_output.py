@@ -27,7 +27,6 @@ from ..ops.alif.autograd import arranged, cast_numbers
 from ..ops.alif.plan import Dynamics, Engine, NormSpec, Plans, Spec, find_norm_plan, table
 from ..ops.bits import is_dense
 from .compact import Known, Packing, Term, compact, saving
-from .sums import Detached
 
 _aten = torch.ops.aten
 #: operations that change the shape alone, and their equals for another memory order
@@ -300,7 +299,7 @@ class Recomputed(Packing):
     All else saves it as it is.
     """
 
-    is_saved = False
+    is_saved, holds_others = False, True
 
     def __init__(self, y: Tensor, x: Tensor, waiting: Waiting, tensors: Any) -> None:
         super().__init__(y)
@@ -314,9 +313,6 @@ class Recomputed(Packing):
 
     def term(self, tensor: Tensor) -> Term | None:
         return None if self._x is None else super().term(tensor)
-
-    def of_part(self, part: Tensor, whole: Tensor) -> Packing:
-        return Detached.of(part, whole, self)
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return ()

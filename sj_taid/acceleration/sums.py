@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ _IN_PLACE = (Tensor.add_, Tensor.__iadd__)
 class Sum(Packing):
     """A sum of two tensors."""
 
+    holds_others = True
+
     def __init__(self, tensor: Tensor, first: Term, second: Term) -> None:
         super().__init__(tensor)
         self._first, self._second = first, second
@@ -33,30 +34,6 @@ class Sum(Packing):
     def restore(self, *parts: Tensor) -> Tensor:
         count = len(self._first.parts)
         return self._first.restore(*parts[:count]) + self._second.restore(*parts[count:])
-
-    def of_part(self, part: Tensor, whole: Tensor) -> Packing:
-        return Detached.of(part, whole, self)
-
-
-class Detached(Packing):
-    """The packing of what is detached from a sum or a term: it keeps no other tensor alive, so its
-    values are unknown."""
-
-    marks_views = True
-
-    def __init__(self, tensor: Tensor, whole: Packing) -> None:
-        super().__init__(tensor)
-        self.is_known, self._whole = False, weakref.ref(whole)
-
-    @staticmethod
-    def of(part: Tensor, whole: Tensor, packing: Packing) -> Packing:
-        """The packing of a part of ``whole``, which may be detached from it."""
-        detached = whole.requires_grad and not part.requires_grad
-        return Detached(part, packing) if detached else packing
-
-    def expose(self) -> None:
-        if whole := self._whole():
-            whole.expose()
 
 
 @implements(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, *_IN_PLACE)

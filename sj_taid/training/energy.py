@@ -1,6 +1,6 @@
 """Energy of a pass: SpikingJelly's estimate, where a spike count adds as that many spikes do."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,8 +69,10 @@ def _add(rule: Callable[..., int], activations: tuple[int, ...]) -> Callable[...
         if len(levels) == 2 and min(levels) > 0:  # a product of counts, or of counts and spikes
             x, y = (args[i].double() for i in activations)
             return int((x @ y).sum())
-        i = activations[levels.index(max(levels))]
-        return sum(rule((*args[:i], step, *args[i + 1 :]), kwargs, out) for step in _steps(args[i]))
+        most = max(levels)
+        i = activations[levels.index(most)]
+        steps = _steps(args[i], most)
+        return sum(rule((*args[:i], step, *args[i + 1 :]), kwargs, out) for step in steps)
 
     return count
 
@@ -83,7 +85,7 @@ def _read_weights(counter: Any, rule: Callable[..., int]) -> Callable[..., int]:
 
     def count(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> int:
         read = 0
-        for step in _steps(args[0]):
+        for step in _steps(args[0], _levels(args[0])):
             rule(module, (step, *args[1:]), kwargs, out)
             read += counter._pending_metrics["weight_read_bytes"]
         counter._pending_metrics["weight_read_bytes"] = read
@@ -92,12 +94,11 @@ def _read_weights(counter: Any, rule: Callable[..., int]) -> Callable[..., int]:
     return count
 
 
-def _steps(x: Tensor) -> Iterator[Tensor]:
+def _steps(x: Tensor, levels: int) -> list[Tensor]:
     """Counts c as steps of spikes, where 1 <= c, 2 <= c, ...; anything else as it is."""
-    if (levels := _levels(x)) <= 1:
-        yield x
-    for level in range(1, levels + 1) if levels > 1 else ():
-        yield (x >= level).to(x.dtype)
+    if levels <= 1:
+        return [x]
+    return [(x >= level).to(x.dtype) for level in range(1, levels + 1)]
 
 
 def _levels(x: Tensor) -> int:
