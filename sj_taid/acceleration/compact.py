@@ -634,8 +634,8 @@ def _both(names: str) -> list[Any]:
 
 
 _POOLS = {
-    getattr(home, f"{kind}_pool{n}d{ending}"): _pool(n, kind == "max")
-    for kind in ("max", "avg", "adaptive_avg")
+    getattr(home, f"{kind}_pool{n}d{ending}"): _pool(n, "max" in kind)
+    for kind in ("max", "avg", "adaptive_max", "adaptive_avg")
     for n in (1, 2, 3)
     for ending in ("", "_with_indices")
     for home in (F, torch)

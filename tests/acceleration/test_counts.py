@@ -123,6 +123,7 @@ POOLS = {
     "max": nn.functional.max_pool2d,
     "average": nn.functional.avg_pool2d,
     "adaptive average": nn.functional.adaptive_avg_pool2d,
+    "adaptive max": nn.functional.adaptive_max_pool2d,
 }
 
 
