@@ -145,9 +145,8 @@ def _exchange_classes(
         for path, norm in norms_of(net):
             if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
                 accelerate_module(norm)
-            elif path not in described:
-                continue
-            norm.readers = readers.get(path, {})
+            if path in readers:
+                norm.readers = readers[path]
     return rows
 
 

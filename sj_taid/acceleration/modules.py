@@ -60,10 +60,11 @@ def _charges(kind: type) -> tuple[str, ...]:
 
 
 def accelerate_module(module: Any) -> Any:
-    """Give a norm or a neuron its accelerated class; the caller must set a norm's ``readers``."""
+    """Give a norm or a neuron its accelerated class."""
     kind: Any = type(module)
     if issubclass(kind, _BatchNorm):
         mixin: type = AcceleratedNorm
+        module.readers = {}
     else:
         mixin = AcceleratedALIF if issubclass(kind, ALIFNode) else AcceleratedNeuron
     module.__class__ = accelerated_class(kind, mixin)

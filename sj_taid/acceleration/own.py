@@ -242,5 +242,5 @@ def describe_module(module: Any, description: Any, path: str, check: bool) -> No
     module.__class__ = accelerated_class(kind, own)
     module._description, module._name = description, path
     if own is OwnNorm:
-        module._channel_axis = description.channel_axis
+        module._channel_axis, module.readers = description.channel_axis, {}
     module._unchecked = {True, False} if check else set()

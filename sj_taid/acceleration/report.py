@@ -129,6 +129,7 @@ def measure(
 ) -> tuple[dict[str, dict[str, bool]], tuple[int, int], tuple[float, float]]:
     """Run training steps of a copy before and after, in turns: readers, saved bytes and ms."""
     trial, turns = copy_net(net), []
+    unaccelerate(trial)  # an earlier call's
     inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
     with torch.random.fork_rng({p.device for p in trial.parameters() if p.is_cuda}):
         for _ in range(6):  # the first compiles the kernels

@@ -217,6 +217,15 @@ def test_accelerate_measures_on_a_copy():
     ]
 
 
+def test_accelerate_measures_a_net_that_is_accelerated_already():
+    net, x_seq = make_net(), images()
+    first = accelerate(copy.deepcopy(net), x_seq)
+    accelerate(net)
+    report = accelerate(net, x_seq)
+    assert report.saved_bytes == first.saved_bytes
+    assert ", 2 of 2 norms fused" in str(report)
+
+
 class NamedOutput(nn.Sequential):
     def forward(self, x_seq):
         return {"logits": [super().forward(x_seq)], "nothing": None}
