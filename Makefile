@@ -33,9 +33,10 @@ slow: install ## Test runs, faults, sweeps, pages and all else that takes long
 test-all: install ## Test what test and slow do, in one go
 	$(BIN)/python $(PYTEST) -m "not kernels and not fuzz and not ray"
 
-# The unit tests, without training and what does not know SpikingJelly: metrics, pages, kernels alone.
+# The unit tests, without training and what asks little of SpikingJelly: metrics, pages, kernels,
+# operations on tensors.
 NOT_LEGACY := experiments data metric training test_docs.py test_packaging.py test_flow.py
-NOT_LEGACY += test_cpu.py test_cuda.py test_kernels.py test_nvrtc.py
+NOT_LEGACY += test_cpu.py test_cuda.py test_kernels.py test_nvrtc.py test_norm_output.py test_readers.py
 test-legacy: install $(LEGACY) ## Test the library on SpikingJelly 0.0.0.0.14
 	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python $(PYTEST) \
 	  tests sj_taid $(NOT_LEGACY:%=--ignore-glob=*/%)
