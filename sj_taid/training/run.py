@@ -234,10 +234,8 @@ def build_part(cfg: DictConfig, part: str, **arguments: Any) -> Any:
     """The object that a part of a config describes, see :func:`sj_taid._build.build`, or None."""
     if cfg.get(part) is None:
         return None
-    groups = {k: group for k, group in cfg.items() if isinstance(group, DictConfig)}
-    keys = {str(group.get("_target_")): str(key) for key, group in groups.items()}
     config = OmegaConf.to_container(cfg[part], resolve=True)
-    return build(config, cfg.get("trust", ()), keys, **arguments)
+    return build(config, cfg.get("trust", ()), **arguments)
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
@@ -276,11 +274,11 @@ def is_first_process() -> bool:
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:
-    numbers = {key: value for key, value in flatten(content).items() if isinstance(value, float)}
-    if wrong := [key for key, value in numbers.items() if not math.isfinite(value)]:
+    floats = {key: value for key, value in flatten(content).items() if isinstance(value, float)}
+    if wrong := [key for key, value in floats.items() if not math.isfinite(value)]:
         raise FloatingPointError(
-            f"{', '.join(wrong)}: not a finite number, so {path} is not written; the model has "
-            "diverged: train it with a lower optimizer.lr, or with trainer.gradient_clip_val=1.0"
+            f"{', '.join(wrong)}: not finite, so {path} is not written; the model has diverged: "
+            "train it with a lower optimizer.lr"
         )
     with atomic_write(path) as temporary:
         text = json.dumps(content, indent=2, allow_nan=False)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 
-from .._checks import check, check_sizes, integer
 from .plot import draw_classes, draw_grid
 from .run import Run, build_data
 
@@ -19,7 +18,6 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint``, or rows of its classes."""
-    check_sizes(columns=cfg.columns)
     run, model = load(cfg, "sample", "task=generation")
     if cfg.sample_from and not hasattr(model, "draw_from"):
         raise ValueError(f"sample_from is for model=esvae, but this is a {type(model).__name__}")
@@ -39,7 +37,6 @@ def main(cfg: DictConfig) -> None:
 
 def walk(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` walks of the model in ``cfg.checkpoint``, between random test images."""
-    check(integer(2), steps=cfg.steps)
     run, model = load(cfg, "walk", "model=esvae")
     config = run.config
     config.trust = cfg.trust
@@ -58,8 +55,6 @@ def load(cfg: DictConfig, method: str, choice: str) -> tuple[Run, Any]:
     """The run of ``cfg.checkpoint`` and its model, which draws by a method, from ``cfg.seed``."""
     if cfg.output and Path(cfg.output).suffix != ".png":  # a file that is there may be another
         raise ValueError(f"output must name a picture, such as a.png, but it is {cfg.output}")
-    check_sizes(n=cfg.n)
-    check(integer(0), seed=cfg.seed)
     run = Run.find(cfg.checkpoint)
     model = run.model(cfg.trust)
     if not hasattr(model, method):

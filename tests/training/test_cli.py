@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import lightning as L
 import pytest
@@ -24,27 +22,6 @@ def train(sj_taid, tmp_path):
     return lambda *more: sj_taid("train", *TINY_AUTOENCODING, *quiet, folder, *more)
 
 
-@pytest.mark.slow
-def test_cli_reports_a_typo_before_heavy_imports():
-    program = """if True:
-        import sys
-        from sj_taid.training.cli import main
-        try:
-            main()
-        finally:
-            heavy = {"lightning", "torchvision", "matplotlib", "torchmetrics"} & sys.modules.keys()
-            print("imported", sorted(heavy))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", program, "train", "neuron=alef"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1 and done.stdout.strip() == "imported []"
-    assert "alif" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_cli_usage(sj_taid, capsys):
     for wrong, message in (([], "required: COMMAND"), (["trian"], "invalid choice: 'trian'")):
         with pytest.raises(SystemExit, match="2"):
@@ -62,10 +39,8 @@ def test_cli_usage(sj_taid, capsys):
     ("arguments", "message"),
     [
         ("train +nueron=lif", "the config has no nueron; there are .* neuron,"),
-        ("train trainer.max_epoch=1", r"Could not override 'trainer\.max_epoch'"),
         ("train +model.x=1", "ESVAE cannot be built: .*unexpected keyword argument 'x'"),
         ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
-        ("train foo", "missing EQUAL"),
         ("train seed=null", "seed must be an integer >= 0, below 2.32, but it is None"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
         ("train resume=nowhere", r"needs the folder of a run.*but got .*nowhere"),
@@ -73,21 +48,11 @@ def test_cli_usage(sj_taid, capsys):
         ("train trust=mypkg.MyLIF", r"trust must be a list of full .* it is 'mypkg\.MyLIF'"),
         ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
         ("train trainer.accelerator=tpuu", "Available names are(?s:.*)full_key: trainer"),
-        ("train optimizer._target_=torch.Foo", "target 'torch.Foo'(?s:.*)full_key: optimizer"),
-        (
-            "train -m seed=0 neuron._target_=os.system",
-            r"'os\.system': no public class .*add trust=",
-        ),
+        ("train -m seed=0 neuron._target_=os.system", r"'os\.system': no public class"),
         ("train hydra.run.dir=file", "File exists: '.*file'"),
-        (
-            "evaluate checkpoint=nowhere",
-            "no checkpoint of a run at .*nowhere; expected a run's folder",
-        ),
+        ("evaluate checkpoint=nowhere", "no checkpoint of a run at .*nowhere"),
         ("sample checkpoint=file", "no checkpoint of a run at .*file"),
-        ("sample checkpoint=nowhere n=0", "n must be an integer >= 1, but it is 0"),
-        ("sample checkpoint=nowhere columns=0", "columns must be an integer >= 1"),
         ("sample", "Missing mandatory value: checkpoint"),
-        ("walk checkpoint=nowhere steps=1", "steps must be an integer >= 2, but it is 1"),
         ("walk checkpoint=nowhere output=run.json", "output must name a picture"),
         ("compare . nowhere", "no folder nowhere"),
     ],
@@ -161,7 +126,6 @@ def test_folder_name_leaves_out_paths_and_looks():
     roots = ["dataset.root=/x", "dataset=mine"]
     assert "root-x" in config.folder_name(roots, ignored, "mypkg.Photographs")
     assert config.folder_name(roots, ignored, "sj_taid.data.MNIST") == "dataset-mine"
-    assert config.folder_name(["dataset=mnist", "dataset.root=/x"], ignored) == "dataset-mnist"
     # Other callbacks may change what is trained.
     averaged = ["+callbacks.ema.decay=0.9", "callbacks=mine"]
     names = {config.folder_name([one], ignored) for one in averaged}
@@ -196,19 +160,6 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
     assert metrics["epochs"] == 2 and metrics["choices"]["callbacks"] == "mine"
 
 
-def test_train_by_a_primary_config_of_ones_own(train, sj_taid, tmp_path):
-    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\nseed: 3\n")
-    timer = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00'}"
-    callbacks = ["callbacks.progress_bar=null", f"+callbacks.timer={timer}"]
-    train(*callbacks, "--config-dir", str(tmp_path), "--config-name", "mine")
-    folder = tmp_path / "run"
-    assert run.Run(folder).metrics["seed"] == 3
-    (tmp_path / "mine.yaml").unlink()
-    sj_taid("train", f"resume={folder}", "trainer.max_epochs=2")
-    metrics = run.Run(folder).metrics
-    assert (metrics["epochs"], metrics["seed"]) == (2, 3)
-
-
 def test_resume_keeps_interpolations(train, sj_taid, tmp_path):
     cosine = "_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true"
     train(f"task.scheduler={{{cosine}, T_max: ${{trainer.max_epochs}}}}")
@@ -230,7 +181,8 @@ def test_resume_refuses_what_the_run_does_not_have(trained, sj_taid):
 
 
 def test_resume_takes_choices_as_the_start_does(train, sj_taid, tmp_path):
-    train("~logger", "+trainer.max_steps=5")
+    timer = "{_target_: lightning.pytorch.callbacks.Timer, duration: '00:01:00:00'}"
+    train("~logger", "+trainer.max_steps=5", f"+callbacks.timer={timer}")
     folder = tmp_path / "run"
     sj_taid("train", f"resume={folder}", "logger=csv", "trainer.max_epochs=2", "pictures=true")
     there = run.Run(folder)

@@ -36,7 +36,7 @@ def test_lock_admits_one_process_at_a_time(tmp_path, monkeypatch):
 
 
 def test_save_metrics_refuses_what_is_not_finite(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"^fad, metrics\.fid: not a finite number"):
+    with pytest.raises(FloatingPointError, match=r"^fad, metrics\.fid: not finite"):
         Run(tmp_path).save_metrics({"fad": float("nan"), "metrics": {"fid": float("inf")}})
     assert not list(tmp_path.iterdir())
 
@@ -76,18 +76,12 @@ def test_resume_allows_what_may_change_alone(tmp_path):
     assert run.resume(cfg) == run.checkpoint and run.is_complete(cfg)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("model.hidden_channels=[4,8]", r"a run with other settings: model\.hidden_channels"),
-        ("model=fsvae_small", "a run with other settings: decoder"),
-    ],
-)
-def test_train_refuses_a_finished_run_with_other_settings(trained, tiny, change, message):
+def test_train_refuses_a_finished_run_with_other_settings(trained, tiny):
     folder = trained(*TINY_AUTOENCODING)
     kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=message):
-        train(tiny(*TINY_AUTOENCODING, change, tiny=False), folder)
+    for change, key in (("model.hidden_channels=[4,8]", "model"), ("model=fsvae_small", "decoder")):
+        with pytest.raises(ValueError, match=f"a run with other settings: {key}"):
+            train(tiny(*TINY_AUTOENCODING, change, tiny=False), folder)
     assert all(path.read_bytes() == content for path, content in kept.items())
 
 
@@ -181,20 +175,6 @@ def test_read_checkpoint_refuses_code_and_damage(tmp_path, monkeypatch, save):
     assert not (tmp_path / "hacked").exists()
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "sj_taid.ALIFNode",
-        "sj_taid.training.generation.Generation",
-        "spikingjelly.activation_based.neuron.IFNode",
-        "torch.nn.modules.loss.MSELoss",
-        "torch.optim.lr_scheduler.CosineAnnealingLR",
-    ],
-)
-def test_build_trusts_public_classes(target):
-    build({"a": [{"_target_": target, "_partial_": True}]}, ())
-
-
 @pytest.mark.parametrize("name", ["lif", "plif", "alif"])
 def test_neurons_start_at_whole_numbers(name):
     start = ["neuron_start.tau=2", "neuron_start.v_threshold=3", "neuron_start.v_reset=1"]
@@ -202,30 +182,31 @@ def test_neurons_start_at_whole_numbers(name):
     assert (node.v_threshold, node.v_reset) == (3.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "os.system",
-        "sj_taid.swap_neurons",
-        "sj_taid.data.base.Path",  # imported there
-        "sj_taid.data.base.torch.load",
-        "sj_taid.data._Secret",
-        "sj_taid.database.Data",
-        "torch.optim.lr_scheduler.Counter",
-        "",
-        3,
-    ],
-)
-def test_build_trusts_no_others(target):
-    with pytest.raises(ValueError, match=r"no public class of .* add trust="):
+TRUSTED = [
+    *("sj_taid.ALIFNode", "sj_taid.training.generation.Generation"),
+    *("spikingjelly.activation_based.neuron.IFNode", "torch.nn.modules.loss.MSELoss"),
+    "torch.optim.lr_scheduler.CosineAnnealingLR",
+]
+OTHERS = [
+    "sj_taid.data.base.Path",  # imported there
+    *("sj_taid.data.base.torch.load", "sj_taid.data._Secret", "sj_taid.database.Data"),
+    *("os.system", "sj_taid.swap_neurons", "torch.optim.lr_scheduler.Counter", "", 3),
+]
+
+
+def test_build_trusts_public_classes_and_no_others():
+    for target in TRUSTED:
         build({"a": [{"_target_": target, "_partial_": True}]}, ())
+    for target in OTHERS:
+        with pytest.raises(ValueError, match=r"no public class of .* add trust="):
+            build({"a": [{"_target_": target, "_partial_": True}]}, ())
 
 
 def test_build_resolves_nothing(tmp_path):
     path = f"{{_target_: pathlib.Path, _args_: [{tmp_path}/hacked]}}"
     evil = f'\\${{oc.create:"{{_target_: pathlib.Path.touch, self: {path}}}"}}'
     cfg = OmegaConf.create({"decoder": {"_target_": "sj_taid.TAID", "T": evil}})
-    with pytest.raises(ValueError, match=r"decoder\.T must be .* '\$\{oc\.create"):
+    with pytest.raises(ValueError, match=r"T must be .* '\$\{oc\.create"):
         runs.build_part(cfg, "decoder")
     assert not (tmp_path / "hacked").exists()
 
