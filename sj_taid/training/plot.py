@@ -21,8 +21,6 @@ from ..layer import FixedDecoder
 from ..monitoring import tau_and_threshold
 from .files import atomic_write
 
-#: how many class names a side of the confusion matrix has room for
-_MOST_NAMES = 40
 #: of figures
 DPI = 130
 
@@ -164,18 +162,12 @@ def draw_curves(epochs: list[dict[str, float]], path: Path, validated_on: str) -
 
 
 def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix: rows are true classes, columns predicted ones.
-
-    Of many classes only some are named, and the counts are colours alone.
-    """
-    step = -(-len(counts) // _MOST_NAMES)
-    labels = [*(names or map(str, range(len(counts))))]
-    labels = [label if n % step == 0 else "" for n, label in enumerate(labels)]
-    size = 1 + 0.6 * len(counts) / step
+    """Draw a confusion matrix: rows are true classes, columns predicted ones."""
+    few = len(counts) <= 40  # of more, the counts are colours alone
+    size = 1 + 0.6 * min(len(counts), 40)
     figure = Figure((size, size))
-    plot_confusion_matrix(
-        counts, figure.subplots(), add_text=step == 1, labels=labels, cmap="Blues"
-    )
+    labels = [*(names or map(str, range(len(counts))))]
+    plot_confusion_matrix(counts, figure.subplots(), add_text=few, labels=labels, cmap="Blues")
     save(figure, path, bbox_inches="tight")  # as large as the names need
 
 

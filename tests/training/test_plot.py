@@ -7,18 +7,11 @@ from torchvision.io import decode_image
 from sj_taid.training.plot import draw_classes, draw_confusion, draw_recordings
 
 
-@pytest.mark.parametrize("names", [[], ["a", "b"], ["a gesture of both hands" * 4] * 2], ids=len)
+@pytest.mark.parametrize("names", [[], ["a gesture of both hands" * 4] * 2], ids=len)
 def test_draw_confusion_cuts_no_class_name(tmp_path, names):
     draw_confusion(torch.tensor([[5, 1], [0, 7]]), names, tmp_path / "a.png")
     white = decode_image(tmp_path / "a.png").eq(255).all(0)
     assert white[[0, -1]].all() and white[:, [0, -1]].all()
-
-
-def test_draw_confusion_of_many_classes(tmp_path):
-    draw_confusion(
-        torch.eye(300, dtype=torch.int64), [f"class {i}" for i in range(300)], tmp_path / "a.png"
-    )
-    assert max(decode_image(tmp_path / "a.png").shape) < 4000
 
 
 class Shades:
