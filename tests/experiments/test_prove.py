@@ -92,26 +92,3 @@ def test_every_step_is_a_command_that_parses(device, tmp_path, parse_only):  # n
             name = Path(program).stem
         with pytest.raises(Parsed):
             importlib.import_module(name).main(arguments)
-
-
-TOY = {"any_net norm_and_neuron": "any_net:norm_and_neuron --shape 2 2 128 8 8 --repeats 1"}
-
-
-@pytest.mark.slow
-def test_prove_on_a_cpu(tmp_path, monkeypatch):
-    pytest.importorskip("numba", reason="needs numba: pip install numba")
-    few = prove.CONFORMANCE["cpu"].replace(
-        "pair_of_options)", "pair_of_options) and soft-detach-decay"
-    )
-    monkeypatch.setitem(prove.CONFORMANCE, "cpu", few)
-    steps = prove.steps
-    other = "conformance float32"  # the command is the same
-    monkeypatch.setattr(prove, "steps", lambda *a: [s for s in steps(*a) if s.name != other])
-    monkeypatch.setitem(prove.SIZES, "cpu", TOY)
-    code = prove.main(["--device", "cpu", "--minutes", "60", "--out", str(tmp_path)])
-    page = read_page(tmp_path)
-    assert code == 0, page
-    assert "3 passed, 0 failed, 0 skipped" in page
-    assert "backend numba: works; its outputs equal torch's bit for bit" in page
-    assert len(re.findall("[1-9][0-9]* passed, [0-9]+ deselected", page)) == 1
-    assert re.search(r"\| accelerate .*\[2, 2, 128, 8, 8\] \|", page)

@@ -128,8 +128,9 @@ def test_evaluate_moved_data(tiny, tmp_path):
 
     for name in ("root/cat", "root/dog", "test_root/cat", "test_root/dog"):
         write_images(tmp_path / "here" / name, 4)
-    images = ["dataset=image_folder", "dataset.classes=2", "dataset.num_workers=0", *at("here")]
+    images = ["dataset=image_folder", "dataset.num_workers=0", *at("here")]
     before = train(tiny(*images, *TINY_CLASSIFICATION, tiny=False), tmp_path / "run")
+    assert run.load_model(tmp_path / "run").classes == 2  # as many as folders
 
     (tmp_path / "here").rename(tmp_path / "there")
     with pytest.raises(FileNotFoundError, match=r"no .*here.*root"):
@@ -138,10 +139,10 @@ def test_evaluate_moved_data(tiny, tmp_path):
     assert after["metrics"]["accuracy"] == before["accuracy"]
 
 
-def test_evaluate_refuses_foreign_classes(folder):
+@pytest.mark.parametrize("part", ["dataset", "task", "metric"])
+def test_evaluate_refuses_foreign_classes(folder, part):
     config = OmegaConf.load(folder / run.CONFIG)
-    for part in ("dataset", "task", "metric"):
-        evil = OmegaConf.merge(config, {part: {"_target_": "os.system"}, "trust": ["os.system"]})
-        OmegaConf.save(evil, folder / run.CONFIG)
-        with pytest.raises(ValueError, match=r"names 'os\.system'.*you trust it"):
-            evaluate(composed(folder))
+    evil = {part: {"_target_": "os.system"}, "trust": ["os.system"]}
+    OmegaConf.save(OmegaConf.merge(config, evil), folder / run.CONFIG)
+    with pytest.raises(ValueError, match=r"names 'os\.system'.*you trust it"):
+        evaluate(composed(folder))

@@ -103,12 +103,9 @@ def test_export_of_the_best_epoch(tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        *(None, "", "{", "[]", "3", "null", '"sj-taid"', "\xff", "{}", "[" * 100_000),
-        '{"model_type": "bert", "architectures": ["BertModel"]}',
-        '{"model": {"_target_": "bert.Model"}, "sha256": "00", "metrics": {"accuracy": 1.0}}',
+        *(None, '"sj-taid"', "\xff"),
         '{"sha256": "00", "metrics": {"versions": {"torch": "2.8"}}}',
         '{"metrics": {"versions": {"sj-taid": "1.0"}}}',  # it may use this library
-        '{"sha256": "00", "metrics": null}',
     ],
 )
 def test_export_leaves_the_models_of_other_programs_alone(runs, tmp_path, config):
@@ -128,11 +125,6 @@ def test_export_errors(runs, tmp_path, sj_taid):
     train(compose("train", [*TINY_CLASSIFICATION, *foreign]), tmp_path / "run", command="")
     with pytest.raises(ValueError, match=r"names .*MyLIF"):
         export(tmp_path / "run", "tiny", tmp_path)
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "README.md").write_text("mine")
-    with pytest.raises(FileExistsError, match="no earlier export; choose another"):
-        export(runs / "fsvae", "tiny", tmp_path)
-    shutil.rmtree(tmp_path / "tiny")
     Run(tmp_path / "run").folder.joinpath("metrics.json").unlink()
     with pytest.raises(SystemExit, match="finish the run first"):
         sj_taid("export", str(tmp_path / "run"), "--name", "tiny", "--out", str(tmp_path))

@@ -126,9 +126,6 @@ def test_generation_prior_lr_scale(lr_scale, expected):
     assert [group.get("lr", 1e-3) for group in groups] == expected
     assert {*groups[-1]["params"]} == {*model.prior.parameters()}
     assert sum(len(group["params"]) for group in groups) == len([*model.parameters()])
-
-
-def test_generation_prior_lr_scale_is_for_esvae():
     with pytest.raises(ValueError, match=r"prior_lr_scale=10 is for ESVAE.* is FSVAE; .*=esvae"):
         Generation(FSVAE(**SMALL), ADAM, prior_lr_scale=10)
 

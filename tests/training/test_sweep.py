@@ -1,6 +1,5 @@
 """Sweeps: a folder for each job, none overwritten, and a killed sweep resumes."""
 
-import inspect
 import json
 import os
 import signal
@@ -12,7 +11,7 @@ import filelock
 import pytest
 import torch
 
-from sj_taid.training import cli, run
+from sj_taid.training import run
 from sj_taid.training.callbacks import RandomNumbers
 from sj_taid.training.train import train
 from tests.training.conftest import (
@@ -84,38 +83,22 @@ def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(
         assert_same_weights(folder, expected)
 
 
-WORKER = f"""
-import multiprocessing, os, signal, time
-from threading import Thread
+#: a sweep of two workers: one has a job that does not end, and there is none for the other
+SWEEP_OF_WORKERS = """
+from joblib import Parallel, delayed
+from sj_taid.training.cli import end_workers_with_sweep
 
-{inspect.getsource(cli.end_with_parent)}
-print(0, flush=True)
-while {{late}} and os.getppid() == multiprocessing.parent_process().pid:  # killed before it asks
-    time.sleep(0.1)
-end_with_parent()
-print(1, flush=True)
-time.sleep(99)
+end_workers_with_sweep()
+job = "print(1, flush=True); import time; time.sleep(99)"
+Parallel(2)([delayed(exec)("", {}), delayed(exec)(job, {})])
 """
-STARTERS = {
-    "joblib": "from joblib import Parallel, delayed; Parallel(2)([delayed(exec)({0!r}, {{}})] * 2)",
-    "idle": (  # a worker, with no job left for the other
-        "from sj_taid.training.cli import end_workers_with_sweep as e; from joblib import *; e();"
-        "Parallel(2)([delayed(exec)('', {{}}), delayed(exec)({0!r}, {{}})])"
-    ),
-}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("starter", "late"), [("joblib", True), ("joblib", False), ("idle", False)]
-)
-def test_a_worker_ends_with_its_parent(starter, late):
-    parent = [sys.executable, "-c", STARTERS[starter].format(WORKER.format(late=late))]
-    environment = os.environ | ENVIRONMENT
-    with subprocess.Popen(parent, stdout=subprocess.PIPE, env=environment) as process:
-        said = b""
-        while len(said.splitlines()) < (1 if late else 2):
-            said += process.stdout.read1()
+def test_workers_end_with_their_parent():
+    command, environment = [sys.executable, "-c", SWEEP_OF_WORKERS], os.environ | ENVIRONMENT
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"1\n"
         process.kill()
         started = time.monotonic()
         process.stdout.read()  # to its end: a worker holds it open
