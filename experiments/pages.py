@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from sj_taid.pretrained import WEIGHTS, list_models, read_config
 from sj_taid.training.compare import (
@@ -34,7 +32,6 @@ from sj_taid.training.compare import (
 )
 from sj_taid.training.config import folder_name
 from sj_taid.training.files import atomic_write
-from sj_taid.training.plot import save
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -87,7 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.folders:
         print(*store(gather(options.folders)), sep="\n")
-    draw_frontier(ROOT / "docs" / "images" / "frontier.png")
     for page in PAGES:
         with atomic_write(page) as temporary:
             temporary.write_text(fill(page), encoding="utf-8")
@@ -372,10 +368,11 @@ def integer_neurons() -> pd.DataFrame:
 # ---- benchmarks ----
 
 
-def read_frontier() -> pd.DataFrame:
+def frontier() -> pd.DataFrame:
     """Training steps of whole nets; bfloat16 and ``torch.compile`` from the machine with AVX-512.
 
-    ``share`` is the peak of a sample over that of SpikingJelly's PLIF on the same machine.
+    ``neuron`` is what makes the step; ``share`` is the peak of a sample over that of SpikingJelly's
+    PLIF on the same machine.
     """
     tables, case = [], ["net", "dtype", "T", "batch"]
     for folder in (AVX2, EPYC):
@@ -383,15 +380,11 @@ def read_frontier() -> pd.DataFrame:
         rivals = rows.query("neuron == 'PLIF' and system == 'SpikingJelly'").set_index(case)
         rows = rows.join(rivals["mb_per_sample"].rename("rival"), on=case)
         tables.append(rows.assign(share=rows["mb_per_sample"] / rows["rival"]))
-    return pd.concat(tables).drop_duplicates([*case, "neuron", "system"])
-
-
-def frontier() -> pd.DataFrame:
-    """Training steps of whole nets, by what makes the step."""
-    order = ["dtype", "neuron", "system"]
-    rows = read_frontier().sort_values(order, ascending=[False, True, True])
-    first = rows["system"].where(rows["system"] == "SpikingJelly", rows["neuron"])
-    last = rows["neuron"].where(rows["system"] == "SpikingJelly", rows["system"])
+    rows = pd.concat(tables).drop_duplicates([*case, "neuron", "system"])
+    rows = rows.sort_values(["dtype", "neuron", "system"], ascending=[False, True, True])
+    is_theirs = rows["system"] == "SpikingJelly"
+    first = rows["system"].where(is_theirs, rows["neuron"])
+    last = rows["neuron"].where(is_theirs, rows["system"])
     return rows.assign(neuron=first.str.cat(last, sep=" "))
 
 
@@ -404,33 +397,6 @@ def memory() -> pd.DataFrame:
     table = rows.pivot(index=["dtype", "neuron"], columns="net", values="cell")
     order = rows[["dtype", "neuron"]].drop_duplicates()
     return table.loc[[*order.itertuples(index=False, name=None)]].fillna("").reset_index()
-
-
-def draw_frontier(path: Path) -> None:
-    """Draw bytes against time in float32, a panel for each net and a line over T for each system.
-
-    Times are shown as PLIF's in SpikingJelly times the ratio to it, since runs differ in speed.
-    """
-    rows = read_frontier().query("dtype == 'float32' and neuron == 'PLIF'")
-    rival = rows[rows["system"] == "SpikingJelly"].set_index(["net", "T"])["median_ms"]
-    rows = rows.join(rival.rename("rival_ms"), on=["net", "T"])
-    rows["ms_per_sample"] = rows["time_ratio"] * rows["rival_ms"] / rows["batch"]
-    systems = rows["system"].unique()
-    figure = Figure((9.0, 7.5), layout="constrained")
-    for axis, (net, part) in zip(figure.subplots(2, 2).flat, rows.groupby("net"), strict=True):
-        for system in systems:
-            line = part[part["system"] == system].sort_values("T")
-            points = line[["ms_per_sample", "mb_per_sample"]].to_numpy()
-            axis.loglog(*points.T, "o-", markersize=4, label=system)
-            for T, point in zip(line["T"], points, strict=True):
-                axis.annotate(T, point, (4, -9), textcoords="offset points", fontsize=7)
-        for scale in (axis.xaxis, axis.yaxis):
-            scale.set_major_formatter(LogFormatter())
-            scale.set_minor_formatter(LogFormatter())
-        axis.set(title=net, xlabel="ms per sample", ylabel="peak per sample, MB")
-        axis.margins(0.1)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    save(figure, path)
 
 
 def read_zoo() -> pd.DataFrame:

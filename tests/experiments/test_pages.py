@@ -72,14 +72,6 @@ def test_start_map_counts_the_starts_near_the_best(tmp_path, monkeypatch):
 # ---- the committed results ----
 
 
-def test_pages_draw_and_tabulate_the_stored_benchmarks(tmp_path):
-    picture = tmp_path / "frontier.png"
-    pages.draw_frontier(picture)
-    assert picture.stat().st_size > 10_000
-    table = pages.host_layers()
-    assert {*table["of plain's"][table["system"] == "plain"]} == {"1.00"}
-
-
 def test_published_values_have_a_column_and_a_source():
     published = pd.read_csv(pages.RESULTS / "published.csv")
     assert set(published["metric"]) <= compare.COLUMNS.keys()
