@@ -241,7 +241,7 @@ def build_part(cfg: DictConfig, part: str, **arguments: Any) -> Any:
 def build_model(cfg: DictConfig) -> nn.Module:
     """The config's model, untrained, in the form in which it is trained and measured."""
     model = build_part(cfg, "model")
-    if cfg.get("accelerate", True) and find_neurons(model):
+    if cfg.accelerate and find_neurons(model):
         accelerate(model)
     # In this layout convolutions are faster, in bfloat16 above all; another rounds otherwise.
     return model.to(memory_format=torch.channels_last)

@@ -160,13 +160,6 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
     assert metrics["epochs"] == 2 and metrics["choices"]["callbacks"] == "mine"
 
 
-def test_resume_keeps_interpolations(train, sj_taid, tmp_path):
-    cosine = "_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true"
-    train(f"task.scheduler={{{cosine}, T_max: ${{trainer.max_epochs}}}}")
-    with pytest.raises(SystemExit, match=r"T_max \(1, now 2\)"):
-        sj_taid("train", f"resume={tmp_path / 'run'}", "trainer.max_epochs=2")
-
-
 def test_resume_refuses_what_the_run_does_not_have(trained, sj_taid):
     folder = trained(*TINY_AUTOENCODING)
     before = run.Run(folder).config
