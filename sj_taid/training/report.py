@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 
 from .compare import METRICS, Metrics, are_alike, frame, gather, present, summary
 from .files import atomic_write
@@ -52,13 +53,13 @@ def page(runs: Mapping[Path, Metrics], best: int = 12) -> str:
         label = " ".join(f"{key}={row[key]}" for key in keys)
         if label not in shown and len(shown) < best and (drawn := pictures(folder)):
             shown[label] = drawn
-    rows = summary([*runs.values()])
+    with pd.option_context("display.max_colwidth", None):
+        text = summary([*runs.values()]).to_html(index=False, border=0)
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined).render(
         count=len(runs),
         ranked_by=METRICS[metric].title,
-        heads=rows.columns,
-        rows=rows.to_numpy().tolist(),
+        table=text,
         pictures=shown,
     )
 
