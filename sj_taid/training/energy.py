@@ -1,12 +1,15 @@
 """Energy of a pass: SpikingJelly's estimate, where a spike count adds as that many spikes do."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.bits import LARGEST_HALF
+
+Rule = Callable[..., int]
 
 _aten = torch.ops.aten
 #: which arguments of an operation may be spikes or counts
@@ -38,60 +41,48 @@ def estimate_energy(model: nn.Module, x: Tensor) -> float:
     macs, additions = profiler.mac_counter.rules, profiler.ac_counter.rules
     memory: Any = profiler.memory_counter
     for operation, activations in _ACTIVATIONS.items():
-        macs[operation] = _multiply(macs[operation], activations)
-        additions[operation] = _add(additions[operation], activations)
+        macs[operation] = partial(_multiply, macs[operation], activations)
+        additions[operation] = partial(_add, additions[operation], activations)
     for event, rule in memory.rules.items():
         if event[1] in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            memory.rules[event] = _read_weights(memory, rule)
+            memory.rules[event] = partial(_read_weights, memory, rule)
     profiler.bind_model(model)
     with profiler:
         model(x)
     return profiler.get_report().energy_total_pj / 1e6
 
 
-def _multiply(rule: Callable[..., int], activations: tuple[int, ...]) -> Callable[..., int]:
-    """The rule of an operation's multiply-accumulates, of which counts need none."""
-
-    def count(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> int:
-        has_counts = any(_levels(args[i]) > 1 for i in activations)
-        return 0 if has_counts else rule(args, kwargs, out)
-
-    return count
+def _multiply(rule: Rule, activations: tuple[int, ...], args: Any, kwargs: Any, out: Any) -> int:
+    """Multiply-accumulates of an operation, of which counts need none."""
+    has_counts = any(_levels(args[i]) > 1 for i in activations)
+    return 0 if has_counts else rule(args, kwargs, out)
 
 
-def _add(rule: Callable[..., int], activations: tuple[int, ...]) -> Callable[..., int]:
-    """The rule of an operation's additions, for counts."""
-
-    def count(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> int:
-        levels = [_levels(args[i]) for i in activations]
-        if max(levels) <= 1:
-            return rule(args, kwargs, out)
-        if len(levels) == 2 and min(levels) > 0:  # a product of counts, or of counts and spikes
-            x, y = (args[i].double() for i in activations)
-            return int((x @ y).sum())
-        most = max(levels)
-        i = activations[levels.index(most)]
-        steps = _steps(args[i], most)
-        return sum(rule((*args[:i], step, *args[i + 1 :]), kwargs, out) for step in steps)
-
-    return count
+def _add(rule: Rule, activations: tuple[int, ...], args: Any, kwargs: Any, out: Any) -> int:
+    """Additions of an operation, for each step of counts."""
+    levels = [_levels(args[i]) for i in activations]
+    most = max(levels)
+    if most <= 1:
+        return rule(args, kwargs, out)
+    if len(levels) == 2 and min(levels) > 0:  # a product of counts, or of counts and spikes
+        x, y = (args[i].double() for i in activations)
+        return int((x @ y).sum())
+    i = activations[levels.index(most)]
+    steps = _steps(args[i], most)
+    return sum(rule((*args[:i], step, *args[i + 1 :]), kwargs, out) for step in steps)
 
 
-def _read_weights(counter: Any, rule: Callable[..., int]) -> Callable[..., int]:
-    """The rule of a layer's memory: each binary step of counts reads its weights.
+def _read_weights(counter: Any, rule: Rule, module: nn.Module, args: Any, *others: Any) -> int:
+    """Bytes of a layer's memory: each binary step of counts reads its weights.
 
     The counter keeps the parts of what a rule gives, in a private attribute.
     """
-
-    def count(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> int:
-        read = 0
-        for step in _steps(args[0], _levels(args[0])):
-            rule(module, (step, *args[1:]), kwargs, out)
-            read += counter._pending_metrics["weight_read_bytes"]
-        counter._pending_metrics["weight_read_bytes"] = read
-        return sum(counter._pending_metrics.values())
-
-    return count
+    read = 0
+    for step in _steps(args[0], _levels(args[0])):
+        rule(module, (step, *args[1:]), *others)
+        read += counter._pending_metrics["weight_read_bytes"]
+    counter._pending_metrics["weight_read_bytes"] = read
+    return sum(counter._pending_metrics.values())
 
 
 def _steps(x: Tensor, levels: int) -> list[Tensor]:
