@@ -11,7 +11,6 @@ of CPU time. Layers below a million values run on one thread.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import pandas as pd
@@ -44,36 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_parser.add_argument("--turns", type=float, default=1.0, help="of the usual number")
     options = options_parser.parse_args(arguments)
     reuse_freed_memory()
-    tables: list[pd.DataFrame] = []
-
-    def add(what: str, shape: Sequence[int], systems: Systems, turns: int) -> None:
+    tables, threads = [], torch.get_num_threads()
+    for what, shape, systems, turns in cases(options.nets):
+        torch.set_num_threads(1 if torch.Size(shape).numel() < LARGE else threads)
         table = take_turns(systems, max(3, int(turns * options.turns)))
         table.insert(0, "what", what)
         table.insert(1, "shape", str([*shape]))
         tables.append(table)
-
-    for shape, turns in LAYERS.items():
-        with threads(shape):
-            add("norm and LIF", shape, norm_and_neuron(shape), turns)
-            add("LIF", shape, neuron_alone(shape), turns)
-    spikes, images = (4, 2, 8, 16, 16), (4, 2, 3, 32, 32)
-    with threads(spikes):
-        add("view of spikes, 1,000 times", spikes, views(spikes), 100)
-        add("convolution of spikes, 100 times", spikes, convolutions(spikes), 100)
-        for name in options.nets:
-            steps, forwards = whole_nets(name, images)
-            add(f"{name}: training step", images, steps, 40)
-            add(f"{name}: without gradients", images, forwards, 40)
+    torch.set_num_threads(threads)  # which the CSV names
     write_csv(pd.concat(tables), options.out / "host.csv")
 
 
-@contextmanager
-def threads(shape: Sequence[int]) -> Iterator[None]:
-    """As many threads as a layer of this shape gets."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if torch.Size(shape).numel() < LARGE else before)
-    yield
-    torch.set_num_threads(before)
+def cases(nets: Sequence[str]) -> Iterator[tuple[str, Sequence[int], Systems, int]]:
+    """What is measured, for which input and how many turns."""
+    for shape, turns in LAYERS.items():
+        yield "norm and LIF", shape, norm_and_neuron(shape), turns
+        yield "LIF", shape, neuron_alone(shape), turns
+    spikes, images = (4, 2, 8, 16, 16), (4, 2, 3, 32, 32)
+    yield "view of spikes, 1,000 times", spikes, views(spikes), 100
+    yield "convolution of spikes, 100 times", spikes, convolutions(spikes), 100
+    for name in nets:
+        steps, forwards = whole_nets(name, images)
+        yield f"{name}: training step", images, steps, 40
+        yield f"{name}: without gradients", images, forwards, 40
 
 
 def take_turns(systems: Systems, turns: int) -> pd.DataFrame:
@@ -91,14 +83,14 @@ def times(call: Callable[[], object]) -> tuple[float, float]:
     return 1e6 * (time.process_time() - cpu), 1e6 * (time.perf_counter() - wall)
 
 
-def step(net: nn.Module, x: Tensor, grad: Tensor) -> None:
-    functional.reset_net(net)
-    net(x).backward(grad)
-
-
-def _steps(nets: Mapping[str, nn.Module], shape: Sequence[int]) -> Systems:
+def training_steps(nets: Mapping[str, nn.Module], shape: Sequence[int]) -> Systems:
     x, grad = torch.randn(*shape).requires_grad_(), torch.randn(*shape)
-    return {name: partial(step, net, x, grad) for name, net in nets.items()}
+
+    def step(net: nn.Module) -> None:
+        functional.reset_net(net)
+        net(x).backward(grad)
+
+    return {name: partial(step, net) for name, net in nets.items()}
 
 
 def norm_and_neuron(shape: Sequence[int]) -> Systems:
@@ -116,13 +108,13 @@ def norm_and_neuron(shape: Sequence[int]) -> Systems:
     }
     accelerate(nets["accelerate"])
     accelerate(nets["accelerate ALIF"])
-    return _steps(nets, shape)
+    return training_steps(nets, shape)
 
 
 def neuron_alone(shape: Sequence[int]) -> Systems:
     nets = {name: nn.Sequential(neuron.LIFNode(**OPTIONS)) for name in ("plain", "accelerate")}
     accelerate(nets["accelerate"])
-    return _steps(nets, shape)
+    return training_steps(nets, shape)
 
 
 def _spikes(shape: Sequence[int]) -> dict[str, Tensor]:
