@@ -102,7 +102,7 @@ def test_classifier_learns_and_is_cached(digits, tmp_path, caplog):
 
 
 def test_run_has_a_feature_loss(tiny, tmp_path):
-    job = [*TINY_ESVAE, "trainer.limit_train_batches=2", "logger=csv"]
+    job = [*TINY_ESVAE, "model.sample_from=learned", "trainer.limit_train_batches=2"]
     train(tiny(*job, "feature_loss=classifier", tiny=False), tmp_path)
     state = read_checkpoint(run.Run(tmp_path).checkpoint)
     assert "feature_loss.blocks.0.0.weight" in state["state_dict"]
