@@ -295,6 +295,28 @@ def start_map() -> pd.DataFrame:
 
 
 @makes_table
+def classes() -> pd.DataFrame:
+    """The share of images that are read as their class, and FAD as published, of each class."""
+    rows = pd.read_csv(RESULTS / "classes.csv")
+    rows.loc[rows["images"] == "samples without labels", "class"] = "all, fitted without labels"
+    rows["images"] = rows["images"].replace("samples without labels", "samples")
+    keys = ["dataset", "class", "images"]
+    # Test and training images are the same whatever the fit.
+    groups = rows.drop_duplicates([*keys, "draw", "read", "fad"]).groupby(keys, sort=False)
+    read = groups["read"].agg(Column("", 0.01, 1).text).unstack(fill_value="", sort=False)
+    fad = groups["fad"].agg(Column("", 1, 2).text).unstack(fill_value="", sort=False)
+    columns = {
+        "test images read, % ↑": read["test images"],
+        "reconstructions read ↑": read["reconstructions"],
+        "samples read ↑": read["samples"],
+        "FAD of training images ↓": fad["training images"],
+        "of reconstructions ↓": fad["reconstructions"],
+        "of samples ↓": fad["samples"],
+    }
+    return pd.DataFrame(columns).reset_index()
+
+
+@makes_table
 def recipes() -> str:
     """A table for each experiment, over seeds."""
     sections = []

@@ -51,6 +51,8 @@ RULES: dict[str, Rule] = {
     "dataset.erase": ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
     "dataset.mixup": NOT_NEGATIVE,
     "dataset.limit": integer(1),
+    "dataset.batch_size": integer(1),  # what is trained first takes minutes
+    "metric.autoencoder.epochs": integer(1),
     "trainer.max_epochs": integer(0),
     "trainer.limit_test_batches": POSITIVE,
 }

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False) -> Path:
-    """Write the model of a run into ``out / name``, over what is there.
+    """Write the model of a run into ``out / name``, over an earlier export.
 
     Args:
         run: a finished run's folder, or a checkpoint in it.
@@ -81,10 +81,18 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
 
     Raises:
         FileNotFoundError: the run is not finished, or has no checkpoint.
+        FileExistsError: the folder holds something else than an earlier export.
         ValueError: a model of custom classes, which :func:`sj_taid.create_model` would not build,
             or a checkpoint that was not tested.
     """
     folder = expand_home(out) / name
+    config_file = folder / pretrained.CONFIG  # that of another program has the same name
+    before = config_file.read_text("utf-8", "replace") if config_file.is_file() else ""
+    is_ours = '"sha256"' in before and '"sj-taid"' in before
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
+        raise FileExistsError(
+            f"{folder} holds files that are no earlier export; choose another --name or --out"
+        )
     finished = Run.find(run)
     is_best = finished.checkpoint == finished.best
     if not is_best and finished.checkpoint != Run(finished.folder).checkpoint:

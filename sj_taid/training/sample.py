@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 
+from .._checks import check_sizes
 from .plot import draw_classes, draw_grid
 from .run import Run, build_data
 
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint``, or rows of its classes."""
+    check_sizes(n=cfg.n, columns=cfg.columns)
     run, model = load(cfg, "sample", "task=generation")
     if cfg.sample_from and not hasattr(model, "draw_from"):
         raise ValueError(f"sample_from is for model=esvae, but this is a {type(model).__name__}")
@@ -37,6 +39,7 @@ def main(cfg: DictConfig) -> None:
 
 def walk(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` walks of the model in ``cfg.checkpoint``, between random test images."""
+    check_sizes(n=cfg.n)
     run, model = load(cfg, "walk", "model=esvae")
     config = run.config
     config.trust = cfg.trust

@@ -100,6 +100,25 @@ def test_export_of_the_best_epoch(tmp_path):
         export(other, "other", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(None, '"sj-taid"', "\xff"),
+        '{"sha256": "00", "metrics": {"versions": {"torch": "2.8"}}}',
+        '{"metrics": {"versions": {"sj-taid": "1.0"}}}',  # it may use this library
+    ],
+)
+def test_export_leaves_the_models_of_other_programs_alone(runs, tmp_path, config):
+    files = {"model.safetensors": "weights", "README.md": "# sj-taid", "config.json": config}
+    for name, text in files.items():
+        if text is not None:
+            (tmp_path / name).write_text(text, "latin-1")
+    with pytest.raises(FileExistsError, match=f"{tmp_path} holds files that are no earlier"):
+        export(runs / "classifier", tmp_path.name, tmp_path.parent)
+    left = {path.name: path.read_text("latin-1") for path in tmp_path.iterdir()}
+    assert left == {name: text for name, text in files.items() if text is not None}
+
+
 def test_export_errors(runs, tmp_path, sj_taid):
     mine = f"{MyLIF.__module__}.{MyLIF.__name__}"
     foreign = ["neuron=lif", f"neuron._target_={mine}", f"trust=[{mine}]"]
