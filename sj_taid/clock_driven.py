@@ -3,8 +3,6 @@
 What the import does, for the whole process:
 
 * It adds the old modules to ``sys.modules`` and ``spikingjelly``.
-* It adds to ``sys.meta_path`` a finder that finds nothing: for ``from clock_driven.x import y`` it
-  says what to use in place of a ``y`` that is gone.
 * On SpikingJelly 2.x, for nets of 0.0.0.0.14, it changes ``activation_based`` itself: the
   constructors of its neurons take ``backend`` and do not use it, a subclass of
   ``neuron.BaseNode`` that defines ``neuronal_charge`` runs, and ``neuron.surrogate`` and
@@ -32,15 +30,13 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial, wraps
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from spikingjelly.activation_based import encoding, functional, layer, neuron, rnn, surrogate
+from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 
 from ._compat import FUNCTIONAL_STATES, HOOKS
 
@@ -60,11 +56,8 @@ class _Old(nn.Module):
             options.pop(unused, None)
         chosen = options.get("surrogate_function")
         if isinstance(chosen, str):
-            kind = getattr(surrogate, chosen, None)
-            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-                raise ValueError(f"surrogate_function must be a name as 'ATan', not {chosen!r}")
             alpha = {"alpha": options.pop("alpha")} if "alpha" in options else {}
-            options["surrogate_function"] = kind(**alpha)
+            options["surrogate_function"] = getattr(surrogate, chosen)(**alpha)
         super().__init__(*args, **options)
 
 
@@ -238,65 +231,6 @@ if FUNCTIONAL_STATES:
     functional.set_backend = set_backend
 
 
-class SpikingLSTMCell(rnn.SpikingLSTMCell):
-    """Today's without its bound of the cell's state, c <= 1."""
-
-    def forward(self, x: Tensor, hc: Any = None) -> tuple[Tensor, Tensor]:
-        h, c = x.new_zeros(2, len(x), self.hidden_size) if hc is None else hc
-        i, f, g, o = (self.linear_ih(x) + self.linear_hh(h)).chunk(4, dim=1)
-        fire = self.surrogate_function1
-        fire_g = fire if self.surrogate_function2 is None else self.surrogate_function2
-        c = fire(f) * c + fire(i) * fire_g(g)
-        return fire(o) * c, c
-
-
-class _OldRNN(rnn.SpikingRNNBase):
-    """Today's, of one layer."""
-
-    def forward(self, x: Tensor, states: Any = None) -> tuple[Tensor, Any]:
-        if self.num_layers > 1:
-            name = type(self).__name__
-            raise NotImplementedError(
-                f"in 0.0.0.0.12 a {name} of several layers computed something else, or raised: "
-                f"use spikingjelly.activation_based.rnn.{name}, and train again"
-            )
-        return super().forward(x, states)
-
-
-class SpikingGRU(_OldRNN, rnn.SpikingGRU):
-    """Today's, of one layer: with more, 0.0.0.0.12's raised, or dropped and started otherwise."""
-
-
-class SpikingVanillaRNN(_OldRNN, rnn.SpikingVanillaRNN):
-    """Today's, of one layer: in 0.0.0.0.12 the next read a single sample for the whole batch."""
-
-
-class SpikingLSTM(_OldRNN, rnn.SpikingLSTM):
-    """Today's with the cell of then, and layers that read the one below at the step before."""
-
-    @staticmethod
-    def base_cell() -> type[nn.Module]:
-        return SpikingLSTMCell
-
-    def forward(self, x: Tensor, states: Any = None) -> tuple[Tensor, Any]:
-        if self.bidirectional:
-            return super().forward(x, states)
-        shape = (2, self.num_layers, x.shape[1], self.hidden_size)
-        starts = x.new_zeros(shape) if states is None else torch.stack(states)
-        ends = []
-        for i, cell in enumerate(self.cells):
-            state, y = tuple(starts[:, i]), []
-            for step in x:
-                state = cell(step, state)
-                y.append(state[0])
-            ends.append(torch.stack(state))
-            out = torch.stack(y)
-            x = torch.cat([starts[:1, i], out[:-1]])
-            mask = torch.ones_like(x[:1] if self.invariant_dropout_mask else x)
-            x = x * dropout(mask, self.dropout_p, self.training)
-        return out, tuple(torch.stack(ends, 1))
-
-
 def make_net(
     make: Callable[..., nn.Module],
     *args: Any,
@@ -339,13 +273,12 @@ def _named(*kinds: type) -> dict[str, Any]:
     return {kind.__name__: kind for kind in kinds}
 
 
-#: the old modules, and their names that differ from today's module of that name
-NAMES: dict[str, dict[str, Any]] = {
-    "clock_driven": {},
-    **{f"clock_driven.{name}": {} for name in ("accelerating", "ann2snn", "base", "functional")},
-    **{f"clock_driven.{name}": {} for name in ("lava_exchange", "monitor", "spike_op")},
-    "clock_driven.encoding": _named(PeriodicEncoder),
-    "clock_driven.layer": {
+#: the names of each old module that today's of that name lacks, or that were something else
+OLD_NAMES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "encoding": _named(PeriodicEncoder),
+    "functional": {},
+    "layer": {
         **_named(MultiStepDropout, MultiStepDropout2d),
         "MultiStepTemporalWiseAttention": _layer("TemporalWiseAttention", nn.Module),
         **{
@@ -355,108 +288,34 @@ NAMES: dict[str, dict[str, Any]] = {
             for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         },
     },
-    "clock_driven.model": {},
-    "clock_driven.model.parametric_lif_net": {},
-    "clock_driven.model.sew_resnet": _nets(sew_resnet),
-    "clock_driven.model.spiking_resnet": _nets(spiking_resnet),
-    "clock_driven.model.spiking_vgg": _nets(spiking_vgg),
-    "clock_driven.neuron": {
+    "model.sew_resnet": _nets(sew_resnet),
+    "model.spiking_resnet": _nets(spiking_resnet),
+    "model.spiking_vgg": _nets(spiking_vgg),
+    "neuron": {
         **_named(IFNode, LIFNode, ParametricLIFNode),
         **_named(MultiStepIFNode, MultiStepLIFNode, MultiStepParametricLIFNode),
         "surrogate": surrogate,
     },
-    "clock_driven.rnn": _named(SpikingGRU, SpikingLSTM, SpikingLSTMCell, SpikingVanillaRNN),
-    "clock_driven.surrogate": _named(SurrogateFunctionBase, MultiArgsSurrogateFunctionBase),
-    "cext": {},
-    "cext.layer": {},
-    "cext.neuron": {
-        kind.__name__.removeprefix("Cext"): kind
-        for kind in (CextMultiStepIFNode, CextMultiStepLIFNode, CextMultiStepParametricLIFNode)
-    },
+    "surrogate": _named(SurrogateFunctionBase, MultiArgsSurrogateFunctionBase),
 }
-#: what to use for an old module, or for one of its names
-GONE = {
-    "clock_driven.accelerating": "sj_taid.accelerate",
-    "clock_driven.ann2snn": "spikingjelly.activation_based.ann2snn",
-    "clock_driven.lava_exchange": "spikingjelly.activation_based.lava_exchange",
-    "clock_driven.model.parametric_lif_net": "spikingjelly.activation_based.model."
-    "parametric_lif_net, whose checkpoints have other keys",
-    "clock_driven.monitor": "sj_taid.monitor",
-    "clock_driven.spike_op": "torch.nn.functional",
-    "cext.layer": "torch.nn",
-    "cext.neuron": "clock_driven.neuron",
-    "clock_driven.functional.fuse_convbn2d": "torch.nn.utils.fusion.fuse_conv_bn_eval",
-    "clock_driven.layer.ConvBatchNorm2d": "nn.Sequential(nn.Conv2d(...), nn.BatchNorm2d(...))",
-    **{
-        f"clock_driven.layer.{name}": "a copy of 0.0.0.0.12's: no later version has it"
-        for name in ("AXAT", "ChannelsPool", "DCT")
-    },
-    "clock_driven.layer.STDPLearner": "spikingjelly.activation_based.learning.STDPLearner",
-    "clock_driven.neuron.AdaptiveBaseNode": "neuron.AdaptBaseNode",
-    "clock_driven.neuron.GeneralNode": "a subclass of neuron.BaseNode",
-    "clock_driven.surrogate.LeakyKReLU": "spikingjelly.activation_based.surrogate.LeakyKReLU, "
-    "which takes (leak, k, spiking): it took (spiking, leak, k)",
-    "clock_driven.surrogate.PiecewiseLeakyReLU": "spikingjelly.activation_based.surrogate."
-    "PiecewiseLeakyReLU if an inner slope of 1/(2w) will do: it was 1/w",
-    "clock_driven.surrogate.piecewise_leaky_relu": "spikingjelly.activation_based.surrogate."
-    "piecewise_leaky_relu if an inner slope of 1/(2w) will do: it was 1/w",
-    "clock_driven.surrogate.check_cuda_grad": "torch.autograd.gradcheck",
-}
-#: names of today's surrogates that are something else than of old; GONE says why
-_OTHERS = {"LeakyKReLU", "PiecewiseLeakyReLU", "piecewise_leaky_relu"}
+#: today's surrogates that 2.x computes, or whose arguments it orders, otherwise than of old
+CHANGED = {"LeakyKReLU", "PiecewiseLeakyReLU", "piecewise_leaky_relu"} if FUNCTIONAL_STATES else ()
 
 
-class _OldModule(ModuleType):
-    """A module of old names; one that is gone raises an error that says what to use."""
-
-    def __init__(self, name: str, names: dict[str, Any]) -> None:
-        super().__init__(f"spikingjelly.{name}")
-        vars(self).update(names, __path__=[])
-        sys.modules[self.__name__] = self
-        parent, _, child = self.__name__.rpartition(".")
-        setattr(sys.modules[parent], child, self)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(self.explain(name) or f"{self.__name__} has no attribute {name!r}")
-
-    def explain(self, name: str) -> str | None:
-        """What to use in place of a name of then, or ``None`` for any other."""
-        if name[:1] in ("", "_"):
-            return None
-        module = self.__name__.removeprefix("spikingjelly.")
-        instead = GONE.get(f"{module}.{name.removeprefix('MultiStep')}") or GONE.get(module)
-        if instead is None and name.startswith("MultiStep"):
-            instead = f'{name.removeprefix("MultiStep")}(..., step_mode="m")'
-        return instead and f"{self.__name__}.{name} is not in this SpikingJelly: use {instead}"
+def _add_module(name: str, names: dict[str, Any]) -> None:
+    """Add ``spikingjelly.NAME``."""
+    module = ModuleType(f"spikingjelly.{name}")
+    vars(module).update(names)
+    sys.modules[module.__name__] = module
+    parent, _, child = module.__name__.rpartition(".")
+    setattr(sys.modules[parent], child, module)
 
 
-class _Explainer(MetaPathFinder):
-    """Says the same of ``from module import name``.
-
-    There Python drops an ``AttributeError`` and looks for a module of that name: the modules of old
-    names are packages to it. An ``ImportError`` would be shown, but also stop ``hasattr``, and
-    ``pickle``, which asks all modules for the name of a function that has no module.
-    """
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
-        parent, _, name = fullname.rpartition(".")
-        module = sys.modules.get(parent)
-        if isinstance(module, _OldModule) and (explanation := module.explain(name)):
-            raise ImportError(explanation)
-
-
-def _same_names(name: str) -> dict[str, Any]:
-    """The names of today's module."""
-    package, _, module = name.partition(".")
-    if package == "cext" or not module or name in GONE:
-        return {}
-    today = import_module(f"spikingjelly.activation_based.{module}")
-    names = {name: value for name, value in vars(today).items() if not name.startswith("_")}
-    if FUNCTIONAL_STATES:
-        names = {key: value for key, value in names.items() if key not in _OTHERS}
-    return names
-
-
-sys.meta_path.append(_Explainer())
-for _name, _names in NAMES.items():
-    _OldModule(_name, _same_names(_name) | _names)
+for _name in ("clock_driven", "clock_driven.model", "cext"):
+    _add_module(_name, {})
+for _name, _names in OLD_NAMES.items():
+    _today = vars(import_module(f"spikingjelly.activation_based.{_name}"))
+    _same = {k: v for k, v in _today.items() if k[0] != "_" and k not in CHANGED}
+    _add_module(f"clock_driven.{_name}", _same | _names)
+_cext = (CextMultiStepIFNode, CextMultiStepLIFNode, CextMultiStepParametricLIFNode)
+_add_module("cext.neuron", {kind.__name__.removeprefix("Cext"): kind for kind in _cext})
