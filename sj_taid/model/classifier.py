@@ -6,9 +6,9 @@ from functools import partial
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
-from .._checks import are_two_numbers, check_flags, check_sizes, is_whole
+from .._checks import check_sizes
 from ..neuron import ALIFNode
-from .block import Neuron, check_images, check_widths, make_neuron, reset
+from .block import Neuron, check_images, make_neuron, reset
 
 #: ALIF that starts as in the paper's classifiers.
 paper_neuron = partial(
@@ -79,28 +79,8 @@ class Classifier(nn.Module):
         output_neuron: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes(T=T, hidden=hidden, neurons_per_class=neurons_per_class)
-        check_flags(norm=norm, per_channel=per_channel, output_neuron=output_neuron)
-        if not is_whole(classes) or classes < 2:
-            raise ValueError(
-                f"classes must be an integer >= 2, but it is {classes!r}; "
-                "a data set without labels cannot be classified"
-            )
-        if not isinstance(stages, Sequence) or not stages or not all(stages):
-            raise ValueError(
-                "stages must hold the widths of at least one stage, each of at least one "
-                f"convolution, such as [[128], [128]], but it is {stages!r}"
-            )
-        for i, widths in enumerate(stages):
-            check_widths(f"stages[{i}]", widths)
+        check_sizes(T=T, classes=classes, hidden=hidden, neurons_per_class=neurons_per_class)
         side = image_size // 2 ** len(stages)
-        if side < 1:
-            raise ValueError(
-                f"image_size={image_size} cannot be pooled {len(stages)} times, once after each "
-                f"of stages={stages!r}; at least {2 ** len(stages)} is needed"
-            )
-        if not are_two_numbers(dropout) or not all(0 <= p < 1 for p in dropout):
-            raise ValueError(f"dropout must be two probabilities in [0, 1), but it is {dropout!r}")
         self.in_channels = in_channels
         self.image_size = image_size
         self.classes = classes

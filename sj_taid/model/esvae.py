@@ -2,20 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check, check_flags, check_not_negative, integer
+from .._checks import check, check_not_negative, integer
 from .._context import eval_mode
 from .block import Neuron
 from .flow import FlowPrior
 from .rate import LearnedPrior, rbf_mmd, spikes_from_rate
 from .spiking_vae import SpikingVAE
-
-#: what samples can be drawn from
-PRIORS = ("learned", "flow")
 
 
 class ESVAEOutput(NamedTuple):
@@ -62,17 +59,13 @@ class ESVAE(SpikingVAE):
     def __init__(
         self,
         *args: Any,
-        sample_from: str = "learned",
+        sample_from: Literal["learned", "flow"] = "learned",
         mmd_weight: float = 1e-3,
         exact_counts: bool = False,
         **kwargs: Any,
     ) -> None:
         check_not_negative(mmd_weight=mmd_weight)
-        check_flags(exact_counts=exact_counts)
-        if sample_from not in PRIORS:
-            names = ", ".join(PRIORS)
-            raise ValueError(f"sample_from must be one of {names}, but it is {sample_from!r}")
-        self.sample_from = sample_from
+        self.sample_from: str = sample_from
         self.mmd_weight = mmd_weight
         self.exact_counts = exact_counts
         super().__init__(*args, **kwargs)
@@ -127,10 +120,7 @@ class ESVAE(SpikingVAE):
     def _source(self, name: str) -> nn.Module:
         source = {"learned": self.prior, "flow": self.flow}.get(name)
         if source is None:
-            raise ValueError(
-                f"this model does not sample from {name!r}; choose learned, or train a model with "
-                "sample_from=flow"
-            )
+            raise ValueError(f"this model has no prior {name!r}; train one with sample_from=flow")
         return source
 
     def fit_prior(
@@ -147,18 +137,13 @@ class ESVAE(SpikingVAE):
                 ``sample(n, label=...)``.
 
         Raises:
-            TypeError: batches that are no tensors, as those with labels.
             ValueError: a model without a flow, fewer than 30 images, or other labels than
                 :meth:`.FlowPrior.fit` takes; see :class:`ESVAE` for bad images.
         """
         flow: Any = self._source("flow")
         images = images.split(256) if isinstance(images, Tensor) else images
         with eval_mode(self), torch.no_grad():
-            rates = [self.rate(_check_batch(image)).float() for image in images]
-        if not rates:
-            raise ValueError(
-                "no batch of images to fit the prior to; an iterator gives its batches only once"
-            )
+            rates = [self.rate(image).float() for image in images]
         flow.fit(torch.cat(rates), labels)
 
     @contextmanager
@@ -175,12 +160,3 @@ class ESVAE(SpikingVAE):
         """``loss`` and its terms; the same at all times, whatever the ``progress``."""
         output = self(image)
         return self.sum_losses(output.image, image, self.mmd_weight * rbf_mmd(output.q, output.p))
-
-
-def _check_batch(image: Any) -> Tensor:
-    if not isinstance(image, Tensor):
-        raise TypeError(
-            f"expected batches of images alone, but got a {type(image).__name__}; of a loader with "
-            "labels, not shuffled, give (image for image, label in loader), and all labels= apart"
-        )
-    return image

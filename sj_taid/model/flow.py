@@ -147,10 +147,7 @@ class FlowPrior(nn.Module):
             if waited == PATIENCE:
                 break
         if not math.isfinite(best[0]):
-            raise FloatingPointError(
-                "the fit of the flow has diverged; draw from the learned prior: "
-                "sample_from='learned'"
-            )
+            raise FloatingPointError("the fit of the flow diverged; take sample_from='learned'")
         self.couplings.load_state_dict(best[1])
 
     def draw_scores(self, levels: Tensor) -> Tensor:
@@ -184,8 +181,8 @@ class FlowPrior(nn.Module):
         """Draw ``n`` rates ``[n, d]``, of the classes ``labels`` ``[n]`` if they are given."""
         if not self.fitted:
             raise ValueError(
-                "the flow is not fitted, which is done after training: resume the run, call "
-                "model.fit_prior(images), or draw from the learned prior: sample_from='learned'"
+                "the flow is not fitted, which is done after training: resume the run, or call "
+                "model.fit_prior(images)"
             )
         if n == 0:
             return self.cumulative.new_zeros(0, len(self.cumulative))
@@ -197,9 +194,7 @@ class FlowPrior(nn.Module):
 def check_enough(n: int) -> None:
     """Refuse to fit a flow to the rates of ``n`` images, if they are too few."""
     if n < CLUSTERS:
-        raise ValueError(
-            f"a flow needs the rates of at least {CLUSTERS} images, but got {n}; give more"
-        )
+        raise ValueError(f"a flow needs the rates of at least {CLUSTERS} images, but got {n}")
 
 
 def _check_labels(labels: Sequence[int] | Tensor | None, n: int) -> Tensor:
@@ -208,14 +203,9 @@ def _check_labels(labels: Sequence[int] | Tensor | None, n: int) -> Tensor:
         return torch.full((n,), -1)
     labels = torch.as_tensor(labels)
     if labels.shape != (n,) or labels.is_floating_point() or labels.min() < 0:
-        raise ValueError(
-            f"expected labels that are integers >= 0, one for each of {n} images, but got "
-            f"{list(labels.shape)}: {labels.tolist()!s:.60}"
-        )
+        raise ValueError(f"expected {n} labels, integers >= 0, but got {labels.tolist()!s:.60}")
     if (classes := len(labels.unique())) > CLUSTERS:
-        raise ValueError(
-            f"a flow takes labels of at most {CLUSTERS} classes, but got {classes}; leave them out"
-        )
+        raise ValueError(f"a flow takes labels of at most {CLUSTERS} classes, but got {classes}")
     return labels
 
 

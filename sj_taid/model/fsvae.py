@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import are_two_numbers, check_sizes
+from .._checks import check_sizes
 from .block import Neuron
 from .latent import Posterior, Prior, mmd_loss
 from .spiking_vae import SpikingVAE
@@ -51,11 +51,6 @@ class FSVAE(SpikingVAE):
         **kwargs: Any,
     ) -> None:
         check_sizes(k=k)
-        both = own_sample_probability
-        if not are_two_numbers(both) or not all(0 <= p <= 1 for p in both):
-            raise ValueError(
-                f"own_sample_probability must be two probabilities in [0, 1], but it is {both!r}"
-            )
         self.k = k
         self.own_sample_probability = tuple(own_sample_probability)
         super().__init__(*args, **kwargs)

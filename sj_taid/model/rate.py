@@ -15,8 +15,7 @@ def check_rates(rate: Tensor) -> None:
     if not torch.compiler.is_compiling() and not ((rate >= 0) & (rate <= 1)).all():
         raise ValueError(
             f"rates must be probabilities in [0, 1], but these are from {rate.min().item():.4g} to "
-            f"{rate.max().item():.4g}; clamp them, or if they are NaN load an earlier "
-            "checkpoint of their model, which may have diverged"
+            f"{rate.max().item():.4g}"
         )
 
 
@@ -83,8 +82,8 @@ def rbf_mmd(x: Tensor, y: Tensor) -> Tensor:
     """
     if x.dim() != 2 or x.shape != y.shape or len(x) < 2:
         raise ValueError(
-            f"rbf_mmd needs two samples [N, d] of one shape with at least 2 points, but got "
-            f"{list(x.shape)} and {list(y.shape)}; in training raise dataset.batch_size"
+            f"rbf_mmd needs two samples [N, d] of one shape, N at least 2, but got {list(x.shape)} "
+            f"and {list(y.shape)}"
         )
     n = len(x)
     both = torch.cat([x, y])

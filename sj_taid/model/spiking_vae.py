@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check, check_flags, check_not_negative, check_sizes, integer, is_whole
+from .._checks import check, check_not_negative, check_sizes, integer
 from .._context import eval_mode
 from ..layer import TAID
 from ..neuron import ALIFNode
@@ -103,7 +102,6 @@ class SpikingVAE(nn.Module):
         super().__init__()
         check_sizes(in_channels=in_channels, T=T, latent_channels=latent_channels)
         check_not_negative(gradient_weight=gradient_weight, chroma_weight=chroma_weight)
-        check_flags(subpixel=subpixel)
         if chroma_weight and in_channels != 3:
             raise ValueError(
                 f"chroma_weight={chroma_weight} is for images of 3 channels, but in_channels is "
@@ -214,19 +212,13 @@ class SpikingVAE(nn.Module):
 
     def _check_label(self, n: int, label: int | Sequence[int] | Tensor) -> Tensor:
         """The class of each of ``n`` images, ``[n]``."""
-        if not self.labels:
+        labels = torch.as_tensor(label).expand(n)
+        if not {*labels.tolist()} <= {*self.labels}:
             raise ValueError(
-                "label needs an ESVAE that samples from a flow fitted with labels, by "
-                "model.fit_prior(images, labels=...); leave label out"
+                f"label must be of the classes {self.labels} that an ESVAE's flow was fitted with, "
+                f"but it is {label!r:.80}"
             )
-        given: Any = label.tolist() if isinstance(label, Tensor) else label
-        labels = [*given] if isinstance(given, Sequence) else [given] * n
-        if not all(map(is_whole, labels)) or len(labels) != n or not {*labels} <= {*self.labels}:
-            raise ValueError(
-                f"label must be one of {self.labels}, or a list of {n} of them, one for each "
-                f"image, but it is {given!r:.80}"
-            )
-        return torch.tensor(labels)
+        return labels
 
     def sample_latent(self, n: int, labels: Tensor | None = None) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior, of the classes in ``labels``."""

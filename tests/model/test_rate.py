@@ -35,12 +35,9 @@ def test_exact_spikes_have_the_count_of_the_rate_at_random_steps(T):
     assert torch.allclose(spikes.mean(1), rate[0].expand(T, T + 1), atol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [(-0.1, "from -0.1 to .*clamp"), (1.1, "to 1.1; clamp"), (torch.nan, "from nan to .*diverged")],
-)
-def test_spikes_of_bad_rates(wrong, message):
-    with pytest.raises(ValueError, match=rf"probabilities in \[0, 1\].*{message}"):
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, torch.nan])
+def test_spikes_of_bad_rates(wrong):
+    with pytest.raises(ValueError, match=r"probabilities in \[0, 1\]"):
         spikes_from_rate(torch.tensor([[0.5, wrong]]), T=2)
 
 
@@ -89,16 +86,9 @@ def test_mmd_of_half_precision(dtype):
     assert torch.equal(found.grad, expected.grad.to(dtype)) and found.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize(
-    ("x", "y", "message"),
-    [
-        ((1, 3), (1, 3), r"at least 2 points, but got \[1, 3\] .*dataset\.batch_size"),
-        ((4, 3), (5, 3), r"of one shape .*but got \[4, 3\] and \[5, 3\]"),
-        ((4, 3, 1), (4, 3, 1), r"\[N, d\]"),
-    ],
-)
-def test_mmd_of_bad_samples(x, y, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("x", "y"), [((1, 3), (1, 3)), ((4, 3), (5, 3)), ((4, 3, 1), (4, 3, 1))])
+def test_mmd_of_bad_samples(x, y):
+    with pytest.raises(ValueError, match=r"\[N, d\]"):
         rbf_mmd(torch.rand(x), torch.rand(y))
 
 

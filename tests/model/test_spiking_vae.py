@@ -59,7 +59,7 @@ def test_reconstruct_is_forward_in_eval_mode(kind):
 
 
 def test_fsvae_has_no_classes():
-    with pytest.raises(ValueError, match=r"label needs an ESVAE .*; leave label out"):
+    with pytest.raises(ValueError, match=r"label must be of the classes \[\]"):
         make(FSVAE).sample(2, label=7)
 
 
@@ -141,6 +141,8 @@ def test_sample_needs_no_mode_and_changes_nothing(kind):
     model(images())
     frozen = model.decoder[0][0][1].eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="n must be an integer >= 0"):
+        model.sample(-1)
     drawn = model.sample(np.int64(5))
     assert drawn.shape == (5, 1, 8, 8) and not drawn.requires_grad
     assert model.training and model.to_latent.training and not frozen.training
@@ -170,37 +172,24 @@ def test_sum_losses_of_colour():
 
 
 BAD = {
-    (ESVAE, FSVAE): [
-        ({"chroma_weight": 3.0}, "chroma_weight=3.0 is for images of 3 channels, but in_channels"),
-        ({"latent_channels": 0}, "latent_channels must be an integer >= 1, but it is 0"),
-        ({"hidden_channels": (0, 4)}, r"hidden_channels\[0\] must be an integer >= 1, but it is 0"),
-        ({"hidden_channels": (4, 4.5)}, "hidden_channels must be numbers of channels"),
-        ({"hidden_channels": ()}, "cannot be halved 0 times"),
-        ({"image_size": 12, "hidden_channels": (4, 4, 4)}, "cannot be halved 3 times"),
-        ({"subpixel": "no"}, "subpixel must be True or False, but it is 'no'"),
-        ({"T": True}, "T must be an integer >= 1, but it is True"),
-        ({"gradient_weight": float("nan")}, "gradient_weight must be a number >= 0, but it is nan"),
+    ESVAE: [
+        ({"chroma_weight": 3.0}, "of 3 channels"),
+        ({"latent_channels": 0}, "latent_channels must be an integer >= 1"),
+        ({"hidden_channels": ()}, "image_size"),
+        ({"image_size": 12, "hidden_channels": (4, 4, 4)}, "multiple of 8"),
+        ({"gradient_weight": float("nan")}, "gradient_weight must be a number >= 0"),
         ({"image_decoder": TAID(3)}, "the image decoder is for T=3, the model for T=6"),
         ({"image_decoder": TAID}, r"image_decoder must be a layer, such as TAID\(6\)"),
-        ({"neuron": ALIFNode}, "neurons in step mode 'm', but ALIFNode is in 's'"),
+        ({"neuron": ALIFNode}, "step mode 'm'"),
         ({"neuron": ALIFNode(step_mode="m")}, "neuron must make a neuron each time it is called"),
+        ({"mmd_weight": -1}, "mmd_weight must be a number >= 0"),
     ],
-    (ESVAE,): [
-        ({"mmd_weight": -1}, "mmd_weight must be a number >= 0, but it is -1"),
-        ({"exact_counts": "off"}, "exact_counts must be True or False, but it is 'off'"),
-        ({"sample_from": "normal"}, "one of learned, flow, but it is 'normal'"),
-    ],
-    (FSVAE,): [
-        ({"k": 0}, "k must be an integer >= 1, but it is 0"),
-        ({"own_sample_probability": (10, 30)}, r"two probabilities in \[0, 1\], but it is"),
-        ({"own_sample_probability": (0.1,)}, "must be two probabilities"),
-    ],
+    FSVAE: [({"k": 0}, "k must be an integer >= 1")],
 }
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [(kind, *row) for kinds, rows in BAD.items() for kind in kinds for row in rows],
+    ("kind", "options", "message"), [(kind, *row) for kind, rows in BAD.items() for row in rows]
 )
 def test_bad_arguments(kind, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
@@ -210,7 +199,7 @@ def test_bad_arguments(kind, options, message):
 @pytest.mark.parametrize("shape", [(2, 1, 8), (2, 3, 8, 8), (2, 1, 16, 16)])
 @KINDS
 def test_bad_image_shape(kind, shape):
-    message = rf"{kind.__name__} expects images \[N, 1, 8, 8\], but got \[.*\]; resize"
+    message = rf"{kind.__name__} expects images \[N, 1, 8, 8\], but got \["
     with pytest.raises(ValueError, match=message):
         make(kind)(torch.zeros(shape))
 
@@ -221,7 +210,7 @@ def test_bad_image_values(kind, wrong):
     model = make(kind, **({"sample_from": "flow"} if kind is ESVAE else {}))
     image = images()
     image[0, 0, 0, 0] = wrong
-    message = rf"{kind.__name__} got values .*but expects finite values in \[-1, 1\]; scale pixels"
+    message = rf"{kind.__name__} expects finite values in \[-1, 1\], but got"
     calls = [model, model.latent_spikes]
     if kind is ESVAE:
         calls += [model.rate, lambda image: model.fit_prior([image])]
