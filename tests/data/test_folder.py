@@ -45,10 +45,10 @@ def test_image_folder_with_a_folder_per_class(tmp_path):
     module = folder(**apart)
     assert len(module.train_set) == 30 and len(module.test_set) == 4
 
-    with pytest.raises(ValueError, match=r"classes=10, but test has 2 classes \(cat, dog\); .*=2"):
+    with pytest.raises(ValueError, match=r"classes=10, but test has 2: cat, dog"):
         folder(tmp_path / "train", classes=10)
     shutil.rmtree(tmp_path / "test" / "dog")
-    with pytest.raises(ValueError, match=r"test_root=.*must hold.*\(cat, dog\), but holds cat"):
+    with pytest.raises(ValueError, match=r"test_root has the classes cat, but"):
         folder(**apart)
 
 
@@ -82,7 +82,7 @@ def test_image_folder_crops_the_middle(tmp_path):
     crops = (4, 5, None)
     assert len({folder(tmp_path, test_root=tmp_path, crop=n).fingerprint() for n in crops}) == 3
     module = folder(tmp_path, test_root=str(tmp_path), crop=11)
-    with pytest.raises(OSError, match=r"a\.png .* 12x10 pixels are fewer than dataset\.crop"):
+    with pytest.raises(OSError, match=r"a\.png .*fewer than dataset\.crop=11"):
         first(module.test_dataloader())
 
 
@@ -91,11 +91,11 @@ def test_image_folder_refuses_missing_folders_and_empty_parts(tmp_path):
         folder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no image in .*\.png"):
         folder(tmp_path)
-    with pytest.raises(ValueError, match=r"classes=10, but .* holds no folders of classes; set"):
+    with pytest.raises(ValueError, match=r"holds no folders of classes"):
         folder(tmp_path, classes=10)
     write_images(tmp_path, 4)
     for share, message in (
-        (0.1, "no samples for testing"),
+        (0.1, "test_set .* is empty"),
         (1.5, r"test_share must be in \(0, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -41,14 +41,6 @@ def test_frechet_distance_is_not_rounded_under_autocast():
     assert torch.equal(*found)
 
 
-def test_frechet_distance_refuses_too_few_images():
-    metric = FrechetDistance(Pixels())
-    metric.update(torch.rand(50, 1, 2, 2), real=True)
-    metric.update(torch.rand(4, 1, 2, 2), real=False)
-    with pytest.raises(ValueError, match=r"4 generated images; a covariance of 4 .* at least 5"):
-        metric.compute()
-
-
 def test_autoencoder_codes_refuse_other_images_and_stay_in_eval_mode():
     metric = FrechetDistance(AutoencoderCodes(Autoencoder(1, 8, (4,), 2))).train()
     assert not metric.inception.autoencoder.training
@@ -58,7 +50,7 @@ def test_autoencoder_codes_refuse_other_images_and_stay_in_eval_mode():
     for value in (float("nan"), float("inf"), 255.0, -1.1):
         images = torch.rand(5, 1, 8, 8)
         images[3, 0, 1, 1] = value
-        with pytest.raises(ValueError, match=r"got values from .* finite values in \[-1, 1\]"):
+        with pytest.raises(ValueError, match=r"finite values in \[-1, 1\]"):
             metric.update(images, real=False)
 
 

@@ -53,11 +53,6 @@ def test_inception_score_of_known_classes():
     assert score(of_class(even, p)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_inception_score_refuses_too_few_images():
-    with pytest.raises(ValueError, match="got 3 images; 4 classes need at least as many"):
-        score(random_images(3))
-
-
 def metrics(rank=0, processes=1):
     """The metrics of images, of which each process sees its share; one network serves both."""
     features = Classifying()
