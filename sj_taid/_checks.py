@@ -1,22 +1,11 @@
 """Argument validation shared by the public functions."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
-
-from torch import nn
-
-
-def check_net(net: Any, function: str) -> None:
-    """Raise a ``TypeError`` unless ``net`` is a module."""
-    if not isinstance(net, nn.Module):
-        raise TypeError(
-            f"{function} needs the net, a torch.nn.Module, but got {net!r:.80} of type "
-            f"{type(net).__name__}; give the net itself"
-        )
 
 
 def is_number(value: Any) -> bool:
@@ -27,11 +16,6 @@ def is_number(value: Any) -> bool:
 def is_whole(value: Any) -> bool:
     """Whether it is an integer, numpy's included."""
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def are_two_numbers(values: Any) -> bool:
-    """Whether it is a pair of numbers."""
-    return isinstance(values, Sequence) and len(values) == 2 and all(map(is_number, values))
 
 
 def expand_home(path: str | Path) -> Path:

@@ -7,15 +7,12 @@ the two, so that :class:`sj_taid.ALIFNode` is written once.
 """
 
 import inspect
-import warnings
-from importlib.metadata import version
 from types import FunctionType
 from typing import Any
 
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
-SPIKINGJELLY_VERSION: str = version("spikingjelly")
 #: the bases of neurons with a voltage, a threshold and a reset; 0.0.0.0.14 has the first alone
 NEURONS = (neuron.BaseNode, getattr(neuron, "SimpleBaseNode", neuron.BaseNode))
 #: integer LIF, a subclass of LIF, which 0.0.0.0.14 lacks
@@ -25,21 +22,6 @@ PLAIN_NEURONS = (*INTEGER_LIF, neuron.LIFNode, neuron.ParametricLIFNode, neuron.
 #: what 0.0.0.0.14 calls at each step, and 2.x does not call in a LIF, PLIF or IF
 HOOKS = frozenset({"neuronal_charge", "neuronal_fire", "neuronal_reset"})
 FUNCTIONAL_STATES: bool = hasattr(neuron.BaseNode, "single_step_functional_forward")
-
-
-def warn_if_untested(spikingjelly_version: str) -> None:
-    """Warn of a SpikingJelly version that this package is not tested on."""
-    if spikingjelly_version == "0.0.0.0.14" or spikingjelly_version.startswith("2."):
-        return
-    warnings.warn(
-        f"sj-taid is tested on SpikingJelly 0.0.0.0.14 and 2.x, but {spikingjelly_version} is "
-        "installed; it may work. To be safe: pip install 'spikingjelly>=2' (Python 3.11 or "
-        "later), or pip install 'spikingjelly==0.0.0.0.14'",
-        stacklevel=2,
-    )
-
-
-warn_if_untested(SPIKINGJELLY_VERSION)
 
 
 def plain_kind(node: nn.Module) -> type[neuron.BaseNode] | None:

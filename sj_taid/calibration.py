@@ -14,7 +14,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ._checks import check, check_net, is_number
+from ._checks import check, is_number
 from .monitoring import monitor, spikes_of
 from .neurons import need_neurons, why_silent
 from .ops.surrogate import counts, levels_of
@@ -131,7 +131,6 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     >>> report.rows[0].rate_before, round(report.rows[0].rate, 2), report.missed
     (0.0, 0.1, ())
     """
-    check_net(net, "calibrate")
     check(("more than 0 and less than 1", lambda x: is_number(x) and 0.0 < x < 1.0), rate=rate)
     paths = {site.node: site.path for site in need_neurons(net, "calibrate")}
     if all(node.step_mode == "s" for node in paths):

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import _compat
-from ._checks import check_net
 from ._fused_neuron import restore
 from .neuron import ALIFNode
 from .neurons import (
@@ -70,7 +69,6 @@ def swap_neurons(
 
     Raises:
         ValueError: no neuron, or a value that ALIF cannot take; the net stays.
-        TypeError: ``net`` is no module.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
     >>> print(swap_neurons(net))
@@ -78,7 +76,6 @@ def swap_neurons(
     layer  kind     done  note
     1      LIFNode  ALIF  equal outputs, v_threshold >= 0.01
     """
-    check_net(net, "swap_neurons")
     sites = need_neurons(net, "swap")
     options: dict[str, Any] = {
         "learn_tau": learn_tau,
@@ -125,12 +122,10 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     Raises:
         ValueError: a neuron is not expressible and ``strict``, or was parametrized after
             :func:`.accelerate`; the message says which and why.
-        TypeError: ``net`` is no module.
 
     >>> to_lif(nn.Sequential(ALIFNode(init_tau=2.0, v_threshold=0.5)))[0].v_threshold
     0.5
     """
-    check_net(net, "to_lif")
     copied = copy_net(net)
     restore(copied)
     refused = []

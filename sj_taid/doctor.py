@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import distributions, packages_distributions
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(package, number or "is not installed")
     print("torch.version.cuda", torch.version.cuda)
     print(*gpus(), sep="\n")
-    cupys = sorted(set(packages_distributions().get("cupy", ())))
-    if len(cupys) > 1:
-        print(f"{' and '.join(cupys)} break each other: pip uninstall {' '.join(cupys)}, then")
-        print(f"    {backends.needed_by('cupy')}")
     if backends.works("cupy"):
         from .ops.alif.cuda import nvrtc_version
 
@@ -94,7 +90,7 @@ def gpus() -> list[str]:
 def check_backend(name: str) -> tuple[bool, str]:
     """Whether a backend that should work does, and a report: the original reason why not."""
     if (reason := backends.why_not(name)) is not None:
-        message = str(reason).strip().replace("\n", "\n    ") or "no message"
+        message = str(reason).strip().replace("\n", "\n    ")
         why = f"backend {name}: no; {type(reason).__name__}: {message}"
         return True, f"{why}\n    it needs {backends.needed_by(name)}"
     device = next((d for d, names in backends.PREFERENCE.items() if name in names), None)

@@ -20,26 +20,14 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import surrogate
 
-from ._checks import (
-    Rule,
-    are_two_numbers,
-    check,
-    check_flags,
-    check_numbers,
-    integer,
-    is_number,
-    is_whole,
-)
+from ._checks import Rule, check, is_whole
 from .neurons import why_no_w
 from .ops.bits import LARGEST_BYTE
 from .ops.surrogate import MultiLevelSpikeCount, unsupported
 
 __all__ = ["LIF", "BatchNorm", "IntegerLIF"]
 
-
-_NAME: Rule = ("a name or None", lambda name: name is None or isinstance(name, str))
 _COUNT: Rule = ("an integer from 1 to 255", lambda n: is_whole(n) and 1 <= n <= LARGEST_BYTE)
-_POSITIVE: Rule = ("a number above 0", lambda value: is_number(value) and value > 0)
 
 
 class Description:
@@ -74,14 +62,8 @@ class Neuron(Description):
     voltage: str | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(v_threshold=self.v_threshold)
-        check(integer(0), time_axis=self.time_axis)
-        check_flags(decay_input=self.decay_input, detach_reset=self.detach_reset)
-        check(_NAME, voltage=self.voltage)
-        if self.tau is not None:
-            check_numbers(tau=self.tau)
-            if reason := why_no_w(self.tau):
-                raise ValueError(f"no such neuron: {reason}")
+        if self.tau is not None and (reason := why_no_w(self.tau)):
+            raise ValueError(f"no such neuron: {reason}")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -114,7 +96,6 @@ class LIF(Neuron):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(tau=self.tau)
         if reason := unsupported(self.surrogate_function):
             raise ValueError(f"surrogate_function: {reason}")
 
@@ -158,10 +139,6 @@ class IntegerLIF(Neuron):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(_COUNT, levels=self.levels)
-        check(_POSITIVE, v_threshold=self.v_threshold, divisor=self.divisor)
-        window = self.window
-        if window is not None and not (are_two_numbers(window) and window[0] <= window[1]):
-            raise ValueError(f"window must be two numbers, the lower first, but it is {window!r}")
         if self.v_reset is not None or self.decay_input:
             raise ValueError("counts have a soft reset, v_reset=None, and decay_input=False")
 
@@ -189,9 +166,3 @@ class BatchNorm(Description):
     scale: float = 1.0
     scales_bias: bool = False
     channel_axis: int = 1
-
-    def __post_init__(self) -> None:
-        check_numbers(scale=self.scale)
-        check_flags(scales_bias=self.scales_bias)
-        if self.channel_axis not in (1, 2):
-            raise ValueError(f"channel_axis must be 1 or 2, but it is {self.channel_axis!r}")

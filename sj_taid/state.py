@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from spikingjelly.activation_based import functional
 from torch import nn
 
-from ._checks import check_net
 from ._fused_neuron import FusedNeuron
 
 
@@ -19,7 +18,6 @@ def name_neurons(net: nn.Module) -> None:
     >>> net[1].name
     '1'
     """
-    check_net(net, "name_neurons")
     for path, module in net.named_modules():
         if isinstance(module, FusedNeuron):
             module._name = path
@@ -40,7 +38,6 @@ def fresh_state(net: nn.Module) -> Iterator[nn.Module]:
     >>> net[1].v
     0.0
     """
-    check_net(net, "fresh_state")
     name_neurons(net)
     functional.reset_net(net)
     try:

@@ -26,15 +26,12 @@ def set_fixed_thresholds(net: nn.Module, thresholds: Mapping[str, Any]) -> None:
     """Set the thresholds that :func:`fixed_thresholds` returned.
 
     Raises:
-        ValueError: ``net`` has no such threshold at a path, or a value is not a float; nothing is
-            set then.
+        ValueError: ``net`` has no such threshold at a path; nothing is set then.
     """
     there = fixed_thresholds(net)
-    for path, value in thresholds.items():
+    for path in thresholds:
         if path not in there:
             raise ValueError(f"no neuron with a fixed threshold at {path!r}; there are {[*there]}")
-        if not isinstance(value, float):
-            raise ValueError(f"the threshold of {path} must be a float, but it is {value!r}")
     for path, value in thresholds.items():
         net.get_submodule(path).v_threshold = value
 

@@ -1,7 +1,5 @@
 """One node on both versions of SpikingJelly, as the users of each expect it."""
 
-import warnings
-
 import pytest
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
@@ -12,16 +10,6 @@ from sj_taid.ops import backends
 only_14 = pytest.mark.skipif(
     _compat.FUNCTIONAL_STATES, reason="2.x has no backends and no neuronal_charge hooks"
 )
-
-
-def test_warn_if_untested_names_both_versions():
-    for version in ("0.0.0.0.15", "1.0.0", "3.0.0"):
-        with pytest.warns(UserWarning, match=rf"0\.0\.0\.0\.14 and 2\.x, but {version}"):
-            _compat.warn_if_untested(version)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for version in ("0.0.0.0.14", "2.1.3", _compat.SPIKINGJELLY_VERSION):
-            _compat.warn_if_untested(version)
 
 
 def test_node_is_a_base_node_of_spikingjelly():

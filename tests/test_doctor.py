@@ -82,15 +82,6 @@ def test_cupy_does_not_work_without_a_device_for_torch(monkeypatch):
     )
 
 
-def test_doctor_names_two_cupys(report, monkeypatch):
-    found = {"cupy": ["cupy-cuda13x", "cupy-cuda12x", "cupy-cuda12x"]}
-    monkeypatch.setattr(doctor, "packages_distributions", lambda: found)
-    wheels = "cupy-cuda12x and cupy-cuda13x break each other: pip uninstall cupy-cuda12x cupy-cuda"
-    assert wheels in report()
-    found["cupy"] = ["cupy-cuda13x"]
-    assert "break each other" not in report()
-
-
 def test_backend_gives_the_original_reason_and_the_remedy(monkeypatch):
     """All of its message: CuPy's begins with a line of ``=``."""
     error = ImportError("====\nFailed to import CuPy.\n\n  libcuda.so.1: cannot open\n")
@@ -120,12 +111,11 @@ def test_doctor_reports_other_outputs_than_torchs_and_errors(outcome, report, mo
         return tuple(outputs)
 
     monkeypatch.setattr(doctor, "alif_multi_step", step)
-    monkeypatch.setattr(backends, "BACKENDS", {"fast": lambda: None, "cupy": fail(ImportError())})
+    monkeypatch.setattr(backends, "BACKENDS", {"fast": lambda: None})
     monkeypatch.setitem(backends.PREFERENCE, "cpu", ("fast",))
     shown = report(returns=1)
     said = "RuntimeError: nvrtc: error" if isinstance(outcome, Exception) else "other outputs than"
     assert f"backend fast: FAILED, {said}" in shown
-    assert "backend cupy: no; ImportError: no message" in shown
 
 
 def test_commit_is_this_checkouts_own(tmp_path, monkeypatch):

@@ -178,33 +178,23 @@ def test_alif_node_takes_integers_and_numpy_numbers():
     assert ALIFNode(init_tau=9.9e37).tau.isfinite()
 
 
-TAU = "init_tau must be .* greater than 1 and less than 1e38"
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"init_tau": tau}, TAU) for tau in (1.0, 1e300, math.nan, "2")),
+        *(({"init_tau": tau}, "init_tau must be") for tau in (1.0, 1e300, math.nan, "2")),
         ({"backend": "cudnn"}, "'cudnn' is unknown: expected one of 'auto', 'torch'"),
         ({"step_mode": "x"}, "step_mode"),
-        ({"channels": 0}, "channels must be None or an integer >= 1"),
-        ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "not >= min_v_threshold=0.2"),
-        ({"v_threshold": math.nan}, "v_threshold must be a number, but it is nan"),
-        ({"min_v_threshold": "a"}, "min_v_threshold must be a number, but it is 'a'"),
-        ({"levels": 0}, "levels must be an integer >= 1, but it is 0"),
-        ({"levels": 4}, "soft reset.*but v_reset=0.0.*take v_reset=None"),
+        ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "must be >= min_v_threshold=0.2"),
+        ({"v_threshold": math.nan}, "v_threshold must be a number"),
+        ({"levels": 0}, "levels must be an integer >= 1"),
+        ({"levels": 4}, "soft reset.*but v_reset=0.0"),
         (
             {"levels": 4, "v_reset": None, "surrogate_function": surrogate.ATan()},
-            r"MultiLevelSpikeCount\(4\), but surrogate_function is ATan.*leave one of the two out",
+            "levels=4 and surrogate_function=ATan.*leave one out",
         ),
-        (
-            {"levels": 4, "v_reset": None, "v_threshold": 0.0},
-            "v_threshold must be more than 0, but it is 0.0",
-        ),
-        ({"learn_tau": "no"}, "learn_tau must be True or False, but it is 'no'"),
-        ({"surrogate_function": surrogate.ATan}, r"a function, such as surrogate\.ATan\(\)"),
-        ({"v_reset": "a"}, "v_reset must be a finite number or None, but it is 'a'"),
-        ({"v_reset": -math.inf}, "v_reset must be a finite number or None, but it is -inf"),
+        ({"levels": 4, "v_reset": None, "v_threshold": 0.0}, "must be > 0, not 0.0"),
+        ({"learn_tau": "no"}, "learn_tau must be True or False"),
+        ({"surrogate_function": surrogate.ATan}, r"is a class; give ATan\(\)"),
     ],
 )
 def test_alif_node_refuses_bad_arguments(options, message):

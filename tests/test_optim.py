@@ -58,9 +58,3 @@ def test_parameter_groups_learn_at_their_rates_under_a_scheduler():
 def test_parameter_groups_leave_out_empty_ones():
     assert [g["name"] for g in parameter_groups(nn.Linear(1, 1), lr=1)] == ["weights"]
     assert parameter_groups(ALIFNode(learn_tau=False, learn_threshold=False), lr=1.0) == []
-
-
-@pytest.mark.parametrize(("name", "value"), [("lr", "a"), ("lr_scale", -1.0)])
-def test_parameter_groups_refuse_all_but_numbers_from_0(name, value):
-    with pytest.raises(ValueError, match=f"^{name} must be a number >= 0, but it is {value!r}"):
-        parameter_groups(ALIFNode(), **{"lr": 1.0, name: value})

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import _compat
-from .._checks import check_net
 from .._fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
 from ..neurons import Site, copy_net, describe_equality, find_neurons, need_neurons, why_no_alif
@@ -56,8 +55,8 @@ def accelerate(
     Raises:
         ValueError: ``net`` has no neuron. At a module's first call: it does not compute what its
             description says.
-        TypeError: ``net`` is no module, ``example_input`` neither a tensor nor a tuple, or
-            something in ``known`` no description of such a class.
+        TypeError: ``example_input`` is neither a tensor nor a tuple, or something in ``known`` no
+            description of such a class.
 
     >>> from spikingjelly.activation_based import neuron
     >>> net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), neuron.LIFNode(step_mode="m"))
@@ -69,7 +68,6 @@ def accelerate(
     0      BatchNorm1d  fused into 1    equal outputs to rounding
     1      LIFNode      fused operator  equal outputs
     """
-    check_net(net, "accelerate")
     known = known or {}
     for kind in known:
         if not isinstance(kind, type):
@@ -109,7 +107,6 @@ def unaccelerate(net: nn.Module) -> None:
     >>> type(net[1]) is neuron.LIFNode
     True
     """
-    check_net(net, "unaccelerate")
     restore(net)
 
 
