@@ -14,7 +14,6 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import sj_taid
 from sj_taid import ALIFNode, _compat, calibrate, monitor
-from sj_taid.model import Classifier
 from sj_taid.thresholds import fixed_thresholds, set_fixed_thresholds
 
 
@@ -313,13 +312,6 @@ def test_set_fixed_thresholds_refuses_other_names(wrong):
         set_fixed_thresholds(net, {"deep.blocks.0.1": 0.5, wrong: 0.5})
     assert str(there) in str(info.value)
     assert fixed_thresholds(net) == dict.fromkeys(there, 9.0)
-
-
-def test_calibrate_runs_a_net_that_repeats_its_image():
-    net = Classifier(image_size=8, T=4, stages=[[8], [8]], hidden=64)
-    set_thresholds(net, 20.0)
-    report = calibrate(net, torch.rand(32, 1, 8, 8))
-    assert len(report.rows) == 4 and not report.missed
 
 
 def test_calibrate_takes_a_compiled_net():

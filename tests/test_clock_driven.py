@@ -428,39 +428,3 @@ def test_own_surrogate_runs_and_is_reported():
         net(x_seq).sum().backward()
         assert x_seq.grad.item() == 0.75
         assert "derivative of the surrogate" in sj_taid.accelerate(net).rows[0].note
-
-
-class Published(nn.Module):
-    """A net as papers publish them: norms on [T N, C, H, W], reshaped in front of neurons."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.lif = neuron.MultiStepLIFNode(tau=2.0, detach_reset=True, backend="cupy")
-        self.pool = layer.SeqToANNContainer(nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-        self.plif = cext_neuron.MultiStepParametricLIFNode(
-            init_tau=2.0, detach_reset=True, surrogate_function="ATan"
-        )
-        self.dropout, self.head = layer.MultiStepDropout(0.5), nn.Linear(4 * 16, 3)
-
-    def forward(self, x_seq):
-        T, N, _, H, W = x_seq.shape
-        x = self.norm(self.conv(x_seq.flatten(0, 1))).reshape(T, N, -1, H, W).contiguous()
-        return self.head(self.dropout(self.plif(self.pool(self.lif(x))).flatten(2))).mean(0)
-
-
-@pytest.mark.filterwarnings("ignore:backend='cupy'")
-def test_published_net_runs_and_is_accelerated():
-    torch.manual_seed(0)
-    net = Published()
-    x_seq = torch.rand(4, 2, 2, 8, 8) * 4.0
-    found = []
-    fast = copy.deepcopy(net)
-    report = sj_taid.accelerate(fast)
-    for one in (net, fast):
-        torch.manual_seed(1)
-        out = one(x_seq)
-        out.square().sum().backward()
-        found.append([out.detach(), *(p.grad for p in one.parameters())])
-    assert "2 of 2 neurons on the fused operator, 2 of 2 norms fused" in str(report)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -126,11 +125,3 @@ def test_config_of_another_version(folder, changed):
     with pytest.raises(ValueError, match=said) as raised:
         create_model(folder)
     assert "\n" not in str(raised.value)
-
-
-def test_create_model_names_a_missing_package(folder, monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install safetensors"):
-        create_model(folder, pretrained=True)

@@ -51,28 +51,6 @@ def test_accelerate_saves_memory_and_keeps_outputs_gradients_and_checkpoints():
     assert [type(module) for module in net] == [type(module) for module in plain]
 
 
-def test_swap_neurons_learns_thresholds_and_to_lif_copies_plain_neurons():
-    net = make_net()
-    expected = net(X_SEQ)
-    functional.reset_net(net)
-    sj_taid.swap_neurons(net)
-    assert torch.equal(net(X_SEQ), expected)
-    functional.reset_net(net)
-    optimizer = torch.optim.AdamW(sj_taid.parameter_groups(net, lr=1e-2))
-    train(net)
-    optimizer.step()
-    assert net[2].v_threshold != 0.5 and net[2].tau != 2.0
-    plain = sj_taid.to_lif(net)
-    assert type(plain[2]) is type(plain[5]) is neuron.LIFNode
-    assert plain[2].v_threshold == pytest.approx(net[2].v_threshold.item())
-
-
-def test_taid_is_a_layer_whose_weights_learn():
-    taid = sj_taid.TAID(T=4)
-    taid(torch.rand(4, 2, 3, 8, 8)).sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in taid.parameters())
-
-
 def read(path):
     return path.read_text(encoding="utf-8")
 

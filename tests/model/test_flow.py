@@ -80,17 +80,15 @@ def test_clusters_draw_less_between_groups(monkeypatch):
     assert of_one_group[1] > of_one_group[0] + 0.05
 
 
-def test_flow_draws_the_class_that_is_asked_for(monkeypatch, tmp_path):
+def test_flow_draws_the_class_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(flow, "CLUSTERS", 7)  # two a class, and one is left over
     monkeypatch.setattr(flow, "EPOCHS", 10)
     labels = torch.tensor([7, 7, 7, 2, 2, 4]).repeat(100)
     centers = {2: 0.0, 4: 0.6, 7: 0.3}
     rates = 0.05 * torch.rand(600, 3)
     rates[:, 1] += torch.tensor([centers[label] for label in labels.tolist()])
-    fitted, prior = FlowPrior(3, levels=100), FlowPrior(3, levels=100)
-    fitted.fit(rates, labels.tolist())
-    torch.save(fitted.state_dict(), tmp_path / "flow.pt")
-    prior.load_state_dict(torch.load(tmp_path / "flow.pt", weights_only=True))
+    prior = FlowPrior(3, levels=100)
+    prior.fit(rates, labels.tolist())
     assert prior.classes == [2, 4, 7] and prior.labels.tolist() == [2, 2, 4, 4, 7, 7, -1]
 
     def nearest(rates):
@@ -103,19 +101,13 @@ def test_flow_draws_the_class_that_is_asked_for(monkeypatch, tmp_path):
     assert shares.tolist() == pytest.approx([1 / 3, 1 / 6, 1 / 2], abs=0.1)
 
 
-def test_flow_without_labels_has_no_classes():
-    prior = FlowPrior(3, levels=10)
-    prior.fit(bent(100), torch.arange(100) % 2)
-    assert prior.classes == [0, 1]
-    prior.fit(bent(100))
-    assert prior.classes == [] and (prior.labels == -1).all()
-
-
 def test_class_of_fewer_rates_than_clusters(monkeypatch):
     monkeypatch.setattr(flow, "CLUSTERS", 20)
     prior = FlowPrior(3, levels=10)
+    prior.fit(bent(100))
+    assert prior.classes == [] and (prior.labels == -1).all()
     prior.fit(bent(100), [0] * 98 + [1] * 2)
-    assert prior(50, torch.ones(50)).shape == (50, 3)
+    assert prior.classes == [0, 1] and prior(50, torch.ones(50)).shape == (50, 3)
     assert prior.shares[10:].sum().item() == pytest.approx(0.02)
 
 
@@ -147,39 +139,18 @@ def test_flow_draws_what_no_gaussian_has(monkeypatch):
     assert not any(parameter.requires_grad for parameter in prior.parameters())
 
 
-def test_flow_draws_correlated_rates_of_0_and_1(monkeypatch):
-    """No smooth density has that shape; the ranks of the flow's draws have."""
-    monkeypatch.setattr(flow, "EPOCHS", 10)
-    score = torch.randn(2000, 1)
-    other = score + 0.3 * torch.randn(2000, 1)
-    rates = torch.cat([score > 0.5, other > 0.5, other < 0.5], 1).float()
-    prior = FlowPrior(3, levels=4)
-    prior.fit(rates)
-    drawn = prior(4000)
-    assert drawn.unique().tolist() == [0, 1]
-    assert torch.allclose(drawn.mean(0), rates.mean(0), atol=0.05)
-    # Most of the correlation is left, of 0.8 and -1: what is lost is in the random ranks.
-    correlation = torch.corrcoef(drawn.T)
-    assert correlation[0, 1] > 0.4 and correlation[1, 2] < -0.6
-
-
-def test_fitted_flow_in_a_state_dict(tmp_path):
-    prior, other, larger = FlowPrior(2, 4).double(), FlowPrior(2, 4).double(), FlowPrior(2, 8)
+def test_fitted_flow_in_a_state_dict():
+    prior, other = FlowPrior(2, 4).double(), FlowPrior(2, 4).double()
     prior.fit(torch.rand(100, 2).round())
-    torch.save(prior.state_dict(), tmp_path / "flow.pt")
-    state = torch.load(tmp_path / "flow.pt", weights_only=True)
-    other.load_state_dict(state)
+    other.load_state_dict(prior.state_dict())
     drawn = []
     for flows in (prior, other):
         torch.manual_seed(0)
         drawn.append(flows(500))
     assert torch.equal(*drawn) and drawn[0].dtype == torch.float64
-    assert other(0).shape == (0, 2)
+    assert drawn[0].unique().tolist() == [0, 1] and other(0).shape == (0, 2)
     other.clear()
     assert not other.fitted
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        larger.load_state_dict(state)
-    assert not larger.fitted
 
 
 def test_fit_depends_on_the_seed_alone():
