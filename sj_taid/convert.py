@@ -163,9 +163,8 @@ def _replace(net: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
 
 def _warn_replaced(module: nn.Module, inputs: Any) -> None:
     warnings.warn(
-        f"a {type(module).__name__} runs that swap_neurons or to_lif has replaced: something such "
-        "as a Python list or a closure still holds it; use nn.ModuleList, or look the neuron up in "
-        "the net when it is called",
+        f"a {type(module).__name__} runs that swap_neurons or to_lif has replaced: a Python list "
+        "or a closure still holds it; use nn.ModuleList",
         stacklevel=5,
     )
 

@@ -202,10 +202,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     ) -> tuple[Any, ...]:
         """Check the state and return it as it is: a float is a valid start."""
         if isinstance(inputs[0], fx.Proxy):
-            raise TypeError(
-                "torch.fx, which NIR export traces a net with, cannot trace ALIF; give it a copy "
-                "with plain LIF neurons: sj_taid.to_lif(net)"
-            )
+            raise TypeError("torch.fx, as in NIR export, needs plain LIFs: sj_taid.to_lif(net)")
         v = states[0]
         if isinstance(v, Tensor):
             self._check_state(v, inputs[0].shape[1:] if step_mode == "m" else inputs[0].shape)

@@ -219,15 +219,10 @@ def test_alif_node_refuses_bad_inputs(options, x, error, message):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"w": torch.zeros(5, 4)}, ValueError, "scalar or one value per channel"),
-        ({"w": 0.0}, TypeError, r"w must be a tensor, but it is 0\.0.*torch\.tensor\(0\.0\)"),
-        ({"v_threshold": 1}, TypeError, "v_threshold must be a tensor, but it is 1"),
+        ({"w": torch.zeros(5, 4)}, ValueError, r"w must be a scalar or \[C\]"),
+        ({"w": 0.0}, TypeError, r"w must be a tensor, as torch\.tensor\(0\.0\)"),
         ({"v": None}, TypeError, "v must be a tensor or a number.* None"),
-        (
-            {"w": torch.zeros((), device="meta")},
-            ValueError,
-            r"w is on meta but the input on cpu.*net\.to\(device\)",
-        ),
+        ({"w": torch.zeros((), device="meta")}, ValueError, "w is on meta, but the input on cpu"),
     ],
 )
 def test_alif_multi_step_refuses_bad_arguments(changed, error, message):

@@ -90,13 +90,13 @@ def test_files_are_small_and_name_no_path(name):
 
 def test_create_model_from_a_folder(folder):
     assert_has_the_shipped_weights(create_model(folder, pretrained=True))
-    with pytest.raises(ValueError, match=f"no model 'typo'; give one of .*{NAME}.*, or a folder"):
+    with pytest.raises(ValueError, match=f"no model 'typo': give a folder, or one of {NAME}"):
         create_model("typo")
 
 
 def test_weights_with_another_digest_than_the_configs(folder):
     (folder / "model.safetensors").write_bytes(b"half")
-    said = rf"as config\.json states, but .* has {digest(folder)}: they are damaged or .*again"
+    said = rf"is damaged or of another model: its SHA-256 is {digest(folder)}, not "
     with pytest.raises(ValueError, match=said):
         create_model(folder, pretrained=True)
 
@@ -111,7 +111,7 @@ def test_config_calls_nothing_but_models_and_neurons(folder, target, part):
         change(folder, model=call)
     else:
         change_model(folder, neuron=call)
-    said = rf"config\.json does not describe .*: the config names {target!r}: .* anything; its"
+    said = rf"config\.json describes no model .*: the config names {target!r}: .* anything$"
     with pytest.raises(ValueError, match=said):
         create_model(folder)
 
@@ -121,7 +121,6 @@ def test_config_calls_nothing_but_models_and_neurons(folder, target, part):
 )
 def test_config_of_another_version(folder, changed):
     change_model(folder, **changed)
-    said = r"config\.json does not describe a model of this version of sj-taid: .*; its metrics "
-    with pytest.raises(ValueError, match=said) as raised:
+    with pytest.raises(ValueError, match=r"config\.json describes no model of this ver") as raised:
         create_model(folder)
     assert "\n" not in str(raised.value)

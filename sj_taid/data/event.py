@@ -81,8 +81,7 @@ class EventData(Data):
             remedy = "; dataset.download=true fetches them" if source.downloadable() else ""
             where = ", ".join(f"{name} from {url}" for name, url, _ in lacks)
             raise FileNotFoundError(
-                f"no {self.name} at dataset.root={self.root}: it needs events_np, or the folder "
-                f"download with {where}{remedy}"
+                f"no events_np at dataset.root={self.root}, nor download with {where}{remedy}"
             )
         archives.mkdir(parents=True, exist_ok=True)
 
@@ -103,8 +102,7 @@ class EventData(Data):
                 source(temporary, **self.part, **options)
             except Exception as error:  # of the network, the disk, or whatever SpikingJelly meets
                 raise OSError(
-                    f"{self.name} in {self.root} cannot be made into frames ({error!r}); replace "
-                    "damaged files, and run again"
+                    f"cannot make frames of {self.name} in {self.root}: {error!r}"
                 ) from error
             if not events.is_symlink():
                 events.rename(self.root / "events_np")

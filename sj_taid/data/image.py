@@ -93,8 +93,7 @@ class Torchvision(ImageData):
         except Exception as error:
             raise OSError(
                 f"{name} in {self.path} is missing or damaged ({type(error).__name__}: {error}); "
-                "put whole files in its place, or move it away and run again with "
-                "dataset.download=true"
+                "move it away, and add dataset.download=true"
             ) from error
 
 

@@ -75,10 +75,7 @@ def build(config: dict[str, Any]) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise ValueError(f"it is a {type(model).__name__}")
     except ValueError as error:
-        raise ValueError(
-            f"{CONFIG} does not describe a model of this version of sj-taid: {error}; its metrics "
-            "name the version that it is of"
-        ) from error
+        raise ValueError(f"{CONFIG} describes no model of this version: {error}") from error
     if find_neurons(model):
         accelerate(model)
     # The memory layout that runs are trained in: another one rounds otherwise.
@@ -92,8 +89,7 @@ def _locate(source: str | Path) -> Path:
     folder = expand_home(source)
     if not (folder / CONFIG).is_file():
         raise ValueError(
-            f"there is no model {str(source)!r}; give one of {', '.join(list_models())}, or a "
-            "folder that sj-taid export has written"
+            f"no model {str(source)!r}: give a folder, or one of {', '.join(list_models())}"
         )
     return folder
 
@@ -105,8 +101,8 @@ def _load_weights(model: nn.Module, path: Path, config: dict[str, Any]) -> None:
     digest = hashlib.sha256(content).hexdigest()
     if digest != config["sha256"]:
         raise ValueError(
-            f"expected weights with the SHA-256 {config['sha256']}, as {CONFIG} states, but {path} "
-            f"has {digest}: they are damaged or of another model; copy or export it again"
+            f"{path} is damaged or of another model: its SHA-256 is {digest}, not "
+            f"{config['sha256']}, as {CONFIG} states"
         )
     model.load_state_dict(load(content))
     set_fixed_thresholds(model, config.get("fixed_thresholds", {}))

@@ -81,10 +81,7 @@ def test_nmnist_refuses_missing_and_damaged_archives(nmnist, damage):
     archive = nmnist / "download" / "Test.zip"
     damage(archive)
     left = archive.exists()
-    message = (
-        r"no nmnist at dataset\.root=.* folder download with Test\.zip from https://there/Test"
-    )
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(FileNotFoundError, match=r"download with Test\.zip from https://there/Test"):
         ready(data.NMNIST, nmnist, **EVENTS)
     assert archive.exists() == left
 
@@ -97,7 +94,7 @@ def test_nmnist_refuses_damaged_recordings(nmnist):
         first(module.test_dataloader())
     shutil.rmtree(frames)
     cut(nmnist / "events_np" / "test" / "3" / "00001.npz")
-    with pytest.raises(OSError, match=r"cannot be made into frames .*; replace damaged"):
+    with pytest.raises(OSError, match="cannot make frames"):
         ready(data.NMNIST, nmnist, **EVENTS)
     assert not frames.exists()
 
@@ -138,8 +135,7 @@ def test_cifar10_dvs_keeps_what_it_downloads(tmp_path, monkeypatch):
         (root / filename).write_bytes(b"fetched")
 
     monkeypatch.setattr("spikingjelly.datasets.base.download_url", download_url)
-    message = r"cannot be made into frames \(OSError\('no route to host'\)\)"
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(OSError, match=r"cannot make frames .*no route to host"):
         ready(data.CIFAR10DVS, tmp_path, download=True, **EVENTS)
     assert len([*(tmp_path / "download").iterdir()]) == 2
 
