@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,21 +30,8 @@ __all__ = ["LIF", "BatchNorm", "IntegerLIF"]
 _COUNT: Rule = ("an integer from 1 to 255", lambda n: is_whole(n) and 1 <= n <= LARGEST_BYTE)
 
 
-class Description:
-    """What a class computes; its ``repr`` has what differs from the defaults."""
-
-    def __repr__(self) -> str:
-        given: Any = ((f, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
-        said = [
-            f"{f.name}={value!r}"
-            for f, value in given
-            if f.default is MISSING or value != f.default
-        ]
-        return f"{type(self).__name__}({', '.join(said)})"
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Neuron(Description):
+@dataclass(frozen=True, kw_only=True)
+class Neuron:
     """What the descriptions of neurons have in common.
 
     Attributes:
@@ -66,7 +53,7 @@ class Neuron(Description):
             raise ValueError(f"no such neuron: {reason}")
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class LIF(Neuron):
     r"""A leaky integrate-and-fire neuron.
 
@@ -109,7 +96,7 @@ class LIF(Neuron):
     divisor = 1.0
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class IntegerLIF(Neuron):
     r"""A neuron that gives counts (I-LIF), or rounds its input to them.
 
@@ -151,8 +138,8 @@ class IntegerLIF(Neuron):
         return MultiLevelSpikeCount(self.levels, grad_window=self.window)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class BatchNorm(Description):
+@dataclass(frozen=True, kw_only=True)
+class BatchNorm:
     r"""A subclass of torch's batch norm that scales what it normalises, such as tdBN.
 
     .. math:: y = \text{scale} \cdot \text{weight} \frac{x - \mu}{\sqrt{\sigma^2 + eps}} + bias

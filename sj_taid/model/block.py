@@ -109,12 +109,7 @@ def spiking_block(
 
 
 def make_neuron(neuron: Neuron, **options: Any) -> nn.Module:
-    """Make a neuron of a model.
-
-    Raises:
-        TypeError: ``neuron`` cannot be called, or is a neuron already.
-        ValueError: the neuron is in step mode ``"s"``, where it would take time for the batch.
-    """
+    """Make a neuron of a model; in step mode ``"s"`` it would take time for the batch."""
     if not callable(neuron) or isinstance(neuron, nn.Module):
         raise TypeError(
             "neuron must make a neuron each time it is called, as partial(ALIFNode, step_mode='m') "

@@ -137,8 +137,7 @@ class ESVAE(SpikingVAE):
                 ``sample(n, label=...)``.
 
         Raises:
-            ValueError: a model without a flow, fewer than 30 images, or other labels than
-                :meth:`.FlowPrior.fit` takes; see :class:`ESVAE` for bad images.
+            ValueError: a model without a flow, or what :meth:`.FlowPrior.fit` does not take.
         """
         flow: Any = self._source("flow")
         images = images.split(256) if isinstance(images, Tensor) else images
@@ -157,6 +156,6 @@ class ESVAE(SpikingVAE):
             self.sample_from = before
 
     def training_loss(self, image: Tensor, progress: float = 0.0) -> dict[str, Tensor]:
-        """``loss`` and its terms; the same at all times, whatever the ``progress``."""
+        """``loss`` and its terms; ``progress`` changes nothing."""
         output = self(image)
         return self.sum_losses(output.image, image, self.mmd_weight * rbf_mmd(output.q, output.p))

@@ -33,11 +33,9 @@ class FlowPrior(nn.Module):
     :math:`w_k` of cluster k in them. Most rates are 0 or 1, or nearly, and no smooth density has
     that shape; ranks have one (a copula). The 30 clusters are by k-means: a flow from one Gaussian
     is continuous, and without them it draws images between those of different classes. Fitted with
-    labels, every class has clusters of its own, three where there are ten classes, and the flow
-    draws the class that is asked for. Eight
-    couplings of 256 hidden units learn by maximum likelihood until that of a tenth of the rates,
-    held out, no longer improves; a rate's rank is drawn again in each epoch, between those of its
-    neighbours. All tensors are in a checkpoint.
+    labels, every class has clusters of its own. The couplings learn by maximum likelihood until
+    that of a tenth of the rates, held out, no longer improves; a rate's rank is drawn again in each
+    epoch, between those of its neighbours.
 
     Args:
         channels: latent channels d.
