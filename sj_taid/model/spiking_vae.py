@@ -212,13 +212,14 @@ class SpikingVAE(nn.Module):
 
     def _check_label(self, n: int, label: int | Sequence[int] | Tensor) -> Tensor:
         """The class of each of ``n`` images, ``[n]``."""
-        labels = torch.as_tensor(label).expand(n)
-        if not {*labels.tolist()} <= {*self.labels}:
+        given = label.tolist() if isinstance(label, Tensor) else label
+        labels = [given] * n if isinstance(given, int | str) else [*given]
+        if not self.labels or len(labels) != n or not {*labels} <= {*self.labels}:
             raise ValueError(
-                f"label must be of the classes {self.labels} that an ESVAE's flow was fitted with, "
-                f"but it is {label!r:.80}"
+                f"label must be one of {self.labels}, the classes of an ESVAE's flow, or {n} of "
+                f"them, but it is {label!r:.80}; or leave label out"
             )
-        return labels
+        return torch.tensor(labels)
 
     def sample_latent(self, n: int, labels: Tensor | None = None) -> Tensor:
         """Draw latent spikes ``[T, n, latent]`` from the prior, of the classes in ``labels``."""
