@@ -1,4 +1,4 @@
-"""The pages: commands parse, links resolve, tables match results; test_readme.py runs Python."""
+"""The pages: Python runs, commands parse, links resolve, tables match results."""
 
 import argparse
 import importlib
@@ -16,8 +16,9 @@ import sj_taid
 from sj_taid._commands import OTHERS
 from sj_taid.training import cli
 from sj_taid.training.config import compose
-from tests.test_readme import PAGES, ROOT, TEXTS, blocks, read
 
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 RESULTS = [ROOT / "RESULTS.md", ROOT / "results" / "README.md"]
 #: pages with instructions, those for developers included
 GUIDES = [*PAGES, *(ROOT / path for path in ("CONTRIBUTING.md", "conf/README.md"))]
@@ -29,6 +30,29 @@ ALL_PAGES = [*GUIDES, ROOT / "CHANGELOG.md", *RESULTS]
 
 def name_of(page):
     return f"{page.parent.name}/{page.stem}"
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+TEXTS = {page.stem: read(page) for page in PAGES}
+
+
+def blocks(language):
+    """Those of README and docs."""
+    return [
+        pytest.param(block, id=f"{name}-{number}")
+        for name, text in TEXTS.items()
+        for number, block in enumerate(re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S))
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_block_runs_alone(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "block", "exec"), {"__name__": "block"})
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))
