@@ -63,11 +63,6 @@ def forget_reset_cache() -> None:
         functional.net_config._RESET_MODULE_CACHE.clear()
 
 
-def reset_value(node: neuron.BaseNode, memory: str) -> Any:
-    """The value to which ``reset`` sets a memory."""
-    return node._memories_rv[memory]
-
-
 def detach_state(state: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a neuron for a copy or pickle, without the graphs of its voltages."""
     memories = {name: _detach(value) for name, value in state["_memories"].items()}
@@ -76,11 +71,6 @@ def detach_state(state: dict[str, Any]) -> dict[str, Any]:
 
 def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def has_default_precision(node: neuron.BaseNode) -> bool:
-    """Whether a neuron computes in its input's dtype; 2.x can give it a policy of its own."""
-    return getattr(node, "_neuron_precision", None) is None
 
 
 if FUNCTIONAL_STATES:

@@ -91,7 +91,7 @@ def why_no_alif(node: Any) -> str | None:
         return "its threshold is a tensor; ALIF starts from a number"
     if isinstance(w := getattr(node, "w", None), Tensor) and w.dim():
         return f"its w has the shape {[*w.shape]}; ALIF takes over a scalar"
-    if not _compat.has_default_precision(node):
+    if getattr(node, "_neuron_precision", None) is not None:  # 2.x has them
         return "it has a precision policy of its own"
     return why_no_w(getattr(node, "tau", 2.0))
 

@@ -86,7 +86,6 @@ class ESVAE(SpikingVAE):
         return self.encode(image).mean(0)
 
     def latent_spikes(self, image: Tensor) -> Tensor:
-        """Draw the decoder's input ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
         return self._spikes(self.rate(image))
 
     def _spikes(self, rate: Tensor) -> Tensor:

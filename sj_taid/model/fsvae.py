@@ -70,7 +70,6 @@ class FSVAE(SpikingVAE):
         return FSVAEOutput(self.decode(z_seq), q, p)
 
     def latent_spikes(self, image: Tensor) -> Tensor:
-        """Draw the decoder's input ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
         return self.posterior(self.encode(image), self._picks(len(image)))[0]
 
     def sample_latent(self, n: int, labels: Tensor | None = None) -> Tensor:
