@@ -17,14 +17,6 @@ from sj_taid import ALIFNode, _compat, calibrate, monitor
 from sj_taid.thresholds import fixed_thresholds, set_fixed_thresholds
 
 
-def set_thresholds(net, value):
-    for node in net.modules():
-        if isinstance(node, ALIFNode):
-            node.v_threshold.data.fill_(value)
-        elif isinstance(node, neuron.BaseNode):
-            node.v_threshold = value
-
-
 @pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no SimpleBaseNode")
 def test_calibrate_and_monitor_see_neurons_of_ones_own():
     class Mine(neuron.SimpleBaseNode):
@@ -40,24 +32,19 @@ def test_calibrate_and_monitor_see_neurons_of_ones_own():
     assert sj_taid.swap_neurons(net).kept[0].note == "not a LIF, PLIF or IF neuron"
 
 
-@pytest.mark.parametrize("kind", [neuron.LIFNode, neuron.ParametricLIFNode, ALIFNode])
-def test_calibrate_reaches_the_rate_in_every_layer(kind):
-    plain = neuron.ParametricLIFNode if kind is neuron.ParametricLIFNode else neuron.LIFNode
+@pytest.mark.parametrize("threshold", [0.01, 10.0])
+def test_calibrate_reaches_the_rate_in_every_layer(threshold):
     options = {"num_classes": 4, "cnf": "ADD", "surrogate_function": surrogate.ATan()}
-    net = sew_resnet.sew_resnet18(spiking_neuron=plain, **options)
-    if kind is ALIFNode:
-        sj_taid.swap_neurons(net)
+    kind = partial(neuron.LIFNode, v_threshold=threshold)
+    net = sew_resnet.sew_resnet18(spiking_neuron=kind, **options)
     functional.set_step_mode(net, "m")
     x_seq = torch.rand(2, 3, 32, 32).expand(3, -1, -1, -1, -1)
-    for threshold in (0.01, 1.0, 10.0):
-        set_thresholds(net, threshold)
-        report = calibrate(net, x_seq, rate=0.15)
-        assert len(report.rows) == 20 and not report.missed, str(report)
-        with sj_taid.monitor(net, dead=0.0) as watch, torch.no_grad():
-            net(x_seq)
-        functional.reset_net(net)
-        for path, state in watch.state().items():
-            assert state.firing_rate == pytest.approx(0.15, rel=0.2), (path, threshold)
+    report = calibrate(net, x_seq, rate=0.15)
+    assert len(report.rows) == 20 and not report.missed, str(report)
+    with sj_taid.monitor(net) as watch, torch.no_grad():
+        net(x_seq)
+    for path, state in watch.layers().items():
+        assert state.firing_rate == pytest.approx(0.15, rel=0.2), path
 
 
 @pytest.mark.parametrize("levels", [4, 15])
