@@ -61,22 +61,17 @@ class _Old(nn.Module):
         super().__init__(*args, **options)
 
 
+@cache
 def _check_backend(backend: str) -> None:
-    """Check a backend of then, which is not used."""
+    """Check a backend of then, which is not used, and say so once of CuPy."""
     if backend not in ("torch", "cupy"):
         raise ValueError(f"backend must be 'torch' or 'cupy', but it is {backend!r}")
     if backend == "cupy":
-        _explain_cupy()
-
-
-@cache
-def _explain_cupy() -> None:
-    """Say once that CuPy is not used."""
-    message = (
-        "backend='cupy' is taken and not used: the neurons are today's, which SpikingJelly runs as "
-        "it sees fit. sj_taid.accelerate(net) runs them on a fused operator"
-    )
-    warnings.warn(message, stacklevel=4)
+        message = (
+            "backend='cupy' is taken and not used: the neurons are today's, which SpikingJelly "
+            "runs as it sees fit. sj_taid.accelerate(net) runs them on a fused operator"
+        )
+        warnings.warn(message, stacklevel=3)
 
 
 def _define(name: str, *bases: Any, **defaults: Any) -> Any:

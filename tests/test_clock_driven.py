@@ -145,7 +145,7 @@ def test_surrogate_is_a_module_or_its_name():
 
 
 def test_backend_cupy_is_explained_once():
-    shim._explain_cupy.cache_clear()
+    shim._check_backend.cache_clear()
     with pytest.warns(UserWarning, match="'cupy' is taken and not used") as caught:
         net = nn.Sequential(neuron.MultiStepLIFNode(backend="cupy"))
         net.append(neuron.MultiStepIFNode(backend="cupy"))
@@ -159,7 +159,7 @@ def test_backend_cupy_is_explained_once():
 @pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 has backends")
 def test_backend_of_then_is_explained():
     for use in (today.neuron.LIFNode, partial(today.functional.set_backend, nn.Identity())):
-        shim._explain_cupy.cache_clear()
+        shim._check_backend.cache_clear()
         with pytest.warns(UserWarning, match="'cupy' is taken and not used"):
             use(backend="cupy")
 
