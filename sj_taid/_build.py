@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
@@ -22,10 +24,18 @@ TRUSTED = (
 )
 
 #: what classes raise, next to ValueError, on arguments that they cannot take
-UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+UNFIT = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
+    *(RuntimeError, TypeError),
+)
 
 
-def build(config: Any, trust: Collection[str] | None = None, **arguments: Any) -> Any:
+def build(
+    config: Any,
+    trust: Collection[str] | None = None,
+    keys: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> Any:
     """Build the object that a config describes: its ``_target_`` called with the other entries.
 
     Configs within it are built first. With ``_partial_`` it is a partial of the class. Nothing is
@@ -36,6 +46,7 @@ def build(config: Any, trust: Collection[str] | None = None, **arguments: Any) -
         trust: full names of custom classes that may be called next to those of this package,
             SpikingJelly's neurons and surrogates, ``torch.optim`` and torch's losses; None where
             the user has no say.
+        keys: where a class's arguments are in the user's config, for errors.
         arguments: for the outermost class, over those of the config.
 
     Raises:
@@ -60,10 +71,15 @@ def build(config: Any, trust: Collection[str] | None = None, **arguments: Any) -
             check_kinds(target, values)
             return partial(target, **values) if is_partial else target(**values)
         except ValueError as error:
-            error.add_note(f"(of {name})")
+            if keys and name in keys and re.split(r"\W", str(error), maxsplit=1)[0] in values:
+                error.args = (f"{keys[name]}.{error}",)
+            else:
+                error.add_note(f"(of {name})")
             raise
         except UNFIT as error:
-            raise ValueError(f"{name} cannot be built: {error!r}") from error
+            # An assertion may have no words but its own line.
+            words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+            raise ValueError(f"{name} cannot be built: {words.splitlines()[0]}") from error
 
     for name in _targets(config):
         find_class(name, trust)

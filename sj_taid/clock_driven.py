@@ -18,7 +18,7 @@ which most published nets import. Import this first:
 
 The old names stand for today's classes, or for subclasses that only fill in the defaults of then or
 compute what these did, so :func:`sj_taid.accelerate` and :func:`sj_taid.swap_neurons` take them,
-and a ``state_dict`` keeps its keys.
+and a ``state_dict`` keeps its keys. Names that are gone: docs/old-nets.md.
 
 Source: SpikingJelly 0.0.0.0.12, with ``backend`` given by name; for ``cext.neuron`` 0.0.0.0.4, with
 all arguments given by name.
@@ -56,8 +56,11 @@ class _Old(nn.Module):
             options.pop(unused, None)
         chosen = options.get("surrogate_function")
         if isinstance(chosen, str):
+            kind = getattr(surrogate, chosen, None)
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise ValueError(f"surrogate_function must be a name as 'ATan', not {chosen!r}")
             alpha = {"alpha": options.pop("alpha")} if "alpha" in options else {}
-            options["surrogate_function"] = getattr(surrogate, chosen)(**alpha)
+            options["surrogate_function"] = kind(**alpha)
         super().__init__(*args, **options)
 
 

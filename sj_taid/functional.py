@@ -177,9 +177,16 @@ def check_counts(
     """Raise an error unless the options fit spikes, or counts."""
     if not counts(surrogate_function):
         if not has_state:
-            raise ValueError("w=None is without state, which gives counts: MultiLevelSpikeCount")
+            raise ValueError(
+                "w=None is a neuron without state, which gives counts alone; take "
+                "surrogate_function=sj_taid.ops.surrogate.MultiLevelSpikeCount(4)"
+            )
     elif v_reset is not None:
-        raise ValueError(f"counts need a soft reset, but v_reset={v_reset!r}; take v_reset=None")
+        raise ValueError(
+            "a neuron that counts needs a soft reset, which subtracts the count times the "
+            f"threshold, but v_reset={v_reset!r} would set one voltage after any count; take "
+            "v_reset=None"
+        )
     elif return_bits and levels_of(surrogate_function) > LARGEST_BYTE:
         raise ValueError(
             f"return_bits holds counts up to {LARGEST_BYTE}, but the neuron counts to "
@@ -191,13 +198,15 @@ def _check_state(v: Any, x_seq: Tensor) -> None:
     if not isinstance(v, Tensor):
         if isinstance(v, int | float | torch.SymFloat):
             return
-        raise TypeError(f"v must be a tensor or a number, but it is {v!r}; 0.0 is rest")
+        raise TypeError(
+            f"the membrane potential v must be a tensor or a number, but it is {v!r}; 0.0 is rest"
+        )
     if v.shape != x_seq.shape[1:]:
         raise ValueError(
-            f"v has the shape {list(v.shape)}, but one step of the input {list(x_seq.shape[1:])}; "
-            "reset between sequences: functional.reset_net(net)"
+            f"the membrane potential has shape {list(v.shape)}, but one step of the input has "
+            f"{list(x_seq.shape[1:])}; reset between sequences: functional.reset_net(net)"
         )
-    _check_device("v", v, x_seq)
+    _check_device("the membrane potential", v, x_seq)
 
 
 def savable(x: Tensor) -> Tensor:
@@ -209,9 +218,15 @@ def savable(x: Tensor) -> Tensor:
 
 def _check_parameter(name: str, parameter: Tensor, x_seq: Tensor) -> None:
     if not isinstance(parameter, Tensor):
-        raise TypeError(f"{name} must be a tensor, as torch.tensor({parameter!r})")
+        raise TypeError(
+            f"{name} must be a tensor, but it is {parameter!r}; make it one: "
+            f"torch.tensor({parameter!r})"
+        )
     if parameter.dim() > 1:
-        raise ValueError(f"{name} must be a scalar or [C], but it is {list(parameter.shape)}")
+        raise ValueError(
+            f"{name} must be a scalar or one value per channel [C], but its shape is "
+            f"{list(parameter.shape)}"
+        )
     if parameter.dim() == 1 and (x_seq.dim() < 3 or x_seq.shape[2] != len(parameter)):
         raise ValueError(
             f"{name} has {len(parameter)} channels, so one step of the input must be "
@@ -226,10 +241,14 @@ def _check_norm(norm: Norm, x_seq: Tensor) -> None:
             _check_parameter(f"the norm's {name}", tensor, x_seq)
     if norm.use_batch_statistics and 0 < x_seq.numel() <= x_seq.shape[2]:
         raise ValueError(
-            f"a norm in training needs several values per channel: {list(x_seq.shape)}"
+            "a batch norm in training needs more than one value per channel, but the input is "
+            f"{list(x_seq.shape)}; give a larger batch, or call eval()"
         )
 
 
 def _check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:
     if tensor.device != x_seq.device:
-        raise ValueError(f"{name} is on {tensor.device}, but the input on {x_seq.device}")
+        raise ValueError(
+            f"{name} is on {tensor.device} but the input on {x_seq.device}; "
+            "move them to one device: net.to(device)"
+        )

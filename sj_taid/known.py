@@ -14,24 +14,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
 from spikingjelly.activation_based import surrogate
 
-from ._checks import Rule, check, is_whole
+from ._checks import (
+    Rule,
+    are_two_numbers,
+    check,
+    check_flags,
+    check_numbers,
+    integer,
+    is_number,
+    is_whole,
+)
 from .neurons import why_no_w
 from .ops.bits import LARGEST_BYTE
 from .ops.surrogate import MultiLevelSpikeCount, unsupported
 
 __all__ = ["LIF", "BatchNorm", "IntegerLIF"]
 
+
+_NAME: Rule = ("a name or None", lambda name: name is None or isinstance(name, str))
 _COUNT: Rule = ("an integer from 1 to 255", lambda n: is_whole(n) and 1 <= n <= LARGEST_BYTE)
+_POSITIVE: Rule = ("a number above 0", lambda value: is_number(value) and value > 0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Neuron:
+class Description:
+    """What a class computes; its ``repr`` has what differs from the defaults."""
+
+    def __repr__(self) -> str:
+        given: Any = ((f, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        said = [
+            f"{f.name}={value!r}"
+            for f, value in given
+            if f.default is MISSING or value != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(said)})"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Neuron(Description):
     """What the descriptions of neurons have in common.
 
     Attributes:
@@ -49,11 +74,17 @@ class Neuron:
     voltage: str | None = None
 
     def __post_init__(self) -> None:
-        if self.tau is not None and (reason := why_no_w(self.tau)):
-            raise ValueError(f"no such neuron: {reason}")
+        check_numbers(v_threshold=self.v_threshold)
+        check(integer(0), time_axis=self.time_axis)
+        check_flags(decay_input=self.decay_input, detach_reset=self.detach_reset)
+        check(_NAME, voltage=self.voltage)
+        if self.tau is not None:
+            check_numbers(tau=self.tau)
+            if reason := why_no_w(self.tau):
+                raise ValueError(f"no such neuron: {reason}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LIF(Neuron):
     r"""A leaky integrate-and-fire neuron.
 
@@ -83,6 +114,7 @@ class LIF(Neuron):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(tau=self.tau)
         if reason := unsupported(self.surrogate_function):
             raise ValueError(f"surrogate_function: {reason}")
 
@@ -96,7 +128,7 @@ class LIF(Neuron):
     divisor = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class IntegerLIF(Neuron):
     r"""A neuron that gives counts (I-LIF), or rounds its input to them.
 
@@ -126,6 +158,10 @@ class IntegerLIF(Neuron):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(_COUNT, levels=self.levels)
+        check(_POSITIVE, v_threshold=self.v_threshold, divisor=self.divisor)
+        window = self.window
+        if window is not None and not (are_two_numbers(window) and window[0] <= window[1]):
+            raise ValueError(f"window must be two numbers, the lower first, but it is {window!r}")
         if self.v_reset is not None or self.decay_input:
             raise ValueError("counts have a soft reset, v_reset=None, and decay_input=False")
 
@@ -138,8 +174,8 @@ class IntegerLIF(Neuron):
         return MultiLevelSpikeCount(self.levels, grad_window=self.window)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchNorm:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BatchNorm(Description):
     r"""A subclass of torch's batch norm that scales what it normalises, such as tdBN.
 
     .. math:: y = \text{scale} \cdot \text{weight} \frac{x - \mu}{\sqrt{\sigma^2 + eps}} + bias
@@ -153,3 +189,9 @@ class BatchNorm:
     scale: float = 1.0
     scales_bias: bool = False
     channel_axis: int = 1
+
+    def __post_init__(self) -> None:
+        check_numbers(scale=self.scale)
+        check_flags(scales_bias=self.scales_bias)
+        if self.channel_axis not in (1, 2):
+            raise ValueError(f"channel_axis must be 1 or 2, but it is {self.channel_axis!r}")

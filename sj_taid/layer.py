@@ -5,7 +5,7 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import check_sizes, is_whole
+from ._checks import check_numbers, check_sizes, is_whole
 
 #: FSVAE's ratio of a step's weight to the next step's
 DECAY = 0.8
@@ -38,13 +38,19 @@ class _ImageDecoder(nn.Module, base.MultiStepModule):
     def _check(self, x_seq: Tensor) -> None:
         name = type(self).__name__
         if not x_seq.is_floating_point():
-            raise TypeError(f"{name} needs a floating-point tensor, but got {x_seq.dtype}")
+            raise TypeError(
+                f"{name} needs a floating-point tensor, but got {x_seq.dtype}; "
+                "convert it: x_seq.float()"
+            )
         if x_seq.dim() not in (3, 5):
             raise ValueError(
                 f"{name} needs [T, N, C, H, W] or [T, N, C], but got {list(x_seq.shape)}"
             )
         if x_seq.shape[0] != self.T:
-            raise ValueError(f"{name} is for T={self.T} time steps, but got T={x_seq.shape[0]}")
+            raise ValueError(
+                f"{name} was made for T={self.T} time steps, but got T={x_seq.shape[0]}; "
+                f"run {self.T} steps or make a layer with T={x_seq.shape[0]}"
+            )
 
 
 class TAID(_ImageDecoder):
@@ -92,8 +98,10 @@ class TAID(_ImageDecoder):
             raise ValueError(f"kernel_size must be an odd integer >= 1, but it is {kernel_size!r}")
         if squeeze == "all" and kernel_size != 1:
             raise ValueError(
-                f"kernel_size={kernel_size} is along the channels, which squeeze='all' averages"
+                f"kernel_size={kernel_size} slides along the channels, which squeeze='all' "
+                "averages away; use squeeze='spatial' or kernel_size=1"
             )
+        check_sizes(reduction=reduction)
         self.squeeze = squeeze
         self.kernel_size = kernel_size
         self.excite: nn.Module
@@ -120,7 +128,10 @@ class TAID(_ImageDecoder):
 
     def _weigh_pixels(self, x_seq: Tensor) -> Tensor:
         if x_seq.dim() != 5:
-            raise ValueError(f"squeeze='pixel' needs [T, N, C, H, W], but got {list(x_seq.shape)}")
+            raise ValueError(
+                f"squeeze='pixel' weighs the pixels of [T, N, C, H, W], but got "
+                f"{list(x_seq.shape)}; use squeeze='spatial' or 'all'"
+            )
         _, n, c, h, w = x_seq.shape
         images = x_seq.permute(1, 2, 0, 3, 4).reshape(n * c, self.T, h, w)
         images = F.layer_norm(images, images.shape[1:])
@@ -152,6 +163,7 @@ class FixedDecoder(_ImageDecoder):
 
     def __init__(self, T: int, decay: float = DECAY, scale: float = 1.0) -> None:
         super().__init__(T)
+        check_numbers(decay=decay, scale=scale)
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay must be in (0, 1], but it is {decay!r}")
         self.decay, self.scale = decay, scale

@@ -55,7 +55,7 @@ def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Mo
         net compiled before have no hooks: call ``torch.compiler.reset()`` in between.
 
     Raises:
-        ValueError: ``net`` has no neurons.
+        ValueError: not ``0 <= dead <= saturated <= 1``, or ``net`` has no neurons.
 
     >>> from sj_taid import ALIFNode
     >>> net = nn.Sequential(nn.Identity(), ALIFNode(v_threshold=0.5))
@@ -71,6 +71,10 @@ class Monitor(AbstractContextManager["Monitor"]):
     """A counter of spikes, on until :meth:`remove` or the end of ``with``."""
 
     def __init__(self, net: nn.Module, dead: float, saturated: float) -> None:
+        if not 0.0 <= dead <= saturated <= 1.0:
+            raise ValueError(
+                f"expected 0 <= dead <= saturated <= 1, but dead={dead}, saturated={saturated}"
+            )
         self._dead = dead
         self._saturated = saturated
         self._counts = {site.path: _Count(site.node) for site in need_neurons(net, "watch")}

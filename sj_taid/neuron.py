@@ -12,7 +12,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
 from . import _compat, _graph, functional
-from ._checks import check_flags, check_numbers, check_sizes, is_number
+from ._checks import check_flags, check_numbers, check_sizes, is_number, is_whole
 from ._fused_neuron import FusedNeuron
 from .ops import backends
 from .ops.alif.reference import state_dtype
@@ -108,7 +108,10 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     ) -> None:
         # From about 3.4e38 on, 1/sigmoid(w) is infinite in float32.
         if not (is_number(init_tau) and 1.0 < init_tau < 1e38):
-            raise ValueError(f"init_tau must be more than 1, below 1e38, but it is {init_tau!r}")
+            raise ValueError(
+                "init_tau must be a number of time steps greater than 1 and less than 1e38, but it "
+                f"is {init_tau!r}"
+            )
         check_flags(
             decay_input=decay_input,
             detach_reset=detach_reset,
@@ -118,18 +121,29 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         )
         check_numbers(v_threshold=v_threshold)
         v_threshold = float(v_threshold)
-        if isinstance(surrogate_function, type):
-            raise ValueError(f"surrogate_function is a class; give {surrogate_function.__name__}()")
+        if isinstance(surrogate_function, type) or not callable(surrogate_function):
+            raise ValueError(
+                "surrogate_function must be a function, such as surrogate.ATan(), but it is "
+                f"{surrogate_function!r}"
+            )
         surrogate_function = _counting(levels, surrogate_function)
         if counts(surrogate_function) and not v_threshold > 0.0:
             raise ValueError(
-                f"a neuron that counts divides by v_threshold, which must be > 0, not {v_threshold}"
+                "a neuron that counts divides by its threshold: v_threshold must be more than 0, "
+                f"but it is {v_threshold}"
             )
         functional.check_counts(surrogate_function, v_reset)
-        if min_v_threshold is not None and v_threshold < min_v_threshold:
-            raise ValueError(
-                f"v_threshold={v_threshold} must be >= min_v_threshold={min_v_threshold}"
-            )
+        if v_reset is not None and not (is_number(v_reset) and math.isfinite(v_reset)):
+            raise ValueError(f"v_reset must be a finite number or None, but it is {v_reset!r}")
+        if channels is not None and not (is_whole(channels) and channels >= 1):
+            raise ValueError(f"channels must be None or an integer >= 1, but it is {channels!r}")
+        if min_v_threshold is not None:
+            check_numbers(min_v_threshold=min_v_threshold)
+            if v_threshold < min_v_threshold:
+                raise ValueError(
+                    f"v_threshold={v_threshold} is not >= min_v_threshold={min_v_threshold}; "
+                    "start at or above the bound"
+                )
         super().__init__(
             v_threshold,
             None if v_reset is None else float(v_reset),
@@ -202,7 +216,10 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     ) -> tuple[Any, ...]:
         """Check the state and return it as it is: a float is a valid start."""
         if isinstance(inputs[0], fx.Proxy):
-            raise TypeError("torch.fx, as in NIR export, needs plain LIFs: sj_taid.to_lif(net)")
+            raise TypeError(
+                "torch.fx, which NIR export traces a net with, cannot trace ALIF; give it a copy "
+                "with plain LIF neurons: sj_taid.to_lif(net)"
+            )
         v = states[0]
         if isinstance(v, Tensor):
             self._check_state(v, inputs[0].shape[1:] if step_mode == "m" else inputs[0].shape)
@@ -283,7 +300,8 @@ def _counting(levels: int, surrogate_function: Any) -> Any:
         return surrogate_function
     if surrogate_function is not _SIGMOID:
         raise ValueError(
-            f"levels={levels} and surrogate_function={surrogate_function!r}: leave one out"
+            f"levels={levels} has the surrogate MultiLevelSpikeCount({levels}), but "
+            f"surrogate_function is {surrogate_function!r}; leave one of the two out"
         )
     return MultiLevelSpikeCount(levels)
 

@@ -5,6 +5,7 @@ from typing import Any
 from spikingjelly.activation_based import neuron
 from torch import nn
 
+from ._checks import check_not_negative
 from .neuron import ALIFNode
 
 
@@ -24,6 +25,9 @@ def parameter_groups(
     Returns:
         The groups ``"weights"`` and ``"neurons"`` that have parameters, without frozen ones.
 
+    Raises:
+        ValueError: ``lr``, ``lr_scale`` or ``weight_decay`` is not a number >= 0.
+
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), ALIFNode())
     >>> groups = parameter_groups(net, lr=1e-3)
@@ -31,6 +35,7 @@ def parameter_groups(
     >>> [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     [('weights', 2, 0.001, 0.01), ('neurons', 2, 0.01, 0.0)]
     """
+    check_not_negative(lr=lr, lr_scale=lr_scale, weight_decay=weight_decay)
     neurons = {
         parameter
         for module in net.modules()

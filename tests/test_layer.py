@@ -51,7 +51,7 @@ def test_taid_equals_the_equations(squeeze, kernel_size, shape):
     taid = TAID(4, kernel_size, squeeze, reduction=2).double()
     s = sequence(*shape)
     if squeeze == "pixel" and s.dim() == 3:
-        with pytest.raises(ValueError, match="squeeze='pixel' needs"):
+        with pytest.raises(ValueError, match=r"squeeze='pixel' weighs the pixels.*got \[4, 2, 5\]"):
             taid(s)
         return
     for parameter in taid.parameters():
@@ -119,7 +119,7 @@ def test_decoders_half_precision(make):
 @MAKES
 def test_decoders_bad_input(make):
     name = make.__name__
-    with pytest.raises(ValueError, match=rf"{name} is for T=4 time steps, but got T=5"):
+    with pytest.raises(ValueError, match=rf"{name} was made for T=4 time steps, but got T=5"):
         make(4)(torch.ones(5, 2, 3, 4, 4))
     with pytest.raises(ValueError, match=rf"{name} needs \[T, N, C, H, W\] or \[T, N, C\]"):
         make(4)(torch.ones(4, 2, 3, 4))
@@ -133,8 +133,10 @@ def test_decoders_bad_input(make):
         (TAID, {"T": 0}, "T must be"),
         (TAID, {"squeeze": "time"}, "squeeze must be 'spatial', 'all' or 'pixel'"),
         (TAID, {"kernel_size": 2}, "odd"),
-        (TAID, {"kernel_size": 3, "squeeze": "all"}, "averages"),
+        (TAID, {"kernel_size": 3, "squeeze": "all"}, "averages away"),
+        (TAID, {"reduction": 0}, "reduction must be"),
         (FixedDecoder, {"decay": 0.0}, r"decay must be in \(0, 1\]"),
+        (FixedDecoder, {"scale": None}, "scale must be a number"),
     ],
 )
 def test_decoders_bad_arguments(make, options, message):

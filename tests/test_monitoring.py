@@ -154,6 +154,8 @@ def test_monitor_of_ternary_and_traced_neurons():
     assert watch.state()["0"].firing_rate == spikes.mean() == 0.5
 
 
-def test_monitor_needs_neurons():
+def test_monitor_refuses_bad_arguments():
+    with pytest.raises(ValueError, match=r"dead=0\.5, saturated=0\.1"):
+        monitor(make_net(), dead=0.5, saturated=0.1)
     with pytest.raises(ValueError, match=r"no neuron of .*SimpleBaseNode to watch"):
         monitor(nn.Linear(1, 1))

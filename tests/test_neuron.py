@@ -99,6 +99,14 @@ def test_parameters(channels):
     assert torch.isfinite(node.v_threshold.grad).all() and node.v_threshold.grad.abs().sum() > 0
 
 
+def test_frozen_parameters_get_no_gradient():
+    node = ALIFNode(learn_tau=False, learn_threshold=False)
+    x = inputs()[0].requires_grad_()
+    node(x).sum().backward()
+    assert node.w.grad is None and node.v_threshold.grad is None
+    assert x.grad.abs().sum() > 0
+
+
 def test_min_v_threshold_lets_the_threshold_recover():
     node = ALIFNode(v_threshold=0.3, min_v_threshold=0.1)
     with torch.no_grad():
@@ -155,6 +163,12 @@ def test_repr_shows_parameters_and_options():
     assert "tau=?, v_threshold=?" in repr(ALIFNode(channels=3).to("meta"))
 
 
+def test_alif_node_refuses_a_backend_by_position():
+    """As PLIF of 0.0.0.0.14 takes it."""
+    with pytest.raises(ValueError, match="store_v_seq must be True or False, but it is 'torch'"):
+        ALIFNode(2.0, True, 1.0, 0.0, surrogate.ATan(), False, "m", "torch")
+
+
 def test_alif_node_takes_integers_and_numpy_numbers():
     node = ALIFNode(init_tau=2, v_threshold=1, v_reset=0, step_mode="m")
     x_seq = inputs()
@@ -164,23 +178,33 @@ def test_alif_node_takes_integers_and_numpy_numbers():
     assert ALIFNode(init_tau=9.9e37).tau.isfinite()
 
 
+TAU = "init_tau must be .* greater than 1 and less than 1e38"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"init_tau": tau}, "init_tau must be") for tau in (1.0, 1e300, math.nan, "2")),
+        *(({"init_tau": tau}, TAU) for tau in (1.0, 1e300, math.nan, "2")),
         ({"backend": "cudnn"}, "'cudnn' is unknown: expected one of 'auto', 'torch'"),
         ({"step_mode": "x"}, "step_mode"),
-        ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "must be >= min_v_threshold=0.2"),
-        ({"v_threshold": math.nan}, "v_threshold must be a number"),
-        ({"levels": 0}, "levels must be an integer >= 1"),
-        ({"levels": 4}, "soft reset.*but v_reset=0.0"),
+        ({"channels": 0}, "channels must be None or an integer >= 1"),
+        ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "not >= min_v_threshold=0.2"),
+        ({"v_threshold": math.nan}, "v_threshold must be a number, but it is nan"),
+        ({"min_v_threshold": "a"}, "min_v_threshold must be a number, but it is 'a'"),
+        ({"levels": 0}, "levels must be an integer >= 1, but it is 0"),
+        ({"levels": 4}, "soft reset.*but v_reset=0.0.*take v_reset=None"),
         (
             {"levels": 4, "v_reset": None, "surrogate_function": surrogate.ATan()},
-            "levels=4 and surrogate_function=ATan.*leave one out",
+            r"MultiLevelSpikeCount\(4\), but surrogate_function is ATan.*leave one of the two out",
         ),
-        ({"levels": 4, "v_reset": None, "v_threshold": 0.0}, "must be > 0, not 0.0"),
-        ({"store_v_seq": "torch"}, "store_v_seq must be True or False"),  # as old PLIFs' backend
-        ({"surrogate_function": surrogate.ATan}, r"is a class; give ATan\(\)"),
+        (
+            {"levels": 4, "v_reset": None, "v_threshold": 0.0},
+            "v_threshold must be more than 0, but it is 0.0",
+        ),
+        ({"learn_tau": "no"}, "learn_tau must be True or False, but it is 'no'"),
+        ({"surrogate_function": surrogate.ATan}, r"a function, such as surrogate\.ATan\(\)"),
+        ({"v_reset": "a"}, "v_reset must be a finite number or None, but it is 'a'"),
+        ({"v_reset": -math.inf}, "v_reset must be a finite number or None, but it is -inf"),
     ],
 )
 def test_alif_node_refuses_bad_arguments(options, message):
@@ -205,10 +229,15 @@ def test_alif_node_refuses_bad_inputs(options, x, error, message):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"w": torch.zeros(5, 4)}, ValueError, r"w must be a scalar or \[C\]"),
-        ({"w": 0.0}, TypeError, r"w must be a tensor, as torch\.tensor\(0\.0\)"),
+        ({"w": torch.zeros(5, 4)}, ValueError, "scalar or one value per channel"),
+        ({"w": 0.0}, TypeError, r"w must be a tensor, but it is 0\.0.*torch\.tensor\(0\.0\)"),
+        ({"v_threshold": 1}, TypeError, "v_threshold must be a tensor, but it is 1"),
         ({"v": None}, TypeError, "v must be a tensor or a number.* None"),
-        ({"w": torch.zeros((), device="meta")}, ValueError, "w is on meta, but the input on cpu"),
+        (
+            {"w": torch.zeros((), device="meta")},
+            ValueError,
+            r"w is on meta but the input on cpu.*net\.to\(device\)",
+        ),
     ],
 )
 def test_alif_multi_step_refuses_bad_arguments(changed, error, message):

@@ -31,6 +31,15 @@ def test_state_that_cannot_be_carried_names_neuron_and_remedy():
         node(torch.rand(4, 3))
 
 
+def test_forgotten_reset_is_torchs_error():
+    net = make_net()
+    net(torch.rand(5, 2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        net(torch.rand(5, 2, 4)).sum().backward()
+    functional.detach_net(net)
+    net(torch.rand(5, 2, 4)).sum().backward()
+
+
 @pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])
 def test_fresh_state_resets_before_and_after(kind):
     net = nn.Sequential(nn.Linear(4, 3), kind(surrogate_function=surrogate.ATan()))

@@ -65,7 +65,8 @@ class FrechetDistance(FrechetInceptionDistance):
         kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
 
     Raises:
-        ValueError: images that are not finite or beyond [-1, 1].
+        ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, too few images for
+            a covariance.
 
     Source: Heusel et al. 2017, arXiv 1706.08500, equation 6.
     """
@@ -77,6 +78,18 @@ class FrechetDistance(FrechetInceptionDistance):
             f"Frechet distance of {features.num_features} features of {features.description}, "
             f"torchmetrics {torchmetrics.__version__}"
         )
+
+    def compute(self) -> Tensor:
+        """The distance of all images so far."""
+        counts = self.real_features_num_samples, self.fake_features_num_samples
+        for kind, count in zip(("real", "generated"), map(int, counts), strict=True):
+            if count < self.needed:
+                raise ValueError(
+                    f"the Frechet distance got {count} {kind} images; a covariance of "
+                    f"{self.needed - 1} features needs at least {self.needed}, and the papers "
+                    "use 5000: add images"
+                )
+        return super().compute()
 
 
 class AutoencoderCodes(Features):

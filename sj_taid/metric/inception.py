@@ -9,6 +9,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torchmetrics.image import inception
 from torchmetrics.image.fid import NoTrainInceptionV3
+from torchmetrics.utilities.data import dim_zero_cat
 
 from .._checks import expand_home
 from .._extras import needs
@@ -39,7 +40,8 @@ class Inception(Features):
         path = _download(url) if weights == "download" else expand_home(weights)
         if not path.is_file():
             raise FileNotFoundError(
-                f"no Inception weights at {path}; get {url}, or give 'download'"
+                f"no Inception weights at {path}; get {url} and give its path, or give 'download' "
+                "where there is internet"
             )
         # torch-fidelity unpickles whatever it is given: let only tensors come that far.
         torch.load(path, map_location="cpu", weights_only=True)
@@ -65,7 +67,9 @@ def to_uint8(images: Tensor) -> Tensor:
             [191, 255]], dtype=torch.uint8)
     """
     if images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"expected images [N, C, H, W], C = 1 or 3, but got {list(images.shape)}")
+        raise ValueError(
+            f"expected images [N, C, H, W] with C = 1 or 3, but got {list(images.shape)}"
+        )
     scaled = (images.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).expand(-1, 3, -1, -1)
 
@@ -94,7 +98,8 @@ class InceptionScore(inception.InceptionScore):
         kwargs: those of torchmetrics' ``InceptionScore``.
 
     Raises:
-        ValueError: images that are not finite or beyond [-1, 1].
+        ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, fewer images than
+            classes.
 
     Source: Salimans et al. 2016, arXiv 1606.03498, section 4.
     """
@@ -115,4 +120,10 @@ class InceptionScore(inception.InceptionScore):
 
     def compute(self) -> Tensor:  # type: ignore[override]  # without the standard deviation
         """The score of all images so far."""
+        count = len(dim_zero_cat(self.features))
+        if count < self.needed:
+            raise ValueError(
+                f"the Inception score got {count} images; {self.needed} classes need at least as "
+                "many, and the papers use 5000: add images"
+            )
         return super().compute()[0]

@@ -36,7 +36,8 @@ class Precision(torchmetrics.Metric):
         kwargs: those of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: images that are not finite or beyond [-1, 1].
+        ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, no more than k
+            images of a kind.
 
     torch-fidelity computes it, in float64. Source: Kynkäänniemi et al. 2019, arXiv 1904.06991.
     """
@@ -52,6 +53,7 @@ class Precision(torchmetrics.Metric):
         super().__init__(**kwargs)
         self.features = features
         self.k = k
+        self.needed = k + 1
         self.protocol = (
             f"{type(self).__name__.lower()} by {k} nearest neighbours in {features.num_features} "
             f"features of {features.description}"
@@ -65,8 +67,17 @@ class Precision(torchmetrics.Metric):
 
     def compute(self) -> Tensor:
         """The precision, or the recall, of all images so far."""
-        # In float64 it is exact where groups lie far apart, by a product of matrices too.
-        sets = [dim_zero_cat(x).double() for x in (self.real_features, self.fake_features)]
+        sets = []
+        for kind, parts in {"real": self.real_features, "generated": self.fake_features}.items():
+            # In float64 it is exact where groups lie far apart, by a product of matrices too.
+            features = dim_zero_cat(parts).double() if len(parts) else torch.zeros(0)
+            if len(features) < self.needed:
+                raise ValueError(
+                    f"precision and recall by {self.k} nearest neighbours need at least "
+                    f"{self.needed} images of each kind, but got {len(features)} {kind} ones; add "
+                    "images"
+                )
+            sets.append(features)
         n, generator = min(map(len, sets)), torch.Generator().manual_seed(0)
         real, generated = (x[torch.randperm(len(x), generator=generator)[:n]] for x in sets)
         found = prc_features_to_metric(

@@ -64,9 +64,11 @@ def check_values(module: nn.Module, x: Tensor, bound: float) -> None:
     if in_training_step or torch.compiler.is_compiling():
         return
     if not (x.isfinite() & (x.abs() <= bound + 1e-3)).all():  # beyond what rounding adds
+        low, high = x.min().item(), x.max().item()
+        remedy = f" in [{-bound:g}, {bound:g}]; scale pixels from 0 to 255 by pixel / 127.5 - 1"
         raise ValueError(
-            f"{type(module).__name__} expects finite values in [{-bound:g}, {bound:g}], but got "
-            f"values from {x.min().item():.4g} to {x.max().item():.4g}"
+            f"{type(module).__name__} got values from {low:.4g} to {high:.4g}, but expects finite "
+            f"values{remedy if bound < math.inf else ''}"
         )
 
 

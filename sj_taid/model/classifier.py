@@ -6,7 +6,7 @@ from functools import partial
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
-from .._checks import check_sizes
+from .._checks import are_two_numbers, check_flags, check_sizes, is_whole
 from ..neuron import ALIFNode
 from .block import Neuron, check_images, make_neuron, reset
 
@@ -79,7 +79,15 @@ class Classifier(nn.Module):
         output_neuron: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes(T=T, classes=classes, hidden=hidden, neurons_per_class=neurons_per_class)
+        check_sizes(T=T, hidden=hidden, neurons_per_class=neurons_per_class)
+        check_flags(norm=norm, per_channel=per_channel, output_neuron=output_neuron)
+        if not is_whole(classes) or classes < 2:
+            raise ValueError(
+                f"classes must be an integer >= 2, but it is {classes!r}; "
+                "a data set without labels cannot be classified"
+            )
+        if not are_two_numbers(dropout) or not all(0 <= p < 1 for p in dropout):
+            raise ValueError(f"dropout must be two probabilities in [0, 1), but it is {dropout!r}")
         side = image_size // 2 ** len(stages)
         self.in_channels = in_channels
         self.image_size = image_size

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check, check_not_negative, integer
+from .._checks import check, check_flags, check_not_negative, integer
 from .._context import eval_mode
 from .block import Neuron
 from .flow import FlowPrior
@@ -65,6 +65,9 @@ class ESVAE(SpikingVAE):
         **kwargs: Any,
     ) -> None:
         check_not_negative(mmd_weight=mmd_weight)
+        check_flags(exact_counts=exact_counts)
+        if sample_from not in ("learned", "flow"):
+            raise ValueError(f"sample_from must be learned or flow, but it is {sample_from!r}")
         self.sample_from: str = sample_from
         self.mmd_weight = mmd_weight
         self.exact_counts = exact_counts

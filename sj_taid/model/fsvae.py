@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_sizes
+from .._checks import are_two_numbers, check_sizes
 from .block import Neuron
 from .latent import Posterior, Prior, mmd_loss
 from .spiking_vae import SpikingVAE
@@ -51,6 +51,11 @@ class FSVAE(SpikingVAE):
         **kwargs: Any,
     ) -> None:
         check_sizes(k=k)
+        both = own_sample_probability
+        if not are_two_numbers(both) or not all(0 <= p <= 1 for p in both):
+            raise ValueError(
+                f"own_sample_probability must be two probabilities in [0, 1], but it is {both!r}"
+            )
         self.k = k
         self.own_sample_probability = tuple(own_sample_probability)
         super().__init__(*args, **kwargs)
@@ -70,6 +75,7 @@ class FSVAE(SpikingVAE):
         return FSVAEOutput(self.decode(z_seq), q, p)
 
     def latent_spikes(self, image: Tensor) -> Tensor:
+        """Draw the decoder's input ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
         return self.posterior(self.encode(image), self._picks(len(image)))[0]
 
     def sample_latent(self, n: int, labels: Tensor | None = None) -> Tensor:

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check, check_not_negative, check_sizes, integer
+from .._checks import check, check_not_negative, check_sizes, integer, is_whole
 from .._context import eval_mode
 from ..layer import TAID
 from ..neuron import ALIFNode
@@ -212,12 +213,17 @@ class SpikingVAE(nn.Module):
 
     def _check_label(self, n: int, label: int | Sequence[int] | Tensor) -> Tensor:
         """The class of each of ``n`` images, ``[n]``."""
-        given = label.tolist() if isinstance(label, Tensor) else label
-        labels = [given] * n if isinstance(given, int | str) else [*given]
-        if not self.labels or len(labels) != n or not {*labels} <= {*self.labels}:
+        if not self.labels:
             raise ValueError(
-                f"label must be one of {self.labels}, the classes of an ESVAE's flow, or {n} of "
-                f"them, but it is {label!r:.80}; or leave label out"
+                "label needs an ESVAE that samples from a flow fitted with labels, by "
+                "model.fit_prior(images, labels=...); leave label out"
+            )
+        given: Any = label.tolist() if isinstance(label, Tensor) else label
+        labels = [*given] if isinstance(given, Sequence) else [given] * n
+        if not all(map(is_whole, labels)) or len(labels) != n or not {*labels} <= {*self.labels}:
+            raise ValueError(
+                f"label must be one of {self.labels}, or a list of {n} of them, one for each "
+                f"image, but it is {given!r:.80}"
             )
         return torch.tensor(labels)
 

@@ -89,7 +89,8 @@ def _locate(source: str | Path) -> Path:
     folder = expand_home(source)
     if not (folder / CONFIG).is_file():
         raise ValueError(
-            f"no model {str(source)!r}: give a folder, or one of {', '.join(list_models())}"
+            f"no model {str(source)!r}: give a folder of sj-taid export, or one of "
+            f"{', '.join(list_models())}"
         )
     return folder
 

@@ -36,7 +36,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
             {k.removeprefix("model."): v for k, v in state if k.startswith("model.")}
         )
         # Calibrated thresholds are not the config's.
-        set_fixed_thresholds(model, checkpoint["fixed_thresholds"])
+        set_fixed_thresholds(model, checkpoint.get("fixed_thresholds", {}))
     except (RuntimeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a checkpoint of this run's model ({error}); leave out "

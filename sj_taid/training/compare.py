@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .files import atomic_write
+from .files import atomic_write, check_replaceable
 from .run import CONFIG, Run
 
 #: The content of a run's ``metrics.json``.
@@ -178,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where to write; default: the first folder")
     options = parser.parse_args(arguments)
     out = options.out or options.folders[0]
+    check_replaceable(out / "results.csv", ",folder\n")  # what ends the head of each
+    check_replaceable(out / "results.md", "| runs ")
     finished = gather(options.folders)
     runs = [*finished.values()]
     text = markdown(summary(runs))

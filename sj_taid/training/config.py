@@ -33,9 +33,10 @@ VERSION = "1.3"
 #: a run's config, with its interpolations
 CONFIG = "config.yaml"
 
+SHARE: Rule = ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 POSITIVE: Rule = ("a number > 0", lambda value: is_number(value) and value > 0)
-#: What no class takes, and ranges that libraries do not check. The kinds of all other values are
-#: checked where their classes are called.
+#: What no class takes, and ranges that libraries do not check, or in words that do not name the
+#: key. The kinds of all other values are checked where their classes are called.
 RULES: dict[str, Rule] = {
     "seed": ("an integer >= 0, below 2^32", lambda value: is_whole(value) and 0 <= value < 2**32),
     "cache_dir": PATH,
@@ -48,18 +49,29 @@ RULES: dict[str, Rule] = {
     ),
     "neuron_start.calibrate": ("between 0 and 1", lambda value: is_number(value) and 0 < value < 1),
     "surrogate.alpha": POSITIVE,
-    "dataset.erase": ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
+    "loss.label_smoothing": SHARE,
+    "metric.samples": integer(1),
+    "metric.autoencoder.epochs": integer(1),
+    "metric.autoencoder.batch_size": integer(1),
+    "dataset.erase": SHARE,
     "dataset.mixup": NOT_NEGATIVE,
     "dataset.limit": integer(1),
-    "dataset.batch_size": integer(1),  # what is trained first takes minutes
-    "metric.autoencoder.epochs": integer(1),
+    "dataset.batch_size": integer(1),
+    "dataset.num_workers": integer(0),
+    "optimizer.lr": NOT_NEGATIVE,
     "trainer.max_epochs": integer(0),
+    "trainer.accumulate_grad_batches": integer(1),
+    "trainer.check_val_every_n_epoch": integer(1),
     "trainer.limit_test_batches": POSITIVE,
 }
 #: of these, what null does not stand for a default of
 NEVER_NULL = {"seed", "trainer.max_epochs"}
-#: groups that one task alone takes, which its config names
-OF_ONE_TASK = {"loss": "classification", "feature_loss": "generation"}
+#: what one task alone takes: the choice that sets it, the task, and what is in its config alone
+OF_ONE_TASK = {
+    "loss": ("loss=", "classification", "loss"),
+    "model.per_channel": ("neuron=alif_channel", "classification", "loss"),
+    "feature_loss": ("feature_loss=", "generation", "feature_loss"),
+}
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> DictConfig:
@@ -152,9 +164,11 @@ def validate(cfg: DictConfig) -> None:
             f"{task.__name__} takes {task.takes.__name__}, but dataset={cfg.dataset.name} is "
             f"{data.__name__}; for recordings add task=classification"
         )
-    for group, name in OF_ONE_TASK.items():
-        if cfg.get(group) and group not in cfg.task:
-            raise ValueError(f"{group}= is for task={name}; add that, or leave {group}= out")
+    for key, (choice, name, own) in OF_ONE_TASK.items():
+        if OmegaConf.select(cfg, key) and own not in cfg.task:
+            raise ValueError(
+                f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
+            )
     metrics = "|".join(task.objectives)
     if not re.fullmatch(rf"(validation_)?({metrics})(_[a-z_]+)?", str(cfg.objective)):
         raise ValueError(f"objective={cfg.objective} is none of {metrics}, also of validation_...")

@@ -1,4 +1,4 @@
-"""Atomic file writes."""
+"""Atomic file writes, and the refusal to write over files of others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,3 +17,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path, mark: str) -> None:
+    """Refuse a folder, and a file that lacks the ``mark`` of those that are written there."""
+    if path.is_dir() or (
+        path.is_file() and mark not in path.read_text(encoding="utf-8", errors="replace")
+    ):
+        raise FileExistsError(
+            f"{path} is there, and this command did not write it; move it away, or choose another "
+            "place with --out"
+        )

@@ -16,8 +16,11 @@ import jinja2
 import pandas as pd
 
 from .compare import METRICS, Metrics, are_alike, frame, gather, present, summary
-from .files import atomic_write
+from .files import atomic_write, check_replaceable
 from .run import Run
+
+#: in the template: tells a page of ours
+MARK = 'content="sj-taid report"'
 
 
 def rank(runs: Mapping[Path, Metrics]) -> tuple[dict[Path, Metrics], str]:
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--best", type=int, default=12, help="how many to show pictures of")
     options = parser.parse_args(arguments)
     out = options.out or options.folders[0] / "report.html"
+    check_replaceable(out, MARK)
     runs = gather(options.folders)
     with atomic_write(out) as temporary:
         temporary.write_text(page(runs, options.best), encoding="utf-8")

@@ -234,8 +234,10 @@ def build_part(cfg: DictConfig, part: str, **arguments: Any) -> Any:
     """The object that a part of a config describes, see :func:`sj_taid._build.build`, or None."""
     if cfg.get(part) is None:
         return None
+    groups = {k: group for k, group in cfg.items() if isinstance(group, DictConfig)}
+    keys = {str(group.get("_target_")): str(key) for key, group in groups.items()}
     config = OmegaConf.to_container(cfg[part], resolve=True)
-    return build(config, cfg.get("trust", ()), **arguments)
+    return build(config, cfg.get("trust", ()), keys, **arguments)
 
 
 def build_model(cfg: DictConfig) -> nn.Module:

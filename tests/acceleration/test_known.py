@@ -200,7 +200,9 @@ def test_what_is_no_description_leaves_the_net():
         with pytest.raises(TypeError, match="known"):
             sj_taid.accelerate(net, known=INTEGER | wrong)
         assert [type(m) for m in net] == [MemoryUpdate, TDBN]
-    for arguments in ({"tau": 0.5}, {"levels": 0}, {"levels": 256}, {"v_reset": 0.0}):
+    wrong = [{"tau": 0.5}, {"levels": 0}, {"levels": 256}, {"v_reset": 0.0}, {"time_axis": -1}]
+    wrong += [{"divisor": 0}, {"v_threshold": -1.0}, {"window": (3, 1)}, {"voltage": 3}]
+    for arguments in wrong:
         with pytest.raises(ValueError, match=next(iter(arguments))):
             known.IntegerLIF(**{"tau": 2.0} | arguments)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from sj_taid.metric import AutoencoderCodes, FrechetDistance, PublishedFrechetAutoencoderDistance
 from sj_taid.model.autoencoder import Autoencoder
+from tests.metric.pixels import Pixels
 
 
 def scipys(real, generated):
@@ -15,6 +16,17 @@ def scipys(real, generated):
     s_r, s_g = np.cov(real.T.numpy()), np.cov(generated.T.numpy())
     root = linalg.sqrtm(s_r @ s_g).real
     return ((mu_r - mu_g) ** 2).sum() + np.trace(s_r + s_g - 2 * root)
+
+
+@pytest.mark.parametrize("batch", [7, 400])
+def test_frechet_distance_equals_scipys_matrix_root(batch):
+    real, generated = (torch.randn(n, 4).double() @ torch.rand(4, 4).double() for n in (400, 300))
+    metric = FrechetDistance(Pixels())
+    for is_real, codes in ((True, real), (False, generated + 0.5)):
+        for part in codes.split(batch):
+            metric.update(part.view(-1, 1, 2, 2), real=is_real)
+    expected = scipys(real, generated + 0.5)
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_is_not_rounded_under_autocast():
@@ -29,6 +41,14 @@ def test_frechet_distance_is_not_rounded_under_autocast():
     assert torch.equal(*found)
 
 
+def test_frechet_distance_refuses_too_few_images():
+    metric = FrechetDistance(Pixels())
+    metric.update(torch.rand(50, 1, 2, 2), real=True)
+    metric.update(torch.rand(4, 1, 2, 2), real=False)
+    with pytest.raises(ValueError, match=r"4 generated images; a covariance of 4 .* at least 5"):
+        metric.compute()
+
+
 def test_autoencoder_codes_refuse_other_images_and_stay_in_eval_mode():
     metric = FrechetDistance(AutoencoderCodes(Autoencoder(1, 8, (4,), 2))).train()
     assert not metric.inception.autoencoder.training
@@ -38,7 +58,7 @@ def test_autoencoder_codes_refuse_other_images_and_stay_in_eval_mode():
     for value in (float("nan"), float("inf"), 255.0, -1.1):
         images = torch.rand(5, 1, 8, 8)
         images[3, 0, 1, 1] = value
-        with pytest.raises(ValueError, match=r"finite values in \[-1, 1\]"):
+        with pytest.raises(ValueError, match=r"got values from .* finite values in \[-1, 1\]"):
             metric.update(images, real=False)
 
 

@@ -1,13 +1,17 @@
-"""Inception and its score: closed forms, and wrong weights."""
+"""Inception and its score: closed forms, torchmetrics' own, two processes, wrong weights."""
 
+import math
 import pickle
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torchmetrics.wrappers import FeatureShare
 
-from sj_taid.metric import FrechetDistance, Inception, InceptionScore
+from sj_taid.metric import FrechetDistance, Inception, InceptionScore, Precision, Recall
 from tests.metric.pixels import CLASSES, Pixels, classifier
 
 
@@ -26,8 +30,15 @@ def score(images):
     return float(metric.compute())
 
 
-def of_class(labels):
-    return (60 * torch.eye(CLASSES)[labels] - 60).view(-1, 1, 2, 2)  # logits
+def of_class(labels, confidence=1.0):
+    """Images that the classifier finds to be ``labels`` with probability ``confidence``."""
+    p = torch.full((len(labels), CLASSES), (1 - confidence) / (CLASSES - 1))
+    p[torch.arange(len(labels)), labels] = confidence
+    return p.log().clamp_min(-60).view(-1, 1, 2, 2)
+
+
+def random_images(n=60, seed=0):
+    return torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
 
 
 def test_inception_score_of_known_classes():
@@ -35,6 +46,65 @@ def test_inception_score_of_known_classes():
     assert score(of_class(even)) == pytest.approx(CLASSES, rel=1e-6)
     assert score(of_class(even * 0)) == pytest.approx(1, rel=1e-6)
     assert score(of_class(even % 2)) == pytest.approx(2, rel=1e-6)
+    # KL of every image to the even marginal is log 4 minus its entropy.
+    p, rest = 0.7, 0.1
+    entropy = -(p * math.log(p) + 3 * rest * math.log(rest))
+    expected = math.exp(math.log(CLASSES) - entropy)
+    assert score(of_class(even, p)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_inception_score_refuses_too_few_images():
+    with pytest.raises(ValueError, match="got 3 images; 4 classes need at least as many"):
+        score(random_images(3))
+
+
+def metrics(rank=0, processes=1):
+    """The metrics of images, of which each process sees its share; one network serves both."""
+    features = Classifying()
+    comparing = {
+        "fid": FrechetDistance(features),
+        "precision": Precision(features),
+        "recall": Recall(features),
+    }
+    both = FeatureShare(comparing | {"score": InceptionScore(features, splits=1)})
+    # Unequal shares, in as many batches: torchmetrics gathers the score's one by one.
+    for part in random_images().split([5, 10, 5, 40])[rank::processes]:
+        for name in comparing:
+            both[name].update(part, real=True)
+    for part in random_images(seed=1).split([10, 20, 10, 20])[rank::processes]:
+        both.update(part, real=False)
+    (features,) = (m for m in both["fid"].modules() if isinstance(m, Pixels))
+    assert features.calls == len(range(rank, 4, processes)) * 2
+    return both
+
+
+def one_of_two(rank, folder):
+    address = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    try:
+        values = metrics(rank, 2).compute()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return values
+
+
+def other_process(index, folder):
+    torch.save(one_of_two(1, folder), f"{folder}/other.pt")
+
+
+@pytest.mark.slow
+def test_metrics_of_two_processes_equal_those_of_one(tmp_path):
+    other = mp.start_processes(other_process, (tmp_path,), join=False, start_method="forkserver")
+    first = one_of_two(0, tmp_path)
+    other.join()
+    second = torch.load(tmp_path / "other.pt")
+    values = metrics().compute()
+    assert set(values) == {"fid", "precision", "recall", "score"}
+    assert 0.5 < values["precision"] < 1 and 0.5 < values["recall"] < 1
+    for name, value in values.items():
+        assert float(first[name]) == pytest.approx(float(value), rel=1e-6)
+        assert float(second[name]) == pytest.approx(float(value), rel=1e-6)
 
 
 def test_inception_without_torch_fidelity(monkeypatch):
@@ -78,7 +148,7 @@ def test_inception_with_made_up_weights(fidelity, tmp_path, monkeypatch):
     inception = Inception(path).train()
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert not any(m.training for m in inception.modules())
-    features = inception(torch.rand(2, 1, 2, 2))
+    features = inception(random_images(2).tanh())
     assert features.shape == (2, 2048) and features.isfinite().all()
     with pytest.raises(ValueError, match=r"C = 1 or 3, but got \[2, 2, 4, 4\]"):
         inception(torch.zeros(2, 2, 4, 4))

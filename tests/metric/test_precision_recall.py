@@ -55,3 +55,10 @@ def test_precision_of_groups_far_from_each_other(size):
     metric = Precision(Pixels())
     metric.real_features, metric.fake_features = [[one] for one in features]
     assert metric.compute().item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_precision_refuses_too_few_images():
+    with pytest.raises(ValueError, match=r"by 4 .* at least 5 images of each kind, but got 4 real"):
+        compute(Precision(Pixels(), k=4), REAL, [*GENERATED, 1.0])
+    with pytest.raises(ValueError, match=r"but got 0 generated ones; add images"):
+        compute(Precision(Pixels(), k=3), REAL, [])

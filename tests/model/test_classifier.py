@@ -129,7 +129,14 @@ def test_forward_is_the_mean_over_time_and_a_class():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"T": 0}, "T must"), ({"neuron": ALIFNode}, "'m'")]
+    ("change", "message"),
+    [
+        ({"T": 0}, "T must"),
+        ({"dropout": (0.5, 1.0)}, r"dropout must be two probabilities in \[0, 1\)"),
+        ({"neuron": ALIFNode}, "'m'"),
+        ({"norm": "off"}, "norm must be True or False"),
+        ({"classes": 1}, "classes must be an integer >= 2"),
+    ],
 )
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
@@ -145,5 +152,5 @@ def test_forward_of_bad_input():
     x = 7 * frames()  # counts of events have no bound
     assert model(x).isfinite().all()
     x[0, 0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"Classifier expects finite values"):
+    with pytest.raises(ValueError, match=r"Classifier got values .*, but expects finite values$"):
         model(x)

@@ -183,8 +183,13 @@ BAD = {
         ({"neuron": ALIFNode}, "step mode 'm'"),
         ({"neuron": ALIFNode(step_mode="m")}, "neuron must make a neuron each time it is called"),
         ({"mmd_weight": -1}, "mmd_weight must be a number >= 0"),
+        ({"exact_counts": "off"}, "exact_counts must be True or False"),
+        ({"sample_from": "flwo"}, "learned or flow, but it is 'flwo'"),
     ],
-    FSVAE: [({"k": 0}, "k must be an integer >= 1")],
+    FSVAE: [
+        ({"k": 0}, "k must be an integer >= 1"),
+        ({"own_sample_probability": (10, 30)}, r"two probabilities in \[0, 1\]"),
+    ],
 }
 
 
@@ -210,7 +215,7 @@ def test_bad_image_values(kind, wrong):
     model = make(kind, **({"sample_from": "flow"} if kind is ESVAE else {}))
     image = images()
     image[0, 0, 0, 0] = wrong
-    message = rf"{kind.__name__} expects finite values in \[-1, 1\], but got"
+    message = rf"{kind.__name__} got values .*but expects finite values in \[-1, 1\]; scale pixels"
     calls = [model, model.latent_spikes]
     if kind is ESVAE:
         calls += [model.rate, lambda image: model.fit_prior([image])]

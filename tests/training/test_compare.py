@@ -96,6 +96,27 @@ def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
     assert table.to_numpy().tolist() == [[10, "lif"], [12, "lif"], [7, "alif"], [8, "alif"]]
 
 
+def test_compare_and_report_leave_files_of_others_alone(runs, tmp_path, sj_taid):
+    for command, out, name in (
+        ("compare", runs, "results.md"),
+        ("compare", runs, "results.csv"),
+        ("report", tmp_path / "notes.html", ""),
+        ("report", runs / "0" / run.METRICS, ""),
+    ):
+        path = out / name
+        before = path.read_text() if path.exists() else "mine"
+        path.write_text(before)
+        with pytest.raises(SystemExit, match=f"{path.name} is there, and this command did not"):
+            sj_taid(command, str(runs), f"--out={out}")
+        assert path.read_text() == before
+        if before == "mine":
+            path.unlink()
+    with pytest.raises(SystemExit, match=f"{tmp_path.name} is there, and this command did not"):
+        sj_taid("report", str(runs), f"--out={tmp_path}")
+    for _ in range(2):  # its own are replaced
+        compare.main([str(runs)])
+
+
 def test_compare_takes_a_single_run(single, sj_taid, tmp_path):
     sj_taid("compare", str(single.folder), "--out", str(tmp_path / "out"))
     assert cells((tmp_path / "out" / "results.md").read_text())[2][:2] == ["3.50", "2"]
