@@ -56,7 +56,7 @@ def walk(cfg: DictConfig) -> None:
 
 def load(cfg: DictConfig, method: str, choice: str) -> tuple[Run, Any]:
     """The run of ``cfg.checkpoint`` and its model, which draws by a method, from ``cfg.seed``."""
-    if cfg.output and Path(cfg.output).suffix != ".png":  # a file that is there may be another
+    if cfg.output and Path(cfg.output).suffix != ".png":  # or it may replace a file
         raise ValueError(f"output must name a picture, such as a.png, but it is {cfg.output}")
     run = Run.find(cfg.checkpoint)
     model = run.model(cfg.trust)
