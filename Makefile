@@ -69,10 +69,10 @@ build: install ## Make wheel and sdist in dist/, and check them
 
 install: $(VENV)/installed ## Make .venv with everything
 
-# Repeated when the dependencies change. The newest pip takes two thirds of the time of an old one.
+# Repeated when the dependencies change. Of the many of dev the newest pip installs in half the time.
 $(VENV)/demo: setup.cfg pyproject.toml
 	@echo "Installing what the demo needs in $(VENV); a minute or more."
-	$(PYTHON) -m venv --upgrade-deps $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[cpu,train]"
 	touch $@
 
