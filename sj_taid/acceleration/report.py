@@ -129,16 +129,15 @@ def measure(
 ) -> tuple[dict[str, dict[str, bool]], tuple[int, int], tuple[float, float]]:
     """Run training steps of a copy before and after, in turns: readers, saved bytes and ms."""
     trial, turns = copy_net(net), []
-    unaccelerate(trial)  # an earlier call's
     inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
     with torch.random.fork_rng({p.device for p in trial.parameters() if p.is_cuda}):
         for _ in range(6):  # the first compiles the kernels
+            unaccelerate(trial)  # an earlier call's too
             before = run_step(trial, inputs)
             accelerate(trial)
             turns.append((before, run_step(trial, inputs)))
             norms = norms_of(trial)
             readers = {path: n.readers for path, n in norms if isinstance(n, AcceleratedNorm)}
-            unaccelerate(trial)
     (old_bytes, _), (new_bytes, _) = turns[0]
     old, new = (min(ms for _, ms in steps) for steps in zip(*turns, strict=True))
     return readers, (old_bytes, new_bytes), (old, new)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class ESVAE(SpikingVAE):
     def __init__(
         self,
         *args: Any,
-        sample_from: Literal["learned", "flow"] = "learned",
+        sample_from: str = "learned",
         mmd_weight: float = 1e-3,
         exact_counts: bool = False,
         **kwargs: Any,
@@ -68,7 +68,7 @@ class ESVAE(SpikingVAE):
         check_flags(exact_counts=exact_counts)
         if sample_from not in ("learned", "flow"):
             raise ValueError(f"sample_from must be learned or flow, but it is {sample_from!r}")
-        self.sample_from: str = sample_from
+        self.sample_from = sample_from
         self.mmd_weight = mmd_weight
         self.exact_counts = exact_counts
         super().__init__(*args, **kwargs)
@@ -89,6 +89,7 @@ class ESVAE(SpikingVAE):
         return self.encode(image).mean(0)
 
     def latent_spikes(self, image: Tensor) -> Tensor:
+        """Draw the decoder's input ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""
         return self._spikes(self.rate(image))
 
     def _spikes(self, rate: Tensor) -> Tensor:
