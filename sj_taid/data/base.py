@@ -52,8 +52,8 @@ class Data(L.LightningDataModule):
         seed: seed of these draws; a run's own seed does not change it.
 
     Raises:
-        ValueError: a share out of its range; a part without samples; ``"own"`` where there is none;
-            other classes than the data set has, or none to mix.
+        ValueError: an unknown ``augment``; a share out of its range; a part without samples;
+            ``"own"`` where there is none; other classes than the data set has, or none to mix.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Data(L.LightningDataModule):
     batch_size: int
     classes: int | None = None
     num_workers: int = 0
-    augment: Literal["affine", "crop_flip", "flip"] | None = None
+    augment: str | None = None
     erase: float = 0.0
     mixup: float = 0.0
     limit: int | None = None
@@ -81,6 +81,11 @@ class Data(L.LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
+        if self.augment is not None and self.augment not in AUGMENTATIONS:
+            raise ValueError(
+                f"dataset.augment must be null or one of {', '.join(AUGMENTATIONS)}, "
+                f"but it is {self.augment!r}"
+            )
         if self.mixup and self.classes is None:
             raise ValueError("dataset.mixup mixes labels, but dataset.classes is None; set it to 0")
         if isinstance(self.validation, int | float) and not 0 <= self.validation < 1:

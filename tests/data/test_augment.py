@@ -114,6 +114,8 @@ def test_mixup_mixes_whole_recordings():
     assert torch.equal(mixed, mixed[:, :1, :1, :1, :1].expand_as(mixed))
 
 
-def test_mixup_needs_classes():
+def test_data_refuses_impossible_augmentation():
     with pytest.raises(ValueError, match=r"dataset\.classes is None"):
         make(Digits, mixup=1.0, classes=None)
+    with pytest.raises(ValueError, match=r"dataset\.augment must be null or one of affine.*cutout"):
+        make(Digits, augment="cutout")
