@@ -63,6 +63,11 @@ def forget_reset_cache() -> None:
         functional.net_config._RESET_MODULE_CACHE.clear()
 
 
+def reset_value(node: Any, name: str) -> Any:
+    """The value that ``reset`` gives the state ``name`` of a neuron."""
+    return node._memories_rv[name]
+
+
 def detach_state(state: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a neuron for a copy or pickle, without the graphs of its voltages."""
     memories = {name: _detach(value) for name, value in state["_memories"].items()}

@@ -273,5 +273,5 @@ def _shared_options(node: Any) -> dict[str, Any]:
 
 
 def _copy_voltage(old: Any, new: Any) -> None:
-    new.set_reset_value("v", old._memories_rv["v"])
+    new.set_reset_value("v", _compat.reset_value(old, "v"))
     new.v = old.v

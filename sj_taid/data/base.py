@@ -88,8 +88,11 @@ class Data(L.LightningDataModule):
             )
         if self.mixup and self.classes is None:
             raise ValueError("dataset.mixup mixes labels, but dataset.classes is None; set it to 0")
-        if isinstance(self.validation, int | float) and not 0 <= self.validation < 1:
-            raise ValueError(f"dataset.validation must be in [0, 1), but it is {self.validation}")
+        share = self.validation
+        if share not in (None, "own") and (isinstance(share, str) or not 0 <= share < 1):
+            raise ValueError(
+                f"dataset.validation must be a share in [0, 1), own or null, but it is {share}"
+            )
 
     def load(self) -> tuple[Samples, Samples]:
         """The training and the test set."""

@@ -32,8 +32,10 @@ def encoder_shape(
         while side > 4 and side % 4 == 0:
             widths.append(2 * widths[-1])
             side //= 2
+    if not widths:
+        raise ValueError("hidden_channels must be the width of each block, but it is empty")
     side, rest = divmod(image_size, 2 ** len(widths))
-    if not widths or rest or side < 1:
+    if rest or side < 1:
         raise ValueError(
             f"image_size={image_size} must be a multiple of {2 ** len(widths)}, to be halved for "
             f"each of hidden_channels={widths}"
