@@ -1,4 +1,4 @@
-"""ESVAE: a spiking VAE whose latent is a firing rate, and whose prior is drawn in one pass."""
+"""ESVAE: a spiking VAE whose latent is a firing rate."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -11,31 +11,35 @@ from torch.nn import functional as F
 from .._context import seeded
 from .rate import check_rates
 
-HIDDEN, COUPLINGS = 256, 8
-CLUSTERS, K_MEANS_STEPS = 30, 50
-EPOCHS, LR = 30, 2e-3
+WIDTH, BLOCKS, FREQUENCIES = 384, 4, 8
+CLASSES = 30
+EPOCHS, LR = 48, 2e-3
 #: The batch shrinks with the data, so every epoch has at least about 40 steps.
 STEPS, LARGEST_BATCH = 40, 512
-#: The share of rates that is held out, to stop after so many epochs without a better likelihood.
-HELD_OUT, PATIENCE = 0.1, 3
+#: The share of rates that is held out, to stop after so many epochs without a better loss.
+HELD_OUT, PATIENCE = 0.1, 5
+#: Few of them are repeated to so many, at other times, or their loss would be too noisy.
+LEAST_HELD_OUT = 4096
+#: Steps of a draw, each of which evaluates the velocity twice.
+DRAW_STEPS = 8
 
 
 class FlowPrior(nn.Module):
-    r"""Normalising flow, conditioned on a cluster, fitted to the ranks of training images' rates.
+    r"""Continuous normalising flow, fitted to the ranks of training images' rates.
 
-    Affine couplings :math:`f_k` map the normal scores ``x`` of the ranks in cluster k to noise,
-    each half of the channels given the other half and k; a draw inverts them:
+    A small network v learns the velocity with which noise z moves in a straight line to the normal
+    scores x of the ranks (flow matching), given the class k of the image; a draw follows it:
 
     .. math::
-        r_c = Q_c(\Phi(x_c)), \quad x = f_k^{-1}(z), \ z \sim N(0, I), \ k \sim w
+        L = E \, |v(z + t (x - z), t, k) - (x - z)|^2, \quad t \sim U(0, 1), \ z \sim N(0, I)
+
+        r_c = Q_c(\Phi(x_c)), \quad x = z + \int_0^1 v(x(t), t, k) \, dt, \ k \sim w
 
     with the quantile function :math:`Q_c` of the training rates of channel c, and the share
-    :math:`w_k` of cluster k in them. Most rates are 0 or 1, or nearly, and no smooth density has
-    that shape; ranks have one (a copula). The 30 clusters are by k-means: a flow from one Gaussian
-    is continuous, and without them it draws images between those of different classes. Fitted with
-    labels, every class has clusters of its own. The couplings learn by maximum likelihood until
-    that of a tenth of the rates, held out, no longer improves; a rate's rank is drawn again in each
-    epoch, between those of its neighbours.
+    :math:`w_k` of class k in them. Many rates are 0 or 1, and no smooth density has that shape;
+    ranks have one (a copula). The network learns until its loss for a tenth of the rates, held out,
+    no longer improves; a rate's rank is drawn again in each epoch, between those of its neighbours.
+    The integral has eight steps of the midpoint rule.
 
     Args:
         channels: latent channels d.
@@ -44,22 +48,22 @@ class FlowPrior(nn.Module):
     Raises:
         ValueError: at a call, a flow that is not fitted.
 
-    Source: Dinh et al., RealNVP, arXiv 1605.08803; fitting after training as in Ghosh et al.,
-    arXiv 1903.12436.
+    Source: Lipman et al., arXiv 2210.02747; fitting after training as in Ghosh et al., arXiv
+    1903.12436.
     """
 
     cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
-    shares: Tensor  #: of the clusters, ``[30]``
-    labels: Tensor  #: the class of each cluster, ``[30]``; -1 without labels
+    labels: Tensor  #: the classes in order, ``[30]``; -1 where there are no more
+    shares: Tensor  #: of the classes, ``[30]``; without labels all are of the first
 
     def __init__(self, channels: int, levels: int = 16) -> None:
         super().__init__()
         self.levels = levels
         self.register_buffer("cumulative", torch.zeros(channels, levels + 1))
-        self.register_buffer("shares", torch.zeros(CLUSTERS))
-        self.register_buffer("labels", torch.full((CLUSTERS,), -1))
+        self.register_buffer("labels", torch.full((CLASSES,), -1))
+        self.register_buffer("shares", torch.zeros(CLASSES))
         with torch.random.fork_rng([]):  # leaves the weights of the model as they are without it
-            self.couplings = nn.ModuleList(Coupling(channels, i) for i in range(COUPLINGS))
+            self.velocity = Velocity(channels)
         self.requires_grad_(False)  # it learns in fit, not with the model
 
     @property
@@ -70,7 +74,7 @@ class FlowPrior(nn.Module):
     @property
     def classes(self) -> list[int]:
         """The labels that the flow was fitted with, in order; empty without."""
-        return self.labels[self.labels >= 0].unique().tolist() if self.fitted else []
+        return self.labels[self.labels >= 0].tolist() if self.fitted else []
 
     def clear(self) -> None:
         """Undo :meth:`fit`."""
@@ -87,7 +91,7 @@ class FlowPrior(nn.Module):
             seed: of the fit.
 
         Raises:
-            ValueError: fewer than 30 rates, of another width, or outside [0, 1]; labels that are
+            ValueError: fewer than 10 rates, of another width, or outside [0, 1]; labels that are
                 not one for each, or of more than 30 classes.
             FloatingPointError: the fit has diverged.
         """
@@ -97,56 +101,44 @@ class FlowPrior(nn.Module):
         check_enough(len(rates))
         check_rates(rates)
         labels = _check_labels(labels, len(rates)).to(rates.device)
+        classes, index = labels.unique(return_inverse=True)
         with seeded(seed), torch.inference_mode(False), torch.enable_grad():
-            rates = rates.clone().float()
-            levels = (rates * self.levels).round().long()
-            trained = FlowPrior(d, self.levels).to(rates)
+            levels = (rates.float() * self.levels).round().long()
+            trained = FlowPrior(d, self.levels).to(rates.device)
             for level in range(self.levels + 1):
                 trained.cumulative[:, level] = (levels <= level).double().mean(0)
-            cluster = trained.find_clusters(rates, labels)
-            trained.learn(levels, cluster)
+            trained.labels[: len(classes)] = classes
+            trained.shares.copy_(index.bincount(minlength=CLASSES) / len(rates))
+            trained.learn(levels, index)
         self.load_state_dict(trained.state_dict())
 
-    def find_clusters(self, rates: Tensor, labels: Tensor) -> Tensor:
-        """The cluster ``[n]`` of each rate, by k-means within the classes; keeps what they are."""
-        classes = labels.unique().tolist()
-        size = CLUSTERS // len(classes)
-        cluster = torch.empty_like(labels)
-        for number, label in enumerate(classes):
-            first = number * size
-            cluster[labels == label] = first + k_means(rates[labels == label], size)
-            self.labels[first : first + size] = label
-        self.shares.copy_(cluster.bincount(minlength=CLUSTERS) / len(rates))
-        return cluster
-
-    def learn(self, levels: Tensor, cluster: Tensor) -> None:
-        """Maximise the likelihood of training rates' levels ``[n, d]`` in clusters ``[n]``."""
+    def learn(self, levels: Tensor, index: Tensor) -> None:
+        """Minimise the loss for training rates' levels ``[n, d]`` of classes ``[n]``."""
         order = torch.randperm(len(levels), device=levels.device)
-        first, rest = order.tensor_split([math.ceil(HELD_OUT * len(levels))])
-        held_out = self.draw_scores(levels[first]), cluster[first]
-        levels, cluster = levels[rest], cluster[rest]
-        self.couplings.requires_grad_()
-        optimizer = torch.optim.Adam(self.couplings.parameters(), LR)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
-        size = min(max(len(levels) // STEPS, 1), LARGEST_BATCH)
-        best, waited = (math.inf, self.couplings.state_dict()), 0
+        held_out, rest = order.tensor_split([math.ceil(HELD_OUT * len(levels))])
+        held_out = held_out.repeat(math.ceil(LEAST_HELD_OUT / len(held_out)))
+        size = min(max(len(rest) // STEPS, 1), LARGEST_BATCH)
+        self.velocity.requires_grad_()
+        optimizer = torch.optim.Adam(self.velocity.parameters(), LR)
+        steps = EPOCHS * math.ceil(len(rest) / size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.05)
+        best, waited = (math.inf, self.velocity.state_dict()), 0
         for _ in range(EPOCHS):
-            order = torch.randperm(len(levels), device=levels.device)
-            for batch in order.split(size):
+            for batch in rest[torch.randperm(len(rest), device=rest.device)].split(size):
                 optimizer.zero_grad()
-                self.loss(self.draw_scores(levels[batch]), cluster[batch]).backward()
+                self.loss(levels[batch], index[batch]).backward()
                 optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                loss = self.loss(*held_out).item()
+                schedule.step()
+            with torch.no_grad(), seeded(0):  # the same noise in every epoch
+                loss = self.loss(levels[held_out], index[held_out]).item()
             waited += 1
             if loss < best[0]:
-                best, waited = (loss, deepcopy(self.couplings.state_dict())), 0
+                best, waited = (loss, deepcopy(self.velocity.state_dict())), 0
             if waited == PATIENCE:
                 break
         if not math.isfinite(best[0]):
             raise FloatingPointError("the fit of the flow diverged; take sample_from='learned'")
-        self.couplings.load_state_dict(best[1])
+        self.velocity.load_state_dict(best[1])
 
     def draw_scores(self, levels: Tensor) -> Tensor:
         """Normal scores ``[n, d]`` of ranks, uniform among those that have the levels."""
@@ -155,13 +147,12 @@ class FlowPrior(nn.Module):
         rank = lower + (upper - lower) * torch.rand_like(upper)
         return torch.special.ndtri(rank.clamp(1e-6, 1 - 1e-6))
 
-    def loss(self, x: Tensor, cluster: Tensor) -> Tensor:
-        """The negative log-likelihood per rate given its cluster, but for a constant."""
-        volume = x.new_zeros(len(x))
-        for coupling in self.couplings:
-            scale, shift = coupling(x, cluster)
-            x, volume = x * scale.exp() + shift, volume + scale.sum(1)
-        return (x.square().sum(1) / 2 - volume).mean() / x.shape[1]
+    def loss(self, levels: Tensor, index: Tensor) -> Tensor:
+        """The mean squared error of the velocity, at times that cover [0, 1] evenly."""
+        n = len(levels)
+        x = self.draw_scores(levels)
+        noise, time = torch.randn_like(x), (torch.randperm(n) + torch.rand(n)).to(x)[:, None] / n
+        return F.mse_loss(self.velocity(torch.lerp(noise, x, time), time, index), x - noise)
 
     def draw(self, n: int, labels: Tensor | None = None) -> Tensor:
         """Draw ``n`` ranks ``[n, d]`` in [0, 1]."""
@@ -169,10 +160,12 @@ class FlowPrior(nn.Module):
         shares = self.shares.float().expand(n, -1)
         if labels is not None:
             shares = shares * (self.labels == labels.to(self.labels)[:, None])
-        cluster = torch.multinomial(shares, 1).squeeze(1)
-        for coupling in reversed(self.couplings):
-            scale, shift = coupling(x, cluster)
-            x = (x - shift) * (-scale).exp()
+        index = torch.multinomial(shares, 1).squeeze(1)
+        step = 1 / DRAW_STEPS
+        for number in range(DRAW_STEPS):
+            time = x.new_full((n, 1), number * step)
+            middle = x + step / 2 * self.velocity(x, time, index)
+            x = x + step * self.velocity(middle, time + step / 2, index)
         return torch.special.ndtr(x)
 
     def forward(self, n: int, labels: Tensor | None = None) -> Tensor:
@@ -191,8 +184,8 @@ class FlowPrior(nn.Module):
 
 def check_enough(n: int) -> None:
     """Refuse to fit a flow to the rates of ``n`` images, if they are too few."""
-    if n < CLUSTERS:
-        raise ValueError(f"a flow needs the rates of at least {CLUSTERS} images, but got {n}")
+    if n < 10:
+        raise ValueError(f"a flow needs the rates of at least 10 images, but got {n}")
 
 
 def _check_labels(labels: Sequence[int] | Tensor | None, n: int) -> Tensor:
@@ -202,42 +195,31 @@ def _check_labels(labels: Sequence[int] | Tensor | None, n: int) -> Tensor:
     labels = torch.as_tensor(labels)
     if labels.shape != (n,) or labels.is_floating_point() or labels.min() < 0:
         raise ValueError(f"expected {n} labels, integers >= 0, but got {labels.tolist()!s:.60}")
-    if (classes := len(labels.unique())) > CLUSTERS:
-        raise ValueError(f"a flow takes labels of at most {CLUSTERS} classes, but got {classes}")
+    if (classes := len(labels.unique())) > CLASSES:
+        raise ValueError(f"a flow takes labels of at most {CLASSES} classes, but got {classes}")
     return labels
 
 
-def k_means(points: Tensor, clusters: int) -> Tensor:
-    """The cluster of each of ``points`` ``[n, d]``, by Lloyd's k-means, ``[n]``."""
-    centers = points[torch.randperm(len(points), device=points.device)[:clusters]]
-    for _ in range(K_MEANS_STEPS):
-        cluster = torch.cdist(points, centers).argmin(1)
-        one_hot = F.one_hot(cluster, len(centers)).to(points)
-        size = one_hot.sum(0)[:, None]
-        centers = torch.where(size > 0, one_hot.t() @ points / size.clamp(min=1), centers)
-    return cluster
+class Velocity(nn.Module):
+    """The velocity ``[n, d]`` at ``x`` ``[n, d]`` and ``time`` ``[n, 1]`` of classes ``[n]``."""
 
+    frequencies: Tensor
 
-class Coupling(nn.Module):
-    """Scale (its logarithm, within 2) and shift of half of the channels, given the rest."""
-
-    mask: Tensor
-
-    def __init__(self, channels: int, number: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        halves = torch.randperm(channels, generator=torch.Generator().manual_seed(number // 2))
-        self.register_buffer("mask", ((halves % 2) == number % 2).float())
-        self.net = nn.Sequential(
-            nn.Linear(channels + CLUSTERS, HIDDEN),
-            nn.SiLU(),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.SiLU(),
-            nn.Linear(HIDDEN, 2 * channels),
-        )
-        for parameter in self.net[-1].parameters():  # starts as the identity
-            nn.init.zeros_(parameter)
+        self.register_buffer("frequencies", torch.arange(1, FREQUENCIES + 1) * math.pi / 2)
+        self.first = nn.Linear(channels + 2 * FREQUENCIES + CLASSES, WIDTH)
+        self.blocks = nn.ModuleList()
+        for _ in range(BLOCKS):
+            first, last = (nn.Linear(WIDTH, WIDTH) for _ in range(2))
+            nn.init.zeros_(last.weight)  # nearly the identity at the start
+            self.blocks.append(nn.Sequential(nn.LayerNorm(WIDTH), first, nn.SiLU(), last))
+        self.last = nn.Linear(WIDTH, channels)
 
-    def forward(self, x: Tensor, cluster: Tensor) -> tuple[Tensor, Tensor]:
-        one_hot = F.one_hot(cluster, CLUSTERS).to(x)
-        scale, shift = self.net(torch.cat([x * self.mask, one_hot], 1)).chunk(2, 1)
-        return 2 * torch.tanh(scale / 2) * (1 - self.mask), shift * (1 - self.mask)
+    def forward(self, x: Tensor, time: Tensor, index: Tensor) -> Tensor:
+        angle = time * self.frequencies
+        one_hot = F.one_hot(index, CLASSES).to(x)
+        x = self.first(torch.cat([x, angle.sin(), angle.cos(), one_hot], 1))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)

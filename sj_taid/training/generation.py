@@ -13,7 +13,7 @@ from .._context import seeded
 from ..data import ImageData
 from ..layer import TAID, FixedDecoder
 from ..model.esvae import ESVAE
-from ..model.flow import CLUSTERS, FlowPrior, check_enough
+from ..model.flow import CLASSES, FlowPrior, check_enough
 from ..model.spiking_vae import SpikingVAE
 from .callbacks import show_progress
 from .compare import OF_SAMPLES, are_alike
@@ -100,7 +100,7 @@ class Generation(Autoencoding):
         """Fit ESVAE's flow to the training images, not augmented, and to their labels if any."""
         if self.flow:
             labels = data.train_set.labels
-            is_labelled = 1 < len({*labels}) <= CLUSTERS
+            is_labelled = 1 < len({*labels}) <= CLASSES
             batches = show_progress(data.plain_train_dataloader(), "Rates of the training images")
             # The seed leaves the random state to a run that resumes with more epochs.
             with seeded(0):

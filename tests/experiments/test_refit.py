@@ -28,7 +28,7 @@ def test_refit_makes_runs_that_can_be_exported(options, tmp_path, monkeypatch):
     assert ("--without-labels" in second.metrics["prior_fitted"]["command"]) == bool(options)
     shipped, model, other = create_model(NAME, pretrained=True), first.model(), second.model()
     assert model.labels == ([] if options else [0, 1])
-    assert not torch.equal(model.flow.shares, other.flow.shares)
+    assert not torch.equal(model.flow.velocity.last.weight, other.flow.velocity.last.weight)
     assert torch.equal(model.to_latent[0][0].weight, shipped.to_latent[0][0].weight)
     card = (export(first.folder, "mine", tmp_path) / "README.md").read_text()
     assert ("label=1)  # one of [0, 1]" in card) != bool(options)

@@ -2,20 +2,18 @@
 
 import pytest
 import torch
+from torch import nn
 
-from sj_taid._context import seeded
 from sj_taid.model import flow
 from sj_taid.model.flow import FlowPrior
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(flow, "HIDDEN", 32)
-    monkeypatch.setattr(flow, "COUPLINGS", 4)
+    monkeypatch.setattr(flow, "WIDTH", 32)
+    monkeypatch.setattr(flow, "BLOCKS", 2)
     monkeypatch.setattr(flow, "EPOCHS", 2)
-    monkeypatch.setattr(flow, "STEPS", 15)
-    monkeypatch.setattr(flow, "LR", 3 * flow.LR)
-    monkeypatch.setattr(flow, "CLUSTERS", 5)
+    monkeypatch.setattr(flow, "LR", 5 * flow.LR)
 
 
 def bent(n=1000):
@@ -25,74 +23,64 @@ def bent(n=1000):
     return rates
 
 
-def random_flow(channels=3):
-    prior = FlowPrior(channels, levels=4)
-    for coupling in prior.couplings:
-        for parameter in coupling.net[-1].parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    prior.shares[1] = prior.shares[3] = 0.5
-    return prior
+class Field(nn.Module):
+    """A velocity that is known, in place of the network; keeps what it was asked."""
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.velocity = velocity
+        self.asked = []
+
+    def forward(self, *arguments):
+        self.asked.append(arguments)
+        return self.velocity(*arguments)
 
 
-def noise(prior, x, cluster):
-    """What the couplings make of normal scores."""
-    for coupling in prior.couplings:
-        scale, shift = coupling(x, cluster)
-        x = x * scale.exp() + shift
-    return x
-
-
-def test_loss_is_the_density_by_its_jacobian():
-    prior, x, k = random_flow(), torch.randn(1, 3), torch.tensor([2])
-    jacobian = torch.autograd.functional.jacobian(lambda x: noise(prior, x[None], k)[0], x[0])
-    density = noise(prior, x, k).square().sum() / 2 - jacobian.det().abs().log()
-    torch.testing.assert_close(prior.loss(x, k), density / 3)
-    assert prior.loss(x, torch.tensor([4])) != prior.loss(x, k)
-
-
-def test_draw_inverts_the_couplings(monkeypatch):
-    prior, z = random_flow().double(), torch.randn(5, 3).double()
+def test_draw_integrates_the_velocity(monkeypatch):
+    prior, z = FlowPrior(3, levels=4).double(), torch.rand(400, 3).double()
+    prior.shares[1], prior.shares[3] = 0.25, 0.75
+    prior.velocity = Field(lambda x, time, index: 2 * time - index[:, None])  # x(1) = z + 1 - k
     monkeypatch.setattr(torch, "randn", lambda *shape: z)
-    with seeded(0):
-        cluster = torch.multinomial(prior.shares.expand(5, -1), 1)[:, 0]
-    with seeded(0):
-        x = torch.special.ndtri(prior.draw(5))
-    torch.testing.assert_close(noise(prior, x, cluster), z, atol=1e-6, rtol=1e-6)
-    assert {*cluster.tolist()} == {1, 3}
+    x = torch.special.ndtri(prior.draw(400))
+    index = prior.velocity.asked[0][2]
+    assert (index == 3).float().mean().item() == pytest.approx(0.75, abs=0.1)
+    assert {*index.tolist()} == {1, 3}
+    torch.testing.assert_close(x, z + 1 - index[:, None])
+    prior.velocity = Field(lambda x, time, index: x)  # x(1) = e z, by 8 steps of second order
+    x = torch.special.ndtri(prior.draw(400))
+    torch.testing.assert_close(x, (1 + 1 / 8 + 1 / 128) ** 8 * z)
+    assert len(prior.velocity.asked) == 16
+
+
+def test_loss_is_the_error_of_the_velocity_on_straight_lines(monkeypatch):
+    prior, noise = FlowPrior(2, levels=2), torch.randn(8, 2)
+    scores, index = torch.randn(8, 2), torch.arange(8)
+    monkeypatch.setattr(prior, "draw_scores", lambda levels: scores)
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
+    prior.velocity = Field(lambda x, time, index: 3 * x)
+    loss = prior.loss(torch.zeros(8, 2).long(), index)
+    x, time, asked = prior.velocity.asked[0]
+    torch.testing.assert_close(x, (1 - time) * noise + time * scores)
+    torch.testing.assert_close(loss, (3 * x - (scores - noise)).square().mean())
+    assert [*(8 * time).floor()[:, 0].sort().values] == [*range(8)] and asked is index
 
 
 def weight(prior):
-    return next(prior.couplings.parameters())
-
-
-def test_clusters_draw_less_between_groups(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 10)
-    group = (torch.arange(500) % 5 == 0).float()[:, None]
-    rates, of_one_group = 0.2 * torch.rand(500, 3) + 0.8 * group, []
-    for clusters in (1, 5):
-        monkeypatch.setattr(flow, "CLUSTERS", clusters)
-        prior = FlowPrior(3, levels=100)
-        prior.fit(rates)
-        assert prior.shares.sum().item() == pytest.approx(1)
-        high = prior(2000) > 0.5
-        of_one_group.append((high.all(1) | ~high.any(1)).float().mean())
-        assert high[:, 0].float().mean().item() == pytest.approx(0.2, abs=0.05)
-    assert of_one_group[1] > of_one_group[0] + 0.05
+    return prior.velocity.last.weight
 
 
 def test_flow_draws_the_class_that_is_asked_for(monkeypatch):
-    monkeypatch.setattr(flow, "CLUSTERS", 7)  # two a class, and one is left over
-    monkeypatch.setattr(flow, "EPOCHS", 10)
+    monkeypatch.setattr(flow, "EPOCHS", 15)
     labels = torch.tensor([7, 7, 7, 2, 2, 4]).repeat(100)
     centers = {2: 0.0, 4: 0.6, 7: 0.3}
     rates = 0.05 * torch.rand(600, 3)
-    rates[:, 1] += torch.tensor([centers[label] for label in labels.tolist()])
+    rates += torch.tensor([centers[label] for label in labels.tolist()])[:, None]
     prior = FlowPrior(3, levels=100)
     prior.fit(rates, labels.tolist())
-    assert prior.classes == [2, 4, 7] and prior.labels.tolist() == [2, 2, 4, 4, 7, 7, -1]
+    assert prior.classes == [2, 4, 7] and prior.labels[3:].unique().tolist() == [-1]
 
     def nearest(rates):
-        return (rates[:, 1:2] - torch.tensor([*centers.values()])).abs().argmin(1)
+        return (rates.mean(1, keepdim=True) - torch.tensor([*centers.values()])).abs().argmin(1)
 
     asked = torch.tensor([2, 4, 7]).repeat(300)
     hits = nearest(prior(900, asked)) == torch.arange(3).repeat(300)
@@ -101,14 +89,13 @@ def test_flow_draws_the_class_that_is_asked_for(monkeypatch):
     assert shares.tolist() == pytest.approx([1 / 3, 1 / 6, 1 / 2], abs=0.1)
 
 
-def test_class_of_fewer_rates_than_clusters(monkeypatch):
-    monkeypatch.setattr(flow, "CLUSTERS", 20)
+def test_classes_of_few_rates():
     prior = FlowPrior(3, levels=10)
     prior.fit(bent(100))
-    assert prior.classes == [] and (prior.labels == -1).all()
-    prior.fit(bent(100), [0] * 98 + [1] * 2)
+    assert prior.classes == [] and prior.shares[0] == 1
+    prior.fit(bent(100), [0] * 99 + [1])
     assert prior.classes == [0, 1] and prior(50, torch.ones(50)).shape == (50, 3)
-    assert prior.shares[10:].sum().item() == pytest.approx(0.02)
+    assert prior.shares[1].item() == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [-1] * 50, [0.5] * 50, range(50)])
@@ -169,7 +156,7 @@ def test_fit_depends_on_the_seed_alone():
     ("make", "message"),
     [
         (lambda: FlowPrior(2)(3), "not fitted"),
-        (lambda: FlowPrior(2).fit(torch.rand(4, 2)), "at least 5 images"),
+        (lambda: FlowPrior(2).fit(torch.rand(4, 2)), "at least 10 images"),
         (lambda: FlowPrior(2).fit(torch.ones(50, 2) * 2), "probabilities"),
         (lambda: FlowPrior(2).fit(torch.rand(50, 3)), "expected rates"),
     ],
@@ -192,7 +179,7 @@ def test_fit_that_fails_changes_nothing(monkeypatch):
 
 def test_fit_stops_at_the_best_epoch(monkeypatch):
     monkeypatch.setattr(flow, "EPOCHS", 9)
-    held_out, states, loss = iter([3.0, 1.0, 2.0, 2.0, 2.0]), [], FlowPrior.loss
+    held_out, states, loss = iter([3.0, 1.0, *[2.0] * 5]), [], FlowPrior.loss
 
     def measure(self, *scores):
         if torch.is_grad_enabled():
@@ -203,7 +190,7 @@ def test_fit_stops_at_the_best_epoch(monkeypatch):
     monkeypatch.setattr(FlowPrior, "loss", measure)
     prior = FlowPrior(3, levels=10)
     prior.fit(bent(100))
-    assert len(states) == 5
+    assert len(states) == 7
     assert torch.equal(weight(prior), states[1])
 
 
