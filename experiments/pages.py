@@ -10,7 +10,7 @@ in results/ and of the CSVs in experiments/benchmark/results/: no number is copi
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,10 @@ def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator
         if not experiment:
             yield f"not stored: {folder} (it is no run of experiment=...)"
             continue
+        fit = metrics.get("prior_fitted")
+        choices |= {"fit": str(fit["seed"])} if fit else {}
         name = folder_name([f"{key}={value}" for key, value in choices.items()])
-        path = results / "runs" / experiment / f"{name}.json"
+        path = results / ("refits" if fit else "runs") / experiment / f"{name}.json"
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         yield f"stored: {path}"
@@ -132,8 +134,11 @@ def fill(page: Path) -> str:
 
 def load_runs(experiment: str, results: Path = RESULTS) -> list[Metrics]:
     """The metrics of an experiment's runs."""
-    paths = sorted((results / "runs" / experiment).glob("*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return read_all((results / "runs" / experiment).glob("*.json"))
+
+
+def read_all(paths: Iterable[Path]) -> list[Metrics]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]
 
 
 def experiments() -> list[str]:
@@ -230,6 +235,32 @@ def distances() -> pd.DataFrame:
             trained = "" if ending == "_floor" else epochs
             rows.append({"dataset": dataset, "epochs": trained, "images": images} | shown)
     return pd.DataFrame(rows).drop_duplicates(["dataset", "epochs", "images"], keep="last")
+
+
+@makes_table
+def flows() -> pd.DataFrame:
+    """Samples of the same nets by the flow before and after it was fitted again."""
+    trained = {run["command"]: run for name in experiments() for run in load_runs(name)}
+    rows, two = [], Column("", 1, 2)
+    for refit in read_all((RESULTS / "refits").glob("*/*.json")):
+        runs, _ = frame([trained[refit["command"]], refit])
+        net = {
+            "experiment": f"`{runs['experiment'][1]}`",
+            "epochs": str(refit["epochs"]),
+            "latent": overrides(refit).get("model.latent_channels", ""),
+        }
+        for images, row, ending in (
+            ("by couplings", 0, ""),
+            ("by flow matching", 1, ""),
+            ("by a perfect prior", 1, "_perfect"),
+        ):
+            shown = {
+                title: two.text(medians(runs, name, ending)[[row]])
+                for name, title in (DISTANCES | {"fad": "own FAD ↓"}).items()
+                if f"{name}{ending}" in runs
+            }
+            rows.append({**net, "samples": images, **shown})
+    return pd.DataFrame(rows).fillna("")
 
 
 @makes_table

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help="an ESVAE of sj_taid.list_models() with a flow")
+    parser.add_argument(
+        "name", help="an ESVAE with a flow: of sj_taid.list_models(), or a folder of sj-taid export"
+    )
     parser.add_argument("folder", type=Path, help="for the runs")
     parser.add_argument("overrides", nargs="*", help="of the run, such as dataset.root=DATA")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the fits")
@@ -46,16 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cfg = compose("train", [*metrics["overrides"], *options.overrides])
     cfg.model = described["model"]  # whose surrogate may have another name now
     model: Any = create_model(options.name, pretrained=True)
+    metrics["parameters"] = sum(p.numel() for p in model.parameters())
     data = build_data(cfg)
     with torch.no_grad(), seeded(0):
         rates = torch.cat([model.rate(image) for image, _ in data.plain_train_dataloader()])
     labels = None if options.without_labels else data.train_set.labels
-    told = (
-        f"python experiments/refit.py {options.name} FOLDER{' --without-labels' * (labels is None)}"
-    )
+    name = Path(options.name).name
+    told = f"python experiments/refit.py {name} FOLDER{' --without-labels' * (labels is None)}"
     for seed in options.seeds:
         model.flow.fit(rates, labels, seed)
-        run = Run(options.folder / f"{options.name}-{seed}")
+        run = Run(options.folder / f"{name}-{seed}")
         run.begin(cfg, provenance())
         state = {f"model.{key}": value for key, value in model.state_dict().items()}
         thresholds = described.get("fixed_thresholds", {})
