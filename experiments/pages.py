@@ -98,7 +98,7 @@ def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator
             yield f"not stored: {folder} (it is no run of experiment=...)"
             continue
         fit = metrics.get("prior_fitted")
-        choices |= {"fit": str(fit["seed"])} if fit else {}
+        choices |= {"fit": fit["command"].partition(" FOLDER ")[2]} if fit else {}
         name = folder_name([f"{key}={value}" for key, value in choices.items()])
         path = results / ("refits" if fit else "runs") / experiment / f"{name}.json"
         with atomic_write(path) as temporary:
@@ -239,28 +239,23 @@ def distances() -> pd.DataFrame:
 
 @makes_table
 def flows() -> pd.DataFrame:
-    """Samples of the same nets by the flow before and after it was fitted again."""
+    """Samples of stored runs, and of the same nets with their flow fitted again."""
     trained = {run["command"]: run for name in experiments() for run in load_runs(name)}
     rows, two = [], Column("", 1, 2)
     for refit in read_all((RESULTS / "refits").glob("*/*.json")):
-        runs, _ = frame([trained[refit["command"]], refit])
-        net = {
-            "experiment": f"`{runs['experiment'][1]}`",
-            "epochs": str(refit["epochs"]),
-            "latent": overrides(refit).get("model.latent_channels", ""),
-        }
-        for images, row, ending in (
-            ("by couplings", 0, ""),
-            ("by flow matching", 1, ""),
-            ("by a perfect prior", 1, "_perfect"),
-        ):
-            shown = {
-                title: two.text(medians(runs, name, ending)[[row]])
-                for name, title in (DISTANCES | {"fad": "own FAD ↓"}).items()
-                if f"{name}{ending}" in runs
-            }
-            rows.append({**net, "samples": images, **shown})
-    return pd.DataFrame(rows).fillna("")
+        before = trained.get(refit["command"], {})
+        chosen = overrides(refit)
+        net = {"experiment": f"`{chosen['experiment']}`", "epochs": str(refit["epochs"])}
+        net["latent"] = chosen.get("model.latent_channels", "")
+        sources = {"as trained": (before, ""), "fitted again": (refit, "")}
+        sources["perfect prior"] = refit, "_perfect"
+        for samples, (run, ending) in sources.items():
+            shown = {"samples": samples}
+            for name, title in (DISTANCES | {"fad": "own FAD ↓"}).items():
+                value = run.get(f"{name}_median{ending}", run.get(f"{name}{ending}"))
+                shown[title] = "" if value is None else two.text(pd.Series([value]))
+            rows.append(net | shown)
+    return pd.DataFrame(rows)
 
 
 @makes_table

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sj_taid._context import seeded
-from sj_taid.pretrained import create_model, read_config
+from sj_taid.pretrained import create_model, list_models, read_config
 from sj_taid.training.checkpoint import AtomicCheckpointIO
 from sj_taid.training.compare import OF_SAMPLES
 from sj_taid.training.config import compose
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rates = torch.cat([model.rate(image) for image, _ in data.plain_train_dataloader()])
     labels = None if options.without_labels else data.train_set.labels
     name = Path(options.name).name
-    told = f"python experiments/refit.py {name} FOLDER{' --without-labels' * (labels is None)}"
+    told = f"python experiments/refit.py {name if name in list_models() else 'MODEL'} FOLDER"
+    told += " --without-labels" * (labels is None)
     for seed in options.seeds:
         model.flow.fit(rates, labels, seed)
         run = Run(options.folder / f"{name}-{seed}")

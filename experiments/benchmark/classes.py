@@ -140,8 +140,8 @@ def shuffle(data: Any, samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
 def sample(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of samples and the classes asked for, by their shares; -1 without labels."""
     while True:
-        cluster = torch.multinomial(model.flow.shares.float(), BATCH, replacement=True)
-        asked = model.flow.labels[cluster]
+        index = torch.multinomial(model.flow.shares.float(), BATCH, replacement=True)
+        asked = model.flow.labels[index]
         yield model.sample(BATCH, label=asked if model.labels else None), asked
 
 

@@ -16,10 +16,9 @@ CLASSES = 30
 EPOCHS, LR = 48, 2e-3
 #: The batch shrinks with the data, so every epoch has at least about 40 steps.
 STEPS, LARGEST_BATCH = 40, 512
-#: The share of rates that is held out, to stop after so many epochs without a better loss.
-HELD_OUT, PATIENCE = 0.1, 5
-#: Few of them are repeated to so many, at other times, or their loss would be too noisy.
-LEAST_HELD_OUT = 4096
+#: The share of rates that is held out, to choose the epoch; few are repeated to so many, each with
+#: noise of its own, or the choice would be by chance.
+HELD_OUT, LEAST_HELD_OUT = 0.1, 1024
 #: Steps of a draw, each of which evaluates the velocity twice.
 DRAW_STEPS = 8
 
@@ -31,15 +30,15 @@ class FlowPrior(nn.Module):
     scores x of the ranks (flow matching), given the class k of the image; a draw follows it:
 
     .. math::
-        L = E \, |v(z + t (x - z), t, k) - (x - z)|^2, \quad t \sim U(0, 1), \ z \sim N(0, I)
+        L = E \, \tfrac1d |v(z + t (x - z), t, k) - (x - z)|^2, \ t \sim U(0, 1), \ z \sim N(0, I)
 
-        r_c = Q_c(\Phi(x_c)), \quad x = z + \int_0^1 v(x(t), t, k) \, dt, \ k \sim w
+        r_c = Q_c(\Phi(x_c(1))), \quad x(t) = z + \int_0^t v(x(s), s, k) \, ds, \ k \sim w
 
     with the quantile function :math:`Q_c` of the training rates of channel c, and the share
     :math:`w_k` of class k in them. Many rates are 0 or 1, and no smooth density has that shape;
-    ranks have one (a copula). The network learns until its loss for a tenth of the rates, held out,
-    no longer improves; a rate's rank is drawn again in each epoch, between those of its neighbours.
-    The integral has eight steps of the midpoint rule.
+    ranks have one (a copula). Of 48 epochs the one counts that has the lowest loss for a tenth of
+    the rates, held out; a rate's rank is drawn again in each epoch, between those of its
+    neighbours. The integral has eight steps of the midpoint rule.
 
     Args:
         channels: latent channels d.
@@ -53,8 +52,8 @@ class FlowPrior(nn.Module):
     """
 
     cumulative: Tensor  #: the share of training rates at or below each level, ``[d, levels + 1]``
-    labels: Tensor  #: the classes in order, ``[30]``; -1 where there are no more
-    shares: Tensor  #: of the classes, ``[30]``; without labels all are of the first
+    labels: Tensor  #: the label of each class, in order, ``[30]``, then -1; without labels all -1
+    shares: Tensor  #: of the classes, ``[30]``; without labels the first has all
 
     def __init__(self, channels: int, levels: int = 16) -> None:
         super().__init__()
@@ -104,7 +103,7 @@ class FlowPrior(nn.Module):
         classes, index = labels.unique(return_inverse=True)
         with seeded(seed), torch.inference_mode(False), torch.enable_grad():
             levels = (rates.float() * self.levels).round().long()
-            trained = FlowPrior(d, self.levels).to(rates.device)
+            trained = FlowPrior(d, self.levels).to(rates.device, torch.float32)
             for level in range(self.levels + 1):
                 trained.cumulative[:, level] = (levels <= level).double().mean(0)
             trained.labels[: len(classes)] = classes
@@ -113,16 +112,18 @@ class FlowPrior(nn.Module):
         self.load_state_dict(trained.state_dict())
 
     def learn(self, levels: Tensor, index: Tensor) -> None:
-        """Minimise the loss for training rates' levels ``[n, d]`` of classes ``[n]``."""
+        """Minimise the loss for training rates' levels ``[n, d]`` of the classes at ``index``."""
         order = torch.randperm(len(levels), device=levels.device)
         held_out, rest = order.tensor_split([math.ceil(HELD_OUT * len(levels))])
+        unseen = ~torch.isin(index[held_out], index[rest])  # no class is held out whole
+        rest = torch.cat([rest, held_out[unseen]])
         held_out = held_out.repeat(math.ceil(LEAST_HELD_OUT / len(held_out)))
         size = min(max(len(rest) // STEPS, 1), LARGEST_BATCH)
         self.velocity.requires_grad_()
         optimizer = torch.optim.Adam(self.velocity.parameters(), LR)
         steps = EPOCHS * math.ceil(len(rest) / size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.05)
-        best, waited = (math.inf, self.velocity.state_dict()), 0
+        best = math.inf, self.velocity.state_dict()
         for _ in range(EPOCHS):
             for batch in rest[torch.randperm(len(rest), device=rest.device)].split(size):
                 optimizer.zero_grad()
@@ -131,11 +132,8 @@ class FlowPrior(nn.Module):
                 schedule.step()
             with torch.no_grad(), seeded(0):  # the same noise in every epoch
                 loss = self.loss(levels[held_out], index[held_out]).item()
-            waited += 1
             if loss < best[0]:
-                best, waited = (loss, deepcopy(self.velocity.state_dict())), 0
-            if waited == PATIENCE:
-                break
+                best = loss, deepcopy(self.velocity.state_dict())
         if not math.isfinite(best[0]):
             raise FloatingPointError("the fit of the flow diverged; take sample_from='learned'")
         self.velocity.load_state_dict(best[1])
@@ -155,7 +153,7 @@ class FlowPrior(nn.Module):
         return F.mse_loss(self.velocity(torch.lerp(noise, x, time), time, index), x - noise)
 
     def draw(self, n: int, labels: Tensor | None = None) -> Tensor:
-        """Draw ``n`` ranks ``[n, d]`` in [0, 1]."""
+        """Draw ``n`` normal scores ``[n, d]``."""
         x = torch.randn(n, len(self.cumulative)).to(self.cumulative)
         shares = self.shares.float().expand(n, -1)
         if labels is not None:
@@ -166,7 +164,7 @@ class FlowPrior(nn.Module):
             time = x.new_full((n, 1), number * step)
             middle = x + step / 2 * self.velocity(x, time, index)
             x = x + step * self.velocity(middle, time + step / 2, index)
-        return torch.special.ndtr(x)
+        return x
 
     def forward(self, n: int, labels: Tensor | None = None) -> Tensor:
         """Draw ``n`` rates ``[n, d]``, of the classes ``labels`` ``[n]`` if they are given."""
@@ -177,9 +175,10 @@ class FlowPrior(nn.Module):
             )
         if n == 0:
             return self.cumulative.new_zeros(0, len(self.cumulative))
-        rank = self.draw(n, labels)
-        level = torch.searchsorted(self.cumulative, rank.t().contiguous()).clamp(max=self.levels)
-        return level.t().to(rank.dtype) / self.levels
+        rank = torch.special.ndtr(self.draw(n, labels).float())  # in half precision 0 has a share
+        cumulative = self.cumulative.float()
+        level = torch.searchsorted(cumulative, rank.t().contiguous()).clamp(max=self.levels)
+        return level.t().to(self.cumulative.dtype) / self.levels
 
 
 def check_enough(n: int) -> None:
@@ -201,7 +200,7 @@ def _check_labels(labels: Sequence[int] | Tensor | None, n: int) -> Tensor:
 
 
 class Velocity(nn.Module):
-    """The velocity ``[n, d]`` at ``x`` ``[n, d]`` and ``time`` ``[n, 1]`` of classes ``[n]``."""
+    """The velocity ``[n, d]`` at ``x``, ``time`` ``[n, 1]`` and the classes' ``index`` ``[n]``."""
 
     frequencies: Tensor
 

@@ -131,7 +131,7 @@ class Shades:
     """A generator whose flow has the classes 3 and 5, each of one shade of grey."""
 
     labels = (3, 5)
-    flow = SimpleNamespace(shares=torch.tensor([0.5, 0.2, 0.3]), labels=torch.tensor([3, 3, 5]))
+    flow = SimpleNamespace(shares=torch.tensor([0.7, 0.3]), labels=torch.tensor([3, 5]))
 
     def sample(self, n, label):
         return label.div(5)[:, None, None, None].expand(n, 1, 4, 4)

@@ -41,13 +41,13 @@ def test_draw_integrates_the_velocity(monkeypatch):
     prior.shares[1], prior.shares[3] = 0.25, 0.75
     prior.velocity = Field(lambda x, time, index: 2 * time - index[:, None])  # x(1) = z + 1 - k
     monkeypatch.setattr(torch, "randn", lambda *shape: z)
-    x = torch.special.ndtri(prior.draw(400))
+    x = prior.draw(400)
     index = prior.velocity.asked[0][2]
     assert (index == 3).float().mean().item() == pytest.approx(0.75, abs=0.1)
     assert {*index.tolist()} == {1, 3}
     torch.testing.assert_close(x, z + 1 - index[:, None])
     prior.velocity = Field(lambda x, time, index: x)  # x(1) = e z, by 8 steps of second order
-    x = torch.special.ndtri(prior.draw(400))
+    x = prior.draw(400)
     torch.testing.assert_close(x, (1 + 1 / 8 + 1 / 128) ** 8 * z)
     assert len(prior.velocity.asked) == 16
 
@@ -143,7 +143,8 @@ def test_fitted_flow_in_a_state_dict():
 def test_fit_depends_on_the_seed_alone():
     rates = bent(100)
     priors = [FlowPrior(3, levels=10) for _ in range(3)]
-    for prior, seed in zip(priors, (0, 0, 1), strict=True):
+    for number, (prior, seed) in enumerate(zip(priors, (0, 0, 1), strict=True)):
+        torch.manual_seed(number)
         before = torch.get_rng_state()
         with torch.no_grad():
             prior.fit(rates, seed=seed)
@@ -177,21 +178,69 @@ def test_fit_that_fails_changes_nothing(monkeypatch):
         assert torch.equal(tensor, before[name]), name
 
 
-def test_fit_stops_at_the_best_epoch(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 9)
-    held_out, states, loss = iter([3.0, 1.0, *[2.0] * 5]), [], FlowPrior.loss
+def test_best_epoch_counts(monkeypatch):
+    monkeypatch.setattr(flow, "EPOCHS", 5)
+    held_out, states, loss = iter([3.0, 1.0, 2.0, 2.0, 1.5]), [], FlowPrior.loss
 
-    def measure(self, *scores):
+    def measure(self, *levels):
         if torch.is_grad_enabled():
-            return loss(self, *scores)
+            return loss(self, *levels)
         states.append(weight(self).clone())
         return torch.tensor(next(held_out))
 
     monkeypatch.setattr(FlowPrior, "loss", measure)
     prior = FlowPrior(3, levels=10)
     prior.fit(bent(100))
-    assert len(states) == 7
+    assert len(states) == 5
     assert torch.equal(weight(prior), states[1])
+
+
+def test_held_out_rates_are_not_trained_on_unless_a_class_has_no_others(monkeypatch):
+    monkeypatch.setattr(flow, "EPOCHS", 3)
+    monkeypatch.setattr(flow, "LR", 0.0)
+    trained, held_out, losses, loss = set(), [], set(), FlowPrior.loss
+
+    def measure(self, levels, index):
+        value, rows = loss(self, levels, index), [row[0] for row in levels.tolist()]
+        if torch.is_grad_enabled():
+            trained.update(rows)
+        else:
+            held_out.append(rows)
+            losses.add(value.item())
+        return value
+
+    monkeypatch.setattr(FlowPrior, "loss", measure)
+    rates = (torch.arange(50) / 50)[:, None].repeat(1, 2)  # all differ
+    for chosen in range(50):  # until the only one of its class is held out
+        for kept in (trained, held_out, losses):
+            kept.clear()
+        FlowPrior(2, levels=50).fit(rates, [int(i == chosen) for i in range(50)])
+        if chosen in held_out[0]:
+            break
+    assert {*held_out[0]} & trained == {chosen} and len({*held_out[0]}) == 5
+    assert len({*held_out[0]} | trained) == 50 and len(held_out[0]) >= 1024
+    assert held_out[0] == held_out[1] and len(losses) == 1  # the same noise
+
+
+def test_few_rates_of_many_classes(monkeypatch):
+    monkeypatch.setattr(flow, "EPOCHS", 48)
+    labels = torch.arange(5).repeat(5)
+    centers = torch.rand(5, 16).round()
+    prior = FlowPrior(16, levels=8)
+    prior.fit((centers[labels] + 0.1 * torch.randn(25, 16)).clamp(0, 1), labels)
+    asked = labels.repeat(20)
+    nearest = torch.cdist(prior(500, asked), centers).argmin(1)
+    assert (nearest == asked).float().mean() > 0.7
+
+
+def test_draws_in_half_precision_have_the_levels_of_the_rates():
+    rates = torch.rand(200, 64).clamp(0.2, 1)
+    rates[:, 0] = 1
+    prior = FlowPrior(64, levels=8)
+    prior.fit(rates)
+    for dtype in (torch.float16, torch.bfloat16):
+        drawn = prior.to(dtype)(2000)
+        assert drawn.dtype == dtype and drawn.min() > 0 and (drawn[:, 0] == 1).all()
 
 
 def test_fit_that_diverges_says_so(monkeypatch):
