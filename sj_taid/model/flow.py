@@ -14,8 +14,8 @@ from .rate import check_rates
 WIDTH, BLOCKS, FREQUENCIES = 384, 4, 8
 CLASSES = 30
 EPOCHS, LR = 48, 2e-3
-#: The batch shrinks with the data, so every epoch has at least about 40 steps.
-STEPS, LARGEST_BATCH = 40, 512
+#: The batch shrinks with the data, so that an epoch has at least about 100 steps.
+STEPS, LARGEST_BATCH = 100, 512
 #: The share of rates that is held out, to choose the epoch; few are repeated to so many, each with
 #: noise of its own, or the choice would be by chance.
 HELD_OUT, LEAST_HELD_OUT = 0.1, 1024
