@@ -14,8 +14,9 @@ from .rate import check_rates
 WIDTH, BLOCKS, FREQUENCIES = 384, 4, 8
 CLASSES = 30
 EPOCHS, LR = 48, 2e-3
-#: The batch shrinks with the data, so that an epoch has at least about 100 steps.
-STEPS, LARGEST_BATCH = 100, 512
+#: The batch shrinks with the data, so that an epoch has at least about 100 steps, or 40 where they
+#: would be of less than 32 rates.
+STEPS, LEAST_STEPS, SMALL_BATCH, LARGEST_BATCH = 100, 40, 32, 512
 #: The share of rates that is held out, to choose the epoch; few are repeated to so many, each with
 #: noise of its own, or the choice would be by chance.
 HELD_OUT, LEAST_HELD_OUT = 0.1, 1024
@@ -118,7 +119,8 @@ class FlowPrior(nn.Module):
         unseen = ~torch.isin(index[held_out], index[rest])  # no class is held out whole
         rest = torch.cat([rest, held_out[unseen]])
         held_out = held_out.repeat(math.ceil(LEAST_HELD_OUT / len(held_out)))
-        size = min(max(len(rest) // STEPS, 1), LARGEST_BATCH)
+        size = max(len(rest) // STEPS, min(len(rest) // LEAST_STEPS, SMALL_BATCH), 1)
+        size = min(size, LARGEST_BATCH)
         self.velocity.requires_grad_()
         optimizer = torch.optim.Adam(self.velocity.parameters(), LR)
         steps = EPOCHS * math.ceil(len(rest) / size)
