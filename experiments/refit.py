@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rates = torch.cat([model.rate(image) for image, _ in data.plain_train_dataloader()])
     labels = None if options.without_labels else data.train_set.labels
     name = Path(options.name).name
-    told = f"python experiments/refit.py {name if name in list_models() else 'MODEL'} FOLDER"
-    told += " --without-labels" * (labels is None)
+    told = options.name if options.name in list_models() else "MODEL"  # no local paths
+    told = f"python experiments/refit.py {told} FOLDER{' --without-labels' * (labels is None)}"
     for seed in options.seeds:
         model.flow.fit(rates, labels, seed)
         run = Run(options.folder / f"{name}-{seed}")
