@@ -102,6 +102,10 @@ class FlowPrior(nn.Module):
         check_rates(rates)
         labels = _check_labels(labels, len(rates)).to(rates.device)
         classes, index = labels.unique(return_inverse=True)
+        if len(classes) > CLASSES:
+            raise ValueError(
+                f"a flow takes labels of at most {CLASSES} classes, but got {len(classes)}"
+            )
         with seeded(seed), torch.inference_mode(False), torch.enable_grad():
             levels = (rates.float() * self.levels).round().long()
             trained = FlowPrior(d, self.levels).to(rates.device, torch.float32)
@@ -196,8 +200,6 @@ def _check_labels(labels: Sequence[int] | Tensor | None, n: int) -> Tensor:
     labels = torch.as_tensor(labels)
     if labels.shape != (n,) or labels.is_floating_point() or labels.min() < 0:
         raise ValueError(f"expected {n} labels, integers >= 0, but got {labels.tolist()!s:.60}")
-    if (classes := len(labels.unique())) > CLASSES:
-        raise ValueError(f"a flow takes labels of at most {CLASSES} classes, but got {classes}")
     return labels
 
 

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from .._commands import COMPOSED, parser
 from .._extras import REMEDY, TRAIN, needs
@@ -119,5 +119,8 @@ def is_users(error: Exception) -> bool:
 def format_error(error: Exception) -> str:
     """The message of a user's error."""
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
+    resolving = InterpolationResolutionError  # which a resolver's own error comes wrapped in
+    while isinstance(error, resolving) and isinstance(error.__context__, USER_ERRORS):
+        error = error.__context__
     text = str(error).partition("\nConfig search path")[0]
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])

@@ -43,7 +43,7 @@ def test_cli_usage(sj_taid, capsys):
         ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
         ("train seed=null", "seed must be an integer >= 0, below 2.32, but it is None"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
-        ("train resume=nowhere", r"needs the folder of a run.*but got .*nowhere"),
+        ("train resume=nowhere", r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA"),
         ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),
         ("train trust=mypkg.MyLIF", r"trust must be a list of full .* it is 'mypkg\.MyLIF'"),
         ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
