@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     described = read_config(options.name)
     metrics = {k: value for k, value in described["metrics"].items() if k not in STALE}
     cfg = compose("train", [*metrics["overrides"], *options.overrides])
-    cfg.model = described["model"]  # whose surrogate may have another name now
+    # the model as it is described: its surrogate may have another name now
+    cfg.model = described["model"] | {"flow_epochs": cfg.model.flow_epochs}
     model: Any = create_model(options.name, pretrained=True)
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     data = build_data(cfg)
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     told = options.name if options.name in list_models() else "MODEL"  # no local paths
     told = f"python experiments/refit.py {told} FOLDER{' --without-labels' * (labels is None)}"
     for seed in options.seeds:
-        model.flow.fit(rates, labels, seed)
+        model.flow.fit(rates, labels, seed, cfg.model.flow_epochs)
         run = Run(options.folder / f"{name}-{seed}")
         run.begin(cfg, provenance())
         state = {f"model.{key}": value for key, value in model.state_dict().items()}

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check, check_flags, check_not_negative, integer
+from .._checks import check, check_flags, check_not_negative, check_sizes, integer
 from .._context import eval_mode
 from .block import Neuron
-from .flow import FlowPrior
+from .flow import EPOCHS, FlowPrior
 from .rate import LearnedPrior, rbf_mmd, spikes_from_rate
 from .spiking_vae import SpikingVAE
 
@@ -40,6 +40,8 @@ class ESVAE(SpikingVAE):
     Args:
         sample_from: the prior that :meth:`sample` draws from, ``"learned"`` or ``"flow"``; the
             model has a flow only if it is ``"flow"``.
+        flow_epochs: epochs of the flow's fit. The fewer the images, the more pay: 48 are enough
+            for 60,000, of 14,000 faces samples are nearer by far after 200.
         mmd_weight: weight of the MMD next to the squared error.
         exact_counts: :math:`T r` spikes, rounded, in each channel at random steps also in training:
             the decoder learns from a latent without noise in its counts.
@@ -60,15 +62,18 @@ class ESVAE(SpikingVAE):
         self,
         *args: Any,
         sample_from: str = "learned",
+        flow_epochs: int = EPOCHS,
         mmd_weight: float = 1e-3,
         exact_counts: bool = False,
         **kwargs: Any,
     ) -> None:
         check_not_negative(mmd_weight=mmd_weight)
         check_flags(exact_counts=exact_counts)
+        check_sizes(flow_epochs=flow_epochs)
         if sample_from not in ("learned", "flow"):
             raise ValueError(f"sample_from must be learned or flow, but it is {sample_from!r}")
         self.sample_from = sample_from
+        self.flow_epochs = flow_epochs
         self.mmd_weight = mmd_weight
         self.exact_counts = exact_counts
         super().__init__(*args, **kwargs)
@@ -146,7 +151,7 @@ class ESVAE(SpikingVAE):
         images = images.split(256) if isinstance(images, Tensor) else images
         with eval_mode(self), torch.no_grad():
             rates = [self.rate(image).float() for image in images]
-        flow.fit(torch.cat(rates), labels)
+        flow.fit(torch.cat(rates), labels, epochs=self.flow_epochs)
 
     @contextmanager
     def draw_from(self, source: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._checks import check_sizes
 from .._context import seeded
 from .rate import check_rates
 
@@ -37,7 +38,7 @@ class FlowPrior(nn.Module):
 
     with the quantile function :math:`Q_c` of the training rates of channel c, and the share
     :math:`w_k` of class k in them. Many rates are 0 or 1, and no smooth density has that shape;
-    ranks have one (a copula). Of 48 epochs the one counts that has the lowest loss for a tenth of
+    ranks have one (a copula). The epoch of the fit counts that has the lowest loss for a tenth of
     the rates, held out; a rate's rank is drawn again in each epoch, between those of its
     neighbours. The integral has eight steps of the midpoint rule.
 
@@ -81,7 +82,11 @@ class FlowPrior(nn.Module):
         self.cumulative.zero_()
 
     def fit(
-        self, rates: Tensor, labels: Sequence[int] | Tensor | None = None, seed: int = 0
+        self,
+        rates: Tensor,
+        labels: Sequence[int] | Tensor | None = None,
+        seed: int = 0,
+        epochs: int = EPOCHS,
     ) -> None:
         """Fit the flow to ``rates`` ``[n, d]``; the global random state is left alone.
 
@@ -89,12 +94,14 @@ class FlowPrior(nn.Module):
             rates: of training images.
             labels: the class of each, an integer >= 0; None fits a flow that knows no classes.
             seed: of the fit.
+            epochs: of the fit.
 
         Raises:
             ValueError: fewer than 10 rates, of another width, or outside [0, 1]; labels that are
-                not one for each, or of more than 30 classes.
+                not one for each, or of more than 30 classes; epochs < 1.
             FloatingPointError: the fit has diverged.
         """
+        check_sizes(epochs=epochs)
         d = len(self.cumulative)
         if rates.dim() != 2 or rates.shape[1] != d:
             raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
@@ -113,10 +120,10 @@ class FlowPrior(nn.Module):
                 trained.cumulative[:, level] = (levels <= level).double().mean(0)
             trained.labels[: len(classes)] = classes
             trained.shares.copy_(index.bincount(minlength=CLASSES) / len(rates))
-            trained.learn(levels, index)
+            trained.learn(levels, index, epochs)
         self.load_state_dict(trained.state_dict())
 
-    def learn(self, levels: Tensor, index: Tensor) -> None:
+    def learn(self, levels: Tensor, index: Tensor, epochs: int) -> None:
         """Minimise the loss for training rates' levels ``[n, d]`` of the classes at ``index``."""
         order = torch.randperm(len(levels), device=levels.device)
         held_out, rest = order.tensor_split([math.ceil(HELD_OUT * len(levels))])
@@ -126,11 +133,11 @@ class FlowPrior(nn.Module):
         size = max(len(rest) // STEPS, min(len(rest) // LEAST_STEPS, SMALL_BATCH), 1)
         size = min(size, LARGEST_BATCH)
         self.velocity.requires_grad_()
-        optimizer = torch.optim.Adam(self.velocity.parameters(), LR)
-        steps = EPOCHS * math.ceil(len(rest) / size)
+        optimizer = torch.optim.Adam(self.velocity.parameters(), LR, fused=True)
+        steps = epochs * math.ceil(len(rest) / size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.05)
         best = math.inf, self.velocity.state_dict()
-        for _ in range(EPOCHS):
+        for _ in range(epochs):
             for batch in rest[torch.randperm(len(rest), device=rest.device)].split(size):
                 optimizer.zero_grad()
                 self.loss(levels[batch], index[batch]).backward()

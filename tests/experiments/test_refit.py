@@ -7,7 +7,6 @@ import refit
 import torch
 
 from sj_taid import create_model
-from sj_taid.model import flow
 from sj_taid.training.export import export
 from sj_taid.training.run import Run
 
@@ -20,10 +19,10 @@ def test_refit_makes_runs_that_can_be_exported(options, tmp_path, monkeypatch):
     samples = SimpleNamespace(labels=[0, 1] * 30)
     data = SimpleNamespace(train_set=samples, plain_train_dataloader=lambda: batches)
     monkeypatch.setattr(refit, "build_data", lambda cfg: data)
-    monkeypatch.setattr(flow, "EPOCHS", 1)
-    refit.main([NAME, str(tmp_path), "dataset.root=elsewhere", *options, "--seeds", "0", "1"])
+    chosen = ["dataset.root=elsewhere", "model.flow_epochs=1"]
+    refit.main([NAME, str(tmp_path), *chosen, *options, "--seeds", "0", "1"])
     first, second = (Run(tmp_path / f"{NAME}-{seed}") for seed in (0, 1))
-    assert first.config.dataset.root == "elsewhere"
+    assert first.config.dataset.root == "elsewhere" and first.config.model.flow_epochs == 1
     assert second.metrics["prior_fitted"]["seed"] == 1
     assert ("--without-labels" in second.metrics["prior_fitted"]["command"]) == bool(options)
     shipped, model, other = create_model(NAME, pretrained=True), first.model(), second.model()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sj_taid.model import ESVAE, flow
+from sj_taid.model import ESVAE
 from sj_taid.model.flow import FlowPrior
 from sj_taid.model.rate import rbf_mmd
 from tests.model.conftest import images
@@ -41,9 +41,8 @@ def test_training_loss_is_the_squared_error_and_the_weighted_mmd():
     assert losses["latent"] == 0.5 * rbf_mmd(output.q, output.p)
 
 
-def test_sample_from_the_fitted_flow(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 1)
-    model = ESVAE(**SMALL, sample_from="flow")
+def test_sample_from_the_fitted_flow():
+    model = ESVAE(**SMALL, sample_from="flow", flow_epochs=1)
     with pytest.raises(ValueError, match="the flow is not fitted"):
         model.sample(2)
     with model.draw_from("learned"):
@@ -80,18 +79,17 @@ def test_flow_is_built_by_name_and_leaves_the_other_weights():
 
 def test_fit_prior_uses_the_rates_in_eval_mode(monkeypatch):
     given = []
-    monkeypatch.setattr(FlowPrior, "fit", lambda self, *arguments: given.append(arguments))
-    model = ESVAE(**SMALL, sample_from="flow")
+    monkeypatch.setattr(FlowPrior, "fit", lambda self, *args, **more: given.append((args, more)))
+    model = ESVAE(**SMALL, sample_from="flow", flow_epochs=7)
     batches = [images(8), images(4)]
     model.fit_prior(batches, labels=[3] * 12)
-    (rates, labels), *_ = given
+    ((rates, labels), more), *_ = given
     assert torch.equal(rates, torch.cat([model.eval().rate(image) for image in batches]))
-    assert labels == [3] * 12
+    assert labels == [3] * 12 and more == {"epochs": 7}
 
 
 def test_sample_of_a_class(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 1)
-    model = ESVAE(**SMALL, sample_from="flow")
+    model = ESVAE(**SMALL, sample_from="flow", flow_epochs=1)
     model.fit_prior(images(40), labels=torch.arange(40) % 2 + 3)
     assert model.labels == [3, 4]
     drawn = []

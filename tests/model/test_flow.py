@@ -12,7 +12,6 @@ from sj_taid.model.flow import FlowPrior
 def small(monkeypatch):
     monkeypatch.setattr(flow, "WIDTH", 32)
     monkeypatch.setattr(flow, "BLOCKS", 2)
-    monkeypatch.setattr(flow, "EPOCHS", 2)
     monkeypatch.setattr(flow, "LR", 5 * flow.LR)
 
 
@@ -69,14 +68,13 @@ def weight(prior):
     return prior.velocity.last.weight
 
 
-def test_flow_draws_the_class_that_is_asked_for(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 15)
+def test_flow_draws_the_class_that_is_asked_for():
     labels = torch.tensor([7, 7, 7, 2, 2, 4]).repeat(100)
     centers = {2: 0.0, 4: 0.6, 7: 0.3}
     rates = 0.05 * torch.rand(600, 3)
     rates += torch.tensor([centers[label] for label in labels.tolist()])[:, None]
     prior = FlowPrior(3, levels=100)
-    prior.fit(rates, labels.tolist())
+    prior.fit(rates, labels.tolist(), epochs=15)
     assert prior.classes == [2, 4, 7] and prior.labels[3:].unique().tolist() == [-1]
 
     def nearest(rates):
@@ -91,9 +89,9 @@ def test_flow_draws_the_class_that_is_asked_for(monkeypatch):
 
 def test_classes_of_few_rates():
     prior = FlowPrior(3, levels=10)
-    prior.fit(bent(100))
+    prior.fit(bent(100), epochs=2)
     assert prior.classes == [] and prior.shares[0] == 1
-    prior.fit(bent(100), [0] * 99 + [1])
+    prior.fit(bent(100), [0] * 99 + [1], epochs=2)
     assert prior.classes == [0, 1] and prior(50, torch.ones(50)).shape == (50, 3)
     assert prior.shares[1].item() == pytest.approx(0.01)
 
@@ -113,11 +111,10 @@ def test_ranks_are_between_those_of_the_neighbours():
         assert low <= column.min() < low + 0.01 and high - 0.01 < column.max() <= high
 
 
-def test_flow_draws_what_no_gaussian_has(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 10)
+def test_flow_draws_what_no_gaussian_has():
     prior = FlowPrior(3, levels=100)
     assert not prior.fitted
-    prior.fit(bent())
+    prior.fit(bent(), epochs=10)
     drawn = prior(4000)
     assert torch.allclose(drawn.mean(0), torch.full((3,), 0.5), atol=0.08)
     distance = (2 * drawn[:, 0] - 1).abs()
@@ -128,7 +125,7 @@ def test_flow_draws_what_no_gaussian_has(monkeypatch):
 
 def test_fitted_flow_in_a_state_dict():
     prior, other = FlowPrior(2, 4).double(), FlowPrior(2, 4).double()
-    prior.fit(torch.rand(100, 2).round())
+    prior.fit(torch.rand(100, 2).round(), epochs=2)
     other.load_state_dict(prior.state_dict())
     drawn = []
     for flows in (prior, other):
@@ -147,7 +144,7 @@ def test_fit_depends_on_the_seed_alone():
         torch.manual_seed(number)
         before = torch.get_rng_state()
         with torch.no_grad():
-            prior.fit(rates, seed=seed)
+            prior.fit(rates, seed=seed, epochs=2)
         assert torch.equal(torch.get_rng_state(), before)
     first, again, other = map(weight, priors)
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -160,6 +157,7 @@ def test_fit_depends_on_the_seed_alone():
         (lambda: FlowPrior(2).fit(torch.rand(4, 2)), "at least 10 images"),
         (lambda: FlowPrior(2).fit(torch.ones(50, 2) * 2), "probabilities"),
         (lambda: FlowPrior(2).fit(torch.rand(50, 3)), "expected rates"),
+        (lambda: FlowPrior(2).fit(torch.rand(50, 2), epochs=0), "epochs must be an integer >= 1"),
     ],
 )
 def test_flow_errors(make, message):
@@ -169,17 +167,16 @@ def test_flow_errors(make, message):
 
 def test_fit_that_fails_changes_nothing(monkeypatch):
     prior = FlowPrior(3, levels=10)
-    prior.fit(bent(100))
+    prior.fit(bent(100), epochs=2)
     before = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
     monkeypatch.setattr(FlowPrior, "loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        prior.fit(bent(200))
+        prior.fit(bent(200), epochs=2)
     for name, tensor in prior.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
 def test_best_epoch_counts(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 5)
     held_out, states, loss = iter([3.0, 1.0, 2.0, 2.0, 1.5]), [], FlowPrior.loss
 
     def measure(self, *levels):
@@ -190,13 +187,12 @@ def test_best_epoch_counts(monkeypatch):
 
     monkeypatch.setattr(FlowPrior, "loss", measure)
     prior = FlowPrior(3, levels=10)
-    prior.fit(bent(100))
+    prior.fit(bent(100), epochs=5)
     assert len(states) == 5
     assert torch.equal(weight(prior), states[1])
 
 
 def test_held_out_rates_are_not_trained_on_unless_a_class_has_no_others(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 3)
     monkeypatch.setattr(flow, "LR", 0.0)
     trained, held_out, losses, loss = set(), [], set(), FlowPrior.loss
 
@@ -214,7 +210,7 @@ def test_held_out_rates_are_not_trained_on_unless_a_class_has_no_others(monkeypa
     for chosen in range(50):  # until the only one of its class is held out
         for kept in (trained, held_out, losses):
             kept.clear()
-        FlowPrior(2, levels=50).fit(rates, [int(i == chosen) for i in range(50)])
+        FlowPrior(2, levels=50).fit(rates, [int(i == chosen) for i in range(50)], epochs=3)
         if chosen in held_out[0]:
             break
     assert {*held_out[0]} & trained == {chosen} and len({*held_out[0]}) == 5
@@ -222,12 +218,11 @@ def test_held_out_rates_are_not_trained_on_unless_a_class_has_no_others(monkeypa
     assert held_out[0] == held_out[1] and len(losses) == 1  # the same noise
 
 
-def test_few_rates_of_many_classes(monkeypatch):
-    monkeypatch.setattr(flow, "EPOCHS", 48)
+def test_few_rates_of_many_classes():
     labels = torch.arange(5).repeat(5)
     centers = torch.rand(5, 16).round()
     prior = FlowPrior(16, levels=8)
-    prior.fit((centers[labels] + 0.1 * torch.randn(25, 16)).clamp(0, 1), labels)
+    prior.fit((centers[labels] + 0.1 * torch.randn(25, 16)).clamp(0, 1), labels, epochs=48)
     asked = labels.repeat(20)
     nearest = torch.cdist(prior(500, asked), centers).argmin(1)
     assert (nearest == asked).float().mean() > 0.7
@@ -237,7 +232,7 @@ def test_draws_in_half_precision_have_the_levels_of_the_rates():
     rates = torch.rand(200, 64).clamp(0.2, 1)
     rates[:, 0] = 1
     prior = FlowPrior(64, levels=8)
-    prior.fit(rates)
+    prior.fit(rates, epochs=2)
     for dtype in (torch.float16, torch.bfloat16):
         drawn = prior.to(dtype)(2000)
         assert drawn.dtype == dtype and drawn.min() > 0 and (drawn[:, 0] == 1).all()
@@ -248,12 +243,12 @@ def test_fit_that_diverges_says_so(monkeypatch):
     monkeypatch.setattr(FlowPrior, "loss", lambda *_: nan * 1)
     prior = FlowPrior(3, levels=10)
     with pytest.raises(FloatingPointError, match="diverged"):
-        prior.fit(bent(100))
+        prior.fit(bent(100), epochs=2)
     assert not prior.fitted
 
 
 def test_fit_takes_half_precision_in_inference_mode():
     prior = FlowPrior(3, levels=10)
     with torch.inference_mode():
-        prior.fit(bent(100).bfloat16())
+        prior.fit(bent(100).bfloat16(), epochs=2)
     assert prior.fitted

@@ -51,6 +51,7 @@ TINY = [
 TINY_ESVAE = [
     "model=esvae",
     "model.sample_from=flow",
+    "model.flow_epochs=2",
     *(o for o in TINY[1:] if ".k=" not in o),
     "dataset.batch_size=64",
     "trainer.limit_train_batches=22",

@@ -81,7 +81,13 @@ def random_data(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_recipe_trains(tiny, random_data, tmp_path, kind):
     cfg = tiny("pictures=false", *f"experiment={kind}".split(), tiny=False)
-    sizes = [*TINY, *TINY_CLASSIFICATION, "dataset.T=2", "dataset.num_workers=0"]
+    sizes = [
+        *TINY,
+        *TINY_CLASSIFICATION,
+        "dataset.T=2",
+        "dataset.num_workers=0",
+        "model.flow_epochs=1",
+    ]
     for override in sizes:
         key, _, value = override.partition("=")
         if OmegaConf.select(cfg, key) is not None and key not in ("task", "model", "pictures"):

@@ -24,7 +24,6 @@ ADAM = partial(Adam, lr=1e-3)
 @pytest.fixture(scope="module", autouse=True)
 def short_fits():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "EPOCHS", 2)
         patch.setattr(flow, "STEPS", 10)
         yield
 
