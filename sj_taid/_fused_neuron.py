@@ -265,6 +265,7 @@ def restore(net: nn.Module) -> None:
             "_plans",
             "_trial",
             "_description",
+            "_describe",
             "_unchecked",
             "_channel_axis",
         ):

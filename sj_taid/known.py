@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from ._checks import (
 )
 from .neurons import why_no_w
 from .ops.bits import LARGEST_BYTE
-from .ops.surrogate import MultiLevelSpikeCount, unsupported
+from .ops.surrogate import MultiLevelSpikeCount, key_of, unsupported
 
 __all__ = ["LIF", "BatchNorm", "IntegerLIF"]
 
@@ -53,6 +54,13 @@ class Description:
             if f.default is MISSING or value != f.default
         ]
         return f"{type(self).__name__}({', '.join(said)})"
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for descriptions of the same."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        function = values.pop("surrogate_function", None)
+        return type(self), *values.values(), function and key_of(function)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -162,6 +170,7 @@ class IntegerLIF(Neuron):
         window = self.window
         if window is not None and not (are_two_numbers(window) and window[0] <= window[1]):
             raise ValueError(f"window must be two numbers, the lower first, but it is {window!r}")
+        object.__setattr__(self, "window", window and tuple(window))  # a list is no key
         if self.v_reset is not None or self.decay_input:
             raise ValueError("counts have a soft reset, v_reset=None, and decay_input=False")
 

@@ -47,6 +47,8 @@ class Report:
         head = f"{len(self.changed)} neurons swapped, {len(self.kept)} left alone"
         return f"{head}\n{table_of(self.rows)}" if self.rows else head
 
+    __repr__ = __str__
+
 
 def table_of(rows: Iterable[Row]) -> str:
     """The rows as an aligned table."""

@@ -48,7 +48,9 @@ def accelerate(
         example_input: an input of ``net`` (a tuple for several), to measure a training step before
             and after, on a copy. The report then says what read each norm.
         known: classes of the net's own and what they compute: a description of
-            :mod:`sj_taid.known`, or a function of the module that gives one.
+            :mod:`sj_taid.known`, or a function of the module that gives one. The function is
+            called at each call of the module, so that later changes are followed; a pickled net
+            keeps the descriptions that it had.
         check: compare each described module with its description, in training and in eval mode,
             at its first call that gives more than one value.
 
@@ -78,8 +80,10 @@ def accelerate(
         need_neurons(
             net, f"accelerate, nor a module of known= ({names})" if known else "accelerate"
         )
+    kinds = {getattr(module, "kind", type(module)) for module in net.modules()}
+    absent = ", ".join(kind.__name__ for kind in known if kind not in kinds)
     if example_input is None:
-        return Acceleration(net, exchange(net))
+        return Acceleration(net, exchange(net), absent)
     if not isinstance(example_input, Tensor | tuple):
         raise TypeError(
             "example_input must be a tensor, or a tuple for several inputs, but it is a "
@@ -91,7 +95,7 @@ def accelerate(
         run_step(trial, example_input)
     exchange = partial(exchange, check=False)
     readers, saved_bytes, step_ms = measure(net, example_input, exchange, unaccelerate)
-    return Acceleration(net, exchange(net, readers), saved_bytes, step_ms)
+    return Acceleration(net, exchange(net, readers), absent, saved_bytes, step_ms)
 
 
 def unaccelerate(net: nn.Module) -> None:
@@ -123,8 +127,8 @@ def _exchange_classes(
     """
     described, readers = find_described(net, known), readers or {}
     rows = {}
-    for path, (module, description) in described.items():
-        describe_module(module, description, path, check)
+    for path, (module, description, describe) in described.items():
+        describe_module(module, description, describe, path, check)
     for path, module in net.named_modules():
         kind = type(module).__name__
         if isinstance(module, OwnNeuron) and path in described:

@@ -28,10 +28,25 @@ from .modules import (
 from .report import ALREADY
 
 
+class Describe:
+    """A function of a module that describes it; pickled as ``None``, since a lambda cannot be."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __deepcopy__(self, memo: Any) -> Describe:
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 class Own(Exchanged):
     """A module whose class is described."""
 
     _description: Any
+    #: gives the description at each call, where known= has a function
+    _describe: Describe | None
     #: the values of ``training`` in which nothing has shown yet that the description is right;
     #: DataParallel's replicas share it
     _unchecked: set[bool]
@@ -43,6 +58,8 @@ class Own(Exchanged):
         module: Any = self
         if not is_float_sequence(x) or not _graph.is_eager():
             return module.kind.forward(module, *args, **kwargs)
+        if module._describe is not None:
+            module._description = module._describe.function(module)
         if module.training in self._unchecked and not self._check(x):
             return module.kind.forward(module, x)
         return self._run_described(x)
@@ -126,7 +143,8 @@ class OwnNeuron(Own):
         described = self._description
         axis, voltage = described.time_axis, described.voltage
         plans = Plans.of(self)
-        node = plans.get("node") or plans.keep("node", DescribedNeuron(described, self._name))
+        key = described.key
+        node = plans.get(key) or plans.keep(key, DescribedNeuron(described, self._name))
         x_seq = x.transpose(0, axis) if axis else x
         v = 0.0 if voltage is None else getattr(self, voltage)
         v = 0.0 if v is None else v
@@ -210,15 +228,19 @@ def why_not_described(module: nn.Module, known: Mapping[type, Any]) -> str | Non
     return f"a subclass of {parent.__name__}, which known= names: name it too" if parent else None
 
 
-def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple[Any, Any]]:
-    """The modules of ``net`` whose class is described, and their descriptions, by path."""
+def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple[Any, ...]]:
+    """The modules of ``net`` whose class is described, by path.
+
+    With each its description, and the function that gave it or ``None``.
+    """
     found = {}
     for path, module in net.named_modules():
         description: Any = known.get(type(module))
         if description is None or why_not_described(module, known):
             continue
+        describe = None
         if not isinstance(description, Neuron | BatchNorm) and callable(description):
-            description = description(module)
+            describe, description = Describe(description), description(module)
         if not isinstance(description, Neuron | BatchNorm):
             raise TypeError(f"known= takes descriptions of sj_taid.known, not {description!r:.80}")
         if isinstance(description, BatchNorm):
@@ -231,16 +253,16 @@ def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple
                 raise TypeError(
                     f"known.BatchNorm scales a weight or running statistics, and {path!r} has none"
                 )
-        found[path] = module, description
+        found[path] = module, description, describe
     return found
 
 
-def describe_module(module: Any, description: Any, path: str, check: bool) -> None:
+def describe_module(module: Any, description: Any, describe: Any, path: str, check: bool) -> None:
     """Let a module run as its description says."""
     own: Any = OwnNorm if isinstance(description, BatchNorm) else OwnNeuron
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind, own)
-    module._description, module._name = description, path
+    module._description, module._describe, module._name = description, describe, path
     if own is OwnNorm:
         module._channel_axis, module.readers = description.channel_axis, {}
     module._unchecked = {True, False} if check else set()

@@ -248,6 +248,64 @@ def test_what_the_first_input_does_not_show_is_checked(kind, description, steps,
         net(x * 1.5)
 
 
+class Leaky(nn.Module):
+    """Its threshold and surrogate are changed while it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("threshold", torch.tensor(1.0))
+        self.function = surrogate.ATan()
+
+    def forward(self, x):
+        v, spikes = 0.0, []
+        for step in x:
+            v = v + (step - v) / 2
+            spikes.append(self.function(v - self.threshold))
+            v = v * (1.0 - spikes[-1])
+        return torch.stack(spikes)
+
+
+def test_a_function_describes_the_module_as_it_is_at_each_call():
+    plain = nn.Sequential(nn.Linear(5, 7), Leaky(), nn.Linear(7, 3))
+    fast, x = copy.deepcopy(plain), torch.randn(4, 6, 5) * 3
+    sj_taid.accelerate(
+        fast,
+        known={
+            Leaky: lambda m: known.LIF(
+                v_threshold=m.threshold.item(), surrogate_function=m.function, decay_input=True
+            )
+        },
+    )
+    changes = [
+        lambda net: None,
+        lambda net: net.load_state_dict(plain.state_dict() | {"1.threshold": torch.tensor(0.25)}),
+        lambda net: setattr(net[1], "function", surrogate.Sigmoid()),
+        lambda net: setattr(net[1].function, "alpha", 1.5),
+    ]
+    nets = (plain, fast, copy.deepcopy(fast))
+    for change in changes:
+        for net in nets:
+            change(net)
+            net.zero_grad()
+        expected = train(plain, x)
+        for net in nets[1:]:
+            torch.testing.assert_close(train(net, x), expected, rtol=1e-4, atol=1e-4)
+    restored = pickle.loads(pickle.dumps(fast))
+    restored.zero_grad()
+    torch.testing.assert_close(train(restored, x), expected, rtol=1e-4, atol=1e-4)
+    sj_taid.unaccelerate(fast)
+    assert vars(fast[1]).keys() == vars(plain[1]).keys()
+
+
+def test_the_report_names_described_classes_that_the_net_does_not_have():
+    net = nn.Sequential(MemoryUpdate(), TDBN(3))
+    for _ in range(2):  # an accelerated module is of its class
+        report = sj_taid.accelerate(
+            net, known={MemoryUpdate: KNOWN[MemoryUpdate], Leaky: KNOWN[LIFSpike]}
+        )
+        assert "known= describes Leaky, of which the net has no module" in repr(report)
+
+
 def test_the_report_measures_without_the_check():
     net = nn.Sequential(layer.BatchNorm2d(8, step_mode="m"), MemoryUpdate())
     report = sj_taid.accelerate(net, torch.randn(4, 2, 8, 16, 16, requires_grad=True), known=KNOWN)
