@@ -92,6 +92,8 @@ class CalibrationReport:
             "sj_taid.thresholds.set_fixed_thresholds(net, them); sj-taid train does both"
         )
 
+    __repr__ = __str__
+
 
 @torch.no_grad()
 def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationReport:
@@ -120,7 +122,7 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     Returns:
         The report. A layer is missed if its rate, or a channel's, is more than 20 % off. A neuron
         in step mode ``"s"``, one called several times and one that shares its threshold keep it,
-        as does one that no threshold makes fire.
+        as does one that no threshold makes fire, or every one.
 
     Raises:
         ValueError: ``rate`` is not in (0, 1), or ``net`` has no neurons in step mode ``"m"``.
@@ -226,6 +228,9 @@ def _search(node: Any, fire: Callable[[], Tensor], rate: float) -> str:
     # The least distance from the reset voltage that float32 resolves.
     least = _RANGE[0] if floor == 0.0 else math.log2(abs(floor)) - 20.0
     low, high = torch.full_like(before, least), torch.full_like(before, _RANGE[1])
+    if rates_at(high).any():
+        set_threshold(before)
+        return "it fires at any threshold"
     most = at_low = rates_at(low)
     at_high = torch.zeros_like(most)
     for _ in range(_BISECTIONS):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import _compat
+from ._checks import check_numbers
 from .neuron import ALIFNode
 
 
@@ -26,14 +27,17 @@ def set_fixed_thresholds(net: nn.Module, thresholds: Mapping[str, Any]) -> None:
     """Set the thresholds that :func:`fixed_thresholds` returned.
 
     Raises:
-        ValueError: ``net`` has no such threshold at a path; nothing is set then.
+        ValueError: ``net`` has no such threshold at a path, or a value is no number; nothing is
+            set then.
     """
     there = fixed_thresholds(net)
     for path in thresholds:
         if path not in there:
             raise ValueError(f"no neuron with a fixed threshold at {path!r}; there are {[*there]}")
+    check_numbers(**{f"the threshold of {path!r}": value for path, value in thresholds.items()})
     for path, value in thresholds.items():
-        net.get_submodule(path).v_threshold = value
+        neuron: Any = net.get_submodule(path)
+        neuron.v_threshold = float(value)
 
 
 def threshold_of(node: Any) -> Any:

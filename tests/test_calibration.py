@@ -202,6 +202,16 @@ def bounded():
     return ALIFNode(min_v_threshold=0.9)
 
 
+class FiresAtItsOwn(neuron.BaseNode):
+    """It compares with another number than its threshold."""
+
+    def neuronal_charge(self, x):
+        raise NotImplementedError
+
+    def multi_step_forward(self, x_seq):
+        return self.surrogate_function(x_seq - 0.5)
+
+
 @pytest.mark.parametrize(
     ("make", "x_seq", "note", "threshold"),
     [
@@ -209,6 +219,7 @@ def bounded():
         (reset_above, -torch.rand(3, 5, 4), f"{NONE} 0", 6.0),
         (bounded, torch.rand(3, 5, 4), BOUNDED, 1.0),
         (neuron.LIFNode, torch.ones(3, 5, 4), f"{NONE} 0.333", None),
+        (FiresAtItsOwn, torch.rand(3, 5, 4), "it fires at any threshold", 1.0),
     ],
 )
 def test_calibrate_says_why_a_rate_is_missed(make, x_seq, note, threshold):
@@ -298,6 +309,9 @@ def test_set_fixed_thresholds_refuses_other_names(wrong):
     with pytest.raises(ValueError, match=f"at {wrong!r}; there are") as info:
         set_fixed_thresholds(net, {"deep.blocks.0.1": 0.5, wrong: 0.5})
     assert str(there) in str(info.value)
+    with pytest.raises(ValueError, match=r"threshold of 'deep.blocks.2.1' must be a number"):
+        set_fixed_thresholds(net, {"deep.blocks.0.1": 0.5, "deep.blocks.2.1": "0.5"})
+    assert [*fixed_thresholds(net).values()] == [9.0, 9.0]
     assert fixed_thresholds(net) == dict.fromkeys(there, 9.0)
 
 
