@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from threading import Thread
 from typing import Any
 
@@ -56,6 +57,9 @@ def main() -> None:
 def run_composed(command: str, arguments: Sequence[str]) -> None:
     """Run a command, in each job of a sweep, with the config that Hydra composes."""
     given, process = [*sys.argv], os.getpid()
+    for before, word in pairwise(["", *arguments]):
+        if "=" not in word and not word.startswith(("-", "~")) and not before.startswith("-"):
+            raise ValueError(f"expected KEY=VALUE, such as checkpoint=RUN, but got {word!r}")
 
     def run_job(cfg: DictConfig) -> Any:
         if os.getpid() == process:

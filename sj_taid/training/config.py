@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,7 @@ def validate(cfg: DictConfig) -> None:
             check(rule, **{key: value})
     groups = {path.name for path in Path(CONF).iterdir() if path.is_dir()} - {"experiment"}
     keys = groups | {key for key in RULES if "." not in key} | {"checkpoint", "objective", "trust"}
-    if unknown := cfg.keys() - keys:
-        raise ValueError(
-            f"the config has no {', '.join(map(str, unknown))}; there are {', '.join(sorted(keys))}"
-        )
+    refuse_unknown(cfg, keys)
     task, data = (find_class(cfg[part]._target_, cfg.trust) for part in ("task", "dataset"))
     values: Any = OmegaConf.to_container(cfg.dataset, resolve=True)
     check_kinds(data, values, "dataset.")  # before the model, which takes some of them too
@@ -183,6 +180,14 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(
             "StochasticWeightAveraging would measure other weights than the saved ones; take "
             "WeightAveraging or EMAWeightAveraging of lightning.pytorch.callbacks"
+        )
+
+
+def refuse_unknown(cfg: DictConfig, keys: Set[str]) -> None:
+    """Raise a ``ValueError`` for a key of ``cfg``, such as a misspelt ``+key``, not in ``keys``."""
+    if unknown := cfg.keys() - keys:
+        raise ValueError(
+            f"the config has no {', '.join(map(str, unknown))}; there are {', '.join(sorted(keys))}"
         )
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .._checks import check_sizes
+from .config import CONF, refuse_unknown
 from .plot import draw_classes, draw_grid
 from .run import Run, build_data
 
@@ -56,6 +57,8 @@ def walk(cfg: DictConfig) -> None:
 
 def load(cfg: DictConfig, method: str, choice: str) -> tuple[Run, Any]:
     """The run of ``cfg.checkpoint`` and its model, which draws by a method, from ``cfg.seed``."""
+    keys: Any = OmegaConf.load(Path(CONF) / f"{method}.yaml").keys()
+    refuse_unknown(cfg, keys - {"defaults", "hydra"})
     if cfg.output and Path(cfg.output).suffix != ".png":  # or it may replace a file
         raise ValueError(f"output must name a picture, such as a.png, but it is {cfg.output}")
     run = Run.find(cfg.checkpoint)
