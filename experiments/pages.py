@@ -172,7 +172,7 @@ def gains() -> pd.DataFrame:
         gain("`TAID`, ESVAE on faces: error", faces["reconstruction"], "fixed", "taid"),
         gain("`ALIFNode`, classifier on MNIST: accuracy, %", digits["accuracy"], "lif", "alif"),
         gain(
-            "`ALIFNode(levels=4)`, one step for four, classifier on CIFAR10: accuracy, %",
+            "`ALIFNode(levels=4)` in one step, LIF in four, classifier on CIFAR10: accuracy, %",
             *(counting["accuracy"], INTEGER["lif", "default"], INTEGER["alif", "default"]),
         ),
     ]
@@ -247,8 +247,8 @@ def flows() -> pd.DataFrame:
         chosen = overrides(refit)
         net = {"experiment": f"`{chosen['experiment']}`", "epochs": str(refit["epochs"])}
         net["latent"] = chosen.get("model.latent_channels", "")
-        sources = {"as trained": (before, ""), "fitted again": (refit, "")}
-        sources["perfect prior"] = refit, "_perfect"
+        sources = {"as trained": (before, "")} if before else {}
+        sources |= {"fitted again": (refit, ""), "perfect prior": (refit, "_perfect")}
         for samples, (run, ending) in sources.items():
             shown = {"samples": samples}
             for name, title in (DISTANCES | {"fad": "own FAD ↓"}).items():

@@ -45,8 +45,8 @@ def swap_neurons(
 ) -> Report:
     r"""Replace the LIF, PLIF, IF and integer LIF nodes of ``net`` by ALIF, in place.
 
-    Each neuron keeps its options, voltage and hooks, and PLIF its parameter ``w`` (unless it is in
-    half precision), so an optimiser made before the swap still holds it. The outputs are bit for
+    Each neuron keeps its options, voltage and hooks, and PLIF its parameter ``w``, unless it is in
+    half precision. Make the optimiser after: thresholds are new parameters. The outputs are bit for
     bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, for LIF with a tau of 2, 4, 8
     or 16, and for integer LIF with one of these or 4/3, its default; else equal to rounding, as LIF
     divides by tau and ALIF multiplies by :math:`\mathrm{sigmoid}(w)`.

@@ -163,7 +163,7 @@ def check_call(x_seq: Tensor, v: Any, w: Any, v_threshold: Any) -> None:
     if x_seq.dim() < 2 or x_seq.shape[0] == 0:
         raise ValueError(
             f"x_seq must be [T, N, *] with T >= 1, but its shape is {list(x_seq.shape)}; "
-            "for one time step [N, *] use alif_step, or step_mode='s' on the node"
+            "for one time step [N, *] use sj_taid.functional.alif_step, or a node in step_mode='s'"
         )
     _check_state(v, x_seq)
     for name, parameter in (("w", w), ("v_threshold", v_threshold)):

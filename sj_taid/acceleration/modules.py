@@ -147,7 +147,7 @@ class AcceleratedNorm(Exchanged):
 
 
 #: stands for the readers of a norm that did not wait
-NO_GRADIENT = "nothing, since its input requires no gradient"
+NO_GRADIENT = "its input requires no gradient"
 #: the inputs whose norm can wait
 _WAITS = (Tensor, Compact)
 _FORM = attrgetter("__class__", "shape", "dtype", "device")

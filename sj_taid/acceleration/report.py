@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .. import _graph
 from ..neurons import copy_net
 from ..report import Row, table_of
-from .modules import AcceleratedNorm, why_no_norm
+from .modules import NO_GRADIENT, AcceleratedNorm, why_no_norm
 
 FUSED, ALREADY = "fused operator", "on the fused operator already"
 #: times of a step that differ by less are called equal
@@ -87,7 +87,7 @@ def _count_norms(net: nn.Module) -> str:
     norms, states = norms_of(net), Counter[str]()
     for _, norm in norms:
         if isinstance(norm, AcceleratedNorm):
-            first = next((f"read by {reader}" for reader in norm.readers), "not run yet")
+            first = next((f"apart: {_why_apart([r])}" for r in norm.readers), "not run yet")
             states["fused" if any(norm.readers.values()) else first] += 1
     fused = states.pop("fused", 0)
     rest = ", ".join(f"{count} {state}" for state, count in states.most_common())
@@ -102,13 +102,19 @@ def _norm_row(path: str, norm: nn.Module) -> Row:
     if not isinstance(norm, AcceleratedNorm):
         return Row(path, kind, "", why_no_norm(norm) or "no neuron is on the fused operator")
     fused = [f"fused into {reader}" for reader, is_fused in norm.readers.items() if is_fused]
-    others = ", ".join(reader for reader, is_fused in norm.readers.items() if not is_fused)
+    others = _why_apart([reader for reader, is_fused in norm.readers.items() if not is_fused])
     if fused:
-        also = f"; also read by {others}" if others else ""
+        also = f"; apart too: {others}" if others else ""
         return Row(path, kind, ", ".join(fused), f"equal outputs to rounding{also}")
     if others:
-        return Row(path, kind, "", f"computed apart: read by {others}")
+        return Row(path, kind, "", f"computed apart: {others}")
     return Row(path, kind, "waits", "not run yet")
+
+
+def _why_apart(readers: list[str]) -> str:
+    """Why a norm was not fused into a neuron: what has read its output, if anything could."""
+    named = ", ".join(reader for reader in readers if reader != NO_GRADIENT)
+    return ", ".join(["read by " + named] * bool(named) + [NO_GRADIENT] * (NO_GRADIENT in readers))
 
 
 def _merge(rows: Iterable[Row]) -> list[Row]:

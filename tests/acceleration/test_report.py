@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from spikingjelly.activation_based import layer
+from spikingjelly.activation_based import layer, neuron
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -112,3 +112,13 @@ def test_norms_that_are_no_batch_norms_are_named_and_stay(norm):
     assert left[path].note == "no batch norm: no mean and variance per channel of the batch"
     assert left[path].kind == type(net.get_submodule(path)).__name__ and path.startswith("6")
     assert str(report).startswith("3 of 3 neurons on the fused operator, 2 of 3 norms fused\n")
+
+
+def test_a_norm_of_inputs_without_gradient_is_said_to_be_apart():
+    norm = layer.BatchNorm1d(6, step_mode="m")
+    net = nn.Sequential(layer.Linear(3, 6, step_mode="m"), norm, neuron.LIFNode(step_mode="m"))
+    net[0].requires_grad_(False)
+    report = accelerate(net)
+    net(torch.rand(4, 5, 3))
+    assert report.rows[0].note == "computed apart: its input requires no gradient"
+    assert "0 of 1 norms fused (1 apart: its input requires no gradient)" in str(report)
