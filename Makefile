@@ -22,7 +22,7 @@ gpu: install ## Prove the CUDA kernels on this machine's GPU, and time them; twe
 	  test -z "$$cuda" || $(BIN)/python -m pip install --quiet --editable ".[cuda$$cuda]"
 	$(BIN)/python experiments/prove.py
 
-test slow test-all test-legacy: export OMP_NUM_THREADS := 1
+test slow test-all test-legacy docs: export OMP_NUM_THREADS := 1
 
 test: install lint ## Lint, type check and test
 	$(BIN)/python $(PYTEST)
