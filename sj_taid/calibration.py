@@ -228,10 +228,10 @@ def _search(node: Any, fire: Callable[[], Tensor], rate: float) -> str:
     # The least distance from the reset voltage that float32 resolves.
     least = _RANGE[0] if floor == 0.0 else math.log2(abs(floor)) - 20.0
     low, high = torch.full_like(before, least), torch.full_like(before, _RANGE[1])
-    if rates_at(high).any():
+    most = at_low = rates_at(low)
+    if ((most > 0) & (rates_at(high) >= most.clamp(max=rate))).all():
         set_threshold(before)
         return "it fires at any threshold"
-    most = at_low = rates_at(low)
     at_high = torch.zeros_like(most)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

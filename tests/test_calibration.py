@@ -245,6 +245,13 @@ def test_calibrate_takes_the_nearest_rate_above_0_and_counts_channels_that_miss(
     assert net[0].v_threshold[1:3].tolist() == [1.0, 1.0]
 
 
+def test_calibrate_takes_a_huge_input_as_one_spike():
+    x_seq = torch.rand(4, 32, 8)
+    x_seq[0, 0, 0] = 1e30  # it fires at any threshold
+    (row,) = calibrate(nn.Sequential(neuron.IFNode(step_mode="m")), x_seq).rows
+    assert not row.note and row.rate == pytest.approx(0.2, rel=0.2)
+
+
 class Tree(nn.Module):
     """Neurons of these kinds below other modules, one of them used twice by another path."""
 
