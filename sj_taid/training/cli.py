@@ -58,8 +58,9 @@ def run_composed(command: str, arguments: Sequence[str]) -> None:
     """Run a command, in each job of a sweep, with the config that Hydra composes."""
     given, process = [*sys.argv], os.getpid()
     for before, word in pairwise(["", *arguments]):
-        if "=" not in word and not word.startswith(("-", "~")) and not before.startswith("-"):
-            raise ValueError(f"expected KEY=VALUE, such as checkpoint=RUN, but got {word!r}")
+        takes_word = before.startswith("-") and before not in ("-m", "--multirun")
+        if "=" not in word and not word.startswith(("-", "~")) and not takes_word:
+            raise ValueError(f"expected KEY=VALUE, such as seed=1, but got {word!r}")
 
     def run_job(cfg: DictConfig) -> Any:
         if os.getpid() == process:
@@ -123,8 +124,10 @@ def is_users(error: Exception) -> bool:
 def format_error(error: Exception) -> str:
     """The message of a user's error."""
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
-    resolving = InterpolationResolutionError  # which a resolver's own error comes wrapped in
-    while isinstance(error, resolving) and isinstance(error.__context__, USER_ERRORS):
-        error = error.__context__
+    cause: BaseException | None = error
+    while isinstance(cause, InterpolationResolutionError):
+        cause = cause.__context__
+    if isinstance(cause, USER_ERRORS) and not isinstance(cause, OmegaConfBaseException):
+        error = cause  # of a resolver of ours, which OmegaConf wraps
     text = str(error).partition("\nConfig search path")[0]
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])
