@@ -50,7 +50,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "max_resnet18": ms_resnet.max_resnet18,
     "att_ms_resnet18": masnn.att_ms_resnet18,
 }
-APART = "computed apart: read by "
+APART = "computed apart: "
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,6 +83,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     norms = [row for row in report.rows if isinstance(kinds[row.layer], _BatchNorm)]
     readers = Counter(
         row.note.removeprefix(APART)
+        .removeprefix("read by ")
         .replace(NO_GRADIENT, "no one")
         .partition(",")[0]
         .removesuffix("_with_indices")

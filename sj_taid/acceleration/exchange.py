@@ -80,7 +80,7 @@ def accelerate(
         need_neurons(
             net, f"accelerate, nor a module of known= ({names})" if known else "accelerate"
         )
-    kinds = {getattr(module, "kind", type(module)) for module in net.modules()}
+    kinds = {m.kind if isinstance(m, Accelerated) else type(m) for m in net.modules()}
     absent = ", ".join(kind.__name__ for kind in known if kind not in kinds)
     if example_input is None:
         return Acceleration(net, exchange(net), absent)
@@ -127,8 +127,8 @@ def _exchange_classes(
     """
     described, readers = find_described(net, known), readers or {}
     rows = {}
-    for path, (module, description, describe) in described.items():
-        describe_module(module, description, describe, path, check)
+    for path, (module, description, function) in described.items():
+        describe_module(module, description, function, path, check)
     for path, module in net.named_modules():
         kind = type(module).__name__
         if isinstance(module, OwnNeuron) and path in described:

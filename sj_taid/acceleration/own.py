@@ -59,10 +59,19 @@ class Own(Exchanged):
         if not is_float_sequence(x) or not _graph.is_eager():
             return module.kind.forward(module, *args, **kwargs)
         if module._describe is not None:
-            module._description = module._describe.function(module)
+            module._set_description(describe(module, module._describe.function))
         if module.training in self._unchecked and not self._check(x):
             return module.kind.forward(module, x)
         return self._run_described(x)
+
+    def _set_description(self, description: Any) -> None:
+        self._description = description
+
+    def __getstate__(self) -> Any:
+        # A pickle has no function: it keeps the description of its moment.
+        if self._describe is not None:
+            self._set_description(describe(self, self._describe.function))
+        return super().__getstate__()
 
     def _run_described(self, x: Any) -> Any:
         raise NotImplementedError
@@ -145,6 +154,8 @@ class OwnNeuron(Own):
         plans = Plans.of(self)
         key = described.key
         node = plans.get(key) or plans.keep(key, DescribedNeuron(described, self._name))
+        if self._describe is not None:  # an equal surrogate, but that of now
+            node.surrogate_function = described.surrogate_function
         x_seq = x.transpose(0, axis) if axis else x
         v = 0.0 if voltage is None else getattr(self, voltage)
         v = 0.0 if v is None else v
@@ -199,6 +210,9 @@ class OwnNorm(Own, AcceleratedNorm):
 
     _is_torchs = False
 
+    def _set_description(self, description: Any) -> None:
+        self._description, self._channel_axis = description, description.channel_axis
+
     def _run_described(self, x: Any) -> Any:
         return AcceleratedNorm.forward(self, x)
 
@@ -228,6 +242,15 @@ def why_not_described(module: nn.Module, known: Mapping[type, Any]) -> str | Non
     return f"a subclass of {parent.__name__}, which known= names: name it too" if parent else None
 
 
+def describe(module: Any, given: Any) -> Any:
+    """The description of a module, given as such or by a function of the module."""
+    is_function = not isinstance(given, Neuron | BatchNorm) and callable(given)
+    description = given(module) if is_function else given
+    if not isinstance(description, Neuron | BatchNorm):
+        raise TypeError(f"known= takes descriptions of sj_taid.known, not {description!r:.80}")
+    return description
+
+
 def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple[Any, ...]]:
     """The modules of ``net`` whose class is described, by path.
 
@@ -238,11 +261,8 @@ def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple
         description: Any = known.get(type(module))
         if description is None or why_not_described(module, known):
             continue
-        describe = None
-        if not isinstance(description, Neuron | BatchNorm) and callable(description):
-            describe, description = Describe(description), description(module)
-        if not isinstance(description, Neuron | BatchNorm):
-            raise TypeError(f"known= takes descriptions of sj_taid.known, not {description!r:.80}")
+        function = None if isinstance(description, Neuron | BatchNorm) else Describe(description)
+        description = describe(module, description)
         if isinstance(description, BatchNorm):
             if not isinstance(module, _BatchNorm):
                 raise TypeError(
@@ -253,16 +273,17 @@ def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple
                 raise TypeError(
                     f"known.BatchNorm scales a weight or running statistics, and {path!r} has none"
                 )
-        found[path] = module, description, describe
+        found[path] = module, description, function
     return found
 
 
-def describe_module(module: Any, description: Any, describe: Any, path: str, check: bool) -> None:
+def describe_module(module: Any, description: Any, function: Any, path: str, check: bool) -> None:
     """Let a module run as its description says."""
     own: Any = OwnNorm if isinstance(description, BatchNorm) else OwnNeuron
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind, own)
-    module._description, module._describe, module._name = description, describe, path
+    module._describe, module._name = function, path
+    module._set_description(description)
     if own is OwnNorm:
-        module._channel_axis, module.readers = description.channel_axis, {}
+        module.readers = {}
     module._unchecked = {True, False} if check else set()

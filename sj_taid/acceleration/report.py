@@ -62,7 +62,7 @@ class Acceleration:
             saved = f"{old_bytes / 1e6:.3g} -> {new_bytes / 1e6:.3g} MB"
             lines.append(f"saved for backward {saved}, step {step}")
         if self._absent:
-            lines.append(f"known= describes {self._absent}, of which the net has no module")
+            lines.append(f"known= has {self._absent}, but the net has no such module")
         return "\n".join([*lines, table_of(_merge(self.rows))])
 
     __repr__ = __str__
@@ -104,7 +104,7 @@ def _norm_row(path: str, norm: nn.Module) -> Row:
     fused = [f"fused into {reader}" for reader, is_fused in norm.readers.items() if is_fused]
     others = _why_apart([reader for reader, is_fused in norm.readers.items() if not is_fused])
     if fused:
-        also = f"; apart too: {others}" if others else ""
+        also = f"; also computed apart: {others}" if others else ""
         return Row(path, kind, ", ".join(fused), f"equal outputs to rounding{also}")
     if others:
         return Row(path, kind, "", f"computed apart: {others}")
@@ -114,7 +114,8 @@ def _norm_row(path: str, norm: nn.Module) -> Row:
 def _why_apart(readers: list[str]) -> str:
     """Why a norm was not fused into a neuron: what has read its output, if anything could."""
     named = ", ".join(reader for reader in readers if reader != NO_GRADIENT)
-    return ", ".join(["read by " + named] * bool(named) + [NO_GRADIENT] * (NO_GRADIENT in readers))
+    reasons = [f"read by {named}"] if named else []
+    return ", ".join([*reasons, NO_GRADIENT] if NO_GRADIENT in readers else reasons)
 
 
 def _merge(rows: Iterable[Row]) -> list[Row]:

@@ -281,6 +281,8 @@ def test_a_function_describes_the_module_as_it_is_at_each_call():
         lambda net: net.load_state_dict(plain.state_dict() | {"1.threshold": torch.tensor(0.25)}),
         lambda net: setattr(net[1], "function", surrogate.Sigmoid()),
         lambda net: setattr(net[1].function, "alpha", 1.5),
+        lambda net: setattr(net[1], "function", surrogate.Sigmoid()),  # as before it was changed
+        lambda net: net[1].threshold.fill_(0.5),
     ]
     nets = (plain, fast, copy.deepcopy(fast))
     for change in changes:
@@ -290,8 +292,10 @@ def test_a_function_describes_the_module_as_it_is_at_each_call():
         expected = train(plain, x)
         for net in nets[1:]:
             torch.testing.assert_close(train(net, x), expected, rtol=1e-4, atol=1e-4)
-    restored = pickle.loads(pickle.dumps(fast))
-    restored.zero_grad()
+    for net in (plain, fast):  # a pickle has the description of its moment
+        net[1].threshold.fill_(0.75)
+        net.zero_grad()
+    restored, expected = pickle.loads(pickle.dumps(fast)), train(plain, x)
     torch.testing.assert_close(train(restored, x), expected, rtol=1e-4, atol=1e-4)
     sj_taid.unaccelerate(fast)
     assert vars(fast[1]).keys() == vars(plain[1]).keys()
@@ -299,11 +303,12 @@ def test_a_function_describes_the_module_as_it_is_at_each_call():
 
 def test_the_report_names_described_classes_that_the_net_does_not_have():
     net = nn.Sequential(MemoryUpdate(), TDBN(3))
+    net.kind, net[1].kind = ["no class"], "lif"  # attributes of the net's own
     for _ in range(2):  # an accelerated module is of its class
         report = sj_taid.accelerate(
             net, known={MemoryUpdate: KNOWN[MemoryUpdate], Leaky: KNOWN[LIFSpike]}
         )
-        assert "known= describes Leaky, of which the net has no module" in repr(report)
+        assert "known= has Leaky, but the net has no such module" in repr(report)
 
 
 def test_the_report_measures_without_the_check():
