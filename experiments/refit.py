@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         checkpoint = {"state_dict": state, "fixed_thresholds": thresholds}
         AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
         fitted = {"command": f"{told} --seeds {seed}", "seed": seed, **provenance()}
+        fitted["epochs"] = cfg.model.flow_epochs
         run.save_metrics(metrics | {"prior_fitted": fitted})
         print(run.folder)
 
