@@ -265,7 +265,7 @@ def restore(net: nn.Module) -> None:
             "_plans",
             "_trial",
             "_description",
-            "_describe",
+            "_known_function",
             "_unchecked",
             "_channel_axis",
         ):

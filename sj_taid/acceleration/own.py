@@ -28,13 +28,13 @@ from .modules import (
 from .report import ALREADY
 
 
-class Describe:
-    """A function of a module that describes it; pickled as ``None``, since a lambda cannot be."""
+class Function:
+    """A function of ``known=``; pickled as ``None``, since a lambda cannot be."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
 
-    def __deepcopy__(self, memo: Any) -> Describe:
+    def __deepcopy__(self, memo: Any) -> Function:
         return self
 
     def __reduce__(self) -> Any:
@@ -45,8 +45,8 @@ class Own(Exchanged):
     """A module whose class is described."""
 
     _description: Any
-    #: gives the description at each call, where known= has a function
-    _describe: Describe | None
+    #: gives the description at each call; None where known= has the description itself
+    _known_function: Function | None
     #: the values of ``training`` in which nothing has shown yet that the description is right;
     #: DataParallel's replicas share it
     _unchecked: set[bool]
@@ -58,8 +58,8 @@ class Own(Exchanged):
         module: Any = self
         if not is_float_sequence(x) or not _graph.is_eager():
             return module.kind.forward(module, *args, **kwargs)
-        if module._describe is not None:
-            module._set_description(describe(module, module._describe.function))
+        if module._known_function is not None:
+            module._set_description(describe(module, module._known_function.function))
         if module.training in self._unchecked and not self._check(x):
             return module.kind.forward(module, x)
         return self._run_described(x)
@@ -69,8 +69,8 @@ class Own(Exchanged):
 
     def __getstate__(self) -> Any:
         # A pickle has no function: it keeps the description of its moment.
-        if self._describe is not None:
-            self._set_description(describe(self, self._describe.function))
+        if self._known_function is not None:
+            self._set_description(describe(self, self._known_function.function))
         return super().__getstate__()
 
     def _run_described(self, x: Any) -> Any:
@@ -154,7 +154,7 @@ class OwnNeuron(Own):
         plans = Plans.of(self)
         key = described.key
         node = plans.get(key) or plans.keep(key, DescribedNeuron(described, self._name))
-        if self._describe is not None:  # an equal surrogate, but that of now
+        if self._known_function is not None:  # an equal surrogate, but that of now
             node.surrogate_function = described.surrogate_function
         x_seq = x.transpose(0, axis) if axis else x
         v = 0.0 if voltage is None else getattr(self, voltage)
@@ -261,7 +261,7 @@ def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple
         description: Any = known.get(type(module))
         if description is None or why_not_described(module, known):
             continue
-        function = None if isinstance(description, Neuron | BatchNorm) else Describe(description)
+        function = None if isinstance(description, Neuron | BatchNorm) else Function(description)
         description = describe(module, description)
         if isinstance(description, BatchNorm):
             if not isinstance(module, _BatchNorm):
@@ -282,7 +282,7 @@ def describe_module(module: Any, description: Any, function: Any, path: str, che
     own: Any = OwnNorm if isinstance(description, BatchNorm) else OwnNeuron
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind, own)
-    module._describe, module._name = function, path
+    module._known_function, module._name = function, path
     module._set_description(description)
     if own is OwnNorm:
         module.readers = {}
