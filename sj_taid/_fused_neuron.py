@@ -57,7 +57,7 @@ class FusedNeuron:
     extra_repr: Any
     #: not _backend, which SpikingJelly 0.0.0.0.14 sets
     _fused_backend: Any = backends.AUTO
-    _name = ""  # its path in the net, which errors say
+    _taid_name = ""  # its path in the net, which errors say
     #: counts are divided by it
     _divisor = 1.0
     #: the kinds of tensors that a plan takes
@@ -140,7 +140,7 @@ class FusedNeuron:
         v_init: Any = 0.0 if v0 is not None else v
         if saves:
             leaves = x, v0, w, v_threshold, weight, bias
-            return apply_fused(*leaves, plan, spec, v_init, numbers, self._name)
+            return apply_fused(*leaves, plan, spec, v_init, numbers, self._taid_name)
         spike_seq, v, v_seq, _, bits = plan.forward(x, v0, v_init, w, v_threshold, numbers)
         return spike_seq, v, v_seq, bits
 
@@ -205,8 +205,8 @@ class FusedNeuron:
         return y if self._divisor == 1.0 else y / self._divisor, *rest, None
 
     def _label(self) -> str:
-        kind = type(self).__name__
-        return f"the neuron {self._name!r}" if self._name else f"{kind}({self.extra_repr()})"
+        name, kind = self._taid_name, type(self).__name__
+        return f"the neuron {name!r}" if name else f"{kind}({self.extra_repr()})"
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle takes the voltages along, not the graph that made them.
@@ -246,27 +246,18 @@ class Accelerated:
     """A module whose class :mod:`.acceleration` has exchanged for a subclass, of the same name."""
 
     #: the class that it had
-    kind: type
+    _taid_kind: type
 
 
 def restore(net: nn.Module) -> None:
     """Give every accelerated module of ``net`` its class back, or raise before the first."""
     modules: Any = {p: m for p, m in net.named_modules() if isinstance(m, Accelerated)}
-    if changed := [p or "net" for p, m in modules.items() if "kind" not in vars(type(m))]:
+    if changed := [p or "net" for p, m in modules.items() if "_taid_kind" not in vars(type(m))]:
         raise ValueError(
             f"the class of {', '.join(changed)} was changed after accelerate, so its own cannot be "
             "given back: torch.nn.utils.parametrize.remove_parametrizations first, if that did it"
         )
     for module in modules.values():
-        module.__class__ = module.kind
-        for name in (
-            "readers",
-            "_name",
-            "_plans",
-            "_trial",
-            "_description",
-            "_known_function",
-            "_unchecked",
-            "_channel_axis",
-        ):
-            vars(module).pop(name, None)
+        module.__class__ = module._taid_kind
+        for name in [name for name in vars(module) if name.startswith("_taid_")]:
+            del vars(module)[name]

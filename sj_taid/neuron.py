@@ -170,7 +170,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     @property
     def name(self) -> str:
         """The path in the net that :func:`sj_taid.name_neurons` has stored, or ``""``."""
-        return self._name
+        return self._taid_name
 
     @property
     def backend(self) -> str:

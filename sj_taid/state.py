@@ -20,7 +20,7 @@ def name_neurons(net: nn.Module) -> None:
     """
     for path, module in net.named_modules():
         if isinstance(module, FusedNeuron):
-            module._name = path
+            module._taid_name = path
 
 
 @contextmanager

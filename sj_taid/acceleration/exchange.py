@@ -80,7 +80,7 @@ def accelerate(
         need_neurons(
             net, f"accelerate, nor a module of known= ({names})" if known else "accelerate"
         )
-    kinds = {m.kind if isinstance(m, Accelerated) else type(m) for m in net.modules()}
+    kinds = {m._taid_kind if isinstance(m, Accelerated) else type(m) for m in net.modules()}
     absent = ", ".join(kind.__name__ for kind in known if kind not in kinds)
     if example_input is None:
         return Acceleration(net, exchange(net), absent)
@@ -132,7 +132,7 @@ def _exchange_classes(
     for path, module in net.named_modules():
         kind = type(module).__name__
         if isinstance(module, OwnNeuron) and path in described:
-            rows[path] = Row(path, kind, FUSED, f"as {module._description}")
+            rows[path] = Row(path, kind, FUSED, f"as {module._taid_description}")
         elif reason := why_not_described(module, known):
             rows[path] = Row(path, kind, "", reason)
     for site in find_neurons(net):
@@ -140,14 +140,14 @@ def _exchange_classes(
             reason = _why_not(site, net)
             rows[site.path] = site.row("" if reason else FUSED, reason or describe_equality(site))
             if not reason:
-                accelerate_module(site.node)._name = site.path
+                accelerate_module(site.node)._taid_name = site.path
     if any(isinstance(module, AcceleratedALIF | OwnNeuron) for module in net.modules()):
         norm: Any
         for path, norm in norms_of(net):
             if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
                 accelerate_module(norm)
             if path in readers:
-                norm.readers = readers[path]
+                norm._taid_readers = readers[path]
     return rows
 
 

@@ -28,13 +28,13 @@ from .norm_output import NormOutput, Recomputed, decide, memory_order, wait
 
 
 class Exchanged(Accelerated):
-    """An accelerated module: ``mixin`` is what its class adds to its ``kind``."""
+    """An accelerated module: ``_taid_mixin`` is what its class adds to its own."""
 
-    mixin: type
+    _taid_mixin: type
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made when needed: copy and pickle would not find it by its name.
-        return _new, (self.kind, self.mixin), self.__getstate__()
+        return _new, (self._taid_kind, self._taid_mixin), self.__getstate__()
 
 
 def _new(kind: type, mixin: type) -> Any:
@@ -45,7 +45,7 @@ def _new(kind: type, mixin: type) -> Any:
 @cache
 def accelerated_class(kind: Any, mixin: Any) -> type:
     """The subclass of a class of norms or neurons that adds ``mixin``, with the same name."""
-    names = {"kind": kind, "mixin": mixin}
+    names = {"_taid_kind": kind, "_taid_mixin": mixin}
     names |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     if mixin is AcceleratedNeuron:
         names["_numbers"] = attrgetter("v_reset", "detach_reset", "v_threshold", *_charges(kind))
@@ -64,7 +64,7 @@ def accelerate_module(module: Any) -> Any:
     kind: Any = type(module)
     if issubclass(kind, _BatchNorm):
         mixin: type = AcceleratedNorm
-        module.readers = {}
+        module._taid_readers = {}
     else:
         mixin = AcceleratedALIF if issubclass(kind, ALIFNode) else AcceleratedNeuron
     module.__class__ = accelerated_class(kind, mixin)
@@ -102,32 +102,32 @@ class AcceleratedNorm(Exchanged):
     """A batch norm whose output waits for its reader."""
 
     #: what has read the output, for the report, and whether as one operation
-    readers: dict[str, bool]
+    _taid_readers: dict[str, bool]
     #: the axis of channels of a class of the net's own
-    _channel_axis = 1
+    _taid_channel_axis = 1
     #: whether all that it computes is torch's batch norm of these tensors
-    _is_torchs = True
+    _taid_is_torchs = True
     #: gives the weight, bias, running mean and variance of a norm
-    _tensors: Any = attrgetter("weight", "bias", "running_mean", "running_var")
+    _taid_tensors: Any = attrgetter("weight", "bias", "running_mean", "running_var")
     #: the running statistics of the last call, if nobody knows yet who reads its output
-    _trial: Any = None
+    _taid_trial: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())
-        if self._trial is not None:
-            self._trial.close()
+        if self._taid_trial is not None:
+            self._taid_trial.close()
         if type(x) is NormOutput:
             x = x.plain("batch_norm")
         # Where the input has no graph, waiting saves nothing.
         waits = type(x) in _WAITS and x.requires_grad and torch.is_grad_enabled()
         if not (waits and _graph.is_eager()):
             if torch.is_grad_enabled() and not x.requires_grad:
-                self.readers.setdefault(NO_GRADIENT, False)
+                self._taid_readers.setdefault(NO_GRADIENT, False)
             return super().forward(x)  # type: ignore[misc]
         module: Any = self
         # Whether the input is [T, N, C, *], not [M, C, *].
-        folds = vars(module).get("_step_mode") == "m" or self._channel_axis == 2
-        tensors = self._tensors(module)
+        folds = vars(module).get("_step_mode") == "m" or self._taid_channel_axis == 2
+        tensors = self._taid_tensors(module)
         with torch._C.DisableTorchFunctionSubclass():
             forms = [x.stride(), x.is_inference(), folds, _NORM_NUMBERS(module)]
             for tensor in tensors:  # neither comprehension nor function, which take as long
@@ -208,7 +208,7 @@ class AcceleratedALIF(Exchanged):
 
     def _reader(self) -> str:
         node: Any = self
-        return node._name or type(node).__name__
+        return node._taid_name or type(node).__name__
 
     def _strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
         """The strides of the plain neuron's spikes for an input of these."""
@@ -251,7 +251,7 @@ class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
         is_sequence = isinstance(x_seq, NormOutput) or is_float_sequence(x_seq)
         aside = not _graph.is_eager() and _graph.steps_aside()
         if args or kwargs or not is_sequence or aside:
-            return self.kind.multi_step_forward(self, x_seq, *args, **kwargs)  # type: ignore[attr-defined]
+            return self._taid_kind.multi_step_forward(self, x_seq, *args, **kwargs)  # type: ignore[attr-defined]
         spike_seq = super().multi_step_forward(x_seq)
         # 0.0.0.0.14 computes, and gives spikes, in float32 under autocast.
         lowers = not _compat.FUNCTIONAL_STATES and torch.is_autocast_enabled(x_seq.device.type)

@@ -157,7 +157,7 @@ class Waiting:
         #: those of the plain module's input ``[M, C, *]``
         self.strides = (x.flatten(0, 1) if folds else x).stride()
         #: whether torch's batch norm of the input is the output
-        self.is_recomputable = module._is_torchs and not self.copies
+        self.is_recomputable = module._taid_is_torchs and not self.copies
         given = [t for t in tensors if t is not None]
         self.has_weight, self.has_bias = (t is not None for t in tensors[:2])
         #: the dtype that torch's operators ask for
@@ -743,8 +743,8 @@ def wait(
         batches = module.num_batches_tracked if waiting.counts else None
         trial = Trial(module) if waiting.is_trial else None
         numbers = waiting.numbers(x, weight, bias, mean, var, batches)
-        module._trial = trial
-        call = NormCall(x, numbers, waiting, module.readers, trial)
+        module._taid_trial = trial
+        call = NormCall(x, numbers, waiting, module._taid_readers, trial)
         if module._backward_hooks:
             call.gradient.watch()
         return _wait(x, weight, bias, call)

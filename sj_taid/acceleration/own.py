@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import _graph, neurons
 from .._fused_neuron import Accelerated, FusedNeuron
-from ..known import BatchNorm, Neuron
+from ..known import LIF, BatchNorm, Neuron
 from ..ops.alif.plan import Plans
 from .compact import Known
 from .modules import (
@@ -42,119 +42,127 @@ class Function:
 
 
 class Own(Exchanged):
-    """A module whose class is described."""
+    """A module whose class is described.
 
-    _description: Any
+    All that is added to it, besides ``forward``, begins with ``_taid_``: the class may have any
+    other name.
+    """
+
+    _taid_description: Any
     #: gives the description at each call; None where known= has the description itself
-    _known_function: Function | None
+    _taid_function: Function | None
     #: the values of ``training`` in which nothing has shown yet that the description is right;
     #: DataParallel's replicas share it
-    _unchecked: set[bool]
-    _name: str
+    _taid_unchecked: set[bool]
+    _taid_name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         x: Any = given[0] if len(given) == 1 else None
         module: Any = self
         if not is_float_sequence(x) or not _graph.is_eager():
-            return module.kind.forward(module, *args, **kwargs)
-        if module._known_function is not None:
-            module._set_description(describe(module, module._known_function.function))
-        if module.training in self._unchecked and not self._check(x):
-            return module.kind.forward(module, x)
-        return self._run_described(x)
+            return module._taid_kind.forward(module, *args, **kwargs)
+        if module._taid_function is not None:
+            module._taid_describe(describe(module, module._taid_function.function))
+        if module.training in self._taid_unchecked and not _check(module, x):
+            return module._taid_kind.forward(module, x)
+        return self._taid_run(x)
 
-    def _set_description(self, description: Any) -> None:
-        self._description = description
+    def _taid_describe(self, description: Any) -> None:
+        self._taid_description = description
 
     def __getstate__(self) -> Any:
         # A pickle has no function: it keeps the description of its moment.
-        if self._known_function is not None:
-            self._set_description(describe(self, self._known_function.function))
+        if self._taid_function is not None:
+            self._taid_describe(describe(self, self._taid_function.function))
         return super().__getstate__()
 
-    def _run_described(self, x: Any) -> Any:
+    def _taid_run(self, x: Any) -> Any:
         raise NotImplementedError
 
-    def _examples(self, x: Tensor) -> list[Tensor]:
+    def _taid_examples(self, x: Tensor) -> list[Tensor]:
         """The inputs of the two calls that are compared."""
         return [x, x]
 
-    def _state(self) -> dict[str, Any]:
+    def _taid_state(self) -> dict[str, Any]:
         """What a call leaves, besides buffers."""
         return {}
 
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def _check(self, x: Tensor) -> bool:
-        """Compare the description with the module; ``False`` if its output tells nothing yet."""
-        x = x.values() if isinstance(x, Known) else x
-        plain, described = (self._results(run, x.detach().float()) for run in (_run_plain, _run))
-        if plain["output"].unique().numel() < 2:
-            return False
-        for name, value in plain.items():
-            self._compare(name, value, described[name])
-        self._unchecked.discard(self.training)  # type: ignore[attr-defined]
-        return True
 
-    def _results(self, run: Any, x: Tensor) -> dict[str, Any]:
-        """What two calls of a copy in a row give: outputs, gradients, buffers and state."""
-        module: Any = neurons.copy_net(self).float()  # type: ignore[arg-type]
-        leaf = x.clone().requires_grad_()
-        inputs = self._examples(leaf)
-        outputs = [run(module, example) for example in inputs]
-        for example, y in zip(inputs, outputs, strict=True):
-            if not isinstance(y, Tensor) or y.shape != example.shape or not y.requires_grad:
-                raise TypeError(
-                    f"{self._label()} must give a tensor of its input's shape that has a gradient, "
-                    "to be compared with its description; leave it out of known="
-                )
-        y = torch.cat([y.flatten() for y in outputs])
-        leaves = {"the input": leaf, **dict(module.named_parameters())}
-        factors = torch.linspace(-1, 1, y.numel()).to(y)
-        grads = torch.autograd.grad(y, [*leaves.values()], factors, allow_unused=True)
-        values = {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
-        buffers = {n: b for n, b in module.named_buffers() if n != "num_batches_tracked"}
-        return {"output": y.detach()} | values | buffers | module._state()
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _check(module: Any, x: Tensor) -> bool:
+    """Compare a module with its description; ``False`` if its output tells nothing yet."""
+    x = x.values() if isinstance(x, Known) else x
+    plain, described = (_results(module, run, x.detach().float()) for run in (_run_plain, _run))
+    if plain["output"].unique().numel() < 2:
+        return False
+    for name, value in plain.items():
+        _compare(module, name, value, described[name])
+    module._taid_unchecked.discard(module.training)
+    return True
 
-    def _compare(self, name: str, value: Any, described: Any) -> None:
-        if value is None and described is None:
-            return
-        pair = (torch.as_tensor(0.0 if t is None else t) for t in (value, described))
-        value, described = torch.broadcast_tensors(*(t.detach().float().cpu() for t in pair))
-        scale = float(value.abs().max())
-        differs = ~torch.isclose(described, value, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
-        # A voltage that rounds to the other side of the threshold changes a spike, and all after.
-        if (share := float(differs.float().mean())) > 0.01:
-            ours, theirs = (float(t[differs].flatten()[0]) for t in (described, value))
-            raise ValueError(
-                f"{self._label()} is not {self._description}: {share:.0%} of its {name} differ, as "
-                f"{theirs:.4g} of the class, {ours:.4g} of the description; correct it, or leave "
-                "the class out of known="
+
+def _results(module: Any, run: Any, x: Tensor) -> dict[str, Any]:
+    """What two calls of a copy in a row give: outputs, gradients, buffers and state."""
+    module = neurons.copy_net(module).float()
+    leaf = x.clone().requires_grad_()
+    inputs = module._taid_examples(leaf)
+    outputs = [run(module, example) for example in inputs]
+    for example, y in zip(inputs, outputs, strict=True):
+        if not isinstance(y, Tensor) or y.shape != example.shape or not y.requires_grad:
+            raise TypeError(
+                f"{_label(module)} must give a tensor of its input's shape that has a gradient, "
+                "to be compared with its description; leave it out of known="
             )
+    y = torch.cat([y.flatten() for y in outputs])
+    leaves = {"the input": leaf, **dict(module.named_parameters())}
+    factors = torch.linspace(-1, 1, y.numel()).to(y)
+    grads = torch.autograd.grad(y, [*leaves.values()], factors, allow_unused=True)
+    values = {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    buffers = {n: b for n, b in module.named_buffers() if n != "num_batches_tracked"}
+    return {"output": y.detach()} | values | buffers | module._taid_state()
 
-    def _label(self) -> str:
-        return f"{type(self).__name__} at {self._name!r}"
+
+def _compare(module: Any, name: str, value: Any, described: Any) -> None:
+    if value is None and described is None:
+        return
+    pair = (torch.as_tensor(0.0 if t is None else t) for t in (value, described))
+    value, described = torch.broadcast_tensors(*(t.detach().float().cpu() for t in pair))
+    scale = float(value.abs().max())
+    differs = ~torch.isclose(described, value, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+    # A voltage that rounds to the other side of the threshold changes a spike, and all after.
+    if (share := float(differs.float().mean())) > 0.01:
+        ours, theirs = (float(t[differs].flatten()[0]) for t in (described, value))
+        raise ValueError(
+            f"{_label(module)} is not {module._taid_description}: {share:.0%} of its {name} "
+            f"differ, as {theirs:.4g} of the class, {ours:.4g} of the description; correct it, or "
+            "leave the class out of known="
+        )
+
+
+def _label(module: Any) -> str:
+    return f"{type(module).__name__} at {module._taid_name!r}"
 
 
 def _run_plain(module: Any, x: Tensor) -> Any:
-    return module.kind.forward(module, x)
+    return module._taid_kind.forward(module, x)
 
 
 def _run(module: Any, x: Tensor) -> Any:
-    return module._run_described(x)
+    return module._taid_run(x)
 
 
 class OwnNeuron(Own):
     """A neuron of a net's own."""
 
-    def _run_described(self, x: Any) -> Any:
-        described = self._description
+    def _taid_run(self, x: Any) -> Any:
+        described = self._taid_description
         axis, voltage = described.time_axis, described.voltage
         plans = Plans.of(self)
         key = described.key
-        node = plans.get(key) or plans.keep(key, DescribedNeuron(described, self._name))
-        if self._known_function is not None:  # an equal surrogate, but that of now
+        node = plans.get(key) or plans.keep(key, DescribedNeuron(described, self._taid_name))
+        if isinstance(described, LIF):  # an equal surrogate, but that of now
             node.surrogate_function = described.surrogate_function
         x_seq = x.transpose(0, axis) if axis else x
         v = 0.0 if voltage is None else getattr(self, voltage)
@@ -164,9 +172,9 @@ class OwnNeuron(Own):
             setattr(self, voltage, v)
         return y.transpose(0, axis) if axis else y
 
-    def _examples(self, x: Tensor) -> list[Tensor]:
+    def _taid_examples(self, x: Tensor) -> list[Tensor]:
         # The second is so large that every count comes, and has several steps.
-        described = self._description
+        described = self._taid_description
         most = abs(described.v_threshold) * getattr(described, "levels", 1)
         large = x * (2 * most / x.detach().abs().mean().clamp(min=1e-6))
         axis = described.time_axis
@@ -174,8 +182,8 @@ class OwnNeuron(Own):
             large = torch.cat([large] * 3, axis)
         return [x, large]
 
-    def _state(self) -> dict[str, Any]:
-        name = self._description.voltage
+    def _taid_state(self) -> dict[str, Any]:
+        name = self._taid_description.voltage
         return {} if name is None else {f"attribute {name!r}": getattr(self, name)}
 
 
@@ -186,7 +194,7 @@ class DescribedNeuron(AcceleratedALIF, FusedNeuron):
     _numbers = attrgetter("v_reset", "detach_reset")  # the rest never changes
 
     def __init__(self, described: Any, name: str) -> None:
-        self._described, self._divisor, self._name = described, described.divisor, name
+        self._described, self._divisor, self._taid_name = described, described.divisor, name
         self.v_reset, self.detach_reset = described.v_reset, described.detach_reset
         self.surrogate_function = described.surrogate_function
 
@@ -208,21 +216,21 @@ class DescribedNeuron(AcceleratedALIF, FusedNeuron):
 class OwnNorm(Own, AcceleratedNorm):
     """A norm of a net's own; what it does with its buffers and parameters is torch's."""
 
-    _is_torchs = False
+    _taid_is_torchs = False
 
-    def _set_description(self, description: Any) -> None:
-        self._description, self._channel_axis = description, description.channel_axis
+    def _taid_describe(self, description: Any) -> None:
+        self._taid_description, self._taid_channel_axis = description, description.channel_axis
 
-    def _run_described(self, x: Any) -> Any:
+    def _taid_run(self, x: Any) -> Any:
         return AcceleratedNorm.forward(self, x)
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Take any shape, as the class does."""
 
     @staticmethod
-    def _tensors(module: Any) -> tuple[Any, ...]:
-        weight, bias, mean, var = AcceleratedNorm._tensors(module)
-        scale, scales_bias = module._description.scale, module._description.scales_bias
+    def _taid_tensors(module: Any) -> tuple[Any, ...]:
+        weight, bias, mean, var = AcceleratedNorm._taid_tensors(module)
+        scale, scales_bias = module._taid_description.scale, module._taid_description.scales_bias
         if scale != 1.0:
             weight = torch.full_like(mean, scale) if weight is None else weight * scale
         if scales_bias and bias is not None:
@@ -282,8 +290,8 @@ def describe_module(module: Any, description: Any, function: Any, path: str, che
     own: Any = OwnNorm if isinstance(description, BatchNorm) else OwnNeuron
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind, own)
-    module._known_function, module._name = function, path
-    module._set_description(description)
+    module._taid_function, module._taid_name = function, path
+    module._taid_describe(description)
     if own is OwnNorm:
-        module.readers = {}
-    module._unchecked = {True, False} if check else set()
+        module._taid_readers = {}
+    module._taid_unchecked = {True, False} if check else set()

@@ -87,8 +87,8 @@ def _count_norms(net: nn.Module) -> str:
     norms, states = norms_of(net), Counter[str]()
     for _, norm in norms:
         if isinstance(norm, AcceleratedNorm):
-            first = next((f"apart: {_why_apart([r])}" for r in norm.readers), "not run yet")
-            states["fused" if any(norm.readers.values()) else first] += 1
+            first = next((f"apart: {_why_apart([r])}" for r in norm._taid_readers), "not run yet")
+            states["fused" if any(norm._taid_readers.values()) else first] += 1
     fused = states.pop("fused", 0)
     rest = ", ".join(f"{count} {state}" for state, count in states.most_common())
     return f"{fused} of {len(norms)} norms fused" + (f" ({rest})" if rest else "")
@@ -101,8 +101,8 @@ def _norm_row(path: str, norm: nn.Module) -> Row:
         return Row(path, kind, "", "no batch norm: no mean and variance per channel of the batch")
     if not isinstance(norm, AcceleratedNorm):
         return Row(path, kind, "", why_no_norm(norm) or "no neuron is on the fused operator")
-    fused = [f"fused into {reader}" for reader, is_fused in norm.readers.items() if is_fused]
-    others = _why_apart([reader for reader, is_fused in norm.readers.items() if not is_fused])
+    fused = [f"fused into {reader}" for reader, is_fused in norm._taid_readers.items() if is_fused]
+    others = _why_apart([reader for reader, is_fused in norm._taid_readers.items() if not is_fused])
     if fused:
         also = f"; also computed apart: {others}" if others else ""
         return Row(path, kind, ", ".join(fused), f"equal outputs to rounding{also}")
@@ -149,7 +149,7 @@ def measure(
             accelerate(trial)
             turns.append((before, run_step(trial, inputs)))
             norms = norms_of(trial)
-            readers = {path: n.readers for path, n in norms if isinstance(n, AcceleratedNorm)}
+            readers = {path: n._taid_readers for path, n in norms if isinstance(n, AcceleratedNorm)}
     (old_bytes, _), (new_bytes, _) = turns[0]
     old, new = (min(ms for _, ms in steps) for steps in zip(*turns, strict=True))
     return readers, (old_bytes, new_bytes), (old, new)

@@ -301,6 +301,25 @@ def test_a_function_describes_the_module_as_it_is_at_each_call():
     assert vars(fast[1]).keys() == vars(plain[1]).keys()
 
 
+@pytest.mark.parametrize(
+    ("kind", "described"),
+    [
+        (Stateful, lambda module: KNOWN[Stateful]),
+        (TDBN, lambda module: known.BatchNorm(scale=0.5, channel_axis=2)),
+    ],
+)
+def test_what_a_described_module_gets_has_names_of_its_own(kind, described):
+    net = nn.Sequential(kind(*[3][: kind is TDBN]), MemoryUpdate())
+    plain = copy.deepcopy(net)
+    sj_taid.accelerate(net, known=KNOWN | {kind: described})
+    train(net, torch.randn(4, 2, 3, 8, 8))
+    kinds = type(net[0]).__mro__
+    added = {name for mixin in kinds[: kinds.index(kind)] for name in vars(mixin)}
+    added |= vars(net[0]).keys() - vars(plain[0]).keys()
+    others = {name for name in added if not name.startswith("_taid_")}
+    assert others <= {*dir(nn.BatchNorm2d), "__weakref__"} and "forward" in others
+
+
 def test_the_report_names_described_classes_that_the_net_does_not_have():
     net = nn.Sequential(MemoryUpdate(), TDBN(3))
     net.kind, net[1].kind = ["no class"], "lif"  # attributes of the net's own
@@ -367,7 +386,7 @@ def test_half_precision_is_compared_in_float32():
     sj_taid.accelerate(net, known=KNOWN)
     x = torch.randn(16, 5, 8, 8, requires_grad=True)
     assert net(x.bfloat16()).dtype == torch.bfloat16
-    assert net[1]._unchecked == {False}
+    assert net[1]._taid_unchecked == {False}
 
 
 def test_counts_behind_a_norm_are_saved_in_four_bits():

@@ -177,8 +177,8 @@ class Plans(dict[Any, Any]):
     def of(cls, module: Any) -> Plans:
         """Those of a module."""
         attributes = vars(module)
-        found = attributes.get("_plans")
-        return attributes.setdefault("_plans", cls()) if found is None else found
+        found = attributes.get("_taid_plans")
+        return attributes.setdefault("_taid_plans", cls()) if found is None else found
 
     def keep(self, key: Any, plan: Any) -> Any:
         """Store a plan and return it; forget the oldest of too many, since shapes may vary."""
