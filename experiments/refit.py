@@ -19,6 +19,7 @@ from sj_taid.pretrained import create_model, list_models, read_config
 from sj_taid.training.checkpoint import AtomicCheckpointIO
 from sj_taid.training.compare import OF_SAMPLES
 from sj_taid.training.config import compose
+from sj_taid.training.generation import prior_images
 from sj_taid.training.process import provenance, reuse_freed_memory
 from sj_taid.training.run import Run, build_data
 
@@ -52,20 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     data = build_data(cfg)
     with torch.no_grad(), seeded(0):
-        rates = torch.cat([model.rate(image) for image, _ in data.plain_train_dataloader()])
-    labels = None if options.without_labels else data.train_set.labels
+        images, labels = prior_images(data)
+        rates = torch.cat([model.rate(image) for image in images])
     name = Path(options.name).name
-    told = options.name if options.name in list_models() else "MODEL"  # no local paths
-    told = f"python experiments/refit.py {told} FOLDER{' --without-labels' * (labels is None)}"
+    told = [options.name if options.name in list_models() else "MODEL", "FOLDER"]  # no local paths
+    told += [override for override in options.overrides if "/" not in override]
+    told += ["--without-labels"] * options.without_labels
     for seed in options.seeds:
-        model.flow.fit(rates, labels, seed, cfg.model.flow_epochs)
+        model.flow.fit(
+            rates, None if options.without_labels else labels, seed, cfg.model.flow_epochs
+        )
         run = Run(options.folder / f"{name}-{seed}")
         run.begin(cfg, provenance())
         state = {f"model.{key}": value for key, value in model.state_dict().items()}
         thresholds = described.get("fixed_thresholds", {})
         checkpoint = {"state_dict": state, "fixed_thresholds": thresholds}
         AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
-        fitted = {"command": f"{told} --seeds {seed}", "seed": seed, **provenance()}
+        command = " ".join(["python experiments/refit.py", *told, f"--seeds {seed}"])
+        fitted = {"command": command, "seed": seed, **provenance()}
         fitted["epochs"] = cfg.model.flow_epochs
         run.save_metrics(metrics | {"prior_fitted": fitted})
         print(run.folder)

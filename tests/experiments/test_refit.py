@@ -17,14 +17,16 @@ NAME = "esvae_mnist_taid"
 def test_refit_makes_runs_that_can_be_exported(options, tmp_path, monkeypatch):
     batches = [(torch.rand(20, 1, 32, 32) * 2 - 1, None) for _ in range(3)]
     samples = SimpleNamespace(labels=[0, 1] * 30)
-    data = SimpleNamespace(train_set=samples, plain_train_dataloader=lambda: batches)
+    data = SimpleNamespace(augment=None, train_set=samples, plain_train_dataloader=lambda: batches)
     monkeypatch.setattr(refit, "build_data", lambda cfg: data)
-    chosen = ["dataset.root=elsewhere", "model.flow_epochs=1"]
-    refit.main([NAME, str(tmp_path), *chosen, *options, "--seeds", "0", "1"])
+    chosen = ["dataset.root=elsewhere", "model.flow_epochs=1", *options]
+    local = "cache_dir=/home/me"  # no part of the record
+    refit.main([NAME, str(tmp_path), local, *chosen, "--seeds", "0", "1"])
     first, second = (Run(tmp_path / f"{NAME}-{seed}") for seed in (0, 1))
     assert first.config.dataset.root == "elsewhere" and first.config.model.flow_epochs == 1
     assert second.metrics["prior_fitted"]["seed"] == 1
-    assert ("--without-labels" in second.metrics["prior_fitted"]["command"]) == bool(options)
+    command = f"python experiments/refit.py {NAME} FOLDER {' '.join(chosen)} --seeds 1"
+    assert second.metrics["prior_fitted"]["command"] == command
     shipped, model, other = create_model(NAME, pretrained=True), first.model(), second.model()
     assert model.labels == ([] if options else [0, 1])
     assert not torch.equal(model.flow.velocity.last.weight, other.flow.velocity.last.weight)
