@@ -59,37 +59,37 @@ class FusedNeuron:
     _fused_backend: Any = backends.AUTO
     _taid_name = ""  # its path in the net, which errors say
     #: counts are divided by it
-    _divisor = 1.0
+    _taid_divisor = 1.0
     #: the kinds of tensors that a plan takes
-    _takes: Any = (Tensor, nn.Parameter)
+    _taid_takes: Any = (Tensor, nn.Parameter)
     #: gives the plain attributes of a node that a call depends on, apart from its surrogate
-    _numbers: Any
+    _taid_numbers: Any
 
-    def _constants(self, dtype: torch.dtype) -> tuple[Any, bool, Any]:
+    def _taid_constants(self, dtype: torch.dtype) -> tuple[Any, bool, Any]:
         """``w`` of a dtype, ``decay_input`` and the threshold; ``None`` for what is a tensor.
 
         A ``w`` of -inf is no leak, one of inf no state.
         """
         raise NotImplementedError
 
-    def _operands(self) -> tuple[Tensor | None, Tensor | None]:
+    def _taid_operands(self) -> tuple[Tensor | None, Tensor | None]:
         """``w`` and the threshold, or ``None`` for what is a number."""
         raise NotImplementedError
 
-    def _start(self, x_seq: Tensor) -> Tensor | float:
+    def _taid_start(self, x_seq: Tensor) -> Tensor | float:
         """The voltage that a sequence starts from."""
         raise NotImplementedError
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """A sequence ``[T, N, *]`` from the state ``v``, which is updated."""
         store_v_seq = self.store_v_seq
-        v = self._start(x_seq)
-        spike_seq, self.v, v_seq, _ = self._run(x_seq, v, store_v_seq)
+        v = self._taid_start(x_seq)
+        spike_seq, self.v, v_seq, _ = self._taid_run(x_seq, v, store_v_seq)
         if store_v_seq:
             self.v_seq = v_seq
         return spike_seq
 
-    def _run(
+    def _taid_run(
         self,
         x_seq: Tensor,
         v: Tensor | float,
@@ -101,21 +101,21 @@ class FusedNeuron:
 
         With ``norm`` the input is the output of that norm, which is computed too.
         """
-        w, v_threshold = self._operands()
+        w, v_threshold = self._taid_operands()
         if norm is not None:
             x, weight, bias, numbers, place, _ = norm
-        elif type(x_seq) in self._takes and _graph.is_eager():
+        elif type(x_seq) in self._taid_takes and _graph.is_eager():
             x, weight, bias, numbers = x_seq, None, None, None
             place = x.shape, x.stride(), x.dtype, x.device, x.is_inference()
         else:
-            return self._run_operators(x_seq, v, w, v_threshold, store_v_seq)
+            return self._taid_run_operators(x_seq, v, w, v_threshold, store_v_seq)
         v0 = v if isinstance(v, Tensor) else None
         saves = False
         if torch.is_grad_enabled():
             for tensor in (x, v0, w, v_threshold, weight, bias):
                 if tensor is not None and tensor.requires_grad:
                     saves = True
-        node_numbers = self._numbers(self)
+        node_numbers = self._taid_numbers(self)
         for number in node_numbers:
             if isinstance(number, Tensor):
                 node_numbers = _values(node_numbers, v_threshold)
@@ -130,11 +130,11 @@ class FusedNeuron:
         plans = Plans.of(self)
         call = plans.get(key)
         if call is None:
-            call = self._decide(x_seq, v, w, v_threshold, (store_v_seq, pack, saves), place)
+            call = self._taid_decide(x_seq, v, w, v_threshold, (store_v_seq, pack, saves), place)
             plans.keep(key, call)
         plan, spec, adapts = call
         if plan is None:
-            return self._run_operators(x_seq, v, w, v_threshold, store_v_seq)
+            return self._taid_run_operators(x_seq, v, w, v_threshold, store_v_seq)
         if adapts:
             x, v0, w, v_threshold = _adapt(spec, x, v0, w, v_threshold)
         v_init: Any = 0.0 if v0 is not None else v
@@ -144,7 +144,7 @@ class FusedNeuron:
         spike_seq, v, v_seq, _, bits = plan.forward(x, v0, v_init, w, v_threshold, numbers)
         return spike_seq, v, v_seq, bits
 
-    def _decide(
+    def _taid_decide(
         self, x_seq: Tensor, v: Any, w: Any, v_threshold: Any, flags: Any, place: Any
     ) -> _Call:
         """Check a call, and choose its backend and plan."""
@@ -154,13 +154,13 @@ class FusedNeuron:
         if engine is None:
             return _Call(None, None, False)  # type: ignore[arg-type]
         dtype = state_dtype(x_seq.dtype)
-        number, decay_input, threshold = self._constants(dtype)
+        number, decay_input, threshold = self._taid_constants(dtype)
         functional.check_counts(function, self.v_reset, number != math.inf)
         v_reset = None if self.v_reset is None else float(self.v_reset)
         dynamics = Dynamics(
             *(number, decay_input, threshold, v_reset, self.detach_reset),
             *(*derivatives.derivative_of(function), derivatives.levels_of(function)),
-            self._divisor,
+            self._taid_divisor,
         )
         tensors = [t for t in (w, v_threshold) if t is not None]
         per_channel = any(t.dim() for t in tensors)
@@ -179,12 +179,12 @@ class FusedNeuron:
             adapts |= v.dtype != dtype or v.stride() != spec.strides[1:] or v.is_inference()
         return _Call(find_plan(engine, spec), spec, adapts)
 
-    def _run_operators(
+    def _taid_run_operators(
         self, x_seq: Tensor, v: Any, w: Any, v_threshold: Any, store_v_seq: bool
     ) -> tuple[Any, ...]:
         """The same by any backend, for what compiles, transforms or traces."""
         dtype = state_dtype(x_seq.dtype)
-        number, decay_input, threshold = self._constants(dtype)
+        number, decay_input, threshold = self._taid_constants(dtype)
         if w is None and number != math.inf:
             w = x_seq.new_full((), max(number, NO_LEAK_W), dtype=dtype)
         if v_threshold is None:
@@ -202,9 +202,9 @@ class FusedNeuron:
             backend=self._fused_backend,
         )
         y, *rest = results
-        return y if self._divisor == 1.0 else y / self._divisor, *rest, None
+        return y if self._taid_divisor == 1.0 else y / self._taid_divisor, *rest, None
 
-    def _label(self) -> str:
+    def _taid_label(self) -> str:
         name, kind = self._taid_name, type(self).__name__
         return f"the neuron {name!r}" if name else f"{kind}({self.extra_repr()})"
 

@@ -225,29 +225,29 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             self._check_state(v, inputs[0].shape[1:] if step_mode == "m" else inputs[0].shape)
         return states
 
-    def _start(self, x_seq: Tensor) -> Tensor | float:
+    def _taid_start(self, x_seq: Tensor) -> Tensor | float:
         return self.materialize_states((x_seq,), (self.v,), "m")[0]
 
     def single_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """One step ``[N, *]`` with explicit state; nothing on the module changes."""
-        spike_seq, v, *_ = self._run(functional.as_sequence(inputs[0]), states[0], False)
+        spike_seq, v, *_ = self._taid_run(functional.as_sequence(inputs[0]), states[0], False)
         return (spike_seq[0],), (v,)
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """A sequence ``[T, N, *]`` with explicit state; nothing on the module changes."""
-        spike_seq, v, *_ = self._run(inputs[0], states[0], False)
+        spike_seq, v, *_ = self._taid_run(inputs[0], states[0], False)
         return (spike_seq,), (v,)
 
-    _numbers = attrgetter("decay_input", "v_reset", "detach_reset", "_fused_backend")
+    _taid_numbers = attrgetter("decay_input", "v_reset", "detach_reset", "_fused_backend")
 
-    def _constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
+    def _taid_constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
         return None, self.decay_input, None
 
-    def _operands(self) -> tuple[Tensor | None, Tensor | None]:
+    def _taid_operands(self) -> tuple[Tensor | None, Tensor | None]:
         return self.w, self.effective_v_threshold
 
     def extra_repr(self) -> str:
@@ -260,8 +260,8 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             f"channels={self.channels}, step_mode={self.step_mode}, backend={self.backend}"
         )
 
-    def _run(self, x_seq: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...]:
-        results = super()._run(x_seq, *arguments, **options)
+    def _taid_run(self, x_seq: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...]:
+        results = super()._taid_run(x_seq, *arguments, **options)
         if not torch.compiler.is_compiling():
             self.__dict__["_end"] = id(results[1]), _graph.recomputation()
         return results
@@ -269,7 +269,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     def _check_state(self, v: Tensor, step_shape: torch.Size) -> None:
         if v.shape != step_shape:
             raise ValueError(
-                f"{self._label()} holds a membrane potential of shape {list(v.shape)} from an "
+                f"{self._taid_label()} holds a membrane potential of shape {list(v.shape)} from an "
                 f"earlier input, but one step of this input has {list(step_shape)}; {_REMEDY}"
             )
         if torch.compiler.is_compiling() or (node := _graph.recomputation()) is None:
@@ -277,10 +277,10 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         end, made_in = self._end
         if id(v) == end and made_in != node:
             raise RuntimeError(
-                f"{self._label()} is recomputed in a backward (gradient checkpointing) from the "
-                "voltage that its forward ended with, not the one it started from: checkpoint with "
-                "SpikingJelly 2's memopt.checkpoint_module(net), which keeps the states, or reset "
-                "inside the function: "
+                f"{self._taid_label()} is recomputed in a backward (gradient checkpointing) from "
+                "the voltage that its forward ended with, not the one it started from: checkpoint "
+                "with SpikingJelly 2's memopt.checkpoint_module(net), which keeps the states, or "
+                "reset inside the function: "
                 "checkpoint(lambda x: (functional.reset_net(net), net(x))[1], x)"
             )
 

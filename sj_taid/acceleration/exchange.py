@@ -19,7 +19,7 @@ from ..ops import backends, surrogate
 from ..ops.bits import LARGEST_BYTE
 from ..report import Row
 from .modules import DESCRIBE, AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
-from .own import OwnNeuron, describe_module, find_described, why_not_described
+from .own import OwnNeuron, class_of, describe_module, find_described, why_not_described
 from .report import ALREADY, FUSED, Acceleration, measure, norms_of, run_step
 
 
@@ -59,6 +59,7 @@ def accelerate(
             description says.
         TypeError: ``example_input`` is neither a tensor nor a tuple, or something in ``known`` no
             description of such a class.
+        AttributeError: a described module has not the attribute ``voltage``.
 
     >>> from spikingjelly.activation_based import neuron
     >>> net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), neuron.LIFNode(step_mode="m"))
@@ -75,12 +76,12 @@ def accelerate(
         if not isinstance(kind, type):
             raise TypeError(f"known= has a class for each description, not {kind!r:.80}")
     exchange = partial(_exchange_classes, known=known, check=check)
-    if not any(type(m) in known or isinstance(m, OwnNeuron) for m in net.modules()):
+    if not any(class_of(m) in known or isinstance(m, OwnNeuron) for m in net.modules()):
         names = ", ".join(kind.__name__ for kind in known)
         need_neurons(
             net, f"accelerate, nor a module of known= ({names})" if known else "accelerate"
         )
-    kinds = {m._taid_kind if isinstance(m, Accelerated) else type(m) for m in net.modules()}
+    kinds = {class_of(module) for module in net.modules()}
     absent = ", ".join(kind.__name__ for kind in known if kind not in kinds)
     if example_input is None:
         return Acceleration(net, exchange(net), absent)
@@ -93,8 +94,8 @@ def accelerate(
         trial = copy_net(net)
         exchange(trial)
         run_step(trial, example_input)
-    exchange = partial(exchange, check=False)
-    readers, saved_bytes, step_ms = measure(net, example_input, exchange, unaccelerate)
+    unchecked = partial(exchange, check=False)
+    readers, saved_bytes, step_ms = measure(net, example_input, unchecked, unaccelerate)
     return Acceleration(net, exchange(net, readers), absent, saved_bytes, step_ms)
 
 

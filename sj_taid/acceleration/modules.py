@@ -32,6 +32,14 @@ class Exchanged(Accelerated):
 
     _taid_mixin: type
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # What type(module)(...) makes is a module of the net's class.
+        self.__class__ = self._taid_kind
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
+    def __init_subclass__(cls) -> None:
+        """Leave out the hook of the net's class, which may keep a list of subclasses."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made when needed: copy and pickle would not find it by its name.
         return _new, (self._taid_kind, self._taid_mixin), self.__getstate__()
@@ -46,9 +54,11 @@ def _new(kind: type, mixin: type) -> Any:
 def accelerated_class(kind: Any, mixin: Any) -> type:
     """The subclass of a class of norms or neurons that adds ``mixin``, with the same name."""
     names = {"_taid_kind": kind, "_taid_mixin": mixin}
-    names |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    names |= {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     if mixin is AcceleratedNeuron:
-        names["_numbers"] = attrgetter("v_reset", "detach_reset", "v_threshold", *_charges(kind))
+        names["_taid_numbers"] = attrgetter(
+            "v_reset", "detach_reset", "v_threshold", *_charges(kind)
+        )
     return type(kind.__name__, (mixin, kind), names)
 
 
@@ -157,26 +167,26 @@ _NORM_NUMBERS = attrgetter("training", "momentum", "eps", "track_running_stats",
 class AcceleratedALIF(Exchanged):
     """An ALIF that computes the norm before it too, and gives spikes that are saved as bits."""
 
-    _takes = Tensor, nn.Parameter, Compact
-    _divisor: float
+    _taid_takes = Tensor, nn.Parameter, Compact
+    _taid_divisor: float
 
-    def _run(
+    def _taid_run(
         self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool, *unused: Any
     ) -> tuple[Any, ...]:
         if not _graph.is_eager():
             x_seq = _plain(x_seq) if isinstance(x_seq, NormOutput) else x_seq
-            return super()._run(x_seq, v, store_v_seq)  # type: ignore[misc]
+            return super()._taid_run(x_seq, v, store_v_seq)  # type: ignore[misc]
         output: Any = x_seq
         norm, source, pack = None, x_seq, torch.is_grad_enabled()
         if type(x_seq) is NormOutput:
             found = x_seq.read_as_one(getattr(self, "channels", None) is not None)
             if isinstance(found, str):
-                source = x_seq = x_seq.plain(f"{self._reader()}: {found}")
+                source = x_seq = x_seq.plain(f"{self._taid_reader()}: {found}")
             else:
                 norm, source = found, found.x
         hooks = saving([source]) if isinstance(source, Known) else nullcontext()
         with torch._C.DisableTorchFunctionSubclass(), hooks:
-            spike_seq, v_last, v_seq, bits = super()._run(  # type: ignore[misc]
+            spike_seq, v_last, v_seq, bits = super()._taid_run(  # type: ignore[misc]
                 x_seq, v, store_v_seq, pack, norm
             )
             if bits is None:
@@ -184,14 +194,14 @@ class AcceleratedALIF(Exchanged):
             # Bits of spikes have an axis of time, counts have not.
             peak = 1 if bits.dim() == 2 else levels_of(self.surrogate_function)  # type: ignore[attr-defined]
             if norm is not None:
-                output.mark_read(self._reader())
+                output.mark_read(self._taid_reader())
             strides = x_seq.stride()
             if not x_seq.is_contiguous():
-                strides = self._strides(x_seq.shape, strides)
+                strides = self._taid_strides(x_seq.shape, strides)
             if spike_seq.stride() != strides:  # the bits have the other memory order
                 fired, spike_seq = spike_seq, arranged(spike_seq, strides)
                 bits = bits if spike_seq is fired else None
-        divisor = self._divisor
+        divisor = self._taid_divisor
         if divisor == 1.0:
             packing: Packing = Counts(spike_seq, peak, bits)
         else:
@@ -201,16 +211,16 @@ class AcceleratedALIF(Exchanged):
         compact(spike_seq, packing)
         return spike_seq, v_last, v_seq, None
 
-    def _run_operators(self, x_seq: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    def _taid_run_operators(self, x_seq: Tensor, *arguments: Any) -> tuple[Any, ...]:
         if isinstance(x_seq, NormOutput):
-            x_seq = x_seq.plain(f"{self._reader()}, which is not on a fused operator")
-        return super()._run_operators(x_seq, *arguments)  # type: ignore[misc]
+            x_seq = x_seq.plain(f"{self._taid_reader()}, which is not on a fused operator")
+        return super()._taid_run_operators(x_seq, *arguments)  # type: ignore[misc]
 
-    def _reader(self) -> str:
+    def _taid_reader(self) -> str:
         node: Any = self
         return node._taid_name or type(node).__name__
 
-    def _strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    def _taid_strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
         """The strides of the plain neuron's spikes for an input of these."""
         x_seq = torch.empty_strided(shape, strides, device="meta")
         return strides if is_dense(x_seq) else torch.empty(shape, device="meta").stride()
@@ -230,7 +240,7 @@ def _plain(output: NormOutput) -> Tensor:
 class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
     """A LIF, PLIF or IF neuron on the fused operator; all else is its own."""
 
-    def _constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
+    def _taid_constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
         node: Any = self
         v_threshold = None if isinstance(node.v_threshold, Tensor) else float(node.v_threshold)
         if isinstance(node, neuron.ParametricLIFNode):
@@ -239,10 +249,10 @@ class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
             return -math.inf, False, v_threshold
         tau = float(node.tau)
         if reason := neurons.why_no_w(tau):
-            raise ValueError(f"{self._label()}: {reason}; sj_taid.unaccelerate(net) first")
+            raise ValueError(f"{self._taid_label()}: {reason}; sj_taid.unaccelerate(net) first")
         return neurons.nearest_w(tau, dtype), node.decay_input, v_threshold
 
-    def _operands(self) -> tuple[Tensor | None, Tensor | None]:
+    def _taid_operands(self) -> tuple[Tensor | None, Tensor | None]:
         node: Any = self
         v_threshold = node.v_threshold if isinstance(node.v_threshold, Tensor) else None
         return getattr(node, "w", None), v_threshold
@@ -257,13 +267,13 @@ class AcceleratedNeuron(AcceleratedALIF, FusedNeuron):
         lowers = not _compat.FUNCTIONAL_STATES and torch.is_autocast_enabled(x_seq.device.type)
         return spike_seq.float() if lowers else spike_seq
 
-    def _strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    def _taid_strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
         # torch.stack of its steps keeps channels last alone.
         step = torch.empty_like(torch.empty_strided(shape[1:], strides[1:], device="meta"))  # dense
         inner = torch.empty_like(step, memory_format=memory_order(step)).stride()
         return step.numel(), *inner
 
-    def _start(self, x_seq: Tensor) -> Tensor | float:
+    def _taid_start(self, x_seq: Tensor) -> Tensor | float:
         """As in SpikingJelly: 2.x moves a voltage, and starts again if its shape is another."""
         v = self.v
         if isinstance(v, Tensor) and _compat.FUNCTIONAL_STATES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import _graph, neurons
-from .._fused_neuron import Accelerated, FusedNeuron
+from .._fused_neuron import Accelerated, FusedNeuron, restore
 from ..known import LIF, BatchNorm, Neuron
 from ..ops.alif.plan import Plans
 from .compact import Known
@@ -51,9 +52,9 @@ class Own(Exchanged):
     _taid_description: Any
     #: gives the description at each call; None where known= has the description itself
     _taid_function: Function | None
-    #: the values of ``training`` in which nothing has shown yet that the description is right;
-    #: DataParallel's replicas share it
-    _taid_unchecked: set[bool]
+    #: by values of ``training`` in which nothing has shown yet that the description is right, the
+    #: number of calls; DataParallel's replicas share it
+    _taid_unchecked: dict[bool, int]
     _taid_name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,18 +64,25 @@ class Own(Exchanged):
         if not is_float_sequence(x) or not _graph.is_eager():
             return module._taid_kind.forward(module, *args, **kwargs)
         if module._taid_function is not None:
-            module._taid_describe(describe(module, module._taid_function.function))
-        if module.training in self._taid_unchecked and not _check(module, x):
+            module._taid_description = describe(module, module._taid_function.function)
+        if module.training in self._taid_unchecked and not self._taid_try(x):
             return module._taid_kind.forward(module, x)
         return self._taid_run(x)
 
-    def _taid_describe(self, description: Any) -> None:
-        self._taid_description = description
+    def _taid_try(self, x: Tensor) -> bool:
+        """Compare at calls 1, 2, 4, 8 and so on, until the output tells something."""
+        module: Any = self
+        calls = self._taid_unchecked.get(module.training, 0) + 1
+        if calls & (calls - 1) or not _check(module, x):
+            self._taid_unchecked[module.training] = calls
+            return False
+        self._taid_unchecked.pop(module.training, None)
+        return True
 
     def __getstate__(self) -> Any:
         # A pickle has no function: it keeps the description of its moment.
         if self._taid_function is not None:
-            self._taid_describe(describe(self, self._taid_function.function))
+            self._taid_description = describe(self, self._taid_function.function)
         return super().__getstate__()
 
     def _taid_run(self, x: Any) -> Any:
@@ -99,7 +107,6 @@ def _check(module: Any, x: Tensor) -> bool:
         return False
     for name, value in plain.items():
         _compare(module, name, value, described[name])
-    module._taid_unchecked.discard(module.training)
     return True
 
 
@@ -113,7 +120,7 @@ def _results(module: Any, run: Any, x: Tensor) -> dict[str, Any]:
         if not isinstance(y, Tensor) or y.shape != example.shape or not y.requires_grad:
             raise TypeError(
                 f"{_label(module)} must give a tensor of its input's shape that has a gradient, "
-                "to be compared with its description; leave it out of known="
+                "to be compared with its description; sj_taid.unaccelerate(net), and leave it out"
             )
     y = torch.cat([y.flatten() for y in outputs])
     leaves = {"the input": leaf, **dict(module.named_parameters())}
@@ -136,8 +143,8 @@ def _compare(module: Any, name: str, value: Any, described: Any) -> None:
         ours, theirs = (float(t[differs].flatten()[0]) for t in (described, value))
         raise ValueError(
             f"{_label(module)} is not {module._taid_description}: {share:.0%} of its {name} "
-            f"differ, as {theirs:.4g} of the class, {ours:.4g} of the description; correct it, or "
-            "leave the class out of known="
+            f"differ, as {theirs:.4g} of the class, {ours:.4g} of the description; accelerate "
+            "again with another one, or sj_taid.unaccelerate(net)"
         )
 
 
@@ -167,7 +174,10 @@ class OwnNeuron(Own):
         x_seq = x.transpose(0, axis) if axis else x
         v = 0.0 if voltage is None else getattr(self, voltage)
         v = 0.0 if v is None else v
-        y, v, *_ = node._run(x_seq, v, False)
+        if isinstance(v, Tensor):
+            with suppress(RuntimeError):  # other shapes are refused
+                v = v.expand(x_seq.shape[1:])
+        y, v, *_ = node._taid_run(x_seq, v, False)
         if voltage is not None:
             setattr(self, voltage, v)
         return y.transpose(0, axis) if axis else y
@@ -191,10 +201,10 @@ class DescribedNeuron(AcceleratedALIF, FusedNeuron):
     """Runs a description on the fused operator; no module, so that keys stay the net's."""
 
     store_v_seq = False
-    _numbers = attrgetter("v_reset", "detach_reset")  # the rest never changes
+    _taid_numbers = attrgetter("v_reset", "detach_reset")  # the rest never changes
 
     def __init__(self, described: Any, name: str) -> None:
-        self._described, self._divisor, self._taid_name = described, described.divisor, name
+        self._described, self._taid_divisor, self._taid_name = described, described.divisor, name
         self.v_reset, self.detach_reset = described.v_reset, described.detach_reset
         self.surrogate_function = described.surrogate_function
 
@@ -203,10 +213,10 @@ class DescribedNeuron(AcceleratedALIF, FusedNeuron):
         tau = self._described.tau
         return math.inf if tau is None else neurons.nearest_w(tau, torch.float32)
 
-    def _constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
+    def _taid_constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
         return self._w, self._described.decay_input, self._described.threshold
 
-    def _operands(self) -> tuple[None, None]:
+    def _taid_operands(self) -> tuple[None, None]:
         return None, None
 
     def extra_repr(self) -> str:
@@ -218,8 +228,9 @@ class OwnNorm(Own, AcceleratedNorm):
 
     _taid_is_torchs = False
 
-    def _taid_describe(self, description: Any) -> None:
-        self._taid_description, self._taid_channel_axis = description, description.channel_axis
+    @property
+    def _taid_channel_axis(self) -> int:  # type: ignore[override]
+        return self._taid_description.channel_axis
 
     def _taid_run(self, x: Any) -> Any:
         return AcceleratedNorm.forward(self, x)
@@ -238,9 +249,14 @@ class OwnNorm(Own, AcceleratedNorm):
         return weight, bias, mean, var
 
 
+def class_of(module: Any) -> type:
+    """The class of a module, accelerated or not."""
+    return module._taid_kind if isinstance(module, Accelerated) else type(module)
+
+
 def why_not_described(module: nn.Module, known: Mapping[type, Any]) -> str | None:
-    """Why a module stays as it is whose class, or a class of which is described; or ``None``."""
-    if type(module) in known:
+    """Why a module is not run by a description of its class or a parent of it, or ``None``."""
+    if class_of(module) in known:
         if is_parametrized(module):
             return "it is parametrized"
         return "its forward was replaced" if "forward" in vars(module) else None
@@ -266,7 +282,7 @@ def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple
     """
     found = {}
     for path, module in net.named_modules():
-        description: Any = known.get(type(module))
+        description: Any = known.get(class_of(module))
         if description is None or why_not_described(module, known):
             continue
         function = None if isinstance(description, Neuron | BatchNorm) else Function(description)
@@ -281,17 +297,25 @@ def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple
                 raise TypeError(
                     f"known.BatchNorm scales a weight or running statistics, and {path!r} has none"
                 )
+        voltage = getattr(description, "voltage", None)
+        if voltage is not None and not hasattr(module, voltage):
+            raise AttributeError(
+                f"known= says voltage={voltage!r}, but the {type(module).__name__} at {path!r} has "
+                "no such attribute"
+            )
         found[path] = module, description, function
     return found
 
 
 def describe_module(module: Any, description: Any, function: Any, path: str, check: bool) -> None:
     """Let a module run as its description says."""
+    if class_of(module) is not type(module):
+        restore(module)  # what it was before, by another description or none
     own: Any = OwnNorm if isinstance(description, BatchNorm) else OwnNeuron
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind, own)
     module._taid_function, module._taid_name = function, path
-    module._taid_describe(description)
+    module._taid_description = description
     if own is OwnNorm:
         module._taid_readers = {}
-    module._taid_unchecked = {True, False} if check else set()
+    module._taid_unchecked = {True: 0, False: 0} if check else {}

@@ -12,7 +12,9 @@ from torch import nn
 
 import sj_taid
 from sj_taid import known
+from sj_taid._fused_neuron import Accelerated
 from sj_taid._graph import record_saved
+from sj_taid.acceleration import own
 from sj_taid.acceleration.compact import Compact
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
@@ -301,23 +303,111 @@ def test_a_function_describes_the_module_as_it_is_at_each_call():
     assert vars(fast[1]).keys() == vars(plain[1]).keys()
 
 
+class SubLIF(neuron.LIFNode):
+    pass
+
+
+OWN = KNOWN | {TDBN: lambda module: known.BatchNorm(scale=0.5, channel_axis=2)}
+
+
 @pytest.mark.parametrize(
-    ("kind", "described"),
-    [
-        (Stateful, lambda module: KNOWN[Stateful]),
-        (TDBN, lambda module: known.BatchNorm(scale=0.5, channel_axis=2)),
-    ],
+    "make", [Stateful, lambda: TDBN(3), lambda: nn.BatchNorm3d(2), lambda: SubLIF(step_mode="m")]
 )
-def test_what_a_described_module_gets_has_names_of_its_own(kind, described):
-    net = nn.Sequential(kind(*[3][: kind is TDBN]), MemoryUpdate())
+def test_what_an_accelerated_module_gets_has_names_of_its_own(make):
+    net = nn.Sequential(make(), MemoryUpdate())
     plain = copy.deepcopy(net)
-    sj_taid.accelerate(net, known=KNOWN | {kind: described})
-    train(net, torch.randn(4, 2, 3, 8, 8))
-    kinds = type(net[0]).__mro__
+    sj_taid.accelerate(net, known=OWN)
+    train(net, torch.randn(4, 2, 3, 8, 8, requires_grad=True))
+    kind, kinds = type(plain[0]), type(net[0]).__mro__
     added = {name for mixin in kinds[: kinds.index(kind)] for name in vars(mixin)}
     added |= vars(net[0]).keys() - vars(plain[0]).keys()
     others = {name for name in added if not name.startswith("_taid_")}
-    assert others <= {*dir(nn.BatchNorm2d), "__weakref__"} and "forward" in others
+    of_modules = {*dir(nn.BatchNorm2d), *dir(neuron.LIFNode), "__weakref__"}
+    assert others <= of_modules | {"_fused_backend", "_is_mutable"} and "__init__" in others
+    assert type(net[0]).__doc__ == kind.__doc__
+
+
+def test_the_class_of_an_accelerated_module_makes_modules_of_the_nets_class():
+    subclasses = []
+
+    class Listed(Stateful):
+        def __init_subclass__(cls):
+            subclasses.append(cls)
+
+        def again(self):
+            return type(self)()
+
+    net = nn.Sequential(
+        layer.BatchNorm2d(3, step_mode="m"), Listed(), neuron.LIFNode(step_mode="m")
+    )
+    sj_taid.accelerate(net, known={Listed: KNOWN[Stateful]})
+    for made in (type(net[0])(3), net[1].again(), type(net[2])(tau=3.0)):
+        assert not isinstance(made, Accelerated)
+    assert type(net[1].again()) is Listed and not subclasses
+    assert type(net[2])(tau=3.0).tau == 3.0
+
+
+def test_another_description_replaces_a_wrong_one():
+    x = torch.randn(4, 2, 3, 8, 8) * 2
+    net = nn.Sequential(Stateful())
+    plain = copy.deepcopy(net)
+    for wrong in (known.LIF(tau=3.0, voltage="mem"), lambda module: known.LIF(voltage="mem")):
+        sj_taid.accelerate(net, known={Stateful: wrong})
+        with pytest.raises(ValueError, match=r"accelerate again with another one, or"):
+            net(x)
+        report = sj_taid.accelerate(net, known=KNOWN)
+        assert report.rows[0].note == f"as {KNOWN[Stateful]}"
+        torch.testing.assert_close(train(net, x), train(plain, x))
+    sj_taid.unaccelerate(net)
+    assert type(net[0]) is Stateful
+
+
+class Fewer(nn.Module):
+    """It counts otherwise in eval mode."""
+
+    def forward(self, x):
+        counts = x.clamp(0, 4 if self.training else 2)
+        return counts + (counts.round() - counts).detach()
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(8, 3) * 5, -torch.ones(8, 3)])
+def test_eval_mode_is_checked_after_an_example_too(example):
+    net = nn.Sequential(Fewer())
+    sj_taid.accelerate(net, example, known={Fewer: known.IntegerLIF(tau=None, levels=4)})
+    x = torch.randn(8, 3) * 5
+    net(x)
+    with pytest.raises(ValueError, match="Fewer at '0' is not IntegerLIF"):
+        net.eval()(x)
+
+
+def test_a_layer_that_gives_nothing_is_compared_ever_more_seldom(monkeypatch):
+    net, checks = nn.Sequential(MemoryUpdate()), []
+    check = own._check
+    monkeypatch.setattr(own, "_check", lambda *given: checks.append(check(*given)) or checks[-1])
+    sj_taid.accelerate(net, known=KNOWN)
+    for _ in range(100):
+        assert not net(-torch.ones(4, 2, 3)).any()
+    assert checks == [False] * 7  # at calls 1, 2, 4 to 64
+    for _ in range(40):
+        net(torch.randn(4, 2, 3) * 4)
+    assert checks == [False] * 7 + [True]  # at call 128
+
+
+@pytest.mark.parametrize("shape", [(), (1, 5), (4, 1), (4, 5)])
+def test_a_voltage_of_any_shape_that_broadcasts(shape):
+    net = nn.Sequential(Stateful())
+    fast = copy.deepcopy(net)
+    sj_taid.accelerate(fast, known=KNOWN)
+    x = torch.randn(3, 4, 5) * 2
+    for this in (net, fast):
+        this[0].mem = torch.full(shape, 0.7)
+    torch.testing.assert_close(fast(x), net(x))
+    torch.testing.assert_close(fast[0].mem, net[0].mem)
+
+
+def test_a_voltage_that_the_class_does_not_have_is_named():
+    with pytest.raises(AttributeError, match=r"voltage='v', but the Stateful at '0' has no such"):
+        sj_taid.accelerate(nn.Sequential(Stateful()), known={Stateful: known.LIF(voltage="v")})
 
 
 def test_the_report_names_described_classes_that_the_net_does_not_have():
@@ -336,7 +426,7 @@ def test_the_report_measures_without_the_check():
     before, after = report.saved_bytes
     assert after < 0.5 * before
     assert report.rows[0].note == "equal outputs to rounding"
-    assert sj_taid.accelerate(net, known=KNOWN).rows[1].note == "on the fused operator already"
+    assert sj_taid.accelerate(net).rows[1].note == "on the fused operator already"
 
 
 def test_what_stays_plain_is_in_the_report():
@@ -386,7 +476,7 @@ def test_half_precision_is_compared_in_float32():
     sj_taid.accelerate(net, known=KNOWN)
     x = torch.randn(16, 5, 8, 8, requires_grad=True)
     assert net(x.bfloat16()).dtype == torch.bfloat16
-    assert net[1]._taid_unchecked == {False}
+    assert net[1]._taid_unchecked.keys() == {False}
 
 
 def test_counts_behind_a_norm_are_saved_in_four_bits():
