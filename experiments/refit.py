@@ -12,14 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sj_taid._context import seeded
 from sj_taid.pretrained import create_model, list_models, read_config
 from sj_taid.training.checkpoint import AtomicCheckpointIO
 from sj_taid.training.compare import OF_SAMPLES
 from sj_taid.training.config import compose
-from sj_taid.training.generation import prior_images
 from sj_taid.training.process import provenance, reuse_freed_memory
 from sj_taid.training.run import Run, build_data
 
@@ -52,17 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model: Any = create_model(options.name, pretrained=True)
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     data = build_data(cfg)
-    with torch.no_grad(), seeded(0):
-        images, labels = prior_images(data)
-        rates = torch.cat([model.rate(image) for image in images])
+    model.flow_epochs = cfg.model.flow_epochs
+    labels = None if options.without_labels else data.train_set.labels
     name = Path(options.name).name
     told = [options.name if options.name in list_models() else "MODEL", "FOLDER"]  # no local paths
     told += [override for override in options.overrides if "/" not in override]
     told += ["--without-labels"] * options.without_labels
     for seed in options.seeds:
-        model.flow.fit(
-            rates, None if options.without_labels else labels, seed, cfg.model.flow_epochs
-        )
+        images = (image for image, _ in data.plain_train_dataloader())
+        with seeded(0):
+            model.fit_prior(images, labels, data.mirrors, seed)
         run = Run(options.folder / f"{name}-{seed}")
         run.begin(cfg, provenance())
         state = {f"model.{key}": value for key, value in model.state_dict().items()}

@@ -135,6 +135,11 @@ class Data(L.LightningDataModule):
         other.test_set, other.test_name = self.validation_set, "validation"
         return other
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether training sees mirror images."""
+        return self.augment in ("flip", "crop_flip")
+
     def without_augmentation(self) -> Self:
         """The same data, with training samples as they are."""
         other = copy.copy(self)

@@ -132,7 +132,11 @@ class ESVAE(SpikingVAE):
         return source
 
     def fit_prior(
-        self, images: Iterable[Tensor], labels: Sequence[int] | Tensor | None = None
+        self,
+        images: Iterable[Tensor],
+        labels: Sequence[int] | Tensor | None = None,
+        mirror: bool = False,
+        seed: int = 0,
     ) -> None:
         """Fit the flow, which the model must have, to the rates of training images.
 
@@ -143,15 +147,23 @@ class ESVAE(SpikingVAE):
             images: batches ``[N, C, H, W]``, or all in one tensor.
             labels: the class of each image, in the order of all of them, for
                 ``sample(n, label=...)``.
+            mirror: fit it to the mirror image of each image, too.
+            seed: of the fit.
 
         Raises:
             ValueError: a model without a flow, or what :meth:`.FlowPrior.fit` does not take.
         """
         flow: Any = self._source("flow")
         images = images.split(256) if isinstance(images, Tensor) else images
+        versions = 1 + mirror
         with eval_mode(self), torch.no_grad():
-            rates = [self.rate(image).float() for image in images]
-        flow.fit(torch.cat(rates), labels, epochs=self.flow_epochs)
+            rates = [
+                torch.stack([self.rate(x) for x in (image, image.flip(-1))[:versions]], 1)
+                for image in images
+            ]
+        if labels is not None:
+            labels = torch.as_tensor(labels).repeat_interleave(versions)
+        flow.fit(torch.cat(rates).float().flatten(0, 1), labels, seed, self.flow_epochs, versions)
 
     @contextmanager
     def draw_from(self, source: str) -> Iterator[None]:

@@ -87,6 +87,7 @@ class FlowPrior(nn.Module):
         labels: Sequence[int] | Tensor | None = None,
         seed: int = 0,
         epochs: int = EPOCHS,
+        versions: int = 1,
     ) -> None:
         """Fit the flow to ``rates`` ``[n, d]``; the global random state is left alone.
 
@@ -95,17 +96,21 @@ class FlowPrior(nn.Module):
             labels: the class of each, an integer >= 0; None fits a flow that knows no classes.
             seed: of the fit.
             epochs: of the fit.
+            versions: so many rates in a row are of one image, such as its mirror image's, and are
+                held out together.
 
         Raises:
             ValueError: fewer than 10 rates, of another width, or outside [0, 1]; labels that are
-                not one for each, or of more than 30 classes; epochs < 1.
+                not one for each, or of more than 30 classes; epochs < 1; no whole number of images.
             FloatingPointError: the fit has diverged.
         """
-        check_sizes(epochs=epochs)
+        check_sizes(epochs=epochs, versions=versions)
         d = len(self.cumulative)
         if rates.dim() != 2 or rates.shape[1] != d:
             raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
-        check_enough(len(rates))
+        check_enough(len(rates) // versions)
+        if len(rates) % versions:
+            raise ValueError(f"{len(rates)} rates are not {versions} of each image")
         check_rates(rates)
         labels = _check_labels(labels, len(rates)).to(rates.device)
         classes, index = labels.unique(return_inverse=True)
@@ -120,13 +125,14 @@ class FlowPrior(nn.Module):
                 trained.cumulative[:, level] = (levels <= level).double().mean(0)
             trained.labels[: len(classes)] = classes
             trained.shares.copy_(index.bincount(minlength=CLASSES) / len(rates))
-            trained.learn(levels, index, epochs)
+            trained.learn(levels, index, epochs, versions)
         self.load_state_dict(trained.state_dict())
 
-    def learn(self, levels: Tensor, index: Tensor, epochs: int) -> None:
+    def learn(self, levels: Tensor, index: Tensor, epochs: int, versions: int) -> None:
         """Minimise the loss for training rates' levels ``[n, d]`` of the classes at ``index``."""
-        order = torch.randperm(len(levels), device=levels.device)
-        held_out, rest = order.tensor_split([math.ceil(HELD_OUT * len(levels))])
+        rows = torch.arange(len(levels), device=levels.device).view(-1, versions)
+        order = rows[torch.randperm(len(rows), device=rows.device)].flatten()
+        held_out, rest = order.tensor_split([math.ceil(HELD_OUT * len(rows)) * versions])
         unseen = ~torch.isin(index[held_out], index[rest])  # no class is held out whole
         rest = torch.cat([rest, held_out[unseen]])
         held_out = held_out.repeat(math.ceil(LEAST_HELD_OUT / len(held_out)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +97,18 @@ class Generation(Autoencoding):
         return losses
 
     def fit_prior(self, data: ImageData) -> None:
-        """Fit ESVAE's flow to the images of :func:`prior_images`, and to their labels if any."""
+        """Fit ESVAE's flow to the training images, and to their labels if any.
+
+        They are not augmented; their mirror images join them where training has them.
+        """
         if self.flow:
-            images, labels = prior_images(data)
+            labels = data.train_set.labels
             is_labelled = 1 < len({*labels}) <= CLASSES
+            batches = show_progress(data.plain_train_dataloader(), "Rates of the training images")
             # The seed leaves the random state to a run that resumes with more epochs.
             with seeded(0):
-                images = (image.to(self.device) for image in images)
-                self.model.fit_prior(images, labels if is_labelled else None)
+                images = (image.to(self.device) for image, _ in batches)
+                self.model.fit_prior(images, labels if is_labelled else None, data.mirrors)
 
     def evaluate(self, data: ImageData, evaluator: Any) -> dict[str, Any]:
         model = self.model
@@ -144,17 +147,3 @@ class Generation(Autoencoding):
         if isinstance(model, SpikingVAE) and isinstance(model.image_decoder, TAID | FixedDecoder):
             sequence = model.decode_sequence(model.latent_spikes(images))
             draw_attention(model.image_decoder.attention(sequence), folder / "attention.png")
-
-
-def prior_images(data: ImageData) -> tuple[Iterator[Tensor], list[int]]:
-    """Batches of the images that a prior is fitted to, and the label of each image.
-
-    They are the training images, not augmented, and their mirror images where training has them.
-    """
-    mirrors = (False, True) if "flip" in (data.augment or "") else (False,)
-    images = (
-        image.flip(-1) if mirror else image
-        for mirror in mirrors
-        for image, _ in show_progress(data.plain_train_dataloader(), "Rates of the training images")
-    )
-    return images, [*data.train_set.labels] * len(mirrors)

@@ -114,6 +114,16 @@ def test_mixup_mixes_whole_recordings():
     assert torch.equal(mixed, mixed[:, :1, :1, :1, :1].expand_as(mixed))
 
 
+@pytest.mark.parametrize("augment", [None, *AUGMENTATIONS])
+def test_data_know_whether_training_sees_mirror_images(augment):
+    torch.manual_seed(1)
+    image = torch.zeros(64, 1, 8, 8)
+    image[..., 4, 1] = 255.0
+    varied = AUGMENTATIONS[augment](image) if augment else image
+    sides = (varied[..., :4].sum(), varied[..., 4:].sum())
+    assert digits(augment=augment).mirrors == (augment != "affine" and bool(sides[1]))
+
+
 def test_data_refuses_impossible_augmentation():
     with pytest.raises(ValueError, match=r"dataset\.classes is None"):
         make(Digits, mixup=1.0, classes=None)

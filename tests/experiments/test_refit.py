@@ -17,7 +17,7 @@ NAME = "esvae_mnist_taid"
 def test_refit_makes_runs_that_can_be_exported(options, tmp_path, monkeypatch):
     batches = [(torch.rand(20, 1, 32, 32) * 2 - 1, None) for _ in range(3)]
     samples = SimpleNamespace(labels=[0, 1] * 30)
-    data = SimpleNamespace(augment=None, train_set=samples, plain_train_dataloader=lambda: batches)
+    data = SimpleNamespace(mirrors=False, train_set=samples, plain_train_dataloader=lambda: batches)
     monkeypatch.setattr(refit, "build_data", lambda cfg: data)
     chosen = ["dataset.root=elsewhere", "model.flow_epochs=1", *options]
     local = "cache_dir=/home/me"  # no part of the record

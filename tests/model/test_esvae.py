@@ -79,13 +79,18 @@ def test_flow_is_built_by_name_and_leaves_the_other_weights():
 
 def test_fit_prior_uses_the_rates_in_eval_mode(monkeypatch):
     given = []
-    monkeypatch.setattr(FlowPrior, "fit", lambda self, *args, **more: given.append((args, more)))
+    monkeypatch.setattr(FlowPrior, "fit", lambda self, *args: given.append(args))
     model = ESVAE(**SMALL, sample_from="flow", flow_epochs=7)
     batches = [images(8), images(4)]
-    model.fit_prior(batches, labels=[3] * 12)
-    ((rates, labels), more), *_ = given
-    assert torch.equal(rates, torch.cat([model.eval().rate(image) for image in batches]))
-    assert labels == [3] * 12 and more == {"epochs": 7}
+    model.fit_prior(batches, labels=[*range(12)])
+    model.fit_prior(batches, labels=[*range(12)], mirror=True, seed=5)
+    (rates, labels, *how), (both, labels_of_both, *how_both) = given
+    model.eval()
+    assert torch.equal(rates, torch.cat([model.rate(image) for image in batches]))
+    assert torch.equal(both[::2], rates)
+    assert torch.equal(both[1::2], torch.cat([model.rate(image.flip(-1)) for image in batches]))
+    assert labels.tolist() == labels_of_both[::2].tolist() == labels_of_both[1::2].tolist()
+    assert (how, how_both) == ([0, 7, 1], [5, 7, 2])
 
 
 def test_sample_of_a_class(monkeypatch):

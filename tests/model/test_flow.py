@@ -216,6 +216,13 @@ def test_held_out_rates_are_not_trained_on_unless_a_class_has_no_others(monkeypa
     assert {*held_out[0]} & trained == {chosen} and len({*held_out[0]}) == 5
     assert len({*held_out[0]} | trained) == 50 and len(held_out[0]) >= 1024
     assert held_out[0] == held_out[1] and len(losses) == 1  # the same noise
+    for kept in (trained, held_out):
+        kept.clear()
+    FlowPrior(2, levels=50).fit(rates, epochs=3, versions=2)
+    assert {level ^ 1 for level in held_out[0]} == {*held_out[0]}  # both versions of an image
+    assert not {*held_out[0]} & trained and len({*held_out[0]}) == 6
+    with pytest.raises(ValueError, match="51 rates are not 2 of each image"):
+        FlowPrior(3).fit(bent(51), versions=2)
 
 
 def test_few_rates_of_many_classes():
