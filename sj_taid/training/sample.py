@@ -24,9 +24,11 @@ def main(cfg: DictConfig) -> None:
     run, model = load(cfg, "sample", "task=generation")
     if cfg.sample_from and not hasattr(model, "draw_from"):
         raise ValueError(f"sample_from is for model=esvae, but this is a {type(model).__name__}")
-    rows = isinstance(cfg.label, ListConfig) or cfg.label == "all"
+    several = isinstance(cfg.label, ListConfig)
+    rows = several or cfg.label == "all"
     prior = f"{cfg.sample_from}-" if cfg.sample_from else ""
-    label = "" if cfg.label is None else "rows-" if rows else f"label{cfg.label}-"
+    names = [] if cfg.label is None else [*cfg.label] if several else [cfg.label]
+    label = "".join(["label", *(f"{name}-" for name in names)]) if names else ""
     path = Path(cfg.output or run.folder / f"samples-{prior}{label}seed{cfg.seed}.png")
     with model.draw_from(cfg.sample_from) if cfg.sample_from else nullcontext():
         if rows:

@@ -276,5 +276,6 @@ def closing_lines(run: Run) -> str:
     lines.append(f"Metrics: {folder / METRICS}")
     if run.checkpoint.is_file():
         command = "sample" if run.config.get("metric") else "evaluate"
-        lines.append(f"Next:    sj-taid {command} checkpoint={folder}")
+        trust = f" trust=[{','.join(run.config.trust)}]" if run.config.get("trust") else ""
+        lines.append(f"Next:    sj-taid {command} checkpoint={folder}{trust}")
     return "\n".join(lines)

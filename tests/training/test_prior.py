@@ -12,7 +12,7 @@ from torchvision.io import decode_image
 from sj_taid.model import ESVAE, FSVAE, flow
 from sj_taid.training import plot, sample
 from sj_taid.training.config import compose
-from sj_taid.training.generation import Generation, prior_images
+from sj_taid.training.generation import Generation
 from sj_taid.training.run import Run, load_model
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_ESVAE
@@ -88,8 +88,8 @@ def test_sample_of_classes(folder, monkeypatch):
     every = [str(label) for label in range(10)]
     assert drawn == [
         ("samples-label7-seed0.png", 6, 2),
-        ("samples-rows-seed0.png", 20, 2, every),
-        ("samples-rows-seed0.png", 4, 2, ["3", "5"]),
+        ("samples-labelall-seed0.png", 20, 2, every),
+        ("samples-label3-5-seed0.png", 4, 2, ["3", "5"]),
     ]
     for label in ("12", "[3,12]", "some"):
         with pytest.raises(ValueError, match="label must be one of"):
@@ -103,25 +103,10 @@ def test_sample_of_classes(folder, monkeypatch):
 )
 def test_generation_fits_the_flow_to_labels_of_2_to_30_classes(labels, given, monkeypatch):
     task, fitted = Generation(ESVAE(**SMALL, sample_from="flow"), ADAM), []
-    monkeypatch.setattr(task.model, "fit_prior", lambda images, labels: fitted.append(labels))
+    monkeypatch.setattr(task.model, "fit_prior", lambda images, *how: fitted.append(how))
     data = SimpleNamespace(labels=labels)
-    task.fit_prior(SimpleNamespace(augment=None, train_set=data, plain_train_dataloader=lambda: []))
-    assert fitted == [labels if given else None]
-
-
-@pytest.mark.parametrize(
-    ("augment", "mirrors"), [(None, 1), ("affine", 1), ("flip", 2), ("crop_flip", 2)]
-)
-def test_prior_has_mirror_images_where_training_has(augment, mirrors):
-    batches = [(torch.rand(2, 1, 3, 3), torch.tensor([4, 5])), (torch.rand(1, 1, 3, 3), [6])]
-    samples = SimpleNamespace(labels=[4, 5, 6])
-    images, labels = prior_images(
-        SimpleNamespace(augment=augment, train_set=samples, plain_train_dataloader=lambda: batches)
-    )
-    first = torch.cat([image for image, _ in batches])
-    expected = torch.cat([first, first.flip(-1)][:mirrors])
-    assert torch.equal(torch.cat([*images]), expected)
-    assert labels == [4, 5, 6] * mirrors
+    task.fit_prior(SimpleNamespace(mirrors=True, train_set=data, plain_train_dataloader=lambda: []))
+    assert fitted == [(labels if given else None, True)]
 
 
 def test_walk_between_test_images(folder, monkeypatch):

@@ -13,7 +13,7 @@ from sj_taid.data import Digits
 from sj_taid.training import cli, run
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
-from sj_taid.training.train import count_classes, train
+from sj_taid.training.train import closing_lines, count_classes, train
 from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, exit_code, write_images
 
 PICTURES = [
@@ -23,6 +23,15 @@ PICTURES = [
 
 def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def test_next_command_trusts_what_the_run_trusts(tmp_path):
+    there = run.Run(tmp_path)
+    there.begin(OmegaConf.create({"trust": ["mypkg.Mine"], "metric": None}), {})
+    there.checkpoint.parent.mkdir()
+    there.checkpoint.touch()
+    command = f"sj-taid evaluate checkpoint={tmp_path} trust=[mypkg.Mine]"
+    assert closing_lines(there).endswith(f"Next:    {command}")
 
 
 @pytest.mark.slow
