@@ -120,7 +120,8 @@ def _results(module: Any, run: Any, x: Tensor) -> dict[str, Any]:
         if not isinstance(y, Tensor) or y.shape != example.shape or not y.requires_grad:
             raise TypeError(
                 f"{_label(module)} must give a tensor of its input's shape that has a gradient, "
-                "to be compared with its description; sj_taid.unaccelerate(net), and leave it out"
+                "to be compared with its description: sj_taid.unaccelerate(net), then accelerate "
+                "without it in known="
             )
     y = torch.cat([y.flatten() for y in outputs])
     leaves = {"the input": leaf, **dict(module.named_parameters())}
@@ -143,8 +144,8 @@ def _compare(module: Any, name: str, value: Any, described: Any) -> None:
         ours, theirs = (float(t[differs].flatten()[0]) for t in (described, value))
         raise ValueError(
             f"{_label(module)} is not {module._taid_description}: {share:.0%} of its {name} "
-            f"differ, as {theirs:.4g} of the class, {ours:.4g} of the description; accelerate "
-            "again with another one, or sj_taid.unaccelerate(net)"
+            f"differ, as {theirs:.4g} of the class, {ours:.4g} of the description; correct "
+            "known= and accelerate again, or sj_taid.unaccelerate(net)"
         )
 
 

@@ -353,7 +353,7 @@ def test_another_description_replaces_a_wrong_one():
     plain = copy.deepcopy(net)
     for wrong in (known.LIF(tau=3.0, voltage="mem"), lambda module: known.LIF(voltage="mem")):
         sj_taid.accelerate(net, known={Stateful: wrong})
-        with pytest.raises(ValueError, match=r"accelerate again with another one, or"):
+        with pytest.raises(ValueError, match=r"correct known= and accelerate again, or"):
             net(x)
         report = sj_taid.accelerate(net, known=KNOWN)
         assert report.rows[0].note == f"as {KNOWN[Stateful]}"
