@@ -258,6 +258,11 @@ def restore(net: nn.Module) -> None:
             "given back: torch.nn.utils.parametrize.remove_parametrizations first, if that did it"
         )
     for module in modules.values():
-        module.__class__ = module._taid_kind
-        for name in [name for name in vars(module) if name.startswith("_taid_")]:
-            del vars(module)[name]
+        restore_module(module)
+
+
+def restore_module(module: Any) -> None:
+    """Give an accelerated module its class back; those in it stay."""
+    module.__class__ = module._taid_kind
+    for name in [name for name in vars(module) if name.startswith("_taid_")]:
+        del vars(module)[name]

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import _graph, neurons
-from .._fused_neuron import Accelerated, FusedNeuron, restore
+from .._fused_neuron import Accelerated, FusedNeuron, restore_module
 from ..known import LIF, BatchNorm, Neuron
 from ..ops.alif.plan import Plans
 from .compact import Known
@@ -175,7 +175,7 @@ class OwnNeuron(Own):
         x_seq = x.transpose(0, axis) if axis else x
         v = 0.0 if voltage is None else getattr(self, voltage)
         v = 0.0 if v is None else v
-        if isinstance(v, Tensor):
+        if isinstance(v, Tensor) and v.shape != x_seq.shape[1:]:
             with suppress(RuntimeError):  # other shapes are refused
                 v = v.expand(x_seq.shape[1:])
         y, v, *_ = node._taid_run(x_seq, v, False)
@@ -228,10 +228,7 @@ class OwnNorm(Own, AcceleratedNorm):
     """A norm of a net's own; what it does with its buffers and parameters is torch's."""
 
     _taid_is_torchs = False
-
-    @property
-    def _taid_channel_axis(self) -> int:  # type: ignore[override]
-        return self._taid_description.channel_axis
+    _taid_channel_axis: Any = property(attrgetter("_taid_description.channel_axis"))
 
     def _taid_run(self, x: Any) -> Any:
         return AcceleratedNorm.forward(self, x)
@@ -310,8 +307,8 @@ def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple
 
 def describe_module(module: Any, description: Any, function: Any, path: str, check: bool) -> None:
     """Let a module run as its description says."""
-    if class_of(module) is not type(module):
-        restore(module)  # what it was before, by another description or none
+    if isinstance(module, Accelerated):
+        restore_module(module)  # what it was before, by another description or none
     own: Any = OwnNorm if isinstance(description, BatchNorm) else OwnNeuron
     kind: Any = type(module)
     module.__class__ = accelerated_class(kind, own)

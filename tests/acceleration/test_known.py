@@ -323,7 +323,7 @@ def test_what_an_accelerated_module_gets_has_names_of_its_own(make):
     added |= vars(net[0]).keys() - vars(plain[0]).keys()
     others = {name for name in added if not name.startswith("_taid_")}
     of_modules = {*dir(nn.BatchNorm2d), *dir(neuron.LIFNode), "__weakref__"}
-    assert others <= of_modules | {"_fused_backend", "_is_mutable"} and "__init__" in others
+    assert others <= of_modules | {"_fused_backend"} and "__init__" in others
     assert type(net[0]).__doc__ == kind.__doc__
 
 
@@ -360,6 +360,19 @@ def test_another_description_replaces_a_wrong_one():
         torch.testing.assert_close(train(net, x), train(plain, x))
     sj_taid.unaccelerate(net)
     assert type(net[0]) is Stateful
+
+
+def test_another_description_leaves_the_modules_within():
+    class Outer(Stateful):
+        def __init__(self):
+            super().__init__()
+            self.inner = MemoryUpdate()
+
+    net = nn.Sequential(Outer())
+    sj_taid.accelerate(net, known=KNOWN | {Outer: known.LIF(voltage="mem")})
+    sj_taid.accelerate(net, known={Outer: KNOWN[Stateful]})
+    assert isinstance(net[0].inner, Accelerated)
+    assert net[0]._taid_description == KNOWN[Stateful]
 
 
 class Fewer(nn.Module):
