@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sj_taid._context import seeded
 from sj_taid.pretrained import create_model, list_models, read_config
 from sj_taid.training.checkpoint import AtomicCheckpointIO
 from sj_taid.training.compare import OF_SAMPLES
@@ -57,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     told += ["--without-labels"] * options.without_labels
     for seed in options.seeds:
         images = (image for image, _ in data.plain_train_dataloader())
-        with seeded(0):
-            model.fit_prior(images, labels, data.mirrors, seed)
+        model.fit_prior(images, labels, data.mirrors, seed)
         run = Run(options.folder / f"{name}-{seed}")
         run.begin(cfg, provenance())
         state = {f"model.{key}": value for key, value in model.state_dict().items()}

@@ -27,8 +27,8 @@ def main(cfg: DictConfig) -> None:
     several = isinstance(cfg.label, ListConfig)
     rows = several or cfg.label == "all"
     prior = f"{cfg.sample_from}-" if cfg.sample_from else ""
-    names = [] if cfg.label is None else [*cfg.label] if several else [cfg.label]
-    label = "".join(["label", *(f"{name}-" for name in names)]) if names else ""
+    shown = "-".join(map(str, cfg.label)) if several else cfg.label
+    label = "" if cfg.label is None else f"label{shown}-"
     path = Path(cfg.output or run.folder / f"samples-{prior}{label}seed{cfg.seed}.png")
     with model.draw_from(cfg.sample_from) if cfg.sample_from else nullcontext():
         if rows:

@@ -275,7 +275,8 @@ def closing_lines(run: Run) -> str:
     lines = [f"Picture: {path}" for path in pictures if path.is_file()][:1]
     lines.append(f"Metrics: {folder / METRICS}")
     if run.checkpoint.is_file():
-        command = "sample" if run.config.get("metric") else "evaluate"
-        trust = f" trust=[{','.join(run.config.trust)}]" if run.config.get("trust") else ""
+        config = run.config
+        command = "sample" if config.get("metric") else "evaluate"
+        trust = f" trust=[{','.join(config.trust)}]" if config.get("trust") else ""
         lines.append(f"Next:    sj-taid {command} checkpoint={folder}{trust}")
     return "\n".join(lines)

@@ -120,8 +120,7 @@ def test_data_know_whether_training_sees_mirror_images(augment):
     image = torch.zeros(64, 1, 8, 8)
     image[..., 4, 1] = 255.0
     varied = AUGMENTATIONS[augment](image) if augment else image
-    sides = (varied[..., :4].sum(), varied[..., 4:].sum())
-    assert digits(augment=augment).mirrors == (augment != "affine" and bool(sides[1]))
+    assert digits(augment=augment).mirrors == bool(varied[..., 4:].any())
 
 
 def test_data_refuses_impossible_augmentation():
