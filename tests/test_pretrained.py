@@ -124,3 +124,38 @@ def test_config_of_another_version(folder, changed):
     with pytest.raises(ValueError, match=r"config\.json describes no model of this ver") as raised:
         create_model(folder)
     assert "\n" not in str(raised.value)
+
+
+def build_digits(**arguments):
+    """The digits' FSVAE, untrained, with other arguments."""
+    config = pretrained.read_config("fsvae_digits_taid")["model"]
+    return pretrained.build(config | arguments)
+
+
+@pytest.mark.parametrize("latent_channels", [32, 40])
+def test_start_from_a_model_as_wide_or_narrower(latent_channels):
+    model = build_digits(latent_channels=latent_channels)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pretrained.start_from(model, "fsvae_digits_taid")
+    trained = create_model("fsvae_digits_taid", pretrained=True).state_dict()
+    for key, value in model.state_dict().items():
+        copied = torch.zeros_like(value, dtype=torch.bool)
+        copied[tuple(map(slice, trained[key].shape))] = True
+        assert torch.equal(value[copied], trained[key].flatten()), key
+        assert torch.equal(value[~copied], before[key][~copied]), key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ({"latent_channels": 24}, "from_latent"),
+        ({"subpixel": True}, "decoder"),
+        ({"hidden_channels": [32, 64, 128, 256]}, "decoder"),
+    ],
+)
+def test_start_from_refuses_other_layers(arguments, key):
+    model = build_digits(**arguments)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"as wide or wider, but it differs in {key}"):
+        pretrained.start_from(model, "fsvae_digits_taid")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -57,6 +57,34 @@ def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
     return model.eval()
 
 
+def start_from(model: nn.Module, source: str | Path) -> None:
+    """Copy the weights of a trained model into ``model``, whose layers may be wider.
+
+    What a wider layer has more keeps its own start.
+
+    Args:
+        model: of the same layers, to be trained.
+        source: as of :func:`create_model`.
+
+    Raises:
+        ValueError: layers that differ, or are narrower; ``source`` as in :func:`create_model`.
+    """
+    trained, own = create_model(source, pretrained=True).state_dict(), model.state_dict()
+    wrong = {*trained} ^ {*own}
+    for key in {*trained} & {*own}:
+        sizes, room = trained[key].shape, own[key].shape
+        if len(sizes) != len(room) or any(a > b for a, b in zip(sizes, room, strict=True)):
+            wrong.add(key)
+    if wrong:
+        raise ValueError(
+            f"start_from={source} needs a model of its layers, as wide or wider, but it differs in "
+            f"{min(wrong)}; choose what it was trained with, as its {CARD} says"
+        )
+    for key, value in trained.items():
+        own[key][tuple(map(slice, value.shape))] = value
+    set_fixed_thresholds(model, read_config(source).get("fixed_thresholds", {}))
+
+
 def read_config(source: str | Path) -> dict[str, Any]:
     """The ``config.json`` of a model: ``model``, ``sha256`` and the ``metrics`` of its run.
 

@@ -40,6 +40,7 @@ POSITIVE: Rule = ("a number > 0", lambda value: is_number(value) and value > 0)
 RULES: dict[str, Rule] = {
     "seed": ("an integer >= 0, below 2^32", lambda value: is_whole(value) and 0 <= value < 2**32),
     "cache_dir": PATH,
+    "start_from": PATH,
     "resume": PATH,
     "pictures": FLAG,
     "accelerate": FLAG,

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from .._context import seeded
 from .._kinds import check_kinds
 from ..calibration import calibrate
+from ..pretrained import start_from
 from .callbacks import History, RandomNumbers, Stopwatch
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
 from .compare import are_alike, format_metrics
@@ -108,6 +109,8 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     callbacks = [begin, *checkpoints, timer, RandomNumbers(), history, *callbacks]
     trainer = build_trainer(cfg.trainer, run, logger, callbacks)
     if checkpoint is None:
+        if cfg.start_from:
+            start_from(model, cfg.start_from)
         calibrate_thresholds(task, data, cfg.neuron_start.get("calibrate"))
         task.before_training(data, evaluator)
     if cfg.compile:

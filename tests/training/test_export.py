@@ -77,6 +77,12 @@ def test_export_of_fixed_thresholds(tmp_path):
     assert fixed_thresholds(create_model(folder, pretrained=True)) == trained
     untrained = fixed_thresholds(create_model(folder))
     assert trained.keys() == untrained.keys() and trained != untrained
+    again = [*TINY_CLASSIFICATION, "neuron=lif", f"start_from={folder}", "optimizer.lr=0.0"]
+    train(compose("train", again), tmp_path / "again", command="")
+    model = load_model(tmp_path / "again")
+    assert fixed_thresholds(model) == trained
+    expected = dict(load_model(tmp_path / "run").named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in model.named_parameters())
 
 
 def test_export_of_later_evaluations(runs, tmp_path):
