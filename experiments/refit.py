@@ -24,7 +24,7 @@ STALE = {
     f"{name}{ending}"
     for name in (*OF_SAMPLES, "fad_precision", "fad_recall", "sample_variance")
     for ending in ("", "_median", "_range")
-}
+} | {"validation_fad"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

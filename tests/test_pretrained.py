@@ -12,7 +12,7 @@ import torch
 from sj_taid import create_model, list_models, pretrained
 from sj_taid.acceleration.modules import AcceleratedALIF
 
-pytest.importorskip("safetensors", reason="needs safetensors")
+safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
 
 PACKAGE = Path(pretrained.__file__).parent
 NAMES = list_models()
@@ -126,36 +126,52 @@ def test_config_of_another_version(folder, changed):
     assert "\n" not in str(raised.value)
 
 
-def build_digits(**arguments):
-    """The digits' FSVAE, untrained, with other arguments."""
-    config = pretrained.read_config("fsvae_digits_taid")["model"]
-    return pretrained.build(config | arguments)
+def build_with(name, **arguments):
+    """A model of the package, untrained, with other arguments."""
+    return pretrained.build(pretrained.read_config(name)["model"] | arguments)
 
 
-@pytest.mark.parametrize("latent_channels", [32, 40])
-def test_start_from_a_model_as_wide_or_narrower(latent_channels):
-    model = build_digits(latent_channels=latent_channels)
+@pytest.mark.parametrize("name", NAMES)
+def test_start_from_loads_all_but_the_flow(name):
+    model = build_with(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    pretrained.start_from(model, "fsvae_digits_taid")
-    trained = create_model("fsvae_digits_taid", pretrained=True).state_dict()
+    pretrained.start_from(model, name)
+    trained = create_model(name, pretrained=True).state_dict()
     for key, value in model.state_dict().items():
-        copied = torch.zeros_like(value, dtype=torch.bool)
-        copied[tuple(map(slice, trained[key].shape))] = True
-        assert torch.equal(value[copied], trained[key].flatten()), key
-        assert torch.equal(value[~copied], before[key][~copied]), key
+        assert torch.equal(value, (before if key.startswith("flow.") else trained)[key]), key
+
+
+@pytest.mark.parametrize("there", ["flow", "learned"])
+@pytest.mark.parametrize("here", ["flow", "learned"])
+def test_start_from_a_model_with_or_without_a_flow(there, here, tmp_path):
+    name = "esvae_mnist_taid"
+    folder = Path(shutil.copytree(PACKAGE / name, tmp_path / "model"))
+    if there == "learned":
+        weights = folder / "model.safetensors"
+        state = safetensors.load_file(weights).items()
+        safetensors.save_file({k: v for k, v in state if not k.startswith("flow.")}, weights)
+        change_model(folder, sample_from="learned")
+        change(folder, sha256=digest(folder))
+    model = build_with(name, sample_from=here)
+    pretrained.start_from(model, folder)
+    assert not (model.flow and model.flow.fitted)
+    images = torch.rand(2, 1, 32, 32)
+    assert torch.equal(model.eval().rate(images), create_model(name, pretrained=True).rate(images))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "key"),
+    ("name", "arguments", "message"),
     [
-        ({"latent_channels": 24}, "from_latent"),
-        ({"subpixel": True}, "decoder"),
-        ({"hidden_channels": [32, 64, 128, 256]}, "decoder"),
+        ("esvae_mnist_taid", {"latent_channels": 96}, r"from_latent.* is \[1024, 64\] there"),
+        ("classifier_digits_alif", {"image_size": 16}, r"head.* is \[\d+, \d+\] there and \[\d+, "),
+        ("classifier_digits_alif", {"classes": 5}, r"head.* there and \[50, \d+\] here"),
+        ("fsvae_digits_taid", {"subpixel": True}, r"decoder.* is \[.*\] there and missing here"),
+        ("fsvae_digits_taid", {"k": 30}, "there and .* here; choose model and data as its README"),
     ],
 )
-def test_start_from_refuses_other_layers(arguments, key):
-    model = build_digits(**arguments)
+def test_start_from_refuses_other_layers(name, arguments, message):
+    model = build_with(name, **arguments)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=f"as wide or wider, but it differs in {key}"):
-        pretrained.start_from(model, "fsvae_digits_taid")
+    with pytest.raises(ValueError, match=f"start_from={name} has other layers.*{message}"):
+        pretrained.start_from(model, name)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -49,10 +49,11 @@ def check_images(model: Any, x: Tensor, frames: bool = False) -> None:
     With ``frames`` also ``[T, N, C, H, W]``, and any finite values, as counts of events are.
     """
     shape = (model.in_channels, model.image_size, model.image_size)
-    if x.shape[-3:] != shape or x.dim() not in ((4, 5) if frames else (4,)):
+    got = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    if got[-3:] != [*shape] or len(got) not in ((4, 5) if frames else (4,)):
         sizes = ", ".join(map(str, shape))
         expected = f"images [N, {sizes}]" + f" or frames [T, N, {sizes}]" * frames
-        raise ValueError(f"{type(model).__name__} expects {expected}, but got {list(x.shape)}")
+        raise ValueError(f"{type(model).__name__} expects {expected}, but got {got}")
     check_values(model, x, bound=math.inf if frames else 1.0)
 
 

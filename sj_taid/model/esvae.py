@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._checks import check, check_flags, check_not_negative, check_sizes, integer
 from .._context import eval_mode
 from .block import Neuron
-from .flow import EPOCHS, FlowPrior
+from .flow import EPOCHS, FlowPrior, check_enough, check_labels
 from .rate import LearnedPrior, rbf_mmd, spikes_from_rate
 from .spiking_vae import SpikingVAE
 
@@ -155,15 +155,15 @@ class ESVAE(SpikingVAE):
         """
         flow: Any = self._source("flow")
         images = images.split(256) if isinstance(images, Tensor) else images
-        versions = 1 + mirror
         with eval_mode(self), torch.no_grad():
             rates = [
-                torch.stack([self.rate(x) for x in (image, image.flip(-1))[:versions]], 1)
-                for image in images
+                torch.stack([self.rate(x), *([self.rate(x.flip(-1))] if mirror else [])], 1)
+                for x in images
             ]
+        check_enough(n := sum(map(len, rates)))
         if labels is not None:
-            labels = torch.as_tensor(labels).repeat_interleave(versions)
-        flow.fit(torch.cat(rates).float().flatten(0, 1), labels, seed, self.flow_epochs, versions)
+            labels = check_labels(labels, n).repeat_interleave(1 + mirror)
+        flow.fit(torch.cat(rates).float().flatten(0, 1), labels, seed, self.flow_epochs, 1 + mirror)
 
     @contextmanager
     def draw_from(self, source: str) -> Iterator[None]:

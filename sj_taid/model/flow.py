@@ -112,7 +112,7 @@ class FlowPrior(nn.Module):
         if len(rates) % versions:
             raise ValueError(f"{len(rates)} rates are not {versions} of each image")
         check_rates(rates)
-        labels = _check_labels(labels, len(rates)).to(rates.device)
+        labels = check_labels(labels, len(rates)).to(rates.device)
         classes, index = labels.unique(return_inverse=True)
         if len(classes) > CLASSES:
             raise ValueError(
@@ -206,7 +206,7 @@ def check_enough(n: int) -> None:
         raise ValueError(f"a flow needs the rates of at least 10 images, but got {n}")
 
 
-def _check_labels(labels: Sequence[int] | Tensor | None, n: int) -> Tensor:
+def check_labels(labels: Sequence[int] | Tensor | None, n: int) -> Tensor:
     """Labels ``[n]``, all -1 if there are none."""
     if labels is None:
         return torch.full((n,), -1)

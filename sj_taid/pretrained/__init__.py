@@ -58,30 +58,31 @@ def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
 
 
 def start_from(model: nn.Module, source: str | Path) -> None:
-    """Copy the weights of a trained model into ``model``, whose layers may be wider.
+    """Load the weights of a trained model into ``model``, to train it further.
 
-    What a wider layer has more keeps its own start.
+    An ESVAE's flow is left as it is, since it is fitted after training.
 
     Args:
-        model: of the same layers, to be trained.
+        model: of the same layers.
         source: as of :func:`create_model`.
 
     Raises:
-        ValueError: layers that differ, or are narrower; ``source`` as in :func:`create_model`.
+        ValueError: layers that differ; ``source`` as in :func:`create_model`.
     """
-    trained, own = create_model(source, pretrained=True).state_dict(), model.state_dict()
-    wrong = {*trained} ^ {*own}
-    for key in {*trained} & {*own}:
-        sizes, room = trained[key].shape, own[key].shape
-        if len(sizes) != len(room) or any(a > b for a, b in zip(sizes, room, strict=True)):
-            wrong.add(key)
-    if wrong:
+    state = create_model(source, pretrained=True).state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith("flow.")}
+    theirs, ours = (
+        {key: list(value.shape) for key, value in weights.items() if not key.startswith("flow.")}
+        for weights in (state, model.state_dict())
+    )
+    if wrong := {key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)}:
+        key = min(wrong)
         raise ValueError(
-            f"start_from={source} needs a model of its layers, as wide or wider, but it differs in "
-            f"{min(wrong)}; choose what it was trained with, as its {CARD} says"
+            f"start_from={source} has other layers than the model: {key} is "
+            f"{theirs.get(key, 'missing')} there and {ours.get(key, 'missing')} here; choose model "
+            f"and data as its {CARD} says"
         )
-    for key, value in trained.items():
-        own[key][tuple(map(slice, value.shape))] = value
+    model.load_state_dict(state, strict=False)
     set_fixed_thresholds(model, read_config(source).get("fixed_thresholds", {}))
 
 

@@ -7,6 +7,7 @@ import refit
 import torch
 
 from sj_taid import create_model
+from sj_taid.pretrained import read_config
 from sj_taid.training.export import export
 from sj_taid.training.run import Run
 
@@ -25,6 +26,9 @@ def test_refit_makes_runs_that_can_be_exported(options, tmp_path, monkeypatch):
     first, second = (Run(tmp_path / f"{NAME}-{seed}") for seed in (0, 1))
     assert first.config.dataset.root == "elsewhere" and first.config.model.flow_epochs == 1
     assert second.metrics["prior_fitted"]["seed"] == 1
+    before = read_config(NAME)["metrics"]
+    assert {*before} - {*second.metrics} == {*before} & refit.STALE
+    assert {"validation_fad", "fad", "fad_published_median"} <= refit.STALE
     command = f"python experiments/refit.py {NAME} FOLDER {' '.join(chosen)} --seeds 1"
     assert second.metrics["prior_fitted"]["command"] == command
     shipped, model, other = create_model(NAME, pretrained=True), first.model(), second.model()

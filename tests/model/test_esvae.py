@@ -93,6 +93,18 @@ def test_fit_prior_uses_the_rates_in_eval_mode(monkeypatch):
     assert (how, how_both) == ([0, 7, 1], [5, 7, 2])
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_fit_prior_says_what_it_was_given(mirror):
+    model = ESVAE(**SMALL, sample_from="flow")
+    for given, labels, message in (
+        (images(12), [0] * 11, "expected 12 labels, .* but got"),
+        ([], None, "at least 10 images, but got 0"),
+        ([(images(12), torch.zeros(12))], None, r"expects images \[N, 1, 8, 8\], but got a tuple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.fit_prior(given, labels, mirror)
+
+
 def test_sample_of_a_class(monkeypatch):
     model = ESVAE(**SMALL, sample_from="flow", flow_epochs=1)
     model.fit_prior(images(40), labels=torch.arange(40) % 2 + 3)
