@@ -32,8 +32,8 @@ class ESVAE(SpikingVAE):
     training images' :math:`r_q`, ``flow``; with labels, of the class that is asked for.
 
     In eval mode a reconstruction has exactly :math:`T r_q` spikes in each channel, at random steps:
-    on MNIST the squared error is a quarter below that of spikes drawn as above. In training they
-    are drawn, unless ``exact_counts`` is set. For samples they always are, which lowers FAD.
+    on MNIST the squared error is a quarter below that of spikes drawn as above. In training spikes
+    are drawn, unless ``exact_counts`` is set, and always for samples, which lowers FAD.
 
     All other arguments are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
