@@ -162,7 +162,7 @@ def test_start_from_a_model_with_or_without_a_flow(there, here, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("esvae_mnist_taid", {"latent_channels": 96}, r"from_latent.* is \[1024, 64\] there"),
+        ("esvae_mnist_taid", {"latent_channels": 96}, r"from_latent.* is \[1024, 128\] there"),
         ("classifier_digits_alif", {"image_size": 16}, r"head.* is \[\d+, \d+\] there and \[\d+, "),
         ("classifier_digits_alif", {"classes": 5}, r"head.* there and \[50, \d+\] here"),
         ("fsvae_digits_taid", {"subpixel": True}, r"decoder.* is \[.*\] there and missing here"),

@@ -64,10 +64,10 @@ def start_from(model: nn.Module, source: str | Path) -> None:
 
     Args:
         model: of the same layers.
-        source: as of :func:`create_model`.
+        source: as of :func:`.create_model`.
 
     Raises:
-        ValueError: layers that differ; ``source`` as in :func:`create_model`.
+        ValueError: layers that differ; ``source`` as in :func:`.create_model`.
     """
     state = create_model(source, pretrained=True).state_dict()
     state = {key: value for key, value in state.items() if not key.startswith("flow.")}
