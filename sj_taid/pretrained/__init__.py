@@ -69,12 +69,11 @@ def start_from(model: nn.Module, source: str | Path) -> None:
     Raises:
         ValueError: layers that differ; ``source`` as in :func:`.create_model`.
     """
-    state = create_model(source, pretrained=True).state_dict()
-    state = {key: value for key, value in state.items() if not key.startswith("flow.")}
-    theirs, ours = (
-        {key: list(value.shape) for key, value in weights.items() if not key.startswith("flow.")}
-        for weights in (state, model.state_dict())
+    trained, own = (
+        {key: value for key, value in net.state_dict().items() if not key.startswith("flow.")}
+        for net in (create_model(source, pretrained=True), model)
     )
+    theirs, ours = ({k: list(v.shape) for k, v in state.items()} for state in (trained, own))
     if wrong := {key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)}:
         key = min(wrong)
         raise ValueError(
@@ -82,7 +81,7 @@ def start_from(model: nn.Module, source: str | Path) -> None:
             f"{theirs.get(key, 'missing')} there and {ours.get(key, 'missing')} here; choose model "
             f"and data as its {CARD} says"
         )
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(trained, strict=False)
     set_fixed_thresholds(model, read_config(source).get("fixed_thresholds", {}))
 
 
