@@ -57,10 +57,11 @@ def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
     return model.eval()
 
 
-def start_from(model: nn.Module, source: str | Path) -> None:
+def start_from(model: nn.Module, source: str | Path) -> str:
     """Load the weights of a trained model into ``model``, to train it further.
 
-    An ESVAE's flow is left as it is, since it is fitted after training.
+    An ESVAE's flow is left as it is, since it is fitted after training. Returns the SHA-256 of the
+    trained model's weights.
 
     Args:
         model: of the same layers.
@@ -82,7 +83,9 @@ def start_from(model: nn.Module, source: str | Path) -> None:
             f"and data as its {CARD} says"
         )
     model.load_state_dict(trained, strict=False)
-    set_fixed_thresholds(model, read_config(source).get("fixed_thresholds", {}))
+    config = read_config(source)
+    set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
+    return config["sha256"]
 
 
 def read_config(source: str | Path) -> dict[str, Any]:

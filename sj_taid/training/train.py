@@ -110,9 +110,11 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     trainer = build_trainer(cfg.trainer, run, logger, callbacks)
     if checkpoint is None:
         if cfg.start_from:
-            start_from(model, cfg.start_from)
+            origin["start_from_sha256"] = start_from(model, cfg.start_from)
         calibrate_thresholds(task, data, cfg.neuron_start.get("calibrate"))
         task.before_training(data, evaluator)
+    elif cfg.start_from:
+        origin["start_from_sha256"] = run.origin["start_from_sha256"]
     if cfg.compile:
         compile_model(model, cfg.compile)
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)

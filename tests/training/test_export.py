@@ -78,7 +78,13 @@ def test_export_of_fixed_thresholds(tmp_path):
     untrained = fixed_thresholds(create_model(folder))
     assert trained.keys() == untrained.keys() and trained != untrained
     again = [*TINY_CLASSIFICATION, "neuron=lif", f"start_from={folder}", "optimizer.lr=0.0"]
-    train(compose("train", again), tmp_path / "again", command="")
+    again += ["task.scheduler.T_max=2"]
+    digest = pretrained.read_config(folder)["sha256"]
+    started = train(compose("train", again), tmp_path / "again", command="")
+    shutil.rmtree(folder)  # a resumed run needs it no more
+    resumed = train(compose("train", [*again, "trainer.max_epochs=2"]), tmp_path / "again")
+    assert started["start_from_sha256"] == resumed["start_from_sha256"] == digest
+    assert resumed["epochs"] == 2
     model = load_model(tmp_path / "again")
     assert fixed_thresholds(model) == trained
     expected = dict(load_model(tmp_path / "run").named_parameters())
