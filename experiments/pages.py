@@ -330,8 +330,6 @@ def start_map() -> pd.DataFrame:
 def classes() -> pd.DataFrame:
     """The share of images that are read as their class, and FAD as published, of each class."""
     rows = pd.read_csv(RESULTS / "classes.csv")
-    rows.loc[rows["images"] == "samples without labels", "class"] = "all, fitted without labels"
-    rows["images"] = rows["images"].replace("samples without labels", "samples")
     keys = ["dataset", "class", "images"]
     # Test and training images are the same whatever the fit.
     groups = rows.drop_duplicates([*keys, "draw", "read", "fad"]).groupby(keys, sort=False)

@@ -1,6 +1,6 @@
 """Fit the flow of a model that comes with the package again, as runs on its data set.
 
-    python experiments/refit.py NAME FOLDER dataset.root=DATA [--seeds 0 1] [--without-labels]
+    python experiments/refit.py NAME FOLDER dataset.root=DATA [--seeds 0 1]
 
 writes a run into ``FOLDER/NAME-SEED`` for each seed of the fit. ``sj-taid evaluate``,
 ``experiments/measure.py`` and ``sj-taid export RUN --name NAME --half --out sj_taid/pretrained``
@@ -37,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="for the runs")
     parser.add_argument("overrides", nargs="*", help="of the run, such as dataset.root=DATA")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the fits")
-    parser.add_argument("--without-labels", action="store_true")
     options = parser.parse_args(arguments)
     reuse_freed_memory()
     described = read_config(options.name)
@@ -49,21 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     data = build_data(cfg)
     model.flow_epochs = cfg.model.flow_epochs
-    labels = None if options.without_labels else data.train_set.labels
     name = Path(options.name).name
-    told = [options.name if options.name in list_models() else "MODEL", "FOLDER"]  # no local paths
-    told += [override for override in options.overrides if "/" not in override]
-    told += ["--without-labels"] * options.without_labels
+    words = [options.name if options.name in list_models() else "MODEL", "FOLDER"]  # no local paths
+    words += [override for override in options.overrides if "/" not in override]
+    origin = {key: metrics[key] for key in ("choices", "overrides", "command")}
     for seed in options.seeds:
         images = (image for image, _ in data.plain_train_dataloader())
-        model.fit_prior(images, labels, data.mirrors, seed)
+        model.fit_prior(images, data.train_set.labels, data.mirrors, seed)
         run = Run(options.folder / f"{name}-{seed}")
-        run.begin(cfg, provenance())
+        run.begin(cfg, origin | provenance())
         state = {f"model.{key}": value for key, value in model.state_dict().items()}
         thresholds = described.get("fixed_thresholds", {})
         checkpoint = {"state_dict": state, "fixed_thresholds": thresholds}
         AtomicCheckpointIO().save_checkpoint(checkpoint, run.checkpoint)
-        command = " ".join(["python experiments/refit.py", *told, f"--seeds {seed}"])
+        command = " ".join(["python experiments/refit.py", *words, f"--seeds {seed}"])
         fitted = {"command": command, "seed": seed, **provenance()}
         fitted["epochs"] = cfg.model.flow_epochs
         run.save_metrics(metrics | {"prior_fitted": fitted})

@@ -5,9 +5,13 @@ import multiprocessing
 
 import pytest
 import torch
+import yaml
 
 # Looking for garbage among so many new modules takes a quarter of the time that collecting does.
 gc.disable()
+
+# Configs are composed hundreds of times; libyaml needs two thirds of the time for the same.
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # Tests start processes by "forkserver", from one that has imported these once: seconds less each.
 # It keeps the environment of its start, and what does not import is left out.

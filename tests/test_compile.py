@@ -73,6 +73,7 @@ def test_compile_once_with_resets():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compile_once_with_a_monitor():
     net, x = make_net(), inputs()
     counter = CompileCounterWithBackend("aot_eager")
@@ -97,6 +98,7 @@ def test_exported_program_is_of_torch_alone():
     assert torch.equal(program.module()(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_compile_shares_graphs_between_batch_sizes(channels_last):
     node = ALIFNode(v_threshold=0.2, step_mode="m")
@@ -116,6 +118,7 @@ def test_compile_shares_graphs_between_batch_sizes(channels_last):
     assert graphs[0] > 0 and graphs == graphs[:1] * 3
 
 
+@pytest.mark.slow
 def test_compile_without_a_fused_backend_warns_once(monkeypatch):
     def load():
         raise ModuleNotFoundError("No module named 'numba'")
@@ -131,6 +134,7 @@ def test_compile_without_a_fused_backend_warns_once(monkeypatch):
     assert_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_compile_under_autocast():
     net, x = make_net(), inputs()
 
@@ -145,6 +149,7 @@ def test_compile_under_autocast():
     assert_equal(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for the CPU with g++")
 def test_compile_with_inductor():
     net, x = make_net("s"), inputs("s")

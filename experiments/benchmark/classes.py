@@ -35,7 +35,7 @@ from sj_taid.training.run import Run, build_data
 
 BATCH, BATCHES, DRAWS = 256, 20, 3  # batches as the papers have them
 EPOCHS = 4  # of the classifier
-KEYS = ["dataset", "epochs", "images", "fit_seed", "draw", "class"]
+KEYS = ["dataset", "images", "fit_seed", "draw", "class"]
 
 
 class Encoded(NamedTuple):
@@ -49,7 +49,7 @@ class Encoded(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     options_parser = parser(__doc__, device=False, out=RESULTS)
     add = options_parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="of an ESVAE with a flow")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="of an ESVAE whose flow knows classes")
     add("--published", type=Path, required=True, help="the papers' autoencoders")
     options = options_parser.parse_args(arguments)
     reuse_freed_memory()
@@ -89,7 +89,7 @@ def measure(run: Run, published: Path) -> list[dict[str, Any]]:
         "reconstructions": (
             (model.reconstruct(x), label) for x, label in shuffle(data, data.test_set)
         ),
-        "samples" if model.labels else "samples without labels": sample(model),
+        "samples": sample(model),
     }
     for images, batches in kinds.items():
         draws = [encode(batches, BATCHES) for _ in range(DRAWS)]
@@ -138,11 +138,11 @@ def shuffle(data: Any, samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def sample(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of samples and the classes asked for, by their shares; -1 without labels."""
+    """Batches of samples and the classes asked for, by their shares."""
     while True:
         index = torch.multinomial(model.flow.shares.float(), BATCH, replacement=True)
         asked = model.flow.labels[index]
-        yield model.sample(BATCH, label=asked if model.labels else None), asked
+        yield model.sample(BATCH, label=asked), asked
 
 
 def compare(
@@ -156,16 +156,15 @@ def compare(
         yield row_of(one, statistics) | {"draw": str(number), "class": "all"}
     whole = Encoded(*map(torch.cat, zip(*draws, strict=True)))
     for label in whole.asked.unique().tolist():
-        if label >= 0:
-            of_class = Encoded(*(part[whole.asked == label] for part in whole))
-            of_real = moments(real.codes[real.asked == label])
-            yield row_of(of_class, of_real) | {"draw": "all", "class": names[label]}
+        of_class = Encoded(*(part[whole.asked == label] for part in whole))
+        of_real = moments(real.codes[real.asked == label])
+        yield row_of(of_class, of_real) | {"draw": "all", "class": names[label]}
 
 
 def row_of(images: Encoded, real: tuple[Tensor, Tensor]) -> dict[str, Any]:
     read = (images.asked == images.read).double().mean().item()
     fad = _compute_fid(*real, *moments(images.codes)).item()
-    return {"n": len(images.codes), "read": read if images.asked[0] >= 0 else None, "fad": fad}
+    return {"n": len(images.codes), "read": read, "fad": fad}
 
 
 def moments(codes: Tensor) -> tuple[Tensor, Tensor]:

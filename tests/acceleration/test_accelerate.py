@@ -51,7 +51,7 @@ def images(steps=4, channels=2, size=6):
     return torch.rand(steps, 2, channels, size, size, generator=generator) * 3
 
 
-def train(net, x_seq, steps=3, optimizer=None):
+def train(net, x_seq, steps=2, optimizer=None):
     """Outputs, gradients and buffers of some steps of SGD."""
     optimizer = optimizer or torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
     results = []
@@ -461,6 +461,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_accelerated_net_inside(name, recwarn):
     torch._dynamo.reset()
@@ -496,6 +497,7 @@ def make_residual_net(shortcut=True):
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shortcut", [True, False])  # without, a norm's output crosses
 def test_accelerated_net_with_compiled_blocks(shortcut):
     torch._dynamo.reset()
@@ -507,6 +509,7 @@ def test_accelerated_net_with_compiled_blocks(shortcut):
     assert_close(train(net, x_seq, 1), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for the CPU with g++")
 def test_accelerated_net_with_inductor():
     """Which gives convolutions another memory order than the graph was traced with."""

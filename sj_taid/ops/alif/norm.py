@@ -16,7 +16,7 @@ and numbers per channel.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,28 +40,6 @@ class Norm(NamedTuple):
         """Whether the statistics are the running ones, which do not depend on the input."""
         tracked = self.running_mean is not None and self.running_var is not None
         return tracked and not self.use_batch_statistics
-
-    @classmethod
-    def of(cls, module: Any) -> Norm:
-        """What a batch norm module would compute; counts the batch, as its forward does."""
-        training: bool = module.training
-        momentum = 0.0 if module.momentum is None else module.momentum
-        # Statistics that are not tracked in training are used in eval mode all the same.
-        reads = module.track_running_stats or not training
-        if training and reads and module.num_batches_tracked is not None:
-            module.num_batches_tracked.add_(1)
-            if module.momentum is None:  # the plain average over all batches
-                momentum = 1.0 / float(module.num_batches_tracked)
-        use_batch_statistics = training or module.running_mean is None
-        return cls(
-            module.weight,
-            module.bias,
-            module.running_mean if reads else None,
-            module.running_var if reads else None,
-            use_batch_statistics,
-            momentum,
-            module.eps,
-        )
 
 
 def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
