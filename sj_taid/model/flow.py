@@ -15,8 +15,7 @@ from .rate import check_rates
 WIDTH, BLOCKS, FREQUENCIES = 384, 4, 8
 CLASSES = 30
 EPOCHS, LR = 48, 2e-3
-#: The batch shrinks with the data, so that an epoch has at least about 100 steps, or 40 where they
-#: would be of less than 32 rates.
+#: A batch is a hundredth of the rates, at least 32 if that leaves 40 steps, and at most 512.
 STEPS, LEAST_STEPS, SMALL_BATCH, LARGEST_BATCH = 100, 40, 32, 512
 #: The share of rates that is held out, to choose the epoch; few are repeated to so many, each with
 #: noise of its own, or the choice would be by chance.

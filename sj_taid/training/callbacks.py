@@ -87,7 +87,7 @@ class History(L.Callback):
 
 
 class Stopwatch(Timer):
-    """Lightning's ``Timer``, of which there may be another: each needs a class of its own."""
+    """Lightning's ``Timer``; a subclass, since state is saved by class, and a user may add one."""
 
 
 class RandomNumbers(L.Callback):

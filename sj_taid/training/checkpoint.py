@@ -64,7 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Lightning's checkpoint of the last epoch, a class of its own next to others of yours."""
+    """Checkpoint of the last epoch; a subclass, since a user may add a ``ModelCheckpoint``."""
 
 
 class BestCheckpoint(ModelCheckpoint):
