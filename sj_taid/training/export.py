@@ -40,7 +40,7 @@ tags: [spiking-neural-networks, spikingjelly]
 
 {kind} of sj-taid, {parameters:,} parameters; `config.json` has the commit, versions and machine.
 
-Trained by `{command}`.{fitted}
+Trained by `{command}`.{start}{fitted}
 
 ```python
 {imports}
@@ -139,7 +139,7 @@ def _card(name: str, model: nn.Module, metrics: Any, data: Any, is_best: bool) -
         shape = [data["T"], *shape] if "T" in data else shape
         pipeline = "image-classification" if hasattr(model, "classes") else "image-to-image"
         imports, usage = "import torch", f"output = model(torch.zeros({shape}))"
-    fitted = metrics.get("prior_fitted")
+    fitted, start = metrics.get("prior_fitted"), metrics.get("start_from_sha256")
     protocol = metrics.get("protocol", {})
     table = (
         f"| {title} | {value} | {protocol.get(key, 'test set, after the last epoch')} |"
@@ -153,6 +153,7 @@ def _card(name: str, model: nn.Module, metrics: Any, data: Any, is_best: bool) -
         kind=type(model).__name__,
         parameters=metrics["parameters"],
         command=metrics["command"],
+        start=f"\nThe weights it started from have the SHA-256 `{start}`." if start else "",
         fitted=f"\nThe flow was fitted again by `{fitted['command']}`." if fitted else "",
         imports=imports,
         usage=usage,

@@ -85,6 +85,8 @@ def test_export_of_fixed_thresholds(tmp_path):
     resumed = train(compose("train", [*again, "trainer.max_epochs=2"]), tmp_path / "again")
     assert started["start_from_sha256"] == resumed["start_from_sha256"] == digest
     assert resumed["epochs"] == 2
+    card = (export(tmp_path / "again", "further", tmp_path) / "README.md").read_text()
+    assert f"The weights it started from have the SHA-256 `{digest}`." in card
     model = load_model(tmp_path / "again")
     assert fixed_thresholds(model) == trained
     expected = dict(load_model(tmp_path / "run").named_parameters())
