@@ -51,7 +51,7 @@ def images(steps=4, channels=2, size=6):
     return torch.rand(steps, 2, channels, size, size, generator=generator) * 3
 
 
-def train(net, x_seq, steps=2, optimizer=None):
+def train(net, x_seq, steps=3, optimizer=None):
     """Outputs, gradients and buffers of some steps of SGD."""
     optimizer = optimizer or torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
     results = []

@@ -97,6 +97,7 @@ class Fault:
 
 RESUME = "Resume with: sj-taid train resume="
 FAULTS = {
+    "killed in an epoch": Fault(kill),
     "killed in writing a checkpoint": Fault(kill_within_checkpoint),
     "ctrl-c": Fault(press_ctrl_c, f"Stopped. {RESUME}"),
     "loss": Fault(spoil_loss, "the loss is nan in epoch 3, after step 7: the model has diverged"),
