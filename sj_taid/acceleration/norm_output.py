@@ -24,7 +24,16 @@ from .. import _graph
 from .._fused_neuron import NormInput
 from ..ops import backends
 from ..ops.alif.autograd import arranged, cast_numbers
-from ..ops.alif.plan import Dynamics, Engine, NormSpec, Plans, Spec, find_norm_plan, table
+from ..ops.alif.plan import (
+    Dynamics,
+    Engine,
+    NormSpec,
+    Plans,
+    Spec,
+    find_norm_plan,
+    mean_and_r,
+    table,
+)
 from ..ops.bits import is_dense
 from .compact import Known, Packing, Term, compact, saving
 
@@ -389,7 +398,7 @@ class _TorchNorm:
 
     def _statistics(self) -> tuple[Tensor | None, ...]:
         """Running mean and variance at the call."""
-        waiting, (mean, rstd) = self._waiting, self.numbers[:2]
+        waiting, (mean, rstd) = self._waiting, mean_and_r(self.numbers)
         if not (waiting.reads and waiting.spec.fixed):
             return waiting.unused_statistics()
         return mean.to(waiting.dtype), (rstd.pow(-2) - waiting.spec.eps).to(waiting.dtype)

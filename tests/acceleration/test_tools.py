@@ -1,6 +1,7 @@
 """Tools that count, trace, transform or show a net say of an accelerated one what they say."""
 
 import copy
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -73,3 +74,53 @@ def test_tool_says_the_same(name):
     sj_taid.accelerate(fast)
     expected, got = (TOOLS[name](net, x) for net in (plain, fast))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def conv_norm(size):
+    return layer.Conv2d(4, 4, size, padding=size // 2, bias=False), layer.BatchNorm2d(4)
+
+
+class Residual(nn.Module):
+    def __init__(self, shortcut):
+        super().__init__()
+        self.branch, self.shortcut = nn.Sequential(*conv_norm(3)), shortcut
+        self.lif = neuron.LIFNode()
+
+    def forward(self, x):
+        return self.lif(self.branch(x) + self.shortcut(x))
+
+
+ENDS = {
+    "chain": lambda: [*conv_norm(3), neuron.ParametricLIFNode()],
+    "identity": lambda: [Residual(nn.Identity())],
+    "norm": lambda: [Residual(nn.Sequential(*conv_norm(1)))],
+    "norm alone": lambda: [Residual(layer.BatchNorm2d(4)), layer.BatchNorm2d(4)],
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("end", ENDS)
+def test_saved_tensors_may_be_rounded(end, dtype, training):
+    """As people do to save memory, by hooks; gradients differ by the rounding alone."""
+    if not (training or FUNCTIONAL_STATES):
+        pytest.skip("0.0.0.0.14's neurons give no gradient in evaluation")
+    torch.manual_seed(0)
+    net = nn.Sequential(layer.Conv2d(3, 4, 3, bias=False), layer.BatchNorm2d(4), neuron.LIFNode())
+    net.extend(ENDS[end]())
+    functional.set_step_mode(net, "m")
+    sj_taid.accelerate(net.train(training))
+    x = torch.randn(4, 3, 3, 8, 8) * 3
+    rounding = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (t.to(dtype) if t.is_floating_point() else t, t.dtype),
+        lambda saved: saved[0].to(saved[1]),
+    )
+    found = []
+    for hooks in (nullcontext(), rounding):
+        functional.reset_net(net)
+        with hooks:
+            y = net(x)
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad(y, [*net.parameters()], torch.randn(y.shape)))
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded - exact).norm() <= 0.05 * exact.norm() + 1e-5

@@ -180,7 +180,7 @@ class _NormPlan:
     def __init__(self, spec: NormSpec) -> None:
         self.fixed = spec.fixed
         self.prepare = cache(partial(_prepare_norm, spec))
-        self.new = partial(torch.empty, dtype=torch.float64, device=spec.device)
+        self.new = partial(torch.empty, device=spec.device)
         self.shape = (5, spec.channels)
 
     def numbers(
@@ -188,8 +188,9 @@ class _NormPlan:
         batches: _Maybe,
     ) -> Tensor:  # fmt: skip
         statistics, launch = self.prepare(self.fixed or kernels.is_aligned(x))
-        sums, numbers = self.new(statistics.sums) if statistics else None, self.new(self.shape)
+        numbers, sums = self.new(self.shape, dtype=torch.int64), None
         if statistics:
+            sums = self.new(statistics.sums, dtype=torch.float64)
             statistics(x, sums, batches)
         launch(x, sums, batches, weight, bias, running_mean, running_var, numbers)
         return numbers

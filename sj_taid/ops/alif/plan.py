@@ -153,11 +153,18 @@ class NormPlan(Protocol):
         All but ``batches``, int64 ``[]`` and counted where given, are contiguous float32 ``[C]``.
         With ``fixed`` the running statistics are read instead, and ``x`` is not.
 
-        Returns float64 ``[5, C]``: mean and ``r = (var + eps)^(-1/2)``, then six rows of float32 in
-        the memory of three (:func:`table`): shift, gain, offset, weight, bias, and one unused. The
-        norm is ``(x - shift) gain + offset``, with the gain ``weight r``, the shift the mean
-        rounded to float32, and the offset ``bias + (shift - mean) gain`` computed in float64.
+        Returns 64-bit words ``[5, C]``: two rows of float64 (:func:`mean_and_r`), mean and
+        ``r = (var + eps)^(-1/2)``, then six of float32 in the memory of three (:func:`table`):
+        shift, gain, offset, weight, bias, and one unused. The norm is
+        ``(x - shift) gain + offset``, with the gain ``weight r``, the shift the mean rounded to
+        float32, and the offset ``bias + (shift - mean) gain`` computed in float64. Their dtype is
+        int64, which hooks on saved tensors that round floats leave alone.
         """
+
+
+def mean_and_r(numbers: Tensor) -> Tensor:
+    """The float64 rows ``[2, C]`` of a :class:`NormPlan`'s numbers."""
+    return numbers[:2].view(torch.float64)
 
 
 def table(numbers: Tensor) -> Tensor:

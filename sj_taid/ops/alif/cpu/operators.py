@@ -208,7 +208,7 @@ class NormPlan:
         running_var: Tensor | None,
         batches: Tensor | None,
     ) -> Tensor:
-        numbers = torch.empty(self.shape, dtype=torch.float64, device="cpu")
+        numbers = torch.empty(self.shape, dtype=torch.int64, device="cpu")
         self.call(
             x=x,
             weight=weight,
