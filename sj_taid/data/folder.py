@@ -45,21 +45,22 @@ def read_image(path: str, mode: str, size: int, crop: int | None = None) -> Tens
 class ImageFolder(ImageData):
     """The images of any folder.
 
-    Each folder in ``root`` is a class, in the order of their names; without any, the images are
-    unlabelled. Links are followed; hidden files and folders, whose names begin with a dot, are
-    left out.
+    Each folder in ``root`` is a class, in the order of their names, and holds all its images;
+    without any, the images are unlabelled. Links are followed; hidden files and folders, whose
+    names begin with a dot, are left out.
 
     Args:
         root: the folder, for training.
         classes: number of classes; None counts the folders.
         test_root: a second folder like it, for testing.
         test_share: without ``test_root``, this share of each class is for testing: the last ones
-            in the order of their names.
+            in the order of their names, at least one.
         crop: take a square of so many pixels from the middle of each image; None takes the largest.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
-        ValueError: other classes in ``test_root`` than in ``root``, or a share out of its range.
+        ValueError: other classes in ``test_root`` than in ``root``, images next to the folders of
+            classes, a class of one image without ``test_root``, or a share out of its range.
         OSError: an image that cannot be read, or is smaller than ``crop``, when it is asked for.
     """
 
@@ -97,15 +98,24 @@ class ImageFolder(ImageData):
     def _scan(self, root: Path, names: list[str]) -> Files:
         paths, labels = [], []
         classes = [(label, root / name) for label, name in enumerate(names)]
+        if classes and (loose := _images(root, "*")):
+            raise ValueError(
+                f"{root} has folders of classes, and {len(loose)} images next to them, such as "
+                f"{Path(loose[0]).name}; move each image into the folder of its class"
+            )
         for label, folder in classes or [(UNLABELLED, root)]:
-            # Unlike Path.rglob it follows links and leaves out what is hidden.
-            inside = iglob("**/*", root_dir=folder, recursive=True)  # noqa: PTH207
-            found = sorted(str(folder / n) for n in inside if n.lower().endswith(IMG_EXTENSIONS))
+            found = _images(folder, "**/*")
             if not found:
                 raise FileNotFoundError(f"no image in {folder}, of {', '.join(IMG_EXTENSIONS)}")
             paths += found
             labels += [label] * len(found)
         return image_files(paths, labels, self, f"replace it, or move it out of {root}", self.crop)
+
+
+def _images(folder: Path, pattern: str) -> list[str]:
+    # Unlike Path.rglob it follows links and leaves out what is hidden.
+    inside = iglob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207
+    return sorted(str(folder / n) for n in inside if n.lower().endswith(IMG_EXTENSIONS))
 
 
 def _class_names(root: Path, option: str) -> list[str]:

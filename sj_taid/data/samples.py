@@ -110,10 +110,19 @@ class Files(Samples):
         return type(self)(paths, labels, self.read, self.remedy)
 
     def hold_out(self, share: float) -> tuple[Self, Self]:
-        """Split for training and testing: the last ``share`` of each class is for testing."""
+        """Split for training and testing: the last ``share`` of each class is for testing.
+
+        Each class has at least one file in both.
+        """
         train, test = [], []
         for members in self._by_class(range(len(self))):
-            first = len(members) - round(len(members) * share)
+            n = len(members)
+            if n == 1:
+                raise ValueError(
+                    f"{self.paths[members[0]]} is the only file of its class, which needs one for "
+                    "training and one for testing; add another"
+                )
+            first = n - min(max(round(n * share), 1), n - 1)
             train += members[:first]
             test += members[first:]
         return self.subset(train), self.subset(test)

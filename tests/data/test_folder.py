@@ -94,12 +94,37 @@ def test_image_folder_refuses_missing_folders_and_empty_parts(tmp_path):
     with pytest.raises(ValueError, match=r"holds no folders of classes"):
         folder(tmp_path, classes=10)
     write_images(tmp_path, 4)
-    for share, message in (
-        (0.1, "test_set .* is empty"),
-        (1.5, r"test_share must be in \(0, 1\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            folder(tmp_path, test_share=share)
+    with pytest.raises(ValueError, match=r"test_share must be in \(0, 1\)"):
+        folder(tmp_path, test_share=1.5)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_image_folder_trains_and_tests_every_class(tmp_path, share):
+    sizes = {"a": 2, "b": 3, "c": 50}
+    for name, n in sizes.items():
+        write_images(tmp_path / name, n)
+    module = folder(tmp_path, test_share=share)
+    for part in (module.train_set, module.test_set):
+        assert {*part.labels} == {0, 1, 2}
+    assert len(module.train_set) + len(module.test_set) == sum(sizes.values())
+    write_images(tmp_path / "d", 1)
+    with pytest.raises(ValueError, match=r"d/00\.png is the only file of its class"):
+        folder(tmp_path, test_share=share)
+    assert len(folder(tmp_path, test_root=tmp_path).train_set) == 56
+
+
+@pytest.mark.parametrize("test_root", [False, True])
+def test_image_folder_refuses_images_next_to_classes(tmp_path, test_root):
+    for part in ("train", "test"):
+        write_images(tmp_path / part / "cat", 4)
+    beside = tmp_path / ("test" if test_root else "train")
+    for name in (".hidden.png", "notes.txt"):
+        (beside / name).write_bytes(b"")
+    roots = {"root": tmp_path / "train", "test_root": tmp_path / "test" if test_root else None}
+    assert folder(**roots).classes == 1
+    write_images(beside, 2, suffix="JPG")
+    with pytest.raises(ValueError, match=r"2 images next to them, such as 00\.JPG; move each"):
+        folder(**roots)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
