@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -19,7 +18,7 @@ from .monitoring import monitor, spikes_of
 from .neurons import need_neurons, why_silent
 from .ops.surrogate import counts, levels_of
 from .report import table
-from .state import fresh_state
+from .state import fresh_state, reset
 from .thresholds import fixed_thresholds
 
 __all__ = ["Calibrated", "CalibrationReport", "calibrate"]
@@ -178,7 +177,7 @@ def _run(net: Any, x_seq: Any, nodes: Iterable[nn.Module], hook: Callable[..., A
     handles = [node.register_forward_pre_hook(hook, with_kwargs=True) for node in nodes]
     devices = {t.device for t in chain(net.parameters(), net.buffers()) if t.is_cuda}
     try:
-        functional.reset_net(net)
+        reset(net)
         # The same dropout in both passes; compiled code would not call the hook.
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
             net(x_seq)

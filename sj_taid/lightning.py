@@ -3,12 +3,11 @@
 from typing import Any
 
 from ._extras import needs
-from .state import name_neurons
+from .state import name_neurons, reset
 from .thresholds import warn_at_reset
 
 with needs("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from torchmetrics import Metric, MetricCollection, MetricTracker
 
 __all__ = ["ResetState"]
 
@@ -27,12 +26,7 @@ class ResetState(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        module: Any
-        for module in pl_module.modules():
-            # SpikingJelly's reset_net would reset metrics too.
-            is_metric = isinstance(module, Metric | MetricCollection | MetricTracker)
-            if hasattr(module, "reset") and not is_metric:
-                module.reset()
+        reset(pl_module)
 
     on_validation_batch_start = on_train_batch_start
     on_test_batch_start = on_train_batch_start

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from spikingjelly.activation_based import functional
 from torch import nn
 
 from ._fused_neuron import FusedNeuron
@@ -23,9 +23,24 @@ def name_neurons(net: nn.Module) -> None:
             module._taid_name = path
 
 
+def reset(net: nn.Module) -> None:
+    """Reset every module of ``net`` that can be, but for metrics of torchmetrics.
+
+    Those count over batches. SpikingJelly's ``reset_net`` would reset them too.
+    """
+    module: Any
+    for module in net.modules():
+        if hasattr(module, "reset") and not _is_metric(module):
+            module.reset()
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return any(kind.__module__.partition(".")[0] == "torchmetrics" for kind in type(module).__mro__)
+
+
 @contextmanager
 def fresh_state(net: nn.Module) -> Iterator[nn.Module]:
-    """Run one sequence from rest: reset every state of ``net`` before and after.
+    """Run one sequence from rest: reset every state of ``net`` before and after, not its metrics.
 
     Put forward, backward and the optimiser's step inside. Works on SpikingJelly's own neurons too.
 
@@ -39,8 +54,8 @@ def fresh_state(net: nn.Module) -> Iterator[nn.Module]:
     0.0
     """
     name_neurons(net)
-    functional.reset_net(net)
+    reset(net)
     try:
         yield net
     finally:
-        functional.reset_net(net)
+        reset(net)

@@ -6,7 +6,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sj_taid import ALIFNode, _compat, fresh_state, name_neurons, swap_neurons
+from sj_taid import ALIFNode, _compat, calibrate, fresh_state, name_neurons, swap_neurons
 
 
 def make_net(**options):
@@ -38,6 +38,29 @@ def test_forgotten_reset_is_torchs_error():
         net(torch.rand(5, 2, 4)).sum().backward()
     functional.detach_net(net)
     net(torch.rand(5, 2, 4)).sum().backward()
+
+
+def test_metrics_in_a_net_are_not_reset():
+    torchmetrics = pytest.importorskip("torchmetrics", reason="needs torchmetrics")
+
+    class Own(torchmetrics.SumMetric):
+        pass
+
+    net = make_net()
+    net.kept = nn.ModuleList([torchmetrics.MeanMetric(), Own()])
+    net.both = torchmetrics.MetricCollection([torchmetrics.SumMetric()])
+    net.tracker = torchmetrics.MetricTracker(torchmetrics.SumMetric(), maximize=True)
+    net.tracker.increment()
+    metrics, x = [*net.kept, net.both, net.tracker], torch.rand(5, 2, 4)
+    for _ in range(3):
+        with fresh_state(net):
+            net[:2](x)
+        for metric in metrics:
+            metric.update(2.0)
+    net.forward = net[:2].forward
+    calibrate(net, x)
+    want = [2.0, 6.0, {"SumMetric": 6.0}, 6.0]
+    assert [metric.compute() for metric in metrics] == want
 
 
 @pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])
