@@ -280,9 +280,10 @@ def find_described(net: nn.Module, known: Mapping[type, Any]) -> dict[str, tuple
     """
     found = {}
     for path, module in net.named_modules():
-        description: Any = known.get(class_of(module))
-        if description is None or why_not_described(module, known):
+        kind = class_of(module)
+        if kind not in known or why_not_described(module, known):
             continue
+        description = known[kind]
         function = None if isinstance(description, Neuron | BatchNorm) else Function(description)
         description = describe(module, description)
         if isinstance(description, BatchNorm):

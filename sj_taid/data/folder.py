@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 
-from .._checks import expand_home
+from .._checks import check_sizes, expand_home
 from .image import ImageData, Torchvision
 from .samples import Files
 
@@ -75,6 +75,8 @@ class ImageFolder(ImageData):
             self.test_root = expand_home(self.test_root)
         if not 0 < self.test_share < 1:
             raise ValueError(f"dataset.test_share must be in (0, 1), but it is {self.test_share}")
+        if self.crop is not None:
+            check_sizes(**{"dataset.crop": self.crop})
         if self.classes is None:
             self.classes = len(_class_names(self.root, "dataset.root")) or None
         super().__post_init__()

@@ -8,6 +8,7 @@ import torch
 from spikingjelly.activation_based import base, layer
 from torch import Tensor, nn
 
+from .._checks import check_sizes
 from ..ops.surrogate import levels_of
 
 Neuron = Callable[..., nn.Module]
@@ -34,6 +35,8 @@ def encoder_shape(
             side //= 2
     if not widths:
         raise ValueError("hidden_channels must be the width of each block, but it is empty")
+    for width in widths:
+        check_sizes(hidden_channels=width)
     side, rest = divmod(image_size, 2 ** len(widths))
     if rest or side < 1:
         raise ValueError(

@@ -27,7 +27,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from .._commands import COMPOSED, parser
 from .._extras import REMEDY, TRAIN, needs
-from .config import CONF, VERSION
+from .config import CONF, VERSION, key_of
 
 #: see is_users
 USER_ERRORS = (
@@ -61,6 +61,9 @@ def run_composed(command: str, arguments: Sequence[str]) -> None:
         takes_word = before.startswith("-") and before not in ("-m", "--multirun")
         if "=" not in word and not word.startswith(("-", "~")) and not takes_word:
             raise ValueError(f"expected KEY=VALUE, such as seed=1, but got {word!r}")
+
+    if {"resume", "hydra.run.dir"} <= {*map(key_of, arguments)}:
+        raise ValueError("resume= continues in the run's own folder; leave hydra.run.dir= out")
 
     def run_job(cfg: DictConfig) -> Any:
         if os.getpid() == process:

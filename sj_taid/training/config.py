@@ -60,6 +60,7 @@ RULES: dict[str, Rule] = {
     "dataset.batch_size": integer(1),
     "dataset.num_workers": integer(0),
     "optimizer.lr": NOT_NEGATIVE,
+    "task.scheduler": ("a class by its _target_", lambda value: isinstance(value, DictConfig)),
     "trainer.max_epochs": integer(0),
     "trainer.accumulate_grad_batches": integer(1),
     "trainer.check_val_every_n_epoch": integer(1),
@@ -167,6 +168,8 @@ def validate(cfg: DictConfig) -> None:
             raise ValueError(
                 f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
             )
+    if cfg.get("decoder") and "loss" in cfg.task:
+        raise ValueError("decoder= is for models that make images; leave it out")
     metrics = "|".join(task.objectives)
     if not re.fullmatch(rf"(validation_)?({metrics})(_[a-z_]+)?", str(cfg.objective)):
         raise ValueError(f"objective={cfg.objective} is none of {metrics}, also of validation_...")

@@ -145,10 +145,24 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
 
 
 def count_classes(cfg: DictConfig) -> None:
-    """Let the data say how many classes there are, where a part has to know and was not told."""
-    parts = (cfg.model, cfg.get("feature_loss") or {})
-    if any(part.get("classes", 0) is None for part in parts):
+    """Let the data say how many classes there are, where they were not told; refuse another number.
+
+    Raises:
+        ValueError: a part has another number of classes than the data.
+    """
+    keys = [
+        f"{part}.classes"
+        for part in ("model", "feature_loss")
+        if "classes" in (cfg.get(part) or {})
+    ]
+    if keys and cfg.dataset.classes is None:
         cfg.dataset.classes = build_part(cfg, "dataset").classes
+    for key in keys:
+        if (classes := OmegaConf.select(cfg, key)) != cfg.dataset.classes:
+            raise ValueError(
+                f"{key}={classes}, but {cfg.dataset.name} has {cfg.dataset.classes} classes; "
+                f"leave {key} out"
+            )
 
 
 def calibrate_thresholds(task: Task, data: Any, rate: float | None) -> None:

@@ -198,7 +198,8 @@ def test_a_false_description_raises_at_the_first_call(name):
 
 def test_what_is_no_description_leaves_the_net():
     net = nn.Sequential(MemoryUpdate(), TDBN(3))
-    for wrong in ({TDBN: 3}, {TDBN: lambda m: None}, {MemoryUpdate: known.BatchNorm()}):
+    wrongs = {TDBN: 3}, {TDBN: None}, {TDBN: lambda m: None}, {MemoryUpdate: known.BatchNorm()}
+    for wrong in wrongs:
         with pytest.raises(TypeError, match="known"):
             sj_taid.accelerate(net, known=INTEGER | wrong)
         assert [type(m) for m in net] == [MemoryUpdate, TDBN]

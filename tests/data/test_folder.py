@@ -94,6 +94,9 @@ def test_image_folder_refuses_missing_folders_and_empty_parts(tmp_path):
     with pytest.raises(ValueError, match=r"holds no folders of classes"):
         folder(tmp_path, classes=10)
     write_images(tmp_path, 4)
+    for crop in (0, -4):
+        with pytest.raises(ValueError, match=r"^dataset\.crop must be an integer >= 1, but it is"):
+            folder(tmp_path, crop=crop)
     with pytest.raises(ValueError, match=r"test_share must be in \(0, 1\)"):
         folder(tmp_path, test_share=1.5)
 

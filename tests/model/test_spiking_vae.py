@@ -176,6 +176,8 @@ BAD = {
         ({"chroma_weight": 3.0}, "of 3 channels"),
         ({"latent_channels": 0}, "latent_channels must be an integer >= 1"),
         ({"hidden_channels": ()}, "it is empty"),
+        ({"hidden_channels": 0}, "hidden_channels must be an integer >= 1, but it is 0"),
+        ({"hidden_channels": (4, 2.5)}, "hidden_channels must be an integer >= 1, but it is 2.5"),
         ({"image_size": 12, "hidden_channels": (4, 4, 4)}, "multiple of 8"),
         ({"gradient_weight": float("nan")}, "gradient_weight must be a number >= 0"),
         ({"image_decoder": TAID(3)}, "the image decoder is for T=3, the model for T=6"),

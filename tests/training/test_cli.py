@@ -44,6 +44,7 @@ def test_cli_usage(sj_taid, capsys):
         ("train seed=null", "seed must be an integer >= 0, below 2.32, but it is None"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
         ("train resume=nowhere", r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA"),
+        ("train resume=nowhere hydra.run.dir=run", "in the run's own folder; leave hydra.run.dir="),
         ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),
         ("train trust=mypkg.MyLIF", r"trust must be a list of full .* it is 'mypkg\.MyLIF'"),
         ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
@@ -58,6 +59,9 @@ def test_cli_usage(sj_taid, capsys):
         ("sample checkpoint=file +lable=3", "the config has no lable; there are .* label,"),
         ("walk checkpoint=file +lable=3", "the config has no lable; there are checkpoint,"),
         ("walk checkpoint=nowhere output=run.json", "output must name a picture"),
+        ("sample checkpoint=nowhere seed=a", "^seed must be an integer >= 0"),
+        ("sample checkpoint=nowhere seed=-1", "^seed must be an integer >= 0"),
+        ("walk checkpoint=nowhere seed=null", "^seed must be an integer >= 0"),
         ("compare . nowhere", "no folder nowhere"),
     ],
 )
@@ -73,6 +77,7 @@ def test_cli_reports_a_users_error_without_a_traceback(
     said = capsys.readouterr()
     assert "-m seed" not in arguments or re.search(message, said.out)  # before the sweep's end
     assert "Traceback" not in said.err + text
+    assert "resume" not in arguments or not (tmp_path / "run").exists()
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert left <= {"file", ".lock", "multirun.yaml"}
 

@@ -13,7 +13,7 @@ from sj_taid.model import ESVAE, FSVAE, flow
 from sj_taid.training import plot, sample
 from sj_taid.training.config import compose
 from sj_taid.training.generation import Generation
-from sj_taid.training.run import Run, load_model
+from sj_taid.training.run import Run, build_data, load_model
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_ESVAE
 
@@ -91,11 +91,12 @@ def test_sample_of_classes(folder, monkeypatch):
         ("samples-labelall-seed0.png", 20, 2, every),
         ("samples-label3-5-seed0.png", 4, 2, ["3", "5"]),
     ]
-    for label in ("12", "[3,12]", "some"):
-        with pytest.raises(ValueError, match="label must be one of"):
+    for label in ("12", "[3,12]", "some", "[]", "-1", "[all]"):
+        with pytest.raises(ValueError, match=r"label must be one of .*9\], a list of them, or all"):
             main(f"label={label}")
-    with pytest.raises(ValueError, match="leave label out"):
-        main("label=all", "sample_from=learned")
+    for label in ("all", "[]", "3"):
+        with pytest.raises(ValueError, match="leave label out"):
+            main(f"label={label}", "sample_from=learned")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,10 @@ def test_walk_between_test_images(folder, monkeypatch):
     sample.walk(compose("walk", [f"checkpoint={folder}", "n=3", "steps=4"]))
     side = 31 * 8 + 4
     assert decode_image(folder / "walk-seed0.png").shape == (3, 3 * side + 4, 4 * side + 4)
+    images = len(build_data(Run(folder).config).test_set)
+    sample.walk(compose("walk", [f"checkpoint={folder}", f"n={images // 2}", "steps=2"]))
+    with pytest.raises(ValueError, match=f"n must be at most {images // 2}, half the test images"):
+        sample.walk(compose("walk", [f"checkpoint={folder}", f"n={images // 2 + 1}"]))
     monkeypatch.setattr(Run, "model", lambda *_: FSVAE(**SMALL))
     with pytest.raises(ValueError, match="walk needs model=esvae, but this is a FSVAE"):
         sample.walk(compose("walk", [f"checkpoint={folder}"]))

@@ -226,6 +226,9 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
         count_classes(compose("train", [images[0], "dataset.root=nowhere", images[2]]))
 
 
+CLASSIFIER = "task=classification model=classifier_small"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -237,11 +240,26 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
         ("trainer.max_epochs=null", r"^trainer\.max_epochs must be an integer >= 0"),
         ("+trainer.plugins=[]", r"^trainer\.plugins is set by the run; choose"),
         ("model.image_decoder=taid", "is 'taid'; on the command line choose it with decoder=NAME"),
+        (
+            "model.hidden_channels=0",
+            r"^model\.hidden_channels must be an integer >= 1, but it is 0",
+        ),
+        ("model.hidden_channels=[8,-1]", r"^model\.hidden_channels must be .*, but it is -1"),
+        (f"{CLASSIFIER} model.classes=3", r"^model\.classes=3, but digits has 10 classes"),
+        (f"{CLASSIFIER} model.classes=20", r"^model\.classes=20, but .*; leave model\.c"),
+        ("feature_loss=classifier feature_loss.classes=9", r"^feature_loss\.classes=9, but digits"),
+        (f"{CLASSIFIER} decoder=taid", "^decoder= is for models that make images"),
+        ("task=classification decoder=fixed", "^decoder= is for models that make images"),
+        ("task=classification", "FSVAE lacks classes; choose another"),
+        (
+            "task.scheduler=foo",
+            r"^task\.scheduler must be a class by its _target_, but it is 'foo'",
+        ),
         ("loss=tet", "is for task=classification; add that, or leave loss= out"),
         ("neuron=alif_channel", "is for task=classification; add that"),
         ("feature_loss=classifier feature_loss.weight=-1", r"^feature_loss\.weight must be a"),
         ("feature_loss=classifier dataset.classes=null", r"^feature_loss\.classes must be"),
-        ("feature_loss=classifier task=classification model=classifier_small", "is for task=gen"),
+        (f"feature_loss=classifier {CLASSIFIER}", "is for task=gen"),
         ("model.chroma_weight=1", r"^model\.chroma_weight=1 is for images of 3 channels"),
         ("dataset.classes=10.0", r"^dataset\.classes must be an integer of 64 bits or null, but"),
         ("dataset.erase=1.5", r"^dataset\.erase must be a number from 0 to 1"),
