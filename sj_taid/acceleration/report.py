@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _graph
-from ..neurons import copy_net
+from ..neurons import copy_net, find_neurons
 from ..report import Row, table_of
 from .modules import NO_GRADIENT, AcceleratedNorm, why_no_norm
 
@@ -161,7 +161,15 @@ def run_step(net: nn.Module, inputs: Any) -> tuple[int, float]:
     functional.reset_net(net)
 
     def forward() -> list[Tensor]:
-        outputs = tree_leaves(net(*inputs) if isinstance(inputs, tuple) else net(inputs))
+        try:
+            outputs = tree_leaves(net(*inputs) if isinstance(inputs, tuple) else net(inputs))
+        except Exception as error:
+            if all(site.node.step_mode == "s" for site in find_neurons(net)):
+                error.add_note(
+                    "All neurons are in step mode 's'. If the net takes a whole sequence "
+                    "[T, N, *], change it first: functional.set_step_mode(net, 'm')"
+                )
+            raise
         return [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
 
     given = (*net.parameters(), *net.buffers(), *tree_leaves(inputs))

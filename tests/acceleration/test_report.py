@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from spikingjelly.activation_based import layer, neuron
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -112,6 +112,18 @@ def test_norms_that_are_no_batch_norms_are_named_and_stay(norm):
     assert left[path].note == "no batch norm: no mean and variance per channel of the batch"
     assert left[path].kind == type(net.get_submodule(path)).__name__ and path.startswith("6")
     assert str(report).startswith("3 of 3 neurons on the fused operator, 2 of 3 norms fused\n")
+
+
+def test_an_error_of_a_net_in_single_steps_names_the_step_mode():
+    net = nn.Sequential(layer.Conv2d(1, 4, 3), layer.BatchNorm2d(4), neuron.LIFNode())
+    with pytest.raises(RuntimeError, match="conv2d") as caught:
+        accelerate(net, torch.rand(4, 2, 1, 8, 8))
+    assert "functional.set_step_mode(net, 'm')" in caught.value.__notes__[0]
+    assert accelerate(net, torch.rand(2, 1, 8, 8)).saved_bytes  # steps, as in a loop over time
+    functional.set_step_mode(net, "m")
+    with pytest.raises(RuntimeError, match="channels") as caught:
+        accelerate(net, torch.rand(4, 2, 3, 8, 8))
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_a_norm_of_inputs_without_gradient_is_said_to_be_apart():
