@@ -12,7 +12,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
 from . import _compat, _graph, functional
-from ._checks import check_flags, check_numbers, check_sizes, is_number, is_whole
+from ._checks import Rule, check, check_flags, check_numbers, check_sizes, is_number, is_whole
 from ._fused_neuron import FusedNeuron
 from .ops import backends
 from .ops.alif.reference import state_dtype
@@ -21,6 +21,24 @@ from .ops.surrogate import MultiLevelSpikeCount, counts, levels_of
 __all__ = ["ALIFNode"]
 
 _SIGMOID = surrogate.Sigmoid()
+
+_TAU: Rule = (
+    "a number of time steps greater than 1 and less than 1e38",
+    # From about 3.4e38 on, 1/sigmoid(w) is infinite in float32.
+    lambda value: is_number(value) and 1.0 < value < 1e38,
+)
+_FUNCTION: Rule = (
+    "a function, such as surrogate.ATan()",
+    lambda value: callable(value) and not isinstance(value, type),
+)
+_RESET: Rule = (
+    "a finite number or None",
+    lambda value: value is None or (is_number(value) and math.isfinite(value)),
+)
+_CHANNELS: Rule = (
+    "None or an integer >= 1",
+    lambda value: value is None or (is_whole(value) and value >= 1),
+)
 
 
 class ALIFNode(FusedNeuron, _compat.BaseNode):
@@ -106,12 +124,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         min_v_threshold: float | None = None,
         levels: int = 1,
     ) -> None:
-        # From about 3.4e38 on, 1/sigmoid(w) is infinite in float32.
-        if not (is_number(init_tau) and 1.0 < init_tau < 1e38):
-            raise ValueError(
-                "init_tau must be a number of time steps greater than 1 and less than 1e38, but it "
-                f"is {init_tau!r}"
-            )
+        check(_TAU, init_tau=init_tau)
         check_flags(
             decay_input=decay_input,
             detach_reset=detach_reset,
@@ -120,30 +133,13 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             learn_threshold=learn_threshold,
         )
         check_numbers(v_threshold=v_threshold)
+        check(_FUNCTION, surrogate_function=surrogate_function)
+        check(_RESET, v_reset=v_reset)
+        check(_CHANNELS, channels=channels)
         v_threshold = float(v_threshold)
-        if isinstance(surrogate_function, type) or not callable(surrogate_function):
-            raise ValueError(
-                "surrogate_function must be a function, such as surrogate.ATan(), but it is "
-                f"{surrogate_function!r}"
-            )
         surrogate_function = _counting(levels, surrogate_function)
-        if counts(surrogate_function) and not v_threshold > 0.0:
-            raise ValueError(
-                "a neuron that counts divides by its threshold: v_threshold must be more than 0, "
-                f"but it is {v_threshold}"
-            )
         functional.check_counts(surrogate_function, v_reset)
-        if v_reset is not None and not (is_number(v_reset) and math.isfinite(v_reset)):
-            raise ValueError(f"v_reset must be a finite number or None, but it is {v_reset!r}")
-        if channels is not None and not (is_whole(channels) and channels >= 1):
-            raise ValueError(f"channels must be None or an integer >= 1, but it is {channels!r}")
-        if min_v_threshold is not None:
-            check_numbers(min_v_threshold=min_v_threshold)
-            if v_threshold < min_v_threshold:
-                raise ValueError(
-                    f"v_threshold={v_threshold} is not >= min_v_threshold={min_v_threshold}; "
-                    "start at or above the bound"
-                )
+        _check_threshold(v_threshold, min_v_threshold, surrogate_function)
         super().__init__(
             v_threshold,
             None if v_reset is None else float(v_reset),
@@ -304,6 +300,23 @@ def _counting(levels: int, surrogate_function: Any) -> Any:
             f"surrogate_function is {surrogate_function!r}; leave one of the two out"
         )
     return MultiLevelSpikeCount(levels)
+
+
+def _check_threshold(v_threshold: float, least: Any, surrogate_function: Any) -> None:
+    """Refuse a threshold below its bound, or one that counts cannot be divided by."""
+    if counts(surrogate_function) and not v_threshold > 0.0:
+        raise ValueError(
+            "a neuron that counts divides by its threshold: v_threshold must be more than 0, "
+            f"but it is {v_threshold}"
+        )
+    if least is None:
+        return
+    check_numbers(min_v_threshold=least)
+    if v_threshold < least:
+        raise ValueError(
+            f"v_threshold={v_threshold} is not >= min_v_threshold={least}; "
+            "start at or above the bound"
+        )
 
 
 def _range(parameter: Tensor) -> str:

@@ -97,24 +97,19 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     optimizer = instantiate_checked(cfg.optimizer, "optimizer")
     task: Task = build_part(cfg, "task", model=model, optimizer=optimizer)
     evaluator = build_part(cfg, "metric")
-    parts = (cfg.get("callbacks") or {}).items()
-    callbacks = [instantiate_checked(part, f"callbacks.{name}") for name, part in parts if part]
-    logger = instantiate_checked(cfg.logger, "logger") if cfg.get("logger") else None
     data = build_data(cfg)
     history = History(run.folder, cfg.pictures)
     # A checkpoint keeps its seconds; where there is a Timer, Lightning ignores max_time itself.
     timer = Stopwatch(cfg.trainer.get("max_time"))
     begin = LambdaCallback(on_fit_start=lambda trainer, _: save_start(run, cfg, origin, trainer))
     checkpoints = build_checkpoint_callbacks(run, task, data)
-    callbacks = [begin, *checkpoints, timer, RandomNumbers(), history, *callbacks]
-    trainer = build_trainer(cfg.trainer, run, logger, callbacks)
+    trainer = build_trainer(cfg, run, [begin, *checkpoints, timer, RandomNumbers(), history])
+    if cfg.start_from:
+        saved = checkpoint and run.origin["start_from_sha256"]
+        origin["start_from_sha256"] = saved or start_from(model, cfg.start_from)
     if checkpoint is None:
-        if cfg.start_from:
-            origin["start_from_sha256"] = start_from(model, cfg.start_from)
         calibrate_thresholds(task, data, cfg.neuron_start.get("calibrate"))
         task.before_training(data, evaluator)
-    elif cfg.start_from:
-        origin["start_from_sha256"] = run.origin["start_from_sha256"]
     if cfg.compile:
         compile_model(model, cfg.compile)
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
@@ -137,10 +132,7 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
         **origin,
     }
     run.save_metrics(metrics)
-    for title, value in format_metrics(metrics).values():
-        log.info("%s: %s", title, value)
-    if are_alike(metrics):
-        log.warning("The samples are all alike.")
+    show_metrics(metrics)
     return metrics
 
 
@@ -197,16 +189,18 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
     return [BestCheckpoint(**options), last]  # the last one keeps the state of the best
 
 
-def build_trainer(
-    part: DictConfig, run: Run, logger: Any, callbacks: Sequence[L.Callback]
-) -> L.Trainer:
-    """Lightning's trainer, which leaves everything in the run's folder."""
+def build_trainer(cfg: DictConfig, run: Run, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """Lightning's trainer, with the config's callbacks too; it leaves all in the run's folder."""
+    parts = (cfg.get("callbacks") or {}).items()
+    chosen = [instantiate_checked(part, f"callbacks.{name}") for name, part in parts if part]
+    callbacks = [*callbacks, *chosen]
+    logger = instantiate_checked(cfg.logger, "logger") if cfg.get("logger") else None
     return instantiate_checked(
-        part,
+        cfg.trainer,
         "trainer",
         default_root_dir=run.folder,
         logger=logger(save_dir=run.folder) if logger else False,
-        callbacks=[*callbacks],
+        callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
     )
@@ -268,6 +262,13 @@ def log_metrics(trainer: L.Trainer, metrics: dict[str, Any]) -> None:
     for tracker in trainer.loggers:
         tracker.log_metrics(numbers, step=trainer.global_step)
         tracker.finalize("success")
+
+
+def show_metrics(metrics: dict[str, Any]) -> None:
+    for title, value in format_metrics(metrics).values():
+        log.info("%s: %s", title, value)
+    if are_alike(metrics):
+        log.warning("The samples are all alike.")
 
 
 @contextmanager

@@ -388,44 +388,63 @@ def multi_step(
         if w.shape != v_threshold.shape:
             w, v_threshold = torch.broadcast_tensors(w, v_threshold)
         w = w.contiguous()
-    v_threshold = v_threshold.contiguous()
     weight, bias = (None, None) if norm is None else norm[:2]
-    leaves = (x_seq, v0, w, v_threshold, weight, bias)
+    leaves = (x_seq, v0, w, v_threshold.contiguous(), weight, bias)
+    _refuse_forward_mode(leaves)
+    fires = (*surrogate.derivative_of(surrogate_function), surrogate.levels_of(surrogate_function))
+    dynamics = (decay_input, v_reset, detach_reset, *fires)
+    v_init: Any = 0.0 if v0 is not None else v
+    if transformed:
+        checkpoints = engine.checkpoints(len(x_seq), x_seq.dtype) if _saves(leaves) else 0
+        operators = operators._replace(
+            dynamics=dynamics, store_v_seq=store_v_seq, checkpoints=checkpoints
+        )
+        results = _run_operators(operators, leaves, v_init, kind)
+        return (*results, bits.pack_whole(results[0], fires[-1])) if return_bits else results
+    results = _run_plan(engine, leaves, v_init, norm, dynamics, store_v_seq, return_bits)
+    return results if return_bits else results[:3]
+
+
+def _refuse_forward_mode(leaves: tuple[Tensor | None, ...]) -> None:
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in leaves):
         raise NotImplementedError(
             "a fused ALIF backend has no forward-mode derivatives: use reverse mode "
             "(torch.func.vjp, jacrev), or backend='torch' with a surrogate that defines jvp"
         )
-    fires = (*surrogate.derivative_of(surrogate_function), surrogate.levels_of(surrogate_function))
-    dynamics = (decay_input, v_reset, detach_reset, *fires)
-    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    v_init: Any = 0.0 if v0 is not None else v
-    if transformed:
-        checkpoints = engine.checkpoints(len(x_seq), x_seq.dtype) if saves else 0
-        operators = operators._replace(
-            dynamics=dynamics, store_v_seq=store_v_seq, checkpoints=checkpoints
-        )
-        strides = x_seq.stride()
-        arguments = (*leaves, operators, _Strides(strides), v_init, None, "")
-        run = TransformedALIF.apply if saves else TransformedALIF.forward
-        spike_seq, v_last, v_seq, _ = run(*arguments)
-        spike_seq, v_seq = spike_seq.to(kind), v_seq if store_v_seq else None
-        results: tuple[Any, ...] = (spike_seq, v_last, v_seq)
-        return (*results, bits.pack_whole(spike_seq, fires[-1])) if return_bits else results
+
+
+def _saves(leaves: tuple[Tensor | None, ...]) -> bool:
+    """Whether a backward may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+
+
+def _run_operators(
+    operators: Operators, leaves: tuple[Any, ...], v_init: Any, kind: torch.dtype
+) -> tuple[Any, ...]:
+    """Spikes of dtype ``kind``, last voltage and every voltage, by the registered operators."""
+    arguments = (*leaves, operators, _Strides(leaves[0].stride()), v_init, None, "")
+    run = TransformedALIF.apply if _saves(leaves) else TransformedALIF.forward
+    spike_seq, v_last, v_seq, _ = run(*arguments)
+    return spike_seq.to(kind), v_last, v_seq if operators.store_v_seq else None
+
+
+def _run_plan(
+    engine: Engine, leaves: tuple[Any, ...], v_init: Any, norm: Norm | None,
+    dynamics: tuple[Any, ...], store_v_seq: bool, pack: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Spikes, last voltage, every voltage and bits, by the engine's plan."""
+    x_seq, v0, w, v_threshold, *_ = leaves
+    saves = _saves(leaves)
     spec = spec_of(
         *(x_seq, _dynamics_of(w, dynamics), v_threshold.dim() > 0),
-        *(norm is not None, norm is not None and norm.fixed, store_v_seq, return_bits, saves),
+        *(norm is not None, norm is not None and norm.fixed, store_v_seq, pack, saves),
     )
     numbers = None if norm is None else _numbers(engine, norm, x_seq, spec.neurons)
     plan = find_plan(engine, spec)
     if saves:
-        results = apply_fused(*leaves, plan, spec, v_init, numbers, "")
-    else:
-        spike_seq, v_last, v_seq, _, packed = plan.forward(
-            x_seq, v0, v_init, w, v_threshold, numbers
-        )
-        results = spike_seq, v_last, v_seq, packed
-    return results if return_bits else results[:3]
+        return apply_fused(*leaves, plan, spec, v_init, numbers, "")
+    spike_seq, v_last, v_seq, _, packed = plan.forward(x_seq, v0, v_init, w, v_threshold, numbers)
+    return spike_seq, v_last, v_seq, packed
 
 
 class _Strides(NamedTuple):
