@@ -13,7 +13,7 @@ from sj_taid.model import ESVAE, FSVAE, flow
 from sj_taid.training import plot, sample
 from sj_taid.training.config import compose
 from sj_taid.training.generation import Generation
-from sj_taid.training.run import Run, build_data, load_model
+from sj_taid.training.run import Run, load_model
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_ESVAE
 
@@ -114,10 +114,13 @@ def test_walk_between_test_images(folder, monkeypatch):
     sample.walk(compose("walk", [f"checkpoint={folder}", "n=3", "steps=4"]))
     side = 31 * 8 + 4
     assert decode_image(folder / "walk-seed0.png").shape == (3, 3 * side + 4, 4 * side + 4)
-    images = len(build_data(Run(folder).config).test_set)
-    sample.walk(compose("walk", [f"checkpoint={folder}", f"n={images // 2}", "steps=2"]))
-    with pytest.raises(ValueError, match=f"n must be at most {images // 2}, half the test images"):
-        sample.walk(compose("walk", [f"checkpoint={folder}", f"n={images // 2 + 1}"]))
+    config = Run(folder).config
+    config.dataset.limit = 7
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "config", property(lambda run: config))
+        sample.walk(compose("walk", [f"checkpoint={folder}", "n=3"]))
+        with pytest.raises(ValueError, match="n must be at most 3, half the test images"):
+            sample.walk(compose("walk", [f"checkpoint={folder}", "n=4"]))
     monkeypatch.setattr(Run, "model", lambda *_: FSVAE(**SMALL))
     with pytest.raises(ValueError, match="walk needs model=esvae, but this is a FSVAE"):
         sample.walk(compose("walk", [f"checkpoint={folder}"]))
