@@ -47,6 +47,7 @@ class Case:
     through: tuple[str, ...] = ("spike_seq", "v", "v_seq")  # the outputs that have a gradient
     frozen: tuple[str, ...] = ()
     norm: str | None = None  # by the "batch"'s statistics or "fixed" ones
+    lacks: tuple[str, ...] = ()  # the norm's weight or bias
     pack: bool = False
     moved: bool = False  # what is saved for backward comes back in another layout
     stateless: bool = False  # of counts
@@ -72,6 +73,7 @@ class Case:
             "" if len(self.through) == 3 else "_".join(self.through),
             "_".join(("frozen", *self.frozen)) if self.frozen else "",
             self.norm or "",
+            "_".join(("lacks", *self.lacks)) if self.norm and self.lacks else "",
             "bits" if self.pack else "",
             "moved" if self.moved else "",
             "stateless" if self.stateless else "",
@@ -120,7 +122,8 @@ def tensors(case: Case, device: str = "cpu") -> Leaves:
         leaves["x"] = leaves["x"].permute(case.axes).contiguous().permute(inverse)
     if case.norm:  # the spread of the norm's output is x's, and so are the odds of spikes
         for i, (name, low) in enumerate((("weight", 1.0), ("bias", 0.0))):
-            leaves[name] = torch.linspace(low, low + 0.6, case.shape[2]).roll(i)
+            if name not in case.lacks:
+                leaves[name] = torch.linspace(low, low + 0.6, case.shape[2]).roll(i)
     return {n: t.to(device).requires_grad_(n not in case.frozen) for n, t in leaves.items()}
 
 
@@ -145,9 +148,9 @@ def results(
     through = through or case.through
     more: dict[str, Any] = {"return_bits": True} if case.pack else {}
     if case.norm:
-        mean = torch.linspace(-0.3, 0.9, case.shape[2]).to(leaves["weight"])
+        mean = torch.linspace(-0.3, 0.9, case.shape[2]).to(leaves["v_threshold"])
         moments = (mean, (1 + mean).square(), case.norm == "batch", 0.1, 1e-5)
-        more["norm"] = Norm(leaves["weight"], leaves["bias"], *moments)
+        more["norm"] = Norm(leaves.get("weight"), leaves.get("bias"), *moments)
     with saved_tensors_hooks(reverse, lambda t: t) if case.moved else nullcontext():
         spike_seq, v_last, v_seq, *bits = multi_step(
             leaves["x"],

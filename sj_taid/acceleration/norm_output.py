@@ -31,7 +31,7 @@ from ..ops.alif.plan import (
     Plans,
     Spec,
     find_norm_plan,
-    mean_and_r,
+    mean_and_rstd,
     table,
 )
 from ..ops.bits import is_dense
@@ -398,7 +398,7 @@ class _TorchNorm:
 
     def _statistics(self) -> tuple[Tensor | None, ...]:
         """Running mean and variance at the call."""
-        waiting, (mean, rstd) = self._waiting, mean_and_r(self.numbers)
+        waiting, (mean, rstd) = self._waiting, mean_and_rstd(self.numbers)
         if not (waiting.reads and waiting.spec.fixed):
             return waiting.unused_statistics()
         return mean.to(waiting.dtype), (rstd.pow(-2) - waiting.spec.eps).to(waiting.dtype)

@@ -298,6 +298,25 @@ def test_gradients_are_those_of_the_norms_call(change):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("lacks", ["weight", "bias"])
+def test_norm_with_a_weight_or_a_bias_alone(lacks, training, frozen):
+    """Which torch makes by ``bias=False`` from 2.13 on."""
+    plain = nn.ModuleList(
+        [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]
+    )
+    plain[1].register_parameter(lacks, None)
+    plain[1].train(training).requires_grad_(not frozen)
+    fast, x, found = copy.deepcopy(plain), torch.randn(8, 3, 5, 6), []
+    sj_taid.accelerate(fast)
+    for conv, norm, node in (plain, fast):
+        spikes = node(norm(conv(x)))
+        (spikes * torch.linspace(-1, 1, spikes.numel()).view(spikes.shape)).sum().backward()
+        found.append({name: p.grad for name, p in nn.ModuleList([conv, norm]).named_parameters()})
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 #: the orders of the axes of a norm's input [T, N, C, H, W] in memory
 ORDERS = {
     "contiguous": (0, 1, 2, 3, 4),

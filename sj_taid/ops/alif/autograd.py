@@ -101,8 +101,13 @@ def _gradients(
     )
     # create_graph=True, and torch.func always
     if torch.is_grad_enabled():
-        return _Backward.apply(plan, *arguments)
-    return plan.backward(*arguments)
+        grads = _Backward.apply(plan, *arguments)
+    else:
+        grads = plan.backward(*arguments)
+    if need_weight == need_bias:
+        return grads
+    # A plan computes both or none, and a missing input of autograd's must get none.
+    return *grads[:4], grads[4] if need_weight else None, grads[5] if need_bias else None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], checkpoint: Tensor | None) -> None:

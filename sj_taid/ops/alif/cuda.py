@@ -188,9 +188,9 @@ class _NormPlan:
         batches: _Maybe,
     ) -> Tensor:  # fmt: skip
         statistics, launch = self.prepare(self.fixed or kernels.is_aligned(x))
-        numbers, sums = self.new(self.shape, dtype=torch.int64), None
+        numbers = self.new(self.shape, dtype=torch.int64)
+        sums = self.new(statistics.sums, dtype=torch.float64) if statistics else None
         if statistics:
-            sums = self.new(statistics.sums, dtype=torch.float64)
             statistics(x, sums, batches)
         launch(x, sums, batches, weight, bias, running_mean, running_var, numbers)
         return numbers

@@ -153,7 +153,7 @@ class NormPlan(Protocol):
         All but ``batches``, int64 ``[]`` and counted where given, are contiguous float32 ``[C]``.
         With ``fixed`` the running statistics are read instead, and ``x`` is not.
 
-        Returns 64-bit words ``[5, C]``: two rows of float64 (:func:`mean_and_r`), mean and
+        Returns 64-bit words ``[5, C]``: two rows of float64 (:func:`mean_and_rstd`), mean and
         ``r = (var + eps)^(-1/2)``, then six of float32 in the memory of three (:func:`table`):
         shift, gain, offset, weight, bias, and one unused. The norm is
         ``(x - shift) gain + offset``, with the gain ``weight r``, the shift the mean rounded to
@@ -162,7 +162,7 @@ class NormPlan(Protocol):
         """
 
 
-def mean_and_r(numbers: Tensor) -> Tensor:
+def mean_and_rstd(numbers: Tensor) -> Tensor:
     """The float64 rows ``[2, C]`` of a :class:`NormPlan`'s numbers."""
     return numbers[:2].view(torch.float64)
 

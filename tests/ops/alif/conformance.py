@@ -71,6 +71,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "through": (("spike_seq", "v", "v_seq"), ("spike_seq",), ("v",), ("v_seq",)),
     "frozen": ((), ("w",), ("v_threshold",), ("x",), ("w", "v_threshold")),
     "norm": (None, "batch", "fixed"),
+    "lacks": ((), ("weight",), ("bias",)),
     "pack": (False, True),
     "moved": (False, True),
 }

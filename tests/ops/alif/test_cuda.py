@@ -17,7 +17,7 @@ import sj_taid
 from sj_taid.ops import backends, bits
 from sj_taid.ops.alif import autograd, kernels, reference
 from sj_taid.ops.alif.kernels import BLOCK, NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
-from sj_taid.ops.alif.plan import Needs, NormSpec, mean_and_r, table
+from sj_taid.ops.alif.plan import Needs, NormSpec, mean_and_rstd, table
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
     Case,
@@ -280,7 +280,9 @@ def test_threads_share_a_plan(launcher):
 
 def statistics(launcher, x):
     """Mean and biased variance of each channel."""
-    mean, r = mean_and_r(launcher.cuda.ENGINE.norm(norm_spec(x, eps=0.0)).numbers(x, *[None] * 5))
+    mean, r = mean_and_rstd(
+        launcher.cuda.ENGINE.norm(norm_spec(x, eps=0.0)).numbers(x, *[None] * 5)
+    )
     return mean, r.pow(-2)
 
 
@@ -318,11 +320,11 @@ def test_numbers_are_those_of_torchs_batch_norm(launcher, layout, dtype, affine,
         want = exact(flat)
         mean, var = flat.mean(0), flat.var(0, correction=0)
         r = (var + norm.eps).rsqrt()
-        torch.testing.assert_close(mean_and_r(got), torch.stack([mean, r]), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(mean_and_rstd(got), torch.stack([mean, r]), rtol=1e-6, atol=1e-7)
         shift, gain, offset, *affine_rows, _ = table(got)
         rows = (torch.ones(step[1]), torch.zeros(step[1]))
         assert all(map(torch.equal, affine_rows, (norm.weight, norm.bias) if affine else rows))
-        assert torch.equal(shift, mean_and_r(got)[0].float())
+        assert torch.equal(shift, mean_and_rstd(got)[0].float())
         torch.testing.assert_close(
             (flat - shift) * gain.double() + offset, want, rtol=1e-5, atol=1e-5
         )
@@ -341,7 +343,7 @@ def test_numbers_by_running_statistics_do_not_read_the_input(launcher):
     plan = launcher.cuda.ENGINE.norm(norm_spec(x, fixed=True, eps=1e-3))
     got = plan.numbers(x, None, None, mean, var, batches)
     want = torch.stack([mean.double(), (var.double() + 1e-3).rsqrt()])
-    torch.testing.assert_close(mean_and_r(got), want)
+    torch.testing.assert_close(mean_and_rstd(got), want)
     assert mean.equal(torch.linspace(-1, 1, 5)) and batches == 8
     assert launcher.cuda.launches == {"norm_numbers": 1}
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from sj_taid import functional
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.norm import Norm, batch_norm
-from sj_taid.ops.alif.plan import NormSpec, mean_and_r
+from sj_taid.ops.alif.plan import NormSpec, mean_and_rstd
 from tests.helpers import (
     TOLERANCE,
     Case,
@@ -43,7 +43,7 @@ def norm_of(leaves, momentum=0.3, use_batch_statistics=True):
 def statistics(x):
     """Each channel's mean and biased variance."""
     spec = NormSpec(x.dtype, x.device, x.numel(), x.shape[2], x.stride(2), False, 0.1, 0.0)
-    mean, rstd = mean_and_r(cpu.ENGINE.norm(spec).numbers(x, None, None, None, None, None))
+    mean, rstd = mean_and_rstd(cpu.ENGINE.norm(spec).numbers(x, None, None, None, None, None))
     return torch.stack([mean, rstd**-2])
 
 
