@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
 
+from .._checks import check_sizes
 from .augment import AUGMENTATIONS, mix, transform_each
 from .samples import Batch, Files, Samples
 
@@ -81,6 +82,7 @@ class Data(L.LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
+        check_sizes(**{f"dataset.{n}": getattr(self, n) for n in ("channels", "image_size")})
         if self.augment is not None and self.augment not in AUGMENTATIONS:
             raise ValueError(
                 f"dataset.augment must be null or one of {', '.join(AUGMENTATIONS)}, "
@@ -124,8 +126,15 @@ class Data(L.LightningDataModule):
         self.validation_set = None if validation is None else self._limit_and_interleave(validation)
         self.test_set = self._limit_and_interleave(test)
         for part in ("train_set", "test_set", "validation_set"):
-            if (samples := getattr(self, part)) is not None and not len(samples):
+            if (samples := getattr(self, part)) is None:
+                continue
+            if not len(samples):
                 raise ValueError(f"the {part} of {self.name} is empty; choose other shares")
+            if self.classes is not None and (wrong := {*samples.labels} - {*range(self.classes)}):
+                raise ValueError(
+                    f"the {part} of {self.name} has the label {min(wrong)}; those of "
+                    f"dataset.classes={self.classes} are 0 to {self.classes - 1}"
+                )
 
     def test_on_validation(self) -> Self:
         """The same data, with the validation set in place of the test set."""

@@ -43,7 +43,7 @@ def read_image(path: str, mode: str, size: int, crop: int | None = None) -> Tens
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ImageFolder(ImageData):
-    """The images of any folder.
+    """The images of any folder: files of the formats of torchvision's ``ImageFolder``.
 
     Each folder in ``root`` is a class, in the order of their names, and holds all its images;
     without any, the images are unlabelled. Links are followed; hidden files and folders, whose
@@ -123,7 +123,13 @@ def _images(folder: Path, pattern: str) -> list[str]:
 def _class_names(root: Path, option: str) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {option}={root}; point it to a folder of images")
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if "train" in names and {*names} <= {"train", "test", "val", "valid", "validation"}:
+        raise ValueError(
+            f"{option}={root} would have the classes {', '.join(names)}; point dataset.root to one "
+            "of these folders, and dataset.test_root to another"
+        )
+    return names
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -59,9 +59,16 @@ class Samples(Dataset):
 
 
 class InMemory(Samples, TensorDataset):
-    """Samples ``[n, ...]`` and labels ``[n]``; a batch is fetched by one indexing."""
+    """Samples ``[n, ...]`` and labels ``[n]``; a batch is fetched by one indexing.
+
+    Raises:
+        ValueError: more or fewer labels than samples.
+    """
 
     def __init__(self, *tensors: Tensor) -> None:
+        samples, labels = map(len, tensors[:2])
+        if samples != labels:
+            raise ValueError(f"a label is needed for each of {samples} samples, not {labels}")
         super().__init__(*tensors)
         self.labels = tensors[1].tolist()
 

@@ -91,6 +91,27 @@ def test_validation_refuses_impossible_values(validation, message):
         ready(data.Digits, validation=validation)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (range(1, 11), "the train_set of test has the label 10; .*classes=10 are 0 to 9"),
+        ([-1] * 10, "has the label -1"),
+        (range(9), "a label is needed for each of 10 samples, not 9"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels, message):
+    class Mine(data.ImageData):
+        def load(self):
+            images = torch.zeros(10, 1, 16, 16, dtype=torch.uint8)
+            samples = data.InMemory(images, torch.tensor([*labels]))
+            return samples, samples
+
+    with pytest.raises(ValueError, match=message):
+        ready(Mine)
+    if len(labels) == 10:
+        assert len(ready(Mine, classes=None).train_set) == 10
+
+
 def test_fingerprint_is_of_the_samples_alone():
     whole = ready(data.Digits).fingerprint()
     for options in ({"validation": 0.0}, {"batch_size": 7, "augment": "affine"}):

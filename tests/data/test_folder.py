@@ -116,6 +116,16 @@ def test_image_folder_trains_and_tests_every_class(tmp_path, share):
     assert len(folder(tmp_path, test_root=tmp_path).train_set) == 56
 
 
+@pytest.mark.parametrize("names", ["train", "train test", "train val test"])
+def test_image_folder_refuses_folders_that_are_no_classes(tmp_path, names):
+    for name in names.split():
+        write_images(tmp_path / name / "cat", 2)
+    with pytest.raises(ValueError, match=r"point dataset\.root to one of these folders"):
+        folder(tmp_path)
+    write_images(tmp_path / "station", 2)  # so that they may be classes
+    assert folder(tmp_path).classes == 1 + len(names.split())
+
+
 @pytest.mark.parametrize("test_root", [False, True])
 def test_image_folder_refuses_images_next_to_classes(tmp_path, test_root):
     for part in ("train", "test"):
@@ -172,11 +182,11 @@ def test_celeba(celeba):
 
 def test_celeba_refuses_damaged_and_missing_files(celeba):
     images = celeba / "celeba" / "img_align_celeba"
-    module = ready(data.CelebA, celeba, channels=3)
+    module = ready(data.CelebA, celeba, channels=3, classes=None)
     for damage in (cut, Path.unlink):
         damage(images / "000006.jpg")
         with pytest.raises(OSError, match=r"06\.jpg cannot be read .*; replace it, or move"):
             first(module.test_dataloader())
     cut(celeba / "celeba" / "list_eval_partition.txt", 0.55)
     with pytest.raises(OSError, match=r"CelebA in .* is missing or damaged \(ValueError"):
-        ready(data.CelebA, celeba)
+        ready(data.CelebA, celeba, classes=None)
