@@ -208,9 +208,7 @@ def _why_no_integer_lif(node: ALIFNode, tau: float) -> str | None:
     """Why an integer LIF cannot express an ALIF that counts, or ``None``."""
     if not _compat.INTEGER_LIF:
         return "it counts, and SpikingJelly 0.0.0.0.14 has no ILIFNode"
-    if node.decay_input or tau == math.inf:
-        return "it counts, and an ILIFNode has a finite tau and decay_input=False"
-    return None
+    return "it counts, and an ILIFNode has a finite tau" if tau == math.inf else None
 
 
 def _describe_swap(site: Site, alif: Any) -> str:
@@ -256,7 +254,11 @@ def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
 def _to_lif(node: ALIFNode) -> neuron.BaseNode:
     tau, v_threshold = (t.max().item() for t in (node.tau, node.effective_v_threshold))
     options = {"v_threshold": v_threshold, **_shared_options(node)}
+    scale = 1.0
     if counts(node.surrogate_function):
+        # It has no decay_input: with undivided input every voltage is tau times as large.
+        scale = tau if node.decay_input else 1.0
+        options["v_threshold"] *= scale
         del options["v_reset"]
         plain = _compat.INTEGER_LIF[0](tau=tau, **options)
     elif tau == math.inf:
@@ -264,6 +266,8 @@ def _to_lif(node: ALIFNode) -> neuron.BaseNode:
     else:
         plain = neuron.LIFNode(tau=tau, decay_input=node.decay_input, **options)
     _copy_voltage(node, plain)
+    if scale != 1.0:
+        plain.v = scale * plain.v
     return plain
 
 

@@ -373,9 +373,33 @@ def test_to_lif_names_what_it_cannot_express():
         partly = to_lif(net, strict=False)
     assert type(partly["equal"]) is neuron.LIFNode
     assert type(partly["thresholds"]) is ALIFNode
-    reason = "decay_input=False" if _compat.INTEGER_LIF else "no ILIFNode"
+    counting = ALIFNode(levels=4, v_reset=None)
+    with torch.no_grad():
+        counting.w.fill_(-128.0)
+    reason = "a finite tau" if _compat.INTEGER_LIF else "no ILIFNode"
+    counting.decay_input = False
     with pytest.raises(ValueError, match=f"it counts, and .*{reason}"):
-        to_lif(nn.Sequential(ALIFNode(levels=4, v_reset=None)))
+        to_lif(nn.Sequential(counting))
+
+
+@needs_2
+@pytest.mark.parametrize("tau", [4 / 3, 2.0, 3.0])
+@pytest.mark.parametrize("decay_input", [True, False])
+def test_to_lif_of_a_neuron_that_counts(decay_input, tau):
+    """With input that is divided too: then all voltages are tau times as large."""
+    options = {"levels": 4, "v_reset": None, "v_threshold": 0.4, "step_mode": "m"}
+    net = nn.Sequential(nn.Linear(3, 50), ALIFNode(tau, decay_input, **options))
+    x, found = 8 * torch.rand(6, 2, 3, dtype=torch.float64), []
+    for half in x.split(3):  # the second from the voltages of the first
+        for step in (net.double(), plain := to_lif(net)):
+            y = step(leaf := half.clone().requires_grad_())
+            (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+            found.append((y.detach(), leaf.grad, *(p.grad for p in step[0].parameters())))
+            step.zero_grad()
+            functional.detach_net(step)
+        assert type(plain[1]) is neuron.ILIFNode
+        torch.testing.assert_close(found[-2], found[-1], rtol=1e-5, atol=1e-6)
+    assert len(found[0][0].unique()) > 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
