@@ -86,8 +86,23 @@ def build(
     return call(config, arguments)
 
 
-def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
-    """The class of this full name.
+def foreign_classes(config: Any, trusted: Collection[str]) -> list[str]:
+    """The names in a config that are no classes of ``trusted`` modules."""
+
+    def is_foreign(name: str) -> bool:
+        try:
+            find_class(name, (), trusted)
+        except ValueError:
+            return True
+        return False
+
+    return [*filter(is_foreign, dict.fromkeys(_targets(config)))]
+
+
+def find_class(
+    name: Any, trust: Collection[str] | None = None, trusted: Collection[str] = TRUSTED
+) -> Any:
+    """The class of this full name, in one of the ``trusted`` modules or named by ``trust``.
 
     Raises:
         ValueError: it is not trusted, or there is none.
@@ -99,7 +114,7 @@ def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
             f"trust must be a list of full names, such as [mypkg.MyLIF], but it is {trust!r}"
         )
     module, _, attribute = str(name).rpartition(".")
-    roots = ["sj_taid"] if module == "sj_taid" else [r for r in TRUSTED if is_below(module, [r])]
+    roots = ["sj_taid"] if module == "sj_taid" else [r for r in trusted if is_below(module, [r])]
     found, is_custom = None, name in (trust or ())
     reason: ImportError | None = None
     if module and (is_custom or roots):
@@ -114,11 +129,11 @@ def find_class(name: Any, trust: Collection[str] | None = None) -> Any:
         return found
     # Defined there: what such a module imports from elsewhere could do anything.
     is_public = isinstance(found, type) and attribute[0] != "_"
-    if is_public and is_below(found.__module__, [*roots, *TRUSTED]):
+    if is_public and is_below(found.__module__, [*roots, *trusted]):
         return found
     remedy = f"; if it is yours or you trust it, add trust=[{name}], in training and in loading"
     raise ValueError(
-        f"the config names {name!r}: no public class of sj_taid, {', '.join(TRUSTED)}, so it could "
+        f"the config names {name!r}: no public class of sj_taid, {', '.join(trusted)}, so it could "
         f"do anything{'' if trust is None else remedy}"
     )
 

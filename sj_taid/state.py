@@ -24,9 +24,9 @@ def name_neurons(net: nn.Module) -> None:
 
 
 def reset(net: nn.Module) -> None:
-    """Reset every module of ``net`` that can be, but for metrics of torchmetrics.
+    """Reset every module that has ``reset``, except metrics of torchmetrics.
 
-    Those count over batches. SpikingJelly's ``reset_net`` would reset them too.
+    Those collect over batches; SpikingJelly's ``reset_net`` resets them too.
     """
     module: Any
     for module in net.modules():

@@ -337,6 +337,12 @@ def test_calibrate_changes_nothing_after_an_error():
     with pytest.raises(ValueError, match=r"in step mode 's'.*set_step_mode\(net, 'm'\)"):
         calibrate(net, images())
     functional.set_step_mode(net, "m")
+    for wrong, message in (
+        (images()[:, :0], r"have values, all finite, but it is \[.*, 0, .*with 0 that are not"),
+        (images().index_fill(0, torch.tensor(1), torch.nan), r"with \d+ that are not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(net, wrong)
     with pytest.raises(ValueError, match="rate must be more than 0 and less than 1"):
         calibrate(net, images(), rate=1.0)
     with pytest.raises(ValueError, match=r"no neuron of .*SimpleBaseNode to calibrate"):

@@ -120,6 +120,9 @@ class ESVAE(SpikingVAE):
             ValueError: ``steps`` is no integer >= 2; see :class:`ESVAE` for bad images.
         """
         check(integer(2), steps=steps)
+        shape = [self.in_channels, self.image_size, self.image_size]
+        if (got := [list(a.shape), list(b.shape)]) != [shape, shape]:
+            raise ValueError(f"walk takes two images {shape}, but got {got[0]} and {got[1]}")
         with eval_mode(self), torch.no_grad():
             first, last = self.rate(torch.stack([a, b]))
             way = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device)

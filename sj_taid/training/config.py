@@ -169,7 +169,7 @@ def validate(cfg: DictConfig) -> None:
                 f"{key}, which {choice} sets, is for task={name}; add that, or leave {choice} out"
             )
     if cfg.get("decoder") and "loss" in cfg.task:
-        raise ValueError("decoder= is for models that make images; leave it out")
+        raise ValueError(f"{task.__name__} makes no images, which decoder= is for; leave it out")
     metrics = "|".join(task.objectives)
     if not re.fullmatch(rf"(validation_)?({metrics})(_[a-z_]+)?", str(cfg.objective)):
         raise ValueError(f"objective={cfg.objective} is none of {metrics}, also of validation_...")

@@ -40,7 +40,7 @@ tags: [spiking-neural-networks, spikingjelly]
 
 {kind} of sj-taid, {parameters:,} parameters; `config.json` has the commit, versions and machine.
 
-Trained by `{command}`.{start}{fitted}
+Trained by `{command}`.{start}{fitted}{half}
 
 ```python
 {imports}
@@ -83,8 +83,12 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
         FileNotFoundError: the run is not finished, or has no checkpoint.
         FileExistsError: the folder holds something else than an earlier export.
         ValueError: a model of custom classes, which :func:`sj_taid.create_model` would not build,
-            or a checkpoint that was not tested.
+            a checkpoint that was not tested, or a name that is a path.
     """
+    if not name or Path(name).name != name:
+        raise ValueError(
+            f"--name must be a folder's name, not a path, but it is {name!r}; see --out"
+        )
     folder = expand_home(out) / name
     config_file = folder / pretrained.CONFIG  # that of another program has the same name
     before = config_file.read_text("utf-8", "replace") if config_file.is_file() else ""
@@ -100,7 +104,13 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     metrics = finished.latest_metrics
     config: Any = OmegaConf.to_container(finished.config, resolve=True)
     architecture = remove_backends(config["model"])
-    model = pretrained.build(architecture)  # an error leaves no half of an export
+    try:
+        model = pretrained.build(architecture)  # before anything is written
+    except ValueError as error:
+        raise ValueError(
+            f"create_model could not build this model ({error.__cause__}); others load its run by "
+            f"sj_taid.training.load_model(RUN, trust=[...])"
+        ) from error
     trained = finished.model()
     weights = {key: tensor.contiguous() for key, tensor in trained.state_dict().items()}
     if half:
@@ -118,7 +128,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     files = {
         pretrained.WEIGHTS: content,
         pretrained.CONFIG: json.dumps(description, indent=2, allow_nan=False).encode() + b"\n",
-        pretrained.CARD: _card(name, model, metrics, config["dataset"], is_best).encode(),
+        pretrained.CARD: _card(name, model, metrics, config["dataset"], is_best, half).encode(),
     }
     for file, data in files.items():
         with atomic_write(folder / file) as path:
@@ -126,7 +136,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     return folder
 
 
-def _card(name: str, model: nn.Module, metrics: Any, data: Any, is_best: bool) -> str:
+def _card(name: str, model: nn.Module, metrics: Any, data: Any, is_best: bool, half: bool) -> str:
     if hasattr(model, "sample"):
         pipeline = "unconditional-image-generation"
         imports = "from torchvision.utils import save_image"
@@ -155,6 +165,7 @@ def _card(name: str, model: nn.Module, metrics: Any, data: Any, is_best: bool) -
         command=metrics["command"],
         start=f"\nThe weights it started from have the SHA-256 `{start}`." if start else "",
         fitted=f"\nThe flow was fitted again by `{fitted['command']}`." if fitted else "",
+        half="\nWeights are rounded to float16; the metrics are of float32." if half else "",
         imports=imports,
         usage=usage,
         metrics="\n".join(table),

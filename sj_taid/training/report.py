@@ -78,4 +78,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = gather(options.folders)
     with atomic_write(out) as temporary:
         temporary.write_text(page(runs, options.best), encoding="utf-8")
-    print(f"{out}: {len(runs)} runs")
+    print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}")

@@ -15,7 +15,8 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .._build import build, is_below
+from .. import _build
+from .._build import build, find_class, foreign_classes, is_below
 from .._checks import expand_home
 from ..acceleration import accelerate
 from ..neurons import find_neurons
@@ -30,7 +31,15 @@ CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 
 #: remedy for a folder that this run cannot use
-ELSEWHERE = "choose another folder with hydra.run.dir=... (for a sweep hydra.sweep.dir=...)"
+ELSEWHERE = (
+    "start a new run, without resume=, in another folder: hydra.run.dir=... (for a sweep "
+    "hydra.sweep.dir=...)"
+)
+#: what the config of a run that continues may name besides
+RESUMABLE = (
+    *_build.TRUSTED,
+    *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "trainer")),
+)
 #: how long a run trains: a finished run with more of it resumes
 LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 #: what may change when a run resumes, with all keys below
@@ -81,8 +90,9 @@ class Run:
         run = cls(path) if path.is_dir() else cls(path.parent.parent, path)
         if not run.checkpoint.is_file() or not (run.folder / CONFIG).is_file():
             raise FileNotFoundError(
-                f"no checkpoint of a run at {path}; expected a run's folder, or a file in its "
-                f"{CHECKPOINTS}/, which has one after the first epoch"
+                f"no checkpoint of a run at {path}; expected a run's folder, or in its "
+                f"{CHECKPOINTS}/ last.ckpt, which is there after the first epoch, or best.ckpt, "
+                "where a validation set chooses an epoch"
             )
         return run
 
@@ -107,6 +117,34 @@ class Run:
         _write_json(origin, self.folder / ORIGIN)  # first, since the config makes it a run
         with atomic_write(self.folder / CONFIG) as path:
             path.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+
+    def trusted_config(self, trust: Collection[str], replaced: Collection[str]) -> DictConfig:
+        """The config, for a run that continues, with other choices for ``replaced`` groups.
+
+        Raises:
+            ValueError: it names a class that is not trusted.
+        """
+        config = self.config
+        for name in self._foreign_classes(replaced):
+            find_class(name, trust, RESUMABLE)
+        config.trust = trust
+        return config
+
+    @property
+    def trust_option(self) -> str:
+        """What a command on this run needs besides, with a space before."""
+        names = self._foreign_classes()
+        return f" trust=[{','.join(names)}]" if names else ""
+
+    def _foreign_classes(self, replaced: Collection[str] = ()) -> list[str]:
+        config: Any = OmegaConf.to_container(self.config, resolve=True)
+        kept = {group: part for group, part in config.items() if group not in replaced}
+        return foreign_classes(kept, RESUMABLE)
+
+    @property
+    def advice(self) -> str:
+        """How the run resumes."""
+        return f"Resume with: sj-taid train resume={self.folder}{self.trust_option}"
 
     def differences(self, cfg: DictConfig) -> dict[str, str]:
         """The keys in which ``cfg`` and the run's config differ, each with both values."""

@@ -60,7 +60,8 @@ def main(cfg: DictConfig) -> float | None:
                     "out, or start a new run"
                 )
             given = {key: OmegaConf.select(cfg, key) for key in keys if key != "resume"}
-            cfg, choices, earlier = run.config, run.origin["choices"], run.origin["overrides"]
+            choices, earlier = run.origin["choices"], run.origin["overrides"]
+            cfg = run.trusted_config(cfg.trust, keys)
             merge(cfg, given)
         origin = command_line("train", job, cfg.dataset._target_, earlier)
         metrics = train(cfg, run.folder, choices=choices, **origin)
@@ -137,23 +138,19 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
 
 
 def count_classes(cfg: DictConfig) -> None:
-    """Let the data say how many classes there are, where they were not told; refuse another number.
+    """Let the data say how many classes there are, where nothing else does.
 
     Raises:
         ValueError: a part has another number of classes than the data.
     """
-    keys = [
-        f"{part}.classes"
-        for part in ("model", "feature_loss")
-        if "classes" in (cfg.get(part) or {})
-    ]
-    if keys and cfg.dataset.classes is None:
+    parts = [part for part in ("model", "feature_loss") if "classes" in (cfg.get(part) or {})]
+    if parts and cfg.dataset.classes is None:
         cfg.dataset.classes = build_part(cfg, "dataset").classes
-    for key in keys:
-        if (classes := OmegaConf.select(cfg, key)) != cfg.dataset.classes:
+    for part in parts:
+        if cfg.dataset.classes not in (None, classes := cfg[part].classes):
             raise ValueError(
-                f"{key}={classes}, but {cfg.dataset.name} has {cfg.dataset.classes} classes; "
-                f"leave {key} out"
+                f"{part}.classes={classes}, but {cfg.dataset.name} has {cfg.dataset.classes} "
+                f"classes; leave {part}.classes out"
             )
 
 
@@ -274,16 +271,16 @@ def show_metrics(metrics: dict[str, Any]) -> None:
 @contextmanager
 def explain_resuming(run: Run) -> Iterator[None]:
     """Add to an error, or to an interrupt, how the run resumes."""
-    advice = f"Resume with: sj-taid train resume={run.folder}"
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:  # Ctrl-C, and a cluster's time limit
-        if not run.checkpoint.is_file() or run.is_finished:  # by an earlier command
-            advice = "Give the same command again, since no epoch was complete."
+        advice = "Give the same command again, since no epoch was complete."
+        if run.checkpoint.is_file() and not run.is_finished:  # by an earlier command
+            advice = run.advice
         raise SystemExit(f"Stopped. {advice}") from error
     except (OSError, RuntimeError) as error:
         if run.checkpoint.is_file():
-            error.add_note(f"Then: {advice}")
+            error.add_note(f"Then: {run.advice}")
         raise
 
 
@@ -297,6 +294,5 @@ def closing_lines(run: Run) -> str:
     if run.checkpoint.is_file():
         config = run.config
         command = "sample" if config.get("metric") else "evaluate"
-        trust = f" trust=[{','.join(config.trust)}]" if config.get("trust") else ""
-        lines.append(f"Next:    sj-taid {command} checkpoint={folder}{trust}")
+        lines.append(f"Next:    sj-taid {command} checkpoint={folder}{run.trust_option}")
     return "\n".join(lines)

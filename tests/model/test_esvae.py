@@ -135,3 +135,9 @@ def test_walk_is_decoded_from_rates_between_those_of_both_images(monkeypatch):
     assert model.training
     with pytest.raises(ValueError, match="steps"):
         model.walk(*images(2), steps=1)
+    a, b = images(2)
+    for wrong in (a[None], a[:, 1:], torch.cat([a, a])):
+        with pytest.raises(ValueError, match=r"walk takes two images \[1, 8, 8\], but got"):
+            model.walk(wrong, b)
+        with pytest.raises(ValueError, match=r"walk takes two images"):
+            model.walk(b, wrong)

@@ -159,11 +159,15 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
     folder = tmp_path / "run"
     with pytest.raises(SystemExit, match=r"Stopped\. Give the same command again"):
         train("callbacks=mine", "trainer.max_epochs=2", "--config-dir", str(custom.parent))
-    message = rf"Resume with: sj-taid train resume={folder}$"
+    # What the run says of itself is no reason to trust it.
+    with pytest.raises(SystemExit, match=rf"names '{__name__}\.CtrlC'.*add trust="):
+        sj_taid("train", f"resume={folder}")
+    trust = f"trust=[{__name__}.CtrlC]"
+    message = re.escape(f"Resume with: sj-taid train resume={folder} {trust}") + "$"
     with pytest.raises(SystemExit, match=message):
-        sj_taid("train", f"resume={folder}", "+callbacks.ctrl_c.epoch=1")
+        sj_taid("train", f"resume={folder}", "+callbacks.ctrl_c.epoch=1", trust)
     with pytest.raises(SystemExit, match="Stopped"):
-        sj_taid("train", f"resume={folder}")  # its config is the last one
+        sj_taid("train", f"resume={folder}", trust)  # its config is the last one
     sj_taid("train", f"resume={folder}", "callbacks=quiet")
     metrics = run.Run(folder).metrics
     assert metrics["epochs"] == 2 and metrics["choices"]["callbacks"] == "mine"

@@ -60,7 +60,10 @@ def test_export_leaves_the_backend_out_and_half_keeps_norms_and_neurons(runs, tm
     for model, backend in ((exact, "auto"), (load_model(runs / "classifier"), "torch")):
         assert {m.backend for m in model.modules() if isinstance(m, ALIFNode)} == {backend}
     size = (tmp_path / "tiny" / "model.safetensors").stat().st_size
+    note = "rounded to float16; the metrics are of float32"
+    assert note not in (tmp_path / "tiny" / "README.md").read_text()
     folder = export(runs / "classifier", "tiny", tmp_path, half=True)  # over the other
+    assert note in (folder / "README.md").read_text()
     half = create_model(folder, pretrained=True)
     assert (folder / "model.safetensors").stat().st_size < 0.7 * size
     for key, value in exact.state_dict().items():
@@ -137,8 +140,12 @@ def test_export_errors(runs, tmp_path, sj_taid):
     mine = f"{MyLIF.__module__}.{MyLIF.__name__}"
     foreign = ["neuron=lif", f"neuron._target_={mine}", f"trust=[{mine}]"]
     train(compose("train", [*TINY_CLASSIFICATION, *foreign]), tmp_path / "run", command="")
-    with pytest.raises(ValueError, match=r"names .*MyLIF"):
+    with pytest.raises(ValueError, match=r"could not build this model \(.*names .*MyLIF.*trust="):
         export(tmp_path / "run", "tiny", tmp_path)
+    for name in ("../tiny", "a/tiny", ""):
+        with pytest.raises(ValueError, match="--name must be a folder's name, not a path"):
+            export(tmp_path / "run", name, tmp_path / "below")
+    assert not (tmp_path / "below").exists()
     Run(tmp_path / "run").folder.joinpath("metrics.json").unlink()
     with pytest.raises(SystemExit, match="finish the run first"):
         sj_taid("export", str(tmp_path / "run"), "--name", "tiny", "--out", str(tmp_path))

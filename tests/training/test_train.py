@@ -27,7 +27,7 @@ def options(group):
 
 def test_next_command_trusts_what_the_run_trusts(tmp_path):
     there = run.Run(tmp_path)
-    there.begin(OmegaConf.create({"trust": ["mypkg.Mine"], "metric": None}), {})
+    there.begin(OmegaConf.create({"model": {"_target_": "mypkg.Mine"}, "metric": None}), {})
     there.checkpoint.parent.mkdir()
     there.checkpoint.touch()
     command = f"sj-taid evaluate checkpoint={tmp_path} trust=[mypkg.Mine]"
@@ -212,6 +212,9 @@ def test_damaged_checkpoint_is_refused_before_anything_is_written(trained, tiny)
     assert there.metrics == metrics and there.config.trainer.max_epochs == 1
 
 
+CLASSIFIER = "task=classification model=classifier_small"
+
+
 def test_count_classes_for_all_that_learn_from_labels(tmp_path):
     for name in ("cat", "dog"):
         write_images(tmp_path / name, 1)
@@ -222,11 +225,12 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
     cfg = compose("train", images[:2])  # a generator without one need not know
     count_classes(cfg)
     assert cfg.dataset.classes is None
+    # Data that do not say how many they have leave it to the model.
+    cfg = compose("train", [*CLASSIFIER.split(), "dataset.classes=null", "model.classes=7"])
+    count_classes(cfg)
+    assert (cfg.dataset.classes, cfg.model.classes) == (None, 7)
     with pytest.raises(FileNotFoundError, match=r"no folder at dataset\.root=nowhere"):
         count_classes(compose("train", [images[0], "dataset.root=nowhere", images[2]]))
-
-
-CLASSIFIER = "task=classification model=classifier_small"
 
 
 @pytest.mark.parametrize(
@@ -248,8 +252,8 @@ CLASSIFIER = "task=classification model=classifier_small"
         (f"{CLASSIFIER} model.classes=3", r"^model\.classes=3, but digits has 10 classes"),
         (f"{CLASSIFIER} model.classes=20", r"^model\.classes=20, but .*; leave model\.c"),
         ("feature_loss=classifier feature_loss.classes=9", r"^feature_loss\.classes=9, but digits"),
-        (f"{CLASSIFIER} decoder=taid", "^decoder= is for models that make images"),
-        ("task=classification decoder=fixed", "^decoder= is for models that make images"),
+        (f"{CLASSIFIER} decoder=taid", "makes no images, which decoder= is for; leave it out"),
+        ("task=classification decoder=fixed", "makes no images, which decoder= is for"),
         ("task=classification", "FSVAE lacks classes; choose another"),
         (
             "task.scheduler=foo",
