@@ -87,7 +87,7 @@ def build(
 
 
 def foreign_classes(config: Any, trusted: Collection[str]) -> list[str]:
-    """The names in a config that are no classes of ``trusted`` modules."""
+    """The names in a config that are no public classes of ``trusted`` modules."""
 
     def is_foreign(name: str) -> bool:
         try:

@@ -4,6 +4,10 @@
 instead, and computes norm and spikes in one. Any other operation computes the values and goes on as
 if they had always been there; its gradient passes through :class:`_Wait`, whose backward is that of
 torch's batch norm.
+
+An output and its views share a :class:`_Content`, which has the values once they are computed, and
+the :class:`NormCall` that computes them, with the input. Each has a :class:`Place`: its shape, and
+where its values lie in the input. What all calls on such an input share is in :class:`Waiting`.
 """
 
 from __future__ import annotations
@@ -159,8 +163,10 @@ class Waiting:
     is_marked = False
 
     def __init__(
-        self, module: Any, x: Tensor, folds: bool, tensors: Any, spec: NormSpec, engine: Engine
-    ) -> None:
+        self, module: Any, x: Tensor, folds: bool, tensors: Any, spec: NormSpec, engine: Engine,
+        reads: bool, counts: bool,
+    ) -> None:  # fmt: skip
+        """``reads``: whether its running statistics have a use; ``counts``: it counts batches."""
         self.spec, self.plan = spec, find_norm_plan(engine, spec)
         self.folds, self.copies, self.idle = folds, not is_dense(x), 0
         #: those of the plain module's input ``[M, C, *]``
@@ -174,8 +180,11 @@ class Waiting:
         self.casts = any(t.dtype != torch.float32 or not t.is_contiguous() for t in given)
         axis = 1 + folds
         self.rows = x.shape[:axis].numel()
-        at = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        at = torch.empty(x.shape, dtype=x.dtype, device="meta") if self.copies else at
+        options: Any = {"dtype": x.dtype, "device": "meta"}
+        if self.copies:
+            at = torch.empty(x.shape, **options)
+        else:
+            at = torch.empty_strided(x.shape, x.stride(), **options)
         flat = at.flatten(0, 1) if folds else at
         order = memory_order(flat)
         if self.copies:  # the plain module's input is not dense
@@ -183,9 +192,7 @@ class Waiting:
             order = suggest_memory_format(strided)
         made = torch.empty_like(flat, memory_format=order).view(x.shape)
         self.place = Place(self, at, made)
-        reads = module.track_running_stats or not module.training
-        self.reads = reads and module.running_mean is not None
-        self.counts = module.training and reads and module.num_batches_tracked is not None
+        self.reads, self.counts = reads and module.running_mean is not None, counts
 
     def pays(self) -> bool:
         """Whether to wait once more."""
@@ -247,16 +254,16 @@ def decide(module: Any, x: Tensor, folds: bool, tensors: Any) -> Waiting | None:
     if x.numel() <= (x.shape[axis] if uses_batch else 0):
         return None  # torch's error, or an empty batch
     reads = module.track_running_stats or not module.training
-    averages = module.training and reads and module.num_batches_tracked is not None
+    counts = module.training and reads and batches is not None
     dense = x if is_dense(x) else torch.empty(x.shape, device="meta")
     spec = NormSpec(
         *(x.dtype, x.device, x.numel(), x.shape[axis]),
         dense.stride(axis) if x.shape[axis] > 1 else x.numel(),
         not uses_batch,
-        module.momentum if module.momentum is not None or averages else 0.0,
+        module.momentum if module.momentum is not None or counts else 0.0,
         module.eps,
     )
-    return Waiting(module, x, folds, tensors, spec, engine)
+    return Waiting(module, x, folds, tensors, spec, engine, reads, counts)
 
 
 class NormCall:
@@ -378,11 +385,7 @@ class Trial:
         self.close()
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a copied norm has no call
-        return _no_trial, ()
-
-
-def _no_trial() -> None:
-    return None
+        return type(None), ()
 
 
 class _TorchNorm:
