@@ -133,8 +133,8 @@ def find_class(
         return found
     remedy = f"; if it is yours or you trust it, add trust=[{name}], in training and in loading"
     raise ValueError(
-        f"the config names {name!r}: no public class of sj_taid, {', '.join(trusted)}, so it could "
-        f"do anything{'' if trust is None else remedy}"
+        f"the config names {name!r}: no public class of sj_taid or of a library's module that is "
+        f"known to be harmless, so it could do anything{'' if trust is None else remedy}"
     )
 
 

@@ -97,10 +97,12 @@ def rule_of(kind: Any) -> Rule | None:
         )
     if origin in (dict, Mapping):
         return "a dictionary", lambda value: isinstance(value, Mapping)
+    if kind in RULES:
+        return RULES[kind]
     of = origin or kind
-    if isinstance(of, type) and of.__module__ not in ("builtins", "typing", "collections.abc"):
-        return RULES.get(kind, OBJECT)
-    return OBJECT if of is Callable else RULES.get(kind)
+    plain = ("builtins", "typing", "collections.abc")
+    is_class = isinstance(of, type) and of.__module__ not in plain
+    return OBJECT if is_class or of is Callable else None
 
 
 def _any_of(kinds: Iterable[Any]) -> Rule | None:

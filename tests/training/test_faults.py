@@ -96,6 +96,7 @@ class Fault:
 
 
 RESUME = "Resume with: sj-taid train resume="
+TRUST = f"trust=[{__name__}.Strike]"  # which the run's config names
 FAULTS = {
     "killed in an epoch": Fault(kill),
     "killed in writing a checkpoint": Fault(kill_within_checkpoint),
@@ -193,7 +194,7 @@ def test_run_ends_as_if_the_fault_had_not_happened(
         assert killed == -signal.SIGKILL
     left = torch.load(there.checkpoint, weights_only=True)
     assert left["epoch"] == 1 and not there.is_finished
-    sj_taid("train", f"resume={there.folder}", *QUIET)
+    sj_taid("train", f"resume={there.folder}", TRUST, *QUIET)
 
     metrics, (expected, expected_weights) = there.metrics, undisturbed
     assert_same_weights(there.folder, expected_weights)
@@ -243,5 +244,5 @@ def test_run_of_two_processes_ends_with_the_death_of_one_and_resumes(job, sj_tai
     with ThreadPoolExecutor(1) as pool, died:
         pool.submit(launch, tmp_path, "train", *arguments).result()
     assert torch.load(there.checkpoint, weights_only=True)["epoch"] <= 1
-    sj_taid("train", f"resume={there.folder}", "trainer.devices=1", *QUIET)
+    sj_taid("train", f"resume={there.folder}", TRUST, "trainer.devices=1", *QUIET)
     assert there.metrics["epochs"] == 3

@@ -188,6 +188,6 @@ def test_resumed_finished_run_is_unfinished_until_it_ends(folder, sj_taid):
         sj_taid(*longer, f"+callbacks.stop._target_={__name__}.Stop")
     assert not there.is_finished and there.config.trainer.max_epochs == 4
     assert not load_model(folder).flow.fitted  # that of the first epoch's encoder
-    sj_taid(*longer[:-1], "trainer.max_epochs=3")
+    sj_taid(*longer[:-1], "trainer.max_epochs=3", f"trust=[{__name__}.Stop]")
     assert there.metrics["epochs"] == 3
     assert not torch.equal(weight_of(folder), weight)

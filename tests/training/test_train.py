@@ -182,11 +182,11 @@ def test_interrupted_run_resumes_in_its_folder_with_its_choices(
         )  # fmt: skip
     before = torch.load(there.checkpoint, weights_only=True)
     assert before["epoch"] == 1 and not there.is_finished
+    again = ["train", f"resume='{there.folder}'", f"trust=[{__name__}.Stop]"]
     with pytest.raises(SystemExit, match="must be at least the 2 epochs that are trained"):
-        sj_taid("train", f"resume='{there.folder}'", "trainer.max_epochs=1")
+        sj_taid(*again, "trainer.max_epochs=1")
     assert there.config.trainer.max_epochs == 500
 
-    again = ["train", f"resume='{there.folder}'"]
     sj_taid(*again, "trainer.max_epochs=4")
     metrics = there.metrics
     assert metrics["epochs"] == 4 and metrics["choices"]["neuron"] == "lif"
