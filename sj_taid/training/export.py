@@ -109,7 +109,7 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
     except ValueError as error:
         raise ValueError(
             f"create_model could not build this model ({error.__cause__}); others load its run by "
-            f"sj_taid.training.load_model(RUN, trust=[...])"
+            "sj_taid.training.load_model(RUN, trust=[...])"
         ) from error
     trained = finished.model()
     weights = {key: tensor.contiguous() for key, tensor in trained.state_dict().items()}
