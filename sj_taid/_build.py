@@ -131,7 +131,9 @@ def find_class(
     is_public = isinstance(found, type) and attribute[0] != "_"
     if is_public and is_below(found.__module__, [*roots, *trusted]):
         return found
-    remedy = f"; if it is yours or you trust it, add trust=[{name}], in training and in loading"
+    remedy = (
+        f"; if it is yours or you trust it, add trust=[{name}], in training, resuming and loading"
+    )
     raise ValueError(
         f"the config names {name!r}: no public class of sj_taid or of a library's module that is "
         f"known to be harmless, so it could do anything{'' if trust is None else remedy}"

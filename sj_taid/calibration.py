@@ -125,7 +125,7 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
 
     Raises:
         ValueError: ``rate`` is not in (0, 1), ``net`` has no neurons in step mode ``"m"``, or
-            ``x_seq`` has no values, or some that are not finite.
+            ``x_seq`` has no values, or some that are NaN.
 
     >>> from sj_taid import ALIFNode
     >>> net = nn.Sequential(nn.Linear(8, 64), ALIFNode(v_threshold=10.0, step_mode="m"))
@@ -140,11 +140,10 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
             "calibrate runs net(x_seq) on a whole sequence, but all neurons are in step mode 's'; "
             "change it: functional.set_step_mode(net, 'm')"
         )
-    if isinstance(x_seq, Tensor) and not (x_seq.numel() and x_seq.isfinite().all()):
-        raise ValueError(
-            f"x_seq must have values, all finite, but it is {list(x_seq.shape)} with "
-            f"{x_seq.isfinite().logical_not().sum()} that are not"
-        )
+    if isinstance(x_seq, Tensor) and not x_seq.numel():
+        raise ValueError(f"x_seq has no values: its shape is {list(x_seq.shape)}")
+    if isinstance(x_seq, Tensor) and (wrong := x_seq.isnan().sum()):
+        raise ValueError(f"{wrong} of {x_seq.numel()} values in x_seq are NaN")
     calls: Counter[nn.Module] = Counter()
     notes: dict[nn.Module, str] = {}
 

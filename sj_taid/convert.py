@@ -267,6 +267,7 @@ def _to_lif(node: ALIFNode) -> neuron.BaseNode:
         plain = neuron.LIFNode(tau=tau, decay_input=node.decay_input, **options)
     _copy_voltage(node, plain)
     if scale != 1.0:
+        plain.set_reset_value("v", scale * _compat.reset_value(plain, "v"))
         plain.v = scale * plain.v
     return plain
 

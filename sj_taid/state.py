@@ -30,7 +30,7 @@ def reset(net: nn.Module) -> None:
     """
     module: Any
     for module in net.modules():
-        if hasattr(module, "reset") and not _is_metric(module):
+        if callable(getattr(module, "reset", None)) and not _is_metric(module):
             module.reset()
 
 

@@ -389,6 +389,8 @@ def test_to_lif_of_a_neuron_that_counts(decay_input, tau):
     """With input that is divided too: then all voltages are tau times as large."""
     options = {"levels": 4, "v_reset": None, "v_threshold": 0.4, "step_mode": "m"}
     net = nn.Sequential(nn.Linear(3, 50), ALIFNode(tau, decay_input, **options))
+    net[1].set_reset_value("v", 0.3)
+    functional.reset_net(net)
     x, found = 8 * torch.rand(6, 2, 3, dtype=torch.float64), []
     for half in x.split(3):  # the second from the voltages of the first
         for step in (net.double(), plain := to_lif(net)):
@@ -399,6 +401,9 @@ def test_to_lif_of_a_neuron_that_counts(decay_input, tau):
             functional.detach_net(step)
         assert type(plain[1]) is neuron.ILIFNode
         torch.testing.assert_close(found[-2], found[-1], rtol=1e-5, atol=1e-6)
+    functional.reset_net(net)
+    functional.reset_net(plain)
+    torch.testing.assert_close(plain(x), net(x))
     assert len(found[0][0].unique()) > 3
 
 

@@ -63,6 +63,14 @@ def test_metrics_in_a_net_are_not_reset():
     assert [metric.compute() for metric in metrics] == want
 
 
+def test_what_is_called_reset_and_is_no_function_stays():
+    net = make_net()
+    net.reset = True
+    with fresh_state(net):
+        net(torch.rand(5, 2, 4))
+    assert net.reset is True and net[1].v == 0.0
+
+
 @pytest.mark.parametrize("kind", [ALIFNode, neuron.LIFNode])
 def test_fresh_state_resets_before_and_after(kind):
     net = nn.Sequential(nn.Linear(4, 3), kind(surrogate_function=surrogate.ATan()))

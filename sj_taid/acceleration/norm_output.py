@@ -166,7 +166,7 @@ class Waiting:
         self, module: Any, x: Tensor, folds: bool, tensors: Any, spec: NormSpec, engine: Engine,
         reads: bool, counts: bool,
     ) -> None:  # fmt: skip
-        """``reads``: whether its running statistics have a use; ``counts``: it counts batches."""
+        """``reads``: whether running statistics would have a use; ``counts``: it counts batches."""
         self.spec, self.plan = spec, find_norm_plan(engine, spec)
         self.folds, self.copies, self.idle = folds, not is_dense(x), 0
         #: those of the plain module's input ``[M, C, *]``

@@ -130,10 +130,14 @@ class Data(L.LightningDataModule):
                 continue
             if not len(samples):
                 raise ValueError(f"the {part} of {self.name} is empty; choose other shares")
-            if self.classes is not None and (wrong := {*samples.labels} - {*range(self.classes)}):
+            if self.classes is None:
+                continue
+            labels = {*torch.as_tensor(samples.labels).flatten().tolist()}
+            if wrong := labels - {*range(self.classes)}:
                 raise ValueError(
                     f"the {part} of {self.name} has the label {min(wrong)}; those of "
-                    f"dataset.classes={self.classes} are 0 to {self.classes - 1}"
+                    f"dataset.classes={self.classes} are 0 to {self.classes - 1}, and null is for "
+                    "none"
                 )
 
     def test_on_validation(self) -> Self:

@@ -15,6 +15,8 @@ from .image import ImageData, Torchvision
 from .samples import Files
 
 UNLABELLED = -1
+#: folders of these names alone are parts of a data set, not its classes
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
 def image_files(
@@ -103,7 +105,7 @@ class ImageFolder(ImageData):
         if classes and (loose := _images(root, "*")):
             raise ValueError(
                 f"{root} has folders of classes, and {len(loose)} images next to them, such as "
-                f"{Path(loose[0]).name}; move each image into the folder of its class"
+                f"{Path(loose[0]).name}; move each into the folder of its class, or out of {root}"
             )
         for label, folder in classes or [(UNLABELLED, root)]:
             found = _images(folder, "**/*")
@@ -124,10 +126,10 @@ def _class_names(root: Path, option: str) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {option}={root}; point it to a folder of images")
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if "train" in names and {*names} <= {"train", "test", "val", "valid", "validation"}:
+    if names and {name.lower() for name in names} <= SPLITS:
         raise ValueError(
-            f"{option}={root} would have the classes {', '.join(names)}; point dataset.root to one "
-            "of these folders, and dataset.test_root to another"
+            f"{option}={root} would have the classes {', '.join(names)}; point it to one of these "
+            "folders (dataset.root to that for training, dataset.test_root to that for testing)"
         )
     return names
 

@@ -62,7 +62,8 @@ def run_composed(command: str, arguments: Sequence[str]) -> None:
         if "=" not in word and not word.startswith(("-", "~")) and not takes_word:
             raise ValueError(f"expected KEY=VALUE, such as seed=1, but got {word!r}")
 
-    if {"resume", "hydra.run.dir"} <= {*map(key_of, arguments)}:
+    keys = {key_of(word) for word in arguments if word != "resume=null"}
+    if {"resume", "hydra.run.dir"} <= keys:
         raise ValueError("resume= continues in the run's own folder; leave hydra.run.dir= out")
 
     def run_job(cfg: DictConfig) -> Any:

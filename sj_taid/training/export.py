@@ -85,10 +85,11 @@ def export(run: str | Path, name: str, out: str | Path = ".", half: bool = False
         ValueError: a model of custom classes, which :func:`sj_taid.create_model` would not build,
             a checkpoint that was not tested, or a name that is a path.
     """
-    if not name or Path(name).name != name:
+    if len(Path(name).parts) != 1 or name in ("..", "/"):
         raise ValueError(
             f"--name must be a folder's name, not a path, but it is {name!r}; see --out"
         )
+    name = Path(name).name
     folder = expand_home(out) / name
     config_file = folder / pretrained.CONFIG  # that of another program has the same name
     before = config_file.read_text("utf-8", "replace") if config_file.is_file() else ""

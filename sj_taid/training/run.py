@@ -35,11 +35,11 @@ ELSEWHERE = (
     "start a new run, without resume=, in another folder: hydra.run.dir=... (for a sweep "
     "hydra.sweep.dir=...)"
 )
-#: what the config of a run that continues may name besides
-RESUMABLE = (
-    *_build.TRUSTED,
-    *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "trainer")),
-)
+#: modules whose classes the config of a run that continues may name, and classes
+RESUMABLE = (*_build.TRUSTED, "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
+#: the parts of a config that training alone has a use for
+OF_TRAINING = ("trainer", "callbacks", "logger", "optimizer")
 #: how long a run trains: a finished run with more of it resumes
 LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 #: what may change when a run resumes, with all keys below
@@ -130,21 +130,20 @@ class Run:
         config.trust = trust
         return config
 
-    @property
-    def trust_option(self) -> str:
-        """What a command on this run needs besides, with a space before."""
-        names = self._foreign_classes()
+    def trust_option(self, unused: Collection[str] = ()) -> str:
+        """The ``trust=`` of a command that builds all but the ``unused`` parts, after a space."""
+        names = self._foreign_classes(unused)
         return f" trust=[{','.join(names)}]" if names else ""
 
-    def _foreign_classes(self, replaced: Collection[str] = ()) -> list[str]:
+    def _foreign_classes(self, left_out: Collection[str]) -> list[str]:
         config: Any = OmegaConf.to_container(self.config, resolve=True)
-        kept = {group: part for group, part in config.items() if group not in replaced}
-        return foreign_classes(kept, RESUMABLE)
+        kept = {group: part for group, part in config.items() if group not in left_out}
+        return [name for name in foreign_classes(kept, RESUMABLE) if name not in TRAINERS]
 
     @property
     def advice(self) -> str:
         """How the run resumes."""
-        return f"Resume with: sj-taid train resume={self.folder}{self.trust_option}"
+        return f"Resume with: sj-taid train resume={self.folder}{self.trust_option()}"
 
     def differences(self, cfg: DictConfig) -> dict[str, str]:
         """The keys in which ``cfg`` and the run's config differ, each with both values."""

@@ -34,7 +34,16 @@ from .process import (
     reuse_freed_memory,
     silence_notes,
 )
-from .run import METRICS, Run, build_data, build_model, build_part, is_first_process, merge
+from .run import (
+    METRICS,
+    OF_TRAINING,
+    Run,
+    build_data,
+    build_model,
+    build_part,
+    is_first_process,
+    merge,
+)
 from .task import Task
 
 log = logging.getLogger(__name__)
@@ -147,10 +156,10 @@ def count_classes(cfg: DictConfig) -> None:
     if parts and cfg.dataset.classes is None:
         cfg.dataset.classes = build_part(cfg, "dataset").classes
     for part in parts:
-        if cfg.dataset.classes not in (None, classes := cfg[part].classes):
+        own, of_data = cfg[part].classes, cfg.dataset.classes
+        if None not in (own, of_data) and own != of_data:
             raise ValueError(
-                f"{part}.classes={classes}, but {cfg.dataset.name} has {cfg.dataset.classes} "
-                f"classes; leave {part}.classes out"
+                f"{part}.classes={own}, but dataset.classes is {of_data}; leave {part}.classes out"
             )
 
 
@@ -294,5 +303,7 @@ def closing_lines(run: Run) -> str:
     if run.checkpoint.is_file():
         config = run.config
         command = "sample" if config.get("metric") else "evaluate"
-        lines.append(f"Next:    sj-taid {command} checkpoint={folder}{run.trust_option}")
+        lines.append(
+            f"Next:    sj-taid {command} checkpoint={folder}{run.trust_option(OF_TRAINING)}"
+        )
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -110,6 +111,17 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
         ready(Mine)
     if len(labels) == 10:
         assert len(ready(Mine, classes=None).train_set) == 10
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_labels_may_be_of_any_kind(kind):
+    class Mine(data.ImageData):
+        def load(self):
+            samples = data.InMemory(torch.zeros(10, 1, 16, 16).byte(), torch.arange(10))
+            samples.labels = kind(samples.labels)
+            return samples, samples
+
+    assert len(ready(Mine).train_set) == 10
 
 
 def test_fingerprint_is_of_the_samples_alone():

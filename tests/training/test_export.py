@@ -142,7 +142,7 @@ def test_export_errors(runs, tmp_path, sj_taid):
     train(compose("train", [*TINY_CLASSIFICATION, *foreign]), tmp_path / "run", command="")
     with pytest.raises(ValueError, match=r"could not build this model \(.*names .*MyLIF.*trust="):
         export(tmp_path / "run", "tiny", tmp_path)
-    for name in ("../tiny", "a/tiny", ""):
+    for name in ("../tiny", "a/tiny", "", ".", "..", "/"):
         with pytest.raises(ValueError, match="--name must be a folder's name, not a path"):
             export(tmp_path / "run", name, tmp_path / "below")
     assert not (tmp_path / "below").exists()
