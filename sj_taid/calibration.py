@@ -140,10 +140,11 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
             "calibrate runs net(x_seq) on a whole sequence, but all neurons are in step mode 's'; "
             "change it: functional.set_step_mode(net, 'm')"
         )
-    if isinstance(x_seq, Tensor) and not x_seq.numel():
-        raise ValueError(f"x_seq has no values: its shape is {list(x_seq.shape)}")
-    if isinstance(x_seq, Tensor) and (wrong := x_seq.isnan().sum()):
-        raise ValueError(f"{wrong} of {x_seq.numel()} values in x_seq are NaN")
+    if isinstance(x_seq, Tensor):
+        if not x_seq.numel():
+            raise ValueError(f"x_seq has no values: its shape is {list(x_seq.shape)}")
+        if wrong := x_seq.isnan().sum():
+            raise ValueError(f"{wrong} of {x_seq.numel()} values in x_seq are NaN")
     calls: Counter[nn.Module] = Counter()
     notes: dict[nn.Module, str] = {}
 

@@ -107,13 +107,15 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
     optimizer = instantiate_checked(cfg.optimizer, "optimizer")
     task: Task = build_part(cfg, "task", model=model, optimizer=optimizer)
     evaluator = build_part(cfg, "metric")
+    callbacks, logger = build_chosen(cfg)
     data = build_data(cfg)
     history = History(run.folder, cfg.pictures)
     # A checkpoint keeps its seconds; where there is a Timer, Lightning ignores max_time itself.
     timer = Stopwatch(cfg.trainer.get("max_time"))
     begin = LambdaCallback(on_fit_start=lambda trainer, _: save_start(run, cfg, origin, trainer))
     checkpoints = build_checkpoint_callbacks(run, task, data)
-    trainer = build_trainer(cfg, run, [begin, *checkpoints, timer, RandomNumbers(), history])
+    callbacks = [begin, *checkpoints, timer, RandomNumbers(), history, *callbacks]
+    trainer = build_trainer(cfg.trainer, run, logger, callbacks)
     if cfg.start_from:
         saved = checkpoint and run.origin["start_from_sha256"]
         origin["start_from_sha256"] = saved or start_from(model, cfg.start_from)
@@ -195,18 +197,23 @@ def build_checkpoint_callbacks(run: Run, task: Task, data: Any) -> list[ModelChe
     return [BestCheckpoint(**options), last]  # the last one keeps the state of the best
 
 
-def build_trainer(cfg: DictConfig, run: Run, callbacks: Sequence[L.Callback]) -> L.Trainer:
-    """Lightning's trainer, with the config's callbacks too; it leaves all in the run's folder."""
+def build_chosen(cfg: DictConfig) -> tuple[list[L.Callback], Any]:
+    """The config's callbacks and logger, before the data, so that their errors come at once."""
     parts = (cfg.get("callbacks") or {}).items()
-    chosen = [instantiate_checked(part, f"callbacks.{name}") for name, part in parts if part]
-    callbacks = [*callbacks, *chosen]
-    logger = instantiate_checked(cfg.logger, "logger") if cfg.get("logger") else None
+    callbacks = [instantiate_checked(part, f"callbacks.{name}") for name, part in parts if part]
+    return callbacks, instantiate_checked(cfg.logger, "logger") if cfg.get("logger") else None
+
+
+def build_trainer(
+    part: DictConfig, run: Run, logger: Any, callbacks: Sequence[L.Callback]
+) -> L.Trainer:
+    """Lightning's trainer, which leaves everything in the run's folder."""
     return instantiate_checked(
-        cfg.trainer,
+        part,
         "trainer",
         default_root_dir=run.folder,
         logger=logger(save_dir=run.folder) if logger else False,
-        callbacks=callbacks,
+        callbacks=[*callbacks],
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
     )
