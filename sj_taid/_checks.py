@@ -33,6 +33,8 @@ Rule = tuple[str, Callable[[Any], bool]]
 
 NUMBER: Rule = ("a number", lambda value: is_number(value) and value == value)  # infinite ones too
 NOT_NEGATIVE: Rule = ("a number >= 0", lambda value: is_number(value) and value >= 0)
+POSITIVE: Rule = ("a number > 0", lambda value: is_number(value) and value > 0)
+SHARE: Rule = ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 #: Path would take "" for the folder that one is in.
 PATH: Rule = ("a path", lambda value: isinstance(value, str | Path) and str(value) != "")
 FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: What pip installs next to the sj-taid that is here, with no index that knows it.
+#: pip takes the sj-taid that is installed, so that no index needs to have it.
 TRAIN = '"sj-taid[train]"'
 REMEDY = "; to get it: pip install "
 

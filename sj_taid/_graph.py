@@ -1,4 +1,4 @@
-"""What torch's private state says: of modes, memory, and hooks on what is saved.
+"""Queries of torch's private state: modes, memory addresses, saved-tensor hooks.
 
 No function reads what a graph saved, which would run the hooks of checkpointing and offloading.
 """
@@ -37,12 +37,7 @@ def steps_aside() -> bool:
     """Whether something traces, counts or transforms operations, and needs plain modules."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return True
-    return is_watched() or is_transformed()
-
-
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` runs, such as ``vmap`` or ``grad``."""
-    return torch._C._are_functorch_transforms_active()
+    return is_watched() or torch._C._are_functorch_transforms_active()
 
 
 def is_watched() -> bool:

@@ -19,7 +19,7 @@ RULES: dict[Any, Rule] = {
     str: ("text", lambda value: isinstance(value, str)),
     Path: PATH,
 }
-#: What stands for an object in a config. A text does not, but the class may say more about it.
+#: What stands for an object in a config. Text passes: the class's own error says what to write.
 OBJECT: Rule = (
     "an object, by its _target_",
     lambda value: (
@@ -44,7 +44,7 @@ def check_kinds(target: Any, values: Mapping[str, Any], prefix: str = "") -> Non
     Traceback (most recent call last):
     ValueError: neuron.decay_input must be True or False, but it is 'no'
     """
-    # Others leave out that null is taken, as SpikingJelly 0.0.0.0.14 does for v_reset.
+    # Annotations of other libraries may omit None, as SpikingJelly 0.0.0.0.14's of v_reset.
     skips_null = target.__module__.partition(".")[0] != "sj_taid"
     for name, kind in declared_kinds(target).items():
         if name not in values or (skips_null and values[name] is None):

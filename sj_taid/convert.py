@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from spikingjelly.activation_based import neuron
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -25,6 +24,7 @@ from .neurons import (
     why_silent,
 )
 from .ops import backends
+from .ops.alif.reference import state_dtype
 from .ops.surrogate import counts
 from .report import Report, table_of
 from .state import name_neurons
@@ -234,9 +234,7 @@ def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
         **_shared_options(node),
         **options,
     )
-    if site.dtype == torch.float64:
-        alif.double().v_threshold.data.fill_(node.v_threshold)
-    alif.to(site.device)
+    alif.to(site.device, state_dtype(site.dtype)).v_threshold.data.fill_(node.v_threshold)
     if isinstance(node, neuron.ParametricLIFNode):
         if node.w.dtype == alif.w.dtype:
             alif.w = node.w

@@ -10,10 +10,8 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from .ops import backends
-from .ops.alif.norm import Norm, batch_norm
 from .ops.alif.reference import state_dtype
-from .ops.bits import LARGEST_BYTE
-from .ops.surrogate import counts, levels_of
+from .ops.surrogate import counts
 
 __all__ = ["alif_multi_step", "alif_step", "lower_bound"]
 
@@ -29,14 +27,9 @@ def alif_multi_step(
     surrogate_function: Callable[[Tensor], Tensor] = surrogate.Sigmoid(),
     detach_reset: bool = False,
     store_v_seq: bool = False,
-    norm: Norm | None = None,
     backend: str = backends.AUTO,
-    return_bits: bool = False,
 ) -> tuple[Any, ...]:
     """Run an ALIF neuron over a sequence; :class:`~sj_taid.ALIFNode` has its equations.
-
-    With ``norm`` the neuron runs on torch's batch norm of X, over T, N and the axes behind C, as
-    one operator: only ``backend="torch"`` writes the norm's output and saves it for backward.
 
     Args:
         x_seq: input current ``[T, N, *]``; half precision is computed in float32.
@@ -47,15 +40,10 @@ def alif_multi_step(
         decay_input, v_reset, surrogate_function, detach_reset, backend: as of
             :class:`~sj_taid.ALIFNode`.
         store_v_seq: also return the voltage of every step.
-        norm: a batch norm over axis 2; its running statistics are updated in place where the
-            batch's own are used and were not taken before.
-        return_bits: also return the spikes as bits, uint8 ``[ceil(T / 8), neurons]``, or counts in
-            four bits up to 15, in bytes up to 255: :mod:`sj_taid.ops.bits`.
 
     Returns:
         Spikes ``[T, N, *]`` in ``x_seq``'s dtype; the last voltage ``[N, *]``; the voltages
-        ``[T, N, *]`` or ``None``. Voltages are float32 (float64 for float64 input). With
-        ``return_bits`` also the bits.
+        ``[T, N, *]`` or ``None``. Voltages are float32 (float64 for float64 input).
 
     Raises:
         TypeError: ``x_seq`` is not floating point, or another argument no tensor.
@@ -68,15 +56,10 @@ def alif_multi_step(
     ([0.0, 1.0, 0.0], [0.5])
     """
     check_call(x_seq, v, w, v_threshold)
-    check_counts(surrogate_function, v_reset, w is not None, return_bits)
+    check_counts(surrogate_function, v_reset, w is not None)
     x_seq = savable(x_seq)
     if isinstance(v, Tensor):
         v = savable(v).to(state_dtype(x_seq.dtype))
-    if norm is not None:
-        _check_norm(norm, x_seq)
-        if not x_seq.numel():  # an empty batch has no statistics; its gradients are zeros
-            y_seq = batch_norm(x_seq.to(state_dtype(x_seq.dtype)), norm)
-            x_seq, norm = y_seq.to(x_seq.dtype), None
     return backends.resolve(backend, x_seq, surrogate_function).multi_step(
         x_seq,
         v,
@@ -87,8 +70,6 @@ def alif_multi_step(
         surrogate_function=surrogate_function,
         detach_reset=detach_reset,
         store_v_seq=store_v_seq,
-        norm=norm,
-        return_bits=return_bits,
     )
 
 
@@ -97,7 +78,7 @@ def alif_step(
 ) -> tuple[Tensor, Tensor]:
     """One time step of :func:`alif_multi_step`, bit for bit: ``x`` ``[N, *]`` -> spikes, voltage.
 
-    Takes the same options but ``store_v_seq`` and ``return_bits``.
+    Takes the same options but ``store_v_seq``.
 
     >>> spike, v = alif_step(torch.tensor([1.0]), 0.0, torch.tensor(0.0), torch.tensor(0.4))
     >>> spike.item(), v.item()  # H = 0.5 fires and resets to 0
@@ -171,9 +152,7 @@ def check_call(x_seq: Tensor, v: Any, w: Any, v_threshold: Any) -> None:
             _check_parameter(name, parameter, x_seq)
 
 
-def check_counts(
-    surrogate_function: Any, v_reset: Any, has_state: bool = True, return_bits: bool = False
-) -> None:
+def check_counts(surrogate_function: Any, v_reset: Any, has_state: bool = True) -> None:
     """Raise an error unless the options fit spikes, or counts."""
     if not counts(surrogate_function):
         if not has_state:
@@ -186,11 +165,6 @@ def check_counts(
             "a neuron that counts needs a soft reset, which subtracts the count times the "
             f"threshold, but v_reset={v_reset!r} would set one voltage after any count; take "
             "v_reset=None"
-        )
-    elif return_bits and levels_of(surrogate_function) > LARGEST_BYTE:
-        raise ValueError(
-            f"return_bits holds counts up to {LARGEST_BYTE}, but the neuron counts to "
-            f"{levels_of(surrogate_function)}; leave it out"
         )
 
 
@@ -233,17 +207,6 @@ def _check_parameter(name: str, parameter: Tensor, x_seq: Tensor) -> None:
             f"[N, {len(parameter)}, *], but it is {list(x_seq.shape[1:])}"
         )
     _check_device(name, parameter, x_seq)
-
-
-def _check_norm(norm: Norm, x_seq: Tensor) -> None:
-    for name, tensor in norm._asdict().items():
-        if isinstance(tensor, Tensor):
-            _check_parameter(f"the norm's {name}", tensor, x_seq)
-    if norm.use_batch_statistics and 0 < x_seq.numel() <= x_seq.shape[2]:
-        raise ValueError(
-            "a batch norm in training needs more than one value per channel, but the input is "
-            f"{list(x_seq.shape)}; give a larger batch, or call eval()"
-        )
 
 
 def _check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:

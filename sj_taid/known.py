@@ -22,13 +22,13 @@ import torch
 from spikingjelly.activation_based import surrogate
 
 from ._checks import (
+    POSITIVE,
     Rule,
     are_two_numbers,
     check,
     check_flags,
     check_numbers,
     integer,
-    is_number,
     is_whole,
 )
 from .neurons import why_no_w
@@ -40,7 +40,6 @@ __all__ = ["LIF", "BatchNorm", "IntegerLIF"]
 
 _NAME: Rule = ("a name or None", lambda name: name is None or isinstance(name, str))
 _COUNT: Rule = ("an integer from 1 to 255", lambda n: is_whole(n) and 1 <= n <= LARGEST_BYTE)
-_POSITIVE: Rule = ("a number above 0", lambda value: is_number(value) and value > 0)
 
 
 class Description:
@@ -57,7 +56,7 @@ class Description:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """Equal for descriptions of the same."""
+        """A hashable key, equal for equal descriptions."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         function = values.pop("surrogate_function", None)
         return type(self), *values.values(), function and key_of(function)
@@ -113,6 +112,9 @@ class LIF(Neuron):
         strict: it fires where H is *above* the threshold, not at it. The threshold is then the next
             larger float32.
         time_axis, voltage: see :class:`Neuron`.
+
+    Raises:
+        ValueError: a bad argument, or a surrogate that the fused neuron does not have.
     """
 
     tau: float = 2.0
@@ -129,9 +131,10 @@ class LIF(Neuron):
     @property
     def threshold(self) -> float:
         """The least voltage that fires."""
-        threshold = torch.tensor(self.v_threshold)
-        above = torch.nextafter(threshold, torch.tensor(torch.inf))
-        return float(above if self.strict else threshold)
+        if not self.strict:
+            return float(self.v_threshold)
+        threshold = torch.tensor(self.v_threshold, dtype=torch.float32, device="cpu")
+        return torch.nextafter(threshold, torch.full_like(threshold, torch.inf)).item()
 
     divisor = 1.0
 
@@ -156,6 +159,9 @@ class IntegerLIF(Neuron):
         divisor: the count is divided by it.
         time_axis, voltage: see :class:`Neuron`.
 
+    Raises:
+        ValueError: a bad argument, a hard reset, or ``decay_input``.
+
     Source: Luo et al. 2024, arXiv 2407.20708; without state Yao et al. 2024, arXiv 2411.16061.
     """
 
@@ -166,7 +172,7 @@ class IntegerLIF(Neuron):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(_COUNT, levels=self.levels)
-        check(_POSITIVE, v_threshold=self.v_threshold, divisor=self.divisor)
+        check(POSITIVE, v_threshold=self.v_threshold, divisor=self.divisor)
         window = self.window
         if window is not None and not (are_two_numbers(window) and window[0] <= window[1]):
             raise ValueError(f"window must be two numbers, the lower first, but it is {window!r}")
@@ -193,6 +199,9 @@ class BatchNorm(Description):
         scale: a constant, as ``alpha * V_th``.
         scales_bias: the bias is scaled too.
         channel_axis: the axis of channels; 2 where the input is ``[T, N, C, *]``.
+
+    Raises:
+        ValueError: a bad argument.
     """
 
     scale: float = 1.0

@@ -68,9 +68,9 @@ class TAID(_ImageDecoder):
         T: number of time steps.
         kernel_size: odd width of the convolution, along the channel axis for ``spatial`` and over
             the image for ``pixel``; 1 mixes time only.
-        squeeze: ``"spatial"``, a weight for each step and channel; ``"all"``, one for each step; or
-            ``"pixel"``, one for each step, channel and pixel of ``[T, N, C, H, W]``.
-        reduction: the factor r by which the MLP's hidden layer is narrower (``all`` only).
+        squeeze: ``"spatial"`` (default), a weight for each step and channel; ``"all"``, one for
+            each step, from an MLP with a hidden layer of T / 4; or ``"pixel"``, one for each step,
+            channel and pixel of ``[T, N, C, H, W]``.
 
     Raises:
         ValueError: a bad argument; at a call, a wrong rank or another T.
@@ -84,13 +84,7 @@ class TAID(_ImageDecoder):
     (torch.Size([2, 3, 8, 8]), torch.Size([4, 2, 3]))
     """
 
-    def __init__(
-        self,
-        T: int,
-        kernel_size: int = 1,
-        squeeze: str = "spatial",
-        reduction: int = 4,
-    ) -> None:
+    def __init__(self, T: int, kernel_size: int = 1, squeeze: str = "spatial") -> None:
         super().__init__(T)
         if squeeze not in ("spatial", "all", "pixel"):
             raise ValueError(f"squeeze must be 'spatial', 'all' or 'pixel', but it is {squeeze!r}")
@@ -101,7 +95,6 @@ class TAID(_ImageDecoder):
                 f"kernel_size={kernel_size} slides along the channels, which squeeze='all' "
                 "averages away; use squeeze='spatial' or kernel_size=1"
             )
-        check_sizes(reduction=reduction)
         self.squeeze = squeeze
         self.kernel_size = kernel_size
         self.excite: nn.Module
@@ -112,7 +105,7 @@ class TAID(_ImageDecoder):
             for parameter in self.excite.parameters():
                 nn.init.zeros_(parameter)
         else:
-            hidden = max(T // reduction, 1)
+            hidden = max(T // 4, 1)
             self.excite = nn.Sequential(nn.Linear(T, hidden), nn.ReLU(), nn.Linear(hidden, T))
 
     def attention(self, x_seq: Tensor) -> Tensor:
@@ -148,8 +141,8 @@ class FixedDecoder(_ImageDecoder):
 
     Args:
         T: number of time steps.
-        decay: the factor d per time step, in (0, 1].
-        scale: the factor s of all weights.
+        decay: the factor d per time step, in (0, 1]; 0.8 by default.
+        scale: the factor s of all weights; 1 by default.
 
     Raises:
         ValueError: a bad argument; at a call, a wrong rank or another T.

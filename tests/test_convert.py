@@ -271,6 +271,22 @@ def test_swap_takes_dtype_and_device_of_the_neighbours():
     assert net[1].w.dtype == torch.float32
 
 
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_swap_takes_the_nets_dtype_not_the_default(float64_by_default, dtype):
+    plif = neuron.ParametricLIFNode(v_threshold=0.3)
+    net = nn.Sequential(nn.Linear(2, 2), plif, neuron.LIFNode(tau=3.0, v_threshold=0.3)).to(dtype)
+    swap_neurons(net)
+    assert net[1].w is plif.w and {p.dtype for p in net.parameters()} == {dtype}
+    assert torch.equal(net[2].v_threshold, torch.tensor(0.3, dtype=dtype))
+
+
 class Keeping(nn.Module):
     def __init__(self, kind):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Less memory and time for the nets one has: README.md next to this file draws how."""
+"""Less memory and time for SpikingJelly nets: ``accelerate``. README.md explains how."""
 
 from .exchange import accelerate, unaccelerate
 from .report import Acceleration

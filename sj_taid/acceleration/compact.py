@@ -145,8 +145,8 @@ class Counts(Packing):
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         if self._saved is None:
             values = tensor.detach().as_strided((self._numel,), (1,), 0).view(self._steps, -1)
-            packs = backends.pack, backends.pack_counts
-            self._saved = bits.pack_whole(values, self.peak or 0, *packs)
+            engine = backends.engine_of(tensor.device.type)
+            self._saved = bits.pack_whole(values, self.peak or 0, engine.pack, engine.pack_counts)
         return (self._saved,)
 
     def restore(self, *parts: Tensor) -> Tensor:
@@ -155,10 +155,11 @@ class Counts(Packing):
         if peak > bits.LARGEST_HALF:
             return saved.to(self.dtype)
         values = torch.empty(self._numel, dtype=self.dtype, device=saved.device)
+        engine = backends.engine_of(saved.device.type)
         if peak == 1:
-            backends.unpack_into(saved, values.view(self._steps, -1))
+            engine.unpack_into(saved, values.view(self._steps, -1))
         else:
-            backends.unpack_counts_into(saved, values)
+            engine.unpack_counts_into(saved, values)
         return values
 
 
@@ -185,10 +186,7 @@ class Scaled(Packing):
 
 
 class Detached(Packing):
-    """The packing of what is detached from a sum or a term: its values are unknown.
-
-    So it keeps no other tensor alive.
-    """
+    """Detached from a sum or a term: its values are unknown, and it keeps no other tensor alive."""
 
     marks_views = True
 
@@ -409,7 +407,7 @@ def _lowered(tensor: Any) -> Any:
 
 
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operation whose result has no value that its tensors do not have."""
+    """Run an operation that only copies or casts values, so that counts stay counts."""
     peak = None
     if kwargs.keys() <= {"dim"}:
         peaks = [_peak(t) for t in _flat(args) if isinstance(t, Tensor)]

@@ -667,9 +667,9 @@ class NormOutput(Known):
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
-        """The node in autograd's graph: who asks for it may register a hook, unseen if on a view's.
+        """The node in autograd's graph; reading it counts as a hook, since a view's is not seen.
 
-        Where a neuron went past it, the norm's own, which refuses hooks.
+        After a fused neuron has read the norm's input, it is the norm's node, which refuses hooks.
         """
         node, gradient = self._node, self._content.call.gradient
         if (norm_node := _norm_node(node)) and gradient.is_fused:

@@ -102,7 +102,9 @@ class Own(Exchanged):
 def _check(module: Any, x: Tensor) -> bool:
     """Compare a module with its description; ``False`` if its output tells nothing yet."""
     x = x.values() if isinstance(x, Known) else x
-    plain, described = (_results(module, run, x.detach().float()) for run in (_run_plain, _run))
+    x = x.detach().float()
+    plain = _results(module, lambda copy, x: copy._taid_kind.forward(copy, x), x)
+    described = _results(module, lambda copy, x: copy._taid_run(x), x)
     if plain["output"].unique().numel() < 2:
         return False
     for name, value in plain.items():
@@ -151,14 +153,6 @@ def _compare(module: Any, name: str, value: Any, described: Any) -> None:
 
 def _label(module: Any) -> str:
     return f"{type(module).__name__} at {module._taid_name!r}"
-
-
-def _run_plain(module: Any, x: Tensor) -> Any:
-    return module._taid_kind.forward(module, x)
-
-
-def _run(module: Any, x: Tensor) -> Any:
-    return module._taid_run(x)
 
 
 class OwnNeuron(Own):

@@ -148,8 +148,8 @@ def measure(
             before = run_step(trial, inputs)
             accelerate(trial)
             turns.append((before, run_step(trial, inputs)))
-            norms = norms_of(trial)
-            readers = {path: n._taid_readers for path, n in norms if isinstance(n, AcceleratedNorm)}
+    norms = norms_of(trial)
+    readers = {path: n._taid_readers for path, n in norms if isinstance(n, AcceleratedNorm)}
     (old_bytes, _), (new_bytes, _) = turns[0]
     old, new = (min(ms for _, ms in steps) for steps in zip(*turns, strict=True))
     return readers, (old_bytes, new_bytes), (old, new)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, trained on ImageNet: a network to measure through whose weights pip has."""
+"""Features of EfficientNet-Lite0, trained on ImageNet; a package of pip has the weights."""
 
 import hashlib
 from io import BytesIO

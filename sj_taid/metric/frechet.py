@@ -95,7 +95,7 @@ class FrechetDistance(FrechetInceptionDistance):
 class AutoencoderCodes(Features):
     """Latent codes of a trained :class:`~sj_taid.model.Autoencoder`, for our own FAD.
 
-    For grey images they are more honest than Inception's features of colour photographs. Values
+    They fit grey images better than Inception, which was trained on colour photographs. Values
     compare only through the same autoencoder.
 
     Source: Kamata et al. 2022, arXiv 2110.00375, section 5.

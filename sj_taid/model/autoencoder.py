@@ -27,7 +27,8 @@ class Autoencoder(nn.Module):
     Args:
         in_channels: image channels C.
         image_size: height and width, divisible by two once for each hidden width.
-        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels are left.
+        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels or an odd
+            side are left.
         latent_channels: width of the code.
 
     Raises:

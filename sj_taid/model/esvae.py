@@ -31,9 +31,9 @@ class ESVAE(SpikingVAE):
     learned prior, ``prior``, or, after :meth:`fit_prior`, from a normalising flow fitted to the
     training images' :math:`r_q`, ``flow``; with labels, of the class that is asked for.
 
-    In eval mode a reconstruction has exactly :math:`T r_q` spikes in each channel, at random steps:
-    on MNIST the squared error is a quarter below that of spikes drawn as above. In training spikes
-    are drawn, unless ``exact_counts`` is set, and always for samples, which lowers FAD.
+    A channel spikes at each step with probability r: in training, and for samples, whose FAD is
+    then lower. Reconstructions in eval mode have exactly :math:`T r_q` spikes instead, at random
+    steps (on MNIST a quarter less squared error); so has training with ``exact_counts``.
 
     All other arguments are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 

@@ -66,8 +66,8 @@ class SpikingVAE(nn.Module):
         in_channels: image channels C.
         image_size: height and width H = W, divisible by two once for each hidden width.
         T: number of time steps.
-        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels are left.
-            The default gives the original's for 32x32 and for 64x64.
+        hidden_channels: widths of the encoder, or the first: it doubles until 2x2 pixels or an odd
+            side are left. The default gives the original's for 32x32 and for 64x64.
         latent_channels: width of the latent spike train.
         neuron: makes a neuron; any SpikingJelly neuron in step mode ``"m"``.
         image_decoder: :class:`~sj_taid.TAID` (default) or :class:`~sj_taid.FixedDecoder`, made for

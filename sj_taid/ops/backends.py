@@ -88,28 +88,8 @@ def constant_in_graphs(function: Any) -> Any:
 _warned: set[str] = set()
 
 
-def pack(spikes: Tensor) -> Tensor:
-    """:func:`.bits.pack` by the best backend that works on the tensor's device."""
-    return _engine_of(spikes.device.type).pack(spikes)
-
-
-def unpack_into(packed: Tensor, spikes: Tensor) -> None:
-    """:func:`.bits.unpack_into` by the best backend that works on the tensor's device."""
-    _engine_of(spikes.device.type).unpack_into(packed, spikes)
-
-
-def pack_counts(counts: Tensor) -> Tensor:
-    """:func:`.bits.pack_counts` by the best backend that works on the tensor's device."""
-    return _engine_of(counts.device.type).pack_counts(counts)
-
-
-def unpack_counts_into(packed: Tensor, counts: Tensor) -> None:
-    """:func:`.bits.unpack_counts_into` by the best backend that works on the tensor's device."""
-    _engine_of(counts.device.type).unpack_counts_into(packed, counts)
-
-
 @cache
-def _engine_of(device: str) -> Any:
+def engine_of(device: str) -> Any:
     """The engine of the best backend that works, or :mod:`.bits`, which has the same functions."""
     working = (BACKENDS[name]() for name in PREFERENCE.get(device, ()) if works(name))
     return next((backend.engine for backend in working), bits)

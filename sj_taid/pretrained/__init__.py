@@ -45,6 +45,7 @@ def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
     Raises:
         ValueError: no model there, a config that does not fit this version or names foreign
             classes, or weights of another model.
+        ModuleNotFoundError: ``pretrained`` without safetensors.
 
     >>> model = create_model("fsvae_digits_taid", pretrained=True)
     >>> model.sample(4).shape
@@ -107,9 +108,14 @@ def build(config: dict[str, Any]) -> nn.Module:
             raise ValueError(f"it is a {type(model).__name__}")
     except ValueError as error:
         raise ValueError(f"{CONFIG} describes no model of this version: {error}") from error
-    if find_neurons(model):
+    return prepare(model)
+
+
+def prepare(model: nn.Module, fuse: bool = True) -> nn.Module:
+    """Bring a model into the form in which it is trained and measured; ``fuse`` accelerates it."""
+    if fuse and find_neurons(model):
         accelerate(model)
-    # The memory layout that runs are trained in: another one rounds otherwise.
+    # In this layout convolutions are faster, in bfloat16 above all; another rounds otherwise.
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

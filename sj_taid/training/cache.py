@@ -1,4 +1,4 @@
-"""What is made once: networks that metrics and losses look through, and files that keep them."""
+"""Helper networks of metrics and losses: trained once, then read from cached files."""
 
 import logging
 from collections.abc import Callable

@@ -16,6 +16,8 @@ from .._checks import (
     FLAG,
     NOT_NEGATIVE,
     PATH,
+    POSITIVE,
+    SHARE,
     Rule,
     check,
     expand_home,
@@ -33,10 +35,8 @@ VERSION = "1.3"
 #: a run's config, with its interpolations
 CONFIG = "config.yaml"
 
-SHARE: Rule = ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
-POSITIVE: Rule = ("a number > 0", lambda value: is_number(value) and value > 0)
-#: What no class takes, and ranges that libraries do not check, or in words that do not name the
-#: key. The kinds of all other values are checked where their classes are called.
+#: Keys that no class takes, and ranges that libraries check late, or in messages without the key.
+#: The kinds of all other values are checked where their classes are called.
 RULES: dict[str, Rule] = {
     "seed": ("an integer >= 0, below 2^32", lambda value: is_whole(value) and 0 <= value < 2**32),
     "cache_dir": PATH,
@@ -66,9 +66,9 @@ RULES: dict[str, Rule] = {
     "trainer.check_val_every_n_epoch": integer(1),
     "trainer.limit_test_batches": POSITIVE,
 }
-#: of these, what null does not stand for a default of
+#: keys of RULES that must not be null
 NEVER_NULL = {"seed", "trainer.max_epochs"}
-#: what one task alone takes: the choice that sets it, the task, and what is in its config alone
+#: key -> the override that sets it, the only task that takes it, a key that only its config has
 OF_ONE_TASK = {
     "loss": ("loss=", "classification", "loss"),
     "model.per_channel": ("neuron=alif_channel", "classification", "loss"),
@@ -90,7 +90,7 @@ def key_of(override: str) -> str:
 def select_overrides(
     overrides: Iterable[str], ignored: Collection[str] = (), data_class: str = ""
 ) -> list[str]:
-    """The overrides that are choices: not of ``ignored`` keys, with all below them, or overrides.
+    """The overrides that are choices: all but ``ignored`` overrides, keys and what is below these.
 
     The folders of an ``ImageFolder``, or of a custom ``data_class``, say what the data are.
     """

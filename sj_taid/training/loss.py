@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_not_negative, check_sizes
+from .._checks import SHARE, check, check_not_negative, check_sizes
 from .._context import seeded
 from ..data import ImageData
 from .cache import cached, fit
@@ -23,14 +23,18 @@ WIDTH, EPOCHS = 16, 3
 
 
 class TET(nn.Module):
-    """Temporal efficient training: the loss of each time step, not that of their mean.
+    r"""Temporal efficient training: the loss of each time step, not that of their mean.
+
+    .. math::
+        L = \frac{1}{T} \sum_t (1 - \lambda) \mathrm{CE}(O[t], y)
+            + \lambda \, \mathrm{MSE}(O[t], \phi)
 
     The cross entropy asks every step for the right answer; the squared error to ``phi`` keeps
-    outputs from growing (``docs/training.md`` has the equation). The outputs are currents, not
-    spikes: a classifier with ``output_neuron=False``.
+    outputs from growing. The outputs O are currents, not spikes: a classifier with
+    ``output_neuron=False``.
 
     Args:
-        mse_share: of the squared error, in [0, 1]; the cross entropy has the rest.
+        mse_share: of the squared error, :math:`\lambda` in [0, 1]; the cross entropy has the rest.
         phi: where the squared error pulls every output; the paper takes the threshold, 1.
         label_smoothing: of the cross entropy, in [0, 1].
 
@@ -56,8 +60,7 @@ class TET(nn.Module):
         self, mse_share: float = 0.05, phi: float = 1.0, label_smoothing: float = 0.0
     ) -> None:
         super().__init__()
-        if not 0 <= mse_share <= 1:
-            raise ValueError(f"mse_share must be from 0 to 1, but it is {mse_share}")
+        check(SHARE, mse_share=mse_share)
         self.mse_share = mse_share
         self.phi = phi
         self.label_smoothing = label_smoothing

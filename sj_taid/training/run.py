@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -18,9 +17,8 @@ from torch import nn
 from .. import _build
 from .._build import build, find_class, foreign_classes, is_below
 from .._checks import expand_home
-from ..acceleration import accelerate
-from ..neurons import find_neurons
 from ..ops import backends
+from ..pretrained import prepare
 from .config import CONFIG
 from .files import atomic_write
 
@@ -279,11 +277,7 @@ def build_part(cfg: DictConfig, part: str, **arguments: Any) -> Any:
 
 def build_model(cfg: DictConfig) -> nn.Module:
     """The config's model, untrained, in the form in which it is trained and measured."""
-    model = build_part(cfg, "model")
-    if cfg.accelerate and find_neurons(model):
-        accelerate(model)
-    # In this layout convolutions are faster, in bfloat16 above all; another rounds otherwise.
-    return model.to(memory_format=torch.channels_last)
+    return prepare(build_part(cfg, "model"), cfg.accelerate)
 
 
 def remove_backends(config: Any, keeps: Callable[[str], bool] = lambda name: False) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from published_nets import KNOWN as INTEGER
@@ -141,6 +142,17 @@ def test_described_nets_compute_what_they_did(kind, norm):
     sj_taid.unaccelerate(fast)
     assert [type(m) for m in fast] == [type(m) for m in plain]
     assert {*vars(fast[-2])} == {*vars(plain[-2])}
+
+
+def test_a_strict_threshold_is_the_next_float32():
+    strict, plain = (known.LIF(v_threshold=0.3, strict=strict) for strict in (True, False))
+    above = float(np.nextafter(np.float32(0.3), np.float32(1)))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert (strict.threshold, plain.threshold) == (above, 0.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -107,7 +107,7 @@ def test_subpixel_convolution():
 
 @pytest.mark.parametrize(
     "decoder",
-    [TAID, partial(TAID, squeeze="all", reduction=1), partial(TAID, squeeze="pixel"), FixedDecoder],
+    [TAID, partial(TAID, squeeze="all"), partial(TAID, squeeze="pixel"), FixedDecoder],
 )
 @pytest.mark.parametrize(
     ("kind", "options"),

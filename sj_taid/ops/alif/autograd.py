@@ -440,10 +440,9 @@ def _run_plan(
     """Spikes, last voltage, every voltage and bits, by the engine's plan."""
     x_seq, v0, w, v_threshold, *_ = leaves
     saves = _saves(leaves)
-    spec = spec_of(
-        *(x_seq, _dynamics_of(w, dynamics), v_threshold.dim() > 0),
-        *(norm is not None, norm is not None and norm.fixed, store_v_seq, pack, saves),
-    )
+    is_fixed = norm is not None and norm.fixed
+    flags = (norm is not None, is_fixed, store_v_seq, pack, saves)
+    spec = spec_of(x_seq, _dynamics_of(w, dynamics), v_threshold.dim() > 0, *flags)
     numbers = None if norm is None else _numbers(engine, norm, x_seq, spec.neurons)
     plan = find_plan(engine, spec)
     if saves:

@@ -170,7 +170,7 @@ def test_an_accelerated_net_takes_these_launches(launcher, monkeypatch, kind):
     cuda = launcher.cuda
     backend = backends.Backend(cuda.multi_step, lambda x_seq, function: None, cuda.ENGINE)
     monkeypatch.setitem(backends.BACKENDS, "numba", lambda: backend)  # for tensors on the CPU
-    monkeypatch.setattr(backends, "_engine_of", lambda device: cuda.ENGINE)
+    monkeypatch.setattr(backends, "engine_of", lambda device: cuda.ENGINE)
     plain = nn.Sequential(layer.BatchNorm2d(3), kind(), layer.Conv2d(3, 2, 3))
     functional.set_step_mode(plain, "m")
     accelerated, found = copy.deepcopy(plain), []

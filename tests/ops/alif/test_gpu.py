@@ -62,7 +62,7 @@ def test_conforms(cuda, case):
 @pytest.mark.parametrize("case", [make_case(row) for row in pairwise(OPTIONS)], ids=str)
 def test_every_pair_of_options(cuda, case):
     with use_large_kernels(cuda):
-        assert not compare(case, on_gpu, "cuda", cuda.launches)
+        assert not compare(case, cuda.multi_step, "cuda", cuda.launches)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

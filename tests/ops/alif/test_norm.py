@@ -143,10 +143,7 @@ def test_batch_norm_is_torchs():
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_a_step_is_a_sequence_of_one(backend):
     x = torch.randn(4, 5, 3, 3)
-    norm = Norm(torch.rand(5), torch.rand(5), None, None, True, 0.1, 1e-5)
     arguments = (0.0, torch.tensor(0.2), torch.tensor(0.7))
-    spike, v = functional.alif_step(x, *arguments, norm=norm, backend=backend)
-    spike_seq, v_last, _ = functional.alif_multi_step(
-        x[None], *arguments, norm=norm, backend=backend
-    )
+    spike, v = functional.alif_step(x, *arguments, backend=backend)
+    spike_seq, v_last, _ = functional.alif_multi_step(x[None], *arguments, backend=backend)
     assert torch.equal(spike, spike_seq[0]) and torch.equal(v, v_last)

@@ -96,10 +96,6 @@ def test_counts_of_what_is_not_finite(x):
     [
         ({"v_reset": 0.0}, "soft reset.*but v_reset=0.0.*take v_reset=None"),
         ({"w": None, "surrogate_function": surrogate.ATan()}, "without state, which gives counts"),
-        (
-            {"return_bits": True, "surrogate_function": MultiLevelSpikeCount(256)},
-            "return_bits holds counts up to 255.*counts to 256; leave it out",
-        ),
     ],
 )
 def test_options_that_fit_no_counts_are_refused(options, expected):
