@@ -20,7 +20,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -134,4 +134,6 @@ def format_error(error: Exception) -> str:
     if isinstance(cause, USER_ERRORS) and not isinstance(cause, OmegaConfBaseException):
         error = cause  # of a resolver of ours, which OmegaConf wraps
     text = str(error).partition("\nConfig search path")[0]
+    if isinstance(error, OverrideParseException):
+        text += "\nA value with other characters is quoted for Hydra and the shell: \"key='it #2'\""
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])

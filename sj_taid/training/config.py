@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Collection, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,18 @@ def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> 
 def key_of(override: str) -> str:
     """The key that an override of the command line sets, adds or deletes."""
     return override.partition("=")[0].lstrip("+~")
+
+
+def argument(key: str, value: Any) -> str:
+    """An override as a command line takes it, quoted for Hydra and for the shell if need be.
+
+    >>> print(argument("resume", "runs/1"), *shlex.split(argument("resume", "my runs/1")))
+    resume=runs/1 resume='my runs/1'
+    """
+    text = str(value)
+    if not re.fullmatch(r"[\w./:@%+-]+", text, re.ASCII):
+        text = "'" + text.replace("'", "\\'") + "'"
+    return shlex.quote(f"{key}={text}")
 
 
 def select_overrides(

@@ -19,7 +19,7 @@ from .._build import build, find_class, foreign_classes, is_below
 from .._checks import expand_home
 from ..ops import backends
 from ..pretrained import prepare
-from .config import CONFIG
+from .config import CONFIG, argument
 from .files import atomic_write
 
 ORIGIN = "origin.json"
@@ -141,7 +141,8 @@ class Run:
     @property
     def advice(self) -> str:
         """How the run resumes."""
-        return f"Resume with: sj-taid train resume={self.folder}{self.trust_option()}"
+        resume = argument("resume", self.folder)
+        return f"Resume with: sj-taid train {resume}{self.trust_option()}"
 
     def differences(self, cfg: DictConfig) -> dict[str, str]:
         """The keys in which ``cfg`` and the run's config differ, each with both values."""

@@ -24,7 +24,7 @@ from ..pretrained import start_from
 from .callbacks import History, RandomNumbers, Stopwatch
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
 from .compare import are_alike, format_metrics
-from .config import key_of, validate
+from .config import argument, key_of, validate
 from .evaluate import build_tester, measure, rename_for_best_epoch, test
 from .process import (
     command_line,
@@ -310,7 +310,6 @@ def closing_lines(run: Run) -> str:
     if run.checkpoint.is_file():
         config = run.config
         command = "sample" if config.get("metric") else "evaluate"
-        lines.append(
-            f"Next:    sj-taid {command} checkpoint={folder}{run.trust_option(OF_TRAINING)}"
-        )
+        checkpoint = argument("checkpoint", folder)
+        lines.append(f"Next:    sj-taid {command} {checkpoint}{run.trust_option(OF_TRAINING)}")
     return "\n".join(lines)

@@ -43,6 +43,10 @@ def test_cli_usage(sj_taid, capsys):
         ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
         ("train seed=null", "seed must be an integer >= 0, below 2.32, but it is None"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
+        (
+            "train hydra.run.dir=größe",
+            r"größe(?s:.*)for Hydra and the shell: \"key='it #2'",
+        ),
         ("train resume=nowhere", r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA"),
         ("train resume=nowhere hydra.run.dir=run", "in the run's own folder; leave hydra.run.dir="),
         ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),

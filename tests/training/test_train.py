@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import lightning as L
 import pytest
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from sj_taid.data import Digits
 from sj_taid.training import cli, run
 from sj_taid.training.checkpoint import read_checkpoint
-from sj_taid.training.config import compose
+from sj_taid.training.config import argument, compose
 from sj_taid.training.train import closing_lines, count_classes, train
 from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, exit_code, write_images
 
@@ -174,15 +175,16 @@ def test_interrupted_run_resumes_in_its_folder_with_its_choices(
     place = tmp_path / "sweep"
     place.mkdir()
     monkeypatch.chdir(place)
-    there = run.Run(place / "neuron=lif,seed=0")  # not as a sweep names it
-    with pytest.raises(SystemExit, match="Stopped"):
+    there = run.Run(place / "one's größe, lr=0 #2")  # not as a sweep names it
+    with pytest.raises(SystemExit, match="Stopped") as stopped:
         sj_taid(
             "train", *TINY, *start, "trainer.max_epochs=500", f"cache_dir={cache}",
-            f"hydra.run.dir='{there.folder}'", f"+callbacks.stop._target_={__name__}.Stop",
+            *shlex.split(argument("hydra.run.dir", there.folder)),
+            f"+callbacks.stop._target_={__name__}.Stop",
         )  # fmt: skip
     before = torch.load(there.checkpoint, weights_only=True)
     assert before["epoch"] == 1 and not there.is_finished
-    again = ["train", f"resume='{there.folder}'", f"trust=[{__name__}.Stop]"]
+    again = shlex.split(str(stopped.value).splitlines()[0].partition("sj-taid ")[2])
     with pytest.raises(SystemExit, match="must be at least the 2 epochs that are trained"):
         sj_taid(*again, "trainer.max_epochs=1")
     assert there.config.trainer.max_epochs == 500
