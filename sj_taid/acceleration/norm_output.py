@@ -667,7 +667,7 @@ class NormOutput(Known):
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
-        """The node in autograd's graph; reading it counts as a hook, since a view's is not seen.
+        """The node in autograd's graph; reading it counts as a hook: a view's is not seen.
 
         After a fused neuron has read the norm's input, it is the norm's node, which refuses hooks.
         """

@@ -135,5 +135,5 @@ def format_error(error: Exception) -> str:
         error = cause  # of a resolver of ours, which OmegaConf wraps
     text = str(error).partition("\nConfig search path")[0]
     if isinstance(error, OverrideParseException):
-        text += "\nA value with other characters is quoted for Hydra and the shell: \"key='it #2'\""
+        text += "\nQuote a value with such characters for Hydra and the shell: \"key='it #2'\""
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])
