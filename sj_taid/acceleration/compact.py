@@ -97,18 +97,19 @@ class Packing:
 
     def save(self, tensor: Tensor) -> Any:
         """:meth:`Saving.pack` for these values alone, of which :meth:`saves_alone` is true."""
-        if not 0 <= tensor.data_ptr() - self.address < self.size_in_memory:
-            return tensor
+        shows = 0 <= tensor.data_ptr() - self.address < self.size_in_memory
         is_small = tensor.nbytes * _MOST_PARTS < self.size_in_memory
-        if is_small or tensor.dtype != self.dtype:
-            return tensor
+        if not shows or is_small or tensor.dtype != self.dtype:
+            return tensor, tensor._version
         view = tensor.shape, tensor.stride(), tensor.storage_offset()
         return self.restore, self.parts(tensor), view
 
     @staticmethod
     def unpack(saved: Any) -> Tensor:
         """The tensor of which :meth:`save` was called."""
-        return saved if isinstance(saved, Tensor) else saved[0](*saved[1]).as_strided(*saved[2])
+        if len(saved) == 2:
+            return unchanged(*saved)
+        return saved[0](*saved[1]).as_strided(*saved[2])
 
     def expose(self) -> None:
         """Know the values no longer."""
@@ -573,6 +574,8 @@ class Saving:
             if not is_small and packing.describes(tensor):
                 parts, restore = packing.parts(tensor), packing.restorer(tensor)
                 break
+        if restore is _same and outer is None:
+            restore = partial(unchanged, version=tensor._version)
         return outer, parts if outer is None else tuple(map(outer[0], parts)), restore
 
     @staticmethod
@@ -620,6 +623,17 @@ def run_saving(
 
 def _same(value: Any) -> Any:
     return value
+
+
+def unchanged(tensor: Tensor, version: int) -> Tensor:
+    """``tensor``, of this ``version`` when it was saved: torch checks none that hooks have saved."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: a {tensor.dtype} tensor of shape {list(tensor.shape)} is at version "
+            f"{tensor._version}; expected version {version} instead"
+        )
+    return tensor
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -162,3 +162,34 @@ def test_what_reads_leaves_the_packing(read, place):
     with torch.no_grad():
         values.mul_(1)
     assert values.packing() is None
+
+
+#: what reads values [4, 2, 4, 6, 6] next to an operand of a shape, and saves that
+OPERANDS = {
+    "a convolution": (lambda s, w: nn.functional.conv2d(s.flatten(0, 1), w), (2, 4, 3, 3)),
+    "a linear layer": (nn.functional.linear, (5, 6)),
+    "matmul": (torch.matmul, (6, 5)),
+    "a product": (torch.mul, (4, 1, 1)),
+    "attention": (lambda s, w: (s @ w) @ s.mT, (6, 6)),
+    "an interpolation": (lambda s, w: torch.lerp(s, w, s.sigmoid()), (6,)),
+}
+
+
+@pytest.mark.parametrize("place", [*PLACES, *WAITING])
+@pytest.mark.parametrize(("read", "shape"), OPERANDS.values(), ids=OPERANDS)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_an_operand_that_changes_before_backward_is_refused(accelerated, read, shape, place):
+    found, w = [], torch.randn(shape, requires_grad=True)
+    operand = w * 1.0  # of the graph, or a parameter: torch refuses both
+    net = Net(lambda values: found.extend([read(values, w), read(values, operand)]), place)
+    if accelerated:
+        sj_taid.accelerate(net)
+    net(torch.randn(4, 2, 3, 8, 8))
+    for y in found:
+        y.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        w.mul_(2)
+        operand.mul_(2)
+    for y in found:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
