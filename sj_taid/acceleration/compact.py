@@ -626,7 +626,7 @@ def _same(value: Any) -> Any:
 
 
 def unchanged(tensor: Tensor, version: int) -> Tensor:
-    """``tensor``, of this ``version`` when it was saved: torch checks none that hooks have saved."""
+    """``tensor``, if it has this ``version`` still; torch checks none that hooks have saved."""
     if tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "

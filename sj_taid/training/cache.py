@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data import ImageData
 from .callbacks import show_progress
-from .files import atomic_write
+from .files import atomic_save
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,5 @@ def cached(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             except Exception as error:  # whatever the damage leads to
                 log.warning("%s is damaged (%s); it is made again", path, type(error).__name__)
         made = make()
-        with atomic_write(path) as whole:
-            torch.save(made, whole)
+        atomic_save(path, made)
         return made

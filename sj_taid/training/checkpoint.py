@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from ..thresholds import set_fixed_thresholds
-from .files import atomic_write
+from .files import atomic_save
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -57,10 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        content = BytesIO()
-        torch.save(checkpoint, content)  # into a file its error does not say that the disk is full
-        with atomic_write(Path(path)) as temporary:
-            temporary.write_bytes(content.getbuffer())
+        atomic_save(Path(path), checkpoint)
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -134,6 +134,8 @@ def format_error(error: Exception) -> str:
     if isinstance(cause, USER_ERRORS) and not isinstance(cause, OmegaConfBaseException):
         error = cause  # of a resolver of ours, which OmegaConf wraps
     text = str(error).partition("\nConfig search path")[0]
+    if "in DataLoader worker" in text:
+        text = text.strip().rpartition("\n")[2]  # the error itself, behind the worker's traceback
     if isinstance(error, OverrideParseException):
         text += "\nQuote a value with such characters for Hydra and the shell: \"key='it #2'\""
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])

@@ -2,7 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 @contextmanager
@@ -15,8 +19,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.errno and not error.filename:  # as of a full disk
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def atomic_save(path: Path, content: Any) -> None:
+    """``torch.save``, atomic."""
+    whole = BytesIO()
+    torch.save(content, whole)  # into a file its error does not say that the disk is full
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(whole.getbuffer())
 
 
 def check_replaceable(path: Path, mark: str) -> None:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -95,8 +95,19 @@ class Run:
         return run
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Keep other processes out of the folder, but for those of the same distributed run."""
-        return FileLock(self.folder / LOCK, timeout=0) if is_first_process() else nullcontext()
+        """Keep other processes out of the folder, but for those of the same distributed run.
+
+        Raises:
+            ValueError: another process is in it.
+        """
+        if not is_first_process():
+            return nullcontext()
+        try:
+            return FileLock(self.folder / LOCK).acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"another command runs in {self.folder}; wait for it, or take another folder"
+            ) from error
 
     @property
     def config(self) -> DictConfig:

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch._utils import ExceptionWrapper
 
 from sj_taid.__main__ import main
 from sj_taid._commands import COMPOSED, OTHERS
@@ -33,6 +34,16 @@ def test_cli_usage(sj_taid, capsys):
     assert all(line in text for line in (COMPOSED | OTHERS).values())
     sj_taid("doctor")
     assert "backend torch: works" in capsys.readouterr().out
+
+
+def test_error_of_a_worker_is_its_message_alone():
+    try:
+        raise OSError("a/04.png cannot be read")
+    except OSError:
+        caught = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(OSError, match="Original Traceback") as error:
+        caught.reraise()
+    assert cli.format_error(error.value).startswith("OSError: a/04.png cannot be read\n(HYDRA")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Evaluating samples: what is cached, and no disturbance of the global random state."""
 
+import errno
 import io
 import logging
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +112,16 @@ def test_damaged_cache_is_named_and_made_again(tmp_path, caplog, damage):
         assert_equal(cached(path, make), {"x": torch.ones(2)})
     (warning,) = caplog.messages
     assert f"{path} is damaged" in warning and len(made) == 2
+
+
+def test_cache_on_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def fill(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(OSError, match=r"No space left on device: '.*x\.pt'"):
+        cached(tmp_path / "x.pt", lambda: {"x": torch.ones(2)})
+    assert not (tmp_path / "x.pt").exists()
 
 
 def test_evaluate_samples_is_reproducible_and_leaves_the_random_state_alone(evaluator):

@@ -104,7 +104,7 @@ FAULTS = {
     "loss": Fault(spoil_loss, "the loss is nan in epoch 3, after step 7: the model has diverged"),
     "full disk": Fault(
         fill_disk,
-        rf"(?s)No space left on device.*{RESUME}",
+        rf"(?s)No space left on device: '.*last\.ckpt'.*{RESUME}",
         mend=lambda folder: (folder / "full").unlink(),
     ),
     "second process": Fault(kill_second_process),
