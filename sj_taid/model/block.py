@@ -121,7 +121,8 @@ def make_neuron(neuron: Neuron, **options: Any) -> nn.Module:
     if not callable(neuron) or isinstance(neuron, nn.Module):
         raise TypeError(
             "neuron must make a neuron each time it is called, as partial(ALIFNode, step_mode='m') "
-            f"does, but it is {neuron!r:.80}; a config of it has _partial_: true"
+            f"does, but it is {neuron!r:.80}; on the command line choose it with neuron=NAME, "
+            "whose config has _partial_: true"
         )
     node = neuron(**options)
     if getattr(node, "step_mode", "m") != "m":

@@ -152,13 +152,18 @@ def count_classes(cfg: DictConfig) -> None:
     """Let the data say how many classes there are, where nothing else does.
 
     Raises:
-        ValueError: a part has another number of classes than the data.
+        ValueError: a part has another number of classes than the data, or a classifier's data none.
     """
     parts = [part for part in ("model", "feature_loss") if "classes" in (cfg.get(part) or {})]
     if parts and cfg.dataset.classes is None:
         cfg.dataset.classes = build_part(cfg, "dataset").classes
     for part in parts:
         own, of_data = cfg[part].classes, cfg.dataset.classes
+        if own is None and "loss" in cfg.task:
+            raise ValueError(
+                "a classifier needs classes, but the data have none; put the images of each class "
+                "into a folder of its own"
+            )
         if None not in (own, of_data) and own != of_data:
             raise ValueError(
                 f"{part}.classes={own}, but dataset.classes is {of_data}; leave {part}.classes out"

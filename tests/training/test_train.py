@@ -231,6 +231,9 @@ def test_count_classes_for_all_that_learn_from_labels(tmp_path):
     cfg = compose("train", [*CLASSIFIER.split(), "dataset.classes=null", "model.classes=7"])
     count_classes(cfg)
     assert (cfg.dataset.classes, cfg.model.classes) == (None, 7)
+    flat = [*CLASSIFIER.split(), images[0], f"dataset.root={tmp_path / 'cat'}"]
+    with pytest.raises(ValueError, match="a classifier needs classes, but the data have none; put"):
+        count_classes(compose("train", flat))
     with pytest.raises(FileNotFoundError, match=r"no folder at dataset\.root=nowhere"):
         count_classes(compose("train", [images[0], "dataset.root=nowhere", images[2]]))
 
