@@ -85,8 +85,8 @@ def _reference(tensor: Tensor) -> Term | None:
     def restore(value: Tensor) -> Tensor:
         if _graph.version_of(values) != version:
             raise RuntimeError(
-                "a term of a sum that an accelerated neuron reads was changed in place before the "
-                "backward: write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
+                "a term of a sum with spikes was changed in place before the backward: change a "
+                "copy, as h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
             )
         return value
 

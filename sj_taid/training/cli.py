@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -134,8 +135,9 @@ def format_error(error: Exception) -> str:
     if isinstance(cause, USER_ERRORS) and not isinstance(cause, OmegaConfBaseException):
         error = cause  # of a resolver of ours, which OmegaConf wraps
     text = str(error).partition("\nConfig search path")[0]
-    if "in DataLoader worker" in text:
-        text = text.strip().rpartition("\n")[2]  # the error itself, behind the worker's traceback
-    if isinstance(error, OverrideParseException):
-        text += "\nQuote a value with such characters for Hydra and the shell: \"key='it #2'\""
+    if "in DataLoader worker" in text:  # the error itself is behind the worker's traceback
+        text = re.split(r"\n  File .*(?:\n    .*)*\n", text)[-1].strip()
+    if "LexerNoViableAlt" in text:
+        text = text.partition("\nSee https://hydra.cc")[0]
+        text += "\nQuote a value with this character for Hydra and the shell: \"key='it #2'\""
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])

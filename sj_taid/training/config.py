@@ -89,7 +89,7 @@ def key_of(override: str) -> str:
 
 
 def argument(key: str, value: Any) -> str:
-    """An override as a command line takes it, quoted for Hydra and for the shell if need be.
+    """The override of a path, quoted for Hydra and for the shell if need be.
 
     >>> print(argument("resume", "runs/1"), *shlex.split(argument("resume", "my runs/1")))
     resume=runs/1 resume='my runs/1'

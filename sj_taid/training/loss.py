@@ -26,8 +26,8 @@ class TET(nn.Module):
     r"""Temporal efficient training: the loss of each time step, not that of their mean.
 
     .. math::
-        L = \frac{1}{T} \sum_t (1 - \lambda) \mathrm{CE}(O[t], y)
-            + \lambda \, \mathrm{MSE}(O[t], \phi)
+        L = \frac{1}{T} \sum_t \left[ (1 - \lambda) \mathrm{CE}(O[t], y)
+            + \lambda \mathrm{MSE}(O[t], \phi) \right]
 
     The cross entropy asks every step for the right answer; the squared error to ``phi`` keeps
     outputs from growing. The outputs O are currents, not spikes: a classifier with
