@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -131,6 +131,17 @@ def reverse(t: Tensor) -> Tensor:
     """A copy whose axes have the opposite order in memory."""
     axes = tuple(reversed(range(t.dim())))
     return t.permute(axes).clone(memory_format=torch.contiguous_format).permute(axes)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Another default dtype of torch, for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def results(

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from sj_taid import ALIFNode, _compat, swap_neurons, to_lif
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
+from tests.helpers import default_dtype
 from tests.zoo import ZOO, build
 
 needs_2 = pytest.mark.skipif(
@@ -271,18 +272,12 @@ def test_swap_takes_dtype_and_device_of_the_neighbours():
     assert net[1].w.dtype == torch.float32
 
 
-@pytest.fixture
-def float64_by_default():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_swap_takes_the_nets_dtype_not_the_default(float64_by_default, dtype):
-    plif = neuron.ParametricLIFNode(v_threshold=0.3)
-    net = nn.Sequential(nn.Linear(2, 2), plif, neuron.LIFNode(tau=3.0, v_threshold=0.3)).to(dtype)
-    swap_neurons(net)
+def test_swap_takes_the_nets_dtype_not_the_default(dtype):
+    plif, lif = neuron.ParametricLIFNode(v_threshold=0.3), neuron.LIFNode(3.0, v_threshold=0.3)
+    net = nn.Sequential(nn.Linear(2, 2), plif, lif).to(dtype)
+    with default_dtype(torch.float64):
+        swap_neurons(net)
     assert net[1].w is plif.w and {p.dtype for p in net.parameters()} == {dtype}
     assert torch.equal(net[2].v_threshold, torch.tensor(0.3, dtype=dtype))
 

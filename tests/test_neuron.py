@@ -13,7 +13,7 @@ from torch import nn
 from sj_taid import ALIFNode
 from sj_taid.functional import alif_multi_step, alif_step, lower_bound
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
-from tests.helpers import HALF
+from tests.helpers import HALF, default_dtype
 
 OPTIONS = [
     {},
@@ -246,10 +246,17 @@ def test_alif_multi_step_refuses_bad_arguments(changed, error, message):
         alif_multi_step(inputs(), **good | changed)
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_a_step_is_a_sequence_of_one(backend):
+    pytest.importorskip(backend)
+    x = torch.randn(4, 5, 3, 3)
+    arguments = (0.0, torch.tensor(0.2), torch.tensor(0.7))
+    spike, v = alif_step(x, *arguments, backend=backend)
+    spike_seq, v_last, _ = alif_multi_step(x[None], *arguments, backend=backend)
+    assert torch.equal(spike, spike_seq[0]) and torch.equal(v, v_last)
+
+
 def test_half_default_dtype_gives_float32_parameters():
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         node = ALIFNode()
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert node.w.dtype == node.v_threshold.dtype == torch.float32

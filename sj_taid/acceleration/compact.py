@@ -108,7 +108,7 @@ class Packing:
     def unpack(saved: Any) -> Tensor:
         """The tensor of which :meth:`save` was called."""
         if len(saved) == 2:
-            return unchanged(*saved)
+            return _unchanged(*saved)
         return saved[0](*saved[1]).as_strided(*saved[2])
 
     def expose(self) -> None:
@@ -575,7 +575,7 @@ class Saving:
                 parts, restore = packing.parts(tensor), packing.restorer(tensor)
                 break
         if restore is _same and outer is None:
-            restore = partial(unchanged, version=tensor._version)
+            restore = partial(_unchanged, version=tensor._version)
         return outer, parts if outer is None else tuple(map(outer[0], parts)), restore
 
     @staticmethod
@@ -625,7 +625,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def unchanged(tensor: Tensor, version: int) -> Tensor:
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
     """``tensor``, if it has this ``version`` still; torch checks none that hooks have saved."""
     if tensor._version != version:
         raise RuntimeError(

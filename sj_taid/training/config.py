@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from .._build import find_class, is_below
@@ -96,7 +97,7 @@ def argument(key: str, value: Any) -> str:
     """
     text = str(value)
     if not re.fullmatch(r"[\w./:@%+-]+", text, re.ASCII):
-        text = "'" + text.replace("'", "\\'") + "'"
+        text = QuotedString(text, Quote.single).with_quotes()
     return shlex.quote(f"{key}={text}")
 
 

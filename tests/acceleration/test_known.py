@@ -17,6 +17,7 @@ from sj_taid._fused_neuron import Accelerated
 from sj_taid._graph import record_saved
 from sj_taid.acceleration import own
 from sj_taid.acceleration.compact import Compact
+from tests.helpers import default_dtype
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 
@@ -147,12 +148,8 @@ def test_described_nets_compute_what_they_did(kind, norm):
 def test_a_strict_threshold_is_the_next_float32():
     strict, plain = (known.LIF(v_threshold=0.3, strict=strict) for strict in (True, False))
     above = float(np.nextafter(np.float32(0.3), np.float32(1)))
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            assert (strict.threshold, plain.threshold) == (above, 0.3)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with default_dtype(torch.float64), torch.device("meta"):
+        assert (strict.threshold, plain.threshold) == (above, 0.3)
 
 
 @pytest.mark.parametrize("training", [True, False])

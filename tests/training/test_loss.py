@@ -48,7 +48,8 @@ def test_tet_takes_phi_and_label_smoothing():
 
 def test_tet_refuses_a_share_out_of_its_range():
     for share in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=f"mse_share must be a number from 0 .* it is {share}"):
+        message = f"mse_share must be a number from 0 to 1, but it is {share}"
+        with pytest.raises(ValueError, match=message):
             TET(mse_share=share)
 
 

@@ -33,6 +33,7 @@ from tests.helpers import (
     assert_not_finite_alike,
     assert_same_bits,
     count_grid,
+    default_dtype,
     grid,
     results,
     tensors,
@@ -594,8 +595,5 @@ def test_scratch_memory_does_not_follow_the_default_dtype():
     """A half default dtype once gave the kernels half the memory they write."""
     case = Case(shape=(16, 4, 25_000))
     expected = results(cpu.multi_step, case)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         assert_equal(results(cpu.multi_step, case), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)

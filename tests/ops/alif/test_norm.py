@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sj_taid import functional
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.norm import Norm, batch_norm
 from sj_taid.ops.alif.plan import NormSpec, mean_and_rstd
@@ -138,12 +137,3 @@ def test_batch_norm_is_torchs():
     norm = Norm(torch.rand(5), torch.rand(5), None, None, True, 0.1, 1e-5)
     want = F.batch_norm(x.flatten(0, 1), None, None, norm.weight, norm.bias, True)
     assert torch.equal(batch_norm(x, norm), want.unflatten(0, (4, 3)))
-
-
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_a_step_is_a_sequence_of_one(backend):
-    x = torch.randn(4, 5, 3, 3)
-    arguments = (0.0, torch.tensor(0.2), torch.tensor(0.7))
-    spike, v = functional.alif_step(x, *arguments, backend=backend)
-    spike_seq, v_last, _ = functional.alif_multi_step(x[None], *arguments, backend=backend)
-    assert torch.equal(spike, spike_seq[0]) and torch.equal(v, v_last)
