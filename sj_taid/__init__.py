@@ -10,7 +10,6 @@ from importlib import import_module
 from types import ModuleType
 
 from . import functional as functional
-from . import known
 from .acceleration import accelerate, unaccelerate
 from .calibration import calibrate
 from .convert import swap_neurons, to_lif
@@ -29,7 +28,6 @@ __all__ = [
     "calibrate",
     "create_model",
     "fresh_state",
-    "known",
     "list_models",
     "monitor",
     "name_neurons",

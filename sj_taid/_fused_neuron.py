@@ -58,8 +58,6 @@ class FusedNeuron:
     #: not _backend, which SpikingJelly 0.0.0.0.14 sets
     _fused_backend: Any = backends.AUTO
     _taid_name = ""  # its path in the net, which errors say
-    #: counts are divided by it
-    _taid_divisor = 1.0
     #: the kinds of tensors that a plan takes
     _taid_takes: Any = (Tensor, nn.Parameter)
     #: gives the plain attributes of a node that a call depends on, apart from its surrogate
@@ -160,7 +158,6 @@ class FusedNeuron:
         dynamics = Dynamics(
             *(number, decay_input, threshold, v_reset, self.detach_reset),
             *(*derivatives.derivative_of(function), derivatives.levels_of(function)),
-            self._taid_divisor,
         )
         tensors = [t for t in (w, v_threshold) if t is not None]
         per_channel = any(t.dim() for t in tensors)
@@ -189,7 +186,7 @@ class FusedNeuron:
             w = x_seq.new_full((), max(number, NO_LEAK_W), dtype=dtype)
         if v_threshold is None:
             v_threshold = x_seq.new_full((), threshold, dtype=dtype)
-        results = functional.alif_multi_step(
+        return *functional.alif_multi_step(
             x_seq,
             v,
             w,
@@ -200,9 +197,7 @@ class FusedNeuron:
             detach_reset=self.detach_reset,
             store_v_seq=store_v_seq,
             backend=self._fused_backend,
-        )
-        y, *rest = results
-        return y if self._taid_divisor == 1.0 else y / self._taid_divisor, *rest, None
+        ), None
 
     def _taid_label(self) -> str:
         name, kind = self._taid_name, type(self).__name__
@@ -258,11 +253,6 @@ def restore(net: nn.Module) -> None:
             "given back: torch.nn.utils.parametrize.remove_parametrizations first, if that did it"
         )
     for module in modules.values():
-        restore_module(module)
-
-
-def restore_module(module: Any) -> None:
-    """Give an accelerated module its class back; those in it stay."""
-    module.__class__ = module._taid_kind
-    for name in [name for name in vars(module) if name.startswith("_taid_")]:
-        del vars(module)[name]
+        module.__class__ = module._taid_kind
+        for name in [name for name in vars(module) if name.startswith("_taid_")]:
+            del vars(module)[name]

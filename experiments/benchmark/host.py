@@ -148,7 +148,7 @@ def whole_nets(name: str, shape: Sequence[int]) -> tuple[Systems, Systems]:
     torch.manual_seed(0)
     plain, fast = (published_nets.build(name, width=16) for _ in range(2))
     fast.load_state_dict(plain.state_dict())
-    accelerate(fast, known=published_nets.KNOWN)
+    accelerate(fast)
     x = torch.rand(*shape)
 
     def forward(net: nn.Module) -> None:

@@ -5,15 +5,12 @@ sum, and none of its code. They take ``[T, N, 3, H, W]``, T a multiple of 2, H a
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from sj_taid import known
 
 CLASSES = 5
 OPTIONS = {"surrogate_function": surrogate.ATan(), "detach_reset": True, "step_mode": "m"}
@@ -447,136 +444,10 @@ class SEWResNet(Net):
         return self.classify(self.conv(x))
 
 
-class Quantize(torch.autograd.Function):
-    """A count up to ``most``, with a straight-through gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, most: int) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.most = most
-        return x.clamp(0, most).round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return grad * ((x >= 0) & (x <= ctx.most)), None
-
-
-class MemoryUpdate(nn.Module):
-    """Integer LIF of ``[T, ...]``: a leaky membrane that gives counts, with a detached reset."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        memory, count, counts = torch.zeros_like(x[0]), torch.zeros_like(x[0]), []
-        for step in x:
-            memory = (memory - count.detach()) * 0.25 + step
-            count = Quantize.apply(memory, 4)
-            counts.append(count)
-        return torch.stack(counts)
-
-
-class MultiSpike(nn.Module):
-    """Rounds its input to a count, which it divides."""
-
-    def __init__(self, most: int = 8, divisor: int = 8) -> None:
-        super().__init__()
-        self.most, self.divisor = most, divisor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Quantize.apply(x, self.most) / self.divisor
-
-
-#: what ``accelerate`` is told of these classes
-KNOWN = {
-    MemoryUpdate: known.IntegerLIF(tau=4 / 3, levels=4, detach_reset=True),
-    MultiSpike: lambda m: known.IntegerLIF(tau=None, levels=m.most, divisor=m.divisor),
-}
-
-
-class SpikeYOLO(Net):
-    """BICLab/SpikeYOLO: integer neurons before convolutions, sums of what is no spike."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.stem = conv(3, width, stride=2)
-        self.blocks = nn.ModuleList(conv(width, width) for _ in range(4))
-        for unit in (self.stem, *self.blocks):
-            unit.neuron = MemoryUpdate()
-        self.last = MemoryUpdate()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = normed(self.stem, x)
-        for first, second in zip(self.blocks[::2], self.blocks[1::2], strict=True):
-            x = x + normed_spikes(second, normed_spikes(first, x))
-        return self.classify(self.last(x))
-
-
-class SpikeYOLOOneStep(SpikeYOLO):
-    """The same with one time step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[:1])
-
-
-class SpikeDrivenV3(Net):
-    """BICLab/Spike-Driven-Transformer-V3: counts over D without time, separable convolutions."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.stem = conv(3, width, stride=2)
-        self.point, self.back = conv(width, 2 * width, 1), conv(2 * width, width, 1)
-        self.depth = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width, bias=False)
-        self.q, self.k, self.v, self.project = (conv(width, width, 1) for _ in range(4))
-        self.up, self.down = conv(width, 4 * width, 1), conv(4 * width, width, 1)
-        for unit in self.children():
-            if isinstance(unit, Unit):
-                unit.neuron = MultiSpike()
-        self.middle, self.input, self.scale = MultiSpike(), MultiSpike(), 0.125
-
-    def attend(self, x: Tensor) -> Tensor:
-        x = self.input(x)
-        q, k, v = (
-            unit.neuron(unit.norm(unit.layer(x))).flatten(2).transpose(-1, -2)
-            for unit in (self.q, self.k, self.v)
-        )
-        y = q @ (k.transpose(-2, -1) @ v) * self.scale
-        y = self.project.neuron(y.transpose(-1, -2).reshape(x.shape))
-        return self.project.norm(self.project.layer(y))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, steps = folded(self.stem, x), x
-        y = self.point.norm(self.point.layer(self.point.neuron(x)))
-        x = x + self.back.norm(self.back.layer(self.depth(self.middle(y))))
-        x = x + self.attend(x)
-        for unit in (self.up, self.down):
-            y = unit.norm(unit.layer(unit.neuron(y if unit is self.down else x)))
-        return self.classify(unfold(x + y, steps))
-
-
-class Voxels(nn.Module):
-    """BICLab/E-3DSNN, dense: convolutions of ``[N, C, D, H, W]``, one step of integer neurons."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        widths = (3, width, width, 2 * width)
-        self.convs = nn.ModuleList(
-            nn.Conv3d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm3d(width) for width in widths[1:])
-        self.neurons = nn.ModuleList(MemoryUpdate() for _ in widths[1:])
-        self.head = nn.Linear(2 * width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(1, 2, 0, 3, 4)  # the steps as depth
-        for conv, norm, node in zip(self.convs, self.norms, self.neurons, strict=True):
-            x = node(norm(conv(x)).unsqueeze(0)).squeeze(0)
-        return self.head(x.flatten(2).mean(2))
-
-
 NETS: dict[str, Callable[[int], nn.Module]] = {
     **{kind.__name__: kind for kind in (Spikformer, SpikeDriven, MetaSpikeformer, QKFormer)},
     **{kind.__name__: kind for kind in (SpikingResformer, SpikingUNet, SpikingVQVAE, SFOD)},
-    **{kind.__name__: kind for kind in (SEWResNet, SpikeYOLO, SpikeYOLOOneStep)},
-    **{kind.__name__: kind for kind in (SpikeDrivenV3, Voxels)},
+    SEWResNet.__name__: SEWResNet,
 }
 
 

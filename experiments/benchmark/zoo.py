@@ -77,7 +77,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     shape = (options.steps, 2, 3, options.size, options.size)
     x_seq = torch.rand(shape, device=options.device)
     before = held_bytes(net, x_seq)
-    report = accelerate(net, known=published_nets.KNOWN)
+    report = accelerate(net)
     after = held_bytes(net, x_seq)
     kinds = dict(net.named_modules())
     norms = [row for row in report.rows if isinstance(kinds[row.layer], _BatchNorm)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,25 +10,17 @@ from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .. import _compat
 from .._fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
-from ..neurons import Site, copy_net, describe_equality, find_neurons, need_neurons, why_no_alif
+from ..neurons import Site, describe_equality, find_neurons, need_neurons, why_no_alif
 from ..ops import backends, surrogate
 from ..ops.bits import LARGEST_BYTE
 from ..report import Row
-from .modules import DESCRIBE, AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
-from .own import OwnNeuron, class_of, describe_module, find_described, why_not_described
-from .report import ALREADY, FUSED, Acceleration, measure, norms_of, run_step
+from .modules import AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
+from .report import ALREADY, FUSED, Acceleration, measure, norms_of
 
 
-def accelerate(
-    net: nn.Module,
-    example_input: Any = None,
-    *,
-    known: Mapping[type, Any] | None = None,
-    check: bool = True,
-) -> Acceleration:
+def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     """Train ``net`` in less memory and time with equal outputs; changes it in place.
 
     Its LIF, PLIF, IF, integer LIF and ALIF neurons run on the fused operator and learn what they
@@ -47,19 +38,10 @@ def accelerate(
         net: any module with SpikingJelly neurons, ALIF included, in step mode ``"m"``.
         example_input: an input of ``net`` (a tuple for several), to measure a training step before
             and after, on a copy. The report then says what read each norm.
-        known: classes of the net's own and what they compute: a description of
-            :mod:`sj_taid.known`, or a function of the module that gives one. The function is
-            called at each call of the module, so that later changes are followed; a pickled net
-            keeps the descriptions that it had.
-        check: compare each described module with its description, in training and in eval mode,
-            at its first call that gives more than one value.
 
     Raises:
-        ValueError: ``net`` has no neuron. At a module's first call: it does not compute what its
-            description says.
-        TypeError: ``example_input`` is neither a tensor nor a tuple, or something in ``known`` no
-            description of such a class.
-        AttributeError: a described module has not the attribute ``voltage``.
+        ValueError: ``net`` has no neuron.
+        TypeError: ``example_input`` is neither a tensor nor a tuple.
 
     >>> from spikingjelly.activation_based import neuron
     >>> net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), neuron.LIFNode(step_mode="m"))
@@ -71,32 +53,16 @@ def accelerate(
     0      BatchNorm1d  fused into 1    equal outputs to rounding
     1      LIFNode      fused operator  equal outputs
     """
-    known = known or {}
-    for kind in known:
-        if not isinstance(kind, type):
-            raise TypeError(f"known= has a class for each description, not {kind!r:.80}")
-    exchange = partial(_exchange_classes, known=known, check=check)
-    if not any(class_of(m) in known or isinstance(m, OwnNeuron) for m in net.modules()):
-        names = ", ".join(kind.__name__ for kind in known)
-        need_neurons(
-            net, f"accelerate, nor a module of known= ({names})" if known else "accelerate"
-        )
-    kinds = {class_of(module) for module in net.modules()}
-    absent = ", ".join(kind.__name__ for kind in known if kind not in kinds)
+    need_neurons(net, "accelerate")
     if example_input is None:
-        return Acceleration(net, exchange(net), absent)
+        return Acceleration(net, _exchange_classes(net))
     if not isinstance(example_input, Tensor | tuple):
         raise TypeError(
             "example_input must be a tensor, or a tuple for several inputs, but it is a "
             f"{type(example_input).__name__}"
         )
-    if known and check:
-        trial = copy_net(net)
-        exchange(trial)
-        run_step(trial, example_input)
-    unchecked = partial(exchange, check=False)
-    readers, saved_bytes, step_ms = measure(net, example_input, unchecked, unaccelerate)
-    return Acceleration(net, exchange(net, readers), absent, saved_bytes, step_ms)
+    readers, saved_bytes, step_ms = measure(net, example_input, _exchange_classes, unaccelerate)
+    return Acceleration(net, _exchange_classes(net, readers), saved_bytes, step_ms)
 
 
 def unaccelerate(net: nn.Module) -> None:
@@ -116,33 +82,19 @@ def unaccelerate(net: nn.Module) -> None:
 
 
 def _exchange_classes(
-    net: nn.Module,
-    readers: Mapping[str, dict[str, bool]] | None = None,
-    *,
-    known: Mapping[type, Any],
-    check: bool,
+    net: nn.Module, readers: Mapping[str, dict[str, bool]] | None = None
 ) -> dict[str, Row]:
     """Give neurons and norms their accelerated classes; a row for each neuron.
 
     ``readers``: what has read each norm of a copy of ``net``, which its report starts with.
     """
-    described, readers = find_described(net, known), readers or {}
-    rows = {}
-    for path, (module, description, function) in described.items():
-        describe_module(module, description, function, path, check)
-    for path, module in net.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, OwnNeuron) and path in described:
-            rows[path] = Row(path, kind, FUSED, f"as {module._taid_description}")
-        elif reason := why_not_described(module, known):
-            rows[path] = Row(path, kind, "", reason)
+    readers, rows = readers or {}, {}
     for site in find_neurons(net):
-        if site.path not in rows:
-            reason = _why_not(site, net)
-            rows[site.path] = site.row("" if reason else FUSED, reason or describe_equality(site))
-            if not reason:
-                accelerate_module(site.node)._taid_name = site.path
-    if any(isinstance(module, AcceleratedALIF | OwnNeuron) for module in net.modules()):
+        reason = _why_not(site, net)
+        rows[site.path] = site.row("" if reason else FUSED, reason or describe_equality(site))
+        if not reason:
+            accelerate_module(site.node)._taid_name = site.path
+    if any(isinstance(module, AcceleratedALIF) for module in net.modules()):
         norm: Any
         for path, norm in norms_of(net):
             if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
@@ -163,8 +115,6 @@ def _why_not(site: Site, net: nn.Module) -> str | None:
         reason = "its backend is torch" if node.backend == "torch" else None
     else:
         reason = why_no_alif(node)
-        if reason and _compat.plain_kind(node) is None:
-            reason += DESCRIBE
     if reason or (reason := surrogate.unsupported(node.surrogate_function)):
         return reason
     if (levels := surrogate.levels_of(node.surrogate_function)) > LARGEST_BYTE:

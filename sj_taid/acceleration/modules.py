@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..ops.alif.plan import Plans
 from ..ops.bits import is_dense
 from ..ops.surrogate import levels_of
 from . import sums as sums
-from .compact import Compact, Counts, Known, Packing, Scaled, compact, saving
+from .compact import Compact, Counts, Known, compact, saving
 from .norm_output import NormOutput, Recomputed, decide, memory_order, wait
 
 
@@ -81,8 +81,6 @@ def accelerate_module(module: Any) -> Any:
     return module
 
 
-#: what the report says of a class that it does not know
-DESCRIBE = "; known= may say what it computes: docs/accelerate.md, Your net's classes"
 #: a subclass that overrides one of these may compute something other than batch norm
 _NORM_METHODS = ("forward", "super_forward", "__call__", "_check_input_dim")
 #: the norms whose output can wait
@@ -102,7 +100,7 @@ def why_no_norm(module: nn.Module) -> str | None:
     known = next((n for n, kind in enumerate(kinds) if kind in _KNOWN_NORMS), None)
     own = {name for kind in kinds[:known] for name in _NORM_METHODS if name in vars(kind)}
     if known is None or own:
-        return f"{type(module).__name__} is not known to compute torch's batch norm{DESCRIBE}"
+        return f"{type(module).__name__} is not known to compute torch's batch norm"
     if is_parametrized(module):
         return "it is parametrized"
     return "its forward was replaced" if "forward" in vars(module) else None
@@ -113,12 +111,6 @@ class AcceleratedNorm(Exchanged):
 
     #: what has read the output, for the report, and whether as one operation
     _taid_readers: dict[str, bool]
-    #: the axis of channels of a class of the net's own
-    _taid_channel_axis = 1
-    #: whether all that it computes is torch's batch norm of these tensors
-    _taid_is_torchs = True
-    #: gives the weight, bias, running mean and variance of a norm
-    _taid_tensors: Any = attrgetter("weight", "bias", "running_mean", "running_var")
     #: the running statistics of the last call, if nobody knows yet who reads its output
     _taid_trial: Any = None
 
@@ -136,8 +128,8 @@ class AcceleratedNorm(Exchanged):
             return super().forward(x)  # type: ignore[misc]
         module: Any = self
         # Whether the input is [T, N, C, *], not [M, C, *].
-        folds = vars(module).get("_step_mode") == "m" or self._taid_channel_axis == 2
-        tensors = self._taid_tensors(module)
+        folds = vars(module).get("_step_mode") == "m"
+        tensors = _TENSORS(module)
         with torch._C.DisableTorchFunctionSubclass():
             forms = [x.stride(), x.is_inference(), folds, _NORM_NUMBERS(module)]
             for tensor in tensors:  # neither comprehension nor function, which take as long
@@ -161,6 +153,7 @@ NO_GRADIENT = "its input requires no gradient"
 #: the inputs whose norm can wait
 _WAITS = (Tensor, Compact)
 _FORM = attrgetter("__class__", "shape", "dtype", "device")
+_TENSORS = attrgetter("weight", "bias", "running_mean", "running_var")
 _NORM_NUMBERS = attrgetter("training", "momentum", "eps", "track_running_stats", "num_features")
 
 
@@ -168,7 +161,6 @@ class AcceleratedALIF(Exchanged):
     """An ALIF that computes the norm before it too, and gives spikes that are saved as bits."""
 
     _taid_takes = Tensor, nn.Parameter, Compact
-    _taid_divisor: float
 
     def _taid_run(
         self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool, *unused: Any
@@ -201,14 +193,7 @@ class AcceleratedALIF(Exchanged):
             if spike_seq.stride() != strides:  # the bits have the other memory order
                 fired, spike_seq = spike_seq, arranged(spike_seq, strides)
                 bits = bits if spike_seq is fired else None
-        divisor = self._taid_divisor
-        if divisor == 1.0:
-            packing: Packing = Counts(spike_seq, peak, bits)
-        else:
-            whole = spike_seq if bits is not None else (spike_seq.detach() * divisor).round_()
-            divide = partial(Tensor.div_, other=divisor)
-            packing = Scaled(whole, Counts(whole, peak, bits), divide).of(spike_seq)
-        compact(spike_seq, packing)
+        compact(spike_seq, Counts(spike_seq, peak, bits))
         return spike_seq, v_last, v_seq, None
 
     def _taid_run_operators(self, x_seq: Tensor, *arguments: Any) -> tuple[Any, ...]:

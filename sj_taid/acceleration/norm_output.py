@@ -172,7 +172,7 @@ class Waiting:
         #: those of the plain module's input ``[M, C, *]``
         self.strides = (x.flatten(0, 1) if folds else x).stride()
         #: whether torch's batch norm of the input is the output
-        self.is_recomputable = module._taid_is_torchs and not self.copies
+        self.is_recomputable = not self.copies
         given = [t for t in tensors if t is not None]
         self.has_weight, self.has_bias = (t is not None for t in tensors[:2])
         #: the dtype that torch's operators ask for

@@ -37,11 +37,10 @@ class Acceleration:
         self,
         net: nn.Module,
         neurons: dict[str, Row],
-        absent: str,
         saved_bytes: tuple[int, int] | None = None,
         step_ms: tuple[float, float] | None = None,
     ) -> None:
-        self._net, self._neurons, self._absent = net, neurons, absent
+        self._net, self._neurons = net, neurons
         self.saved_bytes, self.step_ms = saved_bytes, step_ms
 
     @property
@@ -61,8 +60,6 @@ class Acceleration:
             step = "no difference measurable" if equal else f"{old:.4g} -> {new:.4g} ms"
             saved = f"{old_bytes / 1e6:.3g} -> {new_bytes / 1e6:.3g} MB"
             lines.append(f"saved for backward {saved}, step {step}")
-        if self._absent:
-            lines.append(f"known= has {self._absent}, but the net has no such module")
         return "\n".join([*lines, table_of(_merge(self.rows))])
 
     __repr__ = __str__

@@ -280,9 +280,42 @@ def test_accelerate_leaves_norms_that_it_does_not_know():
     nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
     net = nn.Sequential(Half(3), parametrized, neuron.LIFNode(step_mode="m"))
     notes = [row.note for row in accelerate(net).rows[:2]]
-    assert notes[0].startswith("Half is not known to compute torch's batch norm; known= may say")
+    assert notes[0].startswith("Half is not known to compute torch's batch norm")
     assert notes[1:] == ["it is parametrized"]
     nn.utils.parametrize.remove_parametrizations(parametrized, "weight")  # raises in a subclass
+
+
+class SubLIF(neuron.LIFNode):
+    pass
+
+
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm3d(2), lambda: SubLIF(step_mode="m")])
+def test_what_an_accelerated_module_gets_has_names_of_its_own(make):
+    net = nn.Sequential(make(), neuron.LIFNode(step_mode="m"))
+    plain = copy.deepcopy(net)
+    accelerate(net)
+    net(torch.randn(4, 2, 3, 8, 8, requires_grad=True)).sum().backward()
+    kind, kinds = type(plain[0]), type(net[0]).__mro__
+    added = {name for mixin in kinds[: kinds.index(kind)] for name in vars(mixin)}
+    added |= vars(net[0]).keys() - vars(plain[0]).keys()
+    others = {name for name in added if not name.startswith("_taid_")}
+    of_modules = {*dir(nn.BatchNorm2d), *dir(neuron.LIFNode), "__weakref__"}
+    assert others <= of_modules | {"_fused_backend"} and "__init__" in others
+    assert type(net[0]).__doc__ == kind.__doc__
+
+
+def test_the_class_of_an_accelerated_module_makes_modules_of_the_nets_class():
+    subclasses = []
+
+    class Listed(neuron.LIFNode):
+        def __init_subclass__(cls):
+            subclasses.append(cls)
+
+    net = nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), Listed(step_mode="m"))
+    accelerate(net)
+    norm, node = type(net[0])(3), type(net[1])(tau=3.0)
+    assert type(norm) is layer.BatchNorm2d and type(node) is Listed and node.tau == 3.0
+    assert not subclasses
 
 
 @pytest.mark.parametrize("x_seq", [torch.tensor([[2], [0], [3]]), torch.tensor([2.0, 0.0, 3.0])])

@@ -33,6 +33,6 @@ def test_published_net_trains_alike(name, way):
     training, options = WAYS[way]
     net, x = draw(name, training, options)
     fast = copy.deepcopy(net)
-    sj_taid.accelerate(fast, known=published_nets.KNOWN)
+    sj_taid.accelerate(fast)
     expected, got = (results(n, x, **options) for n in (copy.deepcopy(net), fast))
     assert_alike(got, expected, results(net.double(), x.double(), **options))

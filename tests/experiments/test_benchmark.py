@@ -80,10 +80,6 @@ PUBLISHED = {
     "SpikingVQVAE": (4, 0.42),
     "SFOD": (0, 0.48),
     "SEWResNet": (7, 0.32),
-    "SpikeYOLO": (3, 0.42),
-    "SpikeYOLOOneStep": (3, 0.43),
-    "SpikeDrivenV3": (6, 0.48),
-    "Voxels": (3, 0.45),
 }
 
 
