@@ -31,7 +31,6 @@ from tests.helpers import (
     assert_equal,
     assert_equals_a_float32_copys,
     assert_not_finite_alike,
-    assert_same_bits,
     count_grid,
     default_dtype,
     grid,
@@ -55,7 +54,7 @@ import numba
 from sj_taid.ops.alif import cpu
 from sj_taid.ops.alif.cpu import loops, threads
 
-FLOATS = tuple(cpu.operators.DTYPES)
+FLOATS = cpu.operators.DTYPES
 # Two parts at least, and cheap: with GRAIN lowered to 1 it is worth any number of threads.
 WIDE = Case(shape=(2, 9001, 3), channels=3)
 
@@ -250,37 +249,6 @@ def test_layouts(layout, channels, moved):
     if layout in ("channels_last", "neurons_transposed"):  # dense ones are not copied
         got = results(cpu.multi_step, case, leaves)
         assert all(got[n].stride() == leaves["x"].stride() for n in ("spike_seq", "grad_x"))
-
-
-@numba.njit(error_model="numpy")
-def widen(half, out, dtype, n):
-    x = loops._at(half, 0), loops._half_at(half, 0), loops._byte_at(half, 0)
-    loops._load_run(*x, loops._at(out, 0), dtype, 0, n, 0)
-
-
-@numba.njit(error_model="numpy")
-def narrow(values, out, dtype, n):
-    to = loops._at(out, 0), loops._half_at(out, 0), loops._byte_at(out, 0)
-    loops._store_run(loops._at(values, 0), *to, dtype, 0, n, 0)
-
-
-def test_conversions_of_bfloat16_are_torchs():
-    dtype = torch.bfloat16
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    widened = torch.empty(len(every))
-    widen(every.data_ptr(), widened.data_ptr(), cpu.operators.DTYPES[dtype], len(every))
-    assert_same_bits(widened, every.float())
-    # Around each of them and around each place where rounding turns: half way to its neighbour; and
-    # all that lies between in coarse steps, denormal numbers of float32 and NaNs among them.
-    near = widened.view(torch.int32)[:, None]
-    halfway = (torch.cat([near[1:], near[-1:]]) - near) // 2
-    around = torch.arange(-2, 3, dtype=torch.int32)
-    coarse = torch.arange(-(1 << 31), 1 << 31, 4999).to(torch.int32)
-    values = torch.cat([(near + around).ravel(), (near + halfway + around).ravel(), coarse])
-    values = values.view(torch.float32)
-    rounded = torch.empty(len(values), dtype=dtype)
-    narrow(values.data_ptr(), rounded.data_ptr(), cpu.operators.DTYPES[dtype], len(values))
-    assert_same_bits(rounded, values.to(dtype))
 
 
 # Of several blocks, the last of them cut short.

@@ -2,9 +2,9 @@
 
 The neurons are cut into parts, and a part into blocks. For one block, forward walks through time
 with the block's voltages in the cache; backward recomputes them from the input and then walks back.
-Whatever a tensor's dtype and layout, its values pass through rows of float32 in the cache:
-:func:`_load` and :func:`_store` alone know both, and every other loop runs over contiguous rows, as
-a function of its own, so that LLVM vectorises it.
+Whatever a tensor's layout, its values are read and written as rows: in place where they lie so in
+memory, else through a copy in the cache. Every loop runs over a row, as a function of its own, so
+that LLVM vectorises it.
 
 Where a channel's values fit the cache, backward of a norm takes all neurons of some channels as a
 part. Their input and the gradient of the norm's output stay there until the latter is turned into
@@ -46,8 +46,6 @@ CHUNK = 128
 #: floats per cache line
 LINE = 16
 
-#: types of a tensor's elements
-FLOAT32, BFLOAT16, BYTE = range(3)
 #: how a neuron charges; without state for counts alone
 LEAK, DECAY_INPUT, NO_LEAK, NO_STATE = range(4)
 
@@ -66,7 +64,7 @@ class Arguments(ctypes.Structure):
                 *("running_mean", "running_var", "batches"),
                 *("parts", "ranges", "part_size", "block", "x_size", "group", "whole"),
                 *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
-                *("dtype", "per_channel", "norm", "fixed_norm", "norm_sums", "ab", "sums_only"),
+                *("per_channel", "norm", "fixed_norm", "norm_sums", "ab", "sums_only"),
                 *("charge", "soft", "counts", "plain_average", "row"),
             )
         ),
@@ -146,8 +144,7 @@ def _pointer_to(kind: Any) -> Any:
 
 
 _at, _double_at = _pointer_to(types.float32), _pointer_to(types.float64)
-_half_at, _byte_at = _pointer_to(types.uint16), _pointer_to(types.uint8)
-_number_at = _pointer_to(types.int64)
+_byte_at, _number_at = _pointer_to(types.uint8), _pointer_to(types.int64)
 
 
 @intrinsic
@@ -255,22 +252,6 @@ def _overload_f32(x):
     return lambda x: np.float32(x)
 
 
-# Conversions in integers, which every CPU can vectorise. Each step is cast to 32 bits, since
-# numba's integers, and so the vectors' lanes, would have 64.
-
-
-@_part
-def _from_bfloat16(half):
-    return np.uint32(np.uint32(half) << 16).view(np.float32)
-
-
-@_part
-def _to_bfloat16(value):
-    bits = np.float32(value).view(np.uint32)
-    rounded = np.uint32(bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return np.uint16(0x7FC0 if value != value else rounded)
-
-
 @_part
 def _fetch(row, first, last):
     for i in range(first, last, LINE):
@@ -287,16 +268,16 @@ def _segment(place, t, first, n, done):
 
 
 @_part
-def _is_row(dtype, place, first, n):
-    """Whether ``n`` neurons of a part from ``first`` on lie in memory as a row of float32."""
-    return dtype == FLOAT32 and first % place[1] + n <= place[1]
+def _is_row(place, first, n):
+    """Whether ``n`` neurons of a part from ``first`` on lie in memory as a row."""
+    return first % place[1] + n <= place[1]
 
 
 @_part
-def _read(x, dtype, place, t, first, n, row, ahead):
+def _read(x, place, t, first, n, row, ahead):
     """A row of the ``n`` neurons of a part from ``first`` on at step ``t``: a copy, if need be."""
-    if not _is_row(dtype, place, first, n):
-        _load(x, dtype, place, t, first, n, row, ahead)
+    if not _is_row(place, first, n):
+        _load(x, place, t, first, n, row, ahead)
         return row
     here, _ = _segment(place, t, first, n, 0)
     ahead *= place[3]
@@ -305,18 +286,18 @@ def _read(x, dtype, place, t, first, n, row, ahead):
 
 
 @_part
-def _target(out, dtype, place, t, first, n, row):
+def _target(out, place, t, first, n, row):
     """Where to write a row that :func:`_write` then brings there, if it is not there yet."""
-    if not _is_row(dtype, place, first, n):
+    if not _is_row(place, first, n):
         return row
     here, _ = _segment(place, t, first, n, 0)
     return _at(out, here)
 
 
 @_part
-def _write(values, out, dtype, place, t, first, n, ahead):
-    if not _is_row(dtype, place, first, n):
-        _store(values, out, dtype, place, t, first, n, ahead)
+def _write(values, out, place, t, first, n, ahead):
+    if not _is_row(place, first, n):
+        _store(values, out, place, t, first, n, ahead)
     else:
         here, _ = _segment(place, t, first, n, 0)
         ahead *= place[3]
@@ -324,68 +305,42 @@ def _write(values, out, dtype, place, t, first, n, ahead):
 
 
 @_part
-def _load(x, dtype, place, t, first, n, out, ahead):
+def _load(x, place, t, first, n, out, ahead):
     """The ``n`` neurons of a part from ``first`` on at step ``t``; fetches those ``ahead``."""
-    ahead *= place[3]
     done = 0
     while done < n:
         here, length = _segment(place, t, first, n, done)
-        floats, halves, small = _at(x, here), _half_at(x, here), _byte_at(x, here)
-        _load_run(floats, halves, small, out, dtype, done, done + length, ahead)
+        x_here = _at(x, here)
+        _copy(x_here, out, done, done + length, x_here, ahead * place[3])
         done += length
 
 
 @_part
-def _load_run(floats, halves, small, out, dtype, begin, end, ahead):
-    for first in range(begin, end, CHUNK):
-        last = min(first + CHUNK, end)
-        if dtype == FLOAT32:
-            _fetch(floats, first + ahead, last + ahead)
-            for i in range(first, last):
-                out[i] = floats[i]
-        elif dtype == BFLOAT16:
-            _fetch(halves, first + ahead, last + ahead)
-            for i in range(first, last):
-                out[i] = _from_bfloat16(halves[i])
-        else:
-            for i in range(first, last):
-                out[i] = np.float32(small[i])
-
-
-@_part
-def _store(values, out, dtype, place, t, first, n, ahead):
-    """The inverse of :func:`_load`, rounded."""
-    ahead *= place[3]
+def _store(values, out, place, t, first, n, ahead):
+    """The inverse of :func:`_load`."""
     done = 0
     while done < n:
         here, length = _segment(place, t, first, n, done)
-        floats, halves, small = _at(out, here), _half_at(out, here), _byte_at(out, here)
-        _store_run(values, floats, halves, small, dtype, done, done + length, ahead)
+        out_here = _at(out, here)
+        _copy(values, out_here, done, done + length, out_here, ahead * place[3])
         done += length
 
 
 @_part
-def _store_run(values, floats, halves, small, dtype, begin, end, ahead):
+def _copy(values, out, begin, end, fetched, ahead):
+    """Copy a run, and meanwhile fetch what lies ``ahead`` in the tensor."""
     for first in range(begin, end, CHUNK):
         last = min(first + CHUNK, end)
-        if dtype == FLOAT32:
-            _fetch(floats, first + ahead, last + ahead)
-            for i in range(first, last):
-                floats[i] = values[i]
-        elif dtype == BFLOAT16:
-            _fetch(halves, first + ahead, last + ahead)
-            for i in range(first, last):
-                halves[i] = _to_bfloat16(values[i])
-        else:
-            for i in range(first, last):
-                small[i] = np.uint8(np.int32(values[i]))
+        _fetch(fetched, first + ahead, last + ahead)
+        for i in range(first, last):
+            out[i] = values[i]
 
 
 @_part
 def _start(out, values, value, place, first, n):
     """The ``n`` values from ``first`` on, or ``value`` where there are none."""
     if values:
-        _load(values, FLOAT32, place, 0, first, n, out, 0)
+        _load(values, place, 0, first, n, out, 0)
     else:
         _fill(out, value, n)
 
@@ -490,6 +445,12 @@ def _pack_row(spike, bits, value, n):
 
 
 @_part
+def _store_bytes(values, out, n):
+    for i in range(n):
+        out[i] = np.uint8(np.int32(values[i]))
+
+
+@_part
 def _unpack_row(bits, spike, k, n):
     for i in range(n):
         spike[i] = np.float32(np.int32(np.int32(bits[i]) >> k) & np.int32(1))
@@ -528,7 +489,7 @@ def _room(scratch, a, t, here):
 @_part
 def _input_row(scratch, a, place, t, first, n, here):
     """The input at step ``t``: in memory, or as :func:`_recompute` left it."""
-    return _target(a.x, a.dtype, place, t, first, n, _room(scratch, a, t, here))
+    return _target(a.x, place, t, first, n, _room(scratch, a, t, here))
 
 
 @_part
@@ -539,7 +500,7 @@ def _grad_row(scratch, a, place, t, first, n, here):
     row = _row(scratch, _GRAD_Y)
     if a.norm or not a.grad_x:
         return row
-    return _target(a.grad_x, a.dtype, place, t, first, n, row)
+    return _target(a.grad_x, place, t, first, n, row)
 
 
 @_part
@@ -645,42 +606,42 @@ def _forward_part(a, scratch, part):
         now = _row(scratch, _VOLTAGES)
         _start(now, a.v0, a.v_init, place, first, n)
         for t in range(a.steps):
-            x = _read(a.x, a.dtype, place, t, first, n, _row(scratch, _X), 1)
-            spike = _target(a.spike, a.dtype, place, t, first, n, _row(scratch, _SPIKE))
+            x = _read(a.x, place, t, first, n, _row(scratch, _X), 1)
+            spike = _target(a.spike, place, t, first, n, _row(scratch, _SPIKE))
             # Never the row it reads from, which would look like a loop-carried dependence.
             after = _row(scratch, _VOLTAGES + (t + 1) % 2)
             _step_row(scratch, a, x, now, spike, after, norm, charge, soft, counts, n)
             if a.bits and a.levels > np.float32(1):
-                _store_counts(a, spike, place, t, first, n)
+                _store_counts(a, spike, t, first, n)
             elif a.bits:
-                _store_bits(scratch, a, spike, place, t, first, n)
+                _store_bits(scratch, a, spike, t, first, n)
             if counts and a.divisor != np.float32(1):
                 _divide(spike, a.divisor, n)
-            _write(spike, a.spike, a.dtype, place, t, first, n, 1)
+            _write(spike, a.spike, place, t, first, n, 1)
             if a.v_seq:
-                _store(after, a.v_seq, FLOAT32, place, t, first, n, 1)
+                _store(after, a.v_seq, place, t, first, n, 1)
             now = after
-        _store(now, a.v, FLOAT32, place, 0, first, n, 0)
+        _store(now, a.v, place, 0, first, n, 0)
 
 
 @_part
-def _store_bits(scratch, a, spike, place, t, first, n):
+def _store_bits(scratch, a, spike, t, first, n):
     """Add the spikes of step ``t`` to a row of bits, and write what is full."""
     bits = _row(scratch, _BITS)
     if t % 8 == 0:
         _fill(bits, np.float32(0), n)
     _pack_row(spike, bits, np.float32(1 << t % 8), n)
     if t % 8 == 7 or t == a.steps - 1:
-        _store(bits, a.bits, BYTE, place, t // 8, first, n, 0)
+        _store_bytes(bits, _byte_at(a.bits, t // 8 * a.neurons + first), n)
 
 
 @_part
-def _store_counts(a, counts, place, t, first, n):
+def _store_counts(a, counts, t, first, n):
     """Write half bytes of counts, where a part begins at an even neuron of memory, or bytes."""
+    here = t * a.neurons + first
     if a.levels > np.float32(LARGEST_HALF):
-        _store(counts, a.bits, BYTE, place, t, first, n, 0)
+        _store_bytes(counts, _byte_at(a.bits, here), n)
     else:
-        here, _ = _segment(place, t, first, n, 0)
         _pack_count_row(counts, _byte_at(a.bits, here // 2), n)
 
 
@@ -691,23 +652,21 @@ def _pack_part(a, scratch, part):
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
         for t in range(a.steps):
-            spike = _read(a.spike, a.dtype, place, t, first, n, _row(scratch, _SPIKE), 1)
-            _store_bits(scratch, a, spike, place, t, first, n)
+            spike = _read(a.spike, place, t, first, n, _row(scratch, _SPIKE), 1)
+            _store_bits(scratch, a, spike, t, first, n)
 
 
 @_part
 def _unpack_part(a, scratch, part):
     """Spikes of bits."""
     place, begin, end, _, _ = _place(a, part)
-    bits = _row(scratch, _BITS)
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
         for t in range(a.steps):
-            if t % 8 == 0:
-                _load(a.bits, BYTE, place, t // 8, first, n, bits, 0)
-            spike = _target(a.spike, a.dtype, place, t, first, n, _row(scratch, _SPIKE))
+            bits = _byte_at(a.bits, t // 8 * a.neurons + first)
+            spike = _target(a.spike, place, t, first, n, _row(scratch, _SPIKE))
             _unpack_row(bits, spike, np.int32(t % 8), n)
-            _write(spike, a.spike, a.dtype, place, t, first, n, 1)
+            _write(spike, a.spike, place, t, first, n, 1)
 
 
 @_part
@@ -716,7 +675,7 @@ def _pack_counts_part(a, scratch, part):
     place, begin, end, _, _ = _place(a, part)
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
-        counts = _read(a.spike, a.dtype, place, 0, first, n, _row(scratch, _SPIKE), 1)
+        counts = _read(a.spike, place, 0, first, n, _row(scratch, _SPIKE), 1)
         _pack_count_row(counts, _byte_at(a.bits, first // 2), n)
 
 
@@ -735,9 +694,9 @@ def _unpack_counts_part(a, scratch, part):
     place, begin, end, _, _ = _place(a, part)
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
-        counts = _target(a.spike, a.dtype, place, 0, first, n, _row(scratch, _SPIKE))
+        counts = _target(a.spike, place, 0, first, n, _row(scratch, _SPIKE))
         _unpack_count_row(_byte_at(a.bits, first // 2), counts, n)
-        _write(counts, a.spike, a.dtype, place, 0, first, n, 1)
+        _write(counts, a.spike, place, 0, first, n, 1)
 
 
 @_part
@@ -841,11 +800,11 @@ def _backward_part(a, scratch, part):
         for t in range(a.steps - 1, -1, -1):
             if a.grad_v_seq:
                 spare = _row(scratch, _SPARE)
-                grad_v = _read(a.grad_v_seq, FLOAT32, place, t, first, n, spare, -1)
+                grad_v = _read(a.grad_v_seq, place, t, first, n, spare, -1)
                 _add(grad_now, grad_v, n)
             if a.grad_spike:
                 copy = _row(scratch, _SPIKE)
-                grad_spike = _read(a.grad_spike, a.dtype, place, t, first, n, copy, -1)
+                grad_spike = _read(a.grad_spike, place, t, first, n, copy, -1)
             x = _input_row(scratch, a, place, t, first, n, here)
             grad_y = _grad_row(scratch, a, place, t, first, n, here)
             v = _row(scratch, _VOLTAGES + t)
@@ -854,7 +813,7 @@ def _backward_part(a, scratch, part):
             if a.grad_x and not a.whole and not a.sums_only:
                 _store_grad_x(scratch, a, place, t, first, n, here, -1)
         if a.grad_v0:
-            _store(grad_now, a.grad_v0, FLOAT32, place, 0, first, n, 0)
+            _store(grad_now, a.grad_v0, place, 0, first, n, 0)
         if a.norm_sums:
             _add_to_sums(scratch, a, GRAD_OFFSET, part, _GRAD_OFFSET, first, n)
             _add_to_sums(scratch, a, GRAD_GAIN, part, _GRAD_GAIN, first, n)
@@ -873,7 +832,7 @@ def _recompute(scratch, a, place, first, n, here, norm, charge, soft, counts):
     spike = _row(scratch, _SPARE)
     _start(_row(scratch, _VOLTAGES), a.v0, a.v_init, place, first, n)
     for t in range(a.steps):
-        x = _read(a.x, a.dtype, place, t, first, n, _room(scratch, a, t, here), 1)
+        x = _read(a.x, place, t, first, n, _room(scratch, a, t, here), 1)
         if t < a.steps - 1:
             v, after = _row(scratch, _VOLTAGES + t), _row(scratch, _VOLTAGES + t + 1)
             _step_row(scratch, a, x, v, spike, after, norm, charge, soft, counts, n)
@@ -944,10 +903,10 @@ def _store_grad_x(scratch, a, place, t, first, n, here, ahead):
     grad = _grad_row(scratch, a, place, t, first, n, here)
     if a.norm:
         x = _input_row(scratch, a, place, t, first, n, here)
-        out = _target(a.grad_x, a.dtype, place, t, first, n, _row(scratch, _SPARE))
+        out = _target(a.grad_x, place, t, first, n, _row(scratch, _SPARE))
         _input_gradient_row(scratch, x, grad, out, a.ab != 0, n)
         grad = out
-    _write(grad, a.grad_x, a.dtype, place, t, first, n, ahead)
+    _write(grad, a.grad_x, place, t, first, n, ahead)
 
 
 @_part
@@ -985,27 +944,18 @@ def _finite(x):
 
 
 @_part
-def _values(a, here, n, row, ahead):
-    """``n`` neighbouring values of the input, as float32."""
-    if a.dtype == FLOAT32:
-        return _at(a.x, here)
-    _load_run(_at(a.x, here), _half_at(a.x, here), _byte_at(a.x, here), row, a.dtype, 0, n, ahead)
-    return row
-
-
-@_part
-def _sum_runs(a, row, begin, end, channel, width, pivots, differences, squares):
+def _sum_runs(a, begin, end, channel, width, pivots, differences, squares):
     """Moments of some channels in the samples ``begin`` to ``end``, a run of neighbours at once."""
     for sample in range(begin, end):
         for c in range(width):
             start = (sample * a.channels + channel + c) * a.inner
             if sample == begin:
-                x = _values(a, start, RUN, row, 0)
+                x = _at(a.x, start)
                 difference, _ = _moments(x, x[0], RUN)
                 pivots[c] = _finite(x[0] + difference / np.float32(RUN))
             for first in range(0, a.inner, ROW):
                 n = min(ROW, a.inner - first)
-                x = _values(a, start + first, n, row, 0)
+                x = _at(a.x, start + first)
                 difference, square = _moments(x, np.float32(pivots[c]), n)
                 differences[c] += difference
                 squares[c] += square
@@ -1016,7 +966,7 @@ def _sum_columns(a, scratch, begin, end, channel, width, pivots, differences, sq
     """The same where neighbours have different channels: in rows of ``block`` samples."""
     pivot, difference, square = _row(scratch, 1), _row(scratch, 2), _row(scratch, 3)
     start, stride, columns = channel * a.inner, a.channels * a.inner, width * a.inner
-    x = _values(a, begin * stride + start, columns, _row(scratch, 0), 0)
+    x = _at(a.x, begin * stride + start)
     for c in range(width):
         pivots[c] = x[c * a.inner]
     first, last, finds_pivot = begin, min(begin + ROWS // 4 * a.block, end), True
@@ -1027,8 +977,7 @@ def _sum_columns(a, scratch, begin, end, channel, width, pivots, differences, sq
         _fill(square, np.float32(0), most)
         for sample in range(first, last, a.block):
             n = columns * min(a.block, last - sample)
-            here = sample * stride + start
-            x = _values(a, here, n, _row(scratch, 0), a.block * stride)
+            x = _at(a.x, sample * stride + start)
             _add_moments(x, pivot, difference, square, n)
         _gather(differences, difference, 0, most, a.inner, width)
         if finds_pivot:
@@ -1053,8 +1002,7 @@ def _statistics_of_part(a, scratch, part):
     differences = _sums(a, part, DIFFERENCES, MOMENTS, channel)
     squares = _sums(a, part, SQUARES, MOMENTS, channel)
     if a.inner >= RUN:
-        row = _row(scratch, 0)
-        _sum_runs(a, row, begin, end, channel, width, pivots, differences, squares)
+        _sum_runs(a, begin, end, channel, width, pivots, differences, squares)
     else:
         _sum_columns(a, scratch, begin, end, channel, width, pivots, differences, squares)
 

@@ -14,8 +14,8 @@ from .. import autograd, plan
 from . import loops, threads
 from .threads import Call, Partition, ask_for_huge_pages
 
-#: the loops' types for input, spikes and their gradients
-DTYPES = {torch.float32: loops.FLOAT32, torch.bfloat16: loops.BFLOAT16}
+#: of input, spikes and their gradients; the loops compute on float32, and half precision is cast
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Plan:
@@ -34,7 +34,6 @@ class Plan:
         charges: dict[Any, int] = {-math.inf: loops.NO_LEAK, math.inf: loops.NO_STATE}
         self.charge = charges.get(neuron.w, int(neuron.decay_input))
         self.options = {
-            "dtype": DTYPES[spec.dtype],
             "per_channel": spec.per_channel,
             "norm": spec.norm,
             "fixed_norm": spec.fixed_norm,
@@ -69,7 +68,7 @@ class Plan:
         numbers: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         spec, device = self.spec, self.spec.device
-        spike = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=device)
+        spike = torch.empty_strided(spec.shape, spec.strides, dtype=torch.float32, device=device)
         v = torch.empty_strided(*self.step, dtype=torch.float32, device=device)
         v_seq = packed = None
         if spec.store_v_seq:
@@ -81,7 +80,7 @@ class Plan:
         ask_for_huge_pages(spike, v_seq)
         self.forwards(
             v_init,
-            x=x,
+            x=x.float(),
             v0=v0,
             q=None if w is None else w.sigmoid(),
             threshold=v_threshold,
@@ -95,7 +94,7 @@ class Plan:
             packed = bits.pack_whole(spike, spec.dynamics.levels, pack, pack_counts)
             if spec.dynamics.divisor != 1.0:
                 spike /= spec.dynamics.divisor
-        return spike, v, v_seq, None, packed
+        return spike.to(spec.dtype), v, v_seq, None, packed
 
     def backward(
         self,
@@ -115,7 +114,7 @@ class Plan:
         device = self.spec.device
         grad_x = grad_v0 = grad_w = grad_threshold = grad_weight = grad_bias = None
         if needs.x:
-            grad_x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+            grad_x = torch.empty_strided(x.shape, x.stride(), dtype=torch.float32, device=device)
             ask_for_huge_pages(grad_x)
         if needs.v0:
             grad_v0 = torch.empty_strided(*self.step, dtype=torch.float32, device=device)
@@ -129,12 +128,12 @@ class Plan:
             grad_bias = torch.empty(channels, dtype=torch.float32, device=device)
         call(
             v_init,
-            x=x,
+            x=x.float(),
             v0=v0,
             q=None if w is None else w.sigmoid(),
             threshold=v_threshold,
             numbers=numbers,
-            grad_spike=grad_spike,
+            grad_spike=None if grad_spike is None else grad_spike.float(),
             grad_v=grad_v,
             grad_v_seq=grad_v_seq,
             grad_x=grad_x,
@@ -144,6 +143,8 @@ class Plan:
             grad_weight=grad_weight,
             grad_bias=grad_bias,
         )
+        if grad_x is not None:
+            grad_x = grad_x.to(x.dtype)
         return grad_x, grad_v0, grad_w, grad_threshold, grad_weight, grad_bias
 
     def _backward(self, needs: plan.Needs) -> Call:
@@ -191,7 +192,6 @@ class NormPlan:
         self.call = Call(
             loops.statistics,
             Partition.of_samples(samples, spec.inner, spec.channels),
-            dtype=DTYPES[spec.dtype],
             fixed_norm=spec.fixed,
             plain_average=spec.momentum is None,
             momentum=spec.momentum or 0.0,
@@ -210,7 +210,7 @@ class NormPlan:
     ) -> Tensor:
         numbers = torch.empty(self.shape, dtype=torch.int64, device="cpu")
         self.call(
-            x=x,
+            x=x.float(),
             weight=weight,
             bias=bias,
             running_mean=running_mean,
@@ -222,45 +222,42 @@ class NormPlan:
 
 
 @lru_cache(maxsize=256)
-def _bits(kernel: Any, steps: int, neurons: int, dtype: torch.dtype) -> Call:
-    return Call(kernel, Partition.of_neurons(steps, neurons, 1, 1), dtype=DTYPES[dtype])
+def _bits(kernel: Any, steps: int, neurons: int) -> Call:
+    return Call(kernel, Partition.of_neurons(steps, neurons, 1, 1))
 
 
 def pack(spikes: Tensor) -> Tensor:
     """:func:`sj_taid.ops.bits.pack`."""
-    if spikes.dtype not in DTYPES:
-        return bits.pack(spikes)
-    steps, neurons = spikes.shape
-    shape = bits.packed_shape(1, steps, neurons)
+    shape = bits.packed_shape(1, *spikes.shape)
     packed = torch.empty(shape, dtype=torch.uint8, device="cpu")
-    _bits(loops.pack, steps, neurons, spikes.dtype)(spike=spikes, bits=packed)
+    _bits(loops.pack, *spikes.shape)(spike=spikes.float(), bits=packed)
     return packed
 
 
 def unpack_into(packed: Tensor, spikes: Tensor) -> None:
     """:func:`sj_taid.ops.bits.unpack_into`."""
-    if spikes.dtype in DTYPES:
-        _bits(loops.unpack, *spikes.shape, spikes.dtype)(spike=spikes, bits=packed)
-    else:
-        bits.unpack_into(packed, spikes)
+    _unpack(loops.unpack, packed, spikes, *spikes.shape)
 
 
 def pack_counts(counts: Tensor) -> Tensor:
     """:func:`sj_taid.ops.bits.pack_counts`."""
-    if counts.dtype not in DTYPES:
-        return bits.pack_counts(counts)
     shape = bits.packed_shape(bits.LARGEST_HALF, 1, len(counts))
     packed = torch.empty(shape, dtype=torch.uint8, device="cpu")
-    _bits(loops.pack_counts, 1, len(counts), counts.dtype)(spike=counts, bits=packed)
+    _bits(loops.pack_counts, 1, len(counts))(spike=counts.float(), bits=packed)
     return packed
 
 
 def unpack_counts_into(packed: Tensor, counts: Tensor) -> None:
     """:func:`sj_taid.ops.bits.unpack_counts_into`."""
-    if counts.dtype in DTYPES:
-        _bits(loops.unpack_counts, 1, len(counts), counts.dtype)(spike=counts, bits=packed)
-    else:
-        bits.unpack_counts_into(packed, counts)
+    _unpack(loops.unpack_counts, packed, counts, 1, len(counts))
+
+
+def _unpack(kernel: Any, packed: Tensor, values: Tensor, steps: int, neurons: int) -> None:
+    is_float = values.dtype == torch.float32
+    floats = values if is_float else torch.empty_like(values, dtype=torch.float32)
+    _bits(kernel, steps, neurons)(spike=floats, bits=packed)
+    if not is_float:
+        values.copy_(floats)
 
 
 ENGINE = plan.Engine(
@@ -272,7 +269,7 @@ ENGINE = plan.Engine(
     unpack_counts_into=unpack_counts_into,
 )
 
-unsupported = partial(autograd.unsupported, "cpu", tuple(DTYPES))
+unsupported = partial(autograd.unsupported, "cpu", DTYPES)
 OPERATORS = autograd.register("cpu", "CPU", ENGINE)
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
 multi_step = partial(autograd.multi_step, ENGINE, OPERATORS)
