@@ -151,7 +151,7 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     def calibrate_next(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         def fire() -> Tensor:
             node.reset()
-            spikes = spikes_of(node.forward(*args, **kwargs))
+            spikes = spikes_of(node, node.forward(*args, **kwargs))
             return spikes if counts(node.surrogate_function) else spikes.ne(0)
 
         notes[node] = _search(node, fire, rate * levels_of(node.surrogate_function))

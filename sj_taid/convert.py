@@ -188,6 +188,8 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
 def _why_no_lif(site: Site) -> str | None:
     """Why a LIF node cannot express an ALIF, or ``None``."""
     node = site.node
+    if node.w is None or node.normalize:
+        return "it has no state" if node.w is None else "it divides its counts"
     taus, thresholds = node.tau.unique().tolist(), node.effective_v_threshold.unique().tolist()
     if type(node) is not ALIFNode:
         return "a subclass of ALIFNode, whose own behaviour LIF would lose"
@@ -227,7 +229,7 @@ def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
         rest = node.v_reset or 0.0
         can_fall = options["learn_threshold"] and node.v_threshold > rest
         options["min_v_threshold"] = rest + 0.01 * (node.v_threshold - rest) if can_fall else None
-    alif = ALIFNode(
+    alif: Any = ALIFNode(
         decay_input=bool(getattr(node, "decay_input", False)),  # IF does not scale its input
         v_threshold=node.v_threshold,
         learn_tau=learn_tau,
@@ -249,7 +251,7 @@ def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:
     return alif
 
 
-def _to_lif(node: ALIFNode) -> neuron.BaseNode:
+def _to_lif(node: Any) -> neuron.BaseNode:
     tau, v_threshold = (t.max().item() for t in (node.tau, node.effective_v_threshold))
     options = {"v_threshold": v_threshold, **_shared_options(node)}
     scale = 1.0

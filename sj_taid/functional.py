@@ -157,8 +157,8 @@ def check_counts(surrogate_function: Any, v_reset: Any, has_state: bool = True) 
     if not counts(surrogate_function):
         if not has_state:
             raise ValueError(
-                "w=None is a neuron without state, which gives counts alone; take "
-                "surrogate_function=sj_taid.ops.surrogate.MultiLevelSpikeCount(4)"
+                "a neuron without state (init_tau=None, w=None) gives counts alone: take levels=4, "
+                "or surrogate_function=sj_taid.ops.surrogate.MultiLevelSpikeCount(4)"
             )
     elif v_reset is not None:
         raise ValueError(

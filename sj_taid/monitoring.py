@@ -154,7 +154,7 @@ class _Count:
 
     def __call__(self, node: Any, inputs: Any, output: Tensor | Sequence[Tensor]) -> None:
         self.node = node  # another has the hook after swap_neurons
-        spikes = spikes_of(output).detach()
+        spikes = spikes_of(node, output).detach()
         # A neuron whose voltage is NaN fires no spike: NaN and infinity times 0 make the sum NaN.
         v = torch.as_tensor(node.v).detach().sum(dtype=torch.float64)
         fired = spikes if counts(node.surrogate_function) else spikes.ne(0)
@@ -162,9 +162,10 @@ class _Count:
         self.steps = self.steps + spikes.new_full((), spikes.numel(), dtype=torch.float64)
 
 
-def spikes_of(output: Tensor | Sequence[Tensor]) -> Tensor:
-    """The spikes in a neuron's output; SpikingJelly's OTTT neurons return a trace with them."""
-    return output if isinstance(output, Tensor) else output[0]
+def spikes_of(node: Any, output: Tensor | Sequence[Tensor]) -> Tensor:
+    """The spikes or counts in a neuron's output, in which OTTT neurons have a trace too."""
+    spikes = output if isinstance(output, Tensor) else output[0]
+    return spikes * node.levels if getattr(node, "normalize", False) else spikes
 
 
 def _warn(what: str, rates: dict[str, float], remedy: str) -> None:

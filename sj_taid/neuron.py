@@ -23,9 +23,9 @@ __all__ = ["ALIFNode"]
 _SIGMOID = surrogate.Sigmoid()
 
 _TAU: Rule = (
-    "a number of time steps greater than 1 and less than 1e38",
+    "a number of time steps greater than 1 and less than 1e38, or None",
     # From about 3.4e38 on, 1/sigmoid(w) is infinite in float32.
-    lambda value: is_number(value) and 1.0 < value < 1e38,
+    lambda value: value is None or (is_number(value) and 1.0 < value < 1e38),
 )
 _FUNCTION: Rule = (
     "a function, such as surrogate.ATan()",
@@ -59,7 +59,9 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     ``[N, *]`` in step mode ``"s"``, ``[T, N, *]`` in ``"m"``; spikes of the same shape and dtype.
 
     Args:
-        init_tau: initial membrane time constant in time steps, > 1 and < 1e38.
+        init_tau: initial membrane time constant in time steps, > 1 and < 1e38. ``None``, for counts
+            alone, is a neuron without state: :math:`H[t] = X[t]`, there is no ``w``, and
+            ``decay_input`` and ``v_reset`` say nothing.
         decay_input: whether the input is scaled by ``1/tau`` too.
         v_threshold: initial threshold voltage, dimensionless.
         v_reset: the voltage after a spike; ``None`` subtracts the threshold instead (soft reset).
@@ -80,9 +82,10 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             ``v_reset=None``. For another window give ``surrogate_function=
             sj_taid.ops.surrogate.MultiLevelSpikeCount(D, grad_window=(low, high))`` instead.
             I-LIF (arXiv 2407.20708) has ``init_tau=4/3, decay_input=False``.
+        normalize: divide the counts by D, so that a step gives 0 to 1.
 
     Attributes:
-        w: ``-log(tau - 1)``, float32, a scalar or ``[C]``.
+        w: ``-log(tau - 1)``, float32, a scalar or ``[C]``; ``None`` without state.
         v_threshold: float32, a scalar or ``[C]``.
 
     Both parameters and the state ``v`` stay float32 under ``.half()`` and ``.bfloat16()``: in
@@ -104,11 +107,16 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     >>> node = ALIFNode(levels=4, v_reset=None, decay_input=False, step_mode="m")
     >>> node(torch.tensor([[2.7], [1.0], [9.0]])).flatten().tolist()  # H = 2.7, 0.85, 8.925
     [3.0, 1.0, 4.0]
+    >>> node = ALIFNode(init_tau=None, levels=4, normalize=True)
+    >>> node(torch.tensor([2.7, -1.0, 9.0])).tolist()
+    [0.75, 0.0, 1.0]
     """
+
+    w: Any
 
     def __init__(
         self,
-        init_tau: float = 2.0,
+        init_tau: float | None = 2.0,
         decay_input: bool = True,
         v_threshold: float = 1.0,
         v_reset: float | None = 0.0,
@@ -123,6 +131,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         learn_threshold: bool = True,
         min_v_threshold: float | None = None,
         levels: int = 1,
+        normalize: bool = False,
     ) -> None:
         check(_TAU, init_tau=init_tau)
         check_flags(
@@ -131,14 +140,16 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             store_v_seq=store_v_seq,
             learn_tau=learn_tau,
             learn_threshold=learn_threshold,
+            normalize=normalize,
         )
         check_numbers(v_threshold=v_threshold)
         check(_FUNCTION, surrogate_function=surrogate_function)
         check(_RESET, v_reset=v_reset)
         check(_CHANNELS, channels=channels)
         v_threshold = float(v_threshold)
+        v_reset = None if init_tau is None else v_reset  # without state there is no reset
         surrogate_function = _counting(levels, surrogate_function)
-        functional.check_counts(surrogate_function, v_reset)
+        functional.check_counts(surrogate_function, v_reset, init_tau is not None)
         _check_threshold(v_threshold, min_v_threshold, surrogate_function)
         super().__init__(
             v_threshold,
@@ -154,10 +165,14 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         self.decay_input = decay_input
         self.channels = None if channels is None else int(channels)
         self.min_v_threshold = min_v_threshold
+        self.normalize = normalize
         shape = () if channels is None else (channels,)
-        init_w = -math.log(init_tau - 1.0)
         dtype = state_dtype(torch.get_default_dtype())
-        self.w = nn.Parameter(torch.full(shape, init_w, dtype=dtype), requires_grad=learn_tau)
+        w = None
+        if init_tau is not None:
+            start = torch.full(shape, -math.log(init_tau - 1.0), dtype=dtype)
+            w = nn.Parameter(start, requires_grad=learn_tau)
+        self.register_parameter("w", w)
         # SpikingJelly's BaseNode insists on a float; the parameter takes its place.
         self.v_threshold = nn.Parameter(
             torch.full(shape, v_threshold, dtype=dtype), requires_grad=learn_threshold
@@ -192,13 +207,15 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         return levels_of(self.surrogate_function)
 
     @property
-    def tau(self) -> Tensor:
+    def tau(self) -> Tensor | None:
         """The membrane time constant ``1/sigmoid(w)`` in time steps, a scalar or ``[C]``.
+
+        ``None`` without state.
 
         >>> round(ALIFNode(init_tau=4.0).tau.item(), 4)
         4.0
         """
-        return 1.0 / self.w.sigmoid()
+        return None if self.w is None else 1.0 / self.w.sigmoid()
 
     @property
     def effective_v_threshold(self) -> Tensor:
@@ -229,19 +246,26 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """One step ``[N, *]`` with explicit state; nothing on the module changes."""
         spike_seq, v, *_ = self._taid_run(functional.as_sequence(inputs[0]), states[0], False)
-        return (spike_seq[0],), (v,)
+        return (self._scale(spike_seq)[0],), (v,)
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """A sequence ``[T, N, *]`` with explicit state; nothing on the module changes."""
         spike_seq, v, *_ = self._taid_run(inputs[0], states[0], False)
-        return (spike_seq,), (v,)
+        return (self._scale(spike_seq),), (v,)
+
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        """A sequence ``[T, N, *]`` from the state ``v``, which is updated."""
+        return self._scale(super().multi_step_forward(x_seq))
+
+    def _scale(self, spike_seq: Tensor) -> Tensor:
+        return spike_seq / self.levels if self.normalize else spike_seq
 
     _taid_numbers = attrgetter("decay_input", "v_reset", "detach_reset", "_fused_backend")
 
     def _taid_constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
-        return None, self.decay_input, None
+        return math.inf if self.w is None else None, self.decay_input, None
 
     def _taid_operands(self) -> tuple[Tensor | None, Tensor | None]:
         return self.w, self.effective_v_threshold
@@ -250,14 +274,17 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         with torch.no_grad():
             tau, threshold = map(_range, (self.tau, self.effective_v_threshold))
         levels = f"levels={self.levels}, " if counts(self.surrogate_function) else ""
+        levels += "normalize=True, " if self.normalize else ""
         return (
             f"tau={tau}, v_threshold={threshold}, v_reset={self.v_reset}, {levels}"
             f"decay_input={self.decay_input}, detach_reset={self.detach_reset}, "
             f"channels={self.channels}, step_mode={self.step_mode}, backend={self.backend}"
         )
 
-    def _taid_run(self, x_seq: Tensor, *arguments: Any, **options: Any) -> tuple[Any, ...]:
-        results = super()._taid_run(x_seq, *arguments, **options)
+    def _taid_run(self, x_seq: Tensor, v: Any, *arguments: Any) -> tuple[Any, ...]:
+        results = super()._taid_run(x_seq, v, *arguments)
+        if self.w is None:
+            return results[0], v, *results[2:]
         if not torch.compiler.is_compiling():
             self.__dict__["_end"] = id(results[1]), _graph.recomputation()
         return results
@@ -319,7 +346,9 @@ def _check_threshold(v_threshold: float, least: Any, surrogate_function: Any) ->
         )
 
 
-def _range(parameter: Tensor) -> str:
+def _range(parameter: Tensor | None) -> str:
+    if parameter is None:
+        return "None"
     if parameter.is_meta:
         return "?"
     lowest, highest = (f"{value.item():.4g}" for value in parameter.aminmax())

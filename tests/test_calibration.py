@@ -47,9 +47,11 @@ def test_calibrate_reaches_the_rate_in_every_layer(threshold):
         assert state.firing_rate == pytest.approx(0.15, rel=0.2), path
 
 
-@pytest.mark.parametrize("levels", [4, 15])
-def test_calibrate_gives_a_mean_count_of_the_rate_times_what_a_step_gives(levels):
-    make = partial(ALIFNode, levels=levels, v_reset=None, step_mode="m")
+@pytest.mark.parametrize(
+    ("levels", "options"), [(4, {}), (15, {}), (4, {"init_tau": None, "normalize": True})]
+)
+def test_calibrate_gives_a_mean_count_of_the_rate_times_what_a_step_gives(levels, options):
+    make = partial(ALIFNode, levels=levels, v_reset=None, step_mode="m", **options)
     net = nn.Sequential(nn.Linear(8, 64), make(v_threshold=9.0), nn.Linear(64, 32), make())
     x_seq = torch.rand(4, 32, 8)
     report = calibrate(net, x_seq, rate=0.1)

@@ -372,12 +372,15 @@ def test_to_lif_names_what_it_cannot_express():
         deaf.w.fill_(-128.0)
         diverged.w[2] = math.nan
     nodes = {"equal": equal, "thresholds": thresholds, "one": one, "deaf": deaf}
+    nodes["stateless"] = ALIFNode(levels=4, init_tau=None)
+    nodes["divides"] = ALIFNode(levels=4, v_reset=None, normalize=True)
     net = nn.ModuleDict(nodes | {"diverged": diverged, "other": OtherALIF()})
     with pytest.raises(ValueError, match="strict=False") as error:
         to_lif(net)
     message = str(error.value)
     for reason in ("1 taus and 2 thresholds", "tau or threshold is nan", "tau is 1 to"):
         assert reason in message
+    assert "it has no state" in message and "it divides its counts" in message
     assert "tau is infinite" in message and "subclass of ALIFNode" in message
     assert "equal" not in message
     with pytest.warns(UserWarning, match="2 thresholds"):

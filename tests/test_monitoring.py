@@ -56,6 +56,10 @@ def test_monitor_counts_a_count_as_so_many_spikes():
     with pytest.warns(UserWarning, match=r"^saturated layers.*step: all \(4\)\. "):
         state = watch.state()
     assert counts.tolist() == [[0, 2, 3]] and state["few"].firing_rate == pytest.approx(5 / 3)
+    divided = ALIFNode(levels=4, init_tau=None, normalize=True)
+    with monitor(nn.Sequential(divided)) as watch:
+        divided(torch.tensor([[0.0, 2.4, 3.3]]))
+    assert watch.layers()["0"] == LayerState(pytest.approx(5 / 3), None, 1.0)
 
 
 def test_monitor_names_dead_saturated_and_not_finite_layers():

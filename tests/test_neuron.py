@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
-from sj_taid import ALIFNode
+from sj_taid import ALIFNode, accelerate
 from sj_taid.functional import alif_multi_step, alif_step, lower_bound
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import HALF, default_dtype
@@ -64,6 +65,32 @@ def test_a_neuron_that_counts_learns_tau_and_threshold(channels):
     assert counts.unique().tolist() == [0, 1, 2, 3, 4] and "levels=4" in repr(node)
     counts.square().sum().backward()
     assert node.w.grad.ne(0).all() and node.v_threshold.grad.ne(0).all()
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("mode", ["s", "m"])
+def test_a_neuron_without_state_counts_each_input_alone(mode, normalize, accelerated):
+    node = ALIFNode(levels=6, init_tau=None, v_threshold=0.5, normalize=normalize, step_mode=mode)
+    if accelerated:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of step mode "s"
+            accelerate(node)
+    assert [*node.state_dict()] == ["v_threshold"] and node.tau is None
+    for shape in ((4, 2, 5), (3, 7, 6)):  # another batch needs no reset
+        x = (3 * torch.randn(shape)).requires_grad_()
+        inside = (x / 0.5).clamp(0, 6)
+        expected = inside + (inside.round() - inside).detach()
+        expected = expected / 6 if normalize else expected
+        got, factors = node(x), torch.randn(shape)
+        assert torch.equal(got + 0, expected) and node.v == 0.0
+        grads = (torch.autograd.grad(y, x, factors)[0] for y in (got, expected))
+        torch.testing.assert_close(*grads)
+        explicit, states = node.multi_step_functional_forward((x,), (0.0,))
+        assert torch.equal(explicit[0] + 0, expected) and states == (0.0,)
+    node(x).sum().backward()
+    assert node.v_threshold.grad < 0
+    assert "tau=None" in repr(node) and ("normalize=True" in repr(node)) == normalize
 
 
 def test_state_carries_over_until_reset():
@@ -191,6 +218,11 @@ TAU = "init_tau must be .* greater than 1 and less than 1e38"
         ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "not >= min_v_threshold=0.2"),
         ({"v_threshold": math.nan}, "v_threshold must be a number, but it is nan"),
         ({"min_v_threshold": "a"}, "min_v_threshold must be a number, but it is 'a'"),
+        (
+            {"init_tau": None},
+            r"without state \(init_tau=None, w=None\) gives counts alone: take levels",
+        ),
+        ({"levels": 4, "init_tau": None, "normalize": 8}, "normalize must be True or False"),
         ({"levels": 0}, "levels must be an integer >= 1, but it is 0"),
         ({"levels": 4}, "soft reset.*but v_reset=0.0.*take v_reset=None"),
         (

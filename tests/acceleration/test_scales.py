@@ -86,3 +86,24 @@ def test_a_linear_layer_of_transposed_spikes_saves_bits(axes, dtype, bias):
         found.append([y + 0, *grads])
     assert all(map(torch.equal, *found))
     assert saved <= x.nbytes / dtype.itemsize / 8
+
+
+@pytest.mark.parametrize("levels", [4, 6])
+def test_divided_counts_in_another_memory_order_are_saved_in_four_bits(levels):
+    """As tokens behind a linear layer and a transposed norm, with time in the batch."""
+    node = sj_taid.ALIFNode(levels=levels, init_tau=None, normalize=True, step_mode="m")
+    net = nn.ModuleList([nn.Linear(16, 32), nn.BatchNorm1d(32), node, nn.Conv1d(32, 8, 1)])
+
+    def run(tokens):
+        y = node(net[1](net[0](tokens).transpose(-1, -2)))
+        return net[3](y), y + 0
+
+    tokens = torch.randn(4, 64, 16, requires_grad=True)
+    there = [tokens, *net.parameters()]
+    (expected, counts), plain = record_saved(lambda: run(tokens), there)
+    sj_taid.accelerate(net)
+    (got, ours), saved = record_saved(lambda: run(tokens), there)
+    assert torch.equal(ours, counts) and torch.equal(got, expected) and saved < 0.6 * plain
+    weight = net[3].weight
+    grads = [torch.autograd.grad(y.square().sum(), weight)[0] for y in (got, expected)]
+    torch.testing.assert_close(*grads)
