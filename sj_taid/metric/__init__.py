@@ -3,7 +3,6 @@
 from .._extras import needs
 
 with needs("torchmetrics"):
-    from .efficientnet import EfficientNetLite0
     from .frechet import (
         AutoencoderCodes,
         Features,
@@ -15,7 +14,6 @@ with needs("torchmetrics"):
 
 __all__ = [
     "AutoencoderCodes",
-    "EfficientNetLite0",
     "Features",
     "FrechetDistance",
     "Inception",

@@ -22,7 +22,6 @@ from .._kinds import check_kinds
 from ..data import ImageData
 from ..metric import (
     AutoencoderCodes,
-    EfficientNetLite0,
     Features,
     FrechetDistance,
     Inception,
@@ -59,7 +58,6 @@ class Evaluator:
         published_autoencoders: a folder, see
             :class:`~sj_taid.metric.PublishedFrechetAutoencoderDistance`: adds FAD as published, of
             20 batches of 256 samples, for MNIST and FashionMNIST at 32x32.
-        features: adds the Frechet distance through :class:`~sj_taid.metric.EfficientNetLite0`.
         cache_dir: folder of what is made once: FAD's autoencoder and statistics of test images.
         seed: of the samples; the global random state is left alone.
         accelerator: Lightning's; all but ``"cpu"`` use a GPU where there is one.
@@ -69,7 +67,6 @@ class Evaluator:
     autoencoder: Mapping[str, Any]
     inception_weights: str | Path | Literal[False] | None = None
     published_autoencoders: str | Path | Literal[False] | None = None
-    features: bool = False
     cache_dir: Path = Path("~/.cache/sj-taid")
     seed: int = 0
     accelerator: str = "auto"
@@ -80,14 +77,13 @@ class Evaluator:
 
     def fad_alone(self) -> Evaluator:
         """The same without the metrics for which validation images may be too few."""
-        return replace(self, inception_weights=None, published_autoencoders=None, features=False)
+        return replace(self, inception_weights=None, published_autoencoders=None)
 
     def evaluate_samples(self, model: Any, data: ImageData) -> dict[str, Any]:
         """Metrics of images that a model samples, and under ``protocol`` how each was measured.
 
-        ``fad`` and, where they are asked for, ``fad_published``, ``fid`` and ``features`` are
-        Frechet distances; ``fad_precision`` and ``fad_recall`` come with the first,
-        ``inception_score`` with ``fid``.
+        ``fad`` and, where they are asked for, ``fad_published`` and ``fid`` are Frechet distances;
+        ``fad_precision`` and ``fad_recall`` come with the first, ``inception_score`` with ``fid``.
 
         Args:
             model: a module that has ``sample(n)``; moved to the metrics' device.
@@ -127,8 +123,6 @@ class Evaluator:
             inception = Inception(self.inception_weights)
             score = InceptionScore(inception, **ALONE)
             groups.append({"fid": _distance(inception), "inception_score": score})
-        if self.features:
-            groups.append({"features": _distance(EfficientNetLite0())})
         for name, metric in chain(*(group.items() for group in groups)):
             self._check_enough(name, metric.needed, data if _real_states(metric) else None)
         needed = 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)

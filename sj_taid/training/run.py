@@ -61,7 +61,6 @@ RESUME_MAY_CHANGE = (
     "dataset.download",
     "metric.inception_weights",
     "metric.published_autoencoders",
-    "metric.features",
     "metric.cache_dir",
     "metric.accelerator",
     "neuron.backend",

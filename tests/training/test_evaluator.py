@@ -155,18 +155,15 @@ def test_evaluate_samples_checks_all_metrics_before_a_training(evaluator, monkey
         evaluator.prepare(data)
 
 
-def test_evaluate_samples_measures_features_in_one_pass(evaluator, monkeypatch):
+def test_evaluate_samples_runs_a_network_once_for_all_its_metrics(evaluator, monkeypatch):
     network = Network("weights.pth")
-    monkeypatch.setattr("sj_taid.training.evaluator.EfficientNetLite0", lambda: network)
-    evaluator.features, data = True, digits()
+    monkeypatch.setattr("sj_taid.training.evaluator.Inception", lambda weights: network)
+    evaluator.inception_weights, data = "weights.pth", digits()
     values = evaluator.evaluate_samples(Noise(), data)
     assert network.calls == len(data.test_dataloader()) + 1
-    assert values["features"] > 0
+    assert {"fid", "inception_score"} <= values.keys()
     assert evaluator.evaluate_samples(Noise(), data) == values  # the test images' were cached
     assert network.calls == len(data.test_dataloader()) + 2
-    evaluator.samples = 4
-    with pytest.raises(ValueError, match=r"^features needs at least 5 images"):
-        evaluator.evaluate_samples(Noise(), data)
 
 
 def test_evaluate_samples_measures_fad_as_published_too(evaluator, monkeypatch, tmp_path):
