@@ -56,7 +56,7 @@ METRICS = {
     "inception_score_published": Column("IS as published ↑", 1, 3),
     "fid": Column("FID ↓", 1, 2),
     "fid_published": Column("FID as published ↓", 1, 2),
-    # of stored runs alone, measured by the code of 7b2f8a0
+    # of stored runs alone, as of 7b2f8a0
     "features": Column("Fréchet distance, EfficientNet-Lite0 ↓", 1, 2),
     "fad": Column("FAD, own autoencoder ↓", 1, 2),
     "fad_published": Column("FAD as published ↓", 1, 2),
@@ -74,6 +74,7 @@ METRICS |= {
 }
 #: The costs of a run.
 COSTS = {
+    # of stored runs alone, as of 7b2f8a0
     "energy": Column("energy of a sample, µJ", 1, 2, spread=False),
     "firing_rate": Column("spikes per neuron and step", 1, 3, spread=False),
     "epochs": Column("epochs", 1, 0),

@@ -18,7 +18,6 @@ from .._context import eval_mode, seeded
 from .callbacks import ProgressBar
 from .compare import COSTS, format_metrics
 from .config import validate
-from .energy import estimate_energy
 from .evaluator import Evaluator
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
 from .run import Run, build_data, build_part, flatten, merge
@@ -111,7 +110,7 @@ def measure(
 
 @torch.no_grad()
 def measure_costs(task: Task, data: L.LightningDataModule) -> dict[str, float]:
-    """The neurons' mean firing rate, and the energy of one pass of one test sample in µJ."""
+    """The neurons' mean firing rate in one pass of test samples."""
     x, _ = next(iter(data.test_dataloader()))
     x = x[:8].to(next(task.model.parameters()).device)
     fired, neurons = 0.0, 0
@@ -120,20 +119,14 @@ def measure_costs(task: Task, data: L.LightningDataModule) -> dict[str, float]:
         nonlocal fired, neurons
         fired, neurons = fired + float(output.sum()), neurons + output.numel()
 
-    costs: dict[str, float] = {}
     with ExitStack() as contexts, eval_mode(task.model):
         contexts.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            with seeded(0):
-                costs["energy"] = estimate_energy(task.model, task.model_input(x[:1]))
-        except Exception as error:  # a custom model's, or SpikingJelly 0.0.0.0.14 has no such thing
-            log.info("No estimate of the energy (%s: %s)", type(error).__name__, error)
         for module in task.model.modules():
             if isinstance(module, NEURONS):
                 contexts.enter_context(module.register_forward_hook(count))
         with seeded(0):
             task.model(task.model_input(x))
-    return costs | ({"firing_rate": fired / neurons} if neurons else {})
+    return {"firing_rate": fired / neurons} if neurons else {}
 
 
 def test(task: Task, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, Any]:
