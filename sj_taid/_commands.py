@@ -14,7 +14,6 @@ COMPOSED = {
 #: commands with options of their own
 OTHERS = {
     "compare": "compare runs in a table",
-    "report": "show runs on one HTML page",
     "export": "make a model that others can load from a run",
     "doctor": "say which backends work here, and why the others do not",
 }

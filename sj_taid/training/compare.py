@@ -142,11 +142,6 @@ def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
     return table, [key for key in keys if table[key].nunique() > 1]
 
 
-def present(table: pd.DataFrame, columns: Iterable[str] = COLUMNS) -> list[str]:
-    """The columns in which some run has a value."""
-    return [name for name in columns if name in table and table[name].notna().any()]
-
-
 def heading(name: str, table: pd.DataFrame) -> str:
     """The title of a column, which says if its values are of different protocols."""
     mixed = name in METRICS and table[f"{name} protocol"][table[name].notna()].nunique() > 1
@@ -164,7 +159,7 @@ def summary(runs: Sequence[Metrics]) -> pd.DataFrame:
     """A row for each combination of choices, with mean and spread over its seeds."""
     table, keys = frame(runs)
     groups = table.groupby(keys or [""] * len(table), sort=False)
-    names = present(table)
+    names = [name for name in COLUMNS if name in table and table[name].notna().any()]
     cells = groups.agg({name: partial(text, name, table) for name in names})
     cells.columns = pd.Index([heading(name, table) for name in names])
     return cells.assign(runs=groups.size()).reset_index(drop=not keys)
