@@ -3,8 +3,8 @@
     python experiments/refit.py NAME FOLDER dataset.root=DATA [--seeds 0 1]
 
 writes a run into ``FOLDER/NAME-SEED`` for each seed of the fit. ``sj-taid evaluate``,
-``experiments/measure.py`` and ``sj-taid export RUN --name NAME --half --out sj_taid/pretrained``
-make a model of it again. The net stays as it was trained, in the float16 that it is stored in.
+``experiments/measure.py`` and :func:`sj_taid.pretrained.save_model` make a model of it again. The
+net stays as it was trained, in the float16 that it is stored in.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "name", help="an ESVAE with a flow: of sj_taid.list_models(), or a folder of sj-taid export"
+        "name", help="an ESVAE with a flow: of sj_taid.list_models(), or a folder of save_model"
     )
     parser.add_argument("folder", type=Path, help="for the runs")
     parser.add_argument("overrides", nargs="*", help="of the run, such as dataset.root=DATA")

@@ -9,12 +9,10 @@ COMPOSED = {
     "train": "train a model, or with -m every job of a sweep",
     "evaluate": "measure a run's checkpoint again",
     "sample": "draw images from a trained model",
-    "walk": "draw images on the way from one test image to another",
 }
 #: commands with options of their own
 OTHERS = {
     "compare": "compare runs in a table",
-    "export": "make a model that others can load from a run",
     "doctor": "say which backends work here, and why the others do not",
 }
 

@@ -90,7 +90,7 @@ def test_files_are_small_and_name_no_path(name):
 
 def test_create_model_from_a_folder(folder):
     assert_has_the_shipped_weights(create_model(folder, pretrained=True))
-    with pytest.raises(ValueError, match=f"give a folder of sj-taid export, or .*{NAME}"):
+    with pytest.raises(ValueError, match=f"give a folder of save_model, or .*{NAME}"):
         create_model("typo")
 
 

@@ -1,7 +1,8 @@
 """Trained models, by name or from a folder; nothing in them is code.
 
-A model is a folder that ``sj-taid export`` writes: ``config.json`` (its class and arguments, the
-SHA-256 of its weights, the metrics of its run), ``model.safetensors`` and the card ``README.md``.
+A model is a folder that :func:`save_model` writes: ``config.json`` (its class and arguments, the
+SHA-256 of its weights, the metrics of its run) and ``model.safetensors``. Those of the package have
+a card, too, ``README.md``.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import nn
 
 from .. import _build
 from .._checks import expand_home
-from .._extras import needs
+from .._extras import TRAIN, needs
 from ..acceleration import accelerate
 from ..neurons import find_neurons
-from ..thresholds import set_fixed_thresholds
+from ..thresholds import fixed_thresholds, set_fixed_thresholds
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -39,7 +40,7 @@ def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
     """Create a model of :func:`.list_models`, or one from elsewhere, in eval mode.
 
     Args:
-        source: a name of :func:`.list_models`, or a folder that ``sj-taid export`` has written.
+        source: a name of :func:`.list_models`, or a folder of :func:`.save_model`.
         pretrained: load its weights (needs ``safetensors``); otherwise it is untrained.
 
     Raises:
@@ -100,6 +101,55 @@ def read_config(source: str | Path) -> dict[str, Any]:
     return json.loads((_locate(source) / CONFIG).read_bytes())
 
 
+def save_model(run: str | Path, folder: str | Path, half: bool = False) -> None:
+    """Write the model of a finished run into ``folder``, for :func:`.create_model`.
+
+    Args:
+        run: the run's folder, whose last checkpoint is taken, or its ``checkpoints/best.ckpt``.
+        folder: a new one, or that of an earlier call, whose model is replaced.
+        half: store the weights of convolutions and linear layers as float16. Biases, norms, neurons
+            and buffers keep their dtype. A spike changes where a voltage is near its threshold.
+
+    Raises:
+        FileNotFoundError: the run is not finished, or has no checkpoint.
+        FileExistsError: ``folder`` holds something else than an earlier model.
+        ValueError: a model of custom classes, which :func:`.create_model` would not build, or a
+            checkpoint that was not tested.
+    """
+    with needs(TRAIN):
+        from safetensors.torch import save
+
+        from ..training.files import atomic_write
+        from ..training.run import Run, remove_backends
+    folder = expand_home(folder)
+    config = folder / CONFIG  # that of another program has the same name
+    before = config.read_text("utf-8", "replace") if config.is_file() else ""
+    is_ours = '"sha256"' in before and '"sj-taid"' in before
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
+        raise FileExistsError(f"{folder} holds files that are no earlier model; choose another")
+    finished = Run.find(run)
+    if finished.checkpoint not in (finished.best, Run(finished.folder).checkpoint):
+        raise ValueError(f"{finished.checkpoint} was not tested; save the run, or its best.ckpt")
+    metrics, architecture = finished.latest_metrics, remove_backends(finished.model_config)
+    model, trained = build(architecture), finished.model()
+    weights = {key: tensor.contiguous() for key, tensor in trained.state_dict().items()}
+    if half:
+        layers = {key for key, parameter in model.named_parameters() if parameter.dim() > 1}
+        weights |= {key: weights[key].half() for key in layers}
+    model.load_state_dict(weights)
+    content = save(weights)
+    description = {
+        "model": architecture,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "fixed_thresholds": fixed_thresholds(trained),
+        "metrics": metrics,
+    }
+    with atomic_write(folder / WEIGHTS) as path:
+        path.write_bytes(content)
+    with atomic_write(config) as path:
+        path.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n", "utf-8")
+
+
 def build(config: dict[str, Any]) -> nn.Module:
     """Build the untrained model of a config's entry ``model``."""
     try:
@@ -126,7 +176,7 @@ def _locate(source: str | Path) -> Path:
     folder = expand_home(source)
     if not (folder / CONFIG).is_file():
         raise ValueError(
-            f"no model {str(source)!r}: give a folder of sj-taid export, or one of "
+            f"no model {str(source)!r}: give a folder of save_model, or one of "
             f"{', '.join(list_models())}"
         )
     return folder

@@ -115,8 +115,6 @@ def find_main(command: str) -> Callable[[Any], Any]:
     if command == "doctor":
         return import_module("sj_taid.doctor").main
     with needs(TRAIN):
-        if command == "walk":
-            return import_module(f"{__package__}.sample").walk
         return import_module(f"{__package__}.{command}").main
 
 

@@ -115,6 +115,12 @@ class Run:
         return config
 
     @property
+    def model_config(self) -> dict[str, Any]:
+        """The model's class and arguments."""
+        config: Any = OmegaConf.to_container(self.config.model, resolve=True)
+        return config
+
+    @property
     def origin(self) -> dict[str, Any]:
         """The choices and the command that the run was started with."""
         return json.loads((self.folder / ORIGIN).read_text(encoding="utf-8"))
@@ -246,8 +252,7 @@ class Run:
 
         config = self.config
         config.trust = trust  # what the run says of itself is no reason to trust it
-        model = OmegaConf.to_container(config.model, resolve=True)
-        config.model = remove_backends(model, backends.works)
+        config.model = remove_backends(self.model_config, backends.works)
         model = build_model(config)
         load_weights(model, read_checkpoint(self.checkpoint), self.checkpoint)
         return model.eval()

@@ -74,11 +74,10 @@ def test_error_of_a_worker_is_its_message_alone():
         ("sample -m runs/mine", "expected KEY=VALUE, such as seed=1, but got 'runs/mine'"),
         ("train seed=${nope}", "'nope' not found(?s:.*)full_key: seed"),
         ("sample checkpoint=file +lable=3", "the config has no lable; there are .* label,"),
-        ("walk checkpoint=file +lable=3", "the config has no lable; there are checkpoint,"),
-        ("walk checkpoint=nowhere output=run.json", "output must name a picture"),
+        ("sample checkpoint=nowhere output=run.json", "output must name a picture"),
         ("sample checkpoint=nowhere seed=a", "^seed must be an integer >= 0"),
         ("sample checkpoint=nowhere seed=-1", "^seed must be an integer >= 0"),
-        ("walk checkpoint=nowhere seed=null", "^seed must be an integer >= 0"),
+        ("sample checkpoint=nowhere seed=null", "^seed must be an integer >= 0"),
         ("compare . nowhere", "no folder nowhere"),
     ],
 )

@@ -7,7 +7,6 @@ import lightning as L
 import pytest
 import torch
 from torch.optim import Adam
-from torchvision.io import decode_image
 
 from sj_taid.model import ESVAE, FSVAE, flow
 from sj_taid.training import plot, sample
@@ -108,22 +107,6 @@ def test_generation_fits_the_flow_to_labels_of_2_to_30_classes(labels, given, mo
     data = SimpleNamespace(labels=labels)
     task.fit_prior(SimpleNamespace(mirrors=True, train_set=data, plain_train_dataloader=lambda: []))
     assert fitted == [(labels if given else None, True)]
-
-
-def test_walk_between_test_images(folder, monkeypatch):
-    sample.walk(compose("walk", [f"checkpoint={folder}", "n=3", "steps=4"]))
-    side = 31 * 8 + 4
-    assert decode_image(folder / "walk-seed0.png").shape == (3, 3 * side + 4, 4 * side + 4)
-    config = Run(folder).config
-    config.dataset.limit = 7
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "config", property(lambda run: config))
-        sample.walk(compose("walk", [f"checkpoint={folder}", "n=3"]))
-        with pytest.raises(ValueError, match="n must be at most 3, half the test images"):
-            sample.walk(compose("walk", [f"checkpoint={folder}", "n=4"]))
-    monkeypatch.setattr(Run, "model", lambda *_: FSVAE(**SMALL))
-    with pytest.raises(ValueError, match="walk needs model=esvae, but this is a FSVAE"):
-        sample.walk(compose("walk", [f"checkpoint={folder}"]))
 
 
 @pytest.mark.parametrize(("lr_scale", "expected"), [(3, [1e-3, 3e-3, 1e-2]), (None, [1e-3, 1e-2])])
