@@ -1,9 +1,11 @@
-"""Atomic file writes, and the refusal to write over files of others."""
+"""Atomic file writes, a log file, and the refusal to write over files of others."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ import torch
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary file that replaces ``path`` when the block ends, so that it is written whole or
     not at all."""
-    # The name is always the same: what a killed process left is written over.
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A new file of a name that cannot be foreseen: a folder from elsewhere may hold links. Unlike
+    # tempfile's it has the permissions of any other file.
+    temporary = path.with_name(f".{path.name}.{token_hex(8)}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         temporary.replace(path)
@@ -33,6 +37,16 @@ def atomic_save(path: Path, content: Any) -> None:
     torch.save(content, whole)  # into a file its error does not say that the disk is full
     with atomic_write(path) as temporary:
         temporary.write_bytes(whole.getbuffer())
+
+
+class LogFile(logging.FileHandler):
+    """Writes a log file; a link at its path is replaced by a file, not followed."""
+
+    def _open(self) -> Any:
+        path = Path(self.baseFilename)
+        if path.is_symlink():
+            path.unlink()
+        return super()._open()
 
 
 def check_replaceable(path: Path, mark: str) -> None:

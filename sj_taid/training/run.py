@@ -128,6 +128,8 @@ class Run:
     def begin(self, cfg: DictConfig, origin: dict[str, Any]) -> None:
         """Save the config, and where it is from. A finished run is unfinished again."""
         (self.folder / METRICS).unlink(missing_ok=True)
+        for unfinished in self.checkpoint.parent.glob(".*.tmp"):  # of a killed process
+            unfinished.unlink()
         _write_json(origin, self.folder / ORIGIN)  # first, since the config makes it a run
         with atomic_write(self.folder / CONFIG) as path:
             path.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")

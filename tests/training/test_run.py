@@ -1,5 +1,6 @@
 """A run's folder: what is locked, saved, refused, and called when it is loaded."""
 
+import logging
 import os
 
 import pytest
@@ -10,11 +11,11 @@ from spikingjelly.activation_based import neuron
 
 from sj_taid._build import build
 from sj_taid.acceleration.modules import AcceleratedNorm
-from sj_taid.training import Run, load_model
+from sj_taid.training import Run, files, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
-from sj_taid.training.files import atomic_write
+from sj_taid.training.files import LogFile, atomic_write
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_CLASSIFICATION
 
@@ -200,3 +201,24 @@ def test_atomic_write_leaves_what_was_there_after_an_error(tmp_path):
         temporary.write_text("half")
         raise OSError("no space")
     assert path.read_text() == "before" and [*path.parent.iterdir()] == [path]
+
+
+def test_no_write_follows_a_link(tmp_path, monkeypatch):
+    (precious := tmp_path / "precious").write_text("mine")
+    folder = Run(tmp_path / "run")
+    links = ["train.log", "metrics.json", ".metrics.json.tmp", ".lock", "checkpoints/.x.tmp"]
+    for name in links:
+        (link := folder.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(precious)
+    folder.save_metrics({"fad": 1.0})
+    folder.begin(OmegaConf.create({}), {})
+    LogFile(folder.folder / "train.log").emit(logging.makeLogRecord({"msg": "a line"}))
+    assert (folder.folder / "train.log").read_text() == "a line\n"
+    with pytest.raises(OSError, match="symbolic links"), folder.lock():
+        pytest.fail("a lock through a link")
+    # Even if its name were known.
+    monkeypatch.setattr(files, "token_hex", lambda n: "known")
+    (folder.folder / ".a.known.tmp").symlink_to(precious)
+    with pytest.raises(FileExistsError), atomic_write(folder.folder / "a"):
+        pytest.fail("a write through a link")
+    assert precious.read_text() == "mine"
