@@ -109,7 +109,8 @@ def find_class(
         TypeError: ``trust`` is no list.
     """
     # `in` would find a part of a name in a text.
-    if isinstance(trust, str) or not isinstance(trust, Collection | None):
+    is_list = isinstance(trust, Collection | None) and not isinstance(trust, str)
+    if not is_list or not all(isinstance(one, str) for one in trust or ()):
         raise TypeError(
             f"trust must be a list of full names, such as [mypkg.MyLIF], but it is {trust!r}"
         )

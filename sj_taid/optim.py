@@ -26,7 +26,7 @@ def parameter_groups(
         The groups ``"weights"`` and ``"neurons"`` that have parameters, without frozen ones.
 
     Raises:
-        ValueError: ``lr``, ``lr_scale`` or ``weight_decay`` is not a number >= 0.
+        ValueError: ``lr``, ``lr_scale`` or ``weight_decay`` is not a finite number >= 0.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), ALIFNode())

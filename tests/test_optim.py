@@ -62,5 +62,7 @@ def test_parameter_groups_leave_out_empty_ones():
 
 @pytest.mark.parametrize(("name", "value"), [("lr", "a"), ("lr_scale", -1.0)])
 def test_parameter_groups_refuse_all_but_numbers_from_0(name, value):
-    with pytest.raises(ValueError, match=f"^{name} must be a number >= 0, but it is {value!r}"):
+    with pytest.raises(
+        ValueError, match=f"^{name} must be a finite number >= 0, but it is {value!r}"
+    ):
         parameter_groups(ALIFNode(), **{"lr": 1.0, name: value})

@@ -102,6 +102,38 @@ def test_weights_with_another_digest_than_the_configs(folder):
 
 
 @pytest.mark.parametrize(
+    "text",
+    ['{"architectures": ["Bert"]}', "[]", "3", "null", "", "{", '{"model": {}}', '{"sha256": ""}'],
+)
+def test_config_of_another_program(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json describes no model of sj-taid: "):
+        create_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"x": torch.zeros(3)}, r"Unexpected key\(s\) in state_dict: \"x\""),
+        ({}, r"Missing key\(s\)"),
+        (None, ".*header"),
+    ],
+)
+def test_weights_that_do_not_fit(folder, state, said):
+    weights = folder / "model.safetensors"
+    if state is None:
+        weights.write_bytes(b"half")
+    else:
+        safetensors.save_file(state, weights)
+    change(folder, sha256=digest(folder))
+    with pytest.raises(ValueError, match=f"holds no weights of the model in config.json: {said}"):
+        create_model(folder, pretrained=True)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"no weights at .*; copy the whole folder"):
+        create_model(folder, pretrained=True)
+
+
+@pytest.mark.parametrize(
     "target", ["os.system", "sj_taid.create_model", "sj_taid.model.typo", "torch.nn.Linear", None]
 )
 @pytest.mark.parametrize("part", ["model", "neuron"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
@@ -80,6 +81,9 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(T=T, hidden=hidden, neurons_per_class=neurons_per_class)
+        check_sizes(in_channels=in_channels, image_size=image_size)
+        for width in chain(*stages):
+            check_sizes(stages=width)
         check_flags(norm=norm, per_channel=per_channel, output_neuron=output_neuron)
         if not is_whole(classes) or classes < 2:
             raise ValueError(
@@ -89,6 +93,11 @@ class Classifier(nn.Module):
         if not are_two_numbers(dropout) or not all(0 <= p < 1 for p in dropout):
             raise ValueError(f"dropout must be two probabilities in [0, 1), but it is {dropout!r}")
         side = image_size // 2 ** len(stages)
+        if side < 1:
+            raise ValueError(
+                f"image_size={image_size} is too small for {len(stages)} stages, each of which "
+                f"halves it: at least {2 ** len(stages)}, or fewer stages"
+            )
         self.in_channels = in_channels
         self.image_size = image_size
         self.classes = classes

@@ -95,10 +95,21 @@ def read_config(source: str | Path) -> dict[str, Any]:
 
     And ``fixed_thresholds``, those that are no parameters, where there are some.
 
+    Raises:
+        ValueError: no model there, or the ``config.json`` of another program.
+
     >>> sorted(read_config("fsvae_digits_taid"))
     ['metrics', 'model', 'sha256']
     """
-    return json.loads((_locate(source) / CONFIG).read_bytes())
+    path = _locate(source) / CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+        if {"model", "sha256"} <= config.keys():
+            return config
+        reason: object = f"it has {', '.join(config) or 'no keys'}, not model and sha256"
+    except (ValueError, AttributeError) as error:  # no JSON, or no dictionary
+        reason = error
+    raise ValueError(f"{path} describes no model of sj-taid: {reason}")
 
 
 def save_model(run: str | Path, folder: str | Path, half: bool = False) -> None:
@@ -185,6 +196,8 @@ def _locate(source: str | Path) -> Path:
 def _load_weights(model: nn.Module, path: Path, config: dict[str, Any]) -> None:
     with needs("safetensors"):
         from safetensors.torch import load
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}; copy the whole folder, or leave pretrained out")
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != config["sha256"]:
@@ -192,5 +205,9 @@ def _load_weights(model: nn.Module, path: Path, config: dict[str, Any]) -> None:
             f"{path} is damaged or of another model: its SHA-256 is {digest}, not "
             f"{config['sha256']}, as {CONFIG} states"
         )
-    model.load_state_dict(load(content))
-    set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
+    try:
+        model.load_state_dict(load(content))
+        set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
+    except Exception as error:  # of safetensors, torch, or names that are not the model's
+        what = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path} holds no weights of the model in {CONFIG}: {what}") from error

@@ -46,13 +46,19 @@ def fit(
 
 
 def cached(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What is cached at ``path``; one of several processes makes it, and again if it is damaged."""
+    """What is cached at ``path``; one of several processes makes it.
+
+    It is made again if the file is damaged or another one, which its name inside tells.
+    """
     with FileLock(f"{path}.lock"):
         if path.is_file():
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                if saved["name"] == path.name:
+                    return saved["content"]
+                log.warning("%s is a renamed file; it is made again", path)
             except Exception as error:  # whatever the damage leads to
                 log.warning("%s is damaged (%s); it is made again", path, type(error).__name__)
         made = make()
-        atomic_save(path, made)
+        atomic_save(path, {"name": path.name, "content": made})
         return made

@@ -19,13 +19,13 @@ from .._checks import (
     NOT_NEGATIVE,
     PATH,
     POSITIVE,
+    SEED,
     SHARE,
     Rule,
     check,
     expand_home,
     integer,
     is_number,
-    is_whole,
 )
 from .._kinds import check_kinds
 
@@ -40,7 +40,7 @@ CONFIG = "config.yaml"
 #: Keys that no class takes, and ranges that libraries check late, or in messages without the key.
 #: The kinds of all other values are checked where their classes are called.
 RULES: dict[str, Rule] = {
-    "seed": ("an integer >= 0, below 2^32", lambda value: is_whole(value) and 0 <= value < 2**32),
+    "seed": SEED,
     "cache_dir": PATH,
     "start_from": PATH,
     "resume": PATH,
@@ -54,22 +54,30 @@ RULES: dict[str, Rule] = {
     "surrogate.alpha": POSITIVE,
     "loss.label_smoothing": SHARE,
     "metric.samples": integer(1),
+    "metric.seed": SEED,
+    "metric.autoencoder.seed": SEED,
     "metric.autoencoder.epochs": integer(1),
     "metric.autoencoder.batch_size": integer(1),
     "dataset.erase": SHARE,
     "dataset.mixup": NOT_NEGATIVE,
+    "dataset.seed": SEED,
     "dataset.limit": integer(1),
     "dataset.batch_size": integer(1),
     "dataset.num_workers": integer(0),
-    "optimizer.lr": NOT_NEGATIVE,
+    # Beyond, a model may diverge and stay finite.
+    "optimizer.lr": (
+        "a number from 0 to 1000",
+        lambda value: is_number(value) and 0 <= value <= 1000,
+    ),
     "task.scheduler": ("a class by its _target_", lambda value: isinstance(value, DictConfig)),
     "trainer.max_epochs": integer(0),
+    "trainer.gradient_clip_val": NOT_NEGATIVE,
     "trainer.accumulate_grad_batches": integer(1),
     "trainer.check_val_every_n_epoch": integer(1),
     "trainer.limit_test_batches": POSITIVE,
 }
 #: keys of RULES that must not be null
-NEVER_NULL = {"seed", "trainer.max_epochs"}
+NEVER_NULL = {"seed", "pictures", "accelerate", "compile", "trainer.max_epochs"}
 #: key -> the override that sets it, the only task that takes it, a key that only its config has
 OF_ONE_TASK = {
     "loss": ("loss=", "classification", "loss"),

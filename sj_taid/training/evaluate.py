@@ -95,7 +95,7 @@ def measure(
         distributed.destroy_process_group()
     if not trainer.is_global_zero:
         return tested
-    metrics = tested | task.evaluate(data, evaluator) | measure_costs(task, data)
+    metrics = tested | task.evaluate(data, evaluator) | measure_costs(task, trainer, data)
     protocol = metrics.get("protocol", {})
     validated = {f"{task.chosen_by}_best_test_epoch", *(f"validation_{name}" for name in tested)}
     for option, names in (
@@ -109,17 +109,18 @@ def measure(
 
 
 @torch.no_grad()
-def measure_costs(task: Task, data: L.LightningDataModule) -> dict[str, float]:
+def measure_costs(task: Task, trainer: L.Trainer, data: L.LightningDataModule) -> dict[str, float]:
     """The neurons' mean firing rate in one pass of test samples."""
     x, _ = next(iter(data.test_dataloader()))
-    x = x[:8].to(next(task.model.parameters()).device)
+    precision = trainer.precision_plugin
+    x = precision.convert_input(x[:8].to(next(task.model.parameters()).device))
     fired, neurons = 0.0, 0
 
     def count(node: Any, inputs: Any, output: Tensor) -> None:
         nonlocal fired, neurons
         fired, neurons = fired + float(output.sum()), neurons + output.numel()
 
-    with ExitStack() as contexts, eval_mode(task.model):
+    with ExitStack() as contexts, eval_mode(task.model), precision.forward_context():
         contexts.enter_context(torch.compiler.set_stance("force_eager"))
         for module in task.model.modules():
             if isinstance(module, NEURONS):

@@ -180,7 +180,10 @@ def compile_model(model: torch.nn.Module, options: Any) -> None:
     """Compile in place, so that the keys of the checkpoints stay as they are."""
     torch.compiler.reset()  # the graphs of a sweep's earlier jobs would count against a limit
     # Batches have one size but for the last of a test, so each size may have a graph of its own.
-    model.compile(**{"dynamic": False, **({} if options is True else options)})
+    try:
+        model.compile(**{"dynamic": False, **({} if options is True else options)})
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"compile={options} is not for torch.compile: {error!s:.200}") from error
 
 
 def saves_best_epoch(task: Task, data: Any) -> bool:

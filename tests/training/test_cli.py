@@ -64,6 +64,7 @@ def test_error_of_a_worker_is_its_message_alone():
         ("train resume=nowhere hydra.run.dir=run", "in the run's own folder; leave hydra.run.dir="),
         ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),
         ("train trust=mypkg.MyLIF", r"trust must be a list of full .* it is 'mypkg\.MyLIF'"),
+        ("train trust=[1]", r"trust must be a list of full names, .*, but it is \[1\]"),
         ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
         ("train trainer.accelerator=tpuu", "Available names are(?s:.*)full_key: trainer"),
         ("train -m seed=0 neuron._target_=os.system", r"'os\.system': no public class"),

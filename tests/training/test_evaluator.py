@@ -95,6 +95,9 @@ DAMAGES = {
     "empty": lambda whole: b"",
     "truncated": lambda whole: whole[: len(whole) // 2],
     "code": lambda whole: pickled({"x": Code()}),
+    "list": lambda whole: pickled([]),
+    "dictionary": lambda whole: pickled({"x": torch.zeros(2)}),
+    "renamed": lambda whole: pickled({"name": "y.pt", "content": {"x": torch.zeros(2)}}),
 }
 
 
@@ -111,7 +114,8 @@ def test_damaged_cache_is_named_and_made_again(tmp_path, caplog, damage):
     for _ in range(2):
         assert_equal(cached(path, make), {"x": torch.ones(2)})
     (warning,) = caplog.messages
-    assert f"{path} is damaged" in warning and len(made) == 2
+    kind = "a renamed file" if damage == "renamed" else "damaged"
+    assert f"{path} is {kind}" in warning and len(made) == 2
 
 
 def test_cache_on_a_full_disk_names_the_file(tmp_path, monkeypatch):

@@ -39,6 +39,21 @@ def test_precision_keeps_float32_weights_and_accumulation_takes_fewer_steps(tiny
     assert {v.dtype for v in weights} == {torch.float32} and checkpoint["global_step"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call")  # float16
+@pytest.mark.parametrize("precision", ["64", "64-true", "16-true", "bf16-true"])
+def test_true_precision_is_that_of_every_measurement(tiny, sj_taid, tmp_path, precision):
+    options = ["optimizer=sgd", "dataset.validation=0.2"]  # in float16 Adam's eps is 0
+    chosen = [*TINY_CLASSIFICATION, *options, f"trainer.precision={precision}"]
+    metrics = train(tiny(*chosen, tiny=False), tmp_path)
+    assert metrics["loss"] > 0 and "firing_rate" in metrics
+    sj_taid("evaluate", f"checkpoint={tmp_path}")
+    (evaluation,) = run.Run(tmp_path).evaluations
+    # Of its weights in float32.
+    assert evaluation["metrics"]["loss"] == pytest.approx(metrics["loss"], rel=1e-2)
+    with pytest.raises(ValueError, match="has no 32-bit weights, in which alone images are"):
+        train(tiny(f"trainer.precision={precision}"), tmp_path / "generator")
+
+
 @pytest.mark.slow
 def test_two_processes_measure_once(tmp_path, cache):
     arguments = [
