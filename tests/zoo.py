@@ -33,7 +33,7 @@ _NETS = {
         _BLOCKS | {"block": sew_resnet.Bottleneck, "cnf": "IAND"},
     ),
     "mnist_net": ("parametric_lif_net.MNISTNet", {"channels": 8}),
-    "cifar10_net": ("parametric_lif_net.CIFAR10Net", {"channels": 8}),
+    "cifar10_net": ("parametric_lif_net.CIFAR10Net", {"channels": 4}),
     "spikformer": ("spikformer.Spikformer", _FORMER | _SIZES),
     "maxformer": ("maxformer.MaxFormer", _DEPTHS),
     "maxformer_cifar": ("maxformer.MaxFormer", _DEPTHS | {"cifar": True}),
@@ -48,8 +48,10 @@ _NETS = {
     "att_ms_resnet": ("masnn.AttMSResNet", _STAGES),
 }
 _SHAPES = {
+    "spiking_bottleneck": (2, 2, 3, 8, 8),
+    "sew_bottleneck": (2, 2, 3, 8, 8),
     "mnist_net": (2, 2, 1, 28, 28),
-    "cifar10_net": (2, 2, 3, 32, 32),
+    "cifar10_net": (2, 1, 3, 32, 32),
     "masnn": (5, 2, 3, 16, 16),
 }
 

@@ -25,6 +25,9 @@ from sj_taid.training.process import provenance
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU = torch.device("cpu")
+#: Training steps before the first that is measured. In the first ones an accelerated norm learns
+#: what reads its output, and compiles.
+WARM_UP = 5
 #: of the findings, next to the runs that they are of
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
@@ -66,7 +69,7 @@ def interleave(
     functions: Mapping[str, Callable[[], object]],
     repeats: int,
     device: torch.device = CPU,
-    warm_up: int = 1,
+    warm_up: int = WARM_UP,
 ) -> pd.DataFrame:
     """Milliseconds of each function: the median and the 20 % and 80 % quantiles.
 
@@ -118,18 +121,17 @@ def allocations(call: Callable[[], object]) -> list[int]:
     return [size for _, size in changes]
 
 
-def held_bytes(net: nn.Module, x_seq: Tensor) -> int:
+def held_bytes(net: nn.Module, x_seq: Tensor, dtype: str = "float32") -> int:
     """Bytes that torch's allocator holds after a forward from rest, beyond what it held before."""
+    for _ in range(WARM_UP):
+        train_step(net, x_seq, dtype)
     held: list[Any] = []
 
     def forward() -> None:
-        functional.reset_net(net)
-        held[:] = [net(x_seq)]
+        with autocast(x_seq.device, dtype):
+            held[:] = [net(x_seq)]
         gc.collect()
 
-    forward()  # the first one compiles
-    held.clear()
-    functional.reset_net(net)
     gc.collect()
     if not x_seq.is_cuda:
         return sum(allocations(forward))
@@ -140,6 +142,8 @@ def held_bytes(net: nn.Module, x_seq: Tensor) -> int:
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """The most that torch's allocator holds during a step, beyond what it held before."""
+    for _ in range(WARM_UP):
+        step()
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

@@ -16,7 +16,7 @@ from functools import partial
 import pandas as pd
 import published_nets
 import torch
-from common import parser, train_step, write_csv
+from common import WARM_UP, parser, train_step, write_csv
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,8 +70,8 @@ def cases(nets: Sequence[str]) -> Iterator[tuple[str, Sequence[int], Systems, in
 
 def take_turns(systems: Systems, turns: int) -> pd.DataFrame:
     """Microseconds of each system, medians, and the ratio to the first."""
-    rows = [(name, *times(call)) for _ in range(3 + turns) for name, call in systems.items()]
-    table = pd.DataFrame(rows[3 * len(systems) :], columns=["system", "cpu_us", "wall_us"])
+    rows = [(name, *times(call)) for _ in range(WARM_UP + turns) for name, call in systems.items()]
+    table = pd.DataFrame(rows[WARM_UP * len(systems) :], columns=["system", "cpu_us", "wall_us"])
     medians = table.groupby("system", sort=False).median()
     return medians.assign(cpu_ratio=medians["cpu_us"] / medians["cpu_us"].iloc[0]).reset_index()
 

@@ -120,7 +120,7 @@ def time_neurons(modules: dict[str, nn.Module], x_seq: Tensor, repeats: int) -> 
             if name.startswith("ALIF") and not isinstance(error, torch.OutOfMemoryError):
                 raise  # ours take every size and dtype
             print(f"skipped {name} at {dtype}, T={T}, N={N}: {error}")
-    table = interleave(calls, repeats, device, warm_up=3)
+    table = interleave(calls, repeats, device)
     bytes_per_ms = 2 * grad.nbytes / table["median_ms"][COPY]
     # Forward reads x and writes spikes and the last voltage; backward reads x and the spikes'
     # gradient and writes x's.

@@ -53,8 +53,11 @@ def results(net, x, between=functional.reset_net, context=torch.enable_grad, run
     return found
 
 
-def spikes(net, x, nudge=0.0, between=functional.reset_net, run=lambda net: net, **_):
-    """The spikes of each neuron in two steps, whose inputs are moved by ``nudge``."""
+def spikes(net, x, nudge=0.0, passes=None, **options):
+    """The spikes of each neuron in ``passes(net, x)``, whose inputs are moved by ``nudge``.
+
+    Without ``passes`` in :func:`results` with ``options``.
+    """
     net, seen = copy.deepcopy(net), []
     for module in net.modules():
         if isinstance(module, neuron.BaseNode):
@@ -62,7 +65,10 @@ def spikes(net, x, nudge=0.0, between=functional.reset_net, run=lambda net: net,
                 lambda _, args: (args[0] + nudge * args[0].detach().abs().max().clamp(1.0),)
             )
             module.register_forward_hook(lambda _, args, y: seen.append(y.detach().round().char()))
-    results(net, x, between, torch.no_grad, run)
+    if passes:
+        passes(net, x)
+    else:
+        results(net, x, **options | {"context": torch.no_grad})
     return seen
 
 
@@ -74,6 +80,21 @@ def is_fragile(net, x, **options):
     return not all(
         len(other) == len(expected) and all(map(torch.equal, other, expected))
         for other in itertools.chain(others, exact)
+    )
+
+
+def robust(make, seeds=100, **options):
+    """The first net and input that ``make()`` draws of which rounding changes no spike.
+
+    ``options`` are those of :func:`spikes`.
+    """
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        net, x = make()
+        if not is_fragile(net, x, **options):
+            return net, x
+    raise AssertionError(
+        f"each of {seeds} draws has a voltage that rounding moves over a threshold"
     )
 
 

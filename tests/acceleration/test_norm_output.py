@@ -12,6 +12,7 @@ from torch import nn
 import sj_taid
 from sj_taid.acceleration.compact import Compact
 from sj_taid.acceleration.norm_output import NormOutput
+from tests.acceleration.alike import robust
 
 LAST = {"memory_format": torch.channels_last}
 
@@ -142,14 +143,26 @@ CHANGES = {
 }
 
 
+def draw(change=lambda y: y, setup=lambda norm, node: None):
+    """A convolution, a norm and a neuron that reads the changed output, and their input."""
+
+    def make():
+        conv, norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        setup(norm, node := neuron.LIFNode(step_mode="m"))
+        return nn.ModuleList([conv, norm, node]), torch.randn(8, 3, 5, 6)
+
+    return robust(make, passes=lambda net, x: net[2](change(net[1](net[0](x)))))
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_shape_changes_in_place(name):
     change, is_fused = CHANGES[name]
-    plain = nn.ModuleList(
-        [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]
-    )
-    plain[2].surrogate_function, plain[2].v_threshold = surrogate.ATan(), 0.3
-    fast, x, found = copy.deepcopy(plain), torch.randn(8, 3, 5, 6), []
+
+    def setup(norm, node):
+        node.surrogate_function, node.v_threshold = surrogate.ATan(), 0.3
+
+    plain, x = draw(change, setup)
+    fast, found = copy.deepcopy(plain), []
     report = sj_taid.accelerate(fast)
     for conv, norm, node in (plain, fast):
         z = change(y := norm(conv(x)))
@@ -203,8 +216,9 @@ PEEKS = {
 
 @pytest.mark.parametrize("peek", PEEKS.values(), ids=PEEKS)
 def test_hooks_read_in_inference_mode(peek):
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m"))
-    fast, x, found, kinds = copy.deepcopy(plain), torch.randn(8, 3, 5, 6), [], set()
+    net, x = draw()
+    plain = nn.Sequential(*net)
+    fast, found, kinds = copy.deepcopy(plain), [], set()
     sj_taid.accelerate(fast)
 
     @torch.inference_mode()
@@ -247,10 +261,8 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
 def test_hooks_on_a_view_are_called_or_refused(take, view):
-    plain = nn.ModuleList(
-        [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]
-    )
-    fast, x, found = copy.deepcopy(plain), torch.randn(8, 3, 5, 6), []
+    plain, x = draw(view)
+    fast, found = copy.deepcopy(plain), []
     report = sj_taid.accelerate(fast)
     for conv, norm, node in (plain, fast):
         take(y := view(norm(conv(x))))
@@ -284,11 +296,9 @@ def thawed(x, norm):
 
 @pytest.mark.parametrize("change", [frozen, frozen_in_part, thawed])
 def test_gradients_are_those_of_the_norms_call(change):
-    plain = nn.ModuleList(
-        [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]
-    )
+    plain, x = draw()
     plain[1].weight.requires_grad_(change is not thawed)
-    fast, x, found = copy.deepcopy(plain), torch.randn(8, 3, 5, 6), []
+    fast, found = copy.deepcopy(plain), []
     sj_taid.accelerate(fast)
     for conv, norm, node in (plain, fast):
         y = norm(h := conv(x))
@@ -303,12 +313,13 @@ def test_gradients_are_those_of_the_norms_call(change):
 @pytest.mark.parametrize("lacks", ["weight", "bias"])
 def test_norm_with_a_weight_or_a_bias_alone(lacks, training, frozen):
     """Which torch makes by ``bias=False`` from 2.13 on."""
-    plain = nn.ModuleList(
-        [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]
-    )
-    plain[1].register_parameter(lacks, None)
-    plain[1].train(training).requires_grad_(not frozen)
-    fast, x, found = copy.deepcopy(plain), torch.randn(8, 3, 5, 6), []
+
+    def setup(norm, node):
+        norm.register_parameter(lacks, None)
+        norm.train(training).requires_grad_(not frozen)
+
+    plain, x = draw(setup=setup)
+    fast, found = copy.deepcopy(plain), []
     sj_taid.accelerate(fast)
     for conv, norm, node in (plain, fast):
         spikes = node(norm(conv(x)))
@@ -334,10 +345,14 @@ KINDS = {
 @pytest.mark.parametrize("axes", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_every_neuron_fuses_in_every_memory_order(kind, axes):
-    node = kind(step_mode="m", surrogate_function=surrogate.ATan())
-    plain = nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), node)
+    def make():
+        node = kind(step_mode="m", surrogate_function=surrogate.ATan())
+        x = torch.randn(4, 2, 3, 5, 6).permute(axes).contiguous()
+        x = x.permute(*map(axes.index, range(5)))
+        return nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), node), x
+
+    plain, x = robust(make)
     fast = copy.deepcopy(plain)
-    x = torch.randn(4, 2, 3, 5, 6).permute(axes).contiguous().permute(*map(axes.index, range(5)))
     report, found = sj_taid.accelerate(fast), []
     for net in (plain, fast):
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()

@@ -19,6 +19,8 @@ from spikingjelly.activation_based.neuron import LIFNode
 from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
 
+from tests.acceleration.alike import robust
+
 CPU = torch.device("cpu")
 RESULTS = Path(common.__file__).parent / "results"
 
@@ -92,14 +94,26 @@ def test_zoo_saves_bytes_of_published_nets(measure):
     assert PUBLISHED.keys() == published_nets.NETS.keys()
 
 
+SHAPE = (4, 4, 2, 16, 16)
+
+
 def tiny():
-    neurons = (LIFNode(surrogate_function=ATan(), step_mode="m") for _ in range(2))
-    layers = [SeqToANNContainer(nn.Conv2d(c, 8, 3), nn.BatchNorm2d(8)) for c in (2, 8)]
-    return nn.Sequential(*chain(*zip(layers, neurons, strict=True)))
+    """A net whose spikes survive rounding on the input that is drawn next."""
+    states = []
+
+    def make():
+        neurons = (LIFNode(surrogate_function=ATan(), step_mode="m") for _ in range(2))
+        layers = [SeqToANNContainer(nn.Conv2d(c, 8, 3), nn.BatchNorm2d(8)) for c in (2, 8)]
+        states.append(torch.get_rng_state())
+        return nn.Sequential(*chain(*zip(layers, neurons, strict=True))), torch.rand(SHAPE)
+
+    net, _ = robust(make)
+    torch.set_rng_state(states[-1])
+    return net
 
 
 def test_any_net_measures_its_gain(measure):
-    options = ["--shape", "4", "4", "2", "16", "16", "--repeats", "1", "--budget", "0.01"]
+    options = ["--shape", *map(str, SHAPE), "--repeats", "1", "--budget", "0.01"]
     plain, ours = measure(any_net, f"{__name__}:tiny", *options).itertuples()
     assert (plain.system, ours.system) == ("plain", "accelerate")
     assert plain.held_mb > ours.held_mb and plain.peak_mb > ours.peak_mb
@@ -109,9 +123,22 @@ def test_any_net_measures_its_gain(measure):
         measure(any_net, "nothing:make", *options)
     with pytest.raises(SystemExit, match="expected a batch of 2 or more"):
         measure(any_net, f"{__name__}:tiny", "--shape", "4", "1", "2", "8", "8")
-    one, nan = torch.ones(1), torch.full((1,), float("nan"))
-    found = any_net.compare({"output 0": one, "w": nan}, {"output 0": one, "w": one})
-    assert found == ("w", float("inf"))
+
+
+def test_any_net_compares_what_is_not_zero_but_for_rounding():
+    net = tiny()
+    zero = any_net.zero_gradients(net, torch.rand(SHAPE))
+    assert zero == {"0.0.bias", "2.0.bias"}  # in front of norms
+    one, nan, none = torch.ones(1), torch.full((1,), float("nan")), torch.zeros(1)
+    plain = {"output 0": one, "w": one, "0.0.bias": one * 1e-9, "unused": none}
+    for ours, expected in (
+        (plain, ("", 0.0)),
+        (plain | {"0.0.bias": one}, ("", 0.0)),
+        (plain | {"w": one * 0.75}, ("w", 0.25)),
+        (plain | {"w": nan}, ("w", float("inf"))),
+        (plain | {"unused": one}, ("unused", float("inf"))),
+    ):
+        assert any_net.compare(ours, plain, zero) == expected
 
 
 @pytest.mark.parametrize(
