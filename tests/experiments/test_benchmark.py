@@ -80,7 +80,7 @@ PUBLISHED = {
     "SpikingResformer": (2, 0.40),
     "SpikingUNet": (3, 0.52),
     "SpikingVQVAE": (4, 0.42),
-    "SFOD": (0, 0.48),
+    "SFOD": (0, 0.68),
     "SEWResNet": (7, 0.32),
 }
 
