@@ -1,6 +1,5 @@
 """The command ``sj-taid``, or ``python -m sj_taid``; a missing package is an error of one line."""
 
-import signal
 import sys
 
 from ._commands import parser
@@ -8,11 +7,13 @@ from ._extras import REMEDY
 
 
 def main() -> None:
-    """Run a command; Ctrl-C ends it without a traceback."""
+    """Run a command; Ctrl-C ends it without a traceback, and a loop of the shell too."""
     try:
         run()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as interrupt:
+        print(interrupt, file=sys.stderr)
+        sys.excepthook = lambda *_: None
+        raise  # Python then ends by the signal, with the status 130
 
 
 def run() -> None:

@@ -11,7 +11,9 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .._checks import check, check_sizes
+from .callbacks import show_progress
 from .config import CONF, RULES, refuse_unknown
+from .evaluator import SAMPLES_AT_ONCE
 from .plot import draw_classes, draw_grid
 from .run import Run
 
@@ -33,6 +35,7 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     if cfg.sample_from and not hasattr(model, "draw_from"):
         raise ValueError(f"sample_from is for model=esvae, but this is a {type(model).__name__}")
+    log.info("Drawing samples from %s", run.checkpoint)
     several = isinstance(cfg.label, ListConfig)
     prior = f"{cfg.sample_from}-" if cfg.sample_from else ""
     shown = "-".join(map(str, cfg.label)) if several else cfg.label
@@ -44,7 +47,9 @@ def main(cfg: DictConfig) -> None:
             draw_classes(model, labels, path, cfg.columns)
         else:
             asked = {} if cfg.label is None else {"label": cfg.label}
-            draw_grid(model.sample(cfg.n, **asked), path, cfg.columns)
+            parts = show_progress(torch.empty(cfg.n).split(SAMPLES_AT_ONCE), "Drawing, in batches")
+            images = [model.sample(len(part), **asked) for part in parts]
+            draw_grid(torch.cat(images), path, cfg.columns)
     log.info("The samples are in %s", path)
 
 

@@ -301,7 +301,8 @@ def explain_resuming(run: Run) -> Iterator[None]:
         advice = "Give the same command again, since no epoch was complete."
         if run.checkpoint.is_file() and not run.is_finished:  # by an earlier command
             advice = run.advice
-        raise SystemExit(f"Stopped. {advice}") from error
+        is_ctrl_c = KeyboardInterrupt in (type(error), type(error.__context__))  # by Lightning
+        raise (KeyboardInterrupt if is_ctrl_c else SystemExit)(f"Stopped. {advice}") from error
     except (OSError, RuntimeError) as error:
         if run.checkpoint.is_file():
             error.add_note(f"Then: {run.advice}")

@@ -3,6 +3,9 @@
 import json
 import re
 import shlex
+import signal
+import subprocess
+import sys
 
 import lightning as L
 import pytest
@@ -10,7 +13,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch._utils import ExceptionWrapper
 
-from sj_taid.__main__ import main
 from sj_taid._commands import COMPOSED, OTHERS
 from sj_taid.training import cli, config, run
 from tests.training.conftest import TINY_AUTOENCODING
@@ -108,14 +110,12 @@ def test_help_has_a_line_for_each_key(sj_taid, capsys, command):
     assert {*re.findall(r"^  ([\w.]+)  ", said, re.M)} == {*keys} and "neuron" not in said
 
 
-def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "main", interrupt)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 130
+def test_ctrl_c_ends_a_command_by_the_signal_without_a_traceback():
+    """So a shell's loop ends with it."""
+    code = "from sj_taid import __main__ as m; m.run = lambda: exec('raise KeyboardInterrupt(3)')"
+    command = [sys.executable, "-c", f"{code}; m.main()"]
+    ended = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "3\n")
 
 
 def test_cli_shows_the_traceback_where_hydra_would(sj_taid, monkeypatch):
@@ -174,16 +174,16 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
     custom.mkdir(parents=True)
     (custom / "mine.yaml").write_text(f"ctrl_c:\n  _target_: {__name__}.CtrlC\n  epoch: 0\n")
     folder = tmp_path / "run"
-    with pytest.raises(SystemExit, match=r"Stopped\. Give the same command again"):
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped\. Give the same command again"):
         train("callbacks=mine", "trainer.max_epochs=2", "--config-dir", str(custom.parent))
     # What the run says of itself is no reason to trust it.
     with pytest.raises(SystemExit, match=rf"names '{__name__}\.CtrlC'.*add trust="):
         sj_taid("train", f"resume={folder}")
     trust = f"trust=[{__name__}.CtrlC]"
     message = re.escape(f"Resume with: sj-taid train resume={folder} {trust}") + "$"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(KeyboardInterrupt, match=message):
         sj_taid("train", f"resume={folder}", "+callbacks.ctrl_c.epoch=1", trust)
-    with pytest.raises(SystemExit, match="Stopped"):
+    with pytest.raises(KeyboardInterrupt, match="Stopped"):
         sj_taid("train", f"resume={folder}", trust)  # its config is the last one
     sj_taid("train", f"resume={folder}", "callbacks=quiet")
     metrics = run.Run(folder).metrics

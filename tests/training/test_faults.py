@@ -167,7 +167,7 @@ def stopped(sj_taid, capsys):
     """The message of a run that does not come to its end."""
 
     def execute(*arguments):
-        with pytest.raises((SystemExit, RuntimeError)) as ended:
+        with pytest.raises((SystemExit, KeyboardInterrupt, RuntimeError)) as ended:
             sj_taid("train", *arguments, *QUIET)
         notes = getattr(ended.value, "__notes__", [])
         return "\n".join([capsys.readouterr().err, str(ended.value), *notes])
