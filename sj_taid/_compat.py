@@ -7,6 +7,9 @@ the two, so that :class:`sj_taid.ALIFNode` is written once.
 """
 
 import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -61,6 +64,21 @@ def forget_reset_cache() -> None:
     """
     if FUNCTIONAL_STATES:
         functional.net_config._RESET_MODULE_CACHE.clear()
+
+
+@contextmanager
+def quiet_triton() -> Iterator[None]:
+    """Keep torch from saying that there is no Triton, where a neuron of 2.x first runs for us."""
+    logger = logging.getLogger("torch._library.triton")
+    logger.addFilter(_is_no_lack)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_lack)
+
+
+def _is_no_lack(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Triton not available")
 
 
 def reset_value(node: Any, name: str) -> Any:

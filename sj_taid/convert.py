@@ -1,13 +1,18 @@
-"""Conversion of SpikingJelly's neurons to ALIF and back, with equal outputs."""
+"""Conversion of SpikingJelly's neurons to ALIF and back, and of a net's own classes."""
 
 import math
+import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from spikingjelly.activation_based import neuron
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import _compat
 from ._fused_neuron import restore
@@ -15,6 +20,7 @@ from .neuron import ALIFNode
 from .neurons import (
     NO_LEAK_W,
     Site,
+    as_inputs,
     copy_net,
     describe_equality,
     find_neurons,
@@ -27,16 +33,26 @@ from .ops import backends
 from .ops.alif.reference import state_dtype
 from .ops.surrogate import counts
 from .report import Report, table_of
-from .state import name_neurons
+from .state import name_neurons, reset
 from .thresholds import warn_at_reset
 
 #: Beginnings of the names under which torch keeps a module's hooks.
 _HOOKS = ("_forward", "_backward", "_is_full_backward")
 
 
+#: a change of the input, relative, that moves nothing but what lies at a threshold
+_NUDGE = 1e-5
+#: what counts as a difference, relative to the largest value
+_TOLERANCE = 1e-4
+#: the share of values that may lie at a threshold
+_AT_THRESHOLD = 1e-3
+
+
 def swap_neurons(
     net: nn.Module,
     *,
+    replace: Mapping[type, Callable[[Any], nn.Module]] | None = None,
+    example: Any = None,
     learn_tau: bool = True,
     learn_threshold: bool = True,
     min_v_threshold: float | Literal["auto"] | None = "auto",
@@ -55,52 +71,209 @@ def swap_neurons(
     leads away from there, so its ``w`` is frozen and only its threshold learns.
 
     The report says which neurons are kept and why: those of other kinds, or that ALIF cannot
-    express. A neuron that only a Python list or dict holds is not seen: use ``nn.ModuleList``.
+    express. A module is exchanged wherever it stands: in modules, and in lists, tuples and dicts
+    that are their attributes. A neuron that only such a list holds is not seen: use
+    ``nn.ModuleList``.
 
     Args:
-        net: any module with SpikingJelly neurons.
+        net: any module with SpikingJelly neurons, or of the classes in ``replace``.
+        replace: classes of the net's own, or of SpikingJelly, and for each a function of a module
+            of exactly this class that gives its successor, or the module itself to keep it. The
+            successor gets the device, the dtype, the mode and the hooks.
+        example: an input of ``net`` (a tuple for several). Each module of ``replace`` is compared
+            with its successor on the input that it gets there, in training and in eval mode, twice
+            in a row and once after a reset: outputs and the gradient of the input. What rounding
+            moves across a threshold is no difference, if it is rare.
         learn_tau: whether ``w`` receives a gradient; a frozen PLIF ``w`` stays frozen.
         learn_threshold: whether ``v_threshold`` receives a gradient.
         min_v_threshold: lower bound of the learned thresholds. ``"auto"`` is 1 % of the way from
             the reset voltage (0 for a soft reset) to the threshold, since at the reset a neuron
             fires at every step, without input; ``None`` leaves them free (the paper).
-        filter: ``filter(path, node)`` says whether to swap the node.
+        filter: ``filter(path, node)`` says whether to swap a neuron of SpikingJelly's.
         backend: one of :func:`sj_taid.ops.backends.names`.
 
     Raises:
-        ValueError: no neuron, or a value that ALIF cannot take; the net stays.
+        ValueError: no neuron or no module of a class in ``replace``, a value that ALIF cannot
+            take, or a successor that computes something else; the net stays.
+        TypeError: a function of ``replace`` gives no module, or ``example`` is no input.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
     >>> print(swap_neurons(net))
-    1 neurons swapped, 0 left alone
+    1 swapped, 0 left alone
     layer  kind     done  note
     1      LIFNode  ALIF  equal outputs, v_threshold >= 0.01
+
+    A class of the net's own that gives counts:
+
+    >>> class Count(nn.Module):
+    ...     def forward(self, x):
+    ...         y = x.clamp(0, 4)
+    ...         return y + (y.round() - y).detach()
+    >>> net = nn.Sequential(nn.Linear(4, 3), Count())
+    >>> count = lambda old: ALIFNode(levels=4, init_tau=None, learn_threshold=False)
+    >>> print(swap_neurons(net, replace={Count: count}, example=torch.randn(8, 4)))
+    1 swapped, 0 left alone
+    layer  kind   done  note
+    1      Count  ALIF  by replace=, equal on the example
     """
-    sites = need_neurons(net, "swap")
+    replace = replace or {}
+    if example is not None and not replace:
+        raise ValueError("example= compares the modules that replace= names, but it names none")
     options: dict[str, Any] = {
         "learn_tau": learn_tau,
         "learn_threshold": learn_threshold,
         "min_v_threshold": min_v_threshold,
         "backend": backend,
     }
-    rows = []
-    new_of: dict[Any, Any] = {}
+    sites = need_neurons(net, "swap", replace)
+    new_of: dict[Site, Any] = {}
+    notes: dict[Site, str] = {}
     for site in sites:
-        reason = _why_keep(site, filter)
-        if reason is None:
+        if type(site.node) in replace and site.path:
+            notes[site] = "kept by replace="
+            new = _successor(site, replace[type(site.node)], new_of.values())
+            if new is not site.node:
+                new_of[site], notes[site] = new, "by replace="
+        elif (reason := _why_keep(site, filter)) is not None:
+            notes[site] = reason
+        else:
             try:
-                new_of[site.node] = _to_alif(site, **options)
+                new_of[site] = _to_alif(site, **options)
             except ValueError as error:
                 raise ValueError(f"the neuron {site.path!r}: {error}") from error
-        note = reason or _describe_swap(site, new_of[site.node])
-        rows.append(site.row("" if reason else "ALIF", note))
-    for old, new in new_of.items():  # after the last error, as the two share w
-        if isinstance(old, neuron.ParametricLIFNode):
-            new.w.requires_grad_(learn_tau and old.w.requires_grad)
-    _replace(net, new_of)
+            notes[site] = _describe_swap(site, new_of[site])
+    if example is not None:
+        own = {site: new for site, new in new_of.items() if type(site.node) in replace}
+        for site, note in _compare(net, own, as_inputs(example)).items():
+            notes[site] += f", {note}"
+    for site, new in new_of.items():  # after the last error, as the two share w
+        if isinstance(site.node, neuron.ParametricLIFNode) and type(site.node) not in replace:
+            new.w.requires_grad_(learn_tau and site.node.w.requires_grad)
+    _replace(net, {site.node: new for site, new in new_of.items()})
     name_neurons(net)
     _compat.forget_reset_cache()
-    return Report(tuple(rows))
+    return Report(tuple(site.row(_label(new_of.get(site)), notes[site]) for site in sites))
+
+
+def _label(new: nn.Module | None) -> str:
+    """What a report calls a successor."""
+    if new is None:
+        return ""
+    return "ALIF" if isinstance(new, ALIFNode) else type(new).__name__
+
+
+def _successor(site: Site, function: Callable[[Any], Any], others: Collection[Any]) -> nn.Module:
+    """What a function of ``replace`` gives for a module."""
+    new = function(site.node)
+    if not isinstance(new, nn.Module) or new in others:
+        raise TypeError(
+            f"replace= must give a module of its own for each {type(site.node).__name__}, but for "
+            f"{site.path!r} it gave {new!r:.80}"
+        )
+    return new if new is site.node else new.to(site.device, site.dtype)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+@_compat.quiet_triton()
+def _compare(net: nn.Module, new_of: Mapping[Site, nn.Module], inputs: Any) -> dict[Site, str]:
+    """Compare modules with their successors on what they get in ``net(*inputs)``: notes.
+
+    The random state stays as it is, and hooks on saved tensors that the caller has open see
+    nothing: the innermost ones alone are called.
+    """
+    trial = copy_net(net)
+    calls: dict[Site, list[Any]] = {site: [] for site in new_of}
+    for site, found in calls.items():
+
+        def keep(module: Any, args: Any, kwargs: Any, found: list[Any] = found) -> None:
+            found.append(tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
+
+        trial.get_submodule(site.path).register_forward_pre_hook(keep, with_kwargs=True)
+    reset(trial)
+    devices = {tensor.device for tensor in trial.parameters() if tensor.is_cuda}
+    fork = partial(torch.random.fork_rng, devices)
+    with fork(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        trial(*inputs)  # compiled code would not call the hooks
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
+        return {site: _compare_one(site, new, calls[site], fork) for site, new in new_of.items()}
+
+
+def _compare_one(site: Site, new: nn.Module, calls: list[Any], fork: Any) -> str:
+    """Compare a module with its successor: a note, or an error that names the difference."""
+    if not calls:
+        return "not reached by the example"
+    dtype, shows = state_dtype(site.dtype), False
+    olds = [copy_net(site.node).to(dtype) for _ in range(3)]
+    new = copy_net(new).to(dtype)
+    for mode in ("training", "eval"):
+        for module in (*olds, new):
+            module.train(mode == "training")
+        plain, *nudged = (  # without the old module's hooks, which its successor gets
+            _results(old, old.forward, calls, fork, factor)
+            for old, factor in zip(olds, (1.0, 1.0 + _NUDGE, 1.0 - _NUDGE), strict=True)
+        )
+        try:
+            got = _results(new, new, calls, fork)
+        except Exception as error:
+            error.add_note(f"raised by what replace= gives for {site.path!r}, on its input there")
+            raise
+        for name, old in plain.items():
+            shows |= name.startswith("output") and old.unique().numel() > 1
+            if reason := _difference(old, [others[name] for others in nudged], got.get(name)):
+                raise ValueError(
+                    f"replace= would change {site.path!r}, a {type(site.node).__name__}: in {mode} "
+                    f"mode the {name} {reason}; the net stays as it was"
+                )
+    return "equal on the example" if shows else "not compared: it gives one value on the example"
+
+
+def _results(
+    module: nn.Module, forward: Any, calls: list[Any], fork: Any, factor: float = 1.0
+) -> dict[str, Tensor]:
+    """Outputs and gradients of the inputs of calls in a row, twice and once after a reset."""
+    leaves: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def leaf(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        name = f"gradient of input {len(leaves) + 1}"
+        leaves[name] = x.detach().to(state_dtype(x.dtype)).requires_grad_()
+        return leaves[name] * factor
+
+    with fork():  # so that each run draws the same random numbers
+        for repeat in range(3):
+            if repeat != 1:
+                reset(module)
+            for call in calls:
+                args, kwargs = tree_map_only(Tensor, leaf, call)
+                for y in tree_leaves(forward(*args, **kwargs)):
+                    if isinstance(y, Tensor) and y.is_floating_point():
+                        outputs[f"output {len(outputs) + 1}"] = y
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    terms = [(y * draw(y.shape).to(y)).sum() for y in outputs.values() if y.requires_grad]
+    terms += [0.0 * x.sum() for x in leaves.values()]  # the gradient where there is none
+    grads = torch.autograd.grad(terms, [*leaves.values()]) if leaves else ()
+    return {n: y.detach() for n, y in outputs.items()} | dict(zip(leaves, grads, strict=True))
+
+
+def _difference(old: Tensor, nudged: list[Tensor], got: Tensor | None) -> str | None:
+    """How a result differs from the old one by more than rounding may change it, or ``None``."""
+    if got is None or got.shape != old.shape:
+        return f"has the shape {got if got is None else [*got.shape]}, not {[*old.shape]}"
+    scale = float(old.nan_to_num(0.0, 0.0, 0.0).abs().max()) if old.numel() else 0.0
+
+    def differs(other: Tensor) -> Tensor:
+        return ~torch.isclose(other, old, rtol=0.0, atol=_TOLERANCE * scale, equal_nan=True)
+
+    wrong = differs(got)
+    if wrong.float().mean() <= _AT_THRESHOLD:
+        wrong &= ~(differs(nudged[0]) | differs(nudged[1]))
+    if not wrong.any():
+        return None
+    most, step = (got - old).abs()[wrong].max(), int(torch.atleast_1d(wrong).nonzero()[0, 0])
+    return f"differs by up to {most:.3g}, of {scale:.3g} at most, first at step {step}"
 
 
 def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
@@ -151,20 +324,40 @@ def _replace(net: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
     """Replace neurons of ``net`` by others, which take over their hooks."""
     for old, new in new_of.items():
         new.train(old.training)
-        # The dictionaries themselves, so that handles to remove a hook still work.
-        hooks = {n: v for n, v in vars(nn.Module()).items() if n.startswith(_HOOKS)}
-        vars(new).update({name: getattr(old, name) for name in hooks})
-        vars(old).update(hooks)
-        old.register_forward_pre_hook(_warn_replaced)
+        for name, none in vars(nn.Module()).items():
+            if name.startswith(_HOOKS):
+                # The old dictionaries themselves, so that handles to remove a hook still work.
+                hooks = getattr(old, name)
+                if isinstance(hooks, dict):
+                    hooks.update(getattr(new, name))
+                vars(new)[name], vars(old)[name] = hooks, none
+        if old not in new.modules():
+            old.register_forward_pre_hook(_warn_replaced)
     for parent in [*net.modules()]:
-        for name, child in parent._modules.items():
-            parent._modules[name] = new_of.get(child, child)  # type: ignore[arg-type]
+        for name, value in vars(parent).items():
+            vars(parent)[name] = _exchange_in(value, new_of)
+
+
+def _exchange_in(value: Any, new_of: Mapping[nn.Module, nn.Module]) -> Any:
+    """An attribute with its modules exchanged: a list or dict in place, else a new one."""
+    if isinstance(value, nn.Module):
+        return new_of.get(value, value)
+    if isinstance(value, dict):
+        value.update({key: _exchange_in(item, new_of) for key, item in value.items()})
+    elif isinstance(value, list | tuple):
+        items = [_exchange_in(item, new_of) for item in value]
+        if all(map(operator.is_, items, value)):
+            return value
+        if isinstance(value, tuple):
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        value[:] = items
+    return value
 
 
 def _warn_replaced(module: nn.Module, inputs: Any) -> None:
     warnings.warn(
-        f"a {type(module).__name__} runs that swap_neurons or to_lif has replaced: a Python list "
-        "or a closure still holds it; use nn.ModuleList",
+        f"a {type(module).__name__} runs that swap_neurons or to_lif has replaced: a closure or "
+        "an object that is no module still holds it; make it an attribute of a module",
         stacklevel=5,
     )
 

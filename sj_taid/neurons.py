@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -36,15 +37,42 @@ class Site(NamedTuple):
         return Row(" = ".join(self.paths) or "net", type(self.node).__name__, done, note)
 
 
-def need_neurons(net: nn.Module, change: str) -> list[Site]:
-    """Every neuron of ``net``; an error if there is none to ``change``, as in "swap"."""
-    sites = find_neurons(net)
+def need_neurons(net: nn.Module, change: str, kinds: Collection[type] = ()) -> list[Site]:
+    """Every neuron of ``net`` and module of exactly one of ``kinds``.
+
+    An error if there is no neuron to ``change``, as in "swap", or no module of a kind.
+    """
+    check_net(net)
+    there = {type(module) for module in net.modules()}
+    if absent := [getattr(kind, "__name__", kind) for kind in kinds if kind not in there]:
+        raise ValueError(
+            f"replace= has {absent}, but {type(net).__name__} has no module of exactly this class"
+        )
+    sites = find_neurons(net, (*_compat.NEURONS, *kinds))
+    sites = [s for s in sites if isinstance(s.node, _compat.NEURONS) or type(s.node) in kinds]
     if not sites:
         raise ValueError(
             f"{type(net).__name__} has no neuron of SpikingJelly's BaseNode or SimpleBaseNode to "
-            f"{change}"
+            f"{change}. Neurons of classes of its own first get successors: sj_taid.swap_neurons("
+            "net, replace={Class: function}), see docs/swap.md"
         )
     return sites
+
+
+def check_net(net: Any) -> None:
+    """Raise an error unless it is a module."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, but it is {net!r:.80}")
+
+
+def as_inputs(example: Any) -> tuple[Any, ...]:
+    """The inputs of a net: one, or a tuple of several."""
+    if not isinstance(example, Tensor | tuple):
+        raise TypeError(
+            "the example must be a tensor, or a tuple for several inputs, but it is a "
+            f"{type(example).__name__}"
+        )
+    return example if isinstance(example, tuple) else (example,)
 
 
 def find_neurons(net: nn.Module, kind: type | tuple[type, ...] = _compat.NEURONS) -> list[Site]:

@@ -44,7 +44,7 @@ class Report:
         return tuple(row for row in self.rows if not row.done)
 
     def __str__(self) -> str:
-        head = f"{len(self.changed)} neurons swapped, {len(self.kept)} left alone"
+        head = f"{len(self.changed)} swapped, {len(self.kept)} left alone"
         return f"{head}\n{table_of(self.rows)}" if self.rows else head
 
     __repr__ = __str__

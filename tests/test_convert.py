@@ -153,10 +153,10 @@ def test_swapped_neuron_that_still_runs_warns():
     net = nn.Sequential(neuron.LIFNode())
     calls = []
     net[0].register_forward_hook(lambda *_: calls.append("moved with the neuron"))
-    net.layers = [net[0]]
+    held = [net[0]]
     swap_neurons(net)
-    with pytest.warns(UserWarning, match="a LIFNode runs that swap_neurons.*list") as caught:
-        net.layers[0](torch.rand(2, 3))
+    with pytest.warns(UserWarning, match="a LIFNode runs that swap_neurons.*closure") as caught:
+        held[0](torch.rand(2, 3))
     assert caught[0].filename == __file__ and not calls
 
 
@@ -208,7 +208,7 @@ def test_swap_reports_what_it_keeps_with_the_reason():
     assert all(net[name] is node for name, node in nodes.items())
     assert type(net["swapped"]) is ALIFNode and net["swapped"].tau == 4.0
     table = str(report)
-    assert table.startswith(f"1 neurons swapped, {len(reasons)} left alone\n")
+    assert table.startswith(f"1 swapped, {len(reasons)} left alone\n")
     assert "declined by filter" in table
     assert "nn.Sequential" in swap_neurons(neuron.LIFNode()).kept[0].note  # it has no parent
 
