@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .ops import backends
 from .ops.alif.reference import state_dtype
-from .ops.surrogate import counts
+from .ops.bits import LARGEST_COUNT
+from .ops.surrogate import counts, levels_of
 
 __all__ = ["alif_multi_step", "alif_step", "lower_bound"]
 
@@ -165,6 +166,10 @@ def check_counts(surrogate_function: Any, v_reset: Any, has_state: bool = True) 
             "a neuron that counts needs a soft reset, which subtracts the count times the "
             f"threshold, but v_reset={v_reset!r} would set one voltage after any count; take "
             "v_reset=None"
+        )
+    elif (levels := levels_of(surrogate_function)) > LARGEST_COUNT:
+        raise ValueError(
+            f"a neuron counts to {LARGEST_COUNT} at most, which four bits hold, not to {levels}"
         )
 
 

@@ -16,7 +16,8 @@ from . import _compat
 from ._fused_neuron import NO_LEAK_W as NO_LEAK_W
 from ._fused_neuron import Accelerated
 from .ops import backends
-from .ops.surrogate import counts
+from .ops.bits import LARGEST_COUNT
+from .ops.surrogate import counts, levels_of
 from .report import Row
 
 
@@ -115,6 +116,8 @@ def why_no_alif(node: Any) -> str | None:
         return f"a subclass of {known.__name__} that overrides methods: it may behave differently"
     if counts(node.surrogate_function) and not isinstance(node, _compat.INTEGER_LIF):
         return "its surrogate counts by H - V_th; ALIF counts by H / V_th"
+    if (levels := levels_of(node.surrogate_function)) > LARGEST_COUNT:
+        return f"it counts to {levels}; ALIF counts to {LARGEST_COUNT}, which four bits hold"
     if isinstance(node.v_threshold, Tensor):
         return "its threshold is a tensor; ALIF starts from a number"
     if isinstance(w := getattr(node, "w", None), Tensor) and w.dim():

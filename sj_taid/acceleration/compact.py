@@ -136,7 +136,7 @@ def _restore(restore: Callable[..., Tensor], view: Any, *parts: Tensor) -> Tenso
 
 
 class Counts(Packing):
-    """Whole numbers: spikes, saved as bits; up to 15, as four bits; up to 255, as bytes."""
+    """Whole numbers: spikes, saved as bits, and counts up to 15, as four bits."""
 
     def __init__(self, tensor: Tensor, peak: int = 1, packed: Tensor | None = None) -> None:
         super().__init__(tensor)
@@ -152,12 +152,9 @@ class Counts(Packing):
 
     def restore(self, *parts: Tensor) -> Tensor:
         (saved,) = parts
-        peak = self.peak or 0
-        if peak > bits.LARGEST_HALF:
-            return saved.to(self.dtype)
         values = torch.empty(self._numel, dtype=self.dtype, device=saved.device)
         engine = backends.engine_of(saved.device.type)
-        if peak == 1:
+        if self.peak == 1:
             engine.unpack_into(saved, values.view(self._steps, -1))
         else:
             engine.unpack_counts_into(saved, values)
@@ -518,7 +515,7 @@ def describe(
         others = type(tensor) is Compact and tensor is not result
         if others and _graph.shares_memory(result, tensor):
             tensor._packing.expose()  # shown by a function that is no view
-    if packing is None and (peak is None or peak > bits.LARGEST_BYTE):
+    if packing is None and (peak is None or peak > bits.LARGEST_COUNT):
         return
     if not result.is_floating_point():
         return

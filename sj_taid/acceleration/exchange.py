@@ -14,7 +14,6 @@ from .._fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
 from ..neurons import Site, describe_equality, find_neurons, need_neurons, why_no_alif
 from ..ops import backends, surrogate
-from ..ops.bits import LARGEST_BYTE
 from ..report import Row
 from .modules import AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
 from .report import ALREADY, FUSED, Acceleration, measure, norms_of
@@ -117,8 +116,6 @@ def _why_not(site: Site, net: nn.Module) -> str | None:
         reason = why_no_alif(node)
     if reason or (reason := surrogate.unsupported(node.surrogate_function)):
         return reason
-    if (levels := surrogate.levels_of(node.surrogate_function)) > LARGEST_BYTE:
-        return f"it counts to {levels}, and a byte, which saves a count, to {LARGEST_BYTE}"
     if node.step_mode != "m":
         parent = net.get_submodule(site.path.rpartition(".")[0])
         container = type(parent).__name__

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 STEPS_PER_BYTE = 8
-#: the largest counts that four bits and a byte hold
-LARGEST_HALF, LARGEST_BYTE = 15, 255
+#: the largest count that four bits hold
+LARGEST_COUNT = 15
 
 
 def pack(spike_seq: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def pack_counts(counts: Tensor) -> Tensor:
     >>> pack_counts(torch.tensor([1.0, 2.0, 15.0]))
     tensor([33, 15], dtype=torch.uint8)
     """
-    halves = counts.byte() & LARGEST_HALF
+    halves = counts.byte() & LARGEST_COUNT
     packed = halves[::2].clone()
     packed[: len(halves) // 2] |= halves[1::2] << 4
     return packed
@@ -64,7 +64,7 @@ def unpack_counts_into(packed: Tensor, counts: Tensor) -> None:
     >>> counts.tolist()
     [1.0, 2.0, 15.0]
     """
-    counts[::2] = packed & LARGEST_HALF
+    counts[::2] = packed & LARGEST_COUNT
     counts[1::2] = packed[: len(counts) // 2] >> 4
 
 
@@ -74,23 +74,21 @@ def pack_whole(
     pack: Callable[[Tensor], Tensor] = pack,
     pack_counts: Callable[[Tensor], Tensor] = pack_counts,
 ) -> Tensor:
-    """Whole numbers of a dense ``[T, *]`` from 0 to ``most``: as bits, half bytes or bytes."""
+    """Whole numbers of a dense ``[T, *]`` up to ``most``, 15 at most: as bits or as half bytes."""
     if most == 1:
         return pack(_in_memory_order(values))
-    flat = values.as_strided((values.numel(),), (1,))
-    return pack_counts(flat) if most <= LARGEST_HALF else flat.byte()
+    return pack_counts(values.as_strided((values.numel(),), (1,)))
 
 
 def packed_shape(most: int, steps: int, neurons: int) -> tuple[int, ...]:
     """The shape of what :func:`pack_whole` gives.
 
-    >>> packed_shape(1, 9, 5), packed_shape(4, 1, 5), packed_shape(20, 1, 5)
-    ((2, 5), (3,), (5,))
+    >>> packed_shape(1, 9, 5), packed_shape(4, 1, 5)
+    ((2, 5), (3,))
     """
     if most == 1:
         return count_bytes(steps), neurons
-    values = steps * neurons
-    return (-(-values // 2) if most <= LARGEST_HALF else values,)
+    return (-(-steps * neurons // 2),)
 
 
 def count_bytes(steps: int) -> int:

@@ -100,7 +100,6 @@ class _Plan:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.counts = spec.dynamics.levels if spec.dynamics.counts else 0
-        self.divisor = spec.dynamics.divisor
         self.prepare_forward = cache(partial(_prepare_forward, spec))
         self.prepare_backward = cache(partial(_prepare_backward, spec))
         on: dict[str, Any] = {"device": spec.device}
@@ -130,8 +129,6 @@ class _Plan:
         packed = outputs[4]
         if self.spec.pack and self.counts:
             packed = bits.pack_whole(outputs[0], self.counts, pack, pack_counts)
-        if self.divisor != 1.0:
-            outputs[0].div_(self.divisor)
         return *outputs[:4], packed
 
     def backward(
@@ -141,8 +138,6 @@ class _Plan:
     ) -> tuple[_Maybe, ...]:  # fmt: skip
         if grad_spike is None:  # unused spikes are too rare for kernels of their own
             grad_spike = torch.zeros_like(x)
-        elif self.divisor != 1.0:
-            grad_spike = grad_spike / self.divisor
         given, parameters = (grad_spike, grad_v, grad_v_seq, x, v0, checkpoint), (w, v_threshold)
         run = self.prepare_backward(needs, grad_v_seq is not None, kernels.is_aligned(*given))
         new, channels, ab = self.new, self.spec.channels, None
@@ -252,7 +247,7 @@ def unpack_into(packed: Tensor, spike_seq: Tensor) -> None:
 
 def pack_counts(counts: Tensor) -> Tensor:
     """:func:`.bits.pack_counts` in one launch."""
-    shape = bits.packed_shape(bits.LARGEST_HALF, 1, len(counts))
+    shape = bits.packed_shape(bits.LARGEST_COUNT, 1, len(counts))
     packed = counts.new_empty(shape, dtype=torch.uint8)
     _launch_bits("pack_counts", counts.unsqueeze(0), packed)
     return packed

@@ -37,7 +37,6 @@ class Dynamics(NamedTuple):
     a: float  #: constants of its derivative
     b: float
     levels: int = 1  #: the most that a step gives
-    divisor: float = 1.0  #: a count is divided by it; 1 where a step gives a spike
 
     @property
     def counts(self) -> bool:
@@ -66,7 +65,7 @@ class Spec(NamedTuple):
     norm: bool
     fixed_norm: bool  #: whether its statistics are the running ones
     store_v_seq: bool
-    pack: bool  #: whether forward gives the spikes as bits too, or the counts packed, undivided
+    pack: bool  #: whether forward gives the spikes as bits too, or the counts packed
     saves: bool  #: whether a backward may follow
 
 

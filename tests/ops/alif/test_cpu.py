@@ -39,10 +39,8 @@ from tests.helpers import (
 )
 from tests.ops.alif.conformance import (
     COUNT_OPTIONS,
-    DIVIDED,
     OPTIONS,
     SURROGATES,
-    check_divided_counts,
     compare,
     make_case,
     pairwise,
@@ -453,12 +451,6 @@ def test_a_forked_child_makes_its_own_threads():
     if process.is_alive():
         process.kill()
     assert process.exitcode == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("levels", "shape", "divisor"), DIVIDED)
-def test_counts_are_divided(levels, shape, divisor, dtype):
-    check_divided_counts(cpu.ENGINE, levels, shape, divisor, dtype)
 
 
 def compile_again(folder, v_resets, found):

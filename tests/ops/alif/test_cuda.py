@@ -28,7 +28,7 @@ from tests.helpers import (
     results,
     tensors,
 )
-from tests.ops.alif.conformance import DIVIDED, LAYOUTS, check_divided_counts, make_spec
+from tests.ops.alif.conformance import LAYOUTS, make_spec
 from tests.ops.alif.host import CompileError, needs_gxx
 
 CASE = Case(shape=(4, 3, 8, 2))
@@ -404,13 +404,6 @@ def test_counts_are_packed_and_unpacked(launcher, dtype, size):
     at_once = {launch.name.partition(",")[2] for launch in launcher.launches}
     assert at_once == ({"1>", f"{16 // dtype.itemsize}>"} if size == 80 else {"1>"})
     assert engine.pack_counts(counts[:0]).shape == (0,)
-
-
-@needs_gxx
-@pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
-@pytest.mark.parametrize(("levels", "shape", "divisor"), DIVIDED)
-def test_counts_are_divided(launcher, levels, shape, divisor, dtype):
-    check_divided_counts(launcher.cuda.ENGINE, levels, shape, divisor, dtype)
 
 
 # ---- where it is launched ----

@@ -18,9 +18,7 @@ from tests.helpers import Case, assert_close, assert_equal, results, tensors
 from tests.ops.alif.conformance import (
     COMPACT,
     COUNT_OPTIONS,
-    DIVIDED,
     OPTIONS,
-    check_divided_counts,
     compare,
     make_case,
     pairwise,
@@ -63,12 +61,6 @@ def test_conforms(cuda, case):
 def test_every_pair_of_options(cuda, case):
     with use_large_kernels(cuda):
         assert not compare(case, cuda.multi_step, "cuda", cuda.launches)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("levels", "shape", "divisor"), DIVIDED)
-def test_counts_are_divided(cuda, levels, shape, divisor, dtype):
-    check_divided_counts(cuda.ENGINE, levels, shape, divisor, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -38,7 +38,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
 from ... import surrogate
-from ...bits import LARGEST_HALF
 from ..plan import COUNT
 
 #: values of a row that are copied while as many of another are fetched
@@ -69,7 +68,7 @@ class Arguments(ctypes.Structure):
             )
         ),
         *((name, ctypes.c_float) for name in ("v_init", "v_rest", "q_value", "threshold_value")),
-        *((name, ctypes.c_float) for name in ("a", "b", "levels", "divisor")),
+        *((name, ctypes.c_float) for name in ("a", "b", "levels")),
         *((name, ctypes.c_double) for name in ("count", "momentum", "eps")),
     )
 
@@ -108,7 +107,7 @@ def scratch_size(steps: int, x_size: int, gradients: bool) -> int:
 
 
 KERNEL_SIGNATURE = types.void(types.CPointer(from_dtype(np.dtype(Arguments))))
-_POINTERS, _FLOATS = [types.CPointer(types.float32)] * 4, [types.float32] * 5
+_POINTERS, _FLOATS = [types.CPointer(types.float32)] * 4, [types.float32] * 4
 ROW_SIGNATURE = types.void(types.intp, *_POINTERS, *_FLOATS, types.intp)
 
 
@@ -349,12 +348,6 @@ def _start(out, values, value, place, first, n):
 def _fill(out, value, n):
     for i in range(n):
         out[i] = value
-
-
-@_part
-def _divide(row, divisor, n):
-    for i in range(n):
-        row[i] /= divisor
 
 
 @_part
@@ -612,11 +605,10 @@ def _forward_part(a, scratch, part):
             after = _row(scratch, _VOLTAGES + (t + 1) % 2)
             _step_row(scratch, a, x, now, spike, after, norm, charge, soft, counts, n)
             if a.bits and a.levels > np.float32(1):
-                _store_counts(a, spike, t, first, n)
+                here = (t * a.neurons + first) // 2  # a block begins at an even neuron of memory
+                _pack_count_row(spike, _byte_at(a.bits, here), n)
             elif a.bits:
                 _store_bits(scratch, a, spike, t, first, n)
-            if counts and a.divisor != np.float32(1):
-                _divide(spike, a.divisor, n)
             _write(spike, a.spike, place, t, first, n, 1)
             if a.v_seq:
                 _store(after, a.v_seq, place, t, first, n, 1)
@@ -633,16 +625,6 @@ def _store_bits(scratch, a, spike, t, first, n):
     _pack_row(spike, bits, np.float32(1 << t % 8), n)
     if t % 8 == 7 or t == a.steps - 1:
         _store_bytes(bits, _byte_at(a.bits, t // 8 * a.neurons + first), n)
-
-
-@_part
-def _store_counts(a, counts, t, first, n):
-    """Write half bytes of counts, where a part begins at an even neuron of memory, or bytes."""
-    here = t * a.neurons + first
-    if a.levels > np.float32(LARGEST_HALF):
-        _store_bytes(counts, _byte_at(a.bits, here), n)
-    else:
-        _pack_count_row(counts, _byte_at(a.bits, here // 2), n)
 
 
 @_part
@@ -737,7 +719,7 @@ def row_for(
     """One step backward of neighbouring neurons, for a surrogate and options."""
     counts, derivative = name == COUNT, _derivative(name)
 
-    def row(scratch, x, v, grad_spike, grad_y, v_rest, levels, divisor, a, b, n):
+    def row(scratch, x, v, grad_spike, grad_y, v_rest, levels, a, b, n):
         q, threshold, shift = _row(scratch, _Q), _row(scratch, _THRESHOLD), _row(scratch, _SHIFT)
         grad_v = _row(scratch, _GRAD_V)
         grad_q, grad_threshold = _row(scratch, _GRAD_Q), _row(scratch, _GRAD_THRESHOLD)
@@ -752,7 +734,7 @@ def row_for(
                 h = _charge(y, v[i], q[i], v_rest, charge)
                 over = h - threshold[i]
                 spike = np.float32(over >= np.float32(0))
-            through = grad_spike[i] / divisor if counts else grad_spike[i]
+            through = grad_spike[i]
             if not detach_reset:
                 through += grad_v[i] * (-threshold[i] if soft else v_rest - h)
             through *= np.float32(derivative(over, a, b))
@@ -808,7 +790,7 @@ def _backward_part(a, scratch, part):
             x = _input_row(scratch, a, place, t, first, n, here)
             grad_y = _grad_row(scratch, a, place, t, first, n, here)
             v = _row(scratch, _VOLTAGES + t)
-            numbers = a.v_rest, a.levels, a.divisor, a.a, a.b
+            numbers = a.v_rest, a.levels, a.a, a.b
             _call_row(a.row, (scratch, x, v, grad_spike, grad_y, *numbers, n))
             if a.grad_x and not a.whole and not a.sums_only:
                 _store_grad_x(scratch, a, place, t, first, n, here, -1)

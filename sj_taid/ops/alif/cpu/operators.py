@@ -27,8 +27,7 @@ class Plan:
         self.parameter = (spec.channels,) if spec.per_channel else ()
         self.bits = bits.packed_shape(neuron.levels, spec.steps, spec.neurons)
         # A byte holds two neighbours: of an odd number of them those of two steps.
-        halves = 1 < neuron.levels <= bits.LARGEST_HALF
-        straddles = halves and spec.steps > 1 and spec.neurons % 2 == 1
+        straddles = neuron.levels > 1 and spec.steps > 1 and spec.neurons % 2 == 1
         #: whether forward packs, or a pass after it
         self.packs, self.packs_after = spec.pack and not straddles, spec.pack and straddles
         charges: dict[Any, int] = {-math.inf: loops.NO_LEAK, math.inf: loops.NO_STATE}
@@ -41,7 +40,6 @@ class Plan:
             "soft": neuron.v_reset is None,
             "counts": neuron.counts,
             "levels": neuron.levels,
-            "divisor": neuron.divisor,
             "v_rest": neuron.v_reset or 0.0,
             "q_value": _sigmoid(neuron.w),
             "threshold_value": neuron.v_threshold or 0.0,
@@ -49,9 +47,7 @@ class Plan:
             "b": neuron.b,
             "count": spec.steps * spec.neurons / max(spec.channels, 1),
         }
-        divisor = 1.0 if self.packs_after else neuron.divisor
-        options = self.options | {"divisor": divisor}
-        self.forwards = Call(loops.forward, self._partition(whole=False), **options)
+        self.forwards = Call(loops.forward, self._partition(whole=False), **self.options)
         self.backwards: dict[plan.Needs, Call] = {}
 
     def _partition(self, whole: bool) -> Partition:
@@ -92,8 +88,6 @@ class Plan:
         )
         if self.packs_after:
             packed = bits.pack_whole(spike, spec.dynamics.levels, pack, pack_counts)
-            if spec.dynamics.divisor != 1.0:
-                spike /= spec.dynamics.divisor
         return spike.to(spec.dtype), v, v_seq, None, packed
 
     def backward(
@@ -241,7 +235,7 @@ def unpack_into(packed: Tensor, spikes: Tensor) -> None:
 
 def pack_counts(counts: Tensor) -> Tensor:
     """:func:`sj_taid.ops.bits.pack_counts`."""
-    shape = bits.packed_shape(bits.LARGEST_HALF, 1, len(counts))
+    shape = bits.packed_shape(bits.LARGEST_COUNT, 1, len(counts))
     packed = torch.empty(shape, dtype=torch.uint8, device="cpu")
     _bits(loops.pack_counts, 1, len(counts))(spike=counts.float(), bits=packed)
     return packed
