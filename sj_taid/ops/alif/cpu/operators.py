@@ -76,7 +76,7 @@ class Plan:
         ask_for_huge_pages(spike, v_seq)
         self.forwards(
             v_init,
-            x=x.float(),
+            x=x,
             v0=v0,
             q=None if w is None else w.sigmoid(),
             threshold=v_threshold,
@@ -88,7 +88,7 @@ class Plan:
         )
         if self.packs_after:
             packed = bits.pack_whole(spike, spec.dynamics.levels, pack, pack_counts)
-        return spike.to(spec.dtype), v, v_seq, None, packed
+        return spike, v, v_seq, None, packed
 
     def backward(
         self,
@@ -122,12 +122,12 @@ class Plan:
             grad_bias = torch.empty(channels, dtype=torch.float32, device=device)
         call(
             v_init,
-            x=x.float(),
+            x=x,
             v0=v0,
             q=None if w is None else w.sigmoid(),
             threshold=v_threshold,
             numbers=numbers,
-            grad_spike=None if grad_spike is None else grad_spike.float(),
+            grad_spike=grad_spike,
             grad_v=grad_v,
             grad_v_seq=grad_v_seq,
             grad_x=grad_x,
@@ -137,8 +137,6 @@ class Plan:
             grad_weight=grad_weight,
             grad_bias=grad_bias,
         )
-        if grad_x is not None:
-            grad_x = grad_x.to(x.dtype)
         return grad_x, grad_v0, grad_w, grad_threshold, grad_weight, grad_bias
 
     def _backward(self, needs: plan.Needs) -> Call:
@@ -169,6 +167,25 @@ class Plan:
         spec = self.spec
         channels = threads.group_size(spec.channels, spec.inner)
         return 0 < self.options["count"] * channels <= threads.WHOLE
+
+
+class _HalfPlan(Plan):
+    """The same of half precision, which is converted before and after."""
+
+    def forward(self, x: Tensor, *operands: Any) -> Any:
+        spike, *rest = super().forward(x.float(), *operands)
+        return spike.to(self.spec.dtype), *rest
+
+    def backward(
+        self, needs: plan.Needs, grad_spike: Any, grad_v: Any, grad_v_seq: Any, x: Any, *rest: Any
+    ) -> tuple[Tensor | None, ...]:
+        grads = None if grad_spike is None else grad_spike.float(), grad_v, grad_v_seq
+        grad_x, *others = super().backward(needs, *grads, x.float(), *rest)
+        return None if grad_x is None else grad_x.to(self.spec.dtype), *others
+
+
+def _make_plan(spec: plan.Spec) -> Plan:
+    return Plan(spec) if spec.dtype == torch.float32 else _HalfPlan(spec)
 
 
 def _sigmoid(w: float | None) -> float:
@@ -255,7 +272,7 @@ def _unpack(kernel: Any, packed: Tensor, values: Tensor, steps: int, neurons: in
 
 
 ENGINE = plan.Engine(
-    plan=Plan,
+    plan=_make_plan,
     norm=NormPlan,
     pack=pack,
     unpack_into=unpack_into,
