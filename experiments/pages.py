@@ -10,7 +10,7 @@ in results/ and of the CSVs in experiments/benchmark/results/: no number is copi
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,6 @@ OURS = {
     "training images": "_floor",
 }
 PERFECT = "fad_published_perfect"
-#: The metrics in the table of distances.
-DISTANCES = {
-    "fad_published": "FAD as published ↓",
-    "features": "EfficientNet ↓",
-    "fad_precision": "precision, FAD's features ↑",
-    "fad_recall": "recall, FAD's features ↑",
-}
 #: The metrics in the list of models.
 ON_CARD = ("accuracy", "reconstruction", "fad", "fad_published_median", "fad_recall")
 #: The choices of the generators that are compared; they differ in decoder and neuron alone.
@@ -98,10 +91,8 @@ def store(finished: Mapping[Path, Metrics], results: Path = RESULTS) -> Iterator
         if not experiment:
             yield f"not stored: {folder} (it is no run of experiment=...)"
             continue
-        fit = metrics.get("prior_fitted")
-        choices |= {"fit": fit["command"].partition(" FOLDER ")[2]} if fit else {}
         name = folder_name([f"{key}={value}" for key, value in choices.items()])
-        path = results / ("refits" if fit else "runs") / experiment / f"{name}.json"
+        path = results / "runs" / experiment / f"{name}.json"
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         yield f"stored: {path}"
@@ -135,11 +126,8 @@ def fill(page: Path) -> str:
 
 def load_runs(experiment: str, results: Path = RESULTS) -> list[Metrics]:
     """The metrics of an experiment's runs."""
-    return read_all((results / "runs" / experiment).glob("*.json"))
-
-
-def read_all(paths: Iterable[Path]) -> list[Metrics]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]
+    paths = sorted((results / "runs" / experiment).glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def experiments() -> list[str]:
@@ -229,39 +217,6 @@ def generators() -> pd.DataFrame:
         table.loc[f"our ESVAE of the package, {name}"] = {"source": "this project", **values}
     shown = table[[*DATASETS, "epochs", "source"]].rename(columns=DATASETS).fillna("")
     return shown.rename_axis("FAD as published ↓", axis="index").reset_index()
-
-
-@makes_table
-def distances() -> pd.DataFrame:
-    """Where the distance of the best recipe's samples comes from."""
-    rows, two = [], Column("", 1, 2)
-    for (dataset, epochs), runs in best_runs().groupby(["dataset", "epochs"]):
-        for images, ending in OURS.items():
-            shown = {title: two.text(medians(runs, n, ending)) for n, title in DISTANCES.items()}
-            trained = "" if ending == "_floor" else epochs
-            rows.append({"dataset": dataset, "epochs": trained, "images": images} | shown)
-    return pd.DataFrame(rows).drop_duplicates(["dataset", "epochs", "images"], keep="last")
-
-
-@makes_table
-def flows() -> pd.DataFrame:
-    """Samples of stored runs, and of the same nets with their flow fitted again."""
-    trained = {run["command"]: run for name in experiments() for run in load_runs(name)}
-    rows, two = [], Column("", 1, 2)
-    for refit in read_all((RESULTS / "refits").glob("*/*.json")):
-        before = trained.get(refit["command"], {})
-        chosen = overrides(refit)
-        net = {"experiment": f"`{chosen['experiment']}`", "epochs": str(refit["epochs"])}
-        net["latent"] = chosen.get("model.latent_channels", "")
-        sources = {"as trained": (before, "")} if before else {}
-        sources |= {"fitted again": (refit, ""), "perfect prior": (refit, "_perfect")}
-        for samples, (run, ending) in sources.items():
-            shown = {"samples": samples}
-            for name, title in (DISTANCES | {"fad": "own FAD ↓"}).items():
-                value = run.get(f"{name}_median{ending}", run.get(f"{name}{ending}"))
-                shown[title] = "" if value is None else two.text(pd.Series([value]))
-            rows.append(net | shown)
-    return pd.DataFrame(rows)
 
 
 @makes_table
@@ -511,19 +466,6 @@ def host_nets() -> pd.DataFrame:
 
 def _host() -> pd.DataFrame:
     return pd.read_csv(AVX2 / "host.csv")
-
-
-@makes_table
-def esvae() -> pd.DataFrame:
-    """Milliseconds per image of the sharp recipe's step and of variants of it."""
-    rows = pd.read_csv(AVX2 / "esvae.csv")
-    columns = {
-        "work": rows["work"],
-        "batch": rows["batch"],
-        "ms per image": rows["ms_per_image"].map("{:.3g}".format),
-        "of the recipe's step": rows["ratio"].map("{:.2f}".format),
-    }
-    return pd.DataFrame(columns)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """What the benchmarks count, on grids too small to mean anything, and their committed results."""
 
 import re
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import any_net
-import classes
 import common
 import frontier
-import pandas as pd
 import published_nets
 import pytest
 import torch
@@ -30,7 +27,6 @@ TIMES = ["p20_ms", "median_ms", "p80_ms"]
 #: The columns of each CSV, beyond FACTS, with a value in every row.
 SCHEMAS = {
     "any_net": [*TIMES, "net", "system", "held_mb", "peak_mb", "largest_batch", "difference"],
-    "esvae": [*TIMES, "work", "batch", "ms_per_image", "ratio"],
     "frontier": [*TIMES, *frontier.KEYS, "size", "peak_mb", "mb_per_sample", "time_ratio"],
     "integer": [*TIMES, "system", "peak_mb", "mb_per_sample", "time_ratio"],
     "host": ["what", "shape", "system", "cpu_us", "wall_us", "cpu_ratio"],
@@ -148,34 +144,6 @@ def test_committed_csv_is_whole(path):
     table = read_csv(path)
     assert table["commit"].str.fullmatch("[0-9a-f]{12}").all()
     assert not table["command"].str.contains("--out").any()
-
-
-class Shades:
-    """A generator whose flow has the classes 3 and 5, each of one shade of grey."""
-
-    labels = (3, 5)
-    flow = SimpleNamespace(shares=torch.tensor([0.7, 0.3]), labels=torch.tensor([3, 5]))
-
-    def sample(self, n, label):
-        return label.div(5)[:, None, None, None].expand(n, 1, 4, 4)
-
-
-def test_classes_are_asked_for_by_their_shares_and_compared():
-    batches = list(islice(classes.sample(Shades()), 4))
-    images, asked = map(torch.cat, zip(*batches, strict=True))
-    assert torch.equal(images[:, 0, 0, 0], asked / 5)
-    assert (asked == 3).float().mean() == pytest.approx(0.7, abs=0.06)
-    noise = torch.randn(len(asked), 6)
-    near = classes.Encoded(noise + asked[:, None], asked, torch.full_like(asked, 3))
-    far = near._replace(codes=near.codes + (asked == 5)[:, None])
-    statistics = classes.moments(near.codes)
-    rows = pd.DataFrame(classes.compare([far, far], near, statistics, "abcdef"))
-    rows = rows.set_index(["class", "draw"])
-    assert len(rows) == 4 and rows["n"].to_list() == [1024, 1024, *rows["n"][2:]]
-    assert rows["read"][["d", "f"]].to_list() == [1, 0]
-    assert rows["fad"]["d"].item() == pytest.approx(0, abs=0.01)
-    assert rows["fad"]["f"].item() == pytest.approx(6, abs=0.01)
-    assert rows["fad"]["d"].item() < rows["fad"]["all", "0"] < rows["fad"]["f"].item()
 
 
 def test_a_command_names_no_folder_of_this_machine(monkeypatch):

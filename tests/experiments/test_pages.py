@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 
 import pages
 import pandas as pd
@@ -22,27 +21,6 @@ def test_store_names_runs_by_their_choices(runs, tmp_path):
     assert stored == ["neuron-lif-seed-0", "neuron-lif-seed-1", "seed-0", "seed-1"]
     loaded = pages.load_runs("mnist_small_cpu", tmp_path)
     assert [one["fad"] for one in loaded] == [10.0, 12.0, 7.0, 8.0]
-
-
-def test_flows_before_and_after_the_fit_and_of_a_perfect_prior(tmp_path, monkeypatch):
-    words = ["experiment=mnist_esvae_cpu", "model.latent_channels=128"]
-    before = metrics(words, fad_published=5.0, fad_published_median=5.5, fad=1.0)
-    fit = {"command": "python experiments/refit.py NAME FOLDER --seeds 1", "seed": 1}
-    fitted = {"prior_fitted": fit, "fad_published": 4.0, "fad": 0.8}
-    after = before | {"fad_published_median": 4.5, "fad_published_perfect": 4.2} | fitted
-    for run in (before, after):
-        run["epochs"], run["command"] = 10, "sj-taid train"
-    for folder, run in {"before": before, "after": after}.items():
-        [*pages.store({tmp_path / folder: run}, tmp_path)]
-    (path,) = (tmp_path / "refits" / "mnist_esvae_cpu").iterdir()
-    assert "seeds-1" in path.name
-    monkeypatch.setattr(pages, "RESULTS", tmp_path)
-    monkeypatch.setattr(pages, "load_runs", partial(pages.load_runs, results=tmp_path))
-    table = pages.flows()
-    assert table["samples"].tolist() == ["as trained", "fitted again", "perfect prior"]
-    assert table["FAD as published ↓"].tolist() == ["5.50", "4.50", "4.20"]
-    assert table["own FAD ↓"].tolist() == ["1.00", "0.80", ""]
-    assert {*table["latent"]} == {"128"} and {*table["epochs"]} == {"10"}
 
 
 # ---- the tables ----

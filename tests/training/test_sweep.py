@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import filelock
+import lightning as L
 import pytest
 import torch
 
@@ -25,6 +27,18 @@ from tests.training.conftest import (
 
 SWEEP = ["neuron=alif,lif"]
 JOB = [*TINY_CLASSIFICATION, "trainer.max_epochs=12", "dataset.augment=affine", "~logger"]
+
+
+class Wait(L.Callback):
+    """Lets no job end before its sweep is killed."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 2:
+            threading.Event().wait()
+
+
+#: in place of the progress bar, since that is no choice, and so the run stays the same one
+WAIT = [f"++callbacks.progress_bar._target_={__name__}.Wait", f"trust=[{__name__}.Wait]"]
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +76,14 @@ def test_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(
          f"hydra/launcher={name}", *more]
         for name, *more in (first, then)
     )  # fmt: skip
-    process = start(tmp_path, *sweep)
+    process = start(tmp_path, *sweep, *WAIT)
     while process.is_alive() and not list(tmp_path.glob(f"*/{run.CHECKPOINTS}/last.ckpt")):
         time.sleep(0.02)
     assert process.is_alive(), (tmp_path / "stderr").read_text()
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
     for lock in tmp_path.glob(f"*/{run.LOCK}"):  # a cluster's processes outlive the launcher
-        filelock.FileLock(lock).acquire(timeout=60).lock.release()
+        filelock.FileLock(lock).acquire(timeout=300).lock.release()
     assert len(find(tmp_path)) < 2
 
     assert exit_code(tmp_path, *resumed) == 0, (tmp_path / "stderr").read_text()
@@ -89,7 +103,7 @@ from joblib import Parallel, delayed
 from sj_taid.training.cli import end_workers_with_sweep
 
 end_workers_with_sweep()
-job = "print(1, flush=True); import time; time.sleep(99)"
+job = "print(1, flush=True); import threading; threading.Event().wait()"
 Parallel(2)([delayed(exec)("", {}), delayed(exec)(job, {})])
 """
 
@@ -100,9 +114,7 @@ def test_workers_end_with_their_parent():
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout.readline() == b"1\n"
         process.kill()
-        started = time.monotonic()
-        process.stdout.read()  # to its end: a worker holds it open
-    assert time.monotonic() - started < 60
+        process.communicate(timeout=300)  # to the end of the output, which a worker holds open
 
 
 def find(folder):
