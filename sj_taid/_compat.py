@@ -62,8 +62,8 @@ def forget_reset_cache() -> None:
 
     All of it, as the net may be a part of others.
     """
-    if FUNCTIONAL_STATES:
-        functional.net_config._RESET_MODULE_CACHE.clear()
+    config = getattr(functional, "net_config", None)
+    getattr(config, "_RESET_MODULE_CACHE", {}).clear()
 
 
 @contextmanager
@@ -83,7 +83,17 @@ def _is_no_lack(record: logging.LogRecord) -> bool:
 
 def reset_value(node: Any, name: str) -> Any:
     """The value that ``reset`` gives the state ``name`` of a neuron."""
-    return node._memories_rv[name]
+    return node.get_reset_value(name) if FUNCTIONAL_STATES else node._memories_rv[name]
+
+
+def states_of(node: Any) -> dict[str, Any]:
+    """The states of a neuron by name; what is written into it is the neuron's."""
+    return node._memories
+
+
+def has_precision_policy(node: Any) -> bool:
+    """Whether SpikingJelly 2.x's ``precision`` has set the dtypes that a neuron computes in."""
+    return getattr(node, "_neuron_precision", None) is not None
 
 
 def detach_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from spikingjelly.activation_based import encoding, functional, layer, neuron, s
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import Tensor, nn
 
-from ._compat import FUNCTIONAL_STATES, HOOKS
+from ._compat import FUNCTIONAL_STATES, HOOKS, states_of
 
 if "spikingjelly.clock_driven" in sys.modules:
     raise ImportError("import sj_taid.clock_driven before spikingjelly.clock_driven")
@@ -171,13 +171,14 @@ def _forward_by_hooks(
     self: Any, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """A ``single_step_functional_forward`` by ``HOOKS``, in which 0.0.0.0.14's neurons compute."""
-    before = dict(self._memories)
-    self._memories.update(zip(before, states, strict=True))
+    now = states_of(self)
+    before = dict(now)
+    now.update(zip(before, states, strict=True))
     self.neuronal_charge(*inputs)
     spike = self.neuronal_fire()
     self.neuronal_reset(spike)
-    after = tuple(self._memories.values())
-    self._memories.update(before)
+    after = tuple(now.values())
+    now.update(before)
     return (spike,), after
 
 

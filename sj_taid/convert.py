@@ -21,8 +21,10 @@ from .neurons import (
     NO_LEAK_W,
     Site,
     as_inputs,
+    check_net,
     copy_net,
     describe_equality,
+    describe_single_steps,
     find_neurons,
     nearest_w,
     need_neurons,
@@ -97,7 +99,7 @@ def swap_neurons(
             take, or a successor that computes something else; the net stays.
         TypeError: a function of ``replace`` gives no module, or ``example`` is no input.
 
-    >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0))
+    >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0, step_mode="m"))
     >>> print(swap_neurons(net))
     1 swapped, 0 left alone
     layer  kind     done  note
@@ -152,7 +154,8 @@ def swap_neurons(
     _replace(net, {site.node: new for site, new in new_of.items()})
     name_neurons(net)
     _compat.forget_reset_cache()
-    return Report(tuple(site.row(_label(new_of.get(site)), notes[site]) for site in sites))
+    rows = tuple(site.row(_label(new_of.get(site)), notes[site]) for site in sites)
+    return Report(rows, describe_single_steps(sites))
 
 
 def _label(new: nn.Module | None) -> str:
@@ -299,6 +302,7 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
     >>> to_lif(nn.Sequential(ALIFNode(init_tau=2.0, v_threshold=0.5)))[0].v_threshold
     0.5
     """
+    check_net(net)
     copied = copy_net(net)
     restore(copied)
     refused = []

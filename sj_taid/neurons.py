@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -58,6 +58,17 @@ def need_neurons(net: nn.Module, change: str, kinds: Collection[type] = ()) -> l
             "net, replace={Class: function}), see docs/swap.md"
         )
     return sites
+
+
+def describe_single_steps(sites: Iterable[Site]) -> str:
+    """What to do about neurons that all run step by step, or ""."""
+    modes = {site.node.step_mode for site in sites if isinstance(site.node, _compat.NEURONS)}
+    if modes != {"s"}:
+        return ""
+    return (
+        "all neurons are in step mode 's', one step a call, which no operator makes faster: if the "
+        "net's forward takes a whole sequence [T, N, *], call functional.set_step_mode(net, 'm')"
+    )
 
 
 def check_net(net: Any) -> None:
@@ -122,7 +133,7 @@ def why_no_alif(node: Any) -> str | None:
         return "its threshold is a tensor; ALIF starts from a number"
     if isinstance(w := getattr(node, "w", None), Tensor) and w.dim():
         return f"its w has the shape {[*w.shape]}; ALIF takes over a scalar"
-    if getattr(node, "_neuron_precision", None) is not None:  # 2.x has them
+    if _compat.has_precision_policy(node):
         return "it has a precision policy of its own"
     return why_no_w(getattr(node, "tau", 2.0))
 

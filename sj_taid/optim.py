@@ -7,6 +7,7 @@ from torch import nn
 
 from ._checks import check_not_negative
 from .neuron import ALIFNode
+from .neurons import check_net
 
 
 def parameter_groups(
@@ -35,6 +36,7 @@ def parameter_groups(
     >>> [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     [('weights', 2, 0.001, 0.01), ('neurons', 2, 0.01, 0.0)]
     """
+    check_net(net)
     check_not_negative(lr=lr, lr_scale=lr_scale, weight_decay=weight_decay)
     neurons = {
         parameter

@@ -29,9 +29,11 @@ class Report:
 
     Attributes:
         rows: a :class:`Row` for each neuron.
+        remark: what else there is to say of the net, or "".
     """
 
     rows: tuple[Row, ...]
+    remark: str = ""
 
     @property
     def changed(self) -> tuple[Row, ...]:
@@ -45,7 +47,7 @@ class Report:
 
     def __str__(self) -> str:
         head = f"{len(self.changed)} swapped, {len(self.kept)} left alone"
-        return f"{head}\n{table_of(self.rows)}" if self.rows else head
+        return "\n".join(filter(None, (head, table_of(self.rows), self.remark)))
 
     __repr__ = __str__
 

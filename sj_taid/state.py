@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ._fused_neuron import FusedNeuron
+from .neurons import check_net
 
 
 def name_neurons(net: nn.Module) -> None:
@@ -18,6 +19,7 @@ def name_neurons(net: nn.Module) -> None:
     >>> net[1].name
     '1'
     """
+    check_net(net)
     for path, module in net.named_modules():
         if isinstance(module, FusedNeuron):
             module._taid_name = path

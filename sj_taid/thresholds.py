@@ -10,6 +10,7 @@ from torch import nn
 from . import _compat
 from ._checks import check_numbers
 from .neuron import ALIFNode
+from .neurons import check_net
 
 
 def fixed_thresholds(net: nn.Module) -> dict[str, float]:
@@ -19,6 +20,7 @@ def fixed_thresholds(net: nn.Module) -> dict[str, float]:
     >>> fixed_thresholds(nn.Sequential(nn.Linear(2, 2), LIFNode(v_threshold=0.5)))
     {'1': 0.5}
     """
+    check_net(net)
     nodes = {path: getattr(node, "v_threshold", None) for path, node in net.named_modules()}
     return {path: value for path, value in nodes.items() if isinstance(value, float)}
 

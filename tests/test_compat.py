@@ -1,10 +1,14 @@
 """One node on both versions of SpikingJelly, as the users of each expect it."""
 
+import logging
+from weakref import WeakKeyDictionary
+
 import pytest
+import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
-from sj_taid import ALIFNode, _compat
+from sj_taid import ALIFNode, _compat, swap_neurons
 from sj_taid.ops import backends
 
 only_14 = pytest.mark.skipif(
@@ -60,6 +64,36 @@ def test_plain_kind_takes_subclasses_that_only_fill_in_defaults():
 )
 def test_plain_kind_refuses_another_computation(node):
     assert _compat.plain_kind(node) is None
+
+
+def test_private_names_of_spikingjelly_are_there():
+    """``reset_net`` and pickles would go wrong in silence without them."""
+    node = neuron.LIFNode(v_reset=-0.25)
+    assert _compat.states_of(node).keys() >= {"v"} and _compat.reset_value(node, "v") == -0.25
+    _compat.states_of(node)["v"] = 0.5
+    assert node.v == 0.5
+    if _compat.FUNCTIONAL_STATES:
+        assert isinstance(functional.net_config._RESET_MODULE_CACHE, WeakKeyDictionary)
+        assert node._neuron_precision is None and not _compat.has_precision_policy(node)
+        node._neuron_precision = (torch.float16, "fp32", "fp32")
+        assert _compat.has_precision_policy(node)
+
+
+@pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no such cache")
+def test_a_renamed_cache_raises_nothing_after_a_swap(monkeypatch):
+    monkeypatch.delattr(functional.net_config, "_RESET_MODULE_CACHE")
+    net = nn.Sequential(neuron.LIFNode())
+    swap_neurons(net)
+    assert isinstance(net[0], ALIFNode)
+
+
+def test_a_missing_triton_is_not_said_while_we_run_a_net(caplog):
+    logger = logging.getLogger("torch._library.triton")
+    with _compat.quiet_triton():
+        logger.warning("Triton not available, find_triton_kernels = []")
+        logger.warning("another")
+    logger.warning("Triton not available, find_triton_kernels = []")
+    assert [record.getMessage()[:6] for record in caplog.records] == ["anothe", "Triton"]
 
 
 @only_14

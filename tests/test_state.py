@@ -1,12 +1,29 @@
 """States: errors of a forgotten reset, fresh_state, gradient checkpointing."""
 
+import warnings
+from inspect import signature
+
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sj_taid import ALIFNode, _compat, calibrate, fresh_state, name_neurons, swap_neurons
+import sj_taid
+from sj_taid import (
+    ALIFNode,
+    _compat,
+    accelerate,
+    calibrate,
+    fresh_state,
+    monitor,
+    name_neurons,
+    parameter_groups,
+    swap_neurons,
+    to_lif,
+    unaccelerate,
+)
+from sj_taid.thresholds import fixed_thresholds
 
 
 def make_net(**options):
@@ -29,6 +46,44 @@ def test_state_that_cannot_be_carried_names_neuron_and_remedy():
     name_neurons(nn.ModuleDict({"hidden": node}))
     with pytest.raises(ValueError, match="the neuron 'hidden'"):
         node(torch.rand(4, 3))
+
+
+CALLS = {
+    "accelerate": accelerate,
+    "calibrate": lambda net: calibrate(net, torch.rand(2, 3)),
+    "fresh_state": lambda net: fresh_state(net).__enter__(),
+    "monitor": monitor,
+    "name_neurons": name_neurons,
+    "parameter_groups": lambda net: parameter_groups(net, 0.1),
+    "swap_neurons": swap_neurons,
+    "to_lif": to_lif,
+    "unaccelerate": unaccelerate,
+}
+
+
+def test_what_is_no_module_is_named():
+    public = [name for name in sj_taid.__all__ if name[0].islower()]
+    functions = {n for n in public if "net" in signature(getattr(sj_taid, n)).parameters}
+    assert CALLS.keys() == functions
+    for wrong in (None, nn.ReLU):
+        for call in (*CALLS.values(), fixed_thresholds):
+            with pytest.raises(TypeError, match=r"net must be a torch\.nn\.Module, but it is "):
+                call(wrong)
+
+
+@pytest.mark.parametrize("kind", [neuron.LIFNode, ALIFNode])
+def test_single_steps_are_said_once_with_the_remedy(kind):
+    net, remedy = nn.Sequential(kind(), nn.Linear(3, 3), kind()), r"set_step_mode\(net, 'm'\)"
+    with pytest.warns(UserWarning, match=remedy) as caught:
+        accelerate(net)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    report = swap_neurons(net)
+    assert str(report).count("functional.set_step_mode") == 1
+    net[0].step_mode = "m"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(net)
+    assert not swap_neurons(net).remark
 
 
 def test_forgotten_reset_is_torchs_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,15 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .._fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
-from ..neurons import Site, describe_equality, find_neurons, need_neurons, why_no_alif
+from ..neurons import (
+    Site,
+    check_net,
+    describe_equality,
+    describe_single_steps,
+    find_neurons,
+    need_neurons,
+    why_no_alif,
+)
 from ..ops import backends, surrogate
 from ..report import Row
 from .modules import AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
@@ -52,7 +61,8 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     0      BatchNorm1d  fused into 1    equal outputs to rounding
     1      LIFNode      fused operator  equal outputs
     """
-    need_neurons(net, "accelerate")
+    if steps := describe_single_steps(need_neurons(net, "accelerate")):
+        warnings.warn(steps, stacklevel=2)
     if example_input is None:
         return Acceleration(net, _exchange_classes(net))
     if not isinstance(example_input, Tensor | tuple):
@@ -77,6 +87,7 @@ def unaccelerate(net: nn.Module) -> None:
     >>> type(net[1]) is neuron.LIFNode
     True
     """
+    check_net(net)
     restore(net)
 
 

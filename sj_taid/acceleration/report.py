@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import _graph
+from .. import _compat, _graph
 from ..neurons import copy_net, find_neurons
 from ..report import Row, table_of
 from .modules import NO_GRADIENT, AcceleratedNorm, why_no_norm
@@ -129,6 +129,7 @@ def _merge(rows: Iterable[Row]) -> list[Row]:
     return merged
 
 
+@_compat.quiet_triton()
 @torch.inference_mode(False)
 def measure(
     net: nn.Module,

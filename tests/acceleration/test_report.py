@@ -114,6 +114,7 @@ def test_norms_that_are_no_batch_norms_are_named_and_stay(norm):
     assert str(report).startswith("3 of 3 neurons on the fused operator, 2 of 3 norms fused\n")
 
 
+@pytest.mark.filterwarnings("ignore:all neurons are in step mode 's'")
 def test_an_error_of_a_net_in_single_steps_names_the_step_mode():
     net = nn.Sequential(layer.Conv2d(1, 4, 3), layer.BatchNorm2d(4), neuron.LIFNode())
     with pytest.raises(RuntimeError, match="conv2d") as caught:
