@@ -18,6 +18,17 @@ from .ops.surrogate import counts, levels_of
 from .report import table
 from .thresholds import describe_at_reset, threshold_of, warn_at_bound, warn_at_reset
 
+_SCALE = (
+    "sj_taid.calibrate(net, x_seq) sets their v_threshold for the firing rate that you choose; or "
+    "put a norm before them."
+)
+#: what may be wrong with a layer's rate, and what to do
+_REMEDIES = {
+    "dead": _SCALE,
+    "saturated": _SCALE,
+    "not finite": "Their voltages are not; torch.autograd.detect_anomaly() finds where it began.",
+}
+
 
 @dataclass(frozen=True)
 class LayerState:
@@ -97,20 +108,27 @@ class Monitor(AbstractContextManager["Monitor"]):
         their ``min_v_threshold`` or at the reset voltage.
         """
         states = self.layers()
-        rates = {p: s.firing_rate for p, s in states.items() if s.firing_rate is not None}
-        scale = (
-            "sj_taid.calibrate(net, x_seq) sets their v_threshold for the firing rate that you "
-            "choose; or put a norm before them."
-        )
-        _warn("dead layers", {p: r for p, r in rates.items() if r < self._dead}, scale)
-        most = {p: r for p, r in rates.items() if r > self._saturated * self._counts[p].levels()}
-        _warn("saturated layers", most, scale)
-        nan = {p: r for p, r in rates.items() if math.isnan(r)}
-        begin = "torch.autograd.detect_anomaly() finds where it began."
-        _warn("layers with voltages that are not finite", nan, begin)
+        for mark, remedy in _REMEDIES.items():
+            rates = {p: s.firing_rate for p, s in states.items() if self._mark(p, s) == mark}
+            if rates:
+                listed = ", ".join(f"{path or 'net'} ({rate:.2g})" for path, rate in rates.items())
+                text = f"{mark} layers, spikes per neuron and step: {listed}. {remedy}"
+                warnings.warn(text, stacklevel=2)
         warn_at_bound(self._nodes())
         warn_at_reset(self._nodes())
         return states
+
+    def _mark(self, path: str, state: LayerState) -> str:
+        """What is wrong with a layer's rate, or ""."""
+        rate = state.firing_rate
+        if rate is None:
+            return ""
+        if math.isnan(rate):
+            return "not finite"
+        levels = levels_of(self._counts[path].node.surrogate_function)
+        if rate < self._dead:
+            return "dead"
+        return "saturated" if rate > self._saturated * levels else ""
 
     def _nodes(self) -> dict[str, nn.Module]:
         return {path: count.node for path, count in self._counts.items()}
@@ -123,11 +141,11 @@ class Monitor(AbstractContextManager["Monitor"]):
         }
 
     def __str__(self) -> str:
-        rows = [
-            (path or "net", *("-" if value is None else f"{value:.4g}" for value in astuple(state)))
-            for path, state in self.layers().items()
-        ]
-        listed = table(("layer", "rate", "tau", "threshold"), rows)
+        rows = []
+        for path, state in self.layers().items():
+            numbers = ("-" if value is None else f"{value:.4g}" for value in astuple(state))
+            rows.append((path or "net", *numbers, self._mark(path, state)))
+        listed = table(("layer", "rate", "tau", "threshold", "note"), rows)
         return f"{listed}\n{describe_at_reset(self._nodes())}".rstrip()
 
     def __exit__(self, *error: object) -> None:
@@ -144,10 +162,6 @@ class _Count:
     def clear(self) -> None:
         self.spikes: Tensor | float = 0.0
         self.steps: Tensor | float = 0.0  # a tensor: torch.compile compiles for every number
-
-    def levels(self) -> int:
-        """The most that a step gives."""
-        return levels_of(self.node.surrogate_function)
 
     def rate(self) -> float | None:
         return float(self.spikes) / float(self.steps) if self.steps else None
@@ -166,13 +180,6 @@ def spikes_of(node: Any, output: Tensor | Sequence[Tensor]) -> Tensor:
     """The spikes or counts in a neuron's output, in which OTTT neurons have a trace too."""
     spikes = output if isinstance(output, Tensor) else output[0]
     return spikes * node.levels if getattr(node, "normalize", False) else spikes
-
-
-def _warn(what: str, rates: dict[str, float], remedy: str) -> None:
-    if rates:
-        listed = ", ".join(f"{path or 'net'} ({rate:.2g})" for path, rate in rates.items())
-        message = f"{what}, spikes per neuron and step: {listed}. {remedy}"
-        warnings.warn(message, stacklevel=3)
 
 
 def tau_and_threshold(node: Any) -> tuple[float | None, float]:

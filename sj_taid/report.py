@@ -59,10 +59,8 @@ def table_of(rows: Iterable[Row]) -> str:
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Aligned columns; the last one is not padded."""
+    """Aligned columns; lines end with their text."""
     lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), note])
-        for *line, note in lines
-    )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = (map(str.ljust, line, widths) for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)

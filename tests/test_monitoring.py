@@ -71,6 +71,8 @@ def test_monitor_names_dead_saturated_and_not_finite_layers():
         net["fine"](torch.tensor([[0.0, 3.0]]))
         for name in ("nan", "plain"):
             net[name](torch.tensor([[math.nan, 3.0]]))
+    marks = [line.split()[-1] for line in str(watch).splitlines()[1:]]
+    assert marks == ["dead", "saturated", "1", "finite", "finite"]
     with pytest.warns(UserWarning) as caught:
         states = watch.state()
     assert math.isnan(states["nan"].firing_rate) and math.isnan(states["plain"].firing_rate)
@@ -78,7 +80,8 @@ def test_monitor_names_dead_saturated_and_not_finite_layers():
     assert dead.startswith("dead layers, spikes per neuron and step: dead (0).")
     assert saturated.startswith("saturated layers, spikes per neuron and step: busy (1).")
     assert "sj_taid.calibrate(net, x_seq)" in dead and dead[-40:] == saturated[-40:]
-    assert "step: nan (nan), plain (nan). torch.autograd.detect_anomaly()" in not_finite
+    assert "step: nan (nan), plain (nan). " in not_finite
+    assert "torch.autograd.detect_anomaly()" in not_finite
     watch.clear()
     assert watch.layers()["nan"].firing_rate is None
 
