@@ -159,7 +159,7 @@ def measure_steps(
 ) -> pd.DataFrame:
     """Peak and time of nets' training steps, in turns, and what each sample adds to the peak.
 
-    What a sample adds is taken from half the batch; times are relative to the first net's.
+    What a sample adds is taken from half the batch; ratios are to the first net.
     """
     batch = x.shape[batch_axis]
     if batch < 2:
@@ -173,6 +173,7 @@ def measure_steps(
         peak, half_peak = (peak_bytes(step, x.device) / 1e6 for step in (steps[name], half_step))
         table.loc[name, "peak_mb"] = peak
         table.loc[name, "mb_per_sample"] = (peak - half_peak) / (batch - batch // 2)
+    table["mb_ratio"] = table["mb_per_sample"] / table["mb_per_sample"].iloc[0]
     return table
 
 

@@ -102,6 +102,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "left": ", ".join(f"{count} {reader}" for reader, count in readers.most_common()),
         "before_mb": before / 1e6,
         "after_mb": after / 1e6,
+        "ratio": after / before,
     }
 
 

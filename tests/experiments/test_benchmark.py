@@ -27,11 +27,11 @@ TIMES = ["p20_ms", "median_ms", "p80_ms"]
 #: The columns of each CSV, beyond FACTS, with a value in every row.
 SCHEMAS = {
     "any_net": [*TIMES, "net", "system", "held_mb", "peak_mb", "largest_batch", "difference"],
-    "frontier": [*TIMES, *frontier.KEYS, "size", "peak_mb", "mb_per_sample", "time_ratio"],
+    "frontier": [*TIMES, *frontier.KEYS, "size", "peak_mb", "mb_ratio", "time_ratio"],
     "integer": [*TIMES, "system", "peak_mb", "mb_per_sample", "time_ratio"],
     "host": ["what", "shape", "system", "cpu_us", "wall_us", "cpu_ratio"],
     "neuron": [*TIMES, "neuron", "dtype", "T", "N", "first_call_ms", "share_of_floor", "device"],
-    "zoo": ["net", "written", "T", "shape", "neurons", "norms", "fused", "before_mb", "after_mb"],
+    "zoo": ["net", "written", "T", "shape", "neurons", "norms", "fused", "after_mb", "ratio"],
 }
 
 

@@ -32,7 +32,7 @@ def single(decoder, neuron, seed, error, *more):
     return metrics(words, choices, seed, reconstruction=error, fad_published=2 * error, fad=1.0)
 
 
-def test_changes_are_between_runs_of_one_seed_and_decoder_or_neuron(monkeypatch):
+def test_decoders_are_compared_by_runs_of_one_seed_and_neuron(monkeypatch):
     runs = [
         *(single("fixed", "lif", 0, 2.0), single("taid", "lif", 0, 1.0)),
         *(single("fixed", "lif", 1, 4.0), single("taid", "lif", 1, 5.0)),
@@ -41,11 +41,9 @@ def test_changes_are_between_runs_of_one_seed_and_decoder_or_neuron(monkeypatch)
     ]
     monkeypatch.setattr(pages, "experiments", lambda: ["mnist_esvae_cpu"])
     monkeypatch.setattr(pages, "load_runs", lambda name: runs)
-    assert pages.decoders().to_numpy().tolist() == [
-        ["`mnist_esvae_cpu`", "`taid`", *["-12.5 ± 53.0"] * 2, "the papers'", "2"]
-    ]
-    assert pages.generator_neurons().to_numpy().tolist() == [
-        ["`mnist_esvae_cpu`", "`lif`", *["+800.0"] * 2, "the papers'", "1"]
+    table = pages.decoders().drop(columns="epochs")
+    assert table.to_numpy().tolist() == [
+        ["mnist_esvae_cpu", "taid", "-12.5 ± 53.0", "", "-12.5 ± 53.0", "2"]
     ]
 
 
