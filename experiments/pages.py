@@ -293,8 +293,7 @@ TABLES: dict[str, Callable[[], Any]] = {
     "zoo": partial(show, "zoo", "written net norms fused left before_mb after_mb ratio"),
     "host": partial(show, "host", "what shape system cpu_us cpu_ratio", "system != 'plain'"),
     "neurons": partial(
-        *(show, "neuron-reused-memory", "T neuron p20_ms median_ms p80_ms"),
-        *("T >= 8 and N == N.max()", EPYC),
+        show, "neuron-reused-memory", "T neuron median_ms", "T >= 8 and N == N.max()", EPYC
     ),
 }
 

@@ -62,8 +62,8 @@ def test_start_map_counts_the_starts_near_the_best(tmp_path, monkeypatch):
     (tmp_path / "maps" / "start_map.csv").write_text(text)
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     assert pages.start_map().iloc[:, 3:].to_numpy().tolist() == [
-        ["plif", "91.00", "0 of 3", "1 of 3"],
         ["alif", "95.00", "3 of 4", "3 of 4"],
+        ["plif", "91.00", "0 of 3", "1 of 3"],
     ]
 
 
