@@ -9,8 +9,6 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from ._kinds import check_kinds
-
 #: Modules whose public classes a config may name: they do nothing but what their arguments say.
 TRUSTED = (
     "sj_taid.data",
@@ -68,7 +66,10 @@ def build(
         name = values.pop("_target_")
         target, is_partial = find_class(name, trust), values.pop("_partial_", False)
         try:
-            check_kinds(target, values)
+            if trust is not None:  # a model by name was checked when it was saved
+                from ._kinds import check_kinds  # and pydantic, of the extra train
+
+                check_kinds(target, values)
             return partial(target, **values) if is_partial else target(**values)
         except ValueError as error:
             if keys and name in keys and re.split(r"\W", str(error), maxsplit=1)[0] in values:

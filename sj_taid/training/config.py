@@ -58,6 +58,8 @@ RULES: dict[str, Rule] = {
     "metric.autoencoder.seed": SEED,
     "metric.autoencoder.epochs": integer(1),
     "metric.autoencoder.batch_size": integer(1),
+    "dataset.root": PATH,
+    "dataset.test_root": PATH,
     "dataset.erase": SHARE,
     "dataset.mixup": NOT_NEGATIVE,
     "dataset.seed": SEED,
