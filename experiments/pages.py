@@ -239,9 +239,13 @@ def classes() -> pd.DataFrame:
 def recipes() -> str:
     """A table for each experiment, over seeds."""
     sections = []
+    gone = pd.read_csv(RESULTS / "recipes.csv", index_col="experiment")
     for name in experiments():
-        config = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
-        comment = "\n".join(re.findall(r"^# ([^@].*)", config, re.M))
+        if name in gone.index:
+            comment = "{description}\n\n`sj-taid train {command}`".format(**gone.loc[name])
+        else:
+            config = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+            comment = "\n".join(re.findall(r"^# ([^@].*)", config, re.M))
         sections.append(f"### `{name}`\n\n{comment}\n\n{markdown(summary(load_runs(name)))}")
     return "\n".join(sections)
 

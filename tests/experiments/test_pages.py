@@ -78,6 +78,7 @@ def test_published_values_have_a_column_and_a_source():
 
 def test_stored_runs_are_of_experiments_and_have_names_for_any_command_line():
     recipes = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
+    recipes |= {*pd.read_csv(pages.RESULTS / "recipes.csv")["experiment"]}
     for path in pages.RESULTS.glob("runs/*/*.json"):
         assert path.parent.name in recipes
         assert re.fullmatch(r"[A-Za-z0-9._-]{1,120}", path.stem), path

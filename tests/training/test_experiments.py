@@ -24,7 +24,8 @@ KINDS = [
     "classifier dataset=nmnist pictures=true",  # recordings
     *("esvae", "mnist_esvae_sharper", "cifar10_esvae_cpu", "cifar10_tet", "start_map"),
 ]
-PUBLISHED = pd.read_csv(CONF.parent / "results" / "published.csv").dropna(subset="command")
+RESULTS = CONF.parent / "results"
+PUBLISHED = pd.read_csv(RESULTS / "published.csv").dropna(subset="command")
 #: The model, neuron and decoder of each row of the papers' tables.
 ROWS = {
     "FSVAE": ("fsvae", "lif", "fixed"),
@@ -53,6 +54,16 @@ def test_published_command_chooses_its_row(row, command):
     assert f"dataset={chosen['dataset']}" in command.split()
     assert chosen["model"].startswith(model)
     assert (chosen["neuron"], chosen["decoder"]) == (neuron, decoder)
+
+
+@pytest.mark.parametrize("command", pd.read_csv(RESULTS / "recipes.csv")["command"])
+def test_command_of_a_recipe_that_is_gone_composes(command):
+    words = command.split()
+    if words[0] == "-m":  # the first job of a sweep
+        words = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words[1:]]
+    cfg = compose("train", words)
+    for part in (cfg.dataset, cfg.optimizer, cfg.trainer, cfg.model):
+        instantiate(part)
 
 
 def subclasses(cls):
@@ -109,7 +120,7 @@ OWN = {
     "classes: 10\nimage_size: 16\nbatch_size: 8\n",
     "neuron": "defaults: [lif]\nv_threshold: 0.7\n",
     "metric": "defaults: [small]\nsamples: 50\n",
-    "experiment": "# @package _global_\ndefaults: [mnist_small_cpu, override /dataset: own,"
+    "experiment": "# @package _global_\ndefaults: [digits_small_cpu, override /dataset: own,"
     " override /neuron: own, override /metric: own]\ntrainer: {max_epochs: 2}\n",
 }
 
