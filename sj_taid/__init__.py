@@ -11,6 +11,7 @@ from types import ModuleType
 
 from . import functional as functional
 from .acceleration import accelerate, unaccelerate
+from .binary_spikes import binary
 from .calibration import calibrate
 from .convert import swap_neurons, to_lif
 from .layer import TAID, FixedDecoder
@@ -25,6 +26,7 @@ __all__ = [
     "ALIFNode",
     "FixedDecoder",
     "accelerate",
+    "binary",
     "calibrate",
     "create_model",
     "fresh_state",

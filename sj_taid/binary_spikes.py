@@ -1,0 +1,226 @@
+"""Integer nets on spikes of 0 and 1 alone, with their additions counted: :func:`binary`."""
+
+import csv
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.hooks import RemovableHandle
+
+from ._graph import address_of
+from .ops.bits import LARGEST_COUNT
+from .ops.counts import Counts, read_counts
+from .report import table
+
+_aten = torch.ops.aten
+_CONVOLUTION = _aten.convolution.default
+_MATMUL = (_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default)
+_PRODUCTS = (_CONVOLUTION, *_MATMUL)
+#: torch's names of what compares or divides, and of products that are not taken apart
+_NO_SUM = re.compile("softmax|max_pool")
+_UNKNOWN = re.compile(r"conv(?!ert)|(mm|mv|dot|addr|linear)_?$|attention|rnn|cdist")
+_HEAD = ("layer", "operation", "reads", "ones", "additions", "macs", "energy_pj")
+
+
+@dataclass
+class Operation:
+    """What an operation read and cost, over all its calls."""
+
+    layer: str  #: the path of the module that calls it
+    operation: str  #: torch's name of it
+    levels: list[float]  #: the largest count of each activation read, infinity of real numbers
+    values: int = 0  #: how many zeros and ones its slices have
+    ones: int = 0  #: how many of them are ones
+    additions: int = 0  #: ones times their fan-out
+    macs: int = 0  #: multiply-accumulates, where it reads real numbers alone
+
+    @property
+    def energy_pj(self) -> float:
+        """0.9 pJ an addition, 4.6 pJ a multiply-accumulate: Horowitz, ISSCC 2014, for 45 nm."""
+        return 0.9 * self.additions + 4.6 * self.macs
+
+    @property
+    def is_spiking(self) -> bool:
+        """Whether it sums, and reads nothing but spikes and counts."""
+        return max(self.levels) <= LARGEST_COUNT and not _NO_SUM.search(self.operation)
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table."""
+        names = (f"counts up to {n}" if n > 1 else "spikes" for n in self.levels)
+        reads = " and ".join(dict.fromkeys(names)).replace("counts up to inf", "real numbers")
+        share = f"{self.ones / self.values:.4f}" if self.values else ""
+        costs = (self.additions, self.macs, round(self.energy_pj, 1))
+        return (self.layer, self.operation, reads, share, *map(str, costs))
+
+
+@dataclass
+class BinaryReport:
+    """What ran inside :func:`.binary`, of all samples together; ``print`` it for a table."""
+
+    rows: list[Operation] = field(default_factory=list)  #: in the order of their first calls
+
+    @property
+    def energy_pj(self) -> float:
+        """The sum of the rows' energies."""
+        return sum(row.energy_pj for row in self.rows)
+
+    @property
+    def not_spiking(self) -> list[Operation]:
+        """What keeps the net from being spike-driven; the first operation may read an image."""
+        return [row for row in self.rows[1:] if not row.is_spiking]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table."""
+        temporary = Path(f"{path}.tmp")
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([_HEAD, *(row.cells() for row in self.rows)])
+        temporary.replace(path)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "nothing ran: call the net inside the with block"
+        listed = table(_HEAD, [row.cells() for row in self.rows])
+        others = ", ".join(f"{row.layer} ({row.operation})" for row in self.not_spiking)
+        driven = f"not spike-driven: {others}" if others else "spike-driven but for the first input"
+        return f"{listed}\nsum: {self.energy_pj / 1e6:.4g} µJ, {driven}"
+
+
+@contextmanager
+def binary(net: nn.Module) -> Iterator[BinaryReport]:
+    r"""Run a net on spikes of 0 and 1 alone, and count what that costs.
+
+    Inside, every convolution, linear layer and matrix product that reads counts c from 0 to D, or
+    these times a number f such as 1/D, computes
+
+    .. math:: W (f c) + b = f \sum_{k=1}^{D} W \, 1[c \ge k] + b
+
+    so outputs are the net's to rounding, and nothing in it changes. It may be any net of torch.
+    Counts are known by their values, in each call: whole numbers from 0 to 15, or these times one
+    number. Larger and negative ones are real numbers. A product of two activations, as in
+    attention, is taken apart by both. There are no gradients; compiled nets run uncompiled, and
+    accelerated ones with plain norms and neurons.
+
+    Yields:
+        A :class:`BinaryReport`, which grows with each call of the net.
+    """
+    slices = _Slices(net)
+    torch.clear_autocast_cache()
+    contexts = (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        sdpa_kernel(SDPBackend.MATH),
+        BaseTorchFunctionMode(),  # keeps torch's encoder layers from their fused forms
+        slices,
+    )
+    with ExitStack() as stack:
+        for context in (*slices.hooks(net), *contexts):
+            stack.enter_context(context)
+        yield slices.report
+
+
+class _Slices(TorchDispatchMode):
+    """Takes products of counts apart; below autocast and Python, where all of them come by."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.report = BinaryReport()
+        self.rows: dict[tuple[str, str, int], Operation] = {}
+        self.running: list[tuple[str, Counter[str]]] = []  # modules, and what they have called
+        self.weights = {address_of(w) for w in (*net.parameters(), *net.buffers())}
+
+    def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
+        for path, module in net.named_modules():
+            yield module.register_forward_pre_hook(partial(self.enter, path or "net"))
+            yield module.register_forward_hook(self.leave, always_call=True)
+
+    def enter(self, path: str, *_: Any) -> None:
+        self.running.append((path, Counter()))
+
+    def leave(self, *_: Any) -> None:
+        self.running.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.running:  # outside the net
+            return func(*args, **kwargs)
+        output = self.call(func, args, kwargs)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                is_weight = bool(inputs) and all(map(self.is_weight, inputs))
+                tensor._taid_weight = is_weight  # type: ignore[attr-defined]
+        return output
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter or buffer, or made of those alone, as by autocast."""
+        return getattr(tensor, "_taid_weight", False) or address_of(tensor) in self.weights
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _PRODUCTS:
+            return self.multiply(func, args, kwargs)
+        with self:  # what is made of other operations, and whole in inference mode
+            output = func.decompose(*args, **kwargs)
+        if output is not NotImplemented:
+            return output
+        name = func.__name__.partition(".")[0]
+        if _NO_SUM.search(name) and self.rows:
+            levels = read_counts(args[0]).levels
+            if levels > 1 or "softmax" in name:  # the largest of spikes is a spike
+                self.row(name, [levels])
+        elif _UNKNOWN.search(name):
+            self.row(f"{name}, not counted", [math.inf])
+        return func(*args, **kwargs)
+
+    def multiply(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """A product, and what is added to it, by the slices of the counts that it reads."""
+        times: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+        *added, a, b = args
+        if func is _CONVOLUTION:
+            a, b, bias, *how = args
+            added = [] if bias is None else [bias.view(-1, *[1] * (b.dim() - 2))]
+            times = lambda x, weight: func(x, weight, None, *how)  # noqa: E731
+        read = [not self.is_weight(a) or self.is_weight(b), not self.is_weight(b)]
+        x, y = (read_counts(t) if r else Counts(t) for t, r in zip((a, b), read, strict=True))
+        levels = [c.levels for c, r in zip((x, y), read, strict=True) if r]
+        row = self.row(func.__name__.partition(".")[0], levels)
+        counts = [c for c in (x, y) if c.are_few]
+        if not counts:
+            output = func(*args, **kwargs)
+            row.macs += flop_registry[func.overloadpacket](*args, out_val=output) // 2
+            return output
+        row.ones += sum(int(c.values.sum(dtype=torch.float64)) for c in counts)
+        row.values += sum(c.values.numel() * int(c.levels) for c in counts)
+        row.additions += int(times(x.weights(), y.weights()).sum(dtype=torch.float64))
+        if all(c.levels == c.factor == 1 for c in counts):
+            return func(*args, **kwargs)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        total = sum(times(s, t).to(wide) for s in x.slices() for t in y.slices())
+        total = total * (x.factor * y.factor * kwargs.get("alpha", 1))
+        if added and (beta := kwargs.get("beta", 1)):
+            total = total + added[0] * beta
+        return total.to(a.dtype)
+
+    def row(self, operation: str, levels: list[float]) -> Operation:
+        """The row of what the running module calls, which has now read these too."""
+        layer, called = self.running[-1]
+        called[operation] += 1
+        key = layer, operation, called[operation]
+        if key not in self.rows:
+            self.rows[key] = Operation(layer, operation, levels)
+            self.report.rows.append(self.rows[key])
+        row = self.rows[key]
+        row.levels = [*map(max, row.levels, levels)]
+        return row

@@ -1,0 +1,58 @@
+"""Counts of spikes: found in a tensor by its values, and taken apart into zeros and ones."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bits import LARGEST_COUNT
+
+
+class Counts(NamedTuple):
+    """A tensor as ``factor * values``, where the values are counts, or real numbers."""
+
+    values: Tensor
+    levels: float = math.inf  #: the largest count, at least 1; infinity of real numbers
+    factor: float = 1.0
+
+    @property
+    def are_few(self) -> bool:
+        """Whether they are counts up to 15, which are taken apart."""
+        return self.levels <= LARGEST_COUNT
+
+    def weights(self) -> Tensor:
+        """How many ones each value is in its slices; one of a real number."""
+        return (self.values if self.are_few else torch.ones_like(self.values)).float()
+
+    def slices(self) -> list[Tensor]:
+        """``values >= 1``, ``values >= 2``, ..., whose sum is ``values``; or these themselves."""
+        if not self.are_few:
+            return [self.values]
+        return [(self.values >= k).to(self.values.dtype) for k in range(1, int(self.levels) + 1)]
+
+
+def read_counts(x: Tensor) -> Counts:
+    """The counts in ``x``, if all its values are whole numbers from 0, or such up to 15 times one.
+
+    >>> read_counts(torch.tensor([0.0, 0.75, 0.25]))
+    Counts(values=tensor([0., 3., 1.]), levels=3, factor=0.25)
+    >>> read_counts(torch.tensor([0.0, 16.0])).levels, read_counts(torch.tensor([3.14, 1.0])).levels
+    (16, inf)
+    """
+    if not x.is_floating_point() or not x.numel():
+        return Counts(x)
+    least, most = map(float, x.aminmax())
+    if not 0 <= least <= most < math.inf:
+        return Counts(x)
+    if x.eq(x.round()).all():
+        return Counts(x, max(int(most), 1))
+    wide = x if x.itemsize > 2 else x.float()
+    least = float(wide[wide > 0].min())
+    for count in range(1, int((LARGEST_COUNT + 0.5) * least / most) + 1):  # that the least one is
+        factor = least / count
+        values = (wide / factor).round()
+        # Each was rounded twice at most.
+        if ((values * factor - wide).abs() <= 2 * torch.finfo(x.dtype).eps * wide).all():
+            return Counts(values.to(x.dtype), int(values.max()), factor)
+    return Counts(x)
