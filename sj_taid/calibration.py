@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from . import _compat
 from ._checks import check, is_number
 from .monitoring import monitor, spikes_of
 from .neurons import need_neurons, why_silent
@@ -95,6 +96,7 @@ class CalibrationReport:
 
 
 @torch.no_grad()
+@_compat.quiet_triton()
 def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationReport:
     """Set every neuron's threshold so that its layer fires at ``rate``, in place.
 
