@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: pip takes the sj-taid that is installed, so that no index needs to have it.
-TRAIN = '"sj-taid[train]"'
+TRAIN = '".[train]" in a checkout of sj-taid'
 REMEDY = "; to get it: pip install "
 
 
