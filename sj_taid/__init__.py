@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from . import functional as functional
-from .acceleration import accelerate, unaccelerate
+from .acceleration.exchange import accelerate, unaccelerate
 from .binary_spikes import binary
 from .calibration import calibrate
 from .convert import swap_neurons, to_lif

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _compat, _graph, functional
+from .acceleration.kept import Counts, Kept, Memory, keep, run_saving
+from .acceleration.norms import find_source, reader_of
 from .ops import backends
 from .ops import surrogate as derivatives
 from .ops.alif.autograd import apply_fused, arranged, spec_of
-from .ops.alif.plan import Dynamics, Plan, Plans, Spec, find_plan
+from .ops.alif.plan import Charge, Dynamics, Plan, Plans, Spec, find_plan
 from .ops.alif.reference import state_dtype
 from .ops.bits import is_dense
 
 #: ``w`` of a neuron without leak (IF): its sigmoid is 0, in float64 too. Not -inf, which would make
 #: averaged weights NaN.
 NO_LEAK_W = -1024.0
-
-
-class NormInput(NamedTuple):
-    """What a neuron reads in place of a norm's output: the norm's input, parameters and numbers."""
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    numbers: Tensor
-    #: what of them a plan depends on; it makes the spec of a call
-    place: Any
-    #: which of x, weight and bias required a gradient at the norm's call
-    needs: tuple[bool, ...]
+#: the kinds of tensors that a plan takes
+_TAKES = (Tensor, nn.Parameter, Kept)
+_NUMBERS = (bool, int, float, type(None), str)
 
 
 class _Call(NamedTuple):
@@ -40,6 +31,7 @@ class _Call(NamedTuple):
     plan: Plan | None  #: ``None`` where no fused backend takes the call
     spec: Spec
     adapts: bool  #: whether a tensor needs another dtype or layout first
+    strides: tuple[int, ...]  #: those of the plain neuron's spikes
 
 
 class FusedNeuron:
@@ -58,16 +50,13 @@ class FusedNeuron:
     #: not _backend, which SpikingJelly 0.0.0.0.14 sets
     _fused_backend: Any = backends.AUTO
     _taid_name = ""  # its path in the net, which errors say
-    #: the kinds of tensors that a plan takes
-    _taid_takes: Any = (Tensor, nn.Parameter)
+    #: whether it takes the input of the norm before it, and its spikes are saved as bits
+    _taid_keeps = False
     #: gives the plain attributes of a node that a call depends on, apart from its surrogate
     _taid_numbers: Any
 
-    def _taid_constants(self, dtype: torch.dtype) -> tuple[Any, bool, Any]:
-        """``w`` of a dtype, ``decay_input`` and the threshold; ``None`` for what is a tensor.
-
-        A ``w`` of -inf is no leak, one of inf no state.
-        """
+    def _taid_constants(self, dtype: torch.dtype) -> tuple[Charge, float | None, float | None]:
+        """How it charges, ``w`` of a dtype and the threshold; ``None`` for what is a tensor."""
         raise NotImplementedError
 
     def _taid_operands(self) -> tuple[Tensor | None, Tensor | None]:
@@ -78,126 +67,55 @@ class FusedNeuron:
         """The voltage that a sequence starts from."""
         raise NotImplementedError
 
+    def _taid_strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+        """The strides of the plain neuron's spikes for an input of these."""
+        x_seq = torch.empty_strided(shape, strides, device="meta")
+        return strides if is_dense(x_seq) else torch.empty(shape, device="meta").stride()
+
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """A sequence ``[T, N, *]`` from the state ``v``, which is updated."""
         store_v_seq = self.store_v_seq
         v = self._taid_start(x_seq)
-        spike_seq, self.v, v_seq, _ = self._taid_run(x_seq, v, store_v_seq)
+        spike_seq, self.v, v_seq = self._taid_run(x_seq, v, store_v_seq)
         if store_v_seq:
             self.v_seq = v_seq
         return spike_seq
 
     def _taid_run(
-        self,
-        x_seq: Tensor,
-        v: Tensor | float,
-        store_v_seq: bool,
-        pack: bool = False,
-        norm: NormInput | None = None,
-    ) -> tuple[Any, ...]:
-        """Spikes, last voltage, every voltage, and bits to ``pack``.
-
-        With ``norm`` the input is the output of that norm, which is computed too.
-        """
-        w, v_threshold = self._taid_operands()
-        if norm is not None:
-            x, weight, bias, numbers, place, _ = norm
-        elif type(x_seq) in self._taid_takes and _graph.is_eager():
-            x, weight, bias, numbers = x_seq, None, None, None
-            place = x.shape, x.stride(), x.dtype, x.device, x.is_inference()
-        else:
-            return self._taid_run_operators(x_seq, v, w, v_threshold, store_v_seq)
-        v0 = v if isinstance(v, Tensor) else None
-        saves = False
-        if torch.is_grad_enabled():
-            for tensor in (x, v0, w, v_threshold, weight, bias):
-                if tensor is not None and tensor.requires_grad:
-                    saves = True
-        node_numbers = self._taid_numbers(self)
-        for number in node_numbers:
-            if isinstance(number, Tensor):
-                node_numbers = _values(node_numbers, v_threshold)
-                break
-        key = (
-            *(place, saves, store_v_seq, pack, node_numbers),
-            derivatives.key_of(self.surrogate_function),
-            v0 if v0 is None else _form(v0),
-            w if w is None else _form(w),
-            v_threshold if v_threshold is None else _form(v_threshold),
-        )
-        plans = Plans.of(self)
-        call = plans.get(key)
-        if call is None:
-            call = self._taid_decide(x_seq, v, w, v_threshold, (store_v_seq, pack, saves), place)
-            plans.keep(key, call)
-        plan, spec, adapts = call
-        if plan is None:
-            return self._taid_run_operators(x_seq, v, w, v_threshold, store_v_seq)
-        if adapts:
-            x, v0, w, v_threshold = _adapt(spec, x, v0, w, v_threshold)
-        v_init: Any = 0.0 if v0 is not None else v
-        if saves:
-            leaves = x, v0, w, v_threshold, weight, bias
-            return apply_fused(*leaves, plan, spec, v_init, numbers, self._taid_name)
-        spike_seq, v, v_seq, _, bits = plan.forward(x, v0, v_init, w, v_threshold, numbers)
-        return spike_seq, v, v_seq, bits
-
-    def _taid_decide(
-        self, x_seq: Tensor, v: Any, w: Any, v_threshold: Any, flags: Any, place: Any
-    ) -> _Call:
-        """Check a call, and choose its backend and plan."""
-        functional.check_call(x_seq, v, w, v_threshold)
-        function = self.surrogate_function
-        engine = backends.resolve(self._fused_backend, x_seq, function).engine
-        if engine is None:
-            return _Call(None, None, False)  # type: ignore[arg-type]
-        dtype = state_dtype(x_seq.dtype)
-        number, decay_input, threshold = self._taid_constants(dtype)
-        functional.check_counts(function, self.v_reset, number != math.inf)
-        v_reset = None if self.v_reset is None else float(self.v_reset)
-        dynamics = Dynamics(
-            *(number, decay_input, threshold, v_reset, self.detach_reset),
-            *(*derivatives.derivative_of(function), derivatives.levels_of(function)),
-        )
-        tensors = [t for t in (w, v_threshold) if t is not None]
-        per_channel = any(t.dim() for t in tensors)
-        if isinstance(place, tuple):
-            x = x_seq if is_dense(x_seq) else torch.empty(x_seq.shape, device="meta")
-            spec = spec_of(x, dynamics, per_channel, False, False, *flags)
-            spec = spec._replace(dtype=x_seq.dtype, device=x_seq.device)
-            adapts = x is not x_seq or x_seq.is_inference()
-        else:
-            spec, adapts = place.spec(dynamics, per_channel, *flags), False
-        adapts |= any(
-            t.dtype != dtype or not t.is_contiguous() or (t.dim() > 0) != per_channel
-            for t in tensors
-        )
-        if isinstance(v, Tensor):
-            adapts |= v.dtype != dtype or v.stride() != spec.strides[1:] or v.is_inference()
-        return _Call(find_plan(engine, spec), spec, adapts)
-
-    def _taid_run_operators(
-        self, x_seq: Tensor, v: Any, w: Any, v_threshold: Any, store_v_seq: bool
-    ) -> tuple[Any, ...]:
-        """The same by any backend, for what compiles, transforms or traces."""
-        dtype = state_dtype(x_seq.dtype)
-        number, decay_input, threshold = self._taid_constants(dtype)
-        if w is None and number != math.inf:
-            w = x_seq.new_full((), max(number, NO_LEAK_W), dtype=dtype)
-        if v_threshold is None:
-            v_threshold = x_seq.new_full((), threshold, dtype=dtype)
-        return *functional.alif_multi_step(
-            x_seq,
-            v,
-            w,
-            v_threshold,
-            decay_input=decay_input,
-            v_reset=self.v_reset,
-            surrogate_function=self.surrogate_function,
-            detach_reset=self.detach_reset,
-            store_v_seq=store_v_seq,
-            backend=self._fused_backend,
-        ), None
+        self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
+    ) -> tuple[Tensor, Any, Any]:
+        """Spikes, last voltage and every voltage of a sequence that starts at ``v``."""
+        if not (type(x_seq) in _TAKES and _graph.is_eager()):
+            return _run_reference(self, x_seq, v, store_v_seq)
+        with _graph.plain_functions():
+            w, v_threshold = self._taid_operands()
+            keeps, x, source = self._taid_keeps and torch.is_grad_enabled(), x_seq, None
+            weight = bias = mean = rstd = None
+            if keeps and type(x_seq) is Kept and x_seq._place is not None:
+                source = find_source(x_seq, self)
+            if source is not None:
+                x, weight, bias, mean, rstd = source.tensors()
+            v0 = v if isinstance(v, Tensor) else None
+            tensors = x, v0, w, v_threshold, weight, bias
+            call = _find_call(self, x_seq, v, tensors, (store_v_seq, keeps), source)
+            plan, spec, adapts, strides = call
+            if plan is None:
+                return _run_reference(self, x_seq, v, store_v_seq)
+            if source is not None:
+                source.taken = reader_of(self)
+            if adapts:
+                tensors = *_adapt(spec, *tensors[:4]), weight, bias
+            v_init: Any = 0.0 if v0 is not None else v
+            if spec.saves:
+                kept = (x,) if type(x) is Kept else ()
+                arguments = *tensors, plan, spec, v_init, mean, rstd, self._taid_name
+                spike_seq, v, v_seq, bits = run_saving(kept, apply_fused, arguments, {})
+            else:
+                x, v0, w, v_threshold, *_ = tensors
+                spike_seq, v, v_seq, _, bits = plan.forward(x, v0, v_init, w, v_threshold, None)
+            if keeps:
+                spike_seq = _keep(self, spike_seq, bits, strides)
+            return spike_seq, v, v_seq
 
     def _taid_label(self) -> str:
         name, kind = self._taid_name, type(self).__name__
@@ -209,11 +127,123 @@ class FusedNeuron:
         return _compat.detach_state(state)
 
 
+def _find_call(
+    node: Any, x_seq: Tensor, v: Any, tensors: Any, flags: tuple[bool, bool], source: Any
+) -> _Call:
+    """The plan of a call, by all that it depends on."""
+    saves = False
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                saves = True
+    x, v0, w, v_threshold, *_ = tensors
+    numbers = node._taid_numbers(node)
+    for number in numbers:
+        if type(number) not in _NUMBERS:
+            numbers = _values(numbers, v_threshold)
+            break
+    if source is None:
+        place: Any = x.shape, x.dtype, x.device, x.is_inference()
+    else:
+        place = x_seq._place, source.fixed  # type: ignore[attr-defined]
+    key = (
+        *(place, x_seq.stride(), saves, flags, numbers),
+        derivatives.key_of(node.surrogate_function),
+        v0 if v0 is None else _form(v0),
+        w if w is None else _form(w),
+        v_threshold if v_threshold is None else _form(v_threshold),
+    )
+    plans = Plans.of(node)
+    call = plans.get(key)
+    if call is None:
+        call = plans.keep(key, _decide(node, x_seq, v, w, v_threshold, (*flags, saves), source))
+    return call
+
+
+def _decide(
+    node: Any, x_seq: Tensor, v: Any, w: Any, v_threshold: Any, flags: Any, source: Any
+) -> _Call:
+    """Check a call, and choose its backend and plan."""
+    functional.check_call(x_seq, v, w, v_threshold)
+    function = node.surrogate_function
+    engine = backends.resolve(node._fused_backend, x_seq, function).engine
+    if engine is None:
+        return _Call(None, None, False, ())  # type: ignore[arg-type]
+    dtype = state_dtype(x_seq.dtype)
+    charge, number, threshold = node._taid_constants(dtype)
+    functional.check_counts(function, node.v_reset, charge is not Charge.NO_STATE)
+    v_reset = None if node.v_reset is None else float(node.v_reset)
+    dynamics = Dynamics(
+        *(charge, number, threshold, v_reset, bool(node.detach_reset)),
+        *(*derivatives.derivative_of(function), derivatives.levels_of(function)),
+    )
+    tensors = [t for t in (w, v_threshold) if t is not None]
+    per_channel = any(t.dim() for t in tensors)
+    if source is None:
+        x = x_seq if is_dense(x_seq) else torch.empty(x_seq.shape, device="meta")
+        spec = spec_of(x, dynamics, per_channel, False, False, *flags)
+        spec = spec._replace(dtype=x_seq.dtype, device=x_seq.device)
+        adapts = x is not x_seq or x_seq.is_inference()
+    else:
+        place = x_seq._place  # type: ignore[attr-defined]
+        spec, adapts = place.spec(dynamics, per_channel, source.fixed, *flags), False
+    adapts |= any(
+        t.dtype != dtype or not t.is_contiguous() or (t.dim() > 0) != per_channel for t in tensors
+    )
+    if isinstance(v, Tensor):
+        adapts |= v.dtype != dtype or v.stride() != spec.strides[1:] or v.is_inference()
+    strides = x_seq.stride()
+    if not x_seq.is_contiguous():
+        strides = node._taid_strides(x_seq.shape, strides)
+    return _Call(find_plan(engine, spec), spec, adapts, strides)
+
+
+def _keep(node: Any, spike_seq: Tensor, bits: Any, strides: tuple[int, ...]) -> Tensor:
+    """Let spikes know their bits, in the memory order of the plain neuron's spikes."""
+    # Bits of spikes have an axis of time, counts have not.
+    peak = 1 if bits.dim() == 2 else derivatives.levels_of(node.surrogate_function)
+    if spike_seq.stride() != strides:  # the bits have the other memory order
+        fired, spike_seq = spike_seq, arranged(spike_seq, strides)
+        bits = bits if spike_seq is fired else None
+    return keep(spike_seq, Memory(spike_seq, Counts(spike_seq, peak, bits)))
+
+
+def _run_reference(node: Any, x_seq: Tensor, v: Any, store_v_seq: bool) -> tuple[Tensor, Any, Any]:
+    """The same by the definition, for what compiles, transforms or traces, and by its backend."""
+    x_seq = _plain(x_seq) if isinstance(x_seq, Kept) else x_seq
+    w, v_threshold = node._taid_operands()
+    dtype = state_dtype(x_seq.dtype)
+    charge, number, threshold = node._taid_constants(dtype)
+    if w is None and charge is not Charge.NO_STATE:
+        number = NO_LEAK_W if charge is Charge.NO_LEAK else number
+        w = x_seq.new_full((), number, dtype=dtype)
+    if v_threshold is None:
+        v_threshold = x_seq.new_full((), threshold, dtype=dtype)
+    spike_seq, v, v_seq = functional.alif_multi_step(
+        x_seq,
+        v,
+        w,
+        v_threshold,
+        decay_input=charge is Charge.DECAY_INPUT,
+        v_reset=node.v_reset,
+        surrogate_function=node.surrogate_function,
+        detach_reset=node.detach_reset,
+        store_v_seq=store_v_seq,
+        backend=node._fused_backend,
+    )
+    return spike_seq, v, v_seq
+
+
+@_graph.outside_graphs
+def _plain(x_seq: Kept) -> Tensor:
+    with _graph.plain_functions():
+        return x_seq.as_subclass(Tensor)
+
+
 def _values(numbers: tuple[Any, ...], v_threshold: Tensor | None) -> tuple[Any, ...]:
-    """The values of attributes, of which some are tensors; the threshold is read at each call."""
+    """Attributes as plain numbers; a threshold that is a tensor is read at each call."""
     return tuple(
-        None if number is v_threshold else number.item() if isinstance(number, Tensor) else number
-        for number in numbers
+        None if n is v_threshold else n if type(n) in _NUMBERS else float(n) for n in numbers
     )
 
 
@@ -256,3 +286,4 @@ def restore(net: nn.Module) -> None:
         module.__class__ = module._taid_kind
         for name in [name for name in vars(module) if name.startswith("_taid_")]:
             del vars(module)[name]
+

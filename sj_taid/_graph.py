@@ -1,4 +1,4 @@
-"""Queries of torch's private state: modes, memory addresses, saved-tensor hooks.
+"""What is taken of torch's private names: modes, memory addresses, saved-tensor hooks, batch norm.
 
 No function reads what a graph saved, which would run the hooks of checkpointing and offloading.
 """
@@ -13,6 +13,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _python_dispatch
+
+#: the base of ``Tensor`` with the attributes that C++ defines
+TensorBase: Any = torch._C.TensorBase
+#: the context in which a subclass of ``Tensor`` is a plain tensor
+plain_functions: Any = torch._C.DisableTorchFunctionSubclass
+#: lets a function run outside of the graphs of torch.compile, which break there
+outside_graphs: Any = torch._disable_dynamo
+is_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+#: ``F.batch_norm`` that gives mean and ``(var + eps)^(-1/2)`` of the batch too
+batch_norm: Any = torch._batch_norm_impl_index
 
 
 def recomputation() -> int | None:
@@ -58,6 +68,11 @@ def address_of(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
         return 0
+
+
+def is_one_storage(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, which may lie on the meta device, are views of one storage."""
+    return tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def shares_memory(tensor: Tensor, other: Tensor) -> bool:

@@ -15,6 +15,7 @@ from . import _compat, _graph, functional
 from ._checks import Rule, check, check_flags, check_numbers, check_sizes, is_number, is_whole
 from ._fused_neuron import FusedNeuron
 from .ops import backends
+from .ops.alif.plan import Charge
 from .ops.alif.reference import state_dtype
 from .ops.surrogate import MultiLevelSpikeCount, counts, levels_of
 
@@ -264,8 +265,9 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
 
     _taid_numbers = attrgetter("decay_input", "v_reset", "detach_reset", "_fused_backend")
 
-    def _taid_constants(self, dtype: torch.dtype) -> tuple[float | None, bool, float | None]:
-        return math.inf if self.w is None else None, self.decay_input, None
+    def _taid_constants(self, dtype: torch.dtype) -> tuple[Charge, float | None, float | None]:
+        charge = Charge.DECAY_INPUT if self.decay_input else Charge.LEAK
+        return Charge.NO_STATE if self.w is None else charge, None, None
 
     def _taid_operands(self) -> tuple[Tensor | None, Tensor | None]:
         return self.w, self.effective_v_threshold

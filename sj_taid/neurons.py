@@ -176,7 +176,7 @@ def describe_equality(site: Site) -> str:
     """How equal the outputs of an ALIF are to those of a neuron."""
     node, equal = site.node, True
     if site.dtype.itemsize < 4:
-        return f"equal outputs to rounding, computes in float32, not {site.dtype}"
+        return f"equal outputs to rounding; voltages and computation are float32, not {site.dtype}"
     if isinstance(node, neuron.ParametricLIFNode):
         equal = _compat.FUNCTIONAL_STATES or node.decay_input
     elif isinstance(node, neuron.LIFNode):

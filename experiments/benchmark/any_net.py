@@ -101,7 +101,7 @@ def measure(net: nn.Module, options: argparse.Namespace) -> pd.DataFrame:
     net = net.to(options.device)
     x, batch = torch.rand(options.shape, device=options.device), options.shape[options.batch_axis]
     systems: dict[str, Any] = {"plain": net, "accelerate": copy.deepcopy(net)}
-    report = accelerate(systems["accelerate"])
+    report = accelerate(systems["accelerate"], x)
     if options.compile:
         for name, one in [*systems.items()]:
             compiled = torch.compile(copy.deepcopy(one), dynamic=False)

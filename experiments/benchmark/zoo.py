@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sj_taid import accelerate
-from sj_taid.acceleration.modules import NO_GRADIENT
+from sj_taid.acceleration.summary import NO_GRADIENT
 
 #: How to make a net of SpikingJelly; those of spikformer_cifar10 and below are for 32 x 32 pixels.
 NETS: dict[str, Callable[..., nn.Module]] = {
@@ -77,7 +77,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     shape = (options.steps, 2, 3, options.size, options.size)
     x_seq = torch.rand(shape, device=options.device)
     before = held_bytes(net, x_seq)
-    report = accelerate(net)
+    report = accelerate(net, x_seq)
     after = held_bytes(net, x_seq)
     kinds = dict(net.named_modules())
     norms = [row for row in report.rows if isinstance(kinds[row.layer], _BatchNorm)]

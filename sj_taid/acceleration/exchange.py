@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,17 +23,23 @@ from ..neurons import (
 )
 from ..ops import backends, surrogate
 from ..report import Row
-from .modules import AcceleratedALIF, AcceleratedNorm, accelerate_module, why_no_norm
-from .report import ALREADY, FUSED, Acceleration, measure, norms_of
+from .modules import (
+    AcceleratedALIF,
+    AcceleratedNeuron,
+    AcceleratedNorm,
+    accelerate_module,
+    why_no_norm,
+)
+from .summary import ALREADY, FUSED, Acceleration, measure, norms_of, report_of
 
 
 def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     """Train ``net`` in less memory and time with equal outputs; changes it in place.
 
     Its LIF, PLIF, IF, integer LIF and ALIF neurons run on the fused operator and learn what they
-    learned before. A batch norm waits for whoever reads its output: such a neuron computes both as
-    one operation, anything else the norm alone. Spikes, counts, their sums, and sums of a norm's
-    output are saved for backward as bits and bytes, or computed again.
+    learned before. Such a neuron behind a batch norm takes the norm's input and computes both as
+    one operation, so the norm's output is not saved for backward. Spikes, counts and their sums
+    are saved as bits, and some sums of a norm's output are computed again.
 
     Outputs are equal as :func:`.swap_neurons` promises, and to rounding behind a norm. Every module
     stays the same object, with its parameters, ``state_dict`` keys, hooks and voltages, so
@@ -54,24 +59,26 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     >>> from spikingjelly.activation_based import neuron
     >>> net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), neuron.LIFNode(step_mode="m"))
     >>> report = accelerate(net)
-    >>> spikes = net(torch.rand(4, 2, 3, 5, requires_grad=True))
     >>> print(report)
-    1 of 1 neurons on the fused operator, 1 of 1 norms fused
+    1 of 1 neurons on the fused operator, 1 of 1 norms ready to be fused
     layer  kind         done            note
-    0      BatchNorm1d  fused into 1    equal outputs to rounding
+    0      BatchNorm1d  ready           fused into a neuron that reads it; example_input says where
     1      LIFNode      fused operator  equal outputs
+    >>> spikes = net(torch.rand(4, 2, 3, 5, requires_grad=True))
     """
     if steps := describe_single_steps(need_neurons(net, "accelerate")):
         warnings.warn(steps, stacklevel=2)
     if example_input is None:
-        return Acceleration(net, _exchange_classes(net))
+        neurons = _exchange_classes(net)
+        return Acceleration(*report_of(net, neurons, None))
     if not isinstance(example_input, Tensor | tuple):
         raise TypeError(
             "example_input must be a tensor, or a tuple for several inputs, but it is a "
             f"{type(example_input).__name__}"
         )
     readers, saved_bytes, step_ms = measure(net, example_input, _exchange_classes, unaccelerate)
-    return Acceleration(net, _exchange_classes(net, readers), saved_bytes, step_ms)
+    neurons = _exchange_classes(net)
+    return Acceleration(*report_of(net, neurons, readers), saved_bytes, step_ms)
 
 
 def unaccelerate(net: nn.Module) -> None:
@@ -91,26 +98,18 @@ def unaccelerate(net: nn.Module) -> None:
     restore(net)
 
 
-def _exchange_classes(
-    net: nn.Module, readers: Mapping[str, dict[str, bool]] | None = None
-) -> dict[str, Row]:
-    """Give neurons and norms their accelerated classes; a row for each neuron.
-
-    ``readers``: what has read each norm of a copy of ``net``, which its report starts with.
-    """
-    readers, rows = readers or {}, {}
+def _exchange_classes(net: nn.Module) -> dict[str, Row]:
+    """Give neurons and norms their accelerated classes; a row for each neuron."""
+    rows = {}
     for site in find_neurons(net):
         reason = _why_not(site, net)
         rows[site.path] = site.row("" if reason else FUSED, reason or describe_equality(site))
         if not reason:
             accelerate_module(site.node)._taid_name = site.path
-    if any(isinstance(module, AcceleratedALIF) for module in net.modules()):
-        norm: Any
-        for path, norm in norms_of(net):
+    if any(isinstance(m, AcceleratedALIF | AcceleratedNeuron) for m in net.modules()):
+        for _, norm in norms_of(net):
             if not isinstance(norm, AcceleratedNorm) and not why_no_norm(norm):
                 accelerate_module(norm)
-            if path in readers:
-                norm._taid_readers = readers[path]
     return rows
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from .. import _build
 from .._checks import expand_home
 from .._extras import TRAIN, needs
-from ..acceleration import accelerate
+from ..acceleration.exchange import accelerate
 from ..neurons import find_neurons
 from ..thresholds import fixed_thresholds, set_fixed_thresholds
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid.acceleration.summary import _Readers, run_step
 
 NUDGE = 4e-6
 #: 0.0.0.0.14's neurons give no gradient in evaluation
@@ -51,6 +52,13 @@ def results(net, x, between=functional.reset_net, context=torch.enable_grad, run
         seen.clear()
         between(net)
     return found
+
+
+def count_fused(net, x):
+    """How many norms of an accelerated net neurons read as one operation, in a step."""
+    with _Readers(net) as readers:
+        run_step(net, x)
+    return sum(any(read.values()) for read in readers.of_norms().values())
 
 
 def spikes(net, x, nudge=0.0, passes=None, **options):

@@ -11,7 +11,6 @@ from torch import nn
 
 import sj_taid
 from sj_taid._graph import record_saved
-from sj_taid.acceleration.norm_output import Waiting
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 
@@ -73,7 +72,7 @@ def make(node, norm):
     "kind", [neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode, sj_taid.ALIFNode]
 )
 @pytest.mark.parametrize(
-    ("norm", "most"), [(True, (110, 50, 20, 12, 10)), (False, (70, 45, 20, 12, 10))]
+    ("norm", "most"), [(True, (110, 50, 20, 12, 10)), (False, (70, 26, 20, 8, 8))]
 )
 def test_a_call_is_decided_in_advance(norm, most, kind):
     node = kind(**OPTIONS)
@@ -97,28 +96,6 @@ def test_without_gradients_nothing_is_added():
     assert type(spikes) is torch.Tensor
 
 
-def test_a_norm_that_no_neuron_reads_is_torchs_after_a_while():
-    net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
-    sj_taid.accelerate(net)
-    norm, node = net
-    x = torch.rand(4, 2, 3, 2, 2, requires_grad=True)
-
-    def waits(read):
-        read(y := norm(x))
-        return type(y) is not torch.Tensor
-
-    patience = Waiting.PATIENCE
-    assert [waits(torch.sin) for _ in range(6)] == [True] * patience + [False] * (6 - patience)
-    while not waits(lambda y: y):
-        pass
-    while not waits(node):  # from here on it is read as one operation
-        node.reset()
-    node.reset()
-    for _ in range(2 * patience):
-        assert waits(node)
-        node.reset()
-
-
 POOLS = {
     "max": nn.functional.max_pool2d,
     "average": nn.functional.avg_pool2d,
@@ -128,7 +105,7 @@ POOLS = {
 
 
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-def test_a_pool_saves_the_shape_of_a_norms_output_alone_at_every_call(pool):
+def test_a_pool_saves_the_shape_of_a_norms_output_alone(pool):
     plain = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
     net = copy.deepcopy(plain)
     sj_taid.accelerate(net)
@@ -139,9 +116,8 @@ def test_a_pool_saves_the_shape_of_a_norms_output_alone_at_every_call(pool):
         y.sum().backward()
         return saved
 
-    calls = range(3 * Waiting.PATIENCE)
-    theirs, ours = ([save(norm) for _ in calls] for norm in (plain[0], net[0]))
-    assert max(ours) < min(theirs) - 0.9 * x.nbytes
+    theirs, ours = map(save, (plain[0], net[0]))
+    assert ours < theirs - 0.9 * x.nbytes
     assert all(map(torch.equal, net.buffers(), plain.buffers()))
 
 
@@ -154,14 +130,14 @@ SUMS = {
     "norm + x": lambda y, h: y + h,
     "x + view of norm": lambda y, h: h.transpose(-1, -2) + y.transpose(-1, -2),
     "norm += x": add_in_place,
-    "x + norm + norm": lambda y, h: h + y + y,
+    "norm + a clone": lambda y, h: h + y.clone(),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("add", SUMS.values(), ids=SUMS)
-def test_a_sum_in_front_of_a_neuron_saves_its_terms_at_every_call(add, training, dtype):
+def test_a_sum_in_front_of_a_neuron_saves_its_terms(add, training, dtype):
     plain = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
     plain[0].train(training)
     net = copy.deepcopy(plain)
@@ -177,13 +153,12 @@ def test_a_sum_in_front_of_a_neuron_saves_its_terms_at_every_call(add, training,
             grads = torch.autograd.grad(loss, of, retain_graph=True)
         return saved, spikes, *grads
 
-    for _ in range(3 * Waiting.PATIENCE):
-        (theirs, *right), (ours, *found) = run(*plain), run(*net)
-        assert ours < theirs - 1.9 * x.nbytes
-        for value, other in zip(right, found, strict=True):
-            scale = value.abs().max().item()
-            assert torch.allclose(value, other, atol=torch.finfo(dtype).eps * 16 * scale)
-        assert all(map(torch.equal, net.buffers(), plain.buffers()))
+    (theirs, *right), (ours, *found) = run(*plain), run(*net)
+    assert ours < theirs - 1.9 * x.nbytes
+    for value, other in zip(right, found, strict=True):
+        scale = value.abs().max().item()
+        assert torch.allclose(value, other, atol=torch.finfo(dtype).eps * 16 * scale)
+    assert all(map(torch.equal, net.buffers(), plain.buffers()))
 
 
 def late_statistics(norm, h):
@@ -205,7 +180,7 @@ def test_a_term_is_computed_again_from_the_numbers_of_its_call(change, training)
     net[0].train(training)
     sj_taid.accelerate(net)
     norm, node = net
-    for _ in range(3 * Waiting.PATIENCE):
+    for _ in range(2):
         h = torch.rand(4, 2, 3, 4, 4, requires_grad=True) * 1.0
         shortcut = (h * 2).detach().requires_grad_() * 1.0
         spikes = node(norm(h) + shortcut)
@@ -221,7 +196,7 @@ def test_a_term_whose_input_changes_before_backward_raises_an_error():
     net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
     sj_taid.accelerate(net)
     norm, node = net
-    for changes in (False,) * 2 * Waiting.PATIENCE + (True,):
+    for changes in (False, True):
         h = torch.rand(4, 2, 3, 2, 2, requires_grad=True) * 1.0
         spikes = node(norm(h) + h * 2)
         node.reset()
@@ -237,7 +212,7 @@ def test_a_norm_of_what_is_not_dense_keeps_its_copy_alone():
     net = nn.ModuleList([layer.BatchNorm2d(3, step_mode="m"), neuron.LIFNode(**OPTIONS)])
     sj_taid.accelerate(net)
     norm, node = net
-    for _ in range(3 * Waiting.PATIENCE):
+    for _ in range(2):
         h = torch.rand(2, 4, 3, 2, 2, requires_grad=True) * 1.0
         spikes = node(norm(h.transpose(0, 1)) + torch.rand(4, 2, 3, 2, 2, requires_grad=True) * 2)
         node.reset()
@@ -250,10 +225,9 @@ def test_a_norm_of_what_is_not_dense_keeps_its_copy_alone():
 
 def test_features_that_are_kept_keep_no_input():
     net = make(neuron.LIFNode(**OPTIONS), True)
-    for _ in range(2 * Waiting.PATIENCE):
-        h = torch.rand(4, 2, 8, 2, 2, requires_grad=True) * 1.0
-        y = net[0](h)
-        (y + h).sum().backward()
+    h = torch.rand(4, 2, 8, 2, 2, requires_grad=True) * 1.0
+    y = net[0](h)
+    (y + h).sum().backward()
     kept, memory = y.detach(), weakref.ref(h.untyped_storage())
     del h, y
     assert memory() is None and kept.sum().isfinite()

@@ -78,6 +78,10 @@ class Writes(torch.autograd.Function):
 WAYS = {
     "numpy": lambda s: fill(s.numpy()),
     "numpy's array": lambda s: fill(np.asarray(s)),
+    "numpy of a cast to itself": lambda s: fill(s.float().numpy()),
+    "numpy of what is moved nowhere": lambda s: fill(s.view(-1).to("cpu").numpy()),
+    "data of a cast to itself": lambda s: s.flatten().to(torch.float32).data.fill_(0.3),
+    "storage of a cast to its own type": lambda s: s.to(s).untyped_storage().fill_(62),
     "numpy of a step": lambda s: fill(s[1].numpy()),
     "numpy in a loop": lambda s: [fill(step.numpy()) for step in s],
     "numpy of a transposed one": lambda s: fill(s.mT.numpy()),
@@ -160,12 +164,12 @@ def test_what_reads_leaves_the_packing(read, place):
     values = net.place(net, net.norm(h := net.conv(torch.randn(4, 2, 3, 8, 8))), h)
     for node in (net.lif, net.plif):
         node.reset()
-    assert values.packing() is not None
+    assert values.recipe() is not None
     read(net, values)
-    assert values.packing() is not None
+    assert values.recipe() is not None
     with torch.no_grad():
         values.mul_(1)
-    assert values.packing() is None
+    assert values.recipe() is None
 
 
 #: what reads values [4, 2, 4, 6, 6] next to an operand of a shape, and saves that

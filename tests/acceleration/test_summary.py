@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from sj_taid import _graph, accelerate
-from sj_taid.acceleration.report import run_step
+from sj_taid.acceleration.summary import run_step
 from tests.acceleration.test_accelerate import images, make_net
 
 #: what is saved of values ``h`` ``[4, 2, 6]``, in parts of their bytes
@@ -47,7 +47,7 @@ def test_saved_bytes_are_those_of_views(name):
     ],
 )
 def test_inputs_parameters_and_buffers_do_not_count_as_saved(net, inputs):
-    assert run_step(net, inputs)[0] == 0
+    assert run_step(net, inputs, True)[0] == 0
 
 
 @pytest.mark.parametrize("view", [lambda data: data[:4], lambda data: (data[8:12],)])
@@ -104,8 +104,7 @@ def test_norms_that_are_no_batch_norms_are_named_and_stay(norm):
     net.insert(5, norm)
     net.insert(0, Normalize())
     net.append(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
-    report = accelerate(net)
-    net(images()).sum().backward()
+    report = accelerate(net, images())
     rows = {row.layer: row for row in report.rows if "on the fused operator" not in row.note}
     left = {path: row for path, row in rows.items() if not row.done}
     (path,) = left
@@ -129,7 +128,6 @@ def test_an_error_of_a_net_in_single_steps_names_the_step_mode():
 
 def test_a_norm_of_inputs_without_gradient_is_said_to_be_apart():
     net = nn.Sequential(layer.BatchNorm1d(6, step_mode="m"), neuron.LIFNode(step_mode="m"))
-    report = accelerate(net)
-    net(torch.rand(4, 5, 6, 7))
+    report = accelerate(net, torch.rand(4, 5, 6, 7))
     assert report.rows[0].note == "computed apart: its input requires no gradient"
     assert "0 of 1 norms fused (1 apart: its input requires no gradient)" in str(report)

@@ -1,0 +1,242 @@
+"""Batch norms: torch's own, whose output says from what a neuron can compute it.
+
+A norm's output is a real tensor with torch's graph. The :class:`Source` in its memory has the
+norm's input and numbers, which a neuron on the fused operator takes instead: then nobody saves the
+output. A :class:`Place` says where the values of the output, or of a view, lie in that input.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _graph
+from ..ops import backends
+from ..ops.alif.plan import Dynamics, Plans, Spec
+from ..ops.bits import is_dense
+from .kept import Kept, Memory, Recipe, Term, keep
+
+
+class Place:
+    """Where the values of a norm's output, or of a view or copy of it, lie in the norm's input.
+
+    ``at`` is a tensor without memory that has the input's strides, and of which views are taken as
+    of the output.
+    """
+
+    def __init__(
+        self, at: Tensor, channels: int, inner: int, about: Any, copies: bool = False
+    ) -> None:
+        """``inner``: neighbours in memory of one channel; ``about``: dtype and device.
+
+        ``copies``: whether the norm copies its input first, to another memory order.
+        """
+        self.at, self.channels, self.inner, self.about = at, channels, inner, about
+        self.copies = copies
+        self._views = Plans()
+        (steps, *_), (time, *_) = at.shape, at.stride()
+        outermost = at.numel() % steps == 0 and (steps == 1 or time * steps == at.numel())
+        axis = at.shape[2:3], at.stride()[2:3]
+        #: why no neuron takes the input instead: any, and one with parameters per channel
+        self.why_apart = "" if outermost else "time is not the outermost axis in memory"
+        matches = axis == ((channels,), (inner,))
+        self.why_channels_apart = self.why_apart or (
+            "" if matches else "its channels are not those of the norm"
+        )
+
+    def view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Place | None:
+        """The place of what ``func`` makes of a tensor; ``None`` for a part, or another order."""
+        if func in _COPIES:
+            return self
+        if func is Tensor.__getitem__:
+            return None
+        key = (func, *map(_hashable, args), *kwargs.items())
+        found = self._views.get(key, self)
+        return found if found is not self else self._views.keep(key, self._view(func, args, kwargs))
+
+    def _view(self, func: Any, args: Any, kwargs: Any) -> Place | None:
+        try:
+            at = func(self.at, *args, **kwargs)
+        except RuntimeError:  # no view in the input's memory order
+            return None
+        if not _graph.is_one_storage(at, self.at) or at.numel() != self.at.numel() or at.dim() == 0:
+            return None
+        return Place(at, self.channels, self.inner, self.about)
+
+    def spec(self, dynamics: Dynamics, per_channel: bool, fixed: bool, *flags: bool) -> Spec:
+        """The spec of a neuron that takes the norm's input."""
+        dtype, device = self.about
+        steps, neurons = self.at.shape[0], self.at.numel() // self.at.shape[0]
+        inner = self.inner if self.channels > 1 else neurons
+        layout: Any = self.channels, inner, tuple(self.at.shape), self.at.stride()
+        about: Any = (dynamics, dtype, device, steps, neurons, *layout, per_channel, True, fixed)
+        return Spec(*about, *flags)
+
+
+_COPIES = {Tensor.contiguous, Tensor.clone, torch.clone}
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Source:
+    """What a neuron takes instead of a norm's output: the norm's input, weight, bias and numbers.
+
+    With running statistics (``fixed``) ``rstd`` is their variance until a neuron takes it.
+    """
+
+    #: the neuron that has taken it, or that could not, with the reason
+    taken = apart = ""
+    is_watched = False
+
+    def __init__(
+        self, x: Tensor, weight: Any, bias: Any, mean: Tensor, rstd: Tensor, fixed: bool, eps: float
+    ) -> None:
+        self.x, self.weight, self.bias, self.mean, self.rstd = x, weight, bias, mean, rstd
+        self.fixed, self.eps = fixed, eps
+        self._state, self._hooks = self._now(), _graph.saving_hooks()
+
+    def _now(self) -> tuple[Any, ...]:
+        """What must be as it was at the norm's call."""
+        x, weight, bias = self.x, self.weight, self.bias
+        return (
+            *(x._version, x.requires_grad),
+            *(None if weight is None else (weight._version, weight.requires_grad),),
+            *(None if bias is None else (bias._version, bias.requires_grad),),
+        )
+
+    def watch(self) -> None:
+        """Note that something takes the output's gradient, which must pass through it."""
+        if self.taken:
+            raise RuntimeError(
+                "a neuron has read this norm's output as one operation with the norm, and no "
+                "gradient will reach it: register the hook, or call retain_grad(), before the "
+                "neuron runs, or sj_taid.unaccelerate(net)"
+            )
+        self.is_watched = True
+
+    def tensors(self) -> tuple[Any, ...]:
+        """Input, weight, bias, and float32 mean and ``(var + eps)^(-1/2)``."""
+        mean, rstd = self.mean, self.rstd
+        if mean.dtype != torch.float32:
+            mean, rstd = mean.float(), rstd.float()
+        rstd = rstd.add(self.eps).rsqrt() if self.fixed else rstd
+        return self.x, self.weight, self.bias, mean, rstd
+
+    def why_apart(self) -> str:
+        """Why a neuron reads the output's values instead, or ""."""
+        if self.is_watched:
+            return "a hook takes its gradient"
+        if self._now() != self._state:
+            return "its input or parameters have changed since"
+        # Hooks around the checkpoint may give its recomputation the values.
+        hooks = _graph.saving_hooks()
+        if self._hooks != hooks and _graph.are_checkpoints(hooks):
+            return "gradient checkpointing begins between them"
+        return ""
+
+
+def reader_of(node: Any) -> str:
+    """What a report calls a neuron."""
+    return node._taid_name or type(node).__name__
+
+
+def find_source(y: Kept, node: Any) -> Source | None:
+    """What a neuron takes instead of ``y``, or ``None``: then it reads the values."""
+    place, memory = y._place, y._memory
+    source = memory.source
+    if source is None:
+        return None
+    per_channel = getattr(node, "channels", None) is not None
+    reason = place.why_channels_apart if per_channel else place.why_apart
+    if not reason and (y._version != memory.version or (y.is_cuda and not memory.is_of(y))):
+        reason = "its values have changed"
+    if reason := reason or source.why_apart():
+        source.apart = f"{reader_of(node)}: {reason}"
+        return None
+    return source
+
+
+class Normalized(Recipe):
+    """The output of a norm: a sum keeps it as the norm's input, which backward keeps anyway.
+
+    All else saves it as it is, or not at all.
+    """
+
+    is_saved, holds_others = False, True
+
+    def __init__(self, source: Source, folds: bool) -> None:
+        self._source, self._folds = source, folds
+
+    def term(self, tensor: Tensor) -> Term | None:
+        source = self._source
+        x = source.x
+        if type(x) is not Tensor or x.dtype != tensor.dtype or source.why_apart():
+            return None
+        # Copies: an optimizer may change parameters before backward.
+        numbers = [None if t is None else t.detach().clone() for t in (source.weight, source.bias)]
+        numbers += (source.mean, source.rstd) if source.fixed else (None, None)
+        flat = x.detach().flatten(0, 1) if self._folds else x.detach()
+        view = tensor.shape, tensor.stride(), tensor.storage_offset()
+        options = not source.fixed, 0.0, source.eps, torch.backends.cudnn.enabled
+        return Term((), partial(_normalize_again, flat, x._version, numbers, options, view), cost=3)
+
+
+def _normalize_again(x: Tensor, version: int, numbers: Any, options: Any, view: Any) -> Tensor:
+    if x._version != version:
+        raise RuntimeError(
+            "the input of an accelerated batch norm was changed in place before the backward: "
+            "write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
+        )
+    return torch.batch_norm(x, *numbers, *options).as_strided(*view)
+
+
+def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
+    """Torch's batch norm of ``x``, whose output has a source; as ``_BatchNorm.forward``.
+
+    ``folds``: whether ``x`` is ``[T, N, C, *]``, not ``[M, C, *]``.
+    """
+    weight, bias, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    training, momentum, eps = norm.training, norm.momentum, norm.eps
+    tracks, factor = norm.track_running_stats, 0.0 if momentum is None else momentum
+    if training and tracks and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            factor = 1.0 / float(norm.num_batches_tracked)
+    fixed = not (training or (mean is None and var is None))
+    running: Any = (mean, var) if not training or tracks else (None, None)
+    x = x.contiguous() if place.copies else x
+    flat = x.flatten(0, 1) if folds else x
+    y, mean, rstd, *_ = _graph.batch_norm(
+        *(flat, weight, bias, *running, not fixed, factor, eps, torch.backends.cudnn.enabled)
+    )
+    if fixed:  # copies: training moves them, unseen by their version
+        mean, rstd = (t.detach().clone() for t in running)
+    y = y.view(x.shape) if folds else y
+    source = Source(x, weight, bias, mean, rstd, fixed, eps)
+    return keep(y, Memory(y, Normalized(source, folds), source), place)
+
+
+def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:
+    """The place of the output of a norm of ``x``, or ``None``: then it is the plain module's."""
+    axis = 1 + folds
+    if x.dim() <= axis or x.is_inference():
+        return None
+    channels, flat = x.shape[axis], x.flatten(0, 1) if folds else x
+    try:
+        norm._check_input_dim(flat)
+    except (ValueError, AssertionError):  # torch's error, or SpikingJelly's
+        return None
+    if x.numel() <= channels or backends.resolve(backends.AUTO, x, None).engine is None:
+        return None
+    copies = not _graph.shares_memory(flat, x)  # as the plain module does
+    dense = flat.view(x.shape) if copies else x
+    if not is_dense(dense):
+        return None
+    at = torch.empty_strided(x.shape, dense.stride(), device="meta")
+    inner = dense.stride(axis) if channels > 1 else x.numel()
+    return Place(at, channels, inner, (x.dtype, x.device), copies)

@@ -1,0 +1,234 @@
+"""The report of ``accelerate``, and the training steps that it measures."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .. import _compat, _graph
+from ..neurons import copy_net, find_neurons
+from ..report import Row, table_of
+from .kept import Kept, is_question, kept_in
+from .modules import AcceleratedNorm, why_no_norm
+
+FUSED, ALREADY = "fused operator", "on the fused operator already"
+NO_GRADIENT, APART = "its input requires no gradient", "computed apart: "
+#: times of a step that differ by less are called equal
+_NOISE = 0.05
+#: Steps that are run: the first make kernels and plans, the others are timed, but for the last.
+_WARM, _TIMED = 2, 3
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """The report of :func:`.accelerate`; ``print`` it for a table.
+
+    Attributes:
+        rows: a :class:`~sj_taid.report.Row` for each neuron and norm.
+        saved_bytes: bytes saved for backward, before and after, if there was an example input;
+            not that input itself, nor parameters and buffers.
+        step_ms: milliseconds of a training step, before and after: the least of turns.
+    """
+
+    rows: tuple[Row, ...]
+    head: str
+    saved_bytes: tuple[int, int] | None = None
+    step_ms: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        lines = [self.head]
+        if self.saved_bytes and self.step_ms:
+            (old_bytes, new_bytes), (old, new) = self.saved_bytes, self.step_ms
+            equal = abs(new - old) <= _NOISE * old
+            step = "no difference measurable" if equal else f"{old:.4g} -> {new:.4g} ms"
+            saved = f"{old_bytes / 1e6:.3g} -> {new_bytes / 1e6:.3g} MB"
+            lines.append(f"saved for backward {saved}, step {step}")
+        return "\n".join([*lines, table_of(_merge(self.rows))])
+
+    __repr__ = __str__
+
+
+def report_of(
+    net: nn.Module, neurons: dict[str, Row], readers: dict[str, dict[str, bool]] | None
+) -> tuple[tuple[Row, ...], str]:
+    """The rows of a report, and its first line.
+
+    ``readers``: what has read each norm's output, if a step was run, and whether as one operation.
+    """
+    norms = {path: _norm_row(path, norm, readers) for path, norm in norms_of(net)}
+    rows, done = neurons | norms, [row.done.partition(" into ")[0] for row in norms.values()]
+    fused = sum((row.done or row.note) in (FUSED, ALREADY) for row in neurons.values())
+    head = f"{fused} of {len(neurons)} neurons on the fused operator, "
+    if readers is None:
+        head += f"{done.count('ready')} of {len(norms)} norms ready to be fused"
+    else:
+        apart = Counter(row.note for row in norms.values() if row.note.startswith(APART))
+        left = ", ".join(f"{n} {note.removeprefix('computed ')}" for note, n in apart.most_common())
+        head += f"{done.count('fused')} of {len(norms)} norms fused" + (
+            f" ({left})" if left else ""
+        )
+    return tuple(rows[path] for path, _ in net.named_modules() if path in rows), head
+
+
+def norms_of(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The norms of ``net``, by path: batch norms, and layers that are named as norms are."""
+    return [
+        (path, module)
+        for path, module in net.named_modules()
+        if isinstance(module, _BatchNorm)
+        or (not module._modules and any(map(_is_norm, type(module).__mro__)))
+    ]
+
+
+def _is_norm(kind: type) -> bool:
+    return re.fullmatch(r"[A-Za-z]\w*Norm(\dd)?", kind.__name__) is not None
+
+
+def _norm_row(path: str, norm: nn.Module, all_readers: dict[str, dict[str, bool]] | None) -> Row:
+    """What has been done with a norm, or with its output."""
+    kind = type(norm).__name__
+    if not isinstance(norm, _BatchNorm):
+        return Row(path, kind, "", "no batch norm: no mean and variance per channel of the batch")
+    if not isinstance(norm, AcceleratedNorm):
+        return Row(path, kind, "", why_no_norm(norm) or "no neuron is on the fused operator")
+    if all_readers is None:
+        return Row(
+            path, kind, "ready", "fused into a neuron that reads it; example_input says where"
+        )
+    readers = all_readers.get(path, {})
+    fused = ", ".join(f"fused into {reader}" for reader, is_fused in readers.items() if is_fused)
+    others = ", ".join(reader for reader, is_fused in readers.items() if not is_fused)
+    apart = f"{APART}{'' if others == NO_GRADIENT else 'read by '}{others}" if others else ""
+    if fused:
+        return Row(path, kind, fused, f"equal outputs to rounding{apart and f'; also {apart}'}")
+    return Row(path, kind, "", apart or "not run")
+
+
+def _merge(rows: Iterable[Row]) -> list[Row]:
+    """The rows, equal ones as one."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kind, row.done.partition(" into ")[0], row.note), []).append(row)
+    merged = []
+    for (_, done, _), (first, *rest) in groups.items():
+        if rest:
+            done += " each" * (done != first.done)
+            first = first._replace(layer=f"{first.layer} and {len(rest)} more", done=done)
+        merged.append(first)
+    return merged
+
+
+@_compat.quiet_triton()
+@torch.inference_mode(False)
+def measure(
+    net: nn.Module,
+    inputs: Any,
+    accelerate: Callable[[nn.Module], Any],
+    unaccelerate: Callable[[nn.Module], Any],
+) -> tuple[dict[str, dict[str, bool]], tuple[int, int], tuple[float, float]]:
+    """Run training steps of two copies in turns: readers of norms, saved bytes and ms of a step.
+
+    Bytes and time are those of a later step, with all kernels and plans made.
+    """
+    plain, fast = copy_net(net), copy_net(net)
+    unaccelerate(plain)  # an earlier call's too
+    accelerate(fast)
+    inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
+    with torch.random.fork_rng({p.device for p in plain.parameters() if p.is_cuda}):
+        with _Readers(fast) as readers:
+            run_step(fast, inputs)
+        turns = [
+            [run_step(trial, inputs) for trial in (plain, fast)] for _ in range(_WARM + _TIMED)
+        ]
+        old_bytes, new_bytes = (run_step(trial, inputs, True)[0] for trial in (plain, fast))
+    old, new = (min(ms for _, ms in steps) for steps in zip(*turns[_WARM:], strict=True))
+    return readers.of_norms(), (old_bytes, new_bytes), (old, new)
+
+
+class _Readers(TorchFunctionMode):
+    """Notes what reads the outputs of accelerated norms."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self._norms: dict[str, Any] = {
+            p: n for p, n in net.named_modules() if isinstance(n, AcceleratedNorm)
+        }
+        self._sources: list[tuple[str, Any]] = []  # paths of norms, and their outputs' sources
+        self._read: dict[Any, dict[str, bool]] = {}
+
+    def __enter__(self) -> Any:
+        def note(path: str, y: Any) -> None:
+            self._sources.append((path, y._memory.source if type(y) is Kept else None))
+
+        self._handles = [
+            norm.register_forward_hook(lambda _, __, y, path=path: note(path, y))
+            for path, norm in self._norms.items()
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        sources = {t._memory.source for t in kept_in(args, kwargs)} - {None}
+        result = func(*args, **kwargs)
+        shown = {t._memory.source for t in kept_in([result], {})}
+        for source in set() if is_question(func) else sources - shown:
+            self._read.setdefault(source, {})[func.__name__.strip("_")] = False
+        return result
+
+    def of_norms(self) -> dict[str, dict[str, bool]]:
+        """Each norm's readers, and whether they took its input as one operation with it."""
+        found: dict[str, dict[str, bool]] = {path: {} for path in self._norms}
+        for path, source in self._sources:
+            if source is None:
+                found[path][NO_GRADIENT] = False
+                continue
+            if source.taken:
+                found[path][source.taken] = True
+            if source.apart:
+                found[path].setdefault(source.apart, False)
+            found[path] |= self._read.get(source, {})
+        return found
+
+
+@torch.enable_grad()
+def run_step(net: nn.Module, inputs: Any, records: bool = False) -> tuple[int, float]:
+    """Forward from rest and, if something requires a gradient, backward: saved bytes and ms."""
+    functional.reset_net(net)
+
+    def forward() -> list[Tensor]:
+        try:
+            outputs = tree_leaves(net(*inputs) if isinstance(inputs, tuple) else net(inputs))
+        except Exception as error:
+            if all(site.node.step_mode == "s" for site in find_neurons(net)):
+                error.add_note(
+                    "All neurons are in step mode 's'. If the net takes a whole sequence "
+                    "[T, N, *], change it first: functional.set_step_mode(net, 'm')"
+                )
+            raise
+        return [t.float().sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+
+    given = (*net.parameters(), *net.buffers(), *tree_leaves(inputs))
+    tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
+    start = time.perf_counter()
+    losses, saved_bytes = _graph.record_saved(forward, tensors) if records else (forward(), 0)
+    if losses:
+        torch.stack(losses).sum().backward()
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
+    return saved_bytes, 1e3 * (time.perf_counter() - start)
