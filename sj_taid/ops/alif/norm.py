@@ -1,28 +1,24 @@
 """The batch norm that a neuron applies to its input.
 
 The definition is torch's own batch norm over time, batch and space. Its result has the dtype of the
-state: it is never rounded to that of a half-precision input.
-
-The fused backends never write that result: README.md has their forward, ``(x - shift) gain +
-offset``, and gradients. With mean mu and variance var of a channel over its n values,
-
-    r = (var + eps)^(-1/2)      gain = weight r
-    shift = mu rounded to float32      offset = bias - (mu - shift) gain
-    B = gain r dweight / n      A = gain dbias / n - B (mu - shift)
-
-which is accurate also if mu is large compared with the deviation. Saved for backward: the input,
-and numbers per channel.
+state: it is never rounded to that of a half-precision input. The fused backends take mean and rstd
+from it, and compute ``(x - mean) (weight rstd) + bias`` themselves, in forward and again in
+backward; README.md has the gradients.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+#: gives output, mean and rstd of the batch, and moves the running statistics
+_batch_norm: Callable[..., Any] = torch._batch_norm_impl_index
 
 
-class Norm(NamedTuple):
+class BatchNorm(NamedTuple):
     """A batch norm over axis 2 of ``[T, N, C, *]``; every tensor is ``[C]``, or ``None``."""
 
     weight: Tensor | None
@@ -35,21 +31,19 @@ class Norm(NamedTuple):
     momentum: float
     eps: float
 
-    @property
-    def fixed(self) -> bool:
-        """Whether the statistics are the running ones, which do not depend on the input."""
-        tracked = self.running_mean is not None and self.running_var is not None
-        return tracked and not self.use_batch_statistics
 
-
-def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
-    """Torch's batch norm over time, batch and space of ``x_seq`` ``[T, N, C, *]``."""
+def batch_norm(x_seq: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Torch's batch norm of ``x_seq`` ``[T, N, C, *]``, with the mean and rstd ``[C]`` it used."""
     x = x_seq.flatten(0, 1)
     # torch wants one dtype, which for a net in half precision is that of x, float32.
     weight, bias, mean, var = (t if t is None else t.to(x.dtype) for t in norm[:4])
-    y = F.batch_norm(x, mean, var, weight, bias, norm.use_batch_statistics, norm.momentum, norm.eps)
-    updates = ((norm.running_mean, mean), (norm.running_var, var))
-    for running, moved in updates if norm.use_batch_statistics else ():
-        if running is not None and moved is not None and moved is not running:
+    is_batchs = norm.use_batch_statistics
+    options = is_batchs, norm.momentum, norm.eps, torch.backends.cudnn.enabled
+    y, batch_mean, rstd, *_ = _batch_norm(x, weight, bias, mean, var, *options)
+    for running, moved in ((norm.running_mean, mean), (norm.running_var, var)):
+        if is_batchs and running is not None and moved is not None and moved is not running:
             running.copy_(moved)
-    return y.unflatten(0, x_seq.shape[:2])
+    if not is_batchs:
+        assert mean is not None and var is not None
+        batch_mean, rstd = mean.clone(), (var + norm.eps).rsqrt()
+    return y.unflatten(0, x_seq.shape[:2]), batch_mean, rstd

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from enum import IntEnum
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -20,16 +21,24 @@ from torch import Tensor
 COUNT = "MultiLevelSpikeCount"
 
 
+class Charge(IntEnum):
+    """How the input X and the voltage V make H, by ``q = sigmoid(w)``."""
+
+    LEAK = 0  #: H = V - q (V - V_reset) + X
+    DECAY_INPUT = 1  #: H = V + q (X - (V - V_reset))
+    NO_LEAK = 2  #: H = V + X
+    NO_STATE = 3  #: H = X, for counts alone
+
+
 class Dynamics(NamedTuple):
     """What a neuron computes: how it charges, fires and resets.
 
     ``w`` and ``v_threshold`` are numbers where they do not learn; ``None`` where they are tensors,
-    which a call is given. A ``w`` of -inf is no leak: then H = V + X, for an infinite V too. One of
-    inf, of counts alone, is no state: H = X.
+    which a call is given, or where the charge has no ``w``.
     """
 
+    charge: Charge
     w: float | None
-    decay_input: bool
     v_threshold: float | None
     v_reset: float | None  #: ``None``: soft reset
     detach_reset: bool
@@ -69,17 +78,13 @@ class Spec(NamedTuple):
     saves: bool  #: whether a backward may follow
 
 
-class NormSpec(NamedTuple):
-    """A call of a batch norm on ``[M, C, *]``: ``size`` values, in memory as in :class:`Spec`."""
+class Norm(NamedTuple):
+    """A batch norm: ``(x - mean) (weight rstd) + bias``. Tensors are contiguous float32 ``[C]``."""
 
-    dtype: torch.dtype
-    device: torch.device
-    size: int
-    channels: int
-    inner: int
-    fixed: bool  #: whether the statistics are the running ones
-    momentum: float | None  #: ``None``: the plain average over all batches
-    eps: float
+    mean: Tensor
+    rstd: Tensor  #: ``(var + eps)^(-1/2)``
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class Needs(NamedTuple):
@@ -102,7 +107,7 @@ class Plan(Protocol):
         v_init: float,
         w: Tensor | None,
         v_threshold: Tensor | None,
-        numbers: Tensor | None,
+        norm: Norm | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Spikes, last voltage, every voltage, checkpoint and bits; ``None`` if not asked for.
 
@@ -111,7 +116,7 @@ class Plan(Protocol):
         number, are contiguous. ``v0``, ``w``, ``v_threshold`` and voltages are float32, and
         voltages have the ``shape`` and ``strides`` of a step, ``v_seq`` those of the sequence.
         ``checkpoint`` is what backward of a spec that ``saves`` needs besides. Bits are those of
-        :mod:`sj_taid.ops.bits`. With a norm ``numbers`` are those of its :class:`NormPlan`.
+        :mod:`sj_taid.ops.bits`.
         """
 
     def backward(
@@ -126,49 +131,13 @@ class Plan(Protocol):
         w: Tensor | None,
         v_threshold: Tensor | None,
         checkpoint: Tensor | None,
-        numbers: Tensor | None,
+        norm: Norm | None,
     ) -> tuple[Tensor | None, ...]:
         """The gradients of x, v0, w, v_threshold, weight and bias; ``None`` if not needed.
 
         The given ones have the memory order of the spec, ``grad_spike`` its dtype, the others
         float32. That of x has the shape and strides of x; those of parameters are float32.
         """
-
-
-class NormPlan(Protocol):
-    """A :class:`NormSpec` on a backend."""
-
-    def numbers(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        batches: Tensor | None,
-    ) -> Tensor:
-        """The norm of ``x`` per channel; moves the running statistics and counts the batch.
-
-        All but ``batches``, int64 ``[]`` and counted where given, are contiguous float32 ``[C]``.
-        With ``fixed`` the running statistics are read instead, and ``x`` is not.
-
-        Returns 64-bit words ``[5, C]``: two rows of float64 (:func:`mean_and_rstd`), mean and
-        ``r = (var + eps)^(-1/2)``, then six of float32 in the memory of three (:func:`table`):
-        shift, gain, offset, weight, bias, and one unused. The norm is
-        ``(x - shift) gain + offset``, with the gain ``weight r``, the shift the mean rounded to
-        float32, and the offset ``bias + (shift - mean) gain`` computed in float64. Their dtype is
-        int64, which hooks on saved tensors that round floats leave alone.
-        """
-
-
-def mean_and_rstd(numbers: Tensor) -> Tensor:
-    """The float64 rows ``[2, C]`` of a :class:`NormPlan`'s numbers."""
-    return numbers[:2].view(torch.float64)
-
-
-def table(numbers: Tensor) -> Tensor:
-    """The float32 rows ``[6, C]`` of a :class:`NormPlan`'s numbers."""
-    return numbers[2:].view(torch.float32).view(6, -1)
 
 
 class Plans(dict[Any, Any]):
@@ -199,10 +168,9 @@ class Plans(dict[Any, Any]):
 
 
 class Engine(NamedTuple):
-    """A backend's makers of plans, and bits of spikes."""
+    """A backend's maker of plans, and bits of spikes."""
 
     plan: Callable[[Spec], Plan]
-    norm: Callable[[NormSpec], NormPlan]
     #: spikes, dense with time outermost, as ``[T, neurons]`` -> bits
     pack: Callable[[Tensor], Tensor]
     #: bits, and spikes ``[T, neurons]`` that they are written into
@@ -210,17 +178,9 @@ class Engine(NamedTuple):
     #: the same of flat counts up to 15
     pack_counts: Callable[[Tensor], Tensor]
     unpack_counts_into: Callable[[Tensor, Tensor], None]
-    #: T, dtype -> how many voltages per neuron forward saves for backward's recomputation
-    checkpoints: Callable[[int, torch.dtype], int] = lambda steps, dtype: 0
 
 
 @lru_cache(maxsize=1024)
 def find_plan(engine: Engine, spec: Spec) -> Plan:
     """The plan of a spec, made once for all equal calls."""
     return engine.plan(spec)
-
-
-@lru_cache(maxsize=1024)
-def find_norm_plan(engine: Engine, spec: NormSpec) -> NormPlan:
-    """The plan of a norm's spec, made once for all equal calls."""
-    return engine.norm(spec)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..._graph import is_watched
 from .. import bits, surrogate
-from .norm import Norm, batch_norm
+from .norm import BatchNorm, batch_norm
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,7 +83,7 @@ def multi_step(
     surrogate_function: Callable[[Tensor], Tensor],
     detach_reset: bool,
     store_v_seq: bool,
-    norm: Norm | None = None,
+    norm: BatchNorm | None = None,
     return_bits: bool = False,
 ) -> tuple[Any, ...]:
     """Run ``x_seq`` ``[T, N, *]``, or the batch ``norm`` of it, from ``v`` ``[N, *]``.
@@ -96,7 +96,7 @@ def multi_step(
     :func:`sj_taid.ops.bits.pack_whole` of the spikes or counts.
     """
     dtype = state_dtype(x_seq.dtype)
-    y_seq = x_seq if norm is None else batch_norm(x_seq.to(dtype), norm)
+    y_seq = x_seq if norm is None else batch_norm(x_seq.to(dtype), norm)[0]
     if not isinstance(v, Tensor):
         v = torch.full_like(x_seq[0], v, dtype=dtype, requires_grad=False)
     if torch.compiler.is_compiling():

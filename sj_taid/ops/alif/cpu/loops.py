@@ -38,15 +38,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
 from ... import surrogate
-from ..plan import COUNT
+from ..plan import COUNT, Charge
 
 #: values of a row that are copied while as many of another are fetched
 CHUNK = 128
 #: floats per cache line
 LINE = 16
 
-#: how a neuron charges; without state for counts alone
-LEAK, DECAY_INPUT, NO_LEAK, NO_STATE = range(4)
+LEAK, DECAY_INPUT, NO_LEAK, NO_STATE = map(int, Charge)
 
 
 class Arguments(ctypes.Structure):
@@ -57,41 +56,35 @@ class Arguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("threads", "taken", "done"),  # counters, by their places
-                *("scratch", "x", "v0", "q", "threshold", "numbers", "spike", "v", "v_seq", "bits"),
-                *("grad_spike", "grad_v", "grad_v_seq", "grad_x", "grad_v0", "grad_w"),
-                *("grad_threshold", "grad_weight", "grad_bias", "weight", "bias"),
-                *("running_mean", "running_var", "batches"),
+                *("scratch", "x", "v0", "q", "threshold", "mean", "rstd", "gain", "bias"),
+                *("spike", "v", "v_seq", "bits", "grad_spike", "grad_v", "grad_v_seq"),
+                *("grad_x", "grad_v0", "grad_w", "grad_threshold", "grad_weight", "grad_bias"),
                 *("parts", "ranges", "part_size", "block", "x_size", "group", "whole"),
                 *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
-                *("per_channel", "norm", "fixed_norm", "norm_sums", "ab", "sums_only"),
-                *("charge", "soft", "counts", "plain_average", "row"),
+                *("per_channel", "norm", "norm_sums", "ab", "sums_only"),
+                *("charge", "soft", "counts", "row"),
             )
         ),
         *((name, ctypes.c_float) for name in ("v_init", "v_rest", "q_value", "threshold_value")),
         *((name, ctypes.c_float) for name in ("a", "b", "levels")),
-        *((name, ctypes.c_double) for name in ("count", "momentum", "eps")),
+        ("count", ctypes.c_double),  # of a channel's values
     )
 
 
 #: counters of :class:`Arguments`: threads that began, parts that were begun and that are done
 _THREADS, _TAKEN, _DONE = range(3)
 # Rows of scratch memory, then T rows of voltages (two at least), then the rows of the input.
-_Q, _THRESHOLD, _SHIFT, _GAIN, _OFFSET, _A, _B = range(7)
-_GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _GRAD_OFFSET, _GRAD_GAIN = range(7, 12)
+_Q, _THRESHOLD, _MEAN, _GAIN, _BIAS, _A, _B = range(7)
+_GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _GRAD_Y_SUM, _GRAD_Y_X = range(7, 12)
 # Those that a loop is given come last: it checks that they lie outside of all of the above.
 _X, _SPIKE, _BITS, _GRAD_Y, _SPARE, _VOLTAGES = range(12, 18)
 #: values of a row at most, and floats from one to the next: a constant, so that a loop need not
 #: check whether rows overlap, and an odd number of cache lines, or all would compete for the same
 ROW, _PITCH = 1024, 1024 + LINE
 
-#: backward's sums over neurons, and how many there are
-GRAD_Q, GRAD_THRESHOLD, GRAD_OFFSET, GRAD_GAIN, SUMS = range(5)
-#: a norm's: the number that differences are to, their sum, and that of their squares
-PIVOT, DIFFERENCES, SQUARES, MOMENTS = range(4)
-#: neighbours of a channel from which on they are summed one run after the other
-RUN = 128
-#: rows that are summed in float32
-ROWS = 32
+#: backward's sums over neurons, and how many there are: the last two of the gradient of the norm's
+#: output, and of its product with the centred input
+GRAD_Q, GRAD_THRESHOLD, GRAD_Y, GRAD_Y_X, SUMS = range(5)
 
 
 # error_model: a division by zero must not branch, or its loop does not vectorise.
@@ -143,7 +136,7 @@ def _pointer_to(kind: Any) -> Any:
 
 
 _at, _double_at = _pointer_to(types.float32), _pointer_to(types.float64)
-_byte_at, _number_at = _pointer_to(types.uint8), _pointer_to(types.int64)
+_byte_at = _pointer_to(types.uint8)
 
 
 @intrinsic
@@ -400,8 +393,8 @@ def _row(scratch, k):
 @_part
 def _input(scratch, x, i, norm):
     """What the neuron reads: the input, or its norm."""
-    shift, gain, offset = _row(scratch, _SHIFT), _row(scratch, _GAIN), _row(scratch, _OFFSET)
-    return (x[i] - shift[i]) * gain[i] + offset[i] if norm else x[i]
+    mean, gain, bias = _row(scratch, _MEAN), _row(scratch, _GAIN), _row(scratch, _BIAS)
+    return (x[i] - mean[i]) * gain[i] + bias[i] if norm else x[i]
 
 
 @_part
@@ -497,59 +490,67 @@ def _grad_row(scratch, a, place, t, first, n, here):
 
 
 @_part
-def _table(a):
-    """The address of a norm's rows of float32: shift, gain, offset."""
-    return a.numbers + 16 * a.channels
-
-
-@_part
-def _spread_rows(scratch, a, k, values, rows, first, n, channel, width):
-    """The rows from ``k`` on: ``rows`` values of each neuron's channel."""
-    for j in range(rows):
-        value = _at(values, j * a.channels + channel)
-        _spread(_row(scratch, k + j), value, first, n, a.inner, width)
+def _spread_row(scratch, a, k, values, first, n, channel, width):
+    """The row ``k``: of ``values`` those of each neuron's channel."""
+    _spread(_row(scratch, k), _at(values, channel), first, n, a.inner, width)
 
 
 @_part
 def _spread_parameter(scratch, a, k, values, value, first, n, channel, width):
     """The row ``k``: the values of each neuron's channel, or of all, or ``value``."""
     if values and a.per_channel:
-        _spread_rows(scratch, a, k, values, 1, first, n, channel, width)
+        _spread_row(scratch, a, k, values, first, n, channel, width)
     else:
         _fill(_row(scratch, k), _at(values, 0)[0] if values else value, n)
 
 
 @_part
+def _spread_norm(scratch, a, first, n, channel, width):
+    _spread_row(scratch, a, _MEAN, a.mean, first, n, channel, width)
+    _spread_row(scratch, a, _GAIN, a.gain, first, n, channel, width)
+    if a.bias:
+        _spread_row(scratch, a, _BIAS, a.bias, first, n, channel, width)
+    else:
+        _fill(_row(scratch, _BIAS), np.float32(0), n)
+
+
+@_part
+def _spread_terms(scratch, a, first, n, channel, width):
+    _spread_row(scratch, a, _A, _terms(a), first, n, channel, width)
+    _spread_row(scratch, a, _B, _terms(a) + 4 * a.channels, first, n, channel, width)
+
+
+@_part
 def _spread_parameters(scratch, a, first, n, channel, width):
-    """The rows of q, the threshold, and a norm's numbers."""
+    """The rows of q, the threshold and a norm."""
     _spread_parameter(scratch, a, _Q, a.q, a.q_value, first, n, channel, width)
     value = a.threshold_value
     _spread_parameter(scratch, a, _THRESHOLD, a.threshold, value, first, n, channel, width)
     if a.norm:
-        _spread_rows(scratch, a, _SHIFT, _table(a), 3, first, n, channel, width)
+        _spread_norm(scratch, a, first, n, channel, width)
 
 
 @_part
-def _sums(a, part, kind, kinds, channel):
+def _sums(a, part, kind, channel):
     """Sums over neurons of this ``kind``, one per channel, made in a part."""
-    return _double_at(a.scratch, (part % a.ranges * kinds + kind) * a.channels + channel)
+    return _double_at(a.scratch, (part % a.ranges * SUMS + kind) * a.channels + channel)
 
 
 @_part
-def _clear_sums(a, part, kinds):
+def _clear_sums(a, part):
     channel, width = _channels(a, part)
-    for kind in range(kinds):
-        sums = _sums(a, part, kind, kinds, channel)
+    for kind in range(SUMS):
+        sums = _sums(a, part, kind, channel)
         for c in range(width):
             sums[c] = 0.0
 
 
 @_part
 def _total(a, kind, channel):
-    """Backward's sum of this ``kind`` over all parts of a channel."""
+    """The sum of this ``kind`` over all parts of a channel."""
     total = 0.0
     for part in range(a.ranges):
-        total += _sums(a, part, kind, SUMS, channel)[0]
+        total += _sums(a, part, kind, channel)[0]
     return total
 
 
@@ -557,7 +558,7 @@ def _total(a, kind, channel):
 def _add_to_sums(scratch, a, kind, part, k, first, n):
     """Add the row ``k`` to the sums of this ``kind``."""
     channel, width = _channels(a, part)
-    _gather(_sums(a, part, kind, SUMS, channel), _row(scratch, k), first, n, a.inner, width)
+    _gather(_sums(a, part, kind, channel), _row(scratch, k), first, n, a.inner, width)
 
 
 def _kernel(name, compute_part, finish):
@@ -720,10 +721,10 @@ def row_for(
     counts, derivative = name == COUNT, _derivative(name)
 
     def row(scratch, x, v, grad_spike, grad_y, v_rest, levels, a, b, n):
-        q, threshold, shift = _row(scratch, _Q), _row(scratch, _THRESHOLD), _row(scratch, _SHIFT)
+        q, threshold, mean = _row(scratch, _Q), _row(scratch, _THRESHOLD), _row(scratch, _MEAN)
         grad_v = _row(scratch, _GRAD_V)
         grad_q, grad_threshold = _row(scratch, _GRAD_Q), _row(scratch, _GRAD_THRESHOLD)
-        grad_offset, grad_gain = _row(scratch, _GRAD_OFFSET), _row(scratch, _GRAD_GAIN)
+        grad_y_sum, grad_y_x = _row(scratch, _GRAD_Y_SUM), _row(scratch, _GRAD_Y_X)
         for i in range(n):
             y = _input(scratch, x, i, norm)
             if counts:
@@ -749,8 +750,8 @@ def row_for(
                 grad_q[i] += grad_h * _charge_by_q(y, v[i], v_rest, charge)
             grad = grad_h * q[i] if charge == DECAY_INPUT else grad_h
             if norm:
-                grad_offset[i] += grad
-                grad_gain[i] += grad * (x[i] - shift[i])
+                grad_y_sum[i] += grad
+                grad_y_x[i] += grad * (x[i] - mean[i])
             grad_y[i] = grad
             if charge == NO_STATE:
                 grad_v[i] = np.float32(0)
@@ -768,16 +769,16 @@ def _backward_part(a, scratch, part):
     place, begin, end, channel, width = _place(a, part)
     norm, charge, soft, counts = a.norm != 0, a.charge, a.soft != 0, a.counts != 0
     zero, grad_now = np.float32(0), _row(scratch, _GRAD_V)
-    _clear_sums(a, part, SUMS)
+    _clear_sums(a, part)
     for first in range(begin, end, a.block):
         n, here = min(a.block, end - first), first - begin
         _spread_parameters(scratch, a, first, n, channel, width)
         if a.ab and not a.whole:
-            _spread_rows(scratch, a, _A, _terms(a), 2, first, n, channel, width)
+            _spread_terms(scratch, a, first, n, channel, width)
         _recompute(scratch, a, place, first, n, here, norm, charge, soft, counts)
         _start(grad_now, a.grad_v, zero, place, first, n)
         grad_spike = _row(scratch, _SPIKE)
-        for k in (_GRAD_Q, _GRAD_THRESHOLD, _SPIKE, _GRAD_OFFSET, _GRAD_GAIN):
+        for k in (_GRAD_Q, _GRAD_THRESHOLD, _SPIKE, _GRAD_Y_SUM, _GRAD_Y_X):
             _fill(_row(scratch, k), zero, n)
         for t in range(a.steps - 1, -1, -1):
             if a.grad_v_seq:
@@ -790,15 +791,15 @@ def _backward_part(a, scratch, part):
             x = _input_row(scratch, a, place, t, first, n, here)
             grad_y = _grad_row(scratch, a, place, t, first, n, here)
             v = _row(scratch, _VOLTAGES + t)
-            numbers = a.v_rest, a.levels, a.a, a.b
-            _call_row(a.row, (scratch, x, v, grad_spike, grad_y, *numbers, n))
+            constants = a.v_rest, a.levels, a.a, a.b
+            _call_row(a.row, (scratch, x, v, grad_spike, grad_y, *constants, n))
             if a.grad_x and not a.whole and not a.sums_only:
                 _store_grad_x(scratch, a, place, t, first, n, here, -1)
         if a.grad_v0:
             _store(grad_now, a.grad_v0, place, 0, first, n, 0)
         if a.norm_sums:
-            _add_to_sums(scratch, a, GRAD_OFFSET, part, _GRAD_OFFSET, first, n)
-            _add_to_sums(scratch, a, GRAD_GAIN, part, _GRAD_GAIN, first, n)
+            _add_to_sums(scratch, a, GRAD_Y, part, _GRAD_Y_SUM, first, n)
+            _add_to_sums(scratch, a, GRAD_Y_X, part, _GRAD_Y_X, first, n)
         if a.grad_w:
             _add_to_sums(scratch, a, GRAD_Q, part, _GRAD_Q, first, n)
         if a.grad_threshold:
@@ -829,17 +830,15 @@ def _terms(a):
 @_part
 def _norm_gradients(a, channel, width):
     """A and B of :mod:`..norm`, and the gradients of weight and bias, from the sums."""
-    mean, rstd = _double_at(a.numbers, 0), _double_at(a.numbers, a.channels)
-    shift, gain = _at(_table(a), 0), _at(_table(a), a.channels)
+    rstd, gain = _at(a.rstd, 0), _at(a.gain, 0)
     a_terms, b_terms = _at(_terms(a), 0), _at(_terms(a), a.channels)
     grad_weight, grad_bias = _at(a.grad_weight, 0), _at(a.grad_bias, 0)
     for c in range(channel, channel + width):
-        total, far = _total(a, GRAD_OFFSET, c), mean[c] - shift[c]
-        centred = _total(a, GRAD_GAIN, c) - far * total
-        b = gain[c] * rstd[c] * rstd[c] * centred / a.count
-        a_terms[c], b_terms[c] = gain[c] * total / a.count - b * far, b
+        to_weight, to_bias = rstd[c] * _total(a, GRAD_Y_X, c), _total(a, GRAD_Y, c)
+        a_terms[c] = gain[c] * to_bias / a.count
+        b_terms[c] = gain[c] * rstd[c] * to_weight / a.count
         if a.grad_weight:
-            grad_weight[c], grad_bias[c] = rstd[c] * centred, total
+            grad_weight[c], grad_bias[c] = to_weight, to_bias
 
 
 @_part
@@ -873,8 +872,8 @@ def _finish_part(scratch, a, place, begin, end, channel, width):
     """Write the input's gradient, from that of the norm's output and the input, both in cache."""
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
-        _spread_rows(scratch, a, _SHIFT, _table(a), 2, first, n, channel, width)
-        _spread_rows(scratch, a, _A, _terms(a), 2, first, n, channel, width)
+        _spread_norm(scratch, a, first, n, channel, width)
+        _spread_terms(scratch, a, first, n, channel, width)
         for t in range(a.steps):
             _store_grad_x(scratch, a, place, t, first, n, first - begin, 1)
 
@@ -893,150 +892,11 @@ def _store_grad_x(scratch, a, place, t, first, n, here, ahead):
 
 @_part
 def _input_gradient_row(scratch, x, grad, out, ab, n):
-    shift, gain = _row(scratch, _SHIFT), _row(scratch, _GAIN)
+    mean, gain = _row(scratch, _MEAN), _row(scratch, _GAIN)
     a, b = _row(scratch, _A), _row(scratch, _B)
     for i in range(n):
         scaled = gain[i] * grad[i]
-        out[i] = scaled - a[i] - b[i] * (x[i] - shift[i]) if ab else scaled
-
-
-@_sum
-def _moments(x, pivot, n):
-    """The sums of differences to ``pivot`` and of their squares, in float32."""
-    differences, squares = np.float32(0), np.float32(0)
-    for i in range(n):
-        difference = x[i] - pivot
-        differences += difference
-        squares += difference * difference
-    return differences, squares
-
-
-@_sum
-def _add_moments(x, pivot, differences, squares, n):
-    """The same, column by column."""
-    for i in range(n):
-        difference = x[i] - pivot[i]
-        differences[i] += difference
-        squares[i] += difference * difference
-
-
-@_part
-def _finite(x):
-    return x if abs(x) < np.inf else 0.0
-
-
-@_part
-def _sum_runs(a, begin, end, channel, width, pivots, differences, squares):
-    """Moments of some channels in the samples ``begin`` to ``end``, a run of neighbours at once."""
-    for sample in range(begin, end):
-        for c in range(width):
-            start = (sample * a.channels + channel + c) * a.inner
-            if sample == begin:
-                x = _at(a.x, start)
-                difference, _ = _moments(x, x[0], RUN)
-                pivots[c] = _finite(x[0] + difference / np.float32(RUN))
-            for first in range(0, a.inner, ROW):
-                n = min(ROW, a.inner - first)
-                x = _at(a.x, start + first)
-                difference, square = _moments(x, np.float32(pivots[c]), n)
-                differences[c] += difference
-                squares[c] += square
-
-
-@_part
-def _sum_columns(a, scratch, begin, end, channel, width, pivots, differences, squares):
-    """The same where neighbours have different channels: in rows of ``block`` samples."""
-    pivot, difference, square = _row(scratch, 1), _row(scratch, 2), _row(scratch, 3)
-    start, stride, columns = channel * a.inner, a.channels * a.inner, width * a.inner
-    x = _at(a.x, begin * stride + start)
-    for c in range(width):
-        pivots[c] = x[c * a.inner]
-    first, last, finds_pivot = begin, min(begin + ROWS // 4 * a.block, end), True
-    while first < end:
-        most = columns * min(a.block, last - first)
-        _spread(pivot, pivots, 0, most, a.inner, width)
-        _fill(difference, np.float32(0), most)
-        _fill(square, np.float32(0), most)
-        for sample in range(first, last, a.block):
-            n = columns * min(a.block, last - sample)
-            x = _at(a.x, sample * stride + start)
-            _add_moments(x, pivot, difference, square, n)
-        _gather(differences, difference, 0, most, a.inner, width)
-        if finds_pivot:
-            for c in range(width):
-                mean = pivots[c] + differences[c] / ((last - first) * a.inner)
-                pivots[c], differences[c] = _finite(np.float32(mean)), 0.0
-            finds_pivot = False
-        else:
-            _gather(squares, square, 0, most, a.inner, width)
-            first = last
-        last = min(first + ROWS * a.block, end)
-
-
-@_part
-def _statistics_of_part(a, scratch, part):
-    """Moments of some channels in some samples."""
-    channel, width = _channels(a, part)
-    begin = part % a.ranges * a.part_size
-    end = min(begin + a.part_size, a.steps)
-    _clear_sums(a, part, MOMENTS)
-    pivots = _sums(a, part, PIVOT, MOMENTS, channel)
-    differences = _sums(a, part, DIFFERENCES, MOMENTS, channel)
-    squares = _sums(a, part, SQUARES, MOMENTS, channel)
-    if a.inner >= RUN:
-        _sum_runs(a, begin, end, channel, width, pivots, differences, squares)
-    else:
-        _sum_columns(a, scratch, begin, end, channel, width, pivots, differences, squares)
-
-
-@_part
-def _mean_and_variance(a, channel):
-    """Of a channel, from the moments of all parts."""
-    pivot, differences, squares = _sums(a, 0, PIVOT, MOMENTS, channel)[0], 0.0, 0.0
-    for part in range(a.ranges):
-        n = min(a.part_size, a.steps - part * a.part_size) * a.inner
-        far = _sums(a, part, PIVOT, MOMENTS, channel)[0] - pivot
-        here = _sums(a, part, DIFFERENCES, MOMENTS, channel)[0]
-        differences += here + n * far
-        squares += _sums(a, part, SQUARES, MOMENTS, channel)[0] + far * (2 * here + n * far)
-    mean = differences / a.count
-    var = squares / a.count - mean * mean
-    return pivot + mean, 0.0 if var < 0 else var
-
-
-@_part
-def _finish_norm(a):
-    """The norm's numbers per channel, from moments or the running statistics, which move."""
-    momentum, counter = a.momentum, _number_at(a.batches, 0)
-    if a.batches:
-        counter[0] += 1
-        if a.plain_average:
-            momentum = 1 / np.float64(counter[0])
-    weight, bias = _at(a.weight, 0), _at(a.bias, 0)
-    running_mean, running_var = _at(a.running_mean, 0), _at(a.running_var, 0)
-    means, rstds = _double_at(a.numbers, 0), _double_at(a.numbers, a.channels)
-    for c in range(a.channels):
-        mean, var = 0.0, 0.0
-        if a.fixed_norm:
-            mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
-        elif a.ranges:
-            mean, var = _mean_and_variance(a, c)
-            unbiased = var * (a.count / (a.count - 1))
-            if a.running_mean:
-                running_mean[c] = momentum * mean + (1 - momentum) * running_mean[c]
-            if a.running_var:
-                running_var[c] = momentum * unbiased + (1 - momentum) * running_var[c]
-        scale, added = np.float32(1), np.float32(0)
-        if a.weight:
-            scale = weight[c]
-        if a.bias:
-            added = bias[c]
-        means[c], rstds[c] = mean, 1 / np.sqrt(var + a.eps)
-        row, gain = _at(_table(a), c), scale * rstds[c]
-        row[0], row[a.channels] = mean, gain
-        row[2 * a.channels] = added + (row[0] - mean) * gain
-        row[3 * a.channels], row[4 * a.channels] = scale, added
+        out[i] = scaled - a[i] - b[i] * (x[i] - mean[i]) if ab else scaled
 
 
 backward = _kernel("backward", _backward_part, _finish_backward)
-statistics = _kernel("statistics", _statistics_of_part, _finish_norm)

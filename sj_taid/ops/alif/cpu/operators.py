@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache, partial
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import bits
-from .. import autograd, plan
+from .. import autograd
+from ..plan import Engine, Needs, Norm, Spec
 from . import loops, threads
 from .threads import Call, Partition, ask_for_huge_pages
 
@@ -18,25 +18,25 @@ from .threads import Call, Partition, ask_for_huge_pages
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Plan:
-    """A :class:`..plan.Spec` on the CPU."""
+class CpuPlan:
+    """The :class:`..plan.Plan` of a float32 spec on the CPU."""
 
-    def __init__(self, spec: plan.Spec) -> None:
+    def __init__(self, spec: Spec) -> None:
         self.spec, neuron = spec, spec.dynamics
-        self.step = spec.shape[1:], spec.strides[1:]
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": spec.device}
+        self.new = partial(torch.empty, **float32)
+        self.new_v = partial(torch.empty_strided, spec.shape[1:], spec.strides[1:], **float32)
+        self.new_seq = partial(torch.empty_strided, spec.shape, spec.strides, **float32)
         self.parameter = (spec.channels,) if spec.per_channel else ()
         self.bits = bits.packed_shape(neuron.levels, spec.steps, spec.neurons)
         # A byte holds two neighbours: of an odd number of them those of two steps.
         straddles = neuron.levels > 1 and spec.steps > 1 and spec.neurons % 2 == 1
         #: whether forward packs, or a pass after it
         self.packs, self.packs_after = spec.pack and not straddles, spec.pack and straddles
-        charges: dict[Any, int] = {-math.inf: loops.NO_LEAK, math.inf: loops.NO_STATE}
-        self.charge = charges.get(neuron.w, int(neuron.decay_input))
         self.options = {
             "per_channel": spec.per_channel,
             "norm": spec.norm,
-            "fixed_norm": spec.fixed_norm,
-            "charge": self.charge,
+            "charge": neuron.charge,
             "soft": neuron.v_reset is None,
             "counts": neuron.counts,
             "levels": neuron.levels,
@@ -48,7 +48,7 @@ class Plan:
             "count": spec.steps * spec.neurons / max(spec.channels, 1),
         }
         self.forwards = Call(loops.forward, self._partition(whole=False), **self.options)
-        self.backwards: dict[plan.Needs, Call] = {}
+        self.backwards: dict[Needs, Call] = {}
 
     def _partition(self, whole: bool) -> Partition:
         spec = self.spec
@@ -61,38 +61,21 @@ class Plan:
         v_init: float,
         w: Tensor | None,
         v_threshold: Tensor | None,
-        numbers: Tensor | None,
+        norm: Norm | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        spec, device = self.spec, self.spec.device
-        spike = torch.empty_strided(spec.shape, spec.strides, dtype=torch.float32, device=device)
-        v = torch.empty_strided(*self.step, dtype=torch.float32, device=device)
-        v_seq = packed = None
-        if spec.store_v_seq:
-            v_seq = torch.empty_strided(
-                spec.shape, spec.strides, dtype=torch.float32, device=device
-            )
-        if self.packs:
-            packed = torch.empty(self.bits, dtype=torch.uint8, device=device)
+        spike, v = self.new_seq(), self.new_v()
+        v_seq = self.new_seq() if self.spec.store_v_seq else None
+        packed = self.new(self.bits, dtype=torch.uint8) if self.packs else None
         ask_for_huge_pages(spike, v_seq)
-        self.forwards(
-            v_init,
-            x=x,
-            v0=v0,
-            q=None if w is None else w.sigmoid(),
-            threshold=v_threshold,
-            numbers=numbers,
-            spike=spike,
-            v=v,
-            v_seq=v_seq,
-            bits=packed,
-        )
+        operands = _operands(x, v0, w, v_threshold, norm)
+        self.forwards(v_init, **operands, spike=spike, v=v, v_seq=v_seq, bits=packed)
         if self.packs_after:
-            packed = bits.pack_whole(spike, spec.dynamics.levels, pack, pack_counts)
+            packed = bits.pack_whole(spike, self.spec.dynamics.levels, pack, pack_counts)
         return spike, v, v_seq, None, packed
 
     def backward(
         self,
-        needs: plan.Needs,
+        needs: Needs,
         grad_spike: Tensor | None,
         grad_v: Tensor | None,
         grad_v_seq: Tensor | None,
@@ -102,49 +85,36 @@ class Plan:
         w: Tensor | None,
         v_threshold: Tensor | None,
         checkpoint: Tensor | None,
-        numbers: Tensor | None,
+        norm: Norm | None,
     ) -> tuple[Tensor | None, ...]:
         call = self.backwards.get(needs) or self._backward(needs)
-        device = self.spec.device
-        grad_x = grad_v0 = grad_w = grad_threshold = grad_weight = grad_bias = None
-        if needs.x:
-            grad_x = torch.empty_strided(x.shape, x.stride(), dtype=torch.float32, device=device)
-            ask_for_huge_pages(grad_x)
-        if needs.v0:
-            grad_v0 = torch.empty_strided(*self.step, dtype=torch.float32, device=device)
-        if needs.w:
-            grad_w = torch.empty(self.parameter, dtype=torch.float32, device=device)
-        if needs.v_threshold:
-            grad_threshold = torch.empty(self.parameter, dtype=torch.float32, device=device)
-        if needs.norm:
-            channels = self.spec.channels
-            grad_weight = torch.empty(channels, dtype=torch.float32, device=device)
-            grad_bias = torch.empty(channels, dtype=torch.float32, device=device)
+        channels = self.spec.channels
+        grads = {
+            "grad_x": torch.empty_like(x) if needs.x else None,
+            "grad_v0": self.new_v() if needs.v0 else None,
+            "grad_w": self.new(self.parameter) if needs.w else None,
+            "grad_threshold": self.new(self.parameter) if needs.v_threshold else None,
+            "grad_weight": self.new(channels) if needs.norm else None,
+            "grad_bias": self.new(channels) if needs.norm else None,
+        }
+        ask_for_huge_pages(grads["grad_x"])
+        operands = _operands(x, v0, w, v_threshold, norm)
         call(
             v_init,
-            x=x,
-            v0=v0,
-            q=None if w is None else w.sigmoid(),
-            threshold=v_threshold,
-            numbers=numbers,
+            **operands,
+            **grads,
             grad_spike=grad_spike,
             grad_v=grad_v,
             grad_v_seq=grad_v_seq,
-            grad_x=grad_x,
-            grad_v0=grad_v0,
-            grad_w=grad_w,
-            grad_threshold=grad_threshold,
-            grad_weight=grad_weight,
-            grad_bias=grad_bias,
         )
-        return grad_x, grad_v0, grad_w, grad_threshold, grad_weight, grad_bias
+        return tuple(grads.values())
 
-    def _backward(self, needs: plan.Needs) -> Call:
+    def _backward(self, needs: Needs) -> Call:
         """The call for these gradients: in two passes where those of x need a norm's sums first."""
         spec, neuron = self.spec, self.spec.dynamics
         function = loops.row_for(
             neuron.surrogate,
-            self.charge,
+            int(neuron.charge),
             neuron.v_reset is None,
             neuron.detach_reset,
             needs.w,
@@ -169,7 +139,20 @@ class Plan:
         return 0 < self.options["count"] * channels <= threads.WHOLE
 
 
-class _HalfPlan(Plan):
+def _operands(
+    x: Tensor, v0: Tensor | None, w: Tensor | None, v_threshold: Tensor | None, norm: Norm | None
+) -> dict[str, Tensor | None]:
+    """What forward reads, and backward again, by the loops' names."""
+    q = None if w is None else w.sigmoid()
+    operands = {"x": x, "v0": v0, "q": q, "threshold": v_threshold}
+    if norm is not None:
+        mean, rstd, weight, bias = norm
+        gain = rstd if weight is None else weight * rstd
+        operands |= {"mean": mean, "rstd": rstd, "gain": gain, "bias": bias}
+    return operands
+
+
+class _HalfPlan(CpuPlan):
     """The same of half precision, which is converted before and after."""
 
     def forward(self, x: Tensor, *operands: Any) -> Any:
@@ -177,59 +160,20 @@ class _HalfPlan(Plan):
         return spike.to(self.spec.dtype), *rest
 
     def backward(
-        self, needs: plan.Needs, grad_spike: Any, grad_v: Any, grad_v_seq: Any, x: Any, *rest: Any
+        self, needs: Needs, grad_spike: Any, grad_v: Any, grad_v_seq: Any, x: Any, *rest: Any
     ) -> tuple[Tensor | None, ...]:
         grads = None if grad_spike is None else grad_spike.float(), grad_v, grad_v_seq
         grad_x, *others = super().backward(needs, *grads, x.float(), *rest)
         return None if grad_x is None else grad_x.to(self.spec.dtype), *others
 
 
-def _make_plan(spec: plan.Spec) -> Plan:
-    return Plan(spec) if spec.dtype == torch.float32 else _HalfPlan(spec)
+def _make_plan(spec: Spec) -> CpuPlan:
+    return CpuPlan(spec) if spec.dtype == torch.float32 else _HalfPlan(spec)
 
 
 def _sigmoid(w: float | None) -> float:
     """As torch computes it in float32."""
     return 0.0 if w is None else float(torch.tensor(w, dtype=torch.float32, device="cpu").sigmoid())
-
-
-class NormPlan:
-    """A :class:`..plan.NormSpec` on the CPU."""
-
-    def __init__(self, spec: plan.NormSpec) -> None:
-        self.shape = 5, spec.channels
-        sample = spec.channels * spec.inner
-        samples = 0 if spec.fixed or not sample else spec.size // sample
-        self.call = Call(
-            loops.statistics,
-            Partition.of_samples(samples, spec.inner, spec.channels),
-            fixed_norm=spec.fixed,
-            plain_average=spec.momentum is None,
-            momentum=spec.momentum or 0.0,
-            eps=spec.eps,
-            count=max(samples * spec.inner, 1),
-        )
-
-    def numbers(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        batches: Tensor | None,
-    ) -> Tensor:
-        numbers = torch.empty(self.shape, dtype=torch.int64, device="cpu")
-        self.call(
-            x=x.float(),
-            weight=weight,
-            bias=bias,
-            running_mean=running_mean,
-            running_var=running_var,
-            batches=batches,
-            numbers=numbers,
-        )
-        return numbers
 
 
 @lru_cache(maxsize=256)
@@ -271,9 +215,8 @@ def _unpack(kernel: Any, packed: Tensor, values: Tensor, steps: int, neurons: in
         values.copy_(floats)
 
 
-ENGINE = plan.Engine(
+ENGINE = Engine(
     plan=_make_plan,
-    norm=NormPlan,
     pack=pack,
     unpack_into=unpack_into,
     pack_counts=pack_counts,
@@ -281,6 +224,5 @@ ENGINE = plan.Engine(
 )
 
 unsupported = partial(autograd.unsupported, "cpu", DTYPES)
-OPERATORS = autograd.register("cpu", "CPU", ENGINE)
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
-multi_step = partial(autograd.multi_step, ENGINE, OPERATORS)
+multi_step = partial(autograd.multi_step, ENGINE)

@@ -109,33 +109,6 @@ class Partition(NamedTuple):
             channels=channels,
         )
 
-    @classmethod
-    def of_samples(cls, samples: int, inner: int, channels: int) -> Partition:
-        """Parts of ``[samples, channels, inner]``, for a norm's statistics: ``steps`` samples."""
-        block, group = 1, channels
-        if inner < loops.RUN:
-            group = min(channels, loops.ROW // inner)
-            block = max(1, loops.ROW // (inner * channels))
-        part_size = max(-(-samples // PARTS * 2), GRAIN // max(group * inner, 1), 1)
-        ranges = -(-samples // part_size)
-        if ranges < 8 and inner >= loops.RUN:  # large samples: channels are parts, too
-            group = max(1, channels * ranges // 8)
-        return cls(
-            parts=max(ranges * -(-channels // max(group, 1)), 1),
-            ranges=ranges,
-            part_size=part_size,
-            block=block,
-            x_size=0,
-            group=group,
-            whole=False,
-            sums_size=loops.MOMENTS * ranges * channels,
-            scratch_size=loops.scratch_size(0, 0, False),
-            steps=samples,
-            neurons=inner * channels,
-            inner=inner,
-            channels=channels,
-        )
-
 
 def _pad(size: int) -> int:
     """An odd number of cache lines: otherwise all rows would compete for the same cache sets."""
