@@ -16,7 +16,7 @@ from .. import surrogate
 from ..bits import is_dense
 from . import reference
 from .norm import BatchNorm, batch_norm
-from .plan import Charge, Dynamics, Engine, Needs, Norm, Plan, Spec, find_plan
+from .plan import Charge, Dynamics, Engine, Needs, Norm, Spec, find_plan
 from .reference import state_dtype
 
 
@@ -119,7 +119,7 @@ class _Backward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(plan: Plan, *arguments: Any) -> tuple[Tensor | None, ...]:
+    def forward(plan: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
         *operands, mean, rstd, weight, bias = arguments
         norm = None if mean is None else Norm(mean, rstd, weight, bias)
         return plan.backward(*operands, norm)
