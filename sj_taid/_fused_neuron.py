@@ -286,4 +286,3 @@ def restore(net: nn.Module) -> None:
         module.__class__ = module._taid_kind
         for name in [name for name in vars(module) if name.startswith("_taid_")]:
             del vars(module)[name]
-

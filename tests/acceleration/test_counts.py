@@ -72,7 +72,7 @@ def make(node, norm):
     "kind", [neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode, sj_taid.ALIFNode]
 )
 @pytest.mark.parametrize(
-    ("norm", "most"), [(True, (110, 50, 20, 12, 10)), (False, (70, 26, 20, 8, 8))]
+    ("norm", "most"), [(True, (110, 50, 20, 12, 10)), (False, (70, 28, 20, 8, 8))]
 )
 def test_a_call_is_decided_in_advance(norm, most, kind):
     node = kind(**OPTIONS)
