@@ -508,7 +508,7 @@ def _known(args: Any, kwargs: Any) -> list[Known]:
 def describe(
     result: Tensor, known: Iterable[Any], peak: int | None, packing: Packing | None = None
 ) -> None:
-    """Let the result of an operation know its packing, or that of whole numbers up to ``peak``."""
+    """Let an operation's result know its packing, or a packing of whole numbers up to ``peak``."""
     if result.is_inference():
         return
     for tensor in known:
@@ -535,7 +535,7 @@ def _fills_memory(tensor: Tensor) -> bool:
 
 
 def _flat(values: Iterable[Any]) -> list[Any]:
-    """The values, and those of lists and tuples among them."""
+    """The values, and the values in lists and tuples among them."""
     return [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
 
 

@@ -136,7 +136,7 @@ class Place:
             return "time is not the outermost axis in memory"
         axis = self.at.shape[2:3], self.at.stride()[2:3]
         if has_channels and axis != ((norm.channels,), (norm.inner,)):
-            return "its channels are not those of the norm"
+            return "its channels are not the norm's"
         return None
 
     def spec(self, dynamics: Dynamics, per_channel: bool, *flags: bool) -> Spec:
@@ -169,7 +169,7 @@ class Waiting:
         """``reads``: whether running statistics would have a use; ``counts``: it counts batches."""
         self.spec, self.plan = spec, find_norm_plan(engine, spec)
         self.folds, self.copies, self.idle = folds, not is_dense(x), 0
-        #: those of the plain module's input ``[M, C, *]``
+        #: the shape of the plain module's input ``[M, C, *]``
         self.strides = (x.flatten(0, 1) if folds else x).stride()
         #: whether torch's batch norm of the input is the output
         self.is_recomputable = not self.copies

@@ -1,7 +1,7 @@
 """The batch norm that a neuron applies to its input.
 
 The definition is torch's own batch norm over time, batch and space. Its result has the dtype of the
-state: it is never rounded to that of a half-precision input.
+state: it is never rounded to a half-precision input's dtype.
 
 The fused backends never write that result: README.md has their forward, ``(x - shift) gain +
 offset``, and gradients. With mean mu and variance var of a channel over its n values,
@@ -45,7 +45,7 @@ class Norm(NamedTuple):
 def batch_norm(x_seq: Tensor, norm: Norm) -> Tensor:
     """Torch's batch norm over time, batch and space of ``x_seq`` ``[T, N, C, *]``."""
     x = x_seq.flatten(0, 1)
-    # torch wants one dtype, which for a net in half precision is that of x, float32.
+    # torch wants one dtype, which for a net in half precision is x's, float32.
     weight, bias, mean, var = (t if t is None else t.to(x.dtype) for t in norm[:4])
     y = F.batch_norm(x, mean, var, weight, bias, norm.use_batch_statistics, norm.momentum, norm.eps)
     updates = ((norm.running_mean, mean), (norm.running_var, var))

@@ -109,9 +109,9 @@ class Plan(Protocol):
         ``x`` has the memory order of the spec in any shape; ``v0`` that of a step, and the neurons
         start at ``v_init`` without it. ``w`` and ``v_threshold``, where the dynamics have no
         number, are contiguous. ``v0``, ``w``, ``v_threshold`` and voltages are float32, and
-        voltages have the ``shape`` and ``strides`` of a step, ``v_seq`` those of the sequence.
+        voltages have the ``shape`` and ``strides`` of a step, ``v_seq`` the sequence's.
         ``checkpoint`` is what backward of a spec that ``saves`` needs besides. Bits are those of
-        :mod:`sj_taid.ops.bits`. With a norm ``numbers`` are those of its :class:`NormPlan`.
+        :mod:`sj_taid.ops.bits`. With a norm ``numbers`` are from its :class:`NormPlan`.
         """
 
     def backward(
@@ -131,7 +131,7 @@ class Plan(Protocol):
         """The gradients of x, v0, w, v_threshold, weight and bias; ``None`` if not needed.
 
         The given ones have the memory order of the spec, ``grad_spike`` its dtype, the others
-        float32. That of x has the shape and strides of x; those of parameters are float32.
+        float32. The gradient of x has x's shape and strides; gradients of parameters are float32.
         """
 
 
