@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._graph import address_of
 from .ops.bits import LARGEST_COUNT
@@ -140,6 +141,7 @@ class _Slices(TorchDispatchMode):
         self.rows: dict[tuple[str, str, int], Operation] = {}
         self.running: list[tuple[str, Counter[str]]] = []  # modules, and what they have called
         self.weights = {address_of(w) for w in (*net.parameters(), *net.buffers())}
+        self.made = WeakTensorKeyDictionary()  # tensors, and whether they are made of weights alone
 
     def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
         for path, module in net.named_modules():
@@ -156,21 +158,20 @@ class _Slices(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.running:  # outside the net
             return func(*args, **kwargs)
-        output = self.call(func, args, kwargs)
+        output = (self.multiply if func in _PRODUCTS else self.look_at)(func, args, kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        is_weight = bool(inputs) and all(map(self.is_weight, inputs))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
-                is_weight = bool(inputs) and all(map(self.is_weight, inputs))
-                tensor._taid_weight = is_weight  # type: ignore[attr-defined]
+                self.made[tensor] = is_weight
         return output
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether it is a parameter or buffer, or made of those alone, as by autocast."""
-        return getattr(tensor, "_taid_weight", False) or address_of(tensor) in self.weights
+        return self.made.get(tensor, False) or address_of(tensor) in self.weights
 
-    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func in _PRODUCTS:
-            return self.multiply(func, args, kwargs)
+    def look_at(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of what is no product; what is no sum, or not known, is noted."""
         with self:  # what is made of other operations, and whole in inference mode
             output = func.decompose(*args, **kwargs)
         if output is not NotImplemented:
