@@ -41,11 +41,11 @@ def build(
 
     Args:
         config: nested dictionaries and lists.
-        trust: full names of custom classes that may be called next to those of this package,
+        trust: full names of custom classes that may be called next to this package's,
             SpikingJelly's neurons and surrogates, ``torch.optim`` and torch's losses; None where
             the user has no say.
         keys: where a class's arguments are in the user's config, for errors.
-        arguments: for the outermost class, over those of the config.
+        arguments: for the outermost class, over the config's arguments.
 
     Raises:
         ValueError: a class that is not trusted, or that does not take its arguments: by their kinds

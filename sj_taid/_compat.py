@@ -20,7 +20,7 @@ from torch import Tensor, nn
 NEURONS = (neuron.BaseNode, getattr(neuron, "SimpleBaseNode", neuron.BaseNode))
 #: integer LIF, a subclass of LIF, which 0.0.0.0.14 lacks
 INTEGER_LIF: tuple[Any, ...] = (neuron.ILIFNode,) if hasattr(neuron, "ILIFNode") else ()
-#: the neurons whose dynamics are those of ALIF; a subclass may do something else: plain_kind
+#: the neurons whose dynamics are ALIF's; a subclass may do something else: plain_kind
 PLAIN_NEURONS = (*INTEGER_LIF, neuron.LIFNode, neuron.ParametricLIFNode, neuron.IFNode)
 #: what 0.0.0.0.14 calls at each step, and 2.x does not call in a LIF, PLIF or IF
 HOOKS = frozenset({"neuronal_charge", "neuronal_fire", "neuronal_reset"})

@@ -101,7 +101,7 @@ pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
 def has_other_hooks() -> bool:
-    """Whether ``saved_tensors_hooks`` are open that are not those of :func:`record_saved`."""
+    """Whether ``saved_tensors_hooks`` are open besides the hooks of :func:`record_saved`."""
     hooks = saving_hooks()
     return hooks is not None and getattr(hooks[0], "__module__", None) != __name__
 
@@ -139,7 +139,7 @@ def record_saved(forward: Callable[[], Any], there: Iterable[Tensor]) -> tuple[A
 
 
 def are_checkpoints(hooks: Any) -> bool:
-    """Whether these ``saved_tensors_hooks`` are those of gradient checkpointing."""
+    """Whether these ``saved_tensors_hooks`` are gradient checkpointing's."""
     return getattr(hooks and hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 

@@ -17,10 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._graph import address_of
+from .neurons import check_net
 from .ops.bits import LARGEST_COUNT
 from .ops.counts import Counts, read_counts
 from .report import table
@@ -116,6 +117,7 @@ def binary(net: nn.Module) -> Iterator[BinaryReport]:
     Yields:
         A :class:`BinaryReport`, which grows with each call of the net.
     """
+    check_net(net)
     slices = _Slices(net)
     torch.clear_autocast_cache()
     contexts = (
@@ -140,6 +142,7 @@ class _Slices(TorchDispatchMode):
         self.rows: dict[tuple[str, str, int], Operation] = {}
         self.running: list[tuple[str, Counter[str]]] = []  # modules, and what they have called
         self.weights = {address_of(w) for w in (*net.parameters(), *net.buffers())}
+        self.made = WeakTensorKeyDictionary()  # tensors, and whether they are made of weights alone
 
     def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
         for path, module in net.named_modules():
@@ -156,21 +159,20 @@ class _Slices(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.running:  # outside the net
             return func(*args, **kwargs)
-        output = self.call(func, args, kwargs)
+        output = (self.multiply if func in _PRODUCTS else self.look_at)(func, args, kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        is_weight = bool(inputs) and all(map(self.is_weight, inputs))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
-                is_weight = bool(inputs) and all(map(self.is_weight, inputs))
-                tensor._taid_weight = is_weight  # type: ignore[attr-defined]
+                self.made[tensor] = is_weight
         return output
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether it is a parameter or buffer, or made of those alone, as by autocast."""
-        return getattr(tensor, "_taid_weight", False) or address_of(tensor) in self.weights
+        return self.made.get(tensor, False) or address_of(tensor) in self.weights
 
-    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func in _PRODUCTS:
-            return self.multiply(func, args, kwargs)
+    def look_at(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of what is no product; what is no sum, or not known, is noted."""
         with self:  # what is made of other operations, and whole in inference mode
             output = func.decompose(*args, **kwargs)
         if output is not NotImplemented:
@@ -199,6 +201,8 @@ class _Slices(TorchDispatchMode):
         counts = [c for c in (x, y) if c.are_few]
         if not counts:
             output = func(*args, **kwargs)
+            from torch.utils.flop_counter import flop_registry  # not for import sj_taid
+
             row.macs += flop_registry[func.overloadpacket](*args, out_val=output) // 2
             return output
         row.ones += sum(int(c.values.sum(dtype=torch.float64)) for c in counts)

@@ -72,7 +72,7 @@ def swap_neurons(
     IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is 0. No gradient
     leads away from there, so its ``w`` is frozen and only its threshold learns.
 
-    The report says which neurons are kept and why: those of other kinds, or that ALIF cannot
+    The report says which neurons are kept and why: neurons of other kinds, or that ALIF cannot
     express. A module is exchanged wherever it stands: in modules, and in lists, tuples and dicts
     that are their attributes. A neuron that only such a list holds is not seen: use
     ``nn.ModuleList``.

@@ -51,8 +51,8 @@ class LayerState:
 def monitor(net: nn.Module, *, dead: float = 1e-3, saturated: float = 0.9) -> Monitor:
     """Count the spikes of the neurons of ``net``, SpikingJelly's own too, by forward hooks.
 
-    Neurons are those of ``BaseNode`` and ``SimpleBaseNode``; others, such as ``PSN``, it does not
-    see.
+    Neurons are subclasses of ``BaseNode`` and ``SimpleBaseNode``; it does not see others, such as
+    ``PSN``.
 
     Args:
         net: a module with neurons.

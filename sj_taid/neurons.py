@@ -173,7 +173,7 @@ def _nearest_w(tau: float, dtype: torch.dtype) -> float:
 
 
 def describe_equality(site: Site) -> str:
-    """How equal the outputs of an ALIF are to those of a neuron."""
+    """How equal the outputs of an ALIF are to a neuron's."""
     node, equal = site.node, True
     if site.dtype.itemsize < 4:
         return f"equal outputs to rounding; voltages and computation are float32, not {site.dtype}"

@@ -16,8 +16,8 @@ def parameter_groups(
     """Groups for any torch optimiser: the neurons' parameters, and all others.
 
     Args:
-        net: a module with :class:`~sj_taid.ALIFNode` s or PLIFs, whose parameters include those of
-            their surrogates and parametrizations.
+        net: a module with :class:`~sj_taid.ALIFNode` s or PLIFs, whose parameters include their
+            surrogates' and parametrizations'.
         lr: the learning rate of everything else.
         lr_scale: the neurons learn at ``lr * lr_scale``; 10 as measured in ``RESULTS.md``.
         weight_decay: of the neurons; it pulls tau to 2 and thresholds to 0. The others take the

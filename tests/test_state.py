@@ -14,6 +14,7 @@ from sj_taid import (
     ALIFNode,
     _compat,
     accelerate,
+    binary,
     calibrate,
     fresh_state,
     monitor,
@@ -50,6 +51,7 @@ def test_state_that_cannot_be_carried_names_neuron_and_remedy():
 
 CALLS = {
     "accelerate": accelerate,
+    "binary": lambda net: binary(net).__enter__(),
     "calibrate": lambda net: calibrate(net, torch.rand(2, 3)),
     "fresh_state": lambda net: fresh_state(net).__enter__(),
     "monitor": monitor,

@@ -87,7 +87,7 @@ _KNOWN_NORMS = {
 def why_no_norm(module: nn.Module) -> str | None:
     """Why no neuron can take the input of a norm, or ``None``."""
     if isinstance(module, nn.SyncBatchNorm):
-        return "its statistics are those of all processes"
+        return "its statistics are taken over all processes"
     kinds = type(module).__mro__
     known = next((n for n, kind in enumerate(kinds) if kind in _KNOWN_NORMS), None)
     own = {name for kind in kinds[:known] for name in _NORM_METHODS if name in vars(kind)}

@@ -62,7 +62,7 @@ class FrechetDistance(FrechetInceptionDistance):
 
     Args:
         features: the network that turns images into features.
-        kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
+        kwargs: arguments of torchmetrics' ``FrechetInceptionDistance``.
 
     Raises:
         ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, too few images for
@@ -115,7 +115,7 @@ class AutoencoderCodes(Features):
 class PublishedFrechetAutoencoderDistance(FrechetDistance):
     r"""FAD as published: through the autoencoders and statistics of the FSVAE repository.
 
-    Values compare with the papers' tables, and never with those of our own autoencoder. In the
+    Values compare with the papers' tables, and never with values of our own autoencoder. In the
     papers' protocol batch norm takes the statistics of each batch, so a value needs batches of 256
     images, 20 of them.
 
@@ -124,7 +124,7 @@ class PublishedFrechetAutoencoderDistance(FrechetDistance):
             ``metrics/stat_checkpoints`` and ``metrics/stats`` of
             https://github.com/kamata1729/FullySpikingVAE.
         name: ``"mnist"`` or ``"fashion"``; images are ``[N, 1, 32, 32]`` in [-1, 1].
-        kwargs: those of torchmetrics' ``FrechetInceptionDistance``.
+        kwargs: arguments of torchmetrics' ``FrechetInceptionDistance``.
 
     Raises:
         FileNotFoundError: no such file.

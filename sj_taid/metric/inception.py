@@ -95,7 +95,7 @@ class InceptionScore(inception.InceptionScore):
 
     Args:
         features: the network, whose ``classifier`` maps features to logits.
-        kwargs: those of torchmetrics' ``InceptionScore``.
+        kwargs: arguments of torchmetrics' ``InceptionScore``.
 
     Raises:
         ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, fewer images than

@@ -33,7 +33,7 @@ class Precision(torchmetrics.Metric):
     Args:
         features: the network that turns images into features, each image by itself.
         k: the neighbour whose distance counts.
-        kwargs: those of ``torchmetrics.Metric``.
+        kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: images that are not finite or beyond [-1, 1]; at ``compute``, no more than k

@@ -35,7 +35,7 @@ class ESVAE(SpikingVAE):
     then lower. Reconstructions in eval mode have exactly :math:`T r_q` spikes instead, at random
     steps (on MNIST a quarter less squared error); so has training with ``exact_counts``.
 
-    All other arguments are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
+    All other arguments are the arguments of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Args:
         sample_from: the prior that :meth:`sample` draws from, ``"learned"`` or ``"flow"``; the
@@ -113,7 +113,7 @@ class ESVAE(SpikingVAE):
     def walk(self, a: Tensor, b: Tensor, steps: int = 8) -> Tensor:
         """Images ``[steps, C, H, W]`` on the way from image ``a`` to ``b``, each ``[C, H, W]``.
 
-        They are decoded from rates at equal steps between those of ``a`` and ``b``, with exact
+        They are decoded from rates at equal steps between the rates of ``a`` and ``b``, with exact
         spike counts; in eval mode, without gradient.
 
         Raises:

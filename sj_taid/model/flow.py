@@ -37,7 +37,7 @@ class FlowPrior(nn.Module):
 
     with the quantile function :math:`Q_c` of the training rates of channel c, and the share
     :math:`w_k` of class k in them. Many rates are 0 or 1, and no smooth density has that shape;
-    ranks have one (a copula). The weights are those of the epoch with the lowest loss for a tenth
+    ranks have one (a copula). The weights are from the epoch with the lowest loss for a tenth
     of the rates, held out; a rate's rank is drawn again in each epoch, between those of its
     neighbours. The integral has eight steps of the midpoint rule.
 

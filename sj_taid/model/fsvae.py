@@ -27,7 +27,7 @@ class FSVAE(SpikingVAE):
 
     Posterior, prior and their distance: :mod:`sj_taid.model.latent`.
 
-    All other arguments are those of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
+    All other arguments are the arguments of :class:`~sj_taid.model.spiking_vae.SpikingVAE`.
 
     Args:
         k: candidate spikes of each latent channel.

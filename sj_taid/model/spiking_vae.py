@@ -190,7 +190,7 @@ class SpikingVAE(nn.Module):
 
     @property
     def labels(self) -> list[int]:
-        """The classes that :meth:`sample` can be asked for: those of an ESVAE's labelled flow."""
+        """The classes that :meth:`sample` can be asked for, which a labelled flow has."""
         return []
 
     def sample(self, n: int, label: int | Sequence[int] | Tensor | None = None) -> Tensor:

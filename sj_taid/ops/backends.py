@@ -5,7 +5,7 @@ A :class:`Backend` has these functions:
 * ``multi_step(x_seq, v, w, v_threshold, *, ...)`` with the signature and the results of
   :func:`sj_taid.ops.alif.reference.multi_step`;
 * ``unsupported(x_seq, surrogate_function)``: why it cannot take this call, or ``None``;
-* those of its ``engine``, if it is fused.
+* its ``engine``'s, if it is fused.
 
 :data:`BACKENDS` holds functions that import these modules, so that a backend costs nothing until it
 is used and may fail to import without breaking the others.

@@ -117,7 +117,7 @@ def save_model(run: str | Path, folder: str | Path, half: bool = False) -> None:
 
     Args:
         run: the run's folder, whose last checkpoint is taken, or its ``checkpoints/best.ckpt``.
-        folder: a new one, or that of an earlier call, whose model is replaced.
+        folder: a new one, or the folder of an earlier call, whose model is replaced.
         half: store the weights of convolutions and linear layers as float16. Biases, norms, neurons
             and buffers keep their dtype. A spike changes where a voltage is near its threshold.
 
@@ -133,7 +133,7 @@ def save_model(run: str | Path, folder: str | Path, half: bool = False) -> None:
         from ..training.files import atomic_write
         from ..training.run import Run, remove_backends
     folder = expand_home(folder)
-    config = folder / CONFIG  # that of another program has the same name
+    config = folder / CONFIG  # another program's has the same name
     before = config.read_text("utf-8", "replace") if config.is_file() else ""
     is_ours = '"sha256"' in before and '"sj-taid"' in before
     if folder.is_dir() and any(folder.iterdir()) and not is_ours:

@@ -26,7 +26,7 @@ def fit(
 ) -> float:
     """Train a network, left in eval mode, on the training images as they are.
 
-    ``loss`` is that of a batch of images and its labels; returned is its mean in the last epoch.
+    ``loss`` takes a batch of images and its labels; returned is its mean in the last epoch.
     """
     device = next(network.parameters()).device
     plain = data.without_augmentation()

@@ -15,11 +15,11 @@ from .task import Task
 class Classification(Task):
     """Training on labels or, where samples are mixed, on the probabilities of classes.
 
-    The accuracy in training is then that of the class with the larger part.
+    Accuracy in training then counts the class with the larger part.
 
     Args:
-        args, kwargs: those of :class:`~sj_taid.training.task.Task`.
-        loss: takes the outputs ``[N, classes]``, or with ``each_step`` those of each time step,
+        args, kwargs: the arguments of :class:`~sj_taid.training.task.Task`.
+        loss: takes the outputs ``[N, classes]``, or with ``each_step`` each time step's,
             ``[T, N, classes]``, and the classes' probabilities ``[N, classes]``. None is the mean
             squared error.
     """

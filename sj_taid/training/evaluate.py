@@ -41,7 +41,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     run = Run.find(cfg.checkpoint)
     with run.lock():
         given, cfg = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
-        OmegaConf.resolve(cfg.dataset)  # whose name may be that of its folder
+        OmegaConf.resolve(cfg.dataset)  # whose name may be its folder's
         merge(cfg, {k: value for k, value in given.items() if value is not None or k == "trust"})
         validate(cfg)
         model = run.model(cfg.trust)

@@ -29,7 +29,7 @@ class Generation(Autoencoding):
     """Autoencoding by a model that also has ``sample(n)``, whose samples are measured and drawn.
 
     Args:
-        args, kwargs: those of :class:`~sj_taid.training.task.Task`.
+        args, kwargs: the arguments of :class:`~sj_taid.training.task.Task`.
         prior_lr_scale: ESVAE's learned prior learns at the optimizer's learning rate times this.
             None treats it as all other parameters.
         feature_loss: joins the losses, see :class:`~sj_taid.training.loss.FeatureLoss`.

@@ -23,7 +23,7 @@ WIDTH, EPOCHS = 16, 3
 
 
 class TET(nn.Module):
-    r"""Temporal efficient training: the loss of each time step, not that of their mean.
+    r"""Temporal efficient training: the loss of each time step, not the loss of their mean.
 
     .. math::
         L = \frac{1}{T} \sum_t \left[ (1 - \lambda) \mathrm{CE}(O[t], y)

@@ -179,6 +179,6 @@ def _label(axis: Axes, x: str, y: str) -> None:
 
 
 def save(figure: Figure, path: Path, **options: Any) -> None:
-    """Write a figure as PNG, atomically; ``options`` are those of ``savefig``."""
+    """Write a figure as PNG, atomically; ``options`` are the options of ``savefig``."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png", **options)

@@ -94,7 +94,7 @@ class Run:
         return run
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Keep other processes out of the folder, but for those of the same distributed run.
+        """Keep other processes out of the folder, but for processes of the same distributed run.
 
         Raises:
             ValueError: another process is in it.
@@ -214,7 +214,7 @@ class Run:
 
     @property
     def latest_metrics(self) -> dict[str, Any]:
-        """The metrics of a finished run, with those of later evaluations over them."""
+        """The metrics of a finished run, with the metrics of later evaluations over them."""
         metrics = self.metrics
         for evaluation in self.evaluations:
             protocol = metrics.get("protocol", {}) | evaluation["protocol"]

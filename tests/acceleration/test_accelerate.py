@@ -363,7 +363,7 @@ def test_sync_batch_norm_stays_as_it_is():
     net = nn.SyncBatchNorm.convert_sync_batchnorm(make_net())
     report = accelerate(net)
     rows = [row for row in report.rows if row.kind == "SyncBatchNorm"]
-    assert {row.note for row in rows} == {"its statistics are those of all processes"}
+    assert {row.note for row in rows} == {"its statistics are taken over all processes"}
     assert len(rows) == 2 and all(type(net[n]) is nn.SyncBatchNorm for n in (1, 7))
 
 

@@ -869,7 +869,7 @@ def _parameter_gradient(a, out, kind):
 
 @_part
 def _finish_part(scratch, a, place, begin, end, channel, width):
-    """Write the input's gradient, from that of the norm's output and the input, both in cache."""
+    """Write the input's gradient, from the norm's output's and the input, both in cache."""
     for first in range(begin, end, a.block):
         n = min(a.block, end - first)
         _spread_norm(scratch, a, first, n, channel, width)
@@ -880,7 +880,7 @@ def _finish_part(scratch, a, place, begin, end, channel, width):
 
 @_part
 def _store_grad_x(scratch, a, place, t, first, n, here, ahead):
-    """Write the input's gradient, from that of what the neuron reads."""
+    """Write the input's gradient, from the gradient of what the neuron reads."""
     grad = _grad_row(scratch, a, place, t, first, n, here)
     if a.norm:
         x = _input_row(scratch, a, place, t, first, n, here)

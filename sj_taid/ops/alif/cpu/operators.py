@@ -29,7 +29,7 @@ class CpuPlan:
         self.new_seq = partial(torch.empty_strided, spec.shape, spec.strides, **float32)
         self.parameter = (spec.channels,) if spec.per_channel else ()
         self.bits = bits.packed_shape(neuron.levels, spec.steps, spec.neurons)
-        # A byte holds two neighbours: of an odd number of them those of two steps.
+        # A byte holds two neighbours: of an odd number of them the spikes of two steps.
         straddles = neuron.levels > 1 and spec.steps > 1 and spec.neurons % 2 == 1
         #: whether forward packs, or a pass after it
         self.packs, self.packs_after = spec.pack and not straddles, spec.pack and straddles
