@@ -95,7 +95,7 @@ def test_counts_of_what_is_not_finite(x):
     ("options", "expected"),
     [
         ({"v_reset": 0.0}, "soft reset.*but v_reset=0.0.*take v_reset=None"),
-        ({"w": None, "surrogate_function": surrogate.ATan()}, "without state .* gives counts alone"),
+        ({"w": None, "surrogate_function": surrogate.ATan()}, "without state .* counts"),
     ],
 )
 def test_options_that_fit_no_counts_are_refused(options, expected):
