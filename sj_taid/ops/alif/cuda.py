@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import bits
 from . import autograd, kernels
 from .kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Grid, Kernel
-from .plan import Engine, Needs, NormSpec, Spec
+from .plan import Engine, Needs, Norm, Spec
 
 if torch.version.hip:
     raise ImportError("the kernels are for NVIDIA GPUs, not for ROCm")
@@ -64,6 +64,7 @@ launches: Counter[str] = Counter()
 unsupported = partial(autograd.unsupported, "cuda", tuple(kernels.SCALARS))
 
 _Maybe = Tensor | None
+_NO_NORM = (None,) * len(Norm._fields)
 
 
 class _Launch(NamedTuple):
@@ -94,12 +95,11 @@ class _Launch(NamedTuple):
         launches[self.name] += 1
 
 
-class _Plan:
+class CudaPlan:
     """The :class:`.plan.Plan` of the kernels."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self.counts = spec.dynamics.levels if spec.dynamics.counts else 0
         self.prepare_forward = cache(partial(_prepare_forward, spec))
         self.prepare_backward = cache(partial(_prepare_backward, spec))
         on: dict[str, Any] = {"device": spec.device}
@@ -111,47 +111,52 @@ class _Plan:
         self.new_spikes = partial(torch.empty_strided, *order, dtype=spec.dtype, **on)
         size = bits.packed_shape(1, spec.steps, spec.neurons)
         self.new_bits = partial(torch.empty, size, dtype=torch.uint8, **on)
+        #: whether forward packs its spikes, or a kernel of their own its counts
+        self.packs = spec.pack and not spec.dynamics.counts
+        self.packs_after = spec.pack and spec.dynamics.counts
         saved = kernels.checkpoints(spec.steps, spec.dtype) if spec.saves else 0
         self.checkpoint = (saved, spec.neurons) if saved else None
 
     def forward(
-        self, x: Tensor, v0: _Maybe, v_init: float, w: _Maybe, v_threshold: _Maybe, numbers: _Maybe
-    ) -> tuple[Tensor, Tensor, _Maybe, _Maybe, _Maybe]:
+        self, x: Tensor, v0: _Maybe, v_init: float, w: _Maybe, v_threshold: _Maybe,
+        norm: Norm | None,
+    ) -> tuple[Tensor, Tensor, _Maybe, _Maybe, _Maybe]:  # fmt: skip
         launch = self.prepare_forward(kernels.is_aligned(x, v0))  # what torch allocates is
         outputs = (
             self.new_spikes(),
             self.new_v(),
             self.new_v_seq() if self.spec.store_v_seq else None,
             self.new(self.checkpoint) if self.checkpoint else None,
-            self.new_bits() if self.spec.pack and not self.counts else None,
+            self.new_bits() if self.packs else None,
         )
-        launch(x, v0, *outputs, w, v_threshold, numbers, v_init=v_init)
-        packed = outputs[4]
-        if self.spec.pack and self.counts:
-            packed = bits.pack_whole(outputs[0], self.counts, pack, pack_counts)
-        return *outputs[:4], packed
+        launch(x, v0, *outputs, w, v_threshold, *(norm or _NO_NORM), v_init=v_init)
+        if not self.packs_after:
+            return outputs
+        levels = self.spec.dynamics.levels
+        return *outputs[:4], bits.pack_whole(outputs[0], levels, pack, pack_counts)
 
     def backward(
         self, needs: Needs, grad_spike: _Maybe, grad_v: _Maybe, grad_v_seq: _Maybe, x: Tensor,
         v0: _Maybe, v_init: float, w: _Maybe, v_threshold: _Maybe, checkpoint: _Maybe,
-        numbers: _Maybe,
+        norm: Norm | None,
     ) -> tuple[_Maybe, ...]:  # fmt: skip
         if grad_spike is None:  # unused spikes are too rare for kernels of their own
             grad_spike = torch.zeros_like(x)
-        given, parameters = (grad_spike, grad_v, grad_v_seq, x, v0, checkpoint), (w, v_threshold)
+        given = (grad_spike, grad_v, grad_v_seq, x, v0, checkpoint)
+        parameters = (w, v_threshold, *(norm or _NO_NORM))
         run = self.prepare_backward(needs, grad_v_seq is not None, kernels.is_aligned(*given))
         new, channels, ab = self.new, self.spec.channels, None
         grad_weight, grad_bias = (new(channels), new(channels)) if needs.norm else (None, None)
         if run.first and run.norm:
             ab, sums = new((2, channels)), new(run.first.sums)
-            run.first(*given, None, None, *parameters, numbers, None, sums, v_init=v_init)
-            run.norm(sums, numbers, ab, grad_weight, grad_bias)
+            run.first(*given, None, None, *parameters, None, sums, v_init=v_init)
+            run.norm(sums, *parameters[2:], ab, grad_weight, grad_bias)
         grad_x = torch.empty_like(x) if needs.x else None
         grad_v0 = self.new_v() if needs.v0 else None
         sums = new(run.main.sums)
-        run.main(*given, grad_x, grad_v0, *parameters, numbers, ab, sums, v_init=v_init)
+        run.main(*given, grad_x, grad_v0, *parameters, ab, sums, v_init=v_init)
         if run.norm and not run.first:
-            run.norm(sums, numbers, None, grad_weight, grad_bias)
+            run.norm(sums, *parameters[2:], None, grad_weight, grad_bias)
         size = (channels,) * self.spec.per_channel
         grad_w = new(size) if needs.w else None
         grad_v_threshold = new(size) if needs.v_threshold else None
@@ -169,38 +174,15 @@ class _Backward(NamedTuple):
     parameters: _Launch | None
 
 
-class _NormPlan:
-    """The :class:`.plan.NormPlan` of the kernels."""
-
-    def __init__(self, spec: NormSpec) -> None:
-        self.fixed = spec.fixed
-        self.prepare = cache(partial(_prepare_norm, spec))
-        self.new = partial(torch.empty, device=spec.device)
-        self.shape = (5, spec.channels)
-
-    def numbers(
-        self, x: Tensor, weight: _Maybe, bias: _Maybe, running_mean: _Maybe, running_var: _Maybe,
-        batches: _Maybe,
-    ) -> Tensor:  # fmt: skip
-        statistics, launch = self.prepare(self.fixed or kernels.is_aligned(x))
-        numbers = self.new(self.shape, dtype=torch.int64)
-        sums = self.new(statistics.sums, dtype=torch.float64) if statistics else None
-        if statistics:
-            statistics(x, sums, batches)
-        launch(x, sums, batches, weight, bias, running_mean, running_var, numbers)
-        return numbers
-
-
 def _prepare_forward(spec: Spec, aligned: bool) -> _Launch:
-    kernel = kernels.forward(spec)
-    return _prepare_threads(spec, spec.neurons, kernel, aligned, _constants(spec))[0]
+    return _prepare_threads(spec, kernels.forward(spec), aligned)[0]
 
 
 def _prepare_backward(spec: Spec, needs: Needs, v_seq: bool, aligned: bool) -> _Backward:
     def prepare(needs: int) -> tuple[_Launch, Grid]:
         sums = 2 * bool(needs & NEED_NORM) + (needs & (NEED_W | NEED_V_THRESHOLD)).bit_count()
         kernel = kernels.backward(spec, needs, v_seq)
-        return _prepare_threads(spec, spec.neurons, kernel, aligned, _constants(spec), sums)
+        return _prepare_threads(spec, kernel, aligned, sums)
 
     learns = NEED_W * needs.w | NEED_V_THRESHOLD * needs.v_threshold
     both = spec.norm and needs.x and not spec.fixed_norm
@@ -217,19 +199,6 @@ def _prepare_backward(spec: Spec, needs: Needs, v_seq: bool, aligned: bool) -> _
         before, turns = array("q", (2 * norm_sums,)), needs.w + needs.v_threshold
         parameters = _prepare_adders(spec, "parameter_gradients<float>", partials, before, turns)
     return _Backward(first, norm, main, parameters)
-
-
-def _prepare_norm(spec: NormSpec, aligned: bool) -> tuple[_Launch | None, _Launch]:
-    statistics, partials = None, (0, 1, spec.channels)
-    if not spec.fixed:
-        # Half of the threads keep memory busy, and write half as many sums.
-        kernel = kernels.statistics(spec.dtype)
-        statistics, grid = _prepare_threads(spec, spec.size, kernel, aligned, sums=2, share=2)
-        partials = grid.partials
-    more = array("q", (spec.inner, spec.momentum is None))
-    more += _words("d", spec.size / max(1, spec.channels), spec.momentum or 0.0, spec.eps)
-    name = f"norm_numbers<{kernels.SCALARS[spec.dtype]},{spec.fixed:d}>"
-    return statistics, _prepare_adders(spec, name, partials, more)
 
 
 def pack(spike_seq: Tensor) -> Tensor:
@@ -277,13 +246,9 @@ def _prepare_bits(
     return _prepare(device, f"{name}<{kernels.SCALARS[dtype]},{vec}>", constants, blocks)
 
 
-ENGINE = Engine(
-    *(_Plan, _NormPlan, pack, unpack_into, pack_counts, unpack_counts_into),
-    checkpoints=kernels.checkpoints,
-)
-OPERATORS = autograd.register("cupy", "CUDA", ENGINE)
+ENGINE = Engine(CudaPlan, pack, unpack_into, pack_counts, unpack_counts_into)
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
-multi_step = partial(autograd.multi_step, ENGINE, OPERATORS)
+multi_step = partial(autograd.multi_step, ENGINE)
 
 
 def _words(kind: str, *values: float) -> array[int]:
@@ -293,33 +258,28 @@ def _words(kind: str, *values: float) -> array[int]:
 
 def _constants(spec: Spec) -> array[int]:
     d = spec.dynamics
-    numbers = (d.v_reset or 0.0, d.w or 0.0, d.v_threshold or 0.0, d.a, d.b, d.levels)
-    return _words("f", *numbers) + array("q", (spec.per_channel, spec.steps))
+    floats = (d.v_reset or 0.0, d.w or 0.0, d.v_threshold or 0.0, d.a, d.b, d.levels)
+    return _words("f", *floats) + array("q", (spec.per_channel, spec.steps))
 
 
 def _prepare_threads(
-    spec: Spec | NormSpec,
-    size: int,
-    kernel: Kernel,
-    aligned: bool,
-    constants: array[int] = array("q"),
-    sums: int = 0,
-    share: int = 1,
+    spec: Spec, kernel: Kernel, aligned: bool, sums: int = 0
 ) -> tuple[_Launch, Grid]:
-    """A launch of a ``share``-th of the threads that run at a time; each writes its ``sums``."""
+    """A launch of the threads that run at a time; each writes its ``sums``."""
     device = spec.device
 
     def resident(vec: int, lanes: int) -> int:
-        return _resident(device, kernel.name(vec, lanes)) // share
+        return _resident(device, kernel.name(vec, lanes))
 
-    layout = (size, spec.inner, spec.channels)
+    layout = (spec.neurons, spec.inner, spec.channels)
     grid = kernels.grid(*layout, kernel.vec, aligned, _capacity(device), resident)
-    name, constants = kernel.name(grid.vec, grid.lanes), array("q", grid.arguments) + constants
+    name = kernel.name(grid.vec, grid.lanes)
+    constants = array("q", grid.arguments) + _constants(spec)
     return _prepare(device, name, constants, grid.blocks, sums=(sums, grid.sums)), grid
 
 
 def _prepare_adders(
-    spec: Spec | NormSpec, name: str, partials: tuple[int, ...], more: array[int], turns: int = 1
+    spec: Spec, name: str, partials: tuple[int, ...], more: array[int], turns: int = 1
 ) -> _Launch:
     """A launch of a block per channel, ``turns`` times, that adds up what threads wrote."""
     constants, blocks = array("q", partials) + more, partials[-1] * turns
@@ -335,7 +295,7 @@ def _prepare(
     sums: tuple[int, int] = (0, 0),
 ) -> _Launch:
     short, kernel = name.partition("<")[0], _function(device.index, name)
-    # Without work too: then sums are of nothing, and a batch counts.
+    # Without work too: then sums are of nothing.
     return _Launch(short, device.index, kernel, (max(1, blocks),), (threads,), constants, sums)
 
 

@@ -1,6 +1,5 @@
 // ALIF over a whole sequence, and the batch norm before it: a kernel for forward and one for backward,
-// the norm's statistics and numbers, sums over threads, spikes as bits. README.md derives the
-// gradients; reference.py is the definition.
+// sums over threads, spikes as bits. README.md derives the gradients; reference.py is the definition.
 //
 // A step of the sequence is `size` neurons in storage order, so any dense layout will do. A thread
 // owns VEC neighbouring neurons, carries them through time in registers, and continues with those
@@ -10,8 +9,8 @@
 // channel adds them up, in shared memory and a fixed order. No atomics: results do not depend on the
 // order in which threads run.
 //
-// With NORM the neuron's input is y = (x - shift) gain + offset, computed in registers in forward and
-// again in backward, whose first launch makes the norm's sums (NEED_NORM).
+// With NORM the neuron's input is y = (x - mean) (weight rstd) + bias, computed in registers in forward
+// and again in backward, whose first launch makes the norm's sums (NEED_NORM).
 //
 // A kernel takes one struct by value. Its members are of 8 bytes, or pairs of floats, in the order in
 // which cuda.py packs them: first what is the same for all calls of a plan.
@@ -234,12 +233,14 @@ __device__ __forceinline__ void load_or_fill(const float* from, index_t at, floa
 
 // ---- the neuron --------------------------------------------------------------------------------
 
-// A norm's numbers: mean and r of each channel in float64, then these rows of float32.
-enum Row { SHIFT, GAIN, OFFSET, WEIGHT, BIAS };
+// A batch norm: plan.Norm, of which weight and bias may be null.
+struct Norm {
+  const float *mean, *rstd, *weight, *bias;
 
-__device__ __forceinline__ float* table_of(double* numbers, index_t channels) {
-  return reinterpret_cast<float*>(numbers + 2 * channels);
-}
+  __device__ __forceinline__ float gain(index_t channel) const {
+    return weight ? weight[channel] * rstd[channel] : rstd[channel];
+  }
+};
 
 // What does not change between the calls of a neuron's plan.
 struct Constants : Grid {
@@ -251,15 +252,15 @@ struct Constants : Grid {
 template <int LANES, int RESET, int CHARGE, bool NORM>
 struct Neuron {
   float q[LANES], v_threshold[LANES], v_reset, levels;
-  float shift[LANES], gain[LANES], offset[LANES];  // of the norm
-  float a[LANES], b[LANES];                        // what x's gradient lacks: a + b (x - shift)
-  float inverse[LANES];                            // of the threshold, for counts
+  float mean[LANES], gain[LANES], bias[LANES];  // of the norm
+  float a[LANES], b[LANES];                     // what x's gradient lacks: a + b (x - mean)
+  float inverse[LANES];                         // of the threshold, for counts
 
   // `at` is the position of the thread's first neuron in a step. w and the threshold are numbers, or
   // tensors of every channel (`stride` 1) or one for all (0). With LANES > 1 neighbours are of
   // successive channels.
   __device__ __forceinline__ Neuron(const Constants& c, const float* w, const float* threshold,
-                                    double* numbers, const float* ab, index_t at)
+                                    const Norm& norm, const float* ab, index_t at)
       : v_reset(RESET == HARD ? c.v_reset : 0.0f), levels(c.levels) {
     const index_t first = at / c.inner % c.channels;
 #pragma unroll
@@ -269,10 +270,9 @@ struct Neuron {
       v_threshold[i] = threshold ? threshold[channel * c.stride] : c.v_threshold;
       inverse[i] = 1.0f / v_threshold[i];
       if (NORM) {
-        const float* table = table_of(numbers, c.channels) + channel;
-        shift[i] = table[SHIFT * c.channels];
-        gain[i] = table[GAIN * c.channels];
-        offset[i] = table[OFFSET * c.channels];
+        mean[i] = norm.mean[channel];
+        gain[i] = norm.gain(channel);
+        bias[i] = norm.bias ? norm.bias[channel] : 0.0f;
         a[i] = ab ? ab[channel] : 0.0f;
         b[i] = ab ? ab[c.channels + channel] : 0.0f;
       }
@@ -281,10 +281,10 @@ struct Neuron {
 
   __device__ __forceinline__ static int lane(int i) { return LANES == 1 ? 0 : i; }
 
-  __device__ __forceinline__ float centred(float x, int i) const { return x - shift[lane(i)]; }
+  __device__ __forceinline__ float centred(float x, int i) const { return x - mean[lane(i)]; }
 
   __device__ __forceinline__ float input(float x, int i) const {
-    return NORM ? fmaf(centred(x, i), gain[lane(i)], offset[lane(i)]) : x;
+    return NORM ? fmaf(centred(x, i), gain[lane(i)], bias[lane(i)]) : x;
   }
 
   // PyTorch's order of operations, unfused.
@@ -377,7 +377,7 @@ struct Forward : Constants {
   float *v_last, *v_seq, *checkpoint;
   unsigned char* bits;
   const float *w, *v_threshold;
-  double* numbers;
+  Norm norm;
   float v_init, unused;
 };
 
@@ -389,8 +389,8 @@ __global__ void __launch_bounds__(BLOCK, 8) alif_forward(const Forward<scalar_t>
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, size = c.size;
   if (thread >= c.threads) return;
-  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, c.w, c.v_threshold, c.numbers, nullptr,
-                                                       thread * VEC);
+  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, c.w, c.v_threshold, c.norm, nullptr,
+                                                  thread * VEC);
 #pragma unroll 1
   for (index_t at = thread * VEC; at < size; at += c.threads * VEC) {
     float v[VEC];
@@ -418,7 +418,7 @@ __global__ void __launch_bounds__(BLOCK, 8) alif_forward(const Forward<scalar_t>
 template <int LANES>
 struct Sums {
   float w[LANES], v_threshold[LANES];
-  float h[LANES], h_x[LANES];  // H's gradient, and H's gradient times x - shift
+  float h[LANES], h_x[LANES];  // H's gradient, and H's gradient times x - mean
 };
 
 // STEPS steps that begin at `here`: from dL/dV after them to dL/dV before them, in `grad_v`.
@@ -503,7 +503,7 @@ struct Backward : Constants {
   scalar_t* grad_x;
   float* grad_v0;
   const float *w, *v_threshold;
-  double* numbers;
+  Norm norm;
   const float* ab;
   float* partial;
   float v_init, unused;
@@ -519,8 +519,8 @@ alif_backward(const Backward<scalar_t> c) {
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, size = c.size;
   if (thread >= c.threads) return;
-  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, c.w, c.v_threshold, c.numbers, c.ab,
-                                                       thread * VEC);
+  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, c.w, c.v_threshold, c.norm, c.ab,
+                                                  thread * VEC);
   Sums<LANES> sums = {};
 #pragma unroll 1
   for (index_t at = thread * VEC; at < size; at += c.threads * VEC) {
@@ -564,70 +564,6 @@ alif_backward(const Backward<scalar_t> c) {
   }
 }
 
-// ---- statistics --------------------------------------------------------------------------------
-
-// Adds GROUP packs at distance `apart` to the sums of x - pivot and of its square. Each group's mean
-// is subtracted before squaring, so float32 is enough for the values; the sums are float64.
-template <int GROUP, int VEC, int LANES, class scalar_t>
-__device__ __forceinline__ void add_group(const scalar_t* x, index_t apart,
-                                          const float (&pivot)[LANES], double (&sum)[LANES],
-                                          double (&square)[LANES]) {
-  constexpr int EACH = VEC / LANES;
-  float values[GROUP][VEC];
-#pragma unroll
-  for (int k = 0; k < GROUP; ++k) load(x + k * apart, values[k]);
-#pragma unroll
-  for (int lane = 0; lane < LANES; ++lane) {
-    float total = 0.0f, deviation = 0.0f;
-#pragma unroll
-    for (int k = 0; k < GROUP * EACH; ++k) {
-      float& value = values[k / EACH][lane + k % EACH];
-      value -= pivot[lane];
-      total += value;
-    }
-    const float mean = total * (1.0f / (GROUP * EACH));  // exact: a power of two
-#pragma unroll
-    for (int k = 0; k < GROUP * EACH; ++k) {
-      const float rest = values[k / EACH][lane + k % EACH] - mean;
-      deviation = fmaf(rest, rest, deviation);
-    }
-    sum[lane] += total;
-    square[lane] += deviation + (double)total * mean;
-  }
-}
-
-// Of a whole sequence, `size` values: per thread and lane the sums of x - pivot and of its square. A
-// channel's pivot is its first value, so that a large mean loses no digits.
-template <class scalar_t>
-struct Statistics : Grid {
-  const scalar_t* x;
-  double* partial;
-  index_t* batches;  // counted here for norm_numbers, whose blocks all read it
-};
-
-template <class scalar_t, int VEC, int LANES>
-__global__ void __launch_bounds__(BLOCK, 8) channel_statistics(const Statistics<scalar_t> c) {
-  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, apart = c.threads * VEC;
-  if (thread == 0 && c.batches) ++*c.batches;
-  if (thread >= c.threads) return;
-  float pivot[LANES];
-  double sum[LANES] = {}, square[LANES] = {};
-  const index_t first = thread * VEC / c.inner % c.channels;
-#pragma unroll
-  for (int i = 0; i < LANES; ++i) pivot[i] = to_float(c.x[(first + i) * c.inner]);
-  index_t at = thread * VEC;
-#pragma unroll 1
-  for (; at + 7 * apart < c.size; at += 8 * apart)
-    add_group<8, VEC>(c.x + at, apart, pivot, sum, square);
-#pragma unroll 1
-  for (; at < c.size; at += apart) add_group<1, VEC>(c.x + at, apart, pivot, sum, square);
-#pragma unroll
-  for (int i = 0; i < LANES; ++i) {
-    c.partial[thread * LANES + i] = sum[i];
-    c.partial[(c.threads + thread) * LANES + i] = square[i];
-  }
-}
-
 // ---- sums over threads: a block per channel ----------------------------------------------------
 
 // Runs a phase on every thread of the block, and waits for all of them. In the host build, where one
@@ -644,18 +580,17 @@ __device__ __forceinline__ void together(Phase phase) {
 }
 
 // A thread's share of a channel's partial sums: every ADDERS-th of them, 8 asked for together.
-template <class sum_t>
-__device__ __forceinline__ double add_share(const sum_t* from, const Partials& p, int thread) {
+__device__ __forceinline__ double add_share(const float* from, const Partials& p, int thread) {
   const unsigned int run = p.run, rows = p.rows, down = ADDERS / run, right = ADDERS % run;
   unsigned int row = thread / run, at = thread % run;
   const index_t apart = p.channels * run, further = down * apart + right;
-  const sum_t* here = from + row * apart + at;
+  const float* here = from + row * apart + at;
   double total = 0.0;
   while (row < rows) {
-    sum_t group[8];
+    float group[8];
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      group[k] = row < rows ? *here : 0;
+      group[k] = row < rows ? *here : 0.0f;
       row += down;
       at += right;
       here += further;
@@ -676,8 +611,8 @@ __device__ __forceinline__ double add_share(const sum_t* from, const Partials& p
 
 // Adds up SUMS sums of the block's channel, and calls `finish` with them once. `partial` has them one
 // behind the other, each of every thread.
-template <int SUMS, class sum_t, class Finish>
-__device__ __forceinline__ void add_up(const sum_t* partial, const Partials& p, index_t channel,
+template <int SUMS, class Finish>
+__device__ __forceinline__ void add_up(const float* partial, const Partials& p, index_t channel,
                                        Finish finish) {
   __shared__ double sums[SUMS][ADDERS];
   together([&](int thread) {
@@ -695,82 +630,29 @@ __device__ __forceinline__ void add_up(const sum_t* partial, const Partials& p, 
   });
 }
 
-template <class scalar_t>
-struct Numbers : Partials {
-  index_t inner, average;  // whether momentum is 1 / batches
-  double count, momentum, eps;
-  const scalar_t* x;
-  const double* partial;
-  index_t* batches;
-  const float *weight, *bias;
-  float *running_mean, *running_var;
-  double* numbers;
-};
-
-// The numbers by the batch's statistics, which move the running ones; FIXED: by the running ones.
-template <class scalar_t, bool FIXED>
-__global__ void __launch_bounds__(ADDERS) norm_numbers(const Numbers<scalar_t> c) {
-  const index_t channel = blockIdx.x, channels = c.channels;
-  if (channel >= channels) return;
-  auto write = [&](double mean, double var) {
-    const double r = 1.0 / sqrt(var + c.eps);
-    const float weight = c.weight ? c.weight[channel] : 1.0f;
-    const float bias = c.bias ? c.bias[channel] : 0.0f, shift = (float)mean;
-    c.numbers[channel] = mean;
-    c.numbers[channels + channel] = r;
-    float* table = table_of(c.numbers, channels) + channel;
-    table[SHIFT * channels] = shift;
-    table[GAIN * channels] = (float)(weight * r);
-    table[OFFSET * channels] = (float)(bias + (shift - mean) * (weight * r));
-    table[WEIGHT * channels] = weight;
-    table[BIAS * channels] = bias;
-  };
-  if constexpr (FIXED) {
-    if (threadIdx.x != 0) return;
-    if (channel == 0 && c.batches) ++*c.batches;
-    write(c.running_mean[channel], c.running_var[channel]);
-  } else {
-    add_up<2>(c.partial, c, channel, [&](const double (&sums)[2][ADDERS]) {
-      if (c.count == 0.0) return write(0.0, 0.0);  // of no values, which move nothing
-      const double pivot = to_float(c.x[channel * c.inner]), apart = sums[0][0] / c.count;
-      const double square = sums[1][0] / c.count - apart * apart;
-      const double mean = pivot + apart, var = square < 0.0 ? 0.0 : square;
-      const double momentum = c.average && c.batches ? 1.0 / *c.batches : c.momentum;
-      auto move = [&](float& running, double to) {
-        running = (float)((1.0 - momentum) * running + momentum * to);
-      };
-      if (c.running_mean) move(c.running_mean[channel], mean);
-      if (c.running_var) move(c.running_var[channel], var * (c.count / (c.count - 1.0)));
-      write(mean, var);
-    });
-  }
-}
-
+// The two kernels that add up are templates, of which NVRTC compiles only those that are named.
 template <class sum_t>
 struct NormGradients : Partials {
   double count;
   const sum_t* partial;
-  double* numbers;
+  Norm norm;
   float *ab, *grad_weight, *grad_bias;  // null if not needed
 };
 
 // A and B, and the gradients of weight and bias, from the sums of y's gradient and of its product
-// with x - shift.
+// with x - mean.
 template <class sum_t>
 __global__ void __launch_bounds__(ADDERS) norm_gradients(const NormGradients<sum_t> c) {
-  const index_t channel = blockIdx.x, channels = c.channels;
-  if (channel >= channels) return;
+  const index_t channel = blockIdx.x;
+  if (channel >= c.channels) return;
   add_up<2>(c.partial, c, channel, [&](const double (&sums)[2][ADDERS]) {
-    const float* table = table_of(c.numbers, channels) + channel;
-    const double r = c.numbers[channels + channel], gain = table[GAIN * channels];
-    const double rest = c.numbers[channel] - table[SHIFT * channels];
-    const double sum = sums[0][0], centred = sums[1][0] - rest * sum;  // with x - mean
-    if (c.grad_weight) c.grad_weight[channel] = (float)(r * centred);
-    if (c.grad_bias) c.grad_bias[channel] = (float)sum;
+    const double rstd = c.norm.rstd[channel], gain = c.norm.gain(channel);
+    const double to_bias = sums[0][0], to_weight = rstd * sums[1][0];
+    if (c.grad_weight) c.grad_weight[channel] = (float)to_weight;
+    if (c.grad_bias) c.grad_bias[channel] = (float)to_bias;
     if (c.ab) {
-      const double b = gain * r * r * centred / c.count;
-      c.ab[channel] = (float)(gain * sum / c.count - b * rest);
-      c.ab[channels + channel] = (float)b;
+      c.ab[channel] = (float)(gain * to_bias / c.count);
+      c.ab[c.channels + channel] = (float)(gain * rstd * to_weight / c.count);
     }
   });
 }

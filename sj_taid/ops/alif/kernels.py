@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..surrogate import DERIVATIVES
-from .plan import Spec
+from .plan import Charge, Spec
 
 #: The C++ types of the kernels, by the input's dtype.
 SCALARS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -24,11 +24,9 @@ ADDERS = 512  # the same where a block adds up a channel's sums
 SEGMENT = 8  # steps per segment
 LONGEST_SWEEP = 16  # steps without segments, in float32; half precision takes SEGMENT
 SOFT, HARD, HARD_TO_ZERO, COUNTS = range(4)  # counts reset softly
-ADD_INPUT, DECAY_INPUT, NO_LEAK, NO_STATE = range(4)
 NEED_X, NEED_W, NEED_V_THRESHOLD, NEED_NORM = 1, 2, 4, 8
 _CONSTANTS = (
     *("BLOCK", "ADDERS", "SEGMENT", "LONGEST_SWEEP", "SOFT", "HARD", "HARD_TO_ZERO", "COUNTS"),
-    *("ADD_INPUT", "DECAY_INPUT", "NO_LEAK", "NO_STATE"),
     *("NEED_X", "NEED_W", "NEED_V_THRESHOLD", "NEED_NORM"),
 )
 
@@ -53,8 +51,9 @@ _NORM_BACKWARD_VEC: _Vecs = ((2, (4, 4)), (4, (2, 2)), (math.inf, (1, 2)))
 
 
 def source() -> str:
-    """``kernels.cu`` after the constants above, and a struct with each surrogate's derivative."""
-    constants = (f"constexpr int {name} = {globals()[name]};\n" for name in _CONSTANTS)
+    """``kernels.cu`` after the constants above and the charges, and each surrogate's derivative."""
+    values = {name: globals()[name] for name in _CONSTANTS} | Charge.__members__
+    constants = (f"constexpr int {name} = {int(value)};\n" for name, value in values.items())
     structs = (
         f"struct {derivative.name} {{ static __device__ __forceinline__ float derivative("
         f"float x, float a, float b) {{ {derivative.cuda} }} }};\n"
@@ -106,20 +105,13 @@ def backward(spec: Spec, needs: int, v_seq: bool) -> Kernel:
     return _specialise("alif_backward", spec, v_seq, vecs, more)
 
 
-def statistics(dtype: torch.dtype) -> Kernel:
-    """The kernel that computes a norm's statistics."""
-    return Kernel(4, f"channel_statistics<{SCALARS[dtype]}")
-
-
 def _specialise(name: str, spec: Spec, v_seq: bool, vecs: _Vecs, more: str) -> Kernel:
     # Voltages are float32 whatever the input is, and so are their gradients.
     column = 0 if spec.dtype == torch.float32 or v_seq else 1
     vec = next(vec for steps, vec in vecs if spec.steps <= steps)[column]
-    w, decay_input, _, v_reset, *_ = spec.dynamics
+    charge, v_reset = int(spec.dynamics.charge), spec.dynamics.v_reset
     reset = SOFT if v_reset is None else HARD if v_reset else HARD_TO_ZERO
     reset = COUNTS if spec.dynamics.counts else reset
-    charge = DECAY_INPUT if decay_input else ADD_INPUT
-    charge = NO_LEAK if w == -math.inf else NO_STATE if w == math.inf else charge
     before = f"{name}<{SCALARS[spec.dtype]},{template_steps(spec.steps, spec.dtype)}"
     return Kernel(vec, before, f",{reset},{charge},{v_seq:d},{spec.norm:d},{more}")
 
@@ -134,7 +126,7 @@ def template_steps(steps: int, dtype: torch.dtype) -> int:
 
 
 class Grid(NamedTuple):
-    """How the neurons of one step, or a norm's values, are distributed over threads.
+    """How the neurons of one step are distributed over threads.
 
     Neuron ``i`` of a step, in storage order, has channel ``i / inner % channels``. A thread takes
     ``vec`` neighbours, then those ``vec * threads`` further, and so on; ``threads = rows * period``

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from sj_taid.ops.alif import kernels
-from sj_taid.ops.alif.plan import Dynamics, Spec
+from sj_taid.ops.alif.plan import Charge, Dynamics, Spec
 
 
 class Resources(NamedTuple):
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     needs = kernels.NEED_X | kernels.NEED_W | kernels.NEED_V_THRESHOLD
     names = []
     for dtype, steps in itertools.product(kernels.SCALARS, (1, 2, 4, 8, 16, 24)):
-        dynamics = Dynamics(None, True, None, 0.0, False, "Sigmoid", 0.0, 0.0)
+        dynamics = Dynamics(Charge.DECAY_INPUT, None, None, 0.0, False, "Sigmoid", 0.0, 0.0)
         about = (dynamics, dtype, torch.device("cuda"), steps, 1, 1, 1, (), (), *[False] * 6)
         for kernel in (kernels.forward(Spec(*about)), kernels.backward(Spec(*about), needs, False)):
             names.append(kernel.name(kernel.vec, 1))

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from sj_taid.ops.alif import kernels
-from sj_taid.ops.alif.plan import NormSpec
 from tests.helpers import results
 from tests.ops.alif.conformance import OPTIONS, make_case, pairwise, tensors_off_threshold
 from tests.ops.alif.host import Host
@@ -26,9 +25,6 @@ MEMORY |= {"T": (1, 7, 29), "dtype": (torch.float32, torch.float16), "frozen": (
 
 def run_alone(engine, x, packed):
     """The kernels that no neuron's call launches."""
-    about = (x.dtype, x.device, x.numel(), x.shape[2], x.stride(2))
-    statistics = torch.rand(2, x.shape[2])
-    engine.norm(NormSpec(*about, True, None, 1e-5)).numbers(x, None, None, *statistics, None)
     spikes = torch.empty(len(x), x[0].numel(), dtype=x.dtype)
     if packed is not None:
         engine.unpack_into(packed, spikes)

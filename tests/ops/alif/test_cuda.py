@@ -4,7 +4,6 @@ import copy
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,56 +14,47 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sj_taid
 from sj_taid.ops import backends, bits
-from sj_taid.ops.alif import autograd, kernels, reference
+from sj_taid.ops.alif import kernels, reference
 from sj_taid.ops.alif.kernels import BLOCK, NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
-from sj_taid.ops.alif.plan import Needs, NormSpec, mean_and_rstd, table
+from sj_taid.ops.alif.plan import Charge, Needs, Norm
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
     Case,
     assert_close,
     assert_counts_at_their_edges,
     assert_not_finite_alike,
-    assert_statistics_of_a_mean_far_from_zero,
     results,
     tensors,
 )
-from tests.ops.alif.conformance import LAYOUTS, make_spec
+from tests.ops.alif.conformance import make_spec
 from tests.ops.alif.host import CompileError, needs_gxx
 
 CASE = Case(shape=(4, 3, 8, 2))
 NORM = Case(shape=(4, 3, 4, 4, 4), norm="batch")
 ALL = NEED_X | NEED_W | NEED_V_THRESHOLD
-#: what a norm and a neuron launch forward, and in a backward after the norm's sums
-BATCH = ["channel_statistics", "norm_numbers", "alif_forward"]
+#: what a norm and a neuron launch in a backward after the norm's sums
 SECOND = ["norm_gradients", "alif_backward"]
 
 
 class Call:
     """A call of a case's plan, with w and the threshold as tensors or constant."""
 
-    def __init__(self, launcher, case, constant=False, leaves=None, w=None):
+    def __init__(self, launcher, case, constant=False, leaves=None, charge=None):
         leaves = {n: t.detach() for n, t in (leaves or tensors(case)).items()}
         x, self.spec = leaves["x"], make_spec(case, leaves["x"])
         parameters = (leaves["w"], leaves["v_threshold"])
         if constant:
-            values = [float(t.view(-1)[0]) for t in parameters]
-            values[0], parameters = values[0] if w is None else w, (None, None)
-            dynamics = self.spec.dynamics._replace(w=values[0], v_threshold=values[1])
-            self.spec = self.spec._replace(dynamics=dynamics)
-        engine = launcher.cuda.ENGINE
-        self.plan, self.norm = engine.plan(self.spec), None
+            w, threshold = (float(t.view(-1)[0]) for t in parameters)
+            dynamics = self.spec.dynamics._replace(w=w, v_threshold=threshold)
+            dynamics = dynamics._replace(charge=dynamics.charge if charge is None else charge)
+            self.spec, parameters = self.spec._replace(dynamics=dynamics), (None, None)
+        self.plan, norm = launcher.cuda.ENGINE.plan(self.spec), None
         if case.norm:
-            spec = norm_spec(x, fixed=self.spec.fixed_norm)
             mean = torch.linspace(-0.3, 0.9, x.shape[2])
-            running = (mean, (1 + mean).square(), torch.tensor(0))
-            self.norm = partial(
-                engine.norm(spec).numbers, x, leaves["weight"], leaves["bias"], *running
-            )
-        self.arguments = (x, leaves["v0"], 0.0, *parameters, None)
+            norm = Norm(mean, 1 / (1 + mean), leaves["weight"], leaves["bias"])
+        self.arguments = (x, leaves["v0"], 0.0, *parameters, norm)
 
     def forward(self):
-        numbers = self.norm() if self.norm else None
-        self.arguments = (*self.arguments[:-1], numbers)
         return self.plan.forward(*self.arguments)
 
     def gradients_of(self, outputs):
@@ -73,15 +63,9 @@ class Call:
         return [torch.randn_like(t) for t in outputs[:3]]
 
     def backward(self, outputs, grads, needs=None):
-        *arguments, numbers = self.arguments
-        needs = needs or Needs(*[True] * 4, self.norm is not None)
-        return self.plan.backward(needs, *grads, *arguments, outputs[3], numbers)
-
-
-def norm_spec(x, **options):
-    """The spec of a norm of ``x`` ``[T, N, C, *]``."""
-    about = (x.dtype, x.device, x.numel(), x.shape[2], x.stride(2))
-    return NormSpec(*about, **{"fixed": False, "momentum": 0.1, "eps": 1e-5} | options)
+        *arguments, norm = self.arguments
+        needs = needs or Needs(*[True] * 4, norm is not None)
+        return self.plan.backward(needs, *grads, *arguments, outputs[3], norm)
 
 
 def shifted(t):
@@ -134,16 +118,16 @@ def test_backward_computes_only_what_is_needed(launcher, norm, frozen, needs):
 
 @needs_gxx
 @pytest.mark.parametrize(
-    ("case", "constant", "forward", "backward"),
+    ("case", "constant", "backward"),
     [
-        (CASE, False, ["alif_forward"], ["alif_backward", "parameter_gradients"]),
-        (CASE, True, ["alif_forward"], ["alif_backward"]),
-        (NORM, False, BATCH, ["alif_backward", *SECOND, "parameter_gradients"]),
-        (NORM, True, BATCH, ["alif_backward", *SECOND]),
-        (NORM.with_(norm="fixed"), True, BATCH[1:], SECOND[::-1]),
+        (CASE, False, ["alif_backward", "parameter_gradients"]),
+        (CASE, True, ["alif_backward"]),
+        (NORM, False, ["alif_backward", *SECOND, "parameter_gradients"]),
+        (NORM, True, ["alif_backward", *SECOND]),
+        (NORM.with_(norm="fixed"), True, SECOND[::-1]),
     ],
 )
-def test_launches_are_few_and_torch_only_allocates(launcher, case, constant, forward, backward):
+def test_launches_are_few_and_torch_only_allocates(launcher, case, constant, backward):
     class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             operators.add(function.overloadpacket.__name__)
@@ -155,7 +139,7 @@ def test_launches_are_few_and_torch_only_allocates(launcher, case, constant, for
         launcher.launches.clear()
         with Operators():
             outputs = call.forward()
-        assert [launch.name.partition("<")[0] for launch in launcher.launches] == forward
+        assert [launch.name.partition("<")[0] for launch in launcher.launches] == ["alif_forward"]
         grads = call.gradients_of(outputs)
         launcher.launches.clear()
         with Operators():
@@ -183,7 +167,7 @@ def test_an_accelerated_net_takes_these_launches(launcher, monkeypatch, kind):
     last = ["parameter_gradients"] if kind is neuron.ParametricLIFNode else []
     backward = ["unpack_bits", "alif_backward", *SECOND, *last]  # the convolution's first
     names = [launch.name.partition("<")[0] for launch in launcher.launches]
-    assert names == [*BATCH, *backward]
+    assert names == ["alif_forward", *backward]
 
 
 @needs_gxx
@@ -208,7 +192,7 @@ def test_constants_are_the_same_as_tensors(launcher):
 @pytest.mark.parametrize("v_reset", [0.0, 0.25, None])
 def test_no_leak_is_a_plain_sum_for_infinite_voltages_too(launcher, v_reset):
     case = CASE.with_(v_reset=v_reset, shape=(5, 3, 8, 4))
-    call = Call(launcher, case, constant=True, w=-math.inf)
+    call = Call(launcher, case, constant=True, charge=Charge.NO_LEAK)
     x, v0 = call.arguments[0].clone(), call.arguments[1].clone()
     for i, value in enumerate((math.inf, -math.inf, math.nan)):
         x[1 + i, i], v0[i, 7] = value, value
@@ -275,84 +259,11 @@ def test_threads_share_a_plan(launcher):
     assert set(streams) == {0, 1, 2, 3} and len({*streams.values()}) == 1
 
 
-# ---- the norm's numbers ----
-
-
-def statistics(launcher, x):
-    """Mean and biased variance of each channel."""
-    mean, r = mean_and_rstd(
-        launcher.cuda.ENGINE.norm(norm_spec(x, eps=0.0)).numbers(x, *[None] * 5)
-    )
-    return mean, r.pow(-2)
-
-
-@needs_gxx
-@pytest.mark.parametrize("shape", [(3, 2, 4, 33, 33), (2, 64, 8)], ids=str)
-@pytest.mark.parametrize(("outlier", "bound"), [(0.0, 1e-6), (10.0, 1e-4)])
-def test_statistics_of_a_mean_far_from_zero(launcher, shape, outlier, bound):
-    assert_statistics_of_a_mean_far_from_zero(partial(statistics, launcher), shape, outlier, bound)
-
-
-@needs_gxx
-def test_statistics_take_half_of_the_threads_that_run_at_a_time(launcher):
-    launcher.capacity = 4 * BLOCK
-    statistics(launcher, torch.rand(4, 64, 8))
-    assert launcher.launches[0].grid == (2,)
-
-
-@needs_gxx
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", kernels.SCALARS, ids=str)
-@pytest.mark.parametrize(("affine", "momentum"), [(True, 0.3), (False, None)])
-def test_numbers_are_those_of_torchs_batch_norm(launcher, layout, dtype, affine, momentum):
-    step, axes = LAYOUTS[layout]
-    case = Case(shape=(5, *step), dtype=dtype, axes=axes, norm="batch")
-    norm = nn.BatchNorm1d(step[1], 1e-3, momentum, affine)
-    for t in (*norm.parameters(), norm.running_mean, norm.running_var):
-        nn.init.uniform_(t, 0.5, 1.5)
-    exact, batches = copy.deepcopy(norm).double(), norm.num_batches_tracked
-    for seed in range(3):
-        x = tensors(case.with_(seed=seed))["x"].detach()
-        plan = launcher.cuda.ENGINE.norm(norm_spec(x, momentum=momentum, eps=norm.eps))
-        running = (norm.running_mean, norm.running_var)
-        got = plan.numbers(x, norm.weight, norm.bias, *running, batches)
-        flat = x.double().movedim(2, -1).reshape(-1, step[1])
-        want = exact(flat)
-        mean, var = flat.mean(0), flat.var(0, correction=0)
-        r = (var + norm.eps).rsqrt()
-        torch.testing.assert_close(mean_and_rstd(got), torch.stack([mean, r]), rtol=1e-6, atol=1e-7)
-        shift, gain, offset, *affine_rows, _ = table(got)
-        rows = (torch.ones(step[1]), torch.zeros(step[1]))
-        assert all(map(torch.equal, affine_rows, (norm.weight, norm.bias) if affine else rows))
-        assert torch.equal(shift, mean_and_rstd(got)[0].float())
-        torch.testing.assert_close(
-            (flat - shift) * gain.double() + offset, want, rtol=1e-5, atol=1e-5
-        )
-    for name, buffer in norm.named_buffers():
-        torch.testing.assert_close(
-            buffer.double(), exact.get_buffer(name).double(), rtol=1e-6, atol=1e-6
-        )
-    assert batches == 3
-
-
-@needs_gxx
-def test_numbers_by_running_statistics_do_not_read_the_input(launcher):
-    x = torch.full((4, 3, 5, 2), math.nan)
-    mean, var = torch.linspace(-1, 1, 5), torch.linspace(0.5, 2, 5)
-    batches = torch.tensor(7)
-    plan = launcher.cuda.ENGINE.norm(norm_spec(x, fixed=True, eps=1e-3))
-    got = plan.numbers(x, None, None, mean, var, batches)
-    want = torch.stack([mean.double(), (var.double() + 1e-3).rsqrt()])
-    torch.testing.assert_close(mean_and_rstd(got), want)
-    assert mean.equal(torch.linspace(-1, 1, 5)) and batches == 8
-    assert launcher.cuda.launches == {"norm_numbers": 1}
-
-
 @needs_gxx
 @pytest.mark.parametrize("shape", [(4, 0, 8, 2), (4, 3, 8, 0), (4, 3, 0, 2)])
 @pytest.mark.parametrize("norm", [None, "batch", "fixed"])
 def test_no_neurons(launcher, shape, norm):
-    """Nothing is moved but the counter, and sums of nothing are zeros."""
+    """Sums of nothing are zeros."""
     call = Call(launcher, NORM.with_(shape=shape, norm=norm))
     outputs = call.forward()
     assert outputs[0].shape == shape
@@ -361,11 +272,6 @@ def test_no_neurons(launcher, shape, norm):
     )
     sums = [grad_w, grad_v_threshold] + [grad_weight, grad_bias] * (norm is not None)
     assert all(t.eq(0).all() for t in sums)
-    if norm == "batch":
-        mean, batches = torch.ones(shape[2]), torch.tensor(1)
-        plan = launcher.cuda.ENGINE.norm(norm_spec(call.arguments[0]))
-        assert plan.numbers(call.arguments[0], None, None, mean, mean, batches).isfinite().all()
-        assert mean.eq(1).all() and batches == 2
 
 
 # ---- bits ----
@@ -456,11 +362,11 @@ def test_forward_saves_the_input_the_parameters_and_checkpoints(launcher, dtype,
 
 @needs_gxx
 @pytest.mark.parametrize("T", [4, 17])
-def test_norm_saves_the_input_and_numbers_per_channel(launcher, T):
+def test_norm_saves_the_input_and_four_numbers_per_channel(launcher, T):
     case = NORM.with_(shape=(T, *NORM.shape[1:]), v_init=False)
     neurons, channels = 3 * 4 * 4 * 4, 4
     expected = 4 * (T + kernels.checkpoints(T, torch.float32)) * neurons
-    expected += 2 * 4 + channels * 5 * 8
+    expected += 2 * 4 + channels * 4 * 4
     assert count_saved_bytes(lambda: run(launcher, case)) == expected
 
 
@@ -718,24 +624,3 @@ def test_function_is_not_loaded_while_a_graph_is_captured(launcher, monkeypatch)
     loaded = function(0, "alif_forward<1>")  # an error is not kept
     captured[0] = True
     assert function(0, "alif_forward<1>") is loaded
-
-
-# ---- torch.compile ----
-
-
-@needs_gxx
-@pytest.mark.parametrize("channels", [None, 8])
-def test_operators_pass_opcheck(launcher, channels):
-    autograd.register(f"cupy_on_host_{channels}", "CPU", launcher.cuda.ENGINE)
-    case = CASE.with_(shape=(24, 3, 8, 2), channels=channels)
-    neuron = [t.detach() for t in tensors(case).values()]
-    neuron.insert(2, 0.0)
-    dynamics, operators = (True, None, False, "ATan", 1.0, 3.14, 1), torch.ops.sj_taid
-    forward = getattr(operators, f"cupy_on_host_{channels}_forward")
-    torch.library.opcheck(forward, (*neuron, *dynamics, True, 2))
-    *outputs, checkpoint = forward(*neuron, *dynamics, True, 2)
-    gradients = [torch.rand_like(t) for t in outputs]
-    torch.library.opcheck(
-        getattr(operators, f"cupy_on_host_{channels}_backward"),
-        (*gradients, *neuron, checkpoint, *dynamics, *[True] * 4),
-    )

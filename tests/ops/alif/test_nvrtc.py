@@ -1,11 +1,10 @@
-"""The kernels as NVIDIA's compiler sees them: registers and spills."""
-
-import math
+"""The kernels as NVIDIA's compiler sees them: what of a thread is not in registers."""
 
 import pytest
 
 from sj_taid.ops.alif import kernels
 from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
+from sj_taid.ops.alif.plan import Charge
 from tests.helpers import Case
 from tests.ops.alif import nvrtc
 from tests.ops.alif.conformance import COUNTS, SURROGATES, make_spec, pairwise
@@ -30,7 +29,7 @@ OPTIONS = {
     "per_lane": (False, True),
     "v_seq": (False, True),
     "detach_reset": (False, True),
-    "charge": ("decay", "no decay", "no leak", "no state"),
+    "charge": tuple(Charge),
     "surrogate": ("Sigmoid", "S2NN", "QPseudoSpike"),
     "needs": ("no norm", NEED_NORM | ALL & ~NEED_X, NEED_NORM, ALL, NEED_NORM | ALL),
     "pack": (False, True),
@@ -44,48 +43,48 @@ def make(dtype, steps, v_reset=0.0, **options):
     return make_spec(case, **changes)
 
 
-def widest(kernel, per_lane=False):
-    return kernel.name(kernel.vec, kernel.vec if per_lane else 1)
-
-
-def names():
+def kernels_and_bytes():
+    """Names of kernels, and the bytes of the smallest array that a thread of each holds."""
     for row in pairwise(OPTIONS):
         norm = row["needs"] != "no norm"
-        counts = row["v_reset"] == "counts" or row["charge"] == "no state"
+        counts = row["v_reset"] == "counts" or row["charge"] == Charge.NO_STATE
         spec = make(
             row["dtype"],
             row["T"],
             None if counts else row["v_reset"],
             detach_reset=row["detach_reset"],
-            decay_input=row["charge"] != "no decay",
             surrogate_function=(COUNTS["counts"] if counts else SURROGATES[row["surrogate"]])(),
             norm=norm,
             pack=row["pack"],
         )
-        if row["charge"] in ("no leak", "no state"):
-            w = -math.inf if row["charge"] == "no leak" else math.inf
-            spec = spec._replace(dynamics=spec.dynamics._replace(w=w))
+        spec = spec._replace(dynamics=spec.dynamics._replace(charge=row["charge"]))
         needs, v_seq = row["needs"] if norm else ALL, row["v_seq"]
-        yield widest(kernels.forward(spec._replace(store_v_seq=v_seq)), row["per_lane"])
-        yield widest(kernels.backward(spec, needs, v_seq), row["per_lane"])
-    yield from ("norm_gradients<float>", "parameter_gradients<float>")
+        is_sweep = row["T"] <= kernels.longest_sweep(row["dtype"])
+        steps = row["T"] if is_sweep else kernels.SEGMENT
+        for kernel in (
+            kernels.forward(spec._replace(store_v_seq=v_seq)),
+            kernels.backward(spec, needs, v_seq),
+        ):
+            lanes = kernel.vec if row["per_lane"] else 1
+            yield kernel.name(kernel.vec, lanes), 4 * steps * kernel.vec  # a voltage of each step
+    yield from ((f"{what}_gradients<float>", 4 * 8) for what in ("norm", "parameter"))
     for dtype, scalar in kernels.SCALARS.items():
-        statistics, vec = kernels.statistics(dtype), kernels.ALIGNMENT // dtype.itemsize
-        yield from (widest(statistics), widest(statistics, per_lane=True))
-        yield from (f"norm_numbers<{scalar},{fixed}>" for fixed in (0, 1))
         for what in ("pack_bits", "unpack_bits", "pack_counts", "unpack_counts"):
-            yield from (f"{what}<{scalar},{n}>" for n in (1, vec))
+            for vec in (1, kernels.ALIGNMENT // dtype.itemsize):
+                yield f"{what}<{scalar},{vec}>", 4 * max(2, vec)
 
 
-NAMES = tuple(dict.fromkeys(names()))
+NAMES = dict(kernels_and_bytes())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90", *OTHERS])
-def test_16_bytes_are_spilled_at_most(arch):
-    found = nvrtc.resources(kernels.source(), NAMES, arch)
-    assert found.keys() == set(NAMES)
+def test_no_array_of_a_thread_is_in_local_memory(arch):
+    """A loop that is not unrolled, or an index that is no constant, would put it there.
+
+    How many single registers are spilled depends on the version of NVRTC: ``make gpu`` prints it.
+    """
+    found = nvrtc.resources(kernels.source(), tuple(NAMES), arch)
+    assert found.keys() == NAMES.keys()
     for name, r in found.items():
-        assert r.spill_stores <= 16, name
-        # An array in local memory would be more than spilled registers, rounded up to 8 bytes.
-        assert r.stack < r.spill_stores + 8, name
+        assert r.stack < NAMES[name], name
