@@ -60,7 +60,9 @@ def test_compile_gives_equal_outputs_and_gradients(options):
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     got = outputs_and_gradients(net, compiled, x)
     assert expected["spikes"].sum() > 0
-    assert_equal(got, expected)
+    for name in ("spikes", "v"):
+        assert torch.equal(got.pop(name), expected.pop(name)), name
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_compile_once_with_resets():
