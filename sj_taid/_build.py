@@ -32,6 +32,7 @@ def build(
     config: Any,
     trust: Collection[str] | None = None,
     keys: Mapping[str, str] | None = None,
+    trusted: Collection[str] = TRUSTED,
     **arguments: Any,
 ) -> Any:
     """Build the object that a config describes: its ``_target_`` called with the other entries.
@@ -41,11 +42,11 @@ def build(
 
     Args:
         config: nested dictionaries and lists.
-        trust: full names of custom classes that may be called next to this package's,
-            SpikingJelly's neurons and surrogates, ``torch.optim`` and torch's losses; None where
-            the user has no say.
+        trust: full names of custom classes that may be called next to those of ``trusted``; None
+            where the user has no say.
         keys: where a class's arguments are in the user's config, for errors.
-        arguments: for the outermost class, over the config's arguments.
+        trusted: modules whose public classes may be called.
+        arguments: for the outermost class, over those of the config.
 
     Raises:
         ValueError: a class that is not trusted, or that does not take its arguments: by their kinds
@@ -64,7 +65,7 @@ def build(
         if "_target_" not in values:
             return values
         name = values.pop("_target_")
-        target, is_partial = find_class(name, trust), values.pop("_partial_", False)
+        target, is_partial = find_class(name, trust, trusted), values.pop("_partial_", False)
         try:
             if trust is not None:  # a model by name was checked when it was saved
                 from ._kinds import check_kinds  # and pydantic, of the extra train
@@ -83,21 +84,8 @@ def build(
             raise ValueError(f"{name} cannot be built: {words.splitlines()[0]}") from error
 
     for name in _targets(config):
-        find_class(name, trust)
+        find_class(name, trust, trusted)
     return call(config, arguments)
-
-
-def foreign_classes(config: Any, trusted: Collection[str]) -> list[str]:
-    """The names in a config that are no public classes of ``trusted`` modules."""
-
-    def is_foreign(name: str) -> bool:
-        try:
-            find_class(name, (), trusted)
-        except ValueError:
-            return True
-        return False
-
-    return [*filter(is_foreign, dict.fromkeys(_targets(config)))]
 
 
 def find_class(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,15 @@ def validate(cfg: DictConfig) -> None:
             "StochasticWeightAveraging would measure other weights than the saved ones; take "
             "WeightAveraging or EMAWeightAveraging of lightning.pytorch.callbacks"
         )
+
+
+def merge(cfg: DictConfig, given: Mapping[str, Any]) -> None:
+    """Put values into a run's config, by their keys, in groups that it has."""
+    for key, value in given.items():
+        group = key.partition(".")[0]
+        if group != key and cfg.get(group) is None:
+            raise ValueError(f"{key} is given, but the run has no {group}; leave it out")
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
 def refuse_unknown(cfg: DictConfig, keys: Set[str]) -> None:

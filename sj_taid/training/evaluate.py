@@ -16,11 +16,13 @@ from torch import Tensor, distributed
 from .._compat import NEURONS
 from .._context import eval_mode, seeded
 from .callbacks import ProgressBar
+from .checkpoint import load_weights, read_checkpoint
 from .compare import COSTS, format_metrics
-from .config import validate
+from .config import merge
 from .evaluator import Evaluator
+from .parts import Parts, build_parts
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
-from .run import Run, build_data, build_part, flatten, merge
+from .run import Run, flatten
 from .task import Task
 
 log = logging.getLogger(__name__)
@@ -40,15 +42,13 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     reuse_freed_memory()
     run = Run.find(cfg.checkpoint)
     with run.lock():
-        given, cfg = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
-        OmegaConf.resolve(cfg.dataset)  # whose name may be its folder's
-        merge(cfg, {k: value for k, value in given.items() if value is not None or k == "trust"})
-        validate(cfg)
-        model = run.model(cfg.trust)
-        data = build_data(cfg)
-        task = build_part(cfg, "task", model=model, optimizer=None)
-        with seeded(cfg.seed):
-            metrics = measure(task, build_tester(cfg, bar=True), data, build_part(cfg, "metric"))
+        parts = build_parts(evaluated_config(cfg, run))
+        load_weights(parts.model, read_checkpoint(run.checkpoint), run.checkpoint)
+        parts.data.prepare_data()
+        parts.data.setup()
+        tester = build_tester(parts, bar=True)
+        with seeded(parts.seed):
+            metrics = measure(parts.task, tester, parts.data, parts.evaluator)
         protocol = metrics.pop("protocol", {})
         protocol = {name: protocol[name] for name in metrics if name in protocol}
         if run.checkpoint == run.best:
@@ -58,7 +58,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
             "protocol": protocol,
             "metrics": metrics,
             "checkpoint_sha256": run.checkpoint_sha256(),
-            "seed": cfg.seed,
+            "seed": parts.seed,
             **origin,
             **provenance(),
         }
@@ -69,10 +69,23 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     return evaluation
 
 
-def build_tester(cfg: DictConfig, bar: bool = False) -> L.Trainer:
+def evaluated_config(cfg: DictConfig, run: Run) -> DictConfig:
+    """The run's config with what is given over it, and without what training alone needs."""
+    given, config = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
+    OmegaConf.resolve(config.dataset)  # whose name may be that of its folder
+    merge(config, {k: value for k, value in given.items() if value is not None or k == "trust"})
+    OmegaConf.resolve(config)
+    config.model = run.portable_model_config
+    for group in ("optimizer", "callbacks", "logger"):
+        config.pop(group, None)
+    return config
+
+
+def build_tester(parts: Parts, bar: bool = False) -> L.Trainer:
     """A trainer for a test outside of a run, under the run's settings."""
+    options = parts.trainer.keywords
     return L.Trainer(
-        **{key: cfg.trainer[key] for key in ("accelerator", "precision", "limit_test_batches")},
+        **{key: options[key] for key in ("accelerator", "precision", "limit_test_batches")},
         devices=1,
         logger=False,
         enable_checkpointing=False,

@@ -68,7 +68,7 @@ def test_error_of_a_worker_is_its_message_alone():
         ("train trust=mypkg.MyLIF", r"trust must be a list of full .* it is 'mypkg\.MyLIF'"),
         ("train trust=[1]", r"trust must be a list of full names, .*, but it is \[1\]"),
         ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
-        ("train trainer.accelerator=tpuu", "Available names are(?s:.*)full_key: trainer"),
+        ("train trainer.accelerator=tpuu", "Available names are"),
         ("train -m seed=0 neuron._target_=os.system", r"'os\.system': no public class"),
         ("train hydra.run.dir=file", "File exists: '.*file'"),
         ("evaluate checkpoint=nowhere", "no checkpoint of a run at .*nowhere"),
@@ -174,13 +174,13 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
     custom.mkdir(parents=True)
     (custom / "mine.yaml").write_text(f"ctrl_c:\n  _target_: {__name__}.CtrlC\n  epoch: 0\n")
     folder = tmp_path / "run"
+    trust = f"trust=[{__name__}.CtrlC]"
     with pytest.raises(KeyboardInterrupt, match=r"Stopped\. Give the same command again"):
-        train("callbacks=mine", "trainer.max_epochs=2", "--config-dir", str(custom.parent))
+        train("callbacks=mine", trust, "trainer.max_epochs=2", "--config-dir", str(custom.parent))
     # What the run says of itself is no reason to trust it.
     with pytest.raises(SystemExit, match=rf"names '{__name__}\.CtrlC'.*add trust="):
         sj_taid("train", f"resume={folder}")
-    trust = f"trust=[{__name__}.CtrlC]"
-    message = re.escape(f"Resume with: sj-taid train resume={folder} {trust}") + "$"
+    message = re.escape(f"Resume with: sj-taid train resume={folder}") + "$"
     with pytest.raises(KeyboardInterrupt, match=message):
         sj_taid("train", f"resume={folder}", "+callbacks.ctrl_c.epoch=1", trust)
     with pytest.raises(KeyboardInterrupt, match="Stopped"):
