@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ._extras import TRAIN
+from ._internal.extras import TRAIN
 
 COMMANDS = {
     "train": "train a model, or with -m every job of a sweep",

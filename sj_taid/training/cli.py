@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from .._extras import REMEDY, TRAIN, needs
+from .._internal.extras import REMEDY, TRAIN, needs
 from .config import CONF, VERSION, key_of
 
 #: what a user's error is, whose message is enough

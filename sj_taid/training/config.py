@@ -13,8 +13,8 @@ import hydra
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from .._build import find_class, is_below
-from .._checks import (
+from .._internal.build import find_class, is_below
+from .._internal.checks import (
     FLAG,
     NOT_NEGATIVE,
     PATH,
@@ -27,7 +27,7 @@ from .._checks import (
     integer,
     is_number,
 )
-from .._kinds import check_kinds
+from .._internal.kinds import check_kinds
 
 #: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
 #: plain files of links, the checkout's own.

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, distributed
 
 from .._compat import NEURONS
-from .._context import eval_mode, seeded
+from .._internal.context import eval_mode, seeded
 from .callbacks import ProgressBar
 from .checkpoint import load_weights, read_checkpoint
 from .compare import COSTS, format_metrics

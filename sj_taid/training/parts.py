@@ -10,7 +10,7 @@ import lightning as L
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .._build import TRUSTED, build
+from .._internal.build import TRUSTED, build
 from ..data import Data
 from ..pretrained import prepare
 from .config import validate

@@ -14,8 +14,8 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .._build import build, is_below
-from .._checks import expand_home
+from .._internal.build import build, is_below
+from .._internal.checks import expand_home
 from ..ops import backends
 from ..pretrained import prepare
 from .config import CONFIG

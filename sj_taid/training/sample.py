@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from .._checks import check, check_sizes
+from .._internal.checks import check, check_sizes
 from .callbacks import show_progress
 from .config import CONF, RULES, refuse_unknown
 from .evaluator import SAMPLES_AT_ONCE

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
-from .._context import seeded
+from .._internal.context import seeded
 from ..calibration import calibrate
 from ..pretrained import start_from
 from .callbacks import History, RandomNumbers, Stopwatch

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from sj_taid._compat import NEURONS
-from sj_taid._context import seeded
+from sj_taid._internal.context import seeded
 from sj_taid.metric import FrechetDistance
 from sj_taid.training import evaluator, run
 from sj_taid.training.config import compose

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from spikingjelly.activation_based import neuron
 
-from sj_taid._build import build
+from sj_taid._internal.build import build
 from sj_taid.acceleration.modules import AcceleratedNorm
 from sj_taid.training import Run, files, load_model
 from sj_taid.training import run as runs

@@ -10,7 +10,7 @@ import torch
 from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
-from sj_taid._build import build
+from sj_taid._internal.build import build
 from sj_taid.data import Digits
 from sj_taid.training import cli, run
 from sj_taid.training.checkpoint import read_checkpoint

@@ -33,11 +33,10 @@ def build(
     trust: Collection[str] | None = None,
     keys: Mapping[str, str] | None = None,
     trusted: Collection[str] = TRUSTED,
-    **arguments: Any,
 ) -> Any:
-    """Build the object that a config describes: its ``_target_`` called with the other entries.
+    """Build what a config describes: each ``_target_`` in it, called with the entries next to it.
 
-    Configs within it are built first. With ``_partial_`` it is a partial of the class. Nothing is
+    The innermost are built first. With ``_partial_`` it is a partial of the class. Nothing is
     called if one of the names is not trusted.
 
     Args:
@@ -46,29 +45,28 @@ def build(
             where the user has no say.
         keys: where a class's arguments are in the user's config, for errors.
         trusted: modules whose public classes may be called.
-        arguments: for the outermost class, over those of the config.
 
     Raises:
         ValueError: a class that is not trusted, or that does not take its arguments: by their kinds
-            (:func:`sj_taid._kinds.check_kinds`), or by itself.
+            (:func:`sj_taid._internal.kinds.check_kinds`), or by itself.
 
     >>> build({"_target_": "sj_taid.FixedDecoder", "T": 8}).T
     8
     """
 
-    def call(node: Any, arguments: Mapping[str, Any]) -> Any:
+    def call(node: Any) -> Any:
         if isinstance(node, list):
-            return [call(child, {}) for child in node]
+            return [*map(call, node)]
         if not isinstance(node, dict):
             return node
-        values = {key: call(value, {}) for key, value in node.items()} | {**arguments}
+        values = {key: call(value) for key, value in node.items()}
         if "_target_" not in values:
             return values
         name = values.pop("_target_")
         target, is_partial = find_class(name, trust, trusted), values.pop("_partial_", False)
         try:
             if trust is not None:  # a model by name was checked when it was saved
-                from ._kinds import check_kinds  # and pydantic, of the extra train
+                from .kinds import check_kinds  # and pydantic, of the extra train
 
                 check_kinds(target, values)
             return partial(target, **values) if is_partial else target(**values)
@@ -85,7 +83,7 @@ def build(
 
     for name in _targets(config):
         find_class(name, trust, trusted)
-    return call(config, arguments)
+    return call(config)
 
 
 def find_class(
