@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,9 +17,10 @@ from .._compat import NEURONS
 from .._internal.context import eval_mode, seeded
 from .callbacks import ProgressBar
 from .checkpoint import load_weights, read_checkpoint
-from .compare import COSTS, format_metrics
+from .compare import COSTS
 from .config import merge
 from .evaluator import Evaluator
+from .messages import show_metrics
 from .parts import Parts, build_parts
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
 from .run import Run, flatten
@@ -63,8 +64,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
             **provenance(),
         }
         path = run.save_evaluation(evaluation)
-    for title, value in format_metrics(metrics).values():
-        log.info("%s: %s", title, value)
+    show_metrics(metrics)
     log.info("All metrics are in %s", path)
     return evaluation
 
@@ -119,6 +119,40 @@ def measure(
             for name in names & protocol.keys():
                 protocol[name] += f", stopped by trainer.{option}={limit}"
     return metrics
+
+
+def measure_run(
+    parts: Parts, run: Run, trainer: L.Trainer, epochs: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """Every metric of a run, whose ``epochs`` were logged: of the last epoch, and of the best.
+
+    Of a distributed run the first process alone has them.
+    """
+    task, data = parts.task, parts.data
+    with seeded(parts.seed):  # a resumed run came here another way
+        metrics = measure(task, trainer, data, parts.evaluator)
+    if not trainer.is_global_zero:
+        return {}
+    metrics |= select_validation_metrics(task, data, epochs)
+    if task.monitor(data) and run.best.is_file():
+        checkpoint = read_checkpoint(run.best)
+        task.load_state_dict(checkpoint["state_dict"])
+        with seeded(parts.seed):
+            tested = test(task, build_tester(parts), data)
+        metrics |= rename_for_best_epoch(tested)
+        metrics["best_validation_epoch"] = checkpoint["epoch"] + 1
+    return metrics
+
+
+def select_validation_metrics(
+    task: Task, data: Any, epochs: Sequence[dict[str, float]]
+) -> dict[str, float]:
+    """The metrics of the last validated epoch; without a validation set, the best on the test."""
+    if data.validation_set is not None:
+        logged = [item for epoch in epochs for item in epoch.items()]  # of a name the last counts
+        return {k.replace("val/", "validation_"): v for k, v in logged if k.startswith("val/")}
+    values = [epoch[key] for epoch in epochs if (key := f"val/{task.chosen_by}") in epoch]
+    return {f"{task.chosen_by}_best_test_epoch": max(values)} if values else {}
 
 
 @torch.no_grad()

@@ -82,6 +82,11 @@ class Task(L.LightningModule):
             return [{"params": [p for p in self.parameters() if p.requires_grad]}]
         return parameter_groups(self, self.learning_rate(), lr_scale=self.lr_scale)
 
+    def monitor(self, data: Data) -> str | None:
+        """What is logged that chooses the best epoch, where there is a validation set."""
+        chooses = self.chosen_by is not None and data.validation_set is not None
+        return f"val/{self.chosen_by}" if chooses else None
+
     def learning_rate(self) -> float:
         """The optimizer's, of which others are multiples."""
         return self.optimizer.keywords["lr"]
