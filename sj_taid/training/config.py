@@ -178,7 +178,7 @@ def validate(cfg: DictConfig) -> None:
             check(rule, **{key: value})
     groups = {path.name for path in Path(CONF).iterdir() if path.is_dir()} - {"experiment"}
     keys = groups | {key for key in RULES if "." not in key} | {"checkpoint", "objective", "trust"}
-    refuse_unknown(cfg, keys)
+    refuse_unknown(cfg.keys(), keys)
     task, data = (find_class(cfg[part]._target_, cfg.trust) for part in ("task", "dataset"))
     values: Any = OmegaConf.to_container(cfg.dataset, resolve=True)
     check_kinds(data, values, "dataset.")  # before the model, which takes some of them too
@@ -220,9 +220,9 @@ def merge(cfg: DictConfig, given: Mapping[str, Any]) -> None:
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
 
 
-def refuse_unknown(cfg: DictConfig, keys: Set[str]) -> None:
-    """Raise a ``ValueError`` for a key of ``cfg``, such as a misspelt ``+key``, not in ``keys``."""
-    if unknown := cfg.keys() - keys:
+def refuse_unknown(given: Set[Any], keys: Set[str]) -> None:
+    """Raise a ``ValueError`` for a key that is not in ``keys``, such as a misspelt ``+key``."""
+    if unknown := given - keys:
         raise ValueError(
             f"the config has no {', '.join(map(str, unknown))}; there are {', '.join(sorted(keys))}"
         )
