@@ -100,6 +100,29 @@ def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
     assert any(isinstance(module, MyLIF) for module in load_model(tmp_path, [name]).modules())
 
 
+PARTS = (
+    "model",
+    "dataset",
+    "task",
+    "task.scheduler",
+    "optimizer",
+    "trainer",
+    "logger",
+    "callbacks.x",
+)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_build_parts_calls_no_class_that_is_not_trusted(tiny, tmp_path, part):
+    evil = f"++{part}._target_=pathlib.Path.touch"
+    if part == "task.scheduler":
+        evil = "task.scheduler={_target_: pathlib.Path.touch}"
+    cfg = tiny(*TINY_CLASSIFICATION, evil, f"++{part}.self={tmp_path / 'touched'}", tiny=False)
+    with pytest.raises(ValueError, match=r"names 'pathlib\.Path\.touch'.*add trust="):
+        build_parts(cfg)
+    assert not list(tmp_path.iterdir())
+
+
 def test_load_model_refuses_other_models_and_foreign_classes(trained, tmp_path):
     folder = trained(*TINY_CLASSIFICATION)
     path = folder / runs.CONFIG
