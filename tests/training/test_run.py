@@ -217,7 +217,7 @@ def test_build_resolves_nothing(tmp_path):
     evil = f'\\${{oc.create:"{{_target_: pathlib.Path.touch, self: {path}}}"}}'
     cfg = OmegaConf.create({"decoder": {"_target_": "sj_taid.TAID", "T": evil}})
     with pytest.raises(ValueError, match=r"T: .* '\$\{oc\.create"):
-        build(plain(cfg.decoder))
+        build(plain(cfg.decoder), ())
     assert not (tmp_path / "hacked").exists()
 
 
