@@ -45,11 +45,9 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     with run.lock():
         parts = build_parts(evaluated_config(cfg, run))
         load_weights(parts.model, read_checkpoint(run.checkpoint), run.checkpoint)
-        parts.data.prepare_data()
-        parts.data.setup()
-        tester = build_tester(parts, bar=True)
+        data, tester = parts.load_data(), build_tester(parts, bar=True)
         with seeded(parts.seed):
-            metrics = measure(parts.task, tester, parts.data, parts.evaluator)
+            metrics = measure(parts.task, tester, data, parts.evaluator)
         protocol = metrics.pop("protocol", {})
         protocol = {name: protocol[name] for name in metrics if name in protocol}
         if run.checkpoint == run.best:

@@ -62,6 +62,12 @@ class Parts:
     values: dict[str, Any]
     text: str
 
+    def load_data(self) -> Data:
+        """The data, fetched if they are asked for, and loaded."""
+        self.data.prepare_data()
+        self.data.setup()
+        return self.data
+
 
 def build_parts(cfg: DictConfig) -> Parts:
     """Check a config, and build what it describes.

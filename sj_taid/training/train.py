@@ -73,9 +73,7 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
         return run.metrics
     origin = {"choices": {}, "overrides": [], "command": "", **origin, **provenance()}
 
-    task, data = parts.task, parts.data
-    data.prepare_data()
-    data.setup()
+    task, data = parts.task, parts.load_data()
     timer = Stopwatch(parts.trainer.keywords.get("max_time"))  # a checkpoint keeps its seconds
     history = History(run.folder, parts.pictures)
     callbacks = [

@@ -77,8 +77,7 @@ def test_evaluate_repeats_the_metrics_of_training(folder):
 
 def test_firing_rate_is_that_of_a_pass(folder):
     metrics, model = metrics_of(folder), run.load_model(folder)
-    data = build_parts(run.Run(folder).config).data
-    data.setup()
+    data = build_parts(run.Run(folder).config).load_data()
     images, _ = next(iter(data.test_dataloader()))
     monitored = []
     with ExitStack() as hooks, seeded(0), torch.no_grad():
