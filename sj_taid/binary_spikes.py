@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -199,6 +198,8 @@ class _Slices(TorchDispatchMode):
         row = self.row(func.__name__.partition(".")[0], levels)
         counts = [c for c in (x, y) if c.are_few]
         if not counts:
+            from torch.utils.flop_counter import flop_registry  # which import sj_taid needs not
+
             output = func(*args, **kwargs)
             row.macs += flop_registry[func.overloadpacket](*args, out_val=output) // 2
             return output

@@ -34,7 +34,7 @@ class Task(L.LightningModule):
 
     Args:
         model: the model to train.
-        optimizer: makes the optimizer from the parameters.
+        optimizer: makes the optimizer from the parameters; None where nothing is trained.
         lr_scale: time constants and thresholds learn at the optimizer's learning rate times this,
             without weight decay. None treats them as all other parameters.
         scheduler: makes the learning rate's schedule from the optimizer, a step is an epoch; None
@@ -56,7 +56,7 @@ class Task(L.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: partial[Any],
+        optimizer: partial[Any] | None,
         lr_scale: float | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class Task(L.LightningModule):
             name = type(model).__name__
             raise TypeError(f"{name} lacks {', '.join(lacks)}; choose another model= or task=")
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer: Any = optimizer
         self.lr_scale = lr_scale
         self.scheduler = scheduler
 
