@@ -41,7 +41,7 @@ def build(
 
     Args:
         config: nested dictionaries and lists.
-        trust: full names of custom classes that may be called next to those of ``trusted``; None
+        trust: full names of custom classes that may be called next to ``trusted`` ones; None
             where the user has no say.
         keys: where a class's arguments are in the user's config, for errors.
         trusted: modules whose public classes may be called.

@@ -70,7 +70,7 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
 def evaluated_config(cfg: DictConfig, run: Run) -> DictConfig:
     """The run's config with what is given over it, and without what training alone needs."""
     given, config = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
-    OmegaConf.resolve(config.dataset)  # whose name may be that of its folder
+    OmegaConf.resolve(config.dataset)  # whose name may be its folder's
     merge(config, {k: value for k, value in given.items() if value is not None or k == "trust"})
     OmegaConf.resolve(config)
     config.model = run.portable_model_config
