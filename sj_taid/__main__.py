@@ -1,35 +1,50 @@
-"""The command ``sj-taid``, or ``python -m sj_taid``; a missing package is an error of one line."""
+"""The command ``sj-taid``, or ``python -m sj_taid``; its help needs no more than the library."""
 
+import argparse
 import sys
 
-from ._commands import parser
-from ._extras import REMEDY
+from ._internal.extras import TRAIN
+
+COMMANDS = {
+    "train": "train a model, or with -m every job of a sweep",
+    "evaluate": "measure a run's checkpoint again",
+    "sample": "draw images from a trained model",
+    "compare": "compare runs in a table",
+    "doctor": "say which backends work here, and why the others do not",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the first argument, the command."""
+    new = argparse.ArgumentParser(
+        "sj-taid",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="sj-taid COMMAND --help says what it takes.\n"
+        f"All but doctor need the extra train: pip install {TRAIN}",
+    )
+    commands = new.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return new
 
 
 def main() -> None:
     """Run a command; Ctrl-C ends it without a traceback, and a loop of the shell too."""
+    command, arguments = parser().parse_args(sys.argv[1:2]).command, sys.argv[2:]
+    if command == "doctor":
+        from . import doctor
+
+        sys.exit(doctor.main(arguments))
     try:
-        run()
+        from .training import cli
+    except ModuleNotFoundError as error:
+        sys.exit(f"sj-taid {command} needs the extra train: {error}")
+    try:
+        cli.main(command, arguments)
     except KeyboardInterrupt as interrupt:
         print(interrupt, file=sys.stderr)
         sys.excepthook = lambda *_: None
         raise  # Python then ends by the signal, with the status 130
-
-
-def run() -> None:
-    """Run :mod:`sj_taid.training.cli`, or the help and doctor where its packages are missing."""
-    try:
-        from .training import cli
-    except ModuleNotFoundError as error:
-        if REMEDY not in str(error):
-            raise
-        command = parser().parse_args(sys.argv[1:2]).command
-        if command != "doctor":
-            sys.exit(f"sj-taid {command} needs the extra train: {error}")
-        from . import doctor
-
-        sys.exit(doctor.main(sys.argv[2:]))
-    cli.main()
 
 
 if __name__ == "__main__":

@@ -200,6 +200,8 @@ class _Slices(TorchDispatchMode):
         row = self.row(func.__name__.partition(".")[0], levels)
         counts = [c for c in (x, y) if c.are_few]
         if not counts:
+            from torch.utils.flop_counter import flop_registry  # which import sj_taid needs not
+
             output = func(*args, **kwargs)
             from torch.utils.flop_counter import flop_registry  # not for import sj_taid
 

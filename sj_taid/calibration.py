@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import _compat
-from ._checks import check, is_number
+from ._internal.checks import check, is_number
 from .monitoring import monitor, spikes_of
 from .neurons import need_neurons, why_silent
 from .ops.surrogate import counts, levels_of

@@ -5,7 +5,7 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import check_numbers, check_sizes, is_whole
+from ._internal.checks import check_numbers, check_sizes, is_whole
 
 #: FSVAE's ratio of a step's weight to the next step's
 DECAY = 0.8

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ._extras import needs
+from ._internal.extras import needs
 from .state import name_neurons, reset
 from .thresholds import warn_at_reset
 

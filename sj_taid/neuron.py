@@ -12,8 +12,16 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
 from . import _compat, _graph, functional
-from ._checks import Rule, check, check_flags, check_numbers, check_sizes, is_number, is_whole
 from ._fused_neuron import FusedNeuron
+from ._internal.checks import (
+    Rule,
+    check,
+    check_flags,
+    check_numbers,
+    check_sizes,
+    is_number,
+    is_whole,
+)
 from .ops import backends
 from .ops.alif.plan import Charge
 from .ops.alif.reference import state_dtype

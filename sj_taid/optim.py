@@ -5,7 +5,7 @@ from typing import Any
 from spikingjelly.activation_based import neuron
 from torch import nn
 
-from ._checks import check_not_negative
+from ._internal.checks import check_not_negative
 from .neuron import ALIFNode
 from .neurons import check_net
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from . import _compat
-from ._checks import check_numbers
+from ._internal.checks import check_numbers
 from .neuron import ALIFNode
 from .neurons import check_net
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from spikingjelly.activation_based import neuron
 
 from sj_taid import ALIFNode
-from sj_taid._kinds import check_kinds
+from sj_taid._internal.kinds import check_kinds
 
 
 @dataclass(kw_only=True)

@@ -15,8 +15,9 @@ from common import RESULTS, parser, write_csv
 from matplotlib.figure import Figure
 
 from sj_taid import binary, fresh_state
+from sj_taid.training.parts import build_parts
 from sj_taid.training.plot import save
-from sj_taid.training.run import Run, build_data
+from sj_taid.training.run import Run
 
 PICTURE = RESULTS.parent / "docs" / "images" / "energy.png"
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(run: Run) -> Iterator[dict[str, Any]]:
     """A row for each layer, per image."""
-    data, model = build_data(run.config), run.model()
+    data, model = build_parts(run.config).load_data(), run.model()
     with binary(model) as report:
         for images, _ in data.test_dataloader():
             with fresh_state(model):

@@ -1,6 +1,6 @@
 """Lightning datamodules: batches of images or of event frames, and labels. Extra ``[train]``."""
 
-from .._extras import needs
+from .._internal.extras import needs
 
 with needs("lightning torchvision scikit-learn filelock"):
     from .base import Data

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
 
-from .._checks import check_sizes
+from .._internal.checks import check_sizes
 from .augment import AUGMENTATIONS, mix, transform_each
 from .samples import Batch, Files, Samples
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 
-from .._checks import check_sizes, expand_home
+from .._internal.checks import check_sizes, expand_home
 from .image import ImageData, Torchvision
 from .samples import Files
 

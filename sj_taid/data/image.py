@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from .._checks import expand_home
+from .._internal.checks import expand_home
 from .base import LOCK, Data
 from .samples import InMemory
 

@@ -1,6 +1,6 @@
 """Metrics of generated images. Needs torchmetrics."""
 
-from .._extras import needs
+from .._internal.extras import needs
 
 with needs("torchmetrics"):
     from .frechet import (

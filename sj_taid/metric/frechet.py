@@ -12,7 +12,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from .._checks import expand_home
+from .._internal.checks import expand_home
 from ..model.autoencoder import Autoencoder
 from ..model.block import check_values
 

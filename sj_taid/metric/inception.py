@@ -11,8 +11,8 @@ from torchmetrics.image import inception
 from torchmetrics.image.fid import NoTrainInceptionV3
 from torchmetrics.utilities.data import dim_zero_cat
 
-from .._checks import expand_home
-from .._extras import needs
+from .._internal.checks import expand_home
+from .._internal.extras import needs
 from .frechet import Features
 
 

@@ -7,7 +7,7 @@ import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from .._extras import needs
+from .._internal.extras import needs
 from .frechet import Features
 
 with needs("torch-fidelity"):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_sizes
+from .._internal.checks import check_sizes
 from .block import check_images, encoder_shape
 
 

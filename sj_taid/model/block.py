@@ -8,7 +8,7 @@ import torch
 from spikingjelly.activation_based import base, layer
 from torch import Tensor, nn
 
-from .._checks import check_sizes
+from .._internal.checks import check_sizes
 from ..ops.surrogate import levels_of
 
 Neuron = Callable[..., nn.Module]

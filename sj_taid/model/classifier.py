@@ -7,7 +7,7 @@ from itertools import chain
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
-from .._checks import are_two_numbers, check_flags, check_sizes, is_whole
+from .._internal.checks import are_two_numbers, check_flags, check_sizes, is_whole
 from ..neuron import ALIFNode
 from .block import Neuron, check_images, make_neuron, reset
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check, check_flags, check_not_negative, check_sizes, integer
-from .._context import eval_mode
+from .._internal.checks import check, check_flags, check_not_negative, check_sizes, integer
+from .._internal.context import eval_mode
 from .block import Neuron
 from .flow import EPOCHS, FlowPrior, check_enough, check_labels
 from .rate import LearnedPrior, rbf_mmd, spikes_from_rate

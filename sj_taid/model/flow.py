@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_sizes
-from .._context import seeded
+from .._internal.checks import check_sizes
+from .._internal.context import seeded
 from .rate import check_rates
 
 WIDTH, BLOCKS, FREQUENCIES = 384, 4, 8

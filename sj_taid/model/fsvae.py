@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import are_two_numbers, check_sizes
+from .._internal.checks import are_two_numbers, check_sizes
 from .block import Neuron
 from .latent import Posterior, Prior, mmd_loss
 from .spiking_vae import SpikingVAE

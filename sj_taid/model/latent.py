@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .._context import eval_mode
+from .._internal.context import eval_mode
 from .block import Neuron, reset, spiking_block
 
 

@@ -10,8 +10,8 @@ from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check, check_not_negative, check_sizes, integer, is_whole
-from .._context import eval_mode
+from .._internal.checks import check, check_not_negative, check_sizes, integer, is_whole
+from .._internal.context import eval_mode
 from ..layer import TAID
 from ..neuron import ALIFNode
 from ..ops.surrogate import Rect

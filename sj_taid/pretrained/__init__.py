@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _build
-from .._checks import expand_home
-from .._extras import TRAIN, needs
+from .._internal.build import build as build_object
+from .._internal.checks import expand_home
+from .._internal.extras import TRAIN, needs
 from ..acceleration.exchange import accelerate
 from ..neurons import find_neurons
 from ..thresholds import fixed_thresholds, set_fixed_thresholds
@@ -164,7 +164,7 @@ def save_model(run: str | Path, folder: str | Path, half: bool = False) -> None:
 def build(config: dict[str, Any]) -> nn.Module:
     """Build the untrained model of a config's entry ``model``."""
     try:
-        model = _build.build(config)
+        model = build_object(config)
         if not isinstance(model, nn.Module):
             raise ValueError(f"it is a {type(model).__name__}")
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Training from configs: LightningModules, a run's folder, its evaluation, the command line."""
 
-from .._extras import TRAIN, needs
+from .._internal.extras import TRAIN, needs
 
 with needs(TRAIN):
     from .run import Run, load_model

@@ -75,3 +75,17 @@ class BestCheckpoint(ModelCheckpoint):
                 "best_k_models": {str(path): state["best_model_score"]},
             }
             super().load_state_dict({**state, **best, "dirpath": self.dirpath})
+
+
+def checkpoint_callbacks(last: Path, best: Path, monitor: str | None) -> list[ModelCheckpoint]:
+    """One file for the last epoch, and where a metric chooses it one for the best."""
+    options: dict[str, Any] = {
+        "dirpath": last.parent,
+        "enable_version_counter": False,
+        "save_on_train_epoch_end": True,
+    }
+    callbacks: list[ModelCheckpoint] = [LastCheckpoint(filename=last.stem, **options)]
+    if monitor:
+        options |= {"filename": best.stem, "monitor": monitor, "mode": "max"}
+        callbacks.insert(0, BestCheckpoint(**options))  # the last one keeps the state of the best
+    return callbacks

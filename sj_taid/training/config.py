@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import hydra
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from .._build import find_class, is_below
-from .._checks import (
+from .._internal.build import find_class, is_below
+from .._internal.checks import (
     FLAG,
     NOT_NEGATIVE,
     PATH,
@@ -27,7 +27,7 @@ from .._checks import (
     integer,
     is_number,
 )
-from .._kinds import check_kinds
+from .._internal.kinds import check_kinds
 
 #: In the package a link to the checkout's conf/, which becomes a copy in a wheel. Where git makes
 #: plain files of links, the checkout's own.
@@ -178,7 +178,7 @@ def validate(cfg: DictConfig) -> None:
             check(rule, **{key: value})
     groups = {path.name for path in Path(CONF).iterdir() if path.is_dir()} - {"experiment"}
     keys = groups | {key for key in RULES if "." not in key} | {"checkpoint", "objective", "trust"}
-    refuse_unknown(cfg, keys)
+    refuse_unknown(cfg.keys(), keys)
     task, data = (find_class(cfg[part]._target_, cfg.trust) for part in ("task", "dataset"))
     values: Any = OmegaConf.to_container(cfg.dataset, resolve=True)
     check_kinds(data, values, "dataset.")  # before the model, which takes some of them too
@@ -211,9 +211,18 @@ def validate(cfg: DictConfig) -> None:
         )
 
 
-def refuse_unknown(cfg: DictConfig, keys: Set[str]) -> None:
-    """Raise a ``ValueError`` for a key of ``cfg``, such as a misspelt ``+key``, not in ``keys``."""
-    if unknown := cfg.keys() - keys:
+def merge(cfg: DictConfig, given: Mapping[str, Any]) -> None:
+    """Put values into a run's config, by their keys, in groups that it has."""
+    for key, value in given.items():
+        group = key.partition(".")[0]
+        if group != key and cfg.get(group) is None:
+            raise ValueError(f"{key} is given, but the run has no {group}; leave it out")
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+
+
+def refuse_unknown(given: Set[Any], keys: Set[str]) -> None:
+    """Raise a ``ValueError`` for a key that is not in ``keys``, such as a misspelt ``+key``."""
+    if unknown := given - keys:
         raise ValueError(
             f"the config has no {', '.join(map(str, unknown))}; there are {', '.join(sorted(keys))}"
         )

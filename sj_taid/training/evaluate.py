@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,13 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, distributed
 
 from .._compat import NEURONS
-from .._context import eval_mode, seeded
+from .._internal.context import eval_mode, seeded
 from .callbacks import ProgressBar
-from .compare import COSTS, format_metrics
-from .config import validate
+from .checkpoint import load_weights, read_checkpoint
+from .compare import COSTS
+from .config import merge
 from .evaluator import Evaluator
+from .messages import show_metrics
+from .parts import Parts, build_parts
 from .process import command_line, provenance, reuse_freed_memory, silence_notes
-from .run import Run, build_data, build_part, flatten, merge
+from .run import Run, flatten
 from .task import Task
 
 log = logging.getLogger(__name__)
@@ -40,15 +43,11 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
     reuse_freed_memory()
     run = Run.find(cfg.checkpoint)
     with run.lock():
-        given, cfg = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
-        OmegaConf.resolve(cfg.dataset)  # whose name may be its folder's
-        merge(cfg, {k: value for k, value in given.items() if value is not None or k == "trust"})
-        validate(cfg)
-        model = run.model(cfg.trust)
-        data = build_data(cfg)
-        task = build_part(cfg, "task", model=model, optimizer=None)
-        with seeded(cfg.seed):
-            metrics = measure(task, build_tester(cfg, bar=True), data, build_part(cfg, "metric"))
+        parts = build_parts(evaluated_config(cfg, run))
+        load_weights(parts.model, read_checkpoint(run.checkpoint), run.checkpoint)
+        data, tester = parts.load_data(), build_tester(parts, bar=True)
+        with seeded(parts.seed):
+            metrics = measure(parts.task, tester, data, parts.evaluator)
         protocol = metrics.pop("protocol", {})
         protocol = {name: protocol[name] for name in metrics if name in protocol}
         if run.checkpoint == run.best:
@@ -58,21 +57,33 @@ def evaluate(cfg: DictConfig, **origin: Any) -> dict[str, Any]:
             "protocol": protocol,
             "metrics": metrics,
             "checkpoint_sha256": run.checkpoint_sha256(),
-            "seed": cfg.seed,
+            "seed": parts.seed,
             **origin,
             **provenance(),
         }
         path = run.save_evaluation(evaluation)
-    for title, value in format_metrics(metrics).values():
-        log.info("%s: %s", title, value)
+    show_metrics(metrics)
     log.info("All metrics are in %s", path)
     return evaluation
 
 
-def build_tester(cfg: DictConfig, bar: bool = False) -> L.Trainer:
+def evaluated_config(cfg: DictConfig, run: Run) -> DictConfig:
+    """The run's config with what is given over it, and without what training alone needs."""
+    given, config = flatten(OmegaConf.to_container(cfg, resolve=True)), run.config
+    OmegaConf.resolve(config.dataset)  # whose name may be its folder's
+    merge(config, {k: value for k, value in given.items() if value is not None or k == "trust"})
+    OmegaConf.resolve(config)
+    config.model = run.portable_model_config
+    for group in ("optimizer", "callbacks", "logger"):
+        config.pop(group, None)
+    return config
+
+
+def build_tester(parts: Parts, bar: bool = False) -> L.Trainer:
     """A trainer for a test outside of a run, under the run's settings."""
+    options = parts.trainer.keywords
     return L.Trainer(
-        **{key: cfg.trainer[key] for key in ("accelerator", "precision", "limit_test_batches")},
+        **{key: options[key] for key in ("accelerator", "precision", "limit_test_batches")},
         devices=1,
         logger=False,
         enable_checkpointing=False,
@@ -106,6 +117,40 @@ def measure(
             for name in names & protocol.keys():
                 protocol[name] += f", stopped by trainer.{option}={limit}"
     return metrics
+
+
+def measure_run(
+    parts: Parts, run: Run, trainer: L.Trainer, epochs: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """Every metric of a run, whose ``epochs`` were logged: of the last epoch, and of the best.
+
+    Of a distributed run the first process alone has them.
+    """
+    task, data = parts.task, parts.data
+    with seeded(parts.seed):  # a resumed run came here another way
+        metrics = measure(task, trainer, data, parts.evaluator)
+    if not trainer.is_global_zero:
+        return {}
+    metrics |= select_validation_metrics(task, data, epochs)
+    if task.monitor(data) and run.best.is_file():
+        checkpoint = read_checkpoint(run.best)
+        task.load_state_dict(checkpoint["state_dict"])
+        with seeded(parts.seed):
+            tested = test(task, build_tester(parts), data)
+        metrics |= rename_for_best_epoch(tested)
+        metrics["best_validation_epoch"] = checkpoint["epoch"] + 1
+    return metrics
+
+
+def select_validation_metrics(
+    task: Task, data: Any, epochs: Sequence[dict[str, float]]
+) -> dict[str, float]:
+    """The metrics of the last validated epoch; without a validation set, the best on the test."""
+    if data.validation_set is not None:
+        logged = [item for epoch in epochs for item in epoch.items()]  # of a name the last counts
+        return {k.replace("val/", "validation_"): v for k, v in logged if k.startswith("val/")}
+    values = [epoch[key] for epoch in epochs if (key := f"val/{task.chosen_by}") in epoch]
+    return {f"{task.chosen_by}_best_test_epoch": max(values)} if values else {}
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
-from .._checks import expand_home
-from .._context import seeded
-from .._kinds import check_kinds
+from .._internal.checks import expand_home
+from .._internal.context import seeded
+from .._internal.kinds import check_kinds
 from ..data import ImageData
 from ..metric import (
     AutoencoderCodes,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._context import seeded
+from .._internal.context import seeded
 from ..data import ImageData
 from ..layer import TAID, FixedDecoder
 from ..model.esvae import ESVAE

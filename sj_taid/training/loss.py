@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import SHARE, check, check_not_negative, check_sizes
-from .._context import seeded
+from .._internal.checks import SHARE, check, check_not_negative, check_sizes
+from .._internal.context import seeded
 from ..data import ImageData
 from .cache import cached, fit
 

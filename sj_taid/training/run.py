@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .. import _build
-from .._build import build, find_class, foreign_classes, is_below
-from .._checks import expand_home
+from .._internal.build import build, is_below
+from .._internal.checks import expand_home
 from ..ops import backends
 from ..pretrained import prepare
-from .config import CONFIG, argument
+from .config import CONFIG
 from .files import atomic_write
 
 ORIGIN = "origin.json"
@@ -33,11 +32,6 @@ ELSEWHERE = (
     "start a new run, without resume=, in another folder: hydra.run.dir=... (for a sweep "
     "hydra.sweep.dir=...)"
 )
-#: modules whose classes the config of a run that continues may name, and classes
-RESUMABLE = (*_build.TRUSTED, "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
-TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
-#: the parts of a config that training alone has a use for
-OF_TRAINING = ("trainer", "callbacks", "logger", "optimizer")
 #: how long a run trains: a finished run with more of it resumes
 LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 #: what may change when a run resumes, with all keys below
@@ -121,63 +115,38 @@ class Run:
         return config
 
     @property
+    def portable_model_config(self) -> dict[str, Any]:
+        """The same without backends that do not work here."""
+        return remove_backends(self.model_config, backends.works)
+
+    @property
     def origin(self) -> dict[str, Any]:
         """The choices and the command that the run was started with."""
         return json.loads((self.folder / ORIGIN).read_text(encoding="utf-8"))
 
-    def begin(self, cfg: DictConfig, origin: dict[str, Any]) -> None:
+    def begin(self, config: str, origin: dict[str, Any]) -> None:
         """Save the config, and where it is from. A finished run is unfinished again."""
         (self.folder / METRICS).unlink(missing_ok=True)
         for unfinished in self.checkpoint.parent.glob(".*.tmp"):  # of a killed process
             unfinished.unlink()
         _write_json(origin, self.folder / ORIGIN)  # first, since the config makes it a run
         with atomic_write(self.folder / CONFIG) as path:
-            path.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+            path.write_text(config, encoding="utf-8")
 
-    def trusted_config(self, trust: Collection[str], replaced: Collection[str]) -> DictConfig:
-        """The config, for a run that continues, with other choices for ``replaced`` groups.
-
-        Raises:
-            ValueError: it names a class that is not trusted.
-        """
-        config = self.config
-        for name in self._foreign_classes(replaced):
-            find_class(name, trust, RESUMABLE)
-        config.trust = trust
-        return config
-
-    def trust_option(self, unused: Collection[str] = ()) -> str:
-        """The ``trust=`` of a command that builds all but the ``unused`` parts, after a space."""
-        names = self._foreign_classes(unused)
-        return f" trust=[{','.join(names)}]" if names else ""
-
-    def _foreign_classes(self, left_out: Collection[str]) -> list[str]:
-        config: Any = OmegaConf.to_container(self.config, resolve=True)
-        kept = {group: part for group, part in config.items() if group not in left_out}
-        return [name for name in foreign_classes(kept, RESUMABLE) if name not in TRAINERS]
-
-    @property
-    def advice(self) -> str:
-        """How the run resumes."""
-        resume = argument("resume", self.folder)
-        return f"Resume with: sj-taid train {resume}{self.trust_option()}"
-
-    def differences(self, cfg: DictConfig) -> dict[str, str]:
-        """The keys in which ``cfg`` and the run's config differ, each with both values."""
-        saved, given = (
-            flatten(OmegaConf.to_container(c, resolve=True)) for c in (self.config, cfg)
-        )
+    def differences(self, values: dict[str, Any]) -> dict[str, str]:
+        """The keys in which these values and the run's config differ, each with both."""
+        saved, given = flatten(OmegaConf.to_container(self.config, resolve=True)), flatten(values)
         return {
             key: f"{saved.get(key)}, now {given.get(key)}"
             for key in sorted(saved.keys() | given.keys())
             if saved.get(key) != given.get(key)
         }
 
-    def resume(self, cfg: DictConfig) -> Path | None:
-        """The checkpoint that training with ``cfg`` resumes from; None where nothing is saved."""
+    def resume(self, values: dict[str, Any]) -> Path | None:
+        """The checkpoint that a training of these values resumes from; None if nothing is saved."""
         if not (self.checkpoint.is_file() or self.is_finished):
             return None
-        found = self.differences(cfg).items()
+        found = self.differences(values).items()
         if wrong := [f"{k} ({both})" for k, both in found if not is_below(k, RESUME_MAY_CHANGE)]:
             raise ValueError(
                 f"{self.folder} holds a run with other settings: {'; '.join(wrong)}; resume it "
@@ -185,19 +154,19 @@ class Run:
             )
         if self.checkpoint.is_file():
             return self.checkpoint
-        if not self.is_complete(cfg):
+        if not self.is_complete(values):
             raise FileNotFoundError(
                 f"the run in {self.folder} is finished and its checkpoint is gone, so it cannot "
                 f"train longer; {ELSEWHERE}"
             )
         return None
 
-    def is_complete(self, cfg: DictConfig) -> bool:
-        """Whether the run is finished, and ``cfg`` does not ask for more epochs or steps."""
+    def is_complete(self, values: dict[str, Any]) -> bool:
+        """Whether the run is finished, and these values do not ask for more epochs or steps."""
         if not self.is_finished:
             return False
-        changed = {key for key in self.differences(cfg) if is_below(key, LENGTH)}
-        if cfg.trainer.max_epochs < self.config.trainer.max_epochs:
+        changed = {key for key in self.differences(values) if is_below(key, LENGTH)}
+        if values["trainer"]["max_epochs"] < self.config.trainer.max_epochs:
             changed.discard("trainer.max_epochs")
         return not changed
 
@@ -252,10 +221,8 @@ class Run:
         """The model of the checkpoint, in eval mode; see :func:`load_model`."""
         from .checkpoint import load_weights, read_checkpoint  # and Lightning with it
 
-        config = self.config
-        config.trust = trust  # what the run says of itself is no reason to trust it
-        config.model = remove_backends(self.model_config, backends.works)
-        model = build_model(config)
+        # What the run says of itself is no reason to trust it.
+        model = prepare(build(self.portable_model_config, trust), self.config.accelerate)
         load_weights(model, read_checkpoint(self.checkpoint), self.checkpoint)
         return model.eval()
 
@@ -274,30 +241,6 @@ def load_model(run_or_checkpoint: str | Path, trust: Collection[str] = ()) -> nn
     return Run.find(run_or_checkpoint).model(trust)
 
 
-def merge(cfg: DictConfig, given: Mapping[str, Any]) -> None:
-    """Put values into a run's config, by their keys, in groups that it has."""
-    for key, value in given.items():
-        group = key.partition(".")[0]
-        if group != key and cfg.get(group) is None:
-            raise ValueError(f"{key} is given, but the run has no {group}; leave it out")
-        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-
-
-def build_part(cfg: DictConfig, part: str, **arguments: Any) -> Any:
-    """The object that a part of a config describes, see :func:`sj_taid._build.build`, or None."""
-    if cfg.get(part) is None:
-        return None
-    groups = {k: group for k, group in cfg.items() if isinstance(group, DictConfig)}
-    keys = {str(group.get("_target_")): str(key) for key, group in groups.items()}
-    config = OmegaConf.to_container(cfg[part], resolve=True)
-    return build(config, cfg.get("trust", ()), keys, **arguments)
-
-
-def build_model(cfg: DictConfig) -> nn.Module:
-    """The config's model, untrained, in the form in which it is trained and measured."""
-    return prepare(build_part(cfg, "model"), cfg.accelerate)
-
-
 def remove_backends(config: Any, keeps: Callable[[str], bool] = lambda name: False) -> Any:
     """Leave the neurons' backend to the machine that loads the model, unless it ``keeps`` it."""
     if isinstance(config, list):
@@ -307,14 +250,6 @@ def remove_backends(config: Any, keeps: Callable[[str], bool] = lambda name: Fal
     if is_below(str(config.get("_target_")), ["sj_taid", "spikingjelly"]):
         config = {k: v for k, v in config.items() if k != "backend" or keeps(v)}
     return {key: remove_backends(value, keeps) for key, value in config.items()}
-
-
-def build_data(cfg: DictConfig, **arguments: Any) -> Any:
-    """The config's data set, ready for use."""
-    data = build_part(cfg, "dataset", **arguments)
-    data.prepare_data()
-    data.setup()
-    return data
 
 
 def is_first_process() -> bool:

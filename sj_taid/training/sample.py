@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from .._checks import check, check_sizes
+from .._internal.checks import check, check_sizes
 from .callbacks import show_progress
 from .config import CONF, RULES, refuse_unknown
 from .evaluator import SAMPLES_AT_ONCE
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Draw ``cfg.n`` samples of the model in ``cfg.checkpoint``, or rows of its classes."""
     keys: Any = OmegaConf.load(Path(CONF) / "sample.yaml").keys()
-    refuse_unknown(cfg, keys - {"defaults", "hydra"})
+    refuse_unknown(cfg.keys(), keys - {"defaults", "hydra"})
     check_sizes(n=cfg.n, columns=cfg.columns)
     check(RULES["seed"], seed=cfg.seed)
     if cfg.output and Path(cfg.output).suffix != ".png":  # or it may replace a file

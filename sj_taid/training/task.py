@@ -34,7 +34,7 @@ class Task(L.LightningModule):
 
     Args:
         model: the model to train.
-        optimizer: makes the optimizer from the parameters.
+        optimizer: makes the optimizer from the parameters; None where nothing is trained.
         lr_scale: time constants and thresholds learn at the optimizer's learning rate times this,
             without weight decay. None treats them as all other parameters.
         scheduler: makes the learning rate's schedule from the optimizer, a step is an epoch; None
@@ -56,7 +56,7 @@ class Task(L.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: partial[Any],
+        optimizer: partial[Any] | None,
         lr_scale: float | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class Task(L.LightningModule):
             name = type(model).__name__
             raise TypeError(f"{name} lacks {', '.join(lacks)}; choose another model= or task=")
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer: Any = optimizer
         self.lr_scale = lr_scale
         self.scheduler = scheduler
 
@@ -81,6 +81,11 @@ class Task(L.LightningModule):
         if self.lr_scale is None:
             return [{"params": [p for p in self.parameters() if p.requires_grad]}]
         return parameter_groups(self, self.learning_rate(), lr_scale=self.lr_scale)
+
+    def monitor(self, data: Data) -> str | None:
+        """What is logged that chooses the best epoch, where there is a validation set."""
+        chooses = self.chosen_by is not None and data.validation_set is not None
+        return f"val/{self.chosen_by}" if chooses else None
 
     def learning_rate(self) -> float:
         """The optimizer's, of which others are multiples."""

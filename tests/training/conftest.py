@@ -15,7 +15,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from sj_taid.training import cli, load_model, run
+from sj_taid.__main__ import main
+from sj_taid.training import load_model, run
 from sj_taid.training.config import compose
 from sj_taid.training.train import train
 from tests.metric.pixels import Pixels, classifier
@@ -113,9 +114,9 @@ def run_command(folder, *arguments):
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # the platform's, of what it starts itself
     # What Lightning starts for further devices, and joblib's workers, are of this module.
-    main = sys.modules["__main__"] = import_module("sj_taid.__main__")
+    sys.modules["__main__"] = import_module("sj_taid.__main__")
     sys.argv = ["sj-taid", *arguments]
-    main.main()
+    main()
 
 
 def weights(run_or_checkpoint):
@@ -170,7 +171,8 @@ def sj_taid(monkeypatch):
 
     def execute(*arguments):
         monkeypatch.setattr(sys, "argv", ["sj-taid", *arguments])
-        cli.main()
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        main()
 
     interrupt = signal.getsignal(signal.SIGINT)
     yield execute

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch._utils import ExceptionWrapper
 
-from sj_taid._commands import COMPOSED, OTHERS
+from sj_taid.__main__ import COMMANDS
 from sj_taid.training import cli, config, run
 from tests.training.conftest import TINY_AUTOENCODING
 
@@ -33,8 +33,9 @@ def test_cli_usage(sj_taid, capsys):
     with pytest.raises(SystemExit, match="0"):
         sj_taid("--help")
     text = capsys.readouterr().out
-    assert all(line in text for line in (COMPOSED | OTHERS).values())
-    sj_taid("doctor")
+    assert all(line in text for line in COMMANDS.values())
+    with pytest.raises(SystemExit):
+        sj_taid("doctor")
     assert "backend torch: works" in capsys.readouterr().out
 
 
@@ -58,23 +59,20 @@ def test_error_of_a_worker_is_its_message_alone():
         ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
         ("train seed=null", "seed must be an integer >= 0, below 2.32, but it is None"),
         ("train dataset=mnist hydra.run.dir=run", "no MNIST at dataset.root=data/mnist"),
-        (
-            "train hydra.run.dir=größe",
-            r"größe\n *\^\nQuote a value .* for Hydra and the shell: \"key='it #2'\"\n\(HYDRA",
-        ),
+        ("train hydra.run.dir=größe", r"LexerNoViableAltException: .*größe\n *\^"),
         ("train resume=nowhere", r"^resume= needs the folder of a run.*but got .*nowhere\n\(HYDRA"),
         ("train resume=nowhere hydra.run.dir=run", "in the run's own folder; leave hydra.run.dir="),
         ("train -m resume=nowhere seed=0,1", "resume= is for one run, without -m; a sweep"),
         ("train trust=mypkg.MyLIF", r"trust must be a list of full .* it is 'mypkg\.MyLIF'"),
         ("train trust=[1]", r"trust must be a list of full names, .*, but it is \[1\]"),
         ("train model.T=0", r"T must be an integer >= 1, but it is 0"),
-        ("train trainer.accelerator=tpuu", "Available names are(?s:.*)full_key: trainer"),
+        ("train trainer.accelerator=tpuu", "Available names are"),
         ("train -m seed=0 neuron._target_=os.system", r"'os\.system': no public class"),
         ("train hydra.run.dir=file", "File exists: '.*file'"),
         ("evaluate checkpoint=nowhere", "no checkpoint of a run at .*nowhere"),
         ("sample checkpoint=file", "no checkpoint of a run at .*file"),
         ("sample", "Missing mandatory value: checkpoint"),
-        ("sample -m runs/mine", "expected KEY=VALUE, such as seed=1, but got 'runs/mine'"),
+        ("sample -m runs/mine", "missing EQUAL"),
         ("train seed=${nope}", "'nope' not found(?s:.*)full_key: seed"),
         ("sample checkpoint=file +lable=3", "the config has no lable; there are .* label,"),
         ("sample checkpoint=nowhere output=run.json", "output must name a picture"),
@@ -112,8 +110,12 @@ def test_help_has_a_line_for_each_key(sj_taid, capsys, command):
 
 def test_ctrl_c_ends_a_command_by_the_signal_without_a_traceback():
     """So a shell's loop ends with it."""
-    code = "from sj_taid import __main__ as m; m.run = lambda: exec('raise KeyboardInterrupt(3)')"
-    command = [sys.executable, "-c", f"{code}; m.main()"]
+    code = (
+        "from sj_taid import __main__; from sj_taid.training import cli\n"
+        "cli.main = lambda *_: exec('raise KeyboardInterrupt(3)')\n"
+        "__main__.main()"
+    )
+    command = [sys.executable, "-c", code, "train"]
     ended = subprocess.run(command, capture_output=True, check=False, text=True)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "3\n")
 
@@ -174,13 +176,13 @@ def test_interrupted_runs_resume_with_their_custom_configs(train, sj_taid, tmp_p
     custom.mkdir(parents=True)
     (custom / "mine.yaml").write_text(f"ctrl_c:\n  _target_: {__name__}.CtrlC\n  epoch: 0\n")
     folder = tmp_path / "run"
+    trust = f"trust=[{__name__}.CtrlC]"
     with pytest.raises(KeyboardInterrupt, match=r"Stopped\. Give the same command again"):
-        train("callbacks=mine", "trainer.max_epochs=2", "--config-dir", str(custom.parent))
+        train("callbacks=mine", trust, "trainer.max_epochs=2", "--config-dir", str(custom.parent))
     # What the run says of itself is no reason to trust it.
     with pytest.raises(SystemExit, match=rf"names '{__name__}\.CtrlC'.*add trust="):
         sj_taid("train", f"resume={folder}")
-    trust = f"trust=[{__name__}.CtrlC]"
-    message = re.escape(f"Resume with: sj-taid train resume={folder} {trust}") + "$"
+    message = re.escape(f"Resume with: sj-taid train resume={folder}") + "$"
     with pytest.raises(KeyboardInterrupt, match=message):
         sj_taid("train", f"resume={folder}", "+callbacks.ctrl_c.epoch=1", trust)
     with pytest.raises(KeyboardInterrupt, match="Stopped"):

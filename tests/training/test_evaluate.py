@@ -9,11 +9,12 @@ import torch
 from omegaconf import OmegaConf
 
 from sj_taid._compat import NEURONS
-from sj_taid._context import seeded
+from sj_taid._internal.context import seeded
 from sj_taid.metric import FrechetDistance
 from sj_taid.training import evaluator, run
 from sj_taid.training.config import compose
 from sj_taid.training.evaluate import evaluate
+from sj_taid.training.parts import build_parts
 from sj_taid.training.train import train
 from tests.training.conftest import TINY, TINY_CLASSIFICATION, Network, write_images
 
@@ -76,7 +77,8 @@ def test_evaluate_repeats_the_metrics_of_training(folder):
 
 def test_firing_rate_is_that_of_a_pass(folder):
     metrics, model = metrics_of(folder), run.load_model(folder)
-    images, _ = next(iter(run.build_data(run.Run(folder).config).test_dataloader()))
+    data = build_parts(run.Run(folder).config).load_data()
+    images, _ = next(iter(data.test_dataloader()))
     monitored = []
     with ExitStack() as hooks, seeded(0), torch.no_grad():
         for module in model.modules():

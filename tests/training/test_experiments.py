@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
-from sj_taid._build import find_class
+from sj_taid._internal.build import find_class
 from sj_taid.data import Data, InMemory
 from sj_taid.training import compare
 from sj_taid.training.config import compose

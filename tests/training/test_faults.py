@@ -128,7 +128,7 @@ class Strike(L.Callback):
 def with_fault(name):
     """In place of the progress bar, since that is no choice, and so the run stays the same one."""
     bar = "++callbacks.progress_bar"
-    return [f"{bar}._target_={__name__}.Strike", f"{bar}.name='{name}'"]
+    return [f"{bar}._target_={__name__}.Strike", f"{bar}.name='{name}'", TRUST]
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from sj_taid.training import run
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.loss import TET, FeatureLoss
+from sj_taid.training.parts import build_parts
 from sj_taid.training.train import train
 from tests.training.conftest import CONF, TINY_CLASSIFICATION, TINY_ESVAE
 
@@ -82,7 +83,7 @@ def test_feature_loss_is_the_error_after_each_block():
 
 @pytest.fixture(scope="module")
 def digits(tiny):
-    data = run.build_part(tiny("dataset.image_size=16"), "dataset")
+    data = build_parts(tiny("dataset.image_size=16")).data
     data.setup()
     return data
 

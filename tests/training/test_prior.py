@@ -162,15 +162,18 @@ class Stop(L.Callback):
 def test_resumed_finished_run_is_unfinished_until_it_ends(folder, sj_taid):
     there = Run(folder)
     shorter, config, weight = there.metrics, there.config, weight_of(folder)
-    longer = ["train", f"resume={folder}", "trainer.max_epochs=4"]
+    longer, trust = (
+        ["train", f"resume={folder}", "trainer.max_epochs=4"],
+        f"trust=[{__name__}.Stop]",
+    )
     with pytest.raises(SystemExit, match=r"dataset\.validation \(None, now 0\.5\)"):
         sj_taid(*longer, "dataset.validation=0.5")
     assert there.metrics == shorter and there.config == config
 
     with pytest.raises(SystemExit, match="Stopped"):
-        sj_taid(*longer, f"+callbacks.stop._target_={__name__}.Stop")
+        sj_taid(*longer, f"+callbacks.stop._target_={__name__}.Stop", trust)
     assert not there.is_finished and there.config.trainer.max_epochs == 4
     assert not load_model(folder).flow.fitted  # that of the first epoch's encoder
-    sj_taid(*longer[:-1], "trainer.max_epochs=3", f"trust=[{__name__}.Stop]")
+    sj_taid(*longer[:-1], "trainer.max_epochs=3", trust)
     assert there.metrics["epochs"] == 3
     assert not torch.equal(weight_of(folder), weight)

@@ -47,7 +47,9 @@ class Kill(L.Callback):
 
 
 def with_callbacks(*classes):
-    return [f"+callbacks.{cls.__name__}._target_={__name__}.{cls.__name__}" for cls in classes]
+    names = {cls.__name__: f"{__name__}.{cls.__name__}" for cls in classes}
+    callbacks = [f"+callbacks.{key}._target_={name}" for key, name in names.items()]
+    return [*callbacks, f"trust=[{','.join(names.values())}]"]
 
 
 @pytest.fixture

@@ -9,19 +9,25 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from spikingjelly.activation_based import neuron
 
-from sj_taid._build import build
+from sj_taid._internal.build import build
 from sj_taid.acceleration.modules import AcceleratedNorm
 from sj_taid.training import Run, files, load_model
 from sj_taid.training import run as runs
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import compose
 from sj_taid.training.files import LogFile, atomic_write
+from sj_taid.training.parts import build_parts
 from sj_taid.training.train import train
 from tests.training.conftest import TINY_CLASSIFICATION
 
 
 class MyLIF(neuron.LIFNode):
     """A custom neuron."""
+
+
+def plain(cfg):
+    """A config's values."""
+    return OmegaConf.to_container(cfg, resolve=True)
 
 
 def test_lock_admits_one_process_at_a_time(tmp_path, monkeypatch):
@@ -43,17 +49,17 @@ def test_save_metrics_refuses_what_is_not_finite(tmp_path):
 
 
 def test_resume_allows_what_may_change_alone(tmp_path):
-    config = {
+    values = {
         "seed": 0,
-        "dataset": {"root": "a", "size": "${seed}"},
+        "dataset": {"root": "a", "size": 0},
         "callbacks": {},
         "trainer": {"max_epochs": 1},
-        "task": {"scheduler": {"T_max": "${trainer.max_epochs}"}},
+        "task": {"scheduler": {"T_max": 1}},
     }
-    cfg, run = OmegaConf.create(config), Run(tmp_path)
-    assert run.resume(cfg) is None
-    run.begin(cfg, {})
-    changed = OmegaConf.create(config | {"seed": 1})
+    run = Run(tmp_path)
+    assert run.resume(values) is None
+    run.begin(OmegaConf.to_yaml(values), {})
+    changed = values | {"seed": 1, "dataset": {"root": "a", "size": 1}}
     assert run.resume(changed) is None  # no epoch is saved
     run.save_metrics({"fad": 3.0})
     run.checkpoint.parent.mkdir()
@@ -62,19 +68,18 @@ def test_resume_allows_what_may_change_alone(tmp_path):
     with pytest.raises(ValueError, match=message):
         run.resume(changed)
 
-    cfg.dataset.root, cfg.callbacks = "b", {"bar": "wide"}
-    assert run.resume(cfg) == run.checkpoint and run.is_complete(cfg)
-    cfg.trainer.max_epochs = 2
+    values |= {"dataset": {"root": "b", "size": 0}, "callbacks": {"bar": "wide"}}
+    assert run.resume(values) == run.checkpoint and run.is_complete(values)
+    longer = values | {"trainer": {"max_epochs": 2}}
     with pytest.raises(ValueError, match=r"T_max \(1, now 2\); resume"):
-        run.resume(cfg)
-    cfg.task.scheduler.T_max = 1
-    assert run.resume(cfg) == run.checkpoint and not run.is_complete(cfg)
+        run.resume(longer | {"task": {"scheduler": {"T_max": 2}}})
+    assert run.resume(longer) == run.checkpoint and not run.is_complete(longer)
     run.checkpoint.unlink()
     with pytest.raises(FileNotFoundError, match="its checkpoint is gone"):
-        run.resume(cfg)
+        run.resume(longer)
     run.checkpoint.touch()
-    cfg.trainer.max_epochs = 0  # as of a sweep whose job was trained longer
-    assert run.resume(cfg) == run.checkpoint and run.is_complete(cfg)
+    values["trainer"] = {"max_epochs": 0}  # as of a sweep whose job was trained longer
+    assert run.resume(values) == run.checkpoint and run.is_complete(values)
 
 
 def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
@@ -93,6 +98,29 @@ def test_train_refuses_classes_that_could_not_be_loaded(tiny, tmp_path):
     with pytest.raises(ValueError, match=rf"add trust=\[{name}\]"):
         load_model(tmp_path)
     assert any(isinstance(module, MyLIF) for module in load_model(tmp_path, [name]).modules())
+
+
+PARTS = (
+    "model",
+    "dataset",
+    "task",
+    "task.scheduler",
+    "optimizer",
+    "trainer",
+    "logger",
+    "callbacks.x",
+)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_build_parts_calls_no_class_that_is_not_trusted(tiny, tmp_path, part):
+    evil = f"++{part}._target_=pathlib.Path.touch"
+    if part == "task.scheduler":
+        evil = "task.scheduler={_target_: pathlib.Path.touch}"
+    cfg = tiny(*TINY_CLASSIFICATION, evil, f"++{part}.self={tmp_path / 'touched'}", tiny=False)
+    with pytest.raises(ValueError, match=r"names 'pathlib\.Path\.touch'.*add trust="):
+        build_parts(cfg)
+    assert not list(tmp_path.iterdir())
 
 
 def test_load_model_refuses_other_models_and_foreign_classes(trained, tmp_path):
@@ -121,7 +149,7 @@ def test_load_model_and_resume_where_the_backend_is_not(trained, tiny):
     path = folder / runs.CONFIG
     path.write_text(path.read_text().replace("backend: auto", "backend: triton"))
     assert any(getattr(m, "backend", "") == "auto" for m in load_model(folder).modules())
-    assert Run(folder).resume(tiny(*TINY_CLASSIFICATION, tiny=False))
+    assert Run(folder).resume(plain(tiny(*TINY_CLASSIFICATION, tiny=False)))
     custom = {"_target_": "mypkg.Net", "backend": "resnet18"}
     assert runs.remove_backends({"model": [custom]}) == {"model": [custom]}
 
@@ -132,10 +160,10 @@ def is_accelerated(model):
 
 def test_models_are_accelerated_if_the_config_says_so(trained, tiny):
     cfg = tiny(*TINY_CLASSIFICATION, tiny=False)
-    assert is_accelerated(runs.build_model(cfg))
+    assert is_accelerated(build_parts(cfg).model)
     folder = trained(*TINY_CLASSIFICATION, "accelerate=false")
     assert not is_accelerated(load_model(folder))
-    assert Run(folder).resume(cfg)  # equal to rounding, as another backend is
+    assert Run(folder).resume(plain(cfg))  # equal to rounding, as another backend is
 
 
 class Hostile:
@@ -160,7 +188,7 @@ def test_read_checkpoint_refuses_code_and_damage(tmp_path, monkeypatch, save):
 @pytest.mark.parametrize("name", ["lif", "plif", "alif"])
 def test_neurons_start_at_whole_numbers(name):
     start = ["neuron_start.tau=2", "neuron_start.v_threshold=3", "neuron_start.v_reset=1"]
-    node = runs.build_part(compose("train", [f"neuron={name}", *start]), "neuron")()
+    node = build(plain(compose("train", [f"neuron={name}", *start]).neuron))()
     assert (node.v_threshold, node.v_reset) == (3.0, 1.0)
 
 
@@ -188,8 +216,8 @@ def test_build_resolves_nothing(tmp_path):
     path = f"{{_target_: pathlib.Path, _args_: [{tmp_path}/hacked]}}"
     evil = f'\\${{oc.create:"{{_target_: pathlib.Path.touch, self: {path}}}"}}'
     cfg = OmegaConf.create({"decoder": {"_target_": "sj_taid.TAID", "T": evil}})
-    with pytest.raises(ValueError, match=r"decoder\.T: .* '\$\{oc\.create"):
-        runs.build_part(cfg, "decoder")
+    with pytest.raises(ValueError, match=r"T: .* '\$\{oc\.create"):
+        build(plain(cfg.decoder), ())
     assert not (tmp_path / "hacked").exists()
 
 
@@ -211,7 +239,7 @@ def test_no_write_follows_a_link(tmp_path, monkeypatch):
         (link := folder.folder / name).parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(precious)
     folder.save_metrics({"fad": 1.0})
-    folder.begin(OmegaConf.create({}), {})
+    folder.begin("", {})
     LogFile(folder.folder / "train.log").emit(logging.makeLogRecord({"msg": "a line"}))
     assert (folder.folder / "train.log").read_text() == "a line\n"
     with pytest.raises(OSError, match="symbolic links"), folder.lock():

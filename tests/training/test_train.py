@@ -10,11 +10,13 @@ import torch
 from matplotlib import image as mpimg
 from omegaconf import OmegaConf
 
+from sj_taid._internal.build import build
 from sj_taid.data import Digits
 from sj_taid.training import cli, run
 from sj_taid.training.checkpoint import read_checkpoint
 from sj_taid.training.config import argument, compose
-from sj_taid.training.train import closing_lines, count_classes, train
+from sj_taid.training.parts import set_classes
+from sj_taid.training.train import train
 from tests.training.conftest import CONF, TINY, TINY_AUTOENCODING, exit_code, write_images
 
 PICTURES = [
@@ -24,15 +26,6 @@ PICTURES = [
 
 def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def test_next_command_trusts_what_the_run_trusts(tmp_path):
-    there = run.Run(tmp_path)
-    there.begin(OmegaConf.create({"model": {"_target_": "mypkg.Mine"}, "metric": None}), {})
-    there.checkpoint.parent.mkdir()
-    there.checkpoint.touch()
-    command = f"sj-taid evaluate checkpoint={tmp_path} trust=[mypkg.Mine]"
-    assert closing_lines(there).endswith(f"Next:    {command}")
 
 
 @pytest.mark.slow
@@ -123,7 +116,7 @@ def test_train_every_choice(tiny, tmp_path, decoder, choice):
 @pytest.mark.parametrize("name", options("model"))
 def test_compose_every_model(tiny, name):
     cfg = tiny(f"model={name}", "dataset.image_size=64", tiny=False)
-    assert run.build_part(cfg, "model").image_size == 64
+    assert build(OmegaConf.to_container(cfg.model, resolve=True)).image_size == 64
 
 
 def test_compose_starts_fsvae_at_the_originals_neuron(tiny):
@@ -180,11 +173,12 @@ def test_interrupted_run_resumes_in_its_folder_with_its_choices(
         sj_taid(
             "train", *TINY, *start, "trainer.max_epochs=500", f"cache_dir={cache}",
             *shlex.split(argument("hydra.run.dir", there.folder)),
-            f"+callbacks.stop._target_={__name__}.Stop",
+            f"+callbacks.stop._target_={__name__}.Stop", f"trust=[{__name__}.Stop]",
         )  # fmt: skip
     before = torch.load(there.checkpoint, weights_only=True)
     assert before["epoch"] == 1 and not there.is_finished
     again = shlex.split(str(stopped.value).splitlines()[0].partition("sj-taid ")[2])
+    again.append(f"trust=[{__name__}.Stop]")
     with pytest.raises(SystemExit, match="must be at least the 2 epochs that are trained"):
         sj_taid(*again, "trainer.max_epochs=1")
     assert there.config.trainer.max_epochs == 500
@@ -217,25 +211,25 @@ def test_damaged_checkpoint_is_refused_before_anything_is_written(trained, tiny)
 CLASSIFIER = "task=classification model=classifier_small"
 
 
-def test_count_classes_for_all_that_learn_from_labels(tmp_path):
+def counted(*overrides):
+    """A config that knows how many classes its data have."""
+    cfg = compose("train", overrides)
+    set_classes(cfg, build(OmegaConf.to_container(cfg.dataset, resolve=True)))
+    return cfg
+
+
+def test_classes_are_counted_for_all_that_learn_from_labels(tmp_path):
     for name in ("cat", "dog"):
         write_images(tmp_path / name, 1)
-    images = ["dataset=image_folder", f"dataset.root={tmp_path}", "feature_loss=classifier"]
-    cfg = compose("train", images)
-    count_classes(cfg)
-    assert cfg.feature_loss.classes == 2
-    cfg = compose("train", images[:2])  # a generator without one need not know
-    count_classes(cfg)
-    assert cfg.dataset.classes is None
+    images = ["dataset=image_folder", f"dataset.root={tmp_path}"]
+    assert counted(*images, "feature_loss=classifier").feature_loss.classes == 2
+    assert counted(*images).dataset.classes is None  # a generator without one need not know
     # Data that do not say how many they have leave it to the model.
-    cfg = compose("train", [*CLASSIFIER.split(), "dataset.classes=null", "model.classes=7"])
-    count_classes(cfg)
+    cfg = counted(*CLASSIFIER.split(), "dataset.classes=null", "model.classes=7")
     assert (cfg.dataset.classes, cfg.model.classes) == (None, 7)
     flat = [*CLASSIFIER.split(), images[0], f"dataset.root={tmp_path / 'cat'}"]
     with pytest.raises(ValueError, match="a classifier needs classes, but the data have none; put"):
-        count_classes(compose("train", flat))
-    with pytest.raises(FileNotFoundError, match=r"no folder at dataset\.root=nowhere"):
-        count_classes(compose("train", [images[0], "dataset.root=nowhere", images[2]]))
+        counted(*flat)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +330,7 @@ def test_train_refuses_nonsense_wherever_it_is(tmp_path, monkeypatch, choices):
     def start(*_):
         pytest.fail(f"{key}={nonsense} is taken")
 
-    monkeypatch.setattr("sj_taid.training.train.calibrate_thresholds", start)
+    monkeypatch.setattr("sj_taid.training.train.prepare_start", start)
     monkeypatch.chdir(tmp_path)
     for image in ("cat", "dog"):
         write_images(tmp_path / "images" / image, 10)

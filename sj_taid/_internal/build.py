@@ -32,42 +32,41 @@ def build(
     config: Any,
     trust: Collection[str] | None = None,
     keys: Mapping[str, str] | None = None,
-    **arguments: Any,
+    trusted: Collection[str] = TRUSTED,
 ) -> Any:
-    """Build the object that a config describes: its ``_target_`` called with the other entries.
+    """Build what a config describes: each ``_target_`` in it, called with the entries next to it.
 
-    Configs within it are built first. With ``_partial_`` it is a partial of the class. Nothing is
+    The innermost are built first. With ``_partial_`` it is a partial of the class. Nothing is
     called if one of the names is not trusted.
 
     Args:
         config: nested dictionaries and lists.
-        trust: full names of custom classes that may be called next to this package's,
-            SpikingJelly's neurons and surrogates, ``torch.optim`` and torch's losses; None where
-            the user has no say.
+        trust: full names of custom classes that may be called next to ``trusted`` ones; None
+            where the user has no say.
         keys: where a class's arguments are in the user's config, for errors.
-        arguments: for the outermost class, over the config's arguments.
+        trusted: modules whose public classes may be called.
 
     Raises:
         ValueError: a class that is not trusted, or that does not take its arguments: by their kinds
-            (:func:`sj_taid._kinds.check_kinds`), or by itself.
+            (:func:`sj_taid._internal.kinds.check_kinds`), or by itself.
 
     >>> build({"_target_": "sj_taid.FixedDecoder", "T": 8}).T
     8
     """
 
-    def call(node: Any, arguments: Mapping[str, Any]) -> Any:
+    def call(node: Any) -> Any:
         if isinstance(node, list):
-            return [call(child, {}) for child in node]
+            return [*map(call, node)]
         if not isinstance(node, dict):
             return node
-        values = {key: call(value, {}) for key, value in node.items()} | {**arguments}
+        values = {key: call(value) for key, value in node.items()}
         if "_target_" not in values:
             return values
         name = values.pop("_target_")
-        target, is_partial = find_class(name, trust), values.pop("_partial_", False)
+        target, is_partial = find_class(name, trust, trusted), values.pop("_partial_", False)
         try:
             if trust is not None:  # a model by name was checked when it was saved
-                from ._kinds import check_kinds  # and pydantic, of the extra train
+                from .kinds import check_kinds  # and pydantic, of the extra train
 
                 check_kinds(target, values)
             return partial(target, **values) if is_partial else target(**values)
@@ -83,21 +82,8 @@ def build(
             raise ValueError(f"{name} cannot be built: {words.splitlines()[0]}") from error
 
     for name in _targets(config):
-        find_class(name, trust)
-    return call(config, arguments)
-
-
-def foreign_classes(config: Any, trusted: Collection[str]) -> list[str]:
-    """The names in a config that are no public classes of ``trusted`` modules."""
-
-    def is_foreign(name: str) -> bool:
-        try:
-            find_class(name, (), trusted)
-        except ValueError:
-            return True
-        return False
-
-    return [*filter(is_foreign, dict.fromkeys(_targets(config)))]
+        find_class(name, trust, trusted)
+    return call(config)
 
 
 def find_class(

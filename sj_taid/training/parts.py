@@ -1,0 +1,133 @@
+"""From a config to objects: :func:`build_parts`, the one place where that happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .._internal.build import TRUSTED, build
+from ..data import Data
+from ..pretrained import prepare
+from .config import validate
+from .evaluator import Evaluator
+from .task import Task
+
+#: modules whose public classes the config of a run may name
+OF_A_RUN = (
+    *TRUSTED,
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.trainer",
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a config describes.
+
+    Attributes:
+        model: untrained, in the form in which it is trained and measured.
+        data: not loaded yet.
+        task: of this model, with its optimizer if the config has one.
+        evaluator: of the samples; None without ``metric``.
+        callbacks: the config's own.
+        logger: takes ``save_dir``; None without ``logger``.
+        trainer: Lightning's, which takes what a run adds.
+        seed: the weights are drawn from it, and the global random state is left there.
+        pictures: whether a run ends with them.
+        start_from: a trained model to train further, or None.
+        calibrate: the firing rate that thresholds are calibrated to, or None.
+        compile: whether the model is compiled, or options of ``torch.compile``.
+        values: the whole config, without interpolations.
+        text: the whole config as YAML, with its interpolations.
+    """
+
+    model: nn.Module
+    data: Data
+    task: Task
+    evaluator: Evaluator | None
+    callbacks: list[L.Callback]
+    logger: partial[Any] | None
+    trainer: partial[L.Trainer]
+    seed: int
+    pictures: bool
+    start_from: str | None
+    calibrate: float | None
+    compile: bool | dict[str, Any]
+    values: dict[str, Any]
+    text: str
+
+    def load_data(self) -> Data:
+        """The data, fetched if they are asked for, and loaded."""
+        self.data.prepare_data()
+        self.data.setup()
+        return self.data
+
+
+def build_parts(cfg: DictConfig) -> Parts:
+    """Check a config, and build what it describes.
+
+    Groups that it lacks are left out; ``optimizer``, ``callbacks`` and ``logger`` are for training
+    alone. Where the data say how many classes there are, the config takes their number.
+
+    Raises:
+        ValueError: choices that do not fit together, a key that nothing reads, a class that is not
+            trusted or that does not take its arguments.
+    """
+    validate(cfg)
+    groups: dict[Any, Any] = {k: group for k, group in cfg.items() if isinstance(group, DictConfig)}
+    groups |= {f"callbacks.{k}": part for k, part in groups.get("callbacks", {}).items() if part}
+    keys = {str(group.get("_target_")): str(key) for key, group in groups.items()}
+    make = partial(build, trust=cfg.trust, keys=keys, trusted=OF_A_RUN)
+
+    data = make(OmegaConf.to_container(cfg.dataset, resolve=True))
+    set_classes(cfg, data)
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    names = ("metric", "callbacks", "logger", "trainer")
+    others = {name: values.get(name) for name in names}
+    training = {name: values.get(name) for name in ("model", "optimizer")}
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    built = make({"task": values["task"] | training} | others)
+    return Parts(
+        model=prepare(built["task"].model, cfg.accelerate),
+        data=data,
+        task=built["task"],
+        evaluator=built["metric"],
+        callbacks=[one for one in (built["callbacks"] or {}).values() if one],
+        logger=built["logger"],
+        trainer=built["trainer"],
+        seed=cfg.seed,
+        pictures=cfg.pictures,
+        start_from=cfg.start_from,
+        calibrate=cfg.neuron_start.get("calibrate"),
+        compile=values["compile"],
+        values=values,
+        text=OmegaConf.to_yaml(cfg),
+    )
+
+
+def set_classes(cfg: DictConfig, data: Data) -> None:
+    """Let the data say how many classes there are, where nothing else does.
+
+    Raises:
+        ValueError: a part has another number of classes than the data, or a classifier's data none.
+    """
+    parts = [part for part in ("model", "feature_loss") if "classes" in (cfg.get(part) or {})]
+    if parts and cfg.dataset.classes is None:
+        cfg.dataset.classes = data.classes
+    for part in parts:
+        own, of_data = cfg[part].classes, cfg.dataset.classes
+        if own is None and "loss" in cfg.task:
+            raise ValueError(
+                "a classifier needs classes, but the data have none; put the images of each class "
+                "into a folder of its own"
+            )
+        if None not in (own, of_data) and own != of_data:
+            raise ValueError(
+                f"{part}.classes={own}, but dataset.classes is {of_data}; leave {part}.classes out"
+            )
