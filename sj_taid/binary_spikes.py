@@ -203,7 +203,6 @@ class _Slices(TorchDispatchMode):
             from torch.utils.flop_counter import flop_registry  # which import sj_taid needs not
 
             output = func(*args, **kwargs)
-            from torch.utils.flop_counter import flop_registry  # not for import sj_taid
 
             row.macs += flop_registry[func.overloadpacket](*args, out_val=output) // 2
             return output

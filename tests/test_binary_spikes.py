@@ -281,7 +281,7 @@ def test_nothing_stays_after_an_error():
 # ---- SpikingJelly's nets ----
 
 
-@pytest.mark.parametrize("name", {"cifar10_net", "spikformer"} & {*zoo.ZOO})
+@pytest.mark.parametrize("name", sorted({"cifar10_net", "spikformer"} & {*zoo.ZOO}))
 def test_zoo(name):
     options = {"levels": 4, "v_reset": None, "v_threshold": 0.1, "step_mode": "m"}
     net, x = zoo.build(name, lambda **_: ALIFNode(backend="torch", **options))
