@@ -67,10 +67,6 @@ def normed_spikes_tidy(unit: Any, x: Tensor) -> Tensor:
     return normed_spikes(unit, x).contiguous()
 
 
-def fired(unit: Any, x: Tensor) -> Tensor:
-    return unit.neuron(normed(unit, x))
-
-
 def fired_tidy(unit: Any, x: Tensor) -> Tensor:
     return unit.neuron(normed(unit, x).contiguous())
 
@@ -211,35 +207,6 @@ class MetaSpikeformer(Net):
         y = (q @ (k.transpose(-2, -1) @ heads(self.v.neuron(v)).contiguous())) * 0.125
         y = self.attention(y.transpose(3, 4).reshape(*x.shape[:3], -1).contiguous())
         return unfold(self.project.layer(y.reshape(x.shape).flatten(0, 1)), x)
-
-
-class QKFormer(Net):
-    """zhouchenlin2096/QKFormer: attention by summed queries, pools between norm and neuron."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.one, self.two, self.three = conv(3, width), conv(width, width), conv(width, width)
-        self.short = conv(width, width, 1, 2)
-        self.q, self.k, self.project = (conv1d(width, width) for _ in range(3))
-        self.up, self.down = conv(width, 4 * width, 1), conv(4 * width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = fired(self.one, x)
-        y = fired_tidy(self.two, x).flatten(0, 1).contiguous()
-        y = unfold(self.pool(self.three.norm(self.three.layer(y))), x).contiguous()
-        x = self.three.neuron(y) + fired_tidy(self.short, x)
-        x = x + self.attend(x)
-        return self.classify(x + fired(self.down, fired(self.up, x)))
-
-    def attend(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(3)
-        T, B, C, N = tokens.shape
-        q, k = (
-            fired(unit, tokens).unsqueeze(2).reshape(T, B, 2, C // 2, N)
-            for unit in (self.q, self.k)
-        )
-        y = torch.mul(self.attention(torch.sum(q, dim=3, keepdim=True)), k).flatten(2, 3)
-        return self.project.neuron(folded(self.project, y).reshape(x.shape))
 
 
 class OwnLIF(neuron.LIFNode):
@@ -445,9 +412,10 @@ class SEWResNet(Net):
 
 
 NETS: dict[str, Callable[[int], nn.Module]] = {
-    **{kind.__name__: kind for kind in (Spikformer, SpikeDriven, MetaSpikeformer, QKFormer)},
-    **{kind.__name__: kind for kind in (SpikingResformer, SpikingUNet, SpikingVQVAE, SFOD)},
-    SEWResNet.__name__: SEWResNet,
+    **{
+        kind.__name__: kind for kind in (Spikformer, SpikeDriven, MetaSpikeformer, SpikingResformer)
+    },
+    **{kind.__name__: kind for kind in (SpikingUNet, SpikingVQVAE, SFOD, SEWResNet)},
 }
 
 

@@ -72,7 +72,6 @@ PUBLISHED = {
     "Spikformer": (9, 0.38),
     "SpikeDriven": (5, 0.36),
     "MetaSpikeformer": (6, 0.52),
-    "QKFormer": (8, 0.36),
     "SpikingResformer": (2, 0.40),
     "SpikingUNet": (3, 0.52),
     "SpikingVQVAE": (4, 0.42),
