@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import sj_taid
 from sj_taid import _graph
+from sj_taid._compat import FUNCTIONAL_STATES
 from sj_taid.acceleration import kept
 from tests.acceleration.alike import robust
 
@@ -193,6 +194,8 @@ NUMBERS = {
     ("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values]
 )
 def test_numbers_of_any_kind_are_read_as_they_are_now(name, value):
+    if name == "v_threshold" and isinstance(value, np.ndarray) and not FUNCTIONAL_STATES:
+        pytest.skip("0.0.0.0.14's neuron takes no array")
     plain, (node,) = make(neuron.LIFNode(**OPTIONS))
     x = torch.randn(4, 2, 3, 5, 6) * 2
     for number in (getattr(node, name), value):
