@@ -1,8 +1,7 @@
-"""Old nets: the names, defaults and equations of SpikingJelly 0.0.0.0.12 on both versions."""
+"""Old nets, in the idioms of published ones, on both versions of SpikingJelly."""
 
 import copy
 import importlib
-import inspect
 import pickle
 from functools import partial
 
@@ -13,190 +12,33 @@ from torch import nn
 
 import sj_taid
 import sj_taid.clock_driven as shim
-from sj_taid import ALIFNode, _compat
+from sj_taid import ALIFNode
 from sj_taid._compat import FUNCTIONAL_STATES
 
 # Not by import statements, which linters sort in front of sj_taid.clock_driven.
-base, encoding, functional, layer, model, neuron, surrogate = (
+encoding, functional, layer, model, neuron, surrogate = (
     importlib.import_module(f"spikingjelly.clock_driven.{name}")
-    for name in ("base", "encoding", "functional", "layer", "model", "neuron", "surrogate")
+    for name in ("encoding", "functional", "layer", "model", "neuron", "surrogate")
 )
 cext_neuron = importlib.import_module("spikingjelly.cext.neuron")
 
-MULTI_STEP = (neuron.MultiStepIFNode, neuron.MultiStepLIFNode, neuron.MultiStepParametricLIFNode)
-SINGLE_STEP = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
-CEXT = (
-    cext_neuron.MultiStepIFNode,
-    cext_neuron.MultiStepLIFNode,
-    cext_neuron.MultiStepParametricLIFNode,
-)
+NAMES = ("IFNode", "LIFNode", "ParametricLIFNode")
 
 
-@pytest.mark.parametrize(
-    ("old", "names"),
-    {
-        base: "MemoryModule",
-        encoding: "LatencyEncoder PoissonEncoder StatefulEncoder WeightedPhaseEncoder",
-        functional: "first_spike_index kaiming_normal_conv_linear_weight kernel_dot_product "
-        "multi_step_forward redundant_one_hot reset_net seq_to_ann_forward set_threshold_margin "
-        "spike_similar_loss temporal_efficient_training_cross_entropy",
-        layer: "Dropout Dropout2d DropConnectLinear ElementWiseRecurrentContainer "
-        "LinearRecurrentContainer MultiStepContainer NeuNorm PrintShapeModule SeqToANNContainer "
-        "SynapseFilter",
-        neuron: "EIFNode LIAFNode QIFNode",
-        surrogate: "ATan Erf NonzeroSignLogAbs PiecewiseExp PiecewiseQuadratic QPseudoSpike S2NN "
-        "Sigmoid SoftSign SquarewaveFourierSeries atan heaviside sigmoid",
-    }.items(),
-    ids=lambda value: getattr(value, "__name__", None),
-)
-def test_name_is_todays(old, names):
-    module = importlib.import_module(old.__name__.replace("clock_driven", "activation_based"))
-    assert all(getattr(old, name) is getattr(module, name) for name in names.split())
-
-
-@pytest.mark.parametrize(
-    ("kind", "defaults"),
-    [
-        *((kind, {"step_mode": "s"}) for kind in SINGLE_STEP),
-        *((kind, {"step_mode": "m"}) for kind in MULTI_STEP),
-        *((kind, {"step_mode": "m", "surrogate": "ATan", "alpha": 2.0}) for kind in CEXT),
-    ],
-)
-def test_neuron_has_the_defaults_of_then(kind, defaults):
-    node = kind()
-    expected = {"surrogate": "Sigmoid", "alpha": 4.0, "v_threshold": 1.0, "v_reset": 0.0}
-    expected |= {"detach_reset": False} | defaults
-    found = {name: getattr(node, name) for name in expected if hasattr(node, name)}
-    function = node.surrogate_function
-    assert found | {"surrogate": type(function).__name__, "alpha": function.alpha} == expected
-    if isinstance(node, neuron.LIFNode):
-        assert node.tau == (100.0 if kind in CEXT else 2.0) and node.decay_input
-    if isinstance(node, neuron.ParametricLIFNode):
-        assert node.w.item() == 0.0 and node.decay_input  # 1/tau = 1/2
-
-
-@pytest.mark.parametrize("kind", MULTI_STEP)
-@pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
-@pytest.mark.parametrize("detach_reset", [False, True])
-@pytest.mark.parametrize("decay_input", [False, True])
-def test_neuron_computes_the_documented_equations(kind, v_reset, detach_reset, decay_input):
-    leaky = kind is not neuron.MultiStepIFNode
-    options = {"v_reset": v_reset, "detach_reset": detach_reset}
-    tau = {neuron.MultiStepLIFNode: "tau", neuron.MultiStepParametricLIFNode: "init_tau"}
-    if leaky:
-        options |= {tau[kind]: 3.0, "decay_input": decay_input}
-    node = kind(surrogate_function=surrogate.ATan(), **options)
-    x_seq = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0)) * 2.0
-    x_seq.requires_grad_()
-
-    v, spikes, rest = torch.full((4, 3), v_reset or 0.0), [], v_reset or 0.0
-    for x in x_seq:
-        if not leaky:
-            v = v + x
-        elif decay_input:
-            v = v + (x - (v - rest)) / 3.0
-        else:
-            v = v - (v - rest) / 3.0 + x
-        spike = surrogate.ATan()(v - 1.0)
-        s = spike.detach() if detach_reset else spike
-        v = v - s if v_reset is None else (1.0 - s) * v + s * v_reset
-        spikes.append(spike)
-    expected = torch.stack(spikes)
-    weights = torch.linspace(0.5, 1.5, expected.numel()).view_as(expected)
-    (gradient,) = torch.autograd.grad((expected * weights).sum() + v.sum(), x_seq)
-
-    out = node(x_seq)
-    assert torch.equal(out, expected)
-    (found,) = torch.autograd.grad((out * weights).sum() + node.v.sum(), x_seq)
-    torch.testing.assert_close(found, gradient)
-    node.reset()
-    assert node.v == rest
-    node.store_v_seq = True
-    node(x_seq)
-    assert torch.equal(node.v_seq[-1], node.v)
-
-
-@pytest.mark.parametrize("kind", [*MULTI_STEP, *CEXT])
-def test_multi_step_neuron_is_one_of_todays_and_taken(kind):
-    single = getattr(neuron, kind.__name__.rpartition("MultiStep")[2])
-    plain = getattr(today.neuron, single.__name__)
-    net = nn.Sequential(nn.Linear(4, 3), kind(detach_reset=True))
-    x_seq = torch.rand(4, 2, 4) * 3.0
-    before = net(x_seq)
-    functional.reset_net(net)
-    assert isinstance(net[1], (single, plain)) and isinstance(net[1], neuron.BaseNode)
-    assert _compat.plain_kind(net[1]) is plain and not _compat.added_methods(net[1])
-    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert torch.equal(copied(x_seq), before)
-    fast = copy.deepcopy(net)
-    assert sj_taid.accelerate(fast).rows[0].done == "fused operator"
-    torch.testing.assert_close(pickle.loads(pickle.dumps(fast))(x_seq), before)
-    sj_taid.unaccelerate(fast)
-    assert type(fast[1]) is kind
-    assert sj_taid.swap_neurons(net).changed and type(net[1]) is ALIFNode
-    assert isinstance(net[1], neuron.BaseNode)
-    torch.testing.assert_close(net(x_seq), before)
-
-
-def test_surrogate_is_a_module_or_its_name():
-    assert neuron.LIFNode(surrogate_function="Erf").surrogate_function.alpha == 2.0
-    node = cext_neuron.MultiStepIFNode(surrogate_function="Sigmoid", alpha=3.0)
-    assert node.surrogate_function.alpha == 3.0
-
-
-def test_backend_cupy_is_explained_once():
-    shim._check_backend.cache_clear()
-    with pytest.warns(UserWarning, match="'cupy' is taken and not used") as caught:
-        net = nn.Sequential(neuron.MultiStepLIFNode(backend="cupy"))
-        net.append(neuron.MultiStepIFNode(backend="cupy"))
-    assert [warning.filename for warning in caught] == [__file__]
-    neuron.MultiStepLIFNode(backend="torch", lava_s_cale=64)
-    neuron.LIFNode(cupy_fp32_inference=True)
-    with pytest.raises(ValueError, match="lava"):
-        neuron.MultiStepLIFNode(backend="lava")
-
-
-@pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 has backends")
-def test_backend_of_then_is_explained():
-    for use in (today.neuron.LIFNode, partial(today.functional.set_backend, nn.Identity())):
-        shim._check_backend.cache_clear()
-        with pytest.warns(UserWarning, match="'cupy' is taken and not used"):
-            use(backend="cupy")
-
-
-@pytest.mark.parametrize("name", ["Dropout", "Dropout2d"])
-def test_multi_step_dropout_is_todays_over_all_steps(name):
-    module = getattr(layer, f"MultiStep{name}")()
-    assert isinstance(module, getattr(today.layer, name))
-    assert module.p == 0.5 and module.step_mode == "m"
-
-
-@pytest.mark.parametrize(("dims", "shape"), [(1, ()), (1, (5,)), (2, (5, 5)), (3, (5, 5, 2))])
-def test_threshold_dependent_norm_is_a_norm_over_time_and_batch(dims, shape):
-    norm = getattr(layer, f"MultiStepThresholdDependentBatchNorm{dims}d")(0.7, 1, 3)
-    plain = getattr(nn, f"BatchNorm{dims}d")(3)
-    assert [*norm.state_dict()] == [*plain.state_dict()]
-    x_seq = torch.rand(4, 2, 3, *shape)
-    expected = 0.7 * plain(x_seq.flatten(0, 1)).view_as(x_seq)  # alpha v_th is the gain
-    torch.testing.assert_close(norm(x_seq), expected)
-    assert torch.equal(norm.running_var, plain.running_var)
-    assert torch.equal(copy.deepcopy(norm)(x_seq), pickle.loads(pickle.dumps(norm))(x_seq))
-
-
-def test_temporal_wise_attention_runs():
-    attention, x_seq = (
-        layer.MultiStepTemporalWiseAttention(T=4, reduction=2),
-        torch.rand(4, 2, 3, 5, 5),
+def old_net():
+    """Names, arguments and calls as in Spikformer's, SEW-ResNet's and tdBN's repositories."""
+    return nn.Sequential(
+        layer.SeqToANNContainer(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)),
+        neuron.MultiStepParametricLIFNode(init_tau=3.0, detach_reset=True, backend="torch"),
+        layer.SeqToANNContainer(nn.Conv2d(2, 2, 3)),
+        layer.MultiStepThresholdDependentBatchNorm2d(1.0, 1.0, 2),
+        neuron.MultiStepLIFNode(surrogate_function=surrogate.ATan(), lava_s_cale=64),
+        layer.MultiStepDropout2d(0.2),
+        cext_neuron.MultiStepParametricLIFNode(init_tau=2.0, surrogate_function="Sigmoid"),
     )
-    assert attention(x_seq).shape == x_seq.shape
 
 
-def test_periodic_encoder_gives_a_step_a_call():
-    encoder = encoding.PeriodicEncoder(torch.eye(2))
-    assert [encoder().tolist() for _ in range(3)] == [[1, 0], [0, 1], [1, 0]]
-
-
-#: the keys of a checkpoint that 0.0.0.0.12 wrote of ``old_net``
+#: the keys of a checkpoint that 0.0.0.0.12 wrote of it
 KEYS = [
     *("0.0.weight", "0.0.bias"),
     *(f"0.1.{name}" for name in ("weight", "bias", "running_mean", "running_var")),
@@ -205,114 +47,116 @@ KEYS = [
 ]
 
 
-def old_net():
-    return nn.Sequential(
-        layer.SeqToANNContainer(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)),
-        neuron.MultiStepParametricLIFNode(init_tau=3.0),
-        layer.SeqToANNContainer(nn.Conv2d(2, 2, 3)),
-        layer.MultiStepThresholdDependentBatchNorm2d(1.0, 1.0, 2),
-        neuron.MultiStepLIFNode(),
-        layer.MultiStepDropout2d(0.2),
-        cext_neuron.MultiStepParametricLIFNode(init_tau=2.0),
-    )
-
-
-def test_checkpoint_of_then_loads():
-    state = {key: torch.full_like(value, 2) for key, value in old_net().state_dict().items()}
+def test_an_old_net_trains_loads_its_checkpoint_and_is_accelerated_and_swapped():
+    net, x_seq = old_net(), torch.rand(4, 2, 1, 8, 8) * 3
+    state = {key: torch.full_like(value, 2) for key, value in net.state_dict().items()}
     assert [*state] == KEYS
     state["6.w"] = state["6.w"].reshape(1)  # cext's was of shape [1]
-    net = old_net()
-    net.load_state_dict(state)
-    assert net[1].w.item() == 2.0 and net[6].w.item() == 2.0
+    copy.deepcopy(net).load_state_dict(state)
+    net.eval()
+    before = net(x_seq)
+    functional.reset_net(net)
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(copied(x_seq), before)
+    fast = copy.deepcopy(net)
+    assert str(sj_taid.accelerate(fast)).startswith("3 of 3 neurons on the fused operator")
+    torch.testing.assert_close(pickle.loads(pickle.dumps(fast))(x_seq), before)
+    sj_taid.unaccelerate(fast)
+    assert [type(m) for m in fast] == [type(m) for m in net]
+    assert len(sj_taid.swap_neurons(net).changed) == 3
+    assert isinstance(net[1], neuron.BaseNode) and type(net[1]) is ALIFNode
+    torch.testing.assert_close(net(x_seq), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_neurons_have_the_defaults_of_then(name):
+    single, multi, cext = (
+        getattr(neuron, name)(),
+        getattr(neuron, f"MultiStep{name}")(),
+        getattr(cext_neuron, f"MultiStep{name}")(),
+    )
+    assert [node.step_mode for node in (single, multi, cext)] == ["s", "m", "m"]
+    assert isinstance(multi, type(single)) and isinstance(multi, getattr(today.neuron, name))
+    for node, kind, alpha in ((multi, "Sigmoid", 4.0), (cext, "ATan", 2.0)):
+        assert (node.v_threshold, node.v_reset, node.detach_reset) == (1.0, 0.0, False)
+        assert type(node.surrogate_function).__name__ == kind
+        assert node.surrogate_function.alpha == alpha
+    if name == "LIFNode":
+        assert (single.tau, multi.tau, cext.tau) == (2.0, 2.0, 100.0) and multi.decay_input
+    if name == "ParametricLIFNode":
+        assert multi.w.item() == 0.0 and multi.decay_input  # 1/tau = 1/2
+    assert cext_neuron.MultiStepIFNode(surrogate_function="Erf", alpha=3.0).surrogate_function.alpha
+
+
+def test_backend_cupy_is_explained_once():
+    shim._check_backend.cache_clear()
+    with pytest.warns(UserWarning, match="'cupy' is taken and not used") as caught:
+        net = nn.Sequential(neuron.MultiStepLIFNode(backend="cupy"))
+        net.append(neuron.MultiStepIFNode(backend="cupy"))
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.raises(ValueError, match="backend must be 'torch' or 'cupy', but it is 'lava'"):
+        neuron.MultiStepLIFNode(backend="lava")
+    if FUNCTIONAL_STATES:
+        for use in (today.neuron.LIFNode, partial(today.functional.set_backend, nn.Identity())):
+            shim._check_backend.cache_clear()
+            with pytest.warns(UserWarning, match="'cupy' is taken and not used"):
+                use(backend="cupy")
+
+
+def test_layers_are_todays_in_step_mode_m():
+    x_seq = torch.rand(4, 2, 3, 5, 5)
+    for name in ("Dropout", "Dropout2d"):
+        module = getattr(layer, f"MultiStep{name}")()
+        assert isinstance(module, getattr(today.layer, name))
+        assert module.p == 0.5 and module.step_mode == "m"
+    norm, plain = layer.MultiStepThresholdDependentBatchNorm2d(0.7, 1, 3), nn.BatchNorm2d(3)
+    expected = 0.7 * plain(x_seq.flatten(0, 1)).view_as(x_seq)  # alpha v_th is the gain
+    torch.testing.assert_close(norm(x_seq), expected)
+    assert torch.equal(copy.deepcopy(norm)(x_seq), pickle.loads(pickle.dumps(norm))(x_seq))
+    attention = layer.MultiStepTemporalWiseAttention(T=4, reduction=2)
+    assert attention(x_seq).shape == x_seq.shape
+    assert encoding.PoissonEncoder()(x_seq).unique().tolist() == [0, 1]
+    assert layer.SynapseFilter is today.layer.SynapseFilter
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "options"),
-    [
-        (model.sew_resnet, "sew_resnet18", {"cnf": "ADD"}),
-        (model.spiking_resnet, "spiking_resnet18", {}),
-    ],
+    ("home", "name", "options"),
+    [("sew_resnet", "sew_resnet18", {"cnf": "ADD"}), ("spiking_resnet", "spiking_resnet18", {})],
 )
-def test_model_is_todays_with_the_arguments_of_then(module, name, options):
-    home = importlib.import_module(module.__name__.replace("clock_driven", "activation_based"))
+def test_nets_take_the_arguments_of_then(home, name, options):
     options = {"num_classes": 5, "surrogate_function": surrogate.ATan(), **options}
-    plain = getattr(home, name)(spiking_neuron=neuron.LIFNode, **options).eval()
-    single = getattr(module, name)(single_step_neuron=neuron.LIFNode, **options).eval()
-    many = getattr(module, f"multi_step_{name}")(
-        T=2, multi_step_neuron=neuron.MultiStepLIFNode, **options
-    ).eval()
+    old, new = getattr(model, home), importlib.import_module(today.__name__ + ".model." + home)
+    plain = getattr(new, name)(spiking_neuron=neuron.LIFNode, **options).eval()
+    single = getattr(old, name)(single_step_neuron=neuron.LIFNode, **options).eval()
+    many = getattr(old, f"multi_step_{name}")
+    many = many(T=2, multi_step_neuron=neuron.MultiStepLIFNode, **options).eval()
     x = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         for net in (single, many):
             net.load_state_dict(plain.state_dict())
         steps = torch.stack([plain(x), plain(x)])
         assert torch.equal(torch.stack([single(x), single(x)]), steps)
-        out = many(x)
-        functional.reset_net(many)
-        assert torch.equal(many(torch.stack([x, x])), out)
-        torch.testing.assert_close(out, steps)
-
-
-def test_vgg_has_both_makers():
-    assert {"spiking_vgg11_bn", "multi_step_spiking_vgg11_bn"} <= {*vars(model.spiking_vgg)}
-
-
-@pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 computes them as of old")
-@pytest.mark.parametrize("name", ["LeakyKReLU", "PiecewiseLeakyReLU", "piecewise_leaky_relu"])
-def test_surrogate_that_means_something_else_today_is_absent(name):
-    assert hasattr(today.surrogate, name) and not hasattr(surrogate, name)
+        torch.testing.assert_close(many(x), steps)  # T steps of an image
 
 
 @pytest.mark.parametrize("name", ["neuron.MultiStepEIFNode", "model.parametric_lif_net", "rnn"])
-def test_name_that_is_gone_raises_pythons_own_error(name):
+def test_a_name_that_is_gone_raises_pythons_own_error(name):
     module, _, last = f"spikingjelly.clock_driven.{name}".rpartition(".")
     with pytest.raises(ImportError, match=last):
         exec(f"from {module} import {last}")
-    assert not hasattr(importlib.import_module(module), last)
-
-
-def test_import_comes_first():
     with pytest.raises(ImportError, match=r"import sj_taid\.clock_driven before"):
         importlib.reload(shim)
-
-
-@pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 calls the hooks")
-@pytest.mark.parametrize(
-    "kind",
-    [neuron.LIFNode, *(getattr(today.neuron, f"{name}Node") for name in ("IF", "AdaptBase"))],
-)
-@pytest.mark.parametrize("hook", ["neuronal_charge", "neuronal_fire", "neuronal_reset"])
-def test_own_lif_with_a_hook_that_nobody_calls_raises(kind, hook):
-    what = rf"Own overrides {hook}, which SpikingJelly 2\.x does not call in {kind.__name__}: "
-    with pytest.raises(TypeError, match=what):
-        type("Own", (kind,), {hook: lambda self, x: None})
+    assert not hasattr(encoding, "PeriodicEncoder")  # which gives other spikes today
+    assert hasattr(surrogate, "PiecewiseLeakyReLU") != FUNCTIONAL_STATES
 
 
 # ---- nets of 0.0.0.0.14's activation_based ----
 
 
-@pytest.mark.parametrize(
-    "name", ["AdaptBase", "Base", "EIF", "IF", "Izhikevich", "KLIF", "LIF", "ParametricLIF", "QIF"]
-)
-def test_neuron_takes_the_backend_of_then(name):
-    """By name and by place: behind ``step_mode``, before ``store_v_seq``."""
-    kind = getattr(today.neuron, f"{name}Node")
-    defaults = [p.default for p in inspect.signature(kind).parameters.values()]
-    before = defaults[: -2 if FUNCTIONAL_STATES else -3]  # without step_mode and what follows
-    for node in (
-        kind(*before, "m", "torch", True),
-        kind(*before, "m", "torch", store_v_seq=True),
-        kind(*before, step_mode="m", backend="torch", store_v_seq=True),
-    ):
-        assert node.step_mode == "m" and node.backend == "torch" and node.store_v_seq
-    with pytest.raises((ValueError, NotImplementedError)):
-        kind(backend="none")
-
-
 class Leaky(today.neuron.BaseNode):
-    """A neuron as nets of 0.0.0.0.14 define their own."""
+    """A neuron that passes ``backend`` on by its place."""
 
-    def __init__(self, v_threshold=1.0, v_reset=0.0, backend="torch", store_v_seq=False):
+    def __init__(self, v_threshold=1.0, v_reset=0.0, backend="torch", store_v_seq=True):
         function = today.neuron.surrogate.ATan()
         super().__init__(v_threshold, v_reset, function, True, "m", backend, store_v_seq)
         self.register_memory("calls", 0)
@@ -325,8 +169,7 @@ class Leaky(today.neuron.BaseNode):
 class Stepping(Leaky):
     def single_step_forward(self, x):
         self.v_float_to_tensor(x)
-        assert self.v.shape == x.shape
-        self.neuronal_charge(2.0 * x)
+        self.neuronal_charge(x)
         spike = self.neuronal_fire()
         self.neuronal_reset(spike)
         return spike
@@ -334,37 +177,25 @@ class Stepping(Leaky):
 
 class Resetting(Leaky):
     def neuronal_reset(self, spike):
-        if self.v_reset is None:
-            self.v = self.jit_soft_reset(self.v, spike, self.v_threshold)
-        else:
-            self.v = self.jit_hard_reset(self.v, spike, self.v_reset)
+        soft = self.v_reset is None
+        reset = self.jit_soft_reset if soft else self.jit_hard_reset
+        self.v = reset(self.v, spike, self.v_threshold if soft else self.v_reset)
 
 
 class Both(Stepping):
     def multi_step_forward(self, x_seq):
-        return torch.stack([self.single_step_forward(0.5 * x) for x in x_seq])
+        self.store_v_seq = False
+        return torch.stack([self.single_step_forward(x) for x in x_seq])
 
 
-class Inherits(Both):
-    def single_step_forward(self, x):
-        return super().single_step_forward(-x)
-
-
-def test_own_multi_step_forward_of_then_is_called():
-    x_seq = torch.rand(5, 2, 3)
-    expected = Leaky()(x_seq)  # 0.5 and 2.0
-    assert torch.equal(Both()(x_seq), expected) and torch.equal(Inherits()(-x_seq), expected)
-
-
-@pytest.mark.parametrize("kind", [Leaky, Stepping, Resetting])
+@pytest.mark.parametrize("kind", [Leaky, Stepping, Resetting, Both])
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
 @pytest.mark.parametrize("step_mode", ["s", "m"])
-def test_own_neuron_of_then_computes_its_hooks(kind, v_reset, step_mode):
-    node = kind(0.5, v_reset, store_v_seq=True)
-    x_seq = torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(0))
+def test_own_neurons_compute_their_hooks(kind, v_reset, step_mode):
+    node, x_seq = kind(0.5, v_reset), torch.rand(5, 2, 3)
     v, spikes, voltages = torch.full((2, 3), v_reset or 0.0), [], []
     for x in x_seq:
-        v = 0.5 * v + x * (2.0 if kind is Stepping else 1.0)
+        v = 0.5 * v + x
         spikes.append((v >= 0.5).float())
         v = v - 0.5 * spikes[-1] if v_reset is None else torch.where(v >= 0.5, v_reset, v)
         voltages.append(v)
@@ -374,57 +205,92 @@ def test_own_neuron_of_then_computes_its_hooks(kind, v_reset, step_mode):
         torch.testing.assert_close(out, torch.stack(spikes))
         torch.testing.assert_close(node.v, v)
         assert node.calls == len(x_seq)
-        if step_mode == "m":
+        if step_mode == "m" and kind is not Both:
             torch.testing.assert_close(node.v_seq, torch.stack(voltages))
         node.reset()
         assert node.v == (v_reset or 0.0) and node.calls == 0
 
 
-@pytest.mark.parametrize("node", [today.neuron.LIFNode, today.neuron.ParametricLIFNode])
-def test_net_of_then_runs_and_is_accelerated(node):
-    fires = node(detach_reset=True, backend="torch", surrogate_function=surrogate.ATan())
+class Recurrent(today.base.MemoryModule):
+    """As LoRaFBSNet's and dendsn's: a memory that is no neuron's, step by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_memory("y", None)
+
+    def single_step_forward(self, x, scale=1.0):
+        self.y = x if self.y is None else scale * x + 0.5 * self.y
+        return self.y
+
+
+class Accumulating(Recurrent):
+    def multi_step_forward(self, x_seq):
+        return super().multi_step_forward(x_seq).sum(0)
+
+
+def test_a_memory_module_runs_its_steps():
+    x_seq = torch.rand(3, 2, 4)
+    looped, net, added = Recurrent(), Recurrent(), Accumulating()
+    functional.set_step_mode(nn.ModuleList([net, added]), "m")
+    expected = torch.stack([looped(x) for x in x_seq])
+    assert torch.equal(net(x_seq), expected) and torch.equal(added(x_seq), expected.sum(0))
+    functional.reset_net(net)
+    assert net.y is None and not hasattr(net, "v_seq")
+    assert not torch.equal(net(x_seq, scale=2.0), expected)
+
+
+@pytest.mark.skipif(not FUNCTIONAL_STATES, reason="0.0.0.0.14 calls the hooks")
+@pytest.mark.parametrize("kind", [neuron.LIFNode, today.neuron.IFNode, today.neuron.AdaptBaseNode])
+def test_a_hook_that_nobody_calls_raises(kind):
+    with pytest.raises(TypeError, match=rf"Own overrides neuronal_charge.* in {kind.__name__}: "):
+        type("Own", (kind,), {"neuronal_charge": lambda self, x: None})
+    type("Own", (today.neuron.SimpleBaseNode,), {"neuronal_charge": lambda self, x: None})
+
+
+def test_an_old_net_of_14_runs_and_is_accelerated():
+    fires = today.neuron.ParametricLIFNode(
+        2.0, False, 1.0, 0.0, surrogate.ATan(), True, "m", "torch"
+    )
     conv, norm = today.layer.Conv2d(2, 2, 3, bias=False), today.layer.BatchNorm2d(2)
-    net = nn.Sequential(conv, norm, fires, Leaky())
+    net, x_seq = nn.Sequential(conv, norm, fires, Leaky()), torch.rand(4, 2, 2, 5, 5) * 3.0
     functional.set_step_mode(net, "m")
-    today.functional.set_backend(net, "torch", instance=node)
-    x_seq = torch.rand(4, 2, 2, 5, 5) * 3.0
+    today.functional.set_backend(net, "torch", instance=today.neuron.LIFNode)
+    assert fires.backend == "torch"
     out = net(x_seq)
     functional.reset_net(net)
     report = sj_taid.accelerate(net)
     torch.testing.assert_close(net(x_seq), out)
-    assert "1 of 2 neurons on the fused operator, 1 of 1 norms ready to be fused" in str(report)
+    assert "1 of 2 neurons on the fused operator, 1 of 1 norms" in str(report)
     assert type(pickle.loads(pickle.dumps(net))[3]) is Leaky
 
 
-def test_own_surrogate_runs_and_is_reported():
-    class Triangle(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, alpha):
-            ctx.save_for_backward(x)
-            return surrogate.heaviside(x)
+class Triangle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.save_for_backward(x)
+        return surrogate.heaviside(x)
 
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * torch.relu(1.0 - ctx.saved_tensors[0].abs()), None
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.relu(1.0 - ctx.saved_tensors[0].abs()), None
 
-    class Own(surrogate.SurrogateFunctionBase):
-        def __init__(self, alpha=1.0, spiking=True):
-            super().__init__(alpha, spiking)
 
-        @staticmethod
-        def spiking_function(x, alpha):
-            return Triangle.apply(x, alpha)
+class Own(surrogate.SurrogateFunctionBase):
+    def __init__(self, alpha=1.0, spiking=True):
+        super().__init__(alpha, spiking)
 
-    class Many(surrogate.MultiArgsSurrogateFunctionBase):
-        def __init__(self, spiking=True):
-            super().__init__(spiking)
+    spiking_function = staticmethod(Triangle.apply)
 
-        def forward(self, x):
-            return Triangle.apply(x, 1.0)
 
-    for function in (Own(), Many()):
-        net = nn.Sequential(neuron.MultiStepIFNode(surrogate_function=function))
-        x_seq = torch.full((1, 1, 1), 0.75, requires_grad=True)
-        net(x_seq).sum().backward()
-        assert x_seq.grad.item() == 0.75
-        assert "derivative of the surrogate" in sj_taid.accelerate(net).rows[0].note
+class Many(surrogate.MultiArgsSurrogateFunctionBase):
+    def forward(self, x):
+        return Triangle.apply(x, 1.0)
+
+
+@pytest.mark.parametrize("function", [Own(), Many(spiking=True)])
+def test_own_surrogates_run_and_are_reported(function):
+    net = nn.Sequential(neuron.MultiStepIFNode(surrogate_function=function))
+    x_seq = torch.full((1, 1, 1), 0.75, requires_grad=True)
+    net(x_seq).sum().backward()
+    assert x_seq.grad.item() == 0.75
+    assert "derivative of the surrogate" in sj_taid.accelerate(net).rows[0].note
