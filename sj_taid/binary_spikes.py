@@ -146,8 +146,9 @@ class _Slices(TorchDispatchMode):
 
     def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
         for path, module in net.named_modules():
-            yield module.register_forward_pre_hook(partial(self.enter, path or "net"))
-            yield module.register_forward_hook(self.leave, always_call=True)
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                yield module.register_forward_pre_hook(partial(self.enter, path or "net"))
+                yield module.register_forward_hook(self.leave, always_call=True)
 
     def enter(self, path: str, *_: Any) -> None:
         self.running.append((path, Counter()))

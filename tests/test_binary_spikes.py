@@ -278,6 +278,13 @@ def test_nothing_stays_after_an_error():
     assert net[0](torch.eye(4)).requires_grad
 
 
+def test_scripted_module_counts_as_its_parent():
+    """It takes no hooks."""
+    with binary(net := nn.Sequential(torch.jit.script(nn.Linear(4, 4)))) as report:
+        net(torch.eye(4))
+    assert [(row.layer, row.additions) for row in report.rows] == [("net", 16)]
+
+
 # ---- SpikingJelly's nets ----
 
 
