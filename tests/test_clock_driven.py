@@ -14,6 +14,7 @@ import sj_taid
 import sj_taid.clock_driven as shim
 from sj_taid import ALIFNode
 from sj_taid._compat import FUNCTIONAL_STATES
+from tests.acceleration.alike import robust
 
 # Not by import statements, which linters sort in front of sj_taid.clock_driven.
 encoding, functional, layer, model, neuron, surrogate = (
@@ -48,12 +49,11 @@ KEYS = [
 
 
 def test_an_old_net_trains_loads_its_checkpoint_and_is_accelerated_and_swapped():
-    net, x_seq = old_net(), torch.rand(4, 2, 1, 8, 8) * 3
+    net, x_seq = robust(lambda: (old_net().eval(), torch.rand(4, 2, 1, 8, 8) * 3))
     state = {key: torch.full_like(value, 2) for key, value in net.state_dict().items()}
     assert [*state] == KEYS
     state["6.w"] = state["6.w"].reshape(1)  # cext's was of shape [1]
     copy.deepcopy(net).load_state_dict(state)
-    net.eval()
     before = net(x_seq)
     functional.reset_net(net)
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
