@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from spikingjelly.activation_based import layer
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._fused_neuron import Accelerated, restore
 from ..neuron import ALIFNode
 from ..neurons import (
     Site,
+    as_inputs,
     check_net,
     describe_equality,
     describe_single_steps,
@@ -69,16 +70,10 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
     if steps := describe_single_steps(need_neurons(net, "accelerate")):
         warnings.warn(steps, stacklevel=2)
     if example_input is None:
-        neurons = _exchange_classes(net)
-        return Acceleration(*report_of(net, neurons, None))
-    if not isinstance(example_input, Tensor | tuple):
-        raise TypeError(
-            "example_input must be a tensor, or a tuple for several inputs, but it is a "
-            f"{type(example_input).__name__}"
-        )
-    readers, saved_bytes, step_ms = measure(net, example_input, _exchange_classes, unaccelerate)
-    neurons = _exchange_classes(net)
-    return Acceleration(*report_of(net, neurons, readers), saved_bytes, step_ms)
+        return Acceleration(*report_of(net, _exchange_classes(net), None))
+    inputs = as_inputs(example_input)
+    readers, saved, ms, counting = measure(net, inputs, _exchange_classes, unaccelerate)
+    return Acceleration(*report_of(net, _exchange_classes(net), readers), saved, ms, counting)
 
 
 def unaccelerate(net: nn.Module) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _compat, _graph
 from ..neurons import copy_net, find_neurons
+from ..ops.counts import read_counts
 from ..report import Row, table_of
 from .kept import Kept, is_question, kept_in
 from .modules import AcceleratedNorm, why_no_norm
@@ -39,12 +41,15 @@ class Acceleration:
         saved_bytes: bytes saved for backward, before and after, if there was an example input;
             not that input itself, nor parameters and buffers.
         step_ms: milliseconds of a training step, before and after: the least of turns.
+        counting: the modules that are no neurons of SpikingJelly's, but make counts of their input
+            in the example: path -> class.
     """
 
     rows: tuple[Row, ...]
     head: str
     saved_bytes: tuple[int, int] | None = None
     step_ms: tuple[float, float] | None = None
+    counting: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [self.head]
@@ -54,7 +59,15 @@ class Acceleration:
             step = "no difference measurable" if equal else f"{old:.4g} -> {new:.4g} ms"
             saved = f"{old_bytes / 1e6:.3g} -> {new_bytes / 1e6:.3g} MB"
             lines.append(f"saved for backward {saved}, step {step}")
-        return "\n".join([*lines, table_of(_merge(self.rows))])
+        lines.append(table_of(_merge(self.rows)))
+        if self.counting:
+            first, kind = next(iter(self.counting.items()))
+            more = f" and {len(self.counting) - 1} more" if len(self.counting) > 1 else ""
+            lines.append(
+                f"counts come from no neurons of SpikingJelly's too: {first} ({kind}){more}; give "
+                "them successors: sj_taid.swap_neurons(net, replace=...), docs/swap.md"
+            )
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -136,8 +149,8 @@ def measure(
     inputs: Any,
     accelerate: Callable[[nn.Module], Any],
     unaccelerate: Callable[[nn.Module], Any],
-) -> tuple[dict[str, dict[str, bool]], tuple[int, int], tuple[float, float]]:
-    """Run training steps of two copies in turns: readers of norms, saved bytes and ms of a step.
+) -> tuple[dict[str, dict[str, bool]], tuple[int, int], tuple[float, float], dict[str, str]]:
+    """Run training steps of two copies in turns: readers of norms, saved bytes, ms, what counts.
 
     Bytes and time are those of a later step, with all kernels and plans made.
     """
@@ -148,12 +161,40 @@ def measure(
     with torch.random.fork_rng({p.device for p in plain.parameters() if p.is_cuda}):
         with _Readers(fast) as readers:
             run_step(fast, inputs)
+        counting = _find_counting(plain, inputs)
         turns = [
             [run_step(trial, inputs) for trial in (plain, fast)] for _ in range(_WARM + _TIMED)
         ]
         old_bytes, new_bytes = (run_step(trial, inputs, True)[0] for trial in (plain, fast))
     old, new = (min(ms for _, ms in steps) for steps in zip(*turns[_WARM:], strict=True))
-    return readers.of_norms(), (old_bytes, new_bytes), (old, new)
+    return readers.of_norms(), (old_bytes, new_bytes), (old, new), counting
+
+
+def _find_counting(net: nn.Module, inputs: Any) -> dict[str, str]:
+    """The modules of a net's own classes that make counts of real numbers: path -> class."""
+    found: dict[str, str] = {}
+
+    def note(path: str, module: nn.Module, args: Any, y: Any) -> None:
+        tensors = [t for t in (*args[:1], y) if isinstance(t, Tensor) and t.numel()]
+        if (
+            len(tensors) == 2
+            and y.any()
+            and not any(inner.startswith(f"{path}.") for inner in found)
+        ):
+            x_counts, y_counts = (read_counts(t.detach()).are_few for t in tensors)
+            if y_counts and not x_counts:
+                found[path] = type(module).__name__
+
+    handles = [
+        module.register_forward_hook(partial(note, path))
+        for path, module in net.named_modules()
+        if type(module).__module__.partition(".")[0] not in ("torch", "spikingjelly", "sj_taid")
+        and not find_neurons(module)
+    ]
+    run_step(net, inputs)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 class _Readers(TorchFunctionMode):

@@ -131,3 +131,61 @@ def test_a_norm_of_inputs_without_gradient_is_said_to_be_apart():
     report = accelerate(net, torch.rand(4, 5, 6, 7))
     assert report.rows[0].note == "computed apart: its input requires no gradient"
     assert "0 of 1 norms fused (1 apart: its input requires no gradient)" in str(report)
+
+
+class Count(nn.Module):
+    """Gives counts, divided by 4 in a net that divides them."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        y = x.clamp(0, 4)
+        return (y + (y.round() - y).detach()) * self.factor
+
+
+class Block(nn.Module):
+    def __init__(self, *modules):
+        super().__init__()
+        self.run = nn.Sequential(*modules)
+
+    def forward(self, x):
+        return self.run(x)
+
+
+class Silent(Block):
+    def forward(self, x):
+        return 0.0 * x
+
+
+class Repeated(Block):
+    def forward(self, x):
+        return x.repeat(1, 1, 2)  # counts of counts
+
+
+def test_the_report_ends_with_what_gives_counts_and_is_no_neuron():
+    node = neuron.LIFNode(step_mode="m")
+    net = nn.Sequential(
+        *(
+            nn.Linear(6, 6),
+            Count(),
+            Repeated(),
+            nn.Linear(12, 6),
+            Block(nn.Linear(6, 6), Count(0.25)),
+        ),
+        *(nn.Linear(6, 6), Silent(), nn.Linear(6, 6), Block(nn.Linear(6, 6), node)),
+    )
+    x = torch.randn(4, 5, 6) * 9
+    report = accelerate(net, x)
+    assert report.counting == {"1": "Count", "4.run.1": "Count"}
+    assert (
+        str(report)
+        .splitlines()[-1]
+        .startswith(
+            "counts come from no neurons of SpikingJelly's too: 1 (Count) and 1 more; give them"
+        )
+    )
+    assert not accelerate(net).counting and "counts come" not in str(accelerate(net[-1:], x))
+    with pytest.raises(ValueError, match=r"swap_neurons\(net, replace=.*docs/swap\.md"):
+        accelerate(net[:-1], x)
