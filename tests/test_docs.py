@@ -57,10 +57,11 @@ def test_python_block_runs_alone(block, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_yaml_block_composes(block, tmp_path):
-    tmp_path.joinpath("dataset").mkdir()
-    tmp_path.joinpath("dataset", "mine.yaml").write_text(block, encoding="utf-8")
-    cfg = compose("train", ["dataset=mine", f"hydra.searchpath=[file://{tmp_path}]"])
-    assert f"name: {cfg.dataset.name}" in block
+    group = "dataset" if "\nname: " in block else "model"
+    tmp_path.joinpath(group).mkdir()
+    tmp_path.joinpath(group, "mine.yaml").write_text(block, encoding="utf-8")
+    cfg = compose("train", [f"{group}=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert f"_target_: {cfg[group]._target_}" in block
 
 
 # ---- commands ----

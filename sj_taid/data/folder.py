@@ -1,5 +1,6 @@
 """Still images read from their files when they are asked for: any folder, and CelebA."""
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from glob import iglob
@@ -58,6 +59,8 @@ class ImageFolder(ImageData):
         test_share: without ``test_root``, this share of each class is for testing: the last ones
             in the order of their names, at least one.
         crop: take a square of so many pixels from the middle of each image; None takes the largest.
+        batch_size: None makes 20 batches or more of the training images, of at most 100.
+        num_workers: None takes a process per core, at most 4.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -70,6 +73,8 @@ class ImageFolder(ImageData):
     test_root: Path | None = None
     test_share: float = 0.1
     crop: int | None = None
+    batch_size: int | None = None  # type: ignore[assignment]
+    num_workers: int | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self.root = expand_home(self.root)
@@ -81,7 +86,14 @@ class ImageFolder(ImageData):
             check_sizes(**{"dataset.crop": self.crop})
         if self.classes is None:
             self.classes = len(_class_names(self.root, "dataset.root")) or None
+        if self.num_workers is None:
+            self.num_workers = min(4, os.cpu_count() or 1)
         super().__post_init__()
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        if self.batch_size is None:
+            self.batch_size = min(100, max(2, len(self.train_set) // 20))
 
     def load(self) -> tuple[Files, Files]:
         names = _class_names(self.root, "dataset.root")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -98,7 +99,19 @@ class Torchvision(ImageData):
 
 
 class TorchvisionInMemory(Torchvision):
-    """A data set of torchvision that is loaded into memory."""
+    """A data set of torchvision that is loaded into memory.
+
+    Raises:
+        ValueError: one that has ``split=`` where MNIST has ``train=``, such as SVHN or EMNIST.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "train" not in signature(self.read).parameters:
+            raise ValueError(
+                f"source={self.source} is a data set of torchvision without train=, which is not "
+                "read; save its images in folders, for dataset=image_folder"
+            )
 
     def load(self) -> tuple[InMemory, InMemory]:
         return self._part(train=True), self._part(train=False)
@@ -106,7 +119,7 @@ class TorchvisionInMemory(Torchvision):
     def _part(self, train: bool) -> InMemory:
         with self._remedy():
             source = self.read(self.root, train=train)
-        self.class_names = source.classes
+        self.class_names = getattr(source, "classes", ())
         pixels = torch.as_tensor(source.data)  # [n, H, W] or [n, H, W, C]
         images = pixels.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
         return self._in_memory(images, torch.as_tensor(source.targets))

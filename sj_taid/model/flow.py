@@ -1,5 +1,6 @@
 """A normalising flow over rates: the prior of ESVAE that is fitted after training."""
 
+import logging
 import math
 from collections.abc import Sequence
 from copy import deepcopy
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from .._internal.checks import check_sizes
 from .._internal.context import seeded
 from .rate import check_rates
+
+log = logging.getLogger(__name__)
 
 WIDTH, BLOCKS, FREQUENCIES = 384, 4, 8
 CLASSES = 30
@@ -142,7 +145,9 @@ class FlowPrior(nn.Module):
         steps = epochs * math.ceil(len(rest) / size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.05)
         best = math.inf, self.velocity.state_dict()
-        for _ in range(epochs):
+        for epoch in range(epochs):
+            if epoch % math.ceil(epochs / 4) == 0:
+                log.info("Fitting the flow: epoch %d of %d", epoch + 1, epochs)
             for batch in rest[torch.randperm(len(rest), device=rest.device)].split(size):
                 optimizer.zero_grad()
                 self.loss(levels[batch], index[batch]).backward()

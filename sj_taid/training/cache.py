@@ -33,9 +33,10 @@ def fit(
     plain.batch_size, plain.trainer = batch_size, None  # of a distributed run each process has all
     network.train()
     losses: list[Tensor] = []
-    for _ in range(epochs):
+    for epoch in range(1, epochs + 1):
         losses = []
-        for images, labels in show_progress(plain.train_dataloader(), "Training, once"):
+        title = f"Training, once: epoch {epoch} of {epochs}"
+        for images, labels in show_progress(plain.train_dataloader(), title):
             optimizer.zero_grad()
             value = loss(images.to(device), labels.to(device))
             value.backward()

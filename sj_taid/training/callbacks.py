@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,17 @@ import lightning as L
 import rich
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, Timer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.image import imread
 from rich.progress import track
 
+from .._internal.context import eval_mode, seeded
+from ..monitoring import monitor
+from ..neurons import find_neurons
 from ..thresholds import warn_at_bound, warn_at_reset
 from .plot import draw_curves, draw_parameters, neuron_parameters
+
+log = logging.getLogger(__name__)
 
 
 def has_viewer() -> bool:
@@ -23,17 +33,38 @@ def has_viewer() -> bool:
 
 
 def show_progress(items: Iterable[Any], description: str) -> Iterable[Any]:
-    """The items, under a progress bar that goes away at their end."""
+    """The items, under a progress bar that goes away at their end, or after a line that stays."""
+    if not has_viewer():
+        log.info("%s", description)
     return track(items, description, transient=True, disable=not has_viewer())
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich bar, where there is a viewer."""
+    """Lightning's rich bar; where there is no viewer, a line for each epoch."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if not has_viewer():
             self.disable()
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        super().on_train_start(trainer, task)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        text = (
+            f"Training {type(task.model).__name__} on {data.name}, {len(data.train_set)} samples, "
+            f"by {trainer.strategy.root_device} in {trainer.default_root_dir}"
+        )
+        if trainer.current_epoch:
+            text += f"; resumes after epoch {trainer.current_epoch} of {trainer.max_epochs}"
+        if trainer.is_global_zero:
+            log.info("%s", text)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, task)
+        if trainer.is_global_zero and not has_viewer():
+            shown = sorted(f"{k} {float(x):.4g}" for k, x in trainer.progress_bar_metrics.items())
+            epoch = f"Epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+            log.info("%s: %s", epoch, ", ".join(shown))
 
 
 class History(L.Callback):
@@ -45,10 +76,16 @@ class History(L.Callback):
         self.parameters: list[dict[str, dict[str, float]]] = []
         self.epochs: list[dict[str, float]] = []
         self.validated = False
+        self.batch: torch.Tensor | None = None
 
     def on_fit_start(self, trainer: L.Trainer, task: Any) -> None:
         if not self.parameters:  # not so when a run is resumed
             self.parameters.append(neuron_parameters(task.model))
+
+    def on_train_epoch_start(self, trainer: L.Trainer, task: Any) -> None:
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        for tracker in trainer.loggers:
+            tracker.log_metrics({"learning_rate": rate}, trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         self.validated = not trainer.sanity_checking
@@ -60,6 +97,31 @@ class History(L.Callback):
         self.validated = False
         logged = trainer.callback_metrics.items()  # other callbacks' too, such as learning rates
         self.epochs.append({name: float(x) for name, x in logged if name.startswith(ours)})
+        if trainer.loggers and trainer.is_global_zero:
+            states = self.describe_neurons(trainer, task)
+            for tracker in trainer.loggers:
+                tracker.log_metrics(states, trainer.global_step)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, task: Any, batch: Any, *_: Any) -> None:
+        self.batch = batch[0][:8]
+
+    @torch.no_grad()
+    def describe_neurons(self, trainer: L.Trainer, task: Any) -> dict[str, float]:
+        """Each layer's tau, threshold and firing rate on some samples of the validation."""
+        if self.batch is None or not find_neurons(task.model):
+            return {}
+        eager = torch.compiler.set_stance("force_eager")
+        precision = trainer.precision_plugin.forward_context()
+        with monitor(task.model) as watch, eval_mode(task.model), seeded(0), eager, precision:
+            task.model(task.model_input(self.batch))
+        with warnings.catch_warnings(action="ignore"):  # about dead layers, in each epoch
+            states = watch.state()
+        return {
+            f"{name}/{layer}": value
+            for layer, state in states.items()
+            for name, value in asdict(state).items()
+            if value is not None
+        }
 
     def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
         if not trainer.is_global_zero:
@@ -78,6 +140,10 @@ class History(L.Callback):
             draw_curves(self.epochs, self.folder / "curves.png", f"{part} set")
             if self.parameters[0]:
                 draw_parameters(self.parameters, self.folder / "parameters.png")
+        for tracker in trainer.loggers:
+            if isinstance(tracker, TensorBoardLogger):
+                for path in sorted(self.folder.glob("*.png")):
+                    tracker.experiment.add_image(path.stem, imread(path), dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
         return {"parameters": self.parameters, "epochs": self.epochs}

@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from .._internal.extras import REMEDY, TRAIN, needs
-from .config import CONF, VERSION, key_of
+from .config import CONF, VERSION, key_of, keys_there
 
 #: what a user's error is, whose message is enough
 USER_ERRORS = (
@@ -65,7 +65,7 @@ def main(command: str, arguments: Sequence[str]) -> None:
     except Exception as error:
         if before == "1" or not is_users(error):
             raise
-        sys.exit(format_error(error))
+        sys.exit(format_error(error, command))
     finally:
         os.environ["HYDRA_FULL_ERROR"] = before or "0"
 
@@ -101,8 +101,8 @@ def is_users(error: Exception) -> bool:
     return isinstance(error, USER_ERRORS) or lightnings or REMEDY in str(error)
 
 
-def format_error(error: Exception) -> str:
-    """The message of a user's error."""
+def format_error(error: Exception, command: str = "train") -> str:
+    """The message of a user's error, of a command whose arguments are in ``sys.argv``."""
     cause: BaseException | None = error
     while isinstance(cause, InterpolationResolutionError):
         cause = cause.__context__
@@ -111,5 +111,11 @@ def format_error(error: Exception) -> str:
     text = str(error).partition("\nConfig search path")[0]
     if "in DataLoader worker" in text:  # the error itself is behind the worker's traceback
         text = re.split(r"\n  File .*(?:\n    .*)*\n", text)[-1].strip()
+    if found := re.match("Could not override '([^']+)'", text):
+        text = keys_there(command, sys.argv[1:], found[1])
+    if text.startswith("Missing mandatory value: checkpoint"):
+        text = "checkpoint= is missing: give the folder of a run, as checkpoint=runs/1"
+    if "No supported gpu backend" in text:
+        text = "no GPU is found: leave trainer=gpu out; `sj-taid doctor` says what there is"
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback)"
     return "\n".join([text, *getattr(error, "__notes__", ()), hint])

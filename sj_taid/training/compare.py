@@ -128,8 +128,11 @@ def overrides(metrics: Metrics) -> dict[str, str]:
 def frame(runs: Sequence[Metrics]) -> tuple[pd.DataFrame, list[str]]:
     """A row for each run, and the columns of the choices in which they differ, except the seed."""
     table = pd.DataFrame(
-        {name: value for name, value in metrics.items() if not isinstance(value, dict | list)}
-        # A choice takes precedence over a metric of its name, as loss.
+        {
+            "test_loss" if name == "loss" else name: value  # loss is the choice of its function
+            for name, value in metrics.items()
+            if not isinstance(value, dict | list)
+        }
         | overrides(metrics)
         # A chosen folder of images has its name here, and its path on the command line.
         | metrics["choices"]
@@ -165,6 +168,18 @@ def summary(runs: Sequence[Metrics]) -> pd.DataFrame:
     return cells.assign(runs=groups.size()).reset_index(drop=not keys)
 
 
+def tables(runs: Sequence[Metrics]) -> str:
+    """A table for each task and data set, under its heading if there are several."""
+    groups: dict[str, list[Metrics]] = {}
+    for run in runs:
+        words = (run["choices"].get(part, "") for part in ("task", "dataset"))
+        groups.setdefault(", ".join(filter(None, words)), []).append(run)
+    texts = {title: markdown(summary(group)) for title, group in groups.items()}
+    if len(texts) == 1:
+        return "".join(texts.values())
+    return "\n".join(f"## {title}\n\n{text}" for title, text in texts.items())
+
+
 def markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(index=False, tablefmt="github", disable_numparse=True) + "\n"
 
@@ -179,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_replaceable(out / "results.md", "| runs ")
     finished = gather(options.folders)
     runs = [*finished.values()]
-    text = markdown(summary(runs))
+    text = tables(runs)
     print(text)
     with atomic_write(out / "results.csv") as temporary:
         frame(runs)[0].assign(folder=[*map(str, finished)]).to_csv(temporary, index=False)

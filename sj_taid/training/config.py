@@ -11,6 +11,7 @@ from typing import Any
 
 import hydra
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from .._internal.build import find_class, is_below
@@ -92,6 +93,31 @@ def compose(config_name: str, overrides: Sequence[str] = (), **options: Any) -> 
     """The config of a command line."""
     with hydra.initialize_config_dir(CONF, version_base=VERSION):
         return hydra.compose(config_name, list(overrides), **options)
+
+
+def keys_there(command: str, overrides: Sequence[str], key: str) -> str:
+    """What the config of a command has in place of a key that it has not."""
+    groups = [word for word in overrides if (Path(CONF) / key_of(word)).is_dir()]
+    try:
+        cfg = compose(command, groups)
+    except Exception:  # another error, or a sweep's list
+        cfg = compose(command)
+    place, _, last = key.rpartition(".")
+    if not isinstance(node := OmegaConf.select(cfg, place), DictConfig):
+        place, node = "", cfg
+    names = ", ".join(sorted(name for name in map(str, node) if name[0] != "_"))
+    values: Any = OmegaConf.to_container(cfg)
+    parts = {group: part for group, part in values.items() if isinstance(part, dict)}
+    alike = [f"{group}.{name}" for group, part in parts.items() for name in part if last in name]
+    elsewhere = f"; elsewhere: {', '.join(alike)}" if alike else ""
+    return f"there is no {key}; {place or 'the config'} has {names}{elsewhere}"
+
+
+class SweepEnd(Callback):
+    """Says at the end of a sweep how its runs become a table."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        print(f"A table of the runs: sj-taid compare {shlex.quote(config.hydra.sweep.dir)}")
 
 
 def key_of(override: str) -> str:

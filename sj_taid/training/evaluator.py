@@ -116,8 +116,16 @@ class Evaluator:
         gpu = self.accelerator != "cpu" and torch.cuda.is_available()
         return torch.device("cuda" if gpu else "cpu")
 
+    @property
+    def needed(self) -> int:
+        """How many images FAD and its precision and recall need."""
+        return 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)
+
     def prepare(self, data: ImageData) -> list[tuple[MetricCollection, list[int]]]:
-        """Metrics, already updated with the test images, and the batches of samples they take."""
+        """Metrics, already updated with the test images, and the batches of samples they take.
+
+        FAD is left out where the test images are too few for it.
+        """
         groups: list[dict[str, Any]] = []
         if self.inception_weights:
             inception = Inception(self.inception_weights)
@@ -125,20 +133,22 @@ class Evaluator:
             groups.append({"fid": _distance(inception), "inception_score": score})
         for name, metric in chain(*(group.items() for group in groups)):
             self._check_enough(name, metric.needed, data if _real_states(metric) else None)
-        needed = 1 + max(self.autoencoder["latent_channels"], NEIGHBOURS)
-        self._check_enough("fad", needed, data)
+        # A validation set was asked for.
+        self._check_enough("fad", self.needed, data if data.test_name == "validation" else None)
         published = self._published(data)
         with seeded(self.seed):  # loading the test images draws numbers too
-            codes = AutoencoderCodes(self._trained_autoencoder(data, **self.autoencoder))
-            kinds = {"fad_precision": Precision, "fad_recall": Recall}
-            neighbours = {name: kind(codes, **ALONE) for name, kind in kinds.items()}
-            groups.append({"fad": _distance(codes), **neighbours})
+            if len(data.test_set) >= self.needed:
+                codes = AutoencoderCodes(self._trained_autoencoder(data, **self.autoencoder))
+                kinds = {"fad_precision": Precision, "fad_recall": Recall}
+                neighbours = {name: kind(codes, **ALONE) for name, kind in kinds.items()}
+                groups.append({"fad": _distance(codes), **neighbours})
             metrics: dict[str, Metric | MetricCollection] = {}
             for group in groups:
                 metrics |= self._share_network(group, data).items()
         starts = range(0, self.samples, SAMPLES_AT_ONCE)
         batches = [min(SAMPLES_AT_ONCE, self.samples - start) for start in starts]
-        return [(MetricCollection(metrics, compute_groups=False), batches), *published]
+        measured = [(MetricCollection(metrics, compute_groups=False), batches)] if metrics else []
+        return [*measured, *published]
 
     def _published(self, data: ImageData) -> list[tuple[MetricCollection, list[int]]]:
         if not self.published_autoencoders:

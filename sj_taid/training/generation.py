@@ -81,6 +81,12 @@ class Generation(Autoencoding):
             check_enough(len(data.train_set))
         if self.feature_loss:
             self.feature_loss.prepare(data, evaluator.cache_dir)
+        if (count := len(data.test_set)) < evaluator.needed:
+            log.warning(
+                "FAD needs %d test images, but there are %d, so it is left out; metric=small takes "
+                "fewer, or raise dataset.test_share",
+                *(evaluator.needed, count),
+            )
         evaluator.prepare(data)
         if data.validation_set is not None:
             evaluator.fad_alone().prepare(data.test_on_validation())
@@ -117,7 +123,8 @@ class Generation(Autoencoding):
             metrics["sample_variance"] = float(model.sample(64).var(0).mean())
         if are_alike(metrics):  # one image, near which there is a real one or not
             for name in ("fad_precision", "fad_recall"):
-                del metrics[name], metrics["protocol"][name]
+                metrics.pop(name, None)
+                metrics["protocol"].pop(name, None)
         for name, how in super().evaluate(data, evaluator)["protocol"].items():
             exact = ", exact spike counts" if isinstance(model, ESVAE) else ""
             metrics["protocol"][name] = how + exact

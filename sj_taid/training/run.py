@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +87,35 @@ class Run:
             )
         return run
 
-    def lock(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
         """Keep other processes out of the folder, but for processes of the same distributed run.
+
+        A folder in which nothing was written goes at the end.
 
         Raises:
             ValueError: another process is in it.
         """
         if not is_first_process():
-            return nullcontext()
+            yield
+            return
+        lock = FileLock(self.folder / LOCK)
         try:
-            return FileLock(self.folder / LOCK).acquire(timeout=0)
+            lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(
                 f"another command runs in {self.folder}; wait for it, or take another folder"
             ) from error
+        try:
+            yield
+        finally:
+            if {path.name for path in self.folder.iterdir()} <= {LOCK}:
+                with suppress(OSError):  # the next folder holds others
+                    (self.folder / LOCK).unlink(missing_ok=True)
+                    for folder in (self.folder.absolute(), *self.folder.absolute().parents):
+                        if Path.cwd() in folder.parents:
+                            folder.rmdir()
+            lock.release()
 
     @property
     def config(self) -> DictConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,28 +36,35 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     if cfg.sample_from and not hasattr(model, "draw_from"):
         raise ValueError(f"sample_from is for model=esvae, but this is a {type(model).__name__}")
-    log.info("Drawing samples from %s", run.checkpoint)
     several = isinstance(cfg.label, ListConfig)
     prior = f"{cfg.sample_from}-" if cfg.sample_from else ""
     shown = "-".join(map(str, cfg.label)) if several else cfg.label
     label = "" if cfg.label is None else f"label{shown}-"
     path = Path(cfg.output or run.folder / f"samples-{prior}{label}seed{cfg.seed}.png")
+    names = run.metrics.get("class_names", []) if run.is_finished else []
     with model.draw_from(cfg.sample_from) if cfg.sample_from else nullcontext():
-        labels = [] if cfg.label is None else find_labels(model, cfg.label)
+        labels = [] if cfg.label is None else find_labels(model, cfg.label, names)
         if several or cfg.label == "all":
-            draw_classes(model, labels, path, cfg.columns)
+            draw_classes(model, labels, path, cfg.columns, names)
         else:
-            asked = {} if cfg.label is None else {"label": cfg.label}
-            parts = show_progress(torch.empty(cfg.n).split(SAMPLES_AT_ONCE), "Drawing, in batches")
-            images = [model.sample(len(part), **asked) for part in parts]
+            asked = {"label": labels[0]} if labels else {}
+            parts = torch.empty(cfg.n).split(SAMPLES_AT_ONCE)
+            shown = show_progress(parts, f"Drawing {cfg.n} samples, in batches")
+            images = [model.sample(len(part), **asked) for part in shown]
             draw_grid(torch.cat(images), path, cfg.columns)
     log.info("The samples are in %s", path)
 
 
-def find_labels(model: Any, asked: Any) -> list[int]:
-    """The classes that are asked for: one, a list of them or ``all``."""
-    known: list[int] = getattr(model, "labels", [])  # without any the model says what it lacks
-    labels = known if asked == "all" else [*asked] if isinstance(asked, ListConfig) else [asked]
-    if known and not (labels and all(label in known for label in labels)):
-        raise ValueError(f"label must be one of {known}, a list of them, or all, not {asked}")
-    return labels
+def find_labels(model: Any, asked: Any, names: Sequence[str] = ()) -> list[int]:
+    """The classes that are asked for, by their names or else numbers: one, a list, or ``all``."""
+    known: list[int] = getattr(model, "labels", [])
+    if asked == "all":
+        return known
+    words = [*asked] if isinstance(asked, ListConfig) else [asked]
+    if not known:
+        return words  # the model says what it lacks
+    by_name = {names[label] if names else str(label): label for label in known}
+    if not words or not {*map(str, words)} <= by_name.keys():
+        allowed = ", ".join(by_name)
+        raise ValueError(f"label must be one of {allowed}, a list of them, or all, not {asked}")
+    return [by_name[str(word)] for word in words]

@@ -106,6 +106,7 @@ def train(cfg: DictConfig, folder: str | Path, **origin: Any) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in parts.model.parameters()),
             "training_seconds": round(timer.time_elapsed(), 1),
             "seed": parts.seed,
+            "class_names": [*data.class_names],
             **origin,
         }
         run.save_metrics(metrics)

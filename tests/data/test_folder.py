@@ -52,6 +52,17 @@ def test_image_folder_with_a_folder_per_class(tmp_path):
         folder(**apart)
 
 
+@pytest.mark.parametrize(("n", "size"), [(3, 2), (200, 9), (5000, 100)])
+def test_image_folder_fits_batches_to_images_and_workers_to_cores(tmp_path, monkeypatch, n, size):
+    (tmp_path / "a.png").touch()
+    paths = [str(tmp_path / "a.png")] * n
+    monkeypatch.setattr("sj_taid.data.folder._images", lambda *_: paths)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    cats = ready(data.ImageFolder, root=tmp_path, classes=None, batch_size=None, num_workers=None)
+    assert (cats.batch_size, cats.num_workers) == (size, 2)
+    assert len(cats.train_dataloader()) >= min(20, len(cats.train_set) // size)
+
+
 def test_image_folder_follows_links(tmp_path):
     write_images(tmp_path / "elsewhere", 4)
     write_images(tmp_path / "root" / "cat", 6)

@@ -28,6 +28,13 @@ def test_digits():
     assert set(labels.tolist()) == set(range(10))
 
 
+@pytest.mark.parametrize("source", ["SVHN", "EMNIST", "STL10"])
+def test_torchvision_refuses_sets_with_a_split_by_name(tmp_path, source):
+    with pytest.raises(ValueError, match=f"^source={source} is a data set .* without train="):
+        ready(data.CIFAR10, root=tmp_path, source=source)
+    assert not list(tmp_path.iterdir())
+
+
 def write_idx(root, folder="MNIST"):
     """600 training and 100 test images in files of MNIST's format."""
     raw = root / folder / "raw"

@@ -54,6 +54,12 @@ def test_error_of_a_worker_is_its_message_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("train optimizer.learning_rate=1", "^there is no .*rate; optimizer has lr, weight_decay"),
+        ("train epochs=3", "^there is no epochs; the .* seed,.*elsewhere: .*trainer.max_epochs"),
+        ("train neuron=plif neuron.tau=2", "^there is no neuron.tau; neuron has .* init_tau,"),
+        ("train foo.bar=2", "^there is no foo.bar; the config has .* dataset,"),
+        ("sample lable=3 checkpoint=x", "^there is no lable; the config has .* label,"),
+        ("train trainer=gpu", "^no GPU is found: leave trainer=gpu out; .sj-taid doctor"),
         ("train +nueron=lif", "the config has no nueron; there are .* neuron,"),
         ("train +model.x=1", "ESVAE cannot be built: .*unexpected keyword argument 'x'"),
         ("train neuron=alef", r"Could not find 'neuron/alef'(?s:.*)alif"),
@@ -71,7 +77,7 @@ def test_error_of_a_worker_is_its_message_alone():
         ("train hydra.run.dir=file", "File exists: '.*file'"),
         ("evaluate checkpoint=nowhere", "no checkpoint of a run at .*nowhere"),
         ("sample checkpoint=file", "no checkpoint of a run at .*file"),
-        ("sample", "Missing mandatory value: checkpoint"),
+        ("sample", "^checkpoint= is missing: give the folder of a run"),
         ("sample -m runs/mine", "missing EQUAL"),
         ("train seed=${nope}", "'nope' not found(?s:.*)full_key: seed"),
         ("sample checkpoint=file +lable=3", "the config has no lable; there are .* label,"),
@@ -97,6 +103,7 @@ def test_cli_reports_a_users_error_without_a_traceback(
     assert "resume" not in arguments or not (tmp_path / "run").exists()
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert left <= {"file", ".lock", "multirun.yaml"}
+    assert "-m" in arguments or not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sample"])
@@ -215,6 +222,21 @@ def test_resume_takes_choices_as_the_start_does(train, sj_taid, tmp_path):
     words = there.metrics["command"].split()
     assert words[-1] == "trainer.max_epochs=2" and "+trainer.max_steps=5" in words
     assert (folder / "csv").is_dir() and (folder / "reconstructions.png").is_file()
+
+
+def test_run_without_a_terminal_speaks(train, caplog):
+    caplog.set_level("INFO")
+    train("trainer.max_epochs=2")
+    said = [line for line in caplog.messages if line.startswith(("Training", "Epoch"))]
+    assert re.match(r"Training Autoencoder on digits, \d+ samples, by cpu in .*run$", said[0])
+    assert [line[:12] for line in said[1:]] == ["Epoch 1 of 2", "Epoch 2 of 2"]
+    assert all(" val/reconstruction " in line for line in said[1:])
+    caplog.clear()
+    train("trainer.max_epochs=3")
+    assert "resumes after epoch 2 of 3" in caplog.text and "Epoch 3 of 3" in caplog.text
+    caplog.clear()
+    train("trainer.max_epochs=4", "callbacks=quiet")
+    assert "Epoch" not in caplog.text
 
 
 def test_train_without_epochs_and_progress_bar(train, tmp_path, caplog):

@@ -66,7 +66,7 @@ def test_frame_takes_a_choice_over_a_metric_of_its_name_and_over_a_folder():
         for loss, name in zip(("mse", "tet"), names, strict=True)
     ]
     table, keys = compare.frame(two)
-    assert keys == ["dataset", "loss"]
+    assert keys == ["dataset", "loss"] and [*table["test_loss"]] == [0.5, 0.5]
     assert [*table["dataset"]] == names and [*table["loss"]] == ["mse", "tet"]
 
 
@@ -94,6 +94,14 @@ def test_compare_shows_mean_and_spread_over_seeds(runs, capsys):
     ]
     table = pd.read_csv(runs / "results.csv")[["fad", "neuron"]]
     assert table.to_numpy().tolist() == [[10, "lif"], [12, "lif"], [7, "alif"], [8, "alif"]]
+
+
+def test_tables_are_of_one_task_and_data_set_each():
+    choices = [{"task": "generation", "dataset": name} for name in ("digits", "mnist", "digits")]
+    written = compare.tables([metrics([], choice, fad=3.5) for choice in choices])
+    heads = [line for line in written.splitlines() if line.startswith("##")]
+    assert heads == ["## generation, digits", "## generation, mnist"]
+    assert "##" not in compare.tables([metrics([], choices[0], fad=3.5)])
 
 
 def test_compare_leaves_files_of_others_alone(runs, sj_taid):

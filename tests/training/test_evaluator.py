@@ -101,6 +101,13 @@ DAMAGES = {
 }
 
 
+def test_fad_is_left_out_where_test_images_are_few(evaluator):
+    data = digits(limit=7)
+    assert evaluator.needed == 6 and "fad" in evaluator.evaluate_samples(Noise(), data)
+    evaluator.autoencoder["latent_channels"] = 7
+    assert evaluator.evaluate_samples(Noise(), data) == {"protocol": {}}
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cache_is_named_and_made_again(tmp_path, caplog, damage):
     path, made = tmp_path / "x.pt", []

@@ -4,9 +4,10 @@ import csv
 import sqlite3
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sj_taid.training.train import train
-from tests.training.conftest import TINY_AUTOENCODING
+from tests.training.conftest import TINY_AUTOENCODING, TINY_CLASSIFICATION
 
 
 @pytest.mark.slow
@@ -38,6 +39,18 @@ def test_resumed_run_has_config_and_metrics_in_a_csv_log_of_its_own(tiny, tmp_pa
     assert "lr: 0.001" in second.with_name("hparams.yaml").read_text()
     assert not (tmp_path / "tensorboard").exists()
     assert [row["epoch"] for row in rows if row["train/reconstruction"]] == ["0", "1", "2"]
+
+
+def test_tensorboard_has_each_layers_state_and_pictures(tiny, tmp_path):
+    train(tiny(*TINY_CLASSIFICATION, "pictures=true", tiny=False), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()
+    layers = {tag.partition("/")[2] for tag in tags["scalars"] if tag.startswith("tau/")}
+    assert len(layers) == 4
+    for name in ("firing_rate", "v_threshold"):
+        assert {f"{name}/{layer}" for layer in layers} <= {*tags["scalars"]}
+    assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-3)
+    assert {"confusion", "curves", "parameters"} <= {*tags["images"]}
 
 
 @pytest.mark.slow
