@@ -1,7 +1,6 @@
 """Training runs from the configs to the pictures: what is left, resumed and refused."""
 
 import json
-import re
 import shlex
 
 import lightning as L
@@ -56,10 +55,9 @@ def test_train_command_leaves_everything_and_can_be_sampled(tmp_path, cache, sj_
     assert not list(tmp_path.glob("outputs")) and not list(tmp_path.glob("*.log"))
 
 
-def test_train_with_the_documented_scheduler(tiny, tmp_path):
-    documented = (CONF.parent / "docs" / "experiments.md").read_text()
-    (override,) = re.findall(r"`'(task\.scheduler=.*?)'`", documented)
-    train(tiny(override.replace("step_size: 5", "step_size: 1"), "trainer.max_epochs=2"), tmp_path)
+def test_train_with_a_scheduler_of_torch(tiny, tmp_path):
+    scheduler = "{_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 1}"
+    train(tiny(f"task.scheduler={scheduler}", "trainer.max_epochs=2"), tmp_path)
     (state,) = read_checkpoint(run.Run(tmp_path).checkpoint)["lr_schedulers"]
     assert state["_last_lr"] == [pytest.approx(1e-5)]
 
