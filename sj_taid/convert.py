@@ -4,18 +4,15 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from typing import Any, Literal
 
-import torch
 from spikingjelly.activation_based import neuron
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import _compat
 from ._fused_neuron import restore
+from ._internal.comparison import compare
 from .neuron import ALIFNode
 from .neurons import (
     NO_LEAK_W,
@@ -35,19 +32,11 @@ from .ops import backends
 from .ops.alif.reference import state_dtype
 from .ops.surrogate import counts
 from .report import Report, table_of
-from .state import name_neurons, reset
+from .state import name_neurons
 from .thresholds import warn_at_reset
 
 #: Beginnings of the names under which torch keeps a module's hooks.
 _HOOKS = ("_forward", "_backward", "_is_full_backward")
-
-
-#: a change of the input, relative, that moves nothing but what lies at a threshold
-_NUDGE = 1e-5
-#: what counts as a difference, relative to the largest value
-_TOLERANCE = 1e-4
-#: the share of values that may lie at a threshold
-_AT_THRESHOLD = 1e-3
 
 
 def swap_neurons(
@@ -67,15 +56,11 @@ def swap_neurons(
     half precision. Make the optimiser after: thresholds are new parameters. The outputs are bit for
     bit equal for PLIF (without ``decay_input`` on 2.x only), for IF, for LIF with a tau of 2, 4, 8
     or 16, and for integer LIF with one of these or 4/3, its default; else equal to rounding, as LIF
-    divides by tau and ALIF multiplies by :math:`\mathrm{sigmoid}(w)`.
+    divides by tau and ALIF multiplies by :math:`\mathrm{sigmoid}(w)`. IF has no leak: its ``w`` is
+    frozen where :math:`1/\tau` is 0, from where no gradient leads away.
 
-    IF has no leak: it becomes an ALIF without input decay whose :math:`1/\tau` is 0. No gradient
-    leads away from there, so its ``w`` is frozen and only its threshold learns.
-
-    The report says which neurons are kept and why: neurons of other kinds, or that ALIF cannot
-    express. A module is exchanged wherever it stands: in modules, and in lists, tuples and dicts
-    that are their attributes. A neuron that only such a list holds is not seen: use
-    ``nn.ModuleList``.
+    The report says which neurons are kept and why. A module is exchanged in every module, list,
+    tuple and dict that has it as an attribute; a neuron that only such a list holds is not seen.
 
     Args:
         net: any module with SpikingJelly neurons, or of the classes in ``replace``.
@@ -102,21 +87,8 @@ def swap_neurons(
     >>> net = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode(tau=2.0, step_mode="m"))
     >>> print(swap_neurons(net))
     1 swapped, 0 left alone
-    layer  kind     done  note
-    1      LIFNode  ALIF  equal outputs, v_threshold >= 0.01
-
-    A class of the net's own that gives counts:
-
-    >>> class Count(nn.Module):
-    ...     def forward(self, x):
-    ...         y = x.clamp(0, 4)
-    ...         return y + (y.round() - y).detach()
-    >>> net = nn.Sequential(nn.Linear(4, 3), Count())
-    >>> count = lambda old: ALIFNode(levels=4, init_tau=None, learn_threshold=False)
-    >>> print(swap_neurons(net, replace={Count: count}, example=torch.randn(8, 4)))
-    1 swapped, 0 left alone
-    layer  kind   done  note
-    1      Count  ALIF  by replace=, equal on the example
+    layer  kind     done      note
+    1      LIFNode  ALIFNode  equal outputs, v_threshold >= 0.01
     """
     replace = replace or {}
     if example is not None and not replace:
@@ -132,21 +104,14 @@ def swap_neurons(
     notes: dict[Site, str] = {}
     for site in sites:
         if type(site.node) in replace and site.path:
-            notes[site] = "kept by replace="
-            new = _successor(site, replace[type(site.node)], new_of.values())
-            if new is not site.node:
-                new_of[site], notes[site] = new, "by replace="
-        elif (reason := _why_keep(site, filter)) is not None:
-            notes[site] = reason
+            new, notes[site] = _successor(site, replace[type(site.node)], new_of.values())
         else:
-            try:
-                new_of[site] = _to_alif(site, **options)
-            except ValueError as error:
-                raise ValueError(f"the neuron {site.path!r}: {error}") from error
-            notes[site] = _describe_swap(site, new_of[site])
+            new, notes[site] = _swapped(site, filter, options)
+        if new is not None:
+            new_of[site] = new
     if example is not None:
         own = {site: new for site, new in new_of.items() if type(site.node) in replace}
-        for site, note in _compare(net, own, as_inputs(example)).items():
+        for site, note in compare(net, own, as_inputs(example)).items():
             notes[site] += f", {note}"
     for site, new in new_of.items():  # after the last error, as the two share w
         if isinstance(site.node, neuron.ParametricLIFNode) and type(site.node) not in replace:
@@ -154,129 +119,25 @@ def swap_neurons(
     _replace(net, {site.node: new for site, new in new_of.items()})
     name_neurons(net)
     _compat.forget_reset_cache()
-    rows = tuple(site.row(_label(new_of.get(site)), notes[site]) for site in sites)
+    names = {site: type(new).__name__ for site, new in new_of.items()}
+    rows = tuple(site.row(names.get(site, ""), notes[site]) for site in sites)
     return Report(rows, describe_single_steps(sites))
 
 
-def _label(new: nn.Module | None) -> str:
-    """What a report calls a successor."""
-    if new is None:
-        return ""
-    return "ALIF" if isinstance(new, ALIFNode) else type(new).__name__
+def _successor(site: Site, function: Any, others: Collection[Any]) -> tuple[Any, str]:
+    """What a function of ``replace`` gives for a module, ``None`` if that is the module, and why.
 
-
-def _successor(site: Site, function: Callable[[Any], Any], others: Collection[Any]) -> nn.Module:
-    """What a function of ``replace`` gives for a module."""
+    None of ``others``, which stand in other places.
+    """
     new = function(site.node)
     if not isinstance(new, nn.Module) or new in others:
         raise TypeError(
             f"replace= must give a module of its own for each {type(site.node).__name__}, but for "
             f"{site.path!r} it gave {new!r:.80}"
         )
-    return new if new is site.node else new.to(site.device, site.dtype)
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-@_compat.quiet_triton()
-def _compare(net: nn.Module, new_of: Mapping[Site, nn.Module], inputs: Any) -> dict[Site, str]:
-    """Compare modules with their successors on what they get in ``net(*inputs)``: notes.
-
-    The random state stays as it is, and hooks on saved tensors that the caller has open see
-    nothing: the innermost ones alone are called.
-    """
-    trial = copy_net(net)
-    calls: dict[Site, list[Any]] = {site: [] for site in new_of}
-    for site, found in calls.items():
-
-        def keep(module: Any, args: Any, kwargs: Any, found: list[Any] = found) -> None:
-            found.append(tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
-
-        trial.get_submodule(site.path).register_forward_pre_hook(keep, with_kwargs=True)
-    reset(trial)
-    devices = {tensor.device for tensor in trial.parameters() if tensor.is_cuda}
-    fork = partial(torch.random.fork_rng, devices)
-    with fork(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        trial(*inputs)  # compiled code would not call the hooks
-    with saved_tensors_hooks(lambda t: t, lambda t: t):
-        return {site: _compare_one(site, new, calls[site], fork) for site, new in new_of.items()}
-
-
-def _compare_one(site: Site, new: nn.Module, calls: list[Any], fork: Any) -> str:
-    """Compare a module with its successor: a note, or an error that names the difference."""
-    if not calls:
-        return "not reached by the example"
-    dtype, shows = state_dtype(site.dtype), False
-    olds = [copy_net(site.node).to(dtype) for _ in range(3)]
-    new = copy_net(new).to(dtype)
-    for mode in ("training", "eval"):
-        for module in (*olds, new):
-            module.train(mode == "training")
-        plain, *nudged = (  # without the old module's hooks, which its successor gets
-            _results(old, old.forward, calls, fork, factor)
-            for old, factor in zip(olds, (1.0, 1.0 + _NUDGE, 1.0 - _NUDGE), strict=True)
-        )
-        try:
-            got = _results(new, new, calls, fork)
-        except Exception as error:
-            error.add_note(f"raised by what replace= gives for {site.path!r}, on its input there")
-            raise
-        for name, old in plain.items():
-            shows |= name.startswith("output") and old.unique().numel() > 1
-            if reason := _difference(old, [others[name] for others in nudged], got.get(name)):
-                raise ValueError(
-                    f"replace= would change {site.path!r}, a {type(site.node).__name__}: in {mode} "
-                    f"mode the {name} {reason}; the net stays as it was"
-                )
-    return "equal on the example" if shows else "not compared: it gives one value on the example"
-
-
-def _results(
-    module: nn.Module, forward: Any, calls: list[Any], fork: Any, factor: float = 1.0
-) -> dict[str, Tensor]:
-    """Outputs and gradients of the inputs of calls in a row, twice and once after a reset."""
-    leaves: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def leaf(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        name = f"gradient of input {len(leaves) + 1}"
-        leaves[name] = x.detach().to(state_dtype(x.dtype)).requires_grad_()
-        return leaves[name] * factor
-
-    with fork():  # so that each run draws the same random numbers
-        for repeat in range(3):
-            if repeat != 1:
-                reset(module)
-            for call in calls:
-                args, kwargs = tree_map_only(Tensor, leaf, call)
-                for y in tree_leaves(forward(*args, **kwargs)):
-                    if isinstance(y, Tensor) and y.is_floating_point():
-                        outputs[f"output {len(outputs) + 1}"] = y
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    terms = [(y * draw(y.shape).to(y)).sum() for y in outputs.values() if y.requires_grad]
-    terms += [0.0 * x.sum() for x in leaves.values()]  # the gradient where there is none
-    grads = torch.autograd.grad(terms, [*leaves.values()]) if leaves else ()
-    return {n: y.detach() for n, y in outputs.items()} | dict(zip(leaves, grads, strict=True))
-
-
-def _difference(old: Tensor, nudged: list[Tensor], got: Tensor | None) -> str | None:
-    """How a result differs from the old one by more than rounding may change it, or ``None``."""
-    if got is None or got.shape != old.shape:
-        return f"has the shape {got if got is None else [*got.shape]}, not {[*old.shape]}"
-    scale = float(old.nan_to_num(0.0, 0.0, 0.0).abs().max()) if old.numel() else 0.0
-
-    def differs(other: Tensor) -> Tensor:
-        return ~torch.isclose(other, old, rtol=0.0, atol=_TOLERANCE * scale, equal_nan=True)
-
-    wrong = differs(got)
-    if wrong.float().mean() <= _AT_THRESHOLD:
-        wrong &= ~(differs(nudged[0]) | differs(nudged[1]))
-    if not wrong.any():
-        return None
-    most, step = (got - old).abs()[wrong].max(), int(torch.atleast_1d(wrong).nonzero()[0, 0])
-    return f"differs by up to {most:.3g}, of {scale:.3g} at most, first at step {step}"
+    if new is site.node:
+        return None, "kept by replace="
+    return new.to(site.device, site.dtype), "by replace="
 
 
 def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
@@ -366,6 +227,22 @@ def _warn_replaced(module: nn.Module, inputs: Any) -> None:
     )
 
 
+def _swapped(site: Site, filter: Any, options: dict[str, Any]) -> tuple[Any, str]:
+    """The ALIF of a neuron, and how equal its outputs are; or ``None``, and why."""
+    if reason := _why_keep(site, filter):
+        return None, reason
+    try:
+        alif = _to_alif(site, **options)
+    except ValueError as error:
+        raise ValueError(f"the neuron {site.path!r}: {error}") from error
+    note = describe_equality(site)
+    if isinstance(site.node, neuron.IFNode):
+        note += ", w frozen: no leak"
+    if alif.min_v_threshold is not None:
+        note += f", v_threshold >= {alif.min_v_threshold:g}"
+    return alif, note
+
+
 def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> str | None:
     """Why a neuron is not swapped, or ``None``."""
     node = site.node
@@ -398,26 +275,11 @@ def _why_no_lif(site: Site) -> str | None:
         return "its tau is 1 to float32's precision; LIF needs more"
     if taus[0] == math.inf and node.decay_input:
         return "its tau is infinite, so that its input has no effect"
-    if counts(node.surrogate_function):
-        return _why_no_integer_lif(node, taus[0])
-    return None
-
-
-def _why_no_integer_lif(node: ALIFNode, tau: float) -> str | None:
-    """Why an integer LIF cannot express an ALIF that counts, or ``None``."""
-    if not _compat.INTEGER_LIF:
+    if counts(node.surrogate_function) and not _compat.INTEGER_LIF:
         return "it counts, and SpikingJelly 0.0.0.0.14 has no ILIFNode"
-    return "it counts, and an ILIFNode has a finite tau" if tau == math.inf else None
-
-
-def _describe_swap(site: Site, alif: Any) -> str:
-    """How equal the outputs are, and what of ``alif`` does not learn freely."""
-    note = describe_equality(site)
-    if isinstance(site.node, neuron.IFNode):
-        note += ", w frozen: no leak"
-    if alif.min_v_threshold is not None:
-        note += f", v_threshold >= {alif.min_v_threshold:g}"
-    return note
+    if counts(node.surrogate_function) and taus[0] == math.inf:
+        return "it counts, and an ILIFNode has a finite tau"
+    return None
 
 
 def _to_alif(site: Site, learn_tau: bool, **options: Any) -> ALIFNode:

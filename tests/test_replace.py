@@ -385,7 +385,7 @@ def test_other_neurons_become_alif_and_a_class_of_spikingjellys_may_be_named():
     net = nn.Sequential(MultiSpike4(), lif, plif)
     kept = {neuron.LIFNode: lambda old: old}
     report = swap_neurons(net, replace={MultiSpike4: MADE[MultiSpike4]} | kept)
-    assert [row.done for row in report.rows] == ["ALIF", "", "ALIF"]
+    assert [row.done for row in report.rows] == ["ALIFNode", "", "ALIFNode"]
     assert net[1] is lif and net[2].w is plif.w and net[2].w.requires_grad
 
 
