@@ -42,7 +42,8 @@ def main() -> None:
     try:
         cli.main(command, arguments)
     except KeyboardInterrupt as interrupt:
-        print(interrupt, file=sys.stderr)
+        if str(interrupt):
+            print(interrupt, file=sys.stderr)
         sys.excepthook = lambda *_: None
         raise  # Python then ends by the signal, with the status 130
 

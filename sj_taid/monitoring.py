@@ -26,7 +26,7 @@ _SCALE = (
 _REMEDIES = {
     "dead": _SCALE,
     "saturated": _SCALE,
-    "not finite": "Their voltages are not; torch.autograd.detect_anomaly() finds where it began.",
+    "not finite": "A voltage is NaN or infinite: torch.autograd.detect_anomaly() finds where from.",
 }
 
 

@@ -160,6 +160,8 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         surrogate_function = _counting(levels, surrogate_function)
         functional.check_counts(surrogate_function, v_reset, init_tau is not None)
         _check_threshold(v_threshold, min_v_threshold, surrogate_function)
+        if normalize and levels_of(surrogate_function) == 1:
+            raise ValueError("normalize=True divides counts: take levels= of more than 1")
         super().__init__(
             v_threshold,
             None if v_reset is None else float(v_reset),

@@ -55,6 +55,11 @@ def function(rate: float, folder: Path | None = None):
         (function, {"rate": 1, "folder": None}, {"rate": "x", "folder": 3}),
         (ALIFNode, {"init_tau": 2, "channels": None}, {"v_threshold": "1", "channels": 2.0}),
         (neuron.LIFNode, {"tau": 2.0, "v_reset": None}, {"tau": "2", "detach_reset": 0}),
+        (
+            torch.optim.Adam,
+            {"lr": float("inf"), "weight_decay": 2**40},
+            {"lr": float("nan"), "weight_decay": 2**70, "betas": [0.9, float("nan")]},
+        ),
         (torch.optim.Adam, {"lr": 1, "betas": [0.9, 0.99]}, {"lr": "x", "betas": 0.9, "eps": []}),
         (
             torch.nn.CrossEntropyLoss,

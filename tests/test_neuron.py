@@ -224,6 +224,7 @@ TAU = "init_tau must be .* greater than 1 and less than 1e38"
         ),
         ({"levels": 4, "init_tau": None, "normalize": 8}, "normalize must be True or False"),
         ({"levels": 0}, "levels must be an integer >= 1, but it is 0"),
+        ({"normalize": True}, "normalize=True divides counts: take levels="),
         ({"levels": 16, "v_reset": None}, "counts to 15 at most, which four bits hold, not to 16"),
         ({"levels": 4}, "soft reset.*but v_reset=0.0.*take v_reset=None"),
         (

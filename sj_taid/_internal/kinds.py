@@ -31,6 +31,10 @@ def check_kinds(target: Any, values: Mapping[str, Any], prefix: str = "") -> Non
         value = values.get(name)
         if name not in values or (value is None and not is_own):
             continue
+        for number in value if isinstance(value, list | tuple) else [value]:
+            is_huge = isinstance(number, int) and not -(2**63) <= number < 2**63
+            if is_huge or (isinstance(number, float) and number != number):
+                raise ValueError(f"{prefix}{name}: a number of 64 bits, but it is {value!r}")
         try:
             # JSON's lists are tuples too, and its texts are paths.
             TypeAdapter(kind, config=STRICT).validate_json(json.dumps(value))

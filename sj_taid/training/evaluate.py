@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 
 from .._compat import NEURONS
 from .._internal.context import eval_mode, seeded
+from ..monitoring import spikes_of
 from .callbacks import ProgressBar
 from .checkpoint import load_weights, read_checkpoint
 from .compare import COSTS
@@ -163,7 +164,8 @@ def measure_costs(task: Task, trainer: L.Trainer, data: L.LightningDataModule) -
 
     def count(node: Any, inputs: Any, output: Tensor) -> None:
         nonlocal fired, neurons
-        fired, neurons = fired + float(output.sum()), neurons + output.numel()
+        spikes = spikes_of(node, output)
+        fired, neurons = fired + float(spikes.sum()), neurons + spikes.numel()
 
     with ExitStack() as contexts, eval_mode(task.model), precision.forward_context():
         contexts.enter_context(torch.compiler.set_stance("force_eager"))

@@ -48,9 +48,10 @@ def main(cfg: DictConfig) -> None:
             draw_classes(model, labels, path, cfg.columns, names)
         else:
             asked = {"label": labels[0]} if labels else {}
-            parts = torch.empty(cfg.n).split(SAMPLES_AT_ONCE)
-            shown = show_progress(parts, f"Drawing {cfg.n} samples, in batches")
-            images = [model.sample(len(part), **asked) for part in shown]
+            begins = show_progress(
+                range(0, cfg.n, SAMPLES_AT_ONCE), f"Drawing {cfg.n} samples, in batches"
+            )
+            images = [model.sample(min(SAMPLES_AT_ONCE, cfg.n - k), **asked) for k in begins]
             draw_grid(torch.cat(images), path, cfg.columns)
     log.info("The samples are in %s", path)
 
