@@ -21,6 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 class CpuPlan:
     """The :class:`..plan.Plan` of a float32 spec on the CPU."""
 
+    has_checkpoint = False
+
     def __init__(self, spec: Spec) -> None:
         self.spec, neuron = spec, spec.dynamics
         float32: dict[str, Any] = {"dtype": torch.float32, "device": spec.device}
