@@ -56,7 +56,7 @@ class Arguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("threads", "taken", "done"),  # counters, by their places
-                *("scratch", "x", "v0", "q", "threshold", "mean", "rstd", "gain", "bias"),
+                *("scratch", "x", "v0", "q", "threshold", "mean", "rstd", "weight", "bias"),
                 *("spike", "v", "v_seq", "bits", "grad_spike", "grad_v", "grad_v_seq"),
                 *("grad_x", "grad_v0", "grad_w", "grad_threshold", "grad_weight", "grad_bias"),
                 *("parts", "ranges", "part_size", "block", "x_size", "group", "whole"),
@@ -505,9 +505,19 @@ def _spread_parameter(scratch, a, k, values, value, first, n, channel, width):
 
 
 @_part
+def _multiply(out, values, n):
+    for i in range(n):
+        out[i] *= values[i]
+
+
+@_part
 def _spread_norm(scratch, a, first, n, channel, width):
+    """The rows of a norm: its mean, its gain, which is ``weight rstd``, and its bias."""
     _spread_row(scratch, a, _MEAN, a.mean, first, n, channel, width)
-    _spread_row(scratch, a, _GAIN, a.gain, first, n, channel, width)
+    _spread_row(scratch, a, _GAIN, a.rstd, first, n, channel, width)
+    if a.weight:
+        _spread_row(scratch, a, _BIAS, a.weight, first, n, channel, width)
+        _multiply(_row(scratch, _GAIN), _row(scratch, _BIAS), n)
     if a.bias:
         _spread_row(scratch, a, _BIAS, a.bias, first, n, channel, width)
     else:
@@ -830,13 +840,14 @@ def _terms(a):
 @_part
 def _norm_gradients(a, channel, width):
     """A and B of :mod:`..norm`, and the gradients of weight and bias, from the sums."""
-    rstd, gain = _at(a.rstd, 0), _at(a.gain, 0)
+    rstd, weight = _at(a.rstd, 0), _at(a.weight, 0)
     a_terms, b_terms = _at(_terms(a), 0), _at(_terms(a), a.channels)
     grad_weight, grad_bias = _at(a.grad_weight, 0), _at(a.grad_bias, 0)
     for c in range(channel, channel + width):
         to_weight, to_bias = rstd[c] * _total(a, GRAD_Y_X, c), _total(a, GRAD_Y, c)
-        a_terms[c] = gain[c] * to_bias / a.count
-        b_terms[c] = gain[c] * rstd[c] * to_weight / a.count
+        gain = np.float64(rstd[c] * weight[c] if a.weight else rstd[c])
+        a_terms[c] = gain * to_bias / a.count
+        b_terms[c] = gain * rstd[c] * to_weight / a.count
         if a.grad_weight:
             grad_weight[c], grad_bias[c] = to_weight, to_bias
 

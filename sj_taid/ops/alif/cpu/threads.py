@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ... import PROCESS
+from ..plan import Norm
 from . import loops
 
 #: floats of a block's rows, which stay in the second-level cache
@@ -140,8 +141,12 @@ class Call:
         arguments = partition._asdict() | options
         self.passes = [loops.Arguments(**arguments | more) for more in passes or ({},)]
 
-    def __call__(self, v_init: float = 0.0, **tensors: Tensor | None) -> None:
+    def __call__(
+        self, v_init: float = 0.0, norm: Norm | None = None, **tensors: Tensor | None
+    ) -> None:
         """Run it on as many threads as torch may use and the work is worth."""
+        if norm is not None:
+            tensors.update(zip(norm._fields, norm, strict=True))
         threads = min(torch.get_num_threads(), self.threads)
         size = 2 * self.sums_size + threads * self.scratch_size
         scratch = torch.empty(size, dtype=torch.float32, device="cpu")
