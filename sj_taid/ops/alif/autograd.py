@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ... import _graph
 from .. import surrogate
 from ..bits import is_dense
-from . import reference
+from . import compiled, reference
 from .norm import BatchNorm, batch_norm
-from .plan import Charge, Dynamics, Engine, Needs, Norm, Spec, find_plan
+from .plan import Charge, Dynamics, Engine, Needs, Norm, arranged, find_plan, spec_of
 from .reference import state_dtype
 
 
@@ -136,28 +136,6 @@ class _Backward(torch.autograd.Function):
         )
 
 
-def spec_of(
-    x_seq: Tensor,
-    dynamics: Dynamics,
-    per_channel: bool,
-    norm: bool = False,
-    fixed_norm: bool = False,
-    store_v_seq: bool = False,
-    pack: bool = False,
-    saves: bool = False,
-) -> Spec:
-    """The spec of a dense ``x_seq`` ``[T, N, *]``."""
-    steps = len(x_seq)
-    neurons = x_seq.numel() // steps
-    channels = x_seq.shape[2] if per_channel or norm else 1
-    return Spec(
-        *(dynamics, x_seq.dtype, x_seq.device, steps, neurons, channels),
-        x_seq.stride(2) if channels > 1 else max(neurons, 1),
-        *(tuple(x_seq.shape), x_seq.stride(), per_channel, norm, fixed_norm),
-        *(store_v_seq, pack, saves),
-    )
-
-
 def multi_step(
     engine: Engine,
     x_seq: Tensor,
@@ -173,9 +151,12 @@ def multi_step(
     """:func:`sj_taid.ops.alif.reference.multi_step` by a fused engine.
 
     A dense ``x_seq`` with time outermost is taken in its own layout (contiguous, channels-last);
-    any other is made contiguous once. What compiles, traces or transforms takes the definition.
+    any other is made contiguous once. In a graph of ``torch.compile`` the neuron is one operator;
+    what traces or transforms takes the definition.
     """
-    if not _graph.is_eager() or type(x_seq) not in (Tensor, nn.Parameter):
+    compiles = torch.compiler.is_compiling() and norm is None and not return_bits
+    is_plain = _graph.is_eager() and type(x_seq) in (Tensor, nn.Parameter)
+    if not (compiles or is_plain):
         more: Any = {"store_v_seq": store_v_seq, "norm": norm, "return_bits": return_bits}
         return reference.multi_step(x_seq, v, w, v_threshold, **more, **options)
     dtype = state_dtype(x_seq.dtype)
@@ -185,18 +166,22 @@ def multi_step(
     if w is not None:
         w, v_threshold = torch.broadcast_tensors(w.to(dtype), v_threshold)
         w = w.contiguous()
+    v_threshold, v_init = v_threshold.contiguous(), 0.0 if v0 is not None else v
+    dynamics = dynamics_of(w, **options)
+    if compiles:
+        operands: Any = x_seq, v0, v_init, w, v_threshold, int(dynamics.charge), *dynamics[3:]
+        spike_seq, v_last, v_seq = compiled.alif(*operands, store_v_seq)
+        return spike_seq, v_last, v_seq if store_v_seq else None
     weight, bias = (None, None) if norm is None else norm[:2]
-    leaves = (x_seq, v0, w, v_threshold.contiguous(), weight, bias)
+    leaves = (x_seq, v0, w, v_threshold, weight, bias)
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     is_fixed = norm is not None and not norm.use_batch_statistics
     flags = (norm is not None, is_fixed, store_v_seq, return_bits, saves)
-    dynamics = dynamics_of(w, **options)
     spec = spec_of(x_seq, dynamics, v_threshold.dim() > 0, *flags)
     mean = rstd = None
     if norm is not None:
         with torch.no_grad():
             _, mean, rstd = batch_norm(x_seq.to(dtype), norm)
-    v_init: Any = 0.0 if v0 is not None else v
     plan = find_plan(engine, spec)
     results = apply_fused(*leaves, plan, spec, v_init, mean, rstd, "")
     return results if return_bits else results[:3]
@@ -212,15 +197,3 @@ def dynamics_of(
         *(Charge.NO_STATE if w is None else charge, None, None, v_reset, detach_reset),
         *(*surrogate.derivative_of(surrogate_function), surrogate.levels_of(surrogate_function)),
     )
-
-
-def arranged(tensor: Any, strides: tuple[int, ...]) -> Any:
-    """``tensor``, or ``None``, in memory by ``strides``; a copy only where it is not."""
-    if tensor is None or tensor.stride() == strides or _has_strides(tensor, strides):
-        return tensor
-    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
-
-
-def _has_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
-    axes = zip(tensor.stride(), strides, tensor.shape, strict=True)
-    return all(stride == wanted for stride, wanted, size in axes if size != 1)

@@ -115,7 +115,7 @@ class CudaPlan:
         self.packs = spec.pack and not spec.dynamics.counts
         self.packs_after = spec.pack and spec.dynamics.counts
         saved = kernels.checkpoints(spec.steps, spec.dtype) if spec.saves else 0
-        self.checkpoint = (saved, spec.neurons) if saved else None
+        self.checkpoint, self.has_checkpoint = (saved, spec.neurons), saved > 0
 
     def forward(
         self, x: Tensor, v0: _Maybe, v_init: float, w: _Maybe, v_threshold: _Maybe,
@@ -126,7 +126,7 @@ class CudaPlan:
             self.new_spikes(),
             self.new_v(),
             self.new_v_seq() if self.spec.store_v_seq else None,
-            self.new(self.checkpoint) if self.checkpoint else None,
+            self.new(self.checkpoint) if self.has_checkpoint else None,
             self.new_bits() if self.packs else None,
         )
         launch(x, v0, *outputs, w, v_threshold, *(norm or _NO_NORM), v_init=v_init)

@@ -78,6 +78,28 @@ class Spec(NamedTuple):
     saves: bool  #: whether a backward may follow
 
 
+def spec_of(
+    x_seq: Tensor,
+    dynamics: Dynamics,
+    per_channel: bool,
+    norm: bool = False,
+    fixed_norm: bool = False,
+    store_v_seq: bool = False,
+    pack: bool = False,
+    saves: bool = False,
+) -> Spec:
+    """The spec of a dense ``x_seq`` ``[T, N, *]``."""
+    steps = len(x_seq)
+    neurons = x_seq.numel() // steps
+    channels = x_seq.shape[2] if per_channel or norm else 1
+    return Spec(
+        *(dynamics, x_seq.dtype, x_seq.device, steps, neurons, channels),
+        x_seq.stride(2) if channels > 1 else max(neurons, 1),
+        *(tuple(x_seq.shape), x_seq.stride(), per_channel, norm, fixed_norm),
+        *(store_v_seq, pack, saves),
+    )
+
+
 class Norm(NamedTuple):
     """A batch norm: ``(x - mean) (weight rstd) + bias``. Tensors are contiguous float32 ``[C]``."""
 
@@ -99,6 +121,8 @@ class Needs(NamedTuple):
 
 class Plan(Protocol):
     """A :class:`Spec` on a backend."""
+
+    has_checkpoint: bool  #: whether forward of a spec that ``saves`` gives one
 
     def forward(
         self,
@@ -184,3 +208,15 @@ class Engine(NamedTuple):
 def find_plan(engine: Engine, spec: Spec) -> Plan:
     """The plan of a spec, made once for all equal calls."""
     return engine.plan(spec)
+
+
+def arranged(tensor: Any, strides: tuple[int, ...]) -> Any:
+    """``tensor``, or ``None``, in memory by ``strides``; a copy only where it is not."""
+    if tensor is None or tensor.stride() == strides or _has_strides(tensor, strides):
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+def _has_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    axes = zip(tensor.stride(), strides, tensor.shape, strict=True)
+    return all(stride == wanted for stride, wanted, size in axes if size != 1)

@@ -14,6 +14,7 @@ from spikingjelly.activation_based import surrogate
 
 from sj_taid.ops import backends, bits
 from sj_taid.ops.alif import kernels, reference
+from sj_taid.ops.alif.autograd import dynamics_of
 from sj_taid.ops.surrogate import (
     DERIVATIVES,
     Derivative,
@@ -445,6 +446,24 @@ def test_later_processes_load_what_is_compiled(tmp_path):
         assert process.exitcode == 0
         outputs.append([found.get() for _ in v_resets])
     assert outputs == [["compiled"], ["compiled", "loaded"]]
+
+
+COMPILED = [
+    *(WIDE, IMAGES.with_(dtype=torch.bfloat16, v_reset=None)),
+    *(COUNTED, COUNTED.with_(stateless=True)),
+]
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_the_operator_of_a_compiled_graph(case):
+    """Schema, no aliasing, gradients, and fake outputs of the right shapes, dtypes and strides."""
+    leaves = tensors(case)
+    v0, w = leaves["v0"], None if case.stateless else leaves["w"]
+    dynamics = dynamics_of(w, **case.options())
+    for v_init, store_v_seq in ((v0, True), (None, False)):
+        operands = (leaves["x"], v_init, 0.0, w, leaves["v_threshold"])
+        arguments = (*operands, int(dynamics.charge), *dynamics[3:], store_v_seq)
+        torch.library.opcheck(torch.ops.sj_taid.alif, arguments)
 
 
 def test_what_it_cannot_take_is_refused_with_the_reason():

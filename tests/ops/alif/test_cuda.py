@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sj_taid
 from sj_taid.ops import backends, bits
 from sj_taid.ops.alif import kernels, reference
+from sj_taid.ops.alif.autograd import dynamics_of
 from sj_taid.ops.alif.kernels import BLOCK, NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
 from sj_taid.ops.alif.plan import Charge, Needs, Norm
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
@@ -22,6 +23,7 @@ from tests.helpers import (
     Case,
     assert_close,
     assert_counts_at_their_edges,
+    assert_equal,
     assert_not_finite_alike,
     results,
     tensors,
@@ -624,3 +626,20 @@ def test_function_is_not_loaded_while_a_graph_is_captured(launcher, monkeypatch)
     loaded = function(0, "alif_forward<1>")  # an error is not kept
     captured[0] = True
     assert function(0, "alif_forward<1>") is loaded
+
+
+# ---- torch.compile ----
+
+
+@needs_gxx
+def test_the_operator_of_a_compiled_graph_makes_checkpoints_again(launcher, monkeypatch):
+    monkeypatch.setattr(backends, "engine_of", lambda device: launcher.cuda.ENGINE)
+    case = CASE.with_(shape=(24, 3, 8, 2))
+
+    def operator(x_seq, v, w, v_threshold, store_v_seq, **options):
+        dynamics = dynamics_of(w, **options)
+        about = int(dynamics.charge), *dynamics[3:], store_v_seq
+        return torch.ops.sj_taid.alif(x_seq, v, 0.0, w, v_threshold, *about)
+
+    assert_equal(results(operator, case), run(launcher, case))
+    assert launcher.cuda.launches["alif_forward"] == 3  # two of the operator

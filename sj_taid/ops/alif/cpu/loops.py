@@ -1,10 +1,9 @@
 """Fused ALIF loops for the CPU, compiled by numba.
 
-The neurons are cut into parts, and a part into blocks. For one block, forward walks through time
-with the block's voltages in the cache; backward recomputes them from the input and then walks back.
-Whatever a tensor's layout, its values are read and written as rows: in place where they lie so in
-memory, else through a copy in the cache. Every loop runs over a row, as a function of its own, so
-that LLVM vectorises it.
+The neurons are cut into parts, and a part into blocks of neighbours in memory. For one block,
+forward walks through time with the block's voltages in the cache; backward recomputes them from the
+input and then walks back. Every loop runs over a row, the values of a block at one step, as a
+function of its own, so that LLVM vectorises it.
 
 Where a channel's values fit the cache, backward of a norm takes all neurons of some channels as a
 part. Their input and the gradient of the norm's output stay there until the latter is turned into
@@ -40,8 +39,6 @@ from numba.extending import intrinsic, overload, register_jitable
 from ... import surrogate
 from ..plan import COUNT, Charge
 
-#: values of a row that are copied while as many of another are fetched
-CHUNK = 128
 #: floats per cache line
 LINE = 16
 
@@ -56,10 +53,10 @@ class Arguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("threads", "taken", "done"),  # counters, by their places
-                *("scratch", "x", "v0", "q", "threshold", "mean", "rstd", "gain", "bias"),
+                *("scratch", "x", "v0", "q", "threshold", "mean", "rstd", "weight", "bias"),
                 *("spike", "v", "v_seq", "bits", "grad_spike", "grad_v", "grad_v_seq"),
                 *("grad_x", "grad_v0", "grad_w", "grad_threshold", "grad_weight", "grad_bias"),
-                *("parts", "ranges", "part_size", "block", "x_size", "group", "whole"),
+                *("parts", "ranges", "part_size", "block", "room", "group", "whole"),
                 *("sums_size", "scratch_size", "steps", "neurons", "inner", "channels"),
                 *("per_channel", "norm", "norm_sums", "ab", "sums_only"),
                 *("charge", "soft", "counts", "row"),
@@ -73,11 +70,11 @@ class Arguments(ctypes.Structure):
 
 #: counters of :class:`Arguments`: threads that began, parts that were begun and that are done
 _THREADS, _TAKEN, _DONE = range(3)
-# Rows of scratch memory, then T rows of voltages (two at least), then the rows of the input.
+# Rows of scratch memory, then T rows of voltages (two at least), then room for a whole part.
 _Q, _THRESHOLD, _MEAN, _GAIN, _BIAS, _A, _B = range(7)
 _GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _GRAD_Y_SUM, _GRAD_Y_X = range(7, 12)
 # Those that a loop is given come last: it checks that they lie outside of all of the above.
-_X, _SPIKE, _BITS, _GRAD_Y, _SPARE, _VOLTAGES = range(12, 18)
+_SPIKE, _BITS, _GRAD_Y, _SPARE, _VOLTAGES = range(12, 17)
 #: values of a row at most, and floats from one to the next: a constant, so that a loop need not
 #: check whether rows overlap, and an odd number of cache lines, or all would compete for the same
 ROW, _PITCH = 1024, 1024 + LINE
@@ -94,9 +91,9 @@ smooth = cache(register_jitable(error_model="numpy", fastmath={"contract"}))
 _sum = register_jitable(error_model="numpy", fastmath={"reassoc", "contract"})
 
 
-def scratch_size(steps: int, x_size: int, gradients: bool) -> int:
-    """Floats of a thread: rows, and ``x_size`` values of the input, and gradients, a step."""
-    return (_VOLTAGES + max(steps, 2)) * _PITCH + (1 + gradients) * steps * x_size
+def scratch_size(steps: int, room: int) -> int:
+    """Floats of a thread: rows, and ``room`` for gradients of each step."""
+    return (_VOLTAGES + max(steps, 2)) * _PITCH + steps * room
 
 
 KERNEL_SIGNATURE = types.void(types.CPointer(from_dtype(np.dtype(Arguments))))
@@ -245,94 +242,29 @@ def _overload_f32(x):
 
 
 @_part
-def _fetch(row, first, last):
-    for i in range(first, last, LINE):
+def _fetch(row, ahead, n):
+    """Begin to fetch the ``n`` values that lie ``ahead`` of a row."""
+    for i in range(ahead, ahead + n, LINE):
         _prefetch(row, i)
 
 
 @_part
-def _segment(place, t, first, n, done):
-    """Where the neuron after ``done`` of ``n`` lies at step ``t``, minus ``done``, and its run."""
-    start, run, stride, neurons = place
-    segment, inside = divmod(first + done, run)
-    here = t * neurons + start + segment * stride + inside - done
-    return here, min(n - done, run - inside)
+def _at_step(tensor, a, t, here):
+    """The row of the block that begins at neuron ``here``, at step ``t``."""
+    return _at(tensor, t * a.neurons + here)
 
 
 @_part
-def _is_row(place, first, n):
-    """Whether ``n`` neurons of a part from ``first`` on lie in memory as a row."""
-    return first % place[1] + n <= place[1]
+def _copy(values, out, n):
+    for i in range(n):
+        out[i] = values[i]
 
 
 @_part
-def _read(x, place, t, first, n, row, ahead):
-    """A row of the ``n`` neurons of a part from ``first`` on at step ``t``: a copy, if need be."""
-    if not _is_row(place, first, n):
-        _load(x, place, t, first, n, row, ahead)
-        return row
-    here, _ = _segment(place, t, first, n, 0)
-    ahead *= place[3]
-    _fetch(_at(x, here), ahead, ahead + n)
-    return _at(x, here)
-
-
-@_part
-def _target(out, place, t, first, n, row):
-    """Where to write a row that :func:`_write` then brings there, if it is not there yet."""
-    if not _is_row(place, first, n):
-        return row
-    here, _ = _segment(place, t, first, n, 0)
-    return _at(out, here)
-
-
-@_part
-def _write(values, out, place, t, first, n, ahead):
-    if not _is_row(place, first, n):
-        _store(values, out, place, t, first, n, ahead)
-    else:
-        here, _ = _segment(place, t, first, n, 0)
-        ahead *= place[3]
-        _fetch(_at(out, here), ahead, ahead + n)
-
-
-@_part
-def _load(x, place, t, first, n, out, ahead):
-    """The ``n`` neurons of a part from ``first`` on at step ``t``; fetches those ``ahead``."""
-    done = 0
-    while done < n:
-        here, length = _segment(place, t, first, n, done)
-        x_here = _at(x, here)
-        _copy(x_here, out, done, done + length, x_here, ahead * place[3])
-        done += length
-
-
-@_part
-def _store(values, out, place, t, first, n, ahead):
-    """The inverse of :func:`_load`."""
-    done = 0
-    while done < n:
-        here, length = _segment(place, t, first, n, done)
-        out_here = _at(out, here)
-        _copy(values, out_here, done, done + length, out_here, ahead * place[3])
-        done += length
-
-
-@_part
-def _copy(values, out, begin, end, fetched, ahead):
-    """Copy a run, and meanwhile fetch what lies ``ahead`` in the tensor."""
-    for first in range(begin, end, CHUNK):
-        last = min(first + CHUNK, end)
-        _fetch(fetched, first + ahead, last + ahead)
-        for i in range(first, last):
-            out[i] = values[i]
-
-
-@_part
-def _start(out, values, value, place, first, n):
-    """The ``n`` values from ``first`` on, or ``value`` where there are none."""
+def _start(out, values, value, here, n):
+    """The block's ``n`` values, or ``value`` where there are none."""
     if values:
-        _load(values, place, 0, first, n, out, 0)
+        _copy(_at(values, here), out, n)
     else:
         _fill(out, value, n)
 
@@ -350,34 +282,34 @@ def _add(out, values, n):
 
 
 @_part
-def _spread(out, values, first, n, inner, channels):
-    """The channel's value for each of the ``n`` neurons from ``first`` on."""
+def _spread(out, values, here, n, inner, channels):
+    """The channel's value for each of the ``n`` neurons from ``here`` on."""
     done = 0
     while done < n:
-        channel = (first + done) // inner % channels
+        channel = (here + done) // inner % channels
         if inner == 1:
             run = min(n - done, channels - channel)
             for i in range(run):
                 out[done + i] = values[channel + i]
         else:
-            run = min(n - done, inner - (first + done) % inner)
+            run = min(n - done, inner - (here + done) % inner)
             for i in range(run):
                 out[done + i] = values[channel]
         done += run
 
 
 @_sum
-def _gather(sums, values, first, n, inner, channels):
-    """Add the values of the ``n`` neurons from ``first`` on to the sum of their channel."""
+def _gather(sums, values, here, n, inner, channels):
+    """Add the values of the ``n`` neurons from ``here`` on to the sum of their channel."""
     done = 0
     while done < n:
-        channel = (first + done) // inner % channels
+        channel = (here + done) // inner % channels
         if inner == 1:
             run = min(n - done, channels - channel)
             for i in range(run):
                 sums[channel + i] += np.float64(values[done + i])
         else:
-            run = min(n - done, inner - (first + done) % inner)
+            run = min(n - done, inner - (here + done) % inner)
             total = 0.0
             for i in range(run):
                 total += np.float64(values[done + i])
@@ -450,98 +382,90 @@ def _channels(a, part):
 
 
 @_part
-def _place(a, part):
-    """Where a part's neurons are, which of them it takes, and its channels.
+def _extent(a, part):
+    """The first neuron of a part, how many neighbours are a run, and how many runs there are.
 
-    Neuron ``j`` of a group of channels is the ``j % run``-th of segment ``j // run``; segments are
-    ``stride`` apart. A group of all channels is one segment.
+    Runs are those of the part's channels in each sample; of all channels there is one.
     """
-    channel, width = _channels(a, part)
-    stride = a.channels * a.inner
-    count = a.neurons // stride * width * a.inner
-    run = a.neurons if width == a.channels else width * a.inner
-    first = part % a.ranges * a.part_size
-    last = min(first + a.part_size, count)
-    return (channel * a.inner, run, stride, a.neurons), first, last, channel, width
+    if a.group < a.channels:
+        channel, width = _channels(a, part)
+        return channel * a.inner, width * a.inner, a.neurons // (a.channels * a.inner)
+    first = part * a.part_size
+    return first, min(a.part_size, a.neurons - first), 1
 
 
 @_part
-def _room(scratch, a, t, here):
-    """A row of the input for each step of a block; with ``whole`` of a part, from ``here`` on."""
-    rows = _VOLTAGES + max(a.steps, 2)
-    return _at(scratch, rows * _PITCH + t * a.x_size + here * a.whole)
-
-
-@_part
-def _input_row(scratch, a, place, t, first, n, here):
-    """The input at step ``t``: in memory, or as :func:`_recompute` left it."""
-    return _target(a.x, place, t, first, n, _room(scratch, a, t, here))
-
-
-@_part
-def _grad_row(scratch, a, place, t, first, n, here):
+def _grad_row(scratch, a, t, here, inside):
     """The gradient of what the neuron reads: one row, or with ``whole`` one for each step."""
     if a.whole:
-        return _room(scratch, a, a.steps + t, here)
-    row = _row(scratch, _GRAD_Y)
+        return _at(scratch, (_VOLTAGES + max(a.steps, 2)) * _PITCH + t * a.room + inside)
     if a.norm or not a.grad_x:
-        return row
-    return _target(a.grad_x, place, t, first, n, row)
+        return _row(scratch, _GRAD_Y)
+    return _at_step(a.grad_x, a, t, here)
 
 
 @_part
-def _spread_row(scratch, a, k, values, first, n, channel, width):
+def _spread_row(scratch, a, k, values, here, n):
     """The row ``k``: of ``values`` those of each neuron's channel."""
-    _spread(_row(scratch, k), _at(values, channel), first, n, a.inner, width)
+    _spread(_row(scratch, k), _at(values, 0), here, n, a.inner, a.channels)
 
 
 @_part
-def _spread_parameter(scratch, a, k, values, value, first, n, channel, width):
+def _spread_parameter(scratch, a, k, values, value, here, n):
     """The row ``k``: the values of each neuron's channel, or of all, or ``value``."""
     if values and a.per_channel:
-        _spread_row(scratch, a, k, values, first, n, channel, width)
+        _spread_row(scratch, a, k, values, here, n)
     else:
         _fill(_row(scratch, k), _at(values, 0)[0] if values else value, n)
 
 
 @_part
-def _spread_norm(scratch, a, first, n, channel, width):
-    _spread_row(scratch, a, _MEAN, a.mean, first, n, channel, width)
-    _spread_row(scratch, a, _GAIN, a.gain, first, n, channel, width)
+def _multiply(out, values, n):
+    for i in range(n):
+        out[i] *= values[i]
+
+
+@_part
+def _spread_norm(scratch, a, here, n):
+    """The rows of a norm: its mean, its gain, which is ``weight rstd``, and its bias."""
+    _spread_row(scratch, a, _MEAN, a.mean, here, n)
+    _spread_row(scratch, a, _GAIN, a.rstd, here, n)
+    if a.weight:
+        _spread_row(scratch, a, _BIAS, a.weight, here, n)
+        _multiply(_row(scratch, _GAIN), _row(scratch, _BIAS), n)
     if a.bias:
-        _spread_row(scratch, a, _BIAS, a.bias, first, n, channel, width)
+        _spread_row(scratch, a, _BIAS, a.bias, here, n)
     else:
         _fill(_row(scratch, _BIAS), np.float32(0), n)
 
 
 @_part
-def _spread_terms(scratch, a, first, n, channel, width):
-    _spread_row(scratch, a, _A, _terms(a), first, n, channel, width)
-    _spread_row(scratch, a, _B, _terms(a) + 4 * a.channels, first, n, channel, width)
+def _spread_terms(scratch, a, here, n):
+    _spread_row(scratch, a, _A, _terms(a), here, n)
+    _spread_row(scratch, a, _B, _terms(a) + 4 * a.channels, here, n)
 
 
 @_part
-def _spread_parameters(scratch, a, first, n, channel, width):
+def _spread_parameters(scratch, a, here, n):
     """The rows of q, the threshold and a norm."""
-    _spread_parameter(scratch, a, _Q, a.q, a.q_value, first, n, channel, width)
-    value = a.threshold_value
-    _spread_parameter(scratch, a, _THRESHOLD, a.threshold, value, first, n, channel, width)
+    _spread_parameter(scratch, a, _Q, a.q, a.q_value, here, n)
+    _spread_parameter(scratch, a, _THRESHOLD, a.threshold, a.threshold_value, here, n)
     if a.norm:
-        _spread_norm(scratch, a, first, n, channel, width)
+        _spread_norm(scratch, a, here, n)
 
 
 @_part
-def _sums(a, part, kind, channel):
+def _sums(a, part, kind):
     """Sums over neurons of this ``kind``, one per channel, made in a part."""
-    return _double_at(a.scratch, (part % a.ranges * SUMS + kind) * a.channels + channel)
+    return _double_at(a.scratch, (part % a.ranges * SUMS + kind) * a.channels)
 
 
 @_part
 def _clear_sums(a, part):
     channel, width = _channels(a, part)
     for kind in range(SUMS):
-        sums = _sums(a, part, kind, channel)
-        for c in range(width):
+        sums = _sums(a, part, kind)
+        for c in range(channel, channel + width):
             sums[c] = 0.0
 
 
@@ -550,15 +474,14 @@ def _total(a, kind, channel):
     """The sum of this ``kind`` over all parts of a channel."""
     total = 0.0
     for part in range(a.ranges):
-        total += _sums(a, part, kind, channel)[0]
+        total += _sums(a, part, kind)[channel]
     return total
 
 
 @_part
-def _add_to_sums(scratch, a, kind, part, k, first, n):
+def _add_to_sums(scratch, a, kind, part, k, here, n):
     """Add the row ``k`` to the sums of this ``kind``."""
-    channel, width = _channels(a, part)
-    _gather(_sums(a, part, kind, channel), _row(scratch, k), first, n, a.inner, width)
+    _gather(_sums(a, part, kind), _row(scratch, k), here, n, a.inner, a.channels)
 
 
 def _kernel(name, compute_part, finish):
@@ -592,74 +515,79 @@ def _nothing(a):
 @_part
 def _forward_part(a, scratch, part):
     """Spikes and voltages."""
-    place, begin, end, channel, width = _place(a, part)
+    start, run, _ = _extent(a, part)
     norm, charge, soft, counts = a.norm != 0, a.charge, a.soft != 0, a.counts != 0
-    for first in range(begin, end, a.block):
-        n = min(a.block, end - first)
-        _spread_parameters(scratch, a, first, n, channel, width)
+    for here in range(start, start + run, a.block):
+        n = min(a.block, start + run - here)
+        _spread_parameters(scratch, a, here, n)
         now = _row(scratch, _VOLTAGES)
-        _start(now, a.v0, a.v_init, place, first, n)
+        _start(now, a.v0, a.v_init, here, n)
         for t in range(a.steps):
-            x = _read(a.x, place, t, first, n, _row(scratch, _X), 1)
-            spike = _target(a.spike, place, t, first, n, _row(scratch, _SPIKE))
+            x, spike = _at_step(a.x, a, t, here), _at_step(a.spike, a, t, here)
+            _fetch(x, a.neurons, n)
             # Never the row it reads from, which would look like a loop-carried dependence.
             after = _row(scratch, _VOLTAGES + (t + 1) % 2)
             _step_row(scratch, a, x, now, spike, after, norm, charge, soft, counts, n)
-            if a.bits and a.levels > np.float32(1):
-                here = (t * a.neurons + first) // 2  # a block begins at an even neuron of memory
-                _pack_count_row(spike, _byte_at(a.bits, here), n)
+            if a.bits and a.levels > np.float32(1):  # a block begins at an even neuron of memory
+                _pack_count_row(spike, _byte_at(a.bits, (t * a.neurons + here) // 2), n)
             elif a.bits:
-                _store_bits(scratch, a, spike, t, first, n)
-            _write(spike, a.spike, place, t, first, n, 1)
+                _store_bits(scratch, a, spike, t, here, n)
+            _fetch(spike, a.neurons, n)
             if a.v_seq:
-                _store(after, a.v_seq, place, t, first, n, 1)
+                v_seq = _at_step(a.v_seq, a, t, here)
+                _fetch(v_seq, a.neurons, n)
+                _copy(after, v_seq, n)
             now = after
-        _store(now, a.v, place, 0, first, n, 0)
+        _copy(now, _at(a.v, here), n)
 
 
 @_part
-def _store_bits(scratch, a, spike, t, first, n):
+def _store_bits(scratch, a, spike, t, here, n):
     """Add the spikes of step ``t`` to a row of bits, and write what is full."""
     bits = _row(scratch, _BITS)
     if t % 8 == 0:
         _fill(bits, np.float32(0), n)
     _pack_row(spike, bits, np.float32(1 << t % 8), n)
     if t % 8 == 7 or t == a.steps - 1:
-        _store_bytes(bits, _byte_at(a.bits, t // 8 * a.neurons + first), n)
+        _store_bytes(bits, _byte_at(a.bits, t // 8 * a.neurons + here), n)
 
 
 @_part
 def _pack_part(a, scratch, part):
     """Bits of spikes."""
-    place, begin, end, _, _ = _place(a, part)
-    for first in range(begin, end, a.block):
-        n = min(a.block, end - first)
+    start, run, _ = _extent(a, part)
+    for here in range(start, start + run, a.block):
+        n = min(a.block, start + run - here)
         for t in range(a.steps):
-            spike = _read(a.spike, place, t, first, n, _row(scratch, _SPIKE), 1)
-            _store_bits(scratch, a, spike, t, first, n)
+            spike = _at_step(a.spike, a, t, here)
+            _fetch(spike, a.neurons, n)
+            _store_bits(scratch, a, spike, t, here, n)
 
 
 @_part
 def _unpack_part(a, scratch, part):
     """Spikes of bits."""
-    place, begin, end, _, _ = _place(a, part)
-    for first in range(begin, end, a.block):
-        n = min(a.block, end - first)
+    start, run, _ = _extent(a, part)
+    for here in range(start, start + run, a.block):
+        n = min(a.block, start + run - here)
         for t in range(a.steps):
-            bits = _byte_at(a.bits, t // 8 * a.neurons + first)
-            spike = _target(a.spike, place, t, first, n, _row(scratch, _SPIKE))
-            _unpack_row(bits, spike, np.int32(t % 8), n)
-            _write(spike, a.spike, place, t, first, n, 1)
+            spike = _at_step(a.spike, a, t, here)
+            _unpack_row(_byte_at(a.bits, t // 8 * a.neurons + here), spike, np.int32(t % 8), n)
+            _fetch(spike, a.neurons, n)
 
 
 @_part
 def _pack_counts_part(a, scratch, part):
-    """Half bytes of counts, of one step: a part and a block begin at an even neuron."""
-    place, begin, end, _, _ = _place(a, part)
-    for first in range(begin, end, a.block):
-        n = min(a.block, end - first)
-        counts = _read(a.spike, place, 0, first, n, _row(scratch, _SPIKE), 1)
-        _pack_count_row(counts, _byte_at(a.bits, first // 2), n)
+    """Half bytes of counts, of one step: a part begins at an even neuron."""
+    start, run, _ = _extent(a, part)
+    _pack_count_row(_at(a.spike, start), _byte_at(a.bits, start // 2), run)
+
+
+@_part
+def _unpack_counts_part(a, scratch, part):
+    """Counts of half bytes."""
+    start, run, _ = _extent(a, part)
+    _unpack_count_row(_byte_at(a.bits, start // 2), _at(a.spike, start), run)
 
 
 @_part
@@ -669,17 +597,6 @@ def _pack_count_row(counts, halves, n):
         halves[i] = np.uint8(low & np.int32(15) | high << np.int32(4))
     if n % 2:
         halves[n // 2] = np.uint8(np.int32(counts[n - 1]) & np.int32(15))
-
-
-@_part
-def _unpack_counts_part(a, scratch, part):
-    """Counts of half bytes."""
-    place, begin, end, _, _ = _place(a, part)
-    for first in range(begin, end, a.block):
-        n = min(a.block, end - first)
-        counts = _target(a.spike, place, 0, first, n, _row(scratch, _SPIKE))
-        _unpack_count_row(_byte_at(a.bits, first // 2), counts, n)
-        _write(counts, a.spike, place, 0, first, n, 1)
 
 
 @_part
@@ -766,56 +683,71 @@ def row_for(
 @_part
 def _backward_part(a, scratch, part):
     """Gradients of input, initial voltage and parameters."""
-    place, begin, end, channel, width = _place(a, part)
-    norm, charge, soft, counts = a.norm != 0, a.charge, a.soft != 0, a.counts != 0
-    zero, grad_now = np.float32(0), _row(scratch, _GRAD_V)
     _clear_sums(a, part)
-    for first in range(begin, end, a.block):
-        n, here = min(a.block, end - first), first - begin
-        _spread_parameters(scratch, a, first, n, channel, width)
-        if a.ab and not a.whole:
-            _spread_terms(scratch, a, first, n, channel, width)
-        _recompute(scratch, a, place, first, n, here, norm, charge, soft, counts)
-        _start(grad_now, a.grad_v, zero, place, first, n)
-        grad_spike = _row(scratch, _SPIKE)
-        for k in (_GRAD_Q, _GRAD_THRESHOLD, _SPIKE, _GRAD_Y_SUM, _GRAD_Y_X):
-            _fill(_row(scratch, k), zero, n)
-        for t in range(a.steps - 1, -1, -1):
-            if a.grad_v_seq:
-                spare = _row(scratch, _SPARE)
-                grad_v = _read(a.grad_v_seq, place, t, first, n, spare, -1)
-                _add(grad_now, grad_v, n)
-            if a.grad_spike:
-                copy = _row(scratch, _SPIKE)
-                grad_spike = _read(a.grad_spike, place, t, first, n, copy, -1)
-            x = _input_row(scratch, a, place, t, first, n, here)
-            grad_y = _grad_row(scratch, a, place, t, first, n, here)
-            v = _row(scratch, _VOLTAGES + t)
-            constants = a.v_rest, a.levels, a.a, a.b
-            _call_row(a.row, (scratch, x, v, grad_spike, grad_y, *constants, n))
-            if a.grad_x and not a.whole and not a.sums_only:
-                _store_grad_x(scratch, a, place, t, first, n, here, -1)
-        if a.grad_v0:
-            _store(grad_now, a.grad_v0, place, 0, first, n, 0)
-        if a.norm_sums:
-            _add_to_sums(scratch, a, GRAD_Y, part, _GRAD_Y_SUM, first, n)
-            _add_to_sums(scratch, a, GRAD_Y_X, part, _GRAD_Y_X, first, n)
-        if a.grad_w:
-            _add_to_sums(scratch, a, GRAD_Q, part, _GRAD_Q, first, n)
-        if a.grad_threshold:
-            _add_to_sums(scratch, a, GRAD_THRESHOLD, part, _GRAD_THRESHOLD, first, n)
+    start, run, runs = _extent(a, part)
+    apart = a.channels * a.inner
+    for k in range(runs):
+        for done in range(0, run, a.block):
+            here, n = start + k * apart + done, min(a.block, run - done)
+            if k == 0 or run > a.block:  # else the rows of parameters are those of the last run
+                _spread_parameters(scratch, a, here, n)
+            _backward_block(a, scratch, part, here, k * run + done, n)
     if a.whole:
+        channel, width = _channels(a, part)
         _norm_gradients(a, channel, width)
-        _finish_part(scratch, a, place, begin, end, channel, width)
+        for k in range(runs):
+            for done in range(0, run, a.block):
+                here, n = start + k * apart + done, min(a.block, run - done)
+                if k == 0 or run > a.block:
+                    _spread_norm(scratch, a, here, n)
+                    _spread_terms(scratch, a, here, n)
+                _finish_block(a, scratch, here, k * run + done, n)
 
 
 @_part
-def _recompute(scratch, a, place, first, n, here, norm, charge, soft, counts):
-    """Load the input of all steps, and compute the voltages before each."""
+def _backward_block(a, scratch, part, here, inside, n):
+    """A block's gradients; of x, with ``whole``, that of the norm's output."""
+    grad_now, grad_spike = _row(scratch, _GRAD_V), _row(scratch, _SPIKE)
+    if a.ab and not a.whole:
+        _spread_terms(scratch, a, here, n)
+    _recompute(scratch, a, here, n)
+    _start(grad_now, a.grad_v, np.float32(0), here, n)
+    for k in (_GRAD_Q, _GRAD_THRESHOLD, _SPIKE, _GRAD_Y_SUM, _GRAD_Y_X):
+        _fill(_row(scratch, k), np.float32(0), n)
+    for t in range(a.steps - 1, -1, -1):
+        if a.grad_v_seq:
+            grad_v = _at_step(a.grad_v_seq, a, t, here)
+            _fetch(grad_v, -a.neurons, n)
+            _add(grad_now, grad_v, n)
+        if a.grad_spike:
+            grad_spike = _at_step(a.grad_spike, a, t, here)
+            _fetch(grad_spike, -a.neurons, n)
+        x, v = _at_step(a.x, a, t, here), _row(scratch, _VOLTAGES + t)
+        grad_y = _grad_row(scratch, a, t, here, inside)
+        constants = a.v_rest, a.levels, a.a, a.b
+        _call_row(a.row, (scratch, x, v, grad_spike, grad_y, *constants, n))
+        if a.grad_x and not a.whole and not a.sums_only:
+            _store_grad_x(scratch, a, t, here, inside, n, -a.neurons)
+    if a.grad_v0:
+        _copy(grad_now, _at(a.grad_v0, here), n)
+    if a.norm_sums:
+        _add_to_sums(scratch, a, GRAD_Y, part, _GRAD_Y_SUM, here, n)
+        _add_to_sums(scratch, a, GRAD_Y_X, part, _GRAD_Y_X, here, n)
+    if a.grad_w:
+        _add_to_sums(scratch, a, GRAD_Q, part, _GRAD_Q, here, n)
+    if a.grad_threshold:
+        _add_to_sums(scratch, a, GRAD_THRESHOLD, part, _GRAD_THRESHOLD, here, n)
+
+
+@_part
+def _recompute(scratch, a, here, n):
+    """Compute the voltages before each step."""
+    norm, charge, soft, counts = a.norm != 0, a.charge, a.soft != 0, a.counts != 0
     spike = _row(scratch, _SPARE)
-    _start(_row(scratch, _VOLTAGES), a.v0, a.v_init, place, first, n)
+    _start(_row(scratch, _VOLTAGES), a.v0, a.v_init, here, n)
     for t in range(a.steps):
-        x = _read(a.x, place, t, first, n, _room(scratch, a, t, here), 1)
+        x = _at_step(a.x, a, t, here)
+        _fetch(x, a.neurons, n)
         if t < a.steps - 1:
             v, after = _row(scratch, _VOLTAGES + t), _row(scratch, _VOLTAGES + t + 1)
             _step_row(scratch, a, x, v, spike, after, norm, charge, soft, counts, n)
@@ -830,13 +762,14 @@ def _terms(a):
 @_part
 def _norm_gradients(a, channel, width):
     """A and B of :mod:`..norm`, and the gradients of weight and bias, from the sums."""
-    rstd, gain = _at(a.rstd, 0), _at(a.gain, 0)
+    rstd, weight = _at(a.rstd, 0), _at(a.weight, 0)
     a_terms, b_terms = _at(_terms(a), 0), _at(_terms(a), a.channels)
     grad_weight, grad_bias = _at(a.grad_weight, 0), _at(a.grad_bias, 0)
     for c in range(channel, channel + width):
         to_weight, to_bias = rstd[c] * _total(a, GRAD_Y_X, c), _total(a, GRAD_Y, c)
-        a_terms[c] = gain[c] * to_bias / a.count
-        b_terms[c] = gain[c] * rstd[c] * to_weight / a.count
+        gain = np.float64(rstd[c] * weight[c] if a.weight else rstd[c])
+        a_terms[c] = gain * to_bias / a.count
+        b_terms[c] = gain * rstd[c] * to_weight / a.count
         if a.grad_weight:
             grad_weight[c], grad_bias[c] = to_weight, to_bias
 
@@ -868,26 +801,20 @@ def _parameter_gradient(a, out, kind):
 
 
 @_part
-def _finish_part(scratch, a, place, begin, end, channel, width):
-    """Write the input's gradient, from the norm's output's and the input, both in cache."""
-    for first in range(begin, end, a.block):
-        n = min(a.block, end - first)
-        _spread_norm(scratch, a, first, n, channel, width)
-        _spread_terms(scratch, a, first, n, channel, width)
-        for t in range(a.steps):
-            _store_grad_x(scratch, a, place, t, first, n, first - begin, 1)
+def _finish_block(a, scratch, here, inside, n):
+    """Write the input's gradient, from that of the norm's output and the input, both in cache."""
+    for t in range(a.steps):
+        _store_grad_x(scratch, a, t, here, inside, n, a.neurons)
 
 
 @_part
-def _store_grad_x(scratch, a, place, t, first, n, here, ahead):
-    """Write the input's gradient, from the gradient of what the neuron reads."""
-    grad = _grad_row(scratch, a, place, t, first, n, here)
+def _store_grad_x(scratch, a, t, here, inside, n, ahead):
+    """Write the input's gradient, from that of what the neuron reads, where that is another."""
+    out = _at_step(a.grad_x, a, t, here)
     if a.norm:
-        x = _input_row(scratch, a, place, t, first, n, here)
-        out = _target(a.grad_x, place, t, first, n, _row(scratch, _SPARE))
+        x, grad = _at_step(a.x, a, t, here), _grad_row(scratch, a, t, here, inside)
         _input_gradient_row(scratch, x, grad, out, a.ab != 0, n)
-        grad = out
-    _write(grad, a.grad_x, place, t, first, n, ahead)
+    _fetch(out, ahead, n)
 
 
 @_part

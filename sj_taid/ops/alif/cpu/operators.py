@@ -21,6 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 class CpuPlan:
     """The :class:`..plan.Plan` of a float32 spec on the CPU."""
 
+    has_checkpoint = False
+
     def __init__(self, spec: Spec) -> None:
         self.spec, neuron = spec, spec.dynamics
         float32: dict[str, Any] = {"dtype": torch.float32, "device": spec.device}
@@ -67,8 +69,18 @@ class CpuPlan:
         v_seq = self.new_seq() if self.spec.store_v_seq else None
         packed = self.new(self.bits, dtype=torch.uint8) if self.packs else None
         ask_for_huge_pages(spike, v_seq)
-        operands = _operands(x, v0, w, v_threshold, norm)
-        self.forwards(v_init, **operands, spike=spike, v=v, v_seq=v_seq, bits=packed)
+        self.forwards(
+            v_init,
+            norm,
+            x=x,
+            v0=v0,
+            q=None if w is None else w.sigmoid(),
+            threshold=v_threshold,
+            spike=spike,
+            v=v,
+            v_seq=v_seq,
+            bits=packed,
+        )
         if self.packs_after:
             packed = bits.pack_whole(spike, self.spec.dynamics.levels, pack, pack_counts)
         return spike, v, v_seq, None, packed
@@ -98,10 +110,13 @@ class CpuPlan:
             "grad_bias": self.new(channels) if needs.norm else None,
         }
         ask_for_huge_pages(grads["grad_x"])
-        operands = _operands(x, v0, w, v_threshold, norm)
         call(
             v_init,
-            **operands,
+            norm,
+            x=x,
+            v0=v0,
+            q=None if w is None else w.sigmoid(),
+            threshold=v_threshold,
             **grads,
             grad_spike=grad_spike,
             grad_v=grad_v,
@@ -137,19 +152,6 @@ class CpuPlan:
         spec = self.spec
         channels = threads.group_size(spec.channels, spec.inner)
         return 0 < self.options["count"] * channels <= threads.WHOLE
-
-
-def _operands(
-    x: Tensor, v0: Tensor | None, w: Tensor | None, v_threshold: Tensor | None, norm: Norm | None
-) -> dict[str, Tensor | None]:
-    """What forward reads, and backward again, by the loops' names."""
-    q = None if w is None else w.sigmoid()
-    operands = {"x": x, "v0": v0, "q": q, "threshold": v_threshold}
-    if norm is not None:
-        mean, rstd, weight, bias = norm
-        gain = rstd if weight is None else weight * rstd
-        operands |= {"mean": mean, "rstd": rstd, "gain": gain, "bias": bias}
-    return operands
 
 
 class _HalfPlan(CpuPlan):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ... import PROCESS
+from ..plan import Norm
 from . import loops
 
 #: floats of a block's rows, which stay in the second-level cache
@@ -59,14 +60,14 @@ class Partition(NamedTuple):
     """How the work is distributed, a function of the shape alone.
 
     Each group of ``group`` channels is cut into ``ranges`` parts, none where there is no work. With
-    ``whole`` a part is a whole group, and a thread has room for its input and its gradient.
+    ``whole`` a part is a whole group, and a thread has room for its gradient.
     """
 
     parts: int
     ranges: int
     part_size: int
     block: int
-    x_size: int
+    room: int
     group: int
     whole: bool
     sums_size: int
@@ -83,26 +84,25 @@ class Partition(NamedTuple):
         """Parts of a step's neurons, for all steps."""
         inner = inner if channels > 1 else max(neurons, 1)
         block = min(max(SCRATCH // (18 + 2 * steps), BLOCK), loops.ROW) // 64 * 64
-        group, x_size = max(channels, 1), _pad(block)
+        group, room = max(channels, 1), 0
         part_size = block * max(1, -(-neurons // (block * PARTS)))
         if whole:
             group = group_size(channels, inner)
             part_size = neurons // channels * group
-            x_size = _pad(part_size)
-            pieces = -(-inner * group // block)
-            if inner * group % pieces == 0 and inner * group // pieces >= RUN:
-                block = inner * group // pieces
+            room = _pad(part_size)
+            run = inner * group if group < channels else neurons
+            block = -(-run // -(-run // block))  # even pieces of a run
         ranges = 1 if whole else -(-neurons // part_size)
         return cls(
             parts=max(ranges * -(-channels // group), 1),
             ranges=ranges,
             part_size=part_size,
             block=block,
-            x_size=x_size,
+            room=room,
             group=group,
             whole=whole,
             sums_size=(loops.SUMS * ranges + 1) * channels,
-            scratch_size=loops.scratch_size(steps, x_size, whole),
+            scratch_size=loops.scratch_size(steps, room),
             steps=steps,
             neurons=neurons,
             inner=inner,
@@ -140,8 +140,12 @@ class Call:
         arguments = partition._asdict() | options
         self.passes = [loops.Arguments(**arguments | more) for more in passes or ({},)]
 
-    def __call__(self, v_init: float = 0.0, **tensors: Tensor | None) -> None:
+    def __call__(
+        self, v_init: float = 0.0, norm: Norm | None = None, **tensors: Tensor | None
+    ) -> None:
         """Run it on as many threads as torch may use and the work is worth."""
+        if norm is not None:
+            tensors.update(zip(norm._fields, norm, strict=True))
         threads = min(torch.get_num_threads(), self.threads)
         size = 2 * self.sums_size + threads * self.scratch_size
         scratch = torch.empty(size, dtype=torch.float32, device="cpu")
