@@ -164,7 +164,7 @@ def _decide(
     node: Any, x_seq: Tensor, v: Any, w: Any, v_threshold: Any, flags: Any, source: Any
 ) -> _Call:
     """Check a call, and choose its backend and plan."""
-    functional.check_call(x_seq, v, w, v_threshold)
+    functional.check_call(x_seq, v, w, v_threshold, node._taid_label)
     function = node.surrogate_function
     engine = backends.resolve(node._fused_backend, x_seq, function).engine
     if engine is None:

@@ -136,10 +136,12 @@ def _check_floating(name: str, x: Tensor) -> None:
         )
 
 
-def check_call(x_seq: Tensor, v: Any, w: Any, v_threshold: Any) -> None:
+def check_call(
+    x_seq: Tensor, v: Any, w: Any, v_threshold: Any, label: Callable[[], str] = str
+) -> None:
     """Raise an error unless a sequence, its start and the parameters fit each other.
 
-    A parameter that is ``None`` is a number, which fits.
+    A parameter that is ``None`` is a number, which fits. ``label`` names the neuron in an error.
     """
     _check_floating("x_seq", x_seq)
     if x_seq.dim() < 2 or x_seq.shape[0] == 0:
@@ -147,7 +149,7 @@ def check_call(x_seq: Tensor, v: Any, w: Any, v_threshold: Any) -> None:
             f"x_seq must be [T, N, *] with T >= 1, but its shape is {list(x_seq.shape)}; "
             "for one time step [N, *] use sj_taid.functional.alif_step, or a node in step_mode='s'"
         )
-    _check_state(v, x_seq)
+    _check_state(v, x_seq, label)
     for name, parameter in (("w", w), ("v_threshold", v_threshold)):
         if parameter is not None:
             _check_parameter(name, parameter, x_seq)
@@ -173,7 +175,7 @@ def check_counts(surrogate_function: Any, v_reset: Any, has_state: bool = True) 
         )
 
 
-def _check_state(v: Any, x_seq: Tensor) -> None:
+def _check_state(v: Any, x_seq: Tensor, label: Callable[[], str]) -> None:
     if not isinstance(v, Tensor):
         if isinstance(v, int | float | torch.SymFloat):
             return
@@ -181,9 +183,11 @@ def _check_state(v: Any, x_seq: Tensor) -> None:
             f"the membrane potential v must be a tensor or a number, but it is {v!r}; 0.0 is rest"
         )
     if v.shape != x_seq.shape[1:]:
+        who = label()
         raise ValueError(
-            f"the membrane potential has shape {list(v.shape)}, but one step of the input has "
-            f"{list(x_seq.shape[1:])}; reset between sequences: functional.reset_net(net)"
+            f"the membrane potential{who and f' of {who}'} has shape {list(v.shape)}, but one "
+            f"step of the input has {list(x_seq.shape[1:])}; reset between sequences: "
+            "functional.reset_net(net), or run each in 'with sj_taid.fresh_state(net):'"
         )
     _check_device("the membrane potential", v, x_seq)
 

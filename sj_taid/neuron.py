@@ -244,9 +244,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
                 "torch.fx, which NIR export traces a net with, cannot trace ALIF; give it a copy "
                 "with plain LIF neurons: sj_taid.to_lif(net)"
             )
-        v = states[0]
-        if isinstance(v, Tensor):
-            self._check_state(v, inputs[0].shape[1:] if step_mode == "m" else inputs[0].shape)
+        self._check_recomputation(states[0])
         return states
 
     def _taid_start(self, x_seq: Tensor) -> Tensor | float:
@@ -301,12 +299,7 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
             self.__dict__["_end"] = id(results[1]), _graph.recomputation()
         return results
 
-    def _check_state(self, v: Tensor, step_shape: torch.Size) -> None:
-        if v.shape != step_shape:
-            raise ValueError(
-                f"{self._taid_label()} holds a membrane potential of shape {list(v.shape)} from an "
-                f"earlier input, but one step of this input has {list(step_shape)}; {_REMEDY}"
-            )
+    def _check_recomputation(self, v: Any) -> None:
         if torch.compiler.is_compiling() or (node := _graph.recomputation()) is None:
             return
         end, made_in = self._end
@@ -365,9 +358,3 @@ def _range(parameter: Tensor | None) -> str:
         return "?"
     lowest, highest = (f"{value.item():.4g}" for value in parameter.aminmax())
     return f"{lowest}..{highest}" if parameter.dim() else lowest
-
-
-_REMEDY = (
-    "reset between sequences: functional.reset_net(net), or run each in "
-    "'with sj_taid.fresh_state(net):'"
-)
