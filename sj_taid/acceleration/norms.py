@@ -104,9 +104,10 @@ class Source:
         """What must be as it was at the norm's call."""
         x, weight, bias = self.x, self.weight, self.bias
         return (
-            *(x._version, x.requires_grad),
-            *(None if weight is None else (weight._version, weight.requires_grad),),
-            *(None if bias is None else (bias._version, bias.requires_grad),),
+            x._version,
+            x.requires_grad,
+            weight is None or (weight._version, weight.requires_grad),
+            bias is None or (bias._version, bias.requires_grad),
         )
 
     def watch(self) -> None:
