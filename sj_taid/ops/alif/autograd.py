@@ -49,7 +49,7 @@ class FusedALIF(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         # One parameter: apply looks at each of the signature's at every call.
         x, v0, w, v_threshold, weight, bias, plan, spec, v_init, mean, rstd, name = inputs
-        norm = None if mean is None else Norm(mean, rstd, _float32(weight), _float32(bias))
+        norm = None if mean is None else Norm(mean, rstd, _plain(weight), _plain(bias))
         spike_seq, v, v_seq, checkpoint, packed = plan.forward(x, v0, v_init, w, v_threshold, norm)
         ctx.call = plan, spec, v_init, x.stride(), name
         ctx.save_for_backward(x, v0, w, v_threshold, checkpoint, *(norm or _NO_NORM))
@@ -87,15 +87,16 @@ class FusedALIF(torch.autograd.Function):
 
 
 apply_fused = _graph.apply_of(FusedALIF)
-#: of the inputs that are no tensors, or numbers of a norm
+#: of the inputs that are no tensors, and of mean and rstd
 _NO_GRADIENTS = (None,) * 6
 _NO_NORM = (None,) * len(Norm._fields)
 
 
-def _float32(parameter: Tensor | None) -> Tensor | None:
-    if parameter is None or parameter.dtype == torch.float32:
+def _plain(parameter: Tensor | None) -> Tensor | None:
+    """A norm's parameter as a plan takes it: float32 and contiguous."""
+    if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()):
         return parameter
-    return parameter.float()
+    return parameter.float().contiguous()
 
 
 def _saved_tensors(ctx: Any, name: str) -> tuple[Tensor, ...]:

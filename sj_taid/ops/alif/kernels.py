@@ -99,7 +99,7 @@ def forward(spec: Spec) -> Kernel:
 
 
 def backward(spec: Spec, needs: int, v_seq: bool) -> Kernel:
-    """The backward kernel, which spills no registers; ``v_seq`` may have a gradient."""
+    """The backward kernel; ``v_seq``: whether every voltage has a gradient."""
     vecs = _NORM_BACKWARD_VEC if spec.norm else _BACKWARD_VEC
     more = f"{spec.dynamics.detach_reset:d},{needs},{spec.dynamics.surrogate}"
     return _specialise("alif_backward", spec, v_seq, vecs, more)

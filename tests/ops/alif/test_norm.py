@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sj_taid.ops.alif.norm import BatchNorm, batch_norm
 from sj_taid.ops.alif.plan import find_plan
-from tests.helpers import Case, tensors
+from tests.helpers import Case, results, tensors
 from tests.ops.alif.conformance import compare
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
@@ -29,6 +29,15 @@ def test_conforms(shape, norm, whole, monkeypatch):
     monkeypatch.setattr(threads, "WHOLE", whole)
     find_plan.cache_clear()
     assert not compare(Case(shape=shape, channels=shape[2], norm=norm), cpu.multi_step)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t.repeat_interleave(2)[::2]])
+def test_parameters_of_another_dtype_or_layout(change):
+    case, leaves = IMAGES.with_(through=("spike_seq",)), tensors(IMAGES)
+    given = {n: change(leaves[n].detach()).requires_grad_() for n in ("weight", "bias")}
+    got = results(cpu.multi_step, case, leaves | given)
+    for name, want in results(cpu.multi_step, case, leaves).items():
+        assert torch.equal(got[name], want.to(got[name].dtype)), name
 
 
 @pytest.mark.parametrize("learns", [("x", "weight", "bias"), ("x",), ("weight",), ("bias",)])
