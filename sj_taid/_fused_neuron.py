@@ -12,8 +12,8 @@ from .acceleration.kept import Counts, Kept, Memory, keep, run_saving
 from .acceleration.norms import find_source, reader_of
 from .ops import backends
 from .ops import surrogate as derivatives
-from .ops.alif.autograd import apply_fused, arranged, spec_of
-from .ops.alif.plan import Charge, Dynamics, Plan, Plans, Spec, find_plan
+from .ops.alif.autograd import apply_fused
+from .ops.alif.plan import Charge, Dynamics, Plan, Plans, Spec, arranged, find_plan, spec_of
 from .ops.alif.reference import state_dtype
 from .ops.bits import is_dense
 

@@ -318,7 +318,12 @@ def key_of(surrogate_function: Any) -> tuple[Any, ...]:
         if kind not in DERIVATIVES:
             return kind, surrogate_function
         read = _READERS[kind] = attrgetter("__class__", *DERIVATIVES[kind].parameters)
-    return read(surrogate_function), getattr(surrogate_function, "spiking", True)
+    found = read(surrogate_function)
+    for constant in found if isinstance(found, tuple) else ():
+        if hasattr(constant, "__array__"):  # a number of numpy or torch, which may change
+            found = (kind, *(float(c) for c in found[1:]))
+            break
+    return found, getattr(surrogate_function, "spiking", True)
 
 
 #: a class of :data:`DERIVATIVES` -> what reads the constants of its modules

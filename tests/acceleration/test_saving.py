@@ -3,11 +3,12 @@
 import copy
 import gc
 import weakref
+from operator import attrgetter
 
 import numpy as np
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 from torch.nn import functional as F
 
@@ -187,9 +188,11 @@ NUMBERS = {
     "tau": [np.array(1.5), torch.tensor(1.5)],
     "detach_reset": [None, np.bool_(True)],
     "decay_input": [None, 0],
+    "surrogate_function.alpha": [np.array(3.0), torch.tensor(3.0)],
 }
 
 
+@pytest.mark.filterwarnings("ignore:backend 'numba' cannot take this call:RuntimeWarning")
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values]
 )
@@ -198,10 +201,15 @@ def test_numbers_of_any_kind_are_read_as_they_are_now(name, value):
         pytest.skip("0.0.0.0.14's neuron takes no array")
     plain, (node,) = make(neuron.LIFNode(**OPTIONS))
     x = torch.randn(4, 2, 3, 5, 6) * 2
-    for number in (getattr(node, name), value):
-        setattr(node, name, number)
-        setattr(plain[0], name, number)
-        expected = plain[0](x)
-        assert torch.equal(node(x.requires_grad_()), expected)
-        functional.reset_net(plain)
-        node.reset()
+    *path, last = name.split(".")
+    for number in (attrgetter(name)(node), value):
+        found = []
+        for one in (plain[0], node):
+            setattr(attrgetter(path[0])(one) if path else one, last, number)
+            leaf = x.clone().requires_grad_()
+            spikes = one(leaf)
+            spikes.sum().backward()
+            one.reset()
+            found.append((spikes + 0, leaf.grad))
+        assert torch.equal(found[0][0], found[1][0])
+        torch.testing.assert_close(found[0][1], found[1][1])
