@@ -100,7 +100,9 @@ def test_command_parses(line):
     words = [word for word in words if word not in ("...", "x")]
     if program == "torchrun":  # its options are its own
         program, *words = "sj-taid", *words[words.index("sj_taid") + 1 :]
-    if program == "sj-taid":
+    if "--config-dir" in words:  # whose files are the reader's
+        OverridesParser.create().parse_overrides(words[1 : words.index("--config-dir")])
+    elif program == "sj-taid":
         parse_arguments(*words)
     elif program == "make":
         assert re.search(rf"^{words[0]}:", read(ROOT / "Makefile"), re.M)
