@@ -113,6 +113,8 @@ class AcceleratedNorm(Exchanged):
                         place = plans.keep(key, place_of(self, x, folds))
                     if place is not None:
                         kept = (x,) if type(x) is Kept else ()
+                        if kept and x._memory.source is not None:
+                            x._memory.source.apart = "batch_norm"
                         return run_saving(kept, normalize, (self, x, place, folds), {})
         return super().forward(x)  # type: ignore[misc]
 

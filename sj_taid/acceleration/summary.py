@@ -228,7 +228,8 @@ class _Readers(TorchFunctionMode):
         sources = {t._memory.source for t in kept_in(args, kwargs)} - {None}
         result = func(*args, **kwargs)
         shown = {t._memory.source for t in kept_in([result], {})}
-        for source in set() if is_question(func) else sources - shown:
+        is_read = not is_question(func) and func is not Tensor.untyped_storage  # asked by a norm
+        for source in sources - shown if is_read else ():
             self._read.setdefault(source, {})[func.__name__.strip("_")] = False
         return result
 
