@@ -36,10 +36,10 @@ def main() -> None:
 
         sys.exit(doctor.main(arguments))
     try:
-        from .training import cli
-    except ModuleNotFoundError as error:
-        sys.exit(f"sj-taid {command} needs the extra train: {error}")
-    try:
+        try:
+            from .training import cli
+        except ModuleNotFoundError as error:
+            sys.exit(f"sj-taid {command} needs the extra train: {error}")
         cli.main(command, arguments)
     except KeyboardInterrupt as interrupt:
         if str(interrupt):

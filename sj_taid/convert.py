@@ -129,11 +129,12 @@ def _successor(site: Site, function: Any, others: Collection[Any]) -> tuple[Any,
 
     None of ``others``, which stand in other places.
     """
-    new = function(site.node)
+    is_function = not isinstance(function, type | nn.Module)
+    new = function(site.node) if is_function else f"no function but {function!r:.60}"
     if not isinstance(new, nn.Module) or new in others:
         raise TypeError(
             f"replace= must give a module of its own for each {type(site.node).__name__}, but for "
-            f"{site.path!r} it gave {new!r:.80}"
+            f"{site.path!r} it gave {new!r:.80}; write {{Class: lambda old: ALIFNode(...)}}"
         )
     if new is site.node:
         return None, "kept by replace="

@@ -97,6 +97,11 @@ class Counts(Recipe):
         return values
 
 
+def counts_of(tensor: Tensor, peak: int | None) -> Counts | None:
+    """The recipe of whole numbers up to ``peak``, if four bits hold them."""
+    return None if peak is None or peak > bits.LARGEST_COUNT else Counts(tensor, peak)
+
+
 class Scaled(Recipe):
     """Whole numbers times a constant, saved as the whole numbers."""
 
@@ -304,8 +309,8 @@ def _describe_view(result: Tensor, whole: Kept) -> None:
         same = result.dtype == whole.dtype and result.stride() == whole.stride()
         if same and _fills_memory(whole) and (result.requires_grad or not recipe.holds_others):
             keep(result, Memory(result, recipe))
-        elif recipe.peak is not None:
-            describe(result, (), Counts(result, recipe.peak))
+        else:
+            describe(result, (), counts_of(result, recipe.peak))
 
 
 def _expose(func: Any, args: Any, kwargs: Any) -> Any:
@@ -415,7 +420,8 @@ def _linear(contract: Callable[..., Any]) -> Callable[..., Any]:
     """The handler of a linear layer, which would save a copy of spikes that are not contiguous."""
 
     def handle(func: Any, args: Any, kwargs: Any) -> Any:
-        if kwargs or type(args[0]) is not Kept or args[0].dim() < 3 or args[0].is_contiguous():
+        is_plain = kwargs or type(args[0]) is not Kept or args[0].dim() < 3
+        if is_plain or args[0].is_contiguous() or _graph.is_autocast_enabled():
             return contract(func, args, kwargs)
         x, weight, bias = (*args, None)[:3]
         y = contract(func, (_view(Tensor.contiguous, (x,), {}), weight), {})
@@ -438,8 +444,7 @@ def _run(
     result = run_saving(kept, func, args, kwargs, plane)
     for tensor in result if isinstance(result, list | tuple) else [result]:
         if isinstance(tensor, Tensor):
-            is_few = peak is not None and peak <= bits.LARGEST_COUNT
-            describe(tensor, kept, Counts(tensor, peak) if is_few else None)  # type: ignore[arg-type]
+            describe(tensor, kept, counts_of(tensor, peak))
     return result
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _graph
-from ..ops import backends
+from ..ops import backends, bits
 from ..ops.alif.plan import Dynamics, Plans, Spec
 from ..ops.bits import is_dense
 from .kept import Kept, Memory, Recipe, Term, keep
@@ -38,7 +38,10 @@ class Place:
         self.copies = copies
         self._views = Plans()
         (steps, *_), (time, *_) = at.shape, at.stride()
-        outermost = at.numel() % steps == 0 and (steps == 1 or time * steps == at.numel())
+        neurons = at.numel() // steps
+        outermost = at.numel() % steps == 0 and (steps == 1 or time == neurons)
+        # Else a step has some channels alone, as where time was made of them.
+        outermost &= channels == 1 or neurons % (channels * inner) == 0
         axis = at.shape[2:3], at.stride()[2:3]
         #: why no neuron takes the input instead: any, and one with parameters per channel
         self.why_apart = "" if outermost else "time is not the outermost axis in memory"
@@ -53,7 +56,10 @@ class Place:
             return self
         if func is Tensor.__getitem__:
             return None
-        key = (func, *map(_hashable, args), *kwargs.items())
+        key = (func, *map(_hashable, args), *kwargs, *map(_hashable, kwargs.values()))
+        for part in key:
+            if isinstance(part, Tensor):  # whose shape may change
+                return None
         found = self._views.get(key, self)
         return found if found is not self else self._views.keep(key, self._view(func, args, kwargs))
 
@@ -86,7 +92,7 @@ def _hashable(value: Any) -> Any:
 class Source:
     """What a neuron takes instead of a norm's output: the norm's input, weight, bias and numbers.
 
-    With running statistics (``fixed``) ``rstd`` is their variance until a neuron takes it.
+    ``spread`` is ``(var + eps)^(-1/2)``, of running statistics (``fixed``) the variance.
     """
 
     #: the neuron that has taken it, or that could not, with the reason
@@ -94,9 +100,9 @@ class Source:
     is_watched = False
 
     def __init__(
-        self, x: Tensor, weight: Any, bias: Any, mean: Tensor, rstd: Tensor, fixed: bool, eps: float
+        self, x: Tensor, weight: Any, bias: Any, mean: Any, spread: Any, fixed: bool, eps: float
     ) -> None:
-        self.x, self.weight, self.bias, self.mean, self.rstd = x, weight, bias, mean, rstd
+        self.x, self.weight, self.bias, self.mean, self.spread = x, weight, bias, mean, spread
         self.fixed, self.eps = fixed, eps
         self._state, self._hooks = self._now(), _graph.saving_hooks()
 
@@ -122,7 +128,7 @@ class Source:
 
     def tensors(self) -> tuple[Any, ...]:
         """Input, weight, bias, and float32 mean and ``(var + eps)^(-1/2)``."""
-        mean, rstd = self.mean, self.rstd
+        mean, rstd = self.mean, self.spread
         if mean.dtype != torch.float32:
             mean, rstd = mean.float(), rstd.float()
         rstd = rstd.add(self.eps).rsqrt() if self.fixed else rstd
@@ -150,12 +156,14 @@ def find_source(y: Kept, node: Any) -> Source | None:
     """What a neuron takes instead of ``y``, or ``None``: then it reads the values."""
     place, memory = y._place, y._memory
     source = memory.source
-    if source is None:
+    if source is None or not y.requires_grad:  # as after detach_()
         return None
     per_channel = getattr(node, "channels", None) is not None
     reason = place.why_channels_apart if per_channel else place.why_apart
     if not reason and (y._version != memory.version or (y.is_cuda and not memory.is_of(y))):
         reason = "its values have changed"
+    if node._backward_hooks and not node._is_full_backward_hook:
+        reason = "a hook of the neuron reads its graph"
     if reason := reason or source.why_apart():
         source.apart = f"{reader_of(node)}: {reason}"
         return None
@@ -180,7 +188,7 @@ class Normalized(Recipe):
             return None
         # Copies: an optimizer may change parameters before backward.
         numbers = [None if t is None else t.detach().clone() for t in (source.weight, source.bias)]
-        numbers += (source.mean, source.rstd) if source.fixed else (None, None)
+        numbers += (source.mean, source.spread) if source.fixed else (None, None)
         flat = x.detach().flatten(0, 1) if self._folds else x.detach()
         view = tensor.shape, tensor.stride(), tensor.storage_offset()
         options = not source.fixed, 0.0, source.eps, torch.backends.cudnn.enabled
@@ -212,13 +220,13 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
     running: Any = (mean, var) if not training or tracks else (None, None)
     x = x.contiguous() if place.copies else x
     flat = x.flatten(0, 1) if folds else x
-    y, mean, rstd, *_ = _graph.batch_norm(
+    y, mean, spread, *_ = _graph.batch_norm(
         *(flat, weight, bias, *running, not fixed, factor, eps, torch.backends.cudnn.enabled)
     )
     if fixed:  # copies: training moves them, unseen by their version
-        mean, rstd = (t.detach().clone() for t in running)
+        mean, spread = (t.detach().clone() for t in running)
     y = y.view(x.shape) if folds else y
-    source = Source(x, weight, bias, mean, rstd, fixed, eps)
+    source = Source(x, weight, bias, mean, spread, fixed, eps)
     return keep(y, Memory(y, Normalized(source, folds), source), place)
 
 
@@ -232,7 +240,7 @@ def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:
         norm._check_input_dim(flat)
     except (ValueError, AssertionError):  # torch's error, or SpikingJelly's
         return None
-    if x.numel() <= channels or backends.resolve(backends.AUTO, x, None).engine is None:
+    if x.numel() <= channels or backends.engine_of(x.device.type) is bits:
         return None
     copies = not _graph.shares_memory(flat, x)  # as the plain module does
     dense = flat.view(x.shape) if copies else x

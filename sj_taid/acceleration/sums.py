@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _graph
-from ..ops.bits import LARGEST_COUNT
-from .kept import Counts, Kept, Recipe, Term, describe, implements, kept_in, peak_of, run_saving
+from .kept import Kept, Recipe, Term, counts_of, describe, implements, kept_in, peak_of, run_saving
 
 #: Passes over the values that making a sum again may take: a norm takes three, and a term that
 #: stays in memory counts as much.
@@ -49,10 +48,7 @@ def _add(func: Any, args: Any, kwargs: Any) -> Any:
     first, second = map(peak_of, args)
     peak = None if first is None or second is None else first + second
     result = run_saving(kept, func, args, {})
-    recipe: Recipe | None = Sum(*terms) if terms else None
-    if recipe is None and peak is not None and peak <= LARGEST_COUNT:
-        recipe = Counts(result, peak)
-    describe(result, kept, recipe)
+    describe(result, kept, Sum(*terms) if terms else counts_of(result, peak))
     return result
 
 

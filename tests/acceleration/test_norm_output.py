@@ -1,7 +1,9 @@
 """A norm's output, whatever is done to it before it is read."""
 
 import copy
+import gc
 import itertools
+import weakref
 from functools import partial
 
 import pytest
@@ -325,3 +327,106 @@ def test_every_neuron_fuses_in_every_memory_order(kind, axes):
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-4, atol=1e-5)
     assert report.rows[0].done == "fused into 1", str(report)
+
+
+#: views of the norm's output of so many images [M, 4, 3, 4] in which a step has some channels alone
+PARTS_OF_CHANNELS = {
+    "channels for time": (1, lambda y: y.view(1, 2, 2, 3, 4).transpose(0, 1)),
+    "channels for time, flat": (1, lambda y: y.flatten(2).view(2, 2, 12)),
+    "squeezed": (1, lambda y: y.squeeze(0)),
+    "rows for time": (1, lambda y: y.permute(2, 0, 1, 3)),
+    "half a batch": (3, lambda y: y.view(2, 6, 3, 4)),
+    "halves of channels": (8, lambda y: y.view(16, 2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", PARTS_OF_CHANNELS)
+def test_steps_that_have_some_channels_alone_are_computed_apart(name):
+    images, view = PARTS_OF_CHANNELS[name]
+
+    def make():
+        conv, norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        x = torch.randn(images, 3, 5, 6) * 2
+        return nn.ModuleList([conv, norm, neuron.LIFNode(step_mode="m")]), x
+
+    plain, x = robust(make, passes=lambda net, x: net[2](view(net[1](net[0](x)))))
+    fast, found = copy.deepcopy(plain), []
+    sj_taid.accelerate(fast)
+    for conv, norm, node in (plain, fast):
+        spikes = node(y := view(norm(conv(x))))
+        (spikes * torch.linspace(-1, 1, spikes.numel()).view(spikes.shape)).sum().backward()
+        found.append([spikes + 0, node.v, conv.weight.grad, norm.weight.grad, norm.bias.grad])
+    assert not y._memory.source.taken
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def resized(y):
+    other = torch.empty(4, 2, *y.shape[1:])
+    return y.view_as(other), other
+
+
+#: ways to name the shape of a view other than by numbers in place
+NAMED = {
+    "permute": lambda y: y.view(4, 2, 4, 3, 4).permute(dims=[0, 1, 2, 4, 3]),
+    "view": lambda y: y.view(size=[4, 2, 4, 3, 4]),
+    "reshape": lambda y: torch.reshape(y, shape=[4, 2, 4, 3, 4]),
+    "movedim": lambda y: torch.movedim(y.view(4, 2, 4, 3, 4), source=[3], destination=[4]),
+    "view_as": lambda y: resized(y)[0],
+}
+
+
+@pytest.mark.parametrize("view", NAMED.values(), ids=NAMED)
+def test_views_by_names_and_by_other_tensors(view):
+    plain, x = draw(view)
+    fast, found = copy.deepcopy(plain), []
+    sj_taid.accelerate(fast)
+    for conv, norm, node in (plain, fast):
+        spikes = node(view(norm(conv(x))))
+        spikes.sum().backward()
+        found.append([spikes + 0, conv.weight.grad, norm.weight.grad])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_view_like_another_tensor_keeps_it_not_alive():
+    _, norm, node = fast = nn.ModuleList(
+        [nn.Identity(), nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")]
+    )
+    sj_taid.accelerate(fast)
+    view, other = resized(norm(torch.randn(8, 4, 3, 4, requires_grad=True)))
+    node(view)
+    memory = weakref.ref(other)
+    del other
+    gc.collect()
+    assert memory() is None
+
+
+@pytest.mark.parametrize("view", [lambda y: y, lambda y: y.view(4, 2, *y.shape[1:]).clone()])
+def test_an_output_that_is_detached_in_place_gives_no_gradient(view):
+    net = nn.ModuleList([nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")])
+    sj_taid.accelerate(net)
+    norm, node = net
+    y = view(norm(torch.randn(8, 4, 3, 4, requires_grad=True)))
+    y.detach_()
+    assert not node(y).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+def test_a_legacy_hook_of_the_neuron_sees_its_gradients():
+    plain, x = draw()
+    fast, seen = copy.deepcopy(plain), []
+    sj_taid.accelerate(fast)
+    for conv, norm, node in (plain, fast):
+        node.register_backward_hook(lambda _, __, grads: seen.append(grads[0].clone()))
+        node(norm(conv(x))).sum().backward()
+    torch.testing.assert_close(*seen)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_norm_of_another_dtype_warns_of_nothing(dtype):
+    net = nn.ModuleList([nn.BatchNorm2d(4), neuron.LIFNode(step_mode="m")])
+    sj_taid.accelerate(net)
+    x = torch.randn(8, 4, 3, 4, requires_grad=True).to(dtype)
+    expected = copy.deepcopy(net[0]).to(dtype)(x.detach())
+    assert torch.equal(net[0].to(dtype)(x).detach(), expected)

@@ -107,3 +107,40 @@ def test_divided_counts_in_another_memory_order_are_saved_in_four_bits(levels):
     weight = net[3].weight
     grads = [torch.autograd.grad(y.square().sum(), weight)[0] for y in (got, expected)]
     torch.testing.assert_close(*grads)
+
+
+#: copies and casts of sums, which may count farther than four bits
+COPIES = {
+    "contiguous": lambda s: s.transpose(1, 2).contiguous(),
+    "clone": lambda s: s[1:].clone(),
+    "cast": lambda s: s.to(torch.bfloat16).float(),
+    "to and from": lambda s: s.double().float(),
+}
+
+
+@pytest.mark.parametrize("most", [4, 8, 15])
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
+def test_copies_of_sums_of_counts(copy, most):
+    node = sj_taid.ALIFNode(levels=most, v_reset=None, init_tau=None, step_mode="m")
+    net, found = nn.Sequential(node), []
+    x = torch.rand(4, 3, 6, 8).mul(2 * most).requires_grad_()
+    for accelerates in (False, True):
+        if accelerates:
+            sj_taid.accelerate(net)
+        counts = net(x)
+        leaf = torch.ones(copy(counts).shape[-1], 5).requires_grad_()
+        (copy(counts + counts) @ leaf).square().sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("axes", [(2, 3), (1, 2)])
+def test_a_linear_layer_under_autocast_is_torchs(axes):
+    found = []
+    for x in spikes_of(torch.float32):
+        linear = nn.Linear(x.transpose(*axes).shape[-1], 5)
+        nn.init.constant_(linear.weight, 0.3)
+        nn.init.constant_(linear.bias, 0.123)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(linear(x.transpose(*axes)) + 0)
+    assert torch.equal(*found)
