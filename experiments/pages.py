@@ -264,11 +264,11 @@ def models() -> pd.DataFrame:
 # ---- benchmarks ----
 
 
-def read_csv(name: str, folder: Path = AVX2) -> pd.DataFrame:
+def read_csv(name: str, folder: Path = EPYC) -> pd.DataFrame:
     return pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
 
 
-def show(name: str, columns: str, query: str = "index >= 0", folder: Path = AVX2) -> pd.DataFrame:
+def show(name: str, columns: str, query: str = "index >= 0", folder: Path = EPYC) -> pd.DataFrame:
     """Columns of a benchmark's CSV."""
     rows = read_csv(name, folder).query(query)[columns.split()]
     return rows.map(lambda value: f"{value:,.2f}" if isinstance(value, float) else str(value))
