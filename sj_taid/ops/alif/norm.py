@@ -8,14 +8,12 @@ backward; README.md has the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-#: gives output, mean and rstd of the batch, and moves the running statistics
-_batch_norm: Callable[..., Any] = torch._batch_norm_impl_index
+from ... import _graph
 
 
 class BatchNorm(NamedTuple):
@@ -36,14 +34,14 @@ def batch_norm(x_seq: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     """Torch's batch norm of ``x_seq`` ``[T, N, C, *]``, with the mean and rstd ``[C]`` it used."""
     x = x_seq.flatten(0, 1)
     # torch wants one dtype, which for a net in half precision is that of x, float32.
-    weight, bias, mean, var = (t if t is None else t.to(x.dtype) for t in norm[:4])
+    tensors: Any = (t if t is None else t.to(x.dtype) for t in norm[:4])
+    weight, bias, mean, var = tensors
     is_batchs = norm.use_batch_statistics
     options = is_batchs, norm.momentum, norm.eps, torch.backends.cudnn.enabled
-    y, batch_mean, rstd, *_ = _batch_norm(x, weight, bias, mean, var, *options)
+    y, batch_mean, rstd, *_ = _graph.batch_norm(x, weight, bias, mean, var, *options)
     for running, moved in ((norm.running_mean, mean), (norm.running_var, var)):
         if is_batchs and running is not None and moved is not None and moved is not running:
             running.copy_(moved)
     if not is_batchs:
-        assert mean is not None and var is not None
         batch_mean, rstd = mean.clone(), (var + norm.eps).rsqrt()
     return y.unflatten(0, x_seq.shape[:2]), batch_mean, rstd
