@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._graph import address_of
-from .neurons import check_net
+from ._internal.graph import address_of
+from ._internal.neurons import check_net
+from ._internal.report import table
 from .ops.bits import LARGEST_COUNT
 from .ops.counts import Counts, read_counts
-from .report import table
 
 _aten = torch.ops.aten
 _CONVOLUTION = _aten.convolution.default

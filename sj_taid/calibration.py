@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import _compat
+from ._internal import compat
 from ._internal.checks import check, is_number
+from ._internal.neurons import need_neurons, why_silent
+from ._internal.report import table
 from .monitoring import monitor, spikes_of
-from .neurons import need_neurons, why_silent
 from .ops.surrogate import counts, levels_of
-from .report import table
 from .state import fresh_state, reset
 from .thresholds import fixed_thresholds
 
@@ -96,7 +96,7 @@ class CalibrationReport:
 
 
 @torch.no_grad()
-@_compat.quiet_triton()
+@compat.quiet_triton()
 def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationReport:
     """Set every neuron's threshold so that its layer fires at ``rate``, in place.
 

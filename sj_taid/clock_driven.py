@@ -33,7 +33,7 @@ import torch
 from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
-from ._compat import FUNCTIONAL_STATES, HOOKS, states_of
+from ._internal.compat import FUNCTIONAL_STATES, HOOKS, states_of
 
 if "spikingjelly.clock_driven" in sys.modules:
     raise ImportError("import sj_taid.clock_driven before spikingjelly.clock_driven")

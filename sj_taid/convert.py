@@ -10,11 +10,10 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import _compat
-from ._fused_neuron import restore
+from ._internal import compat
 from ._internal.comparison import compare
-from .neuron import ALIFNode
-from .neurons import (
+from ._internal.fused_neuron import restore
+from ._internal.neurons import (
     NO_LEAK_W,
     Site,
     as_inputs,
@@ -28,10 +27,11 @@ from .neurons import (
     why_no_alif,
     why_silent,
 )
+from ._internal.report import Report, table_of
+from .neuron import ALIFNode
 from .ops import backends
 from .ops.alif.reference import state_dtype
 from .ops.surrogate import counts
-from .report import Report, table_of
 from .state import name_neurons
 from .thresholds import warn_at_reset
 
@@ -118,7 +118,7 @@ def swap_neurons(
             new.w.requires_grad_(learn_tau and site.node.w.requires_grad)
     _replace(net, {site.node: new for site, new in new_of.items()})
     name_neurons(net)
-    _compat.forget_reset_cache()
+    compat.forget_reset_cache()
     names = {site: type(new).__name__ for site, new in new_of.items()}
     rows = tuple(site.row(names.get(site, ""), notes[site]) for site in sites)
     return Report(rows, describe_single_steps(sites))
@@ -251,11 +251,11 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
         return f"already ALIF; its backend stays {node.backend}: node.backend = ... chooses one"
     if not site.path:
         return "it is the net itself; put it in a module: nn.Sequential(net)"
-    if _compat.plain_kind(node) and filter is not None and not filter(site.path, node):
+    if compat.plain_kind(node) and filter is not None and not filter(site.path, node):
         return "declined by filter"
     if is_parametrized(node):
         return "it is parametrized"
-    if names := _compat.added_methods(node):
+    if names := compat.added_methods(node):
         return f"a subclass that adds {', '.join(sorted(names))}, which ALIF lacks"
     return why_no_alif(node) or why_silent(node)
 
@@ -276,7 +276,7 @@ def _why_no_lif(site: Site) -> str | None:
         return "its tau is 1 to float32's precision; LIF needs more"
     if taus[0] == math.inf and node.decay_input:
         return "its tau is infinite, so that its input has no effect"
-    if counts(node.surrogate_function) and not _compat.INTEGER_LIF:
+    if counts(node.surrogate_function) and not compat.INTEGER_LIF:
         return "it counts, and SpikingJelly 0.0.0.0.14 has no ILIFNode"
     if counts(node.surrogate_function) and taus[0] == math.inf:
         return "it counts, and an ILIFNode has a finite tau"
@@ -320,14 +320,14 @@ def _to_lif(node: Any) -> neuron.BaseNode:
         scale = tau if node.decay_input else 1.0
         options["v_threshold"] *= scale
         del options["v_reset"]
-        plain = _compat.INTEGER_LIF[0](tau=tau, **options)
+        plain = compat.INTEGER_LIF[0](tau=tau, **options)
     elif tau == math.inf:
         plain = neuron.IFNode(**options)
     else:
         plain = neuron.LIFNode(tau=tau, decay_input=node.decay_input, **options)
     _copy_voltage(node, plain)
     if scale != 1.0:
-        plain.set_reset_value("v", scale * _compat.reset_value(plain, "v"))
+        plain.set_reset_value("v", scale * compat.reset_value(plain, "v"))
         plain.v = scale * plain.v
     return plain
 
@@ -338,5 +338,5 @@ def _shared_options(node: Any) -> dict[str, Any]:
 
 
 def _copy_voltage(old: Any, new: Any) -> None:
-    new.set_reset_value("v", _compat.reset_value(old, "v"))
+    new.set_reset_value("v", compat.reset_value(old, "v"))
     new.v = old.v

@@ -13,9 +13,9 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
-from .neurons import need_neurons
+from ._internal.neurons import need_neurons
+from ._internal.report import table
 from .ops.surrogate import counts, levels_of
-from .report import table
 from .thresholds import describe_at_reset, threshold_of, warn_at_bound, warn_at_reset
 
 _SCALE = (

@@ -11,8 +11,8 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor, fx, nn
 
-from . import _compat, _graph, functional
-from ._fused_neuron import FusedNeuron
+from . import functional
+from ._internal import compat, graph
 from ._internal.checks import (
     Rule,
     check,
@@ -22,6 +22,7 @@ from ._internal.checks import (
     is_number,
     is_whole,
 )
+from ._internal.fused_neuron import FusedNeuron
 from .ops import backends
 from .ops.alif.plan import Charge
 from .ops.alif.reference import state_dtype
@@ -50,7 +51,7 @@ _CHANNELS: Rule = (
 )
 
 
-class ALIFNode(FusedNeuron, _compat.BaseNode):
+class ALIFNode(FusedNeuron, compat.BaseNode):
     r"""Leaky integrate-and-fire neuron that learns its time constant *and* its threshold.
 
     "Adaptive" means adapted by learning; elsewhere ALIF often names a neuron whose threshold
@@ -296,11 +297,11 @@ class ALIFNode(FusedNeuron, _compat.BaseNode):
         if self.w is None:
             return results[0], v, *results[2:]
         if not torch.compiler.is_compiling():
-            self.__dict__["_end"] = id(results[1]), _graph.recomputation()
+            self.__dict__["_end"] = id(results[1]), graph.recomputation()
         return results
 
     def _check_recomputation(self, v: Any) -> None:
-        if torch.compiler.is_compiling() or (node := _graph.recomputation()) is None:
+        if torch.compiler.is_compiling() or (node := graph.recomputation()) is None:
             return
         end, made_in = self._end
         if id(v) == end and made_in != node:

@@ -6,8 +6,8 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from ._internal.checks import check_not_negative
+from ._internal.neurons import check_net
 from .neuron import ALIFNode
-from .neurons import check_net
 
 
 def parameter_groups(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _compat
+from ._internal import compat
 from ._internal.checks import check_numbers
+from ._internal.neurons import check_net
 from .neuron import ALIFNode
-from .neurons import check_net
 
 
 def fixed_thresholds(net: nn.Module) -> dict[str, float]:
@@ -56,7 +56,7 @@ def describe_at_reset(nodes: Mapping[str, nn.Module]) -> str:
     """
     found = []
     for path, node in nodes.items():
-        if isinstance(node, _compat.NEURONS):
+        if isinstance(node, compat.NEURONS):
             rest = node.v_reset or 0.0  # a soft reset leaves it at 0
             if (torch.as_tensor(threshold_of(node)) <= rest).any():
                 found.append(path or "net")

@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 import sj_taid
-from sj_taid import ALIFNode, _compat, calibrate, monitor
+from sj_taid import ALIFNode, calibrate, monitor
+from sj_taid._internal import compat
 from sj_taid.thresholds import fixed_thresholds, set_fixed_thresholds
 
 
-@pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no SimpleBaseNode")
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no SimpleBaseNode")
 def test_calibrate_and_monitor_see_neurons_of_ones_own():
     class Mine(neuron.SimpleBaseNode):
         def neuronal_charge(self, x):

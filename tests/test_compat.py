@@ -8,11 +8,12 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
-from sj_taid import ALIFNode, _compat, swap_neurons
+from sj_taid import ALIFNode, swap_neurons
+from sj_taid._internal import compat
 from sj_taid.ops import backends
 
 only_14 = pytest.mark.skipif(
-    _compat.FUNCTIONAL_STATES, reason="2.x has no backends and no neuronal_charge hooks"
+    compat.FUNCTIONAL_STATES, reason="2.x has no backends and no neuronal_charge hooks"
 )
 
 
@@ -38,12 +39,12 @@ def subclass(*kinds, **attributes):
 
 
 def test_plain_kind_takes_subclasses_that_only_fill_in_defaults():
-    for kind in _compat.PLAIN_NEURONS:
+    for kind in compat.PLAIN_NEURONS:
         own = subclass(kind, supported_backends=("torch",), extra_repr=lambda self: "")
         own_of_own = subclass(type(subclass(kind, helper=lambda self: None)))
-        assert {_compat.plain_kind(node) for node in (kind(), own, own_of_own)} == {kind}
+        assert {compat.plain_kind(node) for node in (kind(), own, own_of_own)} == {kind}
     half = subclass(neuron.IFNode, __init__=lambda self: neuron.IFNode.__init__(self, 0.5))
-    assert _compat.plain_kind(half) is neuron.IFNode
+    assert compat.plain_kind(half) is neuron.IFNode
 
 
 @pytest.mark.parametrize(
@@ -63,23 +64,23 @@ def test_plain_kind_takes_subclasses_that_only_fill_in_defaults():
     ],
 )
 def test_plain_kind_refuses_another_computation(node):
-    assert _compat.plain_kind(node) is None
+    assert compat.plain_kind(node) is None
 
 
 def test_private_names_of_spikingjelly_are_there():
     """``reset_net`` and pickles would go wrong in silence without them."""
     node = neuron.LIFNode(v_reset=-0.25)
-    assert _compat.states_of(node).keys() >= {"v"} and _compat.reset_value(node, "v") == -0.25
-    _compat.states_of(node)["v"] = 0.5
+    assert compat.states_of(node).keys() >= {"v"} and compat.reset_value(node, "v") == -0.25
+    compat.states_of(node)["v"] = 0.5
     assert node.v == 0.5
-    if _compat.FUNCTIONAL_STATES:
+    if compat.FUNCTIONAL_STATES:
         assert isinstance(functional.net_config._RESET_MODULE_CACHE, WeakKeyDictionary)
-        assert node._neuron_precision is None and not _compat.has_precision_policy(node)
+        assert node._neuron_precision is None and not compat.has_precision_policy(node)
         node._neuron_precision = (torch.float16, "fp32", "fp32")
-        assert _compat.has_precision_policy(node)
+        assert compat.has_precision_policy(node)
 
 
-@pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no such cache")
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no such cache")
 def test_a_renamed_cache_is_said_after_a_swap(monkeypatch):
     monkeypatch.delattr(functional.net_config, "_RESET_MODULE_CACHE")
     net = nn.Sequential(neuron.LIFNode())
@@ -91,7 +92,7 @@ def test_a_renamed_cache_is_said_after_a_swap(monkeypatch):
 def test_a_missing_triton_is_not_said_while_we_run_a_net(caplog):
     logger = logging.getLogger("torch._library.triton")
     caplog.set_level(logging.WARNING, logger.name)  # whatever ran before
-    with _compat.quiet_triton():
+    with compat.quiet_triton():
         logger.warning("Triton not available, find_triton_kernels = []")
         logger.warning("another")
     logger.warning("Triton not available, find_triton_kernels = []")

@@ -8,13 +8,14 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from sj_taid import ALIFNode, _compat, swap_neurons, to_lif
+from sj_taid import ALIFNode, swap_neurons, to_lif
+from sj_taid._internal import compat
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import default_dtype
 from tests.zoo import ZOO, build
 
 needs_2 = pytest.mark.skipif(
-    not _compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no such module; 2.x does"
+    not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no such module; 2.x does"
 )
 
 NETS = sorted({"sew_resnet", "mnist_net", "spikformer"}.intersection(ZOO))
@@ -197,7 +198,7 @@ def test_swap_reports_what_it_keeps_with_the_reason():
         "untau": (untau, "its tau is 1.0"),
         "readout": (neuron.LIFNode(v_threshold=math.inf), "its threshold is infinite"),
     }
-    if _compat.FUNCTIONAL_STATES:
+    if compat.FUNCTIONAL_STATES:
         reasons["policy"] = half, "it has a precision policy"
     nodes = {name: node for name, (node, _) in reasons.items()}
     net = nn.ModuleDict(nodes | {"swapped": SlowLIF()})
@@ -390,7 +391,7 @@ def test_to_lif_names_what_it_cannot_express():
     counting = ALIFNode(levels=4, v_reset=None)
     with torch.no_grad():
         counting.w.fill_(-128.0)
-    reason = "a finite tau" if _compat.INTEGER_LIF else "no ILIFNode"
+    reason = "a finite tau" if compat.INTEGER_LIF else "no ILIFNode"
     counting.decay_input = False
     with pytest.raises(ValueError, match=f"it counts, and .*{reason}"):
         to_lif(nn.Sequential(counting))

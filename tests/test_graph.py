@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sj_taid import _graph
+from sj_taid._internal import graph
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -14,7 +14,7 @@ def test_batch_norm_gives_mean_and_rstd_too(training):
     x = torch.randn(6, 3, 4, 5).requires_grad_()
     weight, bias = torch.rand(3), torch.rand(3)
     found = []
-    for function in (_graph.batch_norm, F.batch_norm):
+    for function in (graph.batch_norm, F.batch_norm):
         mean, var = torch.zeros(3), torch.ones(3)
         if function is F.batch_norm:
             y = function(x, mean, var, weight, bias, training, 0.1, 1e-5)
@@ -32,19 +32,19 @@ def test_batch_norm_gives_mean_and_rstd_too(training):
 
 
 def test_saved_tensor_hooks_are_pushed_seen_and_popped():
-    assert _graph.saving_hooks() is None and _graph.allows_hooks()
+    assert graph.saving_hooks() is None and graph.allows_hooks()
     seen, x = [], torch.rand(3, requires_grad=True)
-    _graph.push_hooks(lambda t: seen.append(t) or t, lambda t: t)
+    graph.push_hooks(lambda t: seen.append(t) or t, lambda t: t)
     try:
-        assert _graph.saving_hooks() is not None
+        assert graph.saving_hooks() is not None
         x.sin()
     finally:
-        _graph.pop_hooks()
-    assert len(seen) == 1 and _graph.saving_hooks() is None
-    torch.func.vjp(lambda t: (seen.append(_graph.allows_hooks()), t)[1], x)
+        graph.pop_hooks()
+    assert len(seen) == 1 and graph.saving_hooks() is None
+    torch.func.vjp(lambda t: (seen.append(graph.allows_hooks()), t)[1], x)
     assert seen[1] is False
-    assert not _graph.are_checkpoints(None)
-    checkpoint(lambda t: seen.append(_graph.are_checkpoints(_graph.saving_hooks())), x,
+    assert not graph.are_checkpoints(None)
+    checkpoint(lambda t: seen.append(graph.are_checkpoints(graph.saving_hooks())), x,
                use_reentrant=False)  # fmt: skip
     assert seen[2] is True
 
@@ -53,7 +53,7 @@ def test_a_forward_in_backward_is_a_recomputation():
     numbers, x = [], torch.rand(3, requires_grad=True)
 
     def run(t):
-        numbers.append(_graph.recomputation())
+        numbers.append(graph.recomputation())
         return t.sin()
 
     checkpoint(run, x, use_reentrant=False).sum().backward()
@@ -61,15 +61,15 @@ def test_a_forward_in_backward_is_a_recomputation():
 
 
 def test_what_watches_or_transforms_is_seen():
-    seen = [_graph.is_eager()]
-    torch.func.vmap(lambda t: (seen.append(_graph.is_eager()), t)[1])(torch.rand(2, 3))
+    seen = [graph.is_eager()]
+    torch.func.vmap(lambda t: (seen.append(graph.is_eager()), t)[1])(torch.rand(2, 3))
     torch.jit.trace(
-        lambda t: (seen.append(_graph.is_eager()), t + 1)[1], torch.rand(2), check_trace=False
+        lambda t: (seen.append(graph.is_eager()), t + 1)[1], torch.rand(2), check_trace=False
     )
-    torch.func.jvp(lambda t: (seen.append(_graph.is_eager()), t)[1], (torch.ones(2),) * 1,
+    torch.func.jvp(lambda t: (seen.append(graph.is_eager()), t)[1], (torch.ones(2),) * 1,
                    (torch.ones(2),) * 1)  # fmt: skip
     assert seen[0] is True and not any(seen[1:])
-    assert not _graph.is_dynamo_near() and not _graph.is_watched()
+    assert not graph.is_dynamo_near() and not graph.is_watched()
 
 
 class Own(Tensor):
@@ -84,20 +84,20 @@ class Own(Tensor):
 def test_a_subclass_is_a_plain_tensor_within_plain_functions():
     own = torch.ones(2).as_subclass(Own)
     before = Own.seen
-    with _graph.plain_functions():
+    with graph.plain_functions():
         assert type(own + 1) is Tensor and Own.seen == before
     assert type(own + 1) is Own and Own.seen > before
-    assert vars(_graph.TensorBase)["shape"].__get__(own) == (2,)
+    assert vars(graph.TensorBase)["shape"].__get__(own) == (2,)
 
 
 def test_autocast_of_any_device_is_seen():
-    assert not _graph.is_autocast_enabled()
+    assert not graph.is_autocast_enabled()
     with torch.autocast("cpu", torch.bfloat16):
-        assert _graph.is_autocast_enabled()
+        assert graph.is_autocast_enabled()
 
 
 def test_views_of_one_storage_on_meta_are_known():
     x = torch.empty(4, 6, device="meta")
-    assert _graph.is_one_storage(x, x.t()) and _graph.is_one_storage(x, x[1:])
-    assert not _graph.is_one_storage(x, x.clone())
-    assert not _graph.shares_memory(x, x) and _graph.address_of(x) == 0
+    assert graph.is_one_storage(x, x.t()) and graph.is_one_storage(x, x[1:])
+    assert not graph.is_one_storage(x, x.clone())
+    assert not graph.shares_memory(x, x) and graph.address_of(x) == 0

@@ -10,7 +10,8 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
-from sj_taid import ALIFNode, _compat, monitor, swap_neurons, to_lif
+from sj_taid import ALIFNode, monitor, swap_neurons, to_lif
+from sj_taid._internal import compat
 from sj_taid.monitoring import LayerState
 
 
@@ -149,7 +150,7 @@ def test_monitor_in_copies_counts_apart(duplicate):
     assert watch.state()["0"].firing_rate == 0.5
 
 
-@pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="these neurons are SpikingJelly 2.x's")
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="these neurons are SpikingJelly 2.x's")
 def test_monitor_of_ternary_and_traced_neurons():
     ternary = nn.Sequential(neuron.TernaryIFNode(v_threshold=1.0, step_mode="m"))
     with monitor(ternary, saturated=1.0) as watch:

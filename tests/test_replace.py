@@ -11,7 +11,8 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sj_taid import ALIFNode, _compat, accelerate, swap_neurons
+from sj_taid import ALIFNode, accelerate, swap_neurons
+from sj_taid._internal import compat
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 
 
@@ -208,7 +209,7 @@ def train(net, x):
     return [y.detach() + 0, x.grad, net[0].weight.grad, net[-2].weight.grad]
 
 
-if not _compat.FUNCTIONAL_STATES:  # 0.0.0.0.14's does not run
+if not compat.FUNCTIONAL_STATES:  # 0.0.0.0.14's does not run
     MADE.pop(TDBN)
 
 

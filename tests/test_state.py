@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 import sj_taid
 from sj_taid import (
     ALIFNode,
-    _compat,
     accelerate,
     binary,
     calibrate,
@@ -24,6 +23,7 @@ from sj_taid import (
     to_lif,
     unaccelerate,
 )
+from sj_taid._internal import compat
 from sj_taid.thresholds import fixed_thresholds
 
 
@@ -179,7 +179,7 @@ every_backend = pytest.mark.parametrize("backend", ["auto", "torch"])
 
 @every_backend
 @every_net
-@pytest.mark.skipif(not _compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no memopt")
+@pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no memopt")
 @pytest.mark.parametrize("chunks", [1, 2, 4])
 def test_memopt_gives_the_same_gradients(backend, wrap, chunks):
     from spikingjelly.activation_based import memopt

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import _compat
-from ..neurons import Site, copy_net
 from ..ops.alif.reference import state_dtype
 from ..state import reset
+from . import compat
+from .neurons import Site, copy_net
 
 #: a change of the input, relative, that moves nothing but what lies at a threshold
 _NUDGE = 1e-5
@@ -24,7 +24,7 @@ _AT_THRESHOLD = 1e-3
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-@_compat.quiet_triton()
+@compat.quiet_triton()
 def compare(net: nn.Module, new_of: Mapping[Site, nn.Module], inputs: Any) -> dict[Site, str]:
     """Compare modules with their successors on what they get in ``net(*inputs)``: notes.
 

@@ -10,9 +10,8 @@ from spikingjelly.activation_based import layer
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._fused_neuron import Accelerated, restore
-from ..neuron import ALIFNode
-from ..neurons import (
+from .._internal.fused_neuron import Accelerated, restore
+from .._internal.neurons import (
     Site,
     as_inputs,
     check_net,
@@ -22,8 +21,9 @@ from ..neurons import (
     need_neurons,
     why_no_alif,
 )
+from .._internal.report import Row
+from ..neuron import ALIFNode
 from ..ops import backends, surrogate
-from ..report import Row
 from .modules import (
     AcceleratedALIF,
     AcceleratedNeuron,

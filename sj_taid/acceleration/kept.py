@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from .. import _graph
+from .._internal import graph
 from ..ops import backends, bits
 
 #: A part smaller than one of so many is saved as it is: to make it again, all values would be.
@@ -133,7 +133,7 @@ class Memory:
     def __init__(self, tensor: Tensor, recipe: Recipe | None, source: Any = None) -> None:
         self.address, self.nbytes, self.dtype = tensor.data_ptr(), tensor.nbytes, tensor.dtype
         # The replays of a CUDA graph change values unseen.
-        self.is_captured = _graph.is_capturing(tensor)
+        self.is_captured = graph.is_capturing(tensor)
         self.version, self.is_known = tensor._version, True
         self.recipe, self.source = recipe, source
 
@@ -148,7 +148,7 @@ class Memory:
             offset = tensor.data_ptr() - self.address
         except RuntimeError:  # a wrapper, which has no memory
             return False
-        return 0 <= offset < self.nbytes and self.is_captured == _graph.is_capturing(tensor)
+        return 0 <= offset < self.nbytes and self.is_captured == graph.is_capturing(tensor)
 
     def expose(self) -> None:
         """Know the values no longer."""
@@ -186,7 +186,7 @@ class Kept(Tensor):
 
     def recipe(self) -> Recipe | None:
         """How the values are made again, if that is known."""
-        with _graph.plain_functions():
+        with graph.plain_functions():
             return self._memory.recipe if self._memory.is_of(self) else None
 
     def watch(self) -> None:
@@ -198,16 +198,16 @@ class Kept(Tensor):
     def grad_fn(self) -> Any:  # type: ignore[override]
         """The node in autograd's graph; whoever has it may register a hook."""
         self.watch()
-        with _graph.plain_functions():
+        with graph.plain_functions():
             return super().grad_fn
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # as a plain tensor
-        with _graph.plain_functions():
+        with graph.plain_functions():
             self._memory.expose()  # copy.copy shares it
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
-        with _graph.plain_functions():
+        with graph.plain_functions():
             values = self.as_subclass(Tensor)
             values = values.detach() if self.is_leaf else values
             memo.setdefault(id(memo), []).append(values)  # or the next tensor may get its id
@@ -219,18 +219,18 @@ class Kept(Tensor):
         return iter(self.unbind()) if self.dim() else super().__iter__()
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        with _graph.plain_functions():
+        with graph.plain_functions():
             return repr(self.as_subclass(Tensor))
 
     def __format__(self, spec: str) -> str:
-        with _graph.plain_functions():
+        with graph.plain_functions():
             return format(self.as_subclass(Tensor), spec)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if _graph.is_dynamo_near():
+        if graph.is_dynamo_near():
             return _handle_apart(func, types, args, kwargs or {})
         return _handle(func, types, args, kwargs or {})
 
@@ -251,16 +251,16 @@ def _handle(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     for kind in types:
         if kind is not Kept and kind is not Tensor and not issubclass(kind, Kept):
             return _leave(func, args, kwargs)  # another's subclass, which decides itself
-    with _graph.plain_functions():
+    with graph.plain_functions():
         return _HANDLERS.get(func, _operate)(func, args, kwargs)
 
 
 #: the same while a graph of torch.compile runs or is traced, which breaks there
-_handle_apart = _graph.outside_graphs(_handle)
+_handle_apart = graph.outside_graphs(_handle)
 
 
 def _leave(func: Any, args: Any, kwargs: Any) -> Any:
-    with _graph.plain_functions():
+    with graph.plain_functions():
         args, kwargs = tree_map_only(Kept, lambda t: t.as_subclass(Tensor), (args, kwargs))
     return func(*args, **kwargs)
 
@@ -298,7 +298,7 @@ def _describe_view(result: Tensor, whole: Kept) -> None:
     if not memory.is_known or type(result) is not Tensor or result.is_inference():
         return
     is_view = result._base is (whole if base is None else base) and result.dtype == whole.dtype
-    if is_view or _graph.shares_memory(result, whole):
+    if is_view or graph.shares_memory(result, whole):
         if result.dtype != whole.dtype:
             memory.expose()  # other numbers in the same memory
         elif whole.requires_grad and not result.requires_grad and type(memory) is Memory:
@@ -342,7 +342,7 @@ def _contract(peak: Any = None) -> Callable[..., Any]:
     """The handler of an operation whose tensors autocast casts."""
 
     def handle(func: Any, args: Any, kwargs: Any) -> Any:
-        if _graph.is_autocast_enabled() and sum(isinstance(t, Tensor) for t in args) > 1:
+        if graph.is_autocast_enabled() and sum(isinstance(t, Tensor) for t in args) > 1:
             args = tuple(_lowered(t) if type(t) is Kept else t for t in args)
         return _run(func, args, kwargs, peak(args) if peak and not kwargs else None)
 
@@ -421,7 +421,7 @@ def _linear(contract: Callable[..., Any]) -> Callable[..., Any]:
 
     def handle(func: Any, args: Any, kwargs: Any) -> Any:
         is_plain = kwargs or type(args[0]) is not Kept or args[0].dim() < 3
-        if is_plain or args[0].is_contiguous() or _graph.is_autocast_enabled():
+        if is_plain or args[0].is_contiguous() or graph.is_autocast_enabled():
             return contract(func, args, kwargs)
         x, weight, bias = (*args, None)[:3]
         y = contract(func, (_view(Tensor.contiguous, (x,), {}), weight), {})
@@ -465,7 +465,7 @@ def describe(result: Tensor, kept: Iterable[Any], recipe: Recipe | None) -> None
     if result.is_inference():
         return
     for tensor in kept:
-        if tensor is not result and _graph.shares_memory(result, tensor):
+        if tensor is not result and graph.shares_memory(result, tensor):
             tensor._memory.expose()  # shown by a function that is no view
     if recipe is None or not result.is_floating_point() or not _fills_memory(result):
         return
@@ -570,19 +570,19 @@ def run_saving(
     if (
         not (known or plane is not None)
         or not torch.is_grad_enabled()
-        or not _graph.allows_hooks()  # torch.func forbids them
+        or not graph.allows_hooks()  # torch.func forbids them
     ):
         return func(*args, **kwargs)
-    outer = _graph.saving_hooks()
-    if outer is not None and _graph.are_checkpoints(outer):
+    outer = graph.saving_hooks()
+    if outer is not None and graph.are_checkpoints(outer):
         return func(*args, **kwargs)
     saving = _Saving(known, plane, outer)
     try:  # opened within, since an interrupt may come right after
-        _graph.push_hooks(saving.pack, _unpack)
+        graph.push_hooks(saving.pack, _unpack)
         return func(*args, **kwargs)
     finally:
         saving.kept = ()  # autograd's graph holds both hooks
-        _graph.pop_hooks()
+        graph.pop_hooks()
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -603,8 +603,8 @@ _POOLS = {
     if hasattr(home, f"{kind}_pool{n}d{ending}")
 }
 _ATTRIBUTES = {
-    name: getattr(_graph.TensorBase, name).__get__
-    for name, kind in vars(_graph.TensorBase).items()
+    name: getattr(graph.TensorBase, name).__get__
+    for name, kind in vars(graph.TensorBase).items()
     if isinstance(kind, GetSetDescriptorType)
 }
 _TURNED = [_ATTRIBUTES.pop(name) for name in ("T", "mT", "H", "mH") if name in _ATTRIBUTES]

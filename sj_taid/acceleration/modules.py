@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from .. import _compat, _graph, neurons
-from .._fused_neuron import Accelerated, FusedNeuron
+from .._internal import compat, graph, neurons
+from .._internal.fused_neuron import Accelerated, FusedNeuron
 from ..neuron import ALIFNode
 from ..ops.alif.plan import Charge, Plans
 from . import sums as sums
@@ -103,8 +103,8 @@ class AcceleratedNorm(Exchanged):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())
-        if torch.is_grad_enabled() and type(x) in (Tensor, Kept) and _graph.is_eager():
-            with _graph.plain_functions():
+        if torch.is_grad_enabled() and type(x) in (Tensor, Kept) and graph.is_eager():
+            with graph.plain_functions():
                 if x.requires_grad:
                     folds = getattr(self, "step_mode", "s") == "m"
                     key, plans = (x.shape, x.stride(), x.dtype, x.device, folds), Plans.of(self)
@@ -150,17 +150,17 @@ class AcceleratedNeuron(Exchanged, FusedNeuron):
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         node: Any = self
-        with _graph.plain_functions():  # asked without torch's slow dispatch
+        with graph.plain_functions():  # asked without torch's slow dispatch
             fits = isinstance(x_seq, Tensor) and x_seq.is_floating_point() and x_seq.dim() > 1
         for learned in (node.v_threshold, node._parameters.get("w")):
             if isinstance(learned, Tensor) and learned.dim():
                 fits = False  # the operator takes a number
-        aside = not _graph.is_eager() and _graph.steps_aside()
+        aside = not graph.is_eager() and graph.steps_aside()
         if args or kwargs or aside or not fits:
             return self._taid_kind.multi_step_forward(self, x_seq, *args, **kwargs)  # type: ignore[attr-defined]
         spike_seq = super().multi_step_forward(x_seq)
         # 0.0.0.0.14 computes, and gives spikes, in float32 under autocast.
-        lowers = not _compat.FUNCTIONAL_STATES and torch.is_autocast_enabled(x_seq.device.type)
+        lowers = not compat.FUNCTIONAL_STATES and torch.is_autocast_enabled(x_seq.device.type)
         return spike_seq.float() if lowers else spike_seq
 
     def _taid_strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -172,7 +172,7 @@ class AcceleratedNeuron(Exchanged, FusedNeuron):
     def _taid_start(self, x_seq: Tensor) -> Tensor | float:
         """As in SpikingJelly: 2.x moves a voltage, and starts again if its shape is another."""
         v = self.v
-        if isinstance(v, Tensor) and _compat.FUNCTIONAL_STATES:
+        if isinstance(v, Tensor) and compat.FUNCTIONAL_STATES:
             v = v.to(x_seq.device) if v.shape == x_seq.shape[1:] else self.v_reset or 0.0
         return v
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _graph
+from .._internal import graph
 from ..ops import backends, bits
 from ..ops.alif.plan import Dynamics, Plans, Spec
 from ..ops.bits import is_dense
@@ -68,7 +68,7 @@ class Place:
             at = func(self.at, *args, **kwargs)
         except RuntimeError:  # no view in the input's memory order
             return None
-        if not _graph.is_one_storage(at, self.at) or at.numel() != self.at.numel() or at.dim() == 0:
+        if not graph.is_one_storage(at, self.at) or at.numel() != self.at.numel() or at.dim() == 0:
             return None
         return Place(at, self.channels, self.inner, self.about)
 
@@ -104,7 +104,7 @@ class Source:
     ) -> None:
         self.x, self.weight, self.bias, self.mean, self.spread = x, weight, bias, mean, spread
         self.fixed, self.eps = fixed, eps
-        self._state, self._hooks = self._now(), _graph.saving_hooks()
+        self._state, self._hooks = self._now(), graph.saving_hooks()
 
     def _now(self) -> tuple[Any, ...]:
         """What must be as it was at the norm's call."""
@@ -141,8 +141,8 @@ class Source:
         if self._now() != self._state:
             return "its input or parameters have changed since"
         # Hooks around the checkpoint may give its recomputation the values.
-        hooks = _graph.saving_hooks()
-        if self._hooks != hooks and _graph.are_checkpoints(hooks):
+        hooks = graph.saving_hooks()
+        if self._hooks != hooks and graph.are_checkpoints(hooks):
             return "gradient checkpointing begins between them"
         return ""
 
@@ -220,7 +220,7 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
     running: Any = (mean, var) if not training or tracks else (None, None)
     x = x.contiguous() if place.copies else x
     flat = x.flatten(0, 1) if folds else x
-    y, mean, spread, *_ = _graph.batch_norm(
+    y, mean, spread, *_ = graph.batch_norm(
         *(flat, weight, bias, *running, not fixed, factor, eps, torch.backends.cudnn.enabled)
     )
     if fixed:  # copies: training moves them, unseen by their version
@@ -242,7 +242,7 @@ def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:
         return None
     if x.numel() <= channels or backends.engine_of(x.device.type) is bits:
         return None
-    copies = not _graph.shares_memory(flat, x)  # as the plain module does
+    copies = not graph.shares_memory(flat, x)  # as the plain module does
     dense = flat.view(x.shape) if copies else x
     if not is_dense(dense):
         return None

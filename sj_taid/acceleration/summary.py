@@ -17,10 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import _compat, _graph
-from ..neurons import copy_net, find_neurons
+from .._internal import compat, graph
+from .._internal.neurons import copy_net, find_neurons
+from .._internal.report import Row, table_of
 from ..ops.counts import read_counts
-from ..report import Row, table_of
 from .kept import Kept, is_question, kept_in
 from .modules import AcceleratedNorm, why_no_norm
 
@@ -37,7 +37,7 @@ class Acceleration:
     """The report of :func:`.accelerate`; ``print`` it for a table.
 
     Attributes:
-        rows: a :class:`~sj_taid.report.Row` for each neuron and norm.
+        rows: a :class:`~sj_taid._internal.report.Row` for each neuron and norm.
         saved_bytes: bytes saved for backward, before and after, if there was an example input;
             not that input itself, nor parameters and buffers.
         step_ms: milliseconds of a training step, before and after: the least of turns.
@@ -142,7 +142,7 @@ def _merge(rows: Iterable[Row]) -> list[Row]:
     return merged
 
 
-@_compat.quiet_triton()
+@compat.quiet_triton()
 @torch.inference_mode(False)
 def measure(
     net: nn.Module,
@@ -268,7 +268,7 @@ def run_step(net: nn.Module, inputs: Any, records: bool = False) -> tuple[int, f
     given = (*net.parameters(), *net.buffers(), *tree_leaves(inputs))
     tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
     start = time.perf_counter()
-    losses, saved_bytes = _graph.record_saved(forward, tensors) if records else (forward(), 0)
+    losses, saved_bytes = graph.record_saved(forward, tensors) if records else (forward(), 0)
     if losses:
         torch.stack(losses).sum().backward()
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _graph
+from .._internal import graph
 from .kept import Kept, Recipe, Term, counts_of, describe, implements, kept_in, peak_of, run_saving
 
 #: Passes over the values that making a sum again may take: a norm takes three, and a term that
@@ -42,7 +42,7 @@ class Sum(Recipe):
 
 @implements(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, *_IN_PLACE)
 def _add(func: Any, args: Any, kwargs: Any) -> Any:
-    if kwargs or len(args) != 2 or not _graph.allows_hooks():
+    if kwargs or len(args) != 2 or not graph.allows_hooks():
         return func(*args, **kwargs)
     kept, terms = kept_in(args, {}), _terms(func, args)
     first, second = map(peak_of, args)
@@ -58,7 +58,7 @@ def _terms(func: Any, args: tuple[Any, ...]) -> tuple[Term, ...]:
     A tensor without a recipe is a term that stays in memory: one at most, since two take more than
     their sum, and none that may change, as one outside the graph.
     """
-    if not torch.is_grad_enabled() or _graph.has_other_hooks():
+    if not torch.is_grad_enabled() or graph.has_other_hooks():
         return ()
     if not all(isinstance(t, Tensor) for t in args) or _layout(args[0]) != _layout(args[1]):
         return ()
@@ -82,11 +82,11 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 def _reference(tensor: Tensor) -> Term:
     """A term that stays in memory."""
     values = tensor.detach()
-    return Term((values,), partial(_same, version=_graph.version_of(values)), cost=0, references=1)
+    return Term((values,), partial(_same, version=graph.version_of(values)), cost=0, references=1)
 
 
 def _same(value: Tensor, version: int) -> Tensor:
-    if _graph.version_of(value) != version:
+    if graph.version_of(value) != version:
         raise RuntimeError(
             "a term of a sum with spikes was changed in place before the backward: change a "
             "copy, as h = h + o instead of h += o, or sj_taid.unaccelerate(net)"

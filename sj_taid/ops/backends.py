@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._graph import is_watched
+from .._internal.graph import is_watched
 from . import bits
 from .alif import reference
 

@@ -12,8 +12,8 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from .._compat import FUNCTIONAL_STATES
 from .._internal.checks import check_sizes
+from .._internal.compat import FUNCTIONAL_STATES
 
 # SpikingJelly 2.x's inner slope of PiecewiseLeakyReLU, and 0.0.0.0.14's, which is twice that.
 _LEAKY_AREA = 0.5 if FUNCTIONAL_STATES else 1.0

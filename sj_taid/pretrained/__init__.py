@@ -18,8 +18,8 @@ from torch import nn
 from .._internal.build import build as build_object
 from .._internal.checks import expand_home
 from .._internal.extras import TRAIN, needs
+from .._internal.neurons import find_neurons
 from ..acceleration.exchange import accelerate
-from ..neurons import find_neurons
 from ..thresholds import fixed_thresholds, set_fixed_thresholds
 
 CONFIG = "config.json"

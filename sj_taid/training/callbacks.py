@@ -18,8 +18,8 @@ from matplotlib.image import imread
 from rich.progress import track
 
 from .._internal.context import eval_mode, seeded
+from .._internal.neurons import find_neurons
 from ..monitoring import monitor
-from ..neurons import find_neurons
 from ..thresholds import warn_at_bound, warn_at_reset
 from .plot import draw_curves, draw_parameters, neuron_parameters
 

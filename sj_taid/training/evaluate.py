@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, distributed
 
-from .._compat import NEURONS
+from .._internal.compat import NEURONS
 from .._internal.context import eval_mode, seeded
 from ..monitoring import spikes_of
 from .callbacks import ProgressBar

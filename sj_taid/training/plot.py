@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchmetrics.utilities.plot import plot_confusion_matrix
 from torchvision.utils import make_grid, save_image
 
-from .. import _compat
+from .._internal import compat
 from ..layer import FixedDecoder
 from ..monitoring import tau_and_threshold
 from .files import atomic_write
@@ -29,7 +29,7 @@ def neuron_parameters(net: nn.Module) -> dict[str, dict[str, float]]:
     """The name, tau and V_th (their means, where a layer has many) of every neuron in ``net``."""
     found = {}
     for name, node in net.named_modules():
-        if isinstance(node, _compat.NEURONS):
+        if isinstance(node, compat.NEURONS):
             tau, threshold = tau_and_threshold(node)
             found[name] = {"tau": np.inf if tau is None else tau, "v_threshold": threshold}
     return found

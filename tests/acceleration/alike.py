@@ -12,7 +12,7 @@ from spikingjelly.activation_based import functional, neuron
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.acceleration.summary import _Readers, run_step
 
 NUDGE = 4e-6

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
-from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 
 T, N, C, H, W = SHAPE = (5, 2, 6, 4, 3)

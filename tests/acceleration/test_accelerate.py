@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
-from sj_taid import ALIFNode, _graph, accelerate, unaccelerate
-from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid import ALIFNode, accelerate, unaccelerate
+from sj_taid._internal import graph
+from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.acceleration.summary import run_step
 from sj_taid.ops import backends
 from sj_taid.ops.alif import reference
@@ -557,7 +558,7 @@ def test_accelerated_net_with_inductor():
 def test_saved_bytes_are_those_of_training(monkeypatch):
     """Not those under hooks of others, which sums are not packed for."""
     saved = accelerate(make_residual_net(), images()).saved_bytes
-    monkeypatch.setattr(_graph, "has_other_hooks", lambda: True)
+    monkeypatch.setattr(graph, "has_other_hooks", lambda: True)
     before, unpacked = accelerate(make_residual_net(), images()).saved_bytes
     assert saved[0] == before and saved[1] < 0.85 * unpacked
 

@@ -10,7 +10,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import sj_taid
-from sj_taid._graph import record_saved
+from sj_taid._internal.graph import record_saved
 
 pytest.importorskip("numba", reason="needs numba: pip install numba")
 

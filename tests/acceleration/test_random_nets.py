@@ -13,7 +13,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
 import sj_taid
-from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid._internal.compat import FUNCTIONAL_STATES
 from tests.acceleration.alike import EVALUATION, assert_alike, is_fragile, results
 from tests.acceleration.random_nets import FORMS, SHAPE, WAYS, C, Net, Step, W, pick
 

@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import sj_taid
-from sj_taid import _graph
-from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid._internal import graph
+from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.acceleration import kept
 from tests.acceleration.alike import EVALUATION, assert_alike, results, robust
 from tests.acceleration.random_nets import TOUCHES, Scale
@@ -422,7 +422,7 @@ def test_a_norm_whose_input_changes_is_read_by_its_values():
 def test_what_a_cuda_graph_made_is_not_kept_outside(monkeypatch):
     net, x = Net("nothing", "norm, then neuron"), torch.randn(3, 2, 3, 4, 5)
     sj_taid.accelerate(net)
-    monkeypatch.setattr(_graph, "is_capturing", lambda tensor: True)
+    monkeypatch.setattr(graph, "is_capturing", lambda tensor: True)
     spikes = net.lif(net.norm(net.conv(x)))
     assert spikes.recipe()
     monkeypatch.undo()

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import sj_taid
-from sj_taid import _graph
-from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid._internal import graph
+from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.acceleration import kept
 from tests.acceleration.alike import robust
 
@@ -78,9 +78,9 @@ def test_an_interrupt_leaves_no_hooks_open(read, monkeypatch):
     _, (first, second) = make(neuron.LIFNode(**OPTIONS), neuron.LIFNode(**OPTIONS))
     spikes = first(torch.rand(4, 2, 3, 5, 6, requires_grad=True) * 3)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(kept._graph, "push_hooks", interrupted(_graph.push_hooks))
+        patch.setattr(kept.graph, "push_hooks", interrupted(graph.push_hooks))
         read(second, spikes)
-    assert _graph.saving_hooks() is None
+    assert graph.saving_hooks() is None
 
 
 def without_counter(norm):

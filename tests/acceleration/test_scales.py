@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sj_taid
-from sj_taid._graph import record_saved
+from sj_taid._internal.graph import record_saved
 
 SCALES = {
     "times": lambda x: x * 0.125,

@@ -6,7 +6,8 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from sj_taid import _graph, accelerate
+from sj_taid import accelerate
+from sj_taid._internal import graph
 from sj_taid.acceleration.summary import run_step
 from tests.acceleration.test_accelerate import images, make_net
 
@@ -33,7 +34,7 @@ SAVED = {
 def test_saved_bytes_are_those_of_views(name):
     function, share = SAVED[name]
     h = torch.rand(4, 2, 6, requires_grad=True) * 1.0
-    output, saved = _graph.record_saved(lambda: function(h), [])
+    output, saved = graph.record_saved(lambda: function(h), [])
     assert saved == share * h.nbytes and output.requires_grad
 
 

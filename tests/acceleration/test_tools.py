@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sj_taid
-from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid._internal.compat import FUNCTIONAL_STATES
 from tests.acceleration.alike import robust
 
 

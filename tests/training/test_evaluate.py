@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sj_taid._compat import NEURONS
+from sj_taid._internal.compat import NEURONS
 from sj_taid._internal.context import seeded
 from sj_taid.metric import FrechetDistance
 from sj_taid.training import evaluator, run

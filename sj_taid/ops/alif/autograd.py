@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import _graph
+from ..._internal import graph
 from .. import surrogate
 from ..bits import is_dense
 from . import compiled, reference
@@ -86,7 +86,7 @@ class FusedALIF(torch.autograd.Function):
         return *grads, *_NO_GRADIENTS
 
 
-apply_fused = _graph.apply_of(FusedALIF)
+apply_fused = graph.apply_of(FusedALIF)
 #: of the inputs that are no tensors, and of mean and rstd
 _NO_GRADIENTS = (None,) * 6
 _NO_NORM = (None,) * len(Norm._fields)
@@ -156,7 +156,7 @@ def multi_step(
     what traces or transforms takes the definition.
     """
     compiles = torch.compiler.is_compiling() and norm is None and not return_bits
-    is_plain = _graph.is_eager() and type(x_seq) in (Tensor, nn.Parameter)
+    is_plain = graph.is_eager() and type(x_seq) in (Tensor, nn.Parameter)
     if not (compiles or is_plain):
         more: Any = {"store_v_seq": store_v_seq, "norm": norm, "return_bits": return_bits}
         return reference.multi_step(x_seq, v, w, v_threshold, **more, **options)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _graph
+from ..._internal import graph
 
 
 class BatchNorm(NamedTuple):
@@ -38,7 +38,7 @@ def batch_norm(x_seq: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     weight, bias, mean, var = tensors
     is_batchs = norm.use_batch_statistics
     options = is_batchs, norm.momentum, norm.eps, torch.backends.cudnn.enabled
-    y, batch_mean, rstd, *_ = _graph.batch_norm(x, weight, bias, mean, var, *options)
+    y, batch_mean, rstd, *_ = graph.batch_norm(x, weight, bias, mean, var, *options)
     for running, moved in ((norm.running_mean, mean), (norm.running_var, var)):
         if is_batchs and running is not None and moved is not None and moved is not running:
             running.copy_(moved)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._graph import is_watched
+from ..._internal.graph import is_watched
 from .. import bits, surrogate
 from .norm import BatchNorm, batch_norm
 

@@ -20,7 +20,7 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from sj_taid._compat import FUNCTIONAL_STATES
+from sj_taid._internal.compat import FUNCTIONAL_STATES
 from sj_taid.ops import bits
 from sj_taid.ops.alif import reference
 from sj_taid.ops.alif.autograd import dynamics_of, spec_of

@@ -7,7 +7,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import neuron, surrogate
 
-from sj_taid import _compat
+from sj_taid._internal import compat
 from sj_taid.functional import alif_multi_step
 from sj_taid.ops.alif import reference
 from sj_taid.ops.surrogate import MultiLevelSpikeCount, counts, levels_of
@@ -210,7 +210,7 @@ def test_equals_spikingjellys_plif_to_the_bit(dtype, v_reset, decay_input):
         backend="torch",
     )
     assert torch.equal(got, plif(x_seq))
-    if _compat.FUNCTIONAL_STATES or decay_input or v_reset:
+    if compat.FUNCTIONAL_STATES or decay_input or v_reset:
         assert torch.equal(v, plif.v)
     else:  # 0.0.0.0.14 rounds v (1 - q) + x here, 2.x v - q v + x
         error = (v - plif.v).abs().max().item()

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _compat, _graph, functional
-from .acceleration.kept import Counts, Kept, Memory, keep, run_saving
-from .acceleration.norms import find_source, reader_of
-from .ops import backends
-from .ops import surrogate as derivatives
-from .ops.alif.autograd import apply_fused
-from .ops.alif.plan import Charge, Dynamics, Plan, Plans, Spec, arranged, find_plan, spec_of
-from .ops.alif.reference import state_dtype
-from .ops.bits import is_dense
+from .. import functional
+from ..acceleration.kept import Counts, Kept, Memory, keep, run_saving
+from ..acceleration.norms import find_source, reader_of
+from ..ops import backends
+from ..ops import surrogate as derivatives
+from ..ops.alif.autograd import apply_fused
+from ..ops.alif.plan import Charge, Dynamics, Plan, Plans, Spec, arranged, find_plan, spec_of
+from ..ops.alif.reference import state_dtype
+from ..ops.bits import is_dense
+from . import compat, graph
 
 #: ``w`` of a neuron without leak (IF): its sigmoid is 0, in float64 too. Not -inf, which would make
 #: averaged weights NaN.
@@ -85,9 +86,9 @@ class FusedNeuron:
         self, x_seq: Tensor, v: Tensor | float, store_v_seq: bool
     ) -> tuple[Tensor, Any, Any]:
         """Spikes, last voltage and every voltage of a sequence that starts at ``v``."""
-        if not (type(x_seq) in _TAKES and _graph.is_eager()):
+        if not (type(x_seq) in _TAKES and graph.is_eager()):
             return _run_reference(self, x_seq, v, store_v_seq)
-        with _graph.plain_functions():
+        with graph.plain_functions():
             w, v_threshold = self._taid_operands()
             keeps, x, source = self._taid_keeps and torch.is_grad_enabled(), x_seq, None
             weight = bias = mean = rstd = None
@@ -124,7 +125,7 @@ class FusedNeuron:
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle takes the voltages along, not the graph that made them.
         state: Any = super().__getstate__()
-        return _compat.detach_state(state)
+        return compat.detach_state(state)
 
 
 def _find_call(
@@ -234,9 +235,9 @@ def _run_reference(node: Any, x_seq: Tensor, v: Any, store_v_seq: bool) -> tuple
     return spike_seq, v, v_seq
 
 
-@_graph.outside_graphs
+@graph.outside_graphs
 def _plain(x_seq: Kept) -> Tensor:
-    with _graph.plain_functions():
+    with graph.plain_functions():
         return x_seq.as_subclass(Tensor)
 
 

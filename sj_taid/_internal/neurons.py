@@ -12,12 +12,12 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import _compat
-from ._fused_neuron import NO_LEAK_W as NO_LEAK_W
-from ._fused_neuron import Accelerated
-from .ops import backends
-from .ops.bits import LARGEST_COUNT
-from .ops.surrogate import counts, levels_of
+from ..ops import backends
+from ..ops.bits import LARGEST_COUNT
+from ..ops.surrogate import counts, levels_of
+from . import compat
+from .fused_neuron import NO_LEAK_W as NO_LEAK_W
+from .fused_neuron import Accelerated
 from .report import Row
 
 
@@ -49,8 +49,8 @@ def need_neurons(net: nn.Module, change: str, kinds: Collection[type] = ()) -> l
         raise ValueError(
             f"replace= has {absent}, but {type(net).__name__} has no module of exactly this class"
         )
-    sites = find_neurons(net, (*_compat.NEURONS, *kinds))
-    sites = [s for s in sites if isinstance(s.node, _compat.NEURONS) or type(s.node) in kinds]
+    sites = find_neurons(net, (*compat.NEURONS, *kinds))
+    sites = [s for s in sites if isinstance(s.node, compat.NEURONS) or type(s.node) in kinds]
     if not sites:
         raise ValueError(
             f"{type(net).__name__} has no neuron of SpikingJelly's BaseNode or SimpleBaseNode to "
@@ -62,7 +62,7 @@ def need_neurons(net: nn.Module, change: str, kinds: Collection[type] = ()) -> l
 
 def describe_single_steps(sites: Iterable[Site]) -> str:
     """What to do about neurons that all run step by step, or ""."""
-    modes = {site.node.step_mode for site in sites if isinstance(site.node, _compat.NEURONS)}
+    modes = {site.node.step_mode for site in sites if isinstance(site.node, compat.NEURONS)}
     if modes != {"s"}:
         return ""
     return (
@@ -87,7 +87,7 @@ def as_inputs(example: Any) -> tuple[Any, ...]:
     return example if isinstance(example, tuple) else (example,)
 
 
-def find_neurons(net: nn.Module, kind: type | tuple[type, ...] = _compat.NEURONS) -> list[Site]:
+def find_neurons(net: nn.Module, kind: type | tuple[type, ...] = compat.NEURONS) -> list[Site]:
     """Every neuron of ``kind`` in ``net``, once."""
     paths = defaultdict(list)
     for path, module in net.named_modules(remove_duplicate=False):
@@ -120,12 +120,12 @@ def why_no_alif(node: Any) -> str | None:
     """Why no ALIF has the outputs of a neuron, or ``None``."""
     if isinstance(node, Accelerated):
         return "accelerated: sj_taid.unaccelerate(net) first, which gives the neuron back"
-    if _compat.plain_kind(node) is None:
-        known = next((kind for kind in _compat.PLAIN_NEURONS if isinstance(node, kind)), None)
+    if compat.plain_kind(node) is None:
+        known = next((kind for kind in compat.PLAIN_NEURONS if isinstance(node, kind)), None)
         if known is None:
             return "not a LIF, PLIF or IF neuron"
         return f"a subclass of {known.__name__} that overrides methods: it may behave differently"
-    if counts(node.surrogate_function) and not isinstance(node, _compat.INTEGER_LIF):
+    if counts(node.surrogate_function) and not isinstance(node, compat.INTEGER_LIF):
         return "its surrogate counts by H - V_th; ALIF counts by H / V_th"
     if (levels := levels_of(node.surrogate_function)) > LARGEST_COUNT:
         return f"it counts to {levels}; ALIF counts to {LARGEST_COUNT}, which four bits hold"
@@ -133,7 +133,7 @@ def why_no_alif(node: Any) -> str | None:
         return "its threshold is a tensor; ALIF starts from a number"
     if isinstance(w := getattr(node, "w", None), Tensor) and w.dim():
         return f"its w has the shape {[*w.shape]}; ALIF takes over a scalar"
-    if _compat.has_precision_policy(node):
+    if compat.has_precision_policy(node):
         return "it has a precision policy of its own"
     return why_no_w(getattr(node, "tau", 2.0))
 
@@ -178,10 +178,10 @@ def describe_equality(site: Site) -> str:
     if site.dtype.itemsize < 4:
         return f"equal outputs to rounding; voltages and computation are float32, not {site.dtype}"
     if isinstance(node, neuron.ParametricLIFNode):
-        equal = _compat.FUNCTIONAL_STATES or node.decay_input
+        equal = compat.FUNCTIONAL_STATES or node.decay_input
     elif isinstance(node, neuron.LIFNode):
         w = torch.tensor(nearest_w(node.tau, site.dtype), dtype=site.dtype, device="cpu")
         equal = math.frexp(node.tau)[0] == 0.5 and w.sigmoid().item() * node.tau == 1.0
-        if isinstance(node, _compat.INTEGER_LIF):  # multiplies by 1 - 1/tau
+        if isinstance(node, compat.INTEGER_LIF):  # multiplies by 1 - 1/tau
             equal = bool(1.0 - w.sigmoid() == torch.tensor(1.0 - 1.0 / node.tau, dtype=w.dtype))
     return f"equal outputs{'' if equal else ' to rounding'}"
