@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 # The range of the classifiers' training on MNIST.
 DEGREES = 30
@@ -47,17 +46,6 @@ def flip(images: Tensor) -> Tensor:
 def transform_each(images: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply one of torchvision's transforms, which draw once per call, to each image."""
     return torch.stack([transform(image) for image in images])
-
-
-def mix(images: Tensor, labels: Tensor, alpha: float, classes: int) -> tuple[Tensor, Tensor]:
-    """Mix each sample with its neighbour in the batch (mixup).
-
-    Labels ``[N]`` become probabilities ``[N, classes]``; the frames of a sequence share the draws.
-    Source: Zhang et al., arXiv 1710.09412.
-    """
-    mixup = v2.MixUp(alpha=alpha, num_classes=classes)
-    mixed, probabilities = mixup(images.flatten(1, -3), labels)
-    return mixed.view_as(images), probabilities
 
 
 def _warp(images: Tensor, inverse: Tensor, shift: Tensor, mode: str) -> Tensor:

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
 
 from .._internal.checks import check_sizes
-from .augment import AUGMENTATIONS, mix, transform_each
-from .samples import Batch, Files, Samples
+from .augment import AUGMENTATIONS, transform_each
+from .samples import Batch, Samples
 
 log = logging.getLogger(__name__)
 
@@ -112,33 +112,37 @@ class Data(L.LightningDataModule):
         if hasattr(self, "train_set"):
             return
         train, test = self.load()
+        if self.counts not in (None, (len(train), len(test))):
+            published = "%s has %d training and %d test samples, not the published %d and %d"
+            log.warning(published, self.name, len(train), len(test), *self.counts)
+        if self.validation == "own":
+            self.validation_set = self._prepare("validation_set", self.load_validation())
+        elif self.validation:
+            train, drawn = train.draw(round(len(train) * self.validation), self.seed)
+            self.validation_set = self._prepare("validation_set", drawn)
+        self.train_set = self._prepare("train_set", train)
+        self.test_set = self._prepare("test_set", test)
+
+    def _prepare(self, part: str, samples: Samples) -> Samples:
+        """Check a part's labels, and take as much of it as is asked for."""
         names = self.class_names
         if names and self.classes not in (None, len(names)):
             raise ValueError(
                 f"dataset.classes={self.classes}, but {self.name} has {len(names)}: "
                 f"{', '.join(names)}"
             )
-        if self.counts not in (None, (len(train), len(test))):
-            published = "%s has %d training and %d test samples, not the published %d and %d"
-            log.warning(published, self.name, len(train), len(test), *self.counts)
-        train, validation = self._split(train)
-        self.train_set = self._limit(train)
-        self.validation_set = None if validation is None else self._limit_and_interleave(validation)
-        self.test_set = self._limit_and_interleave(test)
-        for part in ("train_set", "test_set", "validation_set"):
-            if (samples := getattr(self, part)) is None:
-                continue
-            if not len(samples):
-                raise ValueError(f"the {part} of {self.name} is empty; choose other shares")
-            if self.classes is None:
-                continue
-            labels = {*torch.as_tensor(samples.labels).flatten().tolist()}
-            if wrong := labels - {*range(self.classes)}:
-                raise ValueError(
-                    f"the {part} of {self.name} has the label {min(wrong)}; those of "
-                    f"dataset.classes={self.classes} are 0 to {self.classes - 1}, and null is for "
-                    "none"
-                )
+        if self.limit is not None and self.limit < len(samples):
+            # Not every k-th: MNIST has images of its two sources in turn.
+            _, samples = samples.draw(self.limit, self.seed)
+        if not len(samples):
+            raise ValueError(f"the {part} of {self.name} is empty; choose other shares")
+        if self.classes is not None and (wrong := {*samples.labels} - {*range(self.classes)}):
+            raise ValueError(
+                f"the {part} of {self.name} has the label {min(wrong)}; those of "
+                f"dataset.classes={self.classes} are 0 to {self.classes - 1}, and null is for none"
+            )
+        # In the order of their folders, the first batches and pictures would be of one class.
+        return samples if part == "train_set" else samples.interleave()
 
     def test_on_validation(self) -> Self:
         """The same data, with the validation set in place of the test set."""
@@ -152,12 +156,6 @@ class Data(L.LightningDataModule):
     def mirrors(self) -> bool:
         """Whether training sees mirror images."""
         return self.augment in ("flip", "crop_flip")
-
-    def without_augmentation(self) -> Self:
-        """The same data, with training samples as they are."""
-        other = copy.copy(self)
-        other.augment, other.erase, other.mixup = None, 0.0, 0.0
-        return other
 
     def fingerprint(self, *sets: Samples) -> str:
         """A digest of these sets, by default of training and test set, for caches."""
@@ -184,65 +182,40 @@ class Data(L.LightningDataModule):
             augmentations.append(AUGMENTATIONS[self.augment])
         if self.erase:
             augmentations.append(partial(transform_each, transform=v2.RandomErasing(self.erase)))
-        mixing = None
-        if self.classes is not None and self.mixup:
-            mixing = partial(mix, alpha=self.mixup, classes=self.classes)
-        return self._loader(self.train_set, augmentations, mixing, **options)
-
-    def plain_train_dataloader(self) -> DataLoader:
-        """The training samples once, in their order and as they are."""
-        return self._loader(self.train_set)
+        mixup = v2.MixUp(alpha=self.mixup, num_classes=self.classes) if self.mixup else None
+        return self.loader(self.train_set, augmentations, mixup, **options)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set if self.validation_set is None else self.validation_set)
+        return self.loader(self.test_set if self.validation_set is None else self.validation_set)
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)
+        return self.loader(self.test_set)
 
-    def _split(self, train: Samples) -> tuple[Samples, Samples | None]:
-        """Split off the validation set, if one is asked for."""
-        if not self.validation:
-            return train, None
-        if self.validation == "own":
-            return train, self.load_validation()
-        rest, drawn = train.draw(round(len(train) * self.validation), self.seed)
-        return train.subset(rest), train.subset(drawn)
-
-    def _limit_and_interleave(self, samples: Samples) -> Samples:
-        # In the order of their folders, the first batches and pictures would be of one class.
-        samples = self._limit(samples)
-        return samples.interleave() if isinstance(samples, Files) else samples
-
-    def _limit(self, samples: Samples) -> Samples:
-        if self.limit is None or self.limit >= len(samples):
-            return samples
-        # Not every k-th: MNIST has images of its two sources in turn.
-        _, drawn = samples.draw(self.limit, self.seed)
-        return samples.subset(drawn)
-
-    def _loader(
+    def loader(
         self,
         samples: Samples,
         augmentations: Sequence[Callable[[Tensor], Tensor]] = (),
-        mixing: Callable[[Tensor, Tensor], Batch] | None = None,
+        mixup: v2.MixUp | None = None,
         **options: Any,
     ) -> DataLoader:
+        """Batches of ``samples``, without more in their order; ``options`` are the DataLoader's."""
         transform = v2.Compose([*augmentations, *self.transforms()])
         # Worker processes start again with each epoch: else a resumed run could not draw what they
         # would.
         return DataLoader(
             samples,
-            self.batch_size,
-            num_workers=self.num_workers,
+            **{"batch_size": self.batch_size, "num_workers": self.num_workers} | options,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=partial(_transform, transform=transform, mixing=mixing),
-            **options,
+            collate_fn=partial(_collate, transform=transform, mixup=mixup),
         )
 
 
-def _transform(
-    batch: Batch, transform: v2.Transform, mixing: Callable[[Tensor, Tensor], Batch] | None
-) -> Batch:
+def _collate(batch: Batch, transform: v2.Transform, mixup: v2.MixUp | None) -> Batch:
     x, label = batch
     x = transform(x)
-    return mixing(x, label) if mixing else (x, label)
+    if mixup is None:
+        return x, label
+    mixed, probabilities = mixup(
+        x.flatten(1, -3), label
+    )  # the frames of a sequence share the draws
+    return mixed.view_as(x), probabilities

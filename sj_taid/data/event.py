@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from .._internal.checks import expand_home
 from .base import LOCK, Data
-from .samples import Files
+from .samples import Samples
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +65,14 @@ class EventData(Data):
             if not self.frames.is_dir():
                 self._make_frames()
 
-    def load(self) -> tuple[Files, Files]:
+    def load(self) -> tuple[Samples, Samples]:
         return self._files(self.frames / "train"), self._files(self.frames / "test")
 
-    def _files(self, folder: Path) -> Files:
+    def _files(self, folder: Path) -> Samples:
         paths = sorted(folder.glob("*/*.npz"))
         labels = [self.class_names.index(path.parent.name) for path in paths]
         remedy = f"move {self.frames} away and run again, which makes its frames again"
-        return Files([str(path) for path in paths], labels, read_frames, remedy)
+        return Samples([*map(str, paths)], labels, read_frames, remedy)
 
     def _check_archives(self) -> None:
         source, archives = load_source(self.source), self.root / "download"
@@ -166,5 +166,5 @@ class CIFAR10DVS(EventData):
         *("dog", "frog", "horse", "ship", "truck"),
     )
 
-    def load(self) -> tuple[Files, Files]:
+    def load(self) -> tuple[Samples, Samples]:
         return self._files(self.frames).hold_out(0.1)

@@ -13,29 +13,21 @@ from torchvision.transforms.v2 import functional
 
 from .._internal.checks import check_sizes, expand_home
 from .image import ImageData, Torchvision
-from .samples import Files
+from .samples import Samples
 
 UNLABELLED = -1
 #: folders of these names alone are parts of a data set, not its classes
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
-def image_files(
-    paths: list[str], labels: list[int], data: ImageData, remedy: str, crop: int | None
-) -> Files:
-    mode = "L" if data.channels == 1 else "RGB"
-    read = partial(read_image, mode=mode, size=data.image_size, crop=crop)
-    return Files(paths, labels, read, remedy)
-
-
-def read_image(path: str, mode: str, size: int, crop: int | None = None) -> Tensor:
+def read_image(path: str, channels: int, size: int, crop: int | None = None) -> Tensor:
     """Read an image, of which the middle ``crop`` pixels, or the largest square, are resized."""
     with Image.open(path) as opened:
         image: Image.Image = opened
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":  # convert would cut at 255, not scale
             raise ValueError("it has more than 8 bits per pixel and channel; convert it to 8")
-        image = image.convert(mode)
+        image = image.convert("L" if channels == 1 else "RGB")
         if crop is not None:
             if crop > min(image.size):  # center_crop would add a black border
                 raise ValueError(f"it has {image.size} pixels, fewer than dataset.crop={crop}")
@@ -95,7 +87,7 @@ class ImageFolder(ImageData):
         if self.batch_size is None:
             self.batch_size = min(100, max(2, len(self.train_set) // 20))
 
-    def load(self) -> tuple[Files, Files]:
+    def load(self) -> tuple[Samples, Samples]:
         names = _class_names(self.root, "dataset.root")
         if self.classes and not names:
             raise ValueError(f"{self.root} holds no folders of classes; set dataset.classes=null")
@@ -111,21 +103,23 @@ class ImageFolder(ImageData):
             )
         return files, self._scan(self.test_root, names)
 
-    def _scan(self, root: Path, names: list[str]) -> Files:
-        paths, labels = [], []
-        classes = [(label, root / name) for label, name in enumerate(names)]
-        if classes and (loose := _images(root, "*")):
+    def _scan(self, root: Path, names: list[str]) -> Samples:
+        if names and (loose := _images(root, "*")):
             raise ValueError(
                 f"{root} has folders of classes, and {len(loose)} images next to them, such as "
                 f"{Path(loose[0]).name}; move each into the folder of its class, or out of {root}"
             )
-        for label, folder in classes or [(UNLABELLED, root)]:
-            found = _images(folder, "**/*")
-            if not found:
-                raise FileNotFoundError(f"no image in {folder}, of {', '.join(IMG_EXTENSIONS)}")
-            paths += found
-            labels += [label] * len(found)
-        return image_files(paths, labels, self, f"replace it, or move it out of {root}", self.crop)
+        paths, labels = [], []
+        for label, name in [*enumerate(names)] or [(UNLABELLED, "")]:
+            images = _images(root / name, "**/*")
+            if not images:
+                raise FileNotFoundError(
+                    f"no image in {root / name}, of {', '.join(IMG_EXTENSIONS)}"
+                )
+            paths += images
+            labels += [label] * len(images)
+        read = partial(read_image, channels=self.channels, size=self.image_size, crop=self.crop)
+        return Samples(paths, labels, read, f"replace it, or move it out of {root}")
 
 
 def _images(folder: Path, pattern: str) -> list[str]:
@@ -158,15 +152,14 @@ class CelebA(Torchvision):
 
     source: str = "CelebA"
     counts = (162_770, 19_962)
-    TRAIN, VALIDATION, TEST = "0", "1", "2"  # in the partition
 
-    def load(self) -> tuple[Files, Files]:
-        return self._part(self.TRAIN), self._part(self.TEST)
+    def load(self) -> tuple[Samples, Samples]:
+        return self._listed("0"), self._listed("2")
 
-    def load_validation(self) -> Files:
-        return self._part(self.VALIDATION)
+    def load_validation(self) -> Samples:
+        return self._listed("1")
 
-    def _part(self, part: str) -> Files:
+    def _listed(self, part: str) -> Samples:
         images = self.path / "img_align_celeba"
         with self._remedy():
             partition = (self.path / "list_eval_partition.txt").read_text(encoding="utf-8")
@@ -174,4 +167,5 @@ class CelebA(Torchvision):
             names = [name for name, of in rows if of == part]
         paths = [str(images / name) for name in names]
         remedy = f"replace it, or move {images} away and run again with dataset.download=true"
-        return image_files(paths, [UNLABELLED] * len(paths), self, remedy, crop=148)
+        read = partial(read_image, channels=self.channels, size=self.image_size, crop=148)
+        return Samples(paths, [UNLABELLED] * len(paths), read, remedy)

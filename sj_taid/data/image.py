@@ -1,10 +1,11 @@
-"""Still images in memory: scikit-learn's digits, MNIST and what has its files, and CIFAR10."""
+"""Still images in memory: scikit-learn's digits, and data sets of torchvision."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -14,7 +15,7 @@ from torchvision.transforms import v2
 
 from .._internal.checks import expand_home
 from .base import LOCK, Data
-from .samples import InMemory
+from .samples import Samples
 
 
 class ImageData(Data):
@@ -28,8 +29,8 @@ class ImageData(Data):
         size = f"{self.image_size}x{self.image_size}"
         return f"{len(self.test_set)} {self.test_name} images at {size}"
 
-    def _in_memory(self, images: Tensor, labels: Tensor) -> InMemory:
-        return InMemory(v2.functional.resize(images, [self.image_size] * 2), labels)
+    def _in_memory(self, images: Tensor, labels: Any) -> Samples:
+        return Samples(v2.functional.resize(images, [self.image_size] * 2), labels)
 
 
 class Digits(ImageData):
@@ -38,20 +39,20 @@ class Digits(ImageData):
     Every fifth image is for testing. Source: E. Alpaydin and C. Kaynak, UCI 1998, CC BY 4.0.
     """
 
-    def load(self) -> tuple[InMemory, InMemory]:
+    def load(self) -> tuple[Samples, Samples]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         self.class_names = [str(name) for name in digits.target_names]
         images = torch.tensor(digits.images).unsqueeze(1).mul(255 / 16).round().to(torch.uint8)
-        samples = self._in_memory(images, torch.tensor(digits.target))
+        samples = self._in_memory(images, digits.target)
         train = [i for i in range(len(samples)) if i % 5 != 4]
         return samples.subset(train), samples.subset(range(4, len(samples), 5))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Torchvision(ImageData):
-    """A data set that torchvision can fetch.
+    """A data set of torchvision, such as MNIST, FashionMNIST and CIFAR10, loaded into memory.
 
     Args:
         source: its class in ``torchvision.datasets``.
@@ -61,6 +62,10 @@ class Torchvision(ImageData):
     Raises:
         FileNotFoundError: no such folder and ``download`` is off.
         OSError: files that are missing or damaged, or a download that failed.
+        ValueError: one that has ``split=`` where MNIST has ``train=``, such as SVHN or EMNIST.
+
+    Sources: Y. LeCun, C. Cortes and C. Burges, 1998; H. Xiao, K. Rasul and R. Vollgraf, arXiv
+    1708.07747; A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
     """
 
     source: str
@@ -70,6 +75,11 @@ class Torchvision(ImageData):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.read = getattr(datasets, self.source)
+        if type(self) is Torchvision and "train" not in signature(self.read).parameters:
+            raise ValueError(
+                f"source={self.source} is a data set of torchvision without train=, which is not "
+                "read; save its images in folders, for dataset=image_folder"
+            )
         self.root = expand_home(self.root)
         self.folder = getattr(self.read, "base_folder", f"{self.source}/raw")
         self.path = self.root / self.folder
@@ -79,6 +89,17 @@ class Torchvision(ImageData):
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / LOCK), self._remedy():
                 self.read(self.root, download=True)  # does nothing where the files are whole
+
+    def load(self) -> tuple[Samples, Samples]:
+        return self._part(train=True), self._part(train=False)
+
+    def _part(self, train: bool) -> Samples:
+        with self._remedy():
+            source = self.read(self.root, train=train)
+        self.class_names = getattr(source, "classes", ())
+        pixels = torch.as_tensor(source.data)  # [n, H, W] or [n, H, W, C]
+        images = pixels.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
+        return self._in_memory(images, source.targets)
 
     @contextmanager
     def _remedy(self) -> Iterator[None]:
@@ -96,53 +117,3 @@ class Torchvision(ImageData):
                 f"{name} in {self.path} is missing or damaged ({type(error).__name__}: {error}); "
                 "move it away, and add dataset.download=true"
             ) from error
-
-
-class TorchvisionInMemory(Torchvision):
-    """A data set of torchvision that is loaded into memory.
-
-    Raises:
-        ValueError: one that has ``split=`` where MNIST has ``train=``, such as SVHN or EMNIST.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "train" not in signature(self.read).parameters:
-            raise ValueError(
-                f"source={self.source} is a data set of torchvision without train=, which is not "
-                "read; save its images in folders, for dataset=image_folder"
-            )
-
-    def load(self) -> tuple[InMemory, InMemory]:
-        return self._part(train=True), self._part(train=False)
-
-    def _part(self, train: bool) -> InMemory:
-        with self._remedy():
-            source = self.read(self.root, train=train)
-        self.class_names = getattr(source, "classes", ())
-        pixels = torch.as_tensor(source.data)  # [n, H, W] or [n, H, W, C]
-        images = pixels.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
-        return self._in_memory(images, torch.as_tensor(source.targets))
-
-
-@dataclass(kw_only=True, eq=False, repr=False)
-class MNIST(TorchvisionInMemory):
-    """MNIST, or as ``source`` another data set in its files, such as FashionMNIST.
-
-    Both have 60000 training and 10000 test images of 28x28. Sources: Y. LeCun, C. Cortes and
-    C. Burges, 1998; H. Xiao, K. Rasul and R. Vollgraf, arXiv 1708.07747.
-    """
-
-    source: str = "MNIST"
-    counts = (60_000, 10_000)
-
-
-@dataclass(kw_only=True, eq=False, repr=False)
-class CIFAR10(TorchvisionInMemory):
-    """CIFAR10: 50000 training and 10000 test images of 3x32x32.
-
-    Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
-    """
-
-    source: str = "CIFAR10"
-    counts = (50_000, 10_000)

@@ -29,14 +29,15 @@ def fit(
     ``loss`` takes a batch of images and its labels; returned is its mean in the last epoch.
     """
     device = next(network.parameters()).device
-    plain = data.without_augmentation()
-    plain.batch_size, plain.trainer = batch_size, None  # of a distributed run each process has all
+    # Of a distributed run each process has all images.
+    drop_last = len(data.train_set) >= batch_size
+    loader = data.loader(data.train_set, batch_size=batch_size, shuffle=True, drop_last=drop_last)
     network.train()
     losses: list[Tensor] = []
     for epoch in range(1, epochs + 1):
         losses = []
         title = f"Training, once: epoch {epoch} of {epochs}"
-        for images, labels in show_progress(plain.train_dataloader(), title):
+        for images, labels in show_progress(loader, title):
             optimizer.zero_grad()
             value = loss(images.to(device), labels.to(device))
             value.backward()

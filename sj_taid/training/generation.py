@@ -110,7 +110,7 @@ class Generation(Autoencoding):
         if self.flow:
             labels = data.train_set.labels
             is_labelled = 1 < len({*labels}) <= CLASSES
-            batches = show_progress(data.plain_train_dataloader(), "Rates of the training images")
+            batches = show_progress(data.loader(data.train_set), "Rates of the training images")
             # The seed leaves the random state to a run that resumes with more epochs.
             with seeded(0):
                 images = (image.to(self.device) for image, _ in batches)

@@ -64,15 +64,13 @@ def test_only_training_samples_vary():
     assert torch.equal(images(plain.test_dataloader()), images(varied.test_dataloader()))
     assert all(labels.dim() == 1 for _, labels in varied.val_dataloader())
     x, labels = first(varied.train_dataloader())
-    assert labels.dim() == 2 and not torch.equal(x, first(varied.plain_train_dataloader())[0])
-    _, labels = first(varied.without_augmentation().train_dataloader())
-    assert labels.dim() == 1 and varied.mixup == 1.0
+    assert labels.dim() == 2 and not torch.equal(x, first(varied.loader(varied.train_set))[0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_draws_follow_the_seed_and_no_two_batches_share_them(num_workers):
     data = digits(augment="affine", num_workers=num_workers)
-    data.train_set.tensors[0][:] = data.train_set.tensors[0][0].clone()
+    data.train_set.samples[:] = data.train_set.samples[0].clone()
 
     def epoch(seed):
         torch.manual_seed(seed)
@@ -104,14 +102,11 @@ def test_mixup_mixes_neighbours_and_their_labels():
     one_hot = torch.eye(10)[labels]
     torch.testing.assert_close(mixed, part * plain + (1 - part) * plain.roll(1, 0))
     torch.testing.assert_close(probabilities, part * one_hot + (1 - part) * one_hot.roll(1, 0))
-
-
-def test_mixup_mixes_whole_recordings():
-    loader = digits(mixup=1.0).train_dataloader()
+    collate = digits(mixup=1.0).train_dataloader().collate_fn
     frames = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1, 1).expand(-1, 3, 2, 16, 16)
-    mixed, probabilities = loader.collate_fn((frames, torch.arange(6)))
-    assert mixed.shape == (6, 3, 2, 16, 16) and probabilities.shape == (6, 10)
-    assert torch.equal(mixed, mixed[:, :1, :1, :1, :1].expand_as(mixed))
+    mixed, probabilities = collate((frames, torch.arange(6)))  # whole recordings
+    assert torch.equal(mixed, mixed[:, :1, :1, :1, :1].expand(6, 3, 2, 16, 16))
+    assert probabilities.shape == (6, 10)
 
 
 @pytest.mark.parametrize("augment", [None, *AUGMENTATIONS])

@@ -122,7 +122,7 @@ def test_cifar10_dvs_tests_on_the_last_tenth_of_each_class(tmp_path):
     for name in ("airplane", "truck"):
         write_events(tmp_path / "events_np" / name, 10)
     module = ready(data.CIFAR10DVS, tmp_path, **EVENTS | {"image_size": 128})
-    names = [Path(path).name for path in module.test_set.paths]
+    names = [Path(path).name for path in module.test_set.samples]
     assert names == ["airplane_9.npz", "truck_9.npz"]
     assert module.test_set.labels == [0, 9] and module.train_set.labels == [0] * 9 + [9] * 9
     assert first(module.test_dataloader())[0].shape == (2, T, 2, 128, 128)

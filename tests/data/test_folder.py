@@ -77,7 +77,7 @@ def test_read_image_turns_as_the_file_says(tmp_path):
     turned = Image.fromarray(half)
     turned.getexif()[0x0112] = 6  # taken with the camera on its side
     turned.save(tmp_path / "turned.png", exif=turned.getexif())
-    read = read_image(str(tmp_path / "turned.png"), "L", size=4)
+    read = read_image(str(tmp_path / "turned.png"), channels=1, size=4)
     assert read.shape == (1, 4, 4) and read[0, :2].eq(255).all() and read[0, 2:].eq(0).all()
 
 
@@ -189,8 +189,8 @@ def test_celeba(celeba):
     assert images[:, :, 2:-2, 2:-2].max() < -0.95  # all but what JPEG blurs
     assert module.validation_set is None
     own = ready(data.CelebA, celeba, **options, validation="own")
-    assert [path[-10:] for path in own.validation_set.paths] == ["000005.jpg"]
-    assert own.train_set.paths == module.train_set.paths
+    assert [path[-10:] for path in own.validation_set.samples] == ["000005.jpg"]
+    assert np.array_equal(own.train_set.samples, module.train_set.samples)
 
 
 def test_celeba_refuses_damaged_and_missing_files(celeba):

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from spikingjelly.activation_based.neuron import LIFNode
 
 from sj_taid._internal.build import find_class
-from sj_taid.data import Data, InMemory
+from sj_taid.data import Data, Samples
 from sj_taid.training import compare
 from sj_taid.training.config import compose
 from sj_taid.training.train import train
@@ -78,7 +78,7 @@ def random_data(monkeypatch):
         torch.manual_seed(0)
         frames = [self.T] if hasattr(self, "T") else []
         shape = (30, *frames, self.channels, self.image_size, self.image_size)
-        samples = InMemory(
+        samples = Samples(
             torch.randint(0, 256, shape, dtype=torch.uint8), torch.arange(30) % (self.classes or 1)
         )
         return samples, samples

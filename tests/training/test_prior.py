@@ -105,7 +105,7 @@ def test_generation_fits_the_flow_to_labels_of_2_to_30_classes(labels, given, mo
     task, fitted = Generation(ESVAE(**SMALL, sample_from="flow"), ADAM), []
     monkeypatch.setattr(task.model, "fit_prior", lambda images, *how: fitted.append(how))
     data = SimpleNamespace(labels=labels)
-    task.fit_prior(SimpleNamespace(mirrors=True, train_set=data, plain_train_dataloader=lambda: []))
+    task.fit_prior(SimpleNamespace(mirrors=True, train_set=data, loader=lambda _: []))
     assert fitted == [(labels if given else None, True)]
 
 
