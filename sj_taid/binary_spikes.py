@@ -4,7 +4,7 @@ import csv
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,13 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._internal.graph import address_of
 from ._internal.neurons import check_net
 from ._internal.report import table
-from .ops.bits import LARGEST_COUNT
 from .ops.counts import Counts, read_counts
 
 _aten = torch.ops.aten
@@ -56,7 +54,7 @@ class Operation:
     @property
     def is_spiking(self) -> bool:
         """Whether it sums, and reads nothing but spikes and counts."""
-        return max(self.levels) <= LARGEST_COUNT and not _NO_SUM.search(self.operation)
+        return math.inf not in self.levels and not _NO_SUM.search(self.operation)
 
     def cells(self) -> tuple[str, ...]:
         """The row of a table."""
@@ -120,16 +118,19 @@ def binary(net: nn.Module) -> Iterator[BinaryReport]:
     check_net(net)
     slices = _Slices(net)
     torch.clear_autocast_cache()
-    contexts = (
+    with (
+        ExitStack() as hooks,
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH),
         BaseTorchFunctionMode(),  # keeps torch's encoder layers from their fused forms
         slices,
-    )
-    with ExitStack() as stack:
-        for context in (*slices.hooks(net), *contexts):
-            stack.enter_context(context)
+    ):
+        for path, module in net.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                enter = partial(slices.enter, path or "net")
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(slices.leave, always_call=True))
         yield slices.report
 
 
@@ -143,12 +144,6 @@ class _Slices(TorchDispatchMode):
         self.running: list[tuple[str, Counter[str]]] = []  # modules, and what they have called
         self.weights = {address_of(w) for w in (*net.parameters(), *net.buffers())}
         self.made = WeakTensorKeyDictionary()  # tensors, and whether they are made of weights alone
-
-    def hooks(self, net: nn.Module) -> Iterator[RemovableHandle]:
-        for path, module in net.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
-                yield module.register_forward_pre_hook(partial(self.enter, path or "net"))
-                yield module.register_forward_hook(self.leave, always_call=True)
 
     def enter(self, path: str, *_: Any) -> None:
         self.running.append((path, Counter()))
@@ -189,12 +184,14 @@ class _Slices(TorchDispatchMode):
 
     def multiply(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         """A product, and what is added to it, by the slices of the counts that it reads."""
-        times: Callable[[Tensor, Tensor], Tensor] = torch.matmul
         *added, a, b = args
         if func is _CONVOLUTION:
             a, b, bias, *how = args
             added = [] if bias is None else [bias.view(-1, *[1] * (b.dim() - 2))]
-            times = lambda x, weight: func(x, weight, None, *how)  # noqa: E731
+
+        def times(x: Tensor, y: Tensor) -> Tensor:
+            return func(x, y, None, *how) if func is _CONVOLUTION else torch.matmul(x, y)
+
         read = [not self.is_weight(a) or self.is_weight(b), not self.is_weight(b)]
         x, y = (read_counts(t) if r else Counts(t) for t, r in zip((a, b), read, strict=True))
         levels = [c.levels for c, r in zip((x, y), read, strict=True) if r]
@@ -204,7 +201,6 @@ class _Slices(TorchDispatchMode):
             from torch.utils.flop_counter import flop_registry  # which import sj_taid needs not
 
             output = func(*args, **kwargs)
-
             row.macs += flop_registry[func.overloadpacket](*args, out_val=output) // 2
             return output
         row.ones += sum(int(c.values.sum(dtype=torch.float64)) for c in counts)

@@ -18,8 +18,8 @@ class Counts(NamedTuple):
 
     @property
     def are_few(self) -> bool:
-        """Whether they are counts up to 15, which are taken apart."""
-        return self.levels <= LARGEST_COUNT
+        """Whether they are counts, which are taken apart."""
+        return self.levels < math.inf
 
     def weights(self) -> Tensor:
         """How many ones each value is in its slices; one of a real number."""
@@ -33,26 +33,27 @@ class Counts(NamedTuple):
 
 
 def read_counts(x: Tensor) -> Counts:
-    """The counts in ``x``, if all its values are whole numbers from 0, or such up to 15 times one.
+    """The counts in ``x``, if all its values are whole numbers from 0 to 15, or such times one.
 
     >>> read_counts(torch.tensor([0.0, 0.75, 0.25]))
     Counts(values=tensor([0., 3., 1.]), levels=3, factor=0.25)
-    >>> read_counts(torch.tensor([0.0, 16.0])).levels, read_counts(torch.tensor([3.14, 1.0])).levels
-    (16, inf)
+    >>> read_counts(torch.tensor([3.14, 1.0])).levels
+    inf
     """
     if not x.is_floating_point() or not x.numel():
         return Counts(x)
     least, most = map(float, x.aminmax())
     if not 0 <= least <= most < math.inf:
         return Counts(x)
-    if x.eq(x.round()).all():
-        return Counts(x, max(int(most), 1))
+    if most == 0:
+        return Counts(x, 1)
     wide = x if x.itemsize > 2 else x.float()
     least = float(wide[wide > 0].min())
-    for count in range(1, int((LARGEST_COUNT + 0.5) * least / most) + 1):  # that the least one is
-        factor = least / count
+    of_least = range(1, int((LARGEST_COUNT + 0.5) * least / most) + 1)
+    for factor in (1.0, *(least / count for count in of_least)):
         values = (wide / factor).round()
         # Each was rounded twice at most.
-        if ((values * factor - wide).abs() <= 2 * torch.finfo(x.dtype).eps * wide).all():
+        equal = (values * factor - wide).abs() <= 2 * torch.finfo(x.dtype).eps * wide
+        if values.max() <= LARGEST_COUNT and equal.all():
             return Counts(values.to(x.dtype), int(values.max()), factor)
     return Counts(x)
