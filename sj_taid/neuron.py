@@ -255,8 +255,9 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """One step ``[N, *]`` with explicit state; nothing on the module changes."""
-        spike_seq, v, *_ = self._taid_run(functional.as_sequence(inputs[0]), states[0], False)
-        return (self._scale(spike_seq)[0],), (v,)
+        x_seq = inputs[0].unsqueeze(0)
+        (spike_seq,), states = self.multi_step_functional_forward((x_seq,), states)
+        return (spike_seq[0],), states
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any

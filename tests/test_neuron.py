@@ -12,7 +12,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
 from sj_taid import ALIFNode, accelerate
-from sj_taid.functional import alif_multi_step, alif_step, lower_bound
+from sj_taid.functional import alif_multi_step, lower_bound
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import HALF, default_dtype
 
@@ -53,9 +53,6 @@ def test_alif_node_gives_equal_bits_in_every_step_mode(options):
     for other, v in ((steps, v_steps), (explicit, v_explicit), (torch.stack(spikes), states[0])):
         assert torch.equal(sequence, other)
         assert torch.equal(v_sequence, v)
-    others = {name: value for name, value in options.items() if name != "channels"}
-    spike, _ = alif_step(x_seq[0], start, node.w, node.v_threshold, backend="torch", **others)
-    assert torch.equal(spike, sequence[0])
 
 
 @pytest.mark.parametrize("channels", [None, 5])
@@ -249,10 +246,20 @@ def test_alif_node_refuses_bad_arguments(options, message):
 @pytest.mark.parametrize(
     ("options", "x", "error", "message"),
     [
-        ({}, torch.ones(4, 2).bool(), TypeError, r"must be a floating-point tensor.*\.float\(\)"),
+        (
+            {},
+            torch.ones(4, 2).bool(),
+            TypeError,
+            "must be a floating-point tensor, but it is torch.bool",
+        ),
         ({}, torch.ones(0, 3), ValueError, r"must be \[T, N, \*\] with T >= 1"),
-        ({"step_mode": "s"}, torch.tensor(1.0), ValueError, "it is a scalar; add a batch axis"),
-        ({"channels": 7}, inputs(), ValueError, r"7 channels.*\[N, 7, \*\].*\[3, 5, 4\]"),
+        ({"step_mode": "s"}, torch.tensor(1.0), ValueError, r"must be \[T, N, \*\].* is \[1\]"),
+        (
+            {"channels": 7},
+            inputs(),
+            ValueError,
+            r"per channel.* is \[7\] and the input's \[6, 3, 5, 4\]",
+        ),
     ],
 )
 def test_alif_node_refuses_bad_inputs(options, x, error, message):
@@ -264,8 +271,8 @@ def test_alif_node_refuses_bad_inputs(options, x, error, message):
     ("changed", "error", "message"),
     [
         ({"w": torch.zeros(5, 4)}, ValueError, "scalar or one value per channel"),
-        ({"w": 0.0}, TypeError, r"w must be a tensor, but it is 0\.0.*torch\.tensor\(0\.0\)"),
-        ({"v_threshold": 1}, TypeError, "v_threshold must be a tensor, but it is 1"),
+        ({"w": 0.0}, TypeError, "w must be a floating-point tensor, but it is float"),
+        ({"v_threshold": 1}, TypeError, "v_threshold must be a floating-point tensor"),
         ({"v": None}, TypeError, "v must be a tensor or a number.* None"),
         (
             {"w": torch.zeros((), device="meta")},
@@ -278,16 +285,6 @@ def test_alif_multi_step_refuses_bad_arguments(changed, error, message):
     good = {"v": 0.0, "w": torch.tensor(0.0), "v_threshold": torch.tensor(1.0)}
     with pytest.raises(error, match=message):
         alif_multi_step(inputs(), **good | changed)
-
-
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_a_step_is_a_sequence_of_one(backend):
-    pytest.importorskip(backend)
-    x = torch.randn(4, 5, 3, 3)
-    arguments = (0.0, torch.tensor(0.2), torch.tensor(0.7))
-    spike, v = alif_step(x, *arguments, backend=backend)
-    spike_seq, v_last, _ = alif_multi_step(x[None], *arguments, backend=backend)
-    assert torch.equal(spike, spike_seq[0]) and torch.equal(v, v_last)
 
 
 def test_half_default_dtype_gives_float32_parameters():
