@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,15 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ._internal import compat
-from ._internal.checks import check, is_number
-from ._internal.neurons import need_neurons, why_silent
+from ._internal.checks import check, check_numbers, is_number
+from ._internal.neurons import check_net, need_neurons, why_silent
 from ._internal.report import table
 from .monitoring import monitor, spikes_of
 from .ops.surrogate import counts, levels_of
 from .state import fresh_state, reset
-from .thresholds import fixed_thresholds
-
-__all__ = ["Calibrated", "CalibrationReport", "calibrate"]
 
 #: Relative tolerance on the target firing rate.
 TOLERANCE = 0.2
@@ -61,7 +58,7 @@ class CalibrationReport:
     Attributes:
         rows: a :class:`Calibrated` for each layer.
         fixed_thresholds: path -> the threshold of a LIF, PLIF or IF, which no ``state_dict`` has;
-            :func:`~sj_taid.thresholds.set_fixed_thresholds` puts them back.
+            :func:`~.set_fixed_thresholds` puts them back.
     """
 
     rows: tuple[Calibrated, ...]
@@ -89,7 +86,7 @@ class CalibrationReport:
         return (
             f"{listed}\n{len(self.fixed_thresholds)} thresholds are no parameters and in no "
             "state_dict: save report.fixed_thresholds with it, and after load_state_dict call "
-            "sj_taid.thresholds.set_fixed_thresholds(net, them); sj-taid train does both"
+            "sj_taid.calibration.set_fixed_thresholds(net, them); sj-taid train does both"
         )
 
     __repr__ = __str__
@@ -254,3 +251,32 @@ def _search(node: Any, fire: Callable[[], Tensor], rate: float) -> str:
     from_bound = "" if bound is None else f" from min_v_threshold={bound:g} up"
     nearest = f"{channels}the nearest is {off.mean():.3g}"
     return f"no threshold{from_bound} gives the rate: {nearest}" if off.numel() else ""
+
+
+def fixed_thresholds(net: nn.Module) -> dict[str, float]:
+    """The thresholds of ``net`` that are not parameters, by the paths of their neurons.
+
+    >>> from spikingjelly.activation_based.neuron import LIFNode
+    >>> fixed_thresholds(nn.Sequential(nn.Linear(2, 2), LIFNode(v_threshold=0.5)))
+    {'1': 0.5}
+    """
+    check_net(net)
+    nodes = {path: getattr(node, "v_threshold", None) for path, node in net.named_modules()}
+    return {path: value for path, value in nodes.items() if isinstance(value, float)}
+
+
+def set_fixed_thresholds(net: nn.Module, thresholds: Mapping[str, Any]) -> None:
+    """Set the thresholds that :func:`fixed_thresholds` returned.
+
+    Raises:
+        ValueError: ``net`` has no such threshold at a path, or a value is no number; nothing is
+            set then.
+    """
+    there = fixed_thresholds(net)
+    for path in thresholds:
+        if path not in there:
+            raise ValueError(f"no neuron with a fixed threshold at {path!r}; there are {[*there]}")
+    check_numbers(**{f"the threshold of {path!r}": value for path, value in thresholds.items()})
+    for path, value in thresholds.items():
+        neuron: Any = net.get_submodule(path)
+        neuron.v_threshold = float(value)

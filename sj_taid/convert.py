@@ -1,9 +1,12 @@
 """Conversion of SpikingJelly's neurons to ALIF and back, and of a net's own classes."""
 
+from __future__ import annotations
+
 import math
 import operator
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from spikingjelly.activation_based import neuron
@@ -27,16 +30,45 @@ from ._internal.neurons import (
     why_no_alif,
     why_silent,
 )
-from ._internal.report import Report, table_of
+from ._internal.report import Row, table_of
+from .monitoring import warn_of_thresholds
 from .neuron import ALIFNode
 from .ops import backends
 from .ops.alif.reference import state_dtype
 from .ops.surrogate import counts
 from .state import name_neurons
-from .thresholds import warn_at_reset
 
 #: Beginnings of the names under which torch keeps a module's hooks.
 _HOOKS = ("_forward", "_backward", "_is_full_backward")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`.swap_neurons` changed in a net; ``print`` it for a table.
+
+    Attributes:
+        rows: a :class:`Row` for each neuron.
+        remark: what else there is to say of the net, or "".
+    """
+
+    rows: tuple[Row, ...]
+    remark: str = ""
+
+    @property
+    def changed(self) -> tuple[Row, ...]:
+        """The rows with something done."""
+        return tuple(row for row in self.rows if row.done)
+
+    @property
+    def kept(self) -> tuple[Row, ...]:
+        """The rows that were left alone, with the reason in ``note``."""
+        return tuple(row for row in self.rows if not row.done)
+
+    def __str__(self) -> str:
+        head = f"{len(self.changed)} swapped, {len(self.kept)} left alone"
+        return "\n".join(filter(None, (head, table_of(self.rows), self.remark)))
+
+    __repr__ = __str__
 
 
 def swap_neurons(
@@ -141,7 +173,7 @@ def _successor(site: Site, function: Any, others: Collection[Any]) -> tuple[Any,
     return new.to(site.device, site.dtype), "by replace="
 
 
-def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
+def to_lif(net: nn.Module) -> nn.Module:
     r"""A copy of ``net`` with plain ``LIFNode`` s of the learned tau and threshold.
 
     It is for SpikingJelly's NIR export, counters, energy estimates and kernels. The outputs are
@@ -155,11 +187,10 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
 
     Args:
         net: any module with :class:`~sj_taid.ALIFNode` s; it is not changed.
-        strict: raise if a neuron is not expressible; otherwise warn and leave it as ALIF.
 
     Raises:
-        ValueError: a neuron is not expressible and ``strict``, or was parametrized after
-            :func:`.accelerate`; the message says which and why.
+        ValueError: neurons are not expressible, or were parametrized after :func:`.accelerate`; the
+            message says which and why.
 
     >>> to_lif(nn.Sequential(ALIFNode(init_tau=2.0, v_threshold=0.5)))[0].v_threshold
     0.5
@@ -176,13 +207,12 @@ def to_lif(net: nn.Module, *, strict: bool = True) -> nn.Module:
         else:
             refused.append(site.row("", reason))
     if refused:
-        message = f"LIFNode cannot express {len(refused)} of the neurons:\n{table_of(refused)}"
-        if strict:
-            raise ValueError(f"{message}\nstrict=False leaves them as they are")
-        warnings.warn(message, stacklevel=2)
+        raise ValueError(
+            f"LIFNode cannot express {len(refused)} of the neurons:\n{table_of(refused)}"
+        )
     _replace(copied, new_of)
     plain = new_of.get(copied, copied)  # a net may be one neuron
-    warn_at_reset(dict(plain.named_modules()))
+    warn_of_thresholds(plain)
     return plain
 
 
@@ -256,7 +286,7 @@ def _why_keep(site: Site, filter: Callable[[str, nn.Module], bool] | None) -> st
     if is_parametrized(node):
         return "it is parametrized"
     if names := compat.added_methods(node):
-        return f"a subclass that adds {', '.join(sorted(names))}, which ALIF lacks"
+        return f"a subclass that adds {', '.join(names)}, which ALIF lacks"
     return why_no_alif(node) or why_silent(node)
 
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from ._internal.extras import needs
+from .monitoring import warn_of_thresholds
 from .state import name_neurons, reset
-from .thresholds import warn_at_reset
 
 with needs("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +15,7 @@ __all__ = ["ResetState"]
 class ResetState(Callback):
     """Reset every neuron before each batch of training, validation, test and prediction.
 
-    Warns after each epoch of thresholds that fell to the reset voltage.
+    Warns after each epoch of thresholds that fell to the reset voltage or their lower bound.
 
     ``Trainer(callbacks=[ResetState()])``
     """
@@ -33,4 +33,4 @@ class ResetState(Callback):
     on_predict_batch_start = on_train_batch_start
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_at_reset(dict(pl_module.named_modules()))
+        warn_of_thresholds(pl_module)

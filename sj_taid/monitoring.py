@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -13,20 +13,27 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
+from ._internal import compat
 from ._internal.neurons import need_neurons
 from ._internal.report import table
 from .ops.surrogate import counts, levels_of
-from .thresholds import describe_at_reset, threshold_of, warn_at_bound, warn_at_reset
 
 _SCALE = (
     "sj_taid.calibrate(net, x_seq) sets their v_threshold for the firing rate that you choose; or "
     "put a norm before them."
 )
-#: what may be wrong with a layer's rate, and what to do
+#: what may be wrong with a layer, and what to do
 _REMEDIES = {
     "dead": _SCALE,
     "saturated": _SCALE,
-    "not finite": "A voltage is NaN or infinite: torch.autograd.detect_anomaly() finds where from.",
+    "voltage not finite": "torch.autograd.detect_anomaly() finds where NaN or infinity come from.",
+    "threshold at or below the reset voltage": (
+        "These neurons fire at every step without any input: train with a min_v_threshold above "
+        "their v_reset."
+    ),
+    "threshold at its lower bound": (
+        "It rises again when the loss asks for it; another min_v_threshold lets it fall further."
+    ),
 }
 
 
@@ -108,30 +115,23 @@ class Monitor(AbstractContextManager["Monitor"]):
         their ``min_v_threshold`` or at the reset voltage.
         """
         states = self.layers()
-        for mark, remedy in _REMEDIES.items():
-            rates = {p: s.firing_rate for p, s in states.items() if self._mark(p, s) == mark}
-            if rates:
-                listed = ", ".join(f"{path or 'net'} ({rate:.2g})" for path, rate in rates.items())
-                text = f"{mark} layers, spikes per neuron and step: {listed}. {remedy}"
-                warnings.warn(text, stacklevel=2)
-        warn_at_bound(self._nodes())
-        warn_at_reset(self._nodes())
+        warn_of(self._notes(states))
         return states
 
-    def _mark(self, path: str, state: LayerState) -> str:
-        """What is wrong with a layer's rate, or ""."""
-        rate = state.firing_rate
-        if rate is None:
-            return ""
-        if math.isnan(rate):
-            return "not finite"
-        levels = levels_of(self._counts[path].node.surrogate_function)
-        if rate < self._dead:
-            return "dead"
-        return "saturated" if rate > self._saturated * levels else ""
-
-    def _nodes(self) -> dict[str, nn.Module]:
-        return {path: count.node for path, count in self._counts.items()}
+    def _notes(self, states: Mapping[str, LayerState]) -> dict[str, list[str]]:
+        """What is wrong with each layer, by its path."""
+        found = {}
+        for path, state in states.items():
+            node = self._counts[path].node
+            rate = self._dead if state.firing_rate is None else state.firing_rate
+            of_rate = {
+                "dead": rate < self._dead,
+                "saturated": rate > self._saturated * levels_of(node.surrogate_function),
+                "voltage not finite": math.isnan(rate),
+            }
+            notes = [note for note, holds in of_rate.items() if holds]
+            found[path] = notes + notes_on_threshold(node)
+        return found
 
     def layers(self) -> dict[str, LayerState]:
         """The result of :meth:`state`, without a warning."""
@@ -141,12 +141,12 @@ class Monitor(AbstractContextManager["Monitor"]):
         }
 
     def __str__(self) -> str:
-        rows = []
-        for path, state in self.layers().items():
+        states = self.layers()
+        notes, rows = self._notes(states), []
+        for path, state in states.items():
             numbers = ("-" if value is None else f"{value:.4g}" for value in astuple(state))
-            rows.append((path or "net", *numbers, self._mark(path, state)))
-        listed = table(("layer", "rate", "tau", "threshold", "note"), rows)
-        return f"{listed}\n{describe_at_reset(self._nodes())}".rstrip()
+            rows.append((path or "net", *numbers, ", ".join(notes[path])))
+        return table(("layer", "rate", "tau", "threshold", "note"), rows)
 
     def __exit__(self, *error: object) -> None:
         self.remove()
@@ -182,13 +182,41 @@ def spikes_of(node: Any, output: Tensor | Sequence[Tensor]) -> Tensor:
     return spikes * node.levels if getattr(node, "normalize", False) else spikes
 
 
+def warn_of(notes: Mapping[str, Sequence[str]]) -> None:
+    """Warn of what is wrong with layers, path -> notes, and say what to do."""
+    for note, remedy in _REMEDIES.items():
+        if paths := [path or "net" for path, found in notes.items() if note in found]:
+            warnings.warn(f"layers {', '.join(paths)}: {note}. {remedy}", stacklevel=3)
+
+
+def warn_of_thresholds(net: nn.Module) -> None:
+    """Warn of neurons whose threshold has fallen to their reset voltage or lower bound."""
+    warn_of({path: notes_on_threshold(module) for path, module in net.named_modules()})
+
+
+def notes_on_threshold(node: Any) -> list[str]:
+    """Whether the threshold of a neuron has fallen too far."""
+    if not isinstance(node, compat.NEURONS):
+        return []
+    threshold, least = torch.as_tensor(_threshold_of(node)), getattr(node, "min_v_threshold", None)
+    if (threshold <= (node.v_reset or 0.0)).any():  # a soft reset leaves the voltage at 0
+        return ["threshold at or below the reset voltage"]
+    is_low = least is not None and (threshold <= least).any()
+    return ["threshold at its lower bound"] if is_low else []
+
+
 def tau_and_threshold(node: Any) -> tuple[float | None, float]:
     """The tau, if it has one, and threshold of a neuron, their means over its channels."""
     if isinstance(node, neuron.ParametricLIFNode):
         tau = 1.0 / node.w.sigmoid()
     else:
         tau = getattr(node, "tau", None)
-    return None if tau is None else _mean(tau), _mean(threshold_of(node))
+    return None if tau is None else _mean(tau), _mean(_threshold_of(node))
+
+
+def _threshold_of(node: Any) -> Any:
+    """The threshold that a neuron fires at, which ALIF's ``min_v_threshold`` bounds."""
+    return getattr(node, "effective_v_threshold", node.v_threshold)
 
 
 def _mean(value: Tensor | float) -> float:

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import register_parametrization
 import sj_taid
 from sj_taid import ALIFNode, calibrate, monitor
 from sj_taid._internal import compat
-from sj_taid.thresholds import fixed_thresholds, set_fixed_thresholds
+from sj_taid.calibration import fixed_thresholds, set_fixed_thresholds
 
 
 @pytest.mark.skipif(not compat.FUNCTIONAL_STATES, reason="0.0.0.0.14 has no SimpleBaseNode")

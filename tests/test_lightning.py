@@ -46,7 +46,7 @@ def test_reset_state_starts_every_batch_from_rest(tmp_path):
     )
     with torch.no_grad():
         task.net[1].v_threshold.fill_(-0.5)
-    with pytest.warns(UserWarning, match=r"at or below the reset voltage: net\.1\. "):
+    with pytest.warns(UserWarning, match=r"^layers net\.1: threshold at or below"):
         trainer.fit(task, data, data)
     trainer.test(task, data, verbose=False)
     trainer.predict(task, data)

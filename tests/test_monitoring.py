@@ -12,7 +12,7 @@ from torch import nn
 
 from sj_taid import ALIFNode, monitor, swap_neurons, to_lif
 from sj_taid._internal import compat
-from sj_taid.monitoring import LayerState
+from sj_taid.monitoring import _REMEDIES, LayerState
 
 
 def make_net():
@@ -49,71 +49,65 @@ def test_monitor_counts_over_calls():
     assert watch.state()["0"].firing_rate is None
 
 
-def test_monitor_counts_a_count_as_so_many_spikes():
-    net = nn.ModuleDict({n: ALIFNode(levels=4, v_reset=None, init_tau=1.1) for n in ("few", "all")})
-    with monitor(net, saturated=0.9) as watch:
-        counts = net["few"](torch.tensor([[0.0, 2.4, 3.3]]))
-        net["all"](torch.full((1, 3), 9.0))
-    with pytest.warns(UserWarning, match=r"^saturated layers.*step: all \(4\)\. "):
-        state = watch.state()
-    assert counts.tolist() == [[0, 2, 3]] and state["few"].firing_rate == pytest.approx(5 / 3)
-    divided = ALIFNode(levels=4, init_tau=None, normalize=True)
-    with monitor(nn.Sequential(divided)) as watch:
-        divided(torch.tensor([[0.0, 2.4, 3.3]]))
-    assert watch.layers()["0"] == LayerState(pytest.approx(5 / 3), None, 1.0)
-
-
-def test_monitor_names_dead_saturated_and_not_finite_layers():
-    net = nn.ModuleDict({name: ALIFNode() for name in ("dead", "busy", "fine", "nan")})
-    net["plain"] = neuron.LIFNode()
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ({"v_reset": None, "init_tau": 1.1}, [0, 2, 3]),
+        ({"init_tau": None, "normalize": True}, [0, 0.5, 0.75]),
+    ],
+)
+def test_monitor_counts_a_count_as_so_many_spikes(options, given):
+    net = nn.Sequential(ALIFNode(levels=4, **options))
     with monitor(net) as watch:
-        net["dead"](torch.zeros(4, 3))
-        net["busy"](3 * torch.ones(4, 3))
-        net["fine"](torch.tensor([[0.0, 3.0]]))
-        for name in ("nan", "plain"):
-            net[name](torch.tensor([[math.nan, 3.0]]))
-    marks = [line.split()[-1] for line in str(watch).splitlines()[1:]]
-    assert marks == ["dead", "saturated", "1", "finite", "finite"]
+        assert net(torch.tensor([[0.0, 2.4, 3.3]])).tolist() == [given]
+    assert watch.layers()["0"].firing_rate == pytest.approx(5 / 3)
+
+
+def fallen(to, **options):
+    """A neuron whose threshold has fallen."""
+    node = ALIFNode(**options)
+    node.v_threshold.data.copy_(torch.tensor(to))
+    return node
+
+
+AT_RESET = "threshold at or below the reset voltage"
+AT_BOUND = "threshold at its lower bound"
+NODES = {
+    "dead": (ALIFNode(), [0.0, 0.0], ["dead"]),
+    "busy": (ALIFNode(), [3.0, 3.0], ["saturated"]),
+    "all": (ALIFNode(levels=4, v_reset=None), [9.0, 9.0], ["saturated"]),
+    "one of them": (ALIFNode(levels=4, v_reset=None), [9.0, 0.0], []),
+    "nan": (ALIFNode(), [math.nan, 3.0], ["voltage not finite"]),
+    "plain nan": (neuron.LIFNode(), [math.nan, 3.0], ["voltage not finite"]),
+    "one of two": (fallen([1.0, 0.0], channels=2), [0.0, 3.0], [AT_RESET]),
+    "soft": (fallen(-0.46, v_reset=None), [-3.0, 3.0], [AT_RESET]),
+    "above its reset": (ALIFNode(v_reset=-0.5, v_threshold=-0.4), [-3.0, 3.0], []),
+    "at the bound": (fallen([0.1, 3.0], min_v_threshold=0.1, channels=2), [1.0, 1.0], [AT_BOUND]),
+    "below it": (fallen(-1.0, min_v_threshold=0.1), [0.0, 0.0], ["dead", AT_BOUND]),
+    "free": (ALIFNode(v_threshold=0.05), [0.0, 3.0], []),
+    "never ran": (ALIFNode(), None, []),
+}
+
+
+def test_monitor_notes_what_is_wrong_with_a_layer():
+    net = nn.ModuleDict({name: node for name, (node, *_) in NODES.items()})
+    with monitor(net) as watch:
+        for node, x, _ in NODES.values():
+            _ = x and node(torch.tensor([x]))
+    lines = str(watch).splitlines()[1:]
+    for (name, (*_, notes)), line in zip(NODES.items(), lines, strict=True):
+        assert line.startswith(name) and line.endswith(", ".join(notes) or line[-1]), line
     with pytest.warns(UserWarning) as caught:
         states = watch.state()
-    assert math.isnan(states["nan"].firing_rate) and math.isnan(states["plain"].firing_rate)
-    dead, not_finite, saturated = sorted(str(warning.message) for warning in caught)
-    assert dead.startswith("dead layers, spikes per neuron and step: dead (0).")
-    assert saturated.startswith("saturated layers, spikes per neuron and step: busy (1).")
-    assert "sj_taid.calibrate(net, x_seq)" in dead and dead[-40:] == saturated[-40:]
-    assert "step: nan (nan), plain (nan). " in not_finite
-    assert "torch.autograd.detect_anomaly()" in not_finite
+    assert math.isnan(states["nan"].firing_rate) and states["never ran"].firing_rate is None
+    texts = [str(warning.message) for warning in caught]
+    for note in ("dead", "saturated", "voltage not finite", AT_RESET, AT_BOUND):
+        names = [name for name, (*_, notes) in NODES.items() if note in notes]
+        (text,) = [t for t in texts if t.startswith(f"layers {', '.join(names)}: {note}. ")]
+        assert text.endswith(_REMEDIES[note])
+    assert {warning.filename for warning in caught} == {__file__} and len(texts) == 5
     watch.clear()
     assert watch.layers()["nan"].firing_rate is None
-
-
-def test_monitor_names_thresholds_at_their_bound():
-    net = nn.ModuleDict({"low": ALIFNode(v_threshold=0.5, min_v_threshold=0.1, channels=3)})
-    net["free"] = ALIFNode(v_threshold=0.05)
-    net["high"] = ALIFNode(v_threshold=0.2, min_v_threshold=0.1)
-    watch = monitor(net, dead=0.0, saturated=1.0)
-    net["low"](torch.zeros(1, 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        watch.state()
-    with torch.no_grad():
-        net["low"].v_threshold.copy_(torch.tensor([0.1, 0.05, 0.11]))
-    with pytest.warns(UserWarning, match=r"at their lower bound: low \(0\.1, 2 of 3\)\. "):
-        watch.state()
-
-
-def test_monitor_names_thresholds_at_the_reset():
-    net = nn.ModuleDict({"per_channel": ALIFNode(channels=2), "soft": ALIFNode(v_reset=None)})
-    net["negative"], net["plain"] = ALIFNode(v_reset=-0.5, v_threshold=-0.4), neuron.LIFNode()
-    watch = monitor(net)
-    assert "reset voltage" not in str(watch)
-    with torch.no_grad():
-        net["per_channel"].v_threshold[1] = 0.0
-        net["soft"].v_threshold.fill_(-0.46)
-    text = "thresholds at or below the reset voltage: per_channel, soft. "
-    assert text in str(watch)
-    with pytest.warns(UserWarning, match=text):
-        watch.state()
 
 
 def test_monitor_ends_with_its_block():

@@ -24,7 +24,7 @@ from sj_taid import (
     unaccelerate,
 )
 from sj_taid._internal import compat
-from sj_taid.thresholds import fixed_thresholds
+from sj_taid.calibration import fixed_thresholds
 
 
 def make_net(**options):

@@ -1,9 +1,6 @@
-"""Reports on what was done with each neuron or norm of a net, printed as tables."""
-
-from __future__ import annotations
+"""Rows of reports on the neurons and norms of a net, and tables."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -21,35 +18,6 @@ class Row(NamedTuple):
     kind: str
     done: str
     note: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`.swap_neurons` changed in a net; ``print`` it for a table.
-
-    Attributes:
-        rows: a :class:`Row` for each neuron.
-        remark: what else there is to say of the net, or "".
-    """
-
-    rows: tuple[Row, ...]
-    remark: str = ""
-
-    @property
-    def changed(self) -> tuple[Row, ...]:
-        """The rows with something done."""
-        return tuple(row for row in self.rows if row.done)
-
-    @property
-    def kept(self) -> tuple[Row, ...]:
-        """The rows that were left alone, with the reason in ``note``."""
-        return tuple(row for row in self.rows if not row.done)
-
-    def __str__(self) -> str:
-        head = f"{len(self.changed)} swapped, {len(self.kept)} left alone"
-        return "\n".join(filter(None, (head, table_of(self.rows), self.remark)))
-
-    __repr__ = __str__
 
 
 def table_of(rows: Iterable[Row]) -> str:

@@ -37,7 +37,7 @@ class Acceleration:
     """The report of :func:`.accelerate`; ``print`` it for a table.
 
     Attributes:
-        rows: a :class:`~sj_taid._internal.report.Row` for each neuron and norm.
+        rows: a :class:`~sj_taid.convert.Row` for each neuron and norm.
         saved_bytes: bytes saved for backward, before and after, if there was an example input;
             not that input itself, nor parameters and buffers.
         step_ms: milliseconds of a training step, before and after: the least of turns.

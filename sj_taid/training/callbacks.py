@@ -19,8 +19,7 @@ from rich.progress import track
 
 from .._internal.context import eval_mode, seeded
 from .._internal.neurons import find_neurons
-from ..monitoring import monitor
-from ..thresholds import warn_at_bound, warn_at_reset
+from ..monitoring import monitor, warn_of_thresholds
 from .plot import draw_curves, draw_parameters, neuron_parameters
 
 log = logging.getLogger(__name__)
@@ -126,9 +125,7 @@ class History(L.Callback):
     def on_test_end(self, trainer: L.Trainer, task: Any) -> None:
         if not trainer.is_global_zero:
             return
-        nodes = dict(task.model.named_modules())
-        warn_at_bound(nodes)
-        warn_at_reset(nodes)
+        warn_of_thresholds(task.model)
         if not self.draw:
             return
         loader: Any = trainer.test_dataloaders

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from ..thresholds import set_fixed_thresholds
+from ..calibration import set_fixed_thresholds
 from .files import atomic_save
 
 

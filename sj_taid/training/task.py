@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..calibration import fixed_thresholds
 from ..data import Data, ImageData
 from ..optim import parameter_groups
-from ..thresholds import fixed_thresholds
 from .checkpoint import load_weights
 from .plot import draw_reconstructions
 

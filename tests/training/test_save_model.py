@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sj_taid import ALIFNode, create_model
+from sj_taid.calibration import fixed_thresholds
 from sj_taid.pretrained import read_config, save_model
-from sj_taid.thresholds import fixed_thresholds
 from sj_taid.training import Run, load_model
 from sj_taid.training.config import compose
 from sj_taid.training.train import train
