@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
+from torch.utils import collect_env
 
 from . import __version__
 from .functional import alif_multi_step
 from .ops import backends
 
+_GPUS = "nvidia-smi --query-gpu=name,compute_cap,driver_version --format=csv,noheader"
 PACKAGES = (
     *("torch", "spikingjelly", "numpy", "numba", "cupy-cuda12x", "cupy-cuda13x"),
     *("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "triton"),
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for package, number in installed().items():
         print(package, number or "is not installed")
     print("torch.version.cuda", torch.version.cuda)
-    print(*gpus(), sep="\n")
+    gpus = collect_env.run_and_read_all(collect_env.run, _GPUS)  # whatever torch and CuPy see
+    print(f"GPU, compute capability, driver: {gpus or 'nvidia-smi knows none'}")
     if backends.works("cupy"):
         from .ops.alif.cuda import nvrtc_version
 
@@ -75,16 +78,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return run.stdout.strip()
-
-
-def gpus() -> list[str]:
-    """The GPUs as nvidia-smi knows them, whatever torch and CuPy see."""
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(query, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [f"no GPU known, since nvidia-smi does not run: {error}"]
-    return [f"GPU, compute capability, driver: {line}" for line in run.stdout.splitlines()]
 
 
 def check_backend(name: str) -> tuple[bool, str]:

@@ -1,7 +1,6 @@
 """Comparison of modules with their successors, on the inputs that they get in a net."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,14 +40,13 @@ def compare(net: nn.Module, new_of: Mapping[Site, nn.Module], inputs: Any) -> di
         trial.get_submodule(site.path).register_forward_pre_hook(keep, with_kwargs=True)
     reset(trial)
     devices = {tensor.device for tensor in trial.parameters() if tensor.is_cuda}
-    fork = partial(torch.random.fork_rng, devices)
-    with fork(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        trial(*inputs)  # compiled code would not call the hooks
-    with saved_tensors_hooks(lambda t: t, lambda t: t):
-        return {site: _compare_one(site, new, calls[site], fork) for site, new in new_of.items()}
+    with torch.random.fork_rng(devices), saved_tensors_hooks(lambda t: t, lambda t: t):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            trial(*inputs)  # compiled code would not call the hooks
+        return {site: _compare_one(site, new, calls[site]) for site, new in new_of.items()}
 
 
-def _compare_one(site: Site, new: nn.Module, calls: list[Any], fork: Any) -> str:
+def _compare_one(site: Site, new: nn.Module, calls: list[Any]) -> str:
     """Compare a module with its successor: a note, or an error that names the difference."""
     if not calls:
         return "not reached by the example"
@@ -59,11 +57,11 @@ def _compare_one(site: Site, new: nn.Module, calls: list[Any], fork: Any) -> str
         for module in (*olds, new):
             module.train(mode == "training")
         plain, *nudged = (  # without the old module's hooks, which its successor gets
-            _results(old, old.forward, calls, fork, factor)
+            _results(old, old.forward, calls, factor)
             for old, factor in zip(olds, (1.0, 1.0 + _NUDGE, 1.0 - _NUDGE), strict=True)
         )
         try:
-            got = _results(new, new, calls, fork)
+            got = _results(new, new, calls)
         except Exception as error:
             error.add_note(f"raised by what replace= gives for {site.path!r}, on its input there")
             raise
@@ -78,33 +76,35 @@ def _compare_one(site: Site, new: nn.Module, calls: list[Any], fork: Any) -> str
 
 
 def _results(
-    module: nn.Module, forward: Any, calls: list[Any], fork: Any, factor: float = 1.0
+    module: nn.Module, forward: Any, calls: list[Any], factor: float = 1.0
 ) -> dict[str, Tensor]:
     """Outputs and gradients of the inputs of calls in a row, twice and once after a reset."""
-    leaves: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    leaves: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def leaf(x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x
-        name = f"gradient of input {len(leaves) + 1}"
-        leaves[name] = x.detach().to(state_dtype(x.dtype)).requires_grad_()
-        return leaves[name] * factor
+        leaves.append(x.detach().to(state_dtype(x.dtype)).requires_grad_())
+        return leaves[-1] * factor
 
-    with fork():  # so that each run draws the same random numbers
-        for repeat in range(3):
-            if repeat != 1:
-                reset(module)
-            for call in calls:
-                args, kwargs = tree_map_only(Tensor, leaf, call)
-                for y in tree_leaves(forward(*args, **kwargs)):
-                    if isinstance(y, Tensor) and y.is_floating_point():
-                        outputs[f"output {len(outputs) + 1}"] = y
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    terms = [(y * draw(y.shape).to(y)).sum() for y in outputs.values() if y.requires_grad]
-    terms += [0.0 * x.sum() for x in leaves.values()]  # the gradient where there is none
-    grads = torch.autograd.grad(terms, [*leaves.values()]) if leaves else ()
-    return {n: y.detach() for n, y in outputs.items()} | dict(zip(leaves, grads, strict=True))
+    torch.manual_seed(0)  # each run draws the same random numbers
+    for repeat in range(3):
+        if repeat != 1:
+            reset(module)
+        for call in calls:
+            args, kwargs = tree_map_only(Tensor, leaf, call)
+            found = [y for y in tree_leaves(forward(*args, **kwargs)) if isinstance(y, Tensor)]
+            outputs += filter(Tensor.is_floating_point, found)
+    terms = [
+        (y * torch.arange(y.numel(), device=y.device).cos().view(y.shape)).sum()
+        for y in outputs
+        if y.requires_grad
+    ]
+    terms += [0.0 * x.sum() for x in leaves]  # the gradient where there is none
+    grads = torch.autograd.grad(terms, leaves) if leaves else ()
+    named = {f"output {n}": y.detach() for n, y in enumerate(outputs, 1)}
+    return named | {f"gradient of input {n}": grad for n, grad in enumerate(grads, 1)}
 
 
 def _difference(old: Tensor, nudged: list[Tensor], got: Tensor | None) -> str | None:

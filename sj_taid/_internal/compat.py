@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType
 from typing import Any
 
 from spikingjelly.activation_based import functional, neuron
@@ -37,25 +36,17 @@ def plain_kind(node: nn.Module) -> type[neuron.BaseNode] | None:
     kind = next((kind for kind in PLAIN_NEURONS if isinstance(node, kind)), None)
     if kind is None:
         return None
-    own = _attributes_below(kind, node)
+    own = {name for c in type(node).__mro__ if c not in kind.__mro__ for name in vars(c)}
     names = {name for name in own if name[:2] != "__" or name == "__call__"}
     known = {*dir(kind), *inspect.signature(kind).parameters, *HOOKS}
     return None if names & known - {"extra_repr", "supported_backends"} else kind
 
 
-def added_methods(node: nn.Module) -> set[str]:
+def added_methods(node: nn.Module) -> list[str]:
     """The public methods and properties that a subclass of LIF, PLIF or IF adds."""
-    kind = plain_kind(node)
-    own = _attributes_below(kind, node) if kind else {}
-    kinds = FunctionType | property | classmethod | staticmethod
-    methods = {name for name, value in own.items() if isinstance(value, kinds)}
-    return {name for name in methods - {*dir(kind)} if name[0] != "_"}
-
-
-def _attributes_below(kind: type, node: nn.Module) -> dict[str, Any]:
-    """The attributes of the classes between a node's and ``kind``."""
-    own = (vars(c) for c in reversed(type(node).__mro__) if c not in kind.__mro__)
-    return {name: value for attributes in own for name, value in attributes.items()}
+    own, kind = type(node), plain_kind(node) or type(node)
+    added = [name for name in dir(own) if name[0] != "_" and not hasattr(kind, name)]
+    return [n for n in added if callable(v := getattr(own, n)) or isinstance(v, property)]
 
 
 def forget_reset_cache() -> None:
