@@ -20,7 +20,7 @@ from .._internal.checks import expand_home
 from .._internal.extras import TRAIN, needs
 from .._internal.neurons import find_neurons
 from ..acceleration.exchange import accelerate
-from ..thresholds import fixed_thresholds, set_fixed_thresholds
+from ..calibration import fixed_thresholds, set_fixed_thresholds
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
