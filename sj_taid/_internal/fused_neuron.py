@@ -109,11 +109,11 @@ class FusedNeuron:
             v_init: Any = 0.0 if v0 is not None else v
             if spec.saves:
                 kept = (x,) if type(x) is Kept else ()
-                arguments = *tensors, plan, spec, v_init, mean, rstd, self._taid_name
+                operands = *tensors[:4], mean, rstd, weight, bias
+                arguments = plan, v_init, self._taid_name, *operands
                 spike_seq, v, v_seq, bits = run_saving(kept, apply_fused, arguments, {})
             else:
-                x, v0, w, v_threshold, *_ = tensors
-                spike_seq, v, v_seq, _, bits = plan.forward(x, v0, v_init, w, v_threshold, None)
+                spike_seq, v, v_seq, _, bits = plan.forward(v_init, *tensors[:4], *[None] * 4)
             if keeps:
                 spike_seq = _keep(self, spike_seq, bits, strides)
             return spike_seq, v, v_seq

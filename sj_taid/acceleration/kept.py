@@ -83,17 +83,14 @@ class Counts(Recipe):
         if self._saved is None:
             values = tensor.detach().as_strided((self._numel,), (1,), 0).view(self._steps, -1)
             engine = backends.engine_of(tensor.device.type)
-            self._saved = bits.pack_whole(values, self.peak or 0, engine.pack, engine.pack_counts)
+            self._saved = engine.pack(values, self.peak or 0)
         return (self._saved,)
 
     def make(self, *parts: Tensor) -> Tensor:
         (saved,) = parts
         values = torch.empty(self._numel, dtype=self._dtype, device=saved.device)
         engine = backends.engine_of(saved.device.type)
-        if self.peak == 1:
-            engine.unpack_into(saved, values.view(self._steps, -1))
-        else:
-            engine.unpack_counts_into(saved, values)
+        engine.unpack_into(saved, values)
         return values
 
 

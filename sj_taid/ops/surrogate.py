@@ -18,24 +18,30 @@ from .._internal.compat import FUNCTIONAL_STATES
 # SpikingJelly 2.x's inner slope of PiecewiseLeakyReLU, and 0.0.0.0.14's, which is twice that.
 _LEAKY_AREA = 0.5 if FUNCTIONAL_STATES else 1.0
 
+
+class _Step(torch.autograd.Function):
+    """``step(x)``, with the gradient ``differentiate(grad, x)``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, step: Any, differentiate: Any) -> Tensor:
+        return step(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, ctx.differentiate = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.differentiate(grad, x), None, None
+
+
 if FUNCTIONAL_STATES:
     Rect = surrogate.Rect
 else:
-
-    class _RectStep(torch.autograd.Function):
-        @staticmethod
-        def forward(x: Tensor, alpha: float) -> Tensor:
-            return surrogate.heaviside(x)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-            x, ctx.alpha = inputs
-            ctx.save_for_backward(x)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-            (x,) = ctx.saved_tensors
-            return grad * ctx.alpha * (x.abs() < 0.5 / ctx.alpha), None
 
     class Rect(surrogate.SurrogateFunctionBase):  # type: ignore[no-redef]
         """2.x's rectangle of height alpha and width 1 / alpha, which 0.0.0.0.14 lacks."""
@@ -45,7 +51,10 @@ else:
 
         @staticmethod
         def spiking_function(x: Tensor, alpha: float) -> Tensor:
-            return _RectStep.apply(x, alpha)
+            def differentiate(grad: Tensor, x: Tensor) -> Tensor:
+                return grad * alpha * (x.abs() < 0.5 / alpha)
+
+            return _Step.apply(x, surrogate.heaviside, differentiate)
 
         @staticmethod
         def primitive_function(x: Tensor, alpha: float) -> Tensor:
@@ -55,23 +64,6 @@ else:
 if hasattr(surrogate, "MultiLevelSpikeCount"):
     MultiLevelSpikeCount = surrogate.MultiLevelSpikeCount
 else:
-
-    class _Count(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(x: Tensor, most: int, low: float, high: float) -> Tensor:
-            return x.clamp(0, most).round()
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            x, _, *ctx.window = inputs
-            ctx.save_for_backward(x)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            (x,), (low, high) = ctx.saved_tensors, ctx.window
-            return grad * ((x >= low) & (x <= high)), None, None, None
 
     class MultiLevelSpikeCount(surrogate.MultiArgsSurrogateFunctionBase):  # type: ignore[no-redef]
         """2.x's ``round(clamp(x, 0, D))``, straight-through in a window, which 0.0.0.0.14 lacks."""
@@ -91,8 +83,14 @@ else:
 
         def forward(self, x: Tensor) -> Tensor:
             if not self.spiking:
-                return x.clamp(0, self.max_spike_count)
-            return _Count.apply(x, self.max_spike_count, self.grad_min, self.grad_max)
+                return self._clamp(x)
+            return _Step.apply(x, lambda x: self._clamp(x).round(), self._differentiate)
+
+        def _clamp(self, x: Tensor) -> Tensor:
+            return x.clamp(0, self.max_spike_count)
+
+        def _differentiate(self, grad: Tensor, x: Tensor) -> Tensor:
+            return grad * ((x >= self.grad_min) & (x <= self.grad_max))
 
 
 class Derivative(NamedTuple):
@@ -104,8 +102,6 @@ class Derivative(NamedTuple):
     derivative (``Rect``'s edge, say) lies at the same float32 number.
     """
 
-    #: of its function in CUDA and numba, unlike all others
-    name: str
     #: computes ``(a, b)`` from attributes of the module
     constants: Callable[..., tuple[float, float]]
     #: the body of ``float f(float x, float a, float b)``; ``reciprocal`` is the kernels' ``1 / x``
@@ -138,121 +134,103 @@ def _s2nn(x: float, a: float, b: float) -> float:
     return a * e / ((f32(1.0) + e) * (f32(1.0) + e))
 
 
-_SPIKINGJELLYS = (
-    Derivative(
-        "Sigmoid",
+_SPIKINGJELLYS = {
+    "Sigmoid": Derivative(
         lambda alpha: (alpha, 0.0),
         "float e = exponential(-fabsf(a * x)); float r = reciprocal(1.0f + e);"
         " return a * e * r * r;",
         _sigmoid,
     ),
-    Derivative(
-        "ATan",
+    "ATan": Derivative(
         lambda alpha: (alpha / 2, math.pi / 2 * alpha),
         "float y = b * x; return a * reciprocal(fmaf(y, y, 1.0f));",
         lambda x, a, b: a / (f32(1.0) + (b * x) * (b * x)),
     ),
-    Derivative(
-        "PiecewiseQuadratic",
+    "PiecewiseQuadratic": Derivative(
         lambda alpha: (alpha, 1 / alpha),
         "return fabsf(x) > b ? 0.0f : a - a * a * fabsf(x);",
         lambda x, a, b: f32(0.0) if abs(x) > b else a - a * a * abs(x),
     ),
-    Derivative(
-        "PiecewiseExp",
+    "PiecewiseExp": Derivative(
         lambda alpha: (alpha / 2, alpha),
         "return a * exponential(-b * fabsf(x));",
         lambda x, a, b: a * exp(-b * abs(x)),
     ),
-    Derivative(
-        "SoftSign",
+    "SoftSign": Derivative(
         lambda alpha: (1 / alpha, 1 / (2 * alpha)),
         "float r = reciprocal(a + fabsf(x)); return b * r * r;",
         lambda x, a, b: b / ((a + abs(x)) * (a + abs(x))),
     ),
-    Derivative(
-        "SuperSpike",
+    "SuperSpike": Derivative(
         lambda alpha: (alpha, 0.0),
         "float r = reciprocal(1.0f + fabsf(x)); return a * r * r;",
         lambda x, a, b: a / ((f32(1.0) + abs(x)) * (f32(1.0) + abs(x))),
     ),
-    Derivative(
-        "Erf",
+    "Erf": Derivative(
         lambda alpha: (alpha, alpha / math.sqrt(math.pi)),
         "return b * exponential(-(a * x) * (a * x));",
         lambda x, a, b: b * exp(-(a * x) * (a * x)),
     ),
-    Derivative(
-        "PiecewiseLeakyReLU",
+    "PiecewiseLeakyReLU": Derivative(
         lambda w, c: (w, c),
         f"return fabsf(x) < a ? {_LEAKY_AREA}f * reciprocal(a) : b;",
         lambda x, a, b: f32(_LEAKY_AREA) / a if abs(x) < a else b,
         ("w", "c"),
     ),
-    Derivative(
-        "LeakyKReLU",
+    "LeakyKReLU": Derivative(
         lambda leak, k: (leak, k),
         "return x >= 0.0f ? b : a;",
         lambda x, a, b: b if x >= 0.0 else a,
         ("leak", "k"),
     ),
-    Derivative(
-        "Rect",
+    "Rect": Derivative(
         lambda alpha: (alpha, 0.5 / alpha),
         "return fabsf(x) < b ? a : 0.0f;",
         lambda x, a, b: a if abs(x) < b else f32(0.0),
     ),
-    Derivative(
-        "S2NN",
+    "S2NN": Derivative(
         lambda alpha, beta: (alpha, beta),
         "float e = exponential(-fabsf(a * x)); float r = reciprocal(1.0f + (x < 0.0f ? e : x));"
         " return x < 0.0f ? a * e * r * r : b * r;",
         _s2nn,
         ("alpha", "beta"),
     ),
-    Derivative(
-        "QPseudoSpike",
+    "QPseudoSpike": Derivative(
         lambda alpha: (2 / (alpha - 1), -alpha),
         "return powf(1.0f + a * fabsf(x), b);",
         lambda x, a, b: (f32(1.0) + a * abs(x)) ** b,
     ),
-    Derivative(
-        "NonzeroSignLogAbs",
+    "NonzeroSignLogAbs": Derivative(
         lambda alpha: (1 / alpha, 0.0),
         "return reciprocal(a + fabsf(x));",
         lambda x, a, b: f32(1.0) / (a + abs(x)),
     ),
-    Derivative(
-        "LogTailedReLU",
+    "LogTailedReLU": Derivative(
         lambda alpha: (alpha, 0.0),
         "return x <= 0.0f ? a : x > 1.0f ? reciprocal(x) : 1.0f;",
         lambda x, a, b: a if x <= 0.0 else f32(1.0) / x if x > 1.0 else f32(1.0),
     ),
-    Derivative(
-        "FakeNumericalGradient",
+    "FakeNumericalGradient": Derivative(
         lambda alpha: (alpha, 1 / alpha if alpha > 0 else math.inf),
         "return fabsf(x) < b ? a : reciprocal(fabsf(x));",
         lambda x, a, b: a if abs(x) < b else f32(1.0) / abs(x),
     ),
-    Derivative(
-        "DeterministicPass", lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0), ()
+    "DeterministicPass": Derivative(
+        lambda: (0.0, 0.0), "return 1.0f;", lambda x, a, b: f32(1.0), ()
     ),
-    Derivative(
-        "MultiLevelSpikeCount",
+    "MultiLevelSpikeCount": Derivative(
         lambda most, low, high: (low, high),
         "return x >= a && x <= b ? 1.0f : 0.0f;",
         lambda x, a, b: f32(1.0) if (x >= a) & (x <= b) else f32(0.0),
         ("max_spike_count", "grad_min", "grad_max"),
     ),
-)
+}
 _KINDS = vars(surrogate) | {"Rect": Rect, "MultiLevelSpikeCount": MultiLevelSpikeCount}
 #: The class of a step function -> its derivative; ``DERIVATIVES[Mine] = Derivative(...)`` adds one.
 #: A subclass may override its parent's derivative, so it needs an entry of its own.
 #: The installed version of SpikingJelly may lack a class.
 DERIVATIVES: dict[type, Derivative] = {
-    _KINDS[derivative.name]: derivative
-    for derivative in _SPIKINGJELLYS
-    if derivative.name in _KINDS
+    _KINDS[name]: derivative for name, derivative in _SPIKINGJELLYS.items() if name in _KINDS
 }
 
 
@@ -271,14 +249,14 @@ def levels_of(surrogate_function: Any) -> int:
 
 
 def by_name(name: str) -> Derivative:
-    """The derivative that operators call ``name``.
+    """The derivative of the class of this name.
 
     Raises:
-        ValueError: not one entry of :data:`DERIVATIVES` has it.
+        ValueError: not one class of :data:`DERIVATIVES` has it.
     """
-    found = [derivative for derivative in DERIVATIVES.values() if derivative.name == name]
+    found = [derivative for kind, derivative in DERIVATIVES.items() if kind.__name__ == name]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} entries of DERIVATIVES have the name {name!r}, expected 1")
+        raise ValueError(f"{len(found)} classes of DERIVATIVES have the name {name!r}, expected 1")
     return found[0]
 
 
@@ -331,11 +309,11 @@ _READERS: dict[type, Any] = {}
 
 
 def derivative_of(surrogate_function: Any) -> tuple[str, float, float]:
-    """The name in :data:`DERIVATIVES` and the constants ``(a, b)`` of a supported surrogate.
+    """The name of a supported surrogate's class, and its constants ``(a, b)``.
 
     >>> derivative_of(surrogate.PiecewiseQuadratic(alpha=4.0))
     ('PiecewiseQuadratic', 4.0, 0.25)
     """
     derivative = DERIVATIVES[type(surrogate_function)]
     a, b = derivative.constants(*(getattr(surrogate_function, p) for p in derivative.parameters))
-    return derivative.name, float(a), float(b)
+    return type(surrogate_function).__name__, float(a), float(b)

@@ -68,8 +68,8 @@ def test_derivative_equals_spikingjellys(module, dtype):
 
 
 def test_derivatives_have_names_of_their_own(monkeypatch):
-    monkeypatch.setitem(DERIVATIVES, Steeper, DERIVATIVES[surrogate.ATan])
-    with pytest.raises(ValueError, match="2 entries of DERIVATIVES have the name 'ATan'"):
+    monkeypatch.setitem(DERIVATIVES, type("ATan", (Steeper,), {}), DERIVATIVES[surrogate.ATan])
+    with pytest.raises(ValueError, match="2 classes of DERIVATIVES have the name 'ATan'"):
         by_name("ATan")
 
 

@@ -16,7 +16,7 @@ from .. import surrogate
 from ..bits import is_dense
 from . import compiled, reference
 from .norm import BatchNorm, batch_norm
-from .plan import Charge, Dynamics, Engine, Needs, Norm, arranged, find_plan, spec_of
+from .plan import Charge, Dynamics, Engine, Needs, arranged, find_plan, spec_of
 from .reference import state_dtype
 
 
@@ -40,19 +40,19 @@ _UNFUSED = "backend='torch' for ALIF, sj_taid.unaccelerate(net) for an accelerat
 class FusedALIF(torch.autograd.Function):
     """A call of a plan in autograd; ``None`` for outputs that were not asked for, which cost time.
 
-    ``apply`` is given x, v0, w, v_threshold, weight, bias, the plan, its spec, ``v_init``, a norm's
-    mean and rstd, and what errors call the neuron; it gives spikes, last voltage, every voltage,
-    and bits.
+    ``apply`` is given the plan, ``v_init``, what errors call the neuron, and the plan's operands.
+    It gives spikes, last voltage, every voltage, and bits.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         # One parameter: apply looks at each of the signature's at every call.
-        x, v0, w, v_threshold, weight, bias, plan, spec, v_init, mean, rstd, name = inputs
-        norm = None if mean is None else Norm(mean, rstd, _plain(weight), _plain(bias))
-        spike_seq, v, v_seq, checkpoint, packed = plan.forward(x, v0, v_init, w, v_threshold, norm)
-        ctx.call = plan, spec, v_init, x.stride(), name
-        ctx.save_for_backward(x, v0, w, v_threshold, checkpoint, *(norm or _NO_NORM))
+        plan, v_init, name, *operands = inputs
+        if operands[4] is not None:  # there is a norm
+            operands[6:] = map(_plain, operands[6:])
+        spike_seq, v, v_seq, checkpoint, packed = plan.forward(v_init, *operands)
+        ctx.call = plan, v_init, operands[0].stride(), name
+        ctx.save_for_backward(checkpoint, *operands)
         # An output that nobody used has no gradient to read.
         ctx.set_materialize_grads(False)
         if packed is not None:
@@ -63,33 +63,32 @@ class FusedALIF(torch.autograd.Function):
     def backward(
         ctx: Any, grad_spike_seq: Any, grad_v: Any, grad_v_seq: Any, *unused: Any
     ) -> tuple[Tensor | None, ...]:
-        plan, spec, v_init, strides, name = ctx.call
+        plan, v_init, strides, name = ctx.call
         # Hooks on saved tensors need not keep their layout.
-        x, v0, w, v_threshold, checkpoint, *norm = _saved_tensors(ctx, name)
-        if checkpoint is not None:
-            checkpoint = checkpoint.contiguous()
-        step = spec.strides[1:]
-        need_x, need_v0, need_w, need_v_threshold, need_weight, need_bias = ctx.needs_input_grad[:6]
+        checkpoint, x, v0, *parameters = _saved_tensors(ctx, name)
+        order, step = plan.spec.strides, plan.spec.strides[1:]
+        need_x, need_v0, need_w, need_v_threshold, *_, need_weight, need_bias = (
+            ctx.needs_input_grad[3:]
+        )
         arguments = (
             Needs(need_x, need_v0, need_w, need_v_threshold, need_weight or need_bias),
-            arranged(grad_spike_seq, spec.strides),
+            arranged(grad_spike_seq, order),
             arranged(grad_v, step),
-            arranged(grad_v_seq, spec.strides),
+            arranged(grad_v_seq, order),
+            checkpoint if checkpoint is None else checkpoint.contiguous(),
+            v_init,
             arranged(x, strides),
             arranged(v0, step),
-            *(v_init, w, v_threshold, checkpoint, *norm),
+            *parameters,
         )
         run: Any = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         *grads, grad_weight, grad_bias = run(plan, *arguments)
         # A plan computes both or none, and a missing input of autograd's must get none.
-        grads += [grad_weight if need_weight else None, grad_bias if need_bias else None]
-        return *grads, *_NO_GRADIENTS
+        of_norm = grad_weight if need_weight else None, grad_bias if need_bias else None
+        return None, None, None, *grads, None, None, *of_norm
 
 
 apply_fused = graph.apply_of(FusedALIF)
-#: of the inputs that are no tensors, and of mean and rstd
-_NO_GRADIENTS = (None,) * 6
-_NO_NORM = (None,) * len(Norm._fields)
 
 
 def _plain(parameter: Tensor | None) -> Tensor | None:
@@ -121,9 +120,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(plan: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
-        *operands, mean, rstd, weight, bias = arguments
-        norm = None if mean is None else Norm(mean, rstd, weight, bias)
-        return plan.backward(*operands, norm)
+        return plan.backward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -170,8 +167,8 @@ def multi_step(
     v_threshold, v_init = v_threshold.contiguous(), 0.0 if v0 is not None else v
     dynamics = dynamics_of(w, **options)
     if compiles:
-        operands: Any = x_seq, v0, v_init, w, v_threshold, int(dynamics.charge), *dynamics[3:]
-        spike_seq, v_last, v_seq = compiled.alif(*operands, store_v_seq)
+        about: Any = int(dynamics.charge), *dynamics[3:], store_v_seq
+        spike_seq, v_last, v_seq = compiled.alif(x_seq, v0, v_init, w, v_threshold, *about)
         return spike_seq, v_last, v_seq if store_v_seq else None
     weight, bias = (None, None) if norm is None else norm[:2]
     leaves = (x_seq, v0, w, v_threshold, weight, bias)
@@ -183,8 +180,8 @@ def multi_step(
     if norm is not None:
         with torch.no_grad():
             _, mean, rstd = batch_norm(x_seq.to(dtype), norm)
-    plan = find_plan(engine, spec)
-    results = apply_fused(*leaves, plan, spec, v_init, mean, rstd, "")
+    operands = x_seq, v0, w, v_threshold, mean, rstd, weight, bias
+    results = apply_fused(find_plan(engine, spec), v_init, "", *operands)
     return results if return_bits else results[:3]
 
 

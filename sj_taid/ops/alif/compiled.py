@@ -21,6 +21,7 @@ _DYNAMICS = (
     "int charge, float? v_reset, bool detach_reset, str surrogate, float a, float b, int levels"
 )
 _GRADS = "Tensor? grad_spike, Tensor? grad_v, Tensor? grad_v_seq"
+_NO_NORM = (None,) * 4
 
 
 def _plan_of(x: Tensor, v_threshold: Tensor, dynamics: Any, store_v_seq: bool, saves: bool) -> Any:
@@ -43,7 +44,7 @@ def alif(
     x = x if is_dense(x) else x.contiguous()  # Inductor compares the layout of what it is given
     v0 = arranged(v0, x.stride()[1:])
     plan = _plan_of(x, v_threshold, dynamics, store_v_seq, False)
-    spike_seq, v, v_seq, *_ = plan.forward(x, v0, v_init, w, v_threshold, None)
+    spike_seq, v, v_seq, *_ = plan.forward(v_init, x, v0, w, v_threshold, *_NO_NORM)
     return spike_seq, v, v.new_empty(0) if v_seq is None else v_seq
 
 
@@ -70,10 +71,10 @@ def alif_backward(
     x = x if is_dense(x) else x.contiguous()
     strides, step = x.stride(), x.stride()[1:]
     plan = _plan_of(x, v_threshold, dynamics, grad_v_seq is not None, True)
-    operands: Any = x, arranged(v0, step), v_init, w, v_threshold
-    checkpoint = plan.forward(*operands, None)[3] if plan.has_checkpoint else None
+    operands = v_init, x, arranged(v0, step), w, v_threshold, *_NO_NORM
+    checkpoint = plan.forward(*operands)[3] if plan.has_checkpoint else None
     grads = arranged(grad_spike, strides), arranged(grad_v, step), arranged(grad_v_seq, strides)
-    found = plan.backward(Needs._make([*needs, False]), *grads, *operands, checkpoint, None)
+    found = plan.backward(Needs._make([*needs, False]), *grads, checkpoint, *operands)
     return tuple(x.new_empty(0) if grad is None else grad for grad in found[:4])
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .. import bits
 from . import autograd, kernels
-from .kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Grid, Kernel
-from .plan import Engine, Needs, Norm, Spec
+from .kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X, Grid
+from .plan import Engine, Needs, Plan, Spec
 
 if torch.version.hip:
     raise ImportError("the kernels are for NVIDIA GPUs, not for ROCm")
@@ -63,9 +63,6 @@ launches: Counter[str] = Counter()
 
 unsupported = partial(autograd.unsupported, "cuda", tuple(kernels.SCALARS))
 
-_Maybe = Tensor | None
-_NO_NORM = (None,) * len(Norm._fields)
-
 
 class _Launch(NamedTuple):
     """A kernel on a device, its grid, and what no call changes of the struct that it takes."""
@@ -78,7 +75,7 @@ class _Launch(NamedTuple):
     constants: array[int]
     sums: tuple[int, int]  #: the shape of what its threads write to be added up, if anything
 
-    def __call__(self, *tensors: _Maybe, v_init: float | None = None) -> None:
+    def __call__(self, *tensors: Tensor | None, v_init: float | None = None) -> None:
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
                 self(*tensors, v_init=v_init)
@@ -95,83 +92,48 @@ class _Launch(NamedTuple):
         launches[self.name] += 1
 
 
-class CudaPlan:
-    """The :class:`.plan.Plan` of the kernels."""
+class CudaPlan(Plan):
+    """The plan of the kernels."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+        saved = kernels.checkpoints(spec.steps, spec.dtype) if spec.saves else 0
+        # Counts are packed by a kernel of their own.
+        super().__init__(spec, spec.dtype, saved, not spec.dynamics.counts, pack)
         self.prepare_forward = cache(partial(_prepare_forward, spec))
         self.prepare_backward = cache(partial(_prepare_backward, spec))
-        on: dict[str, Any] = {"device": spec.device}
-        float32: dict[str, Any] = on | {"dtype": torch.float32}
-        order, step = (spec.shape, spec.strides), (spec.shape[1:], spec.strides[1:])
-        self.new = partial(torch.empty, **float32)
-        self.new_v = partial(torch.empty_strided, *step, **float32)
-        self.new_v_seq = partial(torch.empty_strided, *order, **float32)
-        self.new_spikes = partial(torch.empty_strided, *order, dtype=spec.dtype, **on)
-        size = bits.packed_shape(1, spec.steps, spec.neurons)
-        self.new_bits = partial(torch.empty, size, dtype=torch.uint8, **on)
-        #: whether forward packs its spikes, or a kernel of their own its counts
-        self.packs = spec.pack and not spec.dynamics.counts
-        self.packs_after = spec.pack and spec.dynamics.counts
-        saved = kernels.checkpoints(spec.steps, spec.dtype) if spec.saves else 0
-        self.checkpoint, self.has_checkpoint = (saved, spec.neurons), saved > 0
 
-    def forward(
-        self, x: Tensor, v0: _Maybe, v_init: float, w: _Maybe, v_threshold: _Maybe,
-        norm: Norm | None,
-    ) -> tuple[Tensor, Tensor, _Maybe, _Maybe, _Maybe]:  # fmt: skip
-        launch = self.prepare_forward(kernels.is_aligned(x, v0))  # what torch allocates is
-        outputs = (
-            self.new_spikes(),
-            self.new_v(),
-            self.new_v_seq() if self.spec.store_v_seq else None,
-            self.new(self.checkpoint) if self.has_checkpoint else None,
-            self.new_bits() if self.packs else None,
-        )
-        launch(x, v0, *outputs, w, v_threshold, *(norm or _NO_NORM), v_init=v_init)
-        if not self.packs_after:
-            return outputs
-        levels = self.spec.dynamics.levels
-        return *outputs[:4], bits.pack_whole(outputs[0], levels, pack, pack_counts)
+    def start_forward(self, v_init: float, operands: Any, outputs: Any) -> None:
+        launch = self.prepare_forward(kernels.is_aligned(*operands[:2]))  # what torch allocates is
+        launch(*operands, *outputs, v_init=v_init)
 
-    def backward(
-        self, needs: Needs, grad_spike: _Maybe, grad_v: _Maybe, grad_v_seq: _Maybe, x: Tensor,
-        v0: _Maybe, v_init: float, w: _Maybe, v_threshold: _Maybe, checkpoint: _Maybe,
-        norm: Norm | None,
-    ) -> tuple[_Maybe, ...]:  # fmt: skip
-        if grad_spike is None:  # unused spikes are too rare for kernels of their own
-            grad_spike = torch.zeros_like(x)
-        given = (grad_spike, grad_v, grad_v_seq, x, v0, checkpoint)
-        parameters = (w, v_threshold, *(norm or _NO_NORM))
-        run = self.prepare_backward(needs, grad_v_seq is not None, kernels.is_aligned(*given))
-        new, channels, ab = self.new, self.spec.channels, None
-        grad_weight, grad_bias = (new(channels), new(channels)) if needs.norm else (None, None)
-        if run.first and run.norm:
-            ab, sums = new((2, channels)), new(run.first.sums)
-            run.first(*given, None, None, *parameters, None, sums, v_init=v_init)
-            run.norm(sums, *parameters[2:], ab, grad_weight, grad_bias)
-        grad_x = torch.empty_like(x) if needs.x else None
-        grad_v0 = self.new_v() if needs.v0 else None
-        sums = new(run.main.sums)
-        run.main(*given, grad_x, grad_v0, *parameters, ab, sums, v_init=v_init)
+    def start_backward(
+        self, needs: Needs, v_init: float, operands: Any, given: Any, grads: Any
+    ) -> None:
+        if given[0] is None:  # unused spikes are too rare for kernels of their own
+            given = torch.zeros_like(operands[0]), *given[1:]
+        aligned = kernels.is_aligned(*operands[:2], *given)
+        run = self.prepare_backward(needs, given[2] is not None, aligned)
+        grad_x, grad_v0, grad_w, grad_v_threshold, *of_norm = grads
+        norm, ab = operands[4:], None
+        if run.first:
+            ab, sums = self.new((2, self.spec.channels)), self.new(run.first.sums)
+            run.first(*operands, *given, None, None, None, sums, v_init=v_init)
+            run.norm(sums, *norm, ab, *of_norm)
+        sums = self.new(run.main.sums)
+        run.main(*operands, *given, grad_x, grad_v0, ab, sums, v_init=v_init)
         if run.norm and not run.first:
-            run.norm(sums, *parameters[2:], None, grad_weight, grad_bias)
-        size = (channels,) * self.spec.per_channel
-        grad_w = new(size) if needs.w else None
-        grad_v_threshold = new(size) if needs.v_threshold else None
+            run.norm(sums, *norm, None, *of_norm)
         if run.parameters:
             run.parameters(sums, grad_w, grad_v_threshold)
-        return grad_x, grad_v0, grad_w, grad_v_threshold, grad_weight, grad_bias
 
 
 class _Backward(NamedTuple):
-    """The launches of a backward."""
+    """The launches of a backward, or ``None``."""
 
-    first: _Launch | None  #: makes the norm's sums alone, where x's gradient needs them
-    norm: _Launch | None
+    first: Any  #: makes the norm's sums alone, where x's gradient needs them
+    norm: Any
     main: _Launch
-    parameters: _Launch | None
+    parameters: Any
 
 
 def _prepare_forward(spec: Spec, aligned: bool) -> _Launch:
@@ -195,58 +157,45 @@ def _prepare_backward(spec: Spec, needs: Needs, v_seq: bool, aligned: bool) -> _
         count = _words("d", spec.steps * spec.neurons / max(1, spec.channels))
         norm = _prepare_adders(spec, "norm_gradients<float>", (norm_grid or grid).partials, count)
     if learns:
-        partials = grid.partials if spec.per_channel else (grid.sums, 1, 1)
+        partials = grid.partials if spec.per_channel else (grid.threads * grid.lanes, 1, 1)
         before, turns = array("q", (2 * norm_sums,)), needs.w + needs.v_threshold
         parameters = _prepare_adders(spec, "parameter_gradients<float>", partials, before, turns)
     return _Backward(first, norm, main, parameters)
 
 
-def pack(spike_seq: Tensor) -> Tensor:
+def pack(values: Tensor, most: int = 1) -> Tensor:
     """:func:`.bits.pack` in one launch."""
-    steps, neurons = spike_seq.shape
-    packed = spike_seq.new_empty(bits.packed_shape(1, steps, neurons), dtype=torch.uint8)
-    _launch_bits("pack_bits", spike_seq, packed)
+    size = bits.size_of(values, most)
+    packed = values.new_empty(bits.packed_shape(most, *size), dtype=torch.uint8)
+    _launch_packing("pack", values, packed, size)
     return packed
 
 
-def unpack_into(packed: Tensor, spike_seq: Tensor) -> None:
+def unpack_into(packed: Tensor, values: Tensor) -> None:
     """:func:`.bits.unpack_into` in one launch."""
-    _launch_bits("unpack_bits", spike_seq, packed)
+    _launch_packing("unpack", values, packed, bits.size_of_packed(packed, values))
 
 
-def pack_counts(counts: Tensor) -> Tensor:
-    """:func:`.bits.pack_counts` in one launch."""
-    shape = bits.packed_shape(bits.LARGEST_COUNT, 1, len(counts))
-    packed = counts.new_empty(shape, dtype=torch.uint8)
-    _launch_bits("pack_counts", counts.unsqueeze(0), packed)
-    return packed
-
-
-def unpack_counts_into(packed: Tensor, counts: Tensor) -> None:
-    """:func:`.bits.unpack_counts_into` in one launch."""
-    _launch_bits("unpack_counts", counts.unsqueeze(0), packed)
-
-
-def _launch_bits(name: str, spike_seq: Tensor, packed: Tensor) -> None:
-    aligned, (steps, neurons) = kernels.is_aligned(spike_seq, packed), spike_seq.shape
-    about = (name, spike_seq.dtype, steps, neurons, aligned, spike_seq.device)
-    _prepare_bits(*about)(spike_seq, packed)
+def _launch_packing(name: str, values: Tensor, packed: Tensor, size: tuple[int, int]) -> None:
+    about = (packed.numel(), packed.dim() == 1, kernels.is_aligned(values, packed))
+    _prepare_packing(name, values.dtype, values.device, *size, *about)(values, packed)
 
 
 @lru_cache(maxsize=1024)
-def _prepare_bits(
-    name: str, dtype: torch.dtype, steps: int, neurons: int, aligned: bool, device: torch.device
-) -> _Launch:
-    widest = kernels.ALIGNMENT // dtype.itemsize
-    vec = widest if aligned and neurons % widest == 0 else 1
-    threads = bits.count_bytes(steps) * neurons // vec
-    if name.endswith("counts"):  # of one step, in pairs
-        threads = -(-neurons // max(2, vec))
+def _prepare_packing(
+    name: str, dtype: torch.dtype, device: Any, steps: int, neurons: int, bytes_: int,
+    counts: bool, aligned: bool,
+) -> _Launch:  # fmt: skip
+    vec = kernels.ALIGNMENT // dtype.itemsize  # bytes of a thread, and neighbouring values
+    if not aligned or neurons % (2 * vec if counts else vec):
+        vec = 1
+    threads = bytes_ // vec
     constants, blocks = array("q", (threads, steps, neurons)), -(-threads // kernels.BLOCK)
-    return _prepare(device, f"{name}<{kernels.SCALARS[dtype]},{vec}>", constants, blocks)
+    kernel = f"{name}<{kernels.SCALARS[dtype]},{vec},{counts:d}>"
+    return _prepare(device, kernel, constants, blocks)
 
 
-ENGINE = Engine(CudaPlan, pack, unpack_into, pack_counts, unpack_counts_into)
+ENGINE = Engine(CudaPlan, pack, unpack_into)
 #: :func:`sj_taid.ops.alif.reference.multi_step`, fused
 multi_step = partial(autograd.multi_step, ENGINE)
 
@@ -263,19 +212,20 @@ def _constants(spec: Spec) -> array[int]:
 
 
 def _prepare_threads(
-    spec: Spec, kernel: Kernel, aligned: bool, sums: int = 0
+    spec: Spec, kernel: tuple[str, int], aligned: bool, sums: int = 0
 ) -> tuple[_Launch, Grid]:
     """A launch of the threads that run at a time; each writes its ``sums``."""
-    device = spec.device
+    name, vec = kernel
 
     def resident(vec: int, lanes: int) -> int:
-        return _resident(device, kernel.name(vec, lanes))
+        return _resident(spec.device, name.format(vec, lanes))
 
     layout = (spec.neurons, spec.inner, spec.channels)
-    grid = kernels.grid(*layout, kernel.vec, aligned, _capacity(device), resident)
-    name = kernel.name(grid.vec, grid.lanes)
-    constants = array("q", grid.arguments) + _constants(spec)
-    return _prepare(device, name, constants, grid.blocks, sums=(sums, grid.sums)), grid
+    grid = kernels.grid(*layout, vec, aligned, _capacity(spec.device), resident)
+    constants, size = array("q", grid[:4]) + _constants(spec), (sums, grid.threads * grid.lanes)
+    name = name.format(grid.vec, grid.lanes)
+    blocks = -(-grid.threads // kernels.BLOCK)
+    return _prepare(spec.device, name, constants, blocks, sums=size), grid
 
 
 def _prepare_adders(

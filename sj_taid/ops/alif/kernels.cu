@@ -48,91 +48,37 @@ __device__ constexpr int resident_blocks(bool soft, bool norm, int needs, bool g
   return grad_v_seq ? 3 : 6 - norm - (soft || (norm && writes_and_sums)) - (left || all);
 }
 
-// ---- numbers -----------------------------------------------------------------------------------
+// ---- PTX ------------------------------------------------------------------------------------------
+// The host build has these in C++.
 
-struct float16 { unsigned short bits; };
-struct bfloat16 { unsigned short bits; };
-
-union Bits { float value; unsigned int bits; };
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-
-__device__ __forceinline__ float to_float(bfloat16 x) {
-  Bits f;
-  f.bits = (unsigned int)x.bits << 16;
-  return f.value;
-}
-
-__device__ __forceinline__ float to_float(float16 x) {
 #ifdef __CUDA_ARCH__
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
-  return f;
-#else
-  _Float16 h;
-  __builtin_memcpy(&h, &x.bits, sizeof h);
-  return h;
-#endif
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
 }
 
-__device__ __forceinline__ void from_float(float x, float& y) { y = x; }
-
-__device__ __forceinline__ void from_float(float x, bfloat16& y) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-#else
-  Bits f;
-  f.value = x;
-  // To the nearest, ties to even; a NaN must not be rounded up to infinity.
-  y.bits = x != x ? 0x7fff : (f.bits + 0x7fff + (f.bits >> 16 & 1)) >> 16;
-#endif
-}
-
-__device__ __forceinline__ void from_float(float x, float16& y) {
-#ifdef __CUDA_ARCH__
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-#else
-  _Float16 h = (_Float16)x;
-  __builtin_memcpy(&y.bits, &h, sizeof h);
-#endif
+__device__ __forceinline__ unsigned short float_to_half(float x) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
 }
 
 // 1 / x to one unit in the last place; the IEEE division costs a call. Used in backward only.
 __device__ __forceinline__ float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
-#else
-  return 1.0f / x;
-#endif
 }
 
-// e^x for x <= 0, to 1e-6 of the largest value, 1; expf takes six instructions more.
-__device__ __forceinline__ float exponential(float x) {
-  const float power = x * 1.44269504f;  // of 2
-#ifdef __CUDA_ARCH__
+__device__ __forceinline__ float power_of_2(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(power));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#else
-  return exp2f(power);
-#endif
 }
 
-// ---- memory ------------------------------------------------------------------------------------
-
-template <int BYTES> struct Word;
-template <> struct Word<1> { typedef unsigned char type; };
-template <> struct Word<2> { typedef unsigned short type; };
-template <> struct Word<4> { typedef unsigned int type; };
-template <> struct Word<8> { typedef uint2 type; };
-template <> struct Word<16> { typedef uint4 type; };
-template <> struct Word<32> { typedef uint4 type; };
-
-// In PTX on the GPU: the compiler would split most plain assignments into 4 bytes each, and delay a
-// plain load until the word is used, so that the latencies of a sequence's loads add up.
-#ifdef __CUDA_ARCH__
+// The compiler would split most plain assignments into 4 bytes each, and delay a plain load until the
+// word is used, so that the latencies of a sequence's loads add up.
 __device__ __forceinline__ void load_word(const unsigned char* from, unsigned char& word) {
   unsigned short wide;
   asm volatile("ld.global.nc.u8 %0, [%1];" : "=h"(wide) : "l"(from));
@@ -176,10 +122,52 @@ __device__ __forceinline__ void store_word(uint4* to, uint4 word) {
   asm("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
       : : "l"(to), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w));
 }
-#else
-template <class word_t> void load_word(const word_t* from, word_t& word) { word = *from; }
-template <class word_t> void store_word(word_t* to, word_t word) { *to = word; }
 #endif
+
+// ---- numbers -----------------------------------------------------------------------------------
+
+struct float16 { unsigned short bits; };
+struct bfloat16 { unsigned short bits; };
+
+union Bits { float value; unsigned int bits; };
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+
+__device__ __forceinline__ float to_float(bfloat16 x) {
+  Bits f;
+  f.bits = (unsigned int)x.bits << 16;
+  return f.value;
+}
+
+__device__ __forceinline__ float to_float(float16 x) { return half_to_float(x.bits); }
+
+__device__ __forceinline__ void from_float(float x, float& y) { y = x; }
+
+__device__ __forceinline__ void from_float(float x, bfloat16& y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+  Bits f;
+  f.value = x;
+  // To the nearest, ties to even; a NaN must not be rounded up to infinity.
+  y.bits = x != x ? 0x7fff : (f.bits + 0x7fff + (f.bits >> 16 & 1)) >> 16;
+#endif
+}
+
+__device__ __forceinline__ void from_float(float x, float16& y) { y.bits = float_to_half(x); }
+
+// e^x for x <= 0, to 1e-6 of the largest value, 1; expf takes six instructions more.
+__device__ __forceinline__ float exponential(float x) { return power_of_2(x * 1.44269504f); }
+
+// ---- memory ------------------------------------------------------------------------------------
+
+template <int BYTES> struct Word;
+template <> struct Word<1> { typedef unsigned char type; };
+template <> struct Word<2> { typedef unsigned short type; };
+template <> struct Word<4> { typedef unsigned int type; };
+template <> struct Word<8> { typedef uint2 type; };
+template <> struct Word<16> { typedef uint4 type; };
+template <> struct Word<32> { typedef uint4 type; };
 
 // VEC neighbours, moved in words of up to 16 bytes.
 template <class scalar_t, int VEC>
@@ -233,7 +221,7 @@ __device__ __forceinline__ void load_or_fill(const float* from, index_t at, floa
 
 // ---- the neuron --------------------------------------------------------------------------------
 
-// A batch norm: plan.Norm, of which weight and bias may be null.
+// A batch norm, of which weight and bias may be null.
 struct Norm {
   const float *mean, *rstd, *weight, *bias;
 
@@ -242,10 +230,15 @@ struct Norm {
   }
 };
 
-// What does not change between the calls of a neuron's plan.
-struct Constants : Grid {
-  float v_reset, w, v_threshold, a, b, levels;  // a and b: the surrogate's
+// What a neuron's kernel takes: first what does not change between the calls of a plan, a and b of the
+// surrogate's; then its operands.
+template <class scalar_t>
+struct Operands : Grid {
+  float v_reset, constant_w, constant_threshold, a, b, levels;
   index_t stride, steps;
+  const scalar_t* x;
+  const float *v0, *w, *v_threshold;
+  Norm norm;
 };
 
 // The parameters of a thread's neurons: one set for all (LANES = 1) or one for each (LANES = VEC).
@@ -259,20 +252,20 @@ struct Neuron {
   // `at` is the position of the thread's first neuron in a step. w and the threshold are numbers, or
   // tensors of every channel (`stride` 1) or one for all (0). With LANES > 1 neighbours are of
   // successive channels.
-  __device__ __forceinline__ Neuron(const Constants& c, const float* w, const float* threshold,
-                                    const Norm& norm, const float* ab, index_t at)
+  template <class scalar_t>
+  __device__ __forceinline__ Neuron(const Operands<scalar_t>& c, const float* ab, index_t at)
       : v_reset(RESET == HARD ? c.v_reset : 0.0f), levels(c.levels) {
     const index_t first = at / c.inner % c.channels;
 #pragma unroll
     for (int i = 0; i < LANES; ++i) {
       const index_t channel = first + i;
-      q[i] = 1.0f / (1.0f + expf(-(w ? w[channel * c.stride] : c.w)));
-      v_threshold[i] = threshold ? threshold[channel * c.stride] : c.v_threshold;
+      q[i] = 1.0f / (1.0f + expf(-(c.w ? c.w[channel * c.stride] : c.constant_w)));
+      v_threshold[i] = c.v_threshold ? c.v_threshold[channel * c.stride] : c.constant_threshold;
       inverse[i] = 1.0f / v_threshold[i];
       if (NORM) {
-        mean[i] = norm.mean[channel];
-        gain[i] = norm.gain(channel);
-        bias[i] = norm.bias ? norm.bias[channel] : 0.0f;
+        mean[i] = c.norm.mean[channel];
+        gain[i] = c.norm.gain(channel);
+        bias[i] = c.norm.bias ? c.norm.bias[channel] : 0.0f;
         a[i] = ab ? ab[channel] : 0.0f;
         b[i] = ab ? ab[c.channels + channel] : 0.0f;
       }
@@ -335,16 +328,23 @@ struct Neuron {
 
 // ---- forward -----------------------------------------------------------------------------------
 
+template <class scalar_t>
+struct Forward : Operands<scalar_t> {
+  scalar_t* spike;
+  float *v_last, *v_seq, *checkpoint;
+  unsigned char* bits;
+  float v_init, unused;
+};
+
 // STEPS steps that begin at `here`, from the voltage `v` to the one after them. A neuron's spikes of
-// 8 steps make a byte of `bits`, the first step its lowest bit.
+// 8 steps make a byte of bits, the first step its lowest bit.
 template <int STEPS, bool STORE_V_SEQ, bool PACK, class N, class scalar_t, int VEC>
-__device__ __forceinline__ void forward_segment(const N& neuron, const scalar_t* x, scalar_t* spike,
-                                                float* v_seq, unsigned char* bits, index_t here,
-                                                index_t byte_here, index_t size, float (&v)[VEC]) {
+__device__ __forceinline__ void forward_segment(const N& neuron, const Forward<scalar_t>& c,
+                                                index_t here, index_t byte_here, float (&v)[VEC]) {
   float x_t[STEPS][VEC];
   unsigned int byte[VEC] = {};
 #pragma unroll
-  for (int t = 0; t < STEPS; ++t) load(x + here + t * size, x_t[t]);
+  for (int t = 0; t < STEPS; ++t) load(c.x + here + t * c.size, x_t[t]);
 #pragma unroll
   for (int t = 0; t < STEPS; ++t) {
     float s[VEC];
@@ -355,8 +355,8 @@ __device__ __forceinline__ void forward_segment(const N& neuron, const scalar_t*
       if (PACK && s[i] != 0.0f) byte[i] |= 1u << t % 8;
       v[i] = neuron.reset(h, i);
     }
-    store(s, spike + here + t * size);
-    if (STORE_V_SEQ) store(v, v_seq + here + t * size);
+    store(s, c.spike + here + t * c.size);
+    if (STORE_V_SEQ) store(v, c.v_seq + here + t * c.size);
     if (PACK && (t % 8 == 7 || t == STEPS - 1)) {
       Pack<unsigned char, VEC> bytes;
 #pragma unroll
@@ -364,22 +364,10 @@ __device__ __forceinline__ void forward_segment(const N& neuron, const scalar_t*
         bytes.lane[i] = (unsigned char)byte[i];
         byte[i] = 0;
       }
-      store(bytes, bits + byte_here + t / 8 * size);
+      store(bytes, c.bits + byte_here + t / 8 * c.size);
     }
   }
 }
-
-template <class scalar_t>
-struct Forward : Constants {
-  const scalar_t* x;
-  const float* v0;
-  scalar_t* spike;
-  float *v_last, *v_seq, *checkpoint;
-  unsigned char* bits;
-  const float *w, *v_threshold;
-  Norm norm;
-  float v_init, unused;
-};
 
 template <class scalar_t, int T, int VEC, int LANES, int RESET, int CHARGE, bool STORE_V_SEQ,
           bool NORM, bool PACK>
@@ -389,8 +377,7 @@ __global__ void __launch_bounds__(BLOCK, 8) alif_forward(const Forward<scalar_t>
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, size = c.size;
   if (thread >= c.threads) return;
-  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, c.w, c.v_threshold, c.norm, nullptr,
-                                                  thread * VEC);
+  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, nullptr, thread * VEC);
 #pragma unroll 1
   for (index_t at = thread * VEC; at < size; at += c.threads * VEC) {
     float v[VEC];
@@ -398,15 +385,13 @@ __global__ void __launch_bounds__(BLOCK, 8) alif_forward(const Forward<scalar_t>
 #pragma unroll 1
     for (int segment = 0; segment < segments; ++segment) {
       if (segment > 0 && c.checkpoint) store(v, c.checkpoint + (segment - 1) * size + at);
-      forward_segment<STEPS, STORE_V_SEQ, PACK>(neuron, c.x, c.spike, c.v_seq, c.bits,
-                                                segment * STEPS * size + at,
-                                                segment * BYTES * size + at, size, v);
+      forward_segment<STEPS, STORE_V_SEQ, PACK>(neuron, c, segment * STEPS * size + at,
+                                                segment * BYTES * size + at, v);
     }
     if constexpr (LEFT > 0) {
       if (c.checkpoint) store(v, c.checkpoint + (segments - 1) * size + at);
-      forward_segment<LEFT, STORE_V_SEQ, PACK>(neuron, c.x, c.spike, c.v_seq, c.bits,
-                                               segments * STEPS * size + at,
-                                               segments * BYTES * size + at, size, v);
+      forward_segment<LEFT, STORE_V_SEQ, PACK>(neuron, c, segments * STEPS * size + at,
+                                               segments * BYTES * size + at, v);
     }
     store(v, c.v_last + at);
   }
@@ -421,20 +406,30 @@ struct Sums {
   float h[LANES], h_x[LANES];  // H's gradient, and H's gradient times x - mean
 };
 
+template <class scalar_t>
+struct Backward : Operands<scalar_t> {
+  const scalar_t* grad_spike;
+  const float *grad_v_last, *grad_v_seq, *checkpoint;
+  scalar_t* grad_x;
+  float* grad_v0;
+  const float* ab;
+  float* partial;
+  float v_init, unused;
+};
+
 // STEPS steps that begin at `here`: from dL/dV after them to dL/dV before them, in `grad_v`.
 template <int STEPS, bool GRAD_V_SEQ, bool DETACH_RESET, int NEEDS, class Surrogate, int LANES,
           int RESET, int CHARGE, bool NORM, class scalar_t, int VEC>
 __device__ __forceinline__ void backward_segment(
-    const Neuron<LANES, RESET, CHARGE, NORM>& neuron, const scalar_t* grad_spike,
-    const float* grad_v_seq, const scalar_t* x, scalar_t* grad_x, float a, float b, index_t here,
-    index_t size, const float (&v_start)[VEC], float (&grad_v)[VEC], Sums<LANES>& sums) {
+    const Neuron<LANES, RESET, CHARGE, NORM>& neuron, const Backward<scalar_t>& c, index_t here,
+    const float (&v_start)[VEC], float (&grad_v)[VEC], Sums<LANES>& sums) {
   constexpr bool soft = RESET == SOFT || RESET == COUNTS;
   Pack<scalar_t, VEC> x_t[STEPS], grad_spike_t[STEPS];
   float h[STEPS][VEC];
 #pragma unroll
-  for (int t = 0; t < STEPS; ++t) fetch(x + here + t * size, x_t[t]);
+  for (int t = 0; t < STEPS; ++t) fetch(c.x + here + t * c.size, x_t[t]);
 #pragma unroll
-  for (int t = STEPS - 1; t >= 0; --t) fetch(grad_spike + here + t * size, grad_spike_t[t]);
+  for (int t = STEPS - 1; t >= 0; --t) fetch(c.grad_spike + here + t * c.size, grad_spike_t[t]);
 #pragma unroll
   for (int t = 0; t < STEPS; ++t) {
 #pragma unroll
@@ -446,7 +441,7 @@ __device__ __forceinline__ void backward_segment(
 #pragma unroll
   for (int t = STEPS - 1; t >= 0; --t) {
     float grad_x_t[VEC], grad_v_t[VEC];
-    if (GRAD_V_SEQ) load(grad_v_seq + here + t * size, grad_v_t);
+    if (GRAD_V_SEQ) load(c.grad_v_seq + here + t * c.size, grad_v_t);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       const int lane = neuron.lane(i);
@@ -460,7 +455,7 @@ __device__ __forceinline__ void backward_segment(
       const float gained = RESET == HARD ? fmaf(grad_v[i], neuron.v_reset, grad_s) : grad_s;
       const float lost = soft ? threshold : h_t;
       const float grad = DETACH_RESET ? grad_s : fmaf(-grad_v[i], lost, gained);
-      float through_spike = grad * Surrogate::derivative(over, a, b);
+      float through_spike = grad * Surrogate::derivative(over, c.a, c.b);
       if (RESET == COUNTS) through_spike *= neuron.inverse[lane];
       // Products, not selections, as in PyTorch: what is not finite stays so.
       const float past_reset = soft || !fired ? 1.0f : 0.0f;
@@ -490,24 +485,9 @@ __device__ __forceinline__ void backward_segment(
       const float kept = CHARGE == NO_LEAK ? grad_h : fmaf(-q, grad_h, grad_h);
       grad_v[i] = CHARGE == NO_STATE ? 0.0f : kept;
     }
-    if (NEEDS & NEED_X) store(grad_x_t, grad_x + here + t * size);
+    if (NEEDS & NEED_X) store(grad_x_t, c.grad_x + here + t * c.size);
   }
 }
-
-template <class scalar_t>
-struct Backward : Constants {
-  const scalar_t* grad_spike;
-  const float *grad_v_last, *grad_v_seq;
-  const scalar_t* x;
-  const float *v0, *checkpoint;
-  scalar_t* grad_x;
-  float* grad_v0;
-  const float *w, *v_threshold;
-  Norm norm;
-  const float* ab;
-  float* partial;
-  float v_init, unused;
-};
 
 template <class scalar_t, int T, int VEC, int LANES, int RESET, int CHARGE, bool GRAD_V_SEQ,
           bool NORM, bool DETACH_RESET, int NEEDS, class Surrogate>
@@ -519,8 +499,7 @@ alif_backward(const Backward<scalar_t> c) {
   const int segments = T <= LONGEST_SWEEP ? 1 : (int)(c.steps / SEGMENT);
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x, size = c.size;
   if (thread >= c.threads) return;
-  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, c.w, c.v_threshold, c.norm, c.ab,
-                                                  thread * VEC);
+  const Neuron<LANES, RESET, CHARGE, NORM> neuron(c, c.ab, thread * VEC);
   Sums<LANES> sums = {};
 #pragma unroll 1
   for (index_t at = thread * VEC; at < size; at += c.threads * VEC) {
@@ -529,8 +508,7 @@ alif_backward(const Backward<scalar_t> c) {
     if constexpr (LEFT > 0) {
       load(c.checkpoint + (segments - 1) * size + at, v);
       backward_segment<LEFT, GRAD_V_SEQ, DETACH_RESET, NEEDS, Surrogate>(
-          neuron, c.grad_spike, c.grad_v_seq, c.x, c.grad_x, c.a, c.b, segments * STEPS * size + at,
-          size, v, grad_v, sums);
+          neuron, c, segments * STEPS * size + at, v, grad_v, sums);
     }
 #pragma unroll 1
     for (int segment = segments - 1; segment >= 0; --segment) {
@@ -539,8 +517,7 @@ alif_backward(const Backward<scalar_t> c) {
       else
         load_or_fill(c.v0, at, c.v_init, v);
       backward_segment<STEPS, GRAD_V_SEQ, DETACH_RESET, NEEDS, Surrogate>(
-          neuron, c.grad_spike, c.grad_v_seq, c.x, c.grad_x, c.a, c.b, segment * STEPS * size + at,
-          size, v, grad_v, sums);
+          neuron, c, segment * STEPS * size + at, v, grad_v, sums);
     }
     if (c.grad_v0) store(grad_v, c.grad_v0 + at);
   }
@@ -675,118 +652,72 @@ __global__ void __launch_bounds__(ADDERS) parameter_gradients(const ParameterGra
             [&](const double (&sums)[1][ADDERS]) { to[channel] = (float)sums[0][0]; });
 }
 
-// ---- spikes as bits ----------------------------------------------------------------------------
+// ---- spikes as bits, counts as four bits -------------------------------------------------------
 
 template <class scalar_t>
-struct Spikes {
+struct Packing {
   index_t threads, steps, neurons;
-  scalar_t* spike;
-  unsigned char* bits;
-};
-
-// What a thread moves: the bytes of VEC neurons for 8 steps, or as many as there are, at most `rows`.
-template <class scalar_t, int VEC>
-struct Bytes {
-  scalar_t* spike;
-  unsigned char* bits;
-  index_t rows;
-
-  __device__ __forceinline__ Bytes(const Spikes<scalar_t>& c, index_t thread) {
-    const index_t packs = c.neurons / VEC, word = thread / packs, at = thread % packs * VEC;
-    spike = c.spike + 8 * word * c.neurons + at;
-    bits = c.bits + word * c.neurons + at;
-    rows = c.steps - 8 * word;
-  }
-};
-
-template <class scalar_t, int VEC>
-__global__ void __launch_bounds__(BLOCK) pack_bits(const Spikes<scalar_t> c) {
-  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
-  if (thread >= c.threads) return;
-  const Bytes<scalar_t, VEC> own(c, thread);
-  Pack<scalar_t, VEC> spikes[8];
-  Pack<unsigned char, VEC> bytes;
-#pragma unroll
-  for (int t = 0; t < 8; ++t)
-    if (t < own.rows) fetch(own.spike + t * c.neurons, spikes[t]);
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) {
-    unsigned int byte = 0;
-#pragma unroll
-    for (int t = 0; t < 8; ++t)
-      if (t < own.rows && to_float(spikes[t].lane[i]) != 0.0f) byte |= 1u << t;
-    bytes.lane[i] = (unsigned char)byte;
-  }
-  store(bytes, own.bits);
-}
-
-template <class scalar_t, int VEC>
-__global__ void __launch_bounds__(BLOCK) unpack_bits(const Spikes<scalar_t> c) {
-  const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
-  if (thread >= c.threads) return;
-  const Bytes<scalar_t, VEC> own(c, thread);
-  Pack<unsigned char, VEC> bytes;
-  fetch(own.bits, bytes);
-#pragma unroll
-  for (int t = 0; t < 8; ++t) {
-    float spikes[VEC];
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) spikes[i] = bytes.lane[i] >> t & 1 ? 1.0f : 0.0f;
-    if (t < own.rows) store(spikes, own.spike + t * c.neurons);
-  }
-}
-
-// ---- counts as four bits -----------------------------------------------------------------------
-
-// What a thread moves of one step: pairs of neighbours, 16 bytes of counts, or one pair that may be
-// half (VEC = 1).
-template <class scalar_t, int VEC>
-struct Pairs {
-  static constexpr int COUNT = VEC == 1 ? 1 : VEC / 2, VALUES = 2 * COUNT;
-  scalar_t* count;
+  scalar_t* values;
   unsigned char* bytes;
-  index_t left;  // values from here on
-
-  __device__ __forceinline__ Pairs(const Spikes<scalar_t>& c, index_t thread)
-      : count(c.spike + thread * VALUES), bytes(c.bits + thread * COUNT),
-        left(c.neurons - thread * VALUES) {}
 };
 
-template <class scalar_t, int VEC>
-__global__ void __launch_bounds__(BLOCK) pack_counts(const Spikes<scalar_t> c) {
+// What a thread moves: VEC bytes, and ROWS times VEC values, `rows` of which there are. A byte has a
+// neuron's spikes of 8 steps, the first its lowest bit, or the counts of two neighbours.
+template <class scalar_t, int VEC, bool COUNTS>
+struct Share {
+  static constexpr int ROWS = COUNTS ? 2 : 8, MOST = COUNTS ? 15 : 1;
+  scalar_t* values;
+  unsigned char* bytes;
+  index_t apart, rows;
+
+  __device__ __forceinline__ Share(const Packing<scalar_t>& c, index_t thread)
+      : bytes(c.bytes + thread * VEC), apart(COUNTS ? VEC : c.neurons) {
+    const index_t word = COUNTS ? 0 : thread * VEC / c.neurons, at = thread * VEC % c.neurons;
+    const index_t first = COUNTS ? 2 * thread * VEC : 8 * word * c.neurons + at;
+    values = c.values + first;
+    rows = COUNTS ? (c.neurons - first) / VEC : c.steps - 8 * word;
+  }
+
+  // Where the value in lane i of row k lies.
+  __device__ static constexpr int byte(int k, int i) { return COUNTS ? (k * VEC + i) / 2 : i; }
+  __device__ static constexpr int shift(int k, int i) { return COUNTS ? (k * VEC + i) % 2 * 4 : k; }
+};
+
+template <class scalar_t, int VEC, bool COUNTS>
+__global__ void __launch_bounds__(BLOCK) pack(const Packing<scalar_t> c) {
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
   if (thread >= c.threads) return;
-  typedef Pairs<scalar_t, VEC> Own;
-  const Own own(c, thread);
-  float values[Own::VALUES] = {};
-  if constexpr (VEC == 1) {
-    for (int i = 0; i < 2; ++i)
-      if (i < own.left) values[i] = to_float(own.count[i]);
-  } else {
-    load(own.count, values);
-  }
-  Pack<unsigned char, Own::COUNT> bytes;
+  const Share<scalar_t, VEC, COUNTS> own(c, thread);
+  Pack<scalar_t, VEC> values[own.ROWS];
+  Pack<unsigned char, VEC> bytes = {};
 #pragma unroll
-  for (int i = 0; i < Own::COUNT; ++i)
-    bytes.lane[i] = (unsigned char)((int)values[2 * i] & 15 | (int)values[2 * i + 1] << 4);
+  for (int k = 0; k < own.ROWS; ++k)
+    if (k < own.rows) fetch(own.values + k * own.apart, values[k]);
+#pragma unroll
+  for (int k = 0; k < own.ROWS; ++k) {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      const float value = k < own.rows ? to_float(values[k].lane[i]) : 0.0f;
+      const int digit = COUNTS ? (int)value & 15 : value != 0.0f;
+      bytes.lane[own.byte(k, i)] |= digit << own.shift(k, i);
+    }
+  }
   store(bytes, own.bytes);
 }
 
-template <class scalar_t, int VEC>
-__global__ void __launch_bounds__(BLOCK) unpack_counts(const Spikes<scalar_t> c) {
+template <class scalar_t, int VEC, bool COUNTS>
+__global__ void __launch_bounds__(BLOCK) unpack(const Packing<scalar_t> c) {
   const index_t thread = (index_t)blockIdx.x * BLOCK + threadIdx.x;
   if (thread >= c.threads) return;
-  typedef Pairs<scalar_t, VEC> Own;
-  const Own own(c, thread);
-  Pack<unsigned char, Own::COUNT> bytes;
+  const Share<scalar_t, VEC, COUNTS> own(c, thread);
+  Pack<unsigned char, VEC> bytes;
   fetch(own.bytes, bytes);
-  float values[Own::VALUES];
 #pragma unroll
-  for (int i = 0; i < Own::VALUES; ++i) values[i] = bytes.lane[i / 2] >> i % 2 * 4 & 15;
-  if constexpr (VEC == 1) {
-    for (int i = 0; i < 2; ++i)
-      if (i < own.left) from_float(values[i], own.count[i]);
-  } else {
-    store(values, own.count);
+  for (int k = 0; k < own.ROWS; ++k) {
+    float values[VEC];
+#pragma unroll
+    for (int i = 0; i < VEC; ++i)
+      values[i] = bytes.lane[own.byte(k, i)] >> own.shift(k, i) & own.MOST;
+    if (k < own.rows) store(values, own.values + k * own.apart);
   }
 }

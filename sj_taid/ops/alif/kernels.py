@@ -55,9 +55,9 @@ def source() -> str:
     values = {name: globals()[name] for name in _CONSTANTS} | Charge.__members__
     constants = (f"constexpr int {name} = {int(value)};\n" for name, value in values.items())
     structs = (
-        f"struct {derivative.name} {{ static __device__ __forceinline__ float derivative("
+        f"struct {kind.__name__} {{ static __device__ __forceinline__ float derivative("
         f"float x, float a, float b) {{ {derivative.cuda} }} }};\n"
-        for derivative in DERIVATIVES.values()
+        for kind, derivative in DERIVATIVES.items()
     )
     kernels = Path(__file__).with_name("kernels.cu").read_text()
     return "".join((*constants, '#line 1 "kernels.cu"\n', kernels, "\n", *structs))
@@ -79,33 +79,21 @@ def checkpoints(steps: int, dtype: torch.dtype) -> int:
     return 0 if steps <= longest_sweep(dtype) else (steps - 1) // SEGMENT
 
 
-class Kernel(NamedTuple):
-    """A specialised kernel, for any number of neurons per thread, ``VEC``, up to ``vec``."""
-
-    vec: int
-    before: str  #: what comes in its C++ name before and after ``VEC`` and ``LANES``
-    after: str = ""
-
-    def name(self, vec: int, lanes: int) -> str:
-        """The C++ name."""
-        return f"{self.before},{vec},{lanes}{self.after}>"
-
-
-def forward(spec: Spec) -> Kernel:
-    """The forward kernel."""
+def forward(spec: Spec) -> tuple[str, int]:
+    """The forward kernel's C++ name, with places for ``VEC`` and ``LANES``, and the largest VEC."""
     vecs = _NORM_FORWARD_VEC if spec.norm else _FORWARD_VEC
     packs = spec.pack and not spec.dynamics.counts  # counts by a kernel of their own
     return _specialise("alif_forward", spec, spec.store_v_seq, vecs, f"{packs:d}")
 
 
-def backward(spec: Spec, needs: int, v_seq: bool) -> Kernel:
-    """The backward kernel; ``v_seq``: whether every voltage has a gradient."""
+def backward(spec: Spec, needs: int, v_seq: bool) -> tuple[str, int]:
+    """The same of backward; ``v_seq``: whether every voltage has a gradient."""
     vecs = _NORM_BACKWARD_VEC if spec.norm else _BACKWARD_VEC
     more = f"{spec.dynamics.detach_reset:d},{needs},{spec.dynamics.surrogate}"
     return _specialise("alif_backward", spec, v_seq, vecs, more)
 
 
-def _specialise(name: str, spec: Spec, v_seq: bool, vecs: _Vecs, more: str) -> Kernel:
+def _specialise(name: str, spec: Spec, v_seq: bool, vecs: _Vecs, more: str) -> tuple[str, int]:
     # Voltages are float32 whatever the input is, and so are their gradients.
     column = 0 if spec.dtype == torch.float32 or v_seq else 1
     vec = next(vec for steps, vec in vecs if spec.steps <= steps)[column]
@@ -113,7 +101,7 @@ def _specialise(name: str, spec: Spec, v_seq: bool, vecs: _Vecs, more: str) -> K
     reset = SOFT if v_reset is None else HARD if v_reset else HARD_TO_ZERO
     reset = COUNTS if spec.dynamics.counts else reset
     before = f"{name}<{SCALARS[spec.dtype]},{template_steps(spec.steps, spec.dtype)}"
-    return Kernel(vec, before, f",{reset},{charge},{v_seq:d},{spec.norm:d},{more}")
+    return f"{before},{{}},{{}},{reset},{charge},{v_seq:d},{spec.norm:d},{more}>", vec
 
 
 def template_steps(steps: int, dtype: torch.dtype) -> int:
@@ -135,32 +123,13 @@ class Grid(NamedTuple):
     """
 
     size: int
+    threads: int  #: that work; the rest of the last block is idle
     inner: int
     channels: int
     vec: int
     lanes: int
     rows: int
     period: int
-
-    @property
-    def threads(self) -> int:
-        """Threads that work; the rest of the last block is idle."""
-        return self.rows * self.period
-
-    @property
-    def blocks(self) -> int:
-        """Blocks to launch."""
-        return -(-self.threads // BLOCK)
-
-    @property
-    def sums(self) -> int:
-        """How many numbers the threads write for each sum."""
-        return self.threads * self.lanes
-
-    @property
-    def arguments(self) -> tuple[int, ...]:
-        """The members of ``Grid`` in ``kernels.cu``."""
-        return self.size, self.threads, self.inner, self.channels
 
     @property
     def partials(self) -> tuple[int, int, int]:
@@ -185,7 +154,7 @@ def grid(
     ``resident(vec, lanes)`` how many of the kernel's.
     """
     if size == 0:
-        return Grid(0, 1, channels, 1, 1, 0, channels)
+        return Grid(0, 0, 1, channels, 1, 1, 0, channels)
     inner = inner if channels > 1 else 1
     while vec > 1 and not (
         aligned
@@ -202,7 +171,7 @@ def grid(
         (max(1, min(packs, turns * threads // period)) for turns in range(1, 5)),
         key=lambda rows: -(-rows * period // threads) * -(-packs // rows),
     )
-    return Grid(size, inner, channels, vec, lanes, rows, period)
+    return Grid(size, rows * period, inner, channels, vec, lanes, rows, period)
 
 
 def resident_threads(registers: int, processors: int, threads_per_processor: int) -> int:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..bits import packed_shape
 
 #: the surrogate of counts, :class:`sj_taid.ops.surrogate.MultiLevelSpikeCount`
 COUNT = "MultiLevelSpikeCount"
@@ -42,7 +44,7 @@ class Dynamics(NamedTuple):
     v_threshold: float | None
     v_reset: float | None  #: ``None``: soft reset
     detach_reset: bool
-    surrogate: str  #: the name of an entry of :data:`sj_taid.ops.surrogate.DERIVATIVES`
+    surrogate: str  #: the name of a class in :data:`sj_taid.ops.surrogate.DERIVATIVES`
     a: float  #: constants of its derivative
     b: float
     levels: int = 1  #: the most that a step gives
@@ -100,15 +102,6 @@ def spec_of(
     )
 
 
-class Norm(NamedTuple):
-    """A batch norm: ``(x - mean) (weight rstd) + bias``. Tensors are contiguous float32 ``[C]``."""
-
-    mean: Tensor
-    rstd: Tensor  #: ``(var + eps)^(-1/2)``
-    weight: Tensor | None
-    bias: Tensor | None
-
-
 class Needs(NamedTuple):
     """The gradients that a backward is asked for."""
 
@@ -119,49 +112,80 @@ class Needs(NamedTuple):
     norm: bool  #: weight or bias
 
 
-class Plan(Protocol):
-    """A :class:`Spec` on a backend."""
+class Plan:
+    """A :class:`Spec` on a backend, which starts its kernels on what is allocated here.
 
-    has_checkpoint: bool  #: whether forward of a spec that ``saves`` gives one
+    ``operands`` are x, v0, w, v_threshold and a norm's mean, rstd, weight and bias. ``x`` has the
+    memory order of the spec in any shape; ``v0`` that of a step, and the neurons start at
+    ``v_init`` without it. ``w`` and ``v_threshold``, where the dynamics have no number, and those
+    of a norm, ``[C]``, are contiguous. All but ``x`` are float32, or ``None``.
+    """
 
-    def forward(
+    start_forward: Callable[..., None]
+    start_backward: Callable[..., None]
+
+    def __init__(
         self,
-        x: Tensor,
-        v0: Tensor | None,
-        v_init: float,
-        w: Tensor | None,
-        v_threshold: Tensor | None,
-        norm: Norm | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        spec: Spec,
+        dtype: torch.dtype,
+        checkpoints: int,
+        packs: bool,
+        pack: Callable[..., Tensor],
+    ) -> None:
+        """``packs``: whether forward's kernel does, where asked for; else ``pack`` after it."""
+        self.spec = spec
+        on: Any = {"device": spec.device}
+        step, order = (spec.shape[1:], spec.strides[1:]), (spec.shape, spec.strides)
+        self.new = partial(torch.empty, dtype=torch.float32, **on)
+        self.new_v = partial(torch.empty_strided, *step, dtype=torch.float32, **on)
+        self.new_v_seq = partial(torch.empty_strided, *order, dtype=torch.float32, **on)
+        self.new_spikes = partial(torch.empty_strided, *order, dtype=dtype, **on)
+        size = packed_shape(spec.dynamics.levels, spec.steps, spec.neurons)
+        self.new_bits = partial(torch.empty, size, dtype=torch.uint8, **on)
+        self.checkpoint, self.has_checkpoint = (checkpoints, spec.neurons), checkpoints > 0
+        self.packs, self.pack = spec.pack and packs, None if packs or not spec.pack else pack
+
+    def forward(self, v_init: float, *operands: Tensor | None) -> tuple[Any, ...]:
         """Spikes, last voltage, every voltage, checkpoint and bits; ``None`` if not asked for.
 
-        ``x`` has the memory order of the spec in any shape; ``v0`` that of a step, and the neurons
-        start at ``v_init`` without it. ``w`` and ``v_threshold``, where the dynamics have no
-        number, are contiguous. ``v0``, ``w``, ``v_threshold`` and voltages are float32, and
-        voltages have the ``shape`` and ``strides`` of a step, ``v_seq`` those of the sequence.
-        ``checkpoint`` is what backward of a spec that ``saves`` needs besides. Bits are those of
-        :mod:`sj_taid.ops.bits`.
+        Voltages are float32, and have the ``shape`` and ``strides`` of a step, ``v_seq`` those of
+        the sequence. ``checkpoint`` is what backward of a spec that ``saves`` needs besides. Bits
+        are those of :func:`sj_taid.ops.bits.pack`.
         """
+        outputs = (
+            self.new_spikes(),
+            self.new_v(),
+            self.new_v_seq() if self.spec.store_v_seq else None,
+            self.new(self.checkpoint) if self.has_checkpoint else None,
+            self.new_bits() if self.packs else None,
+        )
+        self.start_forward(v_init, operands, outputs)
+        if self.pack is None:
+            return outputs
+        return *outputs[:4], self.pack(outputs[0], self.spec.dynamics.levels)
 
     def backward(
-        self,
-        needs: Needs,
-        grad_spike: Tensor | None,
-        grad_v: Tensor | None,
-        grad_v_seq: Tensor | None,
-        x: Tensor,
-        v0: Tensor | None,
-        v_init: float,
-        w: Tensor | None,
-        v_threshold: Tensor | None,
-        checkpoint: Tensor | None,
-        norm: Norm | None,
-    ) -> tuple[Tensor | None, ...]:
+        self, needs: Needs, grad_spike: Tensor | None, grad_v: Tensor | None,
+        grad_v_seq: Tensor | None, checkpoint: Tensor | None, v_init: float, *operands: Any,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """The gradients of x, v0, w, v_threshold, weight and bias; ``None`` if not needed.
 
         The given ones have the memory order of the spec, ``grad_spike`` its dtype, the others
         float32. That of x has the shape and strides of x; those of parameters are float32.
         """
+        channels = self.spec.channels
+        size = (channels,) if self.spec.per_channel else ()
+        grads = (
+            torch.empty_like(operands[0]) if needs.x else None,
+            self.new_v() if needs.v0 else None,
+            self.new(size) if needs.w else None,
+            self.new(size) if needs.v_threshold else None,
+            self.new(channels) if needs.norm else None,
+            self.new(channels) if needs.norm else None,
+        )
+        given = grad_spike, grad_v, grad_v_seq, checkpoint
+        self.start_backward(needs, v_init, operands, given, grads)
+        return grads
 
 
 class Plans(dict[Any, Any]):
@@ -192,16 +216,11 @@ class Plans(dict[Any, Any]):
 
 
 class Engine(NamedTuple):
-    """A backend's maker of plans, and bits of spikes."""
+    """A backend's maker of plans, and what it has in the place of functions of :mod:`..bits`."""
 
     plan: Callable[[Spec], Plan]
-    #: spikes, dense with time outermost, as ``[T, neurons]`` -> bits
-    pack: Callable[[Tensor], Tensor]
-    #: bits, and spikes ``[T, neurons]`` that they are written into
+    pack: Callable[[Tensor, int], Tensor]
     unpack_into: Callable[[Tensor, Tensor], None]
-    #: the same of flat counts up to 15
-    pack_counts: Callable[[Tensor], Tensor]
-    unpack_counts_into: Callable[[Tensor, Tensor], None]
 
 
 @lru_cache(maxsize=1024)

@@ -93,7 +93,7 @@ def multi_step(
 
     Returns spikes ``[T, N, *]`` in ``x_seq``'s dtype, the last ``V`` ``[N, *]`` and, if
     ``store_v_seq``, every ``V`` ``[T, N, *]``, both in ``state_dtype``. With ``return_bits`` also
-    :func:`sj_taid.ops.bits.pack_whole` of the spikes or counts.
+    :func:`sj_taid.ops.bits.pack` of the spikes or counts.
     """
     dtype = state_dtype(x_seq.dtype)
     y_seq = x_seq if norm is None else batch_norm(x_seq.to(dtype), norm)[0]
@@ -121,7 +121,7 @@ def multi_step(
     outputs = (torch.stack(spike_seq), v, every_v if store_v_seq else None)
     if not return_bits:
         return outputs
-    return *outputs, bits.pack_whole(outputs[0], surrogate.levels_of(surrogate_function))
+    return *outputs, bits.pack(outputs[0], surrogate.levels_of(surrogate_function))
 
 
 def per_channel(parameter: Tensor, x_seq: Tensor) -> Tensor:

@@ -148,8 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for dtype, steps in itertools.product(kernels.SCALARS, (1, 2, 4, 8, 16, 24)):
         dynamics = Dynamics(Charge.DECAY_INPUT, None, None, 0.0, False, "Sigmoid", 0.0, 0.0)
         about = (dynamics, dtype, torch.device("cuda"), steps, 1, 1, 1, (), (), *[False] * 6)
-        for kernel in (kernels.forward(Spec(*about)), kernels.backward(Spec(*about), needs, False)):
-            names.append(kernel.name(kernel.vec, 1))
+        spec = Spec(*about)
+        for name, vec in (kernels.forward(spec), kernels.backward(spec, needs, False)):
+            names.append(name.format(vec, 1))
     start = time.perf_counter()
     found = resources(kernels.source(), tuple(dict.fromkeys(names)), arch)
     seconds = time.perf_counter() - start

@@ -14,6 +14,23 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x; };
 static thread_local Index blockIdx, threadIdx;
 
+// What kernels.cu has in PTX.
+inline float half_to_float(unsigned short bits) {
+  _Float16 h;
+  __builtin_memcpy(&h, &bits, sizeof h);
+  return h;
+}
+inline unsigned short float_to_half(float x) {
+  const _Float16 h = (_Float16)x;
+  unsigned short bits;
+  __builtin_memcpy(&bits, &h, sizeof h);
+  return bits;
+}
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float power_of_2(float x) { return exp2f(x); }
+template <class word_t> void load_word(const word_t* from, word_t& word) { word = *from; }
+template <class word_t> void store_word(word_t* to, word_t word) { *to = word; }
+
 // Every kernel takes one struct, by its address as cuLaunchKernel does.
 template <class Struct>
 void launch(void (*kernel)(Struct), unsigned blocks, unsigned block, const void* argument) {

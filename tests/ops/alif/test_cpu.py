@@ -104,7 +104,6 @@ def test_every_surrogate(name):
 
 def test_a_surrogate_of_ones_own(monkeypatch):
     derivative = Derivative(
-        "Triangle",
         lambda width: (1 / width, 0.0),
         "return fmaxf(1.0f - a * fabsf(x), 0.0f);",
         lambda x, a, b: max(f32(1.0) - a * abs(x), f32(0.0)),
@@ -260,9 +259,9 @@ def test_layouts(layout, channels, moved):
 @pytest.mark.parametrize("size", [0, 1, 7, 2 * loops.ROW + 33])
 def test_counts_are_packed_and_unpacked(dtype, size):
     counts = torch.arange(size).remainder(16).to(dtype)
-    packed = cpu.ENGINE.pack_counts(counts)
-    assert torch.equal(packed, bits.pack_counts(counts)) and len(packed) == -(-size // 2)
-    for unpack_into in (cpu.ENGINE.unpack_counts_into, bits.unpack_counts_into):
+    packed = cpu.ENGINE.pack(counts, 15)
+    assert torch.equal(packed, bits.pack(counts, 15)) and len(packed) == -(-size // 2)
+    for unpack_into in (cpu.ENGINE.unpack_into, bits.unpack_into):
         back = torch.full_like(counts, 7.0)
         unpack_into(packed, back)
         assert torch.equal(back, counts)

@@ -16,8 +16,8 @@ import sj_taid
 from sj_taid.ops import backends, bits
 from sj_taid.ops.alif import kernels, reference
 from sj_taid.ops.alif.autograd import dynamics_of
-from sj_taid.ops.alif.kernels import BLOCK, NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
-from sj_taid.ops.alif.plan import Needs, Norm
+from sj_taid.ops.alif.kernels import NEED_NORM, NEED_V_THRESHOLD, NEED_W, NEED_X
+from sj_taid.ops.alif.plan import Needs
 from sj_taid.ops.surrogate import MultiLevelSpikeCount
 from tests.helpers import (
     Case,
@@ -49,14 +49,14 @@ class Call:
             w, threshold = (float(t.view(-1)[0]) for t in parameters)
             dynamics = self.spec.dynamics._replace(w=w, v_threshold=threshold)
             self.spec, parameters = self.spec._replace(dynamics=dynamics), (None, None)
-        self.plan, norm = launcher.cuda.ENGINE.plan(self.spec), None
+        self.plan, norm = launcher.cuda.ENGINE.plan(self.spec), (None,) * 4
         if case.norm:
             mean = torch.linspace(-0.3, 0.9, x.shape[2])
-            norm = Norm(mean, 1 / (1 + mean), leaves["weight"], leaves["bias"])
-        self.arguments = (x, leaves["v0"], 0.0, *parameters, norm)
+            norm = (mean, 1 / (1 + mean), leaves["weight"], leaves["bias"])
+        self.operands = (x, leaves["v0"], *parameters, *norm)
 
     def forward(self):
-        return self.plan.forward(*self.arguments)
+        return self.plan.forward(0.0, *self.operands)
 
     def gradients_of(self, outputs):
         """Gradients of spikes, the last and every voltage."""
@@ -64,9 +64,8 @@ class Call:
         return [torch.randn_like(t) for t in outputs[:3]]
 
     def backward(self, outputs, grads, needs=None):
-        *arguments, norm = self.arguments
-        needs = needs or Needs(*[True] * 4, norm is not None)
-        return self.plan.backward(needs, *grads, *arguments, outputs[3], norm)
+        needs = needs or Needs(*[True] * 4, self.spec.norm)
+        return self.plan.backward(needs, *grads, outputs[3], 0.0, *self.operands)
 
 
 def shifted(t):
@@ -161,7 +160,7 @@ def test_an_accelerated_net_takes_the_kernels(launcher, monkeypatch, kind):
         net(x_seq).square().sum().backward()
         found.append([*net.buffers(), *(p.grad for p in net.parameters())])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
-    assert cuda.launches["alif_forward"] == cuda.launches["unpack_bits"] == 1
+    assert cuda.launches["alif_forward"] == cuda.launches["unpack"] == 1
     assert cuda.launches["norm_gradients"] == 1
 
 
@@ -191,12 +190,12 @@ def test_no_leak_is_a_plain_sum_for_infinite_voltages_too(launcher, v_reset):
 def test_an_input_that_starts_between_16_bytes_has_the_same_results(launcher, norm):
     """Found at the call, by the addresses: a plan knows of none."""
     call = Call(launcher, NORM.with_(norm=norm, dtype=torch.float16))
-    x, v0, *rest = call.arguments
+    x, v0, *rest = call.operands
     outputs = call.forward()
     grads = call.gradients_of(outputs)
     want = (*outputs, *call.backward(outputs, grads))
     launcher.launches.clear()
-    call.arguments = (shifted(x), shifted(v0), *rest)
+    call.operands = (shifted(x), shifted(v0), *rest)
     outputs = call.forward()
     got = (*outputs, *call.backward(outputs, [shifted(g) for g in grads]))
     neurons_at_once = {
@@ -260,7 +259,7 @@ def test_bits_are_packed_and_unpacked(launcher, dtype, T, neurons):
             engine.unpack_into(got, back)
             assert torch.equal(back, spikes)
     at_once = {launch.name.partition(",")[2] for launch in launcher.launches}
-    assert at_once == ({"1>"} if neurons == 3 else {"1>", f"{16 // dtype.itemsize}>"})
+    assert at_once == ({"1,0>"} if neurons == 3 else {"1,0>", f"{16 // dtype.itemsize},0>"})
     assert engine.pack(spikes[:, :0]).shape == (len(want), 0)
 
 
@@ -269,14 +268,14 @@ def test_bits_are_packed_and_unpacked(launcher, dtype, T, neurons):
 def test_counts_are_packed_and_unpacked(launcher, dtype, size):
     counts, engine = torch.randint(0, 16, (size,)).to(dtype), launcher.cuda.ENGINE
     for given in (counts, shifted(counts)):
-        got = engine.pack_counts(given)
-        assert torch.equal(got, bits.pack_counts(counts))
+        got = engine.pack(given, 15)
+        assert torch.equal(got, bits.pack(counts, 15))
         for back in (torch.full_like(counts, 7.0), shifted(torch.full_like(counts, 7.0))):
-            engine.unpack_counts_into(got, back)
+            engine.unpack_into(got, back)
             assert torch.equal(back, counts)
     at_once = {launch.name.partition(",")[2] for launch in launcher.launches}
-    assert at_once == ({"1>", f"{16 // dtype.itemsize}>"} if size == 80 else {"1>"})
-    assert engine.pack_counts(counts[:0]).shape == (0,)
+    assert at_once == ({"1,1>", f"{16 // dtype.itemsize},1>"} if size == 80 else {"1,1>"})
+    assert engine.pack(counts[:0], 15).shape == (0,)
 
 
 # ---- where it is launched ----
@@ -435,8 +434,7 @@ def test_grid_takes_every_neuron_once_and_keeps_threads_in_their_channel(
         assert g.lanes == g.vec or len(set(*own)) == 1
         slots = range(thread * g.lanes, (thread + 1) * g.lanes)  # of its sums
         assert tuple(slot // run % channels for slot in slots) == next(iter(own))[: g.lanes]
-    assert sorted(seen) == list(range(g.size)) and math.prod(g.partials) == g.sums
-    assert (g.blocks - 1) * BLOCK < g.threads <= g.blocks * BLOCK
+    assert sorted(seen) == list(range(g.size)) and math.prod(g.partials) == g.threads * g.lanes
 
 
 @pytest.mark.parametrize(
@@ -456,7 +454,7 @@ def test_grid_takes_every_neuron_once_and_keeps_threads_in_their_channel(
     ],
 )
 def test_grid_chooses_neurons_per_thread_and_rows(arguments, vec, lanes, rows):
-    assert grid(**arguments)[3:6] == (vec, lanes, rows)
+    assert grid(**arguments)[4:7] == (vec, lanes, rows)
 
 
 def test_is_aligned_refuses_a_slice_that_starts_between_16_bytes():

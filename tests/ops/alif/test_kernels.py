@@ -109,7 +109,7 @@ MUTATIONS = [
     # the norm: backward's input, the channel's numbers, the terms of x's gradient, the gain's
     (NORM, "neuron.charge(neuron.input(to_float(x_t[t].lane[i]), i), v, i)",
      "neuron.charge(to_float(x_t[t].lane[i]), v, i)"),
-    (NORM, "norm.bias ? norm.bias[channel]", "norm.bias ? norm.mean[channel]"),
+    (NORM, "norm.bias ? c.norm.bias[channel]", "norm.bias ? c.norm.mean[channel]"),
     (NORM, "weight ? weight[channel] * rstd[channel]", "weight ? rstd[channel]"),
     (NORM, "ab ? ab[channel] : 0.0f", "0.0f"),
     (NORM, "ab ? ab[c.channels + channel] : 0.0f", "0.0f"),
@@ -125,7 +125,7 @@ MUTATIONS = [
     (HARD | {"per_channel": True}, "blockIdx.x / c.channels", "0"),
     (NORM | {"norm": "fixed"}, "(c.before + turn)", "turn"),
     (PACK, "1u << t % 8", "1u"),
-    (PACK | {"T": 16}, "bits + byte_here + t / 8 * size", "bits + byte_here"),
+    (PACK | {"T": 16}, "bits + byte_here + t / 8 * c.size", "bits + byte_here"),
     (PACK | LONG, "segment * BYTES * size + at", "at"),
 ]  # fmt: skip
 ROW = {option: values[0] for option, values in OPTIONS.items()}

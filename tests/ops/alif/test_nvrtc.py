@@ -1,5 +1,7 @@
 """The kernels as NVIDIA's compiler sees them: what of a thread is not in registers."""
 
+import itertools
+
 import pytest
 
 from sj_taid.ops.alif import kernels
@@ -61,17 +63,17 @@ def kernels_and_bytes():
         needs, v_seq = row["needs"] if norm else ALL, row["v_seq"]
         is_sweep = row["T"] <= kernels.longest_sweep(row["dtype"])
         steps = row["T"] if is_sweep else kernels.SEGMENT
-        for kernel in (
+        for name, vec in (
             kernels.forward(spec._replace(store_v_seq=v_seq)),
             kernels.backward(spec, needs, v_seq),
         ):
-            lanes = kernel.vec if row["per_lane"] else 1
-            yield kernel.name(kernel.vec, lanes), 4 * steps * kernel.vec  # a voltage of each step
+            lanes = vec if row["per_lane"] else 1
+            yield name.format(vec, lanes), 4 * steps * vec  # a voltage of each step
     yield from ((f"{what}_gradients<float>", 4 * 8) for what in ("norm", "parameter"))
     for dtype, scalar in kernels.SCALARS.items():
-        for what in ("pack_bits", "unpack_bits", "pack_counts", "unpack_counts"):
-            for vec in (1, kernels.ALIGNMENT // dtype.itemsize):
-                yield f"{what}<{scalar},{vec}>", 4 * max(2, vec)
+        vecs = (1, kernels.ALIGNMENT // dtype.itemsize)
+        for what, vec, counts in itertools.product(("pack", "unpack"), vecs, (0, 1)):
+            yield f"{what}<{scalar},{vec},{counts}>", 4 * max(2, vec)
 
 
 NAMES = dict(kernels_and_bytes())

@@ -72,7 +72,7 @@ class Arguments(ctypes.Structure):
 _THREADS, _TAKEN, _DONE = range(3)
 # Rows of scratch memory, then T rows of voltages (two at least), then room for a whole part.
 _Q, _THRESHOLD, _MEAN, _GAIN, _BIAS, _A, _B = range(7)
-_GRAD_V, _GRAD_Q, _GRAD_THRESHOLD, _GRAD_Y_SUM, _GRAD_Y_X = range(7, 12)
+_GRAD_V, _GRADS = 7, 8  # the latter of each of the sums below
 # Those that a loop is given come last: it checks that they lie outside of all of the above.
 _SPIKE, _BITS, _GRAD_Y, _SPARE, _VOLTAGES = range(12, 17)
 #: values of a row at most, and floats from one to the next: a constant, so that a loop need not
@@ -182,21 +182,16 @@ def _call_row(typing_context: Any, address: Any, arguments: Any) -> Any:
 
 
 @_part
-def _charge(x, v, q, v_rest, charge):
+def _charge(x, v, q, v_rest, charge, counts):
+    if charge == NO_STATE:
+        return x
     if charge == DECAY_INPUT:
         return v + (x - (v - v_rest)) * q
     if charge == NO_LEAK:
         return v + x  # for an infinite v too
-    return v - (v - v_rest) * q + x
-
-
-@_part
-def _charge_count(x, v, q, charge):
-    if charge == NO_STATE:
-        return x
-    if charge == LEAK:
+    if counts:
         return v * (np.float32(1) - q) + x
-    return _charge(x, v, q, np.float32(0), charge)
+    return v - (v - v_rest) * q + x
 
 
 @_part
@@ -329,31 +324,35 @@ def _input(scratch, x, i, norm):
     return (x[i] - mean[i]) * gain[i] + bias[i] if norm else x[i]
 
 
-@_part
-def _forward_row(scratch, x, v, spike, v_next, norm, v_rest, charge, soft, n):
-    q, threshold = _row(scratch, _Q), _row(scratch, _THRESHOLD)
-    for i in range(n):
-        h = _charge(_input(scratch, x, i, norm), v[i], q[i], v_rest, charge)
-        fired = np.float32(h - threshold[i] >= np.float32(0))
-        spike[i], v_next[i] = fired, _reset(h, fired, threshold[i], v_rest, soft)
-
-
-@_part
-def _count_row(scratch, x, v, count, v_next, norm, levels, charge, n):
-    q, threshold = _row(scratch, _Q), _row(scratch, _THRESHOLD)
-    for i in range(n):
-        h = _charge_count(_input(scratch, x, i, norm), v[i], q[i], charge)
-        counted = _count(h / threshold[i], levels)
-        count[i], v_next[i] = counted, h - counted * threshold[i]
-
-
-@_part
-def _step_row(scratch, a, x, v, spike, v_next, norm, charge, soft, counts, n):
+def _step_row(counts):
     """One step forward of neighbouring neurons: spikes, or counts."""
-    if counts:
-        _count_row(scratch, x, v, spike, v_next, norm, a.levels, charge, n)
+
+    def row(scratch, a, x, v, spike, v_next, norm, charge, soft, n):
+        q, threshold = _row(scratch, _Q), _row(scratch, _THRESHOLD)
+        v_rest, levels = a.v_rest, a.levels
+        for i in range(n):
+            h = _charge(_input(scratch, x, i, norm), v[i], q[i], v_rest, charge, counts)
+            if counts:
+                fired = _count(h / threshold[i], levels)
+            else:
+                fired = np.float32(h - threshold[i] >= np.float32(0))
+            spike[i], v_next[i] = fired, _reset(h, fired, threshold[i], v_rest, soft)
+
+    row.__qualname__ = "count_row" if counts else "spike_row"
+    return _part(row)
+
+
+_spike_row, _count_row = _step_row(False), _step_row(True)
+
+
+@_part
+def _step(scratch, a, t, here, now, spike, after, n):
+    """One step forward of a block, from the row of voltages ``now`` to ``after``."""
+    x, norm, charge, soft = _at_step(a.x, a, t, here), a.norm != 0, a.charge, a.soft != 0
+    if a.counts:
+        _count_row(scratch, a, x, now, spike, after, norm, charge, soft, n)
     else:
-        _forward_row(scratch, x, v, spike, v_next, norm, a.v_rest, charge, soft, n)
+        _spike_row(scratch, a, x, now, spike, after, norm, charge, soft, n)
 
 
 @_part
@@ -405,16 +404,10 @@ def _grad_row(scratch, a, t, here, inside):
 
 
 @_part
-def _spread_row(scratch, a, k, values, here, n):
-    """The row ``k``: of ``values`` those of each neuron's channel."""
-    _spread(_row(scratch, k), _at(values, 0), here, n, a.inner, a.channels)
-
-
-@_part
-def _spread_parameter(scratch, a, k, values, value, here, n):
-    """The row ``k``: the values of each neuron's channel, or of all, or ``value``."""
-    if values and a.per_channel:
-        _spread_row(scratch, a, k, values, here, n)
+def _spread_row(scratch, a, k, values, value, per_channel, here, n):
+    """The row ``k``: of ``values`` those of each neuron's channel or the first, or ``value``."""
+    if values and per_channel:
+        _spread(_row(scratch, k), _at(values, 0), here, n, a.inner, a.channels)
     else:
         _fill(_row(scratch, k), _at(values, 0)[0] if values else value, n)
 
@@ -428,28 +421,25 @@ def _multiply(out, values, n):
 @_part
 def _spread_norm(scratch, a, here, n):
     """The rows of a norm: its mean, its gain, which is ``weight rstd``, and its bias."""
-    _spread_row(scratch, a, _MEAN, a.mean, here, n)
-    _spread_row(scratch, a, _GAIN, a.rstd, here, n)
-    if a.weight:
-        _spread_row(scratch, a, _BIAS, a.weight, here, n)
-        _multiply(_row(scratch, _GAIN), _row(scratch, _BIAS), n)
-    if a.bias:
-        _spread_row(scratch, a, _BIAS, a.bias, here, n)
-    else:
-        _fill(_row(scratch, _BIAS), np.float32(0), n)
+    zero, one = np.float32(0), np.float32(1)
+    _spread_row(scratch, a, _MEAN, a.mean, zero, True, here, n)
+    _spread_row(scratch, a, _GAIN, a.rstd, zero, True, here, n)
+    _spread_row(scratch, a, _BIAS, a.weight, one, True, here, n)
+    _multiply(_row(scratch, _GAIN), _row(scratch, _BIAS), n)
+    _spread_row(scratch, a, _BIAS, a.bias, zero, True, here, n)
 
 
 @_part
 def _spread_terms(scratch, a, here, n):
-    _spread_row(scratch, a, _A, _terms(a), here, n)
-    _spread_row(scratch, a, _B, _terms(a) + 4 * a.channels, here, n)
+    _spread_row(scratch, a, _A, _terms(a), np.float32(0), True, here, n)
+    _spread_row(scratch, a, _B, _terms(a) + 4 * a.channels, np.float32(0), True, here, n)
 
 
 @_part
 def _spread_parameters(scratch, a, here, n):
     """The rows of q, the threshold and a norm."""
-    _spread_parameter(scratch, a, _Q, a.q, a.q_value, here, n)
-    _spread_parameter(scratch, a, _THRESHOLD, a.threshold, a.threshold_value, here, n)
+    _spread_row(scratch, a, _Q, a.q, a.q_value, a.per_channel, here, n)
+    _spread_row(scratch, a, _THRESHOLD, a.threshold, a.threshold_value, a.per_channel, here, n)
     if a.norm:
         _spread_norm(scratch, a, here, n)
 
@@ -479,9 +469,9 @@ def _total(a, kind, channel):
 
 
 @_part
-def _add_to_sums(scratch, a, kind, part, k, here, n):
-    """Add the row ``k`` to the sums of this ``kind``."""
-    _gather(_sums(a, part, kind), _row(scratch, k), here, n, a.inner, a.channels)
+def _add_to_sums(scratch, a, part, kind, here, n):
+    """Add the row of this ``kind`` to its sums."""
+    _gather(_sums(a, part, kind), _row(scratch, _GRADS + kind), here, n, a.inner, a.channels)
 
 
 def _kernel(name, compute_part, finish):
@@ -516,21 +506,18 @@ def _nothing(a):
 def _forward_part(a, scratch, part):
     """Spikes and voltages."""
     start, run, _ = _extent(a, part)
-    norm, charge, soft, counts = a.norm != 0, a.charge, a.soft != 0, a.counts != 0
     for here in range(start, start + run, a.block):
         n = min(a.block, start + run - here)
         _spread_parameters(scratch, a, here, n)
         now = _row(scratch, _VOLTAGES)
         _start(now, a.v0, a.v_init, here, n)
         for t in range(a.steps):
-            x, spike = _at_step(a.x, a, t, here), _at_step(a.spike, a, t, here)
-            _fetch(x, a.neurons, n)
+            spike = _at_step(a.spike, a, t, here)
+            _fetch(_at_step(a.x, a, t, here), a.neurons, n)
             # Never the row it reads from, which would look like a loop-carried dependence.
             after = _row(scratch, _VOLTAGES + (t + 1) % 2)
-            _step_row(scratch, a, x, now, spike, after, norm, charge, soft, counts, n)
-            if a.bits and a.levels > np.float32(1):  # a block begins at an even neuron of memory
-                _pack_count_row(spike, _byte_at(a.bits, (t * a.neurons + here) // 2), n)
-            elif a.bits:
+            _step(scratch, a, t, here, now, spike, after, n)
+            if a.bits:
                 _store_bits(scratch, a, spike, t, here, n)
             _fetch(spike, a.neurons, n)
             if a.v_seq:
@@ -543,7 +530,10 @@ def _forward_part(a, scratch, part):
 
 @_part
 def _store_bits(scratch, a, spike, t, here, n):
-    """Add the spikes of step ``t`` to a row of bits, and write what is full."""
+    """Write counts of step ``t``, or add its spikes to a row of bits, and write what is full."""
+    if a.levels > np.float32(1):  # a block begins at an even neuron of memory
+        _pack_count_row(spike, _byte_at(a.bits, (t * a.neurons + here) // 2), n)
+        return
     bits = _row(scratch, _BITS)
     if t % 8 == 0:
         _fill(bits, np.float32(0), n)
@@ -554,40 +544,30 @@ def _store_bits(scratch, a, spike, t, here, n):
 
 @_part
 def _pack_part(a, scratch, part):
-    """Bits of spikes."""
+    """Bits of spikes, or half bytes of counts, of one step: a part begins at an even neuron."""
     start, run, _ = _extent(a, part)
     for here in range(start, start + run, a.block):
         n = min(a.block, start + run - here)
         for t in range(a.steps):
-            spike = _at_step(a.spike, a, t, here)
-            _fetch(spike, a.neurons, n)
-            _store_bits(scratch, a, spike, t, here, n)
+            values = _at_step(a.spike, a, t, here)
+            _fetch(values, a.neurons, n)
+            _store_bits(scratch, a, values, t, here, n)
 
 
 @_part
 def _unpack_part(a, scratch, part):
-    """Spikes of bits."""
+    """The same back."""
     start, run, _ = _extent(a, part)
     for here in range(start, start + run, a.block):
         n = min(a.block, start + run - here)
         for t in range(a.steps):
-            spike = _at_step(a.spike, a, t, here)
-            _unpack_row(_byte_at(a.bits, t // 8 * a.neurons + here), spike, np.int32(t % 8), n)
-            _fetch(spike, a.neurons, n)
-
-
-@_part
-def _pack_counts_part(a, scratch, part):
-    """Half bytes of counts, of one step: a part begins at an even neuron."""
-    start, run, _ = _extent(a, part)
-    _pack_count_row(_at(a.spike, start), _byte_at(a.bits, start // 2), run)
-
-
-@_part
-def _unpack_counts_part(a, scratch, part):
-    """Counts of half bytes."""
-    start, run, _ = _extent(a, part)
-    _unpack_count_row(_byte_at(a.bits, start // 2), _at(a.spike, start), run)
+            values = _at_step(a.spike, a, t, here)
+            if a.levels > np.float32(1):
+                _unpack_count_row(_byte_at(a.bits, here // 2), values, n)
+            else:
+                bits = _byte_at(a.bits, t // 8 * a.neurons + here)
+                _unpack_row(bits, values, np.int32(t % 8), n)
+            _fetch(values, a.neurons, n)
 
 
 @_part
@@ -612,8 +592,6 @@ def _unpack_count_row(halves, counts, n):
 forward = _kernel("forward", _forward_part, _nothing)
 pack = _kernel("pack", _pack_part, _nothing)
 unpack = _kernel("unpack", _unpack_part, _nothing)
-pack_counts = _kernel("pack_counts", _pack_counts_part, _nothing)
-unpack_counts = _kernel("unpack_counts", _unpack_counts_part, _nothing)
 
 
 def _derivative(name: str) -> Any:
@@ -640,16 +618,18 @@ def row_for(
     def row(scratch, x, v, grad_spike, grad_y, v_rest, levels, a, b, n):
         q, threshold, mean = _row(scratch, _Q), _row(scratch, _THRESHOLD), _row(scratch, _MEAN)
         grad_v = _row(scratch, _GRAD_V)
-        grad_q, grad_threshold = _row(scratch, _GRAD_Q), _row(scratch, _GRAD_THRESHOLD)
-        grad_y_sum, grad_y_x = _row(scratch, _GRAD_Y_SUM), _row(scratch, _GRAD_Y_X)
+        grad_q, grad_threshold = (
+            _row(scratch, _GRADS + GRAD_Q),
+            _row(scratch, _GRADS + GRAD_THRESHOLD),
+        )
+        grad_y_sum, grad_y_x = _row(scratch, _GRADS + GRAD_Y), _row(scratch, _GRADS + GRAD_Y_X)
         for i in range(n):
             y = _input(scratch, x, i, norm)
+            h = _charge(y, v[i], q[i], v_rest, charge, counts)
             if counts:
-                h = _charge_count(y, v[i], q[i], charge)
                 over = h / threshold[i]
                 spike = _count(over, levels)
             else:
-                h = _charge(y, v[i], q[i], v_rest, charge)
                 over = h - threshold[i]
                 spike = np.float32(over >= np.float32(0))
             through = grad_spike[i]
@@ -684,24 +664,30 @@ def row_for(
 def _backward_part(a, scratch, part):
     """Gradients of input, initial voltage and parameters."""
     _clear_sums(a, part)
+    _backward_blocks(a, scratch, part, False)
+    if a.whole:
+        _norm_gradients(a, *_channels(a, part))
+        _backward_blocks(a, scratch, part, True)
+
+
+@_part
+def _backward_blocks(a, scratch, part, again):
+    """The gradients of a part's blocks; ``again``, by the part's sums, that of the input."""
     start, run, runs = _extent(a, part)
-    apart = a.channels * a.inner
     for k in range(runs):
         for done in range(0, run, a.block):
-            here, n = start + k * apart + done, min(a.block, run - done)
+            here, n = start + k * a.channels * a.inner + done, min(a.block, run - done)
             if k == 0 or run > a.block:  # else the rows of parameters are those of the last run
-                _spread_parameters(scratch, a, here, n)
-            _backward_block(a, scratch, part, here, k * run + done, n)
-    if a.whole:
-        channel, width = _channels(a, part)
-        _norm_gradients(a, channel, width)
-        for k in range(runs):
-            for done in range(0, run, a.block):
-                here, n = start + k * apart + done, min(a.block, run - done)
-                if k == 0 or run > a.block:
+                if again:
                     _spread_norm(scratch, a, here, n)
                     _spread_terms(scratch, a, here, n)
-                _finish_block(a, scratch, here, k * run + done, n)
+                else:
+                    _spread_parameters(scratch, a, here, n)
+            if again:
+                for t in range(a.steps):
+                    _store_grad_x(scratch, a, t, here, k * run + done, n, a.neurons)
+            else:
+                _backward_block(a, scratch, part, here, k * run + done, n)
 
 
 @_part
@@ -712,7 +698,7 @@ def _backward_block(a, scratch, part, here, inside, n):
         _spread_terms(scratch, a, here, n)
     _recompute(scratch, a, here, n)
     _start(grad_now, a.grad_v, np.float32(0), here, n)
-    for k in (_GRAD_Q, _GRAD_THRESHOLD, _SPIKE, _GRAD_Y_SUM, _GRAD_Y_X):
+    for k in range(_GRADS, _SPIKE + 1):
         _fill(_row(scratch, k), np.float32(0), n)
     for t in range(a.steps - 1, -1, -1):
         if a.grad_v_seq:
@@ -731,26 +717,24 @@ def _backward_block(a, scratch, part, here, inside, n):
     if a.grad_v0:
         _copy(grad_now, _at(a.grad_v0, here), n)
     if a.norm_sums:
-        _add_to_sums(scratch, a, GRAD_Y, part, _GRAD_Y_SUM, here, n)
-        _add_to_sums(scratch, a, GRAD_Y_X, part, _GRAD_Y_X, here, n)
+        _add_to_sums(scratch, a, part, GRAD_Y, here, n)
+        _add_to_sums(scratch, a, part, GRAD_Y_X, here, n)
     if a.grad_w:
-        _add_to_sums(scratch, a, GRAD_Q, part, _GRAD_Q, here, n)
+        _add_to_sums(scratch, a, part, GRAD_Q, here, n)
     if a.grad_threshold:
-        _add_to_sums(scratch, a, GRAD_THRESHOLD, part, _GRAD_THRESHOLD, here, n)
+        _add_to_sums(scratch, a, part, GRAD_THRESHOLD, here, n)
 
 
 @_part
 def _recompute(scratch, a, here, n):
     """Compute the voltages before each step."""
-    norm, charge, soft, counts = a.norm != 0, a.charge, a.soft != 0, a.counts != 0
     spike = _row(scratch, _SPARE)
     _start(_row(scratch, _VOLTAGES), a.v0, a.v_init, here, n)
     for t in range(a.steps):
-        x = _at_step(a.x, a, t, here)
-        _fetch(x, a.neurons, n)
+        _fetch(_at_step(a.x, a, t, here), a.neurons, n)
         if t < a.steps - 1:
             v, after = _row(scratch, _VOLTAGES + t), _row(scratch, _VOLTAGES + t + 1)
-            _step_row(scratch, a, x, v, spike, after, norm, charge, soft, counts, n)
+            _step(scratch, a, t, here, v, spike, after, n)
 
 
 @_part
@@ -798,13 +782,6 @@ def _parameter_gradient(a, out, kind):
             gradient[c] = here
     if not a.per_channel:
         gradient[0] = total
-
-
-@_part
-def _finish_block(a, scratch, here, inside, n):
-    """Write the input's gradient, from that of the norm's output and the input, both in cache."""
-    for t in range(a.steps):
-        _store_grad_x(scratch, a, t, here, inside, n, a.neurons)
 
 
 @_part

@@ -14,13 +14,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import PROCESS
-from ..plan import Norm
 from . import loops
 
 #: floats of a block's rows, which stay in the second-level cache
@@ -29,7 +28,7 @@ SCRATCH = 24 * 1024
 BLOCK = 64
 #: element-steps that are worth a thread
 GRAIN = 1 << 15
-#: bytes from which a tensor is worth huge pages, and the size of one
+#: bytes of a huge page; a tensor of twice as many is worth some, and has one wherever it begins
 HUGE = 1 << 21
 #: parts of the work, at most: a parameter's gradient is summed in each, then over them
 PARTS = 64
@@ -56,58 +55,41 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-class Partition(NamedTuple):
-    """How the work is distributed, a function of the shape alone.
+def partition(
+    steps: int, neurons: int, inner: int, channels: int, whole: bool = False
+) -> dict[str, int]:
+    """How the work is distributed, a function of the shape alone: of :class:`.loops.Arguments`.
 
-    Each group of ``group`` channels is cut into ``ranges`` parts, none where there is no work. With
-    ``whole`` a part is a whole group, and a thread has room for its gradient.
+    Each group of ``group`` channels is cut into ``ranges`` parts of a step's neurons, for all
+    steps; none where there is no work. With ``whole`` a part is a whole group, and a thread has
+    ``room`` for its gradient.
     """
-
-    parts: int
-    ranges: int
-    part_size: int
-    block: int
-    room: int
-    group: int
-    whole: bool
-    sums_size: int
-    scratch_size: int
-    steps: int
-    neurons: int
-    inner: int
-    channels: int
-
-    @classmethod
-    def of_neurons(
-        cls, steps: int, neurons: int, inner: int, channels: int, whole: bool = False
-    ) -> Partition:
-        """Parts of a step's neurons, for all steps."""
-        inner = inner if channels > 1 else max(neurons, 1)
-        block = min(max(SCRATCH // (18 + 2 * steps), BLOCK), loops.ROW) // 64 * 64
-        group, room = max(channels, 1), 0
-        part_size = block * max(1, -(-neurons // (block * PARTS)))
-        if whole:
-            group = group_size(channels, inner)
-            part_size = neurons // channels * group
-            room = _pad(part_size)
-            run = inner * group if group < channels else neurons
-            block = -(-run // -(-run // block))  # even pieces of a run
-        ranges = 1 if whole else -(-neurons // part_size)
-        return cls(
-            parts=max(ranges * -(-channels // group), 1),
-            ranges=ranges,
-            part_size=part_size,
-            block=block,
-            room=room,
-            group=group,
-            whole=whole,
-            sums_size=(loops.SUMS * ranges + 1) * channels,
-            scratch_size=loops.scratch_size(steps, room),
-            steps=steps,
-            neurons=neurons,
-            inner=inner,
-            channels=channels,
-        )
+    inner = inner if channels > 1 else max(neurons, 1)
+    block = min(max(SCRATCH // (18 + 2 * steps), BLOCK), loops.ROW) // 64 * 64
+    group, room = max(channels, 1), 0
+    part_size = block * max(1, -(-neurons // (block * PARTS)))
+    ranges = -(-neurons // part_size)
+    if whole:
+        group, ranges = group_size(channels, inner), 1
+        part_size = neurons // channels * group
+        room = _pad(part_size)
+        run = inner * group if group < channels else neurons
+        block = -(-run // -(-run // block))  # even pieces of a run
+    return {
+        "parts": max(ranges * -(-channels // group), 1),
+        "ranges": ranges,
+        "part_size": part_size,
+        "block": block,
+        "room": room,
+        "group": group,
+        "whole": whole,
+        "sums_size": (loops.SUMS * ranges + 1) * channels,
+        "scratch_size": loops.scratch_size(steps, room),
+        "steps": steps,
+        "neurons": neurons,
+        "inner": inner,
+        "channels": channels,
+    }
 
 
 def _pad(size: int) -> int:
@@ -132,27 +114,24 @@ class Call:
     """A kernel, and what of its arguments is known in advance: all but addresses."""
 
     def __init__(
-        self, kernel: Any, partition: Partition, *passes: dict[str, float], **options: Any
-    ):
-        self.function = _function(kernel)
-        self.scratch_size, self.sums_size = partition.scratch_size, partition.sums_size
-        self.threads = max(1, min(partition.parts, partition.steps * partition.neurons // GRAIN))
-        arguments = partition._asdict() | options
-        self.passes = [loops.Arguments(**arguments | more) for more in passes or ({},)]
-
-    def __call__(
-        self, v_init: float = 0.0, norm: Norm | None = None, **tensors: Tensor | None
+        self, kernel: Any, names: tuple[str, ...], *passes: dict[str, float], **options: Any
     ) -> None:
+        """``names`` are those of the tensors; ``passes`` differ in options."""
+        self.function, self.names = _function(kernel), names
+        self.passes = [loops.Arguments(**options | more) for more in passes or ({},)]
+        self.sums_size, self.scratch_size = options["sums_size"], options["scratch_size"]
+        grains = options["steps"] * options["neurons"] // GRAIN
+        self.threads = max(1, min(options["parts"], grains))
+
+    def __call__(self, v_init: float, *tensors: Tensor | None) -> None:
         """Run it on as many threads as torch may use and the work is worth."""
-        if norm is not None:
-            tensors.update(zip(norm._fields, norm, strict=True))
         threads = min(torch.get_num_threads(), self.threads)
         size = 2 * self.sums_size + threads * self.scratch_size
         scratch = torch.empty(size, dtype=torch.float32, device="cpu")
         for arguments in self.passes:
             record = loops.Arguments.from_buffer_copy(arguments)
             record.scratch, record.v_init = scratch.data_ptr(), v_init
-            for name, tensor in tensors.items():
+            for name, tensor in zip(self.names, tensors, strict=True):
                 if tensor is not None:
                     setattr(record, name, tensor.data_ptr())
             address = ctypes.addressof(record)
@@ -167,17 +146,14 @@ class Call:
                     other.result()
 
 
-@cache
-def _madvise() -> Any:
-    """The system call of that name, on Linux, where it knows of huge pages."""
-    return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
+#: the system call of that name, on Linux, where it knows of huge pages
+_MADVISE: Any = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
 def ask_for_huge_pages(*tensors: Tensor | None) -> None:
     """Let the system back large new tensors, and what reuses their memory, by huge pages."""
-    for tensor in tensors:
-        # Twice the size, so that one huge page lies within wherever the tensor begins.
-        if tensor is not None and tensor.nbytes >= 2 * HUGE and (madvise := _madvise()):
+    for tensor in tensors if _MADVISE else ():
+        if tensor is not None:
             first = -(-tensor.data_ptr() // HUGE) * HUGE
-            last = (tensor.data_ptr() + tensor.nbytes) // HUGE * HUGE
-            madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
+            size = (tensor.data_ptr() + tensor.nbytes) // HUGE * HUGE - first
+            _MADVISE(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
