@@ -2,7 +2,7 @@
 
 from .autoencoder import Autoencoder
 from .classifier import Classifier
-from .esvae import ESVAE, ESVAEOutput
-from .fsvae import FSVAE, FSVAEOutput
+from .esvae import ESVAE
+from .fsvae import FSVAE
 
-__all__ = ["ESVAE", "FSVAE", "Autoencoder", "Classifier", "ESVAEOutput", "FSVAEOutput"]
+__all__ = ["ESVAE", "FSVAE", "Autoencoder", "Classifier"]

@@ -7,7 +7,7 @@ from itertools import chain
 from spikingjelly.activation_based import layer, surrogate
 from torch import Tensor, nn
 
-from .._internal.checks import are_two_numbers, check_flags, check_sizes, is_whole
+from .._internal.checks import SHARE, check, check_flags, check_sizes, integer
 from ..neuron import ALIFNode
 from .block import Neuron, check_images, make_neuron, reset
 
@@ -85,19 +85,10 @@ class Classifier(nn.Module):
         for width in chain(*stages):
             check_sizes(stages=width)
         check_flags(norm=norm, per_channel=per_channel, output_neuron=output_neuron)
-        if not is_whole(classes) or classes < 2:
-            raise ValueError(
-                f"classes must be an integer >= 2, but it is {classes!r}; "
-                "a data set without labels cannot be classified"
-            )
-        if not are_two_numbers(dropout) or not all(0 <= p < 1 for p in dropout):
-            raise ValueError(f"dropout must be two probabilities in [0, 1), but it is {dropout!r}")
+        check(integer(2), classes=classes)
+        for probability in dropout:
+            check(SHARE, dropout=probability)
         side = image_size // 2 ** len(stages)
-        if side < 1:
-            raise ValueError(
-                f"image_size={image_size} is too small for {len(stages)} stages, each of which "
-                f"halves it: at least {2 ** len(stages)}, or fewer stages"
-            )
         self.in_channels = in_channels
         self.image_size = image_size
         self.classes = classes

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,9 @@ from torch import Tensor, nn
 from .._internal.checks import check, check_flags, check_not_negative, check_sizes, integer
 from .._internal.context import eval_mode
 from .block import Neuron
-from .flow import EPOCHS, FlowPrior, check_enough, check_labels
+from .flow import EPOCHS, FlowPrior, check_enough
 from .rate import LearnedPrior, rbf_mmd, spikes_from_rate
-from .spiking_vae import SpikingVAE
-
-
-class ESVAEOutput(NamedTuple):
-    """Output of ESVAE: the reconstruction and rates of both latent distributions."""
-
-    image: Tensor  #: ``[N, C, H, W]`` in [-1, 1]
-    q: Tensor  #: posterior rates ``[N, latent]``
-    p: Tensor  #: rates drawn from the learned prior ``[N, latent]``
+from .spiking_vae import SpikingVAE, SpikingVAEOutput
 
 
 class ESVAE(SpikingVAE):
@@ -83,11 +75,11 @@ class ESVAE(SpikingVAE):
         self.prior = LearnedPrior(d)
         self.flow = FlowPrior(d, self.T) if self.sample_from == "flow" else None
 
-    def forward(self, image: Tensor) -> ESVAEOutput:
-        """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1]."""
+    def forward(self, image: Tensor) -> SpikingVAEOutput:
+        """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1]; the distributions are of rates."""
         rate = self.rate(image)
         reconstruction = self.decode(self._spikes(rate))
-        return ESVAEOutput(reconstruction, rate, self.prior(len(image)))
+        return SpikingVAEOutput(reconstruction, rate, self.prior(len(image)))
 
     def rate(self, image: Tensor) -> Tensor:
         """The posterior rate ``[N, latent]`` of ``image`` ``[N, C, H, W]``."""
@@ -120,9 +112,6 @@ class ESVAE(SpikingVAE):
             ValueError: ``steps`` is no integer >= 2; see :class:`ESVAE` for bad images.
         """
         check(integer(2), steps=steps)
-        shape = [self.in_channels, self.image_size, self.image_size]
-        if (got := [list(a.shape), list(b.shape)]) != [shape, shape]:
-            raise ValueError(f"walk takes two images {shape}, but got {got[0]} and {got[1]}")
         with eval_mode(self), torch.no_grad():
             first, last = self.rate(torch.stack([a, b]))
             way = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device)
@@ -163,10 +152,8 @@ class ESVAE(SpikingVAE):
                 torch.stack([self.rate(x), *([self.rate(x.flip(-1))] if mirror else [])], 1)
                 for x in images
             ]
-        check_enough(n := sum(map(len, rates)))
-        if labels is not None:
-            labels = check_labels(labels, n).repeat_interleave(1 + mirror)
-        flow.fit(torch.cat(rates).float().flatten(0, 1), labels, seed, self.flow_epochs, 1 + mirror)
+        check_enough(sum(map(len, rates)))
+        flow.fit(torch.cat(rates).float(), labels, seed, self.flow_epochs)
 
     @contextmanager
     def draw_from(self, source: str) -> Iterator[None]:

@@ -89,33 +89,30 @@ class FlowPrior(nn.Module):
         labels: Sequence[int] | Tensor | None = None,
         seed: int = 0,
         epochs: int = EPOCHS,
-        versions: int = 1,
     ) -> None:
         """Fit the flow to ``rates`` ``[n, d]``; the global random state is left alone.
 
         Args:
-            rates: of training images.
-            labels: the class of each, an integer >= 0; None fits a flow that knows no classes.
+            rates: of n training images; or ``[n, v, d]`` of v versions of each, such as its mirror
+                image, which are held out together.
+            labels: the class of each image, an integer >= 0; None fits a flow that knows no
+                classes.
             seed: of the fit.
             epochs: of the fit.
-            versions: so many rates in a row are of one image, such as its mirror image's, and are
-                held out together.
 
         Raises:
-            ValueError: fewer than 10 rates, of another width, or outside [0, 1]; labels that are
-                not one for each, or of more than 30 classes; epochs < 1; no whole number of images.
+            ValueError: fewer than 10 images; rates of another width, or outside [0, 1]; labels that
+                are not one for each image, or of more than 30 classes; epochs < 1.
             FloatingPointError: the fit has diverged.
         """
-        check_sizes(epochs=epochs, versions=versions)
-        d = len(self.cumulative)
-        if rates.dim() != 2 or rates.shape[1] != d:
+        check_sizes(epochs=epochs)
+        n, d = len(rates), len(self.cumulative)
+        check_enough(n)
+        if rates.shape[-1] != d:
             raise ValueError(f"expected rates [n, {d}], but got {list(rates.shape)}")
-        check_enough(len(rates) // versions)
-        if len(rates) % versions:
-            raise ValueError(f"{len(rates)} rates are not {versions} of each image")
         check_rates(rates)
-        labels = check_labels(labels, len(rates)).to(rates.device)
-        classes, index = labels.unique(return_inverse=True)
+        rates = rates.reshape(n, -1, d)
+        classes, index = check_labels(labels, n).to(rates.device).unique(return_inverse=True)
         if len(classes) > CLASSES:
             raise ValueError(
                 f"a flow takes labels of at most {CLASSES} classes, but got {len(classes)}"
@@ -124,17 +121,19 @@ class FlowPrior(nn.Module):
             levels = (rates.float() * self.levels).round().long()
             trained = FlowPrior(d, self.levels).to(rates.device, torch.float32)
             for level in range(self.levels + 1):
-                trained.cumulative[:, level] = (levels <= level).double().mean(0)
+                trained.cumulative[:, level] = (levels <= level).double().mean((0, 1))
             trained.labels[: len(classes)] = classes
-            trained.shares.copy_(index.bincount(minlength=CLASSES) / len(rates))
-            trained.learn(levels, index, epochs, versions)
+            trained.shares.copy_(index.bincount(minlength=CLASSES) / n)
+            trained.learn(levels, index, epochs)
         self.load_state_dict(trained.state_dict())
 
-    def learn(self, levels: Tensor, index: Tensor, epochs: int, versions: int) -> None:
-        """Minimise the loss for training rates' levels ``[n, d]`` of the classes at ``index``."""
-        rows = torch.arange(len(levels), device=levels.device).view(-1, versions)
-        order = rows[torch.randperm(len(rows), device=rows.device)].flatten()
-        held_out, rest = order.tensor_split([math.ceil(HELD_OUT * len(rows)) * versions])
+    def learn(self, levels: Tensor, index: Tensor, epochs: int) -> None:
+        """Minimise the loss for the levels ``[n, v, d]`` of images of the classes at ``index``."""
+        n, versions, _ = levels.shape
+        levels, index = levels.flatten(0, 1), index.repeat_interleave(versions)
+        rows = torch.arange(len(levels), device=levels.device).view(n, versions)
+        order = rows[torch.randperm(n, device=rows.device)].flatten()
+        held_out, rest = order.tensor_split([math.ceil(HELD_OUT * n) * versions])
         unseen = ~torch.isin(index[held_out], index[rest])  # no class is held out whole
         rest = torch.cat([rest, held_out[unseen]])
         held_out = held_out.repeat(math.ceil(LEAST_HELD_OUT / len(held_out)))

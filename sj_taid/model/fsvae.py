@@ -1,22 +1,14 @@
 """FSVAE: a spiking VAE whose latent are spike trains from autoregressive networks."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._internal.checks import are_two_numbers, check_sizes
+from .._internal.checks import SHARE, check, check_sizes
 from .block import Neuron
 from .latent import Posterior, Prior, mmd_loss
-from .spiking_vae import SpikingVAE
-
-
-class FSVAEOutput(NamedTuple):
-    """Output of FSVAE: the reconstruction and both latent distributions."""
-
-    image: Tensor  #: ``[N, C, H, W]`` in [-1, 1]
-    q: Tensor  #: posterior candidates ``[T, N, latent, k]``
-    p: Tensor  #: prior candidates ``[T, N, latent, k]``
+from .spiking_vae import SpikingVAE, SpikingVAEOutput
 
 
 class FSVAE(SpikingVAE):
@@ -51,28 +43,30 @@ class FSVAE(SpikingVAE):
         **kwargs: Any,
     ) -> None:
         check_sizes(k=k)
-        both = own_sample_probability
-        if not are_two_numbers(both) or not all(0 <= p <= 1 for p in both):
-            raise ValueError(
-                f"own_sample_probability must be two probabilities in [0, 1], but it is {both!r}"
-            )
+        first, last = own_sample_probability
+        for probability in (first, last):
+            check(SHARE, own_sample_probability=probability)
         self.k = k
-        self.own_sample_probability = tuple(own_sample_probability)
+        self.own_sample_probability = first, last
         super().__init__(*args, **kwargs)
 
     def _make_latent(self, neuron: Neuron) -> None:
-        self.posterior = Posterior(self.latent_channels, self.k, neuron)
-        self.prior = Prior(self.latent_channels, self.k, neuron)
+        latent = self.latent_channels
+        self.posterior = Posterior(2 * latent, latent, self.k, neuron)
+        self.prior = Prior(latent, latent, self.k, neuron)
 
-    def forward(self, image: Tensor, own_sample_probability: float | Tensor = 0.0) -> FSVAEOutput:
+    def forward(
+        self, image: Tensor, own_sample_probability: float | Tensor = 0.0
+    ) -> SpikingVAEOutput:
         """Reconstruct ``image`` ``[N, C, H, W]`` in [-1, 1].
 
-        ``own_sample_probability`` is the prior's scheduled sampling, used in training.
+        ``own_sample_probability`` is the prior's scheduled sampling, used in training. The latent
+        distributions are candidates ``[T, N, latent, k]``.
         """
         x_seq = self.encode(image)
         z_seq, q = self.posterior(x_seq, self._picks(len(image)))
         p = self.prior(z_seq, own_sample_probability)
-        return FSVAEOutput(self.decode(z_seq), q, p)
+        return SpikingVAEOutput(self.decode(z_seq), q, p)
 
     def latent_spikes(self, image: Tensor) -> Tensor:
         """Draw the decoder's input ``[T, N, latent]`` for ``image`` ``[N, C, H, W]``."""

@@ -5,8 +5,7 @@ Sequences are ``[T, N, C]``; each network outputs ``k`` candidate spikes per cha
 of a spike. Source: Kamata et al. 2022, arXiv 2110.00375, sections 4.2-4.4.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -21,8 +20,7 @@ class LatentNetwork(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, k: int, neuron: Neuron) -> None:
         super().__init__()
-        self.channels = channels
-        self.k = k
+        self.candidates = channels, k
         widths = (in_channels, 2 * channels, 4 * channels, k * channels)
         self.net = nn.Sequential(
             *(spiking_block(nn.Linear(a, b), neuron, alpha=2.0) for a, b in pairwise(widths))
@@ -33,22 +31,29 @@ class LatentNetwork(nn.Module):
         reset(self.net)
         output = self.net(x_seq)
         reset(self.net)
-        return output.unflatten(2, (self.channels, self.k))
+        return output.unflatten(2, self.candidates)
 
-    def step(self, x: Tensor) -> Tensor:
-        """Run one more time step from the neurons' state: ``[N, in_channels]`` -> ``[N, C, k]``."""
-        return self.net(x.unsqueeze(0))[0].unflatten(1, (self.channels, self.k))
+    @torch.no_grad()
+    def draw(
+        self, z_previous: Tensor, choose: Callable[[int, Tensor], Tensor], *x_seq: Tensor
+    ) -> None:
+        """Fill ``z_previous`` ``[T, N, C]`` from its second step on, one step after the other.
 
-    @contextmanager
-    def from_rest(self) -> Iterator[None]:
-        """Start :meth:`step` from rest inside, with the running statistics of batch norm.
-
-        The network is causal then: T steps equal running every prefix, at O(T), not O(T^2).
+        ``choose(t, candidates)`` is the spikes of step t for the candidates ``[N, C, k]`` on
+        ``[x_t ; z_(t-1)]``. From rest and with the running statistics of batch norm the network is
+        causal: T steps equal running every prefix, at O(T), not O(T^2).
         """
         reset(self.net)
         with eval_mode(self.net):
-            yield
+            for t in range(len(z_previous) - 1):
+                inputs = torch.cat([*(x[t] for x in x_seq), z_previous[t]], 1)
+                candidates = self.net(inputs.unsqueeze(0))[0].unflatten(1, self.candidates)
+                z_previous[t + 1] = choose(t, candidates)
         reset(self.net)
+        # Autocast's casts of a pass without gradient have no graph, and older torch reuses them in
+        # the pass with gradient.
+        if not torch.compiler.is_compiling():
+            torch.clear_autocast_cache()
 
 
 class Posterior(LatentNetwork):
@@ -59,20 +64,13 @@ class Posterior(LatentNetwork):
     with batch statistics.
     """
 
-    def __init__(self, channels: int, k: int, neuron: Neuron) -> None:
-        super().__init__(2 * channels, channels, k, neuron)
-
     def forward(self, x_seq: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
         """Sample ``z`` ``[T, N, C]`` at ``picks`` ``[T, N, C]``.
 
         Returns ``z`` and the candidates ``q`` ``[T, N, C, k]``.
         """
         z_previous = torch.zeros_like(x_seq)
-        with torch.no_grad(), self.from_rest():
-            for t in range(len(x_seq) - 1):
-                q = self.step(torch.cat([x_seq[t], z_previous[t]], 1))
-                z_previous[t + 1] = pick(q, picks[t])
-        _clear_cast_cache()
+        self.draw(z_previous, lambda t, q: pick(q, picks[t]), x_seq)
         q = self.run(torch.cat([x_seq, z_previous], 2))
         return pick(q, picks), q
 
@@ -82,9 +80,6 @@ class Prior(LatentNetwork):
 
     #: The steps before it always take the posterior's sample: the prior has seen too little.
     FIRST_OWN_SAMPLE = 5
-
-    def __init__(self, channels: int, k: int, neuron: Neuron) -> None:
-        super().__init__(channels, channels, k, neuron)
 
     def forward(self, z_seq: Tensor, own_sample_probability: float | Tensor = 0.0) -> Tensor:
         """``p`` ``[T, N, C, k]`` for the posterior's ``z_seq`` ``[T, N, C]``, taken as constants.
@@ -100,41 +95,22 @@ class Prior(LatentNetwork):
     def _take_own_samples(self, z_previous: Tensor, probability: float | Tensor) -> None:
         own = torch.rand(len(z_previous) - 1) < probability
         own[: self.FIRST_OWN_SAMPLE] = False
+
+        def choose(t: int, p: Tensor) -> Tensor:
+            if not own[t]:
+                return z_previous[t + 1]
+            rate = p.mean(-1)
+            return (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(rate.dtype)
+
         if own.any():
-            self._insert_own_samples(z_previous, own.tolist())
+            last = int(own.nonzero().max())
+            self.draw(z_previous[: last + 2], choose)
 
-    @torch.no_grad()
-    def _insert_own_samples(self, z_previous: Tensor, own: list[bool]) -> None:
-        last = max(t for t, replace in enumerate(own) if replace)
-        with self.from_rest():
-            for t in range(last + 1):
-                p = self.step(z_previous[t])
-                if own[t]:
-                    rate = p.mean(-1)
-                    rate = rate + 1e-3 * torch.randn_like(rate)
-                    z_previous[t + 1] = (rate > 0.5).to(z_previous.dtype)
-        _clear_cast_cache()
-
-    @torch.no_grad()
     def sample(self, picks: Tensor) -> Tensor:
         """Draw ``z`` ``[T, N, C]`` step by step at ``picks`` ``[T, N, C]``."""
-        parameter = next(self.parameters())
-        z = torch.zeros(picks.shape[1:], dtype=parameter.dtype, device=parameter.device)
-        z_seq = []
-        with self.from_rest():
-            for index in picks:
-                z = pick(self.step(z), index)
-                z_seq.append(z)
-        return torch.stack(z_seq)
-
-
-def _clear_cast_cache() -> None:
-    """Drop autocast's casts of a pass without gradient.
-
-    They have no graph, and older torch reuses them in the pass with gradient.
-    """
-    if not torch.compiler.is_compiling():
-        torch.clear_autocast_cache()
+        zeros = next(self.parameters()).new_zeros(len(picks) + 1, *picks.shape[1:])
+        self.draw(zeros, lambda t, p: pick(p, picks[t]))
+        return zeros[1:]
 
 
 def pick(candidates: Tensor, picks: Tensor) -> Tensor:

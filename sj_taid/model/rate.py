@@ -4,8 +4,6 @@ A rate ``r`` in [0, 1] is the probability of a spike at each time step, ``[N, d]
 channels. Source: Zhan et al., ESVAE, arXiv 2310.14839.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -17,18 +15,6 @@ def check_rates(rate: Tensor) -> None:
             f"rates must be probabilities in [0, 1], but these are from {rate.min().item():.4g} to "
             f"{rate.max().item():.4g}"
         )
-
-
-class _SpikesFromRate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rate: Tensor, noise: Tensor) -> Tensor:
-        ctx.save_for_backward((rate - noise).abs() < 0.5)
-        return (rate > noise).to(rate.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (near,) = ctx.saved_tensors
-        return (grad * near).sum(0), None
 
 
 def spikes_from_rate(rate: Tensor, T: int, exact: bool = False) -> Tensor:
@@ -57,7 +43,8 @@ def spikes_from_rate(rate: Tensor, T: int, exact: bool = False) -> Tensor:
     noise = torch.rand(T, *rate.shape, dtype=rate.dtype, device=rate.device)
     if exact:
         noise = ((noise.argsort(0).argsort(0) + 0.5) / T).to(rate.dtype)  # by the rank in time
-    return _SpikesFromRate.apply(rate, noise)
+    near = ((rate - noise).abs() < 0.5).to(rate.dtype)
+    return (rate > noise).to(rate.dtype) + near * (rate - rate.detach())
 
 
 def rbf_mmd(x: Tensor, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import layer
@@ -51,6 +51,14 @@ class SubpixelConv2d(nn.Conv2d):
         return F.pixel_shuffle(x, 2)
 
 
+class SpikingVAEOutput(NamedTuple):
+    """The reconstruction and both latent distributions, of a shape that the model says."""
+
+    image: Tensor  #: ``[N, C, H, W]`` in [-1, 1]
+    q: Tensor  #: the posterior's, of the image
+    p: Tensor  #: the prior's
+
+
 class SpikingVAE(nn.Module):
     """Spiking autoencoder of images; its subclasses FSVAE and ESVAE define the latent.
 
@@ -82,7 +90,7 @@ class SpikingVAE(nn.Module):
             the three, next to the squared error; for photographs (``RESULTS.md``).
 
     Raises:
-        TypeError: ``neuron`` or ``image_decoder`` is none.
+        TypeError: ``neuron`` makes none.
         ValueError: sizes that do not fit, or images of another shape; outside training also
             values beyond [-1, 1] or NaN.
     """
@@ -110,11 +118,6 @@ class SpikingVAE(nn.Module):
             )
         widths, side = encoder_shape(hidden_channels, image_size)
         image_decoder = TAID(T) if image_decoder is None else image_decoder
-        if not isinstance(image_decoder, nn.Module):
-            raise TypeError(
-                f"image_decoder must be a layer, such as TAID({T}) or FixedDecoder({T}), but it is "
-                f"{image_decoder!r:.80}; on the command line choose it with decoder=NAME"
-            )
         if image_decoder.T != T:
             raise ValueError(f"the image decoder is for T={image_decoder.T}, the model for T={T}")
         self.in_channels = in_channels
@@ -213,17 +216,14 @@ class SpikingVAE(nn.Module):
 
     def _check_label(self, n: int, label: int | Sequence[int] | Tensor) -> Tensor:
         """The class of each of ``n`` images, ``[n]``."""
-        if not self.labels:
-            raise ValueError(
-                "label needs an ESVAE that samples from a flow fitted with labels, by "
-                "model.fit_prior(images, labels=...); leave label out"
-            )
         given: Any = label.tolist() if isinstance(label, Tensor) else label
         labels = [*given] if isinstance(given, Sequence) else [given] * n
-        if not all(map(is_whole, labels)) or len(labels) != n or not {*labels} <= {*self.labels}:
+        are_known = all(map(is_whole, labels)) and {*labels} <= {*self.labels}
+        if not (self.labels and are_known and len(labels) == n):
             raise ValueError(
-                f"label must be one of {self.labels}, or a list of {n} of them, one for each "
-                f"image, but it is {given!r:.80}"
+                f"label must be one of {self.labels}, or a list of {n} of them, but it is "
+                f"{given!r:.80}; an ESVAE has those that its flow was fitted with, by "
+                "model.fit_prior(images, labels=...)"
             )
         return torch.tensor(labels)
 

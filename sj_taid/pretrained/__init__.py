@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._internal.build import build as build_object
 from .._internal.checks import expand_home
@@ -55,7 +55,8 @@ def create_model(source: str | Path, pretrained: bool = False) -> nn.Module:
     config = read_config(source)
     model = build(config["model"])
     if pretrained:
-        _load_weights(model, _locate(source) / WEIGHTS, config)
+        unfit = f"{WEIGHTS} of {source} is of another model than its {CONFIG}"
+        _load(model, _read_weights(source, config), config, unfit)
     return model.eval()
 
 
@@ -72,21 +73,12 @@ def start_from(model: nn.Module, source: str | Path) -> str:
     Raises:
         ValueError: layers that differ; ``source`` as in :func:`.create_model`.
     """
-    trained, own = (
-        {key: value for key, value in net.state_dict().items() if not key.startswith("flow.")}
-        for net in (create_model(source, pretrained=True), model)
-    )
-    theirs, ours = ({k: list(v.shape) for k, v in state.items()} for state in (trained, own))
-    if wrong := {key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)}:
-        key = min(wrong)
-        raise ValueError(
-            f"start_from={source} has other layers than the model: {key} is "
-            f"{theirs.get(key, 'missing')} there and {ours.get(key, 'missing')} here; choose model "
-            f"and data as its {CARD} says"
-        )
-    model.load_state_dict(trained, strict=False)
     config = read_config(source)
-    set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
+    flows = {k: v for k, v in model.state_dict().items() if k.startswith("flow.")}
+    trained = _read_weights(source, config).items()
+    weights = {k: v for k, v in trained if not k.startswith("flow.")} | flows
+    unfit = f"start_from={source} has other layers; choose model and data as its {CARD} says"
+    _load(model, weights, config, unfit)
     return config["sha256"]
 
 
@@ -104,12 +96,10 @@ def read_config(source: str | Path) -> dict[str, Any]:
     path = _locate(source) / CONFIG
     try:
         config = json.loads(path.read_bytes())
-        if {"model", "sha256"} <= config.keys():
-            return config
-        reason: object = f"it has {', '.join(config) or 'no keys'}, not model and sha256"
-    except (ValueError, AttributeError) as error:  # no JSON, or no dictionary
-        reason = error
-    raise ValueError(f"{path} describes no model of sj-taid: {reason}")
+        config["model"], config["sha256"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} describes no model of sj-taid: {error!r}") from error
+    return config
 
 
 def save_model(run: str | Path, folder: str | Path, half: bool = False) -> None:
@@ -193,9 +183,10 @@ def _locate(source: str | Path) -> Path:
     return folder
 
 
-def _load_weights(model: nn.Module, path: Path, config: dict[str, Any]) -> None:
+def _read_weights(source: str | Path, config: dict[str, Any]) -> dict[str, Tensor]:
     with needs("safetensors"):
         from safetensors.torch import load
+    path = _locate(source) / WEIGHTS
     if not path.is_file():
         raise ValueError(f"no weights at {path}; copy the whole folder, or leave pretrained out")
     content = path.read_bytes()
@@ -205,9 +196,12 @@ def _load_weights(model: nn.Module, path: Path, config: dict[str, Any]) -> None:
             f"{path} is damaged or of another model: its SHA-256 is {digest}, not "
             f"{config['sha256']}, as {CONFIG} states"
         )
+    return load(content)
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], config: dict[str, Any], unfit: str) -> None:
     try:
-        model.load_state_dict(load(content))
+        model.load_state_dict(weights)
         set_fixed_thresholds(model, config.get("fixed_thresholds", {}))
-    except Exception as error:  # of safetensors, torch, or names that are not the model's
-        what = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path} holds no weights of the model in {CONFIG}: {what}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{unfit}: {str(error).splitlines()[-1].strip()}") from error

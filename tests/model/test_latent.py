@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sj_taid.model.latent import Posterior, Prior, mmd_loss, pick, postsynaptic_potential
+from sj_taid.model.latent import Posterior, Prior, mmd_loss, pick
 from sj_taid.model.spiking_vae import original_neuron
 from tests.helpers import TOLERANCE
 
@@ -17,12 +17,12 @@ F64 = torch.float64
 
 @pytest.fixture
 def posterior():
-    return settle(Posterior(C, K, original_neuron))
+    return settle(Posterior(2 * C, C, K, original_neuron))
 
 
 @pytest.fixture
 def prior():
-    return settle(Prior(C, K, original_neuron))
+    return settle(Prior(C, C, K, original_neuron))
 
 
 def settle(network: nn.Module) -> nn.Module:
@@ -65,24 +65,17 @@ def test_prior_sample_equals_rerunning_every_prefix(prior):
     assert 0 < z.mean() < 1
 
 
-def test_posterior_updates_its_norm_once(posterior):
+def test_autocast_casts_without_a_graph_are_cleared(posterior, prior):
+    """Older torch would reuse them in the pass with gradient: the weights would learn nothing."""
     posterior.train()
     norm = posterior.net[0][0][1]
     before = norm.num_batches_tracked.clone()
-    posterior(spikes(), picks())
-    assert norm.num_batches_tracked == before + 1  # by the pass with gradient alone
-
-
-def test_autocast_casts_without_a_graph_are_cleared():
-    """Older torch would reuse them in the pass with gradient: the weights would learn nothing."""
-    posterior = Posterior(4, 3, original_neuron)
-    prior = Prior(4, 3, original_neuron)
-    x_seq, picks = torch.rand(8, 2, 4), torch.randint(3, (8, 2, 4))
     clear = mock.patch.object(torch, "clear_autocast_cache", wraps=torch.clear_autocast_cache)
     with clear as cleared, torch.autocast("cpu", torch.bfloat16):
-        z_seq, q = posterior(x_seq, picks)
+        z_seq, q = posterior(spikes(), picks())
         p = prior(z_seq, 1.0)
         assert cleared.call_count == 2
+    assert norm.num_batches_tracked == before + 1  # by the pass with gradient alone
     (q.float().square().sum() + p.float().square().sum()).backward()
     for net in (posterior, prior):
         assert all(parameter.grad is not None for parameter in net.parameters())
@@ -103,17 +96,17 @@ def test_prior_own_samples_replace_inputs_from_the_sixth_step_on(prior):
     assert set(replaced.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_prior_own_samples_are_its_thresholded_mean(prior):
+def test_prior_own_samples_are_its_thresholded_mean(prior, monkeypatch):
     z_previous = spikes()
     expected = z_previous.clone()
-    own = [False] * 5 + [True, False, True]
+    own = torch.tensor([0.0, 0, 0, 0, 0, 1, 0, 1])
+    monkeypatch.setattr(torch, "rand", lambda n: 1 - own)
     torch.manual_seed(3)
-    prior._insert_own_samples(z_previous, own)
+    prior._take_own_samples(z_previous, 0.5)
     torch.manual_seed(3)
-    for t, replace in enumerate(own):
-        if replace:
-            rate = prior.run(expected[: t + 1])[-1].mean(-1)
-            expected[t + 1] = (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(F64)
+    for t in (5, 7):
+        rate = prior.run(expected[: t + 1])[-1].mean(-1)
+        expected[t + 1] = (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(F64)
     assert torch.equal(z_previous, expected)
 
 
@@ -132,18 +125,12 @@ def test_prior_compiled_takes_the_same_own_samples(prior):
     assert graphs[0] > 0 and graphs == graphs[:1] * 3
 
 
-def test_postsynaptic_potential_equals_the_recursion():
-    x_seq = torch.rand(T, N, C, dtype=F64)
-    psp, expected = torch.zeros(N, C, dtype=F64), []
-    for x in x_seq:
-        psp = psp + (x - psp) / 2
-        expected.append(psp)
-    error = (postsynaptic_potential(x_seq) - torch.stack(expected)).abs().max()
-    assert error <= TOLERANCE[F64]["value"]
-
-
-def test_mmd_loss():
+def test_mmd_loss_is_of_postsynaptic_potentials():
     q, p = torch.rand(2, T, N, C, K, dtype=F64)
-    expected = (postsynaptic_potential(q.mean(3)) - postsynaptic_potential(p.mean(3))).square()
-    torch.testing.assert_close(mmd_loss(q, p), expected.mean())
+    potential, squares = torch.zeros(N, C, dtype=F64), []
+    for difference in (q - p).mean(3):
+        potential = potential + (difference - potential) / 2
+        squares.append(potential.square())
+    error = (mmd_loss(q, p) - torch.stack(squares).mean()).abs()
+    assert error <= TOLERANCE[F64]["value"]
     assert mmd_loss(q, q) == 0
