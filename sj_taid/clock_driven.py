@@ -46,9 +46,8 @@ class _Old(nn.Module):
 
     def __init__(self, *args: Any, backend: str = "torch", **options: Any) -> None:
         _check_backend(backend)
-        options = self._defaults | options
-        for unused in ("cupy_fp32_inference", "lava_s_cale"):
-            options.pop(unused, None)
+        unused = ("cupy_fp32_inference", "lava_s_cale")
+        options = {k: v for k, v in (self._defaults | options).items() if k not in unused}
         if isinstance(name := options.get("surrogate_function"), str):  # as in cext.neuron
             alpha = {"alpha": options.pop("alpha")} if "alpha" in options else {}
             options["surrogate_function"] = getattr(surrogate, name)(**alpha)
@@ -116,9 +115,7 @@ def _take_backend(kind: Any, place: int) -> None:
     kind.__init__ = __init__
 
 
-def _forward_by_hooks(
-    self: Any, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+def _forward_by_hooks(self: Any, inputs: Any, states: Any, **kwargs: Any) -> Any:
     """A ``single_step_functional_forward`` by ``HOOKS``, in which 0.0.0.0.14's neurons compute."""
     now = states_of(self)
     before = dict(now)
