@@ -17,7 +17,7 @@ from ._internal import compat
 from ._internal.checks import check, check_numbers, is_number
 from ._internal.neurons import check_net, need_neurons, why_silent
 from ._internal.report import table
-from .monitoring import monitor, spikes_of
+from .monitoring import LayerState, monitor, spikes_of
 from .ops.surrogate import counts, levels_of
 from .state import fresh_state, reset
 
@@ -35,19 +35,14 @@ class Calibrated:
 
     Attributes:
         layer: its path in the net.
-        rate_before: spikes per neuron and time step before, or the mean count; ``None`` for a layer
-            that does not run.
-        rate: the same after.
-        v_threshold_before: threshold voltage before, the mean over channels.
-        v_threshold: the same after.
+        before: its rate and threshold, as :func:`.monitor` has them.
+        after: the same after.
         note: why the layer, or some of its channels, misses the rate, or ``""``.
     """
 
     layer: str
-    rate_before: float | None
-    rate: float | None
-    v_threshold_before: float
-    v_threshold: float
+    before: LayerState
+    after: LayerState
     note: str
 
 
@@ -71,15 +66,13 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         head = f"{len(self.rows) - len(self.missed)} layers calibrated, {len(self.missed)} missed"
-        lines = [
-            (
-                row.layer or "net",
-                "-" if row.rate is None else f"{row.rate_before:.4g} -> {row.rate:.4g}",
-                f"{row.v_threshold_before:.4g} -> {row.v_threshold:.4g}",
-                row.note,
-            )
-            for row in self.rows
-        ]
+        lines = []
+        for row in self.rows:
+            old, new = row.before, row.after
+            ran = new.firing_rate is not None
+            rates = f"{old.firing_rate:.4g} -> {new.firing_rate:.4g}" if ran else "-"
+            thresholds = f"{old.v_threshold:.4g} -> {new.v_threshold:.4g}"
+            lines.append((row.layer or "net", rates, thresholds, row.note))
         listed = f"{head}\n{table(('layer', 'rate', 'threshold', 'note'), lines)}"
         if not self.fixed_thresholds:
             return listed
@@ -129,7 +122,8 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
     >>> from sj_taid import ALIFNode
     >>> net = nn.Sequential(nn.Linear(8, 64), ALIFNode(v_threshold=10.0, step_mode="m"))
     >>> report = calibrate(net, torch.rand(4, 32, 8), rate=0.1)
-    >>> report.rows[0].rate_before, round(report.rows[0].rate, 2), report.missed
+    >>> (row,) = report.rows
+    >>> row.before.firing_rate, round(row.after.firing_rate, 2), report.missed
     (0.0, 0.1, ())
     """
     check(("more than 0 and less than 1", lambda x: is_number(x) and 0.0 < x < 1.0), rate=rate)
@@ -169,11 +163,7 @@ def calibrate(net: nn.Module, x_seq: Any, *, rate: float = 0.2) -> CalibrationRe
             for buffer, value in buffers:
                 buffer.copy_(value)
         after = watch.layers()
-    rows = []
-    for node, path in paths.items():
-        old, new = before[path], after[path]
-        rates = old.firing_rate, new.firing_rate
-        rows.append(Calibrated(path, *rates, old.v_threshold, new.v_threshold, notes[node]))
+    rows = [Calibrated(path, before[path], after[path], notes[n]) for n, path in paths.items()]
     return CalibrationReport(tuple(rows), fixed_thresholds(net))
 
 

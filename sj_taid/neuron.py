@@ -20,7 +20,6 @@ from ._internal.checks import (
     check_numbers,
     check_sizes,
     is_number,
-    is_whole,
 )
 from ._internal.fused_neuron import FusedNeuron
 from .ops import backends
@@ -44,10 +43,6 @@ _FUNCTION: Rule = (
 _RESET: Rule = (
     "a finite number or None",
     lambda value: value is None or (is_number(value) and math.isfinite(value)),
-)
-_CHANNELS: Rule = (
-    "None or an integer >= 1",
-    lambda value: value is None or (is_whole(value) and value >= 1),
 )
 
 
@@ -155,7 +150,8 @@ class ALIFNode(FusedNeuron, compat.BaseNode):
         check_numbers(v_threshold=v_threshold)
         check(_FUNCTION, surrogate_function=surrogate_function)
         check(_RESET, v_reset=v_reset)
-        check(_CHANNELS, channels=channels)
+        if channels is not None:
+            check_sizes(channels=channels)
         v_threshold = float(v_threshold)
         v_reset = None if init_tau is None else v_reset  # without state there is no reset
         surrogate_function = _counting(levels, surrogate_function)

@@ -26,7 +26,7 @@ def test_calibrate_and_monitor_see_neurons_of_ones_own():
 
     net = nn.Sequential(nn.Linear(8, 64), Mine(step_mode="m", v_threshold=50.0))
     x_seq = torch.rand(4, 32, 8)
-    assert calibrate(net, x_seq, rate=0.1).rows[0].rate == pytest.approx(0.1, abs=0.01)
+    assert calibrate(net, x_seq, rate=0.1).rows[0].after.firing_rate == pytest.approx(0.1, abs=0.01)
     with monitor(net) as watch:
         net(x_seq)
     assert watch.layers()["1"].firing_rate == pytest.approx(0.1, abs=0.01)
@@ -88,7 +88,7 @@ def test_calibrate_stays_above_the_reset(kind, v_reset):
     net = small_net(kind, v_reset=v_reset)
     functional.set_step_mode(net, "m")
     report = calibrate(net, images(), rate=0.3)
-    assert [row.rate for row in report.rows] == pytest.approx([0.3, 0.3], rel=0.01)
+    assert [row.after.firing_rate for row in report.rows] == pytest.approx([0.3, 0.3], rel=0.01)
     assert min(thresholds(net)) > (v_reset or 0.0)
 
 
@@ -133,7 +133,7 @@ def test_calibrate_changes_only_thresholds(training):
     report = calibrate(net, images(), rate=0.1)
 
     assert torch.equal(torch.rand(2), expected)
-    assert not report.missed and report.rows[0].rate_before < 0.01, str(report)
+    assert not report.missed and report.rows[0].before.firing_rate < 0.01, str(report)
     assert net[2].v == net[6].v == 0.0
     for name, value in net.state_dict().items():
         assert torch.equal(value, state[name]) == (name != "2.v_threshold"), name
@@ -151,7 +151,8 @@ def test_calibrate_takes_a_fused_norm_as_the_norm_before(training):
     found, expected = (calibrate(each, images()) for each in (net, apart))
     assert not found.missed
     torch.testing.assert_close(thresholds(net), thresholds(apart), rtol=1e-3, atol=0.0)
-    assert [r.rate for r in found.rows] == pytest.approx([r.rate for r in expected.rows], rel=0.01)
+    rates = ([row.after.firing_rate for row in report.rows] for report in (found, expected))
+    assert next(rates) == pytest.approx(next(rates), rel=0.01)
 
 
 class Hostile(nn.Module):
@@ -189,8 +190,9 @@ def test_calibrate_reports_neurons_without_a_threshold_of_their_own():
         "positive": "its threshold is parametrized",
         "readout": "its threshold is infinite: it never fires",
     }
-    assert all(row.v_threshold == row.v_threshold_before for row in report.missed)
-    assert report.rows[1].rate is None and "1 layers calibrated, 7 missed" in str(report)
+    assert all(row.after.v_threshold == row.before.v_threshold for row in report.missed)
+    assert report.rows[1].after.firing_rate is None
+    assert "1 layers calibrated, 7 missed" in str(report)
 
 
 NONE = "no threshold gives the rate: the nearest is"
@@ -232,14 +234,14 @@ def test_calibrate_says_why_a_rate_is_missed(make, x_seq, note, threshold):
     (row,) = report.missed
     assert row.note == note
     if threshold is not None:
-        assert row.v_threshold == row.v_threshold_before == threshold
+        assert row.after.v_threshold == row.before.v_threshold == threshold
 
 
 def test_calibrate_takes_the_nearest_rate_above_0_and_counts_channels_that_miss():
     net = nn.Sequential(neuron.IFNode(v_threshold=100.0, step_mode="m"))
     for rate, nearest in ((0.05, 0.25), (0.3, 0.25), (0.45, 0.5), (0.9, 1.0)):
         (row,) = calibrate(net, torch.ones(4, 3, 2), rate=rate).rows
-        assert row.rate == nearest
+        assert row.after.firing_rate == nearest
     net = nn.Sequential(ALIFNode(channels=4, step_mode="m"))
     x_seq = torch.rand(4, 32, 4, 5)
     x_seq[:, :, 1:3] *= -1
@@ -252,7 +254,7 @@ def test_calibrate_takes_a_huge_input_as_one_spike():
     x_seq = torch.rand(4, 32, 8)
     x_seq[0, 0, 0] = 1e30  # it fires at any threshold
     (row,) = calibrate(nn.Sequential(neuron.IFNode(step_mode="m")), x_seq).rows
-    assert not row.note and row.rate == pytest.approx(0.2, rel=0.2)
+    assert not row.note and row.after.firing_rate == pytest.approx(0.2, rel=0.2)
 
 
 class Tree(nn.Module):
@@ -332,7 +334,7 @@ def test_calibrate_takes_a_compiled_net():
         compiled(x_seq)
     functional.reset_net(net)
     (row,) = calibrate(compiled, x_seq).rows
-    assert row.rate == pytest.approx(0.2, rel=0.02)
+    assert row.after.firing_rate == pytest.approx(0.2, rel=0.02)
 
 
 def test_calibrate_changes_nothing_after_an_error():

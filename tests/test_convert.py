@@ -79,42 +79,40 @@ def test_swap_any_tau_gives_equal_spikes_and_close_voltages(tau, decay_input, v_
         assert net[0].w.sigmoid().item() == 0.75
 
 
-def test_swap_keeps_options_hooks_and_optimisers():
-    surrogate_function = surrogate.PiecewiseQuadratic()
-    node = neuron.ParametricLIFNode(
-        init_tau=3.0,
-        decay_input=False,
-        v_threshold=0.6,
-        v_reset=-0.1,
-        surrogate_function=surrogate_function,
-        detach_reset=True,
-        step_mode="m",
-        store_v_seq=True,
-    )
+def test_swap_and_to_lif_keep_options_hooks_and_optimisers():
+    options = {
+        "decay_input": False,
+        "v_reset": -0.1,
+        "surrogate_function": surrogate.PiecewiseQuadratic(alpha=3.0),
+        "detach_reset": True,
+        "step_mode": "m",
+        "store_v_seq": True,
+    }
+    node = neuron.ParametricLIFNode(init_tau=4.0, v_threshold=0.6, **options).eval()
     node.set_reset_value("v", 0.25)
     node.reset()
-    node.eval()
-    w = node.w
-    net = nn.Sequential(nn.Identity(), node)
-    calls = []
+    w, net, calls = node.w, nn.Sequential(nn.Identity(), node), []
     handle = node.register_forward_hook(lambda *args: calls.append("forward"))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-
     swap_neurons(net, min_v_threshold=0.1, backend="torch")
-
     alif = net[1]
-    assert isinstance(alif, ALIFNode)
-    assert alif.surrogate_function is surrogate_function
-    assert (alif.decay_input, alif.v_reset, alif.detach_reset) == (False, -0.1, True)
-    assert (alif.step_mode, alif.store_v_seq, alif.training) == ("m", True, False)
+    assert {name: getattr(alif, name) for name in options} == options
     assert (alif.v, alif.min_v_threshold, alif.backend) == (0.25, 0.1, "torch")
     assert alif.w is w is optimizer.param_groups[0]["params"][0]
-    alif(torch.rand(3, 2))
+    x_seq = torch.rand(3, 2)
+    alif(x_seq)
     assert calls == ["forward"] and alif.v_seq.shape == (3, 2)
     handle.remove()
     alif.reset()
-    alif(torch.rand(3, 2))
-    assert calls == ["forward"]
+    with torch.no_grad():
+        alif.v_threshold.fill_(0.05)  # below its bound: 0.1 is in force
+    plain = to_lif(alif)
+    assert type(plain) is neuron.LIFNode and not alif.training and not plain.training
+    assert (plain.tau, plain.v, plain.v_threshold) == (4.0, 0.25, pytest.approx(0.1))
+    copied = plain.surrogate_function
+    assert copied is not options["surrogate_function"] and copied.alpha == 3.0
+    assert {n: getattr(plain, n) for n in options} == options | {"surrogate_function": copied}
+    assert torch.equal(plain(x_seq), alif(x_seq)) and calls == ["forward"]
     alif.reset()
     assert alif.v == 0.25
 
@@ -138,16 +136,6 @@ def test_swap_keeps_thresholds_above_the_reset(v_threshold, v_reset, options, bo
     with torch.no_grad():
         net[0].v_threshold.fill_(-3.0)
     assert net[0](torch.zeros(1, 1)).item() == (0.0 if bound else 1.0)
-
-
-def test_swap_keeps_a_shared_module_one_module():
-    node = neuron.LIFNode()
-    block = nn.Sequential(nn.Linear(3, 3), node)
-    net = nn.ModuleDict({"a": block, "b": nn.Sequential(node, nn.Linear(3, 3), node), "c": block})
-    (row,) = swap_neurons(net).rows
-    assert net["a"][1] is net["b"][0] is net["b"][2] is net["c"][1]
-    assert isinstance(net["a"][1], ALIFNode)
-    assert row.layer == "a.1 = b.0 = b.2 = c.1"
 
 
 def test_swapped_neuron_that_still_runs_warns():
@@ -261,6 +249,11 @@ def test_swap_takes_dtype_and_device_of_the_neighbours():
         assert net[1].w.dtype == net[1].v_threshold.dtype == torch.float64
         assert net[1].w.sigmoid().item() == pytest.approx(1.0 / 3.0, rel=1e-15)
         assert net[1].v_threshold.item() == 0.3
+    plif = neuron.ParametricLIFNode(v_threshold=0.3)
+    net = nn.Sequential(nn.Linear(2, 2), plif, neuron.LIFNode(3.0))
+    with default_dtype(torch.float64):
+        swap_neurons(net)
+    assert net[1].w is plif.w and {p.dtype for p in net.parameters()} == {torch.float32}
     on_meta = nn.Linear(2, 2, device="meta")
     net = nn.Sequential(on_meta, neuron.LIFNode(), nn.Linear(2, 2), neuron.IFNode())
     swap_neurons(net)
@@ -271,16 +264,6 @@ def test_swap_takes_dtype_and_device_of_the_neighbours():
     net = nn.Sequential(nn.Linear(2, 2).half(), neuron.ParametricLIFNode().half())
     assert "float32, not torch.float16" in swap_neurons(net).rows[0].note
     assert net[1].w.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_swap_takes_the_nets_dtype_not_the_default(dtype):
-    plif, lif = neuron.ParametricLIFNode(v_threshold=0.3), neuron.LIFNode(3.0, v_threshold=0.3)
-    net = nn.Sequential(nn.Linear(2, 2), plif, lif).to(dtype)
-    with default_dtype(torch.float64):
-        swap_neurons(net)
-    assert net[1].w is plif.w and {p.dtype for p in net.parameters()} == {dtype}
-    assert torch.equal(net[2].v_threshold, torch.tensor(0.3, dtype=dtype))
 
 
 class Keeping(nn.Module):
@@ -309,40 +292,10 @@ def test_both_copy_a_net_that_keeps_what_it_computes(kind):
     assert net.hidden is hidden and net.sn.v is v
 
 
-def test_to_lif_keeps_what_a_lif_node_has():
-    node = ALIFNode(
-        init_tau=4.0,
-        decay_input=False,
-        v_threshold=0.2,
-        v_reset=None,
-        surrogate_function=surrogate.ATan(3.0),
-        detach_reset=True,
-        step_mode="m",
-        store_v_seq=True,
-        min_v_threshold=0.1,
-    ).eval()
-    with torch.no_grad():
-        node.v_threshold.fill_(0.05)  # below its bound: 0.1 is in force
-    plain = to_lif(node)
-    assert type(plain) is neuron.LIFNode
-    assert (plain.tau, plain.decay_input, plain.v_reset) == (4.0, False, None)
-    assert plain.v_threshold == pytest.approx(0.1)
-    assert plain.surrogate_function is not node.surrogate_function
-    assert plain.surrogate_function.alpha == 3.0
-    assert (plain.detach_reset, plain.step_mode, plain.store_v_seq) == (True, "m", True)
-    assert not plain.training
-    x = torch.randn(5, 2, 3)
-    assert torch.equal(plain(x), node(x))
-
-
 def test_to_lif_names_thresholds_at_the_reset():
     net = nn.ModuleDict({"low": ALIFNode(v_threshold=-0.5), "fine": ALIFNode()})
     with pytest.warns(UserWarning, match=r"^layers low: threshold at or below.*without any"):
         to_lif(net)
-
-
-class OtherALIF(ALIFNode):
-    pass
 
 
 @needs_2
@@ -364,33 +317,34 @@ def test_integer_lif_is_swapped_and_back(tau, window):
         assert torch.equal(run(other, x_seq), expected)
 
 
+def changed(name, value, **options):
+    """An ALIF with a parameter of this value, or of this in one channel of three."""
+    node = ALIFNode(**options)
+    with torch.no_grad():
+        getattr(node, name).view(-1)[0] = value
+    return node
+
+
+OFF = {"levels": 4, "v_reset": None, "decay_input": False}
+REFUSED = {
+    "1 taus and 2 thresholds": changed("v_threshold", 0.5, channels=3),
+    "2 taus and 1 thresholds": changed("w", 1.0, channels=3),
+    "tau or threshold is nan": changed("w", math.nan, channels=3),
+    "its tau is 1 to": changed("w", 40.0),
+    "tau is infinite, so that": changed("w", -128.0),
+    "no ILIFNode" if not compat.INTEGER_LIF else "a finite tau": changed("w", -128.0, **OFF),
+    "it has no state": ALIFNode(levels=4, init_tau=None),
+    "it divides its counts": ALIFNode(levels=4, v_reset=None, normalize=True),
+    "a subclass of ALIFNode": type("Other", (ALIFNode,), {})(),
+}
+
+
 def test_to_lif_names_what_it_cannot_express():
-    equal, thresholds, diverged = (ALIFNode(channels=3) for _ in range(3))
-    one, deaf = ALIFNode(), ALIFNode()
-    with torch.no_grad():
-        thresholds.v_threshold[1] = 0.5
-        one.w.fill_(40.0)
-        deaf.w.fill_(-128.0)
-        diverged.w[2] = math.nan
-    nodes = {"equal": equal, "thresholds": thresholds, "one": one, "deaf": deaf}
-    nodes["stateless"] = ALIFNode(levels=4, init_tau=None)
-    nodes["divides"] = ALIFNode(levels=4, v_reset=None, normalize=True)
-    net = nn.ModuleDict(nodes | {"diverged": diverged, "other": OtherALIF()})
-    with pytest.raises(ValueError, match="cannot express 7 of the neurons") as error:
+    net = nn.Sequential(*REFUSED.values(), ALIFNode(channels=3))
+    with pytest.raises(ValueError, match=f"cannot express {len(REFUSED)} of the neurons") as error:
         to_lif(net)
-    message = str(error.value)
-    for reason in ("1 taus and 2 thresholds", "tau or threshold is nan", "tau is 1 to"):
-        assert reason in message
-    assert "it has no state" in message and "it divides its counts" in message
-    assert "tau is infinite" in message and "subclass of ALIFNode" in message
-    assert "equal" not in message
-    counting = ALIFNode(levels=4, v_reset=None)
-    with torch.no_grad():
-        counting.w.fill_(-128.0)
-    reason = "a finite tau" if compat.INTEGER_LIF else "no ILIFNode"
-    counting.decay_input = False
-    with pytest.raises(ValueError, match=f"it counts, and .*{reason}"):
-        to_lif(nn.Sequential(counting))
+    for row, reason in zip(str(error.value).splitlines()[2:], REFUSED, strict=True):
+        assert reason in row
 
 
 @needs_2

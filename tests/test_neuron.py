@@ -211,7 +211,7 @@ TAU = "init_tau must be .* greater than 1 and less than 1e38"
         *(({"init_tau": tau}, TAU) for tau in (1.0, 1e300, math.nan, "2")),
         ({"backend": "cudnn"}, "'cudnn' is unknown: expected one of 'auto', 'torch'"),
         ({"step_mode": "x"}, "step_mode"),
-        ({"channels": 0}, "channels must be None or an integer >= 1"),
+        ({"channels": 0}, "channels must be an integer >= 1"),
         ({"v_threshold": 0.1, "min_v_threshold": 0.2}, "not >= min_v_threshold=0.2"),
         ({"v_threshold": math.nan}, "v_threshold must be a number, but it is nan"),
         ({"min_v_threshold": "a"}, "min_v_threshold must be a number, but it is 'a'"),

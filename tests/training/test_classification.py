@@ -79,8 +79,8 @@ def test_train_calibrates_and_saves_thresholds(classify, tmp_path, monkeypatch):
     def calibrate(net, images, *, rate):
         before.append(list(thresholds(net).values()))
         report = sj_taid.calibrate(net, images, rate=rate)
-        calibrated.append({row.layer: row.v_threshold for row in report.rows})
-        assert rate == 0.1 and {round(row.rate, 1) for row in report.rows} == {0.1}
+        calibrated.append({row.layer: row.after.v_threshold for row in report.rows})
+        assert rate == 0.1 and {round(row.after.firing_rate, 1) for row in report.rows} == {0.1}
         return report
 
     monkeypatch.setattr(training, "calibrate", calibrate)
