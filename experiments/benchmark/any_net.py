@@ -26,14 +26,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import (
-    DTYPES,
-    held_bytes,
-    measure_steps,
-    parser,
-    train_step,
-    write_csv,
-)
+from common import DTYPES, held_bytes, measure_steps, parser, train_step, write_csv
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 

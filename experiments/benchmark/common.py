@@ -28,8 +28,6 @@ CPU = torch.device("cpu")
 #: Training steps before the first that is measured. In the first ones an accelerated norm learns
 #: what reads its output, and compiles.
 WARM_UP = 5
-#: of the findings, next to the runs that they are of
-RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def parser(
@@ -39,14 +37,13 @@ def parser(
     dtypes: Sequence[str] = (),
     steps: Sequence[int] = (),
     nets: Iterable[str] = (),
-    out: Path = Path("benchmark-results"),
 ) -> argparse.ArgumentParser:
     """A parser with the options that benchmarks share; each only where it has a default."""
     new = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = new.add_argument
-    add("--out", type=Path, default=out, help="a folder")
+    add("--out", type=Path, default=Path("benchmark-results"), help="a folder")
     if device:
         add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     if repeats:

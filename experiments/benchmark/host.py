@@ -3,10 +3,10 @@
     python experiments/benchmark/host.py
 
 writes ``host.csv``: forward and backward of a norm and a LIF, and of a LIF alone, in layers of
-several sizes; of views of spikes and a convolution of them; and training steps and forwards
-without gradients of small nets in the idioms of published ones. Each system takes turns with its
-rival, ``plain`` first; times are medians of the process's CPU time and of wall time, and ratios are
-of CPU time. Layers below a million values run on one thread.
+several sizes; and training steps and forwards without gradients of small nets in the idioms of
+published ones. Each system takes turns with its rival, ``plain`` first; times are medians of the
+process's CPU time and of wall time, and ratios are of CPU time. Layers below a million values run
+on one thread.
 """
 
 import time
@@ -18,8 +18,7 @@ import published_nets
 import torch
 from common import WARM_UP, parser, train_step, write_csv
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from sj_taid import ALIFNode, accelerate
 from sj_taid.training.process import reuse_freed_memory
@@ -59,9 +58,7 @@ def cases(nets: Sequence[str]) -> Iterator[tuple[str, Sequence[int], Systems, in
     for shape, turns in LAYERS.items():
         yield "norm and LIF", shape, norm_and_neuron(shape), turns
         yield "LIF", shape, neuron_alone(shape), turns
-    spikes, images = (4, 2, 8, 16, 16), (4, 2, 3, 32, 32)
-    yield "view of spikes, 1,000 times", spikes, views(spikes), 100
-    yield "convolution of spikes, 100 times", spikes, convolutions(spikes), 100
+    images = (4, 2, 3, 32, 32)
     for name in nets:
         steps, forwards = whole_nets(name, images)
         yield f"{name}: training step", images, steps, 40
@@ -115,32 +112,6 @@ def neuron_alone(shape: Sequence[int]) -> Systems:
     nets = {name: nn.Sequential(neuron.LIFNode(**OPTIONS)) for name in ("plain", "accelerate")}
     accelerate(nets["accelerate"])
     return training_steps(nets, shape)
-
-
-def _spikes(shape: Sequence[int]) -> dict[str, Tensor]:
-    """Spikes as a plain tensor, and accelerated ones."""
-    net = nn.Sequential(neuron.LIFNode(**OPTIONS))
-    accelerate(net)
-    spikes = net(torch.rand(*shape).requires_grad_())
-    return {"plain": spikes.detach().as_subclass(Tensor).requires_grad_(), "accelerate": spikes}
-
-
-def views(shape: Sequence[int]) -> Systems:
-    def call(spikes: Tensor) -> None:
-        for _ in range(1000):
-            spikes.flatten(0, 1)
-
-    return {name: partial(call, spikes) for name, spikes in _spikes(shape).items()}
-
-
-def convolutions(shape: Sequence[int]) -> Systems:
-    weight = torch.rand(8, shape[2], 1, 1).requires_grad_()
-
-    def call(spikes: Tensor) -> None:
-        for _ in range(100):
-            F.conv2d(spikes, weight)
-
-    return {name: partial(call, s.flatten(0, 1)) for name, s in _spikes(shape).items()}
 
 
 def whole_nets(name: str, shape: Sequence[int]) -> tuple[Systems, Systems]:

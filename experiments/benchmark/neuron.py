@@ -2,16 +2,16 @@
 
     python experiments/benchmark/neuron.py --device cpu --steps 4 8
 
-writes ``neuron.csv``. All neurons have tau = 2, threshold 1 and an ATan surrogate. LIF learns
-nothing, PLIF tau; ALIF and FlexSN learn tau and the threshold. First a check: every backend of ALIF
-and SpikingJelly's PLIF must give the same spikes, or nothing is timed. ``--only`` leaves the other
-neurons out of both.
+adds its rows to ``neuron.csv``, in place of equal ones. All neurons have tau = 2, threshold 1 and
+an ATan surrogate. LIF learns nothing, PLIF tau; ALIF and FlexSN learn tau and the threshold. First
+a check: every backend of ALIF and SpikingJelly's PLIF must give the same spikes, or nothing is
+timed. ``--only`` leaves the other neurons out of both.
 
 Each row has the median and the 20 % and 80 % quantiles, and the share of the bandwidth floor: the
 time in which a copy, timed in the same run, would move the bytes that the fused kernels must
 move, over the time taken. ``first_call_ms`` includes the compilation. SpikingJelly 2 chooses its
 CUDA implementation once per process; SJ_PLIF_CUDA_IMPLEMENTATION=cuda (its native one) or triton
-forces one, and ``--append`` adds the rows of such a run to the same file.
+forces one.
 """
 
 import itertools
@@ -37,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = [2**14, 2**18, 2**22] if torch.cuda.is_available() else [2**12, 2**15, 2**18]
     add("--neurons", nargs="+", type=int, default=sizes, metavar="N")
     add("--only", nargs="+", default=[""], help="neurons whose name contains this")
-    add("--append", action="store_true", help="keep the rows already there")
     options = options_parser.parse_args(arguments)
     modules = neurons(options.device)
     if missing := [part for part in options.only if not any(part in name for name in modules)]:
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         x_seq = torch.randn(T, N, device=options.device).to(DTYPES[dtype]).requires_grad_()
         tables[dtype, T, N] = time_neurons(timed, x_seq, options.repeats)
     table = pd.concat(tables, names=["dtype", "T", "N", "neuron"]).reset_index()
-    write_csv(table, options.out / "neuron.csv", options.device, KEYS if options.append else ())
+    write_csv(table, options.out / "neuron.csv", options.device, KEYS)
 
 
 def neurons(device: torch.device) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ Each has its repository's places for norm, reshape, transposition, neuron, pooli
 sum, and none of its code. They take ``[T, N, 3, H, W]``, T a multiple of 2, H and W of 8.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-CLASSES = 5
 OPTIONS = {"surrogate_function": surrogate.ATan(), "detach_reset": True, "step_mode": "m"}
 
 
@@ -37,17 +38,9 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> Unit:
     return Unit(convolution, nn.BatchNorm2d(outputs))
 
 
-def conv1d(inputs: int, outputs: int) -> Unit:
-    return Unit(nn.Conv1d(inputs, outputs, 1, bias=False), nn.BatchNorm1d(outputs))
-
-
-def linear(inputs: int, outputs: int) -> Unit:
-    return Unit(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs))
-
-
 def unfold(y: Tensor, x: Tensor) -> Tensor:
     """``[T * N, C, ...]`` to ``[T, N, C, ...]``, of the steps and batch of x."""
-    return y.reshape(*x.shape[:2], *y.shape[1:])
+    return y.reshape(*x.shape[:2], *y.shape[1:]).contiguous()
 
 
 def folded(unit: Any, x: Tensor) -> Tensor:
@@ -63,22 +56,14 @@ def normed_spikes(unit: Any, x: Tensor) -> Tensor:
     return normed(unit, unit.neuron(x))
 
 
-def normed_spikes_tidy(unit: Any, x: Tensor) -> Tensor:
-    return normed_spikes(unit, x).contiguous()
-
-
-def fired_tidy(unit: Any, x: Tensor) -> Tensor:
-    return unit.neuron(normed(unit, x).contiguous())
-
-
-def pooled(pool: Any, x: Tensor) -> Tensor:
-    return unfold(pool(x.flatten(0, 1).contiguous()), x)
+def fired(unit: Any, x: Tensor) -> Tensor:
+    return unit.neuron(normed(unit, x))
 
 
 def heads(x: Tensor) -> Tensor:
     """``[T, B, C, ...]`` to two heads of tokens, ``[T, B, 2, N, C / 2]``."""
     x = x.flatten(3).transpose(-1, -2)
-    return x.reshape(*x.shape[:3], 2, -1).permute(0, 1, 3, 2, 4)
+    return x.reshape(*x.shape[:3], 2, -1).permute(0, 1, 3, 2, 4).contiguous()
 
 
 class Net(nn.Module):
@@ -86,7 +71,7 @@ class Net(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.head = nn.Linear(width, CLASSES)
+        self.head = nn.Linear(width, 5)
         self.pool, self.attention, self.last = nn.MaxPool2d(3, 2, 1), lif(0.1), lif()
 
     def classify(self, x: Tensor) -> Tensor:
@@ -99,13 +84,14 @@ class Spikformer(Net):
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.one, self.two, self.place = conv(3, width), conv(width, width), conv(width, width)
-        self.q, self.k, self.v, self.project = (linear(width, width) for _ in range(4))
-        self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
+        widths = [*[(width, width)] * 4, (width, 4 * width), (4 * width, width)]
+        units = (Unit(nn.Linear(a, b), nn.BatchNorm1d(b)) for a, b in widths)
+        self.q, self.k, self.v, self.project, self.up, self.down = units
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pooled(self.pool, fired_tidy(self.one, x))
-        x = pooled(self.pool, fired_tidy(self.two, x)).contiguous()
-        x = fired_tidy(self.place, x) + x
+        x = unfold(self.pool(fired(self.one, x).flatten(0, 1)), x)
+        x = unfold(self.pool(fired(self.two, x).flatten(0, 1)), x)
+        x = fired(self.place, x) + x
         x = x.flatten(-2).transpose(-1, -2)  # T, B, N, C
         x = x + self.attend(x)
         x = x + self.tokens(self.down, self.tokens(self.up, x))
@@ -129,7 +115,7 @@ class Spikformer(Net):
 
 
 class SpikeDriven(Net):
-    """BICLab/Spike-Driven-Transformer: sums and pools of norms, a hook that is ``None``."""
+    """BICLab/Spike-Driven-Transformer: sums and pools of norms."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -138,22 +124,20 @@ class SpikeDriven(Net):
         self.up, self.down = conv(width, 4 * width, 1), conv(4 * width, width, 1)
         self.shortcut = lif()
 
-    def forward(self, x: Tensor, hook: dict[str, Tensor] | None = None) -> Tensor:
-        x = fired_tidy(self.one, x)
-        if hook is not None:
-            hook["one"] = x.detach()
+    def forward(self, x: Tensor) -> Tensor:
+        x = fired(self.one, x)
         y = self.pool(folded(self.two, x))
-        x = self.two.neuron(unfold(y, x).contiguous())
-        x, _ = self.attend(unfold(folded(self.place, x) + y, x).contiguous())
-        y = normed_spikes_tidy(self.down, normed_spikes_tidy(self.up, x))
+        x = self.two.neuron(unfold(y, x))
+        x = self.attend(unfold(folded(self.place, x) + y, x))
+        y = normed_spikes(self.down, normed_spikes(self.up, x))
         return self.classify(self.last(y + x))
 
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor) -> Tensor:
         s = self.shortcut(x)
-        q, k, v = (heads(fired_tidy(u, s)).contiguous() for u in (self.q, self.k, self.v))
+        q, k, v = (heads(fired(unit, s)) for unit in (self.q, self.k, self.v))
         y = q.mul(self.attention(k.mul(v).sum(dim=-2, keepdim=True)))
         y = y.transpose(3, 4).reshape(x.shape).contiguous()
-        return normed(self.project, y).contiguous() + x, v
+        return normed(self.project, y) + x
 
 
 class PaddedNorm(nn.Module):
@@ -186,43 +170,32 @@ class MetaSpikeformer(Net):
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.enter, self.wide = conv(3, width, stride=2), conv(width, 2 * width, 1)
-        self.depthwise = nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width)
-        self.narrow = conv(2 * width, width, 1)
+        depthwise = nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width)
+        pointwise = nn.Conv2d(2 * width, width, 1, bias=False)
+        self.narrow = Unit(nn.Sequential(depthwise, pointwise), nn.BatchNorm2d(width))
         self.q, self.k, self.v, self.project = (Unit(rep_conv(width), lif()) for _ in range(4))
-        self.up, self.down = conv1d(width, 4 * width), conv1d(4 * width, width)
+        self.up = Unit(nn.Conv1d(width, 4 * width, 1, bias=False), nn.BatchNorm1d(4 * width))
+        self.down = Unit(nn.Conv1d(4 * width, width, 1, bias=False), nn.BatchNorm1d(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = normed(self.enter, x).contiguous()
-        y = self.narrow.neuron(normed_spikes(self.wide, x))
-        y = self.narrow.norm(self.narrow.layer(self.depthwise(y.flatten(0, 1))))
-        x = unfold(y, x) + x
+        x = normed(self.enter, x)
+        x = normed_spikes(self.narrow, normed_spikes(self.wide, x)) + x
         x = x + self.attend(x)
-        y = normed_spikes(self.down, normed_spikes_tidy(self.up, x.flatten(3)))
+        y = normed_spikes(self.down, normed_spikes(self.up, x.flatten(3)))
         return self.classify(self.last(x + y.reshape(x.shape).contiguous()))
 
     def attend(self, x: Tensor) -> Tensor:
         s = self.enter.neuron(x)
         q, k, v = (unfold(u.layer(s.flatten(0, 1)), s) for u in (self.q, self.k, self.v))
-        q, k = heads(self.q.neuron(q)).contiguous(), heads(self.k.neuron(k)).contiguous()
-        y = (q @ (k.transpose(-2, -1) @ heads(self.v.neuron(v)).contiguous())) * 0.125
+        q, k, v = heads(self.q.neuron(q)), heads(self.k.neuron(k)), heads(self.v.neuron(v))
+        y = (q @ (k.transpose(-2, -1) @ v)) * 0.125
         y = self.attention(y.transpose(3, 4).reshape(*x.shape[:3], -1).contiguous())
         return unfold(self.project.layer(y.reshape(x.shape).flatten(0, 1)), x)
 
 
-class OwnLIF(neuron.LIFNode):
-    """A neuron that only fills in defaults."""
-
-    def __init__(self) -> None:
-        super().__init__(tau=2.0, v_threshold=0.5, **OPTIONS)
-
-
-class OwnNorm(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.seq_to_ann_forward(x, self.bn)
+def container(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> Any:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False)
+    return layer.SeqToANNContainer(convolution, nn.BatchNorm2d(outputs))
 
 
 class SpikingResformer(Net):
@@ -230,17 +203,13 @@ class SpikingResformer(Net):
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        convolution: Any = layer.Conv2d
-        self.enter = nn.Sequential(convolution(3, width, 3, 2, 1), OwnNorm(width))
-        self.lif, self.weights, self.leave = OwnLIF(), OwnLIF(), OwnLIF()
-        self.both = nn.Sequential(convolution(width, 2 * width, 2, 2), OwnNorm(2 * width))
-        self.project = nn.Sequential(convolution(width, width, 1), OwnNorm(width))
-        self.up, self.middle, self.down = (
-            nn.Sequential(OwnLIF(), convolution(a, b, k, padding=k // 2), OwnNorm(b))
-            for a, b, k in ((width, 2 * width, 1), (2 * width, 2 * width, 3), (2 * width, width, 1))
-        )
+        self.enter, self.project = container(3, width, 3, 2), container(width, width, 1)
+        self.lif, self.weights, self.leave = lif(), lif(), lif()
+        self.both = container(width, 2 * width, 2, 2)
+        self.up = nn.Sequential(lif(), container(width, 2 * width, 1))
+        self.middle = nn.Sequential(lif(), container(2 * width, 2 * width))
+        self.down = nn.Sequential(lif(), container(2 * width, width, 1))
         self.register_buffer("rate", torch.zeros(1, 1, 2, 1, 1))
-        functional.set_step_mode(self, "m")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attend(self.enter(x))
@@ -273,24 +242,21 @@ class SpikingUNet(nn.Module):
         self.one, self.same, self.up = conv(3, width), conv(width, width), conv(width, width)
         self.down, self.block = conv(width, width, stride=2), conv(2 * width, width)
         self.deep, self.short = conv(width, width), nn.Conv2d(2 * width, width, 1)
-        for unit in (self.one, self.same, self.up, self.down, self.block, self.deep):
-            unit.neuron = neuron.IFNode(v_threshold=0.6, **OPTIONS)
         self.tail, self.out = nn.BatchNorm2d(width), nn.Conv2d(width, 3, 3, padding=1)
         self.over_time, self.end = nn.Conv3d(3, 3, (3, 3, 1), padding=(1, 1, 0)), nn.BatchNorm2d(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        H, W = x.shape[-2:]
-        skip = normed(self.same, fired_tidy(self.one, x)).contiguous()
-        y = normed_spikes_tidy(self.down, skip)
+        skip = normed(self.same, fired(self.one, x))
+        y = normed_spikes(self.down, skip)
         y = F.interpolate(self.up.neuron(y).flatten(0, 1), scale_factor=2, mode="nearest")
-        y = unfold(self.up.norm(self.up.layer(y)), x).contiguous()
+        y = unfold(self.up.norm(self.up.layer(y)), x)
         x = torch.cat([y, skip], dim=2)
         times = self.embedding(torch.ones_like(x[0, :, :1, 0, 0]))[:, :, None, None]
-        y = torch.add(normed_spikes_tidy(self.block, x), times.repeat(1, 1, H, W))
-        y = normed_spikes_tidy(self.deep, y) + unfold(self.short(x.flatten(0, 1)), x).contiguous()
-        y = unfold(self.out(F.silu(self.tail(y.flatten(0, 1)))), x).contiguous()
+        y = torch.add(normed_spikes(self.block, x), times.repeat(1, 1, *x.shape[-2:]))
+        y = normed_spikes(self.deep, y) + unfold(self.short(x.flatten(0, 1)), x)
+        y = unfold(self.out(F.silu(self.tail(y.flatten(0, 1)))), x)
         z = self.over_time(y.permute(1, 2, 3, 4, 0)).permute(4, 0, 1, 2, 3)
-        z = unfold(self.end(z.flatten(0, 1)), x).contiguous()
+        z = unfold(self.end(z.flatten(0, 1)), x)
         return torch.sum((F.silu(z) + y) * weigh_steps(x), dim=0)
 
 
@@ -303,15 +269,16 @@ class SpikingVQVAE(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        up: Any = layer.ConvTranspose2d
         self.encoder = nn.Sequential(
             *(layer.Conv2d(3, width, 3, 2, 1), layer.BatchNorm2d(width), lif()),
             *(layer.Conv2d(width, width, 1), layer.BatchNorm2d(width), lif()),
         )
         self.codes = nn.Embedding(8, width)
         self.spikes = nn.Sequential(layer.Conv2d(width, width, 1), layer.BatchNorm2d(width), lif())
-        up1, up2 = up(width, width, 3, 2, 1, 1), up(width, 3, 3, 1, 1)
-        self.decoder = nn.Sequential(up1, layer.BatchNorm2d(width), lif(), up2)
+        self.decoder = nn.Sequential(
+            *(layer.ConvTranspose2d(width, width, 3, 2, 1, 1), layer.BatchNorm2d(width), lif()),
+            layer.ConvTranspose2d(width, 3, 3, 1, 1),
+        )
         functional.set_step_mode(self, "m")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,8 +312,7 @@ def norm_first(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Se
 
 
 class SFOD(nn.Module):
-    """yimeng-fan/SFOD, loiccordone/object-detection-with-spiking-neural-networks: norm before
-    convolution, features that grow, and of several sizes concatenated."""
+    """yimeng-fan/SFOD: norms before convolutions, concatenated features of several sizes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -370,32 +336,16 @@ class SFOD(nn.Module):
         return self.boxes(y.sum(dim=1) / y.shape[1])
 
 
-def container(inputs: int, outputs: int, kernel: int = 3) -> Any:
-    convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-    return layer.SeqToANNContainer(convolution, nn.BatchNorm2d(outputs))
-
-
-def pool() -> Any:
-    return layer.SeqToANNContainer(nn.MaxPool2d(2, 2))
-
-
 class Element(nn.Module):
     """Two convolutions with neurons, joined with their input, in place where it can be."""
 
-    def __init__(self, width: int, join: str) -> None:
+    def __init__(self, width: int, join: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.conv = nn.Sequential(container(width, width), plif(), container(width, width), plif())
         self.join = join
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv(x)
-        if self.join == "ADD":
-            out += x
-        elif self.join == "AND":
-            out *= x
-        else:
-            out = x * (1.0 - out)
-        return out
+        return self.join(self.conv(x), x)
 
 
 class SEWResNet(Net):
@@ -403,31 +353,28 @@ class SEWResNet(Net):
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        add, iand, both = (Element(width, join) for join in ("ADD", "IAND", "AND"))
-        blocks = (add, pool(), iand, both, pool())
-        self.conv = nn.Sequential(container(3, width, 1), plif(), *blocks)
+        joins = (operator.iadd, lambda out, x: x * (1.0 - out), operator.imul)
+        add, iand, both = (Element(width, join) for join in joins)
+        pool = layer.SeqToANNContainer(nn.MaxPool2d(2, 2))
+        self.conv = nn.Sequential(container(3, width, 1), plif(), add, pool, iand, both, pool)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.conv(x))
 
 
-NETS: dict[str, Callable[[int], nn.Module]] = {
-    **{
-        kind.__name__: kind for kind in (Spikformer, SpikeDriven, MetaSpikeformer, SpikingResformer)
-    },
-    **{kind.__name__: kind for kind in (SpikingUNet, SpikingVQVAE, SFOD, SEWResNet)},
-}
+KINDS: tuple[Any, ...] = (Spikformer, SpikeDriven, MetaSpikeformer, SpikingResformer)
+KINDS += (SpikingUNet, SpikingVQVAE, SFOD, SEWResNet)
+NETS: dict[str, Callable[[int], nn.Module]] = {kind.__name__: kind for kind in KINDS}
 
 
 def build(name: str, width: int = 8) -> nn.Module:
     """A net of that width, with norms of random weights and statistics, so that it fires."""
     torch.manual_seed(0)
     net = NETS[name](width)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            ranges = {"weight": (0.5, 2.0), "bias": (-0.2, 1.0)}
-            ranges |= {"running_mean": (-0.3, 0.3), "running_var": (0.5, 1.5)}
-            with torch.no_grad():
-                for tensor, (low, high) in ranges.items():
-                    getattr(module, tensor).uniform_(low, high)
+    norms: list[Any] = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        nn.init.uniform_(norm.bias, -0.2, 1.0)
+        nn.init.uniform_(norm.running_mean, -0.3, 0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
     return net
