@@ -89,21 +89,15 @@ def reset(*nets: nn.Module) -> None:
                 module.reset()
 
 
-def spiking_block(
-    synapse: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, neuron: Neuron, alpha: float = 1.0
-) -> nn.Sequential:
+def spiking_block(synapse: Any, neuron: Neuron, alpha: float = 1.0) -> nn.Sequential:
     """Join a convolution or linear layer with threshold-dependent batch norm and a neuron.
 
     The norm's statistics are over time and batch, and its gain starts at ``alpha * V_th``, so that
     currents reach the neuron at the height of its threshold (tdBN, Zheng et al. 2021, arXiv
     2011.05280).
     """
-    norm: nn.BatchNorm1d | nn.BatchNorm2d = (
-        nn.BatchNorm1d(synapse.out_features)
-        if isinstance(synapse, nn.Linear)
-        else nn.BatchNorm2d(synapse.out_channels)
-    )
-    node = make_neuron(neuron)
+    kind = nn.BatchNorm1d if isinstance(synapse, nn.Linear) else nn.BatchNorm2d
+    norm, node = kind(len(synapse.bias)), make_neuron(neuron)
     if levels_of(getattr(node, "surrogate_function", None)) > 1:
         raise ValueError(
             "a generator draws spikes, and these neurons count: take another surrogate_function"

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from .._internal.checks import check_sizes
 from .._internal.context import seeded
-from .rate import check_rates
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +200,15 @@ class FlowPrior(nn.Module):
         cumulative = self.cumulative.float()
         level = torch.searchsorted(cumulative, rank.t().contiguous()).clamp(max=self.levels)
         return level.t().to(self.cumulative.dtype) / self.levels
+
+
+def check_rates(rate: Tensor) -> None:
+    """Refuse rates that are no probabilities; compiled code is not checked."""
+    if not torch.compiler.is_compiling() and not ((rate >= 0) & (rate <= 1)).all():
+        raise ValueError(
+            f"rates must be probabilities in [0, 1], but these are from {rate.min().item():.4g} to "
+            f"{rate.max().item():.4g}"
+        )
 
 
 def check_enough(n: int) -> None:

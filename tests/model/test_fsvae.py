@@ -1,12 +1,142 @@
-"""FSVAE: its neuron and scheduled sampling."""
+"""FSVAE: its posterior, prior and latent loss, its neuron, and scheduled sampling."""
+
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sj_taid.model import FSVAE
+from sj_taid.model.fsvae import Posterior, Prior, mmd_loss, pick
+from sj_taid.model.spiking_vae import original_neuron
+from tests.helpers import TOLERANCE
 from tests.model.conftest import frozen_alif, images, lif
 
 SMALL = {"image_size": 8, "T": 8, "hidden_channels": (6, 12), "latent_channels": 10, "k": 4}
+T, N, C, K = 9, 4, 6, 5
+F64 = torch.float64
+
+
+@pytest.fixture
+def posterior():
+    return settle(Posterior(2 * C, C, K, original_neuron))
+
+
+@pytest.fixture
+def prior():
+    return settle(Prior(C, C, K, original_neuron))
+
+
+def settle(network: nn.Module) -> nn.Module:
+    """Put it in float64 and eval mode, with batch-norm statistics that are not the initial ones."""
+    network = network.double()
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.2)
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.1)
+    return network.eval()
+
+
+def picks():
+    return torch.randint(K, (T, N, C))
+
+
+def spikes():
+    return (torch.rand(T, N, C, dtype=F64) < 0.5).to(F64)
+
+
+def test_posterior_equals_rerunning_every_prefix(posterior):
+    x_seq, index = spikes(), picks()
+    z, q = posterior(x_seq, index)
+    previous = torch.zeros(1, N, C, dtype=F64)
+    for t in range(T):
+        prefix = posterior.run(torch.cat([x_seq[: t + 1], previous], 2))
+        assert torch.equal(prefix[-1], q[t]) and torch.equal(pick(prefix[-1], index[t]), z[t])
+        previous = torch.cat([previous, z[t : t + 1]])
+    assert 0.02 < q.mean() < 0.98
+
+
+def test_prior_sample_equals_rerunning_every_prefix(prior):
+    index = picks()
+    z = prior.sample(index)
+    previous = torch.zeros(1, N, C, dtype=F64)
+    for t in range(T):
+        assert torch.equal(pick(prior.run(previous)[-1], index[t]), z[t])
+        previous = torch.cat([previous, z[t : t + 1]])
+    assert 0 < z.mean() < 1
+
+
+def test_autocast_casts_without_a_graph_are_cleared(posterior, prior):
+    """Older torch would reuse them in the pass with gradient: the weights would learn nothing."""
+    posterior.train()
+    norm = posterior.net[0][0][1]
+    before = norm.num_batches_tracked.clone()
+    clear = mock.patch.object(torch, "clear_autocast_cache", wraps=torch.clear_autocast_cache)
+    with clear as cleared, torch.autocast("cpu", torch.bfloat16):
+        z_seq, q = posterior(spikes(), picks())
+        p = prior(z_seq, 1.0)
+        assert cleared.call_count == 2
+    assert norm.num_batches_tracked == before + 1  # by the pass with gradient alone
+    (q.float().square().sum() + p.float().square().sum()).backward()
+    for net in (posterior, prior):
+        assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_prior_own_samples_replace_inputs_from_the_sixth_step_on(prior):
+    seen = []
+    run = prior.run
+    prior.run = lambda x_seq: seen.append(x_seq.clone()) or run(x_seq)
+    z_seq = spikes().requires_grad_()
+    prior(z_seq, own_sample_probability=1.0)
+    prior(z_seq, own_sample_probability=0.0).sum().backward()
+    assert z_seq.grad is None  # samples are constants
+    replaced, untouched = seen
+    assert torch.equal(untouched[1:], z_seq[:-1])
+    assert torch.equal(replaced[:6], untouched[:6])
+    assert all(not torch.equal(a, b) for a, b in zip(replaced[6:], untouched[6:], strict=True))
+    assert set(replaced.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_prior_own_samples_are_its_thresholded_mean(prior, monkeypatch):
+    z_previous = spikes()
+    expected = z_previous.clone()
+    own = torch.tensor([0.0, 0, 0, 0, 0, 1, 0, 1])
+    monkeypatch.setattr(torch, "rand", lambda n: 1 - own)
+    torch.manual_seed(3)
+    prior._take_own_samples(z_previous, 0.5)
+    torch.manual_seed(3)
+    for t in (5, 7):
+        rate = prior.run(expected[: t + 1])[-1].mean(-1)
+        expected[t + 1] = (rate + 1e-3 * torch.randn_like(rate) > 0.5).to(F64)
+    assert torch.equal(z_previous, expected)
+
+
+def test_prior_compiled_takes_the_same_own_samples(prior):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(prior, backend=counter, dynamic=False)
+    z_seq, graphs = spikes(), []
+    for probability in (0.1, 0.5, 0.9):
+        results = []
+        for network in (prior, compiled):
+            torch.manual_seed(1)
+            results.append(network(z_seq, torch.tensor(probability)))
+        assert torch.equal(*results)
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0 and graphs == graphs[:1] * 3
+
+
+def test_mmd_loss_is_of_postsynaptic_potentials():
+    q, p = torch.rand(2, T, N, C, K, dtype=F64)
+    potential, squares = torch.zeros(N, C, dtype=F64), []
+    for difference in (q - p).mean(3):
+        potential = potential + (difference - potential) / 2
+        squares.append(potential.square())
+    error = (mmd_loss(q, p) - torch.stack(squares).mean()).abs()
+    assert error <= TOLERANCE[F64]["value"]
+    assert mmd_loss(q, q) == 0
 
 
 @pytest.mark.parametrize("training", [True, False])
