@@ -3,7 +3,6 @@
 No function reads what a graph saved, which would run the hooks of checkpointing and offloading.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -107,35 +106,27 @@ def has_other_hooks() -> bool:
 
 
 def record_saved(forward: Callable[[], Any], there: Iterable[Tensor]) -> tuple[Any, int]:
-    """What ``forward`` gives, and the bytes that it saves for backward.
+    """What ``forward`` gives, and the bytes of the memory that it keeps for backward.
 
-    The memory of what was ``there`` before does not count, of a view its own bytes do, and several
-    views of one memory are at most that memory.
+    A part keeps all of its memory. What was ``there`` before does not count.
 
     >>> x = torch.ones(4, 2, requires_grad=True) * 1.0
-    >>> record_saved(lambda: (x.sin(), x.t().sin()), [])[1], record_saved(x[:3].sin, [])[1]
-    (32, 24)
-    >>> record_saved(x.sin, [x[1:]])[1], record_saved(x[0].expand(9, 2).sin, [])[1]
-    (0, 8)
+    >>> record_saved(lambda: (x.sin(), x.t().sin(), x[:1].sin()), [])[1]
+    32
+    >>> record_saved(x.sin, [x[1:]])[1]
+    0
     """
     known = {address_of(tensor) for tensor in there} | {0}
-    saved: dict[int, tuple[int, dict[Any, int]]] = {}  # of each memory its bytes, and its views'
-    alive = []  # so that no address comes twice
+    saved = {}  # tensors, so that no address comes twice
 
     def note(tensor: Tensor) -> Tensor:
         if (address := address_of(tensor)) not in known:
-            alive.append(tensor)
-            dims = zip(tensor.stride(), tensor.shape, strict=True)
-            axes = sorted((stride, length) for stride, length in dims if stride and length != 1)
-            view = (tensor.dtype, tensor.storage_offset(), *axes)
-            shown = tensor.itemsize * math.prod(length for _, length in axes)
-            size = tensor.untyped_storage().nbytes()
-            saved.setdefault(address, (size, {}))[1][view] = shown
+            saved[address] = tensor
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         output = forward()
-    return output, sum(min(size, sum(views.values())) for size, views in saved.values())
+    return output, sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def are_checkpoints(hooks: Any) -> bool:

@@ -7,35 +7,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from sj_taid import accelerate
-from sj_taid._internal import graph
 from sj_taid.acceleration.summary import run_step
 from tests.acceleration.test_accelerate import images, make_net
-
-#: what is saved of values ``h`` ``[4, 2, 6]``, in parts of their bytes
-SAVED = {
-    "all": (lambda h: h.sin(), 1),
-    "all, twice": (lambda h: h.sin() + h.cos(), 1),
-    "all, transposed too": (lambda h: h.sin() + h.transpose(0, 2).cos().transpose(0, 2), 1),
-    "all, flattened too": (lambda h: h.sin() + h.flatten().cos().view_as(h), 1),
-    "a slice": (lambda h: h[:1].sin(), 1 / 4),
-    "a part of the channels": (lambda h: h[..., 3:].sin(), 1 / 2),
-    "a part, transposed too": (lambda h: h[:2].sin() + h[:2].mT.cos().mT, 1 / 2),
-    "all and a slice": (lambda h: h.sin()[:1] + h[:1].cos(), 1),
-    "the other way round": (lambda h: h[:1].cos() + h.sin(), 1),
-    "two parts": (lambda h: h[:1].sin() + h[2:3].cos(), 1 / 2),
-    "all parts": (lambda h: sum(part.sin() for part in h.chunk(3, -1)), 1),
-    "more than all": (lambda h: h[:3].sin() + h[1:].cos(), 1),
-    "a row, repeated": (lambda h: h[:1].expand(9, 2, 6).sin(), 1 / 4),
-    "nothing": (lambda h: h + 1, 0),
-}
-
-
-@pytest.mark.parametrize("name", SAVED)
-def test_saved_bytes_are_those_of_views(name):
-    function, share = SAVED[name]
-    h = torch.rand(4, 2, 6, requires_grad=True) * 1.0
-    output, saved = graph.record_saved(lambda: function(h), [])
-    assert saved == share * h.nbytes and output.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -131,7 +104,7 @@ def test_a_norm_of_inputs_without_gradient_is_said_to_be_apart():
     net = nn.Sequential(layer.BatchNorm1d(6, step_mode="m"), neuron.LIFNode(step_mode="m"))
     report = accelerate(net, torch.rand(4, 5, 6, 7))
     assert report.rows[0].note == "computed apart: its input requires no gradient"
-    assert "0 of 1 norms fused (1 apart: its input requires no gradient)" in str(report)
+    assert "0 of 1 norms fused" in str(report)
 
 
 class Count(nn.Module):
