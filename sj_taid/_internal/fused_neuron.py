@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..acceleration.kept import Counts, Kept, Memory, keep, run_saving
+from ..acceleration.kept import Counts, Kept, Memory, keep, leave, run_saving
 from ..acceleration.norms import find_source, reader_of
 from ..ops import backends
 from ..ops import surrogate as derivatives
@@ -38,35 +38,26 @@ class _Call(NamedTuple):
 class FusedNeuron:
     """A neuron whose sequences run by plans of the fused operator: :mod:`.ops.alif.plan`.
 
-    A subclass says what it computes: its numbers, and the tensors that learn.
+    A subclass says what it computes: its numbers, and the tensors that learn. One that is
+    accelerated takes the input of the norm before it, and its spikes are saved as bits.
     """
 
     v: Any
     v_seq: Any
     v_reset: Any
     store_v_seq: Any
-    surrogate_function: Any
-    detach_reset: Any
     extra_repr: Any
     #: not _backend, which SpikingJelly 0.0.0.0.14 sets
     _fused_backend: Any = backends.AUTO
     _taid_name = ""  # its path in the net, which errors say
-    #: whether it takes the input of the norm before it, and its spikes are saved as bits
-    _taid_keeps = False
     #: gives the plain attributes of a node that a call depends on, apart from its surrogate
     _taid_numbers: Any
-
-    def _taid_constants(self, dtype: torch.dtype) -> tuple[Charge, float | None, float | None]:
-        """How it charges, ``w`` of a dtype and the threshold; ``None`` for what is a tensor."""
-        raise NotImplementedError
-
-    def _taid_operands(self) -> tuple[Tensor | None, Tensor | None]:
-        """``w`` and the threshold, or ``None`` for what is a number."""
-        raise NotImplementedError
-
-    def _taid_start(self, x_seq: Tensor) -> Tensor | float:
-        """The voltage that a sequence starts from."""
-        raise NotImplementedError
+    #: dtype -> how it charges, ``w`` and the threshold; ``None`` for what is a tensor
+    _taid_constants: Any
+    #: -> ``w`` and the threshold, or ``None`` for what is a number
+    _taid_operands: Any
+    #: input -> the voltage that a sequence starts from
+    _taid_start: Any
 
     def _taid_strides(self, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
         """The strides of the plain neuron's spikes for an input of these."""
@@ -90,7 +81,8 @@ class FusedNeuron:
             return _run_reference(self, x_seq, v, store_v_seq)
         with graph.plain_functions():
             w, v_threshold = self._taid_operands()
-            keeps, x, source = self._taid_keeps and torch.is_grad_enabled(), x_seq, None
+            keeps = isinstance(self, Accelerated) and torch.is_grad_enabled()
+            x, source = x_seq, None
             weight = bias = mean = rstd = None
             if keeps and type(x_seq) is Kept and x_seq._place is not None:
                 source = find_source(x_seq, self)
@@ -103,7 +95,7 @@ class FusedNeuron:
             if plan is None:
                 return _run_reference(self, x_seq, v, store_v_seq)
             if source is not None:
-                source.taken = reader_of(self)
+                source.readers[reader_of(self)] = True
             if adapts:
                 tensors = *_adapt(spec, *tensors[:4]), weight, bias
             v_init: Any = 0.0 if v0 is not None else v
@@ -206,12 +198,12 @@ def _keep(node: Any, spike_seq: Tensor, bits: Any, strides: tuple[int, ...]) -> 
     if spike_seq.stride() != strides:  # the bits have the other memory order
         fired, spike_seq = spike_seq, arranged(spike_seq, strides)
         bits = bits if spike_seq is fired else None
-    return keep(spike_seq, Memory(spike_seq, Counts(spike_seq, peak, bits)))
+    return keep(spike_seq, Memory(spike_seq), Counts(spike_seq, peak, bits))
 
 
 def _run_reference(node: Any, x_seq: Tensor, v: Any, store_v_seq: bool) -> tuple[Tensor, Any, Any]:
     """The same by the definition, for what compiles, transforms or traces, and by its backend."""
-    x_seq = _plain(x_seq) if isinstance(x_seq, Kept) else x_seq
+    x_seq = leave(x_seq) if isinstance(x_seq, Kept) else x_seq
     w, v_threshold = node._taid_operands()
     dtype = state_dtype(x_seq.dtype)
     charge, number, threshold = node._taid_constants(dtype)
@@ -233,12 +225,6 @@ def _run_reference(node: Any, x_seq: Tensor, v: Any, store_v_seq: bool) -> tuple
         backend=node._fused_backend,
     )
     return spike_seq, v, v_seq
-
-
-@graph.outside_graphs
-def _plain(x_seq: Kept) -> Tensor:
-    with graph.plain_functions():
-        return x_seq.as_subclass(Tensor)
 
 
 def _values(numbers: tuple[Any, ...], v_threshold: Tensor | None) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import layer
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -15,6 +14,7 @@ from .._internal.neurons import (
     Site,
     as_inputs,
     check_net,
+    copy_net,
     describe_equality,
     describe_single_steps,
     find_neurons,
@@ -34,7 +34,7 @@ from .modules import (
 from .summary import ALREADY, FUSED, Acceleration, measure, norms_of, report_of
 
 
-def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
+def accelerate(net: nn.Module, example: Any = None) -> Acceleration:
     """Train ``net`` in less memory and time with equal outputs; changes it in place.
 
     Its LIF, PLIF, IF, integer LIF and ALIF neurons run on the fused operator and learn what they
@@ -50,30 +50,35 @@ def accelerate(net: nn.Module, example_input: Any = None) -> Acceleration:
 
     Args:
         net: any module with SpikingJelly neurons, ALIF included, in step mode ``"m"``.
-        example_input: an input of ``net`` (a tuple for several), to measure a training step before
+        example: an input of ``net`` (a tuple for several), to measure a training step before
             and after, on a copy. The report then says what read each norm.
 
     Raises:
         ValueError: ``net`` has no neuron.
-        TypeError: ``example_input`` is neither a tensor nor a tuple.
+        TypeError: ``example`` is neither a tensor nor a tuple.
 
-    >>> from spikingjelly.activation_based import neuron
+    >>> from spikingjelly.activation_based import layer, neuron
     >>> net = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"), neuron.LIFNode(step_mode="m"))
     >>> report = accelerate(net)
     >>> print(report)
     1 of 1 neurons on the fused operator, 1 of 1 norms ready to be fused
     layer  kind         done            note
-    0      BatchNorm1d  ready           fused into a neuron that reads it; example_input says where
+    0      BatchNorm1d  ready           fused into a neuron that reads it; example= says where
     1      LIFNode      fused operator  equal outputs
     >>> spikes = net(torch.rand(4, 2, 3, 5, requires_grad=True))
     """
     if steps := describe_single_steps(need_neurons(net, "accelerate")):
         warnings.warn(steps, stacklevel=2)
-    if example_input is None:
+    if example is None:
         return Acceleration(*report_of(net, _exchange_classes(net), None))
-    inputs = as_inputs(example_input)
-    readers, saved, ms, counting = measure(net, inputs, _exchange_classes, unaccelerate)
-    return Acceleration(*report_of(net, _exchange_classes(net), readers), saved, ms, counting)
+    inputs = as_inputs(example)
+    with torch.inference_mode(False):
+        plain, fast = copy_net(net), copy_net(net)
+        restore(plain)  # of an earlier call
+        _exchange_classes(fast)
+        seen = measure(plain, fast, inputs)
+    report = report_of(net, _exchange_classes(net), seen.readers)
+    return Acceleration(*report, seen.saved_bytes, seen.step_ms, seen.counting)
 
 
 def unaccelerate(net: nn.Module) -> None:
@@ -97,7 +102,7 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
     """Give neurons and norms their accelerated classes; a row for each neuron."""
     rows = {}
     for site in find_neurons(net):
-        reason = _why_not(site, net)
+        reason = _why_not(site)
         rows[site.path] = site.row("" if reason else FUSED, reason or describe_equality(site))
         if not reason:
             accelerate_module(site.node)._taid_name = site.path
@@ -108,7 +113,7 @@ def _exchange_classes(net: nn.Module) -> dict[str, Row]:
     return rows
 
 
-def _why_not(site: Site, net: nn.Module) -> str | None:
+def _why_not(site: Site) -> str | None:
     """Why a neuron is left as it is, or ``None``."""
     node = site.node
     if isinstance(node, Accelerated):
@@ -122,12 +127,6 @@ def _why_not(site: Site, net: nn.Module) -> str | None:
     if reason or (reason := surrogate.unsupported(node.surrogate_function)):
         return reason
     if node.step_mode != "m":
-        parent = net.get_submodule(site.path.rpartition(".")[0])
-        container = type(parent).__name__
-        if isinstance(parent, layer.MultiStepContainer | layer.StepModeContainer):
-            return f"its {container} steps: put the neuron, in step mode 'm', in its place"
-        if "Recurrent" in container:
-            return "recurrent: each step reads the one before"
         return (
             "it runs step by step: functional.set_step_mode(net, 'm') first, but only if the net's "
             "forward takes the whole sequence [T, N, *] and does not loop over time"

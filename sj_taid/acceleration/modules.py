@@ -17,7 +17,7 @@ from .._internal import compat, graph, neurons
 from .._internal.fused_neuron import Accelerated, FusedNeuron
 from ..neuron import ALIFNode
 from ..ops.alif.plan import Charge, Plans
-from . import sums as sums
+from . import sums as sums  # which adds the handlers of sums
 from .kept import Kept, run_saving
 from .norms import normalize, place_of
 
@@ -26,11 +26,6 @@ class Exchanged(Accelerated):
     """An accelerated module: ``_taid_mixin`` is what its class adds to its own."""
 
     _taid_mixin: type
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # What type(module)(...) makes is a module of the net's class.
-        self.__class__ = self._taid_kind
-        self.__init__(*args, **kwargs)  # type: ignore[misc]
 
     def __init_subclass__(cls) -> None:
         """Leave out the hook of the net's class, which may keep a list of subclasses."""
@@ -113,8 +108,8 @@ class AcceleratedNorm(Exchanged):
                         place = plans.keep(key, place_of(self, x, folds))
                     if place is not None:
                         kept = (x,) if type(x) is Kept else ()
-                        if kept and x._memory.source is not None:
-                            x._memory.source.apart = "batch_norm"
+                        if kept and x._source is not None:
+                            x._source.note(torch.batch_norm)
                         return run_saving(kept, normalize, (self, x, place, folds), {})
         return super().forward(x)  # type: ignore[misc]
 
@@ -122,13 +117,9 @@ class AcceleratedNorm(Exchanged):
 class AcceleratedALIF(Exchanged):
     """An ALIF that takes the input of the norm before it, and whose spikes are saved as bits."""
 
-    _taid_keeps = True
-
 
 class AcceleratedNeuron(Exchanged, FusedNeuron):
     """A LIF, PLIF or IF neuron on the fused operator; all else is its own."""
-
-    _taid_keeps = True
 
     def _taid_constants(self, dtype: torch.dtype) -> tuple[Charge, float | None, float | None]:
         node: Any = self

@@ -1,8 +1,8 @@
 """Batch norms: torch's own, whose output says from what a neuron can compute it.
 
-A norm's output is a real tensor with torch's graph. The :class:`Source` in its memory has the
-norm's input and numbers, which a neuron on the fused operator takes instead: then nobody saves the
-output. A :class:`Place` says where the values of the output, or of a view, lie in that input.
+A norm's output is a real tensor with torch's graph. Its :class:`Source` has the norm's input and
+numbers, which a neuron on the fused operator takes instead: then nobody saves the output. A
+:class:`Place` says where the values of the output, or of a view, lie in that input.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .._internal import graph
 from ..ops import backends, bits
 from ..ops.alif.plan import Dynamics, Plans, Spec
 from ..ops.bits import is_dense
-from .kept import Kept, Memory, Recipe, Term, keep
+from .kept import Kept, Memory, Recipe, keep, unchanged
 
 
 class Place:
@@ -95,8 +95,6 @@ class Source:
     ``spread`` is ``(var + eps)^(-1/2)``, of running statistics (``fixed``) the variance.
     """
 
-    #: the neuron that has taken it, or that could not, with the reason
-    taken = apart = ""
     is_watched = False
 
     def __init__(
@@ -104,6 +102,8 @@ class Source:
     ) -> None:
         self.x, self.weight, self.bias, self.mean, self.spread = x, weight, bias, mean, spread
         self.fixed, self.eps = fixed, eps
+        #: what has read the output, and whether it has taken this instead
+        self.readers: dict[str, bool] = {}
         self._state, self._hooks = self._now(), graph.saving_hooks()
 
     def _now(self) -> tuple[Any, ...]:
@@ -116,9 +116,13 @@ class Source:
             bias is None or (bias._version, bias.requires_grad),
         )
 
+    def note(self, reader: Any) -> None:
+        """Note a function that reads the output."""
+        self.readers[reader.__name__.strip("_")] = False
+
     def watch(self) -> None:
         """Note that something takes the output's gradient, which must pass through it."""
-        if self.taken:
+        if any(self.readers.values()):
             raise RuntimeError(
                 "a neuron has read this norm's output as one operation with the norm, and no "
                 "gradient will reach it: register the hook, or call retain_grad(), before the "
@@ -154,18 +158,18 @@ def reader_of(node: Any) -> str:
 
 def find_source(y: Kept, node: Any) -> Source | None:
     """What a neuron takes instead of ``y``, or ``None``: then it reads the values."""
-    place, memory = y._place, y._memory
-    source = memory.source
-    if source is None or not y.requires_grad:  # as after detach_()
+    source, place, memory = y._source, y._place, y._memory
+    if not y.requires_grad:  # as after detach_()
         return None
     per_channel = getattr(node, "channels", None) is not None
     reason = place.why_channels_apart if per_channel else place.why_apart
-    if not reason and (y._version != memory.version or (y.is_cuda and not memory.is_of(y))):
-        reason = "its values have changed"
+    is_known = memory.is_known and y._version == y._known_version
+    if not reason and not (is_known and (not y.is_cuda or y.covers(y))):
+        reason = "its values may have changed"
     if node._backward_hooks and not node._is_full_backward_hook:
         reason = "a hook of the neuron reads its graph"
     if reason := reason or source.why_apart():
-        source.apart = f"{reader_of(node)}: {reason}"
+        source.readers[f"{reader_of(node)}: {reason}"] = False
         return None
     return source
 
@@ -181,7 +185,7 @@ class Normalized(Recipe):
     def __init__(self, source: Source, folds: bool) -> None:
         self._source, self._folds = source, folds
 
-    def term(self, tensor: Tensor) -> Term | None:
+    def of(self, tensor: Tensor) -> Recipe | None:
         source = self._source
         x = source.x
         if type(x) is not Tensor or x.dtype != tensor.dtype or source.why_apart():
@@ -192,16 +196,12 @@ class Normalized(Recipe):
         flat = x.detach().flatten(0, 1) if self._folds else x.detach()
         view = tensor.shape, tensor.stride(), tensor.storage_offset()
         options = not source.fixed, 0.0, source.eps, torch.backends.cudnn.enabled
-        return Term((), partial(_normalize_again, flat, x._version, numbers, options, view), cost=3)
+        make = partial(_normalize_again, flat, x._version, numbers, options, view)
+        return Recipe(make, cost=3)
 
 
 def _normalize_again(x: Tensor, version: int, numbers: Any, options: Any, view: Any) -> Tensor:
-    if x._version != version:
-        raise RuntimeError(
-            "the input of an accelerated batch norm was changed in place before the backward: "
-            "write h = h + o instead of h += o, or sj_taid.unaccelerate(net)"
-        )
-    return torch.batch_norm(x, *numbers, *options).as_strided(*view)
+    return torch.batch_norm(unchanged(x, version), *numbers, *options).as_strided(*view)
 
 
 def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
@@ -227,7 +227,7 @@ def normalize(norm: Any, x: Tensor, place: Place, folds: bool) -> Tensor:
         mean, spread = (t.detach().clone() for t in running)
     y = y.view(x.shape) if folds else y
     source = Source(x, weight, bias, mean, spread, fixed, eps)
-    return keep(y, Memory(y, Normalized(source, folds), source), place)
+    return keep(y, Memory(y), Normalized(source, folds), source, place)
 
 
 def place_of(norm: Any, x: Tensor, folds: bool) -> Place | None:

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._internal import compat, graph
-from .._internal.neurons import copy_net, find_neurons
+from .._internal.neurons import find_neurons
 from .._internal.report import Row, table_of
 from ..ops.counts import read_counts
-from .kept import Kept, is_question, kept_in
 from .modules import AcceleratedNorm, why_no_norm
 
 FUSED, ALREADY = "fused operator", "on the fused operator already"
 NO_GRADIENT, APART = "its input requires no gradient", "computed apart: "
 #: times of a step that differ by less are called equal
 _NOISE = 0.05
-#: Steps that are run: the first make kernels and plans, the others are timed, but for the last.
-_WARM, _TIMED = 2, 3
+#: Steps that are run in turns; the first make kernels and plans, and are not timed.
+_WARM, _STEPS = 2, 5
 
 
 @dataclass(frozen=True)
@@ -83,14 +80,8 @@ def report_of(
     rows, done = neurons | norms, [row.done.partition(" into ")[0] for row in norms.values()]
     fused = sum((row.done or row.note) in (FUSED, ALREADY) for row in neurons.values())
     head = f"{fused} of {len(neurons)} neurons on the fused operator, "
-    if readers is None:
-        head += f"{done.count('ready')} of {len(norms)} norms ready to be fused"
-    else:
-        apart = Counter(row.note for row in norms.values() if row.note.startswith(APART))
-        left = ", ".join(f"{n} {note.removeprefix('computed ')}" for note, n in apart.most_common())
-        head += f"{done.count('fused')} of {len(norms)} norms fused" + (
-            f" ({left})" if left else ""
-        )
+    state = "ready to be fused" if readers is None else "fused"
+    head += f"{done.count(state.partition(' ')[0])} of {len(norms)} norms {state}"
     return tuple(rows[path] for path, _ in net.named_modules() if path in rows), head
 
 
@@ -116,9 +107,7 @@ def _norm_row(path: str, norm: nn.Module, all_readers: dict[str, dict[str, bool]
     if not isinstance(norm, AcceleratedNorm):
         return Row(path, kind, "", why_no_norm(norm) or "no neuron is on the fused operator")
     if all_readers is None:
-        return Row(
-            path, kind, "ready", "fused into a neuron that reads it; example_input says where"
-        )
+        return Row(path, kind, "ready", "fused into a neuron that reads it; example= says where")
     readers = all_readers.get(path, {})
     fused = ", ".join(f"fused into {reader}" for reader, is_fused in readers.items() if is_fused)
     others = ", ".join(reader for reader, is_fused in readers.items() if not is_fused)
@@ -142,32 +131,54 @@ def _merge(rows: Iterable[Row]) -> list[Row]:
     return merged
 
 
+class Measured(NamedTuple):
+    """What training steps of an accelerated net and of the plain one show."""
+
+    #: what has read each accelerated norm's output, and whether as one operation with the norm
+    readers: dict[str, dict[str, bool]]
+    saved_bytes: tuple[int, int]
+    step_ms: tuple[float, float]
+    counting: dict[str, str]
+
+
 @compat.quiet_triton()
-@torch.inference_mode(False)
-def measure(
-    net: nn.Module,
-    inputs: Any,
-    accelerate: Callable[[nn.Module], Any],
-    unaccelerate: Callable[[nn.Module], Any],
-) -> tuple[dict[str, dict[str, bool]], tuple[int, int], tuple[float, float], dict[str, str]]:
-    """Run training steps of two copies in turns: readers of norms, saved bytes, ms, what counts.
+def measure(plain: nn.Module, fast: nn.Module, inputs: Any) -> Measured:
+    """Run training steps of two copies of a net in turns.
 
     Bytes and time are those of a later step, with all kernels and plans made.
     """
-    plain, fast = copy_net(net), copy_net(net)
-    unaccelerate(plain)  # an earlier call's too
-    accelerate(fast)
     inputs = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
     with torch.random.fork_rng({p.device for p in plain.parameters() if p.is_cuda}):
-        with _Readers(fast) as readers:
-            run_step(fast, inputs)
-        counting = _find_counting(plain, inputs)
-        turns = [
-            [run_step(trial, inputs) for trial in (plain, fast)] for _ in range(_WARM + _TIMED)
-        ]
-        old_bytes, new_bytes = (run_step(trial, inputs, True)[0] for trial in (plain, fast))
-    old, new = (min(ms for _, ms in steps) for steps in zip(*turns[_WARM:], strict=True))
-    return readers.of_norms(), (old_bytes, new_bytes), (old, new), counting
+        readers, counting = find_readers(fast, inputs), _find_counting(plain, inputs)
+        turns = [[run_step(net, inputs)[1] for net in (plain, fast)] for _ in range(_STEPS)]
+        old_bytes, new_bytes = (run_step(net, inputs, True)[0] for net in (plain, fast))
+    old, new = map(min, zip(*turns[_WARM:], strict=True))
+    return Measured(readers, (old_bytes, new_bytes), (old, new), counting)
+
+
+def find_readers(net: nn.Module, inputs: Any) -> dict[str, dict[str, bool]]:
+    """Run a step: what reads each accelerated norm's output, and whether as one operation."""
+    norms: Any = {p: m for p, m in net.named_modules() if isinstance(m, AcceleratedNorm)}
+    seen: list[tuple[str, Any]] = []
+
+    def note(path: str, norm: nn.Module, args: Any, y: Any) -> None:
+        seen.append((path, getattr(y, "_source", None)))
+
+    _run_watched(net, inputs, norms, note)
+    found: dict[str, dict[str, bool]] = {path: {} for path in norms}
+    for path, source in seen:
+        found[path] |= {NO_GRADIENT: False} if source is None else source.readers
+    return found
+
+
+def _run_watched(net: nn.Module, inputs: Any, modules: dict[str, nn.Module], note: Any) -> None:
+    """Run a step with ``note(path, module, args, output)`` called by each of these modules."""
+    handles = [
+        module.register_forward_hook(partial(note, path)) for path, module in modules.items()
+    ]
+    run_step(net, inputs)
+    for handle in handles:
+        handle.remove()
 
 
 def _find_counting(net: nn.Module, inputs: Any) -> dict[str, str]:
@@ -176,76 +187,20 @@ def _find_counting(net: nn.Module, inputs: Any) -> dict[str, str]:
 
     def note(path: str, module: nn.Module, args: Any, y: Any) -> None:
         tensors = [t for t in (*args[:1], y) if isinstance(t, Tensor) and t.numel()]
-        if (
-            len(tensors) == 2
-            and y.any()
-            and not any(inner.startswith(f"{path}.") for inner in found)
-        ):
+        is_outer = any(inner.startswith(f"{path}.") for inner in found)
+        if len(tensors) == 2 and y.any() and not is_outer:
             x_counts, y_counts = (read_counts(t.detach()).are_few for t in tensors)
             if y_counts and not x_counts:
                 found[path] = type(module).__name__
 
-    handles = [
-        module.register_forward_hook(partial(note, path))
+    known = "torch", "spikingjelly", "sj_taid"
+    own = {
+        path: module
         for path, module in net.named_modules()
-        if type(module).__module__.partition(".")[0] not in ("torch", "spikingjelly", "sj_taid")
-        and not find_neurons(module)
-    ]
-    run_step(net, inputs)
-    for handle in handles:
-        handle.remove()
+        if type(module).__module__.partition(".")[0] not in known and not find_neurons(module)
+    }
+    _run_watched(net, inputs, own, note)
     return found
-
-
-class _Readers(TorchFunctionMode):
-    """Notes what reads the outputs of accelerated norms."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self._norms: dict[str, Any] = {
-            p: n for p, n in net.named_modules() if isinstance(n, AcceleratedNorm)
-        }
-        self._sources: list[tuple[str, Any]] = []  # paths of norms, and their outputs' sources
-        self._read: dict[Any, dict[str, bool]] = {}
-
-    def __enter__(self) -> Any:
-        def note(path: str, y: Any) -> None:
-            self._sources.append((path, y._memory.source if type(y) is Kept else None))
-
-        self._handles = [
-            norm.register_forward_hook(lambda _, __, y, path=path: note(path, y))
-            for path, norm in self._norms.items()
-        ]
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        sources = {t._memory.source for t in kept_in(args, kwargs)} - {None}
-        result = func(*args, **kwargs)
-        shown = {t._memory.source for t in kept_in([result], {})}
-        is_read = not is_question(func) and func is not Tensor.untyped_storage  # asked by a norm
-        for source in sources - shown if is_read else ():
-            self._read.setdefault(source, {})[func.__name__.strip("_")] = False
-        return result
-
-    def of_norms(self) -> dict[str, dict[str, bool]]:
-        """Each norm's readers, and whether they took its input as one operation with it."""
-        found: dict[str, dict[str, bool]] = {path: {} for path in self._norms}
-        for path, source in self._sources:
-            if source is None:
-                found[path][NO_GRADIENT] = False
-                continue
-            if source.taken:
-                found[path][source.taken] = True
-            if source.apart:
-                found[path].setdefault(source.apart, False)
-            found[path] |= self._read.get(source, {})
-        return found
 
 
 @torch.enable_grad()

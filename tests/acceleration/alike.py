@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sj_taid._internal.compat import FUNCTIONAL_STATES
-from sj_taid.acceleration.summary import _Readers, run_step
+from sj_taid.acceleration.summary import find_readers
 
 NUDGE = 4e-6
 #: 0.0.0.0.14's neurons give no gradient in evaluation
@@ -56,9 +56,7 @@ def results(net, x, between=functional.reset_net, context=torch.enable_grad, run
 
 def count_fused(net, x):
     """How many norms of an accelerated net neurons read as one operation, in a step."""
-    with _Readers(net) as readers:
-        run_step(net, x)
-    return sum(any(read.values()) for read in readers.of_norms().values())
+    return sum(any(read.values()) for read in find_readers(net, x).values())
 
 
 def spikes(net, x, nudge=0.0, passes=None, **options):

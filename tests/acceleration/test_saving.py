@@ -69,7 +69,6 @@ def interrupted(push):
     "read",
     [
         lambda node, s: F.conv2d(s.flatten(0, 1), torch.ones(2, 3, 1, 1)),
-        lambda node, s: s + s,
         lambda node, s: node(s),
         lambda node, s: F.max_pool2d(s.flatten(0, 1), 2),
     ],
